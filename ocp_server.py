@@ -1,0 +1,4045 @@
+#!/usr/bin/env python3
+"""OCP serves your Claude plan to the tools that speak the OpenAI API.
+
+It drives the official `claude` program, installed and logged in by you, and answers
+OpenAI-compatible HTTP requests from it: one file, Python 3.9 or later, nothing to install.
+
+    python3 ocp_server.py              serve on http://127.0.0.1:3456
+    python3 ocp_server.py --demo       the same without an account, with canned answers
+    python3 ocp_server.py --check      validate settings and environment, exit 0 or 2
+    python3 ocp_server.py --help       everything else
+
+A request is a straight line down this file: the HTTP server finds its route, a dialect parses
+the body into a Turn, the gate lets it in, a claude process answers it with a stream of Events,
+and the dialect renders those. Wire formats exist only in the dialects; the claude protocol
+exists only in its own two sections. Each section uses only names from the sections above it.
+
+Sections (search for "==== 8" to jump to the eighth):
+
+     1. Small tools        clocks, compact JSON, ids, redaction; no input or output
+     2. Settings           the table of settings, and how the environment is read
+     3. Errors             every failure that a client can be told about
+     4. Log                JSON lines in a rotated file, plain lines on the terminal, a ring
+     5. Models             which models there are and what each one takes
+     6. Turns and events   the narrow waist: one request, one stream of events
+     7. Callers            who may use which route
+     8. Dialects           wire formats: a body becomes a Turn, events become an answer
+     9. Claude protocol    what is said to claude and what its lines mean; pure
+    10. Claude process     the program on disk, one child, its pipes, and its end
+    11. Gate and spares    who may run now; idle processes that wait for work
+    12. Account            what is known about the login, learned from answers
+    13. App                owns every long-lived object; answering one turn
+    14. Endpoints          one function for each route
+    15. Routes             the table of routes
+    16. HTTP server        sockets, bodies, one thread for each connection
+    17. Demo claude        the stand-in behind --demo
+    18. Command line       arguments, signals, main
+"""
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("OCP needs Python 3.9 or later; this is Python %d.%d." % sys.version_info[:2])
+
+import argparse
+import base64
+import binascii
+import collections
+import contextlib
+import dataclasses
+import enum
+import hmac
+import http.client
+import io
+import ipaddress
+import json
+import logging
+import logging.handlers
+import os
+import queue
+import re
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import socketserver
+import subprocess
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler
+from typing import (
+    Any,
+    ClassVar,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TextIO,
+    Union,
+)
+
+VERSION = "0.1.0"
+
+#: A JSON object as the wire has it. Inside the waist, values are typed.
+Json = dict[str, Any]
+Clock = Callable[[], float]
+
+
+# ==== 1. Small tools =========================================================
+# Pure helpers that know nothing of HTTP, of claude or of settings.
+
+
+def to_json(value: object) -> bytes:
+    """Compact UTF-8 JSON without a newline.
+
+    Text with a lone surrogate, which JSON may carry and UTF-8 may not, is escaped instead.
+    """
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
+
+
+def from_json(data: bytes | str) -> object:
+    """The value of a JSON text. Raises ValueError for anything else, however deep or odd."""
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def new_id(prefix: str) -> str:
+    """`prefix` and 24 random characters, letters and digits only: some clients strip the rest."""
+    return prefix + secrets.token_hex(12)
+
+
+_SECRET = re.compile(r"(sk-ant-|ocp_|Bearer\s+)[A-Za-z0-9_.\-]{6,}")
+
+
+def redacted(text: str) -> str:
+    """`text` with whatever looks like a token or a key blotted out."""
+    return _SECRET.sub(lambda match: match.group(1) + "[redacted]", text)
+
+
+_PATH = re.compile(r"(?<![\w:/.])/(?:[\w.@+-]+/)+[\w.@+-]*")
+
+
+def without_paths(text: str) -> str:
+    """`text` with absolute paths of this machine replaced, fit for a client's eyes."""
+    return _PATH.sub("[path]", text)
+
+
+def one_line(text: str, most_chars: int = 300) -> str:
+    """`text` with its white space run together, cut to `most_chars`."""
+    line = " ".join(text.split())
+    return line if len(line) <= most_chars else line[: most_chars - 3] + "..."
+
+
+def uptime_words(seconds: float) -> str:
+    """A duration as people say it: "3h 12m"."""
+    minutes = int(seconds // 60)
+    return f"{minutes // 60}h {minutes % 60}m"
+
+
+def iso_time(epoch_s: float) -> str:
+    """Epoch seconds as ISO 8601 in UTC with milliseconds, for logs and JSON."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
+    return f"{whole}.{int(epoch_s % 1 * 1000):03d}Z"
+
+
+# ==== 2. Settings ============================================================
+# The class body of Config is the table of settings: attribute, default, environment variable,
+# range, unit and help stand in one row, and everything else that knows settings walks it. A
+# Config is an immutable snapshot. A value that cannot be used stops the start; nothing is
+# guessed. Durations are milliseconds in the environment and are read as seconds by the code.
+
+
+def setting(
+    default: int | str | bool,
+    env: str,
+    help_text: str,
+    *,
+    unit: str = "",
+    least: int | None = None,
+    most: int | None = None,
+    choices: tuple[str, ...] = (),
+    secret: bool = False,
+) -> Any:
+    """One row of the table. The type of the value is the type of `default`."""
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "env": env,
+            "help": help_text,
+            "unit": unit,
+            "least": least,
+            "most": most,
+            "choices": choices,
+            "secret": secret,
+        },
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting, with its value. The rows are documented by their help texts."""
+
+    # -- listening ----------------------------------------------------------------------------
+    port: int = setting(
+        3456, "CLAUDE_PROXY_PORT", "TCP port; 0 = any free one", least=0, most=65_535
+    )
+    bind: str = setting("127.0.0.1", "CLAUDE_BIND", "address to listen on; 0.0.0.0 or :: = all")
+    allowed_origins: str = setting(
+        "", "OCP_ALLOWED_ORIGINS",
+        "web origins whose pages may call the API, comma separated; empty = none",
+    )
+    allowed_hosts: str = setting(
+        "", "OCP_ALLOWED_HOSTS",
+        "host names, besides local ones, under which the server may be called, comma separated",
+    )
+    instance_name: str = setting("", "OCP_INSTANCE_NAME", "a label for /health")
+    # -- access -------------------------------------------------------------------------------
+    auth_mode: str = setting(
+        "", "CLAUDE_AUTH_MODE",
+        "who may use the API: none (whoever can connect) or shared (holders of PROXY_API_KEY); "
+        "empty = shared if PROXY_API_KEY is set, else none",
+        choices=("", "none", "shared", "multi"),
+    )
+    api_key: str = setting("", "PROXY_API_KEY", "the shared key of the API", secret=True)
+    admin_key: str = setting(
+        "", "OCP_ADMIN_KEY", "the key of the admin routes in mode shared", secret=True
+    )
+    # -- claude -------------------------------------------------------------------------------
+    claude_bin: str = setting(
+        "", "CLAUDE_BIN", "path of the claude program; empty = looked for on PATH and usual places"
+    )
+    default_model: str = setting(
+        "sonnet", "OCP_DEFAULT_MODEL",
+        "model of a request that names none; kept warm from the start",
+    )
+    system_prompt: str = setting(
+        "", "CLAUDE_SYSTEM_PROMPT", "text appended to the system prompt of every request"
+    )
+    max_retries: int = setting(
+        2, "CLAUDE_MAX_RETRIES", "how often claude itself retries a failed API call",
+        least=0, most=10,
+    )
+    pass_env: str = setting(
+        "", "OCP_PASS_ENV",
+        "environment variables that claude gets besides the usual ones, comma separated",
+    )
+    # -- spares -------------------------------------------------------------------------------
+    warm_processes: int = setting(
+        1, "OCP_WARM_PROCESSES", "idle claude processes kept for each model in use; 0 = none",
+        least=0, most=8,
+    )
+    warm_total: int = setting(
+        4, "OCP_WARM_TOTAL", "idle claude processes over all models", least=0, most=32
+    )
+    warm_idle_ms: int = setting(
+        900_000, "OCP_WARM_IDLE", "how long an idle process waits before it is dropped",
+        unit="ms", least=1_000, most=86_400_000,
+    )
+    # -- limits -------------------------------------------------------------------------------
+    max_concurrent: int = setting(
+        8, "CLAUDE_MAX_CONCURRENT", "answers at the same time", least=1, most=64
+    )
+    max_queue: int = setting(
+        16, "CLAUDE_MAX_QUEUE", "requests that may wait for their turn", least=0, most=1000
+    )
+    queue_retry_after_s: int = setting(
+        5, "CLAUDE_QUEUE_RETRY_AFTER", "Retry-After of a refusal for a full queue",
+        unit="s", least=1, most=60,
+    )
+    max_connections: int = setting(
+        256, "OCP_MAX_CONNECTIONS", "open client connections", least=4, most=10_000
+    )
+    max_body_bytes: int = setting(
+        33_554_432, "CLAUDE_MAX_BODY_SIZE", "largest request body",
+        unit="bytes", least=1_024, most=1_073_741_824,
+    )
+    image_allow_url: bool = setting(
+        False, "CLAUDE_IMAGE_ALLOW_URL",
+        "pass http(s) image addresses on to the API, which fetches them; OCP never does",
+    )
+    max_image_bytes: int = setting(
+        5_242_880, "CLAUDE_MAX_IMAGE_BYTES", "largest image, decoded", unit="bytes", least=1
+    )
+    max_images: int = setting(20, "CLAUDE_MAX_IMAGES", "images in one request", least=0)
+    max_image_total_bytes: int = setting(
+        20_971_520, "CLAUDE_MAX_IMAGE_TOTAL_BYTES", "images of one request together, decoded",
+        unit="bytes", least=1,
+    )
+    # -- time ---------------------------------------------------------------------------------
+    timeout_ms: int = setting(
+        600_000, "CLAUDE_TIMEOUT", "longest time for one answer, waiting included",
+        unit="ms", least=1_000, most=3_600_000,
+    )
+    heartbeat_ms: int = setting(
+        15_000, "CLAUDE_HEARTBEAT_INTERVAL", "silence before a comment in a stream; 0 = never",
+        unit="ms", least=0, most=600_000,
+    )
+    whole_silence_ms: int = setting(
+        120_000, "OCP_WHOLE_SILENCE",
+        "silence before an answer that is not streamed gets its headers and white space; 0 = never",
+        unit="ms", least=0, most=600_000,
+    )
+    header_timeout_ms: int = setting(
+        30_000, "OCP_HEADER_TIMEOUT", "longest time for a request's head to arrive",
+        unit="ms", least=100, most=600_000,
+    )
+    body_timeout_ms: int = setting(
+        120_000, "OCP_BODY_TIMEOUT", "longest time for a request's body to arrive",
+        unit="ms", least=100, most=3_600_000,
+    )
+    write_timeout_ms: int = setting(
+        60_000, "OCP_WRITE_TIMEOUT", "how long a client may leave its answer unread",
+        unit="ms", least=100, most=3_600_000,
+    )
+    drain_ms: int = setting(
+        20_000, "OCP_DRAIN", "how long running answers get to finish at a shutdown",
+        unit="ms", least=0, most=600_000,
+    )
+    # -- files --------------------------------------------------------------------------------
+    home: str = setting("~/.ocp", "OCP_HOME", "folder of the log and all other state")
+    log_level: str = setting(
+        "info", "OCP_LOG_LEVEL", "least level that is logged",
+        choices=("debug", "info", "warn", "error"),
+    )
+
+    @property
+    def mode(self) -> str:
+        """The access mode in force, "none" or "shared"."""
+        return self.auth_mode or ("shared" if self.api_key else "none")
+
+    @property
+    def home_path(self) -> str:
+        """The state folder as an absolute path."""
+        return os.path.abspath(os.path.expanduser(self.home))
+
+
+#: Rules across settings: (is broken, what to do about it).
+CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
+    (
+        lambda config: config.mode == "shared" and not config.api_key,
+        "CLAUDE_AUTH_MODE=shared needs PROXY_API_KEY: set the key that clients will send",
+    ),
+    (
+        lambda config: config.mode == "none" and bool(config.api_key),
+        "PROXY_API_KEY is set but CLAUDE_AUTH_MODE=none would ignore it: unset one of them",
+    ),
+    (
+        lambda config: config.mode == "multi",
+        "CLAUDE_AUTH_MODE=multi is not built yet in this version: use shared with PROXY_API_KEY",
+    ),
+)
+
+#: Settings of the original that do not exist here: (name, or prefix with a star, why).
+REMOVED_SETTINGS = (
+    ("CLAUDE_TUI_*", "there is no terminal mode: warm processes answer faster than it did"),
+    ("OCP_TUI_*", "there is no terminal mode: warm processes answer faster than it did"),
+    ("CLAUDE_BREAKER_*", "there is no circuit breaker: it blocked healthy clients"),
+    ("OCP_LOCAL_TOOLS", "requests never run tools on the server"),
+    ("OCP_SPAWN_REAL_HOME", "claude always runs with its own login and none of its settings"),
+    ("CLAUDE_NO_CONTEXT", "CLAUDE.md and memory are never loaded"),
+    ("OCP_STRUCTURED_MAX_ATTEMPTS", "claude validates structured output itself"),
+    ("CLAUDE_AUTH_CHECK_INTERVAL_MS", "the login is known from real answers, not from probes"),
+    ("CLAUDE_AUTH_CHECK_TIMEOUT_MS", "the login is known from real answers, not from probes"),
+)
+
+_TRUE_WORDS = ("1", "true", "yes", "on")
+_FALSE_WORDS = ("0", "false", "no", "off")
+
+
+class ConfigError(Exception):
+    """Settings that cannot be used. `args[0]` has one line for each problem."""
+
+
+def _parse_integer(row: dataclasses.Field[Any], text: str) -> int:
+    value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else None
+    least, most = row.metadata["least"], row.metadata["most"]
+    if value is None:
+        raise ValueError("is not a whole number")
+    if (least is not None and value < least) or (most is not None and value > most):
+        span = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"is out of range: it takes {span}")
+    return value
+
+
+def parse_setting(row: dataclasses.Field[Any], text: str) -> int | str | bool:
+    """The value that `text` stands for in this row. Raises ValueError saying what is wrong."""
+    text = text.strip()
+    if isinstance(row.default, bool):
+        if text.lower() not in _TRUE_WORDS + _FALSE_WORDS:
+            raise ValueError("is neither 1 nor 0")
+        return text.lower() in _TRUE_WORDS
+    if isinstance(row.default, int):
+        return _parse_integer(row, text)
+    choices = row.metadata["choices"]
+    if choices and text not in choices:
+        raise ValueError("is none of " + ", ".join(choice for choice in choices if choice))
+    return text
+
+
+def load_config(environ: Mapping[str, str]) -> Config:
+    """The settings of this environment. An empty variable counts as not set.
+
+    Raises ConfigError with every problem at once, never only the first.
+    """
+    values: dict[str, int | str | bool] = {}
+    problems: list[str] = []
+    for row in dataclasses.fields(Config):
+        name = row.metadata["env"]
+        text = environ.get(name, "")
+        if not text.strip():
+            continue
+        try:
+            values[row.name] = parse_setting(row, text)
+        except ValueError as problem:
+            shown = "its value" if row.metadata["secret"] else repr(text)
+            problems.append(f"{name}: {shown} {problem}")
+    config = Config(**values)  # type: ignore[arg-type]  # each row checked its own value
+    problems += [message for is_broken, message in CONFIG_RULES if is_broken(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def removed_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The variables of this environment that no longer mean anything: (name, why)."""
+    found = []
+    for name in sorted(environ):
+        for pattern, why in REMOVED_SETTINGS:
+            if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
+                found.append((name, why))
+    return found
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The items of a comma-separated setting."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def settings_markdown() -> str:
+    """The settings table as it stands in the README."""
+    lines = ["| variable | default | range | what it is |", "| --- | --- | --- | --- |"]
+    for row in dataclasses.fields(Config):
+        least, most = row.metadata["least"], row.metadata["most"]
+        span = "" if least is None else f"{least} to {most}" if most is not None else f"{least} up"
+        if isinstance(row.default, bool):
+            default = "1" if row.default else "0"
+        else:
+            default = str(row.default)
+        unit = f" {row.metadata['unit']}" if row.metadata["unit"] and default else ""
+        shown = f"{default}{unit}" or "empty"
+        lines.append(f"| `{row.metadata['env']}` | {shown} | {span} | {row.metadata['help']} |")
+    return "\n".join(lines)
+
+
+# ==== 3. Errors ==============================================================
+# One class for each failure that a client can be told about. A class is a row: status, type
+# and code in the OpenAI shape, type in the Anthropic shape. An instance adds the message, which
+# says what to do next. Nothing outside this section and the dialects knows a status code.
+# ClientGone is apart: nobody is left to be told. ConfigError belongs to the operator.
+
+
+class OcpError(Exception):
+    """A failure of ours, and the base of all others."""
+
+    status: ClassVar[int] = 500
+    openai_type: ClassVar[str] = "server_error"
+    anthropic_type: ClassVar[str] = "api_error"
+    code: ClassVar[str | None] = None
+    #: Whether the same request may succeed later without anybody doing anything.
+    heals: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        """`param` names the field that is wrong; `retry_after_s` says when to come back."""
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.error_code = code or self.code
+        self.retry_after_s = retry_after_s
+
+    def headers(self) -> dict[str, str]:
+        """The response headers that belong to this failure."""
+        found = {}
+        if self.retry_after_s is not None:
+            found["Retry-After"] = str(max(1, round(self.retry_after_s)))
+        if not self.heals:
+            found["x-should-retry"] = "false"
+        return found
+
+
+class BadRequest(OcpError):
+    """The request is malformed; `param` says where."""
+
+    status = 400
+    openai_type = "invalid_request_error"
+    anthropic_type = "invalid_request_error"
+    heals = False
+
+
+class Unsupported(BadRequest):
+    """The request asks for something that cannot be had here."""
+
+    code = "unsupported_parameter"
+
+
+class ContextTooLong(BadRequest):
+    """The prompt does not fit the model."""
+
+    code = "context_length_exceeded"
+
+
+class Unauthorized(OcpError):
+    """No key, or not the right one."""
+
+    status = 401
+    openai_type = "authentication_error"
+    anthropic_type = "authentication_error"
+    code = "invalid_api_key"
+    heals = False
+
+    def headers(self) -> dict[str, str]:
+        """Names the scheme, as HTTP wants with a 401."""
+        return {**super().headers(), "WWW-Authenticate": 'Bearer realm="ocp"'}
+
+
+class Forbidden(OcpError):
+    """The caller is known, or does not matter, and may not do this."""
+
+    status = 403
+    openai_type = "permission_error"
+    anthropic_type = "permission_error"
+    heals = False
+
+
+class NotFound(OcpError):
+    """There is no such thing here."""
+
+    status = 404
+    openai_type = "invalid_request_error"
+    anthropic_type = "not_found_error"
+    heals = False
+
+
+class UnknownModel(NotFound):
+    """The model is not one of ours."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(OcpError):
+    """The path exists, but not for this method."""
+
+    status = 405
+    openai_type = "invalid_request_error"
+    anthropic_type = "invalid_request_error"
+    heals = False
+
+    def __init__(self, message: str, allowed: Iterable[str]) -> None:
+        super().__init__(message)
+        self.allowed = tuple(allowed)
+
+    def headers(self) -> dict[str, str]:
+        """Names the methods that the path takes."""
+        return {**super().headers(), "Allow": ", ".join(self.allowed)}
+
+
+class RequestTimeout(OcpError):
+    """The request did not arrive in time."""
+
+    status = 408
+    openai_type = "invalid_request_error"
+    anthropic_type = "invalid_request_error"
+
+
+class TooLarge(OcpError):
+    """The body, or an image in it, is larger than this server takes."""
+
+    status = 413
+    openai_type = "invalid_request_error"
+    anthropic_type = "request_too_large"
+    heals = False
+
+
+class HeadTooLarge(OcpError):
+    """The request line or a header is longer than this server takes."""
+
+    status = 431
+    openai_type = "invalid_request_error"
+    anthropic_type = "invalid_request_error"
+    heals = False
+
+
+class QueueFull(OcpError):
+    """Too many requests wait already."""
+
+    status = 429
+    openai_type = "rate_limit_error"
+    anthropic_type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class RateLimited(QueueFull):
+    """The API itself asks for fewer requests for a moment."""
+
+
+class PlanLimit(OcpError):
+    """A limit of the plan is used up until its reset."""
+
+    status = 429
+    openai_type = "insufficient_quota"
+    anthropic_type = "rate_limit_error"
+    code = "insufficient_quota"
+    heals = False
+
+
+class LoginLost(OcpError):
+    """claude is not logged in, or its login was refused."""
+
+    status = 401
+    openai_type = "authentication_error"
+    anthropic_type = "authentication_error"
+    code = "upstream_login_required"
+    heals = False
+
+
+class ClaudeUnavailable(OcpError):
+    """There is no claude program that could be used."""
+
+    status = 503
+    code = "claude_unavailable"
+    heals = False
+
+
+class ClaudeMissing(ClaudeUnavailable):
+    """The program was not found."""
+
+
+class ClaudeTooOld(ClaudeUnavailable):
+    """The program is older than what OCP was tested with."""
+
+
+class UpstreamFailed(OcpError):
+    """claude or the API behind it failed."""
+
+    status = 502
+    code = "upstream_failed"
+
+
+class UpstreamForbidden(Forbidden):
+    """The API refused this account, or this model to it."""
+
+    code = "upstream_forbidden"
+
+
+class Overloaded(OcpError):
+    """The API is overloaded."""
+
+    status = 529
+    anthropic_type = "overloaded_error"
+    code = "overloaded"
+
+
+class UpstreamTimeout(OcpError):
+    """The answer took longer than the time-out allows."""
+
+    status = 504
+    anthropic_type = "timeout_error"
+    code = "timeout"
+
+
+class Busy(OcpError):
+    """Too many connections are open."""
+
+    status = 503
+    anthropic_type = "overloaded_error"
+    code = "too_many_connections"
+
+
+class Draining(OcpError):
+    """The server is about to stop."""
+
+    status = 503
+    anthropic_type = "overloaded_error"
+    code = "shutting_down"
+
+
+class ClientGone(Exception):
+    """The client closed its connection: there is nobody to tell anything."""
+
+
+# ==== 4. Log =================================================================
+# One event is one flat record with a fixed name in the past tense. It goes to a rotated file as
+# a JSON line, to the terminal as a plain line, and into a ring for GET /logs. Never a prompt,
+# never a secret: callers pass names, counts and durations, and text is redacted here.
+
+LEVELS = ("debug", "info", "warn", "error")
+
+
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """A rotated file that is private from birth and whose failures stay its own."""
+
+    def _open(self) -> io.TextIOWrapper:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        return open(descriptor, "a", encoding="utf-8")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk must not stop an answer; the terminal and the ring still have the event."""
+
+
+class Log:
+    """Where events go. `event` never raises and never blocks on anything but the disk."""
+
+    def __init__(self, stream: TextIO, least_level: str, clock: Clock = time.time) -> None:
+        self._stream = stream
+        self._least = LEVELS.index(least_level)
+        self._clock = clock
+        # Guards the ring, the file and the order of lines on the stream. Held for one event.
+        self._lock = threading.Lock()
+        self._ring: collections.deque[Json] = collections.deque(maxlen=1000)
+        self._file: _LogFile | None = None
+
+    def to_file(self, path: str) -> None:
+        """From now on also to `path`, rotated at 10 MB, three old ones kept. Raises OSError."""
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        handler = _LogFile(path, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
+        with self._lock:
+            self._file = handler
+
+    def event(self, level: str, name: str, **fields: object) -> None:
+        """Records one event. Text fields are redacted and cut to one line."""
+        if LEVELS.index(level) < self._least:
+            return
+        entry: Json = {"ts": iso_time(self._clock()), "level": level, "event": name}
+        for key, value in fields.items():
+            if value is not None:
+                entry[key] = one_line(redacted(value), 500) if isinstance(value, str) else value
+        with self._lock:
+            self._ring.append(entry)
+            self._write(entry)
+
+    def _write(self, entry: Json) -> None:
+        if self._file is not None:
+            line = to_json(entry).decode("utf-8")
+            self._file.handle(logging.makeLogRecord({"msg": line}))
+        fields = " ".join(f"{k}={v}" for k, v in entry.items() if k not in ("ts", "level", "event"))
+        # The stream may be a closed terminal: the event is in the file and in the ring.
+        with contextlib.suppress(OSError, ValueError):
+            clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
+            print(f"{clock} {entry['level']:5} {entry['event']} {fields}", file=self._stream)
+
+    def recent(self, count: int, level: str) -> list[Json]:
+        """The newest `count` events of this level or worse, oldest first; "all" = every level."""
+        least = 0 if level == "all" else LEVELS.index(level)
+        with self._lock:
+            found = [entry for entry in self._ring if LEVELS.index(entry["level"]) >= least]
+        return found[-count:] if count else []
+
+    def close(self) -> None:
+        """Closes the file; later events go to the stream and the ring only."""
+        with self._lock:
+            handler, self._file = self._file, None
+        if handler is not None:
+            handler.close()
+
+
+# ==== 5. Models ==============================================================
+# models.json beside this file is the source; BUILTIN_MODELS is the same, so that this file works
+# when copied alone (a test holds the two equal). A model says what its API takes: whether it
+# accepts sampling parameters, how it thinks, and which levels of effort it knows.
+
+BUILTIN_MODELS: Json = {
+    "version": 1,
+    "models": [
+        {
+            "id": "claude-opus-5", "displayName": "Claude Opus 5",
+            "openclawName": "Claude Opus 5 (via CLI)", "reasoning": True,
+            "contextWindow": 1000000, "maxTokens": 64000, "thinking": "adaptive",
+            "sampling": False, "efforts": ["low", "medium", "high", "xhigh", "max"],
+        },
+        {
+            "id": "claude-opus-4-8", "displayName": "Claude Opus 4.8",
+            "openclawName": "Claude Opus 4.8 (via CLI)", "reasoning": True,
+            "contextWindow": 1000000, "maxTokens": 64000, "thinking": "adaptive",
+            "sampling": False, "efforts": ["low", "medium", "high", "xhigh", "max"],
+        },
+        {
+            "id": "claude-opus-4-7", "displayName": "Claude Opus 4.7",
+            "openclawName": "Claude Opus 4.7 (via CLI)", "reasoning": True,
+            "contextWindow": 1000000, "maxTokens": 64000, "thinking": "adaptive",
+            "sampling": False, "efforts": ["low", "medium", "high", "xhigh", "max"],
+        },
+        {
+            "id": "claude-opus-4-6", "displayName": "Claude Opus 4.6",
+            "openclawName": "Claude Opus 4.6 (via CLI)", "reasoning": True,
+            "contextWindow": 200000, "maxTokens": 64000, "thinking": "adaptive",
+            "sampling": True, "efforts": ["low", "medium", "high", "max"],
+        },
+        {
+            "id": "claude-sonnet-5", "displayName": "Claude Sonnet 5",
+            "openclawName": "Claude Sonnet 5 (via CLI)", "reasoning": True,
+            "contextWindow": 1000000, "maxTokens": 64000, "thinking": "adaptive",
+            "sampling": False, "efforts": ["low", "medium", "high", "xhigh", "max"],
+        },
+        {
+            "id": "claude-sonnet-4-6", "displayName": "Claude Sonnet 4.6",
+            "openclawName": "Claude Sonnet 4.6 (via CLI)", "reasoning": True,
+            "contextWindow": 200000, "maxTokens": 32000, "thinking": "adaptive",
+            "sampling": True, "efforts": ["low", "medium", "high", "max"],
+        },
+        {
+            "id": "claude-haiku-4-5-20251001", "displayName": "Claude Haiku 4.5",
+            "openclawName": "Claude Haiku 4.5 (via CLI)", "reasoning": False,
+            "contextWindow": 200000, "maxTokens": 32000, "thinking": "budget",
+            "sampling": True, "efforts": [],
+        },
+    ],
+    "aliases": {
+        "opus": "claude-opus-5",
+        "sonnet": "claude-sonnet-5",
+        "haiku": "claude-haiku-4-5-20251001",
+    },
+    "legacyAliases": {
+        "claude-opus-4": "claude-opus-4-7",
+        "claude-haiku-4": "claude-haiku-4-5-20251001",
+        "claude-haiku-4-5": "claude-haiku-4-5-20251001",
+    },
+}
+
+
+class Model(NamedTuple):
+    """One model and what its API takes."""
+
+    id: str
+    display_name: str
+    #: Whether it thinks unless told otherwise.
+    reasoning: bool
+    context_window: int
+    max_tokens: int
+    #: "adaptive" (the model decides, effort steers it) or "budget" (so many tokens).
+    thinking: str
+    #: Whether the API takes temperature and top_p for it.
+    sampling: bool
+    #: Levels of effort, least first; empty = it knows none.
+    efforts: tuple[str, ...]
+    #: False for a name that models.json does not list.
+    known: bool = True
+
+
+def _model(row: Json) -> Model:
+    return Model(
+        id=row["id"],
+        display_name=row["displayName"],
+        reasoning=row["reasoning"],
+        context_window=row["contextWindow"],
+        max_tokens=row["maxTokens"],
+        thinking=row["thinking"],
+        sampling=row["sampling"],
+        efforts=tuple(row["efforts"]),
+    )
+
+
+class Models:
+    """The models by name. Immutable."""
+
+    def __init__(self, source: Json) -> None:
+        """`source` has the shape of models.json. Raises KeyError or TypeError if it does not."""
+        self._by_id = {row["id"]: _model(row) for row in source["models"]}
+        self._aliases: dict[str, str] = {**source["legacyAliases"], **source["aliases"]}
+
+    def all(self) -> list[Model]:
+        """Every listed model, newest first."""
+        return list(self._by_id.values())
+
+    def names(self) -> list[str]:
+        """Every name that `find` knows."""
+        return [*self._by_id, *self._aliases]
+
+    def find(self, name: str) -> Model:
+        """The model of this name or alias.
+
+        An unlisted name that starts with "claude-" is believed to be a new model, one that
+        behaves as the newest do. Raises UnknownModel for any other.
+        """
+        model = self._by_id.get(self._aliases.get(name, name))
+        if model is not None:
+            return model
+        if re.fullmatch(r"claude-[A-Za-z0-9][A-Za-z0-9.\-_@\[\]]{0,99}", name):
+            newest = next(iter(self._by_id.values()))
+            return newest._replace(id=name, display_name=name, known=False)
+        raise UnknownModel(
+            f"There is no model {one_line(name, 80)!r} here. "
+            f"Use one of: {', '.join(self.names())}.",
+            param="model",
+        )
+
+
+def load_models(folder: str) -> Models:
+    """The models of `folder`/models.json, or the built-in ones where there is no such file.
+
+    Raises ConfigError when the file is there and cannot be used.
+    """
+    path = os.path.join(folder, "models.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            source = from_json(file.read())
+        if not isinstance(source, dict):
+            raise ValueError("is not a JSON object")
+        return Models(source)
+    except FileNotFoundError:
+        return Models(BUILTIN_MODELS)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ConfigError(f"models.json cannot be used: {problem!r}") from problem
+
+
+# ==== 6. Turns and events ====================================================
+# The narrow waist. A Turn is one request to a model, in no wire format; an answer is a stream of
+# Events with the meaning of the Messages API's own stream. Content blocks are that API's blocks,
+# as dictionaries, because claude takes and gives them as they are. Pure data.
+
+#: One content block: {"type": "text", "text": ...}, {"type": "image", "source": ...}, ...
+Block = dict[str, Any]
+
+
+class Message(NamedTuple):
+    """One message of the conversation. `role` is "user" or "assistant"."""
+
+    role: str
+    content: list[Block]
+
+
+class Options(NamedTuple):
+    """What the client asked of the API, cut down to what the model takes.
+
+    None and empty mean: claude's own default.
+    """
+
+    max_tokens: int | None = None
+    stop_sequences: tuple[str, ...] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    effort: str | None = None
+    #: None = the model's default, 0 = no thinking, else a budget in tokens.
+    thinking_tokens: int | None = None
+
+
+class Turn(NamedTuple):
+    """One request to a model. The last message is always the user's."""
+
+    model: Model
+    system: str
+    messages: list[Message]
+    options: Options
+    stream: bool
+    #: Parameters that were understood and cannot be honoured.
+    ignored: tuple[str, ...]
+    #: What the dialect needs again to render the answer; nobody else looks inside.
+    wire: Mapping[str, object]
+
+
+class Usage(NamedTuple):
+    """Tokens of one answer, as the API counts them."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    #: None = not known.
+    reasoning_tokens: int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Everything that the model read, from the cache or not."""
+        return self.input_tokens + self.cache_read_tokens + self.cache_write_tokens
+
+
+class Started(NamedTuple):
+    """The model began a message. A second one replaces what came before, if that was no answer."""
+
+    message_id: str
+    model: str
+    usage: Usage
+
+
+class BlockStarted(NamedTuple):
+    """A content block began; `block` is its empty form."""
+
+    block_index: int
+    block: Block
+
+
+class Delta(NamedTuple):
+    """A piece of a block. `kind` is "text", "thinking", "signature" or "arguments"."""
+
+    block_index: int
+    kind: str
+    text: str
+
+
+class BlockStopped(NamedTuple):
+    """A content block is complete."""
+
+    block_index: int
+
+
+class Restarted(NamedTuple):
+    """The connection to the API broke and claude asks again: all deltas so far are void."""
+
+
+class Finished(NamedTuple):
+    """The answer is complete. Always the last event, and never missing from an answer."""
+
+    #: The API's word: end_turn, max_tokens, stop_sequence, tool_use, refusal, ...
+    stop_reason: str
+    stop_sequence: str | None
+    usage: Usage
+
+
+class Tick(NamedTuple):
+    """Nothing happened for a heartbeat's time."""
+
+
+Event = Union[Started, BlockStarted, Delta, BlockStopped, Restarted, Finished, Tick]
+
+
+class Answer(NamedTuple):
+    """A whole answer."""
+
+    message_id: str
+    model: str
+    #: Text by kind: "text", "thinking".
+    text: str
+    thinking: str
+    stop_reason: str
+    usage: Usage
+
+
+def gather(events: Iterable[Event]) -> Answer:
+    """The whole answer of a stream of events."""
+    started = Started("", "", Usage())
+    pieces: dict[str, list[str]] = collections.defaultdict(list)
+    for event in events:
+        if isinstance(event, Delta):
+            pieces[event.kind].append(event.text)
+        elif isinstance(event, Started):
+            started = event
+        elif isinstance(event, Restarted):
+            pieces.clear()
+        elif isinstance(event, Finished):
+            return Answer(
+                message_id=started.message_id,
+                model=started.model,
+                text="".join(pieces["text"]),
+                thinking="".join(pieces["thinking"]),
+                stop_reason=event.stop_reason,
+                usage=event.usage,
+            )
+    raise UpstreamFailed("The answer ended before it was complete.")
+
+
+# ==== 7. Callers =============================================================
+# Who may use which route. A route names its kind of access; this section decides, in one place,
+# so that a new route cannot forget to ask.
+
+
+class Headers(Protocol):
+    """The headers of a request, looked up without regard to case."""
+
+    def get(self, name: str, default: str) -> str:
+        """The value, or `default`."""
+
+
+class Access(enum.Enum):
+    """Who may use a route."""
+
+    PUBLIC = "anybody"
+    CALLER = "whoever may use the API"
+    ADMIN = "the operator"
+
+
+class Caller(NamedTuple):
+    """Who is asking."""
+
+    name: str
+
+
+def presented_key(headers: Headers) -> str:
+    """The key in `Authorization: Bearer` (in any case) or `x-api-key`, or an empty string."""
+    scheme, _, key = headers.get("Authorization", "").strip().partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    return headers.get("x-api-key", "").strip()
+
+
+def same_secret(given: str, wanted: str) -> bool:
+    """Whether the two are equal, taking as long for a near miss as for a far one."""
+    return bool(wanted) and hmac.compare_digest(
+        given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace")
+    )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether this IP address is the machine itself."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return bool((mapped or parsed).is_loopback)
+
+
+def admit(config: Config, access: Access, headers: Headers, peer: str) -> Caller:
+    """The caller, if this access is theirs. Raises Unauthorized or Forbidden."""
+    key = presented_key(headers)
+    if access is Access.PUBLIC:
+        return Caller("public")
+    if config.mode == "none":
+        if access is Access.ADMIN and not is_loopback(peer):
+            raise Forbidden("This route is served to the machine itself only.")
+        return Caller("local" if is_loopback(peer) else "remote")
+    if same_secret(key, config.admin_key):
+        return Caller("admin")
+    if not same_secret(key, config.api_key):
+        raise Unauthorized(
+            "This server wants its key: send it as `Authorization: Bearer KEY` or `x-api-key`."
+        )
+    if access is Access.ADMIN:
+        raise Forbidden("This route wants the admin key (OCP_ADMIN_KEY of the server).")
+    return Caller("shared")
+
+
+_LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home.arpa", ".internal")
+
+
+def is_own_host(config: Config, host: str) -> bool:
+    """Whether a Host header names this server.
+
+    A name that somebody else's DNS points at this machine does not count: that is how a web page
+    would talk to a server that listens on loopback only.
+    """
+    name = urllib.parse.urlsplit("//" + host).hostname or ""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    own = (*listed(config.allowed_hosts), socket.gethostname())
+    return "." not in name or name.endswith(_LOCAL_SUFFIXES) or name in (n.lower() for n in own)
+
+
+def check_origin(config: Config, origin: str, host: str) -> None:
+    """Refuses web pages of other origins. Raises Forbidden."""
+    if host and not is_own_host(config, host):
+        raise Forbidden(
+            f"This server is not known as {one_line(host, 80)!r}: name it in OCP_ALLOWED_HOSTS."
+        )
+    if not origin or origin in listed(config.allowed_origins):
+        return
+    if urllib.parse.urlsplit(origin).netloc == host and host:
+        return
+    raise Forbidden(
+        f"Web pages of {one_line(origin, 80)!r} may not call this server: "
+        "name the origin in OCP_ALLOWED_ORIGINS."
+    )
+
+
+# ==== 8. Dialects ============================================================
+# Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
+# output, and knows nothing of claude. Fields reads JSON with types and names the field that is
+# wrong; the helpers after it are shared by all dialects.
+
+
+class Limits(NamedTuple):
+    """The operator's limits that parsing has to keep."""
+
+    image_allow_url: bool
+    max_image_bytes: int
+    max_images: int
+    max_image_total_bytes: int
+
+
+class Fields:
+    """One JSON object of a request, read with types.
+
+    Each getter gives None for a field that is absent or null, and raises BadRequest with the
+    field's full path as `param` when the type is another.
+    """
+
+    __slots__ = ("object", "path")
+
+    def __init__(self, value: object, path: str = "") -> None:
+        """Raises BadRequest when `value` is no JSON object."""
+        if not isinstance(value, dict):
+            where = f"{path}: must be" if path else "The body must be"
+            raise BadRequest(f"{where} a JSON object.", param=path or None)
+        self.object: Json = value
+        self.path = path
+
+    def at(self, name: str) -> str:
+        """The full path of a field, as error messages name it."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def wrong(self, name: str, what: str) -> BadRequest:
+        """The error that says what the field has to be."""
+        return BadRequest(f"{self.at(name)}: must be {what}.", param=self.at(name))
+
+    def given(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.object.get(name) is not None
+
+    def text(self, name: str) -> str | None:
+        """A string."""
+        value = self.object.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self.wrong(name, "a string")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """A boolean; absent is False."""
+        value = self.object.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return bool(value)
+
+    def number(self, name: str, least: float, most: float) -> float | None:
+        """A number within a range."""
+        value = self.object.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.wrong(name, "a number")
+        if not least <= value <= most:
+            raise self.wrong(name, f"from {least:g} to {most:g}")
+        return float(value)
+
+    def integer(self, name: str, least: int, most: int = 10**9) -> int | None:
+        """A whole number within a range; 16.0 counts as one."""
+        value = self.number(name, least, most)
+        if value is not None and value != int(value):
+            raise self.wrong(name, "a whole number")
+        return None if value is None else int(value)
+
+    def items(self, name: str) -> list[object] | None:
+        """An array."""
+        value = self.object.get(name)
+        if value is not None and not isinstance(value, list):
+            raise self.wrong(name, "an array")
+        return value
+
+    def child(self, name: str) -> Fields | None:
+        """An object."""
+        value = self.object.get(name)
+        return None if value is None else Fields(value, self.at(name))
+
+    def word(self, name: str, words: tuple[str, ...]) -> str | None:
+        """A string out of a list."""
+        value = self.text(name)
+        if value is not None and value not in words:
+            raise self.wrong(name, "one of " + ", ".join(words))
+        return value
+
+
+def text_block(text: str) -> list[Block]:
+    """A text block, or nothing when there is nothing to read: the API refuses blank ones."""
+    return [{"type": "text", "text": text}] if text.strip() else []
+
+
+def merged(messages: Iterable[Message]) -> list[Message]:
+    """The messages with neighbours of one role joined and empty ones left out.
+
+    The API reads neighbours of one role as one message anyway; joined, they cost one exchange
+    with claude instead of several.
+    """
+    result: list[Message] = []
+    for message in messages:
+        if result and result[-1].role == message.role:
+            result[-1].content.extend(message.content)
+        elif message.content:
+            result.append(Message(message.role, list(message.content)))
+    return result
+
+
+_IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+
+
+class Images:
+    """Turns image addresses of one request into blocks and keeps the operator's limits."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._count = 0
+        self._total_bytes = 0
+
+    def block(self, url: str, param: str) -> Block:
+        """The image block of a data URI or an http(s) address. Raises BadRequest, TooLarge."""
+        self._count += 1
+        if self._count > self._limits.max_images:
+            raise TooLarge(
+                f"A request may hold {self._limits.max_images} images.",
+                param=param, code="too_many_images",
+            )
+        scheme = url.partition(":")[0].lower()
+        if scheme == "data":
+            return {"type": "image", "source": self._inline(url, param)}
+        if scheme not in ("http", "https"):
+            raise BadRequest(
+                f"{param}: must be a data: URI or an http(s) address.",
+                param=param, code="unsupported_url_scheme",
+            )
+        if not self._limits.image_allow_url:
+            raise BadRequest(
+                f"{param}: addresses of images are not passed on by this server; send the image "
+                "as a data: URI, or have the operator set CLAUDE_IMAGE_ALLOW_URL=1.",
+                param=param, code="remote_url_disabled",
+            )
+        return {"type": "image", "source": {"type": "url", "url": url}}
+
+    def _inline(self, url: str, param: str) -> Block:
+        head, comma, payload = url[len("data:"):].partition(",")
+        media_type, *parameters = head.split(";")
+        if not comma or "base64" not in (word.strip().lower() for word in parameters):
+            raise BadRequest(
+                f"{param}: must be a base64 data URI, data:image/png;base64,...",
+                param=param, code="invalid_data_uri",
+            )
+        media_type = media_type.strip().lower().replace("image/jpg", "image/jpeg")
+        if media_type not in _IMAGE_TYPES:
+            raise BadRequest(
+                f"{param}: images must be one of {', '.join(_IMAGE_TYPES)}.",
+                param=param, code="unsupported_image_type",
+            )
+        try:
+            size_bytes = len(base64.b64decode(payload, validate=True))
+        except binascii.Error:
+            size_bytes = 0
+        if not size_bytes:
+            raise BadRequest(
+                f"{param}: the base64 data is broken or empty.",
+                param=param, code="invalid_data_uri",
+            )
+        self._weigh(size_bytes, param)
+        return {"type": "base64", "media_type": media_type, "data": payload}
+
+    def _weigh(self, size_bytes: int, param: str) -> None:
+        self._total_bytes += size_bytes
+        if size_bytes > self._limits.max_image_bytes:
+            raise TooLarge(
+                f"{param}: an image may have {self._limits.max_image_bytes} bytes.",
+                param=param, code="image_too_large",
+            )
+        if self._total_bytes > self._limits.max_image_total_bytes:
+            raise TooLarge(
+                f"The images of a request may have {self._limits.max_image_total_bytes} bytes "
+                "together.",
+                param=param, code="images_too_large",
+            )
+
+
+#: Levels of effort that clients ask for, least first, and the budget of tokens that stands for
+#: each with a model that thinks by budget. "minimal" is OpenAI's word for the least.
+EFFORT_BUDGETS = {
+    "minimal": 1_024,
+    "low": 2_048,
+    "medium": 8_192,
+    "high": 16_384,
+    "xhigh": 24_576,
+    "max": 31_999,
+}
+_LEAST_BUDGET_TOKENS = 1_024
+
+
+def nearest_effort(model: Model, wanted: str) -> str | None:
+    """The highest level that the model knows and that is not above `wanted`."""
+    order = list(EFFORT_BUDGETS)
+    allowed = [level for level in model.efforts if order.index(level) <= order.index(wanted)]
+    return allowed[-1] if allowed else (model.efforts[0] if model.efforts else None)
+
+
+class Wanted(NamedTuple):
+    """What a client asks for, before the model is asked what it takes."""
+
+    max_tokens: int | None = None
+    stop_sequences: tuple[str, ...] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    #: A level of EFFORT_BUDGETS, "none", or None.
+    effort: str | None = None
+
+
+def _thinking_tokens(model: Model, wanted: Wanted) -> int | None:
+    """See Options.thinking_tokens, before sampling has its say."""
+    if wanted.effort == "none":
+        return 0
+    if model.thinking == "adaptive":
+        return None
+    if wanted.effort is None:
+        return None if model.reasoning else 0
+    budget = EFFORT_BUDGETS[wanted.effort]
+    if wanted.max_tokens is not None:
+        budget = min(budget, wanted.max_tokens - 1)
+    return budget if budget >= _LEAST_BUDGET_TOKENS else 0
+
+
+def options_for(model: Model, wanted: Wanted) -> tuple[Options, tuple[str, ...]]:
+    """The options that the model's API will accept, and the parameters that had to go.
+
+    The API refuses a temperature other than 1 together with thinking, and takes temperature or
+    top_p but not both. A client that names an effort wants thinking; one that names only a
+    temperature gets its temperature, without thinking.
+    """
+    temperature, top_p = wanted.temperature, wanted.top_p
+    ignored = []
+    thinking = _thinking_tokens(model, wanted)
+    keeps_thinking = wanted.effort not in (None, "none") and thinking != 0
+    samples = (temperature is not None and temperature != 1) or (top_p is not None and top_p != 1)
+    if not model.sampling or (samples and keeps_thinking):
+        ignored = [
+            name
+            for name, value in (("temperature", temperature), ("top_p", top_p))
+            if value is not None and value != 1
+        ]
+        temperature = top_p = None
+    elif samples:
+        thinking = 0
+        if temperature is not None and top_p is not None:
+            ignored, top_p = ["top_p"], None
+    effort = None if wanted.effort in (None, "none") else nearest_effort(model, str(wanted.effort))
+    options = Options(
+        max_tokens=wanted.max_tokens,
+        stop_sequences=wanted.stop_sequences,
+        temperature=temperature,
+        top_p=top_p,
+        effort=effort,
+        thinking_tokens=thinking,
+    )
+    return options, tuple(ignored)
+
+
+class Dialect:
+    """A wire format. Subclasses render; the error bodies here are OpenAI's."""
+
+    def parse(self, body: object, models: Models, default_model: str, limits: Limits) -> Turn:
+        """The Turn that a request's JSON asks for. Raises BadRequest, UnknownModel, TooLarge."""
+        raise NotImplementedError
+
+    def whole(self, turn: Turn, answer: Answer) -> Json:
+        """The body of an answer that is not streamed."""
+        raise NotImplementedError
+
+    def frames(self, turn: Turn, events: Iterable[Event]) -> Iterator[bytes]:
+        """The bytes of a streamed answer, piece by piece. The first piece comes with the first
+        content, so that whatever fails before it still has a status of its own."""
+        raise NotImplementedError
+
+    def error_body(self, error: OcpError) -> Json:
+        """The body of a failed request."""
+        return {
+            "error": {
+                "message": error.message,
+                "type": error.openai_type,
+                "param": error.param,
+                "code": error.error_code,
+            }
+        }
+
+    def error_frame(self, error: OcpError) -> bytes:
+        """The last frame of a stream that fails; no finish and no [DONE] may follow."""
+        return server_sent(self.error_body(error))
+
+
+def server_sent(data: Json) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(data) + b"\n\n"
+
+
+#: What a stream shows for silence: a comment, which every client skips.
+HEARTBEAT_FRAME = b": keepalive\n\n"
+
+#: The API's words for the end of an answer, in OpenAI's. Clients loop on words they do not know.
+FINISH_REASONS = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "refusal": "content_filter",
+}
+
+#: Parameters of chat completions that change nothing about what the answer means.
+_HARMLESS_CHAT_PARAMETERS = (
+    "frequency_penalty", "logit_bias", "metadata", "prediction", "presence_penalty",
+    "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "seed", "service_tier",
+    "store", "user", "verbosity", "web_search_options",
+)
+
+
+def _asks_for_something(value: object) -> bool:
+    return value not in (None, False, 0, "", "none", [], {})
+
+
+#: Parameters that would change what the answer means and cannot be had: (field, why).
+_REFUSED_CHAT_PARAMETERS = (
+    ("logprobs", "the API behind this server gives no log probabilities"),
+    ("top_logprobs", "the API behind this server gives no log probabilities"),
+    ("audio", "the models behind this server do not speak"),
+    ("tools", "tools are not built yet in this version"),
+    ("functions", "tools are not built yet in this version"),
+)
+
+
+class ChatDialect(Dialect):
+    """POST /v1/chat/completions."""
+
+    def parse(self, body: object, models: Models, default_model: str, limits: Limits) -> Turn:
+        """See Dialect.parse."""
+        fields = Fields(body)
+        name = fields.text("model") or default_model
+        model = models.find(name)
+        self._refuse(fields)
+        stream_options = fields.child("stream_options") or Fields({})
+        system, messages = self._conversation(fields, Images(limits))
+        options, ignored = options_for(model, self._wanted(fields))
+        harmless = [
+            name
+            for name in _HARMLESS_CHAT_PARAMETERS
+            if _asks_for_something(fields.object.get(name))
+        ]
+        return Turn(
+            model=model,
+            system=system,
+            messages=messages,
+            options=options,
+            stream=fields.flag("stream"),
+            ignored=(*harmless, *ignored),
+            wire={
+                "id": new_id("chatcmpl-"),
+                "created": int(time.time()),
+                "model": name,
+                "include_usage": stream_options.flag("include_usage"),
+            },
+        )
+
+    def _refuse(self, fields: Fields) -> None:
+        for name, why in _REFUSED_CHAT_PARAMETERS:
+            if _asks_for_something(fields.object.get(name)):
+                raise Unsupported(f"{name}: {why}.", param=name)
+        if (fields.integer("n", 1, 128) or 1) > 1:
+            raise Unsupported("n: one answer for each request in this version.", param="n")
+        for item in fields.items("modalities") or []:
+            if item != "text":
+                raise Unsupported("modalities: answers are text only.", param="modalities")
+        wanted_format = fields.child("response_format")
+        if wanted_format is not None and wanted_format.text("type") not in (None, "text"):
+            raise Unsupported(
+                "response_format: structured output is not built yet in this version.",
+                param="response_format",
+            )
+
+    def _wanted(self, fields: Fields) -> Wanted:
+        limit = fields.integer("max_completion_tokens", 1)
+        temperature = fields.number("temperature", 0, 2)
+        effort = fields.word("reasoning_effort", ("none", *EFFORT_BUDGETS))
+        return Wanted(
+            max_tokens=limit if limit is not None else fields.integer("max_tokens", 1),
+            stop_sequences=self._stop(fields),
+            # OpenAI's scale goes to 2, the API's ends at 1.
+            temperature=None if temperature is None else min(temperature, 1.0),
+            top_p=fields.number("top_p", 0, 1),
+            effort=effort,
+        )
+
+    def _stop(self, fields: Fields) -> tuple[str, ...]:
+        value = fields.object.get("stop")
+        items = [value] if isinstance(value, str) else fields.items("stop") or []
+        for item in items:
+            if not isinstance(item, str):
+                raise fields.wrong("stop", "a string or an array of strings")
+            if item and not item.strip():
+                raise BadRequest(
+                    "stop: the API takes no sequence that is white space only.", param="stop"
+                )
+        return tuple(item for item in items if isinstance(item, str) and item)
+
+    def _conversation(self, fields: Fields, images: Images) -> tuple[str, list[Message]]:
+        items = fields.items("messages")
+        if not items:
+            raise fields.wrong("messages", "an array with at least one message")
+        system: list[str] = []
+        messages: list[Message] = []
+        for index, item in enumerate(items):
+            entry = Fields(item, f"messages[{index}]")
+            role = entry.text("role")
+            if role in ("system", "developer"):
+                system.append(self._system_text(entry))
+            elif role in ("user", "assistant"):
+                messages.append(Message(role, self._content(entry, images)))
+            elif role in ("tool", "function"):
+                raise Unsupported(
+                    f"{entry.at('role')}: tools are not built yet in this version.",
+                    param=entry.at("role"),
+                )
+            else:
+                raise entry.wrong("role", "system, developer, user, assistant or tool")
+        return self._answerable("\n\n".join(text for text in system if text), merged(messages))
+
+    def _answerable(self, system: str, messages: list[Message]) -> tuple[str, list[Message]]:
+        """The conversation, if there is something in it that a model could answer."""
+        if not messages and system:
+            # A request that is all instructions: the API needs a user's message to answer.
+            return "", [Message("user", text_block(system))]
+        if not messages:
+            raise BadRequest("messages: there is no text in them to answer.", param="messages")
+        if messages[-1].role != "user":
+            raise BadRequest(
+                "messages: the last one must be the user's; answers cannot be continued here.",
+                param="messages",
+            )
+        return system, messages
+
+    def _system_text(self, entry: Fields) -> str:
+        texts = []
+        for block in self._content(entry, None):
+            texts.append(str(block["text"]))
+        return "\n\n".join(texts)
+
+    def _content(self, entry: Fields, images: Images | None) -> list[Block]:
+        """The blocks of a message. Without `images`, only text is taken."""
+        content = entry.object.get("content")
+        if content is None:
+            return []
+        if isinstance(content, str):
+            return text_block(content)
+        if not isinstance(content, list):
+            raise entry.wrong("content", "a string or an array of parts")
+        blocks: list[Block] = []
+        for index, item in enumerate(content):
+            blocks += self._part(Fields(item, f"{entry.at('content')}[{index}]"), images)
+        return blocks
+
+    def _part(self, part: Fields, images: Images | None) -> list[Block]:
+        kind = part.text("type")
+        if kind in ("text", "input_text", "output_text"):
+            text = part.text("text")
+            if text is None:
+                raise part.wrong("text", "a string")
+            return text_block(text)
+        if kind == "refusal":
+            return text_block(part.text("refusal") or "")
+        if kind in ("image_url", "input_image"):
+            if images is None:
+                raise BadRequest(
+                    f"{part.path}: images belong into user messages.",
+                    param=part.path, code="images_unsupported_in_system_messages",
+                )
+            return [images.block(self._image_url(part), part.at("image_url"))]
+        if kind in ("file", "input_file", "input_audio"):
+            raise Unsupported(
+                f"{part.at('type')}: parts of this type are not taken by this version.",
+                param=part.at("type"),
+            )
+        raise part.wrong("type", "text or image_url")
+
+    def _image_url(self, part: Fields) -> str:
+        value = part.object.get("image_url")
+        url = value if isinstance(value, str) else None
+        if isinstance(value, dict):
+            url = Fields(value, part.at("image_url")).text("url")
+        if not url:
+            raise BadRequest(
+                f"{part.at('image_url')}: must hold the address of an image.",
+                param=part.at("image_url"), code="invalid_image_url",
+            )
+        return url
+
+    def whole(self, turn: Turn, answer: Answer) -> Json:
+        """See Dialect.whole."""
+        message: Json = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.thinking:
+            message["reasoning_content"] = answer.thinking
+        return {
+            "id": turn.wire["id"],
+            "object": "chat.completion",
+            "created": turn.wire["created"],
+            "model": turn.wire["model"],
+            "choices": [
+                {
+                    "index": 0,
+                    "message": message,
+                    "logprobs": None,
+                    "finish_reason": FINISH_REASONS.get(answer.stop_reason, "stop"),
+                }
+            ],
+            "usage": self._usage(answer.usage),
+            "system_fingerprint": None,
+        }
+
+    def frames(self, turn: Turn, events: Iterable[Event]) -> Iterator[bytes]:
+        """See Dialect.frames. One chunk for each piece that claude printed."""
+        began = False
+        for event in events:
+            if isinstance(event, Tick):
+                yield HEARTBEAT_FRAME
+            elif isinstance(event, Restarted) and began:
+                raise UpstreamFailed("The connection to the API broke in the middle of the answer.")
+            elif isinstance(event, (Delta, Finished)):
+                if not began:
+                    began = True
+                    yield self._chunk(turn, {"role": "assistant", "content": ""})
+                yield from self._rendered(turn, event)
+
+    def _rendered(self, turn: Turn, event: Delta | Finished) -> Iterator[bytes]:
+        if isinstance(event, Delta):
+            if event.kind == "text":
+                yield self._chunk(turn, {"content": event.text})
+            elif event.kind == "thinking":
+                yield self._chunk(turn, {"reasoning_content": event.text})
+            return
+        yield self._chunk(turn, {}, FINISH_REASONS.get(event.stop_reason, "stop"))
+        if turn.wire["include_usage"]:
+            yield server_sent(
+                {**self._envelope(turn), "choices": [], "usage": self._usage(event.usage)}
+            )
+        yield b"data: [DONE]\n\n"
+
+    def _chunk(self, turn: Turn, delta: Json, finish_reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        chunk = {**self._envelope(turn), "choices": [choice]}
+        if turn.wire["include_usage"]:
+            chunk["usage"] = None
+        return server_sent(chunk)
+
+    def _envelope(self, turn: Turn) -> Json:
+        return {
+            "id": turn.wire["id"],
+            "object": "chat.completion.chunk",
+            "created": turn.wire["created"],
+            "model": turn.wire["model"],
+            "system_fingerprint": None,
+        }
+
+    def _usage(self, usage: Usage) -> Json:
+        found: Json = {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.prompt_tokens + usage.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cache_read_tokens},
+        }
+        if usage.reasoning_tokens is not None:
+            found["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+        return found
+
+
+CHAT = ChatDialect()
+
+
+# ==== 9. Claude protocol =====================================================
+# What is said to claude and what its lines mean. Pure: no pipes, no processes. Facts about the
+# protocol were measured on the versions that the contract tests run (2.1.197 and the newest).
+
+#: The oldest claude that the contract tests have run against.
+OLDEST_CLAUDE = (2, 1, 197)
+#: The first tested claude on which "client_composed" keeps slash commands from being run.
+CLIENT_COMPOSED_SINCE = (2, 1, 329)
+
+Version = tuple[int, ...]
+
+#: Variables of the server's environment that claude gets; a name may end in a star. Nothing else
+#: is passed on: what is not listed cannot point claude back at this server or leak a key.
+CHILD_ENVIRONMENT = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM",
+    "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "SYSTEMROOT", "CLAUDE_CONFIG_DIR",
+    "CLAUDE_CODE_OAUTH_TOKEN", "SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+)
+
+#: Variables that every claude gets. They keep it from reading files that a message names, from
+#: loading memory, from asking the API again in its own ways, and from updating itself.
+FIXED_ENVIRONMENT = {
+    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
+    "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
+    "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
+    "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
+    "CLAUDE_CODE_DISABLE_TERMINAL_TITLE": "1",
+    "DISABLE_AUTOUPDATER": "1",
+    "DISABLE_AUTO_COMPACT": "1",
+    "DISABLE_COMPACT": "1",
+}
+
+
+def _is_named(name: str, patterns: Iterable[str]) -> bool:
+    return any(
+        name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
+        for pattern in patterns
+    )
+
+
+def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, str]:
+    """The environment of a claude process: the allow-list, what the operator names, the fixed.
+
+    A variable that holds one of the server's own keys is left out whatever its name, because
+    claude reads text of strangers.
+    """
+    named = listed(config.pass_env)
+    keys = {key for key in (config.api_key, config.admin_key) if len(key) >= 8}
+    passed = {
+        name: value
+        for name, value in environ.items()
+        if _is_named(name, named) or (_is_named(name, CHILD_ENVIRONMENT) and value not in keys)
+    }
+    return {**passed, **FIXED_ENVIRONMENT, "CLAUDE_CODE_MAX_RETRIES": str(config.max_retries)}
+
+
+def claude_arguments(model_id: str) -> list[str]:
+    """The arguments of a process that idles until it is told what to do.
+
+    It has no tools, no settings of its user, no slash commands and no memory on disk.
+    """
+    return [
+        "-p",
+        "--input-format", "stream-json",
+        "--output-format", "stream-json",
+        "--verbose",
+        "--include-partial-messages",
+        "--model", model_id,
+        "--tools", "",
+        "--strict-mcp-config",
+        "--setting-sources", "",
+        "--disable-slash-commands",
+        "--no-session-persistence",
+        "--allowedTools", "mcp__client",
+        "--thinking-display", "summarized",
+    ]
+
+
+def _line(value: Json) -> bytes:
+    return to_json(value) + b"\n"
+
+
+def control_line(subtype: str, **fields: object) -> bytes:
+    """A control request. claude answers each one by its id."""
+    request = {"subtype": subtype, **fields}
+    return _line({"type": "control_request", "request_id": new_id("r"), "request": request})
+
+
+def refusal_line(request_id: object) -> bytes:
+    """The answer to a control request of claude's own that asks for what is not served here."""
+    response = {"subtype": "error", "request_id": request_id, "error": "not supported"}
+    return _line({"type": "control_response", "response": response})
+
+
+def guarded(content: list[Block], version: Version) -> list[Block]:
+    """The content such that no version takes its last text for a slash command.
+
+    Versions before CLIENT_COMPOSED_SINCE do so unless a space comes first.
+    """
+    last = content[-1] if content else {}
+    text = last.get("text")
+    if version >= CLIENT_COMPOSED_SINCE or not isinstance(text, str) or text[:1] != "/":
+        return content
+    return [*content[:-1], {**last, "text": " " + text}]
+
+
+def message_line(message: Message, version: Version, *, ask: bool) -> bytes:
+    """One message of the conversation. With `ask`, claude answers it; else it is history."""
+    line: Json = {
+        "type": message.role,
+        "message": {"role": message.role, "content": message.content},
+        "parent_tool_use_id": None,
+        "session_id": "default",
+    }
+    if message.role == "user":
+        line["message"]["content"] = guarded(message.content, version)
+        # Without this the newer versions run slash commands and read files named with an @.
+        line["client_composed"] = True
+        if not ask:
+            line["shouldQuery"] = False
+    return _line(line)
+
+
+def settings_lines(options: Options) -> bytes:
+    """The control requests that carry the options of one request; nothing when there are none."""
+    extra: Json = {}
+    if options.temperature is not None:
+        extra["temperature"] = options.temperature
+    if options.top_p is not None:
+        extra["top_p"] = options.top_p
+    if options.stop_sequences:
+        extra["stop_sequences"] = list(options.stop_sequences)
+    env: dict[str, str] = {}
+    if options.max_tokens is not None:
+        env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(options.max_tokens)
+    if extra:
+        env["CLAUDE_CODE_EXTRA_BODY"] = to_json(extra).decode("utf-8")
+    settings: Json = {}
+    if env:
+        settings["env"] = env
+    if options.effort is not None:
+        settings["effortLevel"] = options.effort
+    lines = control_line("apply_flag_settings", settings=settings) if settings else b""
+    if options.thinking_tokens is not None:
+        lines += control_line(
+            "set_max_thinking_tokens", max_thinking_tokens=options.thinking_tokens
+        )
+    return lines
+
+
+def conversation(turn: Turn, operator_prompt: str, version: Version) -> list[bytes]:
+    """What to write to a fresh process: steps, each to be followed by waiting for a `result`.
+
+    The last step asks. Earlier ones lay down the history, one user message each: sent without
+    waiting, claude would lose their order. Assistant messages get no reply of their own.
+    """
+    system = "\n\n".join(text for text in (turn.system, operator_prompt.strip()) if text)
+    pending = control_line("initialize", systemPrompt=[system] if system else [], hooks=None)
+    pending += settings_lines(turn.options)
+    steps = []
+    for message in turn.messages[:-1]:
+        pending += message_line(message, version, ask=False)
+        if message.role == "user":
+            steps.append(pending)
+            pending = b""
+    return [*steps, pending + message_line(turn.messages[-1], version, ask=True)]
+
+
+class PlanWindow(NamedTuple):
+    """What claude last said about a limit of the plan."""
+
+    rejected: bool
+    resets_at_s: float | None
+
+
+class Complaint(NamedTuple):
+    """A failure as claude reports it: prose, a word for its kind, the API's status if any."""
+
+    text: str
+    word: str
+    status: int | None
+
+
+LOGIN_ADVICE = (
+    "claude on the server is not logged in: run `claude auth login` there, or on a machine "
+    "without a browser `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN for the server."
+)
+
+_BY_STATUS: dict[int, type[OcpError]] = {
+    400: BadRequest, 401: LoginLost, 402: PlanLimit, 403: UpstreamForbidden, 404: UnknownModel,
+    408: UpstreamTimeout, 413: ContextTooLong, 429: RateLimited, 504: UpstreamTimeout,
+    529: Overloaded,
+}
+_BY_WORD: dict[str, type[OcpError]] = {
+    "authentication_failed": LoginLost,
+    "oauth_org_not_allowed": LoginLost,
+    "billing_error": PlanLimit,
+    "rate_limit": RateLimited,
+    "invalid_request": BadRequest,
+    "model_not_found": UnknownModel,
+    "overloaded": Overloaded,
+}
+_PROSE_PREFIX = re.compile(r"^(?:Failed to authenticate\. )?(?:API Error: )?(?:\d{3} )?")
+_RATE_LIMIT_PAUSE_S = 20.0
+_OVERLOAD_PAUSE_S = 10.0
+
+
+def upstream_error(
+    complaint: Complaint, window: PlanWindow | None, now_s: float
+) -> OcpError:
+    """The error that a client is told for a failure that claude reports.
+
+    The API's status decides, then claude's word for it; prose only makes the message.
+    """
+    kind = _BY_STATUS.get(complaint.status or 0) or _BY_WORD.get(complaint.word, UpstreamFailed)
+    message = without_paths(redacted(_PROSE_PREFIX.sub("", one_line(complaint.text, 1000))))
+    message = message or "claude reported a failure without a word about it."
+    if kind is RateLimited and window is not None and window.rejected:
+        kind = PlanLimit
+    if kind is PlanLimit:
+        resets_at_s = window.resets_at_s if window else None
+        wait_s = None if resets_at_s is None else resets_at_s - now_s
+        return PlanLimit(message, retry_after_s=wait_s)
+    if kind is LoginLost:
+        return LoginLost(f"{LOGIN_ADVICE} (It said: {message})")
+    if kind is BadRequest and "prompt is too long" in message.lower():
+        return ContextTooLong(message, param="messages")
+    if kind is UnknownModel:
+        return UnknownModel(message, param="model")
+    pauses = {RateLimited: _RATE_LIMIT_PAUSE_S, Overloaded: _OVERLOAD_PAUSE_S}
+    return kind(message, retry_after_s=pauses.get(kind))
+
+
+def _count(usage: Json, name: str) -> int:
+    value = usage.get(name)
+    return value if isinstance(value, int) else 0
+
+
+NO_USAGE = Usage()
+
+
+def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
+    """The API's usage object; counts that it leaves out are taken from `before`."""
+    if not isinstance(found, dict):
+        return before
+    details = found.get("output_tokens_details")
+    thinking = details.get("thinking_tokens") if isinstance(details, dict) else None
+    return Usage(
+        input_tokens=_count(found, "input_tokens") or before.input_tokens,
+        output_tokens=_count(found, "output_tokens") or before.output_tokens,
+        cache_read_tokens=_count(found, "cache_read_input_tokens") or before.cache_read_tokens,
+        cache_write_tokens=(
+            _count(found, "cache_creation_input_tokens") or before.cache_write_tokens
+        ),
+        reasoning_tokens=thinking if isinstance(thinking, int) else before.reasoning_tokens,
+    )
+
+
+def plan_window(line: Json) -> PlanWindow | None:
+    """What a rate_limit_event says; None for any other line."""
+    found = line.get("rate_limit_info")
+    if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
+        return None
+    resets_at_s = found.get("resetsAt")
+    return PlanWindow(
+        rejected=found.get("status") == "rejected",
+        resets_at_s=float(resets_at_s) if isinstance(resets_at_s, (int, float)) else None,
+    )
+
+
+#: Delta types of the API's stream: the kind of our Delta, and the field with the text.
+_DELTA_KINDS = {
+    "text_delta": ("text", "text"),
+    "thinking_delta": ("thinking", "thinking"),
+    "signature_delta": ("signature", "signature"),
+    "input_json_delta": ("arguments", "partial_json"),
+}
+
+
+class TurnReader:
+    """Reads the lines of one running turn: `events` turns each into what it means.
+
+    The turn is over for the client when the API gives a stop reason, not when claude prints its
+    `result`: in between, claude may ask the API again by itself (after max_tokens it does), which
+    nobody wants. Types of lines that are not known are skipped; new ones will come.
+    """
+
+    def __init__(self, clock: Clock = time.time) -> None:
+        self._clock = clock
+        self._usage = Usage()
+        #: Whether text or arguments have been passed on: then a new start voids them.
+        self._answered = False
+        self._complaint: Complaint | None = None
+        self.window: PlanWindow | None = None
+        self.finished = False
+        #: How often claude said that it asks the API again.
+        self.retries = 0
+
+    def events(self, line: Json) -> list[Event]:
+        """What this line means. Raises the OcpError of a failure that it reports."""
+        kind = line.get("type")
+        if kind == "stream_event":
+            event = line.get("event")
+            return self._stream_event(event) if isinstance(event, dict) else []
+        if kind == "assistant":
+            self._note_complaint(line)
+        elif kind == "rate_limit_event":
+            self.window = plan_window(line) or self.window
+        elif kind == "system" and line.get("subtype") == "api_retry":
+            self.retries += 1
+        elif kind == "control_response":
+            check_control_response(line)
+        elif kind == "result":
+            raise self._ending(line)
+        return []
+
+    def _stream_event(self, event: Json) -> list[Event]:
+        kind = event.get("type")
+        index = _count(event, "index")
+        if kind == "message_start":
+            return self._start(event.get("message"))
+        if kind == "content_block_start":
+            block = event.get("content_block")
+            return [BlockStarted(index, block)] if isinstance(block, dict) else []
+        if kind == "content_block_delta":
+            return self._delta(index, event.get("delta"))
+        if kind == "content_block_stop":
+            return [BlockStopped(index)]
+        if kind == "message_delta":
+            return self._finish(event)
+        return []
+
+    def _start(self, message: object) -> list[Event]:
+        found = message if isinstance(message, dict) else {}
+        self._usage = usage_of(found.get("usage"))
+        started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
+        again, self._answered = self._answered, False
+        return [Restarted(), started] if again else [started]
+
+    def _delta(self, index: int, delta: object) -> list[Event]:
+        found = delta if isinstance(delta, dict) else {}
+        kind, field = _DELTA_KINDS.get(str(found.get("type")), ("", ""))
+        text = found.get(field)
+        if not kind or not isinstance(text, str):
+            return []
+        self._answered = self._answered or kind in ("text", "arguments")
+        return [Delta(index, kind, text)]
+
+    def _finish(self, event: Json) -> list[Event]:
+        found = event.get("delta")
+        delta = found if isinstance(found, dict) else {}
+        self._usage = usage_of(event.get("usage"), self._usage)
+        reason = delta.get("stop_reason")
+        if not isinstance(reason, str):
+            return []
+        if reason == "end_turn" and not self._answered:
+            # An answer without a word is none: claude asks again by itself, or its result tells.
+            return []
+        self.finished = True
+        sequence = delta.get("stop_sequence")
+        return [Finished(reason, sequence if isinstance(sequence, str) else None, self._usage)]
+
+    def _note_complaint(self, line: Json) -> None:
+        """Failures come as a message of a model called <synthetic>: prose, never content."""
+        found = line.get("message")
+        message = found if isinstance(found, dict) else {}
+        if message.get("model") != "<synthetic>" and not line.get("error"):
+            return
+        content = message.get("content")
+        texts = [block.get("text") for block in content or [] if isinstance(block, dict)]
+        status = line.get("api_error_status")
+        self._complaint = Complaint(
+            text=" ".join(text for text in texts if isinstance(text, str)),
+            word=str(line.get("error") or ""),
+            status=status if isinstance(status, int) else None,
+        )
+
+    def _ending(self, line: Json) -> OcpError:
+        """The error for a `result` before the answer was complete: there is no good one."""
+        complaint = self._complaint or Complaint("", "", None)
+        status = line.get("api_error_status")
+        if isinstance(status, int):
+            complaint = complaint._replace(status=status)
+        if not complaint.text and line.get("is_error"):
+            errors = line.get("errors")
+            reasons = errors if isinstance(errors, list) else []
+            text = str(line.get("result") or "; ".join(str(reason) for reason in reasons))
+            complaint = complaint._replace(text=text or f"claude ended: {line.get('subtype')}")
+        if complaint.text or complaint.status:
+            return upstream_error(complaint, self.window, self._clock())
+        return UpstreamFailed("The model ended its turn without an answer.", code="empty_answer")
+
+
+def check_control_response(line: Json) -> None:
+    """Raises UpstreamFailed when claude refused a control request."""
+    found = line.get("response")
+    response = found if isinstance(found, dict) else {}
+    if response.get("subtype") == "error":
+        reason = without_paths(one_line(str(response.get("error"))))
+        raise UpstreamFailed(f"claude refused a request of its protocol: {reason}")
+
+
+def check_history_result(line: Json) -> None:
+    """Raises UpstreamFailed when claude did not take a message of the history."""
+    if line.get("is_error"):
+        reason = without_paths(one_line(str(line.get("result"))))
+        raise UpstreamFailed(f"claude did not take the conversation: {reason}")
+
+
+# ==== 10. Claude process =====================================================
+# The program on disk, one child of it, its pipes, and its end. A ClaudeProcess belongs to the
+# thread that uses it; that thread waits for the pipes and for the client's socket in one
+# selector, so a client that leaves, a silence and an answer are all noticed at once. Children
+# live in process groups of their own and die with the server, even when it is killed.
+
+
+class Client(Protocol):
+    """The far end of a request, as far as waiting is concerned."""
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+
+    def gone(self) -> bool:
+        """Whether it has hung up. Never blocks."""
+
+
+class Watch(NamedTuple):
+    """What a wait looks out for, besides what it waits for."""
+
+    client: Client
+    #: When the whole request has to be over, on the monotonic clock.
+    deadline_s: float
+    #: Silence after which a Tick is due; 0 = never.
+    tick_s: float
+
+
+class Program(NamedTuple):
+    """A claude program that can be used."""
+
+    #: How to start it: the first words of its command line.
+    command: tuple[str, ...]
+    version: Version
+
+    @property
+    def version_text(self) -> str:
+        """The version as people write it."""
+        return ".".join(str(part) for part in self.version)
+
+
+INSTALL_ADVICE = (
+    "install it on the server with `npm install -g @anthropic-ai/claude-code`, "
+    "or name it in CLAUDE_BIN"
+)
+_USUAL_PLACES = (
+    "~/.local/bin/claude", "~/.claude/local/claude", "/opt/homebrew/bin/claude",
+    "/usr/local/bin/claude", "/usr/bin/claude", "~/.npm-global/bin/claude", "~/.bun/bin/claude",
+)
+_VERSION_PROBE_TIMEOUT_S = 20
+
+
+class ClaudeProgram:
+    """Finds claude and its version. Asks for the version again when the file changes."""
+
+    def __init__(
+        self, config: Config, environ: Mapping[str, str], command: tuple[str, ...]
+    ) -> None:
+        """`command` replaces the search: the demo's own command line."""
+        self._config = config
+        self._environ = environ
+        self._command = command
+        # Guards the two fields below; held while a version is asked for, so that it is done once.
+        self._lock = threading.Lock()
+        self._stamp: object = None
+        self._found: Program | None = None
+
+    def resolve(self) -> Program:
+        """The program. Raises ClaudeMissing or ClaudeTooOld. Blocks on the first call only."""
+        command = self._command or (self._path(),)
+        stamp = self._stamp_of(command)
+        with self._lock:
+            if self._found is None or stamp != self._stamp:
+                self._found = None
+                self._found = Program(command, self._ask_version(command))
+                self._stamp = stamp
+            return self._found
+
+    def _path(self) -> str:
+        named = os.path.expanduser(self._config.claude_bin)
+        if named:
+            path = shutil.which(named, path=self._environ.get("PATH"))
+            if path is None:
+                raise ClaudeMissing(f"CLAUDE_BIN does not name a program: {INSTALL_ADVICE}.")
+            return path
+        found = shutil.which("claude", path=self._environ.get("PATH"))
+        for place in () if found else _USUAL_PLACES:
+            found = found or shutil.which(os.path.expanduser(place))
+        if not found:
+            raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.")
+        return found
+
+    def _stamp_of(self, command: tuple[str, ...]) -> object:
+        try:
+            status = os.stat(command[0])
+        except OSError:
+            raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.") from None
+        return command, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _ask_version(self, command: tuple[str, ...]) -> Version:
+        try:
+            done = subprocess.run(
+                [*command, "--version"],
+                env=child_environment(self._environ, self._config),
+                stdin=subprocess.DEVNULL, capture_output=True, check=False,
+                timeout=_VERSION_PROBE_TIMEOUT_S,
+            )
+        except (OSError, subprocess.TimeoutExpired) as problem:
+            raise ClaudeMissing(
+                f"The claude program does not start ({type(problem).__name__}): {INSTALL_ADVICE}."
+            ) from None
+        match = re.match(rb"\s*(\d+)\.(\d+)\.(\d+)", done.stdout)
+        if match is None:
+            raise ClaudeMissing(
+                f"The claude program does not tell its version: {INSTALL_ADVICE}."
+            )
+        version = tuple(int(part) for part in match.groups())
+        if version < OLDEST_CLAUDE:
+            raise ClaudeTooOld(
+                f"claude {'.'.join(map(str, version))} on the server is older than "
+                f"{'.'.join(map(str, OLDEST_CLAUDE))}: run `claude update` there."
+            )
+        return version
+
+
+#: Kills the process groups that are left when the server's end of the pipe closes.
+_GUARDIAN_SOURCE = """
+import os, signal, sys, time
+left = set()
+for line in sys.stdin:
+    (left.add if line[0] == "+" else left.discard)(int(line[1:]))
+for number in (signal.SIGINT, signal.SIGKILL):
+    for group in left:
+        try:
+            os.killpg(group, number)
+        except OSError:
+            pass
+    time.sleep(0.5 if left else 0)
+"""
+
+
+class Guardian:
+    """A tiny process that outlives the server by a moment and ends the children left behind.
+
+    A claude that is answering does not notice that the server was killed; this one does.
+    """
+
+    def __init__(self) -> None:
+        # Guards everything below. Held for a write of a few bytes or for starting the process.
+        self._lock = threading.Lock()
+        self._groups: set[int] = set()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def watch(self, group: int) -> None:
+        """From now on this process group must not outlive the server."""
+        with self._lock:
+            self._groups.add(group)
+            self._tell(f"+{group}\n")
+
+    def forget(self, group: int) -> None:
+        """This process group is gone."""
+        with self._lock:
+            self._groups.discard(group)
+            self._tell(f"-{group}\n")
+
+    def _tell(self, line: str) -> None:
+        try:
+            if self._process is None:
+                raise BrokenPipeError
+            self._write(self._process, line)
+        except OSError:
+            if self._process is not None:
+                self._reap(self._process)
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _GUARDIAN_SOURCE],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                bufsize=0, start_new_session=True, cwd="/",
+            )
+            self._write(self._process, "".join(f"+{group}\n" for group in self._groups))
+
+    def _write(self, process: subprocess.Popen[bytes], text: str) -> None:
+        if process.stdin is not None:
+            process.stdin.write(text.encode("ascii"))
+
+    def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        if process.stdin is not None:
+            process.stdin.close()
+        process.wait()
+
+    def close(self) -> None:
+        """Ends it, and with it whatever it still watches. Blocks for a second at most."""
+        with self._lock:
+            process, self._process = self._process, None
+            if process is not None:
+                self._reap(process)
+
+
+#: A line longer than this is no line of claude's.
+_LINE_MAX_BYTES = 64 * 1024 * 1024
+_STDERR_KEPT_BYTES = 4096
+#: How long a process gets to end by itself before it is killed.
+_END_GRACE_S = 2.0
+
+
+class ClaudeProcess:
+    """One child. It serves one conversation, and is then dismissed."""
+
+    def __init__(
+        self,
+        command: Iterable[str],
+        model_id: str,
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        version: Version = OLDEST_CLAUDE,
+        guardian: Guardian | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """Starts it. Raises ClaudeMissing when it cannot be started."""
+        self.model_id = model_id
+        self.version = version
+        self.born_s = clock()
+        self._clock = clock
+        self._guardian = guardian
+        self._unread = bytearray()
+        self._unsent = bytearray()
+        self._complaints = bytearray()
+        self._ended = False
+        self._kill_at_s: float | None = None
+        #: What the plan's limits were when it last said.
+        self.window: PlanWindow | None = None
+        try:
+            self._popen = subprocess.Popen(
+                [*command, *claude_arguments(model_id)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                bufsize=0, start_new_session=True, cwd=cwd, env=dict(env),
+            )
+        except OSError as problem:
+            raise ClaudeMissing(
+                f"The claude program does not start ({type(problem).__name__}): {INSTALL_ADVICE}."
+            ) from None
+        if guardian is not None:
+            guardian.watch(self._popen.pid)
+        pipes = (self._popen.stdin, self._popen.stdout, self._popen.stderr)
+        self._stdin, self._stdout, self._stderr = (
+            pipe.fileno() for pipe in pipes if pipe is not None
+        )
+        for descriptor in (self._stdin, self._stdout, self._stderr):
+            os.set_blocking(descriptor, False)
+
+    def __repr__(self) -> str:
+        state = "leaving" if self._kill_at_s else "ended" if self._ended else "alive"
+        return f"<claude {self.model_id} pid={self._popen.pid} {state}>"
+
+    @property
+    def pid(self) -> int:
+        """Its process id, which is its process group's too."""
+        return self._popen.pid
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._popen.poll() is None
+
+    # -- talking ------------------------------------------------------------------------------
+
+    def converse(self, steps: list[bytes], watch: Watch) -> Iterator[Event]:
+        """The events of the answer to these steps (see `conversation`), Ticks among them.
+
+        Ends after Finished. Raises what went wrong: an error that claude reports, its death,
+        UpstreamTimeout at the deadline, ClientGone.
+        """
+        lines = self._lines(watch)
+        for step in steps[:-1]:
+            self._unsent += step
+            yield from self._until_result(lines)
+        self._unsent += steps[-1]
+        reader = TurnReader()
+        for line in lines:
+            events = [Tick()] if line is None else reader.events(line)
+            self.window = reader.window
+            yield from events
+            if reader.finished:
+                return
+
+    def _until_result(self, lines: Iterator[Json | None]) -> Iterator[Event]:
+        """Waits until claude has taken a message of the history."""
+        for line in lines:
+            if line is None:
+                yield Tick()
+            elif line.get("type") == "control_response":
+                check_control_response(line)
+            elif line.get("type") == "result":
+                check_history_result(line)
+                return
+
+    def _lines(self, watch: Watch) -> Iterator[Json | None]:
+        """Each line that claude prints, and None whenever `tick_s` pass without one."""
+        heard_s = self._clock()
+        with self._selector(watch.client) as selector:
+            while True:
+                for line in self._take_lines():
+                    heard_s = self._clock()
+                    yield line
+                if self._ended:
+                    raise self._death()
+                self._flush(selector)
+                until_s = watch.deadline_s
+                if watch.tick_s:
+                    until_s = min(until_s, heard_s + watch.tick_s)
+                for key, _ in selector.select(max(0.0, until_s - self._clock())):
+                    key.data(selector)
+                now_s = self._clock()
+                if now_s >= watch.deadline_s:
+                    raise UpstreamTimeout("The answer took longer than CLAUDE_TIMEOUT allows.")
+                if watch.tick_s and now_s - heard_s >= watch.tick_s and not self._unread:
+                    heard_s = now_s
+                    yield None
+
+    def _selector(self, client: Client) -> selectors.BaseSelector:
+        def client_speaks(selector: selectors.BaseSelector) -> None:
+            if client.gone():
+                raise ClientGone
+            # It sent its next request already; from now on its end cannot be seen.
+            selector.unregister(client.fileno())
+
+        selector = selectors.DefaultSelector()
+        selector.register(self._stdout, selectors.EVENT_READ, self._read_stdout)
+        selector.register(self._stderr, selectors.EVENT_READ, self._read_stderr)
+        selector.register(client.fileno(), selectors.EVENT_READ, client_speaks)
+        return selector
+
+    def _read_stdout(self, _selector: object) -> None:
+        piece = self._read(self._stdout)
+        self._ended = self._ended or piece == b""
+        self._unread += piece or b""
+        if len(self._unread) > _LINE_MAX_BYTES:
+            raise UpstreamFailed("claude printed a line without an end.")
+
+    def _read_stderr(self, selector: selectors.BaseSelector) -> None:
+        piece = self._read(self._stderr)
+        if piece == b"":
+            selector.unregister(self._stderr)
+        self._complaints += piece or b""
+        del self._complaints[:-_STDERR_KEPT_BYTES]
+
+    def _read(self, descriptor: int) -> bytes | None:
+        """What is there to read: empty at the end, None when there is nothing yet."""
+        try:
+            return os.read(descriptor, 262_144)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def _flush(self, selector: selectors.BaseSelector) -> None:
+        """Writes what the pipe takes; the rest when it takes more."""
+        try:
+            while self._unsent:
+                written = os.write(self._stdin, self._unsent[:262_144])
+                del self._unsent[:written]
+        except BlockingIOError:
+            if self._stdin not in selector.get_map():
+                selector.register(self._stdin, selectors.EVENT_WRITE, self._flush)
+            return
+        except OSError:
+            # It is ending; what it has to say about that is on its other pipes.
+            self._unsent.clear()
+        if self._stdin in selector.get_map():
+            selector.unregister(self._stdin)
+
+    def _take_lines(self) -> Iterator[Json]:
+        """The complete lines read so far, parsed. What is no JSON object is no line of claude's:
+        a plugin's print, say. Half an object is worse: something of the answer is lost."""
+        while True:
+            end = self._unread.find(b"\n")
+            if end < 0:
+                return
+            raw = bytes(self._unread[:end]).strip()
+            del self._unread[: end + 1]
+            if not raw.startswith(b"{"):
+                continue
+            try:
+                line = from_json(raw)
+            except ValueError:
+                raise UpstreamFailed("claude printed a line that is broken.") from None
+            if isinstance(line, dict):
+                if line.get("type") == "control_request":
+                    self._unsent += refusal_line(line.get("request_id"))
+                yield line
+
+    def _death(self) -> OcpError:
+        """What to say about a process that ended in the middle of its work."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(1)
+        rest = self._read(self._stderr)
+        self._complaints += rest or b""
+        words = self._complaints.decode("utf-8", "replace").strip()
+        last = words.splitlines()[-1] if words else "it said nothing"
+        last = without_paths(redacted(one_line(last)))
+        if "unknown option" in last:
+            return ClaudeTooOld(f"claude on the server is too old, run `claude update`: {last}")
+        code = self._popen.returncode
+        how = "is closing" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
+        return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
+
+    # -- ending -------------------------------------------------------------------------------
+
+    def dismiss(self, *, kindly: bool) -> None:
+        """Begins its end and returns at once; `is_gone` tells when it has come.
+
+        Kindly: it may finish what it does, which is nothing after a complete answer. Otherwise
+        SIGINT: claude then drops its request to the API at once and asks for nothing more; with
+        SIGTERM it was seen to send another request first, and SIGKILL leaves files behind.
+        """
+        if self._kill_at_s is not None:
+            return
+        self._kill_at_s = self._clock() + _END_GRACE_S
+        if not kindly:
+            self._signal(signal.SIGINT)
+        if self._popen.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._popen.stdin.close()
+
+    def is_gone(self) -> bool:
+        """Whether it has ended and left nothing behind. Kills it when its time is up."""
+        if self._popen.stdout is None or self._popen.stdout.closed:
+            return True
+        self._read(self._stderr)
+        for line in self._last_lines():
+            self.window = plan_window(line) or self.window
+        if self._popen.poll() is None:
+            if self._kill_at_s is not None and self._clock() >= self._kill_at_s:
+                self._signal(signal.SIGKILL)
+            return False
+        # Whatever it started itself shares its group.
+        self._signal(signal.SIGKILL)
+        for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        if self._guardian is not None:
+            self._guardian.forget(self._popen.pid)
+        return True
+
+    def _last_lines(self) -> list[Json]:
+        with contextlib.suppress(OcpError):
+            self._read_stdout(None)
+            return list(self._take_lines())
+        return []
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(self._popen.pid, number)
+
+
+# ==== 11. Gate and spares ====================================================
+# Who may run now, and the idle processes that make a start cost nothing. Both decide under their
+# lock and act outside it. Neither knows what a request is about.
+
+#: How often a waiting request looks whether its client is still there.
+_QUEUE_GLANCE_S = 0.2
+
+
+class Gate:
+    """Lets so many requests run at a time; others wait in line, first come, first served."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        # Guards the fields below; waiters are woken when one of them changes. Never held while
+        # a client or a process is waited for.
+        self._changed = threading.Condition()
+        self._running = 0
+        self._line: collections.deque[Slot] = collections.deque()
+        self._refused = 0
+
+    def __repr__(self) -> str:
+        return f"<gate running={self.running} waiting={self.waiting} refused={self.refused}>"
+
+    @property
+    def running(self) -> int:
+        """How many requests run now."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """How many wait in line."""
+        return len(self._line)
+
+    @property
+    def refused(self) -> int:
+        """How many were turned away so far."""
+        return self._refused
+
+    def slot(self, config: Config) -> Slot:
+        """A place to enter `with`; call its `wait` inside the block."""
+        return Slot(self, config)
+
+    def join(self, slot: Slot, config: Config) -> None:
+        """Puts the slot into the line. Raises QueueFull when the line is too long."""
+        with self._changed:
+            room = config.max_concurrent - self._running - len(self._line)
+            if room <= 0 and len(self._line) >= config.max_queue:
+                self._refused += 1
+                raise QueueFull(
+                    f"{self._running} answers are running and {len(self._line)} requests wait; "
+                    "try again in a moment.",
+                    retry_after_s=config.queue_retry_after_s,
+                )
+            self._line.append(slot)
+
+    def enter(self, slot: Slot, most: int, timeout_s: float) -> bool:
+        """Whether the slot may run now, waiting up to `timeout_s` for that."""
+        with self._changed:
+            if not self._may_enter(slot, most):
+                self._changed.wait(timeout_s)
+            if not self._may_enter(slot, most):
+                return False
+            self._line.popleft()
+            self._running += 1
+            self._changed.notify_all()
+            return True
+
+    def _may_enter(self, slot: Slot, most: int) -> bool:
+        return self._line[0] is slot and self._running < most
+
+    def leave(self, slot: Slot, *, was_running: bool) -> None:
+        """Frees what the slot holds: its place at work or its place in the line."""
+        with self._changed:
+            if was_running:
+                self._running -= 1
+            else:
+                with contextlib.suppress(ValueError):
+                    self._line.remove(slot)
+            self._changed.notify_all()
+
+
+class Slot:
+    """The right to run, from `wait` until the block ends."""
+
+    def __init__(self, gate: Gate, config: Config) -> None:
+        self._gate = gate
+        self._config = config
+        self._runs = False
+
+    def __enter__(self) -> Slot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._gate.leave(self, was_running=self._runs)
+
+    def wait(self, watch: Watch, clock: Clock = time.monotonic) -> Iterator[Event]:
+        """Ends when the request may run, with Ticks while it may not.
+
+        Raises QueueFull, UpstreamTimeout at the deadline, ClientGone.
+        """
+        self._gate.join(self, self._config)
+        heard_s = clock()
+        while not self._gate.enter(self, self._config.max_concurrent, _QUEUE_GLANCE_S):
+            if watch.client.gone():
+                raise ClientGone
+            now_s = clock()
+            if now_s >= watch.deadline_s:
+                raise UpstreamTimeout("The request waited for its turn until its time was up.")
+            if watch.tick_s and now_s - heard_s >= watch.tick_s:
+                heard_s = now_s
+                yield Tick()
+        self._runs = True
+
+
+#: A refill starts this long after a spare was taken: the taker's first moments need the machine.
+_REFILL_PAUSE_S = 0.2
+#: After spares that died young, or could not be started, this long without new ones.
+_FAILURE_PAUSE_S = 30.0
+_YOUNG_S = 5.0
+
+
+class Spares:
+    """Idle processes by model, for models that were wanted lately.
+
+    Taking one costs nothing; new ones are started by `tend`, on the housekeeper's time. It also
+    sees dismissed processes to their end.
+    """
+
+    def __init__(
+        self, spawn: Callable[[str], ClaudeProcess], clock: Clock = time.monotonic
+    ) -> None:
+        self._spawn = spawn
+        self._clock = clock
+        # Guards the fields below. Never held while a process is started or ended.
+        self._lock = threading.Lock()
+        self._idle: dict[str, list[ClaudeProcess]] = {}
+        self._wanted_s: dict[str, float] = {}
+        self._leaving: list[ClaudeProcess] = []
+        self._pause_until_s = 0.0
+        self.spawned = 0
+
+    def __repr__(self) -> str:
+        idle = ", ".join(f"{model}={count}" for model, count in sorted(self.idle().items()))
+        return f"<spares {idle or 'none'} leaving={len(self._leaving)}>"
+
+    def idle(self) -> dict[str, int]:
+        """How many processes wait, by model."""
+        with self._lock:
+            return {model: len(waiting) for model, waiting in self._idle.items() if waiting}
+
+    def want(self, model_id: str) -> None:
+        """This model is in use: keep processes for it."""
+        with self._lock:
+            self._wanted_s[model_id] = self._clock()
+
+    def take(self, model_id: str) -> tuple[ClaudeProcess, bool]:
+        """A process of this model, and whether it was waiting. Raises ClaudeMissing."""
+        self.want(model_id)
+        while True:
+            with self._lock:
+                waiting = self._idle.get(model_id)
+                process = waiting.pop(0) if waiting else None
+            if process is None:
+                return self._start(model_id), False
+            if process.alive():
+                return process, True
+            self.dismiss(process, kindly=False)
+
+    def _start(self, model_id: str) -> ClaudeProcess:
+        process = self._spawn(model_id)
+        with self._lock:
+            self.spawned += 1
+        return process
+
+    def dismiss(self, process: ClaudeProcess, *, kindly: bool) -> None:
+        """Ends a process without waiting for it."""
+        process.dismiss(kindly=kindly)
+        with self._lock:
+            self._leaving.append(process)
+
+    def drop(self) -> None:
+        """Ends all that wait: the program or its login has changed."""
+        with self._lock:
+            dropped = [process for waiting in self._idle.values() for process in waiting]
+            self._idle.clear()
+        for process in dropped:
+            self.dismiss(process, kindly=True)
+
+    def plan(self, config: Config) -> tuple[list[ClaudeProcess], list[str]]:
+        """What should change: processes to end, taken out already, and models to start one of."""
+        now_s, idle_s = self._clock(), config.warm_idle_ms / 1000
+        retire: list[ClaudeProcess] = []
+        grow: list[str] = []
+        with self._lock:
+            for model_id, waiting in self._idle.items():
+                ended = [process for process in waiting if not process.alive()]
+                if any(now_s - process.born_s < _YOUNG_S for process in ended):
+                    self._pause_until_s = now_s + _FAILURE_PAUSE_S
+                old = [p for p in waiting if now_s - p.born_s > idle_s and p not in ended]
+                retire += ended + old
+                self._idle[model_id] = [p for p in waiting if p not in ended and p not in old]
+            total = sum(len(waiting) for waiting in self._idle.values())
+            if now_s < self._pause_until_s:
+                return retire, grow
+            for model_id in sorted(self._wanted_s, key=lambda m: -self._wanted_s[m]):
+                unwanted_s = now_s - self._wanted_s[model_id]
+                missing = config.warm_processes - len(self._idle.get(model_id, ()))
+                if _REFILL_PAUSE_S <= unwanted_s <= idle_s:
+                    added = max(0, min(missing, config.warm_total - total))
+                    grow += [model_id] * added
+                    total += added
+        return retire, grow
+
+    def tend(self, config: Config) -> None:
+        """Ends and starts what is due. Raises ClaudeMissing when none can be started."""
+        retire, grow = self.plan(config)
+        for process in retire:
+            self.dismiss(process, kindly=False)
+        try:
+            for model_id in grow:
+                process = self._start(model_id)
+                with self._lock:
+                    self._idle.setdefault(model_id, []).append(process)
+        except OcpError:
+            with self._lock:
+                self._pause_until_s = self._clock() + _FAILURE_PAUSE_S
+            raise
+        finally:
+            self.reap()
+
+    def restless(self) -> bool:
+        """Whether something is due within a moment: an end to see to, or a refill."""
+        with self._lock:
+            recent_s = self._clock() - 2 * _REFILL_PAUSE_S
+            return bool(self._leaving) or any(at > recent_s for at in self._wanted_s.values())
+
+    def reap(self) -> int:
+        """Sees to those that are leaving; how many are left."""
+        with self._lock:
+            leaving, self._leaving = self._leaving, []
+        left = [process for process in leaving if not process.is_gone()]
+        with self._lock:
+            self._leaving += left
+            return len(self._leaving)
+
+    def close(self) -> None:
+        """Ends everything and waits for it; a few seconds at most."""
+        self.drop()
+        give_up_s = self._clock() + 2 * _END_GRACE_S
+        while self.reap() and self._clock() < give_up_s:
+            time.sleep(0.01)
+
+
+# ==== 12. Account ============================================================
+# What is known about claude's login, learned from answers that came or were refused. OCP never
+# reads a token and never asks by itself: only an answered request proves a login.
+
+
+class Account:
+    """The last verdict about the login."""
+
+    def __init__(self, clock: Clock = time.time) -> None:
+        self._clock = clock
+        # Guards the three fields below.
+        self._lock = threading.Lock()
+        self._logged_in: bool | None = None
+        self._since_s: float | None = None
+        self._window: PlanWindow | None = None
+
+    def answered(self, window: PlanWindow | None) -> None:
+        """The API answered a request."""
+        with self._lock:
+            self._logged_in, self._since_s = True, self._clock()
+            self._window = window or self._window
+
+    def refused(self) -> None:
+        """The API, or claude itself, refused the login."""
+        with self._lock:
+            self._logged_in, self._since_s = False, self._clock()
+
+    def verdict(self) -> Json:
+        """What /health says: ok is true, false, or null while nothing is known."""
+        with self._lock:
+            since = None if self._since_s is None else iso_time(self._since_s)
+            source = "none" if self._since_s is None else "request"
+            message = LOGIN_ADVICE if self._logged_in is False else None
+            return {"ok": self._logged_in, "okSource": source, "okAt": since, "message": message}
+
+
+# ==== 13. App ================================================================
+# Owns every long-lived object and knows how they work together: `answering` is one turn from
+# the gate to its log line. The main thread is the housekeeper: it waits for mail, then tends.
+
+
+class Outcome:
+    """What is noted about one turn while it runs, for the log."""
+
+    __slots__ = ("finished", "first_token_s", "started_s", "turn", "warm")
+
+    def __init__(self, turn: Turn, started_s: float) -> None:
+        self.turn = turn
+        self.started_s = started_s
+        self.first_token_s: float | None = None
+        self.warm: bool | None = None
+        self.finished: Finished | None = None
+
+    def note(self, event: Event, now_s: float) -> None:
+        """Takes from an event what the log wants."""
+        if isinstance(event, Delta) and self.first_token_s is None:
+            self.first_token_s = now_s
+        elif isinstance(event, Finished):
+            self.finished = event
+
+    def fields(self, now_s: float) -> Json:
+        """The log's fields."""
+        usage = self.finished.usage if self.finished else Usage()
+        first_s = self.first_token_s
+        return {
+            "model": self.turn.model.id,
+            "stream": self.turn.stream,
+            "stop_reason": self.finished.stop_reason if self.finished else None,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cache_read_tokens,
+            "output_tokens": usage.output_tokens,
+            "first_token_ms": None if first_s is None else round((first_s - self.started_s) * 1000),
+            "total_ms": round((now_s - self.started_s) * 1000),
+            "warm": self.warm,
+        }
+
+
+class Counters:
+    """Numbers for /health."""
+
+    def __init__(self) -> None:
+        # Guards the counts.
+        self._lock = threading.Lock()
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def add(self, name: str) -> None:
+        """One more of these."""
+        with self._lock:
+            self._counts[name] += 1
+
+    def get(self, name: str) -> int:
+        """How many there were."""
+        with self._lock:
+            return self._counts[name]
+
+
+#: How often the housekeeper looks around, and how often while something is due.
+_TEND_EVERY_S = 1.0
+_TEND_SOON_S = 0.05
+
+
+class App:
+    """The server without its sockets."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        environ: Mapping[str, str],
+        log: Log,
+        models: Models,
+        demo_command: tuple[str, ...] = (),
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """`demo_command` starts the stand-in instead of claude. Creates the state folder."""
+        self.config = config
+        self.log = log
+        self.models = models
+        self.demo = bool(demo_command)
+        self.started_s = clock()
+        self.clock = clock
+        self.counters = Counters()
+        self.account = Account()
+        self.gate = Gate(clock)
+        self.program = ClaudeProgram(config, environ, demo_command)
+        self.spares = Spares(self._spawn, clock)
+        self.draining = False
+        #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
+        self.mail: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._guardian = Guardian()
+        self._environ = dict(environ)
+        self._seen_program: Program | None = None
+        self._work_folder = self._prepare_home()
+
+    def _prepare_home(self) -> str:
+        """The empty folder that claude runs in. The log goes to the state folder from now on."""
+        home = self.config.home_path
+        folder = os.path.join(home, "empty")
+        try:
+            os.makedirs(home, mode=0o700, exist_ok=True)
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            self.log.to_file(os.path.join(home, "logs", "ocp.log"))
+        except OSError as problem:
+            folder = tempfile.mkdtemp(prefix="ocp-empty-")
+            self.log.event(
+                "warn", "home_not_writable", error=str(problem),
+                help="set OCP_HOME to a folder that can be written; the log is in memory only",
+            )
+        return folder
+
+    def _spawn(self, model_id: str) -> ClaudeProcess:
+        program = self.program.resolve()
+        with contextlib.suppress(OSError):
+            os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
+        process = ClaudeProcess(
+            program.command, model_id,
+            env=child_environment(self._environ, self.config),
+            cwd=self._work_folder, version=program.version,
+            guardian=self._guardian, clock=self.clock,
+        )
+        self.log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
+        return process
+
+    # -- one turn -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def answering(self, turn: Turn, client: Client, request_id: str) -> Iterator[Iterator[Event]]:
+        """The events of the answer. Acquires nothing before they are asked for; leaving the
+        block frees everything, however it is left, and writes the log line."""
+        outcome = Outcome(turn, self.clock())
+        self.counters.add("requests")
+        try:
+            with contextlib.ExitStack() as stack:
+                yield self._events(turn, client, stack, outcome)
+        except ClientGone:
+            self._note("info", "answer_abandoned", request_id, outcome)
+            raise
+        except OcpError as error:
+            self._note_failure(error, request_id, outcome)
+            raise
+        self._note("info", "answer_finished", request_id, outcome)
+
+    def _events(
+        self, turn: Turn, client: Client, stack: contextlib.ExitStack, outcome: Outcome
+    ) -> Iterator[Event]:
+        config = self.config
+        if self.draining:
+            raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
+        watch = Watch(
+            client=client,
+            deadline_s=outcome.started_s + config.timeout_ms / 1000,
+            tick_s=(config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000,
+        )
+        self.program.resolve()
+        slot = stack.enter_context(self.gate.slot(config))
+        yield from slot.wait(watch, self.clock)
+        process, outcome.warm = self.spares.take(turn.model.id)
+        stack.callback(self._put_away, process, outcome)
+        self.mail.put("tend")
+        steps = conversation(turn, config.system_prompt, process.version)
+        for event in process.converse(steps, watch):
+            outcome.note(event, self.clock())
+            yield event
+        self.account.answered(process.window)
+
+    def _put_away(self, process: ClaudeProcess, outcome: Outcome) -> None:
+        """A complete answer's process may end kindly; one that would go on must not."""
+        finished = outcome.finished
+        kindly = finished is not None and finished.stop_reason in ("end_turn", "stop_sequence")
+        self.spares.dismiss(process, kindly=kindly)
+        self.mail.put("tend")
+
+    def _note_failure(self, error: OcpError, request_id: str, outcome: Outcome) -> None:
+        self.counters.add("errors")
+        if isinstance(error, UpstreamTimeout):
+            self.counters.add("timeouts")
+        if isinstance(error, LoginLost):
+            self.account.refused()
+            self.spares.drop()
+        detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
+        self._note(
+            "warn", "answer_failed", request_id, outcome,
+            status=error.status, error=type(error).__name__, detail=detail,
+        )
+
+    def _note(
+        self, level: str, name: str, request_id: str, outcome: Outcome, **more: object
+    ) -> None:
+        fields = outcome.fields(self.clock())
+        self.log.event(level, name, request_id=request_id, **fields, **more)
+
+    # -- housekeeping -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Tends until the mail says stop. Belongs to the main thread."""
+        self.spares.want(self.models.find(self.config.default_model).id)
+        letter = ""
+        while letter != "stop":
+            wait_s = self.tend()
+            try:
+                letter = self.mail.get(timeout=wait_s)
+            except queue.Empty:
+                letter = ""
+
+    def tend(self) -> float:
+        """Does what is due; the seconds until it wants to be called again. Never raises."""
+        try:
+            self._watch_program()
+            self.spares.tend(self.config)
+        except OcpError as error:
+            if self._seen_program is not None or self.counters.get("claude_unavailable") == 0:
+                self.counters.add("claude_unavailable")
+                self.log.event("error", "claude_unavailable", detail=error.message)
+            self._seen_program = None
+        except Exception:
+            self.log.event("error", "housekeeping_failed", detail=traceback.format_exc())
+        return _TEND_SOON_S if self.spares.restless() else _TEND_EVERY_S
+
+    def _watch_program(self) -> None:
+        """Notices a claude that was installed, updated or removed. Raises ClaudeUnavailable."""
+        try:
+            program = self.program.resolve()
+        except OcpError:
+            self.spares.drop()
+            raise
+        if program != self._seen_program:
+            if self._seen_program is not None:
+                self.spares.drop()
+            self._seen_program = program
+            self.log.event("info", "claude_found", version=program.version_text)
+
+    def drain(self) -> None:
+        """Turns new work away and waits for what runs, `drain_ms` at most."""
+        self.draining = True
+        give_up_s = self.clock() + self.config.drain_ms / 1000
+        while self.gate.running + self.gate.waiting and self.clock() < give_up_s:
+            self.spares.reap()
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """Ends every child and closes the log."""
+        self.spares.close()
+        self._guardian.close()
+        self.log.close()
+
+
+# ==== 14. Endpoints ==========================================================
+# One function for each route: (app, exchange, **names in the path). They read the request from
+# the exchange, answer through it, and raise what goes wrong.
+
+
+class HttpExchange(Protocol):
+    """What an endpoint sees of a request."""
+
+    client: Client
+    dialect: Dialect
+    request_id: str
+    query: Mapping[str, str]
+    headers_out: dict[str, str]
+
+    def json(self) -> object:
+        """The parsed body. Raises BadRequest, TooLarge, RequestTimeout."""
+
+    def send_json(self, value: object) -> None:
+        """Answers 200 with JSON."""
+
+    def send_stream(self, frames: Iterator[bytes]) -> None:
+        """Answers 200 with server-sent events; the status goes out with the first frame."""
+
+    def kept_alive(self, events: Iterator[Event], silence_s: float) -> Iterator[Event]:
+        """Passes events on and sends white space into a silence that grows too long."""
+
+
+def answer(app: App, exchange: HttpExchange) -> None:
+    """Every route that asks a model."""
+    config, dialect = app.config, exchange.dialect
+    limits = Limits(
+        config.image_allow_url, config.max_image_bytes,
+        config.max_images, config.max_image_total_bytes,
+    )
+    turn = dialect.parse(exchange.json(), app.models, config.default_model, limits)
+    if not turn.model.known:
+        app.log.event(
+            "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
+        )
+    if turn.ignored:
+        exchange.headers_out["X-OCP-Ignored-Params"] = ", ".join(turn.ignored)
+    with app.answering(turn, exchange.client, exchange.request_id) as events:
+        if turn.stream:
+            exchange.send_stream(dialect.frames(turn, events))
+        else:
+            kept = exchange.kept_alive(events, config.whole_silence_ms / 1000)
+            exchange.send_json(dialect.whole(turn, gather(kept)))
+
+
+def _model_entry(model: Model, created_s: int) -> Json:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "anthropic",
+        "display_name": model.display_name,
+        "context_window": model.context_window,
+        "max_output_tokens": model.max_tokens,
+        "reasoning": model.reasoning,
+    }
+
+
+#: A fixed moment for "created", which clients want and nothing tells.
+_MODELS_CREATED_S = 1_750_000_000
+
+
+def get_models(app: App, exchange: HttpExchange) -> None:
+    """GET /v1/models."""
+    entries = [_model_entry(model, _MODELS_CREATED_S) for model in app.models.all()]
+    exchange.send_json({"object": "list", "data": entries})
+
+
+def get_model(app: App, exchange: HttpExchange, model: str) -> None:
+    """GET /v1/models/{model}; an alias gives the model that it stands for."""
+    exchange.send_json(_model_entry(app.models.find(model), _MODELS_CREATED_S))
+
+
+def get_health(app: App, exchange: HttpExchange) -> None:
+    """GET /health: public, so it tells no path, no prompt and no error text."""
+    uptime_s = app.clock() - app.started_s
+    version: str | None = None
+    fix: str | None = None
+    try:
+        version = app.program.resolve().version_text
+    except OcpError as error:
+        fix = error.message
+    auth = app.account.verdict()
+    healthy = version is not None and auth["ok"] is not False
+    config, gate, counters = app.config, app.gate, app.counters
+    exchange.send_json(
+        {
+            "status": "draining" if app.draining else "ok" if healthy else "degraded",
+            "version": VERSION,
+            "architecture": "warm processes",
+            "demo": app.demo,
+            "instanceName": config.instance_name,
+            "uptime": round(uptime_s * 1000),
+            "uptimeHuman": uptime_words(uptime_s),
+            "authMode": config.mode,
+            "auth": auth,
+            "claudeBinaryOk": version is not None,
+            "claudeVersion": version,
+            "fix": fix or auth["message"],
+            "stats": {
+                "totalRequests": counters.get("requests"),
+                "activeRequests": gate.running,
+                "errors": counters.get("errors"),
+                "timeouts": counters.get("timeouts"),
+                "queued": gate.waiting,
+                "queueRejections": gate.refused,
+                "spawned": app.spares.spawned,
+            },
+            "concurrency": {
+                "maxConcurrent": config.max_concurrent,
+                "maxQueue": config.max_queue,
+                "inflight": gate.running,
+                "queued": gate.waiting,
+                "queueRejections": gate.refused,
+            },
+            "spares": app.spares.idle(),
+        }
+    )
+
+
+_LOG_LINES_MOST = 1000
+
+
+def get_logs(app: App, exchange: HttpExchange) -> None:
+    """GET /logs?n=30&level=all: the newest events of that level or worse, oldest first."""
+    level = exchange.query.get("level", "all").lower()
+    level = "warn" if level == "warning" else level
+    if level not in ("all", *LEVELS):
+        raise BadRequest(f"level: must be one of all, {', '.join(LEVELS)}.", param="level")
+    count = exchange.query.get("n", "30")
+    if not re.fullmatch(r"[0-9]{1,6}", count):
+        raise BadRequest("n: must be a whole number.", param="n")
+    entries = app.log.recent(min(int(count), _LOG_LINES_MOST), level)
+    exchange.send_json({"count": len(entries), "level": level, "entries": entries})
+
+
+# ==== 15. Routes =============================================================
+# The table of routes. Paths match exactly, after a trailing slash is dropped; those below /v1
+# are served without it too, and with it twice, because users write base addresses both ways.
+
+
+class Route(NamedTuple):
+    """One row. A name in braces in the path is passed to the endpoint, percent-decoded."""
+
+    method: str
+    path: str
+    access: Access
+    dialect: Dialect
+    endpoint: Callable[..., None]
+
+
+ROUTES = (
+    #     method  path                     access          dialect  endpoint
+    Route("POST", "/v1/chat/completions",  Access.CALLER,  CHAT,    answer),
+    Route("GET",  "/v1/models",            Access.CALLER,  CHAT,    get_models),
+    Route("GET",  "/v1/models/{model}",    Access.CALLER,  CHAT,    get_model),
+    Route("GET",  "/health",               Access.PUBLIC,  CHAT,    get_health),
+    Route("GET",  "/logs",                 Access.ADMIN,   CHAT,    get_logs),
+)
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(path)))
+
+
+class Router:
+    """Finds the route of a request."""
+
+    def __init__(self, routes: tuple[Route, ...]) -> None:
+        self._routes = [(_pattern(route.path), route) for route in routes]
+
+    def methods(self, path: str) -> list[str]:
+        """The methods that a path takes; empty when there is no such path."""
+        found = [route.method for route, _ in self._matches(path)]
+        if "GET" in found:
+            found.append("HEAD")
+        return [*found, "OPTIONS"] if found else []
+
+    def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
+        """The route and the names in its path. Raises NotFound, MethodNotAllowed, BadRequest."""
+        matches = self._matches(path)
+        wanted = "GET" if method == "HEAD" else method
+        for route, names in matches:
+            if route.method == wanted:
+                return route, names
+        if matches:
+            allowed = self.methods(path)
+            raise MethodNotAllowed(f"{path} takes {', '.join(allowed)}.", allowed)
+        known = ", ".join(sorted({route.path for _, route in self._routes}))
+        raise NotFound(f"There is no {one_line(path, 80)} here. There is: {known}.")
+
+    def _matches(self, path: str) -> list[tuple[Route, dict[str, str]]]:
+        path = path.rstrip("/") or "/"
+        while path.startswith("/v1/v1/"):
+            path = path[len("/v1"):]
+        found = []
+        for pattern, route in self._routes:
+            match = pattern.fullmatch(path) or pattern.fullmatch("/v1" + path)
+            if match:
+                names = {key: _decoded(value) for key, value in match.groupdict().items()}
+                found.append((route, names))
+        return found
+
+
+def _decoded(text: str) -> str:
+    try:
+        return urllib.parse.unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
+
+
+# ==== 16. HTTP server ========================================================
+# Sockets. One thread for each connection; a head and a body arrive in time and in bounds or are
+# refused; every error is rendered in one place. Tells nobody what software runs here beyond its
+# name, and keeps nothing of a connection when it ends.
+
+_LINE_MOST_BYTES = 65_536
+#: What a client that is refused early may still send before its connection is cut, so that it
+#: reads the refusal instead of a reset.
+_LINGER_BYTES = 4_194_304
+_LINGER_S = 1.0
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads a socket until a deadline over all reads together, not for each."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__()
+        self._connection = connection
+        self._deadline_s = 0.0
+        self.received_bytes = 0
+
+    def allow(self, seconds: float) -> None:
+        """Everything from now on has to arrive within so many seconds."""
+        self._deadline_s = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads what is there. Raises socket.timeout at the deadline."""
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise socket.timeout("deadline")
+        self._connection.settimeout(left_s)
+        count = self._connection.recv_into(buffer)
+        self.received_bytes += count
+        return count
+
+
+class SocketClient:
+    """The client's end of a connection, as a Client."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._connection.fileno()
+
+    def gone(self) -> bool:
+        """Whether it has closed. Looks at what arrives without taking it."""
+        try:
+            self._connection.settimeout(0)
+            return self._connection.recv(1, socket.MSG_PEEK) == b""
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+
+
+class Exchange(BaseHTTPRequestHandler):
+    """One connection, and on it one request at a time. See HttpExchange."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Server
+
+    # -- a connection -------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Puts a reader with a deadline in front of the socket."""
+        super().setup()
+        self.rfile.close()
+        self._reader = DeadlineReader(self.connection)
+        self.rfile = io.BufferedReader(self._reader, _LINE_MOST_BYTES)
+        self.client = SocketClient(self.connection)
+        self.app = self.server.app
+        self._forget()
+
+    def _forget(self) -> None:
+        """Makes ready for the next request."""
+        self.command, self.path, self.requestline = "", "", ""
+        self.request_version = "HTTP/1.1"
+        self.headers = http.client.HTTPMessage()
+        self.dialect: Dialect = CHAT
+        self.request_id = new_id("req_")
+        self.query: Mapping[str, str] = {}
+        self.headers_out: dict[str, str] = {}
+        self._body_taken = False
+        self._began: str | None = None
+        self._chunked = False
+        self._status = 0
+
+    def handle_one_request(self) -> None:
+        """Reads one head, in time or not at all, and answers it."""
+        self._forget()
+        before = self._reader.received_bytes
+        self._reader.allow(self.app.config.header_timeout_ms / 1000)
+        try:
+            self.raw_requestline = self.rfile.readline(_LINE_MOST_BYTES + 1)
+            if len(self.raw_requestline) > _LINE_MOST_BYTES:
+                self._fail(HeadTooLarge("The request line is too long."))
+            elif self.raw_requestline and self.parse_request():
+                self._dispatch()
+                return
+        except socket.timeout:
+            if self._reader.received_bytes > before:
+                self._fail(RequestTimeout("The head of the request did not arrive in time."))
+        except (ClientGone, OSError):
+            pass
+        self.close_connection = True
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """What the base class says about a broken head, in our own shape."""
+        too_long = code in (414, 431)
+        kind: type[OcpError] = HeadTooLarge if too_long else BadRequest
+        self._fail(kind(f"The head of the request is broken: {message or explain or code}."))
+
+    def version_string(self) -> str:
+        """What the Server header says."""
+        return f"ocp/{VERSION}"
+
+    def handle_expect_100(self) -> bool:
+        """Leaves the answer to the moment when the body is wanted."""
+        return True
+
+    def log_message(self, format: str, *args: object) -> None:
+        """The base class's own log lines are not wanted; see _dispatch."""
+
+    # -- a request ----------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        """Finds the route, lets its endpoint answer, and renders whatever goes wrong."""
+        started_s = time.monotonic()
+        try:
+            self._route()
+        except ClientGone:
+            self.close_connection = True
+        except OcpError as error:
+            self._fail(error)
+        except Exception:
+            self.app.log.event(
+                "error", "request_broke", request_id=self.request_id,
+                method=self.command, detail=traceback.format_exc(),
+            )
+            self._fail(OcpError(f"OCP failed; its log has the details under {self.request_id}."))
+        finally:
+            self.app.log.event(
+                "debug", "request_answered", request_id=self.request_id, method=self.command,
+                path=urllib.parse.urlsplit(self.path).path if self.path else "",
+                status=self._status, total_ms=round((time.monotonic() - started_s) * 1000),
+            )
+
+    def _route(self) -> None:
+        try:
+            target = urllib.parse.urlsplit(self.path)
+        except ValueError:
+            raise BadRequest("The path of the request is broken.") from None
+        self.query = dict(urllib.parse.parse_qsl(target.query))
+        config = self.app.config
+        origin = self.headers.get("Origin", "")
+        check_origin(config, origin, self.headers.get("Host", ""))
+        if origin in listed(config.allowed_origins):
+            self.headers_out.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
+        if self.command == "OPTIONS":
+            self._answer_options(target.path)
+            return
+        route, names = self.server.router.find(self.command, target.path)
+        self.dialect = route.dialect
+        admit(config, route.access, self.headers, self.client_address[0])
+        route.endpoint(self.app, self, **names)
+
+    def _answer_options(self, path: str) -> None:
+        allowed = ", ".join(self.server.router.methods(path))
+        if not allowed:
+            raise NotFound(f"There is no {one_line(path, 80)} here.")
+        self.headers_out["Allow"] = allowed
+        if "Access-Control-Allow-Origin" in self.headers_out:
+            asked = self.headers.get("Access-Control-Request-Headers", "")
+            self.headers_out.update(
+                {
+                    "Access-Control-Allow-Methods": allowed,
+                    "Access-Control-Allow-Headers": one_line(asked, 1000) or "*",
+                    "Access-Control-Max-Age": "600",
+                }
+            )
+        self._head(204, {})
+
+    def _fail(self, error: OcpError) -> None:
+        """Tells the client about a failure, in whatever way is still open."""
+        try:
+            if self._began is None:
+                self._send_body(error.status, self.dialect.error_body(error), error.headers())
+            elif self._began == "stream":
+                self._send(self.dialect.error_frame(error))
+                self._end_chunks()
+            else:
+                # A whole answer whose 200 is out: only a cut connection says that it failed.
+                self.close_connection = True
+        except ClientGone:
+            self.close_connection = True
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def json(self) -> object:
+        """See HttpExchange."""
+        data = self._body()
+        if not data.strip():
+            raise BadRequest("The body is empty; it has to be a JSON object.")
+        try:
+            return from_json(data)
+        except ValueError as problem:
+            reason = one_line(str(problem), 120)
+            raise BadRequest(f"The body is not JSON: {reason}.") from None
+
+    def _body(self) -> bytes:
+        config = self.app.config
+        length = self._declared_length()
+        if length is not None and length > config.max_body_bytes:
+            raise self._too_large()
+        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise BadRequest("Compressed bodies are not taken: send it plain.")
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._reader.allow(config.body_timeout_ms / 1000)
+        try:
+            data = self._chunks() if length is None else self._exactly(length)
+        except socket.timeout:
+            raise RequestTimeout("The body of the request did not arrive in time.") from None
+        except OSError:
+            raise ClientGone from None
+        self._body_taken = True
+        return data
+
+    def _declared_length(self) -> int | None:
+        """The Content-Length; None for a chunked body. Raises BadRequest when it is not clear."""
+        lengths = {value.strip() for value in self.headers.get_all("Content-Length", [])}
+        coding = ", ".join(self.headers.get_all("Transfer-Encoding", [])).strip().lower()
+        if coding and lengths:
+            raise BadRequest("Content-Length and Transfer-Encoding exclude each other.")
+        if coding and coding != "chunked":
+            raise BadRequest("Transfer-Encoding: only chunked is taken.")
+        if coding:
+            return None
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,15}", text) for text in lengths):
+            raise BadRequest("Content-Length is not one number.")
+        return int(lengths.pop()) if lengths else 0
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(
+            f"The body is larger than {self.app.config.max_body_bytes} bytes "
+            "(CLAUDE_MAX_BODY_SIZE of the server)."
+        )
+
+    def _exactly(self, count: int) -> bytes:
+        data = self.rfile.read(count)
+        if len(data) < count:
+            self.close_connection = True
+            raise BadRequest("The body ended before its Content-Length was reached.")
+        return data
+
+    def _chunks(self) -> bytes:
+        """A chunked body. Its trailer is read and dropped."""
+        data = bytearray()
+        while True:
+            line = self.rfile.readline(1024)
+            size_text = line.split(b";")[0].strip()
+            if not line.endswith(b"\n") or not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size_text):
+                raise self._broken_chunks()
+            size = int(size_text, 16)
+            if size == 0:
+                break
+            if len(data) + size > self.app.config.max_body_bytes:
+                raise self._too_large()
+            data += self.rfile.read(size)
+            if self.rfile.readline(3) not in (b"\r\n", b"\n"):
+                raise self._broken_chunks()
+        for _ in range(100):
+            line = self.rfile.readline(_LINE_MOST_BYTES)
+            if line in (b"\r\n", b"\n"):
+                return bytes(data)
+            if not line:
+                break
+        raise self._broken_chunks()
+
+    def _broken_chunks(self) -> BadRequest:
+        self.close_connection = True
+        return BadRequest("The chunked body is broken, or ended early.")
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def send_json(self, value: object) -> None:
+        """See HttpExchange."""
+        if self._began is None:
+            self._send_body(200, value, {})
+        else:
+            self._send(to_json(value))
+            self._end_chunks()
+
+    def send_stream(self, frames: Iterator[bytes]) -> None:
+        """See HttpExchange."""
+        # Whatever fails before the first frame still gets a status of its own.
+        first = next(frames)
+        self._begin_chunks(
+            "stream",
+            {
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            },
+        )
+        self._send(first)
+        for frame in frames:
+            self._send(frame)
+        self._end_chunks()
+
+    def kept_alive(self, events: Iterator[Event], silence_s: float) -> Iterator[Event]:
+        """See HttpExchange. Node clients hang up after 300 s without a byte."""
+        silent_since_s = time.monotonic()
+        for event in events:
+            if silence_s and time.monotonic() - silent_since_s >= silence_s:
+                silent_since_s = time.monotonic()
+                if self._began is None:
+                    self._begin_chunks("whole", {"Content-Type": "application/json"})
+                self._send(b" \n")
+            yield event
+
+    def _send_body(self, status: int, value: object, headers: Mapping[str, str]) -> None:
+        body = to_json(value) + b"\n"
+        has_body = self.command != "HEAD"
+        head = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+        self._head(status, head)
+        if has_body:
+            self._write(body)
+        if self._must_close():
+            self._linger()
+
+    def _must_close(self) -> bool:
+        """Whether a body is on its way that nobody read: the next head cannot be found then."""
+        has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
+        return has_body and not self._body_taken
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> None:
+        """Sends the status line and the headers at once."""
+        if self._must_close() or self.request_version == "HTTP/1.0":
+            self.close_connection = True
+        self._status = status
+        self.send_response(status)
+        common = {"X-Request-Id": self.request_id, "Cache-Control": "no-store"}
+        for name, value in {**common, **self.headers_out, **headers}.items():
+            # A line break in a value would be a header of somebody else's.
+            self.send_header(name, re.sub(r"[^\x20-\x7e]", "?", value))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        try:
+            self._ready_to_write()
+            self.end_headers()
+        except OSError:
+            raise ClientGone from None
+
+    def _begin_chunks(self, kind: str, headers: Mapping[str, str]) -> None:
+        """Starts an answer of unknown length: chunked, or up to the close for old clients."""
+        self._chunked = self.request_version == "HTTP/1.1"
+        more = {"Transfer-Encoding": "chunked"} if self._chunked else {}
+        self._began = kind
+        self._head(200, {**headers, **more})
+
+    def _send(self, data: bytes) -> None:
+        """Sends a piece of the answer."""
+        if self._chunked and data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._write(data)
+
+    def _end_chunks(self) -> None:
+        if self._chunked:
+            self._write(b"0\r\n\r\n")
+        else:
+            self.close_connection = True
+
+    def _ready_to_write(self) -> None:
+        self.connection.settimeout(self.app.config.write_timeout_ms / 1000)
+
+    def _write(self, data: bytes) -> None:
+        """Raises ClientGone when the client is gone, or does not read."""
+        try:
+            self._ready_to_write()
+            self.wfile.write(data)
+        except OSError:
+            raise ClientGone from None
+
+    def _linger(self) -> None:
+        """Reads on for a moment, so that the client gets to read why it was refused."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self._reader.allow(_LINGER_S)
+            left = _LINGER_BYTES
+            while left > 0:
+                piece = self.rfile.read1(65_536)
+                left = left - len(piece) if piece else 0
+
+
+# Every method goes the same way; the router knows which ones a path takes.
+for _method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
+    setattr(Exchange, f"do_{_method}", Exchange._dispatch)
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Accepts connections, so many at a time."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, app: App) -> None:
+        """Listens. Raises OSError when it cannot."""
+        self.app = app
+        self.router = Router(ROUTES)
+        # Guards the count of open connections.
+        self._lock = threading.Lock()
+        self._open = 0
+        host = app.config.bind
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, app.config.port), Exchange)
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine find the server."""
+        host, port = self.server_address[:2]
+        shown = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(str(host), str(host))
+        return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+    def server_bind(self) -> None:
+        """Binds; the address :: takes IPv4 too."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts the connection's thread, or turns it away when too many are open."""
+        with self._lock:
+            full = self._open >= self.app.config.max_connections
+            self._open += 0 if full else 1
+        if not full:
+            super().process_request(request, client_address)
+            return
+        error = Busy("Too many connections are open.", retry_after_s=5)
+        body = to_json(CHAT.error_body(error))
+        head = f"HTTP/1.1 {error.status} Busy\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+        with contextlib.suppress(OSError):
+            request.settimeout(1)
+            request.sendall(head.encode("ascii") + body)
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """The life of one connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._lock:
+                self._open -= 1
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke outside any request."""
+        self.app.log.event("debug", "connection_broke", detail=traceback.format_exc())
+
+
+# ==== 17. Demo claude ========================================================
+# The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
+# that everything around the model can be tried without an account. Says so in every answer.
+
+_DEMO_WORD_PAUSE_S = 0.03
+
+
+class DemoClaude:
+    """Reads lines as claude does and prints what claude would."""
+
+    def __init__(self, model_id: str, write: Callable[[bytes], None]) -> None:
+        self._model_id = model_id
+        self._write = write
+        self._max_tokens = 10**9
+
+    def read(self, line: Json) -> None:
+        """Answers one line."""
+        if line.get("type") == "control_request":
+            settings = line.get("request", {}).get("settings", {})
+            limit = settings.get("env", {}).get("CLAUDE_CODE_MAX_OUTPUT_TOKENS")
+            self._max_tokens = int(limit) if limit else self._max_tokens
+            response = {"subtype": "success", "request_id": line.get("request_id")}
+            self._print("control_response", response=response)
+        elif line.get("type") == "user" and line.get("shouldQuery") is False:
+            self._result(num_turns=0)
+        elif line.get("type") == "user":
+            self._answer(line.get("message", {}).get("content"))
+
+    def _answer(self, content: object) -> None:
+        blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        asked = " ".join(str(block.get("text", "")) for block in blocks if "text" in block)
+        reply = (
+            "This is the demo of OCP: no model was asked and no account is used. "
+            f"You wrote: {one_line(asked, 200)}"
+        )
+        words = re.findall(r"\S+\s*", reply)
+        spoken = words[: self._max_tokens]
+        usage = {"input_tokens": len(asked.split()), "output_tokens": len(spoken)}
+        message = {"id": new_id("msg_"), "model": self._model_id, "usage": usage}
+        self._event("message_start", message=message)
+        self._event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        for word in spoken:
+            time.sleep(_DEMO_WORD_PAUSE_S)
+            self._event("content_block_delta", index=0, delta={"type": "text_delta", "text": word})
+        self._event("content_block_stop", index=0)
+        reason = "end_turn" if len(spoken) == len(words) else "max_tokens"
+        self._event("message_delta", delta={"stop_reason": reason}, usage=usage)
+        self._event("message_stop")
+        self._result(num_turns=1)
+
+    def _result(self, num_turns: int) -> None:
+        self._print("result", subtype="success", is_error=False, num_turns=num_turns)
+
+    def _event(self, kind: str, **fields: object) -> None:
+        self._print("stream_event", event={"type": kind, **fields})
+
+    def _print(self, kind: str, **fields: object) -> None:
+        self._write(to_json({"type": kind, **fields}) + b"\n")
+
+
+def demo_claude(arguments: list[str]) -> int:
+    """The demo process: what `claude` is for a server started with --demo."""
+    if "--version" in arguments:
+        print(".".join(str(part) for part in CLIENT_COMPOSED_SINCE), "(OCP demo)")
+        return 0
+    model_id = arguments[arguments.index("--model") + 1]
+    claude = DemoClaude(model_id, lambda data: void(os.write(1, data)))
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        for raw in sys.stdin.buffer:
+            line = from_json(raw)
+            if isinstance(line, dict):
+                claude.read(line)
+    return 0
+
+
+def void(_value: object) -> None:
+    """Drops a value."""
+
+
+# ==== 18. Command line =======================================================
+# Arguments, signals, the banner, and the order in which everything starts and stops.
+
+_DEMO_FLAG = "--demo-claude"
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="ocp_server.py",
+        description="Serves your Claude plan, through the official claude program, to tools "
+        "that speak the OpenAI API. Settings are environment variables: see --print-settings.",
+    )
+    parser.add_argument("--demo", action="store_true", help="answer from a stand-in, no account")
+    parser.add_argument(
+        "--check", action="store_true", help="validate settings and environment; exit 0 or 2"
+    )
+    parser.add_argument(
+        "--print-settings", action="store_true", help="print the settings table as Markdown"
+    )
+    parser.add_argument("--version", action="version", version=f"ocp {VERSION}")
+    return parser
+
+
+def _fail_start(problem: object) -> int:
+    for line in str(problem).splitlines():
+        print(f"ocp: {line}", file=sys.stderr)
+    return 2
+
+
+def check(config: Config, environ: Mapping[str, str], demo_command: tuple[str, ...]) -> int:
+    """Says what a start would use; 0 when it would work, else 2."""
+    print(f"ocp {VERSION}, Python {sys.version.split()[0]}")
+    print(f"listens on {config.bind} port {config.port}, access mode {config.mode}")
+    print(f"keeps its log in {os.path.join(config.home_path, 'logs')}")
+    for name, why in removed_settings(environ):
+        print(f"{name} means nothing any more: {why}")
+    try:
+        program = ClaudeProgram(config, environ, demo_command).resolve()
+    except OcpError as error:
+        return _fail_start(error.message)
+    print(f"uses claude {program.version_text}: {' '.join(program.command)}")
+    print("all good")
+    return 0
+
+
+def _banner(server: Server) -> str:
+    app = server.app
+    lines = [f"OCP {VERSION} serves {server.url}/v1"]
+    if app.demo:
+        lines.append("DEMO: answers come from a stand-in; no account is used, no model is asked")
+    if app.config.mode == "none" and not is_loopback(app.config.bind):
+        lines.append("ATTENTION: whoever can connect may use your plan; set PROXY_API_KEY")
+    lines += [
+        "try it:",
+        f"  curl {server.url}/v1/chat/completions -d "
+        '\'{"messages": [{"role": "user", "content": "Hello"}]}\'',
+    ]
+    return "\n".join(lines)
+
+
+def serve(app: App) -> int:
+    """Serves until a signal says stop; the exit code."""
+    try:
+        server = Server(app)
+    except OSError as problem:
+        app.close()
+        print(
+            f"ocp: cannot listen on {app.config.bind} port {app.config.port}: {problem.strerror}; "
+            "is it running already? CLAUDE_PROXY_PORT takes another port.",
+            file=sys.stderr,
+        )
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: app.mail.put("stop"))
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    print(_banner(server), flush=True)
+    app.log.event(
+        "info", "server_started", version=VERSION, url=server.url, mode=app.config.mode,
+        demo=app.demo, pid=os.getpid(),
+    )
+    app.run()
+    app.log.event("info", "server_stopping", running=app.gate.running)
+    app.draining = True
+    server.shutdown()
+    server.server_close()
+    app.drain()
+    app.log.event("info", "server_stopped")
+    app.close()
+    return 0
+
+
+def main(arguments: list[str], environ: Mapping[str, str]) -> int:
+    """Runs the program; the exit code: 0 fine, 1 could not listen, 2 wrong settings."""
+    if arguments[:1] == [_DEMO_FLAG]:
+        return demo_claude(arguments)
+    options = argument_parser().parse_args(arguments)
+    if options.print_settings:
+        print(settings_markdown())
+        return 0
+    here = os.path.abspath(__file__)
+    demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
+    try:
+        config = load_config(environ)
+        models = load_models(os.path.dirname(here))
+        models.find(config.default_model)
+    except ConfigError as problem:
+        return _fail_start(problem)
+    except UnknownModel as problem:
+        return _fail_start(f"OCP_DEFAULT_MODEL: {problem.message}")
+    if options.check:
+        return check(config, environ, demo_command)
+    log = Log(sys.stderr, config.log_level)
+    for name, why in removed_settings(environ):
+        log.event("warn", "setting_removed", setting=name, why=why)
+    app = App(config, environ=environ, log=log, models=models, demo_command=demo_command)
+    return serve(app)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
