@@ -1003,7 +1003,7 @@ class BlockStopped(NamedTuple):
 
 
 class Restarted(NamedTuple):
-    """The connection to the API broke and claude asks again: all deltas so far are void."""
+    """claude dropped the message and asks the API again: all deltas so far are void."""
 
 
 class Finished(NamedTuple):
@@ -1692,13 +1692,15 @@ class ChatDialect(Dialect):
 
     def frames(self, turn: Turn, events: Iterable[Event]) -> Iterator[bytes]:
         """See Dialect.frames. One chunk for each piece that claude printed."""
-        began = False
+        began = answered = False
         for event in events:
             if isinstance(event, Tick):
                 yield HEARTBEAT_FRAME
-            elif isinstance(event, Restarted) and began:
+            elif isinstance(event, Restarted) and answered:
+                # What was sent cannot be taken back; thinking alone may be repeated.
                 raise UpstreamFailed("The connection to the API broke in the middle of the answer.")
             elif isinstance(event, (Delta, Finished)):
+                answered = answered or (isinstance(event, Delta) and event.kind == "text")
                 if not began:
                     began = True
                     yield self._chunk(turn, {"role": "assistant", "content": ""})
@@ -1945,7 +1947,7 @@ LOGIN_ADVICE = (
 
 _BY_STATUS: dict[int, type[OcpError]] = {
     400: BadRequest, 401: LoginLost, 402: PlanLimit, 403: UpstreamForbidden, 404: UnknownModel,
-    408: UpstreamTimeout, 413: ContextTooLong, 429: RateLimited, 504: UpstreamTimeout,
+    408: UpstreamTimeout, 413: TooLarge, 429: RateLimited, 504: UpstreamTimeout,
     529: Overloaded,
 }
 _BY_WORD: dict[str, type[OcpError]] = {
@@ -1957,7 +1959,11 @@ _BY_WORD: dict[str, type[OcpError]] = {
     "model_not_found": UnknownModel,
     "overloaded": Overloaded,
 }
-_PROSE_PREFIX = re.compile(r"^(?:Failed to authenticate\. )?(?:API Error: )?(?:\d{3} )?")
+#: What claude adds to the API's own message: how it heard it, and advice for its own terminal.
+_ADDED_PROSE = re.compile(
+    r"^(?:Failed to authenticate\. )?(?:API Error: )?(?:\d{3} )?"
+    r"|\.? This is a server-side issue.*$|\.? Run --model to pick.*$"
+)
 _RATE_LIMIT_PAUSE_S = 20.0
 _OVERLOAD_PAUSE_S = 10.0
 
@@ -1970,7 +1976,7 @@ def upstream_error(
     The API's status decides, then claude's word for it; prose only makes the message.
     """
     kind = _BY_STATUS.get(complaint.status or 0) or _BY_WORD.get(complaint.word, UpstreamFailed)
-    message = without_paths(redacted(_PROSE_PREFIX.sub("", one_line(complaint.text, 1000))))
+    message = without_paths(redacted(_ADDED_PROSE.sub("", one_line(complaint.text, 1000))))
     message = message or "claude reported a failure without a word about it."
     if kind is RateLimited and window is not None and window.rejected:
         kind = PlanLimit
@@ -2019,8 +2025,10 @@ def plan_window(line: Json) -> PlanWindow | None:
     if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
         return None
     resets_at_s = found.get("resetsAt")
+    # A plain 429, which is no limit of a plan, is "rejected" too, but names no window.
+    names_window = "rateLimitType" in found or resets_at_s is not None
     return PlanWindow(
-        rejected=found.get("status") == "rejected",
+        rejected=found.get("status") == "rejected" and names_window,
         resets_at_s=float(resets_at_s) if isinstance(resets_at_s, (int, float)) else None,
     )
 
@@ -2045,7 +2053,9 @@ class TurnReader:
     def __init__(self, clock: Clock = time.time) -> None:
         self._clock = clock
         self._usage = Usage()
-        #: Whether text or arguments have been passed on: then a new start voids them.
+        #: Whether the message had a delta: then a new message voids it. And whether it had one
+        #: that is part of an answer, which thinking is not.
+        self._spoken = False
         self._answered = False
         self._complaint: Complaint | None = None
         self.window: PlanWindow | None = None
@@ -2091,7 +2101,8 @@ class TurnReader:
         found = message if isinstance(message, dict) else {}
         self._usage = usage_of(found.get("usage"))
         started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
-        again, self._answered = self._answered, False
+        again = self._spoken
+        self._spoken = self._answered = False
         return [Restarted(), started] if again else [started]
 
     def _delta(self, index: int, delta: object) -> list[Event]:
@@ -2100,6 +2111,7 @@ class TurnReader:
         text = found.get(field)
         if not kind or not isinstance(text, str):
             return []
+        self._spoken = True
         self._answered = self._answered or kind in ("text", "arguments")
         return [Delta(index, kind, text)]
 
