@@ -27,13 +27,14 @@ Sections (search for "==== 8" to jump to the eighth):
      9. Claude protocol    what is said to claude and what its lines mean; pure
     10. Claude process     the program on disk, one child, its pipes, and its end
     11. Gate and spares    who may run now; idle processes that wait for work
-    12. Account            what is known about the login, learned from answers
-    13. App                owns every long-lived object; answering one turn
-    14. Endpoints          one function for each route
-    15. Routes             the table of routes
-    16. HTTP server        sockets, bodies, one thread for each connection
-    17. Demo claude        the stand-in behind --demo
-    18. Command line       arguments, signals, main
+    12. Parking            processes that wait with their conversation for its next message
+    13. Account            what is known about the login, learned from answers
+    14. App                owns every long-lived object; answering one turn
+    15. Endpoints          one function for each route
+    16. Routes             the table of routes
+    17. HTTP server        sockets, bodies, one thread for each connection
+    18. Demo claude        the stand-in behind --demo
+    19. Command line       arguments, signals, main
 """
 from __future__ import annotations
 
@@ -49,6 +50,7 @@ import collections
 import contextlib
 import dataclasses
 import enum
+import hashlib
 import hmac
 import http.client
 import io
@@ -60,6 +62,7 @@ import os
 import queue
 import re
 import secrets
+import select
 import selectors
 import shutil
 import signal
@@ -249,6 +252,22 @@ class Config:
     warm_idle_ms: int = setting(
         900_000, "OCP_WARM_IDLE", "how long an idle process waits before it is dropped",
         unit="ms", least=1_000, most=86_400_000,
+    )
+    # -- conversations ------------------------------------------------------------------------
+    parked_processes: int = setting(
+        4, "OCP_PARKED_PROCESSES",
+        "processes that wait with their conversation for its next message; 0 = none",
+        least=0, most=64,
+    )
+    session_ttl_ms: int = setting(
+        3_600_000, "CLAUDE_SESSION_TTL", "how long a conversation is kept for its next message",
+        unit="ms", least=1_000, most=86_400_000,
+    )
+    max_prompt_chars: int = setting(
+        0, "CLAUDE_MAX_PROMPT_CHARS",
+        "longest prompt, of which the oldest messages are dropped; 0 = three for each token of "
+        "the model's window",
+        unit="characters", least=0, most=100_000_000,
     )
     # -- limits -------------------------------------------------------------------------------
     max_concurrent: int = setting(
@@ -928,6 +947,40 @@ class Message(NamedTuple):
     content: list[Block]
 
 
+class Tool(NamedTuple):
+    """A tool of the client's, which the client runs itself."""
+
+    name: str
+    description: str
+    #: The JSON schema of its arguments, as the client gave it.
+    schema: Json
+
+
+class ToolChoice(NamedTuple):
+    """Which tools the model may call. `kind` is "auto", "any" (at least one), "tool" (the one
+    called `name`) or "none"."""
+
+    kind: str = "auto"
+    name: str = ""
+    #: Whether it may call several at once.
+    parallel: bool = True
+
+    @property
+    def forces(self) -> bool:
+        """Whether the model has no choice but to call a tool."""
+        return self.kind in ("any", "tool")
+
+
+class Shape(NamedTuple):
+    """The JSON schema that an answer has to fit.
+
+    claude wants an object at its root; another root is `wrapped` as {"value": ...}.
+    """
+
+    schema: Json
+    wrapped: bool
+
+
 class Options(NamedTuple):
     """What the client asked of the API, cut down to what the model takes.
 
@@ -936,8 +989,8 @@ class Options(NamedTuple):
 
     max_tokens: int | None = None
     stop_sequences: tuple[str, ...] = ()
-    temperature: float | None = None
-    top_p: float | None = None
+    #: temperature, top_p and top_k, as far as they were given: (name, value), sorted.
+    sampling: tuple[tuple[str, float], ...] = ()
     effort: str | None = None
     #: None = the model's default, 0 = no thinking, else a budget in tokens.
     thinking_tokens: int | None = None
@@ -950,6 +1003,14 @@ class Turn(NamedTuple):
     system: str
     messages: list[Message]
     options: Options
+    tools: tuple[Tool, ...]
+    tool_choice: ToolChoice
+    #: None = an answer in plain text.
+    shape: Shape | None
+    #: How many answers are wanted.
+    choices: int
+    #: The client's name for a conversation that the server remembers; empty = none.
+    session_id: str
     stream: bool
     #: Parameters that were understood and cannot be honoured.
     ignored: tuple[str, ...]
@@ -989,7 +1050,8 @@ class BlockStarted(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """A piece of a block. `kind` is "text", "thinking", "signature" or "arguments"."""
+    """A piece of a block. `kind` is "text", "thinking", "signature", "arguments", or "refusal"
+    where the answer does not fit its Shape."""
 
     block_index: int
     kind: str
@@ -1020,6 +1082,8 @@ class Tick(NamedTuple):
 
 
 Event = Union[Started, BlockStarted, Delta, BlockStopped, Restarted, Finished, Tick]
+#: An event of one of the answers to a turn: which one, counted from 0.
+Choice = tuple[int, Event]
 
 
 class Answer(NamedTuple):
@@ -1027,34 +1091,136 @@ class Answer(NamedTuple):
 
     message_id: str
     model: str
-    #: Text by kind: "text", "thinking".
-    text: str
-    thinking: str
+    #: Text, thinking and tool_use blocks in the model's order.
+    blocks: list[Block]
+    #: What the model said instead of an answer that fits its Shape.
+    refusal: str
     stop_reason: str
+    stop_sequence: str | None
     usage: Usage
 
+    def joined(self, kind: str) -> str:
+        """The "text" or the "thinking" of all blocks."""
+        return "".join(str(block[kind]) for block in self.blocks if block["type"] == kind)
 
-def gather(events: Iterable[Event]) -> Answer:
-    """The whole answer of a stream of events."""
-    started = Started("", "", Usage())
-    pieces: dict[str, list[str]] = collections.defaultdict(list)
-    for event in events:
+    @property
+    def calls(self) -> list[Block]:
+        """The tool_use blocks."""
+        return [block for block in self.blocks if block["type"] == "tool_use"]
+
+
+#: The field of a block that the deltas of a kind add up to.
+_BLOCK_FIELDS = {"text": "text", "thinking": "thinking", "signature": "signature"}
+
+
+class AnswerBuilder:
+    """Puts an answer together from its events."""
+
+    def __init__(self) -> None:
+        self._started = Started("", "", Usage())
+        self._blocks: dict[int, Block] = {}
+        self._pieces: dict[tuple[int, str], list[str]] = {}
+
+    def note(self, event: Event) -> None:
+        """Takes the next event."""
         if isinstance(event, Delta):
-            pieces[event.kind].append(event.text)
+            self._pieces.setdefault((event.block_index, event.kind), []).append(event.text)
+        elif isinstance(event, BlockStarted):
+            self._blocks[event.block_index] = dict(event.block)
         elif isinstance(event, Started):
-            started = event
+            self._started = event
         elif isinstance(event, Restarted):
-            pieces.clear()
-        elif isinstance(event, Finished):
-            return Answer(
-                message_id=started.message_id,
-                model=started.model,
-                text="".join(pieces["text"]),
-                thinking="".join(pieces["thinking"]),
-                stop_reason=event.stop_reason,
-                usage=event.usage,
-            )
-    raise UpstreamFailed("The answer ended before it was complete.")
+            self._blocks.clear()
+            self._pieces.clear()
+
+    def answer(self, finished: Finished) -> Answer:
+        """The answer. A tool call whose arguments were cut off is left out: it must not run."""
+        blocks = [self._block(index, block) for index, block in sorted(self._blocks.items())]
+        refusals = [piece for (_, kind), piece in self._pieces.items() if kind == "refusal"]
+        return Answer(
+            message_id=self._started.message_id,
+            model=self._started.model,
+            blocks=[block for block in blocks if block is not None],
+            refusal="".join("".join(pieces) for pieces in refusals),
+            stop_reason=finished.stop_reason,
+            stop_sequence=finished.stop_sequence,
+            usage=finished.usage,
+        )
+
+    def _block(self, index: int, block: Block) -> Block | None:
+        if block.get("type") == "tool_use":
+            arguments = "".join(self._pieces.get((index, "arguments"), ()))
+            try:
+                return {**block, "input": from_json(arguments) if arguments else {}}
+            except ValueError:
+                return None
+        filled = dict(block)
+        for kind, field in _BLOCK_FIELDS.items():
+            if (index, kind) in self._pieces:
+                filled[field] = "".join(self._pieces[index, kind])
+        return filled
+
+
+def gather(events: Iterable[Choice], choices: int) -> list[Answer]:
+    """The whole answers of a stream of events."""
+    builders = [AnswerBuilder() for _ in range(choices)]
+    answers: dict[int, Answer] = {}
+    for index, event in events:
+        builders[index].note(event)
+        if isinstance(event, Finished):
+            answers[index] = builders[index].answer(event)
+    if len(answers) < choices:
+        raise UpstreamFailed("The answer ended before it was complete.")
+    return [answers[index] for index in range(choices)]
+
+
+#: How many characters stand for a token when a prompt is measured against a window.
+_CHARS_PER_TOKEN = 3
+
+
+def _weight(message: Message) -> int:
+    """The characters of a message. Images do not count: their tokens have nothing to do with
+    their length."""
+    texts = [block for block in message.content if block["type"] not in ("image", "document")]
+    return len(json.dumps(texts, ensure_ascii=False))
+
+
+def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
+    """The turn with its oldest messages dropped as far as it does not fit, and how many were.
+
+    The system prompt and the newest message stay, and a tool call stays with its result. 0 for
+    `most_chars` takes the model's window. Raises ContextTooLong when even the rest is too long,
+    in the words by which agents know that they have to shorten their history.
+    """
+    most_chars = most_chars or turn.model.context_window * _CHARS_PER_TOKEN
+    left = most_chars - len(turn.system) - _weight(turn.messages[-1])
+    if left < 0:
+        raise ContextTooLong(
+            f"prompt is too long: {(most_chars - left) // _CHARS_PER_TOKEN} tokens > "
+            f"{most_chars // _CHARS_PER_TOKEN} maximum",
+            param="messages",
+        )
+    first = len(turn.messages) - 1
+    while first > 0 and left >= _weight(turn.messages[first - 1]):
+        first -= 1
+        left -= _weight(turn.messages[first])
+    while first < len(turn.messages) - 1 and not _begins(turn.messages[first]):
+        first += 1
+    if not first:
+        return turn, 0
+    if not _begins(turn.messages[first]):
+        raise ContextTooLong(
+            f"prompt is too long: its last tool exchange needs more than "
+            f"{most_chars // _CHARS_PER_TOKEN} tokens",
+            param="messages",
+        )
+    return turn._replace(messages=turn.messages[first:]), first
+
+
+def _begins(message: Message) -> bool:
+    """Whether a conversation can begin with this message."""
+    results = any(block["type"] == "tool_result" for block in message.content)
+    return message.role == "user" and not results
 
 
 # ==== 7. Callers =============================================================
@@ -1176,6 +1342,14 @@ class Limits(NamedTuple):
     max_image_total_bytes: int
 
 
+class Parsing(NamedTuple):
+    """What a dialect needs to know of the server to parse a body."""
+
+    models: Models
+    default_model: str
+    limits: Limits
+
+
 class Fields:
     """One JSON object of a request, read with types.
 
@@ -1212,6 +1386,13 @@ class Fields:
             raise self.wrong(name, "a string")
         return value
 
+    def needed_text(self, name: str) -> str:
+        """A string that has to be there and not be empty."""
+        value = self.text(name)
+        if not value:
+            raise self.wrong(name, "a string that is not empty")
+        return value
+
     def flag(self, name: str) -> bool:
         """A boolean; absent is False."""
         value = self.object.get(name)
@@ -1244,6 +1425,20 @@ class Fields:
             raise self.wrong(name, "an array")
         return value
 
+    def objects(self, name: str) -> list[Fields]:
+        """An array of objects; absent is empty."""
+        found = enumerate(self.items(name) or ())
+        return [Fields(item, f"{self.at(name)}[{index}]") for index, item in found]
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A string, or an array of strings; absent is empty."""
+        value = self.object.get(name)
+        items = [value] if isinstance(value, str) else self.items(name) or []
+        for item in items:
+            if not isinstance(item, str):
+                raise self.wrong(name, "a string or an array of strings")
+        return tuple(str(item) for item in items)
+
     def child(self, name: str) -> Fields | None:
         """An object."""
         value = self.object.get(name)
@@ -1262,6 +1457,11 @@ def text_block(text: str) -> list[Block]:
     return [{"type": "text", "text": text}] if text.strip() else []
 
 
+def text_of(blocks: Iterable[Block]) -> str:
+    """The text of text blocks, a blank line between them."""
+    return "\n\n".join(str(block["text"]) for block in blocks if block.get("type") == "text")
+
+
 def merged(messages: Iterable[Message]) -> list[Message]:
     """The messages with neighbours of one role joined and empty ones left out.
 
@@ -1277,28 +1477,100 @@ def merged(messages: Iterable[Message]) -> list[Message]:
     return result
 
 
+def plain_id(call_id: str) -> str:
+    """A tool call's id as it leaves this server and as it is compared: some clients give it back
+    without whatever is no letter or digit."""
+    return re.sub(r"[^A-Za-z0-9]", "", call_id)
+
+
+def with_exchanges(messages: list[Message], param: str) -> list[Message]:
+    """The messages with each tool result where the API wants it: first in the user's message
+    after the call, in the order of the calls, one for each.
+
+    Raises BadRequest naming the ids of results without a call and of calls without a result.
+    """
+    result: list[Message] = []
+    calls: list[str] = []
+    for message in messages:
+        results = {b["tool_use_id"]: b for b in message.content if b["type"] == "tool_result"}
+        unknown = [call_id for call_id in results if call_id not in calls]
+        missing = [call_id for call_id in calls if call_id not in results]
+        if unknown:
+            raise BadRequest(
+                f"{param}: no tool was called with the id {', '.join(unknown)} just before.",
+                param=param,
+            )
+        if missing:
+            raise BadRequest(
+                f"{param}: the tool calls {', '.join(missing)} have no result.", param=param
+            )
+        rest = [block for block in message.content if block["type"] != "tool_result"]
+        ordered = [results[call_id] for call_id in calls]
+        result.append(Message(message.role, ordered + rest))
+        calls = [block["id"] for block in rest if block["type"] == "tool_use"]
+    return result
+
+
+def answerable(system: str, messages: list[Message], param: str) -> tuple[str, list[Message]]:
+    """System prompt and messages, if there is something in them that a model could answer."""
+    messages = with_exchanges(merged(messages), param)
+    if not messages and system:
+        # A request that is all instructions: the API needs a user's message to answer.
+        return "", [Message("user", text_block(system))]
+    if not messages:
+        raise BadRequest(f"{param}: there is nothing in it to answer.", param=param)
+    if messages[-1].role != "user":
+        raise BadRequest(
+            f"{param}: the last message must be the user's; an answer cannot be continued here.",
+            param=param,
+        )
+    return system, messages
+
+
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 
 
-class Images:
-    """Turns image addresses of one request into blocks and keeps the operator's limits."""
+class Attachments:
+    """Turns the images and documents of one request into blocks and keeps the limits."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._count = 0
         self._total_bytes = 0
 
-    def block(self, url: str, param: str) -> Block:
-        """The image block of a data URI or an http(s) address. Raises BadRequest, TooLarge."""
-        self._count += 1
-        if self._count > self._limits.max_images:
-            raise TooLarge(
-                f"A request may hold {self._limits.max_images} images.",
-                param=param, code="too_many_images",
-            )
+    def image(self, url: str, param: str) -> Block:
+        """The block of an image's data URI or http(s) address. Raises BadRequest, TooLarge."""
+        self._count_one(param)
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
-            return {"type": "image", "source": self._inline(url, param)}
+            media_type, data = self._data_uri(url, param)
+            return {"type": "image", "source": self.inline_image(media_type, data, param)}
+        return {"type": "image", "source": self._address(url, scheme, param)}
+
+    def document(self, url: str, param: str) -> Block:
+        """The block of a PDF's data URI. Raises BadRequest, TooLarge."""
+        self._count_one(param)
+        media_type, data = self._data_uri(url, param)
+        if media_type != "application/pdf":
+            raise BadRequest(
+                f"{param}: files must be PDF documents, data:application/pdf;base64,...",
+                param=param, code="unsupported_file_type",
+            )
+        self._weigh(data, self._limits.max_image_total_bytes, param)
+        source = {"type": "base64", "media_type": media_type, "data": data}
+        return {"type": "document", "source": source}
+
+    def inline_image(self, media_type: str, data: str, param: str) -> Json:
+        """The source of an image that is in the request itself."""
+        if media_type not in _IMAGE_TYPES:
+            raise BadRequest(
+                f"{param}: images must be one of {', '.join(_IMAGE_TYPES)}.",
+                param=param, code="unsupported_image_type",
+            )
+        self._weigh(data, self._limits.max_image_bytes, param)
+        return {"type": "base64", "media_type": media_type, "data": data}
+
+    def _address(self, url: str, scheme: str, param: str) -> Json:
         if scheme not in ("http", "https"):
             raise BadRequest(
                 f"{param}: must be a data: URI or an http(s) address.",
@@ -1310,47 +1582,106 @@ class Images:
                 "as a data: URI, or have the operator set CLAUDE_IMAGE_ALLOW_URL=1.",
                 param=param, code="remote_url_disabled",
             )
-        return {"type": "image", "source": {"type": "url", "url": url}}
+        return {"type": "url", "url": url}
 
-    def _inline(self, url: str, param: str) -> Block:
-        head, comma, payload = url[len("data:"):].partition(",")
-        media_type, *parameters = head.split(";")
-        if not comma or "base64" not in (word.strip().lower() for word in parameters):
+    def _data_uri(self, url: str, param: str) -> tuple[str, str]:
+        """Media type and base64 text."""
+        head, comma, data = url.partition(",")
+        media_type, *parameters = head[len("data:"):].split(";")
+        words = [word.strip().lower() for word in parameters]
+        if not url[:5].lower() == "data:" or not comma or "base64" not in words:
             raise BadRequest(
                 f"{param}: must be a base64 data URI, data:image/png;base64,...",
                 param=param, code="invalid_data_uri",
             )
-        media_type = media_type.strip().lower().replace("image/jpg", "image/jpeg")
-        if media_type not in _IMAGE_TYPES:
-            raise BadRequest(
-                f"{param}: images must be one of {', '.join(_IMAGE_TYPES)}.",
-                param=param, code="unsupported_image_type",
+        return media_type.strip().lower().replace("image/jpg", "image/jpeg"), data
+
+    def _count_one(self, param: str) -> None:
+        self._count += 1
+        if self._count > self._limits.max_images:
+            raise TooLarge(
+                f"A request may hold {self._limits.max_images} images and files.",
+                param=param, code="too_many_images",
             )
+
+    def _weigh(self, data: str, most_bytes: int, param: str) -> None:
         try:
-            size_bytes = len(base64.b64decode(payload, validate=True))
-        except binascii.Error:
+            size_bytes = len(base64.b64decode(data, validate=True))
+        except (binascii.Error, ValueError):
             size_bytes = 0
         if not size_bytes:
             raise BadRequest(
                 f"{param}: the base64 data is broken or empty.",
                 param=param, code="invalid_data_uri",
             )
-        self._weigh(size_bytes, param)
-        return {"type": "base64", "media_type": media_type, "data": payload}
-
-    def _weigh(self, size_bytes: int, param: str) -> None:
         self._total_bytes += size_bytes
-        if size_bytes > self._limits.max_image_bytes:
+        if size_bytes > most_bytes:
             raise TooLarge(
-                f"{param}: an image may have {self._limits.max_image_bytes} bytes.",
-                param=param, code="image_too_large",
+                f"{param}: it may have {most_bytes} bytes.", param=param, code="image_too_large"
             )
         if self._total_bytes > self._limits.max_image_total_bytes:
             raise TooLarge(
-                f"The images of a request may have {self._limits.max_image_total_bytes} bytes "
-                "together.",
+                f"The images and files of a request may have "
+                f"{self._limits.max_image_total_bytes} bytes together.",
                 param=param, code="images_too_large",
             )
+
+
+def tool_from(entry: Fields, name: str, schema_field: str) -> Tool:
+    """A tool as the client describes it. Its schema is passed on as it is."""
+    schema = entry.child(schema_field)
+    found: Json = dict(schema.object) if schema is not None else {}
+    return Tool(
+        name=name,
+        description=entry.text("description") or "",
+        # claude takes a schema only with this at its root, where it can stand for nothing else.
+        schema={"properties": {}, **found, "type": "object"},
+    )
+
+
+def distinct(tools: Iterable[Tool], param: str) -> tuple[Tool, ...]:
+    """The tools. Raises BadRequest when two have one name."""
+    found: dict[str, Tool] = {}
+    for tool in tools:
+        if tool.name in found:
+            raise BadRequest(f"{param}: two tools are called {tool.name!r}.", param=param)
+        found[tool.name] = tool
+    return tuple(found.values())
+
+
+def chosen(tools: tuple[Tool, ...], choice: ToolChoice, param: str) -> ToolChoice:
+    """The choice, if it can be made among these tools. Raises BadRequest."""
+    if not tools and choice.forces:
+        raise BadRequest(f"{param}: there are no tools to call.", param=param)
+    if choice.kind == "tool" and choice.name not in [tool.name for tool in tools]:
+        raise BadRequest(f"{param}: no tool is called {choice.name!r}.", param=param)
+    return choice if tools else ToolChoice()
+
+
+def arguments_of(text: str) -> Json:
+    """The arguments of an earlier call. Models are not always exact: what is no JSON object is
+    kept as text, so that the conversation goes on."""
+    try:
+        found = from_json(text or "{}")
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"arguments": text}
+
+
+def shape_of(schema: Json) -> Shape:
+    """The Shape of an answer that has to fit `schema`."""
+    is_object = schema.get("type") == "object"
+    if is_object:
+        return Shape(schema, wrapped=False)
+    definitions: Json = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    wrapper: Json = {
+        "type": "object",
+        "properties": {"value": {k: v for k, v in schema.items() if k not in definitions}},
+        "required": ["value"],
+        "additionalProperties": False,
+        **definitions,
+    }
+    return Shape(wrapper, wrapped=True)
 
 
 #: Levels of effort that clients ask for, least first, and the budget of tokens that stands for
@@ -1380,19 +1711,26 @@ class Wanted(NamedTuple):
     stop_sequences: tuple[str, ...] = ()
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
     #: A level of EFFORT_BUDGETS, "none", or None.
     effort: str | None = None
+    #: A budget of thinking in tokens, 0 = none; None = as the effort says.
+    budget_tokens: int | None = None
+    #: Whether a tool call is forced: the API refuses that together with thinking.
+    forced: bool = False
 
 
 def _thinking_tokens(model: Model, wanted: Wanted) -> int | None:
     """See Options.thinking_tokens, before sampling has its say."""
-    if wanted.effort == "none":
+    if wanted.forced or wanted.effort == "none" or wanted.budget_tokens == 0:
         return 0
     if model.thinking == "adaptive":
         return None
-    if wanted.effort is None:
+    budget = wanted.budget_tokens
+    if budget is None and wanted.effort is None:
         return None if model.reasoning else 0
-    budget = EFFORT_BUDGETS[wanted.effort]
+    if budget is None:
+        budget = EFFORT_BUDGETS[str(wanted.effort)]
     if wanted.max_tokens is not None:
         budget = min(budget, wanted.max_tokens - 1)
     return budget if budget >= _LEAST_BUDGET_TOKENS else 0
@@ -1402,49 +1740,67 @@ def options_for(model: Model, wanted: Wanted) -> tuple[Options, tuple[str, ...]]
     """The options that the model's API will accept, and the parameters that had to go.
 
     The API refuses a temperature other than 1 together with thinking, and takes temperature or
-    top_p but not both. A client that names an effort wants thinking; one that names only a
-    temperature gets its temperature, without thinking.
+    top_p but not both. A client that names an effort or a budget wants thinking; one that names
+    only a temperature gets its temperature, without thinking.
     """
-    temperature, top_p = wanted.temperature, wanted.top_p
-    ignored = []
+    sampling: dict[str, float] = {}
+    for name, value in (("temperature", wanted.temperature), ("top_p", wanted.top_p)):
+        if value is not None and value != 1:
+            sampling[name] = value
+    if wanted.top_k is not None:
+        sampling["top_k"] = wanted.top_k
     thinking = _thinking_tokens(model, wanted)
-    keeps_thinking = wanted.effort not in (None, "none") and thinking != 0
-    samples = (temperature is not None and temperature != 1) or (top_p is not None and top_p != 1)
-    if not model.sampling or (samples and keeps_thinking):
-        ignored = [
-            name
-            for name, value in (("temperature", temperature), ("top_p", top_p))
-            if value is not None and value != 1
-        ]
-        temperature = top_p = None
-    elif samples:
+    asks_to_think = wanted.effort not in (None, "none") or bool(wanted.budget_tokens)
+    ignored: list[str] = []
+    if not model.sampling or (asks_to_think and thinking != 0):
+        ignored, sampling = list(sampling), {}
+    elif sampling:
         thinking = 0
-        if temperature is not None and top_p is not None:
-            ignored, top_p = ["top_p"], None
+        if "temperature" in sampling and sampling.pop("top_p", None) is not None:
+            ignored.append("top_p")
     effort = None if wanted.effort in (None, "none") else nearest_effort(model, str(wanted.effort))
     options = Options(
         max_tokens=wanted.max_tokens,
         stop_sequences=wanted.stop_sequences,
-        temperature=temperature,
-        top_p=top_p,
+        sampling=tuple(sorted(sampling.items())),
         effort=effort,
         thinking_tokens=thinking,
     )
     return options, tuple(ignored)
 
 
-class Dialect:
-    """A wire format. Subclasses render; the error bodies here are OpenAI's."""
+def stop_sequences(fields: Fields, name: str) -> tuple[str, ...]:
+    """The stop sequences of a request. Raises BadRequest for one that the API would not take."""
+    found = tuple(text for text in fields.texts(name) if text)
+    if any(not text.strip() for text in found):
+        raise BadRequest(
+            f"{name}: the API takes no sequence that is white space only.", param=name
+        )
+    return found
 
-    def parse(self, body: object, models: Models, default_model: str, limits: Limits) -> Turn:
+
+def asks_for_something(value: object) -> bool:
+    """Whether a parameter asks for anything other than its default."""
+    return value not in (None, False, 0, "", "none", [], {})
+
+
+class Dialect:
+    """A wire format. Subclasses parse and render; the error bodies here are OpenAI's."""
+
+    #: For the log.
+    name = ""
+    #: What a stream shows for silence: a comment, which every client skips.
+    heartbeat = b": keepalive\n\n"
+
+    def parse(self, body: object, parsing: Parsing) -> Turn:
         """The Turn that a request's JSON asks for. Raises BadRequest, UnknownModel, TooLarge."""
         raise NotImplementedError
 
-    def whole(self, turn: Turn, answer: Answer) -> Json:
-        """The body of an answer that is not streamed."""
+    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
+        """The body of an answer that is not streamed; one Answer for each of `turn.choices`."""
         raise NotImplementedError
 
-    def frames(self, turn: Turn, events: Iterable[Event]) -> Iterator[bytes]:
+    def frames(self, turn: Turn, events: Iterable[Choice]) -> Iterator[bytes]:
         """The bytes of a streamed answer, piece by piece. The first piece comes with the first
         content, so that whatever fails before it still has a status of its own."""
         raise NotImplementedError
@@ -1465,22 +1821,44 @@ class Dialect:
         return server_sent(self.error_body(error))
 
 
-def server_sent(data: Json) -> bytes:
+def server_sent(data: Json, name: str = "") -> bytes:
     """One server-sent event."""
-    return b"data: " + to_json(data) + b"\n\n"
+    head = f"event: {name}\n".encode("ascii") if name else b""
+    return head + b"data: " + to_json(data) + b"\n\n"
 
 
-#: What a stream shows for silence: a comment, which every client skips.
-HEARTBEAT_FRAME = b": keepalive\n\n"
+def broken_answer() -> UpstreamFailed:
+    """The failure of a stream whose answer began anew: what was sent cannot be taken back."""
+    return UpstreamFailed("The connection to the API broke in the middle of the answer.")
+
 
 #: The API's words for the end of an answer, in OpenAI's. Clients loop on words they do not know.
 FINISH_REASONS = {
     "end_turn": "stop",
     "stop_sequence": "stop",
+    "tool_use": "tool_calls",
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
     "refusal": "content_filter",
 }
+
+
+def openai_usage(usages: Iterable[Usage]) -> Json:
+    """The usage object of chat and legacy completions. Choices share one prompt."""
+    counted = list(usages)
+    prompt_tokens = max(usage.prompt_tokens for usage in counted)
+    output_tokens = sum(usage.output_tokens for usage in counted)
+    found: Json = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": max(u.cache_read_tokens for u in counted)},
+    }
+    reasoning = [usage.reasoning_tokens for usage in counted if usage.reasoning_tokens is not None]
+    if reasoning:
+        found["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
+    return found
+
 
 #: Parameters of chat completions that change nothing about what the answer means.
 _HARMLESS_CHAT_PARAMETERS = (
@@ -1489,138 +1867,197 @@ _HARMLESS_CHAT_PARAMETERS = (
     "store", "user", "verbosity", "web_search_options",
 )
 
-
-def _asks_for_something(value: object) -> bool:
-    return value not in (None, False, 0, "", "none", [], {})
-
-
 #: Parameters that would change what the answer means and cannot be had: (field, why).
 _REFUSED_CHAT_PARAMETERS = (
     ("logprobs", "the API behind this server gives no log probabilities"),
     ("top_logprobs", "the API behind this server gives no log probabilities"),
     ("audio", "the models behind this server do not speak"),
-    ("tools", "tools are not built yet in this version"),
-    ("functions", "tools are not built yet in this version"),
 )
+
+#: More choices than this are not asked for at once.
+_CHOICES_MOST = 8
 
 
 class ChatDialect(Dialect):
     """POST /v1/chat/completions."""
 
-    def parse(self, body: object, models: Models, default_model: str, limits: Limits) -> Turn:
+    name = "chat"
+
+    # -- parsing ------------------------------------------------------------------------------
+
+    def parse(self, body: object, parsing: Parsing) -> Turn:
         """See Dialect.parse."""
         fields = Fields(body)
-        name = fields.text("model") or default_model
-        model = models.find(name)
+        name = fields.text("model") or parsing.default_model
+        model = parsing.models.find(name)
         self._refuse(fields)
         stream_options = fields.child("stream_options") or Fields({})
-        system, messages = self._conversation(fields, Images(limits))
-        options, ignored = options_for(model, self._wanted(fields))
+        tools, choice, unknown_tools = self._tools(fields)
+        system, messages = self._conversation(fields, Attachments(parsing.limits))
+        options, ignored = options_for(model, self._wanted(fields, choice))
         harmless = [
             name
             for name in _HARMLESS_CHAT_PARAMETERS
-            if _asks_for_something(fields.object.get(name))
+            if asks_for_something(fields.object.get(name))
         ]
         return Turn(
             model=model,
             system=system,
             messages=messages,
             options=options,
+            tools=tools,
+            tool_choice=choice,
+            shape=self._shape(fields),
+            choices=fields.integer("n", 1, _CHOICES_MOST) or 1,
+            session_id=fields.text("session_id") or "",
             stream=fields.flag("stream"),
-            ignored=(*harmless, *ignored),
+            ignored=(*harmless, *ignored, *unknown_tools),
             wire={
                 "id": new_id("chatcmpl-"),
                 "created": int(time.time()),
                 "model": name,
                 "include_usage": stream_options.flag("include_usage"),
+                "legacy_functions": fields.given("functions"),
             },
         )
 
     def _refuse(self, fields: Fields) -> None:
         for name, why in _REFUSED_CHAT_PARAMETERS:
-            if _asks_for_something(fields.object.get(name)):
+            if asks_for_something(fields.object.get(name)):
                 raise Unsupported(f"{name}: {why}.", param=name)
-        if (fields.integer("n", 1, 128) or 1) > 1:
-            raise Unsupported("n: one answer for each request in this version.", param="n")
         for item in fields.items("modalities") or []:
             if item != "text":
                 raise Unsupported("modalities: answers are text only.", param="modalities")
-        wanted_format = fields.child("response_format")
-        if wanted_format is not None and wanted_format.text("type") not in (None, "text"):
-            raise Unsupported(
-                "response_format: structured output is not built yet in this version.",
-                param="response_format",
-            )
 
-    def _wanted(self, fields: Fields) -> Wanted:
+    def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
         limit = fields.integer("max_completion_tokens", 1)
         temperature = fields.number("temperature", 0, 2)
-        effort = fields.word("reasoning_effort", ("none", *EFFORT_BUDGETS))
         return Wanted(
             max_tokens=limit if limit is not None else fields.integer("max_tokens", 1),
-            stop_sequences=self._stop(fields),
+            stop_sequences=stop_sequences(fields, "stop"),
             # OpenAI's scale goes to 2, the API's ends at 1.
             temperature=None if temperature is None else min(temperature, 1.0),
             top_p=fields.number("top_p", 0, 1),
-            effort=effort,
+            effort=fields.word("reasoning_effort", ("none", *EFFORT_BUDGETS)),
+            forced=choice.forces,
         )
 
-    def _stop(self, fields: Fields) -> tuple[str, ...]:
-        value = fields.object.get("stop")
-        items = [value] if isinstance(value, str) else fields.items("stop") or []
-        for item in items:
-            if not isinstance(item, str):
-                raise fields.wrong("stop", "a string or an array of strings")
-            if item and not item.strip():
-                raise BadRequest(
-                    "stop: the API takes no sequence that is white space only.", param="stop"
-                )
-        return tuple(item for item in items if isinstance(item, str) and item)
+    def _shape(self, fields: Fields) -> Shape | None:
+        found = fields.child("response_format")
+        if found is None:
+            return None
+        kind = found.word("type", ("text", "json_object", "json_schema"))
+        if kind == "json_object":
+            return Shape({"type": "object", "additionalProperties": True}, wrapped=False)
+        if kind != "json_schema":
+            return None
+        described = found.child("json_schema")
+        schema = described.child("schema") if described is not None else None
+        if schema is None:
+            raise BadRequest(
+                "response_format.json_schema.schema: must be a JSON schema.",
+                param="response_format.json_schema.schema",
+            )
+        return shape_of(schema.object)
 
-    def _conversation(self, fields: Fields, images: Images) -> tuple[str, list[Message]]:
-        items = fields.items("messages")
-        if not items:
+    def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], ToolChoice, list[str]]:
+        """The tools, the choice among them, and the paths of tools of unknown types."""
+        tools: list[Tool] = []
+        unknown: list[str] = []
+        for entry in fields.objects("tools"):
+            described = entry.child("function")
+            if entry.text("type") not in (None, "function") or described is None:
+                unknown.append(entry.path)
+            else:
+                tools.append(tool_from(described, described.needed_text("name"), "parameters"))
+        for entry in fields.objects("functions"):
+            tools.append(tool_from(entry, entry.needed_text("name"), "parameters"))
+        found = distinct(tools, "tools")
+        choice, allowed = self._tool_choice(fields)
+        if allowed is not None:
+            found = tuple(tool for tool in found if tool.name in allowed)
+        return found, chosen(found, choice, "tool_choice"), unknown
+
+    def _tool_choice(self, fields: Fields) -> tuple[ToolChoice, set[str] | None]:
+        """The choice, and the names that it is limited to."""
+        parallel = fields.object.get("parallel_tool_calls") is not False
+        field = "tool_choice" if fields.given("tool_choice") else "function_call"
+        value = fields.object.get(field)
+        if value is None or isinstance(value, str):
+            word = fields.word(field, ("auto", "none", "required"))
+            kinds = {None: "auto", "required": "any"}
+            return ToolChoice(kinds.get(word, str(word)), parallel=parallel), None
+        entry = Fields(value, field)
+        kind = entry.text("type")
+        if kind == "allowed_tools":
+            allowed = entry.child("allowed_tools") or entry
+            names = {self._tool_name(tool) for tool in allowed.objects("tools")}
+            mode = allowed.word("mode", ("auto", "required")) or "auto"
+            return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
+        return ToolChoice("tool", self._tool_name(entry), parallel=parallel), None
+
+    def _tool_name(self, entry: Fields) -> str:
+        described = entry.child("function") or entry
+        return described.needed_text("name")
+
+    def _conversation(
+        self, fields: Fields, attachments: Attachments
+    ) -> tuple[str, list[Message]]:
+        entries = fields.objects("messages")
+        if not entries:
             raise fields.wrong("messages", "an array with at least one message")
         system: list[str] = []
         messages: list[Message] = []
-        for index, item in enumerate(items):
-            entry = Fields(item, f"messages[{index}]")
+        function_ids: list[str] = []
+        for entry in entries:
             role = entry.text("role")
             if role in ("system", "developer"):
-                system.append(self._system_text(entry))
-            elif role in ("user", "assistant"):
-                messages.append(Message(role, self._content(entry, images)))
+                system.append(text_of(self._content(entry, None)))
+            elif role == "user":
+                messages.append(Message("user", self._content(entry, attachments)))
+            elif role == "assistant":
+                calls = self._calls(entry, function_ids)
+                messages.append(Message("assistant", self._content(entry, attachments) + calls))
             elif role in ("tool", "function"):
-                raise Unsupported(
-                    f"{entry.at('role')}: tools are not built yet in this version.",
-                    param=entry.at("role"),
-                )
+                messages.append(Message("user", [self._result(entry, attachments, function_ids)]))
             else:
                 raise entry.wrong("role", "system, developer, user, assistant or tool")
-        return self._answerable("\n\n".join(text for text in system if text), merged(messages))
+        return answerable("\n\n".join(text for text in system if text), messages, "messages")
 
-    def _answerable(self, system: str, messages: list[Message]) -> tuple[str, list[Message]]:
-        """The conversation, if there is something in it that a model could answer."""
-        if not messages and system:
-            # A request that is all instructions: the API needs a user's message to answer.
-            return "", [Message("user", text_block(system))]
-        if not messages:
-            raise BadRequest("messages: there is no text in them to answer.", param="messages")
-        if messages[-1].role != "user":
-            raise BadRequest(
-                "messages: the last one must be the user's; answers cannot be continued here.",
-                param="messages",
-            )
-        return system, messages
+    def _calls(self, entry: Fields, function_ids: list[str]) -> list[Block]:
+        """The tool calls of an assistant's message. A legacy call has no id: it gets one."""
+        found = []
+        for call in entry.objects("tool_calls"):
+            described = call.child("function")
+            if described is None:
+                raise call.wrong("function", "an object")
+            found.append((plain_id(call.needed_text("id")), described))
+        legacy = entry.child("function_call")
+        if legacy is not None:
+            function_ids.append(f"call{len(function_ids)}")
+            found.append((function_ids[-1], legacy))
+        return [
+            {
+                "type": "tool_use",
+                "id": call_id,
+                "name": described.needed_text("name"),
+                "input": arguments_of(described.text("arguments") or ""),
+            }
+            for call_id, described in found
+        ]
 
-    def _system_text(self, entry: Fields) -> str:
-        texts = []
-        for block in self._content(entry, None):
-            texts.append(str(block["text"]))
-        return "\n\n".join(texts)
+    def _result(
+        self, entry: Fields, attachments: Attachments, function_ids: list[str]
+    ) -> Block:
+        if entry.text("role") == "function":
+            call_id = function_ids[-1] if function_ids else entry.needed_text("name")
+        else:
+            call_id = plain_id(entry.needed_text("tool_call_id"))
+        content = self._content(entry, attachments)
+        return {"type": "tool_result", "tool_use_id": call_id, "content": content}
 
-    def _content(self, entry: Fields, images: Images | None) -> list[Block]:
-        """The blocks of a message. Without `images`, only text is taken."""
+    def _content(self, entry: Fields, attachments: Attachments | None) -> list[Block]:
+        """The blocks of a message. Without `attachments`, only text is taken."""
         content = entry.object.get("content")
         if content is None:
             return []
@@ -1629,11 +2066,11 @@ class ChatDialect(Dialect):
         if not isinstance(content, list):
             raise entry.wrong("content", "a string or an array of parts")
         blocks: list[Block] = []
-        for index, item in enumerate(content):
-            blocks += self._part(Fields(item, f"{entry.at('content')}[{index}]"), images)
+        for part in entry.objects("content"):
+            blocks += self._part(part, attachments)
         return blocks
 
-    def _part(self, part: Fields, images: Images | None) -> list[Block]:
+    def _part(self, part: Fields, attachments: Attachments | None) -> list[Block]:
         kind = part.text("type")
         if kind in ("text", "input_text", "output_text"):
             text = part.text("text")
@@ -1642,19 +2079,29 @@ class ChatDialect(Dialect):
             return text_block(text)
         if kind == "refusal":
             return text_block(part.text("refusal") or "")
-        if kind in ("image_url", "input_image"):
-            if images is None:
+        if kind in ("image_url", "input_image", "file", "input_file"):
+            if attachments is None:
                 raise BadRequest(
-                    f"{part.path}: images belong into user messages.",
+                    f"{part.path}: images and files belong into user messages.",
                     param=part.path, code="images_unsupported_in_system_messages",
                 )
-            return [images.block(self._image_url(part), part.at("image_url"))]
-        if kind in ("file", "input_file", "input_audio"):
+            if kind in ("file", "input_file"):
+                return [self._file(part, attachments)]
+            return [attachments.image(self._image_url(part), part.at("image_url"))]
+        if kind == "input_audio":
+            raise Unsupported(f"{part.path}: the models do not listen.", param=part.at("type"))
+        raise part.wrong("type", "text, image_url or file")
+
+    def _file(self, part: Fields, attachments: Attachments) -> Block:
+        described = part.child("file") or part
+        data = described.text("file_data")
+        if data is None:
             raise Unsupported(
-                f"{part.at('type')}: parts of this type are not taken by this version.",
-                param=part.at("type"),
+                f"{described.at('file_data')}: send the file itself, as "
+                "data:application/pdf;base64,...; files cannot be stored here.",
+                param=described.at("file_data"),
             )
-        raise part.wrong("type", "text or image_url")
+        return attachments.document(data, described.at("file_data"))
 
     def _image_url(self, part: Fields) -> str:
         value = part.object.get("image_url")
@@ -1668,11 +2115,10 @@ class ChatDialect(Dialect):
             )
         return url
 
-    def whole(self, turn: Turn, answer: Answer) -> Json:
+    # -- rendering ----------------------------------------------------------------------------
+
+    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
         """See Dialect.whole."""
-        message: Json = {"role": "assistant", "content": answer.text, "refusal": None}
-        if answer.thinking:
-            message["reasoning_content"] = answer.thinking
         return {
             "id": turn.wire["id"],
             "object": "chat.completion",
@@ -1680,54 +2126,71 @@ class ChatDialect(Dialect):
             "model": turn.wire["model"],
             "choices": [
                 {
-                    "index": 0,
-                    "message": message,
+                    "index": index,
+                    "message": self._message(turn, answer),
                     "logprobs": None,
-                    "finish_reason": FINISH_REASONS.get(answer.stop_reason, "stop"),
+                    "finish_reason": self._finish_reason(turn, answer.stop_reason),
                 }
+                for index, answer in enumerate(answers)
             ],
-            "usage": self._usage(answer.usage),
+            "usage": openai_usage(answer.usage for answer in answers),
             "system_fingerprint": None,
         }
 
-    def frames(self, turn: Turn, events: Iterable[Event]) -> Iterator[bytes]:
-        """See Dialect.frames. One chunk for each piece that claude printed."""
-        began = answered = False
-        for event in events:
-            if isinstance(event, Tick):
-                yield HEARTBEAT_FRAME
-            elif isinstance(event, Restarted) and answered:
-                # What was sent cannot be taken back; thinking alone may be repeated.
-                raise UpstreamFailed("The connection to the API broke in the middle of the answer.")
-            elif isinstance(event, (Delta, Finished)):
-                answered = answered or (isinstance(event, Delta) and event.kind == "text")
-                if not began:
-                    began = True
-                    yield self._chunk(turn, {"role": "assistant", "content": ""})
-                yield from self._rendered(turn, event)
+    def _message(self, turn: Turn, answer: Answer) -> Json:
+        text = answer.joined("text")
+        message: Json = {
+            "role": "assistant",
+            "content": None if (answer.calls or answer.refusal) and not text else text,
+            "refusal": answer.refusal or None,
+        }
+        thinking = answer.joined("thinking")
+        if thinking:
+            message["reasoning_content"] = thinking
+        calls = [
+            {
+                "id": call["id"],
+                "type": "function",
+                "function": {
+                    "name": call["name"],
+                    "arguments": to_json(call["input"]).decode("utf-8"),
+                },
+            }
+            for call in answer.calls
+        ]
+        if calls and turn.wire["legacy_functions"]:
+            message["function_call"] = calls[0]["function"]
+        elif calls:
+            message["tool_calls"] = calls
+        return message
 
-    def _rendered(self, turn: Turn, event: Delta | Finished) -> Iterator[bytes]:
-        if isinstance(event, Delta):
-            if event.kind == "text":
-                yield self._chunk(turn, {"content": event.text})
-            elif event.kind == "thinking":
-                yield self._chunk(turn, {"reasoning_content": event.text})
-            return
-        yield self._chunk(turn, {}, FINISH_REASONS.get(event.stop_reason, "stop"))
+    def _finish_reason(self, turn: Turn, stop_reason: str) -> str:
+        if stop_reason == "tool_use" and turn.wire["legacy_functions"]:
+            return "function_call"
+        return FINISH_REASONS.get(stop_reason, "stop")
+
+    def frames(self, turn: Turn, events: Iterable[Choice]) -> Iterator[bytes]:
+        """See Dialect.frames. One chunk for each piece that claude printed."""
+        streams = [ChatStream(self, turn, index) for index in range(turn.choices)]
+        usages = []
+        for index, event in events:
+            if isinstance(event, Tick):
+                yield self.heartbeat
+                continue
+            yield from streams[index].frames(event)
+            if isinstance(event, Finished):
+                usages.append(event.usage)
         if turn.wire["include_usage"]:
-            yield server_sent(
-                {**self._envelope(turn), "choices": [], "usage": self._usage(event.usage)}
-            )
+            usage = openai_usage(usages)
+            yield server_sent({**self.envelope(turn), "choices": [], "usage": usage})
         yield b"data: [DONE]\n\n"
 
-    def _chunk(self, turn: Turn, delta: Json, finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        chunk = {**self._envelope(turn), "choices": [choice]}
-        if turn.wire["include_usage"]:
-            chunk["usage"] = None
-        return server_sent(chunk)
+    def finish(self, turn: Turn, event: Finished) -> str:
+        """The finish reason of a streamed choice."""
+        return self._finish_reason(turn, event.stop_reason)
 
-    def _envelope(self, turn: Turn) -> Json:
+    def envelope(self, turn: Turn) -> Json:
+        """What every chunk of a stream has."""
         return {
             "id": turn.wire["id"],
             "object": "chat.completion.chunk",
@@ -1736,16 +2199,70 @@ class ChatDialect(Dialect):
             "system_fingerprint": None,
         }
 
-    def _usage(self, usage: Usage) -> Json:
-        found: Json = {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.output_tokens,
-            "total_tokens": usage.prompt_tokens + usage.output_tokens,
-            "prompt_tokens_details": {"cached_tokens": usage.cache_read_tokens},
+
+class ChatStream:
+    """Renders the events of one choice of a streamed chat completion."""
+
+    def __init__(self, dialect: ChatDialect, turn: Turn, index: int) -> None:
+        self._dialect = dialect
+        self._turn = turn
+        self._index = index
+        self._began = False
+        self._answered = False
+        #: Which tool call a block is, counted from 0.
+        self._calls: dict[int, int] = {}
+
+    def frames(self, event: Event) -> Iterator[bytes]:
+        """The chunks of one event."""
+        if isinstance(event, Restarted) and self._answered:
+            # What was sent cannot be taken back; thinking alone may be repeated.
+            raise broken_answer()
+        for delta, finish_reason in self._deltas(event):
+            if not self._began:
+                self._began = True
+                yield self._chunk({"role": "assistant", "content": ""}, None)
+            yield self._chunk(delta, finish_reason)
+
+    def _deltas(self, event: Event) -> Iterator[tuple[Json, str | None]]:
+        if isinstance(event, BlockStarted) and event.block.get("type") == "tool_use":
+            self._answered = True
+            yield self._call_began(event), None
+        elif isinstance(event, Finished):
+            yield {}, self._dialect.finish(self._turn, event)
+        elif isinstance(event, Delta):
+            self._answered = self._answered or event.kind != "thinking"
+            if event.kind == "text":
+                yield {"content": event.text}, None
+            elif event.kind == "thinking":
+                yield {"reasoning_content": event.text}, None
+            elif event.kind == "refusal":
+                yield {"refusal": event.text}, None
+            elif event.kind == "arguments" and event.text:
+                yield self._arguments(event), None
+
+    def _call_began(self, event: BlockStarted) -> Json:
+        index = self._calls.setdefault(event.block_index, len(self._calls))
+        function = {"name": event.block["name"], "arguments": ""}
+        if self._turn.wire["legacy_functions"]:
+            return {"function_call": function}
+        call = {"index": index, "id": event.block["id"], "type": "function", "function": function}
+        return {"tool_calls": [call]}
+
+    def _arguments(self, event: Delta) -> Json:
+        function = {"arguments": event.text}
+        if self._turn.wire["legacy_functions"]:
+            return {"function_call": function}
+        index = self._calls[event.block_index]
+        return {"tool_calls": [{"index": index, "function": function}]}
+
+    def _chunk(self, delta: Json, finish_reason: str | None) -> bytes:
+        choice = {
+            "index": self._index, "delta": delta, "logprobs": None, "finish_reason": finish_reason,
         }
-        if usage.reasoning_tokens is not None:
-            found["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
-        return found
+        chunk = {**self._dialect.envelope(self._turn), "choices": [choice]}
+        if self._turn.wire["include_usage"]:
+            chunk["usage"] = None
+        return server_sent(chunk)
 
 
 CHAT = ChatDialect()
@@ -1787,6 +2304,7 @@ FIXED_ENVIRONMENT = {
     "DISABLE_AUTOUPDATER": "1",
     "DISABLE_AUTO_COMPACT": "1",
     "DISABLE_COMPACT": "1",
+    "MAX_STRUCTURED_OUTPUT_RETRIES": "2",
 }
 
 
@@ -1835,6 +2353,12 @@ def claude_arguments(model_id: str) -> list[str]:
     ]
 
 
+#: The tool that claude gives the model when an answer has to fit a schema.
+STRUCTURED_OUTPUT = "StructuredOutput"
+#: The name under which claude knows the client's tools.
+TOOL_SERVER = "client"
+
+
 def _line(value: Json) -> bytes:
     return to_json(value) + b"\n"
 
@@ -1845,10 +2369,111 @@ def control_line(subtype: str, **fields: object) -> bytes:
     return _line({"type": "control_request", "request_id": new_id("r"), "request": request})
 
 
-def refusal_line(request_id: object) -> bytes:
+def _reply_line(request_id: object, response: Json) -> bytes:
+    success = {"subtype": "success", "request_id": request_id, "response": response}
+    return _line({"type": "control_response", "response": success})
+
+
+def _refusal_line(request_id: object) -> bytes:
     """The answer to a control request of claude's own that asks for what is not served here."""
     response = {"subtype": "error", "request_id": request_id, "error": "not supported"}
     return _line({"type": "control_response", "response": response})
+
+
+def wire_name(name: str) -> str:
+    """The name of a tool as the API takes it: most are, others get an equivalent."""
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) and name != STRUCTURED_OUTPUT:
+        return name
+    tail = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50] + "_" + tail
+
+
+def mcp_content(blocks: Iterable[Block]) -> list[Json] | None:
+    """A tool result as MCP has it; None when a block of it has no form there."""
+    content: list[Json] = []
+    for block in blocks:
+        source = block.get("source", {})
+        if block["type"] == "text":
+            content.append({"type": "text", "text": block["text"]})
+        elif block["type"] == "image" and source.get("type") == "base64":
+            media_type = source["media_type"]
+            content.append({"type": "image", "data": source["data"], "mimeType": media_type})
+        else:
+            return None
+    return content
+
+
+class ToolServer:
+    """The client's tools as claude sees them: an MCP server, spoken to in control requests.
+
+    Pure: lines in, lines out. A call is left unanswered until the client brings its result, maybe
+    much later; claude asks for one call at a time, so results may come before their calls.
+    """
+
+    def __init__(self, tools: tuple[Tool, ...]) -> None:
+        self._tools = tools
+        self._calls: dict[str, tuple[object, object]] = {}
+        self._results: dict[str, Json] = {}
+
+    def reply(self, line: Json) -> bytes:
+        """The answer to a control request of claude's; empty when it has to wait."""
+        request = line.get("request")
+        message = request.get("message") if isinstance(request, dict) else None
+        if not isinstance(message, dict):
+            return _refusal_line(line.get("request_id"))
+        if message.get("method") == "tools/call":
+            return self._call(line.get("request_id"), message)
+        result = self._results_by_method(message)
+        answer: Json = {"jsonrpc": "2.0", "id": message.get("id", 0)}
+        if result is None:
+            answer["error"] = {"code": -32601, "message": "not served here"}
+        else:
+            answer["result"] = result
+        return _reply_line(line.get("request_id"), {"mcp_response": answer})
+
+    def _results_by_method(self, message: Json) -> Json | None:
+        method = message.get("method")
+        if method == "initialize":
+            return {
+                "protocolVersion": message.get("params", {}).get("protocolVersion"),
+                "capabilities": {"tools": {}},
+                "serverInfo": {"name": TOOL_SERVER, "version": "1"},
+            }
+        if method == "tools/list":
+            return {
+                "tools": [
+                    {
+                        "name": wire_name(tool.name),
+                        "description": tool.description,
+                        "inputSchema": tool.schema,
+                    }
+                    for tool in self._tools
+                ]
+            }
+        return {} if str(method).startswith("notifications/") or method == "ping" else None
+
+    def _call(self, request_id: object, message: Json) -> bytes:
+        meta = message.get("params", {}).get("_meta", {})
+        call_id = plain_id(str(meta.get("claudecode/toolUseId", "")))
+        self._calls[call_id] = (request_id, message.get("id"))
+        return self._answers()
+
+    def deliver(self, results: Iterable[Block]) -> bytes:
+        """Takes the client's results; what can be told to claude now."""
+        for block in results:
+            content = mcp_content(block["content"]) or []
+            result = {"content": content, "isError": bool(block.get("is_error"))}
+            self._results[block["tool_use_id"]] = result
+        return self._answers()
+
+    def _answers(self) -> bytes:
+        lines = b""
+        for call_id in [call_id for call_id in self._calls if call_id in self._results]:
+            request_id, rpc_id = self._calls.pop(call_id)
+            result = self._results.pop(call_id)
+            response = {"jsonrpc": "2.0", "id": rpc_id, "result": result}
+            lines += _reply_line(request_id, {"mcp_response": response})
+        return lines
 
 
 def guarded(content: list[Block], version: Version) -> list[Block]:
@@ -1865,14 +2490,20 @@ def guarded(content: list[Block], version: Version) -> list[Block]:
 
 def message_line(message: Message, version: Version, *, ask: bool) -> bytes:
     """One message of the conversation. With `ask`, claude answers it; else it is history."""
+    content = message.content
+    if message.role == "assistant":
+        content = [
+            {**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
+            for block in content
+        ]
     line: Json = {
         "type": message.role,
-        "message": {"role": message.role, "content": message.content},
+        "message": {"role": message.role, "content": content},
         "parent_tool_use_id": None,
         "session_id": "default",
     }
     if message.role == "user":
-        line["message"]["content"] = guarded(message.content, version)
+        line["message"]["content"] = guarded(content, version)
         # Without this the newer versions run slash commands and read files named with an @.
         line["client_composed"] = True
         if not ask:
@@ -1880,15 +2511,26 @@ def message_line(message: Message, version: Version, *, ask: bool) -> bytes:
     return _line(line)
 
 
-def settings_lines(options: Options) -> bytes:
+def _choice_body(choice: ToolChoice) -> Json | None:
+    """The API's tool_choice; None where it is the default."""
+    if choice.kind == "auto" and choice.parallel:
+        return None
+    body: Json = {"type": choice.kind}
+    if choice.kind == "tool":
+        body["name"] = wire_name(choice.name)
+    if not choice.parallel and choice.kind != "none":
+        body["disable_parallel_tool_use"] = True
+    return body
+
+
+def settings_lines(options: Options, choice: ToolChoice) -> bytes:
     """The control requests that carry the options of one request; nothing when there are none."""
-    extra: Json = {}
-    if options.temperature is not None:
-        extra["temperature"] = options.temperature
-    if options.top_p is not None:
-        extra["top_p"] = options.top_p
+    extra: Json = dict(options.sampling)
     if options.stop_sequences:
         extra["stop_sequences"] = list(options.stop_sequences)
+    choice_body = _choice_body(choice)
+    if choice_body is not None:
+        extra["tool_choice"] = choice_body
     env: dict[str, str] = {}
     if options.max_tokens is not None:
         env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(options.max_tokens)
@@ -1914,11 +2556,17 @@ def conversation(turn: Turn, operator_prompt: str, version: Version) -> list[byt
     waiting, claude would lose their order. Assistant messages get no reply of their own.
     """
     system = "\n\n".join(text for text in (turn.system, operator_prompt.strip()) if text)
-    pending = control_line("initialize", systemPrompt=[system] if system else [], hooks=None)
-    pending += settings_lines(turn.options)
+    fields: Json = {"systemPrompt": [system] if system else [], "hooks": None}
+    if turn.tools:
+        fields["sdkMcpServers"] = [TOOL_SERVER]
+    if turn.shape is not None:
+        fields["jsonSchema"] = turn.shape.schema
+    pending = control_line("initialize", **fields) + settings_lines(turn.options, turn.tool_choice)
     steps = []
     for message in turn.messages[:-1]:
-        pending += message_line(message, version, ask=False)
+        # Thinking of earlier answers is dropped by claude in any case.
+        kept = [block for block in message.content if "thinking" not in block["type"]]
+        pending += message_line(Message(message.role, kept), version, ask=False)
         if message.role == "user":
             steps.append(pending)
             pending = b""
@@ -2033,6 +2681,32 @@ def plan_window(line: Json) -> PlanWindow | None:
     )
 
 
+class Unwrapper:
+    """Takes {"value": ...} off JSON that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._head: str | None = ""
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """What is known of the value so far and was not given before."""
+        if self._head is not None:
+            self._head += text
+            match = re.match(r'\s*\{\s*"value"\s*:\s*', self._head)
+            if match is None:
+                return ""
+            text, self._head = self._head[match.end():], None
+        text = self._held + text
+        # The last brace closes the wrapper, but only the end tells which one is the last.
+        given = text.rstrip("} \t\r\n")
+        self._held = text[len(given):]
+        return given
+
+    def close(self) -> str:
+        """The rest of the value."""
+        return self._held.rstrip()[:-1].rstrip()
+
+
 #: Delta types of the API's stream: the kind of our Delta, and the field with the text.
 _DELTA_KINDS = {
     "text_delta": ("text", "text"),
@@ -2040,6 +2714,8 @@ _DELTA_KINDS = {
     "signature_delta": ("signature", "signature"),
     "input_json_delta": ("arguments", "partial_json"),
 }
+#: Types of blocks that clients get to see as they are.
+_PLAIN_BLOCKS = ("text", "thinking", "redacted_thinking")
 
 
 class TurnReader:
@@ -2047,16 +2723,37 @@ class TurnReader:
 
     The turn is over for the client when the API gives a stop reason, not when claude prints its
     `result`: in between, claude may ask the API again by itself (after max_tokens it does), which
-    nobody wants. Types of lines that are not known are skipped; new ones will come.
+    nobody wants. Types of lines that are not known are skipped; new ones will come. Blocks are
+    numbered anew, without those that no client should see.
     """
 
-    def __init__(self, clock: Clock = time.time) -> None:
+    def __init__(
+        self,
+        tools: tuple[Tool, ...] = (),
+        shape: Shape | None = None,
+        clock: Clock = time.time,
+    ) -> None:
         self._clock = clock
-        self._usage = Usage()
+        self._names = {wire_name(tool.name): tool.name for tool in tools}
+        self._shape = shape
+        self._usage = NO_USAGE
+        #: The numbers that blocks of the current message go out under; others stay hidden.
+        self._numbers: dict[int, int] = {}
+        self._next_number = 0
         #: Whether the message had a delta: then a new message voids it. And whether it had one
         #: that is part of an answer, which thinking is not.
         self._spoken = False
         self._answered = False
+        #: Whether the model called a tool that it has, and whether claude goes on by itself
+        #: because it only called tools that it does not have.
+        self._called = False
+        self._goes_on = False
+        #: The shaped answer: its block, its wrapper, its stop, and whether claude accepted it.
+        self._shaped_block: int | None = None
+        self._unwrapper: Unwrapper | None = None
+        self._shaped_stop = False
+        self._accepted = False
+        self._prose: list[str] = []
         self._complaint: Complaint | None = None
         self.window: PlanWindow | None = None
         self.finished = False
@@ -2071,6 +2768,8 @@ class TurnReader:
             return self._stream_event(event) if isinstance(event, dict) else []
         if kind == "assistant":
             self._note_complaint(line)
+        elif kind == "user":
+            return self._tool_outcome(line.get("message"))
         elif kind == "rate_limit_event":
             self.window = plan_window(line) or self.window
         elif kind == "system" and line.get("subtype") == "api_retry":
@@ -2078,7 +2777,7 @@ class TurnReader:
         elif kind == "control_response":
             check_control_response(line)
         elif kind == "result":
-            raise self._ending(line)
+            return self._ending(line)
         return []
 
     def _stream_event(self, event: Json) -> list[Event]:
@@ -2087,23 +2786,55 @@ class TurnReader:
         if kind == "message_start":
             return self._start(event.get("message"))
         if kind == "content_block_start":
-            block = event.get("content_block")
-            return [BlockStarted(index, block)] if isinstance(block, dict) else []
+            return self._block_start(index, event.get("content_block"))
         if kind == "content_block_delta":
             return self._delta(index, event.get("delta"))
         if kind == "content_block_stop":
-            return [BlockStopped(index)]
+            return self._block_stop(index)
         if kind == "message_delta":
-            return self._finish(event)
+            return self._stop(event)
         return []
 
     def _start(self, message: object) -> list[Event]:
         found = message if isinstance(message, dict) else {}
         self._usage = usage_of(found.get("usage"))
+        self._numbers = {}
+        self._shaped_block, self._shaped_stop, self._accepted = None, False, False
         started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
+        if self._goes_on:
+            self._goes_on = False
+            return []
         again = self._spoken
-        self._spoken = self._answered = False
+        self._next_number = 0
+        self._spoken = self._answered = self._called = False
         return [Restarted(), started] if again else [started]
+
+    # -- blocks -------------------------------------------------------------------------------
+
+    def _block_start(self, index: int, block: object) -> list[Event]:
+        found = block if isinstance(block, dict) else {}
+        shown = self._shown(index, found)
+        if shown is None:
+            return []
+        number = self._numbers[index] = self._next_number
+        self._next_number += 1
+        return [BlockStarted(number, shown)]
+
+    def _shown(self, index: int, block: Json) -> Block | None:
+        """The block as clients see it; None for one that they do not."""
+        kind, name = block.get("type"), str(block.get("name"))
+        if kind == "tool_use" and self._shape is not None and name == STRUCTURED_OUTPUT:
+            self._shaped_block = index
+            self._unwrapper = Unwrapper() if self._shape.wrapped else None
+            return {"type": "text", "text": ""}
+        if kind == "tool_use" and name in self._names:
+            self._spoken = self._answered = self._called = True
+            call_id = plain_id(str(block.get("id")))
+            return {"type": "tool_use", "id": call_id, "name": self._names[name], "input": {}}
+        if kind == "text" and self._shape is not None:
+            # Prose beside a shaped answer; kept in case that it is all there is.
+            return None
+        return dict(block) if kind in _PLAIN_BLOCKS else None
 
     def _delta(self, index: int, delta: object) -> list[Event]:
         found = delta if isinstance(delta, dict) else {}
@@ -2111,23 +2842,66 @@ class TurnReader:
         text = found.get(field)
         if not kind or not isinstance(text, str):
             return []
+        number = self._numbers.get(index)
+        if number is None:
+            if kind == "text":
+                self._prose.append(text)
+            return []
+        if index == self._shaped_block:
+            kind, text = "text", self._unwrapper.feed(text) if self._unwrapper else text
+            if not text:
+                return []
         self._spoken = True
         self._answered = self._answered or kind in ("text", "arguments")
-        return [Delta(index, kind, text)]
+        return [Delta(number, kind, text)]
 
-    def _finish(self, event: Json) -> list[Event]:
+    def _block_stop(self, index: int) -> list[Event]:
+        number = self._numbers.get(index)
+        if number is None:
+            return []
+        rest = ""
+        if index == self._shaped_block and self._unwrapper is not None:
+            rest = self._unwrapper.close()
+        stopped = BlockStopped(number)
+        return [Delta(number, "text", rest), stopped] if rest else [stopped]
+
+    # -- endings ------------------------------------------------------------------------------
+
+    def _stop(self, event: Json) -> list[Event]:
         found = event.get("delta")
         delta = found if isinstance(found, dict) else {}
         self._usage = usage_of(event.get("usage"), self._usage)
         reason = delta.get("stop_reason")
         if not isinstance(reason, str):
             return []
+        if reason == "tool_use" and self._shaped_block is not None:
+            self._shaped_stop = True
+            return self._shaped_end()
+        if reason == "tool_use" and not self._called:
+            # claude tells the model itself that there is no such tool, and asks again.
+            self._goes_on = True
+            return []
         if reason == "end_turn" and not self._answered:
             # An answer without a word is none: claude asks again by itself, or its result tells.
             return []
-        self.finished = True
         sequence = delta.get("stop_sequence")
-        return [Finished(reason, sequence if isinstance(sequence, str) else None, self._usage)]
+        return self._finish(reason, sequence if isinstance(sequence, str) else None)
+
+    def _finish(self, reason: str, sequence: str | None = None) -> list[Event]:
+        self.finished = True
+        return [Finished(reason, sequence, self._usage)]
+
+    def _tool_outcome(self, message: object) -> list[Event]:
+        """Whether claude accepted a shaped answer; it may say so before or after the stop."""
+        found = message if isinstance(message, dict) else {}
+        content = found.get("content")
+        for block in content if isinstance(content, list) else ():
+            if isinstance(block, dict) and block.get("type") == "tool_result":
+                self._accepted = self._shaped_block is not None and not block.get("is_error")
+        return self._shaped_end()
+
+    def _shaped_end(self) -> list[Event]:
+        return self._finish("end_turn") if self._shaped_stop and self._accepted else []
 
     def _note_complaint(self, line: Json) -> None:
         """Failures come as a message of a model called <synthetic>: prose, never content."""
@@ -2144,20 +2918,30 @@ class TurnReader:
             status=status if isinstance(status, int) else None,
         )
 
-    def _ending(self, line: Json) -> OcpError:
-        """The error for a `result` before the answer was complete: there is no good one."""
+    def _ending(self, line: Json) -> list[Event]:
+        """What a `result` before the end of an answer means: a refusal to fit the shape, or a
+        failure, which is raised."""
         complaint = self._complaint or Complaint("", "", None)
         status = line.get("api_error_status")
         if isinstance(status, int):
             complaint = complaint._replace(status=status)
+        if self._shape is not None and not complaint.text and complaint.status is None:
+            return self._refusal()
         if not complaint.text and line.get("is_error"):
             errors = line.get("errors")
             reasons = errors if isinstance(errors, list) else []
             text = str(line.get("result") or "; ".join(str(reason) for reason in reasons))
             complaint = complaint._replace(text=text or f"claude ended: {line.get('subtype')}")
         if complaint.text or complaint.status:
-            return upstream_error(complaint, self.window, self._clock())
-        return UpstreamFailed("The model ended its turn without an answer.", code="empty_answer")
+            raise upstream_error(complaint, self.window, self._clock())
+        raise UpstreamFailed("The model ended its turn without an answer.", code="empty_answer")
+
+    def _refusal(self) -> list[Event]:
+        """The model gave no answer of the wanted shape: what it said instead."""
+        said = "".join(self._prose).strip()
+        words = said or "The model did not give an answer of the wanted form."
+        again: list[Event] = [Restarted()] if self._spoken else []
+        return [*again, Delta(0, "refusal", words), *self._finish("end_turn")]
 
 
 def check_control_response(line: Json) -> None:
@@ -2399,9 +3183,13 @@ class ClaudeProcess:
         self.born_s = clock()
         self._clock = clock
         self._guardian = guardian
+        #: The client's tools, for whoever asks for them in claude.
+        self.tools = ToolServer(())
         self._unread = bytearray()
         self._unsent = bytearray()
         self._complaints = bytearray()
+        #: Whether claude has said that what it was last asked is over.
+        self._settled = True
         self._ended = False
         self._kill_at_s: float | None = None
         #: What the plan's limits were when it last said.
@@ -2440,18 +3228,23 @@ class ClaudeProcess:
 
     # -- talking ------------------------------------------------------------------------------
 
-    def converse(self, steps: list[bytes], watch: Watch) -> Iterator[Event]:
+    def converse(
+        self, steps: list[bytes], watch: Watch, reader: TurnReader, results: Iterable[Block] = ()
+    ) -> Iterator[Event]:
         """The events of the answer to these steps (see `conversation`), Ticks among them.
 
-        Ends after Finished. Raises what went wrong: an error that claude reports, its death,
-        UpstreamTimeout at the deadline, ClientGone.
+        `results` answer the tool calls that the last answer ended with; the turn goes on with
+        them, and no step is needed. Ends after Finished. Raises what went wrong: an error that
+        claude reports, its death, UpstreamTimeout at the deadline, ClientGone.
         """
         lines = self._lines(watch)
+        if not results and not self._settled:
+            yield from self._until_result(lines)
         for step in steps[:-1]:
             self._unsent += step
             yield from self._until_result(lines)
-        self._unsent += steps[-1]
-        reader = TurnReader()
+        self._unsent += self.tools.deliver(results) + b"".join(steps[-1:])
+        self._settled = False
         for line in lines:
             events = [Tick()] if line is None else reader.events(line)
             self.window = reader.window
@@ -2530,20 +3323,26 @@ class ClaudeProcess:
             return b""
 
     def _flush(self, selector: selectors.BaseSelector) -> None:
-        """Writes what the pipe takes; the rest when it takes more."""
+        """Writes what the pipe takes, and waits for room only while something is left."""
+        left = self._write_some()
+        waits = self._stdin in selector.get_map()
+        if left and not waits:
+            selector.register(self._stdin, selectors.EVENT_WRITE, self._flush)
+        elif waits and not left:
+            selector.unregister(self._stdin)
+
+    def _write_some(self) -> bool:
+        """Writes what the pipe takes; whether something is left."""
         try:
             while self._unsent:
                 written = os.write(self._stdin, self._unsent[:262_144])
                 del self._unsent[:written]
         except BlockingIOError:
-            if self._stdin not in selector.get_map():
-                selector.register(self._stdin, selectors.EVENT_WRITE, self._flush)
-            return
+            return True
         except OSError:
             # It is ending; what it has to say about that is on its other pipes.
             self._unsent.clear()
-        if self._stdin in selector.get_map():
-            selector.unregister(self._stdin)
+        return False
 
     def _take_lines(self) -> Iterator[Json]:
         """The complete lines read so far, parsed. What is no JSON object is no line of claude's:
@@ -2562,8 +3361,17 @@ class ClaudeProcess:
                 raise UpstreamFailed("claude printed a line that is broken.") from None
             if isinstance(line, dict):
                 if line.get("type") == "control_request":
-                    self._unsent += refusal_line(line.get("request_id"))
+                    self._unsent += self.tools.reply(line)
+                self._settled = self._settled or line.get("type") == "result"
                 yield line
+
+    def idle(self) -> None:
+        """Reads and answers what claude says by itself while nobody uses it, or its pipes would
+        fill up. Blocks on nothing."""
+        self._read(self._stderr)
+        for line in self._last_lines():
+            self.window = plan_window(line) or self.window
+        self._write_some()
 
     def _death(self) -> OcpError:
         """What to say about a process that ended in the middle of its work."""
@@ -2883,7 +3691,146 @@ class Spares:
             time.sleep(0.01)
 
 
-# ==== 12. Account ============================================================
+# ==== 12. Parking ============================================================
+# Processes that wait, each with the conversation that it holds, for the next message of it. What
+# a process holds is known by digests: one of everything that is no message, and one of each
+# message in a form in which it does not matter how a client writes the same thing. No answer
+# depends on a process being here: what is not found is rebuilt from the client's own history.
+
+
+class History(NamedTuple):
+    """What a conversation is known by."""
+
+    #: Of the caller, the model, the system prompt, the tools and the options.
+    base: str
+    #: Of each message.
+    digests: tuple[str, ...]
+
+
+def digest(value: object) -> str:
+    """The same for equal JSON values, whatever the order of their keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _normal_block(block: Block) -> object:
+    """A block without what clients change or leave out."""
+    kind = block["type"]
+    if kind == "tool_use":
+        return [kind, plain_id(block["id"]), block["name"], block["input"]]
+    if kind == "tool_result":
+        content = _normal_blocks(block["content"])
+        return [kind, block["tool_use_id"], bool(block.get("is_error")), content]
+    return [kind, block.get("source")]
+
+
+def _normal_blocks(blocks: Iterable[Block]) -> object:
+    """Blocks as they are compared: the text together, the rest one by one, no thinking."""
+    found = list(blocks)
+    text = "".join(str(block["text"]) for block in found if block["type"] == "text").strip()
+    skipped = ("text", "thinking", "redacted_thinking")
+    return [text, [_normal_block(block) for block in found if block["type"] not in skipped]]
+
+
+def message_digest(message: Message) -> str:
+    """The digest of one message."""
+    return digest([message.role, _normal_blocks(message.content)])
+
+
+def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
+    """What the conversation of this turn is known by."""
+    base = [
+        caller, turn.model.id, turn.system, operator_prompt, list(turn.tools),
+        list(turn.tool_choice), list(turn.options), turn.shape,
+    ]
+    return History(digest(base), tuple(message_digest(message) for message in turn.messages))
+
+
+class Parked(NamedTuple):
+    """A process and the conversation that it holds, its last answer included."""
+
+    process: ClaudeProcess
+    history: History
+    #: The ids of the tool calls that wait for their results.
+    awaiting: frozenset[str]
+    since_s: float
+
+    def takes(self, history: History, message: Message) -> bool:
+        """Whether the conversation is this one and `message`, its last, all that is new."""
+        held = len(self.history.digests)
+        if self.history.base != history.base or self.history.digests != history.digests[:held]:
+            return False
+        results = [block for block in message.content if block["type"] == "tool_result"]
+        if len(history.digests) != held + 1:
+            return False
+        if not self.awaiting:
+            return not results
+        fit = all(mcp_content(block["content"]) is not None for block in results)
+        ids = {block["tool_use_id"] for block in results}
+        return fit and ids == self.awaiting and len(results) == len(message.content)
+
+    def common(self, history: History) -> int:
+        """How many first messages are the same."""
+        pairs = zip(self.history.digests, history.digests)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(self.history.digests))
+
+
+class Parking:
+    """The parked processes. One that is taken is nobody else's, so that retries and branches of
+    one conversation run side by side."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        # Guards the list. Held while pipes are read that do not block, so that a process is
+        # either here or somebody's, never both.
+        self._lock = threading.Lock()
+        self._parked: list[Parked] = []
+
+    def __repr__(self) -> str:
+        return f"<parking {len(self._parked)}>"
+
+    def __len__(self) -> int:
+        return len(self._parked)
+
+    def take(self, history: History, message: Message) -> tuple[ClaudeProcess | None, int | None]:
+        """The process that holds all but `message`, the last one.
+
+        When there is none: None, and the index of the message at which the nearest conversation
+        parts from this one, if any comes near.
+        """
+        with self._lock:
+            for parked in reversed(self._parked):
+                if parked.takes(history, message) and parked.process.alive():
+                    self._parked.remove(parked)
+                    return parked.process, None
+            near = [p.common(history) for p in self._parked if p.history.base == history.base]
+            return None, max(near, default=0) or None
+
+    def put(self, process: ClaudeProcess, history: History, awaiting: frozenset[str]) -> None:
+        """Parks a process."""
+        with self._lock:
+            self._parked.append(Parked(process, history, awaiting, self._clock()))
+
+    def tend(self, config: Config) -> list[ClaudeProcess]:
+        """Keeps the pipes of all empty; the processes whose time is up, which are out now."""
+        oldest_s = self._clock() - config.session_ttl_ms / 1000
+        with self._lock:
+            for parked in self._parked:
+                parked.process.idle()
+            alive = [p for p in self._parked if p.since_s >= oldest_s and p.process.alive()]
+            kept = alive[max(0, len(alive) - config.parked_processes):]
+            gone = [parked.process for parked in self._parked if parked not in kept]
+            self._parked = kept
+        return gone
+
+    def drop(self) -> list[ClaudeProcess]:
+        """All of them, out now."""
+        with self._lock:
+            parked, self._parked = self._parked, []
+        return [one.process for one in parked]
+
+
+# ==== 13. Account ============================================================
 # What is known about claude's login, learned from answers that came or were refused. OCP never
 # reads a token and never asks by itself: only an answered request proves a login.
 
@@ -2919,7 +3866,7 @@ class Account:
             return {"ok": self._logged_in, "okSource": source, "okAt": since, "message": message}
 
 
-# ==== 13. App ================================================================
+# ==== 14. App ================================================================
 # Owns every long-lived object and knows how they work together: `answering` is one turn from
 # the gate to its log line. The main thread is the housekeeper: it waits for mail, then tends.
 
@@ -2927,17 +3874,21 @@ class Account:
 class Outcome:
     """What is noted about one turn while it runs, for the log."""
 
-    __slots__ = ("finished", "first_token_s", "started_s", "turn", "warm")
-
     def __init__(self, turn: Turn, started_s: float) -> None:
         self.turn = turn
         self.started_s = started_s
         self.first_token_s: float | None = None
+        #: Whether a process was waiting, and how it got the conversation: "continued",
+        #: "rebuilt" from its history, or "fresh" because there was none.
         self.warm: bool | None = None
+        self.path: str | None = None
+        self.parted_at: int | None = None
         self.finished: Finished | None = None
+        self.builder = AnswerBuilder()
 
     def note(self, event: Event, now_s: float) -> None:
         """Takes from an event what the log wants."""
+        self.builder.note(event)
         if isinstance(event, Delta) and self.first_token_s is None:
             self.first_token_s = now_s
         elif isinstance(event, Finished):
@@ -2957,6 +3908,8 @@ class Outcome:
             "first_token_ms": None if first_s is None else round((first_s - self.started_s) * 1000),
             "total_ms": round((now_s - self.started_s) * 1000),
             "warm": self.warm,
+            "path": self.path,
+            "parted_at": self.parted_at,
         }
 
 
@@ -2978,6 +3931,9 @@ class Counters:
         with self._lock:
             return self._counts[name]
 
+
+#: Stop reasons after which claude waits for the client and does nothing by itself.
+_PARKABLE = ("end_turn", "stop_sequence", "tool_use")
 
 #: How often the housekeeper looks around, and how often while something is due.
 _TEND_EVERY_S = 1.0
@@ -3009,6 +3965,7 @@ class App:
         self.gate = Gate(clock)
         self.program = ClaudeProgram(config, environ, demo_command)
         self.spares = Spares(self._spawn, clock)
+        self.parking = Parking(clock)
         self.draining = False
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.mail: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -3049,14 +4006,55 @@ class App:
     # -- one turn -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def answering(self, turn: Turn, client: Client, request_id: str) -> Iterator[Iterator[Event]]:
-        """The events of the answer. Acquires nothing before they are asked for; leaving the
-        block frees everything, however it is left, and writes the log line."""
-        outcome = Outcome(turn, self.clock())
+    def answering(
+        self, turn: Turn, caller: Caller, client: Client, request_id: str
+    ) -> Iterator[Iterator[Choice]]:
+        """The events of the answer, or of each of several. Acquires nothing before they are
+        asked for; leaving the block frees everything, however it is left."""
         self.counters.add("requests")
+        if turn.choices > 1:
+            yield self._side_by_side(turn, caller, client, request_id)
+            return
+        with self._one_answer(turn, caller, client, request_id) as events:
+            yield ((0, event) for event in events)
+
+    def _side_by_side(
+        self, turn: Turn, caller: Caller, client: Client, request_id: str
+    ) -> Iterator[Choice]:
+        """The events of several answers, as they come. Each has a thread, a slot and a process of
+        its own; the first failure is the failure of all."""
+        arrivals: queue.SimpleQueue[tuple[int, Event | BaseException | None]] = queue.SimpleQueue()
+
+        def one(index: int) -> None:
+            try:
+                with self._one_answer(turn, caller, client, request_id) as events:
+                    for event in events:
+                        arrivals.put((index, event))
+                arrivals.put((index, None))
+            except BaseException as error:
+                arrivals.put((index, error))
+
+        for index in range(turn.choices):
+            threading.Thread(target=one, args=(index,), daemon=True).start()
+        running = turn.choices
+        while running:
+            index, arrived = arrivals.get()
+            if isinstance(arrived, BaseException):
+                raise arrived
+            if arrived is None:
+                running -= 1
+            elif index == 0 or not isinstance(arrived, Tick):
+                yield index, arrived
+
+    @contextlib.contextmanager
+    def _one_answer(
+        self, turn: Turn, caller: Caller, client: Client, request_id: str
+    ) -> Iterator[Iterator[Event]]:
+        """The events of one answer; writes its log line at the end of the block."""
+        outcome = Outcome(turn, self.clock())
         try:
             with contextlib.ExitStack() as stack:
-                yield self._events(turn, client, stack, outcome)
+                yield self._events(turn, caller, client, stack, outcome)
         except ClientGone:
             self._note("info", "answer_abandoned", request_id, outcome)
             raise
@@ -3066,7 +4064,8 @@ class App:
         self._note("info", "answer_finished", request_id, outcome)
 
     def _events(
-        self, turn: Turn, client: Client, stack: contextlib.ExitStack, outcome: Outcome
+        self, turn: Turn, caller: Caller, client: Client, stack: contextlib.ExitStack,
+        outcome: Outcome,
     ) -> Iterator[Event]:
         config = self.config
         if self.draining:
@@ -3079,20 +4078,58 @@ class App:
         self.program.resolve()
         slot = stack.enter_context(self.gate.slot(config))
         yield from slot.wait(watch, self.clock)
+        history = history_of(turn, caller.name, config.system_prompt)
+        process, outcome.parted_at = self.parking.take(history, turn.messages[-1])
+        if process is not None:
+            stack.callback(self._put_away, process, outcome, history)
+            outcome.warm, outcome.path = True, "continued"
+            try:
+                yield from self._continued(process, turn, watch, outcome)
+                return
+            except UpstreamFailed:
+                # It may have died while it was parked: nothing is lost as long as nothing was said.
+                if outcome.first_token_s is not None or process.alive():
+                    raise
+        outcome.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         process, outcome.warm = self.spares.take(turn.model.id)
-        stack.callback(self._put_away, process, outcome)
+        stack.callback(self._put_away, process, outcome, history)
         self.mail.put("tend")
+        process.tools = ToolServer(turn.tools)
         steps = conversation(turn, config.system_prompt, process.version)
-        for event in process.converse(steps, watch):
+        yield from self._heard(process, steps, turn, watch, outcome)
+
+    def _continued(
+        self, process: ClaudeProcess, turn: Turn, watch: Watch, outcome: Outcome
+    ) -> Iterator[Event]:
+        """The events of the answer to the one message that the process does not hold yet."""
+        message = turn.messages[-1]
+        results = [block for block in message.content if block["type"] == "tool_result"]
+        steps = [] if results else [message_line(message, process.version, ask=True)]
+        yield from self._heard(process, steps, turn, watch, outcome, results)
+
+    def _heard(
+        self, process: ClaudeProcess, steps: list[bytes], turn: Turn, watch: Watch,
+        outcome: Outcome, results: Iterable[Block] = (),
+    ) -> Iterator[Event]:
+        reader = TurnReader(turn.tools, turn.shape)
+        for event in process.converse(steps, watch, reader, results):
             outcome.note(event, self.clock())
             yield event
         self.account.answered(process.window)
 
-    def _put_away(self, process: ClaudeProcess, outcome: Outcome) -> None:
-        """A complete answer's process may end kindly; one that would go on must not."""
+    def _put_away(self, process: ClaudeProcess, outcome: Outcome, history: History) -> None:
+        """Parks the process of a complete answer, and ends any other."""
         finished = outcome.finished
-        kindly = finished is not None and finished.stop_reason in ("end_turn", "stop_sequence")
-        self.spares.dismiss(process, kindly=kindly)
+        if finished is None or finished.stop_reason not in _PARKABLE:
+            # It may be about to ask the API for something that nobody wants.
+            self.spares.dismiss(process, kindly=False)
+        elif outcome.turn.shape is not None or not self.config.parked_processes:
+            self.spares.dismiss(process, kindly=finished.stop_reason != "tool_use")
+        else:
+            answer = outcome.builder.answer(finished)
+            held = message_digest(Message("assistant", answer.blocks))
+            awaiting = frozenset(call["id"] for call in answer.calls)
+            self.parking.put(process, History(history.base, (*history.digests, held)), awaiting)
         self.mail.put("tend")
 
     def _note_failure(self, error: OcpError, request_id: str, outcome: Outcome) -> None:
@@ -3101,7 +4138,7 @@ class App:
             self.counters.add("timeouts")
         if isinstance(error, LoginLost):
             self.account.refused()
-            self.spares.drop()
+            self._drop_idle()
         detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
         self._note(
             "warn", "answer_failed", request_id, outcome,
@@ -3111,6 +4148,8 @@ class App:
     def _note(
         self, level: str, name: str, request_id: str, outcome: Outcome, **more: object
     ) -> None:
+        if outcome.path is not None:
+            self.counters.add(outcome.path)
         fields = outcome.fields(self.clock())
         self.log.event(level, name, request_id=request_id, **fields, **more)
 
@@ -3130,6 +4169,8 @@ class App:
     def tend(self) -> float:
         """Does what is due; the seconds until it wants to be called again. Never raises."""
         try:
+            for process in self.parking.tend(self.config):
+                self.spares.dismiss(process, kindly=False)
             self._watch_program()
             self.spares.tend(self.config)
         except OcpError as error:
@@ -3146,13 +4187,19 @@ class App:
         try:
             program = self.program.resolve()
         except OcpError:
-            self.spares.drop()
+            self._drop_idle()
             raise
         if program != self._seen_program:
             if self._seen_program is not None:
-                self.spares.drop()
+                self._drop_idle()
             self._seen_program = program
             self.log.event("info", "claude_found", version=program.version_text)
+
+    def _drop_idle(self) -> None:
+        """Ends all processes that wait: the program or its login has changed."""
+        self.spares.drop()
+        for process in self.parking.drop():
+            self.spares.dismiss(process, kindly=False)
 
     def drain(self) -> None:
         """Turns new work away and waits for what runs, `drain_ms` at most."""
@@ -3164,12 +4211,13 @@ class App:
 
     def close(self) -> None:
         """Ends every child and closes the log."""
+        self._drop_idle()
         self.spares.close()
         self._guardian.close()
         self.log.close()
 
 
-# ==== 14. Endpoints ==========================================================
+# ==== 15. Endpoints ==========================================================
 # One function for each route: (app, exchange, **names in the path). They read the request from
 # the exchange, answer through it, and raise what goes wrong.
 
@@ -3180,6 +4228,7 @@ class HttpExchange(Protocol):
     client: Client
     dialect: Dialect
     request_id: str
+    caller: Caller
     query: Mapping[str, str]
     headers_out: dict[str, str]
 
@@ -3192,7 +4241,7 @@ class HttpExchange(Protocol):
     def send_stream(self, frames: Iterator[bytes]) -> None:
         """Answers 200 with server-sent events; the status goes out with the first frame."""
 
-    def kept_alive(self, events: Iterator[Event], silence_s: float) -> Iterator[Event]:
+    def kept_alive(self, events: Iterator[Choice], silence_s: float) -> Iterator[Choice]:
         """Passes events on and sends white space into a silence that grows too long."""
 
 
@@ -3203,19 +4252,24 @@ def answer(app: App, exchange: HttpExchange) -> None:
         config.image_allow_url, config.max_image_bytes,
         config.max_images, config.max_image_total_bytes,
     )
-    turn = dialect.parse(exchange.json(), app.models, config.default_model, limits)
+    parsing = Parsing(app.models, config.default_model, limits)
+    turn, dropped = fitted(dialect.parse(exchange.json(), parsing), config.max_prompt_chars)
+    if dropped:
+        app.log.event(
+            "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
+        )
     if not turn.model.known:
         app.log.event(
             "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
         )
     if turn.ignored:
         exchange.headers_out["X-OCP-Ignored-Params"] = ", ".join(turn.ignored)
-    with app.answering(turn, exchange.client, exchange.request_id) as events:
+    with app.answering(turn, exchange.caller, exchange.client, exchange.request_id) as events:
         if turn.stream:
             exchange.send_stream(dialect.frames(turn, events))
         else:
             kept = exchange.kept_alive(events, config.whole_silence_ms / 1000)
-            exchange.send_json(dialect.whole(turn, gather(kept)))
+            exchange.send_json(dialect.whole(turn, gather(kept, turn.choices)))
 
 
 def _model_entry(model: Model, created_s: int) -> Json:
@@ -3280,6 +4334,9 @@ def get_health(app: App, exchange: HttpExchange) -> None:
                 "queued": gate.waiting,
                 "queueRejections": gate.refused,
                 "spawned": app.spares.spawned,
+                "continued": counters.get("continued"),
+                "rebuilt": counters.get("rebuilt"),
+                "fresh": counters.get("fresh"),
             },
             "concurrency": {
                 "maxConcurrent": config.max_concurrent,
@@ -3289,6 +4346,7 @@ def get_health(app: App, exchange: HttpExchange) -> None:
                 "queueRejections": gate.refused,
             },
             "spares": app.spares.idle(),
+            "parked": len(app.parking),
         }
     )
 
@@ -3309,7 +4367,7 @@ def get_logs(app: App, exchange: HttpExchange) -> None:
     exchange.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
-# ==== 15. Routes =============================================================
+# ==== 16. Routes =============================================================
 # The table of routes. Paths match exactly, after a trailing slash is dropped; those below /v1
 # are served without it too, and with it twice, because users write base addresses both ways.
 
@@ -3384,7 +4442,7 @@ def _decoded(text: str) -> str:
         raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
 
 
-# ==== 16. HTTP server ========================================================
+# ==== 17. HTTP server ========================================================
 # Sockets. One thread for each connection; a head and a body arrive in time and in bounds or are
 # refused; every error is rendered in one place. Tells nobody what software runs here beyond its
 # name, and keeps nothing of a connection when it ends.
@@ -3437,9 +4495,13 @@ class SocketClient:
     def gone(self) -> bool:
         """Whether it has closed. Looks at what arrives without taking it."""
         try:
-            self._connection.settimeout(0)
+            # The socket's time-out belongs to its writer, maybe in another thread.
+            waiting = select.poll()
+            waiting.register(self._connection, select.POLLIN)
+            if not waiting.poll(0):
+                return False
             return self._connection.recv(1, socket.MSG_PEEK) == b""
-        except (BlockingIOError, InterruptedError):
+        except (BlockingIOError, InterruptedError, socket.timeout):
             return False
         except OSError:
             return True
@@ -3470,6 +4532,7 @@ class Exchange(BaseHTTPRequestHandler):
         self.request_version = "HTTP/1.1"
         self.headers = http.client.HTTPMessage()
         self.dialect: Dialect = CHAT
+        self.caller = Caller("public")
         self.request_id = new_id("req_")
         self.query: Mapping[str, str] = {}
         self.headers_out: dict[str, str] = {}
@@ -3556,7 +4619,7 @@ class Exchange(BaseHTTPRequestHandler):
             return
         route, names = self.server.router.find(self.command, target.path)
         self.dialect = route.dialect
-        admit(config, route.access, self.headers, self.client_address[0])
+        self.caller = admit(config, route.access, self.headers, self.client_address[0])
         route.endpoint(self.app, self, **names)
 
     def _answer_options(self, path: str) -> None:
@@ -3703,7 +4766,7 @@ class Exchange(BaseHTTPRequestHandler):
             self._send(frame)
         self._end_chunks()
 
-    def kept_alive(self, events: Iterator[Event], silence_s: float) -> Iterator[Event]:
+    def kept_alive(self, events: Iterator[Choice], silence_s: float) -> Iterator[Choice]:
         """See HttpExchange. Node clients hang up after 300 s without a byte."""
         silent_since_s = time.monotonic()
         for event in events:
@@ -3855,7 +4918,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event("debug", "connection_broke", detail=traceback.format_exc())
 
 
-# ==== 17. Demo claude ========================================================
+# ==== 18. Demo claude ========================================================
 # The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
 # that everything around the model can be tried without an account. Says so in every answer.
 
@@ -3934,7 +4997,7 @@ def void(_value: object) -> None:
     """Drops a value."""
 
 
-# ==== 18. Command line =======================================================
+# ==== 19. Command line =======================================================
 # Arguments, signals, the banner, and the order in which everything starts and stops.
 
 _DEMO_FLAG = "--demo-claude"
