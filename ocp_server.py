@@ -27,7 +27,7 @@ Sections (search for "==== 8" to jump to the eighth):
      9. Claude protocol    what is said to claude and what its lines mean; pure
     10. Claude process     the program on disk, one child, its pipes, and its end
     11. Gate and spares    who may run now; idle processes that wait for work
-    12. Parking            processes that wait with their conversation for its next message
+    12. Parking            what is kept of a conversation for its next message
     13. Account            what is known about the login, learned from answers
     14. App                owns every long-lived object; answering one turn
     15. Endpoints          one function for each route
@@ -76,6 +76,7 @@ import traceback
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
+from types import MappingProxyType
 from typing import (
     Any,
     ClassVar,
@@ -1000,22 +1001,27 @@ class Turn(NamedTuple):
     """One request to a model. The last message is always the user's."""
 
     model: Model
-    system: str
     messages: list[Message]
     options: Options
-    tools: tuple[Tool, ...]
-    tool_choice: ToolChoice
+    system: str = ""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
     #: None = an answer in plain text.
-    shape: Shape | None
-    #: How many answers are wanted.
-    choices: int
+    shape: Shape | None = None
+    #: How many answers are wanted, and the messages of all but the first where they differ.
+    choices: int = 1
+    others: tuple[list[Message], ...] = ()
     #: The client's name for a conversation that the server remembers; empty = none.
-    session_id: str
-    stream: bool
+    session_id: str = ""
+    stream: bool = False
     #: Parameters that were understood and cannot be honoured.
-    ignored: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
     #: What the dialect needs again to render the answer; nobody else looks inside.
-    wire: Mapping[str, object]
+    wire: Mapping[str, Any] = MappingProxyType({})
+
+    def choice(self, index: int) -> Turn:
+        """The turn of one of several answers."""
+        return self._replace(messages=self.others[index - 1]) if index and self.others else self
 
 
 class Usage(NamedTuple):
@@ -1032,6 +1038,9 @@ class Usage(NamedTuple):
     def prompt_tokens(self) -> int:
         """Everything that the model read, from the cache or not."""
         return self.input_tokens + self.cache_read_tokens + self.cache_write_tokens
+
+
+NO_USAGE = Usage()
 
 
 class Started(NamedTuple):
@@ -1117,7 +1126,7 @@ class AnswerBuilder:
     """Puts an answer together from its events."""
 
     def __init__(self) -> None:
-        self._started = Started("", "", Usage())
+        self._started = Started("", "", NO_USAGE)
         self._blocks: dict[int, Block] = {}
         self._pieces: dict[tuple[int, str], list[str]] = {}
 
@@ -1161,17 +1170,32 @@ class AnswerBuilder:
         return filled
 
 
-def gather(events: Iterable[Choice], choices: int) -> list[Answer]:
-    """The whole answers of a stream of events."""
-    builders = [AnswerBuilder() for _ in range(choices)]
-    answers: dict[int, Answer] = {}
-    for index, event in events:
-        builders[index].note(event)
-        if isinstance(event, Finished):
-            answers[index] = builders[index].answer(event)
-    if len(answers) < choices:
-        raise UpstreamFailed("The answer ended before it was complete.")
-    return [answers[index] for index in range(choices)]
+class Gathering:
+    """Puts together the answers of a stream of events, while it passes or at its end."""
+
+    def __init__(self, choices: int) -> None:
+        self._builders = [AnswerBuilder() for _ in range(choices)]
+        self._answers: dict[int, Answer] = {}
+
+    def noting(self, events: Iterable[Choice]) -> Iterator[Choice]:
+        """The same events."""
+        for index, event in events:
+            self._builders[index].note(event)
+            if isinstance(event, Finished):
+                self._answers[index] = self._builders[index].answer(event)
+            yield index, event
+
+    def all(self, events: Iterable[Choice]) -> list[Answer]:
+        """The answers, once the events are over."""
+        for _ in self.noting(events):
+            pass
+        return self.answers()
+
+    def answers(self) -> list[Answer]:
+        """The answers of events that are over. Raises UpstreamFailed when one is missing."""
+        if len(self._answers) < len(self._builders):
+            raise UpstreamFailed("The answer ended before it was complete.")
+        return [answer for _, answer in sorted(self._answers.items())]
 
 
 #: How many characters stand for a token when a prompt is measured against a window.
@@ -1215,6 +1239,19 @@ def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
             param="messages",
         )
     return turn._replace(messages=turn.messages[first:]), first
+
+
+#: What an image or a document is taken for in an estimate.
+_ATTACHMENT_TOKENS = 1_500
+
+
+def estimated_tokens(turn: Turn) -> int:
+    """About how many tokens the prompt has."""
+    tools = json.dumps([tool._asdict() for tool in turn.tools]) if turn.tools else ""
+    chars = len(turn.system) + len(tools) + sum(_weight(message) for message in turn.messages)
+    blocks = [block for message in turn.messages for block in message.content]
+    attachments = [block for block in blocks if block["type"] in ("image", "document")]
+    return max(1, round(chars / 3.5)) + _ATTACHMENT_TOKENS * len(attachments)
 
 
 def _begins(message: Message) -> bool:
@@ -1348,6 +1385,8 @@ class Parsing(NamedTuple):
     models: Models
     default_model: str
     limits: Limits
+    #: The messages of an earlier response of this caller. Raises NotFound.
+    recall: Callable[[str], list[Message]]
 
 
 class Fields:
@@ -1789,8 +1828,6 @@ class Dialect:
 
     #: For the log.
     name = ""
-    #: What a stream shows for silence: a comment, which every client skips.
-    heartbeat = b": keepalive\n\n"
 
     def parse(self, body: object, parsing: Parsing) -> Turn:
         """The Turn that a request's JSON asks for. Raises BadRequest, UnknownModel, TooLarge."""
@@ -1800,12 +1837,15 @@ class Dialect:
         """The body of an answer that is not streamed; one Answer for each of `turn.choices`."""
         raise NotImplementedError
 
-    def frames(self, turn: Turn, events: Iterable[Choice]) -> Iterator[bytes]:
-        """The bytes of a streamed answer, piece by piece. The first piece comes with the first
-        content, so that whatever fails before it still has a status of its own."""
+    def stream(self, turn: Turn) -> Renderer:
+        """What renders a streamed answer."""
         raise NotImplementedError
 
-    def error_body(self, error: OcpError) -> Json:
+    def stores(self, turn: Turn) -> bool:
+        """Whether the answer is to be kept under its id."""
+        return False
+
+    def error_body(self, error: OcpError, request_id: str) -> Json:
         """The body of a failed request."""
         return {
             "error": {
@@ -1816,9 +1856,31 @@ class Dialect:
             }
         }
 
-    def error_frame(self, error: OcpError) -> bytes:
-        """The last frame of a stream that fails; no finish and no [DONE] may follow."""
-        return server_sent(self.error_body(error))
+
+class Renderer:
+    """Renders one streamed answer, event by event. Each method gives the bytes to send."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        #: The whole answer, once it is complete, in dialects that store it.
+        self.body: Json = {}
+
+    def event(self, index: int, event: Event) -> bytes:
+        """An event of one of the answers, Ticks excepted. Nothing is given before the first
+        content, so that whatever fails before it still has a status of its own."""
+        raise NotImplementedError
+
+    def silence(self) -> bytes:
+        """What shows that the server is still there: a comment, which every client skips."""
+        return b": keepalive\n\n"
+
+    def end(self) -> bytes:
+        """The end of an answer that is complete."""
+        raise NotImplementedError
+
+    def failure(self, error: OcpError, request_id: str) -> bytes:
+        """The end of an answer that failed; no finish and no [DONE] may come with it."""
+        return server_sent(self._dialect.error_body(error, request_id))
 
 
 def server_sent(data: Json, name: str = "") -> bytes:
@@ -1860,12 +1922,100 @@ def openai_usage(usages: Iterable[Usage]) -> Json:
     return found
 
 
-#: Parameters of chat completions that change nothing about what the answer means.
-_HARMLESS_CHAT_PARAMETERS = (
+#: OpenAI's parameters that change nothing about what the answer means.
+_HARMLESS_PARAMETERS = (
     "frequency_penalty", "logit_bias", "metadata", "prediction", "presence_penalty",
     "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "seed", "service_tier",
     "store", "user", "verbosity", "web_search_options",
 )
+
+
+def harmless_of(fields: Fields, *more: str) -> list[str]:
+    """The parameters of a request that can be left out without changing what is answered."""
+    names = (*_HARMLESS_PARAMETERS, *more)
+    return [name for name in names if asks_for_something(fields.object.get(name))]
+
+
+def _tool_name(entry: Fields) -> str:
+    return (entry.child("function") or entry).needed_text("name")
+
+
+def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str] | None]:
+    """The choice that an OpenAI request makes, and the names that it is limited to."""
+    parallel = fields.object.get("parallel_tool_calls") is not False
+    value = fields.object.get(field)
+    if value is None or isinstance(value, str):
+        word = fields.word(field, ("auto", "none", "required"))
+        kinds = {None: "auto", "required": "any"}
+        return ToolChoice(kinds.get(word, str(word)), parallel=parallel), None
+    entry = Fields(value, field)
+    if entry.text("type") == "allowed_tools":
+        allowed = entry.child("allowed_tools") or entry
+        mode = allowed.word("mode", ("auto", "required")) or "auto"
+        names = {_tool_name(tool) for tool in allowed.objects("tools")}
+        return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
+    return ToolChoice("tool", _tool_name(entry), parallel=parallel), None
+
+
+def openai_content(
+    entry: Fields, attachments: Attachments | None, name: str = "content"
+) -> list[Block]:
+    """The blocks of a message or a tool's output. Without `attachments`, only text is taken."""
+    content = entry.object.get(name)
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return text_block(content)
+    if not isinstance(content, list):
+        raise entry.wrong(name, "a string or an array of parts")
+    blocks: list[Block] = []
+    for part in entry.objects(name):
+        blocks += _openai_part(part, attachments)
+    return blocks
+
+
+def _openai_part(part: Fields, attachments: Attachments | None) -> list[Block]:
+    kind = part.text("type")
+    if kind in ("text", "input_text", "output_text"):
+        text = part.text("text")
+        if text is None:
+            raise part.wrong("text", "a string")
+        return text_block(text)
+    if kind == "refusal":
+        return text_block(part.text("refusal") or "")
+    if kind in ("image_url", "input_image", "file", "input_file"):
+        if attachments is None:
+            raise BadRequest(
+                f"{part.path}: images and files belong into user messages.",
+                param=part.path, code="images_unsupported_in_system_messages",
+            )
+        return [_openai_attachment(part, attachments)]
+    if kind == "input_audio":
+        raise Unsupported(f"{part.path}: the models do not listen.", param=part.at("type"))
+    raise part.wrong("type", "text, image_url or file")
+
+
+def _openai_attachment(part: Fields, attachments: Attachments) -> Block:
+    if part.text("type") in ("image_url", "input_image"):
+        value = part.object.get("image_url")
+        entry = Fields(value, part.at("image_url")) if isinstance(value, dict) else None
+        url = entry.text("url") if entry is not None else value
+        if not isinstance(url, str) or not url:
+            raise BadRequest(
+                f"{part.at('image_url')}: must hold the address of an image.",
+                param=part.at("image_url"), code="invalid_image_url",
+            )
+        return attachments.image(url, part.at("image_url"))
+    described = part.child("file") or part
+    data = described.text("file_data")
+    if data is None:
+        raise Unsupported(
+            f"{described.at('file_data')}: send the file itself, as "
+            "data:application/pdf;base64,...; files cannot be stored here.",
+            param=described.at("file_data"),
+        )
+    return attachments.document(data, described.at("file_data"))
+
 
 #: Parameters that would change what the answer means and cannot be had: (field, why).
 _REFUSED_CHAT_PARAMETERS = (
@@ -1875,7 +2025,7 @@ _REFUSED_CHAT_PARAMETERS = (
 )
 
 #: More choices than this are not asked for at once.
-_CHOICES_MOST = 8
+CHOICES_MOST = 8
 
 
 class ChatDialect(Dialect):
@@ -1895,11 +2045,6 @@ class ChatDialect(Dialect):
         tools, choice, unknown_tools = self._tools(fields)
         system, messages = self._conversation(fields, Attachments(parsing.limits))
         options, ignored = options_for(model, self._wanted(fields, choice))
-        harmless = [
-            name
-            for name in _HARMLESS_CHAT_PARAMETERS
-            if asks_for_something(fields.object.get(name))
-        ]
         return Turn(
             model=model,
             system=system,
@@ -1908,10 +2053,10 @@ class ChatDialect(Dialect):
             tools=tools,
             tool_choice=choice,
             shape=self._shape(fields),
-            choices=fields.integer("n", 1, _CHOICES_MOST) or 1,
+            choices=fields.integer("n", 1, CHOICES_MOST) or 1,
             session_id=fields.text("session_id") or "",
             stream=fields.flag("stream"),
-            ignored=(*harmless, *ignored, *unknown_tools),
+            ignored=(*harmless_of(fields), *ignored, *unknown_tools),
             wire={
                 "id": new_id("chatcmpl-"),
                 "created": int(time.time()),
@@ -1973,32 +2118,11 @@ class ChatDialect(Dialect):
         for entry in fields.objects("functions"):
             tools.append(tool_from(entry, entry.needed_text("name"), "parameters"))
         found = distinct(tools, "tools")
-        choice, allowed = self._tool_choice(fields)
+        field = "tool_choice" if fields.given("tool_choice") else "function_call"
+        choice, allowed = openai_tool_choice(fields, field)
         if allowed is not None:
             found = tuple(tool for tool in found if tool.name in allowed)
         return found, chosen(found, choice, "tool_choice"), unknown
-
-    def _tool_choice(self, fields: Fields) -> tuple[ToolChoice, set[str] | None]:
-        """The choice, and the names that it is limited to."""
-        parallel = fields.object.get("parallel_tool_calls") is not False
-        field = "tool_choice" if fields.given("tool_choice") else "function_call"
-        value = fields.object.get(field)
-        if value is None or isinstance(value, str):
-            word = fields.word(field, ("auto", "none", "required"))
-            kinds = {None: "auto", "required": "any"}
-            return ToolChoice(kinds.get(word, str(word)), parallel=parallel), None
-        entry = Fields(value, field)
-        kind = entry.text("type")
-        if kind == "allowed_tools":
-            allowed = entry.child("allowed_tools") or entry
-            names = {self._tool_name(tool) for tool in allowed.objects("tools")}
-            mode = allowed.word("mode", ("auto", "required")) or "auto"
-            return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
-        return ToolChoice("tool", self._tool_name(entry), parallel=parallel), None
-
-    def _tool_name(self, entry: Fields) -> str:
-        described = entry.child("function") or entry
-        return described.needed_text("name")
 
     def _conversation(
         self, fields: Fields, attachments: Attachments
@@ -2012,12 +2136,12 @@ class ChatDialect(Dialect):
         for entry in entries:
             role = entry.text("role")
             if role in ("system", "developer"):
-                system.append(text_of(self._content(entry, None)))
+                system.append(text_of(openai_content(entry, None)))
             elif role == "user":
-                messages.append(Message("user", self._content(entry, attachments)))
+                messages.append(Message("user", openai_content(entry, attachments)))
             elif role == "assistant":
                 calls = self._calls(entry, function_ids)
-                messages.append(Message("assistant", self._content(entry, attachments) + calls))
+                messages.append(Message("assistant", openai_content(entry, attachments) + calls))
             elif role in ("tool", "function"):
                 messages.append(Message("user", [self._result(entry, attachments, function_ids)]))
             else:
@@ -2053,67 +2177,8 @@ class ChatDialect(Dialect):
             call_id = function_ids[-1] if function_ids else entry.needed_text("name")
         else:
             call_id = plain_id(entry.needed_text("tool_call_id"))
-        content = self._content(entry, attachments)
+        content = openai_content(entry, attachments)
         return {"type": "tool_result", "tool_use_id": call_id, "content": content}
-
-    def _content(self, entry: Fields, attachments: Attachments | None) -> list[Block]:
-        """The blocks of a message. Without `attachments`, only text is taken."""
-        content = entry.object.get("content")
-        if content is None:
-            return []
-        if isinstance(content, str):
-            return text_block(content)
-        if not isinstance(content, list):
-            raise entry.wrong("content", "a string or an array of parts")
-        blocks: list[Block] = []
-        for part in entry.objects("content"):
-            blocks += self._part(part, attachments)
-        return blocks
-
-    def _part(self, part: Fields, attachments: Attachments | None) -> list[Block]:
-        kind = part.text("type")
-        if kind in ("text", "input_text", "output_text"):
-            text = part.text("text")
-            if text is None:
-                raise part.wrong("text", "a string")
-            return text_block(text)
-        if kind == "refusal":
-            return text_block(part.text("refusal") or "")
-        if kind in ("image_url", "input_image", "file", "input_file"):
-            if attachments is None:
-                raise BadRequest(
-                    f"{part.path}: images and files belong into user messages.",
-                    param=part.path, code="images_unsupported_in_system_messages",
-                )
-            if kind in ("file", "input_file"):
-                return [self._file(part, attachments)]
-            return [attachments.image(self._image_url(part), part.at("image_url"))]
-        if kind == "input_audio":
-            raise Unsupported(f"{part.path}: the models do not listen.", param=part.at("type"))
-        raise part.wrong("type", "text, image_url or file")
-
-    def _file(self, part: Fields, attachments: Attachments) -> Block:
-        described = part.child("file") or part
-        data = described.text("file_data")
-        if data is None:
-            raise Unsupported(
-                f"{described.at('file_data')}: send the file itself, as "
-                "data:application/pdf;base64,...; files cannot be stored here.",
-                param=described.at("file_data"),
-            )
-        return attachments.document(data, described.at("file_data"))
-
-    def _image_url(self, part: Fields) -> str:
-        value = part.object.get("image_url")
-        url = value if isinstance(value, str) else None
-        if isinstance(value, dict):
-            url = Fields(value, part.at("image_url")).text("url")
-        if not url:
-            raise BadRequest(
-                f"{part.at('image_url')}: must hold the address of an image.",
-                param=part.at("image_url"), code="invalid_image_url",
-            )
-        return url
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -2169,39 +2234,59 @@ class ChatDialect(Dialect):
             return "function_call"
         return FINISH_REASONS.get(stop_reason, "stop")
 
-    def frames(self, turn: Turn, events: Iterable[Choice]) -> Iterator[bytes]:
-        """See Dialect.frames. One chunk for each piece that claude printed."""
-        streams = [ChatStream(self, turn, index) for index in range(turn.choices)]
-        usages = []
-        for index, event in events:
-            if isinstance(event, Tick):
-                yield self.heartbeat
-                continue
-            yield from streams[index].frames(event)
-            if isinstance(event, Finished):
-                usages.append(event.usage)
-        if turn.wire["include_usage"]:
-            usage = openai_usage(usages)
-            yield server_sent({**self.envelope(turn), "choices": [], "usage": usage})
-        yield b"data: [DONE]\n\n"
+    def stream(self, turn: Turn) -> Renderer:
+        """See Dialect.stream. One chunk for each piece that claude printed."""
+        return ChatRenderer(self, turn)
 
     def finish(self, turn: Turn, event: Finished) -> str:
         """The finish reason of a streamed choice."""
         return self._finish_reason(turn, event.stop_reason)
 
-    def envelope(self, turn: Turn) -> Json:
-        """What every chunk of a stream has."""
-        return {
-            "id": turn.wire["id"],
+
+class ChatRenderer(Renderer):
+    """Renders a streamed chat completion."""
+
+    def __init__(self, dialect: ChatDialect, turn: Turn) -> None:
+        super().__init__(dialect)
+        self._turn = turn
+        self._choices = [ChatChoice(dialect, turn, index) for index in range(turn.choices)]
+        self._usages: list[Usage] = []
+
+    def event(self, index: int, event: Event) -> bytes:
+        """See Renderer.event."""
+        if isinstance(event, Finished):
+            self._usages.append(event.usage)
+        return b"".join(server_sent(self._chunk([choice])) for choice in self._deltas(index, event))
+
+    def _deltas(self, index: int, event: Event) -> Iterator[Json]:
+        for delta, finish_reason in self._choices[index].deltas(event):
+            yield {
+                "index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason,
+            }
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        chunk: Json = {
+            "id": self._turn.wire["id"],
             "object": "chat.completion.chunk",
-            "created": turn.wire["created"],
-            "model": turn.wire["model"],
+            "created": self._turn.wire["created"],
+            "model": self._turn.wire["model"],
             "system_fingerprint": None,
+            "choices": choices,
         }
+        if self._turn.wire["include_usage"]:
+            chunk["usage"] = None
+        return chunk
+
+    def end(self) -> bytes:
+        """See Renderer.end."""
+        done = b"data: [DONE]\n\n"
+        if not self._turn.wire["include_usage"]:
+            return done
+        return server_sent({**self._chunk([]), "usage": openai_usage(self._usages)}) + done
 
 
-class ChatStream:
-    """Renders the events of one choice of a streamed chat completion."""
+class ChatChoice:
+    """What the chunks of one choice say."""
 
     def __init__(self, dialect: ChatDialect, turn: Turn, index: int) -> None:
         self._dialect = dialect
@@ -2212,18 +2297,18 @@ class ChatStream:
         #: Which tool call a block is, counted from 0.
         self._calls: dict[int, int] = {}
 
-    def frames(self, event: Event) -> Iterator[bytes]:
-        """The chunks of one event."""
+    def deltas(self, event: Event) -> Iterator[tuple[Json, str | None]]:
+        """The deltas of one event, with their finish reasons; the role comes with the first."""
         if isinstance(event, Restarted) and self._answered:
             # What was sent cannot be taken back; thinking alone may be repeated.
             raise broken_answer()
-        for delta, finish_reason in self._deltas(event):
+        for delta, finish_reason in self._told(event):
             if not self._began:
                 self._began = True
-                yield self._chunk({"role": "assistant", "content": ""}, None)
-            yield self._chunk(delta, finish_reason)
+                yield {"role": "assistant", "content": ""}, None
+            yield delta, finish_reason
 
-    def _deltas(self, event: Event) -> Iterator[tuple[Json, str | None]]:
+    def _told(self, event: Event) -> Iterator[tuple[Json, str | None]]:
         if isinstance(event, BlockStarted) and event.block.get("type") == "tool_use":
             self._answered = True
             yield self._call_began(event), None
@@ -2231,14 +2316,10 @@ class ChatStream:
             yield {}, self._dialect.finish(self._turn, event)
         elif isinstance(event, Delta):
             self._answered = self._answered or event.kind != "thinking"
-            if event.kind == "text":
-                yield {"content": event.text}, None
-            elif event.kind == "thinking":
-                yield {"reasoning_content": event.text}, None
-            elif event.kind == "refusal":
-                yield {"refusal": event.text}, None
-            elif event.kind == "arguments" and event.text:
+            if event.kind == "arguments" and event.text:
                 yield self._arguments(event), None
+            elif event.kind in _CHAT_FIELDS:
+                yield {_CHAT_FIELDS[event.kind]: event.text}, None
 
     def _call_began(self, event: BlockStarted) -> Json:
         index = self._calls.setdefault(event.block_index, len(self._calls))
@@ -2252,20 +2333,817 @@ class ChatStream:
         function = {"arguments": event.text}
         if self._turn.wire["legacy_functions"]:
             return {"function_call": function}
-        index = self._calls[event.block_index]
-        return {"tool_calls": [{"index": index, "function": function}]}
+        return {"tool_calls": [{"index": self._calls[event.block_index], "function": function}]}
 
-    def _chunk(self, delta: Json, finish_reason: str | None) -> bytes:
-        choice = {
-            "index": self._index, "delta": delta, "logprobs": None, "finish_reason": finish_reason,
-        }
-        chunk = {**self._dialect.envelope(self._turn), "choices": [choice]}
-        if self._turn.wire["include_usage"]:
-            chunk["usage"] = None
-        return server_sent(chunk)
 
+#: Kinds of deltas and the fields of a chat chunk that they go into.
+_CHAT_FIELDS = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
 
 CHAT = ChatDialect()
+
+
+class CompletionsDialect(Dialect):
+    """POST /v1/completions: a prompt instead of a conversation."""
+
+    name = "completions"
+
+    def parse(self, body: object, parsing: Parsing) -> Turn:
+        """See Dialect.parse. The prompt is the user's message; several prompts are choices."""
+        fields = Fields(body)
+        name = fields.text("model") or parsing.default_model
+        model = parsing.models.find(name)
+        if asks_for_something(fields.object.get("suffix")):
+            raise Unsupported("suffix: the models do not fill in the middle.", param="suffix")
+        if asks_for_something(fields.object.get("logprobs")):
+            raise Unsupported("logprobs: the API behind this server gives none.", param="logprobs")
+        prompts = [prompt for prompt in fields.texts("prompt") if prompt.strip()]
+        count = (fields.integer("n", 1, CHOICES_MOST) or 1) * len(prompts)
+        if not prompts or count > CHOICES_MOST:
+            raise fields.wrong("prompt", f"text, or an array of at most {CHOICES_MOST} texts")
+        temperature = fields.number("temperature", 0, 2)
+        wanted = Wanted(
+            max_tokens=fields.integer("max_tokens", 1),
+            stop_sequences=stop_sequences(fields, "stop"),
+            temperature=None if temperature is None else min(temperature, 1.0),
+            top_p=fields.number("top_p", 0, 1),
+        )
+        options, ignored = options_for(model, wanted)
+        texts = [prompt for prompt in prompts for _ in range(count // len(prompts))]
+        conversations = [[Message("user", text_block(text))] for text in texts]
+        stream_options = fields.child("stream_options") or Fields({})
+        return Turn(
+            model=model,
+            messages=conversations[0],
+            others=tuple(conversations[1:]),
+            options=options,
+            choices=count,
+            stream=fields.flag("stream"),
+            ignored=(*harmless_of(fields, "best_of"), *ignored),
+            wire={
+                "id": new_id("cmpl-"),
+                "created": int(time.time()),
+                "model": name,
+                "include_usage": stream_options.flag("include_usage"),
+                "echo": texts if fields.flag("echo") else [""] * count,
+            },
+        )
+
+    def body(self, turn: Turn, choices: list[Json]) -> Json:
+        """What whole answers and chunks have in common."""
+        return {
+            "id": turn.wire["id"],
+            "object": "text_completion",
+            "created": turn.wire["created"],
+            "model": turn.wire["model"],
+            "choices": choices,
+        }
+
+    def choice(self, index: int, text: str, stop_reason: str | None) -> Json:
+        """One choice, whole or a piece of it."""
+        reason = None if stop_reason is None else FINISH_REASONS.get(stop_reason, "stop")
+        return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
+
+    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
+        """See Dialect.whole."""
+        choices = [
+            self.choice(index, turn.wire["echo"][index] + answer.joined("text"), answer.stop_reason)
+            for index, answer in enumerate(answers)
+        ]
+        return {**self.body(turn, choices), "usage": openai_usage(a.usage for a in answers)}
+
+    def stream(self, turn: Turn) -> Renderer:
+        """See Dialect.stream."""
+        return CompletionsRenderer(self, turn)
+
+
+class CompletionsRenderer(Renderer):
+    """Renders a streamed legacy completion."""
+
+    def __init__(self, dialect: CompletionsDialect, turn: Turn) -> None:
+        super().__init__(dialect)
+        self._completions = dialect
+        self._turn = turn
+        self._echo = dict(enumerate(turn.wire["echo"]))
+        self._answered: set[int] = set()
+        self._usages: list[Usage] = []
+
+    def event(self, index: int, event: Event) -> bytes:
+        """See Renderer.event."""
+        if isinstance(event, Restarted) and index in self._answered:
+            raise broken_answer()
+        text, reason = "", None
+        if isinstance(event, Delta) and event.kind == "text":
+            self._answered.add(index)
+            text = event.text
+        elif isinstance(event, Finished):
+            self._usages.append(event.usage)
+            reason = event.stop_reason
+        else:
+            return b""
+        choice = self._completions.choice(index, self._echo.pop(index, "") + text, reason)
+        return server_sent(self._completions.body(self._turn, [choice]))
+
+    def end(self) -> bytes:
+        """See Renderer.end."""
+        done = b"data: [DONE]\n\n"
+        if not self._turn.wire["include_usage"]:
+            return done
+        usage = {"usage": openai_usage(self._usages)}
+        return server_sent({**self._completions.body(self._turn, []), **usage}) + done
+
+
+COMPLETIONS = CompletionsDialect()
+
+
+class MessagesDialect(Dialect):
+    """POST /v1/messages: Anthropic's own API, in its own events."""
+
+    name = "messages"
+
+    # -- parsing ------------------------------------------------------------------------------
+
+    def parse(self, body: object, parsing: Parsing) -> Turn:
+        """See Dialect.parse."""
+        fields = Fields(body)
+        name = fields.text("model") or parsing.default_model
+        model = parsing.models.find(name)
+        attachments = Attachments(parsing.limits)
+        tools, unknown_tools = self._tools(fields)
+        choice = chosen(tools, self._tool_choice(fields), "tool_choice")
+        system, messages = self._conversation(fields, attachments)
+        options, ignored = options_for(model, self._wanted(fields, choice))
+        return Turn(
+            model=model,
+            system=system,
+            messages=messages,
+            options=options,
+            tools=tools,
+            tool_choice=choice,
+            shape=self._shape(fields),
+            session_id=fields.text("session_id") or "",
+            stream=fields.flag("stream"),
+            ignored=(*ignored, *unknown_tools),
+            wire={"id": new_id("msg_")},
+        )
+
+    def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
+        output = fields.child("output_config") or Fields({})
+        return Wanted(
+            max_tokens=fields.integer("max_tokens", 1),
+            stop_sequences=stop_sequences(fields, "stop_sequences"),
+            temperature=fields.number("temperature", 0, 1),
+            top_p=fields.number("top_p", 0, 1),
+            top_k=fields.integer("top_k", 0),
+            effort=output.word("effort", tuple(EFFORT_BUDGETS)),
+            budget_tokens=self._budget(fields.child("thinking")),
+            forced=choice.forces,
+        )
+
+    def _budget(self, thinking: Fields | None) -> int | None:
+        """As in Wanted. Who does not ask for thinking expects text as the first block."""
+        kind = "disabled" if thinking is None else thinking.text("type")
+        if thinking is not None and kind == "enabled":
+            budget = thinking.integer("budget_tokens", _LEAST_BUDGET_TOKENS)
+            if budget is None:
+                raise thinking.wrong("budget_tokens", f"{_LEAST_BUDGET_TOKENS} or more")
+            return budget
+        if thinking is not None and kind not in ("disabled", "adaptive"):
+            raise thinking.wrong("type", "enabled, adaptive or disabled")
+        return None if kind == "adaptive" else 0
+
+    def _shape(self, fields: Fields) -> Shape | None:
+        output = fields.child("output_config") or Fields({})
+        described = output.child("format") or fields.child("output_format")
+        schema = described.child("schema") if described is not None else None
+        return None if schema is None else shape_of(schema.object)
+
+    def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], list[str]]:
+        """The tools, and the paths of those that Anthropic would run itself."""
+        tools: list[Tool] = []
+        unknown: list[str] = []
+        for entry in fields.objects("tools"):
+            if entry.text("type") not in (None, "custom"):
+                unknown.append(entry.path)
+            else:
+                tools.append(tool_from(entry, entry.needed_text("name"), "input_schema"))
+        return distinct(tools, "tools"), unknown
+
+    def _tool_choice(self, fields: Fields) -> ToolChoice:
+        entry = fields.child("tool_choice")
+        if entry is None:
+            return ToolChoice()
+        kind = entry.word("type", ("auto", "any", "tool", "none")) or "auto"
+        name = entry.needed_text("name") if kind == "tool" else ""
+        return ToolChoice(kind, name, parallel=not entry.flag("disable_parallel_tool_use"))
+
+    def _conversation(
+        self, fields: Fields, attachments: Attachments
+    ) -> tuple[str, list[Message]]:
+        system = [text_of(self._blocks(fields, "system", attachments))]
+        messages: list[Message] = []
+        for entry in fields.objects("messages"):
+            role = entry.word("role", ("user", "assistant", "system"))
+            if role is None:
+                raise entry.wrong("role", "user or assistant")
+            blocks = self._blocks(entry, "content", attachments)
+            if role == "system":
+                system.append(text_of(blocks))
+            else:
+                messages.append(Message(role, blocks))
+        return answerable("\n\n".join(text for text in system if text), messages, "messages")
+
+    def _blocks(self, entry: Fields, name: str, attachments: Attachments) -> list[Block]:
+        """A string or an array of blocks."""
+        value = entry.object.get(name)
+        if value is None:
+            return []
+        if isinstance(value, str):
+            return text_block(value)
+        if not isinstance(value, list):
+            raise entry.wrong(name, "a string or an array of blocks")
+        blocks: list[Block] = []
+        for block in entry.objects(name):
+            blocks += self._block(block, attachments)
+        return blocks
+
+    def _block(self, block: Fields, attachments: Attachments) -> list[Block]:
+        kind = block.text("type")
+        if kind == "text":
+            text = block.text("text")
+            if text is None:
+                raise block.wrong("text", "a string")
+            return text_block(text)
+        if kind == "image":
+            return [self._image(block, attachments)]
+        if kind == "document":
+            return self._document(block, attachments)
+        if kind == "tool_use":
+            return [
+                {
+                    "type": "tool_use",
+                    "id": plain_id(block.needed_text("id")),
+                    "name": block.needed_text("name"),
+                    "input": (block.child("input") or Fields({})).object,
+                }
+            ]
+        if kind == "tool_result":
+            result: Block = {
+                "type": "tool_result",
+                "tool_use_id": plain_id(block.needed_text("tool_use_id")),
+                "content": self._blocks(block, "content", attachments),
+            }
+            return [{**result, "is_error": True} if block.flag("is_error") else result]
+        if kind in ("thinking", "redacted_thinking"):
+            # claude keeps the thinking of its own history; it takes none from outside.
+            return []
+        raise block.wrong("type", "text, image, document, tool_use, tool_result or thinking")
+
+    def _image(self, block: Fields, attachments: Attachments) -> Block:
+        source = block.child("source") or Fields({}, block.at("source"))
+        if source.text("type") == "url":
+            return attachments.image(source.needed_text("url"), source.at("url"))
+        if source.text("type") != "base64":
+            raise source.wrong("type", "base64 or url")
+        media_type = source.text("media_type") or ""
+        url = f"data:{media_type};base64,{source.text('data') or ''}"
+        return attachments.image(url, source.at("data"))
+
+    def _document(self, block: Fields, attachments: Attachments) -> list[Block]:
+        source = block.child("source") or Fields({}, block.at("source"))
+        kind = source.text("type")
+        if kind == "text":
+            return text_block(source.text("data") or "")
+        if kind == "content":
+            return self._blocks(source, "content", attachments)
+        if kind != "base64":
+            raise source.wrong("type", "base64, text or content")
+        media_type = source.text("media_type") or ""
+        url = f"data:{media_type};base64,{source.text('data') or ''}"
+        return [attachments.document(url, source.at("data"))]
+
+    # -- rendering ----------------------------------------------------------------------------
+
+    def message(self, turn: Turn, model: str, **fields: object) -> Json:
+        """The message object."""
+        return {
+            "id": turn.wire["id"], "type": "message", "role": "assistant",
+            "model": model or turn.model.id, **fields,
+        }
+
+    def usage(self, usage: Usage) -> Json:
+        """The usage object."""
+        return {
+            "input_tokens": usage.input_tokens,
+            "cache_creation_input_tokens": usage.cache_write_tokens,
+            "cache_read_input_tokens": usage.cache_read_tokens,
+            "output_tokens": usage.output_tokens,
+        }
+
+    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
+        """See Dialect.whole."""
+        answer = answers[0]
+        refused = [{"type": "text", "text": answer.refusal}] if answer.refusal else []
+        return self.message(
+            turn, answer.model,
+            content=answer.blocks + refused,
+            stop_reason="refusal" if refused else answer.stop_reason,
+            stop_sequence=answer.stop_sequence,
+            usage=self.usage(answer.usage),
+        )
+
+    def stream(self, turn: Turn) -> Renderer:
+        """See Dialect.stream."""
+        return MessagesRenderer(self, turn)
+
+    def error_body(self, error: OcpError, request_id: str) -> Json:
+        """See Dialect.error_body."""
+        told = {"type": error.anthropic_type, "message": error.message}
+        return {"type": "error", "error": told, "request_id": request_id}
+
+
+#: The delta of each kind in the API's own stream: its type and the field with the text.
+_MESSAGES_DELTAS = {
+    "text": ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "signature": ("signature_delta", "signature"),
+    "arguments": ("input_json_delta", "partial_json"),
+}
+
+
+class MessagesRenderer(Renderer):
+    """Renders a streamed message: the API's events in the API's order."""
+
+    def __init__(self, dialect: MessagesDialect, turn: Turn) -> None:
+        super().__init__(dialect)
+        self._messages = dialect
+        self._turn = turn
+        self._started = Started("", "", NO_USAGE)
+        self._began = False
+        self._answered = False
+        self._refused = False
+        #: The block that is open, if any, and what to add to block numbers after a restart.
+        self._open: int | None = None
+        self._next = 0
+        self._offset = 0
+
+    def event(self, index: int, event: Event) -> bytes:
+        """See Renderer.event. The first frame comes with the first block."""
+        if isinstance(event, Started):
+            self._started = event
+            return b""
+        if isinstance(event, Restarted):
+            if self._answered:
+                raise broken_answer()
+            self._offset = self._next
+            return self._close_block()
+        return self._begin() + self._told(event)
+
+    def _begin(self) -> bytes:
+        if self._began:
+            return b""
+        self._began = True
+        message = self._messages.message(
+            self._turn, self._started.model, content=[], stop_reason=None, stop_sequence=None,
+            usage=self._messages.usage(self._started.usage),
+        )
+        return self._frame("message_start", message=message)
+
+    def _told(self, event: Event) -> bytes:
+        if isinstance(event, BlockStarted):
+            self._answered = self._answered or "thinking" not in event.block["type"]
+            self._open = event.block_index + self._offset
+            self._next = self._open + 1
+            return self._frame("content_block_start", index=self._open, content_block=event.block)
+        if isinstance(event, Delta):
+            return self._delta(event)
+        if isinstance(event, BlockStopped):
+            return self._close_block()
+        if isinstance(event, Finished):
+            return self._finish(event)
+        return b""
+
+    def _delta(self, event: Delta) -> bytes:
+        if event.kind == "refusal":
+            self._refused = True
+            block = {"type": "text", "text": ""}
+            opened = self._told(BlockStarted(self._next - self._offset, block))
+            return opened + self._delta(event._replace(kind="text")) + self._close_block()
+        kind, field = _MESSAGES_DELTAS[event.kind]
+        index = self._open if self._open is not None else event.block_index + self._offset
+        delta = {"type": kind, field: event.text}
+        return self._frame("content_block_delta", index=index, delta=delta)
+
+    def _close_block(self) -> bytes:
+        if self._open is None:
+            return b""
+        index, self._open = self._open, None
+        return self._frame("content_block_stop", index=index)
+
+    def _finish(self, event: Finished) -> bytes:
+        reason = "refusal" if self._refused else event.stop_reason
+        delta = {"stop_reason": reason, "stop_sequence": event.stop_sequence}
+        usage = self._messages.usage(event.usage)
+        closed = self._close_block()
+        return closed + self._frame("message_delta", delta=delta, usage=usage)
+
+    def silence(self) -> bytes:
+        """See Renderer.silence."""
+        return self._frame("ping")
+
+    def end(self) -> bytes:
+        """See Renderer.end."""
+        return self._frame("message_stop")
+
+    def failure(self, error: OcpError, request_id: str) -> bytes:
+        """See Renderer.failure."""
+        return server_sent(self._messages.error_body(error, request_id), "error")
+
+    def _frame(self, kind: str, **fields: object) -> bytes:
+        return server_sent({"type": kind, **fields}, kind)
+
+
+MESSAGES = MessagesDialect()
+
+
+#: Parameters of responses that change nothing about what the answer means.
+_HARMLESS_RESPONSES_PARAMETERS = ("background", "max_tool_calls", "top_logprobs")
+
+
+class ResponsesDialect(Dialect):
+    """POST /v1/responses: OpenAI's API of items."""
+
+    name = "responses"
+
+    # -- parsing ------------------------------------------------------------------------------
+
+    def parse(self, body: object, parsing: Parsing) -> Turn:
+        """See Dialect.parse."""
+        fields = Fields(body)
+        name = fields.text("model") or parsing.default_model
+        model = parsing.models.find(name)
+        for field in ("conversation", "prompt"):
+            if fields.given(field):
+                raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
+        previous_id = fields.text("previous_response_id")
+        earlier = parsing.recall(previous_id) if previous_id else []
+        tools, choice, unknown_tools = self._tools(fields)
+        system, messages = self._conversation(fields, earlier, Attachments(parsing.limits))
+        reasoning = fields.child("reasoning") or Fields({})
+        options, ignored = options_for(model, self._wanted(fields, reasoning, choice))
+        return Turn(
+            model=model,
+            system=system,
+            messages=messages,
+            options=options,
+            tools=tools,
+            tool_choice=choice,
+            shape=self._shape(fields),
+            session_id=fields.text("session_id") or "",
+            stream=fields.flag("stream"),
+            ignored=(
+                *harmless_of(fields, *_HARMLESS_RESPONSES_PARAMETERS), *ignored, *unknown_tools
+            ),
+            wire={
+                "echo": self._echo(fields, name, reasoning),
+                "store": fields.object.get("store") is not False,
+                "summary": asks_for_something(reasoning.object.get("summary")),
+            },
+        )
+
+    def _echo(self, fields: Fields, name: str, reasoning: Fields) -> Json:
+        """What a response repeats of its request."""
+        given = fields.object
+        text = given.get("text") if isinstance(given.get("text"), dict) else None
+        return {
+            "id": new_id("resp_"),
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": name,
+            "instructions": given.get("instructions"),
+            "max_output_tokens": given.get("max_output_tokens"),
+            "metadata": given.get("metadata") or {},
+            "parallel_tool_calls": given.get("parallel_tool_calls") is not False,
+            "previous_response_id": given.get("previous_response_id"),
+            "reasoning": {
+                "effort": reasoning.object.get("effort"),
+                "summary": reasoning.object.get("summary"),
+            },
+            "store": given.get("store") is not False,
+            "temperature": given.get("temperature"),
+            "text": text or {"format": {"type": "text"}},
+            "tool_choice": given.get("tool_choice") or "auto",
+            "tools": given.get("tools") or [],
+            "top_p": given.get("top_p"),
+            "truncation": "disabled",
+        }
+
+    def _wanted(self, fields: Fields, reasoning: Fields, choice: ToolChoice) -> Wanted:
+        temperature = fields.number("temperature", 0, 2)
+        return Wanted(
+            max_tokens=fields.integer("max_output_tokens", 1),
+            temperature=None if temperature is None else min(temperature, 1.0),
+            top_p=fields.number("top_p", 0, 1),
+            effort=reasoning.word("effort", ("none", *EFFORT_BUDGETS)),
+            forced=choice.forces,
+        )
+
+    def _shape(self, fields: Fields) -> Shape | None:
+        found = (fields.child("text") or Fields({})).child("format")
+        kind = None if found is None else found.word("type", ("text", "json_object", "json_schema"))
+        if found is None or kind in (None, "text"):
+            return None
+        if kind == "json_object":
+            return Shape({"type": "object", "additionalProperties": True}, wrapped=False)
+        schema = found.child("schema")
+        if schema is None:
+            raise found.wrong("schema", "a JSON schema")
+        return shape_of(schema.object)
+
+    def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], ToolChoice, list[str]]:
+        """The tools, the choice among them, and the paths of tools of unknown types."""
+        tools: list[Tool] = []
+        unknown: list[str] = []
+        for entry in fields.objects("tools"):
+            if entry.text("type") == "function":
+                tools.append(tool_from(entry, entry.needed_text("name"), "parameters"))
+            else:
+                unknown.append(entry.path)
+        choice, allowed = openai_tool_choice(fields, "tool_choice")
+        found = distinct(tools, "tools")
+        if allowed is not None:
+            found = tuple(tool for tool in found if tool.name in allowed)
+        return found, chosen(found, choice, "tool_choice"), unknown
+
+    def _conversation(
+        self, fields: Fields, earlier: list[Message], attachments: Attachments
+    ) -> tuple[str, list[Message]]:
+        system = [fields.text("instructions") or ""]
+        messages = [Message(message.role, list(message.content)) for message in earlier]
+        if isinstance(fields.object.get("input"), str):
+            messages.append(Message("user", text_block(fields.object["input"])))
+            return answerable(system[0], messages, "input")
+        for item in fields.objects("input"):
+            kind = item.text("type") or "message"
+            if kind == "message" and item.text("role") in ("system", "developer"):
+                system.append(text_of(openai_content(item, None)))
+            else:
+                messages += self._item(item, kind, attachments)
+        return answerable("\n\n".join(text for text in system if text), messages, "input")
+
+    def _item(self, item: Fields, kind: str, attachments: Attachments) -> list[Message]:
+        """The messages of an input item; none for kinds that say nothing to a model."""
+        if kind == "message":
+            role = item.word("role", ("user", "assistant"))
+            if role is None:
+                raise item.wrong("role", "system, developer, user or assistant")
+            return [Message(role, openai_content(item, attachments))]
+        if kind == "function_call":
+            call: Block = {
+                "type": "tool_use",
+                "id": plain_id(item.needed_text("call_id")),
+                "name": item.needed_text("name"),
+                "input": arguments_of(item.text("arguments") or ""),
+            }
+            return [Message("assistant", [call])]
+        if kind == "function_call_output":
+            result: Block = {
+                "type": "tool_result",
+                "tool_use_id": plain_id(item.needed_text("call_id")),
+                "content": openai_content(item, attachments, "output"),
+            }
+            return [Message("user", [result])]
+        if kind == "item_reference":
+            raise Unsupported(f"{item.path}: send the item itself.", param=item.path)
+        return []
+
+    # -- rendering ----------------------------------------------------------------------------
+
+    def body(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
+        """The response object."""
+        return {
+            **turn.wire["echo"], "status": status, "output": output, "usage": None,
+            "error": None, "incomplete_details": None, **more,
+        }
+
+    def ended(self, turn: Turn, output: list[Json], stop_reason: str, usage: Usage) -> Json:
+        """The response object of an answer that is over."""
+        reasons = {"length": "max_output_tokens", "content_filter": "content_filter"}
+        reason = reasons.get(FINISH_REASONS.get(stop_reason, "stop"))
+        counted = {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cache_read_tokens},
+            "output_tokens": usage.output_tokens,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
+            "total_tokens": usage.prompt_tokens + usage.output_tokens,
+        }
+        return self.body(
+            turn, "incomplete" if reason else "completed", output, usage=counted,
+            incomplete_details={"reason": reason} if reason else None,
+        )
+
+    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
+        """See Dialect.whole."""
+        answer = answers[0]
+        blocks = [
+            block
+            for block in answer.blocks
+            if block["type"] in ("text", "tool_use")
+            or (block["type"] == "thinking" and turn.wire["summary"])
+        ]
+        output = [finished_item(new_item(block), block) for block in blocks]
+        if answer.refusal:
+            refusal = {"type": "refusal", "text": answer.refusal}
+            output.append(finished_item(new_item(refusal), refusal))
+        return self.ended(turn, output, answer.stop_reason, answer.usage)
+
+    def stream(self, turn: Turn) -> Renderer:
+        """See Dialect.stream."""
+        return ResponsesRenderer(self, turn)
+
+    def stores(self, turn: Turn) -> bool:
+        """See Dialect.stores."""
+        return bool(turn.wire["store"])
+
+
+def new_item(block: Block) -> Json:
+    """The output item of a block that begins."""
+    if block["type"] == "thinking":
+        return {"id": new_id("rs_"), "type": "reasoning", "summary": []}
+    if block["type"] == "tool_use":
+        return {
+            "id": new_id("fc_"), "type": "function_call", "status": "in_progress",
+            "arguments": "", "call_id": block["id"], "name": block["name"],
+        }
+    return {
+        "id": new_id("msg_"), "type": "message", "status": "in_progress", "role": "assistant",
+        "content": [],
+    }
+
+
+def part_of(kind: str, text: str) -> Json:
+    """The part of an item that holds its text."""
+    if kind == "thinking":
+        return {"type": "summary_text", "text": text}
+    if kind == "refusal":
+        return {"type": "refusal", "refusal": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def finished_item(item: Json, block: Block) -> Json:
+    """The item of a block that is complete."""
+    kind = block["type"]
+    if kind == "tool_use":
+        arguments = to_json(block["input"]).decode("utf-8")
+        return {**item, "status": "completed", "arguments": arguments}
+    if kind == "thinking":
+        return {**item, "summary": [part_of(kind, block["thinking"])]}
+    return {**item, "status": "completed", "content": [part_of(kind, block["text"])]}
+
+
+#: What the events of an item are called, by kind of block: piece, its end, and where it stands.
+_RESPONSES_EVENTS = {
+    "text": ("output_text", "content"),
+    "refusal": ("refusal", "content"),
+    "thinking": ("reasoning_summary_text", "summary"),
+    "tool_use": ("function_call_arguments", ""),
+}
+
+
+class ResponsesRenderer(Renderer):
+    """Renders a streamed response with its full ladder of events."""
+
+    def __init__(self, dialect: ResponsesDialect, turn: Turn) -> None:
+        super().__init__(dialect)
+        self._responses = dialect
+        self._turn = turn
+        self._sequence_number = 0
+        self._created = False
+        self._answered = False
+        self._output: list[Json] = []
+        #: The item that is open: itself, its kind of block, and the pieces of its text.
+        self._item: Json | None = None
+        self._kind = ""
+        self._pieces: list[str] = []
+
+    def _frame(self, kind: str, **fields: object) -> bytes:
+        number, self._sequence_number = self._sequence_number, self._sequence_number + 1
+        return server_sent({"type": kind, "sequence_number": number, **fields}, kind)
+
+    def _begin(self) -> bytes:
+        if self._created:
+            return b""
+        self._created = True
+        body = self._responses.body(self._turn, "in_progress", [])
+        created = self._frame("response.created", response=body)
+        return created + self._frame("response.in_progress", response=body)
+
+    def event(self, index: int, event: Event) -> bytes:
+        """See Renderer.event. The first frames come with the first block."""
+        if isinstance(event, Restarted):
+            if self._answered:
+                raise broken_answer()
+            return self._close()
+        if isinstance(event, BlockStarted):
+            return self._open(event.block)
+        if isinstance(event, Delta):
+            return self._delta(event)
+        if isinstance(event, BlockStopped):
+            return self._close()
+        return self._finish(event) if isinstance(event, Finished) else b""
+
+    def _place(self) -> Json:
+        """Where an event of the open item belongs."""
+        place: Json = {"output_index": len(self._output)}
+        if self._item is not None:
+            place["item_id"] = self._item["id"]
+        group = _RESPONSES_EVENTS[self._kind][1]
+        return {**place, f"{group}_index": 0} if group else place
+
+    def _open(self, block: Block) -> bytes:
+        kind = block["type"]
+        if kind not in _RESPONSES_EVENTS or (kind == "thinking" and not self._turn.wire["summary"]):
+            return b""
+        self._answered = self._answered or kind != "thinking"
+        self._item, self._kind, self._pieces = new_item(block), kind, []
+        frames = self._begin() + self._frame(
+            "response.output_item.added", output_index=len(self._output), item=self._item
+        )
+        return frames + self._part("added", "")
+
+    def _part(self, step: str, text: str) -> bytes:
+        """The event of the part that the open item's text is in; a call has none."""
+        group = _RESPONSES_EVENTS[self._kind][1]
+        if not group:
+            return b""
+        kind = "reasoning_summary_part" if group == "summary" else "content_part"
+        part = part_of(self._kind, text)
+        return self._frame(f"response.{kind}.{step}", **self._place(), part=part)
+
+    def _delta(self, event: Delta) -> bytes:
+        opened = b""
+        if event.kind == "refusal":
+            opened = self._open({"type": "refusal"})
+        if self._item is None or event.kind == "signature" or not event.text:
+            return opened
+        self._pieces.append(event.text)
+        name = _RESPONSES_EVENTS[self._kind][0]
+        more: Json = {"logprobs": []} if self._kind == "text" else {}
+        return opened + self._frame(
+            f"response.{name}.delta", **self._place(), delta=event.text, **more
+        )
+
+    def _close(self) -> bytes:
+        """Ends the open item. A call whose arguments were cut off stays open: Codex would run
+        it."""
+        if self._item is None:
+            return b""
+        item, text = self._item, "".join(self._pieces)
+        name = _RESPONSES_EVENTS[self._kind][0]
+        if self._kind == "tool_use":
+            try:
+                done = finished_item(item, {"type": "tool_use", "input": from_json(text or "{}")})
+            except ValueError:
+                self._item = None
+                return b""
+            frames = self._frame(
+                f"response.{name}.done", **self._place(), name=item["name"], arguments=text or "{}"
+            )
+        else:
+            field = "refusal" if self._kind == "refusal" else "text"
+            more: Json = {"logprobs": []} if self._kind == "text" else {}
+            frames = self._frame(f"response.{name}.done", **self._place(), **{field: text}, **more)
+            frames += self._part("done", text)
+            block = {"type": self._kind, "text": text, "thinking": text}
+            done = finished_item(item, block)
+        frames += self._frame(
+            "response.output_item.done", output_index=len(self._output), item=done
+        )
+        self._output.append(done)
+        self._item = None
+        return frames
+
+    def _finish(self, event: Finished) -> bytes:
+        closed = self._begin() + self._close()
+        self.body = self._responses.ended(self._turn, self._output, event.stop_reason, event.usage)
+        return closed + self._frame(f"response.{self.body['status']}", response=self.body)
+
+    def silence(self) -> bytes:
+        """See Renderer.silence. Codex counts data only, and openai-js wants `created` first."""
+        return self._begin() + self._frame("keepalive")
+
+    def end(self) -> bytes:
+        """See Renderer.end."""
+        return b""
+
+    def failure(self, error: OcpError, request_id: str) -> bytes:
+        """See Renderer.failure."""
+        code = "server_is_overloaded" if isinstance(error, Overloaded) else error.error_code
+        told = {"code": code or error.openai_type, "message": error.message}
+        body = self._responses.body(self._turn, "failed", self._output, error=told)
+        return self._begin() + self._frame("response.failed", response=body)
+
+
+RESPONSES = ResponsesDialect()
 
 
 # ==== 9. Claude protocol =====================================================
@@ -2647,9 +3525,6 @@ def _count(usage: Json, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-NO_USAGE = Usage()
-
-
 def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
     """The API's usage object; counts that it leaves out are taken from `before`."""
     if not isinstance(found, dict):
@@ -2799,6 +3674,7 @@ class TurnReader:
         found = message if isinstance(message, dict) else {}
         self._usage = usage_of(found.get("usage"))
         self._numbers = {}
+        self._prose.clear()
         self._shaped_block, self._shaped_stop, self._accepted = None, False, False
         started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
         if self._goes_on:
@@ -3692,7 +4568,8 @@ class Spares:
 
 
 # ==== 12. Parking ============================================================
-# Processes that wait, each with the conversation that it holds, for the next message of it. What
+# What is kept of a conversation for its next message: responses by their ids, and processes that
+# wait, each with the conversation that it holds. What
 # a process holds is known by digests: one of everything that is no message, and one of each
 # message in a form in which it does not matter how a client writes the same thing. No answer
 # depends on a process being here: what is not found is rebuilt from the client's own history.
@@ -3771,8 +4648,8 @@ class Parked(NamedTuple):
 
     def common(self, history: History) -> int:
         """How many first messages are the same."""
-        pairs = zip(self.history.digests, history.digests)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(self.history.digests))
+        pairs = list(zip(self.history.digests, history.digests))
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
 
 class Parking:
@@ -3828,6 +4705,64 @@ class Parking:
         with self._lock:
             parked, self._parked = self._parked, []
         return [one.process for one in parked]
+
+
+class Stored(NamedTuple):
+    """A response that can be asked for, and gone on from."""
+
+    caller: str
+    body: Json
+    #: The whole conversation, this answer included.
+    messages: list[Message]
+    size_bytes: int
+    since_s: float
+
+
+#: What all stored responses together may take.
+_STORED_MOST_BYTES = 64 * 1024 * 1024
+
+
+class Responses:
+    """The stored responses, in memory. Each belongs to its caller."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        # Guards the fields below.
+        self._lock = threading.Lock()
+        self._stored: dict[str, Stored] = {}
+        self._size_bytes = 0
+
+    def put(self, caller: str, body: Json, messages: list[Message], config: Config) -> None:
+        """Stores a response; the oldest go when there are too many or their time is up."""
+        size_bytes = len(to_json([message.content for message in messages]))
+        now_s = self._clock()
+        oldest_s = now_s - config.session_ttl_ms / 1000
+        with self._lock:
+            self._stored[body["id"]] = Stored(caller, body, messages, size_bytes, now_s)
+            self._size_bytes += size_bytes
+            for response_id, stored in list(self._stored.items()):
+                if self._size_bytes <= _STORED_MOST_BYTES and stored.since_s >= oldest_s:
+                    break
+                self._size_bytes -= self._stored.pop(response_id).size_bytes
+
+    def get(self, caller: str, response_id: str) -> Stored:
+        """The response of this id. Raises NotFound, also for somebody else's."""
+        with self._lock:
+            stored = self._stored.get(response_id)
+        if stored is None or stored.caller != caller:
+            raise NotFound(
+                f"There is no response {one_line(response_id, 80)!r}: it was not stored, or its "
+                "time is up. Send the conversation itself.",
+                param="previous_response_id",
+            )
+        return stored
+
+    def remove(self, caller: str, response_id: str) -> None:
+        """Forgets a response. Raises NotFound."""
+        self.get(caller, response_id)
+        with self._lock:
+            stored = self._stored.pop(response_id, None)
+            self._size_bytes -= stored.size_bytes if stored is not None else 0
 
 
 # ==== 13. Account ============================================================
@@ -3966,6 +4901,7 @@ class App:
         self.program = ClaudeProgram(config, environ, demo_command)
         self.spares = Spares(self._spawn, clock)
         self.parking = Parking(clock)
+        self.responses = Responses(clock)
         self.draining = False
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.mail: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -4027,7 +4963,8 @@ class App:
 
         def one(index: int) -> None:
             try:
-                with self._one_answer(turn, caller, client, request_id) as events:
+                wanted = turn.choice(index)
+                with self._one_answer(wanted, caller, client, request_id) as events:
                     for event in events:
                         arrivals.put((index, event))
                 arrivals.put((index, None))
@@ -4238,22 +5175,27 @@ class HttpExchange(Protocol):
     def send_json(self, value: object) -> None:
         """Answers 200 with JSON."""
 
-    def send_stream(self, frames: Iterator[bytes]) -> None:
-        """Answers 200 with server-sent events; the status goes out with the first frame."""
+    def send_stream(self, renderer: Renderer, events: Iterator[Choice]) -> None:
+        """Answers 200 with server-sent events; the status goes out with the first of them."""
 
     def kept_alive(self, events: Iterator[Choice], silence_s: float) -> Iterator[Choice]:
         """Passes events on and sends white space into a silence that grows too long."""
 
 
-def answer(app: App, exchange: HttpExchange) -> None:
-    """Every route that asks a model."""
-    config, dialect = app.config, exchange.dialect
+def _parsed(app: App, exchange: HttpExchange) -> Turn:
+    """The Turn of the request's body."""
+    config, caller = app.config, exchange.caller.name
     limits = Limits(
         config.image_allow_url, config.max_image_bytes,
         config.max_images, config.max_image_total_bytes,
     )
-    parsing = Parsing(app.models, config.default_model, limits)
-    turn, dropped = fitted(dialect.parse(exchange.json(), parsing), config.max_prompt_chars)
+    parsing = Parsing(
+        app.models, config.default_model, limits,
+        recall=lambda response_id: app.responses.get(caller, response_id).messages,
+    )
+    turn, dropped = fitted(
+        exchange.dialect.parse(exchange.json(), parsing), config.max_prompt_chars
+    )
     if dropped:
         app.log.event(
             "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
@@ -4264,12 +5206,51 @@ def answer(app: App, exchange: HttpExchange) -> None:
         )
     if turn.ignored:
         exchange.headers_out["X-OCP-Ignored-Params"] = ", ".join(turn.ignored)
+    return turn
+
+
+def answer(app: App, exchange: HttpExchange) -> None:
+    """Every route that asks a model."""
+    dialect, turn = exchange.dialect, _parsed(app, exchange)
+    gathered = Gathering(turn.choices)
     with app.answering(turn, exchange.caller, exchange.client, exchange.request_id) as events:
         if turn.stream:
-            exchange.send_stream(dialect.frames(turn, events))
+            renderer = dialect.stream(turn)
+            exchange.send_stream(renderer, gathered.noting(events))
+            body = renderer.body
         else:
-            kept = exchange.kept_alive(events, config.whole_silence_ms / 1000)
-            exchange.send_json(dialect.whole(turn, gather(kept, turn.choices)))
+            kept = exchange.kept_alive(events, app.config.whole_silence_ms / 1000)
+            body = dialect.whole(turn, gathered.all(kept))
+            exchange.send_json(body)
+        if dialect.stores(turn):
+            said = Message("assistant", gathered.answers()[0].blocks)
+            app.responses.put(exchange.caller.name, body, [*turn.messages, said], app.config)
+
+
+def count_tokens(app: App, exchange: HttpExchange) -> None:
+    """POST /v1/messages/count_tokens: an estimate, and it says so in a header."""
+    turn = _parsed(app, exchange)
+    exchange.headers_out["X-OCP-Estimate"] = "true"
+    exchange.send_json({"input_tokens": estimated_tokens(turn)})
+
+
+def get_response(app: App, exchange: HttpExchange, id: str) -> None:
+    """GET /v1/responses/{id}: a response that was stored."""
+    exchange.send_json(app.responses.get(exchange.caller.name, id).body)
+
+
+def delete_response(app: App, exchange: HttpExchange, id: str) -> None:
+    """DELETE /v1/responses/{id}."""
+    app.responses.remove(exchange.caller.name, id)
+    exchange.send_json({"id": id, "object": "response", "deleted": True})
+
+
+def no_embeddings(app: App, exchange: HttpExchange) -> None:
+    """POST /v1/embeddings: says where to look instead."""
+    raise NotFound(
+        "There are no embeddings here: the models behind this server make none. Use a local "
+        "embedding model, such as Ollama's nomic-embed-text, for this part of your tool."
+    )
 
 
 def _model_entry(model: Model, created_s: int) -> Json:
@@ -4383,12 +5364,19 @@ class Route(NamedTuple):
 
 
 ROUTES = (
-    #     method  path                     access          dialect  endpoint
-    Route("POST", "/v1/chat/completions",  Access.CALLER,  CHAT,    answer),
-    Route("GET",  "/v1/models",            Access.CALLER,  CHAT,    get_models),
-    Route("GET",  "/v1/models/{model}",    Access.CALLER,  CHAT,    get_model),
-    Route("GET",  "/health",               Access.PUBLIC,  CHAT,    get_health),
-    Route("GET",  "/logs",                 Access.ADMIN,   CHAT,    get_logs),
+    #     method    path                         access         dialect      endpoint
+    Route("POST",   "/v1/chat/completions",      Access.CALLER, CHAT,        answer),
+    Route("POST",   "/v1/messages",              Access.CALLER, MESSAGES,    answer),
+    Route("POST",   "/v1/messages/count_tokens", Access.CALLER, MESSAGES,    count_tokens),
+    Route("POST",   "/v1/responses",             Access.CALLER, RESPONSES,   answer),
+    Route("GET",    "/v1/responses/{id}",        Access.CALLER, RESPONSES,   get_response),
+    Route("DELETE", "/v1/responses/{id}",        Access.CALLER, RESPONSES,   delete_response),
+    Route("POST",   "/v1/completions",           Access.CALLER, COMPLETIONS, answer),
+    Route("POST",   "/v1/embeddings",            Access.CALLER, CHAT,        no_embeddings),
+    Route("GET",    "/v1/models",                Access.CALLER, CHAT,        get_models),
+    Route("GET",    "/v1/models/{model}",        Access.CALLER, CHAT,        get_model),
+    Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
+    Route("GET",    "/logs",                     Access.ADMIN,  CHAT,        get_logs),
 )
 
 
@@ -4452,6 +5440,14 @@ _LINE_MOST_BYTES = 65_536
 #: reads the refusal instead of a reset.
 _LINGER_BYTES = 4_194_304
 _LINGER_S = 1.0
+
+
+#: The headers of a stream; the last one keeps reverse proxies from holding it back.
+_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
 
 
 class DeadlineReader(io.RawIOBase):
@@ -4537,8 +5533,9 @@ class Exchange(BaseHTTPRequestHandler):
         self.query: Mapping[str, str] = {}
         self.headers_out: dict[str, str] = {}
         self._body_taken = False
-        self._began: str | None = None
+        self._renderer: Renderer | None = None
         self._chunked = False
+        #: The status that went out; 0 = none yet.
         self._status = 0
 
     def handle_one_request(self) -> None:
@@ -4641,10 +5638,11 @@ class Exchange(BaseHTTPRequestHandler):
     def _fail(self, error: OcpError) -> None:
         """Tells the client about a failure, in whatever way is still open."""
         try:
-            if self._began is None:
-                self._send_body(error.status, self.dialect.error_body(error), error.headers())
-            elif self._began == "stream":
-                self._send(self.dialect.error_frame(error))
+            if not self._status:
+                body = self.dialect.error_body(error, self.request_id)
+                self._send_body(error.status, body, error.headers())
+            elif self._renderer is not None:
+                self._send(self._renderer.failure(error, self.request_id))
                 self._end_chunks()
             else:
                 # A whole answer whose 200 is out: only a cut connection says that it failed.
@@ -4743,27 +5741,24 @@ class Exchange(BaseHTTPRequestHandler):
 
     def send_json(self, value: object) -> None:
         """See HttpExchange."""
-        if self._began is None:
+        if not self._status:
             self._send_body(200, value, {})
         else:
             self._send(to_json(value))
             self._end_chunks()
 
-    def send_stream(self, frames: Iterator[bytes]) -> None:
+    def send_stream(self, renderer: Renderer, events: Iterator[Choice]) -> None:
         """See HttpExchange."""
-        # Whatever fails before the first frame still gets a status of its own.
-        first = next(frames)
-        self._begin_chunks(
-            "stream",
-            {
-                "Content-Type": "text/event-stream; charset=utf-8",
-                "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no",
-            },
-        )
-        self._send(first)
-        for frame in frames:
-            self._send(frame)
+        for index, event in events:
+            silent = isinstance(event, Tick)
+            data = renderer.silence() if silent else renderer.event(index, event)
+            if data and self._renderer is None:
+                # Whatever failed before this had a status of its own.
+                self._renderer = renderer
+                self._begin_chunks(_STREAM_HEADERS)
+            if data:
+                self._send(data)
+        self._send(renderer.end())
         self._end_chunks()
 
     def kept_alive(self, events: Iterator[Choice], silence_s: float) -> Iterator[Choice]:
@@ -4772,8 +5767,8 @@ class Exchange(BaseHTTPRequestHandler):
         for event in events:
             if silence_s and time.monotonic() - silent_since_s >= silence_s:
                 silent_since_s = time.monotonic()
-                if self._began is None:
-                    self._begin_chunks("whole", {"Content-Type": "application/json"})
+                if not self._status:
+                    self._begin_chunks({"Content-Type": "application/json"})
                 self._send(b" \n")
             yield event
 
@@ -4810,16 +5805,17 @@ class Exchange(BaseHTTPRequestHandler):
         except OSError:
             raise ClientGone from None
 
-    def _begin_chunks(self, kind: str, headers: Mapping[str, str]) -> None:
+    def _begin_chunks(self, headers: Mapping[str, str]) -> None:
         """Starts an answer of unknown length: chunked, or up to the close for old clients."""
         self._chunked = self.request_version == "HTTP/1.1"
         more = {"Transfer-Encoding": "chunked"} if self._chunked else {}
-        self._began = kind
         self._head(200, {**headers, **more})
 
     def _send(self, data: bytes) -> None:
         """Sends a piece of the answer."""
-        if self._chunked and data:
+        if not data:
+            return
+        if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._write(data)
 
@@ -4897,7 +5893,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().process_request(request, client_address)
             return
         error = Busy("Too many connections are open.", retry_after_s=5)
-        body = to_json(CHAT.error_body(error))
+        body = to_json(CHAT.error_body(error, ""))
         head = f"HTTP/1.1 {error.status} Busy\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
         with contextlib.suppress(OSError):
