@@ -16,25 +16,26 @@ exists only in its own two sections. Each section uses only names from the secti
 
 Sections (search for "==== 8" to jump to the eighth):
 
-     1. Small tools        clocks, compact JSON, ids, redaction; no input or output
-     2. Settings           the table of settings, and how the environment is read
-     3. Errors             every failure that a client can be told about
-     4. Log                JSON lines in a rotated file, plain lines on the terminal, a ring
-     5. Models             which models there are and what each one takes
-     6. Turns and events   the narrow waist: one request, one stream of events
-     7. Callers            who may use which route
-     8. Dialects           wire formats: a body becomes a Turn, events become an answer
-     9. Claude protocol    what is said to claude and what its lines mean; pure
-    10. Claude process     the program on disk, one child, its pipes, and its end
-    11. Gate and spares    who may run now; idle processes that wait for work
-    12. Parking            what is kept of a conversation for its next message
-    13. Account            what is known about the login, learned from answers
-    14. App                owns every long-lived object; answering one turn
-    15. Endpoints          one function for each route
-    16. Routes             the table of routes
-    17. HTTP server        sockets, bodies, one thread for each connection
-    18. Demo claude        the stand-in behind --demo
-    19. Command line       arguments, signals, main
+     1. Small tools       clocks, compact JSON, ids, redaction; no input or output
+     2. Settings          the table of settings, and how the environment is read
+     3. Errors            every failure that a client can be told about
+     4. Log               JSON lines in a rotated file, plain lines on the terminal, a ring
+     5. Models            which models there are and what each one takes
+     6. Turns and events  the narrow waist: one request, one stream of events
+     7. Store             the SQLite file, its migrations, transactions
+     8. Callers           who may use which route
+     9. Dialects          wire formats: a body becomes a Turn, events become an answer
+    10. Claude protocol   what is said to claude and what its lines mean; pure
+    11. Claude process    the program on disk, one child, its pipes, and its end
+    12. Gate and spares   who may run now; idle processes that wait for work
+    13. Parking           what is kept of a conversation for its next message
+    14. Account           what is known about the login, learned from answers
+    15. App               owns every long-lived object; answering one turn
+    16. Endpoints         one function for each route
+    17. Routes            the table of routes
+    18. HTTP server       sockets, bodies, one thread for each connection
+    19. Demo claude       the stand-in behind --demo
+    20. Command line      arguments, signals, main
 """
 from __future__ import annotations
 
@@ -68,6 +69,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import sqlite3
 import subprocess
 import tempfile
 import threading
@@ -194,6 +196,14 @@ def setting(
     )
 
 
+_LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
+
+#: What CLAUDE_ALLOWED_TOOLS=default stands for.
+DEFAULT_AGENT_TOOLS = (
+    "Bash", "Read", "Write", "Edit", "Glob", "Grep", "WebSearch", "WebFetch", "Agent",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting, with its value. The rows are documented by their help texts."""
@@ -254,6 +264,26 @@ class Config:
         900_000, "OCP_WARM_IDLE", "how long an idle process waits before it is dropped",
         unit="ms", least=1_000, most=86_400_000,
     )
+    # -- agent mode ---------------------------------------------------------------------------
+    allowed_tools: str = setting(
+        "", "CLAUDE_ALLOWED_TOOLS",
+        "agent mode: tools that claude may use on the server by itself, comma separated; "
+        "`default` = " + ", ".join(DEFAULT_AGENT_TOOLS),
+    )
+    skip_permissions: bool = setting(
+        False, "CLAUDE_SKIP_PERMISSIONS", "agent mode: claude may use every tool it has"
+    )
+    mcp_config: str = setting(
+        "", "CLAUDE_MCP_CONFIG", "agent mode: file with MCP servers for claude"
+    )
+    agent_folder: str = setting(
+        "", "OCP_AGENT_FOLDER", "agent mode: folder that claude works in; empty = an empty one"
+    )
+    agent_text: str = setting(
+        "all", "OCP_AGENT_TEXT",
+        "agent mode: `all` = the text of every round, `final` = of the last round only",
+        choices=("all", "final"),
+    )
     # -- conversations ------------------------------------------------------------------------
     parked_processes: int = setting(
         4, "OCP_PARKED_PROCESSES",
@@ -263,6 +293,11 @@ class Config:
     session_ttl_ms: int = setting(
         3_600_000, "CLAUDE_SESSION_TTL", "how long a conversation is kept for its next message",
         unit="ms", least=1_000, most=86_400_000,
+    )
+    session_header: bool = setting(
+        False, "OCP_SESSION_HEADER",
+        "take the header X-Session-Id for session_id; not for OpenCode, which sends it with "
+        "its whole history",
     )
     max_prompt_chars: int = setting(
         0, "CLAUDE_MAX_PROMPT_CHARS",
@@ -343,6 +378,16 @@ class Config:
         return self.auth_mode or ("shared" if self.api_key else "none")
 
     @property
+    def is_agent(self) -> bool:
+        """Whether claude may use tools of its own on the server."""
+        return bool(self.allowed_tools or self.skip_permissions or self.mcp_config)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether others than this machine can connect, without a key."""
+        return self.mode == "none" and self.bind not in _LOOPBACK_NAMES
+
+    @property
     def home_path(self) -> str:
         """The state folder as an absolute path."""
         return os.path.abspath(os.path.expanduser(self.home))
@@ -362,6 +407,11 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         lambda config: config.mode == "multi",
         "CLAUDE_AUTH_MODE=multi is not built yet in this version: use shared with PROXY_API_KEY",
     ),
+    (
+        lambda config: config.is_agent and config.is_open,
+        "agent mode (CLAUDE_ALLOWED_TOOLS, CLAUDE_SKIP_PERMISSIONS, CLAUDE_MCP_CONFIG) lets "
+        "requests run tools on this machine: set PROXY_API_KEY, or bind to 127.0.0.1",
+    ),
 )
 
 #: Settings of the original that do not exist here: (name, or prefix with a star, why).
@@ -369,7 +419,7 @@ REMOVED_SETTINGS = (
     ("CLAUDE_TUI_*", "there is no terminal mode: warm processes answer faster than it did"),
     ("OCP_TUI_*", "there is no terminal mode: warm processes answer faster than it did"),
     ("CLAUDE_BREAKER_*", "there is no circuit breaker: it blocked healthy clients"),
-    ("OCP_LOCAL_TOOLS", "requests never run tools on the server"),
+    ("OCP_LOCAL_TOOLS", "CLAUDE_ALLOWED_TOOLS switches agent mode on"),
     ("OCP_SPAWN_REAL_HOME", "claude always runs with its own login and none of its settings"),
     ("CLAUDE_NO_CONTEXT", "CLAUDE.md and memory are never loaded"),
     ("OCP_STRUCTURED_MAX_ATTEMPTS", "claude validates structured output itself"),
@@ -1260,7 +1310,73 @@ def _begins(message: Message) -> bool:
     return message.role == "user" and not results
 
 
-# ==== 7. Callers =============================================================
+# ==== 7. Store ===============================================================
+# One SQLite file for what has to survive a restart. One connection and one lock: a transaction
+# takes a fraction of a millisecond. Without a folder to write to it lives in memory.
+
+#: Appended to, never changed: the n-th brings a database from version n to n + 1.
+MIGRATIONS = (
+    """
+    CREATE TABLE sessions (
+        key TEXT PRIMARY KEY,
+        caller TEXT NOT NULL,
+        id TEXT NOT NULL,
+        model TEXT NOT NULL,
+        messages TEXT NOT NULL,
+        message_count INTEGER NOT NULL,
+        created_s INTEGER NOT NULL,
+        used_s INTEGER NOT NULL
+    )
+    """,
+)
+
+
+class Store:
+    """The database."""
+
+    def __init__(self, path: str) -> None:
+        """Opens or creates it, private from birth. Raises OSError, sqlite3.Error."""
+        if path != ":memory:":
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        # Guards the connection. Held for one transaction.
+        self._lock = threading.RLock()
+        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._connection.row_factory = sqlite3.Row
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000"):
+            self._connection.execute(f"PRAGMA {pragma}")
+        self._migrate()
+
+    def _migrate(self) -> None:
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        for number, statement in enumerate(MIGRATIONS[version:], version + 1):
+            with self.transaction() as connection:
+                connection.execute(statement)
+                connection.execute(f"PRAGMA user_version={number}")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for a block that happens whole or not at all."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
+        """What a query finds."""
+        with self._lock:
+            return self._connection.execute(statement, values).fetchall()
+
+    def close(self) -> None:
+        """Closes it."""
+        with self._lock:
+            self._connection.close()
+
+
+# ==== 8. Callers =============================================================
 # Who may use which route. A route names its kind of access; this section decides, in one place,
 # so that a new route cannot forget to ask.
 
@@ -1364,7 +1480,7 @@ def check_origin(config: Config, origin: str, host: str) -> None:
     )
 
 
-# ==== 8. Dialects ============================================================
+# ==== 9. Dialects ============================================================
 # Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
 # output, and knows nothing of claude. Fields reads JSON with types and names the field that is
 # wrong; the helpers after it are shared by all dialects.
@@ -1387,6 +1503,8 @@ class Parsing(NamedTuple):
     limits: Limits
     #: The messages of an earlier response of this caller. Raises NotFound.
     recall: Callable[[str], list[Message]]
+    #: The messages of this caller's session so far, by its id and the system prompt.
+    session: Callable[[str, str], list[Message]]
 
 
 class Fields:
@@ -1548,6 +1666,17 @@ def with_exchanges(messages: list[Message], param: str) -> list[Message]:
         result.append(Message(message.role, ordered + rest))
         calls = [block["id"] for block in rest if block["type"] == "tool_use"]
     return result
+
+
+def in_session(
+    fields: Fields, parsing: Parsing, system: str, messages: list[Message]
+) -> list[Message]:
+    """The messages, after those of the session that the request names. A request that brings
+    answers of its own knows its history better."""
+    session_id = fields.text("session_id")
+    if not session_id or any(message.role == "assistant" for message in messages):
+        return messages
+    return [*parsing.session(session_id, system), *messages]
 
 
 def answerable(system: str, messages: list[Message], param: str) -> tuple[str, list[Message]]:
@@ -2043,7 +2172,7 @@ class ChatDialect(Dialect):
         self._refuse(fields)
         stream_options = fields.child("stream_options") or Fields({})
         tools, choice, unknown_tools = self._tools(fields)
-        system, messages = self._conversation(fields, Attachments(parsing.limits))
+        system, messages = self._conversation(fields, parsing)
         options, ignored = options_for(model, self._wanted(fields, choice))
         return Turn(
             model=model,
@@ -2124,9 +2253,8 @@ class ChatDialect(Dialect):
             found = tuple(tool for tool in found if tool.name in allowed)
         return found, chosen(found, choice, "tool_choice"), unknown
 
-    def _conversation(
-        self, fields: Fields, attachments: Attachments
-    ) -> tuple[str, list[Message]]:
+    def _conversation(self, fields: Fields, parsing: Parsing) -> tuple[str, list[Message]]:
+        attachments = Attachments(parsing.limits)
         entries = fields.objects("messages")
         if not entries:
             raise fields.wrong("messages", "an array with at least one message")
@@ -2146,7 +2274,8 @@ class ChatDialect(Dialect):
                 messages.append(Message("user", [self._result(entry, attachments, function_ids)]))
             else:
                 raise entry.wrong("role", "system, developer, user, assistant or tool")
-        return answerable("\n\n".join(text for text in system if text), messages, "messages")
+        prompt = "\n\n".join(text for text in system if text)
+        return answerable(prompt, in_session(fields, parsing, prompt, messages), "messages")
 
     def _calls(self, entry: Fields, function_ids: list[str]) -> list[Block]:
         """The tool calls of an assistant's message. A legacy call has no id: it gets one."""
@@ -2467,10 +2596,9 @@ class MessagesDialect(Dialect):
         fields = Fields(body)
         name = fields.text("model") or parsing.default_model
         model = parsing.models.find(name)
-        attachments = Attachments(parsing.limits)
         tools, unknown_tools = self._tools(fields)
         choice = chosen(tools, self._tool_choice(fields), "tool_choice")
-        system, messages = self._conversation(fields, attachments)
+        system, messages = self._conversation(fields, parsing)
         options, ignored = options_for(model, self._wanted(fields, choice))
         return Turn(
             model=model,
@@ -2536,9 +2664,8 @@ class MessagesDialect(Dialect):
         name = entry.needed_text("name") if kind == "tool" else ""
         return ToolChoice(kind, name, parallel=not entry.flag("disable_parallel_tool_use"))
 
-    def _conversation(
-        self, fields: Fields, attachments: Attachments
-    ) -> tuple[str, list[Message]]:
+    def _conversation(self, fields: Fields, parsing: Parsing) -> tuple[str, list[Message]]:
+        attachments = Attachments(parsing.limits)
         system = [text_of(self._blocks(fields, "system", attachments))]
         messages: list[Message] = []
         for entry in fields.objects("messages"):
@@ -2550,7 +2677,8 @@ class MessagesDialect(Dialect):
                 system.append(text_of(blocks))
             else:
                 messages.append(Message(role, blocks))
-        return answerable("\n\n".join(text for text in system if text), messages, "messages")
+        prompt = "\n\n".join(text for text in system if text)
+        return answerable(prompt, in_session(fields, parsing, prompt, messages), "messages")
 
     def _blocks(self, entry: Fields, name: str, attachments: Attachments) -> list[Block]:
         """A string or an array of blocks."""
@@ -2798,7 +2926,6 @@ class ResponsesDialect(Dialect):
             tools=tools,
             tool_choice=choice,
             shape=self._shape(fields),
-            session_id=fields.text("session_id") or "",
             stream=fields.flag("stream"),
             ignored=(
                 *harmless_of(fields, *_HARMLESS_RESPONSES_PARAMETERS), *ignored, *unknown_tools
@@ -3146,7 +3273,7 @@ class ResponsesRenderer(Renderer):
 RESPONSES = ResponsesDialect()
 
 
-# ==== 9. Claude protocol =====================================================
+# ==== 10. Claude protocol ====================================================
 # What is said to claude and what its lines mean. Pure: no pipes, no processes. Facts about the
 # protocol were measured on the versions that the contract tests run (2.1.197 and the newest).
 
@@ -3156,6 +3283,11 @@ OLDEST_CLAUDE = (2, 1, 197)
 CLIENT_COMPOSED_SINCE = (2, 1, 329)
 
 Version = tuple[int, ...]
+
+#: The tool that claude gives the model when an answer has to fit a schema.
+STRUCTURED_OUTPUT = "StructuredOutput"
+#: The name under which claude knows the client's tools.
+TOOL_SERVER = "client"
 
 #: Variables of the server's environment that claude gets; a name may end in a star. Nothing else
 #: is passed on: what is not listed cannot point claude back at this server or leak a key.
@@ -3209,10 +3341,28 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
     return {**passed, **FIXED_ENVIRONMENT, "CLAUDE_CODE_MAX_RETRIES": str(config.max_retries)}
 
 
-def claude_arguments(model_id: str) -> list[str]:
+def _tool_arguments(config: Config) -> list[str]:
+    """Which tools claude has: none of its own, or in agent mode those of the operator."""
+    if not config.is_agent:
+        return ["--tools", "", "--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}"]
+    allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
+    if config.allowed_tools != "default":
+        allowed = listed(config.allowed_tools)
+    arguments = ["--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}", *allowed]
+    if config.skip_permissions:
+        arguments.append("--dangerously-skip-permissions")
+    else:
+        arguments += ["--tools", ",".join(allowed)]
+    if config.mcp_config:
+        arguments += ["--mcp-config", os.path.expanduser(config.mcp_config)]
+    return arguments
+
+
+def claude_arguments(model_id: str, config: Config) -> list[str]:
     """The arguments of a process that idles until it is told what to do.
 
-    It has no tools, no settings of its user, no slash commands and no memory on disk.
+    Outside agent mode it has no tools; it never has settings of its user, slash commands or
+    memory on disk.
     """
     return [
         "-p",
@@ -3221,20 +3371,12 @@ def claude_arguments(model_id: str) -> list[str]:
         "--verbose",
         "--include-partial-messages",
         "--model", model_id,
-        "--tools", "",
-        "--strict-mcp-config",
         "--setting-sources", "",
         "--disable-slash-commands",
         "--no-session-persistence",
-        "--allowedTools", "mcp__client",
         "--thinking-display", "summarized",
+        *_tool_arguments(config),
     ]
-
-
-#: The tool that claude gives the model when an answer has to fit a schema.
-STRUCTURED_OUTPUT = "StructuredOutput"
-#: The name under which claude knows the client's tools.
-TOOL_SERVER = "client"
 
 
 def _line(value: Json) -> bytes:
@@ -3606,9 +3748,15 @@ class TurnReader:
         self,
         tools: tuple[Tool, ...] = (),
         shape: Shape | None = None,
+        *,
+        final_only: bool = False,
         clock: Clock = time.time,
     ) -> None:
+        """`final_only`: of several rounds that claude goes by itself, only the last is told."""
         self._clock = clock
+        self._final_only = final_only
+        #: What the current round said, while it may not be the last.
+        self._round: list[Event] = []
         self._names = {wire_name(tool.name): tool.name for tool in tools}
         self._shape = shape
         self._usage = NO_USAGE
@@ -3619,10 +3767,13 @@ class TurnReader:
         #: that is part of an answer, which thinking is not.
         self._spoken = False
         self._answered = False
-        #: Whether the model called a tool that it has, and whether claude goes on by itself
-        #: because it only called tools that it does not have.
+        #: Whether the model called a tool of the client's, and whether claude goes on by itself
+        #: because it called only others: its own in agent mode, or none that there are.
         self._called = False
         self._goes_on = False
+        #: Whether the text of an earlier round ended in the middle of a line.
+        self._mid_line = False
+        self._line_ended = False
         #: The shaped answer: its block, its wrapper, its stop, and whether claude accepted it.
         self._shaped_block: int | None = None
         self._unwrapper: Unwrapper | None = None
@@ -3637,6 +3788,16 @@ class TurnReader:
 
     def events(self, line: Json) -> list[Event]:
         """What this line means. Raises the OcpError of a failure that it reports."""
+        found = self._meaning(line)
+        if not self._final_only:
+            return found
+        self._round += found
+        if not self.finished:
+            return []
+        told, self._round = self._round, []
+        return told
+
+    def _meaning(self, line: Json) -> list[Event]:
         kind = line.get("type")
         if kind == "stream_event":
             event = line.get("event")
@@ -3679,11 +3840,19 @@ class TurnReader:
         started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
         if self._goes_on:
             self._goes_on = False
-            return []
+            return self._next_round(started)
         again = self._spoken
         self._next_number = 0
         self._spoken = self._answered = self._called = False
         return [Restarted(), started] if again else [started]
+
+    def _next_round(self, started: Started) -> list[Event]:
+        """Claude goes on after tools that no client sees: one answer, in the same message."""
+        if self._final_only:
+            self._round.clear()
+            self._next_number = 0
+            return [started]
+        return []
 
     # -- blocks -------------------------------------------------------------------------------
 
@@ -3694,7 +3863,12 @@ class TurnReader:
             return []
         number = self._numbers[index] = self._next_number
         self._next_number += 1
-        return [BlockStarted(number, shown)]
+        began: list[Event] = [BlockStarted(number, shown)]
+        if shown["type"] == "text" and self._mid_line:
+            # Rounds are paragraphs of one answer.
+            began.append(Delta(number, "text", "\n\n"))
+        self._mid_line = False
+        return began
 
     def _shown(self, index: int, block: Json) -> Block | None:
         """The block as clients see it; None for one that they do not."""
@@ -3729,6 +3903,7 @@ class TurnReader:
                 return []
         self._spoken = True
         self._answered = self._answered or kind in ("text", "arguments")
+        self._line_ended = text.endswith("\n")
         return [Delta(number, kind, text)]
 
     def _block_stop(self, index: int) -> list[Event]:
@@ -3754,8 +3929,9 @@ class TurnReader:
             self._shaped_stop = True
             return self._shaped_end()
         if reason == "tool_use" and not self._called:
-            # claude tells the model itself that there is no such tool, and asks again.
+            # claude runs its own tools, or says that there is no such tool, and asks again.
             self._goes_on = True
+            self._mid_line = self._answered and not self._final_only and not self._line_ended
             return []
         if reason == "end_turn" and not self._answered:
             # An answer without a word is none: claude asks again by itself, or its result tells.
@@ -3836,7 +4012,7 @@ def check_history_result(line: Json) -> None:
         raise UpstreamFailed(f"claude did not take the conversation: {reason}")
 
 
-# ==== 10. Claude process =====================================================
+# ==== 11. Claude process =====================================================
 # The program on disk, one child of it, its pipes, and its end. A ClaudeProcess belongs to the
 # thread that uses it; that thread waits for the pipes and for the client's socket in one
 # selector, so a client that leaves, a silence and an answer are all noticed at once. Children
@@ -4046,6 +4222,7 @@ class ClaudeProcess:
         self,
         command: Iterable[str],
         model_id: str,
+        config: Config,
         *,
         env: Mapping[str, str],
         cwd: str,
@@ -4072,7 +4249,7 @@ class ClaudeProcess:
         self.window: PlanWindow | None = None
         try:
             self._popen = subprocess.Popen(
-                [*command, *claude_arguments(model_id)],
+                [*command, *claude_arguments(model_id, config)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 bufsize=0, start_new_session=True, cwd=cwd, env=dict(env),
             )
@@ -4314,7 +4491,7 @@ class ClaudeProcess:
             os.killpg(self._popen.pid, number)
 
 
-# ==== 11. Gate and spares ====================================================
+# ==== 12. Gate and spares ====================================================
 # Who may run now, and the idle processes that make a start cost nothing. Both decide under their
 # lock and act outside it. Neither knows what a request is about.
 
@@ -4567,9 +4744,9 @@ class Spares:
             time.sleep(0.01)
 
 
-# ==== 12. Parking ============================================================
-# What is kept of a conversation for its next message: responses by their ids, and processes that
-# wait, each with the conversation that it holds. What
+# ==== 13. Parking ============================================================
+# What is kept of a conversation for its next message: sessions on disk, responses by their ids,
+# and processes that wait, each with the conversation that it holds. What
 # a process holds is known by digests: one of everything that is no message, and one of each
 # message in a form in which it does not matter how a client writes the same thing. No answer
 # depends on a process being here: what is not found is rebuilt from the client's own history.
@@ -4621,6 +4798,71 @@ def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
         list(turn.tool_choice), list(turn.options), turn.shape,
     ]
     return History(digest(base), tuple(message_digest(message) for message in turn.messages))
+
+
+class Sessions:
+    """Conversations that the server remembers for clients that send only what is new. A session
+    belongs to its caller and to one system prompt."""
+
+    def __init__(self, store: Store, clock: Clock = time.time) -> None:
+        self._store = store
+        self._clock = clock
+
+    def _key(self, caller: str, session_id: str, system: str) -> str:
+        return digest([caller, session_id, system])
+
+    def messages(self, caller: str, session_id: str, system: str, ttl_s: float) -> list[Message]:
+        """What was said so far; empty for a session that is new, or whose time is up."""
+        rows = self._store.rows(
+            "SELECT messages FROM sessions WHERE key = ? AND used_s >= ?",
+            self._key(caller, session_id, system), self._clock() - ttl_s,
+        )
+        found = json.loads(rows[0]["messages"]) if rows else []
+        return [Message(role, content) for role, content in found]
+
+    def put(self, caller: str, turn: Turn, messages: list[Message], ttl_s: float) -> None:
+        """Remembers a conversation, its last answer included, and forgets those out of time."""
+        now_s = int(self._clock())
+        key = self._key(caller, turn.session_id, turn.system)
+        text = json.dumps([list(message) for message in messages])
+        with self._store.transaction() as connection:
+            connection.execute("DELETE FROM sessions WHERE used_s < ?", (now_s - ttl_s,))
+            connection.execute(
+                "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE "
+                "SET model = excluded.model, messages = excluded.messages, "
+                "message_count = excluded.message_count, used_s = excluded.used_s",
+                (
+                    key, caller, turn.session_id, turn.model.id, text, len(messages),
+                    now_s, now_s,
+                ),
+            )
+
+    def all(self, ttl_s: float) -> list[Json]:
+        """The sessions, the one used last first; nothing of what was said in them."""
+        rows = self._store.rows(
+            "SELECT * FROM sessions WHERE used_s >= ? ORDER BY used_s DESC",
+            self._clock() - ttl_s,
+        )
+        return [
+            {
+                "id": row["id"],
+                "caller": row["caller"],
+                "model": row["model"],
+                "messages": row["message_count"],
+                "created": iso_time(row["created_s"]),
+                "lastUsed": iso_time(row["used_s"]),
+            }
+            for row in rows
+        ]
+
+    def clear(self, session_id: str | None = None) -> int:
+        """Forgets the sessions of this id, or all; how many there were."""
+        with self._store.transaction() as connection:
+            if session_id is None:
+                return connection.execute("DELETE FROM sessions").rowcount
+            return connection.execute(
+                "DELETE FROM sessions WHERE id = ?", (session_id,)
+            ).rowcount
 
 
 class Parked(NamedTuple):
@@ -4765,7 +5007,7 @@ class Responses:
             self._size_bytes -= stored.size_bytes if stored is not None else 0
 
 
-# ==== 13. Account ============================================================
+# ==== 14. Account ============================================================
 # What is known about claude's login, learned from answers that came or were refused. OCP never
 # reads a token and never asks by itself: only an answered request proves a login.
 
@@ -4801,7 +5043,7 @@ class Account:
             return {"ok": self._logged_in, "okSource": source, "okAt": since, "message": message}
 
 
-# ==== 14. App ================================================================
+# ==== 15. App ================================================================
 # Owns every long-lived object and knows how they work together: `answering` is one turn from
 # the gate to its log line. The main thread is the housekeeper: it waits for mail, then tends.
 
@@ -4908,30 +5150,34 @@ class App:
         self._guardian = Guardian()
         self._environ = dict(environ)
         self._seen_program: Program | None = None
-        self._work_folder = self._prepare_home()
+        self._work_folder, self.store = self._prepare_home()
+        self.sessions = Sessions(self.store)
 
-    def _prepare_home(self) -> str:
-        """The empty folder that claude runs in. The log goes to the state folder from now on."""
+    def _prepare_home(self) -> tuple[str, Store]:
+        """The folder that claude runs in, and the database. The log goes to the state folder from
+        now on. Without a folder that can be written all is kept in memory."""
         home = self.config.home_path
         folder = os.path.join(home, "empty")
         try:
             os.makedirs(home, mode=0o700, exist_ok=True)
             os.makedirs(folder, mode=0o700, exist_ok=True)
             self.log.to_file(os.path.join(home, "logs", "ocp.log"))
-        except OSError as problem:
+            store = Store(os.path.join(home, "ocp.db"))
+        except (OSError, sqlite3.Error) as problem:
+            store = Store(":memory:")
             folder = tempfile.mkdtemp(prefix="ocp-empty-")
             self.log.event(
                 "warn", "home_not_writable", error=str(problem),
-                help="set OCP_HOME to a folder that can be written; the log is in memory only",
+                help="set OCP_HOME to a folder that can be written; all is kept in memory now",
             )
-        return folder
+        return os.path.expanduser(self.config.agent_folder) or folder, store
 
     def _spawn(self, model_id: str) -> ClaudeProcess:
         program = self.program.resolve()
         with contextlib.suppress(OSError):
             os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
         process = ClaudeProcess(
-            program.command, model_id,
+            program.command, model_id, self.config,
             env=child_environment(self._environ, self.config),
             cwd=self._work_folder, version=program.version,
             guardian=self._guardian, clock=self.clock,
@@ -5048,7 +5294,8 @@ class App:
         self, process: ClaudeProcess, steps: list[bytes], turn: Turn, watch: Watch,
         outcome: Outcome, results: Iterable[Block] = (),
     ) -> Iterator[Event]:
-        reader = TurnReader(turn.tools, turn.shape)
+        final_only = self.config.is_agent and self.config.agent_text == "final"
+        reader = TurnReader(turn.tools, turn.shape, final_only=final_only)
         for event in process.converse(steps, watch, reader, results):
             outcome.note(event, self.clock())
             yield event
@@ -5151,10 +5398,11 @@ class App:
         self._drop_idle()
         self.spares.close()
         self._guardian.close()
+        self.store.close()
         self.log.close()
 
 
-# ==== 15. Endpoints ==========================================================
+# ==== 16. Endpoints ==========================================================
 # One function for each route: (app, exchange, **names in the path). They read the request from
 # the exchange, answer through it, and raise what goes wrong.
 
@@ -5166,6 +5414,7 @@ class HttpExchange(Protocol):
     dialect: Dialect
     request_id: str
     caller: Caller
+    headers: http.client.HTTPMessage
     query: Mapping[str, str]
     headers_out: dict[str, str]
 
@@ -5192,10 +5441,14 @@ def _parsed(app: App, exchange: HttpExchange) -> Turn:
     parsing = Parsing(
         app.models, config.default_model, limits,
         recall=lambda response_id: app.responses.get(caller, response_id).messages,
+        session=lambda session_id, system: app.sessions.messages(
+            caller, session_id, system, config.session_ttl_ms / 1000
+        ),
     )
-    turn, dropped = fitted(
-        exchange.dialect.parse(exchange.json(), parsing), config.max_prompt_chars
-    )
+    body = exchange.json()
+    if config.session_header and isinstance(body, dict) and "session_id" not in body:
+        body["session_id"] = exchange.headers.get("X-Session-Id")
+    turn, dropped = fitted(exchange.dialect.parse(body, parsing), config.max_prompt_chars)
     if dropped:
         app.log.event(
             "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
@@ -5222,9 +5475,36 @@ def answer(app: App, exchange: HttpExchange) -> None:
             kept = exchange.kept_alive(events, app.config.whole_silence_ms / 1000)
             body = dialect.whole(turn, gathered.all(kept))
             exchange.send_json(body)
-        if dialect.stores(turn):
-            said = Message("assistant", gathered.answers()[0].blocks)
-            app.responses.put(exchange.caller.name, body, [*turn.messages, said], app.config)
+        if dialect.stores(turn) or turn.session_id:
+            _remember(app, exchange, turn, gathered.answers()[0], body)
+
+
+def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body: Json) -> None:
+    """Keeps the conversation under the name that the client will use for it."""
+    blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
+    messages = [*turn.messages, Message("assistant", blocks)]
+    if exchange.dialect.stores(turn):
+        app.responses.put(exchange.caller.name, body, messages, app.config)
+    if turn.session_id:
+        app.sessions.put(exchange.caller.name, turn, messages, app.config.session_ttl_ms / 1000)
+
+
+def get_sessions(app: App, exchange: HttpExchange) -> None:
+    """GET /sessions: the conversations that the server remembers."""
+    exchange.send_json({"sessions": app.sessions.all(app.config.session_ttl_ms / 1000)})
+
+
+def clear_sessions(app: App, exchange: HttpExchange) -> None:
+    """DELETE /sessions: forgets all of them."""
+    exchange.send_json({"cleared": app.sessions.clear()})
+
+
+def clear_session(app: App, exchange: HttpExchange, id: str) -> None:
+    """DELETE /sessions/{id}."""
+    cleared = app.sessions.clear(id)
+    if not cleared:
+        raise NotFound(f"There is no session {one_line(id, 80)!r}.", param="id")
+    exchange.send_json({"cleared": cleared})
 
 
 def count_tokens(app: App, exchange: HttpExchange) -> None:
@@ -5348,7 +5628,7 @@ def get_logs(app: App, exchange: HttpExchange) -> None:
     exchange.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
-# ==== 16. Routes =============================================================
+# ==== 17. Routes =============================================================
 # The table of routes. Paths match exactly, after a trailing slash is dropped; those below /v1
 # are served without it too, and with it twice, because users write base addresses both ways.
 
@@ -5375,6 +5655,9 @@ ROUTES = (
     Route("POST",   "/v1/embeddings",            Access.CALLER, CHAT,        no_embeddings),
     Route("GET",    "/v1/models",                Access.CALLER, CHAT,        get_models),
     Route("GET",    "/v1/models/{model}",        Access.CALLER, CHAT,        get_model),
+    Route("GET",    "/sessions",                 Access.ADMIN,  CHAT,        get_sessions),
+    Route("DELETE", "/sessions",                 Access.ADMIN,  CHAT,        clear_sessions),
+    Route("DELETE", "/sessions/{id}",            Access.ADMIN,  CHAT,        clear_session),
     Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
     Route("GET",    "/logs",                     Access.ADMIN,  CHAT,        get_logs),
 )
@@ -5430,7 +5713,7 @@ def _decoded(text: str) -> str:
         raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
 
 
-# ==== 17. HTTP server ========================================================
+# ==== 18. HTTP server ========================================================
 # Sockets. One thread for each connection; a head and a body arrive in time and in bounds or are
 # refused; every error is rendered in one place. Tells nobody what software runs here beyond its
 # name, and keeps nothing of a connection when it ends.
@@ -5914,7 +6197,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event("debug", "connection_broke", detail=traceback.format_exc())
 
 
-# ==== 18. Demo claude ========================================================
+# ==== 19. Demo claude ========================================================
 # The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
 # that everything around the model can be tried without an account. Says so in every answer.
 
@@ -5993,7 +6276,7 @@ def void(_value: object) -> None:
     """Drops a value."""
 
 
-# ==== 19. Command line =======================================================
+# ==== 20. Command line =======================================================
 # Arguments, signals, the banner, and the order in which everything starts and stops.
 
 _DEMO_FLAG = "--demo-claude"
@@ -6044,7 +6327,9 @@ def _banner(server: Server) -> str:
     lines = [f"OCP {VERSION} serves {server.url}/v1"]
     if app.demo:
         lines.append("DEMO: answers come from a stand-in; no account is used, no model is asked")
-    if app.config.mode == "none" and not is_loopback(app.config.bind):
+    if app.config.is_agent:
+        lines.append("AGENT MODE: claude uses tools of its own on this machine")
+    if app.config.is_open:
         lines.append("ATTENTION: whoever can connect may use your plan; set PROXY_API_KEY")
     lines += [
         "try it:",
