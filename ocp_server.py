@@ -51,6 +51,8 @@ import collections
 import contextlib
 import dataclasses
 import enum
+import errno
+import functools
 import hashlib
 import hmac
 import http.client
@@ -59,9 +61,11 @@ import ipaddress
 import json
 import logging
 import logging.handlers
+import math
 import os
 import queue
 import re
+import resource
 import secrets
 import select
 import selectors
@@ -100,14 +104,16 @@ Clock = Callable[[], float]
 # Pure helpers that know nothing of HTTP, of claude or of settings.
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def to_json(value: object) -> bytes:
     """Compact UTF-8 JSON without a newline.
 
     Text with a lone surrogate, which JSON may carry and UTF-8 may not, is escaped instead.
     """
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
-        return text.encode("utf-8")
+        return _ENCODER.encode(value).encode("utf-8")
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode("ascii")
 
@@ -116,10 +122,20 @@ def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not JSON")
 
 
+def _parse_int(digits: str) -> int:
+    """Turning very many digits into a number takes quadratic time."""
+    if len(digits) > 400:
+        raise ValueError("a number has too many digits")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_parse_int)
+
+
 def from_json(data: bytes | str) -> object:
     """The value of a JSON text. Raises ValueError for anything else, however deep or odd."""
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        return _DECODER.decode(data if isinstance(data, str) else data.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -129,7 +145,7 @@ def new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
 
 
-_SECRET = re.compile(r"(sk-ant-|ocp_|Bearer\s+)[A-Za-z0-9_.\-]{6,}")
+_SECRET = re.compile(r"(sk-ant-|ocp_(?=[\w-]{32})|Bearer\s+)[A-Za-z0-9_.\-]{6,}")
 
 
 def redacted(text: str) -> str:
@@ -137,7 +153,7 @@ def redacted(text: str) -> str:
     return _SECRET.sub(lambda match: match.group(1) + "[redacted]", text)
 
 
-_PATH = re.compile(r"(?<![\w:/.])/(?:[\w.@+-]+/)+[\w.@+-]*")
+_PATH = re.compile(r"(?:[A-Za-z]:|file://)?(?<![\w/.])/(?!/)[\w.@+-]+(?:/[\w.@+-]*)*")
 
 
 def without_paths(text: str) -> str:
@@ -149,6 +165,13 @@ def one_line(text: str, most_chars: int = 300) -> str:
     """`text` with its white space run together, cut to `most_chars`."""
     line = " ".join(text.split())
     return line if len(line) <= most_chars else line[: most_chars - 3] + "..."
+
+
+def failure_words(error: BaseException) -> str:
+    """An exception and where it came from, for the log."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    places = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
+    return f"{error!r} in {places}"
 
 
 def uptime_words(seconds: float) -> str:
@@ -193,6 +216,7 @@ def setting(
             "choices": choices,
             "secret": secret,
         },
+        repr=not secret,
     )
 
 
@@ -404,6 +428,10 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "PROXY_API_KEY is set but CLAUDE_AUTH_MODE=none would ignore it: unset one of them",
     ),
     (
+        lambda config: bool(config.api_key) and config.api_key == config.admin_key,
+        "PROXY_API_KEY and OCP_ADMIN_KEY are the same: every client would be an admin",
+    ),
+    (
         lambda config: config.mode == "multi",
         "CLAUDE_AUTH_MODE=multi is not built yet in this version: use shared with PROXY_API_KEY",
     ),
@@ -411,6 +439,10 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         lambda config: config.is_agent and config.is_open,
         "agent mode (CLAUDE_ALLOWED_TOOLS, CLAUDE_SKIP_PERMISSIONS, CLAUDE_MCP_CONFIG) lets "
         "requests run tools on this machine: set PROXY_API_KEY, or bind to 127.0.0.1",
+    ),
+    (
+        lambda config: "*" in config.allowed_origins,
+        "OCP_ALLOWED_ORIGINS takes whole origins, such as https://app.example.org, and no *",
     ),
 )
 
@@ -425,6 +457,11 @@ REMOVED_SETTINGS = (
     ("OCP_STRUCTURED_MAX_ATTEMPTS", "claude validates structured output itself"),
     ("CLAUDE_AUTH_CHECK_INTERVAL_MS", "the login is known from real answers, not from probes"),
     ("CLAUDE_AUTH_CHECK_TIMEOUT_MS", "the login is known from real answers, not from probes"),
+)
+
+#: Settings of the original that mean nothing here yet.
+COMING_SETTINGS = (
+    "PROXY_ANONYMOUS_KEY", "PROXY_ADVERTISE_ANON_KEY", "CLAUDE_CACHE_TTL",
 )
 
 _TRUE_WORDS = ("1", "true", "yes", "on")
@@ -492,6 +529,8 @@ def removed_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
         for pattern, why in REMOVED_SETTINGS:
             if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
                 found.append((name, why))
+        if name in COMING_SETTINGS:
+            found.append((name, "it is not built yet in this version"))
     return found
 
 
@@ -547,6 +586,8 @@ class OcpError(Exception):
         self.param = param
         self.error_code = code or self.code
         self.retry_after_s = retry_after_s
+        #: Whether the log has it already.
+        self.logged = False
 
     def headers(self) -> dict[str, str]:
         """The response headers that belong to this failure."""
@@ -778,7 +819,7 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 
 
 class Log:
-    """Where events go. `event` never raises and never blocks on anything but the disk."""
+    """Where events go. `event` never raises."""
 
     def __init__(self, stream: TextIO, least_level: str, clock: Clock = time.time) -> None:
         self._stream = stream
@@ -810,9 +851,10 @@ class Log:
 
     def _write(self, entry: Json) -> None:
         if self._file is not None:
-            line = to_json(entry).decode("utf-8")
+            line = json.dumps(entry, ensure_ascii=False, default=str)
             self._file.handle(logging.makeLogRecord({"msg": line}))
         fields = " ".join(f"{k}={v}" for k, v in entry.items() if k not in ("ts", "level", "event"))
+        fields = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", fields)
         # The stream may be a closed terminal: the event is in the file and in the ring.
         with contextlib.suppress(OSError, ValueError):
             clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
@@ -916,7 +958,22 @@ class Model(NamedTuple):
     known: bool = True
 
 
+_THINKING = ("adaptive", "budget")
+_EFFORTS = ("low", "medium", "high", "xhigh", "max")
+#: The fields of a model in models.json and their types.
+_MODEL_FIELDS: tuple[tuple[str, type], ...] = (
+    ("id", str), ("displayName", str), ("reasoning", bool), ("contextWindow", int),
+    ("maxTokens", int), ("thinking", str), ("sampling", bool), ("efforts", list),
+)
+
+
 def _model(row: Json) -> Model:
+    """The model of a row. Raises ValueError, KeyError, TypeError."""
+    for name, kind in _MODEL_FIELDS:
+        if type(row[name]) is not kind:
+            raise ValueError(f"{row.get('id')}: {name} is no {kind.__name__}")
+    if row["thinking"] not in _THINKING or not set(row["efforts"]) <= set(_EFFORTS):
+        raise ValueError(f"{row['id']}: thinking or efforts is none that is known")
     return Model(
         id=row["id"],
         display_name=row["displayName"],
@@ -933,12 +990,16 @@ class Models:
     """The models by name. Immutable."""
 
     def __init__(self, source: Json) -> None:
-        """`source` has the shape of models.json. Raises KeyError or TypeError if it does not."""
+        """`source` has the shape of models.json. Raises ValueError, KeyError or TypeError if it
+        does not."""
         self._by_id = {row["id"]: _model(row) for row in source["models"]}
         self._aliases: dict[str, str] = {**source["legacyAliases"], **source["aliases"]}
+        lost = [name for name, model_id in self._aliases.items() if model_id not in self._by_id]
+        if lost or not self._by_id:
+            raise ValueError(f"aliases without a model: {lost}" if lost else "no models")
 
     def all(self) -> list[Model]:
-        """Every listed model, newest first."""
+        """Every listed model, in the file's order, which is newest first."""
         return list(self._by_id.values())
 
     def names(self) -> list[str]:
@@ -1433,7 +1494,9 @@ def admit(config: Config, access: Access, headers: Headers, peer: str) -> Caller
     if access is Access.PUBLIC:
         return Caller("public")
     if config.mode == "none":
-        if access is Access.ADMIN and not is_loopback(peer):
+        # Behind a reverse proxy everybody comes from this machine.
+        forwarded = headers.get("Forwarded", "") or headers.get("X-Forwarded-For", "")
+        if access is Access.ADMIN and (forwarded or not is_loopback(peer)):
             raise Forbidden("This route is served to the machine itself only.")
         return Caller("local" if is_loopback(peer) else "remote")
     if same_secret(key, config.admin_key):
@@ -1450,13 +1513,22 @@ def admit(config: Config, access: Access, headers: Headers, peer: str) -> Caller
 _LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home.arpa", ".internal")
 
 
+def _host_name(host: str) -> str:
+    """The name in a Host header, without its port. Raises BadRequest."""
+    try:
+        return urllib.parse.urlsplit("//" + host).hostname or ""
+    except ValueError:
+        raise BadRequest("The Host header is broken.") from None
+
+
+@functools.lru_cache(maxsize=64)
 def is_own_host(config: Config, host: str) -> bool:
-    """Whether a Host header names this server.
+    """Whether a Host header names this server. Raises BadRequest for one that is broken.
 
     A name that somebody else's DNS points at this machine does not count: that is how a web page
     would talk to a server that listens on loopback only.
     """
-    name = urllib.parse.urlsplit("//" + host).hostname or ""
+    name = _host_name(host)
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return True
@@ -1464,15 +1536,18 @@ def is_own_host(config: Config, host: str) -> bool:
     return "." not in name or name.endswith(_LOCAL_SUFFIXES) or name in (n.lower() for n in own)
 
 
-def check_origin(config: Config, origin: str, host: str) -> None:
+def check_origin(config: Config, origin: str, host: str, content_type: str) -> None:
     """Refuses web pages of other origins. Raises Forbidden."""
     if host and not is_own_host(config, host):
         raise Forbidden(
             f"This server is not known as {one_line(host, 80)!r}: name it in OCP_ALLOWED_HOSTS."
         )
-    if not origin or origin in listed(config.allowed_origins):
+    if not origin:
         return
-    if urllib.parse.urlsplit(origin).netloc == host and host:
+    # What a browser sends without asking first, such as a form, is never JSON.
+    if content_type and content_type.partition(";")[0].strip().lower() != "application/json":
+        raise Forbidden("Web pages have to send application/json.")
+    if origin in listed(config.allowed_origins) or origin.partition("//")[2] == host:
         return
     raise Forbidden(
         f"Web pages of {one_line(origin, 80)!r} may not call this server: "
@@ -1565,7 +1640,8 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.wrong(name, "a number")
         if not least <= value <= most:
-            raise self.wrong(name, f"from {least:g} to {most:g}")
+            span = f"{least:g} or more" if most >= 10**9 else f"from {least:g} to {most:g}"
+            raise self.wrong(name, span)
         return float(value)
 
     def integer(self, name: str, least: int, most: int = 10**9) -> int | None:
@@ -1590,11 +1666,10 @@ class Fields:
     def texts(self, name: str) -> tuple[str, ...]:
         """A string, or an array of strings; absent is empty."""
         value = self.object.get(name)
-        items = [value] if isinstance(value, str) else self.items(name) or []
-        for item in items:
-            if not isinstance(item, str):
-                raise self.wrong(name, "a string or an array of strings")
-        return tuple(str(item) for item in items)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise self.wrong(name, "a string or an array of strings")
+        return tuple(items)
 
     def child(self, name: str) -> Fields | None:
         """An object."""
@@ -1900,28 +1975,27 @@ def _thinking_tokens(model: Model, wanted: Wanted) -> int | None:
     if budget is None:
         budget = EFFORT_BUDGETS[str(wanted.effort)]
     if wanted.max_tokens is not None:
-        budget = min(budget, wanted.max_tokens - 1)
+        # Half is left for the answer.
+        budget = min(budget, wanted.max_tokens // 2)
     return budget if budget >= _LEAST_BUDGET_TOKENS else 0
 
 
 def options_for(model: Model, wanted: Wanted) -> tuple[Options, tuple[str, ...]]:
     """The options that the model's API will accept, and the parameters that had to go.
 
-    The API refuses a temperature other than 1 together with thinking, and takes temperature or
-    top_p but not both. A client that names an effort or a budget wants thinking; one that names
-    only a temperature gets its temperature, without thinking.
+    The API refuses a temperature other than 1 together with thinking, takes temperature or top_p
+    but not both, and its temperature ends at 1 where OpenAI's goes on to 2. A client that names
+    an effort or a budget wants thinking; one that names only a temperature gets its temperature,
+    without thinking.
     """
-    sampling: dict[str, float] = {}
-    for name, value in (("temperature", wanted.temperature), ("top_p", wanted.top_p)):
-        if value is not None and value != 1:
-            sampling[name] = value
-    if wanted.top_k is not None:
-        sampling["top_k"] = wanted.top_k
+    given = {"temperature": wanted.temperature, "top_p": wanted.top_p, "top_k": wanted.top_k}
+    # 1 is the default of both; as a number it would only exclude the other.
+    sampling = {n: v for n, v in given.items() if v is not None and (v < 1 or n == "top_k")}
+    ignored = ["temperature"] if (wanted.temperature or 0) > 1 else []
     thinking = _thinking_tokens(model, wanted)
     asks_to_think = wanted.effort not in (None, "none") or bool(wanted.budget_tokens)
-    ignored: list[str] = []
     if not model.sampling or (asks_to_think and thinking != 0):
-        ignored, sampling = list(sampling), {}
+        ignored, sampling = [*ignored, *sampling], {}
     elif sampling:
         thinking = 0
         if "temperature" in sampling and sampling.pop("top_p", None) is not None:
@@ -2012,10 +2086,17 @@ class Renderer:
         return server_sent(self._dialect.error_body(error, request_id))
 
 
+_LINE_ENDS = ("\u2028", "\u2029", "\x85")
+
+
 def server_sent(data: Json, name: str = "") -> bytes:
     """One server-sent event."""
     head = f"event: {name}\n".encode("ascii") if name else b""
-    return head + b"data: " + to_json(data) + b"\n\n"
+    text = to_json(data)
+    for character in _LINE_ENDS:
+        # Clients that split the stream at whatever ends a line in Unicode would cut it here.
+        text = text.replace(character.encode("utf-8"), b"\\u%04x" % ord(character))
+    return head + b"data: " + text + b"\n\n"
 
 
 def broken_answer() -> UpstreamFailed:
@@ -2205,12 +2286,10 @@ class ChatDialect(Dialect):
 
     def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
         limit = fields.integer("max_completion_tokens", 1)
-        temperature = fields.number("temperature", 0, 2)
         return Wanted(
             max_tokens=limit if limit is not None else fields.integer("max_tokens", 1),
             stop_sequences=stop_sequences(fields, "stop"),
-            # OpenAI's scale goes to 2, the API's ends at 1.
-            temperature=None if temperature is None else min(temperature, 1.0),
+            temperature=fields.number("temperature", 0, 2),
             top_p=fields.number("top_p", 0, 1),
             effort=fields.word("reasoning_effort", ("none", *EFFORT_BUDGETS)),
             forced=choice.forces,
@@ -2268,8 +2347,9 @@ class ChatDialect(Dialect):
             elif role == "user":
                 messages.append(Message("user", openai_content(entry, attachments)))
             elif role == "assistant":
+                said = openai_content(entry, None) + text_block(entry.text("refusal") or "")
                 calls = self._calls(entry, function_ids)
-                messages.append(Message("assistant", openai_content(entry, attachments) + calls))
+                messages.append(Message("assistant", said + calls))
             elif role in ("tool", "function"):
                 messages.append(Message("user", [self._result(entry, attachments, function_ids)]))
             else:
@@ -2489,11 +2569,10 @@ class CompletionsDialect(Dialect):
         count = (fields.integer("n", 1, CHOICES_MOST) or 1) * len(prompts)
         if not prompts or count > CHOICES_MOST:
             raise fields.wrong("prompt", f"text, or an array of at most {CHOICES_MOST} texts")
-        temperature = fields.number("temperature", 0, 2)
         wanted = Wanted(
             max_tokens=fields.integer("max_tokens", 1),
             stop_sequences=stop_sequences(fields, "stop"),
-            temperature=None if temperature is None else min(temperature, 1.0),
+            temperature=fields.number("temperature", 0, 2),
             top_p=fields.number("top_p", 0, 1),
         )
         options, ignored = options_for(model, wanted)
@@ -2965,10 +3044,9 @@ class ResponsesDialect(Dialect):
         }
 
     def _wanted(self, fields: Fields, reasoning: Fields, choice: ToolChoice) -> Wanted:
-        temperature = fields.number("temperature", 0, 2)
         return Wanted(
             max_tokens=fields.integer("max_output_tokens", 1),
-            temperature=None if temperature is None else min(temperature, 1.0),
+            temperature=fields.number("temperature", 0, 2),
             top_p=fields.number("top_p", 0, 1),
             effort=reasoning.word("effort", ("none", *EFFORT_BUDGETS)),
             forced=choice.forces,
@@ -3023,7 +3101,8 @@ class ResponsesDialect(Dialect):
             role = item.word("role", ("user", "assistant"))
             if role is None:
                 raise item.wrong("role", "system, developer, user or assistant")
-            return [Message(role, openai_content(item, attachments))]
+            allowed = attachments if role == "user" else None
+            return [Message(role, openai_content(item, allowed))]
         if kind == "function_call":
             call: Block = {
                 "type": "tool_use",
@@ -3293,7 +3372,7 @@ TOOL_SERVER = "client"
 #: is passed on: what is not listed cannot point claude back at this server or leak a key.
 CHILD_ENVIRONMENT = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM",
-    "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "SYSTEMROOT", "CLAUDE_CONFIG_DIR",
+    "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "CLAUDE_CONFIG_DIR",
     "CLAUDE_CODE_OAUTH_TOKEN", "SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 )
@@ -3328,8 +3407,8 @@ def _is_named(name: str, patterns: Iterable[str]) -> bool:
 def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, str]:
     """The environment of a claude process: the allow-list, what the operator names, the fixed.
 
-    A variable that holds one of the server's own keys is left out whatever its name, because
-    claude reads text of strangers.
+    A variable that holds one of the server's own keys is left out unless the operator names it,
+    because claude reads text of strangers.
     """
     named = listed(config.pass_env)
     keys = {key for key in (config.api_key, config.admin_key) if len(key) >= 8}
@@ -3618,10 +3697,11 @@ _BY_STATUS: dict[int, type[OcpError]] = {
     408: UpstreamTimeout, 413: TooLarge, 429: RateLimited, 504: UpstreamTimeout,
     529: Overloaded,
 }
+#: Words that say more than the status beside them.
+_BEFORE_STATUS: dict[str, type[OcpError]] = {"billing_error": PlanLimit}
 _BY_WORD: dict[str, type[OcpError]] = {
     "authentication_failed": LoginLost,
     "oauth_org_not_allowed": LoginLost,
-    "billing_error": PlanLimit,
     "rate_limit": RateLimited,
     "invalid_request": BadRequest,
     "model_not_found": UnknownModel,
@@ -3632,6 +3712,8 @@ _ADDED_PROSE = re.compile(
     r"^(?:Failed to authenticate\. )?(?:API Error: )?(?:\d{3} )?"
     r"|\.? This is a server-side issue.*$|\.? Run --model to pick.*$"
 )
+#: A login that was taken back comes as a 403.
+_LOST = re.compile(r"token.*(?:revoked|expired)", re.IGNORECASE)
 _RATE_LIMIT_PAUSE_S = 20.0
 _OVERLOAD_PAUSE_S = 10.0
 
@@ -3643,7 +3725,11 @@ def upstream_error(
 
     The API's status decides, then claude's word for it; prose only makes the message.
     """
-    kind = _BY_STATUS.get(complaint.status or 0) or _BY_WORD.get(complaint.word, UpstreamFailed)
+    kind = (
+        _BEFORE_STATUS.get(complaint.word)
+        or _BY_STATUS.get(complaint.status or 0)
+        or _BY_WORD.get(complaint.word, UpstreamFailed)
+    )
     message = without_paths(redacted(_ADDED_PROSE.sub("", one_line(complaint.text, 1000))))
     message = message or "claude reported a failure without a word about it."
     if kind is RateLimited and window is not None and window.rejected:
@@ -3652,7 +3738,7 @@ def upstream_error(
         resets_at_s = window.resets_at_s if window else None
         wait_s = None if resets_at_s is None else resets_at_s - now_s
         return PlanLimit(message, retry_after_s=wait_s)
-    if kind is LoginLost:
+    if kind is LoginLost or (kind is UpstreamForbidden and _LOST.search(message)):
         return LoginLost(f"{LOGIN_ADVICE} (It said: {message})")
     if kind is BadRequest and "prompt is too long" in message.lower():
         return ContextTooLong(message, param="messages")
@@ -3684,17 +3770,23 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
     )
 
 
+#: No reset is later than this.
+_LATEST_S = 10**11
+
+
 def plan_window(line: Json) -> PlanWindow | None:
     """What a rate_limit_event says; None for any other line."""
     found = line.get("rate_limit_info")
     if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
         return None
     resets_at_s = found.get("resetsAt")
+    if not isinstance(resets_at_s, (int, float)) or not 0 < resets_at_s < _LATEST_S:
+        resets_at_s = None
     # A plain 429, which is no limit of a plan, is "rejected" too, but names no window.
     names_window = "rateLimitType" in found or resets_at_s is not None
     return PlanWindow(
         rejected=found.get("status") == "rejected" and names_window,
-        resets_at_s=float(resets_at_s) if isinstance(resets_at_s, (int, float)) else None,
+        resets_at_s=None if resets_at_s is None else float(resets_at_s),
     )
 
 
@@ -3902,7 +3994,7 @@ class TurnReader:
             if not text:
                 return []
         self._spoken = True
-        self._answered = self._answered or kind in ("text", "arguments")
+        self._answered = self._answered or (bool(text) and kind in ("text", "arguments"))
         self._line_ended = text.endswith("\n")
         return [Delta(number, kind, text)]
 
@@ -3962,7 +4054,8 @@ class TurnReader:
         if message.get("model") != "<synthetic>" and not line.get("error"):
             return
         content = message.get("content")
-        texts = [block.get("text") for block in content or [] if isinstance(block, dict)]
+        blocks = content if isinstance(content, list) else [{"text": content}]
+        texts = [block.get("text") for block in blocks if isinstance(block, dict)]
         status = line.get("api_error_status")
         self._complaint = Complaint(
             text=" ".join(text for text in texts if isinstance(text, str)),
@@ -4001,14 +4094,14 @@ def check_control_response(line: Json) -> None:
     found = line.get("response")
     response = found if isinstance(found, dict) else {}
     if response.get("subtype") == "error":
-        reason = without_paths(one_line(str(response.get("error"))))
+        reason = without_paths(redacted(one_line(str(response.get("error")))))
         raise UpstreamFailed(f"claude refused a request of its protocol: {reason}")
 
 
 def check_history_result(line: Json) -> None:
     """Raises UpstreamFailed when claude did not take a message of the history."""
     if line.get("is_error"):
-        reason = without_paths(one_line(str(line.get("result"))))
+        reason = without_paths(redacted(one_line(str(line.get("result")))))
         raise UpstreamFailed(f"claude did not take the conversation: {reason}")
 
 
@@ -4026,7 +4119,10 @@ class Client(Protocol):
         """The descriptor to wait on."""
 
     def gone(self) -> bool:
-        """Whether it has hung up. Never blocks."""
+        """Whether it has hung up. Keeps what it sent ahead of time. Never blocks."""
+
+    def listens(self) -> bool:
+        """Whether it can still be seen to hang up."""
 
 
 class Watch(NamedTuple):
@@ -4061,33 +4157,93 @@ _USUAL_PLACES = (
     "/usr/local/bin/claude", "/usr/bin/claude", "~/.npm-global/bin/claude", "~/.bun/bin/claude",
 )
 _VERSION_PROBE_TIMEOUT_S = 20
+#: After a version that could not be told, or was too old, this long without asking again.
+_VERSION_RETRY_S = 30.0
+
+
+def cannot_start(problem: OSError) -> OcpError:
+    """The error of a program that the system did not start: is it no program, or is the machine
+    short of something?"""
+    if problem.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR):
+        return ClaudeMissing(
+            f"The claude program does not start ({problem.strerror}): {INSTALL_ADVICE}."
+        )
+    return UpstreamFailed(
+        f"The server could not start claude ({problem.strerror}).", retry_after_s=5
+    )
+
+
+class Verdict(NamedTuple):
+    """What was found out about a program file, and until when that holds."""
+
+    command: tuple[str, ...]
+    stamp: object
+    program: Program | None
+    error: OcpError | None
+    until_s: float
 
 
 class ClaudeProgram:
     """Finds claude and its version. Asks for the version again when the file changes."""
 
     def __init__(
-        self, config: Config, environ: Mapping[str, str], command: tuple[str, ...]
+        self, config: Config, environ: Mapping[str, str], command: tuple[str, ...],
+        clock: Clock = time.monotonic,
     ) -> None:
         """`command` replaces the search: the demo's own command line."""
         self._config = config
         self._environ = environ
         self._command = command
-        # Guards the two fields below; held while a version is asked for, so that it is done once.
-        self._lock = threading.Lock()
-        self._stamp: object = None
-        self._found: Program | None = None
+        self._clock = clock
+        # Held while a version is asked for, so that it is done once. The field below is replaced
+        # as a whole, and may be read without it.
+        self._asking = threading.Lock()
+        self._verdict: Verdict | None = None
 
     def resolve(self) -> Program:
-        """The program. Raises ClaudeMissing or ClaudeTooOld. Blocks on the first call only."""
-        command = self._command or (self._path(),)
-        stamp = self._stamp_of(command)
-        with self._lock:
-            if self._found is None or stamp != self._stamp:
-                self._found = None
-                self._found = Program(command, self._ask_version(command))
-                self._stamp = stamp
-            return self._found
+        """The program. Raises ClaudeMissing or ClaudeTooOld. Blocks for a version's time when the
+        file is new, or when the last failure is a while ago."""
+        verdict = self._known()
+        if verdict is None:
+            with self._asking:
+                verdict = self._known() or self._judge()
+                self._verdict = verdict
+        if verdict.error is not None:
+            raise verdict.error
+        assert verdict.program is not None
+        return verdict.program
+
+    def glance(self) -> tuple[Program | None, OcpError | None]:
+        """What is known without asking: the program, or why there is none, or neither yet."""
+        try:
+            command = self._command or (self._path(),)
+            self._stamp_of(command)
+        except OcpError as error:
+            return None, error
+        verdict = self._verdict
+        return (verdict.program, verdict.error) if verdict is not None else (None, None)
+
+    def _known(self) -> Verdict | None:
+        """The last verdict, as long as it holds."""
+        verdict = self._verdict
+        if verdict is None or self._clock() >= verdict.until_s:
+            return None
+        with contextlib.suppress(OcpError):
+            return verdict if self._stamp_of(verdict.command) == verdict.stamp else None
+        return None
+
+    def _judge(self) -> Verdict:
+        command: tuple[str, ...] = ()
+        stamp: object = None
+        try:
+            command = self._command or (self._path(),)
+            stamp = self._stamp_of(command)
+            program = Program(command, self._ask_version(command))
+        except OcpError as error:
+            # A failure may heal by itself; a program that is missing is looked for each time.
+            until_s = self._clock() + (_VERSION_RETRY_S if command else 0)
+            return Verdict(command, stamp, None, error, until_s)
+        return Verdict(command, stamp, program, None, math.inf)
 
     def _path(self) -> str:
         named = os.path.expanduser(self._config.claude_bin)
@@ -4095,20 +4251,21 @@ class ClaudeProgram:
             path = shutil.which(named, path=self._environ.get("PATH"))
             if path is None:
                 raise ClaudeMissing(f"CLAUDE_BIN does not name a program: {INSTALL_ADVICE}.")
-            return path
+            # claude runs in another folder than the server.
+            return os.path.abspath(path)
         found = shutil.which("claude", path=self._environ.get("PATH"))
         for place in () if found else _USUAL_PLACES:
             found = found or shutil.which(os.path.expanduser(place))
         if not found:
             raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.")
-        return found
+        return os.path.abspath(found)
 
     def _stamp_of(self, command: tuple[str, ...]) -> object:
         try:
             status = os.stat(command[0])
         except OSError:
             raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.") from None
-        return command, status.st_ino, status.st_size, status.st_mtime_ns
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _ask_version(self, command: tuple[str, ...]) -> Version:
         try:
@@ -4118,9 +4275,11 @@ class ClaudeProgram:
                 stdin=subprocess.DEVNULL, capture_output=True, check=False,
                 timeout=_VERSION_PROBE_TIMEOUT_S,
             )
-        except (OSError, subprocess.TimeoutExpired) as problem:
+        except OSError as problem:
+            raise cannot_start(problem) from None
+        except subprocess.TimeoutExpired:
             raise ClaudeMissing(
-                f"The claude program does not start ({type(problem).__name__}): {INSTALL_ADVICE}."
+                f"The claude program does not answer `--version`: {INSTALL_ADVICE}."
             ) from None
         match = re.match(rb"\s*(\d+)\.(\d+)\.(\d+)", done.stdout)
         if match is None:
@@ -4165,54 +4324,62 @@ class Guardian:
         self._process: subprocess.Popen[bytes] | None = None
 
     def watch(self, group: int) -> None:
-        """From now on this process group must not outlive the server."""
+        """From now on this process group must not outlive the server. Raises OSError."""
         with self._lock:
             self._groups.add(group)
-            self._tell(f"+{group}\n")
+            if self._process is None or not self._told(f"+{group}\n"):
+                self._restart()
 
     def forget(self, group: int) -> None:
         """This process group is gone."""
         with self._lock:
             self._groups.discard(group)
-            self._tell(f"-{group}\n")
+            self._told(f"-{group}\n")
 
-    def _tell(self, line: str) -> None:
+    def _told(self, text: str) -> bool:
+        """Whether the guardian is there and took this."""
+        if self._process is None or self._process.stdin is None:
+            return False
         try:
-            if self._process is None:
-                raise BrokenPipeError
-            self._write(self._process, line)
-        except OSError:
-            if self._process is not None:
-                self._reap(self._process)
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _GUARDIAN_SOURCE],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                bufsize=0, start_new_session=True, cwd="/",
-            )
-            self._write(self._process, "".join(f"+{group}\n" for group in self._groups))
+            self._process.stdin.write(text.encode("ascii"))
+        except (OSError, ValueError):
+            return False
+        return True
 
-    def _write(self, process: subprocess.Popen[bytes], text: str) -> None:
-        if process.stdin is not None:
-            process.stdin.write(text.encode("ascii"))
+    def _restart(self) -> None:
+        """Starts one that knows every group. Raises OSError."""
+        self._end()
+        # Its interpreter may need to find its library; nothing else of the environment is its.
+        kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARDIAN_SOURCE],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            bufsize=0, start_new_session=True, cwd="/", env=kept,
+        )
+        self._told("".join(f"+{group}\n" for group in self._groups))
 
-    def _reap(self, process: subprocess.Popen[bytes]) -> None:
-        if process.stdin is not None:
-            process.stdin.close()
-        process.wait()
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            try:
+                process.wait(_END_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     def close(self) -> None:
-        """Ends it, and with it whatever it still watches. Blocks for a second at most."""
+        """Ends it, and with it whatever it still watches. Blocks for two seconds at most."""
         with self._lock:
-            process, self._process = self._process, None
-            if process is not None:
-                self._reap(process)
+            self._end()
 
 
+#: How long a process gets to end by itself before it is killed.
+_END_GRACE_S = 2.0
 #: A line longer than this is no line of claude's.
 _LINE_MAX_BYTES = 64 * 1024 * 1024
 _STDERR_KEPT_BYTES = 4096
-#: How long a process gets to end by itself before it is killed.
-_END_GRACE_S = 2.0
 
 
 class ClaudeProcess:
@@ -4230,7 +4397,7 @@ class ClaudeProcess:
         guardian: Guardian | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Starts it. Raises ClaudeMissing when it cannot be started."""
+        """Starts it. Raises ClaudeMissing, UpstreamFailed when it cannot be started."""
         self.model_id = model_id
         self.version = version
         self.born_s = clock()
@@ -4241,30 +4408,40 @@ class ClaudeProcess:
         self._unread = bytearray()
         self._unsent = bytearray()
         self._complaints = bytearray()
+        #: When the client last got something; silence is counted from there.
+        self._spoke_s = 0.0
         #: Whether claude has said that what it was last asked is over.
         self._settled = True
         self._ended = False
         self._kill_at_s: float | None = None
-        #: What the plan's limits were when it last said.
-        self.window: PlanWindow | None = None
-        try:
-            self._popen = subprocess.Popen(
-                [*command, *claude_arguments(model_id, config)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                bufsize=0, start_new_session=True, cwd=cwd, env=dict(env),
-            )
-        except OSError as problem:
-            raise ClaudeMissing(
-                f"The claude program does not start ({type(problem).__name__}): {INSTALL_ADVICE}."
-            ) from None
-        if guardian is not None:
-            guardian.watch(self._popen.pid)
+        self._popen = self._started([*command, *claude_arguments(model_id, config)], env, cwd)
         pipes = (self._popen.stdin, self._popen.stdout, self._popen.stderr)
         self._stdin, self._stdout, self._stderr = (
             pipe.fileno() for pipe in pipes if pipe is not None
         )
         for descriptor in (self._stdin, self._stdout, self._stderr):
             os.set_blocking(descriptor, False)
+
+    def _started(
+        self, command: list[str], env: Mapping[str, str], cwd: str
+    ) -> subprocess.Popen[bytes]:
+        """The child, watched by the guardian. Raises ClaudeMissing, UpstreamFailed."""
+        try:
+            popen = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                bufsize=0, start_new_session=True, cwd=cwd, env=dict(env),
+            )
+        except OSError as problem:
+            raise cannot_start(problem) from None
+        try:
+            if self._guardian is not None:
+                self._guardian.watch(popen.pid)
+        except OSError as problem:
+            with popen:
+                popen.kill()
+            raise cannot_start(problem) from None
+        return popen
 
     def __repr__(self) -> str:
         state = "leaving" if self._kill_at_s else "ended" if self._ended else "alive"
@@ -4291,6 +4468,7 @@ class ClaudeProcess:
         claude reports, its death, UpstreamTimeout at the deadline, ClientGone.
         """
         lines = self._lines(watch)
+        self._spoke_s = self._clock()
         if not results and not self._settled:
             yield from self._until_result(lines)
         for step in steps[:-1]:
@@ -4300,8 +4478,9 @@ class ClaudeProcess:
         self._settled = False
         for line in lines:
             events = [Tick()] if line is None else reader.events(line)
-            self.window = reader.window
-            yield from events
+            if events:
+                yield from events
+                self._spoke_s = self._clock()
             if reader.finished:
                 return
 
@@ -4317,34 +4496,33 @@ class ClaudeProcess:
                 return
 
     def _lines(self, watch: Watch) -> Iterator[Json | None]:
-        """Each line that claude prints, and None whenever `tick_s` pass without one."""
-        heard_s = self._clock()
+        """Each line that claude prints, and None whenever the client has had nothing for `tick_s`:
+        there are lines that mean nothing to it."""
         with self._selector(watch.client) as selector:
             while True:
-                for line in self._take_lines():
-                    heard_s = self._clock()
-                    yield line
+                yield from self._take_lines()
                 if self._ended:
                     raise self._death()
                 self._flush(selector)
                 until_s = watch.deadline_s
                 if watch.tick_s:
-                    until_s = min(until_s, heard_s + watch.tick_s)
+                    until_s = min(until_s, self._spoke_s + watch.tick_s)
                 for key, _ in selector.select(max(0.0, until_s - self._clock())):
                     key.data(selector)
                 now_s = self._clock()
                 if now_s >= watch.deadline_s:
                     raise UpstreamTimeout("The answer took longer than CLAUDE_TIMEOUT allows.")
-                if watch.tick_s and now_s - heard_s >= watch.tick_s and not self._unread:
-                    heard_s = now_s
+                if watch.tick_s and now_s - self._spoke_s >= watch.tick_s:
+                    self._spoke_s = now_s
                     yield None
 
     def _selector(self, client: Client) -> selectors.BaseSelector:
         def client_speaks(selector: selectors.BaseSelector) -> None:
             if client.gone():
                 raise ClientGone
-            # It sent its next request already; from now on its end cannot be seen.
-            selector.unregister(client.fileno())
+            if not client.listens():
+                # It sent more than is kept for later: from now on its end cannot be seen.
+                selector.unregister(client.fileno())
 
         selector = selectors.DefaultSelector()
         selector.register(self._stdout, selectors.EVENT_READ, self._read_stdout)
@@ -4422,8 +4600,7 @@ class ClaudeProcess:
         """Reads and answers what claude says by itself while nobody uses it, or its pipes would
         fill up. Blocks on nothing."""
         self._read(self._stderr)
-        for line in self._last_lines():
-            self.window = plan_window(line) or self.window
+        self._last_lines()
         self._write_some()
 
     def _death(self) -> OcpError:
@@ -4464,8 +4641,7 @@ class ClaudeProcess:
         if self._popen.stdout is None or self._popen.stdout.closed:
             return True
         self._read(self._stderr)
-        for line in self._last_lines():
-            self.window = plan_window(line) or self.window
+        self._last_lines()
         if self._popen.poll() is None:
             if self._kill_at_s is not None and self._clock() >= self._kill_at_s:
                 self._signal(signal.SIGKILL)
@@ -4480,11 +4656,11 @@ class ClaudeProcess:
             self._guardian.forget(self._popen.pid)
         return True
 
-    def _last_lines(self) -> list[Json]:
+    def _last_lines(self) -> None:
         with contextlib.suppress(OcpError):
             self._read_stdout(None)
-            return list(self._take_lines())
-        return []
+            for _ in self._take_lines():
+                pass
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(OSError):
@@ -4502,8 +4678,7 @@ _QUEUE_GLANCE_S = 0.2
 class Gate:
     """Lets so many requests run at a time; others wait in line, first come, first served."""
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         # Guards the fields below; waiters are woken when one of them changes. Never held while
         # a client or a process is waited for.
         self._changed = threading.Condition()
@@ -4536,8 +4711,8 @@ class Gate:
     def join(self, slot: Slot, config: Config) -> None:
         """Puts the slot into the line. Raises QueueFull when the line is too long."""
         with self._changed:
-            room = config.max_concurrent - self._running - len(self._line)
-            if room <= 0 and len(self._line) >= config.max_queue:
+            # Those at the head of the line may be about to run: they do not wait.
+            if self._running + len(self._line) >= config.max_concurrent + config.max_queue:
                 self._refused += 1
                 raise QueueFull(
                     f"{self._running} answers are running and {len(self._line)} requests wait; "
@@ -4627,7 +4802,9 @@ class Spares:
         # Guards the fields below. Never held while a process is started or ended.
         self._lock = threading.Lock()
         self._idle: dict[str, list[ClaudeProcess]] = {}
+        #: When a model was last wanted, and from when on a process of it may be started.
         self._wanted_s: dict[str, float] = {}
+        self._refill_s: dict[str, float] = {}
         self._leaving: list[ClaudeProcess] = []
         self._pause_until_s = 0.0
         self.spawned = 0
@@ -4644,11 +4821,12 @@ class Spares:
     def want(self, model_id: str) -> None:
         """This model is in use: keep processes for it."""
         with self._lock:
-            self._wanted_s[model_id] = self._clock()
+            now_s = self._clock()
+            self._wanted_s[model_id] = now_s
+            self._refill_s.setdefault(model_id, now_s + _REFILL_PAUSE_S)
 
     def take(self, model_id: str) -> tuple[ClaudeProcess, bool]:
-        """A process of this model, and whether it was waiting. Raises ClaudeMissing."""
-        self.want(model_id)
+        """A process of this model, and whether it was waiting. Raises what its start raises."""
         while True:
             with self._lock:
                 waiting = self._idle.get(model_id)
@@ -4682,30 +4860,55 @@ class Spares:
     def plan(self, config: Config) -> tuple[list[ClaudeProcess], list[str]]:
         """What should change: processes to end, taken out already, and models to start one of."""
         now_s, idle_s = self._clock(), config.warm_idle_ms / 1000
-        retire: list[ClaudeProcess] = []
-        grow: list[str] = []
         with self._lock:
-            for model_id, waiting in self._idle.items():
-                ended = [process for process in waiting if not process.alive()]
-                if any(now_s - process.born_s < _YOUNG_S for process in ended):
-                    self._pause_until_s = now_s + _FAILURE_PAUSE_S
-                old = [p for p in waiting if now_s - p.born_s > idle_s and p not in ended]
-                retire += ended + old
-                self._idle[model_id] = [p for p in waiting if p not in ended and p not in old]
-            total = sum(len(waiting) for waiting in self._idle.values())
+            self._wanted_s = {
+                model_id: at for model_id, at in self._wanted_s.items() if now_s - at <= idle_s
+            }
+            retire = self._outdated(now_s, idle_s)
+            grow: list[str] = []
             if now_s < self._pause_until_s:
                 return retire, grow
+            total = sum(len(waiting) for waiting in self._idle.values())
             for model_id in sorted(self._wanted_s, key=lambda m: -self._wanted_s[m]):
-                unwanted_s = now_s - self._wanted_s[model_id]
                 missing = config.warm_processes - len(self._idle.get(model_id, ()))
-                if _REFILL_PAUSE_S <= unwanted_s <= idle_s:
-                    added = max(0, min(missing, config.warm_total - total))
-                    grow += [model_id] * added
-                    total += added
+                if now_s < self._refill_s.get(model_id, math.inf):
+                    continue
+                for _ in range(missing):
+                    if total >= config.warm_total:
+                        evicted = self._least_wanted(model_id)
+                        if evicted is None:
+                            break
+                        retire.append(evicted)
+                        total -= 1
+                    grow.append(model_id)
+                    total += 1
+                self._refill_s.pop(model_id, None)
         return retire, grow
 
+    def _outdated(self, now_s: float, idle_s: float) -> list[ClaudeProcess]:
+        """Takes out the processes that ended or waited too long."""
+        retire: list[ClaudeProcess] = []
+        for model_id, waiting in list(self._idle.items()):
+            ended = [process for process in waiting if not process.alive()]
+            if any(now_s - process.born_s < _YOUNG_S for process in ended):
+                self._pause_until_s = now_s + _FAILURE_PAUSE_S
+            if ended and model_id in self._wanted_s:
+                self._refill_s.setdefault(model_id, now_s)
+            old = [p for p in waiting if now_s - p.born_s > idle_s and p not in ended]
+            retire += ended + old
+            self._idle[model_id] = [p for p in waiting if p not in ended and p not in old]
+        return retire
+
+    def _least_wanted(self, than: str) -> ClaudeProcess | None:
+        """Takes out a process of the model that was wanted longest ago, before `than` was."""
+        models = [model_id for model_id, waiting in self._idle.items() if waiting]
+        oldest = min(models, key=lambda m: self._wanted_s.get(m, 0.0), default=than)
+        if self._wanted_s.get(oldest, 0.0) >= self._wanted_s[than]:
+            return None
+        return self._idle[oldest].pop(0)
+
     def tend(self, config: Config) -> None:
-        """Ends and starts what is due. Raises ClaudeMissing when none can be started."""
+        """Ends and starts what is due. Raises what a start raises."""
         retire, grow = self.plan(config)
         for process in retire:
             self.dismiss(process, kindly=False)
@@ -4717,6 +4920,8 @@ class Spares:
         except OcpError:
             with self._lock:
                 self._pause_until_s = self._clock() + _FAILURE_PAUSE_S
+                for model_id in grow:
+                    self._refill_s.setdefault(model_id, self._pause_until_s)
             raise
         finally:
             self.reap()
@@ -4724,8 +4929,8 @@ class Spares:
     def restless(self) -> bool:
         """Whether something is due within a moment: an end to see to, or a refill."""
         with self._lock:
-            recent_s = self._clock() - 2 * _REFILL_PAUSE_S
-            return bool(self._leaving) or any(at > recent_s for at in self._wanted_s.values())
+            soon_s = self._clock() + 2 * _REFILL_PAUSE_S
+            return bool(self._leaving) or any(at < soon_s for at in self._refill_s.values())
 
     def reap(self) -> int:
         """Sees to those that are leaving; how many are left."""
@@ -5017,17 +5222,15 @@ class Account:
 
     def __init__(self, clock: Clock = time.time) -> None:
         self._clock = clock
-        # Guards the three fields below.
+        # Guards the two fields below.
         self._lock = threading.Lock()
         self._logged_in: bool | None = None
         self._since_s: float | None = None
-        self._window: PlanWindow | None = None
 
-    def answered(self, window: PlanWindow | None) -> None:
+    def answered(self) -> None:
         """The API answered a request."""
         with self._lock:
             self._logged_in, self._since_s = True, self._clock()
-            self._window = window or self._window
 
     def refused(self) -> None:
         """The API, or claude itself, refused the login."""
@@ -5112,6 +5315,9 @@ class Counters:
 #: Stop reasons after which claude waits for the client and does nothing by itself.
 _PARKABLE = ("end_turn", "stop_sequence", "tool_use")
 
+#: How long a start waits for claude to tell its version.
+_FIRST_LOOK_S = 2.0
+
 #: How often the housekeeper looks around, and how often while something is due.
 _TEND_EVERY_S = 1.0
 _TEND_SOON_S = 0.05
@@ -5139,7 +5345,7 @@ class App:
         self.clock = clock
         self.counters = Counters()
         self.account = Account()
-        self.gate = Gate(clock)
+        self.gate = Gate()
         self.program = ClaudeProgram(config, environ, demo_command)
         self.spares = Spares(self._spawn, clock)
         self.parking = Parking(clock)
@@ -5253,12 +5459,12 @@ class App:
         config = self.config
         if self.draining:
             raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
+        self.program.resolve()
         watch = Watch(
             client=client,
             deadline_s=outcome.started_s + config.timeout_ms / 1000,
             tick_s=(config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000,
         )
-        self.program.resolve()
         slot = stack.enter_context(self.gate.slot(config))
         yield from slot.wait(watch, self.clock)
         history = history_of(turn, caller.name, config.system_prompt)
@@ -5274,6 +5480,9 @@ class App:
                 if outcome.first_token_s is not None or process.alive():
                     raise
         outcome.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
+        if turn.model.known:
+            # Others have to prove that they exist before processes wait for them.
+            self.spares.want(turn.model.id)
         process, outcome.warm = self.spares.take(turn.model.id)
         stack.callback(self._put_away, process, outcome, history)
         self.mail.put("tend")
@@ -5299,11 +5508,13 @@ class App:
         for event in process.converse(steps, watch, reader, results):
             outcome.note(event, self.clock())
             yield event
-        self.account.answered(process.window)
 
     def _put_away(self, process: ClaudeProcess, outcome: Outcome, history: History) -> None:
         """Parks the process of a complete answer, and ends any other."""
         finished = outcome.finished
+        if finished is not None:
+            self.account.answered()
+            self.spares.want(process.model_id)
         if finished is None or finished.stop_reason not in _PARKABLE:
             # It may be about to ask the API for something that nobody wants.
             self.spares.dismiss(process, kindly=False)
@@ -5323,6 +5534,7 @@ class App:
         if isinstance(error, LoginLost):
             self.account.refused()
             self._drop_idle()
+        error.logged = True
         detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
         self._note(
             "warn", "answer_failed", request_id, outcome,
@@ -5350,6 +5562,17 @@ class App:
             except queue.Empty:
                 letter = ""
 
+    def look(self) -> None:
+        """Finds claude before the first request, so that /health knows from the start. A program
+        that does not answer is not waited for."""
+        first = threading.Thread(target=self._look, daemon=True)
+        first.start()
+        first.join(_FIRST_LOOK_S)
+
+    def _look(self) -> None:
+        with contextlib.suppress(OcpError):
+            self.program.resolve()
+
     def tend(self) -> float:
         """Does what is due; the seconds until it wants to be called again. Never raises."""
         try:
@@ -5362,8 +5585,8 @@ class App:
                 self.counters.add("claude_unavailable")
                 self.log.event("error", "claude_unavailable", detail=error.message)
             self._seen_program = None
-        except Exception:
-            self.log.event("error", "housekeeping_failed", detail=traceback.format_exc())
+        except Exception as error:
+            self.log.event("error", "housekeeping_failed", error=failure_words(error))
         return _TEND_SOON_S if self.spares.restless() else _TEND_EVERY_S
 
     def _watch_program(self) -> None:
@@ -5391,7 +5614,12 @@ class App:
         give_up_s = self.clock() + self.config.drain_ms / 1000
         while self.gate.running + self.gate.waiting and self.clock() < give_up_s:
             self.spares.reap()
-            time.sleep(0.02)
+            try:
+                if self.mail.get(timeout=0.02) == "stop":
+                    # Asked a second time: at once.
+                    return
+            except queue.Empty:
+                pass
 
     def close(self) -> None:
         """Ends every child and closes the log."""
@@ -5561,18 +5789,24 @@ def get_model(app: App, exchange: HttpExchange, model: str) -> None:
     exchange.send_json(_model_entry(app.models.find(model), _MODELS_CREATED_S))
 
 
+def _stats(app: App) -> Json:
+    names = ("errors", "timeouts", "continued", "rebuilt", "fresh")
+    return {
+        "totalRequests": app.counters.get("requests"),
+        "activeRequests": app.gate.running,
+        "queued": app.gate.waiting,
+        "queueRejections": app.gate.refused,
+        "spawned": app.spares.spawned,
+        **{name: app.counters.get(name) for name in names},
+    }
+
+
 def get_health(app: App, exchange: HttpExchange) -> None:
     """GET /health: public, so it tells no path, no prompt and no error text."""
-    uptime_s = app.clock() - app.started_s
-    version: str | None = None
-    fix: str | None = None
-    try:
-        version = app.program.resolve().version_text
-    except OcpError as error:
-        fix = error.message
+    config, uptime_s = app.config, app.clock() - app.started_s
+    program, problem = app.program.glance()
     auth = app.account.verdict()
-    healthy = version is not None and auth["ok"] is not False
-    config, gate, counters = app.config, app.gate, app.counters
+    healthy = problem is None and auth["ok"] is not False
     exchange.send_json(
         {
             "status": "draining" if app.draining else "ok" if healthy else "degraded",
@@ -5584,27 +5818,16 @@ def get_health(app: App, exchange: HttpExchange) -> None:
             "uptimeHuman": uptime_words(uptime_s),
             "authMode": config.mode,
             "auth": auth,
-            "claudeBinaryOk": version is not None,
-            "claudeVersion": version,
-            "fix": fix or auth["message"],
-            "stats": {
-                "totalRequests": counters.get("requests"),
-                "activeRequests": gate.running,
-                "errors": counters.get("errors"),
-                "timeouts": counters.get("timeouts"),
-                "queued": gate.waiting,
-                "queueRejections": gate.refused,
-                "spawned": app.spares.spawned,
-                "continued": counters.get("continued"),
-                "rebuilt": counters.get("rebuilt"),
-                "fresh": counters.get("fresh"),
-            },
+            "claudeBinaryOk": problem is None,
+            "claudeVersion": program.version_text if program is not None else None,
+            "fix": problem.message if problem is not None else auth["message"],
+            "stats": _stats(app),
             "concurrency": {
                 "maxConcurrent": config.max_concurrent,
                 "maxQueue": config.max_queue,
-                "inflight": gate.running,
-                "queued": gate.waiting,
-                "queueRejections": gate.refused,
+                "inflight": app.gate.running,
+                "queued": app.gate.waiting,
+                "queueRejections": app.gate.refused,
             },
             "spares": app.spares.idle(),
             "parked": len(app.parking),
@@ -5719,10 +5942,11 @@ def _decoded(text: str) -> str:
 # name, and keeps nothing of a connection when it ends.
 
 _LINE_MOST_BYTES = 65_536
-#: What a client that is refused early may still send before its connection is cut, so that it
-#: reads the refusal instead of a reset.
-_LINGER_BYTES = 4_194_304
-_LINGER_S = 1.0
+#: How long a client that is refused early may go on sending before its connection is cut, so
+#: that it reads the refusal instead of a reset.
+_LINGER_S = 2.0
+#: How long a connection may rest between two requests.
+_REST_S = 120.0
 
 
 #: The headers of a stream; the last one keeps reverse proxies from holding it back.
@@ -5733,12 +5957,65 @@ _STREAM_HEADERS = {
 }
 
 
+#: What is kept of a request that comes before the one before it is answered.
+_AHEAD_MOST_BYTES = 65_536
+
+
+class SocketClient:
+    """The client's end of a connection, as a Client. What it sends ahead of time is kept for the
+    reader, so that its end can be seen behind it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        # Guards what was read ahead: several choices of one answer watch one client.
+        self._lock = threading.Lock()
+        self._ahead = bytearray()
+        self._gone = False
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._connection.fileno()
+
+    def gone(self) -> bool:
+        """See Client."""
+        with self._lock:
+            try:
+                # The socket's time-out belongs to its writer, maybe in another thread.
+                waiting = select.poll()
+                waiting.register(self._connection, select.POLLIN)
+                if not self._gone and self._room() and waiting.poll(0):
+                    piece = self._connection.recv(self._room())
+                    self._gone = not piece
+                    self._ahead += piece
+            except (BlockingIOError, InterruptedError, socket.timeout):
+                pass
+            except OSError:
+                self._gone = True
+            return self._gone
+
+    def listens(self) -> bool:
+        """See Client."""
+        return bool(self._room())
+
+    def _room(self) -> int:
+        return _AHEAD_MOST_BYTES - len(self._ahead)
+
+    def take_ahead(self, buffer: Any) -> int:
+        """Moves what was read ahead into `buffer`; how many bytes."""
+        with self._lock:
+            count = min(len(buffer), len(self._ahead))
+            buffer[:count] = self._ahead[:count]
+            del self._ahead[:count]
+            return count
+
+
 class DeadlineReader(io.RawIOBase):
     """Reads a socket until a deadline over all reads together, not for each."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, client: SocketClient) -> None:
         super().__init__()
         self._connection = connection
+        self._client = client
         self._deadline_s = 0.0
         self.received_bytes = 0
 
@@ -5752,6 +6029,9 @@ class DeadlineReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Reads what is there. Raises socket.timeout at the deadline."""
+        count = self._client.take_ahead(buffer)
+        if count:
+            return count
         left_s = self._deadline_s - time.monotonic()
         if left_s <= 0:
             raise socket.timeout("deadline")
@@ -5759,31 +6039,6 @@ class DeadlineReader(io.RawIOBase):
         count = self._connection.recv_into(buffer)
         self.received_bytes += count
         return count
-
-
-class SocketClient:
-    """The client's end of a connection, as a Client."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-
-    def fileno(self) -> int:
-        """The socket's descriptor."""
-        return self._connection.fileno()
-
-    def gone(self) -> bool:
-        """Whether it has closed. Looks at what arrives without taking it."""
-        try:
-            # The socket's time-out belongs to its writer, maybe in another thread.
-            waiting = select.poll()
-            waiting.register(self._connection, select.POLLIN)
-            if not waiting.poll(0):
-                return False
-            return self._connection.recv(1, socket.MSG_PEEK) == b""
-        except (BlockingIOError, InterruptedError, socket.timeout):
-            return False
-        except OSError:
-            return True
 
 
 class Exchange(BaseHTTPRequestHandler):
@@ -5799,15 +6054,18 @@ class Exchange(BaseHTTPRequestHandler):
         """Puts a reader with a deadline in front of the socket."""
         super().setup()
         self.rfile.close()
-        self._reader = DeadlineReader(self.connection)
-        self.rfile = io.BufferedReader(self._reader, _LINE_MOST_BYTES)
         self.client = SocketClient(self.connection)
+        self._reader = DeadlineReader(self.connection, self.client)
+        self.rfile = self._buffered = io.BufferedReader(self._reader, _LINE_MOST_BYTES)
         self.app = self.server.app
+        #: Whether the connection has brought a request already.
+        self._served = False
         self._forget()
 
     def _forget(self) -> None:
         """Makes ready for the next request."""
-        self.command, self.path, self.requestline = "", "", ""
+        self._received_before = self._reader.received_bytes
+        self.command, self.path, self.requestline, self._path = "", "", "", ""
         self.request_version = "HTTP/1.1"
         self.headers = http.client.HTTPMessage()
         self.dialect: Dialect = CHAT
@@ -5818,32 +6076,57 @@ class Exchange(BaseHTTPRequestHandler):
         self._body_taken = False
         self._renderer: Renderer | None = None
         self._chunked = False
-        #: The status that went out; 0 = none yet.
+        #: The status that went out, 0 = none yet; and whether the whole answer did.
         self._status = 0
+        self._over = False
 
     def handle_one_request(self) -> None:
         """Reads one head, in time or not at all, and answers it."""
         self._forget()
-        before = self._reader.received_bytes
-        self._reader.allow(self.app.config.header_timeout_ms / 1000)
+        head_timeout_s = self.app.config.header_timeout_ms / 1000
         try:
-            self.raw_requestline = self.rfile.readline(_LINE_MOST_BYTES + 1)
-            if len(self.raw_requestline) > _LINE_MOST_BYTES:
-                self._fail(HeadTooLarge("The request line is too long."))
-            elif self.raw_requestline and self.parse_request():
+            # A connection may rest between requests; a head that began has to go on.
+            self._reader.allow(max(_REST_S, head_timeout_s) if self._served else head_timeout_s)
+            begun = bool(self._buffered.peek(1))
+            self._reader.allow(head_timeout_s)
+            if begun and self._read_head():
+                self._served = True
                 self._dispatch()
                 return
         except socket.timeout:
-            if self._reader.received_bytes > before:
+            if self._reader.received_bytes > self._received_before:
                 self._fail(RequestTimeout("The head of the request did not arrive in time."))
         except (ClientGone, OSError):
             pass
         self.close_connection = True
 
+    def _read_head(self) -> bool:
+        """Whether there is a request; one that is broken has been answered."""
+        line = self.rfile.readline(_LINE_MOST_BYTES + 1)
+        if line in (b"\r\n", b"\n"):
+            # Some clients end a body with one line end too many.
+            line = self.rfile.readline(_LINE_MOST_BYTES + 1)
+        self.raw_requestline = line
+        if len(line) > _LINE_MOST_BYTES:
+            self._fail(HeadTooLarge("The request line is too long."))
+            return False
+        if not line or not self.parse_request():
+            return False
+        # After a line that is none, the parser takes the rest of the head for a body.
+        if self.headers.defects or self.headers.get_payload():
+            self._fail(BadRequest("A header line of the request is broken."))
+            return False
+        if len(self.headers.get_all("Host", [])) > 1:
+            self._fail(BadRequest("The request has more than one Host."))
+            return False
+        return True
+
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
         """What the base class says about a broken head, in our own shape."""
+        self.request_version = "HTTP/1.1"
+        self.close_connection = True
         too_long = code in (414, 431)
         kind: type[OcpError] = HeadTooLarge if too_long else BadRequest
         self._fail(kind(f"The head of the request is broken: {message or explain or code}."))
@@ -5869,18 +6152,26 @@ class Exchange(BaseHTTPRequestHandler):
         except ClientGone:
             self.close_connection = True
         except OcpError as error:
-            self._fail(error)
-        except Exception:
+            self._refuse(error)
+        except Exception as error:
             self.app.log.event(
                 "error", "request_broke", request_id=self.request_id,
-                method=self.command, detail=traceback.format_exc(),
+                method=self.command, error=failure_words(error),
             )
             self._fail(OcpError(f"OCP failed; its log has the details under {self.request_id}."))
-        finally:
+        self.app.log.event(
+            "debug", "request_answered", request_id=self.request_id, method=self.command,
+            status=self._status, total_ms=round((time.monotonic() - started_s) * 1000),
+        )
+
+    def _refuse(self, error: OcpError) -> None:
+        """Tells client and log about a failure; the log has it already if a turn failed."""
+        self._fail(error)
+        if not error.logged:
             self.app.log.event(
-                "debug", "request_answered", request_id=self.request_id, method=self.command,
-                path=urllib.parse.urlsplit(self.path).path if self.path else "",
-                status=self._status, total_ms=round((time.monotonic() - started_s) * 1000),
+                "info", "request_refused", request_id=self.request_id, method=self.command,
+                path=self._path, peer=self.client_address[0], status=error.status,
+                error=type(error).__name__, param=error.param,
             )
 
     def _route(self) -> None:
@@ -5888,10 +6179,12 @@ class Exchange(BaseHTTPRequestHandler):
             target = urllib.parse.urlsplit(self.path)
         except ValueError:
             raise BadRequest("The path of the request is broken.") from None
+        self._path = target.path
         self.query = dict(urllib.parse.parse_qsl(target.query))
         config = self.app.config
         origin = self.headers.get("Origin", "")
-        check_origin(config, origin, self.headers.get("Host", ""))
+        content_type = self.headers.get("Content-Type", "")
+        check_origin(config, origin, self.headers.get("Host", ""), content_type)
         if origin in listed(config.allowed_origins):
             self.headers_out.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
         if self.command == "OPTIONS":
@@ -5921,7 +6214,9 @@ class Exchange(BaseHTTPRequestHandler):
     def _fail(self, error: OcpError) -> None:
         """Tells the client about a failure, in whatever way is still open."""
         try:
-            if not self._status:
+            if self._over:
+                self.close_connection = True
+            elif not self._status:
                 body = self.dialect.error_body(error, self.request_id)
                 self._send_body(error.status, body, error.headers())
             elif self._renderer is not None:
@@ -5953,7 +6248,8 @@ class Exchange(BaseHTTPRequestHandler):
             raise self._too_large()
         if self.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise BadRequest("Compressed bodies are not taken: send it plain.")
-        if self.headers.get("Expect", "").lower() == "100-continue":
+        expects = self.headers.get("Expect", "").lower() == "100-continue"
+        if expects and self.request_version == "HTTP/1.1":
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._reader.allow(config.body_timeout_ms / 1000)
         try:
@@ -6062,12 +6358,14 @@ class Exchange(BaseHTTPRequestHandler):
         self._head(status, head)
         if has_body:
             self._write(body)
-        if self._must_close():
+        self._over = True
+        if self.close_connection:
             self._linger()
 
     def _must_close(self) -> bool:
         """Whether a body is on its way that nobody read: the next head cannot be found then."""
-        has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
+        length = self.headers.get("Content-Length", "0").strip()
+        has_body = length != "0" or "Transfer-Encoding" in self.headers
         return has_body and not self._body_taken
 
     def _head(self, status: int, headers: Mapping[str, str]) -> None:
@@ -6103,6 +6401,7 @@ class Exchange(BaseHTTPRequestHandler):
         self._write(data)
 
     def _end_chunks(self) -> None:
+        self._over = True
         if self._chunked:
             self._write(b"0\r\n\r\n")
         else:
@@ -6124,15 +6423,8 @@ class Exchange(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self._reader.allow(_LINGER_S)
-            left = _LINGER_BYTES
-            while left > 0:
-                piece = self.rfile.read1(65_536)
-                left = left - len(piece) if piece else 0
-
-
-# Every method goes the same way; the router knows which ones a path takes.
-for _method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
-    setattr(Exchange, f"do_{_method}", Exchange._dispatch)
+            while self.rfile.read1(262_144):
+                pass
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -6173,7 +6465,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             full = self._open >= self.app.config.max_connections
             self._open += 0 if full else 1
         if not full:
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except BaseException:
+                self._count(-1)
+                raise
             return
         error = Busy("Too many connections are open.", retry_after_s=5)
         body = to_json(CHAT.error_body(error, ""))
@@ -6189,12 +6485,26 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self._lock:
-                self._open -= 1
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._open += change
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection. Short of descriptors, it waits instead of trying all the time."""
+        try:
+            return super().get_request()
+        except OSError as problem:
+            if problem.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.05)
+            raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke outside any request."""
-        self.app.log.event("debug", "connection_broke", detail=traceback.format_exc())
+        error = sys.exc_info()[1] or RuntimeError("unknown")
+        level = "debug" if isinstance(error, OSError) else "error"
+        self.app.log.event(level, "connection_broke", error=failure_words(error))
 
 
 # ==== 19. Demo claude ========================================================
@@ -6207,7 +6517,7 @@ _DEMO_WORD_PAUSE_S = 0.03
 class DemoClaude:
     """Reads lines as claude does and prints what claude would."""
 
-    def __init__(self, model_id: str, write: Callable[[bytes], None]) -> None:
+    def __init__(self, model_id: str, write: Callable[[bytes], object]) -> None:
         self._model_id = model_id
         self._write = write
         self._max_tokens = 10**9
@@ -6263,17 +6573,13 @@ def demo_claude(arguments: list[str]) -> int:
         print(".".join(str(part) for part in CLIENT_COMPOSED_SINCE), "(OCP demo)")
         return 0
     model_id = arguments[arguments.index("--model") + 1]
-    claude = DemoClaude(model_id, lambda data: void(os.write(1, data)))
+    claude = DemoClaude(model_id, lambda data: os.write(1, data))
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         for raw in sys.stdin.buffer:
             line = from_json(raw)
             if isinstance(line, dict):
                 claude.read(line)
     return 0
-
-
-def void(_value: object) -> None:
-    """Drops a value."""
 
 
 # ==== 20. Command line =======================================================
@@ -6339,8 +6645,19 @@ def _banner(server: Server) -> str:
     return "\n".join(lines)
 
 
+def allow_descriptors(config: Config) -> None:
+    """Raises the limit of open files to what full load takes, as far as the system lets it."""
+    wanted = 2 * config.max_connections + 8 * config.max_concurrent + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def serve(app: App) -> int:
     """Serves until a signal says stop; the exit code."""
+    allow_descriptors(app.config)
     try:
         server = Server(app)
     except OSError as problem:
@@ -6352,8 +6669,11 @@ def serve(app: App) -> int:
         )
         return 1
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: app.mail.put("stop"))
+        # nohup and shells leave signals ignored that are not meant for the server.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: app.mail.put("stop"))
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    app.look()
     print(_banner(server), flush=True)
     app.log.event(
         "info", "server_started", version=VERSION, url=server.url, mode=app.config.mode,
