@@ -80,7 +80,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
 from types import MappingProxyType
 from typing import (
@@ -1279,34 +1279,6 @@ class AnswerBuilder:
             if (index, kind) in self._pieces:
                 filled[field] = "".join(self._pieces[index, kind])
         return filled
-
-
-class Gathering:
-    """Puts together the answers of a stream of events, while it passes or at its end."""
-
-    def __init__(self, choices: int) -> None:
-        self._builders = [AnswerBuilder() for _ in range(choices)]
-        self._answers: dict[int, Answer] = {}
-
-    def noting(self, events: Iterable[Choice]) -> Iterator[Choice]:
-        """The same events."""
-        for index, event in events:
-            self._builders[index].note(event)
-            if isinstance(event, Finished):
-                self._answers[index] = self._builders[index].answer(event)
-            yield index, event
-
-    def all(self, events: Iterable[Choice]) -> list[Answer]:
-        """The answers, once the events are over."""
-        for _ in self.noting(events):
-            pass
-        return self.answers()
-
-    def answers(self) -> list[Answer]:
-        """The answers of events that are over. Raises UpstreamFailed when one is missing."""
-        if len(self._answers) < len(self._builders):
-            raise UpstreamFailed("The answer ended before it was complete.")
-        return [answer for _, answer in sorted(self._answers.items())]
 
 
 #: How many characters stand for a token when a prompt is measured against a window.
@@ -4135,6 +4107,14 @@ class Watch(NamedTuple):
     tick_s: float
 
 
+class Script(NamedTuple):
+    """What to tell a process: lines to write in steps (see `conversation`), and the results of
+    the tool calls that its last answer ended with."""
+
+    steps: list[bytes]
+    results: Iterable[Block] = ()
+
+
 class Program(NamedTuple):
     """A claude program that can be used."""
 
@@ -4458,23 +4438,21 @@ class ClaudeProcess:
 
     # -- talking ------------------------------------------------------------------------------
 
-    def converse(
-        self, steps: list[bytes], watch: Watch, reader: TurnReader, results: Iterable[Block] = ()
-    ) -> Iterator[Event]:
-        """The events of the answer to these steps (see `conversation`), Ticks among them.
+    def converse(self, script: Script, watch: Watch, reader: TurnReader) -> Iterator[Event]:
+        """The events of the answer, Ticks among them.
 
-        `results` answer the tool calls that the last answer ended with; the turn goes on with
-        them, and no step is needed. Ends after Finished. Raises what went wrong: an error that
-        claude reports, its death, UpstreamTimeout at the deadline, ClientGone.
+        With results of tool calls the turn that asked for them goes on, and no step is needed.
+        Ends after Finished. Raises what went wrong: an error that claude reports, its death,
+        UpstreamTimeout at the deadline, ClientGone.
         """
         lines = self._lines(watch)
         self._spoke_s = self._clock()
-        if not results and not self._settled:
+        if not script.results and not self._settled:
             yield from self._until_result(lines)
-        for step in steps[:-1]:
+        for step in script.steps[:-1]:
             self._unsent += step
             yield from self._until_result(lines)
-        self._unsent += self.tools.deliver(results) + b"".join(steps[-1:])
+        self._unsent += self.tools.deliver(script.results) + b"".join(script.steps[-1:])
         self._settled = False
         for line in lines:
             events = [Tick()] if line is None else reader.events(line)
@@ -4502,6 +4480,8 @@ class ClaudeProcess:
             while True:
                 yield from self._take_lines()
                 if self._ended:
+                    if watch.client.gone():
+                        raise ClientGone
                     raise self._death()
                 self._flush(selector)
                 until_s = watch.deadline_s
@@ -4635,6 +4615,10 @@ class ClaudeProcess:
         if self._popen.stdin is not None:
             with contextlib.suppress(OSError):
                 self._popen.stdin.close()
+
+    def interrupt(self) -> None:
+        """Makes it end, from a thread that does not own it; its owner hears of that."""
+        self._signal(signal.SIGINT)
 
     def is_gone(self) -> bool:
         """Whether it has ended and left nothing behind. Kills it when its time is up."""
@@ -5252,11 +5236,13 @@ class Account:
 
 
 class Outcome:
-    """What is noted about one turn while it runs, for the log."""
+    """What is noted about one answer while it comes."""
 
     def __init__(self, turn: Turn, started_s: float) -> None:
         self.turn = turn
         self.started_s = started_s
+        #: The process that works on it, until it is parked or dismissed.
+        self.process: ClaudeProcess | None = None
         self.first_token_s: float | None = None
         #: Whether a process was waiting, and how it got the conversation: "continued",
         #: "rebuilt" from its history, or "fresh" because there was none.
@@ -5264,19 +5250,25 @@ class Outcome:
         self.path: str | None = None
         self.parted_at: int | None = None
         self.finished: Finished | None = None
-        self.builder = AnswerBuilder()
+        self._builder = AnswerBuilder()
 
     def note(self, event: Event, now_s: float) -> None:
-        """Takes from an event what the log wants."""
-        self.builder.note(event)
+        """Takes from an event what is wanted of it later."""
+        self._builder.note(event)
         if isinstance(event, Delta) and self.first_token_s is None:
             self.first_token_s = now_s
         elif isinstance(event, Finished):
             self.finished = event
 
+    def answer(self) -> Answer:
+        """The whole answer. Raises UpstreamFailed when it did not come to its end."""
+        if self.finished is None:
+            raise UpstreamFailed("The answer ended before it was complete.")
+        return self._builder.answer(self.finished)
+
     def fields(self, now_s: float) -> Json:
         """The log's fields."""
-        usage = self.finished.usage if self.finished else Usage()
+        usage = self.finished.usage if self.finished else NO_USAGE
         first_s = self.first_token_s
         return {
             "model": self.turn.model.id,
@@ -5291,6 +5283,38 @@ class Outcome:
             "path": self.path,
             "parted_at": self.parted_at,
         }
+
+
+class Answering(NamedTuple):
+    """A turn that is being answered."""
+
+    outcomes: list[Outcome]
+    #: What happens, in all of the answers, as it comes.
+    events: Iterator[Choice]
+
+    def answers(self) -> list[Answer]:
+        """The whole answers, once the events are over. Raises UpstreamFailed."""
+        return [outcome.answer() for outcome in self.outcomes]
+
+
+class Leaving:
+    """A Client that can be made to leave: for answers that nobody waits for any more."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.left = False
+
+    def fileno(self) -> int:
+        """See Client."""
+        return self._client.fileno()
+
+    def gone(self) -> bool:
+        """See Client."""
+        return self.left or self._client.gone()
+
+    def listens(self) -> bool:
+        """See Client."""
+        return self._client.listens()
 
 
 class Counters:
@@ -5396,54 +5420,63 @@ class App:
     @contextlib.contextmanager
     def answering(
         self, turn: Turn, caller: Caller, client: Client, request_id: str
-    ) -> Iterator[Iterator[Choice]]:
-        """The events of the answer, or of each of several. Acquires nothing before they are
-        asked for; leaving the block frees everything, however it is left."""
+    ) -> Iterator[Answering]:
+        """The answer to a turn, or several. Acquires nothing before the events are asked for;
+        leaving the block frees everything, however it is left."""
         self.counters.add("requests")
+        outcomes = [Outcome(turn.choice(i), self.clock()) for i in range(turn.choices)]
         if turn.choices > 1:
-            yield self._side_by_side(turn, caller, client, request_id)
+            with contextlib.closing(
+                self._side_by_side(outcomes, caller, client, request_id)
+            ) as choices:
+                yield Answering(outcomes, choices)
             return
-        with self._one_answer(turn, caller, client, request_id) as events:
-            yield ((0, event) for event in events)
+        with self._one_answer(outcomes[0], caller, client, request_id) as events:
+            yield Answering(outcomes, ((0, event) for event in events))
 
     def _side_by_side(
-        self, turn: Turn, caller: Caller, client: Client, request_id: str
-    ) -> Iterator[Choice]:
+        self, outcomes: list[Outcome], caller: Caller, client: Client, request_id: str
+    ) -> Generator[Choice, None, None]:
         """The events of several answers, as they come. Each has a thread, a slot and a process of
-        its own; the first failure is the failure of all."""
+        its own; the first failure is the failure of all, and ends the others."""
         arrivals: queue.SimpleQueue[tuple[int, Event | BaseException | None]] = queue.SimpleQueue()
+        leaving = Leaving(client)
 
-        def one(index: int) -> None:
+        def one(index: int, outcome: Outcome) -> None:
             try:
-                wanted = turn.choice(index)
-                with self._one_answer(wanted, caller, client, request_id) as events:
+                with self._one_answer(outcome, caller, leaving, request_id) as events:
                     for event in events:
                         arrivals.put((index, event))
                 arrivals.put((index, None))
             except BaseException as error:
                 arrivals.put((index, error))
 
-        for index in range(turn.choices):
-            threading.Thread(target=one, args=(index,), daemon=True).start()
-        running = turn.choices
-        while running:
-            index, arrived = arrivals.get()
-            if isinstance(arrived, BaseException):
-                raise arrived
-            if arrived is None:
-                running -= 1
-            elif index == 0 or not isinstance(arrived, Tick):
-                yield index, arrived
+        for index, outcome in enumerate(outcomes):
+            threading.Thread(target=one, args=(index, outcome), daemon=True).start()
+        running = len(outcomes)
+        try:
+            while running:
+                index, arrived = arrivals.get()
+                if isinstance(arrived, BaseException):
+                    raise arrived
+                if arrived is None:
+                    running -= 1
+                elif index == 0 or not isinstance(arrived, Tick):
+                    yield index, arrived
+        finally:
+            leaving.left = True
+            for process in [outcome.process for outcome in outcomes]:
+                if process is not None:
+                    process.interrupt()
 
     @contextlib.contextmanager
     def _one_answer(
-        self, turn: Turn, caller: Caller, client: Client, request_id: str
+        self, outcome: Outcome, caller: Caller, client: Client, request_id: str
     ) -> Iterator[Iterator[Event]]:
         """The events of one answer; writes its log line at the end of the block."""
-        outcome = Outcome(turn, self.clock())
         try:
             with contextlib.ExitStack() as stack:
-                yield self._events(turn, caller, client, stack, outcome)
+                yield self._events(outcome, caller, client, stack)
         except ClientGone:
             self._note("info", "answer_abandoned", request_id, outcome)
             raise
@@ -5453,10 +5486,9 @@ class App:
         self._note("info", "answer_finished", request_id, outcome)
 
     def _events(
-        self, turn: Turn, caller: Caller, client: Client, stack: contextlib.ExitStack,
-        outcome: Outcome,
+        self, outcome: Outcome, caller: Caller, client: Client, stack: contextlib.ExitStack
     ) -> Iterator[Event]:
-        config = self.config
+        config, turn = self.config, outcome.turn
         if self.draining:
             raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
         self.program.resolve()
@@ -5467,65 +5499,83 @@ class App:
         )
         slot = stack.enter_context(self.gate.slot(config))
         yield from slot.wait(watch, self.clock)
+        stack.callback(self._give_up, outcome)
         history = history_of(turn, caller.name, config.system_prompt)
-        process, outcome.parted_at = self.parking.take(history, turn.messages[-1])
-        if process is not None:
-            stack.callback(self._put_away, process, outcome, history)
+        outcome.process, outcome.parted_at = self.parking.take(history, turn.messages[-1])
+        if outcome.process is not None:
             outcome.warm, outcome.path = True, "continued"
             try:
-                yield from self._continued(process, turn, watch, outcome)
+                yield from self._continued(outcome, outcome.process, history, watch)
                 return
             except UpstreamFailed:
                 # It may have died while it was parked: nothing is lost as long as nothing was said.
-                if outcome.first_token_s is not None or process.alive():
+                if outcome.first_token_s is not None or outcome.process.alive():
                     raise
+                self._give_up(outcome)
+        yield from self._rebuilt(outcome, history, watch)
+
+    def _continued(
+        self, outcome: Outcome, process: ClaudeProcess, history: History, watch: Watch
+    ) -> Iterator[Event]:
+        """The events of the answer to the one message that the process does not hold yet."""
+        message = outcome.turn.messages[-1]
+        results = [block for block in message.content if block["type"] == "tool_result"]
+        steps = [] if results else [message_line(message, process.version, ask=True)]
+        yield from self._heard(outcome, process, history, Script(steps, results), watch)
+
+    def _rebuilt(self, outcome: Outcome, history: History, watch: Watch) -> Iterator[Event]:
+        """The events of the answer of a fresh process, which is told the whole conversation."""
+        turn = outcome.turn
         outcome.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         if turn.model.known:
             # Others have to prove that they exist before processes wait for them.
             self.spares.want(turn.model.id)
         process, outcome.warm = self.spares.take(turn.model.id)
-        stack.callback(self._put_away, process, outcome, history)
+        outcome.process = process
         self.mail.put("tend")
         process.tools = ToolServer(turn.tools)
-        steps = conversation(turn, config.system_prompt, process.version)
-        yield from self._heard(process, steps, turn, watch, outcome)
-
-    def _continued(
-        self, process: ClaudeProcess, turn: Turn, watch: Watch, outcome: Outcome
-    ) -> Iterator[Event]:
-        """The events of the answer to the one message that the process does not hold yet."""
-        message = turn.messages[-1]
-        results = [block for block in message.content if block["type"] == "tool_result"]
-        steps = [] if results else [message_line(message, process.version, ask=True)]
-        yield from self._heard(process, steps, turn, watch, outcome, results)
+        steps = conversation(turn, self.config.system_prompt, process.version)
+        yield from self._heard(outcome, process, history, Script(steps), watch)
 
     def _heard(
-        self, process: ClaudeProcess, steps: list[bytes], turn: Turn, watch: Watch,
-        outcome: Outcome, results: Iterable[Block] = (),
+        self, outcome: Outcome, process: ClaudeProcess, history: History, script: Script,
+        watch: Watch,
     ) -> Iterator[Event]:
+        """The events of the answer. The process is parked before the last of them is passed on,
+        so that a client's next message finds it."""
         final_only = self.config.is_agent and self.config.agent_text == "final"
-        reader = TurnReader(turn.tools, turn.shape, final_only=final_only)
-        for event in process.converse(steps, watch, reader, results):
+        reader = TurnReader(outcome.turn.tools, outcome.turn.shape, final_only=final_only)
+        for event in process.converse(script, watch, reader):
             outcome.note(event, self.clock())
+            if isinstance(event, Finished):
+                self._put_away(outcome, process, history, event)
             yield event
 
-    def _put_away(self, process: ClaudeProcess, outcome: Outcome, history: History) -> None:
-        """Parks the process of a complete answer, and ends any other."""
-        finished = outcome.finished
-        if finished is not None:
-            self.account.answered()
-            self.spares.want(process.model_id)
-        if finished is None or finished.stop_reason not in _PARKABLE:
-            # It may be about to ask the API for something that nobody wants.
-            self.spares.dismiss(process, kindly=False)
-        elif outcome.turn.shape is not None or not self.config.parked_processes:
-            self.spares.dismiss(process, kindly=finished.stop_reason != "tool_use")
-        else:
-            answer = outcome.builder.answer(finished)
+    def _put_away(
+        self, outcome: Outcome, process: ClaudeProcess, history: History, finished: Finished
+    ) -> None:
+        """Parks the process of a complete answer if it may go on from it, else ends it."""
+        self.account.answered()
+        self.spares.want(process.model_id)
+        outcome.process = None
+        parks = finished.stop_reason in _PARKABLE and outcome.turn.shape is None
+        if parks and self.config.parked_processes:
+            answer = outcome.answer()
             held = message_digest(Message("assistant", answer.blocks))
             awaiting = frozenset(call["id"] for call in answer.calls)
             self.parking.put(process, History(history.base, (*history.digests, held)), awaiting)
+        else:
+            # With a call unanswered, or after a limit, it would ask the API again by itself.
+            complete = finished.stop_reason in ("end_turn", "stop_sequence")
+            self.spares.dismiss(process, kindly=complete)
         self.mail.put("tend")
+
+    def _give_up(self, outcome: Outcome) -> None:
+        """Ends the process of an answer that did not come to its end."""
+        process, outcome.process = outcome.process, None
+        if process is not None:
+            self.spares.dismiss(process, kindly=False)
+            self.mail.put("tend")
 
     def _note_failure(self, error: OcpError, request_id: str, outcome: Outcome) -> None:
         self.counters.add("errors")
@@ -5655,8 +5705,8 @@ class HttpExchange(Protocol):
     def send_stream(self, renderer: Renderer, events: Iterator[Choice]) -> None:
         """Answers 200 with server-sent events; the status goes out with the first of them."""
 
-    def kept_alive(self, events: Iterator[Choice], silence_s: float) -> Iterator[Choice]:
-        """Passes events on and sends white space into a silence that grows too long."""
+    def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
+        """Waits for the end of the events; white space goes into a silence that grows too long."""
 
 
 def _parsed(app: App, exchange: HttpExchange) -> Turn:
@@ -5693,18 +5743,17 @@ def _parsed(app: App, exchange: HttpExchange) -> Turn:
 def answer(app: App, exchange: HttpExchange) -> None:
     """Every route that asks a model."""
     dialect, turn = exchange.dialect, _parsed(app, exchange)
-    gathered = Gathering(turn.choices)
-    with app.answering(turn, exchange.caller, exchange.client, exchange.request_id) as events:
+    with app.answering(turn, exchange.caller, exchange.client, exchange.request_id) as answering:
         if turn.stream:
             renderer = dialect.stream(turn)
-            exchange.send_stream(renderer, gathered.noting(events))
+            exchange.send_stream(renderer, answering.events)
             body = renderer.body
         else:
-            kept = exchange.kept_alive(events, app.config.whole_silence_ms / 1000)
-            body = dialect.whole(turn, gathered.all(kept))
+            exchange.keep_alive(answering.events, app.config.whole_silence_ms / 1000)
+            body = dialect.whole(turn, answering.answers())
             exchange.send_json(body)
         if dialect.stores(turn) or turn.session_id:
-            _remember(app, exchange, turn, gathered.answers()[0], body)
+            _remember(app, exchange, turn, answering.answers()[0], body)
 
 
 def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body: Json) -> None:
@@ -5713,8 +5762,13 @@ def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn):
         app.responses.put(exchange.caller.name, body, messages, app.config)
-    if turn.session_id:
+    if not turn.session_id:
+        return
+    try:
         app.sessions.put(exchange.caller.name, turn, messages, app.config.session_ttl_ms / 1000)
+    except sqlite3.Error as problem:
+        # The answer is out; only its memory is lost, to a full disk for example.
+        app.log.event("error", "session_not_kept", error=str(problem))
 
 
 def get_sessions(app: App, exchange: HttpExchange) -> None:
@@ -6340,16 +6394,15 @@ class Exchange(BaseHTTPRequestHandler):
         self._send(renderer.end())
         self._end_chunks()
 
-    def kept_alive(self, events: Iterator[Choice], silence_s: float) -> Iterator[Choice]:
+    def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
         """See HttpExchange. Node clients hang up after 300 s without a byte."""
         silent_since_s = time.monotonic()
-        for event in events:
+        for _ in events:
             if silence_s and time.monotonic() - silent_since_s >= silence_s:
                 silent_since_s = time.monotonic()
                 if not self._status:
                     self._begin_chunks({"Content-Type": "application/json"})
                 self._send(b" \n")
-            yield event
 
     def _send_body(self, status: int, value: object, headers: Mapping[str, str]) -> None:
         body = to_json(value) + b"\n"
