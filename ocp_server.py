@@ -153,7 +153,11 @@ def redacted(text: str) -> str:
     return _SECRET.sub(lambda match: match.group(1) + "[redacted]", text)
 
 
-_PATH = re.compile(r"(?:[A-Za-z]:|file://)?(?<![\w/.])/(?!/)[\w.@+-]+(?:/[\w.@+-]*)*")
+_PATH = re.compile(
+    r"(?:file://|\b[A-Za-z]:|(?<![\w./]))/"
+    r"(?:(?:root|home|etc|tmp|var|usr|opt|mnt|srv|Users|private|Volumes)\b[^\s'\"),;]*"
+    r"|[\w.@+-]+(?:/[\w.@+-]+)+/?)"
+)
 
 
 def without_paths(text: str) -> str:
@@ -812,7 +816,7 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 
     def _open(self) -> io.TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        return open(descriptor, "a", encoding="utf-8")
+        return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
     def handleError(self, record: logging.LogRecord) -> None:
         """A full disk must not stop an answer; the terminal and the ring still have the event."""
@@ -1221,7 +1225,7 @@ class Answer(NamedTuple):
 
     def joined(self, kind: str) -> str:
         """The "text" or the "thinking" of all blocks."""
-        return "".join(str(block[kind]) for block in self.blocks if block["type"] == kind)
+        return "".join(str(b.get(kind, "")) for b in self.blocks if b["type"] == kind)
 
     @property
     def calls(self) -> list[Block]:
@@ -1254,8 +1258,10 @@ class AnswerBuilder:
             self._pieces.clear()
 
     def answer(self, finished: Finished) -> Answer:
-        """The answer. A tool call whose arguments were cut off is left out: it must not run."""
-        blocks = [self._block(index, block) for index, block in sorted(self._blocks.items())]
+        """The answer. A tool call that was cut off is left out: it must not run."""
+        whole = finished.stop_reason == "tool_use"
+        found = sorted(self._blocks.items())
+        blocks = [self._block(index, block, whole) for index, block in found]
         refusals = [piece for (_, kind), piece in self._pieces.items() if kind == "refusal"]
         return Answer(
             message_id=self._started.message_id,
@@ -1267,11 +1273,11 @@ class AnswerBuilder:
             usage=finished.usage,
         )
 
-    def _block(self, index: int, block: Block) -> Block | None:
+    def _block(self, index: int, block: Block, whole: bool) -> Block | None:
         if block.get("type") == "tool_use":
             arguments = "".join(self._pieces.get((index, "arguments"), ()))
             try:
-                return {**block, "input": from_json(arguments) if arguments else {}}
+                return {**block, "input": from_json(arguments or ("{}" if whole else ""))}
             except ValueError:
                 return None
         filled = dict(block)
@@ -1285,11 +1291,25 @@ class AnswerBuilder:
 _CHARS_PER_TOKEN = 3
 
 
+def _without_attachments(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The blocks whose length says something about their tokens."""
+    for block in blocks:
+        if block["type"] == "tool_result":
+            yield {**block, "content": list(_without_attachments(block["content"]))}
+        elif block["type"] not in ("image", "document"):
+            yield block
+
+
 def _weight(message: Message) -> int:
-    """The characters of a message. Images do not count: their tokens have nothing to do with
-    their length."""
-    texts = [block for block in message.content if block["type"] not in ("image", "document")]
-    return len(json.dumps(texts, ensure_ascii=False))
+    """The characters of a message, images and documents left out."""
+    return len(json.dumps(list(_without_attachments(message.content)), ensure_ascii=False))
+
+
+def _fixed_weight(turn: Turn) -> int:
+    """The characters of what cannot be dropped from a prompt, its last message aside."""
+    tools = json.dumps([tool._asdict() for tool in turn.tools]) if turn.tools else ""
+    schema = json.dumps(turn.shape.schema) if turn.shape is not None else ""
+    return len(turn.system) + len(tools) + len(schema)
 
 
 def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
@@ -1300,7 +1320,8 @@ def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
     in the words by which agents know that they have to shorten their history.
     """
     most_chars = most_chars or turn.model.context_window * _CHARS_PER_TOKEN
-    left = most_chars - len(turn.system) - _weight(turn.messages[-1])
+    newest = max(_weight(turn.choice(index).messages[-1]) for index in range(turn.choices))
+    left = most_chars - _fixed_weight(turn) - newest
     if left < 0:
         raise ContextTooLong(
             f"prompt is too long: {(most_chars - left) // _CHARS_PER_TOKEN} tokens > "
@@ -1330,11 +1351,18 @@ _ATTACHMENT_TOKENS = 1_500
 
 def estimated_tokens(turn: Turn) -> int:
     """About how many tokens the prompt has."""
-    tools = json.dumps([tool._asdict() for tool in turn.tools]) if turn.tools else ""
-    chars = len(turn.system) + len(tools) + sum(_weight(message) for message in turn.messages)
-    blocks = [block for message in turn.messages for block in message.content]
-    attachments = [block for block in blocks if block["type"] in ("image", "document")]
-    return max(1, round(chars / 3.5)) + _ATTACHMENT_TOKENS * len(attachments)
+    chars = _fixed_weight(turn) + sum(_weight(message) for message in turn.messages)
+    attachments = sum(_attachments(message.content) for message in turn.messages)
+    return max(1, round(chars / 3.5)) + _ATTACHMENT_TOKENS * attachments
+
+
+def _attachments(blocks: Iterable[Block]) -> int:
+    """How many images and documents there are, those of tool results included."""
+    return sum(
+        _attachments(block["content"]) if block["type"] == "tool_result"
+        else block["type"] in ("image", "document")
+        for block in blocks
+    )
 
 
 def _begins(message: Message) -> bool:
@@ -1375,12 +1403,18 @@ class Store:
         self._lock = threading.RLock()
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000"):
-            self._connection.execute(f"PRAGMA {pragma}")
-        self._migrate()
+        try:
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000"):
+                self._connection.execute(f"PRAGMA {pragma}")
+            self._migrate()
+        except sqlite3.Error:
+            self._connection.close()
+            raise
 
     def _migrate(self) -> None:
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise sqlite3.DatabaseError("the database belongs to a newer version of OCP")
         for number, statement in enumerate(MIGRATIONS[version:], version + 1):
             with self.transaction() as connection:
                 connection.execute(statement)
@@ -1721,9 +1755,17 @@ def in_session(
     """The messages, after those of the session that the request names. A request that brings
     answers of its own knows its history better."""
     session_id = fields.text("session_id")
+    if session_id and not re.fullmatch(r"[\x20-\x7e]{1,256}", session_id):
+        raise fields.wrong("session_id", "up to 256 plain characters")
     if not session_id or any(message.role == "assistant" for message in messages):
         return messages
-    return [*parsing.session(session_id, system), *messages]
+    earlier = parsing.session(session_id, system)
+    answers = any(block["type"] == "tool_result" for m in messages for block in m.content)
+    if earlier and not answers:
+        # Who goes on without the results of a call has given it up.
+        said = [block for block in earlier[-1].content if block["type"] != "tool_use"]
+        earlier[-1] = Message("assistant", said)
+    return [*earlier, *messages]
 
 
 def answerable(system: str, messages: list[Message], param: str) -> tuple[str, list[Message]]:
@@ -1946,9 +1988,8 @@ def _thinking_tokens(model: Model, wanted: Wanted) -> int | None:
         return None if model.reasoning else 0
     if budget is None:
         budget = EFFORT_BUDGETS[str(wanted.effort)]
-    if wanted.max_tokens is not None:
-        # Half is left for the answer.
-        budget = min(budget, wanted.max_tokens // 2)
+    # Half is left for the answer.
+    budget = min(budget, (wanted.max_tokens or model.max_tokens) // 2)
     return budget if budget >= _LEAST_BUDGET_TOKENS else 0
 
 
@@ -2087,10 +2128,11 @@ FINISH_REASONS = {
 }
 
 
-def openai_usage(usages: Iterable[Usage]) -> Json:
-    """The usage object of chat and legacy completions. Choices share one prompt."""
+def openai_usage(usages: Iterable[Usage], *, one_prompt: bool = True) -> Json:
+    """The usage object of chat and legacy completions. Choices share `one_prompt`, or not."""
     counted = list(usages)
-    prompt_tokens = max(usage.prompt_tokens for usage in counted)
+    prompts = [usage.prompt_tokens for usage in counted]
+    prompt_tokens = max(prompts) if one_prompt else sum(prompts)
     output_tokens = sum(usage.output_tokens for usage in counted)
     found: Json = {
         "prompt_tokens": prompt_tokens,
@@ -2124,7 +2166,9 @@ def _tool_name(entry: Fields) -> str:
 
 def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str] | None]:
     """The choice that an OpenAI request makes, and the names that it is limited to."""
-    parallel = fields.object.get("parallel_tool_calls") is not False
+    # The old functions are called one at a time: their answers have room for one.
+    one_only = fields.given("parallel_tool_calls") and not fields.flag("parallel_tool_calls")
+    parallel = not one_only and not fields.given("functions")
     value = fields.object.get(field)
     if value is None or isinstance(value, str):
         word = fields.word(field, ("auto", "none", "required"))
@@ -2475,8 +2519,9 @@ class ChatChoice:
         self._index = index
         self._began = False
         self._answered = False
-        #: Which tool call a block is, counted from 0.
+        #: Which tool call a block is, counted from 0, and those without arguments so far.
         self._calls: dict[int, int] = {}
+        self._bare: list[int] = []
 
     def deltas(self, event: Event) -> Iterator[tuple[Json, str | None]]:
         """The deltas of one event, with their finish reasons; the role comes with the first."""
@@ -2494,16 +2539,22 @@ class ChatChoice:
             self._answered = True
             yield self._call_began(event), None
         elif isinstance(event, Finished):
+            for block_index in self._bare if event.stop_reason == "tool_use" else ():
+                # A call without arguments is a complete one after all.
+                yield self._arguments(Delta(block_index, "arguments", "{}")), None
             yield {}, self._dialect.finish(self._turn, event)
         elif isinstance(event, Delta):
-            self._answered = self._answered or event.kind != "thinking"
+            self._answered = self._answered or event.kind in ("text", "arguments", "refusal")
             if event.kind == "arguments" and event.text:
+                if event.block_index in self._bare:
+                    self._bare.remove(event.block_index)
                 yield self._arguments(event), None
             elif event.kind in _CHAT_FIELDS:
                 yield {_CHAT_FIELDS[event.kind]: event.text}, None
 
     def _call_began(self, event: BlockStarted) -> Json:
         index = self._calls.setdefault(event.block_index, len(self._calls))
+        self._bare.append(event.block_index)
         function = {"name": event.block["name"], "arguments": ""}
         if self._turn.wire["legacy_functions"]:
             return {"function_call": function}
@@ -2537,9 +2588,9 @@ class CompletionsDialect(Dialect):
             raise Unsupported("suffix: the models do not fill in the middle.", param="suffix")
         if asks_for_something(fields.object.get("logprobs")):
             raise Unsupported("logprobs: the API behind this server gives none.", param="logprobs")
-        prompts = [prompt for prompt in fields.texts("prompt") if prompt.strip()]
+        prompts = fields.texts("prompt")
         count = (fields.integer("n", 1, CHOICES_MOST) or 1) * len(prompts)
-        if not prompts or count > CHOICES_MOST:
+        if not count or count > CHOICES_MOST or not all(prompt.strip() for prompt in prompts):
             raise fields.wrong("prompt", f"text, or an array of at most {CHOICES_MOST} texts")
         wanted = Wanted(
             max_tokens=fields.integer("max_tokens", 1),
@@ -2589,7 +2640,8 @@ class CompletionsDialect(Dialect):
             self.choice(index, turn.wire["echo"][index] + answer.joined("text"), answer.stop_reason)
             for index, answer in enumerate(answers)
         ]
-        return {**self.body(turn, choices), "usage": openai_usage(a.usage for a in answers)}
+        usage = openai_usage((answer.usage for answer in answers), one_prompt=not turn.others)
+        return {**self.body(turn, choices), "usage": usage}
 
     def stream(self, turn: Turn) -> Renderer:
         """See Dialect.stream."""
@@ -2628,11 +2680,19 @@ class CompletionsRenderer(Renderer):
         done = b"data: [DONE]\n\n"
         if not self._turn.wire["include_usage"]:
             return done
-        usage = {"usage": openai_usage(self._usages)}
-        return server_sent({**self._completions.body(self._turn, []), **usage}) + done
+        usage = openai_usage(self._usages, one_prompt=not self._turn.others)
+        return server_sent({**self._completions.body(self._turn, []), "usage": usage}) + done
 
 
 COMPLETIONS = CompletionsDialect()
+
+
+#: Types of blocks that a role's messages cannot have.
+_NOT_SAID_BY = {
+    "user": ("tool_use",),
+    "assistant": ("tool_result", "image", "document"),
+    "system": ("tool_use", "tool_result", "image", "document"),
+}
 
 
 class MessagesDialect(Dialect):
@@ -2724,6 +2784,10 @@ class MessagesDialect(Dialect):
             if role is None:
                 raise entry.wrong("role", "user or assistant")
             blocks = self._blocks(entry, "content", attachments)
+            for block in blocks:
+                if block["type"] in _NOT_SAID_BY[role]:
+                    what = f"without {block['type']} blocks, which are not the {role}'s"
+                    raise entry.wrong("content", what)
             if role == "system":
                 system.append(text_of(blocks))
             else:
@@ -3174,7 +3238,7 @@ def finished_item(item: Json, block: Block) -> Json:
         arguments = to_json(block["input"]).decode("utf-8")
         return {**item, "status": "completed", "arguments": arguments}
     if kind == "thinking":
-        return {**item, "summary": [part_of(kind, block["thinking"])]}
+        return {**item, "summary": [part_of(kind, block.get("thinking", ""))]}
     return {**item, "status": "completed", "content": [part_of(kind, block["text"])]}
 
 
@@ -3222,7 +3286,8 @@ class ResponsesRenderer(Renderer):
                 raise broken_answer()
             return self._close()
         if isinstance(event, BlockStarted):
-            return self._open(event.block)
+            # What is followed by another block was complete, a call without arguments too.
+            return self._close(certain=True) + self._open(event.block)
         if isinstance(event, Delta):
             return self._delta(event)
         if isinstance(event, BlockStopped):
@@ -3270,12 +3335,12 @@ class ResponsesRenderer(Renderer):
             f"response.{name}.delta", **self._place(), delta=event.text, **more
         )
 
-    def _close(self) -> bytes:
-        """Ends the open item. A call whose arguments were cut off stays open: Codex would run
-        it."""
-        if self._item is None:
-            return b""
+    def _close(self, *, certain: bool = False) -> bytes:
+        """Ends the open item. A call that was cut off stays open: Codex would run it. Whether
+        that happened to one without arguments is `certain` only later."""
         item, text = self._item, "".join(self._pieces)
+        if item is None or (self._kind == "tool_use" and not text and not certain):
+            return b""
         name = _RESPONSES_EVENTS[self._kind][0]
         if self._kind == "tool_use":
             try:
@@ -3301,7 +3366,7 @@ class ResponsesRenderer(Renderer):
         return frames
 
     def _finish(self, event: Finished) -> bytes:
-        closed = self._begin() + self._close()
+        closed = self._begin() + self._close(certain=event.stop_reason == "tool_use")
         self.body = self._responses.ended(self._turn, self._output, event.stop_reason, event.usage)
         return closed + self._frame(f"response.{self.body['status']}", response=self.body)
 
@@ -3434,6 +3499,11 @@ def _line(value: Json) -> bytes:
     return to_json(value) + b"\n"
 
 
+def _object(value: object) -> Json:
+    """`value` if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def control_line(subtype: str, **fields: object) -> bytes:
     """A control request. claude answers each one by its id."""
     request = {"subtype": subtype, **fields}
@@ -3488,9 +3558,8 @@ class ToolServer:
 
     def reply(self, line: Json) -> bytes:
         """The answer to a control request of claude's; empty when it has to wait."""
-        request = line.get("request")
-        message = request.get("message") if isinstance(request, dict) else None
-        if not isinstance(message, dict):
+        message = _object(_object(line.get("request")).get("message"))
+        if not message:
             return _refusal_line(line.get("request_id"))
         if message.get("method") == "tools/call":
             return self._call(line.get("request_id"), message)
@@ -3506,7 +3575,7 @@ class ToolServer:
         method = message.get("method")
         if method == "initialize":
             return {
-                "protocolVersion": message.get("params", {}).get("protocolVersion"),
+                "protocolVersion": _object(message.get("params")).get("protocolVersion"),
                 "capabilities": {"tools": {}},
                 "serverInfo": {"name": TOOL_SERVER, "version": "1"},
             }
@@ -3524,7 +3593,7 @@ class ToolServer:
         return {} if str(method).startswith("notifications/") or method == "ping" else None
 
     def _call(self, request_id: object, message: Json) -> bytes:
-        meta = message.get("params", {}).get("_meta", {})
+        meta = _object(_object(message.get("params")).get("_meta"))
         call_id = plain_id(str(meta.get("claudecode/toolUseId", "")))
         self._calls[call_id] = (request_id, message.get("id"))
         return self._answers()
@@ -4042,7 +4111,8 @@ class TurnReader:
         status = line.get("api_error_status")
         if isinstance(status, int):
             complaint = complaint._replace(status=status)
-        if self._shape is not None and not complaint.text and complaint.status is None:
+        unfit = not line.get("is_error") or "structured_output" in str(line.get("subtype"))
+        if self._shape is not None and unfit and not complaint.text and complaint.status is None:
             return self._refusal()
         if not complaint.text and line.get("is_error"):
             errors = line.get("errors")
@@ -4838,6 +4908,8 @@ class Spares:
         with self._lock:
             dropped = [process for waiting in self._idle.values() for process in waiting]
             self._idle.clear()
+            for model_id in self._wanted_s:
+                self._refill_s.setdefault(model_id, self._clock() + _REFILL_PAUSE_S)
         for process in dropped:
             self.dismiss(process, kindly=True)
 
@@ -4876,9 +4948,9 @@ class Spares:
             ended = [process for process in waiting if not process.alive()]
             if any(now_s - process.born_s < _YOUNG_S for process in ended):
                 self._pause_until_s = now_s + _FAILURE_PAUSE_S
-            if ended and model_id in self._wanted_s:
-                self._refill_s.setdefault(model_id, now_s)
             old = [p for p in waiting if now_s - p.born_s > idle_s and p not in ended]
+            if (ended or old) and model_id in self._wanted_s:
+                self._refill_s.setdefault(model_id, now_s)
             retire += ended + old
             self._idle[model_id] = [p for p in waiting if p not in ended and p not in old]
         return retire
@@ -5146,7 +5218,7 @@ class Stored(NamedTuple):
     #: The whole conversation, this answer included.
     messages: list[Message]
     size_bytes: int
-    since_s: float
+    until_s: float
 
 
 #: What all stored responses together may take.
@@ -5165,22 +5237,28 @@ class Responses:
 
     def put(self, caller: str, body: Json, messages: list[Message], config: Config) -> None:
         """Stores a response; the oldest go when there are too many or their time is up."""
-        size_bytes = len(to_json([message.content for message in messages]))
+        size_bytes = len(to_json([message.content for message in messages])) + len(to_json(body))
         now_s = self._clock()
-        oldest_s = now_s - config.session_ttl_ms / 1000
+        stored = Stored(caller, body, messages, size_bytes, now_s + config.session_ttl_ms / 1000)
         with self._lock:
-            self._stored[body["id"]] = Stored(caller, body, messages, size_bytes, now_s)
+            self._forget(body["id"])
+            self._stored[body["id"]] = stored
             self._size_bytes += size_bytes
-            for response_id, stored in list(self._stored.items()):
-                if self._size_bytes <= _STORED_MOST_BYTES and stored.since_s >= oldest_s:
+            for response_id, other in list(self._stored.items()):
+                if self._size_bytes <= _STORED_MOST_BYTES and other.until_s > now_s:
                     break
-                self._size_bytes -= self._stored.pop(response_id).size_bytes
+                self._forget(response_id)
+
+    def _forget(self, response_id: str) -> None:
+        """The lock is held by the caller."""
+        stored = self._stored.pop(response_id, None)
+        self._size_bytes -= stored.size_bytes if stored is not None else 0
 
     def get(self, caller: str, response_id: str) -> Stored:
         """The response of this id. Raises NotFound, also for somebody else's."""
         with self._lock:
             stored = self._stored.get(response_id)
-        if stored is None or stored.caller != caller:
+        if stored is None or stored.caller != caller or stored.until_s <= self._clock():
             raise NotFound(
                 f"There is no response {one_line(response_id, 80)!r}: it was not stored, or its "
                 "time is up. Send the conversation itself.",
@@ -5192,8 +5270,7 @@ class Responses:
         """Forgets a response. Raises NotFound."""
         self.get(caller, response_id)
         with self._lock:
-            stored = self._stored.pop(response_id, None)
-            self._size_bytes -= stored.size_bytes if stored is not None else 0
+            self._forget(response_id)
 
 
 # ==== 14. Account ============================================================
@@ -6381,10 +6458,17 @@ class Exchange(BaseHTTPRequestHandler):
             self._end_chunks()
 
     def send_stream(self, renderer: Renderer, events: Iterator[Choice]) -> None:
-        """See HttpExchange."""
+        """See HttpExchange. Events that a dialect does not show are silence too."""
+        heartbeat_s = self.app.config.heartbeat_ms / 1000
+        sent_s = time.monotonic()
         for index, event in events:
             silent = isinstance(event, Tick)
-            data = renderer.silence() if silent else renderer.event(index, event)
+            data = b"" if silent else renderer.event(index, event)
+            now_s = time.monotonic()
+            if silent or (not data and heartbeat_s and now_s - sent_s >= heartbeat_s):
+                data = renderer.silence()
+            if data:
+                sent_s = now_s
             if data and self._renderer is None:
                 # Whatever failed before this had a status of its own.
                 self._renderer = renderer

@@ -246,7 +246,7 @@ def test_usage_is_told_in_a_chunk_of_its_own_when_asked() -> None:
 
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 2 * USAGE.output_tokens
-    assert last["usage"]["prompt_tokens"] == USAGE.prompt_tokens
+    assert last["usage"]["prompt_tokens"] == 2 * USAGE.prompt_tokens
     assert b"usage" not in answer("stream")
 
 

@@ -194,13 +194,15 @@ def test_a_new_start_goes_on_in_the_same_file(notebook: Notebook, tmp_path: Path
     assert [entry["event"] for entry in again.lines()] == ["first", "second"]
 
 
-def fill(path: Path) -> None:
-    """Makes the file so large that the next line does not fit."""
-    os.truncate(path, 10_000_000)
+def fill(notebook: Notebook) -> None:
+    """Makes the file so large that the next line does not fit, as a log finds it at a start."""
+    notebook.log.close()
+    os.truncate(notebook.path, 10_000_000)
+    notebook.log.to_file(str(notebook.path))
 
 
 def test_a_full_file_is_put_aside_and_the_new_one_is_private_too(notebook: Notebook) -> None:
-    fill(notebook.path)
+    fill(notebook)
 
     notebook.log.event("info", "after")
 
@@ -212,7 +214,7 @@ def test_a_full_file_is_put_aside_and_the_new_one_is_private_too(notebook: Noteb
 
 def test_three_old_files_are_kept(notebook: Notebook) -> None:
     for _ in range(5):
-        fill(notebook.path)
+        fill(notebook)
         notebook.log.event("info", "after")
 
     names = sorted(path.name for path in notebook.path.parent.iterdir())
@@ -224,7 +226,7 @@ def test_a_file_that_cannot_be_put_aside_stops_nothing(
 ) -> None:
     for number in (1, 2, 3):
         notebook.path.with_name(f"ocp.log.{number}").mkdir()
-    fill(notebook.path)
+    fill(notebook)
 
     notebook.log.event("info", "after")
 
