@@ -761,6 +761,12 @@ class UpstreamFailed(OcpError):
     code = "upstream_failed"
 
 
+class EmptyAnswer(BadRequest):
+    """The model said nothing. 400 because clients ask again and again after any other status."""
+
+    code = "empty_answer"
+
+
 class UpstreamForbidden(Forbidden):
     """The API refused this account, or this model to it."""
 
@@ -1700,6 +1706,16 @@ def text_of(blocks: Iterable[Block]) -> str:
     return "\n\n".join(str(block["text"]) for block in blocks if block.get("type") == "text")
 
 
+#: How a line of claude's own begins, which another claude sends as part of its system prompt. The
+#: one that is driven here would take a whole system prompt for such a line.
+_BILLING_HEADER = "x-anthropic-billing-header:"
+
+
+def system_text(blocks: Iterable[Block]) -> str:
+    """The text of a system prompt's blocks."""
+    return text_of(b for b in blocks if not str(b.get("text")).startswith(_BILLING_HEADER))
+
+
 def merged(messages: Iterable[Message]) -> list[Message]:
     """The messages with neighbours of one role joined and empty ones left out.
 
@@ -2359,7 +2375,7 @@ class ChatDialect(Dialect):
         for entry in entries:
             role = entry.text("role")
             if role in ("system", "developer"):
-                system.append(text_of(openai_content(entry, None)))
+                system.append(system_text(openai_content(entry, None)))
             elif role == "user":
                 messages.append(Message("user", openai_content(entry, attachments)))
             elif role == "assistant":
@@ -2777,7 +2793,7 @@ class MessagesDialect(Dialect):
 
     def _conversation(self, fields: Fields, parsing: Parsing) -> tuple[str, list[Message]]:
         attachments = Attachments(parsing.limits)
-        system = [text_of(self._blocks(fields, "system", attachments))]
+        system = [system_text(self._blocks(fields, "system", attachments))]
         messages: list[Message] = []
         for entry in fields.objects("messages"):
             role = entry.word("role", ("user", "assistant", "system"))
@@ -2788,12 +2804,24 @@ class MessagesDialect(Dialect):
                 if block["type"] in _NOT_SAID_BY[role]:
                     what = f"without {block['type']} blocks, which are not the {role}'s"
                     raise entry.wrong("content", what)
-            if role == "system":
-                system.append(text_of(blocks))
+            if role == "system" and messages:
+                self._remind(messages, text_of(blocks))
+            elif role == "system":
+                system.append(system_text(blocks))
             else:
                 messages.append(Message(role, blocks))
         prompt = "\n\n".join(text for text in system if text)
         return answerable(prompt, in_session(fields, parsing, prompt, messages), "messages")
+
+    def _remind(self, messages: list[Message], text: str) -> None:
+        """Puts a system message where it stands: in the system prompt it would change that at
+        every step. Beside tool results it goes into the last of them, as Claude Code does."""
+        block = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+        last = messages[-1].content[-1] if messages[-1].content else {}
+        if last.get("type") == "tool_result":
+            last["content"].append(block)
+        else:
+            messages.append(Message("user", [block]))
 
     def _blocks(self, entry: Fields, name: str, attachments: Attachments) -> list[Block]:
         """A string or an array of blocks."""
@@ -2836,6 +2864,9 @@ class MessagesDialect(Dialect):
                 "content": self._blocks(block, "content", attachments),
             }
             return [{**result, "is_error": True} if block.flag("is_error") else result]
+        if kind == "tool_reference":
+            # What a tool search of the client's found; the tool itself is among the tools.
+            return text_block(f"The tool {block.needed_text('tool_name')} is loaded.")
         if kind in ("thinking", "redacted_thinking"):
             # claude keeps the thinking of its own history; it takes none from outside.
             return []
@@ -3126,7 +3157,7 @@ class ResponsesDialect(Dialect):
         for item in fields.objects("input"):
             kind = item.text("type") or "message"
             if kind == "message" and item.text("role") in ("system", "developer"):
-                system.append(text_of(openai_content(item, None)))
+                system.append(system_text(openai_content(item, None)))
             else:
                 messages += self._item(item, kind, attachments)
         return answerable("\n\n".join(text for text in system if text), messages, "input")
@@ -3251,6 +3282,10 @@ _RESPONSES_EVENTS = {
 }
 
 
+#: Codes of failures, besides invalid_prompt, after which Codex does not ask again.
+_FINAL_CODES = ("context_length_exceeded", "insufficient_quota")
+
+
 class ResponsesRenderer(Renderer):
     """Renders a streamed response with its full ladder of events."""
 
@@ -3290,8 +3325,7 @@ class ResponsesRenderer(Renderer):
             return self._close(certain=True) + self._open(event.block)
         if isinstance(event, Delta):
             return self._delta(event)
-        if isinstance(event, BlockStopped):
-            return self._close()
+        # The end of a block says nothing: a block that is cut off is ended too.
         return self._finish(event) if isinstance(event, Finished) else b""
 
     def _place(self) -> Json:
@@ -3366,6 +3400,10 @@ class ResponsesRenderer(Renderer):
         return frames
 
     def _finish(self, event: Finished) -> bytes:
+        if event.stop_reason == "refusal":
+            # Codex asks again after anything that looks incomplete, but not after this.
+            error = BadRequest("The model declined to answer.", code="content_filter")
+            return self.failure(error, "")
         closed = self._begin() + self._close(certain=event.stop_reason == "tool_use")
         self.body = self._responses.ended(self._turn, self._output, event.stop_reason, event.usage)
         return closed + self._frame(f"response.{self.body['status']}", response=self.body)
@@ -3380,8 +3418,12 @@ class ResponsesRenderer(Renderer):
 
     def failure(self, error: OcpError, request_id: str) -> bytes:
         """See Renderer.failure."""
-        code = "server_is_overloaded" if isinstance(error, Overloaded) else error.error_code
-        told = {"code": code or error.openai_type, "message": error.message}
+        code = error.error_code or error.openai_type
+        if isinstance(error, Overloaded):
+            code = "server_is_overloaded"
+        elif not error.heals and code not in _FINAL_CODES:
+            code = "invalid_prompt"
+        told = {"code": code, "message": error.message}
         body = self._responses.body(self._turn, "failed", self._output, error=told)
         return self._begin() + self._frame("response.failed", response=body)
 
@@ -3402,6 +3444,9 @@ Version = tuple[int, ...]
 
 #: The tool that claude gives the model when an answer has to fit a schema.
 STRUCTURED_OUTPUT = "StructuredOutput"
+#: Names that claude gives a meaning of its own: with a tool called ToolSearch it would hold back
+#: all other tools of the client.
+_TAKEN_NAMES = (STRUCTURED_OUTPUT, "ToolSearch")
 #: The name under which claude knows the client's tools.
 TOOL_SERVER = "client"
 
@@ -3523,7 +3568,7 @@ def _refusal_line(request_id: object) -> bytes:
 
 def wire_name(name: str) -> str:
     """The name of a tool as the API takes it: most are, others get an equivalent."""
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) and name != STRUCTURED_OUTPUT:
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) and name not in _TAKEN_NAMES:
         return name
     tail = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50] + "_" + tail
@@ -4121,7 +4166,7 @@ class TurnReader:
             complaint = complaint._replace(text=text or f"claude ended: {line.get('subtype')}")
         if complaint.text or complaint.status:
             raise upstream_error(complaint, self.window, self._clock())
-        raise UpstreamFailed("The model ended its turn without an answer.", code="empty_answer")
+        raise EmptyAnswer("The model ended its turn without an answer.")
 
     def _refusal(self) -> list[Event]:
         """The model gave no answer of the wanted shape: what it said instead."""
@@ -5837,7 +5882,7 @@ def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body
     """Keeps the conversation under the name that the client will use for it."""
     blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
     messages = [*turn.messages, Message("assistant", blocks)]
-    if exchange.dialect.stores(turn):
+    if exchange.dialect.stores(turn) and body:
         app.responses.put(exchange.caller.name, body, messages, app.config)
     if not turn.session_id:
         return

@@ -407,7 +407,7 @@ def test_any_other_end_without_a_word_is_the_model_s_own(reason: str) -> None:
 
 
 def test_a_result_without_an_answer_is_a_failure() -> None:
-    with pytest.raises(ocp.UpstreamFailed) as caught:
+    with pytest.raises(ocp.EmptyAnswer) as caught:
         reader_after(START, ending("end_turn"), RESULT)
 
     assert caught.value.error_code == "empty_answer"
@@ -468,7 +468,7 @@ def test_the_status_of_the_result_decides() -> None:
 def test_a_finished_block_of_the_model_is_no_complaint() -> None:
     message = {"model": "claude-x", "content": [{"type": "text", "text": "Hello"}]}
 
-    with pytest.raises(ocp.UpstreamFailed) as caught:
+    with pytest.raises(ocp.EmptyAnswer) as caught:
         reader_after({"type": "assistant", "message": message}, RESULT)
 
     assert "Hello" not in caught.value.message

@@ -20,6 +20,7 @@ CONTRACT = {
     "BadRequest": (400, INVALID, None, False),
     "Unsupported": (400, INVALID, "unsupported_parameter", False),
     "ContextTooLong": (400, INVALID, "context_length_exceeded", False),
+    "EmptyAnswer": (400, INVALID, "empty_answer", False),
     "Unauthorized": (401, AUTHENTICATION, "invalid_api_key", False),
     "LoginLost": (401, AUTHENTICATION, "upstream_login_required", False),
     "Forbidden": (403, "permission_error", None, False),

@@ -144,11 +144,26 @@ def test_the_system_prompt_is_a_text_or_blocks(system: object, prompt: str) -> N
     assert turn(system=system).system == prompt
 
 
-def test_messages_of_the_system_go_into_its_prompt() -> None:
-    found = turn(USER, {"role": "system", "content": "Two."}, USER, system="One.")
+def test_messages_of_the_system_go_into_its_prompt_before_all_others() -> None:
+    found = turn({"role": "system", "content": "Two."}, USER, system="One.")
 
     assert found.system == "One.\n\nTwo."
-    assert conversation(found) == [("user", ["Hello", "Hello"])]
+    assert conversation(found) == [("user", ["Hello"])]
+
+
+def test_later_messages_of_the_system_stay_where_they_are() -> None:
+    found = turn(USER, {"role": "system", "content": "Two."}, USER, system="One.")
+
+    reminder = "<system-reminder>\nTwo.\n</system-reminder>"
+    assert found.system == "One."
+    assert conversation(found) == [("user", ["Hello", reminder, "Hello"])]
+
+
+def test_a_billing_header_of_another_claude_is_left_out() -> None:
+    header = {"type": "text", "text": "x-anthropic-billing-header: cc_version=1;"}
+    found = turn(USER, system=[header, {"type": "text", "text": "One."}])
+
+    assert found.system == "One."
 
 
 def test_a_session_comes_before_what_is_new() -> None:
