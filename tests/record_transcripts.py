@@ -74,7 +74,8 @@ class Session:
         self.transcript: list[Line] = []
         self._ids = 0
         self._arrived: queue.Queue[Optional[str]] = queue.Queue()
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()
+        # Open as long as the process is.
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         directory = home / "empty"
         directory.mkdir(parents=True)
         environment = dict(

@@ -27,8 +27,19 @@ import time
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any, Callable, Deque, Iterable, Iterator, Mapping, NamedTuple
-from typing import Optional, Sequence, TextIO, Union
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    TextIO,
+    Union,
+)
 
 Json = Any
 Body = Mapping[str, Json]

@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-
 import stub_api
-from stub_api import Recorded, Reply, StubApi, cut, error, hang, plan_limit
-from stub_api import stream_error, text, thinking, tool_calls
+from stub_api import (
+    Recorded,
+    Reply,
+    StubApi,
+    cut,
+    error,
+    hang,
+    plan_limit,
+    stream_error,
+    text,
+    thinking,
+    tool_calls,
+)
 
 
 @pytest.fixture
