@@ -1,0 +1,200 @@
+"""How long the first word takes: through OCP, through a warm claude by hand, through a cold one.
+
+    python3 bench/first_token.py --claude /path/to/claude [--rounds 15] [--model MODEL]
+                                 [--delay-ms 0]
+
+One run, one Markdown table on stdout. The contestants take turns, each round in another order,
+so that whatever else the machine does meets all of them alike. Each waits until the machine is
+at rest and, where it needs one, a claude process stands ready that is 1.5 s old.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+
+#: The keys of the results, in the order of the table.
+OCP, OCP_LIMITED, HAND, COLD, PLAIN = "ocp", "ocp_max_tokens", "hand", "cold", "plain"
+NAMES = {
+    OCP: "OCP, spare ready",
+    OCP_LIMITED: "OCP, spare ready, with max_tokens",
+    HAND: "warm claude by hand",
+    COLD: "cold `claude -p`, OCP's arguments",
+    PLAIN: "cold `claude -p`, its own defaults",
+}
+MOST_OF_HAND = 1.3
+LEAST_OF_COLD = 8.0
+MOST_UPSTREAM_BYTES = 2_200
+
+
+class Result(NamedTuple):
+    """What was measured of one contestant."""
+
+    #: Seconds to the first word, one for each round.
+    firsts_s: Sequence[float]
+    #: The body of its request to the API.
+    upstream_bytes: int
+
+
+class Setting(NamedTuple):
+    """What the contestants are asked with."""
+
+    ocp: common.Ocp
+    stub: common.Stub
+    #: How OCP starts claude, for those that do without OCP; and how others start it.
+    spawn: common.Spawn
+    plain: common.Spawn
+
+
+def ask_ocp(setting: Setting) -> common.Timing:
+    """A new connection, one streamed answer."""
+    return _ask_ocp(setting, None)
+
+
+def ask_ocp_limited(setting: Setting) -> common.Timing:
+    """The same with a parameter, which costs one more control request."""
+    return _ask_ocp(setting, 1000)
+
+
+def _ask_ocp(setting: Setting, max_tokens: int | None) -> common.Timing:
+    options = {} if max_tokens is None else {"max_tokens": max_tokens}
+    setting.ocp.wait_until_ready()
+    with contextlib.closing(common.Client(setting.ocp.port)) as client:
+        return client.ask(setting.ocp.model_id, common.QUESTION, **options)
+
+
+def ask_by_hand(setting: Setting) -> common.Timing:
+    """A process of the age that OCP's spare has, and nothing between it and the clock."""
+    setting.ocp.wait_until_ready()
+    with common.WarmClaude(setting.spawn) as warm:
+        time.sleep(max(0.0, warm.born_s + common.SETTLED_S - time.monotonic()))
+        return warm.ask()
+
+
+def ask_cold(setting: Setting) -> common.Timing:
+    """What a program pays that starts claude for each question."""
+    setting.ocp.wait_until_ready()
+    return common.ask_cold(setting.spawn)
+
+
+def ask_plain(setting: Setting) -> common.Timing:
+    """The same with claude's own tools and its own system prompt."""
+    setting.ocp.wait_until_ready()
+    return common.ask_cold(setting.plain)
+
+
+CONTESTANTS: dict[str, Callable[[Setting], common.Timing]] = {
+    OCP: ask_ocp,
+    OCP_LIMITED: ask_ocp_limited,
+    HAND: ask_by_hand,
+    COLD: ask_cold,
+    PLAIN: ask_plain,
+}
+
+
+def orders(rounds: int) -> list[list[str]]:
+    """The order of each round: everybody comes first, second and last equally often."""
+    names = list(CONTESTANTS)
+    return [names[at % len(names):] + names[:at % len(names)] for at in range(rounds)]
+
+
+def measure(setting: Setting, rounds: int) -> dict[str, Result]:
+    """All rounds, after one that does not count: the first start of a claude reads its disk."""
+    sizes = {name: _upstream_bytes(setting, name) for name in CONTESTANTS}
+    firsts: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for number, order in enumerate(orders(rounds), 1):
+        for name in order:
+            firsts[name].append(CONTESTANTS[name](setting).first_s)
+        shown = ", ".join(f"{name} {common.shown_ms(firsts[name][-1])}" for name in CONTESTANTS)
+        common.progress(f"round {number} of {rounds}: {shown} ms")
+    return {name: Result(firsts[name], sizes[name]) for name in CONTESTANTS}
+
+
+def _upstream_bytes(setting: Setting, name: str) -> int:
+    """What one question of this contestant sends to the API, all its requests together."""
+    before = len(setting.stub.sizes())
+    CONTESTANTS[name](setting)
+    return sum(setting.stub.sizes()[before:])
+
+
+def table(results: Mapping[str, Result], delay_ms: float, machine: str) -> str:
+    """The results as Markdown: the table, the targets, and the machine."""
+    rows = [
+        [
+            NAMES[name],
+            common.shown_ms(common.median(result.firsts_s)),
+            common.shown_ms(common.percentile(result.firsts_s, 0.9)),
+            common.shown_ms(min(result.firsts_s)),
+            f"{result.upstream_bytes:,}",
+        ]
+        for name, result in results.items()
+    ]
+    head = ["first token", "median ms", "p90 ms", "best ms", "bytes upstream"]
+    rounds = len(results[OCP].firsts_s)
+    about = f"{rounds} rounds, {common.shown_delay(delay_ms)}; {machine}"
+    return "\n".join([common.markdown_table(head, rows), "", *targets(results), "", about])
+
+
+def targets(results: Mapping[str, Result]) -> list[str]:
+    """One line for each thing to reach."""
+    middle = {name: common.median(result.firsts_s) for name, result in results.items()}
+    to_hand = middle[OCP] / middle[HAND]
+    to_cold = middle[COLD] / middle[OCP]
+    sent = results[OCP].upstream_bytes
+    return [
+        common.verdict(
+            "OCP / warm claude by hand", to_hand, f"at most {MOST_OF_HAND}",
+            to_hand <= MOST_OF_HAND),
+        common.verdict(
+            "cold `claude -p` with OCP's arguments / OCP", to_cold, f"at least {LEAST_OF_COLD}",
+            to_cold >= LEAST_OF_COLD),
+        common.comparison(
+            "cold `claude -p` with its own defaults / OCP", middle[PLAIN] / middle[OCP]),
+        common.verdict(
+            "KB upstream through OCP", sent / 1000, f"at most {MOST_UPSTREAM_BYTES / 1000}",
+            sent <= MOST_UPSTREAM_BYTES),
+    ]
+
+
+def run(options: argparse.Namespace) -> str:
+    """Everything from the start of the servers to their end; the Markdown."""
+    claude, model = common.find_claude(options.claude), options.model
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ocp-bench-")))
+        stub = stack.enter_context(common.Stub(folder, delay_ms=options.delay_ms, log=True))
+        environ = common.clean_environment(folder, stub.url)
+        spawn = common.record_spawn(folder, claude, model, environ)
+        ocp = stack.enter_context(common.Ocp(folder, claude, model, environ))
+        plain = common.plain_spawn(spawn, ocp.model_id, environ)
+        results = measure(Setting(ocp, stub, spawn, plain), max(1, options.rounds))
+    return table(results, options.delay_ms, common.machine(claude))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    common.add_arguments(options)
+    options.add_argument("--rounds", type=int, default=15, help="default: 15")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table; 1 when it could not be measured."""
+    try:
+        print(run(parser().parse_args(arguments)))
+    except (common.BenchError, common.Refused) as problem:
+        common.progress(f"first_token: {problem}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
