@@ -58,6 +58,7 @@ import hmac
 import http.client
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -590,6 +591,8 @@ class OcpError(Exception):
         self.param = param
         self.error_code = code or self.code
         self.retry_after_s = retry_after_s
+        #: More for programs that read the error, in dialects that have a place for it.
+        self.details: Json = {}
         #: Whether the log has it already.
         self.logged = False
 
@@ -2553,6 +2556,9 @@ class ChatChoice:
     def _told(self, event: Event) -> Iterator[tuple[Json, str | None]]:
         if isinstance(event, BlockStarted) and event.block.get("type") == "tool_use":
             self._answered = True
+            if self._calls and self._turn.wire["legacy_functions"]:
+                # The old shape has room for one call.
+                return
             yield self._call_began(event), None
         elif isinstance(event, Finished):
             for block_index in self._bare if event.stop_reason == "tool_use" else ():
@@ -2561,11 +2567,11 @@ class ChatChoice:
             yield {}, self._dialect.finish(self._turn, event)
         elif isinstance(event, Delta):
             self._answered = self._answered or event.kind in ("text", "arguments", "refusal")
-            if event.kind == "arguments" and event.text:
+            if event.kind == "arguments" and event.text and event.block_index in self._calls:
                 if event.block_index in self._bare:
                     self._bare.remove(event.block_index)
                 yield self._arguments(event), None
-            elif event.kind in _CHAT_FIELDS:
+            if event.kind in _CHAT_FIELDS:
                 yield {_CHAT_FIELDS[event.kind]: event.text}, None
 
     def _call_began(self, event: BlockStarted) -> Json:
@@ -2721,6 +2727,7 @@ class MessagesDialect(Dialect):
     def parse(self, body: object, parsing: Parsing) -> Turn:
         """See Dialect.parse."""
         fields = Fields(body)
+        self._refuse_thread(fields)
         name = fields.text("model") or parsing.default_model
         model = parsing.models.find(name)
         tools, unknown_tools = self._tools(fields)
@@ -2740,6 +2747,15 @@ class MessagesDialect(Dialect):
             ignored=(*ignored, *unknown_tools),
             wire={"id": new_id("msg_")},
         )
+
+    def _refuse_thread(self, fields: Fields) -> None:
+        """Histories that the API would keep are not kept here; SDKs then send them themselves."""
+        if fields.given("thread"):
+            error = Unsupported("thread: send the messages themselves.", param="thread")
+            error.details = {
+                "error_code": "thread_unsupported_request", "unsupported": ["thread"],
+            }
+            raise error
 
     def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
         output = fields.child("output_config") or Fields({})
@@ -2931,7 +2947,9 @@ class MessagesDialect(Dialect):
 
     def error_body(self, error: OcpError, request_id: str) -> Json:
         """See Dialect.error_body."""
-        told = {"type": error.anthropic_type, "message": error.message}
+        told: Json = {"type": error.anthropic_type, "message": error.message}
+        if error.details:
+            told["details"] = error.details
         return {"type": "error", "error": told, "request_id": request_id}
 
 
@@ -3447,6 +3465,8 @@ STRUCTURED_OUTPUT = "StructuredOutput"
 #: Names that claude gives a meaning of its own: with a tool called ToolSearch it would hold back
 #: all other tools of the client.
 _TAKEN_NAMES = (STRUCTURED_OUTPUT, "ToolSearch")
+#: The longest result that claude takes for a call; above, it keeps a preview only.
+RESULT_MOST_CHARS = 400_000
 #: The name under which claude knows the client's tools.
 TOOL_SERVER = "client"
 
@@ -3475,6 +3495,8 @@ FIXED_ENVIRONMENT = {
     "DISABLE_AUTOUPDATER": "1",
     "DISABLE_AUTO_COMPACT": "1",
     "DISABLE_COMPACT": "1",
+    "ENABLE_MCP_LARGE_OUTPUT_FILES": "0",
+    "MAX_MCP_OUTPUT_TOKENS": "100000000",
     "MAX_STRUCTURED_OUTPUT_RETRIES": "2",
 }
 
@@ -3574,9 +3596,11 @@ def wire_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50] + "_" + tail
 
 
-def mcp_content(blocks: Iterable[Block]) -> list[Json] | None:
-    """A tool result as MCP has it; None when a block of it has no form there."""
+def mcp_content(blocks: list[Block]) -> list[Json] | None:
+    """A tool result as MCP has it; None when it has no form there, or is too long for it."""
     content: list[Json] = []
+    if sum(len(str(block.get("text", ""))) for block in blocks) > RESULT_MOST_CHARS:
+        return None
     for block in blocks:
         source = block.get("source", {})
         if block["type"] == "text":
@@ -3631,6 +3655,8 @@ class ToolServer:
                         "name": wire_name(tool.name),
                         "description": tool.description,
                         "inputSchema": tool.schema,
+                        # Longer results would go to a file, and a preview to the model.
+                        "_meta": {"anthropic/maxResultSizeChars": RESULT_MOST_CHARS},
                     }
                     for tool in self._tools
                 ]
@@ -3708,9 +3734,36 @@ def _choice_body(choice: ToolChoice) -> Json | None:
     return body
 
 
-def settings_lines(options: Options, choice: ToolChoice) -> bytes:
-    """The control requests that carry the options of one request; nothing when there are none."""
+#: Descriptions of tools above this length are cut by claude.
+_DESCRIPTION_MOST_CHARS = 2_000
+
+
+def tools_body(tools: tuple[Tool, ...]) -> list[Json]:
+    """The tools as the API has them, if claude would not pass them on as they are; else nothing."""
+    texts = [tool.description for tool in tools]
+    if all(text.isascii() and len(text) <= _DESCRIPTION_MOST_CHARS for text in texts):
+        return []
+    return [
+        {
+            "name": wire_name(tool.name),
+            "description": tool.description,
+            "input_schema": tool.schema,
+        }
+        for tool in sorted(tools, key=lambda tool: wire_name(tool.name))
+    ]
+
+
+def settings_lines(
+    options: Options, choice: ToolChoice, tools: tuple[Tool, ...] = ()
+) -> bytes:
+    """The control requests that carry the options of one request; nothing when there are none.
+
+    `tools` are given if they are all that the model gets: then they can be passed untouched.
+    """
     extra: Json = dict(options.sampling)
+    body = tools_body(tools)
+    if body:
+        extra["tools"] = body
     if options.stop_sequences:
         extra["stop_sequences"] = list(options.stop_sequences)
     choice_body = _choice_body(choice)
@@ -3734,7 +3787,9 @@ def settings_lines(options: Options, choice: ToolChoice) -> bytes:
     return lines
 
 
-def conversation(turn: Turn, operator_prompt: str, version: Version) -> list[bytes]:
+def conversation(
+    turn: Turn, operator_prompt: str, version: Version, *, agent: bool = False
+) -> list[bytes]:
     """What to write to a fresh process: steps, each to be followed by waiting for a `result`.
 
     The last step asks. Earlier ones lay down the history, one user message each: sent without
@@ -3746,7 +3801,9 @@ def conversation(turn: Turn, operator_prompt: str, version: Version) -> list[byt
         fields["sdkMcpServers"] = [TOOL_SERVER]
     if turn.shape is not None:
         fields["jsonSchema"] = turn.shape.schema
-    pending = control_line("initialize", **fields) + settings_lines(turn.options, turn.tool_choice)
+    alone = not agent and turn.shape is None
+    pending = control_line("initialize", **fields)
+    pending += settings_lines(turn.options, turn.tool_choice, turn.tools if alone else ())
     steps = []
     for message in turn.messages[:-1]:
         # Thinking of earlier answers is dropped by claude in any case.
@@ -4103,10 +4160,12 @@ class TurnReader:
         reason = delta.get("stop_reason")
         if not isinstance(reason, str):
             return []
+        if reason == "tool_use" and self._called:
+            return self._finish(reason)
         if reason == "tool_use" and self._shaped_block is not None:
             self._shaped_stop = True
             return self._shaped_end()
-        if reason == "tool_use" and not self._called:
+        if reason == "tool_use":
             # claude runs its own tools, or says that there is no such tool, and asks again.
             self._goes_on = True
             self._mid_line = self._answered and not self._final_only and not self._line_ended
@@ -5094,7 +5153,14 @@ def _normal_blocks(blocks: Iterable[Block]) -> object:
 
 def message_digest(message: Message) -> str:
     """The digest of one message."""
-    return digest([message.role, _normal_blocks(message.content)])
+    # Chat clients give the text and the calls of an answer apart; all else has its order.
+    order = [] if message.role == "assistant" else _kinds(message.content)
+    return digest([message.role, order, _normal_blocks(message.content)])
+
+
+def _kinds(blocks: Iterable[Block]) -> list[str]:
+    """The types of the blocks in order, neighbours of one type taken together."""
+    return [kind for kind, _ in itertools.groupby(block["type"] for block in blocks)]
 
 
 def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
@@ -5656,7 +5722,9 @@ class App:
         outcome.process = process
         self.mail.put("tend")
         process.tools = ToolServer(turn.tools)
-        steps = conversation(turn, self.config.system_prompt, process.version)
+        steps = conversation(
+            turn, self.config.system_prompt, process.version, agent=self.config.is_agent
+        )
         yield from self._heard(outcome, process, history, Script(steps), watch)
 
     def _heard(
@@ -6556,7 +6624,10 @@ class Exchange(BaseHTTPRequestHandler):
             self.close_connection = True
         self._status = status
         self.send_response(status)
-        common = {"X-Request-Id": self.request_id, "Cache-Control": "no-store"}
+        common = {
+            "X-Request-Id": self.request_id, "request-id": self.request_id,
+            "Cache-Control": "no-store",
+        }
         for name, value in {**common, **self.headers_out, **headers}.items():
             # A line break in a value would be a header of somebody else's.
             self.send_header(name, re.sub(r"[^\x20-\x7e]", "?", value))

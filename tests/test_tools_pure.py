@@ -444,9 +444,11 @@ def test_the_server_greets_in_the_version_that_claude_speaks() -> None:
 def test_the_server_lists_the_tools_under_names_that_the_api_takes() -> None:
     [(_, reply)] = replies(server("weather", "a.b").reply(mcp("tools/list", id=1)))
 
+    meta = {"_meta": {"anthropic/maxResultSizeChars": ocp.RESULT_MOST_CHARS}}
+    rest = {"inputSchema": SCHEMA, **meta}
     assert reply["result"]["tools"] == [
-        {"name": "weather", "description": "Does weather.", "inputSchema": SCHEMA},
-        {"name": ocp.wire_name("a.b"), "description": "Does a.b.", "inputSchema": SCHEMA},
+        {"name": "weather", "description": "Does weather.", **rest},
+        {"name": ocp.wire_name("a.b"), "description": "Does a.b.", **rest},
     ]
 
 
