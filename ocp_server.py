@@ -1341,10 +1341,10 @@ def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
     while first > 0 and left >= _weight(turn.messages[first - 1]):
         first -= 1
         left -= _weight(turn.messages[first])
-    while first < len(turn.messages) - 1 and not _begins(turn.messages[first]):
-        first += 1
     if not first:
         return turn, 0
+    while first < len(turn.messages) - 1 and not _begins(turn.messages[first]):
+        first += 1
     if not _begins(turn.messages[first]):
         raise ContextTooLong(
             f"prompt is too long: its last tool exchange needs more than "
@@ -2000,6 +2000,9 @@ def _thinking_tokens(model: Model, wanted: Wanted) -> int | None:
     """See Options.thinking_tokens, before sampling has its say."""
     if wanted.forced or wanted.effort == "none" or wanted.budget_tokens == 0:
         return 0
+    if not model.known and (wanted.max_tokens or math.inf) < 2 * _LEAST_BUDGET_TOKENS:
+        # It may be an older one that thinks by budget, which would not fit.
+        return 0
     if model.thinking == "adaptive":
         return None
     budget = wanted.budget_tokens
@@ -2354,8 +2357,10 @@ class ChatDialect(Dialect):
         unknown: list[str] = []
         for entry in fields.objects("tools"):
             described = entry.child("function")
-            if entry.text("type") not in (None, "function") or described is None:
+            if entry.text("type") not in (None, "function"):
                 unknown.append(entry.path)
+            elif described is None:
+                raise entry.wrong("function", "an object")
             else:
                 tools.append(tool_from(described, described.needed_text("name"), "parameters"))
         for entry in fields.objects("functions"):
@@ -3787,6 +3792,10 @@ def settings_lines(
     return lines
 
 
+#: What stands for the user's part before a conversation that the assistant opens.
+_OPENING = "(The user opens the conversation.)"
+
+
 def conversation(
     turn: Turn, operator_prompt: str, version: Version, *, agent: bool = False
 ) -> list[bytes]:
@@ -3805,7 +3814,11 @@ def conversation(
     pending = control_line("initialize", **fields)
     pending += settings_lines(turn.options, turn.tool_choice, turn.tools if alone else ())
     steps = []
-    for message in turn.messages[:-1]:
+    earlier = turn.messages[:-1]
+    if earlier and earlier[0].role == "assistant":
+        # claude loses an answer that nothing comes before.
+        earlier = [Message("user", text_block(_OPENING)), *earlier]
+    for message in earlier:
         # Thinking of earlier answers is dropped by claude in any case.
         kept = [block for block in message.content if "thinking" not in block["type"]]
         pending += message_line(Message(message.role, kept), version, ask=False)
@@ -4668,6 +4681,8 @@ class ClaudeProcess:
                     raise UpstreamTimeout("The answer took longer than CLAUDE_TIMEOUT allows.")
                 if watch.tick_s and now_s - self._spoke_s >= watch.tick_s:
                     self._spoke_s = now_s
+                    # Something that it started may hold its pipes open after its end.
+                    self._ended = self._ended or not self.alive()
                     yield None
 
     def _selector(self, client: Client) -> selectors.BaseSelector:
@@ -4926,6 +4941,8 @@ class Slot:
         """
         self._gate.join(self, self._config)
         heard_s = clock()
+        if watch.client.gone():
+            raise ClientGone
         while not self._gate.enter(self, self._config.max_concurrent, _QUEUE_GLANCE_S):
             if watch.client.gone():
                 raise ClientGone

@@ -21,6 +21,7 @@ import re
 import select
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -87,6 +88,11 @@ def clean_environment(folder: Path, api_url: str) -> dict[str, str]:
     }
 
 
+def clean_up_at_the_end() -> None:
+    """Lets a SIGTERM, too, end whatever the benchmark has started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def end(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
     """Waits for a process that was told to end, and kills it when it does not."""
     try:
@@ -108,6 +114,8 @@ def line_within(process: subprocess.Popen[bytes], pattern: str, what: str) -> re
             return found
         if not line:
             break
+    process.kill()
+    process.wait()
     raise BenchError(f"{what} does not start")
 
 

@@ -188,8 +188,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; 1 when it could not be measured."""
+    options = parser().parse_args(arguments)
+    common.clean_up_at_the_end()
     try:
-        print(run(parser().parse_args(arguments)))
+        print(run(options))
     except (common.BenchError, common.Refused) as problem:
         common.progress(f"first_token: {problem}")
         return 1

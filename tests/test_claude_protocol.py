@@ -774,7 +774,8 @@ def test_a_conversation_that_the_assistant_began_is_laid_down_too() -> None:
     steps = steps_of(a_turn(("assistant", "Hello!"), ("user", "Hi")))
 
     assert [[brief(line) for line in step] for step in steps] == [
-        ["initialize", "assistant Hello!", "user Hi+"],
+        ["initialize", "user (The user opens the conversation.)"],
+        ["assistant Hello!", "user Hi+"],
     ]
 
 

@@ -69,8 +69,8 @@ FAILURES = (
         "an overloaded API", stub.error(529, "Overloaded"),
         529, "server_error", "overloaded", heals=True, waits=True),
     Failure(
-        "an answer without a word", stub.Reply(), 502, "server_error", "empty_answer",
-        heals=True),
+        "an answer without a word", stub.Reply(),
+        400, "invalid_request_error", "empty_answer"),
 )
 
 
