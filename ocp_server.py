@@ -5455,6 +5455,8 @@ class Outcome:
         self.path: str | None = None
         self.parted_at: int | None = None
         self.finished: Finished | None = None
+        #: Whether the log has it.
+        self.noted = False
         self._builder = AnswerBuilder()
 
     def note(self, event: Event, now_s: float) -> None:
@@ -5678,17 +5680,25 @@ class App:
     def _one_answer(
         self, outcome: Outcome, caller: Caller, client: Client, request_id: str
     ) -> Iterator[Iterator[Event]]:
-        """The events of one answer; writes its log line at the end of the block."""
+        """The events of one answer, with its log line: before the last of them is passed on, so
+        that it is there when the client has its answer, or when the block fails."""
         try:
             with contextlib.ExitStack() as stack:
-                yield self._events(outcome, caller, client, stack)
+                yield self._noted(self._events(outcome, caller, client, stack), request_id, outcome)
         except ClientGone:
             self._note("info", "answer_abandoned", request_id, outcome)
             raise
         except OcpError as error:
             self._note_failure(error, request_id, outcome)
             raise
-        self._note("info", "answer_finished", request_id, outcome)
+
+    def _noted(
+        self, events: Iterator[Event], request_id: str, outcome: Outcome
+    ) -> Iterator[Event]:
+        for event in events:
+            if isinstance(event, Finished):
+                self._note("info", "answer_finished", request_id, outcome)
+            yield event
 
     def _events(
         self, outcome: Outcome, caller: Caller, client: Client, stack: contextlib.ExitStack
@@ -5801,6 +5811,9 @@ class App:
     def _note(
         self, level: str, name: str, request_id: str, outcome: Outcome, **more: object
     ) -> None:
+        if outcome.noted:
+            return
+        outcome.noted = True
         if outcome.path is not None:
             self.counters.add(outcome.path)
         fields = outcome.fields(self.clock())
@@ -6414,6 +6427,9 @@ class Exchange(BaseHTTPRequestHandler):
             self.close_connection = True
         except OcpError as error:
             self._refuse(error)
+        except RecursionError:
+            # JSON may be nested so deeply that it can just be read and not be written again.
+            self._refuse(BadRequest("The body is nested too deeply."))
         except Exception as error:
             self.app.log.event(
                 "error", "request_broke", request_id=self.request_id,
