@@ -447,7 +447,10 @@ def test_the_reason_of_a_result_without_a_complaint_before_it_is_told() -> None:
 
 @pytest.mark.parametrize("content", [7, True, 1.5, None, {}, [7], [{"text": 7}]])
 def test_a_complaint_in_no_form_that_is_known_is_skipped(content: object) -> None:
-    reader_after({"type": "assistant", "error": "x", "message": {"content": content}})
+    reader = reader_after({"type": "assistant", "error": "x", "message": {"content": content}})
+
+    assert not reader.finished
+    assert reader.events(START)[0].message_id == START["event"]["message"]["id"]
 
 
 def test_a_complaint_may_be_a_plain_text() -> None:
