@@ -16,26 +16,29 @@ exists only in its own two sections. Each section uses only names from the secti
 
 Sections (search for "==== 8" to jump to the eighth):
 
-     1. Small tools       clocks, compact JSON, ids, redaction; no input or output
-     2. Settings          the table of settings, and how the environment is read
-     3. Errors            every failure that a client can be told about
-     4. Log               JSON lines in a rotated file, plain lines on the terminal, a ring
-     5. Models            which models there are and what each one takes
-     6. Turns and events  the narrow waist: one request, one stream of events
-     7. Store             the SQLite file, its migrations, transactions
-     8. Callers           who may use which route
-     9. Dialects          wire formats: a body becomes a Turn, events become an answer
-    10. Claude protocol   what is said to claude and what its lines mean; pure
-    11. Claude process    the program on disk, one child, its pipes, and its end
-    12. Gate and spares   who may run now; idle processes that wait for work
-    13. Parking           what is kept of a conversation for its next message
-    14. Account           what is known about the login, learned from answers
-    15. App               owns every long-lived object; answering one turn
-    16. Endpoints         one function for each route
-    17. Routes            the table of routes
-    18. HTTP server       sockets, bodies, one thread for each connection
-    19. Demo claude       the stand-in behind --demo
-    20. Command line      arguments, signals, main
+     1. Small tools        clocks, compact JSON, ids, redaction; no input or output
+     2. Settings           the table of settings, and how the environment is read
+     3. Errors             every failure that a client can be told about
+     4. Log                JSON lines in a rotated file, plain lines on the terminal, a ring
+     5. Models             which models there are and what each one takes
+     6. Turns and events   the narrow waist: one request, one stream of events
+     7. Store              the SQLite file, and the settings changed at run time
+     8. Keys and callers   who may use which route, and the keys of devices
+     9. Usage and quotas   one row for each request, and what keys may use
+    10. Dialects           wire formats: a body becomes a Turn, events become an answer
+    11. Claude protocol    what is said to claude and what its lines mean; pure
+    12. Claude process     the program on disk, one child, its pipes, and its end
+    13. Gate and spares    who may run now; idle processes that wait for work
+    14. Parking            what is kept of a conversation for its next message
+    15. Cache              answers given again, and shared while they come
+    16. Account            what is known about login and plan, learned from answers
+    17. Metrics            counters and histograms since the start
+    18. App                owns every long-lived object; answering one turn
+    19. Endpoints          one function for each route
+    20. Routes             the table of routes
+    21. HTTP server        sockets, bodies, one thread for each connection
+    22. Demo claude        the stand-in behind --demo
+    23. Command line       arguments, signals, main
 """
 from __future__ import annotations
 
@@ -50,6 +53,7 @@ import binascii
 import collections
 import contextlib
 import dataclasses
+import datetime
 import enum
 import errno
 import functools
@@ -102,7 +106,7 @@ Clock = Callable[[], float]
 
 
 # ==== 1. Small tools =========================================================
-# Pure helpers that know nothing of HTTP, of claude or of settings.
+# Helpers that know nothing of HTTP, of claude or of settings.
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -154,6 +158,11 @@ def redacted(text: str) -> str:
     return _SECRET.sub(lambda match: match.group(1) + "[redacted]", text)
 
 
+def is_key(text: str) -> bool:
+    """Whether it has the form of a key that this program gives out."""
+    return re.fullmatch(r"ocp_[A-Za-z0-9_-]{32}", text) is not None
+
+
 _PATH = re.compile(
     r"(?:file://|\b[A-Za-z]:|(?<![\w./]))/"
     r"(?:(?:root|home|etc|tmp|var|usr|opt|mnt|srv|Users|private|Volumes)\b[^\s'\"),;]*"
@@ -180,15 +189,64 @@ def failure_words(error: BaseException) -> str:
 
 
 def uptime_words(seconds: float) -> str:
-    """A duration as people say it: "3h 12m"."""
+    """How long something has lasted: "0h 4m"."""
     minutes = int(seconds // 60)
     return f"{minutes // 60}h {minutes % 60}m"
+
+
+def span_words(seconds: float) -> str:
+    """How long something takes yet: "2d 3h", "3h 12m", "5m", or "now"."""
+    minutes = math.ceil(seconds / 60)
+    if minutes <= 0:
+        return "now"
+    if minutes > 24 * 60:
+        return f"{minutes // 1440}d {minutes % 1440 // 60}h"
+    return f"{minutes // 60}h {minutes % 60}m" if minutes >= 60 else f"{minutes}m"
 
 
 def iso_time(epoch_s: float) -> str:
     """Epoch seconds as ISO 8601 in UTC with milliseconds, for logs and JSON."""
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
     return f"{whole}.{int(epoch_s % 1 * 1000):03d}Z"
+
+
+_TIME = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?)?"
+    r"(Z|[+-]\d\d:?\d\d)?"
+)
+
+
+def epoch_of(text: str) -> float:
+    """Epoch seconds of an ISO 8601 date or time; one without a zone is in the machine's own.
+
+    Raises ValueError.
+    """
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("is no time such as 2027-01-31 or 2027-01-31T12:00:00Z")
+    year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
+    zone = (match[8] or "").replace(":", "")
+    found = datetime.datetime(
+        year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc if zone else None
+    )
+    seconds = found.timestamp() + float(f"0.{match[7] or 0}")
+    if len(zone) == 5:
+        ahead_s = int(zone[1:3]) * 3600 + int(zone[3:]) * 60
+        seconds -= ahead_s if zone[0] == "+" else -ahead_s
+    return seconds
+
+
+def write_private(path: str, text: str) -> None:
+    """Writes a file that only its owner may read, whole or not at all. Raises OSError."""
+    aside = f"{path}.{secrets.token_hex(4)}.new"
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+        os.replace(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
 
 
 # ==== 2. Settings ============================================================
@@ -208,8 +266,13 @@ def setting(
     most: int | None = None,
     choices: tuple[str, ...] = (),
     secret: bool = False,
+    live: str = "",
 ) -> Any:
-    """One row of the table. The type of the value is the type of `default`."""
+    """One row of the table. The type of the value is the type of `default`.
+
+    `live` is the name under which the setting can be changed while the server runs; empty = it is
+    read at the start only.
+    """
     return dataclasses.field(
         default=default,
         metadata={
@@ -220,6 +283,7 @@ def setting(
             "most": most,
             "choices": choices,
             "secret": secret,
+            "live": live,
         },
         repr=not secret,
     )
@@ -250,17 +314,28 @@ class Config:
         "", "OCP_ALLOWED_HOSTS",
         "host names, besides local ones, under which the server may be called, comma separated",
     )
+    tls_cert: str = setting("", "OCP_TLS_CERT", "certificate chain (PEM) to serve https with")
+    tls_key: str = setting("", "OCP_TLS_KEY", "private key (PEM) of the certificate")
     instance_name: str = setting("", "OCP_INSTANCE_NAME", "a label for /health")
     # -- access -------------------------------------------------------------------------------
     auth_mode: str = setting(
         "", "CLAUDE_AUTH_MODE",
-        "who may use the API: none (whoever can connect) or shared (holders of PROXY_API_KEY); "
-        "empty = shared if PROXY_API_KEY is set, else none",
+        "who may use the API: none (whoever can connect), shared (holders of PROXY_API_KEY) or "
+        "multi (holders of keys made at /api/keys); empty = shared if PROXY_API_KEY is set, else "
+        "none",
         choices=("", "none", "shared", "multi"),
     )
     api_key: str = setting("", "PROXY_API_KEY", "the shared key of the API", secret=True)
     admin_key: str = setting(
-        "", "OCP_ADMIN_KEY", "the key of the admin routes in mode shared", secret=True
+        "", "OCP_ADMIN_KEY",
+        "the key of the admin routes; empty = generated into the file admin-key of OCP_HOME",
+        secret=True,
+    )
+    anonymous_key: str = setting(
+        "", "PROXY_ANONYMOUS_KEY", "mode multi: a key for everybody, without quota", secret=True
+    )
+    advertise_anonymous_key: bool = setting(
+        True, "PROXY_ADVERTISE_ANON_KEY", "/health tells the anonymous key to whoever asks"
     )
     # -- claude -------------------------------------------------------------------------------
     claude_bin: str = setting(
@@ -284,14 +359,15 @@ class Config:
     # -- spares -------------------------------------------------------------------------------
     warm_processes: int = setting(
         1, "OCP_WARM_PROCESSES", "idle claude processes kept for each model in use; 0 = none",
-        least=0, most=8,
+        least=0, most=8, live="warmProcesses",
     )
     warm_total: int = setting(
-        4, "OCP_WARM_TOTAL", "idle claude processes over all models", least=0, most=32
+        4, "OCP_WARM_TOTAL", "idle claude processes over all models", least=0, most=32,
+        live="warmTotal",
     )
     warm_idle_ms: int = setting(
         900_000, "OCP_WARM_IDLE", "how long an idle process waits before it is dropped",
-        unit="ms", least=1_000, most=86_400_000,
+        unit="ms", least=1_000, most=86_400_000, live="warmIdleMs",
     )
     # -- agent mode ---------------------------------------------------------------------------
     allowed_tools: str = setting(
@@ -317,40 +393,55 @@ class Config:
     parked_processes: int = setting(
         4, "OCP_PARKED_PROCESSES",
         "processes that wait with their conversation for its next message; 0 = none",
-        least=0, most=64,
+        least=0, most=64, live="parkedProcesses",
     )
     session_ttl_ms: int = setting(
         3_600_000, "CLAUDE_SESSION_TTL", "how long a conversation is kept for its next message",
-        unit="ms", least=1_000, most=86_400_000,
+        unit="ms", least=1_000, most=86_400_000, live="sessionTTL",
     )
     session_header: bool = setting(
         False, "OCP_SESSION_HEADER",
         "take the header X-Session-Id for session_id; not for OpenCode, which sends it with "
-        "its whole history",
+        "its whole history", live="sessionHeader",
     )
     max_prompt_chars: int = setting(
         0, "CLAUDE_MAX_PROMPT_CHARS",
         "longest prompt, of which the oldest messages are dropped; 0 = three for each token of "
         "the model's window",
-        unit="characters", least=0, most=100_000_000,
+        unit="characters", least=0, most=100_000_000, live="maxPromptChars",
+    )
+    # -- cache --------------------------------------------------------------------------------
+    cache_ttl_ms: int = setting(
+        0, "CLAUDE_CACHE_TTL", "how long an answer is served again to the same request; 0 = never",
+        unit="ms", least=0, most=86_400_000, live="cacheTTL",
+    )
+    cache_max_bytes: int = setting(
+        33_554_432, "OCP_CACHE_MAX_BYTES", "what all cached answers may take in memory",
+        unit="bytes", least=65_536, most=4_294_967_296, live="cacheMaxBytes",
+    )
+    cache_sampled: bool = setting(
+        True, "OCP_CACHE_SAMPLED", "cache the answers to requests with a temperature above 0 too",
+        live="cacheSampled",
     )
     # -- limits -------------------------------------------------------------------------------
     max_concurrent: int = setting(
-        8, "CLAUDE_MAX_CONCURRENT", "answers at the same time", least=1, most=64
+        8, "CLAUDE_MAX_CONCURRENT", "answers at the same time", least=1, most=64,
+        live="maxConcurrent",
     )
     max_queue: int = setting(
-        16, "CLAUDE_MAX_QUEUE", "requests that may wait for their turn", least=0, most=1000
+        16, "CLAUDE_MAX_QUEUE", "requests that may wait for their turn", least=0, most=1000,
+        live="maxQueue",
     )
     queue_retry_after_s: int = setting(
         5, "CLAUDE_QUEUE_RETRY_AFTER", "Retry-After of a refusal for a full queue",
-        unit="s", least=1, most=60,
+        unit="s", least=1, most=60, live="queueRetryAfter",
     )
     max_connections: int = setting(
-        256, "OCP_MAX_CONNECTIONS", "open client connections", least=4, most=10_000
+        256, "OCP_MAX_CONNECTIONS", "open client connections", least=4, most=10_000,
     )
     max_body_bytes: int = setting(
         33_554_432, "CLAUDE_MAX_BODY_SIZE", "largest request body",
-        unit="bytes", least=1_024, most=1_073_741_824,
+        unit="bytes", least=1_024, most=1_073_741_824, live="maxBodySize",
     )
     image_allow_url: bool = setting(
         False, "CLAUDE_IMAGE_ALLOW_URL",
@@ -367,16 +458,16 @@ class Config:
     # -- time ---------------------------------------------------------------------------------
     timeout_ms: int = setting(
         600_000, "CLAUDE_TIMEOUT", "longest time for one answer, waiting included",
-        unit="ms", least=1_000, most=3_600_000,
+        unit="ms", least=1_000, most=3_600_000, live="timeout",
     )
     heartbeat_ms: int = setting(
         15_000, "CLAUDE_HEARTBEAT_INTERVAL", "silence before a comment in a stream; 0 = never",
-        unit="ms", least=0, most=600_000,
+        unit="ms", least=0, most=600_000, live="heartbeatInterval",
     )
     whole_silence_ms: int = setting(
         120_000, "OCP_WHOLE_SILENCE",
         "silence before an answer that is not streamed gets its headers and white space; 0 = never",
-        unit="ms", least=0, most=600_000,
+        unit="ms", least=0, most=600_000, live="wholeSilence",
     )
     header_timeout_ms: int = setting(
         30_000, "OCP_HEADER_TIMEOUT", "longest time for a request's head to arrive",
@@ -388,7 +479,7 @@ class Config:
     )
     write_timeout_ms: int = setting(
         60_000, "OCP_WRITE_TIMEOUT", "how long a client may leave its answer unread",
-        unit="ms", least=100, most=3_600_000,
+        unit="ms", least=100, most=3_600_000, live="writeTimeout",
     )
     drain_ms: int = setting(
         20_000, "OCP_DRAIN", "how long running answers get to finish at a shutdown",
@@ -396,6 +487,10 @@ class Config:
     )
     # -- files --------------------------------------------------------------------------------
     home: str = setting("~/.ocp", "OCP_HOME", "folder of the log and all other state")
+    usage_days: int = setting(
+        400, "OCP_USAGE_DAYS", "how long the rows of /api/usage are kept",
+        unit="days", least=1, most=3650, live="usageDays",
+    )
     log_level: str = setting(
         "info", "OCP_LOG_LEVEL", "least level that is logged",
         choices=("debug", "info", "warn", "error"),
@@ -403,7 +498,7 @@ class Config:
 
     @property
     def mode(self) -> str:
-        """The access mode in force, "none" or "shared"."""
+        """The access mode in force: "none", "shared" or "multi"."""
         return self.auth_mode or ("shared" if self.api_key else "none")
 
     @property
@@ -413,8 +508,20 @@ class Config:
 
     @property
     def is_open(self) -> bool:
-        """Whether others than this machine can connect, without a key."""
-        return self.mode == "none" and self.bind not in _LOOPBACK_NAMES
+        """Whether others than this machine can use the API without having been given a key."""
+        keyless = self.mode == "none" or bool(self.advertised_key)
+        return keyless and self.bind not in _LOOPBACK_NAMES
+
+    @property
+    def advertised_key(self) -> str:
+        """The key that /health tells to whoever asks, or an empty string."""
+        shown = self.mode == "multi" and self.advertise_anonymous_key
+        return self.anonymous_key if shown else ""
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """The keys of this server itself."""
+        return frozenset({self.api_key, self.admin_key, self.anonymous_key} - {""})
 
     @property
     def home_path(self) -> str:
@@ -433,17 +540,28 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "PROXY_API_KEY is set but CLAUDE_AUTH_MODE=none would ignore it: unset one of them",
     ),
     (
-        lambda config: bool(config.api_key) and config.api_key == config.admin_key,
-        "PROXY_API_KEY and OCP_ADMIN_KEY are the same: every client would be an admin",
+        lambda config: config.mode == "multi" and bool(config.api_key),
+        "PROXY_API_KEY is set but CLAUDE_AUTH_MODE=multi would ignore it: unset it, and make a "
+        "key for each device at /api/keys",
     ),
     (
-        lambda config: config.mode == "multi",
-        "CLAUDE_AUTH_MODE=multi is not built yet in this version: use shared with PROXY_API_KEY",
+        lambda config: config.mode != "multi" and bool(config.anonymous_key),
+        "PROXY_ANONYMOUS_KEY means something with CLAUDE_AUTH_MODE=multi only",
+    ),
+    (
+        lambda config: bool(config.admin_key)
+        and config.admin_key in (config.api_key, config.anonymous_key),
+        "OCP_ADMIN_KEY is also the key of clients: every one of them would be an admin",
+    ),
+    (
+        lambda config: bool(config.tls_cert) != bool(config.tls_key),
+        "OCP_TLS_CERT and OCP_TLS_KEY belong together: set both or none",
     ),
     (
         lambda config: config.is_agent and config.is_open,
         "agent mode (CLAUDE_ALLOWED_TOOLS, CLAUDE_SKIP_PERMISSIONS, CLAUDE_MCP_CONFIG) lets "
-        "requests run tools on this machine: set PROXY_API_KEY, or bind to 127.0.0.1",
+        "requests run tools on this machine: set PROXY_API_KEY, bind to 127.0.0.1, or keep the "
+        "anonymous key to yourself with PROXY_ADVERTISE_ANON_KEY=0",
     ),
     (
         lambda config: "*" in config.allowed_origins,
@@ -462,11 +580,6 @@ REMOVED_SETTINGS = (
     ("OCP_STRUCTURED_MAX_ATTEMPTS", "claude validates structured output itself"),
     ("CLAUDE_AUTH_CHECK_INTERVAL_MS", "the login is known from real answers, not from probes"),
     ("CLAUDE_AUTH_CHECK_TIMEOUT_MS", "the login is known from real answers, not from probes"),
-)
-
-#: Settings of the original that mean nothing here yet.
-COMING_SETTINGS = (
-    "PROXY_ANONYMOUS_KEY", "PROXY_ADVERTISE_ANON_KEY", "CLAUDE_CACHE_TTL",
 )
 
 _TRUE_WORDS = ("1", "true", "yes", "on")
@@ -503,6 +616,23 @@ def parse_setting(row: dataclasses.Field[Any], text: str) -> int | str | bool:
     return text
 
 
+def checked_setting(row: dataclasses.Field[Any], value: object) -> int | str | bool:
+    """The value that JSON gives for this row. Raises ValueError saying what is wrong."""
+    kind = type(row.default)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not kind:
+        words = {int: "a whole number", bool: "true or false", str: "a string"}
+        raise ValueError(f"must be {words[kind]}")
+    return parse_setting(row, str(value))
+
+
+def live_settings() -> dict[str, dataclasses.Field[Any]]:
+    """The rows that can be changed while the server runs, by their names there."""
+    rows = dataclasses.fields(Config)
+    return {row.metadata["live"]: row for row in rows if row.metadata["live"]}
+
+
 def load_config(environ: Mapping[str, str]) -> Config:
     """The settings of this environment. An empty variable counts as not set.
 
@@ -534,8 +664,6 @@ def removed_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
         for pattern, why in REMOVED_SETTINGS:
             if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
                 found.append((name, why))
-        if name in COMING_SETTINGS:
-            found.append((name, "it is not built yet in this version"))
     return found
 
 
@@ -546,7 +674,10 @@ def listed(text: str) -> tuple[str, ...]:
 
 def settings_markdown() -> str:
     """The settings table as it stands in the README."""
-    lines = ["| variable | default | range | what it is |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| variable | default | range | at run time | what it is |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for row in dataclasses.fields(Config):
         least, most = row.metadata["least"], row.metadata["most"]
         span = "" if least is None else f"{least} to {most}" if most is not None else f"{least} up"
@@ -556,7 +687,9 @@ def settings_markdown() -> str:
             default = str(row.default)
         unit = f" {row.metadata['unit']}" if row.metadata["unit"] and default else ""
         shown = f"{default}{unit}" or "empty"
-        lines.append(f"| `{row.metadata['env']}` | {shown} | {span} | {row.metadata['help']} |")
+        live = f"`{row.metadata['live']}`" if row.metadata["live"] else ""
+        cells = (f"`{row.metadata['env']}`", shown, span, live, row.metadata["help"])
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -576,6 +709,8 @@ class OcpError(Exception):
     code: ClassVar[str | None] = None
     #: Whether the same request may succeed later without anybody doing anything.
     heals: ClassVar[bool] = True
+    #: Whether the request was turned away before anything was done for it.
+    early: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -591,7 +726,7 @@ class OcpError(Exception):
         self.param = param
         self.error_code = code or self.code
         self.retry_after_s = retry_after_s
-        #: More for programs that read the error, in dialects that have a place for it.
+        #: More for programs that read the error, beside the message.
         self.details: Json = {}
         #: Whether the log has it already.
         self.logged = False
@@ -682,6 +817,16 @@ class MethodNotAllowed(OcpError):
         return {**super().headers(), "Allow": ", ".join(self.allowed)}
 
 
+class Conflict(OcpError):
+    """Something of this name is there already."""
+
+    status = 409
+    openai_type = "invalid_request_error"
+    anthropic_type = "invalid_request_error"
+    code = "name_taken"
+    heals = False
+
+
 class RequestTimeout(OcpError):
     """The request did not arrive in time."""
 
@@ -715,10 +860,24 @@ class QueueFull(OcpError):
     openai_type = "rate_limit_error"
     anthropic_type = "rate_limit_error"
     code = "rate_limit_exceeded"
+    early = True
 
 
 class RateLimited(QueueFull):
     """The API itself asks for fewer requests for a moment."""
+
+    early = False
+
+
+class QuotaExceeded(OcpError):
+    """A key has used up what the operator allows it until a reset."""
+
+    status = 429
+    openai_type = "quota_exceeded"
+    anthropic_type = "rate_limit_error"
+    code = "insufficient_quota"
+    heals = False
+    early = True
 
 
 class PlanLimit(OcpError):
@@ -747,6 +906,7 @@ class ClaudeUnavailable(OcpError):
     status = 503
     code = "claude_unavailable"
     heals = False
+    early = True
 
 
 class ClaudeMissing(ClaudeUnavailable):
@@ -806,6 +966,15 @@ class Draining(OcpError):
     status = 503
     anthropic_type = "overloaded_error"
     code = "shutting_down"
+    early = True
+
+
+class NotReady(OcpError):
+    """The server runs, but a request would not be answered."""
+
+    status = 503
+    anthropic_type = "overloaded_error"
+    code = "not_ready"
 
 
 class ClientGone(Exception):
@@ -818,6 +987,8 @@ class ClientGone(Exception):
 # never a secret: callers pass names, counts and durations, and text is redacted here.
 
 LEVELS = ("debug", "info", "warn", "error")
+#: What of a line is printed: in UTF-8 never more than a pipe takes at once.
+_SHOWN_MOST_CHARS = 1_000
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
@@ -868,10 +1039,26 @@ class Log:
             self._file.handle(logging.makeLogRecord({"msg": line}))
         fields = " ".join(f"{k}={v}" for k, v in entry.items() if k not in ("ts", "level", "event"))
         fields = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", fields)
-        # The stream may be a closed terminal: the event is in the file and in the ring.
+        clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
+        self._show(f"{clock} {entry['level']:5} {entry['event']} {fields}")
+
+    def _show(self, line: str) -> None:
+        """Prints a line, unless nobody reads: a pipe that is full must not stop the server. The
+        event is in the file and in the ring all the same."""
         with contextlib.suppress(OSError, ValueError):
-            clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
-            print(f"{clock} {entry['level']:5} {entry['event']} {fields}", file=self._stream)
+            if self._takes_more():
+                print(line[:_SHOWN_MOST_CHARS], file=self._stream, flush=True)
+
+    def _takes_more(self) -> bool:
+        """Whether the stream takes a line without waiting for its reader. Raises OSError."""
+        try:
+            descriptor = self._stream.fileno()
+        except io.UnsupportedOperation:
+            return True
+        # A pipe is ready for writing when it takes PIPE_BUF bytes at once.
+        ready = select.poll()
+        ready.register(descriptor, select.POLLOUT)
+        return bool(ready.poll(0))
 
     def recent(self, count: int, level: str) -> list[Json]:
         """The newest `count` events of this level or worse, oldest first; "all" = every level."""
@@ -1138,6 +1325,8 @@ class Turn(NamedTuple):
     #: The client's name for a conversation that the server remembers; empty = none.
     session_id: str = ""
     stream: bool = False
+    #: Whether an answer that was given before will not do.
+    fresh: bool = False
     #: Parameters that were understood and cannot be honoured.
     ignored: tuple[str, ...] = ()
     #: What the dialect needs again to render the answer; nobody else looks inside.
@@ -1296,6 +1485,38 @@ class AnswerBuilder:
         return filled
 
 
+#: The pieces in which a stored answer is told again.
+_REPLAY_CHARS = 80
+
+
+def replayed(answer: Answer) -> Iterator[Event]:
+    """The events of an answer that is there already. It must hold no tool call and no refusal."""
+    yield Started(answer.message_id, answer.model, answer.usage._replace(output_tokens=0))
+    for index, block in enumerate(answer.blocks):
+        kinds = [kind for kind, field in _BLOCK_FIELDS.items() if field in block]
+        yield BlockStarted(index, {**block, **{_BLOCK_FIELDS[kind]: "" for kind in kinds}})
+        for kind in kinds:
+            text = str(block[_BLOCK_FIELDS[kind]])
+            # A signature is one piece: clients keep it, they do not show it.
+            step = len(text) or 1 if kind == "signature" else _REPLAY_CHARS
+            for start in range(0, len(text), step):
+                yield Delta(index, kind, text[start: start + step])
+        yield BlockStopped(index)
+    yield Finished(answer.stop_reason, answer.stop_sequence, answer.usage)
+
+
+def text_chars(turn: Turn) -> int:
+    """The characters that a client wrote into a prompt: system, texts and results of tools."""
+    def count(blocks: Iterable[Block]) -> int:
+        return sum(
+            count(block["content"]) if block["type"] == "tool_result"
+            else len(block.get("text") or "")
+            for block in blocks
+        )
+
+    return len(turn.system) + sum(count(message.content) for message in turn.messages)
+
+
 #: How many characters stand for a token when a prompt is measured against a window.
 _CHARS_PER_TOKEN = 3
 
@@ -1354,6 +1575,8 @@ def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
     return turn._replace(messages=turn.messages[first:]), first
 
 
+#: How many characters a token has, about, when tokens are estimated.
+CHARS_EACH_TOKEN = 3.5
 #: What an image or a document is taken for in an estimate.
 _ATTACHMENT_TOKENS = 1_500
 
@@ -1362,7 +1585,7 @@ def estimated_tokens(turn: Turn) -> int:
     """About how many tokens the prompt has."""
     chars = _fixed_weight(turn) + sum(_weight(message) for message in turn.messages)
     attachments = sum(_attachments(message.content) for message in turn.messages)
-    return max(1, round(chars / 3.5)) + _ATTACHMENT_TOKENS * attachments
+    return max(1, round(chars / CHARS_EACH_TOKEN)) + _ATTACHMENT_TOKENS * attachments
 
 
 def _attachments(blocks: Iterable[Block]) -> int:
@@ -1382,7 +1605,8 @@ def _begins(message: Message) -> bool:
 
 # ==== 7. Store ===============================================================
 # One SQLite file for what has to survive a restart. One connection and one lock: a transaction
-# takes a fraction of a millisecond. Without a folder to write to it lives in memory.
+# takes a fraction of a millisecond. Without a folder to write to it lives in memory. The settings
+# that were changed at run time are kept here too.
 
 #: Appended to, never changed: the n-th brings a database from version n to n + 1.
 MIGRATIONS = (
@@ -1398,6 +1622,52 @@ MIGRATIONS = (
         used_s INTEGER NOT NULL
     )
     """,
+    """
+    CREATE TABLE keys (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL COLLATE NOCASE,
+        hash TEXT NOT NULL UNIQUE,
+        preview TEXT NOT NULL,
+        created_s INTEGER NOT NULL,
+        expiry_s INTEGER,
+        revoked_s INTEGER,
+        used_s INTEGER,
+        models TEXT NOT NULL,
+        max_concurrent INTEGER NOT NULL,
+        note TEXT NOT NULL,
+        quota TEXT NOT NULL
+    )
+    """,
+    "CREATE UNIQUE INDEX keys_by_name ON keys (name) WHERE revoked_s IS NULL",
+    """
+    CREATE TABLE usage (
+        id INTEGER PRIMARY KEY,
+        at_s REAL NOT NULL,
+        request_id TEXT NOT NULL,
+        key_id INTEGER,
+        caller TEXT NOT NULL,
+        model TEXT NOT NULL,
+        dialect TEXT NOT NULL,
+        outcome TEXT NOT NULL,
+        status INTEGER NOT NULL,
+        counted INTEGER NOT NULL,
+        stop_reason TEXT,
+        stream INTEGER NOT NULL,
+        warm INTEGER,
+        path TEXT,
+        prompt_chars INTEGER NOT NULL,
+        response_chars INTEGER NOT NULL,
+        input_tokens INTEGER NOT NULL,
+        output_tokens INTEGER NOT NULL,
+        cache_read_tokens INTEGER NOT NULL,
+        cache_write_tokens INTEGER NOT NULL,
+        first_token_ms INTEGER,
+        total_ms INTEGER NOT NULL
+    )
+    """,
+    "CREATE INDEX usage_by_time ON usage (at_s)",
+    "CREATE INDEX usage_by_key ON usage (key_id, at_s)",
+    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
 )
 
 
@@ -1408,7 +1678,8 @@ class Store:
         """Opens or creates it, private from birth. Raises OSError, sqlite3.Error."""
         if path != ":memory:":
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        # Guards the connection. Held for one transaction.
+        # Guards the connection, and what its users decide while they hold it. Held for a
+        # transaction or a decision, never while anything else is waited for.
         self._lock = threading.RLock()
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
@@ -1441,6 +1712,12 @@ class Store:
                 raise
             self._connection.execute("COMMIT")
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps everybody else off the database, for a decision and what follows from it."""
+        with self._lock:
+            yield
+
     def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
         """What a query finds."""
         with self._lock:
@@ -1452,9 +1729,89 @@ class Store:
             self._connection.close()
 
 
-# ==== 8. Callers =============================================================
+class Settings:
+    """The configuration in force: what was changed at run time, over what the start gave.
+
+    Precedence: stored, then environment, then default.
+    """
+
+    def __init__(self, store: Store, base: Config, environ: Mapping[str, str]) -> None:
+        """`base` is the configuration of `environ`."""
+        self._store = store
+        self._base = base
+        self._environ = environ
+        # Guards writers only: readers take the reference, and keep it for a whole request.
+        self._lock = threading.Lock()
+        self._stored: dict[str, int | str | bool] = {}
+        #: What is stored and cannot be used: (name, why).
+        self.problems: list[tuple[str, str]] = []
+        self.config = base
+        for row in store.rows("SELECT name, value FROM settings"):
+            try:
+                self._apply(row["name"], json.loads(row["value"]))
+            except (KeyError, ValueError) as problem:
+                self.problems.append((row["name"], str(problem)))
+
+    def _apply(self, name: str, value: object) -> None:
+        """Takes a value over, None for the one of the start. Raises KeyError, ValueError."""
+        row = live_settings()[name]
+        stored = {**self._stored, name: None if value is None else checked_setting(row, value)}
+        kept = {name: value for name, value in stored.items() if value is not None}
+        changes = {live_settings()[name].name: value for name, value in kept.items()}
+        config = dataclasses.replace(self._base, **changes)  # type: ignore[arg-type]  # checked
+        broken = [message for is_broken, message in CONFIG_RULES if is_broken(config)]
+        if broken:
+            raise ValueError("; ".join(broken))
+        self._stored, self.config = kept, config
+
+    def change(self, name: str, value: object) -> object:
+        """Stores a value, None for the one of the start; what is in force then.
+
+        Raises KeyError for a name that there is not, ValueError saying what is wrong with the
+        value, and sqlite3.Error when it cannot be stored; then nothing has changed.
+        """
+        with self._lock:
+            before = self._stored, self.config
+            self._apply(name, value)
+            try:
+                with self._store.transaction() as connection:
+                    connection.execute("DELETE FROM settings WHERE name = ?", (name,))
+                    if value is not None:
+                        text = json.dumps(self._stored[name])
+                        connection.execute("INSERT INTO settings VALUES (?, ?)", (name, text))
+            except sqlite3.Error:
+                self._stored, self.config = before
+                raise
+            return getattr(self.config, live_settings()[name].name)
+
+    def report(self) -> Json:
+        """Every setting that can be changed: value, range, unit, help, and where it comes from."""
+        kinds = {int: "number", bool: "boolean", str: "string"}
+        return {
+            name: {
+                "value": getattr(self.config, row.name),
+                "type": kinds[type(row.default)],
+                "min": row.metadata["least"],
+                "max": row.metadata["most"],
+                "unit": row.metadata["unit"],
+                "desc": row.metadata["help"],
+                "source": self._source(name, row.metadata["env"]),
+                "default": row.default,
+                "env": row.metadata["env"],
+            }
+            for name, row in live_settings().items()
+        }
+
+    def _source(self, name: str, variable: str) -> str:
+        if name in self._stored:
+            return "stored"
+        return "environment" if self._environ.get(variable, "").strip() else "default"
+
+
+# ==== 8. Keys and callers ====================================================
 # Who may use which route. A route names its kind of access; this section decides, in one place,
-# so that a new route cannot forget to ask.
+# so that a new route cannot forget to ask. Keys are stored as hashes: whoever reads the database
+# can use none of them.
 
 
 class Headers(Protocol):
@@ -1472,10 +1829,211 @@ class Access(enum.Enum):
     ADMIN = "the operator"
 
 
-class Caller(NamedTuple):
-    """Who is asking."""
+class Quota(NamedTuple):
+    """A limit that a key can have. `unit` is "requests" or "tokens"."""
 
     name: str
+    period: str
+    unit: str
+
+
+#: In the order in which they are checked.
+QUOTAS = (
+    Quota("daily", "daily", "requests"),
+    Quota("weekly", "weekly", "requests"),
+    Quota("monthly", "monthly", "requests"),
+    Quota("tokensDaily", "daily", "tokens"),
+    Quota("tokensWeekly", "weekly", "tokens"),
+    Quota("tokensMonthly", "monthly", "tokens"),
+)
+
+
+class Caller(NamedTuple):
+    """Who is asking, and what is allowed to them."""
+
+    name: str
+    is_admin: bool = False
+    #: The key that was used; None = it is none of those in the database.
+    key_id: int | None = None
+    #: Ids of the models that may be used; empty = all.
+    models: tuple[str, ...] = ()
+    #: Answers at the same time; 0 = as many as the server gives.
+    max_concurrent: int = 0
+    #: The limits by their names in QUOTAS; a limit that is not there does not exist.
+    quota: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def scope(self) -> str:
+        """What belongs to this caller alone is kept under this. It outlives a change of name."""
+        return self.name if self.key_id is None else f"key-{self.key_id}"
+
+
+class Key(NamedTuple):
+    """A key as the database has it, without its secret."""
+
+    id: int
+    name: str
+    #: Enough of the secret to recognise it by.
+    preview: str
+    created_s: int
+    #: None = never, for each of the three.
+    expiry_s: int | None
+    revoked_s: int | None
+    used_s: int | None
+    models: tuple[str, ...]
+    max_concurrent: int
+    note: str
+    quota: Mapping[str, int]
+
+    @property
+    def caller(self) -> Caller:
+        """The caller that the key stands for."""
+        return Caller(
+            self.name, key_id=self.id, models=self.models,
+            max_concurrent=self.max_concurrent, quota=self.quota,
+        )
+
+    def expired(self, now_s: float) -> bool:
+        """Whether its time is up."""
+        return self.expiry_s is not None and now_s >= self.expiry_s
+
+
+#: Names of callers that have no key in the database.
+_RESERVED_NAMES = ("admin", "anonymous", "local", "public", "remote", "shared")
+#: How often the time of a key's last use is written down.
+_USED_EVERY_S = 60.0
+
+
+def key_name(name: str) -> str:
+    """The name, if a key may have it. Raises BadRequest."""
+    if not re.fullmatch(r"[A-Za-z0-9 ._-]{1,64}", name) or name != name.strip():
+        raise BadRequest(
+            "name: takes 1 to 64 letters, digits, spaces, dots, underscores and hyphens.",
+            param="name",
+        )
+    if name.isdigit() or name.lower() in _RESERVED_NAMES:
+        raise BadRequest(
+            f"name: must not be a number, nor one of {', '.join(_RESERVED_NAMES)}.", param="name"
+        )
+    return name
+
+
+def _key(row: sqlite3.Row) -> Key:
+    fields = {name: row[name] for name in Key._fields}
+    models, quota = json.loads(fields.pop("models")), json.loads(fields.pop("quota"))
+    return Key(**fields, models=tuple(models), quota=quota)
+
+
+class Keys:
+    """The keys of mode multi."""
+
+    def __init__(self, store: Store, clock: Clock = time.time) -> None:
+        self._store = store
+        self._clock = clock
+
+    def create(self, name: str, fields: Mapping[str, object]) -> tuple[Key, str]:
+        """A new key and its secret, which is told once. `fields`: see `change`.
+
+        Raises BadRequest, Conflict.
+        """
+        now_s = self._clock()
+        secret, hidden = self._new_secret()
+        columns = {
+            "name": key_name(name or f"key-{round(now_s * 1000)}"), "created_s": int(now_s),
+            "expiry_s": None, "models": (), "max_concurrent": 0, "note": "", "quota": {},
+            **hidden, **fields,
+        }
+        names = ", ".join(columns)
+        marks = ", ".join("?" * len(columns))
+        key_id = self._written(f"INSERT INTO keys ({names}) VALUES ({marks})", columns)
+        return self.find(str(key_id)), secret
+
+    def _new_secret(self) -> tuple[str, dict[str, object]]:
+        """A secret, and the columns that know it."""
+        secret = "ocp_" + secrets.token_urlsafe(24)
+        preview = f"{secret[:8]}...{secret[-4:]}"
+        return secret, {"hash": self._hash(secret), "preview": preview}
+
+    def _hash(self, secret: str) -> str:
+        # Of 192 random bits: there is nothing that salt or a slow hash would protect.
+        return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
+
+    def _written(self, statement: str, columns: Mapping[str, object], *more: object) -> int:
+        """Writes the columns; the id of a new row. Raises Conflict."""
+        values = [
+            json.dumps(v) if isinstance(v, (dict, tuple, list)) else v for v in columns.values()
+        ]
+        try:
+            with self._store.transaction() as connection:
+                return connection.execute(statement, (*values, *more)).lastrowid or 0
+        except sqlite3.IntegrityError:
+            raise Conflict(
+                f"There is a key called {columns.get('name')!r} already: revoke or rename it.",
+                param="name",
+            ) from None
+
+    def all(self) -> list[Key]:
+        """Every key, revoked ones too, newest first."""
+        return [_key(row) for row in self._store.rows("SELECT * FROM keys ORDER BY id DESC")]
+
+    def find(self, id_or_name: str) -> Key:
+        """The key of this id or name; of several of one name, the one that is not revoked, or the
+        newest. Raises NotFound."""
+        column = "id" if re.fullmatch("[0-9]{1,15}", id_or_name) else "name"
+        rows = self._store.rows(
+            f"SELECT * FROM keys WHERE {column} = ? ORDER BY revoked_s IS NOT NULL, id DESC",
+            id_or_name,
+        )
+        if not rows:
+            raise NotFound(f"There is no key {one_line(id_or_name, 80)!r}.")
+        return _key(rows[0])
+
+    def change(self, key: Key, fields: Mapping[str, object]) -> Key:
+        """The key with columns changed: name, expiry_s, models, max_concurrent, note, quota.
+
+        Raises BadRequest, Conflict.
+        """
+        if key.revoked_s is not None:
+            raise BadRequest(f"The key {key.name!r} is revoked; make a new one.")
+        if "name" in fields:
+            key_name(str(fields["name"]))
+        if fields:
+            places = ", ".join(f"{name} = ?" for name in fields)
+            self._written(f"UPDATE keys SET {places} WHERE id = ?", fields, key.id)
+        return self.find(str(key.id))
+
+    def rotate(self, key: Key) -> str:
+        """A new secret for the key; the old one is worth nothing from now on."""
+        secret, hidden = self._new_secret()
+        self.change(key, hidden)
+        return secret
+
+    def revoke(self, key: Key) -> bool:
+        """Whether the key was still good; it is not any more."""
+        with self._store.transaction() as connection:
+            return connection.execute(
+                "UPDATE keys SET revoked_s = ? WHERE id = ? AND revoked_s IS NULL",
+                (int(self._clock()), key.id),
+            ).rowcount > 0
+
+    def verify(self, secret: str) -> Caller:
+        """The caller of this secret. Raises Unauthorized."""
+        rows = self._store.rows("SELECT * FROM keys WHERE hash = ?", self._hash(secret))
+        key = _key(rows[0]) if rows else None
+        now_s = self._clock()
+        if key is None:
+            raise Unauthorized(_NEEDS_KEY)
+        if key.revoked_s is not None or key.expired(now_s):
+            what = "was revoked" if key.revoked_s is not None else "has expired"
+            raise Unauthorized(f"This key {what}: ask the operator of this server for a new one.")
+        if now_s - (key.used_s or 0) >= _USED_EVERY_S:
+            # A disk that is full is no reason to turn anybody away.
+            with contextlib.suppress(sqlite3.Error), self._store.transaction() as connection:
+                connection.execute("UPDATE keys SET used_s = ? WHERE id = ?", (now_s // 1, key.id))
+        return key.caller
+
+
+_NEEDS_KEY = "This server wants its key: send it as `Authorization: Bearer KEY` or `x-api-key`."
 
 
 def presented_key(headers: Headers) -> str:
@@ -1488,9 +2046,8 @@ def presented_key(headers: Headers) -> str:
 
 def same_secret(given: str, wanted: str) -> bool:
     """Whether the two are equal, taking as long for a near miss as for a far one."""
-    return bool(wanted) and hmac.compare_digest(
-        given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace")
-    )
+    hashes = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, wanted))
+    return bool(wanted) and hmac.compare_digest(*hashes)
 
 
 def is_loopback(address: str) -> bool:
@@ -1503,26 +2060,37 @@ def is_loopback(address: str) -> bool:
     return bool((mapped or parsed).is_loopback)
 
 
-def admit(config: Config, access: Access, headers: Headers, peer: str) -> Caller:
+def admit(config: Config, keys: Keys, access: Access, headers: Headers, peer: str) -> Caller:
     """The caller, if this access is theirs. Raises Unauthorized or Forbidden."""
-    key = presented_key(headers)
     if access is Access.PUBLIC:
         return Caller("public")
     if config.mode == "none":
         # Behind a reverse proxy everybody comes from this machine.
         forwarded = headers.get("Forwarded", "") or headers.get("X-Forwarded-For", "")
-        if access is Access.ADMIN and (forwarded or not is_loopback(peer)):
+        is_local = is_loopback(peer) and not forwarded
+        if access is Access.ADMIN and not is_local:
             raise Forbidden("This route is served to the machine itself only.")
-        return Caller("local" if is_loopback(peer) else "remote")
-    if same_secret(key, config.admin_key):
-        return Caller("admin")
-    if not same_secret(key, config.api_key):
-        raise Unauthorized(
-            "This server wants its key: send it as `Authorization: Bearer KEY` or `x-api-key`."
+        return Caller("local" if is_loopback(peer) else "remote", is_admin=is_local)
+    caller = _holder(config, keys, presented_key(headers))
+    if access is Access.ADMIN and not caller.is_admin:
+        raise Forbidden(
+            "This route wants the admin key: OCP_ADMIN_KEY of the server, or what is in its file "
+            "admin-key."
         )
-    if access is Access.ADMIN:
-        raise Forbidden("This route wants the admin key (OCP_ADMIN_KEY of the server).")
-    return Caller("shared")
+    return caller
+
+
+def _holder(config: Config, keys: Keys, key: str) -> Caller:
+    """Who holds this key. Raises Unauthorized."""
+    if same_secret(key, config.admin_key):
+        return Caller("admin", is_admin=True)
+    if config.mode == "multi" and same_secret(key, config.anonymous_key):
+        return Caller("anonymous")
+    if config.mode == "multi":
+        return keys.verify(key)
+    if same_secret(key, config.api_key):
+        return Caller("shared")
+    raise Unauthorized(_NEEDS_KEY)
 
 
 _LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home.arpa", ".internal")
@@ -1570,7 +2138,295 @@ def check_origin(config: Config, origin: str, host: str, content_type: str) -> N
     )
 
 
-# ==== 9. Dialects ============================================================
+# ==== 9. Usage and quotas ====================================================
+# One row for each request, what the rows add up to, and the quotas that they count against. A
+# request reserves its place before it runs and gives it back with its row, so that requests at
+# the same time never go over a quota together.
+
+
+class UsageRow(NamedTuple):
+    """What one request was and cost; a row of the table `usage`, in the order of its columns."""
+
+    at_s: float
+    request_id: str
+    key_id: int | None
+    caller: str
+    model: str
+    dialect: str
+    #: "ok", "abandoned" when the client left, else the code or the type of the error.
+    outcome: str
+    status: int
+    #: Whether quotas count it: answers do, and what the client did not wait for.
+    counted: bool
+    stop_reason: str | None
+    stream: bool
+    warm: bool | None
+    #: "fresh", "rebuilt", "continued"; "cached" and "shared" ones cost no tokens.
+    path: str | None
+    prompt_chars: int
+    response_chars: int
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_tokens: int
+    first_token_ms: int | None
+    total_ms: int
+
+    @property
+    def tokens(self) -> int:
+        """What token quotas count."""
+        written = self.cache_read_tokens + self.cache_write_tokens
+        return self.input_tokens + self.output_tokens + written
+
+
+_TOKENS = "input_tokens + output_tokens + cache_read_tokens + cache_write_tokens"
+#: What is added up over rows: (name, SQL). The names with total_ are those of older clients.
+_SUMS = (
+    ("requests", "COUNT(*)"),
+    ("successes", "SUM(outcome = 'ok')"),
+    ("abandoned", "SUM(outcome = 'abandoned')"),
+    ("errors", "SUM(outcome NOT IN ('ok', 'abandoned'))"),
+    ("cached", "SUM(path IN ('cached', 'shared'))"),
+    ("input_tokens", "SUM(input_tokens)"),
+    ("output_tokens", "SUM(output_tokens)"),
+    ("cache_read_tokens", "SUM(cache_read_tokens)"),
+    ("cache_write_tokens", "SUM(cache_write_tokens)"),
+    ("avg_elapsed_ms", "CAST(ROUND(AVG(total_ms)) AS INTEGER)"),
+    ("avg_first_token_ms", "CAST(ROUND(AVG(first_token_ms)) AS INTEGER)"),
+)
+_TIMELINE_SUMS = (
+    *_SUMS, ("prompt_chars", "SUM(prompt_chars)"), ("response_chars", "SUM(response_chars)"),
+)
+_GROUP_SUMS = (
+    *_SUMS, ("total_prompt_chars", "SUM(prompt_chars)"),
+    ("total_response_chars", "SUM(response_chars)"), ("total_elapsed_ms", "SUM(total_ms)"),
+    ("max_elapsed_ms", "MAX(total_ms)"), ("max_prompt_chars", "MAX(prompt_chars)"),
+    ("avg_prompt_chars", "CAST(ROUND(AVG(prompt_chars)) AS INTEGER)"),
+    ("first_request", "strftime('%Y-%m-%dT%H:%M:%fZ', MIN(at_s), 'unixepoch')"),
+    ("last_request", "strftime('%Y-%m-%dT%H:%M:%fZ', MAX(at_s), 'unixepoch')"),
+)
+_Columns = tuple[tuple[str, str], ...]
+
+
+def period_bounds(period: str, now_s: float) -> tuple[float, float]:
+    """When the "daily", "weekly" or "monthly" period began that holds this moment, and when it
+    ends: calendar days of the machine's time zone, weeks from Monday, both in epoch seconds."""
+    today = datetime.datetime.fromtimestamp(now_s).replace(
+        hour=0, minute=0, second=0, microsecond=0, fold=0
+    )
+    day = datetime.timedelta(days=1)
+    if period == "daily":
+        first, after = today, today + day
+    elif period == "weekly":
+        first = today - today.weekday() * day
+        after = first + 7 * day
+    else:
+        first = today.replace(day=1)
+        after = (first + 32 * day).replace(day=1)
+    return first.timestamp(), after.timestamp()
+
+
+class Reservation:
+    """The place of one running request in the quotas of its key. `tokens` is what it may take."""
+
+    def __init__(self, key_id: int | None, tokens: int) -> None:
+        self.key_id = key_id
+        self.tokens = tokens
+
+
+class Used:
+    """What a key has used of a period."""
+
+    def __init__(self, begins_s: float, requests: int, tokens: int) -> None:
+        self.begins_s = begins_s
+        self.requests = requests
+        self.tokens = tokens
+
+
+class Ledger:
+    """The rows and what they add up to."""
+
+    def __init__(self, store: Store, clock: Clock = time.time) -> None:
+        self._store = store
+        self._clock = clock
+        # Both are guarded by the store: what is used is in the rows, and added up only once.
+        self._used: dict[tuple[int, str], Used] = {}
+        self._flying: dict[int, list[Reservation]] = {}
+
+    # -- quotas -------------------------------------------------------------------------------
+
+    def reserve(self, caller: Caller, tokens: int) -> Reservation:
+        """A place for a request that may take so many tokens; end it with `record` or `release`.
+
+        Raises QuotaExceeded, and QueueFull while requests that run may take all that is left.
+        """
+        reservation = Reservation(caller.key_id, tokens)
+        if caller.key_id is None or not caller.quota:
+            return reservation
+        with self._store.held():
+            now_s = self._clock()
+            flying = self._flying.setdefault(caller.key_id, [])
+            for quota in QUOTAS:
+                if quota.name in caller.quota:
+                    used = self._used_in(caller.key_id, quota.period, now_s)
+                    self._check(quota, caller.quota[quota.name], used, flying, tokens)
+            flying.append(reservation)
+        return reservation
+
+    def _check(
+        self, quota: Quota, limit: int, used: Used, flying: list[Reservation], tokens: int
+    ) -> None:
+        taken = used.requests + len(flying) if quota.unit == "requests" else used.tokens
+        if taken >= limit:
+            raise self._exceeded(quota, limit, taken)
+        reserved = sum(reservation.tokens for reservation in flying)
+        if quota.unit == "tokens" and flying and taken + reserved + tokens > limit:
+            raise QueueFull(
+                f"The {quota.period} tokens of this key that are left ({limit - taken}) may be "
+                "taken by its requests that run now; try again when they are done.",
+                retry_after_s=5,
+            )
+
+    def _exceeded(self, quota: Quota, limit: int, taken: int) -> QuotaExceeded:
+        now_s = self._clock()
+        resets_s = period_bounds(quota.period, now_s)[1]
+        resets_in = span_words(resets_s - now_s)
+        error = QuotaExceeded(
+            f"This key has used {taken} of its {limit} {quota.unit} ({quota.period}). "
+            f"Resets in {resets_in}.",
+            retry_after_s=resets_s - now_s,
+        )
+        error.details = {
+            "quota": {
+                "period": quota.period, "unit": quota.unit, "limit": limit, "used": taken,
+                "resetsIn": resets_in, "resetsAt": iso_time(resets_s),
+            }
+        }
+        return error
+
+    def _used_in(self, key_id: int, period: str, now_s: float) -> Used:
+        """What the key has used of the period that is now. The store is held by the caller."""
+        begins_s = period_bounds(period, now_s)[0]
+        used = self._used.get((key_id, period))
+        if used is None or used.begins_s != begins_s:
+            row = self._store.rows(
+                f"SELECT COUNT(*), TOTAL({_TOKENS}) FROM usage "
+                "WHERE key_id = ? AND counted AND at_s >= ?", key_id, begins_s,
+            )[0]
+            used = self._used[key_id, period] = Used(begins_s, row[0], int(row[1]))
+        return used
+
+    def release(self, reservation: Reservation) -> None:
+        """Gives a place back that was not used. Harmless when it was given back before."""
+        with self._store.held():
+            flying = self._flying.get(reservation.key_id or 0, [])
+            if reservation in flying:
+                flying.remove(reservation)
+
+    def quota_report(self, key: Key) -> Json:
+        """Each quota of a key: limit (None = no limit), used, in flight, and its reset."""
+        report: Json = {}
+        with self._store.held():
+            now_s = self._clock()
+            flying = self._flying.get(key.id, [])
+            for quota in QUOTAS:
+                used = self._used_in(key.id, quota.period, now_s)
+                requests = quota.unit == "requests"
+                resets_s = period_bounds(quota.period, now_s)[1]
+                report[quota.name] = {
+                    "limit": key.quota.get(quota.name),
+                    "used": used.requests if requests else used.tokens,
+                    "inFlight": len(flying) if requests else sum(r.tokens for r in flying),
+                    "resetsAt": iso_time(resets_s),
+                    "resetsIn": span_words(resets_s - now_s),
+                }
+        return report
+
+    # -- rows ---------------------------------------------------------------------------------
+
+    def record(self, row: UsageRow, reservation: Reservation) -> None:
+        """Writes a row down, and makes its reservation what was really used.
+
+        Raises sqlite3.Error when it cannot be written; quotas count it all the same.
+        """
+        with self._store.held():
+            self.release(reservation)
+            if row.key_id is not None and row.counted:
+                for period in {quota.period for quota in QUOTAS}:
+                    used = self._used.get((row.key_id, period))
+                    if used is not None and used.begins_s <= row.at_s:
+                        used.requests += 1
+                        used.tokens += row.tokens
+            marks = ", ".join("?" * len(row))
+            with self._store.transaction() as connection:
+                connection.execute(
+                    f"INSERT INTO usage ({', '.join(row._fields)}) VALUES ({marks})", row
+                )
+
+    def prune(self, days: int) -> int:
+        """Deletes the rows that are older; how many there were. Raises sqlite3.Error."""
+        with self._store.transaction() as connection:
+            return connection.execute(
+                "DELETE FROM usage WHERE at_s < ?", (self._clock() - days * 86_400,)
+            ).rowcount
+
+    # -- reports ------------------------------------------------------------------------------
+
+    def report(self, since_s: float, until_s: float, limit: int, caller: Caller | None) -> Json:
+        """What was used in a span of time, by everybody or by one caller; see /api/usage."""
+        where = "at_s >= ? AND at_s < ?"
+        values: list[object] = [since_s, until_s]
+        if caller is not None and caller.key_id is not None:
+            where, values = where + " AND key_id = ?", [*values, caller.key_id]
+        elif caller is not None:
+            where, values = where + " AND key_id IS NULL AND caller = ?", [*values, caller.name]
+        day = "date(at_s, 'unixepoch', 'localtime')"
+        return {
+            "totals": self._sums(_GROUP_SUMS, where, values)[0],
+            "byKey": self._sums(_GROUP_SUMS, where, values, ("key_name", _NAME_NOW)),
+            "byModel": self._sums(_GROUP_SUMS, where, values, ("model", "model")),
+            "timeline": self._sums(_TIMELINE_SUMS, where, values, ("hour", _HOUR)),
+            "daily": self._sums(_TIMELINE_SUMS, where, values, ("day", day)),
+            "recent": self._recent(where, values, limit),
+        }
+
+    def by_model(self, since_s: float) -> list[Json]:
+        """The sums of each model since then, its time-outs among them."""
+        columns = (*_GROUP_SUMS, ("timeouts", "SUM(outcome = 'timeout')"))
+        return self._sums(columns, "at_s >= ?", [since_s], ("model", "model"))
+
+    def _sums(
+        self, columns: _Columns, where: str, values: list[object],
+        group: tuple[str, str] | None = None,
+    ) -> list[Json]:
+        """The columns over all rows, or over each group, which is (name, SQL)."""
+        sums = [(n, f"COALESCE({sql}, 0)" if "SUM" in sql else sql) for n, sql in columns]
+        shown = [group, *sums] if group else sums
+        selected = ", ".join(f"{sql} AS {name}" for name, sql in shown)
+        grouped = f" GROUP BY {group[0]} ORDER BY {group[0]}" if group else ""
+        rows = self._store.rows(f"SELECT {selected} FROM usage WHERE {where}{grouped}", *values)
+        return [dict(row) for row in rows]
+
+    def _recent(self, where: str, values: list[object], limit: int) -> list[Json]:
+        rows = self._store.rows(
+            f"SELECT *, {_NAME_NOW} AS key_name, outcome = 'ok' AS success, "
+            "total_ms AS elapsed_ms, datetime(at_s, 'unixepoch') AS created_at "
+            f"FROM usage WHERE {where} ORDER BY id DESC LIMIT ?", *values, limit,
+        )
+        entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in rows]
+        for entry in entries:
+            for name in ("id", "at_s", "key_id", "caller", "total_ms"):
+                del entry[name]
+        return entries
+
+
+#: The name that a row's key has today, or the caller's.
+_NAME_NOW = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
+#: The hour of a row, in UTC.
+_HOUR = "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')"
+
+
+# ==== 10. Dialects ===========================================================
 # Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
 # output, and knows nothing of claude. Fields reads JSON with types and names the field that is
 # wrong; the helpers after it are shared by all dialects.
@@ -2061,6 +2917,26 @@ def asks_for_something(value: object) -> bool:
     return value not in (None, False, 0, "", "none", [], {})
 
 
+def asks_fresh(body: object, *, sampled_too: bool) -> bool:
+    """Whether a request wants an answer that was not given before: it says `cache_control`, which
+    is about a cache of the API's, or has a temperature above 0 and `sampled_too` is off."""
+    if not isinstance(body, dict):
+        return False
+    temperature = body.get("temperature")
+    if not sampled_too and isinstance(temperature, (int, float)) and temperature > 0:
+        return True
+    left: list[object] = [body]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            if "cache_control" in value:
+                return True
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return False
+
+
 class Dialect:
     """A wire format. Subclasses parse and render; the error bodies here are OpenAI's."""
 
@@ -2091,6 +2967,7 @@ class Dialect:
                 "type": error.openai_type,
                 "param": error.param,
                 "code": error.error_code,
+                **error.details,
             }
         }
 
@@ -2758,7 +3635,7 @@ class MessagesDialect(Dialect):
         if fields.given("thread"):
             error = Unsupported("thread: send the messages themselves.", param="thread")
             error.details = {
-                "error_code": "thread_unsupported_request", "unsupported": ["thread"],
+                "details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
             }
             raise error
 
@@ -2952,9 +3829,7 @@ class MessagesDialect(Dialect):
 
     def error_body(self, error: OcpError, request_id: str) -> Json:
         """See Dialect.error_body."""
-        told: Json = {"type": error.anthropic_type, "message": error.message}
-        if error.details:
-            told["details"] = error.details
+        told = {"type": error.anthropic_type, "message": error.message, **error.details}
         return {"type": "error", "error": told, "request_id": request_id}
 
 
@@ -3454,7 +4329,7 @@ class ResponsesRenderer(Renderer):
 RESPONSES = ResponsesDialect()
 
 
-# ==== 10. Claude protocol ====================================================
+# ==== 11. Claude protocol ====================================================
 # What is said to claude and what its lines mean. Pure: no pipes, no processes. Facts about the
 # protocol were measured on the versions that the contract tests run (2.1.197 and the newest).
 
@@ -3520,11 +4395,12 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
     because claude reads text of strangers.
     """
     named = listed(config.pass_env)
-    keys = {key for key in (config.api_key, config.admin_key) if len(key) >= 8}
+    keys = {key for key in config.secrets if len(key) >= 8}
     passed = {
         name: value
         for name, value in environ.items()
-        if _is_named(name, named) or (_is_named(name, CHILD_ENVIRONMENT) and value not in keys)
+        if _is_named(name, named)
+        or (_is_named(name, CHILD_ENVIRONMENT) and value not in keys and not is_key(value))
     }
     return {**passed, **FIXED_ENVIRONMENT, "CLAUDE_CODE_MAX_RETRIES": str(config.max_retries)}
 
@@ -3946,6 +4822,103 @@ def plan_window(line: Json) -> PlanWindow | None:
     )
 
 
+class PlanNews(NamedTuple):
+    """What claude says about the plan at one time. Everything in it may be unknown."""
+
+    #: By the API's names for them: five_hour, seven_day, seven_day_opus, ...
+    windows: Mapping[str, Window]
+    status: str | None = None
+    #: The window that decides.
+    claim: str | None = None
+    overage_status: str | None = None
+    overage_reason: str | None = None
+    subscription: str | None = None
+
+
+class Window(NamedTuple):
+    """A window of the plan."""
+
+    #: The used share, 0 to 1.
+    utilization: float | None
+    resets_at_s: float | None
+    status: str | None
+
+
+def _text_in(found: Json, name: str) -> str | None:
+    value = found.get(name)
+    return value if isinstance(value, str) else None
+
+
+def _reset_in(found: Json, name: str) -> float | None:
+    """A moment that is given in epoch seconds or in ISO 8601."""
+    value = found.get(name)
+    with contextlib.suppress(ValueError):
+        value = epoch_of(value) if isinstance(value, str) else value
+    known = isinstance(value, (int, float)) and 0 < value < _LATEST_S
+    return float(value) if known else None  # type: ignore[arg-type]  # known says so
+
+
+def _share_in(found: Json, whole: float) -> float | None:
+    value = found.get("utilization")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return round(value / whole, 4)
+
+
+def plan_news(line: Json) -> PlanNews | None:
+    """What a rate_limit_event tells; None for any other line, and for one that names no window,
+    such as that of a plain 429."""
+    found = line.get("rate_limit_info")
+    if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
+        return None
+    claim = _text_in(found, "rateLimitType")
+    if claim is None:
+        return None
+    told = found.get("unifiedWindows")
+    windows = {
+        name: Window(
+            _share_in(entry, 1), _reset_in(entry, "resetsAt"), _text_in(entry, "status")
+        )
+        for name, entry in (told.items() if isinstance(told, dict) else ())
+        if isinstance(entry, dict)
+    }
+    status = _text_in(found, "status")
+    windows.setdefault(claim, Window(_share_in(found, 1), _reset_in(found, "resetsAt"), status))
+    return PlanNews(
+        windows, status, claim,
+        overage_status=_text_in(found, "overageStatus"),
+        overage_reason=_text_in(found, "overageDisabledReason"),
+    )
+
+
+#: What lets claude ask the API how much of the plan is used, which its fixed environment forbids,
+#: and what forbids it again.
+_MAY_READ_USAGE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": ""}
+_MUST_NOT_READ_USAGE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
+
+
+def usage_lines() -> list[bytes]:
+    """What asks an idle process about the plan, and leaves it as it was: three requests, with an
+    answer each. The second answer is the one that `plan_report` reads."""
+    return [
+        control_line("apply_flag_settings", settings={"env": _MAY_READ_USAGE}),
+        control_line("get_usage", skip_behaviors=True),
+        control_line("apply_flag_settings", settings={"env": _MUST_NOT_READ_USAGE}),
+    ]
+
+
+def plan_report(reply: Json) -> PlanNews:
+    """What the answer to get_usage tells. A login by a bare token knows nothing."""
+    found = _object(_object(reply.get("response")).get("response"))
+    limits = _object(found.get("rate_limits"))
+    windows = {
+        name: Window(_share_in(entry, 100), _reset_in(entry, "resets_at"), None)
+        for name, entry in limits.items()
+        if isinstance(entry, dict) and "resets_at" in entry
+    }
+    return PlanNews(windows, subscription=_text_in(found, "subscription_type"))
+
+
 class Unwrapper:
     """Takes {"value": ...} off JSON that comes in pieces."""
 
@@ -4264,7 +5237,7 @@ def check_history_result(line: Json) -> None:
         raise UpstreamFailed(f"claude did not take the conversation: {reason}")
 
 
-# ==== 11. Claude process =====================================================
+# ==== 12. Claude process =====================================================
 # The program on disk, one child of it, its pipes, and its end. A ClaudeProcess belongs to the
 # thread that uses it; that thread waits for the pipes and for the client's socket in one
 # selector, so a client that leaves, a silence and an answer are all noticed at once. Children
@@ -4562,14 +5535,17 @@ class ClaudeProcess:
         cwd: str,
         version: Version = OLDEST_CLAUDE,
         guardian: Guardian | None = None,
+        notice: Callable[[Json], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Starts it. Raises ClaudeMissing, UpstreamFailed when it cannot be started."""
+        """Starts it. `notice` gets what it says about the plan, whenever it says it; it must not
+        block. Raises ClaudeMissing, UpstreamFailed when it cannot be started."""
         self.model_id = model_id
         self.version = version
         self.born_s = clock()
         self._clock = clock
         self._guardian = guardian
+        self._notice = notice
         #: The client's tools, for whoever asks for them in claude.
         self.tools = ToolServer(())
         self._unread = bytearray()
@@ -4648,6 +5624,18 @@ class ClaudeProcess:
                 self._spoke_s = self._clock()
             if reader.finished:
                 return
+
+    def consult(self, requests: list[bytes], watch: Watch) -> list[Json]:
+        """The answers to control requests, in their order. Raises what `converse` raises."""
+        self._unsent += b"".join(requests)
+        answers: list[Json] = []
+        for line in self._lines(watch):
+            if line is not None and line.get("type") == "control_response":
+                check_control_response(line)
+                answers.append(line)
+            if len(answers) == len(requests):
+                break
+        return answers
 
     def _until_result(self, lines: Iterator[Json | None]) -> Iterator[Event]:
         """Waits until claude has taken a message of the history."""
@@ -4763,6 +5751,9 @@ class ClaudeProcess:
                 if line.get("type") == "control_request":
                     self._unsent += self.tools.reply(line)
                 self._settled = self._settled or line.get("type") == "result"
+                if self._notice is not None and line.get("type") == "rate_limit_event":
+                    # It comes behind the end of an answer, when nobody listens any more.
+                    self._notice(line)
                 yield line
 
     def idle(self) -> None:
@@ -4840,7 +5831,7 @@ class ClaudeProcess:
             os.killpg(self._popen.pid, number)
 
 
-# ==== 12. Gate and spares ====================================================
+# ==== 13. Gate and spares ====================================================
 # Who may run now, and the idle processes that make a start cost nothing. Both decide under their
 # lock and act outside it. Neither knows what a request is about.
 
@@ -4849,14 +5840,17 @@ _QUEUE_GLANCE_S = 0.2
 
 
 class Gate:
-    """Lets so many requests run at a time; others wait in line, first come, first served."""
+    """Lets so many requests run at a time. The others wait: those of one caller in line, and the
+    callers take turns, so that nobody's fifty requests keep another's one waiting."""
 
-    def __init__(self) -> None:
-        # Guards the fields below; waiters are woken when one of them changes. Never held while
-        # a client or a process is waited for.
-        self._changed = threading.Condition()
-        self._running = 0
-        self._line: collections.deque[Slot] = collections.deque()
+    def __init__(self, config: Config) -> None:
+        # Guards the fields below. Never held while anything is waited for.
+        self._lock = threading.Lock()
+        self._config = config
+        #: How many requests run, by the scope of their callers.
+        self._running: collections.Counter[str] = collections.Counter()
+        #: Who waits, by scope; the scopes in the order of their turns.
+        self._lines: dict[str, collections.deque[Slot]] = {}
         self._refused = 0
 
     def __repr__(self) -> str:
@@ -4865,85 +5859,119 @@ class Gate:
     @property
     def running(self) -> int:
         """How many requests run now."""
-        return self._running
+        with self._lock:
+            return sum(self._running.values())
 
     @property
     def waiting(self) -> int:
         """How many wait in line."""
-        return len(self._line)
+        with self._lock:
+            return sum(map(len, self._lines.values()))
 
     @property
     def refused(self) -> int:
         """How many were turned away so far."""
         return self._refused
 
-    def slot(self, config: Config) -> Slot:
+    def configure(self, config: Config) -> None:
+        """Works with these limits from now on."""
+        with self._lock:
+            self._config = config
+            self._fill()
+
+    def slot(self, caller: Caller) -> Slot:
         """A place to enter `with`; call its `wait` inside the block."""
-        return Slot(self, config)
+        return Slot(self, caller)
 
-    def join(self, slot: Slot, config: Config) -> None:
-        """Puts the slot into the line. Raises QueueFull when the line is too long."""
-        with self._changed:
-            # Those at the head of the line may be about to run: they do not wait.
-            if self._running + len(self._line) >= config.max_concurrent + config.max_queue:
-                self._refused += 1
-                raise QueueFull(
-                    f"{self._running} answers are running and {len(self._line)} requests wait; "
+    def join(self, slot: Slot) -> None:
+        """Puts a slot in line, and tells it at once if it may run or is refused."""
+        with self._lock:
+            self._lines.setdefault(slot.scope, collections.deque()).append(slot)
+            self._fill()
+            waiting = sum(map(len, self._lines.values()))
+            if waiting <= self._config.max_queue:
+                return
+            # The longest line gives way, so that a full queue is nobody's alone.
+            longest = max(self._lines, key=lambda s: (len(self._lines[s]), s == slot.scope))
+            refused = self._lines[longest].pop()
+            if not self._lines[longest]:
+                del self._lines[longest]
+            self._refused += 1
+            running = sum(self._running.values())
+            refused.tell(
+                QueueFull(
+                    f"{running} answers are running and {waiting - 1} requests wait; "
                     "try again in a moment.",
-                    retry_after_s=config.queue_retry_after_s,
+                    retry_after_s=self._config.queue_retry_after_s,
                 )
-            self._line.append(slot)
+            )
 
-    def enter(self, slot: Slot, most: int, timeout_s: float) -> bool:
-        """Whether the slot may run now, waiting up to `timeout_s` for that."""
-        with self._changed:
-            if not self._may_enter(slot, most):
-                self._changed.wait(timeout_s)
-            if not self._may_enter(slot, most):
-                return False
-            self._line.popleft()
-            self._running += 1
-            self._changed.notify_all()
-            return True
+    def _fill(self) -> None:
+        """Lets those run whose turn it is. The lock is held by the caller."""
+        while sum(self._running.values()) < self._config.max_concurrent:
+            scope = next((s for s, line in self._lines.items() if self._has_room(line[0])), None)
+            if scope is None:
+                return
+            line = self._lines.pop(scope)
+            slot = line.popleft()
+            if line:
+                # Behind everybody else who waits.
+                self._lines[scope] = line
+            self._running[scope] += 1
+            slot.tell(None)
 
-    def _may_enter(self, slot: Slot, most: int) -> bool:
-        return self._line[0] is slot and self._running < most
+    def _has_room(self, slot: Slot) -> bool:
+        """Whether its caller may have one more answer at the same time."""
+        return not slot.most or self._running[slot.scope] < slot.most
 
-    def leave(self, slot: Slot, *, was_running: bool) -> None:
-        """Frees what the slot holds: its place at work or its place in the line."""
-        with self._changed:
-            if was_running:
-                self._running -= 1
-            else:
-                with contextlib.suppress(ValueError):
-                    self._line.remove(slot)
-            self._changed.notify_all()
+    def leave(self, slot: Slot) -> None:
+        """Frees what a slot holds: its place at work or its place in line."""
+        with self._lock:
+            line = self._lines.get(slot.scope, ())
+            if slot in line:
+                self._lines[slot.scope].remove(slot)
+                if not self._lines[slot.scope]:
+                    del self._lines[slot.scope]
+            elif slot.runs:
+                self._running[slot.scope] -= 1
+                if not self._running[slot.scope]:
+                    del self._running[slot.scope]
+            self._fill()
 
 
 class Slot:
     """The right to run, from `wait` until the block ends."""
 
-    def __init__(self, gate: Gate, config: Config) -> None:
+    def __init__(self, gate: Gate, caller: Caller) -> None:
         self._gate = gate
-        self._config = config
-        self._runs = False
+        self.scope = caller.scope
+        self.most = caller.max_concurrent
+        #: Whether it may run; true from `tell` on.
+        self.runs = False
+        self.refusal: QueueFull | None = None
+        self._told = threading.Event()
 
     def __enter__(self) -> Slot:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._gate.leave(self, was_running=self._runs)
+        self._gate.leave(self)
+
+    def tell(self, refusal: QueueFull | None) -> None:
+        """Ends the wait: it may run, or is refused. Called by the gate, under its lock."""
+        self.runs, self.refusal = refusal is None, refusal
+        self._told.set()
 
     def wait(self, watch: Watch, clock: Clock = time.monotonic) -> Iterator[Event]:
         """Ends when the request may run, with Ticks while it may not.
 
         Raises QueueFull, UpstreamTimeout at the deadline, ClientGone.
         """
-        self._gate.join(self, self._config)
+        self._gate.join(self)
         heard_s = clock()
         if watch.client.gone():
             raise ClientGone
-        while not self._gate.enter(self, self._config.max_concurrent, _QUEUE_GLANCE_S):
+        while not self._told.wait(_QUEUE_GLANCE_S):
             if watch.client.gone():
                 raise ClientGone
             now_s = clock()
@@ -4952,7 +5980,8 @@ class Slot:
             if watch.tick_s and now_s - heard_s >= watch.tick_s:
                 heard_s = now_s
                 yield Tick()
-        self._runs = True
+        if self.refusal is not None:
+            raise self.refusal
 
 
 #: A refill starts this long after a spare was taken: the taker's first moments need the machine.
@@ -5011,6 +6040,19 @@ class Spares:
             if process.alive():
                 return process, True
             self.dismiss(process, kindly=False)
+
+    def borrow(self) -> ClaudeProcess | None:
+        """Any idle process, to be given back with `put_back`; None when there is none."""
+        with self._lock:
+            for waiting in self._idle.values():
+                if waiting:
+                    return waiting.pop()
+        return None
+
+    def put_back(self, process: ClaudeProcess) -> None:
+        """Takes a process back that is as it was."""
+        with self._lock:
+            self._idle.setdefault(process.model_id, []).append(process)
 
     def _start(self, model_id: str) -> ClaudeProcess:
         process = self._spawn(model_id)
@@ -5126,7 +6168,7 @@ class Spares:
             time.sleep(0.01)
 
 
-# ==== 13. Parking ============================================================
+# ==== 14. Parking ============================================================
 # What is kept of a conversation for its next message: sessions on disk, responses by their ids,
 # and processes that wait, each with the conversation that it holds. What
 # a process holds is known by digests: one of everything that is no message, and one of each
@@ -5401,20 +6443,268 @@ class Responses:
             self._forget(response_id)
 
 
-# ==== 14. Account ============================================================
-# What is known about claude's login, learned from answers that came or were refused. OCP never
-# reads a token and never asks by itself: only an answered request proves a login.
+# ==== 15. Cache ==============================================================
+# Answers that are given again to the same request of the same caller, and answers on their way
+# that several requests wait for. Off unless the operator gives answers a time to live. In memory
+# only: what was said is never written to the disk for this.
+
+
+def cache_key(turn: Turn, caller: Caller, operator_prompt: str) -> str:
+    """The same for requests that may have the same answer: a digest of all that shapes it."""
+    shaping = [
+        caller.scope, turn.model.id, turn.system, operator_prompt,
+        [list(message) for message in turn.messages], list(turn.options), turn.shape,
+        turn.choices, [[list(message) for message in other] for other in turn.others],
+    ]
+    return digest(shaping)
+
+
+def is_cacheable(turn: Turn, config: Config) -> bool:
+    """Whether the answer to this turn may be one that was given before."""
+    repeatable = not (turn.session_id or turn.tools or turn.fresh or config.is_agent)
+    return bool(config.cache_ttl_ms) and repeatable
+
+
+class FlightClient:
+    """The Client of an answer that several requests wait for. It leaves when all of them have."""
+
+    def __init__(self) -> None:
+        """Raises OSError when the system has no descriptors left."""
+        self._reader, self._writer = os.pipe()
+        self._left = False
+
+    def fileno(self) -> int:
+        """See Client."""
+        return self._reader
+
+    def gone(self) -> bool:
+        """See Client."""
+        return self._left
+
+    def listens(self) -> bool:
+        """See Client."""
+        return True
+
+    def leave(self) -> None:
+        """Nobody waits any more."""
+        self._left = True
+        with contextlib.suppress(OSError):
+            os.write(self._writer, b".")
+
+    def close(self) -> None:
+        """Frees its descriptors."""
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+class Flight:
+    """An answer on its way to everybody who asked for the same. Its producer adds the events;
+    each follower gets them all, from the first on."""
+
+    def __init__(self, key: str) -> None:
+        """Raises OSError when the system has no descriptors left."""
+        self.key = key
+        self.client = FlightClient()
+        #: How many requests wait for it. Guarded by the cache that it belongs to.
+        self.followers = 1
+        # Guards the fields below; followers are woken when one of them changes.
+        self._changed = threading.Condition()
+        self._events: list[Choice] = []
+        self._over = False
+        self._error: OcpError | None = None
+
+    def add(self, choice: Choice) -> None:
+        """The next event."""
+        with self._changed:
+            self._events.append(choice)
+            self._changed.notify_all()
+
+    def end(self, error: OcpError | None) -> None:
+        """There are no more events; with an error, which all followers share."""
+        with self._changed:
+            self._over, self._error = True, error
+            self._changed.notify_all()
+
+    def follow(self, client: Client, tick_s: float, clock: Clock) -> Iterator[Choice]:
+        """Each event as it comes, and Ticks. Raises the error of the answer, and ClientGone."""
+        told, heard_s = 0, clock()
+        glanced_s = heard_s
+        while True:
+            with self._changed:
+                if told == len(self._events) and not self._over:
+                    self._changed.wait(_QUEUE_GLANCE_S)
+                events, over = self._events[told:], self._over
+            yield from events
+            told += len(events)
+            now_s = clock()
+            if over and not events:
+                break
+            if now_s - glanced_s >= _QUEUE_GLANCE_S:
+                glanced_s = now_s
+                if client.gone():
+                    raise ClientGone
+            if events:
+                heard_s = now_s
+            elif tick_s and now_s - heard_s >= tick_s:
+                heard_s = now_s
+                yield 0, Tick()
+        if self._error is not None:
+            raise self._error
+
+
+class Cached(NamedTuple):
+    """What is kept of one request."""
+
+    #: One for each choice.
+    answers: tuple[Answer, ...]
+    size_bytes: int
+    since_s: float
+
+
+class Place(NamedTuple):
+    """Where an answer comes from. `word` is what the client is told: "hit" has answers, "miss"
+    has a flight that the request has to produce, "shared" one that somebody else does."""
+
+    word: str
+    answers: tuple[Answer, ...] = ()
+    flight: Flight | None = None
+
+
+#: What an answer takes beside its text.
+_CACHED_EXTRA_BYTES = 1_000
+
+
+class Cache:
+    """The answers that are kept, and those on their way."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        # Guards the fields below: an answer is either on its way or kept, never both or neither.
+        self._lock = threading.Lock()
+        #: In the order of their ages, oldest first.
+        self._kept: dict[str, Cached] = {}
+        self._flights: dict[str, Flight] = {}
+        self._size_bytes = 0
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def __repr__(self) -> str:
+        return f"<cache kept={len(self._kept)} flights={len(self._flights)}>"
+
+    def find(self, key: str, ttl_s: float) -> Place:
+        """Where the answer to this key comes from. A flight has to be left with `leave`, a missed
+        one also ended with `settle`. Raises OSError when the system has no descriptors left."""
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is not None and self._clock() - kept.since_s < ttl_s:
+                place = Place("hit", answers=kept.answers)
+            elif key in self._flights:
+                flight = self._flights[key]
+                flight.followers += 1
+                place = Place("shared", flight=flight)
+            else:
+                self._flights[key] = Flight(key)
+                place = Place("miss", flight=self._flights[key])
+            self._counts[place.word] += 1
+            return place
+
+    def leave(self, flight: Flight) -> None:
+        """One of those that waited for it does not any more; the last one ends it."""
+        with self._lock:
+            flight.followers -= 1
+            # From here on nobody can join a flight that is about to end for nothing.
+            abandoned = not flight.followers and self._flights.get(flight.key) is flight
+            if abandoned:
+                del self._flights[flight.key]
+                flight.client.leave()
+
+    def settle(self, flight: Flight, answers: tuple[Answer, ...], config: Config) -> None:
+        """The flight is over, with answers to keep, or without."""
+        with self._lock:
+            if self._flights.get(flight.key) is flight:
+                del self._flights[flight.key]
+            flight.client.close()
+            if answers:
+                size_bytes = len(to_json([answer.blocks for answer in answers]))
+                size_bytes += _CACHED_EXTRA_BYTES * len(answers)
+                self._forget(flight.key)
+                self._kept[flight.key] = Cached(answers, size_bytes, self._clock())
+                self._size_bytes += size_bytes
+        self.tend(config)
+
+    def bypassed(self) -> None:
+        """A request went past the cache."""
+        with self._lock:
+            self._counts["bypass"] += 1
+
+    def _forget(self, key: str) -> None:
+        """The lock is held by the caller."""
+        kept = self._kept.pop(key, None)
+        self._size_bytes -= kept.size_bytes if kept is not None else 0
+
+    def tend(self, config: Config) -> None:
+        """Drops what is too old, and the oldest of what is too much."""
+        with self._lock:
+            oldest_s = self._clock() - config.cache_ttl_ms / 1000
+            for key, kept in list(self._kept.items()):
+                if self._size_bytes <= config.cache_max_bytes and kept.since_s > oldest_s:
+                    break
+                self._forget(key)
+
+    def clear(self) -> int:
+        """Drops everything that is kept; how many answers there were."""
+        with self._lock:
+            cleared = len(self._kept)
+            self._kept.clear()
+            self._size_bytes = 0
+            return cleared
+
+    def stats(self) -> Json:
+        """Numbers for /cache/stats."""
+        with self._lock:
+            return {
+                "entries": len(self._kept),
+                "totalHits": self._counts["hit"],
+                "sizeBytes": self._size_bytes,
+                "inflight": len(self._flights),
+                "requesters": sum(flight.followers for flight in self._flights.values()),
+                "hits": self._counts["hit"],
+                "misses": self._counts["miss"],
+                "shared": self._counts["shared"],
+                "bypassed": self._counts["bypass"],
+            }
+
+
+# ==== 16. Account ============================================================
+# What is known about claude's login and about the plan, learned from what claude says of itself
+# beside its answers. OCP never reads a token and never spends a message to find out.
+
+#: What the API's names for windows are called here.
+_WINDOW_NAMES = {"five_hour": "currentSession", "seven_day": "allModels"}
+
+
+class Sighting(NamedTuple):
+    """A window and when its utilization was last told."""
+
+    window: Window
+    observed_s: float
 
 
 class Account:
-    """The last verdict about the login."""
+    """The last verdict about the login, and the last news of the plan."""
 
     def __init__(self, clock: Clock = time.time) -> None:
         self._clock = clock
-        # Guards the two fields below.
+        # Guards the fields below.
         self._lock = threading.Lock()
         self._logged_in: bool | None = None
         self._since_s: float | None = None
+        self._windows: dict[str, Sighting] = {}
+        self._news = PlanNews({})
+        self._subscription: str | None = None
+        self._heard_s: float | None = None
+        self._asked_s = -math.inf
+
+    # -- login --------------------------------------------------------------------------------
 
     def answered(self) -> None:
         """The API answered a request."""
@@ -5434,8 +6724,228 @@ class Account:
             message = LOGIN_ADVICE if self._logged_in is False else None
             return {"ok": self._logged_in, "okSource": source, "okAt": since, "message": message}
 
+    # -- plan ---------------------------------------------------------------------------------
 
-# ==== 15. App ================================================================
+    def hear(self, news: PlanNews) -> None:
+        """Takes over what is new. A window without its utilization keeps the one that was told
+        before, as long as it has not been reset since."""
+        now_s = self._clock()
+        with self._lock:
+            self._heard_s = now_s
+            self._subscription = news.subscription or self._subscription
+            for name, window in news.windows.items():
+                self._windows[name] = self._merged(self._windows.get(name), window, now_s)
+            if news.status is not None:
+                self._news = news
+
+    def _merged(self, before: Sighting | None, window: Window, now_s: float) -> Sighting:
+        same = before is not None and before.window.resets_at_s == window.resets_at_s
+        if before is None or not same or window.utilization is not None:
+            return Sighting(window, now_s)
+        known = before.window.utilization
+        return Sighting(window._replace(utilization=known), before.observed_s)
+
+    def may_ask(self) -> bool:
+        """Whether it is time to ask claude itself; counts as asked then."""
+        with self._lock:
+            due = self._clock() - self._asked_s >= _ASK_EVERY_S
+            self._asked_s = self._clock() if due else self._asked_s
+            return due
+
+    def windows(self) -> dict[str, Window]:
+        """What is known of each window now: after its reset, nothing."""
+        now_s = self._clock()
+        with self._lock:
+            return {
+                name: sighting.window for name, sighting in self._windows.items()
+                if sighting.window.resets_at_s is None or sighting.window.resets_at_s > now_s
+            }
+
+    def plan(self) -> Json:
+        """The plan as /usage tells it; null is unknown, `observedAt` is when it was told."""
+        known = self.windows()
+        with self._lock:
+            news, sightings = self._news, dict(self._windows)
+            subscription = self._subscription
+        shown = {
+            name: self._window(known.get(name), sightings.get(name))
+            for name in (*_WINDOW_NAMES, *known)
+        }
+        extra: Json = {"status": news.overage_status}
+        if news.overage_reason:
+            extra["disabledReason"] = news.overage_reason
+        others = {
+            name.replace("seven_day_", ""): shown[name] for name in known
+            if name not in _WINDOW_NAMES
+        }
+        return {
+            "currentSession": shown["five_hour"],
+            "weeklyLimits": {"allModels": shown["seven_day"], **others},
+            "extraUsage": extra,
+            "representativeClaim": news.claim,
+            "fallbackPercentage": None,
+            "subscription": subscription,
+        }
+
+    def _window(self, window: Window | None, sighting: Sighting | None) -> Json:
+        window = window or Window(None, None, None)
+        share, resets_s = window.utilization, window.resets_at_s
+        human = None
+        if resets_s is not None:
+            human = time.strftime("%a, %b %d, %I:%M %p", time.localtime(resets_s))
+        return {
+            "utilization": share,
+            "percent": None if share is None else f"{share:.0%}",
+            "resetsIn": None if resets_s is None else span_words(resets_s - self._clock()),
+            "resetsAt": None if resets_s is None else iso_time(resets_s),
+            "resetsAtHuman": human,
+            "status": window.status,
+            "observedAt": None if sighting is None else iso_time(sighting.observed_s),
+        }
+
+    def report(self) -> Json:
+        """What /usage says about the plan, with what claude last said word for word."""
+        plan = self.plan()
+        with self._lock:
+            raw = {
+                name: {**sighting.window._asdict(), "observed_s": sighting.observed_s}
+                for name, sighting in self._windows.items()
+            }
+            heard = None if self._heard_s is None else iso_time(self._heard_s)
+            return {"status": self._news.status, "fetchedAt": heard, "plan": plan, "_raw": raw}
+
+
+#: How often claude itself is asked about the plan, at most.
+_ASK_EVERY_S = 60.0
+
+
+# ==== 17. Metrics ============================================================
+# Numbers since the start, for /health and for /metrics. A metric is a row of the table; labels
+# take values out of small sets only, so that no client can make the memory grow.
+
+
+class Metric(NamedTuple):
+    """A row: `kind` is Prometheus' word for it. Histograms have bounds, in seconds."""
+
+    name: str
+    kind: str
+    help: str
+    bounds: tuple[float, ...] = ()
+
+
+_FIRST_TOKEN_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_DURATION_BOUNDS_S = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+METRICS = (
+    Metric("ocp_build_info", "gauge", "Always 1; the labels say what runs."),
+    Metric("ocp_uptime_seconds", "gauge", "How long the server has run."),
+    Metric("ocp_requests_started_total", "counter", "Requests for an answer that came in."),
+    Metric("ocp_requests_total", "counter", "Requests for an answer that are over."),
+    Metric("ocp_tokens_total", "counter", "Tokens that answers took of the plan, by kind."),
+    Metric(
+        "ocp_first_token_seconds", "histogram", "Time to the first token.", _FIRST_TOKEN_BOUNDS_S
+    ),
+    Metric("ocp_request_seconds", "histogram", "Time to the end.", _DURATION_BOUNDS_S),
+    Metric("ocp_answers_total", "counter", "Answers by how claude got the conversation."),
+    Metric("ocp_running", "gauge", "Answers that are being made."),
+    Metric("ocp_queued", "gauge", "Requests that wait for their turn."),
+    Metric("ocp_queue_refusals_total", "counter", "Requests refused because the queue was full."),
+    Metric("ocp_connections", "gauge", "Open client connections."),
+    Metric("ocp_spawns_total", "counter", "claude processes started."),
+    Metric("ocp_spares", "gauge", "Idle claude processes, by model."),
+    Metric("ocp_parked", "gauge", "claude processes that wait with their conversation."),
+    Metric("ocp_cache_requests_total", "counter", "Requests by what the cache did for them."),
+    Metric("ocp_cache_entries", "gauge", "Answers in the cache."),
+    Metric("ocp_cache_bytes", "gauge", "What they take."),
+    Metric("ocp_plan_utilization", "gauge", "Used share of a plan window, as last told; 0 to 1."),
+    Metric("ocp_plan_resets_timestamp_seconds", "gauge", "When a plan window ends."),
+    Metric("ocp_logged_in", "gauge", "1 = the login works, 0 = it was refused; absent = unknown."),
+)
+
+Labels = tuple[tuple[str, str], ...]
+
+
+class Histogram:
+    """How many values were below each bound, how many in all, and their sum."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.below = [0] * len(bounds)
+        self.count = 0
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """One more value."""
+        self.count += 1
+        self.total += value
+        for index, bound in enumerate(self.bounds):
+            self.below[index] += value <= bound
+
+
+def _label_text(labels: Labels) -> str:
+    def escaped(text: str) -> str:
+        return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+    inside = ",".join(f'{name}="{escaped(value)}"' for name, value in labels)
+    return f"{{{inside}}}" if inside else ""
+
+
+class Metrics:
+    """The counters and histograms."""
+
+    def __init__(self) -> None:
+        # Guards the fields below.
+        self._lock = threading.Lock()
+        self._counts: dict[str, collections.Counter[Labels]] = {
+            metric.name: collections.Counter() for metric in METRICS if metric.kind == "counter"
+        }
+        self._histograms: dict[str, dict[Labels, Histogram]] = {
+            metric.name: {} for metric in METRICS if metric.kind == "histogram"
+        }
+        self._bounds = {metric.name: metric.bounds for metric in METRICS}
+
+    def add(self, name: str, count: int = 1, **labels: str) -> None:
+        """So many more of a counter."""
+        with self._lock:
+            self._counts[name][tuple(labels.items())] += count
+
+    def observe(self, name: str, seconds: float, **labels: str) -> None:
+        """One more value of a histogram."""
+        with self._lock:
+            found = self._histograms[name]
+            key = tuple(labels.items())
+            found.setdefault(key, Histogram(self._bounds[name])).add(seconds)
+
+    def total(self, name: str, **labels: str) -> int:
+        """A counter, over all that have these labels."""
+        wanted = set(labels.items())
+        with self._lock:
+            return sum(n for key, n in self._counts[name].items() if wanted <= set(key))
+
+    def text(self, gauges: Mapping[str, Mapping[Labels, float]]) -> str:
+        """Everything in Prometheus' text format, with the gauges of this moment, and counters that
+        somebody else counts."""
+        with self._lock:
+            lines: list[str] = []
+            for metric in METRICS:
+                values: dict[Labels, float] = {**self._counts.get(metric.name, {})}
+                values.update(gauges.get(metric.name, {}))
+                samples = [f"{metric.name}{_label_text(k)} {v:.10g}" for k, v in values.items()]
+                for labels, histogram in self._histograms.get(metric.name, {}).items():
+                    samples += self._samples(metric.name, labels, histogram)
+                head = f"# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}"
+                lines += [head, *samples]
+        return "\n".join(lines) + "\n"
+
+    def _samples(self, name: str, labels: Labels, histogram: Histogram) -> Iterator[str]:
+        for bound, below in zip(histogram.bounds, histogram.below):
+            yield f"{name}_bucket{_label_text((*labels, ('le', f'{bound:g}')))} {below}"
+        yield f"{name}_bucket{_label_text((*labels, ('le', '+Inf')))} {histogram.count}"
+        yield f"{name}_sum{_label_text(labels)} {histogram.total:.6f}"
+        yield f"{name}_count{_label_text(labels)} {histogram.count}"
+
+
+# ==== 18. App ================================================================
 # Owns every long-lived object and knows how they work together: `answering` is one turn from
 # the gate to its log line. The main thread is the housekeeper: it waits for mail, then tends.
 
@@ -5455,6 +6965,8 @@ class Outcome:
         self.path: str | None = None
         self.parted_at: int | None = None
         self.finished: Finished | None = None
+        self.response_chars = 0
+        self._begun = NO_USAGE
         #: Whether the log has it.
         self.noted = False
         self._builder = AnswerBuilder()
@@ -5462,10 +6974,21 @@ class Outcome:
     def note(self, event: Event, now_s: float) -> None:
         """Takes from an event what is wanted of it later."""
         self._builder.note(event)
-        if isinstance(event, Delta) and self.first_token_s is None:
-            self.first_token_s = now_s
+        if isinstance(event, Delta):
+            if self.first_token_s is None:
+                self.first_token_s = now_s
+            self.response_chars += len(event.text) if event.kind != "signature" else 0
+        elif isinstance(event, Started):
+            self._begun = event.usage
         elif isinstance(event, Finished):
             self.finished = event
+
+    @property
+    def usage(self) -> Usage:
+        """What the answer took so far; the output of one that is not finished is estimated."""
+        if self.finished is not None:
+            return self.finished.usage
+        return self._begun._replace(output_tokens=round(self.response_chars / CHARS_EACH_TOKEN))
 
     def answer(self) -> Answer:
         """The whole answer. Raises UpstreamFailed when it did not come to its end."""
@@ -5492,16 +7015,91 @@ class Outcome:
         }
 
 
-class Answering(NamedTuple):
-    """A turn that is being answered."""
+class Request(NamedTuple):
+    """A turn, who asked for it, and how."""
 
-    outcomes: list[Outcome]
+    turn: Turn
+    caller: Caller
+    client: Client
+    request_id: str
+    #: The name of the dialect.
+    dialect: str
+
+
+class Job:
+    """A request that is being answered, up to its one row of usage."""
+
+    def __init__(
+        self, request: Request, now_s: float, reservation: Reservation, path: str | None = None
+    ) -> None:
+        """`path` is what the row says instead of how claude got the conversation."""
+        self.request = request
+        self.started_s = now_s
+        self.reservation = reservation
+        self.path = path
+        turn = request.turn
+        self.outcomes = [Outcome(turn.choice(index), now_s) for index in range(turn.choices)]
+        # Guards what follows: the choices of one request finish in threads of their own.
+        self._lock = threading.Lock()
+        self._settled = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether all answers are complete."""
+        return all(outcome.finished is not None for outcome in self.outcomes)
+
+    def settles(self) -> bool:
+        """True once: the row is written by whoever gets it."""
+        with self._lock:
+            settled, self._settled = self._settled, True
+            return not settled
+
+    def answers(self) -> tuple[Answer, ...]:
+        """The whole answers. Raises UpstreamFailed when they did not come to their end."""
+        return tuple(outcome.answer() for outcome in self.outcomes)
+
+    def row(self, word: str, status: int, at_s: float, now_s: float) -> UsageRow:
+        """The row of usage, if this is how it ended."""
+        request, first = self.request, self.outcomes[0]
+        usages = [NO_USAGE if self.path else outcome.usage for outcome in self.outcomes]
+        firsts = [o.first_token_s for o in self.outcomes if o.first_token_s is not None]
+        return UsageRow(
+            at_s=at_s,
+            request_id=request.request_id,
+            key_id=request.caller.key_id,
+            caller=request.caller.name,
+            model=request.turn.model.id,
+            dialect=request.dialect,
+            outcome=word,
+            status=status,
+            counted=not self.path and (word == "ok" or (word == "abandoned" and bool(firsts))),
+            stop_reason=first.finished.stop_reason if first.finished else None,
+            stream=request.turn.stream,
+            warm=first.warm,
+            path=self.path or first.path,
+            prompt_chars=text_chars(request.turn),
+            response_chars=sum(outcome.response_chars for outcome in self.outcomes),
+            input_tokens=sum(usage.input_tokens for usage in usages),
+            output_tokens=sum(usage.output_tokens for usage in usages),
+            cache_read_tokens=sum(usage.cache_read_tokens for usage in usages),
+            cache_write_tokens=sum(usage.cache_write_tokens for usage in usages),
+            first_token_ms=round((min(firsts) - self.started_s) * 1000) if firsts else None,
+            total_ms=round((now_s - self.started_s) * 1000),
+        )
+
+
+class Answering(NamedTuple):
+    """A request that is being answered."""
+
+    job: Job
     #: What happens, in all of the answers, as it comes.
     events: Iterator[Choice]
+    #: What the cache did for it: "hit", "miss", "shared" or "bypass".
+    cache: str = "bypass"
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> tuple[Answer, ...]:
         """The whole answers, once the events are over. Raises UpstreamFailed."""
-        return [outcome.answer() for outcome in self.outcomes]
+        return self.job.answers()
 
 
 class Leaving:
@@ -5524,27 +7122,21 @@ class Leaving:
         return self._client.listens()
 
 
-class Counters:
-    """Numbers for /health."""
-
-    def __init__(self) -> None:
-        # Guards the counts.
-        self._lock = threading.Lock()
-        self._counts: collections.Counter[str] = collections.Counter()
-
-    def add(self, name: str) -> None:
-        """One more of these."""
-        with self._lock:
-            self._counts[name] += 1
-
-    def get(self, name: str) -> int:
-        """How many there were."""
-        with self._lock:
-            return self._counts[name]
-
-
 #: Stop reasons after which claude waits for the client and does nothing by itself.
 _PARKABLE = ("end_turn", "stop_sequence", "tool_use")
+
+#: Stop reasons of answers that are worth keeping for the same request.
+_KEPT = ("end_turn", "stop_sequence")
+#: What an answer is taken for, in tokens, by the quotas of a client that sets no limit.
+_LIKELY_ANSWER_TOKENS = 4_096
+#: What rows of usage have for a status when the client left.
+_ABANDONED_STATUS = 499
+
+#: How often old rows of usage are deleted.
+_PRUNE_EVERY_S = 3600.0
+#: How long claude may take to say how much of the plan is used; it gives up itself before that.
+_USAGE_TIMEOUT_S = 8.0
+_MOVE_HOME = "set OCP_HOME to a folder that can be written"
 
 #: How long a start waits for claude to tell its version.
 _FIRST_LOOK_S = 2.0
@@ -5568,46 +7160,100 @@ class App:
         clock: Clock = time.monotonic,
     ) -> None:
         """`demo_command` starts the stand-in instead of claude. Creates the state folder."""
-        self.config = config
         self.log = log
         self.models = models
         self.demo = bool(demo_command)
         self.started_s = clock()
+        self.started_at_s = time.time()
         self.clock = clock
-        self.counters = Counters()
+        self._environ = dict(environ)
+        self._work_folder, self.store = self._prepare_home(config)
+        self.settings = Settings(self.store, self._with_admin_key(config), environ)
+        for name, why in self.settings.problems:
+            log.event("warn", "stored_setting_ignored", setting=name, why=why)
+        self.metrics = Metrics()
         self.account = Account()
-        self.gate = Gate()
+        self.keys = Keys(self.store)
+        self.ledger = Ledger(self.store)
+        self.gate = Gate(self.config)
         self.program = ClaudeProgram(config, environ, demo_command)
         self.spares = Spares(self._spawn, clock)
         self.parking = Parking(clock)
         self.responses = Responses(clock)
+        self.sessions = Sessions(self.store)
+        self.cache = Cache(clock)
         self.draining = False
+        #: Open client connections; the HTTP server counts them.
+        self.connections = 0
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.mail: queue.SimpleQueue[str] = queue.SimpleQueue()
+        #: What processes said about the plan, until somebody takes it to the account.
+        self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._guardian = Guardian()
-        self._environ = dict(environ)
         self._seen_program: Program | None = None
-        self._work_folder, self.store = self._prepare_home()
-        self.sessions = Sessions(self.store)
+        self._told_unavailable = False
+        self._prune_at_s = clock()
 
-    def _prepare_home(self) -> tuple[str, Store]:
+    @property
+    def config(self) -> Config:
+        """The settings of this moment. Take them once for whatever has to be consistent."""
+        return self.settings.config
+
+    def _prepare_home(self, config: Config) -> tuple[str, Store]:
         """The folder that claude runs in, and the database. The log goes to the state folder from
         now on. Without a folder that can be written all is kept in memory."""
-        home = self.config.home_path
+        home = config.home_path
         folder = os.path.join(home, "empty")
+        path = os.path.join(home, "ocp.db")
         try:
             os.makedirs(home, mode=0o700, exist_ok=True)
             os.makedirs(folder, mode=0o700, exist_ok=True)
+            self._make_private(home, path, path + "-wal", path + "-shm")
             self.log.to_file(os.path.join(home, "logs", "ocp.log"))
-            store = Store(os.path.join(home, "ocp.db"))
+            store = Store(path)
         except (OSError, sqlite3.Error) as problem:
             store = Store(":memory:")
             folder = tempfile.mkdtemp(prefix="ocp-empty-")
+            damaged = isinstance(problem, sqlite3.DatabaseError)
             self.log.event(
-                "warn", "home_not_writable", error=str(problem),
-                help="set OCP_HOME to a folder that can be written; all is kept in memory now",
+                "error" if damaged else "warn",
+                "database_unusable" if damaged else "home_not_writable", error=str(problem),
+                help=f"{'move ocp.db away or put a copy of it back' if damaged else _MOVE_HOME}; "
+                "all is kept in memory now",
             )
-        return os.path.expanduser(self.config.agent_folder) or folder, store
+        return os.path.expanduser(config.agent_folder) or folder, store
+
+    def _make_private(self, *paths: str) -> None:
+        """Takes the rights of others off what lies there already."""
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.stat(path).st_mode & 0o777
+                if mode & 0o077:
+                    os.chmod(path, mode & 0o700)
+                    self.log.event("warn", "file_modes_tightened", path=path, mode=oct(mode))
+
+    def _with_admin_key(self, config: Config) -> Config:
+        """The configuration with the admin key in it, which the first start makes."""
+        if config.admin_key or config.mode == "none":
+            return config
+        path = os.path.join(config.home_path, "admin-key")
+        try:
+            with open(path, encoding="ascii") as file:
+                found = file.read().strip()
+            self._make_private(path)
+        except (OSError, ValueError):
+            found = ""
+        key = found or "ocp_admin_" + secrets.token_urlsafe(24)
+        if not found:
+            try:
+                write_private(path, key + "\n")
+                self.log.event("info", "admin_key_made", path=path)
+            except OSError as problem:
+                self.log.event(
+                    "error", "admin_key_not_kept", error=str(problem),
+                    help="set OCP_ADMIN_KEY: nobody knows the admin key now",
+                )
+        return dataclasses.replace(config, admin_key=key)
 
     def _spawn(self, model_id: str) -> ClaudeProcess:
         program = self.program.resolve()
@@ -5617,7 +7263,7 @@ class App:
             program.command, model_id, self.config,
             env=child_environment(self._environ, self.config),
             cwd=self._work_folder, version=program.version,
-            guardian=self._guardian, clock=self.clock,
+            guardian=self._guardian, notice=self._notices.put, clock=self.clock,
         )
         self.log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
         return process
@@ -5625,42 +7271,138 @@ class App:
     # -- one turn -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def answering(
-        self, turn: Turn, caller: Caller, client: Client, request_id: str
-    ) -> Iterator[Answering]:
-        """The answer to a turn, or several. Acquires nothing before the events are asked for;
-        leaving the block frees everything, however it is left."""
-        self.counters.add("requests")
-        outcomes = [Outcome(turn.choice(i), self.clock()) for i in range(turn.choices)]
-        if turn.choices > 1:
-            with contextlib.closing(
-                self._side_by_side(outcomes, caller, client, request_id)
-            ) as choices:
-                yield Answering(outcomes, choices)
-            return
-        with self._one_answer(outcomes[0], caller, client, request_id) as events:
-            yield Answering(outcomes, ((0, event) for event in events))
+    def answering(self, request: Request) -> Iterator[Answering]:
+        """The answer to a request. Acquires nothing but a place in the quotas before the events
+        are asked for; leaving the block frees everything, however it is left, and by then the row
+        of usage is written."""
+        self.metrics.add("ocp_requests_started_total")
+        job = Job(request, self.clock(), Reservation(None, 0))
+        try:
+            if self.draining:
+                raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
+            job.reservation = self.ledger.reserve(request.caller, self._likely_tokens(request))
+            if is_cacheable(request.turn, self.config):
+                with self._from_cache(job) as answering:
+                    yield answering
+            else:
+                self.cache.bypassed()
+                with self._answered(job) as events:
+                    yield Answering(job, events)
+        except (ClientGone, OcpError) as error:
+            self._settle(job, error)
+            raise
+        finally:
+            self.ledger.release(job.reservation)
 
-    def _side_by_side(
-        self, outcomes: list[Outcome], caller: Caller, client: Client, request_id: str
-    ) -> Generator[Choice, None, None]:
+    def _likely_tokens(self, request: Request) -> int:
+        """What the request may take of its key's token quotas."""
+        if not request.caller.quota:
+            return 0
+        model, options = request.turn.model, request.turn.options
+        most = min(options.max_tokens or _LIKELY_ANSWER_TOKENS, model.max_tokens)
+        return estimated_tokens(request.turn) + most * request.turn.choices
+
+    @contextlib.contextmanager
+    def _from_cache(self, job: Job) -> Iterator[Answering]:
+        """The answer as it is kept, or as it comes to everybody who asked for the same."""
+        config, request = self.config, job.request
+        key = cache_key(request.turn, request.caller, config.system_prompt)
+        try:
+            place = self.cache.find(key, config.cache_ttl_ms / 1000)
+        except OSError as problem:
+            raise cannot_start(problem) from None
+        flight = place.flight
+        if flight is None:
+            job.path = "cached"
+            stored = enumerate(place.answers)
+            kept = ((index, event) for index, answer in stored for event in replayed(answer))
+            yield Answering(job, self._told(job, kept), place.word)
+            return
+        try:
+            if place.word == "miss":
+                self._take_off(job, flight, config)
+            else:
+                job.path = "shared"
+            tick_s = self._tick_s(config, request.turn)
+            followed = flight.follow(request.client, tick_s, self.clock)
+            yield Answering(job, self._told(job, followed), place.word)
+        finally:
+            self.cache.leave(flight)
+
+    def _told(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
+        """The events, with the row of usage before the last of them."""
+        for index, event in choices:
+            job.outcomes[index].note(event, self.clock())
+            if isinstance(event, Finished) and job.finished:
+                self._settle(job)
+            yield index, event
+
+    def _take_off(self, job: Job, flight: Flight, config: Config) -> None:
+        """Lets a thread of its own produce the answer, which so outlives the client that asked
+        first. The row of usage and the reservation are the producer's from now on."""
+        produced = Job(
+            job.request._replace(client=flight.client), job.started_s, job.reservation
+        )
+        job.settles()
+        job.reservation = Reservation(None, 0)
+        threading.Thread(
+            target=self._produce, args=(produced, flight, config), daemon=True
+        ).start()
+
+    def _produce(self, job: Job, flight: Flight, config: Config) -> None:
+        answers: tuple[Answer, ...] = ()
+        failure: OcpError | None = OcpError("OCP failed; its log has the details.")
+        try:
+            with self._answered(job) as choices:
+                for choice in choices:
+                    if not isinstance(choice[1], Tick):
+                        flight.add(choice)
+            failure = None
+            if all(a.stop_reason in _KEPT and not a.refusal for a in job.answers()):
+                answers = job.answers()
+        except ClientGone as left:
+            self._settle(job, left)
+        except OcpError as error:
+            failure = error
+            self._settle(job, error)
+        except Exception as error:
+            self.log.event(
+                "error", "request_broke", request_id=job.request.request_id,
+                error=failure_words(error),
+            )
+        finally:
+            self.cache.settle(flight, answers, config)
+            flight.end(failure)
+            self.ledger.release(job.reservation)
+
+    @contextlib.contextmanager
+    def _answered(self, job: Job) -> Iterator[Iterator[Choice]]:
+        """What claude answers, in all choices, with a row of usage before the last event."""
+        if len(job.outcomes) > 1:
+            with contextlib.closing(self._side_by_side(job)) as choices:
+                yield choices
+            return
+        with self._one_answer(job, job.outcomes[0], job.request.client) as events:
+            yield ((0, event) for event in events)
+
+    def _side_by_side(self, job: Job) -> Generator[Choice, None, None]:
         """The events of several answers, as they come. Each has a thread, a slot and a process of
         its own; the first failure is the failure of all, and ends the others."""
         arrivals: queue.SimpleQueue[tuple[int, Event | BaseException | None]] = queue.SimpleQueue()
-        leaving = Leaving(client)
+        leaving = Leaving(job.request.client)
 
         def one(index: int, outcome: Outcome) -> None:
             try:
-                with self._one_answer(outcome, caller, leaving, request_id) as events:
+                with self._one_answer(job, outcome, leaving) as events:
                     for event in events:
                         arrivals.put((index, event))
                 arrivals.put((index, None))
             except BaseException as error:
                 arrivals.put((index, error))
 
-        for index, outcome in enumerate(outcomes):
+        for index, outcome in enumerate(job.outcomes):
             threading.Thread(target=one, args=(index, outcome), daemon=True).start()
-        running = len(outcomes)
+        running = len(job.outcomes)
         try:
             while running:
                 index, arrived = arrivals.get()
@@ -5672,19 +7414,19 @@ class App:
                     yield index, arrived
         finally:
             leaving.left = True
-            for process in [outcome.process for outcome in outcomes]:
+            for process in [outcome.process for outcome in job.outcomes]:
                 if process is not None:
                     process.interrupt()
 
     @contextlib.contextmanager
-    def _one_answer(
-        self, outcome: Outcome, caller: Caller, client: Client, request_id: str
-    ) -> Iterator[Iterator[Event]]:
+    def _one_answer(self, job: Job, outcome: Outcome, client: Client) -> Iterator[Iterator[Event]]:
         """The events of one answer, with its log line: before the last of them is passed on, so
         that it is there when the client has its answer, or when the block fails."""
+        request_id = job.request.request_id
         try:
             with contextlib.ExitStack() as stack:
-                yield self._noted(self._events(outcome, caller, client, stack), request_id, outcome)
+                events = self._events(outcome, job.request.caller, client, stack)
+                yield self._noted(job, outcome, events)
         except ClientGone:
             self._note("info", "answer_abandoned", request_id, outcome)
             raise
@@ -5692,30 +7434,70 @@ class App:
             self._note_failure(error, request_id, outcome)
             raise
 
-    def _noted(
-        self, events: Iterator[Event], request_id: str, outcome: Outcome
-    ) -> Iterator[Event]:
+    def _noted(self, job: Job, outcome: Outcome, events: Iterator[Event]) -> Iterator[Event]:
         for event in events:
             if isinstance(event, Finished):
-                self._note("info", "answer_finished", request_id, outcome)
+                self._note("info", "answer_finished", job.request.request_id, outcome)
+                if job.finished:
+                    self._settle(job)
             yield event
+
+    def _settle(self, job: Job, error: OcpError | ClientGone | None = None) -> None:
+        """Writes the row of usage of a request that is over, once. One that was refused before
+        anything was done for it is counted and logged only, or refusals could fill the disk."""
+        if not job.settles():
+            return
+        word, status = "ok", 200
+        if isinstance(error, OcpError):
+            word, status = error.error_code or error.openai_type, error.status
+        elif error is not None:
+            word, status = "abandoned", _ABANDONED_STATUS
+        row = job.row(word, status, time.time(), self.clock())
+        self._count(row, known=job.request.turn.model.known)
+        if job.path:
+            self.log.event(
+                "info", "answer_reused", request_id=row.request_id, path=job.path,
+                model=row.model, stream=row.stream, total_ms=row.total_ms, outcome=word,
+            )
+        if isinstance(error, OcpError) and error.early:
+            return
+        try:
+            self.ledger.record(row, job.reservation)
+        except sqlite3.Error as problem:
+            # To a full disk, for example: answers go on.
+            self.log.event("error", "usage_not_kept", error=str(problem))
+
+    def _count(self, row: UsageRow, *, known: bool) -> None:
+        # A name that models.json does not list is the client's to choose.
+        model = row.model if known else "other"
+        self.metrics.add(
+            "ocp_requests_total", dialect=row.dialect, model=model, outcome=row.outcome
+        )
+        self.metrics.observe("ocp_request_seconds", row.total_ms / 1000, dialect=row.dialect)
+        if row.first_token_ms is not None:
+            first_token_s = row.first_token_ms / 1000
+            self.metrics.observe("ocp_first_token_seconds", first_token_s, model=model)
+        for kind in ("input", "output", "cache_read", "cache_write"):
+            count = getattr(row, f"{kind}_tokens")
+            if count:
+                self.metrics.add("ocp_tokens_total", count, model=model, kind=kind)
+        if row.path is not None:
+            self.metrics.add("ocp_answers_total", path=row.path)
 
     def _events(
         self, outcome: Outcome, caller: Caller, client: Client, stack: contextlib.ExitStack
     ) -> Iterator[Event]:
         config, turn = self.config, outcome.turn
-        if self.draining:
-            raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
         self.program.resolve()
         watch = Watch(
             client=client,
             deadline_s=outcome.started_s + config.timeout_ms / 1000,
-            tick_s=(config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000,
+            tick_s=self._tick_s(config, turn),
         )
-        slot = stack.enter_context(self.gate.slot(config))
+        slot = stack.enter_context(self.gate.slot(caller))
         yield from slot.wait(watch, self.clock)
         stack.callback(self._give_up, outcome)
-        history = history_of(turn, caller.name, config.system_prompt)
+        history = history_of(turn, caller.scope, config.system_prompt)
         outcome.process, outcome.parted_at = self.parking.take(history, turn.messages[-1])
         if outcome.process is not None:
             outcome.warm, outcome.path = True, "continued"
@@ -5727,7 +7509,20 @@ class App:
                 if outcome.first_token_s is not None or outcome.process.alive():
                     raise
                 self._give_up(outcome)
+        try:
+            yield from self._rebuilt(outcome, history, watch)
+            return
+        except UpstreamFailed:
+            # So may a spare have, just when it was taken.
+            died = outcome.process is not None and not outcome.process.alive()
+            if outcome.first_token_s is not None or not (died and outcome.warm):
+                raise
+            self._give_up(outcome)
         yield from self._rebuilt(outcome, history, watch)
+
+    def _tick_s(self, config: Config, turn: Turn) -> float:
+        """The silence after which a client has to be told that somebody is still there."""
+        return (config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000
 
     def _continued(
         self, outcome: Outcome, process: ClaudeProcess, history: History, watch: Watch
@@ -5795,9 +7590,6 @@ class App:
             self.mail.put("tend")
 
     def _note_failure(self, error: OcpError, request_id: str, outcome: Outcome) -> None:
-        self.counters.add("errors")
-        if isinstance(error, UpstreamTimeout):
-            self.counters.add("timeouts")
         if isinstance(error, LoginLost):
             self.account.refused()
             self._drop_idle()
@@ -5814,8 +7606,6 @@ class App:
         if outcome.noted:
             return
         outcome.noted = True
-        if outcome.path is not None:
-            self.counters.add(outcome.path)
         fields = outcome.fields(self.clock())
         self.log.event(level, name, request_id=request_id, **fields, **more)
 
@@ -5848,11 +7638,14 @@ class App:
         try:
             for process in self.parking.tend(self.config):
                 self.spares.dismiss(process, kindly=False)
+            self._take_notices()
+            self.cache.tend(self.config)
+            self._prune()
             self._watch_program()
             self.spares.tend(self.config)
         except OcpError as error:
-            if self._seen_program is not None or self.counters.get("claude_unavailable") == 0:
-                self.counters.add("claude_unavailable")
+            if self._seen_program is not None or not self._told_unavailable:
+                self._told_unavailable = True
                 self.log.event("error", "claude_unavailable", detail=error.message)
             self._seen_program = None
         except Exception as error:
@@ -5871,6 +7664,56 @@ class App:
                 self._drop_idle()
             self._seen_program = program
             self.log.event("info", "claude_found", version=program.version_text)
+
+    def _take_notices(self) -> None:
+        """Brings to the account what processes said about the plan."""
+        while True:
+            try:
+                news = plan_news(self._notices.get_nowait())
+            except queue.Empty:
+                return
+            if news is not None:
+                self.account.hear(news)
+
+    def _prune(self) -> None:
+        """Deletes rows of usage that are too old, now and then."""
+        if self.clock() < self._prune_at_s:
+            return
+        self._prune_at_s = self.clock() + _PRUNE_EVERY_S
+        try:
+            self.ledger.prune(self.config.usage_days)
+        except sqlite3.Error as problem:
+            self.log.event("error", "usage_not_pruned", error=str(problem))
+
+    def learn_plan(self, client: Client) -> None:
+        """Brings what is known about the plan up to date, without spending anything. Asks an idle
+        claude, where there is one, at most once a minute. Raises ClientGone."""
+        self._take_notices()
+        if not self.account.may_ask():
+            return
+        process = self.spares.borrow()
+        if process is None:
+            return
+        try:
+            watch = Watch(client, self.clock() + _USAGE_TIMEOUT_S, 0.0)
+            answers = process.consult(usage_lines(), watch)
+        except OcpError as error:
+            self.log.event("warn", "plan_not_learned", detail=error.message)
+        else:
+            self.spares.put_back(process)
+            process = None
+            self.account.hear(plan_report(answers[1]))
+        finally:
+            if process is not None:
+                self.spares.dismiss(process, kindly=False)
+
+    def change_setting(self, name: str, value: object) -> object:
+        """Changes a setting for good; see Settings.change."""
+        value = self.settings.change(name, value)
+        self.gate.configure(self.config)
+        self.cache.tend(self.config)
+        self.mail.put("tend")
+        return value
 
     def _drop_idle(self) -> None:
         """Ends all processes that wait: the program or its login has changed."""
@@ -5900,7 +7743,7 @@ class App:
         self.log.close()
 
 
-# ==== 16. Endpoints ==========================================================
+# ==== 19. Endpoints ==========================================================
 # One function for each route: (app, exchange, **names in the path). They read the request from
 # the exchange, answer through it, and raise what goes wrong.
 
@@ -5912,15 +7755,22 @@ class HttpExchange(Protocol):
     dialect: Dialect
     request_id: str
     caller: Caller
+    #: The IP address of the client.
+    peer: str
     headers: http.client.HTTPMessage
     query: Mapping[str, str]
     headers_out: dict[str, str]
+    #: All that there is to ask for.
+    routes: tuple[Route, ...]
 
     def json(self) -> object:
         """The parsed body. Raises BadRequest, TooLarge, RequestTimeout."""
 
-    def send_json(self, value: object) -> None:
-        """Answers 200 with JSON."""
+    def send_json(self, value: object, status: int = 200) -> None:
+        """Answers with JSON."""
+
+    def send_text(self, text: str, content_type: str) -> None:
+        """Answers 200 with text."""
 
     def send_stream(self, renderer: Renderer, events: Iterator[Choice]) -> None:
         """Answers 200 with server-sent events; the status goes out with the first of them."""
@@ -5931,22 +7781,30 @@ class HttpExchange(Protocol):
 
 def _parsed(app: App, exchange: HttpExchange) -> Turn:
     """The Turn of the request's body."""
-    config, caller = app.config, exchange.caller.name
+    config, caller = app.config, exchange.caller
     limits = Limits(
         config.image_allow_url, config.max_image_bytes,
         config.max_images, config.max_image_total_bytes,
     )
     parsing = Parsing(
         app.models, config.default_model, limits,
-        recall=lambda response_id: app.responses.get(caller, response_id).messages,
+        recall=lambda response_id: app.responses.get(caller.scope, response_id).messages,
         session=lambda session_id, system: app.sessions.messages(
-            caller, session_id, system, config.session_ttl_ms / 1000
+            caller.scope, session_id, system, config.session_ttl_ms / 1000
         ),
     )
     body = exchange.json()
     if config.session_header and isinstance(body, dict) and "session_id" not in body:
         body["session_id"] = exchange.headers.get("X-Session-Id")
-    turn, dropped = fitted(exchange.dialect.parse(body, parsing), config.max_prompt_chars)
+    turn = exchange.dialect.parse(body, parsing)
+    if caller.models and turn.model.id not in caller.models:
+        raise Forbidden(
+            f"This key may use {', '.join(caller.models)} only.",
+            param="model", code="model_not_allowed",
+        )
+    turn, dropped = fitted(turn, config.max_prompt_chars)
+    if config.cache_ttl_ms:
+        turn = turn._replace(fresh=asks_fresh(body, sampled_too=config.cache_sampled))
     if dropped:
         app.log.event(
             "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
@@ -5963,14 +7821,16 @@ def _parsed(app: App, exchange: HttpExchange) -> Turn:
 def answer(app: App, exchange: HttpExchange) -> None:
     """Every route that asks a model."""
     dialect, turn = exchange.dialect, _parsed(app, exchange)
-    with app.answering(turn, exchange.caller, exchange.client, exchange.request_id) as answering:
+    request = Request(turn, exchange.caller, exchange.client, exchange.request_id, dialect.name)
+    with app.answering(request) as answering:
+        exchange.headers_out["X-OCP-Cache"] = answering.cache
         if turn.stream:
             renderer = dialect.stream(turn)
             exchange.send_stream(renderer, answering.events)
             body = renderer.body
         else:
             exchange.keep_alive(answering.events, app.config.whole_silence_ms / 1000)
-            body = dialect.whole(turn, answering.answers())
+            body = dialect.whole(turn, list(answering.answers()))
             exchange.send_json(body)
         if dialect.stores(turn) or turn.session_id:
             _remember(app, exchange, turn, answering.answers()[0], body)
@@ -5981,11 +7841,11 @@ def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body
     blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
-        app.responses.put(exchange.caller.name, body, messages, app.config)
+        app.responses.put(exchange.caller.scope, body, messages, app.config)
     if not turn.session_id:
         return
     try:
-        app.sessions.put(exchange.caller.name, turn, messages, app.config.session_ttl_ms / 1000)
+        app.sessions.put(exchange.caller.scope, turn, messages, app.config.session_ttl_ms / 1000)
     except sqlite3.Error as problem:
         # The answer is out; only its memory is lost, to a full disk for example.
         app.log.event("error", "session_not_kept", error=str(problem))
@@ -5993,7 +7853,10 @@ def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body
 
 def get_sessions(app: App, exchange: HttpExchange) -> None:
     """GET /sessions: the conversations that the server remembers."""
-    exchange.send_json({"sessions": app.sessions.all(app.config.session_ttl_ms / 1000)})
+    found = app.sessions.all(app.config.session_ttl_ms / 1000)
+    names = {key.caller.scope: key.name for key in app.keys.all()}
+    sessions = [{**entry, "caller": names.get(entry["caller"], entry["caller"])} for entry in found]
+    exchange.send_json({"sessions": sessions})
 
 
 def clear_sessions(app: App, exchange: HttpExchange) -> None:
@@ -6018,12 +7881,12 @@ def count_tokens(app: App, exchange: HttpExchange) -> None:
 
 def get_response(app: App, exchange: HttpExchange, id: str) -> None:
     """GET /v1/responses/{id}: a response that was stored."""
-    exchange.send_json(app.responses.get(exchange.caller.name, id).body)
+    exchange.send_json(app.responses.get(exchange.caller.scope, id).body)
 
 
 def delete_response(app: App, exchange: HttpExchange, id: str) -> None:
     """DELETE /v1/responses/{id}."""
-    app.responses.remove(exchange.caller.name, id)
+    app.responses.remove(exchange.caller.scope, id)
     exchange.send_json({"id": id, "object": "response", "deleted": True})
 
 
@@ -6053,8 +7916,10 @@ _MODELS_CREATED_S = 1_750_000_000
 
 
 def get_models(app: App, exchange: HttpExchange) -> None:
-    """GET /v1/models."""
-    entries = [_model_entry(model, _MODELS_CREATED_S) for model in app.models.all()]
+    """GET /v1/models: those that the caller may use."""
+    models = [m for m in app.models.all() if m.id in exchange.caller.models or not
+              exchange.caller.models]
+    entries = [_model_entry(model, _MODELS_CREATED_S) for model in models]
     exchange.send_json({"object": "list", "data": entries})
 
 
@@ -6063,27 +7928,47 @@ def get_model(app: App, exchange: HttpExchange, model: str) -> None:
     exchange.send_json(_model_entry(app.models.find(model), _MODELS_CREATED_S))
 
 
+def _errors(app: App) -> int:
+    """How many requests failed since the start."""
+    over = app.metrics.total("ocp_requests_total")
+    fine = sum(app.metrics.total("ocp_requests_total", outcome=w) for w in ("ok", "abandoned"))
+    return over - fine
+
+
 def _stats(app: App) -> Json:
-    names = ("errors", "timeouts", "continued", "rebuilt", "fresh")
+    paths = ("continued", "rebuilt", "fresh", "cached", "shared")
     return {
-        "totalRequests": app.counters.get("requests"),
+        "totalRequests": app.metrics.total("ocp_requests_started_total"),
         "activeRequests": app.gate.running,
         "queued": app.gate.waiting,
         "queueRejections": app.gate.refused,
         "spawned": app.spares.spawned,
-        **{name: app.counters.get(name) for name in names},
+        "errors": _errors(app),
+        "timeouts": app.metrics.total("ocp_requests_total", outcome=str(UpstreamTimeout.code)),
+        **{path: app.metrics.total("ocp_answers_total", path=path) for path in paths},
     }
+
+
+def _condition(app: App) -> tuple[str, str]:
+    """How the server is, "ok", "degraded" or "draining", and what to do about it."""
+    problem = app.program.glance()[1]
+    auth = app.account.verdict()
+    if app.draining:
+        return "draining", "The server is stopping."
+    if problem is not None or auth["ok"] is False:
+        return "degraded", problem.message if problem is not None else str(auth["message"])
+    return "ok", ""
 
 
 def get_health(app: App, exchange: HttpExchange) -> None:
     """GET /health: public, so it tells no path, no prompt and no error text."""
     config, uptime_s = app.config, app.clock() - app.started_s
     program, problem = app.program.glance()
-    auth = app.account.verdict()
-    healthy = problem is None and auth["ok"] is not False
+    status, fix = _condition(app)
+    advertised = {"anonymousKey": config.advertised_key} if config.advertised_key else {}
     exchange.send_json(
         {
-            "status": "draining" if app.draining else "ok" if healthy else "degraded",
+            "status": status,
             "version": VERSION,
             "architecture": "warm processes",
             "demo": app.demo,
@@ -6091,10 +7976,12 @@ def get_health(app: App, exchange: HttpExchange) -> None:
             "uptime": round(uptime_s * 1000),
             "uptimeHuman": uptime_words(uptime_s),
             "authMode": config.mode,
-            "auth": auth,
+            **advertised,
+            "tls": bool(config.tls_cert),
+            "auth": app.account.verdict(),
             "claudeBinaryOk": problem is None,
             "claudeVersion": program.version_text if program is not None else None,
-            "fix": problem.message if problem is not None else auth["message"],
+            "fix": fix or None,
             "stats": _stats(app),
             "concurrency": {
                 "maxConcurrent": config.max_concurrent,
@@ -6109,6 +7996,14 @@ def get_health(app: App, exchange: HttpExchange) -> None:
     )
 
 
+def get_ready(app: App, exchange: HttpExchange) -> None:
+    """GET /ready: 200 if a request would be answered, as far as that is known, else 503."""
+    status, fix = _condition(app)
+    if status != "ok":
+        raise NotReady(fix)
+    exchange.send_json({"ready": True})
+
+
 _LOG_LINES_MOST = 1000
 
 
@@ -6118,14 +8013,382 @@ def get_logs(app: App, exchange: HttpExchange) -> None:
     level = "warn" if level == "warning" else level
     if level not in ("all", *LEVELS):
         raise BadRequest(f"level: must be one of all, {', '.join(LEVELS)}.", param="level")
-    count = exchange.query.get("n", "30")
-    if not re.fullmatch(r"[0-9]{1,6}", count):
-        raise BadRequest("n: must be a whole number.", param="n")
-    entries = app.log.recent(min(int(count), _LOG_LINES_MOST), level)
+    count = whole_number(exchange.query, "n", 30, _LOG_LINES_MOST)
+    entries = app.log.recent(count, level)
     exchange.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
-# ==== 17. Routes =============================================================
+def whole_number(query: Mapping[str, str], name: str, default: int, most: int) -> int:
+    """A number of the query string, from 0 or 1 on. Raises BadRequest."""
+    text = query.get(name, "") or str(default)
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not int(text) <= most:
+        raise BadRequest(f"{name}: must be a whole number up to {most}.", param=name)
+    return int(text)
+
+
+# -- keys -------------------------------------------------------------------------------------
+
+
+def _known_fields(body: object, names: Iterable[str]) -> Fields:
+    """The body, if it holds nothing but these fields. Raises BadRequest."""
+    fields, known = Fields(body), tuple(names)
+    unknown = [name for name in fields.object if name not in known]
+    if unknown:
+        raise BadRequest(
+            f"{one_line(unknown[0], 80)}: is not known here; there is {', '.join(known)}.",
+            param=unknown[0],
+        )
+    return fields
+
+
+_SPAN = re.compile(r"([0-9]{1,6})([mhd])")
+_SPAN_S = {"m": 60, "h": 3600, "d": 86_400}
+
+
+def _expiry(fields: Fields) -> int | None:
+    """When a key ends, in epoch seconds; None = never."""
+    text = fields.text("expiry")
+    if text is None:
+        return None
+    span = _SPAN.fullmatch(text.strip())
+    try:
+        at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else epoch_of(text)
+    except (ValueError, OverflowError, OSError):
+        what = "a time such as 2027-01-31 or 2027-01-31T12:00:00Z, or a span such as 30d or 12h"
+        raise fields.wrong("expiry", what) from None
+    if at_s <= time.time():
+        raise fields.wrong("expiry", "in the future")
+    return int(at_s)
+
+
+def _allowed_models(app: App, fields: Fields) -> list[str]:
+    """The ids of models that a key may use; empty = all."""
+    found = []
+    for name in fields.texts("models"):
+        try:
+            found.append(app.models.find(name).id)
+        except UnknownModel as problem:
+            raise BadRequest(problem.message, param="models") from None
+    return found
+
+
+def _limits(fields: Fields) -> dict[str, int | None]:
+    """The quotas that a body sets; None takes one away."""
+    return {name: fields.integer(name, 0, 10**15) for name in fields.object}
+
+
+_QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
+_NOTE_MOST_CHARS = 500
+
+#: The fields of a key that can be set: the name in JSON, the column, and how it is read.
+_KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object]], ...] = (
+    ("name", "name", lambda app, fields: fields.needed_text("name")),
+    ("expiry", "expiry_s", lambda app, fields: _expiry(fields)),
+    ("models", "models", _allowed_models),
+    (
+        "maxConcurrent", "max_concurrent",
+        lambda app, fields: fields.integer("maxConcurrent", 0, 1000) or 0,
+    ),
+    ("note", "note", lambda app, fields: one_line(fields.text("note") or "", _NOTE_MOST_CHARS)),
+)
+
+
+def _key_columns(app: App, fields: Fields) -> dict[str, object]:
+    """The columns that a body sets."""
+    return {
+        column: read(app, fields) for name, column, read in _KEY_FIELDS if name in fields.object
+    }
+
+
+def _key_entry(key: Key) -> Json:
+    def iso(epoch_s: int | None) -> str | None:
+        return None if epoch_s is None else iso_time(epoch_s)
+
+    limits = {
+        "quota_" + re.sub("([A-Z])", r"_\1", name).lower(): key.quota.get(name)
+        for name in _QUOTA_NAMES
+    }
+    return {
+        "id": key.id,
+        "keyPreview": key.preview,
+        "name": key.name,
+        "created_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(key.created_s)),
+        "revoked": int(key.revoked_s is not None),
+        **limits,
+        "expiry": iso(key.expiry_s),
+        "expired": key.expired(time.time()),
+        "models": list(key.models),
+        "maxConcurrent": key.max_concurrent,
+        "note": key.note,
+        "lastUsed": iso(key.used_s),
+        "createdAt": iso(key.created_s),
+        "revokedAt": iso(key.revoked_s),
+    }
+
+
+def _audit(app: App, exchange: HttpExchange, event: str, **fields: object) -> None:
+    """A line in the log for whatever the operator changes or looks into."""
+    app.log.event("info", event, **fields, by=exchange.caller.name, peer=exchange.peer)
+
+
+def get_keys(app: App, exchange: HttpExchange) -> None:
+    """GET /api/keys: all keys, revoked ones too, newest first; never a secret."""
+    exchange.send_json({"keys": [_key_entry(key) for key in app.keys.all()]})
+
+
+def create_key(app: App, exchange: HttpExchange) -> None:
+    """POST /api/keys: a new key; its secret is in this answer and nowhere else."""
+    known = [name for name, _, _ in _KEY_FIELDS]
+    fields = _known_fields(exchange.json(), [*known, "quota"])
+    columns = _key_columns(app, fields)
+    quota = fields.child("quota")
+    if quota is not None:
+        limits = _limits(_known_fields(quota.object, _QUOTA_NAMES))
+        columns["quota"] = {name: limit for name, limit in limits.items() if limit is not None}
+    key, secret = app.keys.create(str(columns.pop("name", "")), columns)
+    _audit(app, exchange, "key_created", key=key.name, id=key.id)
+    exchange.send_json({"id": key.id, "key": secret, **_key_entry(key)}, status=201)
+
+
+def get_key(app: App, exchange: HttpExchange, key: str) -> None:
+    """GET /api/keys/{key}: one key, by its id or its name."""
+    exchange.send_json(_key_entry(app.keys.find(key)))
+
+
+def change_key(app: App, exchange: HttpExchange, key: str) -> None:
+    """PATCH /api/keys/{key}: changes its name, expiry, models, maxConcurrent or note."""
+    found = app.keys.find(key)
+    fields = _known_fields(exchange.json(), [name for name, _, _ in _KEY_FIELDS])
+    changed = app.keys.change(found, _key_columns(app, fields))
+    _audit(app, exchange, "key_changed", key=changed.name, id=found.id, fields=list(fields.object))
+    exchange.send_json(_key_entry(changed))
+
+
+def revoke_key(app: App, exchange: HttpExchange, key: str) -> None:
+    """DELETE /api/keys/{key}: the key is worth nothing from now on; its usage is kept."""
+    revoked = False
+    with contextlib.suppress(NotFound):
+        found = app.keys.find(key)
+        revoked = app.keys.revoke(found)
+        _audit(app, exchange, "key_revoked", key=found.name, id=found.id, revoked=revoked)
+    exchange.send_json({"revoked": revoked, "idOrName": key})
+
+
+def rotate_key(app: App, exchange: HttpExchange, key: str) -> None:
+    """POST /api/keys/{key}/rotate: a new secret for the key; the old one ends at once."""
+    found = app.keys.find(key)
+    secret = app.keys.rotate(found)
+    _audit(app, exchange, "key_rotated", key=found.name, id=found.id)
+    exchange.send_json({"id": found.id, "name": found.name, "key": secret})
+
+
+def get_quota(app: App, exchange: HttpExchange, key: str) -> None:
+    """GET /api/keys/{key}/quota: each limit, what is used of it, and its reset."""
+    found = app.keys.find(key)
+    report = app.ledger.quota_report(found)
+    exchange.send_json({"keyId": found.id, "name": found.name, "quota": report})
+
+
+def change_quota(app: App, exchange: HttpExchange, key: str) -> None:
+    """PATCH /api/keys/{key}/quota: sets limits, null takes one away; the others stay."""
+    found = app.keys.find(key)
+    limits = _limits(_known_fields(exchange.json(), _QUOTA_NAMES))
+    if not limits:
+        raise BadRequest(f"Name at least one of {', '.join(_QUOTA_NAMES)}.")
+    quota = {n: limit for n, limit in {**found.quota, **limits}.items() if limit is not None}
+    app.keys.change(found, {"quota": quota})
+    _audit(app, exchange, "quota_updated", key=found.name, id=found.id, quota=limits)
+    exchange.send_json({"ok": True, "idOrName": key, "quota": limits})
+
+
+# -- usage ------------------------------------------------------------------------------------
+
+_RECENT_MOST = 500
+_HOURS_MOST = 24 * 400
+
+
+def _moment(query: Mapping[str, str], name: str, default_s: float) -> float:
+    """A time of the query string: ISO 8601 or epoch seconds. Raises BadRequest."""
+    text = query.get(name, "")
+    try:
+        if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
+            return float(text)
+        # A plus in a query string means a space.
+        return epoch_of(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
+    except (ValueError, OverflowError, OSError):
+        raise BadRequest(
+            f"{name}: must be a time such as 2026-11-20T14:00:00Z, or epoch seconds.", param=name
+        ) from None
+
+
+def get_api_usage(app: App, exchange: HttpExchange) -> None:
+    """GET /api/usage?since=&until=&hours=24&limit=50&all=true: what was used; one's own, or with
+    `all` everybody's, which only the operator gets."""
+    query, caller = exchange.query, exchange.caller
+    limit = whole_number(query, "limit", 50, _RECENT_MOST)
+    hours = whole_number(query, "hours", 24, _HOURS_MOST)
+    until_s = _moment(query, "until", time.time() + 1)
+    since_s = _moment(query, "since", until_s - hours * 3600)
+    everybody = caller.is_admin and query.get("all", "").lower() in _TRUE_WORDS
+    if everybody:
+        _audit(app, exchange, "admin_usage_full_scope")
+    report = app.ledger.report(since_s, until_s, limit, None if everybody else caller)
+    exchange.send_json(
+        {
+            "since": iso_time(since_s),
+            "until": iso_time(until_s),
+            "scope": {"self": None if everybody else caller.name, "all": everybody},
+            **report,
+        }
+    )
+
+
+def _totals(app: App) -> Json:
+    """The numbers that /usage and /status share."""
+    stats = _stats(app)
+    return {
+        "totalRequests": stats["totalRequests"],
+        "activeRequests": stats["activeRequests"],
+        "errors": stats["errors"],
+        "timeouts": stats["timeouts"],
+        "uptime": uptime_words(app.clock() - app.started_s),
+    }
+
+
+#: The numbers of one model in /usage, and what they are called among the sums.
+_MODEL_NUMBERS = (
+    ("requests", "requests"), ("successes", "successes"), ("errors", "errors"),
+    ("timeouts", "timeouts"), ("avgElapsed", "avg_elapsed_ms"), ("maxElapsed", "max_elapsed_ms"),
+    ("avgPromptChars", "avg_prompt_chars"), ("maxPromptChars", "max_prompt_chars"),
+)
+
+
+def get_usage(app: App, exchange: HttpExchange) -> None:
+    """GET /usage: how much of the plan is used, as far as claude told, and this run's numbers."""
+    app.learn_plan(exchange.client)
+    models = {
+        row["model"]: {name: row[column] for name, column in _MODEL_NUMBERS}
+        for row in app.ledger.by_model(app.started_at_s)
+    }
+    exchange.send_json({**app.account.report(), "proxy": _totals(app), "models": models})
+
+
+def get_status(app: App, exchange: HttpExchange) -> None:
+    """GET /status: the same in short, with the last errors."""
+    app.learn_plan(exchange.client)
+    status, _ = _condition(app)
+    auth, totals = app.account.verdict(), _totals(app)
+    words = {True: "ok", None: "unknown", False: auth["message"]}
+    failed = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURES]
+    exchange.send_json(
+        {
+            "proxy": {
+                "status": status, "version": VERSION, "uptime": totals["uptime"],
+                "auth": words[auth["ok"]],
+            },
+            "requests": {
+                "total": totals["totalRequests"], "active": totals["activeRequests"],
+                "errors": totals["errors"], "timeouts": totals["timeouts"],
+            },
+            "plan": app.account.plan(),
+            "recentErrors": [
+                {"time": e["ts"], "message": without_paths(str(e.get("detail") or e.get("error")))}
+                for e in failed[-3:]
+            ],
+        }
+    )
+
+
+#: Events of the log that are failures of requests.
+_FAILURES = ("answer_failed", "request_broke")
+
+
+# -- settings, cache, metrics -----------------------------------------------------------------
+
+
+def get_settings(app: App, exchange: HttpExchange) -> None:
+    """GET /settings: what can be changed while the server runs, with ranges and sources."""
+    exchange.send_json(app.settings.report())
+
+
+def change_settings(app: App, exchange: HttpExchange) -> None:
+    """PATCH /settings {name: value}: changes each for good; null gives the start's value back.
+
+    200 if all were taken, 207 for some, 400 for none.
+    """
+    results: Json = {}
+    errors = []
+    for name, value in Fields(exchange.json()).object.items():
+        try:
+            results[name] = {"ok": True, "value": app.change_setting(name, value)}
+            _audit(app, exchange, "setting_changed", setting=name, value=value)
+        except KeyError:
+            reason = f"unknown setting; there is {', '.join(live_settings())}"
+        except ValueError as problem:
+            reason = str(problem)
+        except sqlite3.Error as problem:
+            reason = f"could not be stored: {problem}"
+        if name not in results:
+            results[name] = {"error": reason}
+            errors.append(f"{one_line(name, 80)}: {reason}")
+    taken = len(results) - len(errors)
+    status = 200 if not errors else 207 if taken else 400
+    more = {"errors": errors} if errors else {}
+    exchange.send_json({"results": results, **more, "current": app.settings.report()}, status)
+
+
+def get_cache_stats(app: App, exchange: HttpExchange) -> None:
+    """GET /cache/stats."""
+    limits = {"maxBytes": app.config.cache_max_bytes, "ttl": app.config.cache_ttl_ms}
+    exchange.send_json({**app.cache.stats(), **limits})
+
+
+def clear_cache(app: App, exchange: HttpExchange) -> None:
+    """DELETE /cache: forgets all answers that are kept."""
+    cleared = app.cache.clear()
+    _audit(app, exchange, "cache_cleared", cleared=cleared)
+    exchange.send_json({"cleared": cleared})
+
+
+def _gauges(app: App) -> dict[str, dict[Labels, float]]:
+    """The metrics that are looked up at the moment of asking."""
+    cache, program = app.cache.stats(), app.program.glance()[0]
+    windows = app.account.windows()
+    words = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
+    login = app.account.verdict()["ok"]
+    claude = program.version_text if program is not None else ""
+    return {
+        "ocp_build_info": {(("version", VERSION), ("claude", claude)): 1},
+        "ocp_uptime_seconds": {(): app.clock() - app.started_s},
+        "ocp_running": {(): app.gate.running},
+        "ocp_queued": {(): app.gate.waiting},
+        "ocp_queue_refusals_total": {(): app.gate.refused},
+        "ocp_connections": {(): app.connections},
+        "ocp_spawns_total": {(): app.spares.spawned},
+        "ocp_spares": {(("model", m),): count for m, count in app.spares.idle().items()},
+        "ocp_parked": {(): len(app.parking)},
+        "ocp_cache_requests_total": {(("result", w),): cache[n] for w, n in words.items()},
+        "ocp_cache_entries": {(): cache["entries"]},
+        "ocp_cache_bytes": {(): cache["sizeBytes"]},
+        "ocp_plan_utilization": {
+            (("window", name),): window.utilization for name, window in windows.items()
+            if window.utilization is not None
+        },
+        "ocp_plan_resets_timestamp_seconds": {
+            (("window", name),): window.resets_at_s for name, window in windows.items()
+            if window.resets_at_s is not None
+        },
+        "ocp_logged_in": {} if login is None else {(): int(login)},
+    }
+
+
+def get_metrics(app: App, exchange: HttpExchange) -> None:
+    """GET /metrics: Prometheus' text format."""
+    text = app.metrics.text(_gauges(app))
+    exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
+
+
+# ==== 20. Routes =============================================================
 # The table of routes. Paths match exactly, after a trailing slash is dropped; those below /v1
 # are served without it too, and with it twice, because users write base addresses both ways.
 
@@ -6155,8 +8418,25 @@ ROUTES = (
     Route("GET",    "/sessions",                 Access.ADMIN,  CHAT,        get_sessions),
     Route("DELETE", "/sessions",                 Access.ADMIN,  CHAT,        clear_sessions),
     Route("DELETE", "/sessions/{id}",            Access.ADMIN,  CHAT,        clear_session),
-    Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
+    Route("GET",    "/api/keys",                 Access.ADMIN,  CHAT,        get_keys),
+    Route("POST",   "/api/keys",                 Access.ADMIN,  CHAT,        create_key),
+    Route("GET",    "/api/keys/{key}",           Access.ADMIN,  CHAT,        get_key),
+    Route("PATCH",  "/api/keys/{key}",           Access.ADMIN,  CHAT,        change_key),
+    Route("DELETE", "/api/keys/{key}",           Access.ADMIN,  CHAT,        revoke_key),
+    Route("POST",   "/api/keys/{key}/rotate",    Access.ADMIN,  CHAT,        rotate_key),
+    Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
+    Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
+    Route("GET",    "/api/usage",                Access.CALLER, CHAT,        get_api_usage),
+    Route("GET",    "/usage",                    Access.ADMIN,  CHAT,        get_usage),
+    Route("GET",    "/status",                   Access.ADMIN,  CHAT,        get_status),
+    Route("GET",    "/settings",                 Access.ADMIN,  CHAT,        get_settings),
+    Route("PATCH",  "/settings",                 Access.ADMIN,  CHAT,        change_settings),
+    Route("GET",    "/cache/stats",              Access.ADMIN,  CHAT,        get_cache_stats),
+    Route("DELETE", "/cache",                    Access.ADMIN,  CHAT,        clear_cache),
     Route("GET",    "/logs",                     Access.ADMIN,  CHAT,        get_logs),
+    Route("GET",    "/metrics",                  Access.ADMIN,  CHAT,        get_metrics),
+    Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
+    Route("GET",    "/ready",                    Access.PUBLIC, CHAT,        get_ready),
 )
 
 
@@ -6210,7 +8490,7 @@ def _decoded(text: str) -> str:
         raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
 
 
-# ==== 18. HTTP server ========================================================
+# ==== 21. HTTP server ========================================================
 # Sockets. One thread for each connection; a head and a body arrive in time and in bounds or are
 # refused; every error is rendered in one place. Tells nobody what software runs here beyond its
 # name, and keeps nothing of a connection when it ends.
@@ -6332,6 +8612,8 @@ class Exchange(BaseHTTPRequestHandler):
         self._reader = DeadlineReader(self.connection, self.client)
         self.rfile = self._buffered = io.BufferedReader(self._reader, _LINE_MOST_BYTES)
         self.app = self.server.app
+        self.peer = str(self.client_address[0])
+        self.routes = ROUTES
         #: Whether the connection has brought a request already.
         self._served = False
         self._forget()
@@ -6447,7 +8729,7 @@ class Exchange(BaseHTTPRequestHandler):
         if not error.logged:
             self.app.log.event(
                 "info", "request_refused", request_id=self.request_id, method=self.command,
-                path=self._path, peer=self.client_address[0], status=error.status,
+                path=self._path, peer=self.peer, status=error.status,
                 error=type(error).__name__, param=error.param,
             )
 
@@ -6469,7 +8751,7 @@ class Exchange(BaseHTTPRequestHandler):
             return
         route, names = self.server.router.find(self.command, target.path)
         self.dialect = route.dialect
-        self.caller = admit(config, route.access, self.headers, self.client_address[0])
+        self.caller = admit(config, self.app.keys, route.access, self.headers, self.peer)
         route.endpoint(self.app, self, **names)
 
     def _answer_options(self, path: str) -> None:
@@ -6494,8 +8776,9 @@ class Exchange(BaseHTTPRequestHandler):
             if self._over:
                 self.close_connection = True
             elif not self._status:
-                body = self.dialect.error_body(error, self.request_id)
-                self._send_body(error.status, body, error.headers())
+                body = to_json(self.dialect.error_body(error, self.request_id)) + b"\n"
+                headers = {"Content-Type": "application/json", **error.headers()}
+                self._send_body(error.status, body, headers)
             elif self._renderer is not None:
                 self._send(self._renderer.failure(error, self.request_id))
                 self._end_chunks()
@@ -6595,13 +8878,17 @@ class Exchange(BaseHTTPRequestHandler):
 
     # -- writing ------------------------------------------------------------------------------
 
-    def send_json(self, value: object) -> None:
+    def send_json(self, value: object, status: int = 200) -> None:
         """See HttpExchange."""
         if not self._status:
-            self._send_body(200, value, {})
+            self._send_body(status, to_json(value) + b"\n", {"Content-Type": "application/json"})
         else:
             self._send(to_json(value))
             self._end_chunks()
+
+    def send_text(self, text: str, content_type: str) -> None:
+        """See HttpExchange."""
+        self._send_body(200, text.encode("utf-8"), {"Content-Type": content_type})
 
     def send_stream(self, renderer: Renderer, events: Iterator[Choice]) -> None:
         """See HttpExchange. Events that a dialect does not show are silence too."""
@@ -6634,12 +8921,9 @@ class Exchange(BaseHTTPRequestHandler):
                     self._begin_chunks({"Content-Type": "application/json"})
                 self._send(b" \n")
 
-    def _send_body(self, status: int, value: object, headers: Mapping[str, str]) -> None:
-        body = to_json(value) + b"\n"
-        has_body = self.command != "HEAD"
-        head = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
-        self._head(status, head)
-        if has_body:
+    def _send_body(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self._head(status, {"Content-Length": str(len(body)), **headers})
+        if self.command != "HEAD":
             self._write(body)
         self._over = True
         if self.close_connection:
@@ -6659,7 +8943,7 @@ class Exchange(BaseHTTPRequestHandler):
         self.send_response(status)
         common = {
             "X-Request-Id": self.request_id, "request-id": self.request_id,
-            "Cache-Control": "no-store",
+            "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
         }
         for name, value in {**common, **self.headers_out, **headers}.items():
             # A line break in a value would be a header of somebody else's.
@@ -6725,9 +9009,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Listens. Raises OSError when it cannot."""
         self.app = app
         self.router = Router(ROUTES)
-        # Guards the count of open connections.
+        # Guards the app's count of open connections.
         self._lock = threading.Lock()
-        self._open = 0
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, app.config.port), Exchange)
@@ -6748,8 +9031,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Starts the connection's thread, or turns it away when too many are open."""
         with self._lock:
-            full = self._open >= self.app.config.max_connections
-            self._open += 0 if full else 1
+            full = self.app.connections >= self.app.config.max_connections
+            self.app.connections += 0 if full else 1
         if not full:
             try:
                 super().process_request(request, client_address)
@@ -6775,7 +9058,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def _count(self, change: int) -> None:
         with self._lock:
-            self._open += change
+            self.app.connections += change
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """The next connection. Short of descriptors, it waits instead of trying all the time."""
@@ -6793,7 +9076,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event(level, "connection_broke", error=failure_words(error))
 
 
-# ==== 19. Demo claude ========================================================
+# ==== 22. Demo claude ========================================================
 # The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
 # that everything around the model can be tried without an account. Says so in every answer.
 
@@ -6868,7 +9151,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 20. Command line =======================================================
+# ==== 23. Command line =======================================================
 # Arguments, signals, the banner, and the order in which everything starts and stops.
 
 _DEMO_FLAG = "--demo-claude"

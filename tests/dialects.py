@@ -134,7 +134,7 @@ def gathered(turn: Any, events: Iterable[Any]) -> list[Any]:
     outcomes = [ocp.Outcome(turn.choice(index), 0.0) for index in range(turn.choices)]
     for index, event in flowing(events):
         outcomes[index].note(event, 0.0)
-    return ocp.Answering(outcomes, iter(())).answers()
+    return [outcome.answer() for outcome in outcomes]
 
 
 def whole(dialect: Any, turn: Any, events: Iterable[Any]) -> Any:

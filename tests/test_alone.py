@@ -295,7 +295,7 @@ def test_the_settings_are_printed_as_a_table(alone: Alone) -> None:
 
     rows = [line for line in done.stdout.splitlines() if line.startswith("| `")]
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(rows) > 25 and all(row.count("|") == 5 for row in rows)
+    assert len(rows) > 25 and all(row.count("|") == 6 for row in rows)
     assert any(row.startswith("| `CLAUDE_PROXY_PORT` | 3456 |") for row in rows)
 
 

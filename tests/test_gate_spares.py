@@ -66,8 +66,8 @@ class Door:
 
     def __init__(self, running: int = 1, waiting: int = 1) -> None:
         self.clock = FakeClock()
-        self.gate = ocp.Gate()
         self.config = config(max_concurrent=running, max_queue=waiting, queue_retry_after_s=7)
+        self.gate = ocp.Gate(self.config)
         self.client = FakeClient(self.clock)
 
     def __repr__(self) -> str:
@@ -77,20 +77,22 @@ class Door:
         """What a request of this door looks out for."""
         return ocp.Watch(client or self.client, self.clock() + deadline_s, tick_s)
 
-    def enter(self, stack: contextlib.ExitStack, watch: Any = None) -> list[Any]:
+    def enter(self, stack: contextlib.ExitStack, watch: Any = None, name: str = "a") -> list[Any]:
         """Lets one request in, which stays until the stack ends; its events while it waited."""
-        slot = stack.enter_context(self.gate.slot(self.config))
+        slot = stack.enter_context(self.gate.slot(ocp.Caller(name)))
         return list(slot.wait(watch or self.watch(), self.clock))
 
-    def line_up(self, stack: contextlib.ExitStack) -> Any:
-        """Puts a request into the line; its slot, to be admitted by `admits`."""
-        slot = stack.enter_context(self.gate.slot(self.config))
-        self.gate.join(slot, self.config)
+    def line_up(self, stack: contextlib.ExitStack, name: str = "a", most: int = 0) -> Any:
+        """Puts a request of a caller into the line; its slot."""
+        caller = ocp.Caller(name, max_concurrent=most)
+        slot = stack.enter_context(self.gate.slot(caller))
+        self.gate.join(slot)
         return slot
 
-    def admits(self, slot: Any) -> bool:
-        """Whether this slot of the line may run now."""
-        return bool(self.gate.enter(slot, self.config.max_concurrent, 0))
+
+def runs(*slots: Any) -> list[bool]:
+    """Which of them may run."""
+    return [slot.runs for slot in slots]
 
 
 def test_a_gate_begins_empty() -> None:
@@ -120,7 +122,7 @@ def test_a_request_that_fails_frees_its_place_too() -> None:
 def test_a_slot_that_was_never_used_holds_nothing() -> None:
     door = Door()
 
-    with door.gate.slot(door.config):
+    with door.gate.slot(ocp.Caller("a")):
         assert repr(door) == "<gate running=0 waiting=0 refused=0>"
 
     assert repr(door) == "<gate running=0 waiting=0 refused=0>"
@@ -132,7 +134,7 @@ def test_so_many_requests_run_at_a_time_and_no_more() -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(3):
             assert door.enter(stack) == []
-        assert not door.admits(door.line_up(stack))
+        assert not door.line_up(stack).runs
         assert repr(door) == "<gate running=3 waiting=1 refused=0>"
 
 
@@ -143,19 +145,19 @@ def test_the_line_is_first_come_first_served() -> None:
         door.enter(runner)
         first, second = door.line_up(others), door.line_up(others)
         runner.close()
-        assert [door.admits(second), door.admits(first), door.admits(second)] == [
-            False, True, False,
-        ]
+        assert runs(first, second) == [True, False]
 
 
 def test_leaving_the_line_lets_the_next_one_move_up() -> None:
     door = Door(running=1, waiting=3)
 
     with contextlib.ExitStack() as others, contextlib.ExitStack() as quitter:
-        first, second = door.line_up(quitter), door.line_up(others)
+        runner = door.line_up(others)
+        door.line_up(quitter)
+        last = door.line_up(others)
         quitter.close()
-        assert door.admits(second)
-        assert first is not second
+        door.gate.leave(runner)
+        assert last.runs
 
 
 def test_a_full_line_turns_requests_away_and_says_when_to_come_back() -> None:
@@ -178,8 +180,8 @@ def test_a_burst_may_fill_every_place_and_the_whole_line(running: int, waiting: 
     with contextlib.ExitStack() as stack:
         slots = [door.line_up(stack) for _ in range(running + waiting)]
         with pytest.raises(ocp.QueueFull):
-            door.line_up(stack)
-        assert [door.admits(slot) for slot in slots] == [True] * running + [False] * waiting
+            door.enter(stack)
+        assert runs(*slots) == [True] * running + [False] * waiting
         assert repr(door) == f"<gate running={running} waiting={waiting} refused=1>"
 
 
@@ -232,7 +234,7 @@ def test_a_waiting_request_ticks_once_in_a_heartbeat() -> None:
 
     with contextlib.ExitStack() as stack:
         door.enter(stack)
-        slot = stack.enter_context(door.gate.slot(door.config))
+        slot = stack.enter_context(door.gate.slot(ocp.Caller("a")))
         waiting = slot.wait(door.watch(client, tick_s=15, deadline_s=600), door.clock)
         ticks = [(tick, door.clock() - began_s) for tick in itertools.islice(waiting, 2)]
 
@@ -278,6 +280,82 @@ def test_many_requests_at_once_never_exceed_the_limit() -> None:
     assert len(seen) == 30
     assert max(seen) <= 3
     assert repr(door) == "<gate running=0 waiting=0 refused=0>"
+
+
+# -- fairness -----------------------------------------------------------------
+
+
+def test_callers_take_turns() -> None:
+    door = Door(running=1, waiting=20)
+
+    with contextlib.ExitStack() as stack:
+        running = door.line_up(stack, "greedy")
+        greedy = [door.line_up(stack, "greedy") for _ in range(5)]
+        modest = [door.line_up(stack, "modest") for _ in range(2)]
+        order = []
+        for _ in range(7):
+            door.gate.leave(running)
+            running.runs = False
+            running = next(slot for slot in greedy + modest if slot.runs)
+            order.append(running.scope)
+
+    assert order == ["greedy", "modest", "greedy", "modest", "greedy", "greedy", "greedy"]
+
+
+def test_a_caller_who_comes_to_a_full_line_is_served_and_the_longest_line_gives_way() -> None:
+    door = Door(running=1, waiting=3)
+
+    with contextlib.ExitStack() as stack:
+        door.enter(stack, name="greedy")
+        lined = [door.line_up(stack, "greedy") for _ in range(3)]
+        door.line_up(stack, "modest")
+        assert [bool(slot.refusal) for slot in lined] == [False, False, True]
+        assert repr(door) == "<gate running=1 waiting=3 refused=1>"
+
+
+def test_a_caller_with_the_longest_line_cannot_push_others_out() -> None:
+    door = Door(running=1, waiting=2)
+
+    with contextlib.ExitStack() as stack:
+        door.enter(stack, name="greedy")
+        first = [door.line_up(stack, name) for name in ("greedy", "modest")]
+        with pytest.raises(ocp.QueueFull):
+            door.enter(stack, name="greedy")
+        assert repr(door) == "<gate running=1 waiting=2 refused=1>"
+        assert not any(runs(*first))
+
+
+def test_a_caller_with_a_limit_leaves_places_to_others() -> None:
+    door = Door(running=3, waiting=5)
+
+    with contextlib.ExitStack() as stack:
+        limited = [door.line_up(stack, "limited", most=1) for _ in range(3)]
+        other = door.line_up(stack, "other")
+        assert runs(*limited, other) == [True, False, False, True]
+        door.gate.leave(limited[0])
+        assert runs(*limited[1:]) == [True, False]
+
+
+def test_a_limit_that_is_raised_lets_waiting_requests_run_at_once() -> None:
+    door = Door(running=1, waiting=5)
+
+    with contextlib.ExitStack() as stack:
+        slots = [door.line_up(stack) for _ in range(4)]
+        door.gate.configure(config(max_concurrent=3, max_queue=5))
+        assert runs(*slots) == [True, True, True, False]
+
+
+def test_a_limit_that_is_lowered_is_kept_as_requests_end() -> None:
+    door = Door(running=3, waiting=5)
+
+    with contextlib.ExitStack() as stack:
+        slots = [door.line_up(stack) for _ in range(4)]
+        door.gate.configure(config(max_concurrent=1, max_queue=5))
+        door.gate.leave(slots[0])
+        door.gate.leave(slots[1])
+        assert not slots[3].runs
+        door.gate.leave(slots[2])
+        assert slots[3].runs
 
 
 # -- the spares ---------------------------------------------------------------

@@ -75,6 +75,9 @@ def test_a_new_database_has_the_newest_version(store: Any) -> None:
     assert "sessions" in tables(store)
 
 
+TABLES = {"sessions", "keys", "usage", "settings", "sqlite_sequence"}
+
+
 def test_a_database_of_version_0_is_brought_up(path: Path) -> None:
     connection = sqlite3.connect(str(path))
     connection.execute("CREATE TABLE other (a)")
@@ -82,7 +85,7 @@ def test_a_database_of_version_0_is_brought_up(path: Path) -> None:
 
     store = ocp.Store(str(path))
 
-    assert (version_of(store), tables(store)) == (len(ocp.MIGRATIONS), {"other", "sessions"})
+    assert (version_of(store), tables(store)) == (len(ocp.MIGRATIONS), {"other", *TABLES})
     store.close()
 
 
@@ -190,7 +193,7 @@ def test_a_database_may_live_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
 
     store = ocp.Store(":memory:")
 
-    assert tables(store) == {"sessions"}
+    assert tables(store) == TABLES
     store.close()
     assert list(tmp_path.iterdir()) == []
 

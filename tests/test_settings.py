@@ -140,7 +140,9 @@ def test_any_other_choice_is_refused_and_the_choices_are_named(name: str) -> Non
 
 @pytest.mark.parametrize("name", FREE_TEXTS)
 def test_a_text_is_taken_without_the_white_space_around_it(name: str) -> None:
-    assert value_of({name: "  some text\n"}, name) == "some text"
+    others = {"OCP_TLS_CERT": "/cert.pem", "OCP_TLS_KEY": "/key.pem"} if "TLS" in name else {}
+
+    assert value_of({**others, name: "  some text\n"}, name) == "some text"
 
 
 def test_a_variable_that_is_no_setting_is_none_of_our_business() -> None:
@@ -213,17 +215,38 @@ def test_the_access_mode_follows_from_the_key_unless_it_is_named(
             {"CLAUDE_AUTH_MODE": "none", "PROXY_API_KEY": "k"},
             ("CLAUDE_AUTH_MODE=none", "PROXY_API_KEY"),
         ),
-        ({"CLAUDE_AUTH_MODE": "multi"}, ("CLAUDE_AUTH_MODE=multi",)),
+        (
+            {"CLAUDE_AUTH_MODE": "multi", "PROXY_API_KEY": "k"},
+            ("CLAUDE_AUTH_MODE=multi", "PROXY_API_KEY", "/api/keys"),
+        ),
+        (
+            {"CLAUDE_AUTH_MODE": "shared", "PROXY_API_KEY": "k", "PROXY_ANONYMOUS_KEY": "a"},
+            ("PROXY_ANONYMOUS_KEY", "CLAUDE_AUTH_MODE=multi"),
+        ),
+        (
+            {"CLAUDE_AUTH_MODE": "multi", "PROXY_ANONYMOUS_KEY": "a", "OCP_ADMIN_KEY": "a"},
+            ("OCP_ADMIN_KEY",),
+        ),
+        ({"OCP_TLS_CERT": "/c.pem"}, ("OCP_TLS_CERT", "OCP_TLS_KEY")),
+        (
+            {
+                "CLAUDE_AUTH_MODE": "multi", "PROXY_ANONYMOUS_KEY": "a",
+                "CLAUDE_BIND": "0.0.0.0", "CLAUDE_ALLOWED_TOOLS": "Read",
+            },
+            ("PROXY_ADVERTISE_ANON_KEY=0",),
+        ),
         (
             {"PROXY_API_KEY": "hunter22", "OCP_ADMIN_KEY": "hunter22"},
-            ("PROXY_API_KEY", "OCP_ADMIN_KEY"),
+            ("OCP_ADMIN_KEY", "admin"),
         ),
         ({"OCP_ALLOWED_ORIGINS": "*"}, ("OCP_ALLOWED_ORIGINS",)),
         ({"CLAUDE_ALLOWED_TOOLS": "Read", "CLAUDE_BIND": "0.0.0.0"}, ("PROXY_API_KEY",)),
         ({"CLAUDE_SKIP_PERMISSIONS": "1", "CLAUDE_BIND": "::"}, ("PROXY_API_KEY",)),
         ({"CLAUDE_MCP_CONFIG": "/m.json", "CLAUDE_BIND": "10.0.0.1"}, ("127.0.0.1",)),
     ],
-    ids=["shared without a key", "a key that none ignores", "multi", "one key for two",
+    ids=["shared without a key", "a key that none ignores", "a key that multi ignores",
+         "anonymous in shared", "anonymous admins", "half a certificate",
+         "tools for whoever asks", "one key for two",
          "any origin", "open with tools", "open without permissions", "open with servers"],
 )
 def test_settings_that_contradict_each_other_are_refused_by_name(
@@ -291,13 +314,13 @@ def test_a_row_says_its_unit_in_its_name(name: str) -> None:
     assert row.name.endswith(units.get(row.metadata["unit"], ""))
 
 
-def test_the_readme_table_has_one_line_of_four_cells_for_every_row() -> None:
+def test_the_readme_table_has_one_line_of_five_cells_for_every_row() -> None:
     lines = ocp.settings_markdown().splitlines()[2:]
 
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
     assert [row[0] for row in cells] == [f"`{name}`" for name in ROWS]
-    assert all(len(row) == 4 and row[1] and row[3] for row in cells)
+    assert all(len(row) == 5 and row[1] and row[4] for row in cells)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +339,8 @@ def test_the_readme_table_shows_defaults_units_and_ranges(
 ) -> None:
     text = ocp.settings_markdown()
 
-    assert f"| `{name}` | {default} | {span} | {ROWS[name].metadata['help']} |" in text
+    live = f"`{ROWS[name].metadata['live']}`" if ROWS[name].metadata["live"] else ""
+    assert f"| `{name}` | {default} | {span} | {live} | {ROWS[name].metadata['help']} |" in text
 
 
 @pytest.mark.parametrize(
