@@ -34,11 +34,12 @@ Sections (search for "==== 8" to jump to the eighth):
     16. Account            what is known about login and plan, learned from answers
     17. Metrics            counters and histograms since the start
     18. App                owns every long-lived object; answering one turn
-    19. Endpoints          one function for each route
-    20. Routes             the table of routes
-    21. HTTP server        sockets, bodies, one thread for each connection
-    22. Demo claude        the stand-in behind --demo
-    23. Command line       arguments, signals, main
+    19. API description    what a route is, and the OpenAPI document of them all
+    20. Endpoints          one function for each route
+    21. Routes             the table of routes
+    22. HTTP server        sockets, bodies, one thread for each connection
+    23. Demo claude        the stand-in behind --demo
+    24. Command line       arguments, signals, main
 """
 from __future__ import annotations
 
@@ -79,6 +80,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -568,6 +570,9 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "OCP_ALLOWED_ORIGINS takes whole origins, such as https://app.example.org, and no *",
     ),
 )
+
+#: What JSON calls the types of settings.
+_JSON_TYPES = {int: "integer", bool: "boolean", str: "string"}
 
 #: Settings of the original that do not exist here: (name, or prefix with a star, why).
 REMOVED_SETTINGS = (
@@ -6731,7 +6736,7 @@ class Account:
         before, as long as it has not been reset since."""
         now_s = self._clock()
         with self._lock:
-            self._heard_s = now_s
+            self._heard_s = now_s if news.windows else self._heard_s
             self._subscription = news.subscription or self._subscription
             for name, window in news.windows.items():
                 self._windows[name] = self._merged(self._windows.get(name), window, now_s)
@@ -7422,22 +7427,22 @@ class App:
     def _one_answer(self, job: Job, outcome: Outcome, client: Client) -> Iterator[Iterator[Event]]:
         """The events of one answer, with its log line: before the last of them is passed on, so
         that it is there when the client has its answer, or when the block fails."""
-        request_id = job.request.request_id
+        request = job.request
         try:
             with contextlib.ExitStack() as stack:
-                events = self._events(outcome, job.request.caller, client, stack)
+                events = self._events(outcome, request.caller, client, stack)
                 yield self._noted(job, outcome, events)
         except ClientGone:
-            self._note("info", "answer_abandoned", request_id, outcome)
+            self._note("info", "answer_abandoned", request, outcome)
             raise
         except OcpError as error:
-            self._note_failure(error, request_id, outcome)
+            self._note_failure(error, request, outcome)
             raise
 
     def _noted(self, job: Job, outcome: Outcome, events: Iterator[Event]) -> Iterator[Event]:
         for event in events:
             if isinstance(event, Finished):
-                self._note("info", "answer_finished", job.request.request_id, outcome)
+                self._note("info", "answer_finished", job.request, outcome)
                 if job.finished:
                     self._settle(job)
             yield event
@@ -7456,8 +7461,9 @@ class App:
         self._count(row, known=job.request.turn.model.known)
         if job.path:
             self.log.event(
-                "info", "answer_reused", request_id=row.request_id, path=job.path,
-                model=row.model, stream=row.stream, total_ms=row.total_ms, outcome=word,
+                "info", "answer_reused", request_id=row.request_id, caller=row.caller,
+                dialect=row.dialect, path=job.path, model=row.model, stream=row.stream,
+                total_ms=row.total_ms, outcome=word,
             )
         if isinstance(error, OcpError) and error.early:
             return
@@ -7589,25 +7595,27 @@ class App:
             self.spares.dismiss(process, kindly=False)
             self.mail.put("tend")
 
-    def _note_failure(self, error: OcpError, request_id: str, outcome: Outcome) -> None:
+    def _note_failure(self, error: OcpError, request: Request, outcome: Outcome) -> None:
         if isinstance(error, LoginLost):
             self.account.refused()
             self._drop_idle()
         error.logged = True
         detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
         self._note(
-            "warn", "answer_failed", request_id, outcome,
+            "warn", "answer_failed", request, outcome,
             status=error.status, error=type(error).__name__, detail=detail,
         )
 
     def _note(
-        self, level: str, name: str, request_id: str, outcome: Outcome, **more: object
+        self, level: str, name: str, request: Request, outcome: Outcome, **more: object
     ) -> None:
         if outcome.noted:
             return
         outcome.noted = True
-        fields = outcome.fields(self.clock())
-        self.log.event(level, name, request_id=request_id, **fields, **more)
+        self.log.event(
+            level, name, request_id=request.request_id, caller=request.caller.name,
+            dialect=request.dialect, **outcome.fields(self.clock()), **more,
+        )
 
     # -- housekeeping -------------------------------------------------------------------------
 
@@ -7743,7 +7751,202 @@ class App:
         self.log.close()
 
 
-# ==== 19. Endpoints ==========================================================
+# ==== 19. API description ====================================================
+# What a route is, and the OpenAPI document that describes all of them. The table of routes is the
+# source of the document; only bodies and query strings are described here.
+
+
+class Route(NamedTuple):
+    """One row. A name in braces in the path is passed to the endpoint, percent-decoded."""
+
+    method: str
+    path: str
+    access: Access
+    dialect: Dialect
+    endpoint: Callable[..., None]
+
+    @property
+    def operation(self) -> str:
+        """A name for what the route does."""
+        name = self.endpoint.__name__
+        return f"{name}_{self.dialect.name}" if name == "answer" else name
+
+
+def _shape(required: Iterable[str] = (), **properties: object) -> Json:
+    """The schema of an object."""
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+_TEXT: Json = {"type": "string"}
+_NAME: Json = {"type": "string", "minLength": 1}
+_FLAG: Json = {"type": ["boolean", "null"]}
+_TOKENS_LIMIT: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": 1_000_000}
+_SHARE: Json = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+_STOP: Json = {
+    "anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": _TEXT, "maxItems": 4}]
+}
+
+
+def _content(*kinds: str) -> Json:
+    """The content of a message: text, or parts of these types."""
+    parts = [_shape(["type", "text"], type={"const": kind}, text=_TEXT) for kind in kinds]
+    return {"anyOf": [_TEXT, {"type": "array", "items": {"anyOf": parts}}]}
+
+
+def _messages(roles: Iterable[str], content: Json) -> Json:
+    message = _shape(["role", "content"], role={"enum": list(roles)}, content=content)
+    return {"type": "array", "minItems": 1, "items": message}
+
+
+_TOOLS: Json = {"type": ["array", "null"], "items": {"type": "object"}}
+_LIMIT: Json = {"type": ["integer", "null"], "minimum": 0, "maximum": 10**15}
+_KEY_PROPERTIES: Json = {
+    "name": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+    "expiry": {"type": ["string", "null"], "description": "2027-01-31, an ISO time, 30d, 12h"},
+    "models": {"type": ["array", "null"], "items": _NAME},
+    "maxConcurrent": {"type": ["integer", "null"], "minimum": 0, "maximum": 1000},
+    "note": {"type": ["string", "null"], "maxLength": 500},
+}
+_QUOTA_SHAPE = {
+    **_shape(**{quota.name: _LIMIT for quota in QUOTAS}), "additionalProperties": False
+}
+
+#: The bodies of requests, by operation.
+_BODIES: dict[str, Json] = {
+    "answer_chat": _shape(
+        ["messages"],
+        model=_NAME,
+        messages=_messages(("system", "developer", "user", "assistant"), _content("text")),
+        stream=_FLAG, max_tokens=_TOKENS_LIMIT, max_completion_tokens=_TOKENS_LIMIT,
+        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_SHARE,
+        stop=_STOP, n={"type": ["integer", "null"], "minimum": 1, "maximum": CHOICES_MOST},
+        tools=_TOOLS, session_id={"type": ["string", "null"], "maxLength": 256},
+        reasoning_effort={"enum": [None, "none", *EFFORT_BUDGETS]},
+        response_format={"type": ["object", "null"]},
+    ),
+    "answer_messages": _shape(
+        ["messages", "max_tokens"],
+        model=_NAME, max_tokens={"type": "integer", "minimum": 1, "maximum": 1_000_000},
+        messages=_messages(("user", "assistant"), _content("text")), system=_content("text"),
+        stream=_FLAG, temperature=_SHARE, top_p=_SHARE, tools=_TOOLS,
+        stop_sequences={"type": ["array", "null"], "items": _TEXT},
+    ),
+    "count_tokens": _shape(
+        ["messages"], model=_NAME, system=_content("text"), tools=_TOOLS,
+        messages=_messages(("user", "assistant"), _content("text")),
+    ),
+    "answer_responses": _shape(
+        ["input"],
+        model=_NAME,
+        input={
+            "anyOf": [
+                _NAME,
+                _messages(
+                    ("system", "developer", "user", "assistant"), _content("input_text")
+                ),
+            ]
+        },
+        instructions={"type": ["string", "null"]}, stream=_FLAG, store=_FLAG,
+        max_output_tokens=_TOKENS_LIMIT, top_p=_SHARE, tools=_TOOLS,
+        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2},
+        previous_response_id={"type": ["string", "null"]},
+    ),
+    "answer_completions": _shape(
+        ["prompt"], model=_NAME, prompt=_NAME, stream=_FLAG, max_tokens=_TOKENS_LIMIT,
+        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_SHARE,
+        stop=_STOP, echo=_FLAG, n={"type": ["integer", "null"], "minimum": 1, "maximum": 8},
+    ),
+    "no_embeddings": _shape(["input"], model=_NAME, input=_TEXT),
+    "create_key": {
+        **_shape(**_KEY_PROPERTIES, quota=_QUOTA_SHAPE), "additionalProperties": False
+    },
+    "change_key": {**_shape(**_KEY_PROPERTIES), "additionalProperties": False},
+    "change_quota": {**_QUOTA_SHAPE, "minProperties": 1},
+    "change_settings": {
+        "type": "object", "additionalProperties": False,
+        "properties": {
+            name: {"type": [_JSON_TYPES[type(row.default)], "null"]}
+            for name, row in live_settings().items()
+        },
+    },
+}
+#: What may stand in the query string, by operation.
+_QUERIES: dict[str, dict[str, Json]] = {
+    "get_logs": {
+        "n": {"type": "integer", "minimum": 0, "maximum": 1000},
+        "level": {"enum": ["all", *LEVELS]},
+    },
+    "get_api_usage": {
+        "since": {"type": "string", "format": "date-time"},
+        "until": {"type": "string", "format": "date-time"},
+        "hours": {"type": "integer", "minimum": 0, "maximum": 9600},
+        "limit": {"type": "integer", "minimum": 0, "maximum": 500},
+        "all": {"type": "boolean"},
+    },
+}
+#: Statuses of success that are not 200, by operation.
+_SUCCESSES = {"create_key": ("201",), "change_settings": ("200", "207")}
+#: Types of answers besides JSON, by operation.
+_MEDIA = {"get_metrics": "text/plain"}
+
+
+def _operation(route: Route) -> Json:
+    """The description of one route."""
+    name = route.operation
+    summary = (route.endpoint.__doc__ or "").strip().splitlines()[0]
+    placed = [("path", part, True, _NAME) for part in re.findall(r"{(\w+)}", route.path)]
+    placed += [("query", part, False, shape) for part, shape in _QUERIES.get(name, {}).items()]
+    media = _MEDIA.get(name, "application/json")
+    good: Json = {"description": "Done.", "content": {media: {"schema": {}}}}
+    if name.startswith("answer_"):
+        good["content"]["text/event-stream"] = {"schema": {}}
+    failed = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    found: Json = {
+        "operationId": name,
+        "summary": summary,
+        "parameters": [
+            {"in": place, "name": part, "required": required, "schema": shape}
+            for place, part, required, shape in placed
+        ],
+        "responses": {
+            **dict.fromkeys(_SUCCESSES.get(name, ("200",)), good),
+            "4XX": {"description": "The request cannot be answered.", "content": failed},
+            "5XX": {"description": "The server or claude failed.", "content": failed},
+        },
+        "security": [] if route.access is Access.PUBLIC else [{"bearer": []}, {"x-api-key": []}],
+        "tags": [route.access.value],
+    }
+    if name in _BODIES:
+        body = {"application/json": {"schema": _BODIES[name]}}
+        found["requestBody"] = {"required": True, "content": body}
+    return found
+
+
+def openapi(routes: Iterable[Route]) -> Json:
+    """The OpenAPI 3.1 document of these routes."""
+    paths: Json = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    error = _shape(["error"], error=_shape(["message", "type"], message=_TEXT, type=_TEXT))
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "OCP",
+            "version": VERSION,
+            "description": "Your Claude plan, through the official claude program, as an API.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": {"Error": error},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
+# ==== 20. Endpoints ==========================================================
 # One function for each route: (app, exchange, **names in the path). They read the request from
 # the exchange, answer through it, and raise what goes wrong.
 
@@ -8382,25 +8585,20 @@ def _gauges(app: App) -> dict[str, dict[Labels, float]]:
     }
 
 
+def get_openapi(app: App, exchange: HttpExchange) -> None:
+    """GET /openapi.json: this API, described for programs."""
+    exchange.send_json(openapi(exchange.routes))
+
+
 def get_metrics(app: App, exchange: HttpExchange) -> None:
     """GET /metrics: Prometheus' text format."""
     text = app.metrics.text(_gauges(app))
     exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
-# ==== 20. Routes =============================================================
+# ==== 21. Routes =============================================================
 # The table of routes. Paths match exactly, after a trailing slash is dropped; those below /v1
 # are served without it too, and with it twice, because users write base addresses both ways.
-
-
-class Route(NamedTuple):
-    """One row. A name in braces in the path is passed to the endpoint, percent-decoded."""
-
-    method: str
-    path: str
-    access: Access
-    dialect: Dialect
-    endpoint: Callable[..., None]
 
 
 ROUTES = (
@@ -8437,6 +8635,7 @@ ROUTES = (
     Route("GET",    "/metrics",                  Access.ADMIN,  CHAT,        get_metrics),
     Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
     Route("GET",    "/ready",                    Access.PUBLIC, CHAT,        get_ready),
+    Route("GET",    "/openapi.json",             Access.PUBLIC, CHAT,        get_openapi),
 )
 
 
@@ -8490,7 +8689,7 @@ def _decoded(text: str) -> str:
         raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
 
 
-# ==== 21. HTTP server ========================================================
+# ==== 22. HTTP server ========================================================
 # Sockets. One thread for each connection; a head and a body arrive in time and in bounds or are
 # refused; every error is rendered in one place. Tells nobody what software runs here beyond its
 # name, and keeps nothing of a connection when it ends.
@@ -8521,7 +8720,8 @@ class SocketClient:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        # Guards what was read ahead: several choices of one answer watch one client.
+        # Guards what was read ahead, and keeps a TLS connection from being read while it is being
+        # written to: several choices of one answer watch one client. Held while a client reads.
         self._lock = threading.Lock()
         self._ahead = bytearray()
         self._gone = False
@@ -8534,18 +8734,26 @@ class SocketClient:
         """See Client."""
         with self._lock:
             try:
-                # The socket's time-out belongs to its writer, maybe in another thread.
                 waiting = select.poll()
                 waiting.register(self._connection, select.POLLIN)
                 if not self._gone and self._room() and waiting.poll(0):
+                    # What is there may be less than a whole record of TLS.
+                    self._connection.settimeout(0)
                     piece = self._connection.recv(self._room())
                     self._gone = not piece
                     self._ahead += piece
-            except (BlockingIOError, InterruptedError, socket.timeout):
+            except (BlockingIOError, InterruptedError, socket.timeout, ssl.SSLWantReadError):
                 pass
             except OSError:
                 self._gone = True
             return self._gone
+
+    @contextlib.contextmanager
+    def writing(self, timeout_s: float) -> Iterator[None]:
+        """The time for one write, of so many seconds at most."""
+        with self._lock:
+            self._connection.settimeout(timeout_s)
+            yield
 
     def listens(self) -> bool:
         """See Client."""
@@ -8729,7 +8937,7 @@ class Exchange(BaseHTTPRequestHandler):
         if not error.logged:
             self.app.log.event(
                 "info", "request_refused", request_id=self.request_id, method=self.command,
-                path=self._path, peer=self.peer, status=error.status,
+                path=self._path, peer=self.peer, caller=self.caller.name, status=error.status,
                 error=type(error).__name__, param=error.param,
             )
 
@@ -8951,8 +9159,8 @@ class Exchange(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         try:
-            self._ready_to_write()
-            self.end_headers()
+            with self._writing():
+                self.end_headers()
         except OSError:
             raise ClientGone from None
 
@@ -8977,14 +9185,14 @@ class Exchange(BaseHTTPRequestHandler):
         else:
             self.close_connection = True
 
-    def _ready_to_write(self) -> None:
-        self.connection.settimeout(self.app.config.write_timeout_ms / 1000)
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return self.client.writing(self.app.config.write_timeout_ms / 1000)
 
     def _write(self, data: bytes) -> None:
         """Raises ClientGone when the client is gone, or does not read."""
         try:
-            self._ready_to_write()
-            self.wfile.write(data)
+            with self._writing():
+                self.wfile.write(data)
         except OSError:
             raise ClientGone from None
 
@@ -8997,6 +9205,34 @@ class Exchange(BaseHTTPRequestHandler):
                 pass
 
 
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """What serves https, or None. Raises ConfigError when certificate and key cannot be used."""
+    if not config.tls_cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    cert, key = (os.path.expanduser(path) for path in (config.tls_cert, config.tls_key))
+    try:
+        context.load_cert_chain(cert, key, password=lambda: "")
+    except (OSError, ValueError) as problem:
+        raise ConfigError(
+            f"OCP_TLS_CERT and OCP_TLS_KEY cannot be used: {problem}; they have to be PEM files, "
+            "and the key without a password"
+        ) from None
+    return context
+
+
+#: The first byte of a TLS connection.
+_TLS_HANDSHAKE = b"\x16"
+_NOT_TLS = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"This server speaks https: write https:// in the address.\n"
+)
+#: How many connections above the limit are told so at a time; others are just closed.
+_TURNED_AWAY_MOST = 32
+
+
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Accepts connections, so many at a time."""
 
@@ -9005,12 +9241,14 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, tls: ssl.SSLContext | None = None) -> None:
         """Listens. Raises OSError when it cannot."""
         self.app = app
         self.router = Router(ROUTES)
-        # Guards the app's count of open connections.
+        self._tls = tls
+        # Guards the app's count of open connections, and the next field.
         self._lock = threading.Lock()
+        self._turned_away = 0
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, app.config.port), Exchange)
@@ -9020,7 +9258,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Where clients on this machine find the server."""
         host, port = self.server_address[:2]
         shown = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(str(host), str(host))
-        return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://[{shown}]:{port}" if ":" in shown else f"{scheme}://{shown}:{port}"
 
     def server_bind(self) -> None:
         """Binds; the address :: takes IPv4 too."""
@@ -9032,29 +9271,69 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Starts the connection's thread, or turns it away when too many are open."""
         with self._lock:
             full = self.app.connections >= self.app.config.max_connections
+            told = full and self._turned_away < _TURNED_AWAY_MOST and self._tls is None
             self.app.connections += 0 if full else 1
-        if not full:
+            self._turned_away += int(told)
+        if told:
+            threading.Thread(target=self._turn_away, args=(request,), daemon=True).start()
+        elif full:
+            self.shutdown_request(request)
+        else:
             try:
                 super().process_request(request, client_address)
             except BaseException:
                 self._count(-1)
                 raise
-            return
+
+    def _turn_away(self, request: socket.socket) -> None:
+        """Says that there are too many, and reads on for a moment, or the answer would be lost."""
         error = Busy("Too many connections are open.", retry_after_s=5)
         body = to_json(CHAT.error_body(error, ""))
         head = f"HTTP/1.1 {error.status} Busy\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+        give_up_s = time.monotonic() + _LINGER_S
         with contextlib.suppress(OSError):
-            request.settimeout(1)
+            request.settimeout(_LINGER_S)
             request.sendall(head.encode("ascii") + body)
+            request.shutdown(socket.SHUT_WR)
+            while time.monotonic() < give_up_s and request.recv(65_536):
+                pass
         self.shutdown_request(request)
+        with self._lock:
+            self._turned_away -= 1
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The life of one connection."""
         try:
-            super().process_request_thread(request, client_address)
+            secured = self._secured(request)
+            if secured is not None:
+                super().process_request_thread(secured, client_address)
         finally:
             self._count(-1)
+
+    def _secured(self, request: socket.socket) -> socket.socket | None:
+        """The connection, behind TLS if that is spoken here; None if it came to nothing."""
+        if self._tls is None:
+            return request
+        try:
+            request.settimeout(self.app.config.header_timeout_ms / 1000)
+            if request.recv(1, socket.MSG_PEEK) not in (_TLS_HANDSHAKE, b""):
+                request.sendall(_NOT_TLS)
+                self.shutdown_request(request)
+                return None
+            return self._tls.wrap_socket(request, server_side=True)
+        except OSError as problem:
+            self.app.log.event("debug", "tls_failed", error=str(problem))
+            self.shutdown_request(request)
+            return None
+
+    def shutdown_request(self, request: Any) -> None:
+        """Closes a connection; over TLS, with the word that this was all."""
+        if isinstance(request, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                request.settimeout(0)
+                request.unwrap()
+        super().shutdown_request(request)
 
     def _count(self, change: int) -> None:
         with self._lock:
@@ -9076,7 +9355,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event(level, "connection_broke", error=failure_words(error))
 
 
-# ==== 22. Demo claude ========================================================
+# ==== 23. Demo claude ========================================================
 # The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
 # that everything around the model can be tried without an account. Says so in every answer.
 
@@ -9151,7 +9430,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 23. Command line =======================================================
+# ==== 24. Command line =======================================================
 # Arguments, signals, the banner, and the order in which everything starts and stops.
 
 _DEMO_FLAG = "--demo-claude"
@@ -9186,6 +9465,8 @@ def check(config: Config, environ: Mapping[str, str], demo_command: tuple[str, .
     print(f"ocp {VERSION}, Python {sys.version.split()[0]}")
     print(f"listens on {config.bind} port {config.port}, access mode {config.mode}")
     print(f"keeps its log in {os.path.join(config.home_path, 'logs')}")
+    if config.tls_cert:
+        print(f"serves https with {config.tls_cert}")
     for name, why in removed_settings(environ):
         print(f"{name} means nothing any more: {why}")
     try:
@@ -9205,7 +9486,8 @@ def _banner(server: Server) -> str:
     if app.config.is_agent:
         lines.append("AGENT MODE: claude uses tools of its own on this machine")
     if app.config.is_open:
-        lines.append("ATTENTION: whoever can connect may use your plan; set PROXY_API_KEY")
+        remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
+        lines.append(f"ATTENTION: whoever can connect may use your plan; set {remedy}")
     lines += [
         "try it:",
         f"  curl {server.url}/v1/chat/completions -d "
@@ -9224,11 +9506,11 @@ def allow_descriptors(config: Config) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def serve(app: App) -> int:
+def serve(app: App, tls: ssl.SSLContext | None) -> int:
     """Serves until a signal says stop; the exit code."""
     allow_descriptors(app.config)
     try:
-        server = Server(app)
+        server = Server(app, tls)
     except OSError as problem:
         app.close()
         print(
@@ -9273,6 +9555,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         config = load_config(environ)
         models = load_models(os.path.dirname(here))
         models.find(config.default_model)
+        tls = tls_context(config)
     except ConfigError as problem:
         return _fail_start(problem)
     except UnknownModel as problem:
@@ -9283,7 +9566,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     for name, why in removed_settings(environ):
         log.event("warn", "setting_removed", setting=name, why=why)
     app = App(config, environ=environ, log=log, models=models, demo_command=demo_command)
-    return serve(app)
+    return serve(app, tls)
 
 
 if __name__ == "__main__":

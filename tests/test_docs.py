@@ -4,6 +4,7 @@ With OCP_UPDATE_DOCS=1 the tables in README.md are written anew instead of compa
 """
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -94,3 +95,11 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
     source = Path(REPO, page)
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", source.read_text("utf-8")):
         assert (source.parent / target).exists(), target
+
+
+def test_the_openapi_document_is_the_one_that_the_server_serves() -> None:
+    page = Path(REPO, "docs", "openapi.json")
+    wanted = json.dumps(ocp.openapi(ocp.ROUTES), indent=1) + "\n"
+    if os.environ.get("OCP_UPDATE_DOCS"):
+        page.write_text(wanted)
+    assert page.read_text("utf-8") == wanted
