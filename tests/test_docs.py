@@ -15,6 +15,7 @@ from support import REPO, load_script, running_server
 
 ocp = load_script("ocp_server")
 README = Path(REPO, "README.md")
+DOCS = Path(REPO, "docs")
 
 
 def routes_table() -> str:
@@ -90,7 +91,10 @@ def test_the_curl_example_works_as_pasted_with_the_demo(tmp_path: Path) -> None:
             assert done.stdout.count('"content":') > 5
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "bench/README.md"])
+PAGES = ["README.md", "bench/README.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     source = Path(REPO, page)
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", source.read_text("utf-8")):
