@@ -1017,6 +1017,8 @@ class Log:
         # Guards the ring, the file and the order of lines on the stream. Held for one event.
         self._lock = threading.Lock()
         self._ring: collections.deque[Json] = collections.deque(maxlen=1000)
+        #: How many events there were.
+        self._count = 0
         self._file: _LogFile | None = None
 
     def to_file(self, path: str) -> None:
@@ -1036,6 +1038,7 @@ class Log:
                 entry[key] = one_line(redacted(value), 500) if isinstance(value, str) else value
         with self._lock:
             self._ring.append(entry)
+            self._count += 1
             self._write(entry)
 
     def _write(self, entry: Json) -> None:
@@ -1071,6 +1074,13 @@ class Log:
         with self._lock:
             found = [entry for entry in self._ring if LEVELS.index(entry["level"]) >= least]
         return found[-count:] if count else []
+
+    def since(self, seen: int) -> tuple[list[Json], int]:
+        """The events behind the first `seen`, as far as they are still there, and how many there
+        are now."""
+        with self._lock:
+            new = min(self._count - seen, len(self._ring))
+            return list(self._ring)[len(self._ring) - new:], self._count
 
     def close(self) -> None:
         """Closes the file; later events go to the stream and the ring only."""
@@ -2392,6 +2402,10 @@ class Ledger:
             "byModel": self._sums(_GROUP_SUMS, where, values, ("model", "model")),
             "timeline": self._sums(_TIMELINE_SUMS, where, values, ("hour", _HOUR)),
             "daily": self._sums(_TIMELINE_SUMS, where, values, ("day", day)),
+            "series": self._sums(
+                _TIMELINE_SUMS, where, values,
+                ("hour", _HOUR), ("key_name", _NAME_NOW), ("model", "model"),
+            ),
             "recent": self._recent(where, values, limit),
         }
 
@@ -2401,14 +2415,13 @@ class Ledger:
         return self._sums(columns, "at_s >= ?", [since_s], ("model", "model"))
 
     def _sums(
-        self, columns: _Columns, where: str, values: list[object],
-        group: tuple[str, str] | None = None,
+        self, columns: _Columns, where: str, values: list[object], *groups: tuple[str, str]
     ) -> list[Json]:
-        """The columns over all rows, or over each group, which is (name, SQL)."""
+        """The columns over all rows, or over those that are alike in all groups, (name, SQL)."""
         sums = [(n, f"COALESCE({sql}, 0)" if "SUM" in sql else sql) for n, sql in columns]
-        shown = [group, *sums] if group else sums
-        selected = ", ".join(f"{sql} AS {name}" for name, sql in shown)
-        grouped = f" GROUP BY {group[0]} ORDER BY {group[0]}" if group else ""
+        selected = ", ".join(f"{sql} AS {name}" for name, sql in (*groups, *sums))
+        names = ", ".join(name for name, _ in groups)
+        grouped = f" GROUP BY {names} ORDER BY {names}" if groups else ""
         rows = self._store.rows(f"SELECT {selected} FROM usage WHERE {where}{grouped}", *values)
         return [dict(row) for row in rows]
 
@@ -7053,6 +7066,23 @@ class Job:
         """Whether all answers are complete."""
         return all(outcome.finished is not None for outcome in self.outcomes)
 
+    def glance(self, now_s: float) -> Json:
+        """What can be seen of it while it goes on."""
+        request, first = self.request, self.outcomes[0]
+        first_s = first.first_token_s
+        return {
+            "request_id": request.request_id,
+            "key_name": request.caller.name,
+            "model": request.turn.model.id,
+            "dialect": request.dialect,
+            "stream": request.turn.stream,
+            "state": "queued" if first.path is None and self.path is None else "running",
+            "path": self.path or first.path,
+            "first_token_ms": None if first_s is None else round((first_s - self.started_s) * 1000),
+            "elapsed_ms": round((now_s - self.started_s) * 1000),
+            "response_chars": sum(outcome.response_chars for outcome in self.outcomes),
+        }
+
     def settles(self) -> bool:
         """True once: the row is written by whoever gets it."""
         with self._lock:
@@ -7188,6 +7218,9 @@ class App:
         self.sessions = Sessions(self.store)
         self.cache = Cache(clock)
         self.draining = False
+        # Guards the list of requests that are being answered.
+        self._jobs_lock = threading.Lock()
+        self._jobs: list[Job] = []
         #: Open client connections; the HTTP server counts them.
         self.connections = 0
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
@@ -7282,6 +7315,8 @@ class App:
         of usage is written."""
         self.metrics.add("ocp_requests_started_total")
         job = Job(request, self.clock(), Reservation(None, 0))
+        with self._jobs_lock:
+            self._jobs.append(job)
         try:
             if self.draining:
                 raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
@@ -7298,6 +7333,14 @@ class App:
             raise
         finally:
             self.ledger.release(job.reservation)
+            with self._jobs_lock:
+                self._jobs.remove(job)
+
+    def running(self) -> list[Json]:
+        """The requests that are being answered, oldest first."""
+        with self._jobs_lock:
+            jobs = list(self._jobs)
+        return [job.glance(self.clock()) for job in jobs]
 
     def _likely_tokens(self, request: Request) -> int:
         """What the request may take of its key's token quotas."""
@@ -7887,7 +7930,7 @@ _QUERIES: dict[str, dict[str, Json]] = {
 #: Statuses of success that are not 200, by operation.
 _SUCCESSES = {"create_key": ("201",), "change_settings": ("200", "207")}
 #: Types of answers besides JSON, by operation.
-_MEDIA = {"get_metrics": "text/plain"}
+_MEDIA = {"get_metrics": "text/plain", "get_events": "text/event-stream"}
 
 
 def _operation(route: Route) -> Json:
@@ -7974,6 +8017,9 @@ class HttpExchange(Protocol):
 
     def send_text(self, text: str, content_type: str) -> None:
         """Answers 200 with text."""
+
+    def send_events(self, frames: Iterator[bytes]) -> None:
+        """Answers 200 with server-sent events that are rendered already."""
 
     def send_stream(self, renderer: Renderer, events: Iterator[Choice]) -> None:
         """Answers 200 with server-sent events; the status goes out with the first of them."""
@@ -8165,38 +8211,39 @@ def _condition(app: App) -> tuple[str, str]:
 
 def get_health(app: App, exchange: HttpExchange) -> None:
     """GET /health: public, so it tells no path, no prompt and no error text."""
+    shown = app.config.advertised_key
+    exchange.send_json({**_health(app), **({"anonymousKey": shown} if shown else {})})
+
+
+def _health(app: App) -> Json:
     config, uptime_s = app.config, app.clock() - app.started_s
     program, problem = app.program.glance()
     status, fix = _condition(app)
-    advertised = {"anonymousKey": config.advertised_key} if config.advertised_key else {}
-    exchange.send_json(
-        {
-            "status": status,
-            "version": VERSION,
-            "architecture": "warm processes",
-            "demo": app.demo,
-            "instanceName": config.instance_name,
-            "uptime": round(uptime_s * 1000),
-            "uptimeHuman": uptime_words(uptime_s),
-            "authMode": config.mode,
-            **advertised,
-            "tls": bool(config.tls_cert),
-            "auth": app.account.verdict(),
-            "claudeBinaryOk": problem is None,
-            "claudeVersion": program.version_text if program is not None else None,
-            "fix": fix or None,
-            "stats": _stats(app),
-            "concurrency": {
-                "maxConcurrent": config.max_concurrent,
-                "maxQueue": config.max_queue,
-                "inflight": app.gate.running,
-                "queued": app.gate.waiting,
-                "queueRejections": app.gate.refused,
-            },
-            "spares": app.spares.idle(),
-            "parked": len(app.parking),
-        }
-    )
+    return {
+        "status": status,
+        "version": VERSION,
+        "architecture": "warm processes",
+        "demo": app.demo,
+        "instanceName": config.instance_name,
+        "uptime": round(uptime_s * 1000),
+        "uptimeHuman": uptime_words(uptime_s),
+        "authMode": config.mode,
+        "tls": bool(config.tls_cert),
+        "auth": app.account.verdict(),
+        "claudeBinaryOk": problem is None,
+        "claudeVersion": program.version_text if program is not None else None,
+        "fix": fix or None,
+        "stats": _stats(app),
+        "concurrency": {
+            "maxConcurrent": config.max_concurrent,
+            "maxQueue": config.max_queue,
+            "inflight": app.gate.running,
+            "queued": app.gate.waiting,
+            "queueRejections": app.gate.refused,
+        },
+        "spares": app.spares.idle(),
+        "parked": len(app.parking),
+    }
 
 
 def get_ready(app: App, exchange: HttpExchange) -> None:
@@ -8205,6 +8252,57 @@ def get_ready(app: App, exchange: HttpExchange) -> None:
     if status != "ok":
         raise NotReady(fix)
     exchange.send_json({"ready": True})
+
+
+#: How often /api/events looks for news, and how long it is silent at most.
+_EVENTS_EVERY_S = 0.5
+_EVENTS_SILENCE_S = 15.0
+
+
+def get_events(app: App, exchange: HttpExchange) -> None:
+    """GET /api/events: what goes on, as server-sent events: `state` when it changes, `log` for new
+    lines of the log."""
+    exchange.send_events(_live(app, exchange.client))
+
+
+def _live(app: App, client: Client) -> Iterator[bytes]:
+    """The frames of /api/events, until the client or the server goes. Raises ClientGone."""
+    seen, state = 0, b""
+    spoken_s = app.clock()
+    while not app.draining:
+        frames = b""
+        entries, seen = app.log.since(seen)
+        if entries:
+            frames += server_sent({"entries": entries}, "log")
+        before, state = state, server_sent(_state(app), "state")
+        frames += state if state != before else b""
+        if not frames and app.clock() - spoken_s >= _EVENTS_SILENCE_S:
+            frames = b": keepalive\n\n"
+        if frames:
+            spoken_s = app.clock()
+            yield frames
+        waiting = select.poll()
+        if client.listens():
+            waiting.register(client.fileno(), select.POLLIN)
+        waiting.poll(_EVENTS_EVERY_S * 1000)
+        if client.gone():
+            raise ClientGone
+
+
+def _state(app: App) -> Json:
+    """What /api/events tells about the server: nothing that changes by itself all the time."""
+    health = _health(app)
+    for name in ("uptime", "uptimeHuman"):
+        del health[name]
+    return {
+        "startedAt": iso_time(app.started_at_s),
+        "health": health,
+        "running": app.running(),
+        "plan": app.account.plan(),
+        "cache": app.cache.stats(),
+        "connections": app.connections,
+        "finished": app.metrics.total("ocp_requests_total"),
+    }
 
 
 _LOG_LINES_MOST = 1000
@@ -8335,8 +8433,12 @@ def _audit(app: App, exchange: HttpExchange, event: str, **fields: object) -> No
 
 
 def get_keys(app: App, exchange: HttpExchange) -> None:
-    """GET /api/keys: all keys, revoked ones too, newest first; never a secret."""
-    exchange.send_json({"keys": [_key_entry(key) for key in app.keys.all()]})
+    """GET /api/keys: all keys, revoked ones too, newest first, with what they used of their
+    quotas; never a secret."""
+    keys = app.keys.all()
+    reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
+    entries = [{**_key_entry(key), "quota": report} for key, report in zip(keys, reports)]
+    exchange.send_json({"keys": entries})
 
 
 def create_key(app: App, exchange: HttpExchange) -> None:
@@ -8625,6 +8727,7 @@ ROUTES = (
     Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
     Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
     Route("GET",    "/api/usage",                Access.CALLER, CHAT,        get_api_usage),
+    Route("GET",    "/api/events",               Access.ADMIN,  CHAT,        get_events),
     Route("GET",    "/usage",                    Access.ADMIN,  CHAT,        get_usage),
     Route("GET",    "/status",                   Access.ADMIN,  CHAT,        get_status),
     Route("GET",    "/settings",                 Access.ADMIN,  CHAT,        get_settings),
@@ -9117,6 +9220,13 @@ class Exchange(BaseHTTPRequestHandler):
             if data:
                 self._send(data)
         self._send(renderer.end())
+        self._end_chunks()
+
+    def send_events(self, frames: Iterator[bytes]) -> None:
+        """See HttpExchange."""
+        self._begin_chunks(_STREAM_HEADERS)
+        for frame in frames:
+            self._send(frame)
         self._end_chunks()
 
     def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
