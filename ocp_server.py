@@ -7391,11 +7391,18 @@ class App:
         produced = Job(
             job.request._replace(client=flight.client), job.started_s, job.reservation
         )
+        thread = threading.Thread(
+            target=self._produce, args=(produced, flight, config), daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            failure = UpstreamFailed("The server is short of threads.", retry_after_s=5)
+            self.cache.settle(flight, (), config)
+            flight.end(failure)
+            raise failure from None
         job.settles()
         job.reservation = Reservation(None, 0)
-        threading.Thread(
-            target=self._produce, args=(produced, flight, config), daemon=True
-        ).start()
 
     def _produce(self, job: Job, flight: Flight, config: Config) -> None:
         answers: tuple[Answer, ...] = ()
