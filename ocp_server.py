@@ -596,7 +596,7 @@ class ConfigError(Exception):
 
 
 def _parse_integer(row: dataclasses.Field[Any], text: str) -> int:
-    value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else None
+    value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,400}", text) else None
     least, most = row.metadata["least"], row.metadata["most"]
     if value is None:
         raise ValueError("is not a whole number")
@@ -1706,6 +1706,20 @@ class Store:
             self._connection.close()
             raise
 
+    def load(self, path: str) -> None:
+        """Takes over what another database holds, which is only read. Raises sqlite3.Error."""
+        place = urllib.parse.quote(path)
+        with self._lock:
+            try:
+                source = sqlite3.connect(f"file:{place}?mode=ro", uri=True)
+                source.execute("SELECT COUNT(*) FROM sqlite_master")
+            except sqlite3.Error:
+                # A log of writes cannot be opened where nothing can be written.
+                source = sqlite3.connect(f"file:{place}?immutable=1", uri=True)
+            with contextlib.closing(source):
+                source.backup(self._connection)
+            self._migrate()
+
     def _migrate(self) -> None:
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
@@ -1723,7 +1737,9 @@ class Store:
             try:
                 yield self._connection
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                # After some failures, such as a full disk, SQLite has done that by itself.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
 
@@ -1761,23 +1777,36 @@ class Settings:
         #: What is stored and cannot be used: (name, why).
         self.problems: list[tuple[str, str]] = []
         self.config = base
+        wanted: dict[str, int | str | bool] = {}
         for row in store.rows("SELECT name, value FROM settings"):
             try:
-                self._apply(row["name"], json.loads(row["value"]))
-            except (KeyError, ValueError) as problem:
+                wanted[row["name"]] = self._checked(row["name"], json.loads(row["value"]))
+            except KeyError:
+                self.problems.append((row["name"], "there is no such setting any more"))
+            except ValueError as problem:
                 self.problems.append((row["name"], str(problem)))
+        try:
+            self._adopt(wanted)
+        except ValueError:
+            # Together they break a rule: those go that break it.
+            for name, value in wanted.items():
+                try:
+                    self._adopt({**self._stored, name: value})
+                except ValueError as problem:
+                    self.problems.append((name, str(problem)))
 
-    def _apply(self, name: str, value: object) -> None:
-        """Takes a value over, None for the one of the start. Raises KeyError, ValueError."""
-        row = live_settings()[name]
-        stored = {**self._stored, name: None if value is None else checked_setting(row, value)}
-        kept = {name: value for name, value in stored.items() if value is not None}
-        changes = {live_settings()[name].name: value for name, value in kept.items()}
+    def _checked(self, name: str, value: object) -> int | str | bool:
+        """The value, if this setting takes it. Raises KeyError, ValueError."""
+        return checked_setting(live_settings()[name], value)
+
+    def _adopt(self, stored: dict[str, int | str | bool]) -> None:
+        """Makes these what is stored. Raises ValueError when they break a rule."""
+        changes = {live_settings()[name].name: value for name, value in stored.items()}
         config = dataclasses.replace(self._base, **changes)  # type: ignore[arg-type]  # checked
         broken = [message for is_broken, message in CONFIG_RULES if is_broken(config)]
         if broken:
             raise ValueError("; ".join(broken))
-        self._stored, self.config = kept, config
+        self._stored, self.config = stored, config
 
     def change(self, name: str, value: object) -> object:
         """Stores a value, None for the one of the start; what is in force then.
@@ -1787,7 +1816,11 @@ class Settings:
         """
         with self._lock:
             before = self._stored, self.config
-            self._apply(name, value)
+            row = live_settings()[name]
+            stored = {kept: self._stored[kept] for kept in self._stored if kept != name}
+            if value is not None:
+                stored[name] = self._checked(name, value)
+            self._adopt(stored)
             try:
                 with self._store.transaction() as connection:
                     connection.execute("DELETE FROM settings WHERE name = ?", (name,))
@@ -1797,7 +1830,7 @@ class Settings:
             except sqlite3.Error:
                 self._stored, self.config = before
                 raise
-            return getattr(self.config, live_settings()[name].name)
+            return getattr(self.config, row.name)
 
     def report(self) -> Json:
         """Every setting that can be changed: value, range, unit, help, and where it comes from."""
@@ -1954,7 +1987,7 @@ class Keys:
         now_s = self._clock()
         secret, hidden = self._new_secret()
         columns = {
-            "name": key_name(name or f"key-{round(now_s * 1000)}"), "created_s": int(now_s),
+            "name": key_name(name or self._some_name(now_s)), "created_s": int(now_s),
             "expiry_s": None, "models": (), "max_concurrent": 0, "note": "", "quota": {},
             **hidden, **fields,
         }
@@ -1962,6 +1995,9 @@ class Keys:
         marks = ", ".join("?" * len(columns))
         key_id = self._written(f"INSERT INTO keys ({names}) VALUES ({marks})", columns)
         return self.find(str(key_id)), secret
+
+    def _some_name(self, now_s: float) -> str:
+        return f"key-{round(now_s * 1000)}-{secrets.token_hex(3)}"
 
     def _new_secret(self) -> tuple[str, dict[str, object]]:
         """A secret, and the columns that know it."""
@@ -2242,11 +2278,13 @@ def period_bounds(period: str, now_s: float) -> tuple[float, float]:
 
 
 class Reservation:
-    """The place of one running request in the quotas of its key. `tokens` is what it may take."""
+    """The place of one running request in the quotas of its key. `tokens` is what it may take:
+    at most, if it is `bounded`, else as far as can be guessed."""
 
-    def __init__(self, key_id: int | None, tokens: int) -> None:
+    def __init__(self, key_id: int | None, tokens: int, *, bounded: bool = False) -> None:
         self.key_id = key_id
         self.tokens = tokens
+        self.bounded = bounded
 
 
 class Used:
@@ -2270,13 +2308,13 @@ class Ledger:
 
     # -- quotas -------------------------------------------------------------------------------
 
-    def reserve(self, caller: Caller, tokens: int) -> Reservation:
-        """A place for a request that may take so many tokens; end it with `record` or `release`.
+    def reserve(self, caller: Caller, tokens: int, *, bounded: bool = False) -> Reservation:
+        """A place for a request (see Reservation); end it with `record` or `release`.
 
         Raises QuotaExceeded, and QueueFull while requests that run may take all that is left.
         """
-        reservation = Reservation(caller.key_id, tokens)
-        if caller.key_id is None or not caller.quota:
+        reservation = Reservation(caller.key_id, tokens, bounded=bounded)
+        if caller.key_id is None:
             return reservation
         with self._store.held():
             now_s = self._clock()
@@ -2284,30 +2322,36 @@ class Ledger:
             for quota in QUOTAS:
                 if quota.name in caller.quota:
                     used = self._used_in(caller.key_id, quota.period, now_s)
-                    self._check(quota, caller.quota[quota.name], used, flying, tokens)
+                    self._check(quota, caller.quota[quota.name], used, flying, reservation)
             flying.append(reservation)
         return reservation
 
     def _check(
-        self, quota: Quota, limit: int, used: Used, flying: list[Reservation], tokens: int
+        self, quota: Quota, limit: int, used: Used, flying: list[Reservation],
+        reservation: Reservation,
     ) -> None:
         taken = used.requests + len(flying) if quota.unit == "requests" else used.tokens
         if taken >= limit:
-            raise self._exceeded(quota, limit, taken)
-        reserved = sum(reservation.tokens for reservation in flying)
-        if quota.unit == "tokens" and flying and taken + reserved + tokens > limit:
+            raise self._exceeded(quota, limit, taken, "")
+        if quota.unit == "requests":
+            return
+        left = limit - taken
+        if reservation.bounded and reservation.tokens > left:
+            more = f"This request may take {reservation.tokens}: ask for fewer max_tokens. "
+            raise self._exceeded(quota, limit, taken, more)
+        if flying and sum(r.tokens for r in flying) + reservation.tokens > left:
             raise QueueFull(
-                f"The {quota.period} tokens of this key that are left ({limit - taken}) may be "
-                "taken by its requests that run now; try again when they are done.",
+                f"The {quota.period} tokens of this key that are left ({left}) may be taken by "
+                "its requests that run now; try again when they are done.",
                 retry_after_s=5,
             )
 
-    def _exceeded(self, quota: Quota, limit: int, taken: int) -> QuotaExceeded:
+    def _exceeded(self, quota: Quota, limit: int, taken: int, more: str) -> QuotaExceeded:
         now_s = self._clock()
         resets_s = period_bounds(quota.period, now_s)[1]
         resets_in = span_words(resets_s - now_s)
         error = QuotaExceeded(
-            f"This key has used {taken} of its {limit} {quota.unit} ({quota.period}). "
+            f"This key has used {taken} of its {limit} {quota.unit} ({quota.period}). {more}"
             f"Resets in {resets_in}.",
             retry_after_s=resets_s - now_s,
         )
@@ -2379,10 +2423,13 @@ class Ledger:
                 )
 
     def prune(self, days: int) -> int:
-        """Deletes the rows that are older; how many there were. Raises sqlite3.Error."""
+        """Deletes the rows that are older, but for those that a quota may still count; how many
+        there were. Raises sqlite3.Error."""
+        now_s = self._clock()
+        counted_s = min(period_bounds(quota.period, now_s)[0] for quota in QUOTAS)
         with self._store.transaction() as connection:
             return connection.execute(
-                "DELETE FROM usage WHERE at_s < ?", (self._clock() - days * 86_400,)
+                "DELETE FROM usage WHERE at_s < ?", (min(now_s - days * 86_400, counted_s),)
             ).rowcount
 
     # -- reports ------------------------------------------------------------------------------
@@ -4872,15 +4919,17 @@ def _reset_in(found: Json, name: str) -> float | None:
     value = found.get(name)
     with contextlib.suppress(ValueError):
         value = epoch_of(value) if isinstance(value, str) else value
-    known = isinstance(value, (int, float)) and 0 < value < _LATEST_S
-    return float(value) if known else None  # type: ignore[arg-type]  # known says so
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if 0 < value < _LATEST_S else None
 
 
 def _share_in(found: Json, whole: float) -> float | None:
     value = found.get("utilization")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return round(value / whole, 4)
+    # More than the whole is possible where more can be bought.
+    return round(value / whole, 4) if 0 <= value <= 10 * whole else None
 
 
 def plan_news(line: Json) -> PlanNews | None:
@@ -6028,6 +6077,8 @@ class Spares:
         self._wanted_s: dict[str, float] = {}
         self._refill_s: dict[str, float] = {}
         self._leaving: list[ClaudeProcess] = []
+        #: Those that somebody borrowed.
+        self._lent: list[ClaudeProcess] = []
         self._pause_until_s = 0.0
         self.spawned = 0
 
@@ -6064,13 +6115,19 @@ class Spares:
         with self._lock:
             for waiting in self._idle.values():
                 if waiting:
-                    return waiting.pop()
+                    self._lent.append(waiting.pop())
+                    return self._lent[-1]
         return None
 
     def put_back(self, process: ClaudeProcess) -> None:
-        """Takes a process back that is as it was."""
+        """Takes a process back that is as it was; it ends if all were dropped meanwhile."""
         with self._lock:
-            self._idle.setdefault(process.model_id, []).append(process)
+            stays = process in self._lent
+            if stays:
+                self._lent.remove(process)
+                self._idle.setdefault(process.model_id, []).append(process)
+        if not stays:
+            self.dismiss(process, kindly=True)
 
     def _start(self, model_id: str) -> ClaudeProcess:
         process = self._spawn(model_id)
@@ -6089,6 +6146,7 @@ class Spares:
         with self._lock:
             dropped = [process for waiting in self._idle.values() for process in waiting]
             self._idle.clear()
+            self._lent.clear()
             for model_id in self._wanted_s:
                 self._refill_s.setdefault(model_id, self._clock() + _REFILL_PAUSE_S)
         for process in dropped:
@@ -6101,7 +6159,7 @@ class Spares:
             self._wanted_s = {
                 model_id: at for model_id, at in self._wanted_s.items() if now_s - at <= idle_s
             }
-            retire = self._outdated(now_s, idle_s)
+            retire = self._outdated(now_s, idle_s) + self._surplus(config)
             grow: list[str] = []
             if now_s < self._pause_until_s:
                 return retire, grow
@@ -6134,6 +6192,20 @@ class Spares:
                 self._refill_s.setdefault(model_id, now_s)
             retire += ended + old
             self._idle[model_id] = [p for p in waiting if p not in ended and p not in old]
+        return retire
+
+    def _surplus(self, config: Config) -> list[ClaudeProcess]:
+        """Takes out what is more than the limits allow, which can be lowered at any time."""
+        retire: list[ClaudeProcess] = []
+        for model_id, waiting in self._idle.items():
+            retire += waiting[config.warm_processes:]
+            self._idle[model_id] = waiting[:config.warm_processes]
+        by_want = sorted(self._idle, key=lambda m: self._wanted_s.get(m, 0.0))
+        left = sum(len(waiting) for waiting in self._idle.values())
+        for waiting in (self._idle[model_id] for model_id in by_want):
+            while waiting and left > config.warm_total:
+                retire.append(waiting.pop())
+                left -= 1
         return retire
 
     def _least_wanted(self, than: str) -> ClaudeProcess | None:
@@ -6528,6 +6600,8 @@ class Flight:
         # Guards the fields below; followers are woken when one of them changes.
         self._changed = threading.Condition()
         self._events: list[Choice] = []
+        #: For each choice that began anew, where its events that still count begin.
+        self._begins: dict[int, int] = {}
         self._over = False
         self._error: OcpError | None = None
 
@@ -6535,6 +6609,8 @@ class Flight:
         """The next event."""
         with self._changed:
             self._events.append(choice)
+            if isinstance(choice[1], Restarted):
+                self._begins[choice[0]] = len(self._events)
             self._changed.notify_all()
 
     def end(self, error: OcpError | None) -> None:
@@ -6544,15 +6620,20 @@ class Flight:
             self._changed.notify_all()
 
     def follow(self, client: Client, tick_s: float, clock: Clock) -> Iterator[Choice]:
-        """Each event as it comes, and Ticks. Raises the error of the answer, and ClientGone."""
+        """Each event as it comes, and Ticks; who comes late is spared what is void by then.
+        Raises the error of the answer, and ClientGone."""
         told, heard_s = 0, clock()
         glanced_s = heard_s
+        with self._changed:
+            begins = dict(self._begins)
         while True:
             with self._changed:
                 if told == len(self._events) and not self._over:
                     self._changed.wait(_QUEUE_GLANCE_S)
                 events, over = self._events[told:], self._over
-            yield from events
+            for index, choice in enumerate(events, told):
+                if index >= begins.get(choice[0], 0):
+                    yield choice
             told += len(events)
             now_s = clock()
             if over and not events:
@@ -6641,9 +6722,9 @@ class Cache:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
             flight.client.close()
-            if answers:
-                size_bytes = len(to_json([answer.blocks for answer in answers]))
-                size_bytes += _CACHED_EXTRA_BYTES * len(answers)
+            size_bytes = len(to_json([answer.blocks for answer in answers]))
+            size_bytes += _CACHED_EXTRA_BYTES * len(answers)
+            if answers and size_bytes <= config.cache_max_bytes:
                 self._forget(flight.key)
                 self._kept[flight.key] = Cached(answers, size_bytes, self._clock())
                 self._size_bytes += size_bytes
@@ -6757,11 +6838,18 @@ class Account:
                 self._news = news
 
     def _merged(self, before: Sighting | None, window: Window, now_s: float) -> Sighting:
-        same = before is not None and before.window.resets_at_s == window.resets_at_s
-        if before is None or not same or window.utilization is not None:
+        if before is None or self._parted(before.window, window):
             return Sighting(window, now_s)
+        if window.utilization is not None:
+            return Sighting(window._replace(status=window.status or before.window.status), now_s)
         known = before.window.utilization
         return Sighting(window._replace(utilization=known), before.observed_s)
+
+    def _parted(self, before: Window, now: Window) -> bool:
+        """Whether they end at different times; some tell whole seconds, some do not."""
+        if before.resets_at_s is None or now.resets_at_s is None:
+            return before.resets_at_s is not now.resets_at_s
+        return abs(before.resets_at_s - now.resets_at_s) > _SAME_RESET_S
 
     def may_ask(self) -> bool:
         """Whether it is time to ask claude itself; counts as asked then."""
@@ -6833,6 +6921,8 @@ class Account:
             return {"status": self._news.status, "fetchedAt": heard, "plan": plan, "_raw": raw}
 
 
+#: Ends of a window that are nearer to each other than this are one.
+_SAME_RESET_S = 60.0
 #: How often claude itself is asked about the plan, at most.
 _ASK_EVERY_S = 60.0
 
@@ -6908,6 +6998,11 @@ def _label_text(labels: Labels) -> str:
     return f"{{{inside}}}" if inside else ""
 
 
+def _number(value: float) -> str:
+    """A number as Prometheus reads it; counts are exact."""
+    return str(value) if isinstance(value, int) else f"{value:.10g}"
+
+
 class Metrics:
     """The counters and histograms."""
 
@@ -6948,7 +7043,10 @@ class Metrics:
             for metric in METRICS:
                 values: dict[Labels, float] = {**self._counts.get(metric.name, {})}
                 values.update(gauges.get(metric.name, {}))
-                samples = [f"{metric.name}{_label_text(k)} {v:.10g}" for k, v in values.items()]
+                samples = [
+                    f"{metric.name}{_label_text(labels)} {_number(value)}"
+                    for labels, value in values.items()
+                ]
                 for labels, histogram in self._histograms.get(metric.name, {}).items():
                     samples += self._samples(metric.name, labels, histogram)
                 head = f"# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}"
@@ -7076,7 +7174,7 @@ class Job:
             "model": request.turn.model.id,
             "dialect": request.dialect,
             "stream": request.turn.stream,
-            "state": "queued" if first.path is None and self.path is None else "running",
+            "state": "running" if first.path or self.path or first_s is not None else "queued",
             "path": self.path or first.path,
             "first_token_ms": None if first_s is None else round((first_s - self.started_s) * 1000),
             "elapsed_ms": round((now_s - self.started_s) * 1000),
@@ -7218,8 +7316,9 @@ class App:
         self.sessions = Sessions(self.store)
         self.cache = Cache(clock)
         self.draining = False
-        # Guards the list of requests that are being answered.
+        # Guards the list of requests that are being answered, and when other things were done.
         self._jobs_lock = threading.Lock()
+        self._done_s: dict[str, float] = {}
         self._jobs: list[Job] = []
         #: Open client connections; the HTTP server counts them.
         self.connections = 0
@@ -7246,11 +7345,16 @@ class App:
         try:
             os.makedirs(home, mode=0o700, exist_ok=True)
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            self._make_private(home, path, path + "-wal", path + "-shm")
-            self.log.to_file(os.path.join(home, "logs", "ocp.log"))
+            logs = os.path.join(home, "logs")
+            self.log.to_file(os.path.join(logs, "ocp.log"))
+            self._make_private(home, *self._entries(home), *self._entries(logs))
             store = Store(path)
         except (OSError, sqlite3.Error) as problem:
             store = Store(":memory:")
+            with contextlib.suppress(sqlite3.Error):
+                # Where it can be read, the keys of devices go on working.
+                if os.path.exists(path):
+                    store.load(path)
             folder = tempfile.mkdtemp(prefix="ocp-empty-")
             damaged = isinstance(problem, sqlite3.DatabaseError)
             self.log.event(
@@ -7261,10 +7365,17 @@ class App:
             )
         return os.path.expanduser(config.agent_folder) or folder, store
 
+    def _entries(self, folder: str) -> list[str]:
+        """What lies in a folder; nothing if it is not there."""
+        try:
+            return [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+        except FileNotFoundError:
+            return []
+
     def _make_private(self, *paths: str) -> None:
         """Takes the rights of others off what lies there already."""
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 mode = os.stat(path).st_mode & 0o777
                 if mode & 0o077:
                     os.chmod(path, mode & 0o700)
@@ -7278,7 +7389,6 @@ class App:
         try:
             with open(path, encoding="ascii") as file:
                 found = file.read().strip()
-            self._make_private(path)
         except (OSError, ValueError):
             found = ""
         key = found or "ocp_admin_" + secrets.token_urlsafe(24)
@@ -7320,7 +7430,10 @@ class App:
         try:
             if self.draining:
                 raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
-            job.reservation = self.ledger.reserve(request.caller, self._likely_tokens(request))
+            job.reservation = self.ledger.reserve(
+                request.caller, self._likely_tokens(request),
+                bounded=request.turn.options.max_tokens is not None,
+            )
             if is_cacheable(request.turn, self.config):
                 with self._from_cache(job) as answering:
                     yield answering
@@ -7344,11 +7457,11 @@ class App:
 
     def _likely_tokens(self, request: Request) -> int:
         """What the request may take of its key's token quotas."""
-        if not request.caller.quota:
+        turn = request.turn
+        if request.caller.key_id is None:
             return 0
-        model, options = request.turn.model, request.turn.options
-        most = min(options.max_tokens or _LIKELY_ANSWER_TOKENS, model.max_tokens)
-        return estimated_tokens(request.turn) + most * request.turn.choices
+        most = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
+        return sum(estimated_tokens(turn.choice(i)) + most for i in range(turn.choices))
 
     @contextlib.contextmanager
     def _from_cache(self, job: Job) -> Iterator[Answering]:
@@ -7747,10 +7860,11 @@ class App:
         """Brings what is known about the plan up to date, without spending anything. Asks an idle
         claude, where there is one, at most once a minute. Raises ClientGone."""
         self._take_notices()
-        if not self.account.may_ask():
-            return
         process = self.spares.borrow()
         if process is None:
+            return
+        if not self.account.may_ask():
+            self.spares.put_back(process)
             return
         try:
             watch = Watch(client, self.clock() + _USAGE_TIMEOUT_S, 0.0)
@@ -7764,6 +7878,16 @@ class App:
         finally:
             if process is not None:
                 self.spares.dismiss(process, kindly=False)
+
+    def is_time_for(self, what: str, pause_s: float) -> bool:
+        """Whether this was not done for so long; it counts as done now."""
+        now_s = self.clock()
+        with self._jobs_lock:
+            due = now_s - self._done_s.get(what, -math.inf) >= pause_s
+            if due:
+                self._done_s = {w: at for w, at in self._done_s.items() if now_s - at < pause_s}
+                self._done_s[what] = now_s
+            return due
 
     def change_setting(self, name: str, value: object) -> object:
         """Changes a setting for good; see Settings.change."""
@@ -7783,7 +7907,7 @@ class App:
         """Turns new work away and waits for what runs, `drain_ms` at most."""
         self.draining = True
         give_up_s = self.clock() + self.config.drain_ms / 1000
-        while self.gate.running + self.gate.waiting and self.clock() < give_up_s:
+        while self._jobs and self.clock() < give_up_s:
             self.spares.reap()
             try:
                 if self.mail.get(timeout=0.02) == "stop":
@@ -8035,6 +8159,15 @@ class HttpExchange(Protocol):
         """Waits for the end of the events; white space goes into a silence that grows too long."""
 
 
+def _check_allowed(caller: Caller, model: Model) -> None:
+    """Raises Forbidden when the caller may not use this model."""
+    if caller.models and model.id not in caller.models:
+        raise Forbidden(
+            f"This key may use {', '.join(caller.models)} only.",
+            param="model", code="model_not_allowed",
+        )
+
+
 def _parsed(app: App, exchange: HttpExchange) -> Turn:
     """The Turn of the request's body."""
     config, caller = app.config, exchange.caller
@@ -8053,11 +8186,7 @@ def _parsed(app: App, exchange: HttpExchange) -> Turn:
     if config.session_header and isinstance(body, dict) and "session_id" not in body:
         body["session_id"] = exchange.headers.get("X-Session-Id")
     turn = exchange.dialect.parse(body, parsing)
-    if caller.models and turn.model.id not in caller.models:
-        raise Forbidden(
-            f"This key may use {', '.join(caller.models)} only.",
-            param="model", code="model_not_allowed",
-        )
+    _check_allowed(caller, turn.model)
     turn, dropped = fitted(turn, config.max_prompt_chars)
     if config.cache_ttl_ms:
         turn = turn._replace(fresh=asks_fresh(body, sampled_too=config.cache_sampled))
@@ -8181,7 +8310,9 @@ def get_models(app: App, exchange: HttpExchange) -> None:
 
 def get_model(app: App, exchange: HttpExchange, model: str) -> None:
     """GET /v1/models/{model}; an alias gives the model that it stands for."""
-    exchange.send_json(_model_entry(app.models.find(model), _MODELS_CREATED_S))
+    found = app.models.find(model)
+    _check_allowed(exchange.caller, found)
+    exchange.send_json(_model_entry(found, _MODELS_CREATED_S))
 
 
 def _errors(app: App) -> int:
@@ -8306,7 +8437,7 @@ def _state(app: App) -> Json:
         "health": health,
         "running": app.running(),
         "plan": app.account.plan(),
-        "cache": app.cache.stats(),
+        "cache": {**app.cache.stats(), "ttl": app.config.cache_ttl_ms},
         "connections": app.connections,
         "finished": app.metrics.total("ocp_requests_total"),
     }
@@ -8337,15 +8468,15 @@ def whole_number(query: Mapping[str, str], name: str, default: int, most: int) -
 # -- keys -------------------------------------------------------------------------------------
 
 
-def _known_fields(body: object, names: Iterable[str]) -> Fields:
-    """The body, if it holds nothing but these fields. Raises BadRequest."""
-    fields, known = Fields(body), tuple(names)
-    unknown = [name for name in fields.object if name not in known]
-    if unknown:
-        raise BadRequest(
-            f"{one_line(unknown[0], 80)}: is not known here; there is {', '.join(known)}.",
-            param=unknown[0],
-        )
+def _known_fields(fields: Fields, names: Iterable[str]) -> Fields:
+    """The object, if it holds nothing but these fields. Raises BadRequest."""
+    known = tuple(names)
+    for name in fields.object:
+        if name not in known:
+            place = one_line(fields.at(name), 80)
+            raise BadRequest(
+                f"{place}: is not known here; there is {', '.join(known)}.", param=place
+            )
     return fields
 
 
@@ -8377,7 +8508,7 @@ def _allowed_models(app: App, fields: Fields) -> list[str]:
             found.append(app.models.find(name).id)
         except UnknownModel as problem:
             raise BadRequest(problem.message, param="models") from None
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _limits(fields: Fields) -> dict[str, int | None]:
@@ -8451,11 +8582,11 @@ def get_keys(app: App, exchange: HttpExchange) -> None:
 def create_key(app: App, exchange: HttpExchange) -> None:
     """POST /api/keys: a new key; its secret is in this answer and nowhere else."""
     known = [name for name, _, _ in _KEY_FIELDS]
-    fields = _known_fields(exchange.json(), [*known, "quota"])
+    fields = _known_fields(Fields(exchange.json()), [*known, "quota"])
     columns = _key_columns(app, fields)
     quota = fields.child("quota")
     if quota is not None:
-        limits = _limits(_known_fields(quota.object, _QUOTA_NAMES))
+        limits = _limits(_known_fields(quota, _QUOTA_NAMES))
         columns["quota"] = {name: limit for name, limit in limits.items() if limit is not None}
     key, secret = app.keys.create(str(columns.pop("name", "")), columns)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
@@ -8470,7 +8601,7 @@ def get_key(app: App, exchange: HttpExchange, key: str) -> None:
 def change_key(app: App, exchange: HttpExchange, key: str) -> None:
     """PATCH /api/keys/{key}: changes its name, expiry, models, maxConcurrent or note."""
     found = app.keys.find(key)
-    fields = _known_fields(exchange.json(), [name for name, _, _ in _KEY_FIELDS])
+    fields = _known_fields(Fields(exchange.json()), [name for name, _, _ in _KEY_FIELDS])
     changed = app.keys.change(found, _key_columns(app, fields))
     _audit(app, exchange, "key_changed", key=changed.name, id=found.id, fields=list(fields.object))
     exchange.send_json(_key_entry(changed))
@@ -8504,7 +8635,7 @@ def get_quota(app: App, exchange: HttpExchange, key: str) -> None:
 def change_quota(app: App, exchange: HttpExchange, key: str) -> None:
     """PATCH /api/keys/{key}/quota: sets limits, null takes one away; the others stay."""
     found = app.keys.find(key)
-    limits = _limits(_known_fields(exchange.json(), _QUOTA_NAMES))
+    limits = _limits(_known_fields(Fields(exchange.json()), _QUOTA_NAMES))
     if not limits:
         raise BadRequest(f"Name at least one of {', '.join(_QUOTA_NAMES)}.")
     quota = {n: limit for n, limit in {**found.quota, **limits}.items() if limit is not None}
@@ -8516,6 +8647,8 @@ def change_quota(app: App, exchange: HttpExchange, key: str) -> None:
 # -- usage ------------------------------------------------------------------------------------
 
 _RECENT_MOST = 500
+#: How long one line of the log stands for whoever looks at everybody's usage.
+_AUDIT_AGAIN_S = 60.0
 _HOURS_MOST = 24 * 400
 
 
@@ -8542,7 +8675,8 @@ def get_api_usage(app: App, exchange: HttpExchange) -> None:
     until_s = _moment(query, "until", time.time() + 1)
     since_s = _moment(query, "since", until_s - hours * 3600)
     everybody = caller.is_admin and query.get("all", "").lower() in _TRUE_WORDS
-    if everybody:
+    if everybody and app.is_time_for(f"usage {caller.name} {exchange.peer}", _AUDIT_AGAIN_S):
+        # A dashboard that is open asks again and again.
         _audit(app, exchange, "admin_usage_full_scope")
     report = app.ledger.report(since_s, until_s, limit, None if everybody else caller)
     exchange.send_json(
