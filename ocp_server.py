@@ -35,11 +35,12 @@ Sections (search for "==== 8" to jump to the eighth):
     17. Metrics            counters and histograms since the start
     18. App                owns every long-lived object; answering one turn
     19. API description    what a route is, and the OpenAPI document of them all
-    20. Endpoints          one function for each route
-    21. Routes             the table of routes
-    22. HTTP server        sockets, bodies, one thread for each connection
-    23. Demo claude        the stand-in behind --demo
-    24. Command line       arguments, signals, main
+    20. Dashboard          the page for the operator, and what it may do
+    21. Endpoints          one function for each route
+    22. Routes             the table of routes
+    23. HTTP server        sockets, bodies, one thread for each connection
+    24. Demo claude        the stand-in behind --demo
+    25. Command line       arguments, signals, main
 """
 from __future__ import annotations
 
@@ -55,6 +56,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import email.errors
 import enum
 import errno
 import functools
@@ -2090,9 +2092,12 @@ _NEEDS_KEY = "This server wants its key: send it as `Authorization: Bearer KEY` 
 def presented_key(headers: Headers) -> str:
     """The key in `Authorization: Bearer` (in any case) or `x-api-key`, or an empty string."""
     scheme, _, key = headers.get("Authorization", "").strip().partition(" ")
-    if scheme.lower() == "bearer" and key.strip():
-        return key.strip()
-    return headers.get("x-api-key", "").strip()
+    if scheme.lower() != "bearer" or not key.strip():
+        key = headers.get("x-api-key", "")
+    # The parser takes headers for Latin-1; what programs send today is UTF-8.
+    with contextlib.suppress(UnicodeError):
+        key = key.encode("latin-1").decode("utf-8")
+    return key.strip()
 
 
 def same_secret(given: str, wanted: str) -> bool:
@@ -8058,16 +8063,18 @@ _QUERIES: dict[str, dict[str, Json]] = {
         "all": {"type": "boolean"},
     },
 }
-#: Statuses of success that are not 200, by operation.
-_SUCCESSES = {"create_key": ("201",), "change_settings": ("200", "207")}
+#: The statuses of answers that are no errors in form, by operation; 200 where it is not here.
+_STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
 #: Types of answers besides JSON, by operation.
-_MEDIA = {"get_metrics": "text/plain", "get_events": "text/event-stream"}
+_MEDIA = {
+    "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
+}
 
 
 def _operation(route: Route) -> Json:
     """The description of one route."""
     name = route.operation
-    summary = (route.endpoint.__doc__ or "").strip().splitlines()[0]
+    summary = " ".join((route.endpoint.__doc__ or "").split()).partition(". ")[0].rstrip(".") + "."
     placed = [("path", part, True, _NAME) for part in re.findall(r"{(\w+)}", route.path)]
     placed += [("query", part, False, shape) for part, shape in _QUERIES.get(name, {}).items()]
     media = _MEDIA.get(name, "application/json")
@@ -8083,7 +8090,7 @@ def _operation(route: Route) -> Json:
             for place, part, required, shape in placed
         ],
         "responses": {
-            **dict.fromkeys(_SUCCESSES.get(name, ("200",)), good),
+            **dict.fromkeys(_STATUSES.get(name, ("200",)), good),
             "4XX": {"description": "The request cannot be answered.", "content": failed},
             "5XX": {"description": "The server or claude failed.", "content": failed},
         },
@@ -8120,7 +8127,1520 @@ def openapi(routes: Iterable[Route]) -> Json:
     }
 
 
-# ==== 20. Endpoints ==========================================================
+# ==== 20. Dashboard ==========================================================
+# One static page, in which no value of the server is ever written: it fetches JSON and sets text.
+# Its policy allows exactly this style and this script, by their hashes, and nothing from outside.
+
+DASHBOARD_HTML = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>OCP</title>
+<link rel="icon" href="data:,">
+<style>
+/* --s0 to --s6 are the colours of the chart; the last is for all that have none of their own */
+:root {
+  --page: #f4f5f8; --card: #fff; --sunken: #eceff4; --line: #dde2ea; --edge: #848e9c;
+  --text: #18202c; --quiet: #556070; --accent: #2857c8; --on-accent: #fff; --tint: #e9effc;
+  --good: #13704a; --warn: #855600; --bad: #b3261e; --amber: #b97a00; --gap: 1rem;
+  --s0: #3567d6; --s1: #c2621a; --s2: #128070; --s3: #8a4fc4; --s4: #b53471; --s5: #6f7a12;
+  --s6: #7d8796;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #0e1116; --card: #171c24; --sunken: #222a35; --line: #2a323e; --edge: #6d7887;
+    --text: #e7ebf2; --quiet: #9eabbb; --accent: #8fb0ff; --on-accent: #0b1528; --tint: #1c2840;
+    --good: #5ccb8e; --warn: #e6b450; --bad: #ff8f86; --amber: #e6b450;
+    --s0: #7ea2ff; --s1: #f0a05e; --s2: #4fc4b0; --s3: #c09af0; --s4: #f086b4; --s5: #c3cc5a;
+    --s6: #8d98a8;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+h1, h2, h3, p, dl, dd, ol, fieldset { margin: 0; padding: 0; border: 0; }
+h2 { font-size: 1.3rem; line-height: 1.3; letter-spacing: -.01em; }
+h2:focus, main:focus { outline: none; }
+h2 { scroll-margin-top: 6rem; }
+h3 { font-size: 1rem; }
+code, .code { font: .87em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+.quiet, .hint { color: var(--quiet); }
+.hint, small { font-size: .87rem; font-weight: 400; }
+.hint:empty { display: none; }
+.aside, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%); white-space: nowrap; }
+.skip:focus { position: fixed; z-index: 9; padding: .5rem 1rem; background: var(--card); }
+/* frame */
+.wide { max-width: 1280px; margin: 0 auto; padding: 0 clamp(.75rem, 3vw, 2rem); }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; }
+.push { margin-left: auto; }
+a { color: var(--accent); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+.bar { background: var(--card); padding: .9rem 0 .6rem; }
+.brand { font-size: 1.15rem; font-weight: 750; letter-spacing: .02em; }
+.pill, .badge { display: inline-flex; align-items: center; gap: .4em; white-space: nowrap;
+  font-size: .87rem; font-weight: 600; border-radius: 99px; padding: .1em .7em;
+  background: var(--sunken); }
+.pill::before { content: ""; width: .6em; height: .6em; border-radius: 50%;
+  background: currentColor; }
+.good { color: var(--good); }
+.warn { color: var(--warn); }
+.bad { color: var(--bad); }
+.tabs { position: sticky; top: 0; z-index: 3; background: var(--card);
+  border-bottom: 1px solid var(--line); }
+.tabs > div { display: flex; gap: .25rem; overflow-x: auto; scrollbar-width: none; }
+.tabs a { padding: .55rem .75rem; text-decoration: none; color: var(--quiet); font-weight: 550;
+  white-space: nowrap; border-bottom: 3px solid transparent; outline-offset: -3px; }
+.tabs a:first-child { margin-left: -.75rem; }
+.tabs a:hover { color: var(--text); }
+.tabs a[aria-current] { color: var(--text); border-color: var(--accent); }
+main { padding-top: 1.25rem !important; padding-bottom: 4rem !important; }
+main section { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr); }
+/* panels */
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  padding: 1rem 1.15rem; min-width: 0; }
+.card > h3 { margin-bottom: .75rem; }
+.sheet { padding: .15rem 0; overflow: hidden; }
+.pair { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr); }
+.notice { display: flex; flex-wrap: wrap; gap: .4rem .75rem; align-items: center;
+  padding: .6rem 1rem; margin-bottom: var(--gap); background: var(--card); border-radius: 10px;
+  border: 1px solid var(--line); border-left: 4px solid var(--warn); }
+.notice span { flex: 1 1 14rem; }
+.tiles { display: grid; gap: var(--gap);
+  grid-template-columns: repeat(auto-fit, minmax(min(7.5rem, 100%), 1fr)); }
+.tile dt { color: var(--quiet); font-size: .87rem; }
+.tile .figure { font-size: 1.6rem; font-weight: 650; line-height: 1.25; white-space: nowrap;
+  font-variant-numeric: tabular-nums; letter-spacing: -.02em; }
+.tile .figure small { font-size: .87rem; font-weight: 450; color: var(--quiet); letter-spacing: 0;
+  margin-left: .3em; }
+.tile .note { color: var(--quiet); font-size: .83rem; }
+.flat { gap: .75rem; margin: .9rem 0; }
+.flat .tile { padding: 0; border: 0; }
+.flat .figure { font-size: 1.25rem; }
+.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .4rem 1rem; }
+.facts dt { color: var(--quiet); }
+/* gauges */
+.gauge + .gauge { margin-top: .9rem; }
+.gauge .track { position: relative; height: 10px; margin: .3rem 0; border-radius: 99px;
+  background: var(--sunken); }
+.gauge.small .track { height: 6px; margin: .15rem 0; }
+.gauge.small { font-size: .83rem; min-width: 13rem; }
+.gauge.small + .gauge.small { margin-top: .45rem; }
+.track i { position: absolute; inset: 0 auto 0 0; border-radius: 99px; min-width: 3px;
+  background: var(--accent); }
+.track .warn { background: var(--amber); }
+.track .bad { background: var(--bad); }
+.track b { position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--text); }
+.ends { display: flex; justify-content: space-between; gap: 0 .4rem; flex-wrap: wrap; }
+/* buttons and fields */
+button, select, input, textarea { font: inherit; color: inherit; }
+button, select, .field input { background: var(--card); border: 1px solid var(--edge);
+  border-radius: 8px; padding: .3rem .8rem; min-height: 2.2rem; }
+button { cursor: pointer; font-weight: 550; white-space: nowrap; }
+button:hover { background: var(--sunken); }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.danger { background: var(--bad); border-color: var(--bad); color: var(--card); }
+button.primary:hover, button.danger:hover { filter: brightness(1.1); }
+button.light { padding: .1rem .6rem; min-height: 1.9rem; font-size: .9rem;
+  border-color: var(--line); }
+select { max-width: 100%; }
+.choices { display: flex; flex-wrap: wrap; border: 1px solid var(--edge); border-radius: 8px;
+  overflow: hidden; }
+.choices label { padding: .2rem .7rem; cursor: pointer; font-size: .9rem; color: var(--quiet); }
+.choices label:has(:checked) { background: var(--tint); color: var(--text); font-weight: 600; }
+.choices label:has(:focus-visible) { outline: 2px solid var(--accent); outline-offset: -2px;
+  border-radius: 8px; }
+.choices input { position: absolute; opacity: 0; pointer-events: none; }
+.field { display: grid; gap: .2rem; margin-top: .8rem; }
+.field label { font-weight: 600; }
+.field input { width: 100%; }
+.error { color: var(--bad); font-weight: 550; margin-top: .8rem; }
+.error:empty { display: none; }
+/* tables */
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.table { overflow-x: auto; }
+.card:not(.sheet) .table { margin: 0 -1.15rem -.75rem; }
+th, td { text-align: left; vertical-align: top; padding: .5rem .6rem; overflow-wrap: break-word; }
+th:first-child, td:first-child { padding-left: 1.15rem; }
+th:last-child, td:last-child { padding-right: 1.15rem; }
+th { font-size: .83rem; font-weight: 550; color: var(--quiet); white-space: nowrap; }
+td { border-top: 1px solid var(--line); }
+th.number, td.number { text-align: right; white-space: nowrap; }
+.empty { color: var(--quiet); }
+.sheet .empty { padding: .9rem 1.15rem; }
+td .row { gap: .35rem; flex-wrap: nowrap; justify-content: flex-end; }
+td .code { overflow-wrap: normal; }
+strong.code { font-size: .95em; }
+.swatch { display: inline-block; width: .75em; height: .75em; border-radius: 3px;
+  margin-right: .5em; }
+/* chart and log */
+.chart { display: block; width: 100%; height: 220px; margin-top: .5rem; touch-action: pan-y; }
+.chart text { font-size: 11.5px; fill: var(--quiet); }
+.chart .grid { stroke: var(--line); }
+.chart .cursor { fill: var(--text); opacity: .09; }
+.s0 { fill: var(--s0); background: var(--s0); }
+.s1 { fill: var(--s1); background: var(--s1); }
+.s2 { fill: var(--s2); background: var(--s2); }
+.s3 { fill: var(--s3); background: var(--s3); }
+.s4 { fill: var(--s4); background: var(--s4); }
+.s5 { fill: var(--s5); background: var(--s5); }
+.s6 { fill: var(--s6); background: var(--s6); }
+.log { height: min(65vh, 44rem); overflow-y: auto; list-style: none; padding: .5rem 0;
+  font: .83rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+.log li { padding: .12rem 1rem; }
+.log li:hover { background: var(--sunken); }
+.log span { margin-right: .8em; }
+.log .event { font-weight: 650; }
+/* dialogs */
+dialog { width: min(31rem, calc(100vw - 1.5rem)); max-height: calc(100vh - 2rem); color: inherit;
+  background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1.4rem;
+  box-shadow: 0 18px 60px rgb(0 0 0 / .3); }
+dialog::backdrop { background: rgb(10 14 20 / .5); }
+body:has(#gate[open]) :is(header, main) { visibility: hidden; }
+dialog h2 + p { margin-top: .5rem; }
+dialog .buttons { display: flex; flex-wrap: wrap; gap: .6rem; justify-content: flex-end;
+  margin-top: 1.3rem; }
+#toast { position: fixed; left: 50%; bottom: 1.2rem; transform: translateX(-50%); z-index: 8;
+  max-width: calc(100vw - 2rem); padding: .55rem 1.1rem; border-radius: 10px;
+  background: var(--text); color: var(--page); box-shadow: 0 6px 24px rgb(0 0 0 / .25); }
+#toast:empty { display: none; }
+/* widths */
+@media (min-width: 900px) {
+  .pair { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); }
+}
+@media (max-width: 760px) {
+  :root { --gap: .75rem; }
+  .card { padding: .8rem .9rem; }
+  .sheet { padding: 0; }
+  .card:not(.sheet) .table { margin: 0 -.9rem -.6rem; }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  table, thead, tbody, tr, td { display: block; }
+  tr { padding: .6rem .9rem; border-top: 1px solid var(--line); }
+  .sheet tr:first-child { border-top: 0; }
+  td, td.number, td:first-child, td:last-child { padding: .08rem 0; border: 0; text-align: left; }
+  td { display: grid; grid-template-columns: 6.6rem minmax(0, 1fr); gap: .5rem; }
+  td.number { white-space: normal; }
+  td::before { content: attr(data-label); color: var(--quiet); font-size: .87rem; }
+  td:first-child, td[data-label=""] { display: block; }
+  td:first-child { font-weight: 650; }
+  td:first-child::before, td[data-label=""]::before { content: none; }
+  td .row { flex-wrap: wrap; justify-content: flex-start; margin-top: .4rem; }
+  td .badge { justify-self: start; }
+  td:empty { display: none; }
+  .gauge.small { min-width: 0; }
+  .log.card { padding: .4rem 0; }
+  .tabs a { padding: .55rem .6rem; }
+  #filters label { display: grid; grid-template-columns: 5rem minmax(0, 1fr); width: 100%; }
+  .chart { height: 180px; }
+}
+@media (prefers-reduced-motion: no-preference) {
+  .track i { transition: width .4s; }
+}
+</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to content</a>
+<header>
+  <div class="bar"><div class="wide row">
+    <h1 class="brand">OCP</h1>
+    <span id="state" class="pill">Connecting</span>
+    <span id="version" class="quiet"></span>
+    <span class="push quiet hint" id="link"></span>
+    <button type="button" class="light" id="forget-key" hidden>Forget key</button>
+  </div></div>
+  <nav class="tabs" aria-label="Views"><div class="wide" id="tabs"></div></nav>
+</header>
+<main id="main" class="wide" tabindex="-1">
+  <div id="notices" role="status"></div>
+
+  <section id="view-overview" aria-labelledby="title-overview">
+    <h2 id="title-overview" class="aside" tabindex="-1">Overview</h2>
+    <dl class="tiles" id="now"></dl>
+    <div class="pair">
+      <div class="card"><h3>Plan</h3><div id="plan"></div></div>
+      <div class="card"><h3>Server</h3><dl class="facts" id="facts"></dl></div>
+    </div>
+    <div class="card"><h3>Running and queued</h3><div id="running"></div></div>
+    <div class="card">
+      <div class="row"><h3 class="grow">Usage</h3><div class="row push" id="choices"></div></div>
+      <dl class="tiles flat" id="totals"></dl>
+      <svg class="chart" id="chart" tabindex="0" role="slider"></svg>
+      <p class="hint" id="readout"></p>
+      <div id="shares"></div>
+    </div>
+  </section>
+
+  <section id="view-requests" aria-labelledby="title-requests" hidden>
+    <h2 id="title-requests" tabindex="-1">Recent requests</h2>
+    <div class="row" id="filters"></div>
+    <p class="hint" id="requests-hint"></p>
+    <div class="card sheet" id="requests"></div>
+    <div><button type="button" id="more" hidden>Show more</button></div>
+  </section>
+
+  <section id="view-keys" aria-labelledby="title-keys" hidden>
+    <div class="row">
+      <h2 id="title-keys" tabindex="-1">Keys</h2>
+      <label class="push hint"><input type="checkbox" id="show-revoked"> Show revoked keys</label>
+      <button type="button" class="primary" id="create-key">Create a key</button>
+    </div>
+    <p class="hint" id="keys-hint"></p>
+    <div class="card sheet" id="keys"></div>
+  </section>
+
+  <section id="view-sessions" aria-labelledby="title-sessions" hidden>
+    <div class="row">
+      <h2 id="title-sessions" tabindex="-1">Sessions</h2>
+      <button type="button" class="push" id="clear-sessions">Clear all sessions</button>
+    </div>
+    <p class="hint">Conversations that the server remembers for clients that send a session_id.
+      Only their sizes are shown here, never what was said.</p>
+    <div class="card sheet" id="sessions"></div>
+  </section>
+
+  <section id="view-settings" aria-labelledby="title-settings" hidden>
+    <h2 id="title-settings" tabindex="-1">Settings</h2>
+    <p class="hint">What can be changed while the server runs. A change is stored, and wins over
+      the environment until it is reset.</p>
+    <div class="card sheet" id="settings"></div>
+  </section>
+
+  <section id="view-log" aria-labelledby="title-log" hidden>
+    <div class="row">
+      <h2 id="title-log" tabindex="-1">Live log</h2>
+      <label class="push">Level <select id="log-level"></select></label>
+      <button type="button" id="log-pause" aria-pressed="false">Pause</button>
+    </div>
+    <p class="hint" id="log-count"></p>
+    <ol class="log card" id="log" role="log" aria-live="off" aria-label="Log" tabindex="0"></ol>
+  </section>
+</main>
+<div id="toast" role="status"></div>
+
+<dialog id="gate" aria-labelledby="gate-title">
+  <form id="gate-form" novalidate>
+    <h2 id="gate-title">OCP dashboard</h2>
+    <p id="gate-text"></p>
+    <div class="field" id="gate-field">
+      <label for="gate-key">Admin key</label>
+      <input id="gate-key" type="password" autocomplete="off" aria-describedby="gate-hint">
+      <span class="hint" id="gate-hint">It is OCP_ADMIN_KEY of the server, or what is in
+        <code>~/.ocp/admin-key</code> there. This tab forgets it when it is closed.</span>
+    </div>
+    <p class="error" id="gate-error" role="alert"></p>
+    <div class="buttons"><button class="primary" id="gate-submit">Open</button></div>
+  </form>
+</dialog>
+<dialog id="asking" aria-labelledby="asking-title" aria-describedby="asking-text">
+  <form id="asking-form" novalidate>
+    <h2 id="asking-title"></h2>
+    <p id="asking-text" class="quiet"></p>
+    <div id="asking-fields"></div>
+    <p class="error" id="asking-error" role="alert"></p>
+    <div class="buttons">
+      <button type="button" id="asking-cancel">Cancel</button>
+      <button id="asking-submit"></button>
+    </div>
+  </form>
+</dialog>
+<dialog id="secret" aria-labelledby="secret-title" aria-describedby="secret-text">
+  <h2 id="secret-title"></h2>
+  <p id="secret-text">This is shown once, and nobody can look it up later: store it now.</p>
+  <div class="field">
+    <label for="secret-value">Secret</label>
+    <input id="secret-value" class="code" readonly autocomplete="off" spellcheck="false">
+    <span class="hint">Clients use it with the base address <code id="secret-address"></code></span>
+  </div>
+  <div class="buttons">
+    <button type="button" id="secret-copy">Copy</button>
+    <button type="button" class="primary" id="secret-done">I have stored it</button>
+  </div>
+</dialog>
+<script>
+"use strict";
+
+// ---- Elements: made and changed in place, so that focus, scroll and selection stay ----
+
+const byId = (id) => document.getElementById(id);
+const SVG = byId("chart").namespaceURI;
+
+const SVG_TAGS = ["line", "rect", "text"];
+
+/** A new element. An attribute that is a function is a listener; null and false leave it out. */
+function make(tag, attributes = {}, ...children) {
+  const element = SVG_TAGS.includes(tag) ? document.createElementNS(SVG, tag) :
+    document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name, value);
+    else if (value !== null && value !== false) element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** Makes the content anew, but only when what it is made of has changed. */
+function remake(element, uses, build) {
+  const signature = JSON.stringify(uses);
+  if (element.signature === signature) return;
+  element.signature = signature;
+  element.replaceChildren(...build());
+}
+
+/** One child for each item, in their order; a child stays with the key of its item. */
+function syncChildren(parent, items, keyOf, create, update = () => {}) {
+  const keys = items.map((item) => String(keyOf(item)));
+  const wanted = new Set(keys);
+  for (const child of [...parent.children]) if (!wanted.has(child.dataset.key)) child.remove();
+  const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  items.forEach((item, index) => {
+    const child = known.get(keys[index]) || create(item);
+    child.dataset.key = keys[index];
+    if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index]);
+    update(child, item);
+  });
+}
+
+const button = (text, click, kind = "light") => make("button", {type: "button", class: kind, click},
+  text);
+
+// ---- Words for numbers and times ----
+
+const UNKNOWN = "\u2013";
+const whole = new Intl.NumberFormat("en").format;
+const compact = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1}).format;
+const counted = (number, word) => `${whole(number)} ${word}${number === 1 ? "" : "s"}`;
+const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
+const allTokens = (row) => promptTokens(row) + row.output_tokens;
+const promptTokens = (row) => row.input_tokens + row.cache_read_tokens + row.cache_write_tokens;
+
+function share(part, of) {
+  if (!of) return UNKNOWN;
+  const percent = 100 * part / of;
+  return `${percent > 0 && percent < 10 ? percent.toFixed(1) : Math.round(percent)} %`;
+}
+
+const SPANS = [[86400e3, "d", 3600e3, "h"], [3600e3, "h", 60e3, "min"], [60e3, "min", 1e3, "s"]];
+
+function span(ms) {
+  if (ms === null || ms === undefined) return UNKNOWN;
+  if (ms < 1000) return `${Math.round(ms)} ms`;
+  if (ms < 59950) return `${(ms / 1000).toFixed(ms % 1000 ? 1 : 0)} s`;
+  const [large, largeUnit, small, smallUnit] = SPANS.find(([least]) => ms >= least) || SPANS[2];
+  const rest = Math.floor(ms % large / small);
+  return `${Math.floor(ms / large)} ${largeUnit}${rest ? ` ${rest} ${smallUnit}` : ""}`;
+}
+
+function size(bytes) {
+  const power = bytes < 1024 ? 0 : Math.min(3, Math.floor(Math.log2(bytes) / 10));
+  const number = bytes / 1024 ** power;
+  return `${number < 10 && power ? number.toFixed(1) : Math.round(number)} ` +
+    ["bytes", "KiB", "MiB", "GiB"][power];
+}
+
+const shown = (options) => (time) => time ? new Date(time).toLocaleString("en-GB", options) :
+  "never";
+const clock = shown({hour: "2-digit", minute: "2-digit", second: "2-digit"});
+const minute = shown({weekday: "short", hour: "2-digit", minute: "2-digit"});
+const moment = shown({day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"});
+const second = shown({day: "numeric", month: "short", hour: "2-digit", minute: "2-digit",
+  second: "2-digit"});
+const date = shown({day: "numeric", month: "short", year: "numeric"});
+const until = (time) => span(Math.max(0, Math.floor((Date.parse(time) - Date.now()) / 60e3)) *
+  60e3);
+
+// ---- What is known ----
+
+const KEY_PLACE = "ocp-admin-key";
+const store = {
+  adminKey: sessionStorage.getItem(KEY_PLACE) || "",
+  view: "overview",
+  /** The last `state` event, and the version of the first. */
+  live: null,
+  firstVersion: null,
+  /** Of each source: its last answer, when it came, what went wrong, whether it is out of date. */
+  sources: {},
+  link: {status: "connecting", delayMs: 1000, retryAt: 0, heardAt: 0, abort: null},
+  log: {entries: [], count: 0, frozen: null, isFirst: true},
+  choice: {measure: "requests", split: "key_name", range: "day"},
+  /** How many rows of recent requests are shown. */
+  shownMost: 50,
+  filter: {key_name: "", model: "", outcome: ""},
+};
+const answerOf = (source) => store.sources[source]?.answer;
+
+// ---- Talking to the server ----
+
+class Refused extends Error {
+  constructor(status, message, field) {
+    super(message);
+    Object.assign(this, {status, field});
+  }
+  get wantsKey() { return this.status === 401 || this.status === 403; }
+}
+
+async function asked(method, path, body, signal) {
+  const headers = store.adminKey ? {Authorization: `Bearer ${store.adminKey}`} : {};
+  if (body) headers["Content-Type"] = "application/json";
+  const options = {method, headers, body: JSON.stringify(body), signal, cache: "no-store"};
+  const response = await fetch(path, options).catch((problem) => {
+    throw new Refused(0, signal?.aborted ? "" : `The server does not answer (${problem.message}).`);
+  });
+  if (response.ok) return response;
+  const answer = await response.json().catch(() => ({}));
+  const message = answer.error?.message || answer.errors?.join(" ") || `HTTP ${response.status}`;
+  throw new Refused(response.status, message, answer.error?.param);
+}
+
+const ask = async (method, path, body) => (await asked(method, path, body)).json();
+
+/** What views are made of besides the events; asked for while one of their views is open. */
+const SOURCES = {
+  usage: {what: "the usage", everyMs: 300e3, path: () =>
+    `/api/usage?all=true&limit=300&since=${bucketTimes()[0] / 1000}`},
+  plan: {what: "the plan", everyMs: 300e3, path: () => "/usage"},
+  keys: {what: "the keys", everyMs: 60e3, path: () => "/api/keys"},
+  sessions: {what: "the sessions", everyMs: 60e3, path: () => "/sessions"},
+  settings: {what: "the settings", everyMs: 60e3, path: () => "/settings"},
+};
+const LEAST_PAUSE_MS = 2000;
+
+async function load(name) {
+  const path = SOURCES[name].path();
+  const source = store.sources[name] ||= {};
+  Object.assign(source, {path, isLoading: true, isOld: false, at: Date.now()});
+  try {
+    const answer = await ask("GET", path);
+    if (source.path === path) Object.assign(source, {answer, problem: null});
+  } catch (problem) {
+    if (problem.wantsKey) lock(problem);
+    else if (source.path === path) source.problem = problem.message;
+  }
+  if (source.path === path) source.isLoading = false;
+  render();
+}
+
+function isDue(name) {
+  const source = store.sources[name];
+  if (!source || source.path !== SOURCES[name].path()) return true;
+  const age = Date.now() - source.at;
+  return !source.isLoading && age > (source.isOld ? LEAST_PAUSE_MS : SOURCES[name].everyMs);
+}
+
+function loadDue() {
+  if (store.link.status !== "live") return;
+  VIEWS[store.view].sources.filter(isDue).forEach(load);
+}
+
+function allOld() {
+  for (const source of Object.values(store.sources)) source.isOld = true;
+}
+
+// ---- Events: a stream that comes back by itself ----
+
+const LONGEST_DELAY_MS = 30e3;
+/** The server says something every 15 seconds. */
+const LONGEST_SILENCE_MS = 40e3;
+
+async function follow() {
+  const link = store.link;
+  const abort = new AbortController();
+  link.abort?.abort();
+  // A lost connection is lost until it is back: else what is said about it would come and go.
+  const status = link.status === "lost" ? "lost" : "connecting";
+  Object.assign(link, {abort, status, heardAt: Date.now()});
+  render();
+  try {
+    const response = await asked("GET", "/api/events", undefined, abort.signal);
+    unlock();
+    await readEvents(response.body);
+    throw new Refused(0, "The server has closed the connection.");
+  } catch (problem) {
+    if (link.abort !== abort) return;
+    if (problem.wantsKey) lock(problem);
+    else retryLater(problem);
+  }
+}
+
+function retryLater(problem) {
+  const link = store.link;
+  setText(byId("gate-error"), problem.message);
+  Object.assign(link, {abort: null, status: "lost", retryAt: Date.now() + link.delayMs});
+  link.delayMs = Math.min(2 * link.delayMs, LONGEST_DELAY_MS);
+  render();
+}
+
+async function readEvents(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  store.log.isFirst = true;
+  for (let text = "";;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    store.link.heardAt = Date.now();
+    const frames = (text + value).split("\n\n");
+    text = frames.pop();
+    frames.forEach(takeFrame);
+  }
+}
+
+function takeFrame(frame) {
+  const field = (name) => frame.split("\n").find((line) => line.startsWith(`${name}: `))
+    ?.slice(name.length + 2);
+  const taker = {state: takeState, log: takeLog}[field("event")];
+  if (taker) taker(JSON.parse(field("data")));
+  render();
+}
+
+function takeState(live) {
+  if (store.link.status !== "live" || live.finished !== store.live?.finished) allOld();
+  Object.assign(store.link, {status: "live", delayMs: 1000});
+  store.firstVersion ||= live.health.version;
+  store.live = live;
+  loadDue();
+}
+
+function takeLog({entries}) {
+  const log = store.log;
+  // A new connection tells the whole log again.
+  const known = log.isFirst ? [] : log.entries;
+  const added = entries.map((entry) => ({...entry, number: log.count++}));
+  Object.assign(log, {isFirst: false, entries: [...known, ...added].slice(-LOG_MOST)});
+}
+
+function pauseOrResume() {
+  if (store.link.status === "locked") return;
+  if (document.hidden) hangUp("paused");
+  else follow();
+}
+
+/** Ends the stream on purpose. */
+function hangUp(status) {
+  const {abort} = store.link;
+  Object.assign(store.link, {status, abort: null, delayMs: 1000});
+  abort?.abort();
+  render();
+}
+
+/** Once a second. */
+function tick() {
+  const {link} = store;
+  if (document.hidden || link.status === "locked") return;
+  const dueAt = link.abort ? link.heardAt + LONGEST_SILENCE_MS : link.retryAt;
+  if (Date.now() >= dueAt) follow();
+  loadDue();
+  render();
+}
+
+// ---- The admin key ----
+
+const localOnly = (port) => "This server runs in mode none, where its dashboard is for the " +
+  "machine itself only. Open this page there, or bring it here through SSH with " +
+  `ssh -L ${port}:127.0.0.1:${port} ${location.hostname}, then open 127.0.0.1:${port}/dashboard. ` +
+  "Or start the server with CLAUDE_AUTH_MODE=multi: then there is an admin key.";
+
+/** Asks for the key: the server has refused the one that there is, or there is none. */
+async function lock(refused) {
+  const gate = byId("gate");
+  if (store.link.status === "locked") return;
+  hangUp("locked");
+  const health = await ask("GET", "/health").catch(() => ({}));
+  const isLocalOnly = health.authMode === "none";
+  setText(byId("gate-text"), isLocalOnly ? localOnly(location.port || "80") :
+    "This server shows its state to its operator.");
+  setText(byId("gate-submit"), isLocalOnly ? "Try again" : "Open");
+  byId("gate-field").hidden = isLocalOnly;
+  const isNews = !isLocalOnly && (store.adminKey || refused.status === 403);
+  setText(byId("gate-error"), !isNews ? "" : !store.adminKey ? refused.message :
+    `The server does not accept this key. ${refused.message}`);
+  if (!gate.open) gate.showModal();
+  byId("gate-key").select();
+}
+
+/** The server has let us in. */
+function unlock() {
+  if (store.adminKey) sessionStorage.setItem(KEY_PLACE, store.adminKey);
+  byId("gate-key").value = "";
+  if (byId("gate").open) byId("gate").close("in");
+}
+
+function takeKey(submit) {
+  submit.preventDefault();
+  const key = byId("gate-key").value.trim();
+  if (/[^\x21-\x7e]/.test(key)) {
+    setText(byId("gate-error"), "A key has no spaces and no letters beyond ASCII.");
+    return;
+  }
+  store.adminKey = key || store.adminKey;
+  follow();
+}
+
+/** Browsers close a dialog at a second Escape whatever a page says. */
+function keepGate() {
+  if (byId("gate").returnValue !== "in") byId("gate").showModal();
+  byId("gate").returnValue = "";
+}
+
+function forgetKey() {
+  sessionStorage.removeItem(KEY_PLACE);
+  location.reload();
+}
+
+// ---- Dialogs ----
+
+/**
+ * Asks for fields and a confirmation. `send` gets the texts by their names and asks the server;
+ * what goes wrong is shown in the dialog, which stays open. `done` gets the answer, and returns
+ * what is to be said about it.
+ */
+function openDialog({title, text = "", fields = [], submit, isDanger = false, send, done}) {
+  setText(byId("asking-title"), title);
+  setText(byId("asking-text"), text);
+  setText(byId("asking-error"), "");
+  setText(byId("asking-submit"), submit);
+  byId("asking-submit").className = isDanger ? "danger" : "primary";
+  byId("asking-fields").replaceChildren(...fields.map(makeField));
+  byId("asking-form").onsubmit = (event) => {
+    event.preventDefault();
+    sendDialog(fields, send, done);
+  };
+  byId("asking").showModal();
+  (byId("asking-fields").querySelector("input, select") || byId("asking-cancel")).focus();
+}
+
+function makeField({name, label, hint, value = "", options}) {
+  const attributes = {id: `field-${name}`, name, "aria-describedby": `hint-${name}`};
+  const input = options ? make("select", attributes, ...options.map((each) => make("option", {},
+    each))) : make("input", {...attributes, autocomplete: "off", spellcheck: "false"});
+  input.value = value;
+  return make("div", {class: "field"}, make("label", {for: input.id}, label), input,
+    make("span", {class: "hint", id: `hint-${name}`}, hint));
+}
+
+async function sendDialog(fields, send, done) {
+  const dialog = byId("asking");
+  if (dialog.dataset.busy) return;
+  dialog.dataset.busy = "yes";
+  setText(byId("asking-error"), "");
+  const texts = fields.map(({name}) => [name, byId(`field-${name}`).value.trim()]);
+  try {
+    const answer = await send(Object.fromEntries(texts));
+    dialog.close();
+    toast(done(answer) || "");
+    allOld();
+    loadSoon();
+  } catch (problem) {
+    setText(byId("asking-error"), problem.message);
+    byId(`field-${problem.field?.split(".").pop()}`)?.focus();
+    if (problem.status === 401) lock(problem);
+  } finally {
+    delete dialog.dataset.busy;
+  }
+}
+
+const loadSoon = () => VIEWS[store.view].sources.forEach(load);
+
+function toast(text) {
+  setText(byId("toast"), text);
+  clearTimeout(toast.timer);
+  toast.timer = setTimeout(() => setText(byId("toast"), ""), 6000);
+}
+
+function showSecret({name, key}) {
+  setText(byId("secret-title"), `The secret of ${name}`);
+  setText(byId("secret-address"), `${location.origin}/v1`);
+  byId("secret-value").value = key;
+  byId("secret").showModal();
+  byId("secret-copy").focus();
+}
+
+async function copySecret() {
+  byId("secret-value").select();
+  // Without https, and not on the machine itself, there is no clipboard.
+  const copied = navigator.clipboard ? await navigator.clipboard.writeText(
+    byId("secret-value").value).then(() => true, () => false) : document.execCommand("copy");
+  setText(byId("secret-copy"), copied ? "Copied" : "Select and copy it by hand");
+}
+
+function clearSecret() {
+  byId("secret-value").value = "";
+  setText(byId("secret-copy"), "Copy");
+}
+
+// ---- Tables ----
+// A column has a title and either `text(item)`, or `build(item)` that makes children out of
+// what `uses(item)` returns, and is called again only when that has changed.
+
+function showTable(place, caption, columns, items, keyOf, empty) {
+  remake(place, caption, () => [
+    make("div", {class: "table"}, makeTable(caption, columns)), make("p", {class: "empty"})]);
+  const [frame, note] = place.children;
+  frame.hidden = !items?.length;
+  note.hidden = Boolean(items?.length);
+  setText(note, items ? empty : "Loading\u2026");
+  syncChildren(frame.querySelector("tbody"), items || [], keyOf, () => makeRow(columns),
+    (row, item) => columns.forEach((column, index) => showCell(row.children[index], column, item)));
+}
+
+/** With roles, because a table loses its own where narrow pages lay it out as blocks. */
+function makeTable(caption, columns) {
+  const heads = columns.map(({title, isNumber}) => make("th", {
+    role: "columnheader", scope: "col", class: isNumber ? "number" : null}, title));
+  return make("table", {role: "table"}, make("caption", {class: "aside"}, caption),
+    make("thead", {role: "rowgroup"}, make("tr", {role: "row"}, ...heads)),
+    make("tbody", {role: "rowgroup"}));
+}
+
+function makeRow(columns) {
+  return make("tr", {role: "row"}, ...columns.map(({title, isNumber}) => make("td", {
+    role: "cell", "data-label": title, class: isNumber ? "number" : null})));
+}
+
+function showCell(cell, {text, uses, build}, item) {
+  if (build) remake(cell, uses(item), () => build(item));
+  else setText(cell, String(text(item)));
+}
+
+const badge = (text, kind) => make("span", {class: `badge ${kind}`}, text);
+const quiet = (...children) => make("div", {class: "hint"}, ...children);
+const two = (above, below) => make("div", {}, make("div", {}, above), quiet(below));
+
+// ---- Header and notices ----
+
+const STATES = {ok: ["Running", "good"], degraded: ["Needs attention", "warn"],
+  draining: ["Stopping", "warn"]};
+const LINKS = {
+  connecting: () => "Connecting\u2026",
+  live: () => "Live",
+  paused: () => "Paused",
+  locked: () => "Locked",
+  lost: ({abort, retryAt}) => `Disconnected, trying ${abort ? "now" : `again in ${span(1000 *
+    Math.max(1, Math.ceil((retryAt - Date.now()) / 1000)))}`}`,
+};
+
+function renderHeader() {
+  const {live, link} = store;
+  const [word, kind] = link.status === "lost" ? ["Not reachable", "bad"] :
+    live ? STATES[live.health.status] : ["Connecting", ""];
+  setText(byId("state"), word);
+  byId("state").className = `pill ${kind}`;
+  const label = live?.health.instanceName;
+  setText(byId("version"), live ? `${label ? `${label}, ` : ""}${live.health.version}` : "");
+  setText(byId("link"), LINKS[link.status](link));
+  byId("forget-key").hidden = !store.adminKey;
+  syncChildren(byId("notices"), notices(), ({text}) => text, makeNotice);
+}
+
+/** What the operator should know or do, whatever they look at. */
+function notices() {
+  const {live, link, firstVersion} = store;
+  const found = VIEWS[store.view].sources.filter((name) => store.sources[name]?.problem).map(
+    (name) => ({text: `Could not load ${SOURCES[name].what}: ${store.sources[name].problem}`,
+      act: "Try again", click: () => load(name)}));
+  if (link.status === "lost") found.push({act: "Try now", click: follow, text:
+    "No connection to the server: what you see may be out of date. Is it running?"});
+  if (live?.health.fix) found.push({text: live.health.fix});
+  if (live?.health.demo) found.push({text: "This is the demo: its answers are canned."});
+  if (live && live.health.version !== firstVersion) found.push({act: "Reload", click: () =>
+    location.reload(), text: `The server is version ${live.health.version} now.`});
+  return found;
+}
+
+const makeNotice = ({text, act, click}) => make("div", {class: "notice"}, make("span", {}, text),
+  ...(act ? [button(act, click)] : []));
+
+// ---- Overview ----
+
+/** Tiles: label, figure, unit, and a note below. */
+const NOW = [
+  ["Running", ({health}) => [whole(health.concurrency.inflight),
+    `of ${health.concurrency.maxConcurrent} answers`, `${health.stats.totalRequests ?
+      `${counted(health.stats.totalRequests, "request")} since the start` : "no request yet"}`]],
+  ["Queued", ({health}) => [whole(health.concurrency.queued),
+    `of ${health.concurrency.maxQueue} places`,
+    `${counted(health.concurrency.queueRejections, "request")} turned away`]],
+  ["Warm processes", ({health}) => [whole(sum(Object.values(health.spares))), "ready",
+    Object.entries(health.spares).filter(([, number]) => number).map(
+      ([model, number]) => `${number} ${model}`).join(", ") || "the next answer starts slower"]],
+  ["Parked processes", ({health}) => [whole(health.parked), "waiting",
+    "each with its conversation"]],
+];
+
+const TOTALS = [
+  ["Requests", (all) => [whole(all.requests), "", all.abandoned ?
+    `${whole(all.abandoned)} left by their clients` : "in this span"]],
+  ["Tokens", (all) => [compact(allTokens(all)), "", `${compact(promptTokens(all))} read, ` +
+    `${compact(all.output_tokens)} written`]],
+  ["Failed", (all) => [share(all.errors, all.requests), "", counted(all.errors, "request")]],
+  ["First token", (all) => [span(all.avg_first_token_ms), "", "on average"]],
+  ["Whole answer", (all) => [span(all.avg_elapsed_ms), "", "on average"]],
+  ["Cache hits", (all) => [share(all.cached, all.requests), "",
+    `${counted(all.cached, "answer")} given again`]],
+  ["Prompt cache", (all) => [share(all.cache_read_tokens, promptTokens(all)), "",
+    "of prompt tokens"]],
+];
+
+function showTiles(place, tiles, from, kind) {
+  syncChildren(place, tiles, ([label]) => label, ([label]) => make("div", {class: `tile ${kind}`},
+    make("dt", {}, label), make("dd", {class: "figure"}), make("dd", {class: "note"})),
+  (tile, [, values]) => {
+    const [figure, unit, note] = from ? values(from) : [UNKNOWN, "", ""];
+    remake(tile.children[1], [figure, unit], () => [figure, make("small", {}, unit)]);
+    setText(tile.children[2], note);
+  });
+}
+
+const LOGINS = new Map([[true, "works"], [false, "refused: see above"],
+  [null, "not known yet, the first answer tells"]]);
+const ACCESS = {none: "mode none: whoever can connect", shared: "mode shared: one key for all",
+  multi: "mode multi: a key for each device"};
+
+const FACTS = [
+  ["Login", ({health}) => LOGINS.get(health.auth.ok) +
+    (health.auth.ok ? `, seen ${moment(health.auth.okAt)}` : "")],
+  ["Claude", ({health}) => health.claudeVersion ? `version ${health.claudeVersion}` : "not found"],
+  ["Subscription", ({plan}) => plan.subscription || "not known"],
+  ["Access", ({health}) => ACCESS[health.authMode] + (health.tls ? ", https" : "")],
+  ["Up for", (live) => `${span(Math.max(60e3, Date.now() - Date.parse(live.startedAt)))}, ` +
+    `since ${moment(live.startedAt)}`],
+  ["Since then", ({health}) => `${counted(health.stats.errors, "error")}, ` +
+    counted(health.stats.timeouts, "time-out")],
+  ["Connections", (live) => `${live.connections} open`],
+  ["Answer cache", ({cache}) => cache.entries || cache.hits + cache.misses ?
+    `${counted(cache.entries, "answer")}, ${size(cache.sizeBytes)}; ${cache.hits} of ` +
+    `${counted(cache.hits + cache.misses, "look-up")} hit, ${cache.shared} shared` : "not in use"],
+];
+
+function showFacts(live) {
+  syncChildren(byId("facts"), FACTS.flatMap(([label, text]) => [["dt", label, () => label],
+    ["dd", label, text]]), ([tag, label]) => tag + label, ([tag]) => make(tag),
+  (element, [, , text]) => setText(element, live ? text(live) : UNKNOWN));
+}
+
+/** Where the value is of its limit, in colour too; `passed` marks how much of its time is over. */
+function makeGauge({label, percent, text, foot, kind = "", passed = null}) {
+  const level = percent >= 80 ? "bad" : percent >= 50 ? "warn" : "";
+  const bar = make("i", {class: level});
+  bar.hidden = !percent;
+  bar.style.width = `${Math.min(100, percent)}%`;
+  const mark = make("b", {title: "How much of this window has passed"});
+  mark.style.left = `${100 * passed}%`;
+  return make("div", {class: `gauge ${kind}`},
+    make("div", {class: "ends"}, make("span", {}, label), make("strong", {class: level}, text)),
+    make("div", {class: "track", role: "meter", "aria-label": label, "aria-valuemin": 0,
+      "aria-valuemax": 100, "aria-valuenow": Math.min(100, Math.round(percent)),
+      "aria-valuetext": text}, bar, ...(passed === null ? [] : [mark])),
+    make("div", {class: "hint"}, foot));
+}
+
+function showPlan(plan) {
+  const weekly = plan ? Object.entries(plan.weeklyLimits) : [];
+  const windows = !plan ? [] : [["5-hour session", plan.currentSession, 5 * 3600e3],
+    ...weekly.map(([name, window]) => [name === "allModels" ? "7 days, all models" :
+      `7 days, ${name}`, window, 7 * 86400e3])];
+  remake(byId("plan"), windows.map(([, {utilization, resetsAt, observedAt}]) =>
+    [utilization, resetsAt && until(resetsAt), observedAt]), () => windows.map(makeWindow));
+}
+
+function makeWindow([label, {utilization, resetsAt, observedAt}, lengthMs]) {
+  if (utilization === null) return makeGauge({label, percent: 0, text: "not known yet", foot:
+    resetsAt ? `Resets in ${until(resetsAt)} (${minute(resetsAt)}).` :
+      "Claude tells it with an answer: send a request."});
+  const percent = 100 * utilization;
+  const leftMs = resetsAt ? Date.parse(resetsAt) - Date.now() : null;
+  return makeGauge({label, percent, text: `${Math.round(percent)} % used`,
+    passed: leftMs === null ? null : Math.max(0, 1 - leftMs / lengthMs), foot:
+      `${resetsAt ? `Resets in ${until(resetsAt)} (${minute(resetsAt)}). ` : ""}` +
+      `Told at ${clock(observedAt)}.`});
+}
+
+const NO_REQUEST = `No request in this span. Clients use the address ${location.origin}/v1.`;
+
+const RUNNING = [
+  {title: "Key", text: (turn) => turn.key_name},
+  {title: "Model", text: (turn) => turn.model},
+  {title: "State", text: (turn) => turn.state === "queued" && turn.first_token_ms === null ?
+    "waiting for its turn" : `answering${turn.path ? ` (${turn.path})` : ""}`},
+  {title: "First token", isNumber: true, text: (turn) => turn.first_token_ms === null ?
+    "not yet" : `after ${span(turn.first_token_ms)}`},
+  {title: "So far", isNumber: true, text: (turn) => span(turn.elapsed_ms)},
+  {title: "Written", isNumber: true, text: (turn) => counted(turn.response_chars, "character")},
+];
+
+const SHARES = [
+  {title: "Name", uses: (row) => [row.name, row.colour], build: (row) => [make("div", {},
+    make("span", {class: `swatch s${row.colour}`}), row.name)]},
+  {title: "Requests", isNumber: true, text: (row) => whole(row.requests)},
+  {title: "Failed", isNumber: true, text: (row) => share(row.errors, row.requests)},
+  {title: "Tokens read", isNumber: true, text: (row) => compact(promptTokens(row))},
+  {title: "Tokens written", isNumber: true, text: (row) => compact(row.output_tokens)},
+  {title: "First token", isNumber: true, text: (row) => span(row.avg_first_token_ms)},
+  {title: "Whole answer", isNumber: true, text: (row) => span(row.avg_elapsed_ms)},
+];
+
+function renderOverview() {
+  const {live, choice} = store;
+  const usage = answerOf("usage");
+  showTiles(byId("now"), NOW, live, "card");
+  showTiles(byId("totals"), TOTALS, usage?.totals, "");
+  showPlan(live?.plan);
+  showFacts(live);
+  showTable(byId("running"), "Running and queued requests", RUNNING, live?.running,
+    (turn) => turn.request_id, "Nothing is running. A request shows here while it is answered.");
+  const chart = usage && chartData(usage);
+  if (chart) showChart(chart);
+  const rows = usage?.[choice.split === "model" ? "byModel" : "byKey"].map((row) => ({...row,
+    name: row[choice.split], colour: chart.colourOf(row[choice.split])}));
+  rows?.sort((one, other) => one.colour - other.colour || other.requests - one.requests);
+  showTable(byId("shares"), "Usage by name", SHARES, rows, (row) => row.name, NO_REQUEST);
+}
+
+// ---- The chart ----
+
+const COLOURS = 6;
+const CHOICES = {
+  measure: {legend: "What is counted", options: {requests: "Requests", tokens: "Tokens"}},
+  split: {legend: "Split by", options: {key_name: "By key", model: "By model"}},
+  range: {legend: "Span", options: {day: "24 hours", week: "7 days", month: "30 days"}},
+};
+const RANGES = {day: {count: 24, by: "hour"}, week: {count: 7, by: "day"},
+  month: {count: 30, by: "day"}};
+const MEASURES = {requests: (row) => row.requests, tokens: allTokens};
+const BUCKETS = {
+  hour: {begin: (time) => time - time % 3600e3, step: (time, number) => time + number * 3600e3,
+    label: shown({hour: "2-digit", minute: "2-digit"}), name: minute},
+  day: {begin: (time) => new Date(time).setHours(0, 0, 0, 0),
+    step: (time, number) => new Date(time).setDate(new Date(time).getDate() + number),
+    label: shown({day: "numeric", month: "short"}), name: shown({weekday: "short",
+      day: "numeric", month: "short"})},
+};
+
+/** When each bar of the chosen span begins, oldest first. */
+function bucketTimes() {
+  const {count, by} = RANGES[store.choice.range];
+  const {begin, step} = BUCKETS[by];
+  return Array.from({length: count}, (_, index) => step(begin(Date.now()), index - count + 1));
+}
+
+/** Bars of parts; the names with the most get a colour each, the others share the last one. */
+function chartData(usage) {
+  const {split, measure, range} = store.choice;
+  const {begin} = BUCKETS[RANGES[range].by];
+  const totals = new Map();
+  for (const row of usage.series) {
+    totals.set(row[split], (totals.get(row[split]) || 0) + MEASURES[measure](row));
+  }
+  const names = [...totals.keys()].sort((one, other) => totals.get(other) - totals.get(one));
+  const colourOf = (name) => {
+    const place = names.indexOf(name);
+    return place < 0 ? COLOURS : Math.min(place, COLOURS);
+  };
+  const bars = new Map(bucketTimes().map((time) => [time, new Array(COLOURS + 1).fill(0)]));
+  for (const row of usage.series) {
+    const parts = bars.get(begin(Date.parse(`${row.hour}Z`)));
+    if (parts) parts[colourOf(row[split])] += MEASURES[measure](row);
+  }
+  return {names, colourOf, bars: [...bars].map(([time, parts]) => ({time, parts}))};
+}
+
+const MARGIN = {left: 44, right: 8, top: 10, bottom: 22};
+const cursor = {index: null};
+
+function showChart(chart) {
+  const svg = byId("chart");
+  svg.toggleAttribute("hidden", !chart.names.length);
+  byId("readout").hidden = !chart.names.length;
+  const {width, height} = svg.getBoundingClientRect();
+  if (!width) return;
+  const {measure, split, range} = store.choice;
+  const words = [CHOICES.measure.options[measure], CHOICES.split.options[split].toLowerCase(),
+    CHOICES.range.options[range]];
+  cursor.chart = chart;
+  remake(svg, [chart.bars, chart.names, words, Math.round(width)], () =>
+    drawChart(chart, width, height));
+  svg.setAttribute("aria-label", `${words[0]} ${words[1]}, last ${words[2]}`);
+  svg.setAttribute("aria-valuemax", chart.bars.length - 1);
+  showCursor();
+}
+
+/** A round number that is not below the value, and at least 2, so that its half is round too. */
+function roundedUp(value) {
+  const least = Math.max(value, 2);
+  const power = 10 ** Math.floor(Math.log10(least));
+  return [1, 2, 4, 6, 8, 10].map((step) => step * power).find((limit) => limit >= least);
+}
+
+function drawChart({bars}, width, height) {
+  const {label} = BUCKETS[RANGES[store.choice.range].by];
+  const limit = roundedUp(Math.max(...bars.map(({parts}) => sum(parts))));
+  const floor = height - MARGIN.bottom;
+  const step = (width - MARGIN.left - MARGIN.right) / bars.length;
+  const y = (value) => floor - (floor - MARGIN.top) * value / limit;
+  const lines = [0, limit / 2, limit].flatMap((value) => [
+    make("line", {class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value),
+      y2: y(value)}),
+    make("text", {x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end"}, compact(value))]);
+  const every = Math.ceil(58 / step);
+  const columns = bars.flatMap(({time, parts}, index) => {
+    const x = MARGIN.left + index * step;
+    const isNamed = (bars.length - 1 - index) % every === 0;
+    return [...stacked(parts, x + step * .14, step * .72, y), ...(isNamed ? [make("text", {
+      x: Math.min(x + step / 2, width - 18), y: height - 5, "text-anchor": "middle"},
+    label(time))] : [])];
+  });
+  Object.assign(cursor, {step, floor});
+  return [...lines, ...columns, make("rect", {class: "cursor", width: step, height: floor, y: 0})];
+}
+
+function stacked(parts, x, width, y) {
+  let below = 0;
+  return parts.flatMap((part, colour) => {
+    const from = below;
+    below += part;
+    return part ? [make("rect", {class: `s${colour}`, x, width, y: y(below),
+      height: Math.max(1, y(from) - y(below)), rx: 1.5})] : [];
+  });
+}
+
+/** Reads out the bar that the pointer or the arrow keys are at. */
+function showCursor() {
+  const {chart, index, step} = cursor;
+  const mark = byId("chart").querySelector(".cursor");
+  if (!chart || !mark) return;
+  const at = index === null ? null : Math.min(index, chart.bars.length - 1);
+  mark.setAttribute("visibility", at === null ? "hidden" : "visible");
+  mark.setAttribute("x", MARGIN.left + (at || 0) * step);
+  const text = at === null ? "Point at a bar, or use the arrow keys, to read it." :
+    barWords(chart, chart.bars[at]);
+  byId("chart").setAttribute("aria-valuenow", at ?? chart.bars.length - 1);
+  byId("chart").setAttribute("aria-valuetext", text);
+  setText(byId("readout"), text);
+}
+
+function barWords({names}, {time, parts}) {
+  const {measure, range} = store.choice;
+  const {by} = RANGES[range];
+  const named = parts.map((part, colour) => [part, colour < COLOURS ? names[colour] : "others"]);
+  const words = named.filter(([part]) => part).map(([part, name]) => `${name} ${whole(part)}`);
+  return `${BUCKETS[by].name(time)}, one ${by}: ${whole(sum(parts))} ${measure}` +
+    (words.length ? ` (${words.join(", ")})` : "");
+}
+
+const KEY_STEPS = {ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, Home: -1e9, End: 1e9};
+
+function moveCursor(event) {
+  const last = (cursor.chart?.bars.length || 0) - 1;
+  if (!(event.key in KEY_STEPS) || last < 0) return;
+  event.preventDefault();
+  cursor.index = Math.max(0, Math.min(last, (cursor.index ?? last) + KEY_STEPS[event.key]));
+  showCursor();
+}
+
+function pointCursor(event) {
+  const place = (event.clientX - byId("chart").getBoundingClientRect().left - MARGIN.left);
+  const index = Math.floor(place / cursor.step);
+  cursor.index = index >= 0 && index < cursor.chart?.bars.length ? index : null;
+  showCursor();
+}
+
+// ---- Requests ----
+
+const OUTCOMES = {
+  ok: ["answered", (row) => row.success === 1],
+  failed: ["failed", (row) => !row.success && row.outcome !== "abandoned"],
+  abandoned: ["left by the client", (row) => row.outcome === "abandoned"],
+  cached: ["from the cache", (row) => row.path === "cached" || row.path === "shared"],
+};
+const outcomeKind = (row) => row.success ? "good" : row.outcome === "abandoned" ? "warn" : "bad";
+
+const REQUESTS = [
+  {title: "Request", uses: (row) => row.request_id, build: (row) => [two(second(row.at),
+    make("code", {}, row.request_id))]},
+  {title: "Key and model", uses: (row) => row.request_id, build: (row) => [
+    two(row.key_name, row.model)]},
+  {title: "Outcome", uses: (row) => row.request_id, build: (row) => [badge(row.success ? "ok" :
+    `${row.outcome} (${row.status})`, outcomeKind(row))]},
+  {title: "How", uses: (row) => row.request_id, build: (row) => [two(
+    `${row.dialect}, ${row.stream ? "streamed" : "whole"}`, [row.path, row.warm === 1 ? "warm" :
+      row.warm === 0 ? "cold" : null].filter(Boolean).join(", "))]},
+  {title: "First token", isNumber: true, text: (row) => span(row.first_token_ms)},
+  {title: "Whole answer", isNumber: true, text: (row) => span(row.elapsed_ms)},
+  {title: "Tokens read", isNumber: true, text: (row) => whole(promptTokens(row))},
+  {title: "Tokens written", isNumber: true, text: (row) => whole(row.output_tokens)},
+];
+
+/** The selects over the table: what they are called, and what can be chosen in them. */
+const FILTERS = [
+  {name: "key_name", label: "Key", all: "all keys", of: (rows) => rows.map((row) => row.key_name)},
+  {name: "model", label: "Model", all: "all models", of: (rows) => rows.map((row) => row.model)},
+  {name: "outcome", label: "Outcome", all: "all outcomes", of: () => Object.keys(OUTCOMES),
+    word: (value) => OUTCOMES[value][0]},
+];
+
+function makeFilter({name, label}) {
+  const select = make("select", {id: `filter-${name}`, change: (event) => {
+    store.filter[name] = event.target.value;
+    render();
+  }});
+  return make("label", {}, `${label} `, select);
+}
+
+function renderRequests() {
+  const {filter} = store;
+  const rows = answerOf("usage")?.recent;
+  for (const {name, all, of, word = String} of FILTERS) {
+    const values = [...new Set(of(rows || []))].sort();
+    syncChildren(byId(`filter-${name}`), ["", ...values], String, (value) =>
+      make("option", {value}, value === "" ? all : word(value)));
+    byId(`filter-${name}`).value = filter[name];
+  }
+  const found = rows?.filter((row) => (!filter.key_name || row.key_name === filter.key_name) &&
+    (!filter.model || row.model === filter.model) &&
+    (!filter.outcome || OUTCOMES[filter.outcome][1](row)));
+  const number = Math.min(found?.length || 0, store.shownMost);
+  setText(byId("requests-hint"), found ? `${whole(number)} of the newest ` +
+    `${counted(rows.length, "request")} in the last ${CHOICES.range.options[store.choice.range]} ` +
+    "(chosen in the overview)." : "");
+  byId("more").hidden = !(found?.length > store.shownMost);
+  showTable(byId("requests"), "Recent requests", REQUESTS, found?.slice(0, store.shownMost),
+    (row) => row.request_id, rows?.length ? "No request is like this: choose less above." :
+      NO_REQUEST);
+}
+
+function showMore() {
+  store.shownMost *= 2;
+  render();
+}
+
+// ---- Keys ----
+
+/** The fields of a key: how they are asked for, shown from a key, and read from text. */
+const KEY_FIELDS = [
+  {name: "name", label: "Name", hint: "1 to 64 letters, digits, spaces, dots, _ and -",
+    show: (key) => key.name, read: (text) => text},
+  {name: "expiry", label: "Expires", hint: "such as 90d, 12h or 2027-01-31; empty = never",
+    show: (key) => key.expiry || "", read: (text) => text || null},
+  {name: "models", label: "Models", hint: "names with commas between them; empty = all",
+    show: (key) => key.models.join(", "), read: (text) => text.split(",").map((each) =>
+      each.trim()).filter(Boolean)},
+  {name: "maxConcurrent", label: "Answers at the same time",
+    hint: "a whole number; 0 = as many as the server gives", show: (key) =>
+      String(key.maxConcurrent), read: (text) => asNumber(text || "0")},
+  {name: "note", label: "Note", hint: "for you; up to 500 characters",
+    show: (key) => key.note, read: (text) => text},
+];
+const NEW_KEY = {name: "", expiry: null, models: [], maxConcurrent: 0, note: ""};
+const QUOTAS = [["daily", "requests", "day"], ["weekly", "requests", "week"],
+  ["monthly", "requests", "month"], ["tokensDaily", "tokens", "day"],
+  ["tokensWeekly", "tokens", "week"], ["tokensMonthly", "tokens", "month"]];
+
+/** What is no number goes to the server as it is, which says what it takes instead. */
+const asNumber = (text) => /^-?\d+$/.test(text) ? Number(text) : text;
+const keyById = (id) => answerOf("keys").keys.find((key) => key.id === id);
+const fieldsOf = (key) => KEY_FIELDS.map((field) => ({...field, value: field.show(key)}));
+
+/** What differs from the key. */
+function changes(key, texts) {
+  const changed = KEY_FIELDS.filter(({name, show}) => texts[name] !== show(key));
+  return Object.fromEntries(changed.map(({name, read}) => [name, read(texts[name])]));
+}
+
+const KEY_ACTIONS = {
+  Edit: (key) => ({title: `Edit ${key.name}`, submit: "Save", fields: fieldsOf(key),
+    send: (texts) => ask("PATCH", `/api/keys/${key.id}`, changes(key, texts)),
+    done: () => "The key is changed."}),
+  Quotas: (key) => ({title: `Quotas of ${key.name}`, submit: "Save", fields: quotaFieldsOf(key),
+    text: "An empty field is no limit, 0 lets nothing through. Days, weeks and months are those " +
+      "of the server's calendar.",
+    send: (texts) => ask("PATCH", `/api/keys/${key.id}/quota`, Object.fromEntries(
+      Object.entries(texts).map(([name, text]) => [name, text ? asNumber(text) : null]))),
+    done: () => "The quotas are changed."}),
+  Rotate: (key) => ({title: `Rotate ${key.name}?`, submit: "Rotate", isDanger: true,
+    text: "The key gets a new secret. The old one stops working at once.",
+    send: () => ask("POST", `/api/keys/${key.id}/rotate`), done: showSecret}),
+  Revoke: (key) => ({title: `Revoke ${key.name}?`, submit: "Revoke", isDanger: true,
+    text: "The key stops working at once and for ever. What it used is kept.",
+    send: () => ask("DELETE", `/api/keys/${key.id}`), done: () => "The key is revoked."}),
+};
+
+const quotaFieldsOf = ({quota}) => QUOTAS.map(([name, unit, period]) => ({name,
+  label: `${unit} a ${period}`, hint: `${whole(quota[name].used)} ${unit} used`,
+  value: String(quota[name].limit ?? "")}));
+
+const askNewKey = () => openDialog({title: "Create a key", submit: "Create",
+  text: "One for each device. Its quotas can be set afterwards.", fields: fieldsOf(NEW_KEY),
+  send: (texts) => ask("POST", "/api/keys", changes(NEW_KEY, texts)), done: showSecret});
+
+function makeQuotas({quota}) {
+  const limited = QUOTAS.filter(([name]) => quota?.[name].limit !== null && quota);
+  if (!limited.length) return [quiet("none")];
+  return limited.map(([name, unit, period]) => {
+    const {limit, used, inFlight, resetsIn} = quota[name];
+    return makeGauge({kind: "small", label: `${unit} a ${period}`, foot: `resets in ${resetsIn}` +
+      (inFlight ? `, ${whole(inFlight)} in flight` : ""), percent: limit ? 100 * used / limit : 100,
+      text: `${compact(used)} of ${compact(limit)}`});
+  });
+}
+
+const keyState = (key) => key.revoked ? ["revoked", "bad"] : key.expired ? ["expired", "warn"] :
+  ["active", "good"];
+
+const KEYS = [
+  {title: "Name", uses: (key) => [key.name, key.keyPreview, key.note], build: (key) => [
+    make("div", {}, make("strong", {}, key.name), make("div", {class: "hint code"}, key.keyPreview),
+      ...(key.note ? [quiet(key.note)] : []))]},
+  {title: "State", uses: keyState, build: (key) => [badge(...keyState(key))]},
+  {title: "Quotas", uses: (key) => key.quota, build: (key) => [
+    make("div", {}, ...makeQuotas(key))]},
+  {title: "Expires", text: (key) => date(key.expiry)},
+  {title: "Last used", text: (key) => moment(key.lastUsed)},
+  {title: "May use", text: (key) => (key.models.join(", ") || "all models") +
+    (key.maxConcurrent ? `, ${counted(key.maxConcurrent, "answer")} at a time` : "")},
+  {title: "", uses: (key) => [key.name, key.revoked], build: (key) => key.revoked ? [] : [
+    make("div", {class: "row"}, ...Object.entries(KEY_ACTIONS).map(([name, action]) =>
+      named(button(name, () => openDialog(action(keyById(key.id)))), `${name} ${key.name}`)))]},
+];
+
+function named(element, label) {
+  element.setAttribute("aria-label", label);
+  return element;
+}
+
+function renderKeys() {
+  const mode = store.live?.health.authMode;
+  setText(byId("keys-hint"), !mode || mode === "multi" ? "Each device has a key of its own, with " +
+    "quotas and an expiry. Secrets are shown once." : `In mode ${mode} nobody is asked for these ` +
+    "keys. Start the server with CLAUDE_AUTH_MODE=multi to use them.");
+  const keys = answerOf("keys")?.keys.filter((key) => !key.revoked || byId("show-revoked").checked);
+  showTable(byId("keys"), "Keys", KEYS, keys, (key) => key.id,
+    "There is no key yet. Create one for each device that is to use this server.");
+}
+
+// ---- Sessions ----
+
+const SESSIONS = [
+  {title: "Session", text: (session) => session.id},
+  {title: "Key", text: (session) => session.caller},
+  {title: "Model", text: (session) => session.model},
+  {title: "Messages", isNumber: true, text: (session) => whole(session.messages)},
+  {title: "Begun", text: (session) => moment(session.created)},
+  {title: "Last used", text: (session) => moment(session.lastUsed)},
+  {title: "", uses: (session) => session.id, build: ({id}) => [named(button("Clear", () =>
+    askClearing(`Clear the session ${id}?`, `/sessions/${encodeURIComponent(id)}`)),
+  `Clear ${id}`)]},
+];
+
+const askClearing = (title, path) => openDialog({title, submit: "Clear", isDanger: true,
+  text: "The server forgets what was said; a client that goes on begins anew.",
+  send: () => ask("DELETE", path), done: ({cleared}) => `${counted(cleared, "session")} cleared.`});
+
+function renderSessions() {
+  const sessions = answerOf("sessions")?.sessions;
+  byId("clear-sessions").hidden = !sessions?.length;
+  showTable(byId("sessions"), "Sessions", SESSIONS, sessions, ({caller, id}) => `${caller} ${id}`,
+    "No session is remembered. One begins with a request that has a session_id.");
+}
+
+// ---- Settings ----
+
+const UNIT_WORDS = {ms: span, bytes: size};
+
+const withUnit = (value, unit) => `${whole(value)}${unit ? ` ${unit}` : ""}`;
+
+function settingWords({value, type, unit}) {
+  return type === "boolean" ? (value ? "on" : "off") : type === "number" ? withUnit(value, unit) :
+    value;
+}
+
+const rangeWords = ({type, min, max, unit}) => type === "boolean" ? "on or off" :
+  `${whole(min)} to ${withUnit(max, unit)}`;
+const SOURCE_KINDS = {stored: "good", environment: "warn", default: "quiet"};
+const settingOf = (name) => ({name, ...answerOf("settings")[name]});
+
+const SETTINGS = [
+  {title: "Setting", uses: (setting) => [setting.name, setting.desc], build: ({name, desc}) => [
+    make("div", {}, make("strong", {class: "code"}, name), quiet(desc))]},
+  {title: "Value", uses: (setting) => setting, build: (setting) => [two(settingWords(setting),
+    setting.value >= 1000 ? UNIT_WORDS[setting.unit]?.(setting.value) || "" : "")]},
+  {title: "Range", text: rangeWords},
+  {title: "From", uses: ({source, env}) => [source, env], build: ({source, env}) => [
+    make("div", {}, badge(source, SOURCE_KINDS[source]), make("div", {class: "hint code"}, env))]},
+  {title: "", uses: ({name, source}) => [name, source], build: ({name, source}) => [make("div",
+    {class: "row"}, named(button("Edit", () => editSetting(settingOf(name))), `Edit ${name}`),
+    ...(source === "stored" ? [named(button("Reset", () => resetSetting(name)), `Reset ${name}`)] :
+      []))]},
+];
+
+function editSetting({name, desc, type, value, ...setting}) {
+  const isBoolean = type === "boolean";
+  openDialog({title: `Edit ${name}`, text: desc, submit: "Save", fields: [{name: "value",
+    label: "Value", hint: `${rangeWords({type, ...setting})}; by default ` +
+    settingWords({type, ...setting, value: setting.default}), options: isBoolean ? ["on", "off"] :
+      null, value: isBoolean ? (value ? "on" : "off") : String(value)}],
+  done: () => `${name} is changed.`, send: (texts) => ask("PATCH", "/settings", {[name]:
+    isBoolean ? texts.value === "on" : type === "number" ? asNumber(texts.value) : texts.value})});
+}
+
+const resetSetting = (name) => openDialog({title: `Reset ${name}?`, submit: "Reset",
+  text: "It gets back the value of the environment, or else its default.",
+  send: () => ask("PATCH", "/settings", {[name]: null}), done: () => `${name} is reset.`});
+
+function renderSettings() {
+  const settings = answerOf("settings");
+  const rows = settings && Object.keys(settings).map(settingOf);
+  showTable(byId("settings"), "Settings", SETTINGS, rows, ({name}) => name, "There are none.");
+}
+
+// ---- Log ----
+
+const LOG_MOST = 500;
+const LEVELS = ["debug", "info", "warn", "error"];
+const LEVEL_KINDS = {debug: "quiet", info: "quiet", warn: "warn", error: "bad"};
+
+function makeEntry({ts, level, event, number, ...fields}) {
+  const words = Object.entries(fields).map(([name, value]) =>
+    `${name}=${typeof value === "string" ? value : JSON.stringify(value)}`);
+  return make("li", {}, make("span", {class: "quiet"}, clock(ts)),
+    make("span", {class: LEVEL_KINDS[level]}, level), make("span", {class: "event"}, event),
+    make("span", {class: "quiet"}, words.join(" ")));
+}
+
+function renderLog() {
+  const {entries, frozen, count} = store.log;
+  const list = byId("log");
+  const least = LEVELS.indexOf(byId("log-level").value);
+  const all = frozen?.entries || entries;
+  const found = all.filter(({level}) => LEVELS.indexOf(level) >= least);
+  const wasAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 30;
+  syncChildren(list, found, ({number}) => number, makeEntry);
+  if (wasAtEnd) list.scrollTop = list.scrollHeight;
+  setText(byId("log-pause"), frozen ? `Resume (${count - frozen.count} new)` : "Pause");
+  setText(byId("log-count"), `${counted(found.length, "line")} of the last ${all.length}` +
+    (found.length ? "" : ". Nothing of this level has happened: choose a lower one."));
+}
+
+function pauseLog() {
+  const {log} = store;
+  log.frozen = log.frozen ? null : {entries: log.entries, count: log.count};
+  byId("log-pause").setAttribute("aria-pressed", Boolean(log.frozen));
+  render();
+}
+
+// ---- Views and start ----
+
+const VIEWS = {
+  overview: {title: "Overview", sources: ["usage", "plan"], render: renderOverview},
+  requests: {title: "Requests", sources: ["usage"], render: renderRequests},
+  keys: {title: "Keys", sources: ["keys"], render: renderKeys},
+  sessions: {title: "Sessions", sources: ["sessions"], render: renderSessions},
+  settings: {title: "Settings", sources: ["settings"], render: renderSettings},
+  log: {title: "Log", sources: [], render: renderLog},
+};
+
+/** Shows what is known now, at the next frame; of hidden views nothing. */
+function render() {
+  render.frame ||= requestAnimationFrame(() => {
+    render.frame = 0;
+    const focused = document.activeElement;
+    renderHeader();
+    VIEWS[store.view].render();
+    if (!focused.isConnected) byId(`title-${store.view}`).focus();
+  });
+}
+
+function showView(event) {
+  const wanted = location.hash.slice(1);
+  const isView = Object.hasOwn(VIEWS, wanted);
+  if (isView) store.view = wanted;
+  for (const name of Object.keys(VIEWS)) byId(`view-${name}`).hidden = name !== store.view;
+  for (const tab of byId("tabs").children) {
+    const isCurrent = tab.hash.slice(1) === store.view;
+    tab.ariaCurrent = isCurrent ? "page" : null;
+    if (isCurrent) tab.scrollIntoView({block: "nearest", inline: "center"});
+  }
+  document.title = `${VIEWS[store.view].title} - OCP`;
+  if (event && isView) byId(`title-${wanted}`).focus();
+  loadDue();
+  render();
+}
+
+function makeChoice([name, {legend, options}]) {
+  const labels = Object.entries(options).map(([value, word]) => make("label", {}, make("input", {
+    type: "radio", name, value, checked: store.choice[name] === value ? "" : null, change: () => {
+      store.choice[name] = value;
+      loadDue();
+      render();
+    }}), word));
+  return make("fieldset", {class: "choices"}, make("legend", {class: "aside"}, legend), ...labels);
+}
+
+function listen(listeners) {
+  for (const [id, name, listener] of listeners) byId(id).addEventListener(name, listener);
+}
+
+function begin() {
+  byId("tabs").append(...Object.entries(VIEWS).map(([name, {title}]) =>
+    make("a", {href: `#${name}`}, title)));
+  byId("choices").append(...Object.entries(CHOICES).map(makeChoice));
+  byId("filters").append(...FILTERS.map(makeFilter));
+  byId("log-level").append(...LEVELS.map((level) => make("option", {value: level},
+    level === "debug" ? "all" : `${level} and worse`)));
+  listen([
+    ["forget-key", "click", forgetKey], ["create-key", "click", askNewKey],
+    ["show-revoked", "change", render], ["log-level", "change", render],
+    ["log-pause", "click", pauseLog], ["gate-form", "submit", takeKey],
+    ["more", "click", showMore],
+    ["clear-sessions", "click", () => askClearing("Clear all sessions?", "/sessions")],
+    ["asking-cancel", "click", () => byId("asking").close()],
+    ["secret-copy", "click", copySecret], ["secret-done", "click", () => byId("secret").close()],
+    ["secret", "close", clearSecret], ["gate", "close", keepGate], ["chart", "keydown", moveCursor],
+    ["chart", "pointermove", pointCursor], ["chart", "pointerdown", pointCursor],
+  ]);
+  addEventListener("hashchange", showView);
+  addEventListener("resize", render);
+  document.addEventListener("visibilitychange", pauseOrResume);
+  setInterval(tick, 1000);
+  showView();
+  if (!document.hidden) follow();
+}
+
+begin();
+</script>
+</body>
+</html>
+"""
+
+
+def _hash_of(tag: str) -> str:
+    """What a policy calls the one element of this name in the page."""
+    inside = DASHBOARD_HTML.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    found = base64.b64encode(hashlib.sha256(inside.encode("ascii")).digest())
+    return f"'sha256-{found.decode('ascii')}'"
+
+
+#: The headers of the page.
+DASHBOARD_HEADERS = MappingProxyType(
+    {
+        "Content-Security-Policy": "; ".join(
+            (
+                "default-src 'none'", f"style-src {_hash_of('style')}",
+                f"script-src {_hash_of('script')}", "connect-src 'self'", "img-src data:",
+                "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+            )
+        ),
+        "Referrer-Policy": "no-referrer",
+        "ETag": f'"{hashlib.sha256(DASHBOARD_HTML.encode("ascii")).hexdigest()[:32]}"',
+        "Cache-Control": "no-cache",
+    }
+)
+
+
+# ==== 21. Endpoints ==========================================================
 # One function for each route: (app, exchange, **names in the path). They read the request from
 # the exchange, answer through it, and raise what goes wrong.
 
@@ -8148,6 +9668,9 @@ class HttpExchange(Protocol):
 
     def send_text(self, text: str, content_type: str) -> None:
         """Answers 200 with text."""
+
+    def send_nothing(self, status: int) -> None:
+        """Answers without a body."""
 
     def send_events(self, frames: Iterator[bytes]) -> None:
         """Answers 200 with server-sent events that are rendered already."""
@@ -8828,6 +10351,15 @@ def _gauges(app: App) -> dict[str, dict[Labels, float]]:
     }
 
 
+def get_dashboard(app: App, exchange: HttpExchange) -> None:
+    """GET /dashboard: the page for the operator; what it shows it asks for with their key."""
+    exchange.headers_out.update(DASHBOARD_HEADERS)
+    if exchange.headers.get("If-None-Match") == DASHBOARD_HEADERS["ETag"]:
+        exchange.send_nothing(304)
+        return
+    exchange.send_text(DASHBOARD_HTML, "text/html; charset=utf-8")
+
+
 def get_openapi(app: App, exchange: HttpExchange) -> None:
     """GET /openapi.json: this API, described for programs."""
     exchange.send_json(openapi(exchange.routes))
@@ -8839,7 +10371,7 @@ def get_metrics(app: App, exchange: HttpExchange) -> None:
     exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
-# ==== 21. Routes =============================================================
+# ==== 22. Routes =============================================================
 # The table of routes. Paths match exactly, after a trailing slash is dropped; those below /v1
 # are served without it too, and with it twice, because users write base addresses both ways.
 
@@ -8879,6 +10411,7 @@ ROUTES = (
     Route("GET",    "/metrics",                  Access.ADMIN,  CHAT,        get_metrics),
     Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
     Route("GET",    "/ready",                    Access.PUBLIC, CHAT,        get_ready),
+    Route("GET",    "/dashboard",                Access.PUBLIC, CHAT,        get_dashboard),
     Route("GET",    "/openapi.json",             Access.PUBLIC, CHAT,        get_openapi),
 )
 
@@ -8933,7 +10466,7 @@ def _decoded(text: str) -> str:
         raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
 
 
-# ==== 22. HTTP server ========================================================
+# ==== 23. HTTP server ========================================================
 # Sockets. One thread for each connection; a head and a body arrive in time and in bounds or are
 # refused; every error is rendered in one place. Tells nobody what software runs here beyond its
 # name, and keeps nothing of a connection when it ends.
@@ -8953,6 +10486,12 @@ _STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
+
+#: What the parser finds wrong with a head.
+_HEAD_DEFECTS = (
+    email.errors.FirstHeaderLineIsContinuationDefect, email.errors.MissingHeaderBodySeparatorDefect,
+    email.errors.MisplacedEnvelopeHeaderDefect, email.errors.HeaderDefect,
+)
 
 #: What is kept of a request that comes before the one before it is answered.
 _AHEAD_MOST_BYTES = 65_536
@@ -9120,8 +10659,10 @@ class Exchange(BaseHTTPRequestHandler):
             return False
         if not line or not self.parse_request():
             return False
-        # After a line that is none, the parser takes the rest of the head for a body.
-        if self.headers.defects or self.headers.get_payload():
+        # After a line that is none, the parser takes the rest of the head for a body. What it says
+        # about the parts of a multipart message is not about the head.
+        broken = any(isinstance(defect, _HEAD_DEFECTS) for defect in self.headers.defects)
+        if broken or self.headers.get_payload():
             self._fail(BadRequest("A header line of the request is broken."))
             return False
         if len(self.headers.get_all("Host", [])) > 1:
@@ -9363,6 +10904,11 @@ class Exchange(BaseHTTPRequestHandler):
         self._send(renderer.end())
         self._end_chunks()
 
+    def send_nothing(self, status: int) -> None:
+        """See HttpExchange."""
+        self._head(status, {})
+        self._over = True
+
     def send_events(self, frames: Iterator[bytes]) -> None:
         """See HttpExchange."""
         self._begin_chunks(_STREAM_HEADERS)
@@ -9463,13 +11009,17 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    cert, key = (os.path.expanduser(path) for path in (config.tls_cert, config.tls_key))
+    paths = [os.path.expanduser(path) for path in (config.tls_cert, config.tls_key)]
     try:
-        context.load_cert_chain(cert, key, password=lambda: "")
+        for path in paths:
+            with open(path, "rb"):
+                pass
+        context.load_cert_chain(paths[0], paths[1], password=lambda: "")
     except (OSError, ValueError) as problem:
+        where = "" if getattr(problem, "filename", None) else f" ({' and '.join(paths)})"
         raise ConfigError(
-            f"OCP_TLS_CERT and OCP_TLS_KEY cannot be used: {problem}; they have to be PEM files, "
-            "and the key without a password"
+            f"OCP_TLS_CERT and OCP_TLS_KEY cannot be used: {problem}{where}; they have to be PEM "
+            "files, and the key without a password"
         ) from None
     return context
 
@@ -9542,16 +11092,20 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         body = to_json(CHAT.error_body(error, ""))
         head = f"HTTP/1.1 {error.status} Busy\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+        self._say_and_close(request, head.encode("ascii") + body)
+        with self._lock:
+            self._turned_away -= 1
+
+    def _say_and_close(self, request: socket.socket, data: bytes) -> None:
+        """Sends something to a client that may be in the middle of a request of its own."""
         give_up_s = time.monotonic() + _LINGER_S
         with contextlib.suppress(OSError):
             request.settimeout(_LINGER_S)
-            request.sendall(head.encode("ascii") + body)
+            request.sendall(data)
             request.shutdown(socket.SHUT_WR)
             while time.monotonic() < give_up_s and request.recv(65_536):
                 pass
         self.shutdown_request(request)
-        with self._lock:
-            self._turned_away -= 1
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The life of one connection."""
@@ -9569,8 +11123,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             request.settimeout(self.app.config.header_timeout_ms / 1000)
             if request.recv(1, socket.MSG_PEEK) not in (_TLS_HANDSHAKE, b""):
-                request.sendall(_NOT_TLS)
-                self.shutdown_request(request)
+                self._say_and_close(request, _NOT_TLS)
                 return None
             return self._tls.wrap_socket(request, server_side=True)
         except OSError as problem:
@@ -9606,7 +11159,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event(level, "connection_broke", error=failure_words(error))
 
 
-# ==== 23. Demo claude ========================================================
+# ==== 24. Demo claude ========================================================
 # The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
 # that everything around the model can be tried without an account. Says so in every answer.
 
@@ -9681,7 +11234,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 24. Command line =======================================================
+# ==== 25. Command line =======================================================
 # Arguments, signals, the banner, and the order in which everything starts and stops.
 
 _DEMO_FLAG = "--demo-claude"

@@ -209,6 +209,22 @@ class Player:
         return [int(pid) for pid in noted.read_text().split()] if noted.exists() else []
 
 
+def lines_of_an_answer(*texts: str) -> list[Json]:
+    """What a claude prints for an answer of these deltas, which come third and after."""
+    def event(kind: str, **fields: Json) -> Json:
+        return {"type": "stream_event", "event": {"type": kind, **fields}}
+
+    usage = {"input_tokens": 10, "output_tokens": 7}
+    deltas = [event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
+              for text in texts]
+    return [
+        event("message_start", message={"id": "msg_1", "model": "m", "usage": usage}),
+        event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+        *deltas, event("content_block_stop", index=0),
+        event("message_delta", delta={"stop_reason": "end_turn"}, usage=usage),
+        event("message_stop"), {"type": "result", "subtype": "success", "is_error": False}]
+
+
 # ---------------------------------------------------------------------------
 # HTTP by hand
 # ---------------------------------------------------------------------------

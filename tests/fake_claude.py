@@ -16,6 +16,7 @@ Scenario file, read again whenever a turn begins; a new content starts at its fi
     version         what --version prints, default 2.1.329; some lines depend on it
     logged_in       what `auth status` says, default true
     usage           fields for the answer to get_usage
+    unsupported     control requests that are refused
     start_delay_ms  sleep before the first look at stdin
     startup         steps played before the first look at stdin, for instance an exit
     turns           list of lists of steps: the n-th query of a process plays the n-th list
@@ -99,6 +100,11 @@ def leave(code: int, why: str) -> NoReturn:
 
 def complain(text: str) -> None:
     os.write(2, text.encode() + b"\n")
+
+
+def refuse_constant(word: str) -> NoReturn:
+    """NaN and Infinity are JSON for Python only."""
+    raise ValueError(word)
 
 
 class Pipes:
@@ -371,7 +377,7 @@ class FakeClaude:
         lines wait for their turn. So history that is sent without waiting gets out of order."""
         for text in self.pipes.read_lines(timeout_s):
             try:
-                line = json.loads(text)
+                line = json.loads(text, parse_constant=refuse_constant)
             except ValueError:
                 kind = f"(type=unknown, {len(text)} chars)"
                 complain(f"Error parsing streaming input line {kind}: SyntaxError")
@@ -745,7 +751,8 @@ def call_result(call_id: str, response: Step) -> Step:
 def answer_control(fake: FakeClaude, line: Step) -> None:
     request = line["request"]
     subtype = request.get("subtype")
-    handler = CONTROLS.get(subtype)
+    refused = subtype in fake.scenario.fields.get("unsupported", ())
+    handler = None if refused else CONTROLS.get(subtype)
     response: Step = {"subtype": "success", "request_id": line.get("request_id")}
     if handler is None:
         response.update(subtype="error", error=f"Unsupported control request subtype: {subtype}")
@@ -968,6 +975,13 @@ def step_sleep(fake: FakeClaude, step: Step) -> None:
     fake.sleep(step["sleep_ms"] / 1000)
 
 
+def step_wait(fake: FakeClaude, step: Step) -> None:
+    """{"wait_for": path}: silence until that file is there."""
+    deadline_s = time.monotonic() + LIFE_S
+    while not os.path.exists(step["wait_for"]) and time.monotonic() < deadline_s:
+        fake.sleep(0.005)
+
+
 def step_exit(fake: FakeClaude, step: Step) -> None:
     """{"exit": code}: the process ends."""
     leave(step["exit"], "scripted")
@@ -1035,6 +1049,7 @@ STEPS: dict[str, Callable[[FakeClaude, Step], None]] = {
     "raw_bytes_hex": step_raw_bytes,
     "stderr": step_stderr,
     "sleep_ms": step_sleep,
+    "wait_for": step_wait,
     "exit": step_exit,
     "kill": step_kill,
     "hang": step_hang,

@@ -535,7 +535,7 @@ def wait_for_port(place: Place, process: subprocess.Popen[bytes], timeout_s: flo
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         ended = process.poll() is not None
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", place.stdout.read_text())
+        found = re.search(r"https?://(?:127\.0\.0\.1|\[::1\]):(\d+)", place.stdout.read_text())
         if found:
             return int(found[1])
         if ended:
