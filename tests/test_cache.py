@@ -378,10 +378,17 @@ def test_a_signature_is_told_in_one_piece() -> None:
 # ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared_keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that keeps answers, for tests that ask different things."""
     with running_server(tmp_path_factory.mktemp("keeper"), env=HOUR) as running:
         yield running
+
+
+@pytest.fixture
+def keeper(shared_keeper: Server) -> Server:
+    """That server, with claude as it is without a script."""
+    shared_keeper.write_scenario([])
+    return shared_keeper
 
 
 @pytest.fixture
@@ -832,11 +839,18 @@ def test_a_hit_is_one_line_in_the_log(keeper: Server) -> None:
 # ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared_many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with keys that keeps answers."""
     env = {**MULTI, **HOUR, "PROXY_ANONYMOUS_KEY": ANONYMOUS_KEY}
     with running_server(tmp_path_factory.mktemp("many"), env=env) as running:
         yield running
+
+
+@pytest.fixture
+def many(shared_many: Server) -> Server:
+    """That server, with claude as it is without a script."""
+    shared_many.write_scenario([])
+    return shared_many
 
 
 def key_of_new(server: Server, name: str, **fields: Json) -> str:

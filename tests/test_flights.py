@@ -39,6 +39,7 @@ from asking import (
     running,
     stays,
     told,
+    waiting,
 )
 from keyed import MULTI, as_admin, ask_as, new_key
 from support import Reply, Server, eventually, load_script, running_server
@@ -330,12 +331,19 @@ def doors(tmp_path: Path) -> Doors:
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that keeps answers, with one place at work, and none to wait at."""
-    env = {**HOUR, **BARE, "CLAUDE_MAX_CONCURRENT": "1", "CLAUDE_MAX_QUEUE": "0"}
+def shared_common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that keeps answers, with one place at work."""
+    env = {**HOUR, **BARE, "CLAUDE_MAX_CONCURRENT": "1"}
     with running_server(tmp_path_factory.mktemp("common"), env=env) as running_one:
         yield running_one
         assert eventually(lambda: at_rest(running_one) and stats_of(running_one)["inflight"] == 0)
+
+
+@pytest.fixture
+def common(shared_common: Server) -> Server:
+    """That server, with claude as it is without a script."""
+    shared_common.write_scenario([])
+    return shared_common
 
 
 def stats_of(server: Server) -> dict[str, Json]:
@@ -405,9 +413,9 @@ def test_twenty_who_ask_the_same_at_once_ask_the_model_once(
     text = f"Twenty, {stream}"
     before = stats_of(common)
 
-    with joined(common, [lambda: ask(common, text, stream=stream)] * 20) as waiting:
+    with joined(common, [lambda: ask(common, text, stream=stream)] * 20) as futures:
         doors.open("0")
-        replies = [each.result(10) for each in waiting]
+        replies = [each.result(10) for each in futures]
 
     assert list(map(text_of, replies)) == ["Hello all."] * 20
     assert sorted(map(word_of, replies)) == ["miss", *["shared"] * 19]
@@ -449,9 +457,9 @@ def test_all_dialects_whole_and_streamed_share_one_answer(common: Server, doors:
         return lambda: common.call("POST", tongue.path, body)
 
     ways = [(tongue, stream) for tongue in TONGUES for stream in (False, True)]
-    with joined(common, [request(*way) for way in ways]) as waiting:
+    with joined(common, [request(*way) for way in ways]) as futures:
         doors.open("0")
-        heard = [tongue.told(each.result(10)) for (tongue, _), each in zip(ways, waiting)]
+        heard = [tongue.told(each.result(10)) for (tongue, _), each in zip(ways, futures)]
 
     assert [each.text for each in heard] == ["Hello all."] * 8
     assert [heard[at].content for at in range(0, 8, 2)] == [
@@ -466,9 +474,9 @@ def test_several_answers_to_one_request_are_shared_too(tmp_path: Path) -> None:
 
     with running_server(tmp_path, {"turns": turns, "shared": True}, env=HOUR) as server:
         body = CHAT_TONGUE.body("Two", n=2, stream=True)
-        with joined(server, [lambda: server.call("POST", CHAT, body)] * 3) as waiting:
+        with joined(server, [lambda: server.call("POST", CHAT, body)] * 3) as futures:
             doors.open("0")
-            found = [CHAT_TONGUE.told(each.result(10)).content for each in waiting]
+            found = [CHAT_TONGUE.told(each.result(10)).content for each in futures]
 
         assert found[0] == found[1] == found[2]
         assert sorted(found[0].texts) == ["Answer 0.", "Answer 1."]
@@ -505,10 +513,10 @@ def test_followers_take_no_place_at_work_nor_in_line(common: Server, doors: Door
     common.write_scenario([doors.told_in_parts("Hello ", "all.")])
 
     with joined(common, [lambda: ask(common, "No place")] * 5):
-        found = running(common)
+        found = running(common), waiting(common)
         doors.open("0")
 
-    assert found == 1
+    assert found == (1, 0)
 
 
 def test_followers_give_their_place_in_a_quota_back(tmp_path: Path) -> None:
@@ -546,11 +554,11 @@ def test_a_leader_that_leaves_does_not_hurt_its_followers(
     with told(common, text) as leader:
         next_text(leader)
         leader_id = leader.headers["X-Request-Id"]
-        with joined(common, [lambda: ask(common, text, stream=stream)] * 3, 1) as waiting:
+        with joined(common, [lambda: ask(common, text, stream=stream)] * 3, 1) as futures:
             leader.close()
             waits(common, 3)
             doors.open("0")
-            replies = [each.result(10) for each in waiting]
+            replies = [each.result(10) for each in futures]
 
     assert list(map(text_of, replies)) == ["Hello all."] * 3
     assert len(asked(common, text)) == 1
@@ -636,13 +644,13 @@ def test_a_follower_that_leaves_hurts_nobody(common: Server, doors: Doors) -> No
 
     with told(common, "One leaves") as leaving:
         next_text(leaving)
-        with joined(common, [lambda: ask(common, "One leaves", stream=True)] * 2, 1) as waiting:
+        with joined(common, [lambda: ask(common, "One leaves", stream=True)] * 2, 1) as futures:
             with told(common, "One leaves") as follower:
                 next_text(follower)
             waits(common, 3)
             left_id = follower.headers["X-Request-Id"]
             doors.open("0")
-            replies = [each.result(10) for each in waiting]
+            replies = [each.result(10) for each in futures]
         rest = list(leaving)
 
     assert list(map(text_of, replies)) == ["Hello all."] * 2
@@ -680,9 +688,9 @@ def test_a_failure_is_shared_and_the_next_one_tries_anew(common: Server, doors: 
     jobs = [lambda stream=stream: ask(common, "Fails", stream=stream)
             for stream in (False, True, False, True)]
 
-    with joined(common, jobs) as waiting:
+    with joined(common, jobs) as futures:
         doors.open("0")
-        replies = [each.result(10) for each in waiting]
+        replies = [each.result(10) for each in futures]
     common.write_scenario([])
     later = ask(common, "Fails")
 
@@ -698,9 +706,9 @@ def test_a_failure_is_shared_and_the_next_one_tries_anew(common: Server, doors: 
 def test_a_failure_behind_the_first_token_ends_every_stream(common: Server, doors: Doors) -> None:
     common.write_scenario([[{"say": "Half "}, doors.door("0"), {"exit": 1}]])
 
-    with joined(common, [lambda: ask(common, "Breaks", stream=True)] * 3) as waiting:
+    with joined(common, [lambda: ask(common, "Breaks", stream=True)] * 3) as futures:
         doors.open("0")
-        replies = [each.result(10) for each in waiting]
+        replies = [each.result(10) for each in futures]
 
     assert [broken_stream(reply.events)["code"] for reply in replies] == ["upstream_failed"] * 3
     assert ["".join(pieces(reply.events)) for reply in replies] == ["Half "] * 3
@@ -711,28 +719,30 @@ def test_a_failure_reaches_each_in_the_shape_of_its_dialect(common: Server, door
     jobs = [lambda tongue=tongue: common.call("POST", tongue.path, tongue.body("In shape"))
             for tongue in TONGUES]
 
-    with joined(common, jobs) as waiting:
+    with joined(common, jobs) as futures:
         doors.open("0")
-        bodies = [each.result(10).json() for each in waiting]
+        bodies = [each.result(10).json() for each in futures]
 
     types = {tongue.name: body["error"]["type"] for tongue, body in zip(TONGUES, bodies)}
     assert types == {"chat": "server_error", "messages": "overloaded_error",
                      "responses": "server_error", "completions": "server_error"}
 
 
-def test_a_full_queue_refuses_the_whole_flight_and_makes_no_row(
-    common: Server, doors: Doors
-) -> None:
-    common.write_scenario([[doors.door("0"), {"say": "Hello."}]])
+def test_a_full_queue_refuses_a_flight_and_keeps_nothing_of_it(tmp_path: Path) -> None:
+    doors = Doors(tmp_path)
+    env = {**HOUR, **BARE, "CLAUDE_MAX_CONCURRENT": "1", "CLAUDE_MAX_QUEUE": "0"}
 
-    with joined(common, [lambda: ask(common, "At work")]):
-        refused = ask(common, "Refused")
-        doors.open("0")
-    ids = [row["request_id"] for row in newest(common, 5)]
+    with running_server(tmp_path, [[doors.door("0"), {"say": "Hello."}]], env=env) as server:
+        with joined(server, [lambda: ask(server, "At work")]):
+            refused = ask(server, "Refused")
+            doors.open("0")
+        eventually(lambda: at_rest(server))
+        later = ask(server, "Refused")
 
-    assert (refused.status, error_of(refused)["code"]) == (429, "rate_limit_exceeded")
-    assert refused.headers["X-Request-Id"] not in ids
-    assert text_of(ask(common, "Refused")) == "Hello."
+        assert (refused.status, error_of(refused)["code"]) == (429, "rate_limit_exceeded")
+        assert (text_of(later), word_of(later)) == ("Hello.", "miss")
+        ids = [row["request_id"] for row in newest(server, 5)]
+        assert len(ids) == 2 and refused.headers["X-Request-Id"] not in ids
 
 
 def test_a_stream_that_began_anew_is_whole_for_those_who_came_later(
@@ -754,11 +764,18 @@ def test_a_stream_that_began_anew_is_whole_for_those_who_came_later(
 
 
 @pytest.fixture(scope="module")
-def ticking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared_ticking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that does not bear silence for long."""
     env = {**HOUR, "CLAUDE_HEARTBEAT_INTERVAL": "200", "OCP_WHOLE_SILENCE": "200"}
     with running_server(tmp_path_factory.mktemp("ticking"), env=env) as running_one:
         yield running_one
+
+
+@pytest.fixture
+def ticking(shared_ticking: Server) -> Server:
+    """That server, with claude as it is without a script."""
+    shared_ticking.write_scenario([])
+    return shared_ticking
 
 
 @pytest.mark.parametrize("tongue", TONGUES, ids=named)

@@ -535,11 +535,13 @@ def test_the_stats_count_paths_errors_and_refusals(tmp_path: Path) -> None:
 
     with running_server(tmp_path, env=env) as server:
         said = ask(server).json()["choices"][0]["message"]
-        ask(server, messages=[{"role": "user", "content": "hi"}, said,
-                              {"role": "user", "content": "more"}])
-        ask(server, messages=[{"role": "user", "content": "other"}, said,
-                              {"role": "user", "content": "more"}])
+        for first in ("hi", "other"):
+            eventually(lambda: at_rest(server))
+            ask(server, messages=[{"role": "user", "content": first}, said,
+                                  {"role": "user", "content": "more"}])
         server.write_scenario([[{"hang": True}]])
+        # The place is free a moment after the client has its answer.
+        eventually(lambda: at_rest(server))
         with Wire(server.port) as wire:
             wire.send(post(encoded(question("hang"))))
             eventually(lambda: running(server) == 1)

@@ -280,12 +280,14 @@ def test_no_route_answers_a_page_of_another_origin(guarded: Guarded, origin: str
 
 @pytest.mark.parametrize("origin", [
     "http://localhost:1", "https://127.0.0.1", "http://127.0.0.1.evil.example", "file://",
-    "chrome-extension://abc", "localhost",
+    "chrome-extension://abc", "localhost", "http://evil.127.0.0.1:PORT", "http://127.0.0.1:PORT0",
+    "http://127.0.0.1:PORT@evil.example",
 ])
 def test_an_origin_that_is_almost_the_servers_own_is_another_one(
     open_server: Server, origin: str
 ) -> None:
-    headers = {"Origin": origin, "Host": f"127.0.0.1:{open_server.port}"}
+    port = str(open_server.port)
+    headers = {"Origin": origin.replace("PORT", port), "Host": f"127.0.0.1:{port}"}
 
     reply = open_server.call("GET", "/v1/models", headers=headers)
 

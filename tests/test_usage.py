@@ -41,7 +41,7 @@ from asking import (
     told,
 )
 from keyed import ADMIN_KEY, ANONYMOUS_KEY, MULTI, as_admin, ask_as, bearer, new_key
-from support import REPO, Server, eventually, http_call, load_script, running_server
+from support import REPO, Server, eventually, load_script, running_server
 from tongues import MESSAGES, TONGUES, Tongue, named
 
 ocp = load_script("ocp_server.py")
@@ -59,10 +59,17 @@ both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stre
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared_books(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for tests that ask as themselves and find their rows by the id of the request."""
     with running_server(tmp_path_factory.mktemp("books")) as running_one:
         yield running_one
+
+
+@pytest.fixture
+def books(shared_books: Server) -> Server:
+    """That server, with claude as it is without a script."""
+    shared_books.write_scenario([])
+    return shared_books
 
 
 @pytest.fixture
@@ -926,15 +933,19 @@ class Clients:
     def _ask(self, port: int, body: Json) -> None:
         numbers = itertools.count()
         # The cached one is asked word for word again and again.
-        varied = body["messages"][0]["content"] != "cached"
+        said = body["messages"][0]["content"]
         with contextlib.suppress(OSError, http.client.HTTPException):
             while True:
-                if varied:
-                    text = f"{body['messages'][0]['content']} {next(numbers)}"
+                if said != "cached":
+                    text = f"{said} {next(numbers)}"
                     body = {**body, "messages": [{"role": "user", "content": text}]}
-                reply = http_call(port, "POST", CHAT, body)
-                assert reply.status == 200, reply
-                if not body.get("stream") or b"[DONE]" in reply.body:
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+                with contextlib.closing(connection):
+                    connection.request("POST", CHAT, encoded(body))
+                    reply = connection.getresponse()
+                    content = reply.read()
+                assert reply.status == 200, content
+                if not body.get("stream") or b"[DONE]" in content:
                     self.finished.append(str(reply.headers["X-Request-Id"]))
 
 
