@@ -138,7 +138,17 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_parse_int)
+def _parse_float(text: str) -> float:
+    """What is too large for a number would be written again as Infinity, which is not JSON."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_int=_parse_int, parse_float=_parse_float
+)
 
 
 def from_json(data: bytes | str) -> object:
@@ -7968,8 +7978,8 @@ _STOP: Json = {
 
 def _content(*kinds: str) -> Json:
     """The content of a message: text, or parts of these types."""
-    parts = [_shape(["type", "text"], type={"const": kind}, text=_TEXT) for kind in kinds]
-    return {"anyOf": [_TEXT, {"type": "array", "items": {"anyOf": parts}}]}
+    parts = [_shape(["type", "text"], type={"const": kind}, text=_NAME) for kind in kinds]
+    return {"anyOf": [_NAME, {"type": "array", "minItems": 1, "items": {"anyOf": parts}}]}
 
 
 def _messages(roles: Iterable[str], content: Json) -> Json:
@@ -7980,7 +7990,7 @@ def _messages(roles: Iterable[str], content: Json) -> Json:
 _TOOLS: Json = {"type": ["array", "null"], "items": {"type": "object"}}
 _LIMIT: Json = {"type": ["integer", "null"], "minimum": 0, "maximum": 10**15}
 _KEY_PROPERTIES: Json = {
-    "name": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+    "name": {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9 ._-]{0,62}[A-Za-z0-9._-]$"},
     "expiry": {"type": ["string", "null"], "description": "2027-01-31, an ISO time, 30d, 12h"},
     "models": {"type": ["array", "null"], "items": _NAME},
     "maxConcurrent": {"type": ["integer", "null"], "minimum": 0, "maximum": 1000},
@@ -10034,6 +10044,12 @@ def _allowed_models(app: App, fields: Fields) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _note(fields: Fields) -> str:
+    """The operator's note on a key; what is no UTF-8 cannot be kept."""
+    text = one_line(fields.text("note") or "", _NOTE_MOST_CHARS)
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _limits(fields: Fields) -> dict[str, int | None]:
     """The quotas that a body sets; None takes one away."""
     return {name: fields.integer(name, 0, 10**15) for name in fields.object}
@@ -10051,7 +10067,7 @@ _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object]], ...] = (
         "maxConcurrent", "max_concurrent",
         lambda app, fields: fields.integer("maxConcurrent", 0, 1000) or 0,
     ),
-    ("note", "note", lambda app, fields: one_line(fields.text("note") or "", _NOTE_MOST_CHARS)),
+    ("note", "note", lambda app, fields: _note(fields)),
 )
 
 
@@ -10912,6 +10928,9 @@ class Exchange(BaseHTTPRequestHandler):
     def send_events(self, frames: Iterator[bytes]) -> None:
         """See HttpExchange."""
         self._begin_chunks(_STREAM_HEADERS)
+        if self.command == "HEAD":
+            self._over = True
+            return
         for frame in frames:
             self._send(frame)
         self._end_chunks()
