@@ -1711,7 +1711,7 @@ class Store:
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         try:
-            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000"):
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=1000"):
                 self._connection.execute(f"PRAGMA {pragma}")
             self._migrate()
         except sqlite3.Error:
@@ -2490,7 +2490,7 @@ class Ledger:
     def _recent(self, where: str, values: list[object], limit: int) -> list[Json]:
         rows = self._store.rows(
             f"SELECT *, {_NAME_NOW} AS key_name, outcome = 'ok' AS success, "
-            "total_ms AS elapsed_ms, datetime(at_s, 'unixepoch') AS created_at "
+            "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
             f"FROM usage WHERE {where} ORDER BY id DESC LIMIT ?", *values, limit,
         )
         entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in rows]
@@ -5690,33 +5690,35 @@ class ClaudeProcess:
         Ends after Finished. Raises what went wrong: an error that claude reports, its death,
         UpstreamTimeout at the deadline, ClientGone.
         """
-        lines = self._lines(watch)
         self._spoke_s = self._clock()
-        if not script.results and not self._settled:
-            yield from self._until_result(lines)
-        for step in script.steps[:-1]:
-            self._unsent += step
-            yield from self._until_result(lines)
-        self._unsent += self.tools.deliver(script.results) + b"".join(script.steps[-1:])
-        self._settled = False
-        for line in lines:
-            events = [Tick()] if line is None else reader.events(line)
-            if events:
-                yield from events
-                self._spoke_s = self._clock()
-            if reader.finished:
-                return
+        # A failure may be kept, and with it all that its traceback leads to.
+        with contextlib.closing(self._lines(watch)) as lines:
+            if not script.results and not self._settled:
+                yield from self._until_result(lines)
+            for step in script.steps[:-1]:
+                self._unsent += step
+                yield from self._until_result(lines)
+            self._unsent += self.tools.deliver(script.results) + b"".join(script.steps[-1:])
+            self._settled = False
+            for line in lines:
+                events = [Tick()] if line is None else reader.events(line)
+                if events:
+                    yield from events
+                    self._spoke_s = self._clock()
+                if reader.finished:
+                    return
 
     def consult(self, requests: list[bytes], watch: Watch) -> list[Json]:
         """The answers to control requests, in their order. Raises what `converse` raises."""
         self._unsent += b"".join(requests)
         answers: list[Json] = []
-        for line in self._lines(watch):
-            if line is not None and line.get("type") == "control_response":
-                check_control_response(line)
-                answers.append(line)
-            if len(answers) == len(requests):
-                break
+        with contextlib.closing(self._lines(watch)) as lines:
+            for line in lines:
+                if line is not None and line.get("type") == "control_response":
+                    check_control_response(line)
+                    answers.append(line)
+                if len(answers) == len(requests):
+                    break
         return answers
 
     def _until_result(self, lines: Iterator[Json | None]) -> Iterator[Event]:
@@ -5730,7 +5732,7 @@ class ClaudeProcess:
                 check_history_result(line)
                 return
 
-    def _lines(self, watch: Watch) -> Iterator[Json | None]:
+    def _lines(self, watch: Watch) -> Generator[Json | None, None, None]:
         """Each line that claude prints, and None whenever the client has had nothing for `tick_s`:
         there are lines that mean nothing to it."""
         with self._selector(watch.client) as selector:
@@ -7210,7 +7212,11 @@ class Job:
         """The row of usage, if this is how it ended."""
         request, first = self.request, self.outcomes[0]
         usages = [NO_USAGE if self.path else outcome.usage for outcome in self.outcomes]
-        firsts = [o.first_token_s for o in self.outcomes if o.first_token_s is not None]
+        firsts = [
+            outcome.first_token_s for outcome in self.outcomes
+            # What was there already says nothing about how fast claude is.
+            if outcome.first_token_s is not None and self.path != "cached"
+        ]
         return UsageRow(
             at_s=at_s,
             request_id=request.request_id,

@@ -835,6 +835,7 @@ def test_a_server_that_stops_lets_everybody_have_a_shared_answer(tmp_path: Path)
             server.process.terminate()
             eventually(lambda: server.log_entries("server_stopping"))
             late = idle.reply()
+        assert server.process.wait(10) == 0
 
     assert len(text_of(reader)) == 16_000_000
     assert len(text_of(late)) == 16_000_000

@@ -54,6 +54,13 @@ def tree_of(path: Path) -> ast.Module:
 # Every script
 # ---------------------------------------------------------------------------
 
+def test_what_two_scripts_share_is_the_same_to_the_byte() -> None:
+    shared = [
+        re.findall(r"(?s)# --- shared: http_json\n.*?# --- end shared\n", path.read_text())
+        for path in SCRIPTS if path.name in ("ocp.py", "ocp_connect.py")]
+    assert len(shared) == 2 and shared[0] == shared[1] and len(shared[0]) == 1
+
+
 @each_script
 def test_source_is_ascii_and_not_too_wide(path: Path) -> None:
     wrong = [

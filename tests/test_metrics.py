@@ -492,6 +492,8 @@ def test_a_server_that_stops_is_not_ready(tmp_path: Path) -> None:
             reply = open_one.reply()
             open_one.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             state = open_one.reply().json()
+        # Asked to stop a second time, it would not wait for the one that has just left.
+        assert server.process.wait(10) == 0
 
     assert (reply.status, reply.json()["error"]["code"]) == (503, "not_ready")
     assert "stopping" in reply.json()["error"]["message"]

@@ -1,0 +1,76 @@
+/** The proxy over HTTP. What goes wrong is a ProxyError whose message is for the user. */
+
+const REQUEST_TIMEOUT_MS = 15_000;
+
+export class ProxyError extends Error {
+  constructor(message, status = null) {
+    super(message);
+    this.status = status;
+  }
+}
+
+function messageOf(body, status) {
+  const said = body?.error?.message ?? body?.errors?.join("; ");
+  return said || `The proxy answered ${status}.`;
+}
+
+function keyAdvice(settings) {
+  return settings.adminKey
+    ? "The proxy does not accept this admin key. Compare adminKey of the plugin, or the file that "
+      + "it reads, with ~/.ocp/admin-key on the proxy's machine."
+    : "The proxy wants its admin key. Set it with: openclaw config set "
+      + "plugins.entries.ocp.config.adminKey KEY";
+}
+
+async function readBody(response) {
+  const text = await response.text();
+  try {
+    return JSON.parse(text);
+  } catch {
+    throw new ProxyError(`${response.url} is not an OCP proxy: it answered ${response.status} `
+      + "with something else than JSON.", response.status);
+  }
+}
+
+/**
+ * Asks the proxy of these settings. Each call gives the JSON of a good answer.
+ *
+ * key   sent instead of the admin key; null for none
+ */
+export function createClient(settings, key = settings.adminKey, fetch = globalThis.fetch) {
+  async function call(method, path, body) {
+    const headers = { accept: "application/json" };
+    if (key) headers.authorization = `Bearer ${key}`;
+    if (body !== undefined) headers["content-type"] = "application/json";
+    let response;
+    try {
+      response = await fetch(settings.url + path, {
+        method, headers, body: body === undefined ? undefined : JSON.stringify(body),
+        redirect: "error", signal: AbortSignal.timeout(REQUEST_TIMEOUT_MS),
+      });
+    } catch (error) {
+      const reason = error.cause?.code ?? error.name;
+      throw new ProxyError(`No OCP proxy answers at ${settings.url} (${reason}).`);
+    }
+    const answer = await readBody(response);
+    // Of several settings some may have been taken: 207, and 400 when none was.
+    if (response.ok || answer?.results) return answer;
+    if (response.status === 401 || response.status === 403) {
+      throw new ProxyError(keyAdvice({ adminKey: key }), response.status);
+    }
+    throw new ProxyError(messageOf(answer, response.status), response.status);
+  }
+
+  return {
+    get: (path) => call("GET", path),
+    post: (path, body) => call("POST", path, body),
+    patch: (path, body) => call("PATCH", path, body),
+    delete: (path) => call("DELETE", path),
+  };
+}
+
+/** Whether this is what an OCP proxy says at /health. Others listen on its port, too. */
+export function isOcpHealth(body) {
+  return Boolean(body) && typeof body === "object"
+    && "authMode" in body && "claudeBinaryOk" in body && "version" in body;
+}

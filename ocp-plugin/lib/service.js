@@ -1,0 +1,296 @@
+/**
+ * Keeps the proxy running while the gateway does.
+ *
+ * A healthy proxy that runs already is adopted: it is watched, and never stopped. One that was
+ * started here is started again when it ends, after a growing delay, and ends with the gateway.
+ *
+ * Not OpenClaw's localService: that starts the server at the first request instead of with the
+ * gateway, each OpenClaw process starts and ends one of its own, and it hands on all of
+ * OpenClaw's environment.
+ */
+import { execFile, spawn } from "node:child_process";
+import { dirname, join } from "node:path";
+
+import { createClient, isOcpHealth } from "./client.js";
+import { clip } from "./format.js";
+
+// ==== 1. Starting ============================================================
+
+const CHECK_MS = 15_000;
+const STARTING_CHECK_MS = 250;
+const PROBE_TIMEOUT_MS = 3000;
+const START_TIMEOUT_MS = 30_000;
+const MOST_DELAY_MS = 60_000;
+/** A proxy that has lived so long starts again as quickly as the first time. */
+const STEADY_MS = 60_000;
+/** So long an adopted proxy may be away, for instance while it is restarted. */
+const ABSENCE_MS = 10_000;
+const STOP_TIMEOUT_MS = 10_000;
+const MOST_ERROR_CHARS = 2000;
+
+/** What the proxy needs of the gateway's environment, where OpenClaw's own secrets are, too. */
+const KEPT_NAMES = new Set([
+  "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TMPDIR", "DBUS_SESSION_BUS_ADDRESS",
+  "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+  "NODE_EXTRA_CA_CERTS",
+]);
+const KEPT_PREFIXES = ["LC_", "XDG_", "SSL_CERT_", "CLAUDE_", "OCP_", "PROXY_"];
+
+function isKept(name) {
+  return KEPT_NAMES.has(name) || KEPT_PREFIXES.some((prefix) => name.startsWith(prefix));
+}
+
+/** The environment of a proxy that is started. */
+export function childEnv(settings, env) {
+  return {
+    ...Object.fromEntries(Object.entries(env).filter(([name]) => isKept(name))),
+    CLAUDE_PROXY_PORT: String(settings.port),
+    CLAUDE_BIND: settings.host,
+  };
+}
+
+/** A started proxy: pid, whenEnded -> why, and end(). */
+export function startChild(settings, env = process.env) {
+  const [program, ...args] = settings.command;
+  const child = spawn(program, args, {
+    env: childEnv(settings, env), stdio: ["ignore", "ignore", "pipe"] });
+  let said = "";
+  child.stderr.on("data", (piece) => {
+    said = (said + piece).slice(-MOST_ERROR_CHARS);
+  });
+  const whenEnded = new Promise((resolve) => {
+    child.once("error", (error) => resolve(`could not be started: ${error.message}`));
+    child.once("close", (code, signal) => {
+      const last = said.trim().split("\n").at(-1);
+      resolve(`ended with ${signal ?? code}${last ? `: ${clip(last, 300)}` : ""}`);
+    });
+  });
+  return { pid: child.pid, whenEnded, end: (signal) => child.kill(signal) };
+}
+
+/** "ocp", "other" for something else on its port, or "down". */
+export async function probe(settings, fetch = globalThis.fetch) {
+  try {
+    const response = await fetch(`${settings.url}/health`, {
+      redirect: "error", signal: AbortSignal.timeout(PROBE_TIMEOUT_MS) });
+    const text = await response.text();
+    try {
+      return isOcpHealth(JSON.parse(text)) ? "ocp" : "other";
+    } catch {
+      return "other";
+    }
+  } catch {
+    return "down";
+  }
+}
+
+/** How long to wait before the start after so many that did not last. */
+export function restartDelay(firstMs, failures) {
+  return Math.min(MOST_DELAY_MS, firstMs * 2 ** Math.min(failures, 16));
+}
+
+// ==== 2. The supervisor ======================================================
+
+const WORLD = {
+  probe, start: startChild, now: () => Date.now(),
+  later: (run, ms) => {
+    const timer = setTimeout(run, ms);
+    timer.unref();
+    return timer;
+  },
+  cancel: clearTimeout,
+};
+
+/** Why a proxy that is down is not started here, or null if it is. */
+export function reasonNotToStart(settings) {
+  if (!settings.isLocal) return "it is on another machine";
+  if (!settings.autoStart) {
+    return settings.record?.label ? "the system's service manager runs it" : "autoStart is off";
+  }
+  return settings.command ? null : "no command is set that starts it";
+}
+
+class Supervisor {
+  constructor(settings, log, health, world) {
+    Object.assign(this, { settings, log, health, world });
+    this.child = null;
+    this.isStopped = false;
+    this.failures = 0;
+    /** Since when nothing has answered, null while something does. */
+    this.downSinceMs = null;
+    this.wasUp = false;
+    this.said = null;
+  }
+
+  start() {
+    this.check();
+  }
+
+  /** Ends the proxy if it was started here. */
+  async stop() {
+    this.isStopped = true;
+    this.world.cancel(this.timer);
+    await this.endChild();
+  }
+
+  /** Whether a proxy of ours was there to be restarted. */
+  async restart() {
+    if (!this.child) return false;
+    this.failures = 0;
+    this.isRestarting = true;
+    await this.endChild();
+    return true;
+  }
+
+  async endChild() {
+    const child = this.child;
+    if (!child) return;
+    child.end("SIGTERM");
+    const impatience = this.world.later(() => child.end("SIGKILL"), STOP_TIMEOUT_MS);
+    await child.whenEnded;
+    this.world.cancel(impatience);
+  }
+
+  /** Says a thing once, until there is another to say. */
+  tell(level, text) {
+    if (this.said === text) return;
+    this.said = text;
+    this.log[level](`OCP: ${text}`);
+  }
+
+  again(ms) {
+    if (this.isStopped) return;
+    this.world.cancel(this.timer);
+    this.timer = this.world.later(() => this.check(), ms);
+  }
+
+  async check() {
+    const state = await this.world.probe(this.settings);
+    if (this.isStopped) return;
+    this.again({
+      ocp: () => this.whenUp(), other: () => this.whenTaken(), down: () => this.whenDown(),
+    }[state]());
+  }
+
+  whenUp() {
+    this.downSinceMs = null;
+    this.wasUp = true;
+    if (this.child && this.world.now() - this.startedMs > STEADY_MS) this.failures = 0;
+    this.health?.clearFailure();
+    const whose = this.child ? `started, pid ${this.child.pid}` : "adopted, it runs already";
+    this.tell("info", `${this.settings.url} is healthy (${whose})`);
+    return CHECK_MS;
+  }
+
+  whenTaken() {
+    this.fail(`${this.settings.url} is taken by something that is not an OCP proxy; free the port, `
+      + "or set another one");
+    return CHECK_MS;
+  }
+
+  whenDown() {
+    this.downSinceMs ??= this.world.now();
+    if (this.child) return this.whileStarting();
+    const reason = reasonNotToStart(this.settings);
+    if (reason) {
+      this.fail(`nothing answers at ${this.settings.url}, and ${reason}`);
+      return CHECK_MS;
+    }
+    if (this.wasUp && this.world.now() - this.downSinceMs < ABSENCE_MS) return 1000;
+    this.begin();
+    return STARTING_CHECK_MS;
+  }
+
+  whileStarting() {
+    const silentMs = this.world.now() - Math.max(this.startedMs, this.downSinceMs);
+    if (silentMs < START_TIMEOUT_MS) return STARTING_CHECK_MS;
+    this.fail(`the started proxy does not answer at ${this.settings.url}`);
+    this.child.end("SIGKILL");
+    return CHECK_MS;
+  }
+
+  begin() {
+    this.log.info(`OCP: starting ${this.settings.command.join(" ")} for ${this.settings.url}`);
+    this.said = null;
+    this.startedMs = this.world.now();
+    const child = this.world.start(this.settings);
+    this.child = child;
+    child.whenEnded.then((why) => this.whenEnded(child, why));
+  }
+
+  whenEnded(child, why) {
+    if (this.child === child) this.child = null;
+    if (this.isStopped) return;
+    // The next check must not take it for an adopted one that is away for a moment.
+    this.wasUp = false;
+    if (this.isRestarting) {
+      this.isRestarting = false;
+      this.again(0);
+      return;
+    }
+    this.fail(`the proxy ${why}`);
+    if (!this.settings.autoRestart) {
+      this.settings = { ...this.settings, autoStart: false };
+      this.again(CHECK_MS);
+      return;
+    }
+    if (this.world.now() - this.startedMs > STEADY_MS) this.failures = 0;
+    const delayMs = restartDelay(this.settings.restartDelayMs, this.failures);
+    this.failures += 1;
+    this.log.info(`OCP: starting it again in ${delayMs} ms`);
+    this.again(delayMs);
+  }
+
+  fail(text) {
+    this.tell("warn", text);
+    this.health?.reportFailure(new Error(`OCP: ${text}`));
+  }
+}
+
+/** Watches the proxy of these settings between start() and stop(). `world` is for tests. */
+export function createSupervisor(settings, log, health, world = WORLD) {
+  return new Supervisor(settings, log, health, world);
+}
+
+// ==== 3. /ocp restart ========================================================
+
+const RESTART_TIMEOUT_MS = 90_000;
+
+function runProgram(program, args) {
+  return new Promise((resolve) => {
+    execFile(program, args, { timeout: RESTART_TIMEOUT_MS }, (error, stdout, stderr) => {
+      resolve({ ok: !error, words: (error && stderr.trim()) || stdout.trim() });
+    });
+  });
+}
+
+/** The proxy's own version once it answers again, or null. */
+async function whenBack(settings, tries = 40) {
+  for (let attempt = 0; attempt < tries; attempt += 1) {
+    if (await probe(settings) === "ocp") {
+      return (await createClient(settings, null).get("/health")).version;
+    }
+    await new Promise((resolve) => setTimeout(resolve, 250));
+  }
+  return null;
+}
+
+/** How /ocp restart does it: ours by the supervisor, an installed one by `ocp restart`. */
+export function createRestart(settingsOf, supervisorOf, run = runProgram) {
+  return async () => {
+    const settings = settingsOf();
+    if (await supervisorOf()?.restart()) {
+      const version = await whenBack(settings);
+      return version ? `The proxy is back, version \`${clip(version, 20)}\`.`
+        : `It does not answer yet at ${settings.url}. See \`/ocp status\` in a minute.`;
+    }
+    const { record } = settings;
+    if (!settings.isLocal || !record?.label || !record.server_path || !record.python) {
+      return `The proxy at ${settings.url} was not started by OpenClaw. `
+        + "Restart it on its machine: `ocp restart`";
+    }
+    const script = join(dirname(record.server_path), "ocp.py");
+    const { ok, words } = await run(record.python, [script, "restart"]);
+    return `${ok ? "Restarted." : "It could not be restarted."} \`${clip(words, 300)}\``;
+  };
+}

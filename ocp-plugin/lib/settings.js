@@ -1,0 +1,109 @@
+/** Where the proxy is, which key opens it, and what starts it. */
+import { existsSync, readFileSync } from "node:fs";
+import { homedir, networkInterfaces } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+
+const DEFAULT_PORT = 3456;
+const LOOPBACK = ["127.0.0.1", "localhost", "::1"];
+const EVERY_ADDRESS = ["0.0.0.0", "::"];
+
+/** What settings depend on beside the plugin's configuration; tests give another one. */
+export function surroundings() {
+  return {
+    env: process.env,
+    home: homedir(),
+    script: fileURLToPath(new URL("../../ocp_server.py", import.meta.url)),
+    addresses: Object.values(networkInterfaces()).flat().map((each) => each.address),
+    exists: existsSync,
+    read: readText,
+  };
+}
+
+function readText(path) {
+  try {
+    return readFileSync(path, "utf8");
+  } catch {
+    return null;
+  }
+}
+
+/** What the installer has written down about the proxy on this machine, or null. */
+function readRecord(folder, read) {
+  try {
+    const record = JSON.parse(read(join(folder, "install.json")) ?? "null");
+    return record !== null && typeof record === "object" ? record : null;
+  } catch {
+    return null;
+  }
+}
+
+function withoutTrailing(url) {
+  return url.replace(/\/+$/, "").replace(/\/v1$/, "");
+}
+
+/** The address of a proxy that listens there: one that listens everywhere is asked on loopback. */
+export function addressOf(host, port) {
+  const asked = EVERY_ADDRESS.includes(host) ? "127.0.0.1" : host;
+  return `http://${asked.includes(":") ? `[${asked}]` : asked}:${port}`;
+}
+
+function findUrl(config, env, record) {
+  if (config.proxyUrl) return withoutTrailing(config.proxyUrl);
+  if (config.host || config.port) {
+    return addressOf(config.host || "127.0.0.1", config.port || DEFAULT_PORT);
+  }
+  if (env.OCP_URL) return withoutTrailing(env.OCP_URL);
+  if (env.CLAUDE_PROXY_PORT) return addressOf("127.0.0.1", env.CLAUDE_PROXY_PORT);
+  if (typeof record?.url === "string") return withoutTrailing(record.url);
+  return addressOf("127.0.0.1", DEFAULT_PORT);
+}
+
+/** The admin key, or null. The file that nobody named is for this machine's own proxy only. */
+function findAdminKey(config, around, folder, isLocal) {
+  if (config.adminKey) return config.adminKey;
+  const named = config.adminKeyFile?.replace(/^~(?=\/)/, around.home);
+  if (named) return around.read(named)?.trim() || null;
+  if (!isLocal) return null;
+  return around.env.OCP_ADMIN_KEY || around.read(join(folder, "admin-key"))?.trim() || null;
+}
+
+function findCommand(config, around) {
+  if (config.command) return config.command;
+  return around.exists(around.script) ? ["python3", around.script] : null;
+}
+
+/**
+ * Everything that the plugin wants to know:
+ *
+ * url, host, port    where the proxy is asked, and where one that is started listens
+ * isLocal            whether that is this machine
+ * adminKey           or null
+ * models             the models to offer, [] for all
+ * command            what starts the proxy, or null
+ * record             what the installer has written down, or null
+ * autoStart, autoRestart, restartDelayMs
+ */
+export function readSettings(config, around) {
+  const folder = around.env.OCP_HOME || join(around.home, ".ocp");
+  const record = readRecord(folder, around.read);
+  const url = findUrl(config, around.env, record);
+  const parsed = new URL(url);
+  const asked = parsed.hostname.replace(/^\[|\]$/g, "");
+  const isLocal = [...LOOPBACK, ...around.addresses].includes(asked);
+  const isManaged = Boolean(record?.label);
+  return {
+    url,
+    host: !config.proxyUrl && config.host ? config.host : asked,
+    port: Number(parsed.port || (parsed.protocol === "https:" ? 443 : 80)),
+    isLocal,
+    adminKey: findAdminKey(config, around, folder, isLocal),
+    models: config.models ?? [],
+    command: findCommand(config, around),
+    record,
+    // Two that start one proxy would fight over its port.
+    autoStart: config.autoStart ?? !isManaged,
+    autoRestart: config.autoRestart ?? true,
+    restartDelayMs: config.restartDelayMs ?? 1000,
+  };
+}

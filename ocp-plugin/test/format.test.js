@@ -1,0 +1,38 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { age, bar, clip, duration, fence, MOST_CHARS, page, table, tokens } from "../lib/format.js";
+
+test("text of others cannot leave its line or its fence", () => {
+  assert.equal(clip("a```\nb\u2028c", 20), "a''' b c");
+  assert.equal(fence(["x ``` y"]), "```\nx ''' y\n```");
+});
+
+test("columns of numbers below a heading are aligned right, versions are not", () => {
+  assert.deepEqual(table([["Model", "Reqs"], ["opus", 7], ["haiku", 120]]),
+    ["Model  Reqs", "opus      7", "haiku   120"]);
+  assert.deepEqual(table([["Proxy", "0.1.0"], ["Claude", "2.1.329"]]),
+    ["Proxy   0.1.0", "Claude  2.1.329"]);
+});
+
+test("an answer is never too long, and its fence is closed", () => {
+  const long = page("T", Array.from({ length: 14 }, () => "x".repeat(300)), "the end");
+  assert.ok(long.length <= MOST_CHARS);
+  assert.ok(long.endsWith("```\nthe end"));
+});
+
+test("lines that are too many are counted", () => {
+  const lines = fence(Array.from({ length: 40 }, (_, at) => `line ${at}`)).split("\n");
+  assert.equal(lines.length, 17);
+  assert.equal(lines.at(-2), "... and 26 more");
+});
+
+test("bars, durations, tokens and ages are short", () => {
+  assert.equal(bar(0.25), "[###.......]");
+  assert.equal(bar(7), "[##########]");
+  assert.deepEqual([null, 12, 1500, 120_000, 5_400_000].map(duration),
+    ["-", "12ms", "1.5s", "2m", "1.5h"]);
+  assert.deepEqual([7, 64_000, 1_000_000].map(tokens), ["7", "64k", "1M"]);
+  assert.equal(age("2026-11-20T14:00:00Z", Date.parse("2026-11-20T17:10:00Z")), "3h");
+  assert.equal(age(null, 0), "never");
+});

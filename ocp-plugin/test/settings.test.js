@@ -1,0 +1,65 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { addressOf, readSettings } from "../lib/settings.js";
+
+const HOME = "/home/ann";
+
+function around(files = {}, env = {}) {
+  return {
+    env, home: HOME, script: "/opt/ocp/ocp_server.py", addresses: ["127.0.0.1", "192.168.1.5"],
+    exists: (path) => path in files, read: (path) => files[path] ?? null,
+  };
+}
+
+const RECORD = { label: "ocp.service", url: "http://127.0.0.1:4000", python: "/usr/bin/python3",
+  server_path: "/opt/ocp/ocp_server.py" };
+const INSTALLED = { [`${HOME}/.ocp/install.json`]: JSON.stringify(RECORD) };
+const KEY_FILE = { [`${HOME}/.ocp/admin-key`]: "secret\n" };
+
+test("without anything, the proxy is on this machine at its own port", () => {
+  const settings = readSettings({}, around());
+  assert.equal(settings.url, "http://127.0.0.1:3456");
+  assert.deepEqual([settings.host, settings.port, settings.isLocal], ["127.0.0.1", 3456, true]);
+  assert.equal(settings.command, null);
+});
+
+test("a proxy that listens everywhere is asked on loopback", () => {
+  const settings = readSettings({ host: "0.0.0.0", port: 4001 }, around());
+  assert.deepEqual([settings.url, settings.host], ["http://127.0.0.1:4001", "0.0.0.0"]);
+  assert.equal(addressOf("::", 1), "http://127.0.0.1:1");
+  assert.equal(addressOf("fd00::2", 1), "http://[fd00::2]:1");
+});
+
+test("the plugin's words win over the environment's, and these over the installer's", () => {
+  const env = { OCP_URL: "http://10.0.0.2:9/v1/" };
+  const named = readSettings({ proxyUrl: "https://a.b/" }, around(INSTALLED, env));
+  assert.equal(named.url, "https://a.b");
+  assert.equal(readSettings({}, around(INSTALLED, env)).url, "http://10.0.0.2:9");
+  assert.equal(readSettings({}, around(INSTALLED)).url, "http://127.0.0.1:4000");
+});
+
+test("the file with the key is for this machine's proxy only", () => {
+  assert.equal(readSettings({}, around(KEY_FILE)).adminKey, "secret");
+  assert.equal(readSettings({ host: "192.168.1.5" }, around(KEY_FILE)).adminKey, "secret");
+  assert.equal(readSettings({ host: "192.168.1.9" }, around(KEY_FILE)).adminKey, null);
+  assert.equal(readSettings({ host: "evil.example", adminKeyFile: "~/k" },
+    around({ [`${HOME}/k`]: "k" })).adminKey, "k");
+});
+
+test("what the service manager runs is not started twice", () => {
+  assert.equal(readSettings({}, around()).autoStart, true);
+  assert.equal(readSettings({}, around(INSTALLED)).autoStart, false);
+  assert.equal(readSettings({ autoStart: true }, around(INSTALLED)).autoStart, true);
+});
+
+test("the server beside the plugin is what is started", () => {
+  const files = { "/opt/ocp/ocp_server.py": "" };
+  assert.deepEqual(readSettings({}, around(files)).command, ["python3", "/opt/ocp/ocp_server.py"]);
+  assert.deepEqual(readSettings({ command: ["/bin/x"] }, around(files)).command, ["/bin/x"]);
+});
+
+test("a record that is no JSON is as none", () => {
+  const files = { [`${HOME}/.ocp/install.json`]: "{" };
+  assert.equal(readSettings({}, around(files)).record, null);
+});

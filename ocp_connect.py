@@ -1,0 +1,2839 @@
+#!/usr/bin/env python3
+"""ocp_connect points the tools of this machine at an OCP server, and takes that back again.
+
+    curl -fsSL http://HOST:3456/connect | python3 - HOST
+    python3 ocp_connect.py HOST [--key KEY] [--only TOOL,...] [--primary | --backup] [--dry-run]
+    python3 ocp_connect.py --list        which tools it knows, and where they are here
+    python3 ocp_connect.py --undo        everything as it was before
+
+It asks the server who it is, plans, shows every file that would change and why, and asks before
+it writes. Comments, order and settings of your own stay as they are; where a change cannot be
+made safely it is printed for you to make. What was done is written down in ~/.config/ocp with a
+copy of each file as it was; --undo gives those back byte for byte, or, where you have changed a
+file since, takes out only what was put in.
+
+The key is --key, else OCP_CONNECT_KEY in the environment, else the one given for this server the
+last time, else the server's own anonymous key, else you are asked.
+
+Exit codes: 0 done; 1 something failed, the message says what; 2 wrong usage; 3 no OCP server
+there; 4 the key is missing or refused; 130 interrupted.
+"""
+# Sections (search for "==== 8" to jump to the eighth):
+#
+#      1. Small things      exit codes, problems, hiding keys, HTTP
+#      2. Machine           everything of this computer that a plan may depend on
+#      3. JSON text         members put into a text and taken out, with all comments kept
+#      4. TOML text         the same for keys before the first table
+#      5. YAML text         the same for keys of the outermost level
+#      6. Changes           one change to a file, whatever its format; and back
+#      7. Server            what the other side says about itself
+#      8. Tools             one function for each tool: what it needs where
+#      9. Record            what was done, for --undo and for the next run
+#     10. Plan              which bytes of which file would be others
+#     11. Writing           the only section that changes anything
+#     12. Showing           plans, tools and results for a person, and as JSON
+#     13. Command line      arguments, questions, main
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("ocp_connect needs Python 3.9 or later; this is Python %d.%d." % sys.version_info[:2])
+if sys.platform == "win32":
+    sys.exit(
+        "ocp_connect runs on Linux and macOS. On Windows run it in WSL, or give your tools the "
+        "address http://HOST:3456/v1 and your key by hand."
+    )
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import enum
+import getpass
+import glob
+import hashlib
+import http.client
+import json
+import os
+import plistlib
+import re
+import shlex
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Union
+
+VERSION = "0.1.0"
+
+#: A JSON value, parsed or to be written.
+Json = Any
+
+
+# ==== 1. Small things ========================================================
+# What goes wrong is a Problem, one sentence that says what to do; main gives it its exit code.
+
+
+class Exit(enum.IntEnum):
+    """The exit codes. Nothing that was not done ends with OK."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    DENIED = 4
+    INTERRUPTED = 130
+
+
+class Problem(Exception):
+    """Why it cannot go on, for the user."""
+
+    def __init__(self, code: Exit, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Unsafe(Exception):
+    """A file cannot be changed with certainty: the reason, to follow its name."""
+
+
+def clean(text: object) -> str:
+    """`text` in one line, without the control characters that could command a terminal."""
+    line = re.sub(r"\s*[\r\n]+\s*", " ", str(text).strip("\r\n"))
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", line)
+
+
+#: A value that belongs to a name which says that it is secret.
+_SECRET_VALUE = re.compile(
+    r"((?:key|token|secret|password)[\"']?\s*[:= ]\s*[\"']?)([^\s\"',}]{4,})", re.I
+)
+_PLAIN_VALUE = re.compile(r"true|false|null|\d+|manual|unused|[{$].*|.*\.\.\..*")
+_SECRET_SHAPE = re.compile(r"\b(?:sk-|ocp_)[\w-]{8,}")
+#: Stands for a key where a tool insists on one and the server does not.
+NO_KEY = "unused"
+
+
+def mask(key: str) -> str:
+    """Enough of a key to recognise it."""
+    return f"{key[:8]}...{key[-4:]}" if len(key) >= 24 else f"{key[:2]}..."
+
+
+def masked(text: str, key: str) -> str:
+    """`text` without any key in full: not this one, and nothing else that looks like one."""
+    text = text.replace(key, mask(key)) if key else text
+    text = _SECRET_SHAPE.sub(lambda match: mask(match.group()), text)
+
+    def hidden(match: re.Match[str]) -> str:
+        return match[1] + (match[2] if _PLAIN_VALUE.fullmatch(match[2]) else mask(match[2]))
+
+    return _SECRET_VALUE.sub(hidden, text)
+
+
+def digest(content: bytes | None) -> str:
+    """A file's fingerprint; empty for one that is not there."""
+    return "" if content is None else hashlib.sha256(content).hexdigest()
+
+
+def newline_of(text: str) -> str:
+    """The newline that a text uses."""
+    return "\r\n" if "\r\n" in text.partition("\n")[0] + "\n" and "\r\n" in text else "\n"
+
+
+def counted(number: int, noun: str) -> str:
+    """"1 file", "2 files"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# --- shared: http_json
+class HttpProblem(Exception):
+    """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
+    403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
+
+    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
+        super().__init__(message)
+        self.kind, self.status, self.body = kind, status, body
+
+
+@contextlib.contextmanager
+def http_open(
+    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0
+) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a request, its body still unread. Raises HttpProblem. No proxy is used and
+    no redirection followed, so that the key reaches this address and no other."""
+    parts = urllib.parse.urlsplit(url)
+    secure = parts.scheme == "https"
+    connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    content = None
+    if body is not None:
+        headers["Content-Type"], content = "application/json", json.dumps(body).encode()
+    with contextlib.closing(connect(parts.hostname or "", parts.port, timeout=timeout_s)) as link:
+        try:
+            target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            link.request(method, target, content, headers)
+            answer = link.getresponse()
+            text = b"" if answer.status < 300 else answer.read()
+        except (OSError, http.client.HTTPException) as problem:
+            reason = getattr(problem, "strerror", None) or str(problem) or "no HTTP came back"
+            raise HttpProblem("unreachable", reason) from None
+        with contextlib.closing(answer):
+            if answer.status >= 300:
+                raise http_problem(answer.status, text)
+            yield answer
+
+
+def http_problem(status: int, text: bytes) -> HttpProblem:
+    """The problem that an answer with such a status stands for."""
+    kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
+    body, message = None, text[:200].decode("utf-8", "replace").strip()
+    with contextlib.suppress(ValueError):
+        body = json.loads(text)
+    error = body.get("error") if isinstance(body, dict) else None
+    told = error.get("message") if isinstance(error, dict) else error
+    return HttpProblem(kind, str(told or message), status, body)
+
+
+def http_json(
+    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0
+) -> Any:
+    """The JSON value that the server answers. Raises HttpProblem."""
+    with http_open(method, url, body, key, timeout_s) as answer:
+        try:
+            return json.loads(answer.read())
+        except (OSError, http.client.HTTPException) as problem:
+            raise HttpProblem("unreachable", f"the answer broke off: {problem}") from None
+        except ValueError:
+            raise HttpProblem("refused", "no JSON came back", answer.status) from None
+# --- end shared
+
+
+# ==== 2. Machine =============================================================
+# Everything of this computer that a plan may depend on, and how a file is read and replaced. Tests
+# give it another home.
+
+
+class Ran(NamedTuple):
+    """What became of a command. A code of None: it could not be run."""
+
+    code: int | None
+    output: str
+    error: str
+
+    @property
+    def complaint(self) -> str:
+        """What it had to say, in one line."""
+        lines = [line for line in (self.error + "\n" + self.output).splitlines() if line.strip()]
+        return clean(lines[0].strip()) if lines else f"it ended with {self.code}"
+
+
+def run_command(
+    command: Sequence[str], environ: Mapping[str, str], stdin: str = "", timeout_s: float = 60
+) -> Ran:
+    """Runs a command to its end. Never raises for a program that is missing or too slow."""
+    try:
+        done = subprocess.run(
+            list(command), env=dict(environ), input=stdin.encode(), capture_output=True,
+            timeout=timeout_s, check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Ran(None, "", f"{command[0]} took longer than {timeout_s:.0f} s")
+    except OSError as problem:
+        return Ran(None, "", f"{command[0]}: {problem.strerror}")
+    return Ran(done.returncode, *(part.decode("utf-8", "replace")
+                                  for part in (done.stdout, done.stderr)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """This computer, as far as it matters."""
+
+    home: str
+    environ: Mapping[str, str]
+    platform: str
+    #: Whether systemd hands ~/.config/environment.d to what the desktop starts.
+    has_systemd: bool
+
+    def below(self, *parts: str) -> str:
+        """A path in the home folder."""
+        return os.path.join(self.home, *parts)
+
+    def named(self, variable: str, *default: str) -> str:
+        """The folder that a variable names, else this one in the home folder."""
+        value = self.environ.get(variable, "")
+        value = os.path.join(self.home, value[2:]) if value.startswith("~/") else value
+        return value if os.path.isabs(value) else self.below(*default)
+
+    @property
+    def config_home(self) -> str:
+        """Where programs keep their settings."""
+        return self.named("XDG_CONFIG_HOME", ".config")
+
+    @property
+    def own(self) -> str:
+        """The folder of our key, record and copies."""
+        return os.path.join(self.config_home, "ocp")
+
+    @property
+    def shell(self) -> str:
+        """The name of the login shell, empty if unknown."""
+        return os.path.basename(self.environ.get("SHELL", ""))
+
+    def program(self, name: str) -> str | None:
+        """Where a program is, None if it is not on the PATH."""
+        return shutil.which(name, path=self.environ.get("PATH", os.defpath))
+
+    def run(self, *command: str, stdin: str = "", timeout_s: float = 60) -> Ran:
+        """Runs a command with the user's environment."""
+        return run_command(command, self.environ, stdin, timeout_s)
+
+    def short(self, path: str) -> str:
+        """A path as people write it."""
+        inside = path.startswith(self.home + os.sep)
+        return "~" + path[len(self.home):] if inside else path
+
+
+def this_machine() -> Machine:
+    """The computer that this runs on."""
+    environ = dict(os.environ)
+    home = environ.get("HOME") or os.path.expanduser("~")
+    return Machine(
+        os.path.abspath(home), environ, sys.platform, os.path.isdir("/run/systemd/system")
+    )
+
+
+def read_bytes(path: str) -> bytes | None:
+    """What a file holds, None if there is none. Raises Unsafe if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        raise Unsafe(f"cannot be read ({problem.strerror})") from None
+
+
+def decoded(content: bytes | None) -> str:
+    """The text of a file; empty for one that is not there. Raises Unsafe if it is no text."""
+    try:
+        return (content or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        raise Unsafe("is not UTF-8 text") from None
+
+
+def make_private(folder: str) -> None:
+    """A folder for our eyes only. Raises OSError."""
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+
+
+def write_whole(path: str, content: bytes, mode: int) -> None:
+    """Replaces a file so that there is always the old or the new one. Raises OSError."""
+    real = os.path.realpath(path)
+    descriptor, draft = tempfile.mkstemp(dir=os.path.dirname(real), prefix=".ocp-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(draft, mode)
+        os.replace(draft, real)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name or address is this computer's own."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    for family, kind, _, _, address in found:
+        # Only an address of one's own can be bound to.
+        with contextlib.suppress(OSError), socket.socket(family, kind) as attempt:
+            attempt.bind(address)
+            return True
+    return False
+
+
+def has_claude_login(machine: Machine) -> bool:
+    """Whether the claude program is logged in here, as it is where a server runs."""
+    folder = machine.named("CLAUDE_CONFIG_DIR", ".claude")
+    if os.path.exists(os.path.join(folder, ".credentials.json")):
+        return True
+    if machine.environ.get("CLAUDE_CODE_OAUTH_TOKEN"):
+        return True
+    for path in (machine.below(".claude.json"), os.path.join(folder, ".claude.json")):
+        with contextlib.suppress(Unsafe):
+            if b'"oauthAccount"' in (read_bytes(path) or b""):
+                return True
+    return False
+
+
+# ==== 3. JSON text ===========================================================
+# JSON with comments, trailing commas, bare keys and single quotes, as editors and agents write it.
+# A change is made at the one place where it belongs; every other byte stays.
+
+
+class Member(NamedTuple):
+    """One member of an object. `comma` is where its comma stands, None if it has none."""
+
+    key: str
+    start: int
+    node: Node
+    comma: int | None
+
+
+class Node:
+    """A value and where it stands. `members` is None for whatever is no object."""
+
+    __slots__ = ("end", "members", "start", "value")
+
+    def __init__(
+        self, value: Json, start: int, end: int, members: list[Member] | None = None
+    ) -> None:
+        self.value = value
+        self.start, self.end = start, end
+        self.members = members
+
+    def member(self, key: str) -> Member | None:
+        """The member of this name."""
+        return next((each for each in self.members or () if each.key == key), None)
+
+
+def as_written(text: str) -> tuple[str, str]:
+    """Stands for a value that is kept as it is written, because nothing here understands it."""
+    return ("as written", text)
+
+
+#: What is found where somebody wrote null: not the same as nothing.
+NULL = as_written("null")
+
+
+def rendered(value: Json) -> str:
+    """A value on one line."""
+    return value[1] if isinstance(value, tuple) else json.dumps(value, ensure_ascii=False)
+
+
+class JsonReader:
+    """Reads one text. Raises Unsafe for whatever is not understood."""
+
+    _SPACE = re.compile(r"(?:[\s\ufeff]+|//[^\n]*|/\*.*?\*/)*", re.S)
+    _COMMENT = re.compile(r"//[^\n\r]*|/\*.*?\*/", re.S)
+    _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\'', re.S)
+    _WORD = re.compile(r"[A-Za-z_$][\w$]*")
+    _SCALAR = re.compile(
+        r"(?:true|false|null|[+-]?(?:Infinity|NaN|0[xX][0-9a-fA-F]+"
+        r"|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))(?![\w$.])"
+    )
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+        #: The comments, in their order.
+        self.comments: list[str] = []
+
+    def document(self) -> Node:
+        """The whole text as one object."""
+        try:
+            self._skip()
+            node = self._value()
+            self._skip()
+        except RecursionError:
+            raise Unsafe("is nested too deeply") from None
+        if self.at != len(self.text):
+            raise self._lost()
+        if node.members is None:
+            raise Unsafe("does not hold an object")
+        return node
+
+    def _lost(self) -> Unsafe:
+        line = self.text.count("\n", 0, self.at) + 1
+        return Unsafe(f"is not understood at line {line}")
+
+    def _skip(self) -> None:
+        match = self._SPACE.match(self.text, self.at)
+        assert match is not None
+        self.comments += self._COMMENT.findall(match.group())
+        self.at = match.end()
+
+    def _takes(self, character: str) -> bool:
+        found = self.text.startswith(character, self.at)
+        self.at += len(character) if found else 0
+        return found
+
+    def _value(self) -> Node:
+        start = self.at
+        if self._takes("{"):
+            members = self._members()
+            return Node({m.key: m.node.value for m in members}, start, self.at, members)
+        if self._takes("["):
+            return Node(self._items(), start, self.at)
+        return Node(self._scalar(), start, self.at)
+
+    def _members(self) -> list[Member]:
+        found: list[Member] = []
+        self._skip()
+        while not self._takes("}"):
+            start, key = self.at, self._key()
+            if any(each.key == key for each in found):
+                raise Unsafe(f"names {key} twice")
+            self._skip()
+            if not self._takes(":"):
+                raise self._lost()
+            self._skip()
+            node = self._value()
+            comma = self._separator("}")
+            found.append(Member(key, start, node, comma))
+        return found
+
+    def _items(self) -> list[Json]:
+        found: list[Json] = []
+        self._skip()
+        while not self._takes("]"):
+            found.append(self._value().value)
+            self._separator("]")
+        return found
+
+    def _separator(self, closing: str) -> int | None:
+        """Where the comma after a value is; without one, the end has to come."""
+        self._skip()
+        place = self.at
+        comma = self._takes(",")
+        self._skip()
+        if not comma and not self.text.startswith(closing, self.at):
+            raise self._lost()
+        return place if comma else None
+
+    def _key(self) -> str:
+        match = self._WORD.match(self.text, self.at)
+        if match is None:
+            key = self._scalar()
+            if not isinstance(key, str):
+                raise self._lost()
+            return key
+        self.at = match.end()
+        return match.group()
+
+    def _scalar(self) -> Json:
+        match = self._STRING.match(self.text, self.at) or self._SCALAR.match(self.text, self.at)
+        if match is None:
+            raise self._lost()
+        self.at, word = match.end(), match.group()
+        if word[0] == "'":
+            inner = word[1:-1].replace("\\'", "'")
+            word = '"' + re.sub(r'(?<!\\)"', r"\"", inner) + '"'
+        try:
+            return json.loads(word)
+        except ValueError:
+            # A number or an escape of JSON5: nothing of ours, it only has to stay the same.
+            return as_written(match.group())
+
+
+def json_load(text: str) -> Json:
+    """The value of a text. Raises Unsafe."""
+    return JsonReader(text).document().value if text.strip("\ufeff \t\r\n") else {}
+
+
+def json_comments(text: str) -> list[str]:
+    """The comments of a text. Raises Unsafe."""
+    reader = JsonReader(text)
+    if text.strip("\ufeff \t\r\n"):
+        reader.document()
+    return reader.comments
+
+
+def json_find(text: str, path: tuple[str, ...]) -> Json:
+    """The value at a path, None where there is none. Raises Unsafe."""
+    value = json_load(text)
+    for name in path:
+        if not isinstance(value, dict) or name not in value:
+            return None
+        value = value[name]
+    return NULL if value is None else value
+
+
+def line_start(text: str, at: int) -> int:
+    """Where the line of a place begins."""
+    return text.rfind("\n", 0, at) + 1
+
+
+def indent_at(text: str, at: int) -> str:
+    """The white space at the beginning of the line of a place."""
+    start = line_start(text, at)
+    return text[start:at][: len(text[start:at]) - len(text[start:at].lstrip(" \t"))]
+
+
+def json_unit(text: str, root: Node) -> str:
+    """By what a text indents."""
+    for member in root.members or ():
+        lead = text[line_start(text, member.start):member.start]
+        if lead and not lead.strip():
+            return lead
+    return "  "
+
+
+def json_render(value: Json, unit: str, indent: str, newline: str) -> str:
+    """A value as text whose later lines stand at `indent`."""
+    if isinstance(value, tuple):
+        return rendered(value)
+    lines = json.dumps(value, indent=unit, ensure_ascii=False).split("\n")
+    return (newline + indent).join(lines)
+
+
+def json_put(text: str, path: tuple[str, ...], value: Json) -> str:
+    """A text with the value at a path. Raises Unsafe."""
+    newline = newline_of(text)
+    if not text.strip("\ufeff \t\r\n"):
+        text += "{" + newline + "}" + newline
+    root = node = JsonReader(text).document()
+    unit, depth = json_unit(text, root), 0
+    for name in path:
+        member = node.member(name)
+        if member is None:
+            break
+        node, depth = member.node, depth + 1
+        if depth < len(path) and node.members is None:
+            raise Unsafe(f"has something else than an object at {'.'.join(path[:depth])}")
+    if depth == len(path):
+        if node.value == value:
+            return text
+        fresh = json_render(value, unit, indent_at(text, node.start), newline)
+        return text[:node.start] + fresh + text[node.end:]
+    for name in reversed(path[depth + 1:]):
+        value = {name: value}
+    return _json_insert(text, node, path[depth], value, unit)
+
+
+def _json_insert(text: str, node: Node, key: str, value: Json, unit: str) -> str:
+    """A text with one more member at the end of an object."""
+    assert node.members is not None
+    newline, outer, close = newline_of(text), indent_at(text, node.start), node.end - 1
+    start = line_start(text, close)
+    brace_alone = start > node.start and not text[start:close].strip()
+    first = node.members[0].start if node.members else None
+    indent = outer + unit
+    if first is not None and not text[line_start(text, first):first].strip():
+        indent = indent_at(text, first)
+    piece = f"{json.dumps(key)}: {json_render(value, unit, indent, newline)}"
+    if not node.members:
+        if brace_alone:
+            return text[:start] + indent + piece + newline + text[start:]
+        inner = text[node.start + 1:close].rstrip(" \t")
+        return (text[:node.start + 1] + inner + newline + indent + piece + newline + outer
+                + text[close:])
+    last = node.members[-1]
+    if not brace_alone:
+        at = last.node.end if last.comma is None else last.comma + 1
+        comma = "," if last.comma is None else ""
+        return f"{text[:at]}{comma} {json.dumps(key)}: {rendered(value)}{text[at:]}"
+    if last.comma is None:
+        text = text[:last.node.end] + "," + text[last.node.end:]
+        start += 1
+    tail = "" if last.comma is None else ","
+    return text[:start] + indent + piece + tail + newline + text[start:]
+
+
+def json_drop(text: str, path: tuple[str, ...]) -> str:
+    """A text without the member at a path; it has to be there. Raises Unsafe."""
+    parent = JsonReader(text).document()
+    for name in path[:-1]:
+        found = parent.member(name)
+        assert found is not None
+        parent = found.node
+    assert parent.members is not None
+    index = [each.key for each in parent.members].index(path[-1])
+    member = parent.members[index]
+    before = parent.members[index - 1].comma if index and member.comma is None else None
+    start, end = member.start, member.node.end if member.comma is None else member.comma + 1
+    begin, stop = line_start(text, start), text.find("\n", end) + 1
+    if not text[begin:start].strip() and stop and not text[end:stop].strip():
+        start, end = begin, stop
+    elif before is not None and not text[before + 1:start].strip():
+        start = before + 1
+    elif before is None:
+        end += len(text[end:]) - len(text[end:].lstrip(" \t"))
+    cut = text[:start] + text[end:]
+    if before is not None:
+        cut = cut[:before] + cut[before + 1:]
+    emptied = re.compile(r"\{\s*\}").match(cut, parent.start)
+    return cut[:parent.start] + "{}" + cut[emptied.end():] if emptied else cut
+
+
+# ==== 4. TOML text ===========================================================
+# Only keys before the first table are put or taken out; the rest is read to be sure of the places.
+
+
+class Statement(NamedTuple):
+    """A key with its value, or a table's header, whose value is empty."""
+
+    path: tuple[str, ...]
+    value: str
+    start: int
+    end: int
+
+
+_TOML_KEY = r"(?:[A-Za-z0-9_-]+|\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*')"
+_TOML_KEYS = rf"{_TOML_KEY}(?:[ \t]*\.[ \t]*{_TOML_KEY})*"
+_TOML_HEADER = re.compile(
+    rf"(\[\[?)[ \t]*({_TOML_KEYS})[ \t]*\]\]?[ \t]*(?:#[^\n]*)?\r?(?=\n|\Z)"
+)
+_TOML_PAIR = re.compile(rf"({_TOML_KEYS})[ \t]*=[ \t]*")
+_TOML_STRING = re.compile(
+    r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.S
+)
+_TOML_BLANK = re.compile(r"[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)")
+
+
+def _toml_names(text: str) -> tuple[str, ...]:
+    """The names of a dotted key."""
+    found = re.findall(_TOML_KEY, text)
+    return tuple(name[1:-1] if name[0] in "\"'" else name for name in found)
+
+
+def _toml_value_end(text: str, at: int) -> int:
+    """Where a value ends: at its line's end, outside of strings and brackets."""
+    depth = 0
+    while at < len(text):
+        character = text[at]
+        if character in "\"'":
+            match = _TOML_STRING.match(text, at)
+            if match is None:
+                raise Unsafe("has a string that does not end")
+            at = match.end()
+            continue
+        if character == "#":
+            if not depth:
+                return at
+            at = (text.find("\n", at) + 1 or len(text)) - 1
+        elif character == "\n" and not depth:
+            return at
+        depth += (character in "[{") - (character in "]}")
+        at += 1
+    if depth:
+        raise Unsafe("has a bracket that does not close")
+    return at
+
+
+def toml_statements(text: str) -> list[Statement]:
+    """Every statement in its order. Raises Unsafe."""
+    found: list[Statement] = []
+    table: tuple[str, ...] = ()
+    counts: dict[tuple[str, ...], int] = {}
+    at = len(text) - len(text.lstrip("\ufeff"))
+    while at < len(text):
+        blank = _TOML_BLANK.match(text, at)
+        if blank is not None:
+            at = max(blank.end(), at + 1)
+            continue
+        at += len(text[at:]) - len(text[at:].lstrip(" \t"))
+        header = _TOML_HEADER.match(text, at)
+        if header is not None:
+            table = _toml_table(_toml_names(header[2]), counts, header[1] == "[[")
+            found.append(Statement((*table, "[]"), "", at, header.end()))
+            at = header.end()
+            continue
+        pair = _TOML_PAIR.match(text, at)
+        if pair is None:
+            line = text.count("\n", 0, at) + 1
+            raise Unsafe(f"is not understood at line {line}")
+        end = _toml_value_end(text, pair.end())
+        value = text[pair.end():end].rstrip()
+        found.append(
+            Statement(table + _toml_names(pair[1]), value, pair.end(), pair.end() + len(value))
+        )
+        at = text.find("\n", end) + 1 or len(text)
+    return found
+
+
+def _toml_table(
+    names: tuple[str, ...], counts: dict[tuple[str, ...], int], is_array: bool
+) -> tuple[str, ...]:
+    """The path of a table, with the number of each array's element that it lies in."""
+    if is_array:
+        counts[names] = counts.get(names, -1) + 1
+    path: tuple[str, ...] = ()
+    for length, name in enumerate(names, 1):
+        count = counts.get(names[:length])
+        path += (name,) if count is None else (name, f"#{count}")
+    return path
+
+
+def toml_load(text: str) -> Json:
+    """Every value as it is written, by its full path. Raises Unsafe."""
+    found: dict[str, Json] = {}
+    statements = toml_statements(text)
+    values = {each.path for each in statements if each.path[-1] != "[]"}
+    for each in statements:
+        name = ".".join(each.path)
+        if name in found or any(each.path[:n] in values for n in range(1, len(each.path))):
+            raise Unsafe(f"defines {name.replace('.[]', '')} twice")
+        found[name] = _toml_plain(each.value)
+    return found
+
+
+def _toml_plain(written: str) -> Json:
+    """The value of a simple string, number or truth value; anything else as it is written."""
+    if re.fullmatch(r"'[^'\n]*'", written):
+        return written[1:-1]
+    try:
+        return json.loads(written)
+    except ValueError:
+        return as_written(written)
+
+
+def toml_find(text: str, path: tuple[str, ...]) -> Json:
+    """The value of a key, None where there is none. Raises Unsafe."""
+    return toml_load(text).get(".".join(path))
+
+
+def toml_put(text: str, path: tuple[str, ...], value: Json) -> str:
+    """A text with this value for a key before the first table. Raises Unsafe."""
+    (name,) = path
+    newline, top = newline_of(text), 0
+    for each in toml_statements(text):
+        if each.path[-1] == "[]":
+            break
+        if each.path == path:
+            same = _toml_plain(each.value) == value
+            fresh = text[:each.start] + rendered(value) + text[each.end:]
+            return text if same else fresh
+        top = text.find("\n", each.end) + 1 or len(text)
+    top = top or len(text) - len(text.lstrip("\ufeff"))
+    lead = "" if not top or text[top - 1] in "\n\ufeff" else newline
+    return f"{text[:top]}{lead}{name} = {rendered(value)}{newline}{text[top:]}"
+
+
+def toml_drop(text: str, path: tuple[str, ...]) -> str:
+    """A text without a key before the first table; it has to be there. Raises Unsafe."""
+    (found,) = (each for each in toml_statements(text) if each.path == path)
+    stop = text.find("\n", found.end) + 1 or len(text)
+    return text[:line_start(text, found.start)] + text[stop:]
+
+
+# ==== 5. YAML text ===========================================================
+# The outermost level only: "key: value" lines, and lists of items. What is indented belongs to the
+# line above it. Whatever else stands at the beginning of a line makes the file unsafe to change.
+
+
+class Entry(NamedTuple):
+    """A key of the outermost level. `rest` is what follows its colon; `end` is where the next key
+    begins, and `value_at` where `rest` does."""
+
+    key: str
+    rest: str
+    start: int
+    value_at: int
+    end: int
+
+
+_YAML_KEY = re.compile(r"([A-Za-z_][\w.-]*|\"[\w. -]+\"|'[\w. -]+')[ \t]*:(?=[ \t\r\n]|$)[ \t]*")
+_YAML_SCALAR = re.compile(
+    r"(\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\n]|'')*'|[^\s\"'#&*!|>%@`\[\]{},?:-][^\n#]*?|-?[\w.]+)"
+    r"([ \t]+#[^\n\r]*|[ \t]*)"
+)
+_YAML_ITEM = re.compile(r"^([ \t]*)- ", re.M)
+
+
+def yaml_entries(text: str) -> list[Entry]:
+    """The keys of the outermost level in their order. Raises Unsafe."""
+    starts: list[tuple[str, int, int, str]] = []
+    at = 0
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        body = line.rstrip("\r\n").lstrip("\ufeff")
+        match = _YAML_KEY.match(body)
+        if match is not None:
+            value_at = at + len(line.rstrip("\r\n")) - len(body) + match.end()
+            starts.append((match[1].strip("\"'"), at, value_at, body[match.end():].rstrip()))
+        elif not _yaml_belongs(body, number, bool(starts)):
+            raise Unsafe(f"is not understood at line {number}")
+        at += len(line)
+    ends = [each[1] for each in starts[1:]] + [len(text)]
+    names = [each[0] for each in starts]
+    if len(set(names)) != len(names):
+        raise Unsafe("has a key twice")
+    return [Entry(key, rest, start, value_at, end)
+            for (key, start, value_at, rest), end in zip(starts, ends)]
+
+
+def _yaml_belongs(line: str, number: int, inside: bool) -> bool:
+    """Whether a line that begins no key may stand where it does."""
+    if not line.strip() or line.startswith("#"):
+        return True
+    if line.rstrip() == "---":
+        return not inside
+    return line.startswith(" ") and "\t" not in line[: len(line) - len(line.lstrip())] or (
+        line.startswith("- "))
+
+
+def yaml_load(text: str) -> Json:
+    """What belongs to each key, as it is written; the items of a list without keys as "". Raises
+    Unsafe."""
+    entries = yaml_entries(text)
+    found = {each.key: _yaml_body(text, each) for each in entries}
+    head = text[: entries[0].start] if entries else text
+    items = _yaml_significant(head)
+    return {**found, **({"": items} if items else {})}
+
+
+def _yaml_significant(text: str) -> str:
+    """A text without empty lines and comment lines."""
+    lines = (line.rstrip() for line in text.lstrip("\ufeff").splitlines())
+    kept = (line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    return "\n".join(line for line in kept if line != "---")
+
+
+def _yaml_body(text: str, entry: Entry) -> Json:
+    """The simple value of a key, else all that belongs to it as it is written."""
+    body = text[entry.value_at:entry.end]
+    match = _YAML_SCALAR.fullmatch(entry.rest)
+    if match is None or _yaml_significant(body[len(entry.rest):]):
+        return as_written(_yaml_significant(body))
+    word = match[1]
+    if word[0] == "'":
+        return word[1:-1].replace("''", "'")
+    if word in ("true", "false") or word[0] == '"':
+        with contextlib.suppress(ValueError):
+            return json.loads(word)
+    return word
+
+
+def yaml_find(text: str, path: tuple[str, ...]) -> Json:
+    """The value of a key, None where there is none. Raises Unsafe."""
+    return yaml_load(text).get(path[0])
+
+
+def yaml_put(text: str, path: tuple[str, ...], value: Json) -> str:
+    """A text with this value for a key of the outermost level. Raises Unsafe."""
+    (name,) = path
+    newline = newline_of(text)
+    check_has_keys(text)
+    for each in yaml_entries(text):
+        if each.key != name:
+            continue
+        body = _yaml_body(text, each)
+        if body == value:
+            return text
+        match = _YAML_SCALAR.fullmatch(each.rest)
+        if isinstance(body, tuple) and body[1] or match is None and each.rest:
+            raise Unsafe(f"has a value for {name} that is more than one word")
+        old = match.end(1) if match is not None else 0
+        lead = "" if text[each.value_at - 1] in " \t" else " "
+        return text[:each.value_at] + lead + rendered(value) + text[each.value_at + old:]
+    return f"{text}{yaml_end(text)}{name}: {rendered(value)}{newline}"
+
+
+def yaml_end(text: str) -> str:
+    """The newline that a text wants before another line. Raises Unsafe where one would become
+    part of a value."""
+    if not text or text.endswith("\n"):
+        return ""
+    last = text[yaml_entries(text)[-1].start:] if yaml_entries(text) else text
+    if re.search(r"[|>][-+0-9]*[ \t]*(#[^\n]*)?\r?$", last, re.M):
+        raise Unsafe("ends in a text of several lines without a newline")
+    return newline_of(text)
+
+
+def check_has_keys(text: str) -> None:
+    """Raises Unsafe for a YAML text that is a list, where no key can stand."""
+    if "" in yaml_load(text):
+        raise Unsafe("is a list and not a set of keys")
+
+
+def yaml_drop(text: str, path: tuple[str, ...]) -> str:
+    """A text without the line of a key; it has to be there. Raises Unsafe."""
+    (found,) = (each for each in yaml_entries(text) if each.key == path[0])
+    stop = text.find("\n", found.value_at) + 1 or len(text)
+    return text[:found.start] + text[stop:]
+
+
+# ==== 6. Changes =============================================================
+# A file's changes are a list of Puts, and at most one Block of lines between two markers. They can
+# be applied to a text, and what was applied can be taken out of a text that has gone on since.
+
+BEGIN, END = "# >>> ocp >>>", "# <<< ocp <<<"
+_BLOCK = re.compile(
+    rf"^[ \t]*{re.escape(BEGIN)}[^\n]*\n.*?^[ \t]*{re.escape(END)}[^\n]*(?:\n|\Z)", re.M | re.S
+)
+
+
+class Put(NamedTuple):
+    """A value at a path. `default` marks what makes OCP the choice of a tool rather than one of
+    its choices; `absent` leaves any other value alone; `owned` marks what is ours by its name,
+    whatever it holds."""
+
+    path: tuple[str, ...]
+    value: Json
+    default: bool = False
+    absent: bool = False
+    owned: bool = False
+
+
+class Block(NamedTuple):
+    """Lines between markers, at the end of the file; or as items of the YAML list of key `under`,
+    where "" is a file that is itself a list."""
+
+    lines: tuple[str, ...]
+    under: str | None = None
+
+
+class Whole(NamedTuple):
+    """A file that is ours altogether."""
+
+    content: str
+    default: bool = False
+
+
+Change = Union[Put, Block, Whole]
+
+
+class Format(NamedTuple):
+    """What can be done with a text of some kind."""
+
+    load: Callable[[str], Json]
+    find: Callable[[str, tuple[str, ...]], Json]
+    put: Callable[[str, tuple[str, ...], Json], str]
+    drop: Callable[[str, tuple[str, ...]], str]
+    #: Whether what load gives is one object in the other, or flat.
+    nested: bool = False
+
+
+def _no_value(text: str, path: tuple[str, ...]) -> Json:
+    raise Unsafe("has no keys")
+
+
+def _no_put(text: str, path: tuple[str, ...], value: Json) -> str:
+    raise Unsafe("has no keys")
+
+
+FORMATS = {
+    "json": Format(json_load, json_find, json_put, json_drop, nested=True),
+    "toml": Format(toml_load, toml_find, toml_put, toml_drop),
+    "yaml": Format(yaml_load, yaml_find, yaml_put, yaml_drop),
+    "lines": Format(lambda text: {}, _no_value, _no_put, _no_value),
+}
+
+
+def block_of(text: str) -> re.Match[str] | None:
+    """Our block. Raises Unsafe when its markers are damaged."""
+    begins, ends = text.count(BEGIN), text.count(END)
+    match = _BLOCK.search(text)
+    if (begins, ends) != ((1, 1) if match else (0, 0)):
+        raise Unsafe(f"has damaged markers ({BEGIN})")
+    return match
+
+
+def put_block(text: str, block: Block) -> str:
+    """A text with this block: where it was, else where it belongs. Raises Unsafe."""
+    newline = newline_of(text)
+
+    def lines(indent: str) -> str:
+        inner = (BEGIN, *block.lines, END)
+        return "".join((indent + line if line else "") + newline for line in inner)
+
+    found = block_of(text)
+    if found is not None:
+        indent = re.match(r"[ \t]*", found.group())
+        assert indent is not None
+        return text[:found.start()] + lines(indent.group()) + text[found.end():]
+    if block.under:
+        return _put_items(text, block.under, lines)
+    if block.under == "":
+        _check_is_list(text)
+        return text + yaml_end(text) + lines("")
+    lead = "" if not text or text.endswith("\n") else newline
+    return text + lead + lines("")
+
+
+def _check_is_list(text: str) -> None:
+    """Raises Unsafe unless another item can stand at the end of this YAML text."""
+    if yaml_entries(text):
+        raise Unsafe("is not a list")
+    items = _yaml_significant(text)
+    if items and not items.startswith("- ") or re.search(r"[|>]\+", items):
+        raise Unsafe("is not a list of items that is understood")
+
+
+def _put_items(text: str, key: str, lines: Callable[[str], str]) -> str:
+    """A YAML text with more items in the list of a key. Raises Unsafe."""
+    newline = newline_of(text)
+    check_has_keys(text)
+    found = next((each for each in yaml_entries(text) if each.key == key), None)
+    if found is None:
+        return f"{text}{yaml_end(text)}{key}:{newline}{lines('  ')}"
+    body = text[found.value_at:found.end]
+    empty_list = re.match(r"\[[ \t]*\](?=[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z))", body)
+    if empty_list is not None:
+        stop = text.find("\n", found.value_at) + 1
+        text = text[:found.value_at] + text[found.value_at + empty_list.end():]
+        stop = stop - empty_list.end() if stop else len(text)
+        lead = "" if text[:stop].endswith("\n") else newline
+        return text[:stop] + lead + lines("  ") + text[stop:]
+    items = _YAML_ITEM.search(body)
+    if found.rest and not found.rest.startswith("#") or re.search(r"[|>]\+", body):
+        raise Unsafe(f"has a list of {key} that is not understood")
+    if items is None and _yaml_significant(body):
+        raise Unsafe(f"has {key} that are no list")
+    # Comments at the beginning of a line after the last item belong to what follows.
+    end = found.end
+    for line in reversed(body.splitlines(keepends=True)):
+        if line.strip() and not line.startswith("#"):
+            break
+        end -= len(line)
+    end = max(end, found.value_at)
+    if items is None:
+        end = text.find("\n", found.value_at) + 1 or len(text)
+    lead = "" if text[:end].endswith("\n") else newline
+    return text[:end] + lead + lines(items[1] if items else "  ") + text[end:]
+
+
+def drop_block(text: str, under: str | None) -> str:
+    """A text without our block, and with a list that it leaves empty written as such."""
+    found = block_of(text)
+    if found is None:
+        return text
+    rest = text[:found.start()] + text[found.end():]
+    for each in yaml_entries(rest) if under else ():
+        if each.key == under and not _yaml_significant(rest[each.value_at:each.end]):
+            space = " " if each.rest else ""
+            return f"{rest[:each.value_at].rstrip()} []{space}{rest[each.value_at:]}"
+    return rest
+
+
+def apply_changes(text: str, kind: str, changes: Sequence[Change]) -> str:
+    """A text with all changes, proved to hold them and nothing else that is new. Raises Unsafe."""
+    form = FORMATS[kind]
+    wanted = copy.deepcopy(form.load(text))
+    result = text
+    for change in changes:
+        if isinstance(change, Whole):
+            return change.content
+        if isinstance(change, Block):
+            result = put_block(result, change)
+        elif not (change.absent and form.find(result, change.path) is not None):
+            result = form.put(result, change.path, change.value)
+            _set(wanted, change, form.nested)
+    if any(isinstance(change, Block) for change in changes):
+        _prove_block(text, result, kind, changes)
+    elif form.load(result) != wanted:
+        raise Unsafe("would not hold what it should after the change")
+    if kind == "json" and json_comments(result) != json_comments(text):
+        raise Unsafe("has comments inside of what would be replaced")
+    return result
+
+
+def _set(wanted: Json, put: Put, nested: bool) -> None:
+    """Does to a loaded value what a Put does to its text."""
+    path = put.path if nested else (".".join(put.path),)
+    for name in path[:-1]:
+        wanted = wanted.setdefault(name, {})
+    wanted[path[-1]] = put.value
+
+
+def _prove_block(
+    before: str, after: str, kind: str, changes: Sequence[Change]
+) -> None:
+    """Raises Unsafe unless the block is the only difference, beside the Puts."""
+    form = FORMATS[kind]
+    form.load(after)
+    under = next((each.under for each in changes if isinstance(each, Block)), None)
+    puts = [each for each in changes if isinstance(each, Put)]
+    sides = []
+    for text in (before, after):
+        rest = drop_block(text, under)
+        for put in puts:
+            if not (put.absent and form.find(before, put.path) is not None):
+                rest = form.put(rest, put.path, put.value)
+        loaded = form.load(rest)
+        if under and not isinstance(loaded.get(under), str):
+            body = loaded.get(under) or as_written("")
+            empty = re.fullmatch(r"(\[[ \t]*\])?\s*(#.*)?", body[1])
+            loaded = {**loaded, under: "" if empty else body}
+        sides.append((loaded, "" if kind != "lines" else rest.rstrip("\r\n")))
+    if sides[0] != sides[1]:
+        raise Unsafe("would not hold what it should after the change")
+
+
+class Done(NamedTuple):
+    """A change that was made: what a later undo has to know."""
+
+    path: tuple[str, ...]
+    value: Json
+    #: What was there, None for nothing.
+    before: Json
+    #: How many of the path's objects were there already.
+    depth: int
+    owned: bool
+
+
+def take_out(
+    text: str, kind: str, done: Sequence[Done], under: str | None, has_block: bool
+) -> tuple[str, list[str]]:
+    """A text without what was put in, and the paths that were left because they hold something
+    else by now. Raises Unsafe."""
+    form, kept = FORMATS[kind], []
+    for each in reversed(done):
+        now = form.find(text, each.path)
+        if now is None:
+            continue
+        if now != each.value and not each.owned:
+            kept.append(".".join(each.path))
+        elif each.before is not None:
+            text = form.put(text, each.path, each.before)
+        else:
+            text = form.drop(text, each.path)
+            text = _prune(text, form, each)
+    if has_block:
+        text = drop_block(text, under)
+    form.load(text)
+    return text, kept
+
+
+def _prune(text: str, form: Format, done: Done) -> str:
+    """Takes out the objects that were made for a value and that hold nothing any more."""
+    for length in range(len(done.path) - 1, done.depth, -1):
+        if form.nested and form.find(text, done.path[:length]) == {}:
+            text = form.drop(text, done.path[:length])
+    return text
+
+
+# ==== 7. Server ==============================================================
+# What the other side says about itself. Every way in which this can fail is one sentence.
+
+DEFAULT_PORT = 3456
+AUTH_MODES = ("none", "shared", "multi")
+
+
+class Model(NamedTuple):
+    """A model as the server lists it."""
+
+    id: str
+    name: str
+    context_tokens: int
+    output_tokens: int
+    reasoning: bool
+
+
+class Server(NamedTuple):
+    """A server that can be used. `key` is empty where it wants none."""
+
+    url: str
+    version: str
+    auth_mode: str
+    models: tuple[Model, ...]
+    key: str
+
+    @property
+    def api(self) -> str:
+        """The address that OpenAI's clients want."""
+        return f"{self.url}/v1"
+
+    @property
+    def key_or_any(self) -> str:
+        """A key for tools that insist on one."""
+        return self.key or NO_KEY
+
+    def _first(self, family: str, default: int) -> Model:
+        named = (model for model in self.models if family in model.id)
+        return next(named, self.models[default])
+
+    @property
+    def main(self) -> Model:
+        """The model for everyday work."""
+        return self._first("sonnet", 0)
+
+    @property
+    def cheapest(self) -> Model:
+        """The model for small things."""
+        return self._first("haiku", -1)
+
+
+def server_address(host: str, port: int | None, https: bool) -> str:
+    """The server's address out of a host name, HOST:PORT or a whole address. Raises Problem."""
+    text = host.strip()
+    if "://" not in text:
+        text = f"[{text}]" if text.count(":") > 1 and not text.startswith("[") else text
+        text = f"{'https' if https else 'http'}://{text}"
+    try:
+        parts = urllib.parse.urlsplit(text)
+        name, named_port = parts.hostname or "", parts.port
+    except ValueError:
+        name, named_port = "", None
+    usable = re.fullmatch(r"\w[\w.-]*|[0-9A-Fa-f:.]+(?:%\w+)?", name, re.A)
+    if not usable or parts.scheme not in ("http", "https") or "@" in parts.netloc or (
+            parts.path not in ("", "/")):
+        raise Problem(Exit.USAGE, f"{clean(host)!r} is no host name or address.")
+    scheme = "https" if https else parts.scheme
+    shown = f"[{name}]" if ":" in name else name
+    return f"{scheme}://{shown}:{port or named_port or DEFAULT_PORT}"
+
+
+def checked_key(key: str, source: str) -> str:
+    """A key that a header can carry. Raises Problem."""
+    key = key.strip()
+    if not re.fullmatch(r"[!-~]+", key):
+        raise Problem(Exit.USAGE, f"{source} is empty or holds characters that no key has.")
+    return key
+
+
+def ask_health(url: str) -> Mapping[str, Json]:
+    """What GET /health says. Raises Problem."""
+    try:
+        health = http_json("GET", f"{url}/health", timeout_s=10)
+    except HttpProblem as problem:
+        if "CERTIFICATE_VERIFY_FAILED" in str(problem):
+            raise Problem(
+                Exit.UNREACHABLE,
+                f"The certificate of {url} is not trusted here: name the file of its authority in "
+                "SSL_CERT_FILE, for this script and for your tools.",
+            ) from None
+        if problem.kind == "unreachable":
+            raise Problem(
+                Exit.UNREACHABLE,
+                f"Cannot reach {url} ({clean(problem)}): is the server running, and does it listen "
+                "where this machine can reach it (CLAUDE_BIND, firewall)?",
+            ) from None
+        health = None
+    if not isinstance(health, dict) or health.get("authMode") not in AUTH_MODES or not isinstance(
+            health.get("version"), str):
+        secure = "" if url.startswith("https") else "; if it speaks https, say --https"
+        raise Problem(Exit.UNREACHABLE, f"What answers at {url} is not an OCP server{secure}.")
+    return health
+
+
+def ask_models(url: str, key: str) -> tuple[Model, ...]:
+    """The models that a key may use. Raises HttpProblem."""
+    listed = http_json("GET", f"{url}/v1/models", key=key, timeout_s=10)
+    found = []
+    for each in listed.get("data") or () if isinstance(listed, dict) else ():
+        if isinstance(each, dict) and re.fullmatch(r"[\w.:-]+", str(each.get("id"))):
+            found.append(Model(
+                str(each["id"]), clean(each.get("display_name") or each["id"]),
+                int(each.get("context_window") or 200_000),
+                int(each.get("max_output_tokens") or 8_192), bool(each.get("reasoning")),
+            ))
+    if not found:
+        raise HttpProblem("refused", "it lists no models")
+    return tuple(found)
+
+
+def probe(
+    url: str, key: str, known_key: str, ask_key: Callable[[str], str | None]
+) -> tuple[Server, Mapping[str, Json]]:
+    """The server and what its /health said. `key` is the one on the command line, `known_key` the
+    one of last time; `ask_key` asks the user. Raises Problem."""
+    health = ask_health(url)
+    shown = str(health.get("anonymousKey") or "")
+    keys = [key] if key else [known_key, shown if re.fullmatch(r"[!-~]+", shown) else "", ""]
+    refused = ""
+    for each in dict.fromkeys(keys):
+        try:
+            return Server(url, clean(health["version"]), str(health["authMode"]),
+                          ask_models(url, each), each), health
+        except HttpProblem as problem:
+            if problem.kind != "denied":
+                raise Problem(Exit.FAILED, f"{url} does not list its models: {clean(problem)}"
+                              ) from None
+            refused = str(problem)
+    if key:
+        raise Problem(Exit.DENIED, f"The key was refused: {clean(refused)}")
+    entered = ask_key(f"Key for {url}: ")
+    if entered is None:
+        raise Problem(Exit.USAGE, f"{url} wants a key: name it with --key.")
+    if not entered.strip():
+        raise Problem(Exit.DENIED, f"{url} wants a key, and none was given.")
+    return probe(url, checked_key(entered, "That key"), "", ask_key)
+
+
+def try_request(server: Server) -> str:
+    """The text of one real answer from the cheapest model. Raises HttpProblem."""
+    body = {
+        "model": server.cheapest.id, "max_tokens": 32,
+        "messages": [{"role": "user", "content": "Reply with the word OK."}],
+    }
+    answer = http_json(
+        "POST", f"{server.api}/chat/completions", body, server.key, timeout_s=90)
+    try:
+        return str(answer["choices"][0]["message"]["content"])
+    except (TypeError, KeyError, IndexError):
+        raise HttpProblem("refused", "its answer is no chat completion") from None
+
+
+# ==== 8. Tools ===============================================================
+# One function for each tool says which steps it takes; it reads files but changes nothing. A new
+# tool is one function and one row of TOOLS.
+
+
+class Role(enum.Enum):
+    """Whether OCP becomes a tool's choice: where it has none yet, always, or never."""
+
+    AUTO = "auto"
+    PRIMARY = "primary"
+    BACKUP = "backup"
+
+
+class FileStep(NamedTuple):
+    """Changes to one file. With a command, that makes them; it is given them as one object."""
+
+    path: str
+    kind: str
+    changes: tuple[Change, ...]
+    why: str
+    command: tuple[str, ...] = ()
+
+
+class RunStep(NamedTuple):
+    """A command that sets a variable of the session, on macOS."""
+
+    name: str
+    value: str
+
+
+class Hint(NamedTuple):
+    """Something for the user to read or to do."""
+
+    text: str
+
+
+Step = Union[FileStep, RunStep, Hint]
+
+
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """What a tool's function has before it. `look` gives a file's text as it is without us."""
+
+    machine: Machine
+    server: Server
+    role: Role
+    allow_fallback: bool
+    anthropic: bool
+    look: Callable[[str], str]
+
+    @property
+    def key_words(self) -> str:
+        """What to type into a field for a key, without showing one."""
+        if not self.server.key:
+            return f"anything, for example {NO_KEY}"
+        return "what `cat " + shlex.quote(os.path.join(self.machine.own, "key")) + "` prints"
+
+    def lines_of(self, *words: str) -> str:
+        """A hint of several lines, with address, key and model filled in."""
+        return "\n".join(words).format(
+            api=self.server.api, url=self.server.url, key=self.key_words,
+            model=self.server.main.id)
+
+
+def own_files(desk: Desk) -> list[Step]:
+    """The key, where tools can read it."""
+    path = os.path.join(desk.machine.own, "key")
+    return [FileStep(path, "lines", (Whole(desk.server.key),), "the key, for your eyes only")]
+
+
+def variables(desk: Desk) -> dict[str, str]:
+    """What programs find in their environment."""
+    server = desk.server
+    found = {
+        "OPENAI_BASE_URL": server.api, "OPENAI_API_BASE": server.api,
+        "OPENAI_API_KEY": server.key_or_any, "OCP_API_KEY": server.key_or_any,
+    }
+    if desk.anthropic:
+        found.update(ANTHROPIC_BASE_URL=server.url, ANTHROPIC_AUTH_TOKEN=server.key_or_any)
+    return found
+
+
+def shell_files(machine: Machine) -> list[str]:
+    """The start files of the shells that are used here."""
+    zsh = os.path.join(machine.named("ZDOTDIR"), ".zshrc")
+    bash, found = machine.below(".bashrc"), []
+    if machine.shell == "bash" or os.path.lexists(bash):
+        found.append(bash)
+        if machine.platform == "darwin":
+            # A login shell, which is what Terminal opens, reads the first of these instead.
+            login = [machine.below(name) for name in (".bash_profile", ".bash_login", ".profile")]
+            found.append(next(filter(os.path.lexists, login), login[0]))
+    if machine.shell == "zsh" or os.path.lexists(zsh) or machine.platform == "darwin":
+        found.append(zsh)
+    if not found and machine.shell != "fish":
+        found.append(machine.below(".profile"))
+    return found
+
+
+def shell_steps(desk: Desk) -> list[Step]:
+    """Variables for shells, and for what the desktop starts."""
+    machine, names = desk.machine, variables(desk)
+    script = os.path.join(machine.own, "env.sh")
+    exports = tuple(f"export {name}={shlex.quote(value)}" for name, value in names.items())
+    steps: list[Step] = [FileStep(script, "lines", (Block(exports),), "the variables")]
+    quoted = shlex.quote(script)
+    line = f"if [ -r {quoted} ]; then . {quoted}; fi"
+    for path in shell_files(machine):
+        steps.append(FileStep(path, "lines", (Block((line,)),), "new shells read the variables"))
+        with contextlib.suppress(Unsafe):
+            if "# OCP LAN (added by ocp connect)" in desk.look(path):
+                steps.append(Hint(
+                    f"{machine.short(path)} has an older block of OCP's (# OCP LAN): remove it; "
+                    "until then the new one, which comes after it, wins."))
+    fish = os.path.join(machine.config_home, "fish")
+    if machine.shell == "fish" or os.path.isdir(fish):
+        sets = tuple(f"set -gx {name} {fish_quoted(value)}" for name, value in names.items())
+        steps.append(FileStep(os.path.join(fish, "conf.d", "ocp.fish"), "lines", (Block(sets),),
+                              "new fish shells have the variables"))
+    return steps + session_steps(desk, names)
+
+
+def fish_quoted(value: str) -> str:
+    """A word for fish."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+#: The login agent that sets the variables again after each login on macOS.
+AGENT_LABEL = "dev.ocp.environment"
+
+
+def session_steps(desk: Desk, names: Mapping[str, str]) -> list[Step]:
+    """Variables for programs that no shell has started."""
+    machine = desk.machine
+    if machine.platform == "darwin":
+        path = machine.below("Library", "LaunchAgents", f"{AGENT_LABEL}.plist")
+        agent = login_agent(names)
+        return [FileStep(path, "lines", (Whole(agent),), "sets the variables at each login"),
+                *(RunStep(name, value) for name, value in names.items())]
+    if not machine.has_systemd:
+        return []
+    if not all(re.fullmatch(r"[\w.:/@%+=-]+", value) for value in names.values()):
+        return [Hint("The key has characters that environment.d may read differently: programs "
+                     "that the desktop starts do not get the variables.")]
+    path = os.path.join(machine.config_home, "environment.d", "ocp.conf")
+    lines = tuple(f"{name}={value}" for name, value in names.items())
+    return [FileStep(path, "lines", (Block(lines),), "the desktop's programs have the variables")]
+
+
+def login_agent(names: Mapping[str, str]) -> str:
+    """The property list of a login agent that sets these variables."""
+    script = "; ".join(
+        f"launchctl setenv {name} {shlex.quote(value)}" for name, value in names.items())
+    return plistlib.dumps({
+        "Label": AGENT_LABEL, "RunAtLoad": True, "ProgramArguments": ["/bin/sh", "-c", script],
+    }).decode()
+
+
+#: The name of the provider in OpenClaw.
+OPENCLAW_PROVIDER = "claude-local"
+
+
+def openclaw_folder(machine: Machine) -> str:
+    """OpenClaw's state folder, by its own variables."""
+    home = machine.named("OPENCLAW_HOME")
+    return machine.named("OPENCLAW_STATE_DIR", os.path.join(home, ".openclaw"))
+
+
+def openclaw_config(machine: Machine) -> str:
+    """OpenClaw's configuration file: what OpenClaw says, else by its rules."""
+    if machine.program("openclaw"):
+        said = machine.run("openclaw", "config", "file").output.strip().splitlines()
+        path = said[-1].strip() if said else ""
+        path = os.path.join(machine.home, path[2:]) if path.startswith("~/") else path
+        if os.path.isabs(path):
+            return path
+    named = machine.environ.get("OPENCLAW_CONFIG_PATH", "")
+    return named if os.path.isabs(named) else os.path.join(
+        openclaw_folder(machine), "openclaw.json")
+
+
+def openclaw_provider(server: Server) -> dict[str, Json]:
+    """The provider entry of OpenClaw's configuration."""
+    models = [{
+        "id": model.id, "name": f"{model.name} (via CLI)", "reasoning": model.reasoning,
+        "input": ["text", "image"],
+        "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
+        "contextWindow": model.context_tokens, "maxTokens": model.output_tokens,
+        "compat": {
+            "supportsPromptCacheKey": True, "supportsReasoningEffort": model.reasoning},
+    } for model in server.models]
+    return {"baseUrl": server.api, "apiKey": server.key_or_any, "api": "openai-completions",
+            "timeoutSeconds": 600, "models": models}
+
+
+def openclaw_steps(desk: Desk) -> list[Step]:
+    """The provider, and the place of its models among the others."""
+    machine, path = desk.machine, openclaw_config(desk.machine)
+    ours = f"{OPENCLAW_PROVIDER}/{desk.server.main.id}"
+    changes: list[Change] = [
+        Put(("models", "mode"), "merge", absent=True),
+        Put(("models", "providers", OPENCLAW_PROVIDER), openclaw_provider(desk.server),
+            owned=True),
+    ]
+    steps: list[Step] = []
+    base, role = _openclaw_choice(desk.look, path), desk.role
+    if role is Role.AUTO:
+        role = _openclaw_role(_openclaw_choice(lambda name: decoded(read_bytes(name)), path))
+    if role is Role.BACKUP:
+        changes += _openclaw_backup(base, ours)
+    elif role is Role.AUTO and base.primary:
+        steps.append(Hint(
+            f"OpenClaw: your primary model stays {base.primary}; `/model {ours}` uses OCP in a "
+            "chat, --primary makes it the first, --backup a fallback."))
+    else:
+        kept = base.fallbacks if desk.allow_fallback else []
+        changes.append(Put(_OPENCLAW_MODEL, {"primary": ours, "fallbacks": kept}))
+        if not kept:
+            steps.append(Hint(
+                "OpenClaw: as primary model OCP has no fallback: when it cannot answer, OpenClaw "
+                "says so instead of quietly spending another provider. --allow-fallback keeps "
+                "the fallbacks that you have."))
+    command = ("openclaw", "config", "patch", "--stdin") if machine.program("openclaw") else ()
+    steps.insert(0, FileStep(path, "json", tuple(changes),
+                             f"provider {OPENCLAW_PROVIDER} with every model", command))
+    return [*steps, *_openclaw_hints(machine)]
+
+
+_OPENCLAW_MODEL = ("agents", "defaults", "model")
+
+
+class Choice(NamedTuple):
+    """OpenClaw's default model and its fallbacks, and whether it is written as an object."""
+
+    primary: str
+    fallbacks: list[str]
+    is_object: bool
+
+
+def _openclaw_choice(look: Callable[[str], str], path: str) -> Choice:
+    """What a configuration chooses; nothing where it cannot be read."""
+    try:
+        now = json_find(look(path), _OPENCLAW_MODEL)
+    except Unsafe:
+        now = None
+    if not isinstance(now, dict):
+        return Choice(now if isinstance(now, str) else "", [], False)
+    listed = now.get("fallbacks")
+    fallbacks = [each for each in listed if isinstance(each, str)] if isinstance(
+        listed, list) else []
+    return Choice(str(now.get("primary") or ""), fallbacks, True)
+
+
+def _openclaw_role(now: Choice) -> Role:
+    """The place that OCP has already."""
+    mine = f"{OPENCLAW_PROVIDER}/"
+    if now.primary.startswith(mine):
+        return Role.PRIMARY
+    return Role.BACKUP if any(each.startswith(mine) for each in now.fallbacks) else Role.AUTO
+
+
+def _openclaw_backup(base: Choice, ours: str) -> list[Change]:
+    """The change that makes a model the last fallback; none where there is nothing to back up."""
+    fallbacks = [*(each for each in base.fallbacks if each != ours), ours]
+    if base.is_object:
+        # The rest is not written again: OpenClaw would ask the other provider whether it is right.
+        return [Put((*_OPENCLAW_MODEL, "fallbacks"), fallbacks)]
+    return [Put(_OPENCLAW_MODEL, {"primary": base.primary, "fallbacks": fallbacks})
+            ] if base.primary else []
+
+
+def _openclaw_hints(machine: Machine) -> list[Step]:
+    """What is left to say about OpenClaw."""
+    hints: list[Step] = [Hint(
+        "OpenClaw: a running gateway starts a turn every 30 minutes by itself, which spends your "
+        "plan. `openclaw config set agents.defaults.heartbeat.every 0m` stops that.")]
+    pattern = os.path.join(
+        glob.escape(openclaw_folder(machine)), "agents", "*", "agent", "auth-profiles.json")
+    for path in sorted(glob.glob(pattern)):
+        with contextlib.suppress(Unsafe):
+            if f'"{OPENCLAW_PROVIDER}'.encode() in (read_bytes(path) or b""):
+                hints.append(Hint(
+                    f"OpenClaw: {machine.short(path)} is of a retired format and names "
+                    f"{OPENCLAW_PROVIDER}, which makes turns fail: run `openclaw doctor --fix`."))
+    return hints
+
+
+def continue_steps(desk: Desk) -> list[Step]:
+    """A model entry for each model."""
+    folder = desk.machine.named("CONTINUE_GLOBAL_DIR", ".continue")
+    path, old = os.path.join(folder, "config.yaml"), os.path.join(folder, "config.json")
+    lines: list[str] = []
+    for model in sorted(desk.server.models, key=lambda each: each is not desk.server.main):
+        lines += [
+            f"- name: {json.dumps(model.name + ' (OCP)')}",
+            "  provider: openai",
+            f"  model: {model.id}",
+            f"  apiBase: {json.dumps(desk.server.api)}",
+            f"  apiKey: {json.dumps(desk.server.key_or_any)}",
+            "  roles: [chat, edit, apply]",
+            "  capabilities: [tool_use, image_input]",
+            "  defaultCompletionOptions:",
+            f"    contextLength: {model.context_tokens}",
+        ]
+    changes: tuple[Change, ...] = (
+        *(Put((name,), value, absent=True)
+          for name, value in (("name", "Local"), ("version", "1.0.0"), ("schema", "v1"))),
+        Block(tuple(lines), under="models"),
+    )
+    steps: list[Step] = [FileStep(path, "yaml", changes, "an entry for each model")]
+    if os.path.exists(old) and not os.path.exists(path):
+        steps.append(Hint(f"Continue: {desk.machine.short(old)} is of the older format; Continue "
+                          "reads only config.yaml once there is one."))
+    return steps
+
+
+def opencode_config(machine: Machine) -> str:
+    """The file that OpenCode reads last."""
+    named = machine.environ.get("OPENCODE_CONFIG", "")
+    folder = os.path.join(machine.config_home, "opencode")
+    names = ("opencode.jsonc", "opencode.json")
+    found = [os.path.join(folder, name) for name in names]
+    return named if os.path.isabs(named) else next(filter(os.path.exists, found), found[-1])
+
+
+def opencode_steps(desk: Desk) -> list[Step]:
+    """A provider, and the two models that OpenCode wants to know."""
+    server = desk.server
+    models = {model.id: {
+        "name": model.name, "attachment": True, "reasoning": model.reasoning, "tool_call": True,
+        "limit": {"context": model.context_tokens, "output": model.output_tokens},
+    } for model in server.models}
+    # The file is often kept in a repository: the key stays out of it.
+    key = f"{{file:{os.path.join(desk.machine.own, 'key')}}}" if server.key else NO_KEY
+    provider = {"npm": "@ai-sdk/openai-compatible", "name": "OCP",
+                "options": {"baseURL": server.api, "apiKey": key}, "models": models}
+    return [FileStep(opencode_config(desk.machine), "json", (
+        Put(("$schema",), "https://opencode.ai/config.json", absent=True),
+        Put(("model",), f"ocp/{server.main.id}", default=True),
+        Put(("small_model",), f"ocp/{server.cheapest.id}", default=True),
+        Put(("provider", "ocp"), provider, owned=True),
+    ), "provider ocp with every model")]
+
+
+def aider_steps(desk: Desk) -> list[Step]:
+    """The address, and the models that Aider starts with."""
+    server = desk.server
+    puts = (
+        ("openai-api-base", server.api), ("openai-api-key", server.key_or_any),
+        ("model", f"openai/{server.main.id}"), ("weak-model", f"openai/{server.cheapest.id}"),
+        ("show-model-warnings", False),
+    )
+    changes = tuple(Put((name,), value, default=True) for name, value in puts)
+    return [FileStep(desk.machine.below(".aider.conf.yml"), "yaml", changes,
+                     "address, key and models")]
+
+
+def codex_steps(desk: Desk) -> list[Step]:
+    """A provider of the responses API, and the choice of it."""
+    server = desk.server
+    lines = ["[model_providers.ocp]", 'name = "OCP"', f"base_url = {json.dumps(server.api)}",
+             'wire_api = "responses"']
+    if server.key:
+        lines.append(f"experimental_bearer_token = {json.dumps(server.key)}")
+    path = os.path.join(desk.machine.named("CODEX_HOME", ".codex"), "config.toml")
+    return [FileStep(path, "toml", (
+        Put(("model",), server.main.id, default=True),
+        Put(("model_provider",), "ocp", default=True),
+        Block(tuple(lines)),
+    ), "provider ocp"), Hint(
+        f"Codex: `codex -c model_provider=ocp -m {server.main.id}` uses OCP whatever the default "
+        "is.")]
+
+
+def cline_steps(desk: Desk) -> list[Step]:
+    """The provider settings of Cline's command line program, which keeps them in a file."""
+    server = desk.server
+    path = desk.machine.below(".cline", "data", "settings", "providers.json")
+    place = ("providers", "openai-compatible")
+    settings = {"provider": "openai-compatible", "apiKey": server.key_or_any,
+                "model": server.main.id, "baseUrl": server.api}
+    return [FileStep(path, "json", (
+        Put(("version",), 1, absent=True),
+        Put(("modes",), {}, absent=True),
+        Put(("lastUsedProvider",), "openai-compatible", default=True),
+        Put((*place, "settings"), settings, default=True),
+        Put((*place, "updatedAt"), "2025-01-01T00:00:00.000Z", absent=True),
+        Put((*place, "tokenSource"), "manual", absent=True),
+    ), "its openai-compatible provider")]
+
+
+def llm_folder(machine: Machine) -> str:
+    """Where llm keeps its settings."""
+    mac = machine.below("Library", "Application Support", "io.datasette.llm")
+    usual = mac if machine.platform == "darwin" else os.path.join(
+        machine.config_home, "io.datasette.llm")
+    return machine.named("LLM_USER_PATH", usual)
+
+
+def llm_steps(desk: Desk) -> list[Step]:
+    """The models, their key, and the one that is meant when none is named."""
+    folder, lines = llm_folder(desk.machine), []
+    for model in desk.server.models:
+        lines += [
+            f"- model_id: ocp/{model.id}", f"  model_name: {model.id}",
+            f"  api_base: {json.dumps(desk.server.api)}", "  api_key_name: ocp",
+            "  supports_tools: true", "  supports_schema: true", "  vision: true",
+        ]
+    return [
+        FileStep(os.path.join(folder, "extra-openai-models.yaml"), "yaml",
+                 (Block(tuple(lines), under=""),), "every model, as ocp/MODEL"),
+        FileStep(os.path.join(folder, "keys.json"), "json",
+                 (Put(("ocp",), desk.server.key_or_any, owned=True),), "the key for them"),
+        FileStep(os.path.join(folder, "default_model.txt"), "lines",
+                 (Whole(f"ocp/{desk.server.main.id}", default=True),), "the default model"),
+    ]
+
+
+def claude_code_file(machine: Machine) -> str:
+    """Claude Code's settings of this user."""
+    return os.path.join(machine.named("CLAUDE_CONFIG_DIR", ".claude"), "settings.json")
+
+
+def claude_code_steps(desk: Desk) -> list[Step]:
+    """Address and key for Claude Code; only when that was asked for."""
+    if not desk.anthropic:
+        return [Hint("Claude Code is left alone. --anthropic points it at OCP, on a machine other "
+                     "than the server's.")]
+    return [FileStep(claude_code_file(desk.machine), "json", (
+        Put(("env", "ANTHROPIC_BASE_URL"), desk.server.url),
+        Put(("env", "ANTHROPIC_AUTH_TOKEN"), desk.server.key_or_any),
+    ), "address and key for Claude Code")]
+
+
+def zed_file(machine: Machine) -> str:
+    """Zed's settings."""
+    folder = machine.below(".config") if machine.platform == "darwin" else machine.config_home
+    return os.path.join(folder, "zed", "settings.json")
+
+
+def zed_steps(desk: Desk) -> list[Step]:
+    """A provider and the agent's default model. Zed takes the key from OCP_API_KEY."""
+    models = [{
+        "name": model.id, "display_name": f"{model.name} (OCP)",
+        "max_tokens": model.context_tokens, "max_output_tokens": model.output_tokens,
+        "capabilities": {"tools": True, "images": True, "parallel_tool_calls": True,
+                         "prompt_cache_key": False},
+    } for model in desk.server.models]
+    provider = {"api_url": desk.server.api, "available_models": models}
+    return [FileStep(zed_file(desk.machine), "json", (
+        Put(("language_models", "openai_compatible", "OCP"), provider, owned=True),
+        Put(("agent", "default_model"), {"provider": "OCP", "model": desk.server.main.id},
+            default=True),
+    ), "provider OCP with every model"), Hint(
+        "Zed takes the key from OCP_API_KEY in its environment: log in again, or start it from a "
+        "new shell; or enter the key in Agent Settings, LLM Providers, OCP.")]
+
+
+def hint_steps(*lines: str) -> Callable[[Desk], list[Step]]:
+    """The steps of a tool that keeps its settings where no script can put them."""
+    return lambda desk: [Hint(desk.lines_of(*lines))]
+
+
+class Tool(NamedTuple):
+    """A program that can use the server. It is here if one of `programs` is on the PATH, or one of
+    `places` (patterns in the home folder) is there."""
+
+    name: str
+    title: str
+    programs: tuple[str, ...]
+    places: tuple[str, ...]
+    steps: Callable[[Desk], list[Step]]
+    #: What to do afterwards, for the change to be seen.
+    after: str = ""
+    #: A command of the tool itself that fails when it cannot read what was written.
+    check: tuple[str, ...] = ()
+
+    def is_here(self, machine: Machine) -> bool:
+        """Whether it seems to be installed."""
+        if any(machine.program(each) for each in self.programs):
+            return True
+        for place in self.places:
+            inside = place.startswith(".config/")
+            folder = machine.config_home if inside else machine.home
+            place = place[len(".config/"):] if inside else place
+            if glob.glob(os.path.join(glob.escape(folder), place)):
+                return True
+        return False
+
+
+TOOLS = (
+    Tool("shell", "Shells and SDKs", ("sh",), (), shell_steps, "open a new terminal"),
+    Tool("openclaw", "OpenClaw", ("openclaw",), (".openclaw/openclaw.json",), openclaw_steps,
+         "a running gateway reads the change by itself", ("openclaw", "config", "validate")),
+    Tool("opencode", "OpenCode", ("opencode",), (".config/opencode", ".opencode/bin/opencode"),
+         opencode_steps, "restart OpenCode", ("opencode", "debug", "config")),
+    Tool("codex", "Codex", ("codex",), (".codex",), codex_steps, "restart Codex",
+         ("codex", "features", "list")),
+    Tool("continue", "Continue", ("cn",),
+         (".continue", ".vscode/extensions/continue.continue-*"), continue_steps,
+         "reload the editor's window, and pick a model of OCP"),
+    Tool("aider", "Aider", ("aider",), (".aider.conf.yml", ".aider"), aider_steps,
+         "restart Aider"),
+    Tool("cline", "Cline (command line)", ("cline",), (".cline",), cline_steps, "restart Cline"),
+    Tool("llm", "llm", ("llm",),
+         (".config/io.datasette.llm", "Library/Application Support/io.datasette.llm"),
+         llm_steps, "", ("llm", "models", "list")),
+    Tool("zed", "Zed", ("zed", "zeditor"), (".config/zed",), zed_steps,
+         "it reads the change by itself"),
+    Tool("claude-code", "Claude Code", ("claude",), (".claude",), claude_code_steps,
+         "restart Claude Code"),
+    Tool("cursor", "Cursor", ("cursor",), (".cursor", "../../Applications/Cursor.app"), hint_steps(
+        "Cursor: Settings, Models, API Keys: enter as OpenAI API Key {key};",
+        "  switch Override OpenAI Base URL on and enter {api}; add the model {model}.",
+        "  Cursor's own servers make the requests: the address has to be one that they reach, so",
+        "  a local one works only through a tunnel, with https and a key.")),
+    Tool("cline-vscode", "Cline (VS Code)", (), (".vscode/extensions/saoudrizwan.claude-dev-*",),
+         hint_steps(
+        "Cline in VS Code: its settings, API Provider: OpenAI Compatible; Base URL {api};",
+        "  API Key {key}; Model ID {model}.")),
+    Tool("open-webui", "Open WebUI", ("open-webui",), (), hint_steps(
+        "Open WebUI: Admin Panel, Settings, Connections, OpenAI API, +: URL {api}; Key {key}.",
+        "  In Docker 127.0.0.1 is the container: use the server's address on the network there.")),
+    Tool("home-assistant", "Home Assistant", ("hass",), (".homeassistant",), hint_steps(
+        "Home Assistant: install Extended OpenAI Conversation with HACS; Settings, Devices &",
+        "  Services, Add Integration: API Key {key}; Base Url {api}; then the model {model}.")),
+    Tool("sdk", "SDKs and libraries", (), (), hint_steps(
+        "OpenAI SDKs, LangChain, LiteLLM: OPENAI_BASE_URL or base_url {api};",
+        "  API key {key}. Anthropic SDKs: ANTHROPIC_BASE_URL or base_url {url}, without /v1.",
+        "  LiteLLM: model openai/{model} with api_base {api}.",
+        "  Vercel AI SDK: createOpenAICompatible with name ocp, baseURL {api}, includeUsage.")),
+)
+TOOL_NAMES = tuple(tool.name for tool in TOOLS)
+#: Where our own files are filed in the record.
+OWN = "ocp"
+
+
+def tool_title(name: str) -> str:
+    """What a tool is called."""
+    return next((tool.title for tool in TOOLS if tool.name == name), "OCP")
+
+
+def is_loop(machine: Machine, server: Server) -> bool:
+    """Whether Claude Code of this machine would ask the server that drives it."""
+    host = urllib.parse.urlsplit(server.url).hostname or ""
+    return is_this_machine(host) and has_claude_login(machine)
+
+
+def refuse_loop(machine: Machine, server: Server) -> None:
+    """Raises Problem where --anthropic would make claude ask itself."""
+    if is_loop(machine, server):
+        raise Problem(
+            Exit.FAILED,
+            "Refused: this is the server's own machine and claude is logged in here; with "
+            "--anthropic Claude Code would be pointed at the server that drives it, which would "
+            "ask itself. Use --anthropic on other machines.")
+
+
+def present_loop(desk: Desk) -> list[Hint]:
+    """A warning if Claude Code is pointed at this server on the server's own machine already."""
+    machine, found = desk.machine, []
+    path = claude_code_file(machine)
+    with contextlib.suppress(Unsafe):
+        value = json_find(decoded(read_bytes(path)), ("env", "ANTHROPIC_BASE_URL"))
+        found.append((machine.short(path), value))
+    found.append(("your environment", machine.environ.get("ANTHROPIC_BASE_URL")))
+    hints = []
+    for place, value in found:
+        parts = urllib.parse.urlsplit(str(value or ""))
+        try:
+            same_port = parts.port == urllib.parse.urlsplit(desk.server.url).port
+        except ValueError:
+            continue
+        if same_port and is_this_machine(parts.hostname or "") and is_loop(machine, desk.server):
+            hints.append(Hint(
+                f"ANTHROPIC_BASE_URL in {place} points Claude Code at the server that drives it. "
+                "The server keeps this variable from its own claude, but remove it: your own "
+                "sessions would go round through the server."))
+    return hints
+
+
+# ==== 9. Record ==============================================================
+# What was done to which file. It is written before each change, so that one that was interrupted
+# can be taken back too.
+
+
+@dataclasses.dataclass
+class FileRecord:
+    """One file that was changed. `base` is how it was without us: the name of a copy, empty where
+    there was no file; the fingerprints tell whether somebody has changed it since."""
+
+    tool: str
+    kind: str
+    base: str
+    base_digest: str
+    after_digest: str
+    done: list[Done]
+    under: str | None
+    has_block: bool
+    #: Whether the whole file is ours.
+    whole: bool
+    #: The folders that were made for it, innermost first.
+    folders: list[str]
+
+
+@dataclasses.dataclass
+class Record:
+    """Everything that was done here and not taken back."""
+
+    folder: str
+    url: str = ""
+    #: The server that the saved key is for; it is sent to no other.
+    key_url: str = ""
+    files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
+    #: Variables of the macOS session: name, value set, and what was there before.
+    session: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.folder, "connect.json")
+
+    def copy_of(self, entry: FileRecord) -> bytes | None:
+        """The file as it was without us. Raises Unsafe if the copy is gone."""
+        if not entry.base:
+            return None
+        content = read_bytes(os.path.join(self.folder, entry.base))
+        if digest(content) != entry.base_digest:
+            raise Unsafe(f"has lost its copy {entry.base}")
+        return content
+
+    def save(self) -> None:
+        """Writes the record down. Raises OSError."""
+        shown = {
+            "version": 1, "url": self.url, "keyUrl": self.key_url, "session": self.session,
+            "files": {path: {**dataclasses.asdict(entry),
+                             "done": [done._asdict() for done in entry.done]}
+                      for path, entry in self.files.items()},
+        }
+        make_private(self.folder)
+        write_whole(self.path, (json.dumps(shown, indent=1) + "\n").encode(), 0o600)
+
+
+def load_record(folder: str) -> Record:
+    """The record of this user, an empty one if there is none. Raises Problem."""
+    record = Record(folder)
+    try:
+        content = read_bytes(record.path)
+        if content is None:
+            return record
+        found = json.loads(content)
+        record.url, record.key_url = str(found["url"]), str(found["keyUrl"])
+        record.session = {name: (pair[0], pair[1]) for name, pair in found["session"].items()}
+        for path, fields in found["files"].items():
+            done = [Done(tuple(each.pop("path")), **each) for each in fields.pop("done")]
+            record.files[path] = FileRecord(done=[_as_loaded(each) for each in done], **fields)
+    except (Unsafe, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise Problem(
+            Exit.FAILED,
+            f"{record.path} cannot be read, so what was done here is not known: move it away and "
+            "go on, or mend it for --undo.") from None
+    return record
+
+
+def _as_loaded(done: Done) -> Done:
+    """A value that JSON made a list of, as the readers of texts give it."""
+    before = done.before
+    marked = isinstance(before, list) and len(before) == 2 and before[0] == "as written"
+    return done._replace(before=tuple(before)) if marked else done
+
+
+def without_us(
+    content: bytes | None, entry: FileRecord | None, record: Record
+) -> tuple[bytes | None, list[str]]:
+    """A file as it is, or was, without what was put in; and what was left in it because it holds
+    something else by now. Raises Unsafe."""
+    if entry is None or content is None or digest(content) == entry.base_digest:
+        return content, []
+    if digest(content) == entry.after_digest:
+        return record.copy_of(entry), []
+    if entry.whole:
+        return content, ["the file, which you have changed"]
+    text, kept = take_out(
+        decoded(content), entry.kind, entry.done, entry.under, entry.has_block)
+    empty = not text.strip() or entry.kind == "json" and not json_comments(text) and (
+        json_load(text) == {})
+    return (None if empty and not entry.base else text.encode()), kept
+
+
+# ==== 10. Plan ===============================================================
+# Which bytes of which file would be others. Nothing is changed here.
+
+
+class Edit(NamedTuple):
+    """A file with other content. `after` is None for one that goes."""
+
+    tool: str
+    path: str
+    before: bytes | None
+    after: bytes | None
+    why: str
+    notes: tuple[str, ...]
+    #: How the record will have it; None takes it out of the record.
+    entry: FileRecord | None
+    #: What the file is without us, to be copied.
+    base: bytes | None
+    command: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+
+
+class ByHand(NamedTuple):
+    """A file that cannot be changed with certainty."""
+
+    tool: str
+    path: str
+    reason: str
+    #: What should stand there.
+    snippet: str
+
+
+@dataclasses.dataclass
+class Plan:
+    """All that a run would do."""
+
+    edits: list[Edit] = dataclasses.field(default_factory=list)
+    session: list[RunStep] = dataclasses.field(default_factory=list)
+    by_hand: list[ByHand] = dataclasses.field(default_factory=list)
+    hints: list[str] = dataclasses.field(default_factory=list)
+    #: Files that are as they should be.
+    settled: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    tools: list[Tool] = dataclasses.field(default_factory=list)
+
+    def add_hint(self, text: str) -> None:
+        """A hint, once."""
+        if text not in self.hints:
+            self.hints.append(text)
+
+
+def make_plan(desk: Desk, tools: Sequence[Tool], record: Record) -> Plan:
+    """What the tools need that is not there yet."""
+    plan = Plan(tools=list(tools))
+    steps = [(OWN, step) for step in own_files(desk) if desk.server.key]
+    steps += [(tool.name, step) for tool in tools for step in tool.steps(desk)]
+    for name, step in steps:
+        if isinstance(step, FileStep):
+            _plan_file(plan, desk, name, step, record)
+        elif isinstance(step, RunStep):
+            was = record.session.get(step.name)
+            if was is None or was[0] != step.value:
+                plan.session.append(step)
+        else:
+            plan.add_hint(step.text)
+    for hint in present_loop(desk):
+        plan.add_hint(hint.text)
+    return plan
+
+
+def _plan_file(plan: Plan, desk: Desk, tool: str, step: FileStep, record: Record) -> None:
+    """Adds what one file needs to a plan."""
+    try:
+        edit = plan_edit(step, tool, desk, record)
+    except Unsafe as problem:
+        try:
+            snippet = apply_changes("", step.kind, step.changes)
+        except Unsafe:
+            snippet = ""
+        plan.by_hand.append(ByHand(tool, step.path, str(problem), snippet))
+        return
+    if edit is None:
+        plan.settled.append((tool, step.path))
+    else:
+        plan.edits.append(edit)
+
+
+def plan_edit(step: FileStep, tool: str, desk: Desk, record: Record) -> Edit | None:
+    """The change of one file, None if there is none to make. Raises Unsafe."""
+    entry = record.files.get(step.path)
+    content = read_bytes(step.path)
+    text = decoded(content)
+    changes, note = chosen(step, text, content, entry, desk.role)
+    if not changes:
+        return None
+    notes = [note] if note else []
+    if step.command and json_comments(text):
+        notes.append("OpenClaw writes its file anew, without the comments; --undo brings them back")
+    stale = entry is not None and _stale(entry, text, changes)
+    fitting = apply_changes(text, step.kind, changes)
+    if content is not None and fitting == text and not stale:
+        return None
+    check_writable(step.path)
+    base, _ = without_us(content, entry, record)
+    if step.command:
+        after = fitting
+    else:
+        after = apply_changes(decoded(base), step.kind, changes)
+    if after.encode() == content:
+        return None
+    if base is not None and desk.server.key and desk.server.key in after and (
+            os.stat(step.path).st_mode & 0o077):
+        notes.append(f"others on this machine can read it: chmod 600 {shlex.quote(step.path)}")
+    return Edit(
+        tool, step.path, content, after.encode(), step.why, tuple(notes),
+        record_entry(step, tool, changes, base, after, entry), base, step.command, changes)
+
+
+def chosen(
+    step: FileStep, text: str, content: bytes | None, entry: FileRecord | None, role: Role
+) -> tuple[tuple[Change, ...], str]:
+    """The changes to make, and what to say about those that are left out. Raises Unsafe."""
+    own = [change for change in step.changes if isinstance(change, (Put, Whole))
+           and change.default]
+    if not own or role is Role.PRIMARY:
+        return step.changes, ""
+    rest = tuple(change for change in step.changes if change not in own)
+    if role is Role.BACKUP:
+        return rest, ""
+    for change in own:
+        kept = _foreign(step.kind, change, text, content, entry)
+        if kept:
+            return rest, f"your {kept} stays; --primary changes it"
+    return step.changes, ""
+
+
+def _foreign(
+    kind: str, change: Put | Whole, text: str, content: bytes | None, entry: FileRecord | None
+) -> str:
+    """What the user has chosen where a change would choose OCP; empty if nothing. Raises Unsafe."""
+    if isinstance(change, Whole):
+        mine = entry is not None and digest(content) == entry.after_digest
+        other = content is not None and text.strip() not in ("", change.content) and not mine
+        return f"choice {text.strip()}" if other else ""
+    now = FORMATS[kind].find(text, change.path)
+    if now in (None, NULL, change.value):
+        return ""
+    done = next((each for each in entry.done if each.path == change.path), None) if entry else None
+    if done is not None and done.value == now:
+        return ""
+    secret = re.search("key|token", change.path[-1], re.I)
+    shown = "" if secret or not isinstance(now, (str, int)) else f" = {now}"
+    return ".".join(change.path) + shown
+
+
+def _stale(entry: FileRecord, text: str, changes: Sequence[Change]) -> bool:
+    """Whether something of an earlier run is still there that is not wanted any more."""
+    wanted = {each.path for each in changes if isinstance(each, Put)}
+    find = FORMATS[entry.kind].find
+    return any(each.path not in wanted and find(text, each.path) == each.value
+               for each in entry.done)
+
+
+def record_entry(
+    step: FileStep, tool: str, changes: Sequence[Change], base: bytes | None, after: str,
+    earlier: FileRecord | None,
+) -> FileRecord:
+    """What the record will say about a file. Raises Unsafe."""
+    form, text = FORMATS[step.kind], decoded(base)
+    done = []
+    for change in changes:
+        if not isinstance(change, Put):
+            continue
+        before = form.find(text, change.path)
+        if change.absent and before is not None:
+            continue
+        lengths = range(len(change.path) - 1, 0, -1) if form.nested else ()
+        depth = next((n for n in lengths if form.find(text, change.path[:n]) is not None), 0)
+        done.append(Done(change.path, change.value, before, depth, change.owned))
+    blocks = [change for change in changes if isinstance(change, Block)]
+    # The same content of two files has two copies, and so have two states of one file.
+    name = f"{digest(step.path.encode())[:8]}-{digest(base)[:8]}"
+    return FileRecord(
+        tool=tool, kind=step.kind, done=done,
+        base="" if base is None else f"copies/{name}-{os.path.basename(step.path)}",
+        base_digest=digest(base), after_digest=digest(after.encode()),
+        under=blocks[0].under if blocks else None, has_block=bool(blocks),
+        whole=any(isinstance(change, Whole) for change in changes),
+        folders=earlier.folders if earlier else [])
+
+
+def check_writable(path: str) -> None:
+    """Raises Unsafe for a file that its owner has closed, or a folder that is not ours."""
+    real = os.path.realpath(path)
+    if os.path.lexists(real) and not os.path.isfile(real):
+        raise Unsafe("is not a file")
+    if os.path.exists(real) and not os.stat(real).st_mode & stat.S_IWUSR:
+        raise Unsafe("is read-only")
+    folder = os.path.dirname(real)
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Unsafe("lies in a folder that cannot be written to")
+
+
+def plan_undo(record: Record, tools: Sequence[str]) -> Plan:
+    """What gives every file of these tools back as it was without us; all of them if none is
+    named."""
+    plan = Plan()
+    left = {entry.tool for entry in record.files.values()} - {OWN}
+    everything = not tools or bool(left) and left <= set(tools)
+    for path, entry in sorted(record.files.items(), key=lambda pair: pair[1].tool == OWN):
+        if not everything and entry.tool not in tools:
+            continue
+        try:
+            content = read_bytes(path)
+            after, kept = without_us(content, entry, record)
+            if after != content:
+                check_writable(path)
+        except Unsafe as problem:
+            plan.by_hand.append(ByHand(entry.tool, path, str(problem), ""))
+            continue
+        exact = digest(after) == entry.base_digest
+        why = "as it was" if exact else "you have changed it since: only what was put in goes"
+        notes = tuple(f"stays, as it is not what was put in: {each}" for each in kept)
+        plan.edits.append(Edit(entry.tool, path, content, after, why, notes, None, None))
+    if everything or "shell" in tools:
+        plan.session = [RunStep(name, before) for name, (_, before) in record.session.items()]
+    return plan
+
+
+# ==== 11. Writing ============================================================
+# Only this section changes anything. A file is written whole or not at all, with its mode, and
+# through a link to where it leads; the record is written first.
+
+
+def make_folders(folder: str) -> list[str]:
+    """Makes a folder and those above it; the ones that were missing, innermost first. Raises
+    OSError."""
+    missing: list[str] = []
+    while not os.path.isdir(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    for each in reversed(missing):
+        os.mkdir(each, 0o700)
+    return missing
+
+
+class Writer:
+    """Carries plans out, and writes down what it does."""
+
+    def __init__(self, machine: Machine, record: Record, key: str) -> None:
+        self._machine = machine
+        self._record = record
+        self._key = key
+        #: Sentences about what could not be done.
+        self.failures: list[str] = []
+        #: The files that are others now.
+        self.written: list[str] = []
+        #: What the record said of a file before this run changed it.
+        self._earlier: dict[str, FileRecord | None] = {}
+        #: Folders that were made and may be empty now.
+        self._folders: list[str] = []
+
+    def connect(self, plan: Plan, url: str) -> None:
+        """Makes every change of a plan."""
+        self._record.url = url
+        self._record.key_url = url if self._key else self._record.key_url
+        for edit in plan.edits:
+            self._attempt(edit, self._change)
+        for step in plan.session:
+            self._set_variable(step)
+        for tool in plan.tools:
+            self._check(tool, [each for each in plan.edits if each.tool == tool.name])
+
+    def undo(self, plan: Plan) -> None:
+        """Takes every change of a plan back, and forgets it."""
+        for edit in plan.edits:
+            self._attempt(edit, self._restore)
+        for step in plan.session:
+            verb = ("setenv", step.name, step.value) if step.value else ("unsetenv", step.name)
+            ran = self._machine.run("launchctl", *verb)
+            if ran.code:
+                self.failures.append(f"launchctl {verb[0]} {step.name}: {ran.complaint}")
+            self._record.session.pop(step.name, None)
+        self._tidy()
+
+    def _attempt(self, edit: Edit, action: Callable[[Edit], None]) -> None:
+        shown = self._machine.short(edit.path)
+        try:
+            if read_bytes(edit.path) != edit.before:
+                raise Unsafe("was changed just now by somebody else: run this again")
+            action(edit)
+        except Unsafe as problem:
+            self.failures.append(f"{shown} {problem}")
+        except OSError as problem:
+            self.failures.append(f"{shown} cannot be written: {problem.strerror}")
+
+    def _change(self, edit: Edit) -> None:
+        entry = edit.entry
+        assert entry is not None and edit.after is not None
+        if edit.base is not None:
+            copy_path = os.path.join(self._record.folder, entry.base)
+            make_private(os.path.dirname(copy_path))
+            write_whole(copy_path, edit.base, 0o600)
+        folder = os.path.dirname(os.path.realpath(edit.path))
+        entry.folders = entry.folders or make_folders(folder)
+        earlier = self._earlier[edit.path] = self._record.files.get(edit.path)
+        self._record.files[edit.path] = entry
+        self._record.save()
+        try:
+            if edit.command:
+                self._by_command(edit, entry)
+            else:
+                write_whole(edit.path, edit.after, self._mode(edit))
+        except (OSError, Unsafe):
+            self._forget(edit.path, earlier)
+            raise
+        if earlier is not None and earlier.base not in ("", entry.base):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self._record.folder, earlier.base))
+        self.written.append(edit.path)
+
+    def _forget(self, path: str, earlier: FileRecord | None) -> None:
+        """The record as it was before a change that did not happen."""
+        self._record.files.pop(path)
+        if earlier is not None:
+            self._record.files[path] = earlier
+        self._record.save()
+
+    def _mode(self, edit: Edit) -> int:
+        if edit.before is not None:
+            return stat.S_IMODE(os.stat(edit.path).st_mode)
+        assert edit.after is not None
+        has_key = self._key and self._key.encode() in edit.after
+        return 0o600 if has_key or edit.tool == OWN else 0o644
+
+    def _by_command(self, edit: Edit, entry: FileRecord) -> None:
+        """Lets the tool make the change itself. Raises Unsafe."""
+        patch: dict[str, Json] = {}
+        for change in edit.changes:
+            if isinstance(change, Put):
+                inner = patch
+                for name in change.path[:-1]:
+                    inner = inner.setdefault(name, {})
+                inner[change.path[-1]] = change.value
+        if any(isinstance(change, Put) and change.absent for change in edit.changes):
+            _leave_present(patch, decoded(edit.before), edit.changes)
+        ran = self._machine.run(*edit.command, stdin=json.dumps(patch), timeout_s=120)
+        after = read_bytes(edit.path)
+        if ran.code or after is None:
+            raise Unsafe(f"was not changed: {edit.command[0]} says: {ran.complaint}")
+        entry.after_digest = digest(after)
+        self._record.save()
+
+    def _set_variable(self, step: RunStep) -> None:
+        before = self._machine.run("launchctl", "getenv", step.name)
+        known = self._record.session.get(step.name)
+        was = known[1] if known else before.output.strip() if before.code == 0 else ""
+        ran = self._machine.run("launchctl", "setenv", step.name, step.value)
+        if ran.code != 0:
+            self.failures.append(f"launchctl setenv {step.name}: {ran.complaint}")
+            return
+        self._record.session[step.name] = (step.value, was)
+        self._record.save()
+
+    def _check(self, tool: Tool, edits: Sequence[Edit]) -> None:
+        """Asks a tool whether it can read what was written; if not, gives the files back."""
+        done = [edit for edit in edits if edit.path in self.written]
+        if not done or not tool.check or not self._machine.program(tool.check[0]):
+            return
+        ran = self._machine.run(*tool.check)
+        if ran.code in (0, None):
+            return
+        for edit in done:
+            earlier = self._earlier[edit.path]
+            self._restore(edit._replace(before=read_bytes(edit.path), after=edit.before))
+            if earlier is not None:
+                self._record.files[edit.path] = earlier
+                self._record.save()
+            self.written = [path for path in self.written if path != edit.path]
+        self.failures.append(
+            f"{tool.title} does not accept the change, which was taken back: {ran.complaint}")
+
+    def _restore(self, edit: Edit) -> None:
+        """Gives a file back and forgets it. Raises OSError."""
+        entry = self._record.files.get(edit.path)
+        if edit.after is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.realpath(edit.path))
+        elif edit.after != edit.before:
+            mode = 0o600 if edit.before is None else stat.S_IMODE(os.stat(edit.path).st_mode)
+            write_whole(edit.path, edit.after, mode)
+        if edit.after != edit.before:
+            self.written.append(edit.path)
+        if entry is None:
+            return
+        del self._record.files[edit.path]
+        self._record.save()
+        if entry.base and self._earlier.get(edit.path) is None:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self._record.folder, entry.base))
+        self._folders += entry.folders
+
+    def _tidy(self) -> None:
+        """Removes the record when it says nothing any more, and the folders that are empty."""
+        folders = [*self._folders, os.path.join(self._record.folder, "copies")]
+        if not self._record.files and not self._record.session:
+            with contextlib.suppress(OSError):
+                os.unlink(self._record.path)
+            folders.append(self._record.folder)
+        for folder in sorted(set(folders), key=len, reverse=True):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
+def _leave_present(
+    patch: dict[str, Json], text: str, changes: Sequence[Change]
+) -> None:
+    """Takes out of a patch what is there already and should stay. Raises Unsafe."""
+    for change in changes:
+        if not isinstance(change, Put) or not change.absent:
+            continue
+        if json_find(text, change.path) is not None:
+            inner = patch
+            for name in change.path[:-1]:
+                inner = inner[name]
+            del inner[change.path[-1]]
+
+
+# ==== 12. Showing ============================================================
+# Plans, tools and results for a person, and as JSON. No key is ever shown in full.
+
+#: Of a file's new lines, this many are shown unless it is a dry run.
+SHOWN_LINES = 12
+
+
+def show_server(server: Server, health: Mapping[str, Json]) -> str:
+    """Who is there, in a few lines."""
+    key = f"key {mask(server.key)} accepted" if server.key else "no key needed"
+    lines = [f"OCP {server.version} at {server.url}: {counted(len(server.models), 'model')}, {key}"]
+    if health.get("status") not in ("ok", None):
+        lines.append(f"It says that it is {clean(health['status'])}: {clean(health.get('fix'))}")
+    return "\n".join(lines)
+
+
+def new_lines(edit: Edit) -> list[str]:
+    """The lines that differ, as a diff without what surrounds them."""
+    sides = [(content or b"").decode("utf-8", "replace").splitlines()
+             for content in (edit.before, edit.after)]
+    shown = difflib.unified_diff(sides[0], sides[1], n=0, lineterm="")
+    return [line for line in shown if not line.startswith(("---", "+++", "@@"))]
+
+
+def show_edit(edit: Edit, machine: Machine, key: str, most: int) -> str:
+    """One file and what would be other in it."""
+    how = "new" if edit.before is None else "removed" if edit.after is None else "changed"
+    lines = [f"  {machine.short(edit.path)}  ({tool_title(edit.tool)}; {how}) {edit.why}"]
+    if edit.command:
+        lines.append(f"      through: {' '.join(edit.command)}")
+    lines += [f"      {note}" for note in edit.notes]
+    differing = [] if edit.after is None else new_lines(edit)
+    if edit.tool == OWN:
+        differing = []
+    lines += [f"      {clean(masked(line, key))}" for line in differing[:most]]
+    if len(differing) > most:
+        lines.append(f"      ... {counted(len(differing) - most, 'more line')}; --dry-run shows "
+                     "them")
+    return "\n".join(lines)
+
+
+def show_plan(plan: Plan, machine: Machine, key: str, all_lines: bool) -> str:
+    """A plan for a person."""
+    most = 10_000 if all_lines else SHOWN_LINES
+    parts = [show_edit(edit, machine, key, most) for edit in plan.edits]
+    if plan.session:
+        parts.append("  launchctl: " + " ".join(step.name for step in plan.session))
+    for tool, path in plan.settled:
+        parts.append(f"  {machine.short(path)}  ({tool_title(tool)}; as it should be)")
+    for each in plan.by_hand:
+        parts.append(f"  {machine.short(each.path)}  ({tool_title(each.tool)}) is left alone: it "
+                     f"{each.reason}.")
+        if each.snippet:
+            body = masked(each.snippet, key).splitlines()
+            parts.append("      Put this in by hand (the whole key is in ~/.config/ocp/key):\n"
+                         + "\n".join(f"        {clean(line)}" for line in body))
+    return "\n".join(parts)
+
+
+def show_hints(hints: Sequence[str]) -> str:
+    """What is left to read."""
+    return "\n".join("- " + hint for hint in hints)
+
+
+def plan_json(plan: Plan, machine: Machine, key: str) -> dict[str, Json]:
+    """A plan for a program."""
+    return {
+        "edits": [{
+            "tool": edit.tool, "path": edit.path, "why": edit.why, "notes": list(edit.notes),
+            "action": ("create" if edit.before is None else
+                       "remove" if edit.after is None else "change"),
+            "command": list(edit.command),
+            "diff": [] if edit.tool == OWN else [masked(line, key) for line in new_lines(edit)],
+        } for edit in plan.edits],
+        "session": [step.name for step in plan.session],
+        "settled": [{"tool": tool, "path": path} for tool, path in plan.settled],
+        "byHand": [{"tool": each.tool, "path": each.path, "reason": each.reason,
+                    "snippet": masked(each.snippet, key)} for each in plan.by_hand],
+        "hints": plan.hints,
+    }
+
+
+def tools_json(machine: Machine, record: Record) -> list[dict[str, Json]]:
+    """The tools, whether they are here, and which of their files were changed."""
+    return [{
+        "name": tool.name, "title": tool.title, "here": tool.is_here(machine),
+        "connected": sorted(
+            path for path, entry in record.files.items() if entry.tool == tool.name),
+    } for tool in TOOLS]
+
+
+def show_tools(machine: Machine, record: Record) -> str:
+    """The tools as a table."""
+    lines = []
+    for row in tools_json(machine, record):
+        files = ", ".join(machine.short(path) for path in row["connected"])
+        state = files or ("found" if row["here"] else "-")
+        lines.append(f"{row['name']:15} {row['title']:21} {state}")
+    url = [f"connected to {record.url}"] if record.files else []
+    return "\n".join([*url, *lines])
+
+
+# ==== 13. Command line =======================================================
+# Questions are asked on /dev/tty, because standard input may be this script itself.
+
+
+class Terminal:
+    """The person at the keyboard, if there is one."""
+
+    def __init__(self, path: str = "/dev/tty") -> None:
+        self._path = path
+
+    def ask(self, question: str) -> str | None:
+        """The answer, None if nobody can be asked."""
+        try:
+            with open(self._path) as source, open(self._path, "w") as target:
+                target.write(question)
+                target.flush()
+                return source.readline().strip()
+        except OSError:
+            return None
+
+    def ask_secret(self, question: str) -> str | None:
+        """The same without showing what is typed."""
+        try:
+            with open(self._path):
+                pass
+        except OSError:
+            return None
+        try:
+            return getpass.getpass(question)
+        except EOFError:
+            return ""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    parser = argparse.ArgumentParser(
+        prog="ocp_connect", description="Points the tools of this machine at an OCP server.",
+        epilog="tools: " + ", ".join(TOOL_NAMES))
+    add = parser.add_argument
+    add("host", nargs="?", help="the server: a name, an address, HOST:PORT or http://HOST:PORT")
+    add("--key", help="the key that the server's operator gave you")
+    add("--port", type=port_number, help=f"the server's port (default {DEFAULT_PORT})")
+    add("--https", action="store_true", help="the server speaks https")
+    add("--only", metavar="TOOL,...", type=tool_list, default=[], help="these tools and no others")
+    add("--all", action="store_true", help="all tools, also those not found here")
+    role = parser.add_mutually_exclusive_group()
+    role.add_argument("--primary", dest="role", action="store_const", const=Role.PRIMARY,
+                      help="OCP becomes the default also of tools that have another one")
+    role.add_argument("--backup", dest="role", action="store_const", const=Role.BACKUP,
+                      help="OCP becomes no tool's default; in OpenClaw, the last fallback")
+    add("--allow-fallback", action="store_true",
+        help="OpenClaw: keep the fallbacks that are there when OCP is primary")
+    add("--anthropic", action="store_true",
+        help="point Claude Code and Anthropic SDKs at OCP too; not on the server's own machine")
+    add("--dry-run", action="store_true", help="show everything and change nothing")
+    add("--undo", action="store_true", help="take back what was done, all or --only TOOL,...")
+    add("--list", action="store_true", help="list the tools")
+    add("--yes", "-y", action="store_true", help="do not ask")
+    add("--json", action="store_true", help="say it as JSON")
+    add("--version", action="version", version=f"ocp_connect {VERSION}")
+    parser.set_defaults(role=Role.AUTO)
+    return parser
+
+
+def port_number(text: str) -> int:
+    """A port. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65_536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port")
+    return int(text)
+
+
+def tool_list(text: str) -> list[str]:
+    """Names of tools. Raises ArgumentTypeError."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in TOOL_NAMES:
+            near = difflib.get_close_matches(name, TOOL_NAMES, 1)
+            did = f", did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(
+                f"no tool is called {name!r}{did} There are: {', '.join(TOOL_NAMES)}")
+    return names
+
+
+class Run:
+    """One invocation, with its machine, its terminal and its output."""
+
+    def __init__(
+        self, args: argparse.Namespace, machine: Machine, terminal: Terminal
+    ) -> None:
+        self.args = args
+        self.machine = machine
+        self.terminal = terminal
+        self.record = load_record(machine.own)
+
+    def say(self, text: str) -> None:
+        """A line for a person; a program that asked for JSON gets none."""
+        if text and not self.args.json:
+            print(text, flush=True)
+
+    def print_json(self, value: Json) -> None:
+        """The one JSON value of a run that was asked for it."""
+        if self.args.json:
+            print(json.dumps(value, indent=2))
+
+    def confirm(self, question: str) -> bool:
+        """Whether to go on. Raises Problem if nobody can be asked."""
+        if self.args.yes:
+            return True
+        answer = self.terminal.ask(f"{question} [Y/n] ")
+        if answer is None:
+            raise Problem(Exit.USAGE, "There is no terminal to ask on: say --yes, or --dry-run.")
+        return answer.lower() in ("", "y", "yes")
+
+    # -- the three things that can be asked for ----------------------------------------------
+
+    def list_tools(self) -> Exit:
+        """The tools."""
+        self.say(show_tools(self.machine, self.record))
+        self.print_json(tools_json(self.machine, self.record))
+        return Exit.OK
+
+    def undo(self) -> Exit:
+        """Everything as it was."""
+        plan = plan_undo(self.record, self.args.only)
+        self.say(show_plan(plan, self.machine, self._known_key(), self.args.dry_run)
+                 or "There is nothing to take back.")
+        if self.args.dry_run or not plan.edits + plan.by_hand and not plan.session:
+            self.print_json(plan_json(plan, self.machine, self._known_key()))
+            return Exit.OK
+        if not self.confirm("Take this back?"):
+            self.say("Nothing was changed.")
+            return Exit.FAILED
+        writer = Writer(self.machine, self.record, self._known_key())
+        shown = plan_json(plan, self.machine, self._known_key())
+        writer.undo(plan)
+        for failure in writer.failures:
+            self.say(f"FAILED: {failure}")
+        self.print_json({**shown, "written": writer.written, "failures": writer.failures})
+        complete = not writer.failures and not plan.by_hand
+        self.say(f"Done: {counted(len(writer.written), 'file')} given back."
+                 if complete else "Not all could be taken back, see above.")
+        return Exit.OK if complete else Exit.FAILED
+
+    def connect(self) -> Exit:
+        """Probe, plan, show, confirm, write, verify."""
+        args = self.args
+        url = server_address(args.host, args.port, args.https)
+        key = self._given_key()
+        known = self._known_key() if self.record.key_url == url else ""
+        server, health = probe(url, key, known, self.terminal.ask_secret)
+        self.say(show_server(server, health))
+        if args.anthropic:
+            refuse_loop(self.machine, server)
+        desk = Desk(self.machine, server, args.role, args.allow_fallback, args.anthropic,
+                    self._look)
+        plan = make_plan(desk, self._tools(), self.record)
+        self.say(show_plan(plan, self.machine, server.key, args.dry_run))
+        if args.dry_run:
+            self.say(show_hints(plan.hints))
+            self.print_json({**plan_json(plan, self.machine, server.key), "server": url})
+            return Exit.OK
+        if (plan.edits or plan.session) and not self.confirm("Make these changes?"):
+            self.say("Nothing was changed.")
+            return Exit.FAILED
+        writer = Writer(self.machine, self.record, server.key)
+        shown = plan_json(plan, self.machine, server.key)
+        writer.connect(plan, url)
+        return self._finish(plan, writer, server, shown)
+
+    def _finish(
+        self, plan: Plan, writer: Writer, server: Server, shown: dict[str, Json]
+    ) -> Exit:
+        """The real request, and what is left to say."""
+        for failure in writer.failures:
+            self.say(f"FAILED: {failure}")
+        verified = ""
+        try:
+            answer = try_request(server)
+            self.say(f"{server.cheapest.id} answers: {clean(answer.strip())[:60]}")
+        except HttpProblem as problem:
+            verified = clean(problem)
+            self.say(f"FAILED: {server.cheapest.id} does not answer: {verified}")
+        changed = {edit.tool for edit in plan.edits if edit.path in writer.written}
+        for tool in plan.tools:
+            if tool.name in changed and tool.after:
+                self.say(f"{tool.title}: {tool.after}.")
+        if plan.by_hand:
+            self.say(f"Left for you to do: {counted(len(plan.by_hand), 'file')}, see above.")
+        elif not plan.edits and not plan.session:
+            self.say("Everything is as it should be; nothing was changed.")
+        self.say(show_hints(plan.hints))
+        if writer.written:
+            self.say("To take this back, run this again with --undo.")
+        self.print_json({
+            **shown, "server": server.url, "written": writer.written,
+            "failures": writer.failures, "verified": not verified, "answer": verified or "ok"})
+        return Exit.FAILED if writer.failures or verified or plan.by_hand else Exit.OK
+
+    # -- what they need ----------------------------------------------------------------------
+
+    def _given_key(self) -> str:
+        if self.args.key is not None:
+            return checked_key(self.args.key, "--key")
+        named = self.machine.environ.get("OCP_CONNECT_KEY", "")
+        return checked_key(named, "OCP_CONNECT_KEY") if named else ""
+
+    def _known_key(self) -> str:
+        """The key that was given the last time, empty if none was."""
+        try:
+            return decoded(read_bytes(os.path.join(self.machine.own, "key"))).strip()
+        except Unsafe:
+            return ""
+
+    def _tools(self) -> list[Tool]:
+        """The tools to set up."""
+        if self.args.only:
+            return [tool for tool in TOOLS if tool.name in self.args.only]
+        return [tool for tool in TOOLS if self.args.all or tool.is_here(self.machine)]
+
+    def _look(self, path: str) -> str:
+        """A file's text as it is without us. Raises Unsafe."""
+        base, _ = without_us(read_bytes(path), self.record.files.get(path), self.record)
+        return decoded(base)
+
+
+def program(argv: Sequence[str], machine: Machine, terminal: Terminal) -> Exit:
+    """Does what was asked for. Raises Problem."""
+    args = build_parser().parse_args(argv)
+    run = Run(args, machine, terminal)
+    if args.list:
+        return run.list_tools()
+    if args.undo:
+        return run.undo()
+    if not args.host:
+        raise Problem(Exit.USAGE, "Which server? ocp_connect HOST, for example 192.168.1.10.")
+    return run.connect()
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit code; every failure is a sentence on standard error."""
+    try:
+        return int(program(argv, this_machine(), Terminal()))
+    except Problem as problem:
+        print(f"ocp_connect: {problem}", file=sys.stderr)
+        return int(problem.code)
+    except OSError as problem:
+        print(f"ocp_connect: {clean(problem)}", file=sys.stderr)
+        return int(Exit.FAILED)
+    except KeyboardInterrupt:
+        print("\nInterrupted: --undo takes back what was done.", file=sys.stderr)
+        return int(Exit.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
