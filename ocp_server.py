@@ -1748,12 +1748,12 @@ class Store:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
                 # After some failures, such as a full disk, SQLite has done that by itself.
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -10684,7 +10684,8 @@ class Exchange(BaseHTTPRequestHandler):
         # After a line that is none, the parser takes the rest of the head for a body. What it says
         # about the parts of a multipart message is not about the head.
         broken = any(isinstance(defect, _HEAD_DEFECTS) for defect in self.headers.defects)
-        if broken or self.headers.get_payload():
+        rest = self.headers.get_payload()
+        if broken or (isinstance(rest, str) and rest):
             self._fail(BadRequest("A header line of the request is broken."))
             return False
         if len(self.headers.get_all("Host", [])) > 1:
