@@ -252,7 +252,7 @@ class Page:
         self.call("Page.navigate", url=url)
         self.until("document.readyState === 'complete'")
 
-    def until(self, expression: str, timeout_s: float = 8) -> Json:
+    def until(self, expression: str, timeout_s: float = 20) -> Json:
         """The first true value of an expression."""
         try:
             return support.eventually(lambda: self.evaluate(expression), timeout_s)
@@ -265,7 +265,7 @@ class Page:
         found = self.evaluate(f"document.querySelector({json.dumps(selector)})?.innerText")
         return str(found or "")
 
-    def sees(self, text: str, selector: str = "body", timeout_s: float = 8) -> None:
+    def sees(self, text: str, selector: str = "body", timeout_s: float = 20) -> None:
         """Waits until a visible text is there."""
         place = f"document.querySelector({json.dumps(selector)})?.innerText"
         self.until(f"({place} || '').includes({json.dumps(text)})", timeout_s)

@@ -283,7 +283,8 @@ def test_a_known_series_of_requests_gives_known_numbers(tmp_path: Path) -> None:
     assert value(found, "ocp_request_seconds_count", dialect="chat") == 5
     assert value(found, "ocp_request_seconds_bucket", dialect="chat", le="0.5") <= 4
     assert value(found, "ocp_request_seconds_sum", dialect="chat") >= 1
-    assert value(found, "ocp_first_token_seconds_count") == 6
+    # Those out of the cache say nothing about how fast claude is.
+    assert value(found, "ocp_first_token_seconds_count") == 3
     assert value(found, "ocp_spawns_total") == stats["spawned"] == 7
     assert {name: stats[name] for name in (
         "totalRequests", "errors", "timeouts", "activeRequests", "fresh", "cached")} == {
