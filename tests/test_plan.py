@@ -154,8 +154,8 @@ def test_after_a_turn_it_tells_what_the_answers_headers_said(version: str) -> No
 
 #: JSON that is no share of a window, and no moment.
 NO_NUMBERS = [
-    "null", "true", "false", '""', '"x"', '"21"', "[]", "[0.21]", "{}", '{"a": 1}', "1e999",
-    "-1e999", "1" + "0" * 350, "-" + "9" * 350, "-1", "-0.5", "1e308",
+    "null", "true", "false", '""', '"x"', '"21"', "[]", "[0.21]", "{}", '{"a": 1}',
+    "1" + "0" * 350, "-" + "9" * 350, "-1", "-0.5", "1e308",
 ]
 
 
