@@ -9691,8 +9691,11 @@ class HttpExchange(Protocol):
     def send_events(self, frames: Iterator[bytes]) -> None:
         """Answers 200 with server-sent events that are rendered already."""
 
-    def send_stream(self, renderer: Renderer, events: Iterator[Choice]) -> None:
-        """Answers 200 with server-sent events; the status goes out with the first of them."""
+    def send_stream(
+        self, renderer: Renderer, events: Iterator[Choice], finished: Callable[[Json], None]
+    ) -> None:
+        """Answers 200 with server-sent events; the status goes out with the first of them.
+        `finished` gets what the renderer put together, before the end of an answer is sent."""
 
     def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
         """Waits for the end of the events; white space goes into a silence that grows too long."""
@@ -9747,17 +9750,19 @@ def answer(app: App, exchange: HttpExchange) -> None:
     dialect, turn = exchange.dialect, _parsed(app, exchange)
     request = Request(turn, exchange.caller, exchange.client, exchange.request_id, dialect.name)
     with app.answering(request) as answering:
+        def remember(body: Json) -> None:
+            # Before the client has its last byte: its next request may name this answer.
+            if answering.job.finished and (dialect.stores(turn) or turn.session_id):
+                _remember(app, exchange, turn, answering.answers()[0], body)
+
         exchange.headers_out["X-OCP-Cache"] = answering.cache
         if turn.stream:
-            renderer = dialect.stream(turn)
-            exchange.send_stream(renderer, answering.events)
-            body = renderer.body
+            exchange.send_stream(dialect.stream(turn), answering.events, remember)
         else:
             exchange.keep_alive(answering.events, app.config.whole_silence_ms / 1000)
             body = dialect.whole(turn, list(answering.answers()))
+            remember(body)
             exchange.send_json(body)
-        if dialect.stores(turn) or turn.session_id:
-            _remember(app, exchange, turn, answering.answers()[0], body)
 
 
 def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body: Json) -> None:
@@ -10906,13 +10911,17 @@ class Exchange(BaseHTTPRequestHandler):
         """See HttpExchange."""
         self._send_body(200, text.encode("utf-8"), {"Content-Type": content_type})
 
-    def send_stream(self, renderer: Renderer, events: Iterator[Choice]) -> None:
+    def send_stream(
+        self, renderer: Renderer, events: Iterator[Choice], finished: Callable[[Json], None]
+    ) -> None:
         """See HttpExchange. Events that a dialect does not show are silence too."""
         heartbeat_s = self.app.config.heartbeat_ms / 1000
         sent_s = time.monotonic()
         for index, event in events:
             silent = isinstance(event, Tick)
             data = b"" if silent else renderer.event(index, event)
+            if isinstance(event, Finished):
+                finished(renderer.body)
             now_s = time.monotonic()
             if silent or (not data and heartbeat_s and now_s - sent_s >= heartbeat_s):
                 data = renderer.silence()
