@@ -825,11 +825,15 @@ def random_json(chance: random.Random, depth: int = 0) -> str:
 
 @pytest.mark.parametrize("block", range(10))
 def test_a_value_put_into_any_json_is_there_and_goes_again(block: int) -> None:
-    for seed in range(block * 100, block * 100 + 100):
-        put_and_take_out(random.Random(seed))
+    proved = [put_and_take_out(random.Random(seed))
+              for seed in range(block * 100, block * 100 + 100)]
+
+    # The others are refused, and left as they are.
+    assert sum(proved) > 50
 
 
-def put_and_take_out(chance: random.Random) -> None:
+def put_and_take_out(chance: random.Random) -> bool:
+    """Puts something into a text and takes it out again; False if that was refused as unsafe."""
     text = random_json(chance)
     loaded = connect.json_load(text)
     path = tuple(chance.sample("abcxyz", chance.randint(1, 3)))
@@ -837,7 +841,7 @@ def put_and_take_out(chance: random.Random) -> None:
     try:
         put = connect.apply_changes(text, "json", [connect.Put(path, value)])
     except connect.Unsafe:
-        return  # Something else than an object is in the way, or a comment inside.
+        return False  # Something else than an object is in the way, or a comment inside.
     assert connect.json_find(put, path) == value
     if connect.json_find(text, path) is None:
         depth = next((n for n in range(len(path) - 1, 0, -1)
@@ -846,6 +850,7 @@ def put_and_take_out(chance: random.Random) -> None:
         dropped, kept = connect.take_out(put, "json", [done], None, False)
         assert (connect.json_load(dropped), kept) == (loaded, [])
         assert connect.json_comments(dropped) == connect.json_comments(text)
+    return True
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -306,6 +306,7 @@ def test_recent_requests_are_filtered(chrome: browser.Browser, desk: Desk) -> No
         page.evaluate("""(() => { const select = document.querySelector('#filter-key_name');
             select.value = 'phone'; select.dispatchEvent(new Event('change')); })()""")
         page.sees("No request is like this", "#requests")
+        assert "cached" not in page.text("#requests tbody")
 
 
 @needs_browser
@@ -366,6 +367,7 @@ def test_a_turn_shows_while_it_runs_and_counts_when_it_ends(
         page.sees("claude-sonnet", "#now")
         page.until("/Requests\\s+2\\b/.test(document.querySelector('#totals').innerText)")
         page.sees("1 left by their clients", "#totals")
+        assert "waiting for its turn" not in page.text("#running")
 
 
 # ---------------------------------------------------------------------------
@@ -406,6 +408,7 @@ def test_a_key_of_a_device_is_told_that_it_is_not_the_admin_key(
         page.write(desk.secrets["laptop"])
         page.press("Enter")
         page.sees("wants the admin key", "#gate-error")
+        assert page.evaluate("sessionStorage.length") == 0
 
 
 @needs_browser
@@ -658,6 +661,7 @@ def test_a_source_that_fails_says_so_and_can_be_tried_again(
         page.press("Enter")
         page.sees("laptop", "#keys")
         page.until("document.querySelector('#notices').innerText === ''")
+        assert "phone" in page.text("#keys")
 
 
 @needs_browser
@@ -676,6 +680,7 @@ def test_a_session_is_cleared_after_a_question(chrome: browser.Browser, tmp_path
             page.click("#clear-sessions")
             page.click("#asking-submit")
             page.sees("No session is remembered", "#sessions")
+        assert server.call("GET", "/sessions").json() == {"sessions": []}
 
 
 # ---------------------------------------------------------------------------

@@ -505,9 +505,9 @@ def test_fewer_answers_at_a_time_end_none_that_runs(server: Server) -> None:
     with told(server) as first, told(server):
         set_to(server, maxConcurrent=1)
         with waiter(server):
-            eventually(lambda: (running(server), waiting(server)) == (2, 1))
+            assert eventually(lambda: (running(server), waiting(server)) == (2, 1))
             first.close()
-            eventually(lambda: (running(server), waiting(server)) == (1, 1))
+            assert eventually(lambda: (running(server), waiting(server)) == (1, 1))
 
 
 def test_a_shorter_queue_turns_the_next_one_away_as_told(server: Server) -> None:
@@ -599,13 +599,13 @@ def test_a_prompt_may_be_as_long_as_told(server: Server) -> None:
 def test_spares_are_kept_and_dropped_as_told(server: Server) -> None:
     set_to(server, warmTotal=2, warmProcesses=2)
     content_of(ask(server))
-    eventually(lambda: spares(server) == {"claude-sonnet-5": 2})
+    assert eventually(lambda: spares(server) == {"claude-sonnet-5": 2})
 
     set_to(server, warmProcesses=1)
-    eventually(lambda: spares(server) == {"claude-sonnet-5": 1})
+    assert eventually(lambda: spares(server) == {"claude-sonnet-5": 1})
 
     set_to(server, warmTotal=0)
-    eventually(lambda: spares(server) == {})
+    assert eventually(lambda: spares(server) == {})
 
 
 def test_spares_are_dropped_when_they_have_waited_as_long_as_told(server: Server) -> None:
@@ -615,7 +615,7 @@ def test_spares_are_dropped_when_they_have_waited_as_long_as_told(server: Server
 
     set_to(server, warmIdleMs=1000)
 
-    eventually(lambda: spares(server) == {})
+    assert eventually(lambda: spares(server) == {})
 
 
 def test_conversations_are_parked_and_dropped_as_told(server: Server) -> None:
@@ -625,7 +625,7 @@ def test_conversations_are_parked_and_dropped_as_told(server: Server) -> None:
 
     set_to(server, parkedProcesses=0)
 
-    eventually(lambda: server.call("GET", "/health").json()["parked"] == 0)
+    assert eventually(lambda: server.call("GET", "/health").json()["parked"] == 0)
 
 
 def test_the_header_of_sessions_is_taken_from_now_on(server: Server) -> None:
