@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """ocp_connect points the tools of this machine at an OCP server, and takes that back again.
 
-    curl -fsSL http://HOST:3456/connect | python3 - HOST
+    cat ocp_connect.py | python3 - HOST
     python3 ocp_connect.py HOST [--key KEY] [--only TOOL,...] [--primary | --backup] [--dry-run]
     python3 ocp_connect.py --list        which tools it knows, and where they are here
     python3 ocp_connect.py --undo        everything as it was before

@@ -995,7 +995,11 @@ class NotReady(OcpError):
 
 
 class ClientGone(Exception):
-    """The client closed its connection: there is nobody to tell anything."""
+    """The client closed its connection: there is nobody to tell anything. What its row of usage
+    says instead is here."""
+
+    status: ClassVar[int] = 499
+    word: ClassVar[str] = "abandoned"
 
 
 # ==== 4. Log =================================================================
@@ -7283,8 +7287,6 @@ _PARKABLE = ("end_turn", "stop_sequence", "tool_use")
 _KEPT = ("end_turn", "stop_sequence")
 #: What an answer is taken for, in tokens, by the quotas of a client that sets no limit.
 _LIKELY_ANSWER_TOKENS = 4_096
-#: What rows of usage have for a status when the client left.
-_ABANDONED_STATUS = 499
 
 #: How often old rows of usage are deleted.
 _PRUNE_EVERY_S = 3600.0
@@ -7589,10 +7591,10 @@ class App:
             except BaseException as error:
                 arrivals.put((index, error))
 
-        for index, outcome in enumerate(job.outcomes):
-            threading.Thread(target=one, args=(index, outcome), daemon=True).start()
         running = len(job.outcomes)
         try:
+            for index, outcome in enumerate(job.outcomes):
+                threading.Thread(target=one, args=(index, outcome), daemon=True).start()
             while running:
                 index, arrived = arrivals.get()
                 if isinstance(arrived, BaseException):
@@ -7640,7 +7642,7 @@ class App:
         if isinstance(error, OcpError):
             word, status = error.error_code or error.openai_type, error.status
         elif error is not None:
-            word, status = "abandoned", _ABANDONED_STATUS
+            word, status = error.word, error.status
         row = job.row(word, status, time.time(), self.clock())
         self._count(row, known=job.request.turn.model.known)
         if job.path:
