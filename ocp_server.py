@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""OCP serves your Claude plan to the tools that speak the OpenAI API.
+"""OCP serves your Claude plan to the tools that speak the OpenAI or the Anthropic API.
 
-It drives the official `claude` program, installed and logged in by you, and answers
-OpenAI-compatible HTTP requests from it: one file, Python 3.9 or later, nothing to install.
+It drives the official `claude` program, installed and logged in by you, and answers requests of
+both kinds from it: one file, Python 3.9 or later, nothing to install.
 
     python3 ocp_server.py              serve on http://127.0.0.1:3456
     python3 ocp_server.py --demo       the same without an account, with canned answers
@@ -6281,10 +6281,10 @@ class Spares:
 
 # ==== 14. Parking ============================================================
 # What is kept of a conversation for its next message: sessions on disk, responses by their ids,
-# and processes that wait, each with the conversation that it holds. What
-# a process holds is known by digests: one of everything that is no message, and one of each
-# message in a form in which it does not matter how a client writes the same thing. No answer
-# depends on a process being here: what is not found is rebuilt from the client's own history.
+# and processes that wait, each with the conversation that it holds. What a process holds is known
+# by digests: one of everything that is no message, and one of each message in a form in which it
+# does not matter how a client writes the same thing. No answer depends on a process being here:
+# what is not found is rebuilt from the client's own history.
 
 
 class History(NamedTuple):
@@ -6294,6 +6294,8 @@ class History(NamedTuple):
     base: str
     #: Of each message.
     digests: tuple[str, ...]
+    #: The context in the last message that no later request will have in this place.
+    context: str = ""
 
 
 def digest(value: object) -> str:
@@ -6321,8 +6323,25 @@ def _normal_blocks(blocks: Iterable[Block]) -> object:
     return [text, [_normal_block(block) for block in found if block["type"] not in skipped]]
 
 
+#: OpenClaw keeps what it knows of the moment in a text of its own at the end of the conversation,
+#: where each request moves it to. It is never part of the history before.
+_CONTEXT = re.compile(
+    r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
+)
+
+
+def _is_context(block: Block) -> bool:
+    return block["type"] == "text" and _CONTEXT.fullmatch(str(block["text"])) is not None
+
+
+def context_of(message: Message) -> str:
+    """What stands in a message only as long as it is the last one; empty for nothing."""
+    return "\n".join(str(block["text"]) for block in message.content if _is_context(block))
+
+
 def message_digest(message: Message) -> str:
-    """The digest of one message."""
+    """The digest of one message, without what moves on to the end."""
+    message = Message(message.role, [b for b in message.content if not _is_context(b)])
     # Chat clients give the text and the calls of an answer apart; all else has its order.
     order = [] if message.role == "assistant" else _kinds(message.content)
     return digest([message.role, order, _normal_blocks(message.content)])
@@ -6339,7 +6358,19 @@ def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
         caller, turn.model.id, turn.system, operator_prompt, list(turn.tools),
         list(turn.tool_choice), list(turn.options), turn.shape,
     ]
-    return History(digest(base), tuple(message_digest(message) for message in turn.messages))
+    digests = tuple(message_digest(message) for message in turn.messages)
+    return History(digest(base), digests, context_of(turn.messages[-1]))
+
+
+def results_to_tell(message: Message, known_context: str) -> list[Block]:
+    """The tool results of a message. Context that is not known yet comes with the last of them,
+    because claude, in the middle of its turn, takes nothing else."""
+    results = [block for block in message.content if block["type"] == "tool_result"]
+    context = context_of(message)
+    if results and context not in ("", known_context):
+        content = [*results[-1]["content"], {"type": "text", "text": context}]
+        results[-1] = {**results[-1], "content": content}
+    return results
 
 
 class Sessions:
@@ -6421,14 +6452,15 @@ class Parked(NamedTuple):
         held = len(self.history.digests)
         if self.history.base != history.base or self.history.digests != history.digests[:held]:
             return False
-        results = [block for block in message.content if block["type"] == "tool_result"]
+        results = results_to_tell(message, self.history.context)
         if len(history.digests) != held + 1:
             return False
         if not self.awaiting:
             return not results
         fit = all(mcp_content(block["content"]) is not None for block in results)
         ids = {block["tool_use_id"] for block in results}
-        return fit and ids == self.awaiting and len(results) == len(message.content)
+        more = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
+        return fit and ids == self.awaiting and len(results) == len(ids) and not more
 
     def common(self, history: History) -> int:
         """How many first messages are the same."""
@@ -6453,8 +6485,8 @@ class Parking:
     def __len__(self) -> int:
         return len(self._parked)
 
-    def take(self, history: History, message: Message) -> tuple[ClaudeProcess | None, int | None]:
-        """The process that holds all but `message`, the last one.
+    def take(self, history: History, message: Message) -> tuple[Parked | None, int | None]:
+        """The process that holds all but `message`, the last one, with what it holds.
 
         When there is none: None, and the index of the message at which the nearest conversation
         parts from this one, if any comes near.
@@ -6463,7 +6495,7 @@ class Parking:
             for parked in reversed(self._parked):
                 if parked.takes(history, message) and parked.process.alive():
                     self._parked.remove(parked)
-                    return parked.process, None
+                    return parked, None
             near = [p.common(history) for p in self._parked if p.history.base == history.base]
             return None, max(near, default=0) or None
 
@@ -7690,15 +7722,15 @@ class App:
         yield from slot.wait(watch, self.clock)
         stack.callback(self._give_up, outcome)
         history = history_of(turn, caller.scope, config.system_prompt)
-        outcome.process, outcome.parted_at = self.parking.take(history, turn.messages[-1])
-        if outcome.process is not None:
-            outcome.warm, outcome.path = True, "continued"
+        parked, outcome.parted_at = self.parking.take(history, turn.messages[-1])
+        if parked is not None:
+            outcome.process, outcome.warm, outcome.path = parked.process, True, "continued"
             try:
-                yield from self._continued(outcome, outcome.process, history, watch)
+                yield from self._continued(outcome, parked, history, watch)
                 return
             except UpstreamFailed:
                 # It may have died while it was parked: nothing is lost as long as nothing was said.
-                if outcome.first_token_s is not None or outcome.process.alive():
+                if outcome.first_token_s is not None or parked.process.alive():
                     raise
                 self._give_up(outcome)
         try:
@@ -7717,11 +7749,11 @@ class App:
         return (config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000
 
     def _continued(
-        self, outcome: Outcome, process: ClaudeProcess, history: History, watch: Watch
+        self, outcome: Outcome, parked: Parked, history: History, watch: Watch
     ) -> Iterator[Event]:
         """The events of the answer to the one message that the process does not hold yet."""
-        message = outcome.turn.messages[-1]
-        results = [block for block in message.content if block["type"] == "tool_result"]
+        message, process = outcome.turn.messages[-1], parked.process
+        results = results_to_tell(message, parked.history.context)
         steps = [] if results else [message_line(message, process.version, ask=True)]
         yield from self._heard(outcome, process, history, Script(steps, results), watch)
 
@@ -7767,7 +7799,8 @@ class App:
             answer = outcome.answer()
             held = message_digest(Message("assistant", answer.blocks))
             awaiting = frozenset(call["id"] for call in answer.calls)
-            self.parking.put(process, History(history.base, (*history.digests, held)), awaiting)
+            holds = history._replace(digests=(*history.digests, held))
+            self.parking.put(process, holds, awaiting)
         else:
             # With a call unanswered, or after a limit, it would ask the API again by itself.
             complete = finished.stop_reason in ("end_turn", "stop_sequence")
@@ -8086,6 +8119,7 @@ _STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
 #: Types of answers besides JSON, by operation.
 _MEDIA = {
     "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
+    "get_connect": "text/x-python",
 }
 
 
@@ -9839,6 +9873,7 @@ def _model_entry(model: Model, created_s: int) -> Json:
         "context_window": model.context_window,
         "max_output_tokens": model.max_tokens,
         "reasoning": model.reasoning,
+        "efforts": list(model.efforts),
     }
 
 
@@ -10389,6 +10424,24 @@ def get_dashboard(app: App, exchange: HttpExchange) -> None:
     exchange.send_text(DASHBOARD_HTML, "text/html; charset=utf-8")
 
 
+#: The client set-up, which this file can do without.
+CONNECT_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ocp_connect.py")
+
+
+def get_connect(app: App, exchange: HttpExchange) -> None:
+    """GET /connect: ocp_connect.py, to be piped into python3 on a client."""
+    try:
+        with open(CONNECT_SCRIPT, encoding="utf-8") as file:
+            script = file.read()
+    except (OSError, UnicodeDecodeError):
+        raise NotFound(
+            "ocp_connect.py does not lie beside this server's ocp_server.py. Put it there, or "
+            "copy it to the client and run: python3 ocp_connect.py HOST"
+        ) from None
+    exchange.headers_out["X-OCP-Version"] = VERSION
+    exchange.send_text(script, "text/x-python; charset=utf-8")
+
+
 def get_openapi(app: App, exchange: HttpExchange) -> None:
     """GET /openapi.json: this API, described for programs."""
     exchange.send_json(openapi(exchange.routes))
@@ -10441,6 +10494,7 @@ ROUTES = (
     Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
     Route("GET",    "/ready",                    Access.PUBLIC, CHAT,        get_ready),
     Route("GET",    "/dashboard",                Access.PUBLIC, CHAT,        get_dashboard),
+    Route("GET",    "/connect",                  Access.PUBLIC, CHAT,        get_connect),
     Route("GET",    "/openapi.json",             Access.PUBLIC, CHAT,        get_openapi),
 )
 

@@ -155,6 +155,47 @@ def test_thinking_does_not_part_a_conversation(rig: Rig, dialect: Dialect) -> No
         "thinking", "It is so."]
 
 
+class Mover(Talk):
+    """A client that has a context at the end of each request and in no history, as OpenClaw."""
+
+    context = ""
+
+    def body(self, **fields: Json) -> dict[str, Json]:
+        body = super().body(**fields)
+        last = {"role": "user", "content": [self.dialect.text(self.context)]}
+        return {**body, self.dialect.field: [*body[self.dialect.field], last]}
+
+
+def context(text: str) -> str:
+    return ("<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\n"
+            f"{text}\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>")
+
+
+@EVERY_DIALECT
+def test_context_that_moves_to_the_end_does_not_part_a_conversation(
+    rig: Rig, dialect: Dialect
+) -> None:
+    rig.script(
+        stub.tool_calls([("weather", {})]), stub.tool_calls([("weather", {})]),
+        stub.text("Rain."), stub.text("Bye."))
+    talk = Mover(rig, dialect, [Tool("weather")])
+
+    talk.context = context("morning")
+    answers = [talk.ask("Weather?")]
+    answers.append(talk.give([(answers[-1].call.id, Result("Sun."))]))
+    talk.context = context("evening")
+    answers.append(talk.give([(answers[-1].call.id, Result("Rain."))]))
+    answers.append(talk.ask("Thanks."))
+
+    assert [path_of(rig, said) for said in answers] == ["fresh", *["continued"] * 3]
+    told = [[str(part) for part in contents] for role, contents in seen(rig.last_body())
+            if role == "user"]
+    assert ["morning" in "".join(contents) for contents in told] == [True, False, False, False]
+    # The middle of a turn takes nothing but results, so what is new comes with one of them.
+    assert ["evening" in "".join(contents) for contents in told] == [False, False, True, True]
+    assert "Thanks." in told[-1]
+
+
 @pytest.mark.parametrize("form", ["parts", "cached", "padded"])
 def test_the_same_history_in_another_form_goes_on(rig: Rig, form: str) -> None:
     talk = Talk(rig, CHAT)

@@ -71,6 +71,12 @@ def picture(data: str = "aaaa") -> Json:
             "source": {"type": "base64", "media_type": "image/png", "data": data}}
 
 
+def context(text: str = "It is noon.") -> Json:
+    """What OpenClaw keeps at the end of a conversation."""
+    return block("<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\n"
+                 f"{text}\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>")
+
+
 ADDRESS = {"type": "image", "source": {"type": "url", "url": "https://example.org/a.png"}}
 
 
@@ -90,6 +96,8 @@ SAME = {
     "text of a result in several blocks": (
         user(result("t1", block("a"), block("b"))), user(result("t1", block("ab"))),
     ),
+    "context that moves to the end": (user("a", context()), user("a")),
+    "another such context": (user("a", context("It is one.")), user(context(), "a")),
     "fields that are for caching": (
         user({**block("a"), "cache_control": {"type": "ephemeral"}}), user("a"),
     ),
@@ -105,6 +113,7 @@ def test_what_clients_write_differently_is_the_same_message(name: str) -> None:
 
 DIFFERENT = {
     "the text": (user("a"), user("b")),
+    "words beside a context": (user("a", block("Look: " + context()["text"])), user("a")),
     "white space within": (user("a b"), user("a  b")),
     "the role": (user("a"), assistant("a")),
     "a call": (assistant("a"), assistant("a", use())),
@@ -276,6 +285,9 @@ CALLED = (user("a"), assistant(use("t1"), use("t2")))
         ((result("t1"),), False),
         ((result("t1"), result("t2"), result("t3")), False),
         ((result("t1"), result("t2"), "And then?"), False),
+        ((result("t1"), result("t2"), context()), True),
+        ((result("t1"), result("t2"), context(), "And then?"), False),
+        ((result("t1"), result("t1"), result("t2")), False),
         ((result("t1"), result("t2", ADDRESS)), False),
         ((result("t1"), result("t2", {"type": "document", "source": {}})), False),
         (("Never mind.",), False),
@@ -287,6 +299,24 @@ def test_waiting_calls_take_their_results_all_at_once_and_alone(
     held = parked(*CALLED, awaiting=("t1", "t2"))
 
     assert takes(held, *CALLED, user(*content)) is taken
+
+
+def test_context_is_told_with_a_result_unless_it_is_known() -> None:
+    message = user(result("t1"), result("t2"), context("It is one."))
+
+    assert ocp.results_to_tell(message, context("It is one.")["text"]) == message.content[:2]
+    first, last = ocp.results_to_tell(message, context("It is noon.")["text"])
+    assert first == result("t1")
+    assert last == result("t2", block("Sunny."), context("It is one."))
+    assert message == user(result("t1"), result("t2"), context("It is one."))
+
+
+def test_a_result_that_context_would_make_too_long_is_not_taken() -> None:
+    long = result("t2", block("x" * ocp.RESULT_MOST_CHARS))
+    held = parked(*CALLED, awaiting=("t1", "t2"))
+
+    assert takes(held, *CALLED, user(result("t1"), long))
+    assert not takes(held, *CALLED, user(result("t1"), long, context()))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +352,8 @@ class Lot:
     def take(self, *messages: Any, caller: str = "local", **fields: Any) -> Any:
         """The process for this conversation, or the index at which the nearest one parts."""
         asked = turn(*messages, **fields)
-        return self.parking.take(known(asked, caller), asked.messages[-1])
+        parked, parts_at = self.parking.take(known(asked, caller), asked.messages[-1])
+        return parked and parked.process, parts_at
 
     def tend(self, after_s: float = 0.0) -> list[Any]:
         """Lets time pass; what leaves."""
@@ -521,7 +552,8 @@ def checked_take(lot: Lot, holds: dict[FakeProcess, Asked], asked: Asked) -> boo
     request = turn(*map(message_of, asked.messages), **SETTINGS[asked.settings])
     history = known(request, asked.caller)
     before = copy.deepcopy(request.messages)
-    process, parted_at = lot.parking.take(history, request.messages[-1])
+    parked, parted_at = lot.parking.take(history, request.messages[-1])
+    process = parked and parked.process
 
     fitting = [process for process, held in holds.items() if may_go_on(held, asked)]
     assert request.messages == before and history == known(request, asked.caller)
