@@ -192,6 +192,14 @@ def test_the_demo_keeps_a_limit_and_a_history(demo: Serving) -> None:
     assert "third" in last and "first" not in last
 
 
+def test_the_client_set_up_is_not_there_and_says_where_it_belongs(demo: Serving) -> None:
+    reply = http_call(demo.port, "GET", "/connect")
+
+    assert reply.status == 404
+    message = reply.json()["error"]["message"]
+    assert "beside this server's ocp_server.py" in message and "python3 ocp_connect.py" in message
+
+
 def test_a_client_that_leaves_the_demo_frees_its_place(demo: Serving) -> None:
     with Wire(demo.port) as wire:
         wire.send(post(encoded(question("hello", stream=True))))

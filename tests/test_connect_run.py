@@ -92,6 +92,27 @@ def test_piped_into_python_it_connects_everything_and_takes_it_back(
     assert undone.returncode == 0 and list(free_home.iterdir()) == []
 
 
+def test_the_server_hands_it_out_to_everybody(guarded: Server) -> None:
+    reply = guarded.call("GET", "/connect", headers={})
+
+    assert reply.status == 200 and reply.body == SOURCE
+    assert reply.headers["X-OCP-Version"] == connect.VERSION
+    assert reply.headers["Content-Type"] == "text/x-python; charset=utf-8"
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl: apt-get install curl")
+def test_one_command_downloads_and_connects(server: Server, free_home: Path) -> None:
+    command = (f"curl -fsSL {server.url}/connect | "
+               f"{sys.executable} - 127.0.0.1:{server.port} --only codex --yes")
+
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], env=clean_env(HOME=str(free_home)),
+        capture_output=True, text=True, timeout=60, start_new_session=True)
+
+    assert done.returncode == 0 and "answers: You said" in done.stdout, done
+    assert (free_home / ".codex/config.toml").exists()
+
+
 def test_a_download_that_was_cut_does_nothing(server: Server, free_home: Path) -> None:
     tail = len(SOURCE) - 400
     cuts = [*range(0, len(SOURCE), 1000), *range(tail, len(SOURCE) - 1, 57)]
