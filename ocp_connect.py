@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """ocp_connect points the tools of this machine at an OCP server, and takes that back again.
 
-    cat ocp_connect.py | python3 - HOST
+    curl -fsSL http://HOST:3456/connect | python3 - HOST
     python3 ocp_connect.py HOST [--key KEY] [--only TOOL,...] [--primary | --backup] [--dry-run]
     python3 ocp_connect.py --list        which tools it knows, and where they are here
     python3 ocp_connect.py --undo        everything as it was before
+    python3 ocp_connect.py --sync HOST   the list of models in OpenClaw brought up to date
 
 It asks the server who it is, plans, shows every file that would change and why, and asks before
 it writes. Comments, order and settings of your own stay as they are; where a change cannot be
@@ -65,11 +66,15 @@ import socket
 import stat
 import subprocess
 import tempfile
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
 VERSION = "0.1.0"
+
+#: Where this script lies; empty if it came through a pipe.
+HERE = os.path.dirname(os.path.abspath(__file__)) if "__file__" in globals() else ""
 
 #: A JSON value, parsed or to be written.
 Json = Any
@@ -1217,6 +1222,8 @@ class Model(NamedTuple):
     context_tokens: int
     output_tokens: int
     reasoning: bool
+    #: The levels of effort that it knows, least first.
+    efforts: tuple[str, ...] = ()
 
 
 class Server(NamedTuple):
@@ -1309,17 +1316,34 @@ def ask_health(url: str) -> Mapping[str, Json]:
 def ask_models(url: str, key: str) -> tuple[Model, ...]:
     """The models that a key may use. Raises HttpProblem."""
     listed = http_json("GET", f"{url}/v1/models", key=key, timeout_s=10)
-    found = []
-    for each in listed.get("data") or () if isinstance(listed, dict) else ():
-        if isinstance(each, dict) and re.fullmatch(r"[\w.:-]+", str(each.get("id"))):
-            found.append(Model(
-                str(each["id"]), clean(each.get("display_name") or each["id"]),
-                int(each.get("context_window") or 200_000),
-                int(each.get("max_output_tokens") or 8_192), bool(each.get("reasoning")),
-            ))
+    rows = listed.get("data") if isinstance(listed, dict) else None
+    found = [model_of(row, "display_name", "context_window", "max_output_tokens")
+             for row in rows or () if isinstance(row, dict)
+             and re.fullmatch(r"[\w.:-]+", str(row.get("id")))]
     if not found:
         raise HttpProblem("refused", "it lists no models")
     return tuple(found)
+
+
+def model_of(row: Mapping[str, Json], name: str, context: str, output: str) -> Model:
+    """The model of a row that has these names for what differs from list to list."""
+    efforts = row.get("efforts")
+    return Model(
+        str(row["id"]), clean(row.get(name) or row["id"]), int(row.get(context) or 200_000),
+        int(row.get(output) or 8_192), bool(row.get("reasoning")),
+        tuple(str(each) for each in efforts) if isinstance(efforts, list) else (),
+    )
+
+
+def models_in(path: str) -> tuple[Model, ...] | None:
+    """The models of a models.json; None if there is no such file. Raises Problem."""
+    try:
+        content = read_bytes(path)
+        rows = json.loads(content)["models"] if content is not None else None
+        return rows and tuple(
+            model_of(row, "displayName", "contextWindow", "maxTokens") for row in rows)
+    except (Unsafe, ValueError, KeyError, TypeError, AttributeError):
+        raise Problem(Exit.FAILED, f"{path} cannot be used as a list of models.") from None
 
 
 def probe(
@@ -1369,6 +1393,10 @@ def try_request(server: Server) -> str:
 # tool is one function and one row of TOOLS.
 
 
+#: What OCP is called among OpenClaw's providers, unless another name is chosen.
+OPENCLAW_PROVIDER = "claude-local"
+
+
 class Role(enum.Enum):
     """Whether OCP becomes a tool's choice: where it has none yet, always, or never."""
 
@@ -1413,6 +1441,8 @@ class Desk:
     allow_fallback: bool
     anthropic: bool
     look: Callable[[str], str]
+    #: The name of the provider in OpenClaw.
+    provider: str = OPENCLAW_PROVIDER
 
     @property
     def key_words(self) -> str:
@@ -1522,10 +1552,6 @@ def login_agent(names: Mapping[str, str]) -> str:
     }).decode()
 
 
-#: The name of the provider in OpenClaw.
-OPENCLAW_PROVIDER = "claude-local"
-
-
 def openclaw_folder(machine: Machine) -> str:
     """OpenClaw's state folder, by its own variables."""
     home = machine.named("OPENCLAW_HOME")
@@ -1545,33 +1571,63 @@ def openclaw_config(machine: Machine) -> str:
         openclaw_folder(machine), "openclaw.json")
 
 
-def openclaw_provider(server: Server) -> dict[str, Json]:
-    """The provider entry of OpenClaw's configuration."""
-    models = [{
-        "id": model.id, "name": f"{model.name} (via CLI)", "reasoning": model.reasoning,
+#: OpenClaw's own word for a provider that wants no key. Any other is taken for a secret, which its
+#: doctor copies into a store that wins over the configuration from then on.
+OPENCLAW_NO_KEY = "custom-local"
+#: Above the server's own limit of 600 s, so that its words arrive before OpenClaw gives up.
+OPENCLAW_TIMEOUT_S = 660
+#: How the models of a provider end that OCP has listed.
+OPENCLAW_SUFFIX = " (via CLI)"
+_OPENCLAW_PROVIDERS = ("models", "providers")
+
+
+def openclaw_row(model: Model) -> dict[str, Json]:
+    """One model as OpenClaw lists it."""
+    compat: dict[str, Json] = {
+        "supportsPromptCacheKey": True, "supportsReasoningEffort": model.reasoning}
+    if model.efforts:
+        # Without "none", OpenClaw's "off" would be the model's own default.
+        compat["supportedReasoningEfforts"] = ["none", *model.efforts]
+    return {
+        "id": model.id, "name": model.name + OPENCLAW_SUFFIX, "reasoning": model.reasoning,
         "input": ["text", "image"],
+        # The plan pays, not the token.
         "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
         "contextWindow": model.context_tokens, "maxTokens": model.output_tokens,
-        "compat": {
-            "supportsPromptCacheKey": True, "supportsReasoningEffort": model.reasoning},
-    } for model in server.models]
-    return {"baseUrl": server.api, "apiKey": server.key_or_any, "api": "openai-completions",
-            "timeoutSeconds": 600, "models": models}
+        "compat": compat,
+    }
+
+
+def openclaw_provider(desk: Desk) -> list[Change]:
+    """The provider. The key is read from our own file: what stands in OpenClaw's configuration is
+    shown to its agents, and a key there would be copied by its doctor."""
+    server = desk.server
+    key: Json = OPENCLAW_NO_KEY
+    changes: list[Change] = []
+    if server.key:
+        path = os.path.join(desk.machine.own, "key")
+        changes.append(Put(("secrets", "providers", "ocp"), {
+            "source": "file", "path": path, "mode": "singleValue"}, owned=True))
+        key = {"source": "file", "provider": "ocp", "id": "value"}
+    entry = {"baseUrl": server.api, "apiKey": key, "api": "openai-completions",
+             "timeoutSeconds": OPENCLAW_TIMEOUT_S,
+             "models": [openclaw_row(model) for model in server.models]}
+    return [*changes, Put((*_OPENCLAW_PROVIDERS, desk.provider), entry, owned=True)]
 
 
 def openclaw_steps(desk: Desk) -> list[Step]:
     """The provider, and the place of its models among the others."""
     machine, path = desk.machine, openclaw_config(desk.machine)
-    ours = f"{OPENCLAW_PROVIDER}/{desk.server.main.id}"
-    changes: list[Change] = [
-        Put(("models", "mode"), "merge", absent=True),
-        Put(("models", "providers", OPENCLAW_PROVIDER), openclaw_provider(desk.server),
-            owned=True),
-    ]
-    steps: list[Step] = []
+    ours = f"{desk.provider}/{desk.server.main.id}"
+    foreign = _openclaw_foreign(desk, path)
+    if foreign:
+        return [Hint(f"OpenClaw has a provider {desk.provider} already, for {foreign}: choose "
+                     "another name with --provider-name.")]
+    changes, steps = openclaw_provider(desk), list[Step]()
     base, role = _openclaw_choice(desk.look, path), desk.role
     if role is Role.AUTO:
-        role = _openclaw_role(_openclaw_choice(lambda name: decoded(read_bytes(name)), path))
+        now = _openclaw_choice(lambda name: decoded(read_bytes(name)), path)
+        role = _openclaw_role(now, f"{desk.provider}/")
     if role is Role.BACKUP:
         changes += _openclaw_backup(base, ours)
     elif role is Role.AUTO and base.primary:
@@ -1586,10 +1642,66 @@ def openclaw_steps(desk: Desk) -> list[Step]:
                 "OpenClaw: as primary model OCP has no fallback: when it cannot answer, OpenClaw "
                 "says so instead of quietly spending another provider. --allow-fallback keeps "
                 "the fallbacks that you have."))
-    command = ("openclaw", "config", "patch", "--stdin") if machine.program("openclaw") else ()
-    steps.insert(0, FileStep(path, "json", tuple(changes),
-                             f"provider {OPENCLAW_PROVIDER} with every model", command))
-    return [*steps, *_openclaw_hints(machine)]
+    why = f"provider {desk.provider} with every model"
+    command = openclaw_command(machine, [desk.provider])
+    steps.insert(0, FileStep(path, "json", tuple(changes), why, command))
+    return [*steps, *_openclaw_hints(desk)]
+
+
+def openclaw_command(machine: Machine, names: Sequence[str]) -> tuple[str, ...]:
+    """What changes OpenClaw's configuration, if it is installed. Of the lists of models of these
+    providers, rows may go."""
+    if not machine.program("openclaw"):
+        return ()
+    lists = (("--replace-path", f'models.providers["{name}"].models') for name in names)
+    return ("openclaw", "config", "patch", "--stdin", *(word for pair in lists for word in pair))
+
+
+def _openclaw_foreign(desk: Desk, path: str) -> str:
+    """The address of another provider that has the chosen name; empty if the name is free."""
+    if desk.provider == OPENCLAW_PROVIDER:
+        return ""
+    present: Json = None
+    with contextlib.suppress(Unsafe):
+        present = json_find(desk.look(path), (*_OPENCLAW_PROVIDERS, desk.provider))
+    url = str(present.get("baseUrl") or "OpenClaw's own") if isinstance(present, dict) else ""
+    return "" if same_server(url, desk.server.url) else url
+
+
+def same_server(url: str, other: str) -> bool:
+    """Whether two addresses lead to one server, as far as can be told from here."""
+    try:
+        sides = [urllib.parse.urlsplit(each) for each in (url, other)]
+        ports = [side.port or (443 if side.scheme == "https" else 80) for side in sides]
+    except ValueError:
+        return False
+    hosts = [side.hostname or "" for side in sides]
+    same = hosts[0] == hosts[1] or all(hosts) and all(map(is_this_machine, hosts))
+    return ports[0] == ports[1] and same
+
+
+def openclaw_names(text: str, url: str) -> list[str]:
+    """The providers of a configuration that lead to this server. Raises Unsafe."""
+    providers = json_find(text, _OPENCLAW_PROVIDERS)
+    found = providers.items() if isinstance(providers, dict) else ()
+    return [name for name, entry in found if isinstance(entry, dict)
+            and same_server(str(entry.get("baseUrl")), url)]
+
+
+def openclaw_list(present: Json, models: Sequence[Model]) -> list[Json]:
+    """A provider's list of models brought up to date: what the user has added to a row, and rows
+    that are no work of OCP, stay."""
+    rows = [row for row in present if isinstance(row, dict)] if isinstance(present, list) else []
+    by_id = {row.get("id"): row for row in rows}
+    found: list[Json] = []
+    for model in models:
+        row, before = openclaw_row(model), by_id.get(model.id, {})
+        compat = before.get("compat")
+        compat = {**(compat if isinstance(compat, dict) else {}), **row["compat"]}
+        found.append({**before, **row, "compat": compat})
+    known = {model.id for model in models}
+    return found + [row for row in rows if row.get("id") not in known
+                    and not str(row.get("name")).endswith(OPENCLAW_SUFFIX)]
 
 
 _OPENCLAW_MODEL = ("agents", "defaults", "model")
@@ -1617,9 +1729,8 @@ def _openclaw_choice(look: Callable[[str], str], path: str) -> Choice:
     return Choice(str(now.get("primary") or ""), fallbacks, True)
 
 
-def _openclaw_role(now: Choice) -> Role:
-    """The place that OCP has already."""
-    mine = f"{OPENCLAW_PROVIDER}/"
+def _openclaw_role(now: Choice, mine: str) -> Role:
+    """The place that OCP, whose models begin with `mine`, has already."""
     if now.primary.startswith(mine):
         return Role.PRIMARY
     return Role.BACKUP if any(each.startswith(mine) for each in now.fallbacks) else Role.AUTO
@@ -1635,19 +1746,25 @@ def _openclaw_backup(base: Choice, ours: str) -> list[Change]:
             ] if base.primary else []
 
 
-def _openclaw_hints(machine: Machine) -> list[Step]:
+def _openclaw_hints(desk: Desk) -> list[Step]:
     """What is left to say about OpenClaw."""
+    machine = desk.machine
     hints: list[Step] = [Hint(
         "OpenClaw: a running gateway starts a turn every 30 minutes by itself, which spends your "
         "plan. `openclaw config set agents.defaults.heartbeat.every 0m` stops that.")]
+    with contextlib.suppress(Unsafe):
+        known = decoded(read_bytes(os.path.join(machine.own, "key"))).strip()
+        if desk.server.key and known not in ("", desk.server.key):
+            hints.append(Hint("OpenClaw: a running gateway knows the earlier key until you run "
+                              "`openclaw secrets reload`."))
     pattern = os.path.join(
         glob.escape(openclaw_folder(machine)), "agents", "*", "agent", "auth-profiles.json")
     for path in sorted(glob.glob(pattern)):
         with contextlib.suppress(Unsafe):
-            if f'"{OPENCLAW_PROVIDER}'.encode() in (read_bytes(path) or b""):
+            if f'"{desk.provider}'.encode() in (read_bytes(path) or b""):
                 hints.append(Hint(
                     f"OpenClaw: {machine.short(path)} is of a retired format and names "
-                    f"{OPENCLAW_PROVIDER}, which makes turns fail: run `openclaw doctor --fix`."))
+                    f"{desk.provider}, which makes turns fail: run `openclaw doctor --fix`."))
     return hints
 
 
@@ -2070,7 +2187,6 @@ class Edit(NamedTuple):
     #: What the file is without us, to be copied.
     base: bytes | None
     command: tuple[str, ...] = ()
-    changes: tuple[Change, ...] = ()
 
 
 class ByHand(NamedTuple):
@@ -2155,7 +2271,9 @@ def plan_edit(step: FileStep, tool: str, desk: Desk, record: Record) -> Edit | N
     check_writable(step.path)
     base, _ = without_us(content, entry, record)
     if step.command:
-        after = fitting
+        # What the tool itself has written into its file since stays there.
+        rest = take_out(text, entry.kind, entry.done, None, False)[0] if entry else text
+        after = apply_changes(rest, step.kind, changes)
     else:
         after = apply_changes(decoded(base), step.kind, changes)
     if after.encode() == content:
@@ -2165,7 +2283,7 @@ def plan_edit(step: FileStep, tool: str, desk: Desk, record: Record) -> Edit | N
         notes.append(f"others on this machine can read it: chmod 600 {shlex.quote(step.path)}")
     return Edit(
         tool, step.path, content, after.encode(), step.why, tuple(notes),
-        record_entry(step, tool, changes, base, after, entry), base, step.command, changes)
+        record_entry(step, tool, changes, base, after, entry), base, step.command)
 
 
 def chosen(
@@ -2255,6 +2373,26 @@ def check_writable(path: str) -> None:
         raise Unsafe("lies in a folder that cannot be written to")
 
 
+def plan_sync(machine: Machine, url: str, models: Sequence[Model]) -> tuple[list[str], Edit | None]:
+    """The providers in OpenClaw that lead to this server, and the change that gives them the list
+    of models as it is now, None if there is none to make. Raises Unsafe."""
+    path = openclaw_config(machine)
+    content = read_bytes(path)
+    text = decoded(content)
+    names = openclaw_names(text, url)
+    changes = []
+    for name in names:
+        place = (*_OPENCLAW_PROVIDERS, name, "models")
+        changes.append(Put(place, openclaw_list(json_find(text, place), models)))
+    after = apply_changes(text, "json", changes).encode()
+    if after == content or content is None:
+        return names, None
+    check_writable(path)
+    why = "the models of " + ", ".join(names)
+    return names, Edit("openclaw", path, content, after, why, (), None, None,
+                       openclaw_command(machine, names))
+
+
 def plan_undo(record: Record, tools: Sequence[str]) -> Plan:
     """What gives every file of these tools back as it was without us; all of them if none is
     named."""
@@ -2325,6 +2463,31 @@ class Writer:
         for tool in plan.tools:
             self._check(tool, [each for each in plan.edits if each.tool == tool.name])
 
+    def sync(self, edit: Edit, stamp: str) -> str:
+        """Makes one change that the record does not keep; the path of the copy that it leaves
+        beside the file, empty where nothing was changed."""
+        copy_path = f"{edit.path}.ocp-{stamp}"
+        entry = self._earlier[edit.path] = self._record.files.get(edit.path)
+
+        def change(edit: Edit) -> None:
+            assert edit.before is not None
+            write_whole(copy_path, edit.before, 0o600)
+            self._replace(edit)
+            self.written.append(edit.path)
+
+        self._attempt(edit, change)
+        tool = next(each for each in TOOLS if each.name == edit.tool)
+        self._check(tool, [edit])
+        if edit.path not in self.written:
+            with contextlib.suppress(OSError):
+                os.unlink(copy_path)
+            return ""
+        if entry is not None and entry.after_digest == digest(edit.before):
+            # Nobody has changed it: --undo may still give the copy of then back.
+            entry.after_digest = digest(read_bytes(edit.path))
+            self._record.save()
+        return copy_path
+
     def undo(self, plan: Plan) -> None:
         """Takes every change of a plan back, and forgets it."""
         for edit in plan.edits:
@@ -2350,7 +2513,7 @@ class Writer:
 
     def _change(self, edit: Edit) -> None:
         entry = edit.entry
-        assert entry is not None and edit.after is not None
+        assert entry is not None
         if edit.base is not None:
             copy_path = os.path.join(self._record.folder, entry.base)
             make_private(os.path.dirname(copy_path))
@@ -2361,10 +2524,10 @@ class Writer:
         self._record.files[edit.path] = entry
         self._record.save()
         try:
+            self._replace(edit)
             if edit.command:
-                self._by_command(edit, entry)
-            else:
-                write_whole(edit.path, edit.after, self._mode(edit))
+                entry.after_digest = digest(read_bytes(edit.path))
+                self._record.save()
         except (OSError, Unsafe):
             self._forget(edit.path, earlier)
             raise
@@ -2387,23 +2550,21 @@ class Writer:
         has_key = self._key and self._key.encode() in edit.after
         return 0o600 if has_key or edit.tool == OWN else 0o644
 
-    def _by_command(self, edit: Edit, entry: FileRecord) -> None:
+    def _replace(self, edit: Edit) -> None:
+        """Gives a file its new content. Raises Unsafe, OSError."""
+        assert edit.after is not None
+        if edit.command:
+            self._by_command(edit)
+        else:
+            write_whole(edit.path, edit.after, self._mode(edit))
+
+    def _by_command(self, edit: Edit) -> None:
         """Lets the tool make the change itself. Raises Unsafe."""
-        patch: dict[str, Json] = {}
-        for change in edit.changes:
-            if isinstance(change, Put):
-                inner = patch
-                for name in change.path[:-1]:
-                    inner = inner.setdefault(name, {})
-                inner[change.path[-1]] = change.value
-        if any(isinstance(change, Put) and change.absent for change in edit.changes):
-            _leave_present(patch, decoded(edit.before), edit.changes)
-        ran = self._machine.run(*edit.command, stdin=json.dumps(patch), timeout_s=120)
-        after = read_bytes(edit.path)
-        if ran.code or after is None:
+        sides = [json_load(decoded(side)) for side in (edit.before, edit.after)]
+        patch = json.dumps(merge_patch(*sides))
+        ran = self._machine.run(*edit.command, stdin=patch, timeout_s=120)
+        if ran.code != 0 or read_bytes(edit.path) is None:
             raise Unsafe(f"was not changed: {edit.command[0]} says: {ran.complaint}")
-        entry.after_digest = digest(after)
-        self._record.save()
 
     def _set_variable(self, step: RunStep) -> None:
         before = self._machine.run("launchctl", "getenv", step.name)
@@ -2466,18 +2627,14 @@ class Writer:
                 os.rmdir(folder)
 
 
-def _leave_present(
-    patch: dict[str, Json], text: str, changes: Sequence[Change]
-) -> None:
-    """Takes out of a patch what is there already and should stay. Raises Unsafe."""
-    for change in changes:
-        if not isinstance(change, Put) or not change.absent:
-            continue
-        if json_find(text, change.path) is not None:
-            inner = patch
-            for name in change.path[:-1]:
-                inner = inner[name]
-            del inner[change.path[-1]]
+def merge_patch(before: Json, after: Json) -> Json:
+    """What makes one JSON value the other, as RFC 7396 has it: null takes a member out."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return after
+    gone = {name: None for name in before if name not in after}
+    changed = {name: merge_patch(before.get(name), value) for name, value in after.items()
+               if name not in before or before[name] != value}
+    return {**gone, **changed}
 
 
 # ==== 12. Showing ============================================================
@@ -2509,7 +2666,7 @@ def show_edit(edit: Edit, machine: Machine, key: str, most: int) -> str:
     how = "new" if edit.before is None else "removed" if edit.after is None else "changed"
     lines = [f"  {machine.short(edit.path)}  ({tool_title(edit.tool)}; {how}) {edit.why}"]
     if edit.command:
-        lines.append(f"      through: {' '.join(edit.command)}")
+        lines.append(f"      through: {shlex.join(edit.command)}")
     lines += [f"      {note}" for note in edit.notes]
     differing = [] if edit.after is None else new_lines(edit)
     if edit.tool == OWN:
@@ -2634,11 +2791,16 @@ def build_parser() -> argparse.ArgumentParser:
                       help="OCP becomes no tool's default; in OpenClaw, the last fallback")
     add("--allow-fallback", action="store_true",
         help="OpenClaw: keep the fallbacks that are there when OCP is primary")
+    add("--provider-name", metavar="NAME", type=provider_name,
+        help=f"OpenClaw: what OCP is called there (default {OPENCLAW_PROVIDER})")
     add("--anthropic", action="store_true",
         help="point Claude Code and Anthropic SDKs at OCP too; not on the server's own machine")
     add("--dry-run", action="store_true", help="show everything and change nothing")
     add("--undo", action="store_true", help="take back what was done, all or --only TOOL,...")
     add("--list", action="store_true", help="list the tools")
+    add("--sync", action="store_true",
+        help="only bring the list of models in OpenClaw up to date, from models.json beside this "
+             "script, else from the server; says nothing where there is no OpenClaw")
     add("--yes", "-y", action="store_true", help="do not ask")
     add("--json", action="store_true", help="say it as JSON")
     add("--version", action="version", version=f"ocp_connect {VERSION}")
@@ -2651,6 +2813,14 @@ def port_number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65_536:
         raise argparse.ArgumentTypeError(f"{text!r} is no port")
     return int(text)
+
+
+def provider_name(text: str) -> str:
+    """A name for a provider in OpenClaw. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name: small letters, digits and hyphens")
+    return text
 
 
 def tool_list(text: str) -> list[str]:
@@ -2695,7 +2865,7 @@ class Run:
             raise Problem(Exit.USAGE, "There is no terminal to ask on: say --yes, or --dry-run.")
         return answer.lower() in ("", "y", "yes")
 
-    # -- the three things that can be asked for ----------------------------------------------
+    # -- the four things that can be asked for -----------------------------------------------
 
     def list_tools(self) -> Exit:
         """The tools."""
@@ -2725,18 +2895,45 @@ class Run:
                  if complete else "Not all could be taken back, see above.")
         return Exit.OK if complete else Exit.FAILED
 
+    def sync(self) -> Exit:
+        """The list of models in OpenClaw as it is here. Raises Problem."""
+        machine, args = self.machine, self.args
+        url = server_address(args.host or "127.0.0.1", args.port, args.https)
+        writer = Writer(machine, self.record, "")
+        is_here = next(tool for tool in TOOLS if tool.name == "openclaw").is_here(machine)
+        names, edit = self._plan_sync(url) if is_here else ([], None)
+        if edit is not None:
+            self.say(show_edit(edit, machine, "", 10_000))
+            copy_path = "" if args.dry_run else writer.sync(edit, time.strftime("%Y%m%d-%H%M%S"))
+            self.say(f"The file as it was: {machine.short(copy_path)}" if copy_path else "")
+        elif is_here:
+            self.say(f"OpenClaw has the models of {url}." if names else
+                     f"OpenClaw does not use {url}: `ocp connect {url} --only openclaw` adds it.")
+        for failure in writer.failures:
+            print(f"ocp_connect: {failure}", file=sys.stderr)
+        self.print_json({
+            "openclaw": is_here, "providers": names, "diff": new_lines(edit) if edit else [],
+            "written": writer.written, "failures": writer.failures})
+        return Exit.FAILED if writer.failures else Exit.OK
+
+    def _plan_sync(self, url: str) -> tuple[list[str], Edit | None]:
+        """What plan_sync says. Raises Problem."""
+        try:
+            return plan_sync(self.machine, url, self._current_models(url))
+        except Unsafe as problem:
+            path = self.machine.short(openclaw_config(self.machine))
+            raise Problem(Exit.FAILED, f"{path} {problem}.") from None
+
     def connect(self) -> Exit:
         """Probe, plan, show, confirm, write, verify."""
         args = self.args
         url = server_address(args.host, args.port, args.https)
-        key = self._given_key()
-        known = self._known_key() if self.record.key_url == url else ""
-        server, health = probe(url, key, known, self.terminal.ask_secret)
+        server, health = self._probe(url)
         self.say(show_server(server, health))
         if args.anthropic:
             refuse_loop(self.machine, server)
         desk = Desk(self.machine, server, args.role, args.allow_fallback, args.anthropic,
-                    self._look)
+                    self._look, args.provider_name or self._known_provider())
         plan = make_plan(desk, self._tools(), self.record)
         self.say(show_plan(plan, self.machine, server.key, args.dry_run))
         if args.dry_run:
@@ -2795,6 +2992,23 @@ class Run:
         except Unsafe:
             return ""
 
+    def _known_provider(self) -> str:
+        """What OCP is called in OpenClaw since the last time."""
+        paths = [done.path for entry in self.record.files.values() if entry.tool == "openclaw"
+                 for done in entry.done]
+        return next((path[2] for path in paths if path[:2] == _OPENCLAW_PROVIDERS
+                     and len(path) == 3), OPENCLAW_PROVIDER)
+
+    def _current_models(self, url: str) -> tuple[Model, ...]:
+        """The models of the file beside this script, else those of the server. Raises Problem."""
+        found = models_in(os.path.join(HERE, "models.json")) if HERE else None
+        return found or self._probe(url)[0].models
+
+    def _probe(self, url: str) -> tuple[Server, Mapping[str, Json]]:
+        """The server with a key that it takes, and what its /health said. Raises Problem."""
+        known = self._known_key() if self.record.key_url == url else ""
+        return probe(url, self._given_key(), known, self.terminal.ask_secret)
+
     def _tools(self) -> list[Tool]:
         """The tools to set up."""
         if self.args.only:
@@ -2815,6 +3029,8 @@ def program(argv: Sequence[str], machine: Machine, terminal: Terminal) -> Exit:
         return run.list_tools()
     if args.undo:
         return run.undo()
+    if args.sync:
+        return run.sync()
     if not args.host:
         raise Problem(Exit.USAGE, "Which server? ocp_connect HOST, for example 192.168.1.10.")
     return run.connect()

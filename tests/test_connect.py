@@ -601,7 +601,9 @@ def test_openclaw_entries_are_what_openclaw_accepts(home: Home) -> None:
 
     config = json.loads((home.folder / ".openclaw/openclaw.json").read_text())
     provider = config["models"]["providers"]["claude-local"]
-    assert set(config) == {"models", "agents"} and set(config["agents"]["defaults"]) == {"model"}
+    assert set(config) == {"secrets", "models", "agents"}
+    assert set(config["agents"]["defaults"]) == {"model"}
+    assert KEY not in json.dumps(config) and provider["apiKey"]["source"] == "file"
     assert provider["api"] == "openai-completions" and provider["baseUrl"].endswith("/v1")
     for entry, model in zip(provider["models"], MODELS):
         assert (entry["contextWindow"], entry["maxTokens"]) == model[2:4]
