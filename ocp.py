@@ -20,7 +20,7 @@ Exit codes: 0 done; 1 it failed, the message says how; 2 wrong usage; 3 no serve
 #      3. Formatting       tables, bars, ages, colour
 #      4. Reading          usage, status, health, models, settings, logs, sessions
 #      5. Keys             the keys of an operator's devices
-#      6. Using it         ask, lan, connect
+#      6. Using it         ask, lan, connect, sync
 #      7. Service          who owns the port; start, stop, restart
 #      8. Checkout and snapshots   git; what an update saves; the journal that survives it
 #      9. Doctor           a table of checks, each with its fix
@@ -1308,6 +1308,13 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
+def connect_words(url: str) -> str:
+    """The one command that sets up the tools of another machine."""
+    default = url.startswith("http://") and url.endswith(":3456")
+    host = url[len("http://"):-len(":3456")] if default else url
+    return f"curl -fsSL {url}/connect | python3 - {host}"
+
+
 def show_lan(answer: Json, look: Look) -> str:
     """Where other devices find the server, and whether they reach it."""
     rows = [
@@ -1320,7 +1327,7 @@ def show_lan(answer: Json, look: Look) -> str:
     elif answer.get("authMode") == "none":
         rows.append(("attention", "whoever can connect may use your plan: set --auth-mode multi"))
     else:
-        rows.append(("on a device", f"python3 ocp_connect.py {answer['host']}"))
+        rows.append(("on a device", connect_words(answer["url"])))
     return fields(rows)
 
 
@@ -1350,8 +1357,8 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
     return Exit.OK if found["reachable"] else Exit.FAILED
 
 
-def cmd_connect(env: Env, args: argparse.Namespace) -> Exit:
-    """Runs ocp_connect.py, which sets up the tools of this machine for a server."""
+def connect_command(env: Env, *words: str) -> list[str]:
+    """What runs ocp_connect.py. Raises Problem where it is not."""
     script = os.path.join(env.tree, "ocp_connect.py")
     if not os.path.exists(script):
         raise Problem(
@@ -1359,11 +1366,40 @@ def cmd_connect(env: Env, args: argparse.Namespace) -> Exit:
             f"{script} is not there. Copy ocp_connect.py from the server's checkout of OCP beside "
             "this ocp.py, or run it by itself: python3 ocp_connect.py HOST",
         )
-    command = [sys.executable, script, args.host, *args.rest]
+    return [sys.executable, script, *words]
+
+
+def _attached(env: Env, command: Sequence[str]) -> Exit:
+    """The exit code of a command that speaks for itself. Raises Problem."""
     ran = env.run(command, environ=env.environ, attached=True)
     if ran.code is None:
         raise Problem(Exit.FAILED, ran.complaint)
     return Exit(ran.code) if ran.code in set(Exit) else Exit.FAILED
+
+
+def cmd_connect(env: Env, args: argparse.Namespace) -> Exit:
+    """Runs ocp_connect.py, which sets up the tools of this machine for a server."""
+    return _attached(env, connect_command(env, *args.rest))
+
+
+def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:
+    """Brings the models that OpenClaw lists for the server up to date."""
+    more = ["--dry-run"] if args.dry_run else []
+    more += ["--json"] if args.json else []
+    return _attached(env, connect_command(env, "--sync", server_url(env), *more))
+
+
+def openclaw_state(env: Env, url: str, *more: str) -> Json:
+    """What OpenClaw knows of the server: {openclaw, providers, diff, written, failures}, where
+    `openclaw` is whether it is here. Its list of models is brought up to date unless `more` says
+    --dry-run. Raises Problem."""
+    command = connect_command(env, "--sync", url, "--json", *more)
+    ran = env.run(command, environ=env.environ, timeout_s=180.0)
+    try:
+        found = json.loads(ran.output)
+        return found if isinstance(found["diff"], list) else {}
+    except (ValueError, KeyError, TypeError):
+        raise Problem(Exit.FAILED, ran.complaint) from None
 
 
 # ==== 7. Service =============================================================
@@ -2334,53 +2370,18 @@ def _check_database(facts: Facts) -> Finding:
     return Finding("PASS", f"{path} is in order, {size_words(os.path.getsize(path))}")
 
 
-def openclaw_config_path(env: Env) -> str:
-    """Where OpenClaw's configuration would be."""
-    environ = env.environ
-    if environ.get("OPENCLAW_CONFIG_PATH"):
-        return environ["OPENCLAW_CONFIG_PATH"]
-    if environ.get("OPENCLAW_STATE_DIR"):
-        return os.path.join(environ["OPENCLAW_STATE_DIR"], "openclaw.json")
-    home = environ.get("OPENCLAW_HOME") or env.home
-    return os.path.join(home, ".openclaw", "openclaw.json")
-
-
-def openclaw_drift(config: Json, models: Json, port: int) -> list[str]:
-    """How OpenClaw's list of models differs from ours, in words. Raises KeyError when none of its
-    providers leads to this server."""
-    providers = (config.get("models") or {}).get("providers") or {}
-    ours = f":{port}/v1"
-    found = [p for p in providers.values() if str(p.get("baseUrl", "")).rstrip("/").endswith(ours)]
-    provider = found[0] if found else providers["claude-local"]
-    theirs = {row.get("id"): row for row in provider.get("models") or []}
-    wanted = {row["id"]: row for row in models.get("models") or []}
-    words = [f"{name} is missing there" for name in wanted if name not in theirs]
-    words += [f"{name} is no longer offered here" for name in theirs if name not in wanted]
-    for name, row in wanted.items():
-        for field in ("contextWindow", "maxTokens"):
-            if name in theirs and theirs[name].get(field) != row[field]:
-                words.append(f"{field} of {name} differs")
-    return words
-
-
 def _check_openclaw(facts: Facts) -> Finding:
     """Whether OpenClaw, if it is here, knows the same models."""
-    path = openclaw_config_path(facts.env)
-    if not os.path.exists(path):
-        return Finding("INFO", "OpenClaw is not here")
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-        models = os.path.join(os.path.dirname(facts.server_path), "models.json")
-        with open(models, encoding="utf-8") as file:
-            port = urllib.parse.urlsplit(facts.url).port or 80
-            drift = openclaw_drift(config, json.load(file), port)
-    except KeyError:
+        found = openclaw_state(facts.env, facts.url, "--dry-run")
+    except Problem as problem:
+        return Finding("INFO", f"could not check: {problem}")
+    if not found["openclaw"]:
+        return Finding("INFO", "OpenClaw is not here")
+    if not found["providers"]:
         return Finding("INFO", "OpenClaw is here, but does not use this server")
-    except (OSError, ValueError, AttributeError, TypeError) as problem:
-        return Finding("INFO", f"could not check: {path}: {problem}")
-    if drift:
-        return Finding("WARN", "OpenClaw's models differ: " + "; ".join(drift[:3]))
+    if found["diff"]:
+        return Finding("WARN", "OpenClaw's list of models is not that of models.json")
     return Finding("PASS", "OpenClaw knows the same models")
 
 
@@ -2477,7 +2478,7 @@ def _fix_unit(facts: Facts) -> Fix:
 
 
 def _fix_openclaw(facts: Facts) -> Fix:
-    return Fix("fix_openclaw", (), (_script(facts, "setup.py_install.py", "--yes"),))
+    return Fix("fix_openclaw", (), (_script(facts, "ocp.py", "sync"),))
 
 
 def _fix_clock(facts: Facts) -> Fix:
@@ -2797,6 +2798,23 @@ def undo(env: Env, snapshot: Snapshot, record: Record | None) -> str:
     return wrong
 
 
+def tell_openclaw(env: Env, tree: str, record: Record | None) -> None:
+    """Gives OpenClaw the list of models of the version that is there now. Nothing is undone if
+    that fails."""
+    env = dataclasses.replace(env, tree=tree)
+    if not os.path.exists(os.path.join(tree, "ocp_connect.py")):
+        return
+    try:
+        found = openclaw_state(env, record.url if record else DEFAULT_URL)
+    except Problem as problem:
+        env.note(f"OpenClaw's list of models was not looked at: {problem}")
+        return
+    if found["written"]:
+        env.say("OpenClaw has the models of this version now")
+    for failure in found["failures"]:
+        env.note(f"OpenClaw's list of models: {failure}. Try again with: ocp sync")
+
+
 def roll_back(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
     """Undoes, and says how that went. Raises Problem if the server does not answer after it."""
     journal = snapshot.journal
@@ -2808,6 +2826,7 @@ def roll_back(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
             "\nSee `ocp doctor`.",
         )
     env.say(f"rolled back to v{journal.from_version}")
+    tell_openclaw(env, journal.tree, record)
     return Exit.OK
 
 
@@ -2829,6 +2848,7 @@ def finish(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
     env.say(f"updated to v{journal.to_version}; `ocp update --rollback` goes back")
     if record is None:
         env.say("No service is recorded: if a server is running, restart it yourself.")
+    tell_openclaw(env, journal.tree, record)
     return Exit.OK
 
 
@@ -3106,9 +3126,12 @@ COMMANDS = (
     Command("keys", cmd_keys_list, "the keys of your devices", (JSON,), KEY_ACTIONS),
     Command("lan", cmd_lan, "the address for other devices, and whether they reach it", (JSON,)),
     Command("connect", cmd_connect, "set up this machine's tools for a server", (
-        word("host", "the server's address", metavar="HOST"),
-        word("rest", "what else ocp_connect.py takes", nargs=argparse.REMAINDER, metavar="..."),
+        word("rest", "HOST and what else ocp_connect.py takes, such as --list and --undo",
+             nargs="+", metavar="HOST"),
     )),
+    Command("sync", cmd_sync, "bring the list of models in OpenClaw up to date",
+            (flag("--dry-run", help="only show what would change"),
+             flag("--json", help="print JSON", default=argparse.SUPPRESS))),
     Command("ask", cmd_ask, "ask one question: the quickest proof that all works", (
         word("question", "the question; - reads it from standard input", metavar="QUESTION"),
         option("--model", "MODEL", "a model or alias"),
@@ -3282,7 +3305,11 @@ COMPLETIONS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_comp
 def program(env: Env) -> Exit:
     """Runs the command of `env`. Raises Problem, and SystemExit(0) after a --help."""
     whole = parser(env)
-    args = whole.parse_args(env.argv)
+    words = env.argv
+    if words[:1] == ["connect"] and words[1:] and words[1] not in ("-h", "--help"):
+        # The options behind it are another program's.
+        words = ["connect", "--", *words[1:]]
+    args = whole.parse_args(words)
     if args.version:
         return cmd_version(env, args)
     if args.run is None:

@@ -2725,6 +2725,7 @@ def tools_json(machine: Machine, record: Record) -> list[dict[str, Json]]:
         "name": tool.name, "title": tool.title, "here": tool.is_here(machine),
         "connected": sorted(
             path for path, entry in record.files.items() if entry.tool == tool.name),
+        "server": record.url,
     } for tool in TOOLS]
 
 
@@ -2795,6 +2796,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"OpenClaw: what OCP is called there (default {OPENCLAW_PROVIDER})")
     add("--anthropic", action="store_true",
         help="point Claude Code and Anthropic SDKs at OCP too; not on the server's own machine")
+    add("--skip-answer", action="store_true", help="make no real request at the end")
     add("--dry-run", action="store_true", help="show everything and change nothing")
     add("--undo", action="store_true", help="take back what was done, all or --only TOOL,...")
     add("--list", action="store_true", help="list the tools")
@@ -2954,13 +2956,7 @@ class Run:
         """The real request, and what is left to say."""
         for failure in writer.failures:
             self.say(f"FAILED: {failure}")
-        verified = ""
-        try:
-            answer = try_request(server)
-            self.say(f"{server.cheapest.id} answers: {clean(answer.strip())[:60]}")
-        except HttpProblem as problem:
-            verified = clean(problem)
-            self.say(f"FAILED: {server.cheapest.id} does not answer: {verified}")
+        complaint = "" if self.args.skip_answer else self._verify(server)
         changed = {edit.tool for edit in plan.edits if edit.path in writer.written}
         for tool in plan.tools:
             if tool.name in changed and tool.after:
@@ -2974,8 +2970,19 @@ class Run:
             self.say("To take this back, run this again with --undo.")
         self.print_json({
             **shown, "server": server.url, "written": writer.written,
-            "failures": writer.failures, "verified": not verified, "answer": verified or "ok"})
-        return Exit.FAILED if writer.failures or verified or plan.by_hand else Exit.OK
+            "failures": writer.failures, "verified": not complaint and not self.args.skip_answer,
+            "answer": complaint or "ok"})
+        return Exit.FAILED if writer.failures or complaint or plan.by_hand else Exit.OK
+
+    def _verify(self, server: Server) -> str:
+        """Makes one real request; why it got no answer, empty if it did."""
+        try:
+            answer = try_request(server)
+        except HttpProblem as problem:
+            self.say(f"FAILED: {server.cheapest.id} does not answer: {clean(problem)}")
+            return clean(problem)
+        self.say(f"{server.cheapest.id} answers: {clean(answer.strip())[:60]}")
+        return ""
 
     # -- what they need ----------------------------------------------------------------------
 
@@ -3043,6 +3050,10 @@ def main(argv: Sequence[str]) -> int:
     except Problem as problem:
         print(f"ocp_connect: {problem}", file=sys.stderr)
         return int(problem.code)
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has had enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return int(Exit.FAILED)
     except OSError as problem:
         print(f"ocp_connect: {clean(problem)}", file=sys.stderr)
         return int(Exit.FAILED)

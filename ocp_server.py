@@ -8119,7 +8119,7 @@ _STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
 #: Types of answers besides JSON, by operation.
 _MEDIA = {
     "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
-    "get_connect": "text/x-python",
+    "get_connect": "text/plain",
 }
 
 
@@ -10439,7 +10439,7 @@ def get_connect(app: App, exchange: HttpExchange) -> None:
             "copy it to the client and run: python3 ocp_connect.py HOST"
         ) from None
     exchange.headers_out["X-OCP-Version"] = VERSION
-    exchange.send_text(script, "text/x-python; charset=utf-8")
+    exchange.send_text(script, "text/plain; charset=utf-8")
 
 
 def get_openapi(app: App, exchange: HttpExchange) -> None:

@@ -25,7 +25,8 @@ Sections (search for "==== 8" to jump to the eighth):
      9. Planning          the table of steps
     10. Record            install.json, written ahead of every action
     11. Verifying         the health of the service, and one real answer
-    12. Command line      arguments, the order of the phases, exit codes
+    12. OpenClaw          made to know the service, by ocp_connect.py
+    13. Command line      arguments, the order of the phases, exit codes
 """
 from __future__ import annotations
 
@@ -1342,7 +1343,87 @@ def _headless_login(install: Installation, host: Host) -> list[str]:
     ]
 
 
-# ==== 12. Command line =======================================================
+# ==== 12. OpenClaw ===========================================================
+# ocp_connect.py beside this file is the one that knows how OpenClaw is told about a server. It is
+# run after the service answers; an installation is a good one whatever becomes of this.
+
+#: OpenClaw takes seconds for each of its own commands.
+_CONNECT_TIMEOUT_S = 240.0
+
+
+class OpenClaw(NamedTuple):
+    """What ocp_connect.py says of OpenClaw."""
+
+    is_here: bool = False
+    #: Whether it has been told about a server already.
+    is_connected: bool = False
+
+
+def connect_script(here: str) -> str:
+    """The client set-up, which may be missing."""
+    return os.path.join(here, "ocp_connect.py")
+
+
+def look_for_openclaw(host: Host) -> OpenClaw:
+    """Whether OpenClaw is here, as far as that can be seen."""
+    script = connect_script(host.here)
+    if not os.path.exists(script):
+        return OpenClaw()
+    listed = host.run((sys.executable, script, "--list", "--json"))
+    try:
+        row = next(row for row in json.loads(listed.stdout) if row["name"] == "openclaw")
+        return OpenClaw(bool(row["here"]), bool(row["connected"]))
+    except (ValueError, KeyError, TypeError, StopIteration):
+        return OpenClaw()
+
+
+class Job(NamedTuple):
+    """An installation that was thought through."""
+
+    situation: Situation
+    actions: list[Action]
+    version: str
+    claude_problem: str
+    notes: list[str]
+    #: Nothing is done about one that is not here.
+    openclaw: OpenClaw
+
+
+def registration(install: Installation, provider_name: str) -> Run:
+    """The command that tells OpenClaw about the service, and the one that takes that back."""
+    program = (install.python, connect_script(install.install_dir))
+    only = ("--only", "openclaw", "--yes")
+    named = ("--provider-name", provider_name) if provider_name else ()
+    command = (*program, install.url, *only, "--skip-answer", "--json", *named)
+    return Run(command, "OpenClaw", True, (*program, "--undo", *only))
+
+
+def register_with_openclaw(job: Job, provider_name: str, record: Record) -> Iterator[str]:
+    """Makes OCP a provider of OpenClaw; what there is to say about it. Raises OSError."""
+    install, values, host = job.situation.install, job.situation.values, job.situation.host
+    action = registration(install, provider_name)
+    if not job.openclaw.is_connected:
+        record.note(action)
+        record.save(complete=True)
+    key = values.get(API_KEY, "") if values.get(AUTH_MODE) == "shared" else ""
+    env = {**host.environ, **({"OCP_CONNECT_KEY": key} if key else {})}
+    done = host.run(action.command, env, _CONNECT_TIMEOUT_S)
+    try:
+        said = json.loads(done.stdout)
+        left = [f"{each['path']} {each['reason']}" for each in said["byHand"]]
+        if said["written"]:
+            yield "OCP is a provider of OpenClaw now."
+            yield from (f"- {hint}" for hint in said["hints"])
+        yield from (f"OpenClaw: {problem}" for problem in [*said["failures"], *left])
+    except (ValueError, KeyError, TypeError):
+        again = f"ocp connect {install.url} --only openclaw"
+        if values.get(AUTH_MODE) == "multi":
+            yield f"OpenClaw needs a key: `ocp keys add openclaw`, then `{again} --key KEY`."
+        else:
+            yield f"OpenClaw was not told: {done.stderr.strip()} Try again with `{again}`."
+
+
+# ==== 13. Command line =======================================================
 # The phases in their order: look, plan, show, ask, act, verify.
 
 
@@ -1363,6 +1444,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--system", action="store_true",
         help="a sandboxed service of the machine, with a user of its own (systemd, as root)")
     add("--no-start", action="store_true", help="install everything, but start nothing now")
+    add("--no-openclaw", action="store_true", help="do not touch OpenClaw, if it is here")
+    add("--provider-name", metavar="NAME", help="what OCP is called in OpenClaw")
     add("--skip-answer", action="store_true", help="do not ask the plan one question at the end")
     add("--dry-run", action="store_true", help="show the plan and change nothing")
     add("--yes", action="store_true", help="do not ask before acting")
@@ -1463,16 +1546,6 @@ def check_port(situation: Situation) -> None:
         )
 
 
-class Job(NamedTuple):
-    """An installation that was thought through."""
-
-    situation: Situation
-    actions: list[Action]
-    version: str
-    claude_problem: str
-    notes: list[str]
-
-
 def settled_path(
     host: Host, install: Installation, values: dict[str, str]
 ) -> tuple[dict[str, str], str]:
@@ -1518,7 +1591,8 @@ def prepare(host: Host, options: argparse.Namespace) -> Job:
     situation = Situation(host, install, found, values, should_start, is_outdated)
     check_port(situation)
     notes = [each for each in (note, *remarks(host, options, situation)) if each]
-    return Job(situation, plan(situation), version, claude_problem, notes)
+    openclaw = OpenClaw() if options.no_openclaw else look_for_openclaw(host)
+    return Job(situation, plan(situation), version, claude_problem, notes, openclaw)
 
 
 def remarks(host: Host, options: argparse.Namespace, situation: Situation) -> Iterator[str]:
@@ -1573,6 +1647,8 @@ def show(
             print("      what was there is kept beside it")
     if pending and situation.should_start and not options.skip_answer and not job.claude_problem:
         print("  ask the plan one question of a few words (--skip-answer leaves it out)")
+    if pending and job.openclaw.is_here and situation.should_start:
+        print("  make OCP a provider of OpenClaw (--no-openclaw leaves it out)")
     for note in job.notes:
         print(f"Note: {note}")
     if job.claude_problem:
@@ -1613,6 +1689,17 @@ def verify(job: Job, options: argparse.Namespace, *, with_answer: bool) -> Exit:
     return Exit.NOT_READY if answer.ok is False else Exit.OK
 
 
+def conclude(
+    job: Job, options: argparse.Namespace, record: Record, *, with_answer: bool
+) -> Exit:
+    """Verifies, and tells OpenClaw of a service that runs. Raises OSError."""
+    code = verify(job, options, with_answer=with_answer)
+    if code != Exit.FAILED and job.openclaw.is_here and job.situation.should_start:
+        for line in register_with_openclaw(job, options.provider_name or "", record):
+            print(line, flush=True)
+    return code
+
+
 def closing_words(job: Job) -> Iterator[str]:
     """Where the keys are and what is next."""
     install, values = job.situation.install, job.situation.values
@@ -1631,6 +1718,8 @@ def closing_words(job: Job) -> Iterator[str]:
         yield f"It is not started now. Start it with: {shlex.join(install.service.start)}"
     else:
         yield f"Settings are in {env_file}; after a change run: {install.service.restart_words}"
+    if job.openclaw.is_here and not job.situation.should_start:
+        yield f"OpenClaw, once OCP runs: ocp connect {install.url} --only openclaw"
 
 
 def carry_out(job: Job, options: argparse.Namespace) -> Exit:
@@ -1642,7 +1731,7 @@ def carry_out(job: Job, options: argparse.Namespace) -> Exit:
     show(job, pending, record, options)
     if not pending and record.is_current():
         print("All is as it should be: nothing to change.")
-        return Exit.OK if options.dry_run else verify(job, options, with_answer=False)
+        return Exit.OK if options.dry_run else conclude(job, options, record, with_answer=False)
     if options.dry_run:
         print("Nothing was changed.")
         return Exit.OK
@@ -1654,7 +1743,7 @@ def carry_out(job: Job, options: argparse.Namespace) -> Exit:
     print("Doing it:")
     apply(situation.host, job.actions, record, print)
     print("\n".join(closing_words(job)))
-    return verify(job, options, with_answer=True)
+    return conclude(job, options, record, with_answer=True)
 
 
 def main(arguments: list[str], host: Host) -> int:

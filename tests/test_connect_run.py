@@ -97,7 +97,7 @@ def test_the_server_hands_it_out_to_everybody(guarded: Server) -> None:
 
     assert reply.status == 200 and reply.body == SOURCE
     assert reply.headers["X-OCP-Version"] == connect.VERSION
-    assert reply.headers["Content-Type"] == "text/x-python; charset=utf-8"
+    assert reply.headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl: apt-get install curl")

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import REPO, load_script, running_server
+from support import REPO, clean_env, load_script, running_server
 
 ocp = load_script("ocp_server")
 README = Path(REPO, "README.md")
@@ -79,7 +79,7 @@ def test_the_two_commands_stand_on_the_first_screen() -> None:
 
 
 def test_the_curl_example_works_as_pasted_with_the_demo(tmp_path: Path) -> None:
-    examples = [block for block in shell_blocks() if block.startswith("curl")]
+    examples = [block for block in shell_blocks() if block.startswith("curl") and "HOST" not in block]
     assert examples
     with running_server(tmp_path, args=("--demo",)) as server:
         for example in examples:
@@ -89,6 +89,18 @@ def test_the_curl_example_works_as_pasted_with_the_demo(tmp_path: Path) -> None:
             )
             assert "demo" in done.stdout and done.stdout.rstrip().endswith("data: [DONE]")
             assert done.stdout.count('"content":') > 5
+
+
+def test_the_command_for_tools_works_as_pasted(tmp_path: Path, free_home: Path) -> None:
+    (command,) = [block.strip() for block in shell_blocks() if "/connect |" in block]
+    with running_server(tmp_path, args=("--demo",)) as server:
+        pasted = command.replace("http://HOST:3456", server.url).replace(
+            "HOST", f"127.0.0.1:{server.port}")
+        done = subprocess.run(
+            ["bash", "-c", f"{pasted} --only codex --yes"], capture_output=True, text=True,
+            timeout=60, check=True, env=clean_env(HOME=str(free_home)))
+    assert "answers: This is the demo" in done.stdout and "--undo" in done.stdout
+    assert server.url in (free_home / ".codex/config.toml").read_text()
 
 
 PAGES = ["README.md", "bench/README.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]

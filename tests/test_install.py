@@ -29,6 +29,7 @@ import support
 from fake_services import FakeServices
 
 Json = Any
+OPENCLAW = "{\n  // mine\n  agents: { defaults: { workspace: '~/w' } },\n}\n"
 NASTY = "it's 100% \"mine\" $HOME"
 SYSTEM_PROGRAMS = ("sh", "env")
 USER = pwd.getpwuid(os.getuid()).pw_name
@@ -61,6 +62,7 @@ class Machine:
         self.env_file = self.ocp / "ocp.env"
         self.unit = self.home / ".config/systemd/user/ocp.service"
         self.launcher = self.home / ".local/bin/ocp"
+        self.openclaw = self.home / ".openclaw/openclaw.json"
         self.before = self.files()
         #: Whether programs are called in this process.
         self.is_quick = False
@@ -166,6 +168,16 @@ def quick(linux: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
 def bare(tmp_path: Path) -> Machine:
     """A machine without a service manager."""
     return Machine(tmp_path)
+
+
+@pytest.fixture
+def openclaw(linux: Machine) -> Machine:
+    """A machine whose services run, with a configuration of OpenClaw."""
+    linux.services.set("run")
+    shutil.copy(support.REPO / "ocp_connect.py", linux.checkout)
+    linux.openclaw.parent.mkdir()
+    linux.openclaw.write_text(OPENCLAW)
+    return linux
 
 
 # ---------------------------------------------------------------------------
@@ -317,6 +329,62 @@ def test_a_service_is_installed_runs_and_answers_and_a_second_run_changes_nothin
     assert not {name for name in changed if not name.startswith(".ocp/logs/")}
     new_calls = linux.services.calls()[len(calls):]
     assert not [call for call in new_calls if re.search("enable-|restart|reload| enable ", call)]
+
+
+def test_openclaw_is_told_and_the_uninstaller_takes_that_back(openclaw: Machine) -> None:
+    done = openclaw.install("--skip-answer")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "make OCP a provider of OpenClaw (--no-openclaw" in done.stdout
+    assert "OCP is a provider of OpenClaw now." in done.stdout
+    assert "has no fallback" in done.stdout and "every 30 minutes" in done.stdout
+    text = openclaw.openclaw.read_text()
+    assert "// mine" in text and f"http://127.0.0.1:{openclaw.port}/v1" in text
+    assert '"custom-local"' in text and '"claude-local/claude-sonnet-5"' in text
+
+    again = openclaw.install("--skip-answer")
+    assert again.returncode == 0 and "nothing to change" in again.stdout
+    assert "OpenClaw" not in again.stdout and openclaw.openclaw.read_text() == text
+
+    gone = openclaw.uninstall()
+    assert gone.returncode == 0 and "--undo --only openclaw" in gone.stdout, gone
+    assert openclaw.openclaw.read_text() == OPENCLAW
+    assert not (openclaw.home / ".config/ocp").exists()
+
+
+def test_openclaw_may_be_left_out(openclaw: Machine) -> None:
+    done = openclaw.install("--skip-answer", "--no-openclaw")
+    assert done.returncode == 0 and "OpenClaw" not in done.stdout
+    assert openclaw.openclaw.read_text() == OPENCLAW
+
+
+def test_openclaw_is_told_the_shared_key_under_a_chosen_name(openclaw: Machine) -> None:
+    done = openclaw.install(
+        "--skip-answer", "--auth-mode", "shared", "--provider-name", "my-claude")
+    assert "OCP is a provider of OpenClaw now." in done.stdout, done
+    key = openclaw.settings()["PROXY_API_KEY"]
+    assert key not in done.stdout + openclaw.openclaw.read_text()
+    assert (openclaw.home / ".config/ocp/key").read_text() == key
+    assert '"my-claude/claude-sonnet-5"' in openclaw.openclaw.read_text()
+
+
+def test_with_keys_for_devices_the_commands_are_named(openclaw: Machine) -> None:
+    done = openclaw.install("--skip-answer", "--auth-mode", "multi")
+    assert done.returncode == 0 and "ocp keys add openclaw" in done.stdout, done
+    assert f"ocp connect http://127.0.0.1:{openclaw.port} --only openclaw --key" in done.stdout
+    assert openclaw.openclaw.read_text() == OPENCLAW
+
+
+def test_what_openclaw_cannot_be_told_is_said_and_ends_nothing(openclaw: Machine) -> None:
+    openclaw.openclaw.write_text("{ broken")
+    done = openclaw.install("--skip-answer")
+    assert done.returncode == 0 and re.search("OpenClaw: .*openclaw.json", done.stdout), done
+    assert openclaw.openclaw.read_text() == "{ broken"
+
+
+def test_without_a_start_the_command_for_openclaw_is_named(openclaw: Machine) -> None:
+    done = openclaw.install("--no-start")
+    assert f"ocp connect http://127.0.0.1:{openclaw.port} --only openclaw" in done.stdout
+    assert openclaw.openclaw.read_text() == OPENCLAW
 
 
 def test_files_are_for_the_right_eyes_only(quick: Machine) -> None:

@@ -576,6 +576,23 @@ def test_connect_runs_its_script_with_the_arguments(tmp_path: Path) -> None:
     assert (tmp_path / "seen").read_text() == "['box.lan', '--key', 'k', '--dry-run']"
 
 
+@pytest.mark.parametrize("words", [["connect", "--undo", "--yes"], ["connect", "box", "--list"]])
+def test_every_option_behind_connect_is_its_scripts(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "ocp_connect.py").write_text("import sys; print(sys.argv[1:])")
+    ran = subprocess.run([sys.executable, str(copied(tmp_path)), *words], capture_output=True,
+                         text=True, check=True)
+    assert ran.stdout == f"{words[1:]}\n"
+
+
+def test_sync_asks_the_script_for_the_server_that_is_in_use(tmp_path: Path) -> None:
+    (tmp_path / "ocp_connect.py").write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
+    ran = subprocess.run(
+        [sys.executable, str(copied(tmp_path)), "sync", "--dry-run", "--json"], text=True,
+        env=support.clean_env(HOME=str(tmp_path), CLAUDE_PROXY_PORT="3999"), capture_output=True)
+    assert (ran.returncode, ran.stdout) == (
+        1, "['--sync', 'http://127.0.0.1:3999', '--dry-run', '--json']\n")
+
+
 def copied(folder: Path) -> Path:
     """ocp.py in a folder of its own."""
     return Path(shutil.copy(support.REPO / "ocp.py", folder))

@@ -580,6 +580,38 @@ def test_a_checkout_that_was_torn_is_undone(machine: Machine) -> None:
     assert json.loads(Path(snapshot.path("journal.json")).read_text())["state"] == "undone"
 
 
+#: What ocp_connect.py of a release prints and how it ends, and what `ocp update` says then.
+OPENCLAWS = {
+    "changed": ('{"diff": ["+"], "written": ["f"], "failures": []}', 0,
+                "OpenClaw has the models of this version now", ""),
+    "fine": ('{"diff": [], "written": [], "failures": []}', 0, "", ""),
+    "refused": ('{"diff": ["+"], "written": [], "failures": ["f is read-only"]}', 1,
+                "", "f is read-only. Try again with: ocp sync"),
+    "broken": ("no JSON", 1, "", "was not looked at"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(OPENCLAWS))
+def test_openclaw_is_told_of_the_models_and_cannot_stop_an_update(
+    machine: Machine, case: str,
+) -> None:
+    printed, code, out, err = OPENCLAWS[case]
+    # No release has the script; a file of the user's own is not in the way of any.
+    (machine.tree / ".git" / "info").mkdir(exist_ok=True)
+    (machine.tree / ".git" / "info" / "exclude").write_text("ocp_connect.py\nseen\n")
+    (machine.tree / "ocp_connect.py").write_text(
+        f"import sys\nopen({str(machine.tree / 'seen')!r}, 'a').write(str(sys.argv[1:]))\n"
+        f"print({printed!r})\nsys.exit({code})\n")
+
+    found = machine.ocp(*FORWARD)
+    back = machine.ocp("update", "--rollback", "--yes")
+
+    assert found.code == 0 and back.code == 0
+    assert out in found.out and err in found.err and (out or "OpenClaw" not in found.out)
+    assert (machine.tree / "seen").read_text() == 2 * f"['--sync', '{machine.url}', '--json']"
+    machine.check("0.1.0")
+
+
 def test_the_copy_of_ocp_in_a_snapshot_finishes_the_work(machine: Machine) -> None:
     assert machine.ocp(*FORWARD).code == 0
     snapshot = ocp.read_snapshots(world(machine.home))[0].at("switched")
