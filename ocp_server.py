@@ -11336,7 +11336,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ocp_server.py",
         description="Serves your Claude plan, through the official claude program, to tools "
-        "that speak the OpenAI API. Settings are environment variables: see --print-settings.",
+        "that speak the OpenAI or the Anthropic API. Settings are environment variables: see "
+        "--print-settings.",
     )
     parser.add_argument("--demo", action="store_true", help="answer from a stand-in, no account")
     parser.add_argument(
@@ -11347,6 +11348,35 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ocp {VERSION}")
     return parser
+
+
+def _is_own(host: str) -> bool:
+    """Whether an address or name is this machine's."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, _, _, address in found:
+        # Only an address of one's own can be bound to.
+        with contextlib.suppress(OSError), socket.socket(family, kind) as attempt:
+            attempt.bind(address)
+            return True
+    return False
+
+
+def check_no_loop(config: Config, environ: Mapping[str, str]) -> None:
+    """Raises ConfigError if claude would ask this server instead of the API."""
+    url = child_environment(environ, config).get("ANTHROPIC_BASE_URL", "")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return
+    if parts.hostname and port == config.port and _is_own(parts.hostname):
+        raise ConfigError(
+            f"ANTHROPIC_BASE_URL={url}, which OCP_PASS_ENV hands to claude, leads back to this "
+            "server: each request would ask itself. Take it out of OCP_PASS_ENV."
+        )
 
 
 def _fail_start(problem: object) -> int:
@@ -11450,6 +11480,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         config = load_config(environ)
         models = load_models(os.path.dirname(here))
         models.find(config.default_model)
+        check_no_loop(config, environ)
         tls = tls_context(config)
     except ConfigError as problem:
         return _fail_start(problem)

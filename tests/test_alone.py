@@ -285,6 +285,19 @@ def test_a_setting_that_cannot_be_used_stops_the_start(
     assert "long-secret" not in checked.stderr + checked.stdout
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_claude_that_would_ask_this_server_stops_the_start(alone: Alone, host: str) -> None:
+    if host == "[::1]" and not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    loop = {"ANTHROPIC_BASE_URL": f"http://{host}:3999", "CLAUDE_PROXY_PORT": "3999"}
+    done = alone.run("--check", "--demo", OCP_PASS_ENV="ANTHROPIC_BASE_URL", **loop)
+    assert done.returncode == 2 and "leads back to this server" in done.stderr
+    # It does not reach claude unless it is named, and another port is another server.
+    assert alone.run("--check", "--demo", **loop).returncode == 0
+    other = {**loop, "CLAUDE_PROXY_PORT": "3998"}
+    assert alone.run("--check", "--demo", OCP_PASS_ENV="ANTHROPIC_*", **other).returncode == 0
+
+
 def test_a_setting_that_is_gone_is_named_with_the_reason(alone: Alone) -> None:
     done = alone.run("--check", "--demo", CLAUDE_TUI_MODE="1")
 
