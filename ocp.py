@@ -55,6 +55,7 @@ import shlex
 import shutil
 import socket
 import sqlite3
+import ssl
 import stat
 import subprocess
 import tempfile
@@ -256,13 +257,15 @@ class HttpProblem(Exception):
 
 @contextlib.contextmanager
 def http_open(
-    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0
+    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[http.client.HTTPResponse]:
     """The answer to a request, its body still unread. Raises HttpProblem. No proxy is used and
     no redirection followed, so that the key reaches this address and no other."""
     parts = urllib.parse.urlsplit(url)
-    secure = parts.scheme == "https"
-    connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    connect: Any = http.client.HTTPConnection
+    if parts.scheme == "https":
+        connect = functools.partial(http.client.HTTPSConnection, context=tls)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     content = None
     if body is not None:
@@ -294,10 +297,11 @@ def http_problem(status: int, text: bytes) -> HttpProblem:
 
 
 def http_json(
-    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0
+    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
+    tls: ssl.SSLContext | None = None,
 ) -> Any:
     """The JSON value that the server answers. Raises HttpProblem."""
-    with http_open(method, url, body, key, timeout_s) as answer:
+    with http_open(method, url, body, key, timeout_s, tls) as answer:
         try:
             return json.loads(answer.read())
         except (OSError, http.client.HTTPException) as problem:
@@ -381,6 +385,17 @@ def is_this_machine(url: str) -> bool:
         return host == "localhost"
 
 
+def tls_for(url: str) -> ssl.SSLContext | None:
+    """How the certificate of a server is judged; None for the usual way. That of this machine's
+    own server names the address that other devices use, not the one that is asked here."""
+    if not is_this_machine(url):
+        return None
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 def server_url(env: Env) -> str:
     """The address of the server that commands talk to. Raises Problem."""
     named = env.environ.get("OCP_URL", "")
@@ -430,12 +445,19 @@ class Server(NamedTuple):
         """An answer's JSON as the server wrote it."""
         with working(self.env, f"waiting for {self.url}"):
             try:
-                with http_open(method, self.url + path, body, self.key, timeout_s) as answer:
+                with self.open(method, path, body, timeout_s) as answer:
                     return answer.read().decode("utf-8", "replace")
             except HttpProblem as problem:
                 raise self.explained(problem) from None
             except (OSError, http.client.HTTPException) as problem:
                 raise self.explained(HttpProblem("unreachable", str(problem))) from None
+
+    def open(
+        self, method: str, path: str, body: object, timeout_s: float
+    ) -> contextlib.AbstractContextManager[http.client.HTTPResponse]:
+        """An answer, its body still unread. Raises HttpProblem."""
+        url = self.url + path
+        return http_open(method, url, body, self.key, timeout_s, tls_for(url))
 
     def json(self, method: str, path: str, body: object = None, timeout_s: float = 15.0) -> Json:
         """An answer's JSON value."""
@@ -1289,14 +1311,15 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
         "stream_options": {"include_usage": True}, **({"model": args.model} if args.model else {}),
     }
     server = find_server(env)
-    url = server.url + "/v1/chat/completions"
+    path = "/v1/chat/completions"
     try:
-        with http_open("POST", url, body, server.key, _ANSWER_TIMEOUT_S) as answer:
+        with server.open("POST", path, body, _ANSWER_TIMEOUT_S) as answer:
             told = tell(env, sse_data(_stream_lines(answer)))
     except HttpProblem as problem:
         raise server.explained(problem) from None
     except ValueError:
-        raise Problem(Exit.FAILED, f"{url} sent something that is no answer.") from None
+        raise Problem(
+            Exit.FAILED, f"{server.url}{path} sent something that is no answer.") from None
     env.stdout.write("\n")
     if not told.finish:
         raise Problem(Exit.FAILED, "The answer broke off before its end.")
@@ -1334,7 +1357,7 @@ def show_lan(answer: Json, look: Look) -> str:
 def _answers(url: str) -> bool:
     """Whether an OCP server answers there; it gets no key."""
     try:
-        return "version" in http_json("GET", url + "/health", timeout_s=2.0)
+        return "version" in http_json("GET", url + "/health", timeout_s=2.0, tls=tls_for(url))
     except (HttpProblem, TypeError):
         return False
 
@@ -1620,7 +1643,7 @@ def run_service(env: Env, record: Record, verb: str) -> str:
 def health_of(url: str) -> Json | None:
     """What /health says; None if nobody answers there. Raises Problem for another program."""
     try:
-        health = http_json("GET", url + "/health", timeout_s=3.0)
+        health = http_json("GET", url + "/health", timeout_s=3.0, tls=tls_for(url))
     except HttpProblem as problem:
         if problem.kind == "unreachable":
             return None
@@ -2118,7 +2141,8 @@ class Facts:
     def answer(self) -> tuple[Json | None, float | None, str]:
         """From /health: the answer, the server's clock as epoch seconds, and what went wrong."""
         try:
-            with http_open("GET", self.url + "/health", timeout_s=3.0) as answer:
+            tls = tls_for(self.url)
+            with http_open("GET", self.url + "/health", timeout_s=3.0, tls=tls) as answer:
                 value = json.loads(answer.read())
                 date = answer.headers.get("Date", "")
         except HttpProblem as problem:

@@ -52,6 +52,7 @@ import copy
 import dataclasses
 import difflib
 import enum
+import functools
 import getpass
 import glob
 import hashlib
@@ -63,6 +64,7 @@ import re
 import shlex
 import shutil
 import socket
+import ssl
 import stat
 import subprocess
 import tempfile
@@ -166,13 +168,15 @@ class HttpProblem(Exception):
 
 @contextlib.contextmanager
 def http_open(
-    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0
+    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[http.client.HTTPResponse]:
     """The answer to a request, its body still unread. Raises HttpProblem. No proxy is used and
     no redirection followed, so that the key reaches this address and no other."""
     parts = urllib.parse.urlsplit(url)
-    secure = parts.scheme == "https"
-    connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    connect: Any = http.client.HTTPConnection
+    if parts.scheme == "https":
+        connect = functools.partial(http.client.HTTPSConnection, context=tls)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     content = None
     if body is not None:
@@ -204,10 +208,11 @@ def http_problem(status: int, text: bytes) -> HttpProblem:
 
 
 def http_json(
-    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0
+    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
+    tls: ssl.SSLContext | None = None,
 ) -> Any:
     """The JSON value that the server answers. Raises HttpProblem."""
-    with http_open(method, url, body, key, timeout_s) as answer:
+    with http_open(method, url, body, key, timeout_s, tls) as answer:
         try:
             return json.loads(answer.read())
         except (OSError, http.client.HTTPException) as problem:

@@ -40,6 +40,7 @@ if os.name != "posix":
 
 import argparse
 import enum
+import functools
 import hashlib
 import http.client
 import ipaddress
@@ -52,6 +53,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import ssl
 import stat
 import subprocess
 import tempfile
@@ -414,6 +416,8 @@ class Installation(NamedTuple):
     account: str
     port: int
     bind: str
+    #: Whether it serves https.
+    is_secure: bool = False
 
     @property
     def server_path(self) -> str:
@@ -426,7 +430,9 @@ class Installation(NamedTuple):
         host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1", "": "127.0.0.1"}.get(
             self.bind, self.bind
         )
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        scheme = "https" if self.is_secure else "http"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else (
+            f"{scheme}://{host}:{self.port}")
 
     @property
     def is_system(self) -> bool:
@@ -1233,9 +1239,14 @@ def http_json(
 ) -> tuple[int, Json]:
     """Status and JSON of an answer of the service. Never through a proxy. Raises OSError."""
     parts = urllib.parse.urlsplit(url)
-    connection = http.client.HTTPConnection(
-        parts.hostname or "", parts.port or 80, timeout=timeout_s
-    )
+    connect: Any = http.client.HTTPConnection
+    if parts.scheme == "https":
+        # It is this machine's own, whatever name its certificate is for.
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        connect = functools.partial(http.client.HTTPSConnection, context=context)
+    connection = connect(parts.hostname or "", parts.port, timeout=timeout_s)
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
@@ -1513,7 +1524,8 @@ def with_address(install: Installation, values: Mapping[str, str]) -> Installati
     port = _number(values[PORT])
     if port == 0:
         raise Refused(f"{PORT}={values[PORT]}: a service needs a port that clients can rely on.")
-    return install._replace(port=port, bind=values[BIND])
+    return install._replace(
+        port=port, bind=values[BIND], is_secure=bool(values.get("OCP_TLS_CERT")))
 
 
 def busy_problem(bind: str, port: int) -> str:

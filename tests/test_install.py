@@ -27,6 +27,7 @@ import fake_services
 import pytest
 import support
 from fake_services import FakeServices
+from test_tls import CERT, KEY
 
 Json = Any
 OPENCLAW = "{\n  // mine\n  agents: { defaults: { workspace: '~/w' } },\n}\n"
@@ -329,6 +330,26 @@ def test_a_service_is_installed_runs_and_answers_and_a_second_run_changes_nothin
     assert not {name for name in changed if not name.startswith(".ocp/logs/")}
     new_calls = linux.services.calls()[len(calls):]
     assert not [call for call in new_calls if re.search("enable-|restart|reload| enable ", call)]
+
+
+def test_a_service_with_a_certificate_is_asked_over_https(linux: Machine) -> None:
+    linux.services.set("run")
+    linux.ocp.mkdir()
+    for name, text in (("cert.pem", CERT), ("key.pem", KEY)):
+        (linux.ocp / name).write_text(text)
+    linux.env_file.write_text("".join(
+        f"{variable}={setup.quoted(str(linux.ocp / name))}\n"
+        for variable, name in (("OCP_TLS_CERT", "cert.pem"), ("OCP_TLS_KEY", "key.pem"))))
+
+    done = linux.install("--port", str(linux.port))
+
+    assert done.returncode == 0 and "It answered" in done.stdout, done
+    assert linux.record()["url"] == f"https://127.0.0.1:{linux.port}"
+    # Nobody here trusts that certificate, and it is the server's own machine.
+    status = subprocess.run(
+        [sys.executable, str(support.REPO / "ocp.py"), "health"], env=linux.env(), text=True,
+        capture_output=True, timeout=30)
+    assert status.returncode == 0 and "OCP is ok" in status.stdout, status
 
 
 def test_openclaw_is_told_and_the_uninstaller_takes_that_back(openclaw: Machine) -> None:
