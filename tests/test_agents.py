@@ -1,7 +1,7 @@
 """Agents as people use them, over the real claude: a question, and a tool that they really run.
 
-The programs are looked for in OCP_TEST_AGENTS, a folder with node_modules/.bin, else in .agents.
-Claude Code as a client is the same program that the server drives.
+support.client_folders() says where the programs are looked for. Claude Code as
+a client is the same program that the server drives.
 """
 from __future__ import annotations
 
@@ -25,15 +25,11 @@ from contract import (
     system_texts,
     turns,
 )
-from support import REPO, clean_env, eventually
+from support import clean_env, eventually, find_client, how_to_install
 
 Json = Any
 Body = Mapping[str, Json]
 
-FOLDER = Path(os.environ.get("OCP_TEST_AGENTS") or REPO / ".agents")
-HOW_TO_INSTALL = (
-    "no {0}: run .ci/run once, or npm install --prefix FOLDER @openai/codex opencode-ai "
-    "and set OCP_TEST_AGENTS=FOLDER")
 #: An agent that has not ended by then never will.
 RUN_TIMEOUT_S = 90
 QUESTION = "What do these say?"
@@ -139,9 +135,9 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def program(name: str) -> str:
-    path = FOLDER / "node_modules/.bin" / name
-    if not path.exists():
-        pytest.skip(HOW_TO_INSTALL.format(name))
+    path = find_client(name)
+    if path is None:
+        pytest.skip(how_to_install(name))
     return str(path.resolve())
 
 

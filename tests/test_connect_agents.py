@@ -1,15 +1,12 @@
 """Programs that find OCP with nothing but what ocp_connect.py wrote into an empty home.
 
-They are looked for in OCP_TEST_AGENTS, folders with node_modules/.bin or bin, else in .agents:
-npm install --prefix FOLDER node@24 @openai/codex opencode-ai @continuedev/cli cline openclaw
-python3 -m venv FOLDER; FOLDER/bin/pip install llm aider-chat langchain-openai
+support.client_folders() says where they are looked for, and CLIENTS there how to get them.
 The claude behind the server is the fake one; Claude Code as a client is the real one.
 """
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +19,6 @@ import support
 from support import REPO, Server, clean_env, load_script, real_claudes, running_server
 
 connect = load_script("ocp_connect")
-FOLDERS = [Path(folder) for folder in os.environ.get("OCP_TEST_AGENTS", "").split(os.pathsep)
-           if folder] or [REPO / ".agents"]
-HOW_TO_INSTALL = "no {0}: see the top of tests/test_connect_agents.py"
 RUN_TIMEOUT_S = 90
 KEY = "ocp_" + "k3y" * 10 + "42"
 QUESTION, ANSWER = "Say hello there", "The cormorant says hello."
@@ -32,13 +26,10 @@ QUESTION, ANSWER = "Say hello there", "The cormorant says hello."
 
 def program(name: str) -> Path:
     """Where a program is; skips the test if it is not there."""
-    for folder in FOLDERS:
-        for place in (folder / "node_modules/.bin" / name, folder / "bin" / name):
-            if place.exists():
-                return place.absolute()
-    if name == "node" and shutil.which("node"):
-        return Path(str(shutil.which("node")))
-    pytest.skip(HOW_TO_INSTALL.format(name))
+    path = support.find_client(name)
+    if path is None:
+        pytest.skip(support.how_to_install(name))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -185,12 +176,13 @@ print(answer.choices[0].message.content)
 
 def python_with(library: str) -> str:
     """A Python that has a library; skips the test if there is none."""
-    beside = [folder / "bin/python" for folder in FOLDERS]
+    # To import it only to see whether it is there would take seconds.
+    look = f"import importlib.util as u, sys; sys.exit(u.find_spec({library!r}) is None)"
+    beside = [folder / "bin/python" for folder in support.client_folders()]
     for python in [Path(sys.executable), *(path for path in beside if path.exists())]:
-        if not subprocess.run([python, "-c", f"import {library}"], capture_output=True,
-                              check=False).returncode:
+        if not subprocess.run([python, "-c", look]).returncode:
             return str(python)
-    pytest.skip(HOW_TO_INSTALL.format(library))
+    pytest.skip(support.how_to_install(library))
 
 
 @pytest.mark.parametrize("library", sorted(LIBRARIES))

@@ -1,8 +1,7 @@
 """OpenClaw as people use it, over the real server: registration, turns, the plugin, its service.
 
-The program is looked for in OCP_TEST_OPENCLAW, a folder with node_modules, else in .openclaw. It
-needs a newer node than most machines have, so one is installed beside it. The plugin's own tests
-run on any node.
+support.client_folders() says where the program is looked for. It needs a newer node than most
+machines have, so one is installed beside it. The plugin's own tests run on any node.
 """
 
 from __future__ import annotations
@@ -39,6 +38,8 @@ from support import (
     clean_env,
     descendants,
     eventually,
+    find_client,
+    how_to_install,
     http_call,
     kill_all,
     processes_with,
@@ -47,9 +48,8 @@ from support import (
 
 Json = Any
 
-FOLDER = Path(os.environ.get("OCP_TEST_OPENCLAW") or REPO / ".openclaw").resolve()
-NODE = FOLDER / "node_modules/node/bin/node"
-PROGRAM = FOLDER / "node_modules/openclaw/openclaw.mjs"
+NODE = (find_client("node") or Path("/none")).resolve()
+PROGRAM = (find_client("openclaw") or Path("/none")).resolve()
 PLUGIN = REPO / "ocp-plugin"
 MODELS = json.loads((REPO / "models.json").read_text())["models"]
 HAIKU = "claude-haiku-4-5-20251001"
@@ -64,8 +64,7 @@ SESSION = ("--session-id", "11111111-1111-4111-8111-111111111111")
 
 needs_openclaw = pytest.mark.skipif(
     not (NODE.exists() and PROGRAM.exists()),
-    reason="no OpenClaw: run .ci/run once, or npm install --prefix FOLDER node@24 openclaw "
-           "and set OCP_TEST_OPENCLAW=FOLDER")
+    reason=how_to_install("openclaw"))
 
 
 # ---------------------------------------------------------------------------
