@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Iterator
 
 import pytest
 import support
-
-#: They run programs that take minutes to install and to start. OCP_TEST_PROGRAMS=1 adds them.
-if not os.environ.get("OCP_TEST_PROGRAMS"):
-    collect_ignore = ["test_connect_agents.py", "test_openclaw.py"]
 
 
 @pytest.fixture
