@@ -3,6 +3,9 @@
 Needs nothing but Python 3.9 or newer. Uses this interpreter's pytest if it has one, else makes
 .venv in the repository and installs pytest there. Ends with pytest's exit code.
 
+Where pytest-xdist is installed too, all tests run in parallel; -n 0 runs them one by one. Tests
+that are named run one by one anyway.
+
 --require-all, or OCP_TEST_REQUIRE_ALL=1 in the environment: a skipped test is a failure.
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +26,9 @@ NO_VENV = """Cannot make .venv, see above. On Debian and Ubuntu: apt install pyt
 Or install pytest for this interpreter yourself, and run this again."""
 NO_PYTEST = """Cannot install pytest, see above. Is there a network?
 Without one, install pytest for this interpreter in another way, and run this again."""
+#: They say how tests are spread, or need the process that has the terminal, or run no test.
+NOT_PARALLEL = {"-n", "--numprocesses", "--dist", "--tx", "-p", "-s", "--capture", "--pdb",
+                "--trace", "--collect-only", "--co", "--fixtures", "--markers", "-h", "--help"}
 
 
 class SkipCounter:
@@ -57,8 +64,22 @@ def main(arguments: list[str]) -> int:
         plugins.append(SkipCounter())
     chosen = [argument for argument in arguments if argument != "--require-all"]
     if not any(is_path(argument) for argument in chosen):
-        chosen.append(str(REPO / "tests"))
+        chosen = [*parallel(chosen), *chosen, str(REPO / "tests")]
     return int(pytest.main(["-q", "-rs", "--rootdir", str(REPO), *chosen], plugins))
+
+
+def parallel(arguments: list[str]) -> list[str]:
+    """The arguments that make pytest use all cores, [] where it cannot or should not.
+
+    A file stays on one worker, because its tests share servers; tests/conftest.py orders them.
+    One more worker than cores, because many tests wait for a moment."""
+    given = [*arguments, *shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))]
+    # As in -n2 and in --capture=no.
+    options = {name for each in given for name in (each[:2], each.partition("=")[0])}
+    if options & NOT_PARALLEL or importlib.util.find_spec("xdist") is None:
+        return []
+    workers = (os.cpu_count() or 1) + 1
+    return ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def is_path(argument: str) -> bool:
