@@ -8,6 +8,20 @@ from typing import Iterator
 import pytest
 import support
 
+#: The files that take longest, longest first. Workers take files in this order, so that none is
+#: alone with a long one in the end. A wrong order costs time and nothing else; pytest's
+#: --durations=50 tells which tests take long.
+LONGEST = (
+    "test_openclaw", "test_contract_tools", "test_contract_conversations", "test_contract_chat",
+    "test_contract_safety", "test_connect_agents", "test_contract_shapes", "test_contract_fake",
+    "test_contract_errors", "test_agents", "test_install", "test_contract_life", "test_leaving",
+    "test_contract_plan")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture
 def free_home(tmp_path: Path) -> Path:

@@ -209,9 +209,13 @@ def in_hours(hours: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + hours * 3600))
 
 
-PLAN = {"rate_limits_available": True, "subscription_type": "max", "rate_limits": {
-    "five_hour": {"utilization": 37, "resets_at": in_hours(2.5)},
-    "seven_day": {"utilization": 81, "resets_at": in_hours(70)}}}
+def plan() -> dict[str, Json]:
+    """What claude tells about the plan, its times counted from now."""
+    return {"rate_limits_available": True, "subscription_type": "max", "rate_limits": {
+        "five_hour": {"utilization": 37, "resets_at": in_hours(2.5)},
+        "seven_day": {"utilization": 81, "resets_at": in_hours(70)}}}
+
+
 ANSWER = [[{"say": "Hello."}]]
 MULTI = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY, "CLAUDE_CACHE_TTL": "60000",
          "OCP_INSTANCE_NAME": "attic"}
@@ -226,7 +230,7 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("desk")
-    with support.running_server(folder, {"turns": ANSWER, "usage": PLAN}, env=MULTI) as server:
+    with support.running_server(folder, {"turns": ANSWER, "usage": plan()}, env=MULTI) as server:
         made = Desk(server)
         made.key("laptop", quota={"daily": 50, "tokensMonthly": 90000}, note="the grey one")
         made.key("phone", models=["haiku"], expiry="30d", maxConcurrent=2)

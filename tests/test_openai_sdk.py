@@ -22,8 +22,8 @@ PNG = "data:image/png;base64,iVBORw0KGgo="
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that wants a key."""
-    env = {"PROXY_API_KEY": KEY}
+    """A server that wants a key. It has no spares, because it asks again by itself if one dies."""
+    env = {"PROXY_API_KEY": KEY, "OCP_WARM_PROCESSES": "0"}
     with running_server(tmp_path_factory.mktemp("server"), env=env) as running:
         yield running
 
