@@ -27,7 +27,7 @@ Or install pytest for this interpreter yourself, and run this again."""
 NO_PYTEST = """Cannot install pytest, see above. Is there a network?
 Without one, install pytest for this interpreter in another way, and run this again."""
 #: They say how tests are spread, or need the process that has the terminal, or run no test.
-NOT_PARALLEL = {"-n", "--numprocesses", "--dist", "--tx", "-p", "-s", "--capture", "--pdb",
+NOT_PARALLEL = {"-n", "--numprocesses", "--dist", "--tx", "no:xdist", "-s", "--capture", "--pdb",
                 "--trace", "--collect-only", "--co", "--fixtures", "--markers", "-h", "--help"}
 
 

@@ -25,7 +25,8 @@ def with_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
 
 
-@pytest.mark.parametrize("arguments", [[], ["-x"], ["-k", "no"], ["--color=no"]])
+@pytest.mark.parametrize("arguments", [
+    [], ["-x"], ["-k", "no"], ["--color=no"], ["-p", "no:cacheprovider"]])
 def test_all_tests_run_on_one_worker_more_than_cores(
     with_xdist: None, arguments: list[str],
 ) -> None:
