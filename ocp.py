@@ -509,6 +509,36 @@ def find_server(env: Env) -> Server:
     return Server(env, url, admin_key(env, url))
 
 
+def answers(url: str) -> bool:
+    """Whether an OCP server answers there; it gets no key."""
+    try:
+        return "version" in http_json("GET", url + "/health", timeout_s=2.0, tls=tls_for(url))
+    except (HttpProblem, TypeError):
+        return False
+
+
+def lan_url(env: Env, url: str) -> str:
+    """A server's address as other devices have it, empty if there is no network."""
+    if not is_this_machine(url):
+        return url
+    parts = urllib.parse.urlsplit(url)
+    port = f":{parts.port}" if parts.port else ""
+    return next((f"{parts.scheme}://{host}{port}" for host in env.addresses()), "")
+
+
+def device_url(env: Env, url: str) -> str:
+    """The address for another device, if one can reach it; else the address as it is."""
+    found = lan_url(env, url)
+    return found if found and answers(found) else url
+
+
+def connect_words(url: str) -> str:
+    """The one command that sets up the tools of another machine."""
+    default = url.startswith("http://") and url.endswith(":3456")
+    host = url[len("http://"):-len(":3456")] if default else url
+    return f"curl -fsSL {url}/connect | python3 - {host}"
+
+
 # ==== 3. Formatting ==========================================================
 # Pure functions from values to text. A Look says for whom: a person at a terminal sees colour
 # and bars, a pipe gets the same words plainly.
@@ -1172,8 +1202,10 @@ def _print_secret(env: Env, args: argparse.Namespace, text: str) -> Exit:
         env.say(text)
         raise Problem(Exit.FAILED, "The server's answer, above, is not as expected.") from None
     env.say(clean(secret))
-    env.note(f"This is the key {clean(name)!r}. It is shown only now. For most tools:")
-    env.note(f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={server_url(env)}/v1")
+    url = device_url(env, server_url(env))
+    env.note(f"This is the key {clean(name)!r}. It is shown only now. On its device run")
+    env.note(f"  {connect_words(url)}\nwhich asks for it; or, for one tool:")
+    env.note(f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url}/v1")
     return Exit.OK
 
 
@@ -1331,13 +1363,6 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
-def connect_words(url: str) -> str:
-    """The one command that sets up the tools of another machine."""
-    default = url.startswith("http://") and url.endswith(":3456")
-    host = url[len("http://"):-len(":3456")] if default else url
-    return f"curl -fsSL {url}/connect | python3 - {host}"
-
-
 def show_lan(answer: Json, look: Look) -> str:
     """Where other devices find the server, and whether they reach it."""
     rows = [
@@ -1354,27 +1379,16 @@ def show_lan(answer: Json, look: Look) -> str:
     return fields(rows)
 
 
-def _answers(url: str) -> bool:
-    """Whether an OCP server answers there; it gets no key."""
-    try:
-        return "version" in http_json("GET", url + "/health", timeout_s=2.0, tls=tls_for(url))
-    except (HttpProblem, TypeError):
-        return False
-
-
 def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
     """The address for other devices. FAILED when they cannot reach it."""
     server = find_server(env)
     health = server.json("GET", "/health", timeout_s=5.0)
-    parts = urllib.parse.urlsplit(server.url)
-    hosts = env.addresses() if is_this_machine(server.url) else [parts.hostname or ""]
-    if not hosts:
+    url = lan_url(env, server.url)
+    if not url:
         raise Problem(Exit.FAILED, "This machine has no address in a network.")
-    port = f":{parts.port}" if parts.port else ""
-    url = f"{parts.scheme}://{hosts[0]}{port}"
     found = {
-        "host": hosts[0], "url": url, "authMode": health.get("authMode"),
-        "reachable": _answers(url),
+        "host": urllib.parse.urlsplit(url).hostname, "url": url,
+        "authMode": health.get("authMode"), "reachable": answers(url),
     }
     env.say(json.dumps(found) if args.json else show_lan(found, look_of(env)))
     return Exit.OK if found["reachable"] else Exit.FAILED

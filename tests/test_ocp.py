@@ -576,6 +576,25 @@ def test_connect_runs_its_script_with_the_arguments(tmp_path: Path) -> None:
     assert (tmp_path / "seen").read_text() == "['box.lan', '--key', 'k', '--dry-run']"
 
 
+@pytest.mark.parametrize(("addresses", "host"), [([], "127.0.0.1"), (["127.0.0.77"], "127.0.0.1"),
+                                                 (["127.0.0.1"], "127.0.0.1")])
+def test_a_new_key_comes_with_the_command_for_its_device(
+    tmp_path: Path, addresses: list[str], host: str,
+) -> None:
+    answer = {"POST /api/keys": (201, {"key": "ocp_secret", "name": "laptop"})}
+    with stub(answer) as server:
+        # The stub listens on 127.0.0.1 and so not on 127.0.0.77.
+        found = run(tmp_path, server.url, "keys", "add", "laptop", addresses=lambda: addresses)
+    port = server.url.rpartition(":")[2]
+    command = f"curl -fsSL http://{host}:{port}/connect | python3 - http://{host}:{port}"
+    assert found.out == "ocp_secret\n" and command in found.err
+
+
+def test_the_command_for_a_device_is_short_at_the_usual_port() -> None:
+    assert ocp.connect_words("http://192.0.2.7:3456") == (
+        "curl -fsSL http://192.0.2.7:3456/connect | python3 - 192.0.2.7")
+
+
 @pytest.mark.parametrize("words", [["connect", "--undo", "--yes"], ["connect", "box", "--list"]])
 def test_every_option_behind_connect_is_its_scripts(tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "ocp_connect.py").write_text("import sys; print(sys.argv[1:])")
