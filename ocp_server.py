@@ -9863,12 +9863,19 @@ def no_embeddings(app: App, exchange: HttpExchange) -> None:
     )
 
 
-def _model_entry(model: Model, created_s: int) -> Json:
+#: A fixed moment for "created", which clients want and nothing tells.
+_MODELS_CREATED_S = 1_750_000_000
+
+
+def _model_entry(model: Model) -> Json:
+    """A model as OpenAI's clients know it and as Anthropic's do, and what neither tells."""
     return {
         "id": model.id,
         "object": "model",
-        "created": created_s,
+        "created": _MODELS_CREATED_S,
         "owned_by": "anthropic",
+        "type": "model",
+        "created_at": iso_time(_MODELS_CREATED_S),
         "display_name": model.display_name,
         "context_window": model.context_window,
         "max_output_tokens": model.max_tokens,
@@ -9877,23 +9884,20 @@ def _model_entry(model: Model, created_s: int) -> Json:
     }
 
 
-#: A fixed moment for "created", which clients want and nothing tells.
-_MODELS_CREATED_S = 1_750_000_000
-
-
 def get_models(app: App, exchange: HttpExchange) -> None:
     """GET /v1/models: those that the caller may use."""
     models = [m for m in app.models.all() if m.id in exchange.caller.models or not
               exchange.caller.models]
-    entries = [_model_entry(model, _MODELS_CREATED_S) for model in models]
-    exchange.send_json({"object": "list", "data": entries})
+    entries = [_model_entry(model) for model in models]
+    ends = {"first_id": entries[0]["id"], "last_id": entries[-1]["id"]} if entries else {}
+    exchange.send_json({"object": "list", "data": entries, "has_more": False, **ends})
 
 
 def get_model(app: App, exchange: HttpExchange, model: str) -> None:
     """GET /v1/models/{model}; an alias gives the model that it stands for."""
     found = app.models.find(model)
     _check_allowed(exchange.caller, found)
-    exchange.send_json(_model_entry(found, _MODELS_CREATED_S))
+    exchange.send_json(_model_entry(found))
 
 
 def _errors(app: App) -> int:

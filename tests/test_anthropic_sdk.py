@@ -114,7 +114,13 @@ def test_tokens_are_estimated(client: Any) -> None:
 
 
 def test_models_may_be_listed(client: Any) -> None:
-    assert MODEL in [model.id for model in client.models.list()]
+    page = client.models.list()
+    assert MODEL in [model.id for model in page]
+    assert page.has_more is False and page.first_id == page.data[0].id
+    assert page.last_id == page.data[-1].id
+    found = client.models.retrieve(MODEL)
+    assert (found.type, found.display_name) == ("model", "Claude Sonnet 4.6")
+    assert found.created_at.year == 2025
 
 
 # ---------------------------------------------------------------------------

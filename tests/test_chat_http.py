@@ -530,6 +530,9 @@ def test_an_odd_name_is_no_new_model(chat: Server, name: str) -> None:
     assert ask(chat, model=name).status == 404
 
 
+MODEL_ROWS = json.loads((REPO / "models.json").read_text())["models"]
+
+
 def test_models_are_listed_and_found_one_by_one(chat: Server) -> None:
     listed = chat.call("GET", "/v1/models").json()
 
@@ -537,6 +540,10 @@ def test_models_are_listed_and_found_one_by_one(chat: Server) -> None:
     for entry in listed["data"]:
         assert entry["object"] == "model" and entry["owned_by"]
         assert isinstance(entry["created"], int)
+        row = next(row for row in MODEL_ROWS if row["id"] == entry["id"])
+        assert entry["context_window"] == row["contextWindow"]
+        assert entry["max_output_tokens"] == row["maxTokens"]
+        assert (entry["reasoning"], entry["efforts"]) == (row["reasoning"], row["efforts"])
         assert chat.call("GET", f"/v1/models/{entry['id']}").json() == entry
 
 
