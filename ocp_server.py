@@ -10507,33 +10507,18 @@ def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(path)))
 
 
+#: A route, and the names in a path that it fits.
+Match = tuple[Route, dict[str, str]]
+
+
 class Router:
     """Finds the route of a request."""
 
     def __init__(self, routes: tuple[Route, ...]) -> None:
         self._routes = [(_pattern(route.path), route) for route in routes]
 
-    def methods(self, path: str) -> list[str]:
-        """The methods that a path takes; empty when there is no such path."""
-        found = [route.method for route, _ in self._matches(path)]
-        if "GET" in found:
-            found.append("HEAD")
-        return [*found, "OPTIONS"] if found else []
-
-    def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
-        """The route and the names in its path. Raises NotFound, MethodNotAllowed, BadRequest."""
-        matches = self._matches(path)
-        wanted = "GET" if method == "HEAD" else method
-        for route, names in matches:
-            if route.method == wanted:
-                return route, names
-        if matches:
-            allowed = self.methods(path)
-            raise MethodNotAllowed(f"{path} takes {', '.join(allowed)}.", allowed)
-        known = ", ".join(sorted({route.path for _, route in self._routes}))
-        raise NotFound(f"There is no {one_line(path, 80)} here. There is: {known}.")
-
-    def _matches(self, path: str) -> list[tuple[Route, dict[str, str]]]:
+    def matches(self, path: str) -> list[Match]:
+        """The routes of a path, whatever their methods. Raises BadRequest."""
         path = path.rstrip("/") or "/"
         while path.startswith("/v1/v1/"):
             path = path[len("/v1"):]
@@ -10544,6 +10529,27 @@ class Router:
                 names = {key: _decoded(value) for key, value in match.groupdict().items()}
                 found.append((route, names))
         return found
+
+    def choose(self, method: str, path: str, matches: list[Match]) -> Match:
+        """The one of a path's routes that takes this method. Raises NotFound,
+        MethodNotAllowed."""
+        wanted = "GET" if method == "HEAD" else method
+        for route, names in matches:
+            if route.method == wanted:
+                return route, names
+        if matches:
+            allowed = methods_of(matches)
+            raise MethodNotAllowed(f"{path} takes {', '.join(allowed)}.", allowed)
+        known = ", ".join(sorted({route.path for _, route in self._routes}))
+        raise NotFound(f"There is no {one_line(path, 80)} here. There is: {known}.")
+
+
+def methods_of(matches: list[Match]) -> list[str]:
+    """The methods that a path takes; empty when there is no such path."""
+    found = [route.method for route, _ in matches]
+    if "GET" in found:
+        found.append("HEAD")
+    return [*found, "OPTIONS"] if found else []
 
 
 def _decoded(text: str) -> str:
@@ -10821,6 +10827,10 @@ class Exchange(BaseHTTPRequestHandler):
             raise BadRequest("The path of the request is broken.") from None
         self._path = target.path
         self.query = dict(urllib.parse.parse_qsl(target.query))
+        matches = self.server.router.matches(target.path)
+        if matches:
+            # Whatever is refused from here on is refused in the words of that path.
+            self.dialect = matches[0][0].dialect
         config = self.app.config
         origin = self.headers.get("Origin", "")
         content_type = self.headers.get("Content-Type", "")
@@ -10828,15 +10838,14 @@ class Exchange(BaseHTTPRequestHandler):
         if origin in listed(config.allowed_origins):
             self.headers_out.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
         if self.command == "OPTIONS":
-            self._answer_options(target.path)
+            self._answer_options(target.path, matches)
             return
-        route, names = self.server.router.find(self.command, target.path)
-        self.dialect = route.dialect
+        route, names = self.server.router.choose(self.command, target.path, matches)
         self.caller = admit(config, self.app.keys, route.access, self.headers, self.peer)
         route.endpoint(self.app, self, **names)
 
-    def _answer_options(self, path: str) -> None:
-        allowed = ", ".join(self.server.router.methods(path))
+    def _answer_options(self, path: str, matches: list[Match]) -> None:
+        allowed = ", ".join(methods_of(matches))
         if not allowed:
             raise NotFound(f"There is no {one_line(path, 80)} here.")
         self.headers_out["Allow"] = allowed

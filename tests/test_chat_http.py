@@ -723,6 +723,15 @@ def test_a_wrong_method_is_told_which_ones_there_are(chat: Server) -> None:
     assert error_of(get) and error_of(delete)
 
 
+def test_a_path_is_refused_in_its_own_words_whatever_the_reason(chat: Server) -> None:
+    method = chat.call("GET", "/v1/messages")
+    origin = chat.call("POST", "/v1/messages", {}, {"Origin": "http://evil.example"})
+
+    assert (method.status, origin.status) == (405, 403)
+    for reply in (method, origin):
+        assert reply.json()["type"] == "error" and reply.json()["request_id"]
+
+
 def test_options_is_answered_with_the_methods(chat: Server) -> None:
     reply = chat.call("OPTIONS", CHAT)
 
