@@ -1446,8 +1446,9 @@ class Desk:
     allow_fallback: bool
     anthropic: bool
     look: Callable[[str], str]
-    #: The name of the provider in OpenClaw.
+    #: The name of the provider in OpenClaw, and the one that an earlier run has given it.
     provider: str = OPENCLAW_PROVIDER
+    earlier: str = ""
 
     @property
     def key_words(self) -> str:
@@ -1603,9 +1604,10 @@ def openclaw_row(model: Model) -> dict[str, Json]:
     }
 
 
-def openclaw_provider(desk: Desk) -> list[Change]:
-    """The provider. The key is read from our own file: what stands in OpenClaw's configuration is
-    shown to its agents, and a key there would be copied by its doctor."""
+def openclaw_provider(desk: Desk, present: Json) -> list[Change]:
+    """The provider, with what the user has added to its present list of models. The key is read
+    from our own file: what stands in OpenClaw's configuration is shown to its agents, and a key
+    there would be copied by its doctor."""
     server = desk.server
     key: Json = OPENCLAW_NO_KEY
     changes: list[Change] = []
@@ -1616,32 +1618,46 @@ def openclaw_provider(desk: Desk) -> list[Change]:
         key = {"source": "file", "provider": "ocp", "id": "value"}
     entry = {"baseUrl": server.api, "apiKey": key, "api": "openai-completions",
              "timeoutSeconds": OPENCLAW_TIMEOUT_S,
-             "models": [openclaw_row(model) for model in server.models]}
+             "models": openclaw_list(present, server.models)}
     return [*changes, Put((*_OPENCLAW_PROVIDERS, desk.provider), entry, owned=True)]
 
 
+def _openclaw_rows(desk: Desk, path: str) -> Json:
+    """The list of models that we have here already, None if there is none."""
+    with contextlib.suppress(Unsafe):
+        text = decoded(read_bytes(path))
+        for name in (desk.provider, desk.earlier):
+            entry = json_find(text, (*_OPENCLAW_PROVIDERS, name))
+            url = entry.get("baseUrl") if isinstance(entry, dict) else None
+            if url and (name == desk.earlier or same_server(str(url), desk.server.url)):
+                return entry.get("models")
+    return None
+
+
 def openclaw_steps(desk: Desk) -> list[Step]:
-    """The provider, and the place of its models among the others."""
+    """The provider, and the place of its models among the others. Raises Problem."""
     machine, path = desk.machine, openclaw_config(desk.machine)
     ours = f"{desk.provider}/{desk.server.main.id}"
-    foreign = _openclaw_foreign(desk, path)
-    if foreign:
-        return [Hint(f"OpenClaw has a provider {desk.provider} already, for {foreign}: choose "
-                     "another name with --provider-name.")]
-    changes, steps = openclaw_provider(desk), list[Step]()
-    base, role = _openclaw_choice(desk.look, path), desk.role
+    refuse_foreign(desk, path)
+    changes, steps = openclaw_provider(desk, _openclaw_rows(desk, path)), list[Step]()
+    base, role, now = _openclaw_choice(desk.look, path), desk.role, None
     if role is Role.AUTO:
-        now = _openclaw_choice(lambda name: decoded(read_bytes(name)), path)
+        now = _openclaw_present(desk, path)
         role = _openclaw_role(now, f"{desk.provider}/")
     if role is Role.BACKUP:
-        changes += _openclaw_backup(base, ours)
+        others = [each for each in base.fallbacks if each != ours]
+        changes += _openclaw_backup(base, now.fallbacks if now else [*others, ours])
     elif role is Role.AUTO and base.primary:
         steps.append(Hint(
             f"OpenClaw: your primary model stays {base.primary}; `/model {ours}` uses OCP in a "
             "chat, --primary makes it the first, --backup a fallback."))
     else:
-        kept = base.fallbacks if desk.allow_fallback else []
-        changes.append(Put(_OPENCLAW_MODEL, {"primary": ours, "fallbacks": kept}))
+        if now is None or role is not Role.PRIMARY:
+            now = Choice(ours, [], True)
+        kept = base.fallbacks if desk.allow_fallback else now.fallbacks
+        listed = [f"{desk.provider}/{model.id}" for model in desk.server.models]
+        first = now.primary if now.primary in listed else ours
+        changes.append(Put(_OPENCLAW_MODEL, {"primary": first, "fallbacks": kept}))
         if not kept:
             steps.append(Hint(
                 "OpenClaw: as primary model OCP has no fallback: when it cannot answer, OpenClaw "
@@ -1658,19 +1674,21 @@ def openclaw_command(machine: Machine, names: Sequence[str]) -> tuple[str, ...]:
     providers, rows may go."""
     if not machine.program("openclaw"):
         return ()
-    lists = (("--replace-path", f'models.providers["{name}"].models') for name in names)
+    lists = (("--replace-path", f"models.providers[{json.dumps(name)}].models") for name in names)
     return ("openclaw", "config", "patch", "--stdin", *(word for pair in lists for word in pair))
 
 
-def _openclaw_foreign(desk: Desk, path: str) -> str:
-    """The address of another provider that has the chosen name; empty if the name is free."""
-    if desk.provider == OPENCLAW_PROVIDER:
-        return ""
+def refuse_foreign(desk: Desk, path: str) -> None:
+    """Raises Problem if the chosen name is that of another provider."""
     present: Json = None
     with contextlib.suppress(Unsafe):
         present = json_find(desk.look(path), (*_OPENCLAW_PROVIDERS, desk.provider))
-    url = str(present.get("baseUrl") or "OpenClaw's own") if isinstance(present, dict) else ""
-    return "" if same_server(url, desk.server.url) else url
+    if desk.provider == OPENCLAW_PROVIDER or not isinstance(present, dict):
+        return
+    url = str(present.get("baseUrl") or "OpenClaw's own")
+    if not same_server(url, desk.server.url):
+        raise Problem(Exit.USAGE, f"OpenClaw has a provider {desk.provider} already, for "
+                                  f"{clean(url)}: choose another name with --provider-name.")
 
 
 def same_server(url: str, other: str) -> bool:
@@ -1681,8 +1699,9 @@ def same_server(url: str, other: str) -> bool:
     except ValueError:
         return False
     hosts = [side.hostname or "" for side in sides]
-    same = hosts[0] == hosts[1] or all(hosts) and all(map(is_this_machine, hosts))
-    return ports[0] == ports[1] and same
+    # Names are looked up last: most providers are elsewhere, and need not hear of this.
+    return ports[0] == ports[1] and all(hosts) and (
+        hosts[0] == hosts[1] or all(map(is_this_machine, hosts)))
 
 
 def openclaw_names(text: str, url: str) -> list[str]:
@@ -1697,7 +1716,7 @@ def openclaw_list(present: Json, models: Sequence[Model]) -> list[Json]:
     """A provider's list of models brought up to date: what the user has added to a row, and rows
     that are no work of OCP, stay."""
     rows = [row for row in present if isinstance(row, dict)] if isinstance(present, list) else []
-    by_id = {row.get("id"): row for row in rows}
+    by_id = {str(row.get("id")): row for row in rows}
     found: list[Json] = []
     for model in models:
         row, before = openclaw_row(model), by_id.get(model.id, {})
@@ -1705,7 +1724,7 @@ def openclaw_list(present: Json, models: Sequence[Model]) -> list[Json]:
         compat = {**(compat if isinstance(compat, dict) else {}), **row["compat"]}
         found.append({**before, **row, "compat": compat})
     known = {model.id for model in models}
-    return found + [row for row in rows if row.get("id") not in known
+    return found + [row for row in rows if str(row.get("id")) not in known
                     and not str(row.get("name")).endswith(OPENCLAW_SUFFIX)]
 
 
@@ -1734,6 +1753,18 @@ def _openclaw_choice(look: Callable[[str], str], path: str) -> Choice:
     return Choice(str(now.get("primary") or ""), fallbacks, True)
 
 
+def _openclaw_present(desk: Desk, path: str) -> Choice:
+    """What the configuration chooses as it is, with us under the name that we are to have."""
+    now = _openclaw_choice(lambda name: decoded(read_bytes(name)), path)
+
+    def renamed(ref: str) -> str:
+        mine = desk.earlier and ref.startswith(f"{desk.earlier}/")
+        return desk.provider + ref[len(desk.earlier):] if mine else ref
+
+    return now._replace(
+        primary=renamed(now.primary), fallbacks=[renamed(each) for each in now.fallbacks])
+
+
 def _openclaw_role(now: Choice, mine: str) -> Role:
     """The place that OCP, whose models begin with `mine`, has already."""
     if now.primary.startswith(mine):
@@ -1741,9 +1772,8 @@ def _openclaw_role(now: Choice, mine: str) -> Role:
     return Role.BACKUP if any(each.startswith(mine) for each in now.fallbacks) else Role.AUTO
 
 
-def _openclaw_backup(base: Choice, ours: str) -> list[Change]:
-    """The change that makes a model the last fallback; none where there is nothing to back up."""
-    fallbacks = [*(each for each in base.fallbacks if each != ours), ours]
+def _openclaw_backup(base: Choice, fallbacks: list[str]) -> list[Change]:
+    """The change that makes these the fallbacks; none where there is nothing to back up."""
     if base.is_object:
         # The rest is not written again: OpenClaw would ask the other provider whether it is right.
         return [Put((*_OPENCLAW_MODEL, "fallbacks"), fallbacks)]
@@ -2919,8 +2949,9 @@ class Run:
         for failure in writer.failures:
             print(f"ocp_connect: {failure}", file=sys.stderr)
         self.print_json({
-            "openclaw": is_here, "providers": names, "diff": new_lines(edit) if edit else [],
-            "written": writer.written, "failures": writer.failures})
+            "openclaw": is_here, "providers": names, "written": writer.written,
+            "diff": [masked(line, "") for line in new_lines(edit)] if edit else [],
+            "failures": writer.failures})
         return Exit.FAILED if writer.failures else Exit.OK
 
     def _plan_sync(self, url: str) -> tuple[list[str], Edit | None]:
@@ -2940,7 +2971,8 @@ class Run:
         if args.anthropic:
             refuse_loop(self.machine, server)
         desk = Desk(self.machine, server, args.role, args.allow_fallback, args.anthropic,
-                    self._look, args.provider_name or self._known_provider())
+                    self._look, args.provider_name or self._known_provider()
+                    or OPENCLAW_PROVIDER, self._known_provider())
         plan = make_plan(desk, self._tools(), self.record)
         self.say(show_plan(plan, self.machine, server.key, args.dry_run))
         if args.dry_run:
@@ -3005,15 +3037,17 @@ class Run:
             return ""
 
     def _known_provider(self) -> str:
-        """What OCP is called in OpenClaw since the last time."""
+        """What OCP is called in OpenClaw since the last time, empty if nothing is known."""
         paths = [done.path for entry in self.record.files.values() if entry.tool == "openclaw"
                  for done in entry.done]
         return next((path[2] for path in paths if path[:2] == _OPENCLAW_PROVIDERS
-                     and len(path) == 3), OPENCLAW_PROVIDER)
+                     and len(path) == 3), "")
 
     def _current_models(self, url: str) -> tuple[Model, ...]:
-        """The models of the file beside this script, else those of the server. Raises Problem."""
-        found = models_in(os.path.join(HERE, "models.json")) if HERE else None
+        """The models of the file beside this script, if the server runs here too, else those that
+        it lists. Raises Problem."""
+        is_here = is_this_machine(urllib.parse.urlsplit(url).hostname or "")
+        found = models_in(os.path.join(HERE, "models.json")) if HERE and is_here else None
         return found or self._probe(url)[0].models
 
     def _probe(self, url: str) -> tuple[Server, Mapping[str, Json]]:

@@ -123,13 +123,13 @@ class Home:
 
     def desk(
         self, record: Any, server: Any = SERVER, role: Any = connect.Role.AUTO,
-        allow_fallback: bool = False,
+        allow_fallback: bool = False, **more: Any,
     ) -> Any:
         def look(path: str) -> str:
             base, _ = connect.without_us(connect.read_bytes(path), record.files.get(path), record)
             return str(connect.decoded(base))
 
-        return connect.Desk(self.machine, server, role, allow_fallback, True, look)
+        return connect.Desk(self.machine, server, role, allow_fallback, True, look, **more)
 
     def plan(self, *tools: str, **more: Any) -> Any:
         record = connect.load_record(self.machine.own)
@@ -439,16 +439,6 @@ def test_a_change_that_the_tool_does_not_accept_is_taken_back(home: Home) -> Non
     assert "bad config" in writer.failures[0]
 
 
-def test_openclaw_that_refuses_the_patch_is_quoted(home: Home) -> None:
-    path = home.put(".openclaw/openclaw.json", "{}\n")
-
-    writer = refusing(home, "openclaw", f"""
-        case "$2" in file) echo {path} ;; patch) echo 'Invalid option' >&2; exit 1 ;; esac""")
-
-    assert path.read_text() == "{}\n" and "Invalid option" in writer.failures[0]
-    assert str(path) not in connect.load_record(home.machine.own).files
-
-
 def test_a_tool_is_found_by_its_program_or_its_files(home: Home) -> None:
     def found(**environ: str) -> set[str]:
         machine = connect.dataclasses.replace(
@@ -553,81 +543,6 @@ def test_backup_makes_no_default(home: Home, tool: str) -> None:
              "lastUsedProvider")
     assert not [word for word in words if word in text]
     assert "default_model.txt" not in str(list(home.files()))
-
-
-def openclaw(home: Home, model: Json, **more: Any) -> Json:
-    """The agents' default model after a run over a configuration with this one."""
-    path = home.put(".openclaw/openclaw.json",
-                    json.dumps({"agents": {"defaults": {"model": model}}}))
-    home.connect("openclaw", **more)
-    return json.loads(path.read_text())["agents"]["defaults"]["model"]
-
-
-def test_openclaw_as_primary_fails_closed(home: Home) -> None:
-    before = {"primary": "anthropic/x", "fallbacks": ["openai/y"]}
-
-    assert openclaw(home, before, role=connect.Role.PRIMARY) == {
-        "primary": "claude-local/claude-sonnet-5", "fallbacks": []}
-    hints = home.plan("openclaw", role=connect.Role.PRIMARY).hints
-    assert any("no fallback" in hint for hint in hints)
-
-
-def test_openclaw_keeps_fallbacks_when_told_to(home: Home) -> None:
-    before = {"primary": "anthropic/x", "fallbacks": ["openai/y"]}
-
-    assert openclaw(home, before, role=connect.Role.PRIMARY, allow_fallback=True) == {
-        "primary": "claude-local/claude-sonnet-5", "fallbacks": ["openai/y"]}
-
-
-def test_openclaw_as_backup_is_the_last_fallback(home: Home) -> None:
-    assert openclaw(home, "anthropic/x", role=connect.Role.BACKUP) == {
-        "primary": "anthropic/x", "fallbacks": ["claude-local/claude-sonnet-5"]}
-    assert not home.plan("openclaw", role=connect.Role.BACKUP).edits
-    assert not home.plan("openclaw").edits, "a plain run keeps the place that it has"
-
-
-def test_openclaw_as_backup_does_not_write_the_primary_again(home: Home) -> None:
-    before = {"primary": "anthropic/x", "fallbacks": ["openai/y"]}
-
-    assert openclaw(home, before, role=connect.Role.BACKUP) == {
-        "primary": "anthropic/x", "fallbacks": ["openai/y", "claude-local/claude-sonnet-5"]}
-    record = connect.load_record(home.machine.own)
-    done = record.files[str(home.folder / ".openclaw/openclaw.json")].done
-    assert ("agents", "defaults", "model", "fallbacks") in [each.path for each in done]
-
-
-def test_openclaw_entries_are_what_openclaw_accepts(home: Home) -> None:
-    home.connect("openclaw")
-
-    config = json.loads((home.folder / ".openclaw/openclaw.json").read_text())
-    provider = config["models"]["providers"]["claude-local"]
-    assert set(config) == {"secrets", "models", "agents"}
-    assert set(config["agents"]["defaults"]) == {"model"}
-    assert KEY not in json.dumps(config) and provider["apiKey"]["source"] == "file"
-    assert provider["api"] == "openai-completions" and provider["baseUrl"].endswith("/v1")
-    for entry, model in zip(provider["models"], MODELS):
-        assert (entry["contextWindow"], entry["maxTokens"]) == model[2:4]
-        assert entry["input"] == ["text", "image"] and entry["reasoning"] == model.reasoning
-        assert entry["compat"]["supportsPromptCacheKey"] is True
-
-
-def test_a_retired_file_of_openclaw_is_reported_and_left(home: Home) -> None:
-    content = '{"version":1,"profiles":{"claude-local:default":{}}}'
-    path = home.put(".openclaw/agents/main/agent/auth-profiles.json", content)
-
-    plan = home.connect("openclaw")
-
-    assert any("doctor --fix" in hint for hint in plan.hints) and path.read_text() == content
-
-
-def test_openclaw_places_its_configuration_by_its_variables(tmp_path: Path) -> None:
-    def where(**environ: str) -> str:
-        return str(connect.openclaw_config(connect.Machine("/h", environ, "linux", False)))
-
-    assert where(PATH="") == "/h/.openclaw/openclaw.json"
-    assert where(PATH="", OPENCLAW_HOME="/x") == "/x/.openclaw/openclaw.json"
-    assert where(PATH="", OPENCLAW_STATE_DIR="/x") == "/x/openclaw.json"
-    assert where(PATH="", OPENCLAW_CONFIG_PATH="/x/f", OPENCLAW_STATE_DIR="/y") == "/x/f"
 
 
 # ---------------------------------------------------------------------------
