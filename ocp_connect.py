@@ -1637,36 +1637,39 @@ def _openclaw_rows(desk: Desk, path: str) -> Json:
 def openclaw_steps(desk: Desk) -> list[Step]:
     """The provider, and the place of its models among the others. Raises Problem."""
     machine, path = desk.machine, openclaw_config(desk.machine)
-    ours = f"{desk.provider}/{desk.server.main.id}"
     refuse_foreign(desk, path)
-    changes, steps = openclaw_provider(desk, _openclaw_rows(desk, path)), list[Step]()
-    base, role, now = _openclaw_choice(desk.look, path), desk.role, None
-    if role is Role.AUTO:
-        now = _openclaw_present(desk, path)
-        role = _openclaw_role(now, f"{desk.provider}/")
-    if role is Role.BACKUP:
-        others = [each for each in base.fallbacks if each != ours]
-        changes += _openclaw_backup(base, now.fallbacks if now else [*others, ours])
-    elif role is Role.AUTO and base.primary:
-        steps.append(Hint(
-            f"OpenClaw: your primary model stays {base.primary}; `/model {ours}` uses OCP in a "
-            "chat, --primary makes it the first, --backup a fallback."))
-    else:
-        if now is None or role is not Role.PRIMARY:
-            now = Choice(ours, [], True)
-        kept = base.fallbacks if desk.allow_fallback else now.fallbacks
-        listed = [f"{desk.provider}/{model.id}" for model in desk.server.models]
-        first = now.primary if now.primary in listed else ours
-        changes.append(Put(_OPENCLAW_MODEL, {"primary": first, "fallbacks": kept}))
-        if not kept:
-            steps.append(Hint(
-                "OpenClaw: as primary model OCP has no fallback: when it cannot answer, OpenClaw "
-                "says so instead of quietly spending another provider. --allow-fallback keeps "
-                "the fallbacks that you have."))
+    place, hints = _openclaw_place(desk, path)
+    changes = (*openclaw_provider(desk, _openclaw_rows(desk, path)), *place)
     why = f"provider {desk.provider} with every model"
     command = openclaw_command(machine, [desk.provider])
-    steps.insert(0, FileStep(path, "json", tuple(changes), why, command))
-    return [*steps, *_openclaw_hints(desk)]
+    return [FileStep(path, "json", changes, why, command), *hints, *_openclaw_hints(desk)]
+
+
+def _openclaw_place(desk: Desk, path: str) -> tuple[list[Change], list[Step]]:
+    """Which model OpenClaw asks first, and whom it asks when that fails; and what to say."""
+    ours = f"{desk.provider}/{desk.server.main.id}"
+    base, now = _openclaw_choice(desk.look, path), _openclaw_present(desk, path)
+    # What was chosen in OpenClaw since the last run stays, unless a place is asked for now.
+    is_asked = desk.role is not Role.AUTO
+    role = desk.role if is_asked else _openclaw_role(now, f"{desk.provider}/")
+    if role is Role.BACKUP:
+        others = [each for each in base.fallbacks if each != ours]
+        return _openclaw_backup(base, [*others, ours] if is_asked else now.fallbacks), []
+    if role is Role.AUTO and base.primary:
+        return [], [Hint(
+            f"OpenClaw: your primary model stays {base.primary}; `/model {ours}` uses OCP in a "
+            "chat, --primary makes it the first, --backup a fallback.")]
+    first, fallbacks = ours, base.fallbacks if desk.allow_fallback else []
+    if role is Role.PRIMARY and not is_asked:
+        listed = [f"{desk.provider}/{model.id}" for model in desk.server.models]
+        first = now.primary if now.primary in listed else ours
+        fallbacks = base.fallbacks if desk.allow_fallback else now.fallbacks
+    hint = Hint(
+        "OpenClaw: as primary model OCP has no fallback: when it cannot answer, OpenClaw says so "
+        "instead of quietly spending another provider. --allow-fallback keeps the fallbacks that "
+        "you have.")
+    change = Put(_OPENCLAW_MODEL, {"primary": first, "fallbacks": fallbacks})
+    return [change], [] if fallbacks else [hint]
 
 
 def openclaw_command(machine: Machine, names: Sequence[str]) -> tuple[str, ...]:
