@@ -8504,7 +8504,8 @@ dialog .buttons { display: flex; flex-wrap: wrap; gap: .6rem; justify-content: f
   <div class="field">
     <label for="secret-value">Secret</label>
     <input id="secret-value" class="code" readonly autocomplete="off" spellcheck="false">
-    <span class="hint">Clients use it with the base address <code id="secret-address"></code></span>
+    <span class="hint">Clients use it with the base address <code id="secret-address"></code>. On
+      its device this sets up the tools, and asks for it: <code id="secret-command"></code></span>
   </div>
   <div class="buttons">
     <button type="button" id="secret-copy">Copy</button>
@@ -8906,6 +8907,8 @@ function toast(text) {
 function showSecret({name, key}) {
   setText(byId("secret-title"), `The secret of ${name}`);
   setText(byId("secret-address"), `${location.origin}/v1`);
+  setText(byId("secret-command"),
+    `curl -fsSL ${location.origin}/connect | python3 - ${location.origin}`);
   byId("secret-value").value = key;
   byId("secret").showModal();
   byId("secret-copy").focus();
