@@ -16,7 +16,16 @@ from typing import NamedTuple
 
 import pytest
 import support
-from support import REPO, Server, clean_env, load_script, real_claudes, running_server
+from support import (
+    REPO,
+    Server,
+    clean_env,
+    kill_all,
+    load_script,
+    processes_with,
+    real_claudes,
+    running_server,
+)
 
 connect = load_script("ocp_connect")
 RUN_TIMEOUT_S = 90
@@ -92,9 +101,10 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture
-def desk(server: Server, tmp_path: Path) -> Desk:
-    return Desk(server, tmp_path)
-
+def desk(server: Server, tmp_path: Path) -> Iterator[Desk]:
+    yield Desk(server, tmp_path)
+    # Cline leaves a daemon behind, in a session of its own.
+    kill_all(sorted(processes_with(tmp_path)))
 
 
 # ---------------------------------------------------------------------------
