@@ -305,6 +305,7 @@ def test_a_process_that_died_in_its_sleep_is_rebuilt(
         wait_until(lambda: health(rig)["parked"])
         for pid in claudes(rig.server):
             os.kill(pid, number)
+        wait_until(lambda: not claudes(rig.server), timeout_s=20)
         last = talk.give([answered(said.call)])
         assert (last.text, len(rig.asked())) == ("Done.", 2)
         assert_rebuilt(rig, talk, said)

@@ -734,6 +734,8 @@ def test_a_full_queue_refuses_a_flight_and_keeps_nothing_of_it(tmp_path: Path) -
 
     with running_server(tmp_path, [[doors.door("0"), {"say": "Hello."}]], env=env) as server:
         with joined(server, [lambda: ask(server, "At work")]):
+            # It waits already before its process has a place.
+            eventually(lambda: asked(server, "At work"))
             refused = ask(server, "Refused")
             doors.open("0")
         eventually(lambda: at_rest(server))
