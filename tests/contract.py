@@ -337,5 +337,5 @@ def _of_process(pid: int, name: str) -> bytes:
         return b""  # It ended meanwhile.
 
 
-def wait_until(check: Callable[[], Any], timeout_s: float = 5) -> None:
+def wait_until(check: Callable[[], Any], timeout_s: float = 15) -> None:
     support.eventually(lambda: bool(check()), timeout_s)

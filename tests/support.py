@@ -59,7 +59,7 @@ CLIENTS = {
 # 1 Places and small things
 # ---------------------------------------------------------------------------
 
-def eventually(check: Callable[[], Found], timeout_s: float = 5) -> Found:
+def eventually(check: Callable[[], Found], timeout_s: float = 15) -> Found:
     """The first true value of `check`, which may also raise AssertionError meanwhile.
 
     Raises AssertionError when there was none in time."""
@@ -280,7 +280,7 @@ class Stream:
 
 def http_request(
     port: int, method: str, path: str, body: Body = None,
-    headers: Optional[Mapping[str, str]] = None, timeout_s: float = 10,
+    headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30,
 ) -> http.client.HTTPConnection:
     """A connection on which the request has been sent. Objects go out as JSON."""
     sent = dict(headers or {})
@@ -296,7 +296,7 @@ def http_request(
 
 def http_call(
     port: int, method: str, path: str, body: Body = None,
-    headers: Optional[Mapping[str, str]] = None, timeout_s: float = 10,
+    headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30,
 ) -> Reply:
     connection = http_request(port, method, path, body, headers, timeout_s)
     try:
@@ -452,14 +452,14 @@ class Server:
 
     def call(
         self, method: str, path: str, body: Body = None,
-        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 10,
+        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30,
     ) -> Reply:
         """One request on a connection of its own. Objects go out as JSON."""
         return http_call(self.port, method, path, body, headers, timeout_s)
 
     def stream(
         self, path: str, body: Mapping[str, Json],
-        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 10,
+        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30,
     ) -> Stream:
         """A POST with "stream": true, once its headers are there; to be used in a `with`."""
         sent = {"stream": True, **body}
@@ -575,7 +575,7 @@ def start_script(
             stderr=stderr, start_new_session=True)
 
 
-def wait_for_port(place: Place, process: subprocess.Popen[bytes], timeout_s: float = 10) -> int:
+def wait_for_port(place: Place, process: subprocess.Popen[bytes], timeout_s: float = 30) -> int:
     """The port in the line that the server prints when it is ready."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:

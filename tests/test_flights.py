@@ -626,6 +626,7 @@ def test_a_flight_that_waits_in_line_ends_when_all_have_left(tmp_path: Path) -> 
 
     with running_server(tmp_path, [[doors.door("0"), {"say": "Hello."}]], env=env) as server:
         with joined(server, [lambda: ask(server, "In front")]):
+            eventually(lambda: asked(server, "In front"))
             wires = [Wire(server.port) for _ in range(2)]
             for wire in wires:
                 wire.send(post(encoded(question("In line"))))
