@@ -22,10 +22,10 @@ function registerCommand(api, restart) {
     description: "Usage, health, models, logs and keys of the OCP proxy",
     acceptsArgs: true,
     requireAuth: true,
-    handler: async (ctx) => {
+    handler: async (ctx) => ({ text: await answer(ctx, () => {
       const settings = settingsOf(api);
-      return { text: await answer(ctx, { settings, client: createClient(settings), restart }) };
-    },
+      return { settings, client: createClient(settings), restart };
+    }) }),
   });
 }
 
@@ -37,7 +37,8 @@ export default {
     let supervisor = null;
     api.registerService({
       id: "ocp-proxy",
-      start(ctx) {
+      async start(ctx) {
+        await supervisor?.stop();
         supervisor = createSupervisor(settingsOf(api), ctx.logger, ctx.serviceHealth);
         supervisor.start();
       },

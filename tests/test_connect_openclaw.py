@@ -9,7 +9,9 @@ import json
 import os
 import random
 import re
+import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -386,6 +388,28 @@ def test_openclaw_places_its_configuration_by_its_variables(lab: Lab) -> None:
     assert where(PATH="", OPENCLAW_STATE_DIR="/x") == "/x/openclaw.json"
     assert where(PATH="", OPENCLAW_CONFIG_PATH="/x/f", OPENCLAW_STATE_DIR="/y") == "/x/f"
     assert where(**{**lab.machine.environ, "OPENCLAW_CONFIG_PATH": "/x/g"}) == "/x/g"
+
+
+PLUGIN = Path(connect.__file__).parent / "ocp-plugin"
+
+
+def test_the_plugin_says_the_same(bare: Lab, shared_server: Server) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node")
+    url = f"http://127.0.0.1:{shared_server.port}"
+    rows = shared_server.call("GET", "/v1/models").json()["data"]
+    program = (
+        f"import {{ providerEntry }} from {json.dumps((PLUGIN / 'lib/registration.js').as_uri())};"
+        f"console.log(JSON.stringify(providerEntry({json.dumps(url)}, {json.dumps(rows)}, false)))")
+
+    said = subprocess.run(
+        [node, "--input-type=module", "-e", program], capture_output=True, timeout=30, check=True)
+
+    connected(bare, shared_server)
+    assert json.loads(said.stdout) == bare.providers()["claude-local"]
+    assert any("supportedReasoningEfforts" in row["compat"]
+               for row in bare.providers()["claude-local"]["models"])
 
 
 # ---------------------------------------------------------------------------

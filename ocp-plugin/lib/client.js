@@ -1,4 +1,5 @@
-/** The proxy over HTTP. What goes wrong is a ProxyError whose message is for the user. */
+/** The proxy over HTTP. What goes wrong is a ProxyError whose message is Markdown for the user. */
+import { code } from "./format.js";
 
 const REQUEST_TIMEOUT_MS = 15_000;
 
@@ -10,25 +11,25 @@ export class ProxyError extends Error {
 }
 
 function messageOf(body, status) {
-  const said = body?.error?.message ?? body?.errors?.join("; ");
-  return said || `The proxy answered ${status}.`;
+  const errors = Array.isArray(body?.errors) ? body.errors.join("; ") : null;
+  const said = body?.error?.message ?? errors;
+  return said ? `The proxy says: ${code(said, 400)}` : `The proxy answered ${status}.`;
 }
 
 function keyAdvice(settings) {
   return settings.adminKey
     ? "The proxy does not accept this admin key. Compare adminKey of the plugin, or the file that "
-      + "it reads, with ~/.ocp/admin-key on the proxy's machine."
-    : "The proxy wants its admin key. Set it with: openclaw config set "
-      + "plugins.entries.ocp.config.adminKey KEY";
+      + "it reads, with `~/.ocp/admin-key` on the proxy's machine."
+    : "The proxy wants its admin key. Set it on OpenClaw's machine: "
+      + "`openclaw config set plugins.entries.ocp.config.adminKey KEY`";
 }
 
-async function readBody(response) {
-  const text = await response.text();
+function parsed(text, url, status) {
   try {
     return JSON.parse(text);
   } catch {
-    throw new ProxyError(`${response.url} is not an OCP proxy: it answered ${response.status} `
-      + "with something else than JSON.", response.status);
+    throw new ProxyError(`What answers at ${code(url, 200)} is not an OCP proxy: it said `
+      + `${status} with something else than JSON.`, status);
   }
 }
 
@@ -42,17 +43,18 @@ export function createClient(settings, key = settings.adminKey, fetch = globalTh
     const headers = { accept: "application/json" };
     if (key) headers.authorization = `Bearer ${key}`;
     if (body !== undefined) headers["content-type"] = "application/json";
-    let response;
+    let response, text;
     try {
       response = await fetch(settings.url + path, {
         method, headers, body: body === undefined ? undefined : JSON.stringify(body),
         redirect: "error", signal: AbortSignal.timeout(REQUEST_TIMEOUT_MS),
       });
+      text = await response.text();
     } catch (error) {
-      const reason = error.cause?.code ?? error.name;
-      throw new ProxyError(`No OCP proxy answers at ${settings.url} (${reason}).`);
+      const reason = code(error.cause?.code ?? error.name, 40);
+      throw new ProxyError(`No OCP proxy answers at ${code(settings.url, 200)} (${reason}).`);
     }
-    const answer = await readBody(response);
+    const answer = parsed(text, settings.url, response.status);
     // Of several settings some may have been taken: 207, and 400 when none was.
     if (response.ok || answer?.results) return answer;
     if (response.status === 401 || response.status === 403) {

@@ -5,7 +5,7 @@
 import { readFileSync } from "node:fs";
 
 import { createClient, ProxyError } from "./client.js";
-import { age, bar, clip, duration, page, table, tokens } from "./format.js";
+import { age, bar, clip, code, duration, page, table, tokens, wrap } from "./format.js";
 
 const { version: PLUGIN_VERSION } = JSON.parse(
   readFileSync(new URL("../package.json", import.meta.url), "utf8"));
@@ -37,11 +37,9 @@ export function showUsage(usage) {
   const lines = [...planLines(usage.plan)];
   if (rows.length) lines.push("", ...table([["Model", "Reqs", "Err", "Avg"], ...rows], 18));
   const extra = usage.plan.extraUsage?.status;
-  const after = [
-    `Up ${usage.proxy.uptime}, ${usage.proxy.totalRequests} requests`,
-    extra ? `extra usage \`${clip(extra, 40)}\`` : "",
-  ].filter(Boolean).join(", ");
-  return page("OCP usage", lines, after);
+  lines.push("", ...(extra ? [`Extra usage: ${clip(extra, 40)}`] : []),
+    clip(`Up ${usage.proxy.uptime}, ${usage.proxy.totalRequests} requests`, 60));
+  return page("OCP usage", lines);
 }
 
 export function showStatus(status) {
@@ -64,7 +62,8 @@ export function showHealth(health) {
   const stats = health.stats;
   const login = health.auth.ok === null ? "not checked" : health.auth.ok ? "ok" : "not logged in";
   const spares = Object.values(health.spares).reduce((sum, count) => sum + count, 0);
-  return page(`OCP is ${clip(health.status, 20)}`, table([
+  return page("OCP health", table([
+    ["Status", health.status],
     ["Version", health.version],
     ["Claude", health.claudeBinaryOk ? health.claudeVersion : "not found"],
     ["Login", login],
@@ -73,7 +72,7 @@ export function showHealth(health) {
     ["Queued", `${stats.queued} of ${health.concurrency.maxQueue}`],
     ["Waiting", `${spares} spare, ${health.parked} parked`],
     ["Up", health.uptimeHuman],
-  ], 40), health.fix ? `To do: \`${clip(health.fix, 200)}\`` : "");
+  ], 40), health.fix ? `To do: ${code(health.fix, 200)}` : "");
 }
 
 export function showModels(list) {
@@ -97,10 +96,10 @@ export function showSettings(settings) {
 
 export function showSetting(name, setting) {
   const range = setting.type === "number" ? `${setting.min} to ${setting.max}` : setting.type;
-  return page(name, table([
-    ["Value", `${setting.value} ${setting.unit}`], ["From", setting.source],
+  return page("OCP setting", [...table([
+    ["Name", name], ["Value", `${setting.value} ${setting.unit}`], ["From", setting.source],
     ["Default", `${setting.default}`], ["Takes", range], ["Variable", setting.env],
-  ], 40), clip(setting.desc, 200));
+  ], 40), "", ...wrap(setting.desc, 44)]);
 }
 
 const LOG_HEAD = new Set(["ts", "level", "event"]);
@@ -114,7 +113,7 @@ function logLine(entry) {
 
 export function showLogs(logs) {
   const lines = logs.entries.map(logLine);
-  return page(`OCP log, ${clip(logs.level, 8)}`, lines.length ? lines : ["Nothing."]);
+  return page("OCP log", lines.length ? lines : ["Nothing."]);
 }
 
 export function showSessions(list, nowMs) {
@@ -140,27 +139,34 @@ export function showVersion(health) {
 
 // ==== 2. Writing =============================================================
 
-/** Whether others may read the answer: then it must not hold a secret. */
-export function isShared(ctx) {
+const SHARED = /[:_](group|channel|room|guild|thread|topic|space)s?[:_]|@g\.us|:-\d/i;
+const DIRECT = /^agent:[^:]+:main$|:(direct|dm):/i;
+
+/** Whether nobody else reads the answer. What is not known to be private is not. */
+export function isPrivate(ctx) {
   const places = [ctx.from, ctx.to, ctx.sessionKey].filter(Boolean).join(" ");
-  return /[:_](group|channel|room|guild|thread|topic|space)s?[:_]/i.test(places);
+  if (SHARED.test(places)) return false;
+  // Clients of the gateway have scopes; chats have a sender, who is alone where it comes from.
+  return Boolean(ctx.gatewayClientScopes) || DIRECT.test(ctx.sessionKey ?? "")
+    || Boolean(ctx.senderId) && ctx.from === `${ctx.channel}:${ctx.senderId}`;
 }
 
 async function addKey({ client, ctx }, name) {
   if (!name) throw new UsageError("keys add NAME");
-  if (isShared(ctx)) {
+  if (!isPrivate(ctx)) {
     return "A key is a secret: ask for it in a private chat with me, not here.";
   }
   const made = await client.post("/api/keys", { name });
-  return page(`Key ${clip(made.name, 64)}`, [made.key],
-    "It is shown once. Delete this message when the key is where it belongs.");
+  return page("OCP key", [made.key],
+    `For ${code(made.name, 64)}. It is shown once: delete this message when the key is where it `
+      + "belongs.");
 }
 
 async function revokeKey({ client }, name) {
   if (!name) throw new UsageError("keys revoke NAME");
   const { revoked } = await client.delete(`/api/keys/${encodeURIComponent(name)}`);
-  return revoked ? `Revoked \`${clip(name, 64)}\`.`
-    : `There is no active key \`${clip(name, 64)}\`. See \`/ocp keys\`.`;
+  return revoked ? `Revoked ${code(name, 64)}.`
+    : `There is no active key ${code(name, 64)}. See \`/ocp keys\`.`;
 }
 
 const KEY_ACTS = { add: addKey, revoke: revokeKey };
@@ -185,13 +191,15 @@ async function runSettings({ client, ctx }, [name, ...words]) {
   const settings = await client.get("/settings");
   if (name === undefined) return showSettings(settings);
   const setting = Object.hasOwn(settings, name) ? settings[name] : null;
-  if (!setting) return `There is no setting \`${clip(name, 40)}\`. See \`/ocp settings\`.`;
+  if (!setting) return `There is no setting ${code(name, 40)}. See \`/ocp settings\`.`;
   if (words.length === 0) return showSetting(name, setting);
   refuseReaders(ctx);
   const value = settingValue(words.join(" "), setting.type);
   const { results, current } = await client.patch("/settings", { [name]: value });
-  if (results[name].error) return `\`${name}\` ${clip(results[name].error, 200)}.`;
-  return `\`${name}\` is now \`${clip(current[name].value, 80)}\` ${current[name].unit}`.trim();
+  const { error } = results[name];
+  if (error) return `Not changed: ${code(`${name} ${error}`, 240)}`;
+  const now = `${current[name].value} ${current[name].unit}`;
+  return `${code(name, 40)} is now ${code(now, 80)}`;
 }
 
 const CLEARED = {
@@ -204,7 +212,7 @@ async function runClear({ client, ctx }, [what = "sessions"]) {
   refuseReaders(ctx);
   const [path, noun] = CLEARED[what];
   const { cleared } = await client.delete(path);
-  return `Cleared ${cleared} ${noun}.`;
+  return `Cleared ${Number(cleared)} ${noun}.`;
 }
 
 /** A client of the gateway that may only read must not write through us. Chats have no scopes. */
@@ -248,19 +256,23 @@ const COMMANDS = [
 
 export function showHelp() {
   const rows = COMMANDS.map((each) => [`${each.name} ${each.takes}`.trim(), each.help]);
-  return page("/ocp COMMAND", table(rows, 28), "Nothing here asks a model, so nothing is spent.");
+  return page("/ocp COMMAND, none spends anything", table(rows, 28));
 }
 
-/** The Markdown that answers a "/ocp ..." message. Never throws: OpenClaw would hide the reason. */
-export async function answer(ctx, use) {
+/**
+ * The Markdown that answers a "/ocp ..." message. Never throws: OpenClaw would hide the reason.
+ *
+ * useOf   gives { settings, client, restart }; it may throw, too
+ */
+export async function answer(ctx, useOf) {
   const [name = "status", ...words] = (ctx.args ?? "").trim().split(/\s+/).filter(Boolean);
   const command = COMMANDS.find((each) => each.name === name.toLowerCase());
-  if (!command) return `There is no \`/ocp ${clip(name, 30)}\`.\n${showHelp()}`;
+  if (!command) return `There is no ${code(`/ocp ${name}`, 40)}. See \`/ocp help\`.`;
   try {
-    return await command.run({ ...use, ctx }, words);
+    return await command.run({ ...useOf(), ctx }, words);
   } catch (error) {
     if (error instanceof UsageError) return `Usage: \`/ocp ${error.message}\``;
-    if (error instanceof ProxyError) return clip(error.message, 500);
-    return `OCP's plugin failed: ${clip(error.message, 300)}`;
+    if (error instanceof ProxyError) return error.message;
+    return `OCP's plugin failed: ${code(error.message, 300)}`;
   }
 }

@@ -19,7 +19,9 @@ async function askPlace(prompter, settings, clientOf) {
       message: "Port", initialValue: String(settings.port),
       validate: (text) => (isPort(text.trim()) ? undefined : "Enter a port from 1 to 65535"),
     });
-    const url = addressOf(host.trim(), port.trim());
+    // An https proxy is one that the plugin's settings name as such.
+    const isKnown = host.trim() === settings.host && port.trim() === String(settings.port);
+    const url = isKnown && settings.url ? settings.url : addressOf(host.trim(), port.trim());
     try {
       return { url, health: await healthOf(url, clientOf) };
     } catch (error) {
@@ -40,7 +42,7 @@ async function askKey(prompter, url, needsKey, clientOf) {
   for (let attempt = 1; ; attempt += 1) {
     const key = needsKey ? (await prompter.text({
       message: "API key of the proxy (ocp_...)", sensitive: true,
-      validate: (text) => (text.trim() ? undefined : "Enter the key"),
+      validate: (text) => (/^[!-~]+$/.test(text.trim()) ? undefined : "Enter the key"),
     })).trim() : null;
     try {
       return { key, rows: (await clientOf({ url }, key).get("/v1/models")).data };

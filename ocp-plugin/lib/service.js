@@ -12,7 +12,7 @@ import { execFile, spawn } from "node:child_process";
 import { dirname, join } from "node:path";
 
 import { createClient, isOcpHealth } from "./client.js";
-import { clip } from "./format.js";
+import { clip, code } from "./format.js";
 
 // ==== 1. Starting ============================================================
 
@@ -27,6 +27,7 @@ const STEADY_MS = 60_000;
 const ABSENCE_MS = 10_000;
 const STOP_TIMEOUT_MS = 10_000;
 const MOST_ERROR_CHARS = 2000;
+const LAST_WORDS_MS = 500;
 
 /** What the proxy needs of the gateway's environment, where OpenClaw's own secrets are, too. */
 const KEPT_NAMES = new Set([
@@ -40,10 +41,14 @@ function isKept(name) {
   return KEPT_NAMES.has(name) || KEPT_PREFIXES.some((prefix) => name.startsWith(prefix));
 }
 
+function keptEnv(env) {
+  return Object.fromEntries(Object.entries(env).filter(([name]) => isKept(name)));
+}
+
 /** The environment of a proxy that is started. */
 export function childEnv(settings, env) {
   return {
-    ...Object.fromEntries(Object.entries(env).filter(([name]) => isKept(name))),
+    ...keptEnv(env),
     CLAUDE_PROXY_PORT: String(settings.port),
     CLAUDE_BIND: settings.host,
   };
@@ -55,20 +60,23 @@ export function startChild(settings, env = process.env) {
   const child = spawn(program, args, {
     env: childEnv(settings, env), stdio: ["ignore", "ignore", "pipe"] });
   let said = "";
-  child.stderr.on("data", (piece) => {
+  child.stderr.setEncoding("utf8").on("data", (piece) => {
     said = (said + piece).slice(-MOST_ERROR_CHARS);
   });
   const whenEnded = new Promise((resolve) => {
-    child.once("error", (error) => resolve(`could not be started: ${error.message}`));
-    child.once("close", (code, signal) => {
+    const end = (code, signal) => {
       const last = said.trim().split("\n").at(-1);
       resolve(`ended with ${signal ?? code}${last ? `: ${clip(last, 300)}` : ""}`);
-    });
+    };
+    child.once("error", (error) => resolve(`could not be started: ${clip(error.message, 300)}`));
+    child.once("close", end);
+    // Its last words may still be on their way; a process of its own may hold the pipe for ever.
+    child.once("exit", (...how) => setTimeout(end, LAST_WORDS_MS, ...how));
   });
   return { pid: child.pid, whenEnded, end: (signal) => child.kill(signal) };
 }
 
-/** "ocp", "other" for something else on its port, or "down". */
+/** "ocp", "other" for something else on its port, "silent" if that says nothing, or "down". */
 export async function probe(settings, fetch = globalThis.fetch) {
   try {
     const response = await fetch(`${settings.url}/health`, {
@@ -79,8 +87,8 @@ export async function probe(settings, fetch = globalThis.fetch) {
     } catch {
       return "other";
     }
-  } catch {
-    return "down";
+  } catch (error) {
+    return error.name === "TimeoutError" ? "silent" : "down";
   }
 }
 
@@ -115,7 +123,11 @@ class Supervisor {
     Object.assign(this, { settings, log, health, world });
     this.child = null;
     this.isStopped = false;
+    /** It has ended, and may not be started again. */
+    this.isGivenUp = false;
     this.failures = 0;
+    /** Checks are numbered, because what an earlier one finds out too late must not count. */
+    this.turn = 0;
     /** Since when nothing has answered, null while something does. */
     this.downSinceMs = null;
     this.wasUp = false;
@@ -123,7 +135,15 @@ class Supervisor {
   }
 
   start() {
-    this.check();
+    this.look();
+  }
+
+  /** A check, after which there is another one whatever comes of it. */
+  look() {
+    this.check().catch((error) => {
+      this.log.warn(`OCP: ${clip(error.message, 300)}`);
+      this.again(CHECK_MS);
+    });
   }
 
   /** Ends the proxy if it was started here. */
@@ -133,13 +153,21 @@ class Supervisor {
     await this.endChild();
   }
 
-  /** Whether a proxy of ours was there to be restarted. */
+  /** Whether a proxy of ours was there, or is ours to start, so that there is one again soon. */
   async restart() {
-    if (!this.child) return false;
+    if (!this.child && (this.downSinceMs === null || this.whyNot(true))) return false;
     this.failures = 0;
-    this.isRestarting = true;
+    this.isGivenUp = false;
+    this.isRestarting = Boolean(this.child);
     await this.endChild();
+    this.again(0);
     return true;
+  }
+
+  /** Why a proxy that is down is not started, or null; `asked` by somebody, or by itself. */
+  whyNot(asked = false) {
+    const gaveUp = this.isGivenUp && !asked;
+    return reasonNotToStart(this.settings) ?? (gaveUp ? "autoRestart is off" : null);
   }
 
   async endChild() {
@@ -160,15 +188,18 @@ class Supervisor {
 
   again(ms) {
     if (this.isStopped) return;
+    this.turn += 1;
     this.world.cancel(this.timer);
-    this.timer = this.world.later(() => this.check(), ms);
+    this.timer = this.world.later(() => this.look(), ms);
   }
 
   async check() {
+    const { turn } = this;
     const state = await this.world.probe(this.settings);
-    if (this.isStopped) return;
+    if (this.isStopped || turn !== this.turn) return;
     this.again({
-      ocp: () => this.whenUp(), other: () => this.whenTaken(), down: () => this.whenDown(),
+      ocp: () => this.whenUp(), other: () => this.whenTaken(), silent: () => this.whenSilent(),
+      down: () => this.whenDown(),
     }[state]());
   }
 
@@ -188,10 +219,18 @@ class Supervisor {
     return CHECK_MS;
   }
 
+  /** Something listens: another one could not. */
+  whenSilent() {
+    this.downSinceMs ??= this.world.now();
+    if (this.child) return this.whileStarting();
+    this.fail(`what listens at ${this.settings.url} does not answer`);
+    return CHECK_MS;
+  }
+
   whenDown() {
     this.downSinceMs ??= this.world.now();
     if (this.child) return this.whileStarting();
-    const reason = reasonNotToStart(this.settings);
+    const reason = this.whyNot();
     if (reason) {
       this.fail(`nothing answers at ${this.settings.url}, and ${reason}`);
       return CHECK_MS;
@@ -205,7 +244,7 @@ class Supervisor {
     const silentMs = this.world.now() - Math.max(this.startedMs, this.downSinceMs);
     if (silentMs < START_TIMEOUT_MS) return STARTING_CHECK_MS;
     this.fail(`the started proxy does not answer at ${this.settings.url}`);
-    this.child.end("SIGKILL");
+    this.endChild();
     return CHECK_MS;
   }
 
@@ -213,9 +252,19 @@ class Supervisor {
     this.log.info(`OCP: starting ${this.settings.command.join(" ")} for ${this.settings.url}`);
     this.said = null;
     this.startedMs = this.world.now();
-    const child = this.world.start(this.settings);
+    const child = this.tryToStart();
     this.child = child;
     child.whenEnded.then((why) => this.whenEnded(child, why));
+  }
+
+  /** A child; one that has ended already if the system would not even try. */
+  tryToStart() {
+    try {
+      return this.world.start(this.settings);
+    } catch (error) {
+      const why = `could not be started: ${clip(error.message, 300)}`;
+      return { pid: null, whenEnded: Promise.resolve(why), end: () => {} };
+    }
   }
 
   whenEnded(child, why) {
@@ -230,7 +279,7 @@ class Supervisor {
     }
     this.fail(`the proxy ${why}`);
     if (!this.settings.autoRestart) {
-      this.settings = { ...this.settings, autoStart: false };
+      this.isGivenUp = true;
       this.again(CHECK_MS);
       return;
     }
@@ -258,8 +307,10 @@ const RESTART_TIMEOUT_MS = 90_000;
 
 function runProgram(program, args) {
   return new Promise((resolve) => {
-    execFile(program, args, { timeout: RESTART_TIMEOUT_MS }, (error, stdout, stderr) => {
-      resolve({ ok: !error, words: (error && stderr.trim()) || stdout.trim() });
+    const options = { timeout: RESTART_TIMEOUT_MS, env: keptEnv(process.env) };
+    execFile(program, args, options, (error, stdout, stderr) => {
+      const words = (error && stderr.trim()) || stdout.trim() || error?.message;
+      resolve({ ok: !error, words });
     });
   });
 }
@@ -281,16 +332,16 @@ export function createRestart(settingsOf, supervisorOf, run = runProgram) {
     const settings = settingsOf();
     if (await supervisorOf()?.restart()) {
       const version = await whenBack(settings);
-      return version ? `The proxy is back, version \`${clip(version, 20)}\`.`
-        : `It does not answer yet at ${settings.url}. See \`/ocp status\` in a minute.`;
+      return version ? `The proxy is back, version ${code(version, 20)}.`
+        : `It does not answer yet at ${code(settings.url, 200)}. See \`/ocp status\` in a minute.`;
     }
     const { record } = settings;
     if (!settings.isLocal || !record?.label || !record.server_path || !record.python) {
-      return `The proxy at ${settings.url} was not started by OpenClaw. `
+      return `The proxy at ${code(settings.url, 200)} was not started by OpenClaw. `
         + "Restart it on its machine: `ocp restart`";
     }
     const script = join(dirname(record.server_path), "ocp.py");
     const { ok, words } = await run(record.python, [script, "restart"]);
-    return `${ok ? "Restarted." : "It could not be restarted."} \`${clip(words, 300)}\``;
+    return `${ok ? "Restarted." : "It could not be restarted."} ${code(words, 300)}`;
   };
 }

@@ -38,8 +38,13 @@ function readRecord(folder, read) {
   }
 }
 
-function withoutTrailing(url) {
-  return url.replace(/\/+$/, "").replace(/\/v1$/, "");
+/** An address without what clients of OpenAI have at its end. Throws if it is none. */
+function addressIn(text, source) {
+  const url = text.trim().replace(/\/+$/, "").replace(/\/v1$/, "");
+  if (!/^https?:\/\/[^/\s]+$/i.test(url) || !URL.canParse(url)) {
+    throw new Error(`${source} is no address like http://HOST:PORT`);
+  }
+  return url;
 }
 
 /** The address of a proxy that listens there: one that listens everywhere is asked on loopback. */
@@ -49,13 +54,15 @@ export function addressOf(host, port) {
 }
 
 function findUrl(config, env, record) {
-  if (config.proxyUrl) return withoutTrailing(config.proxyUrl);
+  if (config.proxyUrl) return addressIn(config.proxyUrl, "proxyUrl");
   if (config.host || config.port) {
     return addressOf(config.host || "127.0.0.1", config.port || DEFAULT_PORT);
   }
-  if (env.OCP_URL) return withoutTrailing(env.OCP_URL);
-  if (env.CLAUDE_PROXY_PORT) return addressOf("127.0.0.1", env.CLAUDE_PROXY_PORT);
-  if (typeof record?.url === "string") return withoutTrailing(record.url);
+  if (env.OCP_URL) return addressIn(env.OCP_URL, "OCP_URL");
+  if (env.CLAUDE_PROXY_PORT) {
+    return addressIn(addressOf("127.0.0.1", env.CLAUDE_PROXY_PORT), "CLAUDE_PROXY_PORT");
+  }
+  if (typeof record?.url === "string") return addressIn(record.url, "url in install.json");
   return addressOf("127.0.0.1", DEFAULT_PORT);
 }
 
@@ -74,7 +81,7 @@ function findCommand(config, around) {
 }
 
 /**
- * Everything that the plugin wants to know:
+ * Everything that the plugin wants to know. Throws where that makes no sense.
  *
  * url, host, port    where the proxy is asked, and where one that is started listens
  * isLocal            whether that is this machine

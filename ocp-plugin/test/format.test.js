@@ -1,11 +1,24 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { age, bar, clip, duration, fence, MOST_CHARS, page, table, tokens } from "../lib/format.js";
+import {
+  age, bar, clip, code, duration, fence, MOST_CHARS, MOST_LINES, page, table, tokens, wrap,
+} from "../lib/format.js";
 
 test("text of others cannot leave its line or its fence", () => {
   assert.equal(clip("a```\nb\u2028c", 20), "a''' b c");
+  assert.equal(clip("a\u202eb\u200fc", 20), "a b c");
   assert.equal(fence(["x ``` y"]), "```\nx ''' y\n```");
+  assert.deepEqual([code("a `b`", 9), code("", 9), code(null, 9)], ["`a 'b'`", "`-`", "`-`"]);
+});
+
+test("a character that is cut in two is none any more", () => {
+  assert.equal(clip("aaaa\u{1f600}bcd", 8), "aaaa\ufffd...");
+});
+
+test("long text is broken between words", () => {
+  assert.deepEqual(wrap("one two three four", 9), ["one two", "three", "four"]);
+  assert.deepEqual(wrap("", 9), [""]);
 });
 
 test("columns of numbers below a heading are aligned right, versions are not", () => {
@@ -22,9 +35,11 @@ test("an answer is never too long, and its fence is closed", () => {
 });
 
 test("lines that are too many are counted", () => {
-  const lines = fence(Array.from({ length: 40 }, (_, at) => `line ${at}`)).split("\n");
-  assert.equal(lines.length, 17);
-  assert.equal(lines.at(-2), "... and 26 more");
+  const many = Array.from({ length: 40 }, (_, at) => `line ${at}`);
+  const lines = page("T", many, "the end").split("\n");
+  assert.equal(lines.length, MOST_LINES);
+  assert.equal(lines.at(-3), "... and 30 more");
+  assert.match(page("T", many.map(() => "x".repeat(400))), /and 36 more/);
 });
 
 test("bars, durations, tokens and ages are short", () => {

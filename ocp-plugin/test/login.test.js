@@ -62,3 +62,17 @@ test("the plugin's models are those that are offered, in its order", async () =>
     ["claude-sonnet-5"]);
   assert.equal(result.defaultModel, "ocp/claude-sonnet-5");
 });
+
+test("the https address of the plugin's settings is asked by https", async () => {
+  const settings = { ...SETTINGS, host: "ocp.example", port: 443, url: "https://ocp.example" };
+  const asked = [];
+  const clientOf = ({ url }) => ({ get: async () => {
+    asked.push(url);
+    throw new ProxyError("No OCP proxy answers.");
+  } });
+  const provider = createProvider(() => settings, clientOf);
+  const prompter = user(["ocp.example", "443", "ocp.example", "80", "ocp.example", "443"]);
+  await assert.rejects(provider.auth[0].run({ prompter }), /No OCP proxy/);
+  assert.deepEqual(asked,
+    ["https://ocp.example", "http://ocp.example:80", "https://ocp.example"]);
+});

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import {
-  childEnv, createRestart, createSupervisor, reasonNotToStart, restartDelay,
+  childEnv, createRestart, createSupervisor, probe, reasonNotToStart, restartDelay, startChild,
 } from "../lib/service.js";
 
 const SETTINGS = { url: "http://127.0.0.1:3456", host: "127.0.0.1", port: 3456, isLocal: true,
@@ -20,7 +20,11 @@ class World {
   }
 
   now() { return this.nowMs; }
-  async probe() { return this.state; }
+  async probe() {
+    await this.slow;
+    return this.state;
+  }
+
   cancel(id) { this.timers.delete(id); }
   later(run, ms) {
     const id = Symbol("timer");
@@ -29,6 +33,7 @@ class World {
   }
 
   start() {
+    if (this.refusal) throw this.refusal;
     let ended;
     const child = { pid: this.children.length + 1, signals: [],
       whenEnded: new Promise((resolve) => { ended = resolve; }),
@@ -120,7 +125,68 @@ test("without autoRestart it stays down, and says so", async () => {
   await world.step();
   await world.step();
   assert.equal(world.children.length, 1);
-  assert.match(world.failure, /autoStart is off/);
+  assert.match(world.failure, /autoRestart is off/);
+});
+
+test("one that has been given up comes back when it is asked for", async () => {
+  const { world, supervisor } = begin("down", { autoRestart: false });
+  await settle();
+  world.children[0].crash();
+  await settle();
+  assert.equal(await supervisor.restart(), true);
+  assert.equal(await world.step(), 0);
+  assert.equal(world.children.length, 2);
+});
+
+test("one that waits for its next start is started when it is asked for", async () => {
+  const { world, supervisor } = begin("down");
+  await settle();
+  world.children[0].crash();
+  await settle();
+  assert.equal(await supervisor.restart(), true);
+  assert.equal(await world.step(), 0);
+  assert.equal(world.children.length, 2);
+});
+
+test("a check that was under way when it ended does not shorten the delay", async () => {
+  const { world } = begin("down");
+  await settle();
+  let answered;
+  world.slow = new Promise((resolve) => { answered = resolve; });
+  await world.step();
+  world.children[0].crash();
+  await settle();
+  answered();
+  await settle();
+  assert.equal(world.children.length, 1);
+  world.slow = null;
+  assert.equal(await world.step(), 1000);
+  assert.equal(world.children.length, 2);
+});
+
+test("what cannot be started at all is tried again, ever more rarely", async () => {
+  const { world } = begin("down");
+  world.refusal = new Error("spawn E2BIG");
+  const waits = [];
+  for (let count = 0; count < 3; count += 1) waits.push(await world.step());
+  assert.match(world.said.join(), /could not be started: spawn E2BIG/);
+  assert.deepEqual(waits, [1000, 2000, 4000]);
+  assert.equal(world.children.length, 0);
+});
+
+test("something that listens and is silent is not started over", async () => {
+  const { world } = begin("silent");
+  await settle();
+  assert.equal(world.children.length, 0);
+  assert.match(world.failure, /does not answer/);
+});
+
+test("a health report that fails does not end the watch", async () => {
+  const { world } = begin("ocp");
+  world.health.clearFailure = () => { throw new Error("gone"); };
+  await settle();
+  assert.equal(world.timers.size, 1);
+  assert.match(world.said.join(), /gone/);
 });
 
 test("something else on the port is neither used nor started over", async () => {
@@ -148,7 +214,7 @@ test("one that is started but never answers is ended", async () => {
   for (let count = 0; count < 125 && world.children[0].signals.length === 0; count += 1) {
     await world.step();
   }
-  assert.deepEqual(world.children[0].signals, ["SIGKILL"]);
+  assert.deepEqual(world.children[0].signals, ["SIGTERM"]);
   assert.equal(world.children.length, 1);
 });
 
@@ -167,6 +233,20 @@ test("the proxy gets none of OpenClaw's secrets", () => {
     LC_ALL: "C", CLAUDE_PROXY_PORT: "3456", CLAUDE_BIND: "127.0.0.1" });
 });
 
+test("a real child is ended, and its last words are kept", async () => {
+  const script = "process.stderr.write('listening\\nport is taken\\n'); process.exitCode = 3";
+  const child = startChild({ ...SETTINGS, command: [process.execPath, "-e", script] });
+  assert.equal(await child.whenEnded, "ended with 3: port is taken");
+  const none = startChild({ ...SETTINGS, command: ["/nowhere/ocp"] });
+  assert.match(await none.whenEnded, /could not be started: .*ENOENT/);
+});
+
+test("a process that the child has left behind does not hide its end", async () => {
+  const command = ["sh", "-c", "sleep 20 & echo bye >&2; exit 1"];
+  const child = startChild({ ...SETTINGS, command });
+  assert.equal(await child.whenEnded, "ended with 1: bye");
+});
+
 test("an installed proxy is restarted by its own command", async () => {
   const record = { label: "ocp.service", python: "/py", server_path: "/opt/ocp/ocp_server.py" };
   const ran = [];
@@ -179,4 +259,14 @@ test("an installed proxy is restarted by its own command", async () => {
 test("a proxy of somebody else is left alone", async () => {
   const restart = createRestart(() => ({ ...SETTINGS, isLocal: false }), () => null);
   assert.match(await restart(), /was not started by OpenClaw/);
+});
+
+test("what answers, what is silent and what is not there are told apart", async () => {
+  const saying = (text) => probe(SETTINGS, async () => new Response(text));
+  assert.equal(await saying('{"authMode": "none", "claudeBinaryOk": true, "version": "1"}'), "ocp");
+  assert.equal(await saying('{"status": "ok"}'), "other");
+  assert.equal(await saying("<html>"), "other");
+  const failing = (name) => probe(SETTINGS, async () => { throw new DOMException("x", name); });
+  assert.equal(await failing("TimeoutError"), "silent");
+  assert.equal(await failing("NetworkError"), "down");
 });
