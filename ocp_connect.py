@@ -1993,7 +1993,8 @@ class Tool(NamedTuple):
     steps: Callable[[Desk], list[Step]]
     #: What to do afterwards, for the change to be seen.
     after: str = ""
-    #: A command of the tool itself that fails when it cannot read what was written.
+    #: A command of the tool itself that fails when it cannot read what was written. One that
+    #: writes its file by a command of its own has judged it then.
     check: tuple[str, ...] = ()
 
     def is_here(self, machine: Machine) -> bool:
@@ -2012,7 +2013,7 @@ class Tool(NamedTuple):
 TOOLS = (
     Tool("shell", "Shells and SDKs", ("sh",), (), shell_steps, "open a new terminal"),
     Tool("openclaw", "OpenClaw", ("openclaw",), (".openclaw/openclaw.json",), openclaw_steps,
-         "a running gateway reads the change by itself", ("openclaw", "config", "validate")),
+         "a running gateway reads the change by itself"),
     Tool("opencode", "OpenCode", ("opencode",), (".config/opencode", ".opencode/bin/opencode"),
          opencode_steps, "restart OpenCode", ("opencode", "debug", "config")),
     Tool("codex", "Codex", ("codex",), (".codex",), codex_steps, "restart Codex",
@@ -2505,7 +2506,7 @@ class Writer:
         """Makes one change that the record does not keep; the path of the copy that it leaves
         beside the file, empty where nothing was changed."""
         copy_path = f"{edit.path}.ocp-{stamp}"
-        entry = self._earlier[edit.path] = self._record.files.get(edit.path)
+        entry = self._record.files.get(edit.path)
 
         def change(edit: Edit) -> None:
             assert edit.before is not None
@@ -2514,8 +2515,6 @@ class Writer:
             self.written.append(edit.path)
 
         self._attempt(edit, change)
-        tool = next(each for each in TOOLS if each.name == edit.tool)
-        self._check(tool, [edit])
         if edit.path not in self.written:
             with contextlib.suppress(OSError):
                 os.unlink(copy_path)

@@ -217,7 +217,7 @@ def test_the_bare_server_sends_the_recorded_bytes(load: ModuleType, free_home: P
 
 def test_a_short_run_loses_nothing_and_is_fair() -> None:
     done = subprocess.run(
-        [sys.executable, str(BENCH / "load.py"), "--seconds", "20", "--hit-seconds", "0.3",
+        [sys.executable, str(BENCH / "load.py"), "--seconds", "8", "--hit-seconds", "0.3",
          "--hit-rounds", "1", "--hit-clients", "2"],
         check=False, capture_output=True, text=True, timeout=180)
 
