@@ -6341,7 +6341,8 @@ def context_of(message: Message) -> str:
 
 def message_digest(message: Message) -> str:
     """The digest of one message, without what moves on to the end."""
-    message = Message(message.role, [b for b in message.content if not _is_context(b)])
+    if message.role == "user":
+        message = Message("user", [b for b in message.content if not _is_context(b)])
     # Chat clients give the text and the calls of an answer apart; all else has its order.
     order = [] if message.role == "assistant" else _kinds(message.content)
     return digest([message.role, order, _normal_blocks(message.content)])

@@ -115,6 +115,7 @@ DIFFERENT = {
     "the text": (user("a"), user("b")),
     "words beside a context": (user("a", block("Look: " + context()["text"])), user("a")),
     "white space within": (user("a b"), user("a  b")),
+    "a context that the model has said": (assistant(context("a")), assistant(context("b"))),
     "the role": (user("a"), assistant("a")),
     "a call": (assistant("a"), assistant("a", use())),
     "the id of a call": (assistant(use("t1")), assistant(use("t2"))),
