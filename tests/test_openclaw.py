@@ -427,6 +427,14 @@ def start_command(place: Place) -> list[str]:
     return ["/usr/bin/env", *pairs, sys.executable, str(REPO / "ocp_server.py")]
 
 
+def command_line(pid: int) -> bytes:
+    """How a process was started, empty for one that has just ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 class Gateway:
     """A running gateway with the plugin."""
 
@@ -448,8 +456,7 @@ class Gateway:
     def proxies(self) -> list[int]:
         """The pids of the servers that the gateway has started."""
         found = [each.pid for each in descendants(self.process.pid)]
-        return [pid for pid in found
-                if b"ocp_server.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [pid for pid in found if b"ocp_server.py" in command_line(pid)]
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
