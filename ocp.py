@@ -1426,17 +1426,20 @@ def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:
     return _attached(env, connect_command(env, "--sync", server_url(env), *more))
 
 
+_OPENCLAW_FIELDS = {"openclaw", "providers", "diff", "written", "failures"}
+
+
 def openclaw_state(env: Env, url: str, *more: str) -> Json:
     """What OpenClaw knows of the server: {openclaw, providers, diff, written, failures}, where
     `openclaw` is whether it is here. Its list of models is brought up to date unless `more` says
     --dry-run. Raises Problem."""
     command = connect_command(env, "--sync", url, "--json", *more)
     ran = env.run(command, environ=env.environ, timeout_s=180.0)
-    try:
+    with contextlib.suppress(ValueError):
         found = json.loads(ran.output)
-        return found if isinstance(found["diff"], list) else {}
-    except (ValueError, KeyError, TypeError):
-        raise Problem(Exit.FAILED, ran.complaint) from None
+        if isinstance(found, dict) and found.keys() >= _OPENCLAW_FIELDS:
+            return found
+    raise Problem(Exit.FAILED, ran.complaint)
 
 
 # ==== 7. Service =============================================================

@@ -6453,9 +6453,9 @@ class Parked(NamedTuple):
         held = len(self.history.digests)
         if self.history.base != history.base or self.history.digests != history.digests[:held]:
             return False
-        results = results_to_tell(message, self.history.context)
         if len(history.digests) != held + 1:
             return False
+        results = results_to_tell(message, self.history.context)
         if not self.awaiting:
             return not results
         fit = all(mcp_content(block["content"]) is not None for block in results)

@@ -582,11 +582,15 @@ def test_a_checkout_that_was_torn_is_undone(machine: Machine) -> None:
 
 #: What ocp_connect.py of a release prints and how it ends, and what `ocp update` says then.
 OPENCLAWS = {
-    "changed": ('{"diff": ["+"], "written": ["f"], "failures": []}', 0,
+    "changed": ('{"openclaw": true, "providers": ["o"], "diff": ["+"], "written": ["f"], '
+                '"failures": []}', 0,
                 "OpenClaw has the models of this version now", ""),
-    "fine": ('{"diff": [], "written": [], "failures": []}', 0, "", ""),
-    "refused": ('{"diff": ["+"], "written": [], "failures": ["f is read-only"]}', 1,
+    "fine": ('{"openclaw": true, "providers": [], "diff": [], "written": [], "failures": []}',
+             0, "", ""),
+    "refused": ('{"openclaw": true, "providers": ["o"], "diff": ["+"], "written": [], '
+                '"failures": ["f is read-only"]}', 1,
                 "", "f is read-only. Try again with: ocp sync"),
+    "other": ('{"diff": []}', 0, "", "was not looked at"),
     "broken": ("no JSON", 1, "", "was not looked at"),
 }
 
