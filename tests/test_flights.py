@@ -754,8 +754,13 @@ def test_a_stream_that_began_anew_is_whole_for_those_who_came_later(
     common.write_scenario([[
         {"say": "Half "}, {"restart": True}, {"say": "All "}, doors.door("0"), {"say": "of it."}]])
 
+    def begin_of_follower() -> str:
+        with told(common, "Began anew") as follower:
+            return next_text(follower)
+
     with joined(common, [lambda: ask(common, "Began anew")]) as leading:
-        eventually(lambda: asked(common, "Began anew"))
+        # One that came before the restart would have heard what was taken back.
+        assert eventually(lambda: begin_of_follower() == "All ")
         with told(common, "Began anew") as follower:
             first = next_text(follower)
             doors.open("0")
