@@ -89,6 +89,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
 from types import MappingProxyType
@@ -2231,7 +2232,7 @@ class UsageRow(NamedTuple):
     stop_reason: str | None
     stream: bool
     warm: bool | None
-    #: "fresh", "rebuilt", "continued"; "cached" and "shared" ones cost no tokens.
+    #: "fresh", "rebuilt", "rewound", "continued"; "cached" and "shared" ones cost no tokens.
     path: str | None
     prompt_chars: int
     response_chars: int
@@ -4421,6 +4422,9 @@ RESPONSES = ResponsesDialect()
 OLDEST_CLAUDE = (2, 1, 197)
 #: The first tested claude on which "client_composed" keeps slash commands from being run.
 CLIENT_COMPOSED_SINCE = (2, 1, 329)
+#: The first tested claude that can forget the only question it was asked; older ones need an
+#: answer in front of the question that they are to forget.
+FORGETS_ALL_SINCE = (2, 1, 329)
 
 Version = tuple[int, ...]
 
@@ -4664,7 +4668,26 @@ def guarded(content: list[Block], version: Version) -> list[Block]:
     return [*content[:-1], {**last, "text": " " + text}]
 
 
-def message_line(message: Message, version: Version, *, ask: bool) -> bytes:
+class Question(NamedTuple):
+    """The last question that a claude was asked. It can be made to forget it."""
+
+    #: A UUID, by which claude knows the line that asked.
+    id: str
+    #: How many messages of the conversation came before it.
+    place: int
+
+
+def question_of(turn: Turn) -> Question | None:
+    """The question that a turn asks. Results of tool calls are none: claude cannot forget them
+    by themselves."""
+    if any(block["type"] == "tool_result" for block in turn.messages[-1].content):
+        return None
+    return Question(str(uuid.uuid4()), len(turn.messages) - 1)
+
+
+def message_line(
+    message: Message, version: Version, *, ask: bool, question: Question | None = None
+) -> bytes:
     """One message of the conversation. With `ask`, claude answers it; else it is history."""
     content = message.content
     if message.role == "assistant":
@@ -4684,6 +4707,8 @@ def message_line(message: Message, version: Version, *, ask: bool) -> bytes:
         line["client_composed"] = True
         if not ask:
             line["shouldQuery"] = False
+        if question is not None:
+            line["uuid"] = question.id
     return _line(line)
 
 
@@ -4757,7 +4782,8 @@ _OPENING = "(The user opens the conversation.)"
 
 
 def conversation(
-    turn: Turn, operator_prompt: str, version: Version, *, agent: bool = False
+    turn: Turn, operator_prompt: str, version: Version, *, agent: bool = False,
+    question: Question | None = None,
 ) -> list[bytes]:
     """What to write to a fresh process: steps, each to be followed by waiting for a `result`.
 
@@ -4785,7 +4811,18 @@ def conversation(
         if message.role == "user":
             steps.append(pending)
             pending = b""
-    return [*steps, pending + message_line(turn.messages[-1], version, ask=True)]
+    asked = message_line(turn.messages[-1], version, ask=True, question=question)
+    return [*steps, pending + asked]
+
+
+def forget_line(question: Question) -> bytes:
+    """What makes an idle claude forget the last question and all that came of it."""
+    return control_line("rewind_conversation", target_message_uuid=question.id)
+
+
+def has_forgotten(reply: Json) -> bool:
+    """What the answer to `forget_line` tells."""
+    return _object(_object(reply.get("response")).get("response")).get("rewound") is True
 
 
 class PlanWindow(NamedTuple):
@@ -5713,10 +5750,14 @@ class ClaudeProcess:
                     return
 
     def consult(self, requests: list[bytes], watch: Watch) -> list[Json]:
-        """The answers to control requests, in their order. Raises what `converse` raises."""
-        self._unsent += b"".join(requests)
+        """The answers to control requests, in their order, after what it was asked before is over.
+        Raises what `converse` raises."""
         answers: list[Json] = []
         with contextlib.closing(self._lines(watch)) as lines:
+            if not self._settled:
+                for _ in self._until_result(lines):
+                    pass
+            self._unsent += b"".join(requests)
             for line in lines:
                 if line is not None and line.get("type") == "control_response":
                     check_control_response(line)
@@ -6447,6 +6488,8 @@ class Parked(NamedTuple):
     #: The ids of the tool calls that wait for their results.
     awaiting: frozenset[str]
     since_s: float
+    #: The last question it was asked, if it can forget that.
+    question: Question | None = None
 
     def takes(self, history: History, message: Message) -> bool:
         """Whether the conversation is this one and `message`, its last, all that is new."""
@@ -6462,6 +6505,15 @@ class Parked(NamedTuple):
         ids = {block["tool_use_id"] for block in results}
         more = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
         return fit and ids == self.awaiting and len(results) == len(ids) and not more
+
+    def can_forget(self, history: History) -> bool:
+        """Whether the conversation is this one with another last question."""
+        if self.question is None or self.awaiting or self.history.base != history.base:
+            return False
+        place = self.question.place
+        same = self.history.digests[:place] == history.digests[:place]
+        able = place > 0 or self.process.version >= FORGETS_ALL_SINCE
+        return same and able and len(history.digests) == place + 1
 
     def common(self, history: History) -> int:
         """How many first messages are the same."""
@@ -6500,10 +6552,34 @@ class Parking:
             near = [p.common(history) for p in self._parked if p.history.base == history.base]
             return None, max(near, default=0) or None
 
-    def put(self, process: ClaudeProcess, history: History, awaiting: frozenset[str]) -> None:
+    def take_to_forget(self, history: History, config: Config, running: int) -> Parked | None:
+        """A process that holds this conversation but for the last question and what came of it.
+
+        One that has nothing in common with it but the base serves as well as a spare does, and
+        sooner. But its own conversation may go on: only those are taken that will be pushed out
+        when the requests that are `running` now, this one among them, have parked theirs.
+        """
+        oldest_s = self._clock() - config.session_ttl_ms / 1000
+        with self._lock:
+            surplus = len(self._parked) + running - config.parked_processes
+            for index, parked in reversed(list(enumerate(self._parked))):
+                process = parked.process
+                if not (parked.can_forget(history) and process.alive()):
+                    continue
+                leaves = index < surplus and process.born_s >= oldest_s
+                if leaves or parked.common(history):
+                    del self._parked[index]
+                    return parked
+            return None
+
+    def put(
+        self, process: ClaudeProcess, history: History, awaiting: frozenset[str],
+        question: Question | None = None,
+    ) -> None:
         """Parks a process."""
         with self._lock:
-            self._parked.append(Parked(process, history, awaiting, self._clock()))
+            parked = Parked(process, history, awaiting, self._clock(), question)
+            self._parked.append(parked)
 
     def tend(self, config: Config) -> list[ClaudeProcess]:
         """Keeps the pipes of all empty; the processes whose time is up, which are out now."""
@@ -7128,9 +7204,11 @@ class Outcome:
         self.started_s = started_s
         #: The process that works on it, until it is parked or dismissed.
         self.process: ClaudeProcess | None = None
+        #: What it was asked last, where it can forget that.
+        self.question: Question | None = None
         self.first_token_s: float | None = None
-        #: Whether a process was waiting, and how it got the conversation: "continued",
-        #: "rebuilt" from its history, or "fresh" because there was none.
+        #: Whether a process was waiting, and how it got the conversation: "continued", "rewound"
+        #: to another last question, "rebuilt" from its history, or "fresh" because there was none.
         self.warm: bool | None = None
         self.path: str | None = None
         self.parted_at: int | None = None
@@ -7325,6 +7403,8 @@ _LIKELY_ANSWER_TOKENS = 4_096
 _PRUNE_EVERY_S = 3600.0
 #: How long claude may take to say how much of the plan is used; it gives up itself before that.
 _USAGE_TIMEOUT_S = 8.0
+#: A claude that has not forgotten a question by then is left alone; it takes some milliseconds.
+_FORGET_TIMEOUT_S = 5.0
 _MOVE_HOME = "set OCP_HOME to a folder that can be written"
 
 #: How long a start waits for claude to tell its version.
@@ -7723,27 +7803,54 @@ class App:
         yield from slot.wait(watch, self.clock)
         stack.callback(self._give_up, outcome)
         history = history_of(turn, caller.scope, config.system_prompt)
-        parked, outcome.parted_at = self.parking.take(history, turn.messages[-1])
-        if parked is not None:
-            outcome.process, outcome.warm, outcome.path = parked.process, True, "continued"
+        for events in self._attempts(outcome, history, watch):
             try:
-                yield from self._continued(outcome, parked, history, watch)
+                yield from events
                 return
             except UpstreamFailed:
-                # It may have died while it was parked: nothing is lost as long as nothing was said.
-                if outcome.first_token_s is not None or parked.process.alive():
+                # It may have died while it waited: nothing is lost as long as nothing was said.
+                died = outcome.process is not None and not outcome.process.alive()
+                if outcome.first_token_s is not None or not (died and outcome.warm):
                     raise
                 self._give_up(outcome)
-        try:
-            yield from self._rebuilt(outcome, history, watch)
-            return
-        except UpstreamFailed:
-            # So may a spare have, just when it was taken.
-            died = outcome.process is not None and not outcome.process.alive()
-            if outcome.first_token_s is not None or not (died and outcome.warm):
-                raise
-            self._give_up(outcome)
         yield from self._rebuilt(outcome, history, watch)
+
+    def _attempts(
+        self, outcome: Outcome, history: History, watch: Watch
+    ) -> Iterator[Iterator[Event]]:
+        """The ways to the answer, the quickest first: the events of each."""
+        parked, outcome.parted_at = self.parking.take(history, outcome.turn.messages[-1])
+        if parked is not None:
+            outcome.path = "continued"
+            yield self._continued(outcome, parked, history, watch)
+        parked = self._one_that_forgot(outcome, history, watch)
+        if parked is not None:
+            outcome.path = "rewound"
+            yield self._continued(outcome, parked, history, watch)
+        yield self._rebuilt(outcome, history, watch)
+
+    def _one_that_forgot(
+        self, outcome: Outcome, history: History, watch: Watch
+    ) -> Parked | None:
+        """A process that has the question of another turn behind it and has forgotten that.
+
+        Not where claude runs tools of its own: what they have begun would not be forgotten."""
+        config = self.config
+        if config.is_agent or question_of(outcome.turn) is None:
+            return None
+        parked = self.parking.take_to_forget(history, config, self.gate.running)
+        if parked is None or parked.question is None:
+            return None
+        outcome.process = parked.process
+        soon = watch._replace(deadline_s=self.clock() + _FORGET_TIMEOUT_S, tick_s=0.0)
+        try:
+            if has_forgotten(*parked.process.consult([forget_line(parked.question)], soon)):
+                return parked
+        except (UpstreamFailed, UpstreamTimeout):
+            # As good as one that says no: another one will do.
+            pass
+        self._give_up(outcome)
+        return None
 
     def _tick_s(self, config: Config, turn: Turn) -> float:
         """The silence after which a client has to be told that somebody is still there."""
@@ -7754,8 +7861,12 @@ class App:
     ) -> Iterator[Event]:
         """The events of the answer to the one message that the process does not hold yet."""
         message, process = outcome.turn.messages[-1], parked.process
-        results = results_to_tell(message, parked.history.context)
-        steps = [] if results else [message_line(message, process.version, ask=True)]
+        outcome.process, outcome.warm = process, True
+        results, steps = results_to_tell(message, parked.history.context), []
+        outcome.question = parked.question
+        if not results:
+            outcome.question = question_of(outcome.turn)
+            steps = [message_line(message, process.version, ask=True, question=outcome.question)]
         yield from self._heard(outcome, process, history, Script(steps, results), watch)
 
     def _rebuilt(self, outcome: Outcome, history: History, watch: Watch) -> Iterator[Event]:
@@ -7766,11 +7877,12 @@ class App:
             # Others have to prove that they exist before processes wait for them.
             self.spares.want(turn.model.id)
         process, outcome.warm = self.spares.take(turn.model.id)
-        outcome.process = process
+        outcome.process, outcome.question = process, question_of(turn)
         self.mail.put("tend")
         process.tools = ToolServer(turn.tools)
         steps = conversation(
-            turn, self.config.system_prompt, process.version, agent=self.config.is_agent
+            turn, self.config.system_prompt, process.version, agent=self.config.is_agent,
+            question=outcome.question,
         )
         yield from self._heard(outcome, process, history, Script(steps), watch)
 
@@ -7801,7 +7913,7 @@ class App:
             held = message_digest(Message("assistant", answer.blocks))
             awaiting = frozenset(call["id"] for call in answer.calls)
             holds = history._replace(digests=(*history.digests, held))
-            self.parking.put(process, holds, awaiting)
+            self.parking.put(process, holds, awaiting, outcome.question)
         else:
             # With a call unanswered, or after a limit, it would ask the API again by itself.
             complete = finished.stop_reason in ("end_turn", "stop_sequence")
@@ -9912,7 +10024,7 @@ def _errors(app: App) -> int:
 
 
 def _stats(app: App) -> Json:
-    paths = ("continued", "rebuilt", "fresh", "cached", "shared")
+    paths = ("continued", "rewound", "rebuilt", "fresh", "cached", "shared")
     return {
         "totalRequests": app.metrics.total("ocp_requests_started_total"),
         "activeRequests": app.gate.running,

@@ -240,6 +240,8 @@ class History:
         resumed = options.get("--resume") or options.get("-r")
         self.session_id = resumed or options.get("--session-id") or new_uuid()
         self._messages: list[Step] = []
+        #: Where the user's lines are, by their UUIDs, in their order.
+        self._places: dict[str, int] = {}
         self._path = None if "--no-session-persistence" in options else self._file()
         if self._path and resumed:
             self._load(self._path)
@@ -259,13 +261,28 @@ class History:
         with open(path, encoding="utf-8") as file:
             self._messages = [json.loads(line)["message"] for line in file]
 
-    def add(self, role: str, content: Json) -> None:
+    def add(self, role: str, content: Json, line_id: Optional[str] = None) -> None:
+        """`line_id` is the UUID of the line that it came by; results of tools have none."""
         message = {"role": role, "content": as_blocks(content)}
         self._messages.append(message)
+        if line_id:
+            self._places[line_id] = len(self._messages) - 1
         if self._path:
             os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"type": role, "message": message}) + "\n")
+
+    def forget(self, line_id: str, is_recent: bool) -> str:
+        """Forget the last line of the user and all behind it; why not, if that cannot be."""
+        place = self._places.get(line_id)
+        if place is None:
+            return "target not found"
+        if place != max(self._places.values()):
+            return "stale target"
+        if not is_recent and all(m["role"] != "assistant" for m in self._messages[:place]):
+            return "no preceding assistant"
+        del self._messages[place:], self._places[line_id]
+        return ""
 
     def for_model(self) -> list[Step]:
         """The messages as the API takes them: no thinking, neighbours of one role joined."""
@@ -513,7 +530,7 @@ class FakeClaude:
             self.emit_synthetic(f"Unknown command: {command}")
             self.emit_result(f"Unknown command: {command}", num_turns=0)
             return
-        self.history.add("user", content)
+        self.history.add("user", content, line.get("uuid") or new_uuid())
         if line.get("shouldQuery") is False:
             self.emit_init()
             self.emit_result("", num_turns=0)
@@ -796,6 +813,17 @@ def control_usage(fake: FakeClaude, request: Step) -> Step:
     return {**usage, **fake.scenario.fields.get("usage", {})}
 
 
+def control_rewind(fake: FakeClaude, request: Step) -> Step:
+    target = request["target_message_uuid"]
+    answer = {"rewound": False, "prefillText": None, "precedingAssistantUuid": None}
+    if fake.turn is not None:
+        return {**answer, "error": "turn running"}
+    why_not = fake.history.forget(target, fake.scenario.is_recent)
+    if why_not:
+        return {**answer, "error": why_not}
+    return {**answer, "rewound": True, "targetMessageUuid": target}
+
+
 def control_nothing(fake: FakeClaude, request: Step) -> None:
     """A request that is accepted and changes nothing here."""
 
@@ -806,6 +834,7 @@ CONTROLS: dict[Optional[str], Callable[[FakeClaude, Step], Optional[Step]]] = {
     "set_max_thinking_tokens": control_thinking,
     "interrupt": control_interrupt,
     "get_usage": control_usage,
+    "rewind_conversation": control_rewind,
     "set_model": control_nothing,
 }
 
