@@ -3745,8 +3745,9 @@ class MessagesDialect(Dialect):
             if budget is None:
                 raise thinking.wrong("budget_tokens", f"{_LEAST_BUDGET_TOKENS} or more")
             return budget
-        if thinking is not None and kind not in ("disabled", "adaptive"):
-            raise thinking.wrong("type", "enabled, adaptive or disabled")
+        # "between_tools" is how the newest models are told not to think before they answer.
+        if thinking is not None and kind not in ("disabled", "between_tools", "adaptive"):
+            raise thinking.wrong("type", "enabled, adaptive, between_tools or disabled")
         return None if kind == "adaptive" else 0
 
     def _shape(self, fields: Fields) -> Shape | None:

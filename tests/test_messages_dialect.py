@@ -96,6 +96,7 @@ def test_the_limit_is_passed_on_where_there_is_one(max_tokens: int) -> None:
     [
         (None, 0),
         ({"type": "disabled"}, 0),
+        ({"type": "between_tools"}, 0),
         ({"type": "adaptive"}, None),
         ({"type": "enabled", "budget_tokens": 4_096}, None),
     ],
