@@ -1341,7 +1341,7 @@ class Options(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One request to a model. The last message is always the user's."""
+    """One request to a model. The last message is always the user's, unless it is only counted."""
 
     model: Model
     messages: list[Message]
@@ -2536,6 +2536,8 @@ class Parsing(NamedTuple):
     recall: Callable[[str], list[Message]]
     #: The messages of this caller's session so far, by its id and the system prompt.
     session: Callable[[str, str], list[Message]]
+    #: Whether the prompt is only counted: then it may end with an answer.
+    counted: bool = False
 
 
 class Fields:
@@ -2728,15 +2730,18 @@ def in_session(
     return [*earlier, *messages]
 
 
-def answerable(system: str, messages: list[Message], param: str) -> tuple[str, list[Message]]:
-    """System prompt and messages, if there is something in them that a model could answer."""
+def answerable(
+    system: str, messages: list[Message], param: str, *, counted: bool = False
+) -> tuple[str, list[Message]]:
+    """System prompt and messages, if there is something in them that a model could answer, or
+    that can be `counted`."""
     messages = with_exchanges(merged(messages), param)
     if not messages and system:
         # A request that is all instructions: the API needs a user's message to answer.
         return "", [Message("user", text_block(system))]
     if not messages:
         raise BadRequest(f"{param}: there is nothing in it to answer.", param=param)
-    if messages[-1].role != "user":
+    if messages[-1].role != "user" and not counted:
         raise BadRequest(
             f"{param}: the last message must be the user's; an answer cannot be continued here.",
             param=param,
@@ -3795,7 +3800,8 @@ class MessagesDialect(Dialect):
             else:
                 messages.append(Message(role, blocks))
         prompt = "\n\n".join(text for text in system if text)
-        return answerable(prompt, in_session(fields, parsing, prompt, messages), "messages")
+        messages = in_session(fields, parsing, prompt, messages)
+        return answerable(prompt, messages, "messages", counted=parsing.counted)
 
     def _remind(self, messages: list[Message], text: str) -> None:
         """Puts a system message where it stands: in the system prompt it would change that at
@@ -9863,8 +9869,8 @@ def _check_allowed(caller: Caller, model: Model) -> None:
         )
 
 
-def _parsed(app: App, exchange: HttpExchange) -> Turn:
-    """The Turn of the request's body."""
+def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
+    """The Turn of the request's body; all of it when it is only `counted`, however long."""
     config, caller = app.config, exchange.caller
     limits = Limits(
         config.image_allow_url, config.max_image_bytes,
@@ -9876,13 +9882,14 @@ def _parsed(app: App, exchange: HttpExchange) -> Turn:
         session=lambda session_id, system: app.sessions.messages(
             caller.scope, session_id, system, config.session_ttl_ms / 1000
         ),
+        counted=counted,
     )
     body = exchange.json()
     if config.session_header and isinstance(body, dict) and "session_id" not in body:
         body["session_id"] = exchange.headers.get("X-Session-Id")
     turn = exchange.dialect.parse(body, parsing)
     _check_allowed(caller, turn.model)
-    turn, dropped = fitted(turn, config.max_prompt_chars)
+    turn, dropped = (turn, 0) if counted else fitted(turn, config.max_prompt_chars)
     if config.cache_ttl_ms:
         turn = turn._replace(fresh=asks_fresh(body, sampled_too=config.cache_sampled))
     if dropped:
@@ -9956,7 +9963,7 @@ def clear_session(app: App, exchange: HttpExchange, id: str) -> None:
 
 def count_tokens(app: App, exchange: HttpExchange) -> None:
     """POST /v1/messages/count_tokens: an estimate, and it says so in a header."""
-    turn = _parsed(app, exchange)
+    turn = _parsed(app, exchange, counted=True)
     exchange.headers_out["X-OCP-Estimate"] = "true"
     exchange.send_json({"input_tokens": estimated_tokens(turn)})
 
