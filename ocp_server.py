@@ -3838,6 +3838,9 @@ class MessagesDialect(Dialect):
             return [self._image(block, attachments)]
         if kind == "document":
             return self._document(block, attachments)
+        if kind == "search_result":
+            named = self._named(block, "title", "source")
+            return self._told(named) + self._blocks(block, "content", attachments)
         if kind == "tool_use":
             return [
                 {
@@ -3860,7 +3863,8 @@ class MessagesDialect(Dialect):
         if kind in ("thinking", "redacted_thinking"):
             # claude keeps the thinking of its own history; it takes none from outside.
             return []
-        raise block.wrong("type", "text, image, document, tool_use, tool_result or thinking")
+        known = "text, image, document, search_result, tool_use, tool_result or thinking"
+        raise block.wrong("type", known)
 
     def _image(self, block: Fields, attachments: Attachments) -> Block:
         source = block.child("source") or Fields({}, block.at("source"))
@@ -3875,15 +3879,24 @@ class MessagesDialect(Dialect):
     def _document(self, block: Fields, attachments: Attachments) -> list[Block]:
         source = block.child("source") or Fields({}, block.at("source"))
         kind = source.text("type")
+        named = self._named(block, "title", "context")
         if kind == "text":
-            return text_block(source.text("data") or "")
+            return self._told(named) + text_block(source.text("data") or "")
         if kind == "content":
-            return self._blocks(source, "content", attachments)
+            return self._told(named) + self._blocks(source, "content", attachments)
         if kind != "base64":
             raise source.wrong("type", "base64, text or content")
         media_type = source.text("media_type") or ""
         url = f"data:{media_type};base64,{source.text('data') or ''}"
-        return [attachments.document(url, source.at("data"))]
+        return [{**attachments.document(url, source.at("data")), **named}]
+
+    def _named(self, block: Fields, *names: str) -> Json:
+        """What a client says about a document beside it: what it is called, where it is from."""
+        return {name: block.text(name) for name in names if block.text(name)}
+
+    def _told(self, named: Json) -> list[Block]:
+        """The same before a text, which has no place for it."""
+        return text_block("\n".join(f"{name.title()}: {text}" for name, text in named.items()))
 
     # -- rendering ----------------------------------------------------------------------------
 
