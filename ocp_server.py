@@ -4791,10 +4791,22 @@ def settings_lines(
         settings["effortLevel"] = options.effort
     lines = control_line("apply_flag_settings", settings=settings) if settings else b""
     if options.thinking_tokens is not None:
-        lines += control_line(
-            "set_max_thinking_tokens", max_thinking_tokens=options.thinking_tokens
-        )
+        lines += _thinking_line(options)
     return lines
+
+
+def _thinking_line(options: Options) -> bytes:
+    """The control request that says how much to think."""
+    return control_line("set_max_thinking_tokens", max_thinking_tokens=options.thinking_tokens)
+
+
+def _without_thinking_in_a_loop(turn: Turn) -> Options:
+    """The options of a conversation that is told anew. A model that thinks by budget has to get
+    the thinking behind a call back together with its result, and that cannot be told."""
+    results = any(block["type"] == "tool_result" for block in turn.messages[-1].content)
+    if results and turn.model.thinking == "budget":
+        return turn.options._replace(thinking_tokens=0)
+    return turn.options
 
 
 #: What stands for the user's part before a conversation that the assistant opens.
@@ -4818,7 +4830,8 @@ def conversation(
         fields["jsonSchema"] = turn.shape.schema
     alone = not agent and turn.shape is None
     pending = control_line("initialize", **fields)
-    pending += settings_lines(turn.options, turn.tool_choice, turn.tools if alone else ())
+    options = _without_thinking_in_a_loop(turn)
+    pending += settings_lines(options, turn.tool_choice, turn.tools if alone else ())
     steps = []
     earlier = turn.messages[:-1]
     if earlier and earlier[0].role == "assistant":
@@ -4833,6 +4846,14 @@ def conversation(
             pending = b""
     asked = message_line(turn.messages[-1], version, ask=True, question=question)
     return [*steps, pending + asked]
+
+
+def continuation(turn: Turn, version: Version, question: Question | None = None) -> bytes:
+    """What to write to a process that holds everything but the last message. It may have been
+    told the rest in the middle of a loop, without thinking."""
+    thinks = turn.model.thinking == "budget" and turn.options.thinking_tokens
+    again = _thinking_line(turn.options) if thinks else b""
+    return again + message_line(turn.messages[-1], version, ask=True, question=question)
 
 
 def forget_line(question: Question) -> bytes:
@@ -7886,7 +7907,7 @@ class App:
         outcome.question = parked.question
         if not results:
             outcome.question = question_of(outcome.turn)
-            steps = [message_line(message, process.version, ask=True, question=outcome.question)]
+            steps = [continuation(outcome.turn, process.version, outcome.question)]
         yield from self._heard(outcome, process, history, Script(steps, results), watch)
 
     def _rebuilt(self, outcome: Outcome, history: History, watch: Watch) -> Iterator[Event]:

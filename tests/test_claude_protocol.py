@@ -752,6 +752,31 @@ def brief(line: Json) -> str:
     return f"{line['type']} {line['message']['content'][0]['text']}{asks}"
 
 
+def thinking_of(lines: list[Json]) -> list[object]:
+    """What the lines say about how much to think."""
+    requests = [line["request"] for line in lines if line["type"] == "control_request"]
+    return [found["max_thinking_tokens"] for found in requests if "max_thinking_tokens" in found]
+
+
+@pytest.mark.parametrize(("name", "in_loop"), [("haiku", [0]), ("sonnet", [2_048])])
+def test_a_loop_is_not_told_anew_with_a_budget_for_thinking(
+    name: str, in_loop: list[int]
+) -> None:
+    call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [text("Sunny.")]}
+    asked = a_turn(("user", "Hi"), ("assistant", ""), ("user", ""), thinking_tokens=2_048)
+    asked = asked._replace(model=MODELS.find(name))
+    asked.messages[1].content[:] = [call]
+    question = asked._replace(messages=[*asked.messages[:2], ocp.Message("user", [text("So?")])])
+
+    asked.messages[2].content[:] = [result, text("So?")]
+    assert thinking_of(steps_of(asked)[0]) == in_loop
+    assert thinking_of(steps_of(question)[0]) == [2_048]
+    *before, line = lines_of(ocp.continuation(question, NEW))
+    assert brief(line) == "user So?+"
+    assert thinking_of(before) == ([2_048] if in_loop == [0] else [])
+
+
 def test_a_single_question_is_one_step() -> None:
     assert [[brief(line) for line in step] for step in steps_of(a_turn(("user", "Hi")))] == [
         ["initialize", "user Hi+"],

@@ -12,7 +12,15 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 import stub_api as stub
-from contract import Claude, Rig, claudes, each_claude, running_rig, wait_until
+from contract import (
+    BUDGET_MODEL,
+    Claude,
+    Rig,
+    claudes,
+    each_claude,
+    running_rig,
+    wait_until,
+)
 from talking import (
     CHAT,
     DIALECTS,
@@ -406,6 +414,20 @@ def test_a_choice_reaches_the_api(rig: Rig, name: str) -> None:
             # The API refuses the two together.
             assert body.get("thinking", {}).get("type") in (None, "disabled")
     assert len(rig.asked()) == len(chosen.dialects)
+
+
+def test_a_budget_for_thinking_pauses_in_a_loop_that_is_told_anew(rig: Rig) -> None:
+    rig.script(stub.tool_calls([PARIS]), stub.text("Done."), stub.text("Bye."))
+    thinking = {"type": "enabled", "budget_tokens": 1500}
+    talk = Talk(rig, MESSAGES, TOOLS, model=BUDGET_MODEL, thinking=thinking)
+    said = talk.ask("What is new?")
+    talk.messages[0]["content"] = "What is old?"
+    assert talk.give([answered(said.call)]).text == "Done."
+    last = talk.ask("Thanks.")
+    assert (last.text, path_of(rig, last)) == ("Bye.", "continued")
+    budgets = [body["thinking"].get("budget_tokens") for body in rig.asked()]
+    # With one, the API wants to see the thinking before the call, which nobody can tell claude.
+    assert budgets == [1500, None, 1500]
 
 
 def test_another_choice_in_the_next_round_is_kept(rig: Rig) -> None:
