@@ -121,6 +121,9 @@ def test_models_may_be_listed(client: Any) -> None:
     found = client.models.retrieve(MODEL)
     assert (found.type, found.display_name) == ("model", "Claude Sonnet 4.6")
     assert found.created_at.year == 2025
+    told = found.model_dump()
+    assert (told["max_input_tokens"], told["max_tokens"], told["lifecycle"]) == (
+        200_000, 32_000, "active")
 
 
 # ---------------------------------------------------------------------------
