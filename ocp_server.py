@@ -10992,6 +10992,10 @@ class Exchange(BaseHTTPRequestHandler):
         if matches:
             # Whatever is refused from here on is refused in the words of that path.
             self.dialect = matches[0][0].dialect
+        either = not matches or matches[0][0].endpoint in (get_models, get_model)
+        if either and "anthropic-version" in self.headers:
+            # The SDKs of both kinds ask here, and each knows failures in its own words.
+            self.dialect = MESSAGES
         config = self.app.config
         origin = self.headers.get("Origin", "")
         content_type = self.headers.get("Content-Type", "")

@@ -223,6 +223,18 @@ def test_a_refused_key_is_told_in_the_shape_of_the_dialect(multi: Guarded, path:
     assert reply.json()["error"]["type"] == "authentication_error"
 
 
+@pytest.mark.parametrize("path", ["/v1/models/gpt-9", "/v1/messages/batches", "/v1/files"])
+def test_what_is_not_there_is_told_in_the_words_of_the_client(
+    open_server: Server, path: str
+) -> None:
+    openai = open_server.call("GET", path)
+    anthropic = open_server.call("GET", path, headers={"anthropic-version": "2023-06-01"})
+
+    assert (openai.status, error_of(openai)["type"]) == (404, "invalid_request_error")
+    assert (anthropic.status, anthropic.json()["type"]) == (404, "error")
+    assert anthropic.json()["error"]["type"] == "not_found_error"
+
+
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW")
 
 
