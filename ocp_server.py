@@ -3762,7 +3762,7 @@ class MessagesDialect(Dialect):
         return None if schema is None else shape_of(schema.object)
 
     def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], list[str]]:
-        """The tools, and the paths of those that Anthropic would run itself."""
+        """The tools, and the paths of those that Anthropic would run or describe itself."""
         tools: list[Tool] = []
         unknown: list[str] = []
         for entry in fields.objects("tools"):
