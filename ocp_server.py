@@ -4709,20 +4709,22 @@ def message_line(
     message: Message, version: Version, *, ask: bool, question: Question | None = None
 ) -> bytes:
     """One message of the conversation. With `ask`, claude answers it; else it is history."""
-    content = message.content
-    if message.role == "assistant":
-        content = [
-            {**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
-            for block in content
-        ]
+    body: Json = {"role": message.role, "content": message.content}
     line: Json = {
         "type": message.role,
-        "message": {"role": message.role, "content": content},
+        "message": body,
         "parent_tool_use_id": None,
         "session_id": "default",
     }
-    if message.role == "user":
-        line["message"]["content"] = guarded(content, version)
+    if message.role == "assistant":
+        # 2.1.197 joins answers without an id, even across the results between them.
+        body["id"] = new_id("msg_")
+        body["content"] = [
+            {**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
+            for block in message.content
+        ]
+    else:
+        body["content"] = guarded(message.content, version)
         # Without this the newer versions run slash commands and read files named with an @.
         line["client_composed"] = True
         if not ask:

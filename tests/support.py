@@ -680,7 +680,7 @@ class ClaudeDriver:
                    "session_id": "default", "client_composed": True, **fields})
 
     def send_assistant(self, content: Json) -> None:
-        message = {"role": "assistant", "content": content}
+        message = {"role": "assistant", "content": content, "id": f"msg_{os.urandom(8).hex()}"}
         self.send({"type": "assistant", "message": message, "parent_tool_use_id": None,
                    "session_id": "default"})
 
@@ -709,9 +709,9 @@ class ClaudeDriver:
         self.send_user(content, shouldQuery=False)
         return self.until_result()
 
-    def turn(self, content: Json) -> list[dict[str, Json]]:
+    def turn(self, content: Json, **fields: Json) -> list[dict[str, Json]]:
         """Send a user message; all lines up to the result."""
-        self.send_user(content)
+        self.send_user(content, **fields)
         return self.until_result()
 
     def answer_call(self, content: Json, **fields: Json) -> None:

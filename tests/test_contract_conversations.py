@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from contract import (
     NEWEST_MODEL,
     Claude,
     Rig,
+    claudes,
     each_claude,
     running_rig,
     system_texts,
@@ -247,9 +249,15 @@ def test_random_histories_arrive_once_and_in_order(rig: Rig) -> None:
 # ---------------------------------------------------------------------------
 
 def test_two_retries_and_two_branches_run_side_by_side(rig: Rig) -> None:
-    rig.stub.default = lambda body: echo(body)._replace(delay_s=0.3)
     talk = Talk(rig, CHAT)
     talk.ask("One?")
+    everybody = threading.Barrier(4)
+
+    def together(body: Mapping[str, Json]) -> stub.Reply:
+        everybody.wait(20)
+        return echo(body)
+
+    rig.stub.default = together
     branches = [talk.branch() for _ in range(4)]
     questions = ["Two?", "Two?", "Three?", "Four?"]
     with ThreadPoolExecutor(4) as pool:
@@ -258,12 +266,63 @@ def test_two_retries_and_two_branches_run_side_by_side(rig: Rig) -> None:
     assert sorted(path_of(rig, said) for said in answers) == ["continued", *["rebuilt"] * 3]
     assert sorted(map(str, map(turns, rig.asked()[1:]))) == sorted(
         str(dialogue("One?", question)) for question in questions)
+    rig.stub.default = echo
     # Every branch has a process of its own now.
     with ThreadPoolExecutor(4) as pool:
         later = list(pool.map(lambda branch: branch.ask("Last?"), branches))
     assert [path_of(rig, said) for said in later] == ["continued"] * 4
     assert sorted(map(str, map(turns, rig.asked()[5:]))) == sorted(
         str(dialogue("One?", question, "Last?")) for question in questions)
+
+
+@EVERY_DIALECT
+def test_another_last_question_is_put_to_the_same_process(rig: Rig, dialect: Dialect) -> None:
+    talk = Talk(rig, dialect, system="Be kind.")
+    talk.ask("One?")
+    before = talk.branch()
+    talk.ask("Two?")
+    other = before.branch()
+    again, edited = before.ask("Two?"), other.ask("Three?")
+    later = other.ask("Four?")
+    assert [said.text for said in (again, edited, later)] == ["Re: Two?", "Re: Three?", "Re: Four?"]
+    assert [path_of(rig, said) for said in (again, edited, later)] == [
+        "rewound", "rewound", "continued"]
+    assert [turns(body) for body in rig.asked()[2:]] == [
+        dialogue("One?", "Two?"), dialogue("One?", "Three?"), dialogue("One?", "Three?", "Four?")]
+
+
+def test_questions_of_their_own_wear_out_no_process(rig: Rig) -> None:
+    """Only the newer versions forget the only question they were asked."""
+    started = set(claudes(rig.server))
+    answers = [Talk(rig, CHAT, system="Translate.").ask(f"Word {n}?") for n in range(12)]
+    assert [said.text for said in answers] == [f"Re: Word {n}?" for n in range(12)]
+    assert [turns(body) for body in rig.asked()] == [dialogue(f"Word {n}?") for n in range(12)]
+    assert all(system_texts(body) == ["Translate."] for body in rig.asked())
+    paths = [path_of(rig, said) for said in answers]
+    if rig.claude.version == "2.1.197":
+        assert paths == ["fresh"] * 12
+    else:
+        assert paths[-7:] == ["rewound"] * 7
+        # Those that are parked, the spares, and one that is just leaving.
+        assert len(set(claudes(rig.server)) - started) <= 7
+
+
+def test_a_forgotten_question_leaves_the_body_of_a_fresh_one(rig: Rig) -> None:
+    for number in range(6):
+        Talk(rig, CHAT, system="Translate.").ask(f"Word {number}?")
+    fresh, *_, reused = [{**body, "metadata": None} for body in rig.asked()]
+    Talk(rig, CHAT, system="Another.").ask("Word 5?")
+    other = {**rig.last_body(), "metadata": None, "system": None}
+    assert {**reused, "system": None} == other
+    assert set(reused) == set(fresh)
+
+
+def test_who_goes_on_finds_the_conversation_that_nobody_pushed_out(rig: Rig) -> None:
+    """Nothing is forgotten that would have been kept."""
+    talks = [Talk(rig, CHAT, system="Translate.") for _ in range(3)]
+    for number, talk in enumerate(talks):
+        talk.ask(f"Word {number}?")
+    assert [path_of(rig, talk.ask("Sure?")) for talk in talks] == ["continued"] * 3
 
 
 def test_callers_with_the_same_words_are_never_mixed(rig: Rig) -> None:

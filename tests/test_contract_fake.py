@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
@@ -472,6 +473,94 @@ def test_a_cut_stream_is_void_and_the_answer_begins_again(subject: Subject) -> N
     messages = [line["message"] for line in lines if line["type"] == "assistant"]
     assert [message["content"][0]["text"] for message in messages] == ["All of it."]
     assert (lines[-1]["is_error"], lines[-1]["result"]) == (False, "All of it.")
+
+
+# -- forgetting --------------------------------------------------------------------
+
+def question_id(number: int) -> str:
+    # Only its first digits are compared.
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, str(number)))
+
+
+def forgets(claude: support.ClaudeDriver, number: int) -> Line:
+    """The answer to a request to forget a question."""
+    answer = claude.control("rewind_conversation", target_message_uuid=question_id(number))
+    assert answer["subtype"] == "success"
+    return dict(answer["response"])
+
+
+def test_the_last_question_is_forgotten_with_what_came_of_it(subject: Subject) -> None:
+    subject.script(text("eins"), thought("hm", "zwei"), text("drei"), text("vier"))
+    with subject.start() as claude:
+        ready(claude)
+        claude.turn("one")
+        for number, words in ((2, "two"), (3, "three")):
+            claude.turn(words, uuid=question_id(number))
+            assert forgets(claude, number)["rewound"] is True
+        claude.turn("four")
+    first = [said("user", "one"), said("assistant", "eins")]
+    assert [asked["messages"] for asked in subject.asked()] == [
+        first[:1], [*first, said("user", "two")], [*first, said("user", "three")],
+        [*first, said("user", "four")]]
+
+
+def test_the_only_question_is_forgotten_by_a_recent_one(subject: Subject) -> None:
+    recent = subject.version != "2.1.197"
+    with subject.start() as claude:
+        ready(claude)
+        claude.turn("one", uuid=question_id(1))
+        answer = forgets(claude, 1)
+        claude.turn("two")
+    assert answer["rewound"] is recent
+    assert recent or answer["error"] == "no preceding assistant"
+    messages = subject.asked()[1]["messages"]
+    assert (messages == [said("user", "two")]) is recent
+    assert (messages[0] == said("user", "one")) is not recent
+
+
+def test_what_was_told_before_stays_when_a_question_is_forgotten(subject: Subject) -> None:
+    call = {"type": "tool_use", "id": "toolu_9", "name": "zeta", "input": {"q": 1}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_9", "content": "nine"}
+    with subject.start() as claude:
+        ready(claude)
+        claude.past("one")
+        claude.send_assistant([call])
+        claude.past([result])
+        claude.send_assistant([{"type": "text", "text": "zwei"}])
+        claude.turn("two", uuid=question_id(2))
+        assert forgets(claude, 2)["rewound"] is True
+        claude.turn("three")
+    history = [said("user", "one"), ("assistant", [call]), ("user", [result]),
+               said("assistant", "zwei")]
+    assert subject.asked()[1]["messages"] == [*history, said("user", "three")]
+
+
+def test_only_the_last_question_can_be_forgotten(subject: Subject) -> None:
+    with subject.start() as claude:
+        ready(claude)
+        claude.turn("one")
+        claude.turn("two", uuid=question_id(2))
+        claude.turn("three", uuid=question_id(3))
+        refusals = [forgets(claude, 2), forgets(claude, 9)]
+        claude.turn("four")
+    assert [(each["rewound"], each["error"]) for each in refusals] == [
+        (False, "stale target"), (False, "target not found")]
+    assert len(subject.asked()[3]["messages"]) == 7
+
+
+def test_a_question_is_forgotten_with_the_calls_that_it_led_to(subject: Subject) -> None:
+    subject.script(text("eins"), calls(("zeta", {"q": 1})), text("zwei"), text("drei"))
+    with subject.start(tools=TOOLS) as claude:
+        ready(claude, sdkMcpServers=["client"])
+        claude.turn("one")
+        claude.send_user("two", uuid=question_id(2))
+        claude.until(lambda line: bool(claude.calls))
+        claude.answer_call([{"type": "text", "text": "nine"}])
+        claude.until_result()
+        assert forgets(claude, 2)["rewound"] is True
+        claude.turn("three")
+    assert subject.asked()[3]["messages"] == [
+        said("user", "one"), said("assistant", "eins"), said("user", "three")]
 
 
 # -- interruption and end --------------------------------------------------------

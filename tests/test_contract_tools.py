@@ -289,6 +289,24 @@ def test_what_was_changed_is_rebuilt(
     assert_rebuilt(rig, talk, said)
 
 
+@EVERY_DIALECT
+def test_rounds_of_the_past_keep_their_order_when_they_are_rebuilt(
+    rig: Rig, dialect: Dialect
+) -> None:
+    rig.script(stub.tool_calls([PARIS]), stub.tool_calls([NOON], text="And when?"),
+               stub.text("Sunny at noon."), stub.text("Bye."))
+    talk = Talk(rig, dialect, TOOLS, "Be kind.")
+    first = talk.ask("What is new?")
+    second = talk.give([answered(call) for call in first.calls])
+    talk.give([answered(call) for call in second.calls])
+    straight = seen(rig.last_body())
+    talk.system = "Be brief."
+    last = talk.ask("Thanks.")
+    assert (last.text, path_of(rig, last)) == ("Bye.", "rebuilt")
+    assert seen(rig.last_body()) == [
+        *straight, ("assistant", ["Sunny at noon."]), ("user", ["Thanks."])]
+
+
 def assert_rebuilt(rig: Rig, talk: Talk, said: Said) -> None:
     """The whole loop reached the API in one request, with the talk's system prompt and tools."""
     body = rig.last_body()
