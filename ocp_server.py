@@ -8031,6 +8031,8 @@ class App:
                 self._told_unavailable = True
                 self.log.event("error", "claude_unavailable", detail=error.message)
             self._seen_program = None
+            # No spare is tended without a claude, but those that leave have to be seen to.
+            self.spares.reap()
         except Exception as error:
             self.log.event("error", "housekeeping_failed", error=failure_words(error))
         return _TEND_SOON_S if self.spares.restless() else _TEND_EVERY_S

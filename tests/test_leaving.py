@@ -217,6 +217,21 @@ def test_a_process_that_heeds_no_signal_is_killed(common: Server) -> None:
     assert eventually(is_over(common, pid), LATER_S)
 
 
+def test_a_process_is_seen_to_its_end_when_claude_is_there_no_more(tmp_path: Path) -> None:
+    stubborn = [{"say": "so far"}, {"hang": True, "stubborn": True}]
+    with running_server(tmp_path, [stubborn]) as server:
+        spare = ready_spare(server)
+        with told(server) as stream:
+            next(iter(stream))
+            assert asked_process(server) == spare
+            another = ready_spare(server, spare)
+            server.place.claude.rename(tmp_path / "elsewhere")
+
+        assert eventually(lambda: is_gone(another), LATER_S)
+        assert eventually(lambda: is_gone(spare), LATER_S)
+        assert server.zombies() == []
+
+
 def test_a_process_that_goes_on_after_its_answer_is_ended(common: Server) -> None:
     again = [{"say": "cut off"}, {"finish": "max_tokens"}, HANG]
     common.write_scenario([again])
