@@ -5823,6 +5823,9 @@ class ClaudeProcess:
     def _lines(self, watch: Watch) -> Generator[Json | None, None, None]:
         """Each line that claude prints, and None whenever the client has had nothing for `tick_s`:
         there are lines that mean nothing to it."""
+        if watch.client.gone():
+            # One that was made to leave shows nothing on its socket.
+            raise ClientGone
         with self._selector(watch.client) as selector:
             while True:
                 yield from self._take_lines()

@@ -241,6 +241,18 @@ def test_a_process_that_goes_on_after_its_answer_is_ended(common: Server) -> Non
     assert eventually(lambda: is_gone(common.queries()[-1]["pid"]), SOON_S)
 
 
+def test_a_choice_that_waited_does_not_go_on_when_another_has_failed(tmp_path: Path) -> None:
+    env = {**BARE, "CLAUDE_MAX_CONCURRENT": "1"}
+    turns = [[{"exit": 1}], [{"say": "for nobody"}, HANG]]
+    with running_server(tmp_path, {"turns": turns, "shared": True}, env=env) as server:
+        # The client stays connected all the time.
+        with Wire(server.port) as wire:
+            wire.send(post(encoded(question(n=2))))
+            assert wire.reply().status == 502
+
+            assert eventually(lambda: at_rest(server), SOON_S)
+
+
 def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
     large = {"say": "x" * 16_000_000, "chunks": 64}
     env = {**BARE, "OCP_WRITE_TIMEOUT": "300"}
