@@ -11212,8 +11212,8 @@ class Exchange(BaseHTTPRequestHandler):
 
     def _must_close(self) -> bool:
         """Whether a body is on its way that nobody read: the next head cannot be found then."""
-        length = self.headers.get("Content-Length", "0").strip()
-        has_body = length != "0" or "Transfer-Encoding" in self.headers
+        lengths = {value.strip() for value in self.headers.get_all("Content-Length", ["0"])}
+        has_body = lengths != {"0"} or "Transfer-Encoding" in self.headers
         return has_body and not self._body_taken
 
     def _head(self, status: int, headers: Mapping[str, str]) -> None:
