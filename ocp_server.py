@@ -1027,7 +1027,8 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 class Log:
     """Where events go. `event` never raises."""
 
-    def __init__(self, stream: TextIO, least_level: str, clock: Clock = time.time) -> None:
+    def __init__(self, stream: TextIO | None, least_level: str, clock: Clock = time.time) -> None:
+        """`stream` is None where the server was started without one."""
         self._stream = stream
         self._least = LEVELS.index(least_level)
         self._clock = clock
@@ -1071,13 +1072,13 @@ class Log:
         """Prints a line, unless nobody reads: a pipe that is full must not stop the server. The
         event is in the file and in the ring all the same."""
         with contextlib.suppress(OSError, ValueError):
-            if self._takes_more():
+            if self._stream is not None and self._takes_more(self._stream):
                 print(line[:_SHOWN_MOST_CHARS], file=self._stream, flush=True)
 
-    def _takes_more(self) -> bool:
+    def _takes_more(self, stream: TextIO) -> bool:
         """Whether the stream takes a line without waiting for its reader. Raises OSError."""
         try:
-            descriptor = self._stream.fileno()
+            descriptor = stream.fileno()
         except io.UnsupportedOperation:
             return True
         # A pipe is ready for writing when it takes PIPE_BUF bytes at once.

@@ -285,8 +285,8 @@ def closed_stream() -> io.StringIO:
 
 @pytest.mark.parametrize(
     "stream",
-    [BrokenStream(), closed_stream(), io.TextIOWrapper(io.BytesIO(), encoding="ascii")],
-    ids=["broken", "closed", "ascii"],
+    [BrokenStream(), closed_stream(), io.TextIOWrapper(io.BytesIO(), encoding="ascii"), None],
+    ids=["broken", "closed", "ascii", "none"],
 )
 def test_a_stream_that_cannot_be_written_stops_nothing(stream: Any) -> None:
     log = ocp.Log(stream, "info")
