@@ -1720,6 +1720,9 @@ class Store:
             for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=1000"):
                 self._connection.execute(f"PRAGMA {pragma}")
             self._migrate()
+            for table in ("settings", "keys"):
+                # Without these nothing works, so damage to them has to show now.
+                self._connection.execute(f"SELECT * FROM {table}").fetchall()
         except sqlite3.Error:
             self._connection.close()
             raise
@@ -1741,7 +1744,7 @@ class Store:
     def _migrate(self) -> None:
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
-            raise sqlite3.DatabaseError("the database belongs to a newer version of OCP")
+            raise sqlite3.NotSupportedError("the database belongs to a newer version of OCP")
         for number, statement in enumerate(MIGRATIONS[version:], version + 1):
             with self.transaction() as connection:
                 connection.execute(statement)
@@ -7453,6 +7456,8 @@ _USAGE_TIMEOUT_S = 8.0
 #: A claude that has not forgotten a question by then is left alone; it takes some milliseconds.
 _FORGET_TIMEOUT_S = 5.0
 _MOVE_HOME = "set OCP_HOME to a folder that can be written"
+_REPLACE_DATABASE = "move ocp.db away or put a copy of it back"
+_FREE_DATABASE = "see to it that ocp.db can be written, and start again"
 
 #: How long a start waits for claude to tell its version.
 _FIRST_LOOK_S = 2.0
@@ -7536,17 +7541,23 @@ class App:
             store = Store(":memory:")
             with contextlib.suppress(sqlite3.Error):
                 # Where it can be read, the keys of devices go on working.
-                if os.path.exists(path):
+                if os.path.exists(path) and type(problem) is not sqlite3.DatabaseError:
                     store.load(path)
             folder = tempfile.mkdtemp(prefix="ocp-empty-")
-            damaged = isinstance(problem, sqlite3.DatabaseError)
-            self.log.event(
-                "error" if damaged else "warn",
-                "database_unusable" if damaged else "home_not_writable", error=str(problem),
-                help=f"{'move ocp.db away or put a copy of it back' if damaged else _MOVE_HOME}; "
-                "all is kept in memory now",
-            )
+            self._tell_homeless(problem)
         return os.path.expanduser(config.agent_folder) or folder, store
+
+    def _tell_homeless(self, problem: Exception) -> None:
+        """Logs why all is kept in memory, and what to do about it."""
+        level, name, advice = "error", "database_unusable", _REPLACE_DATABASE
+        if isinstance(problem, OSError):
+            level, name, advice = "warn", "home_not_writable", _MOVE_HOME
+        elif isinstance(problem, sqlite3.OperationalError):
+            # Full, locked or not to be written: what is in it is good.
+            advice = _FREE_DATABASE
+        self.log.event(
+            level, name, error=str(problem), help=f"{advice}; all is kept in memory now"
+        )
 
     def _entries(self, folder: str) -> list[str]:
         """What lies in a folder; nothing if it is not there."""

@@ -892,6 +892,38 @@ def test_a_home_that_cannot_be_made_is_kept_in_memory(tmp_path: Path) -> None:
         assert "home_not_writable" in server.output
 
 
+def told_about_the_database(server: Server) -> str:
+    (entry,) = heard(server, "database_unusable")
+    assert entry["level"] == "error" and "database_unusable" in server.output
+    return str(entry["help"])
+
+
+def test_a_damaged_database_is_told_and_does_not_stop_the_start(tmp_path: Path) -> None:
+    with running_server(tmp_path, env=MULTI) as server:
+        path = server.ocp_home / "ocp.db"
+    # Its first page, which says what it is, is as it was.
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4_096] + b"\xa5" * (len(whole) - 4_096))
+
+    with running_server(tmp_path, env=MULTI) as server:
+        key = new_key(server, name="laptop")["key"]
+
+        assert ask_as(server, key).status == 200
+        assert "move ocp.db away" in told_about_the_database(server)
+
+
+def test_nobody_is_told_to_move_a_database_away_that_is_only_locked(tmp_path: Path) -> None:
+    with running_server(tmp_path, env=MULTI) as server:
+        key = new_key(server, name="laptop")["key"]
+    with contextlib.closing(sqlite3.connect(server.ocp_home / "ocp.db")) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+
+        with running_server(tmp_path, env=MULTI) as server:
+            assert ask_as(server, key).status == 200
+            assert "start again" in told_about_the_database(server)
+
+
 if may_mount():
     def test_with_a_read_only_home_devices_go_on_with_their_keys(tmp_path: Path) -> None:
         (tmp_path / "server").mkdir()
