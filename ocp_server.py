@@ -6251,6 +6251,8 @@ class Spares:
         """Ends a process without waiting for it."""
         process.dismiss(kindly=kindly)
         with self._lock:
+            if process in self._lent:
+                self._lent.remove(process)
             self._leaving.append(process)
 
     def drop(self) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -698,6 +699,19 @@ def test_a_dismissed_process_is_seen_to_its_end(kindly: bool) -> None:
 
     assert process.dismissed == [kindly]
     assert (still_there, gone) == (1, 0)
+
+
+def test_of_a_borrowed_process_that_was_dismissed_nothing_is_kept() -> None:
+    stable = warm("a")
+    process = stable.spares.borrow()
+    stable.spares.dismiss(process, kindly=False)
+    stable.spares.reap()
+    stable.started.clear()
+    trace = weakref.ref(process)
+
+    del process
+
+    assert trace() is None
 
 
 def test_the_housekeeper_is_busy_while_a_process_leaves() -> None:
