@@ -11649,7 +11649,9 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
             signal.signal(number, lambda *_: app.mail.put("stop"))
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     app.look()
-    print(_banner(server), flush=True)
+    with contextlib.suppress(OSError):
+        # A service may print to a file, and the disk may be full.
+        print(_banner(server), flush=True)
     app.log.event(
         "info", "server_started", version=VERSION, url=server.url, mode=app.config.mode,
         demo=app.demo, pid=os.getpid(),

@@ -15,6 +15,7 @@ import re
 import resource
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,7 +42,16 @@ from asking import (
     told,
 )
 from keyed import ADMIN_KEY, ANONYMOUS_KEY, MULTI, as_admin, ask_as, bearer, new_key
-from support import REPO, Server, eventually, load_script, running_server
+from support import (
+    REPO,
+    Place,
+    Server,
+    eventually,
+    http_call,
+    load_script,
+    read_json_lines,
+    running_server,
+)
 from tongues import MESSAGES, TONGUES, Tongue, named
 
 ocp = load_script("ocp_server.py")
@@ -890,6 +900,24 @@ def test_a_home_that_cannot_be_made_is_kept_in_memory(tmp_path: Path) -> None:
         assert usage(server, key=key)["totals"]["requests"] == 2
         assert "OCP_HOME" in heard(server, "home_not_writable")[0]["help"]
         assert "home_not_writable" in server.output
+
+
+def test_where_nothing_can_be_printed_the_server_starts_all_the_same(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.prepare()
+
+    def started() -> str:
+        entries = read_json_lines(place.ocp_home / "logs" / "ocp.log")
+        return next((each["url"] for each in entries if each["event"] == "server_started"), "")
+
+    with open("/dev/full", "wb") as full, subprocess.Popen(
+            [sys.executable, str(REPO / "ocp_server.py")], env=place.env({}, ()),
+            stdin=subprocess.DEVNULL, stdout=full, stderr=full) as process:
+        try:
+            port = int(eventually(started).rpartition(":")[2])
+            assert http_call(port, "GET", "/health").status == 200
+        finally:
+            process.terminate()
 
 
 def told_about_the_database(server: Server) -> str:
