@@ -7545,7 +7545,9 @@ class App:
                 # Where it can be read, the keys of devices go on working.
                 if os.path.exists(path) and type(problem) is not sqlite3.DatabaseError:
                     store.load(path)
-            folder = tempfile.mkdtemp(prefix="ocp-empty-")
+            if not os.access(folder, os.R_OK | os.X_OK):
+                # Asked for only where it is needed: on a full disk there is none to be had.
+                folder = tempfile.mkdtemp(prefix="ocp-empty-")
             self._tell_homeless(problem)
         return os.path.expanduser(config.agent_folder) or folder, store
 
