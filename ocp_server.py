@@ -6273,6 +6273,8 @@ class Spares:
             self._wanted_s = {
                 model_id: at for model_id, at in self._wanted_s.items() if now_s - at <= idle_s
             }
+            refills = self._refill_s.items()
+            self._refill_s = {m: at for m, at in refills if m in self._wanted_s}
             retire = self._outdated(now_s, idle_s) + self._surplus(config)
             grow: list[str] = []
             if now_s < self._pause_until_s:

@@ -733,6 +733,15 @@ def test_the_housekeeper_is_busy_for_a_moment_after_a_take() -> None:
     assert (at_once, stable.spares.restless()) == (True, False)
 
 
+def test_the_housekeeper_rests_when_a_refill_came_too_late_for_anybody() -> None:
+    stable = Stable()
+    stable.want("a")
+    # There was no claude for a long time.
+    stable.tend(stable.config.warm_idle_ms / 1000 + 1)
+
+    assert (stable.started, stable.spares.restless()) == ([], False)
+
+
 def test_closing_ends_everything() -> None:
     stable = warm("a", "b")
 
