@@ -5579,19 +5579,14 @@ class ClaudeProgram:
 
     def _ask_version(self, command: tuple[str, ...]) -> Version:
         try:
-            done = subprocess.run(
-                [*command, "--version"],
-                env=child_environment(self._environ, self._config),
-                stdin=subprocess.DEVNULL, capture_output=True, check=False,
-                timeout=_VERSION_PROBE_TIMEOUT_S,
-            )
+            shown = self._shown_by([*command, "--version"])
         except OSError as problem:
             raise cannot_start(problem) from None
         except subprocess.TimeoutExpired:
             raise ClaudeMissing(
                 f"The claude program does not answer `--version`: {INSTALL_ADVICE}."
             ) from None
-        match = re.match(rb"\s*(\d+)\.(\d+)\.(\d+)", done.stdout)
+        match = re.match(rb"\s*(\d+)\.(\d+)\.(\d+)", shown)
         if match is None:
             raise ClaudeMissing(
                 f"The claude program does not tell its version: {INSTALL_ADVICE}."
@@ -5603,6 +5598,19 @@ class ClaudeProgram:
                 f"{'.'.join(map(str, OLDEST_CLAUDE))}: run `claude update` there."
             )
         return version
+
+    def _shown_by(self, command: list[str]) -> bytes:
+        """What a command prints. Raises OSError, and TimeoutExpired when it takes too long; then
+        it is ended, and with it all that it started: it may be a script around claude."""
+        with subprocess.Popen(
+            command, env=child_environment(self._environ, self._config), start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        ) as popen:
+            try:
+                return popen.communicate(timeout=_VERSION_PROBE_TIMEOUT_S)[0]
+            except subprocess.TimeoutExpired:
+                os.killpg(popen.pid, signal.SIGKILL)
+                raise
 
 
 #: Kills the process groups that are left when the server's end of the pipe closes.

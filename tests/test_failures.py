@@ -34,7 +34,16 @@ from asking import (
     spares,
     stays,
 )
-from support import REPO, Reply, Server, eventually, kill_all, running_server
+from support import (
+    REPO,
+    Reply,
+    Server,
+    eventually,
+    kill_all,
+    load_script,
+    processes_with,
+    running_server,
+)
 
 Json = Any
 
@@ -662,6 +671,22 @@ def test_a_claude_that_never_tells_its_version_does_not_hold_up_health(tmp_path:
     with running_server(tmp_path, claude=program) as server:
         assert seconds_of(lambda: at_once([lambda: health(server)] * 3)) < 2
         kill_all(server.children())
+
+
+def test_a_claude_that_never_tells_its_version_leaves_nothing_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ocp = load_script("ocp_server.py")
+    monkeypatch.setattr(ocp, "_VERSION_PROBE_TIMEOUT_S", 0.5)
+    program = tmp_path / "around"
+    program.write_text("#!/bin/sh\nsleep 60\nexit\n")
+    program.chmod(0o755)
+    environ = {"PATH": os.environ["PATH"], "HOME": f"{tmp_path}/", "CLAUDE_BIN": str(program)}
+
+    with pytest.raises(ocp.ClaudeMissing):
+        ocp.ClaudeProgram(ocp.load_config(environ), environ, ()).resolve()
+
+    assert eventually(lambda: not processes_with(tmp_path), 3)
 
 
 @pytest.mark.parametrize("script", [
