@@ -10929,7 +10929,7 @@ class Exchange(BaseHTTPRequestHandler):
                 return
         except socket.timeout:
             if self._reader.received_bytes > self._received_before:
-                self._fail(RequestTimeout("The head of the request did not arrive in time."))
+                self._refuse_head(RequestTimeout("The head of the request did not arrive in time."))
         except (ClientGone, OSError):
             pass
         self.close_connection = True
@@ -10942,8 +10942,7 @@ class Exchange(BaseHTTPRequestHandler):
             line = self.rfile.readline(_LINE_MOST_BYTES + 1)
         self.raw_requestline = line
         if len(line) > _LINE_MOST_BYTES:
-            self._fail(HeadTooLarge("The request line is too long."))
-            return False
+            return self._refuse_head(HeadTooLarge("The request line is too long."))
         if not line or not self.parse_request():
             return False
         # After a line that is none, the parser takes the rest of the head for a body. What it says
@@ -10951,22 +10950,25 @@ class Exchange(BaseHTTPRequestHandler):
         broken = any(isinstance(defect, _HEAD_DEFECTS) for defect in self.headers.defects)
         rest = self.headers.get_payload()
         if broken or (isinstance(rest, str) and rest):
-            self._fail(BadRequest("A header line of the request is broken."))
-            return False
+            return self._refuse_head(BadRequest("A header line of the request is broken."))
         if len(self.headers.get_all("Host", [])) > 1:
-            self._fail(BadRequest("The request has more than one Host."))
-            return False
+            return self._refuse_head(BadRequest("The request has more than one Host."))
         return True
+
+    def _refuse_head(self, error: OcpError) -> bool:
+        """Answers what is no request, and nothing that comes behind it; False."""
+        self.close_connection = True
+        self._fail(error)
+        return False
 
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
         """What the base class says about a broken head, in our own shape."""
         self.request_version = "HTTP/1.1"
-        self.close_connection = True
         too_long = code in (414, 431)
         kind: type[OcpError] = HeadTooLarge if too_long else BadRequest
-        self._fail(kind(f"The head of the request is broken: {message or explain or code}."))
+        self._refuse_head(kind(f"The head of the request is broken: {message or explain or code}."))
 
     def version_string(self) -> str:
         """What the Server header says."""

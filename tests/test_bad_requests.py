@@ -412,6 +412,21 @@ def test_a_bad_head_is_refused(strict: Server, name: str) -> None:
     assert refusal(strict, request).status == status
 
 
+@pytest.mark.parametrize("name", ["four words", "no colon", "long line", "long header"])
+def test_a_bad_head_ends_its_connection_and_says_so(strict: Server, name: str) -> None:
+    request, status = BAD_HEADS[name]
+
+    with Wire(strict.port) as wire:
+        wire.send(head("GET", "/v1/models"))
+        first = wire.reply()
+        wire.send(request)
+        reply = wire.reply()
+        closed = wire.is_closed()
+
+    assert first.status == 200
+    assert (reply.status, reply.headers["Connection"], closed) == (status, "close", True)
+
+
 def test_text_of_a_request_cannot_become_a_header_of_the_answer(strict: Server) -> None:
     body = encoded(question("hi", model="claude-x\r\nX-Evil: 1"))
 
