@@ -1274,11 +1274,13 @@ def server_address(host: str, port: int | None, https: bool) -> str:
     try:
         parts = urllib.parse.urlsplit(text)
         name, named_port = parts.hostname or "", parts.port
+        # What no name server could be asked for, such as two dots in a row, is a ValueError too.
+        name.encode("idna")
     except ValueError:
         name, named_port = "", None
     usable = re.fullmatch(r"\w[\w.-]*|[0-9A-Fa-f:.]+(?:%\w+)?", name, re.A)
     if not usable or parts.scheme not in ("http", "https") or "@" in parts.netloc or (
-            parts.path not in ("", "/")):
+            parts.path.rstrip("/") not in ("", "/v1")):
         raise Problem(Exit.USAGE, f"{clean(host)!r} is no host name or address.")
     scheme = "https" if https else parts.scheme
     shown = f"[{name}]" if ":" in name else name

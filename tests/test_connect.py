@@ -813,6 +813,7 @@ def test_keys_are_masked_and_nothing_else(text: str, wanted: str) -> None:
     ("https://x.example/", None, False, "https://x.example:3456"),
     ("::1", None, False, "http://[::1]:3456"),
     ("[::1]:80", None, False, "http://[::1]:80"),
+    ("http://10.0.0.7:8080/v1/", None, False, "http://10.0.0.7:8080"),
 ])
 def test_the_address_of_the_server(
     host: str, port: int | None, https: bool, wanted: str
@@ -820,7 +821,8 @@ def test_the_address_of_the_server(
     assert connect.server_address(host, port, https) == wanted
 
 
-@pytest.mark.parametrize("host", ["", "a b", "user@host", "ftp://x", "a/b:c", "x:99999", "-\n"])
+@pytest.mark.parametrize("host", [
+    "", "a b", "user@host", "ftp://x", "a/b:c", "x:99999", "-\n", "a..b", "a" * 70, "x/v2"])
 def test_a_wrong_address_is_refused(host: str) -> None:
     with pytest.raises(connect.Problem):
         connect.server_address(host, None, False)
