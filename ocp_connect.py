@@ -2792,10 +2792,12 @@ class Terminal:
     def ask(self, question: str) -> str | None:
         """The answer, None if nobody can be asked."""
         try:
-            with open(self._path) as source, open(self._path, "w") as target:
+            with open(self._path, errors="replace") as source, open(self._path, "w") as target:
                 target.write(question)
                 target.flush()
-                return source.readline().strip()
+                line = source.readline()
+                # Ctrl-D, and a terminal that is gone, are no answer; Enter is one.
+                return line.strip() if line else None
         except OSError:
             return None
 

@@ -358,6 +358,12 @@ def test_at_a_terminal_no_changes_nothing(server: Server, free_home: Path) -> No
     assert code == 1 and "Nothing was changed" in shown and not list(free_home.iterdir())
 
 
+def test_at_a_terminal_ctrl_d_is_no_yes(server: Server, free_home: Path) -> None:
+    code, shown = on_terminal(free_home, [("[Y/n]", "\x04")], *at(server, "--only", "aider"))
+
+    assert code == 2 and "say --yes" in shown and not list(free_home.iterdir())
+
+
 def test_at_a_terminal_the_key_is_asked_for_and_not_shown(
     guarded: Server, free_home: Path
 ) -> None:
