@@ -2730,7 +2730,9 @@ def show_plan(plan: Plan, machine: Machine, key: str, all_lines: bool) -> str:
                      f"{each.reason}.")
         if each.snippet:
             body = masked(each.snippet, key).splitlines()
-            parts.append("      Put this in by hand (the whole key is in ~/.config/ocp/key):\n"
+            where = machine.short(os.path.join(machine.own, "key"))
+            known = f" (the whole key is in {where})" if key else ""
+            parts.append(f"      Put this in by hand{known}:\n"
                          + "\n".join(f"        {clean(line)}" for line in body))
     return "\n".join(parts)
 
@@ -2869,6 +2871,8 @@ def provider_name(text: str) -> str:
 def tool_list(text: str) -> list[str]:
     """Names of tools. Raises ArgumentTypeError."""
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("no tool is named")
     for name in names:
         if name not in TOOL_NAMES:
             near = difflib.get_close_matches(name, TOOL_NAMES, 1)
@@ -3090,6 +3094,9 @@ def program(argv: Sequence[str], machine: Machine, terminal: Terminal) -> Exit:
 
 def main(argv: Sequence[str]) -> int:
     """The exit code; every failure is a sentence on standard error."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # What it can show of a text is more than nothing; a stream that is closed is None.
+        stream.reconfigure(errors="replace")
     try:
         return int(program(argv, this_machine(), Terminal()))
     except Problem as problem:

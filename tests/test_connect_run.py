@@ -213,7 +213,7 @@ def test_something_else_there_is_one_sentence(free_home: Path, answer: bytes) ->
 
 @pytest.mark.parametrize("args", [
     (), ("a b",), ("h", "--port", "0"), ("h", "--only", "codx"), ("h", "--primary", "--backup"),
-    ("h", "--key", ""), ("h", "--key", "a b"),
+    ("h", "--key", ""), ("h", "--key", "a b"), ("--undo", "--only", ""), ("h", "--only", " ,"),
 ])
 def test_wrong_usage_is_2(free_home: Path, args: tuple[str, ...]) -> None:
     assert piped(free_home, *args, "--yes").returncode == 2
@@ -459,12 +459,21 @@ def test_a_server_that_cannot_answer_is_said_and_is_no_success(
     assert (free_home / ".aider.conf.yml").exists()
 
 
+def test_what_a_terminal_cannot_show_is_no_failure(server: Server, free_home: Path) -> None:
+    home = free_home / "z\u00fcrich"
+    home.mkdir()
+
+    ran = piped(home, *at(server, "--only", "shell", "--yes"), PYTHONIOENCODING="ascii")
+
+    assert ran.returncode == 0 and "z?rich" in ran.stdout, ran
+
+
 def test_a_file_that_is_left_to_the_user_is_no_success(server: Server, free_home: Path) -> None:
     (free_home / ".aider.conf.yml").write_text("{flow: true}\n")
 
     ran = piped(free_home, *at(server, "--only", "aider", "--yes"))
 
-    assert ran.returncode == 1 and "Put this in by hand" in ran.stdout
+    assert ran.returncode == 1 and "Put this in by hand:" in ran.stdout
     assert (free_home / ".aider.conf.yml").read_text() == "{flow: true}\n"
 
 
