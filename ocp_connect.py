@@ -349,6 +349,10 @@ def write_whole(path: str, content: bytes, mode: int) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        with contextlib.suppress(OSError):
+            # Only root may give a file to somebody else.
+            there = os.stat(real)
+            os.chown(draft, there.st_uid, there.st_gid)
         os.chmod(draft, mode)
         os.replace(draft, real)
     except BaseException:
@@ -2583,10 +2587,11 @@ class Writer:
         self._record.save()
 
     def _mode(self, edit: Edit) -> int:
-        if edit.before is not None:
-            return stat.S_IMODE(os.stat(edit.path).st_mode)
         assert edit.after is not None
         has_key = self._key and self._key.encode() in edit.after
+        # A file that is ours alone may hold a key for the first time.
+        if edit.before is not None and not (has_key and edit.base is None):
+            return stat.S_IMODE(os.stat(edit.path).st_mode)
         return 0o600 if has_key or edit.tool == OWN else 0o644
 
     def _replace(self, edit: Edit) -> None:

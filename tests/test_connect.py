@@ -350,6 +350,31 @@ def test_a_new_file_with_the_key_is_for_its_owner_only(home: Home, tool: str) ->
 
 
 @each_tool
+def test_a_file_of_ours_that_gets_a_key_later_is_for_its_owner_only(
+    home: Home, tool: str
+) -> None:
+    home.connect(tool, server=SERVER._replace(key=""))
+    home.connect(tool)
+
+    for name, content in home.files().items():
+        if KEY.encode() in content:
+            assert stat.S_IMODE((home.folder / name).stat().st_mode) == 0o600, name
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@each_tool
+def test_a_file_keeps_its_owner(home: Home, tool: str) -> None:
+    path = home.put(CASES[tool].path, CASES[tool].text)
+    os.chown(path, 12345, 23456)
+
+    home.connect(tool)
+    changed = path.stat()
+    home.undo()
+
+    assert [(at.st_uid, at.st_gid) for at in (changed, path.stat())] == [(12345, 23456)] * 2
+
+
+@each_tool
 def test_no_plan_shows_the_key(home: Home, tool: str) -> None:
     home.put(CASES[tool].path, CASES[tool].text)
 
