@@ -410,6 +410,15 @@ def server_url(env: Env) -> str:
     return parse_url(record.url, record_path(env)) if record else DEFAULT_URL
 
 
+def admin_key_path(env: Env) -> str:
+    """Where the server of this machine keeps its key. That of a service of the machine has a
+    folder of its own."""
+    with contextlib.suppress(Problem):
+        record = read_record(env)
+        return os.path.join((record.data_dir if record else "") or env.ocp_home, "admin-key")
+    return os.path.join(env.ocp_home, "admin-key")
+
+
 def admin_key(env: Env, url: str) -> str:
     """The key for this address, empty if there is none for it. Raises Problem.
 
@@ -417,7 +426,7 @@ def admin_key(env: Env, url: str) -> str:
     """
     key, source = env.environ.get("OCP_ADMIN_KEY", "").strip(), "OCP_ADMIN_KEY"
     if not key:
-        source = os.path.join(env.ocp_home, "admin-key")
+        source = admin_key_path(env)
         if not is_this_machine(url):
             record = read_record(env)
             if record is None or parse_url(record.url, record_path(env)) != url:
@@ -498,8 +507,8 @@ class Server(NamedTuple):
         if self.key:
             return "The admin key that was sent is not this server's: see OCP_ADMIN_KEY."
         if is_this_machine(self.url):
-            path = os.path.join(self.env.ocp_home, "admin-key")
-            return f"No admin key was sent: set OCP_ADMIN_KEY; there is none to read in {path}."
+            return ("No admin key was sent: set OCP_ADMIN_KEY; there is none to read in "
+                    f"{admin_key_path(self.env)}.")
         return "No admin key was sent to this other machine: set OCP_ADMIN_KEY to its key."
 
 

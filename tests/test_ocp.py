@@ -376,6 +376,20 @@ def test_the_admin_key_comes_from_environment_or_file(tmp_path: Path) -> None:
         assert [r.key for r in server.requests] == ["from-file", "from-environment"]
 
 
+def test_the_admin_key_of_a_service_of_the_machine_is_in_its_own_folder(tmp_path: Path) -> None:
+    state = tmp_path / "var-lib-ocp"
+    state.mkdir()
+    (tmp_path / ".ocp").mkdir()
+    with stub({"GET /sessions": (403, {"error": {"message": "no"}})}) as server:
+        record = {"url": server.url, "data_dir": str(state)}
+        (tmp_path / ".ocp" / "install.json").write_text(json.dumps(record))
+        without = outcome(world(tmp_path, "sessions"))
+        (state / "admin-key").write_text("from-file\n")
+        outcome(world(tmp_path, "sessions"))
+        assert [r.key for r in server.requests] == ["", "from-file"]
+    assert f"none to read in {state}/admin-key" in without.err
+
+
 def test_the_key_of_the_file_goes_to_no_other_machine(tmp_path: Path) -> None:
     (tmp_path / ".ocp").mkdir()
     (tmp_path / ".ocp" / "admin-key").write_text("secret")
