@@ -232,6 +232,10 @@ def write_whole(path: str, content: bytes, mode: int = 0o600) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if os.geteuid() == 0:
+            # The state of a service of the machine belongs to the user that it runs as.
+            above = os.stat(folder)
+            os.chown(draft, above.st_uid, above.st_gid)
         os.chmod(draft, mode)
         os.replace(draft, path)
     except BaseException:
@@ -1095,8 +1099,9 @@ def cmd_sessions(env: Env, args: argparse.Namespace) -> Exit:
 def cmd_clear(env: Env, args: argparse.Namespace) -> Exit:
     """Forgets all sessions, or one."""
     path = "/sessions" + ("/" + urllib.parse.quote(args.session, "") if args.session else "")
-    text = find_server(env).text("DELETE", path)
-    cleared = json.loads(text).get("cleared")
+    server = find_server(env)
+    text = server.text("DELETE", path)
+    cleared = server.parsed(text).get("cleared")
     env.say(text.rstrip("\n") if args.json else f"cleared {number(cleared)} sessions")
     return Exit.OK
 
@@ -2460,7 +2465,11 @@ def _script(facts: Facts, name: str, *words: str) -> str:
 
 
 def _fix_install(facts: Facts) -> Fix:
-    return Fix("fix_install", (), (_script(facts, "setup.py_install.py", "--yes"),))
+    script = "setup.py_install.py"
+    if facts.known is None or facts.known.platform != "systemd-system":
+        return Fix("fix_install", (), (_script(facts, script, "--yes"),))
+    sudo = "sudo " if facts.env.user_id != 0 else ""
+    return Fix("fix_install", (), (sudo + _script(facts, script, "--system", "--yes"),))
 
 
 def _fix_claude(facts: Facts) -> Fix:

@@ -461,6 +461,12 @@ def test_failures_are_told_apart(
         assert found.out == "" and "Traceback" not in found.err
 
 
+def test_an_odd_answer_to_clear_is_no_traceback(tmp_path: Path) -> None:
+    with stub({"DELETE /sessions": (200, "<html>")}) as server:
+        found = run(tmp_path, server.url, "clear")
+    assert found.code == 1 and "not as an OCP server does" in found.err
+
+
 def test_failures_of_ask_are_told_apart(tmp_path: Path) -> None:
     for answer, code, words in FAILURES[:7]:
         with stub({"POST /v1/chat/completions": answer}) as server:

@@ -321,6 +321,17 @@ def test_a_healthy_installation_passes(healthy: Manager) -> None:
     assert [check.id for check in ocp.CHECKS] == list(levels)
 
 
+@pytest.mark.parametrize("platform, user_id, sudo, more", [
+    ("systemd-user", 1000, "", ""), ("systemd-system", 1000, "sudo ", "--system "),
+    ("systemd-system", 0, "", "--system ")])
+def test_what_was_installed_is_installed_again_in_the_same_way(
+    healthy: Manager, platform: str, user_id: int, sudo: str, more: str
+) -> None:
+    healthy.record(platform=platform, python="/gone/python3")
+    (command,) = examined(healthy, user_id=user_id)["next_action"]["ai_executable"]
+    assert command == f"{sudo}python3 {support.REPO}/setup.py_install.py {more}--yes"
+
+
 def test_a_server_that_is_down_is_started_by_the_platforms_own_command(healthy: Manager) -> None:
     healthy.up.unlink()
     healthy.programs.add("claude", "echo '2.1.329 (Claude Code)'")

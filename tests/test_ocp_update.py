@@ -321,6 +321,16 @@ def test_a_database_in_the_new_form_is_put_back(machine: Machine) -> None:
     assert ocp.database_version(newer) == 2
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_database_that_is_put_back_belongs_to_the_user_of_the_service(machine: Machine) -> None:
+    for path in [machine.database.parent, *machine.database.parent.glob("ocp.db*")]:
+        os.chown(path, 12345, 23456)
+    machine.dead, machine.migrates = {"0.2.0"}, True
+    assert machine.ocp(*FORWARD).code == 1
+    assert machine.notes() == ["kept"]
+    assert (machine.database.stat().st_uid, machine.database.stat().st_gid) == (12345, 23456)
+
+
 def test_no_log_of_another_database_is_played_into_the_saved_one(machine: Machine) -> None:
     assert machine.ocp(*FORWARD).code == 0
     snapshot = ocp.read_snapshots(world(machine.home))[0]
