@@ -545,10 +545,17 @@ def device_url(env: Env, url: str) -> str:
     return found if found and answers(found) else url
 
 
+def with_port(url: str) -> str:
+    """A server's address as ocp_connect.py takes it, where an address without a port means 3456."""
+    parts = urllib.parse.urlsplit(url)
+    port = "" if parts.port else ":443" if parts.scheme == "https" else ":80"
+    return f"{parts.scheme}://{parts.netloc.rstrip(':')}{port}{parts.path}"
+
+
 def connect_words(url: str) -> str:
     """The one command that sets up the tools of another machine."""
     default = url.startswith("http://") and url.endswith(":3456")
-    host = url[len("http://"):-len(":3456")] if default else url
+    host = url[len("http://"):-len(":3456")] if default else with_port(url)
     return f"curl -fsSL {url}/connect | python3 - {host}"
 
 
@@ -1437,7 +1444,7 @@ def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:
     """Brings the models that OpenClaw lists for the server up to date."""
     more = ["--dry-run"] if args.dry_run else []
     more += ["--json"] if args.json else []
-    return _attached(env, connect_command(env, "--sync", server_url(env), *more))
+    return _attached(env, connect_command(env, "--sync", with_port(server_url(env)), *more))
 
 
 _OPENCLAW_FIELDS = {"openclaw", "providers", "diff", "written", "failures"}
@@ -1447,7 +1454,7 @@ def openclaw_state(env: Env, url: str, *more: str) -> Json:
     """What OpenClaw knows of the server: {openclaw, providers, diff, written, failures}, where
     `openclaw` is whether it is here. Its list of models is brought up to date unless `more` says
     --dry-run. Raises Problem."""
-    command = connect_command(env, "--sync", url, "--json", *more)
+    command = connect_command(env, "--sync", with_port(url), "--json", *more)
     ran = env.run(command, environ=env.environ, timeout_s=180.0)
     with contextlib.suppress(ValueError):
         found = json.loads(ran.output)

@@ -9094,8 +9094,10 @@ function toast(text) {
 function showSecret({name, key}) {
   setText(byId("secret-title"), `The secret of ${name}`);
   setText(byId("secret-address"), `${location.origin}/v1`);
-  setText(byId("secret-command"),
-    `curl -fsSL ${location.origin}/connect | python3 - ${location.origin}`);
+  // An address without a port would mean 3456 there.
+  const port = location.port || (location.protocol === "https:" ? 443 : 80);
+  setText(byId("secret-command"), `curl -fsSL ${location.origin}/connect | ` +
+    `python3 - ${location.protocol}//${location.hostname}:${port}`);
   byId("secret-value").value = key;
   byId("secret").showModal();
   byId("secret-copy").focus();

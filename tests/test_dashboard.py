@@ -559,7 +559,7 @@ def test_a_key_is_made_rotated_limited_and_revoked_by_keyboard(
         page.until("document.querySelector('#secret').open")
         secret = page.evaluate("document.querySelector('#secret-value').value")
         command = page.evaluate("document.querySelector('#secret-command').textContent")
-        assert command.startswith("curl -fsSL http://") and "/connect | python3 - http" in command
+        assert command == f"curl -fsSL {desk.server.url}/connect | python3 - {desk.server.url}"
         assert desk.server.call("GET", "/v1/models", headers=bearer(secret)).status == 200
         page.tab_to("secret-done")
         page.press("Enter")

@@ -613,6 +613,8 @@ def test_a_new_key_comes_with_the_command_for_its_device(
 def test_the_command_for_a_device_is_short_at_the_usual_port() -> None:
     assert ocp.connect_words("http://192.0.2.7:3456") == (
         "curl -fsSL http://192.0.2.7:3456/connect | python3 - 192.0.2.7")
+    assert ocp.connect_words("https://ocp.example").endswith("- https://ocp.example:443")
+    assert ocp.connect_words("http://[::1]:80").endswith("- http://[::1]:80")
 
 
 @pytest.mark.parametrize("words", [["connect", "--undo", "--yes"], ["connect", "box", "--list"]])
@@ -623,13 +625,18 @@ def test_every_option_behind_connect_is_its_scripts(tmp_path: Path, words: list[
     assert ran.stdout == f"{words[1:]}\n"
 
 
-def test_sync_asks_the_script_for_the_server_that_is_in_use(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable, value, address", [
+    ("CLAUDE_PROXY_PORT", "3999", "http://127.0.0.1:3999"),
+    ("OCP_URL", "https://ocp.example/v1", "https://ocp.example:443")])
+def test_sync_asks_the_script_for_the_server_that_is_in_use(
+    tmp_path: Path, variable: str, value: str, address: str
+) -> None:
     (tmp_path / "ocp_connect.py").write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
     ran = subprocess.run(
         [sys.executable, str(copied(tmp_path)), "sync", "--dry-run", "--json"], text=True,
-        env=support.clean_env(HOME=str(tmp_path), CLAUDE_PROXY_PORT="3999"), capture_output=True)
+        env=support.clean_env(HOME=str(tmp_path), **{variable: value}), capture_output=True)
     assert (ran.returncode, ran.stdout) == (
-        1, "['--sync', 'http://127.0.0.1:3999', '--dry-run', '--json']\n")
+        1, f"['--sync', '{address}', '--dry-run', '--json']\n")
 
 
 def copied(folder: Path) -> Path:
