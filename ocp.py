@@ -1356,7 +1356,11 @@ def _stream_lines(answer: http.client.HTTPResponse) -> Iterator[bytes]:
 
 def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
     """Asks one question and prints the answer as it comes."""
-    question = env.stdin.read() if args.question == "-" else args.question
+    try:
+        question = env.stdin.read() if args.question == "-" else args.question
+    except UnicodeDecodeError as problem:
+        raise Problem(
+            Exit.USAGE, f"Standard input is no text in {problem.encoding}: see LANG.") from None
     if not question.strip():
         raise Problem(Exit.USAGE, 'Ask something: ocp ask "Why is the sky blue?"')
     body = {
@@ -3412,9 +3416,13 @@ def main(env: Env) -> Exit:
 
 def real_env() -> Env:
     """The world as it is."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that knows few characters still gets the rest of an answer.
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Whoever started this has closed it, as `>&-` does.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+        if mode == "w":
+            # A terminal that knows few characters still gets the rest of an answer.
+            getattr(sys, name).reconfigure(errors="replace")
     tree = os.path.dirname(os.path.realpath(__file__))
     home = os.path.expanduser("~")
     return Env(sys.argv[1:], dict(os.environ), sys.stdin, sys.stdout, sys.stderr, home, tree)

@@ -704,6 +704,21 @@ def test_a_real_server_refuses_without_the_key(tmp_path: Path, real: Any) -> Non
     assert other.code == 4
 
 
+@pytest.mark.parametrize("command, code", [
+    ("models >&-", 0), ("models 2>&-", 0), ("models >&- 2>&-", 0), ("nonsense 2>&-", 2),
+    ("ask - <&-", 2), ("ask - < <(printf 'gr\\xfc')", 2)])
+def test_as_a_program_whose_streams_are_closed_or_odd(
+    tmp_path: Path, real: Any, command: str, code: int
+) -> None:
+    environ = support.clean_env(
+        HOME=str(tmp_path), OCP_URL=real.url, OCP_ADMIN_KEY="admin-key", PYTHONIOENCODING="utf-8")
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {support.REPO}/ocp.py {command}"], text=True,
+        capture_output=True, env=environ, check=False, timeout=20)
+    assert done.returncode == code and "Traceback" not in done.stderr, done
+    assert "not have happened" not in done.stderr
+
+
 def test_as_a_program_in_a_pipe(tmp_path: Path, real: Any) -> None:
     command = f"{sys.executable} -W error {support.REPO}/ocp.py"
     environ = support.clean_env(
