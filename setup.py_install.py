@@ -146,7 +146,8 @@ def this_host(environ: Mapping[str, str]) -> Host:
         user=account.pw_name,
         uid=os.getuid(),
         here=os.path.dirname(os.path.abspath(__file__)),
-        is_terminal=sys.stdin.isatty(),
+        # Whoever starts this may have closed it.
+        is_terminal=sys.stdin is not None and sys.stdin.isatty(),
     )
 
 
@@ -604,7 +605,8 @@ def is_done(action: Action) -> bool:
         return os.path.isdir(action.path)
     if isinstance(action, Run):
         return not action.needed
-    if os.path.islink(action.path) or read_bytes(action.path) != action.content:
+    is_foreign_link = os.path.islink(action.path) and not action.is_data
+    if is_foreign_link or read_bytes(action.path) != action.content:
         return False
     return mode_of(action.path) == action.mode
 
@@ -640,8 +642,9 @@ def entry_for(action: Action, earlier: Optional[Json]) -> Json:
     new_sum = checksum(action.content)
     backup = old["backup"]
     present = read_bytes(action.path)
-    # Only what this program wrote itself may be written over without a copy.
-    foreign = present is not None and checksum(present) not in (*old["sha256"], new_sum)
+    # Only what this program wrote itself may be written over without a copy. It writes no links.
+    foreign = os.path.islink(action.path) or (
+        present is not None and checksum(present) not in (*old["sha256"], new_sum))
     if foreign and not action.is_data:
         backup = _free_backup_path(action.path)
     return {
@@ -654,8 +657,13 @@ def entry_for(action: Action, earlier: Optional[Json]) -> Json:
 def _write(host: Host, action: WriteFile, entry: Json) -> None:
     backup = entry["backup"]
     if backup and not os.path.lexists(backup):
-        write_whole(backup, read_bytes(action.path) or b"", mode_of(action.path))
-    write_whole(action.path, action.content, action.mode)
+        if os.path.islink(action.path):
+            os.symlink(os.readlink(action.path), backup)
+        else:
+            write_whole(backup, read_bytes(action.path) or b"", mode_of(action.path))
+    # Data of the user's may be kept elsewhere, with a link here.
+    path = os.path.realpath(action.path) if action.is_data else action.path
+    write_whole(path, action.content, action.mode)
     if action.then:
         done = host.run(action.then)
         if done.returncode:

@@ -444,7 +444,8 @@ def confirmed(options: argparse.Namespace) -> bool:
     """Whether to go on. Raises Refused when there is nobody to ask."""
     if options.yes:
         return True
-    if not sys.stdin.isatty():
+    # Whoever starts this may have closed it.
+    if sys.stdin is None or not sys.stdin.isatty():
         raise Refused("There is no terminal to ask on: --yes goes on, --dry-run only shows.")
     return asked("Go on?")
 

@@ -446,6 +446,13 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(linux: Machine) -> None:
     assert not [call for call in linux.services.calls() if changing.search(call)]
 
 
+def test_a_closed_standard_input_is_no_terminal(
+    linux: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert not setup.this_host(linux.env()).is_terminal
+
+
 def test_without_a_terminal_nothing_is_done_unasked(quick: Machine) -> None:
     done = quick.run("setup.py_install.py", "--port", str(quick.port), stdin="y\n")
     assert done.returncode == 2 and "--yes" in done.stderr
@@ -653,6 +660,27 @@ def test_a_foreign_launcher_is_kept_and_comes_back(quick: Machine) -> None:
     after = quick.files()
     assert {name: state[:2] for name, state in after.items()} == {
         name: state[:2] for name, state in before.items()}
+
+
+@pytest.mark.parametrize("target", ["../../a checkout/ocp.py", "nowhere"])
+def test_a_launcher_that_is_a_link_comes_back_as_one(quick: Machine, target: str) -> None:
+    quick.launcher.parent.mkdir(parents=True)
+    quick.launcher.symlink_to(target)
+    assert quick.install("--no-start").returncode == 0
+    assert not quick.launcher.is_symlink() and "exec" in quick.launcher.read_text()
+    assert (quick.checkout / "ocp.py").read_text().startswith("import sys")
+    assert quick.uninstall("--purge").returncode == 0
+    assert os.readlink(quick.launcher) == target
+
+
+def test_settings_that_are_a_link_are_changed_where_it_leads(quick: Machine) -> None:
+    kept = quick.home / "dotfiles.env"
+    kept.write_text("# mine\n")
+    quick.ocp.mkdir()
+    quick.env_file.symlink_to(kept)
+    assert quick.run("setup.py_install.py", "--yes", "--no-start").returncode == 0
+    assert quick.env_file.is_symlink() and "CLAUDE_PROXY_PORT" in kept.read_text()
+    assert "nothing to change" in quick.install("--no-start").stdout
 
 
 def test_a_unit_that_its_owner_changed_is_not_lost(quick: Machine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
@@ -168,9 +169,11 @@ def test_a_dry_run_changes_nothing(
 
 
 def test_without_a_terminal_nothing_is_done_unasked(
-    machine: Machine, capsys: pytest.CaptureFixture[str]
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.record(machine.file("launcher", "ours"))
+    assert machine.run() == 2
+    monkeypatch.setattr(sys, "stdin", None)
     assert machine.run() == 2
     assert "--yes" in capsys.readouterr().err and "launcher" in machine.names()
 
