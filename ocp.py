@@ -325,6 +325,8 @@ class Record(NamedTuple):
     platform: str
     label: str
     unit_path: str
+    #: Of launchd, such as gui/501.
+    domain: str
     python: str
     server_path: str
     data_dir: str
@@ -1474,7 +1476,7 @@ def openclaw_state(env: Env, url: str, *more: str) -> Json:
 
 
 class Step(NamedTuple):
-    """One command of a service manager, with {label}, {unit} and {user} to be filled in."""
+    """One command of a service manager, with {label}, {unit} and {domain} to be filled in."""
 
     words: tuple[str, ...]
     may_fail: bool = False
@@ -1486,8 +1488,8 @@ def _systemctl(*options: str) -> dict[str, tuple[Step, ...]]:
     return {verb: (Step(("systemctl", *options, verb, "--", "{label}")),) for verb in verbs}
 
 
-_BOOTSTRAP = ("launchctl", "bootstrap", "gui/{user}", "{unit}")
-_BOOTOUT = ("launchctl", "bootout", "gui/{user}/{label}")
+_BOOTSTRAP = ("launchctl", "bootstrap", "{domain}", "{unit}")
+_BOOTOUT = ("launchctl", "bootout", "{domain}/{label}")
 #: Platform of the record, verb, steps. launchd reads a changed agent only at a bootstrap, which
 #: fails for a while after a bootout, and always when the agent is loaded already.
 SERVICE_STEPS: dict[str, dict[str, tuple[Step, ...]]] = {
@@ -1496,7 +1498,7 @@ SERVICE_STEPS: dict[str, dict[str, tuple[Step, ...]]] = {
     "launchd": {
         "start": (
             Step(_BOOTSTRAP, may_fail=True),
-            Step(("launchctl", "kickstart", "gui/{user}/{label}")),
+            Step(("launchctl", "kickstart", "{domain}/{label}")),
         ),
         "stop": (Step(_BOOTOUT),),
         "restart": (Step(_BOOTOUT, may_fail=True), Step(_BOOTSTRAP, tries=4)),
@@ -1504,11 +1506,17 @@ SERVICE_STEPS: dict[str, dict[str, tuple[Step, ...]]] = {
 }
 
 
+def launchd_domain(record: Record, user_id: int) -> str:
+    """Where launchd has the service of a record: the session on the screen, or the user's."""
+    return record.domain or f"gui/{user_id}"
+
+
 def service_steps(record: Record, verb: str, user_id: int) -> list[Step]:
     """The steps of start, stop or restart for a recorded service; none if there is none."""
     if not re.fullmatch(r"[A-Za-z0-9_.@:][A-Za-z0-9_.@:-]*", record.label):
         return []
-    values = {"label": record.label, "unit": record.unit_path, "user": user_id}
+    domain = launchd_domain(record, user_id)
+    values = {"label": record.label, "unit": record.unit_path, "domain": domain}
     steps = SERVICE_STEPS.get(record.platform, {}).get(verb, ())
     return [s._replace(words=tuple(word.format(**values) for word in s.words)) for s in steps]
 
@@ -2356,7 +2364,8 @@ def _check_unit(facts: Facts) -> Finding:
     if record.unit_path and not os.path.exists(record.unit_path):
         return Finding("FAIL", f"the service's file is gone: {record.unit_path}")
     if record.platform == "launchd":
-        ran = facts.env.command("launchctl", "print", f"gui/{facts.env.user_id}/{record.label}")
+        domain = launchd_domain(record, facts.env.user_id)
+        ran = facts.env.command("launchctl", "print", f"{domain}/{record.label}")
         if ran.code is None:
             return Finding("INFO", f"could not check: {ran.complaint}")
         return Finding("PASS" if ran.code == 0 else "WARN",

@@ -304,6 +304,8 @@ class Service(NamedTuple):
     logs: str = ""
     #: Starts it again after its settings were edited; for people.
     restart_words: str = ""
+    #: Of launchd, the one that the agent is loaded into; empty for systemd.
+    domain: str = ""
 
 
 def systemd_service(folder: str, label: str, *, is_system: bool) -> Service:
@@ -340,6 +342,7 @@ def launchd_service(home: str, domain: str, label: str, log_path: str) -> Servic
         start=("launchctl", "bootstrap", domain, unit_path),
         logs=f"tail -n 30 {shlex.quote(log_path)}",
         restart_words=f"launchctl kickstart -k {target}",
+        domain=domain,
     )
 
 
@@ -357,9 +360,12 @@ def user_unit_folder(host: Host) -> str:
 
 
 def launchd_domain(host: Host) -> str:
-    """The session on the screen if there is one; over ssh alone there is only the user's."""
-    screen = f"gui/{host.uid}"
-    return screen if host.succeeds(("launchctl", "print", screen)) else f"user/{host.uid}"
+    """The session on the screen if there is one; over ssh alone there is only the user's. What
+    runs in that one already stays there, whoever has come to the screen since."""
+    screen, background = f"gui/{host.uid}", f"user/{host.uid}"
+    if host.succeeds(("launchctl", "print", f"{background}/{LAUNCHD_LABEL}")):
+        return background
+    return screen if host.succeeds(("launchctl", "print", screen)) else background
 
 
 def legacy_services(host: Host, platform_name: str) -> list[Service]:
@@ -531,7 +537,10 @@ def command_with_settings(install: Installation) -> list[str]:
 
 def launchd_plist(install: Installation) -> bytes:
     """The agent for launchd."""
+    # Without a word about it, an agent can be loaded into the session on the screen only.
+    background = {"LimitLoadToSessionType": "Background"}
     return plistlib.dumps({
+        **(background if install.service.domain.startswith("user/") else {}),
         "Label": install.service.label,
         "ProgramArguments": command_with_settings(install),
         "RunAtLoad": True,
@@ -1159,6 +1168,7 @@ class Record:
             "platform": install.service.platform,
             "label": install.service.label,
             "unit_path": install.service.unit_path,
+            "domain": install.service.domain,
             "python": install.python,
             "server_path": install.server_path,
             "install_dir": install.install_dir,

@@ -5,6 +5,8 @@ in the folder $FAKE_SERVICES:
     calls.jsonl   every call, one list of words in a line
     enabled, active, lingers   one name in a line; a service is active once it was started
     unreachable   if it is there, the user's systemd is not
+    headless      if it is there, nobody has logged in on the screen: launchd has no gui/UID
+    domain        where launchd loaded the last agent
     fail          calls that contain this text fail
     kill          a call that contains this text kills the program that made it, and does nothing
     run           if it is there, starting a unit starts what it says, read as systemd reads it
@@ -165,16 +167,28 @@ def systemctl(words: list[str]) -> int:
 def launchctl(words: list[str]) -> int:
     verb, target = words[0], words[1]
     label = target.rpartition("/")[2]
+    domain = target if target.count("/") == 1 else target.rpartition("/")[0]
+    if domain.startswith("gui/") and (STATE / "headless").exists():
+        print("125: Domain does not support specified action", file=sys.stderr)
+        return 125
+    loaded = names("domain") or {f"gui/{domain.rpartition('/')[2]}"}
+    is_loaded = label in names("active") and domain in loaded
     if verb == "print":
         # A domain is gui/UID, a service has one more part.
-        return 0 if target.count("/") == 1 or label in names("active") else 113
+        return 0 if target == domain or is_loaded else 113
     if verb == "bootstrap":
         agent = plistlib.loads(Path(words[2]).read_bytes())
+        session = "Aqua" if domain.startswith("gui/") else "Background"
+        if agent.get("LimitLoadToSessionType", "Aqua") != session:
+            print("Bootstrap failed: 5: Service cannot load in requested session",
+                  file=sys.stderr)
+            return 5
+        (STATE / "domain").write_text(domain)
         put("active", agent["Label"], True)
         if (STATE / "run").exists():
             start(agent["ProgramArguments"], {})
     elif verb == "bootout":
-        if label not in names("active"):
+        if not is_loaded:
             print("Boot-out failed: 3: No such process", file=sys.stderr)
             return 3
         put("active", label, False)

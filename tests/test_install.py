@@ -317,7 +317,7 @@ def test_a_service_is_installed_runs_and_answers_and_a_second_run_changes_nothin
         "unit_path": str(linux.unit), "python": setup.stable_python(),
         "server_path": str(linux.checkout / "ocp_server.py"), "install_dir": str(linux.checkout),
         "data_dir": str(linux.ocp), "env_file": str(linux.env_file), "port": linux.port,
-        "bind": "127.0.0.1", "url": f"http://127.0.0.1:{linux.port}",
+        "bind": "127.0.0.1", "url": f"http://127.0.0.1:{linux.port}", "domain": "",
         "launcher": str(linux.launcher), "complete": True, "actions": []}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["installed_at"])
     assert all(entry.keys() >= {"kind", "path", "backup"} for entry in record["actions"])
@@ -832,6 +832,27 @@ def test_an_agent_is_installed_started_and_taken_away(
         steps = [call for call in mac.services.calls() if " print " not in call]
         assert [call.split()[1] for call in steps] == [
             "enable", "bootstrap", "bootout", "bootstrap"]
+        assert mac.uninstall("--purge").returncode == 0
+    finally:
+        mac.services.stop()
+    assert mac.files() == mac.before and not mac.services.get("active")
+
+
+def test_an_agent_that_was_installed_over_ssh_alone_stays_where_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mac = Machine(tmp_path, "launchctl")
+    mac.services.set("run")
+    mac.services.set("headless")
+    host = mac.host("Darwin")
+    try:
+        arguments = ["--yes", "--port", str(mac.port), "--skip-answer"]
+        assert setup.main(arguments, host) == 0, capsys.readouterr()
+        assert mac.record()["domain"] == "user/501"
+        # Somebody logs in on the screen.
+        mac.services.set("headless", None)
+        assert setup.main(["--yes", "--skip-answer"], host) == 0
+        assert "nothing to change" in capsys.readouterr().out
         assert mac.uninstall("--purge").returncode == 0
     finally:
         mac.services.stop()

@@ -96,6 +96,15 @@ PLATFORMS = {
 # With a record
 # ---------------------------------------------------------------------------
 
+def test_an_agent_is_looked_for_where_the_installer_loaded_it(manager: Manager) -> None:
+    manager.record(platform="launchd", domain="user/501")
+    manager.up.touch()
+    assert manager.ocp("restart", user_id=501).code == 0
+    assert manager.ocp("doctor", user_id=501).code in (0, 1)
+    calls = [call for call in manager.programs.calls() if call.startswith("launchctl")]
+    assert calls and not [call for call in calls if " user/501" not in call]
+
+
 @pytest.mark.parametrize("verb", ["start", "stop", "restart"])
 @pytest.mark.parametrize("platform", sorted(PLATFORMS))
 def test_the_recorded_service_is_used(manager: Manager, platform: str, verb: str) -> None:
