@@ -130,9 +130,29 @@ def mask(key: str) -> str:
     return f"{key[:8]}...{key[-4:]}" if len(key) >= 24 else f"{key[:2]}..."
 
 
+def fish_quoted(value: str) -> str:
+    """A word for fish."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def spellings(key: str) -> list[str]:
+    """A key as it may stand in a file: in the quotes of JSON, of a shell, of fish, and in XML."""
+    shell = shlex.quote(key)
+    shell = shell[1:-1] if shell != key else key
+    xml = shell.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    inside = (shell, xml, json.dumps(key)[1:-1], fish_quoted(key)[1:-1], key)
+    return list(dict.fromkeys(inside)) if key else []
+
+
+def holds_key(text: str, key: str) -> bool:
+    """Whether a key stands in a text."""
+    return any(each in text for each in spellings(key))
+
+
 def masked(text: str, key: str) -> str:
     """`text` without any key in full: not this one, and nothing else that looks like one."""
-    text = text.replace(key, mask(key)) if key else text
+    for each in spellings(key):
+        text = text.replace(each, mask(key))
     text = _SECRET_SHAPE.sub(lambda match: mask(match.group()), text)
 
     def hidden(match: re.Match[str]) -> str:
@@ -1528,11 +1548,6 @@ def shell_steps(desk: Desk) -> list[Step]:
     return steps + session_steps(desk, names)
 
 
-def fish_quoted(value: str) -> str:
-    """A word for fish."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 #: The login agent that sets the variables again after each login on macOS.
 AGENT_LABEL = "dev.ocp.environment"
 
@@ -2323,7 +2338,7 @@ def plan_edit(step: FileStep, tool: str, desk: Desk, record: Record) -> Edit | N
         after = apply_changes(decoded(base), step.kind, changes)
     if after.encode() == content:
         return None
-    if base is not None and desk.server.key and desk.server.key in after and (
+    if base is not None and holds_key(after, desk.server.key) and (
             os.stat(step.path).st_mode & 0o077):
         notes.append(f"others on this machine can read it: chmod 600 {shlex.quote(step.path)}")
     return Edit(
@@ -2588,7 +2603,7 @@ class Writer:
 
     def _mode(self, edit: Edit) -> int:
         assert edit.after is not None
-        has_key = self._key and self._key.encode() in edit.after
+        has_key = holds_key(edit.after.decode("utf-8", "replace"), self._key)
         # A file that is ours alone may hold a key for the first time.
         if edit.before is not None and not (has_key and edit.base is None):
             return stat.S_IMODE(os.stat(edit.path).st_mode)

@@ -361,6 +361,26 @@ def test_a_file_of_ours_that_gets_a_key_later_is_for_its_owner_only(
             assert stat.S_IMODE((home.folder / name).stat().st_mode) == 0o600, name
 
 
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_a_key_of_any_characters_is_neither_shown_nor_left_readable(
+    tmp_path: Path, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "ke\"y's<&>\\$1%`MIDDLE-of-it-5678"
+    server, home = SERVER._replace(key=key), Home(tmp_path / "home", platform)
+    home.put("bin/launchctl", "#!/bin/sh\n").chmod(0o755)
+    (home.folder / ".config/fish").mkdir(parents=True)
+    monkeypatch.setitem(globals(), "KEY", key)
+
+    plan = home.connect(*CASES, server=server)
+
+    shown = connect.show_plan(plan, home.machine, key, True)
+    assert "MIDDLE" not in shown and "MIDDLE" not in json.dumps(
+        connect.plan_json(plan, home.machine, key))
+    open_to_all = [name for name in home.files() if (home.folder / name).stat().st_mode & 0o077]
+    for name in open_to_all:
+        assert "MIDDLE" not in (home.folder / name).read_text(), name
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 @each_tool
 def test_a_file_keeps_its_owner(home: Home, tool: str) -> None:
