@@ -1557,6 +1557,8 @@ def busy_problem(bind: str, port: int) -> str:
             attempt.bind(address)
     except OSError as problem:
         return problem.strerror or str(problem)
+    except UnicodeError:
+        return "no host has such a name"
     return ""
 
 

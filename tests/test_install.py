@@ -648,6 +648,13 @@ def is_up(port: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("name", ["a..b", "a" * 70])
+def test_a_name_that_no_host_has_is_refused(quick: Machine, name: str) -> None:
+    done = quick.run("setup.py_install.py", "--yes", "--bind", name, "--auth-mode", "none")
+    assert done.returncode == 2 and f"Nothing can listen on {name}" in done.stderr
+    assert quick.files() == quick.before
+
+
 def test_a_foreign_launcher_is_kept_and_comes_back(quick: Machine) -> None:
     quick.launcher.parent.mkdir(parents=True)
     quick.launcher.write_text("somebody else's\n")
