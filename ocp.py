@@ -394,8 +394,11 @@ def is_this_machine(url: str) -> bool:
 def tls_for(url: str) -> ssl.SSLContext | None:
     """How the certificate of a server is judged; None for the usual way. That of this machine's
     own server names the address that other devices use, not the one that is asked here."""
-    if not is_this_machine(url):
-        return None
+    return any_certificate() if is_this_machine(url) else None
+
+
+def any_certificate() -> ssl.SSLContext:
+    """Takes whatever certificate a server has."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -491,6 +494,12 @@ class Server(NamedTuple):
     def explained(self, problem: HttpProblem) -> Problem:
         """The same problem in the user's terms, with what to do about it."""
         message = clean(problem).rstrip(".")
+        if "CERTIFICATE_VERIFY_FAILED" in message:
+            return Problem(
+                Exit.UNREACHABLE,
+                f"The certificate of {self.url} is not trusted here: name the file of its "
+                "authority in SSL_CERT_FILE.",
+            )
         if problem.kind == "unreachable":
             return Problem(
                 Exit.UNREACHABLE,
@@ -525,9 +534,9 @@ def find_server(env: Env) -> Server:
 
 
 def answers(url: str) -> bool:
-    """Whether an OCP server answers there; it gets no key."""
+    """Whether an OCP server answers there; it gets no key, so its certificate does not matter."""
     try:
-        return "version" in http_json("GET", url + "/health", timeout_s=2.0, tls=tls_for(url))
+        return "version" in http_json("GET", url + "/health", timeout_s=2.0, tls=any_certificate())
     except (HttpProblem, TypeError):
         return False
 

@@ -17,6 +17,7 @@ import ocp_samples as samples
 import pytest
 import support
 from commanding import DEAD_URL, HEALTH, Request, ocp, outcome, run, stub, world
+from test_tls import lay
 
 Json = Any
 PLAIN = ocp.Look(now_s=samples.NOW_S)
@@ -608,6 +609,19 @@ def test_a_new_key_comes_with_the_command_for_its_device(
     port = server.url.rpartition(":")[2]
     command = f"curl -fsSL http://{host}:{port}/connect | python3 - http://{host}:{port}"
     assert found.out == "ocp_secret\n" and command in found.err
+
+
+def test_a_certificate_that_nobody_here_trusts_is_no_reason_to_be_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `ocp lan`, which asks at the address of the network, and OCP_URL elsewhere."""
+    # What is asked is loopback, and taken for another machine.
+    monkeypatch.setattr(ocp, "is_this_machine", lambda url: False)
+    with support.running_server(tmp_path / "server", env=lay(tmp_path)) as server:
+        url = f"https://127.0.0.1:{server.port}"
+        assert ocp.answers(url)
+        found = run(tmp_path, url, "models")
+    assert found.code == 3 and "SSL_CERT_FILE" in found.err
 
 
 def test_the_command_for_a_device_is_short_at_the_usual_port() -> None:
