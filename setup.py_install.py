@@ -1608,7 +1608,15 @@ def check_platform(service: Service, found: Found, note: str) -> None:
 
 
 def prepare(host: Host, options: argparse.Namespace) -> Job:
-    """Looks and plans; changes nothing. Raises Refused, OSError."""
+    """Looks and plans; changes nothing. Raises Refused."""
+    try:
+        return thought_through(host, options)
+    except OSError as problem:
+        raise Refused(f"{problem}\nNothing was changed.") from None
+
+
+def thought_through(host: Host, options: argparse.Namespace) -> Job:
+    """The same. Raises Refused, OSError."""
     service, note = find_service(host, state_folder(host), is_system=options.system)
     install = planned_installation(host, options, service)
     found = look(host, service, install.env_file, install.record_path)

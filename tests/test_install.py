@@ -648,6 +648,13 @@ def is_up(port: int) -> bool:
         return False
 
 
+def test_what_cannot_be_looked_at_is_said_before_anything_is_done(quick: Machine) -> None:
+    (quick.ocp / "install.json").mkdir(parents=True)
+    done = quick.install("--no-start")
+    assert done.returncode == 2 and "install.json" in done.stderr
+    assert "Nothing was changed" in done.stderr and "run this again" not in done.stderr
+
+
 @pytest.mark.parametrize("name", ["a..b", "a" * 70])
 def test_a_name_that_no_host_has_is_refused(quick: Machine, name: str) -> None:
     done = quick.run("setup.py_install.py", "--yes", "--bind", name, "--auth-mode", "none")
