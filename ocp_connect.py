@@ -2109,8 +2109,8 @@ def present_loop(desk: Desk) -> list[Hint]:
     found.append(("your environment", machine.environ.get("ANTHROPIC_BASE_URL")))
     hints = []
     for place, value in found:
-        parts = urllib.parse.urlsplit(str(value or ""))
         try:
+            parts = urllib.parse.urlsplit(str(value or ""))
             same_port = parts.port == urllib.parse.urlsplit(desk.server.url).port
         except ValueError:
             continue

@@ -424,6 +424,15 @@ def test_a_loop_that_is_there_already_is_said(server: Server, free_home: Path) -
     assert ran.returncode == 0 and "round through the server" in ran.stdout
 
 
+def test_an_address_of_anthropics_that_is_none_leads_nowhere(
+    server: Server, free_home: Path
+) -> None:
+    ran = piped(free_home, *at(server, "--only", "aider", "--yes"),
+                ANTHROPIC_BASE_URL="http://[::1")
+
+    assert ran.returncode == 0 and "round through the server" not in ran.stdout
+
+
 # ---------------------------------------------------------------------------
 # Dry run, list, JSON, failure
 # ---------------------------------------------------------------------------
