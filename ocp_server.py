@@ -4067,7 +4067,7 @@ class ResponsesDialect(Dialect):
                 raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
         previous_id = fields.text("previous_response_id")
         earlier = parsing.recall(previous_id) if previous_id else []
-        tools, choice, unknown_tools = self._tools(fields)
+        tools, choice, unknown_tools, grouped = self._tools(fields)
         system, messages = self._conversation(fields, earlier, Attachments(parsing.limits))
         reasoning = fields.child("reasoning") or Fields({})
         options, ignored = options_for(model, self._wanted(fields, reasoning, choice))
@@ -4087,6 +4087,7 @@ class ResponsesDialect(Dialect):
                 "echo": self._echo(fields, name, reasoning),
                 "store": fields.object.get("store") is not False,
                 "summary": asks_for_something(reasoning.object.get("summary")),
+                "grouped": grouped,
             },
         )
 
@@ -4138,20 +4139,37 @@ class ResponsesDialect(Dialect):
             raise found.wrong("schema", "a JSON schema")
         return shape_of(schema.object)
 
-    def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], ToolChoice, list[str]]:
-        """The tools, the choice among them, and the paths of tools of unknown types."""
+    def _tools(
+        self, fields: Fields
+    ) -> tuple[tuple[Tool, ...], ToolChoice, list[str], dict[str, Json]]:
+        """The tools, the choice among them, the paths of tools of unknown types, and how those
+        that stand in a namespace are called outside."""
         tools: list[Tool] = []
         unknown: list[str] = []
-        for entry in fields.objects("tools"):
-            if entry.text("type") == "function":
-                tools.append(tool_from(entry, entry.needed_text("name"), "parameters"))
-            else:
+        grouped: dict[str, Json] = {}
+        for entry, space in self._entries(fields):
+            if entry.text("type") != "function":
                 unknown.append(entry.path)
+                continue
+            name = entry.needed_text("name")
+            tools.append(tool_from(entry, full_name(space, name), "parameters"))
+            if space:
+                grouped[full_name(space, name)] = {"name": name, "namespace": space}
         choice, allowed = openai_tool_choice(fields, "tool_choice")
         found = distinct(tools, "tools")
         if allowed is not None:
             found = tuple(tool for tool in found if tool.name in allowed)
-        return found, chosen(found, choice, "tool_choice"), unknown
+        return found, chosen(found, choice, "tool_choice"), unknown, grouped
+
+    def _entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
+        """The tools, each with the namespace that it stands in: Codex sends the tools of an MCP
+        server as one group."""
+        for entry in fields.objects("tools"):
+            if entry.text("type") == "namespace":
+                space = entry.needed_text("name")
+                yield from ((tool, space) for tool in entry.objects("tools"))
+            else:
+                yield entry, ""
 
     def _conversation(
         self, fields: Fields, earlier: list[Message], attachments: Attachments
@@ -4181,7 +4199,7 @@ class ResponsesDialect(Dialect):
             call: Block = {
                 "type": "tool_use",
                 "id": plain_id(item.needed_text("call_id")),
-                "name": item.needed_text("name"),
+                "name": full_name(item.text("namespace") or "", item.needed_text("name")),
                 "input": arguments_of(item.text("arguments") or ""),
             }
             return [Message("assistant", [call])]
@@ -4230,10 +4248,9 @@ class ResponsesDialect(Dialect):
             if block["type"] in ("text", "tool_use")
             or (block["type"] == "thinking" and turn.wire["summary"])
         ]
-        output = [finished_item(new_item(block), block) for block in blocks]
         if answer.refusal:
-            refusal = {"type": "refusal", "text": answer.refusal}
-            output.append(finished_item(new_item(refusal), refusal))
+            blocks.append({"type": "refusal", "text": answer.refusal})
+        output = [finished_item(new_item(turn, block), block) for block in blocks]
         return self.ended(turn, output, answer.stop_reason, answer.usage)
 
     def stream(self, turn: Turn) -> Renderer:
@@ -4245,7 +4262,12 @@ class ResponsesDialect(Dialect):
         return bool(turn.wire["store"])
 
 
-def new_item(block: Block) -> Json:
+def full_name(space: str, name: str) -> str:
+    """What the model knows a tool by that stands in a namespace; empty = in none."""
+    return f"{space.rstrip('_')}__{name}" if space else name
+
+
+def new_item(turn: Turn, block: Block) -> Json:
     """The output item of a block that begins."""
     if block["type"] == "thinking":
         return {"id": new_id("rs_"), "type": "reasoning", "summary": []}
@@ -4253,6 +4275,7 @@ def new_item(block: Block) -> Json:
         return {
             "id": new_id("fc_"), "type": "function_call", "status": "in_progress",
             "arguments": "", "call_id": block["id"], "name": block["name"],
+            **turn.wire["grouped"].get(block["name"], {}),
         }
     return {
         "id": new_id("msg_"), "type": "message", "status": "in_progress", "role": "assistant",
@@ -4348,7 +4371,7 @@ class ResponsesRenderer(Renderer):
         if kind not in _RESPONSES_EVENTS or (kind == "thinking" and not self._turn.wire["summary"]):
             return b""
         self._answered = self._answered or kind != "thinking"
-        self._item, self._kind, self._pieces = new_item(block), kind, []
+        self._item, self._kind, self._pieces = new_item(self._turn, block), kind, []
         frames = self._begin() + self._frame(
             "response.output_item.added", output_index=len(self._output), item=self._item
         )

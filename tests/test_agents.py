@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,9 +189,9 @@ wire_api = "responses"
 """
 
 
-def run_codex(desk: Desk) -> Ran:
+def run_codex(desk: Desk, more: str = "") -> Ran:
     command = program("codex")
-    desk.write(".codex/config.toml", CODEX.format(model=MODEL, url=desk.rig.server.url))
+    desk.write(".codex/config.toml", CODEX.format(model=MODEL, url=desk.rig.server.url) + more)
     return desk.run(
         [command, "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox",
          QUESTION], OCP_API_KEY="any")
@@ -220,6 +221,39 @@ def test_codex_runs_two_tools_and_goes_on(desk: Desk) -> None:
     assert {"exec_command", "write_stdin"} <= offered(first)
     one, note = results(second)
     assert "one-42" in one and "cormorant" in note
+
+
+#: A server of tools that Codex starts, with one tool.
+MCP_SERVER = """
+import json, sys
+TOOL = {"name": "find", "description": "Finds a bird.", "inputSchema": {
+    "type": "object", "properties": {"bird": {"type": "string"}}, "required": ["bird"]}}
+for line in sys.stdin:
+    asked = json.loads(line)
+    result = {
+        "initialize": {
+            "protocolVersion": asked.get("params", {}).get("protocolVersion"),
+            "capabilities": {"tools": {}}, "serverInfo": {"name": "birds", "version": "1"}},
+        "tools/list": {"tools": [TOOL]},
+        "tools/call": {"content": [{"type": "text", "text": "On the roof."}], "isError": False},
+    }.get(asked["method"], {})
+    if "id" in asked:
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}), flush=True)
+"""
+
+
+def test_codex_calls_a_tool_of_an_mcp_server(desk: Desk) -> None:
+    desk.write("birds.py", MCP_SERVER)
+    script_round(desk.rig, [("mcp__birds__find", {"bird": "cormorant"})])
+    server = f"[mcp_servers.birds]\ncommand = {json.dumps(sys.executable)}\n" \
+             f"args = [{json.dumps(str(desk.home / 'birds.py'))}]\n"
+
+    ran = run_codex(desk, server)
+
+    assert (ran.code, ran.stdout.strip()) == (0, AFTER), ran
+    first, second = desk.rig.asked()
+    assert "mcp__birds__find" in offered(first)
+    assert "On the roof." in results(second)[0]
 
 
 def test_codex_shows_a_plan_limit_without_asking_again(desk: Desk) -> None:

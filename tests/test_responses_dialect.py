@@ -21,6 +21,7 @@ from dialects import (
     THINKING,
     WEATHER,
     block,
+    call,
     check_golden,
     conversation,
     finished,
@@ -309,6 +310,40 @@ def test_tools_of_other_types_are_named_as_ignored() -> None:
     assert found.ignored == ("tools[0]", "tools[3]")
 
 
+#: Tools as Codex sends those of an MCP server.
+NAMESPACE = {"type": "namespace", "name": "mcp__birds", "description": "Tools about birds.",
+             "tools": [{**TOOLS[0], "name": "find"}, {"type": "custom", "name": "x"}]}
+
+
+def test_tools_of_a_namespace_are_offered_under_their_full_names() -> None:
+    found = turn(tools=[NAMESPACE, {**NAMESPACE, "name": "fish__"}, *TOOLS])
+
+    names = [tool.name for tool in found.tools]
+    assert names == ["mcp__birds__find", "fish__find", "weather", "clock"]
+    assert found.tools[0].schema == SCHEMA
+    assert found.ignored == ("tools[0].tools[1]", "tools[1].tools[1]")
+
+
+@pytest.mark.parametrize("render", [whole_bytes, stream_bytes])
+def test_a_call_of_such_a_tool_names_its_namespace_apart(render: Any) -> None:
+    events = numbered([STARTED, *call(0, "toolu1", "mcp__birds__find", "{}"), finished("tool_use")])
+
+    sent = render(ocp.RESPONSES, turn(tools=[NAMESPACE]), events)
+
+    body = json.loads(sent) if render is whole_bytes else frames(sent)[-1][1]["response"]
+    [item] = body["output"]
+    assert (item["namespace"], item["name"]) == ("mcp__birds", "find")
+    assert b'"name":"mcp__birds__find"' not in sent
+
+
+def test_such_a_call_comes_back_under_its_full_name() -> None:
+    made = {**CALLED, "namespace": "mcp__birds", "name": "find"}
+
+    found = turn([USER, made, RESULT], tools=[NAMESPACE])
+
+    assert found.messages[1].content[0]["name"] == "mcp__birds__find"
+
+
 @pytest.mark.parametrize(
     ("choice", "wanted", "left"),
     [
@@ -330,6 +365,8 @@ def test_a_choice_has_its_kind_and_its_tool(choice: object, wanted: Any, left: i
     ("fields", "param"),
     [
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "namespace", "tools": []}]}, "tools[0].name"),
+        ({"tools": [{"type": "namespace", "name": "a", "tools": [7]}]}, "tools[0].tools[0]"),
         ({"tools": [{"type": "function", "name": "a", "parameters": 7}]}, "tools[0].parameters"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "gone"}}, "tool_choice"),
