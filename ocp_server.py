@@ -2853,16 +2853,26 @@ class Attachments:
             )
 
 
+#: Schemas of one word, in words that older versions of claude read as well.
+_WORD_SCHEMAS: dict[object, Json] = {True: {}, False: {"not": {}}}
+
+
 def tool_from(entry: Fields, name: str, schema_field: str) -> Tool:
-    """A tool as the client describes it. Its schema is passed on as it is."""
-    schema = entry.child(schema_field)
-    found: Json = dict(schema.object) if schema is not None else {}
-    return Tool(
-        name=name,
-        description=entry.text("description") or "",
-        # claude takes a schema only with this at its root, where it can stand for nothing else.
-        schema={"properties": {}, **found, "type": "object"},
-    )
+    """A tool as the client describes it. Raises BadRequest for a schema that claude could not
+    read: it would offer none of the tools then, and not say so."""
+    schema = entry.child(schema_field) or Fields({})
+    properties = schema.child("properties") or Fields({})
+    if not all(isinstance(item, str) for item in schema.items("required") or ()):
+        raise schema.wrong("required", "an array of strings")
+    found = {key: value for key, value in schema.object.items() if value is not None}
+    found["properties"] = {
+        key: _WORD_SCHEMAS[value] if isinstance(value, bool)
+        else (properties.child(key) or Fields({})).object
+        for key, value in properties.object.items()
+    }
+    # claude takes a schema only with this at its root, where it can stand for nothing else.
+    found["type"] = "object"
+    return Tool(name=name, description=entry.text("description") or "", schema=found)
 
 
 def distinct(tools: Iterable[Tool], param: str) -> tuple[Tool, ...]:

@@ -487,6 +487,14 @@ def test_schemas_arrive_untouched(rig: Rig, dialect: Dialect) -> None:
     assert (said.call.name, said.call.input) == (LONG_NAME, {"where": {"x": None}, "kind": "now"})
 
 
+def test_an_odd_schema_takes_no_other_tool_away(rig: Rig) -> None:
+    odd = {"type": "object", "properties": {"any": True, "none": False}, "required": None}
+    Talk(rig, CHAT, [Tool("odd", odd), Tool("void", {"properties": None}), CLOCK]).ask("Go.")
+    clock, found, void = rig.last_body()["tools"]
+    assert [clock["name"], void["name"]] == ["clock", "void"]
+    assert found["input_schema"]["properties"] == {"any": {}, "none": {"not": {}}}
+
+
 @pytest.mark.parametrize("description", [
     "", "Long. " * 3000 + "The end.", "\u00e9t\u00e9 \U0001f468\u200d\U0001f469 \u200b\n\n  - so"],
     ids=["none", "long", "odd"])
