@@ -2536,8 +2536,10 @@ class Parsing(NamedTuple):
     models: Models
     default_model: str
     limits: Limits
-    #: The messages of an earlier response of this caller. Raises NotFound.
+    #: The messages of an earlier response of this caller. Raises BadRequest.
     recall: Callable[[str], list[Message]]
+    #: An item of such a response, by its id. Raises NotFound.
+    item: Callable[[str], Json]
     #: The messages of this caller's session so far, by its id and the system prompt.
     session: Callable[[str, str], list[Message]]
     #: Whether the prompt is only counted: then it may end with an answer.
@@ -4075,10 +4077,8 @@ class ResponsesDialect(Dialect):
         for field in ("conversation", "prompt"):
             if fields.given(field):
                 raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
-        previous_id = fields.text("previous_response_id")
-        earlier = parsing.recall(previous_id) if previous_id else []
         tools, choice, unknown_tools, grouped = self._tools(fields)
-        system, messages = self._conversation(fields, earlier, Attachments(parsing.limits))
+        system, messages = self._conversation(fields, parsing)
         reasoning = fields.child("reasoning") or Fields({})
         options, ignored = options_for(model, self._wanted(fields, reasoning, choice))
         return Turn(
@@ -4181,9 +4181,10 @@ class ResponsesDialect(Dialect):
             else:
                 yield entry, ""
 
-    def _conversation(
-        self, fields: Fields, earlier: list[Message], attachments: Attachments
-    ) -> tuple[str, list[Message]]:
+    def _conversation(self, fields: Fields, parsing: Parsing) -> tuple[str, list[Message]]:
+        attachments = Attachments(parsing.limits)
+        previous_id = fields.text("previous_response_id")
+        earlier = parsing.recall(previous_id) if previous_id else []
         system = [fields.text("instructions") or ""]
         messages = [Message(message.role, list(message.content)) for message in earlier]
         if isinstance(fields.object.get("input"), str):
@@ -4191,6 +4192,9 @@ class ResponsesDialect(Dialect):
             return answerable(system[0], messages, "input")
         for item in fields.objects("input"):
             kind = item.text("type") or "message"
+            if kind == "item_reference":
+                item = Fields(parsing.item(item.needed_text("id")), item.path)
+                kind = item.needed_text("type")
             if kind == "message" and item.text("role") in ("system", "developer"):
                 system.append(system_text(openai_content(item, None)))
             else:
@@ -4220,8 +4224,6 @@ class ResponsesDialect(Dialect):
                 "content": openai_content(item, attachments, "output"),
             }
             return [Message("user", [result])]
-        if kind == "item_reference":
-            raise Unsupported(f"{item.path}: send the item itself.", param=item.path)
         return []
 
     # -- rendering ----------------------------------------------------------------------------
@@ -6706,6 +6708,8 @@ class Stored(NamedTuple):
     until_s: float
 
 
+#: Why something of a response may be missing.
+_NOT_STORED = "it was not stored, or its time is up"
 #: What all stored responses together may take.
 _STORED_MOST_BYTES = 64 * 1024 * 1024
 
@@ -6718,6 +6722,8 @@ class Responses:
         # Guards the fields below.
         self._lock = threading.Lock()
         self._stored: dict[str, Stored] = {}
+        #: The response that an item belongs to, by their ids.
+        self._items: dict[str, str] = {}
         self._size_bytes = 0
 
     def put(self, caller: str, body: Json, messages: list[Message], config: Config) -> None:
@@ -6728,6 +6734,7 @@ class Responses:
         with self._lock:
             self._forget(body["id"])
             self._stored[body["id"]] = stored
+            self._items.update((item["id"], body["id"]) for item in body["output"])
             self._size_bytes += size_bytes
             for response_id, other in list(self._stored.items()):
                 if self._size_bytes <= _STORED_MOST_BYTES and other.until_s > now_s:
@@ -6737,19 +6744,42 @@ class Responses:
     def _forget(self, response_id: str) -> None:
         """The lock is held by the caller."""
         stored = self._stored.pop(response_id, None)
-        self._size_bytes -= stored.size_bytes if stored is not None else 0
+        if stored is not None:
+            self._size_bytes -= stored.size_bytes
+            for item in stored.body["output"]:
+                self._items.pop(item["id"], None)
 
     def get(self, caller: str, response_id: str) -> Stored:
         """The response of this id. Raises NotFound, also for somebody else's."""
         with self._lock:
             stored = self._stored.get(response_id)
         if stored is None or stored.caller != caller or stored.until_s <= self._clock():
-            raise NotFound(
-                f"There is no response {one_line(response_id, 80)!r}: it was not stored, or its "
-                "time is up. Send the conversation itself.",
-                param="previous_response_id",
-            )
+            raise NotFound(f"There is no response {one_line(response_id, 80)!r}: {_NOT_STORED}.")
         return stored
+
+    def messages(self, caller: str, response_id: str) -> list[Message]:
+        """The conversation of a response. Raises BadRequest, with the code by which clients know
+        that they have to send it themselves."""
+        try:
+            return self.get(caller, response_id).messages
+        except NotFound as error:
+            raise BadRequest(
+                f"{error.message} Send the conversation itself.",
+                param="previous_response_id", code="previous_response_not_found",
+            ) from None
+
+    def item(self, caller: str, item_id: str) -> Json:
+        """An output item of a response. Raises NotFound."""
+        with self._lock:
+            response_id = self._items.get(item_id, "")
+        with contextlib.suppress(NotFound):
+            for item in self.get(caller, response_id).body["output"]:
+                if item["id"] == item_id:
+                    return dict(item)
+        raise NotFound(
+            f"There is no item {one_line(item_id, 80)!r}: {_NOT_STORED}. Send the item itself.",
+            param="input",
+        )
 
     def remove(self, caller: str, response_id: str) -> None:
         """Forgets a response. Raises NotFound."""
@@ -9980,7 +10010,8 @@ def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
     )
     parsing = Parsing(
         app.models, config.default_model, limits,
-        recall=lambda response_id: app.responses.get(caller.scope, response_id).messages,
+        recall=lambda response_id: app.responses.messages(caller.scope, response_id),
+        item=lambda item_id: app.responses.item(caller.scope, item_id),
         session=lambda session_id, system: app.sessions.messages(
             caller.scope, session_id, system, config.session_ttl_ms / 1000
         ),

@@ -31,16 +31,22 @@ PNG = "data:image/png;base64,iVBORw0="
 
 def no_response(response_id: str) -> list[Any]:
     """Nothing was stored."""
-    raise ocp.NotFound(f"There is no response {response_id}.", param="previous_response_id")
+    raise ocp.BadRequest(f"There is no response {response_id}.", param="previous_response_id")
+
+
+def no_item(item_id: str) -> Json:
+    """Nothing was stored."""
+    raise ocp.NotFound(f"There is no item {item_id}.", param="input")
 
 
 def parsing(
     limits: Any = LIMITS,
     recall: Callable[[str], list[Any]] = no_response,
     session: Callable[[str, str], list[Any]] = lambda session_id, system: [],
+    item: Callable[[str], Json] = no_item,
 ) -> Any:
     """What a dialect is told about the server."""
-    return ocp.Parsing(MODELS, "sonnet", limits, recall, session)
+    return ocp.Parsing(MODELS, "sonnet", limits, recall, item, session)
 
 
 def refusal_of(dialect: Any, body: object, about: Any = None) -> Any:

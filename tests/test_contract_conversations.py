@@ -478,7 +478,8 @@ def test_a_response_that_was_not_stored_or_was_deleted_is_unknown(rig: Rig) -> N
         assert rig.server.call("GET", f"/v1/responses/{response_id}").status == 404
         body = {"model": MODEL, "input": "Two?", "previous_response_id": response_id}
         reply = rig.server.call("POST", RESPONSES.path, body)
-        assert (reply.status, reply.json()["error"]["param"]) == (404, "previous_response_id")
+        assert (reply.status, reply.json()["error"]["param"]) == (400, "previous_response_id")
+        assert reply.json()["error"]["code"] == "previous_response_not_found"
 
 
 # ---------------------------------------------------------------------------

@@ -192,6 +192,24 @@ def test_responses_go_three_rounds_by_their_ids(shared_server: Server, client: A
     assert (rounds, found.output_text) == ([2, 1, 1], "All warm.")
 
 
+def test_responses_go_rounds_with_references_to_their_own_output(
+    shared_server: Server, client: Any
+) -> None:
+    shared_server.write_scenario([[{"say": "I look."}, call("Rome")], [{"say": "Warm."}]])
+    found = client.responses.create(model=MODEL, input=ASKED, tools=TOOLS)
+    [said, made] = found.output
+    references = [{"type": "item_reference", "id": item.id} for item in (said, made)]
+    output = {"type": "function_call_output", "call_id": made.call_id, "output": "20"}
+
+    last = client.responses.create(
+        model=MODEL, input=[*ASKED, *references, output], tools=TOOLS)
+
+    assert last.output_text == "Warm."
+    client.responses.delete(found.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model=MODEL, input=[*ASKED, *references, output], tools=TOOLS)
+
+
 def test_responses_go_rounds_with_their_own_output_as_input(
     shared_server: Server, client: Any
 ) -> None:
@@ -249,7 +267,7 @@ def test_a_stream_that_fails_says_so(shared_server: Server, client: Any) -> None
 
 
 @pytest.mark.parametrize(("fields", "kind"), [
-    ({"previous_response_id": "resp_none"}, "NotFoundError"),
+    ({"previous_response_id": "resp_none"}, "BadRequestError"),
     ({"model": "gpt-9"}, "NotFoundError"),
     ({"temperature": 7}, "BadRequestError"),
     ({"conversation": "conv_1"}, "BadRequestError"),

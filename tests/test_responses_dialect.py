@@ -149,7 +149,7 @@ def test_a_response_repeats_its_request() -> None:
         ({"input": [{"role": "user", "content": 7}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "video"}]}]}, "input[0].content[0].type"),
         ({"input": [USER, {"role": "assistant", "content": "Hel"}]}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].id"),
         ({"instructions": 7}, "instructions"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": 3}, "temperature"),
@@ -289,8 +289,32 @@ def test_a_stored_conversation_is_left_alone() -> None:
     assert said == [ocp.Message("user", [block("a")])]
 
 
-def test_a_response_that_is_not_there_is_not_found() -> None:
-    assert refusal(previous_response_id="resp_9").status == 404
+def test_a_response_that_is_not_there_is_refused() -> None:
+    assert refusal(previous_response_id="resp_9").param == "previous_response_id"
+
+
+def test_a_reference_stands_for_its_item() -> None:
+    stored = {
+        "msg_1": {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed",
+                  "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
+        "rs_1": {"id": "rs_1", "type": "reasoning", "summary": []},
+        "fc_1": {"id": "fc_1", **CALLED},
+    }
+    given = [{"type": "item_reference", "id": item_id} for item_id in ("rs_1", "msg_1", "fc_1")]
+
+    found = ocp.RESPONSES.parse(
+        {"input": [USER, *given, RESULT]}, parsing(item=stored.__getitem__)
+    )
+
+    assert conversation(found) == [
+        ("user", ["Hello"]), ("assistant", ["I look.", "tool_use"]), ("user", ["tool_result"]),
+    ]
+
+
+def test_a_reference_to_what_is_not_there_is_not_found() -> None:
+    error = refusal([USER, {"type": "item_reference", "id": "msg_9"}, USER])
+
+    assert (error.status, error.param) == (404, "input")
 
 
 # -- tools --------------------------------------------------------------------

@@ -389,7 +389,8 @@ class Shelf:
 
     def put(self, response_id: str, text: str = "a", caller: str = "local") -> None:
         messages = [ocp.Message("user", [block(text)])]
-        self.responses.put(caller, {"id": response_id}, messages, self.config)
+        body = {"id": response_id, "output": [{"id": f"msg_{response_id}"}]}
+        self.responses.put(caller, body, messages, self.config)
 
     def has(self, response_id: str, caller: str = "local") -> bool:
         try:
@@ -404,7 +405,9 @@ def test_a_response_can_be_had_again() -> None:
 
     found = shelf.responses.get("local", "r1")
 
-    assert found.body == {"id": "r1"}
+    assert found.body == {"id": "r1", "output": [{"id": "msg_r1"}]}
+    assert shelf.responses.item("local", "msg_r1") == {"id": "msg_r1"}
+    assert shelf.responses.messages("local", "r1") == found.messages
     assert found.messages == [ocp.Message("user", [block("Hello")])]
 
 
@@ -419,7 +422,16 @@ def test_somebody_else_s_response_is_as_if_it_were_not_there() -> None:
         errors.append(caught.value)
 
     assert errors[0].message == errors[1].message.replace("r9", "r1")
-    assert errors[0].param == "previous_response_id"
+    with pytest.raises(ocp.NotFound):
+        shelf.responses.item("other", "msg_r1")
+
+
+def test_a_conversation_that_is_gone_has_the_code_by_which_clients_send_it_again() -> None:
+    with pytest.raises(ocp.BadRequest) as caught:
+        Shelf().responses.messages("local", "r9")
+
+    assert caught.value.error_code == "previous_response_not_found"
+    assert caught.value.param == "previous_response_id"
 
 
 def test_nobody_removes_somebody_else_s_response() -> None:
