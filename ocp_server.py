@@ -2668,6 +2668,20 @@ def system_text(blocks: Iterable[Block]) -> str:
     return text_of(b for b in blocks if not str(b.get("text")).startswith(_BILLING_HEADER))
 
 
+def instructed(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The messages of the system, and the others. What the system says last, after an answer of
+    the model's, is there to be answered: it counts as the user's."""
+    said = [index for index, each in enumerate(messages) if each.role != "system" and each.content]
+    open_from = said[-1] if said and messages[said[-1]].role == "assistant" else len(messages)
+    told, others = [], []
+    for index, message in enumerate(messages):
+        if message.role == "system" and index < open_from:
+            told.append(message)
+        else:
+            others.append(message._replace(role=message.role.replace("system", "user")))
+    return told, others
+
+
 def merged(messages: Iterable[Message]) -> list[Message]:
     """The messages with neighbours of one role joined and empty ones left out.
 
@@ -3065,6 +3079,10 @@ class Dialect:
         """Whether the answer is to be kept under its id."""
         return False
 
+    def lasting(self, turn: Turn) -> list[Message]:
+        """The messages of the system that belong to a conversation that is kept."""
+        return []
+
     def error_body(self, error: OcpError, request_id: str) -> Json:
         """The body of a failed request."""
         return {
@@ -3360,13 +3378,12 @@ class ChatDialect(Dialect):
         entries = fields.objects("messages")
         if not entries:
             raise fields.wrong("messages", "an array with at least one message")
-        system: list[str] = []
         messages: list[Message] = []
         function_ids: list[str] = []
         for entry in entries:
             role = entry.text("role")
             if role in ("system", "developer"):
-                system.append(system_text(openai_content(entry, None)))
+                messages.append(Message("system", openai_content(entry, None)))
             elif role == "user":
                 messages.append(Message("user", openai_content(entry, attachments)))
             elif role == "assistant":
@@ -3377,7 +3394,8 @@ class ChatDialect(Dialect):
                 messages.append(Message("user", [self._result(entry, attachments, function_ids)]))
             else:
                 raise entry.wrong("role", "system, developer, user, assistant or tool")
-        prompt = "\n\n".join(text for text in system if text)
+        told, messages = instructed(messages)
+        prompt = "\n\n".join(filter(None, (system_text(each.content) for each in told)))
         return answerable(prompt, in_session(fields, parsing, prompt, messages), "messages")
 
     def _calls(self, entry: Fields, function_ids: list[str]) -> list[Block]:
@@ -4078,7 +4096,7 @@ class ResponsesDialect(Dialect):
             if fields.given(field):
                 raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
         tools, choice, unknown_tools, grouped = self._tools(fields)
-        system, messages = self._conversation(fields, parsing)
+        system, messages, told = self._conversation(fields, parsing)
         reasoning = fields.child("reasoning") or Fields({})
         options, ignored = options_for(model, self._wanted(fields, reasoning, choice))
         return Turn(
@@ -4098,6 +4116,7 @@ class ResponsesDialect(Dialect):
                 "store": fields.object.get("store") is not False,
                 "summary": asks_for_something(reasoning.object.get("summary")),
                 "grouped": grouped,
+                "told": told,
             },
         )
 
@@ -4181,34 +4200,37 @@ class ResponsesDialect(Dialect):
             else:
                 yield entry, ""
 
-    def _conversation(self, fields: Fields, parsing: Parsing) -> tuple[str, list[Message]]:
+    def _conversation(
+        self, fields: Fields, parsing: Parsing
+    ) -> tuple[str, list[Message], list[Message]]:
+        """The system prompt, the messages, and those of the system."""
         attachments = Attachments(parsing.limits)
         previous_id = fields.text("previous_response_id")
         earlier = parsing.recall(previous_id) if previous_id else []
-        system = [fields.text("instructions") or ""]
         messages = [Message(message.role, list(message.content)) for message in earlier]
-        if isinstance(fields.object.get("input"), str):
-            messages.append(Message("user", text_block(fields.object["input"])))
-            return answerable(system[0], messages, "input")
-        for item in fields.objects("input"):
+        given = fields.object.get("input")
+        alone = [Fields({"role": "user", "content": given})] if isinstance(given, str) else []
+        for item in alone or fields.objects("input"):
             kind = item.text("type") or "message"
             if kind == "item_reference":
                 item = Fields(parsing.item(item.needed_text("id")), item.path)
                 kind = item.needed_text("type")
-            if kind == "message" and item.text("role") in ("system", "developer"):
-                system.append(system_text(openai_content(item, None)))
-            else:
-                messages += self._item(item, kind, attachments)
-        return answerable("\n\n".join(text for text in system if text), messages, "input")
+            messages += self._item(item, kind, attachments)
+        told, messages = instructed(messages)
+        texts = [fields.text("instructions") or "", *(system_text(each.content) for each in told)]
+        system, messages = answerable("\n\n".join(filter(None, texts)), messages, "input")
+        # Without a system prompt they are among the messages.
+        return system, messages, told if system else []
 
     def _item(self, item: Fields, kind: str, attachments: Attachments) -> list[Message]:
         """The messages of an input item; none for kinds that say nothing to a model."""
         if kind == "message":
-            role = item.word("role", ("user", "assistant"))
+            role = item.word("role", ("system", "developer", "user", "assistant"))
             if role is None:
                 raise item.wrong("role", "system, developer, user or assistant")
             allowed = attachments if role == "user" else None
-            return [Message(role, openai_content(item, allowed))]
+            told_as = "system" if role == "developer" else role
+            return [Message(told_as, openai_content(item, allowed))]
         if kind == "function_call":
             call: Block = {
                 "type": "tool_use",
@@ -4272,6 +4294,10 @@ class ResponsesDialect(Dialect):
     def stores(self, turn: Turn) -> bool:
         """See Dialect.stores."""
         return bool(turn.wire["store"])
+
+    def lasting(self, turn: Turn) -> list[Message]:
+        """See Dialect.lasting. The field `instructions` is for one response only."""
+        return list(turn.wire["told"])
 
 
 def full_name(space: str, name: str) -> str:
@@ -6702,7 +6728,7 @@ class Stored(NamedTuple):
 
     caller: str
     body: Json
-    #: The whole conversation, this answer included.
+    #: The whole conversation, this answer included; those of the role "system" come first.
     messages: list[Message]
     size_bytes: int
     until_s: float
@@ -10063,7 +10089,8 @@ def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body
     blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
-        app.responses.put(exchange.caller.scope, body, messages, app.config)
+        told = exchange.dialect.lasting(turn)
+        app.responses.put(exchange.caller.scope, body, [*told, *messages], app.config)
     if not turn.session_id:
         return
     try:

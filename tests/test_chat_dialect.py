@@ -139,6 +139,18 @@ def test_a_request_that_is_all_instructions_asks_them(role: str) -> None:
     assert (found.system, conversation(found)) == ("", [("user", ["Say hello."])])
 
 
+def test_an_instruction_after_an_answer_is_there_to_be_answered() -> None:
+    answer = {"role": "assistant", "content": "Hi."}
+    rule, task = {"role": "system", "content": "Be kind."}, {"role": "system", "content": "Sum up."}
+
+    asked = turn(rule, USER, answer, task, {"role": "user", "content": ""})
+    beside = turn(rule, USER, answer, task, USER)
+
+    assert (asked.system, conversation(asked)[2:]) == ("Be kind.", [("user", ["Sum up."])])
+    assert (beside.system, conversation(beside)[2:]) == (
+        "Be kind.\n\nSum up.", [("user", ["Hello"])])
+
+
 def test_neighbours_of_one_role_become_one_message() -> None:
     found = turn(
         {"role": "user", "content": "a"},

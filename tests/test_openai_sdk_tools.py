@@ -175,6 +175,18 @@ def test_a_response_is_parsed_kept_and_deleted(client: Any) -> None:
         client.responses.retrieve(found.id)
 
 
+def test_what_a_developer_said_lasts_over_responses(shared_server: Server, client: Any) -> None:
+    shared_server.write_scenario([])
+    rule = {"role": "developer", "content": "Be kind."}
+    first = client.responses.create(model=MODEL, input=[rule, *ASKED], instructions="Once.")
+    second = client.responses.create(model=MODEL, input="And?", previous_response_id=first.id)
+    third = client.responses.create(model=MODEL, input="So?", previous_response_id=second.id)
+
+    assert third.output_text == "You said: So?"
+    assert [query["system"] for query in shared_server.queries()[-3:]] == [
+        ["Once.\n\nBe kind."], ["Be kind."], ["Be kind."]]
+
+
 def test_responses_go_three_rounds_by_their_ids(shared_server: Server, client: Any) -> None:
     shared_server.write_scenario(LOOP)
     found = client.responses.create(model=MODEL, input="How warm is it?", tools=TOOLS)

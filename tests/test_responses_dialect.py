@@ -185,6 +185,31 @@ def test_a_request_that_is_all_instructions_asks_them() -> None:
     found = turn([{"role": "developer", "content": "Say hello."}])
 
     assert (found.system, conversation(found)) == ("", [("user", ["Say hello."])])
+    assert ocp.RESPONSES.lasting(found) == []
+
+
+def test_an_instruction_after_an_answer_is_there_to_be_answered() -> None:
+    found = turn([USER, {"role": "assistant", "content": "Hi."},
+                  {"role": "developer", "content": "Sum up."}], instructions="Be kind.")
+
+    assert (found.system, conversation(found)[2:]) == ("Be kind.", [("user", ["Sum up."])])
+    assert ocp.RESPONSES.lasting(found) == []
+
+
+def test_messages_of_the_system_last_and_instructions_do_not() -> None:
+    first = turn([{"role": "developer", "content": "Two."}, USER], instructions="One.")
+    said = [*ocp.RESPONSES.lasting(first), *first.messages, ocp.Message("assistant", [block("b")])]
+    about = parsing(recall=lambda response_id: said)
+
+    given = [{"role": "system", "content": "Four."}, USER]
+    second = ocp.RESPONSES.parse(
+        {"input": given, "instructions": "Three.", "previous_response_id": "r"}, about)
+
+    assert (first.system, second.system) == ("One.\n\nTwo.", "Three.\n\nTwo.\n\nFour.")
+    assert conversation(second) == [
+        ("user", ["Hello"]), ("assistant", ["b"]), ("user", ["Hello"])]
+    assert [each.content for each in ocp.RESPONSES.lasting(second)] == [
+        [block("Two.")], [block("Four.")]]
 
 
 def test_parts_of_a_message_become_blocks() -> None:
