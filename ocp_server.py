@@ -10745,7 +10745,7 @@ def get_metrics(app: App, exchange: HttpExchange) -> None:
 
 
 # ==== 22. Routes =============================================================
-# The table of routes. Paths match exactly, after a trailing slash is dropped; those below /v1
+# The table of routes. Paths match exactly, after slashes too many are dropped; those below /v1
 # are served without it too, and with it twice, because users write base addresses both ways.
 
 
@@ -10806,7 +10806,7 @@ class Router:
 
     def matches(self, path: str) -> list[Match]:
         """The routes of a path, whatever their methods. Raises BadRequest."""
-        path = path.rstrip("/") or "/"
+        path = re.sub("/+", "/", path).rstrip("/") or "/"
         while path.startswith("/v1/v1/"):
             path = path[len("/v1"):]
         found = []

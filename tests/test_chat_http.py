@@ -689,6 +689,7 @@ def test_models_are_at_every_spelling_of_their_path(chat: Server, path: str) -> 
 @pytest.mark.parametrize("path", [
     "/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions",
     "/v1/chat/completions/", "/v1/chat/completions?api-version=2024-10-21",
+    "/v1//chat/completions", "//chat/completions", "/v1//v1//chat/completions//",
 ])
 def test_chat_is_at_every_spelling_of_its_path(chat: Server, path: str) -> None:
     assert content_of(chat.call("POST", path, question())) == "You said: hi"
