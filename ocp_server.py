@@ -3201,7 +3201,10 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str]
     if entry.text("type") == "allowed_tools":
         allowed = entry.child("allowed_tools") or entry
         mode = allowed.word("mode", ("auto", "required")) or "auto"
-        names = {_tool_name(tool) for tool in allowed.objects("tools")}
+        functions = [
+            tool for tool in allowed.objects("tools") if tool.text("type") in (None, "function")
+        ]
+        names = {_tool_name(tool) for tool in functions}
         return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
     return ToolChoice("tool", _tool_name(entry), parallel=parallel), None
 

@@ -401,6 +401,9 @@ def test_such_a_call_comes_back_under_its_full_name() -> None:
         ({"type": "function", "name": "clock"}, ("tool", "clock"), 2),
         ({"type": "allowed_tools", "mode": "required", "tools": [{"name": "clock"}]},
          ("any", ""), 1),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [
+            {"type": "mcp", "server_label": "birds"}, {"type": "function", "name": "clock"}]},
+         ("auto", ""), 1),
     ],
     ids=str,
 )
