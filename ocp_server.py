@@ -4126,7 +4126,7 @@ class ResponsesDialect(Dialect):
     def _echo(self, fields: Fields, name: str, reasoning: Fields) -> Json:
         """What a response repeats of its request."""
         given = fields.object
-        text = given.get("text") if isinstance(given.get("text"), dict) else None
+        text: Json = given["text"] if isinstance(given.get("text"), dict) else {}
         return {
             "id": new_id("resp_"),
             "object": "response",
@@ -4143,7 +4143,7 @@ class ResponsesDialect(Dialect):
             },
             "store": given.get("store") is not False,
             "temperature": given.get("temperature"),
-            "text": text or {"format": {"type": "text"}},
+            "text": {**text, "format": text.get("format") or {"type": "text"}},
             "tool_choice": given.get("tool_choice") or "auto",
             "tools": given.get("tools") or [],
             "top_p": given.get("top_p"),

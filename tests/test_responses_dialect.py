@@ -123,6 +123,13 @@ def test_what_would_have_to_be_stored_here_is_refused(name: str) -> None:
     assert error.param == name
 
 
+@pytest.mark.parametrize("text", [{"verbosity": "low"}, {"verbosity": "low", "format": None}])
+def test_a_response_always_tells_the_form_of_its_text(text: Json) -> None:
+    echo = turn(text=text).wire["echo"]
+
+    assert echo["text"] == {"verbosity": "low", "format": {"type": "text"}}
+
+
 def test_a_response_repeats_its_request() -> None:
     echo = turn(model="opus", instructions="Be brief.", tools=TOOLS, tool_choice="none",
                 metadata={"a": "b"}, top_p=0.5, parallel_tool_calls=False).wire["echo"]
