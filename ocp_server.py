@@ -2869,6 +2869,35 @@ class Attachments:
             )
 
 
+def image_block(part: Fields, attachments: Attachments) -> Block:
+    """An image as Anthropic's clients send it."""
+    source = part.child("source") or Fields({}, part.at("source"))
+    if source.text("type") == "url":
+        return attachments.image(source.needed_text("url"), source.at("url"))
+    if source.text("type") != "base64":
+        raise source.wrong("type", "base64 or url")
+    media_type = source.text("media_type") or ""
+    url = f"data:{media_type};base64,{source.text('data') or ''}"
+    return attachments.image(url, source.at("data"))
+
+
+def call_block(part: Fields) -> Block:
+    """A tool call as they send it."""
+    return {
+        "type": "tool_use",
+        "id": plain_id(part.needed_text("id")),
+        "name": part.needed_text("name"),
+        "input": (part.child("input") or Fields({})).object,
+    }
+
+
+def result_block(part: Fields, content: list[Block]) -> Block:
+    """A tool's result as they send it, with this content."""
+    call_id = plain_id(part.needed_text("tool_use_id"))
+    result: Block = {"type": "tool_result", "tool_use_id": call_id, "content": content}
+    return {**result, "is_error": True} if part.flag("is_error") else result
+
+
 #: Schemas of one word, in words that older versions of claude read as well.
 _WORD_SCHEMAS: dict[object, Json] = {True: {}, False: {"not": {}}}
 
@@ -3198,7 +3227,11 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str]
         kinds = {None: "auto", "required": "any"}
         return ToolChoice(kinds.get(word, str(word)), parallel=parallel), None
     entry = Fields(value, field)
-    if entry.text("type") == "allowed_tools":
+    kind = entry.text("type")
+    if kind in ("auto", "any", "none"):
+        # As Anthropic has it.
+        return ToolChoice(kind, parallel=parallel), None
+    if kind == "allowed_tools":
         allowed = entry.child("allowed_tools") or entry
         mode = allowed.word("mode", ("auto", "required")) or "auto"
         functions = [
@@ -3235,19 +3268,28 @@ def _openai_part(part: Fields, attachments: Attachments | None) -> list[Block]:
         return text_block(text)
     if kind == "refusal":
         return text_block(part.text("refusal") or "")
-    if kind in ("image_url", "input_image", "file", "input_file"):
+    # Cursor sends Anthropic's blocks, tools and system to a model with "claude" in its name.
+    if kind in ("image", "image_url", "input_image", "file", "input_file"):
         if attachments is None:
             raise BadRequest(
                 f"{part.path}: images and files belong into user messages.",
                 param=part.path, code="images_unsupported_in_system_messages",
             )
         return [_openai_attachment(part, attachments)]
+    if kind == "tool_use" and attachments is None:
+        return [call_block(part)]
+    if kind == "tool_result" and attachments is not None:
+        return [result_block(part, openai_content(part, attachments))]
+    if kind in ("thinking", "redacted_thinking"):
+        return []
     if kind == "input_audio":
         raise Unsupported(f"{part.path}: the models do not listen.", param=part.at("type"))
     raise part.wrong("type", "text, image_url or file")
 
 
 def _openai_attachment(part: Fields, attachments: Attachments) -> Block:
+    if part.text("type") == "image":
+        return image_block(part, attachments)
     if part.text("type") in ("image_url", "input_image"):
         value = part.object.get("image_url")
         entry = Fields(value, part.at("image_url")) if isinstance(value, dict) else None
@@ -3360,13 +3402,15 @@ class ChatDialect(Dialect):
         tools: list[Tool] = []
         unknown: list[str] = []
         for entry in fields.objects("tools"):
-            described = entry.child("function")
-            if entry.text("type") not in (None, "function"):
+            described = entry.child("function") or entry
+            # Cursor describes tools as Anthropic does.
+            schema = "input_schema" if entry.given("input_schema") else "parameters"
+            if entry.text("type") not in (None, "function") and schema == "parameters":
                 unknown.append(entry.path)
-            elif described is None:
+            elif described is entry and not entry.given("name"):
                 raise entry.wrong("function", "an object")
             else:
-                tools.append(tool_from(described, described.needed_text("name"), "parameters"))
+                tools.append(tool_from(described, described.needed_text("name"), schema))
         for entry in fields.objects("functions"):
             tools.append(tool_from(entry, entry.needed_text("name"), "parameters"))
         found = distinct(tools, "tools")
@@ -3381,7 +3425,7 @@ class ChatDialect(Dialect):
         entries = fields.objects("messages")
         if not entries:
             raise fields.wrong("messages", "an array with at least one message")
-        messages: list[Message] = []
+        messages = [Message("system", openai_content(fields, None, "system"))]
         function_ids: list[str] = []
         for entry in entries:
             role = entry.text("role")
@@ -3872,28 +3916,16 @@ class MessagesDialect(Dialect):
                 raise block.wrong("text", "a string")
             return text_block(text)
         if kind == "image":
-            return [self._image(block, attachments)]
+            return [image_block(block, attachments)]
         if kind == "document":
             return self._document(block, attachments)
         if kind == "search_result":
             named = self._named(block, "title", "source")
             return self._told(named) + self._blocks(block, "content", attachments)
         if kind == "tool_use":
-            return [
-                {
-                    "type": "tool_use",
-                    "id": plain_id(block.needed_text("id")),
-                    "name": block.needed_text("name"),
-                    "input": (block.child("input") or Fields({})).object,
-                }
-            ]
+            return [call_block(block)]
         if kind == "tool_result":
-            result: Block = {
-                "type": "tool_result",
-                "tool_use_id": plain_id(block.needed_text("tool_use_id")),
-                "content": self._blocks(block, "content", attachments),
-            }
-            return [{**result, "is_error": True} if block.flag("is_error") else result]
+            return [result_block(block, self._blocks(block, "content", attachments))]
         if kind == "tool_reference":
             # What a tool search of the client's found; the tool itself is among the tools.
             return text_block(f"The tool {block.needed_text('tool_name')} is loaded.")
@@ -3902,16 +3934,6 @@ class MessagesDialect(Dialect):
             return []
         known = "text, image, document, search_result, tool_use, tool_result or thinking"
         raise block.wrong("type", known)
-
-    def _image(self, block: Fields, attachments: Attachments) -> Block:
-        source = block.child("source") or Fields({}, block.at("source"))
-        if source.text("type") == "url":
-            return attachments.image(source.needed_text("url"), source.at("url"))
-        if source.text("type") != "base64":
-            raise source.wrong("type", "base64 or url")
-        media_type = source.text("media_type") or ""
-        url = f"data:{media_type};base64,{source.text('data') or ''}"
-        return attachments.image(url, source.at("data"))
 
     def _document(self, block: Fields, attachments: Attachments) -> list[Block]:
         source = block.child("source") or Fields({}, block.at("source"))

@@ -81,6 +81,29 @@ def test_the_client_s_own_schema_is_left_alone() -> None:
     assert schema == {"type": ["object", "null"]}
 
 
+def test_tools_may_be_described_as_anthropic_does() -> None:
+    found = turn(tools=[
+        {"name": "weather", "description": "Tells it.", "input_schema": SCHEMA},
+        {"type": "custom", "name": "clock", "input_schema": {"type": "object"}},
+        {"type": "function", "name": "news", "parameters": SCHEMA},
+        {"type": "bash_20250124", "name": "bash"}], tool_choice={"type": "auto"})
+
+    assert found.tools == (
+        ocp.Tool("weather", "Tells it.", SCHEMA),
+        ocp.Tool("clock", "", {"type": "object", "properties": {}}),
+        ocp.Tool("news", "", SCHEMA))
+    assert (found.ignored, found.tool_choice) == (("tools[3]",), ocp.ToolChoice())
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [({"type": "any"}, ("any",)), ({"type": "none"}, ("none",)),
+     ({"type": "tool", "name": "clock"}, ("tool", "clock"))],
+)
+def test_a_tool_may_be_chosen_as_anthropic_does(choice: Json, wanted: tuple[str, ...]) -> None:
+    assert turn(tools=TOOLS, tool_choice=choice).tool_choice == ocp.ToolChoice(*wanted)
+
+
 def test_legacy_functions_are_tools_too() -> None:
     found = turn(tools=TOOLS[:1], functions=[{"name": "clock", "parameters": SCHEMA}])
 
@@ -244,6 +267,33 @@ def test_a_call_and_its_result_become_blocks() -> None:
     use = {"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Paris"}}
     assert found.messages[1] == ocp.Message("assistant", [block("Let me look."), use])
     assert found.messages[2] == ocp.Message("user", [tool_result("c1", block("Sunny."))])
+
+
+def test_calls_and_results_may_be_blocks_as_anthropic_has_them() -> None:
+    use = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Paris"}}
+    image = {"type": "base64", "media_type": "image/png", "data": PNG.split(",")[1]}
+    given = {"type": "tool_result", "tool_use_id": "toolu_1", "is_error": True,
+             "content": [block("Rain."), {"type": "image", "source": image}]}
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": "c2ln"}
+
+    found = turn(
+        USER, {"role": "assistant", "content": [thought, block("I look."), use]},
+        {"role": "user", "content": [given, block("So?")]}, system=[block("Be kind.")])
+
+    assert found.system == "Be kind."
+    assert found.messages[1:] == [
+        ocp.Message("assistant", [block("I look."), {**use, "id": "toolu1"}]),
+        ocp.Message("user", [{**given, "tool_use_id": "toolu1"}, block("So?")]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("role", "kind"), [("user", "tool_use"), ("assistant", "tool_result")]
+)
+def test_such_a_block_of_the_other_s_is_refused(role: str, kind: str) -> None:
+    error = refusal(USER, {"role": role, "content": [{"type": kind}]})
+
+    assert (error.status, error.param) == (400, "messages[1].content[0].type")
 
 
 def test_results_stand_first_and_in_the_order_of_their_calls() -> None:
