@@ -2769,7 +2769,13 @@ def answerable(
     return system, messages
 
 
-_IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+#: Types of images, and how images of them begin.
+_IMAGE_TYPES = {
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/png": rb"\x89PNG",
+    "image/gif": rb"GIF8",
+    "image/webp": rb"RIFF....WEBP",
+}
 
 
 class Attachments:
@@ -2803,14 +2809,18 @@ class Attachments:
         return {"type": "document", "source": source}
 
     def inline_image(self, media_type: str, data: str, param: str) -> Json:
-        """The source of an image that is in the request itself."""
+        """The source of an image that is in the request itself. Clients name other types than the
+        image has; claude sets that right everywhere but in results of tools, where the API
+        refuses it."""
         if media_type not in _IMAGE_TYPES:
             raise BadRequest(
                 f"{param}: images must be one of {', '.join(_IMAGE_TYPES)}.",
                 param=param, code="unsupported_image_type",
             )
         self._weigh(data, self._limits.max_image_bytes, param)
-        return {"type": "base64", "media_type": media_type, "data": data}
+        start = base64.b64decode(data[:16])
+        fitting = [kind for kind, begin in _IMAGE_TYPES.items() if re.match(begin, start, re.S)]
+        return {"type": "base64", "media_type": (*fitting, media_type)[0], "data": data}
 
     def _address(self, url: str, scheme: str, param: str) -> Json:
         if scheme not in ("http", "https"):

@@ -511,6 +511,24 @@ def test_the_wrong_but_common_name_of_jpeg_is_understood() -> None:
     assert message.content[0]["source"]["media_type"] == "image/jpeg"
 
 
+@pytest.mark.parametrize(
+    ("content", "media_type"),
+    [
+        (b"\x89PNG\r\n\x1a\n", "image/png"),
+        (b"\xff\xd8\xff\xe0", "image/jpeg"),
+        (b"GIF89a", "image/gif"),
+        (b"RIFF\n\0\0\0WEBPVP8 ", "image/webp"),
+        (b"RIFF\n\0\0\0WAVEfmt ", "image/gif"),
+    ],
+)
+def test_an_image_has_the_type_by_which_it_begins(content: bytes, media_type: str) -> None:
+    uri = f"data:image/gif;base64,{base64.b64encode(content).decode()}"
+
+    [message] = parse(asking_about(image(uri))).messages
+
+    assert message.content[0]["source"]["media_type"] == media_type
+
+
 def test_an_image_keeps_its_place_among_the_texts() -> None:
     found = parse(asking_about(block("a"), image(data_uri()), block("b")))
 
