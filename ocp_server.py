@@ -6766,6 +6766,8 @@ class Stored(NamedTuple):
     #: The whole conversation, this answer included; those of the role "system" come first.
     messages: list[Message]
     size_bytes: int
+    #: How long it is kept after its last use, and until when that is.
+    ttl_s: float
     until_s: float
 
 
@@ -6790,8 +6792,8 @@ class Responses:
     def put(self, caller: str, body: Json, messages: list[Message], config: Config) -> None:
         """Stores a response; the oldest go when there are too many or their time is up."""
         size_bytes = len(to_json([message.content for message in messages])) + len(to_json(body))
-        now_s = self._clock()
-        stored = Stored(caller, body, messages, size_bytes, now_s + config.session_ttl_ms / 1000)
+        now_s, ttl_s = self._clock(), config.session_ttl_ms / 1000
+        stored = Stored(caller, body, messages, size_bytes, ttl_s, now_s + ttl_s)
         with self._lock:
             self._forget(body["id"])
             self._stored[body["id"]] = stored
@@ -6830,13 +6832,18 @@ class Responses:
             ) from None
 
     def item(self, caller: str, item_id: str) -> Json:
-        """An output item of a response. Raises NotFound."""
+        """An output item of a response. Raises NotFound. Its response is kept on: a conversation
+        that goes by references needs all of them at each of its steps."""
         with self._lock:
             response_id = self._items.get(item_id, "")
         with contextlib.suppress(NotFound):
-            for item in self.get(caller, response_id).body["output"]:
-                if item["id"] == item_id:
-                    return dict(item)
+            stored = self.get(caller, response_id)
+            with self._lock:
+                # The oldest stand first.
+                if self._stored.pop(response_id, None) is not None:
+                    until_s = self._clock() + stored.ttl_s
+                    self._stored[response_id] = stored._replace(until_s=until_s)
+            return next(dict(item) for item in stored.body["output"] if item["id"] == item_id)
         raise NotFound(
             f"There is no item {one_line(item_id, 80)!r}: {_NOT_STORED}. Send the item itself.",
             param="input",

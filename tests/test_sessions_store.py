@@ -466,6 +466,20 @@ def test_responses_out_of_time_go_when_the_next_one_comes() -> None:
     assert [shelf.has(name) for name in ("r1", "r2", "r3")] == [False, True, True]
 
 
+def test_a_response_that_is_referred_to_is_kept_on() -> None:
+    shelf = Shelf(session_ttl_ms=60_000)
+    shelf.put("r1")
+    shelf.put("r2")
+    for number in range(3, 6):
+        shelf.clock.now_s += 40
+        shelf.responses.item("local", "msg_r1")
+        shelf.put(f"r{number}")
+
+    assert [shelf.has(f"r{number}") for number in range(1, 6)] == [True, False, False, True, True]
+    with pytest.raises(ocp.NotFound):
+        shelf.responses.item("local", "msg_r2")
+
+
 def test_all_responses_together_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ocp, "_STORED_MOST_BYTES", 1_000)
     shelf = Shelf()
