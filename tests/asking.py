@@ -149,7 +149,7 @@ def stays(measure: Callable[[], Found], seconds: float) -> Found:
             seen.append((now_s, value))
         return now_s - seen[-1][0] > seconds
 
-    eventually(unchanged, timeout_s=seconds + 5)
+    eventually(unchanged, timeout_s=seconds + 25)
     return seen[-1][1]
 
 
@@ -252,7 +252,7 @@ def chunked(*parts: bytes, trailer: bytes = b"") -> bytes:
 class Wire:
     """A connection on which every byte is the test's own; to be used in a `with`."""
 
-    def __init__(self, port: int, timeout_s: float = 10) -> None:
+    def __init__(self, port: int, timeout_s: float = 30) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
         self._file: io.BufferedReader = self.socket.makefile("rb")
 
@@ -307,7 +307,7 @@ class Wire:
             if not size:
                 return body
 
-    def is_closed(self, timeout_s: float = 5) -> bool:
+    def is_closed(self, timeout_s: float = 25) -> bool:
         """Whether the server closes now, without another word."""
         self.socket.settimeout(timeout_s)
         try:

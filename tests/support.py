@@ -10,6 +10,7 @@ import http.client
 import importlib.util
 import json
 import os
+import random
 import re
 import select
 import shlex
@@ -59,10 +60,11 @@ CLIENTS = {
 # 1 Places and small things
 # ---------------------------------------------------------------------------
 
-def eventually(check: Callable[[], Found], timeout_s: float = 15) -> Found:
+def eventually(check: Callable[[], Found], timeout_s: float = 25) -> Found:
     """The first true value of `check`, which may also raise AssertionError meanwhile.
 
-    Raises AssertionError when there was none in time."""
+    Raises AssertionError when there was none in time. That is long for a busy machine, and less
+    than the pauses of the server that a test may want to tell from at once."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         failure: Optional[AssertionError] = None
@@ -75,6 +77,19 @@ def eventually(check: Callable[[], Found], timeout_s: float = 15) -> Found:
         if time.monotonic() > deadline_s:
             raise failure or AssertionError(f"not within {timeout_s} s: {check}")
         time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A port that nobody has, for a server that is started later. It is none of those that the
+    system gives to whoever asks for any: others would get it meanwhile."""
+    while True:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue  # Somebody has it.
+            return port
 
 
 def load_script(name: str) -> ModuleType:
@@ -306,7 +321,7 @@ def http_call(
         connection.close()
 
 
-def raw_http(port: int, request: bytes, timeout_s: float = 5) -> bytes:
+def raw_http(port: int, request: bytes, timeout_s: float = 30) -> bytes:
     """Everything that comes back for these bytes until the server closes, or the time is up."""
     received = b""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
@@ -508,7 +523,7 @@ class Server:
         """What the server has printed so far, stdout first."""
         return output_of(self.place)
 
-    def stop(self, timeout_s: float = 10) -> int:
+    def stop(self, timeout_s: float = 30) -> int:
         """End the server as a service manager does; its exit code. Again: the same code."""
         if self.process.poll() is None:
             self.process.terminate()
@@ -596,7 +611,7 @@ def assert_clean_end(server: Server) -> None:
         assert not left, f"processes outlive the server: {sorted(left)}"
         return True
 
-    eventually(nobody_left, timeout_s=3)
+    eventually(nobody_left)
     assert "ResourceWarning" not in server.output, server.output
 
 
@@ -653,7 +668,7 @@ class ClaudeDriver:
         # Killed at once, a real one leaves its socket and its session key behind.
         self.process.terminate()
         try:
-            self.process.wait(1)
+            self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -741,10 +756,10 @@ class ClaudeDriver:
 
     # -- lines out -------------------------------------------------------------
 
-    def until_result(self, timeout_s: float = 20) -> list[dict[str, Json]]:
+    def until_result(self, timeout_s: float = 60) -> list[dict[str, Json]]:
         return self.until(lambda line: line["type"] == "result", timeout_s)
 
-    def until_event(self, kind: str, timeout_s: float = 20) -> list[dict[str, Json]]:
+    def until_event(self, kind: str, timeout_s: float = 60) -> list[dict[str, Json]]:
         """The lines up to this event of the API's stream."""
         def is_event(line: dict[str, Json]) -> bool:
             return line["type"] == "stream_event" and bool(line["event"]["type"] == kind)
@@ -752,7 +767,7 @@ class ClaudeDriver:
         return self.until(is_event, timeout_s)
 
     def until(
-        self, wanted: Callable[[dict[str, Json]], bool], timeout_s: float = 20
+        self, wanted: Callable[[dict[str, Json]], bool], timeout_s: float = 60
     ) -> list[dict[str, Json]]:
         """The lines from here up to the wanted one; tool servers are answered meanwhile."""
         deadline_s = time.monotonic() + timeout_s
@@ -782,18 +797,18 @@ class ClaudeDriver:
         self.lines.append(line)
         return line
 
-    def raw_output(self, quiet_s: float = 0.3) -> bytes:
-        """What comes on stdout, whatever it is, until it is quiet for a while."""
+    def raw_output(self, count: int) -> bytes:
+        """What comes on stdout, whatever it is: so many bytes, and what comes with them."""
         assert self.process.stdout
         output, self._unread = self._unread, b""
-        while select.select([self.process.stdout], [], [], quiet_s)[0]:
+        while len(output) < count and select.select([self.process.stdout], [], [], 60)[0]:
             piece = os.read(self.process.stdout.fileno(), 1 << 16)
             if not piece:
                 break
             output += piece
         return output
 
-    def wait(self, timeout_s: float = 10) -> tuple[int, str]:
+    def wait(self, timeout_s: float = 30) -> tuple[int, str]:
         """The exit code and what was on stderr, once the process has ended."""
         code = self.process.wait(timeout_s)
         assert self.process.stderr

@@ -51,8 +51,8 @@ ocp = load_script("ocp_server.py")
 Json = Any
 
 HOUR = {"CLAUDE_CACHE_TTL": "3600000"}
-#: A turn has to be over within a second; one more is for a busy machine.
-SOON_S = 2.0
+#: A turn has to be over within a second; the rest is for a busy machine.
+SOON_S = 10.0
 
 
 # ---------------------------------------------------------------------------
@@ -143,7 +143,11 @@ def test_a_follower_gets_each_event_as_it_comes(flight: Any) -> None:
     assert seen == said("Hello ", "there.")
 
 
-def test_a_follower_that_waits_is_woken_at_once(flight: Any) -> None:
+def test_a_follower_that_waits_is_woken_at_once(
+    flight: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The next look of its own would come too late for each of the events.
+    monkeypatch.setattr(ocp, "_QUEUE_GLANCE_S", 600)
     heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def follow() -> None:
@@ -152,15 +156,13 @@ def test_a_follower_that_waits_is_woken_at_once(flight: Any) -> None:
 
     reader = threading.Thread(target=follow, daemon=True)
     reader.start()
-    began_s = time.monotonic()
     for choice in (*said(*"0123456789"), END):
         flight.add(choice)
-        assert heard.get(timeout=5) == choice
+        assert heard.get(timeout=25) == choice
     flight.end(None)
-    reader.join(5)
+    reader.join(25)
 
-    # Found at the next look only, each of the events would take up to a fifth of a second.
-    assert time.monotonic() - began_s < 1.5
+    assert not reader.is_alive()
 
 
 def test_the_failure_of_a_flight_reaches_its_followers_behind_what_was_said(flight: Any) -> None:
@@ -415,7 +417,7 @@ def test_twenty_who_ask_the_same_at_once_ask_the_model_once(
 
     with joined(common, [lambda: ask(common, text, stream=stream)] * 20) as futures:
         doors.open("0")
-        replies = [each.result(10) for each in futures]
+        replies = [each.result(30) for each in futures]
 
     assert list(map(text_of, replies)) == ["Hello all."] * 20
     assert sorted(map(word_of, replies)) == ["miss", *["shared"] * 19]
@@ -459,7 +461,7 @@ def test_all_dialects_whole_and_streamed_share_one_answer(common: Server, doors:
     ways = [(tongue, stream) for tongue in TONGUES for stream in (False, True)]
     with joined(common, [request(*way) for way in ways]) as futures:
         doors.open("0")
-        heard = [tongue.told(each.result(10)) for (tongue, _), each in zip(ways, futures)]
+        heard = [tongue.told(each.result(30)) for (tongue, _), each in zip(ways, futures)]
 
     assert [each.text for each in heard] == ["Hello all."] * 8
     assert [heard[at].content for at in range(0, 8, 2)] == [
@@ -476,7 +478,7 @@ def test_several_answers_to_one_request_are_shared_too(tmp_path: Path) -> None:
         body = CHAT_TONGUE.body("Two", n=2, stream=True)
         with joined(server, [lambda: server.call("POST", CHAT, body)] * 3) as futures:
             doors.open("0")
-            found = [CHAT_TONGUE.told(each.result(10)).content for each in futures]
+            found = [CHAT_TONGUE.told(each.result(30)).content for each in futures]
 
         assert found[0] == found[1] == found[2]
         assert sorted(found[0].texts) == ["Answer 0.", "Answer 1."]
@@ -504,7 +506,7 @@ def test_other_requests_and_other_callers_share_nothing(tmp_path: Path) -> None:
             futures = [pool.submit(job) for job in jobs]
             eventually(lambda: len(server.queries()) == 4)
             doors.open("0")
-            replies = [each.result(10) for each in futures]
+            replies = [each.result(30) for each in futures]
 
     assert list(map(word_of, replies)) == ["miss"] * 4
 
@@ -533,7 +535,7 @@ def test_followers_give_their_place_in_a_quota_back(tmp_path: Path) -> None:
             futures = [pool.submit(ask_as, server, key) for _ in range(3)]
             eventually(lambda: all_wait() or any(each.done() for each in futures))
             doors.open("0")
-            statuses = [each.result(10).status for each in futures]
+            statuses = [each.result(30).status for each in futures]
 
         used = as_admin(server, "GET", "/api/keys/frugal/quota").json()["quota"]["daily"]
         assert statuses == [200, 200, 200]
@@ -558,7 +560,7 @@ def test_a_leader_that_leaves_does_not_hurt_its_followers(
             leader.close()
             waits(common, 3)
             doors.open("0")
-            replies = [each.result(10) for each in futures]
+            replies = [each.result(30) for each in futures]
 
     assert list(map(text_of, replies)) == ["Hello all."] * 3
     assert len(asked(common, text)) == 1
@@ -589,18 +591,29 @@ def test_when_all_have_left_the_process_ends_at_once_and_the_row_says_so(
     common.write_scenario([[*([{"say": "Hello "}] if spoke else []), {"hang": True}]])
     text = f"All leave, {stream}, {spoke}"
     count = len(common.queries())
+    before = {row["request_id"] for row in newest(common, 100)}
     wires = [Wire(common.port) for _ in range(3)]
     for wire in wires:
         wire.send(post(encoded(question(text, stream=stream))))
     waits(common, 3)
     (query,) = eventually(lambda: common.queries()[count:])
+    if spoke:
+        with told(common, text) as listener:
+            next_text(listener)
+        before.add(listener.headers["X-Request-Id"])
+        waits(common, 3)
 
     for wire in wires:
         wire.hang_up()
 
     assert eventually(lambda: is_gone(query["pid"]) and at_rest(common), SOON_S)
-    rows = eventually(lambda: [r for r in newest(common, 3) if r["outcome"] == "abandoned"][2:]
-                      and newest(common, 3))
+
+    def all_rows() -> list[Json]:
+        rows = [row for row in newest(common, 4) if row["request_id"] not in before]
+        assert [row["outcome"] for row in rows] == ["abandoned"] * 3
+        return rows
+
+    rows = eventually(all_rows)
     made = [row for row in rows if row["path"] == "fresh"]
     assert [(row["status"], row["counted"]) for row in made] == [(499, int(spoke))]
     assert [row["input_tokens"] for row in rows if row["path"] == "shared"] == [0, 0]
@@ -651,22 +664,24 @@ def test_a_follower_that_leaves_hurts_nobody(common: Server, doors: Doors) -> No
             waits(common, 3)
             left_id = follower.headers["X-Request-Id"]
             doors.open("0")
-            replies = [each.result(10) for each in futures]
+            replies = [each.result(30) for each in futures]
         rest = list(leaving)
 
     assert list(map(text_of, replies)) == ["Hello all."] * 2
     assert rest[-1][1] == "[DONE]"
-    (row,) = [row for row in newest(common, 4) if row["request_id"] == left_id]
+    (row,) = eventually(
+        lambda: [row for row in newest(common, 4) if row["request_id"] == left_id])
     assert (row["outcome"], row["path"], row["output_tokens"]) == ("abandoned", "shared", 0)
 
 
-def test_one_that_does_not_read_holds_up_nobody(common: Server) -> None:
+def test_one_that_does_not_read_holds_up_nobody(common: Server, doors: Doors) -> None:
     # More than the buffers between server and client take.
-    common.write_scenario([[{"say": "x" * 16_000_000, "chunks": 40}]])
+    common.write_scenario([[doors.door("0"), {"say": "x" * 16_000_000, "chunks": 40}]])
 
-    with Wire(common.port, timeout_s=30) as idle:
+    with Wire(common.port) as idle:
         idle.send(post(encoded(question("Slow", stream=True))))
         waits(common, 1)
+        doors.open("0")
         bodies = [question("Slow", stream=stream) for stream in (False, True)]
         replies = at_once([lambda body=body: common.call(  # type: ignore[misc]
             "POST", CHAT, body, timeout_s=30) for body in bodies])
@@ -691,7 +706,7 @@ def test_a_failure_is_shared_and_the_next_one_tries_anew(common: Server, doors: 
 
     with joined(common, jobs) as futures:
         doors.open("0")
-        replies = [each.result(10) for each in futures]
+        replies = [each.result(30) for each in futures]
     common.write_scenario([])
     later = ask(common, "Fails")
 
@@ -709,7 +724,7 @@ def test_a_failure_behind_the_first_token_ends_every_stream(common: Server, door
 
     with joined(common, [lambda: ask(common, "Breaks", stream=True)] * 3) as futures:
         doors.open("0")
-        replies = [each.result(10) for each in futures]
+        replies = [each.result(30) for each in futures]
 
     assert [broken_stream(reply.events)["code"] for reply in replies] == ["upstream_failed"] * 3
     assert ["".join(pieces(reply.events)) for reply in replies] == ["Half "] * 3
@@ -722,7 +737,7 @@ def test_a_failure_reaches_each_in_the_shape_of_its_dialect(common: Server, door
 
     with joined(common, jobs) as futures:
         doors.open("0")
-        bodies = [each.result(10).json() for each in futures]
+        bodies = [each.result(30).json() for each in futures]
 
     types = {tongue.name: body["error"]["type"] for tongue, body in zip(TONGUES, bodies)}
     assert types == {"chat": "server_error", "messages": "overloaded_error",
@@ -765,7 +780,7 @@ def test_a_stream_that_began_anew_is_whole_for_those_who_came_later(
             first = next_text(follower)
             doors.open("0")
             rest = list(follower)
-        whole = leading[0].result(10)
+        whole = leading[0].result(30)
 
     assert text_of(whole) == "All of it."
     assert (first, rest[-1][1]) == ("All ", "[DONE]")
@@ -797,7 +812,7 @@ def test_followers_are_told_in_silence_that_somebody_is_there(
         with Wire(ticking.port) as follower:
             follower.send(post(encoded(tongue.body(text, stream=True)), path=tongue.path))
             silence_of = {MESSAGES: b"ping", RESPONSES: b"keepalive"}
-            seen = read_until(follower, silence_of.get(tongue, b": "), 2)
+            seen = read_until(follower, silence_of.get(tongue, b": keepalive"), 2)
             doors.open("0")
             seen += read_until(follower, b"0\r\n\r\n", 1)
 
@@ -834,16 +849,19 @@ def test_a_whole_answer_that_is_followed_gets_white_space_in_silence(
 # ---------------------------------------------------------------------------
 
 def test_a_server_that_stops_lets_everybody_have_a_shared_answer(tmp_path: Path) -> None:
-    scenario = [[{"say": "x" * 16_000_000, "chunks": 40}]]
+    doors = Doors(tmp_path)
+    scenario = [[doors.door("0"), {"say": "x" * 16_000_000, "chunks": 40}]]
 
     with running_server(tmp_path, scenario, env=HOUR) as server:
-        with Wire(server.port, timeout_s=30) as idle:
+        with Wire(server.port) as idle:
             idle.send(post(encoded(question("Slow", stream=True))))
+            waits(server, 1)
+            doors.open("0")
             reader = server.call("POST", CHAT, question("Slow"), timeout_s=30)
             server.process.terminate()
             eventually(lambda: server.log_entries("server_stopping"))
             late = idle.reply()
-        assert server.process.wait(10) == 0
+        assert server.process.wait(30) == 0
 
     assert len(text_of(reader)) == 16_000_000
     assert len(text_of(late)) == 16_000_000
@@ -859,7 +877,7 @@ def test_flights_leak_no_descriptors_however_they_end(tmp_path: Path) -> None:
 
         def at_the_end() -> int:
             """How many there are when nothing more is to be closed."""
-            eventually(lambda: at_rest(server) and stats_of(server)["inflight"] == 0, 10)
+            eventually(lambda: at_rest(server) and stats_of(server)["inflight"] == 0)
             return stays(lambda: descriptors(server.pid), 0.5)
 
         round_of(0)
@@ -867,7 +885,8 @@ def test_flights_leak_no_descriptors_however_they_end(tmp_path: Path) -> None:
         for number in range(1, 7):
             round_of(number)
 
-        assert at_the_end() <= before
+        # A process may take its time to end.
+        assert eventually(lambda: at_the_end() <= before)
 
 
 # ---------------------------------------------------------------------------
@@ -931,7 +950,7 @@ def test_nobody_who_stays_ever_loses_an_answer(tmp_path: Path) -> None:
             crowd.round(number)
 
         assert crowd.wrong == []
-        eventually(lambda: at_rest(server) and stats_of(server)["inflight"] == 0, 10)
+        eventually(lambda: at_rest(server) and stats_of(server)["inflight"] == 0)
         assert stats_of(server)["requesters"] == 0 and stats_of(server)["shared"] > ROUNDS / 2
         # The process that watches the others has come since, with a pipe.
         assert eventually(lambda: descriptors(server.pid) <= before + 1)

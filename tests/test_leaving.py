@@ -47,18 +47,23 @@ Json = Any
 
 SONNET = "claude-sonnet-5"
 HANG: dict[str, Json] = {"hang": True}
-#: A turn has to be over within a second; one more is for a busy machine.
-SOON_S = 2.0
-#: A process that heeds no signal gets two seconds before it is killed.
-LATER_S = 4.5
+#: A turn has to be over within a second; the rest is for a busy machine.
+SOON_S = 10.0
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared_common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with two places."""
     env = {**BARE, "CLAUDE_MAX_CONCURRENT": "2"}
     with running_server(tmp_path_factory.mktemp("common"), env=env) as running_one:
         yield running_one
+
+
+@pytest.fixture
+def common(shared_common: Server) -> Server:
+    """That server, with nothing of the test before."""
+    assert eventually(lambda: at_rest(shared_common))
+    return shared_common
 
 
 def waiter(server: Server, text: str = "hi", *, stream: bool) -> Wire:
@@ -78,6 +83,12 @@ def is_over(server: Server, pid: int) -> Callable[[], bool]:
     return lambda: is_gone(pid) and at_rest(server)
 
 
+def check_over(server: Server, pid: int) -> None:
+    """Asserts that a turn is over soon, by the first signal: the second one leaves no word."""
+    assert eventually(is_over(server, pid), SOON_S)
+    assert [each["why"] for each in server.fake_log("exit") if each["pid"] == pid] == ["SIGINT"]
+
+
 both_modes = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
@@ -95,21 +106,22 @@ def test_a_client_that_leaves_before_the_first_token_ends_its_turn(
     with waiter(common, stream=stream):
         pid = next_process(common, count)
 
-    assert eventually(is_over(common, pid), SOON_S)
+    check_over(common, pid)
 
 
 @both_modes
 def test_a_client_that_leaves_in_the_middle_ends_its_turn(common: Server, stream: bool) -> None:
     common.write_scenario([[{"say": "so far"}, HANG]])
-    count = len(common.queries())
+    count, noted = len(common.queries()), len(common.log_entries("answer_abandoned"))
 
     with waiter(common, stream=stream) as wire:
         pid = next_process(common, count)
         if stream:
             assert wire.status_line() == "HTTP/1.1 200 OK"
 
-    assert eventually(is_over(common, pid), SOON_S)
-    assert last_entry(common, "answer_abandoned")["stream"] is stream
+    check_over(common, pid)
+    (entry,) = eventually(lambda: common.log_entries("answer_abandoned")[noted:])
+    assert entry["stream"] is stream
 
 
 def test_a_client_that_leaves_amid_many_deltas_ends_its_turn(common: Server) -> None:
@@ -121,7 +133,7 @@ def test_a_client_that_leaves_amid_many_deltas_ends_its_turn(common: Server) -> 
         next(iter(stream))
         pid = next_process(common, count)
 
-    assert eventually(is_over(common, pid), SOON_S)
+    check_over(common, pid)
 
 
 def test_a_client_that_sent_its_next_request_already_and_leaves_ends_its_turn(
@@ -134,7 +146,7 @@ def test_a_client_that_sent_its_next_request_already_and_leaves_ends_its_turn(
         wire.send(head("GET", "/health"))
         pid = next_process(common, count)
 
-    assert eventually(is_over(common, pid), SOON_S)
+    check_over(common, pid)
 
 
 def test_a_client_that_is_cut_off_ends_its_turn(common: Server) -> None:
@@ -147,7 +159,7 @@ def test_a_client_that_is_cut_off_ends_its_turn(common: Server) -> None:
     wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     wire.hang_up()
 
-    assert eventually(is_over(common, pid), SOON_S)
+    check_over(common, pid)
 
 
 def test_a_client_that_leaves_while_history_is_laid_down_ends_its_turn(common: Server) -> None:
@@ -160,7 +172,7 @@ def test_a_client_that_leaves_while_history_is_laid_down_ends_its_turn(common: S
         wire.send(post(encoded(question(messages=messages))))
         pid = eventually(lambda: common.fake_log("start")[started:])[0]["pid"]
 
-    assert eventually(is_over(common, pid), SOON_S)
+    check_over(common, pid)
 
 
 @both_modes
@@ -191,7 +203,7 @@ def test_a_grandchild_ends_with_its_turn(common: Server) -> None:
         pid = next_process(common, count)
         grandchild = common.fake_log("grandchild")[-1]["child"]
 
-    assert eventually(is_over(common, pid), SOON_S)
+    check_over(common, pid)
     assert eventually(lambda: is_dead(grandchild), SOON_S)
 
 
@@ -212,9 +224,9 @@ def test_a_process_that_heeds_no_signal_is_killed(common: Server) -> None:
         wire.status_line()
         pid = next_process(common, count)
 
-    # Its slot is free at once all the same.
-    assert eventually(lambda: at_rest(common), SOON_S)
-    assert eventually(is_over(common, pid), LATER_S)
+    # Its slot is free at once all the same, while it gets its two seconds.
+    assert eventually(lambda: at_rest(common) and not is_gone(pid))
+    assert eventually(is_over(common, pid))
 
 
 def test_a_process_is_seen_to_its_end_when_claude_is_there_no_more(tmp_path: Path) -> None:
@@ -238,7 +250,7 @@ def test_a_process_that_goes_on_after_its_answer_is_ended(common: Server) -> Non
 
     assert content_of(ask(common)) == "cut off"
 
-    assert eventually(lambda: is_gone(common.queries()[-1]["pid"]), SOON_S)
+    check_over(common, common.queries()[-1]["pid"])
 
 
 def test_a_choice_that_waited_does_not_go_on_when_another_has_failed(tmp_path: Path) -> None:
@@ -260,8 +272,8 @@ def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
     with running_server(tmp_path, [[large]], env=env) as server:
         with waiter(server, stream=True):
             pid = asked_process(server)
-            assert eventually(lambda: is_gone(pid), 5)
-            assert eventually(lambda: at_rest(server), 5)
+            assert eventually(lambda: is_gone(pid))
+            assert eventually(lambda: at_rest(server))
 
         assert last_entry(server, "answer_abandoned")
 
@@ -294,16 +306,28 @@ def test_100_requests_at_once_get_4_places_and_the_rest_waits_or_is_refused(
     env = {**BARE, "CLAUDE_MAX_CONCURRENT": "4", "CLAUDE_MAX_QUEUE": "16",
            "CLAUDE_QUEUE_RETRY_AFTER": "7"}
 
-    with running_server(tmp_path, [[{"sleep_ms": 200}, {"say": "ok"}]], env=env) as server:
+    door = tmp_path / "door"
+
+    with running_server(
+        tmp_path / "server", [[{"wait_for": str(door)}, {"say": "ok"}]], env=env
+    ) as server:
         seen, stop = [], threading.Event()
 
         def look() -> None:
             while not stop.is_set():
                 seen.append(running(server))
 
+        def open_door() -> None:
+            eventually(lambda: health(server)["concurrency"]["queueRejections"] == 80)
+            eventually(lambda: (running(server), waiting(server)) == (4, 16))
+            door.touch()
+
         looker = threading.Thread(target=look)
         looker.start()
+        opener = threading.Thread(target=open_door)
+        opener.start()
         replies = at_once([lambda: ask(server)] * 100)
+        opener.join()
         stop.set()
         looker.join()
 
@@ -312,7 +336,7 @@ def test_100_requests_at_once_get_4_places_and_the_rest_waits_or_is_refused(
 
     answered = [reply for reply in replies if reply.status == 200]
     refused = [reply for reply in replies if reply.status == 429]
-    assert len(answered) == asked >= 20 and len(answered) + len(refused) == 100
+    assert (len(answered), asked, len(refused)) == (20, 20, 80)
     assert max(seen) == 4
     check_overflow(refused)
 
@@ -398,9 +422,10 @@ def is_refused(port: int) -> bool:
 def test_a_server_that_is_told_to_stop_finishes_what_runs(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    script = [[{"say": "so far"}, {"sleep_ms": 500}, {"say": " and to the end"}]]
+    door = tmp_path / "door"
+    script = [[{"say": "so far"}, {"wait_for": str(door)}, {"say": " and to the end"}]]
 
-    with running_server(tmp_path, script) as server, Wire(server.port) as idle:
+    with running_server(tmp_path / "server", script) as server, Wire(server.port) as idle:
         idle.send(head("GET", "/v1/models"))
         idle.reply()
         with told(server) as stream:
@@ -410,8 +435,9 @@ def test_a_server_that_is_told_to_stop_finishes_what_runs(
             eventually(lambda: is_refused(server.port))
             idle.send(post(encoded(question())))
             late = idle.reply()
+            door.touch()
             rest = [first, *events]
-        code = server.process.wait(5)
+        code = server.process.wait(30)
 
     assert "".join(pieces(rest)) == "so far and to the end"
     assert finish_reasons(rest) == ["stop"] and rest[-1][1] == "[DONE]"
@@ -421,14 +447,19 @@ def test_a_server_that_is_told_to_stop_finishes_what_runs(
 
 
 def test_a_server_that_is_told_to_stop_finishes_what_waits(tmp_path: Path) -> None:
-    script = [[{"sleep_ms": 200}, {"say": "done"}]]
+    door = tmp_path / "door"
+    script = [[{"wait_for": str(door)}, {"say": "done"}]]
 
-    with running_server(tmp_path, script, env={"CLAUDE_MAX_CONCURRENT": "1"}) as server:
+    with running_server(
+        tmp_path / "server", script, env={"CLAUDE_MAX_CONCURRENT": "1"}
+    ) as server:
         wires = [waiter(server, stream=False) for _ in range(3)]
         eventually(lambda: waiting(server) == 2)
         server.process.terminate()
+        eventually(lambda: is_refused(server.port))
+        door.touch()
         replies = [wire.reply() for wire in wires]
-        code = server.process.wait(5)
+        code = server.process.wait(30)
         for wire in wires:
             wire.hang_up()
 
@@ -444,12 +475,13 @@ def test_a_server_does_not_wait_longer_than_its_drain_time(tmp_path: Path) -> No
             next(iter(stream))
             started_s = time.monotonic()
             server.process.terminate()
-            code = server.process.wait(8)
+            code = server.process.wait(30)
             taken_s = time.monotonic() - started_s
             rest = list(stream)
         left = processes_with(server.place.folder)
 
-    assert code == 0 and 0.2 <= taken_s < 4
+    # Without the setting it would wait for 20 seconds.
+    assert code == 0 and 0.2 <= taken_s < 15
     assert finish_reasons(rest) == [] and "[DONE]" not in [data for _, data in rest]
     assert left == set()
 
@@ -463,7 +495,8 @@ def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
         eventually(lambda: is_refused(server.port))
         server.process.terminate()
 
-        assert server.process.wait(5) == 0
+        # The first signal alone would have it wait for 20 seconds.
+        assert server.process.wait(15) == 0
 
 
 def test_a_server_that_was_started_to_survive_hangups_does(tmp_path: Path) -> None:
@@ -484,7 +517,7 @@ def test_a_hangup_stops_any_other_server(tmp_path: Path) -> None:
     with running_server(tmp_path) as server:
         os.kill(server.pid, signal.SIGHUP)
 
-        assert server.process.wait(5) == 0
+        assert server.process.wait(30) == 0
 
 
 def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
@@ -502,7 +535,7 @@ def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
             server.kill()
 
         assert busy >= 6
-        assert eventually(lambda: not processes_with(server.place.folder), 4)
+        assert eventually(lambda: not processes_with(server.place.folder))
 
 
 def test_a_guardian_that_was_killed_is_replaced(tmp_path: Path) -> None:
@@ -517,7 +550,7 @@ def test_a_guardian_that_was_killed_is_replaced(tmp_path: Path) -> None:
                 next(iter(second))
                 server.kill()
 
-        assert eventually(lambda: not processes_with(server.place.folder), 4)
+        assert eventually(lambda: not processes_with(server.place.folder))
 
 
 # ---------------------------------------------------------------------------
@@ -609,8 +642,9 @@ def test_a_process_serves_one_conversation(tmp_path: Path) -> None:
 
 def test_spares_that_die_young_are_not_started_over_and_over(tmp_path: Path) -> None:
     with running_server(tmp_path, {"startup": [{"exit": 1}]}) as server:
-        eventually(lambda: server.fake_log("exit"))
-        eventually(lambda: spares(server) == {})
+        # It was asked for its version before, and came to an end too.
+        eventually(lambda: [each for each in server.fake_log("exit") if each["why"] == "scripted"])
+        eventually(lambda: stays(lambda: spares(server), 0.3) == {})
         before = len(server.fake_log("start"))
         server.write_scenario([])
         reply = ask(server)
@@ -624,7 +658,7 @@ def test_a_dead_spare_is_replaced(tmp_path: Path) -> None:
         spare = ready_spare(server)
         born_s = time.monotonic()
         # One that dies younger counts as broken, and is not replaced for a while.
-        eventually(lambda: time.monotonic() - born_s > 5.2, 10)
+        eventually(lambda: time.monotonic() - born_s > 5.2)
         os.kill(spare, signal.SIGKILL)
         another = ready_spare(server, spare)
         ask(server)
@@ -716,7 +750,7 @@ def test_a_client_that_leaves_a_conversation_that_goes_on_ends_its_turn(tmp_path
             wire.send(post(encoded(question(messages=next_turn(first, "and now?")))))
             pid = asked_process(server, 2)
 
-        assert eventually(is_over(server, pid), SOON_S)
+        check_over(server, pid)
         assert parked(server) == 0
 
 
@@ -738,7 +772,7 @@ def test_a_parked_process_does_not_outlive_its_server(tmp_path: Path) -> None:
         eventually(lambda: parked(server) == 1)
         server.kill()
 
-        assert eventually(lambda: not processes_with(server.place.folder), 4)
+        assert eventually(lambda: not processes_with(server.place.folder))
 
 
 # ---------------------------------------------------------------------------
