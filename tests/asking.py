@@ -255,6 +255,8 @@ class Wire:
     def __init__(self, port: int, timeout_s: float = 30) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
         self._file: io.BufferedReader = self.socket.makefile("rb")
+        #: What was heard by hear().
+        self.said = b""
 
     def __enter__(self) -> Wire:
         return self
@@ -277,6 +279,13 @@ class Wire:
             self.send(data[at:at + 1])
             if select.select([self.socket], [], [], pause_s)[0]:
                 return
+
+    def hear(self, words: bytes, times: int = 1) -> None:
+        """Reads on until these words have been said so often; to be used instead of replies."""
+        while self.said.count(words) < times:
+            piece = self.socket.recv(1 << 16)
+            assert piece, self.said[-1000:]
+            self.said += piece
 
     def end_sending(self) -> None:
         self.socket.shutdown(socket.SHUT_WR)

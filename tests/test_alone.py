@@ -80,7 +80,7 @@ class Alone:
     def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         """The script, run to its end."""
         return subprocess.run(
-            self.command(*args), env=self.env(env), cwd=self.script.parent, timeout=20,
+            self.command(*args), env=self.env(env), cwd=self.script.parent, timeout=60,
             stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
     @contextmanager
@@ -96,7 +96,7 @@ class Alone:
         try:
             yield Serving(place, process, wait_for_port(place, process))
             process.terminate()
-            assert process.wait(10) == 0, output_of(place)
+            assert process.wait(30) == 0, output_of(place)
         finally:
             process.kill()
             process.wait()
@@ -202,10 +202,11 @@ def test_the_client_set_up_is_not_there_and_says_where_it_belongs(demo: Serving)
 
 def test_a_client_that_leaves_the_demo_frees_its_place(demo: Serving) -> None:
     with Wire(demo.port) as wire:
-        wire.send(post(encoded(question("hello", stream=True))))
+        # To the end it would take a minute.
+        wire.send(post(encoded(question("hello " * 2000, stream=True))))
         wire.status_line()
 
-    assert eventually(lambda: demo.get("/health")["concurrency"]["inflight"] == 0, 2)
+    assert eventually(lambda: demo.get("/health")["concurrency"]["inflight"] == 0)
 
 
 def test_a_killed_demo_leaves_no_process(alone: Alone) -> None:

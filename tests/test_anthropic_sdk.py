@@ -39,7 +39,7 @@ def client(server: Server) -> Iterator[Any]:
 def sdk(server: Server, **options: Any) -> Any:
     """A client of the package, deaf to proxies that the environment may name."""
     wanted = {
-        "api_key": "any", "base_url": server.url, "timeout": 10, "max_retries": 0, **options}
+        "api_key": "any", "base_url": server.url, "timeout": 60, "max_retries": 0, **options}
     return anthropic.Anthropic(
         http_client=anthropic.DefaultHttpxClient(trust_env=False), **wanted)
 
@@ -259,7 +259,7 @@ def test_the_asynchronous_client_streams(server: Server) -> None:
     async def all_of(words: list[str]) -> list[str]:
         deaf = anthropic.DefaultAsyncHttpxClient(trust_env=False)
         async with anthropic.AsyncAnthropic(
-            api_key="any", base_url=server.url, timeout=10, http_client=deaf
+            api_key="any", base_url=server.url, timeout=60, http_client=deaf
         ) as client:
             return list(await asyncio.gather(*[one(client, word) for word in words]))
 

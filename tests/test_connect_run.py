@@ -328,7 +328,7 @@ def on_terminal(home: Path, typed: list[tuple[str, str]], *args: str) -> tuple[i
                 os._exit(0)
         os.execve(sys.executable, [sys.executable, "-", *args],
                   clean_env(HOME=str(home), SHELL="/bin/bash", PATH="/usr/bin:/bin"))
-    shown, deadline_s = b"", time.monotonic() + 30
+    shown, deadline_s = b"", time.monotonic() + 120
     while time.monotonic() < deadline_s:
         if not select.select([terminal], [], [], 0.5)[0]:
             continue

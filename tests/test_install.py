@@ -58,7 +58,7 @@ class Machine:
         self.scenario = folder / "scenario.json"
         self.claude = self.services.bin / "claude"
         self.write_claude()
-        self.port = free_port()
+        self.port = support.free_port()
         self.ocp = self.home / ".ocp"
         self.env_file = self.ocp / "ocp.env"
         self.unit = self.home / ".config/systemd/user/ocp.service"
@@ -136,12 +136,6 @@ class Machine:
             "environ": self.env(), "system": system, "home": str(self.home), "user": USER,
             "uid": 501, "here": str(self.checkout), "is_terminal": False, **fields}
         return setup.Host(**values)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def mode(path: Path) -> int:
@@ -638,7 +632,7 @@ def test_without_a_service_manager_the_command_to_start_by_hand_works(bare: Mach
         support.eventually(lambda: is_up(bare.port))
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(30)
 
 
 def is_up(port: int) -> bool:

@@ -741,7 +741,7 @@ def test_as_a_program_in_a_pipe(tmp_path: Path, real: Any) -> None:
     done = subprocess.run(
         ["bash", "-c", f"{command} models | cat && {command} logs 1000 | head -1 && "
          f"{command} ask 'sch\u00f6n \u4e2d' && exit 7"],
-        capture_output=True, env=environ, check=False, timeout=20)
+        capture_output=True, env=environ, check=False, timeout=60)
     assert done.returncode == 7 and done.stderr == b"", done
     assert b"claude-opus-5" in done.stdout and b"You said: sch?n ?" in done.stdout
 

@@ -35,7 +35,7 @@ class City(pydantic.BaseModel):  # type: ignore[misc,name-defined]
 def client(shared_server: Server) -> Iterator[Any]:
     shared_server.write_scenario([])
     with openai.OpenAI(
-        api_key="any", base_url=f"{shared_server.url}/v1", timeout=10, max_retries=0,
+        api_key="any", base_url=f"{shared_server.url}/v1", timeout=60, max_retries=0,
         http_client=openai.DefaultHttpxClient(trust_env=False),
     ) as found:
         yield found
@@ -297,7 +297,7 @@ def test_the_asynchronous_client_streams_both(shared_server: Server) -> None:
 
     async def both() -> list[str]:
         async with openai.AsyncOpenAI(
-            api_key="any", base_url=f"{shared_server.url}/v1", timeout=10,
+            api_key="any", base_url=f"{shared_server.url}/v1", timeout=60,
             http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
         ) as client:
             async with client.responses.stream(model=MODEL, input="one") as stream:

@@ -694,7 +694,7 @@ def test_a_quota_that_is_used_up_is_told_in_chats_shape(
     assert without_words(error["quota"]) == wanted_quota(period)
     assert error["message"].startswith(f"This key has used 1 of its 1 requests ({period}).")
     ahead_s = ocp.epoch_of(error["quota"]["resetsAt"]) - time.time()
-    assert abs(int(reply.headers["Retry-After"]) - ahead_s) < 5
+    assert abs(int(reply.headers["Retry-After"]) - ahead_s) < 30
     assert reply.headers["x-should-retry"] == "false"
 
 
@@ -765,23 +765,29 @@ def test_what_failed_does_not_count(house: Server) -> None:
     assert ask_as(house, made["key"]).status == 200
 
 
-def leave(server: Server, key: str, steps: list[Json], *, after: bytes = b"") -> None:
+def is_over(server: Server, made: dict[str, Json]) -> bool:
+    """Whether nothing runs any more, and nothing has a place in the quotas of this key."""
+    return at_rest(server) and quota_of(server, made)["daily"]["inFlight"] == 0
+
+
+def leave(
+    server: Server, made: dict[str, Json], steps: list[Json], *, after: bytes = b""
+) -> None:
     """A client that asks and leaves, once its answer has come so far."""
     server.write_scenario([steps])
     count = len(server.queries())
     with Wire(server.port) as wire:
-        wire.send(post(encoded(question(stream=True)), f"Authorization: Bearer {key}"))
+        wire.send(post(encoded(question(stream=True)), f"Authorization: Bearer {made['key']}"))
         asked_process(server, count + 1)
-        received = b""
-        while after and after not in received:
-            received += wire.socket.recv(1 << 16)
-    assert eventually(lambda: at_rest(server))
+        if after:
+            wire.hear(after)
+    assert eventually(lambda: is_over(server, made))
 
 
 def test_an_answer_that_the_client_left_counts_as_far_as_it_had_come(house: Server) -> None:
     made = new_key(house, quota={"daily": 1})
 
-    leave(house, made["key"], [{"say": "the beginning"}, HANG], after=b"beginning")
+    leave(house, made, [{"say": "the beginning"}, HANG], after=b"beginning")
 
     requests, tokens = eventually(lambda: used_of(house, made)[0] and used_of(house, made))
     assert requests == 1 and tokens > 10
@@ -793,7 +799,7 @@ def test_a_request_that_the_client_left_before_its_answer_began_does_not_count(
 ) -> None:
     made = new_key(house, quota={"daily": 1})
 
-    leave(house, made["key"], [HANG])
+    leave(house, made, [HANG])
 
     assert used_of(house, made) == (0, 0)
     house.write_scenario([])
@@ -825,7 +831,7 @@ def test_an_answer_that_was_shared_counts_once(caching: Server, tmp_path: Path) 
     asking: Callable[[], Reply] = lambda: ask_as(caching, made["key"], "together")  # noqa: E731
 
     def start() -> None:
-        eventually(lambda: quota_of(caching, made)["daily"]["inFlight"] == 4)
+        eventually(lambda: as_admin(caching, "GET", "/cache/stats").json()["requesters"] == 4)
         go.touch()
 
     *replies, _ = at_once([asking, asking, asking, asking, start])
@@ -876,7 +882,7 @@ def expected_tokens(server: Server, made: dict[str, Json], path: str, **body: Js
     server.write_scenario([[{"say": "well "}, HANG]])
     with server.stream(path, {"max_tokens": 100, **body}, bearer(made["key"])):
         found = int(quota_of(server, made)["tokensDaily"]["inFlight"])
-    assert eventually(lambda: at_rest(server))
+    assert eventually(lambda: is_over(server, made))
     return found
 
 
@@ -994,7 +1000,8 @@ def test_many_requests_at_once_do_not_take_more_tokens_than_there_are(house: Ser
 
     def insist() -> int:
         """How often one client was answered that comes again when it is told to."""
-        for _ in range(200):
+        give_up_s = time.monotonic() + 60
+        while time.monotonic() < give_up_s:
             reply = ask_as(house, made["key"], prompt, max_tokens=9)
             if reply.status == 200 or error_of_any(reply)["type"] == "quota_exceeded":
                 return int(reply.status == 200)

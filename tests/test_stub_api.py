@@ -81,7 +81,7 @@ def test_requests_are_recorded_and_other_paths_are_not(stub: StubApi) -> None:
         urllib.request.urlopen(stub.url + "/api/other", timeout=10)
     not_found.value.close()
     ask(stub.url, "What?")
-    (recorded,) = stub.wait_for_requests(1, timeout_s=5)
+    (recorded,) = stub.wait_for_requests(1)
     assert isinstance(recorded, Recorded)
     assert recorded.path == "/v1/messages?beta=true"
     assert recorded.headers["x-test"] == "yes"
@@ -196,7 +196,7 @@ def test_client_that_hangs_up_is_counted(stub: StubApi, reply: Reply) -> None:
     connection.request("POST", "/v1/messages", b'{"stream": true, "messages": []}')
     stub.wait_for_requests(1)
     connection.close()
-    stub.wait_for_aborted(1, timeout_s=5)
+    stub.wait_for_aborted(1)
     assert "aborted=1" in repr(stub)
 
 
