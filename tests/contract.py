@@ -104,14 +104,14 @@ class Rig:
     ) -> Heard:
         """One chat completion; its answer."""
         body = {"model": model, "messages": conversation(said), **fields}
-        return heard(self.server.call("POST", CHAT, body, timeout_s=30))
+        return heard(self.server.call("POST", CHAT, body, timeout_s=60))
 
     def open(
         self, said: str | Messages = "Hi there?", model: str = MODEL, **fields: Json
     ) -> support.Stream:
         """A streamed chat completion, once its headers are there."""
         body = {"model": model, "messages": conversation(said), **fields}
-        return self.server.stream(CHAT, body, timeout_s=30)
+        return self.server.stream(CHAT, body, timeout_s=60)
 
     def asked(self) -> list[dict[str, Json]]:
         """The bodies that reached the API in this test."""
@@ -153,7 +153,7 @@ class Rig:
     def last_body(self) -> dict[str, Json]:
         return self.asked()[-1]
 
-    def settle(self, timeout_s: float = 10) -> None:
+    def settle(self, timeout_s: float = 30) -> None:
         """Wait until no claude has work, and only those are left that wait for some."""
         def settled() -> bool:
             health = self.server.call("GET", "/health").json()
@@ -337,5 +337,5 @@ def _of_process(pid: int, name: str) -> bytes:
         return b""  # It ended meanwhile.
 
 
-def wait_until(check: Callable[[], Any], timeout_s: float = 15) -> None:
+def wait_until(check: Callable[[], Any], timeout_s: float = 30) -> None:
     support.eventually(lambda: bool(check()), timeout_s)

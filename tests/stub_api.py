@@ -74,6 +74,8 @@ class Reply(NamedTuple):
     #: Seconds before the first byte; and before each delta and a bad ending.
     delay_s: float = 0.0
     gap_s: float = 0.0
+    #: Each delta takes one of it, and waits until there is one; None holds nothing up.
+    gate: Optional[threading.Semaphore] = None
     input_tokens: int = 10
     cache_read: int = 5
     cache_creation: int = 3
@@ -410,12 +412,12 @@ class StubApi:
         with self._changed:
             return self._aborted
 
-    def wait_for_requests(self, count: int, timeout_s: float = 10.0) -> list[Recorded]:
+    def wait_for_requests(self, count: int, timeout_s: float = 30.0) -> list[Recorded]:
         """The requests so far, once there are `count`; raises TimeoutError."""
         self._wait(lambda: len(self._requests) >= count, f"{count} requests", timeout_s)
         return self.requests
 
-    def wait_for_aborted(self, count: int, timeout_s: float = 10.0) -> None:
+    def wait_for_aborted(self, count: int, timeout_s: float = 30.0) -> None:
         """Return once `aborted` has reached `count`; raises TimeoutError."""
         self._wait(lambda: self._aborted >= count, f"{count} aborted requests", timeout_s)
 
@@ -540,12 +542,16 @@ class _Exchange(BaseHTTPRequestHandler):
         self._send(_opening(reply, body, number))
         for index, content in enumerate(_contents(reply, number)):
             for event in _block_events(content, reply.blocks[index], index, broken):
-                if reply.gap_s and event["type"] == "content_block_delta":
+                if event["type"] == "content_block_delta":
                     self._pause(reply.gap_s)
+                    while reply.gate and not reply.gate.acquire(blocking=False):
+                        self._pause(0.01)
                 self._send(event)
         if broken:
-            # Time for what was sent to be read before the end overtakes it.
+            # What was sent has to be read before the end overtakes it.
             self._pause(reply.gap_s)
+            while reply.gap_s and is_unread(self.client_address[1], self.server.server_port):
+                self._pause(0.01)
         if reply.ending == "cut":
             self.close_connection = True
             return
@@ -602,6 +608,18 @@ class _Exchange(BaseHTTPRequestHandler):
                 # The next request is already here, and would wake the select for ever.
                 time.sleep(min(0.01, left_s))
             left_s = deadline_s - time.monotonic()
+
+
+def is_unread(port: int, from_port: int) -> bool:
+    """Whether the holder of a port on loopback has not read all that came from another one. Only
+    Linux tells; elsewhere it has."""
+    try:
+        with open("/proc/net/tcp", encoding="ascii") as file:
+            rows = [line.split() for line in file][1:]
+    except OSError:
+        return False
+    ends = [f"0100007F:{end:04X}" for end in (port, from_port)]
+    return any(row[1:3] == ends and int(row[4].partition(":")[2], 16) > 0 for row in rows)
 
 
 # ---------------------------------------------------------------------------

@@ -424,7 +424,7 @@ class Talk:
     def send(self, **fields: Json) -> Said:
         """The answer to the conversation as it stands; it becomes part of it."""
         reply = self.rig.server.call(
-            "POST", self.dialect.path, self.body(**fields), timeout_s=30)
+            "POST", self.dialect.path, self.body(**fields), timeout_s=60)
         said = self.dialect.heard(reply)
         self.messages += said.repeated
         return said

@@ -633,7 +633,7 @@ def test_signals_end_it_at_once(
             claude.send_user("hi")
             claude.until_event("content_block_delta")
         claude.process.send_signal(number)
-        assert claude.wait(timeout_s=5)[0] == code
+        assert claude.wait(timeout_s=30)[0] == code
 
 
 def test_what_is_not_json_ends_it_with_a_complaint(subject: Subject) -> None:
@@ -753,7 +753,7 @@ def test_a_signal_during_a_call_asks_the_model_no_more(
         claude.send_user("hi")
         claude.until_event("message_stop")
         claude.process.send_signal(number)
-        claude.wait(timeout_s=5)
+        claude.wait(timeout_s=30)
     assert len(subject.asked()) == 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def assert_nothing_left(rig: Rig) -> None:
         assert not left, f"{left} are left, alive are only {alive}"
         return True
 
-    support.eventually(tidy, timeout_s=3)
+    support.eventually(tidy)
 
 
 # ---------------------------------------------------------------------------
@@ -87,16 +86,16 @@ def assert_nothing_left(rig: Rig) -> None:
 # ---------------------------------------------------------------------------
 
 def test_the_first_answer_is_warm_and_the_spare_is_replaced(rig: Rig) -> None:
-    wait_until(lambda: spares(rig) == 1, timeout_s=10)
+    wait_until(lambda: spares(rig) == 1)
     waiting = set(claudes(rig.server))
     assert rig.ask().finish == "stop"
     assert last_answer(rig)["warm"] is True
-    wait_until(lambda: spares(rig) == 1 and set(claudes(rig.server)) - waiting, timeout_s=10)
+    wait_until(lambda: spares(rig) == 1 and set(claudes(rig.server)) - waiting)
 
 
 def test_a_spare_that_was_killed_is_not_missed(claude: Claude, tmp_path: Path) -> None:
     with running_rig(tmp_path, claude) as rig:
-        wait_until(lambda: spares(rig) == 1, timeout_s=10)
+        wait_until(lambda: spares(rig) == 1)
         killed = set(claudes(rig.server))
         support.kill_all(sorted(killed))
         wait_until(lambda: not killed & {each.pid for each in support.all_processes()})
@@ -155,7 +154,7 @@ def test_branches_of_a_conversation_do_not_mix(rig: Rig) -> None:
 
 @pytest.mark.parametrize("reply", [HALF, SILENCE], ids=["half", "silence"])
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
-def test_a_client_that_leaves_ends_the_request_within_a_second(
+def test_a_client_that_leaves_ends_the_request(
     rig: Rig, streams: bool, reply: stub.Reply
 ) -> None:
     rig.script(then=reply)
@@ -166,9 +165,10 @@ def test_a_client_that_leaves_ends_the_request_within_a_second(
     if streams and reply is HALF:
         read_until(connection, b"Half")
     connection.close()
-    rig.stub.wait_for_aborted(aborted + 1, timeout_s=1)
+    rig.stub.wait_for_aborted(aborted + 1)
     rig.settle()
     assert len(rig.asked()) == 1
+    # One that had to be killed, two seconds later, would leave files.
     assert_nothing_left(rig)
 
 
@@ -211,7 +211,7 @@ def test_a_stop_lets_a_running_answer_finish(claude: Claude, tmp_path: Path) -> 
             came = [next(events)[1] for _ in range(2)]
             os.kill(rig.server.pid, signal.SIGTERM)
             came += [data for _, data in events]
-        assert rig.server.process.wait(10) == 0
+        assert rig.server.process.wait(30) == 0
         choices = [chunk["choices"][0] for chunk in came[:-1]]
         assert "".join(choice["delta"].get("content") or "" for choice in choices) == "abcdefgh"
         assert (choices[-1]["finish_reason"], came[-1]) == ("stop", "[DONE]")
@@ -227,14 +227,13 @@ def test_no_claude_outlives_a_server_that_is_killed(claude: Claude, tmp_path: Pa
             events = iter(stream)
             while not next(events)[1]["choices"][0]["delta"].get("content"):
                 pass
-            wait_until(lambda: spares(rig) == 1, timeout_s=10)
+            wait_until(lambda: spares(rig) == 1)
             parked_busy_and_spare = claudes(rig.server)
             assert len(parked_busy_and_spare) == 3
             rig.server.kill()
-            killed_s = time.monotonic()
-            wait_until(lambda: not support.processes_with(tmp_path), timeout_s=3)
-        assert time.monotonic() - killed_s < 3
-        rig.stub.wait_for_aborted(1, timeout_s=1)
+            # By itself, the one that is answering would go on for a minute.
+            wait_until(lambda: not support.processes_with(tmp_path))
+        rig.stub.wait_for_aborted(1)
         assert len(rig.asked()) == 2
 
 
@@ -258,7 +257,7 @@ UNWANTED = {
 def test_a_claude_knows_what_it_needs_and_no_more(claude: Claude, tmp_path: Path) -> None:
     wanted = {"OCP_PASS_ENV": "PASSED_ON,LC_ALL", "PASSED_ON": "yes", "TZ": "UTC"}
     with running_rig(tmp_path, claude, **UNWANTED, **wanted) as rig:
-        wait_until(lambda: claudes(rig.server), timeout_s=10)
+        wait_until(lambda: claudes(rig.server))
         found = environment(claudes(rig.server)[0])
         assert not set(found) & set(UNWANTED)
         assert KEY not in found.values()

@@ -41,7 +41,7 @@ def has_spare(rig: Rig) -> bool:
 
 
 def usage(rig: Rig) -> Json:
-    reply = rig.server.call("GET", "/usage", timeout_s=20)
+    reply = rig.server.call("GET", "/usage", timeout_s=30)
     assert reply.status == 200, reply
     return reply.json()
 
@@ -54,11 +54,11 @@ def usage(rig: Rig) -> Json:
 def bare(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """A rig whose claude is logged in by a token alone, and was asked for one answer."""
     with running_rig(tmp_path_factory.mktemp("bare"), claude) as rig:
-        wait_until(lambda: has_spare(rig), timeout_s=10)
+        wait_until(lambda: has_spare(rig))
         before = usage(rig)["plan"]
         assert (before["currentSession"], before["weeklyLimits"]["allModels"]) == (UNKNOWN, UNKNOWN)
         assert rig.ask().finish == "stop"
-        wait_until(lambda: usage(rig)["plan"]["currentSession"]["resetsAt"], timeout_s=10)
+        wait_until(lambda: usage(rig)["plan"]["currentSession"]["resetsAt"])
         yield rig
 
 
@@ -100,7 +100,7 @@ def test_a_plan_that_is_used_up_is_told_with_its_reset(claude: Claude, tmp_path:
     with running_rig(tmp_path, claude) as rig:
         rig.script(then=stub.plan_limit(resets_in_s=7_200))
         heard = rig.ask()
-        wait_until(lambda: usage(rig)["status"] == "rejected", timeout_s=10)
+        wait_until(lambda: usage(rig)["status"] == "rejected")
         session = usage(rig)["plan"]["currentSession"]
 
     assert (heard.status, (heard.error or {})["code"]) == (429, "insufficient_quota")
@@ -137,7 +137,7 @@ def logged_in(folder: Path, claude: Claude, answer: Json) -> Iterator[tuple[Rig,
     with Tunnel({USAGE_PATH: answer}) as tunnel:
         env = {**tunnel.env(), "CLAUDE_CODE_OAUTH_TOKEN": None, "OCP_PARKED_PROCESSES": "0"}
         with running_rig(place.folder, claude, **env) as rig:
-            wait_until(lambda: has_spare(rig), timeout_s=10)
+            wait_until(lambda: has_spare(rig))
             yield rig, tunnel
 
 
@@ -173,7 +173,7 @@ def test_a_spare_that_was_asked_asks_the_api_what_a_fresh_one_asks(
         usage(rig)
         assert asked_for_usage(tunnel) == 1 and claudes(rig.server) == [spare]
         for _ in range(2):
-            wait_until(lambda: has_spare(rig), timeout_s=10)
+            wait_until(lambda: has_spare(rig))
             assert rig.ask("Hi there?").finish == "stop"
             assert rig.server.log_entries("answer_finished")[-1]["warm"] is True
 
@@ -202,22 +202,26 @@ def test_a_hanging_reply_holds_up_one_look_for_a_while_and_no_request(
     claude: Claude, tmp_path: Path
 ) -> None:
     with logged_in(tmp_path, claude, None) as (rig, tunnel):
-        took_s: dict[str, float] = {}
+        over: list[str] = []
 
         def look() -> None:
-            took_s["look"] = seconds_of(lambda: usage(rig))
+            usage(rig)
+            over.append("look")
 
         def ask() -> None:
             wait_until(lambda: asked_for_usage(tunnel))
-            took_s["request"] = seconds_of(lambda: rig.ask())
-            took_s["second look"] = seconds_of(lambda: usage(rig))
+            assert rig.ask().finish == "stop"
 
-        at_once([look, ask])
-        wait_until(lambda: has_spare(rig), timeout_s=10)
+        def look_again() -> None:
+            wait_until(lambda: asked_for_usage(tunnel))
+            usage(rig)
+            over.append("second look")
+
+        took_s = seconds_of(lambda: at_once([look, ask, look_again]))
+        wait_until(lambda: has_spare(rig))
         plan = usage(rig)["plan"]
 
-        assert 3 < took_s["look"] < 10
-        assert took_s["request"] < 5 and took_s["second look"] < 3, took_s
+        assert over == ["second look", "look"] and took_s > 3
         assert plan["subscription"] == "max"
         assert plan["weeklyLimits"]["allModels"]["utilization"] == (None if rig.is_old else 0.4)
 

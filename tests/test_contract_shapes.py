@@ -190,7 +190,7 @@ def test_a_stream_never_holds_two_attempts(rig: Rig) -> None:
     rig.script(output({"town": "Bern"}), output({"city": "Bern"}))
     body = Talk(rig, CHAT, streams=True, **CHAT.shape(CITY)).body(
         messages=[{"role": "user", "content": "Which city?"}])
-    reply = rig.server.call("POST", CHAT.path, body, timeout_s=30)
+    reply = rig.server.call("POST", CHAT.path, body, timeout_s=60)
     chunks = [data for _, data in reply.events if data != "[DONE]"]
     text = "".join(choice["delta"].get("content") or "" for chunk in chunks
                    for choice in chunk.get("choices", ()))
@@ -241,7 +241,7 @@ def test_an_answer_beside_a_call_ends_the_turn(
     rig.script(stub.tool_calls(calls))
     talk = Talk(rig, CHAT, [Tool("weather")], **CHAT.shape(CITY))
     body = talk.body(messages=[{"role": "user", "content": "Which city?"}])
-    reply = rig.server.call("POST", CHAT.path, body, timeout_s=8)
+    reply = rig.server.call("POST", CHAT.path, body, timeout_s=60)
     said = CHAT.heard(reply)
     assert said.finish in ("stop", "tool_calls")
     assert (said.finish == "tool_calls") == bool(said.calls)

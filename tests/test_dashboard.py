@@ -352,9 +352,13 @@ def test_the_log_can_be_paused_and_cut_to_a_level(chrome: browser.Browser, desk:
 def test_a_turn_shows_while_it_runs_and_counts_when_it_ends(
     chrome: browser.Browser, tmp_path: Path
 ) -> None:
-    slow: list[list[Json]] = [[{"say": "To begin with, "}, {"sleep_ms": 2500}, {"say": "the end."}]]
+    door = tmp_path / "door"
+    slow: list[list[Json]] = [
+        [{"say": "To begin with, "}, {"wait_for": str(door)}, {"say": "the end."}],
+        [{"hang": True}]]
     one_at_a_time = {"CLAUDE_MAX_CONCURRENT": "1"}
-    with support.running_server(tmp_path / "s", slow, env=one_at_a_time) as server, \
+    with support.running_server(
+            tmp_path / "s", {"turns": slow, "shared": True}, env=one_at_a_time) as server, \
             opened(chrome, server, key="") as page:
         page.sees("Nothing is running", "#running")
         page.sees("No request in this span", "#shares")
@@ -365,6 +369,7 @@ def test_a_turn_shows_while_it_runs_and_counts_when_it_ends(
             second = support.http_request(
                 server.port, "POST", "/v1/chat/completions", question("And now?"))
             page.sees("waiting for its turn", "#running")
+            door.touch()
             list(stream)
         second.close()
         page.sees("Nothing is running", "#running")
@@ -440,7 +445,10 @@ def test_the_page_survives_a_restart_and_asks_again_when_the_key_has_changed(
     chrome: browser.Browser, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
-        server = stack.enter_context(support.running_server(tmp_path, ANSWER, env=MULTI))
+        # It comes back at the same place, which nobody else is to get meanwhile.
+        port = str(support.free_port())
+        server = stack.enter_context(support.running_server(
+            tmp_path, ANSWER, env={**MULTI, "CLAUDE_PROXY_PORT": port}))
         lost = ("401", "ERR_")
         page = stack.enter_context(opened(chrome, server, "keys", expected=lost))
         page.sees("There is no key yet", "#keys")
@@ -453,7 +461,7 @@ def test_the_page_survives_a_restart_and_asks_again_when_the_key_has_changed(
         page.sees("No connection to the server", "#notices")
 
         with again(tmp_path, server.port, MULTI):
-            page.sees("Live", "#link", timeout_s=15)
+            page.sees("Live", "#link")
             assert page.evaluate("document.activeElement.value") == "half-typed"
             page.press("Enter")
             page.sees("shown once", "#secret")
@@ -463,7 +471,7 @@ def test_the_page_survives_a_restart_and_asks_again_when_the_key_has_changed(
             page.sees("half-typed", "#keys")
 
         with again(tmp_path, server.port, {**MULTI, "OCP_ADMIN_KEY": "another"}):
-            page.until("document.querySelector('#gate').open", timeout_s=15)
+            page.until("document.querySelector('#gate').open")
             page.sees("does not accept this key", "#gate-error")
             assert "half-typed" not in page.text("main")
             page.until("document.activeElement.id === 'gate-key'")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +16,7 @@ from typing import Any, Iterator
 
 import pytest
 import stub_api
+import support
 from stub_api import (
     Recorded,
     Reply,
@@ -42,7 +45,7 @@ def ask(url: str, said: str = "Hi", stream: bool = True) -> tuple[Any, bytes]:
         url + "/v1/messages?beta=true", json.dumps(body).encode(),
         {"content-type": "application/json", "X-Test": "yes"})
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=30) as response:
             return response, response.read()
     except urllib.error.HTTPError as failure:
         with failure:
@@ -78,7 +81,7 @@ def test_default_answer_is_a_text_in_three_deltas(stub: StubApi) -> None:
 
 def test_requests_are_recorded_and_other_paths_are_not(stub: StubApi) -> None:
     with pytest.raises(urllib.error.HTTPError) as not_found:
-        urllib.request.urlopen(stub.url + "/api/other", timeout=10)
+        urllib.request.urlopen(stub.url + "/api/other", timeout=30)
     not_found.value.close()
     ask(stub.url, "What?")
     (recorded,) = stub.wait_for_requests(1)
@@ -180,6 +183,39 @@ def test_cut_breaks_the_transfer(stub: StubApi) -> None:
     assert stub.aborted == 0
 
 
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only Linux tells")
+def test_a_cut_waits_until_the_client_has_read_what_came_before(stub: StubApi) -> None:
+    stub.enqueue(cut(after="some text", gap_s=0.05))
+    connection = socket.create_connection(("127.0.0.1", int(stub.url.rpartition(":")[2])), 30)
+    with connection:
+        body = b'{"stream": true, "messages": []}'
+        connection.sendall(b"POST /v1/messages HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (
+            len(body), body))
+        stub.wait_for_requests(1)
+        own, its = connection.getsockname()[1], connection.getpeername()[1]
+        support.eventually(lambda: stub_api.is_unread(own, its))
+        time.sleep(0.3)
+        # The end of the connection would be seen already.
+        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        assert state == b"\x01"
+        read = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert b"some text" in read
+
+
+def test_a_gate_holds_up_each_delta(stub: StubApi) -> None:
+    gate = threading.Semaphore(0)
+    stub.enqueue(text(["one", "two"], gate=gate))
+    request = urllib.request.Request(
+        stub.url + "/v1/messages", b'{"stream": true, "messages": []}')
+    with urllib.request.urlopen(request, timeout=30) as response:
+        for word in (b"one", b"two"):
+            assert stub.aborted == 0
+            gate.release()
+            while word not in response.readline():
+                pass
+        assert b"message_stop" in response.read()
+
+
 def test_hang_ends_and_then_completes(stub: StubApi) -> None:
     stub.enqueue(hang(after="some text", seconds=0.05))
     before_s = time.monotonic()
@@ -192,7 +228,7 @@ def test_hang_ends_and_then_completes(stub: StubApi) -> None:
 ])
 def test_client_that_hangs_up_is_counted(stub: StubApi, reply: Reply) -> None:
     stub.enqueue(reply)
-    connection = http.client.HTTPConnection(stub.url[len("http://"):], timeout=10)
+    connection = http.client.HTTPConnection(stub.url[len("http://"):], timeout=30)
     connection.request("POST", "/v1/messages", b'{"stream": true, "messages": []}')
     stub.wait_for_requests(1)
     connection.close()
@@ -203,7 +239,7 @@ def test_client_that_hangs_up_is_counted(stub: StubApi, reply: Reply) -> None:
 def test_leaving_the_block_ends_a_hanging_reply() -> None:
     with StubApi() as stub:
         stub.enqueue(hang(seconds=60))
-        connection = http.client.HTTPConnection(stub.url[len("http://"):], timeout=10)
+        connection = http.client.HTTPConnection(stub.url[len("http://"):], timeout=30)
         connection.request("POST", "/v1/messages", b'{"stream": true, "messages": []}')
         stub.wait_for_requests(1)
     connection.close()
