@@ -6689,6 +6689,8 @@ class Parking:
         # either here or somebody's, never both.
         self._lock = threading.Lock()
         self._parked: list[Parked] = []
+        #: Before that none is asked to forget anything.
+        self._forgetting_from_s = -math.inf
 
     def __repr__(self) -> str:
         return f"<parking {len(self._parked)}>"
@@ -6717,8 +6719,11 @@ class Parking:
         sooner. But its own conversation may go on: only those are taken that will be pushed out
         when the requests that are `running` now, this one among them, have parked theirs.
         """
-        oldest_s = self._clock() - config.session_ttl_ms / 1000
+        now_s = self._clock()
+        oldest_s = now_s - config.session_ttl_ms / 1000
         with self._lock:
+            if now_s < self._forgetting_from_s:
+                return None
             surplus = len(self._parked) + running - config.parked_processes
             for index, parked in reversed(list(enumerate(self._parked))):
                 process = parked.process
@@ -6729,6 +6734,11 @@ class Parking:
                     del self._parked[index]
                     return parked
             return None
+
+    def stop_forgetting(self, for_s: float) -> None:
+        """None is asked to forget anything for so long: one could not."""
+        with self._lock:
+            self._forgetting_from_s = self._clock() + for_s
 
     def put(
         self, process: ClaudeProcess, history: History, awaiting: frozenset[str],
@@ -7596,8 +7606,10 @@ _LIKELY_ANSWER_TOKENS = 4_096
 _PRUNE_EVERY_S = 3600.0
 #: How long claude may take to say how much of the plan is used; it gives up itself before that.
 _USAGE_TIMEOUT_S = 8.0
-#: A claude that has not forgotten a question by then is left alone; it takes some milliseconds.
-_FORGET_TIMEOUT_S = 5.0
+#: How long claude may take to forget a question, which is a matter of milliseconds; and how long
+#: nobody asks for that again when it could not.
+_FORGET_TIMEOUT_S = 2.0
+_FORGET_PAUSE_S = 600.0
 _MOVE_HOME = "set OCP_HOME to a folder that can be written"
 _REPLACE_DATABASE = "move ocp.db away or put a copy of it back"
 _FREE_DATABASE = "see to it that ocp.db can be written, and start again"
@@ -8023,12 +8035,11 @@ class App:
     ) -> Iterator[Iterator[Event]]:
         """The ways to the answer, the quickest first: the events of each."""
         parked, outcome.parted_at = self.parking.take(history, outcome.turn.messages[-1])
-        if parked is not None:
-            outcome.path = "continued"
-            yield self._continued(outcome, parked, history, watch)
-        parked = self._one_that_forgot(outcome, history, watch)
-        if parked is not None:
+        outcome.path = "continued"
+        if parked is None:
+            parked = self._one_that_forgot(outcome, history, watch)
             outcome.path = "rewound"
+        if parked is not None:
             yield self._continued(outcome, parked, history, watch)
         yield self._rebuilt(outcome, history, watch)
 
@@ -8052,6 +8063,7 @@ class App:
         except (UpstreamFailed, UpstreamTimeout):
             # As good as one that says no: another one will do.
             pass
+        self.parking.stop_forgetting(_FORGET_PAUSE_S)
         self._give_up(outcome)
         return None
 

@@ -239,8 +239,8 @@ def test_a_process_is_seen_to_its_end_when_claude_is_there_no_more(tmp_path: Pat
             another = ready_spare(server, spare)
             server.place.claude.rename(tmp_path / "elsewhere")
 
-        assert eventually(lambda: is_gone(another), LATER_S)
-        assert eventually(lambda: is_gone(spare), LATER_S)
+        assert eventually(lambda: is_gone(another), SOON_S)
+        assert eventually(lambda: is_gone(spare), SOON_S)
         assert server.zombies() == []
 
 
@@ -584,7 +584,7 @@ def test_the_first_request_after_the_start_is_warm_and_the_spare_is_replaced(
         first = ready_spare(server)
         ask(server)
         second = ready_spare(server, first)
-        ask(server)
+        ask(server, "Something else")
 
         assert [query["pid"] for query in server.queries()] == [first, second]
         assert is_warm(server, 0) and is_warm(server, 1)
@@ -633,8 +633,8 @@ def test_without_spares_every_answer_comes_from_a_new_process(tmp_path: Path) ->
 def test_a_process_serves_one_conversation(tmp_path: Path) -> None:
     with running_server(tmp_path, env={"OCP_WARM_PROCESSES": "2"}) as server:
         eventually(lambda: spares(server) == {SONNET: 2})
-        for _ in range(4):
-            ask(server)
+        for number in range(4):
+            ask(server, f"conversation {number}")
 
         assert len({query["pid"] for query in server.queries()}) == 4
         assert [len(query["messages"]) for query in server.queries()] == [1] * 4
@@ -759,7 +759,8 @@ def test_the_oldest_of_too_many_parked_processes_ends(tmp_path: Path) -> None:
 
     with running_server(tmp_path, env=env) as server:
         for number in range(4):
-            ask(server, f"conversation {number}")
+            ask(server, messages=[{"role": "system", "content": f"Be number {number}."},
+                                  {"role": "user", "content": "hi"}])
         pids = [query["pid"] for query in server.queries()]
 
         assert eventually(lambda: [is_gone(pid) for pid in pids] == [True, True, False, False])

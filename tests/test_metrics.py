@@ -521,7 +521,7 @@ def test_readiness_and_health_need_no_key_and_metrics_do(tmp_path: Path) -> None
 # ---------------------------------------------------------------------------
 
 STATS = {"totalRequests", "activeRequests", "queued", "queueRejections", "spawned", "errors",
-         "timeouts", "continued", "rebuilt", "fresh", "cached", "shared"}
+         "timeouts", "continued", "rewound", "rebuilt", "fresh", "cached", "shared"}
 
 
 def test_health_has_its_fields_and_tells_strangers_nothing(own: Server) -> None:

@@ -283,7 +283,8 @@ def test_a_failure_that_stays_is_an_internal_server_error(server: Server) -> Non
         error = raised(client, openai.InternalServerError)
 
     assert (error.status_code, error.code) == (502, "upstream_failed")
-    assert queries_of(server, before) == 1
+    # A process that has waited may have died of that: then another one is asked, once.
+    assert queries_of(server, before) in (1, 2)
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_raised(server: Server, client: Any) -> None:

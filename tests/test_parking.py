@@ -34,6 +34,8 @@ class FakeProcess:
         self.name = name
         self.lives = True
         self.looks = 0
+        self.version = ocp.FORGETS_ALL_SINCE
+        self.born_s = 0.0
 
     def __repr__(self) -> str:
         return f"<process {self.name}>"
@@ -344,11 +346,21 @@ class Lot:
 
     def put(self, *messages: Any, awaiting: tuple[str, ...] = (), name: str = "",
             caller: str = "local", **fields: Any) -> FakeProcess:
-        """Parks a process with this conversation."""
+        """Parks a process with this conversation, whose last question is the last but one."""
         process = FakeProcess(name)
+        process.born_s = self.clock.now_s
         held = known(turn(*messages, **fields), caller)
-        self.parking.put(process, held, frozenset(awaiting))
+        question = ocp.question_of(turn(*messages[:-1])) if messages[1:] else None
+        self.parking.put(process, held, frozenset(awaiting), question)
         return process
+
+    def take_to_forget(
+        self, *messages: Any, caller: str = "local", running: int = 1, **fields: Any
+    ) -> Any:
+        """The process that would have to forget its last question for this conversation."""
+        asked = known(turn(*messages, **fields), caller)
+        parked = self.parking.take_to_forget(asked, self.config, running)
+        return parked and parked.process
 
     def take(self, *messages: Any, caller: str = "local", **fields: Any) -> Any:
         """The process for this conversation, or the index at which the nearest one parts."""
@@ -465,6 +477,95 @@ def test_the_dead_take_nobody_s_place() -> None:
 
     assert lot.tend() == [dead]
     assert lot.take(*SAID, user("c"))[0] is alive
+
+
+LATER = (*SAID, user("c"), assistant("d"))
+
+
+@pytest.mark.parametrize(
+    "messages", [(*SAID, user("C")), (*SAID, user("c")), (*SAID, user("c", picture()))],
+    ids=["another question", "the same again", "more in it"])
+def test_another_last_question_is_for_the_process_that_can_forget_its_own(
+    messages: tuple[Any, ...]
+) -> None:
+    lot = Lot()
+    process = lot.put(*LATER)
+
+    assert lot.take(*messages)[0] is None
+    assert lot.take_to_forget(*messages) is process
+    assert len(lot.parking) == 0
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [(user("a"), assistant("B"), user("c")), (*LATER, user("e")), (user("a"), user("c")),
+     (*SAID, user("c"), assistant("D"), user("e"))],
+    ids=["another answer", "one that goes on", "without the answer", "more than the last"])
+def test_nothing_else_makes_a_process_forget(messages: tuple[Any, ...]) -> None:
+    lot = Lot(parked_processes=0)
+    lot.put(*LATER)
+
+    assert lot.take_to_forget(*messages) is None
+
+
+def test_waiting_calls_and_told_results_are_never_forgotten() -> None:
+    lot = Lot(parked_processes=0)
+    lot.put(*CALLED, awaiting=("t1", "t2"))
+    lot.put(*CALLED, user(result("t1"), result("t2")), assistant("Sunny."))
+
+    assert lot.take_to_forget(user("b")) is None
+    assert lot.take_to_forget(*CALLED, user("Never mind.")) is None
+    assert ocp.question_of(turn(*CALLED, user(result("t1"), result("t2"), "And?"))) is None
+
+
+def test_a_process_forgets_for_its_caller_and_its_settings_only() -> None:
+    lot = Lot(parked_processes=0)
+    process = lot.put(*SAID)
+
+    assert lot.take_to_forget(user("b"), caller="somebody") is None
+    for fields in CHANGES.values():
+        assert lot.take_to_forget(user("b"), **fields) is None
+    assert lot.take_to_forget(user("b")) is process
+
+
+@pytest.mark.parametrize(
+    ("parked_now", "running", "taken"),
+    [(1, 1, False), (2, 1, False), (3, 1, True), (2, 2, True), (1, 3, True), (0, 9, False)])
+def test_for_a_conversation_of_its_own_only_who_would_be_pushed_out_forgets(
+    parked_now: int, running: int, taken: bool
+) -> None:
+    lot = Lot(parked_processes=3)
+    for name in "xyz"[:parked_now]:
+        lot.put(user(name), assistant("ok"))
+
+    assert (lot.take_to_forget(user("new"), running=running) is not None) is taken
+
+
+def test_the_one_that_would_be_pushed_out_first_forgets_first() -> None:
+    lot = Lot(parked_processes=2)
+    processes = [lot.put(user(name), assistant("ok")) for name in "xy"]
+
+    assert lot.take_to_forget(user("new")) is processes[0]
+    # The question of a conversation that goes on is no reason to keep others from theirs.
+    assert lot.take_to_forget(user("y"), running=0) is processes[1]
+
+
+def test_old_processes_and_old_versions_do_not_forget_everything() -> None:
+    lot = Lot(parked_processes=0, session_ttl_ms=60_000)
+    for version, after_s in ((ocp.OLDEST_CLAUDE, 0), (ocp.FORGETS_ALL_SINCE, 61)):
+        lot.put(*SAID).version = version
+        lot.clock.now_s += after_s
+        assert lot.take_to_forget(user("new")) is None
+
+
+def test_after_one_that_could_not_forget_none_is_asked_to_for_a_while() -> None:
+    lot = Lot()
+    process = lot.put(*LATER)
+    lot.parking.stop_forgetting(60)
+
+    assert lot.take_to_forget(*SAID, user("e")) is None
+    lot.clock.now_s += 61
+    assert lot.take_to_forget(*SAID, user("e")) is process
 
 
 def test_dropping_lets_all_of_them_go() -> None:
