@@ -445,12 +445,19 @@ class Talk:
 # ---------------------------------------------------------------------------
 
 def path_of(rig: Rig, said: Said) -> str:
-    """How the server came to the answer: fresh, continued or rebuilt."""
+    """How the server came to the answer: fresh, continued, rewound or rebuilt."""
     def found() -> list[str]:
         return [str(entry["path"]) for entry in rig.server.log_entries("answer_finished")
                 if entry["request_id"] == said.request_id]
 
     return support.eventually(found)[0]
+
+
+def goes_on(rig: Rig, answers: Iterable[Said]) -> bool:
+    """Whether a conversation was continued from its beginning, which may have been put to a
+    process that had forgotten another one."""
+    first, *later = [path_of(rig, said) for said in answers]
+    return first in ("fresh", "rewound") and set(later) <= {"continued"}
 
 
 def stats(rig: Rig) -> dict[str, int]:

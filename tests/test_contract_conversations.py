@@ -38,6 +38,7 @@ from talking import (
     Tool,
     called,
     gave,
+    goes_on,
     path_of,
     seen,
     stats,
@@ -100,7 +101,7 @@ def test_six_turns_are_one_process_and_one_prefix(
     questions = [f"Question {number}?" for number in range(6)]
     answers = [talk.ask(question) for question in questions]
     assert [said.text for said in answers] == [f"Re: {question}" for question in questions]
-    assert [path_of(rig, said) for said in answers] == ["fresh", *["continued"] * 5]
+    assert goes_on(rig, answers)
     bodies = rig.asked()
     assert [turns(body) for body in bodies] == [
         dialogue(*questions[:count]) for count in range(1, 7)]
@@ -150,7 +151,7 @@ def test_thinking_does_not_part_a_conversation(rig: Rig, dialect: Dialect) -> No
         more = {"reasoning": {"effort": "low", "summary": "auto"}}
     talk = Talk(rig, dialect, **more)
     answers = [talk.ask("Why?"), talk.ask("Thanks.")]
-    assert [path_of(rig, said) for said in answers] == ["fresh", "continued"]
+    assert goes_on(rig, answers)
     _, (role, contents), _ = seen(rig.last_body())
     # The process keeps its own thinking, whatever the client repeats.
     assert [block if isinstance(block, str) else block["type"] for block in contents] == [
@@ -189,7 +190,7 @@ def test_context_that_moves_to_the_end_does_not_part_a_conversation(
     answers.append(talk.give([(answers[-1].call.id, Result("Rain."))]))
     answers.append(talk.ask("Thanks."))
 
-    assert [path_of(rig, said) for said in answers] == ["fresh", *["continued"] * 3]
+    assert goes_on(rig, answers)
     told = [[str(part) for part in contents] for role, contents in seen(rig.last_body())
             if role == "user"]
     assert ["morning" in "".join(contents) for contents in told] == [True, False, False, False]
@@ -368,7 +369,7 @@ def ask_session(rig: Rig, dialect: Dialect, name: str, content: Json, **fields: 
 def test_a_session_remembers_for_its_client(rig: Rig, dialect: Dialect) -> None:
     name = f"session of {dialect.name}"
     answers = [ask_session(rig, dialect, name, word) for word in ("One?", "Two?", "Three?")]
-    assert [path_of(rig, said) for said in answers] == ["fresh", "continued", "continued"]
+    assert goes_on(rig, answers)
     assert turns(rig.last_body()) == dialogue("One?", "Two?", "Three?")
     ask_session(rig, dialect, f"other {name}", "Four?")
     assert turns(rig.last_body()) == dialogue("Four?")
@@ -595,7 +596,7 @@ def test_pdfs_and_images_stay_in_the_history(rig: Rig, dialect: Dialect) -> None
     talk = Talk(rig, dialect)
     talk.ask(content)
     continued = talk.ask("Sure?")
-    other = Talk(rig, dialect, system="Be kind.")
+    other = Talk(rig, dialect, system=f"Speak {dialect.name}.")
     other.messages = talk.messages[:-2]
     rebuilt = other.ask("Sure?")
     assert [path_of(rig, said) for said in (continued, rebuilt)] == ["continued", "rebuilt"]

@@ -35,6 +35,7 @@ from talking import (
     Tool,
     called,
     gave,
+    goes_on,
     path_of,
     plain,
     seen,
@@ -106,7 +107,7 @@ def test_three_rounds_are_four_requests_on_one_process(
     assert [(call.name, call.input) for call in second.calls] == [PARIS, ROME]
     assert [first.text, second.text, third.text, last.text] == [
         "Two things.", "", "One more.", "All done."]
-    assert paths(rig, first, second, third, last) == ["fresh", *["continued"] * 3]
+    assert goes_on(rig, [first, second, third, last])
     assert len(rig.asked()) == 4
     assert seen(rig.last_body()) == [
         ("user", ["What is new?"]), *exchange(first), *exchange(second), *exchange(third)]
