@@ -22,10 +22,12 @@ from typing import NamedTuple
 import common
 
 #: The keys of the results, in the order of the table.
-OCP, OCP_LIMITED, HAND, COLD, PLAIN = "ocp", "ocp_max_tokens", "hand", "cold", "plain"
+OCP, OCP_LIMITED, OCP_AGAIN = "ocp", "ocp_max_tokens", "ocp_again"
+HAND, COLD, PLAIN = "hand", "cold", "plain"
 NAMES = {
     OCP: "OCP, spare ready",
     OCP_LIMITED: "OCP, spare ready, with max_tokens",
+    OCP_AGAIN: "OCP, after another question",
     HAND: "warm claude by hand",
     COLD: "cold `claude -p`, OCP's arguments",
     PLAIN: "cold `claude -p`, its own defaults",
@@ -47,7 +49,9 @@ class Result(NamedTuple):
 class Setting(NamedTuple):
     """What the contestants are asked with."""
 
+    #: One that keeps no process after its answer, and one that keeps one.
     ocp: common.Ocp
+    keeping: common.Ocp
     stub: common.Stub
     #: How OCP starts claude, for those that do without OCP; and how others start it.
     spawn: common.Spawn
@@ -69,6 +73,15 @@ def _ask_ocp(setting: Setting, max_tokens: int | None) -> common.Timing:
     setting.ocp.wait_until_ready()
     with contextlib.closing(common.Client(setting.ocp.port)) as client:
         return client.ask(setting.ocp.model_id, common.QUESTION, **options)
+
+
+def ask_ocp_again(setting: Setting) -> common.Timing:
+    """Another question than before; a recent claude has forgotten that one."""
+    setting.keeping.wait_until_ready()
+    with contextlib.closing(common.Client(setting.keeping.port)) as client:
+        client.ask(setting.keeping.model_id, f"{common.QUESTION} And {time.time_ns()}?")
+        time.sleep(common.SETTLED_S)
+        return client.ask(setting.keeping.model_id, common.QUESTION)
 
 
 def ask_by_hand(setting: Setting) -> common.Timing:
@@ -94,6 +107,7 @@ def ask_plain(setting: Setting) -> common.Timing:
 CONTESTANTS: dict[str, Callable[[Setting], common.Timing]] = {
     OCP: ask_ocp,
     OCP_LIMITED: ask_ocp_limited,
+    OCP_AGAIN: ask_ocp_again,
     HAND: ask_by_hand,
     COLD: ask_cold,
     PLAIN: ask_plain,
@@ -119,10 +133,12 @@ def measure(setting: Setting, rounds: int) -> dict[str, Result]:
 
 
 def _upstream_bytes(setting: Setting, name: str) -> int:
-    """What one question of this contestant sends to the API, all its requests together."""
+    """What the timed question of this contestant sends to the API."""
     before = len(setting.stub.sizes())
     CONTESTANTS[name](setting)
-    return sum(setting.stub.sizes()[before:])
+    asked = 2 if name == OCP_AGAIN else 1
+    sizes = setting.stub.sizes()[before:]
+    return sum(sizes[asked - 1:])
 
 
 def table(results: Mapping[str, Result], delay_ms: float, machine: str) -> str:
@@ -158,10 +174,22 @@ def targets(results: Mapping[str, Result]) -> list[str]:
             to_cold >= LEAST_OF_COLD),
         common.comparison(
             "cold `claude -p` with its own defaults / OCP", middle[PLAIN] / middle[OCP]),
+        common.comparison(
+            "cold `claude -p` with OCP's arguments / OCP after another question",
+            middle[COLD] / middle[OCP_AGAIN]),
         common.verdict(
             "KB upstream through OCP", sent / 1000, f"at most {MOST_UPSTREAM_BYTES / 1000}",
             sent <= MOST_UPSTREAM_BYTES),
     ]
+
+
+def _ocp_with(
+    parked: str, folder: Path, claude: Path, model: str, environ: Mapping[str, str]
+) -> common.Ocp:
+    """A server that keeps so many processes after their answers."""
+    place = folder / f"parked-{parked}"
+    place.mkdir()
+    return common.Ocp(place, claude, model, environ, {"OCP_PARKED_PROCESSES": parked})
 
 
 def run(options: argparse.Namespace) -> str:
@@ -172,9 +200,11 @@ def run(options: argparse.Namespace) -> str:
         stub = stack.enter_context(common.Stub(folder, delay_ms=options.delay_ms, log=True))
         environ = common.clean_environment(folder, stub.url)
         spawn = common.record_spawn(folder, claude, model, environ)
-        ocp = stack.enter_context(common.Ocp(folder, claude, model, environ))
+        ocp, keeping = (
+            stack.enter_context(_ocp_with(parked, folder, claude, model, environ))
+            for parked in ("0", "1"))
         plain = common.plain_spawn(spawn, ocp.model_id, environ)
-        results = measure(Setting(ocp, stub, spawn, plain), max(1, options.rounds))
+        results = measure(Setting(ocp, keeping, stub, spawn, plain), max(1, options.rounds))
     return table(results, options.delay_ms, common.machine(claude))
 
 

@@ -132,9 +132,9 @@ def for_times(times: int) -> Callable[[], bool]:
 
 @contextlib.contextmanager
 def ocp_client(ocp: common.Ocp) -> Iterator[Ask]:
-    """A client of OCP on a connection of its own, which it keeps."""
+    """A client of OCP on a connection of its own, which it keeps. No question comes twice."""
     with contextlib.closing(common.Client(ocp.port)) as client:
-        yield lambda: client.ask(ocp.model_id)
+        yield lambda: client.ask(ocp.model_id, f"{common.QUESTION} ({time.perf_counter_ns()})")
 
 
 @contextlib.contextmanager

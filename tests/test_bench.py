@@ -28,7 +28,9 @@ def cells(line: str) -> list[str]:
 
 def first_token_results(ocp_ms: float) -> dict[str, object]:
     first_token = bench("first_token")
-    middles_ms = {"ocp": ocp_ms, "ocp_max_tokens": 60, "hand": 40, "cold": 900, "plain": 1500}
+    middles_ms = {
+        "ocp": ocp_ms, "ocp_max_tokens": 60, "ocp_again": 20, "hand": 40, "cold": 900,
+        "plain": 1500}
     return {
         name: first_token.Result([ms / 1000 for ms in (1.0, middle_ms, 5000.0)], 1048)
         for name, middle_ms in middles_ms.items()
@@ -59,24 +61,26 @@ def test_first_token_table_has_a_line_for_each_contestant() -> None:
     text = bench("first_token").table(first_token_results(50.0), 0.0, "a machine")
     lines = text.splitlines()
     assert cells(lines[2]) == ["OCP, spare ready", "50.0", "4,010", "1.0", "1,048"]
-    assert [cells(line)[1] for line in lines[2:7]] == ["50.0", "60.0", "40.0", "900", "1,500"]
+    middles = [cells(line)[1] for line in lines[2:8]]
+    assert middles == ["50.0", "60.0", "20.0", "40.0", "900", "1,500"]
     assert lines[-1] == "3 rounds, API without delay; a machine"
 
 
 def test_first_token_says_which_targets_are_reached() -> None:
     found = bench("first_token").targets(first_token_results(50.0))
     last_words = [line.rpartition(" ")[2] for line in found]
-    assert last_words == ["reached", "reached", "comparison)", "reached"]
-    assert [line.partition(": ")[2][:5] for line in found] == ["1.25 ", "18.00", "30.00", "1.05 "]
+    assert last_words == ["reached", "reached", "comparison)", "comparison)", "reached"]
+    assert [line.partition(": ")[2][:5] for line in found] == [
+        "1.25 ", "18.00", "30.00", "45.00", "1.05 "]
     found = bench("first_token").targets(first_token_results(200.0))
     last_words = [line.rpartition(" ")[2] for line in found]
-    assert last_words == ["MISSED", "MISSED", "comparison)", "reached"]
+    assert last_words == ["MISSED", "MISSED", "comparison)", "comparison)", "reached"]
 
 
 def test_every_contestant_comes_first_in_turn() -> None:
     first_token = bench("first_token")
     orders = first_token.orders(8)
-    assert [order[0] for order in orders[:5]] == list(first_token.CONTESTANTS)
+    assert [order[0] for order in orders[:6]] == list(first_token.CONTESTANTS)
     assert all(sorted(order) == sorted(first_token.CONTESTANTS) for order in orders)
 
 
