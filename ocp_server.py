@@ -5797,7 +5797,7 @@ _STDERR_KEPT_BYTES = 4096
 
 
 class ClaudeProcess:
-    """One child. It serves one conversation, and is then dismissed."""
+    """One child. It serves one caller, one conversation at a time, and is then dismissed."""
 
     def __init__(
         self,
@@ -6716,24 +6716,25 @@ class Parking:
         """A process that holds this conversation but for the last question and what came of it.
 
         One that has nothing in common with it but the base serves as well as a spare does, and
-        sooner. But its own conversation may go on: only those are taken that will be pushed out
-        when the requests that are `running` now, this one among them, have parked theirs.
+        sooner. But its own conversation might go on: it is taken only if one will be pushed out
+        in any case when the requests that are `running` now, this one among them, have parked
+        theirs.
         """
         now_s = self._clock()
         oldest_s = now_s - config.session_ttl_ms / 1000
         with self._lock:
             if now_s < self._forgetting_from_s:
                 return None
-            surplus = len(self._parked) + running - config.parked_processes
-            for index, parked in reversed(list(enumerate(self._parked))):
-                process = parked.process
-                if not (parked.can_forget(history) and process.alive()):
-                    continue
-                leaves = index < surplus and process.born_s >= oldest_s
-                if leaves or parked.common(history):
-                    del self._parked[index]
-                    return parked
-            return None
+            able = [p for p in self._parked if p.can_forget(history) and p.process.alive()]
+            near = [p for p in able if p.common(history)]
+            if len(self._parked) + running <= config.parked_processes:
+                able = []
+            others = [p for p in able if p.process.born_s >= oldest_s]
+            found = [*near[-1:], *others[:1]]
+            if not found:
+                return None
+            self._parked.remove(found[0])
+            return found[0]
 
     def stop_forgetting(self, for_s: float) -> None:
         """None is asked to forget anything for so long: one could not."""
@@ -8122,10 +8123,12 @@ class App:
         self.account.answered()
         self.spares.want(process.model_id)
         outcome.process = None
-        parks = finished.stop_reason in _PARKABLE and outcome.turn.shape is None
-        if parks and self.config.parked_processes:
+        if finished.stop_reason in _PARKABLE and self._may_serve_again(outcome, process):
             answer = outcome.answer()
             held = message_digest(Message("assistant", answer.blocks))
+            if outcome.turn.shape is not None:
+                # It ended in a call of claude's own, so no conversation goes on from it.
+                held = ""
             awaiting = frozenset(call["id"] for call in answer.calls)
             holds = history._replace(digests=(*history.digests, held))
             self.parking.put(process, holds, awaiting, outcome.question)
@@ -8134,6 +8137,13 @@ class App:
             complete = finished.stop_reason in ("end_turn", "stop_sequence")
             self.spares.dismiss(process, kindly=complete)
         self.mail.put("tend")
+
+    def _may_serve_again(self, outcome: Outcome, process: ClaudeProcess) -> bool:
+        """Whether a process with a complete answer is good for something."""
+        if outcome.turn.shape is None:
+            return self.config.parked_processes > 0
+        forgets = process.version >= FORGETS_ALL_SINCE and not self.config.is_agent
+        return self.config.parked_processes > 0 and forgets and outcome.question is not None
 
     def _give_up(self, outcome: Outcome) -> None:
         """Ends the process of an answer that did not come to its end."""

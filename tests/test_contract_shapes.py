@@ -21,6 +21,7 @@ from talking import (
     Tool,
     called,
     gave,
+    path_of,
     seen,
 )
 
@@ -66,6 +67,21 @@ def output(value: Json, text: str | None = None) -> stub.Reply:
 def asked(rig: Rig, dialect: Dialect, schema: Json, streams: bool = False, **more: Json) -> Said:
     talk = Talk(rig, dialect, streams=streams, **dialect.shape(schema), **more)
     return talk.ask("Which city?")
+
+
+def test_one_process_fits_answer_after_answer_into_the_schema(rig: Rig) -> None:
+    """Those before 2.1.329 cannot forget the only question that they were asked."""
+    values = [{"city": f"City {number}"} for number in range(10)]
+    rig.script(*map(output, values))
+    answers = [
+        Talk(rig, CHAT, **CHAT.shape(CITY)).ask(f"Which is number {number}?")
+        for number in range(10)]
+    assert [json.loads(said.text) for said in answers] == values
+    assert [seen(body) for body in rig.asked()] == [
+        [("user", [f"Which is number {number}?"])] for number in range(10)]
+    assert all([tool["name"] for tool in body["tools"]] == [OUTPUT] for body in rig.asked())
+    later = {path_of(rig, said) for said in answers[5:]}
+    assert later == ({"fresh"} if rig.claude.version == "2.1.197" else {"rewound"})
 
 
 # ---------------------------------------------------------------------------

@@ -541,13 +541,15 @@ def test_for_a_conversation_of_its_own_only_who_would_be_pushed_out_forgets(
     assert (lot.take_to_forget(user("new"), running=running) is not None) is taken
 
 
-def test_the_one_that_would_be_pushed_out_first_forgets_first() -> None:
-    lot = Lot(parked_processes=2)
-    processes = [lot.put(user(name), assistant("ok")) for name in "xy"]
+def test_the_oldest_that_can_forgets_for_others_the_newest_for_its_own_question() -> None:
+    lot = Lot(parked_processes=5)
+    lot.put(user("x"), assistant("ok"), user("y"), assistant("ok"))
+    processes = [lot.put(user(name), assistant("ok")) for name in "xyzz"]
 
     assert lot.take_to_forget(user("new")) is processes[0]
-    # The question of a conversation that goes on is no reason to keep others from theirs.
-    assert lot.take_to_forget(user("y"), running=0) is processes[1]
+    # The same again needs no reason: whoever asks that does not go on.
+    assert lot.take_to_forget(user("z"), running=0) is processes[3]
+    assert len(lot.parking) == 3
 
 
 def test_old_processes_and_old_versions_do_not_forget_everything() -> None:

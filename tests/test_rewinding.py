@@ -68,6 +68,37 @@ def test_an_edited_question_finds_the_process_that_knows_what_came_before(
     assert len({query["pid"] for query in one_parked.queries()}) == 1
 
 
+def test_answers_of_a_shape_come_from_one_process_and_are_never_gone_on_from(
+    one_parked: Server
+) -> None:
+    shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    one_parked.write_scenario([[{"tool": {"name": "StructuredOutput", "input": {"a": 1}}}]])
+    for number in range(3):
+        reply = ask(one_parked, f"Number {number}", response_format=shape)
+        assert content_of(reply) == '{"a": 1}'
+        eventually(lambda: at_rest(one_parked))
+    ask(one_parked, response_format=shape, messages=[
+        said("user", "Number 2"), said("assistant", '{"a": 1}'), said("user", "And now?")])
+
+    assert [words(query) for query in one_parked.queries()] == [
+        ["Number 0"], ["Number 1"], ["Number 2"], ["Number 2", '{"a": 1}', "And now?"]]
+    first, second, third, other = (query["pid"] for query in one_parked.queries())
+    assert first == second == third != other
+
+
+def test_a_conversation_that_waits_is_not_pushed_out_by_questions(tmp_path: Path) -> None:
+    with running_server(tmp_path, env={"OCP_PARKED_PROCESSES": "3"}) as server:
+        first = ask(server, messages=[said("system", "Be kind."), said("user", "hi")])
+        for number in range(6):
+            ask(server, f"Number {number}")
+            eventually(lambda: at_rest(server))
+        later = ask(server, messages=[
+            said("system", "Be kind."), said("user", "hi"),
+            said("assistant", content_of(first)), said("user", "and now?")])
+
+        assert path_of(server, later) == "continued"
+
+
 def test_options_of_the_next_question_are_never_those_of_the_last(one_parked: Server) -> None:
     for most in (10, 20):
         assert ask(one_parked, "Hi", max_tokens=most).status == 200
