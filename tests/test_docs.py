@@ -31,7 +31,16 @@ def removed_table() -> str:
     return "\n".join([lead, "", "| variable | why |", "| --- | --- |", *rows])
 
 
+def measured_tables() -> str:
+    """What was measured of the first token, as the benchmarks' own page shows it."""
+    text = Path(REPO, "bench", "README.md").read_text("utf-8")
+    found = re.search(r"<!-- table: first_token -->\n(.*?)<!-- end table -->", text, re.S)
+    assert found is not None
+    return found[1].strip("\n")
+
+
 BLOCKS = {
+    "measured": measured_tables,
     "settings": ocp.settings_markdown,
     "routes": routes_table,
     "removed": removed_table,
