@@ -5070,22 +5070,6 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
 _LATEST_S = 10**11
 
 
-def plan_window(line: Json) -> PlanWindow | None:
-    """What a rate_limit_event says; None for any other line."""
-    found = line.get("rate_limit_info")
-    if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
-        return None
-    resets_at_s = found.get("resetsAt")
-    if not isinstance(resets_at_s, (int, float)) or not 0 < resets_at_s < _LATEST_S:
-        resets_at_s = None
-    # A plain 429, which is no limit of a plan, is "rejected" too, but names no window.
-    names_window = "rateLimitType" in found or resets_at_s is not None
-    return PlanWindow(
-        rejected=found.get("status") == "rejected" and names_window,
-        resets_at_s=None if resets_at_s is None else float(resets_at_s),
-    )
-
-
 class PlanNews(NamedTuple):
     """What claude says about the plan at one time. Everything in it may be unknown."""
 
@@ -5129,6 +5113,17 @@ def _share_in(found: Json, whole: float) -> float | None:
         return None
     # More than the whole is possible where more can be bought.
     return round(value / whole, 4) if 0 <= value <= 10 * whole else None
+
+
+def plan_window(line: Json) -> PlanWindow | None:
+    """What a rate_limit_event says of the limit that decides; None for any other line."""
+    found = line.get("rate_limit_info")
+    if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
+        return None
+    resets_at_s = _reset_in(found, "resetsAt")
+    # A plain 429, which is no limit of a plan, is "rejected" too, but names no window.
+    names_window = "rateLimitType" in found or resets_at_s is not None
+    return PlanWindow(found.get("status") == "rejected" and names_window, resets_at_s)
 
 
 def plan_news(line: Json) -> PlanNews | None:
@@ -6638,6 +6633,10 @@ class Sessions:
             ).rowcount
 
 
+#: Stands for the digest of an answer that no conversation goes on from.
+_NO_WAY_ON = ""
+
+
 class Parked(NamedTuple):
     """A process and the conversation that it holds, its last answer included."""
 
@@ -6672,6 +6671,11 @@ class Parked(NamedTuple):
         same = self.history.digests[:place] == history.digests[:place]
         able = place > 0 or self.process.version >= FORGETS_ALL_SINCE
         return same and able and len(history.digests) == place + 1
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no conversation can go on from here."""
+        return self.history.digests[-1:] == (_NO_WAY_ON,)
 
     def common(self, history: History) -> int:
         """How many first messages are the same."""
@@ -6716,7 +6720,7 @@ class Parking:
         """A process that holds this conversation but for the last question and what came of it.
 
         One that has nothing in common with it but the base serves as well as a spare does, and
-        sooner. But its own conversation might go on: it is taken only if one will be pushed out
+        sooner. But its own conversation may go on: then it is taken only if it will be pushed out
         in any case when the requests that are `running` now, this one among them, have parked
         theirs.
         """
@@ -6725,11 +6729,13 @@ class Parking:
         with self._lock:
             if now_s < self._forgetting_from_s:
                 return None
+            surplus = len(self._parked) + running - config.parked_processes
             able = [p for p in self._parked if p.can_forget(history) and p.process.alive()]
             near = [p for p in able if p.common(history)]
-            if len(self._parked) + running <= config.parked_processes:
-                able = []
-            others = [p for p in able if p.process.born_s >= oldest_s]
+            others = [
+                p for p in able if p.process.born_s >= oldest_s
+                and (p.has_ended or p in self._parked[: max(0, surplus)])
+            ]
             found = [*near[-1:], *others[:1]]
             if not found:
                 return None
@@ -7610,7 +7616,7 @@ _USAGE_TIMEOUT_S = 8.0
 #: How long claude may take to forget a question, which is a matter of milliseconds; and how long
 #: nobody asks for that again when it could not.
 _FORGET_TIMEOUT_S = 2.0
-_FORGET_PAUSE_S = 600.0
+_FORGET_PAUSE_S = 60.0
 _MOVE_HOME = "set OCP_HOME to a folder that can be written"
 _REPLACE_DATABASE = "move ocp.db away or put a copy of it back"
 _FREE_DATABASE = "see to it that ocp.db can be written, and start again"
@@ -8127,8 +8133,8 @@ class App:
             answer = outcome.answer()
             held = message_digest(Message("assistant", answer.blocks))
             if outcome.turn.shape is not None:
-                # It ended in a call of claude's own, so no conversation goes on from it.
-                held = ""
+                # It ended in a call of claude's own.
+                held = _NO_WAY_ON
             awaiting = frozenset(call["id"] for call in answer.calls)
             holds = history._replace(digests=(*history.digests, held))
             self.parking.put(process, holds, awaiting, outcome.question)

@@ -310,7 +310,8 @@ def test_opencode_runs_two_tools_and_goes_on(desk: Desk, package: str) -> None:
     assert ran.code == 0 and "Error" not in ran.stderr, ran
     assert [line for line in ran.stdout.splitlines() if line] == [BEFORE, AFTER]
     # The title is asked for beside the first step.
-    assert sorted(desk.paths(3)) == ["continued", "fresh", "fresh"]
+    paths = sorted(desk.paths(3))
+    assert paths[0] == "continued" and set(paths[1:]) <= {"fresh", "rewound"}
     first, second = with_tools(desk.rig)
     assert "OpenCode" in system_texts(first)[0]
     assert {"bash", "read", "edit"} <= offered(first)

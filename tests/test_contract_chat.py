@@ -379,7 +379,7 @@ def test_an_answer_is_asked_for_once(
     # claude may be faster than the signal that ends it, but not by more than a request.
     assert max(counts.values()) <= 2
     shared_rig.stub.wait_for_aborted(again)
-    assert shared_rig.stub.aborted == again < len(counts) / 2
+    assert again < len(counts) / 2
 
 
 def test_a_refusal_before_the_first_word_is_an_answer(rig: Rig) -> None:

@@ -541,15 +541,34 @@ def test_for_a_conversation_of_its_own_only_who_would_be_pushed_out_forgets(
     assert (lot.take_to_forget(user("new"), running=running) is not None) is taken
 
 
-def test_the_oldest_that_can_forgets_for_others_the_newest_for_its_own_question() -> None:
-    lot = Lot(parked_processes=5)
+def test_nobody_forgets_in_the_place_of_another_that_would_be_pushed_out() -> None:
+    lot = Lot(parked_processes=3)
     lot.put(user("x"), assistant("ok"), user("y"), assistant("ok"))
+    processes = [lot.put(user(name), assistant("ok")) for name in "xy"]
+
+    assert lot.take_to_forget(user("new")) is None
+    assert lot.take_to_forget(user("new"), running=2) is processes[0]
+
+
+def test_what_no_conversation_goes_on_from_forgets_at_once() -> None:
+    lot = Lot(parked_processes=9)
+    process = lot.put(user("a"), assistant("b"))
+    held = ocp.History(known(turn()).base, (known(turn(user("a"))).digests[0], ""))
+    ended = FakeProcess()
+    lot.parking.put(ended, held, frozenset(), ocp.question_of(turn(user("a"))))
+
+    assert lot.take(*SAID, user("c"))[0] is process
+    assert lot.take_to_forget(user("new")) is ended
+
+
+def test_the_newest_forgets_for_its_own_question() -> None:
+    lot = Lot(parked_processes=5)
     processes = [lot.put(user(name), assistant("ok")) for name in "xyzz"]
 
-    assert lot.take_to_forget(user("new")) is processes[0]
+    assert lot.take_to_forget(user("new"), running=2) is processes[0]
     # The same again needs no reason: whoever asks that does not go on.
     assert lot.take_to_forget(user("z"), running=0) is processes[3]
-    assert len(lot.parking) == 3
+    assert len(lot.parking) == 2
 
 
 def test_old_processes_and_old_versions_do_not_forget_everything() -> None:

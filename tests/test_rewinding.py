@@ -86,19 +86,6 @@ def test_answers_of_a_shape_come_from_one_process_and_are_never_gone_on_from(
     assert first == second == third != other
 
 
-def test_a_conversation_that_waits_is_not_pushed_out_by_questions(tmp_path: Path) -> None:
-    with running_server(tmp_path, env={"OCP_PARKED_PROCESSES": "3"}) as server:
-        first = ask(server, messages=[said("system", "Be kind."), said("user", "hi")])
-        for number in range(6):
-            ask(server, f"Number {number}")
-            eventually(lambda: at_rest(server))
-        later = ask(server, messages=[
-            said("system", "Be kind."), said("user", "hi"),
-            said("assistant", content_of(first)), said("user", "and now?")])
-
-        assert path_of(server, later) == "continued"
-
-
 def test_options_of_the_next_question_are_never_those_of_the_last(one_parked: Server) -> None:
     for most in (10, 20):
         assert ask(one_parked, "Hi", max_tokens=most).status == 200
