@@ -1260,7 +1260,7 @@ def http_json(
     connect: Any = http.client.HTTPConnection
     if parts.scheme == "https":
         # It is this machine's own, whatever name its certificate is for.
-        context = ssl.create_default_context()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         connect = functools.partial(http.client.HTTPSConnection, context=context)
