@@ -5817,6 +5817,8 @@ class ClaudeProcess:
         self._notice = notice
         #: The client's tools, for whoever asks for them in claude.
         self.tools = ToolServer(())
+        #: How many questions it was made to forget.
+        self.forgotten = 0
         self._unread = bytearray()
         self._unsent = bytearray()
         self._complaints = bytearray()
@@ -6633,6 +6635,8 @@ class Sessions:
             ).rowcount
 
 
+#: A claude grows by some 70 KB with each question that it forgets, so another one takes over then.
+_FORGETS_MOST = 500
 #: Stands for the digest of an answer that no conversation goes on from.
 _NO_WAY_ON = ""
 
@@ -6666,6 +6670,8 @@ class Parked(NamedTuple):
     def can_forget(self, history: History) -> bool:
         """Whether the conversation is this one with another last question."""
         if self.question is None or self.awaiting or self.history.base != history.base:
+            return False
+        if self.process.forgotten >= _FORGETS_MOST:
             return False
         place = self.question.place
         same = self.history.digests[:place] == history.digests[:place]
@@ -8066,6 +8072,7 @@ class App:
         soon = watch._replace(deadline_s=self.clock() + _FORGET_TIMEOUT_S, tick_s=0.0)
         try:
             if has_forgotten(*parked.process.consult([forget_line(parked.question)], soon)):
+                parked.process.forgotten += 1
                 return parked
         except (UpstreamFailed, UpstreamTimeout):
             # As good as one that says no: another one will do.

@@ -36,6 +36,7 @@ class FakeProcess:
         self.looks = 0
         self.version = ocp.FORGETS_ALL_SINCE
         self.born_s = 0.0
+        self.forgotten = 0
 
     def __repr__(self) -> str:
         return f"<process {self.name}>"
@@ -577,6 +578,16 @@ def test_old_processes_and_old_versions_do_not_forget_everything() -> None:
         lot.put(*SAID).version = version
         lot.clock.now_s += after_s
         assert lot.take_to_forget(user("new")) is None
+
+
+def test_a_process_forgets_so_often_and_no_more() -> None:
+    lot = Lot(parked_processes=0)
+    process = lot.put(*LATER)
+    process.forgotten = 500
+
+    assert lot.take_to_forget(*SAID, user("e")) is None
+    process.forgotten = 499
+    assert lot.take_to_forget(*SAID, user("e")) is process
 
 
 def test_after_one_that_could_not_forget_none_is_asked_to_for_a_while() -> None:
