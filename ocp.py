@@ -398,7 +398,7 @@ def tls_for(url: str) -> ssl.SSLContext | None:
 
 
 def any_certificate() -> ssl.SSLContext:
-    """Takes whatever certificate a server has."""
+    """A context that takes whatever certificate a server has."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

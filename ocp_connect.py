@@ -361,7 +361,8 @@ def make_private(folder: str) -> None:
 
 
 def write_whole(path: str, content: bytes, mode: int) -> None:
-    """Replaces a file so that there is always the old or the new one. Raises OSError."""
+    """Replaces a file so that there is always the old or the new one, and where possible with
+    the owner of the old one. Raises OSError."""
     real = os.path.realpath(path)
     descriptor, draft = tempfile.mkstemp(dir=os.path.dirname(real), prefix=".ocp-")
     try:
@@ -370,7 +371,7 @@ def write_whole(path: str, content: bytes, mode: int) -> None:
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(OSError):
-            # Only root may give a file to somebody else.
+            # Only root may give a file to somebody else, and a new one has no owner yet.
             there = os.stat(real)
             os.chown(draft, there.st_uid, there.st_gid)
         os.chmod(draft, mode)

@@ -1286,10 +1286,16 @@ Block = dict[str, Any]
 
 
 class Message(NamedTuple):
-    """One message of the conversation. `role` is "user" or "assistant"."""
+    """One message of the conversation. `role` is "user" or "assistant"; "system" too where a
+    request is read and where a response is stored, but never in a Turn."""
 
     role: str
     content: list[Block]
+
+    @property
+    def has_results(self) -> bool:
+        """Whether results of tool calls are in it."""
+        return any(block["type"] == "tool_result" for block in self.content)
 
 
 class Tool(NamedTuple):
@@ -1632,8 +1638,7 @@ def _attachments(blocks: Iterable[Block]) -> int:
 
 def _begins(message: Message) -> bool:
     """Whether a conversation can begin with this message."""
-    results = any(block["type"] == "tool_result" for block in message.content)
-    return message.role == "user" and not results
+    return message.role == "user" and not message.has_results
 
 
 # ==== 7. Store ===============================================================
@@ -2668,7 +2673,7 @@ def system_text(blocks: Iterable[Block]) -> str:
     return text_of(b for b in blocks if not str(b.get("text")).startswith(_BILLING_HEADER))
 
 
-def instructed(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+def apart_from_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
     """The messages of the system, and the others. What the system says last, after an answer of
     the model's, is there to be answered: it counts as the user's."""
     said = [index for index, each in enumerate(messages) if each.role != "system" and each.content]
@@ -2678,7 +2683,8 @@ def instructed(messages: list[Message]) -> tuple[list[Message], list[Message]]:
         if message.role == "system" and index < open_from:
             told.append(message)
         else:
-            others.append(message._replace(role=message.role.replace("system", "user")))
+            role = "user" if message.role == "system" else message.role
+            others.append(message._replace(role=role))
     return told, others
 
 
@@ -2742,8 +2748,7 @@ def in_session(
     if not session_id or any(message.role == "assistant" for message in messages):
         return messages
     earlier = parsing.session(session_id, system)
-    answers = any(block["type"] == "tool_result" for m in messages for block in m.content)
-    if earlier and not answers:
+    if earlier and not any(message.has_results for message in messages):
         # Who goes on without the results of a call has given it up.
         said = [block for block in earlier[-1].content if block["type"] != "tool_use"]
         earlier[-1] = Message("assistant", said)
@@ -2880,7 +2885,7 @@ class Attachments:
 
 
 def image_block(part: Fields, attachments: Attachments) -> Block:
-    """An image as Anthropic's clients send it."""
+    """The block of an image that came in Anthropic's form."""
     source = part.child("source") or Fields({}, part.at("source"))
     if source.text("type") == "url":
         return attachments.image(source.needed_text("url"), source.at("url"))
@@ -2892,7 +2897,7 @@ def image_block(part: Fields, attachments: Attachments) -> Block:
 
 
 def call_block(part: Fields) -> Block:
-    """A tool call as they send it."""
+    """The block of a tool call that came in Anthropic's form."""
     return {
         "type": "tool_use",
         "id": plain_id(part.needed_text("id")),
@@ -2902,14 +2907,14 @@ def call_block(part: Fields) -> Block:
 
 
 def result_block(part: Fields, content: list[Block]) -> Block:
-    """A tool's result as they send it, with this content."""
+    """The block of a tool's result that came in Anthropic's form, with this content."""
     call_id = plain_id(part.needed_text("tool_use_id"))
     result: Block = {"type": "tool_result", "tool_use_id": call_id, "content": content}
     return {**result, "is_error": True} if part.flag("is_error") else result
 
 
-#: Schemas of one word, in words that older versions of claude read as well.
-_WORD_SCHEMAS: dict[object, Json] = {True: {}, False: {"not": {}}}
+#: JSON Schema's boolean schemas, as objects: older versions of claude read no others.
+_BOOLEAN_SCHEMAS: dict[object, Json] = {True: {}, False: {"not": {}}}
 
 
 def tool_from(entry: Fields, name: str, schema_field: str) -> Tool:
@@ -2921,7 +2926,7 @@ def tool_from(entry: Fields, name: str, schema_field: str) -> Tool:
         raise schema.wrong("required", "an array of strings")
     found = {key: value for key, value in schema.object.items() if value is not None}
     found["properties"] = {
-        key: _WORD_SCHEMAS[value] if isinstance(value, bool)
+        key: _BOOLEAN_SCHEMAS[value] if isinstance(value, bool)
         else (properties.child(key) or Fields({})).object
         for key, value in properties.object.items()
     }
@@ -3451,7 +3456,7 @@ class ChatDialect(Dialect):
                 messages.append(Message("user", [self._result(entry, attachments, function_ids)]))
             else:
                 raise entry.wrong("role", "system, developer, user, assistant or tool")
-        told, messages = instructed(messages)
+        told, messages = apart_from_system(messages)
         prompt = "\n\n".join(filter(None, (system_text(each.content) for each in told)))
         return answerable(prompt, in_session(fields, parsing, prompt, messages), "messages")
 
@@ -3964,7 +3969,7 @@ class MessagesDialect(Dialect):
         return {name: block.text(name) for name in names if block.text(name)}
 
     def _told(self, named: Json) -> list[Block]:
-        """The same before a text, which has no place for it."""
+        """What `_named` found, as a text to put before a document that has no fields for it."""
         return text_block("\n".join(f"{name.title()}: {text}" for name, text in named.items()))
 
     # -- rendering ----------------------------------------------------------------------------
@@ -4238,7 +4243,7 @@ class ResponsesDialect(Dialect):
     def _conversation(
         self, fields: Fields, parsing: Parsing
     ) -> tuple[str, list[Message], list[Message]]:
-        """The system prompt, the messages, and those of the system."""
+        """The system prompt, the messages, and those of the system that are in the prompt."""
         attachments = Attachments(parsing.limits)
         previous_id = fields.text("previous_response_id")
         earlier = parsing.recall(previous_id) if previous_id else []
@@ -4251,7 +4256,7 @@ class ResponsesDialect(Dialect):
                 item = Fields(parsing.item(item.needed_text("id")), item.path)
                 kind = item.needed_text("type")
             messages += self._item(item, kind, attachments)
-        told, messages = instructed(messages)
+        told, messages = apart_from_system(messages)
         texts = [fields.text("instructions") or "", *(system_text(each.content) for each in told)]
         system, messages = answerable("\n\n".join(filter(None, texts)), messages, "input")
         # Without a system prompt they are among the messages.
@@ -4336,7 +4341,7 @@ class ResponsesDialect(Dialect):
 
 
 def full_name(space: str, name: str) -> str:
-    """What the model knows a tool by that stands in a namespace; empty = in none."""
+    """The name by which the model knows a tool; `space` is its namespace, empty if it has none."""
     return f"{space.rstrip('_')}__{name}" if space else name
 
 
@@ -4800,7 +4805,7 @@ class Question(NamedTuple):
 def question_of(turn: Turn) -> Question | None:
     """The question that a turn asks. Results of tool calls are none: claude cannot forget them
     by themselves."""
-    if any(block["type"] == "tool_result" for block in turn.messages[-1].content):
+    if turn.messages[-1].has_results:
         return None
     return Question(str(uuid.uuid4()), len(turn.messages) - 1)
 
@@ -4905,8 +4910,7 @@ def _thinking_line(options: Options) -> bytes:
 def _without_thinking_in_a_loop(turn: Turn) -> Options:
     """The options of a conversation that is told anew. A model that thinks by budget has to get
     the thinking behind a call back together with its result, and that cannot be told."""
-    results = any(block["type"] == "tool_result" for block in turn.messages[-1].content)
-    if results and turn.model.thinking == "budget":
+    if turn.messages[-1].has_results and turn.model.thinking == "budget":
         return turn.options._replace(thinking_tokens=0)
     return turn.options
 
@@ -4964,7 +4968,7 @@ def forget_line(question: Question) -> bytes:
 
 
 def has_forgotten(reply: Json) -> bool:
-    """What the answer to `forget_line` tells."""
+    """Whether claude has forgotten, by its answer to `forget_line`."""
     return _object(_object(reply.get("response")).get("response")).get("rewound") is True
 
 
@@ -6789,7 +6793,7 @@ class Stored(NamedTuple):
     #: The whole conversation, this answer included; those of the role "system" come first.
     messages: list[Message]
     size_bytes: int
-    #: How long it is kept after its last use, and until when that is.
+    #: How long it is kept after the last reference to it, and until when that is.
     ttl_s: float
     until_s: float
 
@@ -7708,16 +7712,17 @@ class App:
         except (OSError, sqlite3.Error) as problem:
             store = Store(":memory:")
             with contextlib.suppress(sqlite3.Error):
-                # Where it can be read, the keys of devices go on working.
+                # Where it can be read, the keys of devices go on working. A DatabaseError that is
+                # none of its subclasses says that the file is damaged.
                 if os.path.exists(path) and type(problem) is not sqlite3.DatabaseError:
                     store.load(path)
             if not os.access(folder, os.R_OK | os.X_OK):
                 # Asked for only where it is needed: on a full disk there is none to be had.
                 folder = tempfile.mkdtemp(prefix="ocp-empty-")
-            self._tell_homeless(problem)
+            self._log_unusable_home(problem)
         return os.path.expanduser(config.agent_folder) or folder, store
 
-    def _tell_homeless(self, problem: Exception) -> None:
+    def _log_unusable_home(self, problem: Exception) -> None:
         """Logs why all is kept in memory, and what to do about it."""
         level, name, advice = "error", "database_unusable", _REPLACE_DATABASE
         if isinstance(problem, OSError):
@@ -11197,8 +11202,8 @@ class Exchange(BaseHTTPRequestHandler):
         if matches:
             # Whatever is refused from here on is refused in the words of that path.
             self.dialect = matches[0][0].dialect
-        either = not matches or matches[0][0].endpoint in (get_models, get_model)
-        if either and "anthropic-version" in self.headers:
+        for_both = not matches or matches[0][0].endpoint in (get_models, get_model)
+        if for_both and "anthropic-version" in self.headers:
             # The SDKs of both kinds ask here, and each knows failures in its own words.
             self.dialect = MESSAGES
         config = self.app.config

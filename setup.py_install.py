@@ -1610,13 +1610,13 @@ def check_platform(service: Service, found: Found, note: str) -> None:
 def prepare(host: Host, options: argparse.Namespace) -> Job:
     """Looks and plans; changes nothing. Raises Refused."""
     try:
-        return thought_through(host, options)
+        return planned_job(host, options)
     except OSError as problem:
         raise Refused(f"{problem}\nNothing was changed.") from None
 
 
-def thought_through(host: Host, options: argparse.Namespace) -> Job:
-    """The same. Raises Refused, OSError."""
+def planned_job(host: Host, options: argparse.Namespace) -> Job:
+    """What `prepare` gives. Raises Refused, OSError."""
     service, note = find_service(host, state_folder(host), is_system=options.system)
     install = planned_installation(host, options, service)
     found = look(host, service, install.env_file, install.record_path)
