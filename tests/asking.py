@@ -24,6 +24,8 @@ Found = TypeVar("Found")
 CHAT = "/v1/chat/completions"
 #: For a server on which every process that there is works on an answer.
 BARE = {"OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "0"}
+#: A turn has to be over within a second; the rest is for a busy machine.
+SOON_S = 10.0
 #: The fields of an error in the OpenAI shape, all of them always there.
 ERROR_FIELDS = {"message", "type", "param", "code"}
 

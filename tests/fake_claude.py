@@ -273,7 +273,7 @@ class History:
                 file.write(json.dumps({"type": role, "message": message}) + "\n")
 
     def forget(self, line_id: str, is_recent: bool) -> str:
-        """Forget the last line of the user and all behind it; why not, if that cannot be."""
+        """Forget the last line of the user and all behind it; why not, "" when it is done."""
         place = self._places.get(line_id)
         if place is None:
             return "target not found"

@@ -23,6 +23,7 @@ import pytest
 from asking import (
     BARE,
     CHAT,
+    SOON_S,
     Player,
     Wire,
     ask,
@@ -51,8 +52,6 @@ ocp = load_script("ocp_server.py")
 Json = Any
 
 HOUR = {"CLAUDE_CACHE_TTL": "3600000"}
-#: A turn has to be over within a second; the rest is for a busy machine.
-SOON_S = 10.0
 
 
 # ---------------------------------------------------------------------------

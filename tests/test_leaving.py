@@ -16,6 +16,7 @@ import pytest
 from asking import (
     BARE,
     CHAT,
+    SOON_S,
     Player,
     Wire,
     ask,
@@ -47,8 +48,6 @@ Json = Any
 
 SONNET = "claude-sonnet-5"
 HANG: dict[str, Json] = {"hang": True}
-#: A turn has to be over within a second; the rest is for a busy machine.
-SOON_S = 10.0
 
 
 @pytest.fixture(scope="module")

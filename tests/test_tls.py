@@ -16,6 +16,7 @@ import pytest
 from asking import (
     BARE,
     CHAT,
+    SOON_S,
     asked_process,
     content_of,
     encoded,
@@ -44,8 +45,6 @@ ocp = load_script("ocp_server.py")
 Json = Any
 
 HANG: dict[str, Json] = {"hang": True}
-#: A turn has to be over within a second; the rest is for a busy machine.
-SOON_S = 10.0
 
 #: Made for these tests, for this machine's own names, and trusted by nobody else.
 CERT = """\
