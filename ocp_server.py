@@ -5823,6 +5823,8 @@ class ClaudeProcess:
         self.tools = ToolServer(())
         #: How many questions it was made to forget.
         self.forgotten = 0
+        #: How many messages it was told before its first question: others may begin with the same.
+        self.told = 0
         self._unread = bytearray()
         self._unsent = bytearray()
         self._complaints = bytearray()
@@ -6729,10 +6731,10 @@ class Parking:
     def take_to_forget(self, history: History, config: Config, running: int) -> Parked | None:
         """A process that holds this conversation but for the last question and what came of it.
 
-        One that has nothing in common with it but the base serves as well as a spare does, and
-        sooner. But its own conversation may go on: then it is taken only if it will be pushed out
-        in any case when the requests that are `running` now, this one among them, have parked
-        theirs.
+        One that has nothing in common with it but the base, or what both were told to begin with,
+        serves as well as a spare does, and sooner. But its own conversation may go on: then it is
+        taken only if it will be pushed out in any case when the requests that are `running` now,
+        this one among them, have parked theirs.
         """
         now_s = self._clock()
         oldest_s = now_s - config.session_ttl_ms / 1000
@@ -6741,7 +6743,7 @@ class Parking:
                 return None
             surplus = len(self._parked) + running - config.parked_processes
             able = [p for p in self._parked if p.can_forget(history) and p.process.alive()]
-            near = [p for p in able if p.common(history)]
+            near = [p for p in able if p.common(history) > p.process.told]
             others = [
                 p for p in able if p.process.born_s >= oldest_s
                 and (p.has_ended or p in self._parked[: max(0, surplus)])
@@ -8113,7 +8115,7 @@ class App:
         process, outcome.warm = self.spares.take(turn.model.id)
         outcome.process, outcome.question = process, question_of(turn)
         self.mail.put("tend")
-        process.tools = ToolServer(turn.tools)
+        process.tools, process.told = ToolServer(turn.tools), len(turn.messages) - 1
         steps = conversation(
             turn, self.config.system_prompt, process.version, agent=self.config.is_agent,
             question=outcome.question,

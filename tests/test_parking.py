@@ -37,6 +37,7 @@ class FakeProcess:
         self.version = ocp.FORGETS_ALL_SINCE
         self.born_s = 0.0
         self.forgotten = 0
+        self.told = 0
 
     def __repr__(self) -> str:
         return f"<process {self.name}>"
@@ -570,6 +571,21 @@ def test_the_newest_forgets_for_its_own_question() -> None:
     # The same again needs no reason: whoever asks that does not go on.
     assert lot.take_to_forget(user("z"), running=0) is processes[3]
     assert len(lot.parking) == 2
+
+
+def test_conversations_that_begin_with_the_same_examples_do_not_take_from_each_other() -> None:
+    lot = Lot(parked_processes=2)
+    process = lot.put(*LATER)
+    process.told = len(SAID)
+
+    assert lot.take_to_forget(*SAID, user("e")) is None
+    assert lot.take_to_forget(*SAID, user("e"), running=2) is process
+    lot.put(*LATER).told = len(SAID)
+    # The same again, and another question behind one that was asked here, need no reason.
+    assert lot.take_to_forget(*SAID, user("c")) is not None
+    longer = lot.put(*LATER, user("e"), assistant("f"))
+    longer.told = len(SAID)
+    assert lot.take_to_forget(*LATER, user("g")) is longer
 
 
 def test_old_processes_and_old_versions_do_not_forget_everything() -> None:

@@ -68,6 +68,17 @@ def test_an_edited_question_finds_the_process_that_knows_what_came_before(
     assert len({query["pid"] for query in one_parked.queries()}) == 1
 
 
+def test_a_greeting_that_many_begin_with_makes_nobody_lose_the_conversation(tmp_path: Path) -> None:
+    greeting = said("assistant", "Welcome!")
+    with running_server(tmp_path) as server:
+        talks = [[greeting, said("user", f"I am {name}")] for name in ("Ann", "Bob")]
+        for talk in talks:
+            talk.append(said("assistant", content_of(ask(server, messages=talk))))
+        replies = [ask(server, messages=[*talk, said("user", "And?")]) for talk in talks]
+
+        assert [path_of(server, reply) for reply in replies] == ["continued"] * 2
+
+
 def test_answers_of_a_shape_come_from_one_process_and_are_never_gone_on_from(
     one_parked: Server
 ) -> None:
