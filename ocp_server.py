@@ -6766,6 +6766,9 @@ class Parking:
         """Parks a process."""
         with self._lock:
             parked = Parked(process, history, awaiting, self._clock(), question)
+            if parked.has_ended:
+                # One may push out a conversation. More of them push out each other.
+                self._parked.sort(key=lambda other: not other.has_ended)
             self._parked.append(parked)
 
     def tend(self, config: Config) -> list[ClaudeProcess]:

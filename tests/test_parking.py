@@ -588,6 +588,20 @@ def test_conversations_that_begin_with_the_same_examples_do_not_take_from_each_o
     assert lot.take_to_forget(*LATER, user("g")) is longer
 
 
+def test_what_no_conversation_goes_on_from_pushes_out_one_conversation_at_most() -> None:
+    lot = Lot(parked_processes=3)
+    going_on = [lot.put(user(name), assistant("ok")) for name in "xyz"]
+    ended = [FakeProcess(f"ended {number}") for number in range(4)]
+    gone = []
+    for process in ended:
+        asked = known(turn(user(process.name), system=process.name))
+        held = asked._replace(digests=(*asked.digests, ""))
+        lot.parking.put(process, held, frozenset(), ocp.question_of(turn(user("a"))))
+        gone += lot.tend()
+
+    assert gone == [going_on[0], *ended[:3]]
+
+
 def test_old_processes_and_old_versions_do_not_forget_everything() -> None:
     lot = Lot(parked_processes=0, session_ttl_ms=60_000)
     for version, after_s in ((ocp.OLDEST_CLAUDE, 0), (ocp.FORGETS_ALL_SINCE, 61)):
