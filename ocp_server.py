@@ -5909,6 +5909,7 @@ class ClaudeProcess:
         answers: list[Json] = []
         with contextlib.closing(self._lines(watch)) as lines:
             if not self._settled:
+                # An answer may be complete before claude says that its turn is over.
                 for _ in self._until_result(lines):
                     pass
             self._unsent += b"".join(requests)
@@ -6482,11 +6483,11 @@ class Spares:
 
 
 # ==== 14. Parking ============================================================
-# What is kept of a conversation for its next message: sessions on disk, responses by their ids,
-# and processes that wait, each with the conversation that it holds. What a process holds is known
-# by digests: one of everything that is no message, and one of each message in a form in which it
-# does not matter how a client writes the same thing. No answer depends on a process being here:
-# what is not found is rebuilt from the client's own history.
+# What is kept of a conversation for its next message, or for another last one: sessions on disk,
+# responses by their ids, and processes that wait, each with the conversation that it holds. What
+# a process holds is known by digests: one of everything that is no message, and one of each
+# message in a form in which it does not matter how a client writes the same thing. No answer
+# depends on a process being here: what is not found is rebuilt from the client's own history.
 
 
 class History(NamedTuple):
@@ -6677,12 +6678,17 @@ class Parked(NamedTuple):
         """Whether the conversation is this one with another last question."""
         if self.question is None or self.awaiting or self.history.base != history.base:
             return False
-        if self.process.forgotten >= _FORGETS_MOST:
-            return False
         place = self.question.place
-        same = self.history.digests[:place] == history.digests[:place]
-        able = place > 0 or self.process.version >= FORGETS_ALL_SINCE
-        return same and able and len(history.digests) == place + 1
+        if len(history.digests) != place + 1 or self.process.forgotten >= _FORGETS_MOST:
+            return False
+        if place == 0:
+            return self.process.version >= FORGETS_ALL_SINCE
+        return self.history.digests[:place] == history.digests[:place]
+
+    def was_left(self, history: History) -> bool:
+        """Whether a conversation with another last question is this one asked again, or edited:
+        they share more than what both were told to begin with."""
+        return len(history.digests) > 1 and self.common(history) > self.process.told
 
     @property
     def has_ended(self) -> bool:
@@ -6707,6 +6713,8 @@ class Parking:
         self._parked: list[Parked] = []
         #: Before that none is asked to forget anything.
         self._forgetting_from_s = -math.inf
+        #: When all were dropped: what was started before, and was at work then, is outdated.
+        self._dropped_s = -math.inf
 
     def __repr__(self) -> str:
         return f"<parking {len(self._parked)}>"
@@ -6737,18 +6745,18 @@ class Parking:
         this one among them, have parked theirs.
         """
         now_s = self._clock()
-        oldest_s = now_s - config.session_ttl_ms / 1000
         with self._lock:
             if now_s < self._forgetting_from_s:
                 return None
+            oldest_s = max(now_s - config.session_ttl_ms / 1000, self._dropped_s)
             surplus = len(self._parked) + running - config.parked_processes
-            able = [p for p in self._parked if p.can_forget(history) and p.process.alive()]
-            near = [p for p in able if p.common(history) > p.process.told]
-            others = [
-                p for p in able if p.process.born_s >= oldest_s
-                and (p.has_ended or p in self._parked[: max(0, surplus)])
+            able = [
+                p for p in self._parked
+                if p.can_forget(history) and p.process.born_s >= oldest_s and p.process.alive()
             ]
-            found = [*near[-1:], *others[:1]]
+            left = [p for p in able if p.was_left(history)]
+            others = [p for p in able if p.has_ended or p in self._parked[: max(0, surplus)]]
+            found = [*left[-1:], *others[:1]]
             if not found:
                 return None
             self._parked.remove(found[0])
@@ -6786,6 +6794,7 @@ class Parking:
     def drop(self) -> list[ClaudeProcess]:
         """All of them, out now."""
         with self._lock:
+            self._dropped_s = self._clock()
             parked, self._parked = self._parked, []
         return [one.process for one in parked]
 
@@ -8058,12 +8067,11 @@ class App:
     ) -> Iterator[Iterator[Event]]:
         """The ways to the answer, the quickest first: the events of each."""
         parked, outcome.parted_at = self.parking.take(history, outcome.turn.messages[-1])
-        outcome.path = "continued"
+        path = "continued"
         if parked is None:
-            parked = self._one_that_forgot(outcome, history, watch)
-            outcome.path = "rewound"
+            parked, path = self._one_that_forgot(outcome, history, watch), "rewound"
         if parked is not None:
-            yield self._continued(outcome, parked, history, watch)
+            yield self._continued(outcome, parked, path, history, watch)
         yield self._rebuilt(outcome, history, watch)
 
     def _one_that_forgot(
@@ -8072,35 +8080,41 @@ class App:
         """A process that has the question of another turn behind it and has forgotten that.
 
         Not where claude runs tools of its own: what they have begun would not be forgotten."""
-        config = self.config
-        if config.is_agent or question_of(outcome.turn) is None:
+        if self.config.is_agent or question_of(outcome.turn) is None:
             return None
-        parked = self.parking.take_to_forget(history, config, self.gate.running)
-        if parked is None or parked.question is None:
+        parked = self.parking.take_to_forget(history, self.config, self.gate.running)
+        if parked is None:
             return None
         outcome.process = parked.process
-        soon = watch._replace(deadline_s=self.clock() + _FORGET_TIMEOUT_S, tick_s=0.0)
-        try:
-            if has_forgotten(*parked.process.consult([forget_line(parked.question)], soon)):
-                parked.process.forgotten += 1
-                return parked
-        except (UpstreamFailed, UpstreamTimeout):
-            # As good as one that says no: another one will do.
-            pass
+        if self._forgets(parked, watch):
+            return parked
         self.parking.stop_forgetting(_FORGET_PAUSE_S)
         self._give_up(outcome)
         return None
+
+    def _forgets(self, parked: Parked, watch: Watch) -> bool:
+        """Makes a process forget its last question; whether it has. One that fails is as good as
+        one that says no: another will do."""
+        if parked.question is None:
+            return False
+        soon = watch._replace(deadline_s=self.clock() + _FORGET_TIMEOUT_S, tick_s=0.0)
+        try:
+            (reply,) = parked.process.consult([forget_line(parked.question)], soon)
+        except (UpstreamFailed, UpstreamTimeout):
+            return False
+        parked.process.forgotten += 1
+        return has_forgotten(reply)
 
     def _tick_s(self, config: Config, turn: Turn) -> float:
         """The silence after which a client has to be told that somebody is still there."""
         return (config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000
 
     def _continued(
-        self, outcome: Outcome, parked: Parked, history: History, watch: Watch
+        self, outcome: Outcome, parked: Parked, path: str, history: History, watch: Watch
     ) -> Iterator[Event]:
         """The events of the answer to the one message that the process does not hold yet."""
         message, process = outcome.turn.messages[-1], parked.process
-        outcome.process, outcome.warm = process, True
+        outcome.process, outcome.warm, outcome.path = process, True, path
         results, steps = results_to_tell(message, parked.history.context), []
         outcome.question = parked.question
         if not results:
@@ -8162,11 +8176,12 @@ class App:
         self.mail.put("tend")
 
     def _may_serve_again(self, outcome: Outcome, process: ClaudeProcess) -> bool:
-        """Whether a process with a complete answer is good for something."""
-        if outcome.turn.shape is None:
+        """Whether a process is worth parking after a complete answer."""
+        if outcome.turn.shape is None or not self.config.parked_processes:
             return self.config.parked_processes > 0
         forgets = process.version >= FORGETS_ALL_SINCE and not self.config.is_agent
-        return self.config.parked_processes > 0 and forgets and outcome.question is not None
+        # Results of calls go to a fresh one, and a call without its result is never forgotten.
+        return forgets and outcome.question is not None and not outcome.answer().calls
 
     def _give_up(self, outcome: Outcome) -> None:
         """Ends the process of an answer that did not come to its end."""

@@ -224,7 +224,15 @@ def test_a_process_that_heeds_no_signal_is_killed(common: Server) -> None:
         pid = next_process(common, count)
 
     # Its slot is free at once all the same, while it gets its two seconds.
-    assert eventually(lambda: at_rest(common) and not is_gone(pid))
+    seen: list[str] = []
+
+    def both() -> bool:
+        for word, is_so in (("free", at_rest(common)), ("gone", is_gone(pid))):
+            if is_so and word not in seen:
+                seen.append(word)
+        return len(seen) == 2
+
+    assert eventually(both) and seen == ["free", "gone"]
     assert eventually(is_over(common, pid))
 
 

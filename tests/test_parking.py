@@ -563,14 +563,23 @@ def test_what_no_conversation_goes_on_from_forgets_at_once() -> None:
     assert lot.take_to_forget(user("new")) is ended
 
 
-def test_the_newest_forgets_for_its_own_question() -> None:
+def test_the_same_first_question_of_somebody_else_leaves_a_conversation_alone() -> None:
     lot = Lot(parked_processes=5)
     processes = [lot.put(user(name), assistant("ok")) for name in "xyzz"]
 
-    assert lot.take_to_forget(user("new"), running=2) is processes[0]
-    # The same again needs no reason: whoever asks that does not go on.
-    assert lot.take_to_forget(user("z"), running=0) is processes[3]
-    assert len(lot.parking) == 2
+    assert lot.take_to_forget(user("z")) is None
+    assert lot.take_to_forget(user("z"), running=2) is processes[0]
+
+
+def test_what_was_at_work_when_all_were_dropped_forgets_nothing() -> None:
+    lot = Lot()
+    lot.clock.now_s += 1
+    lot.parking.drop()
+    old = lot.put(*LATER)
+    old.born_s -= 1
+
+    assert lot.take_to_forget(*SAID, user("e")) is None
+    assert lot.take(*LATER, user("e"))[0] is old
 
 
 def test_conversations_that_begin_with_the_same_examples_do_not_take_from_each_other() -> None:

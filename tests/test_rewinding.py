@@ -97,6 +97,22 @@ def test_answers_of_a_shape_come_from_one_process_and_are_never_gone_on_from(
     assert first == second == third != other
 
 
+def test_nobody_waits_with_a_call_of_the_client_s_and_a_shape(one_parked: Server) -> None:
+    """The results go to a fresh process, and nothing is forgotten while a call waits for them."""
+    shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    ask(one_parked, "One")
+    one_parked.write_scenario([[{"tool": {"name": "weather", "input": {}}}]])
+    reply = ask(one_parked, "Weather?", tools=tools, response_format=shape)
+    assert reply.json()["choices"][0]["finish_reason"] == "tool_calls"
+    one_parked.write_scenario([])
+    eventually(lambda: at_rest(one_parked))
+    later = ask(one_parked, messages=[
+        said("user", "One"), said("assistant", "You said: One"), said("user", "And?")])
+
+    assert path_of(one_parked, later) == "continued"
+
+
 def test_options_of_the_next_question_are_never_those_of_the_last(one_parked: Server) -> None:
     for most in (10, 20):
         assert ask(one_parked, "Hi", max_tokens=most).status == 200
