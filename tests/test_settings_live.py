@@ -579,7 +579,13 @@ def test_comments_in_a_silent_stream_come_as_often_as_told(server: Server) -> No
 
     with waiter(server) as wire:
         wire.hear(b"well ")
+        started_s = time.monotonic()
         wire.hear(b": keepalive", 6)
+        elapsed_s = time.monotonic() - started_s
+
+    assert wire.said.index(b"well ") < wire.said.index(b": keepalive")
+    # Each after some 50 ms of silence; untold, the first would come after 15 s.
+    assert 0.2 < elapsed_s < 15
 
 
 def test_a_body_may_be_as_large_as_told(server: Server) -> None:
