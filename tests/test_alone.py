@@ -157,6 +157,13 @@ def test_the_demo_answers_word_by_word_on_every_python(tmp_path: Path, python: s
         assert "Traceback" not in demo.output and "Warning" not in demo.output
 
 
+def test_the_demo_answers_one_question_after_the_other_in_the_same_processes(demo: Serving) -> None:
+    answers = [content_of(demo.ask(f"Number {number}")) for number in range(7)]
+
+    assert all(f"Number {number}" in answer for number, answer in enumerate(answers))
+    assert demo.get("/health")["stats"]["rewound"] >= 2
+
+
 def test_the_demo_says_what_it_is_everywhere(demo: Serving) -> None:
     answer = content_of(demo.ask("hello"))
     started = eventually(lambda: [
