@@ -1,6 +1,6 @@
 """What the benchmarks share: the programs under test, a timing client, figures and tables.
 
-Everything runs on this machine: the API is tests/stub_api.py in a process of its own, OCP is
+Everything runs on this machine: the API is tests/kit/stub_api.py in a process of its own, OCP is
 the ocp_server.py of this repository with an empty home, and claude is a real one. The claude that
 is driven by hand gets the arguments and the environment that a running OCP was seen to give to
 its own (record_spawn), so that the two differ in nothing but OCP.
@@ -34,8 +34,8 @@ from typing import Any, NamedTuple
 Json = Any
 
 REPO = Path(__file__).resolve().parent.parent
-FAKE_CLAUDE = REPO / "tests" / "fake_claude.py"
-STUB_API = REPO / "tests" / "stub_api.py"
+FAKE_CLAUDE = REPO / "tests" / "kit" / "fake_claude.py"
+STUB_API = REPO / "tests" / "kit" / "stub_api.py"
 QUESTION = "What is the capital of France?"
 #: No step of a benchmark takes longer, not even on a busy machine.
 PATIENCE_S = 60.0
@@ -124,7 +124,7 @@ def line_within(process: subprocess.Popen[bytes], pattern: str, what: str) -> re
 # ---------------------------------------------------------------------------
 
 class Stub:
-    """tests/stub_api.py as a process of its own; to be used in a `with`."""
+    """tests/kit/stub_api.py as a process of its own; to be used in a `with`."""
 
     def __init__(self, folder: Path, *, delay_ms: float = 0.0, log: bool = False) -> None:
         """`delay_ms` is the silence of the API before its first byte; `log` keeps sizes."""

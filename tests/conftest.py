@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Iterator, Optional
 
 import pytest
-import support
+
+from server import Server, running_server
 
 #: The files that take longest, longest first. Workers take files in this order, so that none is
 #: alone with a long one in the end. A wrong order costs time and nothing else; pytest's
@@ -66,14 +67,14 @@ def free_home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[support.Server]:
+def server(tmp_path: Path) -> Iterator[Server]:
     """A server with default settings on the fake claude, for this test alone."""
-    with support.running_server(tmp_path / "server") as running:
+    with running_server(tmp_path / "server") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[support.Server]:
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with default settings for all tests of a file, which may not change them."""
-    with support.running_server(tmp_path_factory.mktemp("server")) as running:
+    with running_server(tmp_path_factory.mktemp("server")) as running:
         yield running

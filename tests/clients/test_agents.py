@@ -1,0 +1,411 @@
+"""Agents as people use them, over the real claude: a question, and a tool that they really run.
+
+programs.client_folders() says where the programs are looked for. Claude Code as
+a client is the same program that the server drives.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import stub_api as stub
+from programs import find_client, how_to_install
+from project import clean_env
+from rig import (
+    MODEL,
+    NEWEST_MODEL,
+    Claude,
+    Rig,
+    each_claude,
+    running_rig,
+    system_texts,
+    turns,
+)
+from waiting import eventually
+
+Json = Any
+Body = Mapping[str, Json]
+
+#: An agent that has not ended by then never will.
+RUN_TIMEOUT_S = 90
+QUESTION = "What do these say?"
+BEFORE, AFTER = "Let me look.", "They say what they say."
+
+
+@pytest.fixture(scope="module", params=each_claude())
+def claude(request: pytest.FixtureRequest) -> Claude:
+    found: Claude = request.param
+    return found
+
+
+with_newest_claude = pytest.mark.parametrize("claude", each_claude()[-1:], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    # No agent asks for the same model with the same thinking twice: a spare would idle.
+    folder = tmp_path_factory.mktemp("agents")
+    with running_rig(folder, claude, OCP_WARM_PROCESSES="0") as started:
+        yield started
+
+
+@pytest.fixture
+def rig(shared_rig: Rig) -> Rig:
+    shared_rig.begin()
+    return shared_rig
+
+
+@pytest.fixture
+def desk(rig: Rig, tmp_path: Path) -> Desk:
+    return Desk(rig, tmp_path)
+
+
+# ---------------------------------------------------------------------------
+# Running an agent
+# ---------------------------------------------------------------------------
+
+class Ran(NamedTuple):
+    """How an agent ended."""
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Desk:
+    """Where an agent works: a home and a folder of its own, and the server that it asks."""
+
+    def __init__(self, rig: Rig, folder: Path) -> None:
+        self.rig = rig
+        self.home = folder / "home"
+        self.work = folder / "work"
+        self.home.mkdir()
+        self.work.mkdir()
+        self.note = self.work / "note.txt"
+        self.note.write_text("The word is cormorant.\n")
+        self._logged = len(rig.server.log_entries())
+
+    def write(self, name: str, content: str) -> None:
+        """A file of the agent's settings, by its path below the home."""
+        path = self.home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+    def run(self, command: Sequence[str], **env: str) -> Ran:
+        """The agent from start to end. Whatever it has started ends with it."""
+        process = subprocess.Popen(
+            command, env=clean_env(HOME=str(self.home), **env), cwd=self.work,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True)
+        try:
+            stdout, stderr = process.communicate(timeout=RUN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(
+                f"{command[0]} does not end; so far: {self._entries()}") from None
+        finally:
+            end_group(process)
+        return Ran(process.returncode, stdout.decode(), stderr.decode())
+
+    def _entries(self) -> list[dict[str, Json]]:
+        return [entry for entry in self.rig.server.log_entries()[self._logged:]
+                if "request_id" in entry and entry.get("method") != "HEAD"]
+
+    def served(self, at_least: int = 1) -> list[dict[str, Json]]:
+        """The server's log entries of this test's requests, answered or not."""
+        eventually(lambda: len(self._entries()) >= at_least)
+        return self._entries()
+
+    def paths(self, count: int) -> list[str]:
+        """How each request was answered: this many came, and all went well."""
+        served = self.served(count)
+        assert [entry["event"] for entry in served] == ["answer_finished"] * count, served
+        return [entry["path"] for entry in served]
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # All of it has ended.
+    process.communicate()
+
+
+def program(name: str) -> str:
+    path = find_client(name)
+    if path is None:
+        pytest.skip(how_to_install(name))
+    return str(path.resolve())
+
+
+def offered(body: Body) -> set[str]:
+    """The names of the tools whose schemas the model sees."""
+    return {tool["name"] for tool in body["tools"] if not tool.get("defer_loading")}
+
+
+def results(body: Body) -> list[str]:
+    """What the tools answered in the last message, in the order of their calls."""
+    (role, blocks), (_, calls) = turns(body)[-1], turns(body)[-2]
+    assert role == "user"
+    ids = [block["id"] for block in calls if isinstance(block, dict)]
+    found = {block["tool_use_id"]: json.dumps(block["content"])
+             for block in blocks if isinstance(block, dict)}
+    assert list(found) == ids
+    return list(found.values())
+
+
+def script_round(rig: Rig, calls: Sequence[tuple[str, Mapping[str, Json]]]) -> None:
+    """The model calls these tools, and then has an answer. A request for a title has no tools."""
+    replies = [stub.text(AFTER), stub.tool_calls(calls, text=BEFORE)]
+
+    def answer(body: Body) -> stub.Reply:
+        if not body["tools"]:
+            return stub.text("A title")
+        return replies.pop() if replies else stub.text("There were more requests than replies.")
+
+    rig.stub.default = answer
+
+
+def with_tools(rig: Rig) -> list[dict[str, Json]]:
+    """The bodies that reached the API in this test, but for requests for a title."""
+    return [body for body in rig.asked() if body["tools"]]
+
+
+# ---------------------------------------------------------------------------
+# Codex
+# ---------------------------------------------------------------------------
+
+CODEX = """model = "{model}"
+model_provider = "ocp"
+[model_providers.ocp]
+name = "OCP"
+base_url = "{url}/v1"
+env_key = "OCP_API_KEY"
+wire_api = "responses"
+"""
+
+
+def run_codex(desk: Desk, more: str = "") -> Ran:
+    command = program("codex")
+    desk.write(".codex/config.toml", CODEX.format(model=MODEL, url=desk.rig.server.url) + more)
+    return desk.run(
+        [command, "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox",
+         QUESTION], OCP_API_KEY="any")
+
+
+def test_codex_prints_the_answer(desk: Desk) -> None:
+    ran = run_codex(desk)
+
+    assert (ran.code, ran.stdout.strip()) == (0, "Hello from the stub."), ran
+    assert desk.paths(1) == ["fresh"]
+    body = desk.rig.only_body()
+    assert "Codex" in system_texts(body)[0]
+    assert turns(body)[-1][1][-1] == QUESTION
+
+
+def test_codex_runs_two_tools_and_goes_on(desk: Desk) -> None:
+    script_round(desk.rig, [
+        ("exec_command", {"cmd": "echo one-$((40 + 2))"}),
+        ("exec_command", {"cmd": "cat note.txt"})])
+
+    ran = run_codex(desk)
+
+    assert (ran.code, ran.stdout.strip()) == (0, AFTER), ran
+    assert BEFORE in ran.stderr and "ERROR" not in ran.stderr
+    assert desk.paths(2) == ["fresh", "continued"]
+    first, second = desk.rig.asked()
+    assert {"exec_command", "write_stdin"} <= offered(first)
+    one, note = results(second)
+    assert "one-42" in one and "cormorant" in note
+
+
+#: A server of tools that Codex starts, with one tool.
+MCP_SERVER = """
+import json, sys
+TOOL = {"name": "find", "description": "Finds a bird.", "inputSchema": {
+    "type": "object", "properties": {"bird": {"type": "string"}}, "required": ["bird"]}}
+for line in sys.stdin:
+    asked = json.loads(line)
+    result = {
+        "initialize": {
+            "protocolVersion": asked.get("params", {}).get("protocolVersion"),
+            "capabilities": {"tools": {}}, "serverInfo": {"name": "birds", "version": "1"}},
+        "tools/list": {"tools": [TOOL]},
+        "tools/call": {"content": [{"type": "text", "text": "On the roof."}], "isError": False},
+    }.get(asked["method"], {})
+    if "id" in asked:
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}), flush=True)
+"""
+
+
+def test_codex_calls_a_tool_of_an_mcp_server(desk: Desk) -> None:
+    desk.write("birds.py", MCP_SERVER)
+    script_round(desk.rig, [("mcp__birds__find", {"bird": "cormorant"})])
+    server = f"[mcp_servers.birds]\ncommand = {json.dumps(sys.executable)}\n" \
+             f"args = [{json.dumps(str(desk.home / 'birds.py'))}]\n"
+
+    ran = run_codex(desk, server)
+
+    assert (ran.code, ran.stdout.strip()) == (0, AFTER), ran
+    first, second = desk.rig.asked()
+    assert "mcp__birds__find" in offered(first)
+    assert "On the roof." in results(second)[0]
+
+
+def test_codex_shows_a_plan_limit_without_asking_again(desk: Desk) -> None:
+    desk.rig.script(then=stub.plan_limit())
+
+    ran = run_codex(desk)
+
+    assert ran.code == 1 and "Quota exceeded" in ran.stderr, ran
+    assert len(desk.served()) == 1
+
+
+def test_codex_shows_a_refusal_and_not_a_complaint_about_itself(desk: Desk) -> None:
+    desk.rig.script(then=stub.text("I cannot", stop_reason="refusal"))
+
+    ran = run_codex(desk)
+
+    assert "must be the user's" not in ran.stderr
+    events = [entry["event"] for entry in desk.served()]
+    assert "request_refused" not in events and len(events) <= 6
+
+
+# ---------------------------------------------------------------------------
+# OpenCode
+# ---------------------------------------------------------------------------
+
+#: The packages with which it speaks each of the three dialects.
+CHAT, MESSAGES, RESPONSES = "@ai-sdk/openai-compatible", "@ai-sdk/anthropic", "@ai-sdk/openai"
+OPENCODE_QUIET = {
+    f"OPENCODE_DISABLE_{name}": "1"
+    for name in ("AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "DEFAULT_PLUGINS")}
+
+
+def run_opencode(desk: Desk, package: str) -> Ran:
+    command = program("opencode")
+    model = {"name": MODEL, "limit": {"context": 200000, "output": 32000}}
+    provider = {
+        "npm": package, "name": "OCP", "models": {MODEL: model},
+        "options": {"baseURL": f"{desk.rig.server.url}/v1", "apiKey": "{env:OCP_API_KEY}"}}
+    desk.write(".config/opencode/opencode.json", json.dumps({
+        "model": f"ocp/{MODEL}", "small_model": f"ocp/{MODEL}", "provider": {"ocp": provider}}))
+    return desk.run([command, "run", QUESTION], OCP_API_KEY="any", **OPENCODE_QUIET)
+
+
+# Only with the newest claude, because this agent takes seconds to start.
+@with_newest_claude
+@pytest.mark.parametrize("package", [CHAT, MESSAGES, RESPONSES])
+def test_opencode_runs_two_tools_and_goes_on(desk: Desk, package: str) -> None:
+    script_round(desk.rig, [
+        ("bash", {"command": "echo one-$((40 + 2))", "description": "Counts"}),
+        ("read", {"filePath": str(desk.note)})])
+
+    ran = run_opencode(desk, package)
+
+    assert ran.code == 0 and "Error" not in ran.stderr, ran
+    assert [line for line in ran.stdout.splitlines() if line] == [BEFORE, AFTER]
+    # The title is asked for beside the first step.
+    paths = sorted(desk.paths(3))
+    assert paths[0] == "continued" and set(paths[1:]) <= {"fresh", "rewound"}
+    first, second = with_tools(desk.rig)
+    assert "OpenCode" in system_texts(first)[0]
+    assert {"bash", "read", "edit"} <= offered(first)
+    one, note = results(second)
+    assert "one-42" in one and "cormorant" in note
+
+
+# ---------------------------------------------------------------------------
+# Claude Code
+# ---------------------------------------------------------------------------
+
+def run_claude_code(desk: Desk, model: str = MODEL) -> Ran:
+    return desk.run(
+        [str(desk.rig.claude.path), "-p", "--model", model, "--allowedTools", "Bash,Read",
+         "--append-system-prompt", "Speak like a pirate.", "--", QUESTION],
+        ANTHROPIC_BASE_URL=desk.rig.server.url, ANTHROPIC_AUTH_TOKEN="any",
+        CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", DISABLE_AUTOUPDATER="1")
+
+
+def script_claude_code_round(desk: Desk) -> None:
+    script_round(desk.rig, [
+        ("Bash", {"command": "echo one-$((40 + 2))", "description": "Counts"}),
+        ("Read", {"file_path": str(desk.note)})])
+
+
+def test_claude_code_prints_the_answer(desk: Desk) -> None:
+    ran = run_claude_code(desk)
+
+    assert (ran.code, ran.stdout.strip(), ran.stderr) == (0, "Hello from the stub.", "")
+    assert desk.paths(1) == ["fresh"]
+    assert QUESTION in turns(desk.rig.only_body())[-1][1]
+
+
+@pytest.mark.parametrize("model", [MODEL, NEWEST_MODEL])
+def test_claude_code_runs_two_tools_and_goes_on(desk: Desk, model: str) -> None:
+    script_claude_code_round(desk)
+
+    ran = run_claude_code(desk, model)
+
+    assert (ran.code, ran.stdout.strip(), ran.stderr) == (0, AFTER, "")
+    assert desk.paths(2) == ["fresh", "continued"]
+    one, note = results(desk.rig.last_body())
+    assert "one-42" in one and "cormorant" in note
+
+
+@pytest.fixture(scope="module")
+def claude_code_body(
+    shared_rig: Rig, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Json]:
+    """What reaches the API of a question to Claude Code."""
+    shared_rig.begin()
+    run_claude_code(Desk(shared_rig, tmp_path_factory.mktemp("desk")))
+    return shared_rig.only_body()
+
+
+def test_the_model_sees_the_tools_of_claude_code(claude_code_body: Body) -> None:
+    assert {"Agent", "Bash", "Edit", "Read", "Write"} <= offered(claude_code_body)
+
+
+def test_the_header_of_claude_code_does_not_swallow_its_system_prompt(
+    claude_code_body: Body,
+) -> None:
+    header = claude_code_body["system"][0]["text"]
+    assert len(header.splitlines()) == 1
+    assert "Speak like a pirate." in "".join(system_texts(claude_code_body))
+
+
+@with_newest_claude
+def test_claude_code_loads_a_tool_whose_schema_it_held_back(desk: Desk) -> None:
+    replies = [stub.text(AFTER)]
+
+    def answer(body: Body) -> stub.Reply:
+        if len(desk.rig.asked()) > 1:
+            return replies.pop() if replies else stub.text("There were more requests than replies.")
+        names = [tool["name"] for tool in body["tools"]]
+        search = next(name for name in names if name.startswith("ToolSearch"))
+        return stub.tool_calls([(search, {"query": "select:WebFetch", "max_results": 5})])
+
+    desk.rig.stub.default = answer
+
+    ran = run_claude_code(desk)
+
+    assert (ran.code, ran.stdout.strip(), ran.stderr) == (0, AFTER, "")
+    assert len(desk.paths(2)) == 2
+    assert "WebFetch" in offered(desk.rig.last_body())
+
+
+def test_claude_code_shows_a_plan_limit_without_asking_again(desk: Desk) -> None:
+    desk.rig.script(then=stub.plan_limit())
+
+    ran = run_claude_code(desk)
+
+    assert ran.code == 1 and "limit" in ran.stdout, ran
+    assert len(desk.served()) == 1

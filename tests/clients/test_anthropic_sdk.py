@@ -1,0 +1,268 @@
+"""The official `anthropic` package as a client, over the fake claude."""
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from server import Server, running_server
+
+anthropic = pytest.importorskip("anthropic", reason="the anthropic package is not installed")
+pydantic = pytest.importorskip("pydantic", reason="the pydantic package is not installed")
+
+Json = Any
+
+MODEL = "claude-sonnet-4-6"
+HELLO: list[Json] = [{"role": "user", "content": "hello"}]
+TOOLS: list[Json] = [{"name": "weather", "description": "Tells it.", "input_schema": {
+    "type": "object", "properties": {"city": {"type": "string"}}}}]
+
+
+class City(pydantic.BaseModel):  # type: ignore[misc,name-defined]
+    """What is asked for."""
+    city: str
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Server:
+    shared_server.write_scenario([])
+    return shared_server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Any]:
+    with sdk(server) as found:
+        yield found
+
+
+def sdk(server: Server, **options: Any) -> Any:
+    """A client of the package, deaf to proxies that the environment may name."""
+    wanted = {
+        "api_key": "any", "base_url": server.url, "timeout": 60, "max_retries": 0, **options}
+    return anthropic.Anthropic(
+        http_client=anthropic.DefaultHttpxClient(trust_env=False), **wanted)
+
+
+def ask(client: Any, messages: Json = None, **fields: Json) -> Any:
+    return client.messages.create(
+        **{"model": MODEL, "max_tokens": 2000, "messages": messages or HELLO, **fields})
+
+
+def call(city: str) -> Json:
+    return {"tool": {"name": "weather", "input": {"city": city}}}
+
+
+LOOP = [
+    [{"say": "Let me look."}, call("Rome"), call("Oslo")], [call("Bern")], [call("Graz")],
+    [{"say": "All warm."}]]
+
+
+# ---------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------
+
+def test_a_message_is_parsed(client: Any) -> None:
+    found = ask(client, system="Be kind.")
+
+    assert (found.content[0].text, found.stop_reason) == ("You said: hello", "end_turn")
+    assert found.usage.input_tokens + found.usage.cache_read_input_tokens == 15
+    assert (found.role, found.type, found._request_id[:4]) == ("assistant", "message", "req_")
+
+
+def test_the_helper_for_streams_gives_text_and_message(client: Any) -> None:
+    with client.messages.stream(model=MODEL, max_tokens=99, messages=HELLO) as stream:
+        text = "".join(stream.text_stream)
+        found = stream.get_final_message()
+
+    assert text == found.content[0].text == "You said: hello"
+    assert (found.stop_reason, found.usage.output_tokens) == ("end_turn", 7)
+
+
+def test_a_raw_stream_has_the_apis_events_in_the_apis_order(client: Any) -> None:
+    events = [event.type for event in ask(client, stream=True)]
+
+    assert [kind for kind in events if kind != "content_block_delta"] == [
+        "message_start", "content_block_start", "content_block_stop", "message_delta",
+        "message_stop"]
+    assert events[1:4] == ["content_block_start", *["content_block_delta"] * 2]
+
+
+def test_thinking_blocks_have_their_signatures(server: Server, client: Any) -> None:
+    server.write_scenario([[{"think": "Hm."}, {"say": "Yes."}]])
+    with client.messages.stream(
+        model=MODEL, max_tokens=4000, messages=HELLO,
+        thinking={"type": "enabled", "budget_tokens": 1024},
+    ) as stream:
+        kinds = [event.type for event in stream]
+        found = stream.get_final_message()
+
+    thought, answer = found.content
+    assert (thought.type, thought.thinking, answer.text) == ("thinking", "Hm.", "Yes.")
+    assert thought.signature and "thinking" in kinds and "signature" in kinds
+    server.write_scenario([])
+    again = ask(client, [*HELLO, {"role": "assistant", "content": found.content}, *HELLO])
+    assert again.content[0].text == "You said: hello"
+
+
+def test_tokens_are_estimated(client: Any) -> None:
+    short = client.messages.count_tokens(model=MODEL, messages=HELLO)
+    long = client.messages.count_tokens(
+        model=MODEL, messages=HELLO, system="word " * 700, tools=TOOLS)
+
+    assert 0 < short.input_tokens < 20 < 900 < long.input_tokens < 1500
+
+
+def test_models_may_be_listed(client: Any) -> None:
+    page = client.models.list()
+    assert MODEL in [model.id for model in page]
+    assert page.has_more is False and page.first_id == page.data[0].id
+    assert page.last_id == page.data[-1].id
+    found = client.models.retrieve(MODEL)
+    assert (found.type, found.display_name) == ("model", "Claude Sonnet 4.6")
+    assert found.created_at.year == 2025
+    told = found.model_dump()
+    assert (told["max_input_tokens"], told["max_tokens"], told["lifecycle"]) == (
+        200_000, 32_000, "active")
+
+
+# ---------------------------------------------------------------------------
+# Tools
+# ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_a_tool_loop_goes_three_rounds(server: Server, client: Any, streams: bool) -> None:
+    server.write_scenario(LOOP)
+    messages, rounds = list(HELLO), []
+    while True:
+        found = next_message(client, messages, streams)
+        messages.append({"role": "assistant", "content": found.content})
+        calls = [block for block in found.content if block.type == "tool_use"]
+        if found.stop_reason != "tool_use":
+            break
+        rounds.append([block.input for block in calls])
+        messages.append({"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": block.id, "content": "20"}
+            for block in calls]})
+
+    assert [[made["city"] for made in calls] for calls in rounds] == [
+        ["Rome", "Oslo"], ["Bern"], ["Graz"]]
+    assert found.content[-1].text == "All warm."
+
+
+def next_message(client: Any, messages: Json, streams: bool) -> Any:
+    if not streams:
+        return ask(client, messages, tools=TOOLS)
+    with client.messages.stream(
+        model=MODEL, max_tokens=2000, messages=messages, tools=TOOLS
+    ) as stream:
+        return stream.get_final_message()
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_the_runner_of_tools_runs_them(server: Server, client: Any, streams: bool) -> None:
+    runner = getattr(client.beta.messages, "tool_runner", None)
+    if runner is None or not hasattr(anthropic, "beta_tool"):
+        pytest.skip("this anthropic package has no tool runner")
+    server.write_scenario(LOOP)
+    asked = []
+
+    @anthropic.beta_tool  # type: ignore[untyped-decorator]
+    def weather(city: str) -> str:
+        """Tells how warm it is.
+
+        Args:
+            city: where
+        """
+        asked.append(city)
+        return "20"
+
+    running = runner(
+        model=MODEL, max_tokens=2000, messages=HELLO, tools=[weather], stream=streams)
+    last = running.until_done()
+
+    assert last.content[-1].text == "All warm."
+    assert asked == ["Rome", "Oslo", "Bern", "Graz"]
+
+
+def test_parse_gives_an_object(server: Server, client: Any) -> None:
+    if not hasattr(client.messages, "parse"):
+        pytest.skip("this anthropic package cannot parse")
+    server.write_scenario([[{"tool": {"name": "StructuredOutput", "input": {"city": "Rome"}}}]])
+    found = client.messages.parse(
+        model=MODEL, max_tokens=99, messages=HELLO, output_format=City)
+
+    assert found.parsed_output == City(city="Rome")
+
+
+# ---------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("status", "word", "kind"), [
+    (400, "invalid_request", "BadRequestError"),
+    (401, "authentication_failed", "AuthenticationError"),
+    (403, "unknown", "PermissionDeniedError"),
+    (429, "rate_limit", "RateLimitError"),
+    (529, "overloaded", "OverloadedError"),
+])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_failure_has_its_own_exception(
+    tmp_path: Any, status: int, word: str, kind: str, stream: bool
+) -> None:
+    error = {"status": status, "word": word, "text": "it failed"}
+    with running_server(tmp_path, [[{"api_error": error}]]) as server, sdk(server) as client:
+        wanted = getattr(anthropic, kind, anthropic.InternalServerError)
+        with pytest.raises(wanted) as found:
+            ask(client, stream=stream)
+
+    assert found.value.status_code == status
+    assert found.value.body["type"] == "error"
+    assert found.value.body["error"]["message"]
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_raised(server: Server, client: Any) -> None:
+    server.write_scenario([[{"say": "so far"}, {"exit": 1}]])
+    with pytest.raises(anthropic.APIStatusError, match="ended before its answer"):
+        list(ask(client, stream=True))
+
+
+@pytest.mark.parametrize(("fields", "kind"), [
+    ({"model": "gpt-9"}, "NotFoundError"),
+    ({"temperature": 5}, "BadRequestError"),
+    ({"messages": []}, "BadRequestError"),
+])
+def test_a_request_that_is_wrong_is_a_typed_error(
+    client: Any, fields: dict[str, Json], kind: str
+) -> None:
+    body = {"model": MODEL, "max_tokens": 9, "messages": HELLO, "extra_body": fields}
+    with pytest.raises(getattr(anthropic, kind)):
+        client.messages.create(**body)
+
+
+def test_a_wrong_key_is_an_authentication_error(tmp_path: Any) -> None:
+    with running_server(tmp_path, env={"PROXY_API_KEY": "right-key-of-tests"}) as server:
+        with sdk(server, api_key="wrong") as client, pytest.raises(
+            anthropic.AuthenticationError
+        ):
+            ask(client)
+        with sdk(server, api_key="right-key-of-tests") as client:
+            assert ask(client).content[0].text == "You said: hello"
+
+
+def test_the_asynchronous_client_streams(server: Server) -> None:
+    async def one(client: Any, word: str) -> str:
+        said = [{"role": "user", "content": word}]
+        async with client.messages.stream(model=MODEL, max_tokens=99, messages=said) as stream:
+            return "".join([text async for text in stream.text_stream])
+
+    async def all_of(words: list[str]) -> list[str]:
+        deaf = anthropic.DefaultAsyncHttpxClient(trust_env=False)
+        async with anthropic.AsyncAnthropic(
+            api_key="any", base_url=server.url, timeout=60, http_client=deaf
+        ) as client:
+            return list(await asyncio.gather(*[one(client, word) for word in words]))
+
+    words = [f"word{number}" for number in range(5)]
+    assert asyncio.run(all_of(words)) == [f"You said: {word}" for word in words]

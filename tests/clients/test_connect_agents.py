@@ -1,0 +1,257 @@
+"""Programs that find OCP with nothing but what ocp_connect.py wrote into an empty home.
+
+programs.client_folders() says where they are looked for, and CLIENTS there how to get them.
+The claude behind the server is the fake one; Claude Code as a client is the real one.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from processes import kill_all, processes_with
+from programs import HOW_TO_INSTALL, client_folders, find_client, how_to_install, real_claudes
+from project import REPO, clean_env, load_script
+from server import Server, running_server
+
+connect = load_script("ocp_connect")
+RUN_TIMEOUT_S = 90
+KEY = "ocp_" + "k3y" * 10 + "42"
+QUESTION, ANSWER = "Say hello there", "The cormorant says hello."
+
+
+def program(name: str) -> Path:
+    """Where a program is; skips the test if it is not there."""
+    path = find_client(name)
+    if path is None:
+        pytest.skip(how_to_install(name))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    scenario = {"turns": [[{"say": ANSWER}]]}
+    with running_server(
+        tmp_path_factory.mktemp("server"), scenario, env={"PROXY_API_KEY": KEY}
+    ) as running:
+        yield running
+
+
+class Ran(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Desk:
+    """A home with nothing in it, and a PATH with the programs of one tool."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.server = server
+        self.home, self.work, self.bin = (folder / name for name in ("home", "work", "bin"))
+        for each in (self.home, self.work, self.bin):
+            each.mkdir()
+
+    def install(self, *names: str) -> None:
+        for name in names:
+            (self.bin / name).symlink_to(program(name))
+
+    def run(self, *command: str, **env: str) -> Ran:
+        """A program from start to end. Whatever it has started ends with it."""
+        path = os.pathsep.join([str(self.bin), "/usr/bin", "/bin"])
+        process = subprocess.Popen(
+            command, env=clean_env(HOME=str(self.home), **{**env, "PATH": path}),
+            cwd=self.work, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True)
+        try:
+            stdout, stderr = process.communicate(timeout=RUN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{command[0]} does not end") from None
+        finally:
+            end_group(process)
+        return Ran(process.returncode, stdout.decode(), stderr.decode())
+
+    def connect(self, *more: str) -> Ran:
+        """ocp_connect as a file; it has to succeed."""
+        ran = self.run(sys.executable, str(REPO / "ocp_connect.py"), "127.0.0.1", "--port",
+                       str(self.server.port), "--key", KEY, "--yes", *more)
+        assert ran.code == 0, ran
+        return ran
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # All of it has ended.
+    process.communicate()
+
+
+@pytest.fixture
+def desk(server: Server, tmp_path: Path) -> Iterator[Desk]:
+    yield Desk(server, tmp_path)
+    # Cline leaves a daemon behind, in a session of its own.
+    kill_all(sorted(processes_with(tmp_path)))
+
+
+# ---------------------------------------------------------------------------
+# One prompt each
+# ---------------------------------------------------------------------------
+
+QUIET = {f"OPENCODE_DISABLE_{name}": "1"
+         for name in ("AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "DEFAULT_PLUGINS")}
+AIDER = ("--no-git", "--yes-always", "--no-stream", "--no-pretty", "--no-check-update",
+         "--analytics-disable", "--no-show-release-notes")
+#: Tool -> the programs that it needs, and a command that asks the question.
+CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]] = {
+    "codex": (("codex", "node"), ("codex", "exec", "--skip-git-repo-check", QUESTION), {}),
+    "opencode": (("opencode", "node"), ("opencode", "run", QUESTION), QUIET),
+    "continue": (("cn", "node"), ("cn", "-p", QUESTION), {}),
+    "cline": (("cline", "node"), ("cline", "--json", QUESTION), {}),
+    "llm": (("llm",), ("llm", QUESTION), {}),
+    "aider": (("aider",), ("aider", *AIDER, "--message", QUESTION), {}),
+}
+
+
+def seed_aider(home: Path) -> None:
+    """A list of prices, which Aider would fetch from a network that tests do not use."""
+    caches = home / ".aider" / "caches"
+    caches.mkdir(parents=True)
+    (caches / "model_prices_and_context_window.json").write_text('{"none": {}}')
+
+
+@pytest.mark.parametrize("tool", sorted(CASES))
+def test_a_program_answers_with_only_what_was_written(desk: Desk, tool: str) -> None:
+    programs, command, env = CASES[tool]
+    desk.install(*programs)
+    desk.connect("--only", tool)
+    if tool == "aider":
+        seed_aider(desk.home)
+    asked_before = len(desk.server.queries())
+
+    ran = desk.run(*command, **env)
+
+    assert ran.code == 0 and ANSWER in ran.stdout, ran
+    assert len(desk.server.queries()) > asked_before
+    assert "[ERROR]" not in ran.stderr
+
+
+@pytest.mark.parametrize("tool", sorted(CASES))
+def test_undo_leaves_nothing_of_ours_behind(desk: Desk, tool: str) -> None:
+    desk.install(*CASES[tool][0])
+    desk.connect("--only", tool)
+
+    ran = desk.run(sys.executable, str(REPO / "ocp_connect.py"), "--undo", "--yes")
+
+    assert ran.code == 0, ran
+    left = [path for path in desk.home.rglob("*") if path.is_file()]
+    holding = [path for path in left if KEY.encode() in path.read_bytes()
+               or str(desk.server.port).encode() in path.read_bytes()]
+    logs = {"log", "logs", "cache", ".cache", "snapshots"}
+    assert not [path for path in holding if not logs & set(path.parts)]
+
+
+MESSAGES = "[{'role': 'user', 'content': 'Hi'}]"
+#: Library -> a program that names neither an address nor a key.
+LIBRARIES = {
+    "openai": f"""
+import openai
+answer = openai.OpenAI().chat.completions.create(model="haiku", messages={MESSAGES})
+print(answer.choices[0].message.content)
+""",
+    "langchain_openai": """
+from langchain_openai import ChatOpenAI
+print(ChatOpenAI(model="haiku").invoke("Hi").content)
+""",
+    "litellm": f"""
+import litellm
+answer = litellm.completion(model="openai/haiku", messages={MESSAGES})
+print(answer.choices[0].message.content)
+""",
+}
+
+
+def python_with(library: str) -> str:
+    """A Python that has a library; skips the test if there is none."""
+    # To import it only to see whether it is there would take seconds.
+    look = f"import importlib.util as u, sys; sys.exit(u.find_spec({library!r}) is None)"
+    beside = [folder / "bin/python" for folder in client_folders()]
+    for python in [Path(sys.executable), *(path for path in beside if path.exists())]:
+        if not subprocess.run([python, "-c", look]).returncode:
+            return str(python)
+    pytest.skip(how_to_install(library))
+
+
+@pytest.mark.parametrize("library", sorted(LIBRARIES))
+def test_a_library_finds_the_server_in_a_new_shell(desk: Desk, library: str) -> None:
+    python = python_with(library)
+    desk.connect("--only", "shell")
+    (desk.work / "ask.py").write_text(LIBRARIES[library])
+
+    ran = desk.run("sh", "-c", f". ~/.profile; exec {python} ask.py", SHELL="/bin/sh",
+                   LITELLM_LOCAL_MODEL_COST_MAP="True")
+
+    assert ran.stdout.strip() == ANSWER, ran
+
+
+# ---------------------------------------------------------------------------
+# OpenClaw
+# ---------------------------------------------------------------------------
+
+def test_openclaw_validates_and_answers_one_prompt(desk: Desk) -> None:
+    desk.install("openclaw", "node")
+
+    ran = desk.connect("--only", "openclaw")
+
+    assert "config patch" in ran.stdout
+    config = json.loads((desk.home / ".openclaw/openclaw.json").read_text())
+    assert config["agents"]["defaults"]["model"] == {
+        "primary": "claude-local/claude-sonnet-5", "fallbacks": []}
+    assert "models" not in config["agents"]["defaults"]
+    assert "allow" not in config.get("plugins", {})
+    valid = json.loads(desk.run("openclaw", "config", "validate", "--json").stdout)
+    assert valid["valid"] is True and not valid["warnings"]
+    answer = desk.run(
+        "openclaw", "infer", "model", "run", "--local", "--model",
+        "claude-local/claude-haiku-4-5-20251001", "--prompt", QUESTION, "--json")
+    assert answer.code == 0 and ANSWER in answer.stdout, answer
+
+
+def test_openclaw_twice_changes_nothing_and_undo_gives_the_bytes_back(desk: Desk) -> None:
+    desk.install("openclaw", "node")
+    config = desk.home / ".openclaw/openclaw.json"
+    config.parent.mkdir()
+    config.write_text('{\n  // mine\n  gateway: { mode: "local" },\n}\n')
+    before = config.read_bytes()
+
+    desk.connect("--only", "openclaw")
+    after = config.read_bytes()
+    again = desk.connect("--only", "openclaw")
+
+    assert config.read_bytes() == after and "as it should be" in again.stdout
+    undone = desk.run(sys.executable, str(REPO / "ocp_connect.py"), "--undo", "--yes")
+    assert undone.code == 0 and config.read_bytes() == before
+
+
+# ---------------------------------------------------------------------------
+# Claude Code
+# ---------------------------------------------------------------------------
+
+def test_claude_code_answers_on_a_machine_where_it_is_not_logged_in(desk: Desk) -> None:
+    found = real_claudes()
+    if not found:
+        pytest.skip(HOW_TO_INSTALL)
+    (desk.bin / "claude").symlink_to(found[-1][1].resolve())
+
+    desk.connect("--only", "claude-code", "--anthropic")
+    ran = desk.run("claude", "-p", "--model", "haiku", "--", QUESTION,
+                   CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", DISABLE_AUTOUPDATER="1")
+
+    assert (ran.code, ran.stdout.strip()) == (0, ANSWER), ran

@@ -1,0 +1,765 @@
+"""The dashboard: the page as text, and what a real browser makes of it.
+
+Index: 1 the page as text   2 over HTTP   3 in a browser: panels   4 the key   5 coming and going
+       6 dialogs   7 hostile names, widths
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import sqlite3
+import time
+from contextlib import ExitStack, contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Optional
+
+import pytest
+
+import browser
+from http_client import Reply, http_request
+from project import free_port, load_script
+from server import Server, running_server
+
+Json = Any
+ocp = load_script("ocp_server")
+PAGE = str(ocp.DASHBOARD_HTML)
+STYLE = PAGE.partition("<style>")[2].partition("</style>")[0]
+SCRIPT = PAGE.partition("<script>")[2].partition("</script>")[0]
+ADMIN_KEY = "the-admin-key"
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
+VIEWS = ("overview", "requests", "keys", "sessions", "settings", "log")
+
+needs_browser = pytest.mark.skipif(
+    browser.browser_program() is None, reason=browser.HOW_TO_INSTALL)
+
+
+# ---------------------------------------------------------------------------
+# 1 The page as text
+# ---------------------------------------------------------------------------
+
+class Tags(HTMLParser):
+    """The tags of a page; raises AssertionError when they do not fit into each other."""
+
+    VOID = frozenset(("meta", "link", "input", "br"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, Optional[str]]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, Optional[str]]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> at {self.getpos()} in {self.open}"
+        self.open.pop()
+
+
+@pytest.fixture(scope="module")
+def tags() -> Tags:
+    parser = Tags()
+    parser.feed(PAGE)
+    parser.close()
+    assert not parser.open
+    return parser
+
+
+def test_the_page_is_ascii_and_not_too_wide() -> None:
+    assert PAGE.isascii()
+    assert [line for line in PAGE.split("\n") if len(line) > 100 or line != line.rstrip()] == []
+
+
+def test_the_policy_lets_everything_in_the_page_work(tags: Tags) -> None:
+    names = [tag for tag, _ in tags.found]
+    assert names.count("style") == names.count("script") == 1
+    inline = [(tag, name) for tag, attributes in tags.found for name in attributes
+              if name.startswith("on") or name == "style"]
+    assert inline == []
+
+
+def test_every_reference_in_the_page_leads_to_one_element(tags: Tags) -> None:
+    ids = [attributes["id"] for _, attributes in tags.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    wanted = {str(attributes[name]) for _, attributes in tags.found
+              for name in ("for", "aria-labelledby", "aria-describedby") if name in attributes}
+    wanted |= set(re.findall(r'byId\("([^"]+)"\)', SCRIPT))
+    assert wanted <= set(ids)
+
+
+def test_every_input_has_a_label(tags: Tags) -> None:
+    labelled = {attributes.get("for") for tag, attributes in tags.found if tag == "label"}
+    bare = [attributes for tag, attributes in tags.found if tag == "input"
+            and attributes.get("type") != "checkbox" and attributes["id"] not in labelled]
+    assert bare == []
+
+
+def test_nothing_comes_from_outside() -> None:
+    assert not re.search(r"https?://|\burl\(|@import|\bimport\b\s*[\(\"']", PAGE)
+
+
+def test_text_is_never_parsed_as_a_page_or_a_program() -> None:
+    words = "innerHTML|outerHTML|insertAdjacentHTML|document\\.write|\\beval\\(|new Function|srcdoc"
+    assert not re.search(words, PAGE)
+    assert "localStorage" not in PAGE and "document.cookie" not in PAGE
+
+
+def fetched_paths() -> set[str]:
+    """The paths in the script, with {x} for what is filled in."""
+    texts = re.findall(r"[\"'`](/[a-z][^\"'`]*)[\"'`]", SCRIPT)
+    return {re.sub(r"\$\{[^}]*\}", "{x}", text).partition("?")[0] for text in texts}
+
+
+def test_every_path_that_is_fetched_is_a_route() -> None:
+    router = ocp.Router(ocp.ROUTES)
+    paths = fetched_paths()
+    assert {"/api/events", "/api/keys/{x}/quota", "/settings", "/sessions/{x}"} <= paths
+    assert [path for path in paths - {"/v1"} if not router.matches(path)] == []
+
+
+def colours(block: str) -> dict[str, tuple[int, ...]]:
+    """The colours that a block of the style defines, by their names."""
+    found = re.findall(r"--([\w-]+): #([0-9a-f]{3,6});", block)
+    wide = [(name, code if len(code) == 6 else "".join(c + c for c in code))
+            for name, code in found]
+    return {name: tuple(bytes.fromhex(code)) for name, code in wide}
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """As WCAG defines it."""
+    def luminance(colour: tuple[int, ...]) -> float:
+        parts = [value / 255 for value in colour]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+                            for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    lights = sorted((luminance(one), luminance(other)))
+    return (lights[1] + 0.05) / (lights[0] + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_have_enough_contrast(scheme: str) -> None:
+    light, dark = STYLE.split("@media (prefers-color-scheme: dark)")
+    table = colours(light if scheme == "light" else dark)
+    texts = [(text, ground) for text in ("text", "quiet", "good", "warn", "bad", "accent")
+             for ground in ("card", "page")]
+    texts += [(text, "sunken") for text in ("text", "quiet", "good", "warn", "bad")]
+    texts += [("on-accent", "accent"), ("card", "bad"), ("text", "tint")]
+    shapes = [(f"s{number}", "card") for number in range(7)] + [("edge", "card")]
+    weak = [(pair, least) for pairs, least in ((texts, 4.5), (shapes, 3.0)) for pair in pairs
+            if contrast(table[pair[0]], table[pair[1]]) < least]
+    assert weak == []
+
+
+# ---------------------------------------------------------------------------
+# 2 Over HTTP
+# ---------------------------------------------------------------------------
+
+def test_the_policy_names_the_style_and_the_script(shared_server: Server) -> None:
+    reply = shared_server.call("GET", "/dashboard")
+    policy = dict(part.split(" ", 1) for part in
+                  reply.headers["Content-Security-Policy"].split("; "))
+
+    def named(text: str) -> str:
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    assert (policy["style-src"], policy["script-src"]) == (named(STYLE), named(SCRIPT))
+    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
+    assert reply.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert reply.text == PAGE
+
+
+def test_a_page_that_the_browser_has_is_not_sent_again(shared_server: Server) -> None:
+    first = shared_server.call("GET", "/dashboard")
+    tag = first.headers["ETag"]
+    again = shared_server.call("GET", "/dashboard", headers={"If-None-Match": tag})
+    other = shared_server.call("GET", "/dashboard", headers={"If-None-Match": '"another"'})
+    assert (again.status, again.body) == (304, b"")
+    assert (other.status, other.body) == (200, first.body)
+
+
+# ---------------------------------------------------------------------------
+# 3 In a browser: panels
+# ---------------------------------------------------------------------------
+
+class Desk:
+    """A server with something to show, in mode multi."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.secrets: dict[str, str] = {}
+
+    def admin(self, method: str, path: str, body: Json = None) -> Json:
+        return self.server.call(method, path, body, ADMIN).json()
+
+    def key(self, name: str, **fields: Json) -> None:
+        self.secrets[name] = self.admin("POST", "/api/keys", {"name": name, **fields})["key"]
+
+    def chat(self, name: str, text: str, **fields: Json) -> Reply:
+        return self.server.call("POST", "/v1/chat/completions", question(text, **fields),
+                                {"Authorization": f"Bearer {self.secrets[name]}"})
+
+
+def question(text: str, **fields: Json) -> dict[str, Json]:
+    return {"model": "sonnet", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def in_hours(hours: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + hours * 3600))
+
+
+def plan() -> dict[str, Json]:
+    """What claude tells about the plan, its times counted from now."""
+    return {"rate_limits_available": True, "subscription_type": "max", "rate_limits": {
+        "five_hour": {"utilization": 37, "resets_at": in_hours(2.5)},
+        "seven_day": {"utilization": 81, "resets_at": in_hours(70)}}}
+
+
+ANSWER = [[{"say": "Hello."}]]
+MULTI = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY, "CLAUDE_CACHE_TTL": "60000",
+         "OCP_INSTANCE_NAME": "attic"}
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+    with browser.running_browser(tmp_path_factory.mktemp("browser")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    folder = tmp_path_factory.mktemp("desk")
+    with running_server(folder, {"turns": ANSWER, "usage": plan()}, env=MULTI) as server:
+        made = Desk(server)
+        made.key("laptop", quota={"daily": 50, "tokensMonthly": 90000}, note="the grey one")
+        made.key("phone", models=["haiku"], expiry="30d", maxConcurrent=2)
+        for text in ("one", "two", "two"):
+            assert made.chat("laptop", text).status == 200
+        assert made.chat("phone", "three", model="haiku").status == 200
+        assert made.chat("laptop", "four", session_id="diary").status == 200
+        yield made
+
+
+@contextmanager
+def opened(
+    chrome: browser.Browser, server: Server, view: str = "overview", width: int = 1280,
+    dark: bool = False, key: str = ADMIN_KEY, expected: tuple[str, ...] = ("401",),
+) -> Iterator[browser.Page]:
+    """The page after its key was typed in; at the end nothing else may be in the console."""
+    with chrome.page(f"{server.url}/dashboard#{view}", width, dark) as page:
+        if key:
+            page.until("document.querySelector('#gate').open")
+            page.until("document.activeElement.id === 'gate-key'")
+            page.write(key)
+            page.press("Enter")
+        page.sees("Live", "#link")
+        yield page
+        unexpected = [each for each in page.complaints
+                      if not any(word in each for word in expected)]
+        assert unexpected == []
+
+
+@needs_browser
+def test_the_overview_shows_state_plan_and_usage(chrome: browser.Browser, desk: Desk) -> None:
+    with opened(chrome, desk.server) as page:
+        page.sees("Running", "#state")
+        assert f"attic, {ocp.VERSION}" in page.text("#version")
+        page.sees("37 % used", "#plan")
+        page.sees("81 % used", "#plan")
+        page.sees("Resets in 2 h 2", "#plan")
+        page.sees("laptop", "#shares")
+        for place, words in (
+            ("#now", "of 8 answers"), ("#now", "Parked"), ("#facts", "works, seen"),
+            ("#facts", "max"), ("#facts", "1 of 4 look-ups hit"), ("#totals", "Requests"),
+        ):
+            page.sees(words, place)
+        totals = " ".join(page.text("#totals").split())
+        assert "Requests 5" in totals and "Failed 0 %" in totals and "Cache hits 20 %" in totals
+        page.until("document.querySelectorAll('#chart .s0, #chart .s1').length >= 2")
+
+
+@needs_browser
+def test_the_chart_is_redrawn_by_model_and_read_with_the_arrow_keys(
+    chrome: browser.Browser, desk: Desk
+) -> None:
+    with opened(chrome, desk.server) as page:
+        page.sees("laptop", "#shares")
+        page.click("#choices input[value=model]")
+        page.sees("claude-haiku", "#shares")
+        page.click("#choices input[value=tokens]")
+        page.click("#choices input[value=week]")
+        page.until("document.querySelector('#chart').getAttribute('aria-label') === "
+                   "'Tokens by model, last 7 days'")
+        page.tab_to("chart")
+        page.press("End")
+        page.sees("one day:", "#readout")
+        assert "tokens (claude-" in page.text("#readout")
+        page.press("ArrowLeft")
+        page.sees("one day: 0 tokens", "#readout")
+
+
+@needs_browser
+def test_recent_requests_are_filtered(chrome: browser.Browser, desk: Desk) -> None:
+    with opened(chrome, desk.server, "requests") as page:
+        page.sees("phone", "#requests")
+        page.evaluate("""(() => { const select = document.querySelector('#filter-outcome');
+            select.value = 'cached'; select.dispatchEvent(new Event('change')); })()""")
+        page.until("document.querySelectorAll('#requests tbody tr').length === 1")
+        page.sees("cached", "#requests")
+        page.evaluate("""(() => { const select = document.querySelector('#filter-key_name');
+            select.value = 'phone'; select.dispatchEvent(new Event('change')); })()""")
+        page.sees("No request is like this", "#requests")
+        assert "cached" not in page.text("#requests tbody")
+
+
+@needs_browser
+def test_keys_sessions_settings_and_log_show_what_there_is(
+    chrome: browser.Browser, desk: Desk
+) -> None:
+    with opened(chrome, desk.server, "keys") as page:
+        page.until("/\\d of 50/.test(document.querySelector('#keys').innerText)")
+        assert "the grey one" in page.text("#keys") and "tokens a month" in page.text("#keys")
+        assert "2 answers at a time" in page.text("#keys")
+        page.evaluate("location.hash = 'sessions'")
+        page.sees("diary", "#sessions")
+        page.evaluate("location.hash = 'settings'")
+        page.sees("60,000 ms", "#settings")
+        assert "environment" in page.text("#settings") and "1 to 64" in page.text("#settings")
+        page.evaluate("location.hash = 'log'")
+        page.sees("answer_finished", "#log")
+        assert "by=admin" in page.text("#log")
+
+
+@needs_browser
+def test_the_log_can_be_paused_and_cut_to_a_level(chrome: browser.Browser, desk: Desk) -> None:
+    with opened(chrome, desk.server, "log") as page:
+        page.sees("answer_finished", "#log")
+        page.tab_to("log-pause")
+        page.press(" ")
+        desk.admin("POST", "/api/keys", {"name": "later"})
+        desk.admin("DELETE", "/api/keys/later")
+        page.sees("Resume (2 new)", "#log-pause")
+        assert "later" not in page.text("#log")
+        page.press(" ")
+        page.sees("key=later", "#log")
+        page.evaluate("""(() => { const select = document.querySelector('#log-level');
+            select.value = 'error'; select.dispatchEvent(new Event('change')); })()""")
+        page.sees("choose a lower one", "#log-count")
+
+
+@needs_browser
+def test_a_turn_shows_while_it_runs_and_counts_when_it_ends(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    door = tmp_path / "door"
+    slow: list[list[Json]] = [
+        [{"say": "To begin with, "}, {"wait_for": str(door)}, {"say": "the end."}],
+        [{"hang": True}]]
+    one_at_a_time = {"CLAUDE_MAX_CONCURRENT": "1"}
+    with running_server(
+            tmp_path / "s", {"turns": slow, "shared": True}, env=one_at_a_time) as server, \
+            opened(chrome, server, key="") as page:
+        page.sees("Nothing is running", "#running")
+        page.sees("No request in this span", "#shares")
+        with server.stream("/v1/chat/completions", question("Go on.")) as stream:
+            page.sees("answering (fresh)", "#running")
+            page.until("/after \\d/.test(document.querySelector('#running').innerText)")
+            page.sees("1", "#now .figure")
+            second = http_request(
+                server.port, "POST", "/v1/chat/completions", question("And now?"))
+            page.sees("waiting for its turn", "#running")
+            door.touch()
+            list(stream)
+        second.close()
+        page.sees("Nothing is running", "#running")
+        page.sees("claude-sonnet", "#now")
+        page.until("/Requests\\s+2\\b/.test(document.querySelector('#totals').innerText)")
+        page.sees("1 left by their clients", "#totals")
+        assert "waiting for its turn" not in page.text("#running")
+
+
+# ---------------------------------------------------------------------------
+# 4 The key
+# ---------------------------------------------------------------------------
+
+@needs_browser
+def test_a_wrong_key_is_refused_and_a_right_one_is_kept_in_the_tab_only(
+    chrome: browser.Browser, desk: Desk
+) -> None:
+    with chrome.page(f"{desk.server.url}/dashboard") as page:
+        page.until("document.activeElement.id === 'gate-key'")
+        assert "does not accept" not in page.text("#gate")
+        page.write("wrong")
+        page.press("Enter")
+        page.sees("does not accept this key", "#gate-error")
+        page.press("Escape", times=3)
+        page.until("document.querySelector('#gate').open")
+        page.evaluate("document.querySelector('#gate-key').select()")
+        page.write(ADMIN_KEY)
+        page.press("Enter")
+        page.sees("Live", "#link")
+        kept = "[JSON.stringify(sessionStorage), JSON.stringify(localStorage), document.cookie]"
+        assert page.evaluate(kept) == [f'{{"ocp-admin-key":"{ADMIN_KEY}"}}', "{}", ""]
+        page.call("Page.reload")
+        page.sees("Live", "#link")
+        page.click("#forget-key")
+        page.until("document.querySelector('#gate')?.open")
+        assert page.evaluate("sessionStorage.length") == 0
+
+
+@needs_browser
+def test_a_key_of_a_device_is_told_that_it_is_not_the_admin_key(
+    chrome: browser.Browser, desk: Desk
+) -> None:
+    with chrome.page(f"{desk.server.url}/dashboard") as page:
+        page.until("document.activeElement.id === 'gate-key'")
+        page.write(desk.secrets["laptop"])
+        page.press("Enter")
+        page.sees("wants the admin key", "#gate-error")
+        assert page.evaluate("sessionStorage.length") == 0
+
+
+@needs_browser
+def test_mode_none_from_another_machine_explains_itself(
+    chrome: browser.Browser, shared_server: Server
+) -> None:
+    with chrome.page("about:blank") as page:
+        page.call("Network.enable")
+        page.call("Network.setExtraHTTPHeaders", headers={"X-Forwarded-For": "192.0.2.7"})
+        page.go(f"{shared_server.url}/dashboard")
+        page.sees("runs in mode none", "#gate")
+        page.sees(f"ssh -L {shared_server.port}:127.0.0.1:{shared_server.port}", "#gate")
+        assert not page.evaluate("document.querySelector('#gate-key').checkVisibility()")
+        page.call("Network.setExtraHTTPHeaders", headers={})
+        page.click("#gate-submit")
+        page.sees("Live", "#link")
+
+
+# ---------------------------------------------------------------------------
+# 5 Coming and going
+# ---------------------------------------------------------------------------
+
+@needs_browser
+def test_the_page_survives_a_restart_and_asks_again_when_the_key_has_changed(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        # It comes back at the same place, which nobody else is to get meanwhile.
+        port = str(free_port())
+        server = stack.enter_context(running_server(
+            tmp_path, ANSWER, env={**MULTI, "CLAUDE_PROXY_PORT": port}))
+        lost = ("401", "ERR_")
+        page = stack.enter_context(opened(chrome, server, "keys", expected=lost))
+        page.sees("There is no key yet", "#keys")
+        page.click("#create-key")
+        page.write("half-typed")
+
+        server.stop()
+        page.sees("trying again in", "#link")
+        page.sees("Not reachable", "#state")
+        page.sees("No connection to the server", "#notices")
+
+        with again(tmp_path, server.port, MULTI):
+            page.sees("Live", "#link")
+            assert page.evaluate("document.activeElement.value") == "half-typed"
+            page.press("Enter")
+            page.sees("shown once", "#secret")
+            page.press("Enter")
+            page.tab_to("secret-done")
+            page.press("Enter")
+            page.sees("half-typed", "#keys")
+
+        with again(tmp_path, server.port, {**MULTI, "OCP_ADMIN_KEY": "another"}):
+            page.until("document.querySelector('#gate').open")
+            page.sees("does not accept this key", "#gate-error")
+            assert "half-typed" not in page.text("main")
+            page.until("document.activeElement.id === 'gate-key'")
+            page.write("another")
+            page.press("Enter")
+            page.sees("Live", "#link")
+            page.sees("half-typed", "#keys")
+
+
+@contextmanager
+def again(folder: Path, port: int, env: Mapping[str, str]) -> Iterator[Server]:
+    """The server once more at the same place."""
+    with running_server(
+            folder, ANSWER, env={**env, "CLAUDE_PROXY_PORT": str(port)}) as server:
+        yield server
+
+
+@needs_browser
+def test_a_key_that_ends_while_an_action_is_under_way_asks_for_the_key(
+    chrome: browser.Browser, desk: Desk
+) -> None:
+    with opened(chrome, desk.server, "settings") as page:
+        page.sees("maxQueue", "#settings")
+        page.evaluate("store.adminKey = 'stale'")
+        page.click("[aria-label='Edit maxQueue']")
+        page.click("#asking-submit")
+        page.until("document.querySelector('#gate').open")
+        page.evaluate("document.querySelector('#gate-key').select()")
+        page.write(ADMIN_KEY)
+        page.press("Enter")
+        page.sees("Live", "#link")
+        assert page.evaluate("document.querySelector('#asking').open")
+
+
+@needs_browser
+def test_a_hidden_page_rests_and_goes_on_when_it_is_seen_again(
+    chrome: browser.Browser, desk: Desk
+) -> None:
+    with opened(chrome, desk.server) as page:
+        page.sees("laptop", "#shares")
+        with chrome.page("about:blank"):
+            # The page itself is not drawn meanwhile.
+            page.until("document.hidden && store.link.status === 'paused'")
+            page.evaluate("window.calls = 0; window.old = fetch; "
+                          "window.fetch = (...all) => { calls++; return old(...all); }")
+            assert desk.chat("laptop", "behind its back").status == 200
+            time.sleep(1.5)
+            assert page.evaluate("calls") == 0
+        page.call("Page.bringToFront")
+        page.until("calls > 0 && !document.hidden")
+        page.sees("Live", "#link")
+
+
+@needs_browser
+def test_updates_keep_rows_focus_and_selection(chrome: browser.Browser, desk: Desk) -> None:
+    with opened(chrome, desk.server, "keys") as page:
+        page.sees("laptop", "#keys")
+        page.evaluate("window.row = document.querySelector('#keys tbody tr:last-child'); "
+                      "document.querySelector('[aria-label=\"Edit laptop\"]').focus()")
+        desk.key("newcomer")
+        try:
+            page.evaluate("load('keys')")
+            page.sees("newcomer", "#keys")
+            assert page.focused() == "Edit laptop"
+            assert page.evaluate("row === document.querySelector('#keys tbody tr:last-child')")
+        finally:
+            desk.admin("DELETE", "/api/keys/newcomer")
+
+
+# ---------------------------------------------------------------------------
+# 6 Dialogs
+# ---------------------------------------------------------------------------
+
+@needs_browser
+def test_a_key_is_made_rotated_limited_and_revoked_by_keyboard(
+    chrome: browser.Browser, desk: Desk
+) -> None:
+    refused = ("401", "400", "409")
+    with opened(chrome, desk.server, "keys", expected=refused) as page:
+        page.sees("laptop", "#keys")
+        page.tab_to("create-key")
+        page.press("Enter")
+        page.until("document.activeElement.id === 'field-name'")
+        page.write("laptop")
+        page.press("Enter")
+        page.sees("already", "#asking-error")
+        page.until("document.activeElement.id === 'field-name'")
+        page.evaluate("document.activeElement.select()")
+        page.write("tablet")
+        page.tab_to("field-expiry")
+        page.write("7d")
+        page.press("Enter")
+        page.until("document.querySelector('#secret').open")
+        secret = page.evaluate("document.querySelector('#secret-value').value")
+        command = page.evaluate("document.querySelector('#secret-command').textContent")
+        assert command == f"curl -fsSL {desk.server.url}/connect | python3 - {desk.server.url}"
+        assert desk.server.call("GET", "/v1/models", headers=bearer(secret)).status == 200
+        page.tab_to("secret-done")
+        page.press("Enter")
+        page.until("document.querySelector('#secret-value').value === ''")
+        page.sees("tablet", "#keys")
+
+        page.tab_to("Quotas tablet")
+        page.press("Enter")
+        page.write("many")
+        page.press("Enter")
+        page.sees("daily", "#asking-error")
+        page.evaluate("document.activeElement.select()")
+        page.write("7")
+        page.press("Enter")
+        page.sees("0 of 7", "#keys")
+        assert page.focused() == "Quotas tablet"
+
+        page.tab_to("Rotate tablet")
+        page.press("Enter")
+        page.until("document.activeElement.id === 'asking-cancel'")
+        page.press("Tab")
+        page.press("Enter")
+        page.until("document.querySelector('#secret').open")
+        rotated = page.evaluate("document.querySelector('#secret-value').value")
+        assert desk.server.call("GET", "/v1/models", headers=bearer(secret)).status == 401
+        assert desk.server.call("GET", "/v1/models", headers=bearer(rotated)).status == 200
+        page.press("Escape")
+
+        page.tab_to("Revoke tablet")
+        page.press("Enter")
+        page.press("Escape")
+        page.until("!document.querySelector('#asking').open")
+        assert desk.server.call("GET", "/v1/models", headers=bearer(rotated)).status == 200
+        page.press("Enter")
+        page.until("document.activeElement.id === 'asking-cancel'")
+        page.press("Tab")
+        page.press("Enter")
+        page.sees("The key is revoked", "#toast")
+        page.until("!document.querySelector('#keys').innerText.includes('tablet')")
+        assert desk.server.call("GET", "/v1/models", headers=bearer(rotated)).status == 401
+        page.until("document.activeElement.id === 'title-keys'")
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+@needs_browser
+def test_a_key_is_edited_and_only_what_changed_is_sent(
+    chrome: browser.Browser, desk: Desk
+) -> None:
+    with opened(chrome, desk.server, "keys") as page:
+        page.sees("phone", "#keys")
+        page.click("[aria-label='Edit phone']")
+        before = desk.admin("GET", "/api/keys/phone")
+        page.evaluate("document.querySelector('#field-note').value = 'the old one'")
+        page.click("#asking-submit")
+        page.sees("the old one", "#keys")
+        assert desk.admin("GET", "/api/keys/phone") == {**before, "note": "the old one"}
+
+
+@needs_browser
+def test_a_setting_out_of_range_is_explained_and_a_good_one_can_be_reset(
+    chrome: browser.Browser, desk: Desk
+) -> None:
+    with opened(chrome, desk.server, "settings", expected=("401", "400")) as page:
+        page.sees("maxQueue", "#settings")
+        page.click("[aria-label='Edit maxQueue']")
+        assert "0 to 1,000" in page.text("#asking")
+        for wrong, word in (("100000", "from 0 to 1000"), ("", "whole number"),
+                            ("x", "whole number")):
+            page.evaluate("document.querySelector('#field-value').select()")
+            page.write(wrong) if wrong else page.evaluate(
+                "document.querySelector('#field-value').value = ''")
+            page.press("Enter")
+            page.sees(word, "#asking-error")
+        page.evaluate("document.querySelector('#field-value').select()")
+        page.write("33")
+        page.press("Enter")
+        page.until("!!document.querySelector('[aria-label=\"Reset maxQueue\"]')")
+        assert desk.admin("GET", "/settings")["maxQueue"]["value"] == 33
+        page.click("[aria-label='Reset maxQueue']")
+        page.click("#asking-submit")
+        page.until("!document.querySelector('[aria-label=\"Reset maxQueue\"]')")
+        assert desk.admin("GET", "/settings")["maxQueue"]["source"] == "default"
+        page.click("[aria-label='Edit cacheSampled']")
+        page.evaluate("document.querySelector('#field-value').value = 'off'")
+        page.click("#asking-submit")
+        page.until("!!document.querySelector('[aria-label=\"Reset cacheSampled\"]')")
+        assert desk.admin("PATCH", "/settings", {"cacheSampled": None})["results"]
+
+
+@needs_browser
+def test_a_source_that_fails_says_so_and_can_be_tried_again(
+    chrome: browser.Browser, desk: Desk
+) -> None:
+    with opened(chrome, desk.server) as page:
+        page.sees("laptop", "#shares")
+        page.evaluate("window.old = fetch; window.fetch = (path, ...rest) => path === '/api/keys' ?"
+                      "Promise.reject(new TypeError('cut')) : old(path, ...rest)")
+        page.evaluate("location.hash = 'keys'")
+        page.sees("Could not load the keys: The server does not answer (cut).", "#notices")
+        page.evaluate("window.fetch = old")
+        page.tab_to("Try again")
+        page.press("Enter")
+        page.sees("laptop", "#keys")
+        page.until("document.querySelector('#notices').innerText === ''")
+        assert "phone" in page.text("#keys")
+
+
+@needs_browser
+def test_a_session_is_cleared_after_a_question(chrome: browser.Browser, tmp_path: Path) -> None:
+    with running_server(tmp_path, ANSWER) as server:
+        name = "<b>notes</b> & more"
+        server.call("POST", "/v1/chat/completions", question("Hi", session_id=name))
+        server.call("POST", "/v1/chat/completions", question("Hi", session_id="other"))
+        with opened(chrome, server, "sessions", key="") as page:
+            page.sees(name, "#sessions")
+            page.evaluate(f"document.querySelector('[aria-label=\"Clear {name}\"]').click()")
+            page.sees(f"Clear the session {name}?", "#asking-title")
+            page.click("#asking-submit")
+            page.sees("1 session cleared", "#toast")
+            page.until("document.querySelectorAll('#sessions tbody tr').length === 1")
+            page.click("#clear-sessions")
+            page.click("#asking-submit")
+            page.sees("No session is remembered", "#sessions")
+        assert server.call("GET", "/sessions").json() == {"sessions": []}
+
+
+# ---------------------------------------------------------------------------
+# 7 Hostile names, widths
+# ---------------------------------------------------------------------------
+
+HOSTILE = "<img src=x onerror=window.broken=1>\"'`${broken}</script>"
+
+
+@needs_browser
+def test_hostile_names_are_text(chrome: browser.Browser, tmp_path: Path) -> None:
+    env = {**MULTI, "OCP_INSTANCE_NAME": HOSTILE}
+    with running_server(tmp_path, ANSWER, env=env) as server:
+        desk = Desk(server)
+        desk.key("victim", quota={"daily": 5}, note=HOSTILE)
+        desk.chat("victim", "hello")
+        database = sqlite3.connect(server.ocp_home / "ocp.db")
+        with database:
+            database.execute("UPDATE keys SET name = ?", (HOSTILE,))
+            database.execute("UPDATE usage SET model = ?, outcome = ?, request_id = ?",
+                             (HOSTILE, HOSTILE, HOSTILE))
+        database.close()
+        with opened(chrome, server) as page:
+            for view, place in (("overview", "#shares"), ("requests", "#requests"),
+                                ("keys", "#keys")):
+                page.evaluate(f"location.hash = '{view}'")
+                page.sees(HOSTILE, place)
+            page.evaluate("document.querySelector('#keys button').click()")
+            page.sees(HOSTILE, "#asking-title")
+            assert page.evaluate("[window.broken, document.images.length]") == [None, 0]
+            assert HOSTILE in page.text("#version")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [320, 768, 1440])
+def test_no_view_is_wider_than_the_page(chrome: browser.Browser, desk: Desk, width: int) -> None:
+    with opened(chrome, desk.server, width=width, dark=width == 320) as page:
+        for view in VIEWS:
+            page.evaluate(f"location.hash = '{view}'")
+            page.until(f"!document.querySelector('#view-{view}').hidden")
+            page.until(f"!document.querySelector('#view-{view}').innerText.includes('Loading')")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+        page.evaluate("location.hash = 'keys'")
+        page.click("#create-key")
+        box = page.evaluate("(({left, right}) => [left, right])("
+                            "document.querySelector('#asking').getBoundingClientRect())")
+        assert box[0] >= 0 and box[1] <= width
+
+
+@needs_browser
+def test_headings_landmarks_and_names_are_there(chrome: browser.Browser, desk: Desk) -> None:
+    with opened(chrome, desk.server) as page:
+        page.sees("laptop", "#shares")
+        page.call("Accessibility.enable")
+        nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+        named = {(node.get("role", {}).get("value"), node.get("name", {}).get("value"))
+                 for node in nodes if not node.get("ignored")}
+        assert {("heading", "OCP"), ("heading", "Plan"), ("navigation", "Views"),
+                ("meter", "5-hour session"), ("table", "Usage by name"),
+                ("slider", "Requests by key, last 24 hours")} <= named
+        roles = {role for role, _ in named}
+        assert {"main", "banner", "status", "region"} <= roles
+        assert not [pair for pair in named
+                    if pair[0] in ("button", "link", "textbox", "combobox", "radio", "slider")
+                    and not pair[1]]

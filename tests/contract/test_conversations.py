@@ -1,0 +1,690 @@
+"""Conversations over the real claude: turn after turn, sessions, chains, the budget, choices."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stub_api as stub
+from conversation import (
+    CHAT,
+    DIALECTS,
+    MESSAGES,
+    RESPONSES,
+    Dialect,
+    Result,
+    Said,
+    Talk,
+    Tool,
+    called,
+    gave,
+    goes_on,
+    path_of,
+    seen,
+    stats,
+)
+from rig import (
+    MODEL,
+    NEWEST_MODEL,
+    Claude,
+    Rig,
+    claudes,
+    each_claude,
+    running_rig,
+    system_texts,
+    turns,
+    wait_until,
+)
+from server import Place, output_of, running_server
+
+Json = Any
+
+BLACK = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+#: The smallest file that claims to be a PDF.
+PDF = base64.b64encode(
+    b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n").decode()
+
+EVERY_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda each: each.name)
+
+
+@pytest.fixture(scope="module", params=each_claude())
+def claude(request: pytest.FixtureRequest) -> Claude:
+    found: Claude = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with running_rig(tmp_path_factory.mktemp("talk"), claude) as started:
+        yield started
+
+
+@pytest.fixture
+def rig(shared_rig: Rig) -> Rig:
+    shared_rig.begin()
+    shared_rig.stub.default = echo
+    return shared_rig
+
+
+def echo(body: Mapping[str, Json]) -> stub.Reply:
+    """An answer that tells what it answers."""
+    said = [each for _, contents in seen(body) for each in contents if isinstance(each, str)]
+    return stub.text(f"Re: {said[-1]}") if said else stub.text("Nothing said.")
+
+
+def dialogue(*questions: str) -> list[tuple[str, list[str]]]:
+    """These questions with their echoes, the last without, as the API gets them."""
+    found = []
+    for question in questions:
+        found += [("user", [question]), ("assistant", [f"Re: {question}"])]
+    return found[:-1]
+
+
+# ---------------------------------------------------------------------------
+# Turn after turn
+# ---------------------------------------------------------------------------
+
+@EVERY_DIALECT
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_six_turns_are_one_process_and_one_prefix(
+    rig: Rig, dialect: Dialect, streams: bool
+) -> None:
+    talk = Talk(rig, dialect, system="Be kind.", streams=streams)
+    questions = [f"Question {number}?" for number in range(6)]
+    answers = [talk.ask(question) for question in questions]
+    assert [said.text for said in answers] == [f"Re: {question}" for question in questions]
+    assert goes_on(rig, answers)
+    bodies = rig.asked()
+    assert [turns(body) for body in bodies] == [
+        dialogue(*questions[:count]) for count in range(1, 7)]
+    assert_stable(bodies)
+
+
+def assert_stable(bodies: Sequence[Mapping[str, Json]]) -> None:
+    """Each request begins with all of the one before, but for the marks of the cache."""
+    for before, after in zip(bodies, bodies[1:]):
+        assert unmarked(after["system"][1:]) == unmarked(before["system"][1:])
+        assert unmarked(after["tools"]) == unmarked(before["tools"])
+        sooner, later = (unmarked(body["messages"]) for body in (before, after))
+        assert later[:len(sooner)] == sooner
+
+
+def unmarked(value: Json) -> Json:
+    """The value without cache_control; texts are lists of blocks, which are the same there."""
+    if isinstance(value, list):
+        return [unmarked(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: unmarked(each) for name, each in value.items() if name != "cache_control"}
+    if isinstance(found.get("content"), str) and "role" in found:
+        found["content"] = [{"type": "text", "text": found["content"]}]
+    return found
+
+
+@pytest.mark.parametrize("model", [MODEL, NEWEST_MODEL])
+def test_a_rebuilt_conversation_has_the_turns_of_a_continued_one(rig: Rig, model: str) -> None:
+    talk = Talk(rig, CHAT, system="Be kind.", model=model)
+    for number in range(3):
+        talk.ask(f"Question {number}?")
+    other = Talk(rig, CHAT, system="Be kind.", model=model, max_tokens=999)
+    other.messages = json.loads(json.dumps(talk.messages))
+    last = other.ask("Question 3?")
+    assert path_of(rig, last) == "rebuilt"
+    assert turns(rig.last_body()) == dialogue(*[f"Question {number}?" for number in range(4)])
+
+
+@EVERY_DIALECT
+def test_thinking_does_not_part_a_conversation(rig: Rig, dialect: Dialect) -> None:
+    rig.script(stub.thinking("Hm, let me see.", "It is so."), stub.text("Bye."))
+    more: dict[str, Json] = {}
+    if dialect is MESSAGES:
+        more = {"thinking": {"type": "adaptive"}}
+    if dialect is RESPONSES:
+        more = {"reasoning": {"effort": "low", "summary": "auto"}}
+    talk = Talk(rig, dialect, **more)
+    answers = [talk.ask("Why?"), talk.ask("Thanks.")]
+    assert goes_on(rig, answers)
+    _, (role, contents), _ = seen(rig.last_body())
+    # The process keeps its own thinking, whatever the client repeats.
+    assert [block if isinstance(block, str) else block["type"] for block in contents] == [
+        "thinking", "It is so."]
+
+
+class Mover(Talk):
+    """A client that has a context at the end of each request and in no history, as OpenClaw."""
+
+    context = ""
+
+    def body(self, **fields: Json) -> dict[str, Json]:
+        body = super().body(**fields)
+        last = {"role": "user", "content": [self.dialect.text(self.context)]}
+        return {**body, self.dialect.field: [*body[self.dialect.field], last]}
+
+
+def context(text: str) -> str:
+    return ("<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\n"
+            f"{text}\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>")
+
+
+@EVERY_DIALECT
+def test_context_that_moves_to_the_end_does_not_part_a_conversation(
+    rig: Rig, dialect: Dialect
+) -> None:
+    rig.script(
+        stub.tool_calls([("weather", {})]), stub.tool_calls([("weather", {})]),
+        stub.text("Rain."), stub.text("Bye."))
+    talk = Mover(rig, dialect, [Tool("weather")])
+
+    talk.context = context("morning")
+    answers = [talk.ask("Weather?")]
+    answers.append(talk.give([(answers[-1].call.id, Result("Sun."))]))
+    talk.context = context("evening")
+    answers.append(talk.give([(answers[-1].call.id, Result("Rain."))]))
+    answers.append(talk.ask("Thanks."))
+
+    assert goes_on(rig, answers)
+    told = [[str(part) for part in contents] for role, contents in seen(rig.last_body())
+            if role == "user"]
+    assert ["morning" in "".join(contents) for contents in told] == [True, False, False, False]
+    # The middle of a turn takes nothing but results, so what is new comes with one of them.
+    assert ["evening" in "".join(contents) for contents in told] == [False, False, True, True]
+    assert "Thanks." in told[-1]
+
+
+@pytest.mark.parametrize("form", ["parts", "cached", "padded"])
+def test_the_same_history_in_another_form_goes_on(rig: Rig, form: str) -> None:
+    talk = Talk(rig, CHAT)
+    talk.ask("One?")
+    for message in talk.messages:
+        part: Json = {"type": "text", "text": message["content"]}
+        if form == "cached":
+            part["cache_control"] = {"type": "ephemeral"}
+        message["content"] = message["content"] + "\n" if form == "padded" else [part]
+    assert path_of(rig, talk.ask("Two?")) == "continued"
+    assert turns(rig.last_body()) == dialogue("One?", "Two?")
+
+
+def test_a_history_that_was_edited_is_told_by_where_it_parts(rig: Rig) -> None:
+    talk = Talk(rig, CHAT)
+    for number in range(3):
+        talk.ask(f"Question {number}?")
+    talk.messages[2]["content"] = "Question CANARY?"
+    last = talk.ask("And now?")
+    assert path_of(rig, last) == "rebuilt"
+    (entry,) = [entry for entry in rig.server.log_entries("answer_finished")
+                if entry["request_id"] == last.request_id]
+    assert entry["parted_at"] == 2
+    assert "CANARY" not in json.dumps(rig.server.log_entries())
+    assert [contents for role, contents in turns(rig.last_body()) if role == "user"] == [
+        ["Question 0?"], ["Question CANARY?"], ["Question 2?"], ["And now?"]]
+
+
+def test_random_histories_arrive_once_and_in_order(rig: Rig) -> None:
+    chance = random.Random(7)
+    talks = [Talk(rig, CHAT, system=f"Caller {number}.") for number in range(2)]
+    said = [[] for _ in talks]  # type: list[list[str]]
+    for step in range(14):
+        which = chance.randrange(len(talks))
+        talk, told = talks[which], said[which]
+        if told and chance.random() < 0.3:
+            keep = chance.randrange(len(told))
+            del told[keep:], talk.messages[2 * keep:]
+        told.append(f"Word {step} of {which}.")
+        assert talk.ask(told[-1]).text == f"Re: {told[-1]}"
+        body = rig.last_body()
+        assert turns(body) == dialogue(*told)
+        assert system_texts(body) == [talk.system]
+    assert len(rig.asked()) == 14
+
+
+# ---------------------------------------------------------------------------
+# Side by side
+# ---------------------------------------------------------------------------
+
+def test_two_retries_and_two_branches_run_side_by_side(rig: Rig) -> None:
+    talk = Talk(rig, CHAT)
+    talk.ask("One?")
+    everybody = threading.Barrier(4)
+
+    def together(body: Mapping[str, Json]) -> stub.Reply:
+        everybody.wait(20)
+        return echo(body)
+
+    rig.stub.default = together
+    branches = [talk.branch() for _ in range(4)]
+    questions = ["Two?", "Two?", "Three?", "Four?"]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda each: each[0].ask(each[1]), zip(branches, questions)))
+    assert [said.text for said in answers] == [f"Re: {question}" for question in questions]
+    assert sorted(path_of(rig, said) for said in answers) == ["continued", *["rebuilt"] * 3]
+    assert sorted(map(str, map(turns, rig.asked()[1:]))) == sorted(
+        str(dialogue("One?", question)) for question in questions)
+    rig.stub.default = echo
+    # Every branch has a process of its own now.
+    with ThreadPoolExecutor(4) as pool:
+        later = list(pool.map(lambda branch: branch.ask("Last?"), branches))
+    assert [path_of(rig, said) for said in later] == ["continued"] * 4
+    assert sorted(map(str, map(turns, rig.asked()[5:]))) == sorted(
+        str(dialogue("One?", question, "Last?")) for question in questions)
+
+
+@EVERY_DIALECT
+def test_another_last_question_is_put_to_the_same_process(rig: Rig, dialect: Dialect) -> None:
+    talk = Talk(rig, dialect, system="Be kind.")
+    talk.ask("One?")
+    before = talk.branch()
+    talk.ask("Two?")
+    other = before.branch()
+    again, edited = before.ask("Two?"), other.ask("Three?")
+    later = other.ask("Four?")
+    assert [said.text for said in (again, edited, later)] == ["Re: Two?", "Re: Three?", "Re: Four?"]
+    assert [path_of(rig, said) for said in (again, edited, later)] == [
+        "rewound", "rewound", "continued"]
+    assert [turns(body) for body in rig.asked()[2:]] == [
+        dialogue("One?", "Two?"), dialogue("One?", "Three?"), dialogue("One?", "Three?", "Four?")]
+
+
+def test_questions_of_their_own_wear_out_no_process(rig: Rig) -> None:
+    """Only the newer versions forget the only question they were asked."""
+    started = set(claudes(rig.server))
+    answers = [Talk(rig, CHAT, system="Translate.").ask(f"Word {n}?") for n in range(12)]
+    assert [said.text for said in answers] == [f"Re: Word {n}?" for n in range(12)]
+    assert [turns(body) for body in rig.asked()] == [dialogue(f"Word {n}?") for n in range(12)]
+    assert all(system_texts(body) == ["Translate."] for body in rig.asked())
+    paths = [path_of(rig, said) for said in answers]
+    if rig.claude.version == "2.1.197":
+        assert paths == ["fresh"] * 12
+    else:
+        assert paths[-7:] == ["rewound"] * 7
+        # Those that are parked, the spares, and one that is just leaving.
+        assert len(set(claudes(rig.server)) - started) <= 7
+
+
+def test_a_forgotten_question_leaves_the_body_of_a_fresh_one(rig: Rig) -> None:
+    for number in range(6):
+        Talk(rig, CHAT, system="Translate.").ask(f"Word {number}?")
+    fresh, *_, reused = [{**body, "metadata": None} for body in rig.asked()]
+    Talk(rig, CHAT, system="Another.").ask("Word 5?")
+    other = {**rig.last_body(), "metadata": None, "system": None}
+    assert {**reused, "system": None} == other
+    assert set(reused) == set(fresh)
+
+
+def test_who_goes_on_finds_the_conversation_that_nobody_pushed_out(rig: Rig) -> None:
+    """Nothing is forgotten that would have been kept."""
+    talks = [Talk(rig, CHAT, system="Translate.") for _ in range(3)]
+    for number, talk in enumerate(talks):
+        talk.ask(f"Word {number}?")
+    assert [path_of(rig, talk.ask("Sure?")) for talk in talks] == ["continued"] * 3
+
+
+def test_callers_with_the_same_words_are_never_mixed(rig: Rig) -> None:
+    callers = [Talk(rig, CHAT, system=f"Keep CANARY-{number}.") for number in range(3)]
+    for question in ("Hello?", "Tell me.", "Thanks."):
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda talk, said=question: talk.ask(said), callers))
+    for body in rig.asked():
+        words = {word for word in ("CANARY-0", "CANARY-1", "CANARY-2") if word in json.dumps(body)}
+        assert len(words) == 1
+    assert len(rig.asked()) == 9
+
+
+def test_keys_and_the_server_itself_are_callers_of_their_own(
+    claude: Claude, tmp_path: Path
+) -> None:
+    env = {"PROXY_API_KEY": "key-of-the-clients", "OCP_ADMIN_KEY": "key-of-the-admin"}
+    with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0", **env) as rig:
+        rig.stub.default = echo
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello?"}]}
+        first = call_as(rig, "key-of-the-clients", body)
+        body["messages"] += [*first.repeated, {"role": "user", "content": "Again?"}]
+        other = call_as(rig, "key-of-the-admin", body)
+        again = call_as(rig, "key-of-the-clients", body)
+        assert [path_of(rig, said) for said in (other, again)] == ["rebuilt", "continued"]
+
+
+def call_as(rig: Rig, key: str, body: Json) -> Said:
+    headers = {"Authorization": f"Bearer {key}"}
+    return CHAT.heard(rig.server.call("POST", CHAT.path, body, headers, timeout_s=60))
+
+
+# ---------------------------------------------------------------------------
+# Sessions and chains
+# ---------------------------------------------------------------------------
+
+def ask_session(rig: Rig, dialect: Dialect, name: str, content: Json, **fields: Json) -> Said:
+    """A request that brings nothing but the new message."""
+    return Talk(rig, dialect, session_id=name, **fields).ask(content)
+
+
+@pytest.mark.parametrize("dialect", [CHAT, MESSAGES], ids=lambda each: each.name)
+def test_a_session_remembers_for_its_client(rig: Rig, dialect: Dialect) -> None:
+    name = f"session of {dialect.name}"
+    answers = [ask_session(rig, dialect, name, word) for word in ("One?", "Two?", "Three?")]
+    assert goes_on(rig, answers)
+    assert turns(rig.last_body()) == dialogue("One?", "Two?", "Three?")
+    ask_session(rig, dialect, f"other {name}", "Four?")
+    assert turns(rig.last_body()) == dialogue("Four?")
+
+
+def test_sessions_survive_a_restart_and_can_be_forgotten(claude: Claude, tmp_path: Path) -> None:
+    tool = Tool("weather")
+    with running_rig(tmp_path, claude) as rig:
+        rig.stub.default = echo
+        ask_session(rig, CHAT, "mine", "One?")
+        ask_session(rig, CHAT, "other", "Un?")
+        rig.script(stub.tool_calls([("weather", {"city": "Bern"})]))
+        talk = Talk(rig, CHAT, [tool], session_id="mine")
+        call = talk.ask("Weather?").call
+    with running_rig(tmp_path, claude) as rig:
+        rig.script(stub.text("Warm."))
+        talk = Talk(rig, CHAT, [tool], session_id="mine")
+        last = talk.give([(call.id, Result("20"))])
+        assert (last.text, path_of(rig, last)) == ("Warm.", "rebuilt")
+        assert seen(rig.only_body()) == [
+            *dialogue("One?", "x")[:-1], ("user", ["Weather?"]), ("assistant", [called(call)]),
+            ("user", [gave(call, Result("20"))])]
+        listed = rig.server.call("GET", "/sessions").json()["sessions"]
+        assert [(each["id"], each["messages"]) for each in listed] == [("mine", 6), ("other", 2)]
+        assert "Bern" not in json.dumps(listed)
+        assert_forgotten(rig)
+
+
+def assert_forgotten(rig: Rig) -> None:
+    rig.stub.default = echo
+    assert rig.server.call("DELETE", "/sessions/mine").json() == {"cleared": 1}
+    assert rig.server.call("DELETE", "/sessions/mine").status == 404
+    ask_session(rig, CHAT, "mine", "Who are you?")
+    assert turns(rig.last_body()) == dialogue("Who are you?")
+    assert rig.server.call("DELETE", "/sessions").json() == {"cleared": 2}
+    assert rig.server.call("GET", "/sessions").json() == {"sessions": []}
+    ask_session(rig, CHAT, "other", "Deux?")
+    assert turns(rig.last_body()) == dialogue("Deux?")
+
+
+def test_a_session_belongs_to_its_system_prompt(rig: Rig) -> None:
+    for system in ("Be kind.", "Be terse."):
+        Talk(rig, CHAT, system=system, session_id="prompts").ask("Hello?")
+        assert turns(rig.last_body()) == dialogue("Hello?")
+    Talk(rig, CHAT, system="Be kind.", session_id="prompts").ask("Again?")
+    assert turns(rig.last_body()) == dialogue("Hello?", "Again?")
+
+
+def test_a_request_with_answers_of_its_own_knows_better_than_its_session(rig: Rig) -> None:
+    ask_session(rig, CHAT, "better", "One?")
+    talk = Talk(rig, CHAT, session_id="better")
+    talk.messages = [
+        {"role": "user", "content": "Uno?"}, {"role": "assistant", "content": "Re: Uno?"}]
+    talk.ask("Dos?")
+    assert turns(rig.last_body()) == dialogue("Uno?", "Dos?")
+    ask_session(rig, CHAT, "better", "Tres?")
+    assert turns(rig.last_body()) == dialogue("Uno?", "Dos?", "Tres?")
+
+
+def test_a_failed_turn_leaves_its_session_as_it_was(rig: Rig) -> None:
+    ask_session(rig, CHAT, "failing", "One?")
+    rig.script(then=stub.error(400, "no"))
+    assert ask_session(rig, CHAT, "failing", "Bad?").reply.status == 400
+    rig.stub.default = echo
+    ask_session(rig, CHAT, "failing", "Two?")
+    assert turns(rig.last_body()) == dialogue("One?", "Two?")
+
+
+def chained(rig: Rig, previous: str | None, said: Json, **fields: Json) -> tuple[Said, str]:
+    """A request that goes on from a response; the answer and its id."""
+    body = {"model": MODEL, "input": said, "previous_response_id": previous, **fields}
+    reply = rig.server.call("POST", RESPONSES.path, body, timeout_s=60)
+    found = RESPONSES.heard(reply)
+    streamed = fields.get("stream")
+    final = reply.events[-1][1]["response"] if streamed else reply.json()
+    return found, str(final.get("id"))
+
+
+def test_responses_are_chained_by_their_ids(rig: Rig) -> None:
+    first, one = chained(rig, None, "First?")
+    second, two = chained(rig, one, "Two?", stream=True)
+    third, _ = chained(rig, two, [{"role": "user", "content": "Three?"}])
+    assert [path_of(rig, said) for said in (first, second, third)] == [
+        "fresh", "continued", "continued"]
+    assert turns(rig.last_body()) == dialogue("First?", "Two?", "Three?")
+    branch, _ = chained(rig, one, "Four?")
+    assert path_of(rig, branch) == "rebuilt"
+    assert turns(rig.last_body()) == dialogue("First?", "Four?")
+
+
+def test_a_chain_goes_through_tool_calls(rig: Rig) -> None:
+    rig.script(stub.tool_calls([("weather", {}), ("weather", {})]), stub.text("So."))
+    tools = RESPONSES.tools([Tool("weather")])
+    first, one = chained(rig, None, "Weather?", tools=tools)
+    outputs = RESPONSES.results([(call.id, Result("20")) for call in first.calls])
+    second, _ = chained(rig, one, outputs, tools=tools)
+    assert (second.text, path_of(rig, second)) == ("So.", "continued")
+    assert len(rig.asked()) == 2
+
+
+def test_a_response_that_was_not_stored_or_was_deleted_is_unknown(rig: Rig) -> None:
+    _, hidden = chained(rig, None, "One?", store=False)
+    _, gone = chained(rig, None, "One?")
+    assert rig.server.call("GET", f"/v1/responses/{gone}").json()["id"] == gone
+    assert rig.server.call("DELETE", f"/v1/responses/{gone}").json()["deleted"]
+    for response_id in (hidden, gone, "resp_no"):
+        assert rig.server.call("GET", f"/v1/responses/{response_id}").status == 404
+        body = {"model": MODEL, "input": "Two?", "previous_response_id": response_id}
+        reply = rig.server.call("POST", RESPONSES.path, body)
+        assert (reply.status, reply.json()["error"]["param"]) == (400, "previous_response_id")
+        assert reply.json()["error"]["code"] == "previous_response_not_found"
+
+
+# ---------------------------------------------------------------------------
+# The budget
+# ---------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def small(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with running_rig(
+        tmp_path_factory.mktemp("small"), claude, CLAUDE_MAX_PROMPT_CHARS="3000"
+    ) as started:
+        yield started
+
+
+def test_the_oldest_messages_go_when_a_prompt_is_too_long(small: Rig) -> None:
+    small.begin()
+    small.stub.default = echo
+    talk = Talk(small, CHAT, system="Be kind.")
+    for number in range(5):
+        for role in ("user", "assistant"):
+            talk.messages.append({"role": role, "content": f"{role} {number} " + "x" * 400})
+    assert talk.ask("And now?").finish == "stop"
+    found = turns(small.only_body())
+    assert found[-1] == ("user", ["And now?"])
+    assert found[0][0] == "user" and found[0][1][0].startswith("user 2 ")
+    assert system_texts(small.only_body()) == ["Be kind."]
+    assert small.server.log_entries("prompt_truncated")[-1]["dropped_messages"] == 4
+
+
+def test_a_tool_exchange_is_kept_or_dropped_whole(small: Rig) -> None:
+    small.begin()
+    tools = [Tool("weather")]
+    call = stub.tool_calls([("weather", {})])
+    small.script(call, stub.text("Re."), call, stub.text("So."))
+    talk = Talk(small, CHAT, tools)
+    first = talk.ask("One? " + "x" * 700)
+    talk.give([(first.call.id, Result("y" * 700))])
+    second = talk.ask("Two? " + "x" * 700)
+    last = talk.give([(second.call.id, Result("z" * 900))])
+    assert last.text == "So."
+    found = seen(small.last_body())
+    assert [role for role, _ in found] == ["user", "assistant", "user"]
+    assert found[1:] == [("assistant", [called(second.call)]), (
+        "user", [gave(second.call, Result("z" * 900))])]
+
+
+@EVERY_DIALECT
+def test_what_cannot_fit_is_refused_in_the_apis_words(small: Rig, dialect: Dialect) -> None:
+    small.begin()
+    said = Talk(small, dialect).ask("x" * 4000)
+    error = said.reply.json()["error"]
+    assert said.reply.status == 400
+    assert error["message"].startswith("prompt is too long: ") and " maximum" in error["message"]
+    assert dialect is MESSAGES or error["code"] == "context_length_exceeded"
+    assert small.asked() == []
+
+
+# ---------------------------------------------------------------------------
+# Several answers
+# ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_three_answers_are_three_choices(rig: Rig, streams: bool) -> None:
+    texts = iter(["Heads.", "Tails.", "Edge."])
+    rig.stub.default = lambda body: stub.text(next(texts), output_tokens=7)
+    body = Talk(rig, CHAT, n=3, stream=streams, stream_options={"include_usage": True}).body(
+        messages=[{"role": "user", "content": "Toss."}])
+    reply = rig.server.call("POST", CHAT.path, body, timeout_s=60)
+    chunks = [data for _, data in reply.events if data != "[DONE]"] if streams else [reply.json()]
+    said = dict.fromkeys(range(3), "")
+    finishes = []
+    for choice in [choice for chunk in chunks for choice in chunk["choices"]]:
+        said[choice["index"]] += choice["delta" if streams else "message"].get("content") or ""
+        finishes += [choice["finish_reason"]] if choice["finish_reason"] else []
+    assert sorted(said.values()) == ["Edge.", "Heads.", "Tails."]
+    assert finishes == ["stop"] * 3
+    usage = chunks[-1]["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (18, 21)
+    assert len(rig.asked()) == 3
+
+
+def test_one_choice_that_fails_is_the_failure_of_all(rig: Rig) -> None:
+    before = rig.stub.aborted
+    rig.script(*[stub.hang("Well", 120)] * 2, then=stub.error(400, "no"))
+    body = Talk(rig, CHAT, n=3).body(messages=[{"role": "user", "content": "Toss."}])
+    assert rig.server.call("POST", CHAT.path, body, timeout_s=60).status == 400
+    # Nobody waits for the others any more.
+    wait_until(lambda: stats(rig)["activeRequests"] == 0)
+    rig.stub.wait_for_aborted(before + 2)
+
+
+def test_a_choice_of_several_may_be_gone_on_from(rig: Rig) -> None:
+    texts = iter(["Heads.", "Tails."])
+    rig.stub.default = lambda body: stub.text(next(texts))
+    talk = Talk(rig, CHAT)
+    body = talk.body(messages=[{"role": "user", "content": "Toss."}], n=2)
+    choices = rig.server.call("POST", CHAT.path, body, timeout_s=60).json()["choices"]
+    rig.stub.default = echo
+    for choice in choices:
+        branch = talk.branch()
+        branch.messages = [{"role": "user", "content": "Toss."}, choice["message"]]
+        assert path_of(rig, branch.ask("And now?")) == "continued"
+        assert turns(rig.last_body())[1] == ("assistant", [choice["message"]["content"]])
+
+
+# ---------------------------------------------------------------------------
+# Pictures and papers
+# ---------------------------------------------------------------------------
+
+@EVERY_DIALECT
+def test_pdfs_and_images_stay_in_the_history(rig: Rig, dialect: Dialect) -> None:
+    content = [dialect.text("What is it?"), dialect.image(BLACK), dialect.pdf(PDF)]
+    talk = Talk(rig, dialect)
+    talk.ask(content)
+    continued = talk.ask("Sure?")
+    other = Talk(rig, dialect, system=f"Speak {dialect.name}.")
+    other.messages = talk.messages[:-2]
+    rebuilt = other.ask("Sure?")
+    assert [path_of(rig, said) for said in (continued, rebuilt)] == ["continued", "rebuilt"]
+    for body in rig.asked()[1:]:
+        found = turns(body)
+        assert found[0][1][0] == "What is it?"
+        assert [block["source"]["data"] for block in found[0][1][1:]] == [BLACK, PDF]
+        assert [block["type"] for block in found[0][1][1:]] == ["image", "document"]
+        assert found[1:] == [("assistant", ["Re: What is it?"]), ("user", ["Sure?"])]
+
+
+@EVERY_DIALECT
+def test_a_tool_may_answer_with_a_pdf(rig: Rig, dialect: Dialect) -> None:
+    rig.script(stub.tool_calls([("weather", {})]), stub.text("Read."))
+    talk = Talk(rig, dialect, [Tool("weather")])
+    call = talk.ask("Read it.").call
+    (entry,) = dialect.results([(call.id, Result("Here:", [BLACK]))])
+    filled = json.loads(json.dumps(entry).replace(
+        json.dumps(dialect.image(BLACK)), json.dumps(dialect.pdf(PDF))))
+    talk.messages.append(filled)
+    last = talk.send()
+    assert (last.text, path_of(rig, last)) == ("Read.", "rebuilt")
+    (_, contents) = turns(rig.last_body())[-1]
+    kinds = [part["type"] for part in contents[0]["content"]]
+    assert kinds[:2] == ["text", "document"]
+    assert contents[0]["content"][1]["source"]["data"] == PDF
+
+
+# ---------------------------------------------------------------------------
+# Agent mode
+# ---------------------------------------------------------------------------
+
+BASH = ("Bash", {"command": "echo CANARY-$((40+2))", "description": "d"})
+
+
+@pytest.fixture(scope="module", params=["all", "final"])
+def agent(
+    request: pytest.FixtureRequest, claude: Claude, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Rig, str]]:
+    env = {"CLAUDE_ALLOWED_TOOLS": "Bash", "OCP_AGENT_TEXT": request.param}
+    with running_rig(tmp_path_factory.mktemp("agent"), claude, **env) as started:
+        yield started, request.param
+
+
+@EVERY_DIALECT
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_an_agents_rounds_are_one_answer(
+    agent: tuple[Rig, str], dialect: Dialect, streams: bool
+) -> None:
+    rig, text = agent
+    rig.begin()
+    rig.script(
+        stub.tool_calls([BASH], text="Let me look.", input_tokens=1000),
+        stub.text("Found it.", input_tokens=30))
+    talk = Talk(rig, dialect, streams=streams)
+    said = talk.ask("Go.")
+    wanted = "Let me look.\n\nFound it." if text == "all" else "Found it."
+    assert (said.text, said.calls, said.finish) == (wanted, [], "stop")
+    assert "Bash" not in said.reply.text
+    (result,) = seen(rig.last_body())[-1][1]
+    assert "CANARY-42" in result.content
+    if said.prompt_tokens:
+        assert said.prompt_tokens == 38
+    assert path_of(rig, talk.ask("Thanks.")) == "continued"
+    assert len(rig.asked()) == 3
+
+
+def test_an_agent_uses_the_clients_tools_too(agent: tuple[Rig, str]) -> None:
+    rig, _ = agent
+    rig.begin()
+    rig.script(
+        stub.tool_calls([BASH]), stub.tool_calls([("weather", {"city": "Bern"})]),
+        stub.text("Warm."))
+    talk = Talk(rig, CHAT, [Tool("weather")])
+    said = talk.ask("Go.")
+    assert (said.call.name, said.finish) == ("weather", "tool_calls")
+    last = talk.give([(said.call.id, Result("20"))])
+    assert (last.text.strip(), path_of(rig, last)) == ("Warm.", "continued")
+    assert len(rig.asked()) == 3
+
+
+@pytest.mark.parametrize("setting", ["CLAUDE_ALLOWED_TOOLS", "CLAUDE_MCP_CONFIG"])
+def test_an_agent_that_strangers_could_reach_does_not_start(
+    tmp_path: Path, setting: str
+) -> None:
+    env = {setting: "Bash", "CLAUDE_BIND": "0.0.0.0"}
+    with pytest.raises(AssertionError, match="server ended with 2"):
+        with running_server(tmp_path, env=env):
+            pass
+    assert "agent mode" in output_of(Place(tmp_path))

@@ -1,0 +1,302 @@
+"""Failures of the API, seen by a client through the real claude."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import stub_api as stub
+from rig import CHAT, Case, Claude, Heard, Outcome, Rig, each_claude, running_rig
+
+Json = Any
+
+MODES = {"whole": False, "stream": True}
+
+
+class Failure(NamedTuple):
+    """What the API answers, every time, and what the client is told."""
+    name: str
+    reply: stub.Reply
+    status: int
+    type: str
+    code: str | None
+    param: str | None = None
+    #: Whether to try again makes sense; then the header x-should-retry is not there.
+    heals: bool = False
+    #: Whether a Retry-After within a minute comes with it.
+    waits: bool = False
+    #: How often the API may be asked, one retry of claude's included.
+    requests: int = 2
+
+
+FAILURES = (
+    Failure(
+        "a bad request", stub.error(400, "messages.0: this is no good"),
+        400, "invalid_request_error", None,
+        # The newest claude suspects its own beta headers, and tries without them.
+        requests=3),
+    Failure(
+        "too long a prompt",
+        stub.error(400, "prompt is too long: 250000 tokens > 200000 maximum"),
+        400, "invalid_request_error", "context_length_exceeded", param="messages", requests=1),
+    Failure(
+        "a refused login", stub.error(401, "Invalid bearer token"),
+        401, "authentication_error", "upstream_login_required"),
+    Failure(
+        "a forbidden thing", stub.error(403, "This account may not do that"),
+        403, "permission_error", "upstream_forbidden", requests=1),
+    Failure(
+        "an unknown model", stub.error(404, "model: claude-sonnet-4-6"),
+        404, "invalid_request_error", "model_not_found", param="model"),
+    Failure(
+        "too large a request", stub.error(413, "Request exceeds the maximum size"),
+        413, "invalid_request_error", None, requests=1),
+    Failure(
+        "too many requests", stub.error(429, "Number of requests has exceeded your rate limit"),
+        429, "rate_limit_error", "rate_limit_exceeded", heals=True, waits=True),
+    Failure(
+        "a failure of the API", stub.error(500, "Internal server error"),
+        502, "server_error", "upstream_failed", heals=True),
+    Failure(
+        "a bad gateway", stub.error(502, "Bad gateway"),
+        502, "server_error", "upstream_failed", heals=True),
+    Failure(
+        "an overloaded API", stub.error(529, "Overloaded"),
+        529, "server_error", "overloaded", heals=True, waits=True),
+    Failure(
+        "an answer without a word", stub.Reply(),
+        400, "invalid_request_error", "empty_answer"),
+)
+
+
+def each_mode(name: str) -> list[str]:
+    return [f"{name}, {mode}" for mode in MODES]
+
+
+@pytest.fixture(scope="module", params=each_claude())
+def claude(request: pytest.FixtureRequest) -> Claude:
+    found: Claude = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    folder = tmp_path_factory.mktemp("errors")
+    with running_rig(folder, claude, CLAUDE_MAX_RETRIES="1", OCP_WARM_PROCESSES="0") as started:
+        yield started
+
+
+@pytest.fixture
+def rig(shared_rig: Rig) -> Rig:
+    shared_rig.begin()
+    return shared_rig
+
+
+def outcomes(rig: Rig, replies: dict[str, Sequence[stub.Reply]]) -> dict[str, Outcome]:
+    """What becomes of a request that is answered with these, whole and streamed."""
+    rig.begin()
+    return rig.run({
+        f"{name}, {mode}": Case(streams=streams, replies=scripted)
+        for name, scripted in replies.items() for mode, streams in MODES.items()}, at_once=4)
+
+
+def assert_told(answer: Heard, status: int, kind: str, code: str | None) -> None:
+    """The client was told this failure and nothing else, whatever its mode."""
+    assert answer.error is not None, answer
+    assert (answer.status, answer.error["type"], answer.error["code"]) == (status, kind, code)
+    assert answer.headers["Content-Type"] == "application/json"
+    assert (answer.pieces, answer.finishes, answer.done) == ([], [], False)
+
+
+# ---------------------------------------------------------------------------
+# Before the first word
+# ---------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def failures_seen(shared_rig: Rig) -> dict[str, Outcome]:
+    return outcomes(shared_rig, {each.name: [each.reply] * 9 for each in FAILURES})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
+def test_a_failure_has_its_own_status_type_and_code(
+    failures_seen: dict[str, Outcome], failure: Failure, mode: str
+) -> None:
+    answer, bodies = failures_seen[f"{failure.name}, {mode}"]
+    assert_told(answer, failure.status, failure.type, failure.code)
+    assert answer.error and answer.error["param"] == failure.param
+    assert answer.headers["x-should-retry"] == (None if failure.heals else "false")
+    assert (1 <= int(answer.headers["Retry-After"] or 0) <= 60) == failure.waits
+    assert 1 <= len(bodies) <= failure.requests
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
+def test_a_failure_is_told_in_words_for_people(
+    failures_seen: dict[str, Outcome], failure: Failure, mode: str
+) -> None:
+    error = failures_seen[f"{failure.name}, {mode}"].heard.error
+    assert error is not None
+    message = error["message"]
+    assert len(message) > 8
+    assert not re.match(r"API Error|\d{3} |\{", message)
+    assert "sk-ant" not in message and "/tmp" not in message
+
+
+def test_a_lost_login_names_the_command_that_helps(failures_seen: dict[str, Outcome]) -> None:
+    error = failures_seen["a refused login, whole"].heard.error
+    assert error is not None
+    assert "claude auth login" in error["message"]
+    assert "claude setup-token" in error["message"]
+
+
+@pytest.mark.parametrize("resets_in_s", [1800, 5 * 86_400])
+def test_a_used_up_plan_says_when_it_resets(rig: Rig, resets_in_s: int) -> None:
+    limit = stub.plan_limit(resets_in_s)
+    rig.script(then=limit)
+    resets_at_s = int(limit.headers["anthropic-ratelimit-unified-reset"])
+    before_s = time.time()
+    for answer in rig.both():
+        assert_told(answer, 429, "insufficient_quota", "insufficient_quota")
+        assert answer.error and "limit" in answer.error["message"]
+        assert answer.headers["x-should-retry"] == "false"
+        pause_s = int(answer.headers["Retry-After"])
+        assert resets_at_s - time.time() - 2 <= pause_s <= resets_at_s - before_s + 2
+    rig.settle()
+    assert len(rig.asked()) == 2
+
+
+def test_what_heals_within_claudes_retries_is_never_seen(rig: Rig) -> None:
+    seen = outcomes(rig, {
+        f"{status}": [stub.error(status, "For a moment"), stub.text("Fine.")]
+        for status in (500, 529)})
+    for answer, bodies in seen.values():
+        assert (answer.text, answer.finish) == ("Fine.", "stop")
+        assert len(bodies) == 2
+
+
+def test_a_good_answer_after_a_refused_login_is_a_login(rig: Rig) -> None:
+    rig.script(*[stub.error(401, "Invalid bearer token")] * 2)
+    assert rig.ask().status == 401
+    assert rig.server.call("GET", "/health").json()["auth"]["ok"] is False
+    assert rig.ask().finish == "stop"
+    assert rig.server.call("GET", "/health").json()["auth"]["ok"] is True
+
+
+# ---------------------------------------------------------------------------
+# In the middle of an answer
+# ---------------------------------------------------------------------------
+
+#: The pause lets the first words through before the end overtakes them.
+OVERLOADED = stub.stream_error("Half ", gap_s=0.2)
+BROKEN = stub.stream_error("Half ", type="api_error", message="Internal server error", gap_s=0.2)
+CUT = stub.cut("Half ", gap_s=0.2)
+BREAKS = {
+    "overloaded": [OVERLOADED] * 9, "broken": [BROKEN] * 9, "cut": [CUT] * 9,
+    "cut once": [CUT, stub.text("Fine.")],
+    "overloaded at once": [stub.stream_error(gap_s=0.1)] * 9,
+    "cut at once": [stub.cut(gap_s=0.1)] * 9,
+}
+
+
+@pytest.fixture(scope="module")
+def breaks_seen(shared_rig: Rig) -> dict[str, Outcome]:
+    return outcomes(shared_rig, BREAKS)
+
+
+@pytest.mark.parametrize("name", ["overloaded", "broken", "cut", "cut once"])
+def test_a_broken_stream_ends_with_an_error_and_nothing_good(
+    breaks_seen: dict[str, Outcome], name: str
+) -> None:
+    answer, bodies = breaks_seen[f"{name}, stream"]
+    assert (answer.status, answer.pieces) == (200, ["Half "])
+    assert answer.error and answer.error["type"] == "server_error"
+    assert answer.error["code"] in ("overloaded", "upstream_failed")
+    assert (answer.finishes, answer.done, answer.usage) == ([], False, None)
+    assert len(bodies) <= 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["overloaded at once", "cut at once"])
+def test_a_stream_broken_before_its_first_word_has_a_status(
+    breaks_seen: dict[str, Outcome], name: str, mode: str
+) -> None:
+    answer, bodies = breaks_seen[f"{name}, {mode}"]
+    assert_told(answer, answer.status, "server_error", answer.error and answer.error["code"])
+    assert answer.status in (502, 529)
+    assert len(bodies) <= 3
+
+
+@pytest.mark.parametrize("name", ["overloaded", "broken", "cut"])
+def test_half_an_answer_is_no_whole_answer(
+    breaks_seen: dict[str, Outcome], shared_rig: Rig, name: str
+) -> None:
+    answer, bodies = breaks_seen[f"{name}, whole"]
+    # The old claude does not tell what kind of failure came in the stream.
+    overloaded = name == "overloaded" and not shared_rig.is_old
+    status, code = (529, "overloaded") if overloaded else (502, "upstream_failed")
+    assert_told(answer, status, "server_error", code)
+    assert len(bodies) <= 2
+
+
+def test_a_retry_replaces_what_a_cut_left(
+    breaks_seen: dict[str, Outcome], shared_rig: Rig
+) -> None:
+    answer = breaks_seen["cut once, whole"].heard
+    if shared_rig.is_old:
+        # It does not try again once words have come.
+        assert_told(answer, 502, "server_error", "upstream_failed")
+    else:
+        assert (answer.text, answer.finish) == ("Fine.", "stop")
+
+
+# ---------------------------------------------------------------------------
+# No API, no login
+# ---------------------------------------------------------------------------
+
+def test_a_network_that_is_down_is_told(claude: Claude, tmp_path: Path) -> None:
+    with closed_port() as port, running_rig(
+        tmp_path, claude, CLAUDE_MAX_RETRIES="1", OCP_WARM_PROCESSES="0",
+        ANTHROPIC_BASE_URL=f"http://127.0.0.1:{port}",
+    ) as rig:
+        for answer in rig.both():
+            assert_told(answer, 502, "server_error", "upstream_failed")
+            assert answer.error and "connect" in answer.error["message"].lower()
+            assert answer.headers["x-should-retry"] is None
+
+
+class closed_port:
+    """A port that refuses every connection for as long as the block lasts."""
+
+    def __enter__(self) -> int:
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        port: int = self._socket.getsockname()[1]
+        return port
+
+    def __exit__(self, *error: object) -> None:
+        self._socket.close()
+
+
+def test_without_a_login_nothing_is_asked(claude: Claude, tmp_path: Path) -> None:
+    with running_rig(
+            tmp_path, claude, CLAUDE_CODE_OAUTH_TOKEN=None, OCP_WARM_PROCESSES="0") as rig:
+        for answer in rig.both():
+            assert_told(answer, 401, "authentication_error", "upstream_login_required")
+            assert answer.error and "claude auth login" in answer.error["message"]
+            assert answer.headers["x-should-retry"] == "false"
+        health = rig.server.call("GET", "/health")
+        assert (health.status, health.json()["auth"]["ok"]) == (200, False)
+        assert rig.asked() == []
+
+
+def test_a_refused_body_never_reaches_the_api(rig: Rig) -> None:
+    bad = rig.server.call("POST", CHAT, {"messages": [{"content": "no role"}]})
+    assert (bad.status, bad.json()["error"]["param"]) == (400, "messages[0].role")
+    assert rig.asked() == []

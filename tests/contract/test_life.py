@@ -1,0 +1,275 @@
+"""The lives of real claudes: spares, conversations that go on, clients that leave, ends."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stub_api as stub
+from http_client import http_request
+from processes import all_processes, kill_all, processes_with
+from rig import (
+    CHAT,
+    MODEL,
+    Case,
+    Claude,
+    Rig,
+    assistant,
+    claudes,
+    each_claude,
+    environment,
+    running_rig,
+    turns,
+    user,
+    wait_until,
+)
+from waiting import eventually
+
+Json = Any
+
+#: Half an answer, and then silence.
+HALF = stub.hang("Half ", seconds=60)
+SILENCE = stub.hang(seconds=60)
+
+
+@pytest.fixture(scope="module", params=each_claude())
+def claude(request: pytest.FixtureRequest) -> Claude:
+    found: Claude = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with running_rig(tmp_path_factory.mktemp("life"), claude) as started:
+        yield started
+
+
+@pytest.fixture
+def rig(shared_rig: Rig) -> Rig:
+    shared_rig.begin()
+    return shared_rig
+
+
+def spares(rig: Rig) -> int:
+    return sum(rig.server.call("GET", "/health").json()["spares"].values())
+
+
+def last_answer(rig: Rig) -> dict[str, Json]:
+    """What the server's log has about the answer that was last complete."""
+    return rig.server.log_entries("answer_finished")[-1]
+
+
+def session_files(rig: Rig) -> dict[Path, int]:
+    """The files that claude keeps for its living processes, with the process of each."""
+    folder = rig.server.home / ".claude" / "sessions"
+    return {path: int(path.name.split(".")[0]) for path in folder.glob("*")}
+
+
+def assert_nothing_left(rig: Rig) -> None:
+    """No file is left of a claude that has ended."""
+    rig.settle()
+    alive = set(claudes(rig.server))
+
+    def tidy() -> bool:
+        left = {path.name for path, pid in session_files(rig).items() if pid not in alive}
+        assert not left, f"{left} are left, alive are only {alive}"
+        return True
+
+    eventually(tidy)
+
+
+# ---------------------------------------------------------------------------
+# Spares and conversations
+# ---------------------------------------------------------------------------
+
+def test_the_first_answer_is_warm_and_the_spare_is_replaced(rig: Rig) -> None:
+    wait_until(lambda: spares(rig) == 1)
+    waiting = set(claudes(rig.server))
+    assert rig.ask().finish == "stop"
+    assert last_answer(rig)["warm"] is True
+    wait_until(lambda: spares(rig) == 1 and set(claudes(rig.server)) - waiting)
+
+
+def test_a_spare_that_was_killed_is_not_missed(claude: Claude, tmp_path: Path) -> None:
+    with running_rig(tmp_path, claude) as rig:
+        wait_until(lambda: spares(rig) == 1)
+        killed = set(claudes(rig.server))
+        kill_all(sorted(killed))
+        wait_until(lambda: not killed & {each.pid for each in all_processes()})
+        assert rig.ask("Still there?").finish == "stop"
+        assert len(rig.asked()) == 1
+
+
+def test_a_conversation_goes_on_where_it_was(rig: Rig) -> None:
+    messages = [user("One?")]
+    for question in ("Two?", "Three?"):
+        messages += [assistant(rig.ask(messages).text), user(question)]
+    assert rig.ask(messages).finish == "stop"
+    first, second, third = rig.asked()
+    said = [("assistant", ["Hello from the stub."])]
+    assert turns(third) == [
+        ("user", ["One?"]), *said, ("user", ["Two?"]), *said, ("user", ["Three?"])]
+    assert last_answer(rig)["warm"] is True
+    # What the API has read already comes first and unchanged, so that its cache works.
+    assert plain(second)[:len(plain(first))] == plain(first)
+    assert plain(third)[:len(plain(second))] == plain(second)
+
+
+def plain(body: Mapping[str, Json]) -> list[Json]:
+    """Role and blocks of the messages, whatever their form and the marks on them."""
+    found = []
+    for message in body["messages"]:
+        content = message["content"]
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        found += [(message["role"], block["type"], block.get("text")) for block in blocks]
+    return found
+
+
+def test_a_conversation_goes_on_though_its_claude_was_killed(
+    claude: Claude, tmp_path: Path
+) -> None:
+    with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0") as rig:
+        messages = [user("One?"), assistant(rig.ask("One?").text), user("Two?")]
+        kill_all(claudes(rig.server))
+        assert rig.ask(messages).finish == "stop"
+        assert turns(rig.last_body()) == [
+            ("user", ["One?"]), ("assistant", ["Hello from the stub."]), ("user", ["Two?"])]
+
+
+def test_branches_of_a_conversation_do_not_mix(rig: Rig) -> None:
+    start = [user("One?"), assistant(rig.ask("One?").text)]
+    for branch in ("Left?", "Right?"):
+        rig.ask([*start, user(branch)])
+    for body, branch in zip(rig.asked()[1:], ("Left?", "Right?")):
+        assert turns(body) == [
+            ("user", ["One?"]), ("assistant", ["Hello from the stub."]), ("user", [branch])]
+
+
+# ---------------------------------------------------------------------------
+# Clients that leave
+# ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("reply", [HALF, SILENCE], ids=["half", "silence"])
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_a_client_that_leaves_ends_the_request(
+    rig: Rig, streams: bool, reply: stub.Reply
+) -> None:
+    rig.script(then=reply)
+    aborted = rig.stub.aborted
+    body = {"model": MODEL, "messages": [user("Hi")], "stream": streams}
+    connection = http_request(rig.server.port, "POST", CHAT, body)
+    rig.stub.wait_for_requests(rig.seen + 1)
+    if streams and reply is HALF:
+        read_until(connection, b"Half")
+    connection.close()
+    rig.stub.wait_for_aborted(aborted + 1)
+    rig.settle()
+    assert len(rig.asked()) == 1
+    # One that had to be killed, two seconds later, would leave files.
+    assert_nothing_left(rig)
+
+
+def read_until(connection: http.client.HTTPConnection, wanted: bytes) -> None:
+    """Read the answer up to these bytes."""
+    assert connection.sock
+    read = b""
+    while wanted not in read:
+        piece = connection.sock.recv(65_536)
+        assert piece, read
+        read += piece
+
+
+def test_a_client_that_leaves_a_conversation_can_come_back(rig: Rig) -> None:
+    messages = [user("One?"), assistant(rig.ask("One?").text), user("Two?")]
+    rig.script(HALF)
+    with rig.open(messages) as stream:
+        next(iter(stream))
+    wait_until(lambda: rig.server.call("GET", "/health").json()["stats"]["activeRequests"] == 0)
+    assert rig.ask(messages).finish == "stop"
+    assert turns(rig.last_body()) == [
+        ("user", ["One?"]), ("assistant", ["Hello from the stub."]), ("user", ["Two?"])]
+
+
+def test_twenty_answers_leave_no_file_behind(rig: Rig) -> None:
+    seen = rig.run({str(number): Case() for number in range(20)}, at_once=4)
+    assert {outcome.heard.finish for outcome in seen.values()} == {"stop"}
+    assert_nothing_left(rig)
+
+
+# ---------------------------------------------------------------------------
+# Ends of the server
+# ---------------------------------------------------------------------------
+
+def test_a_stop_lets_a_running_answer_finish(claude: Claude, tmp_path: Path) -> None:
+    with running_rig(tmp_path, claude) as rig:
+        rig.script(stub.text(list("abcdefgh"), gap_s=0.2))
+        with rig.open() as stream:
+            events = iter(stream)
+            came = [next(events)[1] for _ in range(2)]
+            os.kill(rig.server.pid, signal.SIGTERM)
+            came += [data for _, data in events]
+        assert rig.server.process.wait(30) == 0
+        choices = [chunk["choices"][0] for chunk in came[:-1]]
+        assert "".join(choice["delta"].get("content") or "" for choice in choices) == "abcdefgh"
+        assert (choices[-1]["finish_reason"], came[-1]) == ("stop", "[DONE]")
+        assert processes_with(tmp_path) == set()
+        assert session_files(rig) == {}
+
+
+def test_no_claude_outlives_a_server_that_is_killed(claude: Claude, tmp_path: Path) -> None:
+    with running_rig(tmp_path, claude) as rig:
+        rig.ask("One?")
+        rig.script(HALF)
+        with rig.open("Two?") as stream:
+            events = iter(stream)
+            while not next(events)[1]["choices"][0]["delta"].get("content"):
+                pass
+            wait_until(lambda: spares(rig) == 1)
+            parked_busy_and_spare = claudes(rig.server)
+            assert len(parked_busy_and_spare) == 3
+            rig.server.kill()
+            # By itself, the one that is answering would go on for a minute.
+            wait_until(lambda: not processes_with(tmp_path))
+        rig.stub.wait_for_aborted(1)
+        assert len(rig.asked()) == 2
+
+
+# ---------------------------------------------------------------------------
+# The environment of a claude
+# ---------------------------------------------------------------------------
+
+KEY = "the-key-of-this-server"
+UNWANTED = {
+    "ANTHROPIC_API_KEY": "unwanted", "ANTHROPIC_AUTH_TOKEN": "unwanted",
+    "ANTHROPIC_MODEL": "unwanted", "ANTHROPIC_CUSTOM_HEADERS": "X-Unwanted: 1",
+    "OPENAI_API_KEY": "unwanted", "OPENAI_BASE_URL": "unwanted", "CLAUDECODE": "1",
+    "CLAUDE_CODE_ENTRYPOINT": "unwanted", "CLAUDE_CODE_EXTRA_BODY": '{"unwanted":1}',
+    "CLAUDE_CODE_USE_BEDROCK": "1", "NODE_OPTIONS": "--unwanted", "AWS_SECRET_ACCESS_KEY": "no",
+    "PROXY_API_KEY": KEY, "OCP_ADMIN_KEY": "the-key-of-its-admin",
+    # Passed by its name, were it not for its value.
+    "LC_KEY": KEY,
+}
+
+
+def test_a_claude_knows_what_it_needs_and_no_more(claude: Claude, tmp_path: Path) -> None:
+    wanted = {"OCP_PASS_ENV": "PASSED_ON,LC_ALL", "PASSED_ON": "yes", "TZ": "UTC"}
+    with running_rig(tmp_path, claude, **UNWANTED, **wanted) as rig:
+        wait_until(lambda: claudes(rig.server))
+        found = environment(claudes(rig.server)[0])
+        assert not set(found) & set(UNWANTED)
+        assert KEY not in found.values()
+        assert (found["PASSED_ON"], found["TZ"]) == ("yes", "UTC")
+        assert found["HOME"] == str(rig.server.home)
+        assert found["ANTHROPIC_BASE_URL"] == rig.stub.url
+        assert found["CLAUDE_CODE_DISABLE_ATTACHMENTS"] == "1"
+        body = {"model": MODEL, "messages": [user("Hi")]}
+        assert rig.server.call("POST", CHAT, body).status == 401
+        with_key = {"Authorization": f"Bearer {KEY}"}
+        assert rig.server.call("POST", CHAT, body, with_key).status == 200
+        assert "unwanted" not in str(rig.stub.requests).lower()

@@ -1,0 +1,668 @@
+"""Tools of the client over the real claude: loops, ways on, choices, schemas, and odd ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import pytest
+
+import stub_api as stub
+from conversation import (
+    CHAT,
+    DIALECTS,
+    MESSAGES,
+    RESPONSES,
+    Call,
+    Dialect,
+    Named,
+    Result,
+    Said,
+    Talk,
+    Tool,
+    called,
+    gave,
+    goes_on,
+    path_of,
+    plain,
+    seen,
+    stats,
+)
+from rig import (
+    BUDGET_MODEL,
+    Claude,
+    Rig,
+    claudes,
+    each_claude,
+    running_rig,
+    wait_until,
+)
+
+Json = Any
+
+BLACK = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+WEATHER, CLOCK, NEWS = Tool("weather"), Tool("clock"), Tool("news")
+TOOLS = (WEATHER, CLOCK, NEWS)
+#: Calls as the stub takes them.
+PARIS, ROME, NOON = ("weather", {"city": "Paris"}), ("weather", {"city": "Rome"}), ("clock", {})
+
+EVERY_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda each: each.name)
+WHOLE_AND_STREAMED = pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+
+
+@pytest.fixture(scope="module", params=each_claude())
+def claude(request: pytest.FixtureRequest) -> Claude:
+    found: Claude = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with running_rig(tmp_path_factory.mktemp("tools"), claude) as started:
+        yield started
+
+
+@pytest.fixture
+def rig(shared_rig: Rig) -> Rig:
+    shared_rig.begin()
+    return shared_rig
+
+
+def answered(call: Call) -> tuple[str, Result]:
+    """A result that says which call it is for."""
+    return call.id, Result(f"{call.name} said {call.arguments}")
+
+
+def paths(rig: Rig, *answers: Said) -> list[str]:
+    return [path_of(rig, said) for said in answers]
+
+
+# ---------------------------------------------------------------------------
+# Loops
+# ---------------------------------------------------------------------------
+
+@EVERY_DIALECT
+@WHOLE_AND_STREAMED
+def test_three_rounds_are_four_requests_on_one_process(
+    rig: Rig, dialect: Dialect, streams: bool
+) -> None:
+    rig.script(
+        stub.tool_calls([PARIS, NOON], text="Two things."), stub.tool_calls([PARIS, ROME]),
+        stub.tool_calls([("news", {"city": "Oslo"})], text="One more."), stub.text("All done."))
+    talk = Talk(rig, dialect, TOOLS, streams=streams)
+    first = talk.ask("What is new?")
+    # In the other order than they were called.
+    second = talk.give([answered(call) for call in reversed(first.calls)])
+    third = talk.give([answered(call) for call in reversed(second.calls)])
+    last = talk.give([answered(third.call)])
+
+    assert [said.finish for said in (first, second, third, last)] == [
+        *["tool_calls"] * 3, "stop"]
+    assert [(call.name, call.input) for call in first.calls] == [PARIS, NOON]
+    assert [(call.name, call.input) for call in second.calls] == [PARIS, ROME]
+    assert [first.text, second.text, third.text, last.text] == [
+        "Two things.", "", "One more.", "All done."]
+    assert goes_on(rig, [first, second, third, last])
+    assert len(rig.asked()) == 4
+    assert seen(rig.last_body()) == [
+        ("user", ["What is new?"]), *exchange(first), *exchange(second), *exchange(third)]
+
+
+def exchange(said: Said) -> list[tuple[str, list[Json]]]:
+    """An answer with calls, and their results in the order of the calls, upstream."""
+    return [
+        ("assistant", [*([said.text] if said.text else []), *map(called, said.calls)]),
+        ("user", [gave(call, answered(call)[1]) for call in said.calls])]
+
+
+def test_a_loop_starts_no_process_after_its_first_request(rig: Rig) -> None:
+    rig.script(stub.tool_calls([PARIS]), stub.tool_calls([ROME]), stub.text("So."))
+    talk = Talk(rig, CHAT, TOOLS)
+    said = talk.ask("Where is it warm?")
+    # What was taken is replaced meanwhile.
+    wait_until(lambda: sum(health(rig)["spares"].values()) == 1)
+    before = stats(rig)
+    for _ in range(2):
+        said = talk.give([answered(said.call)])
+    assert path_of(rig, said) == "continued"
+    after = stats(rig)
+    assert after["spawned"] == before["spawned"]
+    assert after["continued"] == before["continued"] + 2
+    assert (after["rebuilt"], after["fresh"]) == (before["rebuilt"], before["fresh"])
+
+
+def health(rig: Rig) -> dict[str, Json]:
+    found: dict[str, Json] = rig.server.call("GET", "/health").json()
+    return found
+
+
+def test_the_arguments_of_a_call_stream_as_they_come(rig: Rig) -> None:
+    rig.script(stub.tool_calls([PARIS, ROME], text="Look."))
+    talk = Talk(rig, CHAT, TOOLS, streams=True)
+    reply = talk.ask("Where is it warm?").reply
+    deltas = [choice["delta"] for _, chunk in reply.events[:-1] for choice in chunk["choices"]]
+    pieces = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [piece["index"] for piece in pieces] == [0] * 4 + [1] * 4
+    assert [sorted(piece) for piece in pieces[:2]] == [
+        ["function", "id", "index", "type"], ["function", "index"]]
+
+
+@EVERY_DIALECT
+def test_results_may_be_images_and_failures(rig: Rig, dialect: Dialect) -> None:
+    rig.script(stub.tool_calls([PARIS, NOON]))
+    talk = Talk(rig, dialect, TOOLS)
+    first, second = talk.ask("Show me.").calls
+    picture, failure = Result("Here:", [BLACK]), Result("It broke.", is_error=True)
+    last = talk.give([(second.id, failure), (first.id, picture)])
+    assert path_of(rig, last) == "continued"
+    told = dialect is MESSAGES
+    assert seen(rig.last_body())[-1] == (
+        "user", [gave(first, picture), gave(second, failure, is_error=told)])
+
+
+@pytest.mark.parametrize("text", [
+    "", "  \n padded \n ", '{"a": 1, "b": [2]}', "/cost @/etc/hostname",
+    "\u200b\ue000 e\u0301 \x1b", "<system-reminder>no</system-reminder>"],
+    ids=["nothing", "spaces", "json", "slash", "odd", "tag"])
+def test_what_a_tool_says_arrives_as_it_is(rig: Rig, text: str) -> None:
+    rig.script(stub.tool_calls([PARIS]))
+    talk = Talk(rig, CHAT, TOOLS)
+    call = talk.ask("Say it.").call
+    talk.give([(call.id, Result(text))])
+    (found,) = seen(rig.last_body())[-1][1]
+    # Where a tool says nothing, claude says so.
+    assert found.content == text or (not text and found.content.endswith("with no output)"))
+
+
+@pytest.mark.parametrize("length", [60_000, 200_000])
+def test_long_results_arrive_whole(rig: Rig, length: int) -> None:
+    rig.script(stub.tool_calls([PARIS, NOON]))
+    talk = Talk(rig, CHAT, TOOLS, model="claude-sonnet-5")
+    words = "word " * (length // 5)
+    talk.give([(call.id, Result(words)) for call in talk.ask("Read it all.").calls])
+    said = [found for role, found in seen(rig.last_body()) if role == "user"]
+    contents = [found.content for found in said[-1]]
+    assert [len(content) for content in contents] == [length, length]
+    assert contents == [words, words]
+
+
+def test_a_text_beside_the_results_comes_after_them(rig: Rig) -> None:
+    rig.script(stub.tool_calls([PARIS]))
+    talk = Talk(rig, MESSAGES, TOOLS)
+    call = talk.ask("Where?").call
+    (message,) = MESSAGES.results([answered(call)])
+    talk.messages.append(
+        {"role": "user", "content": [{"type": "text", "text": "Quick!"}, *message["content"]]})
+    last = talk.send()
+    assert path_of(rig, last) == "rebuilt"
+    assert seen(rig.last_body())[-1] == ("user", [gave(call, answered(call)[1]), "Quick!"])
+    assert len(rig.asked()) == 2
+
+
+def test_a_conversation_goes_on_after_its_loop(rig: Rig) -> None:
+    rig.script(stub.tool_calls([PARIS]), stub.text("Sunny."), stub.text("Bye."))
+    talk = Talk(rig, CHAT, TOOLS)
+    said = talk.ask("Where?")
+    last = [talk.give([answered(said.call)]), talk.ask("Thanks.")]
+    assert paths(rig, *last) == ["continued", "continued"]
+    assert seen(rig.last_body()) == [
+        ("user", ["Where?"]), *exchange(said), ("assistant", ["Sunny."]), ("user", ["Thanks."])]
+
+
+# ---------------------------------------------------------------------------
+# Ids
+# ---------------------------------------------------------------------------
+
+@EVERY_DIALECT
+def test_ids_are_letters_and_digits_and_come_back_in_any_form(
+    rig: Rig, dialect: Dialect
+) -> None:
+    rig.script(stub.tool_calls([PARIS]))
+    talk = Talk(rig, dialect, TOOLS)
+    call = talk.ask("Where?").call
+    assert call.id == plain(call.id)
+    odd = f"{call.id[:5]}_{call.id[5:]}-"
+    talk.messages = json.loads(json.dumps(talk.messages).replace(call.id, odd))
+    last = talk.give([(odd, Result("warm"))])
+    assert path_of(rig, last) == "continued"
+    assert seen(rig.last_body())[-1] == ("user", [gave(call, Result("warm"))])
+
+
+@EVERY_DIALECT
+def test_ids_that_nobody_called_or_answered_are_named(rig: Rig, dialect: Dialect) -> None:
+    rig.script(stub.tool_calls([PARIS, ROME]))
+    talk = Talk(rig, dialect, TOOLS)
+    first, second = talk.ask("Where?").calls
+    unknown = talk.branch().give([(first.id, Result("a")), ("elsewhere", Result("b"))]).reply
+    missing = talk.branch().give([(second.id, Result("b"))]).reply
+    assert (unknown.status, missing.status) == (400, 400)
+    assert "elsewhere" in unknown.text and first.id in missing.text
+    assert len(rig.asked()) == 1
+
+
+# ---------------------------------------------------------------------------
+# Ways on: what cannot be continued is rebuilt
+# ---------------------------------------------------------------------------
+
+def other_system(talk: Talk) -> None:
+    talk.system = "Be brief."
+
+
+def other_tools(talk: Talk) -> None:
+    talk.tools = (WEATHER, CLOCK)
+
+
+def other_description(talk: Talk) -> None:
+    talk.tools = (WEATHER._replace(description="Tells another thing."), CLOCK, NEWS)
+
+
+def other_message(talk: Talk) -> None:
+    talk.messages[0]["content"] = "What was new?"
+
+
+def other_answer(talk: Talk) -> None:
+    talk.messages = json.loads(json.dumps(talk.messages).replace("Two things.", "Three things."))
+
+
+CHANGES = [
+    *[(dialect, change) for dialect in DIALECTS
+      for change in (other_system, other_tools, other_message)],
+    (CHAT, other_description), (CHAT, other_answer)]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "change"), CHANGES, ids=[f"{each.name}-{how.__name__}" for each, how in CHANGES])
+def test_what_was_changed_is_rebuilt(
+    rig: Rig, dialect: Dialect, change: Callable[[Talk], None]
+) -> None:
+    rig.script(stub.tool_calls([PARIS, NOON], text="Two things."), stub.text("Done."))
+    talk = Talk(rig, dialect, TOOLS, "Be kind.")
+    said = talk.ask("What is new?")
+    change(talk)
+    last = talk.give([answered(call) for call in said.calls])
+    assert (last.text, path_of(rig, last)) == ("Done.", "rebuilt")
+    assert len(rig.asked()) == 2
+    assert_rebuilt(rig, talk, said)
+
+
+@EVERY_DIALECT
+def test_rounds_of_the_past_keep_their_order_when_they_are_rebuilt(
+    rig: Rig, dialect: Dialect
+) -> None:
+    rig.script(stub.tool_calls([PARIS]), stub.tool_calls([NOON], text="And when?"),
+               stub.text("Sunny at noon."), stub.text("Bye."))
+    talk = Talk(rig, dialect, TOOLS, "Be kind.")
+    first = talk.ask("What is new?")
+    second = talk.give([answered(call) for call in first.calls])
+    talk.give([answered(call) for call in second.calls])
+    straight = seen(rig.last_body())
+    talk.system = "Be brief."
+    last = talk.ask("Thanks.")
+    assert (last.text, path_of(rig, last)) == ("Bye.", "rebuilt")
+    assert seen(rig.last_body()) == [
+        *straight, ("assistant", ["Sunny at noon."]), ("user", ["Thanks."])]
+
+
+def assert_rebuilt(rig: Rig, talk: Talk, said: Said) -> None:
+    """The whole loop reached the API in one request, with the talk's system prompt and tools."""
+    body = rig.last_body()
+    question, (_, contents), results = seen(body)
+    assert question[1] in (["What is new?"], ["What was new?"])
+    assert [each for each in contents if not isinstance(each, str)] == [
+        called(call) for call in said.calls]
+    assert results == exchange(said)[1]
+    assert talk.system == "" or talk.system in [block["text"] for block in body["system"]]
+    assert sorted((tool["name"], tool["description"]) for tool in body["tools"]) == sorted(
+        (tool.name, tool.description) for tool in talk.tools)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda each: each.name)
+def test_a_process_that_died_in_its_sleep_is_rebuilt(
+    claude: Claude, tmp_path: Path, number: signal.Signals
+) -> None:
+    with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0") as rig:
+        rig.script(stub.tool_calls([PARIS]), stub.text("Done."))
+        talk = Talk(rig, CHAT, TOOLS)
+        said = talk.ask("What is new?")
+        wait_until(lambda: health(rig)["parked"])
+        for pid in claudes(rig.server):
+            os.kill(pid, number)
+        wait_until(lambda: not claudes(rig.server))
+        last = talk.give([answered(said.call)])
+        assert (last.text, len(rig.asked())) == ("Done.", 2)
+        assert_rebuilt(rig, talk, said)
+
+
+def test_evicted_and_expired_processes_are_rebuilt(claude: Claude, tmp_path: Path) -> None:
+    settings = {"OCP_PARKED_PROCESSES": "1", "CLAUDE_SESSION_TTL": "2500"}
+    with running_rig(tmp_path, claude, **settings) as rig:
+        rig.script(stub.tool_calls([PARIS]), stub.tool_calls([ROME]))
+        old, new = (Talk(rig, CHAT, TOOLS) for _ in range(2))
+        said = old.ask("What is new?")
+        other = new.ask("What is new?")
+        wait_until(lambda: health(rig)["parked"] == 1)
+        rig.script(stub.text("Done."), stub.text("Done too."))
+        evicted = old.give([answered(said.call)])
+        # The younger one had to go for it in turn, a moment behind the answer.
+        wait_until(lambda: health(rig)["parked"] == 1)
+        last = new.give([answered(other.call)])
+        assert paths(rig, evicted, last) == ["rebuilt", "rebuilt"]
+        assert_rebuilt(rig, new, other)
+        wait_until(lambda: health(rig)["parked"] == 0)
+        after = new.ask("And now?")
+        assert (after.finish, path_of(rig, after)) == ("stop", "rebuilt")
+
+
+@EVERY_DIALECT
+def test_a_loop_survives_a_restart_of_the_server(
+    claude: Claude, tmp_path: Path, dialect: Dialect
+) -> None:
+    with running_rig(tmp_path, claude) as rig:
+        rig.script(stub.tool_calls([PARIS, NOON], text="Two things."))
+        talk = Talk(rig, dialect, TOOLS, "Be kind.")
+        said = talk.ask("What is new?")
+    with running_rig(tmp_path, claude) as rig:
+        rig.script(stub.text("Done."))
+        talk.rig = rig
+        last = talk.give([answered(call) for call in said.calls])
+        assert (last.text, path_of(rig, last)) == ("Done.", "rebuilt")
+        assert_rebuilt(rig, talk, said)
+        assert len(rig.asked()) == 1
+
+
+# ---------------------------------------------------------------------------
+# Choices
+# ---------------------------------------------------------------------------
+
+class Chosen(NamedTuple):
+    """What a client may say about its tools, and the API's tool_choice that it comes to."""
+    fields: Callable[[Dialect], Mapping[str, Json]]
+    wanted: Json
+    #: Who it can be said in.
+    dialects: Sequence[Dialect] = DIALECTS
+    tools: Sequence[Tool] = TOOLS
+
+    @property
+    def forces(self) -> bool:
+        return bool(self.wanted) and self.wanted["type"] in ("any", "tool")
+
+
+def allowed(dialect: Dialect) -> dict[str, Json]:
+    names = ["weather", "news"]
+    if dialect is CHAT:
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        choice: Json = {"allowed_tools": {"mode": "required", "tools": tools}}
+    else:
+        tools = [{"type": "function", "name": name} for name in names]
+        choice = {"mode": "required", "tools": tools}
+    return {"tool_choice": {"type": "allowed_tools", **choice}}
+
+
+CHOICES = {
+    "left out": Chosen(lambda dialect: {}, None),
+    "auto": Chosen(lambda dialect: {"tool_choice": dialect.choice("auto")}, None),
+    "none": Chosen(lambda dialect: {"tool_choice": dialect.choice("none")}, {"type": "none"}),
+    "required": Chosen(
+        lambda dialect: {"tool_choice": dialect.choice("required")}, {"type": "any"}),
+    "named": Chosen(
+        lambda dialect: {"tool_choice": dialect.choice(Named("clock"))},
+        {"type": "tool", "name": "clock"}),
+    "allowed": Chosen(allowed, {"type": "any"}, (CHAT, RESPONSES), (WEATHER, NEWS)),
+    "one at a time": Chosen(
+        lambda dialect: dialect.serial("auto"),
+        {"type": "auto", "disable_parallel_tool_use": True}),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_reaches_the_api(rig: Rig, name: str) -> None:
+    chosen = CHOICES[name]
+    for dialect in chosen.dialects:
+        said = Talk(rig, dialect, TOOLS, **chosen.fields(dialect)).ask("What is new?")
+        assert said.finish == "stop"
+        body = rig.last_body()
+        assert body.get("tool_choice") == chosen.wanted
+        assert sorted(tool["name"] for tool in body["tools"]) == sorted(
+            tool.name for tool in chosen.tools)
+        if chosen.forces:
+            # The API refuses the two together.
+            assert body.get("thinking", {}).get("type") in (None, "disabled")
+    assert len(rig.asked()) == len(chosen.dialects)
+
+
+def test_a_budget_for_thinking_pauses_in_a_loop_that_is_told_anew(rig: Rig) -> None:
+    rig.script(stub.tool_calls([PARIS]), stub.text("Done."), stub.text("Bye."))
+    thinking = {"type": "enabled", "budget_tokens": 1500}
+    talk = Talk(rig, MESSAGES, TOOLS, model=BUDGET_MODEL, thinking=thinking)
+    said = talk.ask("What is new?")
+    talk.messages[0]["content"] = "What is old?"
+    assert talk.give([answered(said.call)]).text == "Done."
+    last = talk.ask("Thanks.")
+    assert (last.text, path_of(rig, last)) == ("Bye.", "continued")
+    budgets = [body["thinking"].get("budget_tokens") for body in rig.asked()]
+    # With one, the API wants to see the thinking before the call, which nobody can tell claude.
+    assert budgets == [1500, None, 1500]
+
+
+def test_another_choice_in_the_next_round_is_kept(rig: Rig) -> None:
+    rig.script(stub.tool_calls([PARIS]), stub.text("Done."))
+    talk = Talk(rig, CHAT, TOOLS)
+    said = talk.ask("What is new?", tool_choice="required")
+    assert talk.give([answered(said.call)], tool_choice="auto").text == "Done."
+    first, second = rig.asked()
+    assert first["tool_choice"] == {"type": "any"} and "tool_choice" not in second
+    assert seen(second)[1:] == exchange(said)
+
+
+# ---------------------------------------------------------------------------
+# Schemas, names and descriptions
+# ---------------------------------------------------------------------------
+
+NESTED: dict[str, Json] = {
+    "type": "object",
+    "properties": {
+        "where": {"anyOf": [{"type": "string", "format": "uri"}, {"$ref": "#/$defs/place"}]},
+        "kind": {"const": "now"},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", None]}, "maxItems": 3},
+    },
+    "required": ["where"],
+    "additionalProperties": False,
+    "$defs": {"place": {"type": "object", "properties": {"x": {"type": ["number", "null"]}}}},
+}
+LONG_NAME = "n" * 64
+
+
+@EVERY_DIALECT
+def test_schemas_arrive_untouched(rig: Rig, dialect: Dialect) -> None:
+    rig.script(stub.tool_calls([(LONG_NAME, {"where": {"x": None}, "kind": "now"})]))
+    said = Talk(rig, dialect, [Tool(LONG_NAME, NESTED), Tool("bare", {})]).ask("Go.")
+    bare, nested = sorted(rig.last_body()["tools"], key=lambda tool: len(tool["name"]))
+    assert nested["input_schema"] == NESTED
+    assert nested["name"] == LONG_NAME
+    assert bare["input_schema"] == {"type": "object", "properties": {}}
+    assert (said.call.name, said.call.input) == (LONG_NAME, {"where": {"x": None}, "kind": "now"})
+
+
+def test_an_odd_schema_takes_no_other_tool_away(rig: Rig) -> None:
+    odd = {"type": "object", "properties": {"any": True, "none": False}, "required": None}
+    Talk(rig, CHAT, [Tool("odd", odd), Tool("void", {"properties": None}), CLOCK]).ask("Go.")
+    clock, found, void = rig.last_body()["tools"]
+    assert [clock["name"], void["name"]] == ["clock", "void"]
+    assert found["input_schema"]["properties"] == {"any": {}, "none": {"not": {}}}
+
+
+@pytest.mark.parametrize("description", [
+    "", "Long. " * 3000 + "The end.", "\u00e9t\u00e9 \U0001f468\u200d\U0001f469 \u200b\n\n  - so"],
+    ids=["none", "long", "odd"])
+def test_descriptions_arrive_untouched(rig: Rig, description: str) -> None:
+    Talk(rig, CHAT, [WEATHER._replace(description=description)]).ask("Go.")
+    (tool,) = rig.last_body()["tools"]
+    assert tool.get("description", "") == description
+
+
+@pytest.mark.parametrize(("dialect", "name"), [
+    *[(dialect, "my.tool/one") for dialect in DIALECTS], (CHAT, "Bash"), (CHAT, "mcp__x__y"),
+    (MESSAGES, "\u00e9t\u00e9"), (RESPONSES, "StructuredOutput"), (CHAT, "n" * 80)])
+def test_odd_names_come_back_as_they_were(rig: Rig, dialect: Dialect, name: str) -> None:
+    def answer(body: Mapping[str, Json]) -> stub.Reply:
+        (tool,) = body["tools"]
+        results = any(role == "user" and not isinstance(contents[0], str)
+                      for role, contents in seen(body))
+        return stub.text("Done.") if results else stub.tool_calls([(tool["name"], {"city": "A"})])
+
+    rig.stub.default = answer
+    talk = Talk(rig, dialect, [Tool(name)])
+    said = talk.ask("Go.")
+    assert (said.call.name, said.call.input) == (name, {"city": "A"})
+    last = talk.give([answered(said.call)])
+    assert (last.text, path_of(rig, last)) == ("Done.", "continued")
+    (tool,) = rig.last_body()["tools"]
+    assert seen(rig.last_body())[1][1] == [called(said.call)._replace(name=tool["name"])]
+
+
+def test_arguments_that_break_the_schema_are_the_clients_to_judge(rig: Rig) -> None:
+    rig.script(stub.tool_calls([("weather", {"city": 5, "more": True})]))
+    talk = Talk(rig, CHAT, [Tool("weather", NESTED)])
+    said = talk.ask("Go.")
+    last = talk.give([answered(said.call)])
+    assert said.call.input == {"city": 5, "more": True}
+    assert (last.finish, path_of(rig, last)) == ("stop", "continued")
+    assert seen(rig.last_body())[1:] == exchange(said)
+    assert len(rig.asked()) == 2
+
+
+# ---------------------------------------------------------------------------
+# Odd calls and ends
+# ---------------------------------------------------------------------------
+
+@EVERY_DIALECT
+@WHOLE_AND_STREAMED
+def test_a_call_of_a_tool_that_was_not_offered_is_not_forwarded(
+    rig: Rig, dialect: Dialect, streams: bool
+) -> None:
+    rig.script(stub.tool_calls([("Bash", {"command": "true"})], text="Hm."), stub.text("Well."))
+    said = Talk(rig, dialect, TOOLS, streams=streams).ask("Go.")
+    assert (said.calls, said.finish) == ([], "stop")
+    assert said.text == "Hm.\n\nWell."
+    (outcome,) = seen(rig.last_body())[-1][1]
+    assert outcome.is_error and "Bash" in outcome.content
+    assert len(rig.asked()) == 2
+
+
+@pytest.mark.parametrize("calls", [
+    [PARIS, ("Bash", {"command": "true"})], [("Bash", {"command": "true"}), PARIS]],
+    ids=["after", "before"])
+@WHOLE_AND_STREAMED
+def test_a_call_that_was_not_offered_beside_one_that_was_is_left_out(
+    rig: Rig, calls: Sequence[tuple[str, Json]], streams: bool
+) -> None:
+    rig.script(stub.tool_calls(calls), stub.text("Done."))
+    talk = Talk(rig, CHAT, TOOLS, streams=streams)
+    said = talk.ask("Go.")
+    assert (said.call.name, said.finish) == ("weather", "tool_calls")
+    last = talk.give([answered(said.call)])
+    assert (last.text, len(rig.asked())) == ("Done.", 2)
+    results = [found for found in seen(rig.last_body())[-1][1] if found.id == plain(said.call.id)]
+    assert results == [gave(said.call, answered(said.call)[1])]
+
+
+@EVERY_DIALECT
+@WHOLE_AND_STREAMED
+def test_arguments_that_are_cut_off_are_no_call(
+    rig: Rig, dialect: Dialect, streams: bool
+) -> None:
+    rig.script(cut_off(stub.tool_calls([PARIS], text="Look.")))
+    reply = Talk(rig, dialect, TOOLS, streams=streams, max_tokens=50).ask("Go.").reply
+    assert any(f'"{word}"' in reply.text for word in ("length", "max_tokens", "incomplete"))
+    assert "function_call_arguments.done" not in reply.text
+    if not streams:
+        assert dialect.heard(reply).calls == []
+    # What claude may still ask on a busy machine is not for the next test.
+    rig.settle()
+
+
+def cut_off(reply: stub.Reply) -> stub.Reply:
+    """The same answer, ended by the limit in the middle of its last call."""
+    *others, last = reply.blocks
+    last = last._replace(deltas=last.deltas[:-1])
+    return reply._replace(blocks=(*others, last), stop_reason="max_tokens")
+
+
+@WHOLE_AND_STREAMED
+def test_an_answer_that_breaks_off_inside_a_call_is_a_failure(rig: Rig, streams: bool) -> None:
+    broken = stub.tool_calls([PARIS], text="Look.")._replace(ending="cut", gap_s=0.05)
+    rig.script(then=broken)
+    reply = rig.server.call(
+        "POST", CHAT.path, Talk(rig, CHAT, TOOLS, streams=streams).body(
+            messages=[{"role": "user", "content": "Go."}]), timeout_s=60)
+    assert reply.status >= 500 or ("error" in reply.text and "[DONE]" not in reply.text)
+    assert "tool_calls\"" not in reply.text.rpartition("finish_reason")[2]
+
+
+def test_legacy_functions_go_round(rig: Rig) -> None:
+    rig.script(stub.tool_calls([PARIS], text="Look."), stub.text("Sunny."))
+    functions = [{"name": "weather", "parameters": WEATHER.schema}]
+    talk = Talk(rig, CHAT, functions=functions, function_call="auto")
+    talk.messages.append({"role": "user", "content": "Where?"})
+    message, finish = first_choice(rig, talk)
+    assert finish == "function_call"
+    assert message["function_call"]["name"] == "weather"
+    assert json.loads(message["function_call"]["arguments"]) == {"city": "Paris"}
+    talk.messages += [message, {"role": "function", "name": "weather", "content": "warm"}]
+    assert first_choice(rig, talk)[0]["content"] == "Sunny."
+    found = seen(rig.last_body())
+    assert found[2][1][0].content == "warm"
+    assert found[1][1][1].id == found[2][1][0].id
+    assert len(rig.asked()) == 2
+
+
+def first_choice(rig: Rig, talk: Talk) -> tuple[dict[str, Json], str]:
+    reply = rig.server.call("POST", CHAT.path, talk.body(), timeout_s=60)
+    assert reply.status == 200, reply
+    choice = reply.json()["choices"][0]
+    return choice["message"], choice["finish_reason"]
+
+
+@WHOLE_AND_STREAMED
+def test_legacy_functions_are_called_one_at_a_time(rig: Rig, streams: bool) -> None:
+    rig.script(stub.tool_calls([PARIS, ROME]))
+    functions = [{"name": "weather", "parameters": WEATHER.schema}]
+    talk = Talk(rig, CHAT, functions=functions, stream=streams)
+    talk.messages.append({"role": "user", "content": "Where?"})
+    reply = rig.server.call("POST", CHAT.path, talk.body(), timeout_s=60)
+    chunks = [data for _, data in reply.events[:-1]] if streams else [reply.json()]
+    said = [choice.get("delta") or choice.get("message") or {}
+            for chunk in chunks for choice in chunk["choices"]]
+    calls = [each["function_call"] for each in said if each.get("function_call")]
+    arguments = "".join(call["arguments"] for call in calls)
+    assert json.loads(arguments) == {"city": "Paris"}
+    assert [call["name"] for call in calls if "name" in call] == ["weather"]
+
+
+def test_many_loops_at_once_keep_to_themselves(rig: Rig) -> None:
+    def answer(body: Mapping[str, Json]) -> stub.Reply:
+        contents = [each for _, contents in seen(body) for each in contents]
+        (word,) = [each for each in contents if isinstance(each, str)]
+        results = [each.content for each in contents if getattr(each, "kind", "") == "tool_result"]
+        if len(results) == 2:
+            return stub.text(f"{word}: {' '.join(results)}")
+        return stub.tool_calls([("weather", {"city": f"{word}{len(results)}"})])
+
+    def loop(word: str) -> str:
+        talk = Talk(rig, CHAT, TOOLS)
+        said = talk.ask(word)
+        while said.calls:
+            said = talk.give([(said.call.id, Result(f"<{said.call.input['city']}>"))])
+        return said.text
+
+    rig.stub.default = answer
+    words = [f"word{number}" for number in range(5)]
+    with ThreadPoolExecutor(5) as pool:
+        assert list(pool.map(loop, words)) == [f"{word}: <{word}0> <{word}1>" for word in words]
+    assert len(rig.asked()) == 15

@@ -1,0 +1,129 @@
+"""Answers of the management API, as tests and docs/ocp-command.md show them."""
+
+from __future__ import annotations
+
+import calendar
+from typing import Any
+
+from ocp_world import HEALTH
+
+Json = Any
+
+#: The moment at which the samples are looked at.
+NOW_S = float(calendar.timegm((2026, 11, 20, 15, 0, 0)))
+
+PLAN: Json = {
+    "currentSession": {
+        "utilization": 0.21, "percent": "21%", "resetsIn": "3h 12m",
+        "resetsAt": "2026-11-20T18:12:00Z", "resetsAtHuman": "Fri, Nov 20, 6:12 PM",
+        "status": "allowed", "observedAt": "2026-11-20T14:58:00Z"},
+    "weeklyLimits": {
+        "allModels": {
+            "utilization": 0.4, "percent": "40%", "resetsIn": "3d 1h",
+            "resetsAt": "2026-11-23T16:00:00Z", "resetsAtHuman": "Mon, Nov 23, 4:00 PM"},
+        "opus": {"utilization": 0.93, "percent": "93%", "resetsIn": "3d 1h"}},
+    "extraUsage": {"status": "rejected", "disabledReason": "not bought"},
+    "representativeClaim": "five_hour", "fallbackPercentage": 0.5, "subscription": "max",
+}
+USAGE: Json = {
+    "status": "allowed", "fetchedAt": "2026-11-20T14:58:00Z", "plan": PLAN,
+    "proxy": {"totalRequests": 19, "activeRequests": 1, "errors": 1, "timeouts": 0,
+              "uptime": "1h 3m"},
+    "models": {
+        "claude-sonnet-5": {
+            "requests": 18, "successes": 17, "errors": 1, "timeouts": 0, "avgElapsed": 20_400,
+            "maxElapsed": 45_000, "avgPromptChars": 36_000, "maxPromptChars": 56_200},
+        "claude-haiku-4-5-20251001": {
+            "requests": 1, "successes": 1, "errors": 0, "timeouts": 0, "avgElapsed": 840,
+            "maxElapsed": 840, "avgPromptChars": 12, "maxPromptChars": 12}},
+    "_raw": {},
+}
+COUNTS: Json = {
+    "requests": 12, "successes": 11, "errors": 1, "input_tokens": 1_200,
+    "output_tokens": 3_400, "cache_read_tokens": 45_000, "cache_write_tokens": 800, "cached": 0,
+    "avg_elapsed_ms": 4_200, "last_request": "2026-11-20T14:55:00Z",
+}
+SMALL: Json = {
+    **COUNTS, "requests": 3, "successes": 3, "errors": 0, "input_tokens": 90,
+    "output_tokens": 310, "cache_read_tokens": 0, "avg_elapsed_ms": 840,
+    "last_request": "2026-11-18T15:00:00Z",
+}
+API_USAGE: Json = {
+    "since": "2026-11-19T15:00:00Z", "until": "2026-11-20T15:00:00Z",
+    "scope": {"self": None, "all": True},
+    "totals": {**COUNTS, "requests": 15, "output_tokens": 3_710},
+    "byKey": [{"key_name": "laptop", **COUNTS}, {"key_name": "phone", **SMALL}],
+    "byModel": [{"model": "claude-sonnet-5", **COUNTS},
+                {"model": "claude-haiku-4-5-20251001", **SMALL}],
+    "timeline": [], "recent": [],
+    "daily": [{"day": "2026-11-19", **SMALL}, {"day": "2026-11-20", **COUNTS}],
+}
+STATUS: Json = {
+    "proxy": {"status": "ok", "version": "0.1.0", "uptime": "1h 3m", "auth": "ok"},
+    "requests": {"total": 19, "active": 1, "errors": 1, "timeouts": 0}, "plan": PLAN,
+    "recentErrors": [{"time": "2026-11-20T14:40:00Z", "message": "claude ended early"}],
+}
+MODELS: Json = {"object": "list", "data": [
+    {"id": "claude-sonnet-5", "display_name": "Claude Sonnet 5", "context_window": 1_000_000,
+     "max_output_tokens": 64_000, "reasoning": True},
+    {"id": "claude-haiku-4-5-20251001", "display_name": "Claude Haiku 4.5",
+     "context_window": 200_000, "max_output_tokens": 32_000, "reasoning": False}]}
+SETTINGS: Json = {
+    "timeout": {
+        "value": 600_000, "type": "number", "min": 1_000, "max": 3_600_000, "unit": "ms",
+        "desc": "longest time for one answer", "source": "default", "default": 600_000,
+        "env": "CLAUDE_TIMEOUT"},
+    "sessionHeader": {
+        "value": False, "type": "boolean", "desc": "take X-Session-Id", "source": "stored",
+        "default": False, "env": "OCP_SESSION_HEADER"},
+    "logLevel": {
+        "value": "info", "type": "string", "desc": "least level that is logged",
+        "source": "environment", "default": "info", "env": "OCP_LOG_LEVEL"},
+}
+LOGS: Json = {"count": 2, "level": "all", "entries": [
+    {"ts": "2026-11-20T14:01:53.120Z", "level": "info", "event": "answer_finished",
+     "model": "claude-sonnet-5", "elapsed_ms": 4200},
+    {"ts": "2026-11-20T14:02:10.004Z", "level": "error", "event": "claude_died", "code": 1}]}
+SESSIONS: Json = {"sessions": [
+    {"id": "chat-1", "caller": "laptop", "model": "claude-sonnet-5", "messages": 6,
+     "created": "2026-11-20T13:00:00Z", "lastUsed": "2026-11-20T14:48:00Z"}]}
+KEY: Json = {
+    "id": 2, "keyPreview": "ocp_ygp2...1eD_", "name": "laptop",
+    "created_at": "2026-11-18 15:00:00", "createdAt": "2026-11-18T15:00:00Z", "revoked": 0,
+    "expiry": "2026-12-20T15:00:00Z", "expired": False, "models": ["claude-sonnet-5"],
+    "maxConcurrent": 2, "note": "", "lastUsed": "2026-11-20T14:55:00Z", "revokedAt": None,
+}
+KEYS: Json = {"keys": [KEY, {
+    "id": 1, "keyPreview": "ocp_8dQx...Zk3a", "name": "old phone",
+    "created_at": "2026-10-01 08:00:00", "revoked": 1, "expiry": None, "expired": False,
+    "models": [], "maxConcurrent": 0, "note": "", "lastUsed": None}]}
+QUOTA: Json = {"keyId": 2, "name": "laptop", "quota": {
+    "daily": {"limit": 50, "used": 12, "inFlight": 0, "resetsIn": "9h 57m"},
+    "weekly": {"limit": None, "used": 34, "inFlight": 0, "resetsIn": "2d 9h"},
+    "monthly": {"limit": None, "used": 80, "inFlight": 0, "resetsIn": "10d 9h"},
+    "tokensDaily": {"limit": 1_000_000, "used": 50_400, "inFlight": 0, "resetsIn": "9h 57m"},
+    "tokensWeekly": {"limit": None, "used": 150_000, "inFlight": 0, "resetsIn": "2d 9h"},
+    "tokensMonthly": {"limit": None, "used": 400_000, "inFlight": 0, "resetsIn": "10d 9h"}}}
+LAN: Json = {
+    "host": "192.0.2.7", "url": "http://192.0.2.7:3456", "authMode": "multi", "reachable": True}
+DOCTOR: Json = {
+    "schema_version": "1", "timestamp": "2026-11-20T15:00:00Z", "ready_to_upgrade": False,
+    "install_dir": "/home/u/ocp", "install_dir_source": "script",
+    "install_dir_safe_to_replace": True, "current_version": "v0.1.0", "latest_version": "v0.2.0",
+    "from_version_supported": True, "units": None, "fail_count": 1, "warn_count": 1,
+    "checks": [
+        {"id": "python", "level": "PASS", "message": "Python 3.11.7"},
+        {"id": "file_modes", "level": "FAIL", "message": "others may read /home/u/.ocp/ocp.db"},
+        {"id": "oauth_ok", "level": "INFO", "message": "not known before the first answer"},
+        {"id": "current_version", "level": "WARN",
+         "message": "v0.2.0 is there, 0.1.0 is installed"}],
+    "next_action": {
+        "kind": "fix_modes", "human_required": [],
+        "ai_executable": ["chmod 600 /home/u/.ocp/ocp.db"],
+        "verify": "python3 /home/u/ocp/ocp.py doctor"},
+}
+
+__all__ = [
+    "API_USAGE", "DOCTOR", "HEALTH", "KEY", "KEYS", "LAN", "LOGS", "MODELS", "NOW_S", "PLAN",
+    "QUOTA", "SESSIONS", "SETTINGS", "STATUS", "USAGE",
+]

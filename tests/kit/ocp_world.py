@@ -1,0 +1,213 @@
+"""How tests run ocp: its world, a stub of a server that answers as told, and programs of the
+system that only write down how they were called."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Union
+
+from project import REPO, load_script
+
+Json = Any
+ocp = load_script("ocp")
+#: Nobody listens there: binding it takes rights that tests have not, and it is never assigned.
+DEAD_URL = "http://127.0.0.1:1"
+
+
+# ---------------------------------------------------------------------------
+# A server that answers as told
+# ---------------------------------------------------------------------------
+
+class Request(NamedTuple):
+    method: str
+    #: With its query.
+    path: str
+    key: str
+    body: Json
+
+
+#: A status and a body; JSON unless it is text. The status 0 hangs up without an answer.
+Answer = tuple[int, Union[Json, str]]
+HEALTH = {
+    "status": "ok", "version": "0.1.0", "architecture": "warm processes", "demo": False,
+    "instanceName": "", "uptime": 3_780_000, "uptimeHuman": "1h 3m", "authMode": "multi",
+    "auth": {"ok": True, "okSource": "request", "okAt": "2026-11-20T14:00:00Z", "message": None},
+    "claudeBinaryOk": True, "claudeVersion": "2.1.329", "fix": None,
+    "stats": {"totalRequests": 18, "errors": 0, "timeouts": 0},
+    "concurrency": {"maxConcurrent": 8, "maxQueue": 16, "inflight": 0, "queued": 0},
+    "spares": {"claude-sonnet-5": 1}, "parked": 2,
+}
+
+
+class Stub:
+    """A server on loopback; `answers` may be changed while it runs."""
+
+    def __init__(self, answers: Mapping[str, Any]) -> None:
+        #: "METHOD /path" without the query: an Answer, or a function of the Request.
+        self.answers: dict[str, Any] = {"GET /health": (200, dict(HEALTH)), **answers}
+        self.requests: list[Request] = []
+        self.headers: dict[str, str] = {}
+        self.url = ""
+
+    def answer(self, request: Request) -> Answer:
+        self.requests.append(request)
+        found = self.answers.get(f"{request.method} {request.path.partition('?')[0]}")
+        if found is None:
+            return 404, {"error": {"message": f"There is no {request.path} here.", "type": "x"}}
+        status, body = found(request) if callable(found) else found
+        return status, body
+
+
+@contextmanager
+def stub(answers: Optional[Mapping[str, Any]] = None) -> Iterator[Stub]:
+    """A Stub that listens."""
+    told = Stub(answers or {})
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def answer(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            content = self.rfile.read(length)
+            key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            body = json.loads(content) if content else None
+            status, value = told.answer(Request(self.command, self.path, key, body))
+            if status == 0:
+                self.close_connection = True
+                return
+            text = value if isinstance(value, str) else json.dumps(value)
+            self.send_response(status)
+            for name, header in told.headers.items():
+                self.send_header(name, header)
+            self.send_header("Content-Length", str(len(text.encode())))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_GET = do_POST = do_PATCH = do_DELETE = answer
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    told.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield told
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+# ---------------------------------------------------------------------------
+# Running a command
+# ---------------------------------------------------------------------------
+
+class Stream(io.StringIO):
+    """A stream in memory that may pass for a terminal."""
+
+    def __init__(self, text: str = "", terminal: bool = False) -> None:
+        super().__init__(text)
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+class Clock:
+    """A clock that goes on by itself when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+        self.slept: list[float] = []
+
+    def time(self) -> float:
+        return time.time() + self.ahead_s
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.ahead_s += seconds
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def world(
+    home: Path, *argv: str, environ: Optional[Mapping[str, str]] = None, terminal: bool = False,
+    stdin: str = "", tree: Path = REPO, clock: Optional[Clock] = None, **more: Any,
+) -> Any:
+    """An Env of ocp whose home is `home`, and which sees nothing of the machine's own."""
+    clock = clock or Clock()
+    surroundings = {"PATH": os.environ["PATH"], "HOME": str(home), **(environ or {})}
+    return ocp.Env(
+        list(argv), surroundings, Stream(stdin, terminal), Stream(terminal=terminal),
+        Stream(terminal=terminal), str(home), str(tree),
+        **{"clock": clock.time, "sleep": clock.sleep, "platform": "linux", **more},
+    )
+
+
+def outcome(env: Any) -> Outcome:
+    """Runs the command of an Env."""
+    code = ocp.main(env)
+    return Outcome(int(code), env.stdout.getvalue(), env.stderr.getvalue())
+
+
+def run(home: Path, url: str, *argv: str, environ: Optional[Mapping[str, str]] = None,
+        **more: Any) -> Outcome:
+    """Runs a command against the server at `url`."""
+    return outcome(world(home, *argv, environ={"OCP_URL": url, **(environ or {})}, **more))
+
+
+# ---------------------------------------------------------------------------
+# Programs of the system
+# ---------------------------------------------------------------------------
+
+class Programs:
+    """A folder for PATH with programs that write down how they were called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder / "calls.log"
+        folder.mkdir(parents=True)
+
+    def add(self, name: str, script: str = "exit 0") -> None:
+        path = self.folder / name
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >> "{self.log}"\n{script}\n')
+        path.chmod(0o755)
+
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}:{os.environ['PATH']}"
+
+
+def write_record(home: Path, url: str, tree: Path = REPO, **fields: Json) -> dict[str, Json]:
+    """An install.json as the installer writes it."""
+    folder = home / ".ocp"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    unit = home / "ocp.service"
+    unit.write_text("[Service]\nEnvironment=\"CLAUDE_AUTH_MODE=none\"\n")
+    record = {
+        "version": 1, "installed_at": "2026-11-20T14:00:00Z", "platform": "systemd-user",
+        "label": "ocp.service", "unit_path": str(unit), "python": sys.executable,
+        "server_path": str(tree / "ocp_server.py"), "install_dir": str(tree),
+        "data_dir": str(folder), "env_file": None, "port": int(url.rpartition(":")[2]),
+        "bind": "127.0.0.1", "url": url, "launcher": None, "actions": [], **fields,
+    }
+    (folder / "install.json").write_text(json.dumps(record))
+    return record
+
+

@@ -1,0 +1,75 @@
+"""Processes of this machine: who is whose child, who lives, who is a zombie."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+
+class Process(NamedTuple):
+    pid: int
+    parent: int
+    is_zombie: bool
+
+
+def all_processes() -> list[Process]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            # The command is in brackets and may itself contain brackets and spaces.
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # It ended meanwhile.
+        found.append(Process(int(folder.name), int(fields[1]), fields[0] == "Z"))
+    return found
+
+
+def descendants(pid: int) -> list[Process]:
+    """The children of a process, their children, and so on; zombies too."""
+    processes = all_processes()
+    family = {pid}
+    grown = True
+    while grown:
+        more = {each.pid for each in processes if each.parent in family} - family
+        family |= more
+        grown = bool(more)
+    return [each for each in processes if each.pid in family and each.pid != pid]
+
+
+def processes_with(folder: Path) -> set[int]:
+    """The pids of all processes that were started with this folder in their environment."""
+    needle = str(folder).encode() + b"/"
+    found = set()
+    for process in all_processes():
+        try:
+            if needle in Path(f"/proc/{process.pid}/environ").read_bytes():
+                found.add(process.pid)
+        except OSError:
+            continue  # It ended meanwhile, or belongs to somebody else.
+    return found - {os.getpid()}
+
+
+def kill_all(pids: Sequence[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def is_gone(pid: int) -> bool:
+    """Whether there is no such process, not even as a zombie."""
+    return not os.path.exists(f"/proc/{pid}")
+
+
+def is_dead(pid: int) -> bool:
+    """Whether a process runs no more. Whoever inherited it may have left it as a zombie."""
+    return pid not in [each.pid for each in all_processes() if not each.is_zombie]
+
+
+def cpu_s(pid: int) -> float:
+    """The processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,281 @@
+"""A running ocp_server.py on the fake claude, and what it says of its own state."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Optional, Sequence, Union
+
+from http_client import Body, Reply, Stream, http_call, http_request
+from processes import descendants, kill_all, processes_with
+from project import REPO, clean_env, read_json_lines
+from waiting import eventually
+
+Json = Any
+FAKE_CLAUDE = REPO / "tests" / "kit" / "fake_claude.py"
+Turns = Sequence[Sequence[Mapping[str, Json]]]
+
+
+class Place:
+    """The folder of one server: its home, its fake claude, and what it prints."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.home = self.folder / "home"
+        self.ocp_home = self.folder / "ocp"
+        self.claude = self.folder / "claude"
+        self.scenario = self.folder / "scenario.json"
+        self.fake_log = self.folder / "fake.log"
+        self.stdout = self.folder / "stdout.txt"
+        self.stderr = self.folder / "stderr.txt"
+
+    def prepare(self) -> None:
+        self.home.mkdir(parents=True, exist_ok=True)
+        program = shlex.quote(str(FAKE_CLAUDE))
+        python = shlex.quote(sys.executable)
+        self.claude.write_text(f'#!/bin/sh\nexec {python} -I -S {program} "$@"\n')
+        self.claude.chmod(0o755)
+        if not self.scenario.exists():
+            self.write_scenario([])
+
+    def write_scenario(self, turns: Turns, **fields: Json) -> None:
+        """Give the fake claude another script; processes that run already notice it too."""
+        # A number in it, because the same script again has to start again.
+        fields = {"turns": turns, "written_ns": time.time_ns(), **fields}
+        draft = self.scenario.with_suffix(".draft")
+        draft.write_text(json.dumps(fields))
+        counter = Path(f"{self.scenario}.turns")
+        if counter.exists():
+            counter.unlink()
+        os.replace(draft, self.scenario)
+
+    def env(self, more: Mapping[str, Optional[str]], pass_env: Sequence[str]) -> dict[str, str]:
+        """The environment of the server; a None in `more` takes a variable away."""
+        passed = ["FAKE_CLAUDE", "FAKE_CLAUDE_LOG", *pass_env]
+        if more.get("OCP_PASS_ENV"):
+            passed.append(str(more["OCP_PASS_ENV"]))
+        values: dict[str, Optional[str]] = {
+            **clean_env(), "HOME": str(self.home), "OCP_HOME": str(self.ocp_home),
+            "CLAUDE_PROXY_PORT": "0", "CLAUDE_BIN": str(self.claude),
+            "FAKE_CLAUDE": str(self.scenario), "FAKE_CLAUDE_LOG": str(self.fake_log),
+            **more, "OCP_PASS_ENV": ",".join(passed),
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class Server:
+    """A running ocp_server.py, from running_server()."""
+
+    def __init__(self, place: Place, process: subprocess.Popen[bytes], port: int) -> None:
+        self.place = place
+        self.process = process
+        self.port = port
+        self.pid = process.pid
+        self.home = place.home
+        self.ocp_home = place.ocp_home
+        self.url = f"http://127.0.0.1:{port}"
+
+    def __repr__(self) -> str:
+        return f"<Server {self.url} pid={self.pid}>"
+
+    # -- as a client -----------------------------------------------------------
+
+    def call(
+        self, method: str, path: str, body: Body = None,
+        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30,
+    ) -> Reply:
+        """One request on a connection of its own. Objects go out as JSON."""
+        return http_call(self.port, method, path, body, headers, timeout_s)
+
+    def stream(
+        self, path: str, body: Mapping[str, Json],
+        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30,
+    ) -> Stream:
+        """A POST with "stream": true, once its headers are there; to be used in a `with`."""
+        sent = {"stream": True, **body}
+        return Stream(http_request(self.port, "POST", path, sent, headers, timeout_s))
+
+    # -- the fake claude -------------------------------------------------------
+
+    def write_scenario(self, turns: Turns, **fields: Json) -> None:
+        """Give the fake claude another script, also to processes that run already."""
+        self.place.write_scenario(turns, **fields)
+
+    def fake_log(self, event: Optional[str] = None) -> list[dict[str, Json]]:
+        """What the fake claudes have logged so far, all of it or one kind of event."""
+        logged = read_json_lines(self.place.fake_log)
+        return [each for each in logged if event in (None, each["event"])]
+
+    def queries(self) -> list[dict[str, Json]]:
+        """The "query" events: every time that the model would have been asked."""
+        return self.fake_log("query")
+
+    def lines(self, kind: Optional[str] = None) -> list[dict[str, Json]]:
+        """The lines that the server has sent to its fake claudes, all or of one type."""
+        lines = [each["line"] for each in self.fake_log("line")]
+        return [line for line in lines if kind in (None, line.get("type"))]
+
+    # -- from outside ----------------------------------------------------------
+
+    def children(self) -> list[int]:
+        """The pids of the live processes that the server has started, grandchildren too."""
+        family = descendants(self.pid)
+        zombies = {each.pid for each in family if each.is_zombie}
+        marked = processes_with(self.place.folder)
+        return sorted(({each.pid for each in family} | marked) - zombies - {self.pid})
+
+    def zombies(self) -> list[int]:
+        """The pids of children that have ended but were not waited for."""
+        return [each.pid for each in descendants(self.pid) if each.is_zombie]
+
+    def log_entries(self, name: Optional[str] = None) -> list[dict[str, Json]]:
+        """The server's own log, all of it or the entries with this value of "event"."""
+        entries = read_json_lines(self.ocp_home / "logs" / "ocp.log")
+        return [entry for entry in entries if name in (None, entry.get("event"))]
+
+    @property
+    def output(self) -> str:
+        """What the server has printed so far, stdout first."""
+        return output_of(self.place)
+
+    def stop(self, timeout_s: float = 30) -> int:
+        """End the server as a service manager does; its exit code. Again: the same code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(timeout_s)
+
+    def kill(self) -> None:
+        """End the server without any warning."""
+        self.process.kill()
+        self.process.wait()
+
+
+def output_of(place: Place) -> str:
+    texts = [path.read_text(errors="replace") for path in (place.stdout, place.stderr)
+             if path.exists()]
+    return "\n".join(text for text in texts if text)
+
+
+@contextmanager
+def running_server(
+    folder: Path,
+    scenario: Union[None, Turns, Mapping[str, Json]] = None,
+    claude: Optional[Path] = None,
+    env: Optional[Mapping[str, Optional[str]]] = None,
+    args: Sequence[str] = (),
+    pass_env: Sequence[str] = (),
+    script: Path = REPO / "ocp_server.py",
+) -> Iterator[Server]:
+    """A server of one's own on a free port, which is gone at the end of the block.
+
+    folder     holds everything: home, ocp, logs. The same folder again continues with it
+    scenario   turns for the fake claude, or a whole scenario; see fake_claude.py
+    claude     another program instead of the fake
+    env        more variables; None takes one away
+    pass_env   names for OCP_PASS_ENV, beside those of the fake
+
+    A claude that outlives the server fails the test, and so does a ResourceWarning."""
+    place = Place(folder)
+    place.prepare()
+    if isinstance(scenario, Mapping):
+        place.write_scenario(**{"turns": [], **scenario})
+    elif scenario is not None:
+        place.write_scenario(scenario)
+    more = {**({"CLAUDE_BIN": str(claude)} if claude else {}), **(env or {})}
+    process = start_script(place, script, args, place.env(more, pass_env))
+    try:
+        server = Server(place, process, wait_for_port(place, process))
+        yield server
+        server.stop()
+        assert_clean_end(server)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        kill_all(sorted(processes_with(place.folder)))
+
+
+def start_script(
+    place: Place, script: Path, args: Sequence[str], env: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-W", "error::ResourceWarning", str(script), *args]
+    with open(place.stdout, "wb") as stdout, open(place.stderr, "wb") as stderr:
+        return subprocess.Popen(
+            command, env=dict(env), cwd=place.folder, stdin=subprocess.DEVNULL, stdout=stdout,
+            stderr=stderr, start_new_session=True)
+
+
+def wait_for_port(place: Place, process: subprocess.Popen[bytes], timeout_s: float = 30) -> int:
+    """The port in the line that the server prints when it is ready."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        ended = process.poll() is not None
+        found = re.search(r"https?://(?:127\.0\.0\.1|\[::1\]):(\d+)", place.stdout.read_text())
+        if found:
+            return int(found[1])
+        if ended:
+            raise AssertionError(f"server ended with {process.poll()}:\n{output_of(place)}")
+        time.sleep(0.01)
+    raise AssertionError(f"server not ready within {timeout_s} s:\n{output_of(place)}")
+
+
+def assert_clean_end(server: Server) -> None:
+    """Raises AssertionError if the server that has ended left anything behind."""
+    def nobody_left() -> bool:
+        left = processes_with(server.place.folder)
+        assert not left, f"processes outlive the server: {sorted(left)}"
+        return True
+
+    eventually(nobody_left)
+    assert "ResourceWarning" not in server.output, server.output
+
+
+def run_script(
+    folder: Path, name: str, *args: str, env: Optional[Mapping[str, Optional[str]]] = None,
+    stdin: bytes = b"", timeout_s: float = 30,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a top-level script to its end in the same surroundings as a server's."""
+    place = Place(folder)
+    place.prepare()
+    return subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", str(REPO / name), *args], input=stdin,
+        env=place.env(env or {}, ()), cwd=place.folder, capture_output=True, timeout=timeout_s)
+
+
+def health(server: Server) -> dict[str, Json]:
+    found: dict[str, Json] = server.call("GET", "/health").json()
+    return found
+
+
+def running(server: Server) -> int:
+    return int(health(server)["concurrency"]["inflight"])
+
+
+def waiting(server: Server) -> int:
+    return int(health(server)["concurrency"]["queued"])
+
+
+def at_rest(server: Server) -> bool:
+    """Whether nobody runs or waits."""
+    return running(server) == 0 and waiting(server) == 0
+
+
+def spares(server: Server) -> dict[str, int]:
+    return dict(health(server)["spares"])
+
+
+def asked_process(server: Server, number: int = 1) -> int:
+    """The pid of the claude that got this question, counted from 1; waits for it."""
+    return int(eventually(lambda: server.queries()[number - 1:number])[0]["pid"])
+
+
+def last_entry(server: Server, name: str) -> dict[str, Json]:
+    """The newest log entry of this name; waits for one."""
+    return eventually(lambda: server.log_entries(name))[-1]

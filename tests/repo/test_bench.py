@@ -1,0 +1,176 @@
+"""The benchmarks' arithmetic and tables on made-up numbers, and their command lines.
+
+Nothing is measured here: speed is never asserted in a test."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+import pytest
+
+from project import REPO
+
+BENCH = REPO / "bench"
+PROGRAMS = ("first_token", "throughput")
+
+
+def bench(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def first_token_results(ocp_ms: float) -> dict[str, object]:
+    first_token = bench("first_token")
+    middles_ms = {
+        "ocp": ocp_ms, "ocp_max_tokens": 60, "ocp_again": 20, "hand": 40, "cold": 900,
+        "plain": 1500}
+    return {
+        name: first_token.Result([ms / 1000 for ms in (1.0, middle_ms, 5000.0)], 1048)
+        for name, middle_ms in middles_ms.items()
+    }
+
+
+def load(timings_ms: Sequence[float], **fields: object) -> object:
+    throughput = bench("throughput")
+    timing = bench("common").Timing
+    timings = [timing(ms / 2000, ms / 1000) for ms in timings_ms]
+    given = {"elapsed_s": 2.0, "failures": {}, "spawned": len(timings), **fields}
+    return throughput.Load(timings, **given)
+
+
+def memory_run(*sizes_mb: float) -> object:
+    throughput = bench("throughput")
+    memory = bench("common").Memory
+    points = [
+        throughput.MemoryPoint(answers, memory(int(size * 1e6), int(size * 5e5)))
+        for answers, size in zip((0, 100, 1000), sizes_mb)
+    ]
+    return throughput.MemoryRun("fake", points)
+
+
+# -- first_token -------------------------------------------------------------------------------
+
+def test_first_token_table_has_a_line_for_each_contestant() -> None:
+    text = bench("first_token").table(first_token_results(50.0), 0.0, "a machine")
+    lines = text.splitlines()
+    assert cells(lines[2]) == ["OCP, spare ready", "50.0", "4,010", "1.0", "1,048"]
+    middles = [cells(line)[1] for line in lines[2:8]]
+    assert middles == ["50.0", "60.0", "20.0", "40.0", "900", "1,500"]
+    assert lines[-1] == "3 rounds, API without delay; a machine"
+
+
+def test_first_token_says_which_targets_are_reached() -> None:
+    found = bench("first_token").targets(first_token_results(50.0))
+    last_words = [line.rpartition(" ")[2] for line in found]
+    assert last_words == ["reached", "reached", "comparison)", "comparison)", "reached"]
+    assert [line.partition(": ")[2][:5] for line in found] == [
+        "1.25 ", "18.00", "30.00", "45.00", "1.05 "]
+    found = bench("first_token").targets(first_token_results(200.0))
+    last_words = [line.rpartition(" ")[2] for line in found]
+    assert last_words == ["MISSED", "MISSED", "comparison)", "comparison)", "reached"]
+
+
+def test_every_contestant_comes_first_in_turn() -> None:
+    first_token = bench("first_token")
+    orders = first_token.orders(8)
+    assert [order[0] for order in orders[:6]] == list(first_token.CONTESTANTS)
+    assert all(sorted(order) == sorted(first_token.CONTESTANTS) for order in orders)
+
+
+# -- throughput --------------------------------------------------------------------------------
+
+def test_throughput_table_sets_the_two_side_by_side() -> None:
+    throughput = bench("throughput")
+    rows = [throughput.Row(8, load([100, 200, 300, 400]), load([1000, 1200], spawned=2))]
+    lines = throughput.load_table(rows).splitlines()
+    assert cells(lines[2]) == [
+        "8", "2.00", "250", "385", "4 for 4", "1.00", "1,100", "1,190", "2.00"]
+    assert throughput.failure_lines(rows) == []
+
+
+def test_throughput_bears_a_contestant_without_any_answer() -> None:
+    throughput = bench("throughput")
+    rows = [throughput.Row(1, load([]), load([], failures={"status 503": 3}))]
+    assert cells(throughput.load_table(rows).splitlines()[2])[-1] == "-"
+    assert throughput.failure_lines(rows) == ["- cold with 1 clients FAILED 3 times: status 503"]
+
+
+def test_throughput_says_whether_the_memory_grows() -> None:
+    throughput = bench("throughput")
+    steady = throughput.memory_targets(memory_run(30, 35, 36))
+    assert [line.rpartition(" ")[2] for line in steady] == ["reached", "reached"]
+    growing = throughput.memory_targets(memory_run(30, 35, 61))
+    assert [line.rpartition(" ")[2] for line in growing] == ["MISSED", "MISSED"]
+    table = throughput.table([], memory_run(30, 35, 36), 15.0, 800.0, "a machine")
+    assert "| at the start " in table and "| after 1,000 answers " in table
+    assert table.endswith("15 s for each OCP figure, 9 s for each cold one, "
+                          "API delayed by 800 ms; a machine")
+
+
+def test_throughput_bears_a_system_that_tells_no_memory() -> None:
+    throughput = bench("throughput")
+    run = throughput.MemoryRun("fake", [throughput.MemoryPoint(0, None)])
+    assert cells(throughput.memory_table(run).splitlines()[2]) == ["at the start", "-", "-"]
+    assert "does not tell" in throughput.memory_targets(run)[0]
+
+
+@pytest.mark.parametrize("answers, points", [
+    (1, [0, 1]), (100, [0, 100]), (150, [0, 100, 150]), (1000, [0, 100, 1000]),
+    (5000, [0, 100, 1000, 5000]),
+])
+def test_memory_is_looked_at_up_to_the_last_answer(answers: int, points: list[int]) -> None:
+    assert bench("throughput").memory_points(answers) == points
+
+
+# -- what they share ---------------------------------------------------------------------------
+
+def test_percentiles_lie_between_their_neighbours() -> None:
+    common = bench("common")
+    assert common.percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert common.percentile([0.0, 10.0], 0.9) == 9.0
+    assert common.percentile([7.0], 0.95) == 7.0
+
+
+def test_cold_claude_gets_its_question_before_any_option_that_takes_several_words() -> None:
+    common = bench("common")
+    arguments = ["-p", "--input-format", "stream-json", "--tools", ""]
+    spawn = common.Spawn(REPO / "claude", arguments, {}, REPO)
+    command = common.cold_command(spawn, "Why?")
+    assert command[1:] == ["-p", "Why?", "--tools", ""]
+
+
+def test_only_a_piece_of_text_is_a_first_word() -> None:
+    common = bench("common")
+    assert common.is_first_word(b'{"event":{"delta":{"type":"text_delta","text":"Hi"}}}')
+    assert not common.is_first_word(b'{"event":{"delta":{"type":"text_delta","text":""}}}')
+    assert not common.is_first_word(b'{"event":{"delta":{"type":"thinking_delta"}}}')
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_names_the_options(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCH / f"{program}.py"), "--help"], check=True,
+        stdout=subprocess.PIPE, timeout=30)
+    assert b"--claude" in done.stdout and b"--delay-ms" in done.stdout
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_claude_that_is_not_there_is_said_so(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCH / f"{program}.py"), "--claude", "/nowhere/claude"],
+        check=False, capture_output=True, timeout=30)
+    assert done.returncode == 1
+    assert b"--claude PATH" in done.stderr
+    assert done.stdout == b""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_readme_has_a_place_for_the_table(program: str) -> None:
+    assert f"<!-- table: {program} -->" in (BENCH / "README.md").read_text()

@@ -1,0 +1,133 @@
+"""The documents say what the code does: tables are the code's own, examples work as pasted.
+
+With OCP_UPDATE_DOCS=1 the tables in README.md are written anew instead of compared.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from project import REPO, clean_env, load_script
+from server import running_server
+
+ocp = load_script("ocp_server")
+README = Path(REPO, "README.md")
+DOCS = Path(REPO, "docs")
+
+
+def routes_table() -> str:
+    """The routes as the README shows them."""
+    rows = [f"| {r.method} | `{r.path}` | {r.access.value} |" for r in ocp.ROUTES]
+    return "\n".join(["| method | path | who may use it |", "| --- | --- | --- |", *rows])
+
+
+def removed_table() -> str:
+    """The settings that mean nothing any more."""
+    rows = [f"| `{name}` | {why} |" for name, why in ocp.REMOVED_SETTINGS]
+    lead = "Settings of the original that mean nothing here; the start warns about them:"
+    return "\n".join([lead, "", "| variable | why |", "| --- | --- |", *rows])
+
+
+def measured_tables() -> str:
+    """What was measured of the first token, as the benchmarks' own page shows it."""
+    text = Path(REPO, "bench", "README.md").read_text("utf-8")
+    found = re.search(r"<!-- table: first_token -->\n(.*?)<!-- end table -->", text, re.S)
+    assert found is not None
+    return found[1].strip("\n")
+
+
+BLOCKS = {
+    "measured": measured_tables,
+    "settings": ocp.settings_markdown,
+    "routes": routes_table,
+    "removed": removed_table,
+}
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+def test_a_table_of_the_readme_equals_the_table_of_the_code(name: str) -> None:
+    text = README.read_text("utf-8")
+    pattern = re.compile(rf"(<!-- {name} -->\n)(.*?)(\n?<!-- end {name} -->)", re.S)
+    wanted = BLOCKS[name]()
+    if os.environ.get("OCP_UPDATE_DOCS"):
+        README.write_text(pattern.sub(lambda m: f"{m[1]}{wanted}\n<!-- end {name} -->", text))
+        return
+    found = pattern.search(text)
+    assert found is not None and found[2] == wanted
+
+
+def test_every_error_of_the_readme_exists_with_its_status() -> None:
+    text = README.read_text("utf-8")
+    rows = re.findall(r"^\| (\d{3}) \| `(\w+)`(?: / `(\w+)`)? \|.*\| (yes|no) \|$", text, re.M)
+    kinds = {
+        (str(kind.status), kind.openai_type, kind.code or "", kind.heals)
+        for kind in all_errors(ocp.OcpError)
+    }
+    assert len(rows) > 10
+    for status, openai_type, code, again in rows:
+        assert (status, openai_type, code, again == "yes") in kinds
+
+
+def all_errors(kind: type[Exception]) -> set[type[Exception]]:
+    """`kind` and everything derived from it."""
+    return {kind}.union(*(all_errors(below) for below in kind.__subclasses__()))
+
+
+def shell_blocks() -> list[str]:
+    """What the README says to paste into a shell."""
+    return re.findall(r"```sh\n(.*?)```", README.read_text("utf-8"), re.S)
+
+
+def test_the_two_commands_stand_on_the_first_screen() -> None:
+    first_screen = "\n".join(README.read_text("utf-8").splitlines()[:25])
+    assert "python3 ocp_server.py" in first_screen
+    assert "python3 tests/run.py" in first_screen
+
+
+def test_the_curl_example_works_as_pasted_with_the_demo(tmp_path: Path) -> None:
+    examples = [block for block in shell_blocks() if block.startswith("curl")]
+    examples = [block for block in examples if "HOST" not in block]
+    assert examples
+    with running_server(tmp_path, args=("--demo",)) as server:
+        for example in examples:
+            command = example.replace("http://127.0.0.1:3456", server.url)
+            done = subprocess.run(
+                ["bash", "-c", command], capture_output=True, text=True, timeout=20, check=True
+            )
+            assert "demo" in done.stdout and done.stdout.rstrip().endswith("data: [DONE]")
+            assert done.stdout.count('"content":') > 5
+
+
+def test_the_command_for_tools_works_as_pasted(tmp_path: Path, free_home: Path) -> None:
+    (command,) = [block.strip() for block in shell_blocks() if "/connect |" in block]
+    with running_server(tmp_path, args=("--demo",)) as server:
+        pasted = command.replace("http://HOST:3456", server.url).replace(
+            "HOST", f"127.0.0.1:{server.port}")
+        done = subprocess.run(
+            ["bash", "-c", f"{pasted} --only codex --yes"], capture_output=True, text=True,
+            timeout=60, check=True, env=clean_env(HOME=str(free_home)))
+    assert "answers: This is the demo" in done.stdout and "--undo" in done.stdout
+    assert server.url in (free_home / ".codex/config.toml").read_text()
+
+
+PAGES = ["README.md", "bench/README.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    source = Path(REPO, page)
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", source.read_text("utf-8")):
+        assert (source.parent / target).exists(), target
+
+
+def test_the_openapi_document_is_the_one_that_the_server_serves() -> None:
+    page = Path(REPO, "docs", "openapi.json")
+    wanted = json.dumps(ocp.openapi(ocp.ROUTES), indent=1) + "\n"
+    if os.environ.get("OCP_UPDATE_DOCS"):
+        page.write_text(wanted)
+    assert page.read_text("utf-8") == wanted

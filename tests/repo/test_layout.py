@@ -1,0 +1,303 @@
+"""The shape of the scripts: what style and order the code promises to keep."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+from typing import Iterator, NamedTuple, Union
+
+import pytest
+
+from project import REPO
+
+SCRIPTS = sorted(REPO.glob("*.py"))
+SERVER = REPO / "ocp_server.py"
+MAX_COLUMNS = 100
+MAX_FUNCTION_LINES = 60
+
+#: Modules of 3.9 that 3.13 no longer has.
+REMOVED_MODULES = {
+    "aifc", "asynchat", "asyncore", "audioop", "binhex", "cgi", "cgitb", "chunk", "crypt",
+    "distutils", "formatter", "imghdr", "imp", "lib2to3", "mailcap", "msilib", "nis", "nntplib",
+    "ossaudiodev", "parser", "pipes", "smtpd", "sndhdr", "spwd", "sunau", "symbol", "telnetlib",
+    "uu", "xdrlib",
+}
+#: What a script may import: in the standard library of 3.9 and of every later version.
+#: An interpreter can list only its own modules, and 3.9 not even these.
+ALLOWED_MODULES = {
+    "__future__", "argparse", "array", "ast", "base64", "binascii", "bisect", "codecs",
+    "collections", "concurrent", "contextlib", "copy", "ctypes", "dataclasses", "datetime",
+    "difflib", "email", "enum", "errno", "fcntl", "filecmp", "fnmatch", "functools", "getpass",
+    "glob", "grp", "gzip", "hashlib", "heapq", "hmac", "html", "http", "importlib", "inspect",
+    "io", "ipaddress", "itertools", "json", "logging", "math", "mimetypes", "operator", "os",
+    "pathlib", "platform", "plistlib", "pprint", "pwd", "queue", "random", "re", "resource",
+    "secrets", "select", "selectors", "shlex", "shutil", "signal", "site", "socket",
+    "socketserver", "sqlite3", "ssl", "stat", "string", "struct", "subprocess", "sys",
+    "sysconfig", "tempfile", "textwrap", "threading", "time", "traceback", "types", "typing",
+    "unicodedata", "urllib", "uuid", "warnings", "weakref", "webbrowser", "zipfile", "zlib",
+}
+#: Names that a section of ocp_server.py may use although a later one defines them.
+ALLOWED_FORWARD: frozenset[str] = frozenset()
+
+AnyFunction = Union[ast.FunctionDef, ast.AsyncFunctionDef]
+
+each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.name))
+needs_server = pytest.mark.skipif(not SERVER.exists(), reason="ocp_server.py is not there yet")
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), path.name, feature_version=(3, 9))
+
+
+# ---------------------------------------------------------------------------
+# Every script
+# ---------------------------------------------------------------------------
+
+def test_what_two_scripts_share_is_the_same_to_the_byte() -> None:
+    shared = [
+        re.findall(r"(?s)# --- shared: http_json\n.*?# --- end shared\n", path.read_text())
+        for path in SCRIPTS if path.name in ("ocp.py", "ocp_connect.py")]
+    assert len(shared) == 2 and shared[0] == shared[1] and len(shared[0]) == 1
+
+
+@each_script
+def test_source_is_ascii_and_not_too_wide(path: Path) -> None:
+    wrong = [
+        f"{path.name}:{number}" for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
+        if not line.isascii() or len(line) > MAX_COLUMNS or line != line.rstrip()]
+    assert not wrong
+
+
+@each_script
+def test_source_parses_as_python_3_9(path: Path) -> None:
+    assert tree_of(path).body
+
+
+@each_script
+def test_module_has_a_docstring_and_lazy_annotations(path: Path) -> None:
+    tree = tree_of(path)
+    futures = [name.name for node in tree.body if isinstance(node, ast.ImportFrom)
+               and node.module == "__future__" for name in node.names]
+    assert ast.get_docstring(tree)
+    assert "annotations" in futures
+
+
+@each_script
+def test_no_global_statement(path: Path) -> None:
+    lines = [node.lineno for node in ast.walk(tree_of(path)) if isinstance(node, ast.Global)]
+    assert not lines
+
+
+@each_script
+def test_no_function_is_too_long(path: Path) -> None:
+    too_long = {
+        f"{path.name}:{node.lineno} {node.name}": function_lines(node)
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and function_lines(node) > MAX_FUNCTION_LINES}
+    assert not too_long
+
+
+def function_lines(node: AnyFunction) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+@each_script
+def test_every_parameter_and_result_is_annotated(path: Path) -> None:
+    bare = [
+        f"{path.name}:{node.lineno} {node.name}" for node in ast.walk(tree_of(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and not is_annotated(node)]
+    assert not bare
+
+
+def is_annotated(node: AnyFunction) -> bool:
+    arguments = node.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    named += [each for each in (arguments.vararg, arguments.kwarg) if each]
+    return node.returns is not None and all(
+        each.annotation or each.arg in ("self", "cls") for each in named)
+
+
+@each_script
+def test_imports_are_the_standard_library_of_3_9_to_3_13(path: Path) -> None:
+    assert not imported_modules(tree_of(path)) - ALLOWED_MODULES
+
+
+def test_the_allowed_modules_are_there_now_and_stay() -> None:
+    assert not ALLOWED_MODULES & REMOVED_MODULES
+    assert not [name for name in sorted(ALLOWED_MODULES) if importlib.util.find_spec(name) is None]
+
+
+@each_script
+def test_no_script_imports_another_one(path: Path) -> None:
+    scripts = {each.name.partition(".")[0] for each in SCRIPTS}
+    assert not imported_modules(tree_of(path)) & scripts
+
+
+def imported_modules(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a script has no package to import from"
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+# ---------------------------------------------------------------------------
+# The sections of ocp_server.py
+# ---------------------------------------------------------------------------
+
+class Section(NamedTuple):
+    number: int
+    title: str
+    #: Line of the banner.
+    line: int
+
+
+def sections() -> list[Section]:
+    found = []
+    for line, text in enumerate(SERVER.read_text().split("\n"), 1):
+        banner = re.match(r"# ==== (\d+)\. (.+?) =+$", text)
+        if banner:
+            found.append(Section(int(banner[1]), banner[2], line))
+    return found
+
+
+@needs_server
+def test_banners_are_complete_and_full_width() -> None:
+    lines = SERVER.read_text().split("\n")
+    wrong = [line for line in lines if line.startswith("# ====")
+             and not re.fullmatch(r"# ==== \d+\. \S.*\S =+", line)]
+    narrow = [lines[section.line - 1] for section in sections()
+              if len(lines[section.line - 1]) != 79]
+    assert not wrong
+    assert not narrow
+
+
+@needs_server
+def test_sections_are_numbered_in_order_and_listed_in_the_docstring() -> None:
+    titles = [(section.number, section.title) for section in sections()]
+    docstring = ast.get_docstring(tree_of(SERVER)) or ""
+    index = [(int(number), title.strip())
+             for number, title in re.findall(r"^ *(\d+)\. +(.+?)(?:  .*)?$", docstring, re.M)]
+    assert [number for number, _ in titles] == list(range(1, len(titles) + 1))
+    assert titles
+    assert index == titles
+
+
+@needs_server
+def test_every_section_says_what_it_owns() -> None:
+    lines = SERVER.read_text().split("\n")
+    silent = [section.title for section in sections()
+              if not lines[section.line].startswith("# ")]
+    assert not silent
+
+
+@needs_server
+def test_no_section_uses_a_name_of_a_later_one() -> None:
+    tree = tree_of(SERVER)
+    starts = [section.line for section in sections()]
+
+    def section_at(line: int) -> int:
+        return sum(start <= line for start in starts)
+
+    home = {name: section_at(line) for name, line in top_level_names(tree)}
+    forward = sorted({
+        f"line {node.lineno}: {node.id} of section {home[node.id]}"
+        for node in used_names(tree)
+        if home.get(node.id, 0) > section_at(node.lineno) and node.id not in ALLOWED_FORWARD})
+    assert not forward
+
+
+@needs_server
+def test_every_allowed_exception_is_still_needed() -> None:
+    assert not ALLOWED_FORWARD - {name for name, _ in top_level_names(tree_of(SERVER))}
+
+
+def top_level_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Every name that the module defines, with the line where it does so first."""
+    seen = set()
+    for node in tree.body:
+        for name in names_defined_by(node):
+            if name not in seen:
+                seen.add(name)
+                yield name, node.lineno
+
+
+def names_defined_by(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for target in targets:
+            yield from (each.id for each in ast.walk(target) if isinstance(each, ast.Name))
+    elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.stmt):
+                yield from names_defined_by(child)
+
+
+def used_names(tree: ast.AST, local: frozenset[str] = frozenset()) -> Iterator[ast.Name]:
+    """Every name that is read below `tree` and means one of the module's.
+
+    Annotations are left out, because they are never evaluated. `local` are the names that a
+    function around has for itself."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            # Defaults and decorators belong to the scope around the function.
+            outside = [*child.args.defaults, *child.args.kw_defaults]
+            outside += getattr(child, "decorator_list", [])
+            for each in outside:
+                yield from used_names(ast.Expression(each), local) if each else ()
+            body = child.body if isinstance(child.body, list) else [child.body]
+            inside = local | local_names(child)
+            yield from used_names(ast.Module(body, []), inside)  # type: ignore[arg-type]
+        elif isinstance(child, ast.AnnAssign):
+            parts = [child.target] + ([child.value] if child.value else [])
+            for part in parts:
+                yield from used_names(ast.Expression(part), local)
+        elif isinstance(child, ast.Name):
+            if isinstance(child.ctx, ast.Load) and child.id not in local:
+                yield child
+        else:
+            yield from used_names(child, local)
+
+
+def local_names(function: Union[AnyFunction, ast.Lambda]) -> frozenset[str]:
+    """The names that a function has for itself: its parameters and what it defines."""
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs,
+             *(each for each in (arguments.vararg, arguments.kwarg) if each)]
+    defined = {each.arg for each in named}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or (
+                isinstance(node, ast.ExceptHandler) and node.name):
+            defined.add(str(node.name))
+        elif isinstance(node, ast.alias):
+            defined.add((node.asname or node.name).partition(".")[0])
+    if not isinstance(function, ast.Lambda):
+        # Its own name belongs to the scope around it.
+        defined.discard(function.name)
+    return frozenset(defined)
+
+
+def test_the_search_for_used_names_sees_all_depths() -> None:
+    tree = ast.parse(
+        "def f(a: Kind, b=Default) -> Kind:\n"
+        "    here: Kind = Deep\n"
+        "    def g(): return lambda c=Lazy: (a, here, c, Deeper)\n"
+        "class C(Base):\n"
+        "    field: Kind = Value\n"
+        "    @Mark\n"
+        "    def m(self): return [x for x in Many if x is Same]\n"
+        "Top = f'{Shown}'\n")
+    used = {node.id for node in used_names(tree)}
+    assert used == {"Default", "Deep", "Lazy", "Deeper", "Base", "Value", "Mark", "Many",
+                    "Same", "Shown"}

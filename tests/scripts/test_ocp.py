@@ -1,0 +1,803 @@
+"""The management command: what it asks, what it shows, and with which code it ends.
+
+With OCP_UPDATE_DOCS=1 the samples in docs/ocp-command.md are written anew instead of compared.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+import ocp_samples as samples
+from ocp_world import DEAD_URL, HEALTH, Request, ocp, outcome, run, stub, world
+from project import REPO, clean_env
+from server import running_server
+from tls_files import lay
+
+Json = Any
+PLAIN = ocp.Look(now_s=samples.NOW_S)
+TERMINAL = ocp.Look(color=True, bars=True, now_s=samples.NOW_S)
+DOCS = REPO / "docs" / "ocp-command.md"
+
+#: Command line, what the server is asked, its answer, what shows it.
+READING: tuple[tuple[str, str, Json, Callable[..., str]], ...] = (
+    ("usage", "GET /usage", samples.USAGE, ocp.show_usage),
+    ("usage --days 2", "GET /api/usage", samples.API_USAGE, ocp.show_usage_days),
+    ("usage --by-key", "GET /api/usage", samples.API_USAGE, ocp.show_usage_by_key),
+    ("status", "GET /status", samples.STATUS, ocp.show_status),
+    ("health", "GET /health", HEALTH, ocp.show_health),
+    ("models", "GET /v1/models", samples.MODELS, ocp.show_models),
+    ("settings", "GET /settings", samples.SETTINGS, ocp.show_settings),
+    ("logs", "GET /logs", samples.LOGS, ocp.show_logs),
+    ("sessions", "GET /sessions", samples.SESSIONS, ocp.show_sessions),
+    ("keys", "GET /api/keys", samples.KEYS, ocp.show_keys),
+    ("keys list", "GET /api/keys", samples.KEYS, ocp.show_keys),
+    ("keys show laptop", "GET /api/keys/laptop", samples.KEY, ocp.show_key),
+    ("keys quota laptop", "GET /api/keys/laptop/quota", samples.QUOTA, ocp.show_quota),
+)
+each_reading = pytest.mark.parametrize("line, asked, answer, show", READING, ids=lambda v: (
+    v if isinstance(v, str) and " /" not in v else ""))
+
+
+def sse(*texts: str, finish: str = "stop", done: bool = True) -> str:
+    """A streamed chat answer."""
+    chunks = [{"model": "claude-sonnet-5", "choices": [{"delta": {"content": t}}]} for t in texts]
+    if finish:
+        chunks.append({"choices": [{"delta": {}, "finish_reason": finish}]})
+    lines = [": comment"] + [f"data: {json.dumps(chunk)}\n" for chunk in chunks]
+    return "\n".join([*lines, "data: [DONE]\n\n"] if done else [*lines, "\n"])
+
+
+# ---------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------
+
+@each_reading
+def test_json_is_printed_as_the_server_wrote_it(
+    tmp_path: Path, line: str, asked: str, answer: Json, show: Callable[..., str],
+) -> None:
+    odd = json.dumps(answer, indent=1).replace("{", "{ ", 1)
+    with stub({asked: (200, odd)}) as server:
+        found = run(tmp_path, server.url, *line.split(), "--json")
+    assert (found.code, found.out) == (0, odd + "\n")
+
+
+@each_reading
+def test_a_pipe_gets_plain_text(
+    tmp_path: Path, line: str, asked: str, answer: Json, show: Callable[..., str],
+) -> None:
+    quota = {"GET /api/keys/laptop/quota": (200, samples.QUOTA)}
+    with stub({asked: (200, answer), **quota}) as server:
+        found = run(tmp_path, server.url, *line.split())
+    assert (found.code, found.err) == (0, "")
+    assert "\x1b" not in found.out and "[#" not in found.out
+    assert found.out.isascii()
+
+
+@each_reading
+def test_nothing_known_and_odd_text_do_no_harm(
+    line: str, asked: str, answer: Json, show: Callable[..., str],
+) -> None:
+    assert show({}, PLAIN) is not None
+    hostile = json.loads(json.dumps(answer).replace("laptop", "\\u001b[2Jlaptop\\u202e"))
+    assert "\x1b[2J" not in show(hostile, TERMINAL) and "\u202e" not in show(hostile, TERMINAL)
+
+
+@pytest.mark.parametrize("environ, colour", [({}, True), ({"NO_COLOR": "1"}, False),
+                                             ({"TERM": "dumb"}, False)])
+def test_colour_is_for_terminals_and_no_color_is_honoured(
+    tmp_path: Path, environ: dict[str, str], colour: bool,
+) -> None:
+    with stub({"GET /usage": (200, samples.USAGE)}) as server:
+        found = run(tmp_path, server.url, "usage", environ=environ, terminal=True)
+    assert ("\x1b[" in found.out) is colour
+    assert "####" in found.out
+
+
+def test_by_key_asks_for_everybodys_rows_of_the_days(tmp_path: Path) -> None:
+    with stub({"GET /api/usage": (200, samples.API_USAGE)}) as server:
+        run(tmp_path, server.url, "usage", "--by-key", "--days", "7")
+        path = server.requests[-1].path
+    since = re.search(r"since=([^&]*)", path)
+    assert since and "all=true" in path
+    at_s = ocp.parse_time(since[1].replace("%3A", ":"))
+    assert abs(world(tmp_path).clock() - 7 * 86_400 - at_s) < 60
+
+
+def test_unknown_plan_is_said_to_be_unknown() -> None:
+    plan = {"currentSession": {"utilization": None, "percent": None}, "weeklyLimits": {}}
+    shown = ocp.show_usage({"plan": plan, "proxy": {}, "models": {}}, PLAIN)
+    assert shown.count("not known yet") == 3 and "0%" not in shown
+
+
+def test_health_of_a_server_that_is_not_well_is_a_failure(tmp_path: Path) -> None:
+    ill = {**HEALTH, "status": "degraded", "fix": "log in again"}
+    with stub({"GET /health": (200, ill)}) as server:
+        found = run(tmp_path, server.url, "health")
+    assert found.code == 1 and "degraded" in found.out and "log in again" in found.out
+
+
+def test_watch_goes_on_through_a_restart(tmp_path: Path) -> None:
+    rounds = []
+
+    def sleep(seconds: float) -> None:
+        rounds.append(seconds)
+        env.environ["OCP_URL"] = DEAD_URL if len(rounds) == 1 else server.url
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+
+    with stub({"GET /status": (200, samples.STATUS)}) as server:
+        env = world(tmp_path, "status", "--watch", environ={"OCP_URL": server.url}, sleep=sleep)
+        found = outcome(env)
+    assert found.code == ocp.Exit.INTERRUPTED
+    assert found.out.count("OCP 0.1.0: ok") == 2 and found.out.count("Cannot connect") == 1
+
+
+@pytest.mark.parametrize("words, query", [
+    ([], "n=20&level=all"), (["5"], "n=5&level=all"), (["error"], "n=20&level=error"),
+    (["50", "warning"], "n=50&level=warn"), (["debug", "7"], "n=7&level=debug"),
+])
+def test_logs_take_number_and_level_in_any_order(
+    tmp_path: Path, words: list[str], query: str,
+) -> None:
+    with stub({"GET /logs": (200, samples.LOGS)}) as server:
+        run(tmp_path, server.url, "logs", *words)
+        assert server.requests[-1].path == f"/logs?{query}"
+
+
+def test_following_prints_every_event_once(tmp_path: Path) -> None:
+    entries = [{"ts": "2026-11-20T14:00:00Z", "level": "info", "event": f"e{n}"} for n in range(6)]
+    rounds: list[float] = []
+
+    def logs(request: Request) -> tuple[int, Json]:
+        # The ring holds the newest four.
+        return 200, {"entries": entries[:len(rounds) + 2][-4:]}
+
+    def sleep(seconds: float) -> None:
+        rounds.append(seconds)
+        if len(rounds) == 5:
+            raise KeyboardInterrupt
+
+    with stub({"GET /logs": logs}) as server:
+        found = run(tmp_path, server.url, "logs", "--follow", "--json", sleep=sleep)
+    assert [json.loads(line)["event"] for line in found.out.splitlines()] == [
+        f"e{n}" for n in range(6)]
+
+
+@pytest.mark.parametrize("seen, entries, fresh", [
+    ([], [1, 2], [1, 2]), ([1, 2], [1, 2], []), ([1, 2], [2, 3], [3]), ([1, 2], [7], [7]),
+    ([5, 5], [5, 5, 5], [5]),
+])
+def test_fresh_entries_come_after_the_overlap(
+    seen: list[int], entries: list[int], fresh: list[int],
+) -> None:
+    assert list(ocp.fresh_entries(seen, entries)) == fresh
+
+
+# ---------------------------------------------------------------------------
+# Changing
+# ---------------------------------------------------------------------------
+
+def settings_stub(results: Json, status: int = 200) -> dict[str, Any]:
+    answer = {"results": results, "current": samples.SETTINGS}
+    return {"GET /settings": (200, samples.SETTINGS), "PATCH /settings": (status, answer)}
+
+
+@pytest.mark.parametrize("words, sent", [
+    (["timeout", "300000"], {"timeout": 300_000}),
+    (["sessionHeader", "on"], {"sessionHeader": True}),
+    (["logLevel", "warn"], {"logLevel": "warn"}), (["--reset", "timeout"], {"timeout": None}),
+])
+def test_a_setting_is_sent_with_its_own_type(
+    tmp_path: Path, words: list[str], sent: Json,
+) -> None:
+    name = next(iter(sent))
+    with stub(settings_stub({name: {"ok": True, "value": sent[name]}})) as server:
+        found = run(tmp_path, server.url, "settings", *words)
+        assert server.requests[-1].body == sent
+    assert found.code == 0 and found.out.startswith(f"{name} = ")
+
+
+@pytest.mark.parametrize("status", [400, 207])
+def test_a_refused_setting_is_a_failure_with_the_servers_words(tmp_path: Path, status: int) -> None:
+    results = {"timeout": {"error": "must be from 1000 to 3600000"}}
+    with stub(settings_stub(results, status)) as server:
+        found = run(tmp_path, server.url, "settings", "timeout", "5")
+    assert found.code == 1 and "must be from 1000" in found.err and found.out == ""
+
+
+@pytest.mark.parametrize("words, hint", [
+    (["timeuot"], "Did you mean timeout?"), (["timeout", "soon"], "takes a number of ms"),
+    (["sessionHeader", "perhaps"], "on or off"),
+    (["timeout", "1", "--reset", "timeout"], "--reset"),
+])
+def test_settings_used_wrongly(tmp_path: Path, words: list[str], hint: str) -> None:
+    with stub(settings_stub({})) as server:
+        found = run(tmp_path, server.url, "settings", *words)
+        assert not [request for request in server.requests if request.method == "PATCH"]
+    assert found.code == ocp.Exit.USAGE and hint in found.err
+
+
+def test_one_setting_is_shown_in_full(tmp_path: Path) -> None:
+    with stub(settings_stub({})) as server:
+        found = run(tmp_path, server.url, "settings", "timeout")
+    assert "CLAUDE_TIMEOUT" in found.out and "600000 ms" in found.out
+
+
+def test_a_new_key_is_printed_first_and_alone(tmp_path: Path) -> None:
+    made = {"id": 3, "key": "ocp_secret", "name": "lap top"}
+    with stub({"POST /api/keys": (201, made)}) as server:
+        found = run(
+            tmp_path, server.url, "keys", "add", "lap top", "--expiry", "30d",
+            "--models", "opus, haiku", "--max-concurrent", "2", "--daily", "50",
+            "--tokens-weekly", "none")
+        body = server.requests[-1].body
+    assert (found.code, found.out) == (0, "ocp_secret\n")
+    assert f"OPENAI_BASE_URL={server.url}/v1" in found.err
+    assert body == {
+        "name": "lap top", "expiry": "30d", "models": ["opus", "haiku"], "maxConcurrent": 2,
+        "quota": {"daily": 50, "tokensWeekly": None}}
+
+
+def test_a_new_key_is_not_lost_in_an_answer_that_is_not_understood(tmp_path: Path) -> None:
+    with stub({"POST /api/keys": (201, '{"secret": "ocp_lost?"}')}) as server:
+        found = run(tmp_path, server.url, "keys", "add", "x")
+    assert found.code == 1 and "ocp_lost?" in found.out
+
+
+@pytest.mark.parametrize("words, sent", [
+    (["rename", "a/b", "c"], ("PATCH", "/api/keys/a%2Fb", {"name": "c"})),
+    (["edit", "1", "--expiry", "never"], ("PATCH", "/api/keys/1", {"expiry": None})),
+    (["rotate", "1"], ("POST", "/api/keys/1/rotate", None)),
+    (["revoke", "lap top"], ("DELETE", "/api/keys/lap%20top", None)),
+    (["quota", "1", "--daily", "0"], ("PATCH", "/api/keys/1/quota", {"daily": 0})),
+])
+def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Json) -> None:
+    answers = {
+        "PATCH /api/keys/a%2Fb": (200, samples.KEY), "PATCH /api/keys/1": (200, samples.KEY),
+        "POST /api/keys/1/rotate": (200, {"id": 1, "name": "x", "key": "ocp_new"}),
+        "DELETE /api/keys/lap%20top": (200, {"revoked": True, "idOrName": "lap top"}),
+        "PATCH /api/keys/1/quota": (200, {"ok": True}),
+        "GET /api/keys/1/quota": (200, samples.QUOTA)}
+    with stub(answers) as server:
+        found = run(tmp_path, server.url, "keys", *words)
+        changes = [r for r in server.requests if r.method != "GET"]
+    assert found.code == 0, found
+    assert [(r.method, r.path, r.body) for r in changes] == [sent]
+
+
+def test_revoking_nothing_is_a_failure(tmp_path: Path) -> None:
+    with stub({"DELETE /api/keys/nobody": (200, {"revoked": False})}) as server:
+        found = run(tmp_path, server.url, "keys", "revoke", "nobody")
+    assert found.code == 1 and "No active key" in found.err
+
+
+def test_a_name_that_is_taken_is_said_in_the_servers_words(tmp_path: Path) -> None:
+    body = {"error": {"message": "There is a key laptop already.", "code": "name_taken"}}
+    with stub({"POST /api/keys": (409, body)}) as server:
+        found = run(tmp_path, server.url, "keys", "add", "laptop")
+    assert found.code == 1 and "There is a key laptop already" in found.err
+
+
+# ---------------------------------------------------------------------------
+# Asking
+# ---------------------------------------------------------------------------
+
+def test_ask_prints_the_answer(tmp_path: Path) -> None:
+    with stub({"POST /v1/chat/completions": (200, sse("Hel", "lo"))}) as server:
+        found = run(tmp_path, server.url, "ask", "hi", "--model", "opus")
+        body = server.requests[-1].body
+    assert (found.code, found.out, found.err) == (0, "Hello\n", "")
+    assert body["stream"] and body["model"] == "opus" and body["messages"][0]["content"] == "hi"
+
+
+def test_ask_reads_the_question_from_standard_input(tmp_path: Path) -> None:
+    with stub({"POST /v1/chat/completions": (200, sse("ok"))}) as server:
+        run(tmp_path, server.url, "ask", "-", stdin="from a pipe")
+        assert server.requests[-1].body["messages"][0]["content"] == "from a pipe"
+
+
+def test_an_answer_does_not_command_a_terminal(tmp_path: Path) -> None:
+    with stub({"POST /v1/chat/completions": (200, sse("a\x1b[2Jb\n"))}) as server:
+        found = run(tmp_path, server.url, "ask", "hi", terminal=True)
+    assert found.out == "a?[2Jb\n\n" and "first token" in found.err
+
+
+@pytest.mark.parametrize("body, message", [
+    (sse("part", finish=""), "broke off"),
+    (sse("part", finish="", done=False), "broke off"),
+    ('data: {"error": {"message": "claude died"}}\n\n', "claude died"),
+    ("data: {oops\n\n", "no answer"),
+])
+def test_an_answer_that_fails_in_its_middle_is_a_failure(
+    tmp_path: Path, body: str, message: str,
+) -> None:
+    with stub({"POST /v1/chat/completions": (200, body)}) as server:
+        found = run(tmp_path, server.url, "ask", "hi")
+    assert found.code == 1 and message in found.err
+
+
+def test_an_answer_that_ended_early_says_so(tmp_path: Path) -> None:
+    with stub({"POST /v1/chat/completions": (200, sse("long", finish="length"))}) as server:
+        found = run(tmp_path, server.url, "ask", "hi")
+    assert found.code == 0 and "length" in found.err
+
+
+# ---------------------------------------------------------------------------
+# Finding the server, and its key
+# ---------------------------------------------------------------------------
+
+def test_the_server_is_looked_for_in_order(tmp_path: Path) -> None:
+    def found(environ: dict[str, str]) -> str:
+        return str(ocp.server_url(world(tmp_path, environ=environ)))
+
+    assert found({}) == "http://127.0.0.1:3456"
+    home = tmp_path / ".ocp"
+    home.mkdir()
+    (home / "install.json").write_text('{"port": 4000, "url": "http://127.0.0.1:4000"}')
+    assert found({}) == "http://127.0.0.1:4000"
+    assert found({"CLAUDE_PROXY_PORT": "5000"}) == "http://127.0.0.1:5000"
+    both = {"CLAUDE_PROXY_PORT": "5000", "OCP_URL": "https://box.lan:8443/v1/"}
+    assert found(both) == "https://box.lan:8443"
+    other = tmp_path / "other"
+    assert found({"OCP_HOME": str(other)}) == "http://127.0.0.1:3456"
+
+
+@pytest.mark.parametrize("environ", [
+    {"OCP_URL": "box"}, {"OCP_URL": "ftp://box"}, {"OCP_URL": "http://box:99999"},
+    {"OCP_URL": "http://a b"}, {"OCP_URL": "http://user:pass@box"},
+    {"OCP_URL": "http://[::1"}, {"CLAUDE_PROXY_PORT": "http"},
+    {"CLAUDE_PROXY_PORT": "0"}, {"OCP_URL": DEAD_URL, "OCP_ADMIN_KEY": "a\nb"},
+])
+def test_what_is_no_address_or_key_is_wrong_usage(tmp_path: Path, environ: dict[str, str]) -> None:
+    found = outcome(world(tmp_path, "models", environ=environ))
+    assert found.code == ocp.Exit.USAGE, found
+    assert next(iter(environ)) in found.err or "OCP_ADMIN_KEY" in found.err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"port": "x"}', '{"url": 5}', '"\\ud800"'])
+def test_a_broken_record_is_said_to_be_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".ocp").mkdir()
+    (tmp_path / ".ocp" / "install.json").write_text(text)
+    found = outcome(world(tmp_path, "models"))
+    assert found.code == 1 and "install.json cannot be read" in found.err
+
+
+def test_the_admin_key_comes_from_environment_or_file(tmp_path: Path) -> None:
+    (tmp_path / ".ocp").mkdir()
+    (tmp_path / ".ocp" / "admin-key").write_text("from-file\n")
+    with stub({"GET /sessions": (200, samples.SESSIONS)}) as server:
+        run(tmp_path, server.url, "sessions")
+        run(tmp_path, server.url, "sessions", environ={"OCP_ADMIN_KEY": "from-environment"})
+        assert [r.key for r in server.requests] == ["from-file", "from-environment"]
+
+
+def test_the_admin_key_of_a_service_of_the_machine_is_in_its_own_folder(tmp_path: Path) -> None:
+    state = tmp_path / "var-lib-ocp"
+    state.mkdir()
+    (tmp_path / ".ocp").mkdir()
+    with stub({"GET /sessions": (403, {"error": {"message": "no"}})}) as server:
+        record = {"url": server.url, "data_dir": str(state)}
+        (tmp_path / ".ocp" / "install.json").write_text(json.dumps(record))
+        without = outcome(world(tmp_path, "sessions"))
+        (state / "admin-key").write_text("from-file\n")
+        outcome(world(tmp_path, "sessions"))
+        assert [r.key for r in server.requests] == ["", "from-file"]
+    assert f"none to read in {state}/admin-key" in without.err
+
+
+def test_the_key_of_the_file_goes_to_no_other_machine(tmp_path: Path) -> None:
+    (tmp_path / ".ocp").mkdir()
+    (tmp_path / ".ocp" / "admin-key").write_text("secret")
+    (tmp_path / ".ocp" / "install.json").write_text('{"url": "http://192.0.2.1:3456"}')
+    env = world(tmp_path)
+    assert ocp.admin_key(env, "http://192.0.2.1:3456") == "secret"
+    assert ocp.admin_key(env, "http://127.0.0.1:9") == "secret"
+    assert ocp.admin_key(env, "http://192.0.2.9:3456") == ""
+    assert ocp.admin_key(env, "http://127.0.0.1.example.org") == ""
+
+
+def test_a_redirection_is_not_followed_and_no_proxy_used(tmp_path: Path) -> None:
+    environ = {"OCP_ADMIN_KEY": "secret"}
+    with stub() as other, stub({"GET /models": (302, "")}) as server:
+        server.answers["GET /v1/models"] = (302, "")
+        server.headers["Location"] = other.url + "/v1/models"
+        proxies = {"http_proxy": other.url, "HTTP_PROXY": other.url, "all_proxy": other.url}
+        os.environ.update(proxies)
+        try:
+            found = run(tmp_path, server.url, "models", environ={**environ, **proxies})
+        finally:
+            for name in proxies:
+                del os.environ[name]
+        assert found.code == 1 and "answered 302" in found.err
+        assert other.requests == []
+
+
+def test_the_shared_block_stands_alone() -> None:
+    source = (REPO / "ocp.py").read_text("ascii")
+    block = source.split("# --- shared: http_json\n")[1].split("# --- end shared\n")[0]
+    lead = ("from __future__ import annotations\n"
+            "import contextlib, http.client, json, urllib.parse\n"
+            "from collections.abc import Iterator\nfrom typing import Any\n")
+    names: dict[str, Any] = {}
+    exec(compile(lead + block, "shared", "exec"), names)
+    with stub() as server:
+        assert names["http_json"]("GET", server.url + "/health")["status"] == "ok"
+        for url, kind in ((DEAD_URL, "unreachable"), (server.url + "/nowhere", "refused")):
+            with pytest.raises(names["HttpProblem"]) as raised:
+                names["http_json"]("GET", url)
+            assert raised.value.kind == kind
+
+
+# ---------------------------------------------------------------------------
+# Three kinds of failure, and the others
+# ---------------------------------------------------------------------------
+
+FAILURES = (
+    (None, ocp.Exit.UNREACHABLE, "Cannot connect to"),
+    ((401, {"error": {"message": "wants its key"}}), ocp.Exit.DENIED, "refused: wants its key"),
+    ((403, {"error": {"message": "admin key"}}), ocp.Exit.DENIED, "refused: admin key"),
+    ((502, {"error": {"message": "claude died"}}), ocp.Exit.FAILED, "upstream trouble (502)"),
+    ((503, "gateway says no"), ocp.Exit.FAILED, "gateway says no"),
+    ((500, '{"error": "text"}'), ocp.Exit.FAILED, "upstream trouble (500): text"),
+    ((404, {"error": {"message": "There is no"}}), ocp.Exit.FAILED, "answered 404"),
+    ((200, "<html>"), ocp.Exit.FAILED, "not as an OCP server does"),
+    ((200, "[]"), ocp.Exit.FAILED, "not as an OCP server does"),
+)
+
+
+@pytest.mark.parametrize("reply, code, words", FAILURES)
+def test_failures_are_told_apart(
+    tmp_path: Path, reply: Any, code: int, words: str,
+) -> None:
+    for line, asked, _, _ in READING:
+        with stub({asked: reply or (200, {})}) as server:
+            found = run(tmp_path, server.url if reply else DEAD_URL, *line.split())
+        assert found.code == code and words in found.err, line
+        assert found.out == "" and "Traceback" not in found.err
+
+
+def test_an_odd_answer_to_clear_is_no_traceback(tmp_path: Path) -> None:
+    with stub({"DELETE /sessions": (200, "<html>")}) as server:
+        found = run(tmp_path, server.url, "clear")
+    assert found.code == 1 and "not as an OCP server does" in found.err
+
+
+def test_failures_of_ask_are_told_apart(tmp_path: Path) -> None:
+    for answer, code, words in FAILURES[:7]:
+        with stub({"POST /v1/chat/completions": answer}) as server:
+            found = run(tmp_path, server.url if answer else DEAD_URL, "ask", "hi")
+        assert found.code == code and words in found.err
+
+
+@pytest.mark.parametrize("words", [
+    ["nonsense"], ["keys", "nonsense"], ["keys", "add"], ["usage", "--days", "0"],
+    ["usage", "--days", "many"], ["logs", "loud"], ["logs", "0"], ["ask"], ["ask", "  "],
+    ["completion", "tcsh"], ["restart", "everything"], ["keys", "edit", "1"],
+    ["keys", "quota", "1", "--daily", "-1"], ["update", "--list"], ["health", "extra"],
+    ["update", "--rollback", "--target", "v1.0.0"], ["health", "--js"], ["connect"],
+])
+def test_wrong_usage_is_2_and_asks_nobody(tmp_path: Path, words: list[str]) -> None:
+    found = run(tmp_path, DEAD_URL, *words)
+    assert found.code == ocp.Exit.USAGE, found
+    assert found.err.startswith("ocp: ") and found.out == ""
+
+
+def test_an_unexpected_error_is_one_line_and_with_debug_more(tmp_path: Path) -> None:
+    def fails() -> float:
+        raise RuntimeError("oh\x1b")
+
+    found = run(tmp_path, DEAD_URL, "usage", "--days", "1", clock=None)
+    assert found.code == 3
+    for flags, traced in (([], False), (["--debug"], True)):
+        env = world(tmp_path, *flags, "usage", "--days", "1")
+        env.clock = fails
+        found = outcome(env)
+        assert found.code == 1 and "RuntimeError: oh?" in found.err
+        assert ("Traceback" in found.err) is traced
+
+
+# ---------------------------------------------------------------------------
+# Help, versions, completion
+# ---------------------------------------------------------------------------
+
+def all_commands() -> list[list[str]]:
+    return [path.split() for path, _ in ocp._paths()]
+
+
+@pytest.mark.parametrize("words", [[], ["help"], ["--help"], ["-h"]])
+def test_help_lists_every_command(tmp_path: Path, words: list[str]) -> None:
+    found = run(tmp_path, DEAD_URL, *words)
+    assert found.code == 0 and found.err == ""
+    for command in ocp.COMMANDS:
+        assert f"  {command.name} " in found.out and command.help in found.out
+    for code in ocp.Exit:
+        assert re.search(rf"\b{code.value} ", found.out), code
+
+
+@pytest.mark.parametrize("words", all_commands(), ids=" ".join)
+def test_every_command_has_help(tmp_path: Path, words: list[str]) -> None:
+    found = run(tmp_path, DEAD_URL, *words, "--help")
+    assert (found.code, found.err) == (0, "") and f"ocp {' '.join(words)}" in found.out
+    if len(words) == 1:
+        assert run(tmp_path, DEAD_URL, "help", *words).out == found.out
+
+
+def test_version_names_all_three(tmp_path: Path) -> None:
+    with stub() as server:
+        found = run(tmp_path, server.url, "version", "--json")
+        assert run(tmp_path, server.url, "--version").code == 0
+    installed = ocp.tree_version(str(REPO / "ocp_server.py"))
+    assert json.loads(found.out) == {
+        "installed": installed, "served": "0.1.0", "claude": "2.1.329"}
+    assert "no server answers" in run(tmp_path, DEAD_URL, "version").out
+
+
+def bash_completes(tmp_path: Path, *words: str) -> set[str]:
+    script = outcome(world(tmp_path, "completion", "bash")).out
+    array = " ".join(f"'{word}'" for word in words)
+    lines = f'COMP_WORDS=({array}); COMP_CWORD={len(words) - 1}; _ocp; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", script + "\n" + lines], capture_output=True, text=True,
+                          check=True)
+    assert done.stderr == ""
+    return set(done.stdout.split())
+
+
+def test_bash_completes_commands_actions_and_options(tmp_path: Path) -> None:
+    assert bash_completes(tmp_path, "ocp", "st") == {"status", "start", "stop"}
+    assert {"list", "add", "rotate", "--json"} <= bash_completes(tmp_path, "ocp", "keys", "")
+    assert "--tokens-daily" in bash_completes(tmp_path, "ocp", "keys", "add", "--")
+    assert bash_completes(tmp_path, "ocp", "usage", "--b") == {"--by-key"}
+    assert bash_completes(tmp_path, "ocp", "completion", "z") == {"zsh"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_names_every_command_and_parses(tmp_path: Path, shell: str) -> None:
+    found = outcome(world(tmp_path, "completion", shell))
+    assert found.code == 0
+    for command in ocp.COMMANDS:
+        assert command.name in found.out
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=found.out, text=True, check=True)
+
+
+# ---------------------------------------------------------------------------
+# The neighbourhood
+# ---------------------------------------------------------------------------
+
+def test_lan_gives_the_address_and_sends_no_key_there(tmp_path: Path) -> None:
+    with stub() as server:
+        found = run(tmp_path, server.url, "lan", addresses=lambda: ["127.0.0.1"],
+                    environ={"OCP_ADMIN_KEY": "secret"})
+        assert server.requests[-1].key == ""
+    assert found.code == 0 and f"{server.url}/v1" in found.out and "reachable    yes" in found.out
+
+
+def test_lan_says_what_to_do_when_others_cannot_connect(tmp_path: Path) -> None:
+    with stub() as server:
+        # The stub listens on 127.0.0.1 and so not here.
+        found = run(tmp_path, server.url, "lan", addresses=lambda: ["127.0.0.77"])
+        nowhere = run(tmp_path, server.url, "lan", addresses=lambda: [])
+    assert found.code == 1 and "--bind 0.0.0.0" in found.out
+    assert nowhere.code == 1 and "no address" in nowhere.err
+
+
+def test_connect_runs_its_script_with_the_arguments(tmp_path: Path) -> None:
+    (tmp_path / "ocp_connect.py").write_text(
+        "import sys; open('seen', 'w').write(repr(sys.argv[1:])); sys.exit(4)")
+    ran = subprocess.run(
+        [sys.executable, str(copied(tmp_path)), "connect", "box.lan", "--key", "k", "--dry-run"],
+        cwd=tmp_path, env=clean_env(HOME=str(tmp_path)), check=False)
+    assert ran.returncode == 4
+    assert (tmp_path / "seen").read_text() == "['box.lan', '--key', 'k', '--dry-run']"
+
+
+@pytest.mark.parametrize(("addresses", "host"), [([], "127.0.0.1"), (["127.0.0.77"], "127.0.0.1"),
+                                                 (["127.0.0.1"], "127.0.0.1")])
+def test_a_new_key_comes_with_the_command_for_its_device(
+    tmp_path: Path, addresses: list[str], host: str,
+) -> None:
+    answer = {"POST /api/keys": (201, {"key": "ocp_secret", "name": "laptop"})}
+    with stub(answer) as server:
+        # The stub listens on 127.0.0.1 and so not on 127.0.0.77.
+        found = run(tmp_path, server.url, "keys", "add", "laptop", addresses=lambda: addresses)
+    port = server.url.rpartition(":")[2]
+    command = f"curl -fsSL http://{host}:{port}/connect | python3 - http://{host}:{port}"
+    assert found.out == "ocp_secret\n" and command in found.err
+
+
+def test_a_certificate_that_nobody_here_trusts_is_no_reason_to_be_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `ocp lan`, which asks at the address of the network, and OCP_URL elsewhere."""
+    # What is asked is loopback, and taken for another machine.
+    monkeypatch.setattr(ocp, "is_this_machine", lambda url: False)
+    with running_server(tmp_path / "server", env=lay(tmp_path)) as server:
+        url = f"https://127.0.0.1:{server.port}"
+        assert ocp.answers(url)
+        found = run(tmp_path, url, "models")
+    assert found.code == 3 and "SSL_CERT_FILE" in found.err
+
+
+def test_the_command_for_a_device_is_short_at_the_usual_port() -> None:
+    assert ocp.connect_words("http://192.0.2.7:3456") == (
+        "curl -fsSL http://192.0.2.7:3456/connect | python3 - 192.0.2.7")
+    assert ocp.connect_words("https://ocp.example").endswith("- https://ocp.example:443")
+    assert ocp.connect_words("http://[::1]:80").endswith("- http://[::1]:80")
+
+
+@pytest.mark.parametrize("words", [["connect", "--undo", "--yes"], ["connect", "box", "--list"]])
+def test_every_option_behind_connect_is_its_scripts(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "ocp_connect.py").write_text("import sys; print(sys.argv[1:])")
+    ran = subprocess.run([sys.executable, str(copied(tmp_path)), *words], capture_output=True,
+                         text=True, check=True)
+    assert ran.stdout == f"{words[1:]}\n"
+
+
+@pytest.mark.parametrize("variable, value, address", [
+    ("CLAUDE_PROXY_PORT", "3999", "http://127.0.0.1:3999"),
+    ("OCP_URL", "https://ocp.example/v1", "https://ocp.example:443")])
+def test_sync_asks_the_script_for_the_server_that_is_in_use(
+    tmp_path: Path, variable: str, value: str, address: str
+) -> None:
+    (tmp_path / "ocp_connect.py").write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
+    ran = subprocess.run(
+        [sys.executable, str(copied(tmp_path)), "sync", "--dry-run", "--json"], text=True,
+        env=clean_env(HOME=str(tmp_path), **{variable: value}), capture_output=True)
+    assert (ran.returncode, ran.stdout) == (
+        1, f"['--sync', '{address}', '--dry-run', '--json']\n")
+
+
+def copied(folder: Path) -> Path:
+    """ocp.py in a folder of its own."""
+    return Path(shutil.copy(REPO / "ocp.py", folder))
+
+
+def test_connect_says_what_to_do_without_its_script(tmp_path: Path) -> None:
+    found = outcome(world(tmp_path, "connect", "box", tree=tmp_path))
+    assert found.code == 1 and "Copy ocp_connect.py" in found.err
+
+
+def test_progress_is_said_on_a_terminal_only(tmp_path: Path) -> None:
+    env = world(tmp_path, terminal=True)
+    waited = []
+
+    class Timer:
+        daemon = False
+
+        def __init__(self, seconds: float, function: Any, arguments: Any) -> None:
+            waited.append(seconds)
+
+        def start(self) -> None:
+            pass
+
+        def cancel(self) -> None:
+            pass
+
+    real, ocp.threading.Timer = ocp.threading.Timer, Timer
+    try:
+        with ocp.working(env, "asking"), ocp.working(world(tmp_path), "asking"):
+            pass
+    finally:
+        ocp.threading.Timer = real
+    assert waited == [1.0]
+
+
+# ---------------------------------------------------------------------------
+# Against the real server
+# ---------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    env = {"PROXY_API_KEY": "shared-key", "OCP_ADMIN_KEY": "admin-key"}
+    with running_server(tmp_path_factory.mktemp("server"), env=env) as server:
+        yield server
+
+
+@pytest.mark.parametrize("words, shown", [
+    (["health"], "OCP is ok"), (["models"], "claude-opus-5"), (["logs", "5"], "server_started"),
+    (["sessions"], "no sessions"), (["clear"], "cleared 0 sessions"),
+    (["ask", "Hello there"], "You said: Hello there"), (["version"], "2.1.329"),
+])
+def test_a_real_server_is_read(tmp_path: Path, real: Any, words: list[str], shown: str) -> None:
+    found = run(tmp_path, real.url, *words, environ={"OCP_ADMIN_KEY": "admin-key"})
+    assert found.code == 0 and shown in found.out, found
+
+
+def test_a_real_server_refuses_without_the_key(tmp_path: Path, real: Any) -> None:
+    found = run(tmp_path, real.url, "sessions")
+    assert found.code == 4 and "No admin key was sent" in found.err
+    wrong = run(tmp_path, real.url, "sessions", environ={"OCP_ADMIN_KEY": "wrong"})
+    assert wrong.code == 4 and "is not this server's" in wrong.err
+    other = run(tmp_path, real.url, "logs", environ={"OCP_ADMIN_KEY": "shared-key"})
+    assert other.code == 4
+
+
+@pytest.mark.parametrize("command, code", [
+    ("models >&-", 0), ("models 2>&-", 0), ("models >&- 2>&-", 0), ("nonsense 2>&-", 2),
+    ("ask - <&-", 2), ("ask - < <(printf 'gr\\xfc')", 2)])
+def test_as_a_program_whose_streams_are_closed_or_odd(
+    tmp_path: Path, real: Any, command: str, code: int
+) -> None:
+    environ = clean_env(
+        HOME=str(tmp_path), OCP_URL=real.url, OCP_ADMIN_KEY="admin-key", PYTHONIOENCODING="utf-8")
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {REPO}/ocp.py {command}"], text=True,
+        capture_output=True, env=environ, check=False, timeout=20)
+    assert done.returncode == code and "Traceback" not in done.stderr, done
+    assert "not have happened" not in done.stderr
+
+
+def test_as_a_program_in_a_pipe(tmp_path: Path, real: Any) -> None:
+    command = f"{sys.executable} -W error {REPO}/ocp.py"
+    environ = clean_env(
+        HOME=str(tmp_path), OCP_URL=real.url, OCP_ADMIN_KEY="admin-key", LANG="C",
+        PYTHONIOENCODING="ascii")
+    done = subprocess.run(
+        ["bash", "-c", f"{command} models | cat && {command} logs 1000 | head -1 && "
+         f"{command} ask 'sch\u00f6n \u4e2d' && exit 7"],
+        capture_output=True, env=environ, check=False, timeout=60)
+    assert done.returncode == 7 and done.stderr == b"", done
+    assert b"claude-opus-5" in done.stdout and b"You said: sch?n ?" in done.stdout
+
+
+# ---------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------
+
+def doctor_sample() -> str:
+    return str(ocp.show_doctor(samples.DOCTOR, PLAIN))
+
+
+SHOWN: dict[str, Callable[[], str]] = {
+    **{line: lambda show=show, answer=answer: str(show(answer, PLAIN))  # type: ignore[misc]
+       for line, _, answer, show in READING if line != "keys list"},
+    "settings timeout": lambda: str(
+        ocp.show_setting("timeout", samples.SETTINGS["timeout"], PLAIN)),
+    "lan": lambda: str(ocp.show_lan(samples.LAN, PLAIN)),
+    "doctor": doctor_sample,
+    "help": lambda: str(ocp.commands_text()),
+    "update --dry-run": lambda: str(ocp.show_plan_of(SNAPSHOT.journal, None)),
+    "update --rollback --list": lambda: str(ocp.show_snapshots([SNAPSHOT], PLAIN)),
+}
+SNAPSHOT = ocp.Snapshot("/home/u/.ocp/snapshots/20261120T143000.000000Z", ocp.Journal(
+    "done", "/home/u/ocp", "/home/u/.ocp", "a" * 40, "main", "0.1.0", "b" * 40, "0.2.0",
+    "2026-11-20T14:30:00Z"))
+
+
+def test_the_samples_of_the_page_are_what_is_shown() -> None:
+    pattern = re.compile(r"(<!-- ocp ([^>]*?) -->\n```text\n)(.*?)(\n?```)", re.S)
+    text = DOCS.read_text("utf-8")
+    wanted = pattern.sub(lambda m: m[1] + f"$ ocp {m[2]}\n" + SHOWN[m[2]]() + "\n```", text)
+    if os.environ.get("OCP_UPDATE_DOCS"):
+        DOCS.write_text(wanted, "utf-8")
+    assert DOCS.read_text("utf-8") == wanted
+    assert {match[2] for match in pattern.finditer(text)} == set(SHOWN)
+
+
+def test_the_page_lists_the_checks_of_the_doctor() -> None:
+    rows = [f"| `{check.id}` | {check.probe.__doc__[:-1]} |" for check in ocp.CHECKS]
+    wanted = "\n".join(["| check | what it looks at |", "| --- | --- |", *rows])
+    pattern = re.compile(r"(<!-- checks -->\n)(.*?)(\n?<!-- end checks -->)", re.S)
+    text = DOCS.read_text("utf-8")
+    if os.environ.get("OCP_UPDATE_DOCS"):
+        text = pattern.sub(lambda m: f"{m[1]}{wanted}\n<!-- end checks -->", text)
+        DOCS.write_text(text, "utf-8")
+    found = pattern.search(DOCS.read_text("utf-8"))
+    assert found is not None and found[2] == wanted
+
+
+def test_the_page_names_every_command_and_exit_code() -> None:
+    text = DOCS.read_text("utf-8")
+    missing = [" ".join(words) for words in all_commands() if f"ocp {' '.join(words)}" not in text]
+    assert not missing
+    for code in ocp.Exit:
+        assert f"| {code.value} |" in text
+

@@ -1,0 +1,492 @@
+"""`ocp start`, `stop`, `restart` through fake service managers, and `ocp doctor`."""
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ocp_world import (
+    DEAD_URL,
+    HEALTH,
+    Clock,
+    Outcome,
+    Programs,
+    Stub,
+    ocp,
+    outcome,
+    stub,
+    world,
+    write_record,
+)
+from project import REPO
+from server import running_server
+
+Json = Any
+VERSION = ocp.tree_version(str(REPO / "ocp_server.py"))
+NO_UNIT = "exit 3"
+
+
+class Manager:
+    """A home, a stub of the server, and fake programs that start and stop it."""
+
+    def __init__(self, folder: Path, server: Stub) -> None:
+        self.home = folder / "home"
+        self.home.mkdir()
+        self.server = server
+        self.programs = Programs(folder / "bin")
+        self.up = folder / "up"
+        #: What the server says of its version, and how much older than its start it claims to be.
+        self.version, self.older_s = VERSION, 0.0
+        self.listener = "nobody"
+        server.answers["GET /health"] = self.health
+        up, down = f"touch {self.up}", f"rm -f {self.up}"
+        self.programs.add("systemctl", f'case "$*" in *is-enabled*) echo enabled;; '
+                                       f'*stop*) {down};; *) {up};; esac')
+        self.programs.add("launchctl", f'case "$1" in bootout) {down};; print) ;; *) {up};; esac')
+        self.programs.add("ss", "exit 0")
+        self.programs.add("lsof", "exit 1")
+        self.programs.add("loginctl", "echo Linger=yes")
+
+    def health(self, _: object) -> tuple[int, Json]:
+        if not self.up.exists():
+            return 0, None
+        uptime_ms = (time.time() - self.up.stat().st_mtime + self.older_s) * 1000
+        return 200, {**HEALTH, "version": self.version, "uptime": uptime_ms}
+
+    def record(self, **fields: Json) -> None:
+        write_record(self.home, self.server.url, **fields)
+
+    def env(self, *words: str, **more: Any) -> Any:
+        environ = {"PATH": self.programs.path, **more.pop("environ", {})}
+        return world(self.home, *words, environ=environ, **more)
+
+    def ocp(self, *words: str, **more: Any) -> Outcome:
+        return outcome(self.env(*words, **more))
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    with stub() as server:
+        yield Manager(tmp_path, server)
+
+
+PLATFORMS = {
+    "systemd-user": {
+        "start": ["systemctl --user start -- ocp.service"],
+        "stop": ["systemctl --user stop -- ocp.service"],
+        "restart": ["systemctl --user restart -- ocp.service"]},
+    "systemd-system": {
+        "start": ["systemctl start -- ocp.service"], "stop": ["systemctl stop -- ocp.service"],
+        "restart": ["systemctl restart -- ocp.service"]},
+    "launchd": {
+        "start": ["launchctl bootstrap gui/0 UNIT", "launchctl kickstart gui/0/ocp.service"],
+        "stop": ["launchctl bootout gui/0/ocp.service"],
+        "restart": ["launchctl bootout gui/0/ocp.service", "launchctl bootstrap gui/0 UNIT"]},
+}
+
+
+# ---------------------------------------------------------------------------
+# With a record
+# ---------------------------------------------------------------------------
+
+def test_an_agent_is_looked_for_where_the_installer_loaded_it(manager: Manager) -> None:
+    manager.record(platform="launchd", domain="user/501")
+    manager.up.touch()
+    assert manager.ocp("restart", user_id=501).code == 0
+    assert manager.ocp("doctor", user_id=501).code in (0, 1)
+    calls = [call for call in manager.programs.calls() if call.startswith("launchctl")]
+    assert calls and not [call for call in calls if " user/501" not in call]
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "restart"])
+@pytest.mark.parametrize("platform", sorted(PLATFORMS))
+def test_the_recorded_service_is_used(manager: Manager, platform: str, verb: str) -> None:
+    manager.record(platform=platform)
+    manager.up.touch()
+    found = manager.ocp(verb, user_id=0)
+    assert found.code == 0, found
+    unit = str(manager.home / "ocp.service")
+    calls = [call.replace(unit, "UNIT") for call in manager.programs.calls()]
+    assert calls == PLATFORMS[platform][verb]
+    assert ("answers at" in found.out) is (verb != "stop")
+
+
+def test_a_service_of_the_system_wants_its_rights(manager: Manager) -> None:
+    manager.record(platform="systemd-system")
+    found = manager.ocp("restart", user_id=1000)
+    assert found.code == ocp.Exit.DENIED
+    assert "sudo systemctl restart -- ocp.service" in found.err
+    assert manager.programs.calls() == []
+
+
+def test_a_restart_that_changes_nothing_is_a_failure(manager: Manager) -> None:
+    manager.record()
+    manager.older_s = 600
+    found = manager.ocp("restart")
+    assert found.code == 1 and "older server" in found.err
+    assert manager.ocp("start").code == 0
+
+
+def test_another_version_than_the_installed_one_is_a_failure(manager: Manager) -> None:
+    manager.record()
+    manager.version = "0.0.9"
+    found = manager.ocp("restart")
+    assert found.code == 1 and f"version 0.0.9 is served, not {VERSION}" in found.err
+
+
+def test_a_server_that_does_not_come_up_is_a_failure_with_the_reason(manager: Manager) -> None:
+    manager.record()
+    manager.programs.add("systemctl", "echo 'Unit ocp.service not found.' >&2; exit 5")
+    found = manager.ocp("start")
+    assert found.code == 1 and "Unit ocp.service not found" in found.err
+    assert "Nobody listens on its port" in found.err
+
+
+def test_success_is_measured_and_not_believed(manager: Manager) -> None:
+    manager.record()
+    manager.programs.add("systemctl", f"touch {manager.up}; echo odd >&2; exit 1")
+    found = manager.ocp("restart")
+    assert found.code == 0 and "although this failed" in found.err and "odd" in found.err
+
+
+def test_a_server_that_goes_on_after_stop_is_a_failure(manager: Manager) -> None:
+    manager.record()
+    manager.up.touch()
+    manager.programs.add("systemctl")
+    found = manager.ocp("stop")
+    assert found.code == 1 and "still answers" in found.err
+
+
+def test_launchd_is_asked_again_while_it_refuses(manager: Manager) -> None:
+    manager.record(platform="launchd")
+    count = manager.home / "count"
+    manager.programs.add(
+        "launchctl", f'[ "$1" = bootout ] && exit 3; echo x >> {count}; '
+        f'[ $(wc -l < {count}) -lt 3 ] && exit 5; touch {manager.up}')
+    found = manager.ocp("restart")
+    assert found.code == 0, found
+    assert [call.split()[1] for call in manager.programs.calls()] == ["bootout"] + [
+        "bootstrap"] * 3
+
+
+def test_a_missing_manager_is_named(manager: Manager) -> None:
+    manager.record()
+    (manager.programs.folder / "systemctl").unlink()
+    found = manager.ocp("restart", environ={"PATH": str(manager.programs.folder)})
+    assert found.code == 1 and "systemctl: No such file" in found.err
+
+
+def test_a_label_is_never_an_option(manager: Manager) -> None:
+    manager.record(label="--force")
+    manager.ocp("restart")
+    assert not [call for call in manager.programs.calls() if "systemctl" in call]
+
+
+# ---------------------------------------------------------------------------
+# Without one
+# ---------------------------------------------------------------------------
+
+def without_record(manager: Manager, verb: str, **more: Any) -> Outcome:
+    return manager.ocp(verb, environ={"OCP_URL": manager.server.url}, **more)
+
+
+def listener(manager: Manager, pid: int, path: str = "") -> None:
+    manager.programs.add(
+        "ss", f'echo \'LISTEN 0 128 127.0.0.1:3456 0.0.0.0:* users:(("python3",pid={pid},fd=3))\'')
+    manager.programs.add("lsof", f"echo p{pid}; echo f3")
+    manager.programs.add("ps", f"echo '{path}'")
+
+
+def test_nobody_listens(manager: Manager) -> None:
+    start, stop = without_record(manager, "start"), without_record(manager, "stop")
+    assert start.code == 1 and "ocp_server.py" in start.err and "setup.py_install.py" in start.err
+    assert stop.code == 0 and "Nothing listens" in stop.out
+
+
+def test_a_foreign_process_is_left_alone(manager: Manager) -> None:
+    listener(manager, os.getpid())
+    for verb in ("start", "stop", "restart"):
+        found = without_record(manager, verb)
+        assert found.code == 1 and "left alone" in found.err and str(os.getpid()) in found.err
+
+
+def test_a_server_started_by_hand_gets_the_exact_command(manager: Manager, tmp_path: Path) -> None:
+    with running_server(tmp_path / "server") as server:
+        listener(manager, server.pid)
+        for verb in ("stop", "restart"):
+            found = without_record(manager, verb)
+            assert found.code == 1
+            assert f"kill {server.pid}" in found.err or "systemctl" in found.err
+        assert server.process.poll() is None
+        assert without_record(manager, "start").code == 0
+
+
+@pytest.mark.parametrize("command, code", [
+    ("/usr/bin/python3 /Users/u/my ocp/ocp_server.py", 1), ("/usr/sbin/httpd", 1)])
+def test_on_macos_lsof_is_asked(manager: Manager, command: str, code: int) -> None:
+    listener(manager, 99_999_999, command)
+    found = without_record(manager, "stop", platform="darwin")
+    assert found.code == code
+    assert ("kill 99999999" in found.err) is command.endswith("ocp_server.py")
+    assert any(call.startswith("lsof -nP -iTCP:") for call in manager.programs.calls())
+
+
+def test_what_cannot_be_found_out_is_not_nobody(manager: Manager) -> None:
+    manager.programs.add("lsof", "echo 'lsof: no rights' >&2; exit 1")
+    found = without_record(manager, "stop", platform="darwin")
+    assert found.code == 1 and "unknown" in found.err and "no rights" in found.err
+
+
+def test_without_ss_linux_is_asked_itself(manager: Manager) -> None:
+    manager.programs.add("ss", "exit 1")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        owner = ocp.port_owner(manager.env(), listening.getsockname()[1])
+        assert owner.pid == os.getpid() and not owner.is_ocp
+        port = listening.getsockname()[1]
+    assert ocp.port_owner(manager.env(), port) is None
+
+
+def test_another_users_listener_is_seen_but_not_named(manager: Manager) -> None:
+    manager.programs.add("ss", "echo 'LISTEN 0 128 0.0.0.0:80 0.0.0.0:*'")
+    owner = ocp.port_owner(manager.env(), 80)
+    assert owner.pid is None and owner.words == "a process of another user"
+
+
+def test_another_machine_is_not_started_from_here(manager: Manager) -> None:
+    found = manager.ocp("restart", environ={"OCP_URL": "http://192.0.2.1:3456"})
+    assert found.code == 1 and "is another machine" in found.err
+
+
+@pytest.mark.parametrize("script, code", [
+    ("echo restarted", 0), ("echo no gateway >&2; exit 1", 1)])
+def test_the_gateway_is_restarted_by_openclaw(manager: Manager, script: str, code: int) -> None:
+    manager.programs.add("openclaw", script)
+    found = manager.ocp("restart", "gateway")
+    assert found.code == code and manager.programs.calls() == ["openclaw gateway restart"]
+    assert "restarted" in found.out if code == 0 else "no gateway" in found.err
+
+
+def test_without_openclaw_there_is_no_gateway(manager: Manager) -> None:
+    found = manager.ocp("restart", "gateway", environ={"PATH": str(manager.programs.folder)})
+    assert found.code == 1 and "Is OpenClaw installed" in found.err
+
+
+# ---------------------------------------------------------------------------
+# Doctor
+# ---------------------------------------------------------------------------
+
+KEYS = [
+    "schema_version", "timestamp", "ready_to_upgrade", "install_dir", "install_dir_source",
+    "install_dir_safe_to_replace", "current_version", "latest_version", "from_version_supported",
+    "units", "fail_count", "warn_count", "checks", "next_action",
+]
+
+
+def examined(manager: Manager, **more: Any) -> Json:
+    """The doctor's report; its exit code has to fit."""
+    found = manager.ocp("doctor", "--json", **more)
+    answer = json.loads(found.out)
+    assert found.code == (1 if answer["fail_count"] else 0)
+    answer["levels"] = {check["id"]: check["level"] for check in answer["checks"]}
+    answer["messages"] = {check["id"]: check["message"] for check in answer["checks"]}
+    return answer
+
+
+@pytest.fixture
+def healthy(manager: Manager) -> Manager:
+    """An installation in which nothing is wrong."""
+    manager.record()
+    manager.up.touch()
+    folder = manager.home / ".ocp"
+    connection = sqlite3.connect(folder / "ocp.db")
+    connection.execute("CREATE TABLE t (x)")
+    connection.commit()
+    connection.close()
+    (folder / "admin-key").write_text("secret")
+    for path in (folder / "ocp.db", folder / "admin-key"):
+        path.chmod(0o600)
+    manager.programs.add("ss", f"echo 'LISTEN users:((\"x\",pid={os.getpid()},fd=3))'")
+    return manager
+
+
+def test_a_healthy_installation_passes(healthy: Manager) -> None:
+    answer = examined(healthy)
+    levels = answer["levels"]
+    assert list(answer)[:len(KEYS)] == KEYS
+    assert answer["fail_count"] == 0, answer["messages"]
+    assert {name for name, level in levels.items() if level == "PASS"} >= {
+        "python", "install_dir", "claude_found", "claude_version", "disk_space", "database",
+        "file_modes", "service_unit", "service_running", "oauth_ok", "linger", "clock",
+        "service_version_matches_tree"}
+    assert answer["units"][0]["name"] == "ocp.service"
+    assert set(answer["next_action"]) == {"kind", "human_required", "ai_executable", "verify"}
+    assert [check.id for check in ocp.CHECKS] == list(levels)
+
+
+@pytest.mark.parametrize("platform, user_id, sudo, more", [
+    ("systemd-user", 1000, "", ""), ("systemd-system", 1000, "sudo ", "--system "),
+    ("systemd-system", 0, "", "--system ")])
+def test_what_was_installed_is_installed_again_in_the_same_way(
+    healthy: Manager, platform: str, user_id: int, sudo: str, more: str
+) -> None:
+    healthy.record(platform=platform, python="/gone/python3")
+    (command,) = examined(healthy, user_id=user_id)["next_action"]["ai_executable"]
+    assert command == f"{sudo}python3 {REPO}/setup.py_install.py {more}--yes"
+
+
+def test_a_server_that_is_down_is_started_by_the_platforms_own_command(healthy: Manager) -> None:
+    healthy.up.unlink()
+    healthy.programs.add("claude", "echo '2.1.329 (Claude Code)'")
+    healthy.programs.add("ss")
+    answer = examined(healthy)
+    assert answer["levels"]["service_running"] == "FAIL"
+    assert answer["levels"]["oauth_ok"] == answer["levels"]["clock"] == "INFO"
+    assert answer["levels"]["claude_version"] == "PASS"
+    assert answer["next_action"]["kind"] == "fix_service"
+    assert answer["next_action"]["ai_executable"] == ["systemctl --user restart -- ocp.service"]
+    healthy.record(platform="launchd")
+    mac = examined(healthy, platform="darwin", user_id=501)
+    assert [line.split()[0] for line in mac["next_action"]["ai_executable"]] == ["launchctl"] * 2
+    assert mac["levels"]["linger"] == "INFO"
+
+
+ILL: tuple[tuple[str, Json, str, str], ...] = (
+    ("claude_found", {"claudeBinaryOk": False, "fix": "install it"}, "FAIL", "fix_claude"),
+    ("claude_version", {"claudeVersion": "2.1.100"}, "FAIL", "fix_claude"),
+    ("oauth_ok", {"auth": {"ok": False, "message": "log in"}}, "FAIL", "fix_oauth"),
+    ("oauth_ok", {"auth": {"ok": None}}, "INFO", ""),
+    ("service_version_matches_tree", {"version": "0.0.9"}, "WARN", "restart"),
+)
+
+
+@pytest.mark.parametrize("check, fields, level, kind", ILL)
+def test_what_the_server_says_is_judged(
+    healthy: Manager, check: str, fields: Json, level: str, kind: str,
+) -> None:
+    healthy.server.answers["GET /health"] = (200, {**HEALTH, "version": VERSION, **fields})
+    answer = examined(healthy)
+    assert answer["levels"][check] == level
+    assert not kind or answer["next_action"]["kind"] == kind
+
+
+def test_files_that_others_may_read_are_named_with_their_fix(healthy: Manager) -> None:
+    key = healthy.home / ".ocp" / "admin-key"
+    key.chmod(0o644)
+    answer = examined(healthy)
+    assert answer["levels"]["file_modes"] == "FAIL"
+    assert answer["next_action"]["ai_executable"] == [f"chmod 600 {key}"]
+    os.system(answer["next_action"]["ai_executable"][0])
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert examined(healthy)["levels"]["file_modes"] == "PASS"
+
+
+def test_a_damaged_database_is_not_a_locked_one(healthy: Manager) -> None:
+    path = healthy.home / ".ocp" / "ocp.db"
+    path.write_bytes(b"SQLite format 3\0" + b"\1" * 8000)
+    assert examined(healthy)["levels"]["database"] == "FAIL"
+    path.unlink()
+    path.mkdir()
+    answer = examined(healthy)
+    assert answer["levels"]["database"] == "INFO"
+    assert "could not check" in answer["messages"]["database"]
+
+
+def test_a_port_of_another_program(healthy: Manager) -> None:
+    healthy.server.answers["GET /health"] = (200, "hello")
+    healthy.programs.add("claude", "echo '2.1.329 (Claude Code)'")
+    answer = examined(healthy)
+    assert answer["levels"]["port_owner"] == "FAIL"
+    assert answer["next_action"]["kind"] == "fix_port"
+    assert "no OCP server" in answer["messages"]["service_running"]
+
+
+def test_no_linger_is_a_warning(healthy: Manager) -> None:
+    healthy.programs.add("loginctl", "echo Linger=no")
+    answer = examined(healthy)
+    assert answer["levels"]["linger"] == "WARN"
+    assert answer["next_action"]["ai_executable"] == ["loginctl enable-linger"]
+
+
+def test_a_service_that_does_not_start_by_itself_is_a_warning(healthy: Manager) -> None:
+    healthy.programs.add("systemctl", "echo disabled; exit 1")
+    answer = examined(healthy)
+    assert answer["levels"]["service_unit"] == "WARN"
+    assert answer["next_action"]["ai_executable"] == ["systemctl --user enable -- ocp.service"]
+
+
+def test_a_clock_that_is_wrong_is_a_warning(healthy: Manager) -> None:
+    ahead = Clock()
+    ahead.ahead_s = 1000
+    assert examined(healthy, clock=ahead)["levels"]["clock"] == "WARN"
+
+
+@pytest.mark.parametrize("text, level", [
+    (None, "INFO"), ("{ // JSON5\n}", "INFO"), ("[]", "INFO"), ("{", "INFO"),
+    ('{"models": {"providers": {"mine": {"baseUrl": "http://192.0.2.7/v1"}}}}', "INFO"),
+    ('{"models": {"providers": {"mine": {"baseUrl": "URL/v1/", "models": []}}}}', "WARN"),
+])
+def test_openclaw_is_looked_at_only_if_it_is_there(
+    healthy: Manager, text: str, level: str,
+) -> None:
+    if text is not None:
+        (healthy.home / ".openclaw").mkdir()
+        config = healthy.home / ".openclaw" / "openclaw.json"
+        config.write_text(text.replace("URL", healthy.server.url))
+    answer = examined(healthy)
+    assert answer["levels"]["openclaw_models"] == level
+    assert text is None or config.read_text() == text.replace("URL", healthy.server.url)
+
+
+def test_what_cannot_be_checked_is_never_wrong(manager: Manager) -> None:
+    manager.record()
+    (manager.home / ".ocp").chmod(0o700)
+    for name in ("systemctl", "loginctl", "ss"):
+        manager.programs.add(name, "echo broken >&2; exit 1")
+    manager.programs.add("claude", "sleep 0; exit 1")
+    answer = examined(manager, environ={"OCP_URL": DEAD_URL})
+    failed = [name for name, level in answer["levels"].items() if level == "FAIL"]
+    assert failed == ["service_running"]
+    assert answer["levels"]["service_unit"] == answer["levels"]["linger"] == "INFO"
+
+
+def test_a_broken_record_does_not_stop_the_doctor(manager: Manager) -> None:
+    (manager.home / ".ocp").mkdir(mode=0o700)
+    (manager.home / ".ocp" / "install.json").write_text("{")
+    answer = examined(manager, environ={"OCP_URL": manager.server.url})
+    assert answer["levels"]["install_dir"] == "FAIL"
+    assert answer["next_action"]["kind"] == "fix_install"
+
+
+def test_the_environment_of_the_service_is_read(tmp_path: Path) -> None:
+    unit, variables = tmp_path / "my.service", tmp_path / "env"
+    unit.write_text('[Service]\nEnvironment="CLAUDE_BIN=/a b/claude" "X=50%%"\n')
+    variables.write_text("# secret\nPROXY_API_KEY='se cret'\nBAD LINE=1\nCLAUDE_PROXY_PORT=4000\n")
+    write_record(tmp_path, "http://127.0.0.1:3999", unit_path=str(unit), env_file=str(variables))
+    env = world(tmp_path, environ={"CLAUDE_TIMEOUT": "of the shell"})
+    found = ocp.service_environ(env, ocp.read_record(env))
+    assert found["CLAUDE_BIN"] == "/a b/claude" and found["X"] == "50%"
+    assert found["PROXY_API_KEY"] == "se cret" and found["CLAUDE_PROXY_PORT"] == "4000"
+    assert found["OCP_HOME"] == str(tmp_path / ".ocp") and "CLAUDE_TIMEOUT" not in found
+
+
+def test_doctor_on_a_real_server(tmp_path: Path) -> None:
+    with running_server(tmp_path / "server") as server:
+        environ = {"OCP_URL": server.url, "OCP_HOME": str(server.ocp_home)}
+        env = world(tmp_path, "doctor", "--json", environ=environ)
+        answer = json.loads(outcome(env).out)
+        shown = outcome(world(tmp_path, "doctor", environ=environ)).out
+    levels = {check["id"]: check["level"] for check in answer["checks"]}
+    for name in ("service_running", "database", "port_owner", "clock", "file_modes",
+                 "service_version_matches_tree", "claude_found", "claude_version"):
+        assert levels[name] == "PASS", answer
+        assert f"[PASS] {name}: " in shown
+    assert sys.version.split()[0] in shown

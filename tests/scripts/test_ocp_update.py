@@ -1,0 +1,645 @@
+"""`ocp update`: from release to release over a local remote, and back, whatever happens between."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ocp_world import HEALTH, Outcome, ocp, outcome, stub, world, write_record
+from project import clean_env
+
+Json = Any
+RELEASES = ("0.1.0", "0.2.0", "0.3.0")
+#: The last release says of itself that it would not start.
+BROKEN = "0.3.0"
+SERVER = """VERSION = "{version}"
+import sys
+if "--check" in sys.argv:
+    print("settings are wrong" if {broken} else "all good", file=sys.stderr)
+    sys.exit(2 if {broken} else 0)
+"""
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
+    done = subprocess.run(
+        ["git", *identity, *words], cwd=folder, capture_output=True, text=True,
+        env=clean_env(HOME="/nonexistent", GIT_CONFIG_NOSYSTEM="1"), check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bare remote with three releases, and a checkout of the first: remote and tree."""
+    folder = tmp_path_factory.mktemp("releases")
+    work = folder / "work"
+    work.mkdir()
+    git(work, "init", "-q", "-b", "main")
+    for version in RELEASES:
+        text = SERVER.format(version=version, broken=version == BROKEN)
+        (work / "ocp_server.py").write_text(text)
+        (work / f"only-in-{version}").write_text(version)
+        (work / "models.json").write_text("{}")
+        git(work, "add", "-A")
+        git(work, "commit", "-qm", version)
+        # Annotated and plain tags are listed differently.
+        git(work, "tag", *(["-am", version] if version == "0.2.0" else []), f"v{version}")
+    git(work, "tag", "nightly")
+    git(work, "clone", "-q", "--bare", str(work), str(folder / "remote"))
+    git(folder, "clone", "-q", "--no-tags", str(folder / "remote"), "tree")
+    git(folder / "tree", "reset", "-q", "--hard", "HEAD~2")
+    shutil.rmtree(folder / "tree" / ".git" / "hooks")
+    (folder / "tree" / ".git" / "hooks").mkdir()
+    git(folder / "tree", "fetch", "-q", "origin", "tag", "v0.1.0")
+    return folder
+
+
+class PowerCut(BaseException):
+    """The machine is off."""
+
+
+class Machine:
+    """A checkout, its service and its database. Commands run on it until the power goes."""
+
+    def __init__(self, folder: Path, template: Path, url: str) -> None:
+        self.home = folder / "home"
+        self.tree = folder / "tree"
+        self.url = url
+        self.home.mkdir(parents=True)
+        shutil.copytree(template / "tree", self.tree)
+        write_record(self.home, url, self.tree)
+        self.database = self.home / ".ocp" / "ocp.db"
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("CREATE TABLE notes (text)")
+            connection.execute("INSERT INTO notes VALUES ('kept')")
+            connection.execute("PRAGMA user_version=1")
+            connection.commit()
+        #: Releases that do not answer after a start.
+        self.dead: set[str] = set()
+        self.migrates = False
+        self.calls: list[str] = []
+        #: Whether a new version is believed untested, for tests that update many times.
+        self.is_quick = False
+        #: How many steps the power still lasts.
+        self.lasts: float = float("inf")
+        self.served = ""
+        self.started_s = 0.0
+        self.start()
+
+    # -- the service -----------------------------------------------------------
+
+    def version(self) -> str:
+        return str(ocp.tree_version(str(self.tree / "ocp_server.py")))
+
+    def start(self) -> None:
+        self.served, self.started_s = self.version(), time.time()
+        if self.served == "0.2.0" and self.migrates:
+            with contextlib.closing(sqlite3.connect(self.database)) as connection:
+                connection.execute("INSERT INTO notes VALUES ('new form')")
+                connection.execute("PRAGMA user_version=2")
+                connection.commit()
+
+    def health(self, _: object) -> tuple[int, Json]:
+        if not self.served or self.served in self.dead:
+            return 0, None
+        uptime_ms = (time.time() - self.started_s) * 1000
+        return 200, {**HEALTH, "version": self.served, "uptime": uptime_ms}
+
+    # -- commands --------------------------------------------------------------
+
+    def step(self) -> None:
+        if self.lasts <= 0:
+            raise PowerCut
+        self.lasts -= 1
+
+    def run(self, command: Sequence[str], *, environ: Mapping[str, str], **options: Any) -> Any:
+        words = " ".join(command)
+        if command[0] == "systemctl":
+            self.step()
+            self.calls.append(words)
+            if "stop" in command:
+                self.served = ""
+            else:
+                self.start()
+            return ocp.Ran(0, "", "")
+        if any(f" {verb} " in words for verb in ("fetch", "worktree", "checkout", "--check")):
+            self.step()
+        if self.is_quick and "--check" in command:
+            return ocp.Ran(0, "all good", "")
+        return ocp.run_command(
+            command, environ={**environ, "GIT_CONFIG_NOSYSTEM": "1"}, **options)
+
+    def ocp(self, *words: str, **more: Any) -> Outcome:
+        return outcome(world(self.home, *words, tree=self.tree, run=self.run, **more))
+
+    # -- what there is afterwards ----------------------------------------------
+
+    def states(self) -> list[str]:
+        snapshots = ocp.read_snapshots(world(self.home))
+        return [snapshot.journal.state for snapshot in snapshots]
+
+    def notes(self) -> list[str]:
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+            return [row[0] for row in connection.execute("SELECT text FROM notes")]
+
+    def check(self, *versions: str) -> None:
+        """Asserts that all is whole and that one of these versions is there and served."""
+        assert self.version() in versions
+        assert self.served == self.version()
+        assert not set(self.states()) & set(ocp.OPEN_STATES)
+        assert git(self.tree, "status", "--porcelain") == ""
+        assert len(git(self.tree, "worktree", "list").splitlines()) == 1
+        assert git(self.tree, "describe", "--tags") == f"v{self.version()}"
+        assert self.notes()[0] == "kept"
+        assert self.database.stat().st_mode & 0o777 in (0o600, 0o644)
+
+
+@contextlib.contextmanager
+def machine_of(folder: Path, template: Path) -> Iterator[Machine]:
+    with stub() as server:
+        machine = Machine(folder, template, server.url)
+        server.answers["GET /health"] = machine.health
+        server.answers["GET /settings"] = (200, {"timeout": {"value": 5}})
+        yield machine
+
+
+@pytest.fixture
+def machine(tmp_path: Path, template: Path) -> Iterator[Machine]:
+    with machine_of(tmp_path, template) as found:
+        yield found
+
+
+FORWARD = ("update", "--yes", "--target", "v0.2.0")
+
+
+# ---------------------------------------------------------------------------
+# Forward
+# ---------------------------------------------------------------------------
+
+def test_forward_with_everything_saved_first(machine: Machine) -> None:
+    (machine.home / ".ocp" / "admin-key").write_text("secret")
+    found = machine.ocp(*FORWARD)
+    assert found.code == 0 and "updated to v0.2.0" in found.out, found
+    machine.check("0.2.0")
+    assert machine.states() == ["done"]
+    assert machine.calls == ["systemctl --user restart -- ocp.service"]
+    snapshot = ocp.read_snapshots(world(machine.home))[0]
+    names = set(os.listdir(snapshot.folder))
+    assert names == {"journal.json", "ocp.db", "unit", "admin-key", "install.json", "models.json",
+                     "settings.json"}
+    for name in names:
+        assert os.stat(snapshot.path(name)).st_mode & 0o777 == 0o600, name
+    assert os.stat(snapshot.folder).st_mode & 0o777 == 0o700
+
+
+def test_the_snapshot_has_rows_that_were_only_in_the_write_ahead_log(machine: Machine) -> None:
+    with contextlib.closing(sqlite3.connect(machine.database)) as busy:
+        busy.execute("PRAGMA wal_autocheckpoint=0")
+        busy.execute("INSERT INTO notes VALUES ('in the log')")
+        busy.commit()
+        assert machine.ocp(*FORWARD).code == 0
+    saved = ocp.read_snapshots(world(machine.home))[0].path("ocp.db")
+    with contextlib.closing(sqlite3.connect(saved)) as copy:
+        assert ("in the log",) in copy.execute("SELECT text FROM notes").fetchall()
+
+
+def test_already_there(machine: Machine) -> None:
+    assert machine.ocp(*FORWARD).code == 0
+    again = machine.ocp(*FORWARD)
+    assert again.code == 0 and "nothing newer" in again.out
+    assert machine.states() == ["done"] and len(machine.calls) == 1
+
+
+def test_check_and_dry_run_change_nothing(machine: Machine) -> None:
+    before = git(machine.tree, "for-each-ref")
+    check = machine.ocp("update", "--check")
+    assert check.code == 0 and "installed v0.1.0, v0.3.0 is there" in check.out
+    dry = machine.ocp("update", "--dry-run", "--target", "0.2.0")
+    assert dry.code == 0 and "v0.1.0 -> v0.2.0" in dry.out
+    assert git(machine.tree, "for-each-ref") == before
+    assert machine.states() == [] and machine.calls == []
+
+
+def test_a_person_is_asked_and_may_say_no(machine: Machine) -> None:
+    words = ("update", "--target", "v0.2.0")
+    assert machine.ocp(*words).code == ocp.Exit.USAGE
+    no = machine.ocp(*words, terminal=True, stdin="n\n")
+    assert no.code == 1 and "Nothing was changed" in no.err
+    machine.check("0.1.0")
+    assert machine.ocp(*words, terminal=True, stdin="y\n").code == 0
+    machine.check("0.2.0")
+
+
+@pytest.mark.parametrize("target, code, message", [
+    ("v9.9.9", 1, "no release v9.9.9"), ("nightly", 2, "no version"), ("; rm -rf", 2, "no version"),
+    ("--upload-pack=x", 2, ""), ("v0.1", 2, "no version"),
+])
+def test_targets_that_are_none(machine: Machine, target: str, code: int, message: str) -> None:
+    found = machine.ocp("update", "--yes", "--target", target)
+    assert found.code == code and message in found.err
+    machine.check("0.1.0")
+
+
+def test_an_older_target_is_no_update(machine: Machine) -> None:
+    assert machine.ocp(*FORWARD).code == 0
+    found = machine.ocp("update", "--yes", "--target", "v0.1.0")
+    assert found.code == 1 and "--rollback" in found.err
+    machine.check("0.2.0")
+
+
+# ---------------------------------------------------------------------------
+# Not forward
+# ---------------------------------------------------------------------------
+
+def test_never_over_local_changes(machine: Machine) -> None:
+    (machine.tree / "models.json").write_text("mine")
+    found = machine.ocp(*FORWARD)
+    assert found.code == 1 and "local changes: models.json" in found.err
+    assert (machine.tree / "models.json").read_text() == "mine"
+    assert machine.states() == [] and machine.calls == []
+
+
+def test_never_over_commits_of_ones_own(machine: Machine) -> None:
+    git(machine.tree, "commit", "-q", "--allow-empty", "-m", "mine")
+    found = machine.ocp(*FORWARD)
+    assert found.code == 1 and "commits of its own" in found.err
+    assert machine.states() == []
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_file_that_would_be_overwritten_is_not(machine: Machine, ignored: bool) -> None:
+    (machine.tree / "only-in-0.2.0").write_text("mine")
+    if ignored:
+        (machine.tree / ".git" / "info" / "exclude").write_text("only-in-*\n")
+    found = machine.ocp(*FORWARD)
+    assert found.code == 1 and "Nothing was changed" in found.err
+    assert (machine.tree / "only-in-0.2.0").read_text() == "mine"
+    assert machine.version() == "0.1.0" and machine.states() == ["refused"]
+    assert machine.calls == []
+
+
+def test_a_release_that_would_not_start_is_not_installed(machine: Machine) -> None:
+    found = machine.ocp("update", "--yes")
+    assert found.code == 1 and "settings are wrong" in found.err
+    assert "nothing was changed" in found.err
+    machine.check("0.1.0")
+    assert machine.states() == ["refused"] and machine.calls == []
+
+
+def test_a_server_that_does_not_come_back_brings_the_old_one_back(machine: Machine) -> None:
+    machine.dead = {"0.2.0"}
+    found = machine.ocp(*FORWARD)
+    assert found.code == 1 and "does not answer" in found.err and "rolled back" in found.out
+    machine.check("0.1.0")
+    assert machine.states() == ["undone"]
+    assert git(machine.tree, "rev-parse", "--abbrev-ref", "HEAD") == "main"
+
+
+def test_a_database_in_the_new_form_is_put_back(machine: Machine) -> None:
+    machine.dead, machine.migrates = {"0.2.0"}, True
+    found = machine.ocp(*FORWARD)
+    assert found.code == 1 and "newer-ocp.db" in found.err
+    machine.check("0.1.0")
+    assert machine.notes() == ["kept"]
+    verbs = [call.split()[2] for call in machine.calls]
+    assert verbs == ["restart", "stop", "restart"]
+    assert ocp.database_version(str(machine.database)) == 1
+    snapshot = ocp.read_snapshots(world(machine.home))[0]
+    assert not os.path.exists(snapshot.path("ocp.db-wal"))
+    newer = snapshot.path("newer-ocp.db")
+    assert ocp.database_version(newer) == 2
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_database_that_is_put_back_belongs_to_the_user_of_the_service(machine: Machine) -> None:
+    for path in [machine.database.parent, *machine.database.parent.glob("ocp.db*")]:
+        os.chown(path, 12345, 23456)
+    machine.dead, machine.migrates = {"0.2.0"}, True
+    assert machine.ocp(*FORWARD).code == 1
+    assert machine.notes() == ["kept"]
+    assert (machine.database.stat().st_uid, machine.database.stat().st_gid) == (12345, 23456)
+
+
+def test_no_log_of_another_database_is_played_into_the_saved_one(machine: Machine) -> None:
+    assert machine.ocp(*FORWARD).code == 0
+    snapshot = ocp.read_snapshots(world(machine.home))[0]
+    with contextlib.closing(sqlite3.connect(machine.database)) as dead_server:
+        dead_server.execute("PRAGMA wal_autocheckpoint=0")
+        dead_server.execute("INSERT INTO notes VALUES ('only in the log')")
+        dead_server.commit()
+        ocp.put_back_database(snapshot)
+        assert not list(machine.database.parent.glob("ocp.db-*"))
+        with contextlib.closing(sqlite3.connect(snapshot.path("newer-ocp.db"))) as kept:
+            assert ("only in the log",) in kept.execute("SELECT text FROM notes").fetchall()
+    assert machine.notes() == ["kept"]
+
+
+def test_a_database_is_put_back_once(machine: Machine) -> None:
+    machine.dead, machine.migrates = {"0.2.0"}, True
+    run = machine.run
+
+    def cut_at_last_restart(command: Sequence[str], **options: Any) -> Any:
+        if "restart" in command and machine.calls[-1:] and "stop" in machine.calls[-1]:
+            raise PowerCut
+        return run(command, **options)
+
+    machine.run = cut_at_last_restart  # type: ignore[method-assign]
+    with pytest.raises(PowerCut):
+        machine.ocp(*FORWARD)
+    machine.run = run  # type: ignore[method-assign]
+    machine.start()
+    with contextlib.closing(sqlite3.connect(machine.database)) as connection:
+        connection.execute("INSERT INTO notes VALUES ('since the boot')")
+        connection.commit()
+    assert machine.ocp("update", "--yes").code == 1
+    machine.check("0.1.0")
+    assert machine.notes() == ["kept", "since the boot"]
+
+
+def test_a_first_database_in_the_new_form_is_put_away(machine: Machine) -> None:
+    for path in machine.database.parent.glob("ocp.db*"):
+        path.unlink()
+    machine.dead, machine.migrates = {"0.2.0"}, True
+
+    def start() -> None:
+        machine.served, machine.started_s = machine.version(), time.time()
+        with contextlib.closing(sqlite3.connect(machine.database)) as connection:
+            newest = max(int(connection.execute("PRAGMA user_version").fetchone()[0]),
+                         2 if machine.served == "0.2.0" else 1)
+            connection.execute(f"PRAGMA user_version={newest}")
+
+    machine.start = start  # type: ignore[method-assign]
+    assert machine.ocp(*FORWARD).code == 1
+    assert ocp.database_version(str(machine.database)) == 1
+
+
+def test_an_old_process_that_goes_on_answering_is_no_success(machine: Machine) -> None:
+    machine.start = lambda: None  # type: ignore[method-assign]
+    machine.started_s -= 100
+    found = machine.ocp(*FORWARD)
+    assert found.code == 1 and "older server" in found.err
+    assert machine.version() == "0.1.0" and machine.states() == ["undone"]
+
+
+def test_a_database_that_cannot_be_saved_stops_it_all(machine: Machine) -> None:
+    for suffix in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{machine.database}{suffix}")
+    machine.database.write_text("not a database, but long enough to be taken for one " * 50)
+    found = machine.ocp(*FORWARD)
+    assert found.code == 1 and "cannot be saved" in found.err
+    assert machine.version() == "0.1.0" and machine.states() == []
+
+
+def test_what_is_no_checkout_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "ocp_server.py").write_text('VERSION = "0.1.0"\n')
+    found = outcome(world(tmp_path, "update", "--yes", tree=tmp_path))
+    assert found.code == 1 and "updated by hand" in found.err
+
+
+def test_a_remote_that_cannot_be_asked_is_not_up_to_date(machine: Machine) -> None:
+    git(machine.tree, "remote", "set-url", "origin", str(machine.home / "gone"))
+    for words in (("update", "--check"), FORWARD):
+        found = machine.ocp(*words)
+        assert found.code == 1 and "ls-remote" in found.err
+
+
+def test_a_service_of_another_tree_is_not_restarted_for_nothing(machine: Machine) -> None:
+    write_record(machine.home, machine.url, machine.home)
+    found = machine.ocp(*FORWARD)
+    assert found.code == 1 and "is not in" in found.err
+    machine.check("0.1.0")
+
+
+def test_without_a_service_the_files_are_updated_and_it_says_so(machine: Machine) -> None:
+    (machine.home / ".ocp" / "install.json").unlink()
+    found = machine.ocp(*FORWARD)
+    assert found.code == 0 and "restart it yourself" in found.out
+    assert machine.version() == "0.2.0" and machine.calls == []
+
+
+def test_one_update_at_a_time(machine: Machine) -> None:
+    with ocp.only_one(world(machine.home)):
+        found = machine.ocp(*FORWARD)
+    assert found.code == 1 and "Another" in found.err
+
+
+def test_git_is_not_led_elsewhere(machine: Machine) -> None:
+    hook = machine.tree / ".git" / "hooks" / "post-checkout"
+    hook.write_text("#!/bin/sh\ntouch hooked\n")
+    hook.chmod(0o755)
+    found = machine.ocp(*FORWARD, environ={"GIT_DIR": "/nonexistent", "GIT_WORK_TREE": "/"})
+    assert found.code == 0, found
+    assert not (machine.tree / "hooked").exists()
+
+
+# ---------------------------------------------------------------------------
+# Back
+# ---------------------------------------------------------------------------
+
+def test_back_to_where_it_came_from(machine: Machine) -> None:
+    assert machine.ocp(*FORWARD).code == 0
+    listed = machine.ocp("update", "--rollback", "--list")
+    assert listed.code == 0 and "v0.1.0" in listed.out and "done" in listed.out
+    assert machine.ocp("update", "--rollback", "--dry-run").code == 0
+    assert machine.ocp("update", "--rollback").code == ocp.Exit.USAGE
+    machine.check("0.2.0")
+    (machine.home / "ocp.service").unlink()
+    found = machine.ocp("update", "--rollback", "--yes")
+    assert found.code == 0 and "rolled back to v0.1.0" in found.out
+    machine.check("0.1.0")
+    assert (machine.home / "ocp.service").exists()
+    again = machine.ocp("update", "--rollback", "--yes")
+    assert again.code == 1 and "no finished update" in again.err
+
+
+def test_rows_written_since_are_kept_when_the_form_is_the_same(machine: Machine) -> None:
+    assert machine.ocp(*FORWARD).code == 0
+    with contextlib.closing(sqlite3.connect(machine.database)) as connection:
+        connection.execute("INSERT INTO notes VALUES ('since')")
+        connection.commit()
+    assert machine.ocp("update", "--rollback", "--yes").code == 0
+    assert machine.notes() == ["kept", "since"]
+
+
+def test_back_is_not_over_local_changes_either(machine: Machine) -> None:
+    assert machine.ocp(*FORWARD).code == 0
+    (machine.tree / "models.json").write_text("mine")
+    found = machine.ocp("update", "--rollback", "--yes")
+    assert found.code == 1 and "left alone" in found.err
+    assert (machine.tree / "models.json").read_text() == "mine"
+
+
+def test_a_branch_that_has_moved_is_not_moved_back(machine: Machine) -> None:
+    assert machine.ocp(*FORWARD).code == 0
+    git(machine.tree, "branch", "-f", "main", "v0.2.0")
+    assert machine.ocp("update", "--rollback", "--yes").code == 0
+    machine.check("0.1.0")
+    assert git(machine.tree, "rev-parse", "main") == git(machine.tree, "rev-parse", "v0.2.0^{}")
+
+
+def test_old_snapshots_go_and_unfinished_ones(machine: Machine) -> None:
+    folder = Path(ocp.snapshots_folder(world(machine.home)))
+    journal = ocp.Journal("done", str(machine.tree), "", "a", "", "0.0.1", "b", "0.0.2", "")
+    for number in range(8):
+        (folder / f"2020010{number}T000000Z").mkdir(parents=True)
+        ocp.Snapshot(str(folder / f"2020010{number}T000000Z"), journal).at("done")
+    (folder / "20200109T000000Z.partial").mkdir()
+    assert machine.ocp(*FORWARD).code == 0
+    assert len(machine.states()) == 5 and not list(folder.glob("*.partial"))
+
+
+# ---------------------------------------------------------------------------
+# Power cuts
+# ---------------------------------------------------------------------------
+
+def with_power_for(machine: Machine, steps: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Updates until the power goes after so many steps, and boots again; whether it went."""
+    real_replace, real_rename, real_rmtree = os.replace, os.rename, shutil.rmtree
+
+    def replace(source: str, target: str) -> None:
+        machine.step()
+        real_replace(source, target)
+
+    def rename(source: str, target: str) -> None:
+        machine.step()
+        real_rename(source, target)
+
+    def rmtree(path: str, **options: Any) -> None:
+        machine.step()
+        real_rmtree(path, **options)
+
+    machine.lasts, machine.is_quick = steps, True
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            patch.setattr(os, "rename", rename)
+            patch.setattr(os, "fsync", lambda descriptor: None)
+            patch.setattr(shutil, "rmtree", rmtree)
+            machine.ocp(*FORWARD)
+        return False
+    except PowerCut:
+        return True
+    finally:
+        machine.lasts = float("inf")
+        machine.start()
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_power_cut_between_any_two_steps_is_recovered_from(
+    tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch, back: bool,
+) -> None:
+    cut, steps = True, 0
+    while cut:
+        with machine_of(tmp_path / str(steps), template) as machine:
+            cut = with_power_for(machine, steps, monkeypatch)
+            interrupted = bool(set(machine.states()) & set(ocp.OPEN_STATES))
+            words = ("update", "--rollback", "--yes") if back else FORWARD
+            found = machine.ocp(*words)
+            if interrupted:
+                assert "was interrupted" in found.err
+            # The boot after the cut may have found files of either release.
+            machine.check("0.1.0", "0.2.0")
+            if back and cut:
+                machine.check("0.1.0")
+            if not back and machine.version() != "0.2.0":
+                machine.ocp(*FORWARD)
+                machine.check("0.2.0")
+        steps += 1
+    assert steps > 12
+
+
+def test_a_power_cut_on_the_way_back_is_recovered_from(
+    tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut, steps = True, 14
+    while cut:
+        with machine_of(tmp_path / str(steps), template) as machine:
+            machine.dead, machine.migrates = {"0.2.0"}, True
+            cut = with_power_for(machine, steps, monkeypatch)
+            machine.ocp("update", "--rollback", "--yes")
+            machine.check("0.1.0")
+            assert machine.notes() == ["kept"], steps
+        steps += 1
+    assert steps > 22
+
+
+def test_a_checkout_that_was_torn_is_undone(machine: Machine) -> None:
+    assert machine.ocp(*FORWARD).code == 0
+    snapshot = ocp.read_snapshots(world(machine.home))[0].at("switching", is_torn=True)
+    git(machine.tree, "checkout", "-q", "main")
+    (machine.tree / "ocp_server.py").write_text('VERSION = "0.2')
+    (machine.tree / "models.json").unlink()
+    lock = machine.tree / ".git" / "index.lock"
+    lock.write_text("")
+    os.utime(lock, (0, 0))
+    found = machine.ocp("update", "--yes")
+    assert found.code == 1 and "Undoing it" in found.err, found
+    machine.check("0.1.0")
+    assert json.loads(Path(snapshot.path("journal.json")).read_text())["state"] == "undone"
+
+
+#: What ocp_connect.py of a release prints and how it ends, and what `ocp update` says then.
+OPENCLAWS = {
+    "changed": ('{"openclaw": true, "providers": ["o"], "diff": ["+"], "written": ["f"], '
+                '"failures": []}', 0,
+                "OpenClaw has the models of this version now", ""),
+    "fine": ('{"openclaw": true, "providers": [], "diff": [], "written": [], "failures": []}',
+             0, "", ""),
+    "refused": ('{"openclaw": true, "providers": ["o"], "diff": ["+"], "written": [], '
+                '"failures": ["f is read-only"]}', 1,
+                "", "f is read-only. Try again with: ocp sync"),
+    "other": ('{"diff": []}', 0, "", "was not looked at"),
+    "broken": ("no JSON", 1, "", "was not looked at"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(OPENCLAWS))
+def test_openclaw_is_told_of_the_models_and_cannot_stop_an_update(
+    machine: Machine, case: str,
+) -> None:
+    printed, code, out, err = OPENCLAWS[case]
+    # No release has the script; a file of the user's own is not in the way of any.
+    (machine.tree / ".git" / "info").mkdir(exist_ok=True)
+    (machine.tree / ".git" / "info" / "exclude").write_text("ocp_connect.py\nseen\n")
+    (machine.tree / "ocp_connect.py").write_text(
+        f"import sys\nopen({str(machine.tree / 'seen')!r}, 'a').write(str(sys.argv[1:]))\n"
+        f"print({printed!r})\nsys.exit({code})\n")
+
+    found = machine.ocp(*FORWARD)
+    back = machine.ocp("update", "--rollback", "--yes")
+
+    assert found.code == 0 and back.code == 0
+    assert out in found.out and err in found.err and (out or "OpenClaw" not in found.out)
+    assert (machine.tree / "seen").read_text() == 2 * f"['--sync', '{machine.url}', '--json']"
+    machine.check("0.1.0")
+
+
+def test_the_copy_of_ocp_in_a_snapshot_finishes_the_work(machine: Machine) -> None:
+    assert machine.ocp(*FORWARD).code == 0
+    snapshot = ocp.read_snapshots(world(machine.home))[0].at("switched")
+    env = world(machine.home, "update", "--rollback", "--yes", tree=Path(snapshot.folder),
+                run=machine.run)
+    found = outcome(env)
+    assert found.code == 0 and "rolled back to v0.1.0" in found.out
+    machine.check("0.1.0")
+
+
+def test_looking_does_not_recover(machine: Machine) -> None:
+    assert machine.ocp(*FORWARD).code == 0
+    ocp.read_snapshots(world(machine.home))[0].at("switched")
+    found = machine.ocp("update", "--dry-run")
+    assert found.code == 1 and "interrupted" in found.err
+    assert machine.states() == ["switched"]

@@ -1,0 +1,275 @@
+"""Plan usage over HTTP: what /usage and /status make of what claude says.
+
+The lines in data/plan.json are those of two versions of claude, word for word.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chat import ask
+from keys import MULTI, as_admin
+from processes import is_gone
+from project import DATA, load_script
+from raw_http import RawConnection, head
+from rig import claudes
+from server import Server, running_server
+from shell_claude import ShellClaude, lines_of_an_answer
+from waiting import eventually, in_parallel, seconds_of
+
+ocp = load_script("ocp_server.py")
+
+Json = Any
+
+LINES: dict[str, dict[str, dict[str, Json]]] = json.loads((DATA / "plan.json").read_text())
+OLD, NEW = LINES["2.1.197"], LINES["2.1.329"]
+
+
+UNKNOWN = dict.fromkeys((
+    "utilization", "percent", "resetsIn", "resetsAt", "resetsAtHuman", "status", "observedAt"))
+
+
+# ---------------------------------------------------------------------------
+# Over HTTP
+# ---------------------------------------------------------------------------
+
+SONNET = "claude-sonnet-5"
+REPLY = NEW["replies"]["login"]["response"]["response"]
+
+
+def later(reply: Json) -> Json:
+    """The same reply with its windows open for another hour."""
+    resets_at = ocp.iso_time(time.time() + 3_600)
+    limits = {name: {**entry, "resets_at": resets_at} if entry and "resets_at" in entry else entry
+              for name, entry in reply["rate_limits"].items() if name != "limits"}
+    return {**reply, "rate_limits": limits}
+
+
+def usage_requests(server: Server) -> list[int]:
+    """The processes that were asked about the plan."""
+    return [entry["pid"] for entry in server.fake_log("line")
+            if entry["line"].get("request", {}).get("subtype") == "get_usage"]
+
+
+def has_spare(server: Server) -> bool:
+    return bool(server.call("GET", "/health").json()["spares"])
+
+
+@pytest.fixture
+def spared(tmp_path: Path) -> Iterator[Server]:
+    """A server with a spare whose login knows its plan."""
+    with running_server(tmp_path / "spared", {"usage": later(REPLY)}) as server:
+        eventually(lambda: has_spare(server))
+        yield server
+
+
+def plan_of(server: Server) -> Json:
+    reply = server.call("GET", "/usage")
+    assert reply.status == 200, reply
+    return reply.json()
+
+
+def test_a_spare_is_asked_and_nothing_is_spent(spared: Server) -> None:
+    report = plan_of(spared)
+
+    plan = report["plan"]
+    assert (plan["currentSession"]["percent"], plan["weeklyLimits"]["allModels"]["percent"]) == (
+        "21%", "40%")
+    assert (plan["weeklyLimits"]["sonnet"]["percent"], plan["subscription"]) == ("3%", "max")
+    assert report["fetchedAt"] is not None
+    assert len(usage_requests(spared)) == 1
+    assert spared.queries() == [] and spared.lines("user") == []
+
+
+def test_the_next_look_within_a_minute_asks_nobody(spared: Server) -> None:
+    first = plan_of(spared)["plan"]
+
+    for path in ("/usage", "/status", "/metrics", "/health"):
+        spared.call("GET", path)
+
+    assert plan_of(spared)["plan"]["currentSession"]["percent"] == (
+        first["currentSession"]["percent"])
+    assert len(usage_requests(spared)) == 1
+
+
+def test_status_asks_too_and_tells_the_same_plan(spared: Server) -> None:
+    status = spared.call("GET", "/status").json()
+
+    assert len(usage_requests(spared)) == 1
+    assert status["plan"] == plan_of(spared)["plan"]
+
+
+def test_many_who_look_at_once_ask_once(spared: Server) -> None:
+    replies = in_parallel([lambda: spared.call("GET", "/usage")] * 8)
+
+    assert [reply.status for reply in replies] == [200] * 8
+    assert len(usage_requests(spared)) == 1
+
+
+def test_a_spare_that_was_asked_serves_the_next_conversation_as_it_was(spared: Server) -> None:
+    plan_of(spared)
+    (asked,) = usage_requests(spared)
+
+    ask(spared, "hi")
+
+    (query,) = spared.queries()
+    assert query["pid"] == asked
+    # The fixed environment forbids what the question needed.
+    assert query["settings"]["env"]["CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"] == "1"
+    assert [message["content"] for message in query["messages"]] == [
+        [{"type": "text", "text": "hi"}]]
+
+
+def test_when_there_is_nobody_to_ask_the_next_look_may_ask(tmp_path: Path) -> None:
+    scenario = {"usage": later(REPLY)}
+
+    with running_server(tmp_path, scenario, env={"OCP_WARM_PROCESSES": "0"}) as server:
+        before = plan_of(server)["plan"]["subscription"]
+        server.call("PATCH", "/settings", {"warmProcesses": 1})
+        ask(server)
+        eventually(lambda: has_spare(server))
+
+        assert (before, plan_of(server)["plan"]["subscription"]) == (None, "max")
+
+
+def test_a_bare_token_leaves_unknown_what_answers_did_not_tell(tmp_path: Path) -> None:
+    with running_server(tmp_path, {"version": "2.1.197"}) as server:
+        eventually(lambda: has_spare(server))
+        ask(server)
+        session = eventually(lambda: plan_of(server)["plan"]["currentSession"]["resetsAt"]
+                             and plan_of(server))["plan"]
+
+        assert session["currentSession"]["utilization"] is None
+        assert session["weeklyLimits"] == {"allModels": UNKNOWN}
+        assert session["subscription"] is None
+
+
+def test_a_claude_that_cannot_be_asked_is_no_failure(tmp_path: Path) -> None:
+    with running_server(tmp_path, {"unsupported": ["get_usage"]}) as server:
+        eventually(lambda: has_spare(server))
+        report = plan_of(server)
+        reply = ask(server)
+
+        assert report["plan"]["currentSession"] == UNKNOWN
+        assert reply.status == 200
+        assert len(server.log_entries("plan_not_learned")) == 1
+
+
+def test_a_claude_that_does_not_reply_holds_up_one_look_and_no_request(tmp_path: Path) -> None:
+    # It answers questions and knows no control requests.
+    silent = ShellClaude(tmp_path)
+    silent.play(lines_of_an_answer("Hello."))
+
+    with running_server(tmp_path / "server", claude=silent.program) as server:
+        eventually(lambda: has_spare(server))
+        over: list[str] = []
+
+        def look(name: str) -> None:
+            plan_of(server)
+            over.append(name)
+
+        def others() -> None:
+            eventually(lambda: not has_spare(server))
+            ask(server)
+            over.append("request")
+            look("second look")
+
+        first_s = seconds_of(lambda: in_parallel([lambda: look("first look"), others]))
+
+        assert over == ["request", "second look", "first look"] and first_s > 1
+        assert server.log_entries("plan_not_learned")
+
+
+def test_one_who_stops_waiting_for_the_plan_leaves_nothing(tmp_path: Path) -> None:
+    silent = ShellClaude(tmp_path)
+
+    with running_server(tmp_path / "server", claude=silent.program) as server:
+        eventually(lambda: has_spare(server))
+        (spare,) = claudes(server)
+        with RawConnection(server.port) as wire:
+            wire.send(head("GET", "/usage"))
+            eventually(lambda: not has_spare(server))
+
+        assert eventually(lambda: is_gone(spare))
+
+
+def test_garbage_about_the_plan_harms_no_report(tmp_path: Path) -> None:
+    garbage = {"rate_limits": {"five_hour": {"utilization": 1e308, "resets_at": -5},
+                               "seven_day": {"utilization": 10**350, "resets_at": "x"}},
+               "subscription_type": ["max"]}
+    event = {"type": "rate_limit_event", "rate_limit_info": {
+        "rateLimitType": "five_hour", "utilization": 10**350, "resetsAt": "soon"}}
+
+    with running_server(tmp_path, {"usage": garbage}) as server:
+        eventually(lambda: has_spare(server))
+        server.write_scenario([[{"raw": event}, {"say": "Hello."}]], usage=garbage)
+        ask(server)
+        # Behind the garbage came a line that can be read.
+        eventually(lambda: 'window="five_hour"} 0.21' in server.call("GET", "/metrics").text)
+        eventually(lambda: has_spare(server))
+
+        reports = [server.call("GET", path) for path in ("/usage", "/status")]
+
+        assert [reply.status for reply in reports] == [200, 200]
+        assert [ocp.from_json(reply.body) is not None for reply in reports] == [True, True]
+        assert shares(reports[0].json()) == [None, None]
+        assert server.log_entries("housekeeping_failed") == []
+
+
+def shares(report: Json) -> list[Json]:
+    plan = report["plan"]
+    return [plan["currentSession"]["utilization"],
+            plan["weeklyLimits"]["allModels"]["utilization"]]
+
+
+def test_usage_has_the_shape_that_clients_know(spared: Server) -> None:
+    ask(spared)
+    spared.write_scenario([[{"exit": 1}]])
+    ask(spared)
+
+    report = plan_of(spared)
+
+    assert set(report) == {"status", "fetchedAt", "plan", "proxy", "models", "_raw"}
+    assert set(report["proxy"]) == {
+        "totalRequests", "activeRequests", "errors", "timeouts", "uptime"}
+    assert [report["proxy"][name] for name in ("totalRequests", "errors")] == [2, 1]
+    model = report["models"][SONNET]
+    assert {name: model[name] for name in (
+        "requests", "successes", "errors", "timeouts", "avgPromptChars", "maxPromptChars")} == {
+        "requests": 2, "successes": 1, "errors": 1, "timeouts": 0, "avgPromptChars": 2,
+        "maxPromptChars": 2}
+    assert set(model) >= {"avgElapsed", "maxElapsed"}
+
+
+def test_status_has_the_shape_that_clients_know(spared: Server) -> None:
+    before = spared.call("GET", "/status").json()
+    ask(spared)
+    spared.write_scenario([[{"api_error": {
+        "status": 500, "word": "api_error", "text": "It broke in /root/secret/place"}}]])
+    for number in range(4):
+        ask(spared, f"Fails {number}")
+
+    after = spared.call("GET", "/status").json()
+
+    assert set(after) == {"proxy", "requests", "plan", "recentErrors"}
+    assert (before["proxy"]["auth"], after["proxy"]["auth"]) == ("unknown", "ok")
+    assert after["proxy"]["status"] == "ok" and after["proxy"]["version"] == ocp.VERSION
+    assert after["requests"] == {"total": 5, "active": 0, "errors": 4, "timeouts": 0}
+    assert len(after["recentErrors"]) == 3
+    for entry in after["recentErrors"]:
+        assert set(entry) == {"time", "message"} and "/root" not in entry["message"]
+        assert "It broke" in entry["message"]
+
+
+def test_the_plan_is_the_operators_business(tmp_path: Path) -> None:
+    with running_server(tmp_path, env=MULTI) as server:
+        statuses = [server.call("GET", path).status for path in ("/usage", "/status")]
+
+        assert statuses == [401, 401]
+        assert as_admin(server, "GET", "/usage").status == 200

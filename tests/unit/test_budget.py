@@ -1,0 +1,257 @@
+"""The budget of a prompt: which messages fit, and about how many tokens there are."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from project import load_script
+from rendering import MODELS, block, conversation
+from server import running_server
+
+ocp = load_script("ocp_server.py")
+
+Json = dict[str, Any]
+
+SONNET = MODELS.find("sonnet")
+
+
+def user(*content: Any) -> Any:
+    return ocp.Message("user", [block(part) if isinstance(part, str) else part for part in content])
+
+
+def assistant(*content: Any) -> Any:
+    return ocp.Message("assistant", user(*content).content)
+
+
+def use(call_id: str) -> Json:
+    return {"type": "tool_use", "id": call_id, "name": "weather", "input": {}}
+
+
+def result(call_id: str, text: str = "Sunny.") -> Json:
+    return {"type": "tool_result", "tool_use_id": call_id, "content": [block(text)]}
+
+
+PICTURE = {"type": "image",
+           "source": {"type": "base64", "media_type": "image/png", "data": "a" * 5000}}
+PAPER = {"type": "document",
+         "source": {"type": "base64", "media_type": "application/pdf", "data": "a" * 5000}}
+
+
+def turn(*messages: Any, **fields: Any) -> Any:
+    return ocp.Turn(
+        **{"model": SONNET, "messages": list(messages), "options": ocp.Options(), **fields}
+    )
+
+
+def weight(*messages: Any) -> int:
+    """The characters that these messages are counted as."""
+    return sum(
+        len(json.dumps([part for part in message.content if "source" not in part],
+                       ensure_ascii=False))
+        for message in messages
+    )
+
+
+def fitted(asked: Any, most_chars: int) -> tuple[list[Any], int]:
+    """What is left of a Turn's messages, and how many were dropped."""
+    found, dropped = ocp.fitted(asked, most_chars)
+    return found.messages, dropped
+
+
+def refusal(asked: Any, most_chars: int) -> Any:
+    with pytest.raises(ocp.ContextTooLong) as caught:
+        ocp.fitted(asked, most_chars)
+    return caught.value
+
+
+TALK = [user("a" * 50), assistant("b" * 50), user("c" * 50), assistant("d" * 50), user("e" * 50)]
+
+
+def test_what_fits_is_left_alone() -> None:
+    asked = turn(*TALK)
+
+    found, dropped = ocp.fitted(asked, weight(*TALK))
+
+    assert found is asked and dropped == 0
+
+
+@pytest.mark.parametrize(("kept", "dropped"), [(4, 2), (3, 2), (2, 4), (1, 4)])
+def test_the_newest_messages_are_kept_and_the_first_of_them_is_the_user_s(
+    kept: int, dropped: int
+) -> None:
+    assert fitted(turn(*TALK), weight(*TALK[-kept:])) == (TALK[dropped:], dropped)
+
+
+def test_one_character_too_few_drops_the_oldest_exchange() -> None:
+    assert fitted(turn(*TALK), weight(*TALK) - 1) == (TALK[2:], 2)
+
+
+def test_a_turn_is_not_changed_by_what_is_dropped() -> None:
+    asked = turn(*TALK, system="Be brief.", stream=True)
+    before = list(asked.messages)
+
+    found, _ = ocp.fitted(asked, 200)
+
+    assert asked.messages == before
+    assert found == asked._replace(messages=found.messages)
+
+
+def test_the_system_prompt_counts_and_stays() -> None:
+    system = "s" * 100
+    most = weight(*TALK[2:])
+
+    assert fitted(turn(*TALK), most)[1] == 2
+    found, dropped = ocp.fitted(turn(*TALK, system=system), most)
+    assert (found.system, dropped) == (system, 4)
+    assert fitted(turn(*TALK, system=system), most + 100)[1] == 2
+
+
+def test_without_a_limit_of_the_operator_s_the_model_s_window_counts() -> None:
+    small = SONNET._replace(context_window=100)
+
+    assert fitted(turn(*TALK, model=small), 0)[1] == 2
+    assert fitted(turn(*TALK), 0)[1] == 0
+
+
+@pytest.mark.parametrize("part", [PICTURE, PAPER], ids=["image", "document"])
+def test_the_length_of_an_attachment_s_data_does_not_count(part: Json) -> None:
+    messages = [user("a", part), assistant("b"), user("c", part)]
+
+    assert fitted(turn(*messages), weight(*messages)) == (messages, 0)
+
+
+# -- tools --------------------------------------------------------------------
+
+EXCHANGE = [
+    user("a" * 50), assistant("b" * 50), user("Weather?"), assistant(use("t1"), use("t2")),
+    user(result("t1"), result("t2")), assistant(use("t3")), user(result("t3")), assistant("d"),
+    user("e"),
+]
+
+
+@pytest.mark.parametrize("first", range(1, len(EXCHANGE)))
+def test_a_call_stays_with_its_result(first: int) -> None:
+    left, dropped = fitted(turn(*EXCHANGE), weight(*EXCHANGE[first:]))
+
+    assert left == EXCHANGE[dropped:]
+    assert dropped in (0, 2, 8)
+    assert dropped >= first
+    calls = [part["id"] for m in left for part in m.content if part["type"] == "tool_use"]
+    results = [p["tool_use_id"] for m in left for p in m.content if p["type"] == "tool_result"]
+    assert calls == results
+
+
+def test_the_question_behind_a_running_exchange_stays() -> None:
+    running = EXCHANGE[:7]
+
+    assert fitted(turn(*running), weight(*running[2:])) == (running[2:], 2)
+
+
+def test_an_exchange_that_does_not_fit_as_a_whole_is_too_long() -> None:
+    running = EXCHANGE[:7]
+
+    error = refusal(turn(*running), weight(*running[2:]) - 1)
+
+    assert (error.status, error.error_code) == (400, "context_length_exceeded")
+    assert error.message.startswith("prompt is too long: ")
+    assert error.param == "messages"
+
+
+# -- too long -----------------------------------------------------------------
+
+
+def test_a_newest_message_that_does_not_fit_is_too_long() -> None:
+    error = refusal(turn(*TALK, user("x" * 3_000)), 300)
+
+    assert (error.status, error.error_code) == (400, "context_length_exceeded")
+    assert error.param == "messages"
+    assert error.headers()["x-should-retry"] == "false"
+
+
+def test_agents_know_by_the_words_that_they_have_to_shorten_their_history() -> None:
+    newest = user("x" * 3_000)
+    tokens = weight(newest) // 3
+
+    assert refusal(turn(newest), 300).message == (
+        f"prompt is too long: {tokens} tokens > 100 maximum"
+    )
+
+
+def test_the_system_prompt_alone_may_be_too_long() -> None:
+    assert refusal(turn(user("a"), system="s" * 500), 300).message.endswith(" > 100 maximum")
+
+
+def test_both_ends_of_the_limit() -> None:
+    newest = user("x" * 30)
+
+    assert fitted(turn(newest), weight(newest)) == ([newest], 0)
+    assert refusal(turn(newest), weight(newest) - 1)
+
+
+@pytest.mark.parametrize("most", range(60, 700, 20))
+def test_what_is_left_fits_or_is_refused(most: int) -> None:
+    asked = turn(*EXCHANGE, *TALK, system="s" * 20)
+    try:
+        left, _ = fitted(asked, most)
+    except ocp.ContextTooLong:
+        assert weight(asked.messages[-1]) + 20 > most
+        return
+
+    assert weight(*left) + 20 <= most
+    assert (left[0].role, left[-1]) == ("user", TALK[-1])
+    assert conversation(turn(*left))[0][1][0] != "tool_result"
+
+
+# -- an estimate of tokens ----------------------------------------------------
+
+WEATHER = ocp.Tool("weather", "Tells the weather of a city.", {"type": "object"})
+
+
+@pytest.mark.parametrize("words", [1, 10, 1_000, 50_000])
+def test_an_estimate_is_a_token_for_some_characters(words: int) -> None:
+    found = ocp.estimated_tokens(turn(user("word " * words)))
+
+    assert words <= found <= 2 * words + 20
+
+
+def test_a_prompt_has_at_least_a_token() -> None:
+    assert ocp.estimated_tokens(turn(user())) >= 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"system": "Be brief, please."}, {"tools": (WEATHER,)},
+     {"messages": [user("Hello"), assistant("Hi."), user("Hello")]}],
+    ids=["system", "tools", "messages"],
+)
+def test_everything_that_the_model_reads_counts(more: Json) -> None:
+    asked = turn(user("Hello"))
+
+    assert ocp.estimated_tokens(asked._replace(**more)) > ocp.estimated_tokens(asked)
+
+
+@pytest.mark.parametrize("part", [PICTURE, PAPER], ids=["image", "document"])
+def test_an_attachment_is_taken_for_a_fixed_number(part: Json) -> None:
+    plain = ocp.estimated_tokens(turn(user("Hello")))
+
+    assert ocp.estimated_tokens(turn(user("Hello", part))) == plain + 1_500
+    assert ocp.estimated_tokens(turn(user("Hello", part, part))) == plain + 3_000
+
+
+def test_a_prompt_is_counted_to_its_end_however_long_it_is(tmp_path: Path) -> None:
+    def counted(*messages: Json) -> int:
+        reply = running.call("POST", "/v1/messages/count_tokens", {"messages": list(messages)})
+        assert reply.status == 200, reply
+        return int(reply.json()["input_tokens"])
+
+    long = {"role": "user", "content": "word " * 1000}
+    short = {"role": "assistant", "content": "Yes."}
+    with running_server(tmp_path, env={"CLAUDE_MAX_PROMPT_CHARS": "3000"}) as running:
+        once = counted(long)
+        assert 1000 < once < counted(long, short) < 2 * once < counted(long, short, long)
+        assert running.log_entries("prompt_truncated") == []
+        refused = running.call("POST", "/v1/messages", {"messages": [long, short]})
+        assert (refused.status, refused.json()["error"]["type"]) == (400, "invalid_request_error")

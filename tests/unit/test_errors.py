@@ -1,0 +1,424 @@
+"""Errors: what a client is told about each failure, and what it is never told."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from project import TRANSCRIPTS, load_script
+
+ocp = load_script("ocp_server.py")
+
+INVALID, AUTHENTICATION = "invalid_request_error", "authentication_error"
+
+#: What clients rely on: status, type, code, and whether the same request may succeed later.
+CONTRACT = {
+    "OcpError": (500, "server_error", None, True),
+    "BadRequest": (400, INVALID, None, False),
+    "Unsupported": (400, INVALID, "unsupported_parameter", False),
+    "ContextTooLong": (400, INVALID, "context_length_exceeded", False),
+    "EmptyAnswer": (400, INVALID, "empty_answer", False),
+    "Unauthorized": (401, AUTHENTICATION, "invalid_api_key", False),
+    "LoginLost": (401, AUTHENTICATION, "upstream_login_required", False),
+    "Forbidden": (403, "permission_error", None, False),
+    "UpstreamForbidden": (403, "permission_error", "upstream_forbidden", False),
+    "NotFound": (404, INVALID, None, False),
+    "UnknownModel": (404, INVALID, "model_not_found", False),
+    "MethodNotAllowed": (405, INVALID, None, False),
+    "Conflict": (409, INVALID, "name_taken", False),
+    "RequestTimeout": (408, INVALID, None, True),
+    "TooLarge": (413, INVALID, None, False),
+    "QueueFull": (429, "rate_limit_error", "rate_limit_exceeded", True),
+    "RateLimited": (429, "rate_limit_error", "rate_limit_exceeded", True),
+    "QuotaExceeded": (429, "quota_exceeded", "insufficient_quota", False),
+    "PlanLimit": (429, "insufficient_quota", "insufficient_quota", False),
+    "HeadTooLarge": (431, INVALID, None, False),
+    "UpstreamFailed": (502, "server_error", "upstream_failed", True),
+    "Busy": (503, "server_error", "too_many_connections", True),
+    "ClaudeUnavailable": (503, "server_error", "claude_unavailable", False),
+    "ClaudeMissing": (503, "server_error", "claude_unavailable", False),
+    "ClaudeTooOld": (503, "server_error", "claude_unavailable", False),
+    "NotReady": (503, "server_error", "not_ready", True),
+    "Draining": (503, "server_error", "shutting_down", True),
+    "UpstreamTimeout": (504, "server_error", "timeout", True),
+    "Overloaded": (529, "server_error", "overloaded", True),
+}
+ANTHROPIC_TYPES = {
+    "api_error", "authentication_error", "invalid_request_error", "not_found_error",
+    "overloaded_error", "permission_error", "rate_limit_error", "request_too_large",
+    "timeout_error",
+}
+
+
+def family(kind: type[Any]) -> Iterator[type[Any]]:
+    """A class and all below it."""
+    yield kind
+    for child in kind.__subclasses__():
+        yield from family(child)
+
+
+KINDS = {kind.__name__: kind for kind in family(ocp.OcpError)}
+
+
+def raised(name: str, message: str = "Do this.", **details: Any) -> Any:
+    """An error of this class."""
+    if name == "MethodNotAllowed":
+        return KINDS[name](message, ["GET", "HEAD"])
+    return KINDS[name](message, **details)
+
+
+# -- each class ---------------------------------------------------------------
+
+
+def test_every_failure_is_in_the_contract() -> None:
+    assert set(KINDS) == set(CONTRACT)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_failure_keeps_its_contract(name: str) -> None:
+    kind = KINDS[name]
+
+    assert (kind.status, kind.openai_type, kind.code, kind.heals) == CONTRACT[name]
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_failure_has_a_type_that_the_other_dialect_knows_too(name: str) -> None:
+    assert KINDS[name].anthropic_type in ANTHROPIC_TYPES
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_the_body_of_a_failure_has_the_openai_shape(name: str) -> None:
+    status, openai_type, code, _ = CONTRACT[name]
+
+    body = json.loads(json.dumps(ocp.CHAT.error_body(raised(name), "req_1")))
+
+    error = {"message": "Do this.", "type": openai_type, "param": None, "code": code}
+    assert body == {"error": error}
+
+
+@pytest.mark.parametrize("name", sorted(set(KINDS) - {"MethodNotAllowed"}))
+def test_an_instance_may_name_the_field_and_a_code_of_its_own(name: str) -> None:
+    body = ocp.CHAT.error_body(raised(name, param="messages[0]", code="odd"), "req_1")
+
+    assert (body["error"]["param"], body["error"]["code"]) == ("messages[0]", "odd")
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_client_is_told_not_to_repeat_what_will_not_heal(name: str) -> None:
+    told = raised(name).headers().get("x-should-retry")
+
+    assert told == (None if CONTRACT[name][3] else "false")
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_an_error_frame_is_one_event_and_no_end_of_a_good_stream(name: str) -> None:
+    frame = ocp.Renderer(ocp.CHAT).failure(raised(name, "One\nline."), "req_1")
+
+    assert frame.startswith(b'data: {"error":{"message":"One\\nline."')
+    assert frame.endswith(b"}\n\n")
+    assert frame.count(b"\n") == 2
+    assert b"[DONE]" not in frame
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_the_text_of_a_failure_is_its_message(name: str) -> None:
+    assert str(raised(name)) == raised(name).message == "Do this."
+
+
+# -- headers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "told"),
+    [(None, None), (5, "5"), (4.4, "4"), (59.6, "60"), (0.2, "1"), (0, "1"), (-30.0, "1")],
+)
+def test_retry_after_is_whole_seconds_and_at_least_one(wait_s: float, told: str) -> None:
+    error = ocp.QueueFull("Later.", retry_after_s=wait_s)
+
+    assert error.headers().get("Retry-After") == told
+
+
+def test_a_missing_key_is_answered_with_the_scheme_that_is_wanted() -> None:
+    assert ocp.Unauthorized("Key?").headers()["WWW-Authenticate"] == 'Bearer realm="ocp"'
+
+
+def test_a_lost_login_of_the_server_does_not_ask_the_client_for_a_key() -> None:
+    assert "WWW-Authenticate" not in ocp.LoginLost("Log in.").headers()
+
+
+def test_a_wrong_method_is_told_the_right_ones() -> None:
+    assert ocp.MethodNotAllowed("No.", ["GET", "HEAD"]).headers()["Allow"] == "GET, HEAD"
+
+
+# -- what claude reports ------------------------------------------------------
+
+#: (the API's status, claude's word) as claude prints them, and what the client is told.
+REPORTED = {
+    (400, "unknown"): "BadRequest",
+    (400, "billing_error"): "PlanLimit",
+    (400, "invalid_request"): "BadRequest",
+    (401, "authentication_failed"): "LoginLost",
+    (402, "unknown"): "PlanLimit",
+    (403, "oauth_org_not_allowed"): "UpstreamForbidden",
+    (404, "model_not_found"): "UnknownModel",
+    (408, "unknown"): "UpstreamTimeout",
+    (409, "unknown"): "UpstreamFailed",
+    (413, "invalid_request"): "TooLarge",
+    (422, "unknown"): "UpstreamFailed",
+    (429, "rate_limit"): "RateLimited",
+    (500, "server_error"): "UpstreamFailed",
+    (502, "server_error"): "UpstreamFailed",
+    (503, "server_error"): "UpstreamFailed",
+    (504, "server_error"): "UpstreamTimeout",
+    (529, "overloaded"): "Overloaded",
+    (529, "server_error"): "Overloaded",
+    (529, "unknown"): "Overloaded",
+    (None, "authentication_failed"): "LoginLost",
+    (None, "billing_error"): "PlanLimit",
+    (None, "invalid_request"): "BadRequest",
+    (None, "max_output_tokens"): "UpstreamFailed",
+    (None, "model_not_found"): "UnknownModel",
+    (None, "overloaded"): "Overloaded",
+    (None, "rate_limit"): "RateLimited",
+    (None, "server_error"): "UpstreamFailed",
+    (None, "unknown"): "UpstreamFailed",
+    (None, "a_word_of_next_year"): "UpstreamFailed",
+    (None, ""): "UpstreamFailed",
+    (599, ""): "UpstreamFailed",
+}
+NOW_S = 1_000_000.0
+REJECTED = ocp.PlanWindow(rejected=True, resets_at_s=NOW_S + 3600)
+
+
+def told(text: str, word: str = "", status: int | None = None, window: Any = None) -> Any:
+    """The error for a complaint of claude's."""
+    return ocp.upstream_error(ocp.Complaint(text, word, status), window, NOW_S)
+
+
+def printed_combinations() -> set[tuple[int | None, str]]:
+    """(status, word) of every complaint in the transcripts, as the end of the turn has them."""
+    found = set()
+    for path in sorted(TRANSCRIPTS.glob("*.jsonl")):
+        word = ""
+        for row in map(json.loads, path.read_text("utf-8").splitlines()):
+            line = row["line"]
+            if line.get("type") == "assistant":
+                word = line.get("error") or word
+            elif line.get("type") == "result" and word:
+                found.add((line.get("api_error_status"), word))
+    return found
+
+
+def test_every_combination_in_the_transcripts_has_a_verdict() -> None:
+    assert printed_combinations() <= set(REPORTED)
+
+
+@pytest.mark.parametrize(("status", "word"), sorted(REPORTED, key=str))
+def test_a_reported_failure_becomes_the_error_for_it(status: int | None, word: str) -> None:
+    error = told("API Error: It broke.", word, status)
+
+    assert type(error).__name__ == REPORTED[status, word]
+    assert "It broke." in error.message
+
+
+@pytest.mark.parametrize("status", [400, None])
+def test_a_prompt_that_is_too_long_has_the_code_that_makes_agents_compact(
+    status: int | None,
+) -> None:
+    error = told("Prompt is too long", "invalid_request", status)
+
+    assert (error.status, error.error_code) == (400, "context_length_exceeded")
+    assert error.param == "messages"
+
+
+def test_an_unknown_model_of_the_api_names_the_field() -> None:
+    assert told("No such model.", "model_not_found", 404).param == "model"
+
+
+def test_a_used_up_plan_says_when_it_resets() -> None:
+    error = told("You've hit your limit", "rate_limit", 429, REJECTED)
+
+    assert type(error) is ocp.PlanLimit
+    assert error.headers() == {"Retry-After": "3600", "x-should-retry": "false"}
+
+
+def test_a_reset_that_has_passed_means_soon() -> None:
+    passed = ocp.PlanWindow(rejected=True, resets_at_s=NOW_S - 60)
+
+    assert told("Limit", "rate_limit", 429, passed).headers()["Retry-After"] == "1"
+
+
+def test_a_rate_limit_within_the_plan_is_worth_a_retry() -> None:
+    allowed = ocp.PlanWindow(rejected=False, resets_at_s=NOW_S + 3600)
+
+    error = told("Too many requests", "rate_limit", 429, allowed)
+
+    assert type(error) is ocp.RateLimited
+    assert error.headers() == {"Retry-After": "20"}
+
+
+def test_an_overload_says_when_to_come_back() -> None:
+    assert told("Overloaded", "overloaded", 529).headers() == {"Retry-After": "10"}
+
+
+@pytest.mark.parametrize("word", ["authentication_failed", "oauth_org_not_allowed", "unknown"])
+@pytest.mark.parametrize("text", ["OAuth token revoked", "Your token has expired"])
+def test_a_login_that_was_taken_back_is_a_lost_one(word: str, text: str) -> None:
+    assert type(told(text, word, 403)) is ocp.LoginLost
+
+
+def test_a_lost_login_says_how_to_log_in_and_what_claude_said() -> None:
+    message = told("Not logged in", "authentication_failed").message
+
+    assert "`claude auth login`" in message
+    assert "`claude setup-token`" in message
+    assert message.endswith("(It said: Not logged in)")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "API Error: ", "API Error: 500 ", "Failed to authenticate. API Error: 401 "],
+)
+def test_the_message_is_the_api_s_own_without_claude_s_preface(prefix: str) -> None:
+    assert told(prefix + "Internal server error", "server_error", 500).message == (
+        "Internal server error"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Overloaded. This is a server-side issue, usually temporary", "Overloaded"),
+        ("No access to it. Run --model to pick a different model.", "No access to it"),
+    ],
+)
+def test_the_message_leaves_out_what_only_helps_at_claude_s_own_terminal(
+    text: str, message: str
+) -> None:
+    assert told(text, "server_error", 500).message == message
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_a_failure_without_a_word_still_has_a_message(text: str) -> None:
+    assert len(told(text, "server_error", 500).message) > 10
+
+
+def test_a_long_complaint_is_cut() -> None:
+    assert len(told("word " * 5000, "server_error", 500).message) <= 1000
+
+
+# -- what nobody is told ------------------------------------------------------
+
+PATH = "/home/olaf/.claude/.credentials.json"
+TOKEN = "sk-ant-oat01-AbCdEf_123456-789"
+TATTLE = (
+    f"EACCES: permission denied, open '{PATH}'",
+    f"at {PATH}:12:3 with {TOKEN}",
+    f"Authorization: Bearer {TOKEN} was refused ({PATH})",
+    f'{{"path":"{PATH}","key":"ocp_{"a1" * 16}"}}',
+)
+
+
+def is_discreet(text: str) -> bool:
+    return not re.search(r"olaf|credentials|AbCdEf|a1a1", text)
+
+
+@pytest.mark.parametrize("text", TATTLE)
+@pytest.mark.parametrize(("status", "word"), sorted(REPORTED, key=str))
+def test_no_failure_tells_a_path_or_a_token(status: int | None, word: str, text: str) -> None:
+    error = told(text, word, status)
+
+    assert is_discreet(json.dumps(ocp.CHAT.error_body(error, "req_1")))
+
+
+@pytest.mark.parametrize("where", ["assistant", "result", "errors"])
+def test_no_line_of_claude_s_tells_a_path_or_a_token(where: str) -> None:
+    text = TATTLE[1]
+    lines: dict[str, list[dict[str, Any]]] = {
+        "assistant": [
+            {"type": "assistant", "error": "unknown",
+             "message": {"model": "<synthetic>", "content": [{"type": "text", "text": text}]}},
+            {"type": "result", "is_error": True},
+        ],
+        "result": [{"type": "result", "is_error": True, "result": text}],
+        "errors": [{"type": "result", "is_error": True, "errors": [text]}],
+    }
+    reader = ocp.TurnReader()
+
+    with pytest.raises(ocp.OcpError) as caught:
+        for line in lines[where]:
+            reader.events(line)
+
+    assert is_discreet(caught.value.message)
+
+
+def test_a_refused_control_request_tells_no_path() -> None:
+    response = {"subtype": "error", "error": f"cannot read {PATH}"}
+
+    with pytest.raises(ocp.UpstreamFailed) as caught:
+        ocp.check_control_response({"type": "control_response", "response": response})
+
+    assert is_discreet(caught.value.message)
+
+
+def test_what_claude_refuses_tells_no_token() -> None:
+    response = {"subtype": "error", "error": f"bad {TOKEN}"}
+
+    with pytest.raises(ocp.UpstreamFailed) as control:
+        ocp.check_control_response({"type": "control_response", "response": response})
+    with pytest.raises(ocp.UpstreamFailed) as history:
+        ocp.check_history_result({"is_error": True, "result": f"bad {TOKEN}"})
+
+    assert is_discreet(control.value.message) and is_discreet(history.value.message)
+
+
+def test_a_refused_history_tells_no_path() -> None:
+    with pytest.raises(ocp.UpstreamFailed) as caught:
+        ocp.check_history_result({"is_error": True, "result": f"cannot read {PATH}"})
+
+    assert is_discreet(caught.value.message)
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("sk-ant-api03-abcdef123", "sk-ant-[redacted]"),
+        (f"key ocp_{'0123456789abcdef' * 2}.", "key ocp_[redacted]"),
+        ('File "ocp_server.py", line 3', 'File "ocp_server.py", line 3'),
+        ("Bearer   abcdef123456 and more", "Bearer   [redacted] and more"),
+        ("sk-ant-abc", "sk-ant-abc"),
+        ("nothing to hide", "nothing to hide"),
+    ],
+)
+def test_what_looks_like_a_token_is_blotted_out(text: str, clean: str) -> None:
+    assert ocp.redacted(text) == clean
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("open /etc/passwd now", "open [path] now"),
+        ("open('/home/a/b')", "open('[path]')"),
+        ("see https://claude.com/form/cyber", "see https://claude.com/form/cyber"),
+        ("and/or either/or", "and/or either/or"),
+        ("no access to /root", "no access to [path]"),
+        ("ENOENT :/home/a/b", "ENOENT :[path]"),
+        ("C:/home/a/b", "[path]"),
+        ("see //example.org/a", "see //example.org/a"),
+    ],
+)
+def test_paths_of_this_machine_are_blotted_out_and_addresses_are_not(
+    text: str, clean: str
+) -> None:
+    assert ocp.without_paths(text) == clean
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [(" a\n b\t\tc ", "a b c"), ("x" * 10, "x" * 10), ("x" * 11, "xxxxxxx..."), ("", "")],
+)
+def test_one_line_runs_white_space_together_and_cuts(text: str, line: str) -> None:
+    assert ocp.one_line(text, 10) == line

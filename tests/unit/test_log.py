@@ -1,0 +1,313 @@
+"""The log: a ring, a private file that is rotated, and lines on a stream. It never raises."""
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from project import load_script
+
+ocp = load_script("ocp_server.py")
+
+TOKEN = "sk-ant-oat01-AbCdEf_123456-789"
+
+
+class Notebook:
+    """A log, with its stream and its file at hand."""
+
+    def __init__(self, folder: Path, level: str = "info") -> None:
+        self.stream = io.StringIO()
+        self.path = Path(folder, "logs", "ocp.log")
+        self.log = ocp.Log(self.stream, level, clock=lambda: 1_700_000_000.25)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What is in the file."""
+        return [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+
+    def names(self, count: int = 1000, level: str = "all") -> list[str]:
+        """The names of the events in the ring."""
+        return [entry["event"] for entry in self.log.recent(count, level)]
+
+
+@pytest.fixture
+def notebook(tmp_path: Path) -> Iterator[Notebook]:
+    """A log that writes to a file."""
+    made = Notebook(tmp_path)
+    made.log.to_file(str(made.path))
+    yield made
+    made.log.close()
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# -- what an event becomes ----------------------------------------------------
+
+
+def test_an_event_is_one_flat_record(notebook: Notebook) -> None:
+    notebook.log.event("info", "door_opened", door="front", times=2, wide=False)
+
+    entry = {
+        "ts": "2023-11-14T22:13:20.250Z", "level": "info", "event": "door_opened",
+        "door": "front", "times": 2, "wide": False,
+    }
+    assert notebook.log.recent(1, "all") == [entry]
+    assert notebook.lines() == [entry]
+
+
+def test_on_the_stream_it_is_a_line_for_people(notebook: Notebook) -> None:
+    notebook.log.event("warn", "door_opened", door="front", times=2)
+
+    line = notebook.stream.getvalue()
+    assert line.endswith(" warn  door_opened door=front times=2\n")
+
+
+def test_a_field_without_a_value_is_left_out(notebook: Notebook) -> None:
+    notebook.log.event("info", "door_opened", door=None, times=0, note="")
+
+    [entry] = notebook.log.recent(1, "all")
+    assert "door" not in entry
+    assert (entry["times"], entry["note"]) == (0, "")
+
+
+def test_a_text_is_cut_to_one_line(notebook: Notebook) -> None:
+    notebook.log.event("info", "door_opened", note="a\nb\r\n\tc " + "x" * 5000)
+
+    [entry] = notebook.log.recent(1, "all")
+    assert entry["note"].startswith("a b c xxx")
+    assert len(entry["note"]) == 500
+    assert notebook.stream.getvalue().count("\n") == 1
+    assert len(notebook.lines()) == 1
+
+
+def test_a_token_is_blotted_out_everywhere(notebook: Notebook) -> None:
+    notebook.log.event("error", "door_broke", detail=f"key was {TOKEN}, sorry")
+
+    places = (
+        json.dumps(notebook.log.recent(1, "all")),
+        notebook.path.read_text("utf-8"),
+        notebook.stream.getvalue(),
+    )
+    assert all("key was sk-ant-[redacted], sorry" in place for place in places)
+    assert not any("AbCdEf" in place for place in places)
+
+
+def test_text_that_is_no_unicode_is_in_the_ring_all_the_same(notebook: Notebook) -> None:
+    notebook.log.event("info", "door_opened", note="\ud83d \u00fc")
+
+    assert notebook.log.recent(1, "all")[0]["note"] == "\ud83d \u00fc"
+
+
+def test_a_value_of_any_type_is_logged(notebook: Notebook) -> None:
+    notebook.log.event("info", "door_opened", door=Path("/front"), counts={"a": 1})
+
+    assert notebook.lines()[0]["door"] == "/front"
+    assert notebook.lines()[0]["counts"] == {"a": 1}
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\x00", "\x07", "\x7f", "\x9b"])
+def test_no_text_can_command_the_terminal(notebook: Notebook, character: str) -> None:
+    notebook.log.event("info", "door_opened", note=f"a{character}[2Jb")
+
+    assert "note=a?[2Jb" in notebook.stream.getvalue()
+
+
+# -- levels and the ring ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("least", "kept"),
+    [
+        ("debug", ["debug", "info", "warn", "error"]), ("info", ["info", "warn", "error"]),
+        ("warn", ["warn", "error"]), ("error", ["error"]),
+    ],
+)
+def test_events_below_the_level_are_not_kept(tmp_path: Path, least: str, kept: list[str]) -> None:
+    notebook = Notebook(tmp_path, least)
+
+    for level in ocp.LEVELS:
+        notebook.log.event(level, level)
+
+    assert notebook.names() == kept
+    assert notebook.stream.getvalue().count("\n") == len(kept)
+
+
+@pytest.mark.parametrize(
+    ("count", "level", "found"),
+    [
+        (10, "all", ["a", "b", "c", "d"]), (10, "debug", ["a", "b", "c", "d"]),
+        (2, "all", ["c", "d"]), (10, "warn", ["b", "d"]), (1, "warn", ["d"]),
+        (10, "error", ["d"]), (0, "all", []),
+    ],
+)
+def test_the_newest_events_of_a_level_or_worse_are_given_oldest_first(
+    tmp_path: Path, count: int, level: str, found: list[str]
+) -> None:
+    notebook = Notebook(tmp_path, "debug")
+    for kind, name in (("info", "a"), ("warn", "b"), ("debug", "c"), ("error", "d")):
+        notebook.log.event(kind, name)
+
+    assert notebook.names(count, level) == found
+
+
+def test_the_ring_keeps_the_last_thousand(tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path)
+
+    for number in range(1_100):
+        notebook.log.event("info", f"event_{number}")
+
+    names = notebook.names(2_000)
+    assert (len(names), names[0], names[-1]) == (1_000, "event_100", "event_1099")
+
+
+# -- the file -----------------------------------------------------------------
+
+
+def test_the_file_and_its_folder_are_private_from_birth(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        notebook = Notebook(tmp_path)
+        notebook.log.to_file(str(notebook.path))
+    finally:
+        os.umask(before)
+    notebook.log.close()
+
+    assert (mode_of(notebook.path), mode_of(notebook.path.parent)) == (0o600, 0o700)
+
+
+def test_a_new_start_goes_on_in_the_same_file(notebook: Notebook, tmp_path: Path) -> None:
+    notebook.log.event("info", "first")
+    notebook.log.close()
+
+    again = Notebook(tmp_path)
+    again.log.to_file(str(again.path))
+    again.log.event("info", "second")
+    again.log.close()
+
+    assert [entry["event"] for entry in again.lines()] == ["first", "second"]
+
+
+def fill(notebook: Notebook) -> None:
+    """Makes the file so large that the next line does not fit, as a log finds it at a start."""
+    notebook.log.close()
+    os.truncate(notebook.path, 10_000_000)
+    notebook.log.to_file(str(notebook.path))
+
+
+def test_a_full_file_is_put_aside_and_the_new_one_is_private_too(notebook: Notebook) -> None:
+    fill(notebook)
+
+    notebook.log.event("info", "after")
+
+    assert [entry["event"] for entry in notebook.lines()] == ["after"]
+    old = notebook.path.with_name("ocp.log.1")
+    assert old.stat().st_size == 10_000_000
+    assert (mode_of(notebook.path), mode_of(old)) == (0o600, 0o600)
+
+
+def test_three_old_files_are_kept(notebook: Notebook) -> None:
+    for _ in range(5):
+        fill(notebook)
+        notebook.log.event("info", "after")
+
+    names = sorted(path.name for path in notebook.path.parent.iterdir())
+    assert names == ["ocp.log", "ocp.log.1", "ocp.log.2", "ocp.log.3"]
+
+
+def test_a_file_that_cannot_be_put_aside_stops_nothing(
+    notebook: Notebook, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number in (1, 2, 3):
+        notebook.path.with_name(f"ocp.log.{number}").mkdir()
+    fill(notebook)
+
+    notebook.log.event("info", "after")
+
+    assert notebook.names() == ["after"]
+    assert "after" in notebook.stream.getvalue()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_folder_that_was_removed_stops_nothing(notebook: Notebook) -> None:
+    notebook.path.unlink()
+    notebook.path.parent.rmdir()
+
+    notebook.log.event("info", "after")
+
+    assert notebook.names() == ["after"]
+
+
+def test_a_file_that_cannot_be_made_is_told_to_the_caller(tmp_path: Path) -> None:
+    Path(tmp_path, "logs").write_text("in the way", "ascii")
+    notebook = Notebook(tmp_path)
+
+    with pytest.raises(OSError, match="logs"):
+        notebook.log.to_file(str(notebook.path))
+
+    notebook.log.event("info", "after")
+    assert notebook.names() == ["after"]
+
+
+def test_after_closing_events_still_go_to_the_ring_and_the_stream(notebook: Notebook) -> None:
+    notebook.log.close()
+    notebook.log.close()
+
+    notebook.log.event("info", "after")
+
+    assert notebook.names() == ["after"]
+    assert "after" in notebook.stream.getvalue()
+    assert notebook.lines() == []
+
+
+# -- the stream ---------------------------------------------------------------
+
+
+class BrokenStream(io.StringIO):
+    """A terminal that has gone away."""
+
+    def write(self, text: str) -> int:
+        """Fails."""
+        raise BrokenPipeError
+
+
+def closed_stream() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [BrokenStream(), closed_stream(), io.TextIOWrapper(io.BytesIO(), encoding="ascii"), None],
+    ids=["broken", "closed", "ascii", "none"],
+)
+def test_a_stream_that_cannot_be_written_stops_nothing(stream: Any) -> None:
+    log = ocp.Log(stream, "info")
+
+    log.event("info", "door_opened", note="\u00fc")
+
+    assert [entry["note"] for entry in log.recent(1, "all")] == ["\u00fc"]
+
+
+def test_events_of_many_threads_stay_whole(notebook: Notebook) -> None:
+    def chatter(name: str) -> None:
+        for _ in range(50):
+            notebook.log.event("info", name, note=name * 20)
+
+    threads = [threading.Thread(target=chatter, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(notebook.lines()) == 200
+    assert all(entry["note"] == entry["event"] * 20 for entry in notebook.lines())
+    assert all(len(line.split()) == 4 for line in notebook.stream.getvalue().splitlines())

@@ -1,0 +1,604 @@
+"""The dialect of Anthropic's Messages API: JSON into a Turn, events into bytes."""
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from project import load_script
+from rendering import (
+    CLOCK,
+    CUT_OFF,
+    GOLDEN,
+    LIMITS,
+    PDF,
+    PNG,
+    REASONED,
+    REFUSED,
+    REQUEST_ID,
+    SECOND,
+    STARTED,
+    TEXT,
+    THINKING,
+    WEATHER,
+    block,
+    check_golden,
+    conversation,
+    finished,
+    frames,
+    golden_name,
+    numbered,
+    parsing,
+    refusal_of,
+    stream_bytes,
+    whole,
+    whole_bytes,
+)
+
+ocp = load_script("ocp_server.py")
+
+Json = dict[str, Any]
+
+USER = {"role": "user", "content": "Hello"}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"name": "weather", "description": "Tells it.", "input_schema": SCHEMA},
+         {"type": "custom", "name": "clock", "input_schema": {"type": "object"}}]
+
+
+def parse(body: object, limits: Any = LIMITS) -> Any:
+    return ocp.MESSAGES.parse(body, parsing(limits))
+
+
+def turn(*messages: object, **fields: object) -> Any:
+    """The Turn of a request with these messages, or with one from the user."""
+    return parse({"max_tokens": 64, "messages": list(messages) or [USER], **fields})
+
+
+def refusal(*messages: object, limits: Any = LIMITS, **fields: object) -> Any:
+    """The error of such a request."""
+    body = {"messages": list(messages) or [USER], **fields}
+    return refusal_of(ocp.MESSAGES, body, parsing(limits))
+
+
+# -- fields -------------------------------------------------------------------
+
+
+def test_a_request_becomes_a_turn() -> None:
+    found = turn(model="haiku", system="Be brief.", stop_sequences=["END"], temperature=0.5,
+                 top_k=5, stream=True, session_id="s1")
+
+    assert found.model.id == "claude-haiku-4-5-20251001"
+    assert (found.system, found.stream, found.session_id) == ("Be brief.", True, "s1")
+    assert conversation(found) == [("user", ["Hello"])]
+    assert found.options == ocp.Options(
+        max_tokens=64, stop_sequences=("END",), thinking_tokens=0,
+        sampling=(("temperature", 0.5), ("top_k", 5)),
+    )
+    assert (found.choices, found.shape, found.ignored) == (1, None, ())
+
+
+def test_without_a_model_the_default_answers() -> None:
+    assert turn().model.id == "claude-sonnet-5"
+
+
+@pytest.mark.parametrize("field", ["metadata", "service_tier", "container", "mcp_servers", "x"])
+def test_a_field_that_changes_nothing_here_is_none_of_our_business(field: str) -> None:
+    assert turn(**{field: {"a": 1}}).ignored == ()
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1, 64_000])
+def test_the_limit_is_passed_on_where_there_is_one(max_tokens: int) -> None:
+    assert turn(max_tokens=max_tokens).options.max_tokens == max_tokens
+
+
+@pytest.mark.parametrize(
+    ("thinking", "tokens"),
+    [
+        (None, 0),
+        ({"type": "disabled"}, 0),
+        ({"type": "between_tools"}, 0),
+        ({"type": "adaptive"}, None),
+        ({"type": "enabled", "budget_tokens": 4_096}, None),
+    ],
+    ids=str,
+)
+def test_an_adaptive_model_thinks_when_the_client_expects_it(thinking: object, tokens: int) -> None:
+    assert turn(model="opus", thinking=thinking).options.thinking_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("thinking", "tokens"),
+    [
+        (None, 0),
+        ({"type": "disabled"}, 0),
+        ({"type": "adaptive"}, 0),
+        ({"type": "enabled", "budget_tokens": 1_024}, 1_024),
+        ({"type": "enabled", "budget_tokens": 10_000}, 8_000),
+    ],
+    ids=str,
+)
+def test_a_model_with_a_budget_gets_the_client_s(thinking: object, tokens: int) -> None:
+    found = turn(model="haiku", max_tokens=16_000, thinking=thinking)
+
+    assert found.options.thinking_tokens == tokens
+
+
+def test_an_effort_is_passed_on() -> None:
+    found = turn(model="opus", output_config={"effort": "low"}, thinking={"type": "adaptive"})
+
+    assert (found.options.effort, found.options.thinking_tokens) == ("low", None)
+
+
+def test_sampling_that_the_model_does_not_take_is_named_as_ignored() -> None:
+    assert turn(model="opus", temperature=0.5, top_k=3).ignored == ("temperature", "top_k")
+
+
+@pytest.mark.parametrize(
+    ("system", "prompt"),
+    [
+        (None, ""), ("", ""), ("Be brief.", "Be brief."), ([], ""),
+        ([block("One."), block("Two.")], "One.\n\nTwo."),
+        ([{**block("One."), "cache_control": {"type": "ephemeral"}}], "One."),
+    ],
+)
+def test_the_system_prompt_is_a_text_or_blocks(system: object, prompt: str) -> None:
+    assert turn(system=system).system == prompt
+
+
+def test_messages_of_the_system_go_into_its_prompt_before_all_others() -> None:
+    found = turn({"role": "system", "content": "Two."}, USER, system="One.")
+
+    assert found.system == "One.\n\nTwo."
+    assert conversation(found) == [("user", ["Hello"])]
+
+
+def test_later_messages_of_the_system_stay_where_they_are() -> None:
+    found = turn(USER, {"role": "system", "content": "Two."}, USER, system="One.")
+
+    reminder = "<system-reminder>\nTwo.\n</system-reminder>"
+    assert found.system == "One."
+    assert conversation(found) == [("user", ["Hello", reminder, "Hello"])]
+
+
+def test_a_billing_header_of_another_claude_is_left_out() -> None:
+    header = {"type": "text", "text": "x-anthropic-billing-header: cc_version=1;"}
+    found = turn(USER, system=[header, {"type": "text", "text": "One."}])
+
+    assert found.system == "One."
+
+
+def test_a_session_comes_before_what_is_new() -> None:
+    said = [ocp.Message("user", [block("a")]), ocp.Message("assistant", [block("b")])]
+    about = parsing(session=lambda session_id, system: said if session_id == "s1" else [])
+
+    found = ocp.MESSAGES.parse({"messages": [USER], "session_id": "s1"}, about)
+
+    assert conversation(found) == [("user", ["a"]), ("assistant", ["b"]), ("user", ["Hello"])]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": 7}, "model"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "64"}, "max_tokens"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [7]}, "messages[0]"),
+        ({"messages": [{"content": "Hello"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "Hello"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+        ({"messages": [USER, {"role": "assistant", "content": "Hel"}]}, "messages"),
+        ({"system": 7}, "system"),
+        ({"system": [7]}, "system[0]"),
+        ({"stop_sequences": [7]}, "stop_sequences"),
+        ({"stop_sequences": [" "]}, "stop_sequences"),
+        ({"temperature": 1.1}, "temperature"),
+        ({"top_p": -1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"stream": 1}, "stream"),
+        ({"thinking": "on"}, "thinking"),
+        ({"thinking": {}}, "thinking.type"),
+        ({"thinking": {"type": "deep"}}, "thinking.type"),
+        ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1_023}}, "thinking.budget_tokens"),
+        ({"output_config": {"effort": "extreme"}}, "output_config.effort"),
+        ({"session_id": 7}, "session_id"),
+    ],
+)
+def test_a_field_that_is_wrong_is_refused_with_its_path(fields: Json, param: str) -> None:
+    error = refusal(**fields)
+
+    assert (error.status, error.param) == (400, param)
+    assert param in error.message
+
+
+# -- tools --------------------------------------------------------------------
+
+
+def test_a_tool_is_a_name_a_description_and_a_schema() -> None:
+    weather, clock = turn(tools=TOOLS).tools
+
+    assert weather == ocp.Tool("weather", "Tells it.", SCHEMA)
+    assert clock == ocp.Tool("clock", "", {"type": "object", "properties": {}})
+
+
+def test_tools_that_anthropic_would_run_are_named_as_ignored() -> None:
+    found = turn(tools=[{"type": "web_search_20250305", "name": "web_search"}, *TOOLS])
+
+    assert [tool.name for tool in found.tools] == ["weather", "clock"]
+    assert found.ignored == ("tools[0]",)
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        (None, ("auto", "", True)),
+        ({"type": "auto"}, ("auto", "", True)),
+        ({"type": "any", "disable_parallel_tool_use": True}, ("any", "", False)),
+        ({"type": "none"}, ("none", "", True)),
+        ({"type": "tool", "name": "clock"}, ("tool", "clock", True)),
+    ],
+    ids=str,
+)
+def test_a_choice_has_its_kind_and_its_tool(choice: object, wanted: Any) -> None:
+    assert turn(tools=TOOLS, tool_choice=choice).tool_choice == ocp.ToolChoice(*wanted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [{"name": "a", "input_schema": 7}]}, "tools[0].input_schema"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "required"}}, "tool_choice.type"),
+        ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "gone"}}, "tool_choice"),
+    ],
+)
+def test_tools_that_are_wrong_are_refused(fields: Json, param: str) -> None:
+    error = refusal(**fields)
+
+    assert (error.status, error.param) == (400, param)
+
+
+# -- blocks -------------------------------------------------------------------
+
+SOURCE = {"type": "base64", "media_type": "image/png", "data": PNG.partition(",")[2]}
+PAPER = {"type": "base64", "media_type": "application/pdf", "data": PDF.partition(",")[2]}
+ADDRESS = {"type": "url", "url": "https://example.org/a.png"}
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        (block("a"), [block("a")]),
+        (block(" "), []),
+        ({**block("a"), "cache_control": {"type": "ephemeral"}, "citations": []}, [block("a")]),
+        ({"type": "image", "source": SOURCE}, [{"type": "image", "source": SOURCE}]),
+        ({"type": "document", "source": PAPER, "title": "t", "context": "c", "citations": None},
+         [{"type": "document", "source": PAPER, "title": "t", "context": "c"}]),
+        ({"type": "document", "source": PAPER, "title": "", "context": None},
+         [{"type": "document", "source": PAPER}]),
+        ({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a"}},
+         [block("a")]),
+        ({"type": "document", "source": {"type": "content", "content": [block("a")]}},
+         [block("a")]),
+        ({"type": "document", "source": {"type": "content", "content": "a"}}, [block("a")]),
+        ({"type": "document", "source": {"type": "text", "data": "a"}, "title": "t.txt",
+          "context": "c"}, [block("Title: t.txt\nContext: c"), block("a")]),
+        ({"type": "document", "source": {"type": "content", "content": "a"}, "title": "t"},
+         [block("Title: t"), block("a")]),
+        ({"type": "search_result", "source": "https://a", "title": "t", "content": [block("a")]},
+         [block("Title: t\nSource: https://a"), block("a")]),
+        ({"type": "thinking", "thinking": "Hm.", "signature": "s"}, []),
+        ({"type": "redacted_thinking", "data": "x"}, []),
+    ],
+    ids=str,
+)
+def test_a_block_becomes_what_claude_takes(sent: Json, kept: list[Json]) -> None:
+    [message] = turn({"role": "user", "content": [sent, block("last")]}).messages
+
+    assert message.content == [*kept, block("last")]
+
+
+def test_an_image_s_address_is_passed_on_where_the_operator_allows_it() -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": "image", "source": ADDRESS}]}]}
+
+    [message] = parse(body, LIMITS._replace(image_allow_url=True)).messages
+
+    assert message.content == [{"type": "image", "source": ADDRESS}]
+
+
+def test_calls_and_results_become_blocks_with_plain_ids() -> None:
+    use = {"type": "tool_use", "id": "toolu_01-a", "name": "weather", "input": {"city": "Rome"}}
+    failed = {"type": "tool_result", "tool_use_id": "toolu_01-a", "is_error": True,
+              "content": [block("No."), {"type": "image", "source": SOURCE}]}
+
+    found = turn(USER, {"role": "assistant", "content": [use]},
+                 {"role": "user", "content": [block("So?"), failed]})
+
+    assert found.messages[1].content == [{**use, "id": "toolu01a"}]
+    assert found.messages[2].content == [
+        {**failed, "tool_use_id": "toolu01a"}, block("So?"),
+    ]
+
+
+@pytest.mark.parametrize("content", ["Sunny.", [block("Sunny.")]])
+def test_a_result_is_a_text_or_blocks(content: object) -> None:
+    use = {"type": "tool_use", "id": "t1", "name": "weather"}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": content}
+
+    found = turn(USER, {"role": "assistant", "content": [use]}, {"role": "user",
+                                                                  "content": [result]})
+
+    assert found.messages[1].content[0]["input"] == {}
+    assert found.messages[2].content == [{**result, "content": [block("Sunny.")]}]
+
+
+@pytest.mark.parametrize(
+    ("part", "below"),
+    [
+        (7, ""),
+        ({}, ".type"),
+        ({"type": "video"}, ".type"),
+        ({"type": "text"}, ".text"),
+        ({"type": "text", "text": 7}, ".text"),
+        ({"type": "image"}, ".source.type"),
+        ({"type": "image", "source": 7}, ".source"),
+        ({"type": "image", "source": {"type": "file", "file_id": "f"}}, ".source.type"),
+        ({"type": "image", "source": ADDRESS}, ".source.url"),
+        ({"type": "image", "source": {"type": "url"}}, ".source.url"),
+        ({"type": "image", "source": {**SOURCE, "data": ""}}, ".source.data"),
+        ({"type": "image", "source": {**SOURCE, "media_type": "image/tiff"}}, ".source.data"),
+        ({"type": "document", "source": {"type": "url", "url": "https://a"}}, ".source.type"),
+        ({"type": "document", "source": {**PAPER, "media_type": "text/html"}}, ".source.data"),
+        ({"type": "document", "source": {"type": "content", "content": 7}}, ".source.content"),
+        ({"type": "document", "source": PAPER, "title": 7}, ".title"),
+        ({"type": "search_result", "content": 7}, ".content"),
+        ({"type": "tool_use", "name": "a"}, ".id"),
+        ({"type": "tool_use", "id": "a"}, ".name"),
+        ({"type": "tool_use", "id": "a", "name": "a", "input": []}, ".input"),
+        ({"type": "tool_result"}, ".tool_use_id"),
+        ({"type": "tool_result", "tool_use_id": "a", "content": 7}, ".content"),
+        ({"type": "tool_result", "tool_use_id": "a", "is_error": 1}, ".is_error"),
+    ],
+    ids=str,
+)
+def test_a_block_that_is_wrong_is_refused_with_its_path(part: object, below: str) -> None:
+    error = refusal(USER, {"role": "user", "content": [block("a"), part]})
+
+    assert (error.status, error.param) == (400, "messages[1].content[1]" + below)
+
+
+def test_a_result_without_a_call_is_refused() -> None:
+    result = {"type": "tool_result", "tool_use_id": "t9", "content": "x"}
+
+    error = refusal({"role": "user", "content": [result]})
+
+    assert "t9" in error.message
+
+
+def test_images_in_results_count_too() -> None:
+    image = {"type": "image", "source": SOURCE}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [image] * 3}
+
+    error = refusal({"role": "user", "content": [image, result]})
+
+    assert (error.status, error.error_code) == (413, "too_many_images")
+
+
+# -- answers, byte for byte ---------------------------------------------------
+
+#: Answers by the name of their golden file, which also says how they are asked for.
+ANSWERS = {
+    "whole": [STARTED, *TEXT, finished()],
+    "whole-thinking": [STARTED, *THINKING, *TEXT, REASONED],
+    "whole-length": [STARTED, *TEXT, finished("max_tokens")],
+    "whole-stop": [STARTED, *TEXT, finished("stop_sequence", sequence="END")],
+    "whole-empty": [STARTED, finished("stop_sequence", sequence="END")],
+    "whole-restart": [STARTED, *THINKING, *TEXT, ocp.Restarted(), STARTED, *TEXT, finished()],
+    "whole-tools": [STARTED, *TEXT, *WEATHER, *CLOCK, finished("tool_use")],
+    "whole-tools-cut": [STARTED, *TEXT, *CUT_OFF, finished("max_tokens")],
+    "whole-refusal": [STARTED, REFUSED, finished()],
+    "stream": [STARTED, *TEXT, finished()],
+    "stream-thinking": [STARTED, *THINKING, *TEXT, REASONED],
+    "stream-length": [STARTED, *TEXT, finished("max_tokens")],
+    "stream-stop": [STARTED, *TEXT, finished("stop_sequence", sequence="END")],
+    "stream-empty": [STARTED, finished("stop_sequence", sequence="END")],
+    "stream-ticks": [STARTED, TEXT[0], ocp.Tick(), *TEXT[1:], ocp.Tick(), finished()],
+    "stream-restart-before-text": [STARTED, ocp.Restarted(), STARTED, *TEXT, finished()],
+    "stream-restart-in-thinking": [
+        STARTED, *THINKING[:2], ocp.Restarted(), STARTED, *THINKING, *TEXT, finished(),
+    ],
+    "stream-restart-after-thinking": [
+        STARTED, *THINKING, ocp.Restarted(), STARTED, *THINKING, *TEXT, finished(),
+    ],
+    "stream-restart-in-text": [STARTED, *TEXT, ocp.Restarted(), STARTED, *TEXT, finished()],
+    "stream-error": [STARTED, *TEXT[:2], ocp.Overloaded("Overloaded")],
+    "stream-tools": [STARTED, *TEXT, *WEATHER, *SECOND, finished("tool_use")],
+    "stream-tools-cut": [STARTED, *TEXT, *CUT_OFF[:2], finished("max_tokens")],
+    "stream-refusal": [STARTED, REFUSED, finished()],
+}
+STREAMS = sorted(name for name in ANSWERS if name.startswith("stream"))
+BROKEN = ("stream-error", "stream-restart-in-text")
+COMPLETE = [name for name in STREAMS if name not in BROKEN]
+
+
+def asked(name: str) -> Any:
+    """The Turn that a golden answer belongs to, with nothing in it that changes."""
+    found = turn(stream=name.startswith("stream"))
+    assert set(found.wire) == {"id"}
+    return found._replace(wire={"id": "msg_ocp"})
+
+
+def answer(name: str) -> bytes:
+    """The bytes of an answer as the server sends them."""
+    render = whole_bytes if name.startswith("whole") else stream_bytes
+    return render(ocp.MESSAGES, asked(name), numbered(ANSWERS[name]))
+
+
+@pytest.mark.parametrize("name", sorted(ANSWERS))
+def test_an_answer_is_the_same_to_the_byte(name: str) -> None:
+    check_golden(golden_name("messages", name), answer(name))
+
+
+def test_every_golden_file_has_its_answer() -> None:
+    assert {file.name for file in GOLDEN.glob("messages-*")} == {
+        golden_name("messages", name) for name in ANSWERS
+    }
+
+
+# -- answers, in words --------------------------------------------------------
+
+
+def put_together(name: str) -> Json:
+    """The message that Anthropic's own clients make of a stream."""
+    message: Json = {}
+    pieces: dict[int, str] = {}
+    for _, data in frames(answer(name)):
+        kind, index = data["type"], data.get("index", 0)
+        if kind == "message_start":
+            message = data["message"]
+        elif kind == "content_block_start":
+            assert index == len(message["content"])
+            message["content"].append(dict(data["content_block"]))
+        elif kind == "content_block_delta":
+            [field] = set(data["delta"]) - {"type"}
+            if field == "partial_json":
+                pieces[index] = pieces.get(index, "") + data["delta"][field]
+            else:
+                part = message["content"][index]
+                part[field] = part.get(field, "") + data["delta"][field]
+        elif kind == "message_delta":
+            message = {**message, **data["delta"], "usage": data["usage"]}
+    for index, text in pieces.items():
+        message["content"][index]["input"] = json.loads(text)
+    return message
+
+
+SAME = {
+    "stream": "whole", "stream-thinking": "whole-thinking", "stream-length": "whole-length",
+    "stream-stop": "whole-stop", "stream-empty": "whole-empty", "stream-refusal": "whole-refusal",
+    "stream-ticks": "whole", "stream-restart-before-text": "whole",
+}
+
+
+@pytest.mark.parametrize("name", sorted(SAME))
+def test_a_stream_makes_the_same_message_as_the_whole_answer(name: str) -> None:
+    assert put_together(name) == json.loads(answer(SAME[name]))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_each_event_is_named_after_its_type(name: str) -> None:
+    assert all(kind == data["type"] for kind, data in frames(answer(name)))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_blocks_open_and_close_one_after_the_other(name: str) -> None:
+    is_open: int | None = None
+    count = 0
+
+    for kind, data in frames(answer(name)):
+        if kind == "content_block_start":
+            assert (is_open, data["index"]) == (None, count)
+            is_open, count = data["index"], count + 1
+        elif kind in ("content_block_delta", "content_block_stop"):
+            assert data["index"] == is_open
+            is_open = None if kind == "content_block_stop" else is_open
+        elif kind == "message_delta":
+            assert is_open is None
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_complete_stream_begins_and_ends_as_the_api_s_own(name: str) -> None:
+    kinds = [kind for kind, _ in frames(answer(name)) if kind != "ping"]
+
+    assert kinds[0] == "message_start"
+    assert kinds[-2:] == ["message_delta", "message_stop"]
+    assert all(kinds.count(kind) == 1 for kind in (kinds[0], *kinds[-2:]))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_stream_ends_with_its_error_and_has_no_end(name: str) -> None:
+    *found, (kind, data) = frames(answer(name))
+
+    assert (kind, data["type"], data["request_id"]) == ("error", "error", REQUEST_ID)
+    assert not {"message_delta", "message_stop"} & {name for name, _ in found}
+
+
+def test_nothing_is_sent_before_the_first_block() -> None:
+    renderer = ocp.MESSAGES.stream(asked("stream"))
+
+    assert renderer.event(0, STARTED) == renderer.event(0, ocp.Restarted()) == b""
+
+
+def test_silence_is_a_ping() -> None:
+    assert answer("stream-ticks").count(b'event: ping\ndata: {"type":"ping"}\n\n') == 2
+
+
+def test_the_first_frame_tells_the_prompt_and_the_last_one_the_answer() -> None:
+    found = dict(frames(answer("stream")))
+
+    first = found["message_start"]["message"]["usage"]
+    last = found["message_delta"]["usage"]
+    assert (first["input_tokens"], first["output_tokens"]) == (10, 1)
+    assert (last["input_tokens"], last["output_tokens"]) == (10, 7)
+    assert first["cache_read_input_tokens"] == last["cache_read_input_tokens"] == 5
+    assert first["cache_creation_input_tokens"] == last["cache_creation_input_tokens"] == 3
+
+
+def test_a_call_that_was_cut_off_is_no_block_of_a_whole_answer() -> None:
+    body = json.loads(answer("whole-tools-cut"))
+
+    assert [part["type"] for part in body["content"]] == ["text"]
+    assert body["stop_reason"] == "max_tokens"
+
+
+def test_the_answer_names_the_model_that_answered() -> None:
+    unnamed = [ocp.Started("msg_1", "", ocp.Usage()), *TEXT, finished()]
+
+    assert json.loads(answer("whole"))["model"] == "claude-sonnet-5"
+    assert whole(ocp.MESSAGES, turn(model="opus"), unnamed)["model"] == "claude-opus-5"
+
+
+def test_every_answer_has_an_id_of_its_own() -> None:
+    first, second = turn().wire["id"], turn().wire["id"]
+
+    assert first != second
+    assert first.startswith("msg_")
+
+
+# -- errors -------------------------------------------------------------------
+
+ERRORS = [
+    (ocp.BadRequest("No."), "invalid_request_error"),
+    (ocp.Unauthorized("No."), "authentication_error"),
+    (ocp.Forbidden("No."), "permission_error"),
+    (ocp.UnknownModel("No."), "not_found_error"),
+    (ocp.TooLarge("No."), "request_too_large"),
+    (ocp.RateLimited("No."), "rate_limit_error"),
+    (ocp.PlanLimit("No."), "rate_limit_error"),
+    (ocp.UpstreamFailed("No."), "api_error"),
+    (ocp.UpstreamTimeout("No."), "timeout_error"),
+    (ocp.Overloaded("No."), "overloaded_error"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind"), ERRORS, ids=[kind for _, kind in ERRORS])
+def test_a_failure_has_the_api_s_own_shape(error: Any, kind: str) -> None:
+    body = {
+        "type": "error", "error": {"type": kind, "message": "No."}, "request_id": REQUEST_ID,
+    }
+
+    assert ocp.MESSAGES.error_body(error, REQUEST_ID) == body
+    frame = ocp.MESSAGES.stream(turn()).failure(error, REQUEST_ID)
+    assert frames(frame) == [("error", body)]
+
+
+def test_nothing_of_an_answer_is_stored() -> None:
+    assert not ocp.MESSAGES.stores(turn())

@@ -1,0 +1,764 @@
+"""Parking: which process goes on with which conversation. Processes and time are fakes."""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from typing import Any, NamedTuple
+
+import pytest
+
+from project import load_script
+from rendering import MODELS, block
+
+ocp = load_script("ocp_server.py")
+
+Json = dict[str, Any]
+
+SONNET = MODELS.find("sonnet")
+
+
+class FakeClock:
+    """Time, as far as the code under test can tell."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class FakeProcess:
+    """A process, as far as parking looks at it."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self.lives = True
+        self.looks = 0
+        self.version = ocp.FORGETS_ALL_SINCE
+        self.born_s = 0.0
+        self.forgotten = 0
+        self.told = 0
+
+    def __repr__(self) -> str:
+        return f"<process {self.name}>"
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.lives
+
+    def idle(self) -> None:
+        """Counts how often it was looked after."""
+        self.looks += 1
+
+
+def user(*content: Any) -> Any:
+    return ocp.Message("user", [block(part) if isinstance(part, str) else part for part in content])
+
+
+def assistant(*content: Any) -> Any:
+    return ocp.Message("assistant", user(*content).content)
+
+
+def use(call_id: str = "t1", name: str = "weather", **arguments: object) -> Json:
+    return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
+
+
+def result(call_id: str = "t1", *content: Json, **fields: object) -> Json:
+    return {
+        "type": "tool_result", "tool_use_id": call_id,
+        "content": list(content) or [block("Sunny.")], **fields,
+    }
+
+
+def picture(data: str = "aaaa") -> Json:
+    return {"type": "image",
+            "source": {"type": "base64", "media_type": "image/png", "data": data}}
+
+
+def context(text: str = "It is noon.") -> Json:
+    """What OpenClaw keeps at the end of a conversation."""
+    return block("<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\n"
+                 f"{text}\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>")
+
+
+ADDRESS = {"type": "image", "source": {"type": "url", "url": "https://example.org/a.png"}}
+
+
+# -- messages that are the same -----------------------------------------------
+
+THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": "s"}
+SAME = {
+    "white space around the text": (assistant("Hello"), assistant(" Hello\n")),
+    "text in several blocks": (user("a", "b"), user("ab")),
+    "thinking": (assistant(THOUGHT, "a"), assistant("a")),
+    "redacted thinking": (assistant({"type": "redacted_thinking", "data": "x"}, "a"),
+                          assistant("a")),
+    "the order of arguments": (assistant(use(a=1, b=2)), assistant(use(b=2, a=1))),
+    "text before or after a call": (assistant("a", use()), assistant(use(), "a")),
+    "an id without what is no letter": (assistant(use("toolu_1")), assistant(use("toolu1"))),
+    "no error, said or not": (user(result(is_error=False)), user(result())),
+    "text of a result in several blocks": (
+        user(result("t1", block("a"), block("b"))), user(result("t1", block("ab"))),
+    ),
+    "context that moves to the end": (user("a", context()), user("a")),
+    "another such context": (user("a", context("It is one.")), user(context(), "a")),
+    "fields that are for caching": (
+        user({**block("a"), "cache_control": {"type": "ephemeral"}}), user("a"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SAME))
+def test_what_clients_write_differently_is_the_same_message(name: str) -> None:
+    one, other = SAME[name]
+
+    assert ocp.message_digest(one) == ocp.message_digest(other)
+
+
+DIFFERENT = {
+    "the text": (user("a"), user("b")),
+    "words beside a context": (user("a", block("Look: " + context()["text"])), user("a")),
+    "white space within": (user("a b"), user("a  b")),
+    "a context that the model has said": (assistant(context("a")), assistant(context("b"))),
+    "the role": (user("a"), assistant("a")),
+    "a call": (assistant("a"), assistant("a", use())),
+    "the id of a call": (assistant(use("t1")), assistant(use("t2"))),
+    "the name of a call": (assistant(use("t1", "a")), assistant(use("t1", "b"))),
+    "an argument": (assistant(use(a=1)), assistant(use(a=2))),
+    "the type of an argument": (assistant(use(a=1)), assistant(use(a="1"))),
+    "the order of calls": (assistant(use("t1"), use("t2")), assistant(use("t2"), use("t1"))),
+    "a result": (user(result("t1", block("a"))), user(result("t1", block("b")))),
+    "an error": (user(result(is_error=True)), user(result())),
+    "the result's call": (user(result("t1")), user(result("t2"))),
+    "an image": (user(picture("aaaa")), user(picture("bbbb"))),
+    "an image or none": (user("a", picture()), user("a")),
+    "an image in a result": (user(result("t1", picture())), user(result("t1", picture("bb")))),
+    "an address or data": (user(ADDRESS), user(picture())),
+}
+
+
+@pytest.mark.parametrize("name", sorted(DIFFERENT))
+def test_what_means_something_else_is_another_message(name: str) -> None:
+    one, other = DIFFERENT[name]
+
+    assert ocp.message_digest(one) != ocp.message_digest(other)
+
+
+def test_a_digest_leaves_its_message_alone() -> None:
+    message = assistant(THOUGHT, " a ", use("t_1", b=2, a=1))
+    before = copy.deepcopy(message)
+
+    ocp.message_digest(message)
+
+    assert message == before
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "\u00e9", "\u2028", "\x00"])
+def test_any_text_has_a_digest(text: str) -> None:
+    assert len(ocp.message_digest(user(text))) == 64
+
+
+# -- what a conversation is known by ------------------------------------------
+
+WEATHER = ocp.Tool("weather", "Tells it.", {"type": "object", "properties": {}})
+
+
+def turn(*messages: Any, **fields: Any) -> Any:
+    """A Turn with these messages, or with one from the user."""
+    return ocp.Turn(
+        **{"model": SONNET, "messages": list(messages) or [user("Hello")],
+           "options": ocp.Options(), **fields}
+    )
+
+
+def known(asked: Any, caller: str = "local", operator: str = "") -> Any:
+    return ocp.history_of(asked, caller, operator)
+
+
+CHANGES: dict[str, Json] = {
+    "the model": {"model": MODELS.find("opus")},
+    "the system prompt": {"system": "Be brief."},
+    "a tool": {"tools": (WEATHER,)},
+    "a tool's description": {"tools": (WEATHER._replace(description=""),)},
+    "a tool's schema": {"tools": (WEATHER._replace(schema={"type": "object"}),)},
+    "the choice of a tool": {"tool_choice": ocp.ToolChoice("any")},
+    "calls side by side": {"tool_choice": ocp.ToolChoice(parallel=False)},
+    "a shape": {"shape": ocp.Shape({"type": "object"}, wrapped=False)},
+    "the limit": {"options": ocp.Options(max_tokens=7)},
+    "a stop sequence": {"options": ocp.Options(stop_sequences=("END",))},
+    "sampling": {"options": ocp.Options(sampling=(("temperature", 0.5),))},
+    "the effort": {"options": ocp.Options(effort="low")},
+    "thinking": {"options": ocp.Options(thinking_tokens=0)},
+}
+
+
+def test_every_setting_of_a_request_makes_another_conversation() -> None:
+    bases = {known(turn(**change)).base for change in CHANGES.values()}
+
+    assert len(bases | {known(turn()).base}) == len(CHANGES) + 1
+
+
+def test_every_option_is_among_them() -> None:
+    changed = {
+        name for change in CHANGES.values() if "options" in change
+        for name, value in change["options"]._asdict().items()
+        if value != getattr(ocp.Options(), name)
+    }
+
+    assert changed == set(ocp.Options._fields)
+
+
+def test_callers_and_the_operator_s_prompt_make_another_conversation() -> None:
+    bases = {known(turn(), caller, operator).base
+             for caller in ("local", "shared") for operator in ("", "Be kind.")}
+
+    assert len(bases) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"stream": True}, {"ignored": ("seed",)}, {"session_id": "s1"}, {"wire": {"id": "x"}},
+     {"choices": 2}],
+    ids=str,
+)
+def test_how_an_answer_is_delivered_makes_no_difference(change: Json) -> None:
+    assert known(turn(**change)) == known(turn())
+
+
+def test_a_conversation_has_a_digest_of_each_message() -> None:
+    messages = [user("a"), assistant("b"), user("c")]
+
+    found = known(turn(*messages))
+
+    assert found.digests == tuple(ocp.message_digest(message) for message in messages)
+    assert found.base == known(turn()).base
+
+
+# -- whether a parked process takes a message ---------------------------------
+
+
+def parked(*messages: Any, awaiting: tuple[str, ...] = (), **fields: Any) -> Any:
+    """A parked conversation of these messages."""
+    held = known(turn(*messages, **fields))
+    return ocp.Parked(FakeProcess(), held, frozenset(awaiting), 0.0)
+
+
+def takes(held: Any, *messages: Any, **fields: Any) -> bool:
+    return bool(held.takes(known(turn(*messages, **fields)), messages[-1]))
+
+
+SAID = (user("a"), assistant("b"))
+
+
+def test_the_next_message_is_taken() -> None:
+    assert takes(parked(*SAID), *SAID, user("c"))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (user("a"),),
+        SAID,
+        (*SAID, user("c"), assistant("d"), user("e")),
+        (user("A"), assistant("b"), user("c")),
+        (user("a"), assistant("B"), user("c")),
+        (user("c"),),
+        (*SAID, user(result("t1"))),
+    ],
+    ids=["less", "the same", "more than one new", "another start", "another answer",
+         "something else", "a result that was not asked for"],
+)
+def test_anything_else_is_not(messages: tuple[Any, ...]) -> None:
+    assert not takes(parked(*SAID), *messages)
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES))
+def test_nothing_is_taken_under_other_settings(name: str) -> None:
+    assert not takes(parked(*SAID), *SAID, user("c"), **CHANGES[name])
+    assert not takes(parked(*SAID, **CHANGES[name]), *SAID, user("c"))
+
+
+CALLED = (user("a"), assistant(use("t1"), use("t2")))
+
+
+@pytest.mark.parametrize(
+    ("content", "taken"),
+    [
+        ((result("t1"), result("t2")), True),
+        ((result("t2"), result("t1")), True),
+        ((result("t1", picture()), result("t2", is_error=True)), True),
+        ((result("t1"),), False),
+        ((result("t1"), result("t2"), result("t3")), False),
+        ((result("t1"), result("t2"), "And then?"), False),
+        ((result("t1"), result("t2"), context()), True),
+        ((result("t1"), result("t2"), context(), "And then?"), False),
+        ((result("t1"), result("t1"), result("t2")), False),
+        ((result("t1"), result("t2", ADDRESS)), False),
+        ((result("t1"), result("t2", {"type": "document", "source": {}})), False),
+        (("Never mind.",), False),
+    ],
+)
+def test_waiting_calls_take_their_results_all_at_once_and_alone(
+    content: tuple[Any, ...], taken: bool
+) -> None:
+    held = parked(*CALLED, awaiting=("t1", "t2"))
+
+    assert takes(held, *CALLED, user(*content)) is taken
+
+
+def test_context_is_told_with_a_result_unless_it_is_known() -> None:
+    message = user(result("t1"), result("t2"), context("It is one."))
+
+    assert ocp.results_to_tell(message, context("It is one.")["text"]) == message.content[:2]
+    first, last = ocp.results_to_tell(message, context("It is noon.")["text"])
+    assert first == result("t1")
+    assert last == result("t2", block("Sunny."), context("It is one."))
+    assert message == user(result("t1"), result("t2"), context("It is one."))
+
+
+def test_a_result_that_context_would_make_too_long_is_not_taken() -> None:
+    long = result("t2", block("x" * ocp.RESULT_MOST_CHARS))
+    held = parked(*CALLED, awaiting=("t1", "t2"))
+
+    assert takes(held, *CALLED, user(result("t1"), long))
+    assert not takes(held, *CALLED, user(result("t1"), long, context()))
+
+
+@pytest.mark.parametrize(
+    ("messages", "count"),
+    [((user("x"),), 0), (SAID[:1], 1), (SAID, 2), ((*SAID, user("c")), 2),
+     ((user("a"), assistant("x")), 1)],
+)
+def test_what_two_conversations_share_is_their_beginning(
+    messages: tuple[Any, ...], count: int
+) -> None:
+    assert parked(*SAID).common(known(turn(*messages))) == count
+
+
+# -- the parking --------------------------------------------------------------
+
+
+class Lot:
+    """A parking with a clock."""
+
+    def __init__(self, **settings: object) -> None:
+        self.clock = FakeClock()
+        self.parking = ocp.Parking(self.clock)
+        self.config = dataclasses.replace(ocp.Config(), **settings)
+
+    def put(self, *messages: Any, awaiting: tuple[str, ...] = (), name: str = "",
+            caller: str = "local", **fields: Any) -> FakeProcess:
+        """Parks a process with this conversation, whose last question is the last but one."""
+        process = FakeProcess(name)
+        process.born_s = self.clock.now_s
+        held = known(turn(*messages, **fields), caller)
+        question = ocp.question_of(turn(*messages[:-1])) if messages[1:] else None
+        self.parking.put(process, held, frozenset(awaiting), question)
+        return process
+
+    def take_to_forget(
+        self, *messages: Any, caller: str = "local", running: int = 1, **fields: Any
+    ) -> Any:
+        """The process that would have to forget its last question for this conversation."""
+        asked = known(turn(*messages, **fields), caller)
+        parked = self.parking.take_to_forget(asked, self.config, running)
+        return parked and parked.process
+
+    def take(self, *messages: Any, caller: str = "local", **fields: Any) -> Any:
+        """The process for this conversation, or the index at which the nearest one parts."""
+        asked = turn(*messages, **fields)
+        parked, parts_at = self.parking.take(known(asked, caller), asked.messages[-1])
+        return parked and parked.process, parts_at
+
+    def tend(self, after_s: float = 0.0) -> list[Any]:
+        """Lets time pass; what leaves."""
+        self.clock.now_s += after_s
+        gone: list[Any] = self.parking.tend(self.config)
+        return gone
+
+
+def test_a_parking_begins_empty() -> None:
+    lot = Lot()
+
+    assert (len(lot.parking), repr(lot.parking)) == (0, "<parking 0>")
+    assert lot.take(*SAID, user("c")) == (None, None)
+
+
+def test_a_process_is_taken_once() -> None:
+    lot = Lot()
+    process = lot.put(*SAID)
+
+    assert lot.take(*SAID, user("c")) == (process, None)
+    assert lot.take(*SAID, user("c")) == (None, None)
+    assert len(lot.parking) == 0
+
+
+def test_of_two_processes_the_one_parked_last_is_taken_first() -> None:
+    lot = Lot()
+    first, second = lot.put(*SAID), lot.put(*SAID)
+
+    assert [lot.take(*SAID, user("c"))[0] for _ in range(3)] == [second, first, None]
+
+
+def test_a_process_that_died_is_not_taken() -> None:
+    lot = Lot()
+    alive, dead = lot.put(*SAID), lot.put(*SAID)
+    dead.lives = False
+
+    assert lot.take(*SAID, user("c")) == (alive, None)
+
+
+def test_nobody_takes_another_caller_s_process() -> None:
+    lot = Lot()
+    lot.put(*SAID, caller="somebody")
+
+    assert lot.take(*SAID, user("c")) == (None, None)
+    assert len(lot.parking) == 1
+
+
+def test_the_place_where_the_nearest_conversation_parts_is_told() -> None:
+    lot = Lot()
+    lot.put(user("x"), assistant("y"))
+    lot.put(*SAID, user("c"), assistant("d"))
+    lot.put(*SAID)
+
+    assert lot.take(*SAID, user("c"), assistant("D"), user("e")) == (None, 3)
+    assert lot.take(user("z")) == (None, None)
+
+
+def test_looking_for_a_process_that_is_not_there_changes_nothing() -> None:
+    lot = Lot()
+    process = lot.put(*SAID)
+
+    for messages in ((user("z"),), SAID, (*SAID, user("c"), assistant("d"), user("e"))):
+        assert lot.take(*messages)[0] is None
+
+    assert lot.take(*SAID, user("c"))[0] is process
+
+
+def test_tending_looks_after_each_process_and_keeps_it() -> None:
+    lot = Lot()
+    processes = [lot.put(*SAID), lot.put(user("x"), assistant("y"))]
+
+    assert lot.tend(after_s=10) == []
+    assert [process.looks for process in processes] == [1, 1]
+    assert len(lot.parking) == 2
+
+
+def test_a_process_whose_time_is_up_leaves() -> None:
+    lot = Lot(session_ttl_ms=60_000)
+    old = lot.put(*SAID)
+    lot.clock.now_s += 30
+    lot.put(*SAID)
+
+    assert (lot.tend(after_s=30), lot.tend(after_s=1)) == ([], [old])
+    assert len(lot.parking) == 1
+
+
+def test_a_process_that_died_leaves() -> None:
+    lot = Lot()
+    dead, _ = lot.put(*SAID), lot.put(*SAID)
+    dead.lives = False
+
+    assert lot.tend() == [dead]
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_of_too_many_the_oldest_leave(most: int) -> None:
+    lot = Lot(parked_processes=most)
+    processes = [lot.put(*SAID) for _ in range(3)]
+
+    assert lot.tend() == processes[: 3 - most]
+    assert len(lot.parking) == most
+
+
+def test_the_dead_take_nobody_s_place() -> None:
+    lot = Lot(parked_processes=1)
+    alive, dead = lot.put(*SAID), lot.put(*SAID)
+    dead.lives = False
+
+    assert lot.tend() == [dead]
+    assert lot.take(*SAID, user("c"))[0] is alive
+
+
+LATER = (*SAID, user("c"), assistant("d"))
+
+
+@pytest.mark.parametrize(
+    "messages", [(*SAID, user("C")), (*SAID, user("c")), (*SAID, user("c", picture()))],
+    ids=["another question", "the same again", "more in it"])
+def test_another_last_question_is_for_the_process_that_can_forget_its_own(
+    messages: tuple[Any, ...]
+) -> None:
+    lot = Lot()
+    process = lot.put(*LATER)
+
+    assert lot.take(*messages)[0] is None
+    assert lot.take_to_forget(*messages) is process
+    assert len(lot.parking) == 0
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [(user("a"), assistant("B"), user("c")), (*LATER, user("e")), (user("a"), user("c")),
+     (*SAID, user("c"), assistant("D"), user("e"))],
+    ids=["another answer", "one that goes on", "without the answer", "more than the last"])
+def test_nothing_else_makes_a_process_forget(messages: tuple[Any, ...]) -> None:
+    lot = Lot(parked_processes=0)
+    lot.put(*LATER)
+
+    assert lot.take_to_forget(*messages) is None
+
+
+def test_waiting_calls_and_told_results_are_never_forgotten() -> None:
+    lot = Lot(parked_processes=0)
+    lot.put(*CALLED, awaiting=("t1", "t2"))
+    lot.put(*CALLED, user(result("t1"), result("t2")), assistant("Sunny."))
+
+    assert lot.take_to_forget(user("b")) is None
+    assert lot.take_to_forget(*CALLED, user("Never mind.")) is None
+    assert ocp.question_of(turn(*CALLED, user(result("t1"), result("t2"), "And?"))) is None
+
+
+def test_a_process_forgets_for_its_caller_and_its_settings_only() -> None:
+    lot = Lot(parked_processes=0)
+    process = lot.put(*SAID)
+
+    assert lot.take_to_forget(user("b"), caller="somebody") is None
+    for fields in CHANGES.values():
+        assert lot.take_to_forget(user("b"), **fields) is None
+    assert lot.take_to_forget(user("b")) is process
+
+
+@pytest.mark.parametrize(
+    ("parked_now", "running", "taken"),
+    [(1, 1, False), (2, 1, False), (3, 1, True), (2, 2, True), (1, 3, True), (0, 9, False)])
+def test_for_a_conversation_of_its_own_only_who_would_be_pushed_out_forgets(
+    parked_now: int, running: int, taken: bool
+) -> None:
+    lot = Lot(parked_processes=3)
+    for name in "xyz"[:parked_now]:
+        lot.put(user(name), assistant("ok"))
+
+    assert (lot.take_to_forget(user("new"), running=running) is not None) is taken
+
+
+def test_nobody_forgets_in_the_place_of_another_that_would_be_pushed_out() -> None:
+    lot = Lot(parked_processes=3)
+    lot.put(user("x"), assistant("ok"), user("y"), assistant("ok"))
+    processes = [lot.put(user(name), assistant("ok")) for name in "xy"]
+
+    assert lot.take_to_forget(user("new")) is None
+    assert lot.take_to_forget(user("new"), running=2) is processes[0]
+
+
+def test_what_no_conversation_goes_on_from_forgets_at_once() -> None:
+    lot = Lot(parked_processes=9)
+    process = lot.put(user("a"), assistant("b"))
+    held = ocp.History(known(turn()).base, (known(turn(user("a"))).digests[0], ""))
+    ended = FakeProcess()
+    lot.parking.put(ended, held, frozenset(), ocp.question_of(turn(user("a"))))
+
+    assert lot.take(*SAID, user("c"))[0] is process
+    assert lot.take_to_forget(user("new")) is ended
+
+
+def test_the_same_first_question_of_somebody_else_leaves_a_conversation_alone() -> None:
+    lot = Lot(parked_processes=5)
+    processes = [lot.put(user(name), assistant("ok")) for name in "xyzz"]
+
+    assert lot.take_to_forget(user("z")) is None
+    assert lot.take_to_forget(user("z"), running=2) is processes[0]
+
+
+def test_what_was_at_work_when_all_were_dropped_forgets_nothing() -> None:
+    lot = Lot()
+    lot.clock.now_s += 1
+    lot.parking.drop()
+    old = lot.put(*LATER)
+    old.born_s -= 1
+
+    assert lot.take_to_forget(*SAID, user("e")) is None
+    assert lot.take(*LATER, user("e"))[0] is old
+
+
+def test_conversations_that_begin_with_the_same_examples_do_not_take_from_each_other() -> None:
+    lot = Lot(parked_processes=2)
+    process = lot.put(*LATER)
+    process.told = len(SAID)
+
+    assert lot.take_to_forget(*SAID, user("e")) is None
+    assert lot.take_to_forget(*SAID, user("e"), running=2) is process
+    lot.put(*LATER).told = len(SAID)
+    # The same again, and another question behind one that was asked here, need no reason.
+    assert lot.take_to_forget(*SAID, user("c")) is not None
+    longer = lot.put(*LATER, user("e"), assistant("f"))
+    longer.told = len(SAID)
+    assert lot.take_to_forget(*LATER, user("g")) is longer
+
+
+def test_what_no_conversation_goes_on_from_pushes_out_one_conversation_at_most() -> None:
+    lot = Lot(parked_processes=3)
+    going_on = [lot.put(user(name), assistant("ok")) for name in "xyz"]
+    ended = [FakeProcess(f"ended {number}") for number in range(4)]
+    gone = []
+    for process in ended:
+        asked = known(turn(user(process.name), system=process.name))
+        held = asked._replace(digests=(*asked.digests, ""))
+        lot.parking.put(process, held, frozenset(), ocp.question_of(turn(user("a"))))
+        gone += lot.tend()
+
+    assert gone == [going_on[0], *ended[:3]]
+
+
+def test_old_processes_and_old_versions_do_not_forget_everything() -> None:
+    lot = Lot(parked_processes=0, session_ttl_ms=60_000)
+    for version, after_s in ((ocp.OLDEST_CLAUDE, 0), (ocp.FORGETS_ALL_SINCE, 61)):
+        lot.put(*SAID).version = version
+        lot.clock.now_s += after_s
+        assert lot.take_to_forget(user("new")) is None
+
+
+def test_a_process_forgets_so_often_and_no_more() -> None:
+    lot = Lot(parked_processes=0)
+    process = lot.put(*LATER)
+    process.forgotten = 500
+
+    assert lot.take_to_forget(*SAID, user("e")) is None
+    process.forgotten = 499
+    assert lot.take_to_forget(*SAID, user("e")) is process
+
+
+def test_after_one_that_could_not_forget_none_is_asked_to_for_a_while() -> None:
+    lot = Lot()
+    process = lot.put(*LATER)
+    lot.parking.stop_forgetting(60)
+
+    assert lot.take_to_forget(*SAID, user("e")) is None
+    lot.clock.now_s += 61
+    assert lot.take_to_forget(*SAID, user("e")) is process
+
+
+def test_dropping_lets_all_of_them_go() -> None:
+    lot = Lot()
+    processes = [lot.put(*SAID), lot.put(*SAID)]
+
+    assert lot.parking.drop() == processes
+    assert (len(lot.parking), lot.parking.drop()) == (0, [])
+
+
+# -- whatever is asked, a process only goes on with its own conversation ------
+
+
+class Asked(NamedTuple):
+    """Everything that a process may depend on, in plain values."""
+
+    caller: str
+    settings: str
+    #: (role, text or ids of calls or results) of each message.
+    messages: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+SETTINGS: dict[str, Json] = {"": {}, **{name: CHANGES[name] for name in sorted(CHANGES)}}
+
+
+def message_of(said: tuple[str, tuple[str, ...]]) -> Any:
+    role, parts = said
+    content = [
+        use(part[1:]) if part.startswith("!") else
+        result(part[1:]) if part.startswith("?") else block(part)
+        for part in parts
+    ]
+    return ocp.Message(role, content)
+
+
+def random_answer(source: random.Random) -> tuple[str, tuple[str, ...]]:
+    if source.random() < 0.3:
+        return "assistant", tuple(source.sample(("!t1", "!t2", "!t3"), source.randint(1, 2)))
+    return "assistant", (source.choice("xy"),)
+
+
+def random_question(
+    source: random.Random, answer: tuple[str, tuple[str, ...]] | None
+) -> tuple[str, tuple[str, ...]]:
+    """The user's next message: the results that were asked for, as a rule, else a text."""
+    calls = [part[1:] for part in answer[1] if part.startswith("!")] if answer else []
+    if calls and source.random() < 0.85:
+        more = [source.choice("ab")] if source.random() < 0.2 else []
+        return "user", (*(f"?{call_id}" for call_id in calls), *more)
+    return "user", (source.choice("ab"),)
+
+
+def random_asked(source: random.Random, earlier: list[Asked]) -> Asked:
+    """A request: new, or one of before gone on with, repeated, or edited somewhere."""
+    caller = source.choice(("one", "two"))
+    settings = source.choice(("", "", "", *SETTINGS))
+    if not earlier or source.random() < 0.2:
+        return Asked(caller, settings, (random_question(source, None),))
+    past = source.choice(earlier[-6:])
+    messages = list(past.messages)
+    if source.random() < 0.2:
+        place = source.randrange(len(messages))
+        role = messages[place][0]
+        messages[place] = random_answer(source) if role == "assistant" else (role, ("c",))
+    if source.random() < 0.15:
+        messages = messages[: 2 * source.randint(1, (len(messages) + 1) // 2)]
+    if messages[-1][0] == "assistant":
+        messages.append(random_question(source, messages[-1]))
+    keep = source.random() < 0.8
+    return Asked(past.caller if keep else caller, past.settings if keep else settings,
+                 tuple(messages))
+
+
+def may_go_on(held: Asked, asked: Asked) -> bool:
+    """The rule: the same in everything, and exactly one message more, of the kind it awaits."""
+    if held[:2] != asked[:2] or held.messages != asked.messages[:-1]:
+        return False
+    awaited = {part[1:] for part in held.messages[-1][1] if part.startswith("!")}
+    parts = asked.messages[-1][1]
+    results = {part[1:] for part in parts if part.startswith("?")}
+    return results == awaited and (not awaited or len(parts) == len(awaited))
+
+
+def checked_take(lot: Lot, holds: dict[FakeProcess, Asked], asked: Asked) -> bool:
+    """Takes a process and holds that against the rule; whether there was one."""
+    request = turn(*map(message_of, asked.messages), **SETTINGS[asked.settings])
+    history = known(request, asked.caller)
+    before = copy.deepcopy(request.messages)
+    parked, parted_at = lot.parking.take(history, request.messages[-1])
+    process = parked and parked.process
+
+    fitting = [process for process, held in holds.items() if may_go_on(held, asked)]
+    assert request.messages == before and history == known(request, asked.caller)
+    assert (process is None) == (not fitting)
+    assert parted_at is None or 0 < parted_at < len(asked.messages) + 1
+    if process is not None:
+        assert process in fitting
+        del holds[process]
+    assert len(lot.parking) == len(holds)
+    return process is not None
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_process_goes_on_with_its_own_conversation_only(seed: int) -> None:
+    source = random.Random(seed)
+    lot = Lot()
+    holds: dict[FakeProcess, Asked] = {}
+    earlier: list[Asked] = []
+    taken = 0
+
+    for _ in range(80):
+        asked = random_asked(source, earlier)
+        taken += checked_take(lot, holds, asked)
+        whole = asked._replace(messages=(*asked.messages, random_answer(source)))
+        earlier.append(whole)
+        if source.random() < 0.8:
+            calls = tuple(p[1:] for p in whole.messages[-1][1] if p.startswith("!"))
+            process = lot.put(
+                *map(message_of, whole.messages), awaiting=calls, caller=whole.caller,
+                **SETTINGS[whole.settings],
+            )
+            holds[process] = whole
+
+    assert taken > 5

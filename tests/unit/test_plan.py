@@ -1,0 +1,455 @@
+"""Plan usage: what claude says of it, and what is remembered of that.
+
+The lines in data/plan.json are those of two versions of claude, word for word.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from project import DATA, load_script
+
+ocp = load_script("ocp_server.py")
+
+Json = Any
+
+LINES: dict[str, dict[str, dict[str, Json]]] = json.loads((DATA / "plan.json").read_text())
+OLD, NEW = LINES["2.1.197"], LINES["2.1.329"]
+each_version = pytest.mark.parametrize("version", LINES)
+#: When the lines were written.
+THEN_S = 1_795_264_453
+FIVE_S, WEEK_S = THEN_S + 3_000, THEN_S + 90_000
+
+
+# ---------------------------------------------------------------------------
+# What claude says by itself
+# ---------------------------------------------------------------------------
+
+def news_of(lines: dict[str, dict[str, Json]], name: str) -> Any:
+    """What the line of this name tells."""
+    news = ocp.plan_news(lines["events"][name])
+    assert news is not None
+    return news
+
+
+def test_the_old_claude_tells_the_reset_of_the_window_that_decides() -> None:
+    news = news_of(OLD, "first")
+
+    assert news == ocp.PlanNews(
+        {"five_hour": ocp.Window(None, FIVE_S, "allowed")}, "allowed", "five_hour",
+        overage_status="rejected", overage_reason="org_level_disabled")
+
+
+def test_the_new_claude_tells_all_windows() -> None:
+    news = news_of(NEW, "first")
+
+    assert news == ocp.PlanNews(
+        {"five_hour": ocp.Window(0.21, FIVE_S, "allowed"),
+         "seven_day": ocp.Window(0.4, WEEK_S, "allowed")}, "allowed", "five_hour",
+        overage_status="rejected", overage_reason="org_level_disabled")
+
+
+#: The name of a line, and the window that decides: its share, or where the two versions differ
+#: that of the old one and that of the new one, and the status.
+DECIDING = {
+    "warning": (0.95, 0.95, "allowed_warning"),
+    "threshold": (0.96, 0.96, "allowed_warning"),
+    "back": (None, 0.21, "allowed"),
+    "rejected": (None, 1, "rejected"),
+    "rejected first": (None, 1, "rejected"),
+}
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_the_share_of_a_window_is_told_when_claude_tells_it(name: str) -> None:
+    found = [news_of(lines, name) for lines in (OLD, NEW)]
+
+    *shares, status = DECIDING[name]
+    assert [news.windows["five_hour"].utilization for news in found] == shares
+    assert [news.status for news in found] == [status] * 2
+
+
+@each_version
+def test_the_week_may_be_the_window_that_decides(version: str) -> None:
+    news = news_of(LINES[version], "week decides")
+
+    assert (news.claim, news.status) == ("seven_day", "allowed_warning")
+    window = news.windows["seven_day"]
+    assert (window.utilization, window.resets_at_s) == (0.8, 1_795_696_453)
+
+
+@each_version
+@pytest.mark.parametrize("name", ["no headers", "plain 429"])
+def test_a_line_that_names_no_window_is_no_news(version: str, name: str) -> None:
+    assert ocp.plan_news(LINES[version]["events"][name]) is None
+
+
+@each_version
+def test_a_plain_429_is_no_limit_of_the_plan_and_a_rejection_is(version: str) -> None:
+    events = LINES[version]["events"]
+
+    plain, rejected = (ocp.plan_window(events[name]) for name in ("plain 429", "rejected"))
+
+    assert (plain.rejected, rejected.rejected) == (False, True)
+
+
+# ---------------------------------------------------------------------------
+# What claude says when it is asked
+# ---------------------------------------------------------------------------
+
+@each_version
+@pytest.mark.parametrize("name", ["bare token", "bare token after a turn"])
+def test_a_bare_token_knows_nothing_of_its_plan(version: str, name: str) -> None:
+    assert ocp.plan_report(LINES[version]["replies"][name]) == ocp.PlanNews({})
+
+
+@each_version
+def test_a_full_login_knows_every_window_and_its_name(version: str) -> None:
+    news = ocp.plan_report(LINES[version]["replies"]["login"])
+
+    assert news == ocp.PlanNews({
+        "five_hour": ocp.Window(0.21, 1_795_284_000.123456, None),
+        "seven_day": ocp.Window(0.4, 1_795_597_200, None),
+        "seven_day_sonnet": ocp.Window(0.03, 1_795_597_200, None)}, subscription="max")
+
+
+@each_version
+@pytest.mark.parametrize("name", ["login, not asked", "refused", "hanging"])
+def test_a_login_whose_question_came_to_nothing_knows_its_name_only(
+    version: str, name: str
+) -> None:
+    news = ocp.plan_report(LINES[version]["replies"][name])
+
+    assert news == ocp.PlanNews({}, subscription="max")
+
+
+@each_version
+def test_after_a_turn_it_tells_what_the_answers_headers_said(version: str) -> None:
+    windows = ocp.plan_report(LINES[version]["replies"]["login, after a turn"]).windows
+
+    assert {name: window.utilization for name, window in windows.items()} == {
+        "five_hour": 0.21, "seven_day": 0.4}
+
+
+# -- garbage ------------------------------------------------------------------
+
+
+#: JSON that is no share of a window, and no moment.
+NO_NUMBERS = [
+    "null", "true", "false", '""', '"x"', '"21"', "[]", "[0.21]", "{}", '{"a": 1}',
+    "1" + "0" * 350, "-" + "9" * 350, "-1", "-0.5", "1e308",
+]
+
+
+def parsed(text: str) -> Json:
+    """JSON as the server reads claude's lines."""
+    return ocp.from_json(text)
+
+
+@pytest.mark.parametrize("text", NO_NUMBERS, ids=lambda text: text[:8])
+def test_a_share_that_is_none_is_unknown(text: str) -> None:
+    event = '{"type": "rate_limit_event", "rate_limit_info": {"rateLimitType": "five_hour", '
+    lines = [event + f'"utilization": {text}}}}}',
+             event + f'"unifiedWindows": {{"five_hour": {{"utilization": {text}}}}}}}}}']
+    reply = ('{"response": {"response": {"rate_limits": {"five_hour": '
+             f'{{"utilization": {text}, "resets_at": null}}}}}}}}}}')
+
+    found = [ocp.plan_news(parsed(line)) for line in lines] + [ocp.plan_report(parsed(reply))]
+
+    assert [news.windows["five_hour"].utilization for news in found] == [None] * 3
+
+
+@pytest.mark.parametrize("text", [
+    *NO_NUMBERS, '"2026-13-01T00:00:00Z"', '"0001-01-01"', '"9999-12-31T23:59:59-23:59"',
+    '"yesterday"', "0"], ids=lambda text: text[:8])
+def test_a_moment_that_is_none_is_unknown(text: str) -> None:
+    event = ('{"type": "rate_limit_event", "rate_limit_info": '
+             f'{{"rateLimitType": "five_hour", "resetsAt": {text}}}}}')
+    reply = ('{"response": {"response": {"rate_limits": {"five_hour": '
+             f'{{"utilization": 21, "resets_at": {text}}}}}}}}}}}')
+
+    found = [ocp.plan_news(parsed(event)), ocp.plan_report(parsed(reply))]
+
+    assert [news.windows["five_hour"].resets_at_s for news in found] == [None] * 2
+
+
+@pytest.mark.parametrize("value", [None, True, 7, "x", [], ["x"], {}, {"five_hour": 3},
+                                   {"five_hour": None}, {"": {}}, {"five_hour": []}])
+def test_windows_that_are_none_are_left_out(value: Json) -> None:
+    info = {"rateLimitType": "five_hour", "status": "allowed", "unifiedWindows": value}
+
+    news = ocp.plan_news({"type": "rate_limit_event", "rate_limit_info": info})
+    told = ocp.plan_report({"response": {"response": {"rate_limits": value}}})
+
+    assert news.windows["five_hour"] == ocp.Window(None, None, "allowed")
+    assert told.windows == {}
+
+
+@pytest.mark.parametrize("line", [
+    {}, {"type": "rate_limit_event"}, {"type": "rate_limit_event", "rate_limit_info": None},
+    {"type": "rate_limit_event", "rate_limit_info": ["five_hour"]},
+    {"type": "rate_limit_event", "rate_limit_info": {"rateLimitType": 5}},
+    {"type": "system", "rate_limit_info": {"rateLimitType": "five_hour"}}])
+def test_other_lines_are_no_news(line: Json) -> None:
+    assert ocp.plan_news(line) is None
+
+
+@pytest.mark.parametrize("reply", [
+    {}, {"response": None}, {"response": {"response": 7}}, {"response": {"response": []}},
+    {"response": {"response": {"rate_limits": "x", "subscription_type": 7}}}])
+def test_a_reply_of_another_shape_tells_nothing(reply: Json) -> None:
+    assert ocp.plan_report(reply) == ocp.PlanNews({})
+
+
+# ---------------------------------------------------------------------------
+# What is remembered of it
+# ---------------------------------------------------------------------------
+
+class FakeClock:
+    """Time, as far as the account can tell."""
+
+    def __init__(self) -> None:
+        self.now_s = float(THEN_S)
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def account(clock: FakeClock) -> Any:
+    return ocp.Account(clock)
+
+
+def shown(account: Any) -> tuple[Json, Json]:
+    """The two windows that are always there."""
+    plan = account.plan()
+    return plan["currentSession"], plan["weeklyLimits"]["allModels"]
+
+
+UNKNOWN = dict.fromkeys((
+    "utilization", "percent", "resetsIn", "resetsAt", "resetsAtHuman", "status", "observedAt"))
+
+
+def test_at_first_everything_is_unknown(account: Any) -> None:
+    report = account.report()
+
+    assert shown(account) == (UNKNOWN, UNKNOWN)
+    assert (report["status"], report["fetchedAt"], report["_raw"]) == (None, None, {})
+    assert report["plan"] == {
+        "currentSession": UNKNOWN, "weeklyLimits": {"allModels": UNKNOWN},
+        "extraUsage": {"status": None}, "representativeClaim": None, "fallbackPercentage": None,
+        "subscription": None}
+
+
+def test_the_new_claudes_line_fills_the_plan(account: Any) -> None:
+    account.hear(news_of(NEW, "first"))
+
+    session, week = shown(account)
+    assert {name: session[name] for name in UNKNOWN if name != "resetsAtHuman"} == {
+        "utilization": 0.21, "percent": "21%", "resetsIn": "50m",
+        "resetsAt": "2026-11-21T13:24:13.000Z", "status": "allowed",
+        "observedAt": "2026-11-21T12:34:13.000Z"}
+    assert (week["utilization"], week["percent"], week["resetsIn"]) == (0.4, "40%", "1d 1h")
+    assert account.plan()["extraUsage"] == {
+        "status": "rejected", "disabledReason": "org_level_disabled"}
+    assert account.report()["status"] == "allowed"
+
+
+def test_the_old_claudes_line_tells_a_reset_and_no_share(account: Any) -> None:
+    account.hear(news_of(OLD, "first"))
+
+    session, week = shown(account)
+    assert (session["resetsIn"], session["utilization"], session["percent"]) == ("50m", None, None)
+    assert week == UNKNOWN
+
+
+def test_a_moment_is_shown_in_the_time_of_the_machine(
+    account: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        account.hear(news_of(NEW, "first"))
+        human = shown(account)[0]["resetsAtHuman"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert human == "Sat, Nov 21, 08:24 AM"
+
+
+def test_a_share_is_kept_while_later_lines_do_not_tell_it(account: Any, clock: FakeClock) -> None:
+    account.hear(news_of(OLD, "warning"))
+    clock.now_s += 60
+
+    account.hear(news_of(OLD, "back"))
+
+    session = shown(account)[0]
+    assert (session["utilization"], session["status"]) == (0.95, "allowed")
+    assert session["observedAt"] == "2026-11-21T12:34:13.000Z"
+
+
+def test_a_share_is_not_kept_for_the_next_window(account: Any) -> None:
+    warning = news_of(OLD, "warning")
+    account.hear(warning)
+
+    window = ocp.Window(None, warning.windows["five_hour"].resets_at_s + 5 * 3_600, "allowed")
+    account.hear(warning._replace(windows={"five_hour": window}))
+
+    assert shown(account)[0]["utilization"] is None
+
+
+@pytest.mark.parametrize("resets_at", [
+    "2026-11-21T18:00:00.123456+00:00", "2026-11-21T17:59:59.871234+00:00"])
+def test_a_share_that_was_asked_for_is_kept_when_a_line_tells_the_same_window(
+    account: Any, resets_at: str
+) -> None:
+    limits = {"five_hour": {"utilization": 21.0, "resets_at": resets_at}}
+    account.hear(ocp.plan_report({"response": {"response": {"rate_limits": limits}}}))
+
+    # Lines of answers tell whole seconds.
+    info = {"status": "allowed", "rateLimitType": "five_hour", "resetsAt": 1_795_284_000}
+    account.hear(ocp.plan_news({"type": "rate_limit_event", "rate_limit_info": info}))
+
+    assert (shown(account)[0]["utilization"], shown(account)[0]["status"]) == (0.21, "allowed")
+
+
+def test_a_report_does_not_take_back_what_lines_told_of_the_status(account: Any) -> None:
+    account.hear(news_of(NEW, "week decides"))
+    reply = {"rate_limits": {"seven_day": {
+        "utilization": 81, "resets_at": ocp.iso_time(1_795_696_453)}}}
+
+    account.hear(ocp.plan_report({"response": {"response": reply}}))
+
+    week = shown(account)[1]
+    assert (week["utilization"], week["status"]) == (0.81, "allowed_warning")
+    assert account.report()["status"] == "allowed_warning"
+
+
+@each_version
+def test_a_report_adds_the_windows_of_models_and_the_name(account: Any, version: str) -> None:
+    account.hear(ocp.plan_report(LINES[version]["replies"]["login"]))
+
+    plan = account.plan()
+    assert set(plan["weeklyLimits"]) == {"allModels", "sonnet"}
+    assert plan["weeklyLimits"]["sonnet"]["percent"] == "3%"
+    assert plan["subscription"] == "max"
+
+
+@each_version
+def test_a_reply_that_knows_nothing_takes_nothing_back(account: Any, version: str) -> None:
+    account.hear(ocp.plan_report(LINES[version]["replies"]["login"]))
+    before = account.report()
+
+    for name in ("bare token", "refused"):
+        account.hear(ocp.plan_report(LINES[version]["replies"][name]))
+
+    assert account.report() == before
+
+
+def test_after_its_reset_a_window_is_unknown_and_says_since_when(
+    account: Any, clock: FakeClock
+) -> None:
+    account.hear(news_of(NEW, "first"))
+
+    clock.now_s = FIVE_S - 1
+    before = shown(account)[0]["utilization"]
+    clock.now_s = FIVE_S
+    session, week = shown(account)
+
+    assert (before, week["utilization"]) == (0.21, 0.4)
+    assert session == {**UNKNOWN, "observedAt": "2026-11-21T12:34:13.000Z"}
+
+
+def test_what_claude_said_last_is_there_word_for_word(account: Any) -> None:
+    account.hear(news_of(NEW, "first"))
+
+    assert account.report()["_raw"]["five_hour"] == {
+        "utilization": 0.21, "resets_at_s": FIVE_S, "status": "allowed", "observed_s": THEN_S}
+
+
+def test_it_is_asked_once_a_minute_at_most(account: Any, clock: FakeClock) -> None:
+    asked = [account.may_ask()]
+    for seconds in (0, 59.9, 0.1, 30, 30):
+        clock.now_s += seconds
+        asked.append(account.may_ask())
+
+    assert asked == [True, False, False, True, False, True]
+
+
+# ---------------------------------------------------------------------------
+# The spares that are asked
+# ---------------------------------------------------------------------------
+
+class Idle:
+    """A process that waits."""
+
+    def __init__(self, model_id: str, born_s: float) -> None:
+        self.model_id = model_id
+        self.born_s = born_s
+        self.is_dismissed = False
+
+    def alive(self) -> bool:
+        return not self.is_dismissed
+
+    def idle(self) -> None:
+        """It says nothing."""
+
+    def dismiss(self, *, kindly: bool) -> None:
+        self.is_dismissed = True
+
+    def is_gone(self) -> bool:
+        return self.is_dismissed
+
+
+@pytest.fixture
+def spares(clock: FakeClock) -> Any:
+    """Spares of which one waits."""
+    found = ocp.Spares(lambda model_id: Idle(model_id, clock()), clock)
+    found.want("sonnet")
+    clock.now_s += 1
+    found.tend(ocp.Config())
+    assert found.idle() == {"sonnet": 1}
+    return found
+
+
+def test_there_are_as_many_spares_as_before_when_one_was_asked(
+    spares: Any, clock: FakeClock
+) -> None:
+    asked = spares.borrow()
+    # Meanwhile somebody has an answer of this model.
+    spares.want("sonnet")
+    clock.now_s += 1
+    spares.tend(ocp.Config())
+
+    spares.put_back(asked)
+    spares.tend(ocp.Config())
+
+    assert spares.idle() == {"sonnet": 1}
+
+
+def test_a_spare_whose_kind_was_dropped_while_it_was_asked_does_not_come_back(
+    spares: Any,
+) -> None:
+    asked = spares.borrow()
+
+    # The program or its login has changed.
+    spares.drop()
+    spares.put_back(asked)
+
+    assert spares.idle() == {} and asked.is_dismissed
+
+
+def shares(report: Json) -> list[Json]:
+    plan = report["plan"]
+    return [plan["currentSession"]["utilization"],
+            plan["weeklyLimits"]["allModels"]["utilization"]]

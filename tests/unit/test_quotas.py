@@ -1,0 +1,593 @@
+"""Quotas without a server: periods in odd time zones, and what the ledger counts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from datetime import date, timedelta
+from typing import Any, Optional
+
+import pytest
+
+from project import load_script
+
+ocp = load_script("ocp_server.py")
+
+Json = Any
+
+PERIODS = ("daily", "weekly", "monthly")
+#: Zones by their rules, so that they are there on every machine.
+ZONES = {
+    "UTC": "UTC0",
+    "America/New_York": "EST5EDT,M3.2.0,M11.1.0",
+    "Europe/Berlin": "CET-1CEST,M3.5.0,M10.5.0/3",
+    # Midnight does not exist on one day, and is twice as far away on another one.
+    "Asia/Beirut": "EET-2EEST,M3.5.0/0,M10.5.0/0",
+    "America/Santiago": "<-04>4<-03>,M9.1.6/24,M4.1.6/24",
+    "Africa/Cairo": "EET-2EEST,M4.5.5/0,M10.5.4/24",
+    # Midnight comes twice.
+    "America/Havana": "CST5CDT,M3.2.0/0,M11.1.0/1",
+    "Atlantic/Azores": "<-01>1<+00>,M3.5.0/0,M10.5.0/1",
+    "Asia/Kathmandu": "<+0545>-5:45",
+    "Australia/Lord_Howe": "<+1030>-10:30<+11>-11,M10.1.0,M4.1.0",
+    "Pacific/Kiritimati": "<+14>-14",
+}
+
+
+@contextlib.contextmanager
+def zone(name: str) -> Iterator[None]:
+    """This process in a time zone."""
+    before = os.environ.get("TZ")
+    os.environ["TZ"] = ZONES[name]
+    time.tzset()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TZ"]
+        else:
+            os.environ["TZ"] = before
+        time.tzset()
+
+
+@pytest.fixture
+def utc() -> Iterator[None]:
+    with zone("UTC"):
+        yield
+
+
+# ---------------------------------------------------------------------------
+# Periods
+# ---------------------------------------------------------------------------
+
+FIRST_S = 1_767_225_600  # 2026-01-01
+YEARS = 4
+HOUR_S = 3600
+
+
+def clock_changes() -> list[int]:
+    """The hours after which the clocks of this zone show another distance to UTC."""
+    hours = range(FIRST_S, FIRST_S + YEARS * 366 * 86_400, HOUR_S)
+    ahead = [time.localtime(hour).tm_gmtoff for hour in hours]
+    return [hours[at] for at in range(1, len(ahead)) if ahead[at] != ahead[at - 1]]
+
+
+def moments() -> list[float]:
+    """Moments close together around each change of the clocks, and some of everywhere else."""
+    dice = random.Random(7)
+    found = [FIRST_S + dice.random() * YEARS * 366 * 86_400 for _ in range(1000)]
+    for change in clock_changes():
+        found += [change + offset for offset in range(-26 * HOUR_S, 50 * HOUR_S, 900)]
+        found += [change + offset for offset in (-0.001, 0.001, -1, 1, 1799.5, 3599.5)]
+    return found
+
+
+def day_of(moment_s: float) -> date:
+    """The date that the clocks show."""
+    return date(*time.localtime(moment_s)[:3])
+
+
+@pytest.mark.parametrize("name", ZONES)
+def test_a_period_holds_its_moment_and_the_next_one_begins_where_it_ends(name: str) -> None:
+    with zone(name):
+        for moment_s in moments():
+            for period in PERIODS:
+                begins_s, ends_s = ocp.period_bounds(period, moment_s)
+                assert begins_s <= moment_s < ends_s, (period, moment_s)
+                assert ocp.period_bounds(period, begins_s) == (begins_s, ends_s)
+                assert ocp.period_bounds(period, ends_s - 0.001) == (begins_s, ends_s)
+                assert ocp.period_bounds(period, ends_s)[0] == ends_s
+
+
+@pytest.mark.parametrize("name", ZONES)
+def test_a_period_holds_whole_days_of_the_calendar_and_no_others(name: str) -> None:
+    with zone(name):
+        for moment_s in moments():
+            today = day_of(moment_s)
+            month = today.replace(day=1)
+            monday = today - timedelta(today.weekday())
+            days = {
+                "daily": (today, today + timedelta(1)),
+                "weekly": (monday, monday + timedelta(7)),
+                "monthly": (month, (month + timedelta(32)).replace(day=1)),
+            }
+            for period in PERIODS:
+                begins_s, ends_s = ocp.period_bounds(period, moment_s)
+                first, after = days[period]
+                assert (day_of(begins_s), day_of(ends_s)) == (first, after), (period, moment_s)
+                assert day_of(begins_s - 1) == first - timedelta(1)
+                assert day_of(ends_s - 1) == after - timedelta(1)
+
+
+@pytest.mark.parametrize("name", ["America/New_York", "Asia/Beirut", "America/Havana"])
+def test_the_zones_of_these_tests_are_as_odd_as_they_should_be(name: str) -> None:
+    with zone(name):
+        assert len(clock_changes()) == 2 * YEARS
+
+
+@pytest.mark.parametrize(("name", "noon", "hours"), [
+    ("UTC", (2027, 3, 28), 24), ("Europe/Berlin", (2027, 3, 28), 23),
+    ("Europe/Berlin", (2027, 10, 31), 25), ("America/New_York", (2027, 3, 14), 23),
+    ("America/New_York", (2027, 11, 7), 25), ("Asia/Beirut", (2027, 3, 28), 23),
+    ("Asia/Beirut", (2027, 10, 30), 25), ("America/Havana", (2027, 3, 14), 23),
+    ("America/Havana", (2027, 11, 7), 25), ("Asia/Kathmandu", (2027, 3, 28), 24),
+])
+def test_a_day_is_as_long_as_the_clocks_make_it(
+    name: str, noon: tuple[int, int, int], hours: int
+) -> None:
+    with zone(name):
+        begins_s, ends_s = ocp.period_bounds("daily", time.mktime((*noon, 12, 0, 0, 0, 0, -1)))
+
+    assert (ends_s - begins_s) / HOUR_S == hours
+
+
+def test_a_day_without_a_midnight_begins_at_its_first_moment() -> None:
+    with zone("Asia/Beirut"):
+        begins_s = ocp.period_bounds("daily", time.mktime((2027, 3, 28, 12, 0, 0, 0, 0, -1)))[0]
+
+        assert time.localtime(begins_s)[:6] == (2027, 3, 28, 1, 0, 0)
+        assert time.localtime(begins_s - 1)[:6] == (2027, 3, 27, 23, 59, 59)
+
+
+def test_a_day_with_two_midnights_begins_at_the_first_of_them() -> None:
+    with zone("America/Havana"):
+        noon_s = time.mktime((2027, 11, 7, 12, 0, 0, 0, 0, -1))
+        begins_s = ocp.period_bounds("daily", noon_s)[0]
+
+        assert time.localtime(begins_s)[:6] == (2027, 11, 7, 0, 0, 0)
+        assert time.localtime(begins_s + HOUR_S)[:6] == (2027, 11, 7, 0, 0, 0)
+        assert ocp.period_bounds("daily", begins_s + HOUR_S)[0] == begins_s
+
+
+@pytest.mark.parametrize(("moment", "period", "first", "after"), [
+    ("2028-02-29T23:59:59Z", "monthly", "2028-02-01", "2028-03-01"),
+    ("2026-12-31T12:00:00Z", "monthly", "2026-12-01", "2027-01-01"),
+    ("2027-01-31T12:00:00Z", "monthly", "2027-01-01", "2027-02-01"),
+    ("2027-01-01T00:00:00Z", "weekly", "2026-12-28", "2027-01-04"),
+    ("2027-01-03T23:59:59Z", "weekly", "2026-12-28", "2027-01-04"),
+    ("2027-01-04T00:00:00Z", "weekly", "2027-01-04", "2027-01-11"),
+    ("2026-12-31T23:59:59Z", "daily", "2026-12-31", "2027-01-01"),
+])
+@pytest.mark.usefixtures("utc")
+def test_a_period_of_the_calendar(moment: str, period: str, first: str, after: str) -> None:
+    bounds = ocp.period_bounds(period, ocp.epoch_of(moment))
+
+    assert bounds == (ocp.epoch_of(f"{first}T00:00Z"), ocp.epoch_of(f"{after}T00:00Z"))
+
+
+# ---------------------------------------------------------------------------
+# The ledger
+# ---------------------------------------------------------------------------
+
+KEY_ID = 7
+
+
+class FakeClock:
+    """Time, as far as the code under test can tell."""
+
+    def __init__(self, moment: str = "2027-05-12T09:30:00Z") -> None:
+        self.now_s = ocp.epoch_of(moment)
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def to(self, moment_s: float) -> None:
+        """Lets the time come."""
+        self.now_s = moment_s
+
+
+class Book:
+    """A ledger, its clock, and the requests of one key."""
+
+    def __init__(self, store: Any, clock: Optional[FakeClock] = None, **quota: int) -> None:
+        self.store = store
+        self.clock = clock or FakeClock()
+        self.ledger = ocp.Ledger(store, self.clock)
+        self.quota = quota
+
+    def caller(self, **quota: int) -> Any:
+        return ocp.Caller("laptop", key_id=KEY_ID, quota=quota or self.quota)
+
+    def begin(self, tokens: int = 0, *, bounded: bool = False) -> Any:
+        """A request that runs from now on. `bounded` = it takes so many tokens at most."""
+        return self.ledger.reserve(self.caller(), tokens, bounded=bounded)
+
+    def end(self, reservation: Any, tokens: int = 1, *, counted: bool = True) -> None:
+        """The row of a request that is over."""
+        self.ledger.record(row(self.clock(), tokens, counted=counted), reservation)
+
+    def use(self, times: int = 1, tokens: int = 1, *, counted: bool = True) -> None:
+        """So many whole requests."""
+        for _ in range(times):
+            self.end(self.begin(), tokens, counted=counted)
+
+    def refusal(self, tokens: int = 0) -> Any:
+        """What a request is refused with that comes now."""
+        with pytest.raises(ocp.OcpError) as caught:
+            self.begin(tokens)
+        return caught.value
+
+    def report(self) -> Json:
+        limits = {name: self.quota.get(name) for name in self.quota}
+        return self.ledger.quota_report(
+            ocp.Key(KEY_ID, "laptop", "", 0, None, None, None, (), 0, "", limits))
+
+
+def row(at_s: float, tokens: int, *, counted: bool = True, key_id: int = KEY_ID) -> Any:
+    """The row of a request that took so many tokens, of all four kinds if there are enough."""
+    parts = [tokens // 4] * 3
+    return ocp.UsageRow(
+        at_s=at_s, request_id="req_1", key_id=key_id, caller="laptop", model="claude-sonnet-5",
+        dialect="chat", outcome="ok" if counted else "upstream_failed",
+        status=200 if counted else 502, counted=counted, stop_reason="end_turn", stream=False,
+        warm=True, path="fresh", prompt_chars=2, response_chars=3, input_tokens=parts[0],
+        output_tokens=tokens - sum(parts), cache_read_tokens=parts[1], cache_write_tokens=parts[2],
+        first_token_ms=4, total_ms=5)
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    made = ocp.Store(":memory:")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("period", PERIODS)
+@pytest.mark.usefixtures("utc")
+def test_so_many_requests_are_let_in_and_no_more(store: Any, period: str) -> None:
+    book = Book(store, **{period: 3})
+
+    book.use(3)
+
+    refused = book.refusal()
+    assert isinstance(refused, ocp.QuotaExceeded)
+    assert refused.details["quota"]["period"] == period
+    assert refused.details["quota"]["used"] == 3
+
+
+@pytest.mark.parametrize("name", ["tokensDaily", "tokensWeekly", "tokensMonthly"])
+@pytest.mark.usefixtures("utc")
+def test_tokens_of_every_kind_count(store: Any, name: str) -> None:
+    book = Book(store, **{name: 100})
+    book.use(9, tokens=11)
+    assert book.report()[name]["used"] == 99
+
+    book.use(1, tokens=4)
+
+    refused = book.refusal()
+    assert isinstance(refused, ocp.QuotaExceeded)
+    told = {key: refused.details["quota"][key] for key in ("unit", "limit", "used")}
+    assert told == {"unit": "tokens", "limit": 100, "used": 103}
+
+
+@pytest.mark.parametrize("unit", ["requests", "tokens"])
+@pytest.mark.parametrize("period", PERIODS)
+@pytest.mark.parametrize("name", ["UTC", "America/New_York", "Asia/Beirut", "America/Havana"])
+def test_a_quota_is_used_up_until_the_last_moment_of_its_period(
+    store: Any, name: str, period: str, unit: str
+) -> None:
+    quota = period if unit == "requests" else f"tokens{period.title()}"
+    with zone(name):
+        for change in clock_changes()[:2] or [FIRST_S]:
+            book = Book(store, **{quota: 2})
+            ends_s = ocp.period_bounds(period, change - 1)[1]
+            book.clock.to(ocp.period_bounds(period, change - 1)[0])
+            book.use(2)
+            book.clock.to(ends_s - 0.001)
+            assert isinstance(book.refusal(), ocp.QuotaExceeded)
+            book.clock.to(ends_s)
+            assert book.report()[quota]["used"] == 0
+            book.end(book.begin())
+
+
+@pytest.mark.parametrize("name", ["UTC", "America/New_York", "Asia/Kathmandu", "Asia/Beirut"])
+@pytest.mark.parametrize("period", PERIODS)
+def test_the_reset_that_is_told_is_when_the_next_request_is_let_in(
+    store: Any, name: str, period: str
+) -> None:
+    with zone(name):
+        book = Book(store, FakeClock("2027-03-27T20:15:30.250Z"), **{period: 1})
+        book.use()
+
+        refused = book.refusal()
+
+        told = refused.details["quota"]
+        resets_s = ocp.epoch_of(told["resetsAt"])
+        assert told["resetsIn"] == ocp.span_words(resets_s - book.clock())
+        assert abs(int(refused.headers()["Retry-After"]) - (resets_s - book.clock())) <= 0.5
+        assert told["resetsAt"] == book.report()[period]["resetsAt"]
+        book.clock.to(resets_s)
+        book.use()
+
+
+@pytest.mark.parametrize(("seconds", "words"), [
+    (0, "now"), (1, "1m"), (60, "1m"), (61, "2m"), (3599, "1h 0m"), (35_820, "9h 57m"),
+    (86_400, "24h 0m"), (97_200, "1d 3h"), (30 * 86_400, "30d 0h"),
+])
+def test_the_time_to_a_reset_in_words(seconds: float, words: str) -> None:
+    assert ocp.span_words(seconds) == words
+
+
+@pytest.mark.usefixtures("utc")
+def test_a_refusal_for_a_quota_says_that_trying_again_is_of_no_use(store: Any) -> None:
+    book = Book(store, FakeClock("2027-05-12T14:03:00Z"), daily=1)
+    book.use()
+
+    refused = book.refusal()
+
+    assert refused.headers() == {"Retry-After": str(9 * 3600 + 57 * 60), "x-should-retry": "false"}
+    assert refused.message == (
+        "This key has used 1 of its 1 requests (daily). Resets in 9h 57m.")
+
+
+@pytest.mark.usefixtures("utc")
+def test_of_several_quotas_the_first_one_is_told(store: Any) -> None:
+    names = ("daily", "weekly", "monthly", "tokensDaily", "tokensWeekly", "tokensMonthly")
+    told = []
+    for at in range(len(names)):
+        quota = Book(store, **dict.fromkeys(names[at:], 0)).refusal().details["quota"]
+        told.append((quota["unit"], quota["period"]))
+
+    assert told == [(unit, period) for unit in ("requests", "tokens") for period in PERIODS]
+
+
+@pytest.mark.parametrize("name", [quota.name for quota in ocp.QUOTAS])
+def test_a_limit_of_nothing_lets_nothing_through(store: Any, name: str) -> None:
+    assert isinstance(Book(store, **{name: 0}).refusal(), ocp.QuotaExceeded)
+
+
+def test_a_request_that_runs_has_its_place(store: Any) -> None:
+    book = Book(store, daily=2)
+    first = book.begin()
+    book.begin()
+
+    assert book.refusal().details["quota"]["used"] == 2
+    book.end(first)
+
+    assert (book.report()["daily"]["used"], book.report()["daily"]["inFlight"]) == (1, 1)
+    assert isinstance(book.refusal(), ocp.QuotaExceeded)
+
+
+def test_a_place_that_was_not_used_is_free_again_once(store: Any) -> None:
+    book = Book(store, daily=1)
+    reservation = book.begin()
+    for _ in range(3):
+        book.ledger.release(reservation)
+
+    book.begin()
+
+    assert isinstance(book.refusal(), ocp.QuotaExceeded)
+
+
+def test_a_row_ends_its_reservation_and_no_other(store: Any) -> None:
+    book = Book(store, daily=5)
+    first, second = book.begin(), book.begin()
+
+    book.end(first)
+    book.ledger.release(first)
+
+    assert (book.report()["daily"]["used"], book.report()["daily"]["inFlight"]) == (1, 1)
+    book.end(second)
+    assert book.report()["daily"]["inFlight"] == 0
+
+
+def test_what_does_not_count_does_not_count(store: Any) -> None:
+    book = Book(store, daily=1, tokensDaily=10)
+
+    book.use(5, tokens=100, counted=False)
+
+    assert {name: book.report()[name]["used"] for name in book.quota} == {
+        "daily": 0, "tokensDaily": 0}
+    book.use()
+
+
+@pytest.mark.usefixtures("utc")
+def test_an_answer_counts_in_the_period_in_which_it_ends(store: Any) -> None:
+    book = Book(store, FakeClock("2027-05-12T23:59:59Z"), daily=1)
+    late = book.begin()
+    book.clock.to(ocp.epoch_of("2027-05-13T00:00:01Z"))
+    assert book.report()["daily"] == {
+        "limit": 1, "used": 0, "inFlight": 1, "resetsAt": "2027-05-14T00:00:00.000Z",
+        "resetsIn": "24h 0m"}
+
+    book.end(late)
+
+    assert book.refusal().details["quota"]["used"] == 1
+
+
+def test_what_was_used_is_known_after_a_restart(store: Any) -> None:
+    Book(store, weekly=5).use(3, tokens=10)
+
+    report = Book(store, weekly=5, tokensWeekly=50).report()
+
+    assert (report["weekly"]["used"], report["tokensWeekly"]["used"]) == (3, 30)
+
+
+def test_the_rows_of_others_do_not_count(store: Any) -> None:
+    book = Book(store, daily=1)
+    nobody = ocp.Reservation(None, 0)
+    for key_id in (KEY_ID + 1, None):
+        book.ledger.record(row(book.clock(), 10, key_id=key_id), nobody)
+
+    assert book.report()["daily"]["used"] == 0
+    book.begin()
+
+
+@pytest.mark.parametrize("name", ["admin", "anonymous", "shared", "local"])
+def test_whoever_has_no_key_of_the_database_has_no_quota(store: Any, name: str) -> None:
+    ledger = ocp.Ledger(store, FakeClock())
+
+    places = [ledger.reserve(ocp.Caller(name), 10**9) for _ in range(50)]
+
+    assert {place.key_id for place in places} == {None}
+
+
+def test_a_key_without_limits_is_let_in_always(store: Any) -> None:
+    book = Book(store)
+
+    book.use(50, tokens=10**6)
+
+    assert book.report()["daily"]["used"] == 50
+
+
+def test_a_limit_that_is_set_later_counts_what_was_used_and_what_runs(store: Any) -> None:
+    book = Book(store)
+    book.use(1)
+    running = book.begin()
+
+    book.quota = {"daily": 2}
+
+    assert book.report()["daily"]["inFlight"] == 1
+    assert isinstance(book.refusal(), ocp.QuotaExceeded)
+    book.ledger.release(running)
+    book.begin()
+
+
+@pytest.mark.usefixtures("utc")
+def test_old_rows_are_forgotten_but_for_those_that_a_quota_counts(store: Any) -> None:
+    book = Book(store, FakeClock("2027-05-31T12:00:00Z"), monthly=10)
+    for moment in ("2027-04-30T23:59:59Z", "2027-05-01T00:00:00Z", "2027-05-29T12:00:00Z"):
+        at_s = ocp.epoch_of(moment)
+        book.ledger.record(row(at_s, 1), ocp.Reservation(None, 0))
+
+    pruned = book.ledger.prune(days=1)
+
+    assert pruned == 1
+    assert Book(store, book.clock, monthly=10).report()["monthly"]["used"] == 2
+
+
+def test_a_row_that_cannot_be_written_counts_all_the_same(store: Any) -> None:
+    book = Book(store, daily=2)
+    book.use(1)
+    with store.transaction() as connection:
+        connection.execute("CREATE TRIGGER full BEFORE INSERT ON usage "
+                           "BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
+
+    with pytest.raises(sqlite3.Error):
+        book.use(1)
+
+    assert isinstance(book.refusal(), ocp.QuotaExceeded)
+
+
+# -- tokens of requests at the same time --------------------------------------
+
+def test_requests_that_run_may_not_take_more_tokens_together_than_are_left(store: Any) -> None:
+    book = Book(store, tokensDaily=100)
+    book.use(1, tokens=40)
+    running = book.begin(tokens=30)
+    book.begin(tokens=30)
+
+    refused = book.refusal(tokens=1)
+
+    assert isinstance(refused, ocp.QueueFull) and refused.heals
+    assert refused.headers() == {"Retry-After": "5"}
+    assert "60" in refused.message
+    book.end(running, tokens=29)
+    book.begin(tokens=1)
+
+
+def test_a_request_that_took_less_than_it_might_leaves_the_rest(store: Any) -> None:
+    book = Book(store, tokensDaily=100)
+
+    for _ in range(10):
+        book.end(book.begin(tokens=90), tokens=10)
+
+    assert book.report()["tokensDaily"]["used"] == 100
+
+
+# -- many at once -------------------------------------------------------------
+
+def rush(
+    book: Book, dice: random.Random, begun: list[int], seen: list[str], *, bounded: bool
+) -> None:
+    """Requests of one thread, of all fates. `begun` gets the tokens of those that were counted,
+    `seen` whatever should not be."""
+    for _ in range(60):
+        most = dice.randint(1, 40)
+        try:
+            reservation = book.begin(most, bounded=bounded)
+        except ocp.OcpError:
+            continue
+        watch(book, seen, bounded=bounded)
+        fate = dice.random()
+        if fate < 0.2:
+            book.ledger.release(reservation)
+        else:
+            spent = dice.randint(1, most)
+            book.end(reservation, spent, counted=fate > 0.4)
+            if fate > 0.4:
+                begun.append(spent)
+        if dice.random() < 0.3:
+            time.sleep(0)
+        watch(book, seen, bounded=bounded)
+
+
+def watch(book: Book, seen: list[str], *, bounded: bool) -> None:
+    """Whether anybody has more than there is. Only a request that sets itself no limit may go
+    over the tokens, and only while it is alone."""
+    report = book.report()
+    requests, tokens = report["daily"], report["tokensDaily"]
+    if requests["used"] + requests["inFlight"] > requests["limit"]:
+        seen.append(f"requests {requests}")
+    over = tokens["used"] + tokens["inFlight"] > tokens["limit"]
+    if over and (bounded or requests["inFlight"] > 1):
+        seen.append(f"tokens {tokens} of {requests['inFlight']}")
+
+
+@pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "unbounded"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.usefixtures("utc")
+def test_nobody_overshoots_however_many_come_at_once(
+    store: Any, seed: int, bounded: bool
+) -> None:
+    dice = random.Random(seed)
+    book = Book(store, daily=dice.randint(1, 120), tokensDaily=dice.randint(100, 2500))
+    begun: list[int] = []
+    seen: list[str] = []
+    threads = [
+        threading.Thread(target=rush, args=(book, random.Random(100 * seed + number), begun, seen),
+                         kwargs={"bounded": bounded})
+        for number in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+    report = book.report()
+    assert seen == []
+    assert [report[name]["inFlight"] for name in book.quota] == [0, 0]
+    assert report["daily"]["used"] == len(begun) <= book.quota["daily"]
+    spare = 0 if bounded else 40
+    assert report["tokensDaily"]["used"] == sum(begun) <= book.quota["tokensDaily"] + spare
+    # Who comes alone gets what is left.
+    left = book.quota["daily"] - len(begun)
+    if sum(begun) < book.quota["tokensDaily"]:
+        for _ in range(left):
+            book.end(book.begin(1, bounded=bounded), tokens=0)
+    assert isinstance(book.refusal(), ocp.QuotaExceeded)

@@ -1,0 +1,653 @@
+"""The dialect of OpenAI's responses: items into a Turn, events into the ladder of events."""
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from project import load_script
+from rendering import (
+    CREATED_S,
+    CUT_OFF,
+    GOLDEN,
+    LIMITS,
+    PDF,
+    PNG,
+    REASONED,
+    REFUSED,
+    REQUEST_ID,
+    SECOND,
+    STARTED,
+    TEXT,
+    THINKING,
+    WEATHER,
+    block,
+    call,
+    check_golden,
+    conversation,
+    finished,
+    frames,
+    golden_name,
+    numbered,
+    parsing,
+    refusal_of,
+    stream_bytes,
+    whole_bytes,
+)
+
+ocp = load_script("ocp_server.py")
+
+Json = dict[str, Any]
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "name": "weather", "description": "Tells it.", "parameters": SCHEMA},
+         {"type": "function", "name": "clock", "parameters": None, "strict": True}]
+USER = {"role": "user", "content": "Hello"}
+
+
+def turn(given: object = "Hello", **fields: object) -> Any:
+    """The Turn of a request with this input."""
+    return ocp.RESPONSES.parse({"input": given, **fields}, parsing())
+
+
+def refusal(given: object = "Hello", **fields: object) -> Any:
+    """The error of such a request."""
+    return refusal_of(ocp.RESPONSES, {"input": given, **fields})
+
+
+# -- fields -------------------------------------------------------------------
+
+
+def test_a_request_becomes_a_turn() -> None:
+    found = turn(model="haiku", instructions="Be brief.", max_output_tokens=64, temperature=0.5,
+                 stream=True)
+
+    assert (found.model.id, found.system) == ("claude-haiku-4-5-20251001", "Be brief.")
+    assert (found.stream, found.choices, found.ignored) == (True, 1, ())
+    assert conversation(found) == [("user", ["Hello"])]
+    assert found.options == ocp.Options(
+        max_tokens=64, sampling=(("temperature", 0.5),), thinking_tokens=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "effort", "tokens", "summary"),
+    [
+        (None, None, None, False),
+        ({"effort": "low"}, "low", None, False),
+        ({"effort": "minimal", "summary": "auto"}, "low", None, True),
+        ({"effort": "none"}, None, 0, False),
+        ({"summary": "none"}, None, None, False),
+        ({"summary": "detailed"}, None, None, True),
+    ],
+    ids=str,
+)
+def test_reasoning_has_an_effort_and_maybe_a_summary(
+    reasoning: object, effort: str, tokens: int, summary: bool
+) -> None:
+    found = turn(model="opus", reasoning=reasoning)
+
+    assert (found.options.effort, found.options.thinking_tokens) == (effort, tokens)
+    assert found.wire["summary"] is summary
+
+
+@pytest.mark.parametrize(("store", "kept"), [(None, True), (True, True), (False, False)])
+def test_a_response_is_stored_unless_the_client_does_not_want_that(
+    store: object, kept: bool
+) -> None:
+    found = turn(store=store)
+
+    assert ocp.RESPONSES.stores(found) is kept
+    assert found.wire["echo"]["store"] is kept
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("background", True), ("max_tool_calls", 3), ("top_logprobs", 2), ("metadata", {"a": "b"}),
+     ("user", "me"), ("service_tier", "auto"), ("prompt_cache_key", "k")],
+)
+def test_a_harmless_parameter_is_named_as_ignored(name: str, value: object) -> None:
+    assert turn(**{name: value}).ignored == (name,)
+
+
+@pytest.mark.parametrize("name", ["include", "truncation", "frobnicate"])
+def test_a_field_that_changes_nothing_is_none_of_our_business(name: str) -> None:
+    assert turn(**{name: ["x"]}).ignored == ()
+
+
+@pytest.mark.parametrize("name", ["conversation", "prompt"])
+def test_what_would_have_to_be_stored_here_is_refused(name: str) -> None:
+    error = refusal(**{name: {"id": "x"}})
+
+    assert (error.status, error.error_code) == (400, "unsupported_parameter")
+    assert error.param == name
+
+
+@pytest.mark.parametrize("text", [{"verbosity": "low"}, {"verbosity": "low", "format": None}])
+def test_a_response_always_tells_the_form_of_its_text(text: Json) -> None:
+    echo = turn(text=text).wire["echo"]
+
+    assert echo["text"] == {"verbosity": "low", "format": {"type": "text"}}
+
+
+def test_a_response_repeats_its_request() -> None:
+    echo = turn(model="opus", instructions="Be brief.", tools=TOOLS, tool_choice="none",
+                metadata={"a": "b"}, top_p=0.5, parallel_tool_calls=False).wire["echo"]
+
+    assert (echo["object"], echo["model"]) == ("response", "opus")
+    assert (echo["instructions"], echo["tools"]) == ("Be brief.", TOOLS)
+    assert (echo["tool_choice"], echo["parallel_tool_calls"]) == ("none", False)
+    assert (echo["metadata"], echo["top_p"], echo["temperature"]) == ({"a": "b"}, 0.5, None)
+    assert echo["text"] == {"format": {"type": "text"}}
+    assert echo["id"].startswith("resp_")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": 7}, "model"),
+        ({"input": None}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": []}, "input"),
+        ({"input": 7}, "input"),
+        ({"input": [7]}, "input[0]"),
+        ({"input": [{"content": "Hello"}]}, "input[0].role"),
+        ({"input": [{"role": "robot", "content": "Hello"}]}, "input[0].role"),
+        ({"input": [{"role": "user", "content": 7}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": [{"type": "video"}]}]}, "input[0].content[0].type"),
+        ({"input": [USER, {"role": "assistant", "content": "Hel"}]}, "input"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].id"),
+        ({"instructions": 7}, "instructions"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"stream": 1}, "stream"),
+        ({"reasoning": "high"}, "reasoning"),
+        ({"reasoning": {"effort": "extreme"}}, "reasoning.effort"),
+        ({"previous_response_id": 7}, "previous_response_id"),
+        ({"text": 7}, "text"),
+    ],
+    ids=str,
+)
+def test_a_field_that_is_wrong_is_refused_with_its_path(fields: Json, param: str) -> None:
+    error = refusal(**fields) if "input" not in fields else refusal(fields["input"])
+
+    assert (error.status, error.param) == (400, param)
+
+
+# -- items --------------------------------------------------------------------
+
+
+def test_instructions_come_before_messages_of_the_system() -> None:
+    given = [{"role": "developer", "content": "Two."}, USER,
+             {"type": "message", "role": "system", "content": [block("Three.")]}]
+
+    found = turn(given, instructions="One.")
+
+    assert found.system == "One.\n\nTwo.\n\nThree."
+    assert conversation(found) == [("user", ["Hello"])]
+
+
+def test_a_request_that_is_all_instructions_asks_them() -> None:
+    found = turn([{"role": "developer", "content": "Say hello."}])
+
+    assert (found.system, conversation(found)) == ("", [("user", ["Say hello."])])
+    assert ocp.RESPONSES.lasting(found) == []
+
+
+def test_an_instruction_after_an_answer_is_there_to_be_answered() -> None:
+    found = turn([USER, {"role": "assistant", "content": "Hi."},
+                  {"role": "developer", "content": "Sum up."}], instructions="Be kind.")
+
+    assert (found.system, conversation(found)[2:]) == ("Be kind.", [("user", ["Sum up."])])
+    assert ocp.RESPONSES.lasting(found) == []
+
+
+def test_messages_of_the_system_last_and_instructions_do_not() -> None:
+    first = turn([{"role": "developer", "content": "Two."}, USER], instructions="One.")
+    said = [*ocp.RESPONSES.lasting(first), *first.messages, ocp.Message("assistant", [block("b")])]
+    about = parsing(recall=lambda response_id: said)
+
+    given = [{"role": "system", "content": "Four."}, USER]
+    second = ocp.RESPONSES.parse(
+        {"input": given, "instructions": "Three.", "previous_response_id": "r"}, about)
+
+    assert (first.system, second.system) == ("One.\n\nTwo.", "Three.\n\nTwo.\n\nFour.")
+    assert conversation(second) == [
+        ("user", ["Hello"]), ("assistant", ["b"]), ("user", ["Hello"])]
+    assert [each.content for each in ocp.RESPONSES.lasting(second)] == [
+        [block("Two.")], [block("Four.")]]
+
+
+def test_parts_of_a_message_become_blocks() -> None:
+    parts = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": PNG},
+             {"type": "input_file", "filename": "b.pdf", "file_data": PDF}]
+
+    found = turn([{"type": "message", "role": "user", "content": parts}])
+
+    assert conversation(found) == [("user", ["a", "image", "document"])]
+
+
+def test_an_answer_of_before_may_come_back_as_it_was_given() -> None:
+    item = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed",
+            "content": [{"type": "output_text", "text": "Hi.", "annotations": []},
+                        {"type": "refusal", "refusal": "No."}]}
+    reasoning = {"id": "rs_1", "type": "reasoning", "summary": []}
+
+    found = turn([USER, reasoning, item, USER])
+
+    assert conversation(found)[1] == ("assistant", ["Hi.", "No."])
+
+
+CALLED = {"type": "function_call", "call_id": "call_1", "name": "weather",
+          "arguments": '{"city": "Rome"}'}
+RESULT = {"type": "function_call_output", "call_id": "call_1", "output": "Sunny."}
+
+
+def test_calls_and_their_outputs_become_blocks_with_plain_ids() -> None:
+    found = turn([USER, CALLED, RESULT, {"role": "user", "content": "So?"}])
+
+    use = {"type": "tool_use", "id": "call1", "name": "weather", "input": {"city": "Rome"}}
+    result = {"type": "tool_result", "tool_use_id": "call1", "content": [block("Sunny.")]}
+    assert found.messages[1:] == [
+        ocp.Message("assistant", [use]), ocp.Message("user", [result, block("So?")]),
+    ]
+
+
+def test_several_calls_side_by_side_are_one_message() -> None:
+    second = {**CALLED, "call_id": "call_2"}
+
+    found = turn([USER, CALLED, second, {**RESULT, "call_id": "call_2"}, RESULT])
+
+    assert [part["id"] for part in found.messages[1].content] == ["call1", "call2"]
+    assert [part["tool_use_id"] for part in found.messages[2].content] == ["call1", "call2"]
+
+
+def test_an_output_may_hold_an_image() -> None:
+    output = [{"type": "input_image", "image_url": PNG}]
+
+    found = turn([USER, CALLED, {**RESULT, "output": output}])
+
+    assert found.messages[2].content[0]["content"][0]["type"] == "image"
+
+
+@pytest.mark.parametrize(
+    ("items", "param"),
+    [
+        ([{"type": "function_call", "name": "a", "arguments": ""}], "input[0].call_id"),
+        ([{"type": "function_call", "call_id": "a", "arguments": ""}], "input[0].name"),
+        ([{**CALLED, "arguments": 7}], "input[0].arguments"),
+        ([{"type": "function_call_output", "output": "x"}], "input[0].call_id"),
+        ([CALLED, {**RESULT, "output": 7}], "input[1].output"),
+        ([RESULT], "input"),
+        ([USER, CALLED, USER], "input"),
+        ([USER, {"role": "assistant", "content": [{"type": "input_image", "image_url": PNG}]},
+          USER], "input[1].content[0]"),
+    ],
+    ids=str,
+)
+def test_an_item_that_is_wrong_is_refused_with_its_path(items: list[Json], param: str) -> None:
+    error = refusal(items)
+
+    assert (error.status, error.param) == (400, param)
+
+
+def test_items_of_types_that_say_nothing_to_a_model_are_skipped() -> None:
+    found = turn([{"type": "reasoning", "id": "rs_1"}, {"type": "web_search_call"}, USER])
+
+    assert conversation(found) == [("user", ["Hello"])]
+
+
+def test_an_earlier_response_is_gone_on_from() -> None:
+    said = [ocp.Message("user", [block("a")]), ocp.Message("assistant", [block("b")])]
+    about = parsing(recall=lambda response_id: said if response_id == "resp_1" else [])
+
+    found = ocp.RESPONSES.parse({"input": "Hello", "previous_response_id": "resp_1"}, about)
+
+    assert conversation(found) == [("user", ["a"]), ("assistant", ["b"]), ("user", ["Hello"])]
+    assert found.wire["echo"]["previous_response_id"] == "resp_1"
+    assert conversation(ocp.Turn(found.model, said, found.options)) == [
+        ("user", ["a"]), ("assistant", ["b"]),
+    ]
+
+
+def test_a_stored_conversation_is_left_alone() -> None:
+    said = [ocp.Message("user", [block("a")])]
+
+    ocp.RESPONSES.parse(
+        {"input": "Hello", "previous_response_id": "r"}, parsing(recall=lambda response_id: said)
+    )
+
+    assert said == [ocp.Message("user", [block("a")])]
+
+
+def test_a_response_that_is_not_there_is_refused() -> None:
+    assert refusal(previous_response_id="resp_9").param == "previous_response_id"
+
+
+def test_a_reference_stands_for_its_item() -> None:
+    stored = {
+        "msg_1": {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed",
+                  "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
+        "rs_1": {"id": "rs_1", "type": "reasoning", "summary": []},
+        "fc_1": {"id": "fc_1", **CALLED},
+    }
+    given = [{"type": "item_reference", "id": item_id} for item_id in ("rs_1", "msg_1", "fc_1")]
+
+    found = ocp.RESPONSES.parse(
+        {"input": [USER, *given, RESULT]}, parsing(item=stored.__getitem__)
+    )
+
+    assert conversation(found) == [
+        ("user", ["Hello"]), ("assistant", ["I look.", "tool_use"]), ("user", ["tool_result"]),
+    ]
+
+
+def test_a_reference_to_what_is_not_there_is_not_found() -> None:
+    error = refusal([USER, {"type": "item_reference", "id": "msg_9"}, USER])
+
+    assert (error.status, error.param) == (404, "input")
+
+
+# -- tools --------------------------------------------------------------------
+
+
+def test_a_tool_is_a_name_a_description_and_a_schema() -> None:
+    weather, clock = turn(tools=TOOLS).tools
+
+    assert weather == ocp.Tool("weather", "Tells it.", SCHEMA)
+    assert clock == ocp.Tool("clock", "", {"type": "object", "properties": {}})
+
+
+def test_tools_of_other_types_are_named_as_ignored() -> None:
+    found = turn(tools=[{"type": "web_search"}, *TOOLS, {"type": "custom", "name": "x"}])
+
+    assert [tool.name for tool in found.tools] == ["weather", "clock"]
+    assert found.ignored == ("tools[0]", "tools[3]")
+
+
+#: Tools as Codex sends those of an MCP server.
+NAMESPACE = {"type": "namespace", "name": "mcp__birds", "description": "Tools about birds.",
+             "tools": [{**TOOLS[0], "name": "find"}, {"type": "custom", "name": "x"}]}
+
+
+def test_tools_of_a_namespace_are_offered_under_their_full_names() -> None:
+    found = turn(tools=[NAMESPACE, {**NAMESPACE, "name": "fish__"}, *TOOLS])
+
+    names = [tool.name for tool in found.tools]
+    assert names == ["mcp__birds__find", "fish__find", "weather", "clock"]
+    assert found.tools[0].schema == SCHEMA
+    assert found.ignored == ("tools[0].tools[1]", "tools[1].tools[1]")
+
+
+@pytest.mark.parametrize("render", [whole_bytes, stream_bytes])
+def test_a_call_of_such_a_tool_names_its_namespace_apart(render: Any) -> None:
+    events = numbered([STARTED, *call(0, "toolu1", "mcp__birds__find", "{}"), finished("tool_use")])
+
+    sent = render(ocp.RESPONSES, turn(tools=[NAMESPACE]), events)
+
+    body = json.loads(sent) if render is whole_bytes else frames(sent)[-1][1]["response"]
+    [item] = body["output"]
+    assert (item["namespace"], item["name"]) == ("mcp__birds", "find")
+    assert b'"name":"mcp__birds__find"' not in sent
+
+
+def test_such_a_call_comes_back_under_its_full_name() -> None:
+    made = {**CALLED, "namespace": "mcp__birds", "name": "find"}
+
+    found = turn([USER, made, RESULT], tools=[NAMESPACE])
+
+    assert found.messages[1].content[0]["name"] == "mcp__birds__find"
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted", "left"),
+    [
+        (None, ("auto", ""), 2),
+        ("required", ("any", ""), 2),
+        ({"type": "function", "name": "clock"}, ("tool", "clock"), 2),
+        ({"type": "allowed_tools", "mode": "required", "tools": [{"name": "clock"}]},
+         ("any", ""), 1),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [
+            {"type": "mcp", "server_label": "birds"}, {"type": "function", "name": "clock"}]},
+         ("auto", ""), 1),
+    ],
+    ids=str,
+)
+def test_a_choice_has_its_kind_and_its_tool(choice: object, wanted: Any, left: int) -> None:
+    found = turn(tools=TOOLS, tool_choice=choice)
+
+    assert (found.tool_choice, len(found.tools)) == (ocp.ToolChoice(*wanted), left)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "namespace", "tools": []}]}, "tools[0].name"),
+        ({"tools": [{"type": "namespace", "name": "a", "tools": [7]}]}, "tools[0].tools[0]"),
+        ({"tools": [{"type": "function", "name": "a", "parameters": 7}]}, "tools[0].parameters"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "gone"}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+    ],
+    ids=str,
+)
+def test_tools_that_are_wrong_are_refused(fields: Json, param: str) -> None:
+    error = refusal(**fields)
+
+    assert (error.status, error.param) == (400, param)
+
+
+# -- answers, byte for byte ---------------------------------------------------
+
+#: Answers by the name of their golden file, which also says how they are asked for.
+ANSWERS = {
+    "whole": [STARTED, *TEXT, finished()],
+    "whole-thinking": [STARTED, *THINKING, *TEXT, REASONED],
+    "whole-summary": [STARTED, *THINKING, *TEXT, REASONED],
+    "whole-length": [STARTED, *TEXT, finished("max_tokens")],
+    "whole-filter": [STARTED, *TEXT, finished("refusal")],
+    "whole-empty": [STARTED, finished("max_tokens")],
+    "whole-restart": [STARTED, *THINKING, *TEXT, ocp.Restarted(), STARTED, *TEXT, finished()],
+    "whole-tools": [STARTED, *TEXT, *WEATHER, *SECOND, finished("tool_use")],
+    "whole-tools-cut": [STARTED, *TEXT, *CUT_OFF, finished("max_tokens")],
+    "whole-refusal": [STARTED, REFUSED, finished()],
+    "stream": [STARTED, *TEXT, finished()],
+    "stream-thinking": [STARTED, *THINKING, *TEXT, REASONED],
+    "stream-summary": [STARTED, *THINKING, *TEXT, REASONED],
+    "stream-length": [STARTED, *TEXT, finished("max_tokens")],
+    "stream-filter": [STARTED, *TEXT, finished("refusal")],
+    "stream-empty": [STARTED, finished("max_tokens")],
+    "stream-ticks": [ocp.Tick(), STARTED, *TEXT[:2], ocp.Tick(), *TEXT[2:], finished()],
+    "stream-restart-before-text": [STARTED, ocp.Restarted(), STARTED, *TEXT, finished()],
+    "stream-restart-in-text": [STARTED, *TEXT, ocp.Restarted(), STARTED, *TEXT, finished()],
+    "stream-restart-in-summary": [
+        STARTED, *THINKING[:2], ocp.Restarted(), STARTED, *THINKING, *TEXT, finished(),
+    ],
+    "stream-error": [STARTED, *TEXT[:2], ocp.Overloaded("Overloaded")],
+    "stream-error-after-item": [
+        STARTED, *THINKING, *TEXT, ocp.UpstreamTimeout("The time is up."),
+    ],
+    "stream-tools": [STARTED, *TEXT, *WEATHER, *SECOND, finished("tool_use")],
+    "stream-tools-cut": [STARTED, *TEXT, *CUT_OFF, finished("max_tokens")],
+    "stream-refusal": [STARTED, REFUSED, finished()],
+}
+STREAMS = sorted(name for name in ANSWERS if name.startswith("stream"))
+BROKEN = ("stream-error", "stream-error-after-item", "stream-filter", "stream-restart-in-text")
+COMPLETE = [name for name in STREAMS if name not in BROKEN]
+
+
+def asked(name: str) -> Any:
+    """The Turn that a golden answer belongs to, with nothing in it that changes."""
+    reasoning = {"summary": "auto"} if "summary" in name else None
+    found = turn(stream=name.startswith("stream"), reasoning=reasoning)
+    echo = {**found.wire["echo"], "id": "resp_1", "created_at": CREATED_S}
+    return found._replace(wire={**found.wire, "echo": echo})
+
+
+@pytest.fixture(autouse=True)
+def counted_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids are counted, so that answers are the same each time."""
+    count = iter(range(1_000_000))
+    monkeypatch.setattr(ocp, "new_id", lambda prefix: f"{prefix}{next(count)}")
+
+
+def answer(name: str) -> bytes:
+    """The bytes of an answer as the server sends them."""
+    render = whole_bytes if name.startswith("whole") else stream_bytes
+    return render(ocp.RESPONSES, asked(name), numbered(ANSWERS[name]))
+
+
+@pytest.mark.parametrize("name", sorted(ANSWERS))
+def test_an_answer_is_the_same_to_the_byte(name: str) -> None:
+    check_golden(golden_name("responses", name), answer(name))
+
+
+def test_every_golden_file_has_its_answer() -> None:
+    assert {file.name for file in GOLDEN.glob("responses-*")} == {
+        golden_name("responses", name) for name in ANSWERS
+    }
+
+
+# -- answers, in words --------------------------------------------------------
+
+
+def without_ids(value: Any) -> Any:
+    """The same without the ids of items, which every rendering makes anew."""
+    if isinstance(value, dict):
+        return {key: without_ids(part) for key, part in value.items() if key != "id"}
+    return [without_ids(part) for part in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_events_are_named_after_their_type_and_counted(name: str) -> None:
+    found = frames(answer(name))
+
+    assert all(kind == data["type"] for kind, data in found)
+    assert [data["sequence_number"] for _, data in found] == list(range(len(found)))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_begins_with_the_response_and_ends_with_it(name: str) -> None:
+    kinds = [kind for kind, _ in frames(answer(name))]
+
+    ends = ("response.completed", "response.incomplete", "response.failed")
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert [kind for kind in kinds if kind in ends] == kinds[-1:]
+    assert (kinds[-1] == "response.failed") == (name in BROKEN)
+
+
+SAME = {
+    name: name.replace("stream", "whole", 1)
+    for name in COMPLETE if name.replace("stream", "whole", 1) in ANSWERS
+}
+
+
+@pytest.mark.parametrize("name", sorted(SAME))
+def test_a_stream_ends_with_the_same_response_as_the_whole_answer(name: str) -> None:
+    _, last = frames(answer(name))[-1]
+
+    assert without_ids(last["response"]) == without_ids(json.loads(answer(SAME[name])))
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_every_item_is_added_then_filled_then_done(name: str) -> None:
+    state: list[str] = []
+    output: list[Json] = []
+    text = ""
+    for kind, data in frames(answer(name)):
+        if kind == "response.output_item.added":
+            assert (state, data["output_index"]) == ([], len(output))
+            state, text = [data["item"]["id"]], ""
+        elif kind.endswith(".delta"):
+            assert (state, data["output_index"]) == ([data["item_id"]], len(output))
+            text += data["delta"]
+        elif kind.endswith((".added", ".done")) and "item_id" in data:
+            assert (state, data["output_index"]) == ([data["item_id"]], len(output))
+            told = data.get("text", data.get("arguments", data.get("refusal", text)))
+            assert told == text
+        elif kind == "response.output_item.done":
+            assert (state, data["output_index"]) == ([data["item"]["id"]], len(output))
+            state = []
+            output.append(data["item"])
+        elif kind in ("response.completed", "response.incomplete"):
+            assert data["response"]["output"] == output
+
+
+@pytest.mark.parametrize("name", ["stream-tools-cut", "whole-tools-cut"])
+def test_a_call_that_was_cut_off_is_never_done(name: str) -> None:
+    sent = answer(name)
+
+    assert b"function_call_arguments.done" not in sent
+    body = json.loads(sent) if name.startswith("whole") else frames(sent)[-1][1]["response"]
+    assert [item["type"] for item in body["output"]] == ["message"]
+    assert body["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+def test_nothing_is_sent_before_the_first_block() -> None:
+    renderer = ocp.RESPONSES.stream(asked("stream"))
+
+    for event in (STARTED, ocp.Restarted(), STARTED, *THINKING):
+        assert renderer.event(0, event) == b""
+
+
+def test_silence_is_an_event_and_never_the_first_one() -> None:
+    kinds = [kind for kind, _ in frames(answer("stream-ticks"))]
+
+    assert kinds[:3] == ["response.created", "response.in_progress", "keepalive"]
+    assert kinds.count("keepalive") == 2
+
+
+def test_thinking_is_told_as_a_summary_and_only_when_asked() -> None:
+    assert b"greets" not in answer("stream-thinking") + answer("whole-thinking")
+    assert b"Someone greets." in answer("whole-summary")
+
+
+def test_an_item_that_a_failure_cut_off_is_never_done() -> None:
+    found = frames(answer("stream-error-after-item"))
+
+    assert found[-1][1]["response"]["status"] == "failed"
+    assert "response.output_item.done" not in [kind for kind, _ in found]
+
+
+def test_the_response_of_a_stream_is_kept_for_the_store() -> None:
+    renderer = ocp.RESPONSES.stream(asked("stream"))
+    sent = [renderer.event(0, event) for event in numbered(ANSWERS["stream"])]
+
+    assert renderer.body == frames(b"".join(sent))[-1][1]["response"]
+    assert renderer.end() == b""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ocp.Overloaded("No."), "server_is_overloaded"),
+        (ocp.PlanLimit("No."), "insufficient_quota"),
+        (ocp.ContextTooLong("No."), "context_length_exceeded"),
+        (ocp.RateLimited("No."), "rate_limit_exceeded"),
+        (ocp.BadRequest("No."), "invalid_prompt"),
+        (ocp.OcpError("No."), "server_error"),
+    ],
+)
+def test_a_failure_in_a_stream_has_a_code_that_clients_know(error: Any, code: str) -> None:
+    *_, (kind, data) = frames(ocp.RESPONSES.stream(asked("stream")).failure(error, REQUEST_ID))
+
+    assert (kind, data["response"]["status"]) == ("response.failed", "failed")
+    assert data["response"]["error"] == {"code": code, "message": "No."}
+
+
+def test_a_failure_before_a_stream_has_the_shape_of_openai_s() -> None:
+    body = ocp.RESPONSES.error_body(ocp.BadRequest("No.", param="input"), REQUEST_ID)
+
+    assert body == {"error": {"message": "No.", "type": "invalid_request_error",
+                              "param": "input", "code": None}}
+
+
+def test_limits_hold_here_too() -> None:
+    image = {"type": "input_image", "image_url": PNG}
+
+    error = refusal([{"role": "user", "content": [image] * (LIMITS.max_images + 1)}])
+
+    assert (error.status, error.error_code) == (413, "too_many_images")

@@ -1,0 +1,354 @@
+"""Settings: every row of the table, the rules across rows, and what is said about them."""
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from project import load_script
+
+ocp = load_script("ocp_server.py")
+
+ROWS = {row.metadata["env"]: row for row in dataclasses.fields(ocp.Config)}
+FLAGS = {name: row for name, row in ROWS.items() if isinstance(row.default, bool)}
+NUMBERS = {
+    name: row for name, row in ROWS.items() if isinstance(row.default, int) and name not in FLAGS
+}
+TEXTS = {name: row for name, row in ROWS.items() if isinstance(row.default, str)}
+CHOICES = {name: row for name, row in TEXTS.items() if row.metadata["choices"]}
+#: Texts that may hold anything and that no rule looks at.
+FREE_TEXTS = sorted(
+    name for name, row in TEXTS.items() if name not in CHOICES and not row.metadata["secret"]
+)
+SECRETS = sorted(name for name, row in ROWS.items() if row.metadata["secret"])
+NOT_NUMBERS = ("abc", "1.5", "0x10", "1e3", "--1", "1_000", "1,000", "1 000", "\u0661")
+
+
+def value_of(environ: dict[str, str], name: str) -> Any:
+    return getattr(ocp.load_config(environ), ROWS[name].name)
+
+
+def complaints(environ: dict[str, str]) -> list[str]:
+    """The lines of the ConfigError that this environment gives; none when it is fine."""
+    try:
+        ocp.load_config(environ)
+    except ocp.ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+# -- rows ---------------------------------------------------------------------
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    assert ocp.load_config({}) == ocp.Config()
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_the_default_of_a_row_is_a_value_that_the_row_takes(name: str) -> None:
+    default = ROWS[name].default
+    shown = str(int(default)) if isinstance(default, bool) else str(default)
+
+    assert value_of({name: shown}, name) == default
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+@pytest.mark.parametrize("blank", ["", "  ", "\t\n"])
+def test_a_blank_variable_counts_as_not_set(name: str, blank: str) -> None:
+    assert ocp.load_config({name: blank}) == ocp.Config()
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS))
+def test_both_ends_of_a_range_are_taken(name: str) -> None:
+    ends = [ROWS[name].metadata[end] for end in ("least", "most")]
+
+    taken = [value_of({name: f" {end} "}, name) for end in ends if end is not None]
+
+    assert taken == [end for end in ends if end is not None]
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS))
+def test_a_number_below_the_range_is_refused_by_name(name: str) -> None:
+    below = ROWS[name].metadata["least"] - 1
+
+    [line] = complaints({name: str(below)})
+
+    assert line.startswith(f"{name}: '{below}' is out of range")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, row in NUMBERS.items() if row.metadata["most"] is not None)
+)
+def test_a_number_above_the_range_is_refused_by_name_and_told_the_range(name: str) -> None:
+    least, most = ROWS[name].metadata["least"], ROWS[name].metadata["most"]
+
+    [line] = complaints({name: str(most + 1)})
+
+    assert line == f"{name}: '{most + 1}' is out of range: it takes from {least} to {most}"
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS))
+@pytest.mark.parametrize("garbage", NOT_NUMBERS)
+def test_what_is_no_number_is_refused_by_name(name: str, garbage: str) -> None:
+    [line] = complaints({name: garbage})
+
+    assert line == f"{name}: {garbage!r} is not a whole number"
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS))
+def test_a_number_beyond_all_measure_is_refused_by_name(name: str) -> None:
+    [line] = complaints({name: "9" * 5000})
+
+    assert line.startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("name", sorted(FLAGS))
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1", True), ("TRUE", True), ("Yes", True), ("on", True)]
+    + [("0", False), ("false", False), ("No", False), ("OFF", False)],
+)
+def test_a_flag_takes_the_usual_words_in_any_case(name: str, text: str, value: bool) -> None:
+    assert value_of({name: text}, name) is value
+
+
+@pytest.mark.parametrize("name", sorted(FLAGS))
+@pytest.mark.parametrize("garbage", ["2", "maybe", "-1", "y e s"])
+def test_any_other_word_for_a_flag_is_refused_by_name(name: str, garbage: str) -> None:
+    [line] = complaints({name: garbage})
+
+    assert line.startswith(f"{name}: {garbage!r} is neither")
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [(name, choice) for name, row in sorted(CHOICES.items()) for choice in row.metadata["choices"]],
+)
+def test_every_choice_of_a_row_is_one_that_it_takes(name: str, choice: str) -> None:
+    assert ocp.parse_setting(ROWS[name], choice) == choice
+
+
+@pytest.mark.parametrize("name", sorted(CHOICES))
+def test_any_other_choice_is_refused_and_the_choices_are_named(name: str) -> None:
+    [line] = complaints({name: "whatever"})
+
+    assert line.startswith(f"{name}: 'whatever'")
+    assert all(choice in line for choice in ROWS[name].metadata["choices"])
+
+
+@pytest.mark.parametrize("name", FREE_TEXTS)
+def test_a_text_is_taken_without_the_white_space_around_it(name: str) -> None:
+    others = {"OCP_TLS_CERT": "/cert.pem", "OCP_TLS_KEY": "/key.pem"} if "TLS" in name else {}
+
+    assert value_of({**others, name: "  some text\n"}, name) == "some text"
+
+
+def test_a_variable_that_is_no_setting_is_none_of_our_business() -> None:
+    assert complaints({"CLAUDE_PROXY_PROT": "abc", "EDITOR": "vi"}) == []
+
+
+def test_settings_cannot_be_changed_by_accident() -> None:
+    config = ocp.load_config({})
+
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.port = 1
+
+
+def test_the_state_folder_may_be_named_with_a_tilde() -> None:
+    config = ocp.load_config({"OCP_HOME": "~/elsewhere"})
+
+    assert config.home_path == os.path.join(Path.home(), "elsewhere")
+
+
+# -- all problems at once -----------------------------------------------------
+
+
+def test_every_problem_is_told_at_once() -> None:
+    wrong = sorted({**NUMBERS, **FLAGS, **CHOICES})
+
+    lines = complaints(dict.fromkeys(wrong, "garbage"))
+
+    assert sorted(line.partition(":")[0] for line in lines) == wrong
+
+
+def test_a_broken_rule_is_told_together_with_a_broken_row() -> None:
+    lines = complaints({"CLAUDE_TIMEOUT": "soon", "CLAUDE_AUTH_MODE": "shared"})
+
+    assert [line.split(" ")[0] for line in lines] == ["CLAUDE_TIMEOUT:", "CLAUDE_AUTH_MODE=shared"]
+
+
+def test_no_complaint_repeats_a_secret() -> None:
+    secrets = {name: f"s3cret-{name.lower()}" for name in SECRETS}
+    wrong = dict.fromkeys({**NUMBERS, **FLAGS}, "garbage")
+
+    told = "\n".join(complaints({**wrong, **secrets, "CLAUDE_AUTH_MODE": "none"}))
+
+    assert "PROXY_API_KEY" in told
+    assert "s3cret" not in told
+
+
+# -- rules across rows --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environ", "mode"),
+    [
+        ({}, "none"),
+        ({"PROXY_API_KEY": "k"}, "shared"),
+        ({"CLAUDE_AUTH_MODE": "none"}, "none"),
+        ({"CLAUDE_AUTH_MODE": "shared", "PROXY_API_KEY": "k"}, "shared"),
+    ],
+)
+def test_the_access_mode_follows_from_the_key_unless_it_is_named(
+    environ: dict[str, str], mode: str
+) -> None:
+    assert ocp.load_config(environ).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("environ", "variables"),
+    [
+        ({"CLAUDE_AUTH_MODE": "shared"}, ("CLAUDE_AUTH_MODE=shared", "PROXY_API_KEY")),
+        (
+            {"CLAUDE_AUTH_MODE": "none", "PROXY_API_KEY": "k"},
+            ("CLAUDE_AUTH_MODE=none", "PROXY_API_KEY"),
+        ),
+        (
+            {"CLAUDE_AUTH_MODE": "multi", "PROXY_API_KEY": "k"},
+            ("CLAUDE_AUTH_MODE=multi", "PROXY_API_KEY", "/api/keys"),
+        ),
+        (
+            {"CLAUDE_AUTH_MODE": "shared", "PROXY_API_KEY": "k", "PROXY_ANONYMOUS_KEY": "a"},
+            ("PROXY_ANONYMOUS_KEY", "CLAUDE_AUTH_MODE=multi"),
+        ),
+        (
+            {"CLAUDE_AUTH_MODE": "multi", "PROXY_ANONYMOUS_KEY": "a", "OCP_ADMIN_KEY": "a"},
+            ("OCP_ADMIN_KEY",),
+        ),
+        ({"OCP_TLS_CERT": "/c.pem"}, ("OCP_TLS_CERT", "OCP_TLS_KEY")),
+        (
+            {
+                "CLAUDE_AUTH_MODE": "multi", "PROXY_ANONYMOUS_KEY": "a",
+                "CLAUDE_BIND": "0.0.0.0", "CLAUDE_ALLOWED_TOOLS": "Read",
+            },
+            ("PROXY_ADVERTISE_ANON_KEY=0",),
+        ),
+        (
+            {"PROXY_API_KEY": "hunter22", "OCP_ADMIN_KEY": "hunter22"},
+            ("OCP_ADMIN_KEY", "admin"),
+        ),
+        ({"OCP_ALLOWED_ORIGINS": "*"}, ("OCP_ALLOWED_ORIGINS",)),
+        ({"CLAUDE_ALLOWED_TOOLS": "Read", "CLAUDE_BIND": "0.0.0.0"}, ("PROXY_API_KEY",)),
+        ({"CLAUDE_SKIP_PERMISSIONS": "1", "CLAUDE_BIND": "::"}, ("PROXY_API_KEY",)),
+        ({"CLAUDE_MCP_CONFIG": "/m.json", "CLAUDE_BIND": "10.0.0.1"}, ("127.0.0.1",)),
+    ],
+    ids=["shared without a key", "a key that none ignores", "a key that multi ignores",
+         "anonymous in shared", "anonymous admins", "half a certificate",
+         "tools for whoever asks", "one key for two",
+         "any origin", "open with tools", "open without permissions", "open with servers"],
+)
+def test_settings_that_contradict_each_other_are_refused_by_name(
+    environ: dict[str, str], variables: tuple[str, ...]
+) -> None:
+    [line] = complaints(environ)
+
+    assert all(variable in line for variable in variables)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [{"CLAUDE_ALLOWED_TOOLS": "Read"}, {"CLAUDE_SKIP_PERMISSIONS": "1"},
+     {"CLAUDE_MCP_CONFIG": "/m.json", "CLAUDE_BIND": "0.0.0.0", "PROXY_API_KEY": "hunter22"}],
+)
+def test_agent_mode_is_for_those_who_have_the_key_or_the_machine(environ: dict[str, str]) -> None:
+    assert ocp.load_config(environ).is_agent
+
+
+def test_without_a_setting_for_it_there_is_no_agent_mode() -> None:
+    assert not ocp.Config().is_agent
+
+
+def test_no_configuration_shows_its_keys() -> None:
+    config = ocp.load_config({"PROXY_API_KEY": "hunter22", "OCP_ADMIN_KEY": "hunter23"})
+
+    assert "hunter2" not in repr(config)
+
+
+# -- settings that are no more ------------------------------------------------
+
+
+@pytest.mark.parametrize(("pattern", "why"), ocp.REMOVED_SETTINGS)
+def test_a_removed_setting_is_found_with_its_reason(pattern: str, why: str) -> None:
+    name = pattern.replace("*", "ANYTHING")
+
+    assert ocp.removed_settings({name: "1", "PATH": "/bin"}) == [(name, why)]
+
+
+def test_removed_settings_are_listed_in_order_of_their_names() -> None:
+    environ = {"OCP_LOCAL_TOOLS": "", "CLAUDE_NO_CONTEXT": "1", "CLAUDE_TUI_ROWS": "9"}
+
+    found = [name for name, _ in ocp.removed_settings(environ)]
+
+    assert found == ["CLAUDE_NO_CONTEXT", "CLAUDE_TUI_ROWS", "OCP_LOCAL_TOOLS"]
+
+
+def test_no_setting_is_called_removed() -> None:
+    assert ocp.removed_settings(dict.fromkeys(ROWS, "1")) == []
+
+
+# -- the table itself ---------------------------------------------------------
+
+
+def test_no_two_rows_share_a_variable() -> None:
+    assert len(ROWS) == len(dataclasses.fields(ocp.Config))
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_a_row_says_its_unit_in_its_name(name: str) -> None:
+    row = ROWS[name]
+    units = {"ms": "_ms", "s": "_s", "bytes": "_bytes"}
+
+    assert row.metadata["help"]
+    assert row.name.endswith(units.get(row.metadata["unit"], ""))
+
+
+def test_the_readme_table_has_one_line_of_five_cells_for_every_row() -> None:
+    lines = ocp.settings_markdown().splitlines()[2:]
+
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+    assert [row[0] for row in cells] == [f"`{name}`" for name in ROWS]
+    assert all(len(row) == 5 and row[1] and row[4] for row in cells)
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "span"),
+    [
+        ("CLAUDE_PROXY_PORT", "3456", "0 to 65535"),
+        ("CLAUDE_TIMEOUT", "600000 ms", "1000 to 3600000"),
+        ("CLAUDE_MAX_IMAGES", "20", "0 up"),
+        ("CLAUDE_IMAGE_ALLOW_URL", "0", ""),
+        ("PROXY_API_KEY", "empty", ""),
+        ("CLAUDE_BIND", "127.0.0.1", ""),
+    ],
+)
+def test_the_readme_table_shows_defaults_units_and_ranges(
+    name: str, default: str, span: str
+) -> None:
+    text = ocp.settings_markdown()
+
+    live = f"`{ROWS[name].metadata['live']}`" if ROWS[name].metadata["live"] else ""
+    assert f"| `{name}` | {default} | {span} | {live} | {ROWS[name].metadata['help']} |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [("", ()), (" , ,", ()), ("a", ("a",)), (" a ,b,, c ", ("a", "b", "c"))],
+)
+def test_a_comma_separated_setting_is_read_without_its_blanks(
+    text: str, items: tuple[str, ...]
+) -> None:
+    assert ocp.listed(text) == items
