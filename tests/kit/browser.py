@@ -57,7 +57,7 @@ class WebSocket:
     """Text messages to and from one address on this machine."""
 
     def __init__(self, port: int, path: str) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=120)
         self._unread = b""
         key = base64.b64encode(os.urandom(16)).decode()
         self._socket.sendall((
@@ -65,7 +65,7 @@ class WebSocket:
             f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\n"
             "Sec-WebSocket-Version: 13\r\n\r\n").encode())
         while b"\r\n\r\n" not in self._unread:
-            self._receive(time.monotonic() + 60)
+            self._receive(time.monotonic() + 120)
         head, _, self._unread = self._unread.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101"), head
 
@@ -161,7 +161,7 @@ class Browser:
             self._call("GET", f"/json/close/{target['id']}")
 
     def _call(self, method: str, path: str) -> Json:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
         try:
             connection.request(method, path)
             answer = connection.getresponse().read()
@@ -187,7 +187,7 @@ def running_browser(folder: Path) -> Iterator[Browser]:
     finally:
         process.terminate()
         try:
-            process.wait(10)
+            process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -220,7 +220,7 @@ class Page:
         self._calls += 1
         number = self._calls
         self._connection.send(json.dumps({"id": number, "method": method, "params": parameters}))
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 120
         while True:
             text = self._connection.receive(max(0.0, deadline_s - time.monotonic()))
             assert text is not None, f"no answer to {method}"
@@ -253,7 +253,7 @@ class Page:
         self.call("Page.navigate", url=url)
         self.until("document.readyState === 'complete'")
 
-    def until(self, expression: str, timeout_s: float = 60) -> Json:
+    def until(self, expression: str, timeout_s: float = 120) -> Json:
         """The first true value of an expression."""
         try:
             return eventually(lambda: self.evaluate(expression), timeout_s)
@@ -266,7 +266,7 @@ class Page:
         found = self.evaluate(f"document.querySelector({json.dumps(selector)})?.innerText")
         return str(found or "")
 
-    def sees(self, text: str, selector: str = "body", timeout_s: float = 60) -> None:
+    def sees(self, text: str, selector: str = "body", timeout_s: float = 120) -> None:
         """Waits until a visible text is there."""
         place = f"document.querySelector({json.dumps(selector)})?.innerText"
         self.until(f"({place} || '').includes({json.dumps(text)})", timeout_s)

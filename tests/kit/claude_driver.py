@@ -50,7 +50,7 @@ class ClaudeDriver:
         # Killed at once, a real one leaves its socket and its session key behind.
         self.process.terminate()
         try:
-            self.process.wait(10)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -138,10 +138,10 @@ class ClaudeDriver:
 
     # -- lines out -------------------------------------------------------------
 
-    def until_result(self, timeout_s: float = 60) -> list[dict[str, Json]]:
+    def until_result(self, timeout_s: float = 120) -> list[dict[str, Json]]:
         return self.until(lambda line: line["type"] == "result", timeout_s)
 
-    def until_event(self, kind: str, timeout_s: float = 60) -> list[dict[str, Json]]:
+    def until_event(self, kind: str, timeout_s: float = 120) -> list[dict[str, Json]]:
         """The lines up to this event of the API's stream."""
         def is_event(line: dict[str, Json]) -> bool:
             return line["type"] == "stream_event" and bool(line["event"]["type"] == kind)
@@ -149,7 +149,7 @@ class ClaudeDriver:
         return self.until(is_event, timeout_s)
 
     def until(
-        self, wanted: Callable[[dict[str, Json]], bool], timeout_s: float = 60
+        self, wanted: Callable[[dict[str, Json]], bool], timeout_s: float = 120
     ) -> list[dict[str, Json]]:
         """The lines from here up to the wanted one; tool servers are answered meanwhile."""
         deadline_s = time.monotonic() + timeout_s
@@ -190,7 +190,7 @@ class ClaudeDriver:
             output += piece
         return output
 
-    def wait(self, timeout_s: float = 30) -> tuple[int, str]:
+    def wait(self, timeout_s: float = 60) -> tuple[int, str]:
         """The exit code and what was on stderr, once the process has ended."""
         code = self.process.wait(timeout_s)
         assert self.process.stderr

@@ -115,7 +115,7 @@ def stop() -> None:
     file.unlink()
     try:
         os.kill(pid, signal.SIGTERM)
-        for _ in range(500):
+        for _ in range(6000):
             if not is_running(pid):
                 return
             time.sleep(0.01)

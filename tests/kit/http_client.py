@@ -124,7 +124,7 @@ class Stream:
 
 def http_request(
     port: int, method: str, path: str, body: Body = None,
-    headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30,
+    headers: Optional[Mapping[str, str]] = None, timeout_s: float = 60,
 ) -> http.client.HTTPConnection:
     """A connection on which the request has been sent. Objects go out as JSON."""
     sent = dict(headers or {})
@@ -140,7 +140,7 @@ def http_request(
 
 def http_call(
     port: int, method: str, path: str, body: Body = None,
-    headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30,
+    headers: Optional[Mapping[str, str]] = None, timeout_s: float = 60,
 ) -> Reply:
     connection = http_request(port, method, path, body, headers, timeout_s)
     try:

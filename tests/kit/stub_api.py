@@ -412,12 +412,12 @@ class StubApi:
         with self._changed:
             return self._aborted
 
-    def wait_for_requests(self, count: int, timeout_s: float = 30.0) -> list[Recorded]:
+    def wait_for_requests(self, count: int, timeout_s: float = 60.0) -> list[Recorded]:
         """The requests so far, once there are `count`; raises TimeoutError."""
         self._wait(lambda: len(self._requests) >= count, f"{count} requests", timeout_s)
         return self.requests
 
-    def wait_for_aborted(self, count: int, timeout_s: float = 30.0) -> None:
+    def wait_for_aborted(self, count: int, timeout_s: float = 60.0) -> None:
         """Return once `aborted` has reached `count`; raises TimeoutError."""
         self._wait(lambda: self._aborted >= count, f"{count} aborted requests", timeout_s)
 
@@ -548,10 +548,11 @@ class _Exchange(BaseHTTPRequestHandler):
                         self._pause(0.01)
                 self._send(event)
         if broken:
-            # What was sent has to be read before the end overtakes it.
+            # What was sent has to be read, and then understood, before the end overtakes it.
             self._pause(reply.gap_s)
             while reply.gap_s and is_unread(self.client_address[1], self.server.server_port):
                 self._pause(0.01)
+            self._pause(reply.gap_s)
         if reply.ending == "cut":
             self.close_connection = True
             return
