@@ -127,12 +127,16 @@ def children_of(pid: int) -> list[tuple[int, str]]:
     return found
 
 
-def settled(ocp: common.Ocp, patience_s: float = 15.0) -> Holdings:
-    """What the server holds once nothing runs and it keeps no more processes than it says."""
+def settled(
+    ocp: common.Ocp, before: Holdings | None = None, patience_s: float = common.PATIENCE_S
+) -> Holdings:
+    """What the server holds once nothing runs, it keeps no more processes than it says, and no
+    more threads than before."""
     give_up_s = time.monotonic() + patience_s
     found = holdings(ocp)
     while time.monotonic() < give_up_s:
         idle = not ocp.get("/health")["stats"]["activeRequests"]
+        idle = idle and (before is None or (found.threads or 0) <= (before.threads or 0))
         if idle and found.children in (None, found.kept) and not found.zombies:
             break
         time.sleep(0.2)
@@ -296,7 +300,7 @@ def measure_load(folder: Path, seconds: float) -> LoadRun:
         before = settled(ocp)
         crowd = Crowd(ocp, seconds)
         crowd.run(keys)
-        after = settled(ocp)
+        after = settled(ocp, before)
         booked = {entry["key_name"]: entry for entry in
                   ocp.get("/api/usage?all=true&hours=24")["byKey"]}
         refused = int(ocp.get("/health")["stats"]["queueRejections"])

@@ -43,10 +43,10 @@ from server import Server, running_server  # noqa: E402
 Json = Any
 
 #: No connection may last longer without being answered or closed.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 WORKERS = 6
 #: How long a server gets to come to rest.
-REST_S = 12.0
+REST_S = 60.0
 #: What memory may grow by in the second half of a run.
 MOST_GROWTH_BYTES = 4_000_000
 #: After so many requests, what they may have set or revoked is put right again.
