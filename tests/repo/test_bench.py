@@ -157,7 +157,7 @@ def test_only_a_piece_of_text_is_a_first_word() -> None:
 def test_help_names_the_options(program: str) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCH / f"{program}.py"), "--help"], check=True,
-        stdout=subprocess.PIPE, timeout=30)
+        stdout=subprocess.PIPE, timeout=120)
     assert b"--claude" in done.stdout and b"--delay-ms" in done.stdout
 
 
@@ -165,7 +165,7 @@ def test_help_names_the_options(program: str) -> None:
 def test_a_claude_that_is_not_there_is_said_so(program: str) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCH / f"{program}.py"), "--claude", "/nowhere/claude"],
-        check=False, capture_output=True, timeout=30)
+        check=False, capture_output=True, timeout=120)
     assert done.returncode == 1
     assert b"--claude PATH" in done.stderr
     assert done.stdout == b""

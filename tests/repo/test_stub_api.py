@@ -46,7 +46,7 @@ def ask(url: str, said: str = "Hi", stream: bool = True) -> tuple[Any, bytes]:
         url + "/v1/messages?beta=true", json.dumps(body).encode(),
         {"content-type": "application/json", "X-Test": "yes"})
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response, response.read()
     except urllib.error.HTTPError as failure:
         with failure:
@@ -82,7 +82,7 @@ def test_default_answer_is_a_text_in_three_deltas(stub: StubApi) -> None:
 
 def test_requests_are_recorded_and_other_paths_are_not(stub: StubApi) -> None:
     with pytest.raises(urllib.error.HTTPError) as not_found:
-        urllib.request.urlopen(stub.url + "/api/other", timeout=30)
+        urllib.request.urlopen(stub.url + "/api/other", timeout=60)
     not_found.value.close()
     ask(stub.url, "What?")
     (recorded,) = stub.wait_for_requests(1)
@@ -208,7 +208,7 @@ def test_a_gate_holds_up_each_delta(stub: StubApi) -> None:
     stub.enqueue(text(["one", "two"], gate=gate))
     request = urllib.request.Request(
         stub.url + "/v1/messages", b'{"stream": true, "messages": []}')
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         for word in (b"one", b"two"):
             assert stub.aborted == 0
             gate.release()
@@ -229,7 +229,7 @@ def test_hang_ends_and_then_completes(stub: StubApi) -> None:
 ])
 def test_client_that_hangs_up_is_counted(stub: StubApi, reply: Reply) -> None:
     stub.enqueue(reply)
-    connection = http.client.HTTPConnection(stub.url[len("http://"):], timeout=30)
+    connection = http.client.HTTPConnection(stub.url[len("http://"):], timeout=60)
     connection.request("POST", "/v1/messages", b'{"stream": true, "messages": []}')
     stub.wait_for_requests(1)
     connection.close()
@@ -240,7 +240,7 @@ def test_client_that_hangs_up_is_counted(stub: StubApi, reply: Reply) -> None:
 def test_leaving_the_block_ends_a_hanging_reply() -> None:
     with StubApi() as stub:
         stub.enqueue(hang(seconds=60))
-        connection = http.client.HTTPConnection(stub.url[len("http://"):], timeout=30)
+        connection = http.client.HTTPConnection(stub.url[len("http://"):], timeout=60)
         connection.request("POST", "/v1/messages", b'{"stream": true, "messages": []}')
         stub.wait_for_requests(1)
     connection.close()
