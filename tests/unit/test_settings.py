@@ -40,25 +40,37 @@ def complaints(environ: dict[str, str]) -> list[str]:
     return []
 
 
+def wrongly_refused(values: dict[str, str], begun: dict[str, str]) -> dict[str, list[str]]:
+    """Of rows that are set to something wrong, each alone: those whose complaint is not one line
+    that begins like this, with what was said."""
+    assert values
+    told = {name: complaints({name: value}) for name, value in values.items()}
+    return {name: lines for name, lines in told.items()
+            if len(lines) != 1 or not lines[0].startswith(begun[name])}
+
+
 # -- rows ---------------------------------------------------------------------
+#
+# What holds of every row is checked for all of them in one test for each value, which shows the
+# rows for which it does not hold.
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
     assert ocp.load_config({}) == ocp.Config()
 
 
-@pytest.mark.parametrize("name", sorted(ROWS))
-def test_the_default_of_a_row_is_a_value_that_the_row_takes(name: str) -> None:
-    default = ROWS[name].default
-    shown = str(int(default)) if isinstance(default, bool) else str(default)
+def test_the_default_of_a_row_is_a_value_that_the_row_takes() -> None:
+    defaults = {name: row.default for name, row in ROWS.items()}
+    shown = {name: str(int(value)) if isinstance(value, bool) else str(value)
+             for name, value in defaults.items()}
 
-    assert value_of({name: shown}, name) == default
+    assert {name: value_of({name: text}, name) for name, text in shown.items()} == defaults
 
 
-@pytest.mark.parametrize("name", sorted(ROWS))
 @pytest.mark.parametrize("blank", ["", "  ", "\t\n"])
-def test_a_blank_variable_counts_as_not_set(name: str, blank: str) -> None:
-    assert ocp.load_config({name: blank}) == ocp.Config()
+def test_a_blank_variable_counts_as_not_set(blank: str) -> None:
+    assert ROWS
+    assert [name for name in ROWS if ocp.load_config({name: blank}) != ocp.Config()] == []
 
 
 @pytest.mark.parametrize("name", sorted(NUMBERS))
@@ -70,57 +82,52 @@ def test_both_ends_of_a_range_are_taken(name: str) -> None:
     assert taken == [end for end in ends if end is not None]
 
 
-@pytest.mark.parametrize("name", sorted(NUMBERS))
-def test_a_number_below_the_range_is_refused_by_name(name: str) -> None:
-    below = ROWS[name].metadata["least"] - 1
+def test_a_number_below_the_range_is_refused_by_name() -> None:
+    below = {name: row.metadata["least"] - 1 for name, row in NUMBERS.items()}
 
-    [line] = complaints({name: str(below)})
-
-    assert line.startswith(f"{name}: '{below}' is out of range")
+    begun = {name: f"{name}: '{value}' is out of range" for name, value in below.items()}
+    assert wrongly_refused({name: str(value) for name, value in below.items()}, begun) == {}
 
 
-@pytest.mark.parametrize(
-    "name", sorted(name for name, row in NUMBERS.items() if row.metadata["most"] is not None)
-)
-def test_a_number_above_the_range_is_refused_by_name_and_told_the_range(name: str) -> None:
-    least, most = ROWS[name].metadata["least"], ROWS[name].metadata["most"]
+def test_a_number_above_the_range_is_refused_by_name_and_told_the_range() -> None:
+    ranges = {name: (row.metadata["least"], row.metadata["most"])
+              for name, row in NUMBERS.items() if row.metadata["most"] is not None}
 
-    [line] = complaints({name: str(most + 1)})
+    told = {name: complaints({name: str(most + 1)}) for name, (_, most) in ranges.items()}
 
-    assert line == f"{name}: '{most + 1}' is out of range: it takes from {least} to {most}"
+    assert told == {
+        name: [f"{name}: '{most + 1}' is out of range: it takes from {least} to {most}"]
+        for name, (least, most) in ranges.items()}
 
 
-@pytest.mark.parametrize("name", sorted(NUMBERS))
 @pytest.mark.parametrize("garbage", NOT_NUMBERS)
-def test_what_is_no_number_is_refused_by_name(name: str, garbage: str) -> None:
-    [line] = complaints({name: garbage})
+def test_what_is_no_number_is_refused_by_name(garbage: str) -> None:
+    told = {name: complaints({name: garbage}) for name in NUMBERS}
 
-    assert line == f"{name}: {garbage!r} is not a whole number"
-
-
-@pytest.mark.parametrize("name", sorted(NUMBERS))
-def test_a_number_beyond_all_measure_is_refused_by_name(name: str) -> None:
-    [line] = complaints({name: "9" * 5000})
-
-    assert line.startswith(f"{name}: ")
+    assert told == {name: [f"{name}: {garbage!r} is not a whole number"] for name in NUMBERS}
 
 
-@pytest.mark.parametrize("name", sorted(FLAGS))
+def test_a_number_beyond_all_measure_is_refused_by_name() -> None:
+    begun = {name: f"{name}: " for name in NUMBERS}
+
+    assert wrongly_refused(dict.fromkeys(NUMBERS, "9" * 5000), begun) == {}
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1", True), ("TRUE", True), ("Yes", True), ("on", True)]
     + [("0", False), ("false", False), ("No", False), ("OFF", False)],
 )
-def test_a_flag_takes_the_usual_words_in_any_case(name: str, text: str, value: bool) -> None:
-    assert value_of({name: text}, name) is value
+def test_a_flag_takes_the_usual_words_in_any_case(text: str, value: bool) -> None:
+    assert FLAGS
+    assert [name for name in FLAGS if value_of({name: text}, name) is not value] == []
 
 
-@pytest.mark.parametrize("name", sorted(FLAGS))
 @pytest.mark.parametrize("garbage", ["2", "maybe", "-1", "y e s"])
-def test_any_other_word_for_a_flag_is_refused_by_name(name: str, garbage: str) -> None:
-    [line] = complaints({name: garbage})
+def test_any_other_word_for_a_flag_is_refused_by_name(garbage: str) -> None:
+    begun = {name: f"{name}: {garbage!r} is neither" for name in FLAGS}
 
-    assert line.startswith(f"{name}: {garbage!r} is neither")
+    assert wrongly_refused(dict.fromkeys(FLAGS, garbage), begun) == {}
 
 
 @pytest.mark.parametrize(
@@ -306,13 +313,12 @@ def test_no_two_rows_share_a_variable() -> None:
     assert len(ROWS) == len(dataclasses.fields(ocp.Config))
 
 
-@pytest.mark.parametrize("name", sorted(ROWS))
-def test_a_row_says_its_unit_in_its_name(name: str) -> None:
-    row = ROWS[name]
+def test_a_row_says_its_unit_in_its_name() -> None:
     units = {"ms": "_ms", "s": "_s", "bytes": "_bytes"}
 
-    assert row.metadata["help"]
-    assert row.name.endswith(units.get(row.metadata["unit"], ""))
+    assert [name for name, row in ROWS.items() if not row.metadata["help"]] == []
+    assert [name for name, row in ROWS.items()
+            if not row.name.endswith(units.get(row.metadata["unit"], ""))] == []
 
 
 def test_the_readme_table_has_one_line_of_five_cells_for_every_row() -> None:
