@@ -1,4 +1,4 @@
-"""The shape of the scripts: what style and order the code promises to keep."""
+"""The shape of the scripts and of the tests: what style and order the code promises to keep."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from project import REPO
 
 SCRIPTS = sorted(REPO.glob("*.py"))
 SERVER = REPO / "ocp_server.py"
+TESTS = REPO / "tests"
+#: Where test files lie.
+ROOMS = ("unit", "server", "contract", "scripts", "clients", "repo")
+#: What a test in unit has no use for: it starts no process. A module, or a name in one.
+STARTS_PROCESSES = {
+    "subprocess", "multiprocessing", "pty", "server", "rig", "browser", "claude_driver",
+    "shell_claude", "processes.run_to_end", "os.fork", "os.posix_spawn", "os.system",
+}
+#: Fixtures of tests/conftest.py that start a server.
+SERVER_FIXTURES = {"server", "shared_server"}
 MAX_COLUMNS = 100
 MAX_FUNCTION_LINES = 60
 
@@ -44,7 +54,6 @@ ALLOWED_FORWARD: frozenset[str] = frozenset()
 AnyFunction = Union[ast.FunctionDef, ast.AsyncFunctionDef]
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.name))
-needs_server = pytest.mark.skipif(not SERVER.exists(), reason="ocp_server.py is not there yet")
 
 
 def tree_of(path: Path) -> ast.Module:
@@ -168,7 +177,6 @@ def sections() -> list[Section]:
     return found
 
 
-@needs_server
 def test_banners_are_complete_and_full_width() -> None:
     lines = SERVER.read_text().split("\n")
     wrong = [line for line in lines if line.startswith("# ====")
@@ -179,7 +187,6 @@ def test_banners_are_complete_and_full_width() -> None:
     assert not narrow
 
 
-@needs_server
 def test_sections_are_numbered_in_order_and_listed_in_the_docstring() -> None:
     titles = [(section.number, section.title) for section in sections()]
     docstring = ast.get_docstring(tree_of(SERVER)) or ""
@@ -190,7 +197,6 @@ def test_sections_are_numbered_in_order_and_listed_in_the_docstring() -> None:
     assert index == titles
 
 
-@needs_server
 def test_every_section_says_what_it_owns() -> None:
     lines = SERVER.read_text().split("\n")
     silent = [section.title for section in sections()
@@ -198,7 +204,6 @@ def test_every_section_says_what_it_owns() -> None:
     assert not silent
 
 
-@needs_server
 def test_no_section_uses_a_name_of_a_later_one() -> None:
     tree = tree_of(SERVER)
     starts = [section.line for section in sections()]
@@ -214,7 +219,6 @@ def test_no_section_uses_a_name_of_a_later_one() -> None:
     assert not forward
 
 
-@needs_server
 def test_every_allowed_exception_is_still_needed() -> None:
     assert not ALLOWED_FORWARD - {name for name, _ in top_level_names(tree_of(SERVER))}
 
@@ -301,3 +305,72 @@ def test_the_search_for_used_names_sees_all_depths() -> None:
     used = {node.id for node in used_names(tree)}
     assert used == {"Default", "Deep", "Lazy", "Deeper", "Base", "Value", "Mark", "Many",
                     "Same", "Shown"}
+
+
+# ---------------------------------------------------------------------------
+# The tests
+# ---------------------------------------------------------------------------
+
+TEST_FILES = sorted(TESTS.rglob("test_*.py"))
+
+
+def test_every_test_file_lies_in_a_room() -> None:
+    elsewhere = [str(path.relative_to(TESTS)) for path in TEST_FILES
+                 if path.parent not in [TESTS / room for room in ROOMS]]
+    assert TEST_FILES
+    assert not elsewhere
+
+
+def test_no_file_of_the_tests_imports_from_a_test_file() -> None:
+    names = {path.stem for path in TEST_FILES} | {"conftest", "tests", *ROOMS} - {"server"}
+    wrong = [f"{path.relative_to(TESTS)}: {name}" for path in sorted(TESTS.rglob("*.py"))
+             for name in imported_names(ast.parse(path.read_text()))
+             if name.startswith(".") or name.partition(".")[0] in names]
+    assert not wrong
+
+
+def test_what_is_in_unit_starts_no_process() -> None:
+    wrong = [f"{path.name}: {what}" for path in sorted((TESTS / "unit").glob("*.py"))
+             for what in sorted(starters(ast.parse(path.read_text())))]
+    assert not wrong
+
+
+def starters(tree: ast.Module) -> set[str]:
+    """What a test file uses of that which starts processes."""
+    used = imported_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used.add(f"{node.value.id}.{node.attr}")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            used |= {f"a fixture {each.arg}" for each in node.args.args}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("usefixtures"):
+            used |= {f"a fixture {each.value}" for each in node.args
+                     if isinstance(each, ast.Constant)}
+    return used & (STARTS_PROCESSES | {f"a fixture {name}" for name in SERVER_FIXTURES})
+
+
+def imported_names(tree: ast.AST) -> set[str]:
+    """Modules that are imported, and names that are imported from one, each with its module."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found |= {module, *(f"{module}.{name.name}" for name in node.names)}
+    return found
+
+
+@pytest.mark.parametrize(("source", "found"), [
+    ("from server import running_server", {"server"}),
+    ("def test_x():\n    import subprocess as s", {"subprocess"}),
+    ("from processes import descriptors", set()),
+    ("from processes import run_to_end as run", {"processes.run_to_end"}),
+    ("import os\nos.fork()", {"os.fork"}),
+    ("def test_x(shared_server): pass", {"a fixture shared_server"}),
+    ("@pytest.mark.usefixtures('server')\ndef test_x(): pass", {"a fixture server"}),
+])
+def test_the_search_for_what_starts_processes_sees_every_form(
+    source: str, found: set[str]
+) -> None:
+    assert starters(ast.parse(source)) == found

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from chat import (
-    CHAT,
+    CHAT_PATH,
     ask,
     chunks,
     content_of,
@@ -84,7 +84,7 @@ def versioned(
 
 
 def with_key(server: Server, body: Json = None, key: str = KEY) -> Reply:
-    return server.call("POST", CHAT, body or question(), {"Authorization": f"Bearer {key}"})
+    return server.call("POST", CHAT_PATH, body or question(), {"Authorization": f"Bearer {key}"})
 
 
 # ---------------------------------------------------------------------------
@@ -445,6 +445,22 @@ def test_a_large_prompt_arrives_complete(chat: Server) -> None:
     assert message["content"] == [{"type": "text", "text": text}]
 
 
+def test_a_prompt_is_counted_to_its_end_however_long_it_is(tmp_path: Path) -> None:
+    def counted(*messages: Json) -> int:
+        reply = running.call("POST", "/v1/messages/count_tokens", {"messages": list(messages)})
+        assert reply.status == 200, reply
+        return int(reply.json()["input_tokens"])
+
+    long = {"role": "user", "content": "word " * 1000}
+    short = {"role": "assistant", "content": "Yes."}
+    with running_server(tmp_path, env={"CLAUDE_MAX_PROMPT_CHARS": "3000"}) as running:
+        once = counted(long)
+        assert 1000 < once < counted(long, short) < 2 * once < counted(long, short, long)
+        assert running.log_entries("prompt_truncated") == []
+        refused = running.call("POST", "/v1/messages", {"messages": [long, short]})
+        assert (refused.status, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
 def test_a_prompt_of_the_operator_is_appended_to_the_system_prompt(locked: Server) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
 
@@ -498,7 +514,7 @@ def test_an_alias_is_echoed_and_its_model_is_asked(
 
 
 def test_a_request_without_a_model_gets_the_default(chat: Server) -> None:
-    reply = chat.call("POST", CHAT, {"messages": [{"role": "user", "content": "hi"}]})
+    reply = chat.call("POST", CHAT_PATH, {"messages": [{"role": "user", "content": "hi"}]})
 
     assert reply.json()["model"] == "sonnet"
     assert model_asked(chat) == "claude-sonnet-5"
@@ -762,7 +778,7 @@ def test_head_is_get_without_a_body(chat: Server, path: str) -> None:
 
 
 def test_a_wrong_method_is_told_which_ones_there_are(chat: Server) -> None:
-    get, delete = chat.call("GET", CHAT), chat.call("DELETE", "/v1/models")
+    get, delete = chat.call("GET", CHAT_PATH), chat.call("DELETE", "/v1/models")
 
     assert (get.status, get.headers["Allow"]) == (405, "POST, OPTIONS")
     assert (delete.status, delete.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
@@ -779,7 +795,7 @@ def test_a_path_is_refused_in_its_own_words_whatever_the_reason(chat: Server) ->
 
 
 def test_options_is_answered_with_the_methods(chat: Server) -> None:
-    reply = chat.call("OPTIONS", CHAT)
+    reply = chat.call("OPTIONS", CHAT_PATH)
 
     assert (reply.status, reply.body) == (204, b"")
     assert reply.headers["Allow"] == "POST, OPTIONS"
@@ -821,7 +837,7 @@ def test_a_page_of_another_origin_is_refused(chat: Server) -> None:
     before = len(chat.queries())
 
     for origin in ("https://evil.example", "null", "http://localhost:9999", "file://"):
-        reply = chat.call("POST", CHAT, question(), {"Origin": origin})
+        reply = chat.call("POST", CHAT_PATH, question(), {"Origin": origin})
         assert reply.status == 403, origin
         assert "Access-Control-Allow-Origin" not in reply.headers
         assert error_of(reply)["type"] == "permission_error"
@@ -832,7 +848,7 @@ def test_a_page_of_another_origin_is_refused(chat: Server) -> None:
 def test_a_preflight_of_another_origin_is_refused(chat: Server) -> None:
     asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
 
-    reply = chat.call("OPTIONS", CHAT, headers=asked)
+    reply = chat.call("OPTIONS", CHAT_PATH, headers=asked)
 
     assert reply.status == 403
     assert "Access-Control-Allow-Origin" not in reply.headers
@@ -845,7 +861,7 @@ def test_a_page_of_the_server_itself_is_welcome(chat: Server) -> None:
 
 
 def test_a_page_of_a_named_origin_may_call(locked: Server) -> None:
-    reply = locked.call("POST", CHAT, question(stream=True),
+    reply = locked.call("POST", CHAT_PATH, question(stream=True),
                         {"Origin": PAGE, "Authorization": f"Bearer {KEY}"})
     refused = locked.call("GET", "/v1/models", headers={"Origin": PAGE})
 
@@ -859,7 +875,7 @@ def test_a_preflight_of_a_named_origin_gets_what_it_asks_for(locked: Server) -> 
     asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST",
              "Access-Control-Request-Headers": "authorization, content-type"}
 
-    reply = locked.call("OPTIONS", CHAT, headers=asked)
+    reply = locked.call("OPTIONS", CHAT_PATH, headers=asked)
 
     assert reply.status == 204
     assert reply.headers["Access-Control-Allow-Origin"] == PAGE
@@ -876,7 +892,7 @@ def test_without_an_origin_there_are_no_cors_headers(locked: Server) -> None:
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:3456", "127.0.0.1.evil.example",
                                   "localhost.evil.example"])
 def test_a_foreign_host_name_is_refused(chat: Server, host: str) -> None:
-    reply = chat.call("POST", CHAT, question(), {"Host": host})
+    reply = chat.call("POST", CHAT_PATH, question(), {"Host": host})
 
     assert reply.status == 403
     assert "OCP_ALLOWED_HOSTS" in error_of(reply)["message"]
@@ -904,7 +920,7 @@ def test_a_named_host_is_fine(locked: Server) -> None:
 def test_without_the_key_nothing_is_served(locked: Server, headers: dict[str, str]) -> None:
     before = len(locked.queries())
 
-    for method, path in (("POST", CHAT), ("GET", "/v1/models"), ("GET", "/logs")):
+    for method, path in (("POST", CHAT_PATH), ("GET", "/v1/models"), ("GET", "/logs")):
         reply = locked.call(method, path, question() if method == "POST" else None, headers)
         assert (reply.status, error_of(reply)["code"]) == (401, "invalid_api_key")
         assert reply.headers["WWW-Authenticate"].startswith("Bearer")
@@ -918,7 +934,7 @@ def test_without_the_key_nothing_is_served(locked: Server, headers: dict[str, st
     {"Authorization": f"Bearer {ADMIN_KEY}"},
 ])
 def test_the_key_is_taken_in_every_form(locked: Server, headers: dict[str, str]) -> None:
-    assert locked.call("POST", CHAT, question(), headers).status == 200
+    assert locked.call("POST", CHAT_PATH, question(), headers).status == 200
 
 
 def test_health_needs_no_key(locked: Server) -> None:

@@ -2,28 +2,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from project import load_script
-from rendering import MODELS, block, conversation
-from server import running_server
+from rendering import SONNET, assistant, block, conversation, user
 
 ocp = load_script("ocp_server.py")
 
 Json = dict[str, Any]
-
-SONNET = MODELS.find("sonnet")
-
-
-def user(*content: Any) -> Any:
-    return ocp.Message("user", [block(part) if isinstance(part, str) else part for part in content])
-
-
-def assistant(*content: Any) -> Any:
-    return ocp.Message("assistant", user(*content).content)
 
 
 def use(call_id: str) -> Json:
@@ -239,19 +227,3 @@ def test_an_attachment_is_taken_for_a_fixed_number(part: Json) -> None:
 
     assert ocp.estimated_tokens(turn(user("Hello", part))) == plain + 1_500
     assert ocp.estimated_tokens(turn(user("Hello", part, part))) == plain + 3_000
-
-
-def test_a_prompt_is_counted_to_its_end_however_long_it_is(tmp_path: Path) -> None:
-    def counted(*messages: Json) -> int:
-        reply = running.call("POST", "/v1/messages/count_tokens", {"messages": list(messages)})
-        assert reply.status == 200, reply
-        return int(reply.json()["input_tokens"])
-
-    long = {"role": "user", "content": "word " * 1000}
-    short = {"role": "assistant", "content": "Yes."}
-    with running_server(tmp_path, env={"CLAUDE_MAX_PROMPT_CHARS": "3000"}) as running:
-        once = counted(long)
-        assert 1000 < once < counted(long, short) < 2 * once < counted(long, short, long)
-        assert running.log_entries("prompt_truncated") == []
-        refused = running.call("POST", "/v1/messages", {"messages": [long, short]})
-        assert (refused.status, refused.json()["error"]["type"]) == (400, "invalid_request_error")
