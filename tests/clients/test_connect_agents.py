@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from processes import kill_all, processes_with
+from processes import Ran, kill_all, processes_with, run_to_end
 from programs import HOW_TO_INSTALL, client_folders, find_client, how_to_install, real_claudes
 from project import REPO, clean_env, load_script
 from server import Server, running_server
 
 connect = load_script("ocp_connect")
-RUN_TIMEOUT_S = 90
+RUN_TIMEOUT_S = 300
 KEY = "ocp_" + "k3y" * 10 + "42"
 QUESTION, ANSWER = "Say hello there", "The cormorant says hello."
 
@@ -44,13 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-class Ran(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-
-
-class Desk:
+class ConnectDesk:
     """A home with nothing in it, and a PATH with the programs of one tool."""
 
     def __init__(self, server: Server, folder: Path) -> None:
@@ -66,17 +58,9 @@ class Desk:
     def run(self, *command: str, **env: str) -> Ran:
         """A program from start to end. Whatever it has started ends with it."""
         path = os.pathsep.join([str(self.bin), "/usr/bin", "/bin"])
-        process = subprocess.Popen(
-            command, env=clean_env(HOME=str(self.home), **{**env, "PATH": path}),
-            cwd=self.work, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True)
-        try:
-            stdout, stderr = process.communicate(timeout=RUN_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"{command[0]} does not end") from None
-        finally:
-            end_group(process)
-        return Ran(process.returncode, stdout.decode(), stderr.decode())
+        return run_to_end(
+            command, env=clean_env(HOME=str(self.home), **{**env, "PATH": path}), cwd=self.work,
+            timeout_s=RUN_TIMEOUT_S)
 
     def connect(self, *more: str) -> Ran:
         """ocp_connect as a file; it has to succeed."""
@@ -86,17 +70,9 @@ class Desk:
         return ran
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # All of it has ended.
-    process.communicate()
-
-
 @pytest.fixture
-def desk(server: Server, tmp_path: Path) -> Iterator[Desk]:
-    yield Desk(server, tmp_path)
+def desk(server: Server, tmp_path: Path) -> Iterator[ConnectDesk]:
+    yield ConnectDesk(server, tmp_path)
     # Cline leaves a daemon behind, in a session of its own.
     kill_all(sorted(processes_with(tmp_path)))
 
@@ -128,7 +104,7 @@ def seed_aider(home: Path) -> None:
 
 
 @pytest.mark.parametrize("tool", sorted(CASES))
-def test_a_program_answers_with_only_what_was_written(desk: Desk, tool: str) -> None:
+def test_a_program_answers_with_only_what_was_written(desk: ConnectDesk, tool: str) -> None:
     programs, command, env = CASES[tool]
     desk.install(*programs)
     desk.connect("--only", tool)
@@ -144,7 +120,7 @@ def test_a_program_answers_with_only_what_was_written(desk: Desk, tool: str) -> 
 
 
 @pytest.mark.parametrize("tool", sorted(CASES))
-def test_undo_leaves_nothing_of_ours_behind(desk: Desk, tool: str) -> None:
+def test_undo_leaves_nothing_of_ours_behind(desk: ConnectDesk, tool: str) -> None:
     desk.install(*CASES[tool][0])
     desk.connect("--only", tool)
 
@@ -190,7 +166,7 @@ def python_with(library: str) -> str:
 
 
 @pytest.mark.parametrize("library", sorted(LIBRARIES))
-def test_a_library_finds_the_server_in_a_new_shell(desk: Desk, library: str) -> None:
+def test_a_library_finds_the_server_in_a_new_shell(desk: ConnectDesk, library: str) -> None:
     python = python_with(library)
     desk.connect("--only", "shell")
     (desk.work / "ask.py").write_text(LIBRARIES[library])
@@ -205,7 +181,7 @@ def test_a_library_finds_the_server_in_a_new_shell(desk: Desk, library: str) -> 
 # OpenClaw
 # ---------------------------------------------------------------------------
 
-def test_openclaw_validates_and_answers_one_prompt(desk: Desk) -> None:
+def test_openclaw_validates_and_answers_one_prompt(desk: ConnectDesk) -> None:
     desk.install("openclaw", "node")
 
     ran = desk.connect("--only", "openclaw")
@@ -224,7 +200,7 @@ def test_openclaw_validates_and_answers_one_prompt(desk: Desk) -> None:
     assert answer.code == 0 and ANSWER in answer.stdout, answer
 
 
-def test_openclaw_twice_changes_nothing_and_undo_gives_the_bytes_back(desk: Desk) -> None:
+def test_openclaw_twice_changes_nothing_and_undo_gives_the_bytes_back(desk: ConnectDesk) -> None:
     desk.install("openclaw", "node")
     config = desk.home / ".openclaw/openclaw.json"
     config.parent.mkdir()
@@ -244,7 +220,7 @@ def test_openclaw_twice_changes_nothing_and_undo_gives_the_bytes_back(desk: Desk
 # Claude Code
 # ---------------------------------------------------------------------------
 
-def test_claude_code_answers_on_a_machine_where_it_is_not_logged_in(desk: Desk) -> None:
+def test_claude_code_answers_on_a_machine_where_it_is_not_logged_in(desk: ConnectDesk) -> None:
     found = real_claudes()
     if not found:
         pytest.skip(HOW_TO_INSTALL)

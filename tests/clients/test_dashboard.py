@@ -19,6 +19,7 @@ from typing import Any, Iterator, Mapping, Optional
 import pytest
 
 import browser
+from chat import question
 from http_client import Reply, http_request
 from project import free_port, load_script
 from server import Server, running_server
@@ -186,7 +187,7 @@ def test_a_page_that_the_browser_has_is_not_sent_again(shared_server: Server) ->
 # 3 In a browser: panels
 # ---------------------------------------------------------------------------
 
-class Desk:
+class BusyServer:
     """A server with something to show, in mode multi."""
 
     def __init__(self, server: Server) -> None:
@@ -202,10 +203,6 @@ class Desk:
     def chat(self, name: str, text: str, **fields: Json) -> Reply:
         return self.server.call("POST", "/v1/chat/completions", question(text, **fields),
                                 {"Authorization": f"Bearer {self.secrets[name]}"})
-
-
-def question(text: str, **fields: Json) -> dict[str, Json]:
-    return {"model": "sonnet", "messages": [{"role": "user", "content": text}], **fields}
 
 
 def in_hours(hours: float) -> str:
@@ -231,10 +228,10 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    folder = tmp_path_factory.mktemp("desk")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BusyServer]:
+    folder = tmp_path_factory.mktemp("busy")
     with running_server(folder, {"turns": ANSWER, "usage": plan()}, env=MULTI) as server:
-        made = Desk(server)
+        made = BusyServer(server)
         made.key("laptop", quota={"daily": 50, "tokensMonthly": 90000}, note="the grey one")
         made.key("phone", models=["haiku"], expiry="30d", maxConcurrent=2)
         for text in ("one", "two", "two"):
@@ -264,8 +261,8 @@ def opened(
 
 
 @needs_browser
-def test_the_overview_shows_state_plan_and_usage(chrome: browser.Browser, desk: Desk) -> None:
-    with opened(chrome, desk.server) as page:
+def test_the_overview_shows_state_plan_and_usage(chrome: browser.Browser, busy: BusyServer) -> None:
+    with opened(chrome, busy.server) as page:
         page.sees("Running", "#state")
         assert f"attic, {ocp.VERSION}" in page.text("#version")
         page.sees("37 % used", "#plan")
@@ -284,9 +281,9 @@ def test_the_overview_shows_state_plan_and_usage(chrome: browser.Browser, desk: 
 
 @needs_browser
 def test_the_chart_is_redrawn_by_model_and_read_with_the_arrow_keys(
-    chrome: browser.Browser, desk: Desk
+    chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    with opened(chrome, desk.server) as page:
+    with opened(chrome, busy.server) as page:
         page.sees("laptop", "#shares")
         page.click("#choices input[value=model]")
         page.sees("claude-haiku", "#shares")
@@ -303,8 +300,8 @@ def test_the_chart_is_redrawn_by_model_and_read_with_the_arrow_keys(
 
 
 @needs_browser
-def test_recent_requests_are_filtered(chrome: browser.Browser, desk: Desk) -> None:
-    with opened(chrome, desk.server, "requests") as page:
+def test_recent_requests_are_filtered(chrome: browser.Browser, busy: BusyServer) -> None:
+    with opened(chrome, busy.server, "requests") as page:
         page.sees("phone", "#requests")
         page.evaluate("""(() => { const select = document.querySelector('#filter-outcome');
             select.value = 'cached'; select.dispatchEvent(new Event('change')); })()""")
@@ -318,9 +315,9 @@ def test_recent_requests_are_filtered(chrome: browser.Browser, desk: Desk) -> No
 
 @needs_browser
 def test_keys_sessions_settings_and_log_show_what_there_is(
-    chrome: browser.Browser, desk: Desk
+    chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    with opened(chrome, desk.server, "keys") as page:
+    with opened(chrome, busy.server, "keys") as page:
         page.until("/\\d of 50/.test(document.querySelector('#keys').innerText)")
         assert "the grey one" in page.text("#keys") and "tokens a month" in page.text("#keys")
         assert "2 answers at a time" in page.text("#keys")
@@ -335,13 +332,15 @@ def test_keys_sessions_settings_and_log_show_what_there_is(
 
 
 @needs_browser
-def test_the_log_can_be_paused_and_cut_to_a_level(chrome: browser.Browser, desk: Desk) -> None:
-    with opened(chrome, desk.server, "log") as page:
+def test_the_log_can_be_paused_and_cut_to_a_level(
+    chrome: browser.Browser, busy: BusyServer
+) -> None:
+    with opened(chrome, busy.server, "log") as page:
         page.sees("answer_finished", "#log")
         page.tab_to("log-pause")
         page.press(" ")
-        desk.admin("POST", "/api/keys", {"name": "later"})
-        desk.admin("DELETE", "/api/keys/later")
+        busy.admin("POST", "/api/keys", {"name": "later"})
+        busy.admin("DELETE", "/api/keys/later")
         page.sees("Resume (2 new)", "#log-pause")
         assert "later" not in page.text("#log")
         page.press(" ")
@@ -388,9 +387,9 @@ def test_a_turn_shows_while_it_runs_and_counts_when_it_ends(
 
 @needs_browser
 def test_a_wrong_key_is_refused_and_a_right_one_is_kept_in_the_tab_only(
-    chrome: browser.Browser, desk: Desk
+    chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    with chrome.page(f"{desk.server.url}/dashboard") as page:
+    with chrome.page(f"{busy.server.url}/dashboard") as page:
         page.until("document.activeElement.id === 'gate-key'")
         assert "does not accept" not in page.text("#gate")
         page.write("wrong")
@@ -413,11 +412,11 @@ def test_a_wrong_key_is_refused_and_a_right_one_is_kept_in_the_tab_only(
 
 @needs_browser
 def test_a_key_of_a_device_is_told_that_it_is_not_the_admin_key(
-    chrome: browser.Browser, desk: Desk
+    chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    with chrome.page(f"{desk.server.url}/dashboard") as page:
+    with chrome.page(f"{busy.server.url}/dashboard") as page:
         page.until("document.activeElement.id === 'gate-key'")
-        page.write(desk.secrets["laptop"])
+        page.write(busy.secrets["laptop"])
         page.press("Enter")
         page.sees("wants the admin key", "#gate-error")
         assert page.evaluate("sessionStorage.length") == 0
@@ -494,9 +493,9 @@ def again(folder: Path, port: int, env: Mapping[str, str]) -> Iterator[Server]:
 
 @needs_browser
 def test_a_key_that_ends_while_an_action_is_under_way_asks_for_the_key(
-    chrome: browser.Browser, desk: Desk
+    chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    with opened(chrome, desk.server, "settings") as page:
+    with opened(chrome, busy.server, "settings") as page:
         page.sees("maxQueue", "#settings")
         page.evaluate("store.adminKey = 'stale'")
         page.click("[aria-label='Edit maxQueue']")
@@ -511,16 +510,16 @@ def test_a_key_that_ends_while_an_action_is_under_way_asks_for_the_key(
 
 @needs_browser
 def test_a_hidden_page_rests_and_goes_on_when_it_is_seen_again(
-    chrome: browser.Browser, desk: Desk
+    chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    with opened(chrome, desk.server) as page:
+    with opened(chrome, busy.server) as page:
         page.sees("laptop", "#shares")
         with chrome.page("about:blank"):
             # The page itself is not drawn meanwhile.
             page.until("document.hidden && store.link.status === 'paused'")
             page.evaluate("window.calls = 0; window.old = fetch; "
                           "window.fetch = (...all) => { calls++; return old(...all); }")
-            assert desk.chat("laptop", "behind its back").status == 200
+            assert busy.chat("laptop", "behind its back").status == 200
             time.sleep(1.5)
             assert page.evaluate("calls") == 0
         page.call("Page.bringToFront")
@@ -529,19 +528,19 @@ def test_a_hidden_page_rests_and_goes_on_when_it_is_seen_again(
 
 
 @needs_browser
-def test_updates_keep_rows_focus_and_selection(chrome: browser.Browser, desk: Desk) -> None:
-    with opened(chrome, desk.server, "keys") as page:
+def test_updates_keep_rows_focus_and_selection(chrome: browser.Browser, busy: BusyServer) -> None:
+    with opened(chrome, busy.server, "keys") as page:
         page.sees("laptop", "#keys")
         page.evaluate("window.row = document.querySelector('#keys tbody tr:last-child'); "
                       "document.querySelector('[aria-label=\"Edit laptop\"]').focus()")
-        desk.key("newcomer")
+        busy.key("newcomer")
         try:
             page.evaluate("load('keys')")
             page.sees("newcomer", "#keys")
             assert page.focused() == "Edit laptop"
             assert page.evaluate("row === document.querySelector('#keys tbody tr:last-child')")
         finally:
-            desk.admin("DELETE", "/api/keys/newcomer")
+            busy.admin("DELETE", "/api/keys/newcomer")
 
 
 # ---------------------------------------------------------------------------
@@ -550,10 +549,10 @@ def test_updates_keep_rows_focus_and_selection(chrome: browser.Browser, desk: De
 
 @needs_browser
 def test_a_key_is_made_rotated_limited_and_revoked_by_keyboard(
-    chrome: browser.Browser, desk: Desk
+    chrome: browser.Browser, busy: BusyServer
 ) -> None:
     refused = ("401", "400", "409")
-    with opened(chrome, desk.server, "keys", expected=refused) as page:
+    with opened(chrome, busy.server, "keys", expected=refused) as page:
         page.sees("laptop", "#keys")
         page.tab_to("create-key")
         page.press("Enter")
@@ -570,8 +569,8 @@ def test_a_key_is_made_rotated_limited_and_revoked_by_keyboard(
         page.until("document.querySelector('#secret').open")
         secret = page.evaluate("document.querySelector('#secret-value').value")
         command = page.evaluate("document.querySelector('#secret-command').textContent")
-        assert command == f"curl -fsSL {desk.server.url}/connect | python3 - {desk.server.url}"
-        assert desk.server.call("GET", "/v1/models", headers=bearer(secret)).status == 200
+        assert command == f"curl -fsSL {busy.server.url}/connect | python3 - {busy.server.url}"
+        assert busy.server.call("GET", "/v1/models", headers=bearer(secret)).status == 200
         page.tab_to("secret-done")
         page.press("Enter")
         page.until("document.querySelector('#secret-value').value === ''")
@@ -595,22 +594,22 @@ def test_a_key_is_made_rotated_limited_and_revoked_by_keyboard(
         page.press("Enter")
         page.until("document.querySelector('#secret').open")
         rotated = page.evaluate("document.querySelector('#secret-value').value")
-        assert desk.server.call("GET", "/v1/models", headers=bearer(secret)).status == 401
-        assert desk.server.call("GET", "/v1/models", headers=bearer(rotated)).status == 200
+        assert busy.server.call("GET", "/v1/models", headers=bearer(secret)).status == 401
+        assert busy.server.call("GET", "/v1/models", headers=bearer(rotated)).status == 200
         page.press("Escape")
 
         page.tab_to("Revoke tablet")
         page.press("Enter")
         page.press("Escape")
         page.until("!document.querySelector('#asking').open")
-        assert desk.server.call("GET", "/v1/models", headers=bearer(rotated)).status == 200
+        assert busy.server.call("GET", "/v1/models", headers=bearer(rotated)).status == 200
         page.press("Enter")
         page.until("document.activeElement.id === 'asking-cancel'")
         page.press("Tab")
         page.press("Enter")
         page.sees("The key is revoked", "#toast")
         page.until("!document.querySelector('#keys').innerText.includes('tablet')")
-        assert desk.server.call("GET", "/v1/models", headers=bearer(rotated)).status == 401
+        assert busy.server.call("GET", "/v1/models", headers=bearer(rotated)).status == 401
         page.until("document.activeElement.id === 'title-keys'")
 
 
@@ -620,23 +619,23 @@ def bearer(secret: str) -> dict[str, str]:
 
 @needs_browser
 def test_a_key_is_edited_and_only_what_changed_is_sent(
-    chrome: browser.Browser, desk: Desk
+    chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    with opened(chrome, desk.server, "keys") as page:
+    with opened(chrome, busy.server, "keys") as page:
         page.sees("phone", "#keys")
         page.click("[aria-label='Edit phone']")
-        before = desk.admin("GET", "/api/keys/phone")
+        before = busy.admin("GET", "/api/keys/phone")
         page.evaluate("document.querySelector('#field-note').value = 'the old one'")
         page.click("#asking-submit")
         page.sees("the old one", "#keys")
-        assert desk.admin("GET", "/api/keys/phone") == {**before, "note": "the old one"}
+        assert busy.admin("GET", "/api/keys/phone") == {**before, "note": "the old one"}
 
 
 @needs_browser
 def test_a_setting_out_of_range_is_explained_and_a_good_one_can_be_reset(
-    chrome: browser.Browser, desk: Desk
+    chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    with opened(chrome, desk.server, "settings", expected=("401", "400")) as page:
+    with opened(chrome, busy.server, "settings", expected=("401", "400")) as page:
         page.sees("maxQueue", "#settings")
         page.click("[aria-label='Edit maxQueue']")
         assert "0 to 1,000" in page.text("#asking")
@@ -651,23 +650,23 @@ def test_a_setting_out_of_range_is_explained_and_a_good_one_can_be_reset(
         page.write("33")
         page.press("Enter")
         page.until("!!document.querySelector('[aria-label=\"Reset maxQueue\"]')")
-        assert desk.admin("GET", "/settings")["maxQueue"]["value"] == 33
+        assert busy.admin("GET", "/settings")["maxQueue"]["value"] == 33
         page.click("[aria-label='Reset maxQueue']")
         page.click("#asking-submit")
         page.until("!document.querySelector('[aria-label=\"Reset maxQueue\"]')")
-        assert desk.admin("GET", "/settings")["maxQueue"]["source"] == "default"
+        assert busy.admin("GET", "/settings")["maxQueue"]["source"] == "default"
         page.click("[aria-label='Edit cacheSampled']")
         page.evaluate("document.querySelector('#field-value').value = 'off'")
         page.click("#asking-submit")
         page.until("!!document.querySelector('[aria-label=\"Reset cacheSampled\"]')")
-        assert desk.admin("PATCH", "/settings", {"cacheSampled": None})["results"]
+        assert busy.admin("PATCH", "/settings", {"cacheSampled": None})["results"]
 
 
 @needs_browser
 def test_a_source_that_fails_says_so_and_can_be_tried_again(
-    chrome: browser.Browser, desk: Desk
+    chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    with opened(chrome, desk.server) as page:
+    with opened(chrome, busy.server) as page:
         page.sees("laptop", "#shares")
         page.evaluate("window.old = fetch; window.fetch = (path, ...rest) => path === '/api/keys' ?"
                       "Promise.reject(new TypeError('cut')) : old(path, ...rest)")
@@ -711,9 +710,9 @@ HOSTILE = "<img src=x onerror=window.broken=1>\"'`${broken}</script>"
 def test_hostile_names_are_text(chrome: browser.Browser, tmp_path: Path) -> None:
     env = {**MULTI, "OCP_INSTANCE_NAME": HOSTILE}
     with running_server(tmp_path, ANSWER, env=env) as server:
-        desk = Desk(server)
-        desk.key("victim", quota={"daily": 5}, note=HOSTILE)
-        desk.chat("victim", "hello")
+        busy = BusyServer(server)
+        busy.key("victim", quota={"daily": 5}, note=HOSTILE)
+        busy.chat("victim", "hello")
         database = sqlite3.connect(server.ocp_home / "ocp.db")
         with database:
             database.execute("UPDATE keys SET name = ?", (HOSTILE,))
@@ -733,8 +732,10 @@ def test_hostile_names_are_text(chrome: browser.Browser, tmp_path: Path) -> None
 
 @needs_browser
 @pytest.mark.parametrize("width", [320, 768, 1440])
-def test_no_view_is_wider_than_the_page(chrome: browser.Browser, desk: Desk, width: int) -> None:
-    with opened(chrome, desk.server, width=width, dark=width == 320) as page:
+def test_no_view_is_wider_than_the_page(
+    chrome: browser.Browser, busy: BusyServer, width: int
+) -> None:
+    with opened(chrome, busy.server, width=width, dark=width == 320) as page:
         for view in VIEWS:
             page.evaluate(f"location.hash = '{view}'")
             page.until(f"!document.querySelector('#view-{view}').hidden")
@@ -748,8 +749,8 @@ def test_no_view_is_wider_than_the_page(chrome: browser.Browser, desk: Desk, wid
 
 
 @needs_browser
-def test_headings_landmarks_and_names_are_there(chrome: browser.Browser, desk: Desk) -> None:
-    with opened(chrome, desk.server) as page:
+def test_headings_landmarks_and_names_are_there(chrome: browser.Browser, busy: BusyServer) -> None:
+    with opened(chrome, busy.server) as page:
         page.sees("laptop", "#shares")
         page.call("Accessibility.enable")
         nodes = page.call("Accessibility.getFullAXTree")["nodes"]

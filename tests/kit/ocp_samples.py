@@ -5,7 +5,7 @@ from __future__ import annotations
 import calendar
 from typing import Any
 
-from ocp_world import HEALTH
+from ocp_command import HEALTH
 
 Json = Any
 

@@ -1,11 +1,20 @@
-"""Processes of this machine: who is whose child, who lives, who is a zombie."""
+"""Processes of this machine: who is whose child, who lives, who is a zombie; and programs that
+tests run to their end."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Optional, Sequence
+
+
+class Ran(NamedTuple):
+    """How a program ended, and what it said."""
+    code: int
+    stdout: str
+    stderr: str
 
 
 class Process(NamedTuple):
@@ -59,6 +68,31 @@ def kill_all(pids: Sequence[int]) -> None:
             pass
 
 
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process that leads a session of its own, and all that it has started there."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # All of it has ended.
+    process.communicate()
+
+
+def run_to_end(
+    command: Sequence[str], *, env: Mapping[str, str], cwd: Path, timeout_s: float,
+    stdin: Optional[str] = None,
+) -> Ran:
+    """Runs a program; whatever it has started ends with it. Without `stdin` it reads nothing."""
+    process = subprocess.Popen(
+        command, env=env, cwd=cwd, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        stdout, stderr = process.communicate(
+            None if stdin is None else stdin.encode(), timeout=timeout_s)
+    finally:
+        end_group(process)
+    return Ran(process.returncode, stdout.decode(), stderr.decode())
+
+
 def is_gone(pid: int) -> bool:
     """Whether there is no such process, not even as a zombie."""
     return not os.path.exists(f"/proc/{pid}")
@@ -67,6 +101,11 @@ def is_gone(pid: int) -> bool:
 def is_dead(pid: int) -> bool:
     """Whether a process runs no more. Whoever inherited it may have left it as a zombie."""
     return pid not in [each.pid for each in all_processes() if not each.is_zombie]
+
+
+def descriptors(pid: int) -> int:
+    """How many descriptors a process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def cpu_s(pid: int) -> float:

@@ -7,9 +7,11 @@ import http.client
 import io
 import select
 import socket
+import ssl
 import time
+from typing import Optional
 
-from chat import CHAT
+from chat import CHAT_PATH
 from http_client import Reply
 from server import Server
 
@@ -32,21 +34,18 @@ def raw_http(port: int, request: bytes, timeout_s: float = 30) -> bytes:
     return received
 
 
-
 def head(
-    method: str = "POST", path: str = CHAT, *lines: str, version: str = "HTTP/1.1"
+    method: str = "POST", path: str = CHAT_PATH, *lines: str, version: str = "HTTP/1.1"
 ) -> bytes:
     """The head of a request; `lines` are header lines besides Host."""
     text = "\r\n".join([f"{method} {path} {version}", "Host: localhost", *lines, "", ""])
     return text.encode("latin-1")
 
 
-
-def post(body: bytes, *lines: str, path: str = CHAT, version: str = "HTTP/1.1") -> bytes:
+def post(body: bytes, *lines: str, path: str = CHAT_PATH, version: str = "HTTP/1.1") -> bytes:
     """A POST with a Content-Length."""
     sized = f"Content-Length: {len(body)}"
     return head("POST", path, sized, *lines, version=version) + body
-
 
 
 def chunked(*parts: bytes, trailer: bytes = b"") -> bytes:
@@ -55,12 +54,17 @@ def chunked(*parts: bytes, trailer: bytes = b"") -> bytes:
     return framed + b"0\r\n" + trailer + b"\r\n"
 
 
-
 class RawConnection:
-    """A connection on which every byte is the test's own; to be used in a `with`."""
+    """A connection on which every byte is the test's own; to be used in a `with`. With a
+    `context` it is behind TLS, where an end without the word that it is one is an error."""
 
-    def __init__(self, port: int, timeout_s: float = 30) -> None:
+    def __init__(
+        self, port: int, timeout_s: float = 60, context: Optional[ssl.SSLContext] = None
+    ) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
+        if context:
+            self.socket = context.wrap_socket(
+                self.socket, server_hostname="localhost", suppress_ragged_eofs=False)
         self._file: io.BufferedReader = self.socket.makefile("rb")
         #: What was heard by hear().
         self.said = b""
@@ -132,7 +136,6 @@ class RawConnection:
             return True
         except socket.timeout:
             return False
-
 
 
 def exchange(server: Server, request: bytes) -> Reply:

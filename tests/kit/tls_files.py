@@ -30,7 +30,9 @@ orSEwVNPSX87+d94UTdkXdO08/mep2O1SjT2tw09CJA/xolDPx6PMf0U
 """
 
 
-def lay(folder: Path, cert: Optional[str] = CERT, key: Optional[str] = KEY) -> dict[str, str]:
+def write_tls_files(
+    folder: Path, cert: Optional[str] = CERT, key: Optional[str] = KEY
+) -> dict[str, str]:
     """Files with this in them, and the settings that name them; None = there is no file."""
     for name, content in (("cert.pem", cert), ("key.pem", key)):
         if content is not None:

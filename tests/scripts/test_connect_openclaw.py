@@ -16,11 +16,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from connect_home import KEY, MODELS, OTHER, SERVER, Home
+from processes import Ran
 from project import load_script
 from server import Server
 
@@ -99,13 +100,6 @@ elif sys.argv[1:4] == ["config", "patch", "--stdin"]:
 else:
     sys.exit("unknown command")
 '''
-
-
-class Ran(NamedTuple):
-    """How a run of the script ended."""
-    code: int
-    stdout: str
-    stderr: str
 
 
 class Lab(Home):
@@ -393,7 +387,7 @@ def test_the_plugin_says_the_same(bare: Lab, shared_server: Server) -> None:
         f"console.log(JSON.stringify(providerEntry({json.dumps(url)}, {json.dumps(rows)}, false)))")
 
     said = subprocess.run(
-        [node, "--input-type=module", "-e", program], capture_output=True, timeout=30, check=True)
+        [node, "--input-type=module", "-e", program], capture_output=True, timeout=120, check=True)
 
     connected(bare, shared_server)
     assert json.loads(said.stdout) == bare.providers()["claude-local"]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from processes import Ran
 from project import REPO, clean_env, load_script
 from server import Server, running_server
 
@@ -51,16 +52,13 @@ def made_key(server: Server, name: str, **fields: Json) -> str:
     return str(reply.json()["key"])
 
 
-Ran = subprocess.CompletedProcess[str]
-
-
 def piped(home: Path, *args: str, script: bytes = SOURCE, **env: str) -> Ran:
     """`cat ocp_connect.py | python3 - ARGS` in this home, without a terminal."""
     done = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", "-", *args], input=script, cwd=home,
         env=clean_env(HOME=str(home), SHELL="/bin/bash", **{"PATH": "/usr/bin:/bin", **env}),
-        capture_output=True, timeout=60, start_new_session=True)
-    ran = Ran(args, done.returncode, done.stdout.decode(), done.stderr.decode())
+        capture_output=True, timeout=300, start_new_session=True)
+    ran = Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
     assert "Traceback" not in ran.stderr or script != SOURCE, ran.stderr
     return ran
 
@@ -83,15 +81,15 @@ def test_piped_into_python_it_connects_everything_and_takes_it_back(
 ) -> None:
     ran = piped(free_home, *at(server, "--all", "--yes"))
 
-    assert ran.returncode == 0, ran
+    assert ran.code == 0, ran
     assert "answers: You said" in ran.stdout and f"{server.url}/v1" in (
         (free_home / ".codex/config.toml").read_text())
     before = tree(free_home)
     again = piped(free_home, *at(server, "--all", "--yes"))
-    assert again.returncode == 0 and "nothing was changed" in again.stdout
+    assert again.code == 0 and "nothing was changed" in again.stdout
     assert tree(free_home) == before
     undone = piped(free_home, "--undo", "--yes")
-    assert undone.returncode == 0 and list(free_home.iterdir()) == []
+    assert undone.code == 0 and list(free_home.iterdir()) == []
 
 
 def test_the_server_hands_it_out_to_everybody(guarded: Server) -> None:
@@ -109,7 +107,7 @@ def test_one_command_downloads_and_connects(server: Server, free_home: Path) -> 
 
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], env=clean_env(HOME=str(free_home)),
-        capture_output=True, text=True, timeout=60, start_new_session=True)
+        capture_output=True, text=True, timeout=300, start_new_session=True)
 
     assert done.returncode == 0 and "answers: You said" in done.stdout, done
     assert (free_home / ".codex/config.toml").exists()
@@ -136,7 +134,7 @@ def test_a_download_that_was_cut_does_nothing(server: Server, free_home: Path) -
 
     done = subprocess.run(
         [sys.executable, "-c", driver, str(SCRIPT), json.dumps(cuts), *at(server, "--yes")],
-        env=clean_env(HOME=str(free_home)), capture_output=True, text=True, timeout=120)
+        env=clean_env(HOME=str(free_home)), capture_output=True, text=True, timeout=600)
 
     assert (done.returncode, done.stdout) == (0, "") and list(free_home.iterdir()) == []
 
@@ -145,7 +143,7 @@ def test_the_whole_script_does_something_in_the_same_surroundings(
     server: Server, free_home: Path
 ) -> None:
     assert piped(free_home, *at(server, "--only", "aider", "--yes"),
-                 script=SOURCE.rstrip()).returncode == 0
+                 script=SOURCE.rstrip()).code == 0
     assert (free_home / ".aider.conf.yml").exists()
 
 
@@ -163,7 +161,7 @@ def pythons() -> list[str]:
 def test_every_python_here_runs_it_alone(server: Server, free_home: Path, python: str) -> None:
     done = subprocess.run(
         [python, "-I", "-S", str(SCRIPT), *at(server, "--all", "--yes")],
-        env=clean_env(HOME=str(free_home), PATH="/usr/bin:/bin"), capture_output=True, timeout=60,
+        env=clean_env(HOME=str(free_home), PATH="/usr/bin:/bin"), capture_output=True, timeout=300,
         stdin=subprocess.DEVNULL)
 
     assert done.returncode == 0, done.stderr
@@ -172,7 +170,7 @@ def test_every_python_here_runs_it_alone(server: Server, free_home: Path, python
 def test_windows_is_refused_politely() -> None:
     code = f"import sys; sys.platform = 'win32'; exec(open({str(SCRIPT)!r}).read())"
 
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
     assert done.returncode == 1 and "WSL" in done.stderr and "Traceback" not in done.stderr
 
@@ -184,7 +182,7 @@ def test_windows_is_refused_politely() -> None:
 def test_nobody_there_is_one_sentence(free_home: Path) -> None:
     ran = piped(free_home, "127.0.0.1", "--port", "9", "--yes")
 
-    assert ran.returncode == 3 and "Cannot reach http://127.0.0.1:9" in ran.stderr
+    assert ran.code == 3 and "Cannot reach http://127.0.0.1:9" in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1 and not list(free_home.iterdir())
 
 
@@ -208,7 +206,7 @@ def test_something_else_there_is_one_sentence(free_home: Path, answer: bytes) ->
         ran = piped(free_home, "127.0.0.1", "--port", str(listener.getsockname()[1]), "--yes")
         thread.join()
 
-    assert ran.returncode == 3 and re.search("not an OCP|Cannot reach", ran.stderr), ran
+    assert ran.code == 3 and re.search("not an OCP|Cannot reach", ran.stderr), ran
     assert "Cannot reach" not in ran.stderr or b"garbage" in answer
     assert len(ran.stderr.strip().splitlines()) == 1 and not list(free_home.iterdir())
 
@@ -218,7 +216,7 @@ def test_something_else_there_is_one_sentence(free_home: Path, answer: bytes) ->
     ("h", "--key", ""), ("h", "--key", "a b"), ("--undo", "--only", ""), ("h", "--only", " ,"),
 ])
 def test_wrong_usage_is_2(free_home: Path, args: tuple[str, ...]) -> None:
-    assert piped(free_home, *args, "--yes").returncode == 2
+    assert piped(free_home, *args, "--yes").code == 2
     assert not list(free_home.iterdir())
 
 
@@ -233,7 +231,7 @@ def test_a_misspelt_tool_is_named_with_a_better_one(free_home: Path) -> None:
 def test_mode_none_needs_no_key(server: Server, free_home: Path) -> None:
     ran = piped(free_home, *at(server, "--only", "aider", "--yes"))
 
-    assert ran.returncode == 0 and "no key needed" in ran.stdout
+    assert ran.code == 0 and "no key needed" in ran.stdout
     assert not (free_home / ".config/ocp/key").exists()
 
 
@@ -245,10 +243,10 @@ def test_mode_shared_wants_the_key(tmp_path: Path, free_home: Path) -> None:
         right = piped(free_home, *at(shared, "--yes", "--only", "aider", "--key", SHARED_KEY))
         again = piped(free_home, *at(shared, "--yes", "--only", "aider"))
 
-    assert without.returncode == 2 and "--key" in without.stderr
-    assert wrong.returncode == 4 and "refused" in wrong.stderr
-    assert right.returncode == 0 and SHARED_KEY in (free_home / ".aider.conf.yml").read_text()
-    assert again.returncode == 0 and "nothing was changed" in again.stdout
+    assert without.code == 2 and "--key" in without.stderr
+    assert wrong.code == 4 and "refused" in wrong.stderr
+    assert right.code == 0 and SHARED_KEY in (free_home / ".aider.conf.yml").read_text()
+    assert again.code == 0 and "nothing was changed" in again.stdout
     for ran in (without, wrong, right, again):
         assert SHARED_KEY not in ran.stdout + ran.stderr
 
@@ -260,7 +258,7 @@ def test_mode_multi_takes_a_devices_key_from_the_environment(
 
     ran = piped(free_home, *at(guarded, "--yes", "--only", "codex"), OCP_CONNECT_KEY=key)
 
-    assert ran.returncode == 0 and key in (free_home / ".codex/config.toml").read_text()
+    assert ran.code == 0 and key in (free_home / ".codex/config.toml").read_text()
 
 
 def test_a_key_with_few_models_brings_only_those(guarded: Server, free_home: Path) -> None:
@@ -269,7 +267,7 @@ def test_a_key_with_few_models_brings_only_those(guarded: Server, free_home: Pat
     ran = piped(free_home, *at(guarded, "--yes", "--only", "opencode", "--key", key))
 
     config = json.loads((free_home / ".config/opencode/opencode.json").read_text())
-    assert ran.returncode == 0 and list(config["provider"]["ocp"]["models"]) == [
+    assert ran.code == 0 and list(config["provider"]["ocp"]["models"]) == [
         "claude-haiku-4-5-20251001"]
     assert config["model"] == "ocp/claude-haiku-4-5-20251001"
 
@@ -281,7 +279,7 @@ def test_a_revoked_key_is_said(guarded: Server, free_home: Path) -> None:
 
     ran = piped(free_home, *at(guarded, "--yes", "--key", key))
 
-    assert ran.returncode == 4 and "revoked" in ran.stderr and not list(free_home.iterdir())
+    assert ran.code == 4 and "revoked" in ran.stderr and not list(free_home.iterdir())
 
 
 def test_an_advertised_anonymous_key_is_used(tmp_path: Path, free_home: Path) -> None:
@@ -290,7 +288,7 @@ def test_an_advertised_anonymous_key_is_used(tmp_path: Path, free_home: Path) ->
     with running_server(tmp_path / "server", env=settings) as running:
         ran = piped(free_home, *at(running, "--yes", "--only", "aider"))
 
-    assert ran.returncode == 0, ran
+    assert ran.code == 0, ran
     assert "everybody-here" in (free_home / ".aider.conf.yml").read_text()
 
 
@@ -301,7 +299,7 @@ def test_the_key_of_one_server_is_not_sent_to_another(
     piped(free_home, *at(guarded, "--yes", "--only", "aider", "--key", key))
     with running_server(tmp_path / "other", env={"PROXY_API_KEY": SHARED_KEY}) as other:
         ran = piped(free_home, *at(other, "--yes", "--only", "aider"))
-        assert ran.returncode == 2 and "--key" in ran.stderr
+        assert ran.code == 2 and "--key" in ran.stderr
 
 
 # ---------------------------------------------------------------------------
@@ -313,7 +311,7 @@ def test_without_a_terminal_it_names_the_flag_and_changes_nothing(
 ) -> None:
     ran = piped(free_home, *at(server, "--all"))
 
-    assert ran.returncode == 2 and "--yes" in ran.stderr and not list(free_home.iterdir())
+    assert ran.code == 2 and "--yes" in ran.stderr and not list(free_home.iterdir())
 
 
 def on_terminal(home: Path, typed: list[tuple[str, str]], *args: str) -> tuple[int, str]:
@@ -330,7 +328,7 @@ def on_terminal(home: Path, typed: list[tuple[str, str]], *args: str) -> tuple[i
                 os._exit(0)
         os.execve(sys.executable, [sys.executable, "-", *args],
                   clean_env(HOME=str(home), SHELL="/bin/bash", PATH="/usr/bin:/bin"))
-    shown, deadline_s = b"", time.monotonic() + 120
+    shown, deadline_s = b"", time.monotonic() + 300
     while time.monotonic() < deadline_s:
         if not select.select([terminal], [], [], 0.5)[0]:
             continue
@@ -392,7 +390,7 @@ def test_anthropic_is_refused_where_the_server_runs(server: Server, free_home: P
 
     ran = piped(free_home, *at(server, "--all", "--yes", "--anthropic"))
 
-    assert ran.returncode == 1 and "drives it" in ran.stderr
+    assert ran.code == 1 and "drives it" in ran.stderr
     assert list(tree(free_home)) == [".claude/.credentials.json"]
 
 
@@ -401,7 +399,7 @@ def test_without_anthropic_nothing_of_anthropics_is_written(
 ) -> None:
     log_in(free_home)
 
-    assert piped(free_home, *at(server, "--all", "--yes")).returncode == 0
+    assert piped(free_home, *at(server, "--all", "--yes")).code == 0
 
     assert not [name for name, content in tree(free_home).items() if b"ANTHROPIC_" in content]
 
@@ -412,7 +410,7 @@ def test_with_anthropic_elsewhere_claude_code_and_shells_are_set(
     ran = piped(free_home, *at(server, "--only", "claude-code,shell", "--yes", "--anthropic"))
 
     settings = json.loads((free_home / ".claude/settings.json").read_text())
-    assert ran.returncode == 0 and settings["env"]["ANTHROPIC_BASE_URL"] == server.url
+    assert ran.code == 0 and settings["env"]["ANTHROPIC_BASE_URL"] == server.url
     assert f"ANTHROPIC_BASE_URL={server.url}" in (free_home / ".config/ocp/env.sh").read_text()
 
 
@@ -423,7 +421,7 @@ def test_a_loop_that_is_there_already_is_said(server: Server, free_home: Path) -
 
     ran = piped(free_home, *at(server, "--only", "aider", "--yes"))
 
-    assert ran.returncode == 0 and "round through the server" in ran.stdout
+    assert ran.code == 0 and "round through the server" in ran.stdout
 
 
 def test_an_address_of_anthropics_that_is_none_leads_nowhere(
@@ -432,7 +430,7 @@ def test_an_address_of_anthropics_that_is_none_leads_nowhere(
     ran = piped(free_home, *at(server, "--only", "aider", "--yes"),
                 ANTHROPIC_BASE_URL="http://[::1")
 
-    assert ran.returncode == 0 and "round through the server" not in ran.stdout
+    assert ran.code == 0 and "round through the server" not in ran.stdout
 
 
 # ---------------------------------------------------------------------------
@@ -442,7 +440,7 @@ def test_an_address_of_anthropics_that_is_none_leads_nowhere(
 def test_a_dry_run_writes_nothing_and_shows_all(server: Server, free_home: Path) -> None:
     ran = piped(free_home, *at(server, "--all", "--dry-run"))
 
-    assert ran.returncode == 0 and "more lines" not in ran.stdout
+    assert ran.code == 0 and "more lines" not in ran.stdout
     assert not list(free_home.iterdir())
 
 
@@ -466,7 +464,7 @@ def test_a_server_that_cannot_answer_is_said_and_is_no_success(
     with running_server(tmp_path / "server", {"turns": [[{"api_error": words}]]}) as broken:
         ran = piped(free_home, *at(broken, "--only", "aider", "--yes"))
 
-    assert ran.returncode == 1 and "does not answer: " in ran.stdout, ran
+    assert ran.code == 1 and "does not answer: " in ran.stdout, ran
     assert (free_home / ".aider.conf.yml").exists()
 
 
@@ -476,7 +474,7 @@ def test_what_a_terminal_cannot_show_is_no_failure(server: Server, free_home: Pa
 
     ran = piped(home, *at(server, "--only", "shell", "--yes"), PYTHONIOENCODING="ascii")
 
-    assert ran.returncode == 0 and "z?rich" in ran.stdout, ran
+    assert ran.code == 0 and "z?rich" in ran.stdout, ran
 
 
 def test_a_file_that_is_left_to_the_user_is_no_success(server: Server, free_home: Path) -> None:
@@ -484,14 +482,14 @@ def test_a_file_that_is_left_to_the_user_is_no_success(server: Server, free_home
 
     ran = piped(free_home, *at(server, "--only", "aider", "--yes"))
 
-    assert ran.returncode == 1 and "Put this in by hand:" in ran.stdout
+    assert ran.code == 1 and "Put this in by hand:" in ran.stdout
     assert (free_home / ".aider.conf.yml").read_text() == "{flow: true}\n"
 
 
 def test_undo_with_nothing_to_undo_is_fine(free_home: Path) -> None:
     ran = piped(free_home, "--undo")
 
-    assert ran.returncode == 0 and "nothing to take back" in ran.stdout
+    assert ran.code == 0 and "nothing to take back" in ran.stdout
 
 
 def test_every_tool_has_a_section_in_the_documentation() -> None:

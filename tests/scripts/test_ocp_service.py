@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 
-from ocp_world import (
+from clock import SkippingClock
+from ocp_command import (
     DEAD_URL,
     HEALTH,
-    Clock,
-    Outcome,
     Programs,
-    Stub,
+    StubServer,
     ocp,
-    outcome,
-    stub,
-    world,
+    ocp_env,
+    run_env,
+    stub_server,
     write_record,
 )
+from processes import Ran
 from project import REPO
 from server import running_server
 
@@ -38,7 +38,7 @@ NO_UNIT = "exit 3"
 class Manager:
     """A home, a stub of the server, and fake programs that start and stop it."""
 
-    def __init__(self, folder: Path, server: Stub) -> None:
+    def __init__(self, folder: Path, server: StubServer) -> None:
         self.home = folder / "home"
         self.home.mkdir()
         self.server = server
@@ -67,15 +67,15 @@ class Manager:
 
     def env(self, *words: str, **more: Any) -> Any:
         environ = {"PATH": self.programs.path, **more.pop("environ", {})}
-        return world(self.home, *words, environ=environ, **more)
+        return ocp_env(self.home, *words, environ=environ, **more)
 
-    def ocp(self, *words: str, **more: Any) -> Outcome:
-        return outcome(self.env(*words, **more))
+    def ocp(self, *words: str, **more: Any) -> Ran:
+        return run_env(self.env(*words, **more))
 
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[Manager]:
-    with stub() as server:
+    with stub_server() as server:
         yield Manager(tmp_path, server)
 
 
@@ -117,14 +117,14 @@ def test_the_recorded_service_is_used(manager: Manager, platform: str, verb: str
     unit = str(manager.home / "ocp.service")
     calls = [call.replace(unit, "UNIT") for call in manager.programs.calls()]
     assert calls == PLATFORMS[platform][verb]
-    assert ("answers at" in found.out) is (verb != "stop")
+    assert ("answers at" in found.stdout) is (verb != "stop")
 
 
 def test_a_service_of_the_system_wants_its_rights(manager: Manager) -> None:
     manager.record(platform="systemd-system")
     found = manager.ocp("restart", user_id=1000)
     assert found.code == ocp.Exit.DENIED
-    assert "sudo systemctl restart -- ocp.service" in found.err
+    assert "sudo systemctl restart -- ocp.service" in found.stderr
     assert manager.programs.calls() == []
 
 
@@ -132,7 +132,7 @@ def test_a_restart_that_changes_nothing_is_a_failure(manager: Manager) -> None:
     manager.record()
     manager.older_s = 600
     found = manager.ocp("restart")
-    assert found.code == 1 and "older server" in found.err
+    assert found.code == 1 and "older server" in found.stderr
     assert manager.ocp("start").code == 0
 
 
@@ -140,22 +140,22 @@ def test_another_version_than_the_installed_one_is_a_failure(manager: Manager) -
     manager.record()
     manager.version = "0.0.9"
     found = manager.ocp("restart")
-    assert found.code == 1 and f"version 0.0.9 is served, not {VERSION}" in found.err
+    assert found.code == 1 and f"version 0.0.9 is served, not {VERSION}" in found.stderr
 
 
 def test_a_server_that_does_not_come_up_is_a_failure_with_the_reason(manager: Manager) -> None:
     manager.record()
     manager.programs.add("systemctl", "echo 'Unit ocp.service not found.' >&2; exit 5")
     found = manager.ocp("start")
-    assert found.code == 1 and "Unit ocp.service not found" in found.err
-    assert "Nobody listens on its port" in found.err
+    assert found.code == 1 and "Unit ocp.service not found" in found.stderr
+    assert "Nobody listens on its port" in found.stderr
 
 
 def test_success_is_measured_and_not_believed(manager: Manager) -> None:
     manager.record()
     manager.programs.add("systemctl", f"touch {manager.up}; echo odd >&2; exit 1")
     found = manager.ocp("restart")
-    assert found.code == 0 and "although this failed" in found.err and "odd" in found.err
+    assert found.code == 0 and "although this failed" in found.stderr and "odd" in found.stderr
 
 
 def test_a_server_that_goes_on_after_stop_is_a_failure(manager: Manager) -> None:
@@ -163,7 +163,7 @@ def test_a_server_that_goes_on_after_stop_is_a_failure(manager: Manager) -> None
     manager.up.touch()
     manager.programs.add("systemctl")
     found = manager.ocp("stop")
-    assert found.code == 1 and "still answers" in found.err
+    assert found.code == 1 and "still answers" in found.stderr
 
 
 def test_launchd_is_asked_again_while_it_refuses(manager: Manager) -> None:
@@ -182,7 +182,7 @@ def test_a_missing_manager_is_named(manager: Manager) -> None:
     manager.record()
     (manager.programs.folder / "systemctl").unlink()
     found = manager.ocp("restart", environ={"PATH": str(manager.programs.folder)})
-    assert found.code == 1 and "systemctl: No such file" in found.err
+    assert found.code == 1 and "systemctl: No such file" in found.stderr
 
 
 def test_a_label_is_never_an_option(manager: Manager) -> None:
@@ -195,7 +195,7 @@ def test_a_label_is_never_an_option(manager: Manager) -> None:
 # Without one
 # ---------------------------------------------------------------------------
 
-def without_record(manager: Manager, verb: str, **more: Any) -> Outcome:
+def without_record(manager: Manager, verb: str, **more: Any) -> Ran:
     return manager.ocp(verb, environ={"OCP_URL": manager.server.url}, **more)
 
 
@@ -208,15 +208,16 @@ def listener(manager: Manager, pid: int, path: str = "") -> None:
 
 def test_nobody_listens(manager: Manager) -> None:
     start, stop = without_record(manager, "start"), without_record(manager, "stop")
-    assert start.code == 1 and "ocp_server.py" in start.err and "setup.py_install.py" in start.err
-    assert stop.code == 0 and "Nothing listens" in stop.out
+    assert start.code == 1 and "ocp_server.py" in start.stderr
+    assert "setup.py_install.py" in start.stderr
+    assert stop.code == 0 and "Nothing listens" in stop.stdout
 
 
 def test_a_foreign_process_is_left_alone(manager: Manager) -> None:
     listener(manager, os.getpid())
     for verb in ("start", "stop", "restart"):
         found = without_record(manager, verb)
-        assert found.code == 1 and "left alone" in found.err and str(os.getpid()) in found.err
+        assert found.code == 1 and "left alone" in found.stderr and str(os.getpid()) in found.stderr
 
 
 def test_a_server_started_by_hand_gets_the_exact_command(manager: Manager, tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_a_server_started_by_hand_gets_the_exact_command(manager: Manager, tmp_p
         for verb in ("stop", "restart"):
             found = without_record(manager, verb)
             assert found.code == 1
-            assert f"kill {server.pid}" in found.err or "systemctl" in found.err
+            assert f"kill {server.pid}" in found.stderr or "systemctl" in found.stderr
         assert server.process.poll() is None
         assert without_record(manager, "start").code == 0
 
@@ -236,14 +237,14 @@ def test_on_macos_lsof_is_asked(manager: Manager, command: str, code: int) -> No
     listener(manager, 99_999_999, command)
     found = without_record(manager, "stop", platform="darwin")
     assert found.code == code
-    assert ("kill 99999999" in found.err) is command.endswith("ocp_server.py")
+    assert ("kill 99999999" in found.stderr) is command.endswith("ocp_server.py")
     assert any(call.startswith("lsof -nP -iTCP:") for call in manager.programs.calls())
 
 
 def test_what_cannot_be_found_out_is_not_nobody(manager: Manager) -> None:
     manager.programs.add("lsof", "echo 'lsof: no rights' >&2; exit 1")
     found = without_record(manager, "stop", platform="darwin")
-    assert found.code == 1 and "unknown" in found.err and "no rights" in found.err
+    assert found.code == 1 and "unknown" in found.stderr and "no rights" in found.stderr
 
 
 def test_without_ss_linux_is_asked_itself(manager: Manager) -> None:
@@ -263,7 +264,7 @@ def test_another_users_listener_is_seen_but_not_named(manager: Manager) -> None:
 
 def test_another_machine_is_not_started_from_here(manager: Manager) -> None:
     found = manager.ocp("restart", environ={"OCP_URL": "http://192.0.2.1:3456"})
-    assert found.code == 1 and "is another machine" in found.err
+    assert found.code == 1 and "is another machine" in found.stderr
 
 
 @pytest.mark.parametrize("script, code", [
@@ -272,12 +273,12 @@ def test_the_gateway_is_restarted_by_openclaw(manager: Manager, script: str, cod
     manager.programs.add("openclaw", script)
     found = manager.ocp("restart", "gateway")
     assert found.code == code and manager.programs.calls() == ["openclaw gateway restart"]
-    assert "restarted" in found.out if code == 0 else "no gateway" in found.err
+    assert "restarted" in found.stdout if code == 0 else "no gateway" in found.stderr
 
 
 def test_without_openclaw_there_is_no_gateway(manager: Manager) -> None:
     found = manager.ocp("restart", "gateway", environ={"PATH": str(manager.programs.folder)})
-    assert found.code == 1 and "Is OpenClaw installed" in found.err
+    assert found.code == 1 and "Is OpenClaw installed" in found.stderr
 
 
 # ---------------------------------------------------------------------------
@@ -294,7 +295,7 @@ KEYS = [
 def examined(manager: Manager, **more: Any) -> Json:
     """The doctor's report; its exit code has to fit."""
     found = manager.ocp("doctor", "--json", **more)
-    answer = json.loads(found.out)
+    answer = json.loads(found.stdout)
     assert found.code == (1 if answer["fail_count"] else 0)
     answer["levels"] = {check["id"]: check["level"] for check in answer["checks"]}
     answer["messages"] = {check["id"]: check["message"] for check in answer["checks"]}
@@ -424,7 +425,7 @@ def test_a_service_that_does_not_start_by_itself_is_a_warning(healthy: Manager) 
 
 
 def test_a_clock_that_is_wrong_is_a_warning(healthy: Manager) -> None:
-    ahead = Clock()
+    ahead = SkippingClock()
     ahead.ahead_s = 1000
     assert examined(healthy, clock=ahead)["levels"]["clock"] == "WARN"
 
@@ -471,7 +472,7 @@ def test_the_environment_of_the_service_is_read(tmp_path: Path) -> None:
     unit.write_text('[Service]\nEnvironment="CLAUDE_BIN=/a b/claude" "X=50%%"\n')
     variables.write_text("# secret\nPROXY_API_KEY='se cret'\nBAD LINE=1\nCLAUDE_PROXY_PORT=4000\n")
     write_record(tmp_path, "http://127.0.0.1:3999", unit_path=str(unit), env_file=str(variables))
-    env = world(tmp_path, environ={"CLAUDE_TIMEOUT": "of the shell"})
+    env = ocp_env(tmp_path, environ={"CLAUDE_TIMEOUT": "of the shell"})
     found = ocp.service_environ(env, ocp.read_record(env))
     assert found["CLAUDE_BIN"] == "/a b/claude" and found["X"] == "50%"
     assert found["PROXY_API_KEY"] == "se cret" and found["CLAUDE_PROXY_PORT"] == "4000"
@@ -481,9 +482,9 @@ def test_the_environment_of_the_service_is_read(tmp_path: Path) -> None:
 def test_doctor_on_a_real_server(tmp_path: Path) -> None:
     with running_server(tmp_path / "server") as server:
         environ = {"OCP_URL": server.url, "OCP_HOME": str(server.ocp_home)}
-        env = world(tmp_path, "doctor", "--json", environ=environ)
-        answer = json.loads(outcome(env).out)
-        shown = outcome(world(tmp_path, "doctor", environ=environ)).out
+        env = ocp_env(tmp_path, "doctor", "--json", environ=environ)
+        answer = json.loads(run_env(env).stdout)
+        shown = run_env(ocp_env(tmp_path, "doctor", environ=environ)).stdout
     levels = {check["id"]: check["level"] for check in answer["checks"]}
     for name in ("service_running", "database", "port_owner", "clock", "file_modes",
                  "service_version_matches_tree", "claude_found", "claude_version"):

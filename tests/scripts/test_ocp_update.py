@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from ocp_world import HEALTH, Outcome, ocp, outcome, stub, world, write_record
+from ocp_command import HEALTH, ocp, ocp_env, run_env, stub_server, write_record
+from processes import Ran
 from project import clean_env
 
 Json = Any
@@ -68,7 +69,7 @@ class PowerCut(BaseException):
     """The machine is off."""
 
 
-class Machine:
+class UpdateMachine:
     """A checkout, its service and its database. Commands run on it until the power goes."""
 
     def __init__(self, folder: Path, template: Path, url: str) -> None:
@@ -140,13 +141,13 @@ class Machine:
         return ocp.run_command(
             command, environ={**environ, "GIT_CONFIG_NOSYSTEM": "1"}, **options)
 
-    def ocp(self, *words: str, **more: Any) -> Outcome:
-        return outcome(world(self.home, *words, tree=self.tree, run=self.run, **more))
+    def ocp(self, *words: str, **more: Any) -> Ran:
+        return run_env(ocp_env(self.home, *words, tree=self.tree, run=self.run, **more))
 
     # -- what there is afterwards ----------------------------------------------
 
     def states(self) -> list[str]:
-        snapshots = ocp.read_snapshots(world(self.home))
+        snapshots = ocp.read_snapshots(ocp_env(self.home))
         return [snapshot.journal.state for snapshot in snapshots]
 
     def notes(self) -> list[str]:
@@ -167,16 +168,16 @@ class Machine:
 
 
 @contextlib.contextmanager
-def machine_of(folder: Path, template: Path) -> Iterator[Machine]:
-    with stub() as server:
-        machine = Machine(folder, template, server.url)
+def machine_of(folder: Path, template: Path) -> Iterator[UpdateMachine]:
+    with stub_server() as server:
+        machine = UpdateMachine(folder, template, server.url)
         server.answers["GET /health"] = machine.health
         server.answers["GET /settings"] = (200, {"timeout": {"value": 5}})
         yield machine
 
 
 @pytest.fixture
-def machine(tmp_path: Path, template: Path) -> Iterator[Machine]:
+def machine(tmp_path: Path, template: Path) -> Iterator[UpdateMachine]:
     with machine_of(tmp_path, template) as found:
         yield found
 
@@ -188,14 +189,14 @@ FORWARD = ("update", "--yes", "--target", "v0.2.0")
 # Forward
 # ---------------------------------------------------------------------------
 
-def test_forward_with_everything_saved_first(machine: Machine) -> None:
+def test_forward_with_everything_saved_first(machine: UpdateMachine) -> None:
     (machine.home / ".ocp" / "admin-key").write_text("secret")
     found = machine.ocp(*FORWARD)
-    assert found.code == 0 and "updated to v0.2.0" in found.out, found
+    assert found.code == 0 and "updated to v0.2.0" in found.stdout, found
     machine.check("0.2.0")
     assert machine.states() == ["done"]
     assert machine.calls == ["systemctl --user restart -- ocp.service"]
-    snapshot = ocp.read_snapshots(world(machine.home))[0]
+    snapshot = ocp.read_snapshots(ocp_env(machine.home))[0]
     names = set(os.listdir(snapshot.folder))
     assert names == {"journal.json", "ocp.db", "unit", "admin-key", "install.json", "models.json",
                      "settings.json"}
@@ -204,39 +205,41 @@ def test_forward_with_everything_saved_first(machine: Machine) -> None:
     assert os.stat(snapshot.folder).st_mode & 0o777 == 0o700
 
 
-def test_the_snapshot_has_rows_that_were_only_in_the_write_ahead_log(machine: Machine) -> None:
+def test_the_snapshot_has_rows_that_were_only_in_the_write_ahead_log(
+    machine: UpdateMachine
+) -> None:
     with contextlib.closing(sqlite3.connect(machine.database)) as busy:
         busy.execute("PRAGMA wal_autocheckpoint=0")
         busy.execute("INSERT INTO notes VALUES ('in the log')")
         busy.commit()
         assert machine.ocp(*FORWARD).code == 0
-    saved = ocp.read_snapshots(world(machine.home))[0].path("ocp.db")
+    saved = ocp.read_snapshots(ocp_env(machine.home))[0].path("ocp.db")
     with contextlib.closing(sqlite3.connect(saved)) as copy:
         assert ("in the log",) in copy.execute("SELECT text FROM notes").fetchall()
 
 
-def test_already_there(machine: Machine) -> None:
+def test_already_there(machine: UpdateMachine) -> None:
     assert machine.ocp(*FORWARD).code == 0
     again = machine.ocp(*FORWARD)
-    assert again.code == 0 and "nothing newer" in again.out
+    assert again.code == 0 and "nothing newer" in again.stdout
     assert machine.states() == ["done"] and len(machine.calls) == 1
 
 
-def test_check_and_dry_run_change_nothing(machine: Machine) -> None:
+def test_check_and_dry_run_change_nothing(machine: UpdateMachine) -> None:
     before = git(machine.tree, "for-each-ref")
     check = machine.ocp("update", "--check")
-    assert check.code == 0 and "installed v0.1.0, v0.3.0 is there" in check.out
+    assert check.code == 0 and "installed v0.1.0, v0.3.0 is there" in check.stdout
     dry = machine.ocp("update", "--dry-run", "--target", "0.2.0")
-    assert dry.code == 0 and "v0.1.0 -> v0.2.0" in dry.out
+    assert dry.code == 0 and "v0.1.0 -> v0.2.0" in dry.stdout
     assert git(machine.tree, "for-each-ref") == before
     assert machine.states() == [] and machine.calls == []
 
 
-def test_a_person_is_asked_and_may_say_no(machine: Machine) -> None:
+def test_a_person_is_asked_and_may_say_no(machine: UpdateMachine) -> None:
     words = ("update", "--target", "v0.2.0")
     assert machine.ocp(*words).code == ocp.Exit.USAGE
     no = machine.ocp(*words, terminal=True, stdin="n\n")
-    assert no.code == 1 and "Nothing was changed" in no.err
+    assert no.code == 1 and "Nothing was changed" in no.stderr
     machine.check("0.1.0")
     assert machine.ocp(*words, terminal=True, stdin="y\n").code == 0
     machine.check("0.2.0")
@@ -246,16 +249,18 @@ def test_a_person_is_asked_and_may_say_no(machine: Machine) -> None:
     ("v9.9.9", 1, "no release v9.9.9"), ("nightly", 2, "no version"), ("; rm -rf", 2, "no version"),
     ("--upload-pack=x", 2, ""), ("v0.1", 2, "no version"),
 ])
-def test_targets_that_are_none(machine: Machine, target: str, code: int, message: str) -> None:
+def test_targets_that_are_none(
+    machine: UpdateMachine, target: str, code: int, message: str
+) -> None:
     found = machine.ocp("update", "--yes", "--target", target)
-    assert found.code == code and message in found.err
+    assert found.code == code and message in found.stderr
     machine.check("0.1.0")
 
 
-def test_an_older_target_is_no_update(machine: Machine) -> None:
+def test_an_older_target_is_no_update(machine: UpdateMachine) -> None:
     assert machine.ocp(*FORWARD).code == 0
     found = machine.ocp("update", "--yes", "--target", "v0.1.0")
-    assert found.code == 1 and "--rollback" in found.err
+    assert found.code == 1 and "--rollback" in found.stderr
     machine.check("0.2.0")
 
 
@@ -263,67 +268,69 @@ def test_an_older_target_is_no_update(machine: Machine) -> None:
 # Not forward
 # ---------------------------------------------------------------------------
 
-def test_never_over_local_changes(machine: Machine) -> None:
+def test_never_over_local_changes(machine: UpdateMachine) -> None:
     (machine.tree / "models.json").write_text("mine")
     found = machine.ocp(*FORWARD)
-    assert found.code == 1 and "local changes: models.json" in found.err
+    assert found.code == 1 and "local changes: models.json" in found.stderr
     assert (machine.tree / "models.json").read_text() == "mine"
     assert machine.states() == [] and machine.calls == []
 
 
-def test_never_over_commits_of_ones_own(machine: Machine) -> None:
+def test_never_over_commits_of_ones_own(machine: UpdateMachine) -> None:
     git(machine.tree, "commit", "-q", "--allow-empty", "-m", "mine")
     found = machine.ocp(*FORWARD)
-    assert found.code == 1 and "commits of its own" in found.err
+    assert found.code == 1 and "commits of its own" in found.stderr
     assert machine.states() == []
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_a_file_that_would_be_overwritten_is_not(machine: Machine, ignored: bool) -> None:
+def test_a_file_that_would_be_overwritten_is_not(machine: UpdateMachine, ignored: bool) -> None:
     (machine.tree / "only-in-0.2.0").write_text("mine")
     if ignored:
         (machine.tree / ".git" / "info" / "exclude").write_text("only-in-*\n")
     found = machine.ocp(*FORWARD)
-    assert found.code == 1 and "Nothing was changed" in found.err
+    assert found.code == 1 and "Nothing was changed" in found.stderr
     assert (machine.tree / "only-in-0.2.0").read_text() == "mine"
     assert machine.version() == "0.1.0" and machine.states() == ["refused"]
     assert machine.calls == []
 
 
-def test_a_release_that_would_not_start_is_not_installed(machine: Machine) -> None:
+def test_a_release_that_would_not_start_is_not_installed(machine: UpdateMachine) -> None:
     found = machine.ocp("update", "--yes")
-    assert found.code == 1 and "settings are wrong" in found.err
-    assert "nothing was changed" in found.err
+    assert found.code == 1 and "settings are wrong" in found.stderr
+    assert "nothing was changed" in found.stderr
     machine.check("0.1.0")
     assert machine.states() == ["refused"] and machine.calls == []
 
 
-def test_a_server_that_does_not_come_back_brings_the_old_one_back(machine: Machine) -> None:
+def test_a_server_that_does_not_come_back_brings_the_old_one_back(machine: UpdateMachine) -> None:
     machine.dead = {"0.2.0"}
     found = machine.ocp(*FORWARD)
-    assert found.code == 1 and "does not answer" in found.err and "rolled back" in found.out
+    assert found.code == 1 and "does not answer" in found.stderr and "rolled back" in found.stdout
     machine.check("0.1.0")
     assert machine.states() == ["undone"]
     assert git(machine.tree, "rev-parse", "--abbrev-ref", "HEAD") == "main"
 
 
-def test_a_database_in_the_new_form_is_put_back(machine: Machine) -> None:
+def test_a_database_in_the_new_form_is_put_back(machine: UpdateMachine) -> None:
     machine.dead, machine.migrates = {"0.2.0"}, True
     found = machine.ocp(*FORWARD)
-    assert found.code == 1 and "newer-ocp.db" in found.err
+    assert found.code == 1 and "newer-ocp.db" in found.stderr
     machine.check("0.1.0")
     assert machine.notes() == ["kept"]
     verbs = [call.split()[2] for call in machine.calls]
     assert verbs == ["restart", "stop", "restart"]
     assert ocp.database_version(str(machine.database)) == 1
-    snapshot = ocp.read_snapshots(world(machine.home))[0]
+    snapshot = ocp.read_snapshots(ocp_env(machine.home))[0]
     assert not os.path.exists(snapshot.path("ocp.db-wal"))
     newer = snapshot.path("newer-ocp.db")
     assert ocp.database_version(newer) == 2
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_a_database_that_is_put_back_belongs_to_the_user_of_the_service(machine: Machine) -> None:
+def test_a_database_that_is_put_back_belongs_to_the_user_of_the_service(
+    machine: UpdateMachine
+) -> None:
     for path in [machine.database.parent, *machine.database.parent.glob("ocp.db*")]:
         os.chown(path, 12345, 23456)
     machine.dead, machine.migrates = {"0.2.0"}, True
@@ -332,9 +339,9 @@ def test_a_database_that_is_put_back_belongs_to_the_user_of_the_service(machine:
     assert (machine.database.stat().st_uid, machine.database.stat().st_gid) == (12345, 23456)
 
 
-def test_no_log_of_another_database_is_played_into_the_saved_one(machine: Machine) -> None:
+def test_no_log_of_another_database_is_played_into_the_saved_one(machine: UpdateMachine) -> None:
     assert machine.ocp(*FORWARD).code == 0
-    snapshot = ocp.read_snapshots(world(machine.home))[0]
+    snapshot = ocp.read_snapshots(ocp_env(machine.home))[0]
     with contextlib.closing(sqlite3.connect(machine.database)) as dead_server:
         dead_server.execute("PRAGMA wal_autocheckpoint=0")
         dead_server.execute("INSERT INTO notes VALUES ('only in the log')")
@@ -346,7 +353,7 @@ def test_no_log_of_another_database_is_played_into_the_saved_one(machine: Machin
     assert machine.notes() == ["kept"]
 
 
-def test_a_database_is_put_back_once(machine: Machine) -> None:
+def test_a_database_is_put_back_once(machine: UpdateMachine) -> None:
     machine.dead, machine.migrates = {"0.2.0"}, True
     run = machine.run
 
@@ -368,7 +375,7 @@ def test_a_database_is_put_back_once(machine: Machine) -> None:
     assert machine.notes() == ["kept", "since the boot"]
 
 
-def test_a_first_database_in_the_new_form_is_put_away(machine: Machine) -> None:
+def test_a_first_database_in_the_new_form_is_put_away(machine: UpdateMachine) -> None:
     for path in machine.database.parent.glob("ocp.db*"):
         path.unlink()
     machine.dead, machine.migrates = {"0.2.0"}, True
@@ -385,58 +392,58 @@ def test_a_first_database_in_the_new_form_is_put_away(machine: Machine) -> None:
     assert ocp.database_version(str(machine.database)) == 1
 
 
-def test_an_old_process_that_goes_on_answering_is_no_success(machine: Machine) -> None:
+def test_an_old_process_that_goes_on_answering_is_no_success(machine: UpdateMachine) -> None:
     machine.start = lambda: None  # type: ignore[method-assign]
     machine.started_s -= 100
     found = machine.ocp(*FORWARD)
-    assert found.code == 1 and "older server" in found.err
+    assert found.code == 1 and "older server" in found.stderr
     assert machine.version() == "0.1.0" and machine.states() == ["undone"]
 
 
-def test_a_database_that_cannot_be_saved_stops_it_all(machine: Machine) -> None:
+def test_a_database_that_cannot_be_saved_stops_it_all(machine: UpdateMachine) -> None:
     for suffix in ("-wal", "-shm"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{machine.database}{suffix}")
     machine.database.write_text("not a database, but long enough to be taken for one " * 50)
     found = machine.ocp(*FORWARD)
-    assert found.code == 1 and "cannot be saved" in found.err
+    assert found.code == 1 and "cannot be saved" in found.stderr
     assert machine.version() == "0.1.0" and machine.states() == []
 
 
 def test_what_is_no_checkout_is_explained(tmp_path: Path) -> None:
     (tmp_path / "ocp_server.py").write_text('VERSION = "0.1.0"\n')
-    found = outcome(world(tmp_path, "update", "--yes", tree=tmp_path))
-    assert found.code == 1 and "updated by hand" in found.err
+    found = run_env(ocp_env(tmp_path, "update", "--yes", tree=tmp_path))
+    assert found.code == 1 and "updated by hand" in found.stderr
 
 
-def test_a_remote_that_cannot_be_asked_is_not_up_to_date(machine: Machine) -> None:
+def test_a_remote_that_cannot_be_asked_is_not_up_to_date(machine: UpdateMachine) -> None:
     git(machine.tree, "remote", "set-url", "origin", str(machine.home / "gone"))
     for words in (("update", "--check"), FORWARD):
         found = machine.ocp(*words)
-        assert found.code == 1 and "ls-remote" in found.err
+        assert found.code == 1 and "ls-remote" in found.stderr
 
 
-def test_a_service_of_another_tree_is_not_restarted_for_nothing(machine: Machine) -> None:
+def test_a_service_of_another_tree_is_not_restarted_for_nothing(machine: UpdateMachine) -> None:
     write_record(machine.home, machine.url, machine.home)
     found = machine.ocp(*FORWARD)
-    assert found.code == 1 and "is not in" in found.err
+    assert found.code == 1 and "is not in" in found.stderr
     machine.check("0.1.0")
 
 
-def test_without_a_service_the_files_are_updated_and_it_says_so(machine: Machine) -> None:
+def test_without_a_service_the_files_are_updated_and_it_says_so(machine: UpdateMachine) -> None:
     (machine.home / ".ocp" / "install.json").unlink()
     found = machine.ocp(*FORWARD)
-    assert found.code == 0 and "restart it yourself" in found.out
+    assert found.code == 0 and "restart it yourself" in found.stdout
     assert machine.version() == "0.2.0" and machine.calls == []
 
 
-def test_one_update_at_a_time(machine: Machine) -> None:
-    with ocp.only_one(world(machine.home)):
+def test_one_update_at_a_time(machine: UpdateMachine) -> None:
+    with ocp.only_one(ocp_env(machine.home)):
         found = machine.ocp(*FORWARD)
-    assert found.code == 1 and "Another" in found.err
+    assert found.code == 1 and "Another" in found.stderr
 
 
-def test_git_is_not_led_elsewhere(machine: Machine) -> None:
+def test_git_is_not_led_elsewhere(machine: UpdateMachine) -> None:
     hook = machine.tree / ".git" / "hooks" / "post-checkout"
     hook.write_text("#!/bin/sh\ntouch hooked\n")
     hook.chmod(0o755)
@@ -449,23 +456,23 @@ def test_git_is_not_led_elsewhere(machine: Machine) -> None:
 # Back
 # ---------------------------------------------------------------------------
 
-def test_back_to_where_it_came_from(machine: Machine) -> None:
+def test_back_to_where_it_came_from(machine: UpdateMachine) -> None:
     assert machine.ocp(*FORWARD).code == 0
     listed = machine.ocp("update", "--rollback", "--list")
-    assert listed.code == 0 and "v0.1.0" in listed.out and "done" in listed.out
+    assert listed.code == 0 and "v0.1.0" in listed.stdout and "done" in listed.stdout
     assert machine.ocp("update", "--rollback", "--dry-run").code == 0
     assert machine.ocp("update", "--rollback").code == ocp.Exit.USAGE
     machine.check("0.2.0")
     (machine.home / "ocp.service").unlink()
     found = machine.ocp("update", "--rollback", "--yes")
-    assert found.code == 0 and "rolled back to v0.1.0" in found.out
+    assert found.code == 0 and "rolled back to v0.1.0" in found.stdout
     machine.check("0.1.0")
     assert (machine.home / "ocp.service").exists()
     again = machine.ocp("update", "--rollback", "--yes")
-    assert again.code == 1 and "no finished update" in again.err
+    assert again.code == 1 and "no finished update" in again.stderr
 
 
-def test_rows_written_since_are_kept_when_the_form_is_the_same(machine: Machine) -> None:
+def test_rows_written_since_are_kept_when_the_form_is_the_same(machine: UpdateMachine) -> None:
     assert machine.ocp(*FORWARD).code == 0
     with contextlib.closing(sqlite3.connect(machine.database)) as connection:
         connection.execute("INSERT INTO notes VALUES ('since')")
@@ -474,15 +481,15 @@ def test_rows_written_since_are_kept_when_the_form_is_the_same(machine: Machine)
     assert machine.notes() == ["kept", "since"]
 
 
-def test_back_is_not_over_local_changes_either(machine: Machine) -> None:
+def test_back_is_not_over_local_changes_either(machine: UpdateMachine) -> None:
     assert machine.ocp(*FORWARD).code == 0
     (machine.tree / "models.json").write_text("mine")
     found = machine.ocp("update", "--rollback", "--yes")
-    assert found.code == 1 and "left alone" in found.err
+    assert found.code == 1 and "left alone" in found.stderr
     assert (machine.tree / "models.json").read_text() == "mine"
 
 
-def test_a_branch_that_has_moved_is_not_moved_back(machine: Machine) -> None:
+def test_a_branch_that_has_moved_is_not_moved_back(machine: UpdateMachine) -> None:
     assert machine.ocp(*FORWARD).code == 0
     git(machine.tree, "branch", "-f", "main", "v0.2.0")
     assert machine.ocp("update", "--rollback", "--yes").code == 0
@@ -490,8 +497,8 @@ def test_a_branch_that_has_moved_is_not_moved_back(machine: Machine) -> None:
     assert git(machine.tree, "rev-parse", "main") == git(machine.tree, "rev-parse", "v0.2.0^{}")
 
 
-def test_old_snapshots_go_and_unfinished_ones(machine: Machine) -> None:
-    folder = Path(ocp.snapshots_folder(world(machine.home)))
+def test_old_snapshots_go_and_unfinished_ones(machine: UpdateMachine) -> None:
+    folder = Path(ocp.snapshots_folder(ocp_env(machine.home)))
     journal = ocp.Journal("done", str(machine.tree), "", "a", "", "0.0.1", "b", "0.0.2", "")
     for number in range(8):
         (folder / f"2020010{number}T000000Z").mkdir(parents=True)
@@ -505,7 +512,7 @@ def test_old_snapshots_go_and_unfinished_ones(machine: Machine) -> None:
 # Power cuts
 # ---------------------------------------------------------------------------
 
-def with_power_for(machine: Machine, steps: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+def with_power_for(machine: UpdateMachine, steps: int, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Updates until the power goes after so many steps, and boots again; whether it went."""
     real_replace, real_rename, real_rmtree = os.replace, os.rename, shutil.rmtree
 
@@ -549,7 +556,7 @@ def test_a_power_cut_between_any_two_steps_is_recovered_from(
             words = ("update", "--rollback", "--yes") if back else FORWARD
             found = machine.ocp(*words)
             if interrupted:
-                assert "was interrupted" in found.err
+                assert "was interrupted" in found.stderr
             # The boot after the cut may have found files of either release.
             machine.check("0.1.0", "0.2.0")
             if back and cut:
@@ -576,9 +583,9 @@ def test_a_power_cut_on_the_way_back_is_recovered_from(
     assert steps > 22
 
 
-def test_a_checkout_that_was_torn_is_undone(machine: Machine) -> None:
+def test_a_checkout_that_was_torn_is_undone(machine: UpdateMachine) -> None:
     assert machine.ocp(*FORWARD).code == 0
-    snapshot = ocp.read_snapshots(world(machine.home))[0].at("switching", is_torn=True)
+    snapshot = ocp.read_snapshots(ocp_env(machine.home))[0].at("switching", is_torn=True)
     git(machine.tree, "checkout", "-q", "main")
     (machine.tree / "ocp_server.py").write_text('VERSION = "0.2')
     (machine.tree / "models.json").unlink()
@@ -586,7 +593,7 @@ def test_a_checkout_that_was_torn_is_undone(machine: Machine) -> None:
     lock.write_text("")
     os.utime(lock, (0, 0))
     found = machine.ocp("update", "--yes")
-    assert found.code == 1 and "Undoing it" in found.err, found
+    assert found.code == 1 and "Undoing it" in found.stderr, found
     machine.check("0.1.0")
     assert json.loads(Path(snapshot.path("journal.json")).read_text())["state"] == "undone"
 
@@ -608,7 +615,7 @@ OPENCLAWS = {
 
 @pytest.mark.parametrize("case", sorted(OPENCLAWS))
 def test_openclaw_is_told_of_the_models_and_cannot_stop_an_update(
-    machine: Machine, case: str,
+    machine: UpdateMachine, case: str,
 ) -> None:
     printed, code, out, err = OPENCLAWS[case]
     # No release has the script; a file of the user's own is not in the way of any.
@@ -622,24 +629,24 @@ def test_openclaw_is_told_of_the_models_and_cannot_stop_an_update(
     back = machine.ocp("update", "--rollback", "--yes")
 
     assert found.code == 0 and back.code == 0
-    assert out in found.out and err in found.err and (out or "OpenClaw" not in found.out)
+    assert out in found.stdout and err in found.stderr and (out or "OpenClaw" not in found.stdout)
     assert (machine.tree / "seen").read_text() == 2 * f"['--sync', '{machine.url}', '--json']"
     machine.check("0.1.0")
 
 
-def test_the_copy_of_ocp_in_a_snapshot_finishes_the_work(machine: Machine) -> None:
+def test_the_copy_of_ocp_in_a_snapshot_finishes_the_work(machine: UpdateMachine) -> None:
     assert machine.ocp(*FORWARD).code == 0
-    snapshot = ocp.read_snapshots(world(machine.home))[0].at("switched")
-    env = world(machine.home, "update", "--rollback", "--yes", tree=Path(snapshot.folder),
+    snapshot = ocp.read_snapshots(ocp_env(machine.home))[0].at("switched")
+    env = ocp_env(machine.home, "update", "--rollback", "--yes", tree=Path(snapshot.folder),
                 run=machine.run)
-    found = outcome(env)
-    assert found.code == 0 and "rolled back to v0.1.0" in found.out
+    found = run_env(env)
+    assert found.code == 0 and "rolled back to v0.1.0" in found.stdout
     machine.check("0.1.0")
 
 
-def test_looking_does_not_recover(machine: Machine) -> None:
+def test_looking_does_not_recover(machine: UpdateMachine) -> None:
     assert machine.ocp(*FORWARD).code == 0
-    ocp.read_snapshots(world(machine.home))[0].at("switched")
+    ocp.read_snapshots(ocp_env(machine.home))[0].at("switched")
     found = machine.ocp("update", "--dry-run")
-    assert found.code == 1 and "interrupted" in found.err
+    assert found.code == 1 and "interrupted" in found.stderr
     assert machine.states() == ["switched"]

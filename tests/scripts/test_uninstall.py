@@ -19,7 +19,7 @@ Json = Any
 uninstall: ModuleType = load_script("uninstall")
 
 
-class Machine:
+class UninstallMachine:
     """A HOME with a record in it, and stand-ins of the service managers without processes."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,8 +59,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(tmp_path, monkeypatch)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UninstallMachine:
+    return UninstallMachine(tmp_path, monkeypatch)
 
 
 def command(*undo: str) -> Json:
@@ -68,7 +68,7 @@ def command(*undo: str) -> Json:
 
 
 def test_a_record_is_undone_backwards_and_then_nothing_is_left(
-    machine: Machine, capsys: pytest.CaptureFixture[str]
+    machine: UninstallMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reload = ["systemctl", "--user", "daemon-reload"]
     entries = [
@@ -91,7 +91,7 @@ def test_a_record_is_undone_backwards_and_then_nothing_is_left(
     assert "Nothing of OCP's service is left here." in capsys.readouterr().out
 
 
-def test_what_is_gone_already_is_no_failure(machine: Machine) -> None:
+def test_what_is_gone_already_is_no_failure(machine: UninstallMachine) -> None:
     gone = machine.file("gone", "text")
     os.unlink(gone["path"])
     machine.record(
@@ -103,7 +103,7 @@ def test_what_is_gone_already_is_no_failure(machine: Machine) -> None:
 
 
 def test_backups_come_back_and_changed_files_stay(
-    machine: Machine, capsys: pytest.CaptureFixture[str]
+    machine: UninstallMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = machine.file("changed", "as installed")
     changed_too = machine.file("changed too", "as installed", backup="as before")
@@ -118,7 +118,7 @@ def test_backups_come_back_and_changed_files_stay(
     assert "changed too.ocp-backup is what was there" in shown
 
 
-def test_a_backup_whose_new_file_was_never_written_goes_quietly(machine: Machine) -> None:
+def test_a_backup_whose_new_file_was_never_written_goes_quietly(machine: UninstallMachine) -> None:
     entry = machine.file("launcher", "theirs", backup="theirs", sha256=["of what never came"])
     machine.record(entry)
     assert machine.run("--yes") == 0
@@ -126,7 +126,7 @@ def test_a_backup_whose_new_file_was_never_written_goes_quietly(machine: Machine
 
 
 def test_data_stays_unless_it_is_purged(
-    machine: Machine, capsys: pytest.CaptureFixture[str]
+    machine: UninstallMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = machine.file(".ocp/ocp.env", "A=1", data=True)
     (machine.ocp / "ocp.db").write_text("keys")
@@ -141,7 +141,7 @@ def test_data_stays_unless_it_is_purged(
     assert machine.run("--yes", "--purge") == 0
 
 
-def test_settings_that_the_user_changed_are_purged_too(machine: Machine) -> None:
+def test_settings_that_the_user_changed_are_purged_too(machine: UninstallMachine) -> None:
     machine.record(machine.file(".ocp/ocp.env", "A=1", data=True))
     (machine.ocp / "ocp.env").write_text("A=2")
     assert machine.run("--yes", "--purge") == 0
@@ -149,7 +149,9 @@ def test_settings_that_the_user_changed_are_purged_too(machine: Machine) -> None
 
 
 @pytest.mark.parametrize("data_dir", ["", "documents", ".."])
-def test_purge_never_removes_a_folder_that_is_not_ours(data_dir: str, machine: Machine) -> None:
+def test_purge_never_removes_a_folder_that_is_not_ours(
+    data_dir: str, machine: UninstallMachine
+) -> None:
     (machine.home / "documents").mkdir()
     (machine.home / "documents/letter").write_text("dear")
     machine.record(data_dir=str(machine.home / data_dir))
@@ -158,7 +160,7 @@ def test_purge_never_removes_a_folder_that_is_not_ours(data_dir: str, machine: M
 
 
 def test_a_dry_run_changes_nothing(
-    machine: Machine, capsys: pytest.CaptureFixture[str]
+    machine: UninstallMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine.record(machine.file("launcher", "ours"), command("systemctl", "disable", "x"))
     before = machine.names()
@@ -170,7 +172,7 @@ def test_a_dry_run_changes_nothing(
 
 
 def test_without_a_terminal_nothing_is_done_unasked(
-    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    machine: UninstallMachine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.record(machine.file("launcher", "ours"))
     assert machine.run() == 2
@@ -179,7 +181,9 @@ def test_without_a_terminal_nothing_is_done_unasked(
     assert "--yes" in capsys.readouterr().err and "launcher" in machine.names()
 
 
-def test_what_cannot_be_undone_stays_in_the_record_for_the_next_run(machine: Machine) -> None:
+def test_what_cannot_be_undone_stays_in_the_record_for_the_next_run(
+    machine: UninstallMachine
+) -> None:
     stop = command("systemctl", "--user", "disable", "--now", "ocp.service")
     machine.record(machine.file("unit", "ours"), stop)
     machine.services.set("enabled", "ocp.service")
@@ -192,7 +196,7 @@ def test_what_cannot_be_undone_stays_in_the_record_for_the_next_run(machine: Mac
 
 
 def test_an_interrupted_run_goes_on_where_it_was(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: UninstallMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.record(machine.file("a", "x"), machine.file("b", "x"), machine.file("c", "x"))
     real, calls = uninstall.remove_file, 0
@@ -217,13 +221,15 @@ def test_an_interrupted_run_goes_on_where_it_was(
     "", "{", "[]", '{"version": 2, "actions": []}', '{"version": 1}',
     '{"version": 1, "actions": [{"kind": "magic"}]}',
 ])
-def test_a_record_that_cannot_be_understood_is_refused(text: str, machine: Machine) -> None:
+def test_a_record_that_cannot_be_understood_is_refused(
+    text: str, machine: UninstallMachine
+) -> None:
     (machine.ocp / "install.json").write_text(text)
     assert machine.run("--yes", "--purge") == 2
     assert machine.names() == {".ocp/install.json"}
 
 
-def test_our_own_service_is_found_without_a_record(machine: Machine) -> None:
+def test_our_own_service_is_found_without_a_record(machine: UninstallMachine) -> None:
     (machine.units / "ocp.service").write_text("[Service]")
     machine.services.set("enabled", "ocp.service")
     assert machine.run("--yes") == 0
@@ -232,7 +238,7 @@ def test_our_own_service_is_found_without_a_record(machine: Machine) -> None:
 
 
 def test_services_of_the_original_need_a_yes_of_their_own(
-    machine: Machine, capsys: pytest.CaptureFixture[str]
+    machine: UninstallMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for label in ("ocp-proxy.service", "openclaw-proxy.service", "somebody-else.service"):
         (machine.units / label).write_text("[Service]")
@@ -243,7 +249,7 @@ def test_services_of_the_original_need_a_yes_of_their_own(
     assert machine.names() == {".config/systemd/user/somebody-else.service"}
 
 
-def test_agents_of_the_original_are_known_too(machine: Machine) -> None:
+def test_agents_of_the_original_are_known_too(machine: UninstallMachine) -> None:
     for label in ("dev.ocp.server", "dev.ocp.proxy", "ai.openclaw.proxy"):
         (machine.agents / f"{label}.plist").write_text("x")
     machine.services.set("active", "dev.ocp.proxy")
@@ -252,7 +258,7 @@ def test_agents_of_the_original_are_known_too(machine: Machine) -> None:
 
 
 def test_a_service_of_the_machine_is_looked_for_only_when_that_is_said(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: UninstallMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = machine.home / "lib"
     folder.mkdir()

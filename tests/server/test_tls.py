@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import io
 import json
 import select
 import socket
@@ -14,20 +13,19 @@ from typing import Any, Optional
 
 import pytest
 
-from chat import CHAT, NO_IDLE, content_of, encoded, finish_reasons, pieces, question
+from chat import CHAT_PATH, HANG, NO_IDLE, content_of, encoded, finish_reasons, pieces, question
 from http_client import Body, Reply, Stream
 from processes import is_gone
 from project import load_script
-from raw_http import head, post, raw_http
+from raw_http import RawConnection, head, post, raw_http
 from server import Place, Server, asked_process, run_script, running_server
-from tls_files import CERT, KEY, lay
+from tls_files import CERT, KEY, write_tls_files
 from waiting import SOON_S, eventually
 
 ocp = load_script("ocp_server.py")
 
 Json = Any
 
-HANG: dict[str, Json] = {"hang": True}
 
 #: A key of another certificate, and the key above behind a password.
 OTHER_KEY = """\
@@ -55,8 +53,6 @@ def trusting(folder: Path) -> ssl.SSLContext:
     return context
 
 
-
-
 class Secure:
     """A server that speaks https, and its clients."""
 
@@ -66,7 +62,7 @@ class Secure:
 
     def connection(self, host: str = "localhost") -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection(
-            host, self.server.port, timeout=30, context=self.context)
+            host, self.server.port, timeout=60, context=self.context)
 
     def sent(self, path: str, body: Json) -> http.client.HTTPSConnection:
         connection = self.connection()
@@ -82,10 +78,10 @@ class Secure:
 
     def told(self, text: Json = "hi", **fields: Json) -> Stream:
         """A chat request whose answer is read as it comes; to be used in a `with`."""
-        return Stream(self.sent(CHAT, question(text, stream=True, **fields)))
+        return Stream(self.sent(CHAT_PATH, question(text, stream=True, **fields)))
 
-    def wire(self) -> RawConnection:
-        return RawConnection(self.server.port, self.context)
+    def wire(self) -> TlsConnection:
+        return TlsConnection(self.server.port, context=self.context)
 
     def health(self) -> Json:
         return self.call("GET", "/health").json()
@@ -95,53 +91,14 @@ class Secure:
         return (found["inflight"], found["queued"]) == (0, 0)
 
 
-class RawConnection:
-    """A connection behind TLS on which every byte is the test's own; to be used in a `with`."""
-
-    def __init__(self, port: int, context: ssl.SSLContext) -> None:
-        plain = socket.create_connection(("127.0.0.1", port), timeout=30)
-        # An end without the word that it is one is an error here.
-        self.socket = context.wrap_socket(
-            plain, server_hostname="localhost", suppress_ragged_eofs=False)
-        self._file: io.BufferedReader = self.socket.makefile("rb")
-
-    def __enter__(self) -> RawConnection:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hang_up()
-
-    def hang_up(self) -> None:
-        self._file.close()
-        self.socket.close()
+class TlsConnection(RawConnection):
+    """A connection behind TLS."""
 
     def say_goodbye(self) -> None:
         """Ends TLS, and not the connection below it."""
         self.socket.settimeout(0.2)
         with contextlib.suppress(OSError):
             self.socket.unwrap()
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def reply(self) -> Reply:
-        """The next answer; one without a length goes to the end of the connection."""
-        status = int(self._file.readline().split()[1])
-        headers = http.client.parse_headers(self._file)
-        if headers["Transfer-Encoding"] == "chunked":
-            return Reply(status, headers, self._chunks())
-        length = headers["Content-Length"]
-        body = self._file.read() if length is None else self._file.read(int(length))
-        return Reply(status, headers, body)
-
-    def _chunks(self) -> bytes:
-        body = b""
-        while True:
-            size = int(self._file.readline(), 16)
-            body += self._file.read(size)
-            assert self._file.readline() == b"\r\n"
-            if not size:
-                return body
 
     def until(self, words: bytes) -> None:
         """Reads on until something has been said."""
@@ -152,17 +109,17 @@ class RawConnection:
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
+def shared_secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
     folder = tmp_path_factory.mktemp("secure")
-    with running_server(folder, env=lay(folder)) as server:
+    with running_server(folder, env=write_tls_files(folder)) as server:
         yield Secure(server, trusting(folder))
 
 
 @pytest.fixture
-def secure(common: Secure) -> Secure:
+def secure(shared_secure: Secure) -> Secure:
     """A server behind TLS, with a claude that repeats what it hears."""
-    common.server.write_scenario([])
-    return common
+    shared_secure.server.write_scenario([])
+    return shared_secure
 
 
 # ---------------------------------------------------------------------------
@@ -185,7 +142,7 @@ def test_the_certificate_is_the_one_that_was_given(secure: Secure, host: str) ->
 
 
 def test_nothing_older_than_tls_1_2_is_spoken(tmp_path: Path) -> None:
-    context = ocp.tls_context(ocp.load_config(lay(tmp_path)))
+    context = ocp.tls_context(ocp.load_config(write_tls_files(tmp_path)))
 
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2
 
@@ -198,11 +155,11 @@ def test_without_a_certificate_there_is_no_tls() -> None:
 def test_an_answer_comes_over_either_version(
     secure: Secure, version: ssl.TLSVersion, tmp_path: Path
 ) -> None:
-    lay(tmp_path)
+    write_tls_files(tmp_path)
     context = trusting(tmp_path)
     context.minimum_version = context.maximum_version = version
 
-    reply = Secure(secure.server, context).call("POST", CHAT, question("over TLS"))
+    reply = Secure(secure.server, context).call("POST", CHAT_PATH, question("over TLS"))
 
     assert content_of(reply) == "You said: over TLS"
 
@@ -210,11 +167,11 @@ def test_an_answer_comes_over_either_version(
 def test_a_client_that_offers_other_protocols_gets_http_1_1(
     secure: Secure, tmp_path: Path
 ) -> None:
-    lay(tmp_path)
+    write_tls_files(tmp_path)
     context = trusting(tmp_path)
     context.set_alpn_protocols(["h2", "http/1.1"])
 
-    with RawConnection(secure.server.port, context) as wire:
+    with TlsConnection(secure.server.port, context=context) as wire:
         assert wire.socket.selected_alpn_protocol() == "http/1.1"
 
 
@@ -239,7 +196,7 @@ def test_a_stream_comes_whole(secure: Secure) -> None:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_long_answer_to_a_long_question_comes_whole(secure: Secure, stream: bool) -> None:
     text = " ".join(str(number) * 1000 for number in range(100, 200))
-    sent = secure.sent(CHAT, question(text, stream=stream))
+    sent = secure.sent(CHAT_PATH, question(text, stream=stream))
 
     with contextlib.closing(sent) as connection:
         response = connection.getresponse()
@@ -274,7 +231,7 @@ def test_a_page_of_the_server_itself_is_let_in_and_others_are_not(secure: Secure
 # ---------------------------------------------------------------------------
 
 def test_several_choices_come_whole(secure: Secure) -> None:
-    reply = secure.call("POST", CHAT, question("three times", n=3))
+    reply = secure.call("POST", CHAT_PATH, question("three times", n=3))
 
     assert [choice["message"]["content"] for choice in reply.json()["choices"]] == [
         "You said: three times"] * 3
@@ -351,7 +308,7 @@ def test_a_client_that_half_speaks_is_not_taken_for_gone(secure: Secure, tmp_pat
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = secure.context.wrap_bio(incoming, outgoing, server_hostname="localhost")
 
-    with socket.create_connection(("127.0.0.1", secure.server.port), timeout=30) as plain:
+    with socket.create_connection(("127.0.0.1", secure.server.port), timeout=60) as plain:
         shake_hands(plain, tls, incoming, outgoing)
         tls.write(post(encoded(question())))
         plain.sendall(outgoing.read())
@@ -464,8 +421,8 @@ def test_whoever_speaks_http_is_told_to_speak_https(secure: Secure, request_: by
 
 
 def test_a_client_may_go_on_sending_before_it_reads_that(secure: Secure) -> None:
-    with socket.create_connection(("127.0.0.1", secure.server.port), timeout=30) as plain:
-        plain.sendall(head("POST", CHAT, "Content-Length: 200000"))
+    with socket.create_connection(("127.0.0.1", secure.server.port), timeout=60) as plain:
+        plain.sendall(head("POST", CHAT_PATH, "Content-Length: 200000"))
         assert select.select([plain], [], [], 30)[0]
         for _ in range(20):
             plain.sendall(b"x" * 10_000)
@@ -475,7 +432,7 @@ def test_a_client_may_go_on_sending_before_it_reads_that(secure: Secure) -> None
 
 
 def test_a_client_of_http_reads_that_as_an_answer(secure: Secure) -> None:
-    reply = secure.server.call("POST", CHAT, question())
+    reply = secure.server.call("POST", CHAT_PATH, question())
 
     assert reply.status == 400
     assert "https://" in reply.text
@@ -485,7 +442,7 @@ def test_a_client_of_http_reads_that_as_an_answer(secure: Secure) -> None:
     b"", b"\x16", b"\x16\x03\x01\x00\x05hello", b"\x16" + b"\xff" * 300, b"\x00" * 50, b"\x80\x2e",
 ])
 def test_a_handshake_that_comes_to_nothing_harms_nobody(secure: Secure, garbage: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", secure.server.port), timeout=30) as plain:
+    with socket.create_connection(("127.0.0.1", secure.server.port), timeout=60) as plain:
         with contextlib.suppress(OSError):
             # The server may have had enough of it before.
             plain.sendall(garbage)
@@ -501,7 +458,7 @@ def test_a_handshake_that_comes_to_nothing_harms_nobody(secure: Secure, garbage:
 def test_a_client_that_never_finishes_its_handshake_is_cut_off(
     tmp_path: Path, beginning: bytes
 ) -> None:
-    env = {**lay(tmp_path), "OCP_HEADER_TIMEOUT": "1000"}
+    env = {**write_tls_files(tmp_path), "OCP_HEADER_TIMEOUT": "1000"}
     with running_server(tmp_path, env=env) as server:
         with socket.create_connection(("127.0.0.1", server.port), timeout=25) as plain:
             plain.sendall(beginning)
@@ -553,7 +510,7 @@ def test_files_that_cannot_be_used_stop_the_start(
 ) -> None:
     cert, key, setting = BAD_FILES[what]
 
-    said = refused(tmp_path, lay(tmp_path, cert, key), *args)
+    said = refused(tmp_path, write_tls_files(tmp_path, cert, key), *args)
 
     assert setting in said
     assert "PEM" in said
@@ -565,13 +522,13 @@ def test_files_that_cannot_be_used_stop_the_start(
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, what: str, name: str) -> None:
     cert, key, _ = BAD_FILES[what]
 
-    said = refused(tmp_path, lay(tmp_path, cert, key), "--check")
+    said = refused(tmp_path, write_tls_files(tmp_path, cert, key), "--check")
 
     assert str(tmp_path / name) in said
 
 
 def test_a_folder_is_no_certificate(tmp_path: Path) -> None:
-    env = {**lay(tmp_path), "OCP_TLS_CERT": str(tmp_path)}
+    env = {**write_tls_files(tmp_path), "OCP_TLS_CERT": str(tmp_path)}
 
     said = refused(tmp_path, env, "--check")
 
@@ -580,7 +537,7 @@ def test_a_folder_is_no_certificate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alone", ["OCP_TLS_CERT", "OCP_TLS_KEY"])
 def test_a_certificate_and_a_key_belong_together(tmp_path: Path, alone: str) -> None:
-    env = {**lay(tmp_path), alone: ""}
+    env = {**write_tls_files(tmp_path), alone: ""}
 
     said = refused(tmp_path, env, "--check")
 
@@ -588,7 +545,7 @@ def test_a_certificate_and_a_key_belong_together(tmp_path: Path, alone: str) -> 
 
 
 def test_a_check_says_that_https_will_be_served(tmp_path: Path) -> None:
-    done = run_script(tmp_path, "ocp_server.py", "--check", env=lay(tmp_path))
+    done = run_script(tmp_path, "ocp_server.py", "--check", env=write_tls_files(tmp_path))
 
     assert done.returncode == 0, done
     assert f"serves https with {tmp_path / 'cert.pem'}" in done.stdout.decode()
@@ -597,7 +554,7 @@ def test_a_check_says_that_https_will_be_served(tmp_path: Path) -> None:
 def test_files_may_be_named_from_the_home_folder(tmp_path: Path) -> None:
     home = Place(tmp_path).home
     home.mkdir()
-    lay(home)
+    write_tls_files(home)
     env = {**NO_IDLE, "OCP_TLS_CERT": "~/cert.pem", "OCP_TLS_KEY": "~/key.pem"}
 
     with running_server(tmp_path, env=env) as server:

@@ -1,5 +1,5 @@
-"""How tests run ocp: its world, a stub of a server that answers as told, and programs of the
-system that only write down how they were called."""
+"""How tests run the ocp command in their own process, against a server that answers as told and
+with programs of the system that only write down how they were called."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import json
 import os
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Union
 
+from clock import SkippingClock
+from processes import Ran
 from project import REPO, load_script
 
 Json = Any
@@ -47,7 +48,7 @@ HEALTH = {
 }
 
 
-class Stub:
+class StubServer:
     """A server on loopback; `answers` may be changed while it runs."""
 
     def __init__(self, answers: Mapping[str, Any]) -> None:
@@ -67,9 +68,9 @@ class Stub:
 
 
 @contextmanager
-def stub(answers: Optional[Mapping[str, Any]] = None) -> Iterator[Stub]:
-    """A Stub that listens."""
-    told = Stub(answers or {})
+def stub_server(answers: Optional[Mapping[str, Any]] = None) -> Iterator[StubServer]:
+    """A StubServer that listens."""
+    told = StubServer(answers or {})
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -122,33 +123,12 @@ class Stream(io.StringIO):
         return self.terminal
 
 
-class Clock:
-    """A clock that goes on by itself when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.ahead_s = 0.0
-        self.slept: list[float] = []
-
-    def time(self) -> float:
-        return time.time() + self.ahead_s
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.ahead_s += seconds
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def world(
+def ocp_env(
     home: Path, *argv: str, environ: Optional[Mapping[str, str]] = None, terminal: bool = False,
-    stdin: str = "", tree: Path = REPO, clock: Optional[Clock] = None, **more: Any,
+    stdin: str = "", tree: Path = REPO, clock: Optional[SkippingClock] = None, **more: Any,
 ) -> Any:
     """An Env of ocp whose home is `home`, and which sees nothing of the machine's own."""
-    clock = clock or Clock()
+    clock = clock or SkippingClock()
     surroundings = {"PATH": os.environ["PATH"], "HOME": str(home), **(environ or {})}
     return ocp.Env(
         list(argv), surroundings, Stream(stdin, terminal), Stream(terminal=terminal),
@@ -157,16 +137,16 @@ def world(
     )
 
 
-def outcome(env: Any) -> Outcome:
+def run_env(env: Any) -> Ran:
     """Runs the command of an Env."""
     code = ocp.main(env)
-    return Outcome(int(code), env.stdout.getvalue(), env.stderr.getvalue())
+    return Ran(int(code), env.stdout.getvalue(), env.stderr.getvalue())
 
 
 def run(home: Path, url: str, *argv: str, environ: Optional[Mapping[str, str]] = None,
-        **more: Any) -> Outcome:
+        **more: Any) -> Ran:
     """Runs a command against the server at `url`."""
-    return outcome(world(home, *argv, environ={"OCP_URL": url, **(environ or {})}, **more))
+    return run_env(ocp_env(home, *argv, environ={"OCP_URL": url, **(environ or {})}, **more))
 
 
 # ---------------------------------------------------------------------------
