@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import pytest
 
+from project import load_script
 from server import Server, running_server
 
 #: The files that take longest, longest first. Workers take files in this order, so that none is
@@ -64,6 +65,20 @@ def free_home(tmp_path: Path) -> Path:
     home = tmp_path / "home"
     home.mkdir()
     return home
+
+
+@pytest.fixture
+def store_path(tmp_path: Path) -> Path:
+    """Where the server's database is, or will be."""
+    return tmp_path / "ocp.db"
+
+
+@pytest.fixture
+def store(store_path: Path) -> Iterator[Any]:
+    """An empty database of the server's."""
+    made = load_script("ocp_server.py").Store(str(store_path))
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -6,20 +6,35 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
+
 from http_client import Reply, Stream
 from server import Server
 
 Json = Any
-CHAT = "/v1/chat/completions"
+CHAT_PATH = "/v1/chat/completions"
 #: For a server on which every process that there is works on an answer.
 NO_IDLE = {"OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "0"}
 #: The fields of an error in the OpenAI shape, all of them always there.
 ERROR_FIELDS = {"message", "type", "param", "code"}
+#: A step of the fake claude, at which it stays for good.
+HANG: dict[str, Json] = {"hang": True}
+#: Whole answers and streamed ones.
+both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+#: A text of many pieces, with characters of one to four bytes.
+LONG = "Gr\u00fc\u00dfe aus K\u00f6ln \U0001f642 \u4f60\u597d, " * 40
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "number"}}}
 
 
 def question(text: Json = "hi", **fields: Json) -> dict[str, Json]:
     """The body of a chat request with one message."""
     return {"model": "sonnet", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def shaped(schema: Json) -> dict[str, Json]:
+    """The fields that ask for an answer of this schema."""
+    return {"response_format": {
+        "type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}
 
 
 def encoded(value: Json) -> bytes:
@@ -28,12 +43,12 @@ def encoded(value: Json) -> bytes:
 
 def ask(server: Server, text: Json = "hi", **fields: Json) -> Reply:
     """A chat request and its complete answer, streamed if the fields say so."""
-    return server.call("POST", CHAT, question(text, **fields))
+    return server.call("POST", CHAT_PATH, question(text, **fields))
 
 
 def stream_chat(server: Server, text: Json = "hi", **fields: Json) -> Stream:
     """A chat request whose answer is read as it comes; to be used in a `with`."""
-    return server.stream(CHAT, question(text, **fields))
+    return server.stream(CHAT_PATH, question(text, **fields))
 
 
 def chunks(events: Iterable[tuple[str, Json]]) -> list[Json]:

@@ -20,6 +20,7 @@ Json = dict[str, Any]
 
 GOLDEN = DATA / "golden"
 MODELS = ocp.Models(ocp.BUILTIN_MODELS)
+SONNET = MODELS.find("sonnet")
 LIMITS = ocp.Limits(
     image_allow_url=False, max_image_bytes=64, max_images=3, max_image_total_bytes=100
 )
@@ -28,6 +29,8 @@ REQUEST_ID = "req_1"
 #: A PDF as far as limits look at it.
 PDF = "data:application/pdf;base64,JVBERi0="
 PNG = "data:image/png;base64,iVBORw0="
+#: A message of a request, the same in all dialects that have messages.
+USER = {"role": "user", "content": "Hello"}
 
 
 def no_response(response_id: str) -> list[Any]:
@@ -59,6 +62,15 @@ def refusal_of(dialect: Any, body: object, about: Any = None) -> Any:
 
 def block(text: str) -> Json:
     return {"type": "text", "text": text}
+
+
+def user(*content: Any) -> Any:
+    """A message of the user's with these blocks; a text is one of text."""
+    return ocp.Message("user", [block(part) if isinstance(part, str) else part for part in content])
+
+
+def assistant(*content: Any) -> Any:
+    return ocp.Message("assistant", user(*content).content)
 
 
 def conversation(found: Any) -> list[tuple[str, list[str]]]:

@@ -12,10 +12,17 @@ from typing import Any
 
 import pytest
 
-from chat import CHAT, ask, encoded, question
-from dialects import CHAT as CHAT_TONGUE
-from dialects import COMPLETIONS, MESSAGES, RESPONSES, TONGUES, Tongue, named
-from http_client import Reply
+from cached import HOUR, newest, stats_of, word_of
+from chat import CHAT_PATH, LONG, SCHEMA, ask, both_ways, encoded, question, shaped
+from dialects import (
+    CHAT,
+    COMPLETIONS,
+    DIALECTS,
+    MESSAGES,
+    RESPONSES,
+    Dialect,
+    dialect_name,
+)
 from keys import ADMIN_KEY, ANONYMOUS_KEY, MULTI, as_admin, ask_as, new_key
 from processes import is_gone
 from raw_http import RawConnection, post
@@ -23,16 +30,6 @@ from server import Server, last_entry, running_server
 from waiting import eventually
 
 Json = Any
-
-HOUR = {"CLAUDE_CACHE_TTL": "3600000"}
-LONG = "Gr\u00fc\u00dfe aus K\u00f6ln \U0001f642 \u4f60\u597d, " * 40
-SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "number"}}}
-
-
-def shaped(schema: Json) -> dict[str, Json]:
-    """The fields that ask for an answer of this schema."""
-    return {"response_format": {
-        "type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}
 
 
 # ---------------------------------------------------------------------------
@@ -60,11 +57,6 @@ def own_keeper(tmp_path: Path) -> Iterator[Server]:
         yield running
 
 
-def word_of(reply: Reply) -> str:
-    """What the cache did for it."""
-    return str(reply.headers["X-OCP-Cache"])
-
-
 def words(server: Server, text: str, times: int = 2, **fields: Json) -> list[str]:
     """What the cache did for the same request, again and again."""
     return [word_of(ask(server, text, **fields)) for _ in range(times)]
@@ -73,11 +65,6 @@ def words(server: Server, text: str, times: int = 2, **fields: Json) -> list[str
 def asks(server: Server, text: str) -> int:
     """How often the model was asked this."""
     return sum(text in json.dumps(query["messages"]) for query in server.queries())
-
-
-def stats_of(server: Server) -> dict[str, Json]:
-    found: dict[str, Json] = server.call("GET", "/cache/stats").json()
-    return found
 
 
 def changed(server: Server, **settings: Json) -> None:
@@ -191,55 +178,57 @@ THOUGHT = "Somebody asks something, so something has to be said. " * 3
 THINKING = [{"think": THOUGHT, "signature": "c2lnbmVk"}, {"say": LONG, "chunks": 7}]
 SPENT = {"input_tokens": 21, "output_tokens": 43, "cache_read_input_tokens": 65,
          "cache_creation_input_tokens": 87}
-both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-each_tongue = pytest.mark.parametrize("tongue", TONGUES, ids=named)
+each_dialect = pytest.mark.parametrize("dialect", DIALECTS, ids=dialect_name)
 
 
 @both_ways
-@each_tongue
-def test_a_hit_says_what_the_answer_said(keeper: Server, tongue: Tongue, stream: bool) -> None:
+@each_dialect
+def test_a_hit_says_what_the_answer_said(keeper: Server, dialect: Dialect, stream: bool) -> None:
     keeper.write_scenario([[{**THINKING[0], "usage": SPENT}, THINKING[1]]])
-    body = tongue.body(f"Same in {tongue.name}, {stream}", stream=stream)
+    body = dialect.body(f"Same in {dialect.name}, {stream}", stream=stream)
 
-    first, second = (keeper.call("POST", tongue.path, body) for _ in range(2))
+    first, second = (keeper.call("POST", dialect.path, body) for _ in range(2))
 
     assert (word_of(first), word_of(second)) == ("miss", "hit")
-    assert tongue.told(second).content == tongue.told(first).content
-    assert tongue.told(first).text == LONG and "43" in json.dumps(tongue.told(first).usage)
+    assert dialect.read_success(second).content == dialect.read_success(first).content
+    assert dialect.read_success(first).text == LONG
+    assert "43" in json.dumps(dialect.read_success(first).usage)
 
 
-@each_tongue
-def test_a_hit_streams_in_small_pieces(keeper: Server, tongue: Tongue) -> None:
+@each_dialect
+def test_a_hit_streams_in_small_pieces(keeper: Server, dialect: Dialect) -> None:
     keeper.write_scenario([[{"say": LONG, "chunks": 1}]])
-    body = tongue.body(f"Pieces in {tongue.name}", stream=True)
+    body = dialect.body(f"Pieces in {dialect.name}", stream=True)
 
-    first, second = (tongue.told(keeper.call("POST", tongue.path, body)) for _ in range(2))
+    first, second = (
+        dialect.read_success(keeper.call("POST", dialect.path, body)) for _ in range(2))
 
     assert [len(first.pieces), first.pieces[0]] == [1, LONG]
     assert "".join(second.pieces) == LONG
     assert len(second.pieces) > 5 and max(map(len, second.pieces)) <= 80
 
 
-@each_tongue
-def test_whole_and_streamed_share_an_answer(keeper: Server, tongue: Tongue) -> None:
+@each_dialect
+def test_whole_and_streamed_share_an_answer(keeper: Server, dialect: Dialect) -> None:
     keeper.write_scenario([THINKING])
-    text = f"Both ways in {tongue.name}"
+    text = f"Both ways in {dialect.name}"
 
-    first = keeper.call("POST", tongue.path, tongue.body(text, stream=True))
-    second = keeper.call("POST", tongue.path, tongue.body(text))
+    first = keeper.call("POST", dialect.path, dialect.body(text, stream=True))
+    second = keeper.call("POST", dialect.path, dialect.body(text))
 
     assert word_of(second) == "hit"
-    assert tongue.told(second).content == tongue.told(first).content
+    assert dialect.read_success(second).content == dialect.read_success(first).content
 
 
 def test_one_answer_is_given_in_all_dialects(keeper: Server) -> None:
     keeper.write_scenario([THINKING])
 
-    replies = [keeper.call("POST", tongue.path, tongue.body("In all dialects"))
-               for tongue in TONGUES]
+    replies = [keeper.call("POST", dialect.path, dialect.body("In all dialects"))
+               for dialect in DIALECTS]
 
     assert list(map(word_of, replies)) == ["miss", "hit", "hit", "hit"]
-    assert [tongue.told(reply).text for tongue, reply in zip(TONGUES, replies)] == [LONG] * 4
+    texts = [dialect.read_success(reply).text for dialect, reply in zip(DIALECTS, replies)]
+    assert texts == [LONG] * 4
 
 
 @both_ways
@@ -249,9 +238,9 @@ def test_thinking_comes_again_with_its_signature(keeper: Server, stream: bool) -
 
     replies = [keeper.call("POST", MESSAGES.path, body) for _ in range(2)]
 
-    told = MESSAGES.told(replies[1])
+    answer = MESSAGES.read_success(replies[1])
     assert word_of(replies[1]) == "hit"
-    assert (told.thinking, told.signature) == (THOUGHT, "c2lnbmVk")
+    assert (answer.thinking, answer.signature) == (THOUGHT, "c2lnbmVk")
 
 
 @both_ways
@@ -259,13 +248,13 @@ def test_all_of_several_answers_come_again_each_in_its_place(
     keeper: Server, stream: bool
 ) -> None:
     keeper.write_scenario([[{"say": f"Answer {n}."}] for n in range(3)], shared=True)
-    body = CHAT_TONGUE.body(f"Three of them, {stream}", n=3, stream=stream)
+    body = CHAT.body(f"Three of them, {stream}", n=3, stream=stream)
 
-    first, second = (keeper.call("POST", CHAT, body) for _ in range(2))
+    first, second = (keeper.call("POST", CHAT_PATH, body) for _ in range(2))
 
     assert word_of(second) == "hit"
-    assert CHAT_TONGUE.told(second).content == CHAT_TONGUE.told(first).content
-    assert sorted(CHAT_TONGUE.told(second).texts) == ["Answer 0.", "Answer 1.", "Answer 2."]
+    assert CHAT.read_success(second).content == CHAT.read_success(first).content
+    assert sorted(CHAT.read_success(second).texts) == ["Answer 0.", "Answer 1.", "Answer 2."]
 
 
 @both_ways
@@ -305,8 +294,8 @@ def test_every_prompt_of_a_completion_gets_its_own_answer_again(keeper: Server) 
 
 
 def test_a_hit_is_an_answer_of_its_own(keeper: Server) -> None:
-    replies = [keeper.call("POST", tongue.path, tongue.body("Ids of its own"))
-               for tongue in TONGUES for _ in range(2)]
+    replies = [keeper.call("POST", dialect.path, dialect.body("Ids of its own"))
+               for dialect in DIALECTS for _ in range(2)]
 
     ids = [reply.json()["id"] for reply in replies]
     assert len(set(ids)) == len(ids)
@@ -341,7 +330,7 @@ def test_a_response_that_was_a_hit_can_be_gone_on_from(keeper: Server) -> None:
     reply = keeper.call("POST", RESPONSES.path, more)
 
     assert word_of(replies[1]) == "hit"
-    assert RESPONSES.told(reply).text == "You said: And more"
+    assert RESPONSES.read_success(reply).text == "You said: And more"
     assert asks(keeper, "A response to keep") == 2
 
 
@@ -461,12 +450,6 @@ def test_clearing_the_cache_forgets_every_answer_and_is_logged(own_keeper: Serve
     assert words(own_keeper, "a", 1) == ["miss"]
     entry = last_entry(own_keeper, "cache_cleared")
     assert (entry["cleared"], entry["by"]) == (2, "local")
-
-
-def newest(server: Server, count: int) -> list[Json]:
-    """The last rows of usage, oldest first."""
-    rows = server.call("GET", f"/api/usage?limit={count}").json()["recent"]
-    return list(reversed(rows))
 
 
 def test_a_hit_is_a_row_that_cost_nothing(keeper: Server) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -18,10 +17,12 @@ from typing import Any, Callable
 
 import pytest
 
+from cached import HOUR, newest, stats_of, word_of
 from chat import (
-    CHAT,
+    CHAT_PATH,
     NO_IDLE,
     ask,
+    both_ways,
     encoded,
     error_of,
     pieces,
@@ -29,23 +30,16 @@ from chat import (
     stream_chat,
     stream_error,
 )
-from dialects import CHAT as CHAT_TONGUE
-from dialects import MESSAGES, RESPONSES, TONGUES, Tongue, named
+from dialects import CHAT, DIALECTS, MESSAGES, RESPONSES, Dialect, dialect_name
 from http_client import Reply
 from keys import MULTI, as_admin, ask_as, new_key
-from processes import is_gone
+from processes import descriptors, is_gone
 from raw_http import RawConnection, post
 from server import Server, at_rest, running, running_server, waiting
 from shell_claude import ShellClaude, lines_of_an_answer
 from waiting import SOON_S, eventually, in_parallel, stays
 
 Json = Any
-
-HOUR = {"CLAUDE_CACHE_TTL": "3600000"}
-
-
-def descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 # ---------------------------------------------------------------------------
@@ -94,24 +88,9 @@ def common(shared_common: Server) -> Server:
     return shared_common
 
 
-def stats_of(server: Server) -> dict[str, Json]:
-    found: dict[str, Json] = server.call("GET", "/cache/stats").json()
-    return found
-
-
-def word_of(reply: Any) -> str:
-    return str(reply.headers["X-OCP-Cache"])
-
-
 def waits(server: Server, count: int) -> None:
     """Returns when so many requests wait for a flight."""
     eventually(lambda: stats_of(server)["requesters"] == count)
-
-
-def newest(server: Server, count: int) -> list[Json]:
-    """The last rows of usage, oldest first."""
-    rows = server.call("GET", f"/api/usage?limit={count}").json()["recent"]
-    return list(reversed(rows))
 
 
 def rows_of(server: Server, replies: Iterable[Any]) -> list[Json]:
@@ -146,9 +125,6 @@ def asked(server: Server, text: str) -> list[int]:
     return [q["pid"] for q in server.queries() if text in json.dumps(q["messages"])]
 
 
-both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-
-
 # ---------------------------------------------------------------------------
 # Sharing
 # ---------------------------------------------------------------------------
@@ -163,7 +139,7 @@ def test_twenty_who_ask_the_same_at_once_ask_the_model_once(
 
     with joined(common, [lambda: ask(common, text, stream=stream)] * 20) as futures:
         doors.open("0")
-        replies = [each.result(30) for each in futures]
+        replies = [each.result(120) for each in futures]
 
     assert list(map(text_of, replies)) == ["Hello all."] * 20
     assert sorted(map(word_of, replies)) == ["miss", *["shared"] * 19]
@@ -200,19 +176,20 @@ def test_all_dialects_whole_and_streamed_share_one_answer(common: Server, doors:
     common.write_scenario([[
         {"think": "Hm.", "signature": "c2ln"}, *doors.told_in_parts("Hello ", "all.")]])
 
-    def request(tongue: Tongue, stream: bool) -> Callable[[], Reply]:
-        body = tongue.body("Babel", stream=stream)
-        return lambda: common.call("POST", tongue.path, body)
+    def request(dialect: Dialect, stream: bool) -> Callable[[], Reply]:
+        body = dialect.body("Babel", stream=stream)
+        return lambda: common.call("POST", dialect.path, body)
 
-    ways = [(tongue, stream) for tongue in TONGUES for stream in (False, True)]
+    ways = [(dialect, stream) for dialect in DIALECTS for stream in (False, True)]
     with joined(common, [request(*way) for way in ways]) as futures:
         doors.open("0")
-        heard = [tongue.told(each.result(30)) for (tongue, _), each in zip(ways, futures)]
+        answers = [dialect.read_success(each.result(120))
+                   for (dialect, _), each in zip(ways, futures)]
 
-    assert [each.text for each in heard] == ["Hello all."] * 8
-    assert [heard[at].content for at in range(0, 8, 2)] == [
-        heard[at].content for at in range(1, 8, 2)]
-    assert [heard[2].thinking, heard[2].signature] == ["Hm.", "c2ln"]
+    assert [each.text for each in answers] == ["Hello all."] * 8
+    assert [answers[at].content for at in range(0, 8, 2)] == [
+        answers[at].content for at in range(1, 8, 2)]
+    assert [answers[2].thinking, answers[2].signature] == ["Hm.", "c2ln"]
     assert len(asked(common, "Babel")) == 1
 
 
@@ -221,13 +198,13 @@ def test_several_answers_to_one_request_are_shared_too(tmp_path: Path) -> None:
     turns = [[doors.door("0"), {"say": f"Answer {number}."}] for number in range(2)]
 
     with running_server(tmp_path, {"turns": turns, "shared": True}, env=HOUR) as server:
-        body = CHAT_TONGUE.body("Two", n=2, stream=True)
-        with joined(server, [lambda: server.call("POST", CHAT, body)] * 3) as futures:
+        body = CHAT.body("Two", n=2, stream=True)
+        with joined(server, [lambda: server.call("POST", CHAT_PATH, body)] * 3) as futures:
             doors.open("0")
-            found = [CHAT_TONGUE.told(each.result(30)).content for each in futures]
+            found = [CHAT.read_success(each.result(120)).content for each in futures]
 
         assert found[0] == found[1] == found[2]
-        assert sorted(found[0].texts) == ["Answer 0.", "Answer 1."]
+        assert sorted(found[0]["texts"]) == ["Answer 0.", "Answer 1."]
         assert len(server.queries()) == 2
 
 
@@ -252,7 +229,7 @@ def test_other_requests_and_other_callers_share_nothing(tmp_path: Path) -> None:
             futures = [pool.submit(job) for job in jobs]
             eventually(lambda: len(server.queries()) == 4)
             doors.open("0")
-            replies = [each.result(30) for each in futures]
+            replies = [each.result(120) for each in futures]
 
     assert list(map(word_of, replies)) == ["miss"] * 4
 
@@ -281,7 +258,7 @@ def test_followers_give_their_place_in_a_quota_back(tmp_path: Path) -> None:
             futures = [pool.submit(ask_as, server, key) for _ in range(3)]
             eventually(lambda: all_wait() or any(each.done() for each in futures))
             doors.open("0")
-            statuses = [each.result(30).status for each in futures]
+            statuses = [each.result(120).status for each in futures]
 
         used = as_admin(server, "GET", "/api/keys/frugal/quota").json()["quota"]["daily"]
         assert statuses == [200, 200, 200]
@@ -306,7 +283,7 @@ def test_a_leader_that_leaves_does_not_hurt_its_followers(
             leader.close()
             waits(common, 3)
             doors.open("0")
-            replies = [each.result(30) for each in futures]
+            replies = [each.result(120) for each in futures]
 
     assert list(map(text_of, replies)) == ["Hello all."] * 3
     assert len(asked(common, text)) == 1
@@ -410,7 +387,7 @@ def test_a_follower_that_leaves_hurts_nobody(common: Server, doors: Doors) -> No
             waits(common, 3)
             left_id = follower.headers["X-Request-Id"]
             doors.open("0")
-            replies = [each.result(30) for each in futures]
+            replies = [each.result(120) for each in futures]
         rest = list(leaving)
 
     assert list(map(text_of, replies)) == ["Hello all."] * 2
@@ -430,7 +407,7 @@ def test_one_that_does_not_read_holds_up_nobody(common: Server, doors: Doors) ->
         doors.open("0")
         bodies = [question("Slow", stream=stream) for stream in (False, True)]
         replies = in_parallel([lambda body=body: common.call(  # type: ignore[misc]
-            "POST", CHAT, body, timeout_s=30) for body in bodies])
+            "POST", CHAT_PATH, body) for body in bodies])
         lengths = [len(text_of(reply)) for reply in replies]
         late = idle.reply()
 
@@ -452,7 +429,7 @@ def test_a_failure_is_shared_and_the_next_one_tries_anew(common: Server, doors: 
 
     with joined(common, jobs) as futures:
         doors.open("0")
-        replies = [each.result(30) for each in futures]
+        replies = [each.result(120) for each in futures]
     common.write_scenario([])
     later = ask(common, "Fails")
 
@@ -470,7 +447,7 @@ def test_a_failure_behind_the_first_token_ends_every_stream(common: Server, door
 
     with joined(common, [lambda: ask(common, "Breaks", stream=True)] * 3) as futures:
         doors.open("0")
-        replies = [each.result(30) for each in futures]
+        replies = [each.result(120) for each in futures]
 
     assert [stream_error(reply.events)["code"] for reply in replies] == ["upstream_failed"] * 3
     assert ["".join(pieces(reply.events)) for reply in replies] == ["Half "] * 3
@@ -478,14 +455,14 @@ def test_a_failure_behind_the_first_token_ends_every_stream(common: Server, door
 
 def test_a_failure_reaches_each_in_the_shape_of_its_dialect(common: Server, doors: Doors) -> None:
     common.write_scenario([[doors.door("0"), FAILURE]])
-    jobs = [lambda tongue=tongue: common.call("POST", tongue.path, tongue.body("In shape"))
-            for tongue in TONGUES]
+    jobs = [lambda dialect=dialect: common.call("POST", dialect.path, dialect.body("In shape"))
+            for dialect in DIALECTS]
 
     with joined(common, jobs) as futures:
         doors.open("0")
-        bodies = [each.result(30).json() for each in futures]
+        bodies = [each.result(120).json() for each in futures]
 
-    types = {tongue.name: body["error"]["type"] for tongue, body in zip(TONGUES, bodies)}
+    types = {dialect.name: body["error"]["type"] for dialect, body in zip(DIALECTS, bodies)}
     assert types == {"chat": "server_error", "messages": "overloaded_error",
                      "responses": "server_error", "completions": "server_error"}
 
@@ -526,7 +503,7 @@ def test_a_stream_that_began_anew_is_whole_for_those_who_came_later(
             first = next_text(follower)
             doors.open("0")
             rest = list(follower)
-        whole = leading[0].result(30)
+        whole = leading[0].result(120)
 
     assert text_of(whole) == "All of it."
     assert (first, rest[-1][1]) == ("All ", "[DONE]")
@@ -547,18 +524,18 @@ def ticking(shared_ticking: Server) -> Server:
     return shared_ticking
 
 
-@pytest.mark.parametrize("tongue", TONGUES, ids=named)
+@pytest.mark.parametrize("dialect", DIALECTS, ids=dialect_name)
 def test_followers_are_told_in_silence_that_somebody_is_there(
-    ticking: Server, doors: Doors, tongue: Tongue
+    ticking: Server, doors: Doors, dialect: Dialect
 ) -> None:
     ticking.write_scenario([doors.told_in_parts("Hello ", "all.")])
-    text = f"Silence in {tongue.name}"
+    text = f"Silence in {dialect.name}"
 
-    with joined(ticking, [lambda: ticking.call("POST", tongue.path, tongue.body(text))]):
+    with joined(ticking, [lambda: ticking.call("POST", dialect.path, dialect.body(text))]):
         with RawConnection(ticking.port) as follower:
-            follower.send(post(encoded(tongue.body(text, stream=True)), path=tongue.path))
+            follower.send(post(encoded(dialect.body(text, stream=True)), path=dialect.path))
             silence_of = {MESSAGES: b"ping", RESPONSES: b"keepalive"}
-            seen = read_until(follower, silence_of.get(tongue, b": keepalive"), 2)
+            seen = read_until(follower, silence_of.get(dialect, b": keepalive"), 2)
             doors.open("0")
             seen += read_until(follower, b"0\r\n\r\n", 1)
 
@@ -598,16 +575,16 @@ def test_a_server_that_stops_lets_everybody_have_a_shared_answer(tmp_path: Path)
     doors = Doors(tmp_path)
     scenario = [[doors.door("0"), {"say": "x" * 16_000_000, "chunks": 40}]]
 
-    with running_server(tmp_path, scenario, env=HOUR) as server:
+    with running_server(tmp_path, scenario, env={**HOUR, "OCP_DRAIN": "120000"}) as server:
         with RawConnection(server.port) as idle:
             idle.send(post(encoded(question("Slow", stream=True))))
             waits(server, 1)
             doors.open("0")
-            reader = server.call("POST", CHAT, question("Slow"), timeout_s=30)
+            reader = server.call("POST", CHAT_PATH, question("Slow"))
             server.process.terminate()
             eventually(lambda: server.log_entries("server_stopping"))
             late = idle.reply()
-        assert server.process.wait(30) == 0
+        assert server.process.wait(120) == 0
 
     assert len(text_of(reader)) == 16_000_000
     assert len(text_of(late)) == 16_000_000

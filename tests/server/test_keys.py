@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 
-from chat import CHAT, NO_IDLE, content_of, encoded, error_of, question
+from chat import CHAT_PATH, HANG, NO_IDLE, content_of, encoded, error_of, question
 from http_client import Reply
 from keys import ADMIN_KEY, MULTI, SHARED, as_admin, ask_as, bearer, key_in_place, new_key
 from project import load_script
@@ -26,7 +26,6 @@ ocp = load_script("ocp_server.py")
 Json = Any
 
 HAIKU = "claude-haiku-4-5-20251001"
-HANG: dict[str, Json] = {"hang": True}
 
 
 @pytest.fixture(scope="module")
@@ -464,7 +463,7 @@ def test_an_expiry_that_is_none_or_has_passed_is_refused(house: Server, expiry: 
 
 
 def test_a_key_ends_when_its_time_is_up_and_lives_again_with_more(house: Server) -> None:
-    made = new_key(house, expiry=in_days(2 / 86_400) + "Z")
+    made = new_key(house, expiry=in_days(4 / 86_400) + "Z")
 
     eventually(lambda: not is_good(house, made["key"]))
     assert shown(house, made["id"])["expired"] is True
@@ -484,7 +483,7 @@ def asking_for(model: Json) -> dict[str, dict[str, Json]]:
     messages = question()["messages"]
     named = {} if model is None else {"model": model}
     return {
-        CHAT: {"messages": messages, **named},
+        CHAT_PATH: {"messages": messages, **named},
         "/v1/messages": {"messages": messages, "max_tokens": 9, **named},
         "/v1/messages/count_tokens": {"messages": messages, **named},
         "/v1/responses": {"input": "hi", **named},
@@ -503,7 +502,7 @@ def test_a_model_that_a_key_may_not_use_is_refused_in_every_dialect(
                for path, body in asking_for(model).items()}
 
     assert {reply.status for reply in replies.values()} == {403}
-    told = error_of(replies[CHAT])
+    told = error_of(replies[CHAT_PATH])
     assert (told["code"], told["param"]) == ("model_not_allowed", "model")
     assert HAIKU in told["message"]
     assert len(house.queries()) == before
@@ -565,7 +564,7 @@ def test_a_model_that_is_named_twice_is_kept_once(house: Server) -> None:
 
 def streaming(server: Server, key: str) -> Any:
     """A request that is sent and streamed; its answer begins when claude says something."""
-    return server.stream(CHAT, question(), bearer(key))
+    return server.stream(CHAT_PATH, question(), bearer(key))
 
 
 def waiter(server: Server, key: str) -> RawConnection:
@@ -907,8 +906,8 @@ def test_a_parked_process_is_its_keys_own_whatever_it_is_called(memory: Server) 
     strangers = others_of(memory, made)
 
     for how, key in strangers.items():
-        content_of(memory.call("POST", CHAT, conversation("park me"), bearer(key)))
+        content_of(memory.call("POST", CHAT_PATH, conversation("park me"), bearer(key)))
         assert path_of_last(memory) == "rebuilt", how
-    content_of(memory.call("POST", CHAT, conversation("park me"), bearer(made["key"])))
+    content_of(memory.call("POST", CHAT_PATH, conversation("park me"), bearer(made["key"])))
 
     assert path_of_last(memory) == "continued"

@@ -12,6 +12,7 @@ from typing import Any, Callable, Optional
 
 import pytest
 
+from keys import ADMIN_KEY
 from project import clean_env, load_script
 from server import Server, running_server
 
@@ -32,7 +33,6 @@ KEYWORDS = {
 }
 #: An answer that never ends cannot be waited for.
 ENDLESS = ("GET", "/api/events")
-ADMIN_KEY = "the-admin-key-of-the-tests"
 
 
 @pytest.fixture(scope="module")
@@ -278,13 +278,13 @@ def schemathesis_run(server: Server, folder: Path) -> subprocess.CompletedProces
         sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json",
         "--header", f"Authorization: Bearer {ADMIN_KEY}", "--checks", ",".join(CHECKS),
         "--phases", "coverage,fuzzing,stateful", "--max-examples", "10", "--seed", "1",
-        "--generation-database", "none", "--exclude-path", ENDLESS[1], "--request-timeout", "20",
+        "--generation-database", "none", "--exclude-path", ENDLESS[1], "--request-timeout", "60",
         "--continue-on-failure", "--no-color", "--report", "junit",
         "--report-junit-path", str(folder / "junit.xml"),
     ]
     return subprocess.run(
         command, cwd=folder, env=clean_env(HOME=str(folder)), stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=240)
+        capture_output=True, text=True, timeout=1200)
 
 
 def test_the_server_does_what_the_document_says(

@@ -5,7 +5,6 @@ The lines in data/plan.json are those of two versions of claude, word for word.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,11 @@ import pytest
 
 from chat import ask
 from keys import MULTI, as_admin
+from plan_lines import NEW, UNKNOWN, shares
 from processes import is_gone
-from project import DATA, load_script
+from project import load_script
 from raw_http import RawConnection, head
-from rig import claudes
+from rig import claude_pids
 from server import Server, running_server
 from shell_claude import ShellClaude, lines_of_an_answer
 from waiting import eventually, in_parallel, seconds_of
@@ -26,13 +26,6 @@ from waiting import eventually, in_parallel, seconds_of
 ocp = load_script("ocp_server.py")
 
 Json = Any
-
-LINES: dict[str, dict[str, dict[str, Json]]] = json.loads((DATA / "plan.json").read_text())
-OLD, NEW = LINES["2.1.197"], LINES["2.1.329"]
-
-
-UNKNOWN = dict.fromkeys((
-    "utilization", "percent", "resetsIn", "resetsAt", "resetsAtHuman", "status", "observedAt"))
 
 
 # ---------------------------------------------------------------------------
@@ -191,7 +184,7 @@ def test_one_who_stops_waiting_for_the_plan_leaves_nothing(tmp_path: Path) -> No
 
     with running_server(tmp_path / "server", claude=silent.program) as server:
         eventually(lambda: has_spare(server))
-        (spare,) = claudes(server)
+        (spare,) = claude_pids(server)
         with RawConnection(server.port) as wire:
             wire.send(head("GET", "/usage"))
             eventually(lambda: not has_spare(server))
@@ -220,12 +213,6 @@ def test_garbage_about_the_plan_harms_no_report(tmp_path: Path) -> None:
         assert [ocp.from_json(reply.body) is not None for reply in reports] == [True, True]
         assert shares(reports[0].json()) == [None, None]
         assert server.log_entries("housekeeping_failed") == []
-
-
-def shares(report: Json) -> list[Json]:
-    plan = report["plan"]
-    return [plan["currentSession"]["utilization"],
-            plan["weeklyLimits"]["allModels"]["utilization"]]
 
 
 def test_usage_has_the_shape_that_clients_know(spared: Server) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from chat import CHAT, content_of, encoded, error_of, question
+from chat import CHAT_PATH, HANG, content_of, encoded, error_of, question
 from http_client import Reply
 from keys import ADMIN_KEY, ANONYMOUS_KEY, MULTI, as_admin, ask_as, bearer, new_key
 from project import load_script
 from raw_http import RawConnection, post
 from server import Server, asked_process, at_rest, running_server
+from time_zones import ZONES, zone
 from waiting import eventually, in_parallel
 
 ocp = load_script("ocp_server.py")
@@ -25,38 +24,6 @@ ocp = load_script("ocp_server.py")
 Json = Any
 
 PERIODS = ("daily", "weekly", "monthly")
-#: Zones by their rules, so that they are there on every machine.
-ZONES = {
-    "UTC": "UTC0",
-    "America/New_York": "EST5EDT,M3.2.0,M11.1.0",
-    "Europe/Berlin": "CET-1CEST,M3.5.0,M10.5.0/3",
-    # Midnight does not exist on one day, and is twice as far away on another one.
-    "Asia/Beirut": "EET-2EEST,M3.5.0/0,M10.5.0/0",
-    "America/Santiago": "<-04>4<-03>,M9.1.6/24,M4.1.6/24",
-    "Africa/Cairo": "EET-2EEST,M4.5.5/0,M10.5.4/24",
-    # Midnight comes twice.
-    "America/Havana": "CST5CDT,M3.2.0/0,M11.1.0/1",
-    "Atlantic/Azores": "<-01>1<+00>,M3.5.0/0,M10.5.0/1",
-    "Asia/Kathmandu": "<+0545>-5:45",
-    "Australia/Lord_Howe": "<+1030>-10:30<+11>-11,M10.1.0,M4.1.0",
-    "Pacific/Kiritimati": "<+14>-14",
-}
-
-
-@contextlib.contextmanager
-def zone(name: str) -> Iterator[None]:
-    """This process in a time zone."""
-    before = os.environ.get("TZ")
-    os.environ["TZ"] = ZONES[name]
-    time.tzset()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TZ"]
-        else:
-            os.environ["TZ"] = before
-        time.tzset()
 
 
 # ---------------------------------------------------------------------------
@@ -66,7 +33,6 @@ def zone(name: str) -> Iterator[None]:
 #: What the fake claude says that an answer took.
 TOKENS_EACH = 25
 NEW_YORK = {"TZ": ZONES["America/New_York"]}
-HANG: dict[str, Json] = {"hang": True}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +71,7 @@ def requests_for(text: str) -> dict[str, dict[str, Json]]:
     """The same question in each dialect, by its path."""
     messages = question(text)["messages"]
     return {
-        CHAT: {"messages": messages},
+        CHAT_PATH: {"messages": messages},
         "/v1/messages": {"messages": messages, "max_tokens": 9},
         "/v1/responses": {"input": text},
         "/v1/completions": {"prompt": text},
@@ -323,7 +289,7 @@ def test_what_runs_is_told_while_it_runs(house: Server, quota: dict[str, Json]) 
     made = new_key(house, quota=quota)
     house.write_scenario([[{"say": "well "}, HANG]])
 
-    with house.stream(CHAT, question("hi", max_tokens=100), bearer(made["key"])):
+    with house.stream(CHAT_PATH, question("hi", max_tokens=100), bearer(made["key"])):
         found = quota_of(house, made)
 
     assert found["daily"]["inFlight"] == found["monthly"]["inFlight"] == 1
@@ -346,8 +312,8 @@ def test_a_request_is_expected_to_take_its_prompt_for_each_of_its_choices(house:
     made = new_key(house, quota={"tokensDaily": 10**9})
     messages = question(LONG)["messages"]
 
-    one = expected_tokens(house, made, CHAT, messages=messages)
-    three = expected_tokens(house, made, CHAT, messages=messages, n=3)
+    one = expected_tokens(house, made, CHAT_PATH, messages=messages)
+    three = expected_tokens(house, made, CHAT_PATH, messages=messages, n=3)
 
     assert one > 200
     assert three == 3 * one

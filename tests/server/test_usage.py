@@ -25,9 +25,10 @@ from typing import Any
 import pytest
 
 from chat import (
-    CHAT,
+    CHAT_PATH,
     NO_IDLE,
     ask,
+    both_ways,
     content_of,
     encoded,
     error_of,
@@ -35,7 +36,9 @@ from chat import (
     question,
     stream_chat,
 )
-from dialects import MESSAGES, TONGUES, Tongue, named
+from clock import FakeClock
+from depth import by_depth
+from dialects import DIALECTS, MESSAGES, Dialect, dialect_name
 from http_client import http_call
 from keys import ADMIN_KEY, ANONYMOUS_KEY, MULTI, as_admin, ask_as, bearer, new_key
 from processes import is_gone
@@ -43,6 +46,7 @@ from project import REPO, load_script, read_json_lines
 from raw_http import RawConnection, post
 from server import Place, Server, asked_process, running, running_server
 from shell_claude import ShellClaude, lines_of_an_answer
+from time_zones import zone
 from waiting import eventually, in_parallel
 
 ocp = load_script("ocp_server.py")
@@ -56,7 +60,6 @@ SPENT = {"input_tokens": 21, "output_tokens": 43, "cache_read_input_tokens": 65,
 TOKENS = {"input_tokens": 21, "output_tokens": 43, "cache_read_tokens": 65,
           "cache_write_tokens": 87}
 NOTHING = dict.fromkeys(TOKENS, 0)
-both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +116,12 @@ ANSWER = [{"think": "Hm.", "signature": "c2ln", "usage": SPENT}, {"say": "Hello 
 
 
 @both_ways
-@pytest.mark.parametrize("tongue", TONGUES, ids=named)
-def test_an_answer_is_one_row(books: Server, tongue: Tongue, stream: bool) -> None:
+@pytest.mark.parametrize("dialect", DIALECTS, ids=dialect_name)
+def test_an_answer_is_one_row(books: Server, dialect: Dialect, stream: bool) -> None:
     books.write_scenario([ANSWER])
-    body = tongue.body(f"Row of {tongue.name}", stream=stream, model="sonnet")
+    body = dialect.body(f"Row of {dialect.name}", stream=stream, model="sonnet")
 
-    row = row_of(books, books.call("POST", tongue.path, body))
+    row = row_of(books, books.call("POST", dialect.path, body))
 
     assert tokens_of(row) == TOKENS
     assert row["first_token_ms"] <= row["elapsed_ms"]
@@ -126,9 +129,9 @@ def test_an_answer_is_one_row(books: Server, tongue: Tongue, stream: bool) -> No
     assert {name: row[name] for name in (
         "key_name", "model", "dialect", "outcome", "status", "success", "stop_reason", "stream",
         "prompt_chars", "response_chars")} == {
-        "key_name": "local", "model": SONNET, "dialect": tongue.name, "outcome": "ok",
+        "key_name": "local", "model": SONNET, "dialect": dialect.name, "outcome": "ok",
         "status": 200, "success": 1, "stop_reason": "end_turn", "stream": int(stream),
-        "prompt_chars": len(f"Row of {tongue.name}"), "response_chars": 15}
+        "prompt_chars": len(f"Row of {dialect.name}"), "response_chars": 15}
 
 
 def test_a_row_tells_when_in_both_forms(books: Server) -> None:
@@ -334,9 +337,9 @@ def test_an_answer_that_was_told_live_is_a_row_before_its_end_is_told(books: Ser
 
 
 REFUSED: dict[str, tuple[str, Json]] = {
-    "no model of that name": (CHAT, question(model="gpt-9")),
-    "a broken field": (CHAT, question(max_tokens="many")),
-    "no JSON": (CHAT, "{"),
+    "no model of that name": (CHAT_PATH, question(model="gpt-9")),
+    "a broken field": (CHAT_PATH, question(max_tokens="many")),
+    "no JSON": (CHAT_PATH, "{"),
     "no messages": (MESSAGES.path, {"model": "sonnet"}),
 }
 
@@ -543,37 +546,8 @@ def test_times_at_the_ends_of_the_calendar_do_no_harm(books: Server) -> None:
 # What rows add up to
 # ---------------------------------------------------------------------------
 
-class FakeClock:
-    """Time, as far as the ledger can tell."""
-
-    def __init__(self, now_s: float) -> None:
-        self.now_s = now_s
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 NOON_S = 1_794_916_800.0
 DAY_S = 86_400
-
-
-@pytest.fixture
-def store() -> Iterator[Any]:
-    found = ocp.Store(":memory:")
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Sets the machine's time zone for a test."""
-    def set_zone(name: str) -> None:
-        monkeypatch.setenv("TZ", name)
-        time.tzset()
-
-    yield set_zone
-    monkeypatch.undo()
-    time.tzset()
 
 
 def usage_row(at_s: float, **fields: Json) -> Any:
@@ -645,11 +619,11 @@ def test_a_group_has_every_field_that_older_clients_know(store: Any) -> None:
         "first_request": "2026-11-17T12:00:00.000Z", "last_request": "2026-11-17T12:00:01.000Z"}
 
 
-def test_hours_are_in_utc_and_empty_ones_are_left_out(store: Any, zone: Any) -> None:
-    zone("Asia/Kolkata")
+def test_hours_are_in_utc_and_empty_ones_are_left_out(store: Any) -> None:
     rows = [usage_row(NOON_S + offset_s) for offset_s in (-0.001, 0, 3_599.999, 7_200)]
 
-    timeline = report_of(ledger_of(store, rows))["timeline"]
+    with zone("Asia/Kolkata"):
+        timeline = report_of(ledger_of(store, rows))["timeline"]
 
     assert [(entry["hour"], entry["requests"]) for entry in timeline] == [
         ("2026-11-17T11:00:00", 1), ("2026-11-17T12:00:00", 2), ("2026-11-17T14:00:00", 1)]
@@ -677,11 +651,12 @@ DAYS = [
 
 @pytest.mark.parametrize(("name", "moments", "wanted"), DAYS)
 def test_days_are_those_of_the_machine(
-    store: Any, zone: Any, name: str, moments: list[str], wanted: Json
+    store: Any, name: str, moments: list[str], wanted: Json
 ) -> None:
-    zone(name)
+    rows = [usage_row(at(text)) for text in moments]
 
-    daily = report_of(ledger_of(store, [usage_row(at(text)) for text in moments]))["daily"]
+    with zone(name):
+        daily = report_of(ledger_of(store, rows))["daily"]
 
     assert {entry["day"]: entry["requests"] for entry in daily} == wanted
 
@@ -731,9 +706,9 @@ def test_a_row_that_grew_old_goes_with_the_time(store: Any) -> None:
     ledger = ocp.Ledger(store, clock)
     ledger.record(usage_row(NOON_S), ocp.Reservation(None, 0))
 
-    clock.now_s += 40 * DAY_S
+    clock.advance(40 * DAY_S)
     before = ledger.prune(40)
-    clock.now_s += 1
+    clock.advance(1)
 
     assert (before, ledger.prune(40)) == (0, 1)
 
@@ -979,7 +954,7 @@ if may_mount():
 # Without a warning
 # ---------------------------------------------------------------------------
 
-KILLS = 50
+KILLS = by_depth(2, 8, 50)
 
 
 class Clients:
@@ -1005,9 +980,9 @@ class Clients:
                 if said != "cached":
                     text = f"{said} {next(numbers)}"
                     body = {**body, "messages": [{"role": "user", "content": text}]}
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 with contextlib.closing(connection):
-                    connection.request("POST", CHAT, encoded(body))
+                    connection.request("POST", CHAT_PATH, encoded(body))
                     reply = connection.getresponse()
                     content = reply.read()
                 assert reply.status == 200, content
@@ -1015,29 +990,16 @@ class Clients:
                     self.finished.append(str(reply.headers["X-Request-Id"]))
 
 
-#: Starts the server as a module, which Python compiles only once.
-QUICK_START = """
-import os, sys
-sys.path.insert(0, {repo!r})
-import ocp_server
-sys.exit(ocp_server.main(sys.argv[1:], os.environ))
-"""
-
-
 # A reply that breaks off leaves its socket to the collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_killing_the_server_in_the_middle_loses_no_row_of_an_answer(tmp_path: Path) -> None:
-    script = tmp_path / "quick_start.py"
-    script.write_text(QUICK_START.format(repo=str(REPO)))
     claude = ShellClaude(tmp_path)
     claude.play(lines_of_an_answer("Hello ", "there."))
-    env = {**NO_IDLE, "CLAUDE_CACHE_TTL": "3600000", "PYTHONPYCACHEPREFIX": str(tmp_path / "pyc")}
+    env = {**NO_IDLE, "CLAUDE_CACHE_TTL": "3600000"}
     dice, clients, database = random.Random(9), Clients(), tmp_path / "server" / "ocp" / "ocp.db"
 
     for number in range(KILLS):
-        with running_server(
-            tmp_path / "server", claude=claude.program, script=script, env=env
-        ) as server:
+        with running_server(tmp_path / "server", claude=claude.program, env=env) as server:
             asking = threading.Thread(target=clients.ask_until_the_end, args=(server.port,))
             asking.start()
             before = len(clients.finished)

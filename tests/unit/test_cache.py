@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from chat import question
-from dialects import TONGUES
+from chat import LONG, SCHEMA, question, shaped
+from clock import FakeClock
+from dialects import DIALECTS
 from project import load_script
 from rendering import MODELS, parsing
 
 ocp = load_script("ocp_server.py")
 
 Json = Any
-LONG = "Gr\u00fc\u00dfe aus K\u00f6ln \U0001f642 \u4f60\u597d, " * 40
 
 
 # ---------------------------------------------------------------------------
@@ -25,13 +25,6 @@ LONG = "Gr\u00fc\u00dfe aus K\u00f6ln \U0001f642 \u4f60\u597d, " * 40
 # ---------------------------------------------------------------------------
 
 SOMEBODY = ocp.Caller("laptop", key_id=1)
-SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "number"}}}
-
-
-def shaped(schema: Json) -> dict[str, Json]:
-    """The fields that ask for an answer of this schema."""
-    return {"response_format": {
-        "type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}
 
 
 def key_of(
@@ -155,9 +148,9 @@ def test_the_order_of_keys_in_a_body_does_not_matter() -> None:
 
 
 def test_one_question_has_one_key_in_all_dialects() -> None:
-    dialects = (ocp.CHAT, ocp.MESSAGES, ocp.RESPONSES, ocp.COMPLETIONS)
+    of_server = (ocp.CHAT, ocp.MESSAGES, ocp.RESPONSES, ocp.COMPLETIONS)
 
-    keys = {key_of(tongue.body("hi"), dialect) for tongue, dialect in zip(TONGUES, dialects)}
+    keys = {key_of(client.body("hi"), dialect) for client, dialect in zip(DIALECTS, of_server)}
 
     assert len(keys) == 1
 
@@ -177,16 +170,6 @@ def test_text_with_half_a_character_has_a_key() -> None:
 # ---------------------------------------------------------------------------
 # The cache, on a clock of its own
 # ---------------------------------------------------------------------------
-
-class FakeClock:
-    """Time, as far as the cache can tell."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
 
 def answer_of(text: str) -> Any:
     """A whole answer."""
@@ -226,9 +209,9 @@ def test_an_answer_is_there_until_its_time_is_up_and_not_a_moment_longer() -> No
     shelf = Shelf(ttl_ms=60_000)
     shelf.put("a", "Hello.")
 
-    shelf.clock.now_s += 59.999
+    shelf.clock.advance(59.999)
     before = shelf.has("a")
-    shelf.clock.now_s += 0.001
+    shelf.clock.advance(0.001)
 
     assert (before, shelf.has("a")) == (True, False)
 
@@ -236,10 +219,10 @@ def test_an_answer_is_there_until_its_time_is_up_and_not_a_moment_longer() -> No
 def test_a_hit_does_not_make_an_answer_younger() -> None:
     shelf = Shelf(ttl_ms=60_000)
     shelf.put("a", "Hello.")
-    shelf.clock.now_s += 59
+    shelf.clock.advance(59)
 
     assert shelf.has("a")
-    shelf.clock.now_s += 1
+    shelf.clock.advance(1)
 
     assert not shelf.has("a")
 
@@ -247,9 +230,9 @@ def test_a_hit_does_not_make_an_answer_younger() -> None:
 def test_housekeeping_drops_what_is_too_old_and_nothing_else() -> None:
     shelf = Shelf(ttl_ms=60_000)
     shelf.put("old", "Hello.")
-    shelf.clock.now_s += 30
+    shelf.clock.advance(30)
     shelf.put("young", "Hello.")
-    shelf.clock.now_s += 30
+    shelf.clock.advance(30)
 
     shelf.cache.tend(shelf.config)
 
@@ -260,7 +243,7 @@ def test_of_too_much_the_oldest_goes_first() -> None:
     shelf = Shelf(most_bytes=5_000)
     for number in range(8):
         shelf.put(str(number), "x" * 1_000)
-        shelf.clock.now_s += 1
+        shelf.clock.advance(1)
 
     there = [number for number in range(8) if shelf.has(str(number))]
 
@@ -290,7 +273,7 @@ def test_what_is_put_again_is_counted_once() -> None:
     shelf = Shelf()
     shelf.put("a", "Hello.")
     size_bytes = shelf.cache.stats()["sizeBytes"]
-    shelf.clock.now_s += 60
+    shelf.clock.advance(60)
 
     shelf.put("a", "Hello.")
 

@@ -24,6 +24,7 @@ from rendering import (
     TEXT,
     THINKING,
     USAGE,
+    USER,
     WEATHER,
     block,
     check_golden,
@@ -40,8 +41,6 @@ from rendering import (
 )
 
 ocp = load_script("ocp_server.py")
-
-USER = {"role": "user", "content": "Hello"}
 
 Json = dict[str, Any]
 

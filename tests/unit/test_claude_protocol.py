@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from claude_lines import RESULT, START, lines_of, stream
 from project import TRANSCRIPTS, load_script
+from rendering import MODELS, SONNET
 
 ocp = load_script("ocp_server.py")
 
 OLD, NEW = (2, 1, 197), (2, 1, 329)
-MODELS = ocp.Models(ocp.BUILTIN_MODELS)
-SONNET = MODELS.find("sonnet")
 
 Json = dict[str, Any]
 
@@ -341,11 +341,6 @@ def test_garbage_raises_nothing_but_errors_that_a_client_can_be_told(seed: int) 
 # -- the reader, line by line -------------------------------------------------
 
 
-def stream(kind: str, **fields: object) -> Json:
-    """A line that carries an event of the API."""
-    return {"type": "stream_event", "event": {"type": kind, **fields}}
-
-
 def delta(text: str, kind: str = "text_delta", field: str = "text") -> Json:
     return stream("content_block_delta", index=0, delta={"type": kind, field: text})
 
@@ -354,10 +349,8 @@ def ending(reason: str | None, **usage: int) -> Json:
     return stream("message_delta", delta={"stop_reason": reason}, usage=usage)
 
 
-START = stream("message_start", message={"id": "msg_1", "model": "claude-x", "usage": {}})
 TEXT = stream("content_block_start", index=0, content_block={"type": "text", "text": ""})
 THOUGHT = stream("content_block_start", index=0, content_block={"type": "thinking"})
-RESULT = {"type": "result", "subtype": "success", "is_error": False, "result": ""}
 
 
 def reader_after(*lines: Json) -> Any:
@@ -617,12 +610,6 @@ def test_the_prompt_is_what_was_read_from_the_cache_or_not() -> None:
 
 
 # -- what is written: options -------------------------------------------------
-
-
-def lines_of(data: bytes) -> list[Json]:
-    """The lines in these bytes."""
-    assert data == b"" or data.endswith(b"\n")
-    return [json.loads(line) for line in data.splitlines()]
 
 
 def requests_of(data: bytes) -> list[Json]:

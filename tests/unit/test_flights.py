@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from clock import FakeClock
+from processes import descriptors
 from project import load_script
 from waiting import eventually, in_parallel
 
@@ -40,18 +42,6 @@ class Someone:
 
     def listens(self) -> bool:
         return True
-
-
-class Steps:
-    """A clock that goes on by a step whenever somebody looks at it."""
-
-    def __init__(self, step_s: float) -> None:
-        self._step_s = step_s
-        self._now_s = 1_000.0
-
-    def __call__(self) -> float:
-        self._now_s += self._step_s
-        return self._now_s
 
 
 def said(*texts: str) -> list[Any]:
@@ -88,7 +78,7 @@ def landed(flight: Any, events: Iterable[Any], error: Any = None) -> None:
 
 
 def followed(flight: Any, client: Any = None, tick_s: float = 0, step_s: float = 0) -> Any:
-    return flight.follow(client or Someone(), tick_s, Steps(step_s))
+    return flight.follow(client or Someone(), tick_s, FakeClock(step_s=step_s))
 
 
 def test_a_follower_that_comes_late_gets_everything_from_the_start(flight: Any) -> None:
@@ -220,10 +210,6 @@ def test_the_stats_count_who_waits(cache: Any) -> None:
     assert (stats["misses"], stats["shared"]) == (2, 2)
     for each in (flights[0], flights[3]):
         cache.settle(each, (), CONFIG)
-
-
-def descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def test_flights_keep_no_descriptors(cache: Any) -> None:

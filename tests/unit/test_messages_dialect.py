@@ -21,6 +21,7 @@ from rendering import (
     STARTED,
     TEXT,
     THINKING,
+    USER,
     WEATHER,
     block,
     check_golden,
@@ -40,7 +41,6 @@ ocp = load_script("ocp_server.py")
 
 Json = dict[str, Any]
 
-USER = {"role": "user", "content": "Hello"}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"name": "weather", "description": "Tells it.", "input_schema": SCHEMA},
          {"type": "custom", "name": "clock", "input_schema": {"type": "object"}}]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from project import REPO, load_script
+from rendering import MODELS
 
 ocp = load_script("ocp_server.py")
 
-MODELS = ocp.Models(ocp.BUILTIN_MODELS)
 LISTED = MODELS.all()
 NEWEST = LISTED[0]
 NEW = MODELS.find("claude-of-next-year-1")

@@ -8,24 +8,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from clock import FakeClock
 from project import load_script
-from rendering import MODELS, block
+from rendering import MODELS, SONNET, assistant, block, user
 
 ocp = load_script("ocp_server.py")
 
 Json = dict[str, Any]
-
-SONNET = MODELS.find("sonnet")
-
-
-class FakeClock:
-    """Time, as far as the code under test can tell."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class FakeProcess:
@@ -50,14 +39,6 @@ class FakeProcess:
     def idle(self) -> None:
         """Counts how often it was looked after."""
         self.looks += 1
-
-
-def user(*content: Any) -> Any:
-    return ocp.Message("user", [block(part) if isinstance(part, str) else part for part in content])
-
-
-def assistant(*content: Any) -> Any:
-    return ocp.Message("assistant", user(*content).content)
 
 
 def use(call_id: str = "t1", name: str = "weather", **arguments: object) -> Json:
@@ -373,7 +354,7 @@ class Lot:
 
     def tend(self, after_s: float = 0.0) -> list[Any]:
         """Lets time pass; what leaves."""
-        self.clock.now_s += after_s
+        self.clock.advance(after_s)
         gone: list[Any] = self.parking.tend(self.config)
         return gone
 
@@ -449,7 +430,7 @@ def test_tending_looks_after_each_process_and_keeps_it() -> None:
 def test_a_process_whose_time_is_up_leaves() -> None:
     lot = Lot(session_ttl_ms=60_000)
     old = lot.put(*SAID)
-    lot.clock.now_s += 30
+    lot.clock.advance(30)
     lot.put(*SAID)
 
     assert (lot.tend(after_s=30), lot.tend(after_s=1)) == ([], [old])
@@ -574,7 +555,7 @@ def test_the_same_first_question_of_somebody_else_leaves_a_conversation_alone() 
 
 def test_what_was_at_work_when_all_were_dropped_forgets_nothing() -> None:
     lot = Lot()
-    lot.clock.now_s += 1
+    lot.clock.advance(1)
     lot.parking.drop()
     old = lot.put(*LATER)
     old.born_s -= 1
@@ -616,7 +597,7 @@ def test_old_processes_and_old_versions_do_not_forget_everything() -> None:
     lot = Lot(parked_processes=0, session_ttl_ms=60_000)
     for version, after_s in ((ocp.OLDEST_CLAUDE, 0), (ocp.FORGETS_ALL_SINCE, 61)):
         lot.put(*SAID).version = version
-        lot.clock.now_s += after_s
+        lot.clock.advance(after_s)
         assert lot.take_to_forget(user("new")) is None
 
 
@@ -636,7 +617,7 @@ def test_after_one_that_could_not_forget_none_is_asked_to_for_a_while() -> None:
     lot.parking.stop_forgetting(60)
 
     assert lot.take_to_forget(*SAID, user("e")) is None
-    lot.clock.now_s += 61
+    lot.clock.advance(61)
     assert lot.take_to_forget(*SAID, user("e")) is process
 
 

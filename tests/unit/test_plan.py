@@ -5,20 +5,19 @@ The lines in data/plan.json are those of two versions of claude, word for word.
 
 from __future__ import annotations
 
-import json
-import time
 from typing import Any
 
 import pytest
 
-from project import DATA, load_script
+from clock import FakeClock
+from plan_lines import LINES, NEW, OLD, UNKNOWN
+from project import load_script
+from time_zones import zone
 
 ocp = load_script("ocp_server.py")
 
 Json = Any
 
-LINES: dict[str, dict[str, dict[str, Json]]] = json.loads((DATA / "plan.json").read_text())
-OLD, NEW = LINES["2.1.197"], LINES["2.1.329"]
 each_version = pytest.mark.parametrize("version", LINES)
 #: When the lines were written.
 THEN_S = 1_795_264_453
@@ -209,19 +208,9 @@ def test_a_reply_of_another_shape_tells_nothing(reply: Json) -> None:
 # What is remembered of it
 # ---------------------------------------------------------------------------
 
-class FakeClock:
-    """Time, as far as the account can tell."""
-
-    def __init__(self) -> None:
-        self.now_s = float(THEN_S)
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock() -> FakeClock:
-    return FakeClock()
+    return FakeClock(THEN_S)
 
 
 @pytest.fixture
@@ -233,10 +222,6 @@ def shown(account: Any) -> tuple[Json, Json]:
     """The two windows that are always there."""
     plan = account.plan()
     return plan["currentSession"], plan["weeklyLimits"]["allModels"]
-
-
-UNKNOWN = dict.fromkeys((
-    "utilization", "percent", "resetsIn", "resetsAt", "resetsAtHuman", "status", "observedAt"))
 
 
 def test_at_first_everything_is_unknown(account: Any) -> None:
@@ -272,24 +257,17 @@ def test_the_old_claudes_line_tells_a_reset_and_no_share(account: Any) -> None:
     assert week == UNKNOWN
 
 
-def test_a_moment_is_shown_in_the_time_of_the_machine(
-    account: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TZ", "America/New_York")
-    time.tzset()
-    try:
+def test_a_moment_is_shown_in_the_time_of_the_machine(account: Any) -> None:
+    with zone("America/New_York"):
         account.hear(news_of(NEW, "first"))
         human = shown(account)[0]["resetsAtHuman"]
-    finally:
-        monkeypatch.undo()
-        time.tzset()
 
     assert human == "Sat, Nov 21, 08:24 AM"
 
 
 def test_a_share_is_kept_while_later_lines_do_not_tell_it(account: Any, clock: FakeClock) -> None:
     account.hear(news_of(OLD, "warning"))
-    clock.now_s += 60
+    clock.advance(60)
 
     account.hear(news_of(OLD, "back"))
 
@@ -380,7 +358,7 @@ def test_what_claude_said_last_is_there_word_for_word(account: Any) -> None:
 def test_it_is_asked_once_a_minute_at_most(account: Any, clock: FakeClock) -> None:
     asked = [account.may_ask()]
     for seconds in (0, 59.9, 0.1, 30, 30):
-        clock.now_s += seconds
+        clock.advance(seconds)
         asked.append(account.may_ask())
 
     assert asked == [True, False, False, True, False, True]
@@ -416,7 +394,7 @@ def spares(clock: FakeClock) -> Any:
     """Spares of which one waits."""
     found = ocp.Spares(lambda model_id: Idle(model_id, clock()), clock)
     found.want("sonnet")
-    clock.now_s += 1
+    clock.advance(1)
     found.tend(ocp.Config())
     assert found.idle() == {"sonnet": 1}
     return found
@@ -428,7 +406,7 @@ def test_there_are_as_many_spares_as_before_when_one_was_asked(
     asked = spares.borrow()
     # Meanwhile somebody has an answer of this model.
     spares.want("sonnet")
-    clock.now_s += 1
+    clock.advance(1)
     spares.tend(ocp.Config())
 
     spares.put_back(asked)
@@ -447,9 +425,3 @@ def test_a_spare_whose_kind_was_dropped_while_it_was_asked_does_not_come_back(
     spares.put_back(asked)
 
     assert spares.idle() == {} and asked.is_dismissed
-
-
-def shares(report: Json) -> list[Json]:
-    plan = report["plan"]
-    return [plan["currentSession"]["utilization"],
-            plan["weeklyLimits"]["allModels"]["utilization"]]

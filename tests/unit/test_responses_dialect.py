@@ -21,6 +21,7 @@ from rendering import (
     STARTED,
     TEXT,
     THINKING,
+    USER,
     WEATHER,
     block,
     call,
@@ -43,7 +44,6 @@ Json = dict[str, Any]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"type": "function", "name": "weather", "description": "Tells it.", "parameters": SCHEMA},
          {"type": "function", "name": "clock", "parameters": None, "strict": True}]
-USER = {"role": "user", "content": "Hello"}
 
 
 def turn(given: object = "Hello", **fields: object) -> Any:

@@ -12,38 +12,18 @@ from typing import Any
 
 import pytest
 
+from clock import FakeClock
 from project import load_script
 from rendering import MODELS, block
 
 ocp = load_script("ocp_server.py")
 
 Json = dict[str, Any]
-
-
-class FakeClock:
-    """Time, as far as the code under test can tell."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
+#: Where the clock of every test begins.
+NOW_S = 1_700_000_000.0
 
 
 # -- the database -------------------------------------------------------------
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return Path(tmp_path, "ocp.db")
-
-
-@pytest.fixture
-def store(path: Path) -> Iterator[Any]:
-    """An empty database."""
-    made = ocp.Store(str(path))
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -79,24 +59,24 @@ def test_a_new_database_has_the_newest_version(store: Any) -> None:
 TABLES = {"sessions", "keys", "usage", "settings", "sqlite_sequence"}
 
 
-def test_a_database_of_version_0_is_brought_up(path: Path) -> None:
-    connection = sqlite3.connect(str(path))
+def test_a_database_of_version_0_is_brought_up(store_path: Path) -> None:
+    connection = sqlite3.connect(str(store_path))
     connection.execute("CREATE TABLE other (a)")
     connection.close()
 
-    store = ocp.Store(str(path))
+    store = ocp.Store(str(store_path))
 
     assert (version_of(store), tables(store)) == (len(ocp.MIGRATIONS), {"other", *TABLES})
     store.close()
 
 
-def test_a_database_that_is_up_is_left_as_it_is(path: Path) -> None:
-    first = ocp.Store(str(path))
+def test_a_database_that_is_up_is_left_as_it_is(store_path: Path) -> None:
+    first = ocp.Store(str(store_path))
     with first.transaction() as connection:
         connection.execute("CREATE TABLE kept (a)")
     first.close()
 
-    second = ocp.Store(str(path))
+    second = ocp.Store(str(store_path))
 
     assert "kept" in tables(second)
     assert version_of(second) == len(ocp.MIGRATIONS)
@@ -104,39 +84,39 @@ def test_a_database_that_is_up_is_left_as_it_is(path: Path) -> None:
 
 
 def test_each_migration_is_done_once_and_in_its_order(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ocp.Store(str(path)).close()
+    ocp.Store(str(store_path)).close()
     more = ("CREATE TABLE one (a)", "ALTER TABLE one ADD COLUMN b")
     monkeypatch.setattr(ocp, "MIGRATIONS", (*ocp.MIGRATIONS, *more))
 
     for _ in range(2):
-        store = ocp.Store(str(path))
+        store = ocp.Store(str(store_path))
         assert version_of(store) == len(ocp.MIGRATIONS)
         assert store.rows("SELECT a, b FROM one") == []
         store.close()
 
 
 def test_a_migration_that_fails_leaves_the_version_before(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = len(ocp.MIGRATIONS)
     monkeypatch.setattr(
         ocp, "MIGRATIONS", (*ocp.MIGRATIONS, "CREATE TABLE one (a)", "CREATE TABLE one (a)")
     )
     with pytest.raises(sqlite3.Error):
-        ocp.Store(str(path))
+        ocp.Store(str(store_path))
 
-    with contextlib.closing(sqlite3.connect(str(path))) as connection:
+    with contextlib.closing(sqlite3.connect(str(store_path))) as connection:
         assert connection.execute("PRAGMA user_version").fetchone()[0] == done + 1
 
 
 @pytest.mark.usefixtures("opened")
-def test_a_file_that_is_no_database_is_refused(path: Path) -> None:
-    path.write_bytes(b"This is no database. " * 100)
+def test_a_file_that_is_no_database_is_refused(store_path: Path) -> None:
+    store_path.write_bytes(b"This is no database. " * 100)
 
     with pytest.raises(sqlite3.Error):
-        ocp.Store(str(path))
+        ocp.Store(str(store_path))
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -144,11 +124,11 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ocp.Store(str(Path(tmp_path, "gone", "ocp.db")))
 
 
-def test_every_file_of_the_database_is_private(path: Path, store: Any) -> None:
+def test_every_file_of_the_database_is_private(store_path: Path, store: Any) -> None:
     put(ocp.Sessions(store), "s1", "a")
 
-    files = list(path.parent.iterdir())
-    assert path in files
+    files = list(store_path.parent.iterdir())
+    assert store_path in files
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
 
 
@@ -184,7 +164,7 @@ def test_threads_wait_for_each_other(store: Any) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
 
     assert len(store.rows("SELECT DISTINCT a FROM one")) == 80
 
@@ -234,15 +214,13 @@ def texts(sessions: Any, session_id: str, caller: str = "local", system: str = "
 
 @pytest.fixture
 def clock() -> FakeClock:
-    return FakeClock()
+    return FakeClock(NOW_S)
 
 
 @pytest.fixture
-def sessions(clock: FakeClock) -> Iterator[Any]:
-    """Sessions in memory."""
-    store = ocp.Store(":memory:")
-    yield ocp.Sessions(store, clock)
-    store.close()
+def sessions(store: Any, clock: FakeClock) -> Any:
+    """Sessions in an empty database."""
+    return ocp.Sessions(store, clock)
 
 
 def test_a_new_session_is_empty(sessions: Any) -> None:
@@ -280,7 +258,7 @@ def test_a_session_is_kept_for_its_time(
     sessions: Any, clock: FakeClock, later_s: float, left: list[str]
 ) -> None:
     put(sessions, "s1", "a")
-    clock.now_s += later_s
+    clock.advance(later_s)
 
     assert texts(sessions, "s1") == left
     assert len(sessions.all(TTL_S)) == len(left)
@@ -288,9 +266,9 @@ def test_a_session_is_kept_for_its_time(
 
 def test_its_time_begins_anew_with_each_message(sessions: Any, clock: FakeClock) -> None:
     put(sessions, "s1", "a")
-    clock.now_s += 3_000
+    clock.advance(3_000)
     put(sessions, "s1", "a", "b", "c")
-    clock.now_s += 3_000
+    clock.advance(3_000)
 
     assert texts(sessions, "s1") == ["a", "b", "c"]
 
@@ -299,7 +277,7 @@ def test_what_is_out_of_time_is_deleted_at_the_next_message(
     sessions: Any, clock: FakeClock
 ) -> None:
     put(sessions, "s1", "a")
-    clock.now_s += 4_000
+    clock.advance(4_000)
     put(sessions, "s2", "b")
 
     assert sessions.clear() == 1
@@ -309,9 +287,9 @@ def test_the_list_tells_about_sessions_and_nothing_of_what_was_said(
     sessions: Any, clock: FakeClock
 ) -> None:
     put(sessions, "s1", "secret", "secret")
-    clock.now_s += 60
+    clock.advance(60)
     put(sessions, "s2", "secret", caller="shared")
-    clock.now_s += 60
+    clock.advance(60)
     put(sessions, "s1", "secret", "secret", "secret")
 
     assert sessions.all(TTL_S) == [
@@ -351,12 +329,12 @@ def test_an_id_may_be_any_text(sessions: Any, odd: str) -> None:
     assert texts(sessions, odd) == ["a"]
 
 
-def test_sessions_survive_a_restart(path: Path, clock: FakeClock) -> None:
-    store = ocp.Store(str(path))
+def test_sessions_survive_a_restart(store_path: Path, clock: FakeClock) -> None:
+    store = ocp.Store(str(store_path))
     put(ocp.Sessions(store, clock), "s1", "a", "b")
     store.close()
 
-    again = ocp.Store(str(path))
+    again = ocp.Store(str(store_path))
 
     assert texts(ocp.Sessions(again, clock), "s1") == ["a", "b"]
     again.close()
@@ -372,7 +350,7 @@ def test_sessions_of_several_threads_do_not_mix(sessions: Any) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
 
     assert sessions.clear() == 4
 
@@ -384,7 +362,7 @@ class Shelf:
     """Stored responses, with a clock."""
 
     def __init__(self, **settings: object) -> None:
-        self.clock = FakeClock()
+        self.clock = FakeClock(NOW_S)
         self.responses = ocp.Responses(self.clock)
         self.config = dataclasses.replace(ocp.Config(), **settings)
 
@@ -459,9 +437,9 @@ def test_a_response_that_was_removed_is_gone() -> None:
 def test_responses_out_of_time_go_when_the_next_one_comes() -> None:
     shelf = Shelf(session_ttl_ms=60_000)
     shelf.put("r1")
-    shelf.clock.now_s += 30
+    shelf.clock.advance(30)
     shelf.put("r2")
-    shelf.clock.now_s += 31
+    shelf.clock.advance(31)
     shelf.put("r3")
 
     assert [shelf.has(name) for name in ("r1", "r2", "r3")] == [False, True, True]
@@ -472,7 +450,7 @@ def test_a_response_that_is_referred_to_is_kept_on() -> None:
     shelf.put("r1")
     shelf.put("r2")
     for number in range(3, 6):
-        shelf.clock.now_s += 40
+        shelf.clock.advance(40)
         shelf.responses.item("local", "msg_r1")
         shelf.put(f"r{number}")
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
+from claude_lines import RESULT, stream
 from project import TRANSCRIPTS, load_script
-from rendering import parsing, refusal_of, whole
+from rendering import USER, parsing, refusal_of, whole
 
 ocp = load_script("ocp_server.py")
 
 Json = dict[str, Any]
 
-USER = {"role": "user", "content": "Hello"}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 ANYTHING = {"type": "object", "additionalProperties": True}
 
@@ -212,11 +212,6 @@ START = {
     "type": "stream_event",
     "event": {"type": "message_start", "message": {"id": "msg_1", "model": "claude-x"}},
 }
-RESULT = {"type": "result", "subtype": "success", "is_error": False, "result": ""}
-
-
-def stream(kind: str, **fields: object) -> Json:
-    return {"type": "stream_event", "event": {"type": kind, **fields}}
 
 
 def shaped(*pieces: str, index: int = 0) -> list[Json]:

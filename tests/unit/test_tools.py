@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
+from claude_lines import START, lines_of, stream
 from project import TRANSCRIPTS, load_script
-from rendering import PNG, block, parsing, refusal_of, whole
+from rendering import PNG, USER, block, parsing, refusal_of, whole
 
 ocp = load_script("ocp_server.py")
 
 Json = dict[str, Any]
 
-USER = {"role": "user", "content": "Hello"}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
 
@@ -450,10 +450,6 @@ def test_a_call_comes_back_under_the_name_that_the_client_gave(name: str) -> Non
 # -- the tool server ----------------------------------------------------------
 
 
-def stream(kind: str, **fields: object) -> Json:
-    return {"type": "stream_event", "event": {"type": kind, **fields}}
-
-
 def block_start(name: str, index: int = 0, call_id: str = "toolu_1") -> Json:
     use = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
     return stream("content_block_start", index=index, content_block=use)
@@ -462,11 +458,6 @@ def block_start(name: str, index: int = 0, call_id: str = "toolu_1") -> Json:
 def piece(text: str, index: int = 0) -> Json:
     delta = {"type": "input_json_delta", "partial_json": text}
     return stream("content_block_delta", index=index, delta=delta)
-
-
-def lines_of(data: bytes) -> list[Json]:
-    assert data == b"" or data.endswith(b"\n")
-    return [json.loads(line) for line in data.splitlines()]
 
 
 def mcp(method: str, request_id: str = "r1", **fields: object) -> Json:
@@ -638,7 +629,6 @@ def test_earlier_calls_are_written_under_the_names_that_the_api_takes() -> None:
 
 # -- calls in an answer -------------------------------------------------------
 
-START = stream("message_start", message={"id": "msg_1", "model": "claude-x", "usage": {}})
 WEATHER = (ocp.Tool("weather", "", {}),)
 
 
