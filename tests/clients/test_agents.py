@@ -6,80 +6,46 @@ a client is the same program that the server drives.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import stub_api as stub
+from processes import Ran, run_to_end
 from programs import find_client, how_to_install
 from project import clean_env
-from rig import (
-    MODEL,
-    NEWEST_MODEL,
-    Claude,
-    Rig,
-    each_claude,
-    running_rig,
-    system_texts,
-    turns,
-)
+from rig import MODEL, NEWEST_MODEL, Rig, each_claude
+from upstream import system_texts, turns
 from waiting import eventually
 
 Json = Any
 Body = Mapping[str, Json]
 
+# No agent asks for the same model with the same thinking twice: a spare would idle.
+RIG_SETTINGS = {"OCP_WARM_PROCESSES": "0"}
+
 #: An agent that has not ended by then never will.
-RUN_TIMEOUT_S = 90
+RUN_TIMEOUT_S = 300
 QUESTION = "What do these say?"
 BEFORE, AFTER = "Let me look.", "They say what they say."
-
-
-@pytest.fixture(scope="module", params=each_claude())
-def claude(request: pytest.FixtureRequest) -> Claude:
-    found: Claude = request.param
-    return found
-
 
 with_newest_claude = pytest.mark.parametrize("claude", each_claude()[-1:], indirect=True)
 
 
-@pytest.fixture(scope="module")
-def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    # No agent asks for the same model with the same thinking twice: a spare would idle.
-    folder = tmp_path_factory.mktemp("agents")
-    with running_rig(folder, claude, OCP_WARM_PROCESSES="0") as started:
-        yield started
-
-
 @pytest.fixture
-def rig(shared_rig: Rig) -> Rig:
-    shared_rig.begin()
-    return shared_rig
-
-
-@pytest.fixture
-def desk(rig: Rig, tmp_path: Path) -> Desk:
-    return Desk(rig, tmp_path)
+def desk(rig: Rig, tmp_path: Path) -> AgentDesk:
+    return AgentDesk(rig, tmp_path)
 
 
 # ---------------------------------------------------------------------------
 # Running an agent
 # ---------------------------------------------------------------------------
 
-class Ran(NamedTuple):
-    """How an agent ended."""
-    code: int
-    stdout: str
-    stderr: str
-
-
-class Desk:
+class AgentDesk:
     """Where an agent works: a home and a folder of its own, and the server that it asks."""
 
     def __init__(self, rig: Rig, folder: Path) -> None:
@@ -100,18 +66,13 @@ class Desk:
 
     def run(self, command: Sequence[str], **env: str) -> Ran:
         """The agent from start to end. Whatever it has started ends with it."""
-        process = subprocess.Popen(
-            command, env=clean_env(HOME=str(self.home), **env), cwd=self.work,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True)
         try:
-            stdout, stderr = process.communicate(timeout=RUN_TIMEOUT_S)
+            return run_to_end(
+                command, env=clean_env(HOME=str(self.home), **env), cwd=self.work,
+                timeout_s=RUN_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise AssertionError(
                 f"{command[0]} does not end; so far: {self._entries()}") from None
-        finally:
-            end_group(process)
-        return Ran(process.returncode, stdout.decode(), stderr.decode())
 
     def _entries(self) -> list[dict[str, Json]]:
         return [entry for entry in self.rig.server.log_entries()[self._logged:]
@@ -127,15 +88,6 @@ class Desk:
         served = self.served(count)
         assert [entry["event"] for entry in served] == ["answer_finished"] * count, served
         return [entry["path"] for entry in served]
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and all that it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # All of it has ended.
-    process.communicate()
 
 
 def program(name: str) -> str:
@@ -175,7 +127,7 @@ def script_round(rig: Rig, calls: Sequence[tuple[str, Mapping[str, Json]]]) -> N
 
 def with_tools(rig: Rig) -> list[dict[str, Json]]:
     """The bodies that reached the API in this test, but for requests for a title."""
-    return [body for body in rig.asked() if body["tools"]]
+    return [body for body in rig.bodies() if body["tools"]]
 
 
 # ---------------------------------------------------------------------------
@@ -192,7 +144,7 @@ wire_api = "responses"
 """
 
 
-def run_codex(desk: Desk, more: str = "") -> Ran:
+def run_codex(desk: AgentDesk, more: str = "") -> Ran:
     command = program("codex")
     desk.write(".codex/config.toml", CODEX.format(model=MODEL, url=desk.rig.server.url) + more)
     return desk.run(
@@ -200,7 +152,7 @@ def run_codex(desk: Desk, more: str = "") -> Ran:
          QUESTION], OCP_API_KEY="any")
 
 
-def test_codex_prints_the_answer(desk: Desk) -> None:
+def test_codex_prints_the_answer(desk: AgentDesk) -> None:
     ran = run_codex(desk)
 
     assert (ran.code, ran.stdout.strip()) == (0, "Hello from the stub."), ran
@@ -210,7 +162,7 @@ def test_codex_prints_the_answer(desk: Desk) -> None:
     assert turns(body)[-1][1][-1] == QUESTION
 
 
-def test_codex_runs_two_tools_and_goes_on(desk: Desk) -> None:
+def test_codex_runs_two_tools_and_goes_on(desk: AgentDesk) -> None:
     script_round(desk.rig, [
         ("exec_command", {"cmd": "echo one-$((40 + 2))"}),
         ("exec_command", {"cmd": "cat note.txt"})])
@@ -220,7 +172,7 @@ def test_codex_runs_two_tools_and_goes_on(desk: Desk) -> None:
     assert (ran.code, ran.stdout.strip()) == (0, AFTER), ran
     assert BEFORE in ran.stderr and "ERROR" not in ran.stderr
     assert desk.paths(2) == ["fresh", "continued"]
-    first, second = desk.rig.asked()
+    first, second = desk.rig.bodies()
     assert {"exec_command", "write_stdin"} <= offered(first)
     one, note = results(second)
     assert "one-42" in one and "cormorant" in note
@@ -245,7 +197,7 @@ for line in sys.stdin:
 """
 
 
-def test_codex_calls_a_tool_of_an_mcp_server(desk: Desk) -> None:
+def test_codex_calls_a_tool_of_an_mcp_server(desk: AgentDesk) -> None:
     desk.write("birds.py", MCP_SERVER)
     script_round(desk.rig, [("mcp__birds__find", {"bird": "cormorant"})])
     server = f"[mcp_servers.birds]\ncommand = {json.dumps(sys.executable)}\n" \
@@ -254,12 +206,12 @@ def test_codex_calls_a_tool_of_an_mcp_server(desk: Desk) -> None:
     ran = run_codex(desk, server)
 
     assert (ran.code, ran.stdout.strip()) == (0, AFTER), ran
-    first, second = desk.rig.asked()
+    first, second = desk.rig.bodies()
     assert "mcp__birds__find" in offered(first)
     assert "On the roof." in results(second)[0]
 
 
-def test_codex_shows_a_plan_limit_without_asking_again(desk: Desk) -> None:
+def test_codex_shows_a_plan_limit_without_asking_again(desk: AgentDesk) -> None:
     desk.rig.script(then=stub.plan_limit())
 
     ran = run_codex(desk)
@@ -268,7 +220,7 @@ def test_codex_shows_a_plan_limit_without_asking_again(desk: Desk) -> None:
     assert len(desk.served()) == 1
 
 
-def test_codex_shows_a_refusal_and_not_a_complaint_about_itself(desk: Desk) -> None:
+def test_codex_shows_a_refusal_and_not_a_complaint_about_itself(desk: AgentDesk) -> None:
     desk.rig.script(then=stub.text("I cannot", stop_reason="refusal"))
 
     ran = run_codex(desk)
@@ -289,7 +241,7 @@ OPENCODE_QUIET = {
     for name in ("AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "DEFAULT_PLUGINS")}
 
 
-def run_opencode(desk: Desk, package: str) -> Ran:
+def run_opencode(desk: AgentDesk, package: str) -> Ran:
     command = program("opencode")
     model = {"name": MODEL, "limit": {"context": 200000, "output": 32000}}
     provider = {
@@ -303,7 +255,7 @@ def run_opencode(desk: Desk, package: str) -> Ran:
 # Only with the newest claude, because this agent takes seconds to start.
 @with_newest_claude
 @pytest.mark.parametrize("package", [CHAT, MESSAGES, RESPONSES])
-def test_opencode_runs_two_tools_and_goes_on(desk: Desk, package: str) -> None:
+def test_opencode_runs_two_tools_and_goes_on(desk: AgentDesk, package: str) -> None:
     script_round(desk.rig, [
         ("bash", {"command": "echo one-$((40 + 2))", "description": "Counts"}),
         ("read", {"filePath": str(desk.note)})])
@@ -326,7 +278,7 @@ def test_opencode_runs_two_tools_and_goes_on(desk: Desk, package: str) -> None:
 # Claude Code
 # ---------------------------------------------------------------------------
 
-def run_claude_code(desk: Desk, model: str = MODEL) -> Ran:
+def run_claude_code(desk: AgentDesk, model: str = MODEL) -> Ran:
     return desk.run(
         [str(desk.rig.claude.path), "-p", "--model", model, "--allowedTools", "Bash,Read",
          "--append-system-prompt", "Speak like a pirate.", "--", QUESTION],
@@ -334,13 +286,13 @@ def run_claude_code(desk: Desk, model: str = MODEL) -> Ran:
         CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", DISABLE_AUTOUPDATER="1")
 
 
-def script_claude_code_round(desk: Desk) -> None:
+def script_claude_code_round(desk: AgentDesk) -> None:
     script_round(desk.rig, [
         ("Bash", {"command": "echo one-$((40 + 2))", "description": "Counts"}),
         ("Read", {"file_path": str(desk.note)})])
 
 
-def test_claude_code_prints_the_answer(desk: Desk) -> None:
+def test_claude_code_prints_the_answer(desk: AgentDesk) -> None:
     ran = run_claude_code(desk)
 
     assert (ran.code, ran.stdout.strip(), ran.stderr) == (0, "Hello from the stub.", "")
@@ -349,7 +301,7 @@ def test_claude_code_prints_the_answer(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("model", [MODEL, NEWEST_MODEL])
-def test_claude_code_runs_two_tools_and_goes_on(desk: Desk, model: str) -> None:
+def test_claude_code_runs_two_tools_and_goes_on(desk: AgentDesk, model: str) -> None:
     script_claude_code_round(desk)
 
     ran = run_claude_code(desk, model)
@@ -366,7 +318,7 @@ def claude_code_body(
 ) -> dict[str, Json]:
     """What reaches the API of a question to Claude Code."""
     shared_rig.begin()
-    run_claude_code(Desk(shared_rig, tmp_path_factory.mktemp("desk")))
+    run_claude_code(AgentDesk(shared_rig, tmp_path_factory.mktemp("desk")))
     return shared_rig.only_body()
 
 
@@ -383,11 +335,11 @@ def test_the_header_of_claude_code_does_not_swallow_its_system_prompt(
 
 
 @with_newest_claude
-def test_claude_code_loads_a_tool_whose_schema_it_held_back(desk: Desk) -> None:
+def test_claude_code_loads_a_tool_whose_schema_it_held_back(desk: AgentDesk) -> None:
     replies = [stub.text(AFTER)]
 
     def answer(body: Body) -> stub.Reply:
-        if len(desk.rig.asked()) > 1:
+        if len(desk.rig.bodies()) > 1:
             return replies.pop() if replies else stub.text("There were more requests than replies.")
         names = [tool["name"] for tool in body["tools"]]
         search = next(name for name in names if name.startswith("ToolSearch"))
@@ -402,7 +354,7 @@ def test_claude_code_loads_a_tool_whose_schema_it_held_back(desk: Desk) -> None:
     assert "WebFetch" in offered(desk.rig.last_body())
 
 
-def test_claude_code_shows_a_plan_limit_without_asking_again(desk: Desk) -> None:
+def test_claude_code_shows_a_plan_limit_without_asking_again(desk: AgentDesk) -> None:
     desk.rig.script(then=stub.plan_limit())
 
     ran = run_claude_code(desk)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 import stub_api as stub
+from dialects import CHAT
 from rig import (
     BUDGET_MODEL,
     MODEL,
@@ -20,17 +21,16 @@ from rig import (
     Outcome,
     Rig,
     assistant,
-    each_claude,
-    image,
-    part,
     running_rig,
     system,
-    system_texts,
-    turns,
     user,
 )
+from upstream import system_texts, turns
 
 Json = Any
+
+# Each request has another model or comes at once: a spare would cost more than it saves.
+RIG_SETTINGS = {"OCP_WARM_PROCESSES": "0"}
 
 #: Two images of one pixel.
 BLACK = (
@@ -41,26 +41,6 @@ WHITE = (
 BOTH_FORMS = pytest.mark.parametrize("model", [MODEL, NEWEST_MODEL])
 
 
-@pytest.fixture(scope="module", params=each_claude())
-def claude(request: pytest.FixtureRequest) -> Claude:
-    found: Claude = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    # Each request has another model or comes at once: a spare would cost more than it saves.
-    folder = tmp_path_factory.mktemp("chat")
-    with running_rig(folder, claude, OCP_WARM_PROCESSES="0") as started:
-        yield started
-
-
-@pytest.fixture
-def rig(shared_rig: Rig) -> Rig:
-    shared_rig.begin()
-    return shared_rig
-
-
 # ---------------------------------------------------------------------------
 # Answers
 # ---------------------------------------------------------------------------
@@ -68,15 +48,15 @@ def rig(shared_rig: Rig) -> Rig:
 @BOTH_FORMS
 def test_a_question_gets_its_answer(rig: Rig, model: str) -> None:
     rig.script(then=stub.text("It is \u00e9t\u00e9, \U0001f600."))
-    answers = rig.both("What is it? \u00bf\U0001f914", model=model)
-    for answer, body in zip(answers, rig.asked()):
+    answers = rig.ask_whole_and_streamed("What is it? \u00bf\U0001f914", model=model)
+    for answer, body in zip(answers, rig.bodies()):
         assert (answer.status, answer.text, answer.finish) == (
             200, "It is \u00e9t\u00e9, \U0001f600.", "stop")
         assert body["model"] == model
         assert turns(body) == [("user", ["What is it? \u00bf\U0001f914"])]
         assert system_texts(body) == []
         assert not body["tools"]
-    assert len(rig.asked()) == 2
+    assert len(rig.bodies()) == 2
 
 
 def test_deltas_arrive_one_by_one_as_the_api_sends_them(rig: Rig) -> None:
@@ -109,7 +89,7 @@ def test_a_stream_has_a_role_its_pieces_one_finish_and_an_end(rig: Rig) -> None:
 
 def test_thinking_is_reasoning_and_not_content(rig: Rig) -> None:
     rig.script(then=stub.thinking("Let me see what that is.", "It is this."))
-    for answer in rig.both():
+    for answer in rig.ask_whole_and_streamed():
         assert (answer.thinking, answer.text) == ("Let me see what that is.", "It is this.")
         assert answer.finish == "stop"
 
@@ -127,13 +107,15 @@ def test_several_text_blocks_are_one_answer(rig: Rig) -> None:
 @BOTH_FORMS
 def test_instructions_are_apart_and_in_order(rig: Rig, model: str) -> None:
     rig.ask([
-        {"role": "developer", "content": "First rule."}, system([part("Second"), part("rule.")]),
+        {"role": "developer", "content": "First rule."},
+        system([CHAT.text("Second"), CHAT.text("rule.")]),
         user("one"), assistant("eins"), system("Third rule."), user("two")], model)
     body = rig.only_body()
     assert system_texts(body) == ["First rule.\n\nSecond\n\nrule.\n\nThird rule."]
     assert turns(body) == [("user", ["one"]), ("assistant", ["eins"]), ("user", ["two"])]
 
 
+@pytest.mark.differs_by_version
 @pytest.mark.parametrize(("model", "count"), [
     (MODEL, 1), (MODEL, 3), (MODEL, 10), (NEWEST_MODEL, 3)])
 def test_history_is_the_same_turns_upstream(rig: Rig, model: str, count: int) -> None:
@@ -142,15 +124,17 @@ def test_history_is_the_same_turns_upstream(rig: Rig, model: str, count: int) ->
         question, answer = f" Question\t{number}?\n", f"Answer {number}.\n\n- so\n"
         messages += [user(question), assistant(answer)]
         wanted += [("user", [question]), ("assistant", [answer])]
-    heard = rig.ask([*messages, user("And now?")], model)
-    assert heard.finish == "stop"
+    answer = rig.ask([*messages, user("And now?")], model)
+    assert answer.finish == "stop"
     assert turns(rig.only_body()) == [*wanted, ("user", ["And now?"])]
 
 
+@pytest.mark.differs_by_version
 def test_neighbours_of_one_role_keep_their_texts_and_order(rig: Rig) -> None:
     rig.ask([
-        user("one"), user([part("two"), part("three")]), assistant("four"), assistant("five"),
-        user(""), user("six"), assistant(None), user("seven"), user(None)])
+        user("one"), user([CHAT.text("two"), CHAT.text("three")]),
+        assistant("four"), assistant("five"), user(""), user("six"), assistant(None),
+        user("seven"), user(None)])
     assert turns(rig.only_body()) == [
         ("user", ["one", "two", "three"]), ("assistant", ["four", "five"]),
         ("user", ["six", "seven"])]
@@ -166,8 +150,8 @@ def test_a_history_that_begins_with_the_assistant_arrives_in_order(rig: Rig) -> 
 @BOTH_FORMS
 def test_images_arrive_as_they_are_also_in_history(rig: Rig, model: str) -> None:
     rig.ask([
-        user([part("What is it?"), image(BLACK)]), assistant("A dot."),
-        user([image(WHITE), part("And this?"), image(BLACK)])], model)
+        user([CHAT.text("What is it?"), CHAT.image(BLACK)]), assistant("A dot."),
+        user([CHAT.image(WHITE), CHAT.text("And this?"), CHAT.image(BLACK)])], model)
     assert turns(rig.only_body()) == [
         ("user", ["What is it?", upstream_image(BLACK)]), ("assistant", ["A dot."]),
         ("user", [upstream_image(WHITE), "And this?", upstream_image(BLACK)])]
@@ -175,7 +159,8 @@ def test_images_arrive_as_they_are_also_in_history(rig: Rig, model: str) -> None
 
 @BOTH_FORMS
 def test_a_message_may_be_an_image_and_nothing_else(rig: Rig, model: str) -> None:
-    answer = rig.ask([user([image(BLACK)]), assistant("A dot."), user([image(WHITE)])], model)
+    answer = rig.ask(
+        [user([CHAT.image(BLACK)]), assistant("A dot."), user([CHAT.image(WHITE)])], model)
     assert answer.finish == "stop"
     assert turns(rig.only_body()) == [
         ("user", [upstream_image(BLACK)]), ("assistant", ["A dot."]),
@@ -190,8 +175,8 @@ def upstream_image(base64_data: str) -> dict[str, Json]:
 def test_nothing_of_one_request_is_in_the_next(rig: Rig) -> None:
     rig.ask([system("Say CANARY-1."), user("CANARY-2"), assistant("CANARY-3"), user("CANARY-4")])
     rig.ask("Next?")
-    assert "CANARY" in str(rig.asked()[0])
-    assert "CANARY" not in str(rig.asked()[1])
+    assert "CANARY" in str(rig.bodies()[0])
+    assert "CANARY" not in str(rig.bodies()[1])
 
 
 # ---------------------------------------------------------------------------
@@ -201,7 +186,7 @@ def test_nothing_of_one_request_is_in_the_next(rig: Rig) -> None:
 def test_usage_is_the_apis_and_equal_in_both_modes(rig: Rig) -> None:
     rig.script(then=stub.text(
         "So.", input_tokens=11, cache_read=100, cache_creation=30, output_tokens=9))
-    for answer in rig.both(stream_options={"include_usage": True}):
+    for answer in rig.ask_whole_and_streamed(stream_options={"include_usage": True}):
         assert answer.usage == {
             "prompt_tokens": 141, "completion_tokens": 9, "total_tokens": 150,
             "prompt_tokens_details": {"cached_tokens": 100}}
@@ -209,7 +194,7 @@ def test_usage_is_the_apis_and_equal_in_both_modes(rig: Rig) -> None:
 
 def test_reasoning_tokens_are_told_when_the_api_tells_them(rig: Rig) -> None:
     rig.script(then=stub.thinking("Hm.", "So.", output_tokens=9, thinking_tokens=4))
-    for answer in rig.both(stream_options={"include_usage": True}):
+    for answer in rig.ask_whole_and_streamed(stream_options={"include_usage": True}):
         assert answer.usage and answer.usage["completion_tokens"] == 9
         assert answer.usage["completion_tokens_details"] == {"reasoning_tokens": 4}
 
@@ -226,7 +211,7 @@ def by_budget(tokens: int) -> dict[str, Json]:
     return {"budget_tokens": tokens, "type": "enabled", "display": "summarized"}
 
 
-class Asked(NamedTuple):
+class ParameterCase(NamedTuple):
     """What a client asks for, and what it comes to in the API's body."""
     model: str
     fields: Mapping[str, Json]
@@ -239,61 +224,62 @@ class Asked(NamedTuple):
         return f"{self.model} {dict(self.fields)}"
 
 
-ASKED = (
-    Asked(MODEL, {"max_tokens": 77}, {"max_tokens": 77, "thinking": BY_ITSELF}),
-    Asked(MODEL, {"max_tokens": 5, "max_completion_tokens": 78}, {"max_tokens": 78}),
-    Asked(MODEL, {"stop": "END"}, {"stop_sequences": ["END"], "thinking": BY_ITSELF}),
-    Asked(MODEL, {"temperature": 0.3}, {"temperature": 0.3, "thinking": NO_THINKING}),
-    Asked(
+PARAMETER_CASES = (
+    ParameterCase(MODEL, {"max_tokens": 77}, {"max_tokens": 77, "thinking": BY_ITSELF}),
+    ParameterCase(MODEL, {"max_tokens": 5, "max_completion_tokens": 78}, {"max_tokens": 78}),
+    ParameterCase(MODEL, {"stop": "END"}, {"stop_sequences": ["END"], "thinking": BY_ITSELF}),
+    ParameterCase(MODEL, {"temperature": 0.3}, {"temperature": 0.3, "thinking": NO_THINKING}),
+    ParameterCase(
         MODEL, {"temperature": 1.7}, {"temperature": None, "thinking": BY_ITSELF},
         ignored="temperature"),
-    Asked(MODEL, {"reasoning_effort": "low"}, {"output_config": {"effort": "low"}}),
-    Asked(MODEL, {"reasoning_effort": "xhigh"}, {"output_config": {"effort": "high"}}),
-    Asked(MODEL, {"reasoning_effort": "none"}, {"thinking": NO_THINKING}),
-    Asked(
+    ParameterCase(MODEL, {"reasoning_effort": "low"}, {"output_config": {"effort": "low"}}),
+    ParameterCase(MODEL, {"reasoning_effort": "xhigh"}, {"output_config": {"effort": "high"}}),
+    ParameterCase(MODEL, {"reasoning_effort": "none"}, {"thinking": NO_THINKING}),
+    ParameterCase(
         MODEL, {"temperature": 0.2, "top_p": 0.5, "max_tokens": 9, "stop": ["a", "b"]},
         {"temperature": 0.2, "top_p": None, "max_tokens": 9, "stop_sequences": ["a", "b"]},
         ignored="top_p"),
-    Asked(
+    ParameterCase(
         MODEL, {"temperature": 0.2, "reasoning_effort": "high"},
         {"temperature": None, "thinking": BY_ITSELF, "output_config": {"effort": "high"}},
         ignored="temperature"),
-    Asked(BUDGET_MODEL, {}, {"thinking": NO_THINKING, "output_config": None}),
-    Asked(
+    ParameterCase(BUDGET_MODEL, {}, {"thinking": NO_THINKING, "output_config": None}),
+    ParameterCase(
         BUDGET_MODEL, {"temperature": 0.3, "max_tokens": 50, "stop": ["X"]},
         {"temperature": 0.3, "max_tokens": 50, "stop_sequences": ["X"],
          "thinking": NO_THINKING}),
-    Asked(
+    ParameterCase(
         BUDGET_MODEL, {"reasoning_effort": "medium"},
         {"thinking": by_budget(8192), "temperature": None}),
-    Asked(
+    ParameterCase(
         BUDGET_MODEL, {"reasoning_effort": "high", "max_tokens": 900},
         {"thinking": NO_THINKING, "max_tokens": 900}),
-    Asked(
+    ParameterCase(
         NEWEST_MODEL,
         {"temperature": 0.3, "top_p": 0.4, "max_tokens": 9, "stop": ["a", "b"],
          "reasoning_effort": "minimal"},
         {"temperature": None, "top_p": None, "max_tokens": 9, "stop_sequences": ["a", "b"],
          "output_config": {"effort": "low"}, "thinking": BY_ITSELF},
         ignored="temperature, top_p"),
-    Asked(NEWEST_MODEL, {"reasoning_effort": "max"}, {"output_config": {"effort": "max"}}),
+    ParameterCase(NEWEST_MODEL, {"reasoning_effort": "max"}, {"output_config": {"effort": "max"}}),
 )
 
 
 @pytest.fixture(scope="module")
-def parameters_seen(shared_rig: Rig) -> dict[str, Outcome]:
+def parameter_outcomes(shared_rig: Rig) -> dict[str, Outcome]:
     shared_rig.begin()
-    return shared_rig.run({asked.name: Case(asked.model, asked.fields) for asked in ASKED})
+    return shared_rig.run({
+        case.name: Case(case.model, case.fields) for case in PARAMETER_CASES})
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=lambda asked: asked.name)
+@pytest.mark.parametrize("case", PARAMETER_CASES, ids=lambda case: case.name)
 def test_parameters_reach_the_api_as_the_model_takes_them(
-    parameters_seen: dict[str, Outcome], asked: Asked
+    parameter_outcomes: dict[str, Outcome], case: ParameterCase
 ) -> None:
-    answer, (body,) = parameters_seen[asked.name]
+    answer, (body,) = parameter_outcomes[case.name]
     assert answer.finish == "stop"
-    assert {name: body.get(name) for name in asked.wanted} == asked.wanted
-    assert answer.headers["X-OCP-Ignored-Params"] == asked.ignored
+    assert {name: body.get(name) for name in case.wanted} == case.wanted
+    assert answer.headers["X-OCP-Ignored-Params"] == case.ignored
 
 
 @pytest.mark.parametrize("model", [MODEL, BUDGET_MODEL])
@@ -319,7 +305,7 @@ def test_parameters_are_gone_in_the_next_request(rig: Rig, model: str) -> None:
     rig.ask("Same?", model)
     rig.ask("Same?", model, temperature=0.1, max_tokens=99, stop="X", reasoning_effort="low")
     rig.ask("Same?", model)
-    before, changed, after = (without_identity(body) for body in rig.asked())
+    before, changed, after = (without_identity(body) for body in rig.bodies())
     assert changed != before
     assert after == before
 
@@ -334,7 +320,7 @@ def test_the_operators_prompt_follows_the_clients(claude: Claude, tmp_path: Path
             tmp_path, claude, CLAUDE_SYSTEM_PROMPT="Operator.", OCP_WARM_PROCESSES="0") as rig:
         rig.ask([system("Client."), user("Hi")])
         rig.ask("Hi")
-        assert [system_texts(body) for body in rig.asked()] == [
+        assert [system_texts(body) for body in rig.bodies()] == [
             ["Client.\n\nOperator."], ["Operator."]]
 
 
@@ -354,41 +340,47 @@ ENDS = {
 
 
 @pytest.fixture(scope="module")
-def ends_seen(shared_rig: Rig) -> dict[str, Outcome]:
+def aborted_before(shared_rig: Rig) -> int:
+    """How many requests had been aborted before those of end_outcomes."""
+    return shared_rig.stub.aborted
+
+
+@pytest.fixture(scope="module")
+def end_outcomes(shared_rig: Rig, aborted_before: int) -> dict[str, Outcome]:
     """Whoever asks the API again after a good end waits for ever."""
     shared_rig.begin()
     return shared_rig.run({
         name: Case(model, {}, streams, [
-            stub.text(["Half ", "an"], stop_reason=reason), *[stub.hang(seconds=60)] * 5])
+            stub.text(["Half ", "an"], stop_reason=reason), *[stub.hang(seconds=600)] * 5])
         for name, (reason, model, streams) in ENDS.items()})
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_the_end_of_an_answer_is_told_in_openais_words(
-    ends_seen: dict[str, Outcome], name: str
+    end_outcomes: dict[str, Outcome], name: str
 ) -> None:
-    answer = ends_seen[name].heard
+    answer = end_outcomes[name].answer
     assert (answer.status, answer.text) == (200, "Half an")
     assert answer.finish == FINISHES[name.split()[0]]
 
 
 def test_an_answer_is_asked_for_once(
-    ends_seen: dict[str, Outcome], shared_rig: Rig
+    end_outcomes: dict[str, Outcome], shared_rig: Rig, aborted_before: int
 ) -> None:
-    counts = {name: len(outcome.bodies) for name, outcome in ends_seen.items()}
+    counts = {name: len(outcome.bodies) for name, outcome in end_outcomes.items()}
     again = sum(counts.values()) - len(counts)
     # claude may be faster than the signal that ends it, but not by more than a request.
     assert max(counts.values()) <= 2
-    shared_rig.stub.wait_for_aborted(again)
+    shared_rig.stub.wait_for_aborted(aborted_before + again)
     assert again < len(counts) / 2
 
 
 def test_a_refusal_before_the_first_word_is_an_answer(rig: Rig) -> None:
     rig.script(then=stub.Reply(stop_reason="refusal"))
-    for answer in rig.both():
+    for answer in rig.ask_whole_and_streamed():
         assert (answer.status, answer.text, answer.finish) == (200, "", "content_filter")
     rig.settle()
-    assert len(rig.asked()) == 2
+    assert len(rig.bodies()) == 2
 
 
 # ---------------------------------------------------------------------------

@@ -15,35 +15,26 @@ import pytest
 
 import stub_api as stub
 from conversation import (
-    CHAT,
-    DIALECTS,
-    MESSAGES,
-    RESPONSES,
-    Dialect,
-    Result,
-    Said,
-    Talk,
-    Tool,
-    called,
-    gave,
-    goes_on,
+    EVERY_DIALECT,
+    WHOLE_AND_STREAMED,
+    Conversation,
+    is_continued,
     path_of,
-    seen,
     stats,
 )
+from dialects import CHAT, MESSAGES, RESPONSES, Answer, Dialect, Result, Tool, dialect_name
 from rig import (
+    ANSWER_S,
     MODEL,
     NEWEST_MODEL,
     Claude,
     Rig,
-    claudes,
-    each_claude,
+    claude_pids,
     running_rig,
-    system_texts,
-    turns,
     wait_until,
 )
 from server import Place, output_of, running_server
+from upstream import system_texts, turns, upstream_call, upstream_messages, upstream_result
 
 Json = Any
 
@@ -53,19 +44,6 @@ BLACK = (
 PDF = base64.b64encode(
     b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n").decode()
 
-EVERY_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda each: each.name)
-
-
-@pytest.fixture(scope="module", params=each_claude())
-def claude(request: pytest.FixtureRequest) -> Claude:
-    found: Claude = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with running_rig(tmp_path_factory.mktemp("talk"), claude) as started:
-        yield started
 
 
 @pytest.fixture
@@ -77,8 +55,9 @@ def rig(shared_rig: Rig) -> Rig:
 
 def echo(body: Mapping[str, Json]) -> stub.Reply:
     """An answer that tells what it answers."""
-    said = [each for _, contents in seen(body) for each in contents if isinstance(each, str)]
-    return stub.text(f"Re: {said[-1]}") if said else stub.text("Nothing said.")
+    texts = [content for _, contents in upstream_messages(body) for content in contents
+             if isinstance(content, str)]
+    return stub.text(f"Re: {texts[-1]}") if texts else stub.text("Nothing said.")
 
 
 def dialogue(*questions: str) -> list[tuple[str, list[str]]]:
@@ -94,16 +73,16 @@ def dialogue(*questions: str) -> list[tuple[str, list[str]]]:
 # ---------------------------------------------------------------------------
 
 @EVERY_DIALECT
-@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+@WHOLE_AND_STREAMED
 def test_six_turns_are_one_process_and_one_prefix(
     rig: Rig, dialect: Dialect, streams: bool
 ) -> None:
-    talk = Talk(rig, dialect, system="Be kind.", streams=streams)
+    talk = Conversation(rig, dialect, system="Be kind.", streams=streams)
     questions = [f"Question {number}?" for number in range(6)]
     answers = [talk.ask(question) for question in questions]
     assert [said.text for said in answers] == [f"Re: {question}" for question in questions]
-    assert goes_on(rig, answers)
-    bodies = rig.asked()
+    assert is_continued(rig, answers)
+    bodies = rig.bodies()
     assert [turns(body) for body in bodies] == [
         dialogue(*questions[:count]) for count in range(1, 7)]
     assert_stable(bodies)
@@ -130,12 +109,13 @@ def unmarked(value: Json) -> Json:
     return found
 
 
+@pytest.mark.differs_by_version
 @pytest.mark.parametrize("model", [MODEL, NEWEST_MODEL])
 def test_a_rebuilt_conversation_has_the_turns_of_a_continued_one(rig: Rig, model: str) -> None:
-    talk = Talk(rig, CHAT, system="Be kind.", model=model)
+    talk = Conversation(rig, CHAT, system="Be kind.", model=model)
     for number in range(3):
         talk.ask(f"Question {number}?")
-    other = Talk(rig, CHAT, system="Be kind.", model=model, max_tokens=999)
+    other = Conversation(rig, CHAT, system="Be kind.", model=model, max_tokens=999)
     other.messages = json.loads(json.dumps(talk.messages))
     last = other.ask("Question 3?")
     assert path_of(rig, last) == "rebuilt"
@@ -150,16 +130,16 @@ def test_thinking_does_not_part_a_conversation(rig: Rig, dialect: Dialect) -> No
         more = {"thinking": {"type": "adaptive"}}
     if dialect is RESPONSES:
         more = {"reasoning": {"effort": "low", "summary": "auto"}}
-    talk = Talk(rig, dialect, **more)
+    talk = Conversation(rig, dialect, **more)
     answers = [talk.ask("Why?"), talk.ask("Thanks.")]
-    assert goes_on(rig, answers)
-    _, (role, contents), _ = seen(rig.last_body())
+    assert is_continued(rig, answers)
+    _, (role, contents), _ = upstream_messages(rig.last_body())
     # The process keeps its own thinking, whatever the client repeats.
     assert [block if isinstance(block, str) else block["type"] for block in contents] == [
         "thinking", "It is so."]
 
 
-class Mover(Talk):
+class Mover(Conversation):
     """A client that has a context at the end of each request and in no history, as OpenClaw."""
 
     context = ""
@@ -186,14 +166,14 @@ def test_context_that_moves_to_the_end_does_not_part_a_conversation(
 
     talk.context = context("morning")
     answers = [talk.ask("Weather?")]
-    answers.append(talk.give([(answers[-1].call.id, Result("Sun."))]))
+    answers.append(talk.send_results([(answers[-1].call.id, Result("Sun."))]))
     talk.context = context("evening")
-    answers.append(talk.give([(answers[-1].call.id, Result("Rain."))]))
+    answers.append(talk.send_results([(answers[-1].call.id, Result("Rain."))]))
     answers.append(talk.ask("Thanks."))
 
-    assert goes_on(rig, answers)
-    told = [[str(part) for part in contents] for role, contents in seen(rig.last_body())
-            if role == "user"]
+    assert is_continued(rig, answers)
+    told = [[str(part) for part in contents]
+            for role, contents in upstream_messages(rig.last_body()) if role == "user"]
     assert ["morning" in "".join(contents) for contents in told] == [True, False, False, False]
     # The middle of a turn takes nothing but results, so what is new comes with one of them.
     assert ["evening" in "".join(contents) for contents in told] == [False, False, True, True]
@@ -202,7 +182,7 @@ def test_context_that_moves_to_the_end_does_not_part_a_conversation(
 
 @pytest.mark.parametrize("form", ["parts", "cached", "padded"])
 def test_the_same_history_in_another_form_goes_on(rig: Rig, form: str) -> None:
-    talk = Talk(rig, CHAT)
+    talk = Conversation(rig, CHAT)
     talk.ask("One?")
     for message in talk.messages:
         part: Json = {"type": "text", "text": message["content"]}
@@ -214,7 +194,7 @@ def test_the_same_history_in_another_form_goes_on(rig: Rig, form: str) -> None:
 
 
 def test_a_history_that_was_edited_is_told_by_where_it_parts(rig: Rig) -> None:
-    talk = Talk(rig, CHAT)
+    talk = Conversation(rig, CHAT)
     for number in range(3):
         talk.ask(f"Question {number}?")
     talk.messages[2]["content"] = "Question CANARY?"
@@ -228,9 +208,10 @@ def test_a_history_that_was_edited_is_told_by_where_it_parts(rig: Rig) -> None:
         ["Question 0?"], ["Question CANARY?"], ["Question 2?"], ["And now?"]]
 
 
+@pytest.mark.differs_by_version
 def test_random_histories_arrive_once_and_in_order(rig: Rig) -> None:
     chance = random.Random(7)
-    talks = [Talk(rig, CHAT, system=f"Caller {number}.") for number in range(2)]
+    talks = [Conversation(rig, CHAT, system=f"Caller {number}.") for number in range(2)]
     said = [[] for _ in talks]  # type: list[list[str]]
     for step in range(14):
         which = chance.randrange(len(talks))
@@ -243,7 +224,7 @@ def test_random_histories_arrive_once_and_in_order(rig: Rig) -> None:
         body = rig.last_body()
         assert turns(body) == dialogue(*told)
         assert system_texts(body) == [talk.system]
-    assert len(rig.asked()) == 14
+    assert len(rig.bodies()) == 14
 
 
 # ---------------------------------------------------------------------------
@@ -251,12 +232,12 @@ def test_random_histories_arrive_once_and_in_order(rig: Rig) -> None:
 # ---------------------------------------------------------------------------
 
 def test_two_retries_and_two_branches_run_side_by_side(rig: Rig) -> None:
-    talk = Talk(rig, CHAT)
+    talk = Conversation(rig, CHAT)
     talk.ask("One?")
     everybody = threading.Barrier(4)
 
     def together(body: Mapping[str, Json]) -> stub.Reply:
-        everybody.wait(20)
+        everybody.wait(120)
         return echo(body)
 
     rig.stub.default = together
@@ -266,20 +247,20 @@ def test_two_retries_and_two_branches_run_side_by_side(rig: Rig) -> None:
         answers = list(pool.map(lambda each: each[0].ask(each[1]), zip(branches, questions)))
     assert [said.text for said in answers] == [f"Re: {question}" for question in questions]
     assert sorted(path_of(rig, said) for said in answers) == ["continued", *["rebuilt"] * 3]
-    assert sorted(map(str, map(turns, rig.asked()[1:]))) == sorted(
+    assert sorted(map(str, map(turns, rig.bodies()[1:]))) == sorted(
         str(dialogue("One?", question)) for question in questions)
     rig.stub.default = echo
     # Every branch has a process of its own now.
     with ThreadPoolExecutor(4) as pool:
         later = list(pool.map(lambda branch: branch.ask("Last?"), branches))
     assert [path_of(rig, said) for said in later] == ["continued"] * 4
-    assert sorted(map(str, map(turns, rig.asked()[5:]))) == sorted(
+    assert sorted(map(str, map(turns, rig.bodies()[5:]))) == sorted(
         str(dialogue("One?", question, "Last?")) for question in questions)
 
 
 @EVERY_DIALECT
 def test_another_last_question_is_put_to_the_same_process(rig: Rig, dialect: Dialect) -> None:
-    talk = Talk(rig, dialect, system="Be kind.")
+    talk = Conversation(rig, dialect, system="Be kind.")
     talk.ask("One?")
     before = talk.branch()
     talk.ask("Two?")
@@ -289,31 +270,33 @@ def test_another_last_question_is_put_to_the_same_process(rig: Rig, dialect: Dia
     assert [said.text for said in (again, edited, later)] == ["Re: Two?", "Re: Three?", "Re: Four?"]
     assert [path_of(rig, said) for said in (again, edited, later)] == [
         "rewound", "rewound", "continued"]
-    assert [turns(body) for body in rig.asked()[2:]] == [
+    assert [turns(body) for body in rig.bodies()[2:]] == [
         dialogue("One?", "Two?"), dialogue("One?", "Three?"), dialogue("One?", "Three?", "Four?")]
 
 
+@pytest.mark.differs_by_version
 def test_questions_of_their_own_wear_out_no_process(rig: Rig) -> None:
     """Only the newer versions forget the only question they were asked."""
-    started = set(claudes(rig.server))
-    answers = [Talk(rig, CHAT, system="Translate.").ask(f"Word {n}?") for n in range(12)]
+    started = set(claude_pids(rig.server))
+    answers = [Conversation(rig, CHAT, system="Translate.").ask(f"Word {n}?") for n in range(12)]
     assert [said.text for said in answers] == [f"Re: Word {n}?" for n in range(12)]
-    assert [turns(body) for body in rig.asked()] == [dialogue(f"Word {n}?") for n in range(12)]
-    assert all(system_texts(body) == ["Translate."] for body in rig.asked())
+    assert [turns(body) for body in rig.bodies()] == [dialogue(f"Word {n}?") for n in range(12)]
+    assert all(system_texts(body) == ["Translate."] for body in rig.bodies())
     paths = [path_of(rig, said) for said in answers]
     if rig.claude.version == "2.1.197":
         assert paths == ["fresh"] * 12
     else:
         assert paths[-7:] == ["rewound"] * 7
         # Those that are parked, the spares, and one that is just leaving.
-        assert len(set(claudes(rig.server)) - started) <= 7
+        assert len(set(claude_pids(rig.server)) - started) <= 7
 
 
+@pytest.mark.differs_by_version
 def test_a_forgotten_question_leaves_the_body_of_a_fresh_one(rig: Rig) -> None:
     for number in range(6):
-        Talk(rig, CHAT, system="Translate.").ask(f"Word {number}?")
-    fresh, *_, reused = [{**body, "metadata": None} for body in rig.asked()]
-    Talk(rig, CHAT, system="Another.").ask("Word 5?")
+        Conversation(rig, CHAT, system="Translate.").ask(f"Word {number}?")
+    fresh, *_, reused = [{**body, "metadata": None} for body in rig.bodies()]
+    Conversation(rig, CHAT, system="Another.").ask("Word 5?")
     other = {**rig.last_body(), "metadata": None, "system": None}
     assert {**reused, "system": None} == other
     assert set(reused) == set(fresh)
@@ -321,21 +304,21 @@ def test_a_forgotten_question_leaves_the_body_of_a_fresh_one(rig: Rig) -> None:
 
 def test_who_goes_on_finds_the_conversation_that_nobody_pushed_out(rig: Rig) -> None:
     """Nothing is forgotten that would have been kept."""
-    talks = [Talk(rig, CHAT, system="Translate.") for _ in range(3)]
+    talks = [Conversation(rig, CHAT, system="Translate.") for _ in range(3)]
     for number, talk in enumerate(talks):
         talk.ask(f"Word {number}?")
     assert [path_of(rig, talk.ask("Sure?")) for talk in talks] == ["continued"] * 3
 
 
 def test_callers_with_the_same_words_are_never_mixed(rig: Rig) -> None:
-    callers = [Talk(rig, CHAT, system=f"Keep CANARY-{number}.") for number in range(3)]
+    callers = [Conversation(rig, CHAT, system=f"Keep CANARY-{number}.") for number in range(3)]
     for question in ("Hello?", "Tell me.", "Thanks."):
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(lambda talk, said=question: talk.ask(said), callers))
-    for body in rig.asked():
+    for body in rig.bodies():
         words = {word for word in ("CANARY-0", "CANARY-1", "CANARY-2") if word in json.dumps(body)}
         assert len(words) == 1
-    assert len(rig.asked()) == 9
+    assert len(rig.bodies()) == 9
 
 
 def test_keys_and_the_server_itself_are_callers_of_their_own(
@@ -352,25 +335,25 @@ def test_keys_and_the_server_itself_are_callers_of_their_own(
         assert [path_of(rig, said) for said in (other, again)] == ["rebuilt", "continued"]
 
 
-def call_as(rig: Rig, key: str, body: Json) -> Said:
+def call_as(rig: Rig, key: str, body: Json) -> Answer:
     headers = {"Authorization": f"Bearer {key}"}
-    return CHAT.heard(rig.server.call("POST", CHAT.path, body, headers, timeout_s=60))
+    return CHAT.read_answer(rig.server.call("POST", CHAT.path, body, headers, timeout_s=ANSWER_S))
 
 
 # ---------------------------------------------------------------------------
 # Sessions and chains
 # ---------------------------------------------------------------------------
 
-def ask_session(rig: Rig, dialect: Dialect, name: str, content: Json, **fields: Json) -> Said:
+def ask_session(rig: Rig, dialect: Dialect, name: str, content: Json, **fields: Json) -> Answer:
     """A request that brings nothing but the new message."""
-    return Talk(rig, dialect, session_id=name, **fields).ask(content)
+    return Conversation(rig, dialect, session_id=name, **fields).ask(content)
 
 
-@pytest.mark.parametrize("dialect", [CHAT, MESSAGES], ids=lambda each: each.name)
+@pytest.mark.parametrize("dialect", [CHAT, MESSAGES], ids=dialect_name)
 def test_a_session_remembers_for_its_client(rig: Rig, dialect: Dialect) -> None:
     name = f"session of {dialect.name}"
     answers = [ask_session(rig, dialect, name, word) for word in ("One?", "Two?", "Three?")]
-    assert goes_on(rig, answers)
+    assert is_continued(rig, answers)
     assert turns(rig.last_body()) == dialogue("One?", "Two?", "Three?")
     ask_session(rig, dialect, f"other {name}", "Four?")
     assert turns(rig.last_body()) == dialogue("Four?")
@@ -383,16 +366,17 @@ def test_sessions_survive_a_restart_and_can_be_forgotten(claude: Claude, tmp_pat
         ask_session(rig, CHAT, "mine", "One?")
         ask_session(rig, CHAT, "other", "Un?")
         rig.script(stub.tool_calls([("weather", {"city": "Bern"})]))
-        talk = Talk(rig, CHAT, [tool], session_id="mine")
+        talk = Conversation(rig, CHAT, [tool], session_id="mine")
         call = talk.ask("Weather?").call
     with running_rig(tmp_path, claude) as rig:
         rig.script(stub.text("Warm."))
-        talk = Talk(rig, CHAT, [tool], session_id="mine")
-        last = talk.give([(call.id, Result("20"))])
+        talk = Conversation(rig, CHAT, [tool], session_id="mine")
+        last = talk.send_results([(call.id, Result("20"))])
         assert (last.text, path_of(rig, last)) == ("Warm.", "rebuilt")
-        assert seen(rig.only_body()) == [
-            *dialogue("One?", "x")[:-1], ("user", ["Weather?"]), ("assistant", [called(call)]),
-            ("user", [gave(call, Result("20"))])]
+        assert upstream_messages(rig.only_body()) == [
+            *dialogue("One?", "x")[:-1], ("user", ["Weather?"]),
+            ("assistant", [upstream_call(call)]),
+            ("user", [upstream_result(call, Result("20"))])]
         listed = rig.server.call("GET", "/sessions").json()["sessions"]
         assert [(each["id"], each["messages"]) for each in listed] == [("mine", 6), ("other", 2)]
         assert "Bern" not in json.dumps(listed)
@@ -413,15 +397,15 @@ def assert_forgotten(rig: Rig) -> None:
 
 def test_a_session_belongs_to_its_system_prompt(rig: Rig) -> None:
     for system in ("Be kind.", "Be terse."):
-        Talk(rig, CHAT, system=system, session_id="prompts").ask("Hello?")
+        Conversation(rig, CHAT, system=system, session_id="prompts").ask("Hello?")
         assert turns(rig.last_body()) == dialogue("Hello?")
-    Talk(rig, CHAT, system="Be kind.", session_id="prompts").ask("Again?")
+    Conversation(rig, CHAT, system="Be kind.", session_id="prompts").ask("Again?")
     assert turns(rig.last_body()) == dialogue("Hello?", "Again?")
 
 
 def test_a_request_with_answers_of_its_own_knows_better_than_its_session(rig: Rig) -> None:
     ask_session(rig, CHAT, "better", "One?")
-    talk = Talk(rig, CHAT, session_id="better")
+    talk = Conversation(rig, CHAT, session_id="better")
     talk.messages = [
         {"role": "user", "content": "Uno?"}, {"role": "assistant", "content": "Re: Uno?"}]
     talk.ask("Dos?")
@@ -439,11 +423,11 @@ def test_a_failed_turn_leaves_its_session_as_it_was(rig: Rig) -> None:
     assert turns(rig.last_body()) == dialogue("One?", "Two?")
 
 
-def chained(rig: Rig, previous: str | None, said: Json, **fields: Json) -> tuple[Said, str]:
+def chained(rig: Rig, previous: str | None, said: Json, **fields: Json) -> tuple[Answer, str]:
     """A request that goes on from a response; the answer and its id."""
     body = {"model": MODEL, "input": said, "previous_response_id": previous, **fields}
-    reply = rig.server.call("POST", RESPONSES.path, body, timeout_s=60)
-    found = RESPONSES.heard(reply)
+    reply = rig.server.call("POST", RESPONSES.path, body, timeout_s=ANSWER_S)
+    found = RESPONSES.read_answer(reply)
     streamed = fields.get("stream")
     final = reply.events[-1][1]["response"] if streamed else reply.json()
     return found, str(final.get("id"))
@@ -468,7 +452,7 @@ def test_a_chain_goes_through_tool_calls(rig: Rig) -> None:
     outputs = RESPONSES.results([(call.id, Result("20")) for call in first.calls])
     second, _ = chained(rig, one, outputs, tools=tools)
     assert (second.text, path_of(rig, second)) == ("So.", "continued")
-    assert len(rig.asked()) == 2
+    assert len(rig.bodies()) == 2
 
 
 def test_a_response_that_was_not_stored_or_was_deleted_is_unknown(rig: Rig) -> None:
@@ -499,7 +483,7 @@ def small(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def test_the_oldest_messages_go_when_a_prompt_is_too_long(small: Rig) -> None:
     small.begin()
     small.stub.default = echo
-    talk = Talk(small, CHAT, system="Be kind.")
+    talk = Conversation(small, CHAT, system="Be kind.")
     for number in range(5):
         for role in ("user", "assistant"):
             talk.messages.append({"role": role, "content": f"{role} {number} " + "x" * 400})
@@ -516,40 +500,40 @@ def test_a_tool_exchange_is_kept_or_dropped_whole(small: Rig) -> None:
     tools = [Tool("weather")]
     call = stub.tool_calls([("weather", {})])
     small.script(call, stub.text("Re."), call, stub.text("So."))
-    talk = Talk(small, CHAT, tools)
+    talk = Conversation(small, CHAT, tools)
     first = talk.ask("One? " + "x" * 700)
-    talk.give([(first.call.id, Result("y" * 700))])
+    talk.send_results([(first.call.id, Result("y" * 700))])
     second = talk.ask("Two? " + "x" * 700)
-    last = talk.give([(second.call.id, Result("z" * 900))])
+    last = talk.send_results([(second.call.id, Result("z" * 900))])
     assert last.text == "So."
-    found = seen(small.last_body())
+    found = upstream_messages(small.last_body())
     assert [role for role, _ in found] == ["user", "assistant", "user"]
-    assert found[1:] == [("assistant", [called(second.call)]), (
-        "user", [gave(second.call, Result("z" * 900))])]
+    assert found[1:] == [("assistant", [upstream_call(second.call)]), (
+        "user", [upstream_result(second.call, Result("z" * 900))])]
 
 
 @EVERY_DIALECT
 def test_what_cannot_fit_is_refused_in_the_apis_words(small: Rig, dialect: Dialect) -> None:
     small.begin()
-    said = Talk(small, dialect).ask("x" * 4000)
+    said = Conversation(small, dialect).ask("x" * 4000)
     error = said.reply.json()["error"]
     assert said.reply.status == 400
     assert error["message"].startswith("prompt is too long: ") and " maximum" in error["message"]
     assert dialect is MESSAGES or error["code"] == "context_length_exceeded"
-    assert small.asked() == []
+    assert small.bodies() == []
 
 
 # ---------------------------------------------------------------------------
 # Several answers
 # ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+@WHOLE_AND_STREAMED
 def test_three_answers_are_three_choices(rig: Rig, streams: bool) -> None:
     texts = iter(["Heads.", "Tails.", "Edge."])
     rig.stub.default = lambda body: stub.text(next(texts), output_tokens=7)
-    body = Talk(rig, CHAT, n=3, stream=streams, stream_options={"include_usage": True}).body(
-        messages=[{"role": "user", "content": "Toss."}])
-    reply = rig.server.call("POST", CHAT.path, body, timeout_s=60)
+    talk = Conversation(rig, CHAT, n=3, stream=streams, stream_options={"include_usage": True})
+    body = talk.body(messages=[{"role": "user", "content": "Toss."}])
+    reply = rig.server.call("POST", CHAT.path, body, timeout_s=ANSWER_S)
     chunks = [data for _, data in reply.events if data != "[DONE]"] if streams else [reply.json()]
     said = dict.fromkeys(range(3), "")
     finishes = []
@@ -560,14 +544,14 @@ def test_three_answers_are_three_choices(rig: Rig, streams: bool) -> None:
     assert finishes == ["stop"] * 3
     usage = chunks[-1]["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (18, 21)
-    assert len(rig.asked()) == 3
+    assert len(rig.bodies()) == 3
 
 
 def test_one_choice_that_fails_is_the_failure_of_all(rig: Rig) -> None:
     before = rig.stub.aborted
-    rig.script(*[stub.hang("Well", 120)] * 2, then=stub.error(400, "no"))
-    body = Talk(rig, CHAT, n=3).body(messages=[{"role": "user", "content": "Toss."}])
-    assert rig.server.call("POST", CHAT.path, body, timeout_s=60).status == 400
+    rig.script(*[stub.hang("Well", 600)] * 2, then=stub.error(400, "no"))
+    body = Conversation(rig, CHAT, n=3).body(messages=[{"role": "user", "content": "Toss."}])
+    assert rig.server.call("POST", CHAT.path, body, timeout_s=ANSWER_S).status == 400
     # Nobody waits for the others any more.
     wait_until(lambda: stats(rig)["activeRequests"] == 0)
     rig.stub.wait_for_aborted(before + 2)
@@ -576,9 +560,9 @@ def test_one_choice_that_fails_is_the_failure_of_all(rig: Rig) -> None:
 def test_a_choice_of_several_may_be_gone_on_from(rig: Rig) -> None:
     texts = iter(["Heads.", "Tails."])
     rig.stub.default = lambda body: stub.text(next(texts))
-    talk = Talk(rig, CHAT)
+    talk = Conversation(rig, CHAT)
     body = talk.body(messages=[{"role": "user", "content": "Toss."}], n=2)
-    choices = rig.server.call("POST", CHAT.path, body, timeout_s=60).json()["choices"]
+    choices = rig.server.call("POST", CHAT.path, body, timeout_s=ANSWER_S).json()["choices"]
     rig.stub.default = echo
     for choice in choices:
         branch = talk.branch()
@@ -594,14 +578,14 @@ def test_a_choice_of_several_may_be_gone_on_from(rig: Rig) -> None:
 @EVERY_DIALECT
 def test_pdfs_and_images_stay_in_the_history(rig: Rig, dialect: Dialect) -> None:
     content = [dialect.text("What is it?"), dialect.image(BLACK), dialect.pdf(PDF)]
-    talk = Talk(rig, dialect)
+    talk = Conversation(rig, dialect)
     talk.ask(content)
     continued = talk.ask("Sure?")
-    other = Talk(rig, dialect, system=f"Speak {dialect.name}.")
+    other = Conversation(rig, dialect, system=f"Speak {dialect.name}.")
     other.messages = talk.messages[:-2]
     rebuilt = other.ask("Sure?")
     assert [path_of(rig, said) for said in (continued, rebuilt)] == ["continued", "rebuilt"]
-    for body in rig.asked()[1:]:
+    for body in rig.bodies()[1:]:
         found = turns(body)
         assert found[0][1][0] == "What is it?"
         assert [block["source"]["data"] for block in found[0][1][1:]] == [BLACK, PDF]
@@ -612,7 +596,7 @@ def test_pdfs_and_images_stay_in_the_history(rig: Rig, dialect: Dialect) -> None
 @EVERY_DIALECT
 def test_a_tool_may_answer_with_a_pdf(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.tool_calls([("weather", {})]), stub.text("Read."))
-    talk = Talk(rig, dialect, [Tool("weather")])
+    talk = Conversation(rig, dialect, [Tool("weather")])
     call = talk.ask("Read it.").call
     (entry,) = dialect.results([(call.id, Result("Here:", [BLACK]))])
     filled = json.loads(json.dumps(entry).replace(
@@ -643,7 +627,7 @@ def agent(
 
 
 @EVERY_DIALECT
-@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+@WHOLE_AND_STREAMED
 def test_an_agents_rounds_are_one_answer(
     agent: tuple[Rig, str], dialect: Dialect, streams: bool
 ) -> None:
@@ -652,17 +636,17 @@ def test_an_agents_rounds_are_one_answer(
     rig.script(
         stub.tool_calls([BASH], text="Let me look.", input_tokens=1000),
         stub.text("Found it.", input_tokens=30))
-    talk = Talk(rig, dialect, streams=streams)
+    talk = Conversation(rig, dialect, streams=streams)
     said = talk.ask("Go.")
     wanted = "Let me look.\n\nFound it." if text == "all" else "Found it."
     assert (said.text, said.calls, said.finish) == (wanted, [], "stop")
     assert "Bash" not in said.reply.text
-    (result,) = seen(rig.last_body())[-1][1]
+    (result,) = upstream_messages(rig.last_body())[-1][1]
     assert "CANARY-42" in result.content
     if said.prompt_tokens:
         assert said.prompt_tokens == 38
     assert path_of(rig, talk.ask("Thanks.")) == "continued"
-    assert len(rig.asked()) == 3
+    assert len(rig.bodies()) == 3
 
 
 def test_an_agent_uses_the_clients_tools_too(agent: tuple[Rig, str]) -> None:
@@ -671,12 +655,12 @@ def test_an_agent_uses_the_clients_tools_too(agent: tuple[Rig, str]) -> None:
     rig.script(
         stub.tool_calls([BASH]), stub.tool_calls([("weather", {"city": "Bern"})]),
         stub.text("Warm."))
-    talk = Talk(rig, CHAT, [Tool("weather")])
+    talk = Conversation(rig, CHAT, [Tool("weather")])
     said = talk.ask("Go.")
     assert (said.call.name, said.finish) == ("weather", "tool_calls")
-    last = talk.give([(said.call.id, Result("20"))])
+    last = talk.send_results([(said.call.id, Result("20"))])
     assert (last.text.strip(), path_of(rig, last)) == ("Warm.", "continued")
-    assert len(rig.asked()) == 3
+    assert len(rig.bodies()) == 3
 
 
 @pytest.mark.parametrize("setting", ["CLAUDE_ALLOWED_TOOLS", "CLAUDE_MCP_CONFIG"])

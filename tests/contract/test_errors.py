@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 import stub_api as stub
-from rig import CHAT, Case, Claude, Heard, Outcome, Rig, each_claude, running_rig
+from dialects import CHAT, Answer
+from rig import Case, Claude, Outcome, Rig, running_rig
 
 Json = Any
+
+RIG_SETTINGS = {"CLAUDE_MAX_RETRIES": "1", "OCP_WARM_PROCESSES": "0"}
 
 MODES = {"whole": False, "stream": True}
 
@@ -79,25 +82,6 @@ def each_mode(name: str) -> list[str]:
     return [f"{name}, {mode}" for mode in MODES]
 
 
-@pytest.fixture(scope="module", params=each_claude())
-def claude(request: pytest.FixtureRequest) -> Claude:
-    found: Claude = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    folder = tmp_path_factory.mktemp("errors")
-    with running_rig(folder, claude, CLAUDE_MAX_RETRIES="1", OCP_WARM_PROCESSES="0") as started:
-        yield started
-
-
-@pytest.fixture
-def rig(shared_rig: Rig) -> Rig:
-    shared_rig.begin()
-    return shared_rig
-
-
 def outcomes(rig: Rig, replies: dict[str, Sequence[stub.Reply]]) -> dict[str, Outcome]:
     """What becomes of a request that is answered with these, whole and streamed."""
     rig.begin()
@@ -106,12 +90,13 @@ def outcomes(rig: Rig, replies: dict[str, Sequence[stub.Reply]]) -> dict[str, Ou
         for name, scripted in replies.items() for mode, streams in MODES.items()}, at_once=4)
 
 
-def assert_told(answer: Heard, status: int, kind: str, code: str | None) -> None:
-    """The client was told this failure and nothing else, whatever its mode."""
+def assert_failed(answer: Answer, status: int, kind: str, code: str | None) -> None:
+    """The client got this failure and nothing else, whatever its mode."""
     assert answer.error is not None, answer
     assert (answer.status, answer.error["type"], answer.error["code"]) == (status, kind, code)
     assert answer.headers["Content-Type"] == "application/json"
-    assert (answer.pieces, answer.finishes, answer.done) == ([], [], False)
+    assert not answer.is_complete and not answer.stop_reasons
+    assert not answer.pieces and not answer.text
 
 
 # ---------------------------------------------------------------------------
@@ -119,17 +104,18 @@ def assert_told(answer: Heard, status: int, kind: str, code: str | None) -> None
 # ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def failures_seen(shared_rig: Rig) -> dict[str, Outcome]:
+def failure_outcomes(shared_rig: Rig) -> dict[str, Outcome]:
     return outcomes(shared_rig, {each.name: [each.reply] * 9 for each in FAILURES})
 
 
+@pytest.mark.differs_by_version
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
 def test_a_failure_has_its_own_status_type_and_code(
-    failures_seen: dict[str, Outcome], failure: Failure, mode: str
+    failure_outcomes: dict[str, Outcome], failure: Failure, mode: str
 ) -> None:
-    answer, bodies = failures_seen[f"{failure.name}, {mode}"]
-    assert_told(answer, failure.status, failure.type, failure.code)
+    answer, bodies = failure_outcomes[f"{failure.name}, {mode}"]
+    assert_failed(answer, failure.status, failure.type, failure.code)
     assert answer.error and answer.error["param"] == failure.param
     assert answer.headers["x-should-retry"] == (None if failure.heals else "false")
     assert (1 <= int(answer.headers["Retry-After"] or 0) <= 60) == failure.waits
@@ -139,9 +125,9 @@ def test_a_failure_has_its_own_status_type_and_code(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
 def test_a_failure_is_told_in_words_for_people(
-    failures_seen: dict[str, Outcome], failure: Failure, mode: str
+    failure_outcomes: dict[str, Outcome], failure: Failure, mode: str
 ) -> None:
-    error = failures_seen[f"{failure.name}, {mode}"].heard.error
+    error = failure_outcomes[f"{failure.name}, {mode}"].answer.error
     assert error is not None
     message = error["message"]
     assert len(message) > 8
@@ -149,29 +135,31 @@ def test_a_failure_is_told_in_words_for_people(
     assert "sk-ant" not in message and "/tmp" not in message
 
 
-def test_a_lost_login_names_the_command_that_helps(failures_seen: dict[str, Outcome]) -> None:
-    error = failures_seen["a refused login, whole"].heard.error
+def test_a_lost_login_names_the_command_that_helps(failure_outcomes: dict[str, Outcome]) -> None:
+    error = failure_outcomes["a refused login, whole"].answer.error
     assert error is not None
     assert "claude auth login" in error["message"]
     assert "claude setup-token" in error["message"]
 
 
+@pytest.mark.differs_by_version
 @pytest.mark.parametrize("resets_in_s", [1800, 5 * 86_400])
 def test_a_used_up_plan_says_when_it_resets(rig: Rig, resets_in_s: int) -> None:
     limit = stub.plan_limit(resets_in_s)
     rig.script(then=limit)
     resets_at_s = int(limit.headers["anthropic-ratelimit-unified-reset"])
     before_s = time.time()
-    for answer in rig.both():
-        assert_told(answer, 429, "insufficient_quota", "insufficient_quota")
+    for answer in rig.ask_whole_and_streamed():
+        assert_failed(answer, 429, "insufficient_quota", "insufficient_quota")
         assert answer.error and "limit" in answer.error["message"]
         assert answer.headers["x-should-retry"] == "false"
         pause_s = int(answer.headers["Retry-After"])
         assert resets_at_s - time.time() - 2 <= pause_s <= resets_at_s - before_s + 2
     rig.settle()
-    assert len(rig.asked()) == 2
+    assert len(rig.bodies()) == 2
 
 
+@pytest.mark.differs_by_version
 def test_what_heals_within_claudes_retries_is_never_seen(rig: Rig) -> None:
     seen = outcomes(rig, {
         f"{status}": [stub.error(status, "For a moment"), stub.text("Fine.")]
@@ -206,52 +194,56 @@ BREAKS = {
 
 
 @pytest.fixture(scope="module")
-def breaks_seen(shared_rig: Rig) -> dict[str, Outcome]:
+def break_outcomes(shared_rig: Rig) -> dict[str, Outcome]:
     return outcomes(shared_rig, BREAKS)
 
 
+@pytest.mark.differs_by_version
 @pytest.mark.parametrize("name", ["overloaded", "broken", "cut", "cut once"])
 def test_a_broken_stream_ends_with_an_error_and_nothing_good(
-    breaks_seen: dict[str, Outcome], name: str
+    break_outcomes: dict[str, Outcome], name: str
 ) -> None:
-    answer, bodies = breaks_seen[f"{name}, stream"]
+    answer, bodies = break_outcomes[f"{name}, stream"]
     assert (answer.status, answer.pieces) == (200, ["Half "])
     assert answer.error and answer.error["type"] == "server_error"
     assert answer.error["code"] in ("overloaded", "upstream_failed")
-    assert (answer.finishes, answer.done, answer.usage) == ([], False, None)
+    assert (answer.stop_reasons, answer.is_complete, answer.usage) == ([], False, None)
     assert len(bodies) <= 2
 
 
+@pytest.mark.differs_by_version
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["overloaded at once", "cut at once"])
 def test_a_stream_broken_before_its_first_word_has_a_status(
-    breaks_seen: dict[str, Outcome], name: str, mode: str
+    break_outcomes: dict[str, Outcome], name: str, mode: str
 ) -> None:
-    answer, bodies = breaks_seen[f"{name}, {mode}"]
-    assert_told(answer, answer.status, "server_error", answer.error and answer.error["code"])
+    answer, bodies = break_outcomes[f"{name}, {mode}"]
+    assert_failed(answer, answer.status, "server_error", answer.error and answer.error["code"])
     assert answer.status in (502, 529)
     assert len(bodies) <= 3
 
 
+@pytest.mark.differs_by_version
 @pytest.mark.parametrize("name", ["overloaded", "broken", "cut"])
 def test_half_an_answer_is_no_whole_answer(
-    breaks_seen: dict[str, Outcome], shared_rig: Rig, name: str
+    break_outcomes: dict[str, Outcome], shared_rig: Rig, name: str
 ) -> None:
-    answer, bodies = breaks_seen[f"{name}, whole"]
+    answer, bodies = break_outcomes[f"{name}, whole"]
     # The old claude does not tell what kind of failure came in the stream.
     overloaded = name == "overloaded" and not shared_rig.is_old
     status, code = (529, "overloaded") if overloaded else (502, "upstream_failed")
-    assert_told(answer, status, "server_error", code)
+    assert_failed(answer, status, "server_error", code)
     assert len(bodies) <= 2
 
 
+@pytest.mark.differs_by_version
 def test_a_retry_replaces_what_a_cut_left(
-    breaks_seen: dict[str, Outcome], shared_rig: Rig
+    break_outcomes: dict[str, Outcome], shared_rig: Rig
 ) -> None:
-    answer = breaks_seen["cut once, whole"].heard
+    answer = break_outcomes["cut once, whole"].answer
     if shared_rig.is_old:
         # It does not try again once words have come.
-        assert_told(answer, 502, "server_error", "upstream_failed")
+        assert_failed(answer, 502, "server_error", "upstream_failed")
     else:
         assert (answer.text, answer.finish) == ("Fine.", "stop")
 
@@ -265,8 +257,8 @@ def test_a_network_that_is_down_is_told(claude: Claude, tmp_path: Path) -> None:
         tmp_path, claude, CLAUDE_MAX_RETRIES="1", OCP_WARM_PROCESSES="0",
         ANTHROPIC_BASE_URL=f"http://127.0.0.1:{port}",
     ) as rig:
-        for answer in rig.both():
-            assert_told(answer, 502, "server_error", "upstream_failed")
+        for answer in rig.ask_whole_and_streamed():
+            assert_failed(answer, 502, "server_error", "upstream_failed")
             assert answer.error and "connect" in answer.error["message"].lower()
             assert answer.headers["x-should-retry"] is None
 
@@ -287,16 +279,16 @@ class closed_port:
 def test_without_a_login_nothing_is_asked(claude: Claude, tmp_path: Path) -> None:
     with running_rig(
             tmp_path, claude, CLAUDE_CODE_OAUTH_TOKEN=None, OCP_WARM_PROCESSES="0") as rig:
-        for answer in rig.both():
-            assert_told(answer, 401, "authentication_error", "upstream_login_required")
+        for answer in rig.ask_whole_and_streamed():
+            assert_failed(answer, 401, "authentication_error", "upstream_login_required")
             assert answer.error and "claude auth login" in answer.error["message"]
             assert answer.headers["x-should-retry"] == "false"
         health = rig.server.call("GET", "/health")
         assert (health.status, health.json()["auth"]["ok"]) == (200, False)
-        assert rig.asked() == []
+        assert rig.bodies() == []
 
 
 def test_a_refused_body_never_reaches_the_api(rig: Rig) -> None:
-    bad = rig.server.call("POST", CHAT, {"messages": [{"content": "no role"}]})
+    bad = rig.server.call("POST", CHAT.path, {"messages": [{"content": "no role"}]})
     assert (bad.status, bad.json()["error"]["param"]) == (400, "messages[0].role")
-    assert rig.asked() == []
+    assert rig.bodies() == []

@@ -16,7 +16,7 @@ import pytest
 import stub_api as stub
 from claude_driver import CLAUDE_ARGS, ClaudeDriver
 from programs import HOW_TO_INSTALL, real_claude_env, real_claudes
-from project import clean_env, read_json_lines
+from project import clean_env, read_json_lines, run_compiled
 from server import FAKE_CLAUDE
 
 Json = Any
@@ -69,7 +69,7 @@ def refused(status: int, word: str, message: str, shown: str, tries: int = 1) ->
 # ---------------------------------------------------------------------------
 
 class Subject:
-    """A claude under test. `script` says what the model answers, `asked` what it was asked."""
+    """A claude under test. `script` says what the model answers, `queries` what it was asked."""
 
     def __init__(self, version: str, command: Sequence[str], folder: Path) -> None:
         self.version = version
@@ -91,14 +91,14 @@ class Subject:
     def script(self, *answers: Answer) -> None:
         raise NotImplementedError
 
-    def asked(self) -> list[dict[str, Json]]:
+    def queries(self) -> list[dict[str, Json]]:
         raise NotImplementedError
 
 
 class FakeSubject(Subject):
     def __init__(self, version: str, folder: Path) -> None:
         super().__init__(
-            version, [sys.executable, "-I", "-S", str(FAKE_CLAUDE)], folder)
+            version, [sys.executable, "-I", "-S", *run_compiled(FAKE_CLAUDE)], folder)
         self._scenario = folder / "scenario.json"
         self._log = folder / "fake.log"
         self.env.update(FAKE_CLAUDE=str(self._scenario), FAKE_CLAUDE_LOG=str(self._log))
@@ -110,7 +110,7 @@ class FakeSubject(Subject):
                     "shared": True}
         self._scenario.write_text(json.dumps(scenario))
 
-    def asked(self) -> list[dict[str, Json]]:
+    def queries(self) -> list[dict[str, Json]]:
         events = read_json_lines(self._log)
         return [self._query(event) for event in events if event["event"] == "query"]
 
@@ -138,7 +138,7 @@ class RealSubject(Subject):
         for answer in answers:
             self._api.enqueue(*answer.replies)
 
-    def asked(self) -> list[dict[str, Json]]:
+    def queries(self) -> list[dict[str, Json]]:
         return [self._query(request.body) for request in self._api.requests]
 
     def _query(self, body: Mapping[str, Json]) -> dict[str, Json]:
@@ -291,6 +291,7 @@ def test_thinking_is_a_block_of_its_own_with_a_signature(subject: Subject) -> No
     assert blocks[0]["thinking"] == "let me see" and blocks[0]["signature"]
 
 
+@pytest.mark.differs_by_version
 def test_plan_usage_is_told(subject: Subject) -> None:
     with subject.start() as claude:
         ready(claude)
@@ -316,7 +317,7 @@ def test_history_reaches_the_model_as_it_was_sent(subject: Subject) -> None:
         claude.turn("three")
     assert shape(past) == ["init", "result"]
     assert past[-1]["num_turns"] == 0
-    first, second = subject.asked()
+    first, second = subject.queries()
     history = [said("user", "one"), said("assistant", "eins"), said("user", "two"),
                ("assistant", [{"type": "text", "text": "zwei"}, call]), ("user", [result])]
     answer = second["messages"][5]
@@ -332,7 +333,7 @@ def test_user_messages_in_a_row_become_one(subject: Subject) -> None:
         claude.past("one")
         claude.past("two")
         claude.turn("three")
-    assert subject.asked()[0]["messages"] == [said("user", "one", "two", "three")]
+    assert subject.queries()[0]["messages"] == [said("user", "one", "two", "three")]
 
 
 def test_only_the_first_initialize_sets_the_system_prompt(subject: Subject) -> None:
@@ -340,7 +341,7 @@ def test_only_the_first_initialize_sets_the_system_prompt(subject: Subject) -> N
         ready(claude)
         ready(claude, systemPrompt=["Be verbose."])
         claude.turn("hi")
-    assert subject.asked()[0]["system"] == ["Be brief."]
+    assert subject.queries()[0]["system"] == ["Be brief."]
 
 
 def test_an_empty_system_prompt_is_none_and_a_missing_one_is_the_agents(
@@ -351,7 +352,7 @@ def test_an_empty_system_prompt_is_none_and_a_missing_one_is_the_agents(
         claude.turn("hi")
     with subject.start() as claude:
         claude.turn("hi")
-    empty, missing = subject.asked()
+    empty, missing = subject.queries()
     assert empty["system"] == []
     assert "agent" in missing["system"][0]
 
@@ -369,7 +370,7 @@ def test_settings_reach_the_next_request(subject: Subject) -> None:
         claude.control("set_max_thinking_tokens", max_thinking_tokens=None)
         claude.turn("restored")
     assert [answer["subtype"] for answer in answers] == ["success", "success"]
-    before, after, restored = subject.asked()
+    before, after, restored = subject.queries()
     assert (before["max_tokens"], before["temperature"]) == (32000, None)
     assert (before["effort"], before["thinks"]) == ("high", True)
     assert (after["max_tokens"], after["temperature"]) == (77, 0.5)
@@ -412,7 +413,7 @@ def test_an_api_error_is_a_synthetic_message_and_an_error_result(subject: Subjec
     assert (result["is_error"], result["api_error_status"]) == (True, 403)
     assert (result["subtype"], result["result"]) == ("success", shown)
     assert not again[-1]["is_error"]
-    assert subject.asked()[-1]["messages"] == [said("user", "hi", "hi again")]
+    assert subject.queries()[-1]["messages"] == [said("user", "hi", "hi again")]
 
 
 def test_retries_are_told_and_the_last_failure_is_the_result(subject: Subject) -> None:
@@ -459,6 +460,7 @@ def test_a_stream_that_fails_ends_with_a_whole_answer_in_one_line(subject: Subje
     assert (lines[-1]["is_error"], lines[-1]["result"]) == (False, "All of it.")
 
 
+@pytest.mark.differs_by_version
 def test_a_cut_stream_is_void_and_the_answer_begins_again(subject: Subject) -> None:
     recent = subject.version != "2.1.197"
     again: Sequence[Line] = [{"restart": True}, {"say": "All of it."}]
@@ -503,11 +505,12 @@ def test_the_last_question_is_forgotten_with_what_came_of_it(subject: Subject) -
             assert forgets(claude, number)["rewound"] is True
         claude.turn("four")
     first = [said("user", "one"), said("assistant", "eins")]
-    assert [asked["messages"] for asked in subject.asked()] == [
+    assert [query["messages"] for query in subject.queries()] == [
         first[:1], [*first, said("user", "two")], [*first, said("user", "three")],
         [*first, said("user", "four")]]
 
 
+@pytest.mark.differs_by_version
 def test_the_only_question_is_forgotten_by_a_recent_one(subject: Subject) -> None:
     recent = subject.version != "2.1.197"
     with subject.start() as claude:
@@ -517,7 +520,7 @@ def test_the_only_question_is_forgotten_by_a_recent_one(subject: Subject) -> Non
         claude.turn("two")
     assert answer["rewound"] is recent
     assert recent or answer["error"] == "no preceding assistant"
-    messages = subject.asked()[1]["messages"]
+    messages = subject.queries()[1]["messages"]
     assert (messages == [said("user", "two")]) is recent
     assert (messages[0] == said("user", "one")) is not recent
 
@@ -536,7 +539,7 @@ def test_what_was_told_before_stays_when_a_question_is_forgotten(subject: Subjec
         claude.turn("three")
     history = [said("user", "one"), ("assistant", [call]), ("user", [result]),
                said("assistant", "zwei")]
-    assert subject.asked()[1]["messages"] == [*history, said("user", "three")]
+    assert subject.queries()[1]["messages"] == [*history, said("user", "three")]
 
 
 def test_only_the_last_question_can_be_forgotten(subject: Subject) -> None:
@@ -549,7 +552,7 @@ def test_only_the_last_question_can_be_forgotten(subject: Subject) -> None:
         claude.turn("four")
     assert [(each["rewound"], each["error"]) for each in refusals] == [
         (False, "stale target"), (False, "target not found")]
-    assert len(subject.asked()[3]["messages"]) == 7
+    assert len(subject.queries()[3]["messages"]) == 7
 
 
 def test_a_question_is_forgotten_with_the_calls_that_it_led_to(subject: Subject) -> None:
@@ -563,14 +566,15 @@ def test_a_question_is_forgotten_with_the_calls_that_it_led_to(subject: Subject)
         claude.until_result()
         assert forgets(claude, 2)["rewound"] is True
         claude.turn("three")
-    assert subject.asked()[3]["messages"] == [
+    assert subject.queries()[3]["messages"] == [
         said("user", "one"), said("assistant", "eins"), said("user", "three")]
 
 
 # -- interruption and end --------------------------------------------------------
 
+@pytest.mark.differs_by_version
 def test_an_interrupt_ends_the_turn_and_the_process_stays_usable(subject: Subject) -> None:
-    subject.script(half("Half ", 60), text("Whole."))
+    subject.script(half("Half ", 600), text("Whole."))
     with subject.start() as claude:
         ready(claude)
         claude.send_user("hi")
@@ -584,7 +588,7 @@ def test_an_interrupt_ends_the_turn_and_the_process_stays_usable(subject: Subjec
     assert (lines[-1]["subtype"], lines[-1]["is_error"]) == ("error_during_execution", True)
     assert (again["is_error"], again["result"]) == (False, "Whole.")
     roles_and_texts = [(role, [block["text"] for block in blocks])
-                       for role, blocks in subject.asked()[-1]["messages"]]
+                       for role, blocks in subject.queries()[-1]["messages"]]
     assert roles_and_texts == [
         ("user", ["hi"]), ("assistant", ["Half"]),
         ("user", ["[Request interrupted by user]", "again"])]
@@ -630,14 +634,14 @@ def test_the_end_of_stdin_lets_a_running_turn_finish(subject: Subject) -> None:
 def test_signals_end_it_at_once(
     subject: Subject, number: signal.Signals, code: int, busy: bool
 ) -> None:
-    subject.script(half("Half ", 60))
+    subject.script(half("Half ", 600))
     with subject.start() as claude:
         ready(claude)
         if busy:
             claude.send_user("hi")
             claude.until_event("content_block_delta")
         claude.process.send_signal(number)
-        assert claude.wait(timeout_s=30)[0] == code
+        assert claude.wait()[0] == code
 
 
 def test_what_is_not_json_ends_it_with_a_complaint(subject: Subject) -> None:
@@ -670,7 +674,7 @@ def test_a_kept_session_can_be_resumed(subject: Subject) -> None:
         ready(claude)
         result = claude.turn("which number?")[-1]
     assert (result["result"], result["session_id"]) == ("Seven.", SESSION)
-    assert subject.asked()[-1]["messages"] == [
+    assert subject.queries()[-1]["messages"] == [
         said("user", "remember 7"), said("assistant", "Noted."), said("user", "which number?")]
 
 
@@ -706,7 +710,7 @@ def start_with_tools(subject: Subject) -> ClaudeDriver:
 def test_the_clients_tools_have_their_own_names_in_order(subject: Subject) -> None:
     with start_with_tools(subject) as claude:
         claude.turn("hi")
-    assert subject.asked()[0]["tools"] == ["alpha", "zeta"]
+    assert subject.queries()[0]["tools"] == ["alpha", "zeta"]
 
 
 def test_parallel_calls_are_streamed_first_and_asked_one_by_one(subject: Subject) -> None:
@@ -730,7 +734,7 @@ def test_parallel_calls_are_streamed_first_and_asked_one_by_one(subject: Subject
     assert (first["name"], first["arguments"]) == ("zeta", {"q": 1})
     assert (rest[-1]["result"], rest[-1]["num_turns"]) == ("Done.", 3)
     assert rest[-1]["usage"]["output_tokens"] == 14
-    results = subject.asked()[1]["messages"][-1][1]
+    results = subject.queries()[1]["messages"][-1][1]
     assert [(block["tool_use_id"], block["content"]) for block in results] == [
         (blocks[0]["id"], "one"), (blocks[1]["id"], "two")]
     assert [bool(block.get("is_error")) for block in results] == [False, True]
@@ -745,7 +749,7 @@ def test_the_end_of_stdin_during_a_call_asks_the_model_once_more(subject: Subjec
         result = claude.until_result()[-1]
         assert claude.wait()[0] == 0
     assert result["result"] == "Never mind."
-    assert subject.asked()[1]["messages"][-1][1][0]["is_error"]
+    assert subject.queries()[1]["messages"][-1][1][0]["is_error"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -757,8 +761,8 @@ def test_a_signal_during_a_call_asks_the_model_no_more(
         claude.send_user("hi")
         claude.until_event("message_stop")
         claude.process.send_signal(number)
-        claude.wait(timeout_s=30)
-    assert len(subject.asked()) == 1
+        claude.wait()
+    assert len(subject.queries()) == 1
 
 
 def test_an_interrupt_during_a_call_ends_the_turn(subject: Subject) -> None:
@@ -784,11 +788,12 @@ def test_structured_output_is_an_object_in_the_result(subject: Subject) -> None:
     assert json.loads("".join(pieces)) == {"a": 1}
     assert lines[-1]["structured_output"] == {"a": 1}
     assert (lines[-1]["result"], lines[-1]["stop_reason"]) == ('{"a":1}', "tool_use")
-    assert len(subject.asked()) == 1
+    assert len(subject.queries()) == 1
 
 
 # -- the user's text -------------------------------------------------------------
 
+@pytest.mark.differs_by_version
 def test_a_leading_slash_is_a_command_for_the_older_version_only(subject: Subject) -> None:
     with subject.start() as claude:
         ready(claude)
@@ -796,7 +801,7 @@ def test_a_leading_slash_is_a_command_for_the_older_version_only(subject: Subjec
         plain = claude.turn(" /anything else")[-1]
     assert (taken["num_turns"] == 0) == (subject.version == "2.1.197")
     assert plain["num_turns"] == 1
-    assert len(subject.asked()) == (1 if subject.version == "2.1.197" else 2)
+    assert len(subject.queries()) == (1 if subject.version == "2.1.197" else 2)
 
 
 def test_a_file_name_in_the_text_stays_a_file_name(subject: Subject) -> None:
@@ -804,4 +809,4 @@ def test_a_file_name_in_the_text_stays_a_file_name(subject: Subject) -> None:
     with subject.start() as claude:
         ready(claude)
         claude.turn(f"@{subject.folder}/secret.txt what is in it?")
-    assert "canary" not in json.dumps(subject.asked())
+    assert "canary" not in json.dumps(subject.queries())

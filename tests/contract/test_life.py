@@ -5,59 +5,41 @@ from __future__ import annotations
 import http.client
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import stub_api as stub
+from dialects import CHAT
 from http_client import http_request
 from processes import all_processes, kill_all, processes_with
 from rig import (
-    CHAT,
     MODEL,
     Case,
     Claude,
     Rig,
     assistant,
-    claudes,
-    each_claude,
+    claude_pids,
     environment,
     running_rig,
-    turns,
     user,
     wait_until,
 )
+from upstream import turns
 from waiting import eventually
 
 Json = Any
 
 #: Half an answer, and then silence.
-HALF = stub.hang("Half ", seconds=60)
-SILENCE = stub.hang(seconds=60)
-
-
-@pytest.fixture(scope="module", params=each_claude())
-def claude(request: pytest.FixtureRequest) -> Claude:
-    found: Claude = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with running_rig(tmp_path_factory.mktemp("life"), claude) as started:
-        yield started
-
-
-@pytest.fixture
-def rig(shared_rig: Rig) -> Rig:
-    shared_rig.begin()
-    return shared_rig
+HALF = stub.hang("Half ", seconds=600)
+SILENCE = stub.hang(seconds=600)
 
 
 def spares(rig: Rig) -> int:
-    return sum(rig.server.call("GET", "/health").json()["spares"].values())
+    """How many processes wait for a question to the usual model."""
+    return int(rig.server.call("GET", "/health").json()["spares"].get(MODEL, 0))
 
 
 def last_answer(rig: Rig) -> dict[str, Json]:
@@ -71,14 +53,19 @@ def session_files(rig: Rig) -> dict[Path, int]:
     return {path: int(path.name.split(".")[0]) for path in folder.glob("*")}
 
 
-def assert_nothing_left(rig: Rig) -> None:
-    """No file is left of a claude that has ended."""
+def files_of_dead(rig: Rig) -> set[Path]:
+    """The files that are left of claudes that have ended."""
+    alive = set(claude_pids(rig.server))
+    return {path for path, pid in session_files(rig).items() if pid not in alive}
+
+
+def assert_nothing_left(rig: Rig, before: set[Path]) -> None:
+    """No file is left of a claude that has ended in this test; `before` are those of others."""
     rig.settle()
-    alive = set(claudes(rig.server))
 
     def tidy() -> bool:
-        left = {path.name for path, pid in session_files(rig).items() if pid not in alive}
-        assert not left, f"{left} are left, alive are only {alive}"
+        left = files_of_dead(rig) - before
+        assert not left, f"{left} are left, alive are only {claude_pids(rig.server)}"
         return True
 
     eventually(tidy)
@@ -88,22 +75,25 @@ def assert_nothing_left(rig: Rig) -> None:
 # Spares and conversations
 # ---------------------------------------------------------------------------
 
-def test_the_first_answer_is_warm_and_the_spare_is_replaced(rig: Rig) -> None:
-    wait_until(lambda: spares(rig) == 1)
-    waiting = set(claudes(rig.server))
-    assert rig.ask().finish == "stop"
-    assert last_answer(rig)["warm"] is True
-    wait_until(lambda: spares(rig) == 1 and set(claudes(rig.server)) - waiting)
+def test_the_first_answer_is_warm_and_the_spare_is_replaced(
+    claude: Claude, tmp_path: Path
+) -> None:
+    with running_rig(tmp_path, claude) as rig:
+        wait_until(lambda: spares(rig) == 1)
+        waiting = set(claude_pids(rig.server))
+        assert rig.ask().finish == "stop"
+        assert last_answer(rig)["warm"] is True
+        wait_until(lambda: spares(rig) == 1 and set(claude_pids(rig.server)) - waiting)
 
 
 def test_a_spare_that_was_killed_is_not_missed(claude: Claude, tmp_path: Path) -> None:
     with running_rig(tmp_path, claude) as rig:
         wait_until(lambda: spares(rig) == 1)
-        killed = set(claudes(rig.server))
+        killed = set(claude_pids(rig.server))
         kill_all(sorted(killed))
         wait_until(lambda: not killed & {each.pid for each in all_processes()})
         assert rig.ask("Still there?").finish == "stop"
-        assert len(rig.asked()) == 1
+        assert len(rig.bodies()) == 1
 
 
 def test_a_conversation_goes_on_where_it_was(rig: Rig) -> None:
@@ -111,17 +101,17 @@ def test_a_conversation_goes_on_where_it_was(rig: Rig) -> None:
     for question in ("Two?", "Three?"):
         messages += [assistant(rig.ask(messages).text), user(question)]
     assert rig.ask(messages).finish == "stop"
-    first, second, third = rig.asked()
+    first, second, third = rig.bodies()
     said = [("assistant", ["Hello from the stub."])]
     assert turns(third) == [
         ("user", ["One?"]), *said, ("user", ["Two?"]), *said, ("user", ["Three?"])]
     assert last_answer(rig)["warm"] is True
     # What the API has read already comes first and unchanged, so that its cache works.
-    assert plain(second)[:len(plain(first))] == plain(first)
-    assert plain(third)[:len(plain(second))] == plain(second)
+    assert roles_and_texts(second)[:len(roles_and_texts(first))] == roles_and_texts(first)
+    assert roles_and_texts(third)[:len(roles_and_texts(second))] == roles_and_texts(second)
 
 
-def plain(body: Mapping[str, Json]) -> list[Json]:
+def roles_and_texts(body: Mapping[str, Json]) -> list[Json]:
     """Role and blocks of the messages, whatever their form and the marks on them."""
     found = []
     for message in body["messages"]:
@@ -136,7 +126,7 @@ def test_a_conversation_goes_on_though_its_claude_was_killed(
 ) -> None:
     with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0") as rig:
         messages = [user("One?"), assistant(rig.ask("One?").text), user("Two?")]
-        kill_all(claudes(rig.server))
+        kill_all(claude_pids(rig.server))
         assert rig.ask(messages).finish == "stop"
         assert turns(rig.last_body()) == [
             ("user", ["One?"]), ("assistant", ["Hello from the stub."]), ("user", ["Two?"])]
@@ -146,7 +136,7 @@ def test_branches_of_a_conversation_do_not_mix(rig: Rig) -> None:
     start = [user("One?"), assistant(rig.ask("One?").text)]
     for branch in ("Left?", "Right?"):
         rig.ask([*start, user(branch)])
-    for body, branch in zip(rig.asked()[1:], ("Left?", "Right?")):
+    for body, branch in zip(rig.bodies()[1:], ("Left?", "Right?")):
         assert turns(body) == [
             ("user", ["One?"]), ("assistant", ["Hello from the stub."]), ("user", [branch])]
 
@@ -161,18 +151,18 @@ def test_a_client_that_leaves_ends_the_request(
     rig: Rig, streams: bool, reply: stub.Reply
 ) -> None:
     rig.script(then=reply)
-    aborted = rig.stub.aborted
+    aborted, files_before = rig.stub.aborted, files_of_dead(rig)
     body = {"model": MODEL, "messages": [user("Hi")], "stream": streams}
-    connection = http_request(rig.server.port, "POST", CHAT, body)
-    rig.stub.wait_for_requests(rig.seen + 1)
+    connection = http_request(rig.server.port, "POST", CHAT.path, body)
+    rig.stub.wait_for_requests(rig.requests_before + 1)
     if streams and reply is HALF:
         read_until(connection, b"Half")
     connection.close()
     rig.stub.wait_for_aborted(aborted + 1)
     rig.settle()
-    assert len(rig.asked()) == 1
+    assert len(rig.bodies()) == 1
     # One that had to be killed, two seconds later, would leave files.
-    assert_nothing_left(rig)
+    assert_nothing_left(rig, files_before)
 
 
 def read_until(connection: http.client.HTTPConnection, wanted: bytes) -> None:
@@ -197,9 +187,10 @@ def test_a_client_that_leaves_a_conversation_can_come_back(rig: Rig) -> None:
 
 
 def test_twenty_answers_leave_no_file_behind(rig: Rig) -> None:
-    seen = rig.run({str(number): Case() for number in range(20)}, at_once=4)
-    assert {outcome.heard.finish for outcome in seen.values()} == {"stop"}
-    assert_nothing_left(rig)
+    files_before = files_of_dead(rig)
+    outcomes = rig.run({str(number): Case() for number in range(20)}, at_once=4)
+    assert {outcome.answer.finish for outcome in outcomes.values()} == {"stop"}
+    assert_nothing_left(rig, files_before)
 
 
 # ---------------------------------------------------------------------------
@@ -231,13 +222,13 @@ def test_no_claude_outlives_a_server_that_is_killed(claude: Claude, tmp_path: Pa
             while not next(events)[1]["choices"][0]["delta"].get("content"):
                 pass
             wait_until(lambda: spares(rig) == 1)
-            parked_busy_and_spare = claudes(rig.server)
+            parked_busy_and_spare = claude_pids(rig.server)
             assert len(parked_busy_and_spare) == 3
             rig.server.kill()
             # By itself, the one that is answering would go on for a minute.
             wait_until(lambda: not processes_with(tmp_path))
         rig.stub.wait_for_aborted(1)
-        assert len(rig.asked()) == 2
+        assert len(rig.bodies()) == 2
 
 
 # ---------------------------------------------------------------------------
@@ -260,8 +251,8 @@ UNWANTED = {
 def test_a_claude_knows_what_it_needs_and_no_more(claude: Claude, tmp_path: Path) -> None:
     wanted = {"OCP_PASS_ENV": "PASSED_ON,LC_ALL", "PASSED_ON": "yes", "TZ": "UTC"}
     with running_rig(tmp_path, claude, **UNWANTED, **wanted) as rig:
-        wait_until(lambda: claudes(rig.server))
-        found = environment(claudes(rig.server)[0])
+        wait_until(lambda: claude_pids(rig.server))
+        found = environment(claude_pids(rig.server)[0])
         assert not set(found) & set(UNWANTED)
         assert KEY not in found.values()
         assert (found["PASSED_ON"], found["TZ"]) == ("yes", "UTC")
@@ -269,7 +260,7 @@ def test_a_claude_knows_what_it_needs_and_no_more(claude: Claude, tmp_path: Path
         assert found["ANTHROPIC_BASE_URL"] == rig.stub.url
         assert found["CLAUDE_CODE_DISABLE_ATTACHMENTS"] == "1"
         body = {"model": MODEL, "messages": [user("Hi")]}
-        assert rig.server.call("POST", CHAT, body).status == 401
+        assert rig.server.call("POST", CHAT.path, body).status == 401
         with_key = {"Authorization": f"Bearer {KEY}"}
-        assert rig.server.call("POST", CHAT, body, with_key).status == 200
+        assert rig.server.call("POST", CHAT.path, body, with_key).status == 200
         assert "unwanted" not in str(rig.stub.requests).lower()

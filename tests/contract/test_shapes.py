@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
 
 import stub_api as stub
-from conversation import (
-    CHAT,
-    DIALECTS,
-    MESSAGES,
-    RESPONSES,
-    Dialect,
-    Result,
-    Said,
-    Talk,
-    Tool,
-    called,
-    gave,
-    path_of,
-    seen,
-)
-from rig import Claude, Rig, each_claude, running_rig
+from conversation import EVERY_DIALECT, WHOLE_AND_STREAMED, Conversation, path_of
+from dialects import CHAT, MESSAGES, RESPONSES, Answer, Dialect, Result, Tool
+from rig import ANSWER_S, Rig
+from upstream import upstream_call, upstream_messages, upstream_result
 
 Json = Any
 
-EVERY_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda each: each.name)
+RIG_SETTINGS = {"OCP_WARM_PROCESSES": "2"}
 #: Whole answers are much the same in every dialect, streams are not.
 EVERY_RENDERER = pytest.mark.parametrize(
     ("dialect", "streams"),
     [(CHAT, False), (CHAT, True), (MESSAGES, True), (RESPONSES, True)],
     ids=["chat-whole", "chat-stream", "messages-stream", "responses-stream"])
-WHOLE_AND_STREAMED = pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
 
 CITY: dict[str, Json] = {
     "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
@@ -43,44 +30,29 @@ CITY: dict[str, Json] = {
 OUTPUT = "StructuredOutput"
 
 
-@pytest.fixture(scope="module", params=each_claude())
-def claude(request: pytest.FixtureRequest) -> Claude:
-    found: Claude = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with running_rig(tmp_path_factory.mktemp("shapes"), claude, OCP_WARM_PROCESSES="2") as started:
-        yield started
-
-
-@pytest.fixture
-def rig(shared_rig: Rig) -> Rig:
-    shared_rig.begin()
-    return shared_rig
-
-
 def output(value: Json, text: str | None = None) -> stub.Reply:
     return stub.tool_calls([(OUTPUT, value)], text=text)
 
 
-def asked(rig: Rig, dialect: Dialect, schema: Json, streams: bool = False, **more: Json) -> Said:
-    talk = Talk(rig, dialect, streams=streams, **dialect.shape(schema), **more)
+def ask_for_city(
+    rig: Rig, dialect: Dialect, schema: Json, streams: bool = False, **more: Json
+) -> Answer:
+    talk = Conversation(rig, dialect, streams=streams, **dialect.schema_fields(schema), **more)
     return talk.ask("Which city?")
 
 
+@pytest.mark.differs_by_version
 def test_one_process_fits_answer_after_answer_into_the_schema(rig: Rig) -> None:
     """Those before 2.1.329 cannot forget the only question that they were asked."""
     values = [{"city": f"City {number}"} for number in range(10)]
     rig.script(*map(output, values))
     answers = [
-        Talk(rig, CHAT, **CHAT.shape(CITY)).ask(f"Which is number {number}?")
+        Conversation(rig, CHAT, **CHAT.schema_fields(CITY)).ask(f"Which is number {number}?")
         for number in range(10)]
     assert [json.loads(said.text) for said in answers] == values
-    assert [seen(body) for body in rig.asked()] == [
+    assert [upstream_messages(body) for body in rig.bodies()] == [
         [("user", [f"Which is number {number}?"])] for number in range(10)]
-    assert all([tool["name"] for tool in body["tools"]] == [OUTPUT] for body in rig.asked())
+    assert all([tool["name"] for tool in body["tools"]] == [OUTPUT] for body in rig.bodies())
     later = {path_of(rig, said) for said in answers[5:]}
     assert later == ({"fresh"} if rig.claude.version == "2.1.197" else {"rewound"})
 
@@ -93,9 +65,9 @@ def test_one_process_fits_answer_after_answer_into_the_schema(rig: Rig) -> None:
 @WHOLE_AND_STREAMED
 def test_an_answer_fits_its_schema(rig: Rig, dialect: Dialect, streams: bool) -> None:
     rig.script(output({"city": "Z\u00fcrich \"{}\""}))
-    said = asked(rig, dialect, CITY, streams)
+    said = ask_for_city(rig, dialect, CITY, streams)
     assert json.loads(said.text) == {"city": "Z\u00fcrich \"{}\""}
-    assert (said.finish, said.calls, len(rig.asked())) == ("stop", [], 1)
+    assert (said.finish, said.calls, len(rig.bodies())) == ("stop", [], 1)
     (tool,) = [tool for tool in rig.only_body()["tools"] if tool["name"] == OUTPUT]
     assert tool["input_schema"] == CITY
     if streams:
@@ -128,12 +100,12 @@ ROOTS = {
 def test_a_root_of_another_kind_is_wrapped_and_unwrapped(rig: Rig, name: str) -> None:
     schema, value = ROOTS[name]
     rig.script(*[output({"value": value})] * 3)
-    told = [asked(rig, CHAT, schema), asked(rig, CHAT, schema, streams=True)]
+    told = [ask_for_city(rig, CHAT, schema), ask_for_city(rig, CHAT, schema, streams=True)]
     if name in ("array", "enum"):
-        told += [asked(rig, MESSAGES if name == "array" else RESPONSES, schema)]
+        told += [ask_for_city(rig, MESSAGES if name == "array" else RESPONSES, schema)]
     assert [json.loads(said.text) for said in told] == [value] * len(told)
     assert {said.finish for said in told} == {"stop"}
-    assert len(rig.asked()) == len(told)
+    assert len(rig.bodies()) == len(told)
 
 
 def test_definitions_stay_where_they_can_be_found(rig: Rig) -> None:
@@ -141,7 +113,7 @@ def test_definitions_stay_where_they_can_be_found(rig: Rig) -> None:
     schema = {
         "type": "object", "properties": {"place": {"$ref": "#/$defs/place"}},
         "$defs": {"place": {"type": "object", "properties": {"x": {"type": "number"}}}}}
-    assert json.loads(asked(rig, CHAT, schema).text) == {"place": {"x": 1}}
+    assert json.loads(ask_for_city(rig, CHAT, schema).text) == {"place": {"x": 1}}
     (tool,) = rig.only_body()["tools"]
     assert tool["input_schema"] == schema
 
@@ -151,16 +123,16 @@ def test_any_object_will_do_for_json_object(rig: Rig, streams: bool) -> None:
     rig.script(output({"a": [1, {"b": None}]}), output({}))
     chat = {"response_format": {"type": "json_object"}}
     responses = {"text": {"format": {"type": "json_object"}}}
-    first = Talk(rig, CHAT, streams=streams, **chat).ask("Some JSON.")
-    second = Talk(rig, RESPONSES, streams=streams, **responses).ask("Some JSON.")
+    first = Conversation(rig, CHAT, streams=streams, **chat).ask("Some JSON.")
+    second = Conversation(rig, RESPONSES, streams=streams, **responses).ask("Some JSON.")
     assert json.loads(first.text) == {"a": [1, {"b": None}]}
     assert json.loads(second.text) == {}
 
 
 def test_text_is_no_shape(rig: Rig) -> None:
     rig.script(stub.text("Paris."), stub.text("Paris."))
-    chat = Talk(rig, CHAT, response_format={"type": "text"}).ask("Which city?")
-    responses = Talk(rig, RESPONSES, text={"format": {"type": "text"}}).ask("Which city?")
+    chat = Conversation(rig, CHAT, response_format={"type": "text"}).ask("Which city?")
+    responses = Conversation(rig, RESPONSES, text={"format": {"type": "text"}}).ask("Which city?")
     assert chat.text == responses.text == "Paris."
 
 
@@ -173,7 +145,7 @@ def test_prose_before_the_answer_is_held_back(
     rig: Rig, dialect: Dialect, streams: bool
 ) -> None:
     rig.script(output({"city": "Bern"}, text="Let me think about it."))
-    said = asked(rig, dialect, CITY, streams)
+    said = ask_for_city(rig, dialect, CITY, streams)
     assert json.loads(said.text) == {"city": "Bern"}
     assert (said.refusal, said.finish) == ("", "stop")
 
@@ -181,15 +153,15 @@ def test_prose_before_the_answer_is_held_back(
 @EVERY_RENDERER
 def test_prose_alone_is_asked_about_again(rig: Rig, dialect: Dialect, streams: bool) -> None:
     rig.script(stub.text("It is Bern."), output({"city": "Bern"}))
-    said = asked(rig, dialect, CITY, streams)
+    said = ask_for_city(rig, dialect, CITY, streams)
     assert json.loads(said.text) == {"city": "Bern"}
-    assert (said.refusal, said.finish, len(rig.asked())) == ("", "stop", 2)
+    assert (said.refusal, said.finish, len(rig.bodies())) == ("", "stop", 2)
 
 
 @EVERY_RENDERER
 def test_a_model_that_never_complies_refuses(rig: Rig, dialect: Dialect, streams: bool) -> None:
     rig.script(then=stub.text("I would rather not."))
-    said = asked(rig, dialect, CITY, streams)
+    said = ask_for_city(rig, dialect, CITY, streams)
     assert (said.text, said.refusal) == ("", "I would rather not.")
     assert said.finish == "refusal"
     if dialect is CHAT:
@@ -198,16 +170,16 @@ def test_a_model_that_never_complies_refuses(rig: Rig, dialect: Dialect, streams
 
 def test_an_answer_that_does_not_fit_is_asked_for_again(rig: Rig) -> None:
     rig.script(output({"town": "Bern"}), output({"city": "Bern"}))
-    said = asked(rig, CHAT, CITY)
+    said = ask_for_city(rig, CHAT, CITY)
     assert json.loads(said.text) == {"city": "Bern"}
-    assert len(rig.asked()) == 2
+    assert len(rig.bodies()) == 2
 
 
 def test_a_stream_never_holds_two_attempts(rig: Rig) -> None:
     rig.script(output({"town": "Bern"}), output({"city": "Bern"}))
-    body = Talk(rig, CHAT, streams=True, **CHAT.shape(CITY)).body(
+    body = Conversation(rig, CHAT, streams=True, **CHAT.schema_fields(CITY)).body(
         messages=[{"role": "user", "content": "Which city?"}])
-    reply = rig.server.call("POST", CHAT.path, body, timeout_s=60)
+    reply = rig.server.call("POST", CHAT.path, body, timeout_s=ANSWER_S)
     chunks = [data for _, data in reply.events if data != "[DONE]"]
     text = "".join(choice["delta"].get("content") or "" for chunk in chunks
                    for choice in chunk.get("choices", ()))
@@ -221,12 +193,12 @@ def test_an_answer_that_is_cut_off_says_so(rig: Rig, streams: bool) -> None:
     *others, last = output({"city": "Bern and more"}).blocks
     half = last._replace(deltas=last.deltas[:-1])
     rig.script(then=stub.Reply((*others, half), stop_reason="max_tokens"))
-    said = asked(rig, CHAT, CITY, streams, max_tokens=20)
+    said = ask_for_city(rig, CHAT, CITY, streams, max_tokens=20)
     assert said.finish == "length"
     assert "Bern and more" not in said.text
     # On a busy machine claude may ask once more before it hears that it is over: not the next test.
     rig.settle()
-    assert len(rig.asked()) <= 2
+    assert len(rig.bodies()) <= 2
 
 
 # ---------------------------------------------------------------------------
@@ -238,16 +210,18 @@ def test_tools_may_be_called_before_the_answer(
     rig: Rig, dialect: Dialect, streams: bool
 ) -> None:
     rig.script(stub.tool_calls([("weather", {"city": "Bern"})]), output({"city": "Bern"}))
-    talk = Talk(rig, dialect, [Tool("weather")], streams=streams, **dialect.shape(CITY))
+    talk = Conversation(
+        rig, dialect, [Tool("weather")], streams=streams, **dialect.schema_fields(CITY))
     said = talk.ask("Which city?")
     assert (said.call.name, said.finish) == ("weather", "tool_calls")
-    last = talk.give([(said.call.id, Result("warm"))])
+    last = talk.send_results([(said.call.id, Result("warm"))])
     assert (json.loads(last.text), last.finish) == ({"city": "Bern"}, "stop")
     body = rig.last_body()
     assert sorted(tool["name"] for tool in body["tools"]) == [OUTPUT, "weather"]
-    assert seen(body)[1:] == [
-        ("assistant", [called(said.call)]), ("user", [gave(said.call, Result("warm"))])]
-    assert len(rig.asked()) == 2
+    assert upstream_messages(body)[1:] == [
+        ("assistant", [upstream_call(said.call)]),
+        ("user", [upstream_result(said.call, Result("warm"))])]
+    assert len(rig.bodies()) == 2
 
 
 @pytest.mark.parametrize("calls", [
@@ -257,20 +231,20 @@ def test_an_answer_beside_a_call_ends_the_turn(
     rig: Rig, calls: Sequence[tuple[str, Json]]
 ) -> None:
     rig.script(stub.tool_calls(calls))
-    talk = Talk(rig, CHAT, [Tool("weather")], **CHAT.shape(CITY))
+    talk = Conversation(rig, CHAT, [Tool("weather")], **CHAT.schema_fields(CITY))
     body = talk.body(messages=[{"role": "user", "content": "Which city?"}])
-    reply = rig.server.call("POST", CHAT.path, body, timeout_s=60)
-    said = CHAT.heard(reply)
+    reply = rig.server.call("POST", CHAT.path, body, timeout_s=ANSWER_S)
+    said = CHAT.read_answer(reply)
     assert said.finish in ("stop", "tool_calls")
     assert (said.finish == "tool_calls") == bool(said.calls)
-    assert len(rig.asked()) == 1
+    assert len(rig.bodies()) == 1
 
 
 @pytest.mark.parametrize("format", [
     {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": "a"}},
     {"type": "yaml"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": 5}}])
 def test_a_format_that_is_none_is_a_bad_request(rig: Rig, format: Json) -> None:
-    said = Talk(rig, CHAT, response_format=format).ask("Which city?")
+    said = Conversation(rig, CHAT, response_format=format).ask("Which city?")
     assert said.reply.status == 400
     assert said.reply.json()["error"]["param"].startswith("response_format")
-    assert rig.asked() == []
+    assert rig.bodies() == []

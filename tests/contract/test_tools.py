@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -14,34 +14,36 @@ import pytest
 
 import stub_api as stub
 from conversation import (
-    CHAT,
-    DIALECTS,
-    MESSAGES,
-    RESPONSES,
-    Call,
-    Dialect,
-    Named,
-    Result,
-    Said,
-    Talk,
-    Tool,
-    called,
-    gave,
-    goes_on,
+    EVERY_DIALECT,
+    WHOLE_AND_STREAMED,
+    Conversation,
+    is_continued,
     path_of,
-    plain,
-    seen,
     stats,
 )
+from dialects import (
+    CHAT,
+    MESSAGES,
+    RESPONSES,
+    TOOL_DIALECTS,
+    Answer,
+    Call,
+    Dialect,
+    ForcedTool,
+    Result,
+    Tool,
+)
 from rig import (
+    ANSWER_S,
     BUDGET_MODEL,
+    MODEL,
     Claude,
     Rig,
-    claudes,
-    each_claude,
+    claude_pids,
     running_rig,
     wait_until,
 )
+from upstream import plain_id, upstream_call, upstream_messages, upstream_result
 
 Json = Any
 
@@ -52,26 +54,6 @@ TOOLS = (WEATHER, CLOCK, NEWS)
 #: Calls as the stub takes them.
 PARIS, ROME, NOON = ("weather", {"city": "Paris"}), ("weather", {"city": "Rome"}), ("clock", {})
 
-EVERY_DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda each: each.name)
-WHOLE_AND_STREAMED = pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
-
-
-@pytest.fixture(scope="module", params=each_claude())
-def claude(request: pytest.FixtureRequest) -> Claude:
-    found: Claude = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def shared_rig(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with running_rig(tmp_path_factory.mktemp("tools"), claude) as started:
-        yield started
-
-
-@pytest.fixture
-def rig(shared_rig: Rig) -> Rig:
-    shared_rig.begin()
-    return shared_rig
 
 
 def answered(call: Call) -> tuple[str, Result]:
@@ -79,7 +61,7 @@ def answered(call: Call) -> tuple[str, Result]:
     return call.id, Result(f"{call.name} said {call.arguments}")
 
 
-def paths(rig: Rig, *answers: Said) -> list[str]:
+def paths(rig: Rig, *answers: Answer) -> list[str]:
     return [path_of(rig, said) for said in answers]
 
 
@@ -95,12 +77,12 @@ def test_three_rounds_are_four_requests_on_one_process(
     rig.script(
         stub.tool_calls([PARIS, NOON], text="Two things."), stub.tool_calls([PARIS, ROME]),
         stub.tool_calls([("news", {"city": "Oslo"})], text="One more."), stub.text("All done."))
-    talk = Talk(rig, dialect, TOOLS, streams=streams)
+    talk = Conversation(rig, dialect, TOOLS, streams=streams)
     first = talk.ask("What is new?")
     # In the other order than they were called.
-    second = talk.give([answered(call) for call in reversed(first.calls)])
-    third = talk.give([answered(call) for call in reversed(second.calls)])
-    last = talk.give([answered(third.call)])
+    second = talk.send_results([answered(call) for call in reversed(first.calls)])
+    third = talk.send_results([answered(call) for call in reversed(second.calls)])
+    last = talk.send_results([answered(third.call)])
 
     assert [said.finish for said in (first, second, third, last)] == [
         *["tool_calls"] * 3, "stop"]
@@ -108,28 +90,29 @@ def test_three_rounds_are_four_requests_on_one_process(
     assert [(call.name, call.input) for call in second.calls] == [PARIS, ROME]
     assert [first.text, second.text, third.text, last.text] == [
         "Two things.", "", "One more.", "All done."]
-    assert goes_on(rig, [first, second, third, last])
-    assert len(rig.asked()) == 4
-    assert seen(rig.last_body()) == [
+    assert is_continued(rig, [first, second, third, last])
+    assert len(rig.bodies()) == 4
+    assert upstream_messages(rig.last_body()) == [
         ("user", ["What is new?"]), *exchange(first), *exchange(second), *exchange(third)]
 
 
-def exchange(said: Said) -> list[tuple[str, list[Json]]]:
+def exchange(said: Answer) -> list[tuple[str, list[Json]]]:
     """An answer with calls, and their results in the order of the calls, upstream."""
     return [
-        ("assistant", [*([said.text] if said.text else []), *map(called, said.calls)]),
-        ("user", [gave(call, answered(call)[1]) for call in said.calls])]
+        ("assistant", [*([said.text] if said.text else []), *map(upstream_call, said.calls)]),
+        ("user", [upstream_result(call, answered(call)[1]) for call in said.calls])]
 
 
 def test_a_loop_starts_no_process_after_its_first_request(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS]), stub.tool_calls([ROME]), stub.text("So."))
-    talk = Talk(rig, CHAT, TOOLS)
+    talk = Conversation(rig, CHAT, TOOLS)
     said = talk.ask("Where is it warm?")
     # What was taken is replaced meanwhile.
-    wait_until(lambda: sum(health(rig)["spares"].values()) == 1)
+    wait_until(lambda: health(rig)["spares"].get(MODEL) == 1)
+    rig.settle()
     before = stats(rig)
     for _ in range(2):
-        said = talk.give([answered(said.call)])
+        said = talk.send_results([answered(said.call)])
     assert path_of(rig, said) == "continued"
     after = stats(rig)
     assert after["spawned"] == before["spawned"]
@@ -144,7 +127,7 @@ def health(rig: Rig) -> dict[str, Json]:
 
 def test_the_arguments_of_a_call_stream_as_they_come(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS, ROME], text="Look."))
-    talk = Talk(rig, CHAT, TOOLS, streams=True)
+    talk = Conversation(rig, CHAT, TOOLS, streams=True)
     reply = talk.ask("Where is it warm?").reply
     deltas = [choice["delta"] for _, chunk in reply.events[:-1] for choice in chunk["choices"]]
     pieces = [call for delta in deltas for call in delta.get("tool_calls", ())]
@@ -156,14 +139,14 @@ def test_the_arguments_of_a_call_stream_as_they_come(rig: Rig) -> None:
 @EVERY_DIALECT
 def test_results_may_be_images_and_failures(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.tool_calls([PARIS, NOON]))
-    talk = Talk(rig, dialect, TOOLS)
+    talk = Conversation(rig, dialect, TOOLS)
     first, second = talk.ask("Show me.").calls
     picture, failure = Result("Here:", [BLACK]), Result("It broke.", is_error=True)
-    last = talk.give([(second.id, failure), (first.id, picture)])
+    last = talk.send_results([(second.id, failure), (first.id, picture)])
     assert path_of(rig, last) == "continued"
     told = dialect is MESSAGES
-    assert seen(rig.last_body())[-1] == (
-        "user", [gave(first, picture), gave(second, failure, is_error=told)])
+    assert upstream_messages(rig.last_body())[-1] == (
+        "user", [upstream_result(first, picture), upstream_result(second, failure, is_error=told)])
 
 
 @pytest.mark.parametrize("text", [
@@ -172,10 +155,10 @@ def test_results_may_be_images_and_failures(rig: Rig, dialect: Dialect) -> None:
     ids=["nothing", "spaces", "json", "slash", "odd", "tag"])
 def test_what_a_tool_says_arrives_as_it_is(rig: Rig, text: str) -> None:
     rig.script(stub.tool_calls([PARIS]))
-    talk = Talk(rig, CHAT, TOOLS)
+    talk = Conversation(rig, CHAT, TOOLS)
     call = talk.ask("Say it.").call
-    talk.give([(call.id, Result(text))])
-    (found,) = seen(rig.last_body())[-1][1]
+    talk.send_results([(call.id, Result(text))])
+    (found,) = upstream_messages(rig.last_body())[-1][1]
     # Where a tool says nothing, claude says so.
     assert found.content == text or (not text and found.content.endswith("with no output)"))
 
@@ -183,10 +166,10 @@ def test_what_a_tool_says_arrives_as_it_is(rig: Rig, text: str) -> None:
 @pytest.mark.parametrize("length", [60_000, 200_000])
 def test_long_results_arrive_whole(rig: Rig, length: int) -> None:
     rig.script(stub.tool_calls([PARIS, NOON]))
-    talk = Talk(rig, CHAT, TOOLS, model="claude-sonnet-5")
+    talk = Conversation(rig, CHAT, TOOLS, model="claude-sonnet-5")
     words = "word " * (length // 5)
-    talk.give([(call.id, Result(words)) for call in talk.ask("Read it all.").calls])
-    said = [found for role, found in seen(rig.last_body()) if role == "user"]
+    talk.send_results([(call.id, Result(words)) for call in talk.ask("Read it all.").calls])
+    said = [found for role, found in upstream_messages(rig.last_body()) if role == "user"]
     contents = [found.content for found in said[-1]]
     assert [len(content) for content in contents] == [length, length]
     assert contents == [words, words]
@@ -194,24 +177,25 @@ def test_long_results_arrive_whole(rig: Rig, length: int) -> None:
 
 def test_a_text_beside_the_results_comes_after_them(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS]))
-    talk = Talk(rig, MESSAGES, TOOLS)
+    talk = Conversation(rig, MESSAGES, TOOLS)
     call = talk.ask("Where?").call
     (message,) = MESSAGES.results([answered(call)])
     talk.messages.append(
         {"role": "user", "content": [{"type": "text", "text": "Quick!"}, *message["content"]]})
     last = talk.send()
     assert path_of(rig, last) == "rebuilt"
-    assert seen(rig.last_body())[-1] == ("user", [gave(call, answered(call)[1]), "Quick!"])
-    assert len(rig.asked()) == 2
+    assert upstream_messages(rig.last_body())[-1] == (
+        "user", [upstream_result(call, answered(call)[1]), "Quick!"])
+    assert len(rig.bodies()) == 2
 
 
 def test_a_conversation_goes_on_after_its_loop(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS]), stub.text("Sunny."), stub.text("Bye."))
-    talk = Talk(rig, CHAT, TOOLS)
+    talk = Conversation(rig, CHAT, TOOLS)
     said = talk.ask("Where?")
-    last = [talk.give([answered(said.call)]), talk.ask("Thanks.")]
+    last = [talk.send_results([answered(said.call)]), talk.ask("Thanks.")]
     assert paths(rig, *last) == ["continued", "continued"]
-    assert seen(rig.last_body()) == [
+    assert upstream_messages(rig.last_body()) == [
         ("user", ["Where?"]), *exchange(said), ("assistant", ["Sunny."]), ("user", ["Thanks."])]
 
 
@@ -224,54 +208,56 @@ def test_ids_are_letters_and_digits_and_come_back_in_any_form(
     rig: Rig, dialect: Dialect
 ) -> None:
     rig.script(stub.tool_calls([PARIS]))
-    talk = Talk(rig, dialect, TOOLS)
+    talk = Conversation(rig, dialect, TOOLS)
     call = talk.ask("Where?").call
-    assert call.id == plain(call.id)
+    assert call.id == plain_id(call.id)
     odd = f"{call.id[:5]}_{call.id[5:]}-"
     talk.messages = json.loads(json.dumps(talk.messages).replace(call.id, odd))
-    last = talk.give([(odd, Result("warm"))])
+    last = talk.send_results([(odd, Result("warm"))])
     assert path_of(rig, last) == "continued"
-    assert seen(rig.last_body())[-1] == ("user", [gave(call, Result("warm"))])
+    assert upstream_messages(rig.last_body())[-1] == (
+        "user", [upstream_result(call, Result("warm"))])
 
 
 @EVERY_DIALECT
 def test_ids_that_nobody_called_or_answered_are_named(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.tool_calls([PARIS, ROME]))
-    talk = Talk(rig, dialect, TOOLS)
+    talk = Conversation(rig, dialect, TOOLS)
     first, second = talk.ask("Where?").calls
-    unknown = talk.branch().give([(first.id, Result("a")), ("elsewhere", Result("b"))]).reply
-    missing = talk.branch().give([(second.id, Result("b"))]).reply
+    unknown = talk.branch().send_results(
+        [(first.id, Result("a")), ("elsewhere", Result("b"))]).reply
+    missing = talk.branch().send_results([(second.id, Result("b"))]).reply
     assert (unknown.status, missing.status) == (400, 400)
     assert "elsewhere" in unknown.text and first.id in missing.text
-    assert len(rig.asked()) == 1
+    assert len(rig.bodies()) == 1
 
 
 # ---------------------------------------------------------------------------
 # Ways on: what cannot be continued is rebuilt
 # ---------------------------------------------------------------------------
 
-def other_system(talk: Talk) -> None:
+def other_system(talk: Conversation) -> None:
     talk.system = "Be brief."
 
 
-def other_tools(talk: Talk) -> None:
+def other_tools(talk: Conversation) -> None:
     talk.tools = (WEATHER, CLOCK)
 
 
-def other_description(talk: Talk) -> None:
+def other_description(talk: Conversation) -> None:
     talk.tools = (WEATHER._replace(description="Tells another thing."), CLOCK, NEWS)
 
 
-def other_message(talk: Talk) -> None:
+def other_message(talk: Conversation) -> None:
     talk.messages[0]["content"] = "What was new?"
 
 
-def other_answer(talk: Talk) -> None:
+def other_answer(talk: Conversation) -> None:
     talk.messages = json.loads(json.dumps(talk.messages).replace("Two things.", "Three things."))
 
 
 CHANGES = [
-    *[(dialect, change) for dialect in DIALECTS
+    *[(dialect, change) for dialect in TOOL_DIALECTS
       for change in (other_system, other_tools, other_message)],
     (CHAT, other_description), (CHAT, other_answer)]
 
@@ -279,43 +265,44 @@ CHANGES = [
 @pytest.mark.parametrize(
     ("dialect", "change"), CHANGES, ids=[f"{each.name}-{how.__name__}" for each, how in CHANGES])
 def test_what_was_changed_is_rebuilt(
-    rig: Rig, dialect: Dialect, change: Callable[[Talk], None]
+    rig: Rig, dialect: Dialect, change: Callable[[Conversation], None]
 ) -> None:
     rig.script(stub.tool_calls([PARIS, NOON], text="Two things."), stub.text("Done."))
-    talk = Talk(rig, dialect, TOOLS, "Be kind.")
+    talk = Conversation(rig, dialect, TOOLS, "Be kind.")
     said = talk.ask("What is new?")
     change(talk)
-    last = talk.give([answered(call) for call in said.calls])
+    last = talk.send_results([answered(call) for call in said.calls])
     assert (last.text, path_of(rig, last)) == ("Done.", "rebuilt")
-    assert len(rig.asked()) == 2
+    assert len(rig.bodies()) == 2
     assert_rebuilt(rig, talk, said)
 
 
+@pytest.mark.differs_by_version
 @EVERY_DIALECT
 def test_rounds_of_the_past_keep_their_order_when_they_are_rebuilt(
     rig: Rig, dialect: Dialect
 ) -> None:
     rig.script(stub.tool_calls([PARIS]), stub.tool_calls([NOON], text="And when?"),
                stub.text("Sunny at noon."), stub.text("Bye."))
-    talk = Talk(rig, dialect, TOOLS, "Be kind.")
+    talk = Conversation(rig, dialect, TOOLS, "Be kind.")
     first = talk.ask("What is new?")
-    second = talk.give([answered(call) for call in first.calls])
-    talk.give([answered(call) for call in second.calls])
-    straight = seen(rig.last_body())
+    second = talk.send_results([answered(call) for call in first.calls])
+    talk.send_results([answered(call) for call in second.calls])
+    straight = upstream_messages(rig.last_body())
     talk.system = "Be brief."
     last = talk.ask("Thanks.")
     assert (last.text, path_of(rig, last)) == ("Bye.", "rebuilt")
-    assert seen(rig.last_body()) == [
+    assert upstream_messages(rig.last_body()) == [
         *straight, ("assistant", ["Sunny at noon."]), ("user", ["Thanks."])]
 
 
-def assert_rebuilt(rig: Rig, talk: Talk, said: Said) -> None:
+def assert_rebuilt(rig: Rig, talk: Conversation, said: Answer) -> None:
     """The whole loop reached the API in one request, with the talk's system prompt and tools."""
     body = rig.last_body()
-    question, (_, contents), results = seen(body)
+    question, (_, contents), results = upstream_messages(body)
     assert question[1] in (["What is new?"], ["What was new?"])
     assert [each for each in contents if not isinstance(each, str)] == [
-        called(call) for call in said.calls]
+        upstream_call(call) for call in said.calls]
     assert results == exchange(said)[1]
     assert talk.system == "" or talk.system in [block["text"] for block in body["system"]]
     assert sorted((tool["name"], tool["description"]) for tool in body["tools"]) == sorted(
@@ -328,14 +315,14 @@ def test_a_process_that_died_in_its_sleep_is_rebuilt(
 ) -> None:
     with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0") as rig:
         rig.script(stub.tool_calls([PARIS]), stub.text("Done."))
-        talk = Talk(rig, CHAT, TOOLS)
+        talk = Conversation(rig, CHAT, TOOLS)
         said = talk.ask("What is new?")
         wait_until(lambda: health(rig)["parked"])
-        for pid in claudes(rig.server):
+        for pid in claude_pids(rig.server):
             os.kill(pid, number)
-        wait_until(lambda: not claudes(rig.server))
-        last = talk.give([answered(said.call)])
-        assert (last.text, len(rig.asked())) == ("Done.", 2)
+        wait_until(lambda: not claude_pids(rig.server))
+        last = talk.send_results([answered(said.call)])
+        assert (last.text, len(rig.bodies())) == ("Done.", 2)
         assert_rebuilt(rig, talk, said)
 
 
@@ -343,15 +330,15 @@ def test_evicted_and_expired_processes_are_rebuilt(claude: Claude, tmp_path: Pat
     settings = {"OCP_PARKED_PROCESSES": "1", "CLAUDE_SESSION_TTL": "2500"}
     with running_rig(tmp_path, claude, **settings) as rig:
         rig.script(stub.tool_calls([PARIS]), stub.tool_calls([ROME]))
-        old, new = (Talk(rig, CHAT, TOOLS) for _ in range(2))
+        old, new = (Conversation(rig, CHAT, TOOLS) for _ in range(2))
         said = old.ask("What is new?")
         other = new.ask("What is new?")
         wait_until(lambda: health(rig)["parked"] == 1)
         rig.script(stub.text("Done."), stub.text("Done too."))
-        evicted = old.give([answered(said.call)])
+        evicted = old.send_results([answered(said.call)])
         # The younger one had to go for it in turn, a moment behind the answer.
         wait_until(lambda: health(rig)["parked"] == 1)
-        last = new.give([answered(other.call)])
+        last = new.send_results([answered(other.call)])
         assert paths(rig, evicted, last) == ["rebuilt", "rebuilt"]
         assert_rebuilt(rig, new, other)
         wait_until(lambda: health(rig)["parked"] == 0)
@@ -365,15 +352,15 @@ def test_a_loop_survives_a_restart_of_the_server(
 ) -> None:
     with running_rig(tmp_path, claude) as rig:
         rig.script(stub.tool_calls([PARIS, NOON], text="Two things."))
-        talk = Talk(rig, dialect, TOOLS, "Be kind.")
+        talk = Conversation(rig, dialect, TOOLS, "Be kind.")
         said = talk.ask("What is new?")
     with running_rig(tmp_path, claude) as rig:
         rig.script(stub.text("Done."))
         talk.rig = rig
-        last = talk.give([answered(call) for call in said.calls])
+        last = talk.send_results([answered(call) for call in said.calls])
         assert (last.text, path_of(rig, last)) == ("Done.", "rebuilt")
         assert_rebuilt(rig, talk, said)
-        assert len(rig.asked()) == 1
+        assert len(rig.bodies()) == 1
 
 
 # ---------------------------------------------------------------------------
@@ -385,7 +372,7 @@ class Chosen(NamedTuple):
     fields: Callable[[Dialect], Mapping[str, Json]]
     wanted: Json
     #: Who it can be said in.
-    dialects: Sequence[Dialect] = DIALECTS
+    dialects: Sequence[Dialect] = TOOL_DIALECTS
     tools: Sequence[Tool] = TOOLS
 
     @property
@@ -411,11 +398,11 @@ CHOICES = {
     "required": Chosen(
         lambda dialect: {"tool_choice": dialect.choice("required")}, {"type": "any"}),
     "named": Chosen(
-        lambda dialect: {"tool_choice": dialect.choice(Named("clock"))},
+        lambda dialect: {"tool_choice": dialect.choice(ForcedTool("clock"))},
         {"type": "tool", "name": "clock"}),
     "allowed": Chosen(allowed, {"type": "any"}, (CHAT, RESPONSES), (WEATHER, NEWS)),
     "one at a time": Chosen(
-        lambda dialect: dialect.serial("auto"),
+        lambda dialect: dialect.one_call_fields("auto"),
         {"type": "auto", "disable_parallel_tool_use": True}),
 }
 
@@ -424,7 +411,7 @@ CHOICES = {
 def test_a_choice_reaches_the_api(rig: Rig, name: str) -> None:
     chosen = CHOICES[name]
     for dialect in chosen.dialects:
-        said = Talk(rig, dialect, TOOLS, **chosen.fields(dialect)).ask("What is new?")
+        said = Conversation(rig, dialect, TOOLS, **chosen.fields(dialect)).ask("What is new?")
         assert said.finish == "stop"
         body = rig.last_body()
         assert body.get("tool_choice") == chosen.wanted
@@ -433,31 +420,31 @@ def test_a_choice_reaches_the_api(rig: Rig, name: str) -> None:
         if chosen.forces:
             # The API refuses the two together.
             assert body.get("thinking", {}).get("type") in (None, "disabled")
-    assert len(rig.asked()) == len(chosen.dialects)
+    assert len(rig.bodies()) == len(chosen.dialects)
 
 
 def test_a_budget_for_thinking_pauses_in_a_loop_that_is_told_anew(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS]), stub.text("Done."), stub.text("Bye."))
     thinking = {"type": "enabled", "budget_tokens": 1500}
-    talk = Talk(rig, MESSAGES, TOOLS, model=BUDGET_MODEL, thinking=thinking)
+    talk = Conversation(rig, MESSAGES, TOOLS, model=BUDGET_MODEL, thinking=thinking)
     said = talk.ask("What is new?")
     talk.messages[0]["content"] = "What is old?"
-    assert talk.give([answered(said.call)]).text == "Done."
+    assert talk.send_results([answered(said.call)]).text == "Done."
     last = talk.ask("Thanks.")
     assert (last.text, path_of(rig, last)) == ("Bye.", "continued")
-    budgets = [body["thinking"].get("budget_tokens") for body in rig.asked()]
+    budgets = [body["thinking"].get("budget_tokens") for body in rig.bodies()]
     # With one, the API wants to see the thinking before the call, which nobody can tell claude.
     assert budgets == [1500, None, 1500]
 
 
 def test_another_choice_in_the_next_round_is_kept(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS]), stub.text("Done."))
-    talk = Talk(rig, CHAT, TOOLS)
+    talk = Conversation(rig, CHAT, TOOLS)
     said = talk.ask("What is new?", tool_choice="required")
-    assert talk.give([answered(said.call)], tool_choice="auto").text == "Done."
-    first, second = rig.asked()
+    assert talk.send_results([answered(said.call)], tool_choice="auto").text == "Done."
+    first, second = rig.bodies()
     assert first["tool_choice"] == {"type": "any"} and "tool_choice" not in second
-    assert seen(second)[1:] == exchange(said)
+    assert upstream_messages(second)[1:] == exchange(said)
 
 
 # ---------------------------------------------------------------------------
@@ -481,7 +468,7 @@ LONG_NAME = "n" * 64
 @EVERY_DIALECT
 def test_schemas_arrive_untouched(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.tool_calls([(LONG_NAME, {"where": {"x": None}, "kind": "now"})]))
-    said = Talk(rig, dialect, [Tool(LONG_NAME, NESTED), Tool("bare", {})]).ask("Go.")
+    said = Conversation(rig, dialect, [Tool(LONG_NAME, NESTED), Tool("bare", {})]).ask("Go.")
     bare, nested = sorted(rig.last_body()["tools"], key=lambda tool: len(tool["name"]))
     assert nested["input_schema"] == NESTED
     assert nested["name"] == LONG_NAME
@@ -491,7 +478,8 @@ def test_schemas_arrive_untouched(rig: Rig, dialect: Dialect) -> None:
 
 def test_an_odd_schema_takes_no_other_tool_away(rig: Rig) -> None:
     odd = {"type": "object", "properties": {"any": True, "none": False}, "required": None}
-    Talk(rig, CHAT, [Tool("odd", odd), Tool("void", {"properties": None}), CLOCK]).ask("Go.")
+    void_schema = {"properties": None}
+    Conversation(rig, CHAT, [Tool("odd", odd), Tool("void", void_schema), CLOCK]).ask("Go.")
     clock, found, void = rig.last_body()["tools"]
     assert [clock["name"], void["name"]] == ["clock", "void"]
     assert found["input_schema"]["properties"] == {"any": {}, "none": {"not": {}}}
@@ -501,40 +489,41 @@ def test_an_odd_schema_takes_no_other_tool_away(rig: Rig) -> None:
     "", "Long. " * 3000 + "The end.", "\u00e9t\u00e9 \U0001f468\u200d\U0001f469 \u200b\n\n  - so"],
     ids=["none", "long", "odd"])
 def test_descriptions_arrive_untouched(rig: Rig, description: str) -> None:
-    Talk(rig, CHAT, [WEATHER._replace(description=description)]).ask("Go.")
+    Conversation(rig, CHAT, [WEATHER._replace(description=description)]).ask("Go.")
     (tool,) = rig.last_body()["tools"]
     assert tool.get("description", "") == description
 
 
 @pytest.mark.parametrize(("dialect", "name"), [
-    *[(dialect, "my.tool/one") for dialect in DIALECTS], (CHAT, "Bash"), (CHAT, "mcp__x__y"),
+    *[(dialect, "my.tool/one") for dialect in TOOL_DIALECTS], (CHAT, "Bash"), (CHAT, "mcp__x__y"),
     (MESSAGES, "\u00e9t\u00e9"), (RESPONSES, "StructuredOutput"), (CHAT, "n" * 80)])
 def test_odd_names_come_back_as_they_were(rig: Rig, dialect: Dialect, name: str) -> None:
     def answer(body: Mapping[str, Json]) -> stub.Reply:
         (tool,) = body["tools"]
         results = any(role == "user" and not isinstance(contents[0], str)
-                      for role, contents in seen(body))
+                      for role, contents in upstream_messages(body))
         return stub.text("Done.") if results else stub.tool_calls([(tool["name"], {"city": "A"})])
 
     rig.stub.default = answer
-    talk = Talk(rig, dialect, [Tool(name)])
+    talk = Conversation(rig, dialect, [Tool(name)])
     said = talk.ask("Go.")
     assert (said.call.name, said.call.input) == (name, {"city": "A"})
-    last = talk.give([answered(said.call)])
+    last = talk.send_results([answered(said.call)])
     assert (last.text, path_of(rig, last)) == ("Done.", "continued")
     (tool,) = rig.last_body()["tools"]
-    assert seen(rig.last_body())[1][1] == [called(said.call)._replace(name=tool["name"])]
+    assert upstream_messages(rig.last_body())[1][1] == [
+        upstream_call(said.call)._replace(name=tool["name"])]
 
 
 def test_arguments_that_break_the_schema_are_the_clients_to_judge(rig: Rig) -> None:
     rig.script(stub.tool_calls([("weather", {"city": 5, "more": True})]))
-    talk = Talk(rig, CHAT, [Tool("weather", NESTED)])
+    talk = Conversation(rig, CHAT, [Tool("weather", NESTED)])
     said = talk.ask("Go.")
-    last = talk.give([answered(said.call)])
+    last = talk.send_results([answered(said.call)])
     assert said.call.input == {"city": 5, "more": True}
     assert (last.finish, path_of(rig, last)) == ("stop", "continued")
-    assert seen(rig.last_body())[1:] == exchange(said)
-    assert len(rig.asked()) == 2
+    assert upstream_messages(rig.last_body())[1:] == exchange(said)
+    assert len(rig.bodies()) == 2
 
 
 # ---------------------------------------------------------------------------
@@ -547,12 +536,12 @@ def test_a_call_of_a_tool_that_was_not_offered_is_not_forwarded(
     rig: Rig, dialect: Dialect, streams: bool
 ) -> None:
     rig.script(stub.tool_calls([("Bash", {"command": "true"})], text="Hm."), stub.text("Well."))
-    said = Talk(rig, dialect, TOOLS, streams=streams).ask("Go.")
+    said = Conversation(rig, dialect, TOOLS, streams=streams).ask("Go.")
     assert (said.calls, said.finish) == ([], "stop")
     assert said.text == "Hm.\n\nWell."
-    (outcome,) = seen(rig.last_body())[-1][1]
+    (outcome,) = upstream_messages(rig.last_body())[-1][1]
     assert outcome.is_error and "Bash" in outcome.content
-    assert len(rig.asked()) == 2
+    assert len(rig.bodies()) == 2
 
 
 @pytest.mark.parametrize("calls", [
@@ -563,13 +552,14 @@ def test_a_call_that_was_not_offered_beside_one_that_was_is_left_out(
     rig: Rig, calls: Sequence[tuple[str, Json]], streams: bool
 ) -> None:
     rig.script(stub.tool_calls(calls), stub.text("Done."))
-    talk = Talk(rig, CHAT, TOOLS, streams=streams)
+    talk = Conversation(rig, CHAT, TOOLS, streams=streams)
     said = talk.ask("Go.")
     assert (said.call.name, said.finish) == ("weather", "tool_calls")
-    last = talk.give([answered(said.call)])
-    assert (last.text, len(rig.asked())) == ("Done.", 2)
-    results = [found for found in seen(rig.last_body())[-1][1] if found.id == plain(said.call.id)]
-    assert results == [gave(said.call, answered(said.call)[1])]
+    last = talk.send_results([answered(said.call)])
+    assert (last.text, len(rig.bodies())) == ("Done.", 2)
+    results = [found for found in upstream_messages(rig.last_body())[-1][1]
+               if found.id == plain_id(said.call.id)]
+    assert results == [upstream_result(said.call, answered(said.call)[1])]
 
 
 @EVERY_DIALECT
@@ -578,11 +568,11 @@ def test_arguments_that_are_cut_off_are_no_call(
     rig: Rig, dialect: Dialect, streams: bool
 ) -> None:
     rig.script(cut_off(stub.tool_calls([PARIS], text="Look.")))
-    reply = Talk(rig, dialect, TOOLS, streams=streams, max_tokens=50).ask("Go.").reply
+    reply = Conversation(rig, dialect, TOOLS, streams=streams, max_tokens=50).ask("Go.").reply
     assert any(f'"{word}"' in reply.text for word in ("length", "max_tokens", "incomplete"))
     assert "function_call_arguments.done" not in reply.text
     if not streams:
-        assert dialect.heard(reply).calls == []
+        assert dialect.read_answer(reply).calls == []
     # What claude may still ask on a busy machine is not for the next test.
     rig.settle()
 
@@ -599,8 +589,8 @@ def test_an_answer_that_breaks_off_inside_a_call_is_a_failure(rig: Rig, streams:
     broken = stub.tool_calls([PARIS], text="Look.")._replace(ending="cut", gap_s=0.05)
     rig.script(then=broken)
     reply = rig.server.call(
-        "POST", CHAT.path, Talk(rig, CHAT, TOOLS, streams=streams).body(
-            messages=[{"role": "user", "content": "Go."}]), timeout_s=60)
+        "POST", CHAT.path, Conversation(rig, CHAT, TOOLS, streams=streams).body(
+            messages=[{"role": "user", "content": "Go."}]), timeout_s=ANSWER_S)
     assert reply.status >= 500 or ("error" in reply.text and "[DONE]" not in reply.text)
     assert "tool_calls\"" not in reply.text.rpartition("finish_reason")[2]
 
@@ -608,7 +598,7 @@ def test_an_answer_that_breaks_off_inside_a_call_is_a_failure(rig: Rig, streams:
 def test_legacy_functions_go_round(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS], text="Look."), stub.text("Sunny."))
     functions = [{"name": "weather", "parameters": WEATHER.schema}]
-    talk = Talk(rig, CHAT, functions=functions, function_call="auto")
+    talk = Conversation(rig, CHAT, functions=functions, function_call="auto")
     talk.messages.append({"role": "user", "content": "Where?"})
     message, finish = first_choice(rig, talk)
     assert finish == "function_call"
@@ -616,14 +606,14 @@ def test_legacy_functions_go_round(rig: Rig) -> None:
     assert json.loads(message["function_call"]["arguments"]) == {"city": "Paris"}
     talk.messages += [message, {"role": "function", "name": "weather", "content": "warm"}]
     assert first_choice(rig, talk)[0]["content"] == "Sunny."
-    found = seen(rig.last_body())
+    found = upstream_messages(rig.last_body())
     assert found[2][1][0].content == "warm"
     assert found[1][1][1].id == found[2][1][0].id
-    assert len(rig.asked()) == 2
+    assert len(rig.bodies()) == 2
 
 
-def first_choice(rig: Rig, talk: Talk) -> tuple[dict[str, Json], str]:
-    reply = rig.server.call("POST", CHAT.path, talk.body(), timeout_s=60)
+def first_choice(rig: Rig, talk: Conversation) -> tuple[dict[str, Json], str]:
+    reply = rig.server.call("POST", CHAT.path, talk.body(), timeout_s=ANSWER_S)
     assert reply.status == 200, reply
     choice = reply.json()["choices"][0]
     return choice["message"], choice["finish_reason"]
@@ -633,9 +623,9 @@ def first_choice(rig: Rig, talk: Talk) -> tuple[dict[str, Json], str]:
 def test_legacy_functions_are_called_one_at_a_time(rig: Rig, streams: bool) -> None:
     rig.script(stub.tool_calls([PARIS, ROME]))
     functions = [{"name": "weather", "parameters": WEATHER.schema}]
-    talk = Talk(rig, CHAT, functions=functions, stream=streams)
+    talk = Conversation(rig, CHAT, functions=functions, stream=streams)
     talk.messages.append({"role": "user", "content": "Where?"})
-    reply = rig.server.call("POST", CHAT.path, talk.body(), timeout_s=60)
+    reply = rig.server.call("POST", CHAT.path, talk.body(), timeout_s=ANSWER_S)
     chunks = [data for _, data in reply.events[:-1]] if streams else [reply.json()]
     said = [choice.get("delta") or choice.get("message") or {}
             for chunk in chunks for choice in chunk["choices"]]
@@ -647,7 +637,7 @@ def test_legacy_functions_are_called_one_at_a_time(rig: Rig, streams: bool) -> N
 
 def test_many_loops_at_once_keep_to_themselves(rig: Rig) -> None:
     def answer(body: Mapping[str, Json]) -> stub.Reply:
-        contents = [each for _, contents in seen(body) for each in contents]
+        contents = [each for _, contents in upstream_messages(body) for each in contents]
         (word,) = [each for each in contents if isinstance(each, str)]
         results = [each.content for each in contents if getattr(each, "kind", "") == "tool_result"]
         if len(results) == 2:
@@ -655,14 +645,14 @@ def test_many_loops_at_once_keep_to_themselves(rig: Rig) -> None:
         return stub.tool_calls([("weather", {"city": f"{word}{len(results)}"})])
 
     def loop(word: str) -> str:
-        talk = Talk(rig, CHAT, TOOLS)
+        talk = Conversation(rig, CHAT, TOOLS)
         said = talk.ask(word)
         while said.calls:
-            said = talk.give([(said.call.id, Result(f"<{said.call.input['city']}>"))])
+            said = talk.send_results([(said.call.id, Result(f"<{said.call.input['city']}>"))])
         return said.text
 
     rig.stub.default = answer
     words = [f"word{number}" for number in range(5)]
     with ThreadPoolExecutor(5) as pool:
         assert list(pool.map(loop, words)) == [f"{word}: <{word}0> <{word}1>" for word in words]
-    assert len(rig.asked()) == 15
+    assert len(rig.bodies()) == 15

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Optional
 
-from chat import CHAT, NO_IDLE, question
+from chat import CHAT_PATH, NO_IDLE, question
 from http_client import Body, Reply
 from project import load_script
 from server import Server
@@ -49,7 +49,7 @@ def new_key(server: Server, **fields: Json) -> dict[str, Json]:
 
 def ask_as(server: Server, key: str, text: Json = "hi", **fields: Json) -> Reply:
     """A chat request of whoever holds this key, and its complete answer."""
-    return server.call("POST", CHAT, question(text, **fields), bearer(key))
+    return server.call("POST", CHAT_PATH, question(text, **fields), bearer(key))
 
 
 def key_in_place(

@@ -1,13 +1,11 @@
-"""What the contract tests share: the server over a real claude over a stub of the API.
+"""A rig for contract tests: the server over a real claude over a stub of the upstream API.
 
-Index: 1 the rig   2 what the client heard   3 what the API was asked   4 processes
+Index: 1 the rig   2 chat messages   3 processes
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,19 +15,23 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 
+import patient_server
 import programs
 import stub_api
-from http_client import Reply, Stream
+from dialects import CHAT, Answer
+from http_client import Stream
 from programs import HOW_TO_INSTALL, real_claude_env
 from server import Server, running_server
 from stub_api import StubApi
+from upstream import turns
 from waiting import eventually
 
 Json = Any
 Body = Mapping[str, Json]
 Messages = Sequence[Mapping[str, Json]]
 
-CHAT = "/v1/chat/completions"
+#: How long a client waits for a word: several claudes that start at once on a busy machine.
+ANSWER_S = 180.0
 #: A model as most are: it thinks by itself, and takes sampling parameters.
 MODEL = "claude-sonnet-4-6"
 #: A model of the newest kind: the newest claude speaks to it in another form.
@@ -70,7 +72,7 @@ class Case(NamedTuple):
 
 class Outcome(NamedTuple):
     """What became of a case: the client's answer, and the bodies that reached the API."""
-    heard: Heard
+    answer: Answer
     bodies: list[dict[str, Json]]
 
 
@@ -83,20 +85,23 @@ class Rig:
         self.claude = claude
         self.is_old = claude.version == "2.1.197"
         #: How many requests had reached the API before the test.
-        self.seen = 0
+        self.requests_before = 0
 
     def __repr__(self) -> str:
         return f"<Rig {self.claude.version} {self.server} {self.stub}>"
 
     def begin(self) -> None:
-        """A test begins: what was asked and scripted before is none of its business."""
+        """Begin a test: forget the requests and the replies of those before it.
+
+        Parked processes, sessions and log entries stay, so a test asks something of its own, and
+        looks at differences of counters."""
         self.script()
-        self.seen = len(self.stub.requests)
+        self.requests_before = len(self.stub.requests)
 
     def script(
         self, *replies: stub_api.Reply, then: stub_api.Reply | None = None
     ) -> None:
-        """What the API answers: these in order, and then `then` or the stub's own words."""
+        """Set what the API answers: these in order, then always `then` or the stub's own text."""
         left: deque[stub_api.Reply] = deque(replies)
 
         def answer(body: Body) -> stub_api.Reply:
@@ -105,31 +110,33 @@ class Rig:
         self.stub.default = answer
 
     def ask(
-        self, said: str | Messages = "Hi there?", model: str = MODEL, **fields: Json
-    ) -> Heard:
-        """One chat completion; its answer."""
-        body = {"model": model, "messages": conversation(said), **fields}
-        return heard(self.server.call("POST", CHAT, body, timeout_s=60))
+        self, question: str | Messages = "Hi there?", model: str = MODEL, **fields: Json
+    ) -> Answer:
+        """Return the answer to a chat completion."""
+        body = {"model": model, "messages": as_messages(question), **fields}
+        return CHAT.read_answer(self.server.call("POST", CHAT.path, body, timeout_s=ANSWER_S))
 
     def open(
-        self, said: str | Messages = "Hi there?", model: str = MODEL, **fields: Json
+        self, question: str | Messages = "Hi there?", model: str = MODEL, **fields: Json
     ) -> Stream:
-        """A streamed chat completion, once its headers are there."""
-        body = {"model": model, "messages": conversation(said), **fields}
-        return self.server.stream(CHAT, body, timeout_s=60)
+        """Return a streamed chat completion, once its headers are there."""
+        body = {"model": model, "messages": as_messages(question), **fields}
+        return self.server.stream(CHAT.path, body, timeout_s=ANSWER_S)
 
-    def asked(self) -> list[dict[str, Json]]:
-        """The bodies that reached the API in this test."""
-        return [recorded.body for recorded in self.stub.requests[self.seen:]]
+    def bodies(self) -> list[dict[str, Json]]:
+        """Return the request bodies that reached the API in this test."""
+        return [recorded.body for recorded in self.stub.requests[self.requests_before:]]
 
-    def both(self, said: str | Messages = "Hi there?", **fields: Json) -> list[Heard]:
-        """The same request whole and streamed, at the same time; the two answers."""
+    def ask_whole_and_streamed(
+        self, question: str | Messages = "Hi there?", **fields: Json
+    ) -> list[Answer]:
+        """Return the answers to the same chat completion in both modes, asked at the same time."""
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(
-                lambda streams: self.ask(said, stream=streams, **fields), (False, True)))
+                lambda streams: self.ask(question, stream=streams, **fields), (False, True)))
 
     def run(self, cases: Mapping[str, Case], at_once: int = 2) -> dict[str, Outcome]:
-        """All these requests, `at_once` at a time; what became of each, by name.
+        """Send all these requests, `at_once` at a time, and return what became of each, by name.
 
         The API knows which is which by its question."""
         left = {name: deque(case.replies) for name, case in cases.items()}
@@ -138,7 +145,7 @@ class Rig:
             replies = left[_case_of(body)]
             return replies.popleft() if replies else stub_api.hello(body)
 
-        def ask(name: str) -> Heard:
+        def ask(name: str) -> Answer:
             case = cases[name]
             return self.ask(f"Question {name}?", case.model, stream=case.streams, **case.fields)
 
@@ -146,24 +153,30 @@ class Rig:
         with ThreadPoolExecutor(at_once) as pool:
             answers = dict(zip(cases, pool.map(ask, cases)))
         self.settle()
-        bodies = self.asked()
+        bodies = self.bodies()
         return {name: Outcome(answers[name], [
             body for body in bodies if _case_of(body) == name]) for name in cases}
 
     def only_body(self) -> dict[str, Json]:
-        """The one body that reached the API in this test."""
-        (body,) = self.asked()
+        """Return the only body that reached the API in this test."""
+        (body,) = self.bodies()
         return body
 
     def last_body(self) -> dict[str, Json]:
-        return self.asked()[-1]
+        return self.bodies()[-1]
 
-    def settle(self, timeout_s: float = 30) -> None:
+    def end_parked(self) -> None:
+        """End the processes that are parked, as if their conversations had been given up."""
+        self.server.call("PATCH", "/settings", {"parkedProcesses": 0})
+        eventually(lambda: not self.server.call("GET", "/health").json()["parked"])
+        self.server.call("PATCH", "/settings", {"parkedProcesses": None})
+
+    def settle(self, timeout_s: float = 60) -> None:
         """Wait until no claude has work, and only those are left that wait for some."""
         def settled() -> bool:
             health = self.server.call("GET", "/health").json()
             stats, waiting = health["stats"], health["parked"] + sum(health["spares"].values())
-            left = claudes(self.server)
+            left = claude_pids(self.server)
             assert not stats["activeRequests"] + stats["queued"], stats
             assert len(left) == waiting, f"{left} run, but only {waiting} wait"
             return True
@@ -173,24 +186,29 @@ class Rig:
 
 @contextmanager
 def running_rig(folder: Path, claude: Claude, **settings: str | None) -> Iterator[Rig]:
-    """A rig in this folder; the settings are more of the server's environment."""
+    """Start a rig in this folder. Settings are more of the server's environment."""
     with StubApi() as stub:
         env = {**real_claude_env(stub.url), "OCP_DEFAULT_MODEL": MODEL, **settings}
         with running_server(
-            folder, claude=claude.path, env=env, pass_env=["ANTHROPIC_BASE_URL"]
+            folder, claude=claude.path, env=env, pass_env=["ANTHROPIC_BASE_URL"],
+            script=Path(patient_server.__file__),
         ) as server:
             yield Rig(server, stub, claude)
 
 
 def _case_of(body: Body) -> str:
-    """The name of the case that this body belongs to; claude may have added messages."""
+    """Return the name of the case of this body, to which claude may have added messages."""
     texts = [text for _, contents in turns(body) for text in contents if isinstance(text, str)]
     (name,) = (text for text in texts if text.startswith("Question "))
     return name.strip()[len("Question "):-1]
 
 
-def conversation(said: str | Messages) -> Messages:
-    return [user(said)] if isinstance(said, str) else said
+# ---------------------------------------------------------------------------
+# 2 Chat messages
+# ---------------------------------------------------------------------------
+
+def as_messages(question: str | Messages) -> Messages:
+    return [user(question)] if isinstance(question, str) else question
 
 
 def user(content: Json) -> dict[str, Json]:
@@ -205,123 +223,12 @@ def system(content: Json) -> dict[str, Json]:
     return {"role": "system", "content": content}
 
 
-def part(text: str) -> dict[str, Json]:
-    """A text part of a message."""
-    return {"type": "text", "text": text}
-
-
-def image(base64_data: str, kind: str = "png") -> dict[str, Json]:
-    """An image part of a message."""
-    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64_data}"}}
-
-
 # ---------------------------------------------------------------------------
-# 2 What the client heard
+# 3 Processes
 # ---------------------------------------------------------------------------
 
-class Heard(NamedTuple):
-    """An answer, whole or streamed, as a client puts it together."""
-    status: int
-    #: Names in any case; [] gives None for a header that is not there.
-    headers: Any
-    #: The content in the pieces in which it came.
-    pieces: list[str]
-    thinking: str
-    #: Every finish reason that came: a good answer has exactly one.
-    finishes: list[str]
-    usage: dict[str, Json] | None
-    error: dict[str, Json] | None
-    #: Whether a stream ended with [DONE]; a whole answer that is none counts as not done.
-    done: bool
-
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
-
-    @property
-    def finish(self) -> str | None:
-        """The finish reason of a good answer, None for any other."""
-        good = self.status == 200 and self.done and self.error is None
-        return self.finishes[0] if good and len(self.finishes) == 1 else None
-
-
-def heard(reply: Reply) -> Heard:
-    kind = reply.headers["content-type"] or ""
-    chunks = [data for _, data in reply.events] if "event-stream" in kind else [reply.json()]
-    objects = [chunk for chunk in chunks if chunk != "[DONE]"]
-    choices = [choice for each in objects for choice in each.get("choices", ())]
-    said = [choice.get("delta") or choice.get("message") or {} for choice in choices]
-    errors = [each["error"] for each in objects if "error" in each]
-    usages = [each["usage"] for each in objects if each.get("usage")]
-    return Heard(
-        status=reply.status,
-        headers=reply.headers,
-        pieces=[each["content"] for each in said if each.get("content")],
-        thinking="".join(each.get("reasoning_content", "") for each in said),
-        finishes=[each["finish_reason"] for each in choices if each["finish_reason"]],
-        usage=usages[-1] if usages else None,
-        error=errors[-1] if errors else None,
-        done=chunks[-1] == "[DONE]" or "choices" in chunks[-1] and "event-stream" not in kind,
-    )
-
-
-# ---------------------------------------------------------------------------
-# 3 What the API was asked
-# ---------------------------------------------------------------------------
-
-#: What claude says to the model by itself, each in a text block of its own.
-_OWN_WORDS = re.compile(
-    r"<system-reminder>\n(As you answer the user's questions|# Environment\n|You are powered by "
-    r"|Today's date is )(?:(?!</?system-reminder>).)*</system-reminder>\s*", re.DOTALL)
-_OWN_SYSTEM = "# Environment\n"
-
-
-def turns(body: Body) -> list[tuple[str, list[Json]]]:
-    """The messages of a body as (role, contents) without what claude adds of its own.
-
-    A text is given as it is, any other block as it came."""
-    found = []
-    for message in body["messages"]:
-        contents = _after_own_words([_bare(block) for block in _blocks(message["content"])])
-        if message["role"] != "system" or not contents[0].startswith(_OWN_SYSTEM):
-            found.append((message["role"], contents))
-    return found
-
-
-def _blocks(content: Json) -> list[dict[str, Json]]:
-    return [part(content)] if isinstance(content, str) else content
-
-
-def _bare(block: Mapping[str, Json]) -> Json:
-    fields = {name: value for name, value in block.items() if name != "cache_control"}
-    return fields["text"] if set(fields) == {"type", "text"} else fields
-
-
-def _after_own_words(contents: list[Json]) -> list[Json]:
-    while contents and isinstance(contents[0], str) and _OWN_WORDS.fullmatch(contents[0]):
-        contents = contents[1:]
-    return contents
-
-
-def system_texts(body: Body) -> list[str]:
-    """The system prompt without the two blocks that claude puts in front."""
-    texts = [block["text"] for block in body["system"]]
-    assert texts[0].startswith("x-anthropic-billing-header:"), texts
-    assert texts[1].startswith("You are a Claude agent"), texts
-    return texts[2:]
-
-
-def everything(rig: Rig) -> str:
-    """All that reached the API in this test, as one text to search in."""
-    return json.dumps(rig.asked(), ensure_ascii=False)
-
-
-# ---------------------------------------------------------------------------
-# 4 Processes
-# ---------------------------------------------------------------------------
-
-def claudes(server: Server) -> list[int]:
-    """The pids of the claude processes that the server has started and that still run."""
+def claude_pids(server: Server) -> list[int]:
+    """Return the pids of the claude processes that the server has started and that still run."""
     return [pid for pid in server.children() if b"stream-json" in command_line(pid)]
 
 
@@ -330,7 +237,7 @@ def command_line(pid: int) -> bytes:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """The environment that a process was started with."""
+    """Return the environment that a process was started with."""
     pairs = _of_process(pid, "environ").decode().split("\0")
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 

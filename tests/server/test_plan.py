@@ -154,6 +154,7 @@ def test_a_claude_that_cannot_be_asked_is_no_failure(tmp_path: Path) -> None:
         assert len(server.log_entries("plan_not_learned")) == 1
 
 
+@pytest.mark.slow
 def test_a_claude_that_does_not_reply_holds_up_one_look_and_no_request(tmp_path: Path) -> None:
     # It answers questions and knows no control requests.
     silent = ShellClaude(tmp_path)
