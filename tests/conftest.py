@@ -8,6 +8,7 @@ from typing import Any, Iterator, Optional
 
 import pytest
 
+from depth import DEPTH
 from project import load_script
 from server import Server, running_server
 
@@ -15,36 +16,51 @@ from server import Server, running_server
 #: alone with a long one in the end. A wrong order costs time and nothing else; pytest's
 #: --durations=50 tells which tests take long.
 LONGEST = (
-    "test_openclaw", "test_contract_tools", "test_contract_conversations", "test_contract_chat",
-    "test_contract_safety", "test_connect_agents", "test_contract_shapes", "test_contract_fake",
-    "test_contract_errors", "test_agents", "test_install", "test_contract_life", "test_leaving",
-    "test_contract_plan")
-
-
-#: Parameters that say how a test asks, and not what.
+    "clients/test_openclaw", "contract/test_tools", "contract/test_conversations",
+    "contract/test_chat", "contract/test_safety", "clients/test_connect_agents",
+    "contract/test_shapes", "contract/test_fake_claude", "contract/test_errors",
+    "clients/test_agents", "scripts/test_install", "contract/test_life", "server/test_leaving",
+    "contract/test_plan")
+#: Parameters that say how a test asks, and not what. OCP alone makes the difference.
 MANNERS = ("dialect", "streams")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order the files, and leave out what this depth does not run; see tests/README.md."""
     place = {f"{name}.py": number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
-    left_out = repetitions(items)
+    items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
+    left_out = set(filter(is_left_out, items))
+    if DEPTH == "gate":
+        left_out |= other_versions(items)
+        left_out |= other_manners([item for item in items if item not in left_out])
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
 
 
-def repetitions(items: list[pytest.Item]) -> set[pytest.Item]:
-    """The tests to leave out: an older claude is asked everything, but only in one manner, since
-    those are made by OCP alone. Which one differs from test to test."""
+def is_left_out(item: pytest.Item) -> bool:
+    """Return whether a test's own marks keep it out of this run."""
+    marks = {"quick": ("slow", "exhaustive"), "gate": ("exhaustive",)}.get(DEPTH, ())
+    return any(item.get_closest_marker(mark) for mark in marks)
+
+
+def other_versions(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the tests on an older claude of which the newest one tells as much."""
+    versions = {item: version_of(item) for item in items}
+    newest = max(filter(None, versions.values()), default=None)
+    return {item for item, version in versions.items() if version not in (None, newest)
+            and not item.get_closest_marker("differs_by_version")}
+
+
+def other_manners(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the tests on a claude that differ from another one only in the manner of asking.
+
+    Which manner is kept differs from test to test."""
     groups: dict[tuple[object, ...], list[pytest.Item]] = {}
-    asking = {item: version_of(item) for item in items}
-    newest = max(filter(None, asking.values()), default=None)
-    for item, version in asking.items():
-        if version in (None, newest):
-            continue
-        indices = sorted(item.callspec.indices.items())  # type: ignore[attr-defined]
-        what = [pair for pair in indices if pair[0] not in MANNERS]
-        groups.setdefault((item.path, item.name.partition("[")[0], *what), []).append(item)
+    for item in items:
+        if version_of(item) is not None:
+            indices = sorted(item.callspec.indices.items())  # type: ignore[attr-defined]
+            what = [pair for pair in indices if pair[0] not in MANNERS]
+            groups.setdefault((item.path, item.name.partition("[")[0], *what), []).append(item)
     return {
         item for (_, name, *_), group in groups.items()
         for index, item in enumerate(group)

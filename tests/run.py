@@ -1,109 +1,258 @@
-"""Run the tests: python3 tests/run.py [--require-all] [pytest arguments]
+"""Run the tests: python3 tests/run.py [--gate | --all] [--require-all] [ROOM ...] [pytest options]
 
-Needs nothing but Python 3.9 or newer. Uses this interpreter's pytest if it has one, else makes
-.venv in the repository and installs pytest there. Ends with pytest's exit code.
+Without arguments it runs what takes less than two minutes and needs nothing but Python 3.9.
+Rooms are unit, server, scripts, repo, contract and clients; README.md beside this file says what
+is in each. Tests that are named by path run alone, whatever they cost.
 
-Where pytest-xdist is installed too, all tests run in parallel; -n 0 runs them one by one. Tests
-that are named run one by one anyway.
+--gate   what has to pass before a change lands: all rooms, each claim checked once
+--all    everything that this machine can run, in every manner and with all repetitions
+--require-all, or OCP_TEST_REQUIRE_ALL=1 in the environment: a skipped test is a failure
 
---require-all, or OCP_TEST_REQUIRE_ALL=1 in the environment: a skipped test is a failure.
+Uses this interpreter if it has pytest and pytest-xdist, else makes .venv in the repository and
+installs them there. Tests run in parallel; -n 0 runs them one by one. Ends with pytest's exit code.
 """
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, Optional
 
-REPO = Path(__file__).resolve().parent.parent
-VENV = REPO / ".venv"
-VENV_PYTHON = VENV / "bin" / "python"
-NO_VENV = """Cannot make .venv, see above. On Debian and Ubuntu: apt install python3-venv
-Or install pytest for this interpreter yourself, and run this again."""
+TESTS = Path(__file__).resolve().parent
+REPO = TESTS.parent
+VERSIONS = REPO / ".ci" / "versions.txt"
+#: What the tests themselves are run by.
+RUNNERS = ("pytest", "pytest-xdist")
+NO_VENV = """Cannot make {venv}, see above. On Debian and Ubuntu: apt install python3-venv
+Or install pytest and pytest-xdist for this interpreter yourself, and run this again."""
 NO_PYTEST = """Cannot install pytest, see above. Is there a network?
-Without one, install pytest for this interpreter in another way, and run this again."""
+Without one, install pytest and pytest-xdist for this interpreter, and run this again."""
 #: They say how tests are spread, or need the process that has the terminal, or run no test.
 NOT_PARALLEL = {"-n", "--numprocesses", "--dist", "--tx", "no:xdist", "-s", "--capture", "--pdb",
                 "--trace", "--collect-only", "--co", "--fixtures", "--markers", "-h", "--help"}
+#: A memory file system, and how much it must have free: tests write many small files, and wait
+#: for the disk whenever a program asks that they are safe there.
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 1 << 30
+
+ROOMS = ("unit", "server", "scripts", "repo", "contract", "clients")
 
 
-class SkipCounter:
-    """A pytest plugin that turns skipped tests into a failure of the run."""
-
-    def __init__(self) -> None:
-        self.skipped = 0
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        # An expected failure is reported as skipped too, but it did run.
-        self.skipped += bool(report.skipped and not hasattr(report, "wasxfail"))
-
-    def pytest_collectreport(self, report: Any) -> None:
-        self.skipped += bool(report.skipped)
-
-    def pytest_sessionfinish(self, session: Any) -> None:
-        if self.skipped and session.exitstatus == 0:
-            session.exitstatus = 1
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if self.skipped:
-            terminalreporter.write_line(
-                f"FAILED: {self.skipped} skipped, but this run requires all tests", red=True)
+class Depth(NamedTuple):
+    """How much is run when no test is named."""
+    rooms: tuple[str, ...]
+    about: str
 
 
-def main(arguments: list[str]) -> int:
-    if importlib.util.find_spec("pytest") is None:
-        run_in_venv(arguments)
-    import pytest
+#: conftest.py knows which tests each depth leaves out, and depth.py the rounds of those that
+#: repeat something.
+DEPTHS = {
+    "quick": Depth(
+        ("unit", "server", "scripts", "repo"),
+        "without slow tests. Left to --all: {others}, slow tests, most of the repetitions"),
+    "gate": Depth(
+        ROOMS,
+        "each claim once. Left to --all: every manner on every claude, most of the repetitions"),
+    "all": Depth(ROOMS, "everything that this machine can run"),
+}
 
-    plugins = []
-    if "--require-all" in arguments or os.environ.get("OCP_TEST_REQUIRE_ALL") == "1":
-        plugins.append(SkipCounter())
-    chosen = [argument for argument in arguments if argument != "--require-all"]
-    if not any(is_path(argument) for argument in chosen):
-        chosen = [*parallel(chosen), *chosen, str(REPO / "tests")]
-    return int(pytest.main(["-q", "-rs", "--rootdir", str(REPO), *chosen], plugins))
+
+# ---------------------------------------------------------------------------
+# The interpreter
+# ---------------------------------------------------------------------------
+
+def has(*modules: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in modules)
+
+
+def use_venv(arguments: list[str]) -> None:
+    """Go on as the interpreter of a venv with pytest and pytest-xdist, made if need be.
+
+    Returns if there cannot be one and this interpreter has at least pytest. Raises SystemExit
+    if it has not."""
+    venv = venv_folder()
+    python = venv / "bin" / "python"
+    complaint = ""
+    if not python.exists():
+        print(f"No pytest and pytest-xdist here: making {venv}", flush=True)
+        if subprocess.run([sys.executable, "-m", "venv", str(venv)]).returncode:
+            complaint = NO_VENV.format(venv=venv)
+    look = [str(python), "-c", "import pytest, xdist"]
+    if not complaint and subprocess.run(look, stderr=subprocess.DEVNULL).returncode:
+        print(f"Installing pytest into {venv}", flush=True)
+        if subprocess.run([str(python), "-m", "pip", "install", "--quiet",
+                           "--disable-pip-version-check", *runner_requirements()]).returncode:
+            complaint = NO_PYTEST
+    if not complaint:
+        os.execv(str(python), [str(python), str(Path(__file__).resolve()), *arguments])
+    if not has("pytest"):
+        sys.exit(complaint)
+    print("Going on with this interpreter's pytest, one test after another", flush=True)
+
+
+def venv_folder() -> Path:
+    """Return .venv, or a folder with the version in its name if another Python made .venv."""
+    version = "%d.%d" % sys.version_info[:2]
+    usual = REPO / ".venv"
+    settings = usual / "pyvenv.cfg"
+    is_ours = not settings.exists() or f"version = {version}." in settings.read_text()
+    return usual if is_ours else REPO / f".venv-{version}"
+
+
+def runner_requirements() -> list[str]:
+    """Return the requirements of pytest and pytest-xdist, as versions.txt has them."""
+    lines = [line.partition("#")[0].split(None, 2) for line in VERSIONS.read_text().splitlines()]
+    pinned = [fields[2].strip() for fields in lines if fields[:2] == [".venv", "pip"]]
+    return [each for each in pinned if each.partition("==")[0] in RUNNERS]
+
+
+# ---------------------------------------------------------------------------
+# What is run
+# ---------------------------------------------------------------------------
+
+class Choice(NamedTuple):
+    """What the arguments ask for."""
+    depth: str
+    #: [] if tests are named by path.
+    rooms: list[str]
+    is_all_required: bool
+    #: What is left for pytest.
+    options: list[str]
+
+
+def choose(arguments: list[str]) -> Choice:
+    """Return what to run. Raises SystemExit for a depth that does not go with the rest."""
+    depths = [name for name in DEPTHS if f"--{name}" in arguments]
+    is_required = "--require-all" in arguments or os.environ.get("OCP_TEST_REQUIRE_ALL") == "1"
+    own = {"--require-all", *(f"--{name}" for name in DEPTHS)}
+    rooms = [each for each in arguments if each in ROOMS]
+    options = [each for each in arguments if each not in own and each not in ROOMS]
+    if len(depths) > 1:
+        sys.exit(f"run.py: choose one of {', '.join(f'--{name}' for name in depths)}")
+    if any(is_path(each) for each in options):
+        return Choice("all", [], is_required, options)
+    # Whoever names a room wants all of it that is quick there; contract and clients never are.
+    is_quick = set(rooms) <= set(DEPTHS["quick"].rooms)
+    depth = depths[0] if depths else "quick" if is_quick else "gate"
+    return Choice(depth, rooms or list(DEPTHS[depth].rooms), is_required, options)
+
+
+def is_path(argument: str) -> bool:
+    """Return whether a pytest argument names tests, as in tests/unit/test_x.py::test_y."""
+    return not argument.startswith("-") and Path(argument.partition("::")[0]).exists()
+
+
+def headline(choice: Choice) -> str:
+    """Return the line that says what is run and what is left out."""
+    if not choice.rooms:
+        return "The tests that are named, in every manner"
+    others = ", ".join(room for room in ROOMS if room not in choice.rooms) or "nothing else"
+    about = DEPTHS[choice.depth].about.format(others=others)
+    return f"{choice.depth.capitalize()}: {', '.join(choice.rooms)}; {about}"
 
 
 def parallel(arguments: list[str]) -> list[str]:
-    """The arguments that make pytest use all cores, [] where it cannot or should not.
+    """Return the arguments that make pytest use all cores, [] where it cannot or should not.
 
     A file stays on one worker, because its tests share servers; tests/conftest.py orders them.
     One more worker than cores, because many tests wait for a moment."""
     given = [*arguments, *shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))]
     # As in -n2 and in --capture=no.
     options = {name for each in given for name in (each[:2], each.partition("=")[0])}
-    if options & NOT_PARALLEL or importlib.util.find_spec("xdist") is None:
+    if options & NOT_PARALLEL or not has("xdist"):
         return []
     workers = (os.cpu_count() or 1) + 1
     return ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
-def is_path(argument: str) -> bool:
-    """Whether a pytest argument names tests, as in tests/test_x.py::test_y."""
-    return not argument.startswith("-") and Path(argument.partition("::")[0]).exists()
+# ---------------------------------------------------------------------------
+# Running them
+# ---------------------------------------------------------------------------
+
+class SkipReport:
+    """A pytest plugin that lists skipped tests by reason; a skip may be a failure of the run."""
+
+    def __init__(self, is_all_required: bool) -> None:
+        self.is_all_required = is_all_required
+        #: Reason -> how many tests or files.
+        self.skipped: collections.Counter[str] = collections.Counter()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        # An expected failure is reported as skipped too, but it did run.
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._note(report)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.skipped:
+            self._note(report)
+
+    def _note(self, report: Any) -> None:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        self.skipped[str(reason).partition("Skipped: ")[2] or str(reason)] += 1
+
+    def pytest_sessionfinish(self, session: Any) -> None:
+        if self.skipped and self.is_all_required and session.exitstatus == 0:
+            session.exitstatus = 1
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for reason, count in sorted(self.skipped.items()):
+            terminalreporter.write_line(f"{count} skipped: {reason}")
+        if self.skipped and self.is_all_required:
+            terminalreporter.write_line(
+                f"FAILED: {sum(self.skipped.values())} skipped,"
+                " but this run requires all tests", red=True)
 
 
-def run_in_venv(arguments: list[str]) -> NoReturn:
-    """Go on as the interpreter of .venv, once it has a pytest."""
-    if not VENV_PYTHON.exists():
-        print(f"No pytest here: making {VENV}", flush=True)
-        step([sys.executable, "-m", "venv", str(VENV)], NO_VENV)
-    look = [str(VENV_PYTHON), "-c", "import pytest"]
-    if subprocess.run(look, stderr=subprocess.DEVNULL).returncode:
-        print(f"Installing pytest into {VENV}", flush=True)
-        step([str(VENV_PYTHON), "-m", "pip", "install", "--quiet",
-              "--disable-pip-version-check", "pytest"], NO_PYTEST)
-    os.execv(str(VENV_PYTHON), [str(VENV_PYTHON), str(Path(__file__).resolve()), *arguments])
+def main(arguments: list[str]) -> int:
+    if not has("pytest", "xdist"):
+        use_venv(arguments)
+    import pytest
+
+    choice = choose(arguments)
+    print(headline(choice), flush=True)
+    os.environ["OCP_TEST_DEPTH"] = choice.depth
+    # What is compiled once need not be compiled by every worker and every server again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    # Plugins of packages that only some tests need would cost every worker a second.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    places = [str(TESTS / room) for room in choice.rooms]
+    spread = parallel(choice.options) if places else []
+    plugins = ["-p", "xdist.plugin"] if has("xdist") else []
+    folder = None if "--basetemp" in " ".join(choice.options) else memory_folder()
+    command = ["-q", "--rootdir", str(REPO), *plugins, *spread, *choice.options, *places]
+    if folder:
+        command += ["--basetemp", str(folder / "tests")]
+    code = int(pytest.main(command, [SkipReport(choice.is_all_required)]))
+    if folder and code:
+        print(f"The files of the tests are in {folder} until the next run.")
+    elif folder:
+        shutil.rmtree(folder, ignore_errors=True)
+    return code
 
 
-def step(command: list[str], complaint: str) -> None:
-    """Run a command; leaves with the complaint if it fails."""
-    if subprocess.run(command).returncode:
-        sys.exit(complaint)
+def memory_folder() -> Optional[Path]:
+    """Return a new folder in memory; None where there is no such file system, or too little room.
+
+    Removes those of failed runs before it."""
+    if not MEMORY.is_dir() or shutil.disk_usage(MEMORY).free < MEMORY_BYTES:
+        return None
+    mine = MEMORY / f"ocp-tests-{os.getuid()}"
+    try:
+        mine.mkdir(mode=0o700, exist_ok=True)
+        for old in mine.iterdir():
+            if not Path("/proc", old.name.partition("-")[0]).exists():
+                shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=mine))
+    except OSError:
+        return None
 
 
 if __name__ == "__main__":

@@ -9,30 +9,26 @@ from typing import Optional
 
 from project import REPO, clean_env
 
-#: Where .ci/run installs the two versions of the real program.
+#: Where .ci/install.py puts the two versions of the real program.
 REAL_CLAUDES = (".claude-cli/old", ".claude-cli/new")
-HOW_TO_INSTALL = "no real claude: run .ci/run once, or name programs in OCP_TEST_CLAUDES"
-#: Where .ci/run installs the clients, each folder with node_modules/.bin or bin.
+HOW_TO_INSTALL = (
+    "no real claude: python3 .ci/install.py .claude-cli/new, or name programs in OCP_TEST_CLAUDES")
+#: Where it puts the clients, each folder with node_modules/.bin or bin.
 CLIENT_FOLDERS = (".agents", ".agents/python", ".agents/aider", ".openclaw")
-NPM, PIP = "npm install --prefix {0} {1}", "python3 -m venv {0} && {0}/bin/pip install {1}"
-#: OpenClaw refuses an older node even while it is installed.
-NPM_NEWER = ("npm install --prefix {0} node@24 && PATH=$PWD/{0}/node_modules/.bin:$PATH "
-             "npm install --prefix {0} {1}")
-#: Client, or a library for Python -> the command that installs it, its folder, its packages.
+#: Client, or a library for Python -> its folder in .ci/versions.txt.
 CLIENTS = {
-    "codex": (NPM, ".agents", "@openai/codex"),
-    "opencode": (NPM, ".agents", "opencode-ai"),
-    "cn": (NPM, ".agents", "@continuedev/cli"),
-    "cline": (NPM, ".agents", "cline"),
-    "llm": (PIP, ".agents/python", "llm"),
-    "langchain_openai": (PIP, ".agents/python", "langchain-openai"),
-    "openai": (PIP, ".agents/python", "openai"),
+    "codex": ".agents",
+    "opencode": ".agents",
+    "cn": ".agents",
+    "cline": ".agents",
+    "llm": ".agents/python",
+    "langchain_openai": ".agents/python",
+    "openai": ".agents/python",
     # It asks for old versions of what the others need too.
-    "aider": (PIP, ".agents/aider", "aider-chat"),
-    "litellm": (PIP, ".agents/aider", "litellm"),
-    # Without its version, npm on an older node takes the very first one without a word.
-    "openclaw": (NPM_NEWER, ".openclaw", "openclaw@2026.9.6"),
-    "node": (NPM, ".openclaw", "node@24"),
+    "aider": ".agents/aider",
+    "litellm": ".agents/aider",
+    "openclaw": ".openclaw",
+    "node": ".openclaw",
 }
 
 
@@ -48,7 +44,7 @@ def real_claudes() -> list[tuple[str, Path]]:
 
 
 def client_folders() -> list[Path]:
-    """Where clients are looked for: the folders in OCP_TEST_AGENTS, else those of .ci/run."""
+    """Where clients are looked for: in OCP_TEST_AGENTS, else where .ci/install.py puts them."""
     named = os.environ.get("OCP_TEST_AGENTS")
     folders = named.split(os.pathsep) if named else CLIENT_FOLDERS
     return [REPO / folder for folder in folders if folder]
@@ -65,15 +61,14 @@ def find_client(name: str) -> Optional[Path]:
 
 def how_to_install(name: str) -> str:
     """The reason of a test that is skipped because a client or a library is not there."""
-    command, folder, packages = CLIENTS[name]
-    return (f"no {name}: run .ci/run once, or {command.format(folder, packages)}, "
+    return (f"no {name}: python3 .ci/install.py {CLIENTS[name]}, "
             "or name folders in OCP_TEST_AGENTS")
 
 
 def claude_version(path: Path) -> str:
     shown = subprocess.run(
         [str(path), "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        env=clean_env(), timeout=30, check=True)
+        env=clean_env(), timeout=120, check=True)
     return shown.stdout.decode().split()[0]
 
 

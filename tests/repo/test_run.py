@@ -1,22 +1,24 @@
-"""The program that runs the tests: when it runs them in parallel, and what a skipped one does."""
+"""The program that runs the tests, and the one that installs what they use."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from programs import CLIENTS
+from programs import CLIENT_FOLDERS, CLIENTS, REAL_CLAUDES
 from project import REPO, clean_env, load_script
 
 run = load_script("tests/run.py")
+install = load_script(".ci/install.py")
 
 HAS_XDIST = importlib.util.find_spec("xdist") is not None
-needs_xdist = pytest.mark.skipif(not HAS_XDIST, reason="no pytest-xdist: run .ci/run once")
+needs_xdist = pytest.mark.skipif(not HAS_XDIST, reason="no pytest-xdist")
 each_way = pytest.mark.parametrize("spread", [
     pytest.param((), id="serial"),
     pytest.param(("-n", "2", "--dist", "loadfile"), id="parallel", marks=needs_xdist)])
@@ -24,7 +26,7 @@ each_way = pytest.mark.parametrize("spread", [
 
 @pytest.fixture
 def with_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(run, "has", lambda *names: True)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
 
 
@@ -52,7 +54,7 @@ def test_the_environment_may_say_it_too(
 
 
 def test_without_xdist_tests_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(run, "has", lambda *names: False)
 
     assert run.parallel([]) == []
 
@@ -60,9 +62,10 @@ def test_without_xdist_tests_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
 def run_tests(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, str(REPO / "tests/run.py"), "-p", "no:cacheprovider"]
     return subprocess.run([*program, *arguments, str(folder)], env=clean_env(), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
 
 
+@pytest.mark.slow
 @each_way
 def test_a_skipped_test_and_a_skipped_file_are_failures_if_all_are_required(
     tmp_path: Path, spread: tuple[str, ...],
@@ -78,6 +81,7 @@ def test_a_skipped_test_and_a_skipped_file_are_failures_if_all_are_required(
     assert run_tests(tmp_path, *spread).returncode == 0
 
 
+@pytest.mark.slow
 @each_way
 def test_an_expected_failure_is_none(tmp_path: Path, spread: tuple[str, ...]) -> None:
     (tmp_path / "test_one.py").write_text(
@@ -87,8 +91,134 @@ def test_an_expected_failure_is_none(tmp_path: Path, spread: tuple[str, ...]) ->
     assert ran.returncode == 0 and "1 passed, 1 xfailed" in ran.stdout, ran.stdout
 
 
-def test_ci_installs_every_client_that_tests_look_for() -> None:
-    script = (REPO / ".ci/run").read_text()
+# ---------------------------------------------------------------------------
+# What is chosen
+# ---------------------------------------------------------------------------
 
-    packages = {package for _, _, names in CLIENTS.values() for package in names.split()}
-    assert [package for package in sorted(packages) if package not in script] == []
+QUICK_ROOMS = ["unit", "server", "scripts", "repo"]
+
+
+@pytest.mark.parametrize(("arguments", "depth", "rooms"), [
+    ([], "quick", QUICK_ROOMS),
+    (["-x"], "quick", QUICK_ROOMS),
+    (["--gate"], "gate", [*QUICK_ROOMS, "contract", "clients"]),
+    (["--all"], "all", [*QUICK_ROOMS, "contract", "clients"]),
+    (["unit"], "quick", ["unit"]),
+    (["contract"], "gate", ["contract"]),
+    (["--all", "contract", "unit"], "all", ["contract", "unit"]),
+    ([str(REPO / "tests/repo/test_run.py")], "all", []),
+])
+def test_arguments_choose_how_much_runs(
+    arguments: list[str], depth: str, rooms: list[str]
+) -> None:
+    choice = run.choose(arguments)
+
+    assert (choice.depth, choice.rooms) == (depth, rooms)
+    assert not set(choice.options) & {"--gate", "--all", *run.ROOMS}
+
+
+def test_two_depths_at_once_are_refused() -> None:
+    with pytest.raises(SystemExit, match="--gate, --all"):
+        run.choose(["--gate", "--all"])
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "Quick: unit, server, scripts, repo; without slow tests."),
+    ([], "Left to --all: contract, clients, slow tests"),
+    (["--gate", "unit"], "Gate: unit; each claim once."),
+    (["--all"], "everything that this machine can run"),
+])
+def test_the_first_line_says_what_runs_and_what_is_left_out(
+    arguments: list[str], words: str
+) -> None:
+    line = run.headline(run.choose(arguments))
+
+    assert words in line and "\n" not in line
+
+
+def test_skips_are_listed_by_reason_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('number', range(3))\n"
+        "def test_skipped(number): pytest.skip('no moon')\n"
+        "@pytest.mark.skipif(True, reason='no sun')\ndef test_other(): pass\n")
+
+    printed = run_tests(tmp_path).stdout
+    assert "3 skipped: no moon\n1 skipped: no sun\n" in printed
+
+
+def test_every_room_has_tests_and_stands_in_the_readme() -> None:
+    readme = (REPO / "tests/README.md").read_text()
+
+    for room in run.ROOMS:
+        assert list((REPO / "tests" / room).glob("test_*.py")), room
+        assert f"| `{room}/`" in readme, room
+
+
+# ---------------------------------------------------------------------------
+# Versions
+# ---------------------------------------------------------------------------
+
+def test_every_client_that_tests_look_for_has_a_folder_with_pinned_versions() -> None:
+    pins = install.read_pins(install.VERSIONS.read_text())
+
+    assert set(CLIENTS.values()) == set(CLIENT_FOLDERS)
+    assert {*CLIENT_FOLDERS, *REAL_CLAUDES, ".venv"} == {pin.folder for pin in pins}
+    assert [pin for pin in pins if not re.search(r"(==|@)\d+(\.\d+)+", pin.requirement)] == []
+
+
+def test_the_tests_are_run_by_the_pinned_pytest() -> None:
+    names = [each.partition("==")[0] for each in run.runner_requirements()]
+
+    assert names == ["pytest", "pytest", "pytest-xdist"]
+
+
+@pytest.mark.parametrize("line", ["pytest==1.0", "folder pip", "folder gem rails@1.0"])
+def test_a_line_of_another_form_is_no_pin(line: str) -> None:
+    with pytest.raises(ValueError, match="not of the form"):
+        install.read_pins(f"# comment\n\n{line}\n")
+
+
+def test_versions_that_are_kept_are_not_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = tmp_path / "versions.txt"
+    kept = "a  npm  @s/y@1.0  # keep\n"
+    versions.write_text(f"# Head\na  pip  x==1.0; python_version > '3'\n{kept}")
+    monkeypatch.setattr(install, "VERSIONS", versions)
+    monkeypatch.setattr(install, "newest", lambda pin: pin.requirement.replace("1.0", "2.0"))
+
+    assert install.raise_versions() == 0
+    assert versions.read_text() == f"# Head\na  pip  x==2.0; python_version > '3'\n{kept}"
+
+
+def test_a_folder_is_installed_again_only_when_its_versions_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(install, "REPO", tmp_path)
+    monkeypatch.setattr(install, "INSTALLERS", {
+        "pip": lambda folder, pins: (folder.mkdir(exist_ok=True), calls.append(folder.name))})
+
+    for text in ("a  pip  x==1.0", "a  pip  x==1.0", "a  pip  x==1.1"):
+        install.install("a", install.read_pins(text))
+    assert calls == ["a", "a"]
+
+
+def test_an_install_that_fails_says_which_and_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(folder: Path, pins: object) -> None:
+        folder.mkdir(exist_ok=True)
+        if folder.name == "bad":
+            raise RuntimeError("no network")
+
+    versions = tmp_path / "versions.txt"
+    versions.write_text("bad  pip  x==1.0\ngood  pip  y==1.0\n")
+    monkeypatch.setattr(install, "REPO", tmp_path)
+    monkeypatch.setattr(install, "VERSIONS", versions)
+    monkeypatch.setattr(install, "INSTALLERS", {"pip": fail})
+
+    assert install.install_all(["bad", "good"]) == 1
+    printed = capsys.readouterr().out
+    assert "could not install bad:\nno network" in printed and "good: installed" in printed
+    assert [path.parent.name for path in tmp_path.glob(f"*/{install.STAMP}")] == ["good"]
