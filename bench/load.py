@@ -1,7 +1,8 @@
 """Many clients at few slots, with several keys: is anything lost, and is it shared fairly? And how
 many answers a second come out of the cache, beside a bare server that sends the same bytes?
 
-    python3 bench/load.py [--seconds 120] [--hit-seconds 4] [--hit-rounds 5] [--hit-clients 4]
+    python3 bench/load.py [--seconds 120] [--answers 0] [--hit-seconds 4] [--hit-rounds 5]
+        [--hit-clients 4]
 
 One run, Markdown on stdout. No claude is needed: the tests' stand-in answers with the question, and
 each question holds a word that no other one does. A client that is refused comes back when it was
@@ -157,14 +158,21 @@ class Served(NamedTuple):
 
 
 class Crowd:
-    """Clients that ask one question after the other, until the time is up."""
+    """Clients that ask one question after the other, until the time is up and so many answers
+    were given. The time begins when all have asked, which can take seconds on a busy machine."""
 
-    def __init__(self, ocp: KeyedOcp, seconds: float) -> None:
+    def __init__(self, ocp: KeyedOcp, seconds: float, least: int = 0) -> None:
         self._ocp = ocp
-        self.started_s = time.monotonic()
-        self.ends_s = self.started_s + seconds
-        # Guards the fields below; held for an append.
+        self._seconds = seconds
+        self._least = least
+        #: From when on answers count, and to when; not known at first.
+        self.first_s = math.inf
+        self.ends_s = math.inf
+        # Guards the fields above and below; held for a moment.
         self._lock = threading.Lock()
+        self._begins_s = math.inf
+        self._asked: set[http.client.HTTPConnection] = set()
+        self._counted = 0
         self.served: list[Served] = []
         self.refusals: collections.Counter[str] = collections.Counter()
         self.failures: collections.Counter[str] = collections.Counter()
@@ -184,7 +192,7 @@ class Crowd:
         connection = http.client.HTTPConnection(
             "127.0.0.1", self._ocp.port, timeout=common.PATIENCE_S)
         with contextlib.closing(connection):
-            while time.monotonic() < self.ends_s:
+            while self._goes_on():
                 word = secrets.token_hex(12)
                 # Every other client reads its answers as streams.
                 failure = self._answer(connection, name, key, word, stream=number % 2 == 1)
@@ -192,6 +200,25 @@ class Crowd:
                     connection.close()
                     with self._lock:
                         self.failures[failure] += 1
+
+    def _goes_on(self) -> bool:
+        """Whether there is another question to ask."""
+        now_s = time.monotonic()
+        with self._lock:
+            if now_s >= self._begins_s + self._seconds and self._counted >= self._least:
+                self.ends_s = min(self.ends_s, now_s)
+        return now_s < self.ends_s
+
+    def _note_asked(self, connection: http.client.HTTPConnection) -> None:
+        """Notes that this client has asked. When all have, the time begins."""
+        with self._lock:
+            self._asked.add(connection)
+            if len(self._asked) == sum(count for _, count in DEMAND) and not self._has_begun():
+                self._begins_s = time.monotonic()
+                self.first_s = self._begins_s + min(RAMP_S, self._seconds * RAMP_PART)
+
+    def _has_begun(self) -> bool:
+        return self._begins_s < math.inf
 
     def _answer(
         self, connection: http.client.HTTPConnection, name: str, key: str, word: str, *,
@@ -206,9 +233,11 @@ class Crowd:
                 connection.request(
                     "POST", "/v1/chat/completions", body.encode("utf-8"),
                     {"Authorization": f"Bearer {key}"})
+                self._note_asked(connection)
                 response = connection.getresponse()
                 content = response.read()
             except (OSError, http.client.HTTPException) as problem:
+                self._note_asked(connection)
                 return f"lost: {type(problem).__name__}"
             if response.status != 429:
                 break
@@ -224,6 +253,7 @@ class Crowd:
         now_s = time.monotonic()
         with self._lock:
             self.served.append(Served(name, now_s, now_s - asked_s))
+            self._counted += now_s >= self.first_s
         return wrong
 
 
@@ -290,7 +320,7 @@ class LoadRun(NamedTuple):
         return {key: count / equal if equal else 0.0 for key, count in counted.items()}
 
 
-def measure_load(folder: Path, seconds: float) -> LoadRun:
+def measure_load(folder: Path, seconds: float, least: int = 0) -> LoadRun:
     """All clients at once at a new server."""
     folder.mkdir()
     # Each answer costs a process, or the keys with few clients would get all that they want.
@@ -298,17 +328,16 @@ def measure_load(folder: Path, seconds: float) -> LoadRun:
         keys = {name: ocp.new_key(name) for name, _ in DEMAND}
         ocp.wait_until_ready(0.0)
         before = settled(ocp)
-        crowd = Crowd(ocp, seconds)
+        crowd = Crowd(ocp, seconds, least)
         crowd.run(keys)
         after = settled(ocp, before)
         booked = {entry["key_name"]: entry for entry in
                   ocp.get("/api/usage?all=true&hours=24")["byKey"]}
         refused = int(ocp.get("/health")["stats"]["queueRejections"])
-    first_s = crowd.started_s + min(RAMP_S, seconds * RAMP_PART)
     loads = []
     for name, clients in DEMAND:
         mine = [each for each in crowd.served if each.key == name]
-        counted = [each for each in mine if first_s <= each.at_s <= crowd.ends_s]
+        counted = [each for each in mine if crowd.first_s <= each.at_s <= crowd.ends_s]
         loads.append(KeyLoad(
             name, clients, len(mine), len(counted), booked_of(booked.get(name)),
             crowd.refusals[name], [each.waited_s for each in counted]))
@@ -629,7 +658,7 @@ def run(options: argparse.Namespace) -> str:
         hits = measure_hits(
             folder / "hits", options.hit_clients, options.hit_seconds, options.hit_rounds)
         common.progress(f"load for {options.seconds:g} s")
-        load = measure_load(folder / "load", options.seconds)
+        load = measure_load(folder / "load", options.seconds, options.answers)
         on = common.machine(common.write_fake_claude(folder)).rpartition(", ")[0]
     return table(load, hits, options, f"{on}, the tests' stand-in for claude")
 
@@ -638,6 +667,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     options.add_argument("--seconds", type=float, default=120.0, help="of load; default: 120")
+    options.add_argument(
+        "--answers", type=int, default=0, help="go on until there are so many; default: 0")
     options.add_argument(
         "--hit-seconds", type=float, default=4.0, help="for each figure of the cache; default: 4")
     options.add_argument("--hit-rounds", type=int, default=5, help="default: 5")

@@ -15,7 +15,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence, Union
 
 from http_client import Body, Reply, Stream, http_call, http_request
 from processes import descendants, kill_all, processes_with
-from project import REPO, clean_env, read_json_lines
+from project import REPO, clean_env, read_json_lines, run_compiled
 from waiting import eventually
 
 Json = Any
@@ -38,9 +38,8 @@ class Place:
 
     def prepare(self) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
-        program = shlex.quote(str(FAKE_CLAUDE))
-        python = shlex.quote(sys.executable)
-        self.claude.write_text(f'#!/bin/sh\nexec {python} -I -S {program} "$@"\n')
+        command = shlex.join([sys.executable, "-I", "-S", *run_compiled(FAKE_CLAUDE)])
+        self.claude.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         self.claude.chmod(0o755)
         if not self.scenario.exists():
             self.write_scenario([])
@@ -89,14 +88,14 @@ class Server:
 
     def call(
         self, method: str, path: str, body: Body = None,
-        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30,
+        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 60,
     ) -> Reply:
         """One request on a connection of its own. Objects go out as JSON."""
         return http_call(self.port, method, path, body, headers, timeout_s)
 
     def stream(
         self, path: str, body: Mapping[str, Json],
-        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30,
+        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 60,
     ) -> Stream:
         """A POST with "stream": true, once its headers are there; to be used in a `with`."""
         sent = {"stream": True, **body}
@@ -145,7 +144,7 @@ class Server:
         """What the server has printed so far, stdout first."""
         return output_of(self.place)
 
-    def stop(self, timeout_s: float = 30) -> int:
+    def stop(self, timeout_s: float = 120) -> int:
         """End the server as a service manager does; its exit code. Again: the same code."""
         if self.process.poll() is None:
             self.process.terminate()
@@ -172,6 +171,7 @@ def running_server(
     args: Sequence[str] = (),
     pass_env: Sequence[str] = (),
     script: Path = REPO / "ocp_server.py",
+    as_program: bool = False,
 ) -> Iterator[Server]:
     """A server of one's own on a free port, which is gone at the end of the block.
 
@@ -180,6 +180,7 @@ def running_server(
     claude     another program instead of the fake
     env        more variables; None takes one away
     pass_env   names for OCP_PASS_ENV, beside those of the fake
+    as_program start the script as people do, for who looks at its command line
 
     A claude that outlives the server fails the test, and so does a ResourceWarning."""
     place = Place(folder)
@@ -189,7 +190,8 @@ def running_server(
     elif scenario is not None:
         place.write_scenario(scenario)
     more = {**({"CLAUDE_BIN": str(claude)} if claude else {}), **(env or {})}
-    process = start_script(place, script, args, place.env(more, pass_env))
+    program = [str(script)] if as_program or script.parent != REPO else run_compiled(script)
+    process = start_script(place, [*program, *args], place.env(more, pass_env))
     try:
         server = Server(place, process, wait_for_port(place, process))
         yield server
@@ -203,16 +205,16 @@ def running_server(
 
 
 def start_script(
-    place: Place, script: Path, args: Sequence[str], env: Mapping[str, str]
+    place: Place, arguments: Sequence[str], env: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-W", "error::ResourceWarning", str(script), *args]
+    command = [sys.executable, "-W", "error::ResourceWarning", *arguments]
     with open(place.stdout, "wb") as stdout, open(place.stderr, "wb") as stderr:
         return subprocess.Popen(
             command, env=dict(env), cwd=place.folder, stdin=subprocess.DEVNULL, stdout=stdout,
             stderr=stderr, start_new_session=True)
 
 
-def wait_for_port(place: Place, process: subprocess.Popen[bytes], timeout_s: float = 30) -> int:
+def wait_for_port(place: Place, process: subprocess.Popen[bytes], timeout_s: float = 120) -> int:
     """The port in the line that the server prints when it is ready."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
@@ -239,13 +241,14 @@ def assert_clean_end(server: Server) -> None:
 
 def run_script(
     folder: Path, name: str, *args: str, env: Optional[Mapping[str, Optional[str]]] = None,
-    stdin: bytes = b"", timeout_s: float = 30,
+    stdin: bytes = b"", timeout_s: float = 120,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a top-level script to its end in the same surroundings as a server's."""
     place = Place(folder)
     place.prepare()
     return subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", str(REPO / name), *args], input=stdin,
+        [sys.executable, "-W", "error::ResourceWarning", *run_compiled(REPO / name), *args],
+        input=stdin,
         env=place.env(env or {}, ()), cwd=place.folder, capture_output=True, timeout=timeout_s)
 
 

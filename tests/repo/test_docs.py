@@ -89,6 +89,7 @@ def test_the_two_commands_stand_on_the_first_screen() -> None:
     assert "python3 tests/run.py" in first_screen
 
 
+@pytest.mark.slow
 def test_the_curl_example_works_as_pasted_with_the_demo(tmp_path: Path) -> None:
     examples = [block for block in shell_blocks() if block.startswith("curl")]
     examples = [block for block in examples if "HOST" not in block]
@@ -103,6 +104,7 @@ def test_the_curl_example_works_as_pasted_with_the_demo(tmp_path: Path) -> None:
             assert done.stdout.count('"content":') > 5
 
 
+@pytest.mark.slow
 def test_the_command_for_tools_works_as_pasted(tmp_path: Path, free_home: Path) -> None:
     (command,) = [block.strip() for block in shell_blocks() if "/connect |" in block]
     with running_server(tmp_path, args=("--demo",)) as server:

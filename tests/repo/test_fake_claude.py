@@ -17,7 +17,7 @@ import pytest
 
 from claude_driver import CLAUDE_ARGS, ClaudeDriver
 from processes import processes_with
-from project import TRANSCRIPTS, clean_env, read_json_lines
+from project import TRANSCRIPTS, clean_env, read_json_lines, run_compiled
 from server import FAKE_CLAUDE, Place, Turns
 from waiting import eventually
 
@@ -73,7 +73,7 @@ def test_without_a_script_it_repeats_the_last_user_text(bench: Bench) -> None:
 
 
 def test_without_any_environment_it_works_too(tmp_path: Path) -> None:
-    command = [sys.executable, "-I", "-S", str(FAKE_CLAUDE), *CLAUDE_ARGS]
+    command = [sys.executable, "-I", "-S", *run_compiled(FAKE_CLAUDE), *CLAUDE_ARGS]
     with ClaudeDriver(command, clean_env(HOME=str(tmp_path)), tmp_path) as claude:
         assert answer(claude, "x") == "You said: x"
 

@@ -311,7 +311,7 @@ def test_a_key_of_any_characters_is_neither_shown_nor_left_readable(
     server, home = SERVER._replace(key=key), Home(tmp_path / "home", platform)
     home.put("bin/launchctl", "#!/bin/sh\n").chmod(0o755)
     (home.folder / ".config/fish").mkdir(parents=True)
-    monkeypatch.setitem(globals(), "KEY", key)
+    monkeypatch.setattr("connect_home.KEY", key)
 
     plan = home.connect(*CASES, server=server)
 

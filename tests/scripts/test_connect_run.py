@@ -113,6 +113,7 @@ def test_one_command_downloads_and_connects(server: Server, free_home: Path) -> 
     assert (free_home / ".codex/config.toml").exists()
 
 
+@pytest.mark.slow
 def test_a_download_that_was_cut_does_nothing(server: Server, free_home: Path) -> None:
     tail = len(SOURCE) - 400
     cuts = [*range(0, len(SOURCE), 1000), *range(tail, len(SOURCE) - 1, 57)]

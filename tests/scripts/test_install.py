@@ -297,6 +297,7 @@ def test_the_service_has_an_address_that_this_machine_can_use(
 # A whole installation
 # ---------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_service_is_installed_runs_and_answers_and_a_second_run_changes_nothing(
     linux: InstallMachine
 ) -> None:
@@ -330,6 +331,7 @@ def test_a_service_is_installed_runs_and_answers_and_a_second_run_changes_nothin
     assert not [call for call in new_calls if re.search("enable-|restart|reload| enable ", call)]
 
 
+@pytest.mark.slow
 def test_a_service_with_a_certificate_is_asked_over_https(linux: InstallMachine) -> None:
     linux.services.set("run")
     linux.ocp.mkdir()
@@ -350,6 +352,7 @@ def test_a_service_with_a_certificate_is_asked_over_https(linux: InstallMachine)
     assert status.returncode == 0 and "OCP is ok" in status.stdout, status
 
 
+@pytest.mark.slow
 def test_openclaw_is_told_and_the_uninstaller_takes_that_back(openclaw: InstallMachine) -> None:
     done = openclaw.install("--skip-answer")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -370,12 +373,14 @@ def test_openclaw_is_told_and_the_uninstaller_takes_that_back(openclaw: InstallM
     assert not (openclaw.home / ".config/ocp").exists()
 
 
+@pytest.mark.slow
 def test_openclaw_may_be_left_out(openclaw: InstallMachine) -> None:
     done = openclaw.install("--skip-answer", "--no-openclaw")
     assert done.returncode == 0 and "OpenClaw" not in done.stdout
     assert openclaw.openclaw.read_text() == OPENCLAW
 
 
+@pytest.mark.slow
 def test_openclaw_is_told_the_shared_key_under_a_chosen_name(openclaw: InstallMachine) -> None:
     done = openclaw.install(
         "--skip-answer", "--auth-mode", "shared", "--provider-name", "my-claude")
@@ -386,6 +391,7 @@ def test_openclaw_is_told_the_shared_key_under_a_chosen_name(openclaw: InstallMa
     assert '"my-claude/claude-sonnet-5"' in openclaw.openclaw.read_text()
 
 
+@pytest.mark.slow
 def test_with_keys_for_devices_the_commands_are_named(openclaw: InstallMachine) -> None:
     done = openclaw.install("--skip-answer", "--auth-mode", "multi")
     assert done.returncode == 0 and "ocp keys add openclaw" in done.stdout, done
@@ -393,6 +399,7 @@ def test_with_keys_for_devices_the_commands_are_named(openclaw: InstallMachine) 
     assert openclaw.openclaw.read_text() == OPENCLAW
 
 
+@pytest.mark.slow
 def test_what_openclaw_cannot_be_told_is_said_and_ends_nothing(openclaw: InstallMachine) -> None:
     openclaw.openclaw.write_text("{ broken")
     done = openclaw.install("--skip-answer")
@@ -400,6 +407,7 @@ def test_what_openclaw_cannot_be_told_is_said_and_ends_nothing(openclaw: Install
     assert openclaw.openclaw.read_text() == "{ broken"
 
 
+@pytest.mark.slow
 def test_without_a_start_the_command_for_openclaw_is_named(openclaw: InstallMachine) -> None:
     done = openclaw.install("--no-start")
     assert f"ocp connect http://127.0.0.1:{openclaw.port} --only openclaw" in done.stdout
@@ -414,6 +422,7 @@ def test_files_are_for_the_right_eyes_only(quick: InstallMachine) -> None:
     assert mode(quick.launcher) == 0o755
 
 
+@pytest.mark.slow
 def test_the_launcher_runs_ocp_with_its_arguments(linux: InstallMachine) -> None:
     assert linux.install("--no-start", env={"OCP_HOME": f"{linux.home}/else where"}).returncode == 0
     done = subprocess.run(
@@ -433,6 +442,7 @@ def test_no_start_installs_and_starts_nothing(quick: InstallMachine) -> None:
     assert "nothing to change" in quick.install("--no-start").stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_the_plan_and_writes_nothing(linux: InstallMachine) -> None:
     done = linux.install("--dry-run", "--auth-mode", "shared")
     assert done.returncode == 0
@@ -461,6 +471,7 @@ def test_without_a_terminal_nothing_is_done_unasked(quick: InstallMachine) -> No
 # Settings: where they come from, and which are refused
 # ---------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args, words", [
     (("--bind", "0.0.0.0"), ("--auth-mode shared", "--auth-mode multi", "--auth-mode none")),
     (("--port", "70000"), ("CLAUDE_PROXY_PORT", "65535")),
@@ -526,6 +537,7 @@ def test_what_the_user_put_into_the_file_stays_and_options_change_only_theirs(
     assert "PROXY_API_KEY of this shell is not the service's" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_changed_setting_restarts_the_service(linux: InstallMachine) -> None:
     linux.services.set("run")
     assert linux.install("--skip-answer").returncode == 0
@@ -571,6 +583,7 @@ def test_an_original_on_another_port_is_left_alone(quick: InstallMachine) -> Non
 # When something is missing or fails
 # ---------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_without_claude_all_is_installed_and_the_commands_are_named(linux: InstallMachine) -> None:
     linux.services.set("run")
     done = linux.install(env={"CLAUDE_BIN": "/nowhere/claude"})
@@ -581,6 +594,7 @@ def test_without_claude_all_is_installed_and_the_commands_are_named(linux: Insta
     assert http_call(linux.port, "GET", "/health").json()["claudeBinaryOk"] is False
 
 
+@pytest.mark.slow
 def test_a_lost_login_is_told_with_the_commands_that_mend_it(linux: InstallMachine) -> None:
     linux.services.set("run")
     refused = {"status": 401, "word": "authentication_failed", "text": "Please run /login"}
@@ -590,6 +604,7 @@ def test_a_lost_login_is_told_with_the_commands_that_mend_it(linux: InstallMachi
     assert "claude setup-token" in done.stdout and "claude auth login" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_service_that_does_not_come_up_is_a_failure_that_says_where_to_look(
     linux: InstallMachine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -627,6 +642,7 @@ def test_an_unreachable_systemd_is_told_and_files_are_installed_all_the_same(
     assert not quick.unit.exists()
 
 
+@pytest.mark.slow
 def test_without_a_service_manager_the_command_to_start_by_hand_works(bare: InstallMachine) -> None:
     done = bare.install()
     assert done.returncode == 0, done.stderr
@@ -817,6 +833,7 @@ def install_until(machine: InstallMachine, name: str, at: int) -> bool:
         return install_files(machine)
 
 
+@pytest.mark.slow
 def test_a_killed_installer_leaves_a_record_that_undoes_everything(linux: InstallMachine) -> None:
     linux.services.set("kill", "enable ocp.service")
     assert linux.install("--no-start").returncode == -signal.SIGKILL
@@ -830,6 +847,7 @@ def test_a_killed_installer_leaves_a_record_that_undoes_everything(linux: Instal
 # launchd, and services of the machine
 # ---------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_an_agent_is_installed_started_and_taken_away(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -854,6 +872,7 @@ def test_an_agent_is_installed_started_and_taken_away(
     assert mac.files() == mac.before and not mac.services.get("active")
 
 
+@pytest.mark.slow
 def test_an_agent_that_was_installed_over_ssh_alone_stays_where_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

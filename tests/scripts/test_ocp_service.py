@@ -221,7 +221,7 @@ def test_a_foreign_process_is_left_alone(manager: Manager) -> None:
 
 
 def test_a_server_started_by_hand_gets_the_exact_command(manager: Manager, tmp_path: Path) -> None:
-    with running_server(tmp_path / "server") as server:
+    with running_server(tmp_path / "server", as_program=True) as server:
         listener(manager, server.pid)
         for verb in ("stop", "restart"):
             found = without_record(manager, verb)
@@ -480,7 +480,7 @@ def test_the_environment_of_the_service_is_read(tmp_path: Path) -> None:
 
 
 def test_doctor_on_a_real_server(tmp_path: Path) -> None:
-    with running_server(tmp_path / "server") as server:
+    with running_server(tmp_path / "server", as_program=True) as server:
         environ = {"OCP_URL": server.url, "OCP_HOME": str(server.ocp_home)}
         env = ocp_env(tmp_path, "doctor", "--json", environ=environ)
         answer = json.loads(run_env(env).stdout)

@@ -544,6 +544,7 @@ def with_power_for(machine: UpdateMachine, steps: int, monkeypatch: pytest.Monke
         machine.start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back", [False, True])
 def test_a_power_cut_between_any_two_steps_is_recovered_from(
     tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch, back: bool,
@@ -568,6 +569,7 @@ def test_a_power_cut_between_any_two_steps_is_recovered_from(
     assert steps > 12
 
 
+@pytest.mark.slow
 def test_a_power_cut_on_the_way_back_is_recovered_from(
     tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:

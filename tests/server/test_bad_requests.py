@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chat import CHAT, ask, content_of, encoded, error_of, pieces, question
+from chat import CHAT_PATH, ask, content_of, encoded, error_of, pieces, question
 from http_client import Reply
 from raw_http import RawConnection, chunked, exchange, head, post
 from server import Server, running_server
@@ -222,7 +222,7 @@ def test_an_image_in_a_system_message_is_refused(strict: Server) -> None:
 # ---------------------------------------------------------------------------
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(strict: Server) -> None:
-    announced = head("POST", CHAT, f"Content-Length: {10**9}")
+    announced = head("POST", CHAT_PATH, f"Content-Length: {10**9}")
 
     reply = refusal(strict, announced + b'{"model"')
 
@@ -244,7 +244,7 @@ def test_a_body_of_just_the_largest_size_is_taken(strict: Server) -> None:
 
 
 def test_a_truncated_body_is_refused(strict: Server) -> None:
-    request = head("POST", CHAT, "Content-Length: 500") + HELLO
+    request = head("POST", CHAT_PATH, "Content-Length: 500") + HELLO
 
     assert param_of(refusal(strict, request, ends=True)) is None
 
@@ -254,7 +254,7 @@ LENGTHS = ["-1", "abc", "1e3", "+5", "0x10", "5, 5", "5 5", "", "9" * 30, "5.0"]
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_length_that_is_no_number_is_refused(strict: Server, length: str) -> None:
-    request = head("POST", CHAT, f"Content-Length: {length}") + HELLO
+    request = head("POST", CHAT_PATH, f"Content-Length: {length}") + HELLO
 
     assert param_of(refusal(strict, request)) is None
 
@@ -262,18 +262,18 @@ def test_a_length_that_is_no_number_is_refused(strict: Server, length: str) -> N
 def test_two_lengths_are_refused(strict: Server) -> None:
     lines = f"Content-Length: {len(HELLO)}", "Content-Length: 3"
 
-    assert param_of(refusal(strict, head("POST", CHAT, *lines) + HELLO)) is None
+    assert param_of(refusal(strict, head("POST", CHAT_PATH, *lines) + HELLO)) is None
 
 
 def test_a_length_and_a_transfer_encoding_together_are_refused(strict: Server) -> None:
     lines = f"Content-Length: {len(HELLO)}", "Transfer-Encoding: chunked"
 
-    assert param_of(refusal(strict, head("POST", CHAT, *lines) + chunked(HELLO))) is None
+    assert param_of(refusal(strict, head("POST", CHAT_PATH, *lines) + chunked(HELLO))) is None
 
 
 @pytest.mark.parametrize("coding", ["gzip", "gzip, chunked", "identity", "chunked, chunked"])
 def test_a_transfer_encoding_besides_chunked_is_refused(strict: Server, coding: str) -> None:
-    request = head("POST", CHAT, f"Transfer-Encoding: {coding}") + chunked(HELLO)
+    request = head("POST", CHAT_PATH, f"Transfer-Encoding: {coding}") + chunked(HELLO)
 
     assert param_of(refusal(strict, request)) is None
 
@@ -287,7 +287,7 @@ def test_a_refused_smuggler_has_his_connection_closed(strict: Server) -> None:
     lines = f"Content-Length: {len(hidden)}", "Transfer-Encoding: chunked"
 
     with RawConnection(strict.port) as wire:
-        wire.send(head("POST", CHAT, *lines) + hidden)
+        wire.send(head("POST", CHAT_PATH, *lines) + hidden)
         reply = wire.reply()
         closed = wire.is_closed()
 
@@ -295,7 +295,7 @@ def test_a_refused_smuggler_has_his_connection_closed(strict: Server) -> None:
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [
-    ("POST", CHAT, 400), ("GET", "/health", 200),
+    ("POST", CHAT_PATH, 400), ("GET", "/health", 200),
 ])
 def test_nothing_is_smuggled_behind_two_lengths(
     strict: Server, method: str, path: str, status: int
@@ -315,7 +315,7 @@ def test_nothing_is_smuggled_behind_two_lengths(
 # Chunked bodies
 # ---------------------------------------------------------------------------
 
-CHUNKED = head("POST", CHAT, "Transfer-Encoding: chunked")
+CHUNKED = head("POST", CHAT_PATH, "Transfer-Encoding: chunked")
 
 
 @pytest.mark.parametrize("body", [
@@ -387,7 +387,7 @@ BAD_HEADS = {
     "long header": (head("GET", "/health", "X-Long: " + "a" * 70_000), 431),
     "200 headers": (head("GET", "/health", *[f"X-{n}: {n}" for n in range(200)]), 431),
     "long key": (head("GET", "/health", "Authorization: Bearer " + "k" * 70_000), 431),
-    "unknown method": (head("BREW", CHAT), 405),
+    "unknown method": (head("BREW", CHAT_PATH), 405),
     "lower case method": (head("get", "/health"), 405),
     "unknown method, unknown path": (head("BREW", "/coffee"), 404),
     "connect": (head("CONNECT", "example.com:443"), 404),
@@ -470,9 +470,9 @@ def test_a_client_that_waits_for_100_continue_gets_it(strict: Server) -> None:
 
 @pytest.mark.parametrize("request_head", [
     head("POST", "/v1/nothing", "Expect: 100-continue", "Content-Length: 50"),
-    head("POST", CHAT, "Expect: 100-continue", "Content-Length: 999999"),
-    head("POST", CHAT, "Expect: 100-continue", "Content-Length: x"),
-    head("POST", CHAT, "Expect: 100-continue", "Content-Length: 50", "Origin: http://evil"),
+    head("POST", CHAT_PATH, "Expect: 100-continue", "Content-Length: 999999"),
+    head("POST", CHAT_PATH, "Expect: 100-continue", "Content-Length: x"),
+    head("POST", CHAT_PATH, "Expect: 100-continue", "Content-Length: 50", "Origin: http://evil"),
 ])
 def test_a_client_that_will_be_refused_is_not_asked_to_go_on(
     strict: Server, request_head: bytes
@@ -533,7 +533,7 @@ def test_a_body_that_does_not_arrive_in_time_is_refused(hasty: Server) -> None:
 def test_a_body_that_drips_in_is_refused_as_soon(hasty: Server) -> None:
     def drip() -> None:
         with RawConnection(hasty.port) as wire:
-            wire.send(head("POST", CHAT, "Content-Length: 1600"))
+            wire.send(head("POST", CHAT_PATH, "Content-Length: 1600"))
             wire.dribble(b"a" * 1500, 0.02)
             assert wire.reply().status == 408
 

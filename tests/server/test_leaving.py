@@ -242,6 +242,7 @@ def test_a_process_that_heeds_no_signal_is_killed(common: Server) -> None:
     assert eventually(is_over(common, pid))
 
 
+@pytest.mark.slow
 def test_a_process_is_seen_to_its_end_when_claude_is_there_no_more(tmp_path: Path) -> None:
     stubborn = [{"say": "so far"}, {"hang": True, "stubborn": True}]
     with running_server(tmp_path, [stubborn]) as server:
@@ -278,6 +279,7 @@ def test_a_choice_that_waited_does_not_go_on_when_another_has_failed(tmp_path: P
             assert eventually(lambda: at_rest(server), SOON_S)
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
     large = {"say": "x" * 16_000_000, "chunks": 64}
     env = {**NO_IDLE, "OCP_WRITE_TIMEOUT": "300"}
@@ -291,6 +293,7 @@ def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
         assert last_entry(server, "answer_abandoned")
 
 
+@pytest.mark.slow
 def test_a_slow_reader_does_not_fill_the_memory_of_the_server(tmp_path: Path) -> None:
     large = {"say": "x" * 16_000_000, "chunks": 64}
     with running_server(tmp_path, [[large]], env=NO_IDLE) as server:
@@ -678,6 +681,7 @@ def test_spares_that_die_young_are_not_started_over_and_over(tmp_path: Path) -> 
         assert len(server.fake_log("start")) <= before + 1
 
 
+@pytest.mark.slow
 def test_a_dead_spare_is_replaced(tmp_path: Path) -> None:
     with running_server(tmp_path) as server:
         spare = ready_spare(server)
@@ -836,6 +840,7 @@ def answers(server: Server, count: int) -> None:
     eventually(lambda: spares(server) == {SONNET: 1})
 
 
+@pytest.mark.slow
 def test_hundreds_of_answers_leave_no_memory_no_files_and_no_threads(tmp_path: Path) -> None:
     claude = ShellClaude(tmp_path)
     claude.play(WORD)

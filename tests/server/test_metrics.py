@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from chat import CHAT, NO_IDLE, ask, encoded, question
-from dialects import MESSAGES, TONGUES
+from chat import CHAT_PATH, NO_IDLE, ask, encoded, question
+from dialects import DIALECTS, MESSAGES
 from http_client import Reply
 from keys import MULTI, as_admin, ask_as, new_key
 from processes import is_gone
@@ -240,9 +240,9 @@ def test_a_known_series_of_requests_gives_known_numbers(tmp_path: Path) -> None:
 
     with running_server(tmp_path, env=env) as server:
         server.write_scenario([[{"say": "Hello.", "usage": spent}]])
-        for tongue in TONGUES:
+        for dialect in DIALECTS:
             # The first is made, the others are the same again.
-            server.call("POST", tongue.path, tongue.body("Same"))
+            server.call("POST", dialect.path, dialect.body("Same"))
         ask(server, "Two", n=2, model="opus", session_id="s")
         server.write_scenario([steps_of_error(529, "overloaded")])
         ask(server, "Overloaded")
@@ -407,7 +407,7 @@ def test_nothing_else_that_clients_say_becomes_a_label(own: Server) -> None:
     for number in range(10):
         own.call("GET", f"/nowhere-{number}")
         ask(own, model=f"gpt-{number}")
-        own.call("POST", CHAT, question(user=f"user-{number}", session_id=f"s-{number}"),
+        own.call("POST", CHAT_PATH, question(user=f"user-{number}", session_id=f"s-{number}"),
                  {"User-Agent": f"agent-{number}", "X-Request-Id": f"mine-{number}"})
 
     assert sum(len(family.samples) for family in scraped(own).values()) == before
@@ -494,7 +494,7 @@ def test_a_server_that_stops_is_not_ready(tmp_path: Path) -> None:
             open_one.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             state = open_one.reply().json()
         # Asked to stop a second time, it would not wait for the one that has just left.
-        assert server.process.wait(30) == 0
+        assert server.process.wait(120) == 0
 
     assert (reply.status, reply.json()["error"]["code"]) == (503, "not_ready")
     assert "stopping" in reply.json()["error"]["message"]

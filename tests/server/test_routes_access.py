@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 import pytest
 
-from chat import CHAT, NO_IDLE, error_of, question
+from chat import CHAT_PATH, NO_IDLE, error_of, question
 from http_client import Reply, http_request
 from keys import (
     ADMIN_KEY,
@@ -339,7 +339,7 @@ def test_no_preflight_of_another_origin_is_granted(open_server: Server, path: st
     "text/plain", "text/plain; charset=utf-8", "application/x-www-form-urlencoded",
     "multipart/form-data; boundary=x", "", "application/json",
 ])
-@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses", "/v1/completions"])
+@pytest.mark.parametrize("path", [CHAT_PATH, "/v1/messages", "/v1/responses", "/v1/completions"])
 def test_a_page_in_a_browser_cannot_spend_the_plan(
     open_server: Server, path: str, content_type: str
 ) -> None:
@@ -355,9 +355,9 @@ def test_a_page_in_a_browser_cannot_spend_the_plan(
 def test_even_an_origin_that_is_allowed_has_to_send_json(tmp_path: Path) -> None:
     with running_server(tmp_path, env={**NO_IDLE, "OCP_ALLOWED_ORIGINS": EVIL}) as server:
         headers = {"Origin": EVIL, "Content-Type": "text/plain"}
-        form = server.call("POST", CHAT, json.dumps(question()), headers)
+        form = server.call("POST", CHAT_PATH, json.dumps(question()), headers)
         asked = server.fake_log("line")
-        real = server.call("POST", CHAT, question(), {"Origin": EVIL})
+        real = server.call("POST", CHAT_PATH, question(), {"Origin": EVIL})
 
     assert (form.status, asked, real.status) == (403, [], 200)
 
@@ -527,7 +527,7 @@ def test_in_mode_shared_the_machine_itself_needs_the_key_too(peer: str, access: 
 
 
 def status_at(host: str, port: int, path: str) -> int:
-    connection = http.client.HTTPConnection(host, port, timeout=10)
+    connection = http.client.HTTPConnection(host, port, timeout=60)
     try:
         connection.request("GET", path)
         return connection.getresponse().status

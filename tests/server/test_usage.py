@@ -921,6 +921,7 @@ def test_a_damaged_database_is_told_and_does_not_stop_the_start(tmp_path: Path) 
         assert server.fake_log("start")[-1]["cwd"] == str(server.ocp_home / "empty")
 
 
+@pytest.mark.slow
 def test_nobody_is_told_to_move_a_database_away_that_is_only_locked(tmp_path: Path) -> None:
     with running_server(tmp_path, env=MULTI) as server:
         key = new_key(server, name="laptop")["key"]
