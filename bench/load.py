@@ -1,8 +1,8 @@
 """Many clients at few slots, with several keys: is anything lost, and is it shared fairly? And how
 many answers a second come out of the cache, beside a bare server that sends the same bytes?
 
-    python3 bench/load.py [--seconds 120] [--answers 0] [--hit-seconds 4] [--hit-rounds 5]
-        [--hit-clients 4]
+    python3 bench/load.py [--seconds 120] [--answers 0] [--queue 16]
+        [--hit-seconds 4] [--hit-rounds 5] [--hit-clients 4]
 
 One run, Markdown on stdout. No claude is needed: the tests' stand-in answers with the question, and
 each question holds a word that no other one does. A client that is refused comes back when it was
@@ -17,6 +17,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -39,6 +40,7 @@ SLOTS = 8
 #: The names of keys and how many clients have each. Whoever has more clients than its part of the
 #: slots and of the queue always wants more; the last one does not.
 DEMAND = (("workshop", 100), ("office", 50), ("laptop", 30), ("phone", 19), ("visitor", 1))
+CLIENTS = sum(clients for _, clients in DEMAND)
 GREEDY = tuple(name for name, clients in DEMAND if clients > SLOTS)
 #: What a share may differ from an equal one.
 MOST_UNFAIRNESS = 0.1
@@ -159,9 +161,10 @@ class Served(NamedTuple):
 
 class Crowd:
     """Clients that ask one question after the other, until the time is up and so many answers
-    were given. The time begins when all have asked, which can take seconds on a busy machine."""
+    were given. The time begins when all have asked and each key that always wants more has got an
+    answer: the server may need seconds to hear everybody out."""
 
-    def __init__(self, ocp: KeyedOcp, seconds: float, least: int = 0) -> None:
+    def __init__(self, ocp: KeyedOcp, seconds: float, least: int) -> None:
         self._ocp = ocp
         self._seconds = seconds
         self._least = least
@@ -170,8 +173,10 @@ class Crowd:
         self.ends_s = math.inf
         # Guards the fields above and below; held for a moment.
         self._lock = threading.Lock()
+        self._born_s = time.monotonic()
         self._begins_s = math.inf
         self._asked: set[http.client.HTTPConnection] = set()
+        self._answered: set[str] = set()
         self._counted = 0
         self.served: list[Served] = []
         self.refusals: collections.Counter[str] = collections.Counter()
@@ -205,20 +210,14 @@ class Crowd:
         """Whether there is another question to ask."""
         now_s = time.monotonic()
         with self._lock:
+            all_there = len(self._asked) == CLIENTS and self._answered >= set(GREEDY)
+            if self._begins_s == math.inf and (all_there or now_s > self._born_s + GRACE_S):
+                self._begins_s = now_s
+                self.first_s = now_s + min(RAMP_S, self._seconds * RAMP_PART)
             if now_s >= self._begins_s + self._seconds and self._counted >= self._least:
                 self.ends_s = min(self.ends_s, now_s)
         return now_s < self.ends_s
 
-    def _note_asked(self, connection: http.client.HTTPConnection) -> None:
-        """Notes that this client has asked. When all have, the time begins."""
-        with self._lock:
-            self._asked.add(connection)
-            if len(self._asked) == sum(count for _, count in DEMAND) and not self._has_begun():
-                self._begins_s = time.monotonic()
-                self.first_s = self._begins_s + min(RAMP_S, self._seconds * RAMP_PART)
-
-    def _has_begun(self) -> bool:
-        return self._begins_s < math.inf
 
     def _answer(
         self, connection: http.client.HTTPConnection, name: str, key: str, word: str, *,
@@ -233,11 +232,11 @@ class Crowd:
                 connection.request(
                     "POST", "/v1/chat/completions", body.encode("utf-8"),
                     {"Authorization": f"Bearer {key}"})
-                self._note_asked(connection)
+                with self._lock:
+                    self._asked.add(connection)
                 response = connection.getresponse()
                 content = response.read()
             except (OSError, http.client.HTTPException) as problem:
-                self._note_asked(connection)
                 return f"lost: {type(problem).__name__}"
             if response.status != 429:
                 break
@@ -253,6 +252,7 @@ class Crowd:
         now_s = time.monotonic()
         with self._lock:
             self.served.append(Served(name, now_s, now_s - asked_s))
+            self._answered.add(name)
             self._counted += now_s >= self.first_s
         return wrong
 
@@ -320,11 +320,12 @@ class LoadRun(NamedTuple):
         return {key: count / equal if equal else 0.0 for key, count in counted.items()}
 
 
-def measure_load(folder: Path, seconds: float, least: int = 0) -> LoadRun:
+def measure_load(folder: Path, seconds: float, least: int, queue: int) -> LoadRun:
     """All clients at once at a new server."""
     folder.mkdir()
     # Each answer costs a process, or the keys with few clients would get all that they want.
-    with KeyedOcp(folder, {"OCP_PARKED_PROCESSES": "0"}) as ocp:
+    settings = {"OCP_PARKED_PROCESSES": "0", "CLAUDE_MAX_QUEUE": str(queue)}
+    with KeyedOcp(folder, settings) as ocp:
         keys = {name: ocp.new_key(name) for name, _ in DEMAND}
         ocp.wait_until_ready(0.0)
         before = settled(ocp)
@@ -634,9 +635,8 @@ def hits_targets(hits: Hits) -> list[str]:
 
 def table(run: LoadRun, hits: Hits, options: argparse.Namespace, machine: str) -> str:
     """Everything as Markdown."""
-    clients = sum(count for _, count in DEMAND)
     about = (
-        f"{clients} clients at {SLOTS} slots for {run.seconds:g} s; {options.hit_rounds} rounds of "
+        f"{CLIENTS} clients at {SLOTS} slots for {run.seconds:g} s; {options.hit_rounds} rounds of "
         f"{options.hit_seconds:g} s for each cache figure; {machine}"
     )
     parts = [
@@ -658,7 +658,7 @@ def run(options: argparse.Namespace) -> str:
         hits = measure_hits(
             folder / "hits", options.hit_clients, options.hit_seconds, options.hit_rounds)
         common.progress(f"load for {options.seconds:g} s")
-        load = measure_load(folder / "load", options.seconds, options.answers)
+        load = measure_load(folder / "load", options.seconds, options.answers, options.queue)
         on = common.machine(common.write_fake_claude(folder)).rpartition(", ")[0]
     return table(load, hits, options, f"{on}, the tests' stand-in for claude")
 
@@ -669,6 +669,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seconds", type=float, default=120.0, help="of load; default: 120")
     options.add_argument(
         "--answers", type=int, default=0, help="go on until there are so many; default: 0")
+    options.add_argument(
+        "--queue", type=int, default=16, help="requests that may wait for a slot; default: 16")
     options.add_argument(
         "--hit-seconds", type=float, default=4.0, help="for each figure of the cache; default: 4")
     options.add_argument("--hit-rounds", type=int, default=5, help="default: 5")
