@@ -161,7 +161,7 @@ def test_a_client_that_leaves_ends_the_request(
     rig.stub.wait_for_aborted(aborted + 1)
     rig.settle()
     assert len(rig.bodies()) == 1
-    # One that had to be killed, two seconds later, would leave files.
+    # One that had to be killed in the end would leave files.
     assert_nothing_left(rig, files_before)
 
 
@@ -225,7 +225,7 @@ def test_no_claude_outlives_a_server_that_is_killed(claude: Claude, tmp_path: Pa
             parked_busy_and_spare = claude_pids(rig.server)
             assert len(parked_busy_and_spare) == 3
             rig.server.kill()
-            # By itself, the one that is answering would go on for a minute.
+            # By itself, the one that is answering would go on for ten minutes.
             wait_until(lambda: not processes_with(tmp_path))
         rig.stub.wait_for_aborted(1)
         assert len(rig.bodies()) == 2
