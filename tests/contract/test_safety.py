@@ -192,10 +192,10 @@ def alone(shared_rig: Rig, folder: Folder) -> Alone:
         answers = dict(zip(ALONE, pool.map(ask, range(len(ALONE)))))
     shared_rig.settle()
     assert_unharmed(shared_rig, folder)
-    bodies = {tuple(system_texts(body)): body for body in shared_rig.asked()}
+    bodies = {tuple(system_texts(body)): body for body in shared_rig.bodies()}
     return Alone(
         answers, {text: bodies[(f"Case {number}",)] for number, text in enumerate(ALONE)},
-        len(shared_rig.asked()))
+        len(shared_rig.bodies()))
 
 
 @pytest.mark.differs_by_version
