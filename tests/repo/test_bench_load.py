@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 
-from depth import by_depth
 from project import REPO
 
 Json = Any
@@ -230,12 +229,12 @@ def received_from(port: int, request: bytes, count: int) -> bytes:
     return received
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_short_run_loses_nothing_and_is_fair(load: ModuleType) -> None:
     # In a line that long those with few clients always stand too, however long it takes others
     # to come back; and enough answers for shares are there only after a while on a busy machine.
     done = subprocess.run(
-        [sys.executable, str(BENCH / "load.py"), "--seconds", by_depth("4", "4", "8"),
+        [sys.executable, str(BENCH / "load.py"), "--seconds", "8",
          "--answers", "200", "--queue", "80", "--hit-seconds", "0.3", "--hit-rounds", "1",
          "--hit-clients", "2"],
         check=False, capture_output=True, text=True, timeout=900)

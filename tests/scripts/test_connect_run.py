@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from depth import by_depth
 from processes import Ran
 from project import REPO, clean_env, load_script
 from server import Server, running_server
@@ -116,7 +117,8 @@ def test_one_command_downloads_and_connects(server: Server, free_home: Path) -> 
 @pytest.mark.slow
 def test_a_download_that_was_cut_does_nothing(server: Server, free_home: Path) -> None:
     tail = len(SOURCE) - 400
-    cuts = [*range(0, len(SOURCE), 1000), *range(tail, len(SOURCE) - 1, 57)]
+    step, last_step = by_depth((9_000, 199), (9_000, 199), (1_000, 57))
+    cuts = [*range(0, len(SOURCE), step), *range(tail, len(SOURCE) - 1, last_step)]
     main_at = SOURCE.rindex(b"if __name__")
     assert main_at > tail and b"\n" not in SOURCE[main_at:].rstrip().partition(b"\n")[2]
     driver = (

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from depth import by_depth
 from ocp_command import HEALTH, ocp, ocp_env, run_env, stub_server, write_record
 from processes import Ran
 from project import clean_env
@@ -544,6 +545,10 @@ def with_power_for(machine: UpdateMachine, steps: int, monkeypatch: pytest.Monke
         machine.start()
 
 
+#: From one step at which the power is cut to the next one that is tried.
+STRIDE = by_depth(3, 3, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("back", [False, True])
 def test_a_power_cut_between_any_two_steps_is_recovered_from(
@@ -565,7 +570,7 @@ def test_a_power_cut_between_any_two_steps_is_recovered_from(
             if not back and machine.version() != "0.2.0":
                 machine.ocp(*FORWARD)
                 machine.check("0.2.0")
-        steps += 1
+        steps += STRIDE
     assert steps > 12
 
 
@@ -581,7 +586,7 @@ def test_a_power_cut_on_the_way_back_is_recovered_from(
             machine.ocp("update", "--rollback", "--yes")
             machine.check("0.1.0")
             assert machine.notes() == ["kept"], steps
-        steps += 1
+        steps += STRIDE
     assert steps > 22
 
 
