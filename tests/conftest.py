@@ -22,7 +22,7 @@ LONGEST = (
     "clients/test_agents", "scripts/test_install", "contract/test_life", "server/test_leaving",
     "contract/test_plan")
 #: Parameters that say how a test asks, and not what. OCP alone makes the difference.
-MANNERS = ("dialect", "streams")
+MANNERS = ("dialect", "streams", "package")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

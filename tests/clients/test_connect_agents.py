@@ -200,6 +200,7 @@ def test_openclaw_validates_and_answers_one_prompt(desk: ConnectDesk) -> None:
     assert answer.code == 0 and ANSWER in answer.stdout, answer
 
 
+@pytest.mark.exhaustive
 def test_openclaw_twice_changes_nothing_and_undo_gives_the_bytes_back(desk: ConnectDesk) -> None:
     desk.install("openclaw", "node")
     config = desk.home / ".openclaw/openclaw.json"

@@ -220,6 +220,7 @@ def test_openclaw_lists_every_model_of_the_provider(registered: Registered) -> N
         assert row["available"] is True
 
 
+@pytest.mark.exhaustive
 def test_a_list_that_lost_a_model_is_synchronised_past_openclaws_refusal(
     registered: Registered, tmp_path: Path
 ) -> None:
@@ -492,6 +493,7 @@ def keyed(
         yield Keyed(server, openclaw, key)
 
 
+@pytest.mark.exhaustive
 def test_openclaw_finds_nothing_wrong_with_the_plugin(keyed: Keyed) -> None:
     found = json.loads(keyed.openclaw.good("plugins", "inspect", "ocp", "--runtime", "--json"))
     assert found["plugin"]["status"] == "loaded" and found["diagnostics"] == []
@@ -527,6 +529,7 @@ def typed_into(command: Sequence[str], env: Mapping[str, str], answers: Json) ->
     return re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode(errors="replace")
 
 
+@pytest.mark.exhaustive
 def test_signing_in_by_the_other_name_writes_the_provider_and_fails_closed(
     keyed: Keyed, tmp_path: Path
 ) -> None:
@@ -565,6 +568,7 @@ def adopting(keyed: Keyed, telegram: Telegram) -> Iterator[Gateway]:
         yield gateway
 
 
+@pytest.mark.exhaustive
 def test_a_proxy_that_runs_already_is_adopted(adopting: Gateway) -> None:
     assert "None." in adopting.telegram.ask("/ocp sessions")
     assert "adopted" in adopting.log.read_text()
@@ -575,6 +579,7 @@ READING = ("status", "usage", "health", "models", "settings", "logs", "sessions"
            "version", "help")
 
 
+@pytest.mark.exhaustive
 def test_every_reading_command_is_answered_in_one_message(adopting: Gateway) -> None:
     for word in READING:
         said = adopting.telegram.ask(f"/ocp {word}")
@@ -583,6 +588,7 @@ def test_every_reading_command_is_answered_in_one_message(adopting: Gateway) -> 
         assert len(said) < 2000, (word, said)
 
 
+@pytest.mark.exhaustive
 def test_the_model_command_of_a_chat_lists_ours(adopting: Gateway) -> None:
     assert f"claude-local/{SONNET}" in adopting.telegram.ask("/model status")
     listed = adopting.telegram.ask("/models claude-local")
@@ -590,6 +596,7 @@ def test_the_model_command_of_a_chat_lists_ours(adopting: Gateway) -> None:
     assert all(model["id"] in json.dumps(adopting.telegram.buttons[-1]) for model in MODELS)
 
 
+@pytest.mark.exhaustive
 def test_a_key_that_was_replaced_is_read_again_on_secrets_reload(
     adopting: Gateway, keyed: Keyed
 ) -> None:
@@ -608,6 +615,7 @@ def test_a_key_that_was_replaced_is_read_again_on_secrets_reload(
     assert keyed.openclaw.file.read_bytes() == before and b"ocp_" not in before
 
 
+@pytest.mark.exhaustive
 def test_thinking_can_be_switched_off(adopting: Gateway, keyed: Keyed) -> None:
     adopting.telegram.ask("/think off")
 
@@ -617,6 +625,7 @@ def test_thinking_can_be_switched_off(adopting: Gateway, keyed: Keyed) -> None:
 
 
 # Behind all others that ask a model there: OpenClaw leaves the key alone for ten minutes then.
+@pytest.mark.exhaustive
 def test_when_the_plan_is_used_up_nobody_else_is_asked(
     adopting: Gateway, keyed: Keyed, bystander: Bystander
 ) -> None:
@@ -633,11 +642,13 @@ def test_when_the_plan_is_used_up_nobody_else_is_asked(
     assert len(keyed.server.queries()) == before + 1 and bystander.asked == []
 
 
+@pytest.mark.exhaustive
 def test_an_adopted_proxy_outlives_the_gateway(adopting: Gateway, keyed: Keyed) -> None:
     assert adopting.stop() == 0
     assert keyed.server.call("GET", "/health").status == 200
 
 
+@pytest.mark.exhaustive
 def test_the_gateway_starts_the_proxy_and_keeps_it_running(
     keyed: Keyed, telegram: Telegram, tmp_path: Path
 ) -> None:
