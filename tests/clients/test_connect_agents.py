@@ -181,6 +181,7 @@ def test_a_library_finds_the_server_in_a_new_shell(desk: ConnectDesk, library: s
 # OpenClaw
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 def test_openclaw_validates_and_answers_one_prompt(desk: ConnectDesk) -> None:
     desk.install("openclaw", "node")
 
