@@ -30,10 +30,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Empty, Queue
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import pytest
 
+from depth import by_depth
 from http_client import Reply, http_call
 from processes import Ran, descendants, end_group, kill_all, processes_with, run_to_end
 from programs import find_client, how_to_install
@@ -297,15 +298,17 @@ def talks(
     def folder(name: str) -> Path:
         return tmp_path_factory.mktemp(name)
 
+    jobs: dict[str, Callable[[], Talk]] = {
+        # It tries again and again for more than a minute, mostly waiting.
+        "down": lambda: talk_to_nobody(registered, folder("down")),
+        "openai-completions": lambda: talk(registered, folder("openai")),
+        # Only the other api takes a provider without a key.
+        "anthropic-messages": lambda: talk(
+            registered, folder("anthropic"), api="anthropic-messages", apiKey="any"),
+    }
+    gate = ("openai-completions",)
     with ThreadPoolExecutor() as pool:
-        yield {
-            # It tries again and again for more than a minute, mostly waiting.
-            "down": pool.submit(talk_to_nobody, registered, folder("down")),
-            "openai-completions": pool.submit(talk, registered, folder("openai")),
-            # Only the other api takes a provider without a key.
-            "anthropic-messages": pool.submit(
-                talk, registered, folder("anthropic"), api="anthropic-messages", apiKey="any"),
-        }
+        yield {name: pool.submit(jobs[name]) for name in by_depth(gate, gate, tuple(jobs))}
 
 
 # ---------------------------------------------------------------------------
@@ -682,7 +685,9 @@ def test_the_gateway_starts_the_proxy_and_keeps_it_running(
 # What came of the turns
 # ---------------------------------------------------------------------------
 
-apis = pytest.mark.parametrize("api", ["openai-completions", "anthropic-messages"])
+apis = pytest.mark.parametrize("api", [
+    "openai-completions",
+    pytest.param("anthropic-messages", marks=pytest.mark.exhaustive)])
 
 
 @apis
@@ -710,6 +715,7 @@ def test_a_conversation_goes_on_in_one_claude(talks: dict[str, Future[Talk]], ap
     assert last.count(QUESTION) == 1 and last.count("They say what they say.") == 1
 
 
+@pytest.mark.exhaustive
 def test_when_the_server_is_down_nobody_else_is_asked(
     talks: dict[str, Future[Talk]], bystander: Bystander
 ) -> None:
