@@ -29,6 +29,9 @@ from waiting import eventually
 
 Json = Any
 
+#: Every test starts the script as it is, which Python compiles each time.
+pytestmark = pytest.mark.slow
+
 PYENV = Path.home() / ".pyenv" / "versions"
 OLDEST, NEWEST = 9, 20
 
@@ -140,7 +143,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 # The demo
 # ---------------------------------------------------------------------------
 
-@pytest.mark.slow
 @each_python
 def test_the_demo_answers_word_by_word_on_every_python(tmp_path: Path, python: str) -> None:
     with Alone(tmp_path, python).serving("--demo") as demo:
@@ -160,7 +162,6 @@ def test_the_demo_answers_word_by_word_on_every_python(tmp_path: Path, python: s
         assert "Traceback" not in demo.output and "Warning" not in demo.output
 
 
-@pytest.mark.slow
 def test_the_demo_answers_one_question_after_the_other_in_the_same_processes(demo: Serving) -> None:
     answers = [content_of(demo.ask(f"Number {number}")) for number in range(7)]
 
@@ -220,7 +221,6 @@ def test_a_client_that_leaves_the_demo_frees_its_place(demo: Serving) -> None:
     assert eventually(lambda: demo.get("/health")["concurrency"]["inflight"] == 0)
 
 
-@pytest.mark.slow
 def test_a_killed_demo_leaves_no_process(alone: Alone) -> None:
     with alone.serving("--demo") as demo:
         demo.ask("hello")
@@ -231,7 +231,6 @@ def test_a_killed_demo_leaves_no_process(alone: Alone) -> None:
         demo.process.returncode = 0
 
 
-@pytest.mark.slow
 def test_what_is_kept_lies_below_the_home_and_is_private(alone: Alone) -> None:
     with alone.serving("--demo") as demo:
         demo.ask("hello")
@@ -247,7 +246,6 @@ def test_what_is_kept_lies_below_the_home_and_is_private(alone: Alone) -> None:
 # Commands that end
 # ---------------------------------------------------------------------------
 
-@pytest.mark.slow
 @each_python
 def test_a_check_of_the_demo_is_fine_on_every_python(tmp_path: Path, python: str) -> None:
     done = Alone(tmp_path, python).run("--check", "--demo")
@@ -316,7 +314,6 @@ def test_a_setting_that_cannot_be_used_stops_the_start(
     assert "long-secret" not in checked.stderr + checked.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_a_claude_that_would_ask_this_server_stops_the_start(alone: Alone, host: str) -> None:
     if host == "[::1]" and not socket.has_ipv6:
@@ -337,7 +334,6 @@ def test_a_setting_that_is_gone_is_named_with_the_reason(alone: Alone) -> None:
     assert "CLAUDE_TUI_MODE means nothing any more" in done.stdout
 
 
-@pytest.mark.slow
 def test_a_check_touches_nothing(alone: Alone) -> None:
     alone.run("--check", "--demo")
 
@@ -390,7 +386,6 @@ def test_an_address_that_does_not_exist_stops_the_start(alone: Alone) -> None:
     assert "cannot listen on 192.0.2.1" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_a_home_that_cannot_be_written_is_a_warning_and_no_more(alone: Alone) -> None:
     # A file where a folder should be stops the superuser as well.
     (alone.folder / "file").write_text("")
@@ -412,7 +407,6 @@ def test_a_server_without_claude_starts_and_says_what_to_do(alone: Alone) -> Non
         assert "npm install" in state["fix"]
 
 
-@pytest.mark.slow
 def test_whoever_opens_the_server_to_all_is_warned(alone: Alone) -> None:
     with alone.serving("--demo", CLAUDE_BIND="0.0.0.0") as demo:
         assert "ATTENTION" in demo.output and "PROXY_API_KEY" in demo.output
