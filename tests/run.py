@@ -1,6 +1,6 @@
 """Run the tests: python3 tests/run.py [--gate | --all] [--require-all] [ROOM ...] [pytest options]
 
-Without arguments it runs what takes less than two minutes and needs nothing but Python 3.9.
+Without arguments it runs what is quick and needs nothing but Python 3.9.
 Rooms are unit, server, scripts, repo, contract and clients; README.md beside this file says what
 is in each. Tests that are named by path run alone, whatever they cost.
 
