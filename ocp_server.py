@@ -196,6 +196,25 @@ def one_line(text: str, most_chars: int = 300) -> str:
     return line if len(line) <= most_chars else line[: most_chars - 3] + "..."
 
 
+#: A header that lists names ends after so many characters: clients refuse longer heads.
+_HEADER_LIST_MAX_CHARS = 1_000
+
+
+def header_list(names: Iterable[str]) -> str:
+    """Return `names` as the value of a header: each once, and where there is no room for all, how
+    many more there are. What a header may not hold becomes a question mark."""
+    # A comma separates; it can be part of a name that a client made up.
+    known = {re.sub(r"[^ -+\--~]", "?", one_line(name, 80)): None for name in names}
+    told: list[str] = []
+    left = _HEADER_LIST_MAX_CHARS
+    for name in known:
+        left -= len(name) + 2
+        if left < 0:
+            return ", ".join([*told, f"{len(known) - len(told)} more"])
+        told.append(name)
+    return ", ".join(told)
+
+
 def failure_words(error: BaseException) -> str:
     """An exception and where it came from, for the log."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
@@ -1366,8 +1385,10 @@ class Turn(NamedTuple):
     stream: bool = False
     #: Whether an answer that was given before will not do.
     fresh: bool = False
-    #: Parameters that were understood and cannot be honoured.
+    #: Paths of what the request holds and nobody reads.
     ignored: tuple[str, ...] = ()
+    #: Repairs of the request, each with how often it was made.
+    adjusted: tuple[tuple[str, int], ...] = ()
     #: What the dialect needs again to render the answer; nobody else looks inside.
     wire: Mapping[str, Any] = MappingProxyType({})
 
@@ -1474,6 +1495,21 @@ class Answer(NamedTuple):
 _BLOCK_FIELDS = {"text": "text", "thinking": "thinking", "signature": "signature"}
 
 
+def arguments_of(given: object) -> Json:
+    """Return the arguments of a tool call, which come as an object or as its JSON text.
+
+    Models are not always exact, and clients repeat what they said: anything else is kept as
+    {"arguments": its text}, so that the conversation goes on.
+    """
+    found = given
+    with contextlib.suppress(ValueError):
+        found = from_json(given or "{}") if isinstance(given, str) else given
+    if isinstance(found, dict):
+        return found
+    text = given if isinstance(given, str) else to_json(given).decode("utf-8")
+    return {} if given is None else {"arguments": text}
+
+
 class AnswerBuilder:
     """Puts an answer together from its events."""
 
@@ -1513,10 +1549,11 @@ class AnswerBuilder:
     def _block(self, index: int, block: Block, whole: bool) -> Block | None:
         if block.get("type") == "tool_use":
             arguments = "".join(self._pieces.get((index, "arguments"), ()))
-            try:
-                return {**block, "input": from_json(arguments or ("{}" if whole else ""))}
-            except ValueError:
-                return None
+            if whole:
+                return {**block, "input": arguments_of(arguments)}
+            with contextlib.suppress(ValueError):
+                return {**block, "input": from_json(arguments)}
+            return None
         filled = dict(block)
         for kind, field in _BLOCK_FIELDS.items():
             if (index, kind) in self._pieces:
@@ -2663,29 +2700,18 @@ def text_of(blocks: Iterable[Block]) -> str:
     return "\n\n".join(str(block["text"]) for block in blocks if block.get("type") == "text")
 
 
-#: How a line of claude's own begins, which another claude sends as part of its system prompt. The
-#: one that is driven here would take a whole system prompt for such a line.
-_BILLING_HEADER = "x-anthropic-billing-header:"
+#: A line that another claude sends at the head of its system prompt. The one that is driven here
+#: would take the whole prompt for such a line.
+_BILLING_HEADER = re.compile(r"\s*x-anthropic-billing-header:[^\n]*\n?")
 
 
 def system_text(blocks: Iterable[Block]) -> str:
-    """The text of a system prompt's blocks."""
-    return text_of(b for b in blocks if not str(b.get("text")).startswith(_BILLING_HEADER))
-
-
-def apart_from_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The messages of the system, and the others. What the system says last, after an answer of
-    the model's, is there to be answered: it counts as the user's."""
-    said = [index for index, each in enumerate(messages) if each.role != "system" and each.content]
-    open_from = said[-1] if said and messages[said[-1]].role == "assistant" else len(messages)
-    told, others = [], []
-    for index, message in enumerate(messages):
-        if message.role == "system" and index < open_from:
-            told.append(message)
-        else:
-            role = "user" if message.role == "system" else message.role
-            others.append(message._replace(role=role))
-    return told, others
+    """Return the text of a system prompt's blocks, without the billing lines of another claude."""
+    return text_of(
+        told
+        for block in blocks
+        for told in text_block(_BILLING_HEADER.sub("", str(block.get("text")), count=1))
+    )
 
 
 def merged(messages: Iterable[Message]) -> list[Message]:
@@ -2709,32 +2735,146 @@ def plain_id(call_id: str) -> str:
     return re.sub(r"[^A-Za-z0-9]", "", call_id)
 
 
-def with_exchanges(messages: list[Message], param: str) -> list[Message]:
-    """The messages with each tool result where the API wants it: first in the user's message
-    after the call, in the order of the calls, one for each.
+@dataclasses.dataclass
+class ToolCall:
+    """One tool call of a history, with the results that came for it."""
 
-    Raises BadRequest naming the ids of results without a call and of calls without a result.
+    #: The tool_use block, under an id that no other call of the history has.
+    block: Block
+    #: The index of its message.
+    place: int
+    results: list[Block] = dataclasses.field(default_factory=list)
+
+
+#: A way to recognise a call by the id of a result, and that id.
+_CallKey = tuple[str, str]
+
+
+class ToolExchanges:
+    """Gives every tool call of a history an id of its own, and finds the call of each result.
+
+    The ids of clients may come again, in every turn or within one message, may be empty, and may
+    have lost what is no letter or digit. So a result belongs to a call with its id that has none
+    yet: the first such call of the newest message. A result without an id belongs to the first
+    call of the newest message that has none. A second result for one call is joined to the first.
     """
-    result: list[Message] = []
-    calls: list[str] = []
-    for message in messages:
-        results = {b["tool_use_id"]: b for b in message.content if b["type"] == "tool_result"}
-        unknown = [call_id for call_id in results if call_id not in calls]
-        missing = [call_id for call_id in calls if call_id not in results]
-        if unknown:
+
+    def __init__(self, context: ParseContext, param: str) -> None:
+        self._context = context
+        self._param = param
+        self._calls: dict[int, list[ToolCall]] = {}
+        self._ids: set[str] = set()
+        #: Calls that wait for a result, by key: one queue for each message that has such calls.
+        self._waiting: dict[_CallKey, list[collections.deque[ToolCall]]] = {}
+        self._newest: dict[_CallKey, ToolCall] = {}
+
+    def add_call(self, block: Block, place: int) -> Block:
+        """Return the tool_use block of the message at `place`, under its own id."""
+        call = ToolCall({**block, "id": self._own_id(str(block["id"]))}, place)
+        self._calls.setdefault(place, []).append(call)
+        for key in self._keys(str(block["id"]), anywhere=True):
+            queues = self._waiting.setdefault(key, [])
+            if not queues or queues[-1][0].place != place:
+                queues.append(collections.deque())
+            queues[-1].append(call)
+            self._newest[key] = call
+        return call.block
+
+    def _own_id(self, sent_id: str) -> str:
+        """An id for the API: the client's own as far as it can be had, and the same in every
+        request that repeats the history up to here."""
+        plain = plain_id(sent_id) or "call"
+        if len(plain) > _CALL_ID_MAX_CHARS:
+            tail = hashlib.sha256(sent_id.encode("utf-8", "replace")).hexdigest()[:16]
+            plain = plain[: _CALL_ID_MAX_CHARS - len(tail)] + tail
+        own, number = plain, 1
+        while own in self._ids:
+            number += 1
+            own = f"{plain}r{number}"
+        self._ids.add(own)
+        return own
+
+    def _keys(self, sent_id: str, *, anywhere: bool) -> list[_CallKey]:
+        keys = [("sent", sent_id), ("plain", plain_id(sent_id))] if sent_id else []
+        return [*keys, ("any", "")] if anywhere else keys
+
+    def add_result(self, block: Block, place: int) -> None:
+        """Take the tool_result block of the message at `place`. Raises BadRequest when there is
+        no call for it."""
+        sent_id = str(block["tool_use_id"])
+        call = self._call_for(self._keys(sent_id, anywhere=not sent_id))
+        if call is None:
             raise BadRequest(
-                f"{param}: no tool was called with the id {', '.join(unknown)} just before.",
-                param=param,
+                f"{self._param}: no tool was called with the id {one_line(sent_id, 80)!r} before "
+                "its result.", param=self._param,
             )
-        if missing:
-            raise BadRequest(
-                f"{param}: the tool calls {', '.join(missing)} have no result.", param=param
-            )
-        rest = [block for block in message.content if block["type"] != "tool_result"]
-        ordered = [results[call_id] for call_id in calls]
-        result.append(Message(message.role, ordered + rest))
-        calls = [block["id"] for block in rest if block["type"] == "tool_use"]
-    return result
+        if call.results:
+            self._context.adjust("repeated_tool_result")
+        elif place > call.place + 1:
+            self._context.adjust("late_tool_result")
+        call.results.append(block)
+
+    def _call_for(self, keys: list[_CallKey]) -> ToolCall | None:
+        for key in keys:
+            found = self._first_waiting(self._waiting.get(key, [])) or self._newest.get(key)
+            if found is not None:
+                return found
+        return None
+
+    def _first_waiting(self, queues: list[collections.deque[ToolCall]]) -> ToolCall | None:
+        while queues:
+            while queues[-1]:
+                if not queues[-1][0].results:
+                    return queues[-1][0]
+                queues[-1].popleft()
+            queues.pop()
+        return None
+
+    def results_after(self, place: int) -> list[Block]:
+        """Return one tool_result for each call of the message at `place`, in their order."""
+        return [self._result_of(call) for call in self._calls.get(place, ())]
+
+    def _result_of(self, call: ToolCall) -> Block:
+        if not call.results:
+            self._context.adjust("missing_tool_result")
+        content = [block for result in call.results for block in result["content"]]
+        own: Block = {
+            "type": "tool_result", "tool_use_id": call.block["id"],
+            "content": content if call.results else text_block(_NO_RESULT),
+        }
+        failed = any(result.get("is_error") for result in call.results)
+        return {**own, "is_error": True} if failed else own
+
+
+#: The API takes longer ids of calls in no field of its own.
+_CALL_ID_MAX_CHARS = 64
+#: What a call is told that the client never answered.
+_NO_RESULT = "No result was given."
+
+
+def with_exchanges(
+    messages: list[Message], context: ParseContext, param: str
+) -> list[Message]:
+    """Return the messages, each role in turn, with every tool result where the API wants it:
+    first in the user's message after the call, in the order of the calls, one for each.
+
+    Raises BadRequest for a result whose call is not there. See ToolExchanges for the repairs.
+    """
+    exchanges = ToolExchanges(context, param)
+    rest: list[list[Block]] = []
+    for place, message in enumerate(messages):
+        rest.append([])
+        for block in message.content:
+            if block["type"] == "tool_result":
+                exchanges.add_result(block, place)
+            elif block["type"] == "tool_use":
+                rest[-1].append(exchanges.add_call(block, place))
+            else:
+                rest[-1].append(block)
+    return merged(
+        Message(message.role, exchanges.results_after(place - 1) + rest[place])
+        for place, message in enumerate(messages)
+    )
 
 
 def in_session(
@@ -2747,31 +2887,99 @@ def in_session(
         raise fields.wrong("session_id", "up to 256 plain characters")
     if not session_id or any(message.role == "assistant" for message in messages):
         return messages
-    earlier = parsing.session(session_id, system)
-    if earlier and not any(message.has_results for message in messages):
-        # Who goes on without the results of a call has given it up.
-        said = [block for block in earlier[-1].content if block["type"] != "tool_use"]
-        earlier[-1] = Message("assistant", said)
-    return [*earlier, *messages]
+    return [*parsing.session(session_id, system), *messages]
 
 
-def answerable(
-    system: str, messages: list[Message], param: str, *, counted: bool = False
-) -> tuple[str, list[Message]]:
-    """System prompt and messages, if there is something in them that a model could answer, or
-    that can be `counted`."""
-    messages = with_exchanges(merged(messages), param)
-    if not messages and system:
+def with_reminders(messages: list[Message]) -> list[Message]:
+    """Return the messages with those of the system where they stand, as parts of the user's: in
+    the system prompt they would change the head of the conversation at every step.
+
+    A part of the user's that is the system's alone is a question, and told as one.
+    """
+    result: list[Message] = []
+    for _, group in itertools.groupby(messages, key=lambda each: each.role == "assistant"):
+        neighbours = list(group)
+        alone = all(message.role == "system" for message in neighbours)
+        for message in neighbours:
+            if message.role != "system":
+                result.append(message)
+            elif alone:
+                result.append(Message("user", text_block(system_text(message.content))))
+            else:
+                _remind(result, system_text(message.content))
+    return result
+
+
+def _remind(messages: list[Message], text: str) -> None:
+    """Adds a reminder. Beside tool results it goes into the last of them, as Claude Code does: a
+    claude in the middle of its turn takes nothing else."""
+    if not text:
+        return
+    reminder = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+    last = messages[-1].content[-1] if messages and messages[-1].content else {}
+    if last.get("type") == "tool_result":
+        messages[-1].content[-1] = {**last, "content": [*last["content"], reminder]}
+    else:
+        messages.append(Message("user", [reminder]))
+
+
+class Prompt(NamedTuple):
+    """What a model is asked."""
+
+    system: str
+    messages: list[Message]
+    #: The messages of the system that are in `system`.
+    opening: list[Message] = []
+
+
+#: What is asked where the conversation ends with an answer: for more of it, or for its content in
+#: the form that the request wants.
+_CONTINUE = "Continue exactly where your last message ends."
+_REFORM = "Give the answer of this conversation in the required form."
+
+
+def prompt_of(
+    messages: list[Message], fields: Fields, parsing: Parsing, context: ParseContext,
+    param: str, *, instructions: str = "", after_answer: str = "",
+) -> Prompt:
+    """Return the prompt that the messages of a request make, those of the system among them.
+
+    `after_answer` is what to ask where the last message is the assistant's; without it such a
+    request is refused, unless it is only counted. Raises BadRequest when nothing is there to
+    answer.
+    """
+    messages = [message for message in messages if message.content]
+    opening = list(itertools.takewhile(lambda each: each.role == "system", messages))
+    texts = [instructions, *(system_text(message.content) for message in opening)]
+    system = "\n\n".join(filter(None, texts))
+    later = in_session(fields, parsing, system, with_reminders(messages[len(opening):]))
+    if not later and system:
         # A request that is all instructions: the API needs a user's message to answer.
-        return "", [Message("user", text_block(system))]
-    if not messages:
+        return Prompt("", [Message("user", text_block(system))])
+    if not later:
         raise BadRequest(f"{param}: there is nothing in it to answer.", param=param)
-    if messages[-1].role != "user" and not counted:
+    if later[-1].role == "user":
+        # Its results may all belong further up.
+        after_answer = after_answer or _CONTINUE
+    later = _asking(merged(later), parsing, context, param, after_answer)
+    later = with_exchanges(later, context, param)
+    return Prompt(system, _asking(later, parsing, context, param, after_answer), opening)
+
+
+def _asking(
+    messages: list[Message], parsing: Parsing, context: ParseContext, param: str,
+    after_answer: str,
+) -> list[Message]:
+    """The messages, the user's at the end."""
+    if messages[-1].role == "user" or parsing.counted:
+        return messages
+    if not after_answer:
         raise BadRequest(
             f"{param}: the last message must be the user's; an answer cannot be continued here.",
             param=param,
         )
-    return system, messages
+    context.adjust("assistant_last")
+    return [*messages, Message("user", text_block(after_answer))]
 
 
 #: Types of images, and how images of them begin.
@@ -2884,31 +3092,59 @@ class Attachments:
             )
 
 
-def image_block(part: Fields, attachments: Attachments) -> Block:
+class ParseContext:
+    """What the parts of one request share while it is parsed: the limits of its attachments, and
+    what its response headers have to tell about it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.attachments = Attachments(limits)
+        self._ignored: list[str] = []
+        self._adjusted: collections.Counter[str] = collections.Counter()
+
+    def ignore(self, path: str) -> None:
+        """Note that what stands at this path of the request is left out."""
+        self._ignored.append(path)
+
+    def adjust(self, word: str, count: int = 1) -> None:
+        """Note a repair of the request by its word of docs/api.md."""
+        self._adjusted[word] += count
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Everything that was left out, in the order of the request."""
+        return tuple(self._ignored)
+
+    @property
+    def adjusted(self) -> tuple[tuple[str, int], ...]:
+        """The repairs, each with how often it was made."""
+        return tuple(self._adjusted.items())
+
+
+def image_block(part: Fields, context: ParseContext) -> Block:
     """The block of an image that came in Anthropic's form."""
     source = part.child("source") or Fields({}, part.at("source"))
     if source.text("type") == "url":
-        return attachments.image(source.needed_text("url"), source.at("url"))
+        return context.attachments.image(source.needed_text("url"), source.at("url"))
     if source.text("type") != "base64":
         raise source.wrong("type", "base64 or url")
     media_type = source.text("media_type") or ""
     url = f"data:{media_type};base64,{source.text('data') or ''}"
-    return attachments.image(url, source.at("data"))
+    return context.attachments.image(url, source.at("data"))
 
 
 def call_block(part: Fields) -> Block:
     """The block of a tool call that came in Anthropic's form."""
     return {
         "type": "tool_use",
-        "id": plain_id(part.needed_text("id")),
+        "id": part.text("id") or "",
         "name": part.needed_text("name"),
-        "input": (part.child("input") or Fields({})).object,
+        "input": arguments_of(part.object.get("input")),
     }
 
 
 def result_block(part: Fields, content: list[Block]) -> Block:
     """The block of a tool's result that came in Anthropic's form, with this content."""
-    call_id = plain_id(part.needed_text("tool_use_id"))
+    call_id = part.text("tool_use_id") or ""
     result: Block = {"type": "tool_result", "tool_use_id": call_id, "content": content}
     return {**result, "is_error": True} if part.flag("is_error") else result
 
@@ -2952,16 +3188,6 @@ def chosen(tools: tuple[Tool, ...], choice: ToolChoice, param: str) -> ToolChoic
     if choice.kind == "tool" and choice.name not in [tool.name for tool in tools]:
         raise BadRequest(f"{param}: no tool is called {choice.name!r}.", param=param)
     return choice if tools else ToolChoice()
-
-
-def arguments_of(text: str) -> Json:
-    """The arguments of an earlier call. Models are not always exact: what is no JSON object is
-    kept as text, so that the conversation goes on."""
-    try:
-        found = from_json(text or "{}")
-    except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {"arguments": text}
 
 
 def shape_of(schema: Json) -> Shape:
@@ -3258,53 +3484,81 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str]
 
 
 def openai_content(
-    entry: Fields, attachments: Attachments | None, name: str = "content"
+    entry: Fields, context: ParseContext, role: str, name: str = "content"
 ) -> list[Block]:
-    """The blocks of a message or a tool's output. Without `attachments`, only text is taken."""
+    """Return the blocks of a message or of a tool's output.
+
+    `role` is "system", "user", "assistant" or "tool". Parts that no model could read are noted as
+    ignored. Raises BadRequest when nothing of a user's message is left then.
+    """
     content = entry.object.get(name)
     if content is None:
         return []
     if isinstance(content, str):
         return text_block(content)
+    if isinstance(content, dict) and "type" in content:
+        return _openai_part(Fields(content, entry.at(name)), context, role)
+    if role == "tool" and not _are_parts(content):
+        # Frameworks hand over what their functions return.
+        return text_block(to_json(content).decode("utf-8"))
     if not isinstance(content, list):
         raise entry.wrong(name, "a string or an array of parts")
+    ignored_before = len(context.ignored)
     blocks: list[Block] = []
     for part in entry.objects(name):
-        blocks += _openai_part(part, attachments)
+        blocks += _openai_part(part, context, role)
+    if role == "user" and not blocks and len(context.ignored) > ignored_before:
+        raise entry.wrong(name, "text, images or files; no other parts can be read")
     return blocks
 
 
-def _openai_part(part: Fields, attachments: Attachments | None) -> list[Block]:
+def _are_parts(content: object) -> bool:
+    """Whether `content` is an array whose entries all say what they are."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
+    )
+
+
+_TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
+#: Parts that hold an image or a file. Some clients send Anthropic's blocks, tools and system to a
+#: model with "claude" in its name.
+_ATTACHMENT_PARTS = ("image", "image_url", "input_image", "file", "input_file")
+_THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning")
+
+
+def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
     kind = part.text("type")
-    if kind in ("text", "input_text", "output_text"):
+    if kind in _TEXT_PARTS or (kind is None and part.given("text")):
         text = part.text("text")
         if text is None:
             raise part.wrong("text", "a string")
         return text_block(text)
     if kind == "refusal":
         return text_block(part.text("refusal") or "")
-    # Cursor sends Anthropic's blocks, tools and system to a model with "claude" in its name.
-    if kind in ("image", "image_url", "input_image", "file", "input_file"):
-        if attachments is None:
-            raise BadRequest(
-                f"{part.path}: images and files belong into user messages.",
-                param=part.path, code="images_unsupported_in_system_messages",
-            )
-        return [_openai_attachment(part, attachments)]
-    if kind == "tool_use" and attachments is None:
+    if kind in _ATTACHMENT_PARTS and role in ("user", "tool"):
+        return [_openai_attachment(part, context)]
+    if kind in _ATTACHMENT_PARTS and role == "system":
+        raise BadRequest(
+            f"{part.path}: images and files belong into user messages.",
+            param=part.path, code="images_unsupported_in_system_messages",
+        )
+    if kind == "tool_use" and role == "assistant":
         return [call_block(part)]
-    if kind == "tool_result" and attachments is not None:
-        return [result_block(part, openai_content(part, attachments))]
-    if kind in ("thinking", "redacted_thinking"):
-        return []
-    if kind == "input_audio":
-        raise Unsupported(f"{part.path}: the models do not listen.", param=part.at("type"))
-    raise part.wrong("type", "text, image_url or file")
+    if kind == "tool_result" and role == "user":
+        return [result_block(part, openai_content(part, context, "tool"))]
+    if kind in ("input_audio", "audio", "input_video", "video_url") and role == "user":
+        raise Unsupported(
+            f"{part.path}: the models take no {kind}; send what is said as text.",
+            param=part.at("type"),
+        )
+    if kind not in _THINKING_PARTS:
+        context.ignore(part.path)
+    return []
 
 
-def _openai_attachment(part: Fields, attachments: Attachments) -> Block:
+def _openai_attachment(part: Fields, context: ParseContext) -> Block:
     if part.text("type") == "image":
-        return image_block(part, attachments)
+        return image_block(part, context)
     if part.text("type") in ("image_url", "input_image"):
         value = part.object.get("image_url")
         entry = Fields(value, part.at("image_url")) if isinstance(value, dict) else None
@@ -3314,7 +3568,7 @@ def _openai_attachment(part: Fields, attachments: Attachments) -> Block:
                 f"{part.at('image_url')}: must hold the address of an image.",
                 param=part.at("image_url"), code="invalid_image_url",
             )
-        return attachments.image(url, part.at("image_url"))
+        return context.attachments.image(url, part.at("image_url"))
     described = part.child("file") or part
     data = described.text("file_data")
     if data is None:
@@ -3323,7 +3577,7 @@ def _openai_attachment(part: Fields, attachments: Attachments) -> Block:
             "data:application/pdf;base64,...; files cannot be stored here.",
             param=described.at("file_data"),
         )
-    return attachments.document(data, described.at("file_data"))
+    return context.attachments.document(data, described.at("file_data"))
 
 
 #: Parameters that would change what the answer means and cannot be had: (field, why).
@@ -3351,21 +3605,27 @@ class ChatDialect(Dialect):
         model = parsing.models.find(name)
         self._refuse(fields)
         stream_options = fields.child("stream_options") or Fields({})
+        context = ParseContext(parsing.limits)
         tools, choice, unknown_tools = self._tools(fields)
-        system, messages = self._conversation(fields, parsing)
+        shape = self._shape(fields)
+        prompt = prompt_of(
+            self._messages(fields, context), fields, parsing, context, "messages",
+            after_answer=_REFORM if shape else _CONTINUE,
+        )
         options, ignored = options_for(model, self._wanted(fields, choice))
         return Turn(
             model=model,
-            system=system,
-            messages=messages,
+            system=prompt.system,
+            messages=prompt.messages,
             options=options,
             tools=tools,
             tool_choice=choice,
-            shape=self._shape(fields),
+            shape=shape,
             choices=fields.integer("n", 1, CHOICES_MOST) or 1,
             session_id=fields.text("session_id") or "",
             stream=fields.flag("stream"),
-            ignored=(*harmless_of(fields), *ignored, *unknown_tools),
+            ignored=(*harmless_of(fields), *ignored, *unknown_tools, *context.ignored),
+            adjusted=context.adjusted,
             wire={
                 "id": new_id("chatcmpl-"),
                 "created": int(time.time()),
@@ -3435,62 +3695,53 @@ class ChatDialect(Dialect):
             found = tuple(tool for tool in found if tool.name in allowed)
         return found, chosen(found, choice, "tool_choice"), unknown
 
-    def _conversation(self, fields: Fields, parsing: Parsing) -> tuple[str, list[Message]]:
-        attachments = Attachments(parsing.limits)
+    def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
         entries = fields.objects("messages")
         if not entries:
             raise fields.wrong("messages", "an array with at least one message")
-        messages = [Message("system", openai_content(fields, None, "system"))]
-        function_ids: list[str] = []
-        for entry in entries:
-            role = entry.text("role")
-            if role in ("system", "developer"):
-                messages.append(Message("system", openai_content(entry, None)))
-            elif role == "user":
-                messages.append(Message("user", openai_content(entry, attachments)))
-            elif role == "assistant":
-                said = openai_content(entry, None) + text_block(entry.text("refusal") or "")
-                calls = self._calls(entry, function_ids)
-                messages.append(Message("assistant", said + calls))
-            elif role in ("tool", "function"):
-                messages.append(Message("user", [self._result(entry, attachments, function_ids)]))
-            else:
-                raise entry.wrong("role", "system, developer, user, assistant or tool")
-        told, messages = apart_from_system(messages)
-        prompt = "\n\n".join(filter(None, (system_text(each.content) for each in told)))
-        return answerable(prompt, in_session(fields, parsing, prompt, messages), "messages")
+        opening = Message("system", openai_content(fields, context, "system", "system"))
+        return [opening, *(self._message_of(entry, context) for entry in entries)]
 
-    def _calls(self, entry: Fields, function_ids: list[str]) -> list[Block]:
-        """The tool calls of an assistant's message. A legacy call has no id: it gets one."""
+    def _message_of(self, entry: Fields, context: ParseContext) -> Message:
+        role = entry.text("role")
+        if role in ("system", "developer"):
+            return Message("system", openai_content(entry, context, "system"))
+        if role == "user":
+            return Message("user", openai_content(entry, context, "user"))
+        if role == "assistant":
+            said = openai_content(entry, context, "assistant")
+            said += text_block(entry.text("refusal") or "")
+            return Message("assistant", said + self._calls(entry))
+        if role not in ("tool", "function"):
+            raise entry.wrong("role", "system, developer, user, assistant or tool")
+        result: Block = {
+            "type": "tool_result",
+            # Results of the old functions have no id: they belong to the call before them.
+            "tool_use_id": entry.text("tool_call_id") or "",
+            "content": openai_content(entry, context, "tool"),
+        }
+        return Message("user", [result])
+
+    def _calls(self, entry: Fields) -> list[Block]:
+        """The tool calls of an assistant's message. A legacy call has no id."""
         found = []
         for call in entry.objects("tool_calls"):
             described = call.child("function")
             if described is None:
                 raise call.wrong("function", "an object")
-            found.append((plain_id(call.needed_text("id")), described))
+            found.append((call.text("id") or "", described))
         legacy = entry.child("function_call")
         if legacy is not None:
-            function_ids.append(f"call{len(function_ids)}")
-            found.append((function_ids[-1], legacy))
+            found.append(("", legacy))
         return [
             {
                 "type": "tool_use",
                 "id": call_id,
                 "name": described.needed_text("name"),
-                "input": arguments_of(described.text("arguments") or ""),
+                "input": arguments_of(described.object.get("arguments")),
             }
             for call_id, described in found
         ]
-
-    def _result(
-        self, entry: Fields, attachments: Attachments, function_ids: list[str]
-    ) -> Block:
-        if entry.text("role") == "function":
-            call_id = function_ids[-1] if function_ids else entry.needed_text("name")
-        else:
-            call_id = plain_id(entry.needed_text("tool_call_id"))
-        content = openai_content(entry, attachments)
-        return {"type": "tool_result", "tool_use_id": call_id, "content": content}
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -3777,6 +4028,42 @@ class CompletionsRenderer(Renderer):
 COMPLETIONS = CompletionsDialect()
 
 
+#: Blocks of a history that say nothing to a model, or nothing beside the others: claude keeps the
+#: thinking of its own history and takes none from outside; the calls of tools that the API ran
+#: are told with their results.
+_SILENT_BLOCKS = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_use")
+#: Types of blocks that are read, whatever they hold.
+_READ_BLOCKS = (*_SILENT_BLOCKS, "text", "image", "document", "search_result", "tool_result")
+
+#: Fields of the API's own tool results that only the API can read.
+_SEALED_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
+
+
+def server_result(block: Fields, context: ParseContext) -> list[Block]:
+    """Return the result of a tool that the API or another server ran, told as text: claude takes
+    no such blocks in a history."""
+    name = str(block.text("type"))
+    content = _unsealed(block.object.get("content"))
+    if isinstance(content, str):
+        told = content
+    elif isinstance(content, list) and all(is_text_block(entry) for entry in content):
+        told = "\n".join(entry["text"] for entry in content)
+    else:
+        told = to_json(content).decode("utf-8")
+    return text_block(f"[{name}]\n{told}")
+
+
+def is_text_block(value: object) -> bool:
+    """Whether `value` is a text block as the API has it."""
+    return isinstance(value, dict) and isinstance(value.get("text"), str)
+
+
+def _unsealed(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: _unsealed(v) for k, v in value.items() if k not in _SEALED_FIELDS}
+    return [_unsealed(entry) for entry in value] if isinstance(value, list) else value
+
+
 #: Types of blocks that a role's messages cannot have.
 _NOT_SAID_BY = {
     "user": ("tool_use",),
@@ -3800,19 +4087,22 @@ class MessagesDialect(Dialect):
         model = parsing.models.find(name)
         tools, unknown_tools = self._tools(fields)
         choice = chosen(tools, self._tool_choice(fields), "tool_choice")
-        system, messages = self._conversation(fields, parsing)
+        context = ParseContext(parsing.limits)
+        told = self._messages(fields, context)
+        prompt = prompt_of(told, fields, parsing, context, "messages")
         options, ignored = options_for(model, self._wanted(fields, choice))
         return Turn(
             model=model,
-            system=system,
-            messages=messages,
+            system=prompt.system,
+            messages=prompt.messages,
             options=options,
             tools=tools,
             tool_choice=choice,
             shape=self._shape(fields),
             session_id=fields.text("session_id") or "",
             stream=fields.flag("stream"),
-            ignored=(*ignored, *unknown_tools),
+            ignored=(*ignored, *unknown_tools, *context.ignored),
+            adjusted=context.adjusted,
             wire={"id": new_id("msg_")},
         )
 
@@ -3876,40 +4166,29 @@ class MessagesDialect(Dialect):
         name = entry.needed_text("name") if kind == "tool" else ""
         return ToolChoice(kind, name, parallel=not entry.flag("disable_parallel_tool_use"))
 
-    def _conversation(self, fields: Fields, parsing: Parsing) -> tuple[str, list[Message]]:
-        attachments = Attachments(parsing.limits)
-        system = [system_text(self._blocks(fields, "system", attachments))]
-        messages: list[Message] = []
+    def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
+        messages = [Message("system", self._blocks(fields, "system", context))]
         for entry in fields.objects("messages"):
             role = entry.word("role", ("user", "assistant", "system"))
             if role is None:
                 raise entry.wrong("role", "user or assistant")
-            blocks = self._blocks(entry, "content", attachments)
+            blocks = self._blocks(entry, "content", context)
             for block in blocks:
                 if block["type"] in _NOT_SAID_BY[role]:
                     what = f"without {block['type']} blocks, which are not the {role}'s"
                     raise entry.wrong("content", what)
-            if role == "system" and messages:
-                self._remind(messages, text_of(blocks))
-            elif role == "system":
-                system.append(system_text(blocks))
-            else:
-                messages.append(Message(role, blocks))
-        prompt = "\n\n".join(text for text in system if text)
-        messages = in_session(fields, parsing, prompt, messages)
-        return answerable(prompt, messages, "messages", counted=parsing.counted)
+            if role == "user" and not blocks and entry.object.get("content"):
+                self._refuse_unread(entry)
+            messages.append(Message(role, blocks))
+        return messages
 
-    def _remind(self, messages: list[Message], text: str) -> None:
-        """Puts a system message where it stands: in the system prompt it would change that at
-        every step. Beside tool results it goes into the last of them, as Claude Code does."""
-        block = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
-        last = messages[-1].content[-1] if messages[-1].content else {}
-        if last.get("type") == "tool_result":
-            last["content"].append(block)
-        else:
-            messages.append(Message("user", [block]))
+    def _refuse_unread(self, entry: Fields) -> None:
+        """Raises BadRequest for a user's message of which nothing can be read."""
+        kinds = [str(block.text("type")) for block in entry.objects("content")]
+        if any(kind not in _READ_BLOCKS for kind in kinds):
+            raise entry.wrong("content", f"made of other blocks than {', '.join(kinds)}")
 
-    def _blocks(self, entry: Fields, name: str, attachments: Attachments) -> list[Block]:
+    def _blocks(self, entry: Fields, name: str, context: ParseContext) -> list[Block]:
         """A string or an array of blocks."""
         value = entry.object.get(name)
         if value is None:
@@ -3920,10 +4199,10 @@ class MessagesDialect(Dialect):
             raise entry.wrong(name, "a string or an array of blocks")
         blocks: list[Block] = []
         for block in entry.objects(name):
-            blocks += self._block(block, attachments)
+            blocks += self._block(block, context)
         return blocks
 
-    def _block(self, block: Fields, attachments: Attachments) -> list[Block]:
+    def _block(self, block: Fields, context: ParseContext) -> list[Block]:
         kind = block.text("type")
         if kind == "text":
             text = block.text("text")
@@ -3931,38 +4210,40 @@ class MessagesDialect(Dialect):
                 raise block.wrong("text", "a string")
             return text_block(text)
         if kind == "image":
-            return [image_block(block, attachments)]
+            return [image_block(block, context)]
         if kind == "document":
-            return self._document(block, attachments)
+            return self._document(block, context)
         if kind == "search_result":
             named = self._named(block, "title", "source")
-            return self._told(named) + self._blocks(block, "content", attachments)
+            return self._told(named) + self._blocks(block, "content", context)
         if kind == "tool_use":
             return [call_block(block)]
         if kind == "tool_result":
-            return [result_block(block, self._blocks(block, "content", attachments))]
+            return [result_block(block, self._blocks(block, "content", context))]
         if kind == "tool_reference":
             # What a tool search of the client's found; the tool itself is among the tools.
             return text_block(f"The tool {block.needed_text('tool_name')} is loaded.")
-        if kind in ("thinking", "redacted_thinking"):
-            # claude keeps the thinking of its own history; it takes none from outside.
-            return []
-        known = "text, image, document, search_result, tool_use, tool_result or thinking"
-        raise block.wrong("type", known)
+        if kind is not None and kind.endswith("_tool_result"):
+            return server_result(block, context)
+        if kind == "compaction":
+            return text_block(block.text("content") or "")
+        if kind not in _SILENT_BLOCKS:
+            context.ignore(block.path)
+        return []
 
-    def _document(self, block: Fields, attachments: Attachments) -> list[Block]:
+    def _document(self, block: Fields, context: ParseContext) -> list[Block]:
         source = block.child("source") or Fields({}, block.at("source"))
         kind = source.text("type")
         named = self._named(block, "title", "context")
         if kind == "text":
             return self._told(named) + text_block(source.text("data") or "")
         if kind == "content":
-            return self._told(named) + self._blocks(source, "content", attachments)
+            return self._told(named) + self._blocks(source, "content", context)
         if kind != "base64":
             raise source.wrong("type", "base64, text or content")
         media_type = source.text("media_type") or ""
         url = f"data:{media_type};base64,{source.text('data') or ''}"
-        return [{**attachments.document(url, source.at("data")), **named}]
+        return [{**context.attachments.document(url, source.at("data")), **named}]
 
     def _named(self, block: Fields, *names: str) -> Json:
         """What a client says about a document beside it: what it is called, where it is from."""
@@ -4135,28 +4416,36 @@ class ResponsesDialect(Dialect):
         for field in ("conversation", "prompt"):
             if fields.given(field):
                 raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
+        context = ParseContext(parsing.limits)
         tools, choice, unknown_tools, grouped = self._tools(fields)
-        system, messages, told = self._conversation(fields, parsing)
+        shape = self._shape(fields)
+        prompt = prompt_of(
+            self._messages(fields, parsing, context), Fields({}), parsing, context, "input",
+            instructions=fields.text("instructions") or "",
+            after_answer=_REFORM if shape else _CONTINUE,
+        )
         reasoning = fields.child("reasoning") or Fields({})
         options, ignored = options_for(model, self._wanted(fields, reasoning, choice))
         return Turn(
             model=model,
-            system=system,
-            messages=messages,
+            system=prompt.system,
+            messages=prompt.messages,
             options=options,
             tools=tools,
             tool_choice=choice,
-            shape=self._shape(fields),
+            shape=shape,
             stream=fields.flag("stream"),
             ignored=(
-                *harmless_of(fields, *_HARMLESS_RESPONSES_PARAMETERS), *ignored, *unknown_tools
+                *harmless_of(fields, *_HARMLESS_RESPONSES_PARAMETERS), *ignored, *unknown_tools,
+                *context.ignored,
             ),
+            adjusted=context.adjusted,
             wire={
                 "echo": self._echo(fields, name, reasoning),
                 "store": fields.object.get("store") is not False,
                 "summary": asks_for_something(reasoning.object.get("summary")),
                 "grouped": grouped,
-                "told": told,
+                "opening": prompt.opening,
             },
         )
 
@@ -4240,11 +4529,10 @@ class ResponsesDialect(Dialect):
             else:
                 yield entry, ""
 
-    def _conversation(
-        self, fields: Fields, parsing: Parsing
-    ) -> tuple[str, list[Message], list[Message]]:
-        """The system prompt, the messages, and those of the system that are in the prompt."""
-        attachments = Attachments(parsing.limits)
+    def _messages(
+        self, fields: Fields, parsing: Parsing, context: ParseContext
+    ) -> list[Message]:
+        """The messages of the response that this one follows, and the new ones."""
         previous_id = fields.text("previous_response_id")
         earlier = parsing.recall(previous_id) if previous_id else []
         messages = [Message(message.role, list(message.content)) for message in earlier]
@@ -4255,37 +4543,34 @@ class ResponsesDialect(Dialect):
             if kind == "item_reference":
                 item = Fields(parsing.item(item.needed_text("id")), item.path)
                 kind = item.needed_text("type")
-            messages += self._item(item, kind, attachments)
-        told, messages = apart_from_system(messages)
-        texts = [fields.text("instructions") or "", *(system_text(each.content) for each in told)]
-        system, messages = answerable("\n\n".join(filter(None, texts)), messages, "input")
-        # Without a system prompt they are among the messages.
-        return system, messages, told if system else []
+            messages += self._item(item, kind, context)
+        return messages
 
-    def _item(self, item: Fields, kind: str, attachments: Attachments) -> list[Message]:
+    def _item(self, item: Fields, kind: str, context: ParseContext) -> list[Message]:
         """The messages of an input item; none for kinds that say nothing to a model."""
         if kind == "message":
             role = item.word("role", ("system", "developer", "user", "assistant"))
             if role is None:
                 raise item.wrong("role", "system, developer, user or assistant")
-            allowed = attachments if role == "user" else None
             told_as = "system" if role == "developer" else role
-            return [Message(told_as, openai_content(item, allowed))]
+            return [Message(told_as, openai_content(item, context, told_as))]
         if kind == "function_call":
             call: Block = {
                 "type": "tool_use",
-                "id": plain_id(item.needed_text("call_id")),
+                "id": item.text("call_id") or "",
                 "name": full_name(item.text("namespace") or "", item.needed_text("name")),
-                "input": arguments_of(item.text("arguments") or ""),
+                "input": arguments_of(item.object.get("arguments")),
             }
             return [Message("assistant", [call])]
         if kind == "function_call_output":
             result: Block = {
                 "type": "tool_result",
-                "tool_use_id": plain_id(item.needed_text("call_id")),
-                "content": openai_content(item, attachments, "output"),
+                "tool_use_id": item.text("call_id") or "",
+                "content": openai_content(item, context, "tool", "output"),
             }
             return [Message("user", [result])]
+        if kind != "reasoning":
+            context.ignore(item.path)
         return []
 
     # -- rendering ----------------------------------------------------------------------------
@@ -4337,7 +4622,7 @@ class ResponsesDialect(Dialect):
 
     def lasting(self, turn: Turn) -> list[Message]:
         """See Dialect.lasting. The field `instructions` is for one response only."""
-        return list(turn.wire["told"])
+        return list(turn.wire["opening"])
 
 
 def full_name(space: str, name: str) -> str:
@@ -10162,8 +10447,12 @@ def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
         app.log.event(
             "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
         )
+    adjusted = [*turn.adjusted, *([("messages_dropped", dropped)] if dropped else [])]
     if turn.ignored:
-        exchange.headers_out["X-OCP-Ignored-Params"] = ", ".join(turn.ignored)
+        exchange.headers_out["X-OCP-Ignored-Params"] = header_list(turn.ignored)
+    if adjusted:
+        words = (f"{word}={count}" for word, count in adjusted)
+        exchange.headers_out["X-OCP-Adjusted"] = header_list(words)
     return turn
 
 
