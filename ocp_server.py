@@ -4871,7 +4871,9 @@ CHILD_ENVIRONMENT = (
 )
 
 #: Variables that every claude gets. They keep it from reading files that a message names, from
-#: loading memory, from asking the API again in its own ways, and from updating itself.
+#: loading memory, from asking the API again in its own ways, from updating itself, and from
+#: writing down what is said: it logs failed tool calls word for word below XDG_CACHE_HOME, which
+#: cannot be made where this one is.
 FIXED_ENVIRONMENT = {
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
     "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
@@ -4889,7 +4891,10 @@ FIXED_ENVIRONMENT = {
     "ENABLE_MCP_LARGE_OUTPUT_FILES": "0",
     "MAX_MCP_OUTPUT_TOKENS": "100000000",
     "MAX_STRUCTURED_OUTPUT_RETRIES": "2",
+    "XDG_CACHE_HOME": "/dev/null/none",
 }
+#: Outside agent mode: claude does not listen for other sessions of the same user.
+_RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1"}
 
 
 def _is_named(name: str, patterns: Iterable[str]) -> bool:
@@ -4913,7 +4918,10 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
         if _is_named(name, named)
         or (_is_named(name, CHILD_ENVIRONMENT) and value not in keys and not is_key(value))
     }
-    return {**passed, **FIXED_ENVIRONMENT, "CLAUDE_CODE_MAX_RETRIES": str(config.max_retries)}
+    return {
+        **passed, **FIXED_ENVIRONMENT, **({} if config.is_agent else _RESTRICTED),
+        "CLAUDE_CODE_MAX_RETRIES": str(config.max_retries),
+    }
 
 
 def _tool_arguments(config: Config) -> list[str]:
@@ -5886,6 +5894,9 @@ class Verdict(NamedTuple):
     until_s: float
 
 
+_NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
+
+
 class ClaudeProgram:
     """Finds claude and its version. Asks for the version again when the file changes."""
 
@@ -5992,11 +6003,20 @@ class ClaudeProgram:
             )
         return version
 
-    def _shown_by(self, command: list[str]) -> bytes:
+    def has_login(self, variables: Mapping[str, str]) -> bool:
+        """Return whether claude says that it is logged in, with these variables besides its
+        others. Blocks as long as the question takes. False when it cannot be asked."""
+        with contextlib.suppress(OcpError, OSError, subprocess.TimeoutExpired, ValueError):
+            command = [*self.resolve().command, "auth", "status"]
+            return _object(from_json(self._shown_by(command, variables))).get("loggedIn") is True
+        return False
+
+    def _shown_by(self, command: list[str], variables: Mapping[str, str] = _NO_VARIABLES) -> bytes:
         """What a command prints. Raises OSError, and TimeoutExpired when it takes too long; then
         it is ended, and with it all that it started: it may be a script around claude."""
+        env = {**child_environment(self._environ, self._config), **variables}
         with subprocess.Popen(
-            command, env=child_environment(self._environ, self._config), start_new_session=True,
+            command, env=env, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         ) as popen:
             try:
@@ -6004,6 +6024,125 @@ class ClaudeProgram:
             except subprocess.TimeoutExpired:
                 os.killpg(popen.pid, signal.SIGKILL)
                 raise
+
+
+def work_folder(config: Config, environ: Mapping[str, str]) -> str:
+    """Return the folder that claude runs in, which is there now.
+
+    claude tells every model its path: outside agent mode it says nothing of the owner, is empty,
+    and stays the same, so that the API's prompt cache goes on working. Not the root folder:
+    2.1.197 lists all files below.
+    """
+    if config.is_agent:
+        folder = os.path.expanduser(config.agent_folder) or os.path.join(config.home_path, "empty")
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        return folder
+    home = os.path.realpath(environ.get("HOME") or os.path.expanduser("~"))
+    parent = os.path.realpath(environ.get("TMPDIR") or tempfile.gettempdir())
+    if os.path.commonpath([home, parent]) == home != "/":
+        parent = "/tmp"
+    folder = os.path.join(parent, f"ocp-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        if os.lstat(folder).st_uid != os.getuid() or os.path.islink(folder):
+            # It is somebody else's, who would choose what claude finds there.
+            return tempfile.mkdtemp(prefix="ocp-", dir=parent)
+    return folder
+
+
+#: What claude needs to know of the account; nothing of it says who the owner is.
+_ACCOUNT_FIELDS = (
+    "accountUuid", "organizationUuid", "organizationType", "billingType", "accountCreatedAt",
+    "subscriptionCreatedAt", "hasExtraUsageEnabled", "ccOnboardingFlags", "userRateLimitTier",
+    "organizationRateLimitTier", "seatTier",
+)
+#: As if the profile had been fetched in 2100: claude then does not ask for it, and so does not
+#: learn the address anew.
+_NEVER_FETCH_MS = 4_102_444_800_000
+
+
+class ClaudeFolder:
+    """The configuration folder of the claudes that the server starts.
+
+    From its owner's own folder, claude takes the owner's e-mail address into the first message of
+    every conversation (2.1.197 to 2.1.332). In this folder it finds the account without address
+    and names. The login stays where it is, and only claude reads it: an empty
+    CLAUDE_SECURESTORAGE_CONFIG_DIR means the place of old.
+
+    Where claude finds no login that way but does with the owner's folder, that one is used after
+    all: seen nowhere, but the keychain of macOS was not tried. `is_private` says which.
+    """
+
+    def __init__(
+        self, path: str, environ: Mapping[str, str], log: Log,
+        logged_in: Callable[[Mapping[str, str]], bool] | None = None,
+    ) -> None:
+        """`logged_in` says whether claude has a login with more variables; None = it always has
+        the same one, whatever its folder."""
+        self._path = path
+        self._log = log
+        self._logged_in = logged_in
+        own = environ.get("CLAUDE_CONFIG_DIR", "")
+        home = environ.get("HOME") or os.path.expanduser("~")
+        self._source = os.path.join(own or home, ".claude.json")
+        self._variables = {"CLAUDE_CONFIG_DIR": path, "CLAUDE_SECURESTORAGE_CONFIG_DIR": own}
+        # Guards the two fields below and the file. Held while claude is asked for its login, once.
+        self._lock = threading.Lock()
+        self._checked = logged_in is None
+        self.is_private = True
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that lead a claude to the folder, which is made ready; none where
+        the owner's folder has to do."""
+        with self._lock:
+            try:
+                self._prepare()
+            except OSError as problem:
+                self._give_up(f"{self._path} cannot be written: {problem}")
+            if not self._checked:
+                self._check()
+            return dict(self._variables) if self.is_private else {}
+
+    def login_changed(self) -> None:
+        """Look at the next start again where claude has its login."""
+        with self._lock:
+            self._checked, self.is_private = self._logged_in is None, True
+
+    def _check(self) -> None:
+        assert self._logged_in is not None
+        self._checked = True
+        if not self._logged_in(self._variables) and self._logged_in({}):
+            self._give_up("claude has its login in its own folder only")
+
+    def _give_up(self, why: str) -> None:
+        if self.is_private:
+            self._log.event(
+                "warn", "owner_not_hidden", error=why,
+                help="claude tells the e-mail address of its login to whoever asks",
+            )
+        self.is_private = False
+
+    def _prepare(self) -> None:
+        """Brings the file of the folder up to date. Raises OSError."""
+        os.makedirs(self._path, mode=0o700, exist_ok=True)
+        path = os.path.join(self._path, ".claude.json")
+        found = _object_in(path)
+        account = _object(_object_in(self._source).get("oauthAccount"))
+        wanted: Json = {name: account[name] for name in _ACCOUNT_FIELDS if name in account}
+        wanted["profileFetchedAt"] = _NEVER_FETCH_MS
+        if found.get("oauthAccount") != wanted or not found.get("hasCompletedOnboarding"):
+            told = {**found, "hasCompletedOnboarding": True, "oauthAccount": wanted}
+            write_private(path, to_json(told).decode("utf-8"))
+
+
+def _object_in(path: str) -> Json:
+    """The JSON object in a file of claude's; empty if there is none to be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _object(from_json(file.read()))
+    except (OSError, ValueError):
+        return {}
 
 
 #: Kills the process groups that are left when the server's end of the pipe closes.
@@ -7973,7 +8112,8 @@ class App:
         self.started_at_s = time.time()
         self.clock = clock
         self._environ = dict(environ)
-        self._work_folder, self.store = self._prepare_home(config)
+        self.store = self._prepare_home(config)
+        self._work_folder = work_folder(config, environ)
         self.settings = Settings(self.store, self._with_admin_key(config), environ)
         for name, why in self.settings.problems:
             log.event("warn", "stored_setting_ignored", setting=name, why=why)
@@ -7983,6 +8123,11 @@ class App:
         self.ledger = Ledger(self.store)
         self.gate = Gate(self.config)
         self.program = ClaudeProgram(config, environ, demo_command)
+        self.claude_folder = ClaudeFolder(
+            os.path.join(config.home_path, "claude"), environ, log,
+            # Only there the login may depend on the folder.
+            self._has_login if sys.platform == "darwin" else None,
+        )
         self.spares = Spares(self._spawn, clock)
         self.parking = Parking(clock)
         self.responses = Responses(clock)
@@ -8009,15 +8154,13 @@ class App:
         """The settings of this moment. Take them once for whatever has to be consistent."""
         return self.settings.config
 
-    def _prepare_home(self, config: Config) -> tuple[str, Store]:
-        """The folder that claude runs in, and the database. The log goes to the state folder from
-        now on. Without a folder that can be written all is kept in memory."""
+    def _prepare_home(self, config: Config) -> Store:
+        """The database. The log goes to the state folder from now on. Without a folder that can
+        be written all is kept in memory."""
         home = config.home_path
-        folder = os.path.join(home, "empty")
         path = os.path.join(home, "ocp.db")
         try:
             os.makedirs(home, mode=0o700, exist_ok=True)
-            os.makedirs(folder, mode=0o700, exist_ok=True)
             logs = os.path.join(home, "logs")
             self.log.to_file(os.path.join(logs, "ocp.log"))
             self._make_private(home, *self._entries(home), *self._entries(logs))
@@ -8029,11 +8172,8 @@ class App:
                 # none of its subclasses says that the file is damaged.
                 if os.path.exists(path) and type(problem) is not sqlite3.DatabaseError:
                     store.load(path)
-            if not os.access(folder, os.R_OK | os.X_OK):
-                # Asked for only where it is needed: on a full disk there is none to be had.
-                folder = tempfile.mkdtemp(prefix="ocp-empty-")
             self._log_unusable_home(problem)
-        return os.path.expanduser(config.agent_folder) or folder, store
+        return store
 
     def _log_unusable_home(self, problem: Exception) -> None:
         """Logs why all is kept in memory, and what to do about it."""
@@ -8088,10 +8228,14 @@ class App:
     def _spawn(self, model_id: str) -> ClaudeProcess:
         program = self.program.resolve()
         with contextlib.suppress(OSError):
+            # Whoever cleans up temporary files may have taken it away.
             os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
         process = ClaudeProcess(
             program.command, model_id, self.config,
-            env=child_environment(self._environ, self.config),
+            env={
+                **child_environment(self._environ, self.config),
+                **self.claude_folder.environment(),
+            },
             cwd=self._work_folder, version=program.version,
             guardian=self._guardian, notice=self._notices.put, clock=self.clock,
         )
@@ -8492,6 +8636,7 @@ class App:
     def _note_failure(self, error: OcpError, request: Request, outcome: Outcome) -> None:
         if isinstance(error, LoginLost):
             self.account.refused()
+            self.claude_folder.login_changed()
             self._drop_idle()
         error.logged = True
         detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
@@ -8629,6 +8774,10 @@ class App:
         self.cache.tend(self.config)
         self.mail.put("tend")
         return value
+
+    def _has_login(self, variables: Mapping[str, str]) -> bool:
+        """Whether claude says with these variables that it is logged in."""
+        return self.program.has_login(variables)
 
     def _drop_idle(self) -> None:
         """Ends all processes that wait: the program or its login has changed."""
@@ -10646,6 +10795,8 @@ def _health(app: App) -> Json:
         "authMode": config.mode,
         "tls": bool(config.tls_cert),
         "auth": app.account.verdict(),
+        # Whether what claude tells its models leaves out who is logged in.
+        "ownerHidden": app.claude_folder.is_private,
         "claudeBinaryOk": problem is None,
         "claudeVersion": program.version_text if program is not None else None,
         "fix": fix or None,

@@ -83,10 +83,6 @@ class Folder(NamedTuple):
         return [self.text(template) for template in EVERYWHERE + MORE]
 
 
-def work_folder(place: Place) -> Path:
-    return place.ocp_home / "empty"
-
-
 def files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -102,7 +98,7 @@ def lay_canaries(place: Place) -> Folder:
         "model": "claude-canary", "outputStyle": "canary"})
     servers = {"mcpServers": {"canary": {"command": "touch", "args": [str(ran)]}}}
     command = f"---\nname: canary\ndescription: CANARY\n---\nCANARY !`touch {ran}`\n"
-    for folder in (place.home, place.folder, place.ocp_home, work_folder(place)):
+    for folder in (place.home, place.folder, place.ocp_home, place.work_folder):
         lay(folder, {
             "canary.txt": "CANARY", "two words.txt": "CANARY", "folder/canary.txt": "CANARY",
             "CLAUDE.md": "CANARY", "CLAUDE.local.md": "CANARY", "AGENTS.md": "CANARY",
@@ -113,7 +109,7 @@ def lay_canaries(place: Place) -> Folder:
             "skills/canary-skill/SKILL.md": command, "output-styles/canary.md": command,
             "rules/canary.md": "CANARY"})
     lay(place.home, {".claude.json": json.dumps(servers)})
-    return Folder(place, files_in(work_folder(place)))
+    return Folder(place, files_in(place.work_folder))
 
 
 def lay(folder: Path, files: Mapping[str, str]) -> None:
@@ -147,7 +143,7 @@ def assert_unharmed(rig: Rig, folder: Folder) -> None:
     assert "CANARY" not in json.dumps(rig.bodies(), ensure_ascii=False)
     assert not any(body["tools"] for body in rig.bodies())
     assert not (folder.place.folder / "ran").exists()
-    assert files_in(work_folder(folder.place)) == folder.work_files
+    assert files_in(folder.place.work_folder) == folder.work_files
 
 
 def expected(rig: Rig, text: str) -> str:
@@ -165,7 +161,7 @@ def test_a_claude_without_our_guards_is_caught(claude: Claude, tmp_path: Path) -
              "stream-json", "--verbose", "--model", MODEL]
     with StubApi() as stub:
         env = clean_env(HOME=str(place.home), **real_claude_env(stub.url))
-        with ClaudeDriver(words, env, work_folder(place)) as driven:
+        with ClaudeDriver(words, env, place.work_folder) as driven:
             driven.send({"type": "user", "message": user(f"@{place.home}/canary.txt")})
             driven.until_result()
         assert "CANARY" in json.dumps(stub.requests[0].body["messages"])

@@ -30,6 +30,9 @@ class Place:
         self.folder = folder.resolve()
         self.home = self.folder / "home"
         self.ocp_home = self.folder / "ocp"
+        self.temporary = self.folder / "tmp"
+        #: The folder that claude runs in.
+        self.work_folder = self.temporary / f"ocp-{os.getuid()}"
         self.claude = self.folder / "claude"
         self.scenario = self.folder / "scenario.json"
         self.fake_log = self.folder / "fake.log"
@@ -38,6 +41,7 @@ class Place:
 
     def prepare(self) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
+        self.temporary.mkdir(exist_ok=True)
         command = shlex.join([sys.executable, "-I", "-S", *run_compiled(FAKE_CLAUDE)])
         self.claude.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         self.claude.chmod(0o755)
@@ -62,6 +66,7 @@ class Place:
             passed.append(str(more["OCP_PASS_ENV"]))
         values: dict[str, Optional[str]] = {
             **clean_env(), "HOME": str(self.home), "OCP_HOME": str(self.ocp_home),
+            "TMPDIR": str(self.temporary),
             "CLAUDE_PROXY_PORT": "0", "CLAUDE_BIN": str(self.claude),
             "FAKE_CLAUDE": str(self.scenario), "FAKE_CLAUDE_LOG": str(self.fake_log),
             **more, "OCP_PASS_ENV": ",".join(passed),

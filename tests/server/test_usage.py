@@ -917,8 +917,6 @@ def test_a_damaged_database_is_told_and_does_not_stop_the_start(tmp_path: Path) 
 
         assert ask_as(server, key).status == 200
         assert "move ocp.db away" in told_about_the_database(server)
-        # Its folder is there, so none is asked for elsewhere, where the disk may be full.
-        assert server.fake_log("start")[-1]["cwd"] == str(server.ocp_home / "empty")
 
 
 @pytest.mark.slow
