@@ -2330,10 +2330,12 @@ def _check_login(facts: Facts) -> Finding:
     if not facts.health:
         return Finding("INFO", "could not check: the server does not run")
     auth = facts.health.get("auth") or {}
-    if auth.get("ok") is True:
+    if auth.get("ok") is True and facts.health.get("ownerHidden") is not False:
         return Finding("PASS", "the last answer proved the login")
     if auth.get("ok") is False:
         return Finding("FAIL", f"the login was refused: {auth.get('message') or ''}".rstrip(": "))
+    if facts.health.get("ownerHidden") is False:
+        return Finding("WARN", "claude tells its models the owner's e-mail address: see the log")
     return Finding("INFO", "not known before the first answer; `ocp ask hello` gets one")
 
 
@@ -2513,6 +2515,8 @@ def _fix_claude_version(facts: Facts) -> Fix:
 
 
 def _fix_login(facts: Facts) -> Fix:
+    if (facts.health.get("auth") or {}).get("ok") is not False:
+        return Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",), ())
     return Fix("fix_oauth", ("run `claude auth login` as the user of the server",), ())
 
 

@@ -365,6 +365,7 @@ ILL: tuple[tuple[str, Json, str, str], ...] = (
     ("claude_version", {"claudeVersion": "2.1.100"}, "FAIL", "fix_claude"),
     ("oauth_ok", {"auth": {"ok": False, "message": "log in"}}, "FAIL", "fix_oauth"),
     ("oauth_ok", {"auth": {"ok": None}}, "INFO", ""),
+    ("oauth_ok", {"auth": {"ok": True}, "ownerHidden": False}, "WARN", "read_log"),
     ("service_version_matches_tree", {"version": "0.0.9"}, "WARN", "restart"),
 )
 

@@ -906,7 +906,8 @@ UNUSUAL = {
     "PROXY_API_KEY": "client-key", "OCP_ADMIN_KEY": "admin-key", "CLAUDE_BIN": "/bin/claude",
     "NODE_OPTIONS": "--require=/tmp/x.js", "LD_PRELOAD": "/tmp/x.so", "PATHS": "x", "path": "x",
 }
-FIXED = {**ocp.FIXED_ENVIRONMENT, "CLAUDE_CODE_MAX_RETRIES": "2"}
+FIXED = {
+    **ocp.FIXED_ENVIRONMENT, "CLAUDE_CODE_MAX_RETRIES": "2", "CLAUDE_CODE_RESTRICTED": "1"}
 
 
 def child_env(environ: Json, **settings: str) -> dict[str, str]:
