@@ -2549,6 +2549,8 @@ SCHEMA_MOST_LEVELS = 100
 SCHEMA_MOST_VALUES = 100_000
 #: The property that holds a value which is no plain object.
 WRAPPER_NAME = "value"
+#: What was read of a schema is kept for the next request, if it is no longer than that.
+_KEPT_MOST_BYTES = 64 * 1024
 #: The longest text of what cannot be told as a schema.
 _NOTE_MOST_CHARS = 300
 
@@ -2675,6 +2677,23 @@ _PATTERN_RULES = _pattern_rules(
     (r".", r"\g<0>", None),
 )
 _CLASS = re.compile(r"(\[\^?)((?:[^\]\\]|\\.)+)\]", re.DOTALL)
+#: What may take for ever to match, unless it is rare: a repeated group, a reference back.
+_SLOW_PATTERN = re.compile(r"\)[*+?{]|\\[1-9k]|(?:[*+?}].*){4}", re.DOTALL)
+#: No longer one is read.
+_PATTERN_MOST_CHARS = 2_000
+
+
+class Pattern(NamedTuple):
+    """A regular expression of a client's."""
+
+    #: As JavaScript takes it in its strict way.
+    told: str
+    #: For Python; None if it may take for ever to match.
+    compiled: re.Pattern[str] | None
+
+    def may_match(self, name: str) -> bool:
+        """Return whether it matches, or nobody can tell."""
+        return self.compiled is None or self.compiled.search(name) is not None
 
 
 def _translated(text: str, rules: tuple[_PatternRule, ...]) -> tuple[str, str]:
@@ -2697,18 +2716,30 @@ def _translated(text: str, rules: tuple[_PatternRule, ...]) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def strict_pattern(text: str) -> tuple[str, re.Pattern[str]] | None:
-    """Return a regular expression as JavaScript takes it in its strict way, and for Python; None
-    for one that it does not take."""
+def strict_pattern(text: str) -> Pattern | None:
+    """Return a regular expression as JavaScript takes it; None for one that it does not take."""
+    if len(text) > _PATTERN_MOST_CHARS:
+        return None
     try:
         told, python = _translated(text, _PATTERN_RULES)
-        return told, re.compile(python)
+        compiled = re.compile(python)
     except (ValueError, re.error, OverflowError, RecursionError):
         return None
+    return Pattern(told, None if _SLOW_PATTERN.search(python) else compiled)
+
+
+#: Keywords that are not of today, or whose meaning hangs on others.
+_TO_MODERNIZE = {
+    "items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$dynamicRef",
+    "$recursiveRef", "discriminator", "example", "if", "then", "else", "unevaluatedProperties",
+    "unevaluatedItems",
+}
 
 
 def _modern(schema: Json) -> Json:
     """Return the schema with the keywords of older drafts, and of OpenAPI, in today's."""
+    if _TO_MODERNIZE.isdisjoint(schema):
+        return schema
     found = dict(schema)
     if isinstance(found.get("items"), list):
         found["prefixItems"] = found.pop("items")
@@ -2759,12 +2790,15 @@ class SchemaReading:
         self._named: dict[str, object] = {}
         #: The URI that references in a schema start from, by the schema's identity.
         self._bases: dict[int, str] = {}
-        #: The model's names of properties whose own it cannot use, and all that are taken.
+        #: The model's names of properties whose own it cannot use, the same the other way, and
+        #: all names that are taken.
         self.renamed: dict[str, str] = {}
+        self._new_names: dict[str, str] = {}
         self._taken: set[str] = set(PROTOTYPE_NAMES)
         self._survey(path)
         self.definitions: Json = {}
         self._definition_names: dict[int, str] = {}
+        self._taken_definitions: set[str] = set()
         self._unread: list[tuple[str, Json, str]] = []
         self.root = self.schema(document, path, 0)
         while self._unread:
@@ -2793,8 +2827,9 @@ class SchemaReading:
             self._taken.update(value)
             left += [(item, base, level + 1) for item in value.values()]
             for keyword in ("$defs", "definitions", "schemas"):
-                if isinstance(value.get(keyword), dict):
-                    self._named = {**value[keyword], **self._named}
+                found = value.get(keyword)
+                for name, schema in found.items() if isinstance(found, dict) else ():
+                    self._named.setdefault(name, schema)
 
     def _check_level(self, level: int, path: str) -> None:
         if level > SCHEMA_MOST_LEVELS:
@@ -2890,7 +2925,7 @@ class SchemaReading:
             pattern = strict_pattern(key)
             if pattern is None:
                 return _UNREADABLE
-            found[pattern[0]] = self.schema(item, f"{path}.{key}", level + 1)
+            found[pattern.told] = self.schema(item, f"{path}.{key}", level + 1)
         return found
 
     def _require_flagged(self, properties: object, plain: Json) -> None:
@@ -2909,19 +2944,10 @@ class SchemaReading:
         """Return the model's name of a property."""
         if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", own) and own not in PROTOTYPE_NAMES:
             return own
-        known = [name for name, original in self.renamed.items() if original == own]
-        if known:
-            return known[0]
-        letters = unicodedata.normalize("NFKD", own).encode("ascii", "ignore").decode("ascii")
-        readable = re.sub(r"[^A-Za-z0-9.-]+", "_", letters).strip("_")[:56] or "property"
-        name = next(
-            name for name in itertools.chain(
-                [readable], (f"{readable}_{number}" for number in itertools.count(2))
-            ) if name not in self._taken
-        )
-        self._taken.add(name)
-        self.renamed[name] = own
-        return name
+        if own not in self._new_names:
+            name = self._new_names[own] = _new_name(own, "property", self._taken)
+            self.renamed[name] = own
+        return self._new_names[own]
 
     def _reference(self, value: object, base: str, path: str) -> object:
         target = self._target(value, base) if isinstance(value, str) else _UNREADABLE
@@ -2933,10 +2959,8 @@ class SchemaReading:
         key = id(target) if isinstance(target, dict) else int(target)
         if key not in self._definition_names:
             last = urllib.parse.unquote(str(value).rpartition("/")[2])
-            stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", last).strip("_")[:56] or "schema"
-            used = set(self._definition_names.values())
-            names = itertools.chain([stem], (f"{stem}_{n}" for n in itertools.count(2)))
-            name = self._definition_names[key] = next(n for n in names if n not in used)
+            name = _new_name(last, "schema", self._taken_definitions)
+            self._definition_names[key] = name
             schema = target if isinstance(target, dict) else ({} if target else {"not": {}})
             self._unread.append((name, schema, f"{path}.$ref"))
         return f"#/$defs/{self._definition_names[key]}"
@@ -2961,18 +2985,24 @@ class SchemaReading:
 
     def _check_ends(self, path: str) -> None:
         """Raises BadRequest for definitions of which each is only another one, in a circle."""
-        leads_to = {name: set(_same_value(each)) for name, each in self.definitions.items()}
-        left = dict(leads_to)
-        while True:
-            ended = [name for name, others in left.items() if not others & set(left)]
-            if not ended:
-                break
-            for name in ended:
-                del left[name]
-        if left:
-            raise BadRequest(
-                f"{path}: {', '.join(sorted(left))} is defined by itself only.", param=path
-            )
+        ends: set[str] = set()
+        for start in self.definitions:
+            stack = [(start, iter(_same_value(self.definitions[start])))]
+            open_names = {start}
+            while stack:
+                name, others = stack[-1]
+                other = next((each for each in others if each not in ends), None)
+                if other in open_names:
+                    raise BadRequest(
+                        f"{path}: the definition {other!r} leads back to itself only.", param=path
+                    )
+                if other is None:
+                    stack.pop()
+                    open_names.discard(name)
+                    ends.add(name)
+                else:
+                    stack.append((other, iter(_same_value(self.definitions[other]))))
+                    open_names.add(other)
 
     # -- other keywords -----------------------------------------------------------------------
 
@@ -3000,7 +3030,7 @@ class SchemaReading:
 
     def _pattern(self, value: object, path: str, level: int) -> object:
         found = strict_pattern(value) if isinstance(value, str) else None
-        return _UNREADABLE if found is None else found[0]
+        return _UNREADABLE if found is None else found.told
 
     def _names(self, value: object, path: str, level: int) -> object:
         if isinstance(value, bool):
@@ -3019,6 +3049,8 @@ class SchemaReading:
         }
 
     def _types(self, value: object, path: str, level: int) -> object:
+        if isinstance(value, str) and value in _TYPES:
+            return value
         given = value if isinstance(value, list) else [value]
         words = [item.strip().lower() if isinstance(item, str) else item for item in given]
         if any(word in _ANY_TYPE for word in words if isinstance(word, str)):
@@ -3048,6 +3080,19 @@ class SchemaReading:
         if isinstance(value, list):
             return [self._value(item, path, level) for item in value]
         return value
+
+
+def _new_name(own: str, stem: str, taken: set[str]) -> str:
+    """Return a readable name that the API takes and that is not `taken`, which it is then. `stem`
+    is for names without a letter of its."""
+    decomposed = unicodedata.normalize("NFKD", own)
+    letters = "".join(each for each in decomposed if not unicodedata.combining(each))
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", letters).strip("_")[:48] or stem
+    # From the second on, where to look begins behind the names that there are.
+    numbers = itertools.chain(["", "_2", "_3"], (f"_{n}" for n in itertools.count(len(taken))))
+    name = next(readable + number for number in numbers if readable + number not in taken)
+    taken.add(name)
+    return name
 
 
 def _at(value: object, tokens: list[str]) -> object:
@@ -3119,8 +3164,25 @@ def told_schema(document: Json, path: str, *, is_tool: bool) -> ToldSchema:
     """Return the schema of a tool's arguments, or of an answer, as claude is told it.
 
     Raises BadRequest, naming the place below `path`, for what cannot be read. The formats of an
-    answer are told in words: not every claude knows them.
+    answer are told in words: not every claude knows them. Clients send the same schemas with
+    every request; nobody may change what is returned.
     """
+    try:
+        text = to_json(document)
+    except RecursionError:
+        text = b""
+    if 0 < len(text) <= _KEPT_MOST_BYTES:
+        return _told_before(text, path, is_tool)
+    return _newly_told(document, path, is_tool)
+
+
+@functools.lru_cache(maxsize=256)
+def _told_before(text: bytes, path: str, is_tool: bool) -> ToldSchema:
+    document: Any = from_json(text)
+    return _newly_told(document, path, is_tool)
+
+
+def _newly_told(document: Json, path: str, is_tool: bool) -> ToldSchema:
     reading = SchemaReading(document, path)
     root = _joined(reading.root, reading.definitions)
     if is_tool:
@@ -3140,7 +3202,7 @@ def told_schema(document: Json, path: str, *, is_tool: bool) -> ToldSchema:
     lost: list[str] = []
     told = _told(exact, lost, formats=is_tool)
     renamed = tuple(reading.renamed.items())
-    return ToldSchema(told, wrapped, renamed, exact if lost and not is_tool else None)
+    return ToldSchema(told, wrapped, renamed, exact if lost else None)
 
 
 def _joined(root: Json, definitions: Json) -> Json:
@@ -3280,7 +3342,7 @@ def _drop_overlapping(schema: Json, lost: list[str], notes: Json) -> None:
     patterns = schema.get("patternProperties", {})
     for text in list(patterns):
         found = strict_pattern(text)
-        if found is not None and any(map(found[1].search, schema.get("properties", ()))):
+        if found is None or any(map(found.may_match, schema.get("properties", ()))):
             notes.setdefault("patternProperties", {})[text] = patterns.pop(text)
             lost.append("patternProperties")
             schema.pop("additionalProperties", None)
@@ -3328,10 +3390,10 @@ def _fit_contained(value: Any, wanted: Any, schema: Json, fits: _Fits) -> bool:
 
 def _fit_additional(value: Any, rest: Any, schema: Json, fits: _Fits) -> bool:
     known, patterns = schema.get("properties", ()), schema.get("patternProperties", ())
-    expressions = [found[1] for found in map(strict_pattern, patterns) if found is not None]
+    found = [each for each in map(strict_pattern, patterns) if each is not None]
     return all(
         fits(item, rest) for name, item in value.items()
-        if name not in known and not any(each.search(name) for each in expressions)
+        if name not in known and not any(each.may_match(name) for each in found)
     )
 
 
@@ -3339,7 +3401,7 @@ def _fit_patterns(value: Any, patterns: Any, schema: Json, fits: _Fits) -> bool:
     pairs = [(strict_pattern(text), wanted) for text, wanted in patterns.items()]
     return all(
         fits(item, wanted) for name, item in value.items() for found, wanted in pairs
-        if found is not None and found[1].search(name)
+        if found is not None and found.compiled is not None and found.compiled.search(name)
     )
 
 
@@ -6303,7 +6365,7 @@ class TurnReader:
         elif kind == "rate_limit_event":
             self.window = plan_window(line) or self.window
         elif kind == "system" and line.get("subtype") == "init":
-            self._check_offered(line.get("tools"))
+            self._check_offered(line)
         elif kind == "system" and line.get("subtype") == "api_retry":
             self.retries += 1
         elif kind == "control_response":
@@ -6478,12 +6540,18 @@ class TurnReader:
         if not fit:
             raise UpstreamFailed("The model's answer does not fit the schema; ask again.")
 
-    def _check_offered(self, names: object) -> None:
-        """Raises BadRequest when claude does not offer the model what it was told to. It says so
-        before it asks the API."""
+    def _check_offered(self, line: Json) -> None:
+        """Raises BadRequest when claude does not offer the model what it was told to, and
+        UpstreamFailed when it has not asked for the tools. It says so before it asks the API."""
+        names, servers = line.get("tools"), line.get("mcp_servers")
         if not isinstance(names, list):
             return
         missing = [tool.name for name, tool in self._tools.items() if name not in names]
+        found = servers if isinstance(servers, list) else []
+        states = [_object(each).get("status") for each in found
+                  if _object(each).get("name") == TOOL_SERVER]
+        if missing and states not in ([], ["connected"]):
+            raise UpstreamFailed("claude did not ask for the client's tools; try again.")
         if missing:
             raise BadRequest(
                 f"tools: claude does not take {', '.join(missing)}; simplify the schema.",
