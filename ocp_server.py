@@ -2677,8 +2677,9 @@ _PATTERN_RULES = _pattern_rules(
     (r".", r"\g<0>", None),
 )
 _CLASS = re.compile(r"(\[\^?)((?:[^\]\\]|\\.)+)\]", re.DOTALL)
-#: What may take for ever to match, unless it is rare: a repeated group, a reference back.
-_SLOW_PATTERN = re.compile(r"\)[*+?{]|\\[1-9k]|(?:[*+?}].*){4}", re.DOTALL)
+#: What may take for ever to match: a group that is repeated, a reference back; many repetitions.
+_SLOW_PATTERN = re.compile(r"\)[*+?{]|\\[1-9]|\(\?P=")
+_PATTERN_MOST_REPETITIONS = 3
 #: No longer one is read.
 _PATTERN_MOST_CHARS = 2_000
 
@@ -2725,7 +2726,9 @@ def strict_pattern(text: str) -> Pattern | None:
         compiled = re.compile(python)
     except (ValueError, re.error, OverflowError, RecursionError):
         return None
-    return Pattern(told, None if _SLOW_PATTERN.search(python) else compiled)
+    repetitions = sum(map(python.count, "*+?{"))
+    is_slow = repetitions > _PATTERN_MOST_REPETITIONS or _SLOW_PATTERN.search(python)
+    return Pattern(told, None if is_slow else compiled)
 
 
 #: Keywords that are not of today, or whose meaning hangs on others.
@@ -2779,8 +2782,9 @@ def _with_plain_unevaluated(schema: Json) -> Json:
 class SchemaReading:
     """One schema of a client's, read into plain 2020-12.
 
-    References lead to `definitions`, by names; `names` are those of the properties. `path` is the
-    schema's own, as errors name it.
+    `root` is the schema, `definitions` is what its references lead to, and `renamed` are the
+    properties that have another name in both: this one, the client's. Making one raises
+    BadRequest, which names the place below `path`, for what cannot be mended.
     """
 
     def __init__(self, document: Json, path: str) -> None:
@@ -2807,7 +2811,7 @@ class SchemaReading:
         self._check_ends(path)
 
     def _survey(self, path: str) -> None:
-        """Notes the names in the document. Raises BadRequest if there are too many values."""
+        """Note what the document calls its parts. Raises BadRequest if it is too large."""
         left: list[tuple[object, str, int]] = [(self._document, "", 0)]
         count = 0
         while left:
@@ -2839,7 +2843,7 @@ class SchemaReading:
             )
 
     def _note_identity(self, value: Json, base: str) -> str:
-        """Notes how a schema may be referred to; the URI that its own references start from."""
+        """Note how a schema may be referred to. Return the URI that its references start from."""
         for keyword in ("$id", "id"):
             identity = value.get(keyword)
             if isinstance(identity, str) and identity:
@@ -2929,7 +2933,7 @@ class SchemaReading:
         return found
 
     def _require_flagged(self, properties: object, plain: Json) -> None:
-        """Draft-03, and many who write by hand, say at a property that it is required."""
+        """Note which properties say of themselves that they are required, as in draft-03."""
         if isinstance(properties, dict):
             flagged = [
                 self._name(key) for key, item in properties.items()
@@ -2984,7 +2988,7 @@ class SchemaReading:
         return self._named.get(tokens[-1], _UNREADABLE) if tokens else _UNREADABLE
 
     def _check_ends(self, path: str) -> None:
-        """Raises BadRequest for definitions of which each is only another one, in a circle."""
+        """Raise BadRequest for definitions of which each is only another one, in a circle."""
         ends: set[str] = set()
         for start in self.definitions:
             stack = [(start, iter(_same_value(self.definitions[start])))]
@@ -3338,7 +3342,7 @@ def _in_words(schema: Json) -> str:
 
 
 def _drop_overlapping(schema: Json, lost: list[str], notes: Json) -> None:
-    """Takes patterns of names out that match a named property: claude takes no such schema."""
+    """Take out patterns of names that match a named property: claude takes no such schema."""
     patterns = schema.get("patternProperties", {})
     for text in list(patterns):
         found = strict_pattern(text)
@@ -3486,8 +3490,8 @@ _BETWEEN = re.compile(r'[^"{}\[\],:]+')
 
 
 class ClientForm:
-    """Takes JSON of the model's, which comes in pieces, to the client's form: without the wrapper,
-    and with the client's names of properties.
+    """JSON of the model's, which comes in pieces, in the client's form: without the wrapper, and
+    with the client's names of properties.
 
     Each piece is passed on as far as it is certain. What is not wrapped although it should be is
     passed on as it is: only claude can refuse it.
