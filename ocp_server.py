@@ -25,22 +25,23 @@ Sections (search for "==== 8" to jump to the eighth):
      7. Store              the SQLite file, and the settings changed at run time
      8. Keys and callers   who may use which route, and the keys of devices
      9. Usage and quotas   one row for each request, and what keys may use
-    10. Dialects           wire formats: a body becomes a Turn, events become an answer
-    11. Claude protocol    what is said to claude and what its lines mean; pure
-    12. Claude process     the program on disk, one child, its pipes, and its end
-    13. Gate and spares    who may run now; idle processes that wait for work
-    14. Parking            what is kept of a conversation for its next message
-    15. Cache              answers given again, and shared while they come
-    16. Account            what is known about login and plan, learned from answers
-    17. Metrics            counters and histograms since the start
-    18. App                owns every long-lived object; answering one turn
-    19. API description    what a route is, and the OpenAPI document of them all
-    20. Dashboard          the page for the operator, and what it may do
-    21. Endpoints          one function for each route
-    22. Routes             the table of routes
-    23. HTTP server        sockets, bodies, one thread for each connection
-    24. Demo claude        the stand-in behind --demo
-    25. Command line       arguments, signals, main
+    10. JSON Schema        schemas of tools and answers, put into words that all take
+    11. Dialects           wire formats: a body becomes a Turn, events become an answer
+    12. Claude protocol    what is said to claude and what its lines mean; pure
+    13. Claude process     the program on disk, one child, its pipes, and its end
+    14. Gate and spares    who may run now; idle processes that wait for work
+    15. Parking            what is kept of a conversation for its next message
+    16. Cache              answers given again, and shared while they come
+    17. Account            what is known about login and plan, learned from answers
+    18. Metrics            counters and histograms since the start
+    19. App                owns every long-lived object; answering one turn
+    20. API description    what a route is, and the OpenAPI document of them all
+    21. Dashboard          the page for the operator, and what it may do
+    22. Endpoints          one function for each route
+    23. Routes             the table of routes
+    24. HTTP server        sockets, bodies, one thread for each connection
+    25. Demo claude        the stand-in behind --demo
+    26. Command line       arguments, signals, main
 """
 from __future__ import annotations
 
@@ -88,6 +89,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -1323,8 +1325,12 @@ class Tool(NamedTuple):
 
     name: str
     description: str
-    #: The JSON schema of its arguments, as the client gave it.
+    #: The JSON schema of its arguments, as claude is told it.
     schema: Json
+    #: Whether the arguments stand in an object of their own there, and the properties that have
+    #: another name there than with the client: the one there, the client's.
+    wrapped: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 class ToolChoice(NamedTuple):
@@ -1350,6 +1356,10 @@ class Shape(NamedTuple):
 
     schema: Json
     wrapped: bool
+    #: Properties that have another name in it than with the client: the one in it, the client's.
+    renamed: tuple[tuple[str, str], ...] = ()
+    #: A schema that says more, which the answer has to fit too.
+    exact: Json | None = None
 
 
 class Options(NamedTuple):
@@ -2560,7 +2570,1076 @@ _NAME_NOW = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), call
 _HOUR = "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')"
 
 
-# ==== 10. Dialects ===========================================================
+# ==== 10. JSON Schema ========================================================
+# The schemas of tools and of shaped answers. Clients write every draft, OpenAPI and what is nearly
+# a schema. claude's validator knows draft-07, and takes no schema at all for one word that it does
+# not know; the API reads 2020-12 and has rules of its own for roots and for names of properties.
+# So a schema is read into plain 2020-12, and told in the words that all of them share. What the
+# model says in that form is taken back to the client's form, also while it comes.
+
+#: Names that every object of JavaScript has: claude, which is written in it, finds a property or
+#: a tool of such a name where there is none.
+PROTOTYPE_NAMES = (
+    "__defineGetter__", "__defineSetter__", "__lookupGetter__", "__lookupSetter__", "__proto__",
+    "constructor", "hasOwnProperty", "isPrototypeOf", "propertyIsEnumerable", "toLocaleString",
+    "toString", "valueOf",
+)
+#: How deep a schema may be nested, and how many values it may hold. claude takes no more values.
+SCHEMA_MOST_LEVELS = 100
+SCHEMA_MOST_VALUES = 100_000
+#: The property that holds a value which is no plain object.
+WRAPPER_NAME = "value"
+#: What was read of a schema is kept for the next request, if it is no longer than that.
+_KEPT_MOST_BYTES = 64 * 1024
+#: The longest text of what cannot be told as a schema.
+_NOTE_MOST_CHARS = 300
+
+#: The types, by what clients call them in small letters.
+_TYPE_NAMES = {
+    **{name: name for name in (
+        "null", "boolean", "integer", "number", "string", "array", "object"
+    )},
+    "none": "null", "nil": "null", "nonetype": "null", "bool": "boolean", "int": "integer",
+    "int32": "integer", "int64": "integer", "long": "integer", "float": "number",
+    "double": "number", "decimal": "number", "str": "string", "text": "string",
+    "file": "string", "list": "array", "tuple": "array", "set": "array", "dict": "object",
+    "map": "object", "record": "object",
+}
+#: What clients write for a value of any type.
+_ANY_TYPE = ("any", "mixed", "unknown", "")
+
+#: How the value of a keyword is read: by the method of SchemaReading of this name. Keywords that
+#: are not here say nothing about a value.
+_KEYWORDS = {
+    **dict.fromkeys(("title", "description", "format"), "text"),
+    **dict.fromkeys(
+        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), "number"
+    ),
+    **dict.fromkeys(
+        ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties",
+         "minContains", "maxContains"), "count"
+    ),
+    **dict.fromkeys(
+        ("items", "contains", "propertyNames", "not", "if", "then", "else",
+         "additionalProperties", "unevaluatedProperties", "unevaluatedItems"), "schema"
+    ),
+    **dict.fromkeys(("allOf", "anyOf", "oneOf", "prefixItems"), "schemas"),
+    **dict.fromkeys(("const", "default"), "value"),
+    "properties": "properties", "patternProperties": "patterns", "dependentSchemas": "by_name",
+    "required": "names", "dependentRequired": "names_by_name", "type": "types",
+    "enum": "choices", "examples": "examples", "pattern": "pattern", "uniqueItems": "flag",
+    "$ref": "reference",
+}
+#: Keywords of 2020-12 that say what draft-07 cannot.
+_BEYOND_DRAFT_07 = (
+    "prefixItems", "dependentRequired", "dependentSchemas", "minContains", "maxContains",
+    "unevaluatedProperties", "unevaluatedItems",
+)
+#: Keywords whose schemas are about the same value as the schema that they stand in.
+_SAME_VALUE = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "then", "else")
+#: What the API does not take at the root of a tool.
+_NOT_AT_ROOT = ("$ref", "allOf", "anyOf", "oneOf")
+#: Constraints that no validator here knows, and that a model can heed if it reads of them.
+_ONLY_TOLD = ("contentEncoding", "contentMediaType", "divisibleBy")
+#: All that the schema of an object may say for it to be joined with another one.
+_JOINABLE = {"type", "title", "description", "default", "examples", "properties", "required"}
+#: Stands for the value of a keyword that cannot be read.
+_UNREADABLE = object()
+
+
+class ToldSchema(NamedTuple):
+    """A schema as claude is told it, and what leads back to the client's."""
+
+    schema: Json
+    #: Whether it describes an object that holds the value under WRAPPER_NAME.
+    wrapped: bool = False
+    #: Properties that the model knows by another name than the client: its own, the client's.
+    renamed: tuple[tuple[str, str], ...] = ()
+    #: The same schema in 2020-12 where that says more; the value is named as the model does.
+    exact: Json | None = None
+
+
+def _equality_key(value: object) -> str:
+    """Return what is the same for values that are equal in JSON Schema."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, list):
+        return "[" + ",".join(map(_equality_key, value)) + "]"
+    if isinstance(value, dict):
+        items = sorted(value.items())
+        return "{" + ",".join(f"{key!r}:{_equality_key(item)}" for key, item in items) + "}"
+    return json.dumps(value)
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """Return the values without those that are equal to an earlier one."""
+    found: dict[str, Any] = {}
+    for value in values:
+        found.setdefault(_equality_key(value), value)
+    return list(found.values())
+
+
+#: Pieces of a regular expression in a class and outside: what a piece looks like, what it is in
+#: JavaScript, and in Python if that differs. None for a piece that JavaScript does not know.
+_PatternRule = tuple["re.Pattern[str]", "str | None", "str | None"]
+
+
+def _pattern_rules(*rules: tuple[str, str | None, str | None]) -> tuple[_PatternRule, ...]:
+    return tuple((re.compile(text, re.DOTALL), told, python) for text, told, python in rules)
+
+
+_KNOWN_ESCAPES = r"\\(?:[dDwWsStnvfr^$\\.*+?()\[\]{}|/]|0(?!\d)|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})"
+_CATEGORY = r"\\p\{(?:L[ultmo]?|M[nce]?|N[dlo]?|P[cdseifo]?|S[mcko]?|Z[slp]?)\}"
+_IN_CLASS_RULES = _pattern_rules(
+    (_KNOWN_ESCAPES, r"\g<0>", None),
+    (_CATEGORY, r"\g<0>", r"\\w"),
+    (r"\\-|(?<=\\[dDwWsS])-|-(?=\\[dDwWsS])", r"\\-", None),
+    (r"\\([^A-Za-z0-9])", r"\1", None),
+    (r"\\", None, None),
+    (r"\[", r"\\[", None),
+    (r".", r"\g<0>", None),
+)
+_PATTERN_RULES = _pattern_rules(
+    (_KNOWN_ESCAPES, r"\g<0>", None),
+    (_CATEGORY, r"\g<0>", r"\\w"),
+    (r"\\[bB]|\\[1-9]", r"\g<0>", None),
+    (r"\\k<(\w+)>", r"\g<0>", r"(?P=\1)"),
+    (r"\\A", "^", None),
+    (r"\\[Zz]", "$", None),
+    (r"\\([^A-Za-z0-9])", r"\1", None),
+    (r"\\", None, None),
+    (r"\(\?P?<([A-Za-z_]\w*)>", r"(?<\1>", r"(?P<\1>"),
+    (r"\(\?(?:[:=!]|<[=!])", r"\g<0>", None),
+    (r"\(\?", None, None),
+    (r"(?:[*+?]|\{\d+(?:,\d*)?\})\??(?![*+?])", r"\g<0>", None),
+    (r"[*+?]", None, None),
+    (r"[{}\]]", r"\\\g<0>", None),
+    (r".", r"\g<0>", None),
+)
+_CLASS = re.compile(r"(\[\^?)((?:[^\]\\]|\\.)+)\]", re.DOTALL)
+#: What may take for ever to match: a group that is repeated, a reference back; many repetitions.
+_SLOW_PATTERN = re.compile(r"\)[*+?{]|\\[1-9]|\(\?P=")
+_PATTERN_MOST_REPETITIONS = 3
+#: No longer one is read.
+_PATTERN_MOST_CHARS = 2_000
+
+
+class Pattern(NamedTuple):
+    """A regular expression of a client's."""
+
+    #: As JavaScript takes it in its strict way.
+    told: str
+    #: For Python; None if it may take for ever to match.
+    compiled: re.Pattern[str] | None
+
+    def may_match(self, name: str) -> bool:
+        """Return whether it matches, or nobody can tell."""
+        return self.compiled is None or self.compiled.search(name) is not None
+
+
+def _translated(text: str, rules: tuple[_PatternRule, ...]) -> tuple[str, str]:
+    """Return a regular expression for JavaScript and for Python. Raises ValueError for one that
+    JavaScript does not take."""
+    told, python, at = "", "", 0
+    while at < len(text):
+        found = _CLASS.match(text, at) if rules is _PATTERN_RULES else None
+        if found is not None:
+            inner = _translated(found[2], _IN_CLASS_RULES)
+            pieces = tuple(f"{found[1]}{piece}]" for piece in inner)
+        else:
+            matches = ((pattern.match(text, at), form, other) for pattern, form, other in rules)
+            found, form, other = next(each for each in matches if each[0] is not None)
+            if found is None or form is None:
+                raise ValueError(text)
+            pieces = (found.expand(form), found.expand(other or form))
+        told, python, at = told + pieces[0], python + pieces[1], found.end()
+    return told, python
+
+
+@functools.lru_cache(maxsize=1024)
+def strict_pattern(text: str) -> Pattern | None:
+    """Return a regular expression as JavaScript takes it; None for one that it does not take."""
+    if len(text) > _PATTERN_MOST_CHARS:
+        return None
+    try:
+        told, python = _translated(text, _PATTERN_RULES)
+        compiled = re.compile(python)
+    except (ValueError, re.error, OverflowError, RecursionError):
+        return None
+    repetitions = sum(map(python.count, "*+?{"))
+    is_slow = repetitions > _PATTERN_MOST_REPETITIONS or _SLOW_PATTERN.search(python)
+    return Pattern(told, None if is_slow else compiled)
+
+
+#: Keywords that are not of today, or whose meaning hangs on others.
+_TO_MODERNIZE = {
+    "items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$dynamicRef",
+    "$recursiveRef", "discriminator", "example", "if", "then", "else", "unevaluatedProperties",
+    "unevaluatedItems",
+}
+
+
+def _modern(schema: Json) -> Json:
+    """Return the schema with the keywords of older drafts, and of OpenAPI, in today's."""
+    if _TO_MODERNIZE.isdisjoint(schema):
+        return schema
+    found = dict(schema)
+    if isinstance(found.get("items"), list):
+        found["prefixItems"] = found.pop("items")
+        if "additionalItems" in found:
+            found["items"] = found.pop("additionalItems")
+    dependencies = found.pop("dependencies", None)
+    if isinstance(dependencies, dict):
+        lists = {k: v for k, v in dependencies.items() if isinstance(v, (list, str))}
+        others = {k: v for k, v in dependencies.items() if k not in lists}
+        found.update({k: v for k, v in (
+            ("dependentRequired", lists), ("dependentSchemas", others)) if v})
+    for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if isinstance(found.get(exclusive), bool):
+            if found.pop(exclusive) and bound in found:
+                found[exclusive] = found.pop(bound)
+    for keyword in ("$dynamicRef", "$recursiveRef"):
+        if keyword in found:
+            found.setdefault("$ref", found.pop(keyword))
+    if "discriminator" in found and "oneOf" in found and "anyOf" not in found:
+        found["anyOf"] = found.pop("oneOf")
+    if "example" in found and "examples" not in found:
+        found["examples"] = [found["example"]]
+    if "if" not in found or not {"then", "else"} & set(found):
+        found = {k: v for k, v in found.items() if k not in ("if", "then", "else")}
+    return _with_plain_unevaluated(found)
+
+
+def _with_plain_unevaluated(schema: Json) -> Json:
+    """Return the schema with what is unevaluated as what is additional, where that is the same."""
+    pairs = (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items"))
+    for keyword, plain in pairs:
+        if keyword in schema and not {*_SAME_VALUE, "dependentSchemas", "contains"} & set(schema):
+            schema.setdefault(plain, schema.pop(keyword))
+    return schema
+
+
+class SchemaReading:
+    """One schema of a client's, read into plain 2020-12.
+
+    `root` is the schema, `definitions` is what its references lead to, and `renamed` are the
+    properties that have another name in both: this one, the client's. Making one raises
+    BadRequest, which names the place below `path`, for what cannot be mended.
+    """
+
+    def __init__(self, document: Json, path: str) -> None:
+        self._document = document
+        #: What references may lead to: by URI, and by the name under which it is defined.
+        self._resources: dict[str, object] = {}
+        self._named: dict[str, object] = {}
+        #: The URI that references in a schema start from, by the schema's identity.
+        self._bases: dict[int, str] = {}
+        #: The model's names of properties whose own it cannot use, the same the other way, and
+        #: all names that are taken.
+        self.renamed: dict[str, str] = {}
+        self._new_names: dict[str, str] = {}
+        self._taken: set[str] = set(PROTOTYPE_NAMES)
+        self._survey(path)
+        self.definitions: Json = {}
+        self._definition_names: dict[int, str] = {}
+        self._taken_definitions: set[str] = set()
+        self._unread: list[tuple[str, Json, str]] = []
+        self.root = self.schema(document, path, 0)
+        while self._unread:
+            name, target, target_path = self._unread.pop()
+            self.definitions[name] = self.schema(target, target_path, 0)
+        self._check_ends(path)
+
+    def _survey(self, path: str) -> None:
+        """Note what the document calls its parts. Raises BadRequest if it is too large."""
+        left: list[tuple[object, str, int]] = [(self._document, "", 0)]
+        count = 0
+        while left:
+            value, base, level = left.pop()
+            count += 1
+            # Each level of schemas takes two of JSON in most places.
+            self._check_level(level // 2, path)
+            if count > SCHEMA_MOST_VALUES:
+                raise BadRequest(
+                    f"{path}: a schema may hold {SCHEMA_MOST_VALUES} values.", param=path
+                )
+            if isinstance(value, list):
+                left += [(item, base, level + 1) for item in value]
+            if not isinstance(value, dict):
+                continue
+            base = self._note_identity(value, base)
+            self._taken.update(value)
+            left += [(item, base, level + 1) for item in value.values()]
+            for keyword in ("$defs", "definitions", "schemas"):
+                found = value.get(keyword)
+                for name, schema in found.items() if isinstance(found, dict) else ():
+                    self._named.setdefault(name, schema)
+
+    def _check_level(self, level: int, path: str) -> None:
+        if level > SCHEMA_MOST_LEVELS:
+            raise BadRequest(
+                f"{path[:200]}: a schema may be nested {SCHEMA_MOST_LEVELS} levels deep.",
+                param=path[:200],
+            )
+
+    def _note_identity(self, value: Json, base: str) -> str:
+        """Note how a schema may be referred to. Return the URI that its references start from."""
+        for keyword in ("$id", "id"):
+            identity = value.get(keyword)
+            if isinstance(identity, str) and identity:
+                uri = urllib.parse.urljoin(base, identity) if base else identity
+                self._resources.setdefault(uri.rstrip("#"), value)
+                base = uri.partition("#")[0] or base
+        for keyword in ("$anchor", "$dynamicAnchor"):
+            if isinstance(value.get(keyword), str):
+                self._resources.setdefault(f"{base}#{value[keyword]}", value)
+        self._bases[id(value)] = base
+        return base
+
+    # -- schemas ------------------------------------------------------------------------------
+
+    def schema(self, value: object, path: str, level: int) -> Json:
+        """Return a schema. Raises BadRequest for what is none and cannot be meant as one."""
+        self._check_level(level, path)
+        if isinstance(value, bool) or value is None:
+            return {"not": {}} if value is False else {}
+        if isinstance(value, str):
+            value = {"type": value}
+        if not isinstance(value, dict):
+            raise BadRequest(f"{path}: must be a JSON schema, an object.", param=path)
+        plain: Json = {}
+        notes = {k: value[k] for k in _ONLY_TOLD if isinstance(value.get(k), (str, int, float))}
+        for keyword, given in _modern(value).items():
+            reader = _KEYWORDS.get(keyword)
+            if reader is None or (given is None and reader != "value"):
+                continue
+            if reader == "reference":
+                found: object = self._reference(given, self._bases.get(id(value), ""), path)
+            else:
+                found = getattr(self, "_" + reader)(given, f"{path}.{keyword}", level)
+            if found is _UNREADABLE:
+                notes[keyword] = given
+            else:
+                plain[keyword] = found
+        self._require_flagged(value.get("properties"), plain)
+        if "patternProperties" in notes:
+            # What fitted a pattern is additional now.
+            plain.pop("additionalProperties", None)
+        if "propertyNames" in plain and set(plain.get("properties", ())) & set(self.renamed):
+            notes["propertyNames"] = plain.pop("propertyNames")
+        plain = _consistent(plain)
+        if value.get("nullable") is True or value.get("x-nullable") is True:
+            plain = _or_null(plain)
+        return _noted(plain, notes)
+
+    def _schema(self, value: object, path: str, level: int) -> object:
+        return value if isinstance(value, bool) else self.schema(value, path, level + 1)
+
+    def _schemas(self, value: object, path: str, level: int) -> object:
+        items = value if isinstance(value, list) else [value]
+        return [
+            self.schema(item, f"{path}[{index}]", level + 1)
+            for index, item in enumerate(items) if item is not None
+        ] or _UNREADABLE
+
+    def _by_name(self, value: object, path: str, level: int) -> Json:
+        if value == []:
+            # PHP's empty object.
+            return {}
+        if not isinstance(value, dict):
+            raise BadRequest(f"{path}: must be an object of JSON schemas.", param=path)
+        return {
+            self._name(key): self.schema(item, f"{path}.{key}", level + 1)
+            for key, item in value.items()
+        }
+
+    def _properties(self, value: object, path: str, level: int) -> object:
+        found = self._by_name(value, path, level)
+        for name, schema in found.items():
+            own = self.renamed.get(name)
+            if own is not None:
+                found[name] = _described(schema, f"Called {own!r}.")
+        return found
+
+    def _patterns(self, value: object, path: str, level: int) -> object:
+        if not isinstance(value, dict):
+            return _UNREADABLE
+        found: Json = {}
+        for key, item in value.items():
+            pattern = strict_pattern(key)
+            if pattern is None:
+                return _UNREADABLE
+            found[pattern.told] = self.schema(item, f"{path}.{key}", level + 1)
+        return found
+
+    def _require_flagged(self, properties: object, plain: Json) -> None:
+        """Note which properties say of themselves that they are required, as in draft-03."""
+        if isinstance(properties, dict):
+            flagged = [
+                self._name(key) for key, item in properties.items()
+                if isinstance(item, dict) and item.get("required") is True
+            ]
+            if flagged:
+                plain["required"] = _distinct([*plain.get("required", ()), *flagged])
+
+    # -- names and references -----------------------------------------------------------------
+
+    def _name(self, own: str) -> str:
+        """Return the model's name of a property."""
+        if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", own) and own not in PROTOTYPE_NAMES:
+            return own
+        if own not in self._new_names:
+            name = self._new_names[own] = _new_name(own, "property", self._taken)
+            self.renamed[name] = own
+        return self._new_names[own]
+
+    def _reference(self, value: object, base: str, path: str) -> object:
+        target = self._target(value, base) if isinstance(value, str) else _UNREADABLE
+        if not isinstance(target, (dict, bool)):
+            raise BadRequest(
+                f"{path}.$ref: {str(value)[:100]!r} leads to no schema in this one.",
+                param=f"{path}.$ref",
+            )
+        key = id(target) if isinstance(target, dict) else int(target)
+        if key not in self._definition_names:
+            last = urllib.parse.unquote(str(value).rpartition("/")[2])
+            name = _new_name(last, "schema", self._taken_definitions)
+            self._definition_names[key] = name
+            schema = target if isinstance(target, dict) else ({} if target else {"not": {}})
+            self._unread.append((name, schema, f"{path}.$ref"))
+        return f"#/$defs/{self._definition_names[key]}"
+
+    def _target(self, reference: str, base: str) -> object:
+        """Return what a reference leads to; _UNREADABLE if that is nothing."""
+        uri, _, fragment = urllib.parse.urljoin(base, reference).partition("#")
+        resource = self._resources.get(uri, self._document if uri == base else _UNREADABLE)
+        if not fragment:
+            return resource
+        whole = self._resources.get(f"{uri}#{fragment}")
+        if whole is not None:
+            return whole
+        tokens = urllib.parse.unquote(fragment).split("/")[1:]
+        tokens = [token.replace("~1", "/").replace("~0", "~") for token in tokens]
+        for start in (resource, self._document):
+            found = _at(start, tokens)
+            if found is not _UNREADABLE:
+                return found
+        # Whoever puts one schema into another forgets that its references now lead elsewhere.
+        return self._named.get(tokens[-1], _UNREADABLE) if tokens else _UNREADABLE
+
+    def _check_ends(self, path: str) -> None:
+        """Raise BadRequest for definitions of which each is only another one, in a circle."""
+        ends: set[str] = set()
+        for start in self.definitions:
+            stack = [(start, iter(_same_value(self.definitions[start])))]
+            open_names = {start}
+            while stack:
+                name, others = stack[-1]
+                other = next((each for each in others if each not in ends), None)
+                if other in open_names:
+                    raise BadRequest(
+                        f"{path}: the definition {other!r} leads back to itself only.", param=path
+                    )
+                if other is None:
+                    stack.pop()
+                    open_names.discard(name)
+                    ends.add(name)
+                else:
+                    stack.append((other, iter(_same_value(self.definitions[other]))))
+                    open_names.add(other)
+
+    # -- other keywords -----------------------------------------------------------------------
+
+    def _text(self, value: object, path: str, level: int) -> object:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return " ".join(value)
+        return value if isinstance(value, str) else _UNREADABLE
+
+    def _number(self, value: object, path: str, level: int) -> object:
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = from_json(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return _UNREADABLE
+        return value if value > 0 or not path.endswith("multipleOf") else _UNREADABLE
+
+    def _count(self, value: object, path: str, level: int) -> object:
+        number = self._number(value, path, level)
+        if not isinstance(number, (int, float)) or number < 0 or number != int(number):
+            return _UNREADABLE
+        return int(number)
+
+    def _flag(self, value: object, path: str, level: int) -> object:
+        return value if isinstance(value, bool) else _UNREADABLE
+
+    def _pattern(self, value: object, path: str, level: int) -> object:
+        found = strict_pattern(value) if isinstance(value, str) else None
+        return _UNREADABLE if found is None else found.told
+
+    def _names(self, value: object, path: str, level: int) -> object:
+        if isinstance(value, bool):
+            return []
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise BadRequest(f"{path}: must be an array of strings.", param=path)
+        return _distinct(map(self._name, items))
+
+    def _names_by_name(self, value: object, path: str, level: int) -> object:
+        if not isinstance(value, dict):
+            return _UNREADABLE
+        return {
+            self._name(key): self._names(item, f"{path}.{key}", level)
+            for key, item in value.items()
+        }
+
+    def _types(self, value: object, path: str, level: int) -> object:
+        if isinstance(value, str) and value in _TYPES:
+            return value
+        given = value if isinstance(value, list) else [value]
+        words = [item.strip().lower() if isinstance(item, str) else item for item in given]
+        if any(word in _ANY_TYPE for word in words if isinstance(word, str)):
+            return []
+        known = [_TYPE_NAMES.get(word) if isinstance(word, str) else None for word in words]
+        if not known or None in known:
+            return _UNREADABLE
+        found = _distinct(known)
+        return found if isinstance(value, list) and len(found) > 1 else found[0]
+
+    def _choices(self, value: object, path: str, level: int) -> object:
+        items = value if isinstance(value, list) else [value]
+        return [self._value(item, path, level) for item in _distinct(items)] or _UNREADABLE
+
+    def _examples(self, value: object, path: str, level: int) -> object:
+        if isinstance(value, dict):
+            # OpenAPI gives them names.
+            value = [e["value"] for e in value.values() if isinstance(e, dict) and "value" in e]
+        items = value if isinstance(value, list) else [value]
+        return [self._value(item, path, level) for item in items]
+
+    def _value(self, value: object, path: str, level: int) -> object:
+        """Return a value of the client's as the model would write it."""
+        if isinstance(value, dict):
+            found = value.items()
+            return {self._name(k): self._value(each, path, level) for k, each in found}
+        if isinstance(value, list):
+            return [self._value(item, path, level) for item in value]
+        return value
+
+
+def _new_name(own: str, stem: str, taken: set[str]) -> str:
+    """Return a readable name that the API takes and that is not `taken`, which it is then. `stem`
+    is for names without a letter of its."""
+    decomposed = unicodedata.normalize("NFKD", own)
+    letters = "".join(each for each in decomposed if not unicodedata.combining(each))
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", letters).strip("_")[:48] or stem
+    # From the second on, where to look begins behind the names that there are.
+    numbers = itertools.chain(["", "_2", "_3"], (f"_{n}" for n in itertools.count(len(taken))))
+    name = next(readable + number for number in numbers if readable + number not in taken)
+    taken.add(name)
+    return name
+
+
+def _at(value: object, tokens: list[str]) -> object:
+    """Return what these tokens of a JSON pointer lead to; _UNREADABLE if that is nothing."""
+    for token in tokens:
+        if isinstance(value, dict) and token in value:
+            value = value[token]
+        elif isinstance(value, list) and token.isdigit() and int(token) < len(value):
+            value = value[int(token)]
+        else:
+            return _UNREADABLE
+    return value
+
+
+def _same_value(schema: Json) -> Iterator[str]:
+    """Yield the names of the definitions that are about the same value as this schema."""
+    if "$ref" in schema:
+        yield schema["$ref"].rpartition("/")[2]
+    for keyword in _SAME_VALUE[1:]:
+        found = schema.get(keyword, ())
+        for each in [found] if isinstance(found, dict) else found:
+            yield from _same_value(each)
+
+
+def _consistent(schema: Json) -> Json:
+    """Return the schema without keywords that only other ones give a meaning."""
+    if schema.get("type") == []:
+        del schema["type"]
+    if schema.get("required") == [] and "properties" not in schema:
+        del schema["required"]
+    if "contains" not in schema or schema.get("minContains") == 0:
+        for keyword in ("minContains", "maxContains"):
+            schema.pop(keyword, None)
+    if "examples" in schema and not schema["examples"]:
+        del schema["examples"]
+    return schema
+
+
+def _or_null(schema: Json) -> Json:
+    """Return the schema of what fits this one, or is null."""
+    types = schema.get("type")
+    if types is None or set(_SAME_VALUE) & set(schema) or "const" in schema:
+        told: Json = {k: schema.pop(k) for k in ("title", "description") if k in schema}
+        return {**told, "anyOf": [schema, {"type": "null"}]}
+    both = _distinct([*(types if isinstance(types, list) else [types]), "null"])
+    found = {**schema, "type": both}
+    if "enum" in found:
+        found["enum"] = _distinct([*found["enum"], None])
+    return found
+
+
+def _described(schema: Json, words: str) -> Json:
+    """Return the schema with these words in front of its description."""
+    return {**schema, "description": " ".join(filter(None, (words, schema.get("description"))))}
+
+
+def _noted(schema: Json, notes: Mapping[str, object]) -> Json:
+    """Return the schema with a word in its description on each of these keywords."""
+    words = [f"{keyword}: {to_json(value).decode('utf-8')}" for keyword, value in notes.items()]
+    if not words:
+        return schema
+    note = f"({one_line('; '.join(words), _NOTE_MOST_CHARS)})"
+    return {**schema, "description": " ".join(filter(None, (schema.get("description"), note)))}
+
+
+# -- what claude is told --------------------------------------------------------------------------
+
+def told_schema(document: Json, path: str, *, is_tool: bool) -> ToldSchema:
+    """Return the schema of a tool's arguments, or of an answer, as claude is told it.
+
+    Raises BadRequest, naming the place below `path`, for what cannot be read. The formats of an
+    answer are told in words: not every claude knows them. Clients send the same schemas with
+    every request; nobody may change what is returned.
+    """
+    try:
+        text = to_json(document)
+    except RecursionError:
+        text = b""
+    if 0 < len(text) <= _KEPT_MOST_BYTES:
+        return _told_before(text, path, is_tool)
+    return _newly_told(document, path, is_tool)
+
+
+@functools.lru_cache(maxsize=256)
+def _told_before(text: bytes, path: str, is_tool: bool) -> ToldSchema:
+    document: Any = from_json(text)
+    return _newly_told(document, path, is_tool)
+
+
+def _newly_told(document: Json, path: str, is_tool: bool) -> ToldSchema:
+    reading = SchemaReading(document, path)
+    root = _joined(reading.root, reading.definitions)
+    if is_tool:
+        root = _of_arguments(root, path)
+    wrapped = root.get("type") != "object" or any(keyword in root for keyword in _NOT_AT_ROOT)
+    if wrapped:
+        root = {
+            "type": "object",
+            "properties": {WRAPPER_NAME: root},
+            "required": [WRAPPER_NAME],
+            "additionalProperties": False,
+        }
+    elif is_tool:
+        root = {"properties": {}, **root}
+    definitions = {"$defs": reading.definitions} if reading.definitions else {}
+    exact = {**root, **definitions}
+    lost: list[str] = []
+    told = _told(exact, lost, formats=is_tool)
+    renamed = tuple(reading.renamed.items())
+    return ToldSchema(told, wrapped, renamed, exact if lost else None)
+
+
+def _joined(root: Json, definitions: Json) -> Json:
+    """Return the root without references and parts, where that says the same."""
+    for _ in definitions:
+        more = {key: value for key, value in root.items() if key != "$ref"}
+        if "$ref" not in root or not set(more) <= {"title", "description", "default", "type"}:
+            break
+        target = _definition(root, definitions)
+        if target.get("type", "object") != more.get("type", target.get("type", "object")):
+            break
+        root = {**target, **more}
+    if "allOf" not in root:
+        return root
+    whole = {key: value for key, value in root.items() if key != "allOf"}
+    parts = [_definition(part, definitions) for part in root["allOf"]]
+    return _one_object(whole, parts) or root
+
+
+def _definition(schema: Json, definitions: Json) -> Json:
+    """Return what a schema that is only a reference leads to, or the schema itself."""
+    if set(schema) != {"$ref"}:
+        return schema
+    found: Json = definitions[schema["$ref"].rpartition("/")[2]]
+    return found
+
+
+def _one_object(whole: Json, parts: list[Json]) -> Json | None:
+    """Return one schema of an object that says all that these say; None if there is none."""
+    # Who says that there may be more properties says nothing.
+    every = [
+        {k: v for k, v in each.items() if k != "additionalProperties" or v not in (True, {})}
+        for each in (whole, *parts)
+    ]
+    types = {each.get("type", "object") for each in every if isinstance(each.get("type", ""), str)}
+    if types != {"object"} or not all(set(each) <= _JOINABLE for each in every):
+        return None
+    properties: dict[str, list[Json]] = {}
+    for each in every:
+        for name, schema in each.get("properties", {}).items():
+            properties.setdefault(name, []).append(schema)
+    joined: Json = {}
+    for each in reversed(every):
+        joined.update(each)
+    joined["type"] = "object"
+    joined["properties"] = {
+        name: found[0] if len(_distinct(found)) == 1 else {"allOf": found}
+        for name, found in properties.items()
+    }
+    required = _distinct(name for each in every for name in each.get("required", ()))
+    return {**joined, "required": required} if required else joined
+
+
+def _of_arguments(root: Json, path: str) -> Json:
+    """Return the root of a tool's schema, which has to describe an object. Raises BadRequest."""
+    types = root.get("type", "object")
+    if "object" not in (types if isinstance(types, list) else [types]):
+        raise BadRequest(
+            f"{path}.type: must be object, the arguments of the tool by their names.",
+            param=f"{path}.type",
+        )
+    if "type" not in root and any(keyword in root for keyword in _NOT_AT_ROOT):
+        return root
+    return {**root, "type": "object"}
+
+
+def _told(schema: Json, lost: list[str], *, formats: bool) -> Json:
+    """Return the schema in the words that draft-07 has too; what it says more is noted in `lost`
+    and told to the model in words."""
+    found: Json = {}
+    notes: Json = {}
+    for keyword, value in schema.items():
+        if keyword in _BEYOND_DRAFT_07:
+            lost.append(keyword)
+            notes[keyword] = value
+        elif keyword == "format" and not formats:
+            notes[keyword] = value
+        else:
+            found[keyword] = _told_value(keyword, value, lost, formats)
+    if "prefixItems" in notes:
+        first = notes.pop("prefixItems")
+        told = [_told(each, lost, formats=formats) for each in first]
+        found = _told_tuple(found, told)
+    _drop_overlapping(found, lost, notes)
+    return _noted(found, notes)
+
+
+def _told_value(keyword: str, value: Any, lost: list[str], formats: bool) -> object:
+    """Return the value of a keyword with the schemas in it as _told gives them."""
+    kind = "by_name" if keyword == "$defs" else _KEYWORDS[keyword]
+    if kind == "schema" and isinstance(value, dict):
+        return _told(value, lost, formats=formats)
+    if kind == "schemas":
+        return [_told(each, lost, formats=formats) for each in value]
+    if kind in ("by_name", "properties", "patterns"):
+        return {name: _told(each, lost, formats=formats) for name, each in value.items()}
+    return value
+
+
+def _told_tuple(schema: Json, first: list[Json]) -> Json:
+    """Return the schema of an array whose `first` items have schemas of their own, as one whose
+    items all have the same. Who says nothing about further items means that there are none."""
+    rest = schema.get("items", False)
+    least, most = schema.get("minItems", len(first)), schema.get("maxItems", math.inf)
+    if rest is False and "items" not in schema and most > len(first) and most < math.inf:
+        rest = {}
+    words = "Items in this order: " + ", ".join(map(_in_words, first))
+    bounds = {"minItems": least}
+    kinds = list(first)
+    if rest is False:
+        bounds = {"minItems": min(least, len(first)), "maxItems": min(most, len(first))}
+    else:
+        kinds.append(rest if isinstance(rest, dict) else {})
+        words += ", then any number of: " + _in_words(kinds[-1])
+    kinds = [{}] if {} in kinds else _distinct(kinds)
+    items = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+    return _described({**schema, "items": items, **bounds}, words + ".")
+
+
+def _in_words(schema: Json) -> str:
+    """Return what a schema describes, in a word or two."""
+    if "title" in schema:
+        return str(schema["title"])
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if "anyOf" in schema:
+        return " or ".join(map(_in_words, schema["anyOf"]))
+    if "const" in schema or "enum" in schema:
+        values = schema.get("enum", [schema.get("const")])
+        return " or ".join(to_json(value).decode("utf-8") for value in values)
+    types = schema.get("type", "anything")
+    return types if isinstance(types, str) else " or ".join(types)
+
+
+def _drop_overlapping(schema: Json, lost: list[str], notes: Json) -> None:
+    """Take out patterns of names that match a named property: claude takes no such schema."""
+    patterns = schema.get("patternProperties", {})
+    for text in list(patterns):
+        found = strict_pattern(text)
+        if found is None or any(map(found.may_match, schema.get("properties", ()))):
+            notes.setdefault("patternProperties", {})[text] = patterns.pop(text)
+            lost.append("patternProperties")
+            schema.pop("additionalProperties", None)
+    if not patterns:
+        schema.pop("patternProperties", None)
+
+
+# -- whether a value fits -------------------------------------------------------------------------
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+#: What each type is.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "null": lambda value: value is None,
+    "boolean": lambda value: isinstance(value, bool),
+    "integer": lambda value: _is_number(value) and value == int(value),
+    "number": _is_number,
+    "string": lambda value: isinstance(value, str),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+}
+
+#: Whether a value fits a schema.
+_Fits = Callable[[Any, Any], bool]
+
+
+def _fit_types(value: Any, types: Any, schema: Json, fits: _Fits) -> bool:
+    return any(_TYPES[name](value) for name in (types if isinstance(types, list) else [types]))
+
+
+def _fit_choices(value: Any, choices: Any, schema: Json, fits: _Fits) -> bool:
+    return _equality_key(value) in map(_equality_key, choices)
+
+
+def _fit_items(value: Any, rest: Any, schema: Json, fits: _Fits) -> bool:
+    return all(fits(item, rest) for item in value[len(schema.get("prefixItems", ())):])
+
+
+def _fit_contained(value: Any, wanted: Any, schema: Json, fits: _Fits) -> bool:
+    count = sum(fits(item, wanted) for item in value)
+    return bool(schema.get("minContains", 1) <= count <= schema.get("maxContains", math.inf))
+
+
+def _fit_additional(value: Any, rest: Any, schema: Json, fits: _Fits) -> bool:
+    known, patterns = schema.get("properties", ()), schema.get("patternProperties", ())
+    found = [each for each in map(strict_pattern, patterns) if each is not None]
+    return all(
+        fits(item, rest) for name, item in value.items()
+        if name not in known and not any(each.may_match(name) for each in found)
+    )
+
+
+def _fit_patterns(value: Any, patterns: Any, schema: Json, fits: _Fits) -> bool:
+    pairs = [(strict_pattern(text), wanted) for text, wanted in patterns.items()]
+    return all(
+        fits(item, wanted) for name, item in value.items() for found, wanted in pairs
+        if found is not None and found.compiled is not None and found.compiled.search(name)
+    )
+
+
+def _fit_condition(value: Any, condition: Any, schema: Json, fits: _Fits) -> bool:
+    return fits(value, schema.get("then" if fits(value, condition) else "else", True))
+
+
+#: How a value of a type is held against a keyword: the type, and what its length or itself is
+#: compared with, or a function of value, operand, schema and what tells whether a part fits.
+_CHECKS: dict[str, tuple[str, Callable[[Any, Any, Json, _Fits], bool]]] = {
+    "type": ("", _fit_types),
+    "enum": ("", _fit_choices),
+    "const": ("", lambda v, wanted, _s, _f: _equality_key(v) == _equality_key(wanted)),
+    "minimum": ("number", lambda v, least, _s, _f: bool(v >= least)),
+    "maximum": ("number", lambda v, most, _s, _f: bool(v <= most)),
+    "exclusiveMinimum": ("number", lambda v, least, _s, _f: bool(v > least)),
+    "exclusiveMaximum": ("number", lambda v, most, _s, _f: bool(v < most)),
+    "minLength": ("string", lambda v, least, _s, _f: len(v) >= least),
+    "maxLength": ("string", lambda v, most, _s, _f: len(v) <= most),
+    "minItems": ("array", lambda v, least, _s, _f: len(v) >= least),
+    "maxItems": ("array", lambda v, most, _s, _f: len(v) <= most),
+    "uniqueItems": ("array", lambda v, on, _s, _f: not on or len(_distinct(v)) == len(v)),
+    "items": ("array", _fit_items),
+    "prefixItems": ("array", lambda v, each, _s, f: all(map(f, v, each))),
+    "contains": ("array", _fit_contained),
+    "minProperties": ("object", lambda v, least, _s, _f: len(v) >= least),
+    "maxProperties": ("object", lambda v, most, _s, _f: len(v) <= most),
+    "required": ("object", lambda v, names, _s, _f: set(names) <= set(v)),
+    "properties": (
+        "object", lambda v, each, _s, f: all(f(v[name], each[name]) for name in v if name in each)
+    ),
+    "patternProperties": ("object", _fit_patterns),
+    "additionalProperties": ("object", _fit_additional),
+    "propertyNames": ("object", lambda v, wanted, _s, f: all(f(name, wanted) for name in v)),
+    "dependentRequired": (
+        "object", lambda v, more, _s, _f: all(set(more[n]) <= set(v) for n in v if n in more)
+    ),
+    "dependentSchemas": (
+        "object", lambda v, more, _s, f: all(f(v, more[name]) for name in v if name in more)
+    ),
+    "allOf": ("", lambda v, each, _s, f: all(f(v, one) for one in each)),
+    "anyOf": ("", lambda v, each, _s, f: any(f(v, one) for one in each)),
+    "oneOf": ("", lambda v, each, _s, f: sum(f(v, one) for one in each) == 1),
+    "not": ("", lambda v, wanted, _s, f: not f(v, wanted)),
+    "if": ("", _fit_condition),
+}
+
+
+def fits(value: object, schema: Json | bool, definitions: Json) -> bool:
+    """Return whether a value fits a schema as ToldSchema has it in `exact`. Patterns of strings,
+    multiples and what is unevaluated are not looked at."""
+    if isinstance(schema, bool):
+        return schema
+    if "$ref" in schema and not fits(value, _definition({"$ref": schema["$ref"]}, definitions),
+                                     definitions):
+        return False
+    for keyword, operand in schema.items():
+        kind, check = _CHECKS.get(keyword, ("", None))
+        if check is None or (kind and not _TYPES[kind](value)):
+            continue
+        if not check(value, operand, schema, lambda part, one: fits(part, one, definitions)):
+            return False
+    return True
+
+
+# -- from the model's form to the client's, and back ----------------------------------------------
+
+def as_model_writes(value: object, own_names: Mapping[str, str]) -> object:
+    """Return a value of the client's with the names that the model has for its properties."""
+    if isinstance(value, dict):
+        return {
+            own_names.get(key, key): as_model_writes(item, own_names)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [as_model_writes(item, own_names) for item in value]
+    return value
+
+
+_IN_STRING = re.compile(r'[^"\\]+')
+_BETWEEN = re.compile(r'[^"{}\[\],:]+')
+
+
+class ClientForm:
+    """JSON of the model's, which comes in pieces, in the client's form: without the wrapper, and
+    with the client's names of properties.
+
+    Each piece is passed on as far as it is certain. What is not wrapped although it should be is
+    passed on as it is: only claude can refuse it.
+    """
+
+    def __init__(self, *, wrapped: bool, renamed: Iterable[tuple[str, str]] = ()) -> None:
+        self._names = dict(renamed)
+        self._wrapped = wrapped
+        #: What came before the first name, which tells whether there is a wrapper.
+        self._head = ""
+        self._is_decided = not wrapped
+        #: Whether what comes is part of the wrapped value.
+        self._inside = not wrapped
+        #: The brackets that are open.
+        self._open: list[str] = []
+        #: The name that is being read.
+        self._name: str | None = None
+        self._name_is_next = False
+        self._in_string = False
+        self._escaped = False
+
+    def feed(self, text: str) -> str:
+        """Return what is known now and was not given before."""
+        given: list[str] = []
+        at = 0
+        while at < len(text):
+            in_string = self._in_string or self._name is not None
+            run = None
+            if not self._escaped:
+                run = (_IN_STRING if in_string else _BETWEEN).match(text, at)
+            piece = run.group() if run is not None else text[at]
+            at += len(piece)
+            given.append(self._string(piece) if in_string else self._structure(piece))
+        return "".join(given)
+
+    def close(self) -> str:
+        """Return the rest of what was cut off."""
+        rest, self._head = self._head + (self._name or ""), ""
+        self._name = None
+        return rest if self._inside or not self._is_decided else ""
+
+    def _string(self, piece: str) -> str:
+        ends = piece == '"' and not self._escaped
+        self._escaped = piece == "\\" and not self._escaped
+        if self._name is None:
+            self._in_string = not ends
+            return self._shown(piece)
+        self._name += piece
+        if not ends:
+            return ""
+        name, self._name, self._name_is_next = self._name, None, False
+        return self._named(name)
+
+    def _named(self, text: str) -> str:
+        try:
+            name = from_json(text)
+        except ValueError:
+            return self._shown(text)
+        if not self._is_decided:
+            self._is_decided = True
+            self._wrapped = name == WRAPPER_NAME
+            self._inside = not self._wrapped
+            head, self._head = self._head, ""
+            if self._inside:
+                return head + self._own(name, text)
+        return self._shown(self._own(name, text))
+
+    def _own(self, name: object, text: str) -> str:
+        own = self._names.get(str(name))
+        return text if own is None else to_json(own).decode("utf-8")
+
+    def _structure(self, piece: str) -> str:
+        if piece == '"':
+            if self._name_is_next:
+                self._name = piece
+                return ""
+            self._in_string = True
+        elif piece in ("{", "["):
+            shown = self._shown(piece)
+            self._open.append(piece)
+            self._name_is_next = piece == "{"
+            return shown
+        elif piece in ("}", "]"):
+            del self._open[-1:]
+            self._name_is_next = False
+        elif piece == ",":
+            self._name_is_next = self._open[-1:] == ["{"]
+        return self._edge(piece)
+
+    def _edge(self, piece: str) -> str:
+        """Return a piece between values, unless it is the wrapper's."""
+        if self._wrapped and self._is_decided and len(self._open) <= 1:
+            if piece == ":" and len(self._open) == 1 and not self._inside:
+                self._inside = True
+                return ""
+            if piece == "," or (piece == "}" and not self._open):
+                self._inside = False
+            return self._shown(piece.strip())
+        return self._shown(piece)
+
+    def _shown(self, piece: str) -> str:
+        if not self._is_decided:
+            self._head += piece
+            return ""
+        return piece if self._inside else ""
+
+
+# ==== 11. Dialects ===========================================================
 # Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
 # output, and knows nothing of claude. Fields reads JSON with types and names the field that is
 # wrong; the helpers after it are shared by all dialects.
@@ -3157,26 +4236,29 @@ def result_block(part: Fields, content: list[Block]) -> Block:
     return {**result, "is_error": True} if part.flag("is_error") else result
 
 
-#: JSON Schema's boolean schemas, as objects: older versions of claude read no others.
-_BOOLEAN_SCHEMAS: dict[object, Json] = {True: {}, False: {"not": {}}}
+#: Fields of a tool that are passed on, or that claude sets itself.
+_TOOL_FIELDS = (
+    "type", "name", "description", "parameters", "input_schema", "function", "cache_control"
+)
 
 
 def tool_from(entry: Fields, name: str, schema_field: str) -> Tool:
-    """A tool as the client describes it. Raises BadRequest for a schema that claude could not
-    read: it would offer none of the tools then, and not say so."""
-    schema = entry.child(schema_field) or Fields({})
-    properties = schema.child("properties") or Fields({})
-    if not all(isinstance(item, str) for item in schema.items("required") or ()):
-        raise schema.wrong("required", "an array of strings")
-    found = {key: value for key, value in schema.object.items() if value is not None}
-    found["properties"] = {
-        key: _BOOLEAN_SCHEMAS[value] if isinstance(value, bool)
-        else (properties.child(key) or Fields({})).object
-        for key, value in properties.object.items()
-    }
-    # claude takes a schema only with this at its root, where it can stand for nothing else.
-    found["type"] = "object"
-    return Tool(name=name, description=entry.text("description") or "", schema=found)
+    """Return the tool that a client describes. Raises BadRequest for a schema that claude cannot
+    be told: it would offer the model no such tool, or none at all, and not say so."""
+    # An empty list is PHP's empty object.
+    given = entry.object.get(schema_field) != [] and entry.child(schema_field)
+    schema = given or Fields({}, entry.at(schema_field))
+    told = told_schema(schema.object, schema.path, is_tool=True)
+    description = entry.text("description") or ""
+    return Tool(name, description, told.schema, told.wrapped, told.renamed)
+
+
+def unserved_of(tools: Iterable[Fields]) -> list[str]:
+    """Return the fields of tools that ask for something which is not passed on."""
+    return list(dict.fromkeys(
+        f"tools[].{name}" for tool in tools for name, value in tool.object.items()
+        if name not in _TOOL_FIELDS and asks_for_something(value)
+    ))
 
 
 def distinct(tools: Iterable[Tool], param: str) -> tuple[Tool, ...]:
@@ -3198,20 +4280,14 @@ def chosen(tools: tuple[Tool, ...], choice: ToolChoice, param: str) -> ToolChoic
     return choice if tools else ToolChoice()
 
 
-def shape_of(schema: Json) -> Shape:
-    """The Shape of an answer that has to fit `schema`."""
-    is_object = schema.get("type") == "object"
-    if is_object:
-        return Shape(schema, wrapped=False)
-    definitions: Json = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    wrapper: Json = {
-        "type": "object",
-        "properties": {"value": {k: v for k, v in schema.items() if k not in definitions}},
-        "required": ["value"],
-        "additionalProperties": False,
-        **definitions,
-    }
-    return Shape(wrapper, wrapped=True)
+def shape_of(schema: Fields) -> Shape:
+    """Return the Shape of an answer that has to fit a schema. Raises BadRequest for one that
+    claude cannot be told."""
+    return Shape(*told_schema(schema.object, schema.path, is_tool=False))
+
+
+#: What fits any object.
+_ANY_OBJECT = Shape({"type": "object", "additionalProperties": True}, wrapped=False)
 
 
 #: Levels of effort that clients ask for, least first, and the budget of tokens that stands for
@@ -3676,10 +4752,11 @@ class ChatDialect(Dialect):
         if found is None:
             return None
         kind = found.word("type", ("text", "json_object", "json_schema"))
-        if kind == "json_object":
-            return Shape({"type": "object", "additionalProperties": True}, wrapped=False)
-        if kind != "json_schema":
+        if kind not in ("json_object", "json_schema"):
             return None
+        if kind == "json_object":
+            given = found.child("schema")
+            return _ANY_OBJECT if given is None else shape_of(given)
         described = found.child("json_schema")
         schema = described.child("schema") if described is not None else None
         if schema is None:
@@ -3687,12 +4764,13 @@ class ChatDialect(Dialect):
                 "response_format.json_schema.schema: must be a JSON schema.",
                 param="response_format.json_schema.schema",
             )
-        return shape_of(schema.object)
+        return shape_of(schema)
 
     def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], ToolChoice, list[str]]:
-        """The tools, the choice among them, and the paths of tools of unknown types."""
+        """The tools, the choice among them, and the paths of what is not served of them."""
         tools: list[Tool] = []
         unknown: list[str] = []
+        served: list[Fields] = []
         for entry in fields.objects("tools"):
             described = entry.child("function") or entry
             # Cursor describes tools as Anthropic does.
@@ -3703,6 +4781,7 @@ class ChatDialect(Dialect):
                 raise entry.wrong("function", "an object")
             else:
                 tools.append(tool_from(described, described.needed_text("name"), schema))
+                served += [entry] if described is entry else [entry, described]
         for entry in fields.objects("functions"):
             tools.append(tool_from(entry, entry.needed_text("name"), "parameters"))
         found = distinct(tools, "tools")
@@ -3710,7 +4789,7 @@ class ChatDialect(Dialect):
         choice, allowed = openai_tool_choice(fields, field)
         if allowed is not None:
             found = tuple(tool for tool in found if tool.name in allowed)
-        return found, chosen(found, choice, "tool_choice"), unknown
+        return found, chosen(found, choice, "tool_choice"), [*unknown, *unserved_of(served)]
 
     def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
         entries = fields.objects("messages")
@@ -4162,18 +5241,21 @@ class MessagesDialect(Dialect):
         output = fields.child("output_config") or Fields({})
         described = output.child("format") or fields.child("output_format")
         schema = described.child("schema") if described is not None else None
-        return None if schema is None else shape_of(schema.object)
+        return None if schema is None else shape_of(schema)
 
     def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], list[str]]:
-        """The tools, and the paths of those that Anthropic would run or describe itself."""
+        """The tools, and the paths of what is not served: of tools that Anthropic would run or
+        describe itself, and of fields."""
         tools: list[Tool] = []
         unknown: list[str] = []
+        served: list[Fields] = []
         for entry in fields.objects("tools"):
             if entry.text("type") not in (None, "custom"):
                 unknown.append(entry.path)
             else:
                 tools.append(tool_from(entry, entry.needed_text("name"), "input_schema"))
-        return distinct(tools, "tools"), unknown
+                served.append(entry)
+        return distinct(tools, "tools"), [*unknown, *unserved_of(served)]
 
     def _tool_choice(self, fields: Fields) -> ToolChoice:
         entry = fields.child("tool_choice")
@@ -4503,20 +5585,21 @@ class ResponsesDialect(Dialect):
         kind = None if found is None else found.word("type", ("text", "json_object", "json_schema"))
         if found is None or kind in (None, "text"):
             return None
-        if kind == "json_object":
-            return Shape({"type": "object", "additionalProperties": True}, wrapped=False)
         schema = found.child("schema")
+        if schema is None and kind == "json_object":
+            return _ANY_OBJECT
         if schema is None:
             raise found.wrong("schema", "a JSON schema")
-        return shape_of(schema.object)
+        return shape_of(schema)
 
     def _tools(
         self, fields: Fields
     ) -> tuple[tuple[Tool, ...], ToolChoice, list[str], dict[str, Json]]:
-        """The tools, the choice among them, the paths of tools of unknown types, and how those
-        that stand in a namespace are called outside."""
+        """The tools, the choice among them, the paths of what is not served of them, and how
+        those that stand in a namespace are called outside."""
         tools: list[Tool] = []
         unknown: list[str] = []
+        served: list[Fields] = []
         grouped: dict[str, Json] = {}
         for entry, space in self._entries(fields):
             if entry.text("type") != "function":
@@ -4524,13 +5607,15 @@ class ResponsesDialect(Dialect):
                 continue
             name = entry.needed_text("name")
             tools.append(tool_from(entry, full_name(space, name), "parameters"))
+            served.append(entry)
             if space:
                 grouped[full_name(space, name)] = {"name": name, "namespace": space}
         choice, allowed = openai_tool_choice(fields, "tool_choice")
         found = distinct(tools, "tools")
         if allowed is not None:
             found = tuple(tool for tool in found if tool.name in allowed)
-        return found, chosen(found, choice, "tool_choice"), unknown, grouped
+        unserved = [*unknown, *unserved_of(served)]
+        return found, chosen(found, choice, "tool_choice"), unserved, grouped
 
     def _entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
         """The tools, each with the namespace that it stands in: Codex sends the tools of an MCP
@@ -4837,7 +5922,7 @@ class ResponsesRenderer(Renderer):
 RESPONSES = ResponsesDialect()
 
 
-# ==== 11. Claude protocol ====================================================
+# ==== 12. Claude protocol ====================================================
 # What is said to claude and what its lines mean. Pure: no pipes, no processes. Facts about the
 # protocol were measured on the versions that the contract tests run (2.1.197 and the newest).
 
@@ -4855,7 +5940,7 @@ Version = tuple[int, ...]
 STRUCTURED_OUTPUT = "StructuredOutput"
 #: Names that claude gives a meaning of its own: with a tool called ToolSearch it would hold back
 #: all other tools of the client.
-_TAKEN_NAMES = (STRUCTURED_OUTPUT, "ToolSearch")
+_TAKEN_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
 #: The longest result that claude takes for a call; above, it keeps a preview only.
 RESULT_MOST_CHARS = 400_000
 #: The name under which claude knows the client's tools.
@@ -4994,6 +6079,16 @@ def wire_name(name: str) -> str:
         return name
     tail = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50] + "_" + tail
+
+
+def earlier_call(block: Block, tools: Iterable[Tool]) -> Block:
+    """Return a call of the history with its arguments as the model wrote them."""
+    tool = next((tool for tool in tools if tool.name == block["name"]), None)
+    if tool is None or not (tool.wrapped or tool.renamed):
+        return block
+    own_names = {own: name for name, own in tool.renamed}
+    arguments = as_model_writes(block["input"], own_names)
+    return {**block, "input": {WRAPPER_NAME: arguments} if tool.wrapped else arguments}
 
 
 def mcp_content(blocks: list[Block]) -> list[Json] | None:
@@ -5251,7 +6346,10 @@ def conversation(
         earlier = [Message("user", text_block(_OPENING)), *earlier]
     for message in earlier:
         # Thinking of earlier answers is dropped by claude in any case.
-        kept = [block for block in message.content if "thinking" not in block["type"]]
+        kept = [
+            earlier_call(block, turn.tools) if block["type"] == "tool_use" else block
+            for block in message.content if "thinking" not in block["type"]
+        ]
         pending += message_line(Message(message.role, kept), version, ask=False)
         if message.role == "user":
             steps.append(pending)
@@ -5490,32 +6588,6 @@ def plan_report(reply: Json) -> PlanNews:
     return PlanNews(windows, subscription=_text_in(found, "subscription_type"))
 
 
-class Unwrapper:
-    """Takes {"value": ...} off JSON that comes in pieces."""
-
-    def __init__(self) -> None:
-        self._head: str | None = ""
-        self._held = ""
-
-    def feed(self, text: str) -> str:
-        """What is known of the value so far and was not given before."""
-        if self._head is not None:
-            self._head += text
-            match = re.match(r'\s*\{\s*"value"\s*:\s*', self._head)
-            if match is None:
-                return ""
-            text, self._head = self._head[match.end():], None
-        text = self._held + text
-        # The last brace closes the wrapper, but only the end tells which one is the last.
-        given = text.rstrip("} \t\r\n")
-        self._held = text[len(given):]
-        return given
-
-    def close(self) -> str:
-        """The rest of the value."""
-        return self._held.rstrip()[:-1].rstrip()
-
-
 #: Delta types of the API's stream: the kind of our Delta, and the field with the text.
 _DELTA_KINDS = {
     "text_delta": ("text", "text"),
@@ -5549,7 +6621,7 @@ class TurnReader:
         self._final_only = final_only
         #: What the current round said, while it may not be the last.
         self._round: list[Event] = []
-        self._names = {wire_name(tool.name): tool.name for tool in tools}
+        self._tools = {wire_name(tool.name): tool for tool in tools}
         self._shape = shape
         self._usage = NO_USAGE
         #: The numbers that blocks of the current message go out under; others stay hidden.
@@ -5566,9 +6638,11 @@ class TurnReader:
         #: Whether the text of an earlier round ended in the middle of a line.
         self._mid_line = False
         self._line_ended = False
-        #: The shaped answer: its block, its wrapper, its stop, and whether claude accepted it.
+        #: What takes the JSON of a block to the client's form, where the two differ.
+        self._forms: dict[int, ClientForm] = {}
+        #: The shaped answer: its block, its JSON, its stop, and whether claude accepted it.
         self._shaped_block: int | None = None
-        self._unwrapper: Unwrapper | None = None
+        self._shaped_json: list[str] = []
         self._shaped_stop = False
         self._accepted = False
         self._prose: list[str] = []
@@ -5600,6 +6674,8 @@ class TurnReader:
             return self._tool_outcome(line.get("message"))
         elif kind == "rate_limit_event":
             self.window = plan_window(line) or self.window
+        elif kind == "system" and line.get("subtype") == "init":
+            self._check_offered(line)
         elif kind == "system" and line.get("subtype") == "api_retry":
             self.retries += 1
         elif kind == "control_response":
@@ -5629,6 +6705,8 @@ class TurnReader:
         self._numbers = {}
         self._prose.clear()
         self._shaped_block, self._shaped_stop, self._accepted = None, False, False
+        self._forms.clear()
+        self._shaped_json.clear()
         started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
         if self._goes_on:
             self._goes_on = False
@@ -5667,16 +6745,21 @@ class TurnReader:
         kind, name = block.get("type"), str(block.get("name"))
         if kind == "tool_use" and self._shape is not None and name == STRUCTURED_OUTPUT:
             self._shaped_block = index
-            self._unwrapper = Unwrapper() if self._shape.wrapped else None
+            self._note_form(index, self._shape)
             return {"type": "text", "text": ""}
-        if kind == "tool_use" and name in self._names:
+        if kind == "tool_use" and name in self._tools:
             self._spoken = self._answered = self._called = True
-            call_id = plain_id(str(block.get("id")))
-            return {"type": "tool_use", "id": call_id, "name": self._names[name], "input": {}}
+            tool, call_id = self._tools[name], plain_id(str(block.get("id")))
+            self._note_form(index, tool)
+            return {"type": "tool_use", "id": call_id, "name": tool.name, "input": {}}
         if kind == "text" and self._shape is not None:
             # Prose beside a shaped answer; kept in case that it is all there is.
             return None
         return dict(block) if kind in _PLAIN_BLOCKS else None
+
+    def _note_form(self, index: int, told: Tool | Shape) -> None:
+        if told.wrapped or told.renamed:
+            self._forms[index] = ClientForm(wrapped=told.wrapped, renamed=told.renamed)
 
     def _delta(self, index: int, delta: object) -> list[Event]:
         found = delta if isinstance(delta, dict) else {}
@@ -5689,10 +6772,14 @@ class TurnReader:
             if kind == "text":
                 self._prose.append(text)
             return []
-        if index == self._shaped_block:
-            kind, text = "text", self._unwrapper.feed(text) if self._unwrapper else text
-            if not text:
-                return []
+        is_shaped = index == self._shaped_block
+        if is_shaped:
+            kind = "text"
+            self._shaped_json.append(text)
+        if index in self._forms:
+            text = self._forms[index].feed(text)
+        if not text and (is_shaped or index in self._forms):
+            return []
         self._spoken = True
         self._answered = self._answered or (bool(text) and kind in ("text", "arguments"))
         self._line_ended = text.endswith("\n")
@@ -5702,11 +6789,10 @@ class TurnReader:
         number = self._numbers.get(index)
         if number is None:
             return []
-        rest = ""
-        if index == self._shaped_block and self._unwrapper is not None:
-            rest = self._unwrapper.close()
+        rest = self._forms[index].close() if index in self._forms else ""
+        kind = "text" if index == self._shaped_block else "arguments"
         stopped = BlockStopped(number)
-        return [Delta(number, "text", rest), stopped] if rest else [stopped]
+        return [Delta(number, kind, rest), stopped] if rest else [stopped]
 
     # -- endings ------------------------------------------------------------------------------
 
@@ -5747,7 +6833,45 @@ class TurnReader:
         return self._shaped_end()
 
     def _shaped_end(self) -> list[Event]:
-        return self._finish("end_turn") if self._shaped_stop and self._accepted else []
+        if not self._shaped_stop or not self._accepted:
+            return []
+        self._check_exact()
+        return self._finish("end_turn")
+
+    def _check_exact(self) -> None:
+        """Raises UpstreamFailed for an answer that claude accepts and the client could not."""
+        exact = self._shape.exact if self._shape is not None else None
+        if exact is None:
+            return
+        try:
+            fit = fits(from_json("".join(self._shaped_json)), exact, exact.get("$defs", {}))
+        except (ValueError, RecursionError):
+            fit = False
+        if not fit:
+            raise UpstreamFailed("The model's answer does not fit the schema; ask again.")
+
+    def _check_offered(self, line: Json) -> None:
+        """Raises BadRequest when claude does not offer the model what it was told to, and
+        UpstreamFailed when it has not asked for the tools. It says so before it asks the API."""
+        names, servers = line.get("tools"), line.get("mcp_servers")
+        if not isinstance(names, list):
+            return
+        missing = [tool.name for name, tool in self._tools.items() if name not in names]
+        found = servers if isinstance(servers, list) else []
+        states = [_object(each).get("status") for each in found
+                  if _object(each).get("name") == TOOL_SERVER]
+        if missing and states not in ([], ["connected"]):
+            raise UpstreamFailed("claude did not ask for the client's tools; try again.")
+        if missing:
+            raise BadRequest(
+                f"tools: claude does not take {', '.join(missing)}; simplify the schema.",
+                param="tools",
+            )
+        if self._shape is not None and STRUCTURED_OUTPUT not in names:
+            raise BadRequest(
+                "response_format: claude does not take the schema of the answer; simplify it.",
+                param="response_format",
+            )
 
     def _note_complaint(self, line: Json) -> None:
         """Failures come as a message of a model called <synthetic>: prose, never content."""
@@ -5808,7 +6932,7 @@ def check_history_result(line: Json) -> None:
         raise UpstreamFailed(f"claude did not take the conversation: {reason}")
 
 
-# ==== 12. Claude process =====================================================
+# ==== 13. Claude process =====================================================
 # The program on disk, one child of it, its pipes, and its end. A ClaudeProcess belongs to the
 # thread that uses it; that thread waits for the pipes and for the client's socket in one
 # selector, so a client that leaves, a silence and an answer are all noticed at once. Children
@@ -6555,7 +7679,7 @@ class ClaudeProcess:
             os.killpg(self._popen.pid, number)
 
 
-# ==== 13. Gate and spares ====================================================
+# ==== 14. Gate and spares ====================================================
 # Who may run now, and the idle processes that make a start cost nothing. Both decide under their
 # lock and act outside it. Neither knows what a request is about.
 
@@ -6919,7 +8043,7 @@ class Spares:
             time.sleep(0.01)
 
 
-# ==== 14. Parking ============================================================
+# ==== 15. Parking ============================================================
 # What is kept of a conversation for its next message, or for another last one: sessions on disk,
 # responses by their ids, and processes that wait, each with the conversation that it holds. What
 # a process holds is known by digests: one of everything that is no message, and one of each
@@ -7335,7 +8459,7 @@ class Responses:
             self._forget(response_id)
 
 
-# ==== 15. Cache ==============================================================
+# ==== 16. Cache ==============================================================
 # Answers that are given again to the same request of the same caller, and answers on their way
 # that several requests wait for. Off unless the operator gives answers a time to live. In memory
 # only: what was said is never written to the disk for this.
@@ -7575,7 +8699,7 @@ class Cache:
             }
 
 
-# ==== 16. Account ============================================================
+# ==== 17. Account ============================================================
 # What is known about claude's login and about the plan, learned from what claude says of itself
 # beside its answers. OCP never reads a token and never spends a message to find out.
 
@@ -7729,7 +8853,7 @@ _SAME_RESET_S = 60.0
 _ASK_EVERY_S = 60.0
 
 
-# ==== 17. Metrics ============================================================
+# ==== 18. Metrics ============================================================
 # Numbers since the start, for /health and for /metrics. A metric is a row of the table; labels
 # take values out of small sets only, so that no client can make the memory grow.
 
@@ -7863,7 +8987,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 18. App ================================================================
+# ==== 19. App ================================================================
 # Owns every long-lived object and knows how they work together: `answering` is one turn from
 # the gate to its log line. The main thread is the housekeeper: it waits for mail, then tends.
 
@@ -8807,7 +9931,7 @@ class App:
         self.log.close()
 
 
-# ==== 19. API description ====================================================
+# ==== 20. API description ====================================================
 # What a route is, and the OpenAPI document that describes all of them. The table of routes is the
 # source of the document; only bodies and query strings are described here.
 
@@ -9005,7 +10129,7 @@ def openapi(routes: Iterable[Route]) -> Json:
     }
 
 
-# ==== 20. Dashboard ==========================================================
+# ==== 21. Dashboard ==========================================================
 # One static page, in which no value of the server is ever written: it fetches JSON and sets text.
 # Its policy allows exactly this style and this script, by their hashes, and nothing from outside.
 
@@ -10523,7 +11647,7 @@ DASHBOARD_HEADERS = MappingProxyType(
 )
 
 
-# ==== 21. Endpoints ==========================================================
+# ==== 22. Endpoints ==========================================================
 # One function for each route: (app, exchange, **names in the path). They read the request from
 # the exchange, answer through it, and raise what goes wrong.
 
@@ -11301,7 +12425,7 @@ def get_metrics(app: App, exchange: HttpExchange) -> None:
     exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
-# ==== 22. Routes =============================================================
+# ==== 23. Routes =============================================================
 # The table of routes. Paths match exactly, after slashes too many are dropped; those below /v1
 # are served without it too, and with it twice, because users write base addresses both ways.
 
@@ -11403,7 +12527,7 @@ def _decoded(text: str) -> str:
         raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
 
 
-# ==== 23. HTTP server ========================================================
+# ==== 24. HTTP server ========================================================
 # Sockets. One thread for each connection; a head and a body arrive in time and in bounds or are
 # refused; every error is rendered in one place. Tells nobody what software runs here beyond its
 # name, and keeps nothing of a connection when it ends.
@@ -12113,7 +13237,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event(level, "connection_broke", error=failure_words(error))
 
 
-# ==== 24. Demo claude ========================================================
+# ==== 25. Demo claude ========================================================
 # The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
 # that everything around the model can be tried without an account. Says so in every answer.
 
@@ -12189,7 +13313,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 25. Command line =======================================================
+# ==== 26. Command line =======================================================
 # Arguments, signals, the banner, and the order in which everything starts and stops.
 
 _DEMO_FLAG = "--demo-claude"

@@ -91,8 +91,7 @@ ROOTS = {
     "either": Root({"anyOf": [{"type": "object"}, {"type": "boolean"}]}, {"value": {"b": {}}}),
     "reference": Root(
         {"$ref": "#/$defs/tree", "$defs": {"tree": {
-            "type": "object", "properties": {"left": {"$ref": "#/$defs/tree"}}}}},
-        {"left": {"left": {}}}),
+            "type": "array", "items": {"$ref": "#/$defs/tree"}}}}, [[], [[]]]),
 }
 
 

@@ -467,7 +467,9 @@ class FakeClaude:
         servers = (self.setup or {}).get("sdkMcpServers") or []
         self.emit(
             "system", subtype="init", cwd=os.getcwd(), model=self.model,
-            tools=[shown_name(tool["name"]) for tool in self.tools],
+            tools=[
+                *(shown_name(tool["name"]) for tool in self.tools),
+                *(["StructuredOutput"] if (self.setup or {}).get("jsonSchema") else [])],
             mcp_servers=[{"name": name, "status": "connected"} for name in servers],
             permissionMode="default", slash_commands=[], apiKeySource="none",
             claude_code_version=self.scenario.version, output_style="default", agents=[],

@@ -376,7 +376,7 @@ def test_tools_of_other_types_are_named_as_ignored() -> None:
     found = turn(tools=[{"type": "web_search"}, *TOOLS, {"type": "custom", "name": "x"}])
 
     assert [tool.name for tool in found.tools] == ["weather", "clock"]
-    assert found.ignored == ("tools[0]", "tools[3]")
+    assert found.ignored == ("tools[0]", "tools[3]", "tools[].strict")
 
 
 #: Tools as Codex sends those of an MCP server.
@@ -390,7 +390,7 @@ def test_tools_of_a_namespace_are_offered_under_their_full_names() -> None:
     names = [tool.name for tool in found.tools]
     assert names == ["mcp__birds__find", "fish__find", "weather", "clock"]
     assert found.tools[0].schema == SCHEMA
-    assert found.ignored == ("tools[0].tools[1]", "tools[1].tools[1]")
+    assert found.ignored == ("tools[0].tools[1]", "tools[1].tools[1]", "tools[].strict")
 
 
 @pytest.mark.parametrize("render", [whole_bytes, stream_bytes])

@@ -27,9 +27,14 @@ def parse(dialect: Any, **fields: object) -> Any:
 # -- the schema ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schema", [CITY, {"type": "object"}, {"type": "object", "$defs": {}}])
+def shape_of(schema: Json) -> Any:
+    """The Shape of an answer that has to fit this schema."""
+    return ocp.shape_of(ocp.Fields(schema, "format.schema"))
+
+
+@pytest.mark.parametrize("schema", [CITY, {"type": "object"}, ANYTHING])
 def test_an_object_s_schema_is_given_as_it_is(schema: Json) -> None:
-    assert ocp.shape_of(schema) == ocp.Shape(schema, wrapped=False)
+    assert shape_of(schema) == ocp.Shape(schema, wrapped=False)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,7 @@ def test_an_object_s_schema_is_given_as_it_is(schema: Json) -> None:
     ],
 )
 def test_any_other_root_is_wrapped_in_an_object(schema: Json) -> None:
-    found = ocp.shape_of(schema)
+    found = shape_of(schema)
 
     assert found.wrapped
     assert found.schema == {
@@ -53,16 +58,17 @@ def test_any_other_root_is_wrapped_in_an_object(schema: Json) -> None:
 def test_definitions_stay_at_the_root_where_references_look_for_them(name: str) -> None:
     reference = {"$ref": f"#/{name}/city"}
 
-    found = ocp.shape_of({"type": "array", "items": reference, name: {"city": CITY}})
+    found = shape_of({"type": "array", "items": reference, name: {"city": CITY}})
 
-    assert found.schema[name] == {"city": CITY}
-    assert found.schema["properties"]["value"] == {"type": "array", "items": reference}
+    assert found.schema["$defs"] == {"city": CITY}
+    assert found.schema["properties"]["value"] == {
+        "type": "array", "items": {"$ref": "#/$defs/city"}}
 
 
 def test_the_client_s_own_schema_is_left_alone() -> None:
     schema = {"type": "array", "$defs": {"a": CITY}}
 
-    ocp.shape_of(schema)
+    shape_of(schema)
 
     assert schema == {"type": "array", "$defs": {"a": CITY}}
 
@@ -151,8 +157,8 @@ WRAPPERS = ('{"value":%s}', '{ "value" : %s }', '\n{\n  "value": %s\n}\n')
 
 
 def unwrapped(*pieces: str) -> str:
-    """What an Unwrapper gives of these pieces. White space before a value means nothing."""
-    unwrapper = ocp.Unwrapper()
+    """What a ClientForm gives of these pieces. White space before a value means nothing."""
+    unwrapper = ocp.ClientForm(wrapped=True)
     given = "".join([unwrapper.feed(piece) for piece in pieces]) + str(unwrapper.close())
     return given.lstrip()
 
@@ -187,7 +193,7 @@ def test_three_pieces_are_as_good_as_two(value: str) -> None:
 
 @pytest.mark.parametrize("value", VALUES)
 def test_nothing_is_given_that_has_to_be_taken_back(value: str) -> None:
-    unwrapper = ocp.Unwrapper()
+    unwrapper = ocp.ClientForm(wrapped=True)
     so_far = ""
 
     for character in WRAPPERS[1] % value:
@@ -196,7 +202,7 @@ def test_nothing_is_given_that_has_to_be_taken_back(value: str) -> None:
 
 
 def test_a_long_value_is_given_while_it_comes() -> None:
-    unwrapper = ocp.Unwrapper()
+    unwrapper = ocp.ClientForm(wrapped=True)
 
     assert unwrapper.feed('{"value":"') == '"'
     assert unwrapper.feed("once upon") == "once upon"
