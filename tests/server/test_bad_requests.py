@@ -180,11 +180,12 @@ BAD_IMAGES = [
     ({"url": "data:"}, 400, "invalid_data_uri"),
     ({"url": "data:text/html;base64,aGk="}, 400, "unsupported_image_type"),
     ({"url": "file:///etc/passwd"}, 400, "unsupported_url_scheme"),
-    ({"url": "/etc/passwd"}, 400, "unsupported_url_scheme"),
+    ({"url": "/etc/passwd"}, 400, "unsupported_image_type"),
     ({"url": "http://127.0.0.1/x.png"}, 400, "remote_url_disabled"),
     ({"url": ""}, 400, "invalid_image_url"), ({}, 400, "invalid_image_url"),
     (None, 400, "invalid_image_url"), (5, 400, "invalid_image_url"),
-    ({"url": "data:image/png;base64," + "A" * 400}, 413, "image_too_large"),
+    ({"url": "data:image/png;base64," + "A" * 400}, 400, "unsupported_image_type"),
+    ({"url": "data:image/png;base64,iVBORw0K" + "A" * 400}, 413, "image_too_large"),
 ]
 
 
