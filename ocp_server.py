@@ -3151,10 +3151,10 @@ class Attachments:
         return text_block(text)
 
     def _decoded(self, content: bytes, media_type: str, parameters: list[str]) -> str | None:
-        """The text of a file: as its mark or its type says, in UTF-8, or as Windows writes it."""
+        """The text of a file: as its mark or its type says, in UTF-8, else as Windows wrote it."""
         marked = [name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)]
         named = [word[len("charset="):] for word in parameters if word.startswith("charset=")]
-        for encoding in (marked or named)[:1] or ["utf-8-sig"]:
+        for encoding in marked[:1] or [*named, "utf-8-sig"]:
             with contextlib.suppress(UnicodeError, LookupError):
                 return content.decode(encoding.strip("\"' "))
         if media_type.startswith("text/") and not marked:
