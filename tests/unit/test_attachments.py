@@ -305,7 +305,8 @@ def test_base64_is_mended(wire: Wire, how: str) -> None:
 
 
 @EVERY_WIRE
-@pytest.mark.parametrize("broken", ["", " \n", "iVBORw0K!", "iVBO=Rw0K", "i", "=", "iVBOR", "\u00e9"])
+@pytest.mark.parametrize(
+    "broken", ["", " \n", "iVBORw0K!", "iVBO=Rw0K", "i", "=", "iVBOR", "\u00e9"])
 def test_what_is_no_base64_is_refused(wire: Wire, broken: str) -> None:
     error = refusal(wire, wire.asked(block("Look."), wire.image(broken, "image/png")))
 
@@ -474,7 +475,8 @@ def talk(wire: Wire, count: int, newest: int = 1, content: bytes = PNG) -> Json:
 
     messages: list[Json] = []
     for _ in range(count):
-        messages += [{"role": "user", "content": [image()]}, {"role": "assistant", "content": "So."}]
+        messages.append({"role": "user", "content": [image()]})
+        messages.append({"role": "assistant", "content": "So."})
     messages.append({"role": "user", "content": [image() for _ in range(newest)]})
     return {next(iter(wire.asked())): messages}
 
