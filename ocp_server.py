@@ -96,6 +96,7 @@ from types import MappingProxyType
 from typing import (
     Any,
     ClassVar,
+    Literal,
     NamedTuple,
     NoReturn,
     Protocol,
@@ -3172,10 +3173,11 @@ class Attachments:
         A text stands where one was. Raises TooLarge when the last message alone has too many,
         unless it is only counted.
         """
-        largest = self._limits.max_image_bytes
-        told_again = min(largest, _RESULT_IMAGE_MAX_BYTES)
-        sizes = [list(_sizes(message, largest, told_again)) for message in messages[:-1]]
-        sizes.append(list(_sizes(messages[-1], largest, largest)))
+        most = self._limits.max_image_bytes
+        sizes = [
+            [_size_bytes(block, most) for block in attachments_of(message.content)]
+            for message in messages
+        ]
         if not counted:
             self._check_newest(messages[-1], sizes[-1], param)
         dropped = surplus(sizes, self._limits)
@@ -3206,18 +3208,11 @@ class Attachments:
                 )
 
 
-#: An image in the result of an earlier call goes to the API as it is, which takes no larger ones.
-#: All others are scaled by claude.
-_RESULT_IMAGE_MAX_BYTES = 3_932_160
-
-
-def _sizes(message: Message, most: int, most_in_results: int) -> Iterator[int | None]:
-    """The bytes of each attachment of a message; None for an image that is too large."""
-    for block in message.content:
-        limit = most_in_results if block["type"] == "tool_result" else most
-        for attachment in attachments_of([block]):
-            size_bytes = base64_bytes(attachment["source"].get("data") or "")
-            yield None if attachment["type"] == "image" and size_bytes > limit else size_bytes
+def _size_bytes(block: Block, largest_image_bytes: int) -> int | None:
+    """The bytes of an attachment in the request; None for an image that is too large."""
+    size_bytes = base64_bytes(block["source"].get("data") or "")
+    too_large = block["type"] == "image" and size_bytes > largest_image_bytes
+    return None if too_large else size_bytes
 
 
 def _most_attachments(model: Model) -> int:
@@ -5310,6 +5305,73 @@ def question_of(turn: Turn) -> Question | None:
     return Question(str(uuid.uuid4()), len(turn.messages) - 1)
 
 
+#: claude scales an image of a longer side, or of more bytes, but not in results of tools that it is
+#: told about. The API refuses it there, the longer side at least where there are many images.
+_UNSCALED_SIDE_MOST = 2_000
+_UNSCALED_BYTES_MOST = 3_932_160
+#: The head of an image, in which its sides stand, as base64.
+_HEAD_CHARS = 349_524
+#: Where a format has its sides: how it begins, the offsets, the bytes of each, their order, and
+#: what is missing in the number.
+_SIDES_AT: tuple[tuple[bytes, tuple[int, int], int, Literal["big", "little"], int], ...] = (
+    (rb"\x89PNG", (16, 20), 4, "big", 0),
+    (rb"GIF8", (6, 8), 2, "little", 0),
+    (rb"RIFF....WEBPVP8X", (24, 27), 3, "little", 1),
+    (rb"RIFF....WEBPVP8 ", (26, 28), 2, "little", 0),
+)
+#: The markers of JPEG that begin a frame.
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def largest_side(head: bytes) -> int:
+    """Return the longer side of an image in pixels, by how it begins; 0 when that does not say."""
+    if head.startswith(b"\xff\xd8"):
+        return _largest_jpeg_side(head)
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return max(bits & 0x3FFF, bits >> 14 & 0x3FFF) + 1
+    for begin, offsets, width, order, missing in _SIDES_AT:
+        if re.match(begin, head, re.DOTALL):
+            return max(int.from_bytes(head[at: at + width], order) for at in offsets) + missing
+    return 0
+
+
+def _largest_jpeg_side(head: bytes) -> int:
+    at = 2
+    while at + 9 <= len(head) and head[at] == 0xFF:
+        if head[at + 1] in _JPEG_FRAMES:
+            return max(int.from_bytes(head[place: place + 2], "big") for place in (at + 5, at + 7))
+        # A marker may have more of its first byte in front.
+        at += 1 if head[at + 1] == 0xFF else 2 + int.from_bytes(head[at + 2: at + 4], "big")
+    return 0
+
+
+def _needs_scaling(block: Block) -> bool:
+    data = block["source"].get("data") or ""
+    head = binascii.a2b_base64(data[:_HEAD_CHARS])
+    return base64_bytes(data) > _UNSCALED_BYTES_MOST or largest_side(head) > _UNSCALED_SIDE_MOST
+
+
+def beside_results(content: list[Block]) -> list[Block]:
+    """Return a user's content with the images that need scaling behind the results that hold
+    them, where claude scales them; a text tells which is which."""
+    behind: list[Block] = []
+
+    def kept(block: Block) -> Block:
+        if block["type"] != "image" or not _needs_scaling(block):
+            return block
+        name = f"Image {len(behind) // 2 + 1} of the results"
+        behind.extend([{"type": "text", "text": f"{name}:"}, block])
+        return {"type": "text", "text": f"[{name} is below.]"}
+
+    results = [
+        {**block, "content": [kept(inner) for inner in block["content"]]}
+        for block in content if block["type"] == "tool_result"
+    ]
+    rest = [block for block in content if block["type"] != "tool_result"]
+    return [*results, *behind, *rest] if behind else content
+
+
 def message_line(
     message: Message, version: Version, *, ask: bool, question: Question | None = None
 ) -> bytes:
@@ -5329,7 +5391,7 @@ def message_line(
             for block in message.content
         ]
     else:
-        body["content"] = guarded(message.content, version)
+        body["content"] = guarded(beside_results(message.content), version)
         # Without this the newer versions run slash commands and read files named with an @.
         line["client_composed"] = True
         if not ask:

@@ -550,20 +550,6 @@ def test_results_of_tools_lose_their_oldest_images_too(wire: Wire) -> None:
     assert images(found)[-4:] == ["image"] * 4
 
 
-def test_earlier_results_hold_no_images_that_claude_would_not_scale() -> None:
-    wire = CHAT_WIRE
-    limits = ocp.Limits(False, 10_485_760, 100, 23_068_672)
-    for size_bytes, kept in ((3_932_160, True), (3_932_161, False)):
-        result = wire.resulting(wire.image(encoded(PNG.ljust(size_bytes)), ""))["messages"]
-        later = [{"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
-
-        newest = parse(wire, {"messages": result}, limits)
-        earlier = parse(wire, {"messages": [*result, *later]}, limits)
-
-        assert not newest.adjusted
-        assert earlier.adjusted == (() if kept else (("images_dropped", 1),))
-
-
 @pytest.mark.parametrize(
     ("model", "most"), [("claude-sonnet-4-6", 100), ("claude-opus-5", 600)])
 def test_the_api_takes_as_many_images_as_the_model_s_window_allows(model: str, most: int) -> None:
