@@ -1605,7 +1605,7 @@ def json_chars(value: object) -> int:
 
 
 def message_chars(message: Message) -> int:
-    """Return the characters of a message: of its texts as they are, of its tool calls as JSON.
+    """Return the characters of a message: of texts and names as they are, of arguments as JSON.
     Images and documents have none."""
     chars, rest = 0, list(message.content)
     while rest:
@@ -1614,6 +1614,8 @@ def message_chars(message: Message) -> int:
             chars += len(block["text"])
         elif block["type"] == "tool_result":
             rest += block["content"]
+        elif block["type"] == "tool_use":
+            chars += len(block["name"]) + json_chars(block["input"])
         elif block["type"] not in _ATTACHMENT_BLOCKS:
             chars += json_chars(block)
     return chars
@@ -1621,8 +1623,10 @@ def message_chars(message: Message) -> int:
 
 def _fixed_chars(turn: Turn) -> int:
     """The characters of what is the same for all messages: system prompt, tools and schema."""
-    schema = json_chars(turn.shape.schema) if turn.shape is not None else 0
-    return len(turn.system) + sum(json_chars(tool) for tool in turn.tools) + schema
+    shape = json_chars(turn.shape.schema) if turn.shape is not None else 0
+    return len(turn.system) + shape + sum(
+        len(tool.name) + len(tool.description) + json_chars(tool.schema) for tool in turn.tools
+    )
 
 
 def prompt_chars(turn: Turn) -> int:

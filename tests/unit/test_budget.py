@@ -40,7 +40,7 @@ def characters(part: Json) -> int:
         return len(part["text"])
     if part["type"] == "tool_result":
         return sum(characters(inner) for inner in part["content"])
-    return 0 if "source" in part else len(compact(part))
+    return 0 if "source" in part else len(part["name"] + compact(part["input"]))
 
 
 def compact(value: object) -> str:
@@ -208,8 +208,8 @@ def test_a_prompt_is_everything_that_is_told_to_the_model() -> None:
     )
 
     assert ocp.prompt_chars(asked) == sum(map(len, (
-        "Hello", "Hi.", compact(use("t1")), "Sun.", "Be brief.", compact(list(tool)),
-        compact(schema),
+        "Hello", "Hi.", "weather", "{}", "Sun.", "Be brief.", "weather", "Tells it.",
+        compact(schema), compact(schema),
     )))
 
 
