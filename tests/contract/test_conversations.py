@@ -693,6 +693,25 @@ def test_a_large_image_of_a_result_is_scaled_in_a_rebuilt_conversation_too(
     assert 1900 < int.from_bytes(head[16:20], "big") <= 2000
 
 
+def test_addresses_go_to_the_api_where_the_operator_allows_it(
+    claude: Claude, tmp_path: Path
+) -> None:
+    address = {"type": "url", "url": "https://example.org/a.pdf"}
+    paper = {"type": "document", "source": address, "title": "a.pdf"}
+    picture = {"type": "image", "source": {"type": "url", "url": "https://example.org/a.png"}}
+    call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [picture, paper]}
+    with running_rig(tmp_path, claude, CLAUDE_IMAGE_ALLOW_URL="1") as rig:
+        talk = Conversation(rig, MESSAGES, [Tool("weather")])
+        talk.messages = [
+            {"role": "user", "content": [MESSAGES.text("Read:"), paper, picture]},
+            {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+        assert talk.send().status == 200
+        found = turns(rig.last_body())
+    assert found[0] == ("user", ["Read:", paper, picture])
+    assert found[-1][1][0]["content"][:2] == [picture, paper]
+
+
 @pytest.mark.parametrize("bare", [True, False], ids=["last", "earlier"])
 def test_an_image_above_the_api_s_own_limit_is_scaled_wherever_it_is(rig: Rig, bare: bool) -> None:
     heavy = png(1990, 1990, 1990)
