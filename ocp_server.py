@@ -3020,6 +3020,10 @@ _BYTE_ORDER_MARKS = {
     b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
 }
+#: Encodings that a file may name. Others of Python's take quadratic time, or are none of text.
+_CHARSET = re.compile(
+    "charset=[\"']?((?:utf|ascii|us-ascii|latin|iso|windows|cp|gb|big5|euc|shift|koi8|mac)[\\w.-]*)"
+)
 #: Characters of binary data. Text may have those of terminals and the end mark of DOS.
 _NO_TEXT = re.compile("[\0-\x06\x0e-\x19\x1c-\x1f]")
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]{0,30}):")
@@ -3166,10 +3170,10 @@ class Attachments:
     def _decoded(self, content: bytes, media_type: str, parameters: list[str]) -> str | None:
         """The text of a file: as its mark or its type says, in UTF-8, else as Windows wrote it."""
         marked = [name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)]
-        named = [word[len("charset="):] for word in parameters if word.startswith("charset=")]
+        named = [found[1] for found in map(_CHARSET.match, parameters) if found]
         for encoding in marked[:1] or [*named, "utf-8-sig"]:
             with contextlib.suppress(UnicodeError, LookupError):
-                return content.decode(encoding.strip("\"' "))
+                return content.decode(encoding)
         if media_type.startswith("text/") and not marked:
             with contextlib.suppress(UnicodeError):
                 text = content.decode("cp1252")
@@ -3204,7 +3208,7 @@ class Attachments:
             _, param = self._made.get(id(block), (block, param))
             if size_bytes is None:
                 raise TooLarge(
-                    f"{param}: it may have {self._limits.max_image_bytes} bytes.",
+                    f"{param}: an image may have {self._limits.max_image_bytes} bytes.",
                     param=param, code="image_too_large",
                 )
             if number >= self._limits.max_images:

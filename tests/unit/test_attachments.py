@@ -393,11 +393,20 @@ def test_a_file_that_cannot_be_read_as_text_is_refused(
     assert (error.status, error.error_code) == (400, "unsupported_file_type")
 
 
-@pytest.mark.parametrize("charset", ["none-such", "hex", "ascii", "utf-16", ""])
+@pytest.mark.parametrize("charset", ["none-such", "hex", "ascii", "utf-16", "", "utf-\0", "cp0"])
 def test_where_the_named_encoding_does_not_fit_the_text_is_utf_8(charset: str) -> None:
     part = CHAT_WIRE.file(encoded("\u00e4".encode() * 5 + b"a"), f"text/plain;charset={charset}")
 
     assert told(CHAT_WIRE, "question", part) == [block("\u00e4" * 5 + "a")]
+
+
+@pytest.mark.parametrize("charset", ["punycode", "idna", "unicode_escape", "rot13", "undefined"])
+def test_encodings_that_are_none_of_files_are_not_tried(charset: str) -> None:
+    content = b"a\\u0041-" * 30_000
+
+    part = CHAT_WIRE.file(encoded(content), f"text/plain;charset={charset}")
+
+    assert told(CHAT_WIRE, "question", part) == [block(content.decode())]
 
 
 @EVERY_WIRE
