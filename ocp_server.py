@@ -98,6 +98,7 @@ from types import MappingProxyType
 from typing import (
     Any,
     ClassVar,
+    Literal,
     NamedTuple,
     NoReturn,
     Protocol,
@@ -484,12 +485,16 @@ class Config:
         "pass http(s) image addresses on to the API, which fetches them; OCP never does",
     )
     max_image_bytes: int = setting(
-        5_242_880, "CLAUDE_MAX_IMAGE_BYTES", "largest image, decoded", unit="bytes", least=1
+        10_485_760, "CLAUDE_MAX_IMAGE_BYTES", "largest image, decoded", unit="bytes", least=1
     )
-    max_images: int = setting(20, "CLAUDE_MAX_IMAGES", "images in one request", least=0)
+    max_images: int = setting(
+        600, "CLAUDE_MAX_IMAGES",
+        "images and files in one request; 100 at most where the window is 200,000 tokens",
+        least=0,
+    )
     max_image_total_bytes: int = setting(
-        20_971_520, "CLAUDE_MAX_IMAGE_TOTAL_BYTES", "images of one request together, decoded",
-        unit="bytes", least=1,
+        23_068_672, "CLAUDE_MAX_IMAGE_TOTAL_BYTES",
+        "images and files of one request together, decoded", unit="bytes", least=1,
     )
     # -- time ---------------------------------------------------------------------------------
     timeout_ms: int = setting(
@@ -1594,41 +1599,56 @@ def replayed(answer: Answer) -> Iterator[Event]:
     yield Finished(answer.stop_reason, answer.stop_sequence, answer.usage)
 
 
-def text_chars(turn: Turn) -> int:
-    """The characters that a client wrote into a prompt: system, texts and results of tools."""
-    def count(blocks: Iterable[Block]) -> int:
-        return sum(
-            count(block["content"]) if block["type"] == "tool_result"
-            else len(block.get("text") or "")
-            for block in blocks
-        )
+#: Blocks with data that is no text.
+_ATTACHMENT_BLOCKS = ("image", "document")
 
-    return len(turn.system) + sum(count(message.content) for message in turn.messages)
+
+def attachments_of(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Return the images and documents in their order, those in results of tools included."""
+    for block in blocks:
+        if block["type"] == "tool_result":
+            yield from attachments_of(block["content"])
+        elif block["type"] in _ATTACHMENT_BLOCKS:
+            yield block
+
+
+def json_chars(value: object) -> int:
+    """Return the length of the value's compact JSON; a letter counts one in every script."""
+    return len(_ENCODER.encode(value))
+
+
+def message_chars(message: Message) -> int:
+    """Return the characters of a message: of texts and names as they are, of arguments as JSON.
+    Images and documents have none."""
+    chars, rest = 0, list(message.content)
+    while rest:
+        block = rest.pop()
+        if block["type"] == "text":
+            chars += len(block["text"])
+        elif block["type"] == "tool_result":
+            rest += block["content"]
+        elif block["type"] == "tool_use":
+            chars += len(block["name"]) + json_chars(block["input"])
+        elif block["type"] not in _ATTACHMENT_BLOCKS:
+            chars += json_chars(block)
+    return chars
+
+
+def _fixed_chars(turn: Turn) -> int:
+    """The characters of what is the same for all messages: system prompt, tools and schema."""
+    shape = json_chars(turn.shape.schema) if turn.shape is not None else 0
+    return len(turn.system) + shape + sum(
+        len(tool.name) + len(tool.description) + json_chars(tool.schema) for tool in turn.tools
+    )
+
+
+def prompt_chars(turn: Turn) -> int:
+    """Return the characters of everything that the model reads."""
+    return _fixed_chars(turn) + sum(message_chars(message) for message in turn.messages)
 
 
 #: How many characters stand for a token when a prompt is measured against a window.
 _CHARS_PER_TOKEN = 3
-
-
-def _without_attachments(blocks: Iterable[Block]) -> Iterator[Block]:
-    """The blocks whose length says something about their tokens."""
-    for block in blocks:
-        if block["type"] == "tool_result":
-            yield {**block, "content": list(_without_attachments(block["content"]))}
-        elif block["type"] not in ("image", "document"):
-            yield block
-
-
-def _weight(message: Message) -> int:
-    """The characters of a message, images and documents left out."""
-    return len(json.dumps(list(_without_attachments(message.content)), ensure_ascii=False))
-
-
-def _fixed_weight(turn: Turn) -> int:
-    """The characters of what cannot be dropped from a prompt, its last message aside."""
-    tools = json.dumps([tool._asdict() for tool in turn.tools]) if turn.tools else ""
-    schema = json.dumps(turn.shape.schema) if turn.shape is not None else ""
-    return len(turn.system) + len(tools) + len(schema)
 
 
 def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
@@ -1639,8 +1659,8 @@ def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
     in the words by which agents know that they have to shorten their history.
     """
     most_chars = most_chars or turn.model.context_window * _CHARS_PER_TOKEN
-    newest = max(_weight(turn.choice(index).messages[-1]) for index in range(turn.choices))
-    left = most_chars - _fixed_weight(turn) - newest
+    newest = max(message_chars(turn.choice(index).messages[-1]) for index in range(turn.choices))
+    left = most_chars - _fixed_chars(turn) - newest
     if left < 0:
         raise ContextTooLong(
             f"prompt is too long: {(most_chars - left) // _CHARS_PER_TOKEN} tokens > "
@@ -1648,9 +1668,11 @@ def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
             param="messages",
         )
     first = len(turn.messages) - 1
-    while first > 0 and left >= _weight(turn.messages[first - 1]):
+    while first > 0 and left >= 0:
         first -= 1
-        left -= _weight(turn.messages[first])
+        left -= message_chars(turn.messages[first])
+    if left < 0:
+        first += 1
     if not first:
         return turn, 0
     while first < len(turn.messages) - 1 and not _begins(turn.messages[first]):
@@ -1671,19 +1693,10 @@ _ATTACHMENT_TOKENS = 1_500
 
 
 def estimated_tokens(turn: Turn) -> int:
-    """About how many tokens the prompt has."""
-    chars = _fixed_weight(turn) + sum(_weight(message) for message in turn.messages)
-    attachments = sum(_attachments(message.content) for message in turn.messages)
+    """Return about how many tokens the prompt has."""
+    attachments = sum(1 for message in turn.messages for _ in attachments_of(message.content))
+    chars = prompt_chars(turn)
     return max(1, round(chars / CHARS_EACH_TOKEN)) + _ATTACHMENT_TOKENS * attachments
-
-
-def _attachments(blocks: Iterable[Block]) -> int:
-    """How many images and documents there are, those of tool results included."""
-    return sum(
-        _attachments(block["content"]) if block["type"] == "tool_result"
-        else block["type"] in ("image", "document")
-        for block in blocks
-    )
 
 
 def _begins(message: Message) -> bool:
@@ -4050,7 +4063,9 @@ def prompt_of(
         after_answer = after_answer or _CONTINUE
     later = _asking(merged(later), parsing, context, param, after_answer)
     later = with_exchanges(later, context, param)
-    return Prompt(system, _asking(later, parsing, context, param, after_answer), opening)
+    later = _asking(later, parsing, context, param, after_answer)
+    later = context.attachments.within_bounds(later, param, counted=parsing.counted)
+    return Prompt(system, later, opening)
 
 
 def _asking(
@@ -4076,115 +4091,288 @@ _IMAGE_TYPES = {
     "image/gif": rb"GIF8",
     "image/webp": rb"RIFF....WEBP",
 }
+_PDF = "application/pdf"
+#: Readers find a PDF although something stands before it, within so many bytes.
+_PDF_HEAD_BYTES = 1024
+#: How text begins whose encoding is not UTF-8.
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
+}
+#: Encodings that a file may name. Others of Python's take quadratic time, or are none of text.
+_CHARSET = re.compile(
+    "charset=[\"']?((?:utf|ascii|us-ascii|latin|iso|windows|cp|gb|big5|euc|shift|koi8|mac)[\\w.-]*)"
+)
+#: Characters of binary data. Text may have those of terminals and the end mark of DOS.
+_NO_TEXT = re.compile("[\0-\x06\x0e-\x19\x1c-\x1f]")
+_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]{0,30}):")
+_FROM_URL_ALPHABET = str.maketrans("-_", "+/")
+
+
+def _exact_base64(data: str) -> bytes | None:
+    """The bytes of base64 data; None when there are none, or when it is not just as it has to be.
+
+    The decoder is fast and skips what it does not know: that shows in the number of bytes.
+    """
+    try:
+        content = binascii.a2b_base64(data)
+    except (binascii.Error, ValueError):
+        return None
+    whole = len(data) % 4 == 0 and len(content) == base64_bytes(data)
+    return content if content and whole else None
+
+
+def base64_bytes(data: str) -> int:
+    """Return how many bytes this exact base64 data stands for."""
+    return len(data) // 4 * 3 - data[-2:].count("=")
+
+
+def mended_base64(data: str) -> tuple[str, bytes]:
+    """Return base64 data as the API takes it, and its bytes; no bytes when it cannot be read.
+
+    White space, the alphabet for addresses, percent signs and missing padding are mended.
+    """
+    content = _exact_base64(data)
+    if content is None:
+        plain = urllib.parse.unquote(data) if "%" in data else data
+        plain = "".join(plain.split()).translate(_FROM_URL_ALPHABET).rstrip("=")
+        data = plain + "=" * (-len(plain) % 4)
+        content = _exact_base64(data)
+    return data, content or b""
+
+
+def _data_type(content: bytes, sent_type: str) -> str:
+    """The type of an image or PDF by how it begins, whatever the client calls it; else empty."""
+    for media_type, begin in _IMAGE_TYPES.items():
+        if re.match(begin, content, re.DOTALL):
+            return media_type
+    head = content[:_PDF_HEAD_BYTES]
+    marked = b"%PDF-" in head if sent_type == _PDF else head.lstrip().startswith(b"%PDF-")
+    return _PDF if marked else ""
+
+
+def told_of(named: Mapping[str, str]) -> list[Block]:
+    """Return what a client says about a file beside it, as a text to put before its content."""
+    return text_block("\n".join(f"{name.title()}: {text}" for name, text in named.items()))
+
+
+class Attachment(NamedTuple):
+    """An image or a file as a request has it."""
+
+    #: Its base64 data, a data: URI of it, or its address.
+    data: str
+    #: The path of that field.
+    param: str
+    #: What the client takes it for.
+    media_type: str = ""
+    #: What the client says about it: title and context.
+    named: Mapping[str, str] = MappingProxyType({})
+    #: Whether it may be nothing but an image or a PDF.
+    pictured: bool = False
 
 
 class Attachments:
-    """Turns the images and documents of one request into blocks and keeps the limits."""
+    """Turns the images and files of one request into blocks, and keeps their bounds."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, adjust: Callable[[str], None]) -> None:
         self._limits = limits
-        self._count = 0
-        self._total_bytes = 0
+        self._adjust = adjust
+        #: The blocks that were made, with their paths, by the id of the block.
+        self._made: dict[int, tuple[Block, str]] = {}
 
-    def image(self, url: str, param: str) -> Block:
-        """The block of an image's data URI or http(s) address. Raises BadRequest, TooLarge."""
-        self._count_one(param)
-        scheme = url.partition(":")[0].lower()
-        if scheme == "data":
-            media_type, data = self._data_uri(url, param)
-            return {"type": "image", "source": self.inline_image(media_type, data, param)}
-        return {"type": "image", "source": self._address(url, scheme, param)}
-
-    def document(self, url: str, param: str) -> Block:
-        """The block of a PDF's data URI. Raises BadRequest, TooLarge."""
-        self._count_one(param)
-        media_type, data = self._data_uri(url, param)
-        if media_type != "application/pdf":
+    def blocks(self, sent: Attachment) -> list[Block]:
+        """Return the blocks of an image or a file. Its data says what it is: an image, a PDF, or
+        text, which is told as text. Raises BadRequest, Unsupported."""
+        scheme = _SCHEME.match(sent.data)
+        word = scheme[1].lower() if scheme else "data"
+        if word not in ("data", "http", "https"):
             raise BadRequest(
-                f"{param}: files must be PDF documents, data:application/pdf;base64,...",
-                param=param, code="unsupported_file_type",
+                f"{sent.param}: must be a data: URI or an http(s) address.",
+                param=sent.param, code="unsupported_url_scheme",
             )
-        self._weigh(data, self._limits.max_image_total_bytes, param)
-        source = {"type": "base64", "media_type": media_type, "data": data}
-        return {"type": "document", "source": source}
+        found = self._inline(sent) if word == "data" else [self._remote(sent)]
+        self._made.update((id(block), (block, sent.param)) for block in attachments_of(found))
+        return found
 
-    def inline_image(self, media_type: str, data: str, param: str) -> Json:
-        """The source of an image that is in the request itself. Clients name other types than the
-        image has; claude sets that right everywhere but in results of tools, where the API
-        refuses it."""
-        if media_type not in _IMAGE_TYPES:
-            raise BadRequest(
-                f"{param}: images must be one of {', '.join(_IMAGE_TYPES)}.",
-                param=param, code="unsupported_image_type",
-            )
-        self._weigh(data, self._limits.max_image_bytes, param)
-        start = base64.b64decode(data[:16])
-        fitting = [kind for kind, begin in _IMAGE_TYPES.items() if re.match(begin, start, re.S)]
-        return {"type": "base64", "media_type": (*fitting, media_type)[0], "data": data}
-
-    def _address(self, url: str, scheme: str, param: str) -> Json:
-        if scheme not in ("http", "https"):
-            raise BadRequest(
-                f"{param}: must be a data: URI or an http(s) address.",
-                param=param, code="unsupported_url_scheme",
-            )
+    def _remote(self, sent: Attachment) -> Block:
         if not self._limits.image_allow_url:
             raise BadRequest(
-                f"{param}: addresses of images are not passed on by this server; send the image "
-                "as a data: URI, or have the operator set CLAUDE_IMAGE_ALLOW_URL=1.",
-                param=param, code="remote_url_disabled",
+                f"{sent.param}: addresses of images and files are not passed on by this server; "
+                "send the data, as a data: URI, or have the operator set CLAUDE_IMAGE_ALLOW_URL=1.",
+                param=sent.param, code="remote_url_disabled",
             )
-        return {"type": "url", "url": url}
+        source = {"type": "url", "url": sent.data.strip()}
+        if sent.pictured:
+            return {"type": "image", "source": source}
+        return {"type": "document", "source": source, **sent.named}
 
-    def _data_uri(self, url: str, param: str) -> tuple[str, str]:
-        """Media type and base64 text."""
-        head, comma, data = url.partition(",")
-        media_type, *parameters = head[len("data:"):].split(";")
-        words = [word.strip().lower() for word in parameters]
-        if not url[:5].lower() == "data:" or not comma or "base64" not in words:
+    def _inline(self, sent: Attachment) -> list[Block]:
+        head, comma, data = "", ",", sent.data
+        if _SCHEME.match(data):
+            head, comma, data = data.partition(",")
+        words = (head.partition(":")[2] or sent.media_type).lower().split(";")
+        media_type, *parameters = [word.strip() for word in words]
+        if not comma or (head and "base64" not in parameters):
             raise BadRequest(
-                f"{param}: must be a base64 data URI, data:image/png;base64,...",
-                param=param, code="invalid_data_uri",
+                f"{sent.param}: must be a base64 data URI, data:image/png;base64,...",
+                param=sent.param, code="invalid_data_uri",
             )
-        return media_type.strip().lower().replace("image/jpg", "image/jpeg"), data
-
-    def _count_one(self, param: str) -> None:
-        self._count += 1
-        if self._count > self._limits.max_images:
-            raise TooLarge(
-                f"A request may hold {self._limits.max_images} images and files.",
-                param=param, code="too_many_images",
-            )
-
-    def _weigh(self, data: str, most_bytes: int, param: str) -> None:
-        try:
-            size_bytes = len(base64.b64decode(data, validate=True))
-        except (binascii.Error, ValueError):
-            size_bytes = 0
-        if not size_bytes:
+        data, content = mended_base64(data)
+        if not content:
             raise BadRequest(
-                f"{param}: the base64 data is broken or empty.",
-                param=param, code="invalid_data_uri",
+                f"{sent.param}: the base64 data is broken or empty.",
+                param=sent.param, code="invalid_data_uri",
             )
-        self._total_bytes += size_bytes
-        if size_bytes > most_bytes:
-            raise TooLarge(
-                f"{param}: it may have {most_bytes} bytes.", param=param, code="image_too_large"
+        own_type = _data_type(content, media_type)
+        source = {"type": "base64", "media_type": own_type, "data": data}
+        if own_type == _PDF:
+            return [{"type": "document", "source": source, **sent.named}]
+        if own_type:
+            return [*told_of(sent.named), {"type": "image", "source": source}]
+        return [*told_of(sent.named), *self._text(sent, content, media_type, parameters)]
+
+    def _text(
+        self, sent: Attachment, content: bytes, media_type: str, parameters: list[str]
+    ) -> list[Block]:
+        text = None if sent.pictured else self._decoded(content, media_type, parameters)
+        if text is None or _NO_TEXT.search(text):
+            what = "images must be" if sent.pictured else "files must be text in UTF-8, PDF or"
+            named = f", not {one_line(media_type, 60)}" if media_type not in _IMAGE_TYPES else ""
+            raise BadRequest(
+                f"{sent.param}: {what} one of {', '.join(_IMAGE_TYPES)}"
+                f"{named if media_type else ''}; its data is nothing of that. Convert it first.",
+                param=sent.param,
+                code="unsupported_image_type" if sent.pictured else "unsupported_file_type",
             )
-        if self._total_bytes > self._limits.max_image_total_bytes:
-            raise TooLarge(
-                f"The images and files of a request may have "
-                f"{self._limits.max_image_total_bytes} bytes together.",
-                param=param, code="images_too_large",
-            )
+        return text_block(text)
+
+    def _decoded(self, content: bytes, media_type: str, parameters: list[str]) -> str | None:
+        """The text of a file: as its mark or its type says, in UTF-8, else as Windows wrote it."""
+        marked = [name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)]
+        named = [found[1] for found in map(_CHARSET.match, parameters) if found]
+        for encoding in marked[:1] or [*named, "utf-8-sig"]:
+            with contextlib.suppress(UnicodeError, LookupError):
+                return content.decode(encoding)
+        if media_type.startswith("text/") and not marked:
+            with contextlib.suppress(UnicodeError):
+                text = content.decode("cp1252")
+                self._adjust("text_encoding_guessed")
+                return text
+        return None
+
+    def within_bounds(
+        self, messages: list[Message], param: str, *, counted: bool
+    ) -> list[Message]:
+        """Return the messages without the oldest attachments that are too many for a request.
+
+        A text stands where one was. Raises TooLarge when the last message alone has too many,
+        unless it is only counted.
+        """
+        most = self._limits.max_image_bytes
+        sizes = [
+            [_size_bytes(block, most) for block in attachments_of(message.content)]
+            for message in messages
+        ]
+        if not counted:
+            self._check_newest(messages[-1], sizes[-1], param)
+        dropped = surplus(sizes, self._limits)
+        for _ in dropped:
+            self._adjust("images_dropped")
+        return _without(messages, dropped) if dropped else messages
+
+    def _check_newest(self, message: Message, sizes: list[int | None], param: str) -> None:
+        total_bytes = 0
+        for number, (block, size_bytes) in enumerate(zip(attachments_of(message.content), sizes)):
+            total_bytes += size_bytes or 0
+            _, param = self._made.get(id(block), (block, param))
+            if size_bytes is None:
+                raise TooLarge(
+                    f"{param}: an image may have {self._limits.max_image_bytes} bytes.",
+                    param=param, code="image_too_large",
+                )
+            if number >= self._limits.max_images:
+                raise TooLarge(
+                    f"{param}: a request may hold {self._limits.max_images} images and files.",
+                    param=param, code="too_many_images",
+                )
+            if total_bytes > self._limits.max_image_total_bytes:
+                raise TooLarge(
+                    f"{param}: the images and files of a request may have "
+                    f"{self._limits.max_image_total_bytes} bytes together.",
+                    param=param, code="images_too_large",
+                )
+
+
+def _size_bytes(block: Block, largest_image_bytes: int) -> int | None:
+    """The bytes of an attachment in the request; None for an image that is too large."""
+    size_bytes = base64_bytes(block["source"].get("data") or "")
+    too_large = block["type"] == "image" and size_bytes > largest_image_bytes
+    return None if too_large else size_bytes
+
+
+def _most_attachments(model: Model) -> int:
+    """How many images and documents the API takes in a request."""
+    return 100 if model.context_window <= 200_000 else 600
+
+
+def surplus(sizes: list[list[int | None]], limits: Limits) -> set[int]:
+    """Return the numbers of the attachments to leave out, counted over all messages.
+
+    `sizes` has the bytes of each, message by message; None is always left out. Over a limit the
+    oldest go until four fifths of it are left, so that a conversation that grows changes at its
+    head only once in many messages. What an earlier message loses depends on no later one but
+    the message that made them too many, whose own are the last to go.
+    """
+    most = (limits.max_images, limits.max_image_total_bytes)
+    kept: collections.deque[tuple[int, int]] = collections.deque()
+    dropped: set[int] = set()
+    numbers = itertools.count()
+    total_bytes = 0
+
+    def exceed(fifths: int) -> bool:
+        held = (len(kept), total_bytes)
+        return any(is_held * 5 > bound * fifths for is_held, bound in zip(held, most))
+
+    for own in sizes:
+        earlier = len(kept)
+        for size_bytes, number in zip(own, numbers):
+            if size_bytes is None:
+                dropped.add(number)
+            else:
+                kept.append((number, size_bytes))
+                total_bytes += size_bytes
+        least_fifths = 4 if exceed(5) else 5
+        while exceed(least_fifths) and (earlier > 0 or exceed(5)):
+            number, size_bytes = kept.popleft()
+            dropped.add(number)
+            total_bytes -= size_bytes
+            earlier -= 1
+    return dropped
+
+
+def _without(messages: list[Message], dropped: set[int]) -> list[Message]:
+    """The messages with a text in place of each of these attachments."""
+    numbers = itertools.count()
+
+    def kept(blocks: Iterable[Block]) -> Iterator[Block]:
+        for block in blocks:
+            if block["type"] == "tool_result":
+                yield {**block, "content": list(kept(block["content"]))}
+            elif block["type"] in _ATTACHMENT_BLOCKS and next(numbers) in dropped:
+                yield {"type": "text", "text": f"[An older {block['type']} was left out here.]"}
+            else:
+                yield block
+
+    return [Message(message.role, list(kept(message.content))) for message in messages]
 
 
 class ParseContext:
     """What the parts of one request share while it is parsed: the limits of its attachments, and
     what its response headers have to tell about it."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.attachments = Attachments(limits)
+    def __init__(self, limits: Limits, model: Model) -> None:
+        most_images = min(limits.max_images, _most_attachments(model))
+        self.attachments = Attachments(limits._replace(max_images=most_images), self.adjust)
         self._ignored: list[str] = []
         self._adjusted: collections.Counter[str] = collections.Counter()
 
@@ -4207,16 +4395,55 @@ class ParseContext:
         return tuple(self._adjusted.items())
 
 
-def image_block(part: Fields, context: ParseContext) -> Block:
-    """The block of an image that came in Anthropic's form."""
-    source = part.child("source") or Fields({}, part.at("source"))
-    if source.text("type") == "url":
-        return context.attachments.image(source.needed_text("url"), source.at("url"))
-    if source.text("type") != "base64":
-        raise source.wrong("type", "base64 or url")
-    media_type = source.text("media_type") or ""
-    url = f"data:{media_type};base64,{source.text('data') or ''}"
-    return context.attachments.image(url, source.at("data"))
+def named_of(part: Fields, *names: str) -> dict[str, str]:
+    """Return what a client says about a document beside it: its name, where it is from."""
+    return {name: text for name in names if (text := part.text(name))}
+
+
+def _refuse_stored(source: Fields, name: str) -> NoReturn:
+    """Raises Unsupported for a file that is named by an id."""
+    raise Unsupported(
+        f"{source.at(name)}: files cannot be stored here; send the file itself, as base64 data.",
+        param=source.at(name),
+    )
+
+
+def _sourced(source: Fields, context: ParseContext, sent: Attachment) -> list[Block]:
+    """The blocks of an Anthropic source, where `sent` says what is known from around it."""
+    kind = source.text("type") or ("url" if source.given("url") else "base64")
+    if kind == "file":
+        _refuse_stored(source, "file_id" if source.given("file_id") else "type")
+    if kind not in ("base64", "url"):
+        raise source.wrong("type", "base64 or url" + ("" if sent.pictured else ", text or content"))
+    name = "url" if kind == "url" else "data"
+    return context.attachments.blocks(sent._replace(
+        data=source.needed_text(name), param=source.at(name),
+        media_type=source.text("media_type") or "",
+    ))
+
+
+def image_blocks(part: Fields, context: ParseContext) -> list[Block]:
+    """Return the blocks of an image that came in Anthropic's form."""
+    source = part.child("source")
+    if source is None:
+        raise part.wrong("source", "an object with the image")
+    return _sourced(source, context, Attachment("", "", pictured=True))
+
+
+def document_blocks(
+    part: Fields, context: ParseContext, read: Callable[[Fields], list[Block]]
+) -> list[Block]:
+    """Return the blocks of a document that came in Anthropic's form. `read` reads the content of
+    a source that is made of parts."""
+    source = part.child("source")
+    if source is None:
+        raise part.wrong("source", "an object with the document")
+    named = named_of(part, "title", "context")
+    if source.text("type") == "text":
+        return told_of(named) + text_block(source.text("data") or "")
+    if source.text("type") == "content":
+        return told_of(named) + read(source)
+    return _sourced(source, context, Attachment("", "", named=named))
 
 
 def call_block(part: Fields) -> Block:
@@ -4612,7 +4839,7 @@ def _are_parts(content: object) -> bool:
 _TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
 #: Parts that hold an image or a file. Some clients send Anthropic's blocks, tools and system to a
 #: model with "claude" in its name.
-_ATTACHMENT_PARTS = ("image", "image_url", "input_image", "file", "input_file")
+_ATTACHMENT_PARTS = ("image", "image_url", "input_image", "document", "file", "input_file")
 _THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning")
 _READ_PARTS = (*_TEXT_PARTS, *_ATTACHMENT_PARTS, *_THINKING_PARTS, "refusal", "tool_result")
 
@@ -4627,7 +4854,7 @@ def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
     if kind == "refusal":
         return text_block(part.text("refusal") or "")
     if kind in _ATTACHMENT_PARTS and role in ("user", "tool"):
-        return [_openai_attachment(part, context)]
+        return _openai_attachment(part, context)
     if kind in _ATTACHMENT_PARTS and role == "system":
         raise BadRequest(
             f"{part.path}: images and files belong into user messages.",
@@ -4649,28 +4876,37 @@ def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
     return []
 
 
-def _openai_attachment(part: Fields, context: ParseContext) -> Block:
-    if part.text("type") == "image":
-        return image_block(part, context)
-    if part.text("type") in ("image_url", "input_image"):
-        value = part.object.get("image_url")
-        entry = Fields(value, part.at("image_url")) if isinstance(value, dict) else None
-        url = entry.text("url") if entry is not None else value
-        if not isinstance(url, str) or not url:
-            raise BadRequest(
-                f"{part.at('image_url')}: must hold the address of an image.",
-                param=part.at("image_url"), code="invalid_image_url",
-            )
-        return context.attachments.image(url, part.at("image_url"))
-    described = part.child("file") or part
-    data = described.text("file_data")
-    if data is None:
-        raise Unsupported(
-            f"{described.at('file_data')}: send the file itself, as "
-            "data:application/pdf;base64,...; files cannot be stored here.",
-            param=described.at("file_data"),
+def _openai_attachment(part: Fields, context: ParseContext) -> list[Block]:
+    kind = part.text("type")
+    if kind == "image":
+        return image_blocks(part, context)
+    if kind == "document":
+        return document_blocks(
+            part, context, lambda source: openai_content(source, context, "tool")
         )
-    return context.attachments.document(data, described.at("file_data"))
+    if kind in ("image_url", "input_image"):
+        return _openai_image(part, context)
+    described = part.child("file") or part
+    named = {"title": title} if (title := described.text("filename")) else {}
+    for name in ("file_data", "file_url"):
+        if described.given(name):
+            sent = Attachment(described.needed_text(name), described.at(name), named=named)
+            return context.attachments.blocks(sent)
+    _refuse_stored(described, "file_id" if described.given("file_id") else "file_data")
+
+
+def _openai_image(part: Fields, context: ParseContext) -> list[Block]:
+    value = part.object.get("image_url")
+    entry = Fields(value, part.at("image_url")) if isinstance(value, dict) else None
+    url = entry.text("url") if entry is not None else value
+    if not url and part.given("file_id"):
+        _refuse_stored(part, "file_id")
+    if not isinstance(url, str) or not url:
+        raise BadRequest(
+            f"{part.at('image_url')}: must hold the address of an image.",
+            param=part.at("image_url"), code="invalid_image_url",
+        )
+    return context.attachments.blocks(Attachment(url, part.at("image_url"), pictured=True))
 
 
 #: Parameters that would change what the answer means and cannot be had: (field, why).
@@ -4698,7 +4934,7 @@ class ChatDialect(Dialect):
         model = parsing.models.find(name)
         self._refuse(fields)
         stream_options = fields.child("stream_options") or Fields({})
-        context = ParseContext(parsing.limits)
+        context = ParseContext(parsing.limits, model)
         tools, choice, unknown_tools = self._tools(fields)
         shape = self._shape(fields)
         prompt = prompt_of(
@@ -5183,7 +5419,7 @@ class MessagesDialect(Dialect):
         model = parsing.models.find(name)
         tools, unknown_tools = self._tools(fields)
         choice = chosen(tools, self._tool_choice(fields), "tool_choice")
-        context = ParseContext(parsing.limits)
+        context = ParseContext(parsing.limits, model)
         told = self._messages(fields, context)
         prompt = prompt_of(told, fields, parsing, context, "messages")
         options, ignored = options_for(model, self._wanted(fields, choice))
@@ -5303,12 +5539,14 @@ class MessagesDialect(Dialect):
                 raise block.wrong("text", "a string")
             return text_block(text)
         if kind == "image":
-            return [image_block(block, context)]
+            return image_blocks(block, context)
         if kind == "document":
-            return self._document(block, context)
+            return document_blocks(
+                block, context, lambda source: self._blocks(source, "content", context)
+            )
         if kind == "search_result":
-            named = self._named(block, "title", "source")
-            return self._told(named) + self._blocks(block, "content", context)
+            named = named_of(block, "title", "source")
+            return told_of(named) + self._blocks(block, "content", context)
         if kind == "tool_use":
             return [call_block(block)]
         if kind == "tool_result":
@@ -5325,28 +5563,6 @@ class MessagesDialect(Dialect):
         if kind not in _SILENT_BLOCKS:
             context.ignore(block.path)
         return []
-
-    def _document(self, block: Fields, context: ParseContext) -> list[Block]:
-        source = block.child("source") or Fields({}, block.at("source"))
-        kind = source.text("type")
-        named = self._named(block, "title", "context")
-        if kind == "text":
-            return self._told(named) + text_block(source.text("data") or "")
-        if kind == "content":
-            return self._told(named) + self._blocks(source, "content", context)
-        if kind != "base64":
-            raise source.wrong("type", "base64, text or content")
-        media_type = source.text("media_type") or ""
-        url = f"data:{media_type};base64,{source.text('data') or ''}"
-        return [{**context.attachments.document(url, source.at("data")), **named}]
-
-    def _named(self, block: Fields, *names: str) -> Json:
-        """What a client says about a document beside it: what it is called, where it is from."""
-        return {name: block.text(name) for name in names if block.text(name)}
-
-    def _told(self, named: Json) -> list[Block]:
-        """What `_named` found, as a text to put before a document that has no fields for it."""
-        return text_block("\n".join(f"{name.title()}: {text}" for name, text in named.items()))
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -5511,7 +5727,7 @@ class ResponsesDialect(Dialect):
         for field in ("conversation", "prompt"):
             if fields.given(field):
                 raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
-        context = ParseContext(parsing.limits)
+        context = ParseContext(parsing.limits, model)
         tools, choice, unknown_tools, grouped = self._tools(fields)
         shape = self._shape(fields)
         prompt = prompt_of(
@@ -5961,6 +6177,8 @@ CHILD_ENVIRONMENT = (
 #: cannot be made where this one is.
 FIXED_ENVIRONMENT = {
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    # claude would refuse some 90 small images, which it takes for 2,000 tokens each: the API knows.
+    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000",
     "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
     "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
@@ -6211,6 +6429,73 @@ def question_of(turn: Turn) -> Question | None:
     return Question(str(uuid.uuid4()), len(turn.messages) - 1)
 
 
+#: claude scales an image of a longer side, or of more bytes, but not in results of tools that it is
+#: told about. The API refuses it there, the longer side at least where there are many images.
+_UNSCALED_SIDE_MOST = 2_000
+_UNSCALED_BYTES_MOST = 3_932_160
+#: The head of an image, in which its sides stand, as base64.
+_HEAD_CHARS = 349_524
+#: Where a format has its sides: how it begins, the offsets, the bytes of each, their order, and
+#: what is missing in the number.
+_SIDES_AT: tuple[tuple[bytes, tuple[int, int], int, Literal["big", "little"], int], ...] = (
+    (rb"\x89PNG", (16, 20), 4, "big", 0),
+    (rb"GIF8", (6, 8), 2, "little", 0),
+    (rb"RIFF....WEBPVP8X", (24, 27), 3, "little", 1),
+    (rb"RIFF....WEBPVP8 ", (26, 28), 2, "little", 0),
+)
+#: The markers of JPEG that begin a frame.
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def largest_side(head: bytes) -> int:
+    """Return the longer side of an image in pixels, by how it begins; 0 when that does not say."""
+    if head.startswith(b"\xff\xd8"):
+        return _largest_jpeg_side(head)
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return max(bits & 0x3FFF, bits >> 14 & 0x3FFF) + 1
+    for begin, offsets, width, order, missing in _SIDES_AT:
+        if re.match(begin, head, re.DOTALL):
+            return max(int.from_bytes(head[at: at + width], order) for at in offsets) + missing
+    return 0
+
+
+def _largest_jpeg_side(head: bytes) -> int:
+    at = 2
+    while at + 9 <= len(head) and head[at] == 0xFF:
+        if head[at + 1] in _JPEG_FRAMES:
+            return max(int.from_bytes(head[place: place + 2], "big") for place in (at + 5, at + 7))
+        # A marker may have more of its first byte in front.
+        at += 1 if head[at + 1] == 0xFF else 2 + int.from_bytes(head[at + 2: at + 4], "big")
+    return 0
+
+
+def _needs_scaling(block: Block) -> bool:
+    data = block["source"].get("data") or ""
+    head = binascii.a2b_base64(data[:_HEAD_CHARS])
+    return base64_bytes(data) > _UNSCALED_BYTES_MOST or largest_side(head) > _UNSCALED_SIDE_MOST
+
+
+def beside_results(content: list[Block]) -> list[Block]:
+    """Return a user's content with the images that need scaling behind the results that hold
+    them, where claude scales them; a text tells which is which."""
+    behind: list[Block] = []
+
+    def kept(block: Block) -> Block:
+        if block["type"] != "image" or not _needs_scaling(block):
+            return block
+        name = f"Image {len(behind) // 2 + 1} of the results"
+        behind.extend([{"type": "text", "text": f"{name}:"}, block])
+        return {"type": "text", "text": f"[{name} is below.]"}
+
+    results = [
+        {**block, "content": [kept(inner) for inner in block["content"]]}
+        for block in content if block["type"] == "tool_result"
+    ]
+    rest = [block for block in content if block["type"] != "tool_result"]
+    return [*results, *behind, *rest] if behind else content
+
+
 def message_line(
     message: Message, version: Version, *, ask: bool, question: Question | None = None
 ) -> bytes:
@@ -6230,7 +6515,7 @@ def message_line(
             for block in message.content
         ]
     else:
-        body["content"] = guarded(message.content, version)
+        body["content"] = guarded(beside_results(message.content), version)
         # Without this the newer versions run slash commands and read files named with an @.
         line["client_composed"] = True
         if not ask:
@@ -9142,7 +9427,7 @@ class Job:
             stream=request.turn.stream,
             warm=first.warm,
             path=self.path or first.path,
-            prompt_chars=text_chars(request.turn),
+            prompt_chars=prompt_chars(request.turn),
             response_chars=sum(outcome.response_chars for outcome in self.outcomes),
             input_tokens=sum(usage.input_tokens for usage in usages),
             output_tokens=sum(usage.output_tokens for usage in usages),

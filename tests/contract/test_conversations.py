@@ -6,6 +6,7 @@ import base64
 import json
 import random
 import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,8 @@ Json = Any
 
 BLACK = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+WHITE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg==")
 #: The smallest file that claims to be a PDF.
 PDF = base64.b64encode(
     b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n").decode()
@@ -608,6 +611,124 @@ def test_a_tool_may_answer_with_a_pdf(rig: Rig, dialect: Dialect) -> None:
     kinds = [part["type"] for part in contents[0]["content"]]
     assert kinds[:2] == ["text", "document"]
     assert contents[0]["content"][1]["source"]["data"] == PDF
+
+
+def png(width: int, height: int, noise: int = 0) -> str:
+    """An image, grey or with so many bytes of noise in each line."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (len(content).to_bytes(4, "big") + kind + content
+                + zlib.crc32(kind + content).to_bytes(4, "big"))
+
+    dice = random.Random(width)
+    lines = b"".join(
+        b"\0" + bytes(dice.getrandbits(8) for _ in range(noise)).ljust(width, b"\x80")
+        for _ in range(height))
+    sides = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return base64.b64encode(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", sides + b"\x08\0\0\0\0")
+        + chunk(b"IDAT", zlib.compress(lines, 1)) + chunk(b"IEND", b"")).decode()
+
+
+def pictures(body: Json) -> list[str]:
+    """Return what stands in the user's messages, images by their type."""
+    return [part if isinstance(part, str) else part["type"]
+            for role, contents in turns(body) if role == "user" for part in contents]
+
+
+LEFT_OUT = "[An older image was left out here.]"
+
+
+@EVERY_DIALECT
+@pytest.mark.parametrize("count", [21, 100, 101])
+def test_a_history_of_many_images_arrives(rig: Rig, dialect: Dialect, count: int) -> None:
+    talk = Conversation(rig, dialect, system=f"Look at {count} in {dialect.name}.")
+    left = count - 1
+    while left:
+        images = min(left, 20)
+        left -= images
+        talk.messages.append({"role": "user", "content": [dialect.image(BLACK)] * images})
+        talk.messages.append({"role": "assistant", "content": "I see."})
+    asked = talk.ask([dialect.text("And?"), dialect.image(WHITE)])
+    kept = 80 if count > 100 else count
+    dropped = count - kept
+    assert pictures(rig.last_body()) == [
+        *[LEFT_OUT] * dropped, *["image"] * (kept - 1), "And?", "image"]
+    assert asked.headers["X-OCP-Adjusted"] == (f"images_dropped={dropped}" if dropped else None)
+    again = talk.ask([dialect.text("Sure?"), dialect.image(BLACK)])
+    assert path_of(rig, again) == ("rebuilt" if count == 100 else "continued")
+    assert pictures(rig.last_body()).count("image") == (80 if count == 100 else kept + 1)
+
+
+@EVERY_DIALECT
+def test_text_files_arrive_as_text_and_base64_as_it_has_to_be(rig: Rig, dialect: Dialect) -> None:
+    text = "Stra\u00dfe,\u4e2d\u6587\n1,2"
+    content = [
+        dialect.text("Read:"), dialect.pdf(base64.b64encode(text.encode()).decode()),
+        dialect.image("\r\n".join(WHITE[at: at + 20] for at in range(0, len(WHITE), 20))),
+        dialect.image(BLACK.rstrip("=").replace("+", "-").replace("/", "_")),
+    ]
+    Conversation(rig, dialect).ask(content)
+    ((_, found),) = turns(rig.only_body())
+    named = [] if dialect.name == "messages" else ["Title: a.pdf"]
+    assert found[:2 + len(named)] == ["Read:", *named, text]
+    assert [part["source"]["data"] for part in found[2 + len(named):]] == [WHITE, BLACK]
+
+
+@EVERY_DIALECT
+def test_a_large_image_of_a_result_is_scaled_in_a_rebuilt_conversation_too(
+    rig: Rig, dialect: Dialect
+) -> None:
+    rig.script(stub.tool_calls([("weather", {})]), then=stub.text("Read."))
+    talk = Conversation(rig, dialect, [Tool("weather")], system=f"Scale in {dialect.name}.")
+    call = talk.ask("Read it.").call
+    talk.messages += dialect.results([(call.id, Result("Here:", [png(2600, 20), BLACK]))])
+    rig.end_parked()
+    last = talk.send()
+    assert (last.text, path_of(rig, last)) == ("Read.", "rebuilt")
+    contents = turns(rig.last_body())[-1][1]
+    result = [part.get("text", part["type"]) for part in contents[0]["content"]]
+    assert result[:3] == ["Here:", "[Image 1 of the results is below.]", "image"]
+    assert contents[1] == "Image 1 of the results:"
+    head = base64.b64decode(contents[2]["source"]["data"])[:24]
+    assert 1900 < int.from_bytes(head[16:20], "big") <= 2000
+
+
+def test_addresses_go_to_the_api_where_the_operator_allows_it(
+    claude: Claude, tmp_path: Path
+) -> None:
+    address = {"type": "url", "url": "https://example.org/a.pdf"}
+    paper = {"type": "document", "source": address, "title": "a.pdf"}
+    picture = {"type": "image", "source": {"type": "url", "url": "https://example.org/a.png"}}
+    call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [picture, paper]}
+    with running_rig(tmp_path, claude, CLAUDE_IMAGE_ALLOW_URL="1") as rig:
+        talk = Conversation(rig, MESSAGES, [Tool("weather")])
+        talk.messages = [
+            {"role": "user", "content": [MESSAGES.text("Read:"), paper, picture]},
+            {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+        assert talk.send().status == 200
+        found = turns(rig.last_body())
+    assert found[0] == ("user", ["Read:", paper, picture])
+    assert found[-1][1][0]["content"][:2] == [picture, paper]
+
+
+@pytest.mark.parametrize("bare", [True, False], ids=["last", "earlier"])
+def test_an_image_above_the_api_s_own_limit_is_scaled_wherever_it_is(rig: Rig, bare: bool) -> None:
+    heavy = png(1990, 1990, 1990)
+    assert len(heavy) > 5_242_880
+    call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [MESSAGES.image(heavy)]}
+    talk = Conversation(rig, MESSAGES, [Tool("weather")], system=f"Heavy: {bare}.")
+    talk.messages = [
+        {"role": "user", "content": [MESSAGES.image(heavy)]},
+        {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    if not bare:
+        talk.messages += [{"role": "assistant", "content": "So."},
+                          {"role": "user", "content": "And?"}]
+    assert talk.send().status == 200
+    sizes = [len(part["source"]["data"]) for _, contents in turns(rig.last_body())
+             for part in contents if "source" in part]
+    assert len(sizes) == 2 and max(sizes) < 5_242_880
 
 
 # ---------------------------------------------------------------------------

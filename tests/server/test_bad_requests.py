@@ -179,11 +179,12 @@ BAD_IMAGES = [
     ({"url": "data:"}, 400, "invalid_data_uri"),
     ({"url": "data:text/html;base64,aGk="}, 400, "unsupported_image_type"),
     ({"url": "file:///etc/passwd"}, 400, "unsupported_url_scheme"),
-    ({"url": "/etc/passwd"}, 400, "unsupported_url_scheme"),
+    ({"url": "/etc/passwd"}, 400, "unsupported_image_type"),
     ({"url": "http://127.0.0.1/x.png"}, 400, "remote_url_disabled"),
     ({"url": ""}, 400, "invalid_image_url"), ({}, 400, "invalid_image_url"),
     (None, 400, "invalid_image_url"), (5, 400, "invalid_image_url"),
-    ({"url": "data:image/png;base64," + "A" * 400}, 413, "image_too_large"),
+    ({"url": "data:image/png;base64," + "A" * 400}, 400, "unsupported_image_type"),
+    ({"url": "data:image/png;base64,iVBORw0K" + "A" * 400}, 413, "image_too_large"),
 ]
 
 
@@ -205,6 +206,23 @@ def test_too_many_images_are_refused(strict: Server) -> None:
     reply = refusal(strict, post(encoded(question(content))))
 
     assert (reply.status, error_of(reply)["code"]) == (413, "too_many_images")
+
+
+def test_images_of_the_history_that_are_too_many_are_left_out_and_told(strict: Server) -> None:
+    look = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": SMALL_PNG}}]}
+    body = {"messages": [look, {"role": "assistant", "content": "So."}] * 3 + [look]}
+
+    reply = strict.call("POST", "/v1/chat/completions", body)
+
+    assert (reply.status, reply.headers["X-OCP-Adjusted"]) == (200, "images_dropped=2")
+
+
+def test_too_many_images_are_counted_all_the_same(strict: Server) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": SMALL_PNG.partition(",")[2]}
+    body = {"messages": [{"role": "user", "content": [{"type": "image", "source": source}] * 3}]}
+
+    assert strict.call("POST", "/v1/messages", body).status == 413
+    assert strict.call("POST", "/v1/messages/count_tokens", body).json()["input_tokens"] > 2_000
 
 
 def test_an_image_in_a_system_message_is_refused(strict: Server) -> None:

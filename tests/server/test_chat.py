@@ -452,7 +452,7 @@ def test_a_prompt_is_counted_to_its_end_however_long_it_is(tmp_path: Path) -> No
         return int(reply.json()["input_tokens"])
 
     long = {"role": "user", "content": "word " * 1000}
-    short = {"role": "assistant", "content": "Yes."}
+    short = {"role": "assistant", "content": "Yes, it is."}
     with running_server(tmp_path, env={"CLAUDE_MAX_PROMPT_CHARS": "3000"}) as running:
         once = counted(long)
         assert 1000 < once < counted(long, short) < 2 * once < counted(long, short, long)

@@ -222,8 +222,10 @@ def test_every_step_of_a_tool_loop_is_a_row(books: Server) -> None:
     assert [row["stop_reason"] for row in rows] == ["tool_use", "end_turn"]
     assert [row["path"] for row in rows] == ["fresh", "continued"]
     assert [row["input_tokens"] for row in rows] == [10, 10]
-    # The result is part of the prompt too.
-    assert [row["prompt_chars"] for row in rows] == [7, 9]
+    # Tools, calls and results are part of the prompt too.
+    question = len("Call it" + "f" + '{"type":"object","properties":{}}')
+    answered = question + len("f" + "{}" + "42")
+    assert [row["prompt_chars"] for row in rows] == [question, answered]
 
 
 def test_an_answer_that_met_its_limit_is_a_success(books: Server) -> None:

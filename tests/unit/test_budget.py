@@ -34,13 +34,22 @@ def turn(*messages: Any, **fields: Any) -> Any:
     )
 
 
+def characters(part: Json) -> int:
+    """The characters that a block is counted as."""
+    if part["type"] == "text":
+        return len(part["text"])
+    if part["type"] == "tool_result":
+        return sum(characters(inner) for inner in part["content"])
+    return 0 if "source" in part else len(part["name"] + compact(part["input"]))
+
+
+def compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def weight(*messages: Any) -> int:
     """The characters that these messages are counted as."""
-    return sum(
-        len(json.dumps([part for part in message.content if "source" not in part],
-                       ensure_ascii=False))
-        for message in messages
-    )
+    return sum(characters(part) for message in messages for part in message.content)
 
 
 def fitted(asked: Any, most_chars: int) -> tuple[list[Any], int]:
@@ -98,7 +107,7 @@ def test_the_system_prompt_counts_and_stays() -> None:
 
 
 def test_without_a_limit_of_the_operator_s_the_model_s_window_counts() -> None:
-    small = SONNET._replace(context_window=100)
+    small = SONNET._replace(context_window=80)
 
     assert fitted(turn(*TALK, model=small), 0)[1] == 2
     assert fitted(turn(*TALK), 0)[1] == 0
@@ -146,6 +155,69 @@ def test_an_exchange_that_does_not_fit_as_a_whole_is_too_long() -> None:
     assert (error.status, error.error_code) == (400, "context_length_exceeded")
     assert error.message.startswith("prompt is too long: ")
     assert error.param == "messages"
+
+
+# -- one measure --------------------------------------------------------------
+
+#: The same text in several scripts, as long as each other.
+SCRIPTS = ["a" * 300, "\u00e9" * 300, "\u4e2d" * 300, "\U0001f600" * 300, "\ud800" * 300]
+
+
+def everywhere(text: str) -> Any:
+    """A turn that says a text at every place where a client may say something."""
+    tool = ocp.Tool("weather", text, {"type": "object", "properties": {text: {"title": text}}})
+    call = {**use("t1"), "input": {text: [text, 1, True, None]}}
+    return turn(
+        user(text), assistant(text, call), user(result("t1", text), text), assistant(text),
+        user(text), system=text, tools=(tool, tool), shape=ocp.Shape({"const": text}, True),
+    )
+
+
+@pytest.mark.parametrize("text", SCRIPTS, ids=ascii)
+def test_a_character_counts_as_one_in_every_script_and_place(text: str) -> None:
+    latin, other = everywhere(SCRIPTS[0]), everywhere(text)
+
+    assert ocp.prompt_chars(other) == ocp.prompt_chars(latin)
+    assert ocp.estimated_tokens(other) == ocp.estimated_tokens(latin)
+    for most in range(2_000, 6_000, 250):
+        assert outcome(other, most) == outcome(latin, most)
+
+
+def outcome(asked: Any, most_chars: int) -> object:
+    """How many messages are dropped, or the words of the refusal."""
+    try:
+        return fitted(asked, most_chars)[1]
+    except ocp.ContextTooLong as error:
+        return error.message
+
+
+@pytest.mark.parametrize("text", SCRIPTS[1:4], ids=ascii)
+def test_tools_in_any_script_leave_room_for_the_history(text: str) -> None:
+    tools = tuple(ocp.Tool(f"t{number}", text, {"title": text}) for number in range(10))
+    messages = [user("a" * 1000), assistant("b" * 1000), user("c")]
+
+    assert fitted(turn(*messages, tools=tools), 9_000) == (messages, 0)
+
+
+def test_a_prompt_is_everything_that_is_told_to_the_model() -> None:
+    schema = {"type": "object"}
+    tool = ocp.Tool("weather", "Tells it.", schema)
+    asked = turn(
+        user("Hello", PICTURE), assistant("Hi.", use("t1")), user(result("t1", "Sun."), PAPER),
+        system="Be brief.", tools=(tool,), shape=ocp.Shape(schema, True),
+    )
+
+    assert ocp.prompt_chars(asked) == sum(map(len, (
+        "Hello", "Hi.", "weather", "{}", "Sun.", "Be brief.", "weather", "Tells it.",
+        compact(schema), compact(schema),
+    )))
+
+
+def test_the_measure_of_a_whole_prompt_is_the_sum_of_its_parts() -> None:
+    alone = [turn(message) for message in EXCHANGE]
+
+    assert ocp.prompt_chars(turn(*EXCHANGE)) == sum(map(ocp.prompt_chars, alone))
+    assert ocp.prompt_chars(turn(*EXCHANGE)) == weight(*EXCHANGE)
 
 
 # -- too long -----------------------------------------------------------------

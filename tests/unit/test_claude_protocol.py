@@ -1,6 +1,7 @@
 """The claude protocol: what is written to claude, and what its lines mean. No processes."""
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import random
@@ -834,6 +835,87 @@ def test_text_that_is_no_unicode_is_written_as_json() -> None:
 
     assert line.count(b"\n") == 1
     assert lines_of(line)[0]["message"]["content"] == [text("\ud83d \n")]
+
+
+# -- images in results --------------------------------------------------------
+
+
+def short(number: int, count: int, order: Any = "big") -> bytes:
+    return number.to_bytes(count, order)
+
+
+def jpeg(width: int, height: int, before: bytes = b"") -> bytes:
+    return (b"\xff\xd8" + before + b"\xff\xff\xc2\0\x11\x08" + short(height, 2)
+            + short(width, 2) + b"\x03\x01")
+
+
+#: A preview inside of the image, as cameras write it.
+PREVIEW = b"\xff\xe1" + short(2 + len(jpeg(160, 120)), 2) + jpeg(160, 120)
+#: The heads of images of some width and height.
+HEADS = {
+    "png": lambda w, h: b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + short(w, 4) + short(h, 4),
+    "gif": lambda w, h: b"GIF89a" + short(w, 2, "little") + short(h, 2, "little"),
+    "jpeg": jpeg,
+    "jpeg with a preview": lambda w, h: jpeg(w, h, PREVIEW),
+    "webp": lambda w, h: (b"RIFF\0\0\0\0WEBPVP8 \0\0\0\0\x30\x01\0\x9d\x01\x2a"
+                          + short(w, 2, "little") + short(h, 2, "little")),
+    "webp without loss": lambda w, h: (b"RIFF\0\0\0\0WEBPVP8L\0\0\0\0\x2f" + short(
+        w - 1 | (h - 1) << 14, 4, "little")),
+    "extended webp": lambda w, h: (b"RIFF\0\0\0\0WEBPVP8X\0\0\0\0\0\0\0\0" + short(
+        w - 1, 3, "little") + short(h - 1, 3, "little")),
+}
+
+
+def image(content: bytes) -> Json:
+    data = base64.b64encode(content).decode()
+    return {"type": "image", "source": {"type": "base64", "media_type": "?", "data": data}}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (2000, 7), (7, 2001), (300, 12_000)])
+def test_the_longer_side_of_an_image_stands_in_its_head(kind: str, width: int, height: int) -> None:
+    head = HEADS[kind](width, height)
+
+    assert ocp.largest_side(head + b"\0" * 50) == max(width, height)
+    for length in range(len(head) + 1):
+        assert ocp.largest_side(head[:length]) <= max(width, height)
+
+
+def result_of(*content: Json) -> Json:
+    return {"type": "tool_result", "tool_use_id": "t1", "content": list(content)}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("side", [2001, 9_000])
+def test_a_long_image_of_an_earlier_result_stands_behind_it(kind: str, side: int) -> None:
+    long, small = image(HEADS[kind](side, 10)), image(HEADS[kind](2000, 1999))
+    content = [result_of(text("a"), small, long), result_of(long, small), text("b"), long]
+
+    line = ocp.message_line(ocp.Message("user", content), NEW, ask=True)
+
+    assert lines_of(line)[0]["message"]["content"] == [
+        result_of(text("a"), small, text("[Image 1 of the results is below.]")),
+        result_of(text("[Image 2 of the results is below.]"), small),
+        text("Image 1 of the results:"), long, text("Image 2 of the results:"), long,
+        text("b"), long,
+    ]
+
+
+def test_a_heavy_image_of_an_earlier_result_stands_behind_it() -> None:
+    for size_bytes, moved in ((3_932_160, False), (3_932_161, True)):
+        heavy = image(HEADS["png"](10, 10).ljust(size_bytes, b"\0"))
+
+        assert (ocp.beside_results([result_of(heavy)])[0] != result_of(heavy)) is moved
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[text("a"), image(HEADS["png"](3000, 1))], [result_of(image(HEADS["gif"](9, 9))), text("a")],
+     [result_of({"type": "image", "source": {"type": "url", "url": "https://a"}})],
+     [result_of({"type": "document", "source": {"type": "base64", "data": "JVBERi0="}})], []],
+)
+def test_all_other_content_is_told_as_it_is(content: list[Json]) -> None:
+    assert ocp.beside_results(content) is content
 
 
 # -- how claude is started ----------------------------------------------------

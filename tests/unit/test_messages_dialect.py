@@ -347,15 +347,19 @@ def test_a_result_is_a_text_or_blocks(content: object) -> None:
         ({}, ".type"),
         ({"type": "text"}, ".text"),
         ({"type": "text", "text": 7}, ".text"),
-        ({"type": "image"}, ".source.type"),
+        ({"type": "image"}, ".source"),
+        ({"type": "image", "source": {}}, ".source.data"),
+        ({"type": "image", "source": {"type": "text", "data": "a"}}, ".source.type"),
         ({"type": "image", "source": 7}, ".source"),
-        ({"type": "image", "source": {"type": "file", "file_id": "f"}}, ".source.type"),
+        ({"type": "image", "source": {"type": "file", "file_id": "f"}}, ".source.file_id"),
         ({"type": "image", "source": ADDRESS}, ".source.url"),
         ({"type": "image", "source": {"type": "url"}}, ".source.url"),
         ({"type": "image", "source": {**SOURCE, "data": ""}}, ".source.data"),
-        ({"type": "image", "source": {**SOURCE, "media_type": "image/tiff"}}, ".source.data"),
-        ({"type": "document", "source": {"type": "url", "url": "https://a"}}, ".source.type"),
-        ({"type": "document", "source": {**PAPER, "media_type": "text/html"}}, ".source.data"),
+        ({"type": "image", "source": {**SOURCE, "data": "SUkqAA=="}}, ".source.data"),
+        ({"type": "document"}, ".source"),
+        ({"type": "document", "source": {"type": "file", "file_id": "f"}}, ".source.file_id"),
+        ({"type": "document", "source": {"type": "url", "url": "https://a"}}, ".source.url"),
+        ({"type": "document", "source": {**PAPER, "data": "SUkqAA=="}}, ".source.data"),
         ({"type": "document", "source": {"type": "content", "content": 7}}, ".source.content"),
         ({"type": "document", "source": PAPER, "title": 7}, ".title"),
         ({"type": "search_result", "content": 7}, ".content"),
@@ -383,11 +387,16 @@ def test_a_result_without_a_call_is_refused() -> None:
 
 def test_images_in_results_count_too() -> None:
     image = {"type": "image", "source": SOURCE}
+    call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
     result = {"type": "tool_result", "tool_use_id": "t1", "content": [image] * 3}
 
-    error = refusal({"role": "user", "content": [image, result]})
+    error = refusal(
+        USER, {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result, image]},
+    )
 
     assert (error.status, error.error_code) == (413, "too_many_images")
+    assert error.param == "messages[2].content[1].source.data"
 
 
 # -- answers, byte for byte ---------------------------------------------------

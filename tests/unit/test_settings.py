@@ -335,7 +335,7 @@ def test_the_readme_table_has_one_line_of_five_cells_for_every_row() -> None:
     [
         ("CLAUDE_PROXY_PORT", "3456", "0 to 65535"),
         ("CLAUDE_TIMEOUT", "600000 ms", "1000 to 3600000"),
-        ("CLAUDE_MAX_IMAGES", "20", "0 up"),
+        ("CLAUDE_MAX_IMAGES", "600", "0 up"),
         ("CLAUDE_IMAGE_ALLOW_URL", "0", ""),
         ("PROXY_API_KEY", "empty", ""),
         ("CLAUDE_BIND", "127.0.0.1", ""),
