@@ -3453,8 +3453,56 @@ def harmless_of(fields: Fields, *more: str) -> list[str]:
     return [name for name in names if asks_for_something(fields.object.get(name))]
 
 
+def _object_schema(required: tuple[str, ...], **properties: Json) -> Json:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+_STRING: Json = {"type": "string"}
+_STRINGS: Json = {"type": "array", "items": {"type": "string"}}
+_INTEGER: Json = {"type": "integer"}
+
+#: Tools that OpenAI describes and the client runs, by the type under which requests name them.
+CLIENT_TOOLS = {
+    tool.name: tool
+    for tool in (
+        Tool(
+            "local_shell",
+            "Runs a command on the user's computer and returns its output.",
+            _object_schema(
+                ("command",),
+                command={**_STRINGS, "description": "The program and its arguments."},
+                working_directory=_STRING, timeout_ms=_INTEGER,
+                env={"type": "object", "additionalProperties": _STRING},
+            ),
+        ),
+        Tool(
+            "shell",
+            "Runs shell commands on the user's computer and returns the output of each.",
+            _object_schema(
+                ("commands",), commands=_STRINGS, timeout_ms=_INTEGER, max_output_length=_INTEGER
+            ),
+        ),
+        Tool(
+            "apply_patch",
+            "Creates, updates or deletes one file. The diff of update_file has sections that "
+            "begin with a line @@ and hold lines that begin with a space (context), - (removed) "
+            "or + (added), without line numbers and without names of files. In the diff of "
+            "create_file every line begins with +. delete_file has no diff.",
+            _object_schema(
+                ("type", "path"),
+                type={"type": "string", "enum": ["create_file", "update_file", "delete_file"]},
+                path=_STRING, diff=_STRING,
+            ),
+        ),
+    )
+}
+
+
 def _tool_name(entry: Fields) -> str:
-    return (entry.child("function") or entry).needed_text("name")
+    """The name of the tool that a choice names; tools without a name go by their type."""
+    if entry.text("type") in CLIENT_TOOLS:
+        return str(entry.text("type"))
+    return (entry.child("function") or entry.child("custom") or entry).needed_text("name")
 
 
 def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str] | None]:
@@ -3475,12 +3523,112 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str]
     if kind == "allowed_tools":
         allowed = entry.child("allowed_tools") or entry
         mode = allowed.word("mode", ("auto", "required")) or "auto"
-        functions = [
-            tool for tool in allowed.objects("tools") if tool.text("type") in (None, "function")
-        ]
-        names = {_tool_name(tool) for tool in functions}
+        named = (None, "function", "custom", *CLIENT_TOOLS)
+        tools = [tool for tool in allowed.objects("tools") if tool.text("type") in named]
+        names = {_tool_name(tool) for tool in tools}
         return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
     return ToolChoice("tool", _tool_name(entry), parallel=parallel), None
+
+
+#: The arguments of a custom tool as claude knows it: its whole input is one text.
+_FREEFORM_SCHEMA: Json = {
+    "type": "object",
+    "properties": {
+        "input": {"type": "string", "description": "The whole input of the tool, as plain text."},
+    },
+    "required": ["input"],
+    "additionalProperties": False,
+}
+#: What the syntaxes of grammars are called.
+_GRAMMARS = {"lark": "Lark grammar", "regex": "regular expression"}
+
+
+def freeform_tool(entry: Fields, name: str) -> Tool:
+    """Return a custom tool, whose input is a text, as a tool with one field for that text.
+
+    A grammar becomes part of the description. Raises BadRequest for another format.
+    """
+    told = [entry.text("description") or ""]
+    form = entry.child("format") or Fields({})
+    if form.word("type", ("text", "grammar")) == "grammar":
+        # Chat has it one level deeper than responses.
+        grammar = form.child("grammar") or form
+        syntax = grammar.word("syntax", tuple(_GRAMMARS))
+        if syntax is None:
+            raise grammar.wrong("syntax", "one of " + ", ".join(_GRAMMARS))
+        definition = grammar.needed_text("definition")
+        told.append(f"The input must match this {_GRAMMARS[syntax]}:\n\n{definition}")
+    return Tool(name, "\n\n".join(filter(None, told)), _FREEFORM_SCHEMA)
+
+
+#: How the arguments of a custom tool begin, and the same without white space.
+_FREEFORM_HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+_FREEFORM_HEAD_PLAIN = '{"input":"'
+#: The part of a JSON string that is sure whatever comes: whole escapes, and halves of a surrogate
+#: pair only together or when the other half is missing.
+_SURE_TEXT = re.compile(
+    r"""(?: [^"\\]+ | \\[^u] | \\u(?![dD][89abAB])[0-9a-fA-F]{4}
+      | \\u[dD][89abAB][0-9a-fA-F]{2}
+        (?: \\u[dD][c-fC-F][0-9a-fA-F]{2} | (?= [^\\] | \\[^u] | \\u[^dD] | \\u[dD][^c-fC-F] ) )
+    )*""",
+    re.VERBOSE,
+)
+
+
+class FreeformReader:
+    """Takes the text of a call of a custom tool out of its arguments, which come in pieces.
+
+    Arguments that are not of the form that was asked for are given as they are.
+    """
+
+    def __init__(self) -> None:
+        #: "head" before the text, "text" in it, "end" behind it; "raw" where there is none.
+        self._state = "head"
+        self._held = ""
+
+    def feed(self, piece: str) -> str:
+        """Return what is known of the text so far and was not given before."""
+        self._held += piece
+        if self._state == "head":
+            self._read_head()
+        if self._state == "raw":
+            given, self._held = self._held, ""
+            return given
+        return self._read_text() if self._state == "text" else ""
+
+    def close(self) -> str:
+        """Return the rest of the text."""
+        bare = re.sub(r"\s", "", self._held) == "{}"
+        return "" if self._state != "head" or bare else self._held
+
+    def _read_head(self) -> None:
+        found = _FREEFORM_HEAD.match(self._held)
+        plain = re.sub(r"\s", "", self._held)
+        if found:
+            self._state, self._held = "text", self._held[found.end():]
+        elif plain != "{}" and not _FREEFORM_HEAD_PLAIN.startswith(plain):
+            self._state = "raw"
+
+    def _read_text(self) -> str:
+        sure = _SURE_TEXT.match(self._held)
+        text = sure.group() if sure else ""
+        self._held = self._held[len(text):]
+        if self._held.startswith('"'):
+            self._state = "end"
+        try:
+            return str(json.loads(f'"{text}"', strict=False))
+        except ValueError:
+            # An escape that JSON does not have.
+            return text
+
+
+def freeform_text(arguments: Json) -> str:
+    """Return the input of a call of a custom tool; arguments of another form as their text."""
+    if set(arguments) == {"arguments"} and isinstance(arguments["arguments"], str):
+        # They were no JSON: see arguments_of.
+        return arguments["arguments"]
+    reader = FreeformReader()
+    return reader.feed(to_json(arguments).decode("utf-8")) + reader.close()
 
 
 def openai_content(
@@ -3606,7 +3754,7 @@ class ChatDialect(Dialect):
         self._refuse(fields)
         stream_options = fields.child("stream_options") or Fields({})
         context = ParseContext(parsing.limits)
-        tools, choice, unknown_tools = self._tools(fields)
+        tools, choice, custom = self._tools(fields, context)
         shape = self._shape(fields)
         prompt = prompt_of(
             self._messages(fields, context), fields, parsing, context, "messages",
@@ -3624,7 +3772,7 @@ class ChatDialect(Dialect):
             choices=fields.integer("n", 1, CHOICES_MOST) or 1,
             session_id=fields.text("session_id") or "",
             stream=fields.flag("stream"),
-            ignored=(*harmless_of(fields), *ignored, *unknown_tools, *context.ignored),
+            ignored=(*harmless_of(fields), *ignored, *context.ignored),
             adjusted=context.adjusted,
             wire={
                 "id": new_id("chatcmpl-"),
@@ -3632,6 +3780,7 @@ class ChatDialect(Dialect):
                 "model": name,
                 "include_usage": stream_options.flag("include_usage"),
                 "legacy_functions": fields.given("functions"),
+                "custom": custom,
             },
         )
 
@@ -3672,16 +3821,23 @@ class ChatDialect(Dialect):
             )
         return shape_of(schema.object)
 
-    def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], ToolChoice, list[str]]:
-        """The tools, the choice among them, and the paths of tools of unknown types."""
+    def _tools(
+        self, fields: Fields, context: ParseContext
+    ) -> tuple[tuple[Tool, ...], ToolChoice, frozenset[str]]:
+        """The tools, the choice among them, and the names of those that are custom."""
         tools: list[Tool] = []
-        unknown: list[str] = []
+        custom: set[str] = set()
         for entry in fields.objects("tools"):
+            freeform = entry.child("custom")
             described = entry.child("function") or entry
-            # Cursor describes tools as Anthropic does.
+            # Cursor describes tools as Anthropic does, whose custom tools have a schema.
             schema = "input_schema" if entry.given("input_schema") else "parameters"
-            if entry.text("type") not in (None, "function") and schema == "parameters":
-                unknown.append(entry.path)
+            if entry.text("type") == "custom" and schema == "parameters":
+                freeform = freeform or entry
+                tools.append(freeform_tool(freeform, freeform.needed_text("name")))
+                custom.add(tools[-1].name)
+            elif entry.text("type") not in (None, "function") and schema == "parameters":
+                context.ignore(entry.path)
             elif described is entry and not entry.given("name"):
                 raise entry.wrong("function", "an object")
             else:
@@ -3693,7 +3849,7 @@ class ChatDialect(Dialect):
         choice, allowed = openai_tool_choice(fields, field)
         if allowed is not None:
             found = tuple(tool for tool in found if tool.name in allowed)
-        return found, chosen(found, choice, "tool_choice"), unknown
+        return found, chosen(found, choice, "tool_choice"), frozenset(custom)
 
     def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
         entries = fields.objects("messages")
@@ -3727,21 +3883,27 @@ class ChatDialect(Dialect):
         found = []
         for call in entry.objects("tool_calls"):
             described = call.child("function")
-            if described is None:
+            custom = call.child("custom")
+            if custom is not None:
+                given = {"input": custom.text("input") or ""}
+                found.append((call.text("id") or "", custom, given))
+            elif described is None:
                 raise call.wrong("function", "an object")
-            found.append((call.text("id") or "", described))
+            else:
+                found.append((call.text("id") or "", described, self._arguments(described)))
         legacy = entry.child("function_call")
         if legacy is not None:
-            found.append(("", legacy))
+            found.append(("", legacy, self._arguments(legacy)))
         return [
             {
-                "type": "tool_use",
-                "id": call_id,
-                "name": described.needed_text("name"),
-                "input": arguments_of(described.object.get("arguments")),
+                "type": "tool_use", "id": call_id, "name": described.needed_text("name"),
+                "input": given,
             }
-            for call_id, described in found
+            for call_id, described, given in found
         ]
+
+    def _arguments(self, described: Fields) -> Json:
+        return arguments_of(described.object.get("arguments"))
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -3775,22 +3937,21 @@ class ChatDialect(Dialect):
         thinking = answer.joined("thinking")
         if thinking:
             message["reasoning_content"] = thinking
-        calls = [
-            {
-                "id": call["id"],
-                "type": "function",
-                "function": {
-                    "name": call["name"],
-                    "arguments": to_json(call["input"]).decode("utf-8"),
-                },
-            }
-            for call in answer.calls
-        ]
+        calls = [self._call(turn, call) for call in answer.calls]
         if calls and turn.wire["legacy_functions"]:
             message["function_call"] = calls[0]["function"]
         elif calls:
             message["tool_calls"] = calls
         return message
+
+    def _call(self, turn: Turn, call: Block) -> Json:
+        name = call["name"]
+        if name in turn.wire["custom"]:
+            custom = {"name": name, "input": freeform_text(call["input"])}
+            return {"id": call["id"], "type": "custom", "custom": custom}
+        arguments = to_json(call["input"]).decode("utf-8")
+        function = {"name": name, "arguments": arguments}
+        return {"id": call["id"], "type": "function", "function": function}
 
     def _finish_reason(self, turn: Turn, stop_reason: str) -> str:
         if stop_reason == "tool_use" and turn.wire["legacy_functions"]:
@@ -3860,6 +4021,8 @@ class ChatChoice:
         #: Which tool call a block is, counted from 0, and those without arguments so far.
         self._calls: dict[int, int] = {}
         self._bare: list[int] = []
+        #: What reads the calls of custom tools, by block.
+        self._readers: dict[int, FreeformReader] = {}
 
     def deltas(self, event: Event) -> Iterator[tuple[Json, str | None]]:
         """The deltas of one event, with their finish reasons; the role comes with the first."""
@@ -3883,10 +4046,15 @@ class ChatChoice:
             for block_index in self._bare if event.stop_reason == "tool_use" else ():
                 # A call without arguments is a complete one after all.
                 yield self._arguments(Delta(block_index, "arguments", "{}")), None
+            for block_index, reader in self._readers.items():
+                yield from self._input(block_index, reader.close())
             yield {}, self._dialect.finish(self._turn, event)
         elif isinstance(event, Delta):
             self._answered = self._answered or event.kind in ("text", "arguments", "refusal")
-            if event.kind == "arguments" and event.text and event.block_index in self._calls:
+            if event.block_index in self._readers:
+                text = self._readers[event.block_index].feed(event.text)
+                yield from self._input(event.block_index, text)
+            elif event.kind == "arguments" and event.text and event.block_index in self._calls:
                 if event.block_index in self._bare:
                     self._bare.remove(event.block_index)
                 yield self._arguments(event), None
@@ -3895,6 +4063,11 @@ class ChatChoice:
 
     def _call_began(self, event: BlockStarted) -> Json:
         index = self._calls.setdefault(event.block_index, len(self._calls))
+        if event.block["name"] in self._turn.wire["custom"]:
+            self._readers[event.block_index] = FreeformReader()
+            custom = {"name": event.block["name"], "input": ""}
+            opened = {"index": index, "id": event.block["id"], "type": "custom", "custom": custom}
+            return {"tool_calls": [opened]}
         self._bare.append(event.block_index)
         function = {"name": event.block["name"], "arguments": ""}
         if self._turn.wire["legacy_functions"]:
@@ -3907,6 +4080,12 @@ class ChatChoice:
         if self._turn.wire["legacy_functions"]:
             return {"function_call": function}
         return {"tool_calls": [{"index": self._calls[event.block_index], "function": function}]}
+
+    def _input(self, block_index: int, text: str) -> Iterator[tuple[Json, str | None]]:
+        """The delta of a custom tool's call."""
+        if text:
+            call = {"index": self._calls[block_index], "custom": {"input": text}}
+            yield {"tool_calls": [call]}, None
 
 
 #: Kinds of deltas and the fields of a chat chunk that they go into.
@@ -4417,7 +4596,7 @@ class ResponsesDialect(Dialect):
             if fields.given(field):
                 raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
         context = ParseContext(parsing.limits)
-        tools, choice, unknown_tools, grouped = self._tools(fields)
+        tools, choice, forms = self._tools(fields, context)
         shape = self._shape(fields)
         prompt = prompt_of(
             self._messages(fields, parsing, context), Fields({}), parsing, context, "input",
@@ -4436,7 +4615,7 @@ class ResponsesDialect(Dialect):
             shape=shape,
             stream=fields.flag("stream"),
             ignored=(
-                *harmless_of(fields, *_HARMLESS_RESPONSES_PARAMETERS), *ignored, *unknown_tools,
+                *harmless_of(fields, *_HARMLESS_RESPONSES_PARAMETERS), *ignored,
                 *context.ignored,
             ),
             adjusted=context.adjusted,
@@ -4444,7 +4623,7 @@ class ResponsesDialect(Dialect):
                 "echo": self._echo(fields, name, reasoning),
                 "store": fields.object.get("store") is not False,
                 "summary": asks_for_something(reasoning.object.get("summary")),
-                "grouped": grouped,
+                "forms": forms,
                 "opening": prompt.opening,
             },
         )
@@ -4498,26 +4677,38 @@ class ResponsesDialect(Dialect):
         return shape_of(schema.object)
 
     def _tools(
-        self, fields: Fields
-    ) -> tuple[tuple[Tool, ...], ToolChoice, list[str], dict[str, Json]]:
-        """The tools, the choice among them, the paths of tools of unknown types, and how those
-        that stand in a namespace are called outside."""
+        self, fields: Fields, context: ParseContext
+    ) -> tuple[tuple[Tool, ...], ToolChoice, dict[str, tuple[CallForm, Json]]]:
+        """The tools, the choice among them, and how the calls of each are written: their form,
+        and the fields that say which tool it is."""
         tools: list[Tool] = []
-        unknown: list[str] = []
-        grouped: dict[str, Json] = {}
+        forms: dict[str, tuple[CallForm, Json]] = {}
         for entry, space in self._entries(fields):
-            if entry.text("type") != "function":
-                unknown.append(entry.path)
+            kind = entry.text("type") or ""
+            tool = self._tool(entry, kind, space)
+            if tool is None:
+                context.ignore(entry.path)
                 continue
-            name = entry.needed_text("name")
-            tools.append(tool_from(entry, full_name(space, name), "parameters"))
-            if space:
-                grouped[full_name(space, name)] = {"name": name, "namespace": space}
+            tools.append(tool)
+            named: Json = {} if kind in CLIENT_TOOLS else {"name": entry.text("name")}
+            forms[tool.name] = (_FORMS[kind], {**named, "namespace": space} if space else named)
         choice, allowed = openai_tool_choice(fields, "tool_choice")
         found = distinct(tools, "tools")
         if allowed is not None:
             found = tuple(tool for tool in found if tool.name in allowed)
-        return found, chosen(found, choice, "tool_choice"), unknown, grouped
+        return found, chosen(found, choice, "tool_choice"), forms
+
+    def _tool(self, entry: Fields, kind: str, space: str) -> Tool | None:
+        """The tool of an entry; None for kinds that only OpenAI can run."""
+        if kind in CLIENT_TOOLS:
+            place = (entry.child("environment") or Fields({})).text("type") or "local"
+            return CLIENT_TOOLS[kind] if place == "local" else None
+        if kind == "custom":
+            return freeform_tool(entry, full_name(space, entry.needed_text("name")))
+        if kind == "function":
+            name = full_name(space, entry.needed_text("name"))
+            return tool_from(entry, name, "parameters")
+        return None
 
     def _entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
         """The tools, each with the namespace that it stands in: Codex sends the tools of an MCP
@@ -4554,24 +4745,21 @@ class ResponsesDialect(Dialect):
                 raise item.wrong("role", "system, developer, user or assistant")
             told_as = "system" if role == "developer" else role
             return [Message(told_as, openai_content(item, context, told_as))]
-        if kind == "function_call":
-            call: Block = {
-                "type": "tool_use",
-                "id": item.text("call_id") or "",
-                "name": full_name(item.text("namespace") or "", item.needed_text("name")),
-                "input": arguments_of(item.object.get("arguments")),
-            }
-            return [Message("assistant", [call])]
-        if kind == "function_call_output":
-            result: Block = {
-                "type": "tool_result",
-                "tool_use_id": item.text("call_id") or "",
-                "content": openai_content(item, context, "tool", "output"),
-            }
-            return [Message("user", [result])]
-        if kind != "reasoning":
+        if kind in _CALLS:
+            return [Message("assistant", [_CALLS[kind].block(item)])]
+        if kind in _RESULTS:
+            content = _RESULTS[kind](item, context)
+            return [_result_message(item, item.text("call_id") or item.text("id") or "", content)]
+        if kind in _HOSTED_CALLS:
+            return hosted_exchange(item, kind)
+        if kind in _TOLD_ITEMS:
+            role, names = _TOLD_ITEMS[kind]
+            told = {name: item.object[name] for name in names if item.given(name)}
+            return [Message(role, text_block(f"[{kind}]\n" + to_json(told).decode("utf-8")))]
+        summary = summary_of(item) if kind in ("compaction", "compaction_summary") else ""
+        if not summary and kind != "reasoning":
             context.ignore(item.path)
-        return []
+        return [Message("user", text_block(summary))]
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -4581,6 +4769,10 @@ class ResponsesDialect(Dialect):
             **turn.wire["echo"], "status": status, "output": output, "usage": None,
             "error": None, "incomplete_details": None, **more,
         }
+
+    def brief(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
+        """The response object of a stream that is not at its end. SDKs want tools in each."""
+        return self.body(turn, status, output, **{**_NOT_YET_REPEATED, **more})
 
     def ended(self, turn: Turn, output: list[Json], stop_reason: str, usage: Usage) -> Json:
         """The response object of an answer that is over."""
@@ -4630,16 +4822,193 @@ def full_name(space: str, name: str) -> str:
     return f"{space.rstrip('_')}__{name}" if space else name
 
 
+#: What a response repeats of its request only when it is over: it may be long.
+_NOT_YET_REPEATED: Json = {"instructions": None, "tools": []}
+
+
+class CallForm(NamedTuple):
+    """How a kind of tool call is written as an item."""
+
+    #: The type of the item, and how its ids begin.
+    item: str
+    prefix: str
+    #: The field that holds what the model wrote; how it is written, and how it is read.
+    field: str
+    write: Callable[[Json], object]
+    read: Callable[[object], Json]
+    #: The name of the tool; empty = the item says it.
+    tool: str = ""
+    #: What the events of its pieces are called; empty = the item comes when it is complete.
+    event: str = ""
+
+    def block(self, item: Fields) -> Block:
+        """Return the tool_use block of such an item."""
+        space = item.text("namespace") or ""
+        name = self.tool or full_name(space, item.needed_text("name"))
+        return {
+            "type": "tool_use",
+            "id": item.text("call_id") or item.text("id") or "",
+            "name": name,
+            # Newer calls of computers hold several `actions`.
+            "input": self.read(item.object.get(self.field, item.object.get(self.field + "s"))),
+        }
+
+    def opened(self, call_id: str, named: Json) -> Json:
+        """Return the item of a call that begins, of a tool that these fields name."""
+        return {
+            "id": new_id(self.prefix), "type": self.item, "status": "in_progress",
+            self.field: self.write({}) if not self.event else "", "call_id": call_id, **named,
+        }
+
+
+def _given_arguments(value: object) -> Json:
+    """The arguments in an action or operation, without those that are null."""
+    return {key: each for key, each in arguments_of(value).items() if each is not None}
+
+
+def _command(arguments: Json) -> Json:
+    return {"type": "exec", "env": {}, **arguments}
+
+
+def _command_arguments(action: object) -> Json:
+    found = _given_arguments(action)
+    return {key: found[key] for key in found if key != "type" and (key != "env" or found[key])}
+
+
+#: Forms of calls, by the type of the tool. The last three are never offered to a model.
+_FORMS = {
+    "function": CallForm(
+        "function_call", "fc_", "arguments",
+        lambda arguments: to_json(arguments).decode("utf-8"), arguments_of,
+        event="function_call_arguments",
+    ),
+    "custom": CallForm(
+        "custom_tool_call", "ctc_", "input", freeform_text, lambda text: {"input": text or ""},
+        event="custom_tool_call_input",
+    ),
+    "local_shell": CallForm(
+        "local_shell_call", "lsh_", "action", _command, _command_arguments, "local_shell"
+    ),
+    "shell": CallForm("shell_call", "sh_", "action", dict, _given_arguments, "shell"),
+    "apply_patch": CallForm(
+        "apply_patch_call", "apc_", "operation", dict, _given_arguments, "apply_patch"
+    ),
+    "computer": CallForm("computer_call", "cu_", "action", dict, _given_arguments, "computer"),
+    "tool_search": CallForm(
+        "tool_search_call", "tsc_", "arguments", dict, _given_arguments, "tool_search"
+    ),
+    "program": CallForm("program", "prog_", "code", dict, lambda code: {"code": code}, "program"),
+}
+#: The same by the type of the item.
+_CALLS = {form.item: form for form in _FORMS.values()}
+
+
+def _told_output(item: Fields, context: ParseContext) -> list[Block]:
+    return openai_content(item, context, "tool", "output")
+
+
+def _told_patch(item: Fields, context: ParseContext) -> list[Block]:
+    return _told_output(item, context) or text_block(item.text("status") or "")
+
+
+def _told_screenshot(item: Fields, context: ParseContext) -> list[Block]:
+    output = item.child("output") or Fields({}, item.at("output"))
+    if not output.given("image_url"):
+        return _told_output(item, context)
+    image = Fields({**output.object, "type": "input_image"}, output.path)
+    return _openai_part(image, context, "tool")
+
+
+def _told_tools(item: Fields, context: ParseContext) -> list[Block]:
+    return text_block(to_json(item.items("tools") or []).decode("utf-8"))
+
+
+def _told_program(item: Fields, context: ParseContext) -> list[Block]:
+    return openai_content(item, context, "tool", "result")
+
+
+#: Results that clients send, by the type of the item.
+_RESULTS: dict[str, Callable[[Fields, ParseContext], list[Block]]] = {
+    "function_call_output": _told_output,
+    "custom_tool_call_output": _told_output,
+    "local_shell_call_output": _told_output,
+    "shell_call_output": _told_output,
+    "apply_patch_call_output": _told_patch,
+    "computer_call_output": _told_screenshot,
+    "tool_search_output": _told_tools,
+    "program_output": _told_program,
+}
+
+#: Calls that another server has run and that hold their results: the fields of both.
+_HOSTED_CALLS = {
+    "mcp_call": ("arguments", ("output", "error")),
+    "code_interpreter_call": ("code", ("outputs",)),
+}
+
+#: Items that are told as text: who says it, and the fields that say something.
+_TOLD_ITEMS = {
+    "web_search_call": ("assistant", ("action",)),
+    "file_search_call": ("assistant", ("queries", "results")),
+    "image_generation_call": ("assistant", ("revised_prompt", "error")),
+    "mcp_approval_request": ("assistant", ("server_label", "name", "arguments")),
+    "mcp_approval_response": ("user", ("approve", "reason")),
+}
+
+
+def _result_message(
+    item: Fields, call_id: str, content: list[Block], *, failed: bool = False
+) -> Message:
+    result: Block = {"type": "tool_result", "tool_use_id": call_id, "content": content}
+    failed = failed or item.object.get("status") == "failed"
+    return Message("user", [{**result, "is_error": True} if failed else result])
+
+
+def hosted_exchange(item: Fields, kind: str) -> list[Message]:
+    """Return the call and the result of a tool that another server has run."""
+    given, results = _HOSTED_CALLS[kind]
+    name, value = item.text("name") or kind[:-len("_call")], item.object.get(given)
+    call: Block = {
+        "type": "tool_use", "id": item.text("id") or "",
+        "name": full_name(item.text("server_label") or "", name),
+        "input": arguments_of(value) if given == "arguments" else {given: value},
+    }
+    found = [item.object[field] for field in results if item.given(field)]
+    texts = [each if isinstance(each, str) else to_json(each).decode("utf-8") for each in found]
+    content = text_block("\n".join(texts))
+    failed = item.given("error")
+    return [
+        Message("assistant", [call]),
+        _result_message(item, str(call["id"]), content, failed=failed),
+    ]
+
+
+#: How the content of a compaction begins that was made here.
+_SUMMARY_MARK = "ocp1."
+
+
+def sealed_summary(summary: str) -> str:
+    """Return the summary of a conversation as the content of a compaction item."""
+    return _SUMMARY_MARK + base64.b64encode(summary.encode("utf-8", "replace")).decode("ascii")
+
+
+def summary_of(item: Fields) -> str:
+    """Return what a compaction item says to a model; nothing for one that was not made here."""
+    mark, _, content = (item.text("encrypted_content") or "").partition(".")
+    with contextlib.suppress(ValueError):
+        if mark + "." == _SUMMARY_MARK:
+            summary = base64.b64decode(content, validate=True).decode("utf-8")
+            return f"[Summary of the conversation up to here]\n{summary}"
+    return ""
+
+
 def new_item(turn: Turn, block: Block) -> Json:
     """The output item of a block that begins."""
     if block["type"] == "thinking":
         return {"id": new_id("rs_"), "type": "reasoning", "summary": []}
     if block["type"] == "tool_use":
-        return {
-            "id": new_id("fc_"), "type": "function_call", "status": "in_progress",
-            "arguments": "", "call_id": block["id"], "name": block["name"],
-            **turn.wire["grouped"].get(block["name"], {}),
-        }
+        bare = (_FORMS["function"], {"name": block["name"]})
+        form, named = turn.wire["forms"].get(block["name"], bare)
+        return dict(form.opened(block["id"], named))
     return {
         "id": new_id("msg_"), "type": "message", "status": "in_progress", "role": "assistant",
         "content": [],
@@ -4659,8 +5028,8 @@ def finished_item(item: Json, block: Block) -> Json:
     """The item of a block that is complete."""
     kind = block["type"]
     if kind == "tool_use":
-        arguments = to_json(block["input"]).decode("utf-8")
-        return {**item, "status": "completed", "arguments": arguments}
+        form = _CALLS[item["type"]]
+        return {**item, "status": "completed", form.field: form.write(block["input"])}
     if kind == "thinking":
         return {**item, "summary": [part_of(kind, block.get("thinking", ""))]}
     return {**item, "status": "completed", "content": [part_of(kind, block["text"])]}
@@ -4671,7 +5040,7 @@ _RESPONSES_EVENTS = {
     "text": ("output_text", "content"),
     "refusal": ("refusal", "content"),
     "thinking": ("reasoning_summary_text", "summary"),
-    "tool_use": ("function_call_arguments", ""),
+    "tool_use": ("", ""),
 }
 
 
@@ -4694,6 +5063,9 @@ class ResponsesRenderer(Renderer):
         self._item: Json | None = None
         self._kind = ""
         self._pieces: list[str] = []
+        #: What reads the open item if it is the call of a custom tool, and what that gave.
+        self._reader: FreeformReader | None = None
+        self._input: list[str] = []
 
     def _frame(self, kind: str, **fields: object) -> bytes:
         number, self._sequence_number = self._sequence_number, self._sequence_number + 1
@@ -4703,7 +5075,7 @@ class ResponsesRenderer(Renderer):
         if self._created:
             return b""
         self._created = True
-        body = self._responses.body(self._turn, "in_progress", [])
+        body = self._responses.brief(self._turn, "in_progress", [])
         created = self._frame("response.created", response=body)
         return created + self._frame("response.in_progress", response=body)
 
@@ -4735,10 +5107,18 @@ class ResponsesRenderer(Renderer):
             return b""
         self._answered = self._answered or kind != "thinking"
         self._item, self._kind, self._pieces = new_item(self._turn, block), kind, []
-        frames = self._begin() + self._frame(
-            "response.output_item.added", output_index=len(self._output), item=self._item
-        )
-        return frames + self._part("added", "")
+        custom = self._item["type"] == _FORMS["custom"].item
+        self._reader, self._input = FreeformReader() if custom else None, []
+        if kind == "tool_use" and not self._call_form(self._item).event:
+            return self._begin()
+        return self._begin() + self._added(self._item) + self._part("added", "")
+
+    def _added(self, item: Json) -> bytes:
+        index = len(self._output)
+        return self._frame("response.output_item.added", output_index=index, item=item)
+
+    def _call_form(self, item: Json) -> CallForm:
+        return _CALLS[item["type"]]
 
     def _part(self, step: str, text: str) -> bytes:
         """The event of the part that the open item's text is in; a call has none."""
@@ -4756,11 +5136,22 @@ class ResponsesRenderer(Renderer):
         if self._item is None or event.kind == "signature" or not event.text:
             return opened
         self._pieces.append(event.text)
+        if self._kind == "tool_use":
+            return self._call_delta(self._item, event.text)
         name = _RESPONSES_EVENTS[self._kind][0]
         more: Json = {"logprobs": []} if self._kind == "text" else {}
         return opened + self._frame(
             f"response.{name}.delta", **self._place(), delta=event.text, **more
         )
+
+    def _call_delta(self, item: Json, piece: str) -> bytes:
+        """The event of a piece of a call's arguments; of a custom tool's the text in it."""
+        told = piece if self._reader is None else self._reader.feed(piece)
+        self._input.append(told)
+        name = self._call_form(item).event
+        if not name or not told:
+            return b""
+        return self._frame(f"response.{name}.delta", **self._place(), delta=told)
 
     def _close(self, *, certain: bool = False) -> bytes:
         """Ends the open item. A call that was cut off stays open: Codex would run it. Whether
@@ -4768,29 +5159,52 @@ class ResponsesRenderer(Renderer):
         item, text = self._item, "".join(self._pieces)
         if item is None or (self._kind == "tool_use" and not text and not certain):
             return b""
-        name = _RESPONSES_EVENTS[self._kind][0]
-        if self._kind == "tool_use":
-            try:
-                done = finished_item(item, {"type": "tool_use", "input": from_json(text or "{}")})
-            except ValueError:
-                self._item = None
-                return b""
-            frames = self._frame(
-                f"response.{name}.done", **self._place(), name=item["name"], arguments=text or "{}"
+        called = self._kind == "tool_use"
+        ended = self._end_call(item, text, certain) if called else self._end_text(item, text)
+        frames, done = ended
+        if done is not None:
+            frames += self._frame(
+                "response.output_item.done", output_index=len(self._output), item=done
             )
-        else:
-            field = "refusal" if self._kind == "refusal" else "text"
-            more: Json = {"logprobs": []} if self._kind == "text" else {}
-            frames = self._frame(f"response.{name}.done", **self._place(), **{field: text}, **more)
-            frames += self._part("done", text)
-            block = {"type": self._kind, "text": text, "thinking": text}
-            done = finished_item(item, block)
-        frames += self._frame(
-            "response.output_item.done", output_index=len(self._output), item=done
-        )
-        self._output.append(done)
+            self._output.append(done)
         self._item = None
         return frames
+
+    def _end_text(self, item: Json, text: str) -> tuple[bytes, Json]:
+        """The events that end the part of an item, and the item when it is done."""
+        name = _RESPONSES_EVENTS[self._kind][0]
+        field = "refusal" if self._kind == "refusal" else "text"
+        more: Json = {"logprobs": []} if self._kind == "text" else {}
+        frames = self._frame(f"response.{name}.done", **self._place(), **{field: text}, **more)
+        frames += self._part("done", text)
+        return frames, finished_item(item, {"type": self._kind, "text": text, "thinking": text})
+
+    def _end_call(
+        self, item: Json, arguments: str, certain: bool
+    ) -> tuple[bytes, Json | None]:
+        """The same for a call; there is no item when its arguments were cut off."""
+        try:
+            from_json(arguments or "{}")
+        except ValueError:
+            # What a custom tool gets is a text, whatever became of the JSON around it.
+            if not certain or self._reader is None:
+                return b"", None
+        block = {"type": "tool_use", "input": arguments_of(arguments)}
+        done, form = finished_item(item, block), self._call_form(item)
+        if not form.event:
+            return self._added(item), done
+        frames, value = b"", arguments or "{}"
+        if self._reader is not None:
+            rest = self._reader.close()
+            value = "".join(self._input) + rest
+            done = {**done, form.field: value}
+            if rest:
+                frames = self._frame(f"response.{form.event}.delta", **self._place(), delta=rest)
+        frames += self._frame(
+            f"response.{form.event}.done", **self._place(), name=item["name"],
+            **{form.field: value},
+        )
+        return frames, done
 
     def _finish(self, event: Finished) -> bytes:
         if event.stop_reason == "refusal":
@@ -4817,7 +5231,7 @@ class ResponsesRenderer(Renderer):
         elif not error.heals and code not in _FINAL_CODES:
             code = "invalid_prompt"
         told = {"code": code, "message": error.message}
-        body = self._responses.body(self._turn, "failed", self._output, error=told)
+        body = self._responses.brief(self._turn, "failed", self._output, error=told)
         return self._begin() + self._frame("response.failed", response=body)
 
 

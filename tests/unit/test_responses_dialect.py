@@ -361,7 +361,7 @@ def test_a_tool_is_a_name_a_description_and_a_schema() -> None:
 
 
 def test_tools_of_other_types_are_named_as_ignored() -> None:
-    found = turn(tools=[{"type": "web_search"}, *TOOLS, {"type": "custom", "name": "x"}])
+    found = turn(tools=[{"type": "web_search"}, *TOOLS, {"type": "mcp", "server_label": "x"}])
 
     assert [tool.name for tool in found.tools] == ["weather", "clock"]
     assert found.ignored == ("tools[0]", "tools[3]")
@@ -369,7 +369,7 @@ def test_tools_of_other_types_are_named_as_ignored() -> None:
 
 #: Tools as Codex sends those of an MCP server.
 NAMESPACE = {"type": "namespace", "name": "mcp__birds", "description": "Tools about birds.",
-             "tools": [{**TOOLS[0], "name": "find"}, {"type": "custom", "name": "x"}]}
+             "tools": [{**TOOLS[0], "name": "find"}, {"type": "web_search"}]}
 
 
 def test_tools_of_a_namespace_are_offered_under_their_full_names() -> None:
