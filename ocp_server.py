@@ -342,7 +342,8 @@ class Config:
     bind: str = setting("127.0.0.1", "CLAUDE_BIND", "address to listen on; 0.0.0.0 or :: = all")
     allowed_origins: str = setting(
         "", "OCP_ALLOWED_ORIGINS",
-        "web origins whose pages may call the API, comma separated; empty = none",
+        "web origins whose pages may call the API, comma separated, with * for a part of the name, "
+        "such as vscode-webview://*; empty = none",
     )
     allowed_hosts: str = setting(
         "", "OCP_ALLOWED_HOSTS",
@@ -563,6 +564,12 @@ class Config:
         return os.path.abspath(os.path.expanduser(self.home))
 
 
+#: An origin, or a pattern of origins that no site of somebody else's fits.
+_ORIGIN = re.compile(
+    r"[^*]*|https?://(\*\.)?[^*/:]+(:(\*|\d+))?/?|(?!https?:)[a-z][a-z0-9+.-]*://[^/]*/?",
+    re.IGNORECASE,
+)
+
 #: Rules across settings: (is broken, what to do about it).
 CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
@@ -598,8 +605,10 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "anonymous key to yourself with PROXY_ADVERTISE_ANON_KEY=0",
     ),
     (
-        lambda config: "*" in config.allowed_origins,
-        "OCP_ALLOWED_ORIGINS takes whole origins, such as https://app.example.org, and no *",
+        lambda config: not all(map(_ORIGIN.fullmatch, listed(config.allowed_origins))),
+        "OCP_ALLOWED_ORIGINS takes origins, such as https://app.example.org; a * may stand for "
+        "what comes before a domain, for a port, or behind a scheme that is not of the web, as "
+        "in https://*.example.org, http://localhost:*, vscode-webview://*",
     ),
 )
 
@@ -2247,11 +2256,20 @@ def check_origin(config: Config, origin: str, host: str, content_type: str) -> N
     # What a browser sends without asking first, such as a form, is never JSON.
     if content_type and content_type.partition(";")[0].strip().lower() != "application/json":
         raise Forbidden("Web pages have to send application/json.")
-    if origin in listed(config.allowed_origins) or origin.partition("//")[2] == host:
+    if is_allowed_origin(config, origin) or origin.partition("//")[2] == host:
         return
     raise Forbidden(
         f"Web pages of {one_line(origin, 80)!r} may not call this server: "
         "name the origin in OCP_ALLOWED_ORIGINS."
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def is_allowed_origin(config: Config, origin: str) -> bool:
+    """Return whether the operator has named this origin; a * of his stands for a part of it."""
+    return any(
+        re.fullmatch(re.escape(name.rstrip("/")).replace(r"\*", "[^/]*"), origin, re.IGNORECASE)
+        for name in listed(config.allowed_origins)
     )
 
 
@@ -3534,7 +3552,10 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str]
 _FREEFORM_SCHEMA: Json = {
     "type": "object",
     "properties": {
-        "input": {"type": "string", "description": "The whole input of the tool, as plain text."},
+        "input": {
+            "type": "string",
+            "description": "The whole input of the tool as plain text, just as it wants it.",
+        },
     },
     "required": ["input"],
     "additionalProperties": False,
@@ -4604,6 +4625,7 @@ class ResponsesDialect(Dialect):
             after_answer=_REFORM if shape else _CONTINUE,
         )
         reasoning = fields.child("reasoning") or Fields({})
+        stored = fields.object.get("store") is not False
         options, ignored = options_for(model, self._wanted(fields, reasoning, choice))
         return Turn(
             model=model,
@@ -4621,10 +4643,11 @@ class ResponsesDialect(Dialect):
             adjusted=context.adjusted,
             wire={
                 "echo": self._echo(fields, name, reasoning),
-                "store": fields.object.get("store") is not False,
+                "store": stored,
                 "summary": asks_for_something(reasoning.object.get("summary")),
                 "forms": forms,
                 "opening": prompt.opening,
+                "items": [kept_item(item) for item in input_items(fields, parsing) if stored],
             },
         )
 
@@ -4727,14 +4750,8 @@ class ResponsesDialect(Dialect):
         previous_id = fields.text("previous_response_id")
         earlier = parsing.recall(previous_id) if previous_id else []
         messages = [Message(message.role, list(message.content)) for message in earlier]
-        given = fields.object.get("input")
-        alone = [Fields({"role": "user", "content": given})] if isinstance(given, str) else []
-        for item in alone or fields.objects("input"):
-            kind = item.text("type") or "message"
-            if kind == "item_reference":
-                item = Fields(parsing.item(item.needed_text("id")), item.path)
-                kind = item.needed_text("type")
-            messages += self._item(item, kind, context)
+        for item in input_items(fields, parsing):
+            messages += self._item(item, item.text("type") or "message", context)
         return messages
 
     def _item(self, item: Fields, kind: str, context: ParseContext) -> list[Message]:
@@ -4820,6 +4837,31 @@ class ResponsesDialect(Dialect):
 def full_name(space: str, name: str) -> str:
     """The name by which the model knows a tool; `space` is its namespace, empty if it has none."""
     return f"{space.rstrip('_')}__{name}" if space else name
+
+
+def input_items(fields: Fields, parsing: Parsing) -> list[Fields]:
+    """Return the items of a request, each reference replaced by its item; a text is one message.
+    Raises BadRequest, NotFound."""
+    given = fields.object.get("input")
+    if isinstance(given, str):
+        return [Fields({"role": "user", "content": given}, "input")]
+    return [
+        Fields(parsing.item(item.needed_text("id")), item.path)
+        if item.text("type") == "item_reference" else item
+        for item in fields.objects("input")
+    ]
+
+
+def kept_item(item: Fields) -> Json:
+    """Return an item as it is listed later: with an id, and a message with parts."""
+    kind = item.text("type") or "message"
+    prefix = "msg_" if kind == "message" else _CALLS[kind].prefix if kind in _CALLS else "item_"
+    found: Json = {"status": "completed", **item.object, "type": kind}
+    found["id"] = item.text("id") or new_id(prefix)
+    if kind == "message" and isinstance(found.get("content"), str):
+        part = "output_text" if found.get("role") == "assistant" else "input_text"
+        found["content"] = [{"type": part, "text": found["content"]}]
+    return found
 
 
 #: What a response repeats of its request only when it is over: it may be long.
@@ -5236,6 +5278,66 @@ class ResponsesRenderer(Renderer):
 
 
 RESPONSES = ResponsesDialect()
+
+#: What is asked to compact a conversation.
+_COMPACT = (
+    "The conversation is cut here, and goes on in another one that holds only the messages of the "
+    "user and your summary. Write that summary: what the user wants, decisions and constraints, "
+    "what was done and found (names of files, commands, results), what is unfinished, and the "
+    "next step. Give the summary only."
+)
+
+
+class CompactionDialect(ResponsesDialect):
+    """POST /v1/responses/compact: a conversation becomes the user's messages and a summary."""
+
+    name = "compaction"
+
+    def parse(self, body: object, parsing: Parsing) -> Turn:
+        """See Dialect.parse. The model may call none of the tools that it has called before."""
+        fields = Fields(body)
+        asked: Json = {"type": "message", "role": "user", "content": _COMPACT}
+        items = input_items(fields, parsing)
+        more: Json = {
+            "input": [*(item.object for item in items), asked],
+            "stream": False, "store": False, "text": None,
+            "tool_choice": "none" if fields.given("tools") else None,
+        }
+        turn = super().parse({**fields.object, **more}, parsing)
+        kept = [kept_item(item) for item in items if item.text("role") == "user"]
+        previous_id = fields.text("previous_response_id")
+        earlier = parsing.recall(previous_id) if previous_id else []
+        kept = [*map(told_item, filter(is_the_user_s, earlier)), *kept]
+        return turn._replace(wire={**turn.wire, "kept": kept})
+
+    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
+        """See Dialect.whole."""
+        summary = answers[0].joined("text")
+        if not summary.strip():
+            raise UpstreamFailed("The model gave no summary of the conversation.")
+        done = super().whole(turn, answers)
+        seal: Json = {
+            "id": new_id("cmp_"), "type": "compaction", "encrypted_content": sealed_summary(summary)
+        }
+        return {
+            "id": done["id"], "object": "response.compaction", "created_at": done["created_at"],
+            "output": [*turn.wire["kept"], seal], "usage": done["usage"],
+        }
+
+
+def is_the_user_s(message: Message) -> bool:
+    """Whether a message of an earlier response is one that the user wrote."""
+    return message.role == "user" and not message.has_results
+
+
+def told_item(message: Message) -> Json:
+    """Return the item of a user's message of an earlier response; images stay behind."""
+    texts = [block["text"] for block in message.content if block["type"] == "text"]
+    parts = [{"type": "input_text", "text": text} for text in texts]
+    return {"id": new_id("msg_"), "type": "message", "role": "user", "content": parts}
+
+
+COMPACTION = CompactionDialect()
 
 
 # ==== 11. Claude protocol ====================================================
@@ -7506,6 +7608,8 @@ class Stored(NamedTuple):
     body: Json
     #: The whole conversation, this answer included; those of the role "system" come first.
     messages: list[Message]
+    #: The items that it came of, those before the response that it follows included.
+    items: list[Json]
     size_bytes: int
     #: How long it is kept after the last reference to it, and until when that is.
     ttl_s: float
@@ -7530,11 +7634,21 @@ class Responses:
         self._items: dict[str, str] = {}
         self._size_bytes = 0
 
-    def put(self, caller: str, body: Json, messages: list[Message], config: Config) -> None:
-        """Stores a response; the oldest go when there are too many or their time is up."""
-        size_bytes = len(to_json([message.content for message in messages])) + len(to_json(body))
+    def put(
+        self, caller: str, body: Json, messages: list[Message], items: list[Json], config: Config
+    ) -> None:
+        """Stores a response; the oldest go when there are too many or their time is up.
+
+        `items` are those of its own request. What came before them is shared with the response
+        that it follows.
+        """
+        contents = [message.content for message in messages]
+        size_bytes = sum(len(to_json(value)) for value in (contents, items, body))
         now_s, ttl_s = self._clock(), config.session_ttl_ms / 1000
-        stored = Stored(caller, body, messages, size_bytes, ttl_s, now_s + ttl_s)
+        with contextlib.suppress(NotFound):
+            before = self.get(caller, body.get("previous_response_id") or "")
+            items = [*before.items, *before.body["output"], *items]
+        stored = Stored(caller, body, messages, items, size_bytes, ttl_s, now_s + ttl_s)
         with self._lock:
             self._forget(body["id"])
             self._stored[body["id"]] = stored
@@ -9107,6 +9221,13 @@ def _messages(roles: Iterable[str], content: Json) -> Json:
 
 
 _TOOLS: Json = {"type": ["array", "null"], "items": {"type": "object"}}
+#: The input of responses.
+_ITEMS: Json = {
+    "anyOf": [
+        _NAME,
+        _messages(("system", "developer", "user", "assistant"), _content("input_text")),
+    ]
+}
 _LIMIT: Json = {"type": ["integer", "null"], "minimum": 0, "maximum": 10**15}
 _KEY_PROPERTIES: Json = {
     "name": {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9 ._-]{0,62}[A-Za-z0-9._-]$"},
@@ -9146,18 +9267,19 @@ _BODIES: dict[str, Json] = {
     "answer_responses": _shape(
         ["input"],
         model=_NAME,
-        input={
-            "anyOf": [
-                _NAME,
-                _messages(
-                    ("system", "developer", "user", "assistant"), _content("input_text")
-                ),
-            ]
-        },
+        input=_ITEMS,
         instructions={"type": ["string", "null"]}, stream=_FLAG, store=_FLAG,
         max_output_tokens=_TOKENS_LIMIT, top_p=_SHARE, tools=_TOOLS,
         temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2},
         previous_response_id={"type": ["string", "null"]},
+    ),
+    "answer_compaction": _shape(
+        ["input"], model=_NAME, input=_ITEMS, instructions={"type": ["string", "null"]},
+        previous_response_id={"type": ["string", "null"]},
+    ),
+    "count_input_tokens": _shape(
+        ["input"], model=_NAME, input=_ITEMS, instructions={"type": ["string", "null"]},
+        tools=_TOOLS, previous_response_id={"type": ["string", "null"]},
     ),
     "answer_completions": _shape(
         ["prompt"], model=_NAME, prompt=_NAME, stream=_FLAG, max_tokens=_TOKENS_LIMIT,
@@ -9184,6 +9306,12 @@ _QUERIES: dict[str, dict[str, Json]] = {
         "n": {"type": "integer", "minimum": 0, "maximum": 1000},
         "level": {"enum": ["all", *LEVELS]},
     },
+    "get_response": {"stream": {"type": "boolean"}},
+    "get_input_items": {
+        "limit": {"type": "integer", "minimum": 1, "maximum": 100},
+        "order": {"enum": ["asc", "desc"]},
+        "after": _NAME,
+    },
     "get_api_usage": {
         "since": {"type": "string", "format": "date-time"},
         "until": {"type": "string", "format": "date-time"},
@@ -9209,7 +9337,7 @@ def _operation(route: Route) -> Json:
     placed += [("query", part, False, shape) for part, shape in _QUERIES.get(name, {}).items()]
     media = _MEDIA.get(name, "application/json")
     good: Json = {"description": "Done.", "content": {media: {"schema": {}}}}
-    if name.startswith("answer_"):
+    if "stream" in _BODIES.get(name, {}).get("properties", {}):
         good["content"]["text/event-stream"] = {"schema": {}}
     failed = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     found: Json = {
@@ -10896,7 +11024,8 @@ def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
         told = exchange.dialect.lasting(turn)
-        app.responses.put(exchange.caller.scope, body, [*told, *messages], app.config)
+        items = turn.wire["items"]
+        app.responses.put(exchange.caller.scope, body, [*told, *messages], items, app.config)
     if not turn.session_id:
         return
     try:
@@ -10934,9 +11063,58 @@ def count_tokens(app: App, exchange: HttpExchange) -> None:
     exchange.send_json({"input_tokens": estimated_tokens(turn)})
 
 
+def count_input_tokens(app: App, exchange: HttpExchange) -> None:
+    """POST /v1/responses/input_tokens: the same estimate for a request for a response."""
+    turn = _parsed(app, exchange, counted=True)
+    exchange.headers_out["X-OCP-Estimate"] = "true"
+    tokens = estimated_tokens(turn)
+    exchange.send_json({"object": "response.input_tokens", "input_tokens": tokens})
+
+
 def get_response(app: App, exchange: HttpExchange, id: str) -> None:
     """GET /v1/responses/{id}: a response that was stored."""
-    exchange.send_json(app.responses.get(exchange.caller.scope, id).body)
+    found = app.responses.get(exchange.caller.scope, id)
+    if exchange.query.get("stream", "").lower() not in ("", "false", "0"):
+        raise Unsupported(
+            "stream: a response is not streamed a second time; ask for it without `stream`.",
+            param="stream",
+        )
+    exchange.send_json(found.body)
+
+
+def cancel_response(app: App, exchange: HttpExchange, id: str) -> None:
+    """POST /v1/responses/{id}/cancel: refused, since no response runs in the background."""
+    app.responses.get(exchange.caller.scope, id)
+    raise BadRequest(
+        "This response is complete and cannot be cancelled. To stop one that is running, close "
+        "its connection."
+    )
+
+
+#: How many input items are listed at once, unless the client says otherwise, and at most.
+_ITEMS_EACH, _ITEMS_MOST = 20, 100
+
+
+def get_input_items(app: App, exchange: HttpExchange, id: str) -> None:
+    """GET /v1/responses/{id}/input_items: the items that a response came of."""
+    query = Fields(dict(exchange.query))
+    order = query.word("order", ("asc", "desc")) or "desc"
+    limit = whole_number(exchange.query, "limit", _ITEMS_EACH, _ITEMS_MOST)
+    if not limit:
+        raise query.wrong("limit", f"a whole number from 1 to {_ITEMS_MOST}")
+    items = app.responses.get(exchange.caller.scope, id).items
+    items = items[::-1] if order == "desc" else items
+    after = query.text("after")
+    if after is not None:
+        places = [place for place, item in enumerate(items) if item["id"] == after]
+        if not places:
+            raise BadRequest(f"after: there is no item {one_line(after, 80)!r}.", param="after")
+        items = items[places[0] + 1:]
+    page = items[:limit]
+    exchange.send_json({
+        "object": "list", "data": page, "has_more": len(items) > len(page),
+        "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
+    })
 
 
 def delete_response(app: App, exchange: HttpExchange, id: str) -> None:
@@ -11561,8 +11739,12 @@ ROUTES = (
     Route("POST",   "/v1/messages",              Access.CALLER, MESSAGES,    answer),
     Route("POST",   "/v1/messages/count_tokens", Access.CALLER, MESSAGES,    count_tokens),
     Route("POST",   "/v1/responses",             Access.CALLER, RESPONSES,   answer),
+    Route("POST",   "/v1/responses/compact",     Access.CALLER, COMPACTION,  answer),
+    Route("POST",   "/v1/responses/input_tokens", Access.CALLER, RESPONSES,  count_input_tokens),
     Route("GET",    "/v1/responses/{id}",        Access.CALLER, RESPONSES,   get_response),
     Route("DELETE", "/v1/responses/{id}",        Access.CALLER, RESPONSES,   delete_response),
+    Route("GET",    "/v1/responses/{id}/input_items", Access.CALLER, RESPONSES, get_input_items),
+    Route("POST",   "/v1/responses/{id}/cancel", Access.CALLER, RESPONSES,   cancel_response),
     Route("POST",   "/v1/completions",           Access.CALLER, COMPLETIONS, answer),
     Route("POST",   "/v1/embeddings",            Access.CALLER, CHAT,        no_embeddings),
     Route("GET",    "/v1/models",                Access.CALLER, CHAT,        get_models),
@@ -11611,7 +11793,8 @@ class Router:
         self._routes = [(_pattern(route.path), route) for route in routes]
 
     def matches(self, path: str) -> list[Match]:
-        """The routes of a path, whatever their methods. Raises BadRequest."""
+        """The routes of a path, whatever their methods; a path that the table spells out holds no
+        id. Raises BadRequest."""
         path = re.sub("/+", "/", path).rstrip("/") or "/"
         while path.startswith("/v1/v1/"):
             path = path[len("/v1"):]
@@ -11621,7 +11804,7 @@ class Router:
             if match:
                 names = {key: _decoded(value) for key, value in match.groupdict().items()}
                 found.append((route, names))
-        return found
+        return [match for match in found if not match[1]] or found
 
     def choose(self, method: str, path: str, matches: list[Match]) -> Match:
         """The one of a path's routes that takes this method. Raises NotFound,
@@ -11633,8 +11816,7 @@ class Router:
         if matches:
             allowed = methods_of(matches)
             raise MethodNotAllowed(f"{path} takes {', '.join(allowed)}.", allowed)
-        known = ", ".join(sorted({route.path for _, route in self._routes}))
-        raise NotFound(f"There is no {one_line(path, 80)} here. There is: {known}.")
+        raise NotFound(f"There is no {one_line(path, 80)} here; /openapi.json lists what there is.")
 
 
 def methods_of(matches: list[Match]) -> list[str]:
@@ -11820,9 +12002,11 @@ class Exchange(BaseHTTPRequestHandler):
         try:
             # A connection may rest between requests; a head that began has to go on.
             self._reader.allow(max(_REST_S, head_timeout_s) if self._served else head_timeout_s)
-            begun = bool(self._buffered.peek(1))
+            first = self._buffered.peek(1)[:1]
             self._reader.allow(head_timeout_s)
-            if begun and self._read_head():
+            if first == _TLS_HANDSHAKE and not isinstance(self.connection, ssl.SSLSocket):
+                self._refuse_tls()
+            elif first and self._read_head():
                 self._served = True
                 self._dispatch()
                 return
@@ -11853,6 +12037,14 @@ class Exchange(BaseHTTPRequestHandler):
         if len(self.headers.get_all("Host", [])) > 1:
             return self._refuse_head(BadRequest("The request has more than one Host."))
         return True
+
+    def _refuse_tls(self) -> None:
+        """Answers a client that speaks https to a server of http, which waits for the word of a
+        server of its own kind: whatever comes makes it give up."""
+        self.server.note_tls(self.peer)
+        self.close_connection = True
+        self._write(_NOT_HTTPS)
+        self._linger()
 
     def _refuse_head(self, error: OcpError) -> bool:
         """Answers what is no request, and nothing that comes behind it; False."""
@@ -11934,7 +12126,7 @@ class Exchange(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin", "")
         content_type = self.headers.get("Content-Type", "")
         check_origin(config, origin, self.headers.get("Host", ""), content_type)
-        if origin in listed(config.allowed_origins):
+        if is_allowed_origin(config, origin):
             self.headers_out.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
         if self.command == "OPTIONS":
             self._answer_options(target.path, matches)
@@ -12233,6 +12425,9 @@ _NOT_TLS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This server speaks https: write https:// in the address.\n"
 )
+_NOT_HTTPS = _NOT_TLS.replace(b"https", b"http")
+#: How often the log says that somebody speaks https to a server of http.
+_TLS_NOTED_EVERY_S = 60.0
 #: How many connections above the limit are told so at a time; others are just closed.
 _TURNED_AWAY_MOST = 32
 
@@ -12250,9 +12445,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app = app
         self.router = Router(ROUTES)
         self._tls = tls
-        # Guards the app's count of open connections, and the next field.
+        # Guards the app's count of open connections, and the next fields.
         self._lock = threading.Lock()
         self._turned_away = 0
+        self._tls_noted_s = -math.inf
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, app.config.port), Exchange)
@@ -12288,6 +12484,15 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             except BaseException:
                 self._count(-1)
                 raise
+
+    def note_tls(self, peer: str) -> None:
+        """Logs, now and then, that a client speaks https where http is served."""
+        now_s = time.monotonic()
+        with self._lock:
+            is_due = now_s - self._tls_noted_s >= _TLS_NOTED_EVERY_S
+            self._tls_noted_s = now_s if is_due else self._tls_noted_s
+        if is_due:
+            self.app.log.event("warn", "https_on_http_port", peer=peer)
 
     def _turn_away(self, request: socket.socket) -> None:
         """Says that there are too many, and reads on for a moment, or the answer would be lost."""
