@@ -4647,7 +4647,7 @@ class ResponsesDialect(Dialect):
                 "summary": asks_for_something(reasoning.object.get("summary")),
                 "forms": forms,
                 "opening": prompt.opening,
-                "items": [kept_item(item) for item in input_items(fields, parsing) if stored],
+                "items": input_items(fields, parsing) if stored else [],
             },
         )
 
@@ -4954,10 +4954,10 @@ def _told_patch(item: Fields, context: ParseContext) -> list[Block]:
 
 
 def _told_screenshot(item: Fields, context: ParseContext) -> list[Block]:
-    output = item.child("output") or Fields({}, item.at("output"))
-    if not output.given("image_url"):
+    output = item.object.get("output")
+    if not isinstance(output, dict) or not output.get("image_url"):
         return _told_output(item, context)
-    image = Fields({**output.object, "type": "input_image"}, output.path)
+    image = Fields({**output, "type": "input_image"}, item.at("output"))
     return _openai_part(image, context, "tool")
 
 
@@ -11024,7 +11024,7 @@ def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
         told = exchange.dialect.lasting(turn)
-        items = turn.wire["items"]
+        items = [kept_item(item) for item in turn.wire["items"]]
         app.responses.put(exchange.caller.scope, body, [*told, *messages], items, app.config)
     if not turn.session_id:
         return
