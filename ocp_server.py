@@ -434,10 +434,10 @@ class Config:
         3_600_000, "CLAUDE_SESSION_TTL", "how long a conversation is kept for its next message",
         unit="ms", least=1_000, most=86_400_000, live="sessionTTL",
     )
-    session_header: bool = setting(
-        False, "OCP_SESSION_HEADER",
-        "take the header X-Session-Id for session_id; not for OpenCode, which sends it with "
-        "its whole history", live="sessionHeader",
+    session_id: bool = setting(
+        False, "OCP_SESSION_ID",
+        "take the field session_id and the header X-Session-Id for ocp_session_id; not where "
+        "clients only group requests by them", live="sessionId",
     )
     max_prompt_chars: int = setting(
         0, "CLAUDE_MAX_PROMPT_CHARS",
@@ -621,6 +621,7 @@ REMOVED_SETTINGS = (
     ("OCP_TUI_*", "there is no terminal mode: warm processes answer faster than it did"),
     ("CLAUDE_BREAKER_*", "there is no circuit breaker: it blocked healthy clients"),
     ("OCP_LOCAL_TOOLS", "CLAUDE_ALLOWED_TOOLS switches agent mode on"),
+    ("OCP_SESSION_HEADER", "OCP_SESSION_ID takes the header, and the field session_id too"),
     ("OCP_SPAWN_REAL_HOME", "claude always runs with its own login and none of its settings"),
     ("CLAUDE_NO_CONTEXT", "CLAUDE.md and memory are never loaded"),
     ("OCP_STRUCTURED_MAX_ATTEMPTS", "claude validates structured output itself"),
@@ -1512,11 +1513,13 @@ def arguments_of(given: object) -> Json:
     """
     found = given
     with contextlib.suppress(ValueError):
-        found = from_json(given or "{}") if isinstance(given, str) else given
+        found = from_json(given) if isinstance(given, str) else given
     if isinstance(found, dict):
         return found
-    text = given if isinstance(given, str) else to_json(given).decode("utf-8")
-    return {} if given is None else {"arguments": text}
+    # An empty array is how PHP writes an empty object.
+    if given in (None, "", []):
+        return {}
+    return {"arguments": given if isinstance(given, str) else to_json(given).decode("utf-8")}
 
 
 class AnswerBuilder:
@@ -2720,7 +2723,7 @@ def text_of(blocks: Iterable[Block]) -> str:
 
 #: A line that another claude sends at the head of its system prompt. The one that is driven here
 #: would take the whole prompt for such a line.
-_BILLING_HEADER = re.compile(r"\s*x-anthropic-billing-header:[^\n]*\n?")
+_BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
 
 
 def system_text(blocks: Iterable[Block]) -> str:
@@ -2864,8 +2867,8 @@ class ToolExchanges:
         return {**own, "is_error": True} if failed else own
 
 
-#: The API takes longer ids of calls in no field of its own.
-_CALL_ID_MAX_CHARS = 64
+#: Longer ids are shortened: some clients keep kilobytes in them. With a number it stays below 64.
+_CALL_ID_MAX_CHARS = 48
 #: What a call is told that the client never answered.
 _NO_RESULT = "No result was given."
 
@@ -2895,14 +2898,19 @@ def with_exchanges(
     )
 
 
+#: The field that names a session. It is no other program's: elsewhere `session_id` only groups
+#: requests, and those of one group must not see each other's messages.
+SESSION_FIELD = "ocp_session_id"
+
+
 def in_session(
     fields: Fields, parsing: Parsing, system: str, messages: list[Message]
 ) -> list[Message]:
     """The messages, after those of the session that the request names. A request that brings
     answers of its own knows its history better."""
-    session_id = fields.text("session_id")
+    session_id = fields.text(SESSION_FIELD)
     if session_id and not re.fullmatch(r"[\x20-\x7e]{1,256}", session_id):
-        raise fields.wrong("session_id", "up to 256 plain characters")
+        raise fields.wrong(SESSION_FIELD, "up to 256 plain characters")
     if not session_id or any(message.role == "assistant" for message in messages):
         return messages
     return [*parsing.session(session_id, system), *messages]
@@ -3672,13 +3680,19 @@ def openai_content(
         return text_block(to_json(content).decode("utf-8"))
     if not isinstance(content, list):
         raise entry.wrong(name, "a string or an array of parts")
-    ignored_before = len(context.ignored)
-    blocks: list[Block] = []
-    for part in entry.objects(name):
-        blocks += _openai_part(part, context, role)
-    if role == "user" and not blocks and len(context.ignored) > ignored_before:
-        raise entry.wrong(name, "text, images or files; no other parts can be read")
+    parts = entry.objects(name)
+    blocks = [block for part in parts for block in _openai_part(part, context, role)]
+    if role == "user" and not blocks:
+        refuse_unread(parts, _READ_PARTS)
     return blocks
+
+
+def refuse_unread(parts: list[Fields], read: Iterable[str]) -> None:
+    """Raise BadRequest for the first part whose type is none of `read`. Called where a user's
+    message says nothing else: the answer would be one to another question."""
+    for part in parts:
+        if part.text("type") not in (None, *read):
+            raise part.wrong("type", "a type that a model can read: text, an image or a file")
 
 
 def _are_parts(content: object) -> bool:
@@ -3693,6 +3707,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_t
 #: model with "claude" in its name.
 _ATTACHMENT_PARTS = ("image", "image_url", "input_image", "file", "input_file")
 _THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning")
+_READ_PARTS = (*_TEXT_PARTS, *_ATTACHMENT_PARTS, *_THINKING_PARTS, "refusal", "tool_result")
 
 
 def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
@@ -3720,6 +3735,8 @@ def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
             f"{part.path}: the models take no {kind}; send what is said as text.",
             param=part.at("type"),
         )
+    if kind is None or kind in ("tool_use", "tool_result"):
+        raise part.wrong("type", "text, image_url or file")
     if kind not in _THINKING_PARTS:
         context.ignore(part.path)
     return []
@@ -3791,7 +3808,7 @@ class ChatDialect(Dialect):
             tool_choice=choice,
             shape=shape,
             choices=fields.integer("n", 1, CHOICES_MOST) or 1,
-            session_id=fields.text("session_id") or "",
+            session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
             ignored=(*harmless_of(fields), *ignored, *context.ignored),
             adjusted=context.adjusted,
@@ -4239,7 +4256,7 @@ _READ_BLOCKS = (*_SILENT_BLOCKS, "text", "image", "document", "search_result", "
 _SEALED_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
 
 
-def server_result(block: Fields, context: ParseContext) -> list[Block]:
+def server_result(block: Fields) -> list[Block]:
     """Return the result of a tool that the API or another server ran, told as text: claude takes
     no such blocks in a history."""
     name = str(block.text("type"))
@@ -4299,7 +4316,7 @@ class MessagesDialect(Dialect):
             tools=tools,
             tool_choice=choice,
             shape=self._shape(fields),
-            session_id=fields.text("session_id") or "",
+            session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
             ignored=(*ignored, *unknown_tools, *context.ignored),
             adjusted=context.adjusted,
@@ -4377,16 +4394,10 @@ class MessagesDialect(Dialect):
                 if block["type"] in _NOT_SAID_BY[role]:
                     what = f"without {block['type']} blocks, which are not the {role}'s"
                     raise entry.wrong("content", what)
-            if role == "user" and not blocks and entry.object.get("content"):
-                self._refuse_unread(entry)
+            if role == "user" and not blocks and isinstance(entry.object.get("content"), list):
+                refuse_unread(entry.objects("content"), _READ_BLOCKS)
             messages.append(Message(role, blocks))
         return messages
-
-    def _refuse_unread(self, entry: Fields) -> None:
-        """Raises BadRequest for a user's message of which nothing can be read."""
-        kinds = [str(block.text("type")) for block in entry.objects("content")]
-        if any(kind not in _READ_BLOCKS for kind in kinds):
-            raise entry.wrong("content", f"made of other blocks than {', '.join(kinds)}")
 
     def _blocks(self, entry: Fields, name: str, context: ParseContext) -> list[Block]:
         """A string or an array of blocks."""
@@ -4424,9 +4435,11 @@ class MessagesDialect(Dialect):
             # What a tool search of the client's found; the tool itself is among the tools.
             return text_block(f"The tool {block.needed_text('tool_name')} is loaded.")
         if kind is not None and kind.endswith("_tool_result"):
-            return server_result(block, context)
+            return server_result(block)
         if kind == "compaction":
             return text_block(block.text("content") or "")
+        if kind is None:
+            raise block.wrong("type", "text, image, document, tool_use or tool_result")
         if kind not in _SILENT_BLOCKS:
             context.ignore(block.path)
         return []
@@ -9249,7 +9262,7 @@ _BODIES: dict[str, Json] = {
         stream=_FLAG, max_tokens=_TOKENS_LIMIT, max_completion_tokens=_TOKENS_LIMIT,
         temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_SHARE,
         stop=_STOP, n={"type": ["integer", "null"], "minimum": 1, "maximum": CHOICES_MOST},
-        tools=_TOOLS, session_id={"type": ["string", "null"], "maxLength": 256},
+        tools=_TOOLS, ocp_session_id={"type": ["string", "null"], "maxLength": 256},
         reasoning_effort={"enum": [None, "none", *EFFORT_BUDGETS]},
         response_format={"type": ["object", "null"]},
     ),
@@ -9654,7 +9667,7 @@ dialog .buttons { display: flex; flex-wrap: wrap; gap: .6rem; justify-content: f
       <h2 id="title-sessions" tabindex="-1">Sessions</h2>
       <button type="button" class="push" id="clear-sessions">Clear all sessions</button>
     </div>
-    <p class="hint">Conversations that the server remembers for clients that send a session_id.
+    <p class="hint">Conversations that the server remembers for clients that send an ocp_session_id.
       Only their sizes are shown here, never what was said.</p>
     <div class="card sheet" id="sessions"></div>
   </section>
@@ -10706,7 +10719,7 @@ function renderSessions() {
   const sessions = answerOf("sessions")?.sessions;
   byId("clear-sessions").hidden = !sessions?.length;
   showTable(byId("sessions"), "Sessions", SESSIONS, sessions, ({caller, id}) => `${caller} ${id}`,
-    "No session is remembered. One begins with a request that has a session_id.");
+    "No session is remembered. One begins with a request that has an ocp_session_id.");
 }
 
 // ---- Settings ----
@@ -10974,8 +10987,9 @@ def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
         counted=counted,
     )
     body = exchange.json()
-    if config.session_header and isinstance(body, dict) and "session_id" not in body:
-        body["session_id"] = exchange.headers.get("X-Session-Id")
+    if config.session_id and isinstance(body, dict):
+        named = body.pop("session_id", None) or exchange.headers.get("X-Session-Id")
+        body.setdefault(SESSION_FIELD, named)
     turn = exchange.dialect.parse(body, parsing)
     _check_allowed(caller, turn.model)
     turn, dropped = (turn, 0) if counted else fitted(turn, config.max_prompt_chars)

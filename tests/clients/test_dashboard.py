@@ -237,7 +237,7 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BusyServer]:
         for text in ("one", "two", "two"):
             assert made.chat("laptop", text).status == 200
         assert made.chat("phone", "three", model="haiku").status == 200
-        assert made.chat("laptop", "four", session_id="diary").status == 200
+        assert made.chat("laptop", "four", ocp_session_id="diary").status == 200
         yield made
 
 
@@ -684,8 +684,8 @@ def test_a_source_that_fails_says_so_and_can_be_tried_again(
 def test_a_session_is_cleared_after_a_question(chrome: browser.Browser, tmp_path: Path) -> None:
     with running_server(tmp_path, ANSWER) as server:
         name = "<b>notes</b> & more"
-        server.call("POST", "/v1/chat/completions", question("Hi", session_id=name))
-        server.call("POST", "/v1/chat/completions", question("Hi", session_id="other"))
+        server.call("POST", "/v1/chat/completions", question("Hi", ocp_session_id=name))
+        server.call("POST", "/v1/chat/completions", question("Hi", ocp_session_id="other"))
         with opened(chrome, server, "sessions", key="") as page:
             page.sees(name, "#sessions")
             page.evaluate(f"document.querySelector('[aria-label=\"Clear {name}\"]').click()")

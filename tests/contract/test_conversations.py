@@ -346,7 +346,7 @@ def call_as(rig: Rig, key: str, body: Json) -> Answer:
 
 def ask_session(rig: Rig, dialect: Dialect, name: str, content: Json, **fields: Json) -> Answer:
     """A request that brings nothing but the new message."""
-    return Conversation(rig, dialect, session_id=name, **fields).ask(content)
+    return Conversation(rig, dialect, ocp_session_id=name, **fields).ask(content)
 
 
 @pytest.mark.parametrize("dialect", [CHAT, MESSAGES], ids=dialect_name)
@@ -366,11 +366,11 @@ def test_sessions_survive_a_restart_and_can_be_forgotten(claude: Claude, tmp_pat
         ask_session(rig, CHAT, "mine", "One?")
         ask_session(rig, CHAT, "other", "Un?")
         rig.script(stub.tool_calls([("weather", {"city": "Bern"})]))
-        talk = Conversation(rig, CHAT, [tool], session_id="mine")
+        talk = Conversation(rig, CHAT, [tool], ocp_session_id="mine")
         call = talk.ask("Weather?").call
     with running_rig(tmp_path, claude) as rig:
         rig.script(stub.text("Warm."))
-        talk = Conversation(rig, CHAT, [tool], session_id="mine")
+        talk = Conversation(rig, CHAT, [tool], ocp_session_id="mine")
         last = talk.send_results([(call.id, Result("20"))])
         assert (last.text, path_of(rig, last)) == ("Warm.", "rebuilt")
         assert upstream_messages(rig.only_body()) == [
@@ -397,15 +397,15 @@ def assert_forgotten(rig: Rig) -> None:
 
 def test_a_session_belongs_to_its_system_prompt(rig: Rig) -> None:
     for system in ("Be kind.", "Be terse."):
-        Conversation(rig, CHAT, system=system, session_id="prompts").ask("Hello?")
+        Conversation(rig, CHAT, system=system, ocp_session_id="prompts").ask("Hello?")
         assert turns(rig.last_body()) == dialogue("Hello?")
-    Conversation(rig, CHAT, system="Be kind.", session_id="prompts").ask("Again?")
+    Conversation(rig, CHAT, system="Be kind.", ocp_session_id="prompts").ask("Again?")
     assert turns(rig.last_body()) == dialogue("Hello?", "Again?")
 
 
 def test_a_request_with_answers_of_its_own_knows_better_than_its_session(rig: Rig) -> None:
     ask_session(rig, CHAT, "better", "One?")
-    talk = Conversation(rig, CHAT, session_id="better")
+    talk = Conversation(rig, CHAT, ocp_session_id="better")
     talk.messages = [
         {"role": "user", "content": "Uno?"}, {"role": "assistant", "content": "Re: Uno?"}]
     talk.ask("Dos?")

@@ -220,15 +220,13 @@ def test_ids_are_letters_and_digits_and_come_back_in_any_form(
 
 
 @EVERY_DIALECT
-def test_ids_that_nobody_called_or_answered_are_named(rig: Rig, dialect: Dialect) -> None:
+def test_an_id_that_nobody_called_is_named(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.tool_calls([PARIS, ROME]))
     talk = Conversation(rig, dialect, TOOLS)
-    first, second = talk.ask("Where?").calls
-    unknown = talk.branch().send_results(
-        [(first.id, Result("a")), ("elsewhere", Result("b"))]).reply
-    missing = talk.branch().send_results([(second.id, Result("b"))]).reply
-    assert (unknown.status, missing.status) == (400, 400)
-    assert "elsewhere" in unknown.text and first.id in missing.text
+    first, _ = talk.ask("Where?").calls
+    unknown = talk.send_results([(first.id, Result("a")), ("elsewhere", Result("b"))]).reply
+    assert unknown.status == 400
+    assert "elsewhere" in unknown.text
     assert len(rig.bodies()) == 1
 
 

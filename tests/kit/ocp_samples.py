@@ -73,9 +73,9 @@ SETTINGS: Json = {
         "value": 600_000, "type": "number", "min": 1_000, "max": 3_600_000, "unit": "ms",
         "desc": "longest time for one answer", "source": "default", "default": 600_000,
         "env": "CLAUDE_TIMEOUT"},
-    "sessionHeader": {
-        "value": False, "type": "boolean", "desc": "take X-Session-Id", "source": "stored",
-        "default": False, "env": "OCP_SESSION_HEADER"},
+    "sessionId": {
+        "value": False, "type": "boolean", "desc": "take session_id", "source": "stored",
+        "default": False, "env": "OCP_SESSION_ID"},
     "logLevel": {
         "value": "info", "type": "string", "desc": "least level that is logged",
         "source": "environment", "default": "info", "env": "OCP_LOG_LEVEL"},

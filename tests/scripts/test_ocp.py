@@ -192,7 +192,7 @@ def settings_stub(results: Json, status: int = 200) -> dict[str, Any]:
 
 @pytest.mark.parametrize("words, sent", [
     (["timeout", "300000"], {"timeout": 300_000}),
-    (["sessionHeader", "on"], {"sessionHeader": True}),
+    (["sessionId", "on"], {"sessionId": True}),
     (["logLevel", "warn"], {"logLevel": "warn"}), (["--reset", "timeout"], {"timeout": None}),
 ])
 def test_a_setting_is_sent_with_its_own_type(
@@ -215,7 +215,7 @@ def test_a_refused_setting_is_a_failure_with_the_servers_words(tmp_path: Path, s
 
 @pytest.mark.parametrize("words, hint", [
     (["timeuot"], "Did you mean timeout?"), (["timeout", "soon"], "takes a number of ms"),
-    (["sessionHeader", "perhaps"], "on or off"),
+    (["sessionId", "perhaps"], "on or off"),
     (["timeout", "1", "--reset", "timeout"], "--reset"),
 ])
 def test_settings_used_wrongly(tmp_path: Path, words: list[str], hint: str) -> None:

@@ -85,7 +85,7 @@ def test_the_second_time_is_a_hit_and_the_model_is_not_asked(keeper: Server) -> 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 MARK = {"cache_control": {"type": "ephemeral"}}
 BYPASSING: dict[str, dict[str, Json]] = {
-    "session": {"session_id": "s1"},
+    "session": {"ocp_session_id": "s1"},
     "tools": {"tools": [TOOL]},
     "functions": {"functions": [TOOL["function"]]},
     "mark on a message": {"messages": [{"role": "user", "content": "marked", **MARK}]},
@@ -429,7 +429,7 @@ def test_the_stats_tell_what_the_cache_did(own_keeper: Server) -> None:
     own_keeper.write_scenario([[{"say": "Hello."}]])
     words(own_keeper, "a", 3)
     words(own_keeper, "b", 2)
-    words(own_keeper, "c", 2, session_id="s")
+    words(own_keeper, "c", 2, ocp_session_id="s")
 
     found = stats_of(own_keeper)
 

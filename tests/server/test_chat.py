@@ -372,11 +372,11 @@ def test_nothing_of_one_conversation_is_in_the_next(chat: Server) -> None:
         {"role": "user", "content": [{"type": "text", "text": "other"}]}]
 
 
-def test_all_system_and_developer_messages_are_the_system_prompt_in_order(chat: Server) -> None:
+def test_system_messages_at_the_start_are_the_system_prompt_in_order(chat: Server) -> None:
     messages = [
-        {"role": "system", "content": "first"}, {"role": "user", "content": "hi"},
+        {"role": "system", "content": "first"},
         {"role": "developer", "content": [{"type": "text", "text": "second"}]},
-        {"role": "system", "content": "third"},
+        {"role": "system", "content": "third"}, {"role": "user", "content": "hi"},
     ]
 
     assert ask(chat, messages=messages).status == 200

@@ -828,13 +828,13 @@ def heard(server: Server) -> list[str]:
 
 def test_a_session_is_its_keys_own_whatever_it_is_called(memory: Server) -> None:
     made = new_key(memory, name="talker")
-    ask_as(memory, made["key"], "my secret", session_id="s1")
+    ask_as(memory, made["key"], "my secret", ocp_session_id="s1")
     strangers = others_of(memory, made)
 
     for how, key in strangers.items():
-        ask_as(memory, key, "what was it?", session_id="s1")
+        ask_as(memory, key, "what was it?", ocp_session_id="s1")
         assert heard(memory) == ["what was it?"], how
-    ask_as(memory, made["key"], "what was it?", session_id="s1")
+    ask_as(memory, made["key"], "what was it?", ocp_session_id="s1")
 
     assert heard(memory) == ["my secret", "You said: my secret", "what was it?"]
 
@@ -843,26 +843,26 @@ def test_the_session_of_a_revoked_key_is_not_that_of_the_next_of_its_name(
     memory: Server
 ) -> None:
     made = new_key(memory, name="heir")
-    ask_as(memory, made["key"], "my will", session_id="s2")
+    ask_as(memory, made["key"], "my will", ocp_session_id="s2")
     revoke(memory, "heir")
 
-    ask_as(memory, new_key(memory, name="heir")["key"], "well?", session_id="s2")
+    ask_as(memory, new_key(memory, name="heir")["key"], "well?", ocp_session_id="s2")
 
     assert heard(memory) == ["well?"]
 
 
 def test_a_session_goes_on_with_a_rotated_secret(memory: Server) -> None:
     made = new_key(memory, name="changer")
-    ask_as(memory, made["key"], "one", session_id="s3")
+    ask_as(memory, made["key"], "one", ocp_session_id="s3")
 
-    ask_as(memory, rotate(memory, "changer").json()["key"], "two", session_id="s3")
+    ask_as(memory, rotate(memory, "changer").json()["key"], "two", ocp_session_id="s3")
 
     assert heard(memory) == ["one", "You said: one", "two"]
 
 
 def test_sessions_are_listed_under_the_names_that_keys_have_now(memory: Server) -> None:
     made = new_key(memory, name="before")
-    ask_as(memory, made["key"], session_id="named")
+    ask_as(memory, made["key"], ocp_session_id="named")
     changed(memory, "before", name="after")
 
     sessions = as_admin(memory, "GET", "/sessions").json()["sessions"]

@@ -243,7 +243,7 @@ def test_a_known_series_of_requests_gives_known_numbers(tmp_path: Path) -> None:
         for dialect in DIALECTS:
             # The first is made, the others are the same again.
             server.call("POST", dialect.path, dialect.body("Same"))
-        ask(server, "Two", n=2, model="opus", session_id="s")
+        ask(server, "Two", n=2, model="opus", ocp_session_id="s")
         server.write_scenario([steps_of_error(529, "overloaded")])
         ask(server, "Overloaded")
         server.call("POST", MESSAGES.path, MESSAGES.body("Overloaded"))
@@ -407,7 +407,7 @@ def test_nothing_else_that_clients_say_becomes_a_label(own: Server) -> None:
     for number in range(10):
         own.call("GET", f"/nowhere-{number}")
         ask(own, model=f"gpt-{number}")
-        own.call("POST", CHAT_PATH, question(user=f"user-{number}", session_id=f"s-{number}"),
+        own.call("POST", CHAT_PATH, question(user=f"user-{number}", ocp_session_id=f"s-{number}"),
                  {"User-Agent": f"agent-{number}", "X-Request-Id": f"mine-{number}"})
 
     assert sum(len(family.samples) for family in scraped(own).values()) == before

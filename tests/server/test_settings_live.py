@@ -97,7 +97,7 @@ def test_every_setting_that_can_be_changed_is_described(server: Server) -> None:
 @pytest.mark.parametrize("wanted", [
     "timeout", "maxConcurrent", "maxQueue", "cacheTTL", "cacheMaxBytes", "cacheSampled",
     "sessionTTL", "maxPromptChars", "warmProcesses", "warmIdleMs", "parkedProcesses",
-    "sessionHeader", "writeTimeout", "usageDays",
+    "sessionId", "writeTimeout", "usageDays",
 ])
 def test_this_setting_can_be_changed_while_the_server_runs(wanted: str) -> None:
     assert wanted in ROWS
@@ -617,17 +617,21 @@ def test_conversations_are_parked_and_dropped_as_told(server: Server) -> None:
     assert eventually(lambda: server.call("GET", "/health").json()["parked"] == 0)
 
 
-def test_the_header_of_sessions_is_taken_from_now_on(server: Server) -> None:
+def test_names_of_sessions_that_others_use_are_taken_from_now_on(server: Server) -> None:
     header = {"X-Session-Id": "from-the-header"}
     server.call("POST", CHAT_PATH, question(), header)
+    server.call("POST", CHAT_PATH, question(session_id="from-the-body"), header)
     before = server.call("GET", "/sessions").json()["sessions"]
 
-    set_to(server, sessionHeader=True)
+    set_to(server, sessionId=True)
     server.call("POST", CHAT_PATH, question(), header)
+    server.call("POST", CHAT_PATH, question(session_id="from-the-body"), header)
+    server.call("POST", CHAT_PATH, question(session_id="theirs", ocp_session_id="own"), header)
 
     after = server.call("GET", "/sessions").json()["sessions"]
-    assert (before, [each["id"] for each in after]) == ([], ["from-the-header"])
-    assert server.call("DELETE", "/sessions").json() == {"cleared": 1}
+    assert before == []
+    assert {each["id"] for each in after} == {"from-the-header", "from-the-body", "own"}
+    assert server.call("DELETE", "/sessions").json() == {"cleared": 3}
 
 
 def test_every_live_setting_names_a_field_that_the_server_has() -> None:

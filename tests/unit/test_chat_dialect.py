@@ -115,17 +115,48 @@ def test_a_request_without_a_word_is_refused(content: object) -> None:
 # -- roles and their order ----------------------------------------------------
 
 
-def test_system_and_developer_messages_become_the_system_prompt_in_their_order() -> None:
+def test_system_and_developer_messages_at_the_start_become_the_system_prompt() -> None:
     found = turn(
         {"role": "system", "content": "One."},
+        {"role": "system", "content": ""},
         {"role": "developer", "content": [block("Two."), block("Three.")]},
         USER,
-        {"role": "system", "content": "Four."},
-        {"role": "system", "content": ""},
     )
 
-    assert found.system == "One.\n\nTwo.\n\nThree.\n\nFour."
+    assert found.system == "One.\n\nTwo.\n\nThree."
     assert conversation(found) == [("user", ["Hello"])]
+
+
+def reminder(text: str) -> str:
+    """What a later message of the system looks like among the user's."""
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_later_message_of_the_system_stays_where_it_stands(role: str) -> None:
+    late = {"role": role, "content": [block("Be brief."), block(" ")]}
+    answer = {"role": "assistant", "content": "Hi."}
+
+    found = turn({"role": "system", "content": "One."}, USER, late, answer, late, USER, late)
+
+    assert found.system == "One."
+    assert conversation(found) == [
+        ("user", ["Hello", reminder("Be brief.")]),
+        ("assistant", ["Hi."]),
+        ("user", [reminder("Be brief."), "Hello", reminder("Be brief.")]),
+    ]
+
+
+def test_a_later_message_of_the_system_beside_results_goes_into_the_last_of_them() -> None:
+    call = {"role": "assistant", "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}]}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "Noon."}
+
+    found = turn(USER, call, result, {"role": "developer", "content": "Be brief."})
+
+    assert found.messages[-1].content == [{
+        "type": "tool_result", "tool_use_id": "c1",
+        "content": [block("Noon."), block(reminder("Be brief."))]}]
 
 
 def test_without_instructions_there_is_no_system_prompt() -> None:
@@ -144,11 +175,10 @@ def test_an_instruction_after_an_answer_is_there_to_be_answered() -> None:
     rule, task = {"role": "system", "content": "Be kind."}, {"role": "system", "content": "Sum up."}
 
     asked = turn(rule, USER, answer, task, {"role": "user", "content": ""})
-    beside = turn(rule, USER, answer, task, USER)
+    later = turn(rule, USER, answer, task, answer, USER)
 
     assert (asked.system, conversation(asked)[2:]) == ("Be kind.", [("user", ["Sum up."])])
-    assert (beside.system, conversation(beside)[2:]) == (
-        "Be kind.\n\nSum up.", [("user", ["Hello"])])
+    assert conversation(later)[:3] == conversation(asked)
 
 
 def test_neighbours_of_one_role_become_one_message() -> None:
@@ -172,12 +202,6 @@ def test_messages_around_an_empty_one_are_neighbours() -> None:
     assert conversation(found) == [("user", ["Hello", "Hello"])]
 
 
-def test_messages_around_an_instruction_are_neighbours() -> None:
-    found = turn(USER, {"role": "system", "content": "Be brief."}, USER)
-
-    assert conversation(found) == [("user", ["Hello", "Hello"])]
-
-
 @pytest.mark.parametrize(
     "messages",
     [
@@ -186,10 +210,26 @@ def test_messages_around_an_instruction_are_neighbours() -> None:
         [USER, {"role": "assistant", "content": "Hel"}, {"role": "user", "content": " "}],
     ],
 )
-def test_an_answer_cannot_be_continued(messages: list[Json]) -> None:
-    error = refusal({"messages": messages})
+def test_a_conversation_that_ends_with_an_answer_is_asked_to_go_on(messages: list[Json]) -> None:
+    found = turn(*messages)
 
-    assert (error.status, error.param) == (400, "messages")
+    assert conversation(found)[-2:] == [
+        ("assistant", ["Hel"]), ("user", ["Continue exactly where your last message ends."])]
+    assert found.adjusted == (("assistant_last", 1),)
+
+
+def test_after_an_answer_a_form_is_asked_for_where_one_is_wanted() -> None:
+    found = turn(USER, {"role": "assistant", "content": "Paris."},
+                 response_format={"type": "json_object"})
+
+    assert conversation(found)[-1] == (
+        "user", ["Give the answer of this conversation in the required form."])
+
+
+def test_an_empty_answer_at_the_end_is_no_answer() -> None:
+    found = turn(USER, {"role": "assistant", "content": ""})
+
+    assert (conversation(found), found.adjusted) == ([("user", ["Hello"])], ())
 
 
 # -- parameters ---------------------------------------------------------------
@@ -260,7 +300,10 @@ def test_several_answers_may_be_asked_for(asked: object, choices: int) -> None:
     assert (found.choices, found.others) == (choices, ())
 
 
-@pytest.mark.parametrize(("fields", "session_id"), [({}, ""), ({"session_id": "s1"}, "s1")])
+@pytest.mark.parametrize(
+    ("fields", "session_id"),
+    [({}, ""), ({"ocp_session_id": "s1"}, "s1"), ({"session_id": "s1"}, "")],
+)
 def test_a_session_may_be_named(fields: Json, session_id: str) -> None:
     assert turn(**fields).session_id == session_id
 
@@ -272,7 +315,7 @@ def test_a_session_comes_before_what_is_new() -> None:
         asked.append((session_id, system))
         return [ocp.Message("user", [block("a")]), ocp.Message("assistant", [block("b")])]
 
-    body = {"session_id": "s1", "messages": [{"role": "system", "content": "Be brief."}, USER]}
+    body = {"ocp_session_id": "s1", "messages": [{"role": "system", "content": "Be brief."}, USER]}
     found = ocp.CHAT.parse(body, parsing(session=session))
 
     assert asked == [("s1", "Be brief.")]
@@ -280,7 +323,7 @@ def test_a_session_comes_before_what_is_new() -> None:
 
 
 def test_a_request_with_answers_of_its_own_knows_its_history_better() -> None:
-    body = {"session_id": "s1", "messages": [USER, {"role": "assistant", "content": "b"}, USER]}
+    body = {"ocp_session_id": "s1", "messages": [USER, {"role": "assistant", "content": "b"}, USER]}
 
     found = ocp.CHAT.parse(body, parsing(session=lambda session_id, system: [1 / 0]))
 
@@ -421,7 +464,7 @@ def test_a_body_that_is_no_object_is_refused(body: object) -> None:
         ({"n": 0}, "n"),
         ({"n": 9}, "n"),
         ({"n": 1.5}, "n"),
-        ({"session_id": 7}, "session_id"),
+        ({"ocp_session_id": 7}, "ocp_session_id"),
         ({"tools": {}}, "tools"),
         ({"tools": [7]}, "tools[0]"),
         ({"functions": "f"}, "functions"),
@@ -445,7 +488,7 @@ def test_a_wrong_type_is_refused_with_the_path_of_the_field(fields: Json, param:
         (None, ""),
         ({}, ".type"),
         ({"type": 7}, ".type"),
-        ({"type": "video"}, ".type"),
+        ({"type": "tool_use", "id": "a", "name": "b"}, ".type"),
         ({"type": "input_audio"}, ".type"),
         ({"type": "text"}, ".text"),
         ({"type": "text", "text": 7}, ".text"),
@@ -662,11 +705,28 @@ def test_files_count_as_images_do() -> None:
     assert (error.status, error.error_code) == (413, "too_many_images")
 
 
-@pytest.mark.parametrize("part", [image(data_uri()), pdf()], ids=["image", "file"])
-def test_an_answer_of_the_model_s_holds_neither_images_nor_files(part: Json) -> None:
-    error = refusal({"messages": [USER, {"role": "assistant", "content": [part]}, USER]})
+@pytest.mark.parametrize(
+    "part", [image(data_uri()), pdf(), {"type": "audio", "audio": {"id": "a"}}],
+    ids=["image", "file", "audio"])
+def test_what_a_model_cannot_say_is_left_out_of_its_answers_and_named(part: Json) -> None:
+    found = turn(USER, {"role": "assistant", "content": [block("See."), part]}, USER)
 
-    assert (error.status, error.param) == (400, "messages[1].content[0]")
+    assert conversation(found)[1] == ("assistant", ["See."])
+    assert found.ignored == ("messages[1].content[1]",)
+
+
+@pytest.mark.parametrize("kind", ["video", "input_video_frame", "location"])
+def test_a_part_of_an_unknown_type_is_left_out_and_named(kind: str) -> None:
+    found = turn({"role": "user", "content": [{"type": kind, kind: {}}, block("See?")]})
+
+    assert (conversation(found), found.ignored) == (
+        [("user", ["See?"])], ("messages[0].content[0]",))
+
+
+def test_a_user_s_message_of_which_nothing_can_be_read_is_refused() -> None:
+    error = refusal({"messages": [USER, {"role": "user", "content": [{"type": "video"}]}]})
+
+    assert (error.status, error.param) == (400, "messages[1].content[0].type")
 
 
 # -- answers, byte for byte ---------------------------------------------------

@@ -422,3 +422,20 @@ def test_paths_of_this_machine_are_blotted_out_and_addresses_are_not(
 )
 def test_one_line_runs_white_space_together_and_cuts(text: str, line: str) -> None:
     assert ocp.one_line(text, 10) == line
+
+
+@pytest.mark.parametrize(
+    ("names", "value"),
+    [
+        ([], ""), (["seed"], "seed"), (["seed", "user", "seed"], "seed, user"),
+        (["a,b", "c\r\nX: y", "\u00fcber", " "], "a?b, c X: y, ?ber, "),
+        (["x" * 200], "x" * 77 + "..."),
+        ([f"tools[{n}]" for n in range(6_000)],
+         ", ".join(f"tools[{n}]" for n in range(91)) + ", 5909 more"),
+    ],
+    ids=["none", "one", "again", "odd", "long", "many"],
+)
+def test_a_list_in_a_header_is_short_and_holds_nothing_that_ends_it(
+    names: list[str], value: str
+) -> None:
+    assert ocp.header_list(names) == value

@@ -157,7 +157,6 @@ def test_a_response_repeats_its_request() -> None:
         ({"input": [{"role": "robot", "content": "Hello"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": 7}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "video"}]}]}, "input[0].content[0].type"),
-        ({"input": [USER, {"role": "assistant", "content": "Hel"}]}, "input"),
         ({"input": [{"type": "item_reference"}]}, "input[0].id"),
         ({"instructions": 7}, "instructions"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -181,13 +180,30 @@ def test_a_field_that_is_wrong_is_refused_with_its_path(fields: Json, param: str
 
 
 def test_instructions_come_before_messages_of_the_system() -> None:
-    given = [{"role": "developer", "content": "Two."}, USER,
-             {"type": "message", "role": "system", "content": [block("Three.")]}]
+    given = [{"role": "developer", "content": "Two."},
+             {"type": "message", "role": "system", "content": [block("Three.")]}, USER]
 
     found = turn(given, instructions="One.")
 
     assert found.system == "One.\n\nTwo.\n\nThree."
     assert conversation(found) == [("user", ["Hello"])]
+
+
+def test_a_later_message_of_the_developer_stays_where_it_stands() -> None:
+    late = {"role": "developer", "content": [{"type": "input_text", "text": "Be brief."}]}
+
+    found = turn([USER, {"role": "assistant", "content": "Hi."}, late, USER], instructions="One.")
+
+    assert found.system == "One."
+    assert conversation(found)[-1] == (
+        "user", ["<system-reminder>\nBe brief.\n</system-reminder>", "Hello"])
+
+
+def test_a_conversation_that_ends_with_an_answer_is_asked_to_go_on() -> None:
+    found = turn([USER, {"role": "assistant", "content": "Hel"}])
+
+    assert conversation(found)[-1] == ("user", ["Continue exactly where your last message ends."])
+    assert found.adjusted == (("assistant_last", 1),)
 
 
 def test_a_request_that_is_all_instructions_asks_them() -> None:
@@ -214,11 +230,11 @@ def test_messages_of_the_system_last_and_instructions_do_not() -> None:
     second = ocp.RESPONSES.parse(
         {"input": given, "instructions": "Three.", "previous_response_id": "r"}, about)
 
-    assert (first.system, second.system) == ("One.\n\nTwo.", "Three.\n\nTwo.\n\nFour.")
+    assert (first.system, second.system) == ("One.\n\nTwo.", "Three.\n\nTwo.")
     assert conversation(second) == [
-        ("user", ["Hello"]), ("assistant", ["b"]), ("user", ["Hello"])]
-    assert [each.content for each in ocp.RESPONSES.lasting(second)] == [
-        [block("Two.")], [block("Four.")]]
+        ("user", ["Hello"]), ("assistant", ["b"]),
+        ("user", ["<system-reminder>\nFour.\n</system-reminder>", "Hello"])]
+    assert [each.content for each in ocp.RESPONSES.lasting(second)] == [[block("Two.")]]
 
 
 def test_parts_of_a_message_become_blocks() -> None:
@@ -276,15 +292,11 @@ def test_an_output_may_hold_an_image() -> None:
 @pytest.mark.parametrize(
     ("items", "param"),
     [
-        ([{"type": "function_call", "name": "a", "arguments": ""}], "input[0].call_id"),
+        ([{"type": "function_call", "call_id": 7, "name": "a"}], "input[0].call_id"),
         ([{"type": "function_call", "call_id": "a", "arguments": ""}], "input[0].name"),
-        ([{**CALLED, "arguments": 7}], "input[0].arguments"),
-        ([{"type": "function_call_output", "output": "x"}], "input[0].call_id"),
-        ([CALLED, {**RESULT, "output": 7}], "input[1].output"),
+        ([{"type": "function_call_output", "call_id": 7, "output": "x"}], "input[0].call_id"),
+        ([{"type": "function_call_output", "output": "x"}], "input"),
         ([RESULT], "input"),
-        ([USER, CALLED, USER], "input"),
-        ([USER, {"role": "assistant", "content": [{"type": "input_image", "image_url": PNG}]},
-          USER], "input[1].content[0]"),
     ],
     ids=str,
 )
