@@ -157,3 +157,43 @@ def test_a_shell_that_the_client_runs_is_called_by_its_own_item(
     assert (item["type"], item["status"]) == ("local_shell_call", "completed")
     assert item["action"] == {"type": "exec", "env": {}, **given}
     assert path_of(rig, Answer(second)) == "continued"
+
+
+def test_a_call_of_a_custom_tool_is_gone_on_from_by_the_id(rig: Rig) -> None:
+    rig.script(stub.tool_calls([("edit", {"input": PATCH})]), stub.text("Done."))
+    first = send(rig, RESPONSES, [{"role": "user", "content": "Edit it by the id."}])
+    _, call_id, _ = called(RESPONSES, first)
+
+    second = send(rig, RESPONSES, [result(RESPONSES, call_id, "Patched.")],
+                  previous_response_id=first.json()["id"])
+
+    assert path_of(rig, Answer(second)) == "continued"
+    assert second.json()["output"][0]["content"][0]["text"] == "Done."
+
+
+def test_a_conversation_is_compacted_where_it_is_held(rig: Rig) -> None:
+    rig.script(stub.tool_calls([("edit", {"input": PATCH})]), stub.text("Done."),
+               stub.text("The file was patched."), stub.text("Nothing is left."))
+    history: list[Json] = [{"role": "user", "content": "Edit it, and then compact it."}]
+    kept, call_id, _ = called(RESPONSES, send(rig, RESPONSES, history))
+    history += [*kept, result(RESPONSES, call_id, "Patched.")]
+    history += send(rig, RESPONSES, history).json()["output"]
+
+    compacted = rig.server.call(
+        "POST", "/v1/responses/compact",
+        {"model": MODEL, "input": history, "tools": [RESPONSES_TOOL]}, timeout_s=ANSWER_S)
+    assert compacted.status == 200, compacted.text
+    output = compacted.json()["output"]
+    goes_on = [*output, {"role": "user", "content": "What is left?"}]
+    last = send(rig, RESPONSES, goes_on)
+
+    assert [item["type"] for item in output] == ["message", "compaction"]
+    asked = upstream_messages(rig.bodies()[2])
+    assert [role for role, _ in asked] == ["user", "assistant", "user", "assistant", "user"]
+    assert asked[3] == ("assistant", ["Done."]) and "summary" in asked[4][1][0]
+    assert rig.bodies()[2]["tool_choice"] == {"type": "none"}
+    told = upstream_messages(rig.last_body())
+    assert told == [("user", [
+        "Edit it, and then compact it.",
+        "[Summary of the conversation up to here]\nThe file was patched.", "What is left?"])]
+    assert last.json()["output"][0]["content"][0]["text"] == "Nothing is left."
