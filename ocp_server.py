@@ -345,7 +345,8 @@ class Config:
     bind: str = setting("127.0.0.1", "CLAUDE_BIND", "address to listen on; 0.0.0.0 or :: = all")
     allowed_origins: str = setting(
         "", "OCP_ALLOWED_ORIGINS",
-        "web origins whose pages may call the API, comma separated; empty = none",
+        "web origins whose pages may call the API, comma separated, with * for a part of the name, "
+        "such as vscode-webview://*; empty = none",
     )
     allowed_hosts: str = setting(
         "", "OCP_ALLOWED_HOSTS",
@@ -570,6 +571,12 @@ class Config:
         return os.path.abspath(os.path.expanduser(self.home))
 
 
+#: An origin, or a pattern of origins that no site of somebody else's fits.
+_ORIGIN = re.compile(
+    r"[^*]*|https?://(\*\.)?[^*/:]+(:(\*|\d+))?/?|(?!https?:)[a-z][a-z0-9+.-]*://[^/]*/?",
+    re.IGNORECASE,
+)
+
 #: Rules across settings: (is broken, what to do about it).
 CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
@@ -605,8 +612,10 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "anonymous key to yourself with PROXY_ADVERTISE_ANON_KEY=0",
     ),
     (
-        lambda config: "*" in config.allowed_origins,
-        "OCP_ALLOWED_ORIGINS takes whole origins, such as https://app.example.org, and no *",
+        lambda config: not all(map(_ORIGIN.fullmatch, listed(config.allowed_origins))),
+        "OCP_ALLOWED_ORIGINS takes origins, such as https://app.example.org; a * may stand for "
+        "what comes before a domain, for a port, or behind a scheme that is not of the web, as "
+        "in https://*.example.org, http://localhost:*, vscode-webview://*",
     ),
 )
 
@@ -2273,11 +2282,20 @@ def check_origin(config: Config, origin: str, host: str, content_type: str) -> N
     # What a browser sends without asking first, such as a form, is never JSON.
     if content_type and content_type.partition(";")[0].strip().lower() != "application/json":
         raise Forbidden("Web pages have to send application/json.")
-    if origin in listed(config.allowed_origins) or origin.partition("//")[2] == host:
+    if is_allowed_origin(config, origin) or origin.partition("//")[2] == host:
         return
     raise Forbidden(
         f"Web pages of {one_line(origin, 80)!r} may not call this server: "
         "name the origin in OCP_ALLOWED_ORIGINS."
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def is_allowed_origin(config: Config, origin: str) -> bool:
+    """Return whether the operator has named this origin; a * of his stands for a part of it."""
+    return any(
+        re.fullmatch(re.escape(name.rstrip("/")).replace(r"\*", "[^/]*"), origin, re.IGNORECASE)
+        for name in listed(config.allowed_origins)
     )
 
 
@@ -4376,9 +4394,9 @@ class ParseContext:
         self._ignored: list[str] = []
         self._adjusted: collections.Counter[str] = collections.Counter()
 
-    def ignore(self, path: str) -> None:
-        """Note that what stands at this path of the request is left out."""
-        self._ignored.append(path)
+    def ignore(self, *paths: str) -> None:
+        """Note that what stands at these paths of the request is left out."""
+        self._ignored += paths
 
     def adjust(self, word: str, count: int = 1) -> None:
         """Note a repair of the request by its word of docs/api.md."""
@@ -4764,8 +4782,56 @@ def harmless_of(fields: Fields, *more: str) -> list[str]:
     return [name for name in names if asks_for_something(fields.object.get(name))]
 
 
+def _object_schema(required: tuple[str, ...], **properties: Json) -> Json:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+_STRING: Json = {"type": "string"}
+_STRINGS: Json = {"type": "array", "items": {"type": "string"}}
+_INTEGER: Json = {"type": "integer"}
+
+#: Tools that OpenAI describes and the client runs, by the type under which requests name them.
+CLIENT_TOOLS = {
+    tool.name: tool
+    for tool in (
+        Tool(
+            "local_shell",
+            "Runs a command on the user's computer and returns its output.",
+            _object_schema(
+                ("command",),
+                command={**_STRINGS, "description": "The program and its arguments."},
+                working_directory=_STRING, timeout_ms=_INTEGER,
+                env={"type": "object", "additionalProperties": _STRING},
+            ),
+        ),
+        Tool(
+            "shell",
+            "Runs shell commands on the user's computer and returns the output of each.",
+            _object_schema(
+                ("commands",), commands=_STRINGS, timeout_ms=_INTEGER, max_output_length=_INTEGER
+            ),
+        ),
+        Tool(
+            "apply_patch",
+            "Creates, updates or deletes one file. The diff of update_file has sections that "
+            "begin with a line @@ and hold lines that begin with a space (context), - (removed) "
+            "or + (added), without line numbers and without names of files. In the diff of "
+            "create_file every line begins with +. delete_file has no diff.",
+            _object_schema(
+                ("type", "path"),
+                type={"type": "string", "enum": ["create_file", "update_file", "delete_file"]},
+                path=_STRING, diff=_STRING,
+            ),
+        ),
+    )
+}
+
+
 def _tool_name(entry: Fields) -> str:
-    return (entry.child("function") or entry).needed_text("name")
+    """The name of the tool that a choice names; tools without a name go by their type."""
+    if entry.text("type") in CLIENT_TOOLS:
+        return str(entry.text("type"))
+    return (entry.child("function") or entry.child("custom") or entry).needed_text("name")
 
 
 def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str] | None]:
@@ -4786,12 +4852,115 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str]
     if kind == "allowed_tools":
         allowed = entry.child("allowed_tools") or entry
         mode = allowed.word("mode", ("auto", "required")) or "auto"
-        functions = [
-            tool for tool in allowed.objects("tools") if tool.text("type") in (None, "function")
-        ]
-        names = {_tool_name(tool) for tool in functions}
+        named = (None, "function", "custom", *CLIENT_TOOLS)
+        tools = [tool for tool in allowed.objects("tools") if tool.text("type") in named]
+        names = {_tool_name(tool) for tool in tools}
         return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
     return ToolChoice("tool", _tool_name(entry), parallel=parallel), None
+
+
+#: The arguments of a custom tool as claude knows it: its whole input is one text.
+_FREEFORM_SCHEMA: Json = {
+    "type": "object",
+    "properties": {
+        "input": {
+            "type": "string",
+            "description": "The whole input of the tool as plain text, just as it wants it.",
+        },
+    },
+    "required": ["input"],
+    "additionalProperties": False,
+}
+#: What the syntaxes of grammars are called.
+_GRAMMARS = {"lark": "Lark grammar", "regex": "regular expression"}
+
+
+def freeform_tool(entry: Fields, name: str) -> Tool:
+    """Return a custom tool, whose input is a text, as a tool with one field for that text.
+
+    A grammar becomes part of the description. Raises BadRequest for another format.
+    """
+    told = [entry.text("description") or ""]
+    form = entry.child("format") or Fields({})
+    if form.word("type", ("text", "grammar")) == "grammar":
+        # Chat has it one level deeper than responses.
+        grammar = form.child("grammar") or form
+        syntax = grammar.word("syntax", tuple(_GRAMMARS))
+        if syntax is None:
+            raise grammar.wrong("syntax", "one of " + ", ".join(_GRAMMARS))
+        definition = grammar.needed_text("definition")
+        told.append(f"The input must match this {_GRAMMARS[syntax]}:\n\n{definition}")
+    return Tool(name, "\n\n".join(filter(None, told)), _FREEFORM_SCHEMA)
+
+
+#: How the arguments of a custom tool begin, and the same without white space.
+_FREEFORM_HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+_FREEFORM_HEAD_PLAIN = '{"input":"'
+#: The part of a JSON string that is sure whatever comes: whole escapes, and halves of a surrogate
+#: pair only together or when the other half is missing.
+_SURE_TEXT = re.compile(
+    r"""(?: [^"\\]+ | \\[^u] | \\u(?![dD][89abAB])[0-9a-fA-F]{4}
+      | \\u[dD][89abAB][0-9a-fA-F]{2}
+        (?: \\u[dD][c-fC-F][0-9a-fA-F]{2} | (?= [^\\] | \\[^u] | \\u[^dD] | \\u[dD][^c-fC-F] ) )
+    )*""",
+    re.VERBOSE,
+)
+
+
+class FreeformReader:
+    """Takes the text of a call of a custom tool out of its arguments, which come in pieces.
+
+    Arguments that are not of the form that was asked for are given as they are.
+    """
+
+    def __init__(self) -> None:
+        #: "head" before the text, "text" in it, "end" behind it; "raw" where there is none.
+        self._state = "head"
+        self._held = ""
+
+    def feed(self, piece: str) -> str:
+        """Return what is known of the text so far and was not given before."""
+        self._held += piece
+        if self._state == "head":
+            self._read_head()
+        if self._state == "raw":
+            given, self._held = self._held, ""
+            return given
+        return self._read_text() if self._state == "text" else ""
+
+    def close(self) -> str:
+        """Return the rest of the text."""
+        bare = re.sub(r"\s", "", self._held) == "{}"
+        return "" if self._state != "head" or bare else self._held
+
+    def _read_head(self) -> None:
+        found = _FREEFORM_HEAD.match(self._held)
+        plain = re.sub(r"\s", "", self._held)
+        if found:
+            self._state, self._held = "text", self._held[found.end():]
+        elif plain != "{}" and not _FREEFORM_HEAD_PLAIN.startswith(plain):
+            self._state = "raw"
+
+    def _read_text(self) -> str:
+        sure = _SURE_TEXT.match(self._held)
+        text = sure.group() if sure else ""
+        self._held = self._held[len(text):]
+        if self._held.startswith('"'):
+            self._state = "end"
+        try:
+            return str(json.loads(f'"{text}"', strict=False))
+        except ValueError:
+            # An escape that JSON does not have.
+            return text
+
+
+def freeform_text(arguments: Json) -> str:
+    """Return the input of a call of a custom tool; arguments of another form as their text."""
+    if set(arguments) == {"arguments"} and isinstance(arguments["arguments"], str):
+        # They were no JSON: see arguments_of.
+        return arguments["arguments"]
+    reader = FreeformReader()
+    return reader.feed(to_json(arguments).decode("utf-8")) + reader.close()
 
 
 def openai_content(
@@ -4935,7 +5104,7 @@ class ChatDialect(Dialect):
         self._refuse(fields)
         stream_options = fields.child("stream_options") or Fields({})
         context = ParseContext(parsing.limits, model)
-        tools, choice, unknown_tools = self._tools(fields)
+        tools, choice, custom = self._tools(fields, context)
         shape = self._shape(fields)
         prompt = prompt_of(
             self._messages(fields, context), fields, parsing, context, "messages",
@@ -4953,7 +5122,7 @@ class ChatDialect(Dialect):
             choices=fields.integer("n", 1, CHOICES_MOST) or 1,
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
-            ignored=(*harmless_of(fields), *ignored, *unknown_tools, *context.ignored),
+            ignored=(*harmless_of(fields), *ignored, *context.ignored),
             adjusted=context.adjusted,
             wire={
                 "id": new_id("chatcmpl-"),
@@ -4961,6 +5130,7 @@ class ChatDialect(Dialect):
                 "model": name,
                 "include_usage": stream_options.flag("include_usage"),
                 "legacy_functions": fields.given("functions"),
+                "custom": custom,
             },
         )
 
@@ -5002,17 +5172,24 @@ class ChatDialect(Dialect):
             )
         return shape_of(schema)
 
-    def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], ToolChoice, list[str]]:
-        """The tools, the choice among them, and the paths of what is not served of them."""
+    def _tools(
+        self, fields: Fields, context: ParseContext
+    ) -> tuple[tuple[Tool, ...], ToolChoice, frozenset[str]]:
+        """The tools, the choice among them, and the names of those that are custom."""
         tools: list[Tool] = []
-        unknown: list[str] = []
         served: list[Fields] = []
+        custom: set[str] = set()
         for entry in fields.objects("tools"):
+            freeform = entry.child("custom")
             described = entry.child("function") or entry
-            # Cursor describes tools as Anthropic does.
+            # Cursor describes tools as Anthropic does, whose custom tools have a schema.
             schema = "input_schema" if entry.given("input_schema") else "parameters"
-            if entry.text("type") not in (None, "function") and schema == "parameters":
-                unknown.append(entry.path)
+            if entry.text("type") == "custom" and schema == "parameters":
+                freeform = freeform or entry
+                tools.append(freeform_tool(freeform, freeform.needed_text("name")))
+                custom.add(tools[-1].name)
+            elif entry.text("type") not in (None, "function") and schema == "parameters":
+                context.ignore(entry.path)
             elif described is entry and not entry.given("name"):
                 raise entry.wrong("function", "an object")
             else:
@@ -5025,7 +5202,8 @@ class ChatDialect(Dialect):
         choice, allowed = openai_tool_choice(fields, field)
         if allowed is not None:
             found = tuple(tool for tool in found if tool.name in allowed)
-        return found, chosen(found, choice, "tool_choice"), [*unknown, *unserved_of(served)]
+        context.ignore(*unserved_of(served))
+        return found, chosen(found, choice, "tool_choice"), frozenset(custom)
 
     def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
         entries = fields.objects("messages")
@@ -5059,21 +5237,27 @@ class ChatDialect(Dialect):
         found = []
         for call in entry.objects("tool_calls"):
             described = call.child("function")
-            if described is None:
+            custom = call.child("custom")
+            if custom is not None:
+                given = {"input": custom.text("input") or ""}
+                found.append((call.text("id") or "", custom, given))
+            elif described is None:
                 raise call.wrong("function", "an object")
-            found.append((call.text("id") or "", described))
+            else:
+                found.append((call.text("id") or "", described, self._arguments(described)))
         legacy = entry.child("function_call")
         if legacy is not None:
-            found.append(("", legacy))
+            found.append(("", legacy, self._arguments(legacy)))
         return [
             {
-                "type": "tool_use",
-                "id": call_id,
-                "name": described.needed_text("name"),
-                "input": arguments_of(described.object.get("arguments")),
+                "type": "tool_use", "id": call_id, "name": described.needed_text("name"),
+                "input": given,
             }
-            for call_id, described in found
+            for call_id, described, given in found
         ]
+
+    def _arguments(self, described: Fields) -> Json:
+        return arguments_of(described.object.get("arguments"))
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -5107,22 +5291,21 @@ class ChatDialect(Dialect):
         thinking = answer.joined("thinking")
         if thinking:
             message["reasoning_content"] = thinking
-        calls = [
-            {
-                "id": call["id"],
-                "type": "function",
-                "function": {
-                    "name": call["name"],
-                    "arguments": to_json(call["input"]).decode("utf-8"),
-                },
-            }
-            for call in answer.calls
-        ]
+        calls = [self._call(turn, call) for call in answer.calls]
         if calls and turn.wire["legacy_functions"]:
             message["function_call"] = calls[0]["function"]
         elif calls:
             message["tool_calls"] = calls
         return message
+
+    def _call(self, turn: Turn, call: Block) -> Json:
+        name = call["name"]
+        if name in turn.wire["custom"]:
+            custom = {"name": name, "input": freeform_text(call["input"])}
+            return {"id": call["id"], "type": "custom", "custom": custom}
+        arguments = to_json(call["input"]).decode("utf-8")
+        function = {"name": name, "arguments": arguments}
+        return {"id": call["id"], "type": "function", "function": function}
 
     def _finish_reason(self, turn: Turn, stop_reason: str) -> str:
         if stop_reason == "tool_use" and turn.wire["legacy_functions"]:
@@ -5192,6 +5375,8 @@ class ChatChoice:
         #: Which tool call a block is, counted from 0, and those without arguments so far.
         self._calls: dict[int, int] = {}
         self._bare: list[int] = []
+        #: What reads the calls of custom tools, by block.
+        self._readers: dict[int, FreeformReader] = {}
 
     def deltas(self, event: Event) -> Iterator[tuple[Json, str | None]]:
         """The deltas of one event, with their finish reasons; the role comes with the first."""
@@ -5215,10 +5400,15 @@ class ChatChoice:
             for block_index in self._bare if event.stop_reason == "tool_use" else ():
                 # A call without arguments is a complete one after all.
                 yield self._arguments(Delta(block_index, "arguments", "{}")), None
+            for block_index, reader in self._readers.items():
+                yield from self._input(block_index, reader.close())
             yield {}, self._dialect.finish(self._turn, event)
         elif isinstance(event, Delta):
             self._answered = self._answered or event.kind in ("text", "arguments", "refusal")
-            if event.kind == "arguments" and event.text and event.block_index in self._calls:
+            if event.block_index in self._readers:
+                text = self._readers[event.block_index].feed(event.text)
+                yield from self._input(event.block_index, text)
+            elif event.kind == "arguments" and event.text and event.block_index in self._calls:
                 if event.block_index in self._bare:
                     self._bare.remove(event.block_index)
                 yield self._arguments(event), None
@@ -5227,6 +5417,11 @@ class ChatChoice:
 
     def _call_began(self, event: BlockStarted) -> Json:
         index = self._calls.setdefault(event.block_index, len(self._calls))
+        if event.block["name"] in self._turn.wire["custom"]:
+            self._readers[event.block_index] = FreeformReader()
+            custom = {"name": event.block["name"], "input": ""}
+            opened = {"index": index, "id": event.block["id"], "type": "custom", "custom": custom}
+            return {"tool_calls": [opened]}
         self._bare.append(event.block_index)
         function = {"name": event.block["name"], "arguments": ""}
         if self._turn.wire["legacy_functions"]:
@@ -5239,6 +5434,12 @@ class ChatChoice:
         if self._turn.wire["legacy_functions"]:
             return {"function_call": function}
         return {"tool_calls": [{"index": self._calls[event.block_index], "function": function}]}
+
+    def _input(self, block_index: int, text: str) -> Iterator[tuple[Json, str | None]]:
+        """The delta of a custom tool's call."""
+        if text:
+            call = {"index": self._calls[block_index], "custom": {"input": text}}
+            yield {"tool_calls": [call]}, None
 
 
 #: Kinds of deltas and the fields of a chat chunk that they go into.
@@ -5728,7 +5929,7 @@ class ResponsesDialect(Dialect):
             if fields.given(field):
                 raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
         context = ParseContext(parsing.limits, model)
-        tools, choice, unknown_tools, grouped = self._tools(fields)
+        tools, choice, forms = self._tools(fields, context)
         shape = self._shape(fields)
         prompt = prompt_of(
             self._messages(fields, parsing, context), Fields({}), parsing, context, "input",
@@ -5736,6 +5937,7 @@ class ResponsesDialect(Dialect):
             after_answer=_REFORM if shape else _CONTINUE,
         )
         reasoning = fields.child("reasoning") or Fields({})
+        stored = fields.object.get("store") is not False
         options, ignored = options_for(model, self._wanted(fields, reasoning, choice))
         return Turn(
             model=model,
@@ -5747,16 +5949,17 @@ class ResponsesDialect(Dialect):
             shape=shape,
             stream=fields.flag("stream"),
             ignored=(
-                *harmless_of(fields, *_HARMLESS_RESPONSES_PARAMETERS), *ignored, *unknown_tools,
+                *harmless_of(fields, *_HARMLESS_RESPONSES_PARAMETERS), *ignored,
                 *context.ignored,
             ),
             adjusted=context.adjusted,
             wire={
                 "echo": self._echo(fields, name, reasoning),
-                "store": fields.object.get("store") is not False,
+                "store": stored,
                 "summary": asks_for_something(reasoning.object.get("summary")),
-                "grouped": grouped,
+                "forms": forms,
                 "opening": prompt.opening,
+                "items": input_items(fields, parsing) if stored else [],
             },
         )
 
@@ -5809,29 +6012,42 @@ class ResponsesDialect(Dialect):
         return shape_of(schema)
 
     def _tools(
-        self, fields: Fields
-    ) -> tuple[tuple[Tool, ...], ToolChoice, list[str], dict[str, Json]]:
-        """The tools, the choice among them, the paths of what is not served of them, and how
-        those that stand in a namespace are called outside."""
+        self, fields: Fields, context: ParseContext
+    ) -> tuple[tuple[Tool, ...], ToolChoice, dict[str, tuple[CallForm, Json]]]:
+        """The tools, the choice among them, and how the calls of each are written: their form,
+        and the fields that say which tool it is."""
         tools: list[Tool] = []
-        unknown: list[str] = []
         served: list[Fields] = []
-        grouped: dict[str, Json] = {}
+        forms: dict[str, tuple[CallForm, Json]] = {}
         for entry, space in self._entries(fields):
-            if entry.text("type") != "function":
-                unknown.append(entry.path)
+            kind = entry.text("type") or ""
+            tool = self._tool(entry, kind, space)
+            if tool is None:
+                context.ignore(entry.path)
                 continue
-            name = entry.needed_text("name")
-            tools.append(tool_from(entry, full_name(space, name), "parameters"))
-            served.append(entry)
-            if space:
-                grouped[full_name(space, name)] = {"name": name, "namespace": space}
+            tools.append(tool)
+            if kind == "function":
+                served.append(entry)
+            named: Json = {} if kind in CLIENT_TOOLS else {"name": entry.text("name")}
+            forms[tool.name] = (_FORMS[kind], {**named, "namespace": space} if space else named)
         choice, allowed = openai_tool_choice(fields, "tool_choice")
         found = distinct(tools, "tools")
         if allowed is not None:
             found = tuple(tool for tool in found if tool.name in allowed)
-        unserved = [*unknown, *unserved_of(served)]
-        return found, chosen(found, choice, "tool_choice"), unserved, grouped
+        context.ignore(*unserved_of(served))
+        return found, chosen(found, choice, "tool_choice"), forms
+
+    def _tool(self, entry: Fields, kind: str, space: str) -> Tool | None:
+        """The tool of an entry; None for kinds that only OpenAI can run."""
+        if kind in CLIENT_TOOLS:
+            place = (entry.child("environment") or Fields({})).text("type") or "local"
+            return CLIENT_TOOLS[kind] if place == "local" else None
+        if kind == "custom":
+            return freeform_tool(entry, full_name(space, entry.needed_text("name")))
+        if kind == "function":
+            name = full_name(space, entry.needed_text("name"))
+            return tool_from(entry, name, "parameters")
+        return None
 
     def _entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
         """The tools, each with the namespace that it stands in: Codex sends the tools of an MCP
@@ -5850,14 +6066,8 @@ class ResponsesDialect(Dialect):
         previous_id = fields.text("previous_response_id")
         earlier = parsing.recall(previous_id) if previous_id else []
         messages = [Message(message.role, list(message.content)) for message in earlier]
-        given = fields.object.get("input")
-        alone = [Fields({"role": "user", "content": given})] if isinstance(given, str) else []
-        for item in alone or fields.objects("input"):
-            kind = item.text("type") or "message"
-            if kind == "item_reference":
-                item = Fields(parsing.item(item.needed_text("id")), item.path)
-                kind = item.needed_text("type")
-            messages += self._item(item, kind, context)
+        for item in input_items(fields, parsing):
+            messages += self._item(item, item.text("type") or "message", context)
         return messages
 
     def _item(self, item: Fields, kind: str, context: ParseContext) -> list[Message]:
@@ -5868,24 +6078,21 @@ class ResponsesDialect(Dialect):
                 raise item.wrong("role", "system, developer, user or assistant")
             told_as = "system" if role == "developer" else role
             return [Message(told_as, openai_content(item, context, told_as))]
-        if kind == "function_call":
-            call: Block = {
-                "type": "tool_use",
-                "id": item.text("call_id") or "",
-                "name": full_name(item.text("namespace") or "", item.needed_text("name")),
-                "input": arguments_of(item.object.get("arguments")),
-            }
-            return [Message("assistant", [call])]
-        if kind == "function_call_output":
-            result: Block = {
-                "type": "tool_result",
-                "tool_use_id": item.text("call_id") or "",
-                "content": openai_content(item, context, "tool", "output"),
-            }
-            return [Message("user", [result])]
-        if kind != "reasoning":
+        if kind in _CALLS:
+            return [Message("assistant", [_CALLS[kind].block(item)])]
+        if kind in _RESULTS:
+            content = _RESULTS[kind](item, context)
+            return [_result_message(item, item.text("call_id") or item.text("id") or "", content)]
+        if kind in _HOSTED_CALLS:
+            return hosted_exchange(item, kind)
+        if kind in _TOLD_ITEMS:
+            role, names = _TOLD_ITEMS[kind]
+            told = {name: item.object[name] for name in names if item.given(name)}
+            return [Message(role, text_block(f"[{kind}]\n" + to_json(told).decode("utf-8")))]
+        summary = summary_of(item) if kind in ("compaction", "compaction_summary") else ""
+        if not summary and kind != "reasoning":
             context.ignore(item.path)
-        return []
+        return [Message("user", text_block(summary))]
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -5895,6 +6102,10 @@ class ResponsesDialect(Dialect):
             **turn.wire["echo"], "status": status, "output": output, "usage": None,
             "error": None, "incomplete_details": None, **more,
         }
+
+    def brief(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
+        """The response object of a stream that is not at its end. SDKs want tools in each."""
+        return self.body(turn, status, output, **{**_NOT_YET_REPEATED, **more})
 
     def ended(self, turn: Turn, output: list[Json], stop_reason: str, usage: Usage) -> Json:
         """The response object of an answer that is over."""
@@ -5944,16 +6155,218 @@ def full_name(space: str, name: str) -> str:
     return f"{space.rstrip('_')}__{name}" if space else name
 
 
+def input_items(fields: Fields, parsing: Parsing) -> list[Fields]:
+    """Return the items of a request, each reference replaced by its item; a text is one message.
+    Raises BadRequest, NotFound."""
+    given = fields.object.get("input")
+    if isinstance(given, str):
+        return [Fields({"role": "user", "content": given}, "input")]
+    return [
+        Fields(parsing.item(item.needed_text("id")), item.path)
+        if item.text("type") == "item_reference" else item
+        for item in fields.objects("input")
+    ]
+
+
+def kept_item(item: Fields) -> Json:
+    """Return an item as it is listed later: with an id, and a message with parts."""
+    kind = item.text("type") or "message"
+    prefix = "msg_" if kind == "message" else _CALLS[kind].prefix if kind in _CALLS else "item_"
+    found: Json = {"status": "completed", **item.object, "type": kind}
+    found["id"] = item.text("id") or new_id(prefix)
+    if kind == "message" and isinstance(found.get("content"), str):
+        part = "output_text" if found.get("role") == "assistant" else "input_text"
+        found["content"] = [{"type": part, "text": found["content"]}]
+    return found
+
+
+#: What a response repeats of its request only when it is over: it may be long.
+_NOT_YET_REPEATED: Json = {"instructions": None, "tools": []}
+
+
+class CallForm(NamedTuple):
+    """How a kind of tool call is written as an item."""
+
+    #: The type of the item, and how its ids begin.
+    item: str
+    prefix: str
+    #: The field that holds what the model wrote; how it is written, and how it is read.
+    field: str
+    write: Callable[[Json], object]
+    read: Callable[[object], Json]
+    #: The name of the tool; empty = the item says it.
+    tool: str = ""
+    #: What the events of its pieces are called; empty = the item comes when it is complete.
+    event: str = ""
+
+    def block(self, item: Fields) -> Block:
+        """Return the tool_use block of such an item."""
+        space = item.text("namespace") or ""
+        name = self.tool or full_name(space, item.needed_text("name"))
+        return {
+            "type": "tool_use",
+            "id": item.text("call_id") or item.text("id") or "",
+            "name": name,
+            # Newer calls of computers hold several `actions`.
+            "input": self.read(item.object.get(self.field, item.object.get(self.field + "s"))),
+        }
+
+    def opened(self, call_id: str, named: Json) -> Json:
+        """Return the item of a call that begins, of a tool that these fields name."""
+        return {
+            "id": new_id(self.prefix), "type": self.item, "status": "in_progress",
+            self.field: self.write({}) if not self.event else "", "call_id": call_id, **named,
+        }
+
+
+def _given_arguments(value: object) -> Json:
+    """The arguments in an action or operation, without those that are null."""
+    return {key: each for key, each in arguments_of(value).items() if each is not None}
+
+
+def _command(arguments: Json) -> Json:
+    return {"type": "exec", "env": {}, **arguments}
+
+
+def _command_arguments(action: object) -> Json:
+    found = _given_arguments(action)
+    return {key: found[key] for key in found if key != "type" and (key != "env" or found[key])}
+
+
+#: Forms of calls, by the type of the tool. The last three are never offered to a model.
+_FORMS = {
+    "function": CallForm(
+        "function_call", "fc_", "arguments",
+        lambda arguments: to_json(arguments).decode("utf-8"), arguments_of,
+        event="function_call_arguments",
+    ),
+    "custom": CallForm(
+        "custom_tool_call", "ctc_", "input", freeform_text, lambda text: {"input": text or ""},
+        event="custom_tool_call_input",
+    ),
+    "local_shell": CallForm(
+        "local_shell_call", "lsh_", "action", _command, _command_arguments, "local_shell"
+    ),
+    "shell": CallForm("shell_call", "sh_", "action", dict, _given_arguments, "shell"),
+    "apply_patch": CallForm(
+        "apply_patch_call", "apc_", "operation", dict, _given_arguments, "apply_patch"
+    ),
+    "computer": CallForm("computer_call", "cu_", "action", dict, _given_arguments, "computer"),
+    "tool_search": CallForm(
+        "tool_search_call", "tsc_", "arguments", dict, _given_arguments, "tool_search"
+    ),
+    "program": CallForm("program", "prog_", "code", dict, lambda code: {"code": code}, "program"),
+}
+#: The same by the type of the item.
+_CALLS = {form.item: form for form in _FORMS.values()}
+
+
+def _told_output(item: Fields, context: ParseContext) -> list[Block]:
+    return openai_content(item, context, "tool", "output")
+
+
+def _told_patch(item: Fields, context: ParseContext) -> list[Block]:
+    return _told_output(item, context) or text_block(item.text("status") or "")
+
+
+def _told_screenshot(item: Fields, context: ParseContext) -> list[Block]:
+    output = item.object.get("output")
+    if not isinstance(output, dict) or not output.get("image_url"):
+        return _told_output(item, context)
+    image = Fields({**output, "type": "input_image"}, item.at("output"))
+    return _openai_part(image, context, "tool")
+
+
+def _told_tools(item: Fields, context: ParseContext) -> list[Block]:
+    return text_block(to_json(item.items("tools") or []).decode("utf-8"))
+
+
+def _told_program(item: Fields, context: ParseContext) -> list[Block]:
+    return openai_content(item, context, "tool", "result")
+
+
+#: Results that clients send, by the type of the item.
+_RESULTS: dict[str, Callable[[Fields, ParseContext], list[Block]]] = {
+    "function_call_output": _told_output,
+    "custom_tool_call_output": _told_output,
+    "local_shell_call_output": _told_output,
+    "shell_call_output": _told_output,
+    "apply_patch_call_output": _told_patch,
+    "computer_call_output": _told_screenshot,
+    "tool_search_output": _told_tools,
+    "program_output": _told_program,
+}
+
+#: Calls that another server has run and that hold their results: the fields of both.
+_HOSTED_CALLS = {
+    "mcp_call": ("arguments", ("output", "error")),
+    "code_interpreter_call": ("code", ("outputs",)),
+}
+
+#: Items that are told as text: who says it, and the fields that say something.
+_TOLD_ITEMS = {
+    "web_search_call": ("assistant", ("action",)),
+    "file_search_call": ("assistant", ("queries", "results")),
+    "image_generation_call": ("assistant", ("revised_prompt", "error")),
+    "mcp_approval_request": ("assistant", ("server_label", "name", "arguments")),
+    "mcp_approval_response": ("user", ("approve", "reason")),
+}
+
+
+def _result_message(
+    item: Fields, call_id: str, content: list[Block], *, failed: bool = False
+) -> Message:
+    result: Block = {"type": "tool_result", "tool_use_id": call_id, "content": content}
+    failed = failed or item.object.get("status") == "failed"
+    return Message("user", [{**result, "is_error": True} if failed else result])
+
+
+def hosted_exchange(item: Fields, kind: str) -> list[Message]:
+    """Return the call and the result of a tool that another server has run."""
+    given, results = _HOSTED_CALLS[kind]
+    name, value = item.text("name") or kind[:-len("_call")], item.object.get(given)
+    call: Block = {
+        "type": "tool_use", "id": item.text("id") or "",
+        "name": full_name(item.text("server_label") or "", name),
+        "input": arguments_of(value) if given == "arguments" else {given: value},
+    }
+    found = [item.object[field] for field in results if item.given(field)]
+    texts = [each if isinstance(each, str) else to_json(each).decode("utf-8") for each in found]
+    content = text_block("\n".join(texts))
+    failed = item.given("error")
+    return [
+        Message("assistant", [call]),
+        _result_message(item, str(call["id"]), content, failed=failed),
+    ]
+
+
+#: How the content of a compaction begins that was made here.
+_SUMMARY_MARK = "ocp1."
+
+
+def sealed_summary(summary: str) -> str:
+    """Return the summary of a conversation as the content of a compaction item."""
+    return _SUMMARY_MARK + base64.b64encode(summary.encode("utf-8", "replace")).decode("ascii")
+
+
+def summary_of(item: Fields) -> str:
+    """Return what a compaction item says to a model; nothing for one that was not made here."""
+    mark, _, content = (item.text("encrypted_content") or "").partition(".")
+    with contextlib.suppress(ValueError):
+        if mark + "." == _SUMMARY_MARK:
+            summary = base64.b64decode(content, validate=True).decode("utf-8")
+            return f"[Summary of the conversation up to here]\n{summary}"
+    return ""
+
+
 def new_item(turn: Turn, block: Block) -> Json:
     """The output item of a block that begins."""
     if block["type"] == "thinking":
         return {"id": new_id("rs_"), "type": "reasoning", "summary": []}
     if block["type"] == "tool_use":
-        return {
-            "id": new_id("fc_"), "type": "function_call", "status": "in_progress",
-            "arguments": "", "call_id": block["id"], "name": block["name"],
-            **turn.wire["grouped"].get(block["name"], {}),
-        }
+        bare = (_FORMS["function"], {"name": block["name"]})
+        form, named = turn.wire["forms"].get(block["name"], bare)
+        return dict(form.opened(block["id"], named))
     return {
         "id": new_id("msg_"), "type": "message", "status": "in_progress", "role": "assistant",
         "content": [],
@@ -5973,8 +6386,8 @@ def finished_item(item: Json, block: Block) -> Json:
     """The item of a block that is complete."""
     kind = block["type"]
     if kind == "tool_use":
-        arguments = to_json(block["input"]).decode("utf-8")
-        return {**item, "status": "completed", "arguments": arguments}
+        form = _CALLS[item["type"]]
+        return {**item, "status": "completed", form.field: form.write(block["input"])}
     if kind == "thinking":
         return {**item, "summary": [part_of(kind, block.get("thinking", ""))]}
     return {**item, "status": "completed", "content": [part_of(kind, block["text"])]}
@@ -5985,7 +6398,7 @@ _RESPONSES_EVENTS = {
     "text": ("output_text", "content"),
     "refusal": ("refusal", "content"),
     "thinking": ("reasoning_summary_text", "summary"),
-    "tool_use": ("function_call_arguments", ""),
+    "tool_use": ("", ""),
 }
 
 
@@ -6008,6 +6421,9 @@ class ResponsesRenderer(Renderer):
         self._item: Json | None = None
         self._kind = ""
         self._pieces: list[str] = []
+        #: What reads the open item if it is the call of a custom tool, and what that gave.
+        self._reader: FreeformReader | None = None
+        self._input: list[str] = []
 
     def _frame(self, kind: str, **fields: object) -> bytes:
         number, self._sequence_number = self._sequence_number, self._sequence_number + 1
@@ -6017,7 +6433,7 @@ class ResponsesRenderer(Renderer):
         if self._created:
             return b""
         self._created = True
-        body = self._responses.body(self._turn, "in_progress", [])
+        body = self._responses.brief(self._turn, "in_progress", [])
         created = self._frame("response.created", response=body)
         return created + self._frame("response.in_progress", response=body)
 
@@ -6049,10 +6465,18 @@ class ResponsesRenderer(Renderer):
             return b""
         self._answered = self._answered or kind != "thinking"
         self._item, self._kind, self._pieces = new_item(self._turn, block), kind, []
-        frames = self._begin() + self._frame(
-            "response.output_item.added", output_index=len(self._output), item=self._item
-        )
-        return frames + self._part("added", "")
+        custom = self._item["type"] == _FORMS["custom"].item
+        self._reader, self._input = FreeformReader() if custom else None, []
+        if kind == "tool_use" and not self._call_form(self._item).event:
+            return self._begin()
+        return self._begin() + self._added(self._item) + self._part("added", "")
+
+    def _added(self, item: Json) -> bytes:
+        index = len(self._output)
+        return self._frame("response.output_item.added", output_index=index, item=item)
+
+    def _call_form(self, item: Json) -> CallForm:
+        return _CALLS[item["type"]]
 
     def _part(self, step: str, text: str) -> bytes:
         """The event of the part that the open item's text is in; a call has none."""
@@ -6070,11 +6494,22 @@ class ResponsesRenderer(Renderer):
         if self._item is None or event.kind == "signature" or not event.text:
             return opened
         self._pieces.append(event.text)
+        if self._kind == "tool_use":
+            return self._call_delta(self._item, event.text)
         name = _RESPONSES_EVENTS[self._kind][0]
         more: Json = {"logprobs": []} if self._kind == "text" else {}
         return opened + self._frame(
             f"response.{name}.delta", **self._place(), delta=event.text, **more
         )
+
+    def _call_delta(self, item: Json, piece: str) -> bytes:
+        """The event of a piece of a call's arguments; of a custom tool's the text in it."""
+        told = piece if self._reader is None else self._reader.feed(piece)
+        self._input.append(told)
+        name = self._call_form(item).event
+        if not name or not told:
+            return b""
+        return self._frame(f"response.{name}.delta", **self._place(), delta=told)
 
     def _close(self, *, certain: bool = False) -> bytes:
         """Ends the open item. A call that was cut off stays open: Codex would run it. Whether
@@ -6082,29 +6517,52 @@ class ResponsesRenderer(Renderer):
         item, text = self._item, "".join(self._pieces)
         if item is None or (self._kind == "tool_use" and not text and not certain):
             return b""
-        name = _RESPONSES_EVENTS[self._kind][0]
-        if self._kind == "tool_use":
-            try:
-                done = finished_item(item, {"type": "tool_use", "input": from_json(text or "{}")})
-            except ValueError:
-                self._item = None
-                return b""
-            frames = self._frame(
-                f"response.{name}.done", **self._place(), name=item["name"], arguments=text or "{}"
+        called = self._kind == "tool_use"
+        ended = self._end_call(item, text, certain) if called else self._end_text(item, text)
+        frames, done = ended
+        if done is not None:
+            frames += self._frame(
+                "response.output_item.done", output_index=len(self._output), item=done
             )
-        else:
-            field = "refusal" if self._kind == "refusal" else "text"
-            more: Json = {"logprobs": []} if self._kind == "text" else {}
-            frames = self._frame(f"response.{name}.done", **self._place(), **{field: text}, **more)
-            frames += self._part("done", text)
-            block = {"type": self._kind, "text": text, "thinking": text}
-            done = finished_item(item, block)
-        frames += self._frame(
-            "response.output_item.done", output_index=len(self._output), item=done
-        )
-        self._output.append(done)
+            self._output.append(done)
         self._item = None
         return frames
+
+    def _end_text(self, item: Json, text: str) -> tuple[bytes, Json]:
+        """The events that end the part of an item, and the item when it is done."""
+        name = _RESPONSES_EVENTS[self._kind][0]
+        field = "refusal" if self._kind == "refusal" else "text"
+        more: Json = {"logprobs": []} if self._kind == "text" else {}
+        frames = self._frame(f"response.{name}.done", **self._place(), **{field: text}, **more)
+        frames += self._part("done", text)
+        return frames, finished_item(item, {"type": self._kind, "text": text, "thinking": text})
+
+    def _end_call(
+        self, item: Json, arguments: str, certain: bool
+    ) -> tuple[bytes, Json | None]:
+        """The same for a call; there is no item when its arguments were cut off."""
+        try:
+            from_json(arguments or "{}")
+        except ValueError:
+            # What a custom tool gets is a text, whatever became of the JSON around it.
+            if not certain or self._reader is None:
+                return b"", None
+        block = {"type": "tool_use", "input": arguments_of(arguments)}
+        done, form = finished_item(item, block), self._call_form(item)
+        if not form.event:
+            return self._added(item), done
+        frames, value = b"", arguments or "{}"
+        if self._reader is not None:
+            rest = self._reader.close()
+            value = "".join(self._input) + rest
+            done = {**done, form.field: value}
+            if rest:
+                frames = self._frame(f"response.{form.event}.delta", **self._place(), delta=rest)
+        frames += self._frame(
+            f"response.{form.event}.done", **self._place(), name=item["name"],
+            **{form.field: value},
+        )
+        return frames, done
 
     def _finish(self, event: Finished) -> bytes:
         if event.stop_reason == "refusal":
@@ -6131,11 +6589,71 @@ class ResponsesRenderer(Renderer):
         elif not error.heals and code not in _FINAL_CODES:
             code = "invalid_prompt"
         told = {"code": code, "message": error.message}
-        body = self._responses.body(self._turn, "failed", self._output, error=told)
+        body = self._responses.brief(self._turn, "failed", self._output, error=told)
         return self._begin() + self._frame("response.failed", response=body)
 
 
 RESPONSES = ResponsesDialect()
+
+#: What is asked to compact a conversation.
+_COMPACT = (
+    "The conversation is cut here, and goes on in another one that holds only the messages of the "
+    "user and your summary. Write that summary: what the user wants, decisions and constraints, "
+    "what was done and found (names of files, commands, results), what is unfinished, and the "
+    "next step. Give the summary only."
+)
+
+
+class CompactionDialect(ResponsesDialect):
+    """POST /v1/responses/compact: a conversation becomes the user's messages and a summary."""
+
+    name = "compaction"
+
+    def parse(self, body: object, parsing: Parsing) -> Turn:
+        """See Dialect.parse. The model may call none of the tools that it has called before."""
+        fields = Fields(body)
+        asked: Json = {"type": "message", "role": "user", "content": _COMPACT}
+        items = input_items(fields, parsing)
+        more: Json = {
+            "input": [*(item.object for item in items), asked],
+            "stream": False, "store": False, "text": None,
+            "tool_choice": "none" if fields.given("tools") else None,
+        }
+        turn = super().parse({**fields.object, **more}, parsing)
+        kept = [kept_item(item) for item in items if item.text("role") == "user"]
+        previous_id = fields.text("previous_response_id")
+        earlier = parsing.recall(previous_id) if previous_id else []
+        kept = [*map(told_item, filter(is_the_user_s, earlier)), *kept]
+        return turn._replace(wire={**turn.wire, "kept": kept})
+
+    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
+        """See Dialect.whole."""
+        summary = answers[0].joined("text")
+        if not summary.strip():
+            raise UpstreamFailed("The model gave no summary of the conversation.")
+        done = super().whole(turn, answers)
+        seal: Json = {
+            "id": new_id("cmp_"), "type": "compaction", "encrypted_content": sealed_summary(summary)
+        }
+        return {
+            "id": done["id"], "object": "response.compaction", "created_at": done["created_at"],
+            "output": [*turn.wire["kept"], seal], "usage": done["usage"],
+        }
+
+
+def is_the_user_s(message: Message) -> bool:
+    """Whether a message of an earlier response is one that the user wrote."""
+    return message.role == "user" and not message.has_results
+
+
+def told_item(message: Message) -> Json:
+    """Return the item of a user's message of an earlier response; images stay behind."""
+    texts = [block["text"] for block in message.content if block["type"] == "text"]
+    parts = [{"type": "input_text", "text": text} for text in texts]
+    return {"id": new_id("msg_"), "type": "message", "role": "user", "content": parts}
+
+
+COMPACTION = CompactionDialect()
 
 
 # ==== 12. Claude protocol ====================================================
@@ -8653,6 +9171,8 @@ class Stored(NamedTuple):
     body: Json
     #: The whole conversation, this answer included; those of the role "system" come first.
     messages: list[Message]
+    #: The items that it came of, those before the response that it follows included.
+    items: list[Json]
     size_bytes: int
     #: How long it is kept after the last reference to it, and until when that is.
     ttl_s: float
@@ -8677,11 +9197,21 @@ class Responses:
         self._items: dict[str, str] = {}
         self._size_bytes = 0
 
-    def put(self, caller: str, body: Json, messages: list[Message], config: Config) -> None:
-        """Stores a response; the oldest go when there are too many or their time is up."""
-        size_bytes = len(to_json([message.content for message in messages])) + len(to_json(body))
+    def put(
+        self, caller: str, body: Json, messages: list[Message], items: list[Json], config: Config
+    ) -> None:
+        """Stores a response; the oldest go when there are too many or their time is up.
+
+        `items` are those of its own request. What came before them is shared with the response
+        that it follows.
+        """
+        contents = [message.content for message in messages]
+        size_bytes = sum(len(to_json(value)) for value in (contents, items, body))
         now_s, ttl_s = self._clock(), config.session_ttl_ms / 1000
-        stored = Stored(caller, body, messages, size_bytes, ttl_s, now_s + ttl_s)
+        with contextlib.suppress(NotFound):
+            before = self.get(caller, body.get("previous_response_id") or "")
+            items = [*before.items, *before.body["output"], *items]
+        stored = Stored(caller, body, messages, items, size_bytes, ttl_s, now_s + ttl_s)
         with self._lock:
             self._forget(body["id"])
             self._stored[body["id"]] = stored
@@ -10264,6 +10794,13 @@ def _messages(roles: Iterable[str], content: Json) -> Json:
 
 
 _TOOLS: Json = {"type": ["array", "null"], "items": {"type": "object"}}
+#: The input of responses.
+_ITEMS: Json = {
+    "anyOf": [
+        _NAME,
+        _messages(("system", "developer", "user", "assistant"), _content("input_text")),
+    ]
+}
 _LIMIT: Json = {"type": ["integer", "null"], "minimum": 0, "maximum": 10**15}
 _KEY_PROPERTIES: Json = {
     "name": {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9 ._-]{0,62}[A-Za-z0-9._-]$"},
@@ -10303,18 +10840,19 @@ _BODIES: dict[str, Json] = {
     "answer_responses": _shape(
         ["input"],
         model=_NAME,
-        input={
-            "anyOf": [
-                _NAME,
-                _messages(
-                    ("system", "developer", "user", "assistant"), _content("input_text")
-                ),
-            ]
-        },
+        input=_ITEMS,
         instructions={"type": ["string", "null"]}, stream=_FLAG, store=_FLAG,
         max_output_tokens=_TOKENS_LIMIT, top_p=_SHARE, tools=_TOOLS,
         temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2},
         previous_response_id={"type": ["string", "null"]},
+    ),
+    "answer_compaction": _shape(
+        ["input"], model=_NAME, input=_ITEMS, instructions={"type": ["string", "null"]},
+        previous_response_id={"type": ["string", "null"]},
+    ),
+    "count_input_tokens": _shape(
+        ["input"], model=_NAME, input=_ITEMS, instructions={"type": ["string", "null"]},
+        tools=_TOOLS, previous_response_id={"type": ["string", "null"]},
     ),
     "answer_completions": _shape(
         ["prompt"], model=_NAME, prompt=_NAME, stream=_FLAG, max_tokens=_TOKENS_LIMIT,
@@ -10341,6 +10879,12 @@ _QUERIES: dict[str, dict[str, Json]] = {
         "n": {"type": "integer", "minimum": 0, "maximum": 1000},
         "level": {"enum": ["all", *LEVELS]},
     },
+    "get_response": {"stream": {"type": "boolean"}},
+    "get_input_items": {
+        "limit": {"type": "integer", "minimum": 1, "maximum": 100},
+        "order": {"enum": ["asc", "desc"]},
+        "after": _NAME,
+    },
     "get_api_usage": {
         "since": {"type": "string", "format": "date-time"},
         "until": {"type": "string", "format": "date-time"},
@@ -10366,7 +10910,7 @@ def _operation(route: Route) -> Json:
     placed += [("query", part, False, shape) for part, shape in _QUERIES.get(name, {}).items()]
     media = _MEDIA.get(name, "application/json")
     good: Json = {"description": "Done.", "content": {media: {"schema": {}}}}
-    if name.startswith("answer_"):
+    if "stream" in _BODIES.get(name, {}).get("properties", {}):
         good["content"]["text/event-stream"] = {"schema": {}}
     failed = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     found: Json = {
@@ -12054,7 +12598,8 @@ def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
         told = exchange.dialect.lasting(turn)
-        app.responses.put(exchange.caller.scope, body, [*told, *messages], app.config)
+        items = [kept_item(item) for item in turn.wire["items"]]
+        app.responses.put(exchange.caller.scope, body, [*told, *messages], items, app.config)
     if not turn.session_id:
         return
     try:
@@ -12092,9 +12637,58 @@ def count_tokens(app: App, exchange: HttpExchange) -> None:
     exchange.send_json({"input_tokens": estimated_tokens(turn)})
 
 
+def count_input_tokens(app: App, exchange: HttpExchange) -> None:
+    """POST /v1/responses/input_tokens: the same estimate for a request for a response."""
+    turn = _parsed(app, exchange, counted=True)
+    exchange.headers_out["X-OCP-Estimate"] = "true"
+    tokens = estimated_tokens(turn)
+    exchange.send_json({"object": "response.input_tokens", "input_tokens": tokens})
+
+
 def get_response(app: App, exchange: HttpExchange, id: str) -> None:
     """GET /v1/responses/{id}: a response that was stored."""
-    exchange.send_json(app.responses.get(exchange.caller.scope, id).body)
+    found = app.responses.get(exchange.caller.scope, id)
+    if exchange.query.get("stream", "").lower() not in ("", "false", "0"):
+        raise Unsupported(
+            "stream: a response is not streamed a second time; ask for it without `stream`.",
+            param="stream",
+        )
+    exchange.send_json(found.body)
+
+
+def cancel_response(app: App, exchange: HttpExchange, id: str) -> None:
+    """POST /v1/responses/{id}/cancel: refused, since no response runs in the background."""
+    app.responses.get(exchange.caller.scope, id)
+    raise BadRequest(
+        "This response is complete and cannot be cancelled. To stop one that is running, close "
+        "its connection."
+    )
+
+
+#: How many input items are listed at once, unless the client says otherwise, and at most.
+_ITEMS_EACH, _ITEMS_MOST = 20, 100
+
+
+def get_input_items(app: App, exchange: HttpExchange, id: str) -> None:
+    """GET /v1/responses/{id}/input_items: the items that a response came of."""
+    query = Fields(dict(exchange.query))
+    order = query.word("order", ("asc", "desc")) or "desc"
+    limit = whole_number(exchange.query, "limit", _ITEMS_EACH, _ITEMS_MOST)
+    if not limit:
+        raise query.wrong("limit", f"a whole number from 1 to {_ITEMS_MOST}")
+    items = app.responses.get(exchange.caller.scope, id).items
+    items = items[::-1] if order == "desc" else items
+    after = query.text("after")
+    if after is not None:
+        places = [place for place, item in enumerate(items) if item["id"] == after]
+        if not places:
+            raise BadRequest(f"after: there is no item {one_line(after, 80)!r}.", param="after")
+        items = items[places[0] + 1:]
+    page = items[:limit]
+    exchange.send_json({
+        "object": "list", "data": page, "has_more": len(items) > len(page),
+        "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
+    })
 
 
 def delete_response(app: App, exchange: HttpExchange, id: str) -> None:
@@ -12721,8 +13315,12 @@ ROUTES = (
     Route("POST",   "/v1/messages",              Access.CALLER, MESSAGES,    answer),
     Route("POST",   "/v1/messages/count_tokens", Access.CALLER, MESSAGES,    count_tokens),
     Route("POST",   "/v1/responses",             Access.CALLER, RESPONSES,   answer),
+    Route("POST",   "/v1/responses/compact",     Access.CALLER, COMPACTION,  answer),
+    Route("POST",   "/v1/responses/input_tokens", Access.CALLER, RESPONSES,  count_input_tokens),
     Route("GET",    "/v1/responses/{id}",        Access.CALLER, RESPONSES,   get_response),
     Route("DELETE", "/v1/responses/{id}",        Access.CALLER, RESPONSES,   delete_response),
+    Route("GET",    "/v1/responses/{id}/input_items", Access.CALLER, RESPONSES, get_input_items),
+    Route("POST",   "/v1/responses/{id}/cancel", Access.CALLER, RESPONSES,   cancel_response),
     Route("POST",   "/v1/completions",           Access.CALLER, COMPLETIONS, answer),
     Route("POST",   "/v1/embeddings",            Access.CALLER, CHAT,        no_embeddings),
     Route("GET",    "/v1/models",                Access.CALLER, CHAT,        get_models),
@@ -12771,7 +13369,8 @@ class Router:
         self._routes = [(_pattern(route.path), route) for route in routes]
 
     def matches(self, path: str) -> list[Match]:
-        """The routes of a path, whatever their methods. Raises BadRequest."""
+        """The routes of a path, whatever their methods; a path that the table spells out holds no
+        id. Raises BadRequest."""
         path = re.sub("/+", "/", path).rstrip("/") or "/"
         while path.startswith("/v1/v1/"):
             path = path[len("/v1"):]
@@ -12781,7 +13380,7 @@ class Router:
             if match:
                 names = {key: _decoded(value) for key, value in match.groupdict().items()}
                 found.append((route, names))
-        return found
+        return [match for match in found if not match[1]] or found
 
     def choose(self, method: str, path: str, matches: list[Match]) -> Match:
         """The one of a path's routes that takes this method. Raises NotFound,
@@ -12793,8 +13392,7 @@ class Router:
         if matches:
             allowed = methods_of(matches)
             raise MethodNotAllowed(f"{path} takes {', '.join(allowed)}.", allowed)
-        known = ", ".join(sorted({route.path for _, route in self._routes}))
-        raise NotFound(f"There is no {one_line(path, 80)} here. There is: {known}.")
+        raise NotFound(f"There is no {one_line(path, 80)} here; /openapi.json lists what there is.")
 
 
 def methods_of(matches: list[Match]) -> list[str]:
@@ -12980,9 +13578,11 @@ class Exchange(BaseHTTPRequestHandler):
         try:
             # A connection may rest between requests; a head that began has to go on.
             self._reader.allow(max(_REST_S, head_timeout_s) if self._served else head_timeout_s)
-            begun = bool(self._buffered.peek(1))
+            first = self._buffered.peek(1)[:1]
             self._reader.allow(head_timeout_s)
-            if begun and self._read_head():
+            if first == _TLS_HANDSHAKE and not isinstance(self.connection, ssl.SSLSocket):
+                self._refuse_tls()
+            elif first and self._read_head():
                 self._served = True
                 self._dispatch()
                 return
@@ -13013,6 +13613,14 @@ class Exchange(BaseHTTPRequestHandler):
         if len(self.headers.get_all("Host", [])) > 1:
             return self._refuse_head(BadRequest("The request has more than one Host."))
         return True
+
+    def _refuse_tls(self) -> None:
+        """Answers a client that speaks https to a server of http, which waits for the word of a
+        server of its own kind: whatever comes makes it give up."""
+        self.server.note_tls(self.peer)
+        self.close_connection = True
+        self._write(_NOT_HTTPS)
+        self._linger()
 
     def _refuse_head(self, error: OcpError) -> bool:
         """Answers what is no request, and nothing that comes behind it; False."""
@@ -13094,7 +13702,7 @@ class Exchange(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin", "")
         content_type = self.headers.get("Content-Type", "")
         check_origin(config, origin, self.headers.get("Host", ""), content_type)
-        if origin in listed(config.allowed_origins):
+        if is_allowed_origin(config, origin):
             self.headers_out.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
         if self.command == "OPTIONS":
             self._answer_options(target.path, matches)
@@ -13393,6 +14001,9 @@ _NOT_TLS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This server speaks https: write https:// in the address.\n"
 )
+_NOT_HTTPS = _NOT_TLS.replace(b"https", b"http")
+#: How often the log says that somebody speaks https to a server of http.
+_TLS_NOTED_EVERY_S = 60.0
 #: How many connections above the limit are told so at a time; others are just closed.
 _TURNED_AWAY_MOST = 32
 
@@ -13410,9 +14021,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app = app
         self.router = Router(ROUTES)
         self._tls = tls
-        # Guards the app's count of open connections, and the next field.
+        # Guards the app's count of open connections, and the next fields.
         self._lock = threading.Lock()
         self._turned_away = 0
+        self._tls_noted_s = -math.inf
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, app.config.port), Exchange)
@@ -13448,6 +14060,15 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             except BaseException:
                 self._count(-1)
                 raise
+
+    def note_tls(self, peer: str) -> None:
+        """Logs, now and then, that a client speaks https where http is served."""
+        now_s = time.monotonic()
+        with self._lock:
+            is_due = now_s - self._tls_noted_s >= _TLS_NOTED_EVERY_S
+            self._tls_noted_s = now_s if is_due else self._tls_noted_s
+        if is_due:
+            self.app.log.event("warn", "https_on_http_port", peer=peer)
 
     def _turn_away(self, request: socket.socket) -> None:
         """Says that there are too many, and reads on for a moment, or the answer would be lost."""

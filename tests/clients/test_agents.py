@@ -144,12 +144,21 @@ wire_api = "responses"
 """
 
 
-def run_codex(desk: AgentDesk, more: str = "") -> Ran:
+#: Codex runs everything without asking.
+UNGUARDED = ("--dangerously-bypass-approvals-and-sandbox",)
+
+
+def run_codex(
+    desk: AgentDesk, more: str = "", *, first: str = "", sandbox: Sequence[str] = UNGUARDED,
+    resume: Sequence[str] = (),
+) -> Ran:
+    """Run Codex with a question; `first` and `more` stand before and behind its settings."""
     command = program("codex")
-    desk.write(".codex/config.toml", CODEX.format(model=MODEL, url=desk.rig.server.url) + more)
+    settings = CODEX.format(model=MODEL, url=desk.rig.server.url)
+    desk.write(".codex/config.toml", f"{first}\n{settings}{more}")
     return desk.run(
-        [command, "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox",
-         QUESTION], OCP_API_KEY="any")
+        [command, "exec", "--skip-git-repo-check", *sandbox, *resume, QUESTION],
+        OCP_API_KEY="any")
 
 
 def test_codex_prints_the_answer(desk: AgentDesk) -> None:
@@ -209,6 +218,57 @@ def test_codex_calls_a_tool_of_an_mcp_server(desk: AgentDesk) -> None:
     first, second = desk.rig.bodies()
     assert "mcp__birds__find" in offered(first)
     assert "On the roof." in results(second)[0]
+
+
+#: What Codex has to know of a model to offer it the tool that edits files.
+CODEX_MODEL = {
+    "slug": MODEL, "display_name": "Claude", "description": "Claude", "priority": 1,
+    "apply_patch_tool_type": "freeform", "shell_type": "shell_command", "visibility": "list",
+    "supported_in_api": True, "support_verbosity": False, "supported_reasoning_levels": [],
+    "supports_reasoning_summaries": False, "supports_parallel_tool_calls": True,
+    "truncation_policy": {"mode": "tokens", "limit": 10000}, "experimental_supported_tools": [],
+    "context_window": 200000, "base_instructions": "You are Codex.",
+}
+PATCH = """*** Begin Patch
+*** Update File: note.txt
+@@
+-The word is cormorant.
++The "word" is \\ b\u00e4r.
+*** Add File: new.txt
++One line.
+*** End Patch
+"""
+
+
+def test_codex_edits_files_with_its_custom_tool(desk: AgentDesk) -> None:
+    desk.write("models.json", json.dumps({"models": [CODEX_MODEL]}))
+    catalog = json.dumps(str(desk.home / "models.json"))
+    script_round(desk.rig, [("apply_patch", {"input": PATCH})])
+
+    ran = run_codex(desk, first=f"model_catalog_json = {catalog}")
+
+    assert (ran.code, ran.stdout.strip()) == (0, AFTER), ran
+    assert desk.note.read_text() == 'The "word" is \\ b\u00e4r.\n'
+    assert (desk.work / "new.txt").read_text() == "One line.\n"
+    assert desk.paths(2) == ["fresh", "continued"]
+    first, second = desk.rig.bodies()
+    [tool] = [tool for tool in first["tools"] if tool["name"] == "apply_patch"]
+    assert "Lark grammar" in tool["description"] and "end_patch" in tool["description"]
+    assert "Success" in results(second)[0]
+
+
+def test_codex_goes_on_with_another_sandbox(desk: AgentDesk) -> None:
+    run_codex(desk)
+
+    ran = run_codex(desk, sandbox=["--sandbox", "read-only"], resume=["resume", "--last"])
+
+    assert (ran.code, ran.stdout.strip()) == (0, "Hello from the stub."), ran
+    assert desk.paths(2)[1] == "continued"
+    first, second = desk.rig.bodies()
+    assert system_texts(second) == system_texts(first)
+    (role, added) = turns(second)[-1]
+    assert role == "user" and added[-1] == QUESTION
+    assert any("read-only" in str(each) for each in added), added
 
 
 def test_codex_shows_a_plan_limit_without_asking_again(desk: AgentDesk) -> None:

@@ -308,3 +308,92 @@ def test_the_asynchronous_client_streams_both(shared_server: Server) -> None:
         return [first.output_text, second.choices[0].message.content]
 
     assert asyncio.run(both()) == ["You said: one", "You said: How warm is it?"]
+
+
+# ---------------------------------------------------------------------------
+# Custom tools, and the paths below a response
+# ---------------------------------------------------------------------------
+
+PATCH = '*** Begin Patch\n"caf\u00e9" \\ \U0001f600\n*** End Patch'
+GRAMMAR = {"syntax": "lark", "definition": "start: patch"}
+EDITS: list[Json] = [[{"tool": {"name": "edit", "input": {"input": PATCH}}}], [{"say": "Done."}]]
+CUSTOM: Json = {"type": "custom", "name": "edit", "format": {"type": "grammar", **GRAMMAR}}
+CHAT_CUSTOM: Json = {"type": "custom", "custom": {
+    "name": "edit", "format": {"type": "grammar", "grammar": GRAMMAR}}}
+
+
+def test_a_custom_tool_of_chat_is_called_and_answered(
+    shared_server: Server, client: Any
+) -> None:
+    shared_server.write_scenario(EDITS)
+    found = client.chat.completions.create(model=MODEL, messages=ASKED, tools=[CHAT_CUSTOM])
+    (call_made,) = found.choices[0].message.tool_calls
+    messages = [*ASKED, found.choices[0].message,
+                {"role": "tool", "tool_call_id": call_made.id, "content": "Patched."}]
+    last = client.chat.completions.create(model=MODEL, messages=messages, tools=[CHAT_CUSTOM])
+
+    assert (call_made.type, call_made.custom.name, call_made.custom.input) == (
+        "custom", "edit", PATCH)
+    assert last.choices[0].message.content == "Done."
+
+
+def test_a_custom_tool_of_chat_is_streamed(shared_server: Server, client: Any) -> None:
+    shared_server.write_scenario(EDITS)
+    with client.chat.completions.create(
+        model=MODEL, messages=ASKED, tools=[CHAT_CUSTOM], stream=True
+    ) as chunks:
+        calls = [each for chunk in chunks for each in chunk.choices[0].delta.tool_calls or ()]
+
+    # The package has no type for these yet, and hands them over as they are.
+    assert "".join(each.custom["input"] for each in calls) == PATCH
+    assert (calls[0].type, calls[0].custom["name"], calls[0].function) == ("custom", "edit", None)
+
+
+def test_a_custom_tool_of_responses_goes_on_by_the_id(
+    shared_server: Server, client: Any
+) -> None:
+    shared_server.write_scenario(EDITS)
+    with client.responses.stream(model=MODEL, input=ASKED, tools=[CUSTOM]) as stream:
+        events = list(stream)
+        first = stream.get_final_response()
+    (item,) = first.output
+    result = {"type": "custom_tool_call_output", "call_id": item.call_id, "output": "Patched."}
+    last = client.responses.create(
+        model=MODEL, input=[result], previous_response_id=first.id, tools=[CUSTOM])
+
+    deltas = [each.delta for each in events
+              if each.type == "response.custom_tool_call_input.delta"]
+    (done,) = [each for each in events if each.type == "response.custom_tool_call_input.done"]
+    assert "".join(deltas) == done.input == item.input == PATCH
+    assert (item.type, item.name, last.output_text) == ("custom_tool_call", "edit", "Done.")
+    listed = [each.type for each in client.responses.input_items.list(last.id, order="asc")]
+    assert listed == ["message", "custom_tool_call", "custom_tool_call_output"]
+
+
+def test_the_input_items_of_a_response_come_page_by_page(client: Any) -> None:
+    said = [{"role": "user", "content": f"{number}"} for number in range(5)]
+    found = client.responses.create(model=MODEL, input=said)
+
+    pages = client.responses.input_items.list(found.id, limit=2, order="asc")
+
+    assert [item.content[0].text for item in pages] == list("01234")
+
+
+def test_a_conversation_is_counted_compacted_and_gone_on_from(client: Any) -> None:
+    counted = client.responses.input_tokens.count(model=MODEL, input=ASKED)
+    compacted = client.responses.compact(model=MODEL, input=[
+        *ASKED, {"role": "assistant", "content": "Very."}])
+    found = client.responses.create(
+        model=MODEL, input=[*compacted.output, {"role": "user", "content": "Why?"}])
+
+    assert counted.object == "response.input_tokens" and counted.input_tokens > 0
+    assert [item.type for item in compacted.output] == ["message", "compaction"]
+    assert compacted.usage.total_tokens > 0
+    assert found.status == "completed"
+
+
+def test_a_response_cannot_be_cancelled(client: Any) -> None:
+    found = client.responses.create(model=MODEL, input=ASKED)
+
+    with pytest.raises(openai.BadRequestError):
+        client.responses.cancel(found.id)

@@ -390,7 +390,6 @@ BAD_HEADS = {
     "no version": (b"GET /health FTP/1.1\r\n\r\n", 400),
     "future version": (b"GET /health HTTP/3.0\r\n\r\n", 400),
     "http/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
-    "tls": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
     "zeros": (b"\x00\x00\x00\x00\r\n\r\n", 400),
     "no colon": (b"GET /health HTTP/1.1\r\nno colon here\r\nHost: evil.example\r\n\r\n", 400),
     "space before the colon": (

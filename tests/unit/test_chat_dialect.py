@@ -781,6 +781,7 @@ def asked(name: str) -> Any:
     wire = {
         "id": "chatcmpl-1", "created": CREATED_S, "model": "sonnet",
         "include_usage": name.endswith("-usage"), "legacy_functions": "legacy" in name,
+        "custom": frozenset(),
     }
     assert set(wire) == set(found.wire)
     return found._replace(wire=wire)

@@ -34,6 +34,7 @@ from rendering import (
     parsing,
     refusal_of,
     stream_bytes,
+    whole,
     whole_bytes,
 )
 
@@ -305,10 +306,162 @@ def test_an_item_that_is_wrong_is_refused_with_its_path(items: list[Json], param
     assert (error.status, error.param) == (400, param)
 
 
-def test_items_of_types_that_say_nothing_to_a_model_are_skipped() -> None:
-    found = turn([{"type": "reasoning", "id": "rs_1"}, {"type": "web_search_call"}, USER])
+def test_reasoning_is_left_to_claude() -> None:
+    found = turn([{"type": "reasoning", "id": "rs_1"}, USER])
+
+    assert (conversation(found), found.ignored) == ([("user", ["Hello"])], ())
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "item_of_next_year", "text": "x"},
+        {"type": "mcp_list_tools", "server_label": "birds", "tools": []},
+        {"type": "compaction", "encrypted_content": "gAAAAABo"},
+        {"type": "compaction", "encrypted_content": "ocp1.no base64"},
+        {"type": "additional_tools", "role": "developer", "tools": []},
+        {"type": "compaction_trigger"},
+    ],
+    ids=str,
+)
+def test_items_that_nobody_here_reads_are_named(item: Json) -> None:
+    found = turn([USER, item, item])
 
     assert conversation(found) == [("user", ["Hello"])]
+    assert found.ignored == ("input[1]", "input[2]")
+
+
+COMMAND = {"type": "exec", "command": ["ls", "-l"], "env": {}, "timeout_ms": None}
+PATCH = {"type": "update_file", "path": "a.txt", "diff": "@@\n-a\n+b"}
+#: A call, its result, and what the model reads of both: name, arguments, text, whether it failed.
+ITEM_PAIRS = {
+    "function": (CALLED, RESULT, ("weather", {"city": "Rome"}, "Sunny.", False)),
+    "custom": (
+        {"type": "custom_tool_call", "call_id": "c", "name": "edit", "input": "x"},
+        {"type": "custom_tool_call_output", "call_id": "c", "output": "Done."},
+        ("edit", {"input": "x"}, "Done.", False)),
+    "local shell": (
+        {"type": "local_shell_call", "id": "l", "call_id": "c", "action": COMMAND},
+        {"type": "local_shell_call_output", "id": "c", "output": "a b"},
+        ("local_shell", {"command": ["ls", "-l"]}, "a b", False)),
+    "shell": (
+        {"type": "shell_call", "call_id": "c", "action": {"commands": ["ls"], "timeout_ms": 5}},
+        {"type": "shell_call_output", "call_id": "c",
+         "output": [{"stdout": "a", "stderr": "", "outcome": {"type": "timeout"}}]},
+        ("shell", {"commands": ["ls"], "timeout_ms": 5},
+         '[{"stdout":"a","stderr":"","outcome":{"type":"timeout"}}]', False)),
+    "patch": (
+        {"type": "apply_patch_call", "call_id": "c", "operation": PATCH},
+        {"type": "apply_patch_call_output", "call_id": "c", "status": "completed"},
+        ("apply_patch", PATCH, "completed", False)),
+    "failed patch": (
+        {"type": "apply_patch_call", "call_id": "c", "operation": PATCH},
+        {"type": "apply_patch_call_output", "call_id": "c", "status": "failed", "output": "No."},
+        ("apply_patch", PATCH, "No.", True)),
+    "tool search": (
+        {"type": "tool_search_call", "call_id": "c", "arguments": {"query": "birds"}},
+        {"type": "tool_search_output", "call_id": "c", "tools": [{"name": "find"}]},
+        ("tool_search", {"query": "birds"}, '[{"name":"find"}]', False)),
+    "program": (
+        {"type": "program", "call_id": "c", "code": "1 + 1"},
+        {"type": "program_output", "call_id": "c", "result": "2"},
+        ("program", {"code": "1 + 1"}, "2", False)),
+    "computer": (
+        {"type": "computer_call", "call_id": "c", "action": {"type": "wait"}},
+        {"type": "computer_call_output", "call_id": "c", "output": "Waited."},
+        ("computer", {"type": "wait"}, "Waited.", False)),
+    "several actions": (
+        {"type": "computer_call", "call_id": "c", "actions": [{"type": "wait"}]},
+        {"type": "computer_call_output", "call_id": "c", "output": "Waited."},
+        ("computer", {"arguments": '[{"type":"wait"}]'}, "Waited.", False)),
+}
+
+
+def pair_of(found: Any) -> tuple[str, Json, str, bool]:
+    """What the model reads of the only call of a conversation, and of its result."""
+    [use] = found.messages[1].content
+    result, *_ = found.messages[2].content
+    assert use["id"] == result["tool_use_id"]
+    [told] = result["content"]
+    return use["name"], use["input"], told["text"], result.get("is_error", False)
+
+
+@pytest.mark.parametrize("name", sorted(ITEM_PAIRS))
+def test_a_call_and_its_result_are_told_as_such(name: str) -> None:
+    called, result, told = ITEM_PAIRS[name]
+
+    found = turn([USER, called, result])
+
+    assert pair_of(found) == told
+    assert (found.ignored, found.adjusted) == ((), ())
+
+
+def test_a_screenshot_is_an_image_of_the_result() -> None:
+    called, result, _ = ITEM_PAIRS["computer"]
+    shot = {"type": "computer_screenshot", "image_url": PNG}
+
+    found = turn([USER, called, {**result, "output": shot}])
+
+    [image] = found.messages[2].content[0]["content"]
+    assert image["type"] == "image"
+
+
+@pytest.mark.parametrize(
+    ("item", "told"),
+    [
+        ({"type": "mcp_call", "id": "m", "server_label": "birds", "name": "find",
+          "arguments": '{"bird": "owl"}', "output": "On the roof."},
+         ("birds__find", {"bird": "owl"}, "On the roof.", False)),
+        ({"type": "mcp_call", "id": "m", "server_label": "birds", "name": "find",
+          "arguments": "{}", "error": {"type": "http_error", "code": 500}},
+         ("birds__find", {}, '{"type":"http_error","code":500}', True)),
+        ({"type": "code_interpreter_call", "id": "m", "code": "print(1)", "container_id": "x",
+          "outputs": [{"type": "logs", "logs": "1"}]},
+         ("code_interpreter", {"code": "print(1)"}, '[{"type":"logs","logs":"1"}]', False)),
+    ],
+    ids=str,
+)
+def test_a_call_that_holds_its_result_is_told_with_it(item: Json, told: Any) -> None:
+    found = turn([USER, item, {"role": "user", "content": "So?"}])
+
+    assert pair_of(found) == told
+    assert found.messages[2].content[1] == block("So?")
+
+
+@pytest.mark.parametrize(
+    ("item", "role", "text"),
+    [
+        ({"type": "web_search_call", "id": "w", "status": "completed",
+          "action": {"type": "search", "query": "owls"}},
+         "assistant", '[web_search_call]\n{"action":{"type":"search","query":"owls"}}'),
+        ({"type": "file_search_call", "id": "f", "queries": ["owls"], "results": [{"text": "x"}]},
+         "assistant", '[file_search_call]\n{"queries":["owls"],"results":[{"text":"x"}]}'),
+        ({"type": "image_generation_call", "id": "i", "result": "iVBO", "revised_prompt": "An owl"},
+         "assistant", '[image_generation_call]\n{"revised_prompt":"An owl"}'),
+        ({"type": "mcp_approval_request", "id": "a", "server_label": "birds", "name": "find",
+          "arguments": "{}"},
+         "assistant",
+         '[mcp_approval_request]\n{"server_label":"birds","name":"find","arguments":"{}"}'),
+        ({"type": "mcp_approval_response", "approval_request_id": "a", "approve": True},
+         "user", '[mcp_approval_response]\n{"approve":true}'),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else "",
+)
+def test_what_has_no_result_is_told_as_text(item: Json, role: str, text: str) -> None:
+    found = turn([{"role": "assistant", "content": "Hm."}, item, USER])
+
+    assert text in [part for told_by, parts in conversation(found) if told_by == role
+                    for part in parts]
+
+
+def test_a_compaction_that_was_made_here_is_told_as_its_summary() -> None:
+    sealed = ocp.sealed_summary("Owls: \u00fc, \U0001f989.")
+
+    found = turn([USER, {"type": "compaction", "encrypted_content": sealed}, USER])
+
+    [(role, texts)] = conversation(found)
+    assert (role, texts[0], texts[2]) == ("user", "Hello", "Hello")
+    assert texts[1].endswith("\nOwls: \u00fc, \U0001f989.")
 
 
 def test_an_earlier_response_is_gone_on_from() -> None:
@@ -372,8 +525,49 @@ def test_a_tool_is_a_name_a_description_and_a_schema() -> None:
     assert clock == ocp.Tool("clock", "", {"type": "object", "properties": {}})
 
 
+@pytest.mark.parametrize(
+    ("tool", "arguments", "item"),
+    [
+        ({"type": "local_shell"}, {"command": ["ls"], "timeout_ms": 5},
+         {"type": "local_shell_call",
+          "action": {"type": "exec", "env": {}, "command": ["ls"], "timeout_ms": 5}}),
+        ({"type": "shell"}, {"commands": ["ls", "pwd"]},
+         {"type": "shell_call", "action": {"commands": ["ls", "pwd"]}}),
+        ({"type": "shell", "environment": {"type": "local"}}, {"commands": []},
+         {"type": "shell_call", "action": {"commands": []}}),
+        ({"type": "apply_patch"}, PATCH, {"type": "apply_patch_call", "operation": PATCH}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("render", [whole_bytes, stream_bytes])
+def test_a_tool_that_the_client_runs_is_called_by_an_item_of_its_own(
+    render: Any, tool: Json, arguments: Json, item: Json
+) -> None:
+    found = turn(tools=[tool], tool_choice={"type": tool["type"]})
+    pieces = json.dumps(arguments)[:9], json.dumps(arguments)[9:]
+    events = numbered([STARTED, *call(0, "toolu1", tool["type"], *pieces), finished("tool_use")])
+
+    sent = render(ocp.RESPONSES, found, events)
+
+    body = json.loads(sent) if render is whole_bytes else frames(sent)[-1][1]["response"]
+    [made] = body["output"]
+    assert {**item, "id": made["id"], "call_id": "toolu1", "status": "completed"} == made
+    assert found.tool_choice == ocp.ToolChoice("tool", tool["type"])
+    kinds = [kind for kind, _ in frames(sent)] if render is stream_bytes else []
+    assert kinds[2:-1] in ([], ["response.output_item.added", "response.output_item.done"])
+    again = turn([USER, made], tools=[tool])
+    assert again.messages[1].content[0]["input"] == arguments
+
+
+def test_a_shell_in_a_container_of_openai_s_is_not_offered() -> None:
+    found = turn(tools=[{"type": "shell", "environment": {"type": "container_auto"}}, *TOOLS])
+
+    assert [tool.name for tool in found.tools] == ["weather", "clock"]
+    assert found.ignored == ("tools[0]", "tools[].strict")
+
+
 def test_tools_of_other_types_are_named_as_ignored() -> None:
-    found = turn(tools=[{"type": "web_search"}, *TOOLS, {"type": "custom", "name": "x"}])
+    found = turn(tools=[{"type": "web_search"}, *TOOLS, {"type": "mcp", "server_label": "x"}])
 
     assert [tool.name for tool in found.tools] == ["weather", "clock"]
     assert found.ignored == ("tools[0]", "tools[3]", "tools[].strict")
@@ -381,7 +575,7 @@ def test_tools_of_other_types_are_named_as_ignored() -> None:
 
 #: Tools as Codex sends those of an MCP server.
 NAMESPACE = {"type": "namespace", "name": "mcp__birds", "description": "Tools about birds.",
-             "tools": [{**TOOLS[0], "name": "find"}, {"type": "custom", "name": "x"}]}
+             "tools": [{**TOOLS[0], "name": "find"}, {"type": "web_search"}]}
 
 
 def test_tools_of_a_namespace_are_offered_under_their_full_names() -> None:
@@ -586,6 +780,65 @@ def test_every_item_is_added_then_filled_then_done(name: str) -> None:
             output.append(data["item"])
         elif kind in ("response.completed", "response.incomplete"):
             assert data["response"]["output"] == output
+
+
+def test_a_stream_repeats_tools_and_instructions_once() -> None:
+    asked_for = turn(stream=True, tools=TOOLS, instructions="Be very brief.")
+
+    sent = stream_bytes(ocp.RESPONSES, asked_for, numbered([STARTED, *TEXT, finished()]))
+
+    assert sent.count(b"Tells it.") == sent.count(b"Be very brief.") == 1
+    created, *_, (_, last) = frames(sent)
+    assert created[1]["response"]["tools"] == []
+    assert (last["response"]["tools"], last["response"]["instructions"]) == (
+        TOOLS, "Be very brief.")
+
+
+# -- compaction ---------------------------------------------------------------
+
+
+def compacting(**fields: object) -> Any:
+    """The Turn of a request to compact a conversation."""
+    return ocp.COMPACTION.parse({"input": [USER, CALLED, RESULT], **fields}, parsing())
+
+
+def test_to_compact_a_conversation_is_to_ask_for_its_summary() -> None:
+    found = compacting(tools=TOOLS, stream=True, instructions="Be brief.")
+
+    assert [message.role for message in found.messages] == ["user", "assistant", "user"]
+    assert "summary" in found.messages[-1].content[-1]["text"]
+    assert (found.stream, found.tool_choice.kind, found.system) == (False, "none", "Be brief.")
+    assert not ocp.COMPACTION.stores(found)
+
+
+def test_a_compacted_conversation_is_the_user_s_messages_and_a_summary() -> None:
+    body = whole(ocp.COMPACTION, compacting(), numbered([STARTED, *TEXT, finished()]))
+
+    message, summary = body["output"]
+    assert (body["object"], set(body)) == (
+        "response.compaction", {"id", "object", "created_at", "output", "usage"})
+    assert message["content"] == [{"type": "input_text", "text": "Hello"}]
+    assert summary["type"] == "compaction"
+    goes_on = turn([*body["output"], {"role": "user", "content": "Go on."}])
+    [(role, texts)] = conversation(goes_on)
+    assert (texts[0], texts[2], goes_on.ignored) == ("Hello", "Go on.", ())
+    assert 'Gr\u00fc\u00dfe, "du"' in texts[1]
+
+
+def test_an_earlier_response_is_compacted_too() -> None:
+    said = [ocp.Message("user", [block("a")]), ocp.Message("assistant", [block("b")])]
+
+    found = ocp.COMPACTION.parse(
+        {"previous_response_id": "resp_1"}, parsing(recall=lambda response_id: said))
+
+    assert conversation(found)[:2] == [("user", ["a"]), ("assistant", ["b"])]
+    [kept] = found.wire["kept"]
+    assert kept["content"] == [{"type": "input_text", "text": "a"}]
+
+
+def test_an_answer_without_a_summary_is_a_failure() -> None:
+    with pytest.raises(ocp.UpstreamFailed):
+        whole(ocp.COMPACTION, compacting(), numbered([STARTED, *THINKING, finished()]))
 
 
 @pytest.mark.parametrize("name", ["stream-tools-cut", "whole-tools-cut"])

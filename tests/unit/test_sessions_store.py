@@ -369,7 +369,7 @@ class Shelf:
     def put(self, response_id: str, text: str = "a", caller: str = "local") -> None:
         messages = [ocp.Message("user", [block(text)])]
         body = {"id": response_id, "output": [{"id": f"msg_{response_id}"}]}
-        self.responses.put(caller, body, messages, self.config)
+        self.responses.put(caller, body, messages, [], self.config)
 
     def has(self, response_id: str, caller: str = "local") -> bool:
         try:

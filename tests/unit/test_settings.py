@@ -266,6 +266,26 @@ def test_settings_that_contradict_each_other_are_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    "origins",
+    ["*", "https://*", "http://*:80", "https://a*", "https://*.", "*://a", "*.example.org",
+     "https://example.*", "https://ok.example, https://*", "HTTPS://*"],
+)
+def test_an_origin_that_every_site_would_fit_is_refused(origins: str) -> None:
+    [line] = complaints({"OCP_ALLOWED_ORIGINS": origins})
+
+    assert "OCP_ALLOWED_ORIGINS" in line
+
+
+@pytest.mark.parametrize(
+    "origins",
+    ["https://app.example.org", "http://localhost:8080/", "https://*.example.org",
+     "http://localhost:*", "vscode-webview://*", "chrome-extension://*/, app://obsidian.md"],
+)
+def test_an_origin_may_be_a_pattern(origins: str) -> None:
+    assert ocp.load_config({"OCP_ALLOWED_ORIGINS": origins}).allowed_origins == origins
+
+
+@pytest.mark.parametrize(
     "environ",
     [{"CLAUDE_ALLOWED_TOOLS": "Read"}, {"CLAUDE_SKIP_PERMISSIONS": "1"},
      {"CLAUDE_MCP_CONFIG": "/m.json", "CLAUDE_BIND": "0.0.0.0", "PROXY_API_KEY": "hunter22"}],

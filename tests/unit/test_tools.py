@@ -111,7 +111,7 @@ def test_legacy_functions_are_tools_too() -> None:
 
 
 def test_tools_of_unknown_types_are_named_as_ignored_and_left_out() -> None:
-    found = turn(tools=[{"type": "web_search"}, *TOOLS, {"type": "custom", "custom": {}}])
+    found = turn(tools=[{"type": "web_search"}, *TOOLS, {"type": "mcp", "name": "x"}])
 
     assert names(found) == ["weather", "clock"]
     assert found.ignored == ("tools[0]", "tools[3]")
