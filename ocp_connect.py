@@ -135,12 +135,18 @@ def fish_quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def csh_quoted(value: str) -> str:
+    """Return a word for csh and tcsh, which look for history even inside of quotes."""
+    return "'" + value.replace("'", "'\\''").replace("!", "\\!") + "'"
+
+
 def spellings(key: str) -> list[str]:
-    """A key as it may stand in a file: in the quotes of JSON, of a shell, of fish, and in XML."""
+    """A key as it may stand in a file: in the quotes of JSON, of each shell, and in XML."""
     shell = shlex.quote(key)
     shell = shell[1:-1] if shell != key else key
     xml = shell.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    inside = (shell, xml, json.dumps(key)[1:-1], fish_quoted(key)[1:-1], key)
+    inside = (shell, xml, json.dumps(key)[1:-1], fish_quoted(key)[1:-1], csh_quoted(key)[1:-1],
+              key)
     return list(dict.fromkeys(inside)) if key else []
 
 
@@ -339,12 +345,19 @@ def this_machine() -> Machine:
 def read_bytes(path: str) -> bytes | None:
     """What a file holds, None if there is none. Raises Unsafe if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Unsafe("is not a regular file")
             return file.read()
     except FileNotFoundError:
         return None
     except OSError as problem:
         raise Unsafe(f"cannot be read ({problem.strerror})") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Return a descriptor without waiting for a writer, which a pipe with a name may never get."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def decoded(content: bytes | None) -> str:
@@ -1011,10 +1024,11 @@ class Put(NamedTuple):
 
 class Block(NamedTuple):
     """Lines between markers, at the end of the file; or as items of the YAML list of key `under`,
-    where "" is a file that is itself a list."""
+    where "" is a file that is itself a list; or, `in_shell`, where a shell reads them."""
 
     lines: tuple[str, ...]
     under: str | None = None
+    in_shell: bool = False
 
 
 class Whole(NamedTuple):
@@ -1036,6 +1050,9 @@ class Format(NamedTuple):
     drop: Callable[[str, tuple[str, ...]], str]
     #: Whether what load gives is one object in the other, or flat.
     nested: bool = False
+    #: Whether our lines end as the others of the file do. A shell would take a CR for a part of the
+    #: last word.
+    keeps_line_ends: bool = True
 
 
 def _no_value(text: str, path: tuple[str, ...]) -> Json:
@@ -1050,7 +1067,7 @@ FORMATS = {
     "json": Format(json_load, json_find, json_put, json_drop, nested=True),
     "toml": Format(toml_load, toml_find, toml_put, toml_drop),
     "yaml": Format(yaml_load, yaml_find, yaml_put, yaml_drop),
-    "lines": Format(lambda text: {}, _no_value, _no_put, _no_value),
+    "lines": Format(lambda text: {}, _no_value, _no_put, _no_value, keeps_line_ends=False),
 }
 
 
@@ -1063,15 +1080,43 @@ def block_of(text: str) -> re.Match[str] | None:
     return match
 
 
-def put_block(text: str, block: Block) -> str:
+#: Words that end the reading of a start file: at the beginning of a line for every shell, elsewhere
+#: perhaps for some.
+_STOP = re.compile(r"^(?:(?:return|exit|logout)(?![\w=./-])|exec[ \t]+[^\s0-9{<>&])", re.M)
+_MAY_STOP = re.compile(r"^[^#\n]*(?<![\w$./-])(?:return|exit|logout|exec)(?![\w=./-])", re.M)
+
+
+def begins_block(text: str) -> bool:
+    """Return whether lines of ours have to stand first in a start file to be read by its shell: a
+    later place may follow what ends the reading, or a statement that CRs leave open. The end is
+    better where the file sets the same variables itself, because the last one wins."""
+    if is_cut_off(text) or text.rstrip("\n").endswith("\\"):
+        return True
+    return bool(_MAY_STOP.search(text)) and not own_settings(text)
+
+
+def is_cut_off(text: str) -> bool:
+    """Return whether a shell that reads this may not come to its end."""
+    return "\r\n" in text or bool(_STOP.search(text))
+
+
+def own_settings(text: str) -> list[tuple[int, str]]:
+    """Return the numbers of the lines that set one of our variables, each with its variable."""
+    lines = enumerate(text.splitlines(), 1)
+    found = ((number, _SETTING.match(line)) for number, line in lines)
+    return [(number, match[1]) for number, match in found if match]
+
+
+def put_block(text: str, block: Block, newline: str) -> str:
     """A text with this block: where it was, else where it belongs. Raises Unsafe."""
-    newline = newline_of(text)
 
     def lines(indent: str) -> str:
         inner = (BEGIN, *block.lines, END)
         return "".join((indent + line if line else "") + newline for line in inner)
 
     found = block_of(text)
+    if found and block.in_shell and is_cut_off(text[:found.start()]):
+        text, found = text[:found.start()] + text[found.end():], None
     if found is not None:
         indent = re.match(r"[ \t]*", found.group())
         assert indent is not None
@@ -1081,6 +1126,8 @@ def put_block(text: str, block: Block) -> str:
     if block.under == "":
         _check_is_list(text)
         return text + yaml_end(text) + lines("")
+    if block.in_shell and begins_block(text):
+        return lines("") + text
     lead = "" if not text or text.endswith("\n") else newline
     return text + lead + lines("")
 
@@ -1149,7 +1196,8 @@ def apply_changes(text: str, kind: str, changes: Sequence[Change]) -> str:
         if isinstance(change, Whole):
             return change.content
         if isinstance(change, Block):
-            result = put_block(result, change)
+            newline = newline_of(result) if form.keeps_line_ends else "\n"
+            result = put_block(result, change, newline)
         elif not (change.absent and form.find(result, change.path) is not None):
             result = form.put(result, change.path, change.value)
             _set(wanted, change, form.nested)
@@ -1445,6 +1493,8 @@ class FileStep(NamedTuple):
     changes: tuple[Change, ...]
     why: str
     command: tuple[str, ...] = ()
+    #: What the plan has to say about the file.
+    notes: tuple[str, ...] = ()
 
 
 class RunStep(NamedTuple):
@@ -1509,9 +1559,61 @@ def variables(desk: Desk) -> dict[str, str]:
     return found
 
 
+#: The variables that are set, whatever is chosen.
+VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY", "OCP_API_KEY",
+             "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN")
+_SETTING = re.compile(
+    rf"[ \t]*(?:(?:export|setenv|typeset|declare|set)[ \t]+)?(?:-\w+[ \t]+)*({'|'.join(VARIABLES)})"
+    r"(?![\w])[ \t]*[= \t]")
+
+
+class Shell(NamedTuple):
+    """How a family of shells learns the variables: from `script`, which is ours. `start_files` of
+    the user's read it with the line `reads`; a shell without them finds it by itself."""
+
+    script: str
+    setting: str
+    quoted: Callable[[str], str]
+    reads: str = ""
+    start_files: tuple[str, ...] = ()
+    note: str = ""
+
+
+def shells(machine: Machine) -> list[Shell]:
+    """Return the families of shells that are used here, the one of sh always first."""
+    found = [Shell(os.path.join(machine.own, "env.sh"), "export {}={}", shlex.quote,
+                   "if [ -r {0} ]; then . {0}; fi", tuple(shell_files(machine)))]
+    csh = csh_files(machine)
+    if csh:
+        found.append(Shell(os.path.join(machine.own, "env.csh"), "setenv {} {}", csh_quoted,
+                           "if ( -r {0} ) source {0}", tuple(csh)))
+    fish = os.path.join(machine.config_home, "fish")
+    if machine.shell == "fish" or os.path.isdir(fish):
+        found.append(Shell(os.path.join(fish, "conf.d", "ocp.fish"), "set -gx {} {}", fish_quoted))
+    nushell = nushell_folder(machine)
+    if machine.shell == "nu" or os.path.isdir(nushell):
+        found.append(Shell(os.path.join(nushell, "autoload", "ocp.nu"), "$env.{} = {}", json.dumps,
+                           note="Nushell reads this folder from 0.101 on"))
+    return found
+
+
+#: How long zsh may take to say where it looks.
+ZSH_TIMEOUT_S = 10.0
+
+
+def zsh_folder(machine: Machine) -> str:
+    """Return the folder of .zshrc. Only zsh itself knows what its .zshenv makes of ZDOTDIR."""
+    if os.path.lexists(machine.below(".zshenv")) and machine.program("zsh"):
+        ran = machine.run("zsh", "-c", 'print -r -- "=$ZDOTDIR"', timeout_s=ZSH_TIMEOUT_S)
+        said = [line[1:] for line in ran.output.splitlines() if line.startswith("=")]
+        if said and os.path.isabs(said[-1]):
+            return said[-1]
+    return machine.named("ZDOTDIR")
+
+
 def shell_files(machine: Machine) -> list[str]:
-    """The start files of the shells that are used here."""
-    zsh = os.path.join(machine.named("ZDOTDIR"), ".zshrc")
+    """The start files of the shells of sh's family that are used here."""
+    zsh = os.path.join(zsh_folder(machine), ".zshrc")
     bash, found = machine.below(".bashrc"), []
     if machine.shell == "bash" or os.path.lexists(bash):
         found.append(bash)
@@ -1521,32 +1623,71 @@ def shell_files(machine: Machine) -> list[str]:
             found.append(next(filter(os.path.lexists, login), login[0]))
     if machine.shell == "zsh" or os.path.lexists(zsh) or machine.platform == "darwin":
         found.append(zsh)
-    if not found and machine.shell != "fish":
+    if not found and machine.shell not in OTHER_SHELLS:
         found.append(machine.below(".profile"))
     return found
+
+
+#: Shells that read nothing of what is written for sh.
+OTHER_SHELLS = ("fish", "nu", "csh", "tcsh", "elvish", "xonsh", "pwsh")
+
+
+def csh_files(machine: Machine) -> list[str]:
+    """Return the start files of csh and tcsh, if one of them is used here. tcsh reads .cshrc only
+    where there is no .tcshrc."""
+    names = [machine.below(name) for name in (".tcshrc", ".cshrc")]
+    found = [path for path in names if os.path.lexists(path)]
+    return found or names[1:] * (machine.shell in ("csh", "tcsh"))
+
+
+def nushell_folder(machine: Machine) -> str:
+    """Return where Nushell keeps its settings."""
+    mac = machine.platform == "darwin" and not machine.environ.get("XDG_CONFIG_HOME")
+    folder = machine.below("Library", "Application Support") if mac else machine.config_home
+    return os.path.join(folder, "nushell")
 
 
 def shell_steps(desk: Desk) -> list[Step]:
     """Variables for shells, and for what the desktop starts."""
     machine, names = desk.machine, variables(desk)
-    script = os.path.join(machine.own, "env.sh")
-    exports = tuple(f"export {name}={shlex.quote(value)}" for name, value in names.items())
-    steps: list[Step] = [FileStep(script, "lines", (Block(exports),), "the variables")]
-    quoted = shlex.quote(script)
-    line = f"if [ -r {quoted} ]; then . {quoted}; fi"
-    for path in shell_files(machine):
-        steps.append(FileStep(path, "lines", (Block((line,)),), "new shells read the variables"))
-        with contextlib.suppress(Unsafe):
-            if "# OCP LAN (added by ocp connect)" in desk.look(path):
-                steps.append(Hint(
-                    f"{machine.short(path)} has an older block of OCP's (# OCP LAN): remove it; "
-                    "until then the new one, which comes after it, wins."))
-    fish = os.path.join(machine.config_home, "fish")
-    if machine.shell == "fish" or os.path.isdir(fish):
-        sets = tuple(f"set -gx {name} {fish_quoted(value)}" for name, value in names.items())
-        steps.append(FileStep(os.path.join(fish, "conf.d", "ocp.fish"), "lines", (Block(sets),),
-                              "new fish shells have the variables"))
+    steps: list[Step] = []
+    for shell in shells(machine):
+        sets = tuple(shell.setting.format(name, shell.quoted(value))
+                     for name, value in names.items())
+        why = "the variables" if shell.reads else "new shells have the variables"
+        notes = (shell.note,) if shell.note else ()
+        steps.append(FileStep(shell.script, "lines", (Block(sets),), why, notes=notes))
+        line = shell.reads.format(shell.quoted(shell.script))
+        steps += [start_file_step(machine, path, line) for path in shell.start_files]
+    if machine.shell in OTHER_SHELLS and len(steps) == 1:
+        steps.append(Hint(f"{machine.shell} reads no file that is written here: set in its own "
+                          f"start file what stands in {machine.short(steps[0].path)}."))
     return steps + session_steps(desk, names)
+
+
+def start_file_step(machine: Machine, path: str, line: str) -> FileStep:
+    """Return the step that has a start file of the user's read a script of ours."""
+    change, notes = Block((line,), in_shell=True), []
+    with contextlib.suppress(Unsafe):
+        text = put_block(decoded(read_bytes(path)), change, "\n")
+        block = block_of(text)
+        assert block is not None
+        notes = start_file_notes(path, text, text[:block.end()].count("\n"))
+    return FileStep(path, "lines", (change,), "new shells read the variables", notes=tuple(notes))
+
+
+def start_file_notes(path: str, text: str, last_line: int) -> list[str]:
+    """Return what is wrong with a start file that has our lines up to this one."""
+    found = []
+    if "\r\n" in text:
+        found.append("it has lines that end with CR LF, which no shell reads right: OCP's stand "
+                     "first and end with LF; mend the others with "
+                     f"`perl -pi -e 's/\\r$//' {shlex.quote(path)}`")
+    if "# OCP LAN (added by ocp connect)" in text:
+        found.append("it has an older block of OCP's (# OCP LAN): remove it")
+    found += [f"line {number} sets {variable} after OCP's lines, and wins: remove it there"
+              for number, variable in own_settings(text) if number > last_line]
+    return found
 
 
 #: The login agent that sets the variables again after each login on macOS.
@@ -2322,7 +2463,7 @@ def plan_edit(step: FileStep, tool: str, desk: Desk, record: Record) -> Edit | N
     changes, note = chosen(step, text, content, entry, desk.role)
     if not changes:
         return None
-    notes = [note] if note else []
+    notes = [*step.notes, *([note] if note else [])]
     if step.command and json_comments(text):
         notes.append("OpenClaw writes its file anew, without the comments; --undo brings them back")
     stale = entry is not None and _stale(entry, text, changes)
