@@ -57,6 +57,7 @@ import getpass
 import glob
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import plistlib
@@ -1523,8 +1524,9 @@ class Desk:
     allow_fallback: bool
     anthropic: bool
     look: Callable[[str], str]
-    #: The name of the provider in OpenClaw, and the one that an earlier run has given it.
-    provider: str = OPENCLAW_PROVIDER
+    #: What OCP is to be called among a tool's providers, empty if nothing was asked for; and what
+    #: an earlier run has called it there. with_name fills both in for one tool.
+    provider: str = ""
     earlier: str = ""
 
     @property
@@ -1539,6 +1541,64 @@ class Desk:
         return "\n".join(words).format(
             api=self.server.api, url=self.server.url, key=self.key_words,
             model=self.server.main.id)
+
+
+#: The providers that a text names, each with what stands there.
+Providers = Callable[[str], Mapping[str, Json]]
+
+
+def providers_at(*place: str) -> Providers:
+    """Return what finds the providers of a JSON text at this place."""
+    def found(text: str) -> Mapping[str, Json]:
+        value = json_find(text, place)
+        return value if isinstance(value, dict) else {}
+
+    return found
+
+
+def value_at(entry: Json, *path: str) -> str:
+    """Return the text at a path of a JSON value, empty where there is none."""
+    for name in path:
+        entry = entry.get(name) if isinstance(entry, dict) else None
+    return entry if isinstance(entry, str) else ""
+
+
+def with_name(
+    desk: Desk, title: str, default: str, path: str, providers: Providers,
+    address: Callable[[Json], str],
+) -> tuple[Desk, tuple[str, ...]]:
+    """Return the desk with OCP's name among the providers of a file, and what to say about it. It
+    is the name that was asked for, else that of an earlier run, else the first of NAME, NAME-2 and
+    so on that is not the user's. `address` says where a provider leads, "" where that is not
+    known: one that leads to this server is ours. Raises Problem if the user has the name that was
+    asked for."""
+    now, base = _providers_of(desk, path, providers)
+
+    def is_theirs(name: str) -> bool:
+        return name in base and not same_server(address(base[name]), desk.server.url)
+
+    earlier = next((name for name in now if now[name] != base.get(name)), "")
+    if desk.provider and is_theirs(desk.provider):
+        place = address(base[desk.provider])
+        raise Problem(Exit.USAGE, f"{title} has a provider {desk.provider} of your own already"
+                                  f"{place and ', for ' + clean(place)}: choose another name with "
+                                  "--provider-name.")
+    numbered = (f"{default}-{number}" for number in itertools.count(2))
+    names = filter(None, itertools.chain((desk.provider, earlier, default), numbered))
+    name = next(each for each in names if not is_theirs(each))
+    note = (f"{default} in it is a provider of your own and stays: OCP is called {name}, or what "
+            "--provider-name says")
+    return (dataclasses.replace(desk, provider=name, earlier=earlier),
+            (note,) if is_theirs(default) else ())
+
+
+def _providers_of(
+    desk: Desk, path: str, providers: Providers
+) -> tuple[Mapping[str, Json], Mapping[str, Json]]:
+    """The providers of a file as it is, and without us; none where it cannot be read."""
+    with contextlib.suppress(Unsafe):
+        return providers(decoded(read_bytes(path))), providers(desk.look(path))
+    return {}, {}
 
 
 def own_files(desk: Desk) -> list[Step]:
@@ -1649,9 +1709,9 @@ def nushell_folder(machine: Machine) -> str:
 
 def shell_steps(desk: Desk) -> list[Step]:
     """Variables for shells, and for what the desktop starts."""
-    machine, names = desk.machine, variables(desk)
+    machine, names, found = desk.machine, variables(desk), shells(desk.machine)
     steps: list[Step] = []
-    for shell in shells(machine):
+    for shell in found:
         sets = tuple(shell.setting.format(name, shell.quoted(value))
                      for name, value in names.items())
         why = "the variables" if shell.reads else "new shells have the variables"
@@ -1661,7 +1721,7 @@ def shell_steps(desk: Desk) -> list[Step]:
         steps += [start_file_step(machine, path, line) for path in shell.start_files]
     if machine.shell in OTHER_SHELLS and len(steps) == 1:
         steps.append(Hint(f"{machine.shell} reads no file that is written here: set in its own "
-                          f"start file what stands in {machine.short(steps[0].path)}."))
+                          f"start file what stands in {machine.short(found[0].script)}."))
     return steps + session_steps(desk, names)
 
 
@@ -1748,6 +1808,7 @@ OPENCLAW_TIMEOUT_S = 660
 #: How the models of a provider end that OCP has listed.
 OPENCLAW_SUFFIX = " (via CLI)"
 _OPENCLAW_PROVIDERS = ("models", "providers")
+_OPENCLAW_SECRETS = ("secrets", "providers")
 
 
 def openclaw_row(model: Model) -> dict[str, Json]:
@@ -1767,18 +1828,18 @@ def openclaw_row(model: Model) -> dict[str, Json]:
     }
 
 
-def openclaw_provider(desk: Desk, present: Json) -> list[Change]:
+def openclaw_provider(desk: Desk, secret: str, present: Json) -> list[Change]:
     """The provider, with what the user has added to its present list of models. The key is read
-    from our own file: what stands in OpenClaw's configuration is shown to its agents, and a key
-    there would be copied by its doctor."""
+    from our own file, which OpenClaw calls `secret`: what stands in OpenClaw's configuration is
+    shown to its agents, and a key there would be copied by its doctor."""
     server = desk.server
     key: Json = OPENCLAW_NO_KEY
     changes: list[Change] = []
     if server.key:
         path = os.path.join(desk.machine.own, "key")
-        changes.append(Put(("secrets", "providers", "ocp"), {
+        changes.append(Put((*_OPENCLAW_SECRETS, secret), {
             "source": "file", "path": path, "mode": "singleValue"}, owned=True))
-        key = {"source": "file", "provider": "ocp", "id": "value"}
+        key = {"source": "file", "provider": secret, "id": "value"}
     entry = {"baseUrl": server.api, "apiKey": key, "api": "openai-completions",
              "timeoutSeconds": OPENCLAW_TIMEOUT_S,
              "models": openclaw_list(present, server.models)}
@@ -1800,12 +1861,20 @@ def _openclaw_rows(desk: Desk, path: str) -> Json:
 def openclaw_steps(desk: Desk) -> list[Step]:
     """The provider, and the place of its models among the others. Raises Problem."""
     machine, path = desk.machine, openclaw_config(desk.machine)
-    refuse_foreign(desk, path)
+    key_file = os.path.join(machine.own, "key")
+    secret, _ = with_name(
+        dataclasses.replace(desk, provider=""), "OpenClaw", "ocp", path,
+        providers_at(*_OPENCLAW_SECRETS),
+        lambda entry: desk.server.url if value_at(entry, "path") == key_file else "")
+    desk, notes = with_name(
+        desk, "OpenClaw", OPENCLAW_PROVIDER, path, providers_at(*_OPENCLAW_PROVIDERS),
+        lambda entry: value_at(entry, "baseUrl"))
     place, hints = _openclaw_place(desk, path)
-    changes = (*openclaw_provider(desk, _openclaw_rows(desk, path)), *place)
+    rows = _openclaw_rows(desk, path)
+    changes = (*openclaw_provider(desk, secret.provider, rows), *place)
     why = f"provider {desk.provider} with every model"
     command = openclaw_command(machine, [desk.provider])
-    return [FileStep(path, "json", changes, why, command), *hints, *_openclaw_hints(desk)]
+    return [FileStep(path, "json", changes, why, command, notes), *hints, *_openclaw_hints(desk)]
 
 
 def _openclaw_place(desk: Desk, path: str) -> tuple[list[Change], list[Step]]:
@@ -1842,19 +1911,6 @@ def openclaw_command(machine: Machine, names: Sequence[str]) -> tuple[str, ...]:
         return ()
     lists = (("--replace-path", f"models.providers[{json.dumps(name)}].models") for name in names)
     return ("openclaw", "config", "patch", "--stdin", *(word for pair in lists for word in pair))
-
-
-def refuse_foreign(desk: Desk, path: str) -> None:
-    """Raises Problem if the chosen name is that of another provider."""
-    present: Json = None
-    with contextlib.suppress(Unsafe):
-        present = json_find(desk.look(path), (*_OPENCLAW_PROVIDERS, desk.provider))
-    if desk.provider == OPENCLAW_PROVIDER or not isinstance(present, dict):
-        return
-    url = str(present.get("baseUrl") or "OpenClaw's own")
-    if not same_server(url, desk.server.url):
-        raise Problem(Exit.USAGE, f"OpenClaw has a provider {desk.provider} already, for "
-                                  f"{clean(url)}: choose another name with --provider-name.")
 
 
 def same_server(url: str, other: str) -> bool:
@@ -2009,7 +2065,9 @@ def opencode_config(machine: Machine) -> str:
 
 def opencode_steps(desk: Desk) -> list[Step]:
     """A provider, and the two models that OpenCode wants to know."""
-    server = desk.server
+    server, path = desk.server, opencode_config(desk.machine)
+    desk, notes = with_name(desk, "OpenCode", "ocp", path, providers_at("provider"),
+                            lambda entry: value_at(entry, "options", "baseURL"))
     models = {model.id: {
         "name": model.name, "attachment": True, "reasoning": model.reasoning, "tool_call": True,
         "limit": {"context": model.context_tokens, "output": model.output_tokens},
@@ -2018,12 +2076,12 @@ def opencode_steps(desk: Desk) -> list[Step]:
     key = f"{{file:{os.path.join(desk.machine.own, 'key')}}}" if server.key else NO_KEY
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "OCP",
                 "options": {"baseURL": server.api, "apiKey": key}, "models": models}
-    return [FileStep(opencode_config(desk.machine), "json", (
+    return [FileStep(path, "json", (
         Put(("$schema",), "https://opencode.ai/config.json", absent=True),
-        Put(("model",), f"ocp/{server.main.id}", default=True),
-        Put(("small_model",), f"ocp/{server.cheapest.id}", default=True),
-        Put(("provider", "ocp"), provider, owned=True),
-    ), "provider ocp with every model")]
+        Put(("model",), f"{desk.provider}/{server.main.id}", default=True),
+        Put(("small_model",), f"{desk.provider}/{server.cheapest.id}", default=True),
+        Put(("provider", desk.provider), provider, owned=True),
+    ), f"provider {desk.provider} with every model", notes=notes)]
 
 
 def aider_steps(desk: Desk) -> list[Step]:
@@ -2039,21 +2097,40 @@ def aider_steps(desk: Desk) -> list[Step]:
                      "address, key and models")]
 
 
+def codex_providers(text: str) -> Mapping[str, Json]:
+    """Return the providers of Codex's configuration: of each its statements, and whether they stand
+    in our block. Raises Unsafe."""
+    block = block_of(text)
+    start, end = block.span() if block else (0, 0)
+    found: dict[str, Json] = {}
+    for each in toml_statements(text):
+        if each.path[0] == "model_providers" and each.path[1:2] not in ((), ("[]",)):
+            row = (each.path, each.value, start <= each.start < end)
+            found.setdefault(each.path[1], []).append(row)
+    return found
+
+
 def codex_steps(desk: Desk) -> list[Step]:
     """A provider of the responses API, and the choice of it."""
     server = desk.server
-    lines = ["[model_providers.ocp]", 'name = "OCP"', f"base_url = {json.dumps(server.api)}",
+    path = os.path.join(desk.machine.named("CODEX_HOME", ".codex"), "config.toml")
+    # A table of the user's stays also where it leads here: nothing can be put into it.
+    desk, notes = with_name(desk, "Codex", "ocp", path, codex_providers,
+                            lambda rows: server.url if all(row[2] for row in rows) else "")
+    name, window = desk.provider, server.main.context_tokens
+    lines = [f"[model_providers.{name}]", 'name = "OCP"', f"base_url = {json.dumps(server.api)}",
              'wire_api = "responses"']
     if server.key:
         lines.append(f"experimental_bearer_token = {json.dumps(server.key)}")
-    path = os.path.join(desk.machine.named("CODEX_HOME", ".codex"), "config.toml")
     return [FileStep(path, "toml", (
         Put(("model",), server.main.id, default=True),
-        Put(("model_provider",), "ocp", default=True),
+        Put(("model_provider",), name, default=True),
+        # Of a model that it does not know, Codex believes what this says.
+        Put(("model_context_window",), window, default=True),
         Block(tuple(lines)),
-    ), "provider ocp"), Hint(
-        f"Codex: `codex -c model_provider=ocp -m {server.main.id}` uses OCP whatever the default "
-        "is.")]
+    ), f"provider {name}", notes=notes), Hint(
+        f"Codex: `codex -c model_provider={name} -c model_context_window={window} "
+        f"-m {server.main.id}` uses OCP whatever the default is.")]
 
 
 def cline_steps(desk: Desk) -> list[Step]:
@@ -2083,20 +2160,24 @@ def llm_folder(machine: Machine) -> str:
 
 def llm_steps(desk: Desk) -> list[Step]:
     """The models, their key, and the one that is meant when none is named."""
-    folder, lines = llm_folder(desk.machine), []
-    for model in desk.server.models:
+    folder, server, lines = llm_folder(desk.machine), desk.server, []
+    keys = os.path.join(folder, "keys.json")
+    desk, notes = with_name(desk, "llm", "ocp", keys, providers_at(),
+                            lambda key: server.url if key == server.key_or_any else "")
+    name = desk.provider
+    for model in server.models:
         lines += [
-            f"- model_id: ocp/{model.id}", f"  model_name: {model.id}",
-            f"  api_base: {json.dumps(desk.server.api)}", "  api_key_name: ocp",
+            f"- model_id: {name}/{model.id}", f"  model_name: {model.id}",
+            f"  api_base: {json.dumps(server.api)}", f"  api_key_name: {name}",
             "  supports_tools: true", "  supports_schema: true", "  vision: true",
         ]
     return [
         FileStep(os.path.join(folder, "extra-openai-models.yaml"), "yaml",
-                 (Block(tuple(lines), under=""),), "every model, as ocp/MODEL"),
-        FileStep(os.path.join(folder, "keys.json"), "json",
-                 (Put(("ocp",), desk.server.key_or_any, owned=True),), "the key for them"),
+                 (Block(tuple(lines), under=""),), f"every model, as {name}/MODEL"),
+        FileStep(keys, "json", (Put((name,), server.key_or_any, owned=True),),
+                 "the key for them", notes=notes),
         FileStep(os.path.join(folder, "default_model.txt"), "lines",
-                 (Whole(f"ocp/{desk.server.main.id}", default=True),), "the default model"),
+                 (Whole(f"{name}/{server.main.id}", default=True),), "the default model"),
     ]
 
 
@@ -2123,21 +2204,31 @@ def zed_file(machine: Machine) -> str:
 
 
 def zed_steps(desk: Desk) -> list[Step]:
-    """A provider and the agent's default model. Zed takes the key from OCP_API_KEY."""
+    """A provider and the agent's default model. Zed takes the key from its environment."""
+    path, place = zed_file(desk.machine), ("language_models", "openai_compatible")
+    desk, notes = with_name(desk, "Zed", "OCP", path, providers_at(*place),
+                            lambda entry: value_at(entry, "api_url"))
     models = [{
         "name": model.id, "display_name": f"{model.name} (OCP)",
         "max_tokens": model.context_tokens, "max_output_tokens": model.output_tokens,
         "capabilities": {"tools": True, "images": True, "parallel_tool_calls": True,
                          "prompt_cache_key": False},
     } for model in desk.server.models]
-    provider = {"api_url": desk.server.api, "available_models": models}
-    return [FileStep(zed_file(desk.machine), "json", (
-        Put(("language_models", "openai_compatible", "OCP"), provider, owned=True),
-        Put(("agent", "default_model"), {"provider": "OCP", "model": desk.server.main.id},
+    name, provider = desk.provider, {"api_url": desk.server.api, "available_models": models}
+    return [FileStep(path, "json", (
+        Put((*place, name), provider, owned=True),
+        Put(("agent", "default_model"), {"provider": name, "model": desk.server.main.id},
             default=True),
-    ), "provider OCP with every model"), Hint(
-        "Zed takes the key from OCP_API_KEY in its environment: log in again, or start it from a "
-        "new shell; or enter the key in Agent Settings, LLM Providers, OCP.")]
+    ), f"provider {name} with every model", notes=notes), zed_hint(name)]
+
+
+def zed_hint(name: str) -> Hint:
+    """Return where Zed takes the key of a provider from: a variable with the provider's name."""
+    settings = f"enter the key in Agent Settings, LLM Providers, {name}."
+    if name.upper() != "OCP":
+        return Hint(f"Zed: {settings}")
+    return Hint("Zed takes the key from OCP_API_KEY in its environment: log in again, or start it "
+                f"from a new shell; or {settings}")
 
 
 def hint_steps(*lines: str) -> Callable[[Desk], list[Step]]:
@@ -2998,7 +3089,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow-fallback", action="store_true",
         help="OpenClaw: keep the fallbacks that are there when OCP is primary")
     add("--provider-name", metavar="NAME", type=provider_name,
-        help=f"OpenClaw: what OCP is called there (default {OPENCLAW_PROVIDER})")
+        help=f"what OCP is called among the providers of a tool (default: {OPENCLAW_PROVIDER} in "
+             "OpenClaw, OCP in Zed, else ocp)")
     add("--anthropic", action="store_true",
         help="point Claude Code and Anthropic SDKs at OCP too; not on the server's own machine")
     add("--skip-answer", action="store_true", help="make no real request at the end")
@@ -3023,7 +3115,7 @@ def port_number(text: str) -> int:
 
 
 def provider_name(text: str) -> str:
-    """A name for a provider in OpenClaw. Raises ArgumentTypeError."""
+    """A name for a provider. Raises ArgumentTypeError."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no name: small letters, digits and hyphens")
@@ -3143,8 +3235,7 @@ class Run:
         if args.anthropic:
             refuse_loop(self.machine, server)
         desk = Desk(self.machine, server, args.role, args.allow_fallback, args.anthropic,
-                    self._look, args.provider_name or self._known_provider()
-                    or OPENCLAW_PROVIDER, self._known_provider())
+                    self._look, args.provider_name or "")
         plan = make_plan(desk, self._tools(), self.record)
         self.say(show_plan(plan, self.machine, server.key, args.dry_run))
         if args.dry_run:
@@ -3207,13 +3298,6 @@ class Run:
             return decoded(read_bytes(os.path.join(self.machine.own, "key"))).strip()
         except Unsafe:
             return ""
-
-    def _known_provider(self) -> str:
-        """What OCP is called in OpenClaw since the last time, empty if nothing is known."""
-        paths = [done.path for entry in self.record.files.values() if entry.tool == "openclaw"
-                 for done in entry.done]
-        return next((path[2] for path in paths if path[:2] == _OPENCLAW_PROVIDERS
-                     and len(path) == 3), "")
 
     def _current_models(self, url: str) -> tuple[Model, ...]:
         """The models of the file beside this script, if the server runs here too, else those that

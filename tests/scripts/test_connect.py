@@ -536,6 +536,106 @@ def test_backup_makes_no_default(home: Home, tool: str) -> None:
 
 
 # ---------------------------------------------------------------------------
+# What OCP is called where providers have names
+# ---------------------------------------------------------------------------
+
+THEIRS = "http://192.0.2.99:1/v1"
+OWN_NAME = {"zed": "OCP"}
+#: A file with a provider of the user's own that has the name that OCP would take.
+TAKEN = [
+    ("opencode", CASES["opencode"].path, '{"provider": {"ocp": {"options": {"baseURL": "%s"}}}}\n'
+     % THEIRS),
+    ("opencode", CASES["opencode"].path, '{"provider": {"ocp": {/* none yet */}}}\n'),
+    ("zed", CASES["zed"].path,
+     '{"language_models": {"openai_compatible": {"OCP": {"api_url": "%s"}}}}\n' % THEIRS),
+    ("codex", CASES["codex"].path, "[model_providers.ocp]\nname = 'mine'\n"),
+    ("codex", CASES["codex"].path, '[model_providers.ocp]\nbase_url = "%s"\n' % SERVER.api),
+    ("codex", CASES["codex"].path, "[model_providers]\nocp = {name = 'x'}\n"),
+    ("codex", CASES["codex"].path, "model_providers.ocp.name = 'x'\n"),
+    ("llm", ".config/io.datasette.llm/keys.json", '{"ocp": "mine"}\n'),
+]
+
+
+def written(home: Home) -> str:
+    """All that the files of the tools hold."""
+    return "".join(content.decode() for name, content in home.files().items()
+                   if not name.startswith(".config/ocp/"))
+
+
+@pytest.mark.parametrize("tool, path, text", TAKEN)
+def test_a_provider_of_the_users_with_our_name_stays_and_we_have_another(
+    home: Home, tool: str, path: str, text: str
+) -> None:
+    file, name = home.put(path, text), OWN_NAME.get(tool, "ocp")
+
+    plan = home.connect(tool)
+
+    assert not plan.by_hand and lines_stay(text, file.read_text())
+    assert f"OCP is called {name}-2" in connect.show_plan(plan, home.machine, KEY, False)
+    if tool == "codex":
+        tables = connect.codex_providers(file.read_text())
+        assert list(tables) == ["ocp", "ocp-2"] and 'model_provider = "ocp-2"' in written(home)
+    else:
+        assert f'"{name}-2"' in file.read_text() and (
+            f"{name}-2/{SERVER.main.id}" in written(home) or '"provider": "OCP-2"' in written(home))
+    assert not home.plan(tool).edits
+    home.connect(tool, server=OTHER)
+    assert f"{name}-3" not in written(home) and OTHER.url in written(home)
+    home.undo()
+    assert home.files() == {path: text.encode()}
+
+
+@pytest.mark.parametrize("tool", ["opencode", "zed", "codex", "llm"])
+def test_a_name_that_was_asked_for_is_kept_until_another_is(home: Home, tool: str) -> None:
+    home.connect(tool, provider="plan")
+
+    assert not home.connect(tool).edits and "plan" in written(home)
+    home.connect(tool, provider="other")
+    assert "plan" not in written(home) and "other" in written(home)
+    home.undo()
+    assert home.files() == {}
+
+
+@pytest.mark.parametrize("tool, path, text", [each for each in TAKEN if THEIRS in each[2]])
+def test_a_name_that_was_asked_for_and_is_the_users_is_refused(
+    home: Home, tool: str, path: str, text: str
+) -> None:
+    home.put(path, text)
+
+    with pytest.raises(connect.Problem) as raised:
+        home.plan(tool, provider=OWN_NAME.get(tool, "ocp"))
+
+    assert raised.value.code == 2 and f"for {THEIRS}: choose another name" in str(raised.value)
+
+
+@pytest.mark.parametrize("tool", ["opencode", "zed", "codex", "llm"])
+def test_what_ocp_wrote_is_ours_without_the_record_too(home: Home, tool: str) -> None:
+    home.connect(tool)
+    before = written(home)
+    (home.folder / ".config/ocp/connect.json").unlink()
+
+    home.connect(tool)
+
+    assert written(home) == before
+
+
+@pytest.mark.parametrize("text", [
+    "", "model_context_window = 400000\n", 'model = "gpt-5"\n', 'model_provider = "mine"\n'])
+def test_codex_learns_the_window_of_the_model_that_is_chosen(home: Home, text: str) -> None:
+    path = home.put(CASES["codex"].path, text)
+
+    plan = home.connect("codex")
+
+    window = f"model_context_window = {SERVER.main.context_tokens}\n"
+    assert (window in path.read_text()) is not bool(text)
+    assert f"-c model_context_window={SERVER.main.context_tokens} " in " ".join(plan.hints)
+    home.connect("codex", role=connect.Role.PRIMARY)
+    assert window in path.read_text() and "400000" not in path.read_text()
+    home.undo()
+    assert path.read_text() == text
+
+
+# ---------------------------------------------------------------------------
 # Shells and sessions
 # ---------------------------------------------------------------------------
 
@@ -937,12 +1037,12 @@ UNSAFE = [
     ("continue", "models: one\n"), ("continue", '"a\n b": 1\n'),
     ("llm", "a: 1\n"), ("llm", "[]\n"),
     ("codex", 'a = """\n'), ("codex", "a = [1\n"), ("codex", "a = 1\na = 2\n"),
-    ("codex", "[model_providers.ocp]\nname = 'mine'\n"), ("codex", "nonsense\n"),
-    ("codex", "[model_providers]\nocp = {name = 'x'}\n"), ("codex", "model_providers = {}\n"),
-    ("codex", "model_providers.ocp.name = 'x'\n"), ("aider", "- a\n"), ("continue", "- a\n"),
+    ("codex", "nonsense\n"), ("codex", "model_providers = {}\n"), ("aider", "- a\n"),
+    ("continue", "- a\n"),
     ("aider", "a: |\n  b"), ("llm", "- a: >-\n    b"),
     ("opencode", '{"a": 1, "a": 2}'), ("opencode", "[]"), ("opencode", '{"provider": 1}'),
-    ("opencode", '{"a": 1 "b": 2}'), ("opencode", '{"provider": {"ocp": {/* mine */}}}'),
+    ("opencode", '{"a": 1 "b": 2}'),
+    ("opencode", '{"provider": {"ocp": {"options": {"baseURL": "%s", /* mine */}}}}' % SERVER.api),
 ]
 
 
