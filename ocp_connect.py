@@ -1636,7 +1636,7 @@ class Shell(NamedTuple):
     quoted: Callable[[str], str]
     reads: str = ""
     start_files: tuple[str, ...] = ()
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def shells(machine: Machine) -> list[Shell]:
@@ -1649,11 +1649,12 @@ def shells(machine: Machine) -> list[Shell]:
                            "if ( -r {0} ) source {0}", tuple(csh)))
     fish = os.path.join(machine.config_home, "fish")
     if machine.shell == "fish" or os.path.isdir(fish):
-        found.append(Shell(os.path.join(fish, "conf.d", "ocp.fish"), "set -gx {} {}", fish_quoted))
+        found.append(Shell(os.path.join(fish, "conf.d", "ocp.fish"), "set -gx {} {}", fish_quoted,
+                           notes=tuple(fish_notes(os.path.join(fish, "config.fish")))))
     nushell = nushell_folder(machine)
     if machine.shell == "nu" or os.path.isdir(nushell):
         found.append(Shell(os.path.join(nushell, "autoload", "ocp.nu"), "$env.{} = {}", json.dumps,
-                           note="Nushell reads this folder from 0.101 on"))
+                           notes=("Nushell reads this folder from 0.101 on",)))
     return found
 
 
@@ -1715,8 +1716,7 @@ def shell_steps(desk: Desk) -> list[Step]:
         sets = tuple(shell.setting.format(name, shell.quoted(value))
                      for name, value in names.items())
         why = "the variables" if shell.reads else "new shells have the variables"
-        notes = (shell.note,) if shell.note else ()
-        steps.append(FileStep(shell.script, "lines", (Block(sets),), why, notes=notes))
+        steps.append(FileStep(shell.script, "lines", (Block(sets),), why, notes=shell.notes))
         line = shell.reads.format(shell.quoted(shell.script))
         steps += [start_file_step(machine, path, line) for path in shell.start_files]
     if machine.shell in OTHER_SHELLS and len(steps) == 1:
@@ -1745,9 +1745,20 @@ def start_file_notes(path: str, text: str, last_line: int) -> list[str]:
                      f"`perl -pi -e 's/\\r$//' {shlex.quote(path)}`")
     if "# OCP LAN (added by ocp connect)" in text:
         found.append("it has an older block of OCP's (# OCP LAN): remove it")
-    found += [f"line {number} sets {variable} after OCP's lines, and wins: remove it there"
-              for number, variable in own_settings(text) if number > last_line]
-    return found
+    return found + winning_lines(text, last_line)
+
+
+def winning_lines(text: str, last_line: int = 0, place: str = "") -> list[str]:
+    """Return a sentence for each setting after this line of a text, which `place` names."""
+    return [f"line {number}{place} sets {variable} after OCP's lines, and wins: remove it there"
+            for number, variable in own_settings(text) if number > last_line]
+
+
+def fish_notes(path: str) -> list[str]:
+    """Return what wins over our file in fish, which reads this file of the user's last."""
+    with contextlib.suppress(Unsafe):
+        return winning_lines(decoded(read_bytes(path)), place=" of config.fish")
+    return []
 
 
 #: The login agent that sets the variables again after each login on macOS.

@@ -934,6 +934,16 @@ def test_fish_has_a_file_of_its_own(home: Home) -> None:
     assert "set -gx OPENAI_API_KEY 'it\\'s\\\\here'" in text
 
 
+def test_a_setting_in_fishs_own_file_that_wins_is_named(home: Home) -> None:
+    home.put(".config/fish/config.fish", "# mine\nset -gx OPENAI_API_KEY mine\n")
+
+    plan = home.connect("shell")
+
+    notes = [note for edit in plan.edits for note in edit.notes]
+    assert notes == ["line 2 of config.fish sets OPENAI_API_KEY after OCP's lines, and wins: "
+                     "remove it there"]
+
+
 def test_systemd_hands_the_variables_to_the_desktop(tmp_path: Path) -> None:
     home = Home(tmp_path / "home", has_systemd=True)
     home.connect("shell")
