@@ -2136,7 +2136,7 @@ def codex_steps(desk: Desk) -> list[Step]:
     return [FileStep(path, "toml", (
         Put(("model",), server.main.id, default=True),
         Put(("model_provider",), name, default=True),
-        # Of a model that it does not know, Codex believes what this says.
+        # Else Codex takes 272,000 tokens for every model that it does not know.
         Put(("model_context_window",), window, default=True),
         Block(tuple(lines)),
     ), f"provider {name}", notes=notes), Hint(
