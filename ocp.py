@@ -2132,6 +2132,9 @@ def put_back_files(env: Env, snapshot: Snapshot, record: Record | None) -> None:
 # to do gives the next action, so the order of the table is the order of repairs.
 
 OLDEST_CLAUDE = (2, 1, 197)
+#: From this version on claude-code asks for Node 22. Under an older Node npm says nothing and
+#: installs the newest one before it.
+_NODE_22_SINCE = (2, 1, 198)
 _CLAUDE_PLACES = (
     "~/.local/bin", "~/.claude/local", "/opt/homebrew/bin", "/usr/local/bin", "/usr/bin",
     "~/.npm-global/bin", "~/.bun/bin",
@@ -2251,6 +2254,16 @@ class Facts:
         return max(tags, key=version_tuple, default=""), "the remote has no release"
 
     @functools.cached_property
+    def claude_version(self) -> str:
+        """Return what claude says that its version is, "" where it says nothing of use."""
+        text = self.health.get("claudeVersion")
+        if not text and self.claude:
+            environ = {"DISABLE_AUTOUPDATER": "1"}
+            ran = self.env.command(self.claude, "--version", timeout_s=20, more=environ)
+            text = ran.output.split()[0] if ran.code == 0 and ran.output.split() else None
+        return str(text) if version_tuple(text) else ""
+
+    @functools.cached_property
     def claude(self) -> str | None:
         """Where the claude program is, as far as this user's surroundings tell."""
         environ = service_environ(self.env, self.known)
@@ -2299,16 +2312,29 @@ def _check_claude(facts: Facts) -> Finding:
 
 def _check_claude_version(facts: Facts) -> Finding:
     """Whether claude is new enough."""
-    text = facts.health.get("claudeVersion")
-    if not text and facts.claude:
-        environ = {"DISABLE_AUTOUPDATER": "1"}
-        ran = facts.env.command(facts.claude, "--version", timeout_s=20, more=environ)
-        text = ran.output.split()[0] if ran.code == 0 and ran.output.split() else None
-    if not version_tuple(text):
+    text = facts.claude_version
+    if not text:
         return Finding("INFO", "could not check: claude did not tell its version")
     if version_tuple(text) < OLDEST_CLAUDE:
         return Finding("FAIL", f"claude {text} is older than {_dotted(OLDEST_CLAUDE)}")
     return Finding("PASS", f"claude {text}")
+
+
+def _check_node(facts: Facts) -> Finding:
+    """Whether Node is too old for npm to install a new claude."""
+    if not is_this_machine(facts.url):
+        return Finding("INFO", f"could not check: {facts.url} is another machine")
+    ran = facts.env.command("node", "--version")
+    text = ran.output.strip()
+    if ran.code != 0 or not version_tuple(text):
+        return Finding("INFO", "does not apply: there is no Node on the PATH")
+    if version_tuple(text) >= (22,):
+        return Finding("PASS", f"Node {text[1:]}")
+    claude = version_tuple(facts.claude_version)
+    if claude and claude < _NODE_22_SINCE:
+        return Finding("WARN", f"claude {_dotted(claude)} is old: under Node {text[1:]}, which is "
+                               "older than 22, npm installs no newer one and does not say so")
+    return Finding("PASS", f"Node {text[1:]}; npm installs a new claude only by @latest")
 
 
 def _dotted(version: tuple[int, ...]) -> str:
@@ -2506,12 +2532,17 @@ def _fix_install(facts: Facts) -> Fix:
 def _fix_claude(facts: Facts) -> Fix:
     return Fix(
         "fix_claude", ("then log in: run `claude auth login`",),
-        ("npm install -g @anthropic-ai/claude-code",),
+        ("npm install -g @anthropic-ai/claude-code@latest",),
     )
 
 
 def _fix_claude_version(facts: Facts) -> Fix:
     return Fix("fix_claude", (), (shlex.join([facts.claude or "claude", "update"]),))
+
+
+def _fix_node(facts: Facts) -> Fix:
+    return Fix("fix_claude", ("or install Node 22 or later",),
+               ("npm install -g @anthropic-ai/claude-code@latest",))
 
 
 def _fix_login(facts: Facts) -> Fix:
@@ -2586,6 +2617,7 @@ CHECKS = (
     Check("install_dir", _check_record, _fix_install),
     Check("claude_found", _check_claude, _fix_claude),
     Check("claude_version", _check_claude_version, _fix_claude_version),
+    Check("node", _check_node, _fix_node),
     Check("disk_space", _check_disk, _fix_disk),
     Check("database", _check_database, _fix_database),
     Check("file_modes", _check_modes, _fix_modes),

@@ -57,6 +57,7 @@ import getpass
 import glob
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import plistlib
@@ -135,12 +136,18 @@ def fish_quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def csh_quoted(value: str) -> str:
+    """Return a word for csh and tcsh, which look for history even inside of quotes."""
+    return "'" + value.replace("'", "'\\''").replace("!", "\\!") + "'"
+
+
 def spellings(key: str) -> list[str]:
-    """A key as it may stand in a file: in the quotes of JSON, of a shell, of fish, and in XML."""
+    """A key as it may stand in a file: in the quotes of JSON, of each shell, and in XML."""
     shell = shlex.quote(key)
     shell = shell[1:-1] if shell != key else key
     xml = shell.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    inside = (shell, xml, json.dumps(key)[1:-1], fish_quoted(key)[1:-1], key)
+    inside = (shell, xml, json.dumps(key)[1:-1], fish_quoted(key)[1:-1], csh_quoted(key)[1:-1],
+              key)
     return list(dict.fromkeys(inside)) if key else []
 
 
@@ -339,12 +346,19 @@ def this_machine() -> Machine:
 def read_bytes(path: str) -> bytes | None:
     """What a file holds, None if there is none. Raises Unsafe if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Unsafe("is not a regular file")
             return file.read()
     except FileNotFoundError:
         return None
     except OSError as problem:
         raise Unsafe(f"cannot be read ({problem.strerror})") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Return a descriptor without waiting for a writer, which a pipe with a name may never get."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def decoded(content: bytes | None) -> str:
@@ -1011,10 +1025,11 @@ class Put(NamedTuple):
 
 class Block(NamedTuple):
     """Lines between markers, at the end of the file; or as items of the YAML list of key `under`,
-    where "" is a file that is itself a list."""
+    where "" is a file that is itself a list; or, `in_shell`, where a shell reads them."""
 
     lines: tuple[str, ...]
     under: str | None = None
+    in_shell: bool = False
 
 
 class Whole(NamedTuple):
@@ -1036,6 +1051,9 @@ class Format(NamedTuple):
     drop: Callable[[str, tuple[str, ...]], str]
     #: Whether what load gives is one object in the other, or flat.
     nested: bool = False
+    #: Whether our lines end as the others of the file do. A shell would take a CR for a part of the
+    #: last word.
+    keeps_line_ends: bool = True
 
 
 def _no_value(text: str, path: tuple[str, ...]) -> Json:
@@ -1050,7 +1068,7 @@ FORMATS = {
     "json": Format(json_load, json_find, json_put, json_drop, nested=True),
     "toml": Format(toml_load, toml_find, toml_put, toml_drop),
     "yaml": Format(yaml_load, yaml_find, yaml_put, yaml_drop),
-    "lines": Format(lambda text: {}, _no_value, _no_put, _no_value),
+    "lines": Format(lambda text: {}, _no_value, _no_put, _no_value, keeps_line_ends=False),
 }
 
 
@@ -1063,15 +1081,43 @@ def block_of(text: str) -> re.Match[str] | None:
     return match
 
 
-def put_block(text: str, block: Block) -> str:
+#: Words that end the reading of a start file: at the beginning of a line for every shell, elsewhere
+#: perhaps for some.
+_STOP = re.compile(r"^(?:(?:return|exit|logout)(?![\w=./-])|exec[ \t]+[^\s0-9{<>&])", re.M)
+_MAY_STOP = re.compile(r"^[^#\n]*(?<![\w$./-])(?:return|exit|logout|exec)(?![\w=./-])", re.M)
+
+
+def begins_block(text: str) -> bool:
+    """Return whether lines of ours have to stand first in a start file to be read by its shell: a
+    later place may follow what ends the reading, or a statement that CRs leave open. The end is
+    better where the file sets the same variables itself, because the last one wins."""
+    if is_cut_off(text) or text.rstrip("\n").endswith("\\"):
+        return True
+    return bool(_MAY_STOP.search(text)) and not own_settings(text)
+
+
+def is_cut_off(text: str) -> bool:
+    """Return whether a shell that reads this may not come to its end."""
+    return "\r\n" in text or bool(_STOP.search(text))
+
+
+def own_settings(text: str) -> list[tuple[int, str]]:
+    """Return the numbers of the lines that set one of our variables, each with its variable."""
+    lines = enumerate(text.splitlines(), 1)
+    found = ((number, _SETTING.match(line)) for number, line in lines)
+    return [(number, match[1]) for number, match in found if match]
+
+
+def put_block(text: str, block: Block, newline: str) -> str:
     """A text with this block: where it was, else where it belongs. Raises Unsafe."""
-    newline = newline_of(text)
 
     def lines(indent: str) -> str:
         inner = (BEGIN, *block.lines, END)
         return "".join((indent + line if line else "") + newline for line in inner)
 
     found = block_of(text)
+    if found and block.in_shell and is_cut_off(text[:found.start()]):
+        text, found = text[:found.start()] + text[found.end():], None
     if found is not None:
         indent = re.match(r"[ \t]*", found.group())
         assert indent is not None
@@ -1081,6 +1127,8 @@ def put_block(text: str, block: Block) -> str:
     if block.under == "":
         _check_is_list(text)
         return text + yaml_end(text) + lines("")
+    if block.in_shell and begins_block(text):
+        return lines("") + text
     lead = "" if not text or text.endswith("\n") else newline
     return text + lead + lines("")
 
@@ -1149,7 +1197,8 @@ def apply_changes(text: str, kind: str, changes: Sequence[Change]) -> str:
         if isinstance(change, Whole):
             return change.content
         if isinstance(change, Block):
-            result = put_block(result, change)
+            newline = newline_of(result) if form.keeps_line_ends else "\n"
+            result = put_block(result, change, newline)
         elif not (change.absent and form.find(result, change.path) is not None):
             result = form.put(result, change.path, change.value)
             _set(wanted, change, form.nested)
@@ -1445,6 +1494,8 @@ class FileStep(NamedTuple):
     changes: tuple[Change, ...]
     why: str
     command: tuple[str, ...] = ()
+    #: What the plan has to say about the file.
+    notes: tuple[str, ...] = ()
 
 
 class RunStep(NamedTuple):
@@ -1473,8 +1524,9 @@ class Desk:
     allow_fallback: bool
     anthropic: bool
     look: Callable[[str], str]
-    #: The name of the provider in OpenClaw, and the one that an earlier run has given it.
-    provider: str = OPENCLAW_PROVIDER
+    #: What OCP is to be called among a tool's providers, empty if nothing was asked for; and what
+    #: an earlier run has called it there. with_name fills both in for one tool.
+    provider: str = ""
     earlier: str = ""
 
     @property
@@ -1489,6 +1541,64 @@ class Desk:
         return "\n".join(words).format(
             api=self.server.api, url=self.server.url, key=self.key_words,
             model=self.server.main.id)
+
+
+#: The providers that a text names, each with what stands there.
+Providers = Callable[[str], Mapping[str, Json]]
+
+
+def providers_at(*place: str) -> Providers:
+    """Return what finds the providers of a JSON text at this place."""
+    def found(text: str) -> Mapping[str, Json]:
+        value = json_find(text, place)
+        return value if isinstance(value, dict) else {}
+
+    return found
+
+
+def value_at(entry: Json, *path: str) -> str:
+    """Return the text at a path of a JSON value, empty where there is none."""
+    for name in path:
+        entry = entry.get(name) if isinstance(entry, dict) else None
+    return entry if isinstance(entry, str) else ""
+
+
+def with_name(
+    desk: Desk, title: str, default: str, path: str, providers: Providers,
+    address: Callable[[Json], str],
+) -> tuple[Desk, tuple[str, ...]]:
+    """Return the desk with OCP's name among the providers of a file, and what to say about it. It
+    is the name that was asked for, else that of an earlier run, else the first of NAME, NAME-2 and
+    so on that is not the user's. `address` says where a provider leads, "" where that is not
+    known: one that leads to this server is ours. Raises Problem if the user has the name that was
+    asked for."""
+    now, base = _providers_of(desk, path, providers)
+
+    def is_theirs(name: str) -> bool:
+        return name in base and not same_server(address(base[name]), desk.server.url)
+
+    earlier = next((name for name in now if now[name] != base.get(name)), "")
+    if desk.provider and is_theirs(desk.provider):
+        place = address(base[desk.provider])
+        raise Problem(Exit.USAGE, f"{title} has a provider {desk.provider} of your own already"
+                                  f"{place and ', for ' + clean(place)}: choose another name with "
+                                  "--provider-name.")
+    numbered = (f"{default}-{number}" for number in itertools.count(2))
+    names = filter(None, itertools.chain((desk.provider, earlier, default), numbered))
+    name = next(each for each in names if not is_theirs(each))
+    note = (f"{default} in it is a provider of your own and stays: OCP is called {name}, or what "
+            "--provider-name says")
+    return (dataclasses.replace(desk, provider=name, earlier=earlier),
+            (note,) if is_theirs(default) else ())
+
+
+def _providers_of(
+    desk: Desk, path: str, providers: Providers
+) -> tuple[Mapping[str, Json], Mapping[str, Json]]:
+    """The providers of a file as it is, and without us; none where it cannot be read."""
+    with contextlib.suppress(Unsafe):
+        return providers(decoded(read_bytes(path))), providers(desk.look(path))
+    return {}, {}
 
 
 def own_files(desk: Desk) -> list[Step]:
@@ -1509,9 +1619,62 @@ def variables(desk: Desk) -> dict[str, str]:
     return found
 
 
+#: The variables that are set, whatever is chosen.
+VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY", "OCP_API_KEY",
+             "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN")
+_SETTING = re.compile(
+    rf"[ \t]*(?:(?:export|setenv|typeset|declare|set)[ \t]+)?(?:-\w+[ \t]+)*({'|'.join(VARIABLES)})"
+    r"(?![\w])[ \t]*[= \t]")
+
+
+class Shell(NamedTuple):
+    """How a family of shells learns the variables: from `script`, which is ours. `start_files` of
+    the user's read it with the line `reads`; a shell without them finds it by itself."""
+
+    script: str
+    setting: str
+    quoted: Callable[[str], str]
+    reads: str = ""
+    start_files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def shells(machine: Machine) -> list[Shell]:
+    """Return the families of shells that are used here, the one of sh always first."""
+    found = [Shell(os.path.join(machine.own, "env.sh"), "export {}={}", shlex.quote,
+                   "if [ -r {0} ]; then . {0}; fi", tuple(shell_files(machine)))]
+    csh = csh_files(machine)
+    if csh:
+        found.append(Shell(os.path.join(machine.own, "env.csh"), "setenv {} {}", csh_quoted,
+                           "if ( -r {0} ) source {0}", tuple(csh)))
+    fish = os.path.join(machine.config_home, "fish")
+    if machine.shell == "fish" or os.path.isdir(fish):
+        found.append(Shell(os.path.join(fish, "conf.d", "ocp.fish"), "set -gx {} {}", fish_quoted,
+                           notes=tuple(fish_notes(os.path.join(fish, "config.fish")))))
+    nushell = nushell_folder(machine)
+    if machine.shell == "nu" or os.path.isdir(nushell):
+        found.append(Shell(os.path.join(nushell, "autoload", "ocp.nu"), "$env.{} = {}", json.dumps,
+                           notes=("Nushell reads this folder from 0.101 on",)))
+    return found
+
+
+#: How long zsh may take to say where it looks.
+ZSH_TIMEOUT_S = 10.0
+
+
+def zsh_folder(machine: Machine) -> str:
+    """Return the folder of .zshrc. Only zsh itself knows what its .zshenv makes of ZDOTDIR."""
+    if os.path.lexists(machine.below(".zshenv")) and machine.program("zsh"):
+        ran = machine.run("zsh", "-c", 'print -r -- "=$ZDOTDIR"', timeout_s=ZSH_TIMEOUT_S)
+        said = [line[1:] for line in ran.output.splitlines() if line.startswith("=")]
+        if said and os.path.isabs(said[-1]):
+            return said[-1]
+    return machine.named("ZDOTDIR")
+
+
 def shell_files(machine: Machine) -> list[str]:
-    """The start files of the shells that are used here."""
-    zsh = os.path.join(machine.named("ZDOTDIR"), ".zshrc")
+    """The start files of the shells of sh's family that are used here."""
+    zsh = os.path.join(zsh_folder(machine), ".zshrc")
     bash, found = machine.below(".bashrc"), []
     if machine.shell == "bash" or os.path.lexists(bash):
         found.append(bash)
@@ -1521,32 +1684,81 @@ def shell_files(machine: Machine) -> list[str]:
             found.append(next(filter(os.path.lexists, login), login[0]))
     if machine.shell == "zsh" or os.path.lexists(zsh) or machine.platform == "darwin":
         found.append(zsh)
-    if not found and machine.shell != "fish":
+    if not found and machine.shell not in OTHER_SHELLS:
         found.append(machine.below(".profile"))
     return found
 
 
+#: Shells that read nothing of what is written for sh.
+OTHER_SHELLS = ("fish", "nu", "csh", "tcsh", "elvish", "xonsh", "pwsh")
+
+
+def csh_files(machine: Machine) -> list[str]:
+    """Return the start files of csh and tcsh, if one of them is used here. tcsh reads .cshrc only
+    where there is no .tcshrc."""
+    names = [machine.below(name) for name in (".tcshrc", ".cshrc")]
+    found = [path for path in names if os.path.lexists(path)]
+    return found or names[1:] * (machine.shell in ("csh", "tcsh"))
+
+
+def nushell_folder(machine: Machine) -> str:
+    """Return where Nushell keeps its settings."""
+    mac = machine.platform == "darwin" and not machine.environ.get("XDG_CONFIG_HOME")
+    folder = machine.below("Library", "Application Support") if mac else machine.config_home
+    return os.path.join(folder, "nushell")
+
+
 def shell_steps(desk: Desk) -> list[Step]:
     """Variables for shells, and for what the desktop starts."""
-    machine, names = desk.machine, variables(desk)
-    script = os.path.join(machine.own, "env.sh")
-    exports = tuple(f"export {name}={shlex.quote(value)}" for name, value in names.items())
-    steps: list[Step] = [FileStep(script, "lines", (Block(exports),), "the variables")]
-    quoted = shlex.quote(script)
-    line = f"if [ -r {quoted} ]; then . {quoted}; fi"
-    for path in shell_files(machine):
-        steps.append(FileStep(path, "lines", (Block((line,)),), "new shells read the variables"))
-        with contextlib.suppress(Unsafe):
-            if "# OCP LAN (added by ocp connect)" in desk.look(path):
-                steps.append(Hint(
-                    f"{machine.short(path)} has an older block of OCP's (# OCP LAN): remove it; "
-                    "until then the new one, which comes after it, wins."))
-    fish = os.path.join(machine.config_home, "fish")
-    if machine.shell == "fish" or os.path.isdir(fish):
-        sets = tuple(f"set -gx {name} {fish_quoted(value)}" for name, value in names.items())
-        steps.append(FileStep(os.path.join(fish, "conf.d", "ocp.fish"), "lines", (Block(sets),),
-                              "new fish shells have the variables"))
+    machine, names, found = desk.machine, variables(desk), shells(desk.machine)
+    steps: list[Step] = []
+    for shell in found:
+        sets = tuple(shell.setting.format(name, shell.quoted(value))
+                     for name, value in names.items())
+        why = "the variables" if shell.reads else "new shells have the variables"
+        steps.append(FileStep(shell.script, "lines", (Block(sets),), why, notes=shell.notes))
+        line = shell.reads.format(shell.quoted(shell.script))
+        steps += [start_file_step(machine, path, line) for path in shell.start_files]
+    if machine.shell in OTHER_SHELLS and len(steps) == 1:
+        steps.append(Hint(f"{machine.shell} reads no file that is written here: set in its own "
+                          f"start file what stands in {machine.short(found[0].script)}."))
     return steps + session_steps(desk, names)
+
+
+def start_file_step(machine: Machine, path: str, line: str) -> FileStep:
+    """Return the step that has a start file of the user's read a script of ours."""
+    change, notes = Block((line,), in_shell=True), []
+    with contextlib.suppress(Unsafe):
+        text = put_block(decoded(read_bytes(path)), change, "\n")
+        block = block_of(text)
+        assert block is not None
+        notes = start_file_notes(path, text, text[:block.end()].count("\n"))
+    return FileStep(path, "lines", (change,), "new shells read the variables", notes=tuple(notes))
+
+
+def start_file_notes(path: str, text: str, last_line: int) -> list[str]:
+    """Return what is wrong with a start file that has our lines up to this one."""
+    found = []
+    if "\r\n" in text:
+        found.append("it has lines that end with CR LF, which no shell reads right: OCP's stand "
+                     "first and end with LF; mend the others with "
+                     f"`perl -pi -e 's/\\r$//' {shlex.quote(path)}`")
+    if "# OCP LAN (added by ocp connect)" in text:
+        found.append("it has an older block of OCP's (# OCP LAN): remove it")
+    return found + winning_lines(text, last_line)
+
+
+def winning_lines(text: str, last_line: int = 0, place: str = "") -> list[str]:
+    """Return a sentence for each setting after this line of a text, which `place` names."""
+    return [f"line {number}{place} sets {variable} after OCP's lines, and wins: remove it there"
+            for number, variable in own_settings(text) if number > last_line]
+
+
+def fish_notes(path: str) -> list[str]:
+    """Return what wins over our file in fish, which reads this file of the user's last."""
+    with contextlib.suppress(Unsafe):
+        return winning_lines(decoded(read_bytes(path)), place=" of config.fish")
+    return []
 
 
 #: The login agent that sets the variables again after each login on macOS.
@@ -1607,6 +1819,7 @@ OPENCLAW_TIMEOUT_S = 660
 #: How the models of a provider end that OCP has listed.
 OPENCLAW_SUFFIX = " (via CLI)"
 _OPENCLAW_PROVIDERS = ("models", "providers")
+_OPENCLAW_SECRETS = ("secrets", "providers")
 
 
 def openclaw_row(model: Model) -> dict[str, Json]:
@@ -1626,18 +1839,18 @@ def openclaw_row(model: Model) -> dict[str, Json]:
     }
 
 
-def openclaw_provider(desk: Desk, present: Json) -> list[Change]:
+def openclaw_provider(desk: Desk, secret: str, present: Json) -> list[Change]:
     """The provider, with what the user has added to its present list of models. The key is read
-    from our own file: what stands in OpenClaw's configuration is shown to its agents, and a key
-    there would be copied by its doctor."""
+    from our own file, which OpenClaw calls `secret`: what stands in OpenClaw's configuration is
+    shown to its agents, and a key there would be copied by its doctor."""
     server = desk.server
     key: Json = OPENCLAW_NO_KEY
     changes: list[Change] = []
     if server.key:
         path = os.path.join(desk.machine.own, "key")
-        changes.append(Put(("secrets", "providers", "ocp"), {
+        changes.append(Put((*_OPENCLAW_SECRETS, secret), {
             "source": "file", "path": path, "mode": "singleValue"}, owned=True))
-        key = {"source": "file", "provider": "ocp", "id": "value"}
+        key = {"source": "file", "provider": secret, "id": "value"}
     entry = {"baseUrl": server.api, "apiKey": key, "api": "openai-completions",
              "timeoutSeconds": OPENCLAW_TIMEOUT_S,
              "models": openclaw_list(present, server.models)}
@@ -1659,12 +1872,20 @@ def _openclaw_rows(desk: Desk, path: str) -> Json:
 def openclaw_steps(desk: Desk) -> list[Step]:
     """The provider, and the place of its models among the others. Raises Problem."""
     machine, path = desk.machine, openclaw_config(desk.machine)
-    refuse_foreign(desk, path)
+    key_file = os.path.join(machine.own, "key")
+    secret, _ = with_name(
+        dataclasses.replace(desk, provider=""), "OpenClaw", "ocp", path,
+        providers_at(*_OPENCLAW_SECRETS),
+        lambda entry: desk.server.url if value_at(entry, "path") == key_file else "")
+    desk, notes = with_name(
+        desk, "OpenClaw", OPENCLAW_PROVIDER, path, providers_at(*_OPENCLAW_PROVIDERS),
+        lambda entry: value_at(entry, "baseUrl"))
     place, hints = _openclaw_place(desk, path)
-    changes = (*openclaw_provider(desk, _openclaw_rows(desk, path)), *place)
+    rows = _openclaw_rows(desk, path)
+    changes = (*openclaw_provider(desk, secret.provider, rows), *place)
     why = f"provider {desk.provider} with every model"
     command = openclaw_command(machine, [desk.provider])
-    return [FileStep(path, "json", changes, why, command), *hints, *_openclaw_hints(desk)]
+    return [FileStep(path, "json", changes, why, command, notes), *hints, *_openclaw_hints(desk)]
 
 
 def _openclaw_place(desk: Desk, path: str) -> tuple[list[Change], list[Step]]:
@@ -1701,19 +1922,6 @@ def openclaw_command(machine: Machine, names: Sequence[str]) -> tuple[str, ...]:
         return ()
     lists = (("--replace-path", f"models.providers[{json.dumps(name)}].models") for name in names)
     return ("openclaw", "config", "patch", "--stdin", *(word for pair in lists for word in pair))
-
-
-def refuse_foreign(desk: Desk, path: str) -> None:
-    """Raises Problem if the chosen name is that of another provider."""
-    present: Json = None
-    with contextlib.suppress(Unsafe):
-        present = json_find(desk.look(path), (*_OPENCLAW_PROVIDERS, desk.provider))
-    if desk.provider == OPENCLAW_PROVIDER or not isinstance(present, dict):
-        return
-    url = str(present.get("baseUrl") or "OpenClaw's own")
-    if not same_server(url, desk.server.url):
-        raise Problem(Exit.USAGE, f"OpenClaw has a provider {desk.provider} already, for "
-                                  f"{clean(url)}: choose another name with --provider-name.")
 
 
 def same_server(url: str, other: str) -> bool:
@@ -1868,7 +2076,9 @@ def opencode_config(machine: Machine) -> str:
 
 def opencode_steps(desk: Desk) -> list[Step]:
     """A provider, and the two models that OpenCode wants to know."""
-    server = desk.server
+    server, path = desk.server, opencode_config(desk.machine)
+    desk, notes = with_name(desk, "OpenCode", "ocp", path, providers_at("provider"),
+                            lambda entry: value_at(entry, "options", "baseURL"))
     models = {model.id: {
         "name": model.name, "attachment": True, "reasoning": model.reasoning, "tool_call": True,
         "limit": {"context": model.context_tokens, "output": model.output_tokens},
@@ -1877,12 +2087,12 @@ def opencode_steps(desk: Desk) -> list[Step]:
     key = f"{{file:{os.path.join(desk.machine.own, 'key')}}}" if server.key else NO_KEY
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "OCP",
                 "options": {"baseURL": server.api, "apiKey": key}, "models": models}
-    return [FileStep(opencode_config(desk.machine), "json", (
+    return [FileStep(path, "json", (
         Put(("$schema",), "https://opencode.ai/config.json", absent=True),
-        Put(("model",), f"ocp/{server.main.id}", default=True),
-        Put(("small_model",), f"ocp/{server.cheapest.id}", default=True),
-        Put(("provider", "ocp"), provider, owned=True),
-    ), "provider ocp with every model")]
+        Put(("model",), f"{desk.provider}/{server.main.id}", default=True),
+        Put(("small_model",), f"{desk.provider}/{server.cheapest.id}", default=True),
+        Put(("provider", desk.provider), provider, owned=True),
+    ), f"provider {desk.provider} with every model", notes=notes)]
 
 
 def aider_steps(desk: Desk) -> list[Step]:
@@ -1898,21 +2108,40 @@ def aider_steps(desk: Desk) -> list[Step]:
                      "address, key and models")]
 
 
+def codex_providers(text: str) -> Mapping[str, Json]:
+    """Return the providers of Codex's configuration: of each its statements, and whether they stand
+    in our block. Raises Unsafe."""
+    block = block_of(text)
+    start, end = block.span() if block else (0, 0)
+    found: dict[str, Json] = {}
+    for each in toml_statements(text):
+        if each.path[0] == "model_providers" and each.path[1:2] not in ((), ("[]",)):
+            row = (each.path, each.value, start <= each.start < end)
+            found.setdefault(each.path[1], []).append(row)
+    return found
+
+
 def codex_steps(desk: Desk) -> list[Step]:
     """A provider of the responses API, and the choice of it."""
     server = desk.server
-    lines = ["[model_providers.ocp]", 'name = "OCP"', f"base_url = {json.dumps(server.api)}",
+    path = os.path.join(desk.machine.named("CODEX_HOME", ".codex"), "config.toml")
+    # A table of the user's stays also where it leads here: nothing can be put into it.
+    desk, notes = with_name(desk, "Codex", "ocp", path, codex_providers,
+                            lambda rows: server.url if all(row[2] for row in rows) else "")
+    name, window = desk.provider, server.main.context_tokens
+    lines = [f"[model_providers.{name}]", 'name = "OCP"', f"base_url = {json.dumps(server.api)}",
              'wire_api = "responses"']
     if server.key:
         lines.append(f"experimental_bearer_token = {json.dumps(server.key)}")
-    path = os.path.join(desk.machine.named("CODEX_HOME", ".codex"), "config.toml")
     return [FileStep(path, "toml", (
         Put(("model",), server.main.id, default=True),
-        Put(("model_provider",), "ocp", default=True),
+        Put(("model_provider",), name, default=True),
+        # Else Codex takes 272,000 tokens for every model that it does not know.
+        Put(("model_context_window",), window, default=True),
         Block(tuple(lines)),
-    ), "provider ocp"), Hint(
-        f"Codex: `codex -c model_provider=ocp -m {server.main.id}` uses OCP whatever the default "
-        "is.")]
+    ), f"provider {name}", notes=notes), Hint(
+        f"Codex: `codex -c model_provider={name} -c model_context_window={window} "
+        f"-m {server.main.id}` uses OCP whatever the default is.")]
 
 
 def cline_steps(desk: Desk) -> list[Step]:
@@ -1942,20 +2171,24 @@ def llm_folder(machine: Machine) -> str:
 
 def llm_steps(desk: Desk) -> list[Step]:
     """The models, their key, and the one that is meant when none is named."""
-    folder, lines = llm_folder(desk.machine), []
-    for model in desk.server.models:
+    folder, server, lines = llm_folder(desk.machine), desk.server, []
+    keys = os.path.join(folder, "keys.json")
+    desk, notes = with_name(desk, "llm", "ocp", keys, providers_at(),
+                            lambda key: server.url if key == server.key_or_any else "")
+    name = desk.provider
+    for model in server.models:
         lines += [
-            f"- model_id: ocp/{model.id}", f"  model_name: {model.id}",
-            f"  api_base: {json.dumps(desk.server.api)}", "  api_key_name: ocp",
+            f"- model_id: {name}/{model.id}", f"  model_name: {model.id}",
+            f"  api_base: {json.dumps(server.api)}", f"  api_key_name: {name}",
             "  supports_tools: true", "  supports_schema: true", "  vision: true",
         ]
     return [
         FileStep(os.path.join(folder, "extra-openai-models.yaml"), "yaml",
-                 (Block(tuple(lines), under=""),), "every model, as ocp/MODEL"),
-        FileStep(os.path.join(folder, "keys.json"), "json",
-                 (Put(("ocp",), desk.server.key_or_any, owned=True),), "the key for them"),
+                 (Block(tuple(lines), under=""),), f"every model, as {name}/MODEL"),
+        FileStep(keys, "json", (Put((name,), server.key_or_any, owned=True),),
+                 "the key for them", notes=notes),
         FileStep(os.path.join(folder, "default_model.txt"), "lines",
-                 (Whole(f"ocp/{desk.server.main.id}", default=True),), "the default model"),
+                 (Whole(f"{name}/{server.main.id}", default=True),), "the default model"),
     ]
 
 
@@ -1982,21 +2215,31 @@ def zed_file(machine: Machine) -> str:
 
 
 def zed_steps(desk: Desk) -> list[Step]:
-    """A provider and the agent's default model. Zed takes the key from OCP_API_KEY."""
+    """A provider and the agent's default model. Zed takes the key from its environment."""
+    path, place = zed_file(desk.machine), ("language_models", "openai_compatible")
+    desk, notes = with_name(desk, "Zed", "OCP", path, providers_at(*place),
+                            lambda entry: value_at(entry, "api_url"))
     models = [{
         "name": model.id, "display_name": f"{model.name} (OCP)",
         "max_tokens": model.context_tokens, "max_output_tokens": model.output_tokens,
         "capabilities": {"tools": True, "images": True, "parallel_tool_calls": True,
                          "prompt_cache_key": False},
     } for model in desk.server.models]
-    provider = {"api_url": desk.server.api, "available_models": models}
-    return [FileStep(zed_file(desk.machine), "json", (
-        Put(("language_models", "openai_compatible", "OCP"), provider, owned=True),
-        Put(("agent", "default_model"), {"provider": "OCP", "model": desk.server.main.id},
+    name, provider = desk.provider, {"api_url": desk.server.api, "available_models": models}
+    return [FileStep(path, "json", (
+        Put((*place, name), provider, owned=True),
+        Put(("agent", "default_model"), {"provider": name, "model": desk.server.main.id},
             default=True),
-    ), "provider OCP with every model"), Hint(
-        "Zed takes the key from OCP_API_KEY in its environment: log in again, or start it from a "
-        "new shell; or enter the key in Agent Settings, LLM Providers, OCP.")]
+    ), f"provider {name} with every model", notes=notes), zed_hint(name)]
+
+
+def zed_hint(name: str) -> Hint:
+    """Return where Zed takes the key of a provider from: a variable with the provider's name."""
+    settings = f"enter the key in Agent Settings, LLM Providers, {name}."
+    if name.upper() != "OCP":
+        return Hint(f"Zed: {settings}")
+    return Hint("Zed takes the key from OCP_API_KEY in its environment: log in again, or start it "
+                f"from a new shell; or {settings}")
 
 
 def hint_steps(*lines: str) -> Callable[[Desk], list[Step]]:
@@ -2322,7 +2565,7 @@ def plan_edit(step: FileStep, tool: str, desk: Desk, record: Record) -> Edit | N
     changes, note = chosen(step, text, content, entry, desk.role)
     if not changes:
         return None
-    notes = [note] if note else []
+    notes = [*step.notes, *([note] if note else [])]
     if step.command and json_comments(text):
         notes.append("OpenClaw writes its file anew, without the comments; --undo brings them back")
     stale = entry is not None and _stale(entry, text, changes)
@@ -2857,7 +3100,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow-fallback", action="store_true",
         help="OpenClaw: keep the fallbacks that are there when OCP is primary")
     add("--provider-name", metavar="NAME", type=provider_name,
-        help=f"OpenClaw: what OCP is called there (default {OPENCLAW_PROVIDER})")
+        help=f"what OCP is called among the providers of a tool (default: {OPENCLAW_PROVIDER} in "
+             "OpenClaw, OCP in Zed, else ocp)")
     add("--anthropic", action="store_true",
         help="point Claude Code and Anthropic SDKs at OCP too; not on the server's own machine")
     add("--skip-answer", action="store_true", help="make no real request at the end")
@@ -2882,7 +3126,7 @@ def port_number(text: str) -> int:
 
 
 def provider_name(text: str) -> str:
-    """A name for a provider in OpenClaw. Raises ArgumentTypeError."""
+    """A name for a provider. Raises ArgumentTypeError."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no name: small letters, digits and hyphens")
@@ -3002,8 +3246,7 @@ class Run:
         if args.anthropic:
             refuse_loop(self.machine, server)
         desk = Desk(self.machine, server, args.role, args.allow_fallback, args.anthropic,
-                    self._look, args.provider_name or self._known_provider()
-                    or OPENCLAW_PROVIDER, self._known_provider())
+                    self._look, args.provider_name or "")
         plan = make_plan(desk, self._tools(), self.record)
         self.say(show_plan(plan, self.machine, server.key, args.dry_run))
         if args.dry_run:
@@ -3066,13 +3309,6 @@ class Run:
             return decoded(read_bytes(os.path.join(self.machine.own, "key"))).strip()
         except Unsafe:
             return ""
-
-    def _known_provider(self) -> str:
-        """What OCP is called in OpenClaw since the last time, empty if nothing is known."""
-        paths = [done.path for entry in self.record.files.values() if entry.tool == "openclaw"
-                 for done in entry.done]
-        return next((path[2] for path in paths if path[:2] == _OPENCLAW_PROVIDERS
-                     and len(path) == 3), "")
 
     def _current_models(self, url: str) -> tuple[Model, ...]:
         """The models of the file beside this script, if the server runs here too, else those that

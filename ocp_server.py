@@ -7787,7 +7787,7 @@ class Program(NamedTuple):
 
 
 INSTALL_ADVICE = (
-    "install it on the server with `npm install -g @anthropic-ai/claude-code`, "
+    "install it on the server with `npm install -g @anthropic-ai/claude-code@latest`, "
     "or name it in CLAUDE_BIN"
 )
 _USUAL_PLACES = (

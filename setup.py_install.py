@@ -1346,7 +1346,7 @@ def claude_advice(install: Installation, host: Host, problem: str) -> list[str]:
     sudo = "sudo " if install.account else ""
     return [
         f"claude cannot be used yet: {problem}",
-        f"  install it:      {sudo}npm install -g @anthropic-ai/claude-code",
+        f"  install it:      {sudo}npm install -g @anthropic-ai/claude-code@latest",
         f"  then log in:     {who}claude auth login",
         *_headless_login(install, host),
     ]

@@ -119,6 +119,55 @@ def test_a_program_answers_with_only_what_was_written(desk: ConnectDesk, tool: s
     assert "[ERROR]" not in ran.stderr
 
 
+#: A provider of the user's own that has OCP's name, and leads where nobody answers.
+TAKEN = {
+    "codex": (".codex/config.toml",
+              '[model_providers.ocp]\nname = "mine"\nbase_url = "http://127.0.0.1:9/v1"\n'),
+    "opencode": (".config/opencode/opencode.json",
+                 '{"provider": {"ocp": {"options": {"baseURL": "http://127.0.0.1:9/v1"}}}}\n'),
+}
+
+
+@pytest.mark.parametrize("tool", sorted(TAKEN))
+def test_a_program_finds_ocp_beside_a_provider_of_the_same_name(
+    desk: ConnectDesk, tool: str
+) -> None:
+    programs, command, env = CASES[tool]
+    desk.install(*programs)
+    path = desk.home / TAKEN[tool][0]
+    path.parent.mkdir(parents=True)
+    path.write_text(TAKEN[tool][1])
+
+    said = desk.connect("--only", tool).stdout
+    ran = desk.run(*command, **env)
+
+    assert "OCP is called ocp-2" in said and "http://127.0.0.1:9/v1" in path.read_text()
+    assert ran.code == 0 and ANSWER in ran.stdout, ran
+
+
+#: Of a model that it does not know, Codex believes no more than this, and keeps a twentieth of it.
+CODEX_MOST_TOKENS = 272_000
+
+
+@pytest.mark.parametrize("family", ["sonnet", "haiku"])
+def test_codex_takes_the_window_of_the_model(desk: ConnectDesk, family: str) -> None:
+    desk.install(*CASES["codex"][0])
+    reply = desk.server.call("GET", "/v1/models", headers={"Authorization": f"Bearer {KEY}"})
+    row = next(row for row in reply.json()["data"] if family in row["id"])
+    window = row["context_window"]
+    said = desk.connect("--only", "codex").stdout
+    # The default model is a Sonnet; another is named as the hint says.
+    more = ("-c", f"model_context_window={window}", "-m", row["id"]) if family == "haiku" else ()
+    assert more or f"-c model_context_window={window} -m {row['id']}" in said
+
+    ran = desk.run(*CASES["codex"][1], *more)
+
+    assert ran.code == 0, ran
+    (log,) = (desk.home / ".codex/sessions").rglob("rollout-*.jsonl")
+    used = min(window, CODEX_MOST_TOKENS) * 95 // 100
+    assert f'"model_context_window":{used}' in log.read_text().replace(" ", "")
+
+
 @pytest.mark.parametrize("tool", sorted(CASES))
 def test_undo_leaves_nothing_of_ours_behind(desk: ConnectDesk, tool: str) -> None:
     desk.install(*CASES[tool][0])

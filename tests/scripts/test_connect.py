@@ -5,6 +5,7 @@ import json
 import os
 import plistlib
 import random
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_a_users_file_keeps_all_its_lines_and_comes_back_byte_for_byte(
 
     after = path.read_bytes().decode()
     assert not plan.by_hand and after != text and lines_stay(text, after)
-    if shape == "CRLF":
+    if shape == "CRLF" and tool != "shell":
         assert after.count("\n") == after.count("\r\n")
     home.undo()
     assert home.files() == {CASES[tool].path: text.encode()}
@@ -311,6 +312,8 @@ def test_a_key_of_any_characters_is_neither_shown_nor_left_readable(
     server, home = SERVER._replace(key=key), Home(tmp_path / "home", platform)
     home.put("bin/launchctl", "#!/bin/sh\n").chmod(0o755)
     (home.folder / ".config/fish").mkdir(parents=True)
+    (home.folder / connect.nushell_folder(home.machine)).mkdir(parents=True)
+    home.put(".cshrc", "")
     monkeypatch.setattr("connect_home.KEY", key)
 
     plan = home.connect(*CASES, server=server)
@@ -533,6 +536,106 @@ def test_backup_makes_no_default(home: Home, tool: str) -> None:
 
 
 # ---------------------------------------------------------------------------
+# What OCP is called where providers have names
+# ---------------------------------------------------------------------------
+
+THEIRS = "http://192.0.2.99:1/v1"
+OWN_NAME = {"zed": "OCP"}
+#: A file with a provider of the user's own that has the name that OCP would take.
+TAKEN = [
+    ("opencode", CASES["opencode"].path, '{"provider": {"ocp": {"options": {"baseURL": "%s"}}}}\n'
+     % THEIRS),
+    ("opencode", CASES["opencode"].path, '{"provider": {"ocp": {/* none yet */}}}\n'),
+    ("zed", CASES["zed"].path,
+     '{"language_models": {"openai_compatible": {"OCP": {"api_url": "%s"}}}}\n' % THEIRS),
+    ("codex", CASES["codex"].path, "[model_providers.ocp]\nname = 'mine'\n"),
+    ("codex", CASES["codex"].path, '[model_providers.ocp]\nbase_url = "%s"\n' % SERVER.api),
+    ("codex", CASES["codex"].path, "[model_providers]\nocp = {name = 'x'}\n"),
+    ("codex", CASES["codex"].path, "model_providers.ocp.name = 'x'\n"),
+    ("llm", ".config/io.datasette.llm/keys.json", '{"ocp": "mine"}\n'),
+]
+
+
+def written(home: Home) -> str:
+    """All that the files of the tools hold."""
+    return "".join(content.decode() for name, content in home.files().items()
+                   if not name.startswith(".config/ocp/"))
+
+
+@pytest.mark.parametrize("tool, path, text", TAKEN)
+def test_a_provider_of_the_users_with_our_name_stays_and_we_have_another(
+    home: Home, tool: str, path: str, text: str
+) -> None:
+    file, name = home.put(path, text), OWN_NAME.get(tool, "ocp")
+
+    plan = home.connect(tool)
+
+    assert not plan.by_hand and lines_stay(text, file.read_text())
+    assert f"OCP is called {name}-2" in connect.show_plan(plan, home.machine, KEY, False)
+    if tool == "codex":
+        tables = connect.codex_providers(file.read_text())
+        assert list(tables) == ["ocp", "ocp-2"] and 'model_provider = "ocp-2"' in written(home)
+    else:
+        assert f'"{name}-2"' in file.read_text() and (
+            f"{name}-2/{SERVER.main.id}" in written(home) or '"provider": "OCP-2"' in written(home))
+    assert not home.plan(tool).edits
+    home.connect(tool, server=OTHER)
+    assert f"{name}-3" not in written(home) and OTHER.url in written(home)
+    home.undo()
+    assert home.files() == {path: text.encode()}
+
+
+@pytest.mark.parametrize("tool", ["opencode", "zed", "codex", "llm"])
+def test_a_name_that_was_asked_for_is_kept_until_another_is(home: Home, tool: str) -> None:
+    home.connect(tool, provider="plan")
+
+    assert not home.connect(tool).edits and "plan" in written(home)
+    home.connect(tool, provider="other")
+    assert "plan" not in written(home) and "other" in written(home)
+    home.undo()
+    assert home.files() == {}
+
+
+@pytest.mark.parametrize("tool, path, text", [each for each in TAKEN if THEIRS in each[2]])
+def test_a_name_that_was_asked_for_and_is_the_users_is_refused(
+    home: Home, tool: str, path: str, text: str
+) -> None:
+    home.put(path, text)
+
+    with pytest.raises(connect.Problem) as raised:
+        home.plan(tool, provider=OWN_NAME.get(tool, "ocp"))
+
+    assert raised.value.code == 2 and f"for {THEIRS}: choose another name" in str(raised.value)
+
+
+@pytest.mark.parametrize("tool", ["opencode", "zed", "codex", "llm"])
+def test_what_ocp_wrote_is_ours_without_the_record_too(home: Home, tool: str) -> None:
+    home.connect(tool)
+    before = written(home)
+    (home.folder / ".config/ocp/connect.json").unlink()
+
+    home.connect(tool)
+
+    assert written(home) == before
+
+
+@pytest.mark.parametrize("text", [
+    "", "model_context_window = 400000\n", 'model = "gpt-5"\n', 'model_provider = "mine"\n'])
+def test_codex_learns_the_window_of_the_model_that_is_chosen(home: Home, text: str) -> None:
+    path = home.put(CASES["codex"].path, text)
+
+    plan = home.connect("codex")
+
+    window = f"model_context_window = {SERVER.main.context_tokens}\n"
+    assert (window in path.read_text()) is not bool(text)
+    assert f"-c model_context_window={SERVER.main.context_tokens} " in " ".join(plan.hints)
+    home.connect("codex", role=connect.Role.PRIMARY)
+    assert window in path.read_text() and "400000" not in path.read_text()
+    home.undo()
+    assert path.read_text() == text
+
+
+# ---------------------------------------------------------------------------
 # Shells and sessions
 # ---------------------------------------------------------------------------
 
@@ -550,6 +653,21 @@ def test_the_shell_files_are_those_of_the_shells_in_use(home: Home) -> None:
     assert names_of(home, SHELL="/bin/zsh", ZDOTDIR=str(home.folder / "z")) == ["z/.zshrc"]
     home.put(".bashrc", "")
     assert names_of(home, SHELL="/usr/bin/zsh") == [".bashrc", ".zshrc"]
+
+
+def csh_names_of(home: Home, shell: str) -> list[str]:
+    machine = connect.dataclasses.replace(home.machine, environ={"PATH": "", "SHELL": shell})
+    return [os.path.relpath(path, home.folder) for path in connect.csh_files(machine)]
+
+
+def test_csh_and_tcsh_have_each_the_file_that_they_read(home: Home) -> None:
+    assert csh_names_of(home, "/bin/bash") == []
+    assert csh_names_of(home, "/bin/tcsh") == csh_names_of(home, "/bin/csh") == [".cshrc"]
+    home.put(".tcshrc", "")
+    assert csh_names_of(home, "/bin/bash") == [".tcshrc"]
+    home.put(".cshrc", "")
+    assert csh_names_of(home, "/bin/bash") == [".tcshrc", ".cshrc"]
+    assert names_of(home, SHELL="/bin/tcsh") == [], "csh reads nothing of sh's"
 
 
 def test_on_macos_the_login_file_of_bash_is_written_too(tmp_path: Path) -> None:
@@ -577,12 +695,253 @@ def test_a_shell_reads_the_key_as_it_is(home: Home, key: str) -> None:
     assert done.stdout == key
 
 
+class Started(NamedTuple):
+    """A shell, a start file of it, and how it prints a variable."""
+    shell: str
+    file: str
+    command: tuple[str, ...]
+
+
+SHELLS = {
+    "bash": Started("bash", ".bashrc", ("bash", "-ic", 'printf %s "$OPENAI_API_KEY"')),
+    "zsh": Started("zsh", ".zshrc", ("zsh", "-ic", 'printf %s "$OPENAI_API_KEY"')),
+    "sh": Started("sh", ".profile", ("sh", "-lic", 'printf %s "$OPENAI_API_KEY"')),
+    "tcsh": Started("tcsh", ".tcshrc", ("tcsh", "-c", "printenv OPENAI_API_KEY")),
+    "cshrc": Started("tcsh", ".cshrc", ("tcsh", "-c", "printenv OPENAI_API_KEY")),
+}
+#: What may stand in a start file of sh's family, and in one of csh's.
+START_FILES: dict[str, tuple[str, str]] = {
+    "plain": ("alias ll='ls -l'\n", "alias ll 'ls -l'\n"),
+    "CRLF": ("if [ 1 ]; then\r\n  :\r\nfi\r\n", "if (1) then\r\n  echo\r\nendif\r\n"),
+    "CRLF after a first line without": (
+        "# mine\nif [ 1 ]; then\r\n  :\r\nfi\r\n", "# mine\nif (1) then\r\nendif\r\n"),
+    "return at the end": ("export A=b\nreturn 0\n", "setenv A b\nexit\n"),
+    "exec of another": ("exec env A=b \"$0\" -c : \n", "exec true\n"),
+    "only for interactive shells": ("case $- in *never*) ;; *) return;; esac\n",
+                                    "if (! $?nothing) exit\n"),
+    "a line that goes on": ("alias ll='ls' \\\n", "alias ll ls \\\n"),
+    "a setting of one's own": ("export OPENAI_API_KEY=old\n", "setenv OPENAI_API_KEY old\n"),
+    "a setting, and a return in a function": (
+        "f() {\n  return 1\n}\nOPENAI_API_KEY=old\n", "set -f OPENAI_API_KEY = old\n"),
+}
+
+
+def in_shell(home: Home, name: str) -> subprocess.CompletedProcess[str]:
+    """What a new shell says that OPENAI_API_KEY is."""
+    return subprocess.run(
+        SHELLS[name].command, env={**os.environ, "HOME": str(home.folder), "TERM": "dumb"},
+        cwd=home.folder, capture_output=True, text=True, check=False, timeout=120,
+        stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+@pytest.mark.parametrize("content", sorted(START_FILES))
+@pytest.mark.parametrize("name", sorted(SHELLS))
+def test_a_new_shell_has_the_variables_whatever_its_start_file_is(
+    home: Home, name: str, content: str
+) -> None:
+    shell = SHELLS[name]
+    if not shutil.which(shell.shell):
+        pytest.skip(f"no {shell.shell}: apt-get install {shell.shell}")
+    text = START_FILES[content]["csh" in name]
+    path = home.put(shell.file, text)
+    environ = {**home.machine.environ, "SHELL": shell.shell}
+    home.machine = connect.dataclasses.replace(home.machine, environ=environ)
+
+    plan = home.connect("shell")
+
+    if content == "exec of another":
+        # Nothing is left that could print; the one that takes over has what it needs.
+        assert path.read_text().startswith("# >>> ocp >>>")
+    else:
+        assert in_shell(home, name).stdout.strip() == KEY
+    assert not plan.by_hand and not home.plan("shell").edits
+    home.undo()
+    assert home.files() == {shell.file: text.encode()}
+
+
+def start_file(home: Home, text: str) -> tuple[str, tuple[str, ...]]:
+    """A .bashrc after a run, and what the plan says about it."""
+    path = home.put(".bashrc", text)
+    plan = home.connect("shell")
+    (edit,) = (each for each in plan.edits if each.path == str(path))
+    assert all(note in connect.show_plan(plan, home.machine, KEY, False) for note in edit.notes)
+    return path.read_bytes().decode(), edit.notes
+
+
+def test_a_start_file_with_crlf_has_our_lines_first_and_with_lf(home: Home) -> None:
+    text = "# mine\r\nalias a=b\r\n"
+
+    after, notes = start_file(home, text)
+
+    assert after.endswith(f"\n{text}") and "\r" not in after[:-len(text)]
+    (note,) = notes
+    assert "CR LF" in note and f"perl -pi -e 's/\\r$//' {home.folder}/.bashrc" in note
+
+
+def test_lines_that_an_earlier_run_wrote_with_crlf_are_mended(home: Home) -> None:
+    home.connect("shell")
+    path = home.folder / ".bashrc"
+    block = path.read_text()
+    broken = "alias a=b\r\n" + block.replace("\n", "\r\n")
+    path.write_bytes(broken.encode())
+
+    home.connect("shell")
+
+    assert path.read_bytes().decode() == f"{block}alias a=b\r\n"
+
+
+def test_lines_that_are_not_read_any_more_are_moved(home: Home) -> None:
+    path = home.put(".bashrc", "alias a=b\n")
+    home.connect("shell")
+    after = path.read_text()
+    assert after.startswith("alias")
+    path.write_text(f"return\n{after}")
+
+    home.connect("shell")
+
+    assert path.read_text() == after[len("alias a=b\n"):] + "return\nalias a=b\n"
+
+
+@pytest.mark.parametrize("text, number", [
+    ("export OPENAI_API_KEY=mine\nreturn\n", 4), ("# x\r\nOPENAI_BASE_URL=http://x\r\n", 5)])
+def test_a_setting_that_wins_over_ours_is_named(home: Home, text: str, number: int) -> None:
+    after, notes = start_file(home, text)
+
+    line = after.splitlines()[number - 1]
+    variable = line.replace("export ", "").partition("=")[0]
+    assert notes[-1] == (
+        f"line {number} sets {variable} after OCP's lines, and wins: remove it there")
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/null")
+
+
+def circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("make, said", [
+    (fifo, "is not a regular file"), (device, "is not a regular file"),
+    (Path.mkdir, "cannot be read (Is a directory)"),
+    (circle, "cannot be read (Too many levels of symbolic links)")])
+@each_tool
+def test_what_is_no_file_is_left_alone_and_said(
+    home: Home, tool: str, make: Any, said: str
+) -> None:
+    path = home.folder / CASES[tool].path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make(path)
+
+    plan = home.connect(tool)
+
+    (found,) = plan.by_hand
+    assert found.path == str(path) and found.reason == said and found.snippet
+
+
+@pytest.mark.parametrize("zshenv", ["ZDOTDIR=~/z\n", "echo noise\nZDOTDIR=$HOME/z\n"])
+@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh: apt-get install zsh")
+def test_zsh_says_itself_where_its_start_file_is(home: Home, zshenv: str) -> None:
+    home.put(".zshenv", zshenv)
+    home.put("z/.zshrc", "alias a=b\n")
+    environ = {"PATH": os.environ["PATH"], "HOME": str(home.folder), "SHELL": "/bin/zsh"}
+    home.machine = connect.dataclasses.replace(home.machine, environ=environ)
+
+    home.connect("shell")
+
+    assert not (home.folder / ".zshrc").exists()
+    assert in_shell(home, "zsh").stdout.split()[-1] == KEY
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo", "echo =relative", "sleep 600 & wait"])
+def test_a_zsh_that_does_not_say_it_is_not_waited_for(
+    home: Home, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "ZSH_TIMEOUT_S", 0.5)
+    home.put(".zshenv", "")
+    home.put("bin/zsh", f"#!/bin/sh\n{script}\n").chmod(0o755)
+    environ = {"PATH": f"{home.folder}/bin:/usr/bin:/bin", "SHELL": "/bin/zsh"}
+    home.machine = connect.dataclasses.replace(home.machine, environ=environ)
+
+    assert connect.shell_files(home.machine) == [str(home.folder / ".zshrc")]
+
+
+def test_a_shell_that_reads_none_of_the_files_is_named(home: Home) -> None:
+    environ = {**home.machine.environ, "SHELL": "/usr/bin/elvish"}
+    home.machine = connect.dataclasses.replace(home.machine, environ=environ)
+
+    plan = home.connect("shell")
+
+    assert "elvish reads no file that is written here" in " ".join(plan.hints)
+    assert "~/.config/ocp/env.sh" in " ".join(plan.hints)
+    assert not (home.folder / ".profile").exists()
+
+
+NASTY = "it's!$HOME\\!\\a\"b`c`!!#x"
+
+
+@pytest.mark.skipif(not shutil.which("tcsh"), reason="no tcsh: apt-get install tcsh")
+def test_csh_reads_a_key_of_any_characters_as_it_is(home: Home) -> None:
+    home.put(".cshrc", "")
+
+    home.connect("shell", server=SERVER._replace(key=NASTY))
+
+    assert in_shell(home, "cshrc").stdout == f"{NASTY}\n"
+
+
+def test_nushell_has_a_file_of_its_own(home: Home) -> None:
+    (home.folder / ".config/nushell").mkdir(parents=True)
+
+    plan = home.connect("shell", server=SERVER._replace(key='a"b\\c'))
+
+    text = (home.folder / ".config/nushell/autoload/ocp.nu").read_text()
+    assert '$env.OPENAI_API_KEY = "a\\"b\\\\c"' in text.splitlines()
+    assert any("from 0.101 on" in note for edit in plan.edits for note in edit.notes)
+    home.undo()
+    assert home.files() == {}
+
+
+def test_nushell_keeps_its_settings_elsewhere_on_macos(tmp_path: Path) -> None:
+    home = Home(tmp_path / "mac", "darwin")
+    folder = "Library/Application Support/nushell"
+    (home.folder / folder).mkdir(parents=True)
+
+    assert f"{home.folder}/{folder}/autoload/ocp.nu" in [
+        edit.path for edit in home.plan("shell").edits]
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="no fish: apt-get install fish")
+def test_fish_reads_a_key_of_any_characters_as_it_is(home: Home) -> None:
+    (home.folder / ".config/fish").mkdir(parents=True)
+    home.connect("shell", server=SERVER._replace(key=NASTY))
+
+    done = subprocess.run(
+        ["fish", "-c", "printf %s $OPENAI_API_KEY"], capture_output=True, text=True, check=True,
+        env={**os.environ, "HOME": str(home.folder), "XDG_CONFIG_HOME": ""})
+
+    assert done.stdout == NASTY
+
+
 def test_fish_has_a_file_of_its_own(home: Home) -> None:
     (home.folder / ".config/fish").mkdir(parents=True)
     home.connect("shell", server=SERVER._replace(key="it's\\here"))
 
     text = (home.folder / ".config/fish/conf.d/ocp.fish").read_text()
     assert "set -gx OPENAI_API_KEY 'it\\'s\\\\here'" in text
+
+
+def test_a_setting_in_fishs_own_file_that_wins_is_named(home: Home) -> None:
+    home.put(".config/fish/config.fish", "# mine\nset -gx OPENAI_API_KEY mine\n")
+
+    plan = home.connect("shell")
+
+    notes = [note for edit in plan.edits for note in edit.notes]
+    assert notes == ["line 2 of config.fish sets OPENAI_API_KEY after OCP's lines, and wins: "
+                     "remove it there"]
 
 
 def test_systemd_hands_the_variables_to_the_desktop(tmp_path: Path) -> None:
@@ -688,12 +1047,12 @@ UNSAFE = [
     ("continue", "models: one\n"), ("continue", '"a\n b": 1\n'),
     ("llm", "a: 1\n"), ("llm", "[]\n"),
     ("codex", 'a = """\n'), ("codex", "a = [1\n"), ("codex", "a = 1\na = 2\n"),
-    ("codex", "[model_providers.ocp]\nname = 'mine'\n"), ("codex", "nonsense\n"),
-    ("codex", "[model_providers]\nocp = {name = 'x'}\n"), ("codex", "model_providers = {}\n"),
-    ("codex", "model_providers.ocp.name = 'x'\n"), ("aider", "- a\n"), ("continue", "- a\n"),
+    ("codex", "nonsense\n"), ("codex", "model_providers = {}\n"), ("aider", "- a\n"),
+    ("continue", "- a\n"),
     ("aider", "a: |\n  b"), ("llm", "- a: >-\n    b"),
     ("opencode", '{"a": 1, "a": 2}'), ("opencode", "[]"), ("opencode", '{"provider": 1}'),
-    ("opencode", '{"a": 1 "b": 2}'), ("opencode", '{"provider": {"ocp": {/* mine */}}}'),
+    ("opencode", '{"a": 1 "b": 2}'),
+    ("opencode", '{"provider": {"ocp": {"options": {"baseURL": "%s", /* mine */}}}}' % SERVER.api),
 ]
 
 

@@ -292,15 +292,22 @@ def test_what_was_written_in_between_stays_on_a_second_run(either: Lab) -> None:
         "plugins": {"entries": {"x": {"enabled": True}}}}
 
 
-def test_the_rows_of_somebody_elses_provider_are_not_ours(either: Lab) -> None:
-    rows = [{"id": "gpt", "name": "Theirs"}]
-    before = either.has({"models": {"providers": {"claude-local": {
-        "baseUrl": "http://192.0.2.99:1/v1", "models": rows}}}})
+def test_a_provider_of_the_users_with_our_name_stays(either: Lab) -> None:
+    entry = {"baseUrl": "http://192.0.2.99:1/v1", "models": [{"id": "gpt", "name": "Theirs"}]}
+    secret = {"source": "env", "name": "MINE"}
+    before = either.has({"models": {"providers": {"claude-local": entry}},
+                         "secrets": {"providers": {"ocp": secret}}})
 
-    either.connect("openclaw")
+    plan = either.connect("openclaw", role=connect.Role.PRIMARY)
 
-    ids = [row["id"] for row in either.providers()["claude-local"]["models"]]
-    assert ids == [model.id for model in MODELS]
+    config, ours = either.config(), either.providers()["claude-local-2"]
+    assert either.providers()["claude-local"] == entry
+    assert config["secrets"]["providers"]["ocp"] == secret
+    assert [row["id"] for row in ours["models"]] == [model.id for model in MODELS]
+    assert ours["apiKey"]["provider"] == "ocp-2" in config["secrets"]["providers"]
+    assert config["agents"]["defaults"]["model"]["primary"].startswith("claude-local-2/")
+    assert "OCP is called claude-local-2" in connect.show_plan(plan, either.machine, KEY, False)
+    assert not either.connect("openclaw").edits
     either.undo()
     assert either.file.read_bytes() == before
 
@@ -525,7 +532,8 @@ def test_a_name_that_somebody_else_has_is_refused(
                      "--provider-name", "taken")
 
     assert ran.code == 2 and "choose another name with --provider-name" in ran.stderr
-    assert str(entry.get("baseUrl", "OpenClaw's own")) in ran.stderr
+    assert f"taken of your own already{', for ' * ('baseUrl' in entry)}" in ran.stderr
+    assert entry.get("baseUrl", "") in ran.stderr
     assert either.file.read_bytes() == before and not (either.folder / ".config").exists()
 
 

@@ -380,6 +380,27 @@ def test_what_the_server_says_is_judged(
     assert not kind or answer["next_action"]["kind"] == kind
 
 
+@pytest.mark.parametrize("node, claude, level, said", [
+    ("v20.20.2", "2.1.197", "WARN", "claude 2.1.197 is old: under Node 20.20.2"),
+    ("v18.19.0", "2.1.197", "WARN", "npm installs no newer one"),
+    ("v20.20.2", "2.1.198", "PASS", "only by @latest"), ("v20.20.2", None, "PASS", "@latest"),
+    ("v22.0.0", "2.1.197", "PASS", "Node 22.0.0"), ("v24.11.1", "2.1.329", "PASS", "Node 24.11.1"),
+    ("", "2.1.197", "INFO", "no Node"), ("nonsense", "2.1.197", "INFO", "no Node")])
+def test_a_node_under_which_npm_installs_an_old_claude_is_named(
+    healthy: Manager, node: str, claude: str | None, level: str, said: str
+) -> None:
+    healthy.programs.add("node", f"echo '{node}'" if node else "exit 127")
+    healthy.programs.add("claude", "exit 1")
+    healthy.server.answers["GET /health"] = (
+        200, {**HEALTH, "version": VERSION, "claudeVersion": claude})
+
+    answer = examined(healthy)
+
+    assert answer["levels"]["node"] == level and said in answer["messages"]["node"]
+    assert level != "WARN" or answer["next_action"]["ai_executable"] == [
+        "npm install -g @anthropic-ai/claude-code@latest"]
+
+
 def test_files_that_others_may_read_are_named_with_their_fix(healthy: Manager) -> None:
     key = healthy.home / ".ocp" / "admin-key"
     key.chmod(0o644)
