@@ -2913,7 +2913,7 @@ class Fields:
         `zero` has no meaning of its own."""
         if self.value(name) == -1 or (not zero and self.value(name) == 0):
             return None
-        return self.integer(name, 0)
+        return self.integer(name, 0 if zero else 1)
 
     def top_k(self) -> int | None:
         """How many of the likeliest tokens to choose among; 0 and -1 are all of them."""
@@ -4379,12 +4379,15 @@ class MessagesDialect(Dialect):
 
     def usage(self, usage: Usage) -> Json:
         """The usage object."""
+        thinking = usage.reasoning_tokens
+        details: Json = {"output_tokens_details": {"thinking_tokens": thinking}}
         return {
             "input_tokens": usage.input_tokens,
             "cache_creation_input_tokens": usage.cache_write_tokens,
             "cache_read_input_tokens": usage.cache_read_tokens,
             "output_tokens": usage.output_tokens,
             **usage.tables,
+            **(details if thinking is not None else {}),
         }
 
     def details(self, stop_details: Json | None) -> Json:
@@ -5500,7 +5503,7 @@ def _count(usage: Json, name: str) -> int:
 
 
 #: Tables in the API's usage object that Anthropic's clients get as they are.
-_USAGE_TABLES = ("cache_creation", "output_tokens_details", "server_tool_use")
+_USAGE_TABLES = ("cache_creation", "server_tool_use")
 
 
 def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
