@@ -282,13 +282,6 @@ def test_parameters_reach_the_api_as_the_model_takes_them(
     assert answer.headers["X-OCP-Ignored-Params"] == case.ignored
 
 
-@pytest.mark.parametrize("model", [MODEL, BUDGET_MODEL])
-def test_top_p_alone_arrives_with_no_temperature_but_the_default(rig: Rig, model: str) -> None:
-    rig.ask(model=model, top_p=0.5)
-    body = rig.only_body()
-    assert (body["top_p"], body.get("temperature", 1)) == (0.5, 1)
-
-
 @pytest.mark.parametrize(("model", "fields"), [
     (BUDGET_MODEL, {"max_tokens": 3000, "reasoning_effort": "high"}),
     (BUDGET_MODEL, {"max_tokens": 100}),
