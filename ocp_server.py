@@ -3785,8 +3785,9 @@ class ChatDialect(Dialect):
                 raise Unsupported("modalities: answers are text only.", param="modalities")
 
     def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
+        limit, older_limit = fields.limit("max_completion_tokens"), fields.limit("max_tokens")
         return Wanted(
-            max_tokens=fields.limit("max_completion_tokens") or fields.limit("max_tokens"),
+            max_tokens=limit or older_limit,
             stop_sequences=stop_sequences(fields, "stop"),
             temperature=fields.tuning("temperature", 2),
             top_p=fields.tuning("top_p", 1),

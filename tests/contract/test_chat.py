@@ -382,7 +382,7 @@ def test_a_refusal_before_the_first_word_is_an_answer(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("named", "wanted"), [
     ("haiku", "claude-haiku-4-5-20251001"),
-    ("claude-opus-4-1", "claude-opus-4-1"),
+    ("claude-opus-4-1", "claude-opus-4-1-20250805"),
     ("claude-opus-4-20250514", "claude-opus-4-20250514"),
     ("claude-next-9-20300101", "claude-next-9-20300101")])
 def test_the_api_is_asked_for_the_model_that_was_named(

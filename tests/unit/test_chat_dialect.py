@@ -273,6 +273,12 @@ def test_a_limit_that_is_none_leaves_room_for_the_older_one() -> None:
     assert turn(max_completion_tokens=-1, max_tokens=50).options.max_tokens == 50
 
 
+def test_of_two_limits_the_newer_one_counts_and_neither_is_named() -> None:
+    found = turn(max_completion_tokens=78, max_tokens=5)
+
+    assert (found.options.max_tokens, found.ignored) == (78, ())
+
+
 @pytest.mark.parametrize(
     ("fields", "tokens", "ignored"),
     [
