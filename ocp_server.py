@@ -53,6 +53,7 @@ if sys.version_info < (3, 9):
 import argparse
 import base64
 import binascii
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -1147,7 +1148,9 @@ class Log:
 # ==== 5. Models ==============================================================
 # models.json beside this file is the source; BUILTIN_MODELS is the same, so that this file works
 # when copied alone (a test holds the two equal). A model says what its API takes: whether it
-# accepts sampling parameters, how it thinks, and which levels of effort it knows.
+# accepts sampling parameters, how it thinks, and which levels of effort it knows. Older models
+# are served by their names and listed nowhere. A name is compared in one spelling; one without a
+# row gets the facts of the row that its family and version are nearest to.
 
 BUILTIN_MODELS: Json = {
     "version": 1,
@@ -1173,8 +1176,8 @@ BUILTIN_MODELS: Json = {
         {
             "id": "claude-opus-4-6", "displayName": "Claude Opus 4.6",
             "openclawName": "Claude Opus 4.6 (via CLI)", "reasoning": True,
-            "contextWindow": 200000, "maxTokens": 64000, "thinking": "adaptive",
-            "sampling": True, "efforts": ["low", "medium", "high", "max"],
+            "contextWindow": 200000, "longContext": True, "maxTokens": 64000,
+            "thinking": "adaptive", "sampling": True, "efforts": ["low", "medium", "high", "max"],
         },
         {
             "id": "claude-sonnet-5", "displayName": "Claude Sonnet 5",
@@ -1185,14 +1188,46 @@ BUILTIN_MODELS: Json = {
         {
             "id": "claude-sonnet-4-6", "displayName": "Claude Sonnet 4.6",
             "openclawName": "Claude Sonnet 4.6 (via CLI)", "reasoning": True,
-            "contextWindow": 200000, "maxTokens": 32000, "thinking": "adaptive",
-            "sampling": True, "efforts": ["low", "medium", "high", "max"],
+            "contextWindow": 200000, "longContext": True, "maxTokens": 32000,
+            "thinking": "adaptive", "sampling": True, "efforts": ["low", "medium", "high", "max"],
         },
         {
             "id": "claude-haiku-4-5-20251001", "displayName": "Claude Haiku 4.5",
             "openclawName": "Claude Haiku 4.5 (via CLI)", "reasoning": False,
             "contextWindow": 200000, "maxTokens": 32000, "thinking": "budget",
             "sampling": True, "efforts": [],
+        },
+    ],
+    "olderModels": [
+        {
+            "id": "claude-opus-4-5-20251101", "displayName": "Claude Opus 4.5",
+            "openclawName": "Claude Opus 4.5 (via CLI)", "reasoning": False,
+            "contextWindow": 200000, "maxTokens": 32000, "thinking": "budget",
+            "sampling": True, "efforts": ["low", "medium", "high"],
+        },
+        {
+            "id": "claude-opus-4-1-20250805", "displayName": "Claude Opus 4.1",
+            "openclawName": "Claude Opus 4.1 (via CLI)", "reasoning": False,
+            "contextWindow": 200000, "maxTokens": 32000, "thinking": "budget",
+            "sampling": True, "efforts": [],
+        },
+        {
+            "id": "claude-opus-4-20250514", "displayName": "Claude Opus 4",
+            "openclawName": "Claude Opus 4 (via CLI)", "reasoning": False,
+            "contextWindow": 200000, "maxTokens": 32000, "thinking": "budget",
+            "sampling": True, "efforts": [],
+        },
+        {
+            "id": "claude-sonnet-4-5-20250929", "displayName": "Claude Sonnet 4.5",
+            "openclawName": "Claude Sonnet 4.5 (via CLI)", "reasoning": False,
+            "contextWindow": 200000, "longContext": True, "maxTokens": 32000,
+            "thinking": "budget", "sampling": True, "efforts": [],
+        },
+        {
+            "id": "claude-sonnet-4-20250514", "displayName": "Claude Sonnet 4",
+            "openclawName": "Claude Sonnet 4 (via CLI)", "reasoning": False,
+            "contextWindow": 200000, "longContext": True, "maxTokens": 32000,
+            "thinking": "budget", "sampling": True, "efforts": [],
         },
     ],
     "aliases": {
@@ -1223,8 +1258,19 @@ class Model(NamedTuple):
     sampling: bool
     #: Levels of effort, least first; empty = it knows none.
     efforts: tuple[str, ...]
-    #: False for a name that models.json does not list.
+    #: Whether claude takes it with a window of LONG_CONTEXT_TOKENS too, when asked to.
+    long_context: bool = False
+    #: Whether it is one of those that clients are told about.
+    listed: bool = True
+    #: False for a name that models.json does not have.
     known: bool = True
+    #: The name that claude is started with: the id, or more exact than it.
+    argument: str = ""
+
+    @property
+    def lineage(self) -> tuple[str, tuple[int, ...]]:
+        """Family and version as the id tells them."""
+        return lineage_of(self.id)
 
 
 _THINKING = ("adaptive", "budget")
@@ -1236,7 +1282,7 @@ _MODEL_FIELDS: tuple[tuple[str, type], ...] = (
 )
 
 
-def _model(row: Json) -> Model:
+def _model(row: Json, *, listed: bool) -> Model:
     """The model of a row. Raises ValueError, KeyError, TypeError."""
     for name, kind in _MODEL_FIELDS:
         if type(row[name]) is not kind:
@@ -1252,7 +1298,51 @@ def _model(row: Json) -> Model:
         thinking=row["thinking"],
         sampling=row["sampling"],
         efforts=tuple(row["efforts"]),
+        long_context=row.get("longContext") is True,
+        listed=listed,
+        argument=row["id"],
     )
+
+
+#: How claude is told to give a model its long window, and how long that is.
+LONG_CONTEXT_SUFFIX = "[1m]"
+LONG_CONTEXT_TOKENS = 1_000_000
+
+_FAMILIES = "opus|sonnet|haiku|fable|mythos"
+#: From this major version on a name says its family before its version.
+_FAMILY_FIRST_SINCE = 4
+_DATE = re.compile(r"-\d{8}$")
+#: What leads to the one spelling of a name, in this order: what providers put around it
+#: (us.anthropic.X-v1:0, X@20250929, X-latest), separators, and names such as "sonnet-4-6" and
+#: "claude-4-5-sonnet".
+_SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^.*/", ""),
+        (r"^(?:[a-z-]+\.)?anthropic\.", ""),
+        (r"-v\d+(?::\d+)?$", ""),
+        (r"[\s_.@]+", "-"),
+        (r"-(?:latest|default)$", ""),
+        (rf"^(?=(?:{_FAMILIES})-\d)", "claude-"),
+        (rf"^claude-([{_FAMILY_FIRST_SINCE}-9](?:-\d\d?)?)-({_FAMILIES})\b", r"claude-\2-\1"),
+    )
+)
+
+
+def spelled(name: str) -> str:
+    """Return a model's name in the one spelling in which names are compared."""
+    text = name.strip().lower()
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def lineage_of(model_id: str) -> tuple[str, tuple[int, ...]]:
+    """Return the family and the version in an id; empty where it tells none."""
+    words = _DATE.sub("", model_id).split("-")[1:]
+    version = tuple(int(word) for word in words if re.fullmatch(r"\d{1,2}", word))
+    family = next((word for word in words if word.isalpha()), "")
+    return family, version
 
 
 class Models:
@@ -1261,37 +1351,91 @@ class Models:
     def __init__(self, source: Json) -> None:
         """`source` has the shape of models.json. Raises ValueError, KeyError or TypeError if it
         does not."""
-        self._by_id = {row["id"]: _model(row) for row in source["models"]}
+        listed = [_model(row, listed=True) for row in source["models"]]
+        older = [_model(row, listed=False) for row in source.get("olderModels", ())]
+        self._by_id = {model.id: model for model in (*listed, *older)}
         self._aliases: dict[str, str] = {**source["legacyAliases"], **source["aliases"]}
         lost = [name for name, model_id in self._aliases.items() if model_id not in self._by_id]
-        if lost or not self._by_id:
+        if lost or not listed:
             raise ValueError(f"aliases without a model: {lost}" if lost else "no models")
+        self._ids: dict[str, str] = {}
+        for model_id in self._by_id:
+            undated = _DATE.sub("", model_id)
+            major_only = len(lineage_of(model_id)[1]) == 1
+            for name in (model_id, undated, undated + "-0" if major_only else undated):
+                self._ids[spelled(name)] = model_id
+        self._ids.update((spelled(name), model_id) for name, model_id in self._aliases.items())
 
     def all(self) -> list[Model]:
-        """Every listed model, in the file's order, which is newest first."""
+        """Every model, in the file's order, which is newest first; the older ones last."""
         return list(self._by_id.values())
 
     def names(self) -> list[str]:
-        """Every name that `find` knows."""
-        return [*self._by_id, *self._aliases]
+        """Every name that clients are told about."""
+        return [*(model.id for model in self.all() if model.listed), *self._aliases]
 
-    def find(self, name: str) -> Model:
-        """The model of this name or alias.
+    def find(self, name: str, *, long_context: bool = False) -> Model:
+        """Return the model of this name or alias, however it is spelled.
 
-        An unlisted name that starts with "claude-" is believed to be a new model, one that
-        behaves as the newest do. Raises UnknownModel for any other.
+        An unlisted name that starts with "claude-" is believed to be a model that behaves as the
+        nearest of its family does. The suffix [1m] asks for the long window, and so does
+        `long_context` of a model that has one. Raises UnknownModel for any other name.
         """
-        model = self._by_id.get(self._aliases.get(name, name))
-        if model is not None:
+        text = name.strip().lower()
+        wants_long = text.endswith(LONG_CONTEXT_SUFFIX)
+        model = self._found(spelled(text[: -len(LONG_CONTEXT_SUFFIX)] if wants_long else text))
+        if model is None:
+            raise UnknownModel(
+                f"There is no model {one_line(name, 80)!r} here. "
+                f"Use one of: {', '.join(self.names())}.",
+                param="model",
+            )
+        if not (wants_long or (long_context and model.long_context)):
             return model
-        if re.fullmatch(r"claude-[A-Za-z0-9][A-Za-z0-9.\-_@\[\]]{0,99}", name):
-            newest = next(iter(self._by_id.values()))
-            return newest._replace(id=name, display_name=name, known=False)
-        raise UnknownModel(
-            f"There is no model {one_line(name, 80)!r} here. "
-            f"Use one of: {', '.join(self.names())}.",
-            param="model",
+        if model.context_window >= LONG_CONTEXT_TOKENS and model.known:
+            return model
+        return model._replace(
+            context_window=LONG_CONTEXT_TOKENS, argument=model.argument + LONG_CONTEXT_SUFFIX
         )
+
+    def same(self, names: Iterable[str]) -> set[str]:
+        """Return the ids of the models that these names stand for now."""
+        found = ((name, self._found(spelled(name))) for name in names)
+        return {name if model is None else model.id for name, model in found}
+
+    def _found(self, name: str) -> Model | None:
+        """The model of a name in its one spelling."""
+        model_id = self._ids.get(name)
+        if model_id is not None:
+            return self._by_id[model_id]
+        dated = self._by_id.get(self._ids.get(_DATE.sub("", name), ""))
+        if dated is not None:
+            # A model whose own id has no date has no versions by date either.
+            other = _DATE.search(dated.id) is not None
+            return dated._replace(argument=name, known=False) if other else dated
+        if re.fullmatch(r"claude-[a-z0-9][a-z0-9.\-]{0,99}", name):
+            like = self._nearest(*lineage_of(name))
+            return like._replace(
+                id=name, argument=name, display_name=name, known=False, listed=False
+            )
+        return None
+
+    def _nearest(self, family: str, version: tuple[int, ...]) -> Model:
+        """The model that one of this family and version is most like: the newest one of its
+        family that is not newer. What is of a newer generation than its family has yet, and what
+        has no family here, is like the newest model there is; what is older, like the oldest."""
+        rows = sorted(
+            (model for model in self.all() if model.lineage[1]), key=lambda model: model.lineage[1]
+        )
+        newest = self.all()[0]
+        generation = newest.lineage[1][:1]
+        kin = [model for model in rows if model.lineage[0] == family]
+        if not version or (not kin and version >= (_FAMILY_FIRST_SINCE,)):
+            return newest
+        if kin and kin[-1].lineage[1] < version and kin[-1].lineage[1] < generation <= version:
+            return newest
+        older = [model for model in kin if model.lineage[1] <= version]
+        return (older[-1:] or kin[:1] or rows[:1] or [newest])[0]
 
 
 def load_models(folder: str) -> Models:
@@ -1376,10 +1520,15 @@ class Shape(NamedTuple):
     exact: Json | None = None
 
 
+#: So many stop sequences the API is given.
+_STOPS_MOST = 16
+
+
 class Options(NamedTuple):
     """What the client asked of the API, cut down to what the model takes.
 
-    None and empty mean: claude's own default.
+    None and empty mean: claude's own default. With 0 for `max_tokens` the prompt is read, and
+    the answer ends before it begins.
     """
 
     max_tokens: int | None = None
@@ -1389,6 +1538,18 @@ class Options(NamedTuple):
     effort: str | None = None
     #: None = the model's default, 0 = no thinking, else a budget in tokens.
     thinking_tokens: int | None = None
+    #: Whether the text of the thinking is to be left out of the answer.
+    hides_thinking: bool = False
+
+    @property
+    def sent_stops(self) -> tuple[str, ...]:
+        """The stop sequences that the API takes: not too many, and none of white space only."""
+        return tuple(text for text in self.stop_sequences if text.strip())[:_STOPS_MOST]
+
+    @property
+    def own_stops(self) -> tuple[str, ...]:
+        """The others, at which the answer is ended here."""
+        return tuple(text for text in self.stop_sequences if text not in self.sent_stops)
 
 
 class Turn(NamedTuple):
@@ -1417,6 +1578,14 @@ class Turn(NamedTuple):
     #: What the dialect needs again to render the answer; nobody else looks inside.
     wire: Mapping[str, Any] = MappingProxyType({})
 
+    @property
+    def offered(self) -> tuple[tuple[Tool, ...], ToolChoice]:
+        """The tools that the model is told of, and the choice among them. An answer that has to
+        fit a shape is a tool call to the model: "none" would forbid that too."""
+        if self.shape is not None and self.tool_choice.kind == "none":
+            return (), ToolChoice()
+        return self.tools, self.tool_choice
+
     def choice(self, index: int) -> Turn:
         """The turn of one of several answers."""
         return self._replace(messages=self.others[index - 1]) if index and self.others else self
@@ -1431,6 +1600,8 @@ class Usage(NamedTuple):
     cache_write_tokens: int = 0
     #: None = not known.
     reasoning_tokens: int | None = None
+    #: The API's own tables of counts, as it gives them: by time in the cache, by server tool.
+    tables: Mapping[str, Json] = MappingProxyType({})
 
     @property
     def prompt_tokens(self) -> int:
@@ -1482,6 +1653,8 @@ class Finished(NamedTuple):
     stop_reason: str
     stop_sequence: str | None
     usage: Usage
+    #: What the API says about a refusal.
+    stop_details: Json | None = None
 
 
 class Tick(NamedTuple):
@@ -1505,6 +1678,7 @@ class Answer(NamedTuple):
     stop_reason: str
     stop_sequence: str | None
     usage: Usage
+    stop_details: Json | None = None
 
     def joined(self, kind: str) -> str:
         """The "text" or the "thinking" of all blocks."""
@@ -1571,6 +1745,7 @@ class AnswerBuilder:
             stop_reason=finished.stop_reason,
             stop_sequence=finished.stop_sequence,
             usage=finished.usage,
+            stop_details=finished.stop_details,
         )
 
     def _block(self, index: int, block: Block, whole: bool) -> Block | None:
@@ -1586,6 +1761,71 @@ class AnswerBuilder:
             if (index, kind) in self._pieces:
                 filled[field] = "".join(self._pieces[index, kind])
         return filled
+
+
+class Bounds:
+    """Ends an answer where the client wants it to end and the API cannot be told: at own stop
+    texts, or before it begins. Leaves the text of thinking out where that is not wanted."""
+
+    def __init__(self, options: Options, shape: Shape | None) -> None:
+        # What stands in the strings of a JSON answer is no text that could stop it.
+        self._stops = options.own_stops if shape is None else ()
+        self._empty = options.max_tokens == 0
+        self._hides_thinking = options.hides_thinking
+        #: The beginning of a block that nothing has followed yet: its process may be dead.
+        self._begun: list[Event] = []
+        #: The end of the text so far that may be the beginning of a stop text.
+        self._held = ""
+        #: Whether the answer was ended here, while claude goes on.
+        self.ended = False
+
+    def events(self, event: Event) -> list[Event]:
+        """Return what the client gets of this event, and of what was held back before it."""
+        if isinstance(event, Tick):
+            return [event]
+        if self._empty and isinstance(event, BlockStarted):
+            return self._end("max_tokens", None)
+        begun, self._begun = self._begun, []
+        if isinstance(event, BlockStarted):
+            self._begun = [event]
+            return begun
+        if isinstance(event, Restarted):
+            self._held = ""
+            return [event]
+        return [*begun, *self._followed(event)]
+
+    def _followed(self, event: Event) -> list[Event]:
+        if isinstance(event, Delta) and event.kind == "thinking" and self._hides_thinking:
+            return [event._replace(text="")]
+        if isinstance(event, Delta) and event.kind == "text" and self._stops:
+            return self._text(event)
+        if isinstance(event, BlockStopped) and self._held:
+            held, self._held = self._held, ""
+            return [Delta(event.block_index, "text", held), event]
+        return [event]
+
+    def _text(self, event: Delta) -> list[Event]:
+        text = self._held + event.text
+        ends = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
+        if ends:
+            # The one that is complete first; of two, the longer one.
+            end, stop = min(ends, key=lambda found: (found[0], -len(found[1])))
+            told = text[: end - len(stop)]
+            before: list[Event] = [event._replace(text=told)] if told else []
+            return [*before, BlockStopped(event.block_index), *self._end("stop_sequence", stop)]
+        longest = min(len(text), max(map(len, self._stops)) - 1)
+        starts = (size for size in range(longest, 0, -1) if self._begins(text[-size:]))
+        kept = next(starts, 0)
+        self._held = text[len(text) - kept:]
+        given = text[: len(text) - kept]
+        return [event._replace(text=given)] if given else []
+
+    def _begins(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stops)
+
+    def _end(self, reason: str, stop: str | None) -> list[Event]:
+        self.ended = True
+        return [Finished(reason, stop, NO_USAGE)]
 
 
 #: The pieces in which a stored answer is told again.
@@ -1605,7 +1845,9 @@ def replayed(answer: Answer) -> Iterator[Event]:
             for start in range(0, len(text), step):
                 yield Delta(index, kind, text[start: start + step])
         yield BlockStopped(index)
-    yield Finished(answer.stop_reason, answer.stop_sequence, answer.usage)
+    yield Finished(
+        answer.stop_reason, answer.stop_sequence, answer.usage, answer.stop_details
+    )
 
 
 #: Blocks with data that is no text.
@@ -2185,15 +2427,19 @@ class Keys:
 _NEEDS_KEY = "This server wants its key: send it as `Authorization: Bearer KEY` or `x-api-key`."
 
 
-def presented_key(headers: Headers) -> str:
-    """The key in `Authorization: Bearer` (in any case) or `x-api-key`, or an empty string."""
-    scheme, _, key = headers.get("Authorization", "").strip().partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        key = headers.get("x-api-key", "")
-    # The parser takes headers for Latin-1; what programs send today is UTF-8.
+def presented_keys(headers: Headers) -> list[str]:
+    """The keys in `Authorization: Bearer` (in any case) and `x-api-key`; clients put one of
+    another service's beside ours. An empty one if there is none."""
+    scheme, _, bearer = headers.get("Authorization", "").strip().partition(" ")
+    given = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    return [_as_utf8(key).strip() for key in given if key.strip()] or [""]
+
+
+def _as_utf8(text: str) -> str:
+    """A header as it was meant: the parser takes it for Latin-1, and it is UTF-8 today."""
     with contextlib.suppress(UnicodeError):
-        key = key.encode("latin-1").decode("utf-8")
-    return key.strip()
+        return text.encode("latin-1").decode("utf-8")
+    return text
 
 
 def same_secret(given: str, wanted: str) -> bool:
@@ -2223,13 +2469,27 @@ def admit(config: Config, keys: Keys, access: Access, headers: Headers, peer: st
         if access is Access.ADMIN and not is_local:
             raise Forbidden("This route is served to the machine itself only.")
         return Caller("local" if is_loopback(peer) else "remote", is_admin=is_local)
-    caller = _holder(config, keys, presented_key(headers))
+    caller = _presenter(config, keys, headers, access)
     if access is Access.ADMIN and not caller.is_admin:
         raise Forbidden(
             "This route wants the admin key: OCP_ADMIN_KEY of the server, or what is in its file "
             "admin-key."
         )
     return caller
+
+
+def _presenter(config: Config, keys: Keys, headers: Headers, access: Access) -> Caller:
+    """Who holds one of the keys of a request. Raises Unauthorized when all are wrong."""
+    found: list[Caller] = []
+    failures: list[Unauthorized] = []
+    for key in presented_keys(headers):
+        try:
+            found.append(_holder(config, keys, key))
+        except Unauthorized as failure:
+            failures.append(failure)
+    if not found:
+        raise failures[0]
+    return next((c for c in found if c.is_admin and access is Access.ADMIN), found[0])
 
 
 def _holder(config: Config, keys: Keys, key: str) -> Caller:
@@ -3699,6 +3959,14 @@ class Parsing(NamedTuple):
     session: Callable[[str, str], list[Message]]
     #: Whether the prompt is only counted: then it may end with an answer.
     counted: bool = False
+    #: Whether the long window is asked for beside the body.
+    long_context: bool = False
+
+    def model(self, fields: Fields) -> tuple[str, Model]:
+        """Return the model that a request names, or the default one: the name as the client
+        writes it, and what it stands for. Raises UnknownModel."""
+        name = fields.text("model") or self.default_model
+        return name, self.models.find(name, long_context=self.long_context)
 
 
 class Fields:
@@ -3708,7 +3976,7 @@ class Fields:
     field's full path as `param` when the type is another.
     """
 
-    __slots__ = ("object", "path")
+    __slots__ = ("_read", "_skipped", "object", "path")
 
     def __init__(self, value: object, path: str = "") -> None:
         """Raises BadRequest when `value` is no JSON object."""
@@ -3717,6 +3985,26 @@ class Fields:
             raise BadRequest(f"{where} a JSON object.", param=path or None)
         self.object: Json = value
         self.path = path
+        self._read: set[str] = set()
+        self._skipped: list[str] = []
+
+    def value(self, name: str) -> Any:
+        """Return a field as it is; every getter reads by this."""
+        self._read.add(name)
+        return self.object.get(name)
+
+    def skip(self, name: str) -> None:
+        """Note that what a field asks for cannot be had, and is to be named."""
+        self._skipped.append(self.at(name))
+
+    def left_out(self, silent: Iterable[str] = ()) -> tuple[str, ...]:
+        """Return what was skipped, and the fields that ask for something and that nobody has
+        read, but for the `silent` ones. Ask when all else is read."""
+        unread = [
+            one_line(self.at(name), 80) for name, value in self.object.items()
+            if name not in self._read and name not in silent and asks_for_something(value)
+        ]
+        return (*self._skipped, *unread)
 
     def at(self, name: str) -> str:
         """The full path of a field, as error messages name it."""
@@ -3728,11 +4016,11 @@ class Fields:
 
     def given(self, name: str) -> bool:
         """Whether the field is there and not null."""
-        return self.object.get(name) is not None
+        return self.value(name) is not None
 
     def text(self, name: str) -> str | None:
         """A string."""
-        value = self.object.get(name)
+        value = self.value(name)
         if value is not None and not isinstance(value, str):
             raise self.wrong(name, "a string")
         return value
@@ -3746,14 +4034,14 @@ class Fields:
 
     def flag(self, name: str) -> bool:
         """A boolean; absent is False."""
-        value = self.object.get(name)
+        value = self.value(name)
         if value is not None and not isinstance(value, bool):
             raise self.wrong(name, "true or false")
         return bool(value)
 
     def number(self, name: str, least: float, most: float) -> float | None:
         """A number within a range."""
-        value = self.object.get(name)
+        value = self.value(name)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -3770,9 +4058,26 @@ class Fields:
             raise self.wrong(name, "a whole number")
         return None if value is None else int(value)
 
+    def limit(self, name: str, *, zero: bool = False) -> int | None:
+        """A number of tokens. -1 is how some clients say that they set none, and so is 0 where
+        `zero` has no meaning of its own."""
+        if self.value(name) == -1 or (not zero and self.value(name) == 0):
+            return None
+        return self.integer(name, 0 if zero else 1)
+
+    def top_k(self) -> int | None:
+        """How many of the likeliest tokens to choose among; 0 and -1 are all of them."""
+        return self.limit("top_k")
+
+    def tuning(self, name: str, most: float) -> float | None:
+        """A number from 0 on. -1 is how some clients say that they set none."""
+        if self.value(name) == -1:
+            return None
+        return self.number(name, 0, most)
+
     def items(self, name: str) -> list[object] | None:
         """An array."""
-        value = self.object.get(name)
+        value = self.value(name)
         if value is not None and not isinstance(value, list):
             raise self.wrong(name, "an array")
         return value
@@ -3784,7 +4089,7 @@ class Fields:
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A string, or an array of strings; absent is empty."""
-        value = self.object.get(name)
+        value = self.value(name)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(item, str) for item in items):
             raise self.wrong(name, "a string or an array of strings")
@@ -3792,12 +4097,12 @@ class Fields:
 
     def child(self, name: str) -> Fields | None:
         """An object."""
-        value = self.object.get(name)
+        value = self.value(name)
         return None if value is None else Fields(value, self.at(name))
 
     def word(self, name: str, words: tuple[str, ...]) -> str | None:
-        """A string out of a list."""
-        value = self.text(name)
+        """A string out of a list; an empty one is None too."""
+        value = self.text(name) or None
         if value is not None and value not in words:
             raise self.wrong(name, "one of " + ", ".join(words))
         return value
@@ -4507,12 +4812,11 @@ def unserved_of(tools: Iterable[Fields]) -> list[str]:
 
 
 def distinct(tools: Iterable[Tool], param: str) -> tuple[Tool, ...]:
-    """The tools. Raises BadRequest when two have one name."""
+    """The tools, each once. Raises BadRequest when two that differ have one name."""
     found: dict[str, Tool] = {}
     for tool in tools:
-        if tool.name in found:
+        if found.setdefault(tool.name, tool) != tool:
             raise BadRequest(f"{param}: two tools are called {tool.name!r}.", param=param)
-        found[tool.name] = tool
     return tuple(found.values())
 
 
@@ -4555,6 +4859,26 @@ def nearest_effort(model: Model, wanted: str) -> str | None:
     return allowed[-1] if allowed else (model.efforts[0] if model.efforts else None)
 
 
+class Thinking(NamedTuple):
+    """How much a client wants the model to think, before the model is asked what it takes."""
+
+    #: A level of EFFORT_BUDGETS, "none", or None.
+    effort: str | None = None
+    #: A budget in tokens, 0 = none; None = as the effort says.
+    budget_tokens: int | None = None
+    #: The field that named the budget.
+    budget_field: str = "thinking.budget_tokens"
+    #: Whether it is asked for without saying how much.
+    asked: bool = False
+    #: Whether its text is to be left out of the answer.
+    hidden: bool = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the client asks for thinking."""
+        return self.effort not in (None, "none") or bool(self.budget_tokens) or self.asked
+
+
 class Wanted(NamedTuple):
     """What a client asks for, before the model is asked what it takes."""
 
@@ -4563,72 +4887,119 @@ class Wanted(NamedTuple):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    #: A level of EFFORT_BUDGETS, "none", or None.
-    effort: str | None = None
-    #: A budget of thinking in tokens, 0 = none; None = as the effort says.
-    budget_tokens: int | None = None
+    thinking: Thinking = Thinking()
     #: Whether a tool call is forced: the API refuses that together with thinking.
     forced: bool = False
 
 
+#: The level of effort of a client that wants thinking and does not say how much.
+_USUAL_EFFORT = "medium"
+
+
 def _thinking_tokens(model: Model, wanted: Wanted) -> int | None:
     """See Options.thinking_tokens, before sampling has its say."""
-    if wanted.forced or wanted.effort == "none" or wanted.budget_tokens == 0:
+    effort, budget = wanted.thinking.effort, wanted.thinking.budget_tokens
+    if wanted.forced or effort == "none" or budget == 0 or wanted.max_tokens == 0:
         return 0
     if not model.known and (wanted.max_tokens or math.inf) < 2 * _LEAST_BUDGET_TOKENS:
-        # It may be an older one that thinks by budget, which would not fit.
+        # It may think by budget after all, which would not fit.
         return 0
     if model.thinking == "adaptive":
         return None
-    budget = wanted.budget_tokens
-    if budget is None and wanted.effort is None:
+    most = wanted.max_tokens or model.max_tokens
+    if budget is not None and _LEAST_BUDGET_TOKENS <= budget < most:
+        return budget
+    if budget is None and effort is None and not wanted.thinking.asked:
         return None if model.reasoning else 0
     if budget is None:
-        budget = EFFORT_BUDGETS[str(wanted.effort)]
+        budget = EFFORT_BUDGETS[effort or _USUAL_EFFORT]
     # Half is left for the answer.
-    budget = min(budget, (wanted.max_tokens or model.max_tokens) // 2)
+    budget = min(max(budget, _LEAST_BUDGET_TOKENS), most // 2)
     return budget if budget >= _LEAST_BUDGET_TOKENS else 0
+
+
+#: The API takes a top_p from here on together with thinking.
+_TOP_P_BESIDE_THINKING = 0.95
 
 
 def options_for(model: Model, wanted: Wanted) -> tuple[Options, tuple[str, ...]]:
     """The options that the model's API will accept, and the parameters that had to go.
 
-    The API refuses a temperature other than 1 together with thinking, takes temperature or top_p
-    but not both, and its temperature ends at 1 where OpenAI's goes on to 2. A client that names
-    an effort or a budget wants thinking; one that names only a temperature gets its temperature,
-    without thinking.
+    The API refuses a temperature other than 1 and a low top_p together with thinking, and a
+    temperature together with top_p; without thinking claude sends a temperature in any case. The
+    API's temperature ends at 1 where OpenAI's goes on to 2. A client that names an effort or a
+    budget wants thinking; one that names only a temperature gets it, without thinking.
     """
     given = {"temperature": wanted.temperature, "top_p": wanted.top_p, "top_k": wanted.top_k}
     # 1 is the default of both; as a number it would only exclude the other.
-    sampling = {n: v for n, v in given.items() if v is not None and (v < 1 or n == "top_k")}
-    ignored = ["temperature"] if (wanted.temperature or 0) > 1 else []
+    asked = {n: v for n, v in given.items() if v is not None and (v != 1 or n == "top_k")}
+    sampling = {n: v for n, v in asked.items() if n == "top_k" or (n == "temperature" and v < 1)}
     thinking = _thinking_tokens(model, wanted)
-    asks_to_think = wanted.effort not in (None, "none") or bool(wanted.budget_tokens)
-    if not model.sampling or (asks_to_think and thinking != 0):
-        ignored, sampling = [*ignored, *sampling], {}
-    elif sampling:
+    if not model.sampling or (wanted.thinking.wanted and thinking != 0):
+        sampling = {}
+    if sampling:
         thinking = 0
-        if "temperature" in sampling and sampling.pop("top_p", None) is not None:
-            ignored.append("top_p")
-    effort = None if wanted.effort in (None, "none") else nearest_effort(model, str(wanted.effort))
+    if model.sampling and thinking != 0 and asked.get("top_p", 0) >= _TOP_P_BESIDE_THINKING:
+        sampling["top_p"] = asked["top_p"]
+    ignored = [name for name in asked if name not in sampling]
+    budget = wanted.thinking.budget_tokens
+    if budget and thinking != budget:
+        ignored.append(wanted.thinking.budget_field)
+    effort = wanted.thinking.effort
     options = Options(
         max_tokens=wanted.max_tokens,
         stop_sequences=wanted.stop_sequences,
         sampling=tuple(sorted(sampling.items())),
-        effort=effort,
+        effort=None if effort in (None, "none") else nearest_effort(model, str(effort)),
         thinking_tokens=thinking,
+        hides_thinking=wanted.thinking.hidden,
     )
     return options, tuple(ignored)
 
 
 def stop_sequences(fields: Fields, name: str) -> tuple[str, ...]:
-    """The stop sequences of a request. Raises BadRequest for one that the API would not take."""
-    found = tuple(text for text in fields.texts(name) if text)
-    if any(not text.strip() for text in found):
-        raise BadRequest(
-            f"{name}: the API takes no sequence that is white space only.", param=name
-        )
-    return found
+    """The stop sequences of a request, each once."""
+    return tuple(dict.fromkeys(text for text in fields.texts(name) if text))
+
+
+def _object_in(fields: Fields, name: str) -> Fields:
+    """A field that another API has: an object, or else something to be named."""
+    value = fields.value(name)
+    if not isinstance(value, dict):
+        if asks_for_something(value):
+            fields.skip(name)
+        value = {}
+    return Fields(value, fields.at(name))
+
+
+_EFFORT_WORDS = ("none", *EFFORT_BUDGETS)
+
+
+def openai_thinking(fields: Fields) -> Thinking:
+    """How much an OpenAI client wants the model to think, in whichever of the common places it
+    says so: OpenAI's own, OpenRouter's `reasoning`, Anthropic's `thinking` and `output_config`."""
+    reasoning, thinking = _object_in(fields, "reasoning"), _object_in(fields, "thinking")
+    efforts = [
+        fields.word("reasoning_effort", _EFFORT_WORDS),
+        reasoning.word("effort", _EFFORT_WORDS),
+        _object_in(fields, "output_config").word("effort", _EFFORT_WORDS),
+    ]
+    kind = thinking.text("type")
+    off = reasoning.value("enabled") is False or kind in ("disabled", "between_tools")
+    budgets = {
+        place.at(name): place.limit(name)
+        for place, name in ((reasoning, "max_tokens"), (thinking, "budget_tokens"))
+    }
+    field, budget = next(
+        ((field, budget) for field, budget in budgets.items() if budget), ("", None)
+    )
+    return Thinking(
+        effort=next((each for each in efforts if each), "none" if off else None),
+        budget_tokens=budget,
+        budget_field=field,
+        asked=not off and (reasoning.flag("enabled") or kind in ("enabled", "adaptive")),
+        hidden=reasoning.flag("exclude") or thinking.text("display") == "omitted",
+    )
 
 
 def asks_for_something(value: object) -> bool:
@@ -4779,7 +5150,12 @@ _HARMLESS_PARAMETERS = (
 def harmless_of(fields: Fields, *more: str) -> list[str]:
     """The parameters of a request that can be left out without changing what is answered."""
     names = (*_HARMLESS_PARAMETERS, *more)
-    return [name for name in names if asks_for_something(fields.object.get(name))]
+    return [name for name in names if asks_for_something(fields.value(name))]
+
+
+def is_legacy(fields: Fields) -> bool:
+    """Whether a chat request speaks of functions, as before there were tools."""
+    return bool(fields.value("functions")) and not fields.value("tools")
 
 
 def _object_schema(required: tuple[str, ...], **properties: Json) -> Json:
@@ -4838,10 +5214,10 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str]
     """The choice that an OpenAI request makes, and the names that it is limited to."""
     # The old functions are called one at a time: their answers have room for one.
     one_only = fields.given("parallel_tool_calls") and not fields.flag("parallel_tool_calls")
-    parallel = not one_only and not fields.given("functions")
-    value = fields.object.get(field)
+    parallel = not one_only and not is_legacy(fields)
+    value = fields.value(field)
     if value is None or isinstance(value, str):
-        word = fields.word(field, ("auto", "none", "required"))
+        word = fields.word(field, ("auto", "none", "required", "any"))
         kinds = {None: "auto", "required": "any"}
         return ToolChoice(kinds.get(word, str(word)), parallel=parallel), None
     entry = Fields(value, field)
@@ -4856,6 +5232,11 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str]
         tools = [tool for tool in allowed.objects("tools") if tool.text("type") in named]
         names = {_tool_name(tool) for tool in tools}
         return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
+    chosen_by_name = (None, "function", "tool", "custom", *CLIENT_TOOLS)
+    if not entry.given("name") and kind not in chosen_by_name:
+        # One that OpenAI runs itself.
+        fields.skip(field)
+        return ToolChoice(parallel=parallel), None
     return ToolChoice("tool", _tool_name(entry), parallel=parallel), None
 
 
@@ -4971,7 +5352,7 @@ def openai_content(
     `role` is "system", "user", "assistant" or "tool". Parts that no model could read are noted as
     ignored. Raises BadRequest when nothing of a user's message is left then.
     """
-    content = entry.object.get(name)
+    content = entry.value(name)
     if content is None:
         return []
     if isinstance(content, str):
@@ -5087,6 +5468,27 @@ _REFUSED_CHAT_PARAMETERS = (
 
 #: More choices than this are not asked for at once.
 CHOICES_MOST = 8
+#: So many answers to the prompts of one request are given, in turn.
+PROMPTS_MOST = 128
+
+
+def chat_shape(fields: Fields) -> Shape | None:
+    """The Shape that the field `response_format` asks for."""
+    found = fields.child("response_format")
+    kind = None if found is None else found.word("type", ("text", "json_object", "json_schema"))
+    if found is None or kind not in ("json_object", "json_schema"):
+        return None
+    if kind == "json_object":
+        given = found.child("schema")
+        return _ANY_OBJECT if given is None else shape_of(given)
+    described = found.child("json_schema")
+    schema = described.child("schema") if described is not None else None
+    if schema is None:
+        raise BadRequest(
+            "response_format.json_schema.schema: must be a JSON schema.",
+            param="response_format.json_schema.schema",
+        )
+    return shape_of(schema)
 
 
 class ChatDialect(Dialect):
@@ -5099,13 +5501,12 @@ class ChatDialect(Dialect):
     def parse(self, body: object, parsing: Parsing) -> Turn:
         """See Dialect.parse."""
         fields = Fields(body)
-        name = fields.text("model") or parsing.default_model
-        model = parsing.models.find(name)
+        name, model = parsing.model(fields)
         self._refuse(fields)
         stream_options = fields.child("stream_options") or Fields({})
         context = ParseContext(parsing.limits, model)
         tools, choice, custom = self._tools(fields, context)
-        shape = self._shape(fields)
+        shape = chat_shape(fields)
         prompt = prompt_of(
             self._messages(fields, context), fields, parsing, context, "messages",
             after_answer=_REFORM if shape else _CONTINUE,
@@ -5122,55 +5523,39 @@ class ChatDialect(Dialect):
             choices=fields.integer("n", 1, CHOICES_MOST) or 1,
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
-            ignored=(*harmless_of(fields), *ignored, *context.ignored),
+            ignored=(
+                *harmless_of(fields), *ignored, *context.ignored, *fields.left_out(),
+            ),
             adjusted=context.adjusted,
             wire={
                 "id": new_id("chatcmpl-"),
                 "created": int(time.time()),
                 "model": name,
                 "include_usage": stream_options.flag("include_usage"),
-                "legacy_functions": fields.given("functions"),
+                "legacy_functions": is_legacy(fields),
                 "custom": custom,
             },
         )
 
     def _refuse(self, fields: Fields) -> None:
         for name, why in _REFUSED_CHAT_PARAMETERS:
-            if asks_for_something(fields.object.get(name)):
+            if asks_for_something(fields.value(name)):
                 raise Unsupported(f"{name}: {why}.", param=name)
         for item in fields.items("modalities") or []:
             if item != "text":
                 raise Unsupported("modalities: answers are text only.", param="modalities")
 
     def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
-        limit = fields.integer("max_completion_tokens", 1)
+        limit, older_limit = fields.limit("max_completion_tokens"), fields.limit("max_tokens")
         return Wanted(
-            max_tokens=limit if limit is not None else fields.integer("max_tokens", 1),
+            max_tokens=limit or older_limit,
             stop_sequences=stop_sequences(fields, "stop"),
-            temperature=fields.number("temperature", 0, 2),
-            top_p=fields.number("top_p", 0, 1),
-            effort=fields.word("reasoning_effort", ("none", *EFFORT_BUDGETS)),
+            temperature=fields.tuning("temperature", 2),
+            top_p=fields.tuning("top_p", 1),
+            top_k=fields.top_k(),
+            thinking=openai_thinking(fields),
             forced=choice.forces,
         )
-
-    def _shape(self, fields: Fields) -> Shape | None:
-        found = fields.child("response_format")
-        if found is None:
-            return None
-        kind = found.word("type", ("text", "json_object", "json_schema"))
-        if kind not in ("json_object", "json_schema"):
-            return None
-        if kind == "json_object":
-            given = found.child("schema")
-            return _ANY_OBJECT if given is None else shape_of(given)
-        described = found.child("json_schema")
-        schema = described.child("schema") if described is not None else None
-        if schema is None:
-            raise BadRequest(
-                "response_format.json_schema.schema: must be a JSON schema.",
-                param="response_format.json_schema.schema",
-            )
-        return shape_of(schema)
 
     def _tools(
         self, fields: Fields, context: ParseContext
@@ -5412,7 +5797,7 @@ class ChatChoice:
                 if event.block_index in self._bare:
                     self._bare.remove(event.block_index)
                 yield self._arguments(event), None
-            if event.kind in _CHAT_FIELDS:
+            if event.kind in _CHAT_FIELDS and (event.text or event.kind != "thinking"):
                 yield {_CHAT_FIELDS[event.kind]: event.text}, None
 
     def _call_began(self, event: BlockStarted) -> Json:
@@ -5456,26 +5841,30 @@ class CompletionsDialect(Dialect):
     def parse(self, body: object, parsing: Parsing) -> Turn:
         """See Dialect.parse. The prompt is the user's message; several prompts are choices."""
         fields = Fields(body)
-        name = fields.text("model") or parsing.default_model
-        model = parsing.models.find(name)
-        if asks_for_something(fields.object.get("suffix")):
+        name, model = parsing.model(fields)
+        if asks_for_something(fields.value("suffix")):
             raise Unsupported("suffix: the models do not fill in the middle.", param="suffix")
-        if asks_for_something(fields.object.get("logprobs")):
+        if asks_for_something(fields.value("logprobs")):
             raise Unsupported("logprobs: the API behind this server gives none.", param="logprobs")
         prompts = fields.texts("prompt")
         count = (fields.integer("n", 1, CHOICES_MOST) or 1) * len(prompts)
-        if not count or count > CHOICES_MOST or not all(prompt.strip() for prompt in prompts):
-            raise fields.wrong("prompt", f"text, or an array of at most {CHOICES_MOST} texts")
+        if not count or count > PROMPTS_MOST or not all(prompt.strip() for prompt in prompts):
+            raise fields.wrong(
+                "prompt", f"text, or an array of texts, with at most {PROMPTS_MOST} answers in all"
+            )
         wanted = Wanted(
-            max_tokens=fields.integer("max_tokens", 1),
+            max_tokens=fields.limit("max_tokens", zero=True),
             stop_sequences=stop_sequences(fields, "stop"),
-            temperature=fields.number("temperature", 0, 2),
-            top_p=fields.number("top_p", 0, 1),
+            temperature=fields.tuning("temperature", 2),
+            top_p=fields.tuning("top_p", 1),
+            top_k=fields.top_k(),
+            thinking=openai_thinking(fields),
         )
         options, ignored = options_for(model, wanted)
         texts = [prompt for prompt in prompts for _ in range(count // len(prompts))]
         conversations = [[Message("user", text_block(text))] for text in texts]
         stream_options = fields.child("stream_options") or Fields({})
+        echoes = fields.flag("echo")
         return Turn(
             model=model,
             messages=conversations[0],
@@ -5483,13 +5872,13 @@ class CompletionsDialect(Dialect):
             options=options,
             choices=count,
             stream=fields.flag("stream"),
-            ignored=(*harmless_of(fields, "best_of"), *ignored),
+            ignored=(*harmless_of(fields, "best_of"), *ignored, *fields.left_out()),
             wire={
                 "id": new_id("cmpl-"),
                 "created": int(time.time()),
                 "model": name,
                 "include_usage": stream_options.flag("include_usage"),
-                "echo": texts if fields.flag("echo") else [""] * count,
+                "echo": texts if echoes else [""] * count,
             },
         )
 
@@ -5605,6 +5994,12 @@ _NOT_SAID_BY = {
 }
 
 
+#: Parameters of messages that change nothing about what the answer means.
+_SILENT_MESSAGES_PARAMETERS = (
+    "anthropic_beta", "anthropic_version", "betas", "cache_control", "metadata", "service_tier",
+)
+
+
 class MessagesDialect(Dialect):
     """POST /v1/messages: Anthropic's own API, in its own events."""
 
@@ -5616,8 +6011,7 @@ class MessagesDialect(Dialect):
         """See Dialect.parse."""
         fields = Fields(body)
         self._refuse_thread(fields)
-        name = fields.text("model") or parsing.default_model
-        model = parsing.models.find(name)
+        name, model = parsing.model(fields)
         tools, unknown_tools = self._tools(fields)
         choice = chosen(tools, self._tool_choice(fields), "tool_choice")
         context = ParseContext(parsing.limits, model)
@@ -5634,7 +6028,10 @@ class MessagesDialect(Dialect):
             shape=self._shape(fields),
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
-            ignored=(*ignored, *unknown_tools, *context.ignored),
+            ignored=(
+                *ignored, *unknown_tools, *context.ignored,
+                *fields.left_out(_SILENT_MESSAGES_PARAMETERS),
+            ),
             adjusted=context.adjusted,
             wire={"id": new_id("msg_")},
         )
@@ -5649,30 +6046,34 @@ class MessagesDialect(Dialect):
             raise error
 
     def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
-        output = fields.child("output_config") or Fields({})
         return Wanted(
-            max_tokens=fields.integer("max_tokens", 1),
+            max_tokens=fields.limit("max_tokens", zero=True),
             stop_sequences=stop_sequences(fields, "stop_sequences"),
-            temperature=fields.number("temperature", 0, 1),
-            top_p=fields.number("top_p", 0, 1),
-            top_k=fields.integer("top_k", 0),
-            effort=output.word("effort", tuple(EFFORT_BUDGETS)),
-            budget_tokens=self._budget(fields.child("thinking")),
+            temperature=fields.tuning("temperature", 1),
+            top_p=fields.tuning("top_p", 1),
+            top_k=fields.top_k(),
+            thinking=self._thinking(fields),
             forced=choice.forces,
         )
 
-    def _budget(self, thinking: Fields | None) -> int | None:
-        """As in Wanted. Who does not ask for thinking expects text as the first block."""
-        kind = "disabled" if thinking is None else thinking.text("type")
-        if thinking is not None and kind == "enabled":
-            budget = thinking.integer("budget_tokens", _LEAST_BUDGET_TOKENS)
+    def _thinking(self, fields: Fields) -> Thinking:
+        """How much to think. Who does not ask for thinking expects text as the first block."""
+        output = fields.child("output_config") or Fields({})
+        effort = output.word("effort", tuple(EFFORT_BUDGETS))
+        asked = fields.child("thinking") or Fields({"type": "disabled"})
+        kind = asked.text("type")
+        hidden = asked.word("display", ("summarized", "omitted")) == "omitted"
+        if kind == "enabled":
+            budget = asked.integer("budget_tokens", _LEAST_BUDGET_TOKENS)
             if budget is None:
-                raise thinking.wrong("budget_tokens", f"{_LEAST_BUDGET_TOKENS} or more")
-            return budget
+                raise asked.wrong("budget_tokens", f"{_LEAST_BUDGET_TOKENS} or more")
+            return Thinking(effort, budget, hidden=hidden)
+        if kind == "adaptive":
+            return Thinking(effort, asked=True, hidden=hidden)
         # "between_tools" is how the newest models are told not to think before they answer.
-        if thinking is not None and kind not in ("disabled", "between_tools", "adaptive"):
-            raise thinking.wrong("type", "enabled, adaptive, between_tools or disabled")
-        return None if kind == "adaptive" else 0
+        if kind not in ("disabled", "between_tools"):
+            raise asked.wrong("type", "enabled, adaptive, between_tools or disabled")
+        return Thinking(effort, 0)
 
     def _shape(self, fields: Fields) -> Shape | None:
         output = fields.child("output_config") or Fields({})
@@ -5720,7 +6121,7 @@ class MessagesDialect(Dialect):
 
     def _blocks(self, entry: Fields, name: str, context: ParseContext) -> list[Block]:
         """A string or an array of blocks."""
-        value = entry.object.get(name)
+        value = entry.value(name)
         if value is None:
             return []
         if isinstance(value, str):
@@ -5776,12 +6177,20 @@ class MessagesDialect(Dialect):
 
     def usage(self, usage: Usage) -> Json:
         """The usage object."""
+        thinking = usage.reasoning_tokens
+        details: Json = {"output_tokens_details": {"thinking_tokens": thinking}}
         return {
             "input_tokens": usage.input_tokens,
             "cache_creation_input_tokens": usage.cache_write_tokens,
             "cache_read_input_tokens": usage.cache_read_tokens,
             "output_tokens": usage.output_tokens,
+            **usage.tables,
+            **(details if thinking is not None else {}),
         }
+
+    def details(self, stop_details: Json | None) -> Json:
+        """The field that says more about the end, where there is more to say."""
+        return {"stop_details": stop_details} if stop_details is not None else {}
 
     def whole(self, turn: Turn, answers: list[Answer]) -> Json:
         """See Dialect.whole."""
@@ -5793,6 +6202,7 @@ class MessagesDialect(Dialect):
             stop_reason="refusal" if refused else answer.stop_reason,
             stop_sequence=answer.stop_sequence,
             usage=self.usage(answer.usage),
+            **self.details(answer.stop_details),
         )
 
     def stream(self, turn: Turn) -> Renderer:
@@ -5872,6 +6282,8 @@ class MessagesRenderer(Renderer):
             block = {"type": "text", "text": ""}
             opened = self._told(BlockStarted(self._next - self._offset, block))
             return opened + self._delta(event._replace(kind="text")) + self._close_block()
+        if event.kind == "thinking" and not event.text:
+            return b""
         kind, field = _MESSAGES_DELTAS[event.kind]
         index = self._open if self._open is not None else event.block_index + self._offset
         delta = {"type": kind, field: event.text}
@@ -5885,7 +6297,10 @@ class MessagesRenderer(Renderer):
 
     def _finish(self, event: Finished) -> bytes:
         reason = "refusal" if self._refused else event.stop_reason
-        delta = {"stop_reason": reason, "stop_sequence": event.stop_sequence}
+        delta = {
+            "stop_reason": reason, "stop_sequence": event.stop_sequence,
+            **self._messages.details(event.stop_details),
+        }
         usage = self._messages.usage(event.usage)
         closed = self._close_block()
         return closed + self._frame("message_delta", delta=delta, usage=usage)
@@ -5911,6 +6326,10 @@ MESSAGES = MessagesDialect()
 
 #: Parameters of responses that change nothing about what the answer means.
 _HARMLESS_RESPONSES_PARAMETERS = ("background", "max_tool_calls", "top_logprobs")
+#: What is about forms of the answer that do not occur here.
+_SILENT_RESPONSES_PARAMETERS = (
+    "client_metadata", "include", "stream_options", "truncation",
+)
 
 
 class ResponsesDialect(Dialect):
@@ -5923,8 +6342,7 @@ class ResponsesDialect(Dialect):
     def parse(self, body: object, parsing: Parsing) -> Turn:
         """See Dialect.parse."""
         fields = Fields(body)
-        name = fields.text("model") or parsing.default_model
-        model = parsing.models.find(name)
+        name, model = parsing.model(fields)
         for field in ("conversation", "prompt"):
             if fields.given(field):
                 raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
@@ -5938,7 +6356,7 @@ class ResponsesDialect(Dialect):
         )
         reasoning = fields.child("reasoning") or Fields({})
         stored = fields.object.get("store") is not False
-        options, ignored = options_for(model, self._wanted(fields, reasoning, choice))
+        options, ignored = options_for(model, self._wanted(fields, choice))
         return Turn(
             model=model,
             system=prompt.system,
@@ -5950,7 +6368,7 @@ class ResponsesDialect(Dialect):
             stream=fields.flag("stream"),
             ignored=(
                 *harmless_of(fields, *_HARMLESS_RESPONSES_PARAMETERS), *ignored,
-                *context.ignored,
+                *context.ignored, *fields.left_out(_SILENT_RESPONSES_PARAMETERS),
             ),
             adjusted=context.adjusted,
             wire={
@@ -5990,17 +6408,21 @@ class ResponsesDialect(Dialect):
             "truncation": "disabled",
         }
 
-    def _wanted(self, fields: Fields, reasoning: Fields, choice: ToolChoice) -> Wanted:
+    def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
         return Wanted(
-            max_tokens=fields.integer("max_output_tokens", 1),
-            temperature=fields.number("temperature", 0, 2),
-            top_p=fields.number("top_p", 0, 1),
-            effort=reasoning.word("effort", ("none", *EFFORT_BUDGETS)),
+            max_tokens=fields.limit("max_output_tokens"),
+            stop_sequences=stop_sequences(fields, "stop"),
+            temperature=fields.tuning("temperature", 2),
+            top_p=fields.tuning("top_p", 1),
+            top_k=fields.top_k(),
+            thinking=openai_thinking(fields),
             forced=choice.forces,
         )
 
     def _shape(self, fields: Fields) -> Shape | None:
         found = (fields.child("text") or Fields({})).child("format")
+        if found is None and fields.given("response_format"):
+            return chat_shape(fields)
         kind = None if found is None else found.word("type", ("text", "json_object", "json_schema"))
         if found is None or kind in (None, "text"):
             return None
@@ -6158,7 +6580,7 @@ def full_name(space: str, name: str) -> str:
 def input_items(fields: Fields, parsing: Parsing) -> list[Fields]:
     """Return the items of a request, each reference replaced by its item; a text is one message.
     Raises BadRequest, NotFound."""
-    given = fields.object.get("input")
+    given = fields.value("input")
     if isinstance(given, str):
         return [Fields({"role": "user", "content": given}, "input")]
     return [
@@ -7085,14 +7507,14 @@ def settings_lines(
     body = tools_body(tools)
     if body:
         extra["tools"] = body
-    if options.stop_sequences:
-        extra["stop_sequences"] = list(options.stop_sequences)
+    if options.sent_stops:
+        extra["stop_sequences"] = list(options.sent_stops)
     choice_body = _choice_body(choice)
     if choice_body is not None:
         extra["tool_choice"] = choice_body
     env: dict[str, str] = {}
     if options.max_tokens is not None:
-        env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(options.max_tokens)
+        env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(max(1, options.max_tokens))
     if extra:
         env["CLAUDE_CODE_EXTRA_BODY"] = to_json(extra).decode("utf-8")
     settings: Json = {}
@@ -7134,14 +7556,15 @@ def conversation(
     """
     system = "\n\n".join(text for text in (turn.system, operator_prompt.strip()) if text)
     fields: Json = {"systemPrompt": [system] if system else [], "hooks": None}
-    if turn.tools:
+    tools, choice = turn.offered
+    if tools:
         fields["sdkMcpServers"] = [TOOL_SERVER]
     if turn.shape is not None:
         fields["jsonSchema"] = turn.shape.schema
     alone = not agent and turn.shape is None
     pending = control_line("initialize", **fields)
     options = _without_thinking_in_a_loop(turn)
-    pending += settings_lines(options, turn.tool_choice, turn.tools if alone else ())
+    pending += settings_lines(options, choice, tools if alone else ())
     steps = []
     earlier = turn.messages[:-1]
     if earlier and earlier[0].role == "assistant":
@@ -7205,7 +7628,35 @@ _BY_STATUS: dict[int, type[OcpError]] = {
     529: Overloaded,
 }
 #: Words that say more than the status beside them.
-_BEFORE_STATUS: dict[str, type[OcpError]] = {"billing_error": PlanLimit}
+_BEFORE_STATUS: dict[str, type[OcpError]] = {
+    "account_on_hold": UpstreamForbidden,
+    "billing_error": PlanLimit,
+    "cloud_credential_error": UpstreamForbidden,
+    "verification_required": UpstreamForbidden,
+}
+#: Failures of the account that come with a status of the request's, by their prose. As a 400 an
+#: agent would take them for a fault of its history and cut that.
+_ACCOUNT_FAILURES: tuple[tuple[re.Pattern[str], type[OcpError]], ...] = (
+    (
+        re.compile(
+            r"out of (?:extra )?usage|(?:usage )?credits? (?:are |is )?required|credits_required"
+            r"|extra usage is required|credit balance is too low|spend(?:ing)?[ _]limit",
+            re.IGNORECASE,
+        ),
+        PlanLimit,
+    ),
+    (
+        re.compile(
+            r"(?:organi[sz]ation|account|workspace) (?:has been|is|was) "
+            r"(?:disabled|suspended|deactivated|banned|on hold)"
+            r"|disabled organi[sz]ation|account_on_hold|verification_required",
+            re.IGNORECASE,
+        ),
+        UpstreamForbidden,
+    ),
+)
+#: The statuses that such a failure may have; without one it counts too.
+_ACCOUNT_STATUSES = (None, 400, 402, 403, 429)
 _BY_WORD: dict[str, type[OcpError]] = {
     "authentication_failed": LoginLost,
     "oauth_org_not_allowed": LoginLost,
@@ -7239,6 +7690,8 @@ def upstream_error(
     )
     message = without_paths(redacted(_ADDED_PROSE.sub("", one_line(complaint.text, 1000))))
     message = message or "claude reported a failure without a word about it."
+    for words, what in _ACCOUNT_FAILURES if complaint.status in _ACCOUNT_STATUSES else ():
+        kind = what if words.search(message) else kind
     if kind is RateLimited and window is not None and window.rejected:
         kind = PlanLimit
     if kind is PlanLimit:
@@ -7260,6 +7713,10 @@ def _count(usage: Json, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
+#: Tables in the API's usage object that Anthropic's clients get as they are.
+_USAGE_TABLES = ("cache_creation", "server_tool_use")
+
+
 def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
     """The API's usage object; counts that it leaves out are taken from `before`."""
     if not isinstance(found, dict):
@@ -7274,6 +7731,10 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
             _count(found, "cache_creation_input_tokens") or before.cache_write_tokens
         ),
         reasoning_tokens=thinking if isinstance(thinking, int) else before.reasoning_tokens,
+        tables={
+            **before.tables,
+            **{name: found[name] for name in _USAGE_TABLES if isinstance(found.get(name), dict)},
+        },
     )
 
 
@@ -7619,12 +8080,16 @@ class TurnReader:
         if reason == "end_turn" and not self._answered:
             # An answer without a word is none: claude asks again by itself, or its result tells.
             return []
-        sequence = delta.get("stop_sequence")
-        return self._finish(reason, sequence if isinstance(sequence, str) else None)
+        details = delta.get("stop_details")
+        return self._finish(
+            reason, _text_in(delta, "stop_sequence"), details if isinstance(details, dict) else None
+        )
 
-    def _finish(self, reason: str, sequence: str | None = None) -> list[Event]:
+    def _finish(
+        self, reason: str, sequence: str | None = None, details: Json | None = None
+    ) -> list[Event]:
         self.finished = True
-        return [Finished(reason, sequence, self._usage)]
+        return [Finished(reason, sequence, self._usage, details)]
 
     def _tool_outcome(self, message: object) -> list[Event]:
         """Whether claude accepted a shaped answer; it may say so before or after the stop."""
@@ -8054,8 +8519,8 @@ class ClaudeFolder:
         """Brings the file of the folder up to date. Raises OSError."""
         os.makedirs(self._path, mode=0o700, exist_ok=True)
         path = os.path.join(self._path, ".claude.json")
-        found = _object_in(path)
-        account = _object(_object_in(self._source).get("oauthAccount"))
+        found = _json_object_of(path)
+        account = _object(_json_object_of(self._source).get("oauthAccount"))
         wanted: Json = {name: account[name] for name in _ACCOUNT_FIELDS if name in account}
         wanted["profileFetchedAt"] = _NEVER_FETCH_MS
         if found.get("oauthAccount") != wanted or not found.get("hasCompletedOnboarding"):
@@ -8063,7 +8528,7 @@ class ClaudeFolder:
             write_private(path, to_json(told).decode("utf-8"))
 
 
-def _object_in(path: str) -> Json:
+def _json_object_of(path: str) -> Json:
     """The JSON object in a file of claude's; empty if there is none to be read."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -8923,7 +9388,7 @@ def _kinds(blocks: Iterable[Block]) -> list[str]:
 def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
     """What the conversation of this turn is known by."""
     base = [
-        caller, turn.model.id, turn.system, operator_prompt, list(turn.tools),
+        caller, turn.model.argument, turn.system, operator_prompt, list(turn.tools),
         list(turn.tool_choice), list(turn.options), turn.shape,
     ]
     digests = tuple(message_digest(message) for message in turn.messages)
@@ -9283,7 +9748,7 @@ class Responses:
 def cache_key(turn: Turn, caller: Caller, operator_prompt: str) -> str:
     """The same for requests that may have the same answer: a digest of all that shapes it."""
     shaping = [
-        caller.scope, turn.model.id, turn.system, operator_prompt,
+        caller.scope, turn.model.argument, turn.system, operator_prompt,
         [list(message) for message in turn.messages], list(turn.options), turn.shape,
         turn.choices, [[list(message) for message in other] for other in turn.others],
     ]
@@ -9826,6 +10291,8 @@ class Outcome:
         self.finished: Finished | None = None
         self.response_chars = 0
         self._begun = NO_USAGE
+        #: Whether a block of it was passed on.
+        self.told = False
         #: Whether the log has it.
         self.noted = False
         self._builder = AnswerBuilder()
@@ -9833,6 +10300,7 @@ class Outcome:
     def note(self, event: Event, now_s: float) -> None:
         """Takes from an event what is wanted of it later."""
         self._builder.note(event)
+        self.told = self.told or isinstance(event, BlockStarted)
         if isinstance(event, Delta):
             if self.first_token_s is None:
                 self.first_token_s = now_s
@@ -10333,17 +10801,25 @@ class App:
             except BaseException as error:
                 arrivals.put((index, error))
 
-        running = len(job.outcomes)
-        try:
-            for index, outcome in enumerate(job.outcomes):
+        waiting = enumerate(job.outcomes)
+        running: set[int] = set()
+
+        def begin(count: int) -> None:
+            for index, outcome in itertools.islice(waiting, count):
+                running.add(index)
+                outcome.started_s = self.clock()
                 threading.Thread(target=one, args=(index, outcome), daemon=True).start()
+
+        try:
+            begin(CHOICES_MOST)
             while running:
                 index, arrived = arrivals.get()
                 if isinstance(arrived, BaseException):
                     raise arrived
                 if arrived is None:
-                    running -= 1
-                elif index == 0 or not isinstance(arrived, Tick):
+                    running.remove(index)
+                    begin(1)
+                elif index == min(running) or not isinstance(arrived, Tick):
                     yield index, arrived
         finally:
             leaving.left = True
@@ -10364,8 +10840,16 @@ class App:
             self._note("info", "answer_abandoned", request, outcome)
             raise
         except OcpError as error:
+            if isinstance(error, UnknownModel):
+                error.message += self._other_models(request.turn.model)
             self._note_failure(error, request, outcome)
             raise
+
+    def _other_models(self, model: Model) -> str:
+        """What to say to a client whose model the API does not know."""
+        names = self.models.names()
+        others = [name for name in names if self.models.find(name).id != model.id]
+        return f" Use one of: {', '.join(others)}." if others else ""
 
     def _noted(self, job: Job, outcome: Outcome, events: Iterator[Event]) -> Iterator[Event]:
         for event in events:
@@ -10442,6 +10926,9 @@ class App:
                 if outcome.first_token_s is not None or not (died and outcome.warm):
                     raise
                 self._give_up(outcome)
+                if outcome.told:
+                    outcome.note(Restarted(), self.clock())
+                    yield Restarted()
         yield from self._rebuilt(outcome, history, watch)
 
     def _attempts(
@@ -10510,8 +10997,8 @@ class App:
         outcome.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         if turn.model.known:
             # Others have to prove that they exist before processes wait for them.
-            self.spares.want(turn.model.id)
-        process, outcome.warm = self.spares.take(turn.model.id)
+            self.spares.want(turn.model.argument)
+        process, outcome.warm = self.spares.take(turn.model.argument)
         outcome.process, outcome.question = process, question_of(turn)
         self.mail.put("tend")
         process.tools, process.told = ToolServer(turn.tools), len(turn.messages) - 1
@@ -10529,20 +11016,29 @@ class App:
         so that a client's next message finds it."""
         final_only = self.config.is_agent and self.config.agent_text == "final"
         reader = TurnReader(outcome.turn.tools, outcome.turn.shape, final_only=final_only)
-        for event in process.converse(script, watch, reader):
-            outcome.note(event, self.clock())
-            if isinstance(event, Finished):
-                self._put_away(outcome, process, history, event)
-            yield event
+        bounds = Bounds(outcome.turn.options, outcome.turn.shape)
+        for heard in process.converse(script, watch, reader):
+            for event in bounds.events(heard):
+                if bounds.ended and isinstance(event, Finished):
+                    event = event._replace(usage=outcome.usage)
+                outcome.note(event, self.clock())
+                if isinstance(event, Finished):
+                    self._put_away(outcome, process, history, event, goes_on=bounds.ended)
+                yield event
+            if bounds.ended:
+                return
 
     def _put_away(
-        self, outcome: Outcome, process: ClaudeProcess, history: History, finished: Finished
+        self, outcome: Outcome, process: ClaudeProcess, history: History, finished: Finished, *,
+        goes_on: bool,
     ) -> None:
-        """Parks the process of a complete answer if it may go on from it, else ends it."""
+        """Parks the process of a complete answer if it may go on from it, else ends it: also one
+        that `goes_on` with an answer that was ended here."""
         self.account.answered()
         self.spares.want(process.model_id)
         outcome.process = None
-        if finished.stop_reason in _PARKABLE and self._may_serve_again(outcome, process):
+        parkable = finished.stop_reason in _PARKABLE and not goes_on
+        if parkable and self._may_serve_again(outcome, process):
             answer = outcome.answer()
             held = message_digest(Message("assistant", answer.blocks))
             if outcome.turn.shape is not None:
@@ -10553,7 +11049,7 @@ class App:
             self.parking.put(process, holds, awaiting, outcome.question)
         else:
             # With a call unanswered, or after a limit, it would ask the API again by itself.
-            complete = finished.stop_reason in ("end_turn", "stop_sequence")
+            complete = finished.stop_reason in ("end_turn", "stop_sequence") and not goes_on
             self.spares.dismiss(process, kindly=complete)
         self.mail.put("tend")
 
@@ -10599,7 +11095,7 @@ class App:
 
     def run(self) -> None:
         """Tends until the mail says stop. Belongs to the main thread."""
-        self.spares.want(self.models.find(self.config.default_model).id)
+        self.spares.want(self.models.find(self.config.default_model).argument)
         letter = ""
         while letter != "stop":
             wait_s = self.tend()
@@ -10875,6 +11371,11 @@ _BODIES: dict[str, Json] = {
 }
 #: What may stand in the query string, by operation.
 _QUERIES: dict[str, dict[str, Json]] = {
+    "get_models": {
+        "limit": {"type": "integer", "minimum": 0, "maximum": 1000},
+        "after_id": {"type": "string"},
+        "before_id": {"type": "string"},
+    },
     "get_logs": {
         "n": {"type": "integer", "minimum": 0, "maximum": 1000},
         "level": {"enum": ["all", *LEVELS]},
@@ -12521,9 +13022,13 @@ class HttpExchange(Protocol):
         """Waits for the end of the events; white space goes into a silence that grows too long."""
 
 
-def _check_allowed(caller: Caller, model: Model) -> None:
+#: How a beta of the API begins that asks for the long window.
+_LONG_CONTEXT_BETA = "context-1m-"
+
+
+def _check_allowed(app: App, caller: Caller, model: Model) -> None:
     """Raises Forbidden when the caller may not use this model."""
-    if caller.models and model.id not in caller.models:
+    if caller.models and model.id not in app.models.same(caller.models):
         raise Forbidden(
             f"This key may use {', '.join(caller.models)} only.",
             param="model", code="model_not_allowed",
@@ -12545,13 +13050,14 @@ def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
             caller.scope, session_id, system, config.session_ttl_ms / 1000
         ),
         counted=counted,
+        long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
     )
     body = exchange.json()
     if config.session_id and isinstance(body, dict):
         named = body.pop("session_id", None) or exchange.headers.get("X-Session-Id")
         body.setdefault(SESSION_FIELD, named)
     turn = exchange.dialect.parse(body, parsing)
-    _check_allowed(caller, turn.model)
+    _check_allowed(app, caller, turn.model)
     turn, dropped = (turn, 0) if counted else fitted(turn, config.max_prompt_chars)
     if config.cache_ttl_ms:
         turn = turn._replace(fresh=asks_fresh(body, sampled_too=config.cache_sampled))
@@ -12729,19 +13235,45 @@ def _model_entry(model: Model) -> Json:
     }
 
 
+#: The longest page of the list of models.
+_PAGE_MOST = 1000
+
+
+def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
+    """Return which of these ids belong to the page that is asked for in Anthropic's form, and
+    whether the list goes on in its direction. Raises BadRequest."""
+    def place(name: str, otherwise: int) -> int:
+        if not query.get(name):
+            return otherwise
+        if query[name] not in ids:
+            raise BadRequest(f"{name}: must be the id of an entry of this list.", param=name)
+        return ids.index(query[name])
+
+    first, end = place("after_id", -1) + 1, place("before_id", len(ids))
+    limit = whole_number(query, "limit", 0, _PAGE_MOST) or _PAGE_MOST
+    has_more = limit < end - first
+    if query.get("before_id") and not query.get("after_id"):
+        return slice(max(first, end - limit), end), has_more
+    return slice(first, min(end, first + limit)), has_more
+
+
 def get_models(app: App, exchange: HttpExchange) -> None:
-    """GET /v1/models: those that the caller may use."""
-    models = [m for m in app.models.all() if m.id in exchange.caller.models or not
-              exchange.caller.models]
-    entries = [_model_entry(model) for model in models]
-    ends = {"first_id": entries[0]["id"], "last_id": entries[-1]["id"]} if entries else {}
-    exchange.send_json({"object": "list", "data": entries, "has_more": False, **ends})
+    """GET /v1/models: those that the caller may use, or a page of them."""
+    allowed = app.models.same(exchange.caller.models)
+    models = [m for m in app.models.all() if (m.id in allowed if allowed else m.listed)]
+    page, has_more = _page(exchange.query, [model.id for model in models])
+    entries = [_model_entry(model) for model in models[page]]
+    ends = [entries[0]["id"], entries[-1]["id"]] if entries else [None, None]
+    exchange.send_json({
+        "object": "list", "data": entries, "has_more": has_more,
+        "first_id": ends[0], "last_id": ends[1],
+    })
 
 
 def get_model(app: App, exchange: HttpExchange, model: str) -> None:
     """GET /v1/models/{model}; an alias gives the model that it stands for."""
     found = app.models.find(model)
-    _check_allowed(exchange.caller, found)
+    _check_allowed(app, exchange.caller, found)
     exchange.send_json(_model_entry(found))
 
 
@@ -13749,7 +14281,9 @@ class Exchange(BaseHTTPRequestHandler):
 
     def json(self) -> object:
         """See HttpExchange."""
-        data = self._body()
+        data = self._body().removeprefix(codecs.BOM_UTF8)
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+            raise BadRequest("The body is not UTF-8: send the JSON in UTF-8.")
         if not data.strip():
             raise BadRequest("The body is empty; it has to be a JSON object.")
         try:

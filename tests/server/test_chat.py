@@ -297,12 +297,19 @@ def test_both_names_of_the_token_limit_work(chat: Server, fields: Json) -> None:
     assert last_query(chat)["settings"]["env"] == {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "5"}
 
 
-def test_top_p_reaches_claude_without_thinking(chat: Server) -> None:
-    ask(chat, model=SAMPLING, top_p=0.5)
+def test_a_high_top_p_reaches_claude_together_with_thinking(chat: Server) -> None:
+    ask(chat, model=SAMPLING, top_p=0.95)
 
     query = last_query(chat)
-    assert extra_body(query) == {"top_p": 0.5}
-    assert query["thinking"] == 0
+    assert extra_body(query) == {"top_p": 0.95}
+    assert query["thinking"] is None
+
+
+def test_a_low_top_p_alone_is_named_as_ignored(chat: Server) -> None:
+    reply = ask(chat, model=SAMPLING, top_p=0.5)
+
+    assert reply.headers["X-OCP-Ignored-Params"] == "top_p"
+    assert "env" not in last_query(chat)["settings"]
 
 
 def test_one_stop_sequence_may_be_a_string(chat: Server) -> None:
@@ -541,7 +548,7 @@ def test_a_model_that_is_new_goes_through_with_a_warning_in_the_log(chat: Server
     assert (warning["level"], warning["model"]) == ("warn", "claude-nova-9")
 
 
-@pytest.mark.parametrize("name", ["claude-", "claude-x y", "claude-x;rm", "claude-" + "x" * 200])
+@pytest.mark.parametrize("name", ["claude-", "claude-x+y", "claude-x;rm", "claude-" + "x" * 200])
 def test_an_odd_name_is_no_new_model(chat: Server, name: str) -> None:
     assert ask(chat, model=name).status == 404
 

@@ -399,6 +399,8 @@ RIGHT_WAYS: dict[str, Callable[[str], dict[str, str]]] = {
     "beside-basic": lambda key: {"Authorization": "Basic dTpw", "x-api-key": key},
     "beside-nothing": lambda key: {"Authorization": "Bearer ", "x-api-key": key},
     "both": lambda key: {"Authorization": f"Bearer {key}", "x-api-key": key},
+    "behind-another": lambda key: {"Authorization": "Bearer wrong", "x-api-key": key},
+    "before-another": lambda key: {"Authorization": f"Bearer {key}", "x-api-key": "wrong"},
 }
 WRONG_WAYS: dict[str, Callable[[str], dict[str, str]]] = {
     "bare": lambda key: {"Authorization": key},
@@ -406,7 +408,6 @@ WRONG_WAYS: dict[str, Callable[[str], dict[str, str]]] = {
     "glued": lambda key: {"Authorization": f"Bearer{key}"},
     "quoted": lambda key: {"Authorization": f'Bearer "{key}"'},
     "cookie": lambda key: {"Cookie": f"key={key}"},
-    "second-choice": lambda key: {"Authorization": "Bearer wrong", "x-api-key": key},
 }
 
 

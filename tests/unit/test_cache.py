@@ -54,7 +54,7 @@ SHAPING: dict[str, dict[str, Json]] = {
     "other stop": {"stop": ["!"]},
     "temperature": {"temperature": 0.5},
     "temperature of 0": {"temperature": 0},
-    "top_p": {"top_p": 0.5},
+    "top_p": {"top_p": 0.95},
     "effort": {"reasoning_effort": "high"},
     "no effort": {"reasoning_effort": "none"},
     "n": {"n": 2},

@@ -275,9 +275,89 @@ def test_stop_is_one_sequence_or_several(stop: object, sequences: tuple[str, ...
     assert turn(stop=stop).options.stop_sequences == sequences
 
 
-@pytest.mark.parametrize("stop", ["\n", ["a", "  "]])
-def test_a_stop_sequence_of_white_space_is_refused_here_and_not_upstream(stop: object) -> None:
-    assert refusal({"messages": [USER], "stop": stop}).param == "stop"
+@pytest.mark.parametrize(
+    ("stop", "sent", "own"),
+    [
+        ("\n", (), ("\n",)),
+        (["\n\n", "END", " "], ("END",), ("\n\n", " ")),
+        (["END", "END", ""], ("END",), ()),
+        ([f"s{n}" for n in range(20)], tuple(f"s{n}" for n in range(16)),
+         ("s16", "s17", "s18", "s19")),
+    ],
+    ids=str,
+)
+def test_the_api_gets_the_stop_sequences_that_it_takes(
+    stop: object, sent: tuple[str, ...], own: tuple[str, ...]
+) -> None:
+    options = turn(stop=stop).options
+
+    assert (options.sent_stops, options.own_stops) == (sent, own)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"max_tokens": -1}, {"max_tokens": 0}, {"max_completion_tokens": -1}, {"top_p": -1},
+     {"top_k": -1}, {"top_k": 0}, {"temperature": -1}, {"reasoning_effort": ""},
+     {"tool_choice": ""}, {"response_format": {"type": ""}}, {"functions": []}],
+    ids=str,
+)
+def test_values_that_stand_for_nothing_are_as_if_they_were_not_there(fields: Json) -> None:
+    plain, found = turn(model="haiku"), turn(model="haiku", **fields)
+
+    assert (found.options, found.ignored) == (plain.options, ())
+    assert (found.tool_choice, found.shape) == (plain.tool_choice, None)
+    assert found.wire["legacy_functions"] is False
+
+
+def test_a_limit_that_is_none_leaves_room_for_the_older_one() -> None:
+    assert turn(max_completion_tokens=-1, max_tokens=50).options.max_tokens == 50
+
+
+def test_of_two_limits_the_newer_one_counts_and_neither_is_named() -> None:
+    found = turn(max_completion_tokens=78, max_tokens=5)
+
+    assert (found.options.max_tokens, found.ignored) == (78, ())
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "ignored"),
+    [
+        ({"reasoning": {"effort": "low"}}, 2_048, ()),
+        ({"reasoning": {"max_tokens": 3_000}}, 3_000, ()),
+        ({"reasoning": {"enabled": True}}, 8_192, ()),
+        ({"reasoning": {"enabled": False}}, 0, ()),
+        ({"reasoning": {"effort": "none"}}, 0, ()),
+        ({"thinking": {"type": "enabled", "budget_tokens": 4_096}}, 4_096, ()),
+        ({"thinking": {"type": "enabled", "budget_tokens": 10}}, 1_024,
+         ("thinking.budget_tokens",)),
+        ({"thinking": {"type": "adaptive"}}, 8_192, ()),
+        ({"thinking": {"type": "disabled"}}, 0, ()),
+        ({"output_config": {"effort": "high"}}, 16_000, ()),
+        ({"reasoning_effort": "minimal", "reasoning": {"effort": "high"}}, 1_024, ()),
+        ({"reasoning": True}, 0, ("reasoning",)),
+        ({"thinking": "on"}, 0, ("thinking",)),
+    ],
+    ids=str,
+)
+def test_thinking_is_asked_for_wherever_clients_say_it(
+    fields: Json, tokens: int, ignored: tuple[str, ...]
+) -> None:
+    found = turn(model="haiku", **fields)
+
+    assert (found.options.thinking_tokens, found.ignored) == (tokens, ignored)
+
+
+def test_a_budget_for_a_model_that_decides_by_itself_is_named() -> None:
+    found = turn(model="opus", reasoning={"max_tokens": 3_000})
+
+    assert (found.options.thinking_tokens, found.ignored) == (None, ("reasoning.max_tokens",))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"reasoning": {"exclude": True}}, {"thinking": {"display": "omitted"}}], ids=str
+)
+def test_thinking_can_be_left_out_of_the_answer(fields: Json) -> None:
+    assert turn(**fields).options.hides_thinking is True
 
 
 @pytest.mark.parametrize(
@@ -382,8 +462,27 @@ def test_a_parameter_that_the_model_does_not_take_is_named_as_ignored() -> None:
     assert turn(model="opus", temperature=0.3).ignored == ("temperature",)
 
 
-def test_a_field_that_nobody_knows_is_none_of_our_business() -> None:
-    assert turn(frobnicate={"a": 1}).ignored == ()
+@pytest.mark.parametrize("name", ["frobnicate", "thread_id", "x" * 500])
+def test_a_field_that_nobody_reads_is_named(name: str) -> None:
+    (named,) = turn(**{name: {"a": 1}}).ignored
+
+    assert named == name or (len(named) <= 80 and name.startswith(named[:-3]))
+
+
+@pytest.mark.parametrize("value", [None, False, 0, "", "none", [], {}], ids=str)
+def test_a_field_that_asks_for_nothing_is_not_named(value: object) -> None:
+    assert turn(frobnicate=value).ignored == ()
+
+
+def test_what_the_sdks_send_by_themselves_is_not_named() -> None:
+    found = turn(
+        stream=True, stream_options={"include_usage": True}, n=1, max_tokens=64, stop=None,
+        temperature=1, top_p=1, tool_choice="auto", parallel_tool_calls=True,
+        tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        response_format={"type": "text"}, reasoning_effort="low", system="Be brief.",
+    )
+
+    assert found.ignored == ()
 
 
 @pytest.mark.parametrize(
@@ -444,11 +543,11 @@ def test_a_body_that_is_no_object_is_refused(body: object) -> None:
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"max_tokens": "16"}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": 10**400}, "max_tokens"),
         ({"max_tokens": float("inf")}, "max_tokens"),
-        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"max_completion_tokens": 0.5}, "max_completion_tokens"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": -0.1}, "temperature"),
@@ -649,7 +748,7 @@ def test_instructions_hold_no_images(role: str) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"stop": 7}, "a string or an array of strings"), ({"max_tokens": 0}, "1 or more"),
+    [({"stop": 7}, "a string or an array of strings"), ({"max_tokens": -2}, "1 or more"),
      ({"temperature": 3}, "from 0 to 2")],
 )
 def test_a_refusal_says_what_the_field_takes(fields: Json, words: str) -> None:

@@ -175,7 +175,10 @@ def test_a_recorded_answer_gives_its_usage(name: str) -> None:
 
     events, _ = replayed(name)
 
-    assert events[-1].usage == ocp.Usage(10, 7, 5, 3, reasoning)
+    usage = events[-1].usage
+    assert usage == ocp.Usage(10, 7, 5, 3, reasoning, usage.tables)
+    lasting = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 3}
+    assert usage.tables == {"cache_creation": lasting}
 
 
 @pytest.mark.parametrize("name", ANSWERED)
@@ -590,6 +593,17 @@ def test_every_count_of_the_api_has_its_place() -> None:
     }
 
     assert ocp.usage_of(found) == ocp.Usage(1, 2, 3, 4, 5)
+
+
+def test_tables_of_counts_are_kept_as_the_api_gives_them() -> None:
+    cache = {"ephemeral_5m_input_tokens": 1, "ephemeral_1h_input_tokens": 2}
+    tools = {"web_search_requests": 3}
+
+    begun = ocp.usage_of({"cache_creation": cache, "server_tool_use": None, "speed": {"a": 1}})
+    usage = ocp.usage_of({"output_tokens": 4, "server_tool_use": tools}, begun)
+
+    assert begun.tables == {"cache_creation": cache}
+    assert usage.tables == {"cache_creation": cache, "server_tool_use": tools}
 
 
 def test_counts_that_are_left_out_are_those_of_before() -> None:

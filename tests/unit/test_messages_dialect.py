@@ -82,7 +82,12 @@ def test_without_a_model_the_default_answers() -> None:
     assert turn().model.id == "claude-sonnet-5"
 
 
-@pytest.mark.parametrize("field", ["metadata", "service_tier", "container", "mcp_servers", "x"])
+@pytest.mark.parametrize("field", ["container", "context_management", "mcp_servers", "x"])
+def test_a_field_that_nobody_reads_is_named(field: str) -> None:
+    assert turn(**{field: {"a": 1}}).ignored == (field,)
+
+
+@pytest.mark.parametrize("field", ["metadata", "service_tier", "cache_control", "betas"])
 def test_a_field_that_changes_nothing_here_is_none_of_our_business(field: str) -> None:
     assert turn(**{field: {"a": 1}}).ignored == ()
 
@@ -112,9 +117,10 @@ def test_an_adaptive_model_thinks_when_the_client_expects_it(thinking: object, t
     [
         (None, 0),
         ({"type": "disabled"}, 0),
-        ({"type": "adaptive"}, 0),
+        ({"type": "adaptive"}, 8_000),
         ({"type": "enabled", "budget_tokens": 1_024}, 1_024),
-        ({"type": "enabled", "budget_tokens": 10_000}, 8_000),
+        ({"type": "enabled", "budget_tokens": 10_000}, 10_000),
+        ({"type": "enabled", "budget_tokens": 16_000}, 8_000),
     ],
     ids=str,
 )
@@ -122,6 +128,28 @@ def test_a_model_with_a_budget_gets_the_client_s(thinking: object, tokens: int) 
     found = turn(model="haiku", max_tokens=16_000, thinking=thinking)
 
     assert found.options.thinking_tokens == tokens
+
+
+def test_a_budget_that_leaves_no_room_for_an_answer_is_lowered_and_named() -> None:
+    thinking = {"type": "enabled", "budget_tokens": 5_000}
+
+    found = turn(model="haiku", max_tokens=4_096, thinking=thinking)
+
+    assert (found.options.thinking_tokens, found.options.max_tokens) == (2_048, 4_096)
+    assert found.ignored == ("thinking.budget_tokens",)
+
+
+@pytest.mark.parametrize(
+    ("display", "hides"), [(None, False), ("summarized", False), ("omitted", True)]
+)
+def test_the_display_of_thinking_is_the_client_s(display: str | None, hides: bool) -> None:
+    found = turn(model="opus", thinking={"type": "adaptive", "display": display})
+
+    assert (found.options.hides_thinking, found.ignored) == (hides, ())
+
+
+def test_a_limit_of_no_tokens_is_one() -> None:
+    assert turn(max_tokens=0).options == ocp.Options(max_tokens=0, thinking_tokens=0)
 
 
 def test_an_effort_is_passed_on() -> None:
@@ -181,7 +209,7 @@ def test_a_session_comes_before_what_is_new() -> None:
     ("fields", "param"),
     [
         ({"model": 7}, "model"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"max_tokens": "64"}, "max_tokens"),
         ({"messages": "Hello"}, "messages"),
         ({"messages": []}, "messages"),
@@ -193,10 +221,9 @@ def test_a_session_comes_before_what_is_new() -> None:
         ({"system": 7}, "system"),
         ({"system": [7]}, "system[0]"),
         ({"stop_sequences": [7]}, "stop_sequences"),
-        ({"stop_sequences": [" "]}, "stop_sequences"),
         ({"temperature": 1.1}, "temperature"),
-        ({"top_p": -1}, "top_p"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_p": -0.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
         ({"stream": 1}, "stream"),
         ({"thinking": "on"}, "thinking"),
@@ -252,7 +279,7 @@ def test_a_choice_has_its_kind_and_its_tool(choice: object, wanted: Any) -> None
     [
         ({"tools": [{"input_schema": {}}]}, "tools[0].name"),
         ({"tools": [{"name": "a", "input_schema": 7}]}, "tools[0].input_schema"),
-        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"tools": [TOOLS[0], {**TOOLS[0], "description": "Other."}]}, "tools"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "required"}}, "tool_choice.type"),

@@ -28,6 +28,13 @@ def name_of(model: Any) -> str:
     return str(model.id)
 
 
+def wanted(
+    effort: str | None = None, budget_tokens: int | None = None, **fields: Any
+) -> Any:
+    """What a client asks for."""
+    return ocp.Wanted(thinking=ocp.Thinking(effort, budget_tokens), **fields)
+
+
 # -- the list -----------------------------------------------------------------
 
 
@@ -70,18 +77,120 @@ def test_every_name_that_is_told_is_one_that_is_found() -> None:
     assert all(MODELS.find(name).known for name in MODELS.names())
 
 
+SPELLINGS = {
+    "claude-sonnet-4-6": (
+        "claude-sonnet-4.6", "anthropic/claude-sonnet-4-6", "ocp/claude-sonnet-4-6",
+        "openai/claude-sonnet-4.6", "claude/claude-sonnet-4-6", "Claude Sonnet 4.6",
+        "claude_sonnet_4_6", "CLAUDE-SONNET-4-6", " claude-sonnet-4-6\n", "sonnet-4.6",
+        "openrouter/anthropic/claude-sonnet-4.6", "us.anthropic.claude-sonnet-4-6-v1:0",
+        "anthropic.claude-sonnet-4-6-v1", "global.anthropic.claude-sonnet-4-6",
+        "claude-sonnet-4-6@default", "claude-sonnet-4-6-latest", "claude-sonnet-4-6@20260217",
+        "claude-sonnet-4-6-20260217", "claude-4.6-sonnet", "claude-4-6-sonnet-20260217",
+    ),
+    "claude-haiku-4-5-20251001": (
+        "claude-haiku-4.5", "claude-haiku-4-5@20251001", "Haiku", "ocp/haiku",
+        "eu.anthropic.claude-haiku-4-5-20251001-v1:0", "claude-haiku-4-5-latest",
+    ),
+    "claude-opus-4-5-20251101": (
+        "claude-opus-4-5", "claude-opus-4.5", "vertex_ai/claude-opus-4-5@20251101",
+        "us.anthropic.claude-opus-4-5-20251101-v1:0",
+    ),
+    "claude-opus-4-20250514": ("claude-opus-4-0", "claude-opus-4@20250514"),
+    "claude-opus-5": ("opus", "OPUS", "claude-opus 5", "anthropic/opus", "Claude-opus-5"),
+}
+
+
+@pytest.mark.parametrize(
+    ("model_id", "name"), [(key, name) for key, names in SPELLINGS.items() for name in names]
+)
+def test_a_model_is_found_in_every_spelling(model_id: str, name: str) -> None:
+    found = MODELS.find(name)
+
+    assert (found.id, found.argument, found.known) == (model_id, model_id, True)
+
+
+def test_an_older_model_is_found_and_not_listed() -> None:
+    older = [model for model in LISTED if not model.listed]
+
+    assert {"claude-opus-4-5-20251101", "claude-sonnet-4-5-20250929"} <= set(map(name_of, older))
+    assert not set(map(name_of, older)) & set(MODELS.names())
+
+
+def test_another_date_of_a_dated_model_is_that_model_by_another_name() -> None:
+    found = MODELS.find("claude-haiku-4-5-20270101")
+
+    assert (found.id, found.argument) == ("claude-haiku-4-5-20251001", "claude-haiku-4-5-20270101")
+    assert (found.thinking, found.known) == ("budget", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "window"),
+    [
+        ("claude-sonnet-4-6[1m]", "claude-sonnet-4-6[1m]", 1_000_000),
+        ("anthropic/claude-opus-4.6[1M]", "claude-opus-4-6[1m]", 1_000_000),
+        ("claude-sonnet-4-5[1m]", "claude-sonnet-4-5-20250929[1m]", 1_000_000),
+        ("sonnet[1m]", "claude-sonnet-5", 1_000_000),
+        ("claude-x[1m]", "claude-x[1m]", 1_000_000),
+    ],
+)
+def test_the_long_window_is_asked_for_by_a_suffix(name: str, argument: str, window: int) -> None:
+    found, plain = MODELS.find(name), MODELS.find(name[:-4])
+
+    assert (found.argument, found.context_window) == (argument, window)
+    assert (found.id, found.known) == (plain.id, plain.known)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "window"),
+    [
+        ("claude-sonnet-4-6", "claude-sonnet-4-6[1m]", 1_000_000),
+        ("haiku", "claude-haiku-4-5-20251001", 200_000),
+        ("opus", "claude-opus-5", 1_000_000),
+    ],
+)
+def test_the_long_window_may_be_asked_for_beside_the_name(
+    name: str, argument: str, window: int
+) -> None:
+    found = MODELS.find(name, long_context=True)
+
+    assert (found.argument, found.context_window) == (argument, window)
+
+
 # -- other names --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["claude-opus-9", "claude-3-5-haiku-latest", "claude-x[1m]"])
-def test_an_unlisted_claude_is_believed_to_behave_as_the_newest(name: str) -> None:
-    assert MODELS.find(name) == NEWEST._replace(id=name, display_name=name, known=False)
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("claude-opus-9", "claude-opus-5"),
+        ("claude-opus-4-9", "claude-opus-4-8"),
+        ("claude-opus-4-2-20250901", "claude-opus-4-1-20250805"),
+        ("claude-sonnet-4-7-20260801", "claude-sonnet-4-6"),
+        ("claude-sonnet-6", "claude-opus-5"),
+        ("claude-sonnet-5-5", "claude-sonnet-5"),
+        ("claude-haiku-4-6", "claude-haiku-4-5-20251001"),
+        ("claude-haiku-5-5", "claude-opus-5"),
+        ("claude-fable-5-2", "claude-opus-5"),
+        ("claude-mythos-preview", "claude-opus-5"),
+        ("claude-3-5-sonnet-20241022", "claude-sonnet-4-20250514"),
+        ("claude-3-5-haiku-latest", "claude-haiku-4-5-20251001"),
+        ("claude-2.1", "claude-opus-4-20250514"),
+        ("claude-of-next-year", "claude-opus-5"),
+    ],
+)
+def test_an_unlisted_claude_behaves_as_the_nearest_of_its_family(name: str, like: str) -> None:
+    found, model = MODELS.find(name), MODELS.find(like)
+    spelled = ocp.spelled(name)
+
+    assert found == model._replace(
+        id=spelled, display_name=spelled, argument=spelled, known=False, listed=False
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt-4o", "", " ", "Opus", "Claude-opus-5", "claude-", "claude--x", "claude-opus 5"]
-    + ["claude-opus-5\n", "claude-../x", "claude-" + "x" * 200, "--claude-x", "claude-\u00e9"],
+    ["gpt-4o", "", " ", "claude-", "claude--x", "claude", "sonnet-x", "anthropic/", "[1m]"]
+    + ["claude-../x", "claude-" + "x" * 200, "--claude-x", "claude-\u00e9", "claude-x\0"],
 )
 def test_any_other_name_is_unknown(name: str) -> None:
     with pytest.raises(ocp.UnknownModel) as caught:
@@ -169,13 +278,13 @@ def test_a_file_without_what_it_names_stops_the_start(
 # -- options: whatever a client asks, the API is sent nothing that it refuses --
 
 TEMPERATURES = (None, 0.0, 0.3, 1.0)
-TOP_PS = (None, 0.0, 0.5, 1.0)
+TOP_PS = (None, 0.0, 0.5, 0.95, 1.0)
 LIMITS = (None, 1, 1_024, 1_025, 2_048, 64_000)
 
 
 def every_wish() -> list[Any]:
     return [
-        ocp.Wanted(max_tokens=limit, temperature=temperature, top_p=top_p, effort=effort)
+        wanted(max_tokens=limit, temperature=temperature, top_p=top_p, effort=effort)
         for temperature, top_p, effort, limit in itertools.product(
             TEMPERATURES, TOP_PS, (None, "none", *EFFORTS), LIMITS
         )
@@ -200,6 +309,10 @@ def changes_sampling(options: Any) -> bool:
 REFUSALS: dict[str, Callable[[Any, Any], bool]] = {
     "sampling together with thinking": lambda model, options: (
         thinks(options) and changes_sampling(options)
+        and (set(sampling_of(options)) != {"top_p"} or sampling_of(options)["top_p"] < 0.95)
+    ),
+    "a top_p beside the temperature that claude sends without thinking": lambda model, options: (
+        not thinks(options) and "top_p" in sampling_of(options)
     ),
     "both sampling parameters": lambda model, options: (
         {"temperature", "top_p"} <= set(sampling_of(options))
@@ -244,7 +357,7 @@ def test_a_sampling_parameter_is_either_sent_or_named_as_ignored(model: Any) -> 
 
 @pytest.mark.parametrize("model", [*LISTED, NEW], ids=name_of)
 def test_limits_and_stop_sequences_are_always_sent(model: Any) -> None:
-    wish = ocp.Wanted(max_tokens=7, stop_sequences=("a", "b"), temperature=0.3, effort="high")
+    wish = wanted(max_tokens=7, stop_sequences=("a", "b"), temperature=0.3, effort="high")
 
     options, _ = ocp.options_for(model, wish)
 
@@ -253,33 +366,33 @@ def test_limits_and_stop_sequences_are_always_sent(model: Any) -> None:
 
 @pytest.mark.parametrize("model", ADAPTIVE, ids=name_of)
 def test_a_wish_for_nothing_changes_nothing_of_an_adaptive_model(model: Any) -> None:
-    assert ocp.options_for(model, ocp.Wanted()) == (ocp.Options(), ())
+    assert ocp.options_for(model, wanted()) == (ocp.Options(), ())
 
 
 @pytest.mark.parametrize("model", BUDGET, ids=name_of)
 def test_a_model_with_a_budget_thinks_only_when_asked(model: Any) -> None:
-    options, _ = ocp.options_for(model, ocp.Wanted())
+    options, _ = ocp.options_for(model, wanted())
 
     assert options.thinking_tokens == 0
 
 
 @pytest.mark.parametrize("model", LISTED, ids=name_of)
 def test_the_effort_none_turns_thinking_off(model: Any) -> None:
-    options, _ = ocp.options_for(model, ocp.Wanted(effort="none"))
+    options, _ = ocp.options_for(model, wanted(effort="none"))
 
     assert (options.thinking_tokens, options.effort) == (0, None)
 
 
 @pytest.mark.parametrize("model", SAMPLING, ids=name_of)
 def test_a_temperature_alone_is_kept_and_thinking_goes(model: Any) -> None:
-    options, ignored = ocp.options_for(model, ocp.Wanted(temperature=0.3))
+    options, ignored = ocp.options_for(model, wanted(temperature=0.3))
 
     assert (sampling_of(options), options.thinking_tokens, ignored) == ({"temperature": 0.3}, 0, ())
 
 
 @pytest.mark.parametrize("model", SAMPLING, ids=name_of)
 def test_an_effort_is_kept_and_the_temperature_goes(model: Any) -> None:
-    options, ignored = ocp.options_for(model, ocp.Wanted(temperature=0.3, effort="high"))
+    options, ignored = ocp.options_for(model, wanted(temperature=0.3, effort="high"))
 
     assert thinks(options)
     assert (sampling_of(options), ignored) == ({}, ("temperature",))
@@ -287,15 +400,27 @@ def test_an_effort_is_kept_and_the_temperature_goes(model: Any) -> None:
 
 @pytest.mark.parametrize("model", SAMPLING, ids=name_of)
 def test_a_temperature_of_one_goes_with_thinking(model: Any) -> None:
-    options, ignored = ocp.options_for(model, ocp.Wanted(temperature=1.0, effort="high"))
+    options, ignored = ocp.options_for(model, wanted(temperature=1.0, effort="high"))
 
     assert thinks(options)
     assert ignored == ()
 
 
+@pytest.mark.parametrize(
+    ("model", "sent"),
+    [("claude-sonnet-4-6", {"top_p": 0.97}), ("haiku", {}), ("opus", {})],
+)
+def test_a_high_top_p_goes_with_thinking_where_there_is_some(
+    model: str, sent: dict[str, float]
+) -> None:
+    options, ignored = ocp.options_for(MODELS.find(model), wanted(top_p=0.97))
+
+    assert (sampling_of(options), ignored) == (sent, () if sent else ("top_p",))
+
+
 @pytest.mark.parametrize("model", SAMPLING, ids=name_of)
 def test_of_two_sampling_parameters_the_temperature_is_kept(model: Any) -> None:
-    options, ignored = ocp.options_for(model, ocp.Wanted(temperature=0.3, top_p=0.5))
+    options, ignored = ocp.options_for(model, wanted(temperature=0.3, top_p=0.5))
 
     assert (sampling_of(options), ignored) == ({"temperature": 0.3}, ("top_p",))
 
@@ -304,11 +429,11 @@ def test_of_two_sampling_parameters_the_temperature_is_kept(model: Any) -> None:
 @pytest.mark.parametrize(
     ("wish", "sent", "named"),
     [
-        ({"temperature": 1.0, "top_p": 0.5}, {"top_p": 0.5}, ()),
+        ({"temperature": 1.0, "top_p": 0.5}, {}, ("top_p",)),
         ({"temperature": 0.5, "top_p": 1.0}, {"temperature": 0.5}, ()),
         ({"temperature": 1.0, "top_p": 1.0}, {}, ()),
         ({"temperature": 1.3}, {}, ("temperature",)),
-        ({"temperature": 2.0, "top_p": 0.5}, {"top_p": 0.5}, ("temperature",)),
+        ({"temperature": 2.0, "top_p": 0.5}, {}, ("temperature", "top_p")),
         ({"top_k": 5}, {"top_k": 5}, ()),
         ({"top_k": 5, "temperature": 0.5}, {"temperature": 0.5, "top_k": 5}, ()),
     ],
@@ -317,7 +442,7 @@ def test_of_two_sampling_parameters_the_temperature_is_kept(model: Any) -> None:
 def test_a_default_excludes_nothing(
     model: Any, wish: dict[str, float], sent: dict[str, float], named: tuple[str, ...]
 ) -> None:
-    options, ignored = ocp.options_for(model, ocp.Wanted(**wish))
+    options, ignored = ocp.options_for(model, wanted(**wish))
 
     assert (sampling_of(options), ignored) == (sent, named)
 
@@ -325,7 +450,7 @@ def test_a_default_excludes_nothing(
 @pytest.mark.parametrize("model", LISTED, ids=name_of)
 @pytest.mark.parametrize("wish", [{}, {"effort": "high"}, {"budget_tokens": 4_096}], ids=str)
 def test_a_forced_call_turns_thinking_off(model: Any, wish: dict[str, Any]) -> None:
-    options, _ = ocp.options_for(model, ocp.Wanted(forced=True, **wish))
+    options, _ = ocp.options_for(model, wanted(forced=True, **wish))
 
     assert options.thinking_tokens == 0
 
@@ -333,21 +458,22 @@ def test_a_forced_call_turns_thinking_off(model: Any, wish: dict[str, Any]) -> N
 @pytest.mark.parametrize("model", BUDGET, ids=name_of)
 @pytest.mark.parametrize(
     ("tokens", "limit", "budget"),
-    [(1_024, None, 1_024), (10_000, 30_000, 10_000), (10_000, 10_001, 5_000), (2_000, 2_000, 0),
-     (0, None, 0)],
+    [(1_024, None, 1_024), (10_000, 30_000, 10_000), (10_000, 10_001, 10_000),
+     (10_000, 10_000, 5_000), (2_000, 2_000, 0), (40_000, None, 16_000), (0, None, 0)],
 )
-def test_a_budget_that_the_client_names_is_kept_below_the_limit(
+def test_a_budget_that_the_client_names_is_kept_if_it_leaves_room_for_an_answer(
     model: Any, tokens: int, limit: int | None, budget: int
 ) -> None:
-    options, _ = ocp.options_for(model, ocp.Wanted(budget_tokens=tokens, max_tokens=limit))
+    options, ignored = ocp.options_for(model, wanted(budget_tokens=tokens, max_tokens=limit))
 
     assert options.thinking_tokens == budget
+    assert ignored == (() if budget == tokens else ("thinking.budget_tokens",))
 
 
 @pytest.mark.parametrize("model", ADAPTIVE, ids=name_of)
 def test_an_adaptive_model_is_told_no_budget_but_none(model: Any) -> None:
     budgets = [
-        ocp.options_for(model, ocp.Wanted(budget_tokens=tokens))[0].thinking_tokens
+        ocp.options_for(model, wanted(budget_tokens=tokens))[0].thinking_tokens
         for tokens in (None, 1_024, 30_000, 0)
     ]
 
@@ -366,9 +492,10 @@ def test_an_adaptive_model_is_told_no_budget_but_none(model: Any) -> None:
 def test_an_effort_becomes_a_budget_that_leaves_half_of_the_limit(
     model: Any, effort: str, limit: int, budget: int
 ) -> None:
-    options, _ = ocp.options_for(model, ocp.Wanted(effort=effort, max_tokens=limit))
+    options, _ = ocp.options_for(model, wanted(effort=effort, max_tokens=limit))
 
-    assert (options.thinking_tokens, options.effort) == (budget, None)
+    assert options.thinking_tokens == budget
+    assert options.effort == ocp.nearest_effort(model, effort)
 
 
 @pytest.mark.parametrize(

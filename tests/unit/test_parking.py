@@ -171,6 +171,7 @@ CHANGES: dict[str, Json] = {
     "sampling": {"options": ocp.Options(sampling=(("temperature", 0.5),))},
     "the effort": {"options": ocp.Options(effort="low")},
     "thinking": {"options": ocp.Options(thinking_tokens=0)},
+    "thinking that is not shown": {"options": ocp.Options(hides_thinking=True)},
 }
 
 

@@ -112,7 +112,49 @@ def test_a_harmless_parameter_is_named_as_ignored(name: str, value: object) -> N
     assert turn(**{name: value}).ignored == (name,)
 
 
-@pytest.mark.parametrize("name", ["include", "truncation", "frobnicate"])
+@pytest.mark.parametrize("name", ["frobnicate", "modalities", "max_tokens"])
+def test_a_field_that_nobody_reads_is_named(name: str) -> None:
+    assert turn(**{name: ["x"]}).ignored == (name,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "effort", "ignored"),
+    [
+        ({"reasoning_effort": "low"}, "low", ()),
+        ({"reasoning": {"effort": "high"}, "reasoning_effort": "low"}, "low", ()),
+        ({"thinking": {"type": "enabled", "budget_tokens": 2_000}}, None,
+         ("thinking.budget_tokens",)),
+        ({"output_config": {"effort": "medium"}}, "medium", ()),
+    ],
+    ids=str,
+)
+def test_thinking_is_asked_for_wherever_clients_say_it(
+    fields: Json, effort: str | None, ignored: tuple[str, ...]
+) -> None:
+    found = turn(model="opus", **fields)
+
+    assert (found.options.effort, found.ignored) == (effort, ignored)
+
+
+def test_the_form_of_an_answer_is_taken_in_the_words_of_chat_too() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+    found = turn(response_format=form)
+
+    assert (found.shape, found.ignored) == (ocp.shape_of(ocp.Fields(schema)), ())
+
+
+@pytest.mark.parametrize("value", [0, -1, None])
+def test_a_limit_that_is_none_is_not_there(value: int | None) -> None:
+    assert turn(max_output_tokens=value).options.max_tokens is None
+
+
+def test_a_stop_text_is_taken_as_in_chat() -> None:
+    assert turn(stop=["END", "\n"]).options.stop_sequences == ("END", "\n")
+
+
+@pytest.mark.parametrize("name", ["include", "truncation", "client_metadata"])
 def test_a_field_that_changes_nothing_is_none_of_our_business(name: str) -> None:
     assert turn(**{name: ["x"]}).ignored == ()
 
@@ -159,7 +201,7 @@ def test_a_response_repeats_its_request() -> None:
         ({"input": [{"role": "user", "content": [{"type": "video"}]}]}, "input[0].content[0].type"),
         ({"input": [{"type": "item_reference"}]}, "input[0].id"),
         ({"instructions": 7}, "instructions"),
-        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": -2}, "max_output_tokens"),
         ({"temperature": 3}, "temperature"),
         ({"top_p": 2}, "top_p"),
         ({"stream": 1}, "stream"),
@@ -634,7 +676,7 @@ def test_a_choice_has_its_kind_and_its_tool(choice: object, wanted: Any, left: i
         ({"tools": [{"type": "namespace", "tools": []}]}, "tools[0].name"),
         ({"tools": [{"type": "namespace", "name": "a", "tools": [7]}]}, "tools[0].tools[0]"),
         ({"tools": [{"type": "function", "name": "a", "parameters": 7}]}, "tools[0].parameters"),
-        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"tools": [TOOLS[0], {**TOOLS[0], "description": "Other."}]}, "tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "gone"}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
     ],

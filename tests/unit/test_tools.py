@@ -104,10 +104,37 @@ def test_a_tool_may_be_chosen_as_anthropic_does(choice: Json, wanted: tuple[str,
 
 
 def test_legacy_functions_are_tools_too() -> None:
-    found = turn(tools=TOOLS[:1], functions=[{"name": "clock", "parameters": SCHEMA}])
+    found = turn(functions=[{"name": "clock", "parameters": SCHEMA}])
 
-    assert found.tools[1] == ocp.Tool("clock", "", SCHEMA)
+    assert found.tools == (ocp.Tool("clock", "", SCHEMA),)
     assert found.wire["legacy_functions"] is True
+
+
+@pytest.mark.parametrize("functions", [[], [{"name": "clock"}], [{"name": "other"}]], ids=str)
+def test_beside_tools_functions_do_not_bring_the_old_shape_back(functions: Json) -> None:
+    found = turn(tools=TOOLS, functions=functions)
+
+    assert names(found)[:2] == ["weather", "clock"]
+    assert (found.wire["legacy_functions"], found.tool_choice.parallel) == (False, True)
+
+
+def test_two_tools_that_are_equal_are_one() -> None:
+    assert names(turn(tools=[*TOOLS, TOOLS[0]])) == ["weather", "clock"]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"type": "web_search_preview"}, {"type": "file_search"}, {"type": "mcp", "server_label": "x"}],
+    ids=str,
+)
+def test_a_choice_of_what_nobody_runs_here_is_auto_and_named(choice: Json) -> None:
+    found = turn(tools=TOOLS, tool_choice=choice)
+
+    assert (found.tool_choice, found.ignored) == (ocp.ToolChoice(), ("tool_choice",))
+
+
+def test_any_is_another_word_for_required() -> None:
+    assert turn(tools=TOOLS, tool_choice="any").tool_choice == ocp.ToolChoice("any")
 
 
 def test_tools_of_unknown_types_are_named_as_ignored_and_left_out() -> None:
@@ -134,8 +161,8 @@ def test_tools_of_unknown_types_are_named_as_ignored_and_left_out() -> None:
          "tools[0].function.parameters.required"),
         ({"tools": [function(parameters={"required": [7]})]},
          "tools[0].function.parameters.required"),
-        ({"tools": [*TOOLS, TOOLS[0]]}, "tools"),
-        ({"tools": TOOLS, "functions": [{"name": "clock"}]}, "tools"),
+        ({"tools": [*TOOLS, function(description="Other.")]}, "tools"),
+        ({"tools": TOOLS, "functions": [{"name": "clock", "description": "Other."}]}, "tools"),
         ({"functions": [{"name": 7}]}, "functions[0].name"),
     ],
 )
@@ -211,7 +238,7 @@ def test_without_tools_there_is_nothing_to_choose(choice: object) -> None:
         ({"tool_choice": function("clock")}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": function("gone")}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": allowed("required", "gone")}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "most"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": 7}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.name"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {}}},
