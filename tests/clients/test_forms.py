@@ -31,6 +31,8 @@ Body = Mapping[str, Json]
 RIG_SETTINGS = {"OCP_WARM_PROCESSES": "0"}
 QUESTION = "How is the weather in Rome?"
 ASKED: Json = [{"role": "user", "content": QUESTION}]
+#: A program that has not ended by then never will.
+RUN_TIMEOUT_S = 300
 #: The tool that programs give the model beside the form.
 TEMPERATURE = "temperature"
 
@@ -289,7 +291,77 @@ for mode in ("TOOLS", "TOOLS_STRICT", "JSON", "JSON_O1", "MD_JSON", "JSON_SCHEMA
              "RESPONSES_TOOLS", "FUNCTIONS"):
     show(mode, lambda: ask(mode))
 '''),
+    Program("dspy", "predict tool", '''
+import dspy
+
+class Weather(dspy.Signature):
+    """Report on the weather."""
+    question: str = dspy.InputField()
+    city: str = dspy.OutputField()
+    day: date = dspy.OutputField()
+    place: tuple[float, float] = dspy.OutputField()
+    sky: Union[Sun, Rain] = dspy.OutputField()
+
+dspy.configure(
+    lm=dspy.LM("openai/" + MODEL, api_base=URL + "/v1", api_key="any", cache=False, num_retries=0),
+    adapter=dspy.JSONAdapter())
+
+def ask(module):
+    found = module(question=QUESTION)
+    return Report(city=found.city, day=found.day, place=found.place, sky=found.sky)
+
+show("predict", lambda: ask(dspy.Predict(Weather)))
+show("tool", lambda: ask(dspy.ReAct(Weather, tools=[temperature])))
+'''),
 )
+
+#: The same in JavaScript, with the schema library that its frameworks share.
+JAVASCRIPT = '''
+import { createRequire } from "node:module";
+const [folder, url, model, question] = process.argv.slice(2);
+const load = createRequire(folder + "/");
+const { generateObject, generateText, streamObject, Output, stepCountIs, tool } = load("ai");
+const { createOpenAI } = load("@ai-sdk/openai");
+const { createOpenAICompatible } = load("@ai-sdk/openai-compatible");
+const { createAnthropic } = load("@ai-sdk/anthropic");
+const { z } = load("zod");
+
+const options = { baseURL: url + "/v1", apiKey: "any" };
+const models = {
+  compatible: createOpenAICompatible(
+    { ...options, name: "ocp", supportsStructuredOutputs: true })(model),
+  chat: createOpenAI(options).chat(model),
+  responses: createOpenAI(options).responses(model),
+  messages: createAnthropic(options)(model),
+};
+const schema = z.object({
+  city: z.string(),
+  day: z.iso.date(),
+  place: z.tuple([z.number(), z.number()]),
+  sky: z.discriminatedUnion("kind", [
+    z.object({ kind: z.literal("sun"), hours: z.int() }),
+    z.object({ kind: z.literal("rain"), millimetres: z.number() }),
+  ]),
+});
+const tools = { temperature: tool({
+  description: "Tells how warm it is.", inputSchema: z.object({ city: z.string() }),
+  execute: async ({ city }) => "20 degrees in " + city }) };
+
+async function show(name, get) {
+  const shown = await get().catch((error) => String(error));
+  console.log(JSON.stringify([name, shown]));
+}
+
+for (const [name, each] of Object.entries(models)) {
+  const asked = { model: each, prompt: question, maxRetries: 0 };
+  await show(name, async () => (await generateObject({ ...asked, schema })).object);
+  await show(name + " stream", async () => await streamObject({ ...asked, schema }).object);
+  await show(name + " tool", async () => (await generateText({
+    ...asked, tools, stopWhen: stepCountIs(3), output: Output.object({ schema }) })).output);
+}
+'''
+JAVASCRIPT_NAMES = [f"{dialect}{way}" for dialect in ("compatible", "chat", "responses", "messages")
+                    for way in ("", " stream", " tool")]
 
 
 def python_with(library: str) -> str:
@@ -307,10 +379,28 @@ def test_a_framework_gets_the_form_that_it_wants_in_every_way(
     rig: Rig, tmp_path: Path, program: Program
 ) -> None:
     script(rig, REPORT)
-    file = tmp_path / "ask.py"
-    file.write_text(BEGINNING + program.code)
+    shown = shown_by(
+        tmp_path, [python_with(program.library)], BEGINNING + program.code, rig.server.url)
+    assert shown == dict.fromkeys(program.names.split(), REPORT)
+
+
+def test_the_vercel_sdk_gets_the_form_that_it_wants_in_every_way(
+    rig: Rig, tmp_path: Path
+) -> None:
+    script(rig, REPORT)
+    folder = next((each for each in client_folders() if (each / "node_modules/ai").exists()), None)
+    if folder is None:
+        pytest.skip(how_to_install("ai"))
+    shown = shown_by(tmp_path, ["node"], JAVASCRIPT, str(folder), rig.server.url)
+    assert shown == dict.fromkeys(JAVASCRIPT_NAMES, REPORT)
+
+
+def shown_by(home: Path, command: list[str], code: str, *arguments: str) -> dict[str, Json]:
+    """What a program shows, by name."""
+    file = home / "ask.mjs"
+    file.write_text(code)
     ran = run_to_end(
-        [python_with(program.library), str(file), f"{rig.server.url}", MODEL, QUESTION],
-        env=clean_env(HOME=str(tmp_path), OPENAI_API_KEY="any"), cwd=tmp_path, timeout_s=300)
-    shown = dict(json.loads(line) for line in ran.stdout.splitlines())
-    assert shown == dict.fromkeys(program.names.split(), REPORT), ran
+        [*command, str(file), *arguments, MODEL, QUESTION], cwd=home, timeout_s=RUN_TIMEOUT_S,
+        env=clean_env(HOME=str(home), OPENAI_API_KEY="any", LITELLM_LOCAL_MODEL_COST_MAP="True"))
+    assert ran.code == 0, ran
+    return dict(json.loads(line) for line in ran.stdout.splitlines())
