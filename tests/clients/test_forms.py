@@ -291,7 +291,7 @@ for mode in ("TOOLS", "TOOLS_STRICT", "JSON", "JSON_O1", "MD_JSON", "JSON_SCHEMA
              "RESPONSES_TOOLS", "FUNCTIONS"):
     show(mode, lambda: ask(mode))
 '''),
-    Program("dspy", "predict tool", '''
+    Program("dspy", "predict", '''
 import dspy
 
 class Weather(dspy.Signature):
@@ -311,7 +311,6 @@ def ask(module):
     return Report(city=found.city, day=found.day, place=found.place, sky=found.sky)
 
 show("predict", lambda: ask(dspy.Predict(Weather)))
-show("tool", lambda: ask(dspy.ReAct(Weather, tools=[temperature])))
 '''),
 )
 
