@@ -14,16 +14,24 @@ REAL_CLAUDES = (".claude-cli/old", ".claude-cli/new")
 HOW_TO_INSTALL = (
     "no real claude: python3 .ci/install.py .claude-cli/new, or name programs in OCP_TEST_CLAUDES")
 #: Where it puts the clients, each folder with node_modules/.bin or bin.
-CLIENT_FOLDERS = (".agents", ".agents/python", ".agents/aider", ".openclaw")
+CLIENT_FOLDERS = (
+    ".agents", ".agents/python", ".agents/instructor", ".agents/aider", ".openclaw")
 #: Client, or a library for Python -> its folder in .ci/versions.txt.
 CLIENTS = {
     "codex": ".agents",
     "opencode": ".agents",
     "cn": ".agents",
     "cline": ".agents",
+    "ai": ".agents",
     "llm": ".agents/python",
     "langchain_openai": ".agents/python",
     "openai": ".agents/python",
+    "langgraph": ".agents/python",
+    "pydantic_ai": ".agents/python",
+    "agents": ".agents/python",
+    "dspy": ".agents/python",
+    # It asks for an old version of openai.
+    "instructor": ".agents/instructor",
     # It asks for old versions of what the others need too.
     "aider": ".agents/aider",
     "litellm": ".agents/aider",

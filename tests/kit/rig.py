@@ -165,6 +165,15 @@ class Rig:
     def last_body(self) -> dict[str, Json]:
         return self.bodies()[-1]
 
+    def take_refusals(self) -> list[str]:
+        """Return why the API refused requests in this test. One that was not taken fails it."""
+        return [refusal.message for refusal in self.stub.take_refusals()]
+
+    def assert_nothing_refused(self) -> None:
+        """Raise an AssertionError for requests that broke a rule of the API; see api_rules.py."""
+        refusals = self.take_refusals()
+        assert not refusals, f"the API would have refused what was sent: {refusals}"
+
     def end_parked(self) -> None:
         """End the processes that are parked, as if their conversations had been given up."""
         self.server.call("PATCH", "/settings", {"parkedProcesses": 0})
@@ -187,13 +196,15 @@ class Rig:
 @contextmanager
 def running_rig(folder: Path, claude: Claude, **settings: str | None) -> Iterator[Rig]:
     """Start a rig in this folder. Settings are more of the server's environment."""
-    with StubApi() as stub:
+    with StubApi(strict=True) as stub:
         env = {**real_claude_env(stub.url), "OCP_DEFAULT_MODEL": MODEL, **settings}
         with running_server(
             folder, claude=claude.path, env=env, pass_env=["ANTHROPIC_BASE_URL"],
             script=Path(patient_server.__file__),
         ) as server:
-            yield Rig(server, stub, claude)
+            rig = Rig(server, stub, claude)
+            yield rig
+            rig.assert_nothing_refused()
 
 
 def _case_of(body: Body) -> str:

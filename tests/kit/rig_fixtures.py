@@ -50,12 +50,14 @@ def shared_rig(request: pytest.FixtureRequest, claude: Claude, rigs: RigCache) -
     """The rig with the settings of the module, for its own fixtures of module scope."""
     found = rigs.get(claude, getattr(request.module, "RIG_SETTINGS", {}))
     yield found
+    found.assert_nothing_refused()
     # The next module finds no conversation of this one, and the memory is free meanwhile.
     found.end_parked()
 
 
 @pytest.fixture
-def rig(shared_rig: Rig) -> Rig:
+def rig(shared_rig: Rig) -> Iterator[Rig]:
     """The rig with the settings of the module, for one test."""
     shared_rig.begin()
-    return shared_rig
+    yield shared_rig
+    shared_rig.assert_nothing_refused()

@@ -41,6 +41,8 @@ from typing import (
     Union,
 )
 
+from api_rules import violation
+
 Json = Any
 Body = Mapping[str, Json]
 
@@ -330,6 +332,12 @@ class Recorded(NamedTuple):
     at_s: float
 
 
+class Refusal(NamedTuple):
+    """A request that broke a rule of the API, and the API's words for it."""
+    message: str
+    recorded: Recorded
+
+
 class ClientGone(Exception):
     """The client closed its connection before the reply was complete."""
 
@@ -345,6 +353,7 @@ class StubApi:
     default         callable(body) -> Reply, asked when no scripted reply is left
     keep_requests   False lets `requests` stay empty, for benchmarks that run long
     on_request      called with each Recorded, in the thread that answers it
+    strict          answers with 400 what breaks a rule of api_rules.py; no reply is used up
     """
 
     def __init__(
@@ -353,6 +362,7 @@ class StubApi:
         port: int = 0,
         keep_requests: bool = True,
         on_request: Optional[Callable[[Recorded], None]] = None,
+        strict: bool = False,
     ) -> None:
         self.default = default
         #: The rate-limit headers of every success; may be replaced at any time. Computed once,
@@ -360,10 +370,12 @@ class StubApi:
         self.limits = rate_limit_headers()
         self.on_request = on_request
         self._keep_requests = keep_requests
-        #: Guards the four fields below; never held while a reply is sent.
+        self._strict = strict
+        #: Guards the five fields below; never held while a reply is sent.
         self._changed = threading.Condition()
         self._script: Deque[Reply] = deque()
         self._requests: list[Recorded] = []
+        self._refusals: list[Refusal] = []
         self._numbers = itertools.count(1)
         self._aborted = 0
         self._server = _Server(("127.0.0.1", port), self)
@@ -406,6 +418,12 @@ class StubApi:
         with self._changed:
             return list(self._requests)
 
+    def take_refusals(self) -> list[Refusal]:
+        """The requests that were refused since this was last asked, in order."""
+        with self._changed:
+            taken, self._refusals = self._refusals, []
+            return taken
+
     @property
     def aborted(self) -> int:
         """How many requests' clients hung up before the reply was complete."""
@@ -429,14 +447,19 @@ class StubApi:
 
     def _admit(self, recorded: Recorded) -> tuple[int, Reply]:
         """Record a request; its number and its reply, in the order of arrival."""
+        complaint = violation(recorded.body, recorded.headers) if self._strict else None
         with self._changed:
             if self._keep_requests:
                 self._requests.append(recorded)
+            if complaint:
+                self._refusals.append(Refusal(complaint, recorded))
             number = next(self._numbers)
-            scripted = self._script.popleft() if self._script else None
+            scripted = self._script.popleft() if self._script and not complaint else None
             self._changed.notify_all()
         if self.on_request:
             self.on_request(recorded)
+        if complaint:
+            return number, error(400, complaint)
         return number, scripted or self.default(recorded.body)
 
     def _count_aborted(self) -> None:

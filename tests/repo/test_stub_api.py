@@ -39,9 +39,10 @@ def stub() -> Iterator[StubApi]:
         yield started
 
 
-def ask(url: str, said: str = "Hi", stream: bool = True) -> tuple[Any, bytes]:
+def ask(url: str, said: str = "Hi", stream: bool = True, **fields: Any) -> tuple[Any, bytes]:
     """The response, already read, and its content."""
-    body = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": said}]}
+    body = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": said}],
+            **fields}
     request = urllib.request.Request(
         url + "/v1/messages?beta=true", json.dumps(body).encode(),
         {"content-type": "application/json", "X-Test": "yes"})
@@ -250,6 +251,21 @@ def test_leaving_the_block_ends_a_hanging_reply() -> None:
 def test_waiting_for_a_request_that_never_comes_raises(stub: StubApi) -> None:
     with pytest.raises(TimeoutError):
         stub.wait_for_requests(1, timeout_s=0.01)
+
+
+def test_a_strict_stub_refuses_what_breaks_a_rule_and_keeps_its_script() -> None:
+    with StubApi(strict=True) as stub:
+        stub.enqueue(text("scripted"))
+        response, content = ask(stub.url)
+        assert response.status == 400
+        assert json.loads(content)["error"] == {
+            "type": "invalid_request_error", "message": "max_tokens: Field required"}
+        (refusal,) = stub.take_refusals()
+        assert refusal.message == "max_tokens: Field required"
+        assert [refusal.recorded] == stub.requests
+        assert stub.take_refusals() == []
+        stub.default = lambda body: text("default")
+        assert b"scripted" in ask(stub.url, stream=False, max_tokens=10)[1]
 
 
 @pytest.mark.parametrize("said, word", [
