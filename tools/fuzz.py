@@ -178,7 +178,7 @@ CHAT_SHAPED = {
     "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}},
 }
 CHAT_SESSION = {
-    "model": "haiku", "session_id": "fuzz-session", "stream": True,
+    "model": "haiku", "ocp_session_id": "fuzz-session", "stream": True,
     "messages": [{"role": "user", "content": GREETING}],
 }
 CHAT_LEGACY = {
@@ -213,7 +213,7 @@ MESSAGES_FULL = {
     ],
 }
 MESSAGES_PLAIN = {
-    "max_tokens": 50, "stream": True, "output_config": {"effort": "low"}, "session_id": "fuzz",
+    "max_tokens": 50, "stream": True, "output_config": {"effort": "low"}, "ocp_session_id": "fuzz",
     "messages": [{"role": "user", "content": GREETING}],
 }
 RESPONSES_FULL = {
@@ -243,7 +243,10 @@ QUOTA = {"daily": 100_000, "weekly": None, "monthly": 100_000,
 KEY = {"name": "phone", "expiry": "30d", "models": ["sonnet"], "maxConcurrent": 2, "note": "mine"}
 #: Settings that leave the server as quick as it is.
 LIVE = {"cacheTTL": 600_000, "cacheMaxBytes": 262_144, "maxQueue": 64, "heartbeatInterval": 15_000,
-        "cacheSampled": True, "sessionHeader": False, "usageDays": 400, "writeTimeout": 60_000}
+        "cacheSampled": True, "sessionId": False, "usageDays": 400, "writeTimeout": 60_000}
+
+#: How a client begins that speaks TLS.
+TLS_HELLO = b"\x16\x03"
 
 #: What a route takes, in one or several forms. A route that is not here takes no body.
 BODIES: Mapping[tuple[str, str], Sequence[Json]] = {
@@ -251,6 +254,8 @@ BODIES: Mapping[tuple[str, str], Sequence[Json]] = {
     ("POST", "/v1/messages"): (MESSAGES_FULL, MESSAGES_PLAIN),
     ("POST", "/v1/messages/count_tokens"): (MESSAGES_FULL,),
     ("POST", "/v1/responses"): (RESPONSES_FULL, {"input": GREETING, "stream": True}),
+    ("POST", "/v1/responses/compact"): (RESPONSES_FULL, {"input": GREETING}),
+    ("POST", "/v1/responses/input_tokens"): (RESPONSES_FULL, {"input": GREETING}),
     ("POST", "/v1/completions"): (COMPLETIONS_FULL, {"prompt": ["a", GREETING], "stream": True}),
     ("POST", "/v1/embeddings"): ({"model": "m", "input": "text"},),
     ("POST", "/api/keys"): ({**KEY, "quota": QUOTA},),
@@ -343,6 +348,8 @@ class World(NamedTuple):
     user: str
     #: A response that was stored.
     response_id: str
+    #: The name of the user's key.
+    user_name: str = "fuzz-user"
 
 
 class Case(NamedTuple):
@@ -444,7 +451,7 @@ def filled(dice: random.Random, path: str, world: World) -> str:
     """A path with something for the names in it, mostly of things that there are."""
     def name_for(match: re.Match[str]) -> str:
         ids = (world.response_id,) if path.startswith("/v1/") else ("fuzz-session", "fuzz")
-        there = {"key": ("fuzz-user", "1", "2", "3"), "model": ("sonnet", "claude-sonnet-5"),
+        there = {"key": (world.user_name, "1", "2"), "model": ("sonnet", "claude-sonnet-5"),
                  "id": ids}.get(match[1], ())
         return dice.choice(there if there and dice.random() < 0.6 else ODD_NAMES)
 
@@ -936,6 +943,9 @@ def check(case: Case, played: Played) -> None:
     """Raises Flaw when the server did not do what it has to."""
     if played.hung:
         raise Flaw(f"neither answered nor closed: {played.received[:200]!r}")
+    if case.data.startswith(TLS_HELLO):
+        # It is told in plain text that this is http.
+        return
     for reply in played.replies:
         check_reply(reply)
     ends = any(reply.headers.get("connection") == "close" for reply in played.replies)
@@ -1009,17 +1019,17 @@ class Fuzzed:
 
     def mend(self) -> None:
         """Puts settings and the user's key right again, and measures the memory."""
-        live = self.call("GET", "/settings").json()
+        live, name = self.call("GET", "/settings").json(), self.world.user_name
         self.call("PATCH", "/settings", dict.fromkeys(live))
         user = self.world.user
         if not user or self.call("GET", "/v1/models", key=user).status != 200:
             self._users += 1
-            name = f"fuzz-user-{self._users}" if self._users > 1 else "fuzz-user"
+            name = f"fuzz-user-{self._users}"
             user = self.call("POST", "/api/keys", {"name": name}).json()["key"]
         stored = self.call("POST", "/v1/responses", {"input": GREETING}, user).json()
         self.call("POST", "/v1/chat/completions", CHAT_SESSION)
         with self._lock:
-            self.world = World(self.routes, self.admin, user, stored.get("id", ""))
+            self.world = World(self.routes, self.admin, user, stored.get("id", ""), name)
             self.memory.append(resident_bytes(self.server.pid))
 
     def rest(self, wanted: Optional[State] = None) -> State:
