@@ -945,6 +945,12 @@ class PlanLimit(OcpError):
     heals = False
 
 
+class KnownPlanLimit(PlanLimit):
+    """A limit of which an earlier request has heard: the API is not asked again before its end."""
+
+    early = True
+
+
 class LoginLost(OcpError):
     """claude is not logged in, or its login was refused."""
 
@@ -6962,12 +6968,12 @@ class ResponsesRenderer(Renderer):
     def _end_call(
         self, item: Json, arguments: str, certain: bool
     ) -> tuple[bytes, Json | None]:
-        """The same for a call; there is no item when its arguments were cut off."""
+        """The same for a call; there is no item when its arguments were cut off. Arguments that
+        are complete and no JSON are given as they are: agents tell the model, which tries again."""
         try:
             from_json(arguments or "{}")
         except ValueError:
-            # What a custom tool gets is a text, whatever became of the JSON around it.
-            if not certain or self._reader is None:
+            if not certain:
                 return b"", None
         block = {"type": "tool_use", "input": arguments_of(arguments)}
         done, form = finished_item(item, block), self._call_form(item)
@@ -7696,8 +7702,12 @@ def upstream_error(
         kind = PlanLimit
     if kind is PlanLimit:
         resets_at_s = window.resets_at_s if window else None
-        wait_s = None if resets_at_s is None else resets_at_s - now_s
-        return PlanLimit(message, retry_after_s=wait_s)
+        if resets_at_s is None:
+            return PlanLimit(message)
+        # Some clients show nothing but the message.
+        resets = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(resets_at_s))
+        told = f"{message.rstrip('.')}. The limit resets at {resets}."
+        return PlanLimit(told, retry_after_s=resets_at_s - now_s)
     if kind is LoginLost or (kind is UpstreamForbidden and _LOST.search(message)):
         return LoginLost(f"{LOGIN_ADVICE} (It said: {message})")
     if kind is BadRequest and "prompt is too long" in message.lower():
@@ -10005,6 +10015,8 @@ class Account:
         self._since_s: float | None = None
         self._windows: dict[str, Sighting] = {}
         self._news = PlanNews({})
+        #: By model: what was said about a limit that is used up, and until when that holds.
+        self._limits: dict[str, tuple[str, float]] = {}
         self._subscription: str | None = None
         self._heard_s: float | None = None
         self._asked_s = -math.inf
@@ -10020,6 +10032,7 @@ class Account:
         """The API, or claude itself, refused the login."""
         with self._lock:
             self._logged_in, self._since_s = False, self._clock()
+            self._limits.clear()
 
     def verdict(self) -> Json:
         """What /health says: ok is true, false, or null while nothing is known."""
@@ -10029,6 +10042,27 @@ class Account:
             message = LOGIN_ADVICE if self._logged_in is False else None
             return {"ok": self._logged_in, "okSource": source, "okAt": since, "message": message}
 
+    # -- limits -------------------------------------------------------------------------------
+
+    def limited(self, model_id: str, limit: PlanLimit) -> None:
+        """Remember until its end that a limit of the plan is used up for this model."""
+        if isinstance(limit, KnownPlanLimit):
+            return
+        pause_s = _UNKNOWN_RESET_S if limit.retry_after_s is None else limit.retry_after_s
+        with self._lock:
+            self._limits[model_id] = limit.message, self._clock() + pause_s
+
+    def check_limit(self, model_id: str) -> None:
+        """Raise KnownPlanLimit while a limit is known to be used up for this model. Agents ask
+        again at once, up to eight times; each would cost a process and a request to the API."""
+        now_s = self._clock()
+        with self._lock:
+            message, until_s = self._limits.get(model_id, ("", now_s))
+            if until_s <= now_s:
+                self._limits.pop(model_id, None)
+                return
+        raise KnownPlanLimit(message, retry_after_s=until_s - now_s)
+
     # -- plan ---------------------------------------------------------------------------------
 
     def hear(self, news: PlanNews) -> None:
@@ -10037,6 +10071,11 @@ class Account:
         now_s = self._clock()
         with self._lock:
             self._heard_s = now_s if news.windows else self._heard_s
+            if news.status is None and news.windows and not any(
+                (window.utilization or 0) >= 1 for window in news.windows.values()
+            ):
+                # claude was asked: the owner may have bought more, or the reset came early.
+                self._limits.clear()
             self._subscription = news.subscription or self._subscription
             for name, window in news.windows.items():
                 self._windows[name] = self._merged(self._windows.get(name), window, now_s)
@@ -10131,6 +10170,8 @@ class Account:
 _SAME_RESET_S = 60.0
 #: How often claude itself is asked about the plan, at most.
 _ASK_EVERY_S = 60.0
+#: How long a limit without a known end is taken for used up.
+_UNKNOWN_RESET_S = 30.0
 
 
 # ==== 18. Metrics ============================================================
@@ -10907,6 +10948,7 @@ class App:
     ) -> Iterator[Event]:
         config, turn = self.config, outcome.turn
         self.program.resolve()
+        self.account.check_limit(turn.model.id)
         watch = Watch(
             client=client,
             deadline_s=outcome.started_s + config.timeout_ms / 1000,
@@ -11073,6 +11115,8 @@ class App:
             self.account.refused()
             self.claude_folder.login_changed()
             self._drop_idle()
+        elif isinstance(error, PlanLimit) and outcome.turn.model.known:
+            self.account.limited(outcome.turn.model.id, error)
         error.logged = True
         detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
         self._note(

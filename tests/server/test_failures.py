@@ -143,7 +143,7 @@ def test_a_limit_of_the_plan_says_when_it_ends(chat: Server, stream: bool) -> No
     error = {"status": 429, "word": "rate_limit", "text": "You've hit your limit"}
     chat.write_scenario([[{"api_error": error, "resets_at": int(time.time()) + 5000}]])
 
-    reply = ask(chat, stream=stream)
+    reply = ask(chat, stream=stream, model="opus")
 
     assert (reply.status, error_of(reply)["type"]) == (429, "insufficient_quota")
     assert error_of(reply)["code"] == "insufficient_quota"
@@ -177,6 +177,21 @@ def test_retries_that_are_used_up_are_an_error(chat: Server, stream: bool) -> No
     chat.write_scenario([[{**FAILURES[6].step, "retries": 2}]])
 
     assert ask(chat, stream=stream).status == 529
+
+
+def test_a_limit_that_is_known_is_told_from_memory_until_it_ends(tmp_path: Path) -> None:
+    error = {"status": 429, "word": "rate_limit", "text": "You've hit your limit"}
+    limit = {"api_error": error, "resets_at": int(time.time()) + 5000}
+    with running_server(tmp_path, [[limit]]) as server:
+        first, again = ask(server), ask(server, stream=True)
+        asked = len(server.queries())
+        server.write_scenario([[{"say": "fine"}]])
+        other = ask(server, model="opus")
+
+        assert [first.status, again.status, other.status] == [429, 429, 200]
+        assert error_of(first) == error_of(again)
+        assert 4900 <= int(again.headers["Retry-After"]) <= 5000
+        assert asked == 1
 
 
 RECORDED = {

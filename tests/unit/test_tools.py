@@ -8,7 +8,7 @@ import pytest
 
 from claude_lines import START, lines_of, stream
 from project import TRANSCRIPTS, load_script
-from rendering import PNG, USER, block, parsing, refusal_of, whole
+from rendering import PNG, USER, block, parsing, refusal_of, stream_bytes, whole
 
 ocp = load_script("ocp_server.py")
 
@@ -691,6 +691,41 @@ def test_arguments_that_are_cut_off_never_become_a_call(cut: int) -> None:
     body = whole(ocp.CHAT, turn(), events)
     assert "tool_calls" not in body["choices"][0]["message"]
     assert body["choices"][0]["finish_reason"] == "length"
+
+
+BROKEN = '{"city": "Par'
+
+
+def broken_call() -> list[Any]:
+    """An answer that ends in a call, with arguments that are no JSON."""
+    return read(START, block_start("weather"), piece(BROKEN),
+                stream("content_block_stop", index=0), ending("tool_use"))
+
+
+def test_a_call_whose_arguments_are_no_json_is_still_a_call() -> None:
+    chat = whole(ocp.CHAT, turn(tools=TOOLS), broken_call())["choices"][0]
+    message = whole(ocp.MESSAGES, ocp.MESSAGES.parse({"messages": [USER]}, parsing()),
+                    broken_call())
+    response = whole(ocp.RESPONSES, ocp.RESPONSES.parse({"input": "Hi"}, parsing()), broken_call())
+
+    kept = {"arguments": BROKEN}
+    [called] = chat["message"]["tool_calls"]
+    assert chat["finish_reason"] == "tool_calls"
+    assert json.loads(called["function"]["arguments"]) == kept
+    assert (message["stop_reason"], message["content"][-1]["input"]) == ("tool_use", kept)
+    assert json.loads(response["output"][-1]["arguments"]) == kept
+
+
+def test_a_streamed_call_whose_arguments_are_no_json_is_done() -> None:
+    asked = ocp.RESPONSES.parse({"input": "Hi", "stream": True}, parsing())
+
+    sent = stream_bytes(ocp.RESPONSES, asked, broken_call()).decode()
+
+    done = [json.loads(line[6:]) for line in sent.splitlines() if line.startswith("data: ")]
+    [item] = [each["item"] for each in done if each["type"] == "response.output_item.done"]
+    assert (item["type"], item["status"]) == ("function_call", "completed")
+    assert json.loads(item["arguments"]) == {"arguments": BROKEN}
+    assert done[-1]["response"]["output"] == [item]
 
 
 def test_a_tool_that_there_is_not_is_never_told() -> None:
