@@ -7873,6 +7873,10 @@ _DELTA_KINDS = {
 _PLAIN_BLOCKS = ("text", "thinking", "redacted_thinking")
 
 
+#: Tools that claude lists in its `init` line under another name than the model gets.
+_UNLISTED_NAMES = {"Task": "Agent"}
+
+
 class TurnReader:
     """Reads the lines of one running turn: `events` turns each into what it means.
 
@@ -8134,7 +8138,8 @@ class TurnReader:
         names, servers = line.get("tools"), line.get("mcp_servers")
         if not isinstance(names, list):
             return
-        missing = [tool.name for name, tool in self._tools.items() if name not in names]
+        listed = {_UNLISTED_NAMES.get(name, name) for name in names if isinstance(name, str)}
+        missing = [tool.name for name, tool in self._tools.items() if name not in {*names, *listed}]
         found = servers if isinstance(servers, list) else []
         states = [_object(each).get("status") for each in found
                   if _object(each).get("name") == TOOL_SERVER]
@@ -11057,7 +11062,8 @@ class App:
         """The events of the answer. The process is parked before the last of them is passed on,
         so that a client's next message finds it."""
         final_only = self.config.is_agent and self.config.agent_text == "final"
-        reader = TurnReader(outcome.turn.tools, outcome.turn.shape, final_only=final_only)
+        offered, _ = outcome.turn.offered
+        reader = TurnReader(offered, outcome.turn.shape, final_only=final_only)
         bounds = Bounds(outcome.turn.options, outcome.turn.shape)
         for heard in process.converse(script, watch, reader):
             for event in bounds.events(heard):

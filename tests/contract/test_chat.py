@@ -111,8 +111,9 @@ def test_instructions_are_apart_and_in_order(rig: Rig, model: str) -> None:
         system([CHAT.text("Second"), CHAT.text("rule.")]),
         user("one"), assistant("eins"), system("Third rule."), user("two")], model)
     body = rig.only_body()
-    assert system_texts(body) == ["First rule.\n\nSecond\n\nrule.\n\nThird rule."]
-    assert turns(body) == [("user", ["one"]), ("assistant", ["eins"]), ("user", ["two"])]
+    late = "<system-reminder>\nThird rule.\n</system-reminder>"
+    assert system_texts(body) == ["First rule.\n\nSecond\n\nrule."]
+    assert turns(body) == [("user", ["one"]), ("assistant", ["eins"]), ("user", [late, "two"])]
 
 
 @pytest.mark.differs_by_version

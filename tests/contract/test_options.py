@@ -146,6 +146,7 @@ def test_a_shaped_answer_may_forbid_the_tools_of_its_history(rig: Rig, dialect: 
     reply = rig.server.call("POST", dialect.path, body, timeout_s=ANSWER_S)
 
     answer = dialect.read_answer(reply)
+    assert reply.status == 200, reply.text
     assert (answer.text, answer.refusal, answer.finish) == ('{"a": "b"}', "", "stop")
     sent = rig.only_body()
     assert [each["name"] for each in sent["tools"]] == ["StructuredOutput"]

@@ -478,11 +478,6 @@ def _unexpected_results(previous: Run, run: Run) -> Complaints:
         seen.add(call_id)
 
 
-def calls_without_tools(request: Request) -> Complaints:
-    if request.blocks("tool_use", "tool_result") and not request.tools:
-        yield "Requests which include `tool_use` or `tool_result` blocks must define tools."
-
-
 # ---------------------------------------------------------------------------
 # 6 Tools
 # ---------------------------------------------------------------------------
@@ -788,7 +783,6 @@ RULES: Sequence[Rule] = (
     Rule(call_fields, "farion1231/cc-switch 1181, vybestack/llxprt-code 964"),
     Rule(unique_calls, "trycua/cua 524"),
     Rule(call_results, "anthropics/claude-code 5375, 13460; BerriAI/litellm 17632"),
-    Rule(calls_without_tools, "langchain-ai/langchain: documents of trim_messages"),
     Rule(prefill, "documents: migration to 4.6; junjiem/dify-plugin-agent-mcp_sse 118"),
     Rule(thinking_types, "documents: thinking, troubleshooting thinking"),
     Rule(thinking_budget, "documents: extended thinking"),

@@ -255,9 +255,6 @@ CASES = {
     }, [with_tools(user("a"), assistant(call(), call("b")), user(result("b"), result(), "So?")),
         with_tools(user("a"), assistant(call()), assistant(call("b")),
                    user(result()), user(result("b")))]),
-    "calls without tools": Case({
-        "Requests which include `tool_use` or `tool_result` blocks must define tools.": body(
-            user("a"), assistant(call()), user(result()))}),
     "an answer that was begun": Case({
         "This model does not support assistant message prefill.": body(user("a"), assistant("b")),
         "messages: final assistant content cannot end with trailing whitespace": body(
