@@ -17,7 +17,8 @@ from server import Server, running_server
 #: --durations=50 tells which tests take long.
 LONGEST = (
     "clients/test_openclaw", "contract/test_tools", "contract/test_conversations",
-    "contract/test_chat", "contract/test_safety", "clients/test_connect_agents",
+    "contract/test_chat", "contract/test_safety", "contract/test_history",
+    "clients/test_connect_agents", "clients/test_forms", "contract/test_schemas",
     "contract/test_shapes", "contract/test_fake_claude", "contract/test_errors",
     "clients/test_agents", "scripts/test_install", "contract/test_life", "server/test_leaving",
     "contract/test_plan")

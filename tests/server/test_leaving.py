@@ -540,10 +540,15 @@ def test_a_server_that_was_started_to_survive_hangups_does(tmp_path: Path) -> No
 
 
 def test_a_hangup_stops_any_other_server(tmp_path: Path) -> None:
-    with running_server(tmp_path) as server:
-        os.kill(server.pid, signal.SIGHUP)
+    # The tests themselves may have been started by nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with running_server(tmp_path) as server:
+            os.kill(server.pid, signal.SIGHUP)
 
-        assert server.process.wait(60) == 0
+            assert server.process.wait(60) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
