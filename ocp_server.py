@@ -9435,7 +9435,9 @@ def _normal_block(block: Block) -> object:
     """A block without what clients change or leave out."""
     kind = block["type"]
     if kind == "tool_use":
-        return [kind, plain_id(block["id"]), block["name"], block["input"]]
+        # Clients leave out arguments that are null, and so do some kinds of calls.
+        said = {name: value for name, value in block["input"].items() if value is not None}
+        return [kind, plain_id(block["id"]), block["name"], said]
     if kind == "tool_result":
         content = _normal_blocks(block["content"])
         return [kind, block["tool_use_id"], bool(block.get("is_error")), content]
