@@ -53,6 +53,7 @@ if sys.version_info < (3, 9):
 import argparse
 import base64
 import binascii
+import bisect
 import codecs
 import collections
 import contextlib
@@ -1313,22 +1314,26 @@ def _model(row: Json, *, listed: bool) -> Model:
 #: How claude is told to give a model its long window, and how long that is.
 LONG_CONTEXT_SUFFIX = "[1m]"
 LONG_CONTEXT_TOKENS = 1_000_000
+#: How clients write that, before what other endings a name may have.
+_LONG_CONTEXT = re.compile(r"(?:\[1m\]|[-_ ]1m)(?=(?:[-:]thinking)?$)")
 
 _FAMILIES = "opus|sonnet|haiku|fable|mythos"
 #: From this major version on a name says its family before its version.
 _FAMILY_FIRST_SINCE = 4
 _DATE = re.compile(r"-\d{8}$")
 #: What leads to the one spelling of a name, in this order: what providers put around it
-#: (us.anthropic.X-v1:0, X@20250929, X-latest), separators, and names such as "sonnet-4-6" and
-#: "claude-4-5-sonnet".
+#: (us.anthropic.X-v1:0, anthropic:X, X:thinking, X@20250929, X-latest), separators, and names such
+#: as "sonnet-4-6" and "claude-4-5-sonnet".
 _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^.*/", ""),
         (r"^(?:[a-z-]+\.)?anthropic\.", ""),
         (r"-v\d+(?::\d+)?$", ""),
+        (r":(?:thinking|beta|free|online|latest)$", ""),
+        (r"^\w+:", ""),
         (r"[\s_.@]+", "-"),
-        (r"-(?:latest|default)$", ""),
+        (r"-(?:latest|default|thinking)$", ""),
         (rf"^(?=(?:{_FAMILIES})-\d)", "claude-"),
         (rf"^claude-([{_FAMILY_FIRST_SINCE}-9](?:-\d\d?)?)-({_FAMILIES})\b", r"claude-\2-\1"),
     )
@@ -1370,7 +1375,9 @@ class Models:
             major_only = len(lineage_of(model_id)[1]) == 1
             for name in (model_id, undated, undated + "-0" if major_only else undated):
                 self._ids[spelled(name)] = model_id
-        self._ids.update((spelled(name), model_id) for name, model_id in self._aliases.items())
+        for name, model_id in self._aliases.items():
+            self._ids[spelled(name)] = model_id
+            self._ids.setdefault(spelled("claude-" + name), model_id)
 
     def all(self) -> list[Model]:
         """Every model, in the file's order, which is newest first; the older ones last."""
@@ -1384,21 +1391,21 @@ class Models:
         """Return the model of this name or alias, however it is spelled.
 
         An unlisted name that starts with "claude-" is believed to be a model that behaves as the
-        nearest of its family does. The suffix [1m] asks for the long window, and so does
-        `long_context` of a model that has one. Raises UnknownModel for any other name.
+        nearest of its family does. The suffix [1m], or -1m, asks for the long window, and so does
+        `long_context`; a model that is known to have none keeps its own. Raises UnknownModel for
+        any other name.
         """
-        text = name.strip().lower()
-        wants_long = text.endswith(LONG_CONTEXT_SUFFIX)
-        model = self._found(spelled(text[: -len(LONG_CONTEXT_SUFFIX)] if wants_long else text))
+        text, wants_long = _LONG_CONTEXT.subn("", name.strip().lower())
+        model = self._found(spelled(text))
         if model is None:
             raise UnknownModel(
                 f"There is no model {one_line(name, 80)!r} here. "
                 f"Use one of: {', '.join(self.names())}.",
                 param="model",
             )
-        if not (wants_long or (long_context and model.long_context)):
-            return model
-        if model.context_window >= LONG_CONTEXT_TOKENS and model.known:
+        # A name that is not in models.json may have a window that nobody knows of here.
+        has_long = model.long_context or not model.known
+        if not (has_long and (wants_long or (long_context and model.long_context))):
             return model
         return model._replace(
             context_window=LONG_CONTEXT_TOKENS, argument=model.argument + LONG_CONTEXT_SUFFIX
@@ -1555,7 +1562,8 @@ class Options(NamedTuple):
     @property
     def own_stops(self) -> tuple[str, ...]:
         """The others, at which the answer is ended here."""
-        return tuple(text for text in self.stop_sequences if text not in self.sent_stops)
+        sent = self.sent_stops
+        return tuple(text for text in self.stop_sequences if text not in sent)
 
 
 class Turn(NamedTuple):
@@ -1908,8 +1916,32 @@ def prompt_chars(turn: Turn) -> int:
 _CHARS_PER_TOKEN = 3
 
 
+def _first_kept(messages: list[Message], sizes: list[int], most_chars: int) -> int:
+    """Return the place of the first message that stays.
+
+    Over the bound the oldest go until four fifths of it are left, or what fits if that cannot be.
+    Where this happens depends on no later message, so that a conversation that grows keeps its
+    head for many turns.
+    """
+    starts: list[int] = []
+    before: list[int] = []
+    first = total = dropped = 0
+    for place, (message, size) in enumerate(zip(messages, sizes)):
+        if _begins(message):
+            starts.append(place)
+            before.append(total)
+        total += size
+        if total - dropped <= most_chars or not starts:
+            continue
+        index = bisect.bisect_left(before, total - most_chars * 4 // 5)
+        if index == len(starts):
+            index = min(bisect.bisect_left(before, total - most_chars), len(starts) - 1)
+        first, dropped = starts[index], before[index]
+    return first
+
+
 def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
-    """The turn with its oldest messages dropped as far as it does not fit, and how many were.
+    """Return the turn without its oldest messages if it does not fit, and how many they were.
 
     The system prompt and the newest message stay, and a tool call stays with its result. 0 for
     `most_chars` takes the model's window. Raises ContextTooLong when even the rest is too long,
@@ -1924,22 +1956,16 @@ def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
             f"{most_chars // _CHARS_PER_TOKEN} maximum",
             param="messages",
         )
-    first = len(turn.messages) - 1
-    while first > 0 and left >= 0:
-        first -= 1
-        left -= message_chars(turn.messages[first])
-    if left < 0:
-        first += 1
-    if not first:
-        return turn, 0
-    while first < len(turn.messages) - 1 and not _begins(turn.messages[first]):
-        first += 1
-    if not _begins(turn.messages[first]):
+    sizes = [*map(message_chars, turn.messages[:-1]), newest]
+    first = _first_kept(turn.messages, sizes, left + newest)
+    if sum(sizes[first:]) > left + newest:
         raise ContextTooLong(
             f"prompt is too long: its last tool exchange needs more than "
             f"{most_chars // _CHARS_PER_TOKEN} tokens",
             param="messages",
         )
+    if not first:
+        return turn, 0
     return turn._replace(messages=turn.messages[first:]), first
 
 
@@ -2997,6 +3023,7 @@ _IN_CLASS_RULES = _pattern_rules(
     (r".", r"\g<0>", None),
 )
 _PATTERN_RULES = _pattern_rules(
+    (r"[A-Za-z0-9 _,:;@#%&=~'\"<>!/-]+", r"\g<0>", None),
     (_KNOWN_ESCAPES, r"\g<0>", None),
     (_CATEGORY, r"\g<0>", r"\\w"),
     (r"\\[bB]|\\[1-9]", r"\g<0>", None),
@@ -3017,8 +3044,11 @@ _CLASS = re.compile(r"(\[\^?)((?:[^\]\\]|\\.)+)\]", re.DOTALL)
 #: What may take for ever to match: a group that is repeated, a reference back; many repetitions.
 _SLOW_PATTERN = re.compile(r"\)[*+?{]|\\[1-9]|\(\?P=")
 _PATTERN_MOST_REPETITIONS = 3
-#: No longer one is read.
+#: No longer one is read, and no more of them in one schema: reading them takes time.
 _PATTERN_MOST_CHARS = 2_000
+_PATTERNS_MOST_CHARS = 20_000
+#: How many pairs of a pattern and a named property are compared.
+_OVERLAPS_MOST = 2_000
 
 
 class Pattern(NamedTuple):
@@ -3048,7 +3078,9 @@ def _translated(text: str, rules: tuple[_PatternRule, ...]) -> tuple[str, str]:
             found, form, other = next(each for each in matches if each[0] is not None)
             if found is None or form is None:
                 raise ValueError(text)
-            pieces = (found.expand(form), found.expand(other or form))
+            is_same = form == r"\g<0>" and other is None
+            forms = () if is_same else (form, other or form)
+            pieces = tuple(map(found.expand, forms)) or (found[0], found[0])
         told, python, at = told + pieces[0], python + pieces[1], found.end()
     return told, python
 
@@ -3140,6 +3172,7 @@ class SchemaReading:
         self.definitions: Json = {}
         self._definition_names: dict[int, str] = {}
         self._taken_definitions: set[str] = set()
+        self._pattern_chars = 0
         self._unread: list[tuple[str, Json, str]] = []
         self.root = self.schema(document, path, 0)
         while self._unread:
@@ -3263,7 +3296,7 @@ class SchemaReading:
             return _UNREADABLE
         found: Json = {}
         for key, item in value.items():
-            pattern = strict_pattern(key)
+            pattern = self._read_pattern(key)
             if pattern is None:
                 return _UNREADABLE
             found[pattern.told] = self.schema(item, f"{path}.{key}", level + 1)
@@ -3370,8 +3403,13 @@ class SchemaReading:
         return value if isinstance(value, bool) else _UNREADABLE
 
     def _pattern(self, value: object, path: str, level: int) -> object:
-        found = strict_pattern(value) if isinstance(value, str) else None
+        found = self._read_pattern(value) if isinstance(value, str) else None
         return _UNREADABLE if found is None else found.told
+
+    def _read_pattern(self, text: str) -> Pattern | None:
+        """Return a pattern; None if it cannot be read, or is one too many."""
+        self._pattern_chars += len(text)
+        return strict_pattern(text) if self._pattern_chars <= _PATTERNS_MOST_CHARS else None
 
     def _names(self, value: object, path: str, level: int) -> object:
         if isinstance(value, bool):
@@ -3552,7 +3590,7 @@ def _joined(root: Json, definitions: Json) -> Json:
         more = {key: value for key, value in root.items() if key != "$ref"}
         if "$ref" not in root or not set(more) <= {"title", "description", "default", "type"}:
             break
-        target = _definition(root, definitions)
+        target = _definition({"$ref": root["$ref"]}, definitions)
         if target.get("type", "object") != more.get("type", target.get("type", "object")):
             break
         root = {**target, **more}
@@ -3681,9 +3719,11 @@ def _in_words(schema: Json) -> str:
 def _drop_overlapping(schema: Json, lost: list[str], notes: Json) -> None:
     """Take out patterns of names that match a named property: claude takes no such schema."""
     patterns = schema.get("patternProperties", {})
+    names = schema.get("properties", ())
+    too_many = len(patterns) * len(names) > _OVERLAPS_MOST
     for text in list(patterns):
-        found = strict_pattern(text)
-        if found is None or any(map(found.may_match, schema.get("properties", ()))):
+        found = None if too_many else strict_pattern(text)
+        if found is None or any(map(found.may_match, names)):
             notes.setdefault("patternProperties", {})[text] = patterns.pop(text)
             lost.append("patternProperties")
             schema.pop("additionalProperties", None)
@@ -3840,8 +3880,9 @@ class ClientForm:
         #: What came before the first name, which tells whether there is a wrapper.
         self._head = ""
         self._is_decided = not wrapped
-        #: Whether what comes is part of the wrapped value.
+        #: Whether what comes is part of the wrapped value, and whether that has come wholly.
         self._inside = not wrapped
+        self._has_ended = False
         #: The brackets that are open.
         self._open: list[str] = []
         #: The name that is being read.
@@ -3921,11 +3962,11 @@ class ClientForm:
     def _edge(self, piece: str) -> str:
         """Return a piece between values, unless it is the wrapper's."""
         if self._wrapped and self._is_decided and len(self._open) <= 1:
-            if piece == ":" and len(self._open) == 1 and not self._inside:
+            if piece == ":" and len(self._open) == 1 and not (self._inside or self._has_ended):
                 self._inside = True
                 return ""
             if piece == "," or (piece == "}" and not self._open):
-                self._inside = False
+                self._inside, self._has_ended = False, True
             return self._shown(piece.strip())
         return self._shown(piece)
 
@@ -4188,6 +4229,8 @@ class ToolExchanges:
         self._param = param
         self._calls: dict[int, list[ToolCall]] = {}
         self._ids: set[str] = set()
+        #: The last number that was given to calls of one id.
+        self._numbers: dict[str, int] = {}
         #: Calls that wait for a result, by key: one queue for each message that has such calls.
         self._waiting: dict[_CallKey, list[collections.deque[ToolCall]]] = {}
         self._newest: dict[_CallKey, ToolCall] = {}
@@ -4211,10 +4254,11 @@ class ToolExchanges:
         if len(plain) > _CALL_ID_MAX_CHARS:
             tail = hashlib.sha256(sent_id.encode("utf-8", "replace")).hexdigest()[:16]
             plain = plain[: _CALL_ID_MAX_CHARS - len(tail)] + tail
-        own, number = plain, 1
+        own, number = plain, self._numbers.get(plain, 1)
         while own in self._ids:
             number += 1
             own = f"{plain}r{number}"
+        self._numbers[plain] = number
         self._ids.add(own)
         return own
 
@@ -4328,28 +4372,48 @@ def with_reminders(messages: list[Message]) -> list[Message]:
     result: list[Message] = []
     for _, group in itertools.groupby(messages, key=lambda each: each.role == "assistant"):
         neighbours = list(group)
-        alone = all(message.role == "system" for message in neighbours)
-        for message in neighbours:
-            if message.role != "system":
-                result.append(message)
-            elif alone:
-                result.append(Message("user", text_block(system_text(message.content))))
-            else:
-                _remind(result, system_text(message.content))
+        if all(message.role == "system" for message in neighbours):
+            texts = (system_text(message.content) for message in neighbours)
+            result += [Message("user", text_block(text)) for text in texts]
+        else:
+            result += _reminded(neighbours)
     return result
 
 
-def _remind(messages: list[Message], text: str) -> None:
-    """Adds a reminder. Beside tool results it goes into the last of them, as Claude Code does: a
-    claude in the middle of its turn takes nothing else."""
-    if not text:
-        return
-    reminder = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
-    last = messages[-1].content[-1] if messages and messages[-1].content else {}
-    if last.get("type") == "tool_result":
-        messages[-1].content[-1] = {**last, "content": [*last["content"], reminder]}
-    else:
-        messages.append(Message("user", [reminder]))
+def _reminded(neighbours: list[Message]) -> list[Message]:
+    """Return the messages between two answers with a reminder for each of the system's. Behind or
+    before tool results it goes into the last of these, as Claude Code does: a claude in the middle
+    of its turn takes nothing else."""
+    last_results = max((i for i, each in enumerate(neighbours) if each.has_results), default=-1)
+    reminders: dict[int, list[Block]] = {}
+    kept: dict[int, Message] = {}
+    results_before = -1
+    for place, message in enumerate(neighbours):
+        if message.role != "system":
+            kept[place] = message
+            results_before = place if message.content[-1]["type"] == "tool_result" else -1
+            continue
+        text = system_text(message.content)
+        if not text:
+            continue
+        reminder = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+        if results_before >= 0:
+            reminders.setdefault(results_before, []).append(reminder)
+        elif last_results > place:
+            reminders.setdefault(last_results, []).append(reminder)
+        else:
+            kept[place] = Message("user", [reminder])
+    return [_with_reminder(each, reminders.get(place, [])) for place, each in kept.items()]
+
+
+def _with_reminder(message: Message, reminders: list[Block]) -> Message:
+    """Return the message with these at the end of its last tool result."""
+    if not reminders:
+        return message
+    content = list(message.content)
+    place = max(i for i, block in enumerate(content) if block["type"] == "tool_result")
+    content[place] = {**content[place], "content": [*content[place]["content"], *reminders]}
+    return Message(message.role, content)
 
 
 class Prompt(NamedTuple):
@@ -4963,9 +5027,17 @@ def options_for(model: Model, wanted: Wanted) -> tuple[Options, tuple[str, ...]]
     return options, tuple(ignored)
 
 
+#: How many stop sequences a request may have.
+_STOPS_MOST_SENT = 256
+
+
 def stop_sequences(fields: Fields, name: str) -> tuple[str, ...]:
-    """The stop sequences of a request, each once."""
-    return tuple(dict.fromkeys(text for text in fields.texts(name) if text))
+    """Return the stop sequences of a request, each once. Raises BadRequest for very many: each is
+    searched for in every piece of the answer."""
+    found = tuple(dict.fromkeys(text for text in fields.texts(name) if text))
+    if len(found) > _STOPS_MOST_SENT:
+        raise fields.wrong(name, f"at most {_STOPS_MOST_SENT} texts")
+    return found
 
 
 def _object_in(fields: Fields, name: str) -> Fields:
@@ -5327,6 +5399,9 @@ class FreeformReader:
             self._state, self._held = "text", self._held[found.end():]
         elif plain != "{}" and not _FREEFORM_HEAD_PLAIN.startswith(plain):
             self._state = "raw"
+        else:
+            # So it stays short, however much white space comes: it is read again with each piece.
+            self._held = re.sub(r"(\s)\s+", r"\1", self._held)
 
     def _read_text(self) -> str:
         sure = _SURE_TEXT.match(self._held)
@@ -7245,9 +7320,10 @@ def wire_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50] + "_" + tail
 
 
-def earlier_call(block: Block, tools: Iterable[Tool]) -> Block:
-    """Return a call of the history with its arguments as the model wrote them."""
-    tool = next((tool for tool in tools if tool.name == block["name"]), None)
+def earlier_call(block: Block, tools: Mapping[str, Tool]) -> Block:
+    """Return a call of the history with its arguments as the model wrote them; `tools` has the
+    tools by name."""
+    tool = tools.get(block["name"])
     if tool is None or not (tool.wrapped or tool.renamed):
         return block
     own_names = {own: name for name, own in tool.renamed}
@@ -7572,6 +7648,7 @@ def conversation(
     options = _without_thinking_in_a_loop(turn)
     pending += settings_lines(options, choice, tools if alone else ())
     steps = []
+    by_name = {tool.name: tool for tool in turn.tools}
     earlier = turn.messages[:-1]
     if earlier and earlier[0].role == "assistant":
         # claude loses an answer that nothing comes before.
@@ -7579,7 +7656,7 @@ def conversation(
     for message in earlier:
         # Thinking of earlier answers is dropped by claude in any case.
         kept = [
-            earlier_call(block, turn.tools) if block["type"] == "tool_use" else block
+            earlier_call(block, by_name) if block["type"] == "tool_use" else block
             for block in message.content if "thinking" not in block["type"]
         ]
         pending += message_line(Message(message.role, kept), version, ask=False)
@@ -9345,9 +9422,17 @@ class History(NamedTuple):
     context: str = ""
 
 
+def _plain_number(text: str) -> float:
+    """Return a number with a point as JavaScript has it: 1.0 is the integer 1."""
+    return int(text[:-2]) if text.endswith(".0") else float(text)
+
+
 def digest(value: object) -> str:
     """The same for equal JSON values, whatever the order of their keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    if ".0" in text:
+        value = json.loads(text, parse_float=_plain_number)
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
@@ -9355,7 +9440,9 @@ def _normal_block(block: Block) -> object:
     """A block without what clients change or leave out."""
     kind = block["type"]
     if kind == "tool_use":
-        return [kind, plain_id(block["id"]), block["name"], block["input"]]
+        # Clients leave out arguments that are null, and so do some kinds of calls.
+        said = {name: value for name, value in block["input"].items() if value is not None}
+        return [kind, plain_id(block["id"]), block["name"], said]
     if kind == "tool_result":
         content = _normal_blocks(block["content"])
         return [kind, block["tool_use_id"], bool(block.get("is_error")), content]

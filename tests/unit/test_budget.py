@@ -86,6 +86,26 @@ def test_one_character_too_few_drops_the_oldest_exchange() -> None:
     assert fitted(turn(*TALK), weight(*TALK) - 1) == (TALK[2:], 2)
 
 
+def test_a_conversation_over_the_limit_keeps_its_head_for_many_turns() -> None:
+    talk = [(user, assistant)[place % 2]("x" * 50) for place in range(101)]
+    heads = []
+    for newest in range(0, 101, 2):
+        messages, dropped = fitted(turn(*talk[:newest + 1]), 1_000)
+        assert weight(*messages) <= 1_000
+        heads.append(dropped)
+
+    assert heads[:10] == [0] * 10
+    # Twenty messages fit, and no more than sixteen of them are left.
+    assert heads[10:19] == [6, 6, 6, 12, 12, 12, 18, 18, 18]
+    assert heads == sorted(heads)
+
+
+def test_where_four_fifths_cannot_be_had_what_fits_stays() -> None:
+    talk = [user("a" * 10), assistant("b" * 5), user("c" * 5), assistant("d" * 5), user("e" * 85)]
+
+    assert fitted(turn(*talk), 100) == (talk[2:], 2)
+
+
 def test_a_turn_is_not_changed_by_what_is_dropped() -> None:
     asked = turn(*TALK, system="Be brief.", stream=True)
     before = list(asked.messages)

@@ -147,6 +147,20 @@ def test_a_later_message_of_the_system_stays_where_it_stands(role: str) -> None:
     ]
 
 
+def test_a_message_of_the_system_between_call_and_result_goes_into_the_last_result() -> None:
+    calls = [{"id": call_id, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+             for call_id in ("t1", "t2")]
+    late = {"role": "system", "content": "Be brief."}
+    first, last = [{"role": "tool", "tool_call_id": call_id, "content": call_id}
+                   for call_id in ("t1", "t2")]
+
+    found = turn(USER, {"role": "assistant", "tool_calls": calls}, late, first, late, last, late)
+
+    results = found.messages[-1].content
+    assert [[part["text"] for part in each["content"]] for each in results] == [
+        ["t1", reminder("Be brief.")], ["t2", *[reminder("Be brief.")] * 2]]
+
+
 def test_a_later_message_of_the_system_beside_results_goes_into_the_last_of_them() -> None:
     call = {"role": "assistant", "tool_calls": [
         {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}]}
@@ -273,6 +287,16 @@ def test_the_newer_name_of_the_limit_wins(fields: Json, limit: int) -> None:
 )
 def test_stop_is_one_sequence_or_several(stop: object, sequences: tuple[str, ...]) -> None:
     assert turn(stop=stop).options.stop_sequences == sequences
+
+
+def test_very_many_stop_sequences_are_refused() -> None:
+    texts = [str(number) for number in range(257)]
+
+    assert turn(stop=texts[:256]).options.own_stops == tuple(texts[16:256])
+    with pytest.raises(ocp.BadRequest) as caught:
+        turn(stop=texts)
+    assert (caught.value.param, caught.value.message) == (
+        "stop", "stop: must be at most 256 texts.")
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,15 @@ def test_whole_arguments_are_read_alike(arguments: Json, text: str) -> None:
     assert ocp.freeform_text(arguments) == text
 
 
+def test_white_space_before_the_text_is_not_kept() -> None:
+    reader = ocp.FreeformReader()
+    for piece in ("{", *"\n " * 2_000, '"input"', *" " * 2_000, ":"):
+        assert reader.feed(piece) == ""
+
+    assert len(reader._held) < 20
+    assert reader.feed('  "a  b') + reader.feed('  c"}') == "a  b  c"
+
+
 # -- answers ------------------------------------------------------------------
 
 

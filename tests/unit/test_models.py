@@ -86,17 +86,24 @@ SPELLINGS = {
         "anthropic.claude-sonnet-4-6-v1", "global.anthropic.claude-sonnet-4-6",
         "claude-sonnet-4-6@default", "claude-sonnet-4-6-latest", "claude-sonnet-4-6@20260217",
         "claude-sonnet-4-6-20260217", "claude-4.6-sonnet", "claude-4-6-sonnet-20260217",
+        "anthropic/claude-sonnet-4.6:thinking", "claude-sonnet-4.6:beta", "claude-sonnet-4-6:free",
+        "anthropic:claude-sonnet-4-6", "claude-4.6-sonnet-thinking", "sonnet-4.6:online",
     ),
     "claude-haiku-4-5-20251001": (
         "claude-haiku-4.5", "claude-haiku-4-5@20251001", "Haiku", "ocp/haiku",
-        "eu.anthropic.claude-haiku-4-5-20251001-v1:0", "claude-haiku-4-5-latest",
+        "eu.anthropic.claude-haiku-4-5-20251001-v1:0", "claude-haiku-4-5-latest", "claude-haiku",
+        "Claude Haiku", "claude-haiku-latest", "haiku-latest", "anthropic:haiku",
     ),
     "claude-opus-4-5-20251101": (
         "claude-opus-4-5", "claude-opus-4.5", "vertex_ai/claude-opus-4-5@20251101",
         "us.anthropic.claude-opus-4-5-20251101-v1:0",
     ),
     "claude-opus-4-20250514": ("claude-opus-4-0", "claude-opus-4@20250514"),
-    "claude-opus-5": ("opus", "OPUS", "claude-opus 5", "anthropic/opus", "Claude-opus-5"),
+    "claude-opus-5": (
+        "opus", "OPUS", "claude-opus 5", "anthropic/opus", "Claude-opus-5", "claude-opus",
+        "claude-opus-5:latest", "claude-opus-latest",
+    ),
+    "claude-sonnet-5": ("claude-sonnet", "claude sonnet", "anthropic/claude-sonnet:thinking"),
 }
 
 
@@ -131,6 +138,8 @@ def test_another_date_of_a_dated_model_is_that_model_by_another_name() -> None:
         ("claude-sonnet-4-5[1m]", "claude-sonnet-4-5-20250929[1m]", 1_000_000),
         ("sonnet[1m]", "claude-sonnet-5", 1_000_000),
         ("claude-x[1m]", "claude-x[1m]", 1_000_000),
+        ("haiku[1m]", "claude-haiku-4-5-20251001", 200_000),
+        ("claude-opus-4-5[1m]", "claude-opus-4-5-20251101", 200_000),
     ],
 )
 def test_the_long_window_is_asked_for_by_a_suffix(name: str, argument: str, window: int) -> None:
@@ -138,6 +147,17 @@ def test_the_long_window_is_asked_for_by_a_suffix(name: str, argument: str, wind
 
     assert (found.argument, found.context_window) == (argument, window)
     assert (found.id, found.known) == (plain.id, plain.known)
+
+
+@pytest.mark.parametrize(
+    "name", ["claude-4-sonnet-1m", "claude-sonnet-4 1M", "claude-4-sonnet-1m-thinking",
+             "claude-sonnet-4[1m]:thinking"],
+)
+def test_other_ways_to_write_the_suffix_ask_for_the_long_window_too(name: str) -> None:
+    found = MODELS.find(name)
+
+    assert (found.argument, found.known) == ("claude-sonnet-4-20250514[1m]", True)
+    assert found.context_window == 1_000_000
 
 
 @pytest.mark.parametrize(

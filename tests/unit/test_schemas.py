@@ -224,6 +224,26 @@ def test_a_pattern_is_one_of_javascript_s_or_words(pattern: str, becomes: str | 
     assert ("description" in found) == (becomes == "")
 
 
+def test_patterns_that_are_too_many_are_told_in_words() -> None:
+    patterns = ["^" + "a.b" * 600 + str(number) for number in range(20)]
+
+    found = told({"anyOf": [{"pattern": pattern} for pattern in patterns]}).schema
+
+    each = found["properties"]["value"]["anyOf"]
+    assert [part.get("pattern") for part in each[:11]] == patterns[:11]
+    assert all("pattern" in part["description"] and "pattern" not in part for part in each[11:])
+
+
+def test_patterns_of_very_many_names_are_told_in_words() -> None:
+    def schema(count: int) -> Json:
+        return {"type": "object", "properties": {f"p{n}": {} for n in range(count)},
+                "patternProperties": {f"^x{n}$": {"type": "string"} for n in range(count)}}
+
+    few, many = told(schema(40)).schema, told(schema(50)).schema
+    assert len(few["patternProperties"]) == 40
+    assert "patternProperties" not in many and "^x0$" in many["description"]
+
+
 # -- references ---------------------------------------------------------------
 
 
@@ -299,7 +319,33 @@ def test_a_root_that_says_more_than_an_object_is_wrapped(name: str, wrapped: boo
     assert told(sample.schema, is_tool=True).wrapped == told(sample.schema).wrapped == wrapped
 
 
+def test_a_root_reference_with_a_title_is_joined() -> None:
+    target = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+    found = told({"title": "Answer", "description": "It.", "$ref": "#/definitions/A",
+                  "definitions": {"A": {"title": "A", **target}}})
+
+    assert not found.wrapped
+    own = {key: value for key, value in found.schema.items() if key != "$defs"}
+    assert own == {**target, "title": "Answer", "description": "It."}
+
+
 # -- names --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ('{"value": {"a": [1, 2]}, "extra": 2}', {"a": [1, 2]}),
+        ('{"value": "x", "extra": {"value": 3, "b": [4]}}', "x"),
+        ('{"value": 1, "value": {"b": 2}}', 1),
+    ],
+)
+def test_what_comes_after_a_wrapped_value_is_left_out(written: str, value: object) -> None:
+    found = ocp.ToldSchema({}, wrapped=True)
+
+    assert json.loads(as_client(found, written)) == value
+    assert json.loads(as_client(found, *written)) == value
 
 
 def test_a_name_that_the_api_refuses_is_told_by_another() -> None:
