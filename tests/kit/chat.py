@@ -13,6 +13,8 @@ from server import Server
 
 Json = Any
 CHAT_PATH = "/v1/chat/completions"
+#: A model of which the server remembers no limit, so that a test with one leaves none behind.
+UNLISTED_MODEL = "claude-opus-99"
 #: For a server on which every process that there is works on an answer.
 NO_IDLE = {"OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "0"}
 #: The fields of an error in the OpenAI shape, all of them always there.

@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 
 from cached import HOUR, newest, stats_of, word_of
-from chat import CHAT_PATH, LONG, SCHEMA, ask, both_ways, encoded, question, shaped
+from chat import (
+    CHAT_PATH,
+    LONG,
+    SCHEMA,
+    UNLISTED_MODEL,
+    ask,
+    both_ways,
+    encoded,
+    question,
+    shaped,
+)
 from dialects import (
     CHAT,
     COMPLETIONS,
@@ -359,10 +369,10 @@ UNKEPT_CASES = [*((name, False) for name in UNKEPT), ("a death", True), ("a refu
 def test_what_is_no_good_answer_is_not_kept(keeper: Server, name: str, stream: bool) -> None:
     keeper.write_scenario([UNKEPT[name]])
     text = f"Once {name}, {stream}"
-    bad = ask(keeper, text, stream=stream)
+    bad = ask(keeper, text, stream=stream, model=UNLISTED_MODEL)
     keeper.write_scenario([[{"say": "Good."}]])
 
-    replies = [ask(keeper, text) for _ in range(2)]
+    replies = [ask(keeper, text, model=UNLISTED_MODEL) for _ in range(2)]
 
     assert [word_of(reply) for reply in (bad, *replies)] == ["miss", "miss", "hit"]
     assert [r.json()["choices"][0]["message"]["content"] for r in replies] == ["Good.", "Good."]

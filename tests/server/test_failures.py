@@ -16,6 +16,7 @@ import pytest
 from chat import (
     CHAT_PATH,
     NO_IDLE,
+    UNLISTED_MODEL,
     ask,
     both_ways,
     content_of,
@@ -209,7 +210,8 @@ def test_what_the_real_program_printed_for_a_failure_is_that_failure(
     recorded = TRANSCRIPTS / f"{version}-{name}.jsonl"
     chat.write_scenario([[{"replay": str(recorded), "skip": ["control_response"]}]])
 
-    whole, streamed = ask(chat), ask(chat, stream=True)
+    whole = ask(chat, model=UNLISTED_MODEL)
+    streamed = ask(chat, stream=True, model=UNLISTED_MODEL)
 
     assert whole.status == streamed.status == RECORDED[name]
     assert error_of(whole) == error_of(streamed)

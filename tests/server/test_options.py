@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from chat import CHAT_PATH, ask, both_ways, error_of, question
+from chat import CHAT_PATH, UNLISTED_MODEL, ask, both_ways, error_of, question
 from conversation import EVERY_DIALECT, Conversation
 from dialects import (
     CHAT,
@@ -415,7 +415,7 @@ def test_a_failure_of_the_account_is_no_fault_of_the_request_and_final(
     failure = {"status": status, "word": word, "text": f"API Error: {text}"}
     server.write_scenario([[{"api_error": failure}]])
 
-    reply = server.call("POST", dialect.path, dialect.body("hi"))
+    reply = server.call("POST", dialect.path, dialect.body("hi", model=UNLISTED_MODEL))
 
     assert reply.status == told
     assert reply.headers["x-should-retry"] == "false"
