@@ -6167,12 +6167,13 @@ def _unsealed(value: object) -> object:
     return [_unsealed(entry) for entry in value] if isinstance(value, list) else value
 
 
-#: Types of blocks that a role's messages cannot have, nor the content of a tool's result.
-_NOT_SAID_BY = {
-    "user": ("tool_use",),
-    "assistant": ("tool_result", "image", "document"),
-    "system": ("tool_use", "tool_result", "image", "document"),
-    "result": ("tool_use", "tool_result"),
+#: Places of blocks: the role of the message, or the result of a tool. Each with its words, and
+#: the types of blocks that cannot stand there.
+_PLACES = {
+    "user": ("a user's message", ("tool_use",)),
+    "assistant": ("an answer", ("tool_result", "image", "document")),
+    "system": ("a system prompt", ("tool_use", "tool_result", "image", "document")),
+    "result": ("the result of a tool", ("tool_use", "tool_result")),
 }
 
 
@@ -6300,7 +6301,7 @@ class MessagesDialect(Dialect):
     def _blocks(
         self, entry: Fields, name: str, context: ParseContext, place: str
     ) -> list[Block]:
-        """A string or an array of blocks; `place` is one of _NOT_SAID_BY."""
+        """A string or an array of blocks; `place` is one of _PLACES."""
         value = entry.value(name)
         if value is None:
             return []
@@ -6309,13 +6310,14 @@ class MessagesDialect(Dialect):
         if not isinstance(value, list):
             raise entry.wrong(name, "a string or an array of blocks")
         blocks: list[Block] = []
+        words, refused = _PLACES[place]
         for block in entry.objects(name):
             made = self._block(block, context, place)
             for each in made:
-                if each["type"] in _NOT_SAID_BY[place]:
+                if each["type"] in refused:
                     raise BadRequest(
-                        f"{block.path}: must be no {each['type']} block; what is the {place}'s "
-                        "cannot hold one.", param=block.path,
+                        f"{block.path}: {each['type']} blocks cannot stand in {words}; remove it.",
+                        param=block.path,
                     )
             blocks += made
         return blocks

@@ -120,7 +120,7 @@ BAD_VALUES: dict[str, tuple[Json, ...]] = {
     "model": (5, [], {}, True),
     "stream": ("yes", 1, []),
     "stream_options": ("usage", [], 1),
-    "max_tokens": (-2, 0.5, 1.5, "5", True, [], 10**12),
+    "max_tokens": (-2, 0.5, 1.5, "5", True, [], 10**20),
     "max_completion_tokens": (-2, "5", {}),
     "temperature": (-0.1, 2.1, "1", True, []),
     "top_p": (-0.5, 1.1, "1", {}),
