@@ -3880,7 +3880,7 @@ class ClientForm:
         #: What came before the first name, which tells whether there is a wrapper.
         self._head = ""
         self._is_decided = not wrapped
-        #: Whether what comes is part of the wrapped value, and whether that has come wholly.
+        #: Whether what comes is part of the wrapped value, and whether that is over.
         self._inside = not wrapped
         self._has_ended = False
         #: The brackets that are open.
@@ -4016,6 +4016,10 @@ class Parsing(NamedTuple):
         return name, self.models.find(name, long_context=self.long_context)
 
 
+#: A larger limit in tokens says no more than this one: no model answers with so many.
+_LIMIT_MOST = 10**9
+
+
 class Fields:
     """One JSON object of a request, read with types.
 
@@ -4023,7 +4027,7 @@ class Fields:
     field's full path as `param` when the type is another.
     """
 
-    __slots__ = ("_read", "_skipped", "object", "path")
+    __slots__ = ("_read", "_settings", "_skipped", "object", "path")
 
     def __init__(self, value: object, path: str = "") -> None:
         """Raises BadRequest when `value` is no JSON object."""
@@ -4034,6 +4038,7 @@ class Fields:
         self.path = path
         self._read: set[str] = set()
         self._skipped: list[str] = []
+        self._settings: dict[str, Fields] = {}
 
     def value(self, name: str) -> Any:
         """Return a field as it is; every getter reads by this."""
@@ -4046,12 +4051,14 @@ class Fields:
 
     def left_out(self, silent: Iterable[str] = ()) -> tuple[str, ...]:
         """Return what was skipped, and the fields that ask for something and that nobody has
-        read, but for the `silent` ones. Ask when all else is read."""
+        read, but for the `silent` ones; the same of the settings in it. Ask when all else is
+        read."""
         unread = [
             one_line(self.at(name), 80) for name, value in self.object.items()
             if name not in self._read and name not in silent and asks_for_something(value)
         ]
-        return (*self._skipped, *unread)
+        below = [path for each in self._settings.values() for path in each.left_out()]
+        return (*self._skipped, *below, *unread)
 
     def at(self, name: str) -> str:
         """The full path of a field, as error messages name it."""
@@ -4094,7 +4101,8 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.wrong(name, "a number")
         if not least <= value <= most:
-            span = f"{least:g} or more" if most >= 10**9 else f"from {least:g} to {most:g}"
+            unbounded = value < least and most >= 10**9
+            span = f"{least:g} or more" if unbounded else f"from {least:g} to {most:g}"
             raise self.wrong(name, span)
         return float(value)
 
@@ -4107,9 +4115,12 @@ class Fields:
 
     def limit(self, name: str, *, zero: bool = False) -> int | None:
         """A number of tokens. -1 is how some clients say that they set none, and so is 0 where
-        `zero` has no meaning of its own."""
-        if self.value(name) == -1 or (not zero and self.value(name) == 0):
+        `zero` has no meaning of its own. Others say it with the largest number they have."""
+        value = self.value(name)
+        if value == -1 or (not zero and value == 0):
             return None
+        if isinstance(value, (int, float)) and _LIMIT_MOST < value <= 2**64:
+            return _LIMIT_MOST
         return self.integer(name, 0 if zero else 1)
 
     def top_k(self) -> int | None:
@@ -4147,6 +4158,21 @@ class Fields:
         value = self.value(name)
         return None if value is None else Fields(value, self.at(name))
 
+    def settings(self, name: str, *, foreign: bool = False) -> Fields:
+        """Return an object of settings, an empty one where there is none. Each call gives the
+        same one, and what nobody reads of it is left out by its path.
+
+        A `foreign` one is another API's: it is left out as a whole when it is no object.
+        """
+        if name not in self._settings:
+            value = self.value(name)
+            if foreign and not isinstance(value, dict):
+                if asks_for_something(value):
+                    self.skip(name)
+                value = None
+            self._settings[name] = Fields({} if value is None else value, self.at(name))
+        return self._settings[name]
+
     def word(self, name: str, words: tuple[str, ...]) -> str | None:
         """A string out of a list; an empty one is None too."""
         value = self.text(name) or None
@@ -4174,8 +4200,8 @@ def system_text(blocks: Iterable[Block]) -> str:
     """Return the text of a system prompt's blocks, without the billing lines of another claude."""
     return text_of(
         told
-        for block in blocks
-        for told in text_block(_BILLING_HEADER.sub("", str(block.get("text")), count=1))
+        for block in blocks if block["type"] == "text"
+        for told in text_block(_BILLING_HEADER.sub("", block["text"], count=1))
     )
 
 
@@ -4211,8 +4237,8 @@ class ToolCall:
     results: list[Block] = dataclasses.field(default_factory=list)
 
 
-#: A way to recognise a call by the id of a result, and that id.
-_CallKey = tuple[str, str]
+#: A way to recognise a call by the id of a result, that id, and the tool's name or nothing.
+_CallKey = tuple[str, str, str]
 
 
 class ToolExchanges:
@@ -4220,8 +4246,12 @@ class ToolExchanges:
 
     The ids of clients may come again, in every turn or within one message, may be empty, and may
     have lost what is no letter or digit. So a result belongs to a call with its id that has none
-    yet: the first such call of the newest message. A result without an id belongs to the first
-    call of the newest message that has none. A second result for one call is joined to the first.
+    yet: the first such call of the newest message, or the first of the tool that the result
+    names. A result without an id belongs to such a call of any id. A second result for one call
+    is joined to the first.
+
+    Calls and results may come with fields that are not the API's, and lose them here: a call's
+    `item_id`, a second id that results may use, and a result's `name`.
     """
 
     def __init__(self, context: ParseContext, param: str) -> None:
@@ -4237,9 +4267,13 @@ class ToolExchanges:
 
     def add_call(self, block: Block, place: int) -> Block:
         """Return the tool_use block of the message at `place`, under its own id."""
-        call = ToolCall({**block, "id": self._own_id(str(block["id"]))}, place)
+        own = {name: value for name, value in block.items() if name != "item_id"}
+        call = ToolCall({**own, "id": self._own_id(str(block["id"]))}, place)
         self._calls.setdefault(place, []).append(call)
-        for key in self._keys(str(block["id"]), anywhere=True):
+        found = self._keys(str(block["id"]), anywhere=True)
+        ways = [*found, ("item", str(block["item_id"]))] if block.get("item_id") else found
+        for way, name in itertools.product(ways, ("", str(block["name"]))):
+            key = (*way, name)
             queues = self._waiting.setdefault(key, [])
             if not queues or queues[-1][0].place != place:
                 queues.append(collections.deque())
@@ -4262,7 +4296,7 @@ class ToolExchanges:
         self._ids.add(own)
         return own
 
-    def _keys(self, sent_id: str, *, anywhere: bool) -> list[_CallKey]:
+    def _keys(self, sent_id: str, *, anywhere: bool) -> list[tuple[str, str]]:
         keys = [("sent", sent_id), ("plain", plain_id(sent_id))] if sent_id else []
         return [*keys, ("any", "")] if anywhere else keys
 
@@ -4270,7 +4304,8 @@ class ToolExchanges:
         """Take the tool_result block of the message at `place`. Raises BadRequest when there is
         no call for it."""
         sent_id = str(block["tool_use_id"])
-        call = self._call_for(self._keys(sent_id, anywhere=not sent_id))
+        ways = [*self._keys(sent_id, anywhere=not sent_id), ("item", sent_id)]
+        call = self._call_for(ways, str(block.get("name") or ""))
         if call is None:
             raise BadRequest(
                 f"{self._param}: no tool was called with the id {one_line(sent_id, 80)!r} before "
@@ -4282,14 +4317,20 @@ class ToolExchanges:
             self._context.adjust("late_tool_result")
         call.results.append(block)
 
-    def _call_for(self, keys: list[_CallKey]) -> ToolCall | None:
-        for key in keys:
-            found = self._first_waiting(self._waiting.get(key, [])) or self._newest.get(key)
-            if found is not None:
-                return found
+    def _call_for(self, ways: list[tuple[str, str]], name: str) -> ToolCall | None:
+        for how, sent_id in ways:
+            keys = ((how, sent_id, ""), (how, sent_id, name))
+            for find in (self._first_waiting, self._last):
+                found, named = map(find, keys)
+                if found is not None:
+                    return named if named is not None and named.place == found.place else found
         return None
 
-    def _first_waiting(self, queues: list[collections.deque[ToolCall]]) -> ToolCall | None:
+    def _last(self, key: _CallKey) -> ToolCall | None:
+        return self._newest.get(key)
+
+    def _first_waiting(self, key: _CallKey) -> ToolCall | None:
+        queues = self._waiting.get(key, [])
         while queues:
             while queues[-1]:
                 if not queues[-1][0].results:
@@ -4425,9 +4466,10 @@ class Prompt(NamedTuple):
     opening: list[Message] = []
 
 
-#: What is asked where the conversation ends with an answer: for more of it, or for its content in
-#: the form that the request wants.
+#: What is asked where the conversation ends with an answer: for more of it, for what a late result
+#: makes of it, or for its content in the form that the request wants.
 _CONTINUE = "Continue exactly where your last message ends."
+_GO_ON = "The result of an earlier tool call is there now; go on with it."
 _REFORM = "Give the answer of this conversation in the required form."
 
 
@@ -4451,12 +4493,10 @@ def prompt_of(
         return Prompt("", [Message("user", text_block(system))])
     if not later:
         raise BadRequest(f"{param}: there is nothing in it to answer.", param=param)
-    if later[-1].role == "user":
-        # Its results may all belong further up.
-        after_answer = after_answer or _CONTINUE
     later = _asking(merged(later), parsing, context, param, after_answer)
     later = with_exchanges(later, context, param)
-    later = _asking(later, parsing, context, param, after_answer)
+    # The results of the last message may all belong further up.
+    later = _asking(later, parsing, context, param, _GO_ON)
     later = context.attachments.within_bounds(later, param, counted=parsing.counted)
     return Prompt(system, later, opening)
 
@@ -4605,6 +4645,9 @@ class Attachments:
             head, comma, data = data.partition(",")
         words = (head.partition(":")[2] or sent.media_type).lower().split(";")
         media_type, *parameters = [word.strip() for word in words]
+        if head and comma and media_type.startswith("text/") and "base64" not in parameters:
+            content = urllib.parse.unquote_to_bytes(data)
+            return [*told_of(sent.named), *self._text(sent, content, media_type, parameters)]
         if not comma or (head and "base64" not in parameters):
             raise BadRequest(
                 f"{sent.param}: must be a base64 data URI, data:image/png;base64,...",
@@ -4816,8 +4859,13 @@ def _sourced(source: Fields, context: ParseContext, sent: Attachment) -> list[Bl
 
 
 def image_blocks(part: Fields, context: ParseContext) -> list[Block]:
-    """Return the blocks of an image that came in Anthropic's form."""
+    """Return the blocks of an image that came in Anthropic's form or in MCP's."""
     source = part.child("source")
+    if source is None and part.given("data"):
+        media_type = part.text("mimeType") or part.text("mime_type") or ""
+        return context.attachments.blocks(
+            Attachment(part.needed_text("data"), part.at("data"), media_type, pictured=True)
+        )
     if source is None:
         raise part.wrong("source", "an object with the image")
     return _sourced(source, context, Attachment("", "", pictured=True))
@@ -4866,8 +4914,11 @@ def tool_from(entry: Fields, name: str, schema_field: str) -> Tool:
     """Return the tool that a client describes. Raises BadRequest for a schema that claude cannot
     be told: it would offer the model no such tool, or none at all, and not say so."""
     # An empty list is PHP's empty object.
-    given = entry.object.get(schema_field) != [] and entry.child(schema_field)
-    schema = given or Fields({}, entry.at(schema_field))
+    given = entry.value(schema_field)
+    with contextlib.suppress(ValueError):
+        # Some clients send the schema as its JSON text.
+        given = from_json(given) if isinstance(given, str) and given else given
+    schema = Fields({} if given in (None, [], "") else given, entry.at(schema_field))
     told = told_schema(schema.object, schema.path, is_tool=True)
     description = entry.text("description") or ""
     return Tool(name, description, told.schema, told.wrapped, told.renamed)
@@ -5031,39 +5082,53 @@ def options_for(model: Model, wanted: Wanted) -> tuple[Options, tuple[str, ...]]
 _STOPS_MOST_SENT = 256
 
 
-def stop_sequences(fields: Fields, name: str) -> tuple[str, ...]:
+def stop_sequences(fields: Fields, *names: str) -> tuple[str, ...]:
     """Return the stop sequences of a request, each once. Raises BadRequest for very many: each is
     searched for in every piece of the answer."""
-    found = tuple(dict.fromkeys(text for text in fields.texts(name) if text))
+    texts = [text for name in names for text in fields.texts(name) if text]
+    found = tuple(dict.fromkeys(texts))
     if len(found) > _STOPS_MOST_SENT:
-        raise fields.wrong(name, f"at most {_STOPS_MOST_SENT} texts")
+        raise fields.wrong(names[0], f"at most {_STOPS_MOST_SENT} texts")
     return found
-
-
-def _object_in(fields: Fields, name: str) -> Fields:
-    """A field that another API has: an object, or else something to be named."""
-    value = fields.value(name)
-    if not isinstance(value, dict):
-        if asks_for_something(value):
-            fields.skip(name)
-        value = {}
-    return Fields(value, fields.at(name))
 
 
 _EFFORT_WORDS = ("none", *EFFORT_BUDGETS)
 
 
+def _effort(fields: Fields, name: str) -> str | None:
+    """A level of effort, in any case; None where it is left to the model."""
+    word = (fields.text(name) or "").strip().lower()
+    if word in ("", "auto", "default"):
+        return None
+    if word not in _EFFORT_WORDS:
+        raise fields.wrong(name, "one of " + ", ".join(_EFFORT_WORDS))
+    return word
+
+
+#: Types of Anthropic's `thinking`, in the words of all who copy it, and whether they ask for it.
+_THINKING_TYPES = {
+    "enabled": True, "adaptive": True, "auto": True, "disabled": False, "between_tools": False,
+}
+
+
 def openai_thinking(fields: Fields) -> Thinking:
     """How much an OpenAI client wants the model to think, in whichever of the common places it
     says so: OpenAI's own, OpenRouter's `reasoning`, Anthropic's `thinking` and `output_config`."""
-    reasoning, thinking = _object_in(fields, "reasoning"), _object_in(fields, "thinking")
+    reasoning, thinking, output = (
+        fields.settings(name, foreign=True) for name in ("reasoning", "thinking", "output_config")
+    )
     efforts = [
-        fields.word("reasoning_effort", _EFFORT_WORDS),
-        reasoning.word("effort", _EFFORT_WORDS),
-        _object_in(fields, "output_config").word("effort", _EFFORT_WORDS),
+        _effort(fields, "reasoning_effort"), _effort(reasoning, "effort"), _effort(output, "effort")
     ]
-    kind = thinking.text("type")
-    off = reasoning.value("enabled") is False or kind in ("disabled", "between_tools")
+    kind = (thinking.text("type") or "").lower()
+    if kind not in ("", *_THINKING_TYPES):
+        thinking.skip("type")
+    said = [
+        place.flag("enabled") if place.given("enabled") else None
+        for place in (reasoning, thinking)
+    ]
+    said.append(_THINKING_TYPES.get(kind))
+    off = False in said
     budgets = {
         place.at(name): place.limit(name)
         for place, name in ((reasoning, "max_tokens"), (thinking, "budget_tokens"))
@@ -5071,12 +5136,15 @@ def openai_thinking(fields: Fields) -> Thinking:
     field, budget = next(
         ((field, budget) for field, budget in budgets.items() if budget), ("", None)
     )
+    # Responses ask for a summary here; chat shows the thinking in any case.
+    reasoning.value("summary")
+    hidden = [reasoning.flag("exclude"), thinking.text("display") == "omitted"]
     return Thinking(
         effort=next((each for each in efforts if each), "none" if off else None),
         budget_tokens=budget,
         budget_field=field,
-        asked=not off and (reasoning.flag("enabled") or kind in ("enabled", "adaptive")),
-        hidden=reasoning.flag("exclude") or thinking.text("display") == "omitted",
+        asked=not off and True in said,
+        hidden=any(hidden),
     )
 
 
@@ -5285,11 +5353,35 @@ def _tool_name(entry: Fields) -> str:
     """The name of the tool that a choice names; tools without a name go by their type."""
     if entry.text("type") in CLIENT_TOOLS:
         return str(entry.text("type"))
-    return (entry.child("function") or entry.child("custom") or entry).needed_text("name")
+    named = entry.child("function") or entry.child("custom") or entry
+    return full_name(entry.text("namespace") or "", named.needed_text("name"))
 
 
-def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str] | None]:
-    """The choice that an OpenAI request makes, and the names that it is limited to."""
+def full_name(space: str, name: str) -> str:
+    """The name by which the model knows a tool; `space` is its namespace, empty if it has none."""
+    return f"{space.rstrip('_')}__{name}" if space else name
+
+
+def only_allowed(
+    tools: tuple[Tool, ...], allowed: Mapping[str, str] | None, context: ParseContext
+) -> tuple[Tool, ...]:
+    """Return the tools that a choice is limited to, whose names come with their paths. A name of
+    no tool is left out; raises BadRequest when all are."""
+    if allowed is None:
+        return tools
+    found = tuple(tool for tool in tools if tool.name in allowed)
+    known = {tool.name for tool in found}
+    unknown = {name: path for name, path in allowed.items() if name not in known}
+    if unknown and not found:
+        name, path = next(iter(unknown.items()))
+        raise BadRequest(f"{path}: no tool is called {one_line(name, 80)!r}.", param=path)
+    context.ignore(*unknown.values())
+    return found
+
+
+def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, dict[str, str] | None]:
+    """The choice that an OpenAI request makes, and the names that it is limited to with their
+    paths."""
     # The old functions are called one at a time: their answers have room for one.
     one_only = fields.given("parallel_tool_calls") and not fields.flag("parallel_tool_calls")
     parallel = not one_only and not is_legacy(fields)
@@ -5299,6 +5391,7 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str]
         kinds = {None: "auto", "required": "any"}
         return ToolChoice(kinds.get(word, str(word)), parallel=parallel), None
     entry = Fields(value, field)
+    parallel = parallel and not entry.flag("disable_parallel_tool_use")
     kind = entry.text("type")
     if kind in ("auto", "any", "none"):
         # As Anthropic has it.
@@ -5308,7 +5401,7 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, set[str]
         mode = allowed.word("mode", ("auto", "required")) or "auto"
         named = (None, "function", "custom", *CLIENT_TOOLS)
         tools = [tool for tool in allowed.objects("tools") if tool.text("type") in named]
-        names = {_tool_name(tool) for tool in tools}
+        names = {_tool_name(tool): tool.path for tool in tools}
         return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
     chosen_by_name = (None, "function", "tool", "custom", *CLIENT_TOOLS)
     if not entry.given("name") and kind not in chosen_by_name:
@@ -5438,18 +5531,31 @@ def openai_content(
         return []
     if isinstance(content, str):
         return text_block(content)
+    if role == "tool" and not _holds_parts(content):
+        # Frameworks hand over what their functions return.
+        return told_json(content)
     if isinstance(content, dict) and "type" in content:
         return _openai_part(Fields(content, entry.at(name)), context, role)
-    if role == "tool" and not _are_parts(content):
-        # Frameworks hand over what their functions return.
-        return text_block(to_json(content).decode("utf-8"))
     if not isinstance(content, list):
         raise entry.wrong(name, "a string or an array of parts")
-    parts = entry.objects(name)
-    blocks = [block for part in parts for block in _openai_part(part, context, role)]
+    parts: list[Fields] = []
+    blocks: list[Block] = []
+    for index, each in enumerate(content):
+        if isinstance(each, str):
+            blocks += text_block(each)
+        elif role == "tool" and not is_part(each):
+            blocks += told_json(each)
+        else:
+            parts.append(Fields(each, f"{entry.at(name)}[{index}]"))
+            blocks += _openai_part(parts[-1], context, role)
     if role == "user" and not blocks:
         refuse_unread(parts, _READ_PARTS)
     return blocks
+
+
+def told_json(value: object) -> list[Block]:
+    """Return a value as a block with its JSON text."""
+    return text_block(to_json(value).decode("utf-8"))
 
 
 def refuse_unread(parts: list[Fields], read: Iterable[str]) -> None:
@@ -5460,11 +5566,19 @@ def refuse_unread(parts: list[Fields], read: Iterable[str]) -> None:
             raise part.wrong("type", "a type that a model can read: text, an image or a file")
 
 
-def _are_parts(content: object) -> bool:
-    """Whether `content` is an array whose entries all say what they are."""
-    return isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
-    )
+def _holds_parts(content: object) -> bool:
+    """Whether the output of a tool is a part or an array with parts, and no data of its own."""
+    entries = content if isinstance(content, list) else [content]
+    return not entries or any(is_part(entry) for entry in entries)
+
+
+def is_part(value: object) -> bool:
+    """Whether `value` is a part that says what it is and has the field of its type. Tools give
+    back objects with a `type` that are none."""
+    if not isinstance(value, dict):
+        return False
+    fields = _PART_FIELDS.get(str(value.get("type")), {})
+    return any(isinstance(value.get(name), kinds) for name, kinds in fields.items())
 
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
@@ -5473,6 +5587,21 @@ _TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_t
 _ATTACHMENT_PARTS = ("image", "image_url", "input_image", "document", "file", "input_file")
 _THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning")
 _READ_PARTS = (*_TEXT_PARTS, *_ATTACHMENT_PARTS, *_THINKING_PARTS, "refusal", "tool_result")
+_AUDIO_PARTS = ("input_audio", "audio", "input_video", "video_url")
+_IMAGE_FIELDS: dict[str, tuple[type, ...]] = {"image_url": (str, dict), "file_id": (str,)}
+_FILE_FIELDS: dict[str, tuple[type, ...]] = {
+    "file": (dict,), "file_data": (str,), "file_url": (str,), "file_id": (str,)
+}
+#: Parts in the output of a tool: the fields of which each has one, with the types of the values.
+_PART_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    **{kind: {"text": (str,)} for kind in _TEXT_PARTS},
+    **{kind: {kind: (dict,), "data": (str,)} for kind in _AUDIO_PARTS},
+    "refusal": {"refusal": (str,)},
+    "image": {"source": (dict,), "data": (str,)},
+    "document": {"source": (dict,)},
+    "image_url": _IMAGE_FIELDS, "input_image": _IMAGE_FIELDS,
+    "file": _FILE_FIELDS, "input_file": _FILE_FIELDS,
+}
 
 
 def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
@@ -5495,7 +5624,7 @@ def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
         return [call_block(part)]
     if kind == "tool_result" and role == "user":
         return [result_block(part, openai_content(part, context, "tool"))]
-    if kind in ("input_audio", "audio", "input_video", "video_url") and role == "user":
+    if kind in _AUDIO_PARTS and role == "user":
         raise Unsupported(
             f"{part.path}: the models take no {kind}; send what is said as text.",
             param=part.at("type"),
@@ -5553,23 +5682,31 @@ CHOICES_MOST = 8
 PROMPTS_MOST = 128
 
 
-def chat_shape(fields: Fields) -> Shape | None:
-    """The Shape that the field `response_format` asks for."""
-    found = fields.child("response_format")
-    kind = None if found is None else found.word("type", ("text", "json_object", "json_schema"))
-    if found is None or kind not in ("json_object", "json_schema"):
+def format_shape(found: Fields | None, schema_field: str = "schema") -> Shape | None:
+    """Return the Shape that the format of an answer asks for, in the words of any API; None for
+    plain text. Raises BadRequest that names `schema_field` where there is no schema."""
+    if found is None:
         return None
-    if kind == "json_object":
-        given = found.child("schema")
-        return _ANY_OBJECT if given is None else shape_of(given)
-    described = found.child("json_schema")
-    schema = described.child("schema") if described is not None else None
+    kind = found.word("type", ("text", "json_object", "json_schema"))
+    schema = (found.child("json_schema") or found).child("schema")
+    if kind == "text" or (kind is None and schema is None):
+        return None
+    if schema is None and kind == "json_object":
+        return _ANY_OBJECT
     if schema is None:
-        raise BadRequest(
-            "response_format.json_schema.schema: must be a JSON schema.",
-            param="response_format.json_schema.schema",
-        )
+        raise found.wrong(schema_field, "a JSON schema")
     return shape_of(schema)
+
+
+def chat_shape(fields: Fields) -> Shape | None:
+    """The Shape that the field `response_format` asks for, or Anthropic's `output_config`."""
+    own = format_shape(fields.child("response_format"), "json_schema.schema")
+    output = fields.settings("output_config", foreign=True)
+    return own or format_shape(output.child("format"))
+
+
+#: Fields of a message beside its content that hold more than text.
+_MEDIA_FIELDS = ("images", "audio", "videos", "files", "attachments")
 
 
 class ChatDialect(Dialect):
@@ -5627,10 +5764,11 @@ class ChatDialect(Dialect):
                 raise Unsupported("modalities: answers are text only.", param="modalities")
 
     def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
-        limit, older_limit = fields.limit("max_completion_tokens"), fields.limit("max_tokens")
+        names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+        limits = [fields.limit(name) for name in names]
         return Wanted(
-            max_tokens=limit or older_limit,
-            stop_sequences=stop_sequences(fields, "stop"),
+            max_tokens=next(filter(None, limits), None),
+            stop_sequences=stop_sequences(fields, "stop", "stop_sequences"),
             temperature=fields.tuning("temperature", 2),
             top_p=fields.tuning("top_p", 1),
             top_k=fields.top_k(),
@@ -5666,8 +5804,7 @@ class ChatDialect(Dialect):
         found = distinct(tools, "tools")
         field = "tool_choice" if fields.given("tool_choice") else "function_call"
         choice, allowed = openai_tool_choice(fields, field)
-        if allowed is not None:
-            found = tuple(tool for tool in found if tool.name in allowed)
+        found = only_allowed(found, allowed, context)
         context.ignore(*unserved_of(served))
         return found, chosen(found, choice, "tool_choice"), frozenset(custom)
 
@@ -5676,18 +5813,23 @@ class ChatDialect(Dialect):
         if not entries:
             raise fields.wrong("messages", "an array with at least one message")
         opening = Message("system", openai_content(fields, context, "system", "system"))
-        return [opening, *(self._message_of(entry, context) for entry in entries)]
+        messages = [opening]
+        for entry in entries:
+            messages.append(self._message_of(entry, context))
+            context.ignore(*entry.left_out(entry.object.keys() - set(_MEDIA_FIELDS)))
+        return messages
 
     def _message_of(self, entry: Fields, context: ParseContext) -> Message:
         role = entry.text("role")
         if role in ("system", "developer"):
             return Message("system", openai_content(entry, context, "system"))
         if role == "user":
-            return Message("user", openai_content(entry, context, "user"))
+            said = openai_content(entry, context, "user")
+            return Message("user", said + self._images(entry, context))
         if role == "assistant":
             said = openai_content(entry, context, "assistant")
             said += text_block(entry.text("refusal") or "")
-            return Message("assistant", said + self._calls(entry))
+            return Message("assistant", said + self._calls(entry, said))
         if role not in ("tool", "function"):
             raise entry.wrong("role", "system, developer, user, assistant or tool")
         result: Block = {
@@ -5695,35 +5837,52 @@ class ChatDialect(Dialect):
             # Results of the old functions have no id: they belong to the call before them.
             "tool_use_id": entry.text("tool_call_id") or "",
             "content": openai_content(entry, context, "tool"),
+            "name": entry.text("name"),
         }
         return Message("user", [result])
 
-    def _calls(self, entry: Fields) -> list[Block]:
-        """The tool calls of an assistant's message. A legacy call has no id."""
-        found = []
-        for call in entry.objects("tool_calls"):
-            described = call.child("function")
-            custom = call.child("custom")
-            if custom is not None:
-                given = {"input": custom.text("input") or ""}
-                found.append((call.text("id") or "", custom, given))
-            elif described is None:
-                raise call.wrong("function", "an object")
+    def _images(self, entry: Fields, context: ParseContext) -> list[Block]:
+        """The images that a message has beside its content, as base64 or as parts."""
+        found: list[Block] = []
+        for index, each in enumerate(entry.items("images") or ()):
+            path = f"{entry.at('images')}[{index}]"
+            if isinstance(each, str):
+                found += context.attachments.blocks(Attachment(each, path, pictured=True))
             else:
-                found.append((call.text("id") or "", described, self._arguments(described)))
+                found += _openai_part(Fields(each, path), context, "user")
+        return found
+
+    def _calls(self, entry: Fields, said: list[Block]) -> list[Block]:
+        """The tool calls of an assistant's message, without those that `said` has already: some
+        clients write a call in two forms. A legacy call has no id."""
+        told = [block for block in said if block["type"] == "tool_use"]
+        known = {(plain_id(block["id"]), block["name"]) for block in told}
+        calls = [self._call_block(call) for call in entry.objects("tool_calls")]
+        calls = [each for each in calls if (plain_id(each["id"]), each["name"]) not in known]
         legacy = entry.child("function_call")
         if legacy is not None:
-            found.append(("", legacy, self._arguments(legacy)))
-        return [
-            {
-                "type": "tool_use", "id": call_id, "name": described.needed_text("name"),
-                "input": given,
-            }
-            for call_id, described, given in found
-        ]
+            call = self._call_of("", legacy)
+            if call["name"] not in [each["name"] for each in (*told, *calls)]:
+                calls.append(call)
+        return calls
 
-    def _arguments(self, described: Fields) -> Json:
-        return arguments_of(described.object.get("arguments"))
+    def _call_block(self, call: Fields) -> Block:
+        call_id, custom = call.text("id") or "", call.child("custom")
+        if custom is not None:
+            return {
+                "type": "tool_use", "id": call_id, "name": custom.needed_text("name"),
+                "input": {"input": custom.text("input") or ""},
+            }
+        described = call.child("function") or (call if call.given("name") else None)
+        if described is None:
+            raise call.wrong("function", "an object")
+        return self._call_of(call_id, described)
+
+    def _call_of(self, call_id: str, described: Fields) -> Block:
+        return {
+            "type": "tool_use", "id": call_id, "name": described.needed_text("name"),
+            "input": arguments_of(described.object.get("arguments")),
+        }
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -6038,6 +6197,20 @@ _SILENT_BLOCKS = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_
 #: Types of blocks that are read, whatever they hold.
 _READ_BLOCKS = (*_SILENT_BLOCKS, "text", "image", "document", "search_result", "tool_result")
 
+
+
+def is_read_in_result(block: Json) -> bool:
+    """Whether a block in a tool's result is read as a block. Else it is data of the tool's that
+    happens to have a type, such as an entry of a listing."""
+    kind = block.get("type")
+    if not isinstance(kind, str):
+        return True
+    if kind in _PART_FIELDS:
+        return is_part(block)
+    known = (*_READ_BLOCKS, "tool_use", "tool_reference", "compaction")
+    return kind in known or kind.endswith("_tool_result")
+
+
 #: Fields of the API's own tool results that only the API can read.
 _SEALED_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
 
@@ -6067,11 +6240,13 @@ def _unsealed(value: object) -> object:
     return [_unsealed(entry) for entry in value] if isinstance(value, list) else value
 
 
-#: Types of blocks that a role's messages cannot have.
-_NOT_SAID_BY = {
-    "user": ("tool_use",),
-    "assistant": ("tool_result", "image", "document"),
-    "system": ("tool_use", "tool_result", "image", "document"),
+#: Places of blocks: the role of the message, or the result of a tool. Each with its words, and
+#: the types of blocks that cannot stand there.
+_PLACES = {
+    "user": ("a user's message", ("tool_use",)),
+    "assistant": ("an answer", ("tool_result", "image", "document")),
+    "system": ("a system prompt", ("tool_use", "tool_result", "image", "document")),
+    "result": ("the result of a tool", ("tool_use", "tool_result")),
 }
 
 
@@ -6097,6 +6272,7 @@ class MessagesDialect(Dialect):
         choice = chosen(tools, self._tool_choice(fields), "tool_choice")
         context = ParseContext(parsing.limits, model)
         told = self._messages(fields, context)
+        shape = self._shape(fields)
         prompt = prompt_of(told, fields, parsing, context, "messages")
         options, ignored = options_for(model, self._wanted(fields, choice))
         return Turn(
@@ -6106,7 +6282,7 @@ class MessagesDialect(Dialect):
             options=options,
             tools=tools,
             tool_choice=choice,
-            shape=self._shape(fields),
+            shape=shape,
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
             ignored=(
@@ -6139,9 +6315,9 @@ class MessagesDialect(Dialect):
 
     def _thinking(self, fields: Fields) -> Thinking:
         """How much to think. Who does not ask for thinking expects text as the first block."""
-        output = fields.child("output_config") or Fields({})
-        effort = output.word("effort", tuple(EFFORT_BUDGETS))
-        asked = fields.child("thinking") or Fields({"type": "disabled"})
+        effort = fields.settings("output_config").word("effort", tuple(EFFORT_BUDGETS))
+        given = fields.given("thinking")
+        asked = fields.settings("thinking") if given else Fields({"type": "disabled"})
         kind = asked.text("type")
         hidden = asked.word("display", ("summarized", "omitted")) == "omitted"
         if kind == "enabled":
@@ -6157,10 +6333,9 @@ class MessagesDialect(Dialect):
         return Thinking(effort, 0)
 
     def _shape(self, fields: Fields) -> Shape | None:
-        output = fields.child("output_config") or Fields({})
-        described = output.child("format") or fields.child("output_format")
-        schema = described.child("schema") if described is not None else None
-        return None if schema is None else shape_of(schema)
+        output = fields.settings("output_config")
+        older = format_shape(fields.child("output_format"))
+        return format_shape(output.child("format")) or older
 
     def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], list[str]]:
         """The tools, and the paths of what is not served: of tools that Anthropic would run or
@@ -6185,23 +6360,21 @@ class MessagesDialect(Dialect):
         return ToolChoice(kind, name, parallel=not entry.flag("disable_parallel_tool_use"))
 
     def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
-        messages = [Message("system", self._blocks(fields, "system", context))]
+        messages = [Message("system", self._blocks(fields, "system", context, "system"))]
         for entry in fields.objects("messages"):
             role = entry.word("role", ("user", "assistant", "system"))
             if role is None:
                 raise entry.wrong("role", "user or assistant")
-            blocks = self._blocks(entry, "content", context)
-            for block in blocks:
-                if block["type"] in _NOT_SAID_BY[role]:
-                    what = f"without {block['type']} blocks, which are not the {role}'s"
-                    raise entry.wrong("content", what)
+            blocks = self._blocks(entry, "content", context, role)
             if role == "user" and not blocks and isinstance(entry.object.get("content"), list):
                 refuse_unread(entry.objects("content"), _READ_BLOCKS)
             messages.append(Message(role, blocks))
         return messages
 
-    def _blocks(self, entry: Fields, name: str, context: ParseContext) -> list[Block]:
-        """A string or an array of blocks."""
+    def _blocks(
+        self, entry: Fields, name: str, context: ParseContext, place: str
+    ) -> list[Block]:
+        """A string or an array of blocks; `place` is one of _PLACES."""
         value = entry.value(name)
         if value is None:
             return []
@@ -6210,12 +6383,22 @@ class MessagesDialect(Dialect):
         if not isinstance(value, list):
             raise entry.wrong(name, "a string or an array of blocks")
         blocks: list[Block] = []
+        words, refused = _PLACES[place]
         for block in entry.objects(name):
-            blocks += self._block(block, context)
+            made = self._block(block, context, place)
+            for each in made:
+                if each["type"] in refused:
+                    raise BadRequest(
+                        f"{block.path}: {each['type']} blocks cannot stand in {words}; remove it.",
+                        param=block.path,
+                    )
+            blocks += made
         return blocks
 
-    def _block(self, block: Fields, context: ParseContext) -> list[Block]:
+    def _block(self, block: Fields, context: ParseContext, place: str) -> list[Block]:
         kind = block.text("type")
+        if place == "result" and not is_read_in_result(block.object):
+            return told_json(block.object)
         if kind == "text":
             text = block.text("text")
             if text is None:
@@ -6225,15 +6408,15 @@ class MessagesDialect(Dialect):
             return image_blocks(block, context)
         if kind == "document":
             return document_blocks(
-                block, context, lambda source: self._blocks(source, "content", context)
+                block, context, lambda source: self._blocks(source, "content", context, "result")
             )
         if kind == "search_result":
             named = named_of(block, "title", "source")
-            return told_of(named) + self._blocks(block, "content", context)
+            return told_of(named) + self._blocks(block, "content", context, "result")
         if kind == "tool_use":
             return [call_block(block)]
         if kind == "tool_result":
-            return [result_block(block, self._blocks(block, "content", context))]
+            return [result_block(block, self._blocks(block, "content", context, "result"))]
         if kind == "tool_reference":
             # What a tool search of the client's found; the tool itself is among the tools.
             return text_block(f"The tool {block.needed_text('tool_name')} is loaded.")
@@ -6435,7 +6618,7 @@ class ResponsesDialect(Dialect):
             instructions=fields.text("instructions") or "",
             after_answer=_REFORM if shape else _CONTINUE,
         )
-        reasoning = fields.child("reasoning") or Fields({})
+        reasoning = fields.settings("reasoning")
         stored = fields.object.get("store") is not False
         options, ignored = options_for(model, self._wanted(fields, choice))
         return Turn(
@@ -6501,18 +6684,8 @@ class ResponsesDialect(Dialect):
         )
 
     def _shape(self, fields: Fields) -> Shape | None:
-        found = (fields.child("text") or Fields({})).child("format")
-        if found is None and fields.given("response_format"):
-            return chat_shape(fields)
-        kind = None if found is None else found.word("type", ("text", "json_object", "json_schema"))
-        if found is None or kind in (None, "text"):
-            return None
-        schema = found.child("schema")
-        if schema is None and kind == "json_object":
-            return _ANY_OBJECT
-        if schema is None:
-            raise found.wrong("schema", "a JSON schema")
-        return shape_of(schema)
+        own = format_shape(fields.settings("text").child("format"))
+        return own or chat_shape(fields)
 
     def _tools(
         self, fields: Fields, context: ParseContext
@@ -6535,8 +6708,7 @@ class ResponsesDialect(Dialect):
             forms[tool.name] = (_FORMS[kind], {**named, "namespace": space} if space else named)
         choice, allowed = openai_tool_choice(fields, "tool_choice")
         found = distinct(tools, "tools")
-        if allowed is not None:
-            found = tuple(tool for tool in found if tool.name in allowed)
+        found = only_allowed(found, allowed, context)
         context.ignore(*unserved_of(served))
         return found, chosen(found, choice, "tool_choice"), forms
 
@@ -6581,6 +6753,8 @@ class ResponsesDialect(Dialect):
                 raise item.wrong("role", "system, developer, user or assistant")
             told_as = "system" if role == "developer" else role
             return [Message(told_as, openai_content(item, context, told_as))]
+        if kind in _BARE_PARTS:
+            return [Message("user", _openai_part(item, context, "user"))]
         if kind in _CALLS:
             return [Message("assistant", [_CALLS[kind].block(item)])]
         if kind in _RESULTS:
@@ -6592,6 +6766,8 @@ class ResponsesDialect(Dialect):
             role, names = _TOLD_ITEMS[kind]
             told = {name: item.object[name] for name in names if item.given(name)}
             return [Message(role, text_block(f"[{kind}]\n" + to_json(told).decode("utf-8")))]
+        if item.given("role") and item.given("content") and kind != "reasoning":
+            return self._item(item, "message", context)
         summary = summary_of(item) if kind in ("compaction", "compaction_summary") else ""
         if not summary and kind != "reasoning":
             context.ignore(item.path)
@@ -6653,11 +6829,6 @@ class ResponsesDialect(Dialect):
         return list(turn.wire["opening"])
 
 
-def full_name(space: str, name: str) -> str:
-    """The name by which the model knows a tool; `space` is its namespace, empty if it has none."""
-    return f"{space.rstrip('_')}__{name}" if space else name
-
-
 def input_items(fields: Fields, parsing: Parsing) -> list[Fields]:
     """Return the items of a request, each reference replaced by its item; a text is one message.
     Raises BadRequest, NotFound."""
@@ -6676,7 +6847,8 @@ def kept_item(item: Fields) -> Json:
     kind = item.text("type") or "message"
     prefix = "msg_" if kind == "message" else _CALLS[kind].prefix if kind in _CALLS else "item_"
     found: Json = {"status": "completed", **item.object, "type": kind}
-    found["id"] = item.text("id") or new_id(prefix)
+    own_id = item.object.get("id")
+    found["id"] = own_id if own_id and isinstance(own_id, str) else new_id(prefix)
     if kind == "message" and isinstance(found.get("content"), str):
         part = "output_text" if found.get("role") == "assistant" else "input_text"
         found["content"] = [{"type": part, "text": found["content"]}]
@@ -6709,6 +6881,7 @@ class CallForm(NamedTuple):
         return {
             "type": "tool_use",
             "id": item.text("call_id") or item.text("id") or "",
+            "item_id": item.text("id") or "",
             "name": name,
             # Newer calls of computers hold several `actions`.
             "input": self.read(item.object.get(self.field, item.object.get(self.field + "s"))),
@@ -6788,6 +6961,8 @@ def _told_program(item: Fields, context: ParseContext) -> list[Block]:
     return openai_content(item, context, "tool", "result")
 
 
+#: Parts of the user's that some clients send as items, without a message around them.
+_BARE_PARTS = ("text", "input_text", "input_image", "input_file", "input_audio", "input_video")
 #: Results that clients send, by the type of the item.
 _RESULTS: dict[str, Callable[[Fields, ParseContext], list[Block]]] = {
     "function_call_output": _told_output,
@@ -6819,7 +6994,10 @@ _TOLD_ITEMS = {
 def _result_message(
     item: Fields, call_id: str, content: list[Block], *, failed: bool = False
 ) -> Message:
-    result: Block = {"type": "tool_result", "tool_use_id": call_id, "content": content}
+    result: Block = {
+        "type": "tool_result", "tool_use_id": call_id, "content": content,
+        "name": item.object.get("name"),
+    }
     failed = failed or item.object.get("status") == "failed"
     return Message("user", [{**result, "is_error": True} if failed else result])
 
@@ -6829,7 +7007,8 @@ def hosted_exchange(item: Fields, kind: str) -> list[Message]:
     given, results = _HOSTED_CALLS[kind]
     name, value = item.text("name") or kind[:-len("_call")], item.object.get(given)
     call: Block = {
-        "type": "tool_use", "id": item.text("id") or "",
+        # Without an id its result would be taken for that of another call.
+        "type": "tool_use", "id": item.text("id") or f"hosted {item.path}",
         "name": full_name(item.text("server_label") or "", name),
         "input": arguments_of(value) if given == "arguments" else {given: value},
     }

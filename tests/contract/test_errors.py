@@ -153,7 +153,8 @@ def test_a_used_up_plan_says_when_it_resets_and_is_asked_once(
     resets_at_s = int(limit.headers["anthropic-ratelimit-unified-reset"])
     before_s = time.time()
     resets = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(resets_at_s))
-    for answer in rig.ask_whole_and_streamed(model=model):
+    for streams in (False, True):
+        answer = rig.ask(model=model, stream=streams)
         assert_failed(answer, 429, "insufficient_quota", "insufficient_quota")
         assert answer.error and f"The limit resets at {resets}." in answer.error["message"]
         assert answer.headers["x-should-retry"] == "false"

@@ -17,6 +17,7 @@ from rendering import (
     CUT_OFF,
     GOLDEN,
     LIMITS,
+    PNG,
     REASONED,
     REFUSED,
     SECOND,
@@ -607,7 +608,7 @@ def test_a_wrong_type_is_refused_with_the_path_of_the_field(fields: Json, param:
 @pytest.mark.parametrize(
     ("part", "below"),
     [
-        ("Hello", ""),
+        (7, ""),
         (None, ""),
         ({}, ".type"),
         ({"type": 7}, ".type"),
@@ -628,6 +629,71 @@ def test_a_wrong_part_is_refused_with_its_path(part: object, below: str) -> None
     error = refusal({"messages": [USER, {"role": "user", "content": [block("a"), part]}]})
 
     assert (error.status, error.param) == (400, "messages[1].content[1]" + below)
+
+
+def test_texts_in_an_array_are_parts() -> None:
+    found = turn({"role": "user", "content": ["a", block("b"), "c"]})
+
+    assert conversation(found) == [("user", ["a", "b", "c"])]
+
+
+@pytest.mark.parametrize("image", [PNG, PNG.split(",")[1], {
+    "type": "image_url", "image_url": {"url": PNG}}], ids=["uri", "base64", "part"])
+def test_images_beside_the_content_belong_to_the_message(image: object) -> None:
+    found = turn({"role": "user", "content": "What is it?", "images": [image], "name": "Bob"})
+
+    assert [each["type"] for each in found.messages[0].content] == ["text", "image"]
+    assert found.ignored == ()
+
+
+def test_what_an_answer_holds_beside_its_content_is_named() -> None:
+    said = {"role": "assistant", "content": "Here.", "audio": {"id": "a"}, "reasoning": "Hm.",
+            "images": [{"type": "image_url", "image_url": {"url": PNG}}]}
+
+    assert turn(USER, said, USER).ignored == ("messages[1].audio", "messages[1].images")
+
+
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"output_config": {"effort": "low", "task_budget": 7}}, "output_config.task_budget"),
+        ({"thinking": {"type": "deep"}}, "thinking.type"),
+        ({"reasoning": {"effort": "low", "depth": 7}}, "reasoning.depth"),
+    ],
+)
+def test_settings_that_nobody_reads_are_named_by_their_path(fields: Json, ignored: str) -> None:
+    assert turn(**fields).ignored == (ignored,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"thinking": {"type": "ENABLED"}}, True),
+        ({"thinking": {"enabled": True}}, True),
+        ({"thinking": {"type": "auto"}}, True),
+        ({"thinking": {"enabled": False}}, False),
+        ({"reasoning_effort": "Medium"}, True),
+        ({"reasoning_effort": "auto"}, False),
+        ({"reasoning_effort": "default"}, False),
+    ],
+    ids=str,
+)
+def test_thinking_is_asked_for_in_any_spelling(fields: Json, wanted: bool) -> None:
+    found = turn(model="haiku", **fields)
+
+    assert bool(found.options.thinking_tokens) == wanted
+    assert found.ignored == ()
+
+
+@pytest.mark.parametrize("limit", [2**31 - 1, 2**63, 1e18])
+def test_the_largest_number_is_no_wrong_limit(limit: float) -> None:
+    assert turn(max_tokens=limit).options.max_tokens == 10**9
+
+
+def test_limit_and_stop_texts_are_taken_in_the_words_of_the_others() -> None:
+    options = turn(max_output_tokens=7, stop="a", stop_sequences=["b", "a"]).options
+
+    assert (options.max_tokens, options.stop_sequences) == (7, ("a", "b"))
 
 
 # -- images -------------------------------------------------------------------
@@ -739,6 +805,16 @@ def test_an_image_that_cannot_be_taken_says_why(url: str, status: int, code: str
 
     assert (error.status, error.error_code) == (status, code)
     assert error.param == "messages[0].content[1].image_url"
+
+
+@pytest.mark.parametrize(("uri", "text"), [
+    ("data:text/plain,hello%20world", "hello world"),
+    ("data:text/plain;charset=latin-1,caf%E9", "caf\u00e9"),
+])
+def test_a_text_file_may_come_as_a_uri_without_base64(uri: str, text: str) -> None:
+    found = turn({"role": "user", "content": [{"type": "file", "file": {"file_data": uri}}]})
+
+    assert conversation(found) == [("user", [text])]
 
 
 def test_an_image_of_exactly_the_largest_size_is_taken() -> None:

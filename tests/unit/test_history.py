@@ -15,6 +15,8 @@ from rendering import USER, block, conversation, parsing
 
 ocp = load_script("ocp_server.py")
 
+GO_ON = "The result of an earlier tool call is there now; go on with it."
+
 Json = dict[str, Any]
 
 
@@ -221,8 +223,11 @@ def test_after_a_late_result_at_the_end_the_model_is_asked_to_go_on(dialect: str
 
     assert exchanges(found) == [("a", ["one"])]
     assert conversation(found)[-2:] == [
-        ("assistant", ["Hm."]), ("user", ["Continue exactly where your last message ends."])]
+        ("assistant", ["Hm."]), ("user", [GO_ON])]
     assert found.adjusted == (("late_tool_result", 1), ("assistant_last", 1))
+
+
+
 
 
 @each_dialect

@@ -404,6 +404,52 @@ def test_a_block_that_is_wrong_is_refused_with_its_path(part: object, below: str
     assert (error.status, error.param) == (400, "messages[1].content[1]" + below)
 
 
+IMAGE = {"type": "image", "source": SOURCE}
+USE = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
+RESULT = {"type": "tool_result", "tool_use_id": "t1"}
+
+
+@pytest.mark.parametrize("part", [IMAGE, USE, RESULT], ids=lambda part: str(part["type"]))
+def test_a_system_prompt_is_text(part: Json) -> None:
+    error = refusal(system=[block("Be kind."), part])
+
+    assert (error.status, error.param) == (400, "system[1]")
+
+
+@pytest.mark.parametrize("part", [USE, RESULT], ids=lambda part: str(part["type"]))
+def test_a_result_holds_no_call_and_no_result(part: Json) -> None:
+    given = {"role": "user", "content": [{**RESULT, "content": [block("a"), part]}]}
+
+    error = refusal(USER, {"role": "assistant", "content": [USE]}, given)
+
+    assert (error.status, error.param) == (400, "messages[2].content[0].content[1]")
+
+
+@pytest.mark.parametrize("part", [
+    {"type": "dir", "name": "src"}, {"type": "file", "name": "a.txt"},
+    {"type": "resource", "resource": {"text": "HELLO"}}, {"type": "text", "value": "v"},
+], ids=str)
+def test_data_in_a_result_that_only_looks_like_a_block_is_told_as_json(part: Json) -> None:
+    given = {"role": "user", "content": [{**RESULT, "content": [block("a"), part]}]}
+
+    found = turn(USER, {"role": "assistant", "content": [USE]}, given)
+
+    told = json.dumps(part, separators=(",", ":"))
+    assert found.messages[2].content[0]["content"] == [block("a"), block(told)]
+    assert found.ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"output_config": {"task_budget": {"total": 7}}}, "output_config.task_budget"),
+        ({"thinking": {"type": "disabled", "depth": 7}}, "thinking.depth"),
+    ],
+)
+def test_settings_that_nobody_reads_are_named_by_their_path(fields: Json, ignored: str) -> None:
+    assert turn(**fields).ignored == (ignored,)
+
+
 def test_a_result_without_a_call_is_refused() -> None:
     result = {"type": "tool_result", "tool_use_id": "t9", "content": "x"}
 

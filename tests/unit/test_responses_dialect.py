@@ -348,6 +348,79 @@ def test_an_item_that_is_wrong_is_refused_with_its_path(items: list[Json], param
     assert (error.status, error.param) == (400, param)
 
 
+@pytest.mark.parametrize("kind", ["easy_input_message", "input_message"])
+def test_an_item_with_role_and_content_is_a_message_whatever_its_type(kind: str) -> None:
+    found = turn([{"type": kind, "role": "user", "content": "hey"}])
+
+    assert (conversation(found), found.ignored) == ([("user", ["hey"])], ())
+
+
+def test_a_part_without_a_message_is_the_user_s() -> None:
+    image = {"type": "input_image", "image_url": PNG}
+
+    found = turn([USER, {"type": "input_text", "text": "bare"}, image, USER])
+
+    assert conversation(found) == [("user", ["Hello", "bare", "image", "Hello"])]
+    assert found.ignored == ()
+
+
+def test_a_hosted_call_without_an_id_leaves_the_results_of_others_alone() -> None:
+    hosted = {"type": "mcp_call", "name": "m", "server_label": "s", "arguments": "{}",
+              "output": "MCP"}
+    own = {"type": "function_call", "call_id": "f1", "name": "f", "arguments": "{}"}
+
+    found = turn([USER, own, hosted, {
+        "type": "function_call_output", "call_id": "f1", "output": "F"}])
+
+    results = [each for message in found.messages for each in message.content
+               if each["type"] == "tool_result"]
+    assert [each["content"] for each in results] == [[block("F")], [block("MCP")]]
+
+
+def test_a_result_may_name_its_call_by_the_id_of_the_item() -> None:
+    call = {"type": "local_shell_call", "id": "lsh_1", "call_id": "c1",
+            "action": {"type": "exec", "command": ["ls"]}}
+
+    found = turn([USER, call, {"type": "local_shell_call_output", "id": "lsh_1", "output": "a"}])
+
+    assert "item_id" not in found.messages[1].content[0]
+    assert found.messages[2].content == [
+        {"type": "tool_result", "tool_use_id": "c1", "content": [block("a")]}]
+
+
+def test_an_id_that_is_no_text_is_replaced_where_items_are_listed() -> None:
+    item = ocp.kept_item(ocp.Fields({"role": "user", "content": "q", "id": 5}, "input[0]"))
+
+    assert item["id"].startswith("msg_")
+
+
+NAMESPACED = [{"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "f"}]}]
+CHOSEN = {"type": "function", "name": "f", "namespace": "ns"}
+
+
+@pytest.mark.parametrize(("choice", "kind"), [
+    (CHOSEN, "tool"), ({"type": "allowed_tools", "mode": "auto", "tools": [CHOSEN]}, "auto"),
+])
+def test_a_choice_names_the_namespace_of_its_tool_apart(choice: Json, kind: str) -> None:
+    found = turn(tools=NAMESPACED, tool_choice=choice)
+
+    assert [tool.name for tool in found.tools] == ["ns__f"]
+    assert found.tool_choice.kind == kind
+
+
+def test_an_allowed_tool_that_there_is_not_is_named_or_refused() -> None:
+    def allowed(*names: str) -> Json:
+        tools = [{"type": "function", "name": name} for name in names]
+        return {"tools": TOOLS[:1], "tool_choice": {"type": "allowed_tools", "tools": tools}}
+
+    assert turn(**allowed("weather", "gone")).ignored == ("tool_choice.tools[1]",)
+    assert refusal(**allowed("gone")).param == "tool_choice.tools[0]"
+
+
+def test_settings_of_the_text_that_nobody_reads_are_named() -> None:
+    assert turn(text={"verbosity": "low"}).ignored == ("text.verbosity",)
+
+
 def test_reasoning_is_left_to_claude() -> None:
     found = turn([{"type": "reasoning", "id": "rs_1"}, USER])
 

@@ -432,3 +432,13 @@ def test_more_tools_than_the_client_s_are_no_error() -> None:
 
     line = init_line("Bash", "weather", ocp.wire_name("odd name"), "StructuredOutput")
     assert reader.events(line) == []
+
+
+@pytest.mark.parametrize("more", [{}, {"title": "City"}, {"title": "City", "description": "One."}])
+def test_a_root_that_refers_to_a_definition_is_joined_whatever_it_is_called(more: Json) -> None:
+    city = {"type": "object", "properties": {"name": {"type": "string"}}}
+
+    found = told({"$ref": "#/definitions/City", "definitions": {"City": city}, **more})
+
+    assert not found.wrapped
+    assert {name: found.schema[name] for name in (*city, *more)} == {**city, **more}

@@ -73,6 +73,25 @@ def test_the_client_s_own_schema_is_left_alone() -> None:
     assert schema == {"type": "array", "$defs": {"a": CITY}}
 
 
+@pytest.mark.parametrize(
+    ("dialect", "fields", "param"),
+    [
+        (ocp.MESSAGES, {"output_config": {"format": {"type": "json_schema"}}},
+         "output_config.format.schema"),
+        (ocp.MESSAGES, {"output_format": {"type": "json_schema"}}, "output_format.schema"),
+        (ocp.MESSAGES, {"output_config": {"format": {"type": "xml"}}},
+         "output_config.format.type"),
+        (ocp.CHAT, {"output_config": {"format": {"type": "json_schema"}}},
+         "output_config.format.schema"),
+    ],
+)
+def test_a_form_that_cannot_be_had_is_refused(dialect: Any, fields: Json, param: str) -> None:
+    with pytest.raises(ocp.BadRequest) as caught:
+        parse(dialect, **fields)
+
+    assert caught.value.param == param
+
+
 NAMED = {"name": "city", "strict": True, "schema": CITY}
 
 
@@ -83,8 +102,16 @@ NAMED = {"name": "city", "strict": True, "schema": CITY}
         (ocp.RESPONSES, {"text": {"format": {"type": "json_schema", **NAMED}}}),
         (ocp.MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": CITY}}}),
         (ocp.MESSAGES, {"output_format": {"type": "json_schema", "schema": CITY}}),
+        (ocp.CHAT, {"response_format": {"type": "json_schema", "schema": CITY}}),
+        (ocp.CHAT, {"output_config": {"format": {"type": "json_schema", "schema": CITY}}}),
+        (ocp.RESPONSES, {"output_config": {"format": {"type": "json_schema", "schema": CITY}}}),
+        (ocp.RESPONSES, {"text": {"format": {"type": "json_schema", "json_schema": NAMED}}}),
+        (ocp.MESSAGES, {"output_config": {"format": {"type": "json_schema", **NAMED}}}),
     ],
-    ids=["chat", "responses", "messages", "messages, as it was"],
+    ids=[
+        "chat", "responses", "messages", "messages, as it was", "chat, flat",
+        "chat as messages", "responses as messages", "responses as chat", "messages, named",
+    ],
 )
 def test_every_dialect_takes_a_schema(dialect: Any, fields: Json) -> None:
     assert parse(dialect, **fields).shape == ocp.Shape(CITY, wrapped=False)
@@ -95,6 +122,8 @@ def test_every_dialect_takes_a_schema(dialect: Any, fields: Json) -> None:
     [
         (ocp.CHAT, {"response_format": {"type": "json_object"}}, ocp.Shape(ANYTHING, False)),
         (ocp.RESPONSES, {"text": {"format": {"type": "json_object"}}}, ocp.Shape(ANYTHING, False)),
+        (ocp.MESSAGES, {"output_config": {"format": {"type": "json_object"}}},
+         ocp.Shape(ANYTHING, False)),
         (ocp.CHAT, {"response_format": {"type": "text"}}, None),
         (ocp.CHAT, {"response_format": {}}, None),
         (ocp.RESPONSES, {"text": {"format": {"type": "text"}}}, None),
@@ -176,6 +205,14 @@ def test_the_value_is_the_same_however_it_comes(value: str, wrapper: str) -> Non
     text = wrapper % value
 
     assert {unwrapped(*pieces) for pieces in splits(text)} == {value}
+
+
+@pytest.mark.parametrize("text", [
+    '{"value": {"a":1}, "extra": 2}', '{"value": {"a":1}, "value": {"b":2}}',
+    '{"value": {"a":1}, "extra": {"c": [3, {"d": ":"}]}, "more": "}"}',
+])
+def test_only_the_first_value_of_a_wrapper_is_given(text: str) -> None:
+    assert {unwrapped(*pieces) for pieces in splits(text)} == {'{"a":1}'}
 
 
 @pytest.mark.parametrize("value", VALUES)

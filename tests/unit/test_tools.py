@@ -237,7 +237,8 @@ def test_without_tools_there_is_nothing_to_choose(choice: object) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": function("clock")}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": function("gone")}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": allowed("required", "gone")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("required", "gone")},
+         "tool_choice.allowed_tools.tools[0]"),
         ({"tools": TOOLS, "tool_choice": "most"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": 7}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.name"),
@@ -363,6 +364,92 @@ def test_arguments_of_earlier_calls_are_kept_whatever_they_are(sent: str, kept: 
     found = turn(USER, calling("c1", arguments=sent), result("c1"))
 
     assert found.messages[1].content[0]["input"] == kept
+
+
+def named_calls(call_id: str, *tools: str) -> Json:
+    """An earlier answer that calls these tools under one id."""
+    calls = [{"id": call_id, "name": tool, "arguments": "{}"} for tool in tools]
+    return {"role": "assistant", "tool_calls": calls}
+
+
+@pytest.mark.parametrize(("call_id", "result_id"), [("", ""), ("call", ""), ("call", "call")])
+@pytest.mark.parametrize("role", ["tool", "function"])
+def test_of_equal_ids_the_call_of_the_named_tool_gets_the_result(
+    call_id: str, result_id: str, role: str
+) -> None:
+    results = [{"role": role, "tool_call_id": result_id, "name": name, "content": text}
+               for name, text in (("b", "B"), ("a", "A"), ("gone", "C"))]
+
+    found = turn(USER, named_calls(call_id, "a", "b", "c"), *results)
+
+    assert [each["content"] for each in last(found)] == [[block("A")], [block("B")], [block("C")]]
+    assert all("name" not in each for each in last(found))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": [{"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {}}],
+         "tool_calls": [{"id": "toolu1", "function": {"name": "weather", "arguments": "{}"}}]},
+        {"tool_calls": [{"id": "toolu1", "function": {"name": "weather", "arguments": "{}"}}],
+         "function_call": {"name": "weather", "arguments": "{}"}},
+        {"content": [{"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {}}],
+         "function_call": {"name": "weather", "arguments": "{}"}},
+    ],
+    ids=["blocks", "legacy", "blocks and legacy"],
+)
+def test_a_call_that_is_written_in_two_forms_is_one(said: Json) -> None:
+    found = turn(USER, {"role": "assistant", **said}, result("toolu1"))
+
+    assert [each["type"] for each in found.messages[1].content] == ["tool_use"]
+    assert last(found) == [tool_result("toolu1", block("Sunny."))]
+    assert found.adjusted == ()
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"type": "error", "message": "boom"},
+        [{"type": "dir", "name": "src"}, {"type": "file", "name": "a.txt"}],
+        [{"type": "resource", "resource": {"uri": "a", "text": "HELLO"}}],
+        {"type": "text", "value": "v"},
+        {"type": "tool_use", "name": "a"},
+        {"type": ["a"]},
+        ["a", "b"],
+    ],
+    ids=str,
+)
+def test_an_output_that_only_looks_like_parts_is_told_as_json(output: object) -> None:
+    told = json.dumps(output, separators=(",", ":"))
+
+    assert last(turn(USER, calling("c1"), result("c1", output))) == [
+        tool_result("c1", block(told))]
+
+
+def test_data_beside_parts_is_told_as_json_in_its_place() -> None:
+    image = {"type": "image", "data": PNG.split(",")[1], "mimeType": "image/png"}
+
+    found = last(turn(USER, calling("c1"), result("c1", [
+        block("a"), {"type": "dir", "name": "src"}, image])))
+
+    source = {"type": "base64", "media_type": "image/png", "data": image["data"]}
+    assert found == [tool_result(
+        "c1", block("a"), block('{"type":"dir","name":"src"}'),
+        {"type": "image", "source": source})]
+
+
+def test_parameters_may_come_as_json_text() -> None:
+    found = turn(tools=[function(parameters=json.dumps(SCHEMA)), function("b", parameters="")])
+
+    assert [tool.schema for tool in found.tools] == [
+        SCHEMA, {"type": "object", "properties": {}}]
+
+
+@pytest.mark.parametrize("kind", ["auto", "any", "tool"])
+def test_a_choice_in_anthropic_s_form_may_ask_for_one_call(kind: str) -> None:
+    choice = {"type": kind, "name": "weather", "disable_parallel_tool_use": True}
+
+    assert not turn(tools=TOOLS, tool_choice=choice).tool_choice.parallel
 
 
 def test_a_legacy_call_and_its_result_find_each_other_without_an_id() -> None:
