@@ -4833,7 +4833,7 @@ class ParseContext:
 
 def named_of(part: Fields, *names: str) -> dict[str, str]:
     """Return what a client says about a document beside it: its name, where it is from."""
-    return {name: text for name in names if (text := part.text(name))}
+    return {name: part.text(name) for name in names if part.text(name)}
 
 
 def _refuse_stored(source: Fields, name: str) -> NoReturn:
