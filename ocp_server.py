@@ -4833,7 +4833,7 @@ class ParseContext:
 
 def named_of(part: Fields, *names: str) -> dict[str, str]:
     """Return what a client says about a document beside it: its name, where it is from."""
-    return {name: part.text(name) for name in names if part.text(name)}
+    return {name: part.text(name) or "" for name in names if part.text(name)}
 
 
 def _refuse_stored(source: Fields, name: str) -> NoReturn:
@@ -5647,7 +5647,8 @@ def _openai_attachment(part: Fields, context: ParseContext) -> list[Block]:
     if kind in ("image_url", "input_image"):
         return _openai_image(part, context)
     described = part.child("file") or part
-    named = {"title": title} if (title := described.text("filename")) else {}
+    title = described.text("filename")
+    named = {"title": title} if title else {}
     for name in ("file_data", "file_url"):
         if described.given(name):
             sent = Attachment(described.needed_text(name), described.at(name), named=named)
