@@ -946,12 +946,6 @@ class PlanLimit(OcpError):
     heals = False
 
 
-class KnownPlanLimit(PlanLimit):
-    """A limit of which an earlier request has heard: the API is not asked again before its end."""
-
-    early = True
-
-
 class LoginLost(OcpError):
     """claude is not logged in, or its login was refused."""
 
@@ -10287,8 +10281,6 @@ class Account:
         self._since_s: float | None = None
         self._windows: dict[str, Sighting] = {}
         self._news = PlanNews({})
-        #: By model: what was said about a limit that is used up, and until when that holds.
-        self._limits: dict[str, tuple[str, float]] = {}
         self._subscription: str | None = None
         self._heard_s: float | None = None
         self._asked_s = -math.inf
@@ -10304,7 +10296,6 @@ class Account:
         """The API, or claude itself, refused the login."""
         with self._lock:
             self._logged_in, self._since_s = False, self._clock()
-            self._limits.clear()
 
     def verdict(self) -> Json:
         """What /health says: ok is true, false, or null while nothing is known."""
@@ -10314,27 +10305,6 @@ class Account:
             message = LOGIN_ADVICE if self._logged_in is False else None
             return {"ok": self._logged_in, "okSource": source, "okAt": since, "message": message}
 
-    # -- limits -------------------------------------------------------------------------------
-
-    def limited(self, model_id: str, limit: PlanLimit) -> None:
-        """Remember until its end that a limit of the plan is used up for this model."""
-        if isinstance(limit, KnownPlanLimit):
-            return
-        pause_s = _UNKNOWN_RESET_S if limit.retry_after_s is None else limit.retry_after_s
-        with self._lock:
-            self._limits[model_id] = limit.message, self._clock() + pause_s
-
-    def check_limit(self, model_id: str) -> None:
-        """Raise KnownPlanLimit while a limit is known to be used up for this model. Agents ask
-        again at once, up to eight times; each would cost a process and a request to the API."""
-        now_s = self._clock()
-        with self._lock:
-            message, until_s = self._limits.get(model_id, ("", now_s))
-            if until_s <= now_s:
-                self._limits.pop(model_id, None)
-                return
-        raise KnownPlanLimit(message, retry_after_s=until_s - now_s)
-
     # -- plan ---------------------------------------------------------------------------------
 
     def hear(self, news: PlanNews) -> None:
@@ -10343,11 +10313,6 @@ class Account:
         now_s = self._clock()
         with self._lock:
             self._heard_s = now_s if news.windows else self._heard_s
-            if news.status is None and news.windows and not any(
-                (window.utilization or 0) >= 1 for window in news.windows.values()
-            ):
-                # claude was asked: the owner may have bought more, or the reset came early.
-                self._limits.clear()
             self._subscription = news.subscription or self._subscription
             for name, window in news.windows.items():
                 self._windows[name] = self._merged(self._windows.get(name), window, now_s)
@@ -10442,8 +10407,6 @@ class Account:
 _SAME_RESET_S = 60.0
 #: How often claude itself is asked about the plan, at most.
 _ASK_EVERY_S = 60.0
-#: How long a limit without a known end is taken for used up.
-_UNKNOWN_RESET_S = 30.0
 
 
 # ==== 18. Metrics ============================================================
@@ -11220,7 +11183,6 @@ class App:
     ) -> Iterator[Event]:
         config, turn = self.config, outcome.turn
         self.program.resolve()
-        self.account.check_limit(turn.model.id)
         watch = Watch(
             client=client,
             deadline_s=outcome.started_s + config.timeout_ms / 1000,
@@ -11388,8 +11350,6 @@ class App:
             self.account.refused()
             self.claude_folder.login_changed()
             self._drop_idle()
-        elif isinstance(error, PlanLimit) and outcome.turn.model.known:
-            self.account.limited(outcome.turn.model.id, error)
         error.logged = True
         detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
         self._note(

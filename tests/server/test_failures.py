@@ -180,21 +180,6 @@ def test_retries_that_are_used_up_are_an_error(chat: Server, stream: bool) -> No
     assert ask(chat, stream=stream).status == 529
 
 
-def test_a_limit_that_is_known_is_told_from_memory_until_it_ends(tmp_path: Path) -> None:
-    error = {"status": 429, "word": "rate_limit", "text": "You've hit your limit"}
-    limit = {"api_error": error, "resets_at": int(time.time()) + 5000}
-    with running_server(tmp_path, [[limit]]) as server:
-        first, again = ask(server), ask(server, stream=True)
-        asked = len(server.queries())
-        server.write_scenario([[{"say": "fine"}]])
-        other = ask(server, model="opus")
-
-        assert [first.status, again.status, other.status] == [429, 429, 200]
-        assert error_of(first) == error_of(again)
-        assert 4900 <= int(again.headers["Retry-After"]) <= 5000
-        assert asked == 1
-
-
 RECORDED = {
     "error_400": 400, "error_400_too_long": 400, "error_401": 401, "error_403": 403,
     "error_404": 404, "error_413": 413, "error_429_plain": 429, "error_429_plan_limit": 429,

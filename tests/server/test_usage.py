@@ -257,8 +257,7 @@ def test_a_failure_is_a_row_with_its_code_and_without_tokens(books: Server, name
     steps, word, status = FAILURES[name]
     books.write_scenario([steps])
 
-    # The limit is remembered for its model.
-    reply = ask(books, name, model="opus" if name == "plan limit" else "sonnet")
+    reply = ask(books, name)
 
     row = row_of(books, reply)
     assert (reply.status, row["status"], row["outcome"]) == (status, status, word)

@@ -35,7 +35,6 @@ CONTRACT = {
     "RateLimited": (429, "rate_limit_error", "rate_limit_exceeded", True),
     "QuotaExceeded": (429, "quota_exceeded", "insufficient_quota", False),
     "PlanLimit": (429, "insufficient_quota", "insufficient_quota", False),
-    "KnownPlanLimit": (429, "insufficient_quota", "insufficient_quota", False),
     "HeadTooLarge": (431, INVALID, None, False),
     "UpstreamFailed": (502, "server_error", "upstream_failed", True),
     "Busy": (503, "server_error", "too_many_connections", True),

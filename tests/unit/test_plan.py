@@ -235,61 +235,6 @@ def test_at_first_everything_is_unknown(account: Any) -> None:
         "subscription": None}
 
 
-# -- limits that are used up ---------------------------------------------------
-
-def is_limited(account: Any, model: str = "a") -> bool:
-    try:
-        account.check_limit(model)
-    except ocp.KnownPlanLimit as limit:
-        assert limit.message == "No more."
-        return True
-    return False
-
-
-@pytest.mark.parametrize(("retry_after_s", "ends_after_s"), [(3600.0, 3600), (None, 30)])
-def test_a_limit_is_known_until_its_end(
-    account: Any, clock: FakeClock, retry_after_s: Any, ends_after_s: int
-) -> None:
-    assert not is_limited(account)
-    account.limited("a", ocp.PlanLimit("No more.", retry_after_s=retry_after_s))
-
-    clock.now_s += ends_after_s - 1
-    assert (is_limited(account), is_limited(account, "b")) == (True, False)
-    clock.now_s += 1
-    assert not is_limited(account)
-
-
-def test_a_limit_that_was_told_from_memory_does_not_last_longer_for_it(
-    account: Any, clock: FakeClock
-) -> None:
-    account.limited("a", ocp.PlanLimit("No more."))
-    clock.now_s += 20
-    with pytest.raises(ocp.KnownPlanLimit) as told:
-        account.check_limit("a")
-    account.limited("a", told.value)
-
-    assert round(told.value.retry_after_s) == 10
-    clock.now_s += 10
-    assert not is_limited(account)
-
-
-def test_another_login_or_a_plan_with_room_ends_a_limit(account: Any) -> None:
-    full, room = (ocp.PlanNews({"five_hour": ocp.Window(share, FIVE_S, None)})
-                  for share in (1.0, 0.5))
-    account.limited("a", ocp.PlanLimit("No more."))
-    account.hear(full)
-    assert is_limited(account)
-
-    account.hear(room)
-    assert not is_limited(account)
-
-    account.limited("a", ocp.PlanLimit("No more."))
-    account.refused()
-    assert not is_limited(account)
-
-
-# -- windows ------------------------------------------------------------------
-
 def test_the_new_claudes_line_fills_the_plan(account: Any) -> None:
     account.hear(news_of(NEW, "first"))
 
