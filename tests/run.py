@@ -30,6 +30,8 @@ REPO = TESTS.parent
 VERSIONS = REPO / ".ci" / "versions.txt"
 #: What the tests themselves are run by.
 RUNNERS = ("pytest", "pytest-xdist")
+#: What quick tests use where there is a wheel of it; without, they are skipped and say so.
+VALIDATORS = ("jsonschema-rs",)
 NO_VENV = """Cannot make {venv}, see above. On Debian and Ubuntu: apt install python3-venv
 Or install pytest and pytest-xdist for this interpreter yourself, and run this again."""
 NO_PYTEST = """Cannot install pytest, see above. Is there a network?
@@ -87,8 +89,9 @@ def use_venv(arguments: list[str]) -> None:
     look = [str(python), "-c", "import pytest, xdist"]
     if not complaint and subprocess.run(look, stderr=subprocess.DEVNULL).returncode:
         print(f"Installing pytest into {venv}", flush=True)
-        if subprocess.run([str(python), "-m", "pip", "install", "--quiet",
-                           "--disable-pip-version-check", *runner_requirements()]).returncode:
+        if pip_install(python, *pinned(RUNNERS)):
+            pip_install(python, "--only-binary=:all:", *pinned(VALIDATORS))
+        else:
             complaint = NO_PYTEST
     if not complaint:
         os.execv(str(python), [str(python), str(Path(__file__).resolve()), *arguments])
@@ -106,11 +109,17 @@ def venv_folder() -> Path:
     return usual if is_ours else REPO / f".venv-{version}"
 
 
-def runner_requirements() -> list[str]:
-    """Return the requirements of pytest and pytest-xdist, as versions.txt has them."""
+def pip_install(python: Path, *arguments: str) -> bool:
+    """Install into the venv of this interpreter, and return whether that worked."""
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    return subprocess.run([*command, *arguments]).returncode == 0
+
+
+def pinned(names: tuple[str, ...]) -> list[str]:
+    """Return the requirements of these packages, as versions.txt has them."""
     lines = [line.partition("#")[0].split(None, 2) for line in VERSIONS.read_text().splitlines()]
-    pinned = [fields[2].strip() for fields in lines if fields[:2] == [".venv", "pip"]]
-    return [each for each in pinned if each.partition("==")[0] in RUNNERS]
+    found = [fields[2].strip() for fields in lines if fields[:2] == [".venv", "pip"]]
+    return [each for each in found if each.partition("==")[0] in names]
 
 
 # ---------------------------------------------------------------------------

@@ -166,10 +166,11 @@ def test_every_client_that_tests_look_for_has_a_folder_with_pinned_versions() ->
     assert [pin for pin in pins if not re.search(r"(==|@)\d+(\.\d+)+", pin.requirement)] == []
 
 
-def test_the_tests_are_run_by_the_pinned_pytest() -> None:
-    names = [each.partition("==")[0] for each in run.runner_requirements()]
+def test_the_tests_are_run_by_the_pinned_pytest_and_validate_with_the_pinned_validator() -> None:
+    found = run.pinned((*run.RUNNERS, *run.VALIDATORS))
 
-    assert names == ["pytest", "pytest", "pytest-xdist"]
+    assert [each.partition("==")[0] for each in found] == [
+        "pytest", "pytest", "pytest-xdist", "jsonschema-rs"]
 
 
 @pytest.mark.parametrize("line", ["pytest==1.0", "folder pip", "folder gem rails@1.0"])

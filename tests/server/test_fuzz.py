@@ -21,7 +21,7 @@ from server import Server
 
 Json = Any
 
-SEED = 20_261_130
+SEED = 20_261_121
 REQUESTS = by_depth(200, 500, 5_000)
 
 
