@@ -4487,19 +4487,20 @@ def prompt_of(
         return Prompt("", [Message("user", text_block(system))])
     if not later:
         raise BadRequest(f"{param}: there is nothing in it to answer.", param=param)
-    later = _asking(merged(later), parsing, context, param, after_answer)
+    later = _with_user_last(merged(later), parsing, context, param, after_answer)
     later = with_exchanges(later, context, param)
     # The results of the last message may all belong further up.
-    later = _asking(later, parsing, context, param, _GO_ON)
+    later = _with_user_last(later, parsing, context, param, _GO_ON)
     later = context.attachments.within_bounds(later, param, counted=parsing.counted)
     return Prompt(system, later, opening)
 
 
-def _asking(
+def _with_user_last(
     messages: list[Message], parsing: Parsing, context: ParseContext, param: str,
     after_answer: str,
 ) -> list[Message]:
-    """The messages, the user's at the end."""
+    """Return the messages, with one of the user's at the end. Raises BadRequest where the last is
+    the assistant's and `after_answer` is empty."""
     if messages[-1].role == "user" or parsing.counted:
         return messages
     if not after_answer:
@@ -5279,20 +5280,6 @@ def openai_usage(usages: Iterable[Usage], *, one_prompt: bool = True) -> Json:
     return found
 
 
-#: OpenAI's parameters that change nothing about what the answer means.
-_HARMLESS_PARAMETERS = (
-    "frequency_penalty", "logit_bias", "metadata", "prediction", "presence_penalty",
-    "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "seed", "service_tier",
-    "store", "user", "verbosity", "web_search_options",
-)
-
-
-def harmless_of(fields: Fields, *more: str) -> list[str]:
-    """The parameters of a request that can be left out without changing what is answered."""
-    names = (*_HARMLESS_PARAMETERS, *more)
-    return [name for name in names if asks_for_something(fields.value(name))]
-
-
 def is_legacy(fields: Fields) -> bool:
     """Whether a chat request speaks of functions, as before there were tools."""
     return bool(fields.value("functions")) and not fields.value("tools")
@@ -5704,6 +5691,17 @@ def chat_shape(fields: Fields) -> Shape | None:
 _MEDIA_FIELDS = ("images", "audio", "videos", "files", "attachments")
 
 
+def completion_head(fields: Fields, prefix: str, name: str) -> Json:
+    """Return what all chunks of a chat or legacy completion repeat, and whether usage follows."""
+    stream_options = fields.child("stream_options") or Fields({})
+    return {
+        "id": new_id(prefix),
+        "created": int(time.time()),
+        "model": name,
+        "include_usage": stream_options.flag("include_usage"),
+    }
+
+
 class ChatDialect(Dialect):
     """POST /v1/chat/completions."""
 
@@ -5716,7 +5714,7 @@ class ChatDialect(Dialect):
         fields = Fields(body)
         name, model = parsing.model(fields)
         self._refuse(fields)
-        stream_options = fields.child("stream_options") or Fields({})
+        head = completion_head(fields, "chatcmpl-", name)
         context = ParseContext(parsing.limits, model)
         tools, choice, custom = self._tools(fields, context)
         shape = chat_shape(fields)
@@ -5736,18 +5734,9 @@ class ChatDialect(Dialect):
             choices=fields.integer("n", 1, CHOICES_MOST) or 1,
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
-            ignored=(
-                *harmless_of(fields), *ignored, *context.ignored, *fields.left_out(),
-            ),
+            ignored=(*ignored, *context.ignored, *fields.left_out()),
             adjusted=context.adjusted,
-            wire={
-                "id": new_id("chatcmpl-"),
-                "created": int(time.time()),
-                "model": name,
-                "include_usage": stream_options.flag("include_usage"),
-                "legacy_functions": is_legacy(fields),
-                "custom": custom,
-            },
+            wire={**head, "legacy_functions": is_legacy(fields), "custom": custom},
         )
 
     def _refuse(self, fields: Fields) -> None:
@@ -6068,6 +6057,12 @@ _CHAT_FIELDS = {"text": "content", "thinking": "reasoning_content", "refusal": "
 CHAT = ChatDialect()
 
 
+_REFUSED_COMPLETIONS_PARAMETERS = (
+    ("suffix", "the models do not fill in the middle"),
+    ("logprobs", "the API behind this server gives no log probabilities"),
+)
+
+
 class CompletionsDialect(Dialect):
     """POST /v1/completions: a prompt instead of a conversation."""
 
@@ -6077,44 +6072,48 @@ class CompletionsDialect(Dialect):
         """See Dialect.parse. The prompt is the user's message; several prompts are choices."""
         fields = Fields(body)
         name, model = parsing.model(fields)
-        if asks_for_something(fields.value("suffix")):
-            raise Unsupported("suffix: the models do not fill in the middle.", param="suffix")
-        if asks_for_something(fields.value("logprobs")):
-            raise Unsupported("logprobs: the API behind this server gives none.", param="logprobs")
+        self._refuse(fields)
+        texts = self._texts(fields)
+        conversations = [[Message("user", text_block(text))] for text in texts]
+        options, ignored = options_for(model, self._wanted(fields))
+        wire = {
+            **completion_head(fields, "cmpl-", name),
+            "echo": texts if fields.flag("echo") else [""] * len(texts),
+        }
+        return Turn(
+            model=model,
+            messages=conversations[0],
+            others=tuple(conversations[1:]),
+            options=options,
+            choices=len(texts),
+            stream=fields.flag("stream"),
+            ignored=(*ignored, *fields.left_out()),
+            wire=wire,
+        )
+
+    def _refuse(self, fields: Fields) -> None:
+        for name, why in _REFUSED_COMPLETIONS_PARAMETERS:
+            if asks_for_something(fields.value(name)):
+                raise Unsupported(f"{name}: {why}.", param=name)
+
+    def _texts(self, fields: Fields) -> list[str]:
+        """Return the prompt of each answer that is wanted."""
         prompts = fields.texts("prompt")
-        count = (fields.integer("n", 1, CHOICES_MOST) or 1) * len(prompts)
-        if not count or count > PROMPTS_MOST or not all(prompt.strip() for prompt in prompts):
+        each = fields.integer("n", 1, CHOICES_MOST) or 1
+        if not 0 < each * len(prompts) <= PROMPTS_MOST or not all(map(str.strip, prompts)):
             raise fields.wrong(
                 "prompt", f"text, or an array of texts, with at most {PROMPTS_MOST} answers in all"
             )
-        wanted = Wanted(
+        return [prompt for prompt in prompts for _ in range(each)]
+
+    def _wanted(self, fields: Fields) -> Wanted:
+        return Wanted(
             max_tokens=fields.limit("max_tokens", zero=True),
             stop_sequences=stop_sequences(fields, "stop"),
             temperature=fields.tuning("temperature", 2),
             top_p=fields.tuning("top_p", 1),
             top_k=fields.top_k(),
             thinking=openai_thinking(fields),
-        )
-        options, ignored = options_for(model, wanted)
-        texts = [prompt for prompt in prompts for _ in range(count // len(prompts))]
-        conversations = [[Message("user", text_block(text))] for text in texts]
-        stream_options = fields.child("stream_options") or Fields({})
-        echoes = fields.flag("echo")
-        return Turn(
-            model=model,
-            messages=conversations[0],
-            others=tuple(conversations[1:]),
-            options=options,
-            choices=count,
-            stream=fields.flag("stream"),
-            ignored=(*harmless_of(fields, "best_of"), *ignored, *fields.left_out()),
-            wire={
-                "id": new_id("cmpl-"),
-                "created": int(time.time()),
-                "model": name,
-                "include_usage": stream_options.flag("include_usage"),
-                "echo": texts if echoes else [""] * count,
-            },
         )
 
     def body(self, turn: Turn, choices: list[Json]) -> Json:
@@ -6262,10 +6261,10 @@ class MessagesDialect(Dialect):
         """See Dialect.parse."""
         fields = Fields(body)
         self._refuse_thread(fields)
-        name, model = parsing.model(fields)
-        tools, unknown_tools = self._tools(fields)
-        choice = chosen(tools, self._tool_choice(fields), "tool_choice")
+        _, model = parsing.model(fields)
         context = ParseContext(parsing.limits, model)
+        tools = self._tools(fields, context)
+        choice = chosen(tools, self._tool_choice(fields), "tool_choice")
         told = self._messages(fields, context)
         shape = self._shape(fields)
         prompt = prompt_of(told, fields, parsing, context, "messages")
@@ -6281,8 +6280,7 @@ class MessagesDialect(Dialect):
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
             ignored=(
-                *ignored, *unknown_tools, *context.ignored,
-                *fields.left_out(_SILENT_MESSAGES_PARAMETERS),
+                *ignored, *context.ignored, *fields.left_out(_SILENT_MESSAGES_PARAMETERS)
             ),
             adjusted=context.adjusted,
             wire={"id": new_id("msg_")},
@@ -6332,19 +6330,18 @@ class MessagesDialect(Dialect):
         older = format_shape(fields.child("output_format"))
         return format_shape(output.child("format")) or older
 
-    def _tools(self, fields: Fields) -> tuple[tuple[Tool, ...], list[str]]:
-        """The tools, and the paths of what is not served: of tools that Anthropic would run or
-        describe itself, and of fields."""
+    def _tools(self, fields: Fields, context: ParseContext) -> tuple[Tool, ...]:
+        """Return the tools, without those that Anthropic would run or describe itself."""
         tools: list[Tool] = []
-        unknown: list[str] = []
         served: list[Fields] = []
         for entry in fields.objects("tools"):
             if entry.text("type") not in (None, "custom"):
-                unknown.append(entry.path)
+                context.ignore(entry.path)
             else:
                 tools.append(tool_from(entry, entry.needed_text("name"), "input_schema"))
                 served.append(entry)
-        return distinct(tools, "tools"), [*unknown, *unserved_of(served)]
+        context.ignore(*unserved_of(served))
+        return distinct(tools, "tools")
 
     def _tool_choice(self, fields: Fields) -> ToolChoice:
         entry = fields.child("tool_choice")
@@ -6583,8 +6580,6 @@ class MessagesRenderer(Renderer):
 MESSAGES = MessagesDialect()
 
 
-#: Parameters of responses that change nothing about what the answer means.
-_HARMLESS_RESPONSES_PARAMETERS = ("background", "max_tool_calls", "top_logprobs")
 #: What is about forms of the answer that do not occur here.
 _SILENT_RESPONSES_PARAMETERS = (
     "client_metadata", "include", "stream_options", "truncation",
@@ -6613,8 +6608,7 @@ class ResponsesDialect(Dialect):
             instructions=fields.text("instructions") or "",
             after_answer=_REFORM if shape else _CONTINUE,
         )
-        reasoning = fields.settings("reasoning")
-        stored = fields.object.get("store") is not False
+        wire = self._wire(fields, name, prompt, forms, parsing)
         options, ignored = options_for(model, self._wanted(fields, choice))
         return Turn(
             model=model,
@@ -6626,19 +6620,27 @@ class ResponsesDialect(Dialect):
             shape=shape,
             stream=fields.flag("stream"),
             ignored=(
-                *harmless_of(fields, *_HARMLESS_RESPONSES_PARAMETERS), *ignored,
-                *context.ignored, *fields.left_out(_SILENT_RESPONSES_PARAMETERS),
+                *ignored, *context.ignored, *fields.left_out(_SILENT_RESPONSES_PARAMETERS)
             ),
             adjusted=context.adjusted,
-            wire={
-                "echo": self._echo(fields, name, reasoning),
-                "store": stored,
-                "summary": asks_for_something(reasoning.object.get("summary")),
-                "forms": forms,
-                "opening": prompt.opening,
-                "items": input_items(fields, parsing) if stored else [],
-            },
+            wire=wire,
         )
+
+    def _wire(
+        self, fields: Fields, name: str, prompt: Prompt, forms: Mapping[str, object],
+        parsing: Parsing,
+    ) -> Json:
+        """What the answer is rendered and stored with."""
+        reasoning = fields.settings("reasoning")
+        stored = fields.value("store") is not False
+        return {
+            "echo": self._echo(fields, name, reasoning),
+            "store": stored,
+            "summary": asks_for_something(reasoning.value("summary")),
+            "forms": forms,
+            "opening": prompt.opening,
+            "items": input_items(fields, parsing) if stored else [],
+        }
 
     def _echo(self, fields: Fields, name: str, reasoning: Fields) -> Json:
         """What a response repeats of its request."""
@@ -8128,6 +8130,37 @@ _PLAIN_BLOCKS = ("text", "thinking", "redacted_thinking")
 _UNLISTED_NAMES = {"Task": "Agent"}
 
 
+class ShapedAnswer:
+    """What one message says of an answer that has to fit a shape: a call of claude's own tool,
+    which claude accepts or not."""
+
+    def __init__(self, shape: Shape | None) -> None:
+        self._exact = shape.exact if shape is not None else None
+        #: The block of the call, and its arguments in pieces.
+        self.block_index: int | None = None
+        self.pieces: list[str] = []
+        #: Whether the message ended with the call, and whether claude took it. Either comes first.
+        self.stopped = False
+        self.accepted = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the call is there and claude has accepted it."""
+        return self.stopped and self.accepted
+
+    def check(self) -> None:
+        """Raise UpstreamFailed for an answer that claude accepts and the client could not."""
+        if self._exact is None:
+            return
+        try:
+            value = from_json("".join(self.pieces))
+            fit = fits(value, self._exact, self._exact.get("$defs", {}))
+        except (ValueError, RecursionError):
+            fit = False
+        if not fit:
+            raise UpstreamFailed("The model's answer does not fit the schema; ask again.")
+
+
 class TurnReader:
     """Reads the lines of one running turn: `events` turns each into what it means.
 
@@ -8152,6 +8185,7 @@ class TurnReader:
         self._round: list[Event] = []
         self._tools = {wire_name(tool.name): tool for tool in tools}
         self._shape = shape
+        self._shaped = ShapedAnswer(shape)
         self._usage = NO_USAGE
         #: The numbers that blocks of the current message go out under; others stay hidden.
         self._numbers: dict[int, int] = {}
@@ -8169,11 +8203,6 @@ class TurnReader:
         self._line_ended = False
         #: What takes the JSON of a block to the client's form, where the two differ.
         self._forms: dict[int, ClientForm] = {}
-        #: The shaped answer: its block, its JSON, its stop, and whether claude accepted it.
-        self._shaped_block: int | None = None
-        self._shaped_json: list[str] = []
-        self._shaped_stop = False
-        self._accepted = False
         self._prose: list[str] = []
         self._complaint: Complaint | None = None
         self.window: PlanWindow | None = None
@@ -8233,9 +8262,8 @@ class TurnReader:
         self._usage = usage_of(found.get("usage"))
         self._numbers = {}
         self._prose.clear()
-        self._shaped_block, self._shaped_stop, self._accepted = None, False, False
+        self._shaped = ShapedAnswer(self._shape)
         self._forms.clear()
-        self._shaped_json.clear()
         started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
         if self._goes_on:
             self._goes_on = False
@@ -8273,7 +8301,7 @@ class TurnReader:
         """The block as clients see it; None for one that they do not."""
         kind, name = block.get("type"), str(block.get("name"))
         if kind == "tool_use" and self._shape is not None and name == STRUCTURED_OUTPUT:
-            self._shaped_block = index
+            self._shaped.block_index = index
             self._note_form(index, self._shape)
             return {"type": "text", "text": ""}
         if kind == "tool_use" and name in self._tools:
@@ -8301,10 +8329,10 @@ class TurnReader:
             if kind == "text":
                 self._prose.append(text)
             return []
-        is_shaped = index == self._shaped_block
+        is_shaped = index == self._shaped.block_index
         if is_shaped:
             kind = "text"
-            self._shaped_json.append(text)
+            self._shaped.pieces.append(text)
         if index in self._forms:
             text = self._forms[index].feed(text)
         if not text and (is_shaped or index in self._forms):
@@ -8319,7 +8347,7 @@ class TurnReader:
         if number is None:
             return []
         rest = self._forms[index].close() if index in self._forms else ""
-        kind = "text" if index == self._shaped_block else "arguments"
+        kind = "text" if index == self._shaped.block_index else "arguments"
         stopped = BlockStopped(number)
         return [Delta(number, kind, rest), stopped] if rest else [stopped]
 
@@ -8334,8 +8362,8 @@ class TurnReader:
             return []
         if reason == "tool_use" and self._called:
             return self._finish(reason)
-        if reason == "tool_use" and self._shaped_block is not None:
-            self._shaped_stop = True
+        if reason == "tool_use" and self._shaped.block_index is not None:
+            self._shaped.stopped = True
             return self._shaped_end()
         if reason == "tool_use":
             # claude runs its own tools, or says that there is no such tool, and asks again.
@@ -8362,26 +8390,15 @@ class TurnReader:
         content = found.get("content")
         for block in content if isinstance(content, list) else ():
             if isinstance(block, dict) and block.get("type") == "tool_result":
-                self._accepted = self._shaped_block is not None and not block.get("is_error")
+                called = self._shaped.block_index is not None
+                self._shaped.accepted = called and not block.get("is_error")
         return self._shaped_end()
 
     def _shaped_end(self) -> list[Event]:
-        if not self._shaped_stop or not self._accepted:
+        if not self._shaped.is_complete:
             return []
-        self._check_exact()
+        self._shaped.check()
         return self._finish("end_turn")
-
-    def _check_exact(self) -> None:
-        """Raises UpstreamFailed for an answer that claude accepts and the client could not."""
-        exact = self._shape.exact if self._shape is not None else None
-        if exact is None:
-            return
-        try:
-            fit = fits(from_json("".join(self._shaped_json)), exact, exact.get("$defs", {}))
-        except (ValueError, RecursionError):
-            fit = False
-        if not fit:
-            raise UpstreamFailed("The model's answer does not fit the schema; ask again.")
 
     def _check_offered(self, line: Json) -> None:
         """Raises BadRequest when claude does not offer the model what it was told to, and
@@ -13312,33 +13329,36 @@ def _check_allowed(app: App, caller: Caller, model: Model) -> None:
         )
 
 
-def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
-    """The Turn of the request's body; all of it when it is only `counted`, however long."""
-    config, caller = app.config, exchange.caller
+def _parsing_for(app: App, exchange: HttpExchange, *, counted: bool) -> Parsing:
+    """What the dialect has to know of the server and of this caller."""
+    config, scope = app.config, exchange.caller.scope
     limits = Limits(
         config.image_allow_url, config.max_image_bytes,
         config.max_images, config.max_image_total_bytes,
     )
-    parsing = Parsing(
+    return Parsing(
         app.models, config.default_model, limits,
-        recall=lambda response_id: app.responses.messages(caller.scope, response_id),
-        item=lambda item_id: app.responses.item(caller.scope, item_id),
+        recall=lambda response_id: app.responses.messages(scope, response_id),
+        item=lambda item_id: app.responses.item(scope, item_id),
         session=lambda session_id, system: app.sessions.messages(
-            caller.scope, session_id, system, config.session_ttl_ms / 1000
+            scope, session_id, system, config.session_ttl_ms / 1000
         ),
         counted=counted,
         long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
     )
-    body = exchange.json()
+
+
+def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
+    """The Turn of the request's body; all of it when it is only `counted`, however long."""
+    config, body = app.config, exchange.json()
     if config.session_id and isinstance(body, dict):
         named = body.pop("session_id", None) or exchange.headers.get("X-Session-Id")
         body.setdefault(SESSION_FIELD, named)
-    turn = exchange.dialect.parse(body, parsing)
-    _check_allowed(app, caller, turn.model)
+    turn = exchange.dialect.parse(body, _parsing_for(app, exchange, counted=counted))
+    _check_allowed(app, exchange.caller, turn.model)
     turn, dropped = (turn, 0) if counted else fitted(turn, config.max_prompt_chars)
-    if config.cache_ttl_ms:
-        turn = turn._replace(fresh=asks_fresh(body, sampled_too=config.cache_sampled))
     if dropped:
+        turn = turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
         app.log.event(
             "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
         )
@@ -13346,13 +13366,19 @@ def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
         app.log.event(
             "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
         )
-    adjusted = [*turn.adjusted, *([("messages_dropped", dropped)] if dropped else [])]
+    if config.cache_ttl_ms:
+        turn = turn._replace(fresh=asks_fresh(body, sampled_too=config.cache_sampled))
+    _tell_changes(exchange, turn)
+    return turn
+
+
+def _tell_changes(exchange: HttpExchange, turn: Turn) -> None:
+    """Names in the response's headers what was left out of the request and what was repaired."""
     if turn.ignored:
         exchange.headers_out["X-OCP-Ignored-Params"] = header_list(turn.ignored)
-    if adjusted:
-        words = (f"{word}={count}" for word, count in adjusted)
+    if turn.adjusted:
+        words = (f"{word}={count}" for word, count in turn.adjusted)
         exchange.headers_out["X-OCP-Adjusted"] = header_list(words)
-    return turn
 
 
 def answer(app: App, exchange: HttpExchange) -> None:
