@@ -1,11 +1,12 @@
 """Install what the tests and checks use, in the versions of versions.txt beside this file.
 
-    python3 .ci/install.py [FOLDER ...]     these folders, or all; what is there already is kept
+    python3 .ci/install.py [NAME ...]       these folders and programs, or all that are missing
     python3 .ci/install.py --raise          write the newest versions into versions.txt
 
 Folders are installed side by side. Each one gets a copy of its lines when it is complete, so a
-changed version is noticed and a folder half installed is installed again. Needs python3 with
-venv, node with npm, and a network.
+changed version is noticed and a folder half installed is installed again. The programs
+"chromium" and "shells" come from Debian, in the version that it has. Needs python3 with venv,
+node with npm, and a network; for the programs, the right to install them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,11 @@ REPO = Path(__file__).resolve().parent.parent
 VERSIONS = REPO / ".ci" / "versions.txt"
 #: In a folder that is complete: the lines that it was installed from.
 STAMP = ".ocp-installed"
+#: What Debian's packages give: the browser of tests/clients/test_dashboard.py, and the shells of
+#: tests/scripts/test_connect.py. Each package has a command of its name.
+PROGRAMS = {"chromium": ("chromium",), "shells": ("fish", "zsh", "tcsh")}
+#: apt-get refuses to run twice at the same time.
+apt = threading.Lock()
 #: No package is looked up for longer.
 LOOKUP_S = 120
 
@@ -115,27 +122,29 @@ def install(name: str, pins: list[Pin]) -> str:
     return f"{name}: installed {', '.join(pin.requirement for pin in pins)}"
 
 
-def install_chromium() -> str:
-    """The browser of tests/clients/test_dashboard.py: Debian's, in the version that it has."""
-    if shutil.which("chromium"):
-        return "chromium: is there"
-    run(["apt-get", "update", "-qq"])
-    run(["apt-get", "install", "-y", "-qq", "chromium", "fonts-dejavu-core"],
-        DEBIAN_FRONTEND="noninteractive")
-    return "chromium: installed"
+def install_programs(name: str) -> str:
+    """Install the programs of one name from Debian unless all are there; return one line."""
+    packages = PROGRAMS[name]
+    if all(shutil.which(package) for package in packages):
+        return f"{name}: is there"
+    with apt:
+        run(["apt-get", "update", "-qq"])
+        run(["apt-get", "install", "-y", "-qq", *packages], DEBIAN_FRONTEND="noninteractive")
+    return f"{name}: installed {', '.join(packages)}"
 
 
 def install_all(names: list[str]) -> int:
-    """Install these folders, side by side; return the exit code."""
+    """Install these folders and programs, side by side; return the exit code."""
     folders = folders_of(read_pins(VERSIONS.read_text()))
-    unknown = sorted(set(names) - {*folders, "chromium"})
+    unknown = sorted(set(names) - {*folders, *PROGRAMS})
     if unknown:
-        print(f"versions.txt has no folder {', '.join(unknown)}; it has {', '.join(folders)}")
+        known = ", ".join([*folders, *PROGRAMS])
+        print(f"nothing is installed under the name {', '.join(unknown)}; there are {known}")
         return 2
-    wanted = names or [*folders, "chromium"]
+    wanted = names or [*folders, *PROGRAMS]
     failed = 0
     with ThreadPoolExecutor(len(wanted)) as pool:
-        jobs = [pool.submit(install_chromium) if name == "chromium"
+        jobs = [pool.submit(install_programs, name) if name in PROGRAMS
                 else pool.submit(install, name, folders[name]) for name in wanted]
         for name, job in zip(wanted, jobs):
             try:

@@ -223,3 +223,23 @@ def test_an_install_that_fails_says_which_and_leaves_the_others(
     printed = capsys.readouterr().out
     assert "could not install bad:\nno network" in printed and "good: installed" in printed
     assert [path.parent.name for path in tmp_path.glob(f"*/{install.STAMP}")] == ["good"]
+
+
+def test_programs_are_installed_only_where_one_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = {"chromium", "fish", "zsh"}
+    ran: list[list[str]] = []
+    monkeypatch.setattr(install.shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(install, "run", lambda command, **more: ran.append(command))
+
+    assert install.install_all(["chromium", "shells"]) == 0
+    printed = capsys.readouterr().out
+    assert "chromium: is there" in printed and "shells: installed fish, zsh, tcsh" in printed
+    assert [command[:2] for command in ran] == [["apt-get", "update"], ["apt-get", "install"]]
+    assert ran[1][-3:] == ["fish", "zsh", "tcsh"]
+
+
+def test_a_name_that_nothing_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert install.install_all(["shels"]) == 2
+    assert "shells" in capsys.readouterr().out
