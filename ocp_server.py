@@ -34,14 +34,15 @@ Sections (search for "==== 8" to jump to the eighth):
     16. Cache              answers given again, and shared while they come
     17. Account            what is known about login and plan, learned from answers
     18. Metrics            counters and histograms since the start
-    19. App                owns every long-lived object; answering one turn
-    20. API description    what a route is, and the OpenAPI document of them all
-    21. Dashboard          the page for the operator, and what it may do
-    22. Endpoints          one function for each route
-    23. Routes             the table of routes
-    24. HTTP server        sockets, bodies, one thread for each connection
-    25. Demo claude        the stand-in behind --demo
-    26. Command line       arguments, signals, main
+    19. Connections        sockets, and the bounds of what they take together
+    20. App                owns every long-lived object; answering one turn
+    21. API description    what a route is, and the OpenAPI document of them all
+    22. Dashboard          the page for the operator, and what it may do
+    23. Endpoints          one function for each route
+    24. Routes             the table of routes
+    25. HTTP server        sockets, bodies, one thread for each connection
+    26. Demo claude        the stand-in behind --demo
+    27. Command line       arguments, signals, main
 """
 from __future__ import annotations
 
@@ -63,6 +64,7 @@ import email.errors
 import enum
 import errno
 import functools
+import gc
 import hashlib
 import hmac
 import http.client
@@ -157,7 +159,25 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def from_json(data: bytes | str) -> object:
+#: The most values in one body: each takes hundreds of bytes and some microseconds. The longest
+#: prompts hold some ten thousand.
+_JSON_VALUES_MAX = 300_000
+
+
+def has_many_values(data: bytes | bytearray) -> bool:
+    """Return whether a JSON text holds more values than are read. Takes a few milliseconds for
+    each megabyte, and memory for copies of the text only."""
+    if sum(map(data.count, (b"[", b"{", b","))) <= _JSON_VALUES_MAX:
+        return False
+    # Most of them may stand in strings. Without escapes, every second piece is a string.
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if bare.count(b'"') > 4 * _JSON_VALUES_MAX:
+        return True
+    outside = b"".join(bytes(bare).split(b'"')[::2])
+    return sum(map(outside.count, (b"[", b"{", b","))) > _JSON_VALUES_MAX
+
+
+def from_json(data: bytes | bytearray | str) -> object:
     """The value of a JSON text. Raises ValueError for anything else, however deep or odd."""
     try:
         return _DECODER.decode(data if isinstance(data, str) else data.decode("utf-8"))
@@ -1014,6 +1034,14 @@ class Busy(OcpError):
     status = 503
     anthropic_type = "overloaded_error"
     code = "too_many_connections"
+
+
+class MemoryFull(OcpError):
+    """A caller's requests and unread answers take too much memory."""
+
+    status = 503
+    anthropic_type = "overloaded_error"
+    code = "memory_full"
 
 
 class Draining(OcpError):
@@ -4014,6 +4042,11 @@ class Parsing(NamedTuple):
 _LIMIT_MOST = 10**9
 
 
+#: The longest array of messages, items, parts or tools. More than that do not fit the window of
+#: any model, and each takes time to read.
+_OBJECTS_MAX = 20_000
+
+
 class Fields:
     """One JSON object of a request, read with types.
 
@@ -4136,8 +4169,10 @@ class Fields:
 
     def objects(self, name: str) -> list[Fields]:
         """An array of objects; absent is empty."""
-        found = enumerate(self.items(name) or ())
-        return [Fields(item, f"{self.at(name)}[{index}]") for index, item in found]
+        found = self.items(name) or []
+        if len(found) > _OBJECTS_MAX:
+            raise self.wrong(name, f"an array of at most {_OBJECTS_MAX} objects")
+        return [Fields(item, f"{self.at(name)}[{index}]") for index, item in enumerate(found)]
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A string, or an array of strings; absent is empty."""
@@ -9320,8 +9355,12 @@ class Gate:
             slot.tell(None)
 
     def _has_room(self, slot: Slot) -> bool:
-        """Whether its caller may have one more answer at the same time."""
-        return not slot.most or self._running[slot.scope] < slot.most
+        """Whether its caller may have one more answer at the same time. One key never takes the
+        last place, so that another's request does not wait for the end of a long answer."""
+        running = self._running[slot.scope]
+        if slot.has_key and running and running >= self._config.max_concurrent - 1:
+            return False
+        return not slot.most or running < slot.most
 
     def leave(self, slot: Slot) -> None:
         """Frees what a slot holds: its place at work or its place in line."""
@@ -9345,6 +9384,7 @@ class Slot:
         self._gate = gate
         self.scope = caller.scope
         self.most = caller.max_concurrent
+        self.has_key = caller.key_id is not None
         #: Whether it may run; true from `tell` on.
         self.runs = False
         self.refusal: QueueFull | None = None
@@ -10560,7 +10600,392 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 19. App ================================================================
+# ==== 19. Connections ========================================================
+# Sockets, and what all of them together may take: which connections stay open, and how many bytes
+# of bodies and of unread answers lie in memory. Nothing here knows HTTP.
+
+#: How long a client that is refused early may go on sending before its connection is cut, so
+#: that it reads the refusal instead of a reset.
+_LINGER_S = 2.0
+#: What is kept of a request that comes before the one before it is answered.
+_AHEAD_MOST_BYTES = 65_536
+#: How many of the largest bodies may lie in memory, in all bodies and unread answers together; and
+#: the least that there is for them.
+_MEMORY_BODIES = 4
+_MEMORY_MIN_BYTES = 64 * 1024 * 1024
+#: What is read from, and written to, a socket at a time. A record of TLS holds as much.
+_READ_MOST_BYTES = 262_144
+_SENT_MOST_BYTES = 16_384
+#: What a socket that never blocks raises when it can do nothing now.
+_NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Hold:
+    """What one request or one unread answer takes of the memory budget."""
+
+    def __init__(self, cut: Callable[[], None]) -> None:
+        """`cut` ends the connection that it belongs to; it must not block."""
+        self.cut = cut
+        #: Whose memory it is: a caller's scope, or the address of a client without a key.
+        self.owner = ""
+        #: Guarded by the budget.
+        self.size_bytes = 0
+
+
+class MemoryBudget:
+    """The bound for the bytes of all request bodies and all unread answers together.
+
+    One owner may hold half of it. When all together hold more than there is, the owner with the
+    most gives way: its largest hold is cut. So nobody pays for the memory of another.
+    """
+
+    def __init__(self) -> None:
+        # Guards the set and the sizes of all holds. Never held while anything is cut.
+        self._lock = threading.Lock()
+        self._holds: set[Hold] = set()
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes are held now."""
+        with self._lock:
+            return sum(hold.size_bytes for hold in self._holds)
+
+    def resize(self, hold: Hold, size_bytes: int, config: Config) -> None:
+        """Let a hold grow or shrink to this size. Raises MemoryFull when its owner has too much."""
+        total_bytes = max(_MEMORY_MIN_BYTES, _MEMORY_BODIES * config.max_body_bytes)
+        with self._lock:
+            owned_bytes: collections.Counter[str] = collections.Counter()
+            for each in self._holds:
+                owned_bytes[each.owner] += each.size_bytes
+            owned_bytes[hold.owner] += size_bytes - hold.size_bytes
+            if size_bytes > hold.size_bytes and owned_bytes[hold.owner] > total_bytes // 2:
+                raise MemoryFull(
+                    "This key's requests and unread answers take all the memory that one caller "
+                    "may have; try again when one of them is over.", retry_after_s=1,
+                )
+            hold.size_bytes = size_bytes
+            if size_bytes:
+                self._holds.add(hold)
+            else:
+                self._holds.discard(hold)
+            if sum(owned_bytes.values()) <= total_bytes:
+                return
+            owner = max(owned_bytes, key=lambda name: owned_bytes[name])
+            largest = max(
+                (each for each in self._holds if each.owner == owner),
+                key=lambda each: each.size_bytes,
+            )
+        largest.cut()
+
+
+class Connection:
+    """A client's connection: a Client for those who wait, a socket for its Exchange, and what the
+    server has to know to choose which connection makes room for another.
+
+    The socket never blocks. What a client does not take at once is kept, and a thread of its own
+    sends it when the client reads: whoever makes the answer is not held up.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str, budget: MemoryBudget) -> None:
+        self.peer = peer
+        #: Whether an answer is being made for it.
+        self.is_busy = False
+        #: Whether it has brought a request of a caller that may use the API.
+        self.is_trusted = False
+        #: When it last sent or took anything, or its request was over.
+        self.quiet_since_s = time.monotonic()
+        #: The config of the request that it is used for.
+        self.config: Config | None = None
+        self._socket = sock
+        sock.setblocking(False)
+        self._budget = budget
+        self.unread = Hold(self.cut)
+        # Guards the fields below and the socket: a TLS socket must not be read and written at the
+        # same time, and several choices of one answer watch one client.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        #: What the client sent before it was asked for.
+        self._ahead = bytearray()
+        #: What the client has not taken yet.
+        self._unsent = bytearray()
+        self._is_sending_later = False
+        self._has_left = False
+        self._is_broken = False
+
+    def fileno(self) -> int:
+        """See Client."""
+        return self._socket.fileno()
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether TLS is spoken on it."""
+        return isinstance(self._socket, ssl.SSLSocket)
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def gone(self) -> bool:
+        """See Client."""
+        with self._lock:
+            if not self._has_left and not self._is_broken and self._room():
+                try:
+                    piece = self._socket.recv(self._room())
+                    self._has_left = not piece
+                    self._ahead += piece
+                except _NOT_NOW:
+                    pass
+                except OSError:
+                    self._has_left = True
+            return self._has_left or self._is_broken
+
+    def listens(self) -> bool:
+        """See Client."""
+        return bool(self._room())
+
+    def _room(self) -> int:
+        return _AHEAD_MOST_BYTES - len(self._ahead)
+
+    def receive_into(self, buffer: Any) -> int | None:
+        """Read what is there; return how many bytes, or None when there is nothing yet."""
+        with self._lock:
+            count = min(len(buffer), len(self._ahead))
+            if count:
+                buffer[:count] = self._ahead[:count]
+                del self._ahead[:count]
+                return count
+            try:
+                count = self._socket.recv_into(buffer)
+            except _NOT_NOW:
+                return None
+        self.quiet_since_s = time.monotonic()
+        return count
+
+    def wait_readable(self, timeout_s: float) -> None:
+        """Wait until there may be something to read."""
+        self._poll(select.POLLIN, timeout_s)
+
+    def peek(self, timeout_s: float) -> bytes:
+        """Return the first byte that comes, without taking it; nothing at the end. For a socket
+        without TLS. Raises OSError, also when nothing comes in time."""
+        self.wait_readable(timeout_s)
+        return self._socket.recv(1, socket.MSG_PEEK)
+
+    def start_tls(self, context: ssl.SSLContext, timeout_s: float) -> None:
+        """Make it a TLS connection. Raises OSError."""
+        self._socket.settimeout(timeout_s)
+        self._socket = context.wrap_socket(self._socket, server_side=True)
+        self._socket.setblocking(False)
+
+    # -- writing --------------------------------------------------------------------------------
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether the client has not taken all yet."""
+        return bool(self._unsent)
+
+    def send(self, data: bytes) -> None:
+        """Send what the client takes now and keep the rest for it. Raises ClientGone when it has
+        left, has read nothing for too long, or has left too much unread."""
+        with self._lock:
+            if self._is_broken:
+                raise ClientGone
+            if not self._unsent:
+                data = data[self._push(data):]
+            if not data:
+                return
+            self._unsent += data
+            is_first = not self._is_sending_later
+            self._is_sending_later = True
+        self._account()
+        if is_first:
+            try:
+                threading.Thread(target=self._send_later, daemon=True).start()
+            except RuntimeError:
+                self._break()
+                raise ClientGone from None
+
+    def flush(self) -> None:
+        """Wait until the client has taken everything. Raises ClientGone when it does not."""
+        with self._lock:
+            self._changed.wait_for(lambda: self._is_broken or not self._unsent)
+            if self._is_broken:
+                raise ClientGone
+
+    def _push(self, data: bytes | bytearray) -> int:
+        """Return how much of it the socket takes now. Raises ClientGone. Needs the lock."""
+        sent = 0
+        try:
+            with memoryview(data) as view:
+                while sent < len(data):
+                    # Over TLS a piece is tried again with at least the same bytes.
+                    sent += self._socket.send(view[sent:sent + _SENT_MOST_BYTES])
+        except _NOT_NOW:
+            pass
+        except OSError:
+            self._is_broken = True
+            raise ClientGone from None
+        self.quiet_since_s = time.monotonic()
+        return sent
+
+    def _send_later(self) -> None:
+        """Send what is kept as the client takes it, until all is sent or it stands still."""
+        while True:
+            standstill_s = self.config.write_timeout_ms / 1000 if self.config else _LINGER_S
+            can_write = self._poll(select.POLLOUT, standstill_s)
+            with self._lock:
+                if not can_write:
+                    self._is_broken = True
+                try:
+                    if not self._is_broken:
+                        del self._unsent[:self._push(self._unsent)]
+                except ClientGone:
+                    pass
+                if self._is_broken:
+                    self._unsent.clear()
+                is_over = not self._unsent
+                self._is_sending_later = not is_over
+                self._changed.notify_all()
+            self._account()
+            if is_over:
+                if self._is_broken:
+                    self.cut()
+                return
+
+    def _account(self) -> None:
+        """Tell the budget how much is unread; a client that leaves too much so is cut off."""
+        if self.config is None:
+            return
+        try:
+            self._budget.resize(self.unread, len(self._unsent), self.config)
+        except MemoryFull:
+            self._break()
+
+    def _poll(self, event: int, timeout_s: float) -> bool:
+        """Wait for the socket; return whether it is ready, or broken, before the time is up."""
+        try:
+            waiting = select.poll()
+            waiting.register(self._socket, event)
+            return bool(waiting.poll(max(0.0, timeout_s) * 1000))
+        except (OSError, ValueError):
+            # It was closed.
+            return True
+
+    # -- its end --------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        """End it from any thread: whoever reads or writes on it finds it broken."""
+        self._is_broken = True
+        with contextlib.suppress(OSError):
+            # Not SSLSocket.shutdown, which takes the TLS state away from those who use it.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def _break(self) -> None:
+        self.cut()
+        with self._lock:
+            self._unsent.clear()
+            self._changed.notify_all()
+
+    def linger(self, timeout_s: float) -> None:
+        """Say that nothing more comes, and read on for a moment: a client that is still sending
+        would lose the answer to a reset."""
+        until_s = time.monotonic() + timeout_s
+        buffer = bytearray(_SENT_MOST_BYTES)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            while time.monotonic() < until_s:
+                count = self.receive_into(memoryview(buffer))
+                if count is None:
+                    self.wait_readable(until_s - time.monotonic())
+                elif not count:
+                    return
+
+    def close(self) -> None:
+        """Close it; over TLS with the word that this was all."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self._socket.unwrap()
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_WR)
+        self._socket.close()
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads a connection until a deadline over all reads together, not for each."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+        self._deadline_s = 0.0
+        self.received_bytes = 0
+
+    def allow(self, seconds: float) -> None:
+        """Make everything from now on arrive within so many seconds."""
+        self._deadline_s = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what is there. Raises socket.timeout at the deadline."""
+        count = self._connection.receive_into(buffer)
+        while count is None:
+            left_s = self._deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise socket.timeout("deadline")
+            self._connection.wait_readable(left_s)
+            count = self._connection.receive_into(buffer)
+        self.received_bytes += count
+        return count
+
+
+class Connections:
+    """The open connections. When there are too many, one that waits for its client makes room: so
+    nobody is shut out by clients that hold connections and ask for nothing."""
+
+    def __init__(self) -> None:
+        # Guards the set.
+        self._lock = threading.Lock()
+        self._open: set[Connection] = set()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def enter(self, newcomer: Connection, most: int) -> Connection | None:
+        """Add a connection; return the one that had to go for it. Raises Busy when all of them
+        are being answered."""
+        with self._lock:
+            leaving = self._next_to_leave() if len(self._open) >= most else None
+            if leaving is not None:
+                self._open.remove(leaving)
+            elif len(self._open) >= most:
+                raise Busy("Too many connections are open.", retry_after_s=5)
+            self._open.add(newcomer)
+        if leaving is not None:
+            leaving.cut()
+        return leaving
+
+    def leave(self, connection: Connection) -> None:
+        """Remove a connection."""
+        with self._lock:
+            self._open.discard(connection)
+
+    def is_any_unread(self) -> bool:
+        """Return whether a client has not read all of its answer yet."""
+        with self._lock:
+            return any(each.has_unread for each in self._open)
+
+    def _next_to_leave(self) -> Connection | None:
+        """Return who goes first: a stranger, from the address with the most connections, the one
+        that has been quiet the longest. Needs the lock."""
+        crowds = collections.Counter(each.peer for each in self._open)
+        return max(
+            (each for each in self._open if not each.is_busy),
+            key=lambda each: (not each.is_trusted, crowds[each.peer], -each.quiet_since_s),
+            default=None,
+        )
+
+
+# ==== 20. App ================================================================
 # Owns every long-lived object and knows how they work together: `answering` is one turn from
 # the gate to its log line. The main thread is the housekeeper: it waits for mail, then tends.
 
@@ -10786,6 +11211,9 @@ _FREE_DATABASE = "see to it that ocp.db can be written, and start again"
 #: How long a start waits for claude to tell its version.
 _FIRST_LOOK_S = 2.0
 
+#: Smaller bodies are parsed side by side.
+_LARGE_BODY_BYTES = 262_144
+
 #: How often the housekeeper looks around, and how often while something is due.
 _TEND_EVERY_S = 1.0
 _TEND_SOON_S = 0.05
@@ -10834,12 +11262,14 @@ class App:
         self.sessions = Sessions(self.store)
         self.cache = Cache(clock)
         self.draining = False
-        # Guards the list of requests that are being answered, and when other things were done.
+        # Held while a large body is parsed.
+        self._parsing_lock = threading.Lock()
+        # Guards the list of requests that are being answered, and the pauses of other things.
         self._jobs_lock = threading.Lock()
-        self._done_s: dict[str, float] = {}
+        self._pauses_until_s: dict[str, float] = {}
         self._jobs: list[Job] = []
-        #: Open client connections; the HTTP server counts them.
-        self.connections = 0
+        #: Open client connections.
+        self.connections = Connections()
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.mail: queue.SimpleQueue[str] = queue.SimpleQueue()
         #: What processes said about the plan, until somebody takes it to the account.
@@ -11490,11 +11920,26 @@ class App:
         """Whether this was not done for so long; it counts as done now."""
         now_s = self.clock()
         with self._jobs_lock:
-            due = now_s - self._done_s.get(what, -math.inf) >= pause_s
-            if due:
-                self._done_s = {w: at for w, at in self._done_s.items() if now_s - at < pause_s}
-                self._done_s[what] = now_s
-            return due
+            self._pauses_until_s = {w: at for w, at in self._pauses_until_s.items() if at > now_s}
+            is_due = what not in self._pauses_until_s
+            if is_due:
+                self._pauses_until_s[what] = now_s + pause_s
+            return is_due
+
+    @contextlib.contextmanager
+    def parsing(self, size_bytes: int) -> Iterator[None]:
+        """Enter while a body of this size is parsed. Large ones are parsed one after the other,
+        or they would multiply each other's memory; and without a collector, which looks at all
+        the new objects again and again while none of them is garbage."""
+        if size_bytes < _LARGE_BODY_BYTES:
+            yield
+            return
+        with self._parsing_lock:
+            gc.disable()
+            try:
+                yield
+            finally:
+                gc.enable()
 
     def change_setting(self, name: str, value: object) -> object:
         """Changes a setting for good; see Settings.change."""
@@ -11515,10 +11960,11 @@ class App:
             self.spares.dismiss(process, kindly=False)
 
     def drain(self) -> None:
-        """Turns new work away and waits for what runs, `drain_ms` at most."""
+        """Turns new work away and waits, `drain_ms` at most, for what runs and for clients that
+        have not read their answers yet."""
         self.draining = True
         give_up_s = self.clock() + self.config.drain_ms / 1000
-        while self._jobs and self.clock() < give_up_s:
+        while (self._jobs or self.connections.is_any_unread()) and self.clock() < give_up_s:
             self.spares.reap()
             try:
                 if self.mail.get(timeout=0.02) == "stop":
@@ -11536,7 +11982,7 @@ class App:
         self.log.close()
 
 
-# ==== 20. API description ====================================================
+# ==== 21. API description ====================================================
 # What a route is, and the OpenAPI document that describes all of them. The table of routes is the
 # source of the document; only bodies and query strings are described here.
 
@@ -11753,7 +12199,7 @@ def openapi(routes: Iterable[Route]) -> Json:
     }
 
 
-# ==== 21. Dashboard ==========================================================
+# ==== 22. Dashboard ==========================================================
 # One static page, in which no value of the server is ever written: it fetches JSON and sets text.
 # Its policy allows exactly this style and this script, by their hashes, and nothing from outside.
 
@@ -13271,7 +13717,7 @@ DASHBOARD_HEADERS = MappingProxyType(
 )
 
 
-# ==== 22. Endpoints ==========================================================
+# ==== 23. Endpoints ==========================================================
 # One function for each route: (app, exchange, **names in the path). They read the request from
 # the exchange, answer through it, and raise what goes wrong.
 
@@ -13291,8 +13737,8 @@ class HttpExchange(Protocol):
     #: All that there is to ask for.
     routes: tuple[Route, ...]
 
-    def json(self) -> object:
-        """The parsed body. Raises BadRequest, TooLarge, RequestTimeout."""
+    def body(self) -> bytearray:
+        """Read the body. Raises BadRequest, TooLarge, MemoryFull, RequestTimeout."""
 
     def send_json(self, value: object, status: int = 200) -> None:
         """Answers with JSON."""
@@ -13314,6 +13760,22 @@ class HttpExchange(Protocol):
 
     def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
         """Waits for the end of the events; white space goes into a silence that grows too long."""
+
+
+def json_of(data: bytearray) -> object:
+    """Return the value of a request's body. Raises BadRequest."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        raise BadRequest("The body is not UTF-8: send the JSON in UTF-8.")
+    if not data.strip():
+        raise BadRequest("The body is empty; it has to be a JSON object.")
+    if has_many_values(data):
+        raise BadRequest("The body holds too many arrays, objects and values.")
+    try:
+        return from_json(data)
+    except ValueError as problem:
+        reason = one_line(str(problem), 120)
+        raise BadRequest(f"The body is not JSON: {reason}.") from None
 
 
 #: How a beta of the API begins that asks for the long window.
@@ -13350,7 +13812,19 @@ def _parsing_for(app: App, exchange: HttpExchange, *, counted: bool) -> Parsing:
 
 def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
     """The Turn of the request's body; all of it when it is only `counted`, however long."""
-    config, body = app.config, exchange.json()
+    data = exchange.body()
+    with app.parsing(len(data)):
+        turn = _turn_of(app, exchange, json_of(data), counted=counted)
+    if not turn.model.known:
+        app.log.event(
+            "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
+        )
+    _tell_changes(exchange, turn)
+    return turn
+
+
+def _turn_of(app: App, exchange: HttpExchange, body: object, *, counted: bool) -> Turn:
+    config = app.config
     if config.session_id and isinstance(body, dict):
         named = body.pop("session_id", None) or exchange.headers.get("X-Session-Id")
         body.setdefault(SESSION_FIELD, named)
@@ -13362,13 +13836,8 @@ def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
         app.log.event(
             "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
         )
-    if not turn.model.known:
-        app.log.event(
-            "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
-        )
     if config.cache_ttl_ms:
         turn = turn._replace(fresh=asks_fresh(body, sampled_too=config.cache_sampled))
-    _tell_changes(exchange, turn)
     return turn
 
 
@@ -13705,7 +14174,7 @@ def _state(app: App) -> Json:
         "running": app.running(),
         "plan": app.account.plan(),
         "cache": {**app.cache.stats(), "ttl": app.config.cache_ttl_ms},
-        "connections": app.connections,
+        "connections": len(app.connections),
         "finished": app.metrics.total("ocp_requests_total"),
     }
 
@@ -13855,7 +14324,7 @@ def get_keys(app: App, exchange: HttpExchange) -> None:
 def create_key(app: App, exchange: HttpExchange) -> None:
     """POST /api/keys: a new key; its secret is in this answer and nowhere else."""
     known = [name for name, _, _ in _KEY_FIELDS]
-    fields = _known_fields(Fields(exchange.json()), [*known, "quota"])
+    fields = _known_fields(Fields(json_of(exchange.body())), [*known, "quota"])
     columns = _key_columns(app, fields)
     quota = fields.child("quota")
     if quota is not None:
@@ -13874,7 +14343,7 @@ def get_key(app: App, exchange: HttpExchange, key: str) -> None:
 def change_key(app: App, exchange: HttpExchange, key: str) -> None:
     """PATCH /api/keys/{key}: changes its name, expiry, models, maxConcurrent or note."""
     found = app.keys.find(key)
-    fields = _known_fields(Fields(exchange.json()), [name for name, _, _ in _KEY_FIELDS])
+    fields = _known_fields(Fields(json_of(exchange.body())), [name for name, _, _ in _KEY_FIELDS])
     changed = app.keys.change(found, _key_columns(app, fields))
     _audit(app, exchange, "key_changed", key=changed.name, id=found.id, fields=list(fields.object))
     exchange.send_json(_key_entry(changed))
@@ -13908,7 +14377,7 @@ def get_quota(app: App, exchange: HttpExchange, key: str) -> None:
 def change_quota(app: App, exchange: HttpExchange, key: str) -> None:
     """PATCH /api/keys/{key}/quota: sets limits, null takes one away; the others stay."""
     found = app.keys.find(key)
-    limits = _limits(_known_fields(Fields(exchange.json()), _QUOTA_NAMES))
+    limits = _limits(_known_fields(Fields(json_of(exchange.body())), _QUOTA_NAMES))
     if not limits:
         raise BadRequest(f"Name at least one of {', '.join(_QUOTA_NAMES)}.")
     quota = {n: limit for n, limit in {**found.quota, **limits}.items() if limit is not None}
@@ -14037,7 +14506,7 @@ def change_settings(app: App, exchange: HttpExchange) -> None:
     """
     results: Json = {}
     errors = []
-    for name, value in Fields(exchange.json()).object.items():
+    for name, value in Fields(json_of(exchange.body())).object.items():
         try:
             results[name] = {"ok": True, "value": app.change_setting(name, value)}
             _audit(app, exchange, "setting_changed", setting=name, value=value)
@@ -14082,7 +14551,7 @@ def _gauges(app: App) -> dict[str, dict[Labels, float]]:
         "ocp_running": {(): app.gate.running},
         "ocp_queued": {(): app.gate.waiting},
         "ocp_queue_refusals_total": {(): app.gate.refused},
-        "ocp_connections": {(): app.connections},
+        "ocp_connections": {(): len(app.connections)},
         "ocp_spawns_total": {(): app.spares.spawned},
         "ocp_spares": {(("model", m),): count for m, count in app.spares.idle().items()},
         "ocp_parked": {(): len(app.parking)},
@@ -14139,7 +14608,7 @@ def get_metrics(app: App, exchange: HttpExchange) -> None:
     exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
-# ==== 23. Routes =============================================================
+# ==== 24. Routes =============================================================
 # The table of routes. Paths match exactly, after slashes too many are dropped; those below /v1
 # are served without it too, and with it twice, because users write base addresses both ways.
 
@@ -14245,17 +14714,15 @@ def _decoded(text: str) -> str:
         raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
 
 
-# ==== 24. HTTP server ========================================================
-# Sockets. One thread for each connection; a head and a body arrive in time and in bounds or are
+# ==== 25. HTTP server ========================================================
+# One thread for each connection; a head and a body arrive in time and in bounds or are
 # refused; every error is rendered in one place. Tells nobody what software runs here beyond its
 # name, and keeps nothing of a connection when it ends.
 
 _LINE_MOST_BYTES = 65_536
-#: How long a client that is refused early may go on sending before its connection is cut, so
-#: that it reads the refusal instead of a reset.
-_LINGER_S = 2.0
-#: How long a connection may rest between two requests.
+#: How long a connection may rest between two requests, and how long one that has shown no key.
 _REST_S = 120.0
+_STRANGER_REST_S = 10.0
 
 
 #: The headers of a stream; the last one keeps reverse proxies from holding it back.
@@ -14272,121 +14739,33 @@ _HEAD_DEFECTS = (
     email.errors.MisplacedEnvelopeHeaderDefect, email.errors.HeaderDefect,
 )
 
-#: What is kept of a request that comes before the one before it is answered.
-_AHEAD_MOST_BYTES = 65_536
-
-
-class SocketClient:
-    """The client's end of a connection, as a Client. What it sends ahead of time is kept for the
-    reader, so that its end can be seen behind it."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        # Guards what was read ahead, and keeps a TLS connection from being read while it is being
-        # written to: several choices of one answer watch one client. Held while a client reads.
-        self._lock = threading.Lock()
-        self._ahead = bytearray()
-        self._gone = False
-
-    def fileno(self) -> int:
-        """The socket's descriptor."""
-        return self._connection.fileno()
-
-    def gone(self) -> bool:
-        """See Client."""
-        with self._lock:
-            try:
-                waiting = select.poll()
-                waiting.register(self._connection, select.POLLIN)
-                if not self._gone and self._room() and waiting.poll(0):
-                    # What is there may be less than a whole record of TLS.
-                    self._connection.settimeout(0)
-                    piece = self._connection.recv(self._room())
-                    self._gone = not piece
-                    self._ahead += piece
-            except (BlockingIOError, InterruptedError, socket.timeout, ssl.SSLWantReadError):
-                pass
-            except OSError:
-                self._gone = True
-            return self._gone
-
-    @contextlib.contextmanager
-    def writing(self, timeout_s: float) -> Iterator[None]:
-        """The time for one write, of so many seconds at most."""
-        with self._lock:
-            self._connection.settimeout(timeout_s)
-            yield
-
-    def listens(self) -> bool:
-        """See Client."""
-        return bool(self._room())
-
-    def _room(self) -> int:
-        return _AHEAD_MOST_BYTES - len(self._ahead)
-
-    def take_ahead(self, buffer: Any) -> int:
-        """Moves what was read ahead into `buffer`; how many bytes."""
-        with self._lock:
-            count = min(len(buffer), len(self._ahead))
-            buffer[:count] = self._ahead[:count]
-            del self._ahead[:count]
-            return count
-
-
-class DeadlineReader(io.RawIOBase):
-    """Reads a socket until a deadline over all reads together, not for each."""
-
-    def __init__(self, connection: socket.socket, client: SocketClient) -> None:
-        super().__init__()
-        self._connection = connection
-        self._client = client
-        self._deadline_s = 0.0
-        self.received_bytes = 0
-
-    def allow(self, seconds: float) -> None:
-        """Everything from now on has to arrive within so many seconds."""
-        self._deadline_s = time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Reads what is there. Raises socket.timeout at the deadline."""
-        count = self._client.take_ahead(buffer)
-        if count:
-            return count
-        left_s = self._deadline_s - time.monotonic()
-        if left_s <= 0:
-            raise socket.timeout("deadline")
-        self._connection.settimeout(left_s)
-        count = self._connection.recv_into(buffer)
-        self.received_bytes += count
-        return count
-
 
 class Exchange(BaseHTTPRequestHandler):
     """One connection, and on it one request at a time. See HttpExchange."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
     server: Server
 
     # -- a connection -------------------------------------------------------------------------
 
     def setup(self) -> None:
         """Puts a reader with a deadline in front of the socket."""
-        super().setup()
-        self.rfile.close()
-        self.client = SocketClient(self.connection)
-        self._reader = DeadlineReader(self.connection, self.client)
+        self.client: Connection = self.request
+        self._reader = DeadlineReader(self.client)
         self.rfile = self._buffered = io.BufferedReader(self._reader, _LINE_MOST_BYTES)
+        #: Lines of a head that the base class puts together.
+        self._headers_buffer: list[bytes] = []
         self.app = self.server.app
-        self.peer = str(self.client_address[0])
+        self.peer = self.client.peer
         self.routes = ROUTES
         #: Whether the connection has brought a request already.
         self._served = False
+        self._body_hold = Hold(self.client.cut)
         self._forget()
+
+    def finish(self) -> None:
+        """Close the reader; the server closes the connection."""
+        self.rfile.close()
 
     def _forget(self) -> None:
         """Makes ready for the next request."""
@@ -14405,17 +14784,20 @@ class Exchange(BaseHTTPRequestHandler):
         #: The status that went out, 0 = none yet; and whether the whole answer did.
         self._status = 0
         self._over = False
+        #: Whether what came is no request, so that nothing behind it can be one.
+        self._is_broken = False
 
     def handle_one_request(self) -> None:
         """Reads one head, in time or not at all, and answers it."""
         self._forget()
         head_timeout_s = self.app.config.header_timeout_ms / 1000
+        rest_s = _REST_S if self.client.is_trusted else _STRANGER_REST_S
         try:
             # A connection may rest between requests; a head that began has to go on.
-            self._reader.allow(max(_REST_S, head_timeout_s) if self._served else head_timeout_s)
+            self._reader.allow(rest_s if self._served else head_timeout_s)
             first = self._buffered.peek(1)[:1]
             self._reader.allow(head_timeout_s)
-            if first == _TLS_HANDSHAKE and not isinstance(self.connection, ssl.SSLSocket):
+            if first == _TLS_HANDSHAKE and not self.client.is_tls:
                 self._refuse_tls()
             elif first and self._read_head():
                 self._served = True
@@ -14427,6 +14809,7 @@ class Exchange(BaseHTTPRequestHandler):
         except (ClientGone, OSError):
             pass
         self.close_connection = True
+        self._end_request()
 
     def _read_head(self) -> bool:
         """Whether there is a request; one that is broken has been answered."""
@@ -14453,13 +14836,12 @@ class Exchange(BaseHTTPRequestHandler):
         """Answers a client that speaks https to a server of http, which waits for the word of a
         server of its own kind: whatever comes makes it give up."""
         self.server.note_tls(self.peer)
-        self.close_connection = True
-        self._write(_NOT_HTTPS)
-        self._linger()
+        self._is_broken = True
+        self.client.send(_NOT_HTTPS)
 
     def _refuse_head(self, error: OcpError) -> bool:
         """Answers what is no request, and nothing that comes behind it; False."""
-        self.close_connection = True
+        self.close_connection = self._is_broken = True
         self._fail(error)
         return False
 
@@ -14503,10 +14885,22 @@ class Exchange(BaseHTTPRequestHandler):
                 method=self.command, error=failure_words(error),
             )
             self._fail(OcpError(f"OCP failed; its log has the details under {self.request_id}."))
+        self._end_request()
         self.app.log.event(
             "debug", "request_answered", request_id=self.request_id, method=self.command,
             status=self._status, total_ms=round((time.monotonic() - started_s) * 1000),
         )
+
+    def _end_request(self) -> None:
+        """See the answer on its way to its client, when nothing else waits for that any more."""
+        self.client.is_busy = False
+        self.server.memory.resize(self._body_hold, 0, self.app.config)
+        try:
+            self.client.flush()
+        except ClientGone:
+            self.close_connection = True
+        if self._is_broken or (self.close_connection and self._must_close()):
+            self.client.linger(_LINGER_S)
 
     def _refuse(self, error: OcpError) -> None:
         """Tells client and log about a failure; the log has it already if a turn failed."""
@@ -14544,6 +14938,11 @@ class Exchange(BaseHTTPRequestHandler):
             return
         route, names = self.server.router.choose(self.command, target.path, matches)
         self.caller = admit(config, self.app.keys, route.access, self.headers, self.peer)
+        if route.access is not Access.PUBLIC:
+            self.client.is_trusted = self.client.is_busy = True
+        self.client.config = config
+        owner = self.peer if self.caller.key_id is None else self.caller.scope
+        self.client.unread.owner = self._body_hold.owner = owner
         route.endpoint(self.app, self, **names)
 
     def _answer_options(self, path: str, matches: list[Match]) -> None:
@@ -14582,20 +14981,8 @@ class Exchange(BaseHTTPRequestHandler):
 
     # -- reading ------------------------------------------------------------------------------
 
-    def json(self) -> object:
-        """See HttpExchange."""
-        data = self._body().removeprefix(codecs.BOM_UTF8)
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-            raise BadRequest("The body is not UTF-8: send the JSON in UTF-8.")
-        if not data.strip():
-            raise BadRequest("The body is empty; it has to be a JSON object.")
-        try:
-            return from_json(data)
-        except ValueError as problem:
-            reason = one_line(str(problem), 120)
-            raise BadRequest(f"The body is not JSON: {reason}.") from None
-
-    def _body(self) -> bytes:
+    def body(self) -> bytearray:
+        """See HttpExchange. While it is on its way, the connection counts as one that rests."""
         config = self.app.config
         length = self._declared_length()
         if length is not None and length > config.max_body_bytes:
@@ -14606,13 +14993,14 @@ class Exchange(BaseHTTPRequestHandler):
         if expects and self.request_version == "HTTP/1.1":
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._reader.allow(config.body_timeout_ms / 1000)
+        is_busy, self.client.is_busy = self.client.is_busy, False
         try:
             data = self._chunks() if length is None else self._exactly(length)
         except socket.timeout:
             raise RequestTimeout("The body of the request did not arrive in time.") from None
         except OSError:
             raise ClientGone from None
-        self._body_taken = True
+        self._body_taken, self.client.is_busy = True, is_busy
         return data
 
     def _declared_length(self) -> int | None:
@@ -14635,14 +15023,27 @@ class Exchange(BaseHTTPRequestHandler):
             "(CLAUDE_MAX_BODY_SIZE of the server)."
         )
 
-    def _exactly(self, count: int) -> bytes:
-        data = self.rfile.read(count)
+    def _exactly(self, count: int) -> bytearray:
+        data = bytearray()
+        self._read_more(data, count)
         if len(data) < count:
             self.close_connection = True
             raise BadRequest("The body ended before its Content-Length was reached.")
         return data
 
-    def _chunks(self) -> bytes:
+    def _read_more(self, data: bytearray, count: int) -> None:
+        """Add so many bytes to the body, or less at the end of the connection."""
+        until = len(data) + count
+        while len(data) < until:
+            piece = self.rfile.read(min(until - len(data), _READ_MOST_BYTES))
+            if not piece:
+                return
+            self.server.memory.resize(
+                self._body_hold, len(data) + len(piece), self.app.config
+            )
+            data += piece
+
+    def _chunks(self) -> bytearray:
         """A chunked body. Its trailer is read and dropped."""
         data = bytearray()
         while True:
@@ -14655,13 +15056,13 @@ class Exchange(BaseHTTPRequestHandler):
                 break
             if len(data) + size > self.app.config.max_body_bytes:
                 raise self._too_large()
-            data += self.rfile.read(size)
+            self._read_more(data, size)
             if self.rfile.readline(3) not in (b"\r\n", b"\n"):
                 raise self._broken_chunks()
         for _ in range(100):
             line = self.rfile.readline(_LINE_MOST_BYTES)
             if line in (b"\r\n", b"\n"):
-                return bytes(data)
+                return data
             if not line:
                 break
         raise self._broken_chunks()
@@ -14737,10 +15138,8 @@ class Exchange(BaseHTTPRequestHandler):
     def _send_body(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self._head(status, {"Content-Length": str(len(body)), **headers})
         if self.command != "HEAD":
-            self._write(body)
+            self.client.send(body)
         self._over = True
-        if self.close_connection:
-            self._linger()
 
     def _must_close(self) -> bool:
         """Whether a body is on its way that nobody read: the next head cannot be found then."""
@@ -14763,11 +15162,12 @@ class Exchange(BaseHTTPRequestHandler):
             self.send_header(name, re.sub(r"[^\x20-\x7e]", "?", value))
         if self.close_connection:
             self.send_header("Connection", "close")
-        try:
-            with self._writing():
-                self.end_headers()
-        except OSError:
-            raise ClientGone from None
+        self.end_headers()
+
+    def flush_headers(self) -> None:
+        """Send what the base class has put together. Raises ClientGone."""
+        self.client.send(b"".join(self._headers_buffer))
+        self._headers_buffer.clear()
 
     def _begin_chunks(self, headers: Mapping[str, str]) -> None:
         """Starts an answer of unknown length: chunked, or up to the close for old clients."""
@@ -14781,34 +15181,14 @@ class Exchange(BaseHTTPRequestHandler):
             return
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        self._write(data)
+        self.client.send(data)
 
     def _end_chunks(self) -> None:
         self._over = True
         if self._chunked:
-            self._write(b"0\r\n\r\n")
+            self.client.send(b"0\r\n\r\n")
         else:
             self.close_connection = True
-
-    def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return self.client.writing(self.app.config.write_timeout_ms / 1000)
-
-    def _write(self, data: bytes) -> None:
-        """Raises ClientGone when the client is gone, or does not read."""
-        try:
-            with self._writing():
-                self.wfile.write(data)
-        except OSError:
-            raise ClientGone from None
-
-    def _linger(self) -> None:
-        """Reads on for a moment, so that the client gets to read why it was refused."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self._reader.allow(_LINGER_S)
-            while self.rfile.read1(262_144):
-                pass
-
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
     """What serves https, or None. Raises ConfigError when certificate and key cannot be used."""
@@ -14839,8 +15219,10 @@ _NOT_TLS = (
     b"This server speaks https: write https:// in the address.\n"
 )
 _NOT_HTTPS = _NOT_TLS.replace(b"https", b"http")
-#: How often the log says that somebody speaks https to a server of http.
-_TLS_NOTED_EVERY_S = 60.0
+#: How often the log says that somebody speaks https to a server of http, or that connections are
+#: closed to make room.
+_NOTED_EVERY_S = 60.0
+_CONNECTIONS_HELP = "raise OCP_MAX_CONNECTIONS if so many are meant to be open"
 #: How many connections above the limit are told so at a time; others are just closed.
 _TURNED_AWAY_MOST = 32
 
@@ -14857,11 +15239,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Listens. Raises OSError when it cannot."""
         self.app = app
         self.router = Router(ROUTES)
+        self.memory = MemoryBudget()
         self._tls = tls
-        # Guards the app's count of open connections, and the next fields.
+        # Guards the next field.
         self._lock = threading.Lock()
         self._turned_away = 0
-        self._tls_noted_s = -math.inf
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, app.config.port), Exchange)
@@ -14880,98 +15262,93 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Starts the connection's thread, or turns it away when too many are open."""
-        with self._lock:
-            full = self.app.connections >= self.app.config.max_connections
-            told = full and self._turned_away < _TURNED_AWAY_MOST and self._tls is None
-            self.app.connections += 0 if full else 1
-            self._turned_away += int(told)
-        if told:
-            threading.Thread(target=self._turn_away, args=(request,), daemon=True).start()
-        elif full:
-            self.shutdown_request(request)
-        else:
-            try:
-                super().process_request(request, client_address)
-            except BaseException:
-                self._count(-1)
-                raise
-
-    def note_tls(self, peer: str) -> None:
-        """Logs, now and then, that a client speaks https where http is served."""
-        now_s = time.monotonic()
-        with self._lock:
-            is_due = now_s - self._tls_noted_s >= _TLS_NOTED_EVERY_S
-            self._tls_noted_s = now_s if is_due else self._tls_noted_s
-        if is_due:
-            self.app.log.event("warn", "https_on_http_port", peer=peer)
-
-    def _turn_away(self, request: socket.socket) -> None:
-        """Says that there are too many, and reads on for a moment, or the answer would be lost."""
-        error = Busy("Too many connections are open.", retry_after_s=5)
-        body = to_json(CHAT.error_body(error, ""))
-        head = f"HTTP/1.1 {error.status} Busy\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-        self._say_and_close(request, head.encode("ascii") + body)
-        with self._lock:
-            self._turned_away -= 1
-
-    def _say_and_close(self, request: socket.socket, data: bytes) -> None:
-        """Sends something to a client that may be in the middle of a request of its own."""
-        give_up_s = time.monotonic() + _LINGER_S
-        with contextlib.suppress(OSError):
-            request.settimeout(_LINGER_S)
-            request.sendall(data)
-            request.shutdown(socket.SHUT_WR)
-            while time.monotonic() < give_up_s and request.recv(65_536):
-                pass
-        self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The life of one connection."""
+    def get_request(self) -> tuple[Any, Any]:
+        """Return the next connection and its address. Short of descriptors, wait instead of trying
+        all the time."""
         try:
-            secured = self._secured(request)
-            if secured is not None:
-                super().process_request_thread(secured, client_address)
-        finally:
-            self._count(-1)
-
-    def _secured(self, request: socket.socket) -> socket.socket | None:
-        """The connection, behind TLS if that is spoken here; None if it came to nothing."""
-        if self._tls is None:
-            return request
-        try:
-            request.settimeout(self.app.config.header_timeout_ms / 1000)
-            if request.recv(1, socket.MSG_PEEK) not in (_TLS_HANDSHAKE, b""):
-                self._say_and_close(request, _NOT_TLS)
-                return None
-            return self._tls.wrap_socket(request, server_side=True)
-        except OSError as problem:
-            self.app.log.event("debug", "tls_failed", error=str(problem))
-            self.shutdown_request(request)
-            return None
-
-    def shutdown_request(self, request: Any) -> None:
-        """Closes a connection; over TLS, with the word that this was all."""
-        if isinstance(request, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                request.settimeout(0)
-                request.unwrap()
-        super().shutdown_request(request)
-
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self.app.connections += change
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """The next connection. Short of descriptors, it waits instead of trying all the time."""
-        try:
-            return super().get_request()
+            sock, address = super().get_request()
         except OSError as problem:
             if problem.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.05)
             raise
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        return Connection(sock, str(address[0]), self.memory), address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread, or turn it away when all that are open are busy."""
+        connection: Connection = request
+        try:
+            left = self.app.connections.enter(connection, self.app.config.max_connections)
+        except Busy as error:
+            self._turn_away(connection, error)
+            return
+        if left is not None and self.app.is_time_for("connections_full", _NOTED_EVERY_S):
+            self.app.log.event("warn", "connections_full", peer=left.peer, help=_CONNECTIONS_HELP)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self.app.connections.leave(connection)
+            raise
+
+    def note_tls(self, peer: str) -> None:
+        """Logs, now and then, that a client speaks https where http is served."""
+        if self.app.is_time_for("https_on_http_port", _NOTED_EVERY_S):
+            self.app.log.event("warn", "https_on_http_port", peer=peer)
+
+    def _turn_away(self, connection: Connection, error: Busy) -> None:
+        """Refuse a connection, in a thread of its own as long as there are few of these."""
+        with self._lock:
+            is_told = self._turned_away < _TURNED_AWAY_MOST and self._tls is None
+            self._turned_away += int(is_told)
+        if is_told:
+            threading.Thread(target=self._refuse, args=(connection, error), daemon=True).start()
+        else:
+            connection.close()
+
+    def _refuse(self, connection: Connection, error: Busy) -> None:
+        body = to_json(CHAT.error_body(error, ""))
+        head = f"HTTP/1.1 {error.status} Busy\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+        try:
+            self._say_and_linger(connection, head.encode("ascii") + body)
+        finally:
+            connection.close()
+            with self._lock:
+                self._turned_away -= 1
+
+    def _say_and_linger(self, connection: Connection, data: bytes) -> None:
+        """Send something to a client that may be in the middle of a request of its own."""
+        with contextlib.suppress(ClientGone):
+            connection.send(data)
+            connection.flush()
+            connection.linger(_LINGER_S)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Live the life of one connection, in its thread."""
+        connection: Connection = request
+        if self._is_secured(connection):
+            super().finish_request(request, client_address)
+
+    def _is_secured(self, connection: Connection) -> bool:
+        """Speak TLS where it is spoken; return whether the connection can be used."""
+        if self._tls is None:
+            return True
+        timeout_s = self.app.config.header_timeout_ms / 1000
+        try:
+            if connection.peek(timeout_s) not in (_TLS_HANDSHAKE, b""):
+                self._say_and_linger(connection, _NOT_TLS)
+                return False
+            connection.start_tls(self._tls, timeout_s)
+        except OSError as problem:
+            self.app.log.event("debug", "tls_failed", error=str(problem))
+            return False
+        return True
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        connection: Connection = request
+        self.app.connections.leave(connection)
+        connection.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke outside any request."""
@@ -14980,7 +15357,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event(level, "connection_broke", error=failure_words(error))
 
 
-# ==== 25. Demo claude ========================================================
+# ==== 26. Demo claude ========================================================
 # The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
 # that everything around the model can be tried without an account. Says so in every answer.
 
@@ -15056,7 +15433,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 26. Command line =======================================================
+# ==== 27. Command line =======================================================
 # Arguments, signals, the banner, and the order in which everything starts and stops.
 
 _DEMO_FLAG = "--demo-claude"

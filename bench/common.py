@@ -182,9 +182,10 @@ class Ocp:
 
     def __init__(
         self, folder: Path, claude: Path, model: str, environ: Mapping[str, str],
-        settings: Mapping[str, str] | None = None,
+        settings: Mapping[str, str] | None = None, tree: Path = REPO,
     ) -> None:
-        """`environ` is from clean_environment; `settings` are more variables."""
+        """`environ` is from clean_environment; `settings` are more variables; `tree` is the folder
+        of another version to run."""
         passed = {
             **environ, "CLAUDE_BIN": str(claude), "CLAUDE_PROXY_PORT": "0",
             "OCP_HOME": str(folder / "ocp"), "OCP_DEFAULT_MODEL": model,
@@ -192,7 +193,7 @@ class Ocp:
         }
         with open(folder / "ocp.stderr", "ab") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, str(REPO / "ocp_server.py")], env=passed, cwd=folder,
+                [sys.executable, str(tree / "ocp_server.py")], env=passed, cwd=folder,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, bufsize=0)
         self.pid = self._process.pid
         self.port = int(line_within(self._process, r"http://127\.0\.0\.1:(\d+)", "OCP")[1])
@@ -525,20 +526,25 @@ def _first_match(path: str, pattern: str) -> str:
     return found[1].strip() if found else ""
 
 
-def machine(claude: Path) -> str:
-    """One line about what the numbers were measured on."""
-    processor = _first_match("/proc/cpuinfo", r"^model name\s*:\s*(.+)$")
-    memory_kb = _first_match("/proc/meminfo", r"^MemTotal:\s*(\d+) kB")
+def version_of(claude: Path) -> str:
+    """Return the version that a claude program tells."""
     shown = subprocess.run(
         [str(claude), "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         timeout=PATIENCE_S, check=True)
+    return shown.stdout.decode().split()[0]
+
+
+def machine(claude: Path | None = None) -> str:
+    """Return one line about what the numbers were measured on."""
+    processor = _first_match("/proc/cpuinfo", r"^model name\s*:\s*(.+)$")
+    memory_kb = _first_match("/proc/meminfo", r"^MemTotal:\s*(\d+) kB")
     parts = [
         processor or platform.machine(),
         f"{os.cpu_count()} cores",
         f"{int(memory_kb) / 1e6:.0f} GB" if memory_kb else "",
         f"{platform.system()} {platform.release().split('-')[0]}",
         f"Python {platform.python_version()}",
-        f"claude {shown.stdout.decode().split()[0]}",
+        f"claude {version_of(claude)}" if claude else "",
     ]
     return ", ".join(part for part in parts if part)
 

@@ -60,8 +60,10 @@ MODEL = "claude-haiku-4-5"
 class KeyedOcp(common.Ocp):
     """OCP in mode multi; what is asked here is asked by the operator."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
-        """`settings` are more variables."""
+    def __init__(
+        self, folder: Path, settings: Mapping[str, str], tree: Path = common.REPO
+    ) -> None:
+        """See common.Ocp."""
         given = {
             "CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY,
             "CLAUDE_MAX_CONCURRENT": str(SLOTS), "CLAUDE_QUEUE_RETRY_AFTER": "1",
@@ -69,7 +71,7 @@ class KeyedOcp(common.Ocp):
         # No API is behind the stand-in.
         environ = common.clean_environment(folder, "http://127.0.0.1:9")
         program = common.write_fake_claude(folder)
-        super().__init__(folder, program, MODEL, environ, {**given, **settings})
+        super().__init__(folder, program, MODEL, environ, {**given, **settings}, tree)
 
     def call(self, method: str, path: str, body: Json = None) -> Json:
         """The JSON of an answer. Raises BenchError when OCP refuses."""
@@ -659,7 +661,7 @@ def run(options: argparse.Namespace) -> str:
             folder / "hits", options.hit_clients, options.hit_seconds, options.hit_rounds)
         common.progress(f"load for {options.seconds:g} s")
         load = measure_load(folder / "load", options.seconds, options.answers, options.queue)
-        on = common.machine(common.write_fake_claude(folder)).rpartition(", ")[0]
+        on = common.machine()
     return table(load, hits, options, f"{on}, the tests' stand-in for claude")
 
 

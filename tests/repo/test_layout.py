@@ -40,8 +40,8 @@ REMOVED_MODULES = {
 ALLOWED_MODULES = {
     "__future__", "argparse", "array", "ast", "base64", "binascii", "bisect", "codecs",
     "collections", "concurrent", "contextlib", "copy", "ctypes", "dataclasses", "datetime",
-    "difflib", "email", "enum", "errno", "fcntl", "filecmp", "fnmatch", "functools", "getpass",
-    "glob", "grp", "gzip", "hashlib", "heapq", "hmac", "html", "http", "importlib", "inspect",
+    "difflib", "email", "enum", "errno", "fcntl", "filecmp", "fnmatch", "functools", "gc",
+    "getpass", "glob", "grp", "gzip", "hashlib", "heapq", "hmac", "html", "http", "importlib", "inspect",
     "io", "ipaddress", "itertools", "json", "logging", "math", "mimetypes", "operator", "os",
     "pathlib", "platform", "plistlib", "pprint", "pwd", "queue", "random", "re", "resource",
     "secrets", "select", "selectors", "shlex", "shutil", "signal", "site", "socket",

@@ -293,18 +293,44 @@ def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
         assert last_entry(server, "answer_abandoned")
 
 
-@pytest.mark.slow
-def test_a_slow_reader_does_not_fill_the_memory_of_the_server(tmp_path: Path) -> None:
-    large = {"say": "x" * 16_000_000, "chunks": 64}
-    with running_server(tmp_path, [[large]], env=NO_IDLE) as server:
-        ask(server, messages=[])
-        before = memory_kb(server.pid)
+def test_an_answer_that_nobody_reads_yet_frees_its_place_and_is_whole_when_it_is_read(
+    tmp_path: Path
+) -> None:
+    large = {"say": "x" * 6_000_000, "chunks": 64}
+    env = {**NO_IDLE, "CLAUDE_MAX_CONCURRENT": "1"}
+    with running_server(tmp_path, [[large]], env=env) as server:
         with waiter(server, stream=True) as wire:
-            eventually(lambda: unread_bytes(wire.socket) > 50_000)
-            # Nothing moves any more: the server can write no more, and so cannot claude.
-            _, after = stays(lambda: (unread_bytes(wire.socket), memory_kb(server.pid)), 0.5)
+            assert eventually(lambda: unread_bytes(wire.socket) > 50_000)
+            assert eventually(lambda: at_rest(server))
+            assert ask(server, messages=[]).status == 400
+            body = wire.reply().body
 
-    assert after - before < 6_000
+        assert last_entry(server, "answer_finished")["stop_reason"] == "end_turn"
+    assert body.count(b"x" * 90_000) >= 64 and body.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_reader_that_is_slow_but_steady_gets_its_whole_answer(tmp_path: Path) -> None:
+    large = {"say": "x" * 6_000_000, "chunks": 64}
+    # Of the pauses none is as long as this, and all together are.
+    env = {**NO_IDLE, "OCP_WRITE_TIMEOUT": "3000"}
+    with running_server(tmp_path, [[large]], env=env) as server:
+        with waiter(server, stream=True) as wire:
+            for _ in range(12):
+                wire.said += wire.socket.recv(400_000)
+                time.sleep(0.3)
+            wire.hear(b"data: [DONE]")
+
+    assert wire.said.count(b"x") >= 6_000_000
+
+
+def test_what_a_client_left_unread_is_given_back_when_it_leaves(tmp_path: Path) -> None:
+    large = {"say": "x" * 40_000_000, "chunks": 64}
+    with running_server(tmp_path, [[large]], env=NO_IDLE) as server:
+        before = memory_kb(server.pid)
+        with waiter(server, stream=True):
+            assert eventually(lambda: memory_kb(server.pid) > before + 20_000)
+        assert eventually(lambda: at_rest(server))
+        assert eventually(lambda: memory_kb(server.pid) < before + 20_000)
 
 
 def unread_bytes(connection: socket.socket) -> int:
@@ -408,14 +434,36 @@ def test_a_full_queue_is_told_at_once_even_to_a_stream(tmp_path: Path) -> None:
     assert (counts["inflight"], counts["queued"], counts["queueRejections"]) == (1, 0, 2)
 
 
-def test_too_many_connections_are_turned_away_until_one_is_free(tmp_path: Path) -> None:
+def test_of_too_many_connections_the_one_that_rested_longest_goes(tmp_path: Path) -> None:
     with running_server(tmp_path, env={"OCP_MAX_CONNECTIONS": "4"}) as server:
         first, *others = [RawConnection(server.port) for _ in range(4)]
+        for wire in (first, *others):
+            wire.send(head("GET", "/health"))
+            assert wire.reply().status == 200
+        fifth = RawConnection(server.port)
+        fifth.send(head("GET", "/health"))
+
+        assert fifth.reply().status == 200
+        assert first.is_closed()
+        first.hang_up()
+        for wire in (*others, fifth):
+            wire.send(head("GET", "/health"))
+            assert wire.reply().status == 200
+            wire.hang_up()
+        assert len(server.log_entries("connections_full")) == 1
+
+
+def test_a_connection_that_is_answered_is_never_closed_for_another(tmp_path: Path) -> None:
+    env = {**NO_IDLE, "OCP_MAX_CONNECTIONS": "4", "CLAUDE_MAX_CONCURRENT": "4"}
+    with running_server(tmp_path, [[HANG]], env=env) as server:
+        busy = [waiter(server, stream=True) for _ in range(4)]
+        assert eventually(lambda: len(server.queries()) == 4)
         with RawConnection(server.port) as fifth:
             reply = fifth.reply()
-        first.hang_up()
+        server.write_scenario([])
+        busy[0].hang_up()
         after = eventually(lambda: is_served(server))
-        for wire in others:
+        for wire in busy[1:]:
             wire.hang_up()
 
     assert (reply.status, error_of(reply)["code"]) == (503, "too_many_connections")

@@ -126,6 +126,17 @@ def secure(shared_secure: Secure) -> Secure:
 # Answers
 # ---------------------------------------------------------------------------
 
+def test_an_answer_that_is_read_late_is_whole(secure: Secure) -> None:
+    secure.server.write_scenario([[{"say": "x" * 6_000_000, "chunks": 64}]])
+
+    with secure.wire() as wire:
+        wire.send(post(encoded(question(stream=True))))
+        assert eventually(lambda: len(secure.server.queries()) and secure.at_rest())
+        body = wire.reply().body
+
+    assert body.count(b"x" * 90_000) >= 64 and body.endswith(b"data: [DONE]\n\n")
+
+
 def test_a_server_with_a_certificate_says_so(secure: Secure) -> None:
     assert secure.health()["tls"] is True
     assert f"https://127.0.0.1:{secure.server.port}/v1" in secure.server.output

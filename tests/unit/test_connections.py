@@ -1,0 +1,250 @@
+"""What bounds the memory of requests and answers, and who makes room when connections run out."""
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from project import load_script
+from waiting import eventually
+
+ocp = load_script("ocp_server.py")
+
+Json = Any
+MB = 1024 * 1024
+CONFIG = ocp.Config(max_body_bytes=16 * MB)
+
+
+# ---------------------------------------------------------------------------
+# The memory budget: 64 MB here
+# ---------------------------------------------------------------------------
+
+class Holder:
+    """Something that takes memory, and notes when it is cut."""
+
+    def __init__(self, budget: Any, owner: str) -> None:
+        self.cuts = 0
+        self.budget = budget
+        self.hold = ocp.Hold(self.cut)
+        self.hold.owner = owner
+
+    def cut(self) -> None:
+        self.cuts += 1
+
+    def take(self, megabytes: int) -> None:
+        self.budget.resize(self.hold, megabytes * MB, CONFIG)
+
+
+def test_one_owner_may_hold_half_of_the_memory() -> None:
+    budget = ocp.MemoryBudget()
+    first, second = Holder(budget, "a"), Holder(budget, "a")
+
+    first.take(20)
+    second.take(12)
+    with pytest.raises(ocp.MemoryFull):
+        second.take(13)
+
+    assert budget.size_bytes == 32 * MB
+    assert first.cuts == second.cuts == 0
+
+
+def test_an_owner_with_too_much_can_still_give_back() -> None:
+    budget = ocp.MemoryBudget()
+    holder = Holder(budget, "a")
+
+    holder.take(32)
+    holder.take(31)
+    holder.take(0)
+
+    assert budget.size_bytes == 0
+
+
+def test_when_all_is_taken_the_owner_with_the_most_loses_the_largest() -> None:
+    budget = ocp.MemoryBudget()
+    holders = [Holder(budget, owner) for owner in ("a", "a", "a", "b", "c")]
+    large, larger, small, other, innocent = holders
+
+    for holder, megabytes in zip(holders, (10, 14, 8, 28, 3)):
+        holder.take(megabytes)
+    assert not any(holder.cuts for holder in holders)
+    innocent.take(5)
+
+    assert [holder.cuts for holder in holders] == [0, 1, 0, 0, 0]
+
+
+def test_a_larger_body_means_more_memory() -> None:
+    budget = ocp.MemoryBudget()
+    hold = ocp.Hold(lambda: None)
+
+    budget.resize(hold, 400 * MB, ocp.Config(max_body_bytes=200 * MB))
+
+    assert budget.size_bytes == 400 * MB
+
+
+# ---------------------------------------------------------------------------
+# Connections
+# ---------------------------------------------------------------------------
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Any, socket.socket]]:
+    """A connection of the server's, and its client's end."""
+    ours, theirs = socket.socketpair()
+    connection = ocp.Connection(ours, "127.0.0.1", ocp.MemoryBudget())
+    connection.config = ocp.Config(write_timeout_ms=60_000)
+    yield connection, theirs
+    connection.cut()
+    ours.close()
+    theirs.close()
+
+
+def everything(sock: socket.socket, count: int) -> bytes:
+    received = b""
+    while len(received) < count:
+        piece = sock.recv(65_536)
+        assert piece
+        received += piece
+    return received
+
+
+def test_nobody_waits_for_a_client_that_does_not_read(pair: tuple[Any, socket.socket]) -> None:
+    connection, client = pair
+    pieces = [bytes([number]) * 100_000 for number in range(100)]
+
+    for piece in pieces:
+        connection.send(piece)
+
+    assert connection.unread.size_bytes > 5_000_000
+    assert everything(client, 10_000_000) == b"".join(pieces)
+    connection.flush()
+    assert eventually(lambda: connection.unread.size_bytes == 0)
+
+
+def test_a_client_that_stands_still_too_long_is_given_up(pair: tuple[Any, socket.socket]) -> None:
+    connection, _ = pair
+    connection.config = ocp.Config(write_timeout_ms=100)
+
+    connection.send(b"x" * 5_000_000)
+
+    with pytest.raises(ocp.ClientGone):
+        connection.flush()
+    with pytest.raises(ocp.ClientGone):
+        connection.send(b"more")
+    assert connection.gone()
+    assert eventually(lambda: connection.unread.size_bytes == 0)
+
+
+def test_a_client_that_leaves_ends_what_waits_for_it(pair: tuple[Any, socket.socket]) -> None:
+    connection, client = pair
+    connection.send(b"x" * 5_000_000)
+    waiting = threading.Thread(target=lambda: pytest.raises(ocp.ClientGone, connection.flush))
+
+    waiting.start()
+    client.close()
+    waiting.join(25)
+
+    assert not waiting.is_alive()
+    assert connection.gone()
+
+
+def test_a_client_that_leaves_more_unread_than_it_may_is_cut_off(
+    pair: tuple[Any, socket.socket]
+) -> None:
+    connection, client = pair
+
+    with pytest.raises(ocp.ClientGone):
+        for _ in range(200):
+            connection.send(b"x" * 1_000_000)
+
+    assert connection.gone()
+    assert eventually(lambda: connection.unread.size_bytes == 0)
+
+
+def test_what_a_client_sends_ahead_is_kept_for_its_reader(pair: tuple[Any, socket.socket]) -> None:
+    connection, client = pair
+    client.sendall(b"next request")
+
+    assert not connection.gone()
+    buffer = bytearray(4)
+    taken = b""
+    while len(taken) < 12:
+        taken += buffer[:connection.receive_into(memoryview(buffer))]
+
+    assert taken == b"next request"
+    assert connection.receive_into(memoryview(buffer)) is None
+
+
+class Visitor:
+    """A connection as the table of connections sees it."""
+
+    def __init__(
+        self, peer: str, quiet_since_s: float, *, is_trusted: bool = False, is_busy: bool = False
+    ) -> None:
+        self.peer, self.quiet_since_s = peer, quiet_since_s
+        self.is_trusted, self.is_busy = is_trusted, is_busy
+        self.cuts = 0
+
+    def cut(self) -> None:
+        self.cuts += 1
+
+
+@pytest.mark.parametrize(("present", "leaving"), [
+    # The one that rested longest,
+    ([Visitor("a", 2), Visitor("a", 1), Visitor("a", 3)], 1),
+    # of the address with the most,
+    ([Visitor("b", 1), Visitor("a", 2), Visitor("a", 3)], 1),
+    # of those without a key,
+    ([Visitor("a", 1, is_trusted=True), Visitor("a", 2, is_trusted=True), Visitor("b", 3)], 2),
+    # and never one that is being answered.
+    ([Visitor("a", 1, is_busy=True), Visitor("a", 2, is_busy=True),
+      Visitor("b", 3, is_trusted=True)], 2),
+])
+def test_one_that_waits_for_its_client_makes_room(present: list[Any], leaving: int) -> None:
+    connections, newcomer = ocp.Connections(), Visitor("c", 9)
+    for each in present:
+        assert connections.enter(each, 3) is None
+
+    assert connections.enter(newcomer, 3) is present[leaving]
+
+    assert [each.cuts for each in present] == [int(at == leaving) for at in range(3)]
+    assert len(connections) == 3
+
+
+def test_nobody_makes_room_while_all_are_answered() -> None:
+    connections = ocp.Connections()
+    connections.enter(Visitor("a", 1, is_busy=True), 1)
+
+    with pytest.raises(ocp.Busy):
+        connections.enter(Visitor("b", 2), 1)
+
+    assert len(connections) == 1
+
+
+# ---------------------------------------------------------------------------
+# Bodies with too many values
+# ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("value", [
+    [[]] * 400_000, [{}] * 400_000, ["ab"] * 400_000, [1] * 400_000, [{"a": "b"}] * 250_000,
+    [["\\\"", "\\"]] * 200_000,
+])
+def test_a_body_of_too_many_values_is_told(value: Json) -> None:
+    assert ocp.has_many_values(json.dumps({"messages": value}).encode())
+
+
+@pytest.mark.parametrize("text", [
+    "a, b, [c], {d}\n" * 100_000, '{"a": [1, 2]},\n' * 100_000, '\\"\\\\", [' * 100_000,
+    "\\" * 1_000_000 + "[,{" * 200_000,
+])
+def test_a_body_of_long_texts_is_not(text: str) -> None:
+    body = {"messages": [{"role": "user", "content": text}] * 3}
+
+    assert not ocp.has_many_values(json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("broken", [b"[," * 400_000, b'{"messages":["' + b'\\",["' * 400_000])
+def test_text_that_ends_early_is_weighed_too(broken: bytes) -> None:
+    assert ocp.has_many_values(broken)
