@@ -26,7 +26,7 @@ from server import Server, running_server
 
 Json = Any
 ocp = load_script("ocp_server")
-PAGE = str(ocp.DASHBOARD_HTML)
+PAGE = str(ocp.dashboard_page().html)
 STYLE = PAGE.partition("<style>")[2].partition("</style>")[0]
 SCRIPT = PAGE.partition("<script>")[2].partition("</script>")[0]
 ADMIN_KEY = "the-admin-key"

@@ -1,6 +1,8 @@
 """ocp_server.py alone: copied into an empty folder, on every Python there is, with nothing else."""
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import re
 import shlex
@@ -210,6 +212,17 @@ def test_the_client_set_up_is_not_there_and_says_where_it_belongs(demo: Serving)
     assert reply.status == 404
     message = reply.json()["error"]["message"]
     assert "beside this server's ocp_server.py" in message and "python3 ocp_connect.py" in message
+
+
+def test_the_dashboard_is_not_there_and_says_where_it_belongs(demo: Serving) -> None:
+    reply = http_call(demo.port, "GET", "/dashboard")
+
+    assert reply.status == 200
+    assert "dashboard.html does not lie beside this server's ocp_server.py" in reply.text
+    assert 'fetch("health")' in reply.text
+    script = reply.text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in reply.headers["Content-Security-Policy"]
 
 
 def test_a_client_that_leaves_the_demo_frees_its_place(demo: Serving) -> None:
