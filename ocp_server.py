@@ -60,7 +60,6 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import email.errors
 import enum
 import errno
 import functools
@@ -101,6 +100,7 @@ from http.server import BaseHTTPRequestHandler
 from types import MappingProxyType
 from typing import (
     Any,
+    BinaryIO,
     ClassVar,
     Literal,
     NamedTuple,
@@ -2262,6 +2262,9 @@ class Headers(Protocol):
     def get(self, name: str, default: str) -> str:
         """The value, or `default`."""
 
+    def __iter__(self) -> Iterator[str]:
+        """The names, as they were sent."""
+
 
 class Access(enum.Enum):
     """Who may use a route."""
@@ -2512,17 +2515,30 @@ def is_loopback(address: str) -> bool:
     return bool((mapped or parsed).is_loopback)
 
 
+#: Headers that only proxies, load balancers and tunnels add.
+_PROXY_HEADER = re.compile(
+    r"forwarded|via|cdn-loop|(x-)?(forwarded|original|envoy|azure|arr|proxy|proxyuser)-.+"
+    r"|x-forwarded|x-amz(n|-cf)-.+|(cf|fly|tailscale)-.+|x-remote-(ip|addr|host)"
+    r"|(.+-)?(client|real|connecting|source|peer)-?(ip|addr)",
+    re.IGNORECASE,
+)
+
+
+def is_forwarded(headers: Headers) -> bool:
+    """Whether a proxy has passed the request on, as far as its headers tell."""
+    return any(_PROXY_HEADER.fullmatch(name.replace("_", "-")) for name in headers)
+
+
 def admit(config: Config, keys: Keys, access: Access, headers: Headers, peer: str) -> Caller:
     """The caller, if this access is theirs. Raises Unauthorized or Forbidden."""
     if access is Access.PUBLIC:
         return Caller("public")
     if config.mode == "none":
         # Behind a reverse proxy everybody comes from this machine.
-        forwarded = headers.get("Forwarded", "") or headers.get("X-Forwarded-For", "")
-        is_local = is_loopback(peer) and not forwarded
+        is_local = is_loopback(peer) and not is_forwarded(headers)
         if access is Access.ADMIN and not is_local:
             raise Forbidden("This route is served to the machine itself only.")
-        return Caller("local" if is_loopback(peer) else "remote", is_admin=is_local)
+        return Caller("local" if is_local else "remote", is_admin=is_local)
     caller = _presenter(config, keys, headers, access)
     if access is Access.ADMIN and not caller.is_admin:
         raise Forbidden(
@@ -2559,44 +2575,59 @@ def _holder(config: Config, keys: Keys, key: str) -> Caller:
     raise Unauthorized(_NEEDS_KEY)
 
 
-_LOCAL_SUFFIXES = (".localhost", ".local", ".lan", ".home.arpa", ".internal")
+_LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")
 
 
-def _host_name(host: str) -> str:
-    """The name in a Host header, without its port. Raises BadRequest."""
-    try:
-        return urllib.parse.urlsplit("//" + host).hostname or ""
-    except ValueError:
-        raise BadRequest("The Host header is broken.") from None
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._~-]+))(?::[0-9]{0,5})?")
 
 
-@functools.lru_cache(maxsize=64)
-def is_own_host(config: Config, host: str) -> bool:
+def host_name(host: str) -> str:
+    """The name in a Host header, without its port, in small letters. Raises BadRequest."""
+    found = _HOST.fullmatch(host)
+    if found is None:
+        raise BadRequest("The Host of the request is missing or broken.")
+    return (found[1] or found[2]).lower()
+
+
+def machine_names() -> frozenset[str]:
+    """The name of this machine, with its domain and without."""
+    name = socket.gethostname().lower()
+    return frozenset({name, name.partition(".")[0]} - {""})
+
+
+def is_own_host(config: Config, host: str, peer: str) -> bool:
     """Whether a Host header names this server. Raises BadRequest for one that is broken.
 
     A name that somebody else's DNS points at this machine does not count: that is how a web page
-    would talk to a server that listens on loopback only.
+    would talk to a server that listens on loopback only. Where loopback makes the operator, the
+    names of a local network do not count either: whoever is in the network may hand them out.
     """
-    name = _host_name(host)
+    name = host_name(host)
+    if name in machine_names() or name in (own.lower() for own in listed(config.allowed_hosts)):
+        return True
+    if name == "localhost" or name.endswith(".localhost") or is_loopback(name):
+        return True
+    if config.mode == "none" and is_loopback(peer):
+        return False
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return True
-    own = (*listed(config.allowed_hosts), socket.gethostname())
-    return "." not in name or name.endswith(_LOCAL_SUFFIXES) or name in (n.lower() for n in own)
+    return "." not in name or name.endswith(_LOCAL_SUFFIXES)
 
 
-def check_origin(config: Config, origin: str, host: str, content_type: str) -> None:
-    """Refuses web pages of other origins. Raises Forbidden."""
-    if host and not is_own_host(config, host):
+def check_origin(config: Config, origin: str, host: str, content_type: str, peer: str) -> None:
+    """Refuses web pages of other origins. Raises Forbidden, BadRequest."""
+    if host and not is_own_host(config, host, peer):
         raise Forbidden(
-            f"This server is not known as {one_line(host, 80)!r}: name it in OCP_ALLOWED_HOSTS."
+            f"This server is not known as {one_line(host, 80)!r} here: use localhost, or name it "
+            "in OCP_ALLOWED_HOSTS."
         )
     if not origin:
         return
     # What a browser sends without asking first, such as a form, is never JSON.
     if content_type and content_type.partition(";")[0].strip().lower() != "application/json":
         raise Forbidden("Web pages have to send application/json.")
-    if is_allowed_origin(config, origin) or origin.partition("//")[2] == host:
+    if is_allowed_origin(config, origin) or origin in (f"http://{host}", f"https://{host}"):
         return
     raise Forbidden(
         f"Web pages of {one_line(origin, 80)!r} may not call this server: "
@@ -13270,7 +13301,11 @@ def _decoded(text: str) -> str:
 # refused; every error is rendered in one place. Tells nobody what software runs here beyond its
 # name, and keeps nothing of a connection when it ends.
 
-_LINE_MOST_BYTES = 65_536
+#: What a whole head may take, its request line included, and how many headers it may have.
+_HEAD_MOST_BYTES = 65_536
+_HEADERS_MOST = 100
+#: What the extensions and the trailer of a chunked body may take together.
+_CHUNK_EXTRA_MOST_BYTES = 65_536
 #: How long a connection may rest between two requests, and how long one that has shown no key.
 _REST_S = 120.0
 _STRANGER_REST_S = 10.0
@@ -13284,11 +13319,87 @@ _STREAM_HEADERS = {
 }
 
 
-#: What the parser finds wrong with a head.
-_HEAD_DEFECTS = (
-    email.errors.FirstHeaderLineIsContinuationDefect, email.errors.MissingHeaderBodySeparatorDefect,
-    email.errors.MisplacedEnvelopeHeaderDefect, email.errors.HeaderDefect,
+
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) (HTTP/1\.[01])" % _TOKEN)
+_HEADER_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})([ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
+
+#: Headers of which a request has one at most: of two, a proxy and OCP could go by different ones.
+_SINGLE_HEADERS = (
+    "Host", "Origin", "Authorization", "x-api-key", "Content-Type", "Content-Length",
+    "Content-Encoding", "Transfer-Encoding", "Expect",
 )
+
+
+def head_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a head as they arrive, without their ends; none if nothing comes. Raises
+    HeadTooLarge, BadRequest."""
+    left, count = _HEAD_MOST_BYTES, 0
+    while True:
+        line = stream.readline(left + 1)
+        left -= len(line)
+        if line == (b"\r\n" if count else b""):
+            return
+        if left < 0 or count > _HEADERS_MOST:
+            raise HeadTooLarge(
+                f"The head of the request has more than {_HEAD_MOST_BYTES} bytes or "
+                f"{_HEADERS_MOST} headers."
+            )
+        if line == b"\r\n":
+            # Some clients end a body with one line end too many.
+            continue
+        if not line.endswith(b"\r\n"):
+            raise BadRequest("The head of the request is broken: each line has to end with CR LF.")
+        count += 1
+        yield line[:-2]
+
+
+def parsed_request_line(line: bytes) -> tuple[str, str, str]:
+    """Return the method, the target and the version. Raises BadRequest."""
+    found = _REQUEST_LINE.fullmatch(line)
+    if found is None:
+        raise BadRequest(
+            "The request line is broken: it has to be METHOD PATH HTTP/1.1, with percent escapes "
+            "for what is not ASCII; HTTP/0.9 and HTTP/2 are not spoken here."
+        )
+    method, target, version = (part.decode("ascii") for part in found.groups())
+    # A second slash at the start would make a host of what comes behind it.
+    return method, re.sub("^/+", "/", target), version
+
+
+def parsed_headers(lines: Iterable[bytes]) -> http.client.HTTPMessage:
+    """Return the headers in these lines. Raises BadRequest."""
+    headers = http.client.HTTPMessage()
+    for line in lines:
+        found = _HEADER_LINE.fullmatch(line)
+        if found is None:
+            raise BadRequest(
+                "A header line of the request is broken: it has to be NAME: VALUE on one line, "
+                "without control characters."
+            )
+        name, value = found.groups()
+        headers[name.decode("ascii")] = value.strip(b" \t").decode("latin-1")
+    for single in _SINGLE_HEADERS:
+        if len(headers.get_all(single, [])) > 1:
+            raise BadRequest(f"The request has more than one {single}.")
+    return headers
+
+
+def body_length(headers: http.client.HTTPMessage, version: str) -> int | None:
+    """Return the length of the body; None if it comes in chunks. Raises BadRequest when that is
+    not clear."""
+    length, coding = headers.get("Content-Length"), headers.get("Transfer-Encoding")
+    if coding is not None and length is not None:
+        raise BadRequest("Content-Length and Transfer-Encoding exclude each other.")
+    if coding is not None and version == "HTTP/1.0":
+        raise BadRequest("HTTP/1.0 has no Transfer-Encoding: send a Content-Length, or HTTP/1.1.")
+    if coding is not None and coding.lower() != "chunked":
+        raise BadRequest("Transfer-Encoding: only chunked is taken.")
+    if length is not None and not re.fullmatch("[0-9]{1,15}", length):
+        raise BadRequest("Content-Length is not one number.")
+    return None if coding is not None else int(length or 0)
 
 
 class Exchange(BaseHTTPRequestHandler):
@@ -13303,7 +13414,7 @@ class Exchange(BaseHTTPRequestHandler):
         """Puts a reader with a deadline in front of the socket."""
         self.client: Connection = self.request
         self._reader = DeadlineReader(self.client)
-        self.rfile = self._buffered = io.BufferedReader(self._reader, _LINE_MOST_BYTES)
+        self.rfile = self._buffered = io.BufferedReader(self._reader, _HEAD_MOST_BYTES)
         #: Lines of a head that the base class puts together.
         self._headers_buffer: list[bytes] = []
         self.app = self.server.app
@@ -13329,6 +13440,8 @@ class Exchange(BaseHTTPRequestHandler):
         self.request_id = new_id("req_")
         self.query: Mapping[str, str] = {}
         self.headers_out: dict[str, str] = {}
+        #: The length of the body; None = it comes in chunks.
+        self._length: int | None = 0
         self._body_taken = False
         self._renderer: Renderer | None = None
         self._chunked = False
@@ -13364,24 +13477,24 @@ class Exchange(BaseHTTPRequestHandler):
 
     def _read_head(self) -> bool:
         """Whether there is a request; one that is broken has been answered."""
-        line = self.rfile.readline(_LINE_MOST_BYTES + 1)
-        if line in (b"\r\n", b"\n"):
-            # Some clients end a body with one line end too many.
-            line = self.rfile.readline(_LINE_MOST_BYTES + 1)
-        self.raw_requestline = line
-        if len(line) > _LINE_MOST_BYTES:
-            return self._refuse_head(HeadTooLarge("The request line is too long."))
-        if not line or not self.parse_request():
-            return False
-        # After a line that is none, the parser takes the rest of the head for a body. What it says
-        # about the parts of a multipart message is not about the head.
-        broken = any(isinstance(defect, _HEAD_DEFECTS) for defect in self.headers.defects)
-        rest = self.headers.get_payload()
-        if broken or (isinstance(rest, str) and rest):
-            return self._refuse_head(BadRequest("A header line of the request is broken."))
-        if len(self.headers.get_all("Host", [])) > 1:
-            return self._refuse_head(BadRequest("The request has more than one Host."))
-        return True
+        lines = head_lines(self._buffered)
+        try:
+            line = next(lines, b"")
+            if line:
+                self._take_head(line, lines)
+            return bool(line)
+        except OcpError as error:
+            return self._refuse_head(error)
+
+    def _take_head(self, line: bytes, lines: Iterator[bytes]) -> None:
+        """Takes the request out of a head. Raises BadRequest, HeadTooLarge."""
+        self.command, self.path, self.request_version = parsed_request_line(line)
+        self.headers = parsed_headers(lines)
+        if self.request_version == "HTTP/1.1" or "Host" in self.headers:
+            host_name(self.headers.get("Host", ""))
+        self._length = body_length(self.headers, self.request_version)
+        wishes = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
+        self.close_connection = "close" in (wish.strip() for wish in wishes)
 
     def _refuse_tls(self) -> None:
         """Answers a client that speaks https to a server of http, which waits for the word of a
@@ -13396,22 +13509,9 @@ class Exchange(BaseHTTPRequestHandler):
         self._fail(error)
         return False
 
-    def send_error(
-        self, code: int, message: str | None = None, explain: str | None = None
-    ) -> None:
-        """What the base class says about a broken head, in our own shape."""
-        self.request_version = "HTTP/1.1"
-        too_long = code in (414, 431)
-        kind: type[OcpError] = HeadTooLarge if too_long else BadRequest
-        self._refuse_head(kind(f"The head of the request is broken: {message or explain or code}."))
-
     def version_string(self) -> str:
         """What the Server header says."""
         return f"ocp/{VERSION}"
-
-    def handle_expect_100(self) -> bool:
-        """Leaves the answer to the moment when the body is wanted."""
-        return True
 
     def log_message(self, format: str, *args: object) -> None:
         """The base class's own log lines are not wanted; see _dispatch."""
@@ -13481,7 +13581,9 @@ class Exchange(BaseHTTPRequestHandler):
         config = self.app.config
         origin = self.headers.get("Origin", "")
         content_type = self.headers.get("Content-Type", "")
-        check_origin(config, origin, self.headers.get("Host", ""), content_type)
+        # The host of a whole address counts, whatever Host says.
+        host = target.netloc or self.headers.get("Host", "")
+        check_origin(config, origin, host, content_type, self.peer)
         if is_allowed_origin(config, origin):
             self.headers_out.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
         if self.command == "OPTIONS":
@@ -13535,7 +13637,7 @@ class Exchange(BaseHTTPRequestHandler):
     def body(self) -> bytearray:
         """See HttpExchange. While it is on its way, the connection counts as one that rests."""
         config = self.app.config
-        length = self._declared_length()
+        length = self._length
         if length is not None and length > config.max_body_bytes:
             raise self._too_large()
         if self.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -13553,20 +13655,6 @@ class Exchange(BaseHTTPRequestHandler):
             raise ClientGone from None
         self._body_taken, self.client.is_busy = True, is_busy
         return data
-
-    def _declared_length(self) -> int | None:
-        """The Content-Length; None for a chunked body. Raises BadRequest when it is not clear."""
-        lengths = {value.strip() for value in self.headers.get_all("Content-Length", [])}
-        coding = ", ".join(self.headers.get_all("Transfer-Encoding", [])).strip().lower()
-        if coding and lengths:
-            raise BadRequest("Content-Length and Transfer-Encoding exclude each other.")
-        if coding and coding != "chunked":
-            raise BadRequest("Transfer-Encoding: only chunked is taken.")
-        if coding:
-            return None
-        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,15}", text) for text in lengths):
-            raise BadRequest("Content-Length is not one number.")
-        return int(lengths.pop()) if lengths else 0
 
     def _too_large(self) -> TooLarge:
         return TooLarge(
@@ -13597,26 +13685,33 @@ class Exchange(BaseHTTPRequestHandler):
     def _chunks(self) -> bytearray:
         """A chunked body. Its trailer is read and dropped."""
         data = bytearray()
+        extra_bytes = 0
         while True:
-            line = self.rfile.readline(1024)
-            size_text = line.split(b";")[0].strip()
-            if not line.endswith(b"\n") or not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size_text):
+            found = _CHUNK_LINE.fullmatch(self.rfile.readline(1024))
+            if found is None:
                 raise self._broken_chunks()
-            size = int(size_text, 16)
+            size, extra_bytes = int(found[1], 16), extra_bytes + len(found[2])
+            if extra_bytes > _CHUNK_EXTRA_MOST_BYTES:
+                raise self._broken_chunks()
             if size == 0:
                 break
             if len(data) + size > self.app.config.max_body_bytes:
                 raise self._too_large()
             self._read_more(data, size)
-            if self.rfile.readline(3) not in (b"\r\n", b"\n"):
+            if self.rfile.readline(2) != b"\r\n":
                 raise self._broken_chunks()
-        for _ in range(100):
-            line = self.rfile.readline(_LINE_MOST_BYTES)
-            if line in (b"\r\n", b"\n"):
-                return data
-            if not line:
-                break
-        raise self._broken_chunks()
+        self._drop_trailer(_CHUNK_EXTRA_MOST_BYTES - extra_bytes)
+        return data
+
+    def _drop_trailer(self, left_bytes: int) -> None:
+        """Reads what may come behind the last chunk. Raises BadRequest."""
+        line = b""
+        while line != b"\r\n":
+            line = self.rfile.readline(left_bytes + 1)
+            left_bytes -= len(line)
+            whole = left_bytes >= 0 and line.endswith(b"\r\n")
+            if not whole or not (line == b"\r\n" or _HEADER_LINE.fullmatch(line[:-2])):
+                raise self._broken_chunks()
 
     def _broken_chunks(self) -> BadRequest:
         self.close_connection = True
@@ -13694,9 +13789,7 @@ class Exchange(BaseHTTPRequestHandler):
 
     def _must_close(self) -> bool:
         """Whether a body is on its way that nobody read: the next head cannot be found then."""
-        lengths = {value.strip() for value in self.headers.get_all("Content-Length", ["0"])}
-        has_body = lengths != {"0"} or "Transfer-Encoding" in self.headers
-        return has_body and not self._body_taken
+        return self._length != 0 and not self._body_taken
 
     def _head(self, status: int, headers: Mapping[str, str]) -> None:
         """Sends the status line and the headers at once."""

@@ -108,6 +108,13 @@ def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def peak_memory(pid: int) -> int:
+    """The most bytes of memory that a process has had at any time."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * next(
+        int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
 def cpu_s(pid: int) -> float:
     """The processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -310,12 +310,8 @@ def test_a_refused_smuggler_has_his_connection_closed(strict: Server) -> None:
     assert (reply.status, reply.headers["Connection"], closed) == (400, "close", True)
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [
-    ("POST", CHAT_PATH, 400), ("GET", "/health", 200),
-])
-def test_nothing_is_smuggled_behind_two_lengths(
-    strict: Server, method: str, path: str, status: int
-) -> None:
+@pytest.mark.parametrize(("method", "path"), [("POST", CHAT_PATH), ("GET", "/health")])
+def test_nothing_is_smuggled_behind_two_lengths(strict: Server, method: str, path: str) -> None:
     hidden = head("GET", "/v1/models")
     lines = "Content-Length: 0", f"Content-Length: {len(hidden)}"
 
@@ -324,7 +320,7 @@ def test_nothing_is_smuggled_behind_two_lengths(
         reply = wire.reply()
         closed = wire.is_closed()
 
-    assert (reply.status, reply.headers["Connection"], closed) == (status, "close", True)
+    assert (reply.status, reply.headers["Connection"], closed) == (400, "close", True)
 
 
 # ---------------------------------------------------------------------------

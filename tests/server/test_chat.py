@@ -907,8 +907,8 @@ def test_a_foreign_host_name_is_refused(chat: Server, host: str) -> None:
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:3456", "127.0.0.1", "192.168.1.7:3456",
                                   "[::1]:3456", "mybox", "mybox.local", "MyBox.LAN:80"])
-def test_a_local_host_name_is_fine(chat: Server, host: str) -> None:
-    assert chat.call("GET", "/health", headers={"Host": host}).status == 200
+def test_a_local_host_name_is_fine(locked: Server, host: str) -> None:
+    assert locked.call("GET", "/health", headers={"Host": host}).status == 200
 
 
 def test_a_named_host_is_fine(locked: Server) -> None:

@@ -377,12 +377,68 @@ def test_what_a_page_gets_without_saying_who_it_is_is_no_script(open_server: Ser
             assert "Access-Control-Allow-Origin" not in reply.headers
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:3456", "[::1]:3456", "192.168.1.7",
-                                  "nas", "nas.local", "LOCALHOST:80", "nas.lan", ""])
-def test_the_server_answers_under_its_own_names(open_server: Server, host: str) -> None:
-    reply = open_server.call("GET", "/v1/models", headers={"Host": host})
+MACHINE = socket.gethostname()
 
-    assert reply.status == 200
+
+@pytest.mark.parametrize("host", [
+    "localhost", "127.0.0.1:3456", "[::1]:3456", "LOCALHOST:80", "ocp.localhost", "127.9.9.9",
+    MACHINE, f"{MACHINE.upper()}:3456",
+])
+def test_the_server_answers_under_its_own_names(open_server: Server, host: str) -> None:
+    for path in ("/v1/models", "/settings"):
+        assert open_server.call("GET", path, headers={"Host": host}).status == 200
+
+
+#: Names that somebody in the network, or the owner of a domain, can point at this machine.
+NETWORK_NAMES = ("nas", "evil", "evil.lan", "attacker.local", "x.internal", "x.home.arpa", "x.home",
+                 "localhost.lan", "localhost.evil.example", f"{MACHINE}.evil", "192.168.1.7",
+                 "0.0.0.0", "[fe80::1]")
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_where_loopback_makes_the_operator_a_name_of_the_network_is_refused(
+    open_server: Server, name: str
+) -> None:
+    rebound = {"Host": f"{name}:3456", "Origin": f"http://{name}:3456"}
+    change = {"maxConcurrent": 3}
+
+    replies = [
+        open_server.call("PATCH", "/settings", change, rebound),
+        open_server.call("PATCH", "/settings", change, {"Host": name}),
+        open_server.call("GET", "/v1/models", headers={"Host": name}),
+    ]
+
+    assert [reply.status for reply in replies] == [403] * 3
+    assert "OCP_ALLOWED_HOSTS" in error_of(replies[0])["message"]
+
+
+def test_a_name_that_is_allowed_is_one_of_the_servers_own(tmp_path: Path) -> None:
+    env = {**NO_IDLE, "OCP_ALLOWED_HOSTS": "Nas.Lan, ocp"}
+    with running_server(tmp_path, env=env) as server:
+        found = [
+            server.call("GET", "/settings", headers={"Host": host}).status
+            for host in ("nas.lan:3456", "OCP", "other.lan")
+        ]
+
+    assert found == [200, 200, 403]
+
+
+@pytest.mark.parametrize("name", ["nas", "nas.local", "nas.lan", "192.168.1.7", "[fd00::1]"])
+def test_where_a_key_makes_the_caller_names_of_the_network_are_fine(
+    multi: Guarded, name: str
+) -> None:
+    headers = {**bearer(multi.keys["user"]), "Host": f"{name}:3456"}
+
+    assert multi.server.call("GET", "/v1/models", headers=headers).status == 200
+
+
+@pytest.mark.parametrize("name", ["nas.lan", "192.168.1.7", "nas"])
+def test_other_machines_may_use_names_of_the_network_in_mode_none(name: str) -> None:
+    config = ocp.load_config({**NO_IDLE, "CLAUDE_BIND": "0.0.0.0"})
+
+    assert ocp.is_own_host(config, name, "192.168.1.20")
+    assert not ocp.is_own_host(config, name, "127.0.0.1")
+    assert not ocp.is_own_host(config, "nas.example", "192.168.1.20")
 
 
 # ---------------------------------------------------------------------------
@@ -481,8 +537,50 @@ def test_a_key_of_other_letters_works_as_it_was_set(tmp_path: Path) -> None:
 # Who is the machine itself
 # ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded", "x-forwarded-for"])
-@pytest.mark.parametrize("value", ["127.0.0.1", "::1", "for=127.0.0.1", "203.0.113.9"])
+PROXY_HEADERS = (
+    "Forwarded", "Via", "X-Forwarded", "X-Forwarded-For", "x-forwarded-for", "X-Forwarded-Host",
+    "X-Forwarded-Proto", "X-Forwarded-Port", "X-Forwarded-Server", "X-Forwarded-Prefix",
+    "X-Forwarded-Client-Cert", "Forwarded-For", "X_Forwarded_For", "X-Real-IP", "X-Client-IP",
+    "X-Cluster-Client-IP", "True-Client-IP", "Fastly-Client-IP", "Fly-Client-IP", "Client-IP",
+    "CF-Connecting-IP", "CF-Connecting-IPv6", "CF-Ray", "CF-Visitor", "CDN-Loop",
+    "DO-Connecting-IP", "X-Original-Forwarded-For", "X-Original-Host", "X-Original-URL",
+    "X-Envoy-External-Address", "X-Amzn-Trace-Id", "X-Azure-ClientIP", "X-ProxyUser-Ip",
+    "X-Remote-Addr", "Tailscale-User-Login", "Fly-Forwarded-Port",
+)
+#: Headers of clients and SDKs that look a little like those.
+CLIENT_HEADERS = (
+    "User-Agent", "X-Stainless-Lang", "X-Request-Id", "anthropic-version", "OpenAI-Organization",
+    "X-Client-Name", "X-Client-Version", "x-ms-client-request-id", "traceparent", "X-Title",
+    "X-Session-Id", "Origin", "Accept", "Cache-Control", "HTTP-Referer", "Sec-Fetch-Site", "X-App",
+)
+
+
+@pytest.mark.parametrize("header", PROXY_HEADERS)
+@pytest.mark.parametrize("value", ["127.0.0.1", ""])
+def test_any_header_of_a_proxy_makes_of_the_operator_somebody_else(
+    header: str, value: str
+) -> None:
+    headers = http.client.HTTPMessage()
+    headers[header] = value
+    config = ocp.load_config(settings_of("none"))
+
+    with pytest.raises(ocp.Forbidden):
+        ocp.admit(config, None, ocp.Access.ADMIN, headers, "127.0.0.1")
+
+    caller = ocp.admit(config, None, ocp.Access.CALLER, headers, "127.0.0.1")
+    assert caller == ocp.Caller("remote")
+
+
+@pytest.mark.parametrize("header", CLIENT_HEADERS)
+def test_headers_of_clients_are_none_of_a_proxy(header: str) -> None:
+    headers = http.client.HTTPMessage()
+    headers[header] = "1"
+
+    assert not ocp.is_forwarded(headers)
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "Via", "X-Real-IP"])
+@pytest.mark.parametrize("value", ["127.0.0.1", "203.0.113.9", ""])
 def test_whoever_comes_through_a_proxy_is_no_admin(
     open_server: Server, header: str, value: str
 ) -> None:
