@@ -221,6 +221,15 @@ def one_line(text: str, most_chars: int = 300) -> str:
     return line if len(line) <= most_chars else line[: most_chars - 3] + "..."
 
 
+def printable(text: str) -> str:
+    """`text` with escapes, such as \\x1b, for what cannot be seen or commands a terminal: controls,
+    marks of direction, lone surrogates."""
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(shown)
+
+
 #: A header that lists names ends after so many characters: clients refuse longer heads.
 _HEADER_LIST_MAX_CHARS = 1_000
 
@@ -396,6 +405,11 @@ class Config:
     )
     advertise_anonymous_key: bool = setting(
         True, "PROXY_ADVERTISE_ANON_KEY", "/health tells the anonymous key to whoever asks"
+    )
+    wrong_key_delay_ms: int = setting(
+        2_000, "OCP_WRONG_KEY_DELAY",
+        "longest delay of the answer to a wrong key, after several from one address; 0 = none",
+        unit="ms", least=0, most=60_000,
     )
     # -- claude -------------------------------------------------------------------------------
     claude_bin: str = setting(
@@ -1072,9 +1086,13 @@ class ClientGone(Exception):
 # ==== 4. Log =================================================================
 # One event is one flat record with a fixed name in the past tense. It goes to a rotated file as
 # a JSON line, to the terminal as a plain line, and into a ring for GET /logs. Never a prompt,
-# never a secret: callers pass names, counts and durations, and text is redacted here.
+# never a secret: callers pass names, counts and durations, and text is redacted here. What the
+# operator changes goes into a ring and a file of its own too, out of which nothing else pushes it.
 
 LEVELS = ("debug", "info", "warn", "error")
+#: How many events GET /logs can tell, and how many more of what the operator changed.
+_RING_EVENTS = 800
+_RING_AUDITS = 200
 #: What of a line is printed: in UTF-8 never more than a pipe takes at once.
 _SHOWN_MOST_CHARS = 1_000
 
@@ -1090,47 +1108,74 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         """A full disk must not stop an answer; the terminal and the ring still have the event."""
 
 
+def _log_value(value: object) -> object:
+    """A value as the log may hold it: text on one line, redacted, short and printable."""
+    if isinstance(value, (bool, int, float)) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {str(_log_value(str(key))): _log_value(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_log_value(each) for each in value]
+    return printable(one_line(redacted(str(value)), 500))
+
+
 class Log:
-    """Where events go. `event` never raises."""
+    """Where events go. `event` and `audit` never raise."""
 
     def __init__(self, stream: TextIO | None, least_level: str, clock: Clock = time.time) -> None:
         """`stream` is None where the server was started without one."""
         self._stream = stream
         self._least = LEVELS.index(least_level)
         self._clock = clock
-        # Guards the ring, the file and the order of lines on the stream. Held for one event.
+        # Guards the rings, the files and the order of lines on the stream. Held for one event.
         self._lock = threading.Lock()
-        self._ring: collections.deque[Json] = collections.deque(maxlen=1000)
+        #: Events with their numbers: what the operator changed, and all others.
+        self._audits: collections.deque[tuple[int, Json]] = collections.deque(maxlen=_RING_AUDITS)
+        self._ring: collections.deque[tuple[int, Json]] = collections.deque(maxlen=_RING_EVENTS)
         #: How many events there were.
         self._count = 0
         self._file: _LogFile | None = None
+        self._audit_file: _LogFile | None = None
 
     def to_file(self, path: str) -> None:
-        """From now on also to `path`, rotated at 10 MB, three old ones kept. Raises OSError."""
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        """From now on also to `path`, rotated at 10 MB, and what is audited to audit.log beside it,
+        rotated at 1 MB; three old ones of each are kept. Raises OSError."""
+        folder = os.path.dirname(path)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
         handler = _LogFile(path, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
+        audits = _LogFile(
+            os.path.join(folder, "audit.log"), maxBytes=1_000_000, backupCount=3,
+            encoding="utf-8", delay=True,
+        )
         with self._lock:
-            self._file = handler
+            self._file, self._audit_file = handler, audits
 
     def event(self, level: str, name: str, **fields: object) -> None:
-        """Records one event. Text fields are redacted and cut to one line."""
-        if LEVELS.index(level) < self._least:
-            return
-        entry: Json = {"ts": iso_time(self._clock()), "level": level, "event": name}
-        for key, value in fields.items():
-            if value is not None:
-                entry[key] = one_line(redacted(value), 500) if isinstance(value, str) else value
-        with self._lock:
-            self._ring.append(entry)
-            self._count += 1
-            self._write(entry)
+        """Records one event. Text is redacted, cut to one line and made printable."""
+        if LEVELS.index(level) >= self._least:
+            self._record(level, name, fields, is_audit=False)
 
-    def _write(self, entry: Json) -> None:
+    def audit(self, name: str, **fields: object) -> None:
+        """Records what the operator changed, whatever the least level is."""
+        self._record("info", name, fields, is_audit=True)
+
+    def _record(
+        self, level: str, name: str, fields: Mapping[str, object], *, is_audit: bool
+    ) -> None:
+        entry: Json = {"ts": iso_time(self._clock()), "level": level, "event": name}
+        entry.update((key, _log_value(each)) for key, each in fields.items() if each is not None)
+        with self._lock:
+            (self._audits if is_audit else self._ring).append((self._count, entry))
+            self._count += 1
+            self._write(entry, is_audit)
+
+    def _write(self, entry: Json, is_audit: bool) -> None:
+        line = logging.makeLogRecord({"msg": json.dumps(entry, ensure_ascii=False)})
         if self._file is not None:
-            line = json.dumps(entry, ensure_ascii=False, default=str)
-            self._file.handle(logging.makeLogRecord({"msg": line}))
+            self._file.handle(line)
+        if self._audit_file is not None and is_audit:
+            self._audit_file.handle(line)
         fields = " ".join(f"{k}={v}" for k, v in entry.items() if k not in ("ts", "level", "event"))
-        fields = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", fields)
         clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
         self._show(f"{clock} {entry['level']:5} {entry['event']} {fields}")
 
@@ -1153,25 +1198,78 @@ class Log:
         return bool(ready.poll(0))
 
     def recent(self, count: int, level: str) -> list[Json]:
-        """The newest `count` events of this level or worse, oldest first; "all" = every level."""
-        least = 0 if level == "all" else LEVELS.index(level)
+        """The newest `count` events of this level or worse, oldest first; "all" = every level,
+        "audit" = what the operator changed."""
+        least = LEVELS.index(level) if level in LEVELS else 0
         with self._lock:
-            found = [entry for entry in self._ring if LEVELS.index(entry["level"]) >= least]
+            kept = list(self._audits) if level == "audit" else self._kept()
+        found = [entry for _, entry in kept if LEVELS.index(entry["level"]) >= least]
         return found[-count:] if count else []
+
+    def _kept(self) -> list[tuple[int, Json]]:
+        """What both rings hold, oldest first. To be called with the lock."""
+        return sorted([*self._audits, *self._ring], key=lambda numbered: numbered[0])
 
     def since(self, seen: int) -> tuple[list[Json], int]:
         """The events behind the first `seen`, as far as they are still there, and how many there
         are now."""
         with self._lock:
-            new = min(self._count - seen, len(self._ring))
-            return list(self._ring)[len(self._ring) - new:], self._count
+            return [entry for number, entry in self._kept() if number >= seen], self._count
 
     def close(self) -> None:
-        """Closes the file; later events go to the stream and the ring only."""
+        """Closes the files; later events go to the stream and the rings only."""
         with self._lock:
-            handler, self._file = self._file, None
-        if handler is not None:
-            handler.close()
+            handlers = (self._file, self._audit_file)
+            self._file = self._audit_file = None
+        for handler in handlers:
+            if handler is not None:
+                handler.close()
+
+
+#: How many refusals of one peer have a line of their own in a minute, and how many peers.
+_REFUSALS_TOLD = 5
+_REFUSED_PEERS_MOST = 32
+_REFUSALS_EVERY_S = 60.0
+
+
+class Refusals:
+    """Logs what strangers are refused: a few lines for each peer and minute, and then their sum,
+    so that nobody without a key can fill the log."""
+
+    def __init__(self, log: Log, clock: Clock = time.monotonic) -> None:
+        self._log = log
+        self._clock = clock
+        # Guards the next fields; never held for a line of the log.
+        self._lock = threading.Lock()
+        self._since_s = clock()
+        #: How often each status was told to each peer of this minute; "others" beyond so many.
+        self._counts: dict[str, collections.Counter[int]] = {}
+
+    def note(self, peer: str, status: int, **fields: object) -> None:
+        """Records one refusal."""
+        with self._lock:
+            is_listed = peer in self._counts or len(self._counts) < _REFUSED_PEERS_MOST
+            counts = self._counts.setdefault(
+                peer if is_listed else "others", collections.Counter()
+            )
+            told = is_listed and sum(counts.values()) < _REFUSALS_TOLD
+            counts[status] += 1
+        if told:
+            self._log.event("info", "request_refused", peer=peer, status=status, **fields)
+
+    def tend(self, *, at_once: bool = False) -> None:
+        """Logs the sums of a minute that is over, or `at_once`."""
+        with self._lock:
+            if not at_once and self._clock() - self._since_s < _REFUSALS_EVERY_S:
+                return
+            counted, self._counts, self._since_s = self._counts, {}, self._clock()
+        for peer, counts in counted.items():
+            if peer == "others" or sum(counts.values()) > _REFUSALS_TOLD:
+                statuses = {str(status): count for status, count in sorted(counts.items())}
+                self._log.event(
+                    "warn", "requests_refused", peer=peer, count=sum(counts.values()),
+                    statuses=statuses,
+                )
 
 
 # ==== 5. Models ==============================================================
@@ -2481,6 +2579,62 @@ class Keys:
         return key.caller
 
 
+#: So many wrong keys of one peer are told so at once; each one more waits twice as long as the one
+#: before it. A peer is forgiven when it has sent none for so long.
+_WRONG_KEYS_FREE = 5
+_FIRST_DELAY_S = 0.1
+_FORGIVEN_S = 600.0
+#: How many peers are remembered, and how many answers are held back at a time.
+_WRONG_PEERS_MOST = 1024
+_HELD_BACK_MOST = 32
+_HELD_BACK_PER_PEER = 4
+
+
+class WrongKeys:
+    """Holds back the answers to wrong keys, longer each time. A right key never waits, whoever
+    else comes from its address: it is let in before anything here is asked."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        # Guards the next fields.
+        self._lock = threading.Lock()
+        #: How many wrong keys a peer has sent, and when the last one came; the newest peer last.
+        self._peers: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()
+        #: Whose answers are held back, a peer once for each.
+        self._held_back: list[str] = []
+
+    def _noted(self, peer: str) -> int:
+        """How many wrong keys this peer has sent, with the one of this moment."""
+        now_s = self._clock()
+        count, last_s = self._peers.pop(peer, (0, now_s))
+        count = 1 if now_s - last_s > _FORGIVEN_S else count + 1
+        self._peers[peer] = (count, now_s)
+        while len(self._peers) > _WRONG_PEERS_MOST:
+            self._peers.popitem(last=False)
+        return count
+
+    @contextlib.contextmanager
+    def noting(self, peer: str, most_s: float) -> Iterator[float]:
+        """Counts a wrong key, and gives the seconds to wait before the peer is told, `most_s` at
+        most. Nobody waits where too many do: they hold a connection each."""
+        with self._lock:
+            over = self._noted(peer) - _WRONG_KEYS_FREE
+            wait_s = min(most_s, _FIRST_DELAY_S * 2.0 ** min(over - 1, 20)) if over > 0 else 0.0
+            if (
+                len(self._held_back) >= _HELD_BACK_MOST
+                or self._held_back.count(peer) >= _HELD_BACK_PER_PEER
+            ):
+                wait_s = 0.0
+            if wait_s:
+                self._held_back.append(peer)
+        try:
+            yield wait_s
+        finally:
+            with self._lock:
+                if wait_s:
+                    self._held_back.remove(peer)
+
+
 _NEEDS_KEY = "This server wants its key: send it as `Authorization: Bearer KEY` or `x-api-key`."
 
 
@@ -2513,6 +2667,18 @@ def is_loopback(address: str) -> bool:
         return False
     mapped = getattr(parsed, "ipv4_mapped", None)
     return bool((mapped or parsed).is_loopback)
+
+
+def peer_group(address: str) -> str:
+    """Whom an address stands for: in IPv6 one machine may have all of a network."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    if mapped or parsed.version == 4 or parsed.is_loopback:
+        return str(mapped or parsed)
+    return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
 #: Headers that only proxies, load balancers and tunnels add.
@@ -11277,6 +11443,8 @@ class App:
         for name, why in self.settings.problems:
             log.event("warn", "stored_setting_ignored", setting=name, why=why)
         self.metrics = Metrics()
+        self.refusals = Refusals(log)
+        self.wrong_keys = WrongKeys(clock)
         self.account = Account()
         self.keys = Keys(self.store)
         self.ledger = Ledger(self.store)
@@ -11378,7 +11546,7 @@ class App:
         if not found:
             try:
                 write_private(path, key + "\n")
-                self.log.event("info", "admin_key_made", path=path)
+                self.log.audit("admin_key_made", path=path)
             except OSError as problem:
                 self.log.event(
                     "error", "admin_key_not_kept", error=str(problem),
@@ -11878,6 +12046,7 @@ class App:
             self._take_notices()
             self.cache.tend(self.config)
             self._prune()
+            self.refusals.tend()
             self._watch_program()
             self.spares.tend(self.config)
         except OcpError as error:
@@ -12006,6 +12175,7 @@ class App:
 
     def close(self) -> None:
         """Ends every child and closes the log."""
+        self.refusals.tend(at_once=True)
         self._drop_idle()
         self.spares.close()
         self._guardian.close()
@@ -12149,7 +12319,7 @@ _QUERIES: dict[str, dict[str, Json]] = {
     },
     "get_logs": {
         "n": {"type": "integer", "minimum": 0, "maximum": 1000},
-        "level": {"enum": ["all", *LEVELS]},
+        "level": {"enum": ["all", "audit", *LEVELS]},
     },
     "get_response": {"stream": {"type": "boolean"}},
     "get_input_items": {
@@ -12764,11 +12934,12 @@ _LOG_LINES_MOST = 1000
 
 
 def get_logs(app: App, exchange: HttpExchange) -> None:
-    """GET /logs?n=30&level=all: the newest events of that level or worse, oldest first."""
+    """GET /logs?n=30&level=all: the newest events of that level or worse, oldest first; level=audit
+    tells what the operator changed."""
     level = exchange.query.get("level", "all").lower()
     level = "warn" if level == "warning" else level
-    if level not in ("all", *LEVELS):
-        raise BadRequest(f"level: must be one of all, {', '.join(LEVELS)}.", param="level")
+    if level not in ("all", "audit", *LEVELS):
+        raise BadRequest(f"level: must be one of all, audit, {', '.join(LEVELS)}.", param="level")
     count = whole_number(exchange.query, "n", 30, _LOG_LINES_MOST)
     entries = app.log.recent(count, level)
     exchange.send_json({"count": len(entries), "level": level, "entries": entries})
@@ -12889,8 +13060,8 @@ def _key_entry(key: Key) -> Json:
 
 
 def _audit(app: App, exchange: HttpExchange, event: str, **fields: object) -> None:
-    """A line in the log for whatever the operator changes or looks into."""
-    app.log.event("info", event, **fields, by=exchange.caller.name, peer=exchange.peer)
+    """A line in the log for whatever the operator changes."""
+    app.log.audit(event, **fields, by=exchange.caller.name, peer=exchange.peer)
 
 
 def get_keys(app: App, exchange: HttpExchange) -> None:
@@ -13000,7 +13171,7 @@ def get_api_usage(app: App, exchange: HttpExchange) -> None:
     everybody = caller.is_admin and query.get("all", "").lower() in _TRUE_WORDS
     if everybody and app.is_time_for(f"usage {caller.name} {exchange.peer}", _AUDIT_AGAIN_S):
         # A dashboard that is open asks again and again.
-        _audit(app, exchange, "admin_usage_full_scope")
+        app.log.event("info", "admin_usage_full_scope", by=caller.name, peer=exchange.peer)
     report = app.ledger.report(since_s, until_s, limit, None if everybody else caller)
     exchange.send_json(
         {
@@ -13507,6 +13678,7 @@ class Exchange(BaseHTTPRequestHandler):
         """Answers what is no request, and nothing that comes behind it; False."""
         self.close_connection = self._is_broken = True
         self._fail(error)
+        self._log_refusal(error)
         return False
 
     def version_string(self) -> str:
@@ -13557,10 +13729,19 @@ class Exchange(BaseHTTPRequestHandler):
         """Tells client and log about a failure; the log has it already if a turn failed."""
         self._fail(error)
         if not error.logged:
+            self._log_refusal(error)
+
+    def _log_refusal(self, error: OcpError) -> None:
+        """Logs a refusal; those of strangers are summed up when there are many."""
+        fields = {
+            "request_id": self.request_id, "method": self.command, "path": self._path,
+            "caller": self.caller.name, "error": type(error).__name__, "param": error.param,
+        }
+        if self.caller.name == "public":
+            self.app.refusals.note(peer_group(self.peer), error.status, **fields)
+        else:
             self.app.log.event(
-                "info", "request_refused", request_id=self.request_id, method=self.command,
-                path=self._path, peer=self.peer, caller=self.caller.name, status=error.status,
-                error=type(error).__name__, param=error.param,
+                "info", "request_refused", peer=self.peer, status=error.status, **fields
             )
 
     def _route(self) -> None:
@@ -13590,13 +13771,24 @@ class Exchange(BaseHTTPRequestHandler):
             self._answer_options(target.path, matches)
             return
         route, names = self.server.router.choose(self.command, target.path, matches)
-        self.caller = admit(config, self.app.keys, route.access, self.headers, self.peer)
+        self.caller = self._admitted(config, route.access)
         if route.access is not Access.PUBLIC:
             self.client.is_trusted = self.client.is_busy = True
         self.client.config = config
         owner = self.peer if self.caller.key_id is None else self.caller.scope
         self.client.unread.owner = self._body_hold.owner = owner
         route.endpoint(self.app, self, **names)
+
+    def _admitted(self, config: Config, access: Access) -> Caller:
+        """The caller. Raises Forbidden, and Unauthorized, the later the more wrong keys came."""
+        try:
+            return admit(config, self.app.keys, access, self.headers, self.peer)
+        except Unauthorized:
+            if any(presented_keys(self.headers)):
+                most_s = config.wrong_key_delay_ms / 1000
+                with self.app.wrong_keys.noting(peer_group(self.peer), most_s) as wait_s:
+                    time.sleep(wait_s)
+            raise
 
     def _answer_options(self, path: str, matches: list[Match]) -> None:
         allowed = ", ".join(methods_of(matches))

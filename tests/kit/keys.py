@@ -20,11 +20,15 @@ ADMIN_KEY = "the-admin-key-of-the-tests"
 ANONYMOUS_KEY = "the-key-that-everybody-may-have"
 SHARED_KEY = "the-key-of-the-whole-house"
 #: A server of mode multi on which every process that there is works on an answer.
-MULTI = {**NO_IDLE, "CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY}
+MULTI = {
+    **NO_IDLE, "CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY,
+    # Tests send many wrong keys.
+    "OCP_WRONG_KEY_DELAY": "0",
+}
 #: The same in mode shared.
 SHARED = {
     **NO_IDLE, "CLAUDE_AUTH_MODE": "shared", "PROXY_API_KEY": SHARED_KEY,
-    "OCP_ADMIN_KEY": ADMIN_KEY,
+    "OCP_ADMIN_KEY": ADMIN_KEY, "OCP_WRONG_KEY_DELAY": "0",
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from clock import FakeClock
 from project import load_script
 
 ocp = load_script("ocp_server.py")
@@ -103,7 +104,7 @@ def test_a_token_is_blotted_out_everywhere(notebook: Notebook) -> None:
 def test_text_that_is_no_unicode_is_in_the_ring_all_the_same(notebook: Notebook) -> None:
     notebook.log.event("info", "door_opened", note="\ud83d \u00fc")
 
-    assert notebook.log.recent(1, "all")[0]["note"] == "\ud83d \u00fc"
+    assert notebook.log.recent(1, "all")[0]["note"] == "\\ud83d \u00fc"
 
 
 def test_a_value_of_any_type_is_logged(notebook: Notebook) -> None:
@@ -113,11 +114,35 @@ def test_a_value_of_any_type_is_logged(notebook: Notebook) -> None:
     assert notebook.lines()[0]["counts"] == {"a": 1}
 
 
-@pytest.mark.parametrize("character", ["\x1b", "\x00", "\x07", "\x7f", "\x9b"])
-def test_no_text_can_command_the_terminal(notebook: Notebook, character: str) -> None:
-    notebook.log.event("info", "door_opened", note=f"a{character}[2Jb")
+#: Controls of both kinds, marks of direction, what has no width, a mark of byte order.
+UNSEEN = ("\x00", "\x07", "\x1b", "\x7f", "\x80", "\x9b", "\u00ad", "\u061c", "\u200b", "\u200e",
+          "\u202e", "\u2066", "\u2069", "\ufeff", "\U000e0041", "\udc9b")
 
-    assert "note=a?[2Jb" in notebook.stream.getvalue()
+
+@pytest.mark.parametrize("character", UNSEEN)
+def test_what_cannot_be_seen_or_commands_a_terminal_is_escaped_everywhere(
+    notebook: Notebook, character: str
+) -> None:
+    text = f"a{character}[2Jb"
+
+    notebook.log.event("info", "door_opened", note=text, keys=[text], counts={text: text})
+
+    escaped = "a" + character.encode("unicode_escape").decode() + "[2Jb"
+    [entry] = notebook.log.recent(1, "all")
+    assert (entry["note"], entry["keys"]) == (escaped, [escaped])
+    assert entry["counts"] == {escaped: escaped}
+    assert notebook.lines() == [entry]
+    assert f"note={escaped}" in notebook.stream.getvalue()
+    for place in (notebook.path.read_text("utf-8"), notebook.stream.getvalue()):
+        assert place.replace("\n", "").isprintable()
+
+
+def test_text_of_every_script_stays_as_it_is(notebook: Notebook) -> None:
+    words = "K\u00fcche \u53a8\u623f \u0645\u0637\u0628\u062e \U0001f373"
+
+    notebook.log.event("info", "door_opened", note=words)
+
+    assert notebook.lines()[0]["note"] == words
 
 
 # -- levels and the ring ------------------------------------------------------
@@ -158,14 +183,153 @@ def test_the_newest_events_of_a_level_or_worse_are_given_oldest_first(
     assert notebook.names(count, level) == found
 
 
-def test_the_ring_keeps_the_last_thousand(tmp_path: Path) -> None:
+def test_the_ring_keeps_the_last_eight_hundred(tmp_path: Path) -> None:
     notebook = Notebook(tmp_path)
 
-    for number in range(1_100):
+    for number in range(1_000):
         notebook.log.event("info", f"event_{number}")
 
     names = notebook.names(2_000)
-    assert (len(names), names[0], names[-1]) == (1_000, "event_100", "event_1099")
+    assert (len(names), names[0], names[-1]) == (800, "event_200", "event_999")
+
+
+def test_those_who_follow_get_each_event_once(tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path)
+    notebook.log.event("info", "a")
+    notebook.log.audit("b")
+
+    first, seen = notebook.log.since(0)
+    notebook.log.audit("c")
+    notebook.log.event("info", "d")
+    second, _ = notebook.log.since(seen)
+
+    assert [entry["event"] for entry in first] == ["a", "b"]
+    assert [entry["event"] for entry in second] == ["c", "d"]
+
+
+# -- what the operator changed ------------------------------------------------
+
+
+def test_no_flood_of_events_pushes_out_what_the_operator_changed(notebook: Notebook) -> None:
+    notebook.log.event("info", "before")
+    notebook.log.audit("key_created", key="phone")
+
+    for number in range(5_000):
+        notebook.log.event("warn", f"event_{number}")
+
+    names = notebook.names()
+    assert (len(names), names[0], names[-1]) == (801, "key_created", "event_4999")
+    assert notebook.names(10, "audit") == ["key_created"]
+
+
+def test_the_last_two_hundred_changes_are_kept(notebook: Notebook) -> None:
+    for number in range(250):
+        notebook.log.audit(f"change_{number}")
+
+    names = notebook.names(1000, "audit")
+    assert (len(names), names[0], names[-1]) == (200, "change_50", "change_249")
+    assert notebook.names() == names
+
+
+def test_what_the_operator_changed_is_in_a_private_file_of_its_own_too(
+    notebook: Notebook
+) -> None:
+    path = notebook.path.with_name("audit.log")
+
+    notebook.log.event("info", "door_opened")
+    existed = path.exists()
+    notebook.log.audit("key_created", key="phone\u202e")
+    notebook.log.close()
+
+    [line] = path.read_text("utf-8").splitlines()
+    assert not existed
+    assert json.loads(line) == notebook.lines()[-1]
+    assert json.loads(line)["key"] == "phone\\u202e"
+    assert mode_of(path) == 0o600
+
+
+def test_what_the_operator_changed_is_kept_at_every_level(tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path, "error")
+
+    notebook.log.audit("key_revoked")
+
+    assert notebook.names() == ["key_revoked"]
+
+
+# -- refusals -----------------------------------------------------------------
+
+
+class Door:
+    """What strangers are refused, with the log at hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.notebook = Notebook(folder)
+        self.clock = FakeClock()
+        self.refusals = ocp.Refusals(self.notebook.log, self.clock)
+
+    def sums(self) -> list[tuple[str, int, dict[str, int]]]:
+        """The sums in the log: peer, number, statuses."""
+        return [
+            (entry["peer"], entry["count"], entry["statuses"])
+            for entry in self.notebook.log.recent(1000, "all")
+            if entry["event"] == "requests_refused"
+        ]
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    return Door(tmp_path)
+
+
+def test_a_few_refusals_have_a_line_each_and_no_sum(door: Door) -> None:
+    for number in range(5):
+        door.refusals.note("10.0.0.7", 401, path=f"/{number}")
+    door.clock.advance(61)
+    door.refusals.tend()
+
+    assert door.notebook.names() == ["request_refused"] * 5
+    assert door.notebook.log.recent(1, "all")[0]["path"] == "/4"
+
+
+def test_many_refusals_of_a_minute_become_one_line(door: Door) -> None:
+    for number in range(12_000):
+        door.refusals.note("10.0.0.7", 404 if number % 3 else 401)
+    door.refusals.tend()
+    before = len(door.notebook.names())
+    door.clock.advance(61)
+    door.refusals.tend()
+    door.refusals.tend()
+
+    assert before == 5
+    assert door.sums() == [("10.0.0.7", 12_000, {"401": 4_000, "404": 8_000})]
+
+
+def test_each_minute_begins_anew(door: Door) -> None:
+    for _ in range(3):
+        for _ in range(7):
+            door.refusals.note("10.0.0.7", 401)
+        door.clock.advance(61)
+        door.refusals.tend()
+
+    assert door.notebook.names() == (["request_refused"] * 5 + ["requests_refused"]) * 3
+
+
+def test_refusals_of_very_many_peers_take_few_lines_and_little_memory(door: Door) -> None:
+    for number in range(100_000):
+        door.refusals.note(f"peer-{number}", 401)
+    door.clock.advance(61)
+    door.refusals.tend()
+
+    assert door.notebook.names() == ["request_refused"] * 32 + ["requests_refused"]
+    assert door.sums() == [("others", 99_968, {"401": 99_968})]
+
+
+def test_at_the_end_the_sums_are_told_at_once(door: Door) -> None:
+    for _ in range(9):
+        door.refusals.note("10.0.0.7", 401)
+    door.refusals.tend(at_once=True)
+
+    assert door.sums() == [("10.0.0.7", 9, {"401": 9})]
 
 
 # -- the file -----------------------------------------------------------------
