@@ -230,6 +230,18 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
+def peer_group(address: str) -> str:
+    """Whom an address stands for: in IPv6 one machine may have all of a network."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    if mapped or parsed.version == 4 or parsed.is_loopback:
+        return str(mapped or parsed)
+    return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
 #: A header that lists names ends after so many characters: clients refuse longer heads.
 _HEADER_LIST_MAX_CHARS = 1_000
 
@@ -1247,10 +1259,11 @@ class Refusals:
 
     def note(self, peer: str, status: int, **fields: object) -> None:
         """Records one refusal."""
+        group = peer_group(peer)
         with self._lock:
-            is_listed = peer in self._counts or len(self._counts) < _REFUSED_PEERS_MOST
+            is_listed = group in self._counts or len(self._counts) < _REFUSED_PEERS_MOST
             counts = self._counts.setdefault(
-                peer if is_listed else "others", collections.Counter()
+                group if is_listed else "others", collections.Counter()
             )
             told = is_listed and sum(counts.values()) < _REFUSALS_TOLD
             counts[status] += 1
@@ -2598,41 +2611,43 @@ class WrongKeys:
         self._clock = clock
         # Guards the next fields.
         self._lock = threading.Lock()
-        #: How many wrong keys a peer has sent, and when the last one came; the newest peer last.
-        self._peers: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()
-        #: Whose answers are held back, a peer once for each.
+        #: How many wrong keys a group of peers has sent, and when the last one came; the newest
+        #: group last.
+        self._groups: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()
+        #: Whose answers are held back, a group once for each.
         self._held_back: list[str] = []
 
-    def _noted(self, peer: str) -> int:
-        """How many wrong keys this peer has sent, with the one of this moment."""
+    def _noted(self, group: str) -> int:
+        """How many wrong keys this group has sent, with the one of this moment."""
         now_s = self._clock()
-        count, last_s = self._peers.pop(peer, (0, now_s))
+        count, last_s = self._groups.pop(group, (0, now_s))
         count = 1 if now_s - last_s > _FORGIVEN_S else count + 1
-        self._peers[peer] = (count, now_s)
-        while len(self._peers) > _WRONG_PEERS_MOST:
-            self._peers.popitem(last=False)
+        self._groups[group] = (count, now_s)
+        while len(self._groups) > _WRONG_PEERS_MOST:
+            self._groups.popitem(last=False)
         return count
 
     @contextlib.contextmanager
     def noting(self, peer: str, most_s: float) -> Iterator[float]:
         """Counts a wrong key, and gives the seconds to wait before the peer is told, `most_s` at
         most. Nobody waits where too many do: they hold a connection each."""
+        group = peer_group(peer)
         with self._lock:
-            over = self._noted(peer) - _WRONG_KEYS_FREE
+            over = self._noted(group) - _WRONG_KEYS_FREE
             wait_s = min(most_s, _FIRST_DELAY_S * 2.0 ** min(over - 1, 20)) if over > 0 else 0.0
             if (
                 len(self._held_back) >= _HELD_BACK_MOST
-                or self._held_back.count(peer) >= _HELD_BACK_PER_PEER
+                or self._held_back.count(group) >= _HELD_BACK_PER_PEER
             ):
                 wait_s = 0.0
             if wait_s:
-                self._held_back.append(peer)
+                self._held_back.append(group)
         try:
             yield wait_s
         finally:
             with self._lock:
                 if wait_s:
-                    self._held_back.remove(peer)
+                    self._held_back.remove(group)
 
 
 _NEEDS_KEY = "This server wants its key: send it as `Authorization: Bearer KEY` or `x-api-key`."
@@ -2667,18 +2682,6 @@ def is_loopback(address: str) -> bool:
         return False
     mapped = getattr(parsed, "ipv4_mapped", None)
     return bool((mapped or parsed).is_loopback)
-
-
-def peer_group(address: str) -> str:
-    """Whom an address stands for: in IPv6 one machine may have all of a network."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    if mapped or parsed.version == 4 or parsed.is_loopback:
-        return str(mapped or parsed)
-    return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
 #: Headers that only proxies, load balancers and tunnels add.
@@ -13738,7 +13741,7 @@ class Exchange(BaseHTTPRequestHandler):
             "caller": self.caller.name, "error": type(error).__name__, "param": error.param,
         }
         if self.caller.name == "public":
-            self.app.refusals.note(peer_group(self.peer), error.status, **fields)
+            self.app.refusals.note(self.peer, error.status, **fields)
         else:
             self.app.log.event(
                 "info", "request_refused", peer=self.peer, status=error.status, **fields
@@ -13786,7 +13789,7 @@ class Exchange(BaseHTTPRequestHandler):
         except Unauthorized:
             if any(presented_keys(self.headers)):
                 most_s = config.wrong_key_delay_ms / 1000
-                with self.app.wrong_keys.noting(peer_group(self.peer), most_s) as wait_s:
+                with self.app.wrong_keys.noting(self.peer, most_s) as wait_s:
                     time.sleep(wait_s)
             raise
 

@@ -67,7 +67,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "PROXY_API_KEY": KEY, "OCP_ADMIN_KEY": ADMIN_KEY, "OCP_ALLOWED_ORIGINS": PAGE,
         "OCP_ALLOWED_HOSTS": "box.example", "CLAUDE_SYSTEM_PROMPT": "Speak like a pirate.",
         "OCP_LOG_LEVEL": "debug", "ANTHROPIC_BASE_URL": "http://127.0.0.1:3456",
-        "OPENAI_API_KEY": "sk-of-somebody", "CLAUDECODE": "1",
+        "OPENAI_API_KEY": "sk-of-somebody", "CLAUDECODE": "1", "OCP_WRONG_KEY_DELAY": "0",
     }
     with running_server(tmp_path_factory.mktemp("locked"), env=env) as running:
         yield running

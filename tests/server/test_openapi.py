@@ -39,7 +39,7 @@ ENDLESS = ("GET", "/api/events")
 @pytest.fixture(scope="module")
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server in mode multi."""
-    env = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY}
+    env = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY, "OCP_WRONG_KEY_DELAY": "0"}
     with running_server(tmp_path_factory.mktemp("server"), env=env) as running:
         yield running
 

@@ -324,6 +324,16 @@ def test_refusals_of_very_many_peers_take_few_lines_and_little_memory(door: Door
     assert door.sums() == [("others", 99_968, {"401": 99_968})]
 
 
+def test_the_addresses_of_a_network_of_ipv6_are_summed_up_together(door: Door) -> None:
+    for number in range(100):
+        door.refusals.note(f"2001:db8:1:2::{number:x}", 401)
+    door.refusals.tend(at_once=True)
+
+    first = door.notebook.log.recent(1000, "all")[1]
+    assert first["peer"] == "2001:db8:1:2::1"
+    assert door.sums() == [("2001:db8:1:2::/64", 100, {"401": 100})]
+
+
 def test_at_the_end_the_sums_are_told_at_once(door: Door) -> None:
     for _ in range(9):
         door.refusals.note("10.0.0.7", 401)
