@@ -1017,6 +1017,8 @@ def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
 
 
 LEVELS = ("debug", "info", "warn", "error")
+#: What `logs` takes; audit = what the operator changed.
+LOG_WORDS = ("all", "audit", *LEVELS)
 _LEVEL_COLOURS = {"debug": "dim", "warn": "yellow", "error": "red"}
 
 
@@ -1040,11 +1042,12 @@ def show_logs(answer: Json, look: Look) -> str:
 
 
 def fresh_entries(seen: Sequence[Json], entries: Sequence[Json]) -> Sequence[Json]:
-    """The entries that come after what was seen: the server sends the newest again each time."""
-    for overlap in range(min(len(seen), len(entries)), 0, -1):
-        if list(seen[-overlap:]) == list(entries[:overlap]):
-            return entries[overlap:]
-    return entries
+    """The entries that come after what was seen: the server sends again what it still has of it."""
+    known = 0
+    for entry in seen:
+        if known < len(entries) and entries[known] == entry:
+            known += 1
+    return entries[known:]
 
 
 def _log_arguments(words: Sequence[str]) -> tuple[int, str]:
@@ -1054,12 +1057,12 @@ def _log_arguments(words: Sequence[str]) -> tuple[int, str]:
         lowered = "warn" if word.lower() == "warning" else word.lower()
         if re.fullmatch(r"[0-9]{1,4}", word) and 0 < int(word) <= 1000:
             count = int(word)
-        elif lowered in ("all", *LEVELS):
+        elif lowered in LOG_WORDS:
             level = lowered
         else:
             raise Problem(
                 Exit.USAGE,
-                f"logs takes a number from 1 to 1000 and one of all, {', '.join(LEVELS)}; "
+                f"logs takes a number from 1 to 1000 and one of {', '.join(LOG_WORDS)}; "
                 f"not {clean(word)!r}.",
             )
     return count, level
@@ -3240,8 +3243,8 @@ COMMANDS = (
         option("--reset", "KEY", "back to environment or default"), JSON,
     )),
     Command("logs", cmd_logs, "the newest events, 20 unless told otherwise", (
-        word("words", "how many, and the least level: all, debug, info, warn, error",
-             ("all", *LEVELS), nargs="*", metavar="N|LEVEL"),
+        word("words", "how many, and the least level: " + ", ".join(LOG_WORDS),
+             LOG_WORDS, nargs="*", metavar="N|LEVEL"),
         flag("--follow", "-f", help="go on as events come, until Ctrl-C"), JSON,
     )),
     Command("sessions", cmd_sessions, "the conversations that the server remembers", (JSON,)),

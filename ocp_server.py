@@ -13662,6 +13662,8 @@ class Exchange(BaseHTTPRequestHandler):
 
     def _take_head(self, line: bytes, lines: Iterator[bytes]) -> None:
         """Takes the request out of a head. Raises BadRequest, HeadTooLarge."""
+        # A client that asked for a head takes a body for the next answer, of a refusal too.
+        self.command = "HEAD" if line.startswith(b"HEAD ") else ""
         self.command, self.path, self.request_version = parsed_request_line(line)
         self.headers = parsed_headers(lines)
         if self.request_version == "HTTP/1.1" or "Host" in self.headers:

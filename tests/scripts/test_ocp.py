@@ -143,6 +143,7 @@ def test_watch_goes_on_through_a_restart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words, query", [
     ([], "n=20&level=all"), (["5"], "n=5&level=all"), (["error"], "n=20&level=error"),
     (["50", "warning"], "n=50&level=warn"), (["debug", "7"], "n=7&level=debug"),
+    (["audit"], "n=20&level=audit"),
 ])
 def test_logs_take_number_and_level_in_any_order(
     tmp_path: Path, words: list[str], query: str,
@@ -173,7 +174,7 @@ def test_following_prints_every_event_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seen, entries, fresh", [
     ([], [1, 2], [1, 2]), ([1, 2], [1, 2], []), ([1, 2], [2, 3], [3]), ([1, 2], [7], [7]),
-    ([5, 5], [5, 5, 5], [5]),
+    ([5, 5], [5, 5, 5], [5]), ([1, 2, 3, 4], [1, 4, 5], [5]), ([1, 2, 3], [1], []),
 ])
 def test_fresh_entries_come_after_the_overlap(
     seen: list[int], entries: list[int], fresh: list[int],

@@ -229,6 +229,18 @@ def test_another_protocol_is_refused_at_once_and_told_what_is_spoken(
     assert b"HTTP/1.1" in body or b"http" in body
 
 
+@pytest.mark.parametrize("request_head", [
+    b"HEAD /\xff HTTP/1.1\r\n", b"HEAD / HTTP/2.0\r\n", head("HEAD", "/health", "no colon"),
+    head("HEAD", "/health", "Content-Length: x"), head("HEAD", "/health", "X: " + "a" * 70_000),
+], ids=["target", "version", "header", "length", "large"])
+def test_whoever_asks_for_a_head_gets_no_body_with_a_refusal(
+    server: Server, request_head: bytes
+) -> None:
+    answer = raw_http(server.port, request_head)
+
+    assert answer.startswith(b"HTTP/1.1 4") and answer.endswith(b"\r\n\r\n")
+
+
 def test_nothing_behind_a_broken_head_is_answered(server: Server) -> None:
     answers = raw_http(server.port, get(b"X: a\n") + get())
 
