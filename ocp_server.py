@@ -1015,6 +1015,12 @@ class ClaudeMissing(ClaudeUnavailable):
     """The program was not found."""
 
 
+class ClaudeAway(ClaudeUnavailable):
+    """The program was there a moment ago; updating it takes it away for seconds."""
+
+    heals = True
+
+
 class ClaudeTooOld(ClaudeUnavailable):
     """The program is older than what OCP was tested with."""
 
@@ -8778,8 +8784,41 @@ _USUAL_PLACES = (
     "/usr/local/bin/claude", "/usr/bin/claude", "~/.npm-global/bin/claude", "~/.bun/bin/claude",
 )
 _VERSION_PROBE_TIMEOUT_S = 20
+#: More than this is not read of what a command prints.
+_SHOWN_MOST_BYTES = 256 * 1024
 #: After a version that could not be told, or was too old, this long without asking again.
 _VERSION_RETRY_S = 30.0
+#: A program that is missing for less than this may be on its way back. Until then it is asked for
+#: its version more often, and clients are told to come back so soon.
+_AWAY_MOST_S = 60.0
+_AWAY_RETRY_S = 5.0
+#: Where a version stands in what `--version` prints, the surest place first: notices come with it,
+#: and may name versions of other things.
+_VERSION_PLACES = tuple(
+    re.compile(pattern, re.MULTILINE) for pattern in (
+        r"(\d+)\.(\d+)\.(\d+)\S* \(Claude Code\)",
+        r"^\s*v?(\d+)\.(\d+)\.(\d+)",
+        r"\b(\d+)\.(\d+)\.(\d+)",
+    )
+)
+
+
+def version_in(text: str) -> Version | None:
+    """Return the version of claude in what it prints; None if there is none."""
+    for place in _VERSION_PLACES:
+        found = place.search(text)
+        if found is not None:
+            return tuple(int(part) for part in found.groups())
+    return None
+
+
+def _check_age(version: Version) -> None:
+    """Raises ClaudeTooOld."""
+    if version < OLDEST_CLAUDE:
+        raise ClaudeTooOld(
+            f"claude {'.'.join(map(str, version))} on the server is older than "
+            f"{'.'.join(map(str, OLDEST_CLAUDE))}: run `claude update` there."
+        )
 
 
 def cannot_start(problem: OSError) -> OcpError:
@@ -8823,19 +8862,50 @@ class ClaudeProgram:
         # as a whole, and may be read without it.
         self._asking = threading.Lock()
         self._verdict: Verdict | None = None
+        #: When it was last seen to be there.
+        self._seen_s = -math.inf
 
     def resolve(self) -> Program:
-        """The program. Raises ClaudeMissing or ClaudeTooOld. Blocks for a version's time when the
-        file is new, or when the last failure is a while ago."""
+        """The program. Raises ClaudeMissing, ClaudeAway or ClaudeTooOld. Blocks for a version's
+        time when the file is new, or when the last failure is a while ago."""
         verdict = self._known()
         if verdict is None:
             with self._asking:
                 verdict = self._known() or self._judge()
                 self._verdict = verdict
         if verdict.error is not None:
-            raise verdict.error
+            raise self.tempered(verdict.error)
         assert verdict.program is not None
+        self._seen_s = self._clock()
         return verdict.program
+
+    def tempered(self, error: OcpError) -> OcpError:
+        """Return the error to raise for this one: of a program that was there within the last
+        minute, that it will be back."""
+        if not isinstance(error, ClaudeMissing) or not self._is_away():
+            return error
+        return ClaudeAway(
+            "The claude program is away at the moment, as while it is updated; try again soon.",
+            retry_after_s=_AWAY_RETRY_S,
+        )
+
+    def _is_away(self) -> bool:
+        return self._clock() - self._seen_s < _AWAY_MOST_S
+
+    def correct(self, version: Version) -> None:
+        """Take the word of a process for its version: the file behind a script that starts claude
+        can be exchanged without a change of the script."""
+        with self._asking:
+            verdict = self._verdict
+            if verdict is None or verdict.program in (None, Program(verdict.command, version)):
+                return
+            try:
+                _check_age(version)
+                program = Program(verdict.command, version)
+                self._verdict = verdict._replace(program=program)
+            except ClaudeTooOld as error:
+                until_s = self._clock() + _VERSION_RETRY_S
+                self._verdict = verdict._replace(program=None, error=error, until_s=until_s)
 
     def glance(self) -> tuple[Program | None, OcpError | None]:
         """What is known without asking: the program, or why there is none, or neither yet."""
@@ -8865,7 +8935,8 @@ class ClaudeProgram:
             program = Program(command, self._ask_version(command))
         except OcpError as error:
             # A failure may heal by itself; a program that is missing is looked for each time.
-            until_s = self._clock() + (_VERSION_RETRY_S if command else 0)
+            pause_s = _AWAY_RETRY_S if self._is_away() else _VERSION_RETRY_S
+            until_s = self._clock() + (pause_s if command else 0)
             return Verdict(command, stamp, None, error, until_s)
         return Verdict(command, stamp, program, None, math.inf)
 
@@ -8900,17 +8971,12 @@ class ClaudeProgram:
             raise ClaudeMissing(
                 f"The claude program does not answer `--version`: {INSTALL_ADVICE}."
             ) from None
-        match = re.match(rb"\s*(\d+)\.(\d+)\.(\d+)", shown)
-        if match is None:
+        version = version_in(shown.decode("utf-8", "replace"))
+        if version is None:
             raise ClaudeMissing(
                 f"The claude program does not tell its version: {INSTALL_ADVICE}."
             )
-        version = tuple(int(part) for part in match.groups())
-        if version < OLDEST_CLAUDE:
-            raise ClaudeTooOld(
-                f"claude {'.'.join(map(str, version))} on the server is older than "
-                f"{'.'.join(map(str, OLDEST_CLAUDE))}: run `claude update` there."
-            )
+        _check_age(version)
         return version
 
     def has_login(self, variables: Mapping[str, str]) -> bool:
@@ -8922,18 +8988,39 @@ class ClaudeProgram:
         return False
 
     def _shown_by(self, command: list[str], variables: Mapping[str, str] = _NO_VARIABLES) -> bytes:
-        """What a command prints. Raises OSError, and TimeoutExpired when it takes too long; then
-        it is ended, and with it all that it started: it may be a script around claude."""
+        """What a command prints, or the beginning of it. Raises OSError, and TimeoutExpired when
+        it takes too long. It is ended then, and with it all that it started: it may be a script
+        around claude."""
         env = {**child_environment(self._environ, self._config), **variables}
         with subprocess.Popen(
-            command, env=env, start_new_session=True,
+            command, env=env, start_new_session=True, bufsize=0,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         ) as popen:
+            assert popen.stdout is not None
             try:
-                return popen.communicate(timeout=_VERSION_PROBE_TIMEOUT_S)[0]
-            except subprocess.TimeoutExpired:
-                os.killpg(popen.pid, signal.SIGKILL)
-                raise
+                shown = _read_some(popen.stdout.fileno(), _VERSION_PROBE_TIMEOUT_S)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    popen.wait(_END_GRACE_S)
+                return shown
+            finally:
+                with contextlib.suppress(OSError):
+                    os.killpg(popen.pid, signal.SIGKILL)
+
+
+def _read_some(descriptor: int, timeout_s: float) -> bytes:
+    """What can be read up to the end, or to as much as is wanted. Raises TimeoutExpired."""
+    give_up_s = time.monotonic() + timeout_s
+    waiting, shown = select.poll(), b""
+    waiting.register(descriptor, select.POLLIN)
+    while len(shown) < _SHOWN_MOST_BYTES:
+        left_s = give_up_s - time.monotonic()
+        if left_s <= 0 or not waiting.poll(left_s * 1000):
+            raise subprocess.TimeoutExpired("claude", timeout_s)
+        piece = os.read(descriptor, 65_536)
+        if not piece:
+            break
+        shown += piece
+    return shown
 
 
 def work_folder(config: Config, environ: Mapping[str, str]) -> str:
@@ -8959,6 +9046,23 @@ def work_folder(config: Config, environ: Mapping[str, str]) -> str:
             # It is somebody else's, who would choose what claude finds there.
             return tempfile.mkdtemp(prefix="ocp-", dir=parent)
     return folder
+
+
+def left_files(
+    pid: int, env: Mapping[str, str], folder: str, platform: str = sys.platform
+) -> list[str]:
+    """Return what a claude that was killed may leave behind: the socket on which it listens for
+    other sessions, and on macOS the folder of its logs, which hold failed tool calls word for
+    word; `folder` is where it ran."""
+    runtime = env.get("XDG_RUNTIME_DIR") or env.get("CLAUDE_CODE_TMPDIR") or env.get("TMPDIR")
+    sockets = (os.path.join(runtime or "/tmp", "cc-socks"), f"/tmp/cc-socks-{os.getuid()}")
+    left = [os.path.join(sockets_of, f"{pid}.sock") for sockets_of in sockets]
+    if platform == "darwin" and env.get("HOME"):
+        # Elsewhere XDG_CACHE_HOME says where they go.
+        caches = os.path.join(env["HOME"], "Library", "Caches", "claude-cli-nodejs")
+        name = re.sub(r"[^a-zA-Z0-9]", "-", os.path.realpath(folder))
+        left.append(os.path.join(caches, name))
+    return left
 
 
 #: What claude needs to know of the account; nothing of it says who the owner is.
@@ -8996,6 +9100,9 @@ class ClaudeFolder:
         own = environ.get("CLAUDE_CONFIG_DIR", "")
         home = environ.get("HOME") or os.path.expanduser("~")
         self._source = os.path.join(own or home, ".claude.json")
+        self._credentials = os.path.join(
+            own or os.path.join(home, ".claude"), ".credentials.json"
+        )
         self._variables = {"CLAUDE_CONFIG_DIR": path, "CLAUDE_SECURESTORAGE_CONFIG_DIR": own}
         # Guards the two fields below and the file. Held while claude is asked for its login, once.
         self._lock = threading.Lock()
@@ -9013,6 +9120,14 @@ class ClaudeFolder:
             if not self._checked:
                 self._check()
             return dict(self._variables) if self.is_private else {}
+
+    def login_stamp(self) -> object:
+        """Return what changes whenever claude's credentials do, where they are in a file."""
+        try:
+            status = os.stat(self._credentials)
+        except OSError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def login_changed(self) -> None:
         """Look at the next start again where claude has its login."""
@@ -9137,9 +9252,90 @@ class Guardian:
 
 #: How long a process gets to end by itself before it is killed.
 _END_GRACE_S = 2.0
-#: A line longer than this is no line of claude's.
+#: How long claude may take to answer a control request, and how long it may say nothing.
+_ANSWER_TIMEOUT_S = 20.0
+#: A claude that still works at its start may take longer: many may start at once on a slow machine.
+_START_MOST_S = 60.0
+#: A line longer than this is no line of claude's, and who prints so much between two of claude's
+#: lines is not claude. Each line that means nothing counts as some more bytes than it has.
 _LINE_MAX_BYTES = 64 * 1024 * 1024
+_LINE_COST_BYTES = 100
 _STDERR_KEPT_BYTES = 4096
+#: Lines that claude prints in a turn: what it was told before has arrived.
+_TURN_LINES = ("assistant", "result", "stream_event", "system", "user")
+_CONTROL_REQUEST = b'{"type":"control_request"'
+_PRESENCE_ID = "presence"
+
+
+def presence_line() -> bytes:
+    """What asks claude whether it is there: in the middle of a turn too, and without effect."""
+    request = {"subtype": "mcp_status"}
+    return _line({"type": "control_request", "request_id": _PRESENCE_ID, "request": request})
+
+
+def _answers_presence(line: Json) -> bool:
+    return _object(line.get("response")).get("request_id") == _PRESENCE_ID
+
+
+def processor_s(pid: int) -> float:
+    """Return how long a process has worked; 0 where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Patience:
+    """How long a claude is waited for that may hang: it answers control requests in time, and it
+    is never silent for long. While the API makes it wait, it is asked whether it is there."""
+
+    def __init__(self, now_s: float) -> None:
+        #: When it last said something, or was first waited for.
+        self._heard_s = now_s
+        #: Control requests without an answer, and since when.
+        self._owed = 0
+        self._owed_since_s = now_s
+        self._was_asked = False
+
+    def told(self, data: bytes, now_s: float) -> None:
+        """Notes what claude is told."""
+        count = data.startswith(_CONTROL_REQUEST) + data.count(b"\n" + _CONTROL_REQUEST)
+        if count and not self._owed:
+            self._owed_since_s = now_s
+        self._owed += count
+
+    def asked(self) -> None:
+        """Notes that claude was asked whether it is there."""
+        self._was_asked = True
+
+    def heard(self, line: Json, now_s: float) -> bool:
+        """Notes a line, and returns whether it is one of those that show that claude is there."""
+        kind = line.get("type")
+        if kind in _TURN_LINES:
+            self._owed = 0
+        elif kind != "control_response":
+            return False
+        elif not _answers_presence(line):
+            self._owed = max(0, self._owed - 1)
+        self._heard_s, self._was_asked = now_s, False
+        return True
+
+    def excuse(self, span_s: float) -> None:
+        """Leaves a time out of account in which nobody listened to claude."""
+        self._heard_s += span_s
+        self._owed_since_s += span_s
+
+    def ask_at_s(self) -> float:
+        """When to ask claude whether it is there; never twice for one silence."""
+        return math.inf if self._was_asked else self._heard_s + _ANSWER_TIMEOUT_S / 2
+
+    def ends_at_s(self) -> float:
+        """When claude has to be taken for one that hangs."""
+        silent_s = self._heard_s if self._was_asked else math.inf
+        owed_s = self._owed_since_s if self._owed else math.inf
+        return min(silent_s, owed_s) + _ANSWER_TIMEOUT_S
 
 
 class ClaudeProcess:
@@ -9158,8 +9354,9 @@ class ClaudeProcess:
         notice: Callable[[Json], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Starts it. `notice` gets what it says about the plan, whenever it says it; it must not
-        block. Raises ClaudeMissing, UpstreamFailed when it cannot be started."""
+        """Starts it. `notice` gets what it says about the plan, whenever it says it, and about
+        its version if that is not `version`; it must not block. Raises ClaudeMissing,
+        UpstreamFailed when it cannot be started."""
         self.model_id = model_id
         self.version = version
         self.born_s = clock()
@@ -9168,11 +9365,23 @@ class ClaudeProcess:
         self._notice = notice
         #: The client's tools, for whoever asks for them in claude.
         self.tools = ToolServer(())
+        #: Whether it hangs, or prints what is not claude's: it is of no use any more.
+        self.broken = False
+        #: Whether it says that it is of another version than it was started as.
+        self.misjudged = False
         #: How many questions it was made to forget.
         self.forgotten = 0
         #: How many messages it was told before its first question: others may begin with the same.
         self.told = 0
         self._unread = bytearray()
+        #: How much of it is known to hold no end of a line.
+        self._searched = 0
+        #: What it printed since the last line that shows that it is there.
+        self._noise_bytes = 0
+        self._patience = Patience(clock())
+        #: Whether it ever said anything, and how long it had worked when it was last looked at.
+        self._spoke = False
+        self._worked_s = 0.0
         self._unsent = bytearray()
         self._complaints = bytearray()
         #: When the client last got something; silence is counted from there.
@@ -9182,6 +9391,10 @@ class ClaudeProcess:
         self._ended = False
         self._kill_at_s: float | None = None
         self._popen = self._started([*command, *claude_arguments(model_id, config)], env, cwd)
+        self._left_files = left_files(self._popen.pid, env, cwd)
+        if config.is_agent:
+            # The folder, and so its logs, may be the owner's too.
+            del self._left_files[2:]
         pipes = (self._popen.stdin, self._popen.stdout, self._popen.stderr)
         self._stdin, self._stdout, self._stderr = (
             pipe.fileno() for pipe in pipes if pipe is not None
@@ -9220,8 +9433,8 @@ class ClaudeProcess:
         return self._popen.pid
 
     def alive(self) -> bool:
-        """Whether it still runs."""
-        return self._popen.poll() is None
+        """Whether it still runs and is of use."""
+        return not self.broken and self._popen.poll() is None
 
     # -- talking ------------------------------------------------------------------------------
 
@@ -9230,17 +9443,18 @@ class ClaudeProcess:
 
         With results of tool calls the turn that asked for them goes on, and no step is needed.
         Ends after Finished. Raises what went wrong: an error that claude reports, its death,
-        UpstreamTimeout at the deadline, ClientGone.
+        UpstreamTimeout at the deadline, ClientGone. One that hangs is `broken` then.
         """
         self._spoke_s = self._clock()
+        self._patience = Patience(self._spoke_s)
         # A failure may be kept, and with it all that its traceback leads to.
         with contextlib.closing(self._lines(watch)) as lines:
             if not script.results and not self._settled:
                 yield from self._until_result(lines)
             for step in script.steps[:-1]:
-                self._unsent += step
+                self._tell(step)
                 yield from self._until_result(lines)
-            self._unsent += self.tools.deliver(script.results) + b"".join(script.steps[-1:])
+            self._tell(self.tools.deliver(script.results) + b"".join(script.steps[-1:]))
             self._settled = False
             for line in lines:
                 events = [Tick()] if line is None else reader.events(line)
@@ -9253,13 +9467,14 @@ class ClaudeProcess:
     def consult(self, requests: list[bytes], watch: Watch) -> list[Json]:
         """The answers to control requests, in their order, after what it was asked before is over.
         Raises what `converse` raises."""
+        self._patience = Patience(self._clock())
         answers: list[Json] = []
         with contextlib.closing(self._lines(watch)) as lines:
             if not self._settled:
                 # An answer may be complete before claude says that its turn is over.
                 for _ in self._until_result(lines):
                     pass
-            self._unsent += b"".join(requests)
+            self._tell(b"".join(requests))
             for line in lines:
                 if line is not None and line.get("type") == "control_response":
                     check_control_response(line)
@@ -9267,6 +9482,10 @@ class ClaudeProcess:
                 if len(answers) == len(requests):
                     break
         return answers
+
+    def _tell(self, data: bytes) -> None:
+        self._unsent += data
+        self._patience.told(data, self._clock())
 
     def _until_result(self, lines: Iterator[Json | None]) -> Iterator[Event]:
         """Waits until claude has taken a message of the history."""
@@ -9281,19 +9500,19 @@ class ClaudeProcess:
 
     def _lines(self, watch: Watch) -> Generator[Json | None, None, None]:
         """Each line that claude prints, and None whenever the client has had nothing for `tick_s`:
-        there are lines that mean nothing to it."""
+        there are lines that mean nothing to it. Raises UpstreamFailed when claude hangs."""
         if watch.client.gone():
             # One that was made to leave shows nothing on its socket.
             raise ClientGone
         with self._selector(watch.client) as selector:
             while True:
-                yield from self._take_lines()
+                yield from self._heard_lines()
                 if self._ended:
                     if watch.client.gone():
                         raise ClientGone
                     raise self._death()
+                until_s = min(watch.deadline_s, self._wait_until_s())
                 self._flush(selector)
-                until_s = watch.deadline_s
                 if watch.tick_s:
                     until_s = min(until_s, self._spoke_s + watch.tick_s)
                 for key, _ in selector.select(max(0.0, until_s - self._clock())):
@@ -9306,6 +9525,40 @@ class ClaudeProcess:
                     # Something that it started may hold its pipes open after its end.
                     self._ended = self._ended or not self.alive()
                     yield None
+                    self._patience.excuse(self._clock() - now_s)
+
+    def _heard_lines(self) -> Iterator[Json]:
+        """The complete lines read so far, but for what is no business of who asks."""
+        for line in self._take_lines():
+            if not _answers_presence(line):
+                yield line
+            # Only now: the time that the client takes for a line is not claude's.
+            if self._patience.heard(line, self._clock()):
+                self._noise_bytes, self._spoke = 0, True
+
+    def _wait_until_s(self) -> float:
+        """Until when to wait for claude, which is asked whether it is there when it is silent.
+        Raises UpstreamFailed when it hangs."""
+        now_s = self._clock()
+        if now_s >= self._patience.ends_at_s() and not self._still_starts():
+            self.broken = True
+            raise UpstreamFailed(
+                f"claude on the server hung: it gave no answer for {_ANSWER_TIMEOUT_S:.0f} s."
+            )
+        if now_s >= self._patience.ask_at_s():
+            self._unsent += presence_line()
+            self._patience.asked()
+            self._worked_s = processor_s(self.pid)
+        return min(self._patience.ask_at_s(), self._patience.ends_at_s())
+
+    def _still_starts(self) -> bool:
+        """Whether it has not said anything yet, but is at work; it gets more time then."""
+        worked_s, self._worked_s = self._worked_s, processor_s(self.pid)
+        is_young = self._clock() - self.born_s < _START_MOST_S
+        if self._spoke or not is_young or self._worked_s <= worked_s:
+            return False
+        self._patience.excuse(_ANSWER_TIMEOUT_S / 2)
+        return True
 
     def _selector(self, client: Client) -> selectors.BaseSelector:
         def client_speaks(selector: selectors.BaseSelector) -> None:
@@ -9325,15 +9578,24 @@ class ClaudeProcess:
         piece = self._read(self._stdout)
         self._ended = self._ended or piece == b""
         self._unread += piece or b""
-        if len(self._unread) > _LINE_MAX_BYTES:
-            raise UpstreamFailed("claude printed a line without an end.")
+        self._check_noise(len(self._unread))
 
-    def _read_stderr(self, selector: selectors.BaseSelector) -> None:
+    def _read_stderr(self, selector: selectors.BaseSelector | None) -> None:
         piece = self._read(self._stderr)
-        if piece == b"":
+        if piece == b"" and selector is not None:
             selector.unregister(self._stderr)
         self._complaints += piece or b""
         del self._complaints[:-_STDERR_KEPT_BYTES]
+        self._noise_bytes += len(piece or b"")
+        self._check_noise(self._noise_bytes)
+
+    def _check_noise(self, size_bytes: int) -> None:
+        """Raises UpstreamFailed when this is more than claude can have printed."""
+        if size_bytes > _LINE_MAX_BYTES:
+            self.broken = True
+            self._unread.clear()
+            self._searched = 0
+            raise UpstreamFailed("claude on the server printed too much that means nothing.")
 
     def _read(self, descriptor: int) -> bytes | None:
         """What is there to read: empty at the end, None when there is nothing yet."""
@@ -9370,11 +9632,15 @@ class ClaudeProcess:
         """The complete lines read so far, parsed. What is no JSON object is no line of claude's:
         a plugin's print, say. Half an object is worse: something of the answer is lost."""
         while True:
-            end = self._unread.find(b"\n")
+            end = self._unread.find(b"\n", self._searched)
             if end < 0:
+                self._searched = len(self._unread)
                 return
             raw = bytes(self._unread[:end]).strip()
             del self._unread[: end + 1]
+            self._searched = 0
+            self._noise_bytes += len(raw) + _LINE_COST_BYTES
+            self._check_noise(self._noise_bytes)
             if not raw.startswith(b"{"):
                 continue
             try:
@@ -9382,18 +9648,26 @@ class ClaudeProcess:
             except ValueError:
                 raise UpstreamFailed("claude printed a line that is broken.") from None
             if isinstance(line, dict):
-                if line.get("type") == "control_request":
-                    self._unsent += self.tools.reply(line)
-                self._settled = self._settled or line.get("type") == "result"
-                if self._notice is not None and line.get("type") == "rate_limit_event":
-                    # It comes behind the end of an answer, when nobody listens any more.
-                    self._notice(line)
+                self._note(line)
                 yield line
+
+    def _note(self, line: Json) -> None:
+        """Does what a line asks for, whoever listens."""
+        kind = line.get("type")
+        if kind == "control_request":
+            self._unsent += self.tools.reply(line)
+        self._settled = self._settled or kind == "result"
+        # It comes behind the end of an answer, when nobody listens any more.
+        is_news = kind == "rate_limit_event"
+        if kind == "system" and line.get("subtype") == "init":
+            told = version_in(str(line.get("claude_code_version")))
+            is_news = self.misjudged = told not in (None, self.version)
+        if is_news and self._notice is not None:
+            self._notice(line)
 
     def idle(self) -> None:
         """Reads and answers what claude says by itself while nobody uses it, or its pipes would
         fill up. Blocks on nothing."""
-        self._read(self._stderr)
         self._last_lines()
         self._write_some()
 
@@ -9438,7 +9712,6 @@ class ClaudeProcess:
         """Whether it has ended and left nothing behind. Kills it when its time is up."""
         if self._popen.stdout is None or self._popen.stdout.closed:
             return True
-        self._read(self._stderr)
         self._last_lines()
         if self._popen.poll() is None:
             if self._kill_at_s is not None and self._clock() >= self._kill_at_s:
@@ -9450,12 +9723,19 @@ class ClaudeProcess:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+        for path in self._left_files:
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         if self._guardian is not None:
             self._guardian.forget(self._popen.pid)
         return True
 
     def _last_lines(self) -> None:
         with contextlib.suppress(OcpError):
+            self._read_stderr(None)
             self._read_stdout(None)
             for _ in self._take_lines():
                 pass
@@ -9815,7 +10095,9 @@ class Spares:
         """Whether something is due within a moment: an end to see to, or a refill."""
         with self._lock:
             soon_s = self._clock() + 2 * _REFILL_PAUSE_S
-            return bool(self._leaving) or any(at < soon_s for at in self._refill_s.values())
+            refills = self._pause_until_s < soon_s
+            due = refills and any(at < soon_s for at in self._refill_s.values())
+            return due or bool(self._leaving)
 
     def reap(self) -> int:
         """Sees to those that are leaving; how many are left."""
@@ -10092,12 +10374,22 @@ class Parking:
         parts from this one, if any comes near.
         """
         with self._lock:
-            for parked in reversed(self._parked):
-                if parked.takes(history, message) and parked.process.alive():
-                    self._parked.remove(parked)
-                    return parked, None
+            parked = self._holder(history, message)
+            if parked is not None:
+                self._parked.remove(parked)
+                return parked, None
             near = [p.common(history) for p in self._parked if p.history.base == history.base]
             return None, max(near, default=0) or None
+
+    def holds(self, history: History, message: Message) -> bool:
+        """Whether there is a process to go on with: one that holds all but `message`."""
+        with self._lock:
+            return self._holder(history, message) is not None
+
+    def _holder(self, history: History, message: Message) -> Parked | None:
+        """The lock is held by the caller."""
+        able = (p for p in reversed(self._parked) if p.takes(history, message))
+        return next((parked for parked in able if parked.process.alive()), None)
 
     def take_to_forget(self, history: History, config: Config, running: int) -> Parked | None:
         """A process that holds this conversation but for the last question and what came of it.
@@ -10553,6 +10845,16 @@ class Account:
         """The API, or claude itself, refused the login."""
         with self._lock:
             self._logged_in, self._since_s = False, self._clock()
+
+    def doubt(self) -> None:
+        """The login may be good again."""
+        with self._lock:
+            self._logged_in = self._since_s = None
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the login was refused, as far as is known."""
+        return self._logged_in is False
 
     def verdict(self) -> Json:
         """What /health says: ok is true, false, or null while nothing is known."""
@@ -11229,6 +11531,15 @@ class Outcome:
             self.finished = event
 
     @property
+    def lost_its_process(self) -> bool:
+        """Whether its process died or broke through no fault of the request, so that another may
+        do: it died while it waited, maybe, or it hangs."""
+        process = self.process
+        return process is not None and (
+            process.broken or (bool(self.warm) and not process.alive())
+        )
+
+    @property
     def usage(self) -> Usage:
         """What the answer took so far; the output of one that is not finished is estimated."""
         if self.finished is not None:
@@ -11404,6 +11715,8 @@ _USAGE_TIMEOUT_S = 8.0
 #: nobody asks for that again when it could not.
 _FORGET_TIMEOUT_S = 2.0
 _FORGET_PAUSE_S = 60.0
+#: How often a login that was refused is looked at again, by asking claude for it.
+_LOGIN_LOOK_S = 45.0
 _MOVE_HOME = "set OCP_HOME to a folder that can be written"
 _REPLACE_DATABASE = "move ocp.db away or put a copy of it back"
 _FREE_DATABASE = "see to it that ocp.db can be written, and start again"
@@ -11477,8 +11790,14 @@ class App:
         #: What processes said about the plan, until somebody takes it to the account.
         self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._guardian = Guardian()
+        # Guards the two fields below: the program that processes are of, and the kind of failure
+        # that the log has of it, until there is one again.
+        self._program_lock = threading.Lock()
         self._seen_program: Program | None = None
-        self._told_unavailable = False
+        self._told_unavailable: type[OcpError] | None = None
+        #: What stood for claude's credentials when the login was looked at, and when that was.
+        self._login_stamp: object = None
+        self._login_look_s = -math.inf
         self._prune_at_s = clock()
 
     @property
@@ -11562,15 +11881,17 @@ class App:
         with contextlib.suppress(OSError):
             # Whoever cleans up temporary files may have taken it away.
             os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
-        process = ClaudeProcess(
-            program.command, model_id, self.config,
-            env={
-                **child_environment(self._environ, self.config),
-                **self.claude_folder.environment(),
-            },
-            cwd=self._work_folder, version=program.version,
-            guardian=self._guardian, notice=self._notices.put, clock=self.clock,
-        )
+        env = {
+            **child_environment(self._environ, self.config), **self.claude_folder.environment()
+        }
+        try:
+            process = ClaudeProcess(
+                program.command, model_id, self.config, env=env, cwd=self._work_folder,
+                version=program.version, guardian=self._guardian, notice=self._notices.put,
+                clock=self.clock,
+            )
+        except ClaudeMissing as error:
+            raise self.program.tempered(error) from None
         self.log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
         return process
 
@@ -11831,7 +12152,11 @@ class App:
         self, outcome: Outcome, caller: Caller, client: Client, stack: contextlib.ExitStack
     ) -> Iterator[Event]:
         config, turn = self.config, outcome.turn
-        self.program.resolve()
+        history = history_of(turn, caller.scope, config.system_prompt)
+        if not self.parking.holds(history, turn.messages[-1]):
+            # One that holds the conversation goes on with it, also while claude is updated.
+            self._take_notices()
+            self._watch_program()
         watch = Watch(
             client=client,
             deadline_s=outcome.started_s + config.timeout_ms / 1000,
@@ -11840,15 +12165,12 @@ class App:
         slot = stack.enter_context(self.gate.slot(caller))
         yield from slot.wait(watch, self.clock)
         stack.callback(self._give_up, outcome)
-        history = history_of(turn, caller.scope, config.system_prompt)
         for events in self._attempts(outcome, history, watch):
             try:
                 yield from events
                 return
             except UpstreamFailed:
-                # It may have died while it waited: nothing is lost as long as nothing was said.
-                died = outcome.process is not None and not outcome.process.alive()
-                if outcome.first_token_s is not None or not (died and outcome.warm):
+                if outcome.first_token_s is not None or not outcome.lost_its_process:
                     raise
                 self._give_up(outcome)
                 if outcome.told:
@@ -11980,7 +12302,11 @@ class App:
         self.mail.put("tend")
 
     def _may_serve_again(self, outcome: Outcome, process: ClaudeProcess) -> bool:
-        """Whether a process is worth parking after a complete answer."""
+        """Whether a process is worth parking after a complete answer: not one of a claude that
+        has been replaced."""
+        seen = self._seen_program
+        if process.misjudged or (seen is not None and process.version != seen.version):
+            return False
         if outcome.turn.shape is None or not self.config.parked_processes:
             return self.config.parked_processes > 0
         forgets = process.version >= FORGETS_ALL_SINCE and not self.config.is_agent
@@ -11997,6 +12323,7 @@ class App:
     def _note_failure(self, error: OcpError, request: Request, outcome: Outcome) -> None:
         if isinstance(error, LoginLost):
             self.account.refused()
+            self._login_stamp, self._login_look_s = self.claude_folder.login_stamp(), self.clock()
             self.claude_folder.login_changed()
             self._drop_idle()
         error.logged = True
@@ -12050,40 +12377,77 @@ class App:
             self.cache.tend(self.config)
             self._prune()
             self.refusals.tend()
+            self._watch_login()
             self._watch_program()
             self.spares.tend(self.config)
         except OcpError as error:
-            if self._seen_program is not None or not self._told_unavailable:
-                self._told_unavailable = True
-                self.log.event("error", "claude_unavailable", detail=error.message)
-            self._seen_program = None
+            self._log_unavailable(error)
             # No spare is tended without a claude, but those that leave have to be seen to.
-            self.spares.reap()
+            return _TEND_SOON_S if self.spares.reap() else _TEND_EVERY_S
         except Exception as error:
             self.log.event("error", "housekeeping_failed", error=failure_words(error))
         return _TEND_SOON_S if self.spares.restless() else _TEND_EVERY_S
 
     def _watch_program(self) -> None:
-        """Notices a claude that was installed, updated or removed. Raises ClaudeUnavailable."""
+        """Notices a claude that was installed, updated or removed: no process of another one is
+        offered any more. Raises ClaudeUnavailable."""
         try:
             program = self.program.resolve()
+        except ClaudeAway:
+            # Those that run do not need it to go on.
+            raise
         except OcpError:
             self._drop_idle()
             raise
-        if program != self._seen_program:
-            if self._seen_program is not None:
-                self._drop_idle()
-            self._seen_program = program
+        with self._program_lock:
+            before, self._seen_program = self._seen_program, program
+            is_news = program != before or self._told_unavailable is not None
+            self._told_unavailable = None
+        if before not in (None, program):
+            self._drop_idle()
+        if is_news:
             self.log.event("info", "claude_found", version=program.version_text)
 
+    def _log_unavailable(self, error: OcpError) -> None:
+        """Logs why no process can be started, once for each kind of reason."""
+        with self._program_lock:
+            is_news = self._told_unavailable is not type(error)
+            self._told_unavailable = type(error)
+        if is_news:
+            level = "warn" if error.heals else "error"
+            self.log.event(level, "claude_unavailable", detail=error.message)
+
+    def _watch_login(self) -> None:
+        """Looks at a login that was refused again: when claude's credentials have changed, and
+        every now and then, as they are not always in a file."""
+        if not self.account.is_refused:
+            return
+        stamp, now_s = self.claude_folder.login_stamp(), self.clock()
+        if stamp != self._login_stamp or now_s - self._login_look_s >= _LOGIN_LOOK_S:
+            self._login_stamp, self._login_look_s = stamp, now_s
+            # claude takes its time to answer, and others need the housekeeper.
+            threading.Thread(target=self._look_at_login, daemon=True).start()
+
+    def _look_at_login(self) -> None:
+        if self._has_login(self.claude_folder.environment()):
+            self.claude_folder.login_changed()
+            # They may hold the login that was refused.
+            self._drop_idle()
+            self.account.doubt()
+            self.log.event("info", "login_found")
+
     def _take_notices(self) -> None:
-        """Brings to the account what processes said about the plan."""
+        """Takes over what processes said about the plan, and about their version."""
         while True:
             try:
-                news = plan_news(self._notices.get_nowait())
+                notice = self._notices.get_nowait()
             except queue.Empty:
                 return
-            if news is not None:
+            version = version_in(str(notice.get("claude_code_version", "")))
+            news = plan_news(notice)
+            if version is not None:
+                self.program.correct(version)
+            elif news is not None:
                 self.account.hear(news)
 
     def _prune(self) -> None:

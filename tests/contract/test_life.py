@@ -96,6 +96,45 @@ def test_a_spare_that_was_killed_is_not_missed(claude: Claude, tmp_path: Path) -
         assert len(rig.bodies()) == 1
 
 
+@pytest.mark.slow
+def test_a_claude_that_is_asked_whether_it_is_there_says_so_and_does_nothing_else(
+    claude: Claude, tmp_path: Path
+) -> None:
+    with running_rig(tmp_path, claude) as rig:
+        wait_until(lambda: spares(rig) == 1)
+        rig.script(stub.text("Late.", delay_s=40.0), stub.text("At once."))
+        late = rig.ask("Are you there?")
+        messages = [user("Are you there?"), assistant(late.text), user("And now?")]
+        assert (late.text, rig.ask(messages).text) == ("Late.", "At once.")
+        assert last_answer(rig)["path"] == "continued"
+        first, second = rig.bodies()
+        assert [role for role, _ in turns(first)] == ["user"]
+        assert [role for role, _ in turns(second)] == ["user", "assistant", "user"]
+
+
+@pytest.mark.exhaustive
+def test_a_frozen_claude_is_replaced_in_time(claude: Claude, tmp_path: Path) -> None:
+    with running_rig(tmp_path, claude) as rig:
+        wait_until(lambda: spares(rig) == 1)
+        (frozen,) = claude_pids(rig.server)
+        os.kill(frozen, signal.SIGSTOP)
+        assert rig.ask("Still there?").text == "Hello from the stub."
+        wait_until(lambda: frozen not in claude_pids(rig.server))
+        assert len(rig.bodies()) == 1
+
+
+def test_the_socket_of_a_claude_that_was_killed_is_removed(claude: Claude, tmp_path: Path) -> None:
+    with running_rig(tmp_path, claude, CLAUDE_ALLOWED_TOOLS="Read") as rig:
+        if rig.is_old:
+            pytest.skip("it has no socket")
+        wait_until(lambda: spares(rig) == 1)
+        sockets = rig.server.place.temporary / "cc-socks"
+        (pid,) = claude_pids(rig.server)
+        wait_until(lambda: (sockets / f"{pid}.sock").exists())
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not (sockets / f"{pid}.sock").exists())
+
+
 def test_a_conversation_goes_on_where_it_was(rig: Rig) -> None:
     messages = [user("One?")]
     for question in ("Two?", "Three?"):

@@ -14,6 +14,7 @@ Environment:
 
 Scenario file, read again whenever a turn begins; a new content starts at its first turn:
     version         what --version prints, default 2.1.329; some lines depend on it
+    notice          what --version prints in front of it
     logged_in       what `auth status` says, default true
     usage           fields for the answer to get_usage
     unsupported     control requests that are refused
@@ -826,6 +827,10 @@ def control_rewind(fake: FakeClaude, request: Step) -> Step:
     return {**answer, "rewound": True, "targetMessageUuid": target}
 
 
+def control_status(fake: FakeClaude, request: Step) -> Step:
+    return {"mcpServers": []}
+
+
 def control_nothing(fake: FakeClaude, request: Step) -> None:
     """A request that is accepted and changes nothing here."""
 
@@ -838,6 +843,7 @@ CONTROLS: dict[Optional[str], Callable[[FakeClaude, Step], Optional[Step]]] = {
     "get_usage": control_usage,
     "rewind_conversation": control_rewind,
     "set_model": control_nothing,
+    "mcp_status": control_status,
 }
 
 
@@ -1036,6 +1042,28 @@ def step_hang(fake: FakeClaude, step: Step) -> None:
     fake.sleep(LIFE_S)
 
 
+def step_freeze(fake: FakeClaude, step: Step) -> None:
+    """{"freeze": true}: stopped as by a debugger; only SIGCONT and SIGKILL are heeded."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def step_mute(fake: FakeClaude, step: Step) -> None:
+    """{"mute": true}: from here on it takes every line and never says a word."""
+    while os.read(0, 1 << 16):
+        pass
+    leave(0, "end of stdin")
+
+
+def step_babble(fake: FakeClaude, step: Step) -> None:
+    """{"babble": text, "on": 2, "pause_ms": n}: writes it again and again, on stdout or where
+    it is told to, as fast as it can or with pauses, and reads nothing."""
+    output, pause_s = step["babble"].encode(), step.get("pause_ms", 0) / 1000
+    output *= 1 if pause_s else max(1, (1 << 16) // len(output))
+    while True:
+        os.write(step.get("on", 1), output)
+        time.sleep(pause_s)
+
+
 def step_grandchild(fake: FakeClaude, step: Step) -> None:
     """{"spawn_grandchild": true}: a child of this process that keeps its pipes open."""
     child = os.fork()
@@ -1084,6 +1112,9 @@ STEPS: dict[str, Callable[[FakeClaude, Step], None]] = {
     "exit": step_exit,
     "kill": step_kill,
     "hang": step_hang,
+    "freeze": step_freeze,
+    "mute": step_mute,
+    "babble": step_babble,
     "spawn_grandchild": step_grandchild,
     "split": step_split,
     "replay": step_replay,
@@ -1109,7 +1140,8 @@ def main(arguments: list[str]) -> NoReturn:
     record("start", argv=arguments, env=dict(os.environ), cwd=os.getcwd())
     scenario = Scenario(os.environ.get("FAKE_CLAUDE"))
     if arguments[:1] == ["--version"]:
-        os.write(1, f"{scenario.version} (Claude Code)\n".encode())
+        notice = scenario.fields.get("notice", "")
+        os.write(1, f"{notice}{scenario.version} (Claude Code)\n".encode())
         leave(0, "version")
     if arguments[:2] == ["auth", "status"]:
         print_login(scenario)

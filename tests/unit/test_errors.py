@@ -40,6 +40,7 @@ CONTRACT = {
     "Busy": (503, "server_error", "too_many_connections", True),
     "ClaudeUnavailable": (503, "server_error", "claude_unavailable", False),
     "ClaudeMissing": (503, "server_error", "claude_unavailable", False),
+    "ClaudeAway": (503, "server_error", "claude_unavailable", True),
     "ClaudeTooOld": (503, "server_error", "claude_unavailable", False),
     "NotReady": (503, "server_error", "not_ready", True),
     "Draining": (503, "server_error", "shutting_down", True),
