@@ -248,3 +248,13 @@ def test_a_body_of_long_texts_is_not(text: str) -> None:
 @pytest.mark.parametrize("broken", [b"[," * 400_000, b'{"messages":["' + b'\\",["' * 400_000])
 def test_text_that_ends_early_is_weighed_too(broken: bytes) -> None:
     assert ocp.has_many_values(broken)
+
+
+def test_arrays_of_very_many_objects_are_refused_by_name() -> None:
+    messages = [{"role": "user", "content": "a"}] * 20_001
+
+    with pytest.raises(ocp.BadRequest) as caught:
+        ocp.Fields({"messages": messages}).objects("messages")
+
+    assert caught.value.param == "messages" and "at most 20000" in caught.value.message
+    assert len(ocp.Fields({"messages": messages[1:]}).objects("messages")) == 20_000

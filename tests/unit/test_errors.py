@@ -38,6 +38,7 @@ CONTRACT = {
     "HeadTooLarge": (431, INVALID, None, False),
     "UpstreamFailed": (502, "server_error", "upstream_failed", True),
     "Busy": (503, "server_error", "too_many_connections", True),
+    "MemoryFull": (503, "server_error", "memory_full", True),
     "ClaudeUnavailable": (503, "server_error", "claude_unavailable", False),
     "ClaudeMissing": (503, "server_error", "claude_unavailable", False),
     "ClaudeAway": (503, "server_error", "claude_unavailable", True),

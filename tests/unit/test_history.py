@@ -267,12 +267,12 @@ def test_the_exact_id_wins_over_one_without_its_marks(dialect: str) -> None:
 
 def test_thousands_of_equal_ids_take_no_time_to_speak_of() -> None:
     """A search through all calls for each result would take minutes."""
-    calls = calling(*["c"] * 20_000, names="n" * 20_000)
-    answers = [result("c", str(number)) for number in range(20_000)]
+    calls = calling(*["c"] * 19_000, names="n" * 19_000)
+    answers = [result("c", str(number)) for number in range(19_000)]
 
     found = turn("chat", user(), calls, *answers)
 
-    assert [texts for _, texts in exchanges(found)] == [[str(n)] for n in range(20_000)]
+    assert [texts for _, texts in exchanges(found)] == [[str(n)] for n in range(19_000)]
 
 
 # -- a session ----------------------------------------------------------------
