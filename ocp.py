@@ -1238,6 +1238,8 @@ def _print_secret(env: Env, args: argparse.Namespace, text: str) -> Exit:
         raise Problem(Exit.FAILED, "The server's answer, above, is not as expected.") from None
     env.say(clean(secret))
     url = device_url(env, server_url(env))
+    if answer.get("warning"):
+        env.note(f"ATTENTION: {clean(answer['warning'])}")
     env.note(f"This is the key {clean(name)!r}. It is shown only now. On its device run")
     env.note(f"  {connect_words(url)}\nwhich asks for it; or, for one tool:")
     env.note(f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url}/v1")
@@ -2469,7 +2471,11 @@ def _check_disk(facts: Facts) -> Finding:
 
 
 def _check_database(facts: Facts) -> Finding:
-    """Whether the database is in order."""
+    """Whether the server writes to its database, and whether that is in order."""
+    state, advice = facts.health.get("storage"), facts.health.get("storageFix")
+    if advice:
+        level = "WARN" if state == "behind" else "FAIL"
+        return Finding(level, f"the server's storage is {state!r}, not 'disk': {advice}")
     path = os.path.join(facts.data_dir, "ocp.db")
     if not os.path.exists(path):
         return Finding("INFO", "there is no database yet")
@@ -2587,6 +2593,9 @@ def _fix_disk(facts: Facts) -> Fix:
 
 
 def _fix_database(facts: Facts) -> Fix:
+    advice = facts.health.get("storageFix")
+    if advice:
+        return Fix("fix_database", (str(advice),), ())
     return Fix("fix_database", (
         f"stop the server and put back a copy of ocp.db from {snapshots_folder(facts.env)}, "
         "or move the damaged one away",), ())

@@ -62,6 +62,7 @@ import dataclasses
 import datetime
 import enum
 import errno
+import fcntl
 import functools
 import gc
 import hashlib
@@ -832,6 +833,8 @@ class OcpError(Exception):
         self.details: Json = {}
         #: Whether the log has it already.
         self.logged = False
+        #: Whether the API turned the request away by itself: quotas do not count that.
+        self.refused_upstream = False
 
     def headers(self) -> dict[str, str]:
         """The response headers that belong to this failure."""
@@ -872,6 +875,7 @@ class Unauthorized(OcpError):
     anthropic_type = "authentication_error"
     code = "invalid_api_key"
     heals = False
+    early = True
 
     def headers(self) -> dict[str, str]:
         """Names the scheme, as HTTP wants with a 401."""
@@ -1091,6 +1095,26 @@ class NotReady(OcpError):
     status = 503
     anthropic_type = "overloaded_error"
     code = "not_ready"
+
+
+class StorageFailed(OcpError):
+    """The database cannot be read or written."""
+
+    status = 503
+    code = "database_failed"
+
+
+class StorageLocked(StorageFailed):
+    """Another program holds the database."""
+
+    code = "database_locked"
+
+
+class StorageFull(StorageFailed):
+    """The disk has no room for what has to be kept."""
+
+    status = 507
+    code = "disk_full"
 
 
 class ClientGone(Exception):
@@ -2128,8 +2152,9 @@ def _begins(message: Message) -> bool:
 
 # ==== 7. Store ===============================================================
 # One SQLite file for what has to survive a restart. One connection and one lock: a transaction
-# takes a fraction of a millisecond. Without a folder to write to it lives in memory. The settings
-# that were changed at run time are kept here too.
+# takes a fraction of a millisecond. Reports read through connections of their own. What holds in
+# memory already may be written later: a full disk or a lock puts it off. Without a folder to write
+# to the database lives in memory. The settings that were changed at run time are kept here too.
 
 #: Appended to, never changed: the n-th brings a database from version n to n + 1.
 MIGRATIONS = (
@@ -2194,16 +2219,97 @@ MIGRATIONS = (
 )
 
 
+def storage_failure(problem: sqlite3.Error, more: str) -> StorageFailed:
+    """Return what to tell a client about a failure of SQLite; `more` says what follows from it."""
+    text = str(problem)
+    if "disk is full" in text or "disk I/O error" in text:
+        return StorageFull(f"disk full: the database cannot be written ({text}). {more}")
+    if "locked" in text:
+        return StorageLocked(f"database locked: another program holds ocp.db. {more}")
+    return StorageFailed(f"The database cannot be used: {without_paths(text)}. {more}")
+
+
+class HomeInUse(Exception):
+    """Another server works in this home."""
+
+
+#: What a server that only finishes what runs writes into its lock.
+_STOPPING = "stopping"
+
+
+class HomeLock:
+    """Keeps a second server out of a home, as long as this process lives."""
+
+    def __init__(self, home: str, patience_s: float) -> None:
+        """Waits so long for a server that is stopping. Raises HomeInUse, OSError."""
+        self._file = os.open(os.path.join(home, "server.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        give_up_s = time.monotonic() + patience_s
+        while not self._taken():
+            holder = os.pread(self._file, 40, 0).decode("ascii", "replace").split() or ["?"]
+            if holder[-1] != _STOPPING or time.monotonic() >= give_up_s:
+                self.close()
+                raise HomeInUse(
+                    f"another OCP server (process {holder[0]}) works in {home}: stop it, or set "
+                    "OCP_HOME to another folder for this one"
+                )
+            time.sleep(0.05)
+        self._tell(str(os.getpid()))
+
+    def _taken(self) -> bool:
+        """Whether the lock is ours. Where the file system knows no locks there is none to take."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            return problem.errno not in (errno.EACCES, errno.EAGAIN)
+        return True
+
+    def _tell(self, words: str) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, words.encode("ascii") + b"\n", 0)
+
+    def tell_stopping(self) -> None:
+        """Lets the next server wait for the end of this one."""
+        self._tell(f"{os.getpid()} {_STOPPING}")
+
+    def close(self) -> None:
+        """Lets the next server in."""
+        os.close(self._file)
+
+
+#: How many writes of rows of usage may wait for the database.
+_WAITING_MOST = 10_000
+#: How long after a time-out at a locked database writes are put off without trying again.
+_LOCKED_PAUSE_S = 1.0
+#: How long a report waits for the one before it.
+_REPORT_PATIENCE_S = 30.0
+
+
 class Store:
     """The database."""
 
     def __init__(self, path: str) -> None:
         """Opens or creates it, private from birth. Raises OSError, sqlite3.Error."""
-        if path != ":memory:":
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        # Guards the connection, and what its users decide while they hold it. Held for a
-        # transaction or a decision, never while anything else is waited for.
+        #: None = in memory.
+        self._path = None if path == ":memory:" else path
+        self._identity: tuple[int, int] | None = None
+        if self._path is not None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            found = os.fstat(descriptor)
+            os.close(descriptor)
+            self._identity = (found.st_dev, found.st_ino)
+        # Guards the connection, what waits to be written, and what its users decide while they
+        # hold it. Held for a transaction or a decision, never while anything else is waited for,
+        # and never for a report.
         self._lock = threading.RLock()
+        self._waiting: collections.deque[tuple[str, tuple[object, ...]]] = collections.deque()
+        #: Why the last write failed; None = it did not.
+        self.failure: sqlite3.DatabaseError | None = None
+        #: Whether SQLite has found the file damaged.
+        self.is_damaged = False
+        self._locked_until_s = -math.inf
+        # Held for a whole report: there is one at a time, so that many leave the others some time.
+        self._report_lock = threading.Lock()
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         try:
@@ -2242,17 +2348,77 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """The connection, for a block that happens whole or not at all."""
+        """The connection, for a block that happens whole or not at all, and after all writes that
+        wait. Raises sqlite3.Error."""
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                written = self._write_waiting()
                 yield self._connection
                 self._connection.execute("COMMIT")
-            except BaseException:
+            except BaseException as problem:
                 # After some failures, such as a full disk, SQLite has done that by itself.
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
+                if isinstance(problem, sqlite3.DatabaseError):
+                    self._note(problem)
                 raise
+            for _ in range(written):
+                self._waiting.popleft()
+            self.failure, self._locked_until_s = None, -math.inf
+
+    def _write_waiting(self) -> int:
+        """Carries out the writes that wait, in their order; how many they are."""
+        for statement, values in self._waiting:
+            # One that can never succeed must not hold up the others.
+            with contextlib.suppress(sqlite3.IntegrityError):
+                self._connection.execute(statement, values)
+        return len(self._waiting)
+
+    def _note(self, problem: sqlite3.DatabaseError) -> None:
+        if isinstance(problem, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
+            return
+        # Not the one that was raised: all that its traceback leads to would be kept with it.
+        self.failure = type(problem)(str(problem))
+        self.is_damaged = self.is_damaged or type(problem) is sqlite3.DatabaseError
+        if "locked" in str(problem):
+            self._locked_until_s = time.monotonic() + _LOCKED_PAUSE_S
+
+    def keep(self, statement: str, *values: object, must: bool = True) -> None:
+        """Carries out a write now, or else as soon as that is possible.
+
+        Raises sqlite3.Error when it has to wait. One that is not a `must` is lost when too many
+        wait already, and any is lost that the database would never take.
+        """
+        with self._lock:
+            try:
+                if self.failure is not None and time.monotonic() < self._locked_until_s:
+                    raise type(self.failure)(str(self.failure))
+                with self.transaction() as connection:
+                    connection.execute(statement, values)
+            except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+                raise
+            except sqlite3.Error:
+                if must or len(self._waiting) < _WAITING_MOST:
+                    self._waiting.append((statement, values))
+                raise
+
+    def catch_up(self) -> None:
+        """Carries out the writes that wait. Raises sqlite3.Error while that is impossible."""
+        with self._lock:
+            if self._waiting or self.failure is not None:
+                with self.transaction():
+                    pass
+
+    def is_in_place(self) -> bool:
+        """Whether the file that was opened is the one that its path names. True in memory."""
+        if self._path is None:
+            return True
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._identity
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -2261,9 +2427,37 @@ class Store:
             yield
 
     def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
-        """What a query finds."""
+        """What a query finds. Raises sqlite3.Error."""
         with self._lock:
-            return self._connection.execute(statement, values).fetchall()
+            try:
+                return self._connection.execute(statement, values).fetchall()
+            except sqlite3.DatabaseError as problem:
+                self._note(problem)
+                raise
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection for the queries of one report, which all see the same moment. It cannot
+        write, and holds up nobody but other reports. Raises QueueFull, sqlite3.Error."""
+        if not self._report_lock.acquire(timeout=_REPORT_PATIENCE_S):
+            raise QueueFull("Other reports are being made; try again in a moment.", retry_after_s=5)
+        try:
+            with contextlib.closing(self._reader()) as connection:
+                connection.row_factory = sqlite3.Row
+                connection.execute("BEGIN")
+                yield connection
+        finally:
+            self._report_lock.release()
+
+    def _reader(self) -> sqlite3.Connection:
+        if self._path is not None:
+            place = urllib.parse.quote(self._path)
+            return sqlite3.connect(f"file:{place}?mode=ro", uri=True, isolation_level=None)
+        # What is in memory has one connection; a copy of it takes little of its time.
+        copy = sqlite3.connect(":memory:", isolation_level=None)
+        with self._lock:
+            self._connection.backup(copy)
+        return copy
 
     def close(self) -> None:
         """Closes it."""
@@ -2486,17 +2680,51 @@ def _key(row: sqlite3.Row) -> Key:
     return Key(**fields, models=tuple(models), quota=quota)
 
 
+def _column(value: object) -> object:
+    """A value as its column in the table of keys has it."""
+    return json.dumps(value) if isinstance(value, (dict, tuple, list)) else value
+
+
+#: What follows from a change that could not be written.
+_HOLDS_IN_MEMORY = (
+    "The change holds already, in memory, and will be written as soon as that is possible; until "
+    "then a restart would undo it."
+)
+_NOTHING_CHANGED = "Nothing was changed; try again when that is mended."
+
+
 class Keys:
-    """The keys of mode multi."""
+    """The keys of mode multi.
+
+    All are in memory, where requests look them up: whether a key is good depends on no file. What
+    is taken from a key or changed of it holds there first; what is given out, a key or its new
+    secret, has to be in the database before.
+    """
 
     def __init__(self, store: Store, clock: Clock = time.time) -> None:
         self._store = store
         self._clock = clock
+        # Guards writers of the fields below. Readers need no lock: entries are never changed, only
+        # replaced.
+        self._lock = threading.Lock()
+        self._keys: dict[int, Key] = {}
+        self._ids: dict[str, int] = {}
+        #: When keys were used last, and which of these times the database does not have.
+        self._used_s: dict[int, int] = {}
+        self._unwritten: dict[int, int] = {}
+        #: What is stored and cannot be used: (id, why).
+        self.problems: list[tuple[int, str]] = []
+        for row in store.rows("SELECT * FROM keys"):
+            try:
+                self._keys[row["id"]] = _key(row)
+                self._ids[row["hash"]] = row["id"]
+            except (ValueError, TypeError) as problem:
+                self.problems.append((row["id"], str(problem)))
 
     def create(self, name: str, fields: Mapping[str, object]) -> tuple[Key, str]:
         """A new key and its secret, which is told once. `fields`: see `change`.
 
-        Raises BadRequest, Conflict.
+        Raises BadRequest, Conflict, StorageFailed.
         """
         now_s = self._clock()
         secret, hidden = self._new_secret()
@@ -2507,13 +2735,19 @@ class Keys:
         }
         names = ", ".join(columns)
         marks = ", ".join("?" * len(columns))
-        key_id = self._written(f"INSERT INTO keys ({names}) VALUES ({marks})", columns)
-        return self.find(str(key_id)), secret
+        with self._lock:
+            self._check_free(str(columns["name"]), None)
+            statement = f"INSERT INTO keys ({names}) VALUES ({marks})"
+            key_id = self._written(statement, *map(_column, columns.values()))
+            (row,) = self._store.rows("SELECT * FROM keys WHERE id = ?", key_id)
+            self._keys[key_id] = _key(row)
+            self._ids[hidden["hash"]] = key_id
+        return self._keys[key_id], secret
 
     def _some_name(self, now_s: float) -> str:
         return f"key-{round(now_s * 1000)}-{secrets.token_hex(3)}"
 
-    def _new_secret(self) -> tuple[str, dict[str, object]]:
+    def _new_secret(self) -> tuple[str, dict[str, str]]:
         """A secret, and the columns that know it."""
         secret = "ocp_" + secrets.token_urlsafe(24)
         preview = f"{secret[:8]}...{secret[-4:]}"
@@ -2523,79 +2757,138 @@ class Keys:
         # Of 192 random bits: there is nothing that salt or a slow hash would protect.
         return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
-    def _written(self, statement: str, columns: Mapping[str, object], *more: object) -> int:
-        """Writes the columns; the id of a new row. Raises Conflict."""
-        values = [
-            json.dumps(v) if isinstance(v, (dict, tuple, list)) else v for v in columns.values()
-        ]
+    def _check_free(self, name: str, key_id: int | None) -> None:
+        """Raises Conflict when another key that is not revoked has this name."""
+        if any(
+            key.revoked_s is None and key.id != key_id and key.name.lower() == name.lower()
+            for key in self._keys.values()
+        ):
+            raise Conflict(
+                f"There is a key called {name!r} already: revoke or rename it.", param="name"
+            )
+
+    def _written(self, statement: str, *values: object) -> int:
+        """Writes what has to be in the database first; the id of a new row."""
         try:
             with self._store.transaction() as connection:
-                return connection.execute(statement, (*values, *more)).lastrowid or 0
-        except sqlite3.IntegrityError:
-            raise Conflict(
-                f"There is a key called {columns.get('name')!r} already: revoke or rename it.",
-                param="name",
-            ) from None
+                return connection.execute(statement, values).lastrowid or 0
+        except sqlite3.Error as problem:
+            raise storage_failure(problem, _NOTHING_CHANGED) from None
 
     def all(self) -> list[Key]:
         """Every key, revoked ones too, newest first."""
-        return [_key(row) for row in self._store.rows("SELECT * FROM keys ORDER BY id DESC")]
+        newest_first = sorted(self._keys.copy().values(), reverse=True, key=lambda key: key.id)
+        return [self._with_use(key) for key in newest_first]
+
+    def _with_use(self, key: Key) -> Key:
+        return key._replace(used_s=self._used_s.get(key.id, key.used_s))
 
     def find(self, id_or_name: str) -> Key:
         """The key of this id or name; of several of one name, the one that is not revoked, or the
         newest. Raises NotFound."""
-        column = "id" if re.fullmatch("[0-9]{1,15}", id_or_name) else "name"
-        rows = self._store.rows(
-            f"SELECT * FROM keys WHERE {column} = ? ORDER BY revoked_s IS NOT NULL, id DESC",
-            id_or_name,
-        )
-        if not rows:
+        if re.fullmatch("[0-9]{1,15}", id_or_name):
+            found = [key for key in self.all() if key.id == int(id_or_name)]
+        else:
+            found = [key for key in self.all() if key.name.lower() == id_or_name.lower()]
+            found.sort(key=lambda key: key.revoked_s is not None)
+        if not found:
             raise NotFound(f"There is no key {one_line(id_or_name, 80)!r}.")
-        return _key(rows[0])
+        return found[0]
 
     def change(self, key: Key, fields: Mapping[str, object]) -> Key:
         """The key with columns changed: name, expiry_s, models, max_concurrent, note, quota.
 
-        Raises BadRequest, Conflict.
+        Raises BadRequest, Conflict, and StorageFailed when that is not written yet.
         """
-        if key.revoked_s is not None:
-            raise BadRequest(f"The key {key.name!r} is revoked; make a new one.")
-        if "name" in fields:
-            key_name(str(fields["name"]))
-        if fields:
-            places = ", ".join(f"{name} = ?" for name in fields)
-            self._written(f"UPDATE keys SET {places} WHERE id = ?", fields, key.id)
-        return self.find(str(key.id))
+        with self._lock:
+            key = self._unrevoked(key)
+            if "name" in fields:
+                self._check_free(key_name(str(fields["name"])), key.id)
+            values = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in fields.items()
+            }
+            changed = self._keys[key.id] = key._replace(**values)  # type: ignore[arg-type]
+            if fields:
+                self._keep(key.id, fields)
+        return self._with_use(changed)
+
+    def _unrevoked(self, key: Key) -> Key:
+        """The key as it is now. Raises BadRequest when it is revoked."""
+        found = self._keys[key.id]
+        if found.revoked_s is not None:
+            raise BadRequest(f"The key {found.name!r} is revoked; make a new one.")
+        return found
+
+    def _keep(self, key_id: int, fields: Mapping[str, object]) -> None:
+        """Writes columns that hold in memory already. Raises StorageFailed when that is late."""
+        places = ", ".join(f"{name} = ?" for name in fields)
+        values = map(_column, fields.values())
+        try:
+            self._store.keep(f"UPDATE keys SET {places} WHERE id = ?", *values, key_id)
+        except sqlite3.Error as problem:
+            raise storage_failure(problem, _HOLDS_IN_MEMORY) from None
 
     def rotate(self, key: Key) -> str:
-        """A new secret for the key; the old one is worth nothing from now on."""
+        """A new secret for the key; the old one is worth nothing from now on.
+
+        Raises BadRequest, and StorageFailed, after which the old one is still good.
+        """
         secret, hidden = self._new_secret()
-        self.change(key, hidden)
+        with self._lock:
+            key = self._unrevoked(key)
+            statement = "UPDATE keys SET hash = ?, preview = ? WHERE id = ?"
+            self._written(statement, hidden["hash"], hidden["preview"], key.id)
+            self._ids = {
+                **{known: key_id for known, key_id in self._ids.items() if key_id != key.id},
+                hidden["hash"]: key.id,
+            }
+            self._keys[key.id] = key._replace(preview=hidden["preview"])
         return secret
 
     def revoke(self, key: Key) -> bool:
-        """Whether the key was still good; it is not any more."""
-        with self._store.transaction() as connection:
-            return connection.execute(
-                "UPDATE keys SET revoked_s = ? WHERE id = ? AND revoked_s IS NULL",
-                (int(self._clock()), key.id),
-            ).rowcount > 0
+        """Whether the key was still good; it is not any more. Raises StorageFailed when that is
+        not written yet."""
+        with self._lock:
+            found = self._keys[key.id]
+            if found.revoked_s is not None:
+                return False
+            now_s = int(self._clock())
+            self._keys[key.id] = found._replace(revoked_s=now_s)
+            self._keep(key.id, {"revoked_s": now_s})
+        return True
 
     def verify(self, secret: str) -> Caller:
         """The caller of this secret. Raises Unauthorized."""
-        rows = self._store.rows("SELECT * FROM keys WHERE hash = ?", self._hash(secret))
-        key = _key(rows[0]) if rows else None
-        now_s = self._clock()
+        key = self._good(self._keys.get(self._ids.get(self._hash(secret), 0)))
+        now_s = int(self._clock())
+        if now_s - (self._with_use(key).used_s or 0) >= _USED_EVERY_S:
+            self._used_s[key.id] = self._unwritten[key.id] = now_s
+        return key.caller
+
+    def current(self, caller: Caller) -> Caller:
+        """The caller as their key has it now. Raises Unauthorized when it is not good any more."""
+        if caller.key_id is None:
+            return caller
+        return self._good(self._keys.get(caller.key_id)).caller
+
+    def _good(self, key: Key | None) -> Key:
         if key is None:
             raise Unauthorized(_NEEDS_KEY)
-        if key.revoked_s is not None or key.expired(now_s):
+        if key.revoked_s is not None or key.expired(self._clock()):
             what = "was revoked" if key.revoked_s is not None else "has expired"
             raise Unauthorized(f"This key {what}: ask the operator of this server for a new one.")
-        if now_s - (key.used_s or 0) >= _USED_EVERY_S:
-            # A disk that is full is no reason to turn anybody away.
-            with contextlib.suppress(sqlite3.Error), self._store.transaction() as connection:
-                connection.execute("UPDATE keys SET used_s = ? WHERE id = ?", (now_s // 1, key.id))
-        return key.caller
+        return key
+
+    def write_use(self) -> None:
+        """Writes down when keys were used. Raises sqlite3.Error."""
+        used_s, self._unwritten = self._unwritten, {}
+        if used_s:
+            with self._store.transaction() as connection:
+                connection.executemany(
+                    "UPDATE keys SET used_s = ? WHERE id = ?",
+                    [(at_s, key_id) for key_id, at_s in used_s.copy().items()],
+                )
 
 
 #: So many wrong keys of one peer are told so at once; each one more waits twice as long as the one
@@ -2822,7 +3115,8 @@ def is_allowed_origin(config: Config, origin: str) -> bool:
 # ==== 9. Usage and quotas ====================================================
 # One row for each request, what the rows add up to, and the quotas that they count against. A
 # request reserves its place before it runs and gives it back with its row, so that requests at
-# the same time never go over a quota together.
+# the same time never go over a quota together. What quotas count is in memory, once it was added
+# up from the rows.
 
 
 class UsageRow(NamedTuple):
@@ -2837,8 +3131,9 @@ class UsageRow(NamedTuple):
     #: "ok", "abandoned" when the client left, else the code or the type of the error.
     outcome: str
     status: int
-    #: Whether quotas count it: answers do, and what the client did not wait for.
-    counted: bool
+    #: As how many requests quotas count it: one for each answer that claude was asked for, unless
+    #: the API turned it away. Its tokens count in any case.
+    counted: int
     stop_reason: str | None
     stream: bool
     warm: bool | None
@@ -2909,11 +3204,14 @@ def period_bounds(period: str, now_s: float) -> tuple[float, float]:
 
 class Reservation:
     """The place of one running request in the quotas of its key. `tokens` is what it may take:
-    at most, if it is `bounded`, else as far as can be guessed."""
+    at most, if it is `bounded`, else as far as can be guessed. It counts as so many `requests`."""
 
-    def __init__(self, key_id: int | None, tokens: int, *, bounded: bool = False) -> None:
+    def __init__(
+        self, key_id: int | None, tokens: int, *, requests: int = 1, bounded: bool = False
+    ) -> None:
         self.key_id = key_id
         self.tokens = tokens
+        self.requests = requests
         self.bounded = bounded
 
 
@@ -2932,43 +3230,60 @@ class Ledger:
     def __init__(self, store: Store, clock: Clock = time.time) -> None:
         self._store = store
         self._clock = clock
-        # Both are guarded by the store: what is used is in the rows, and added up only once.
+        # Guards both: what is used is in the rows, and added up only once. Held for a decision.
+        self._lock = threading.RLock()
         self._used: dict[tuple[int, str], Used] = {}
         self._flying: dict[int, list[Reservation]] = {}
 
     # -- quotas -------------------------------------------------------------------------------
 
-    def reserve(self, caller: Caller, tokens: int, *, bounded: bool = False) -> Reservation:
+    def check(self, caller: Caller) -> None:
+        """Raises what `reserve` would raise for the smallest request."""
+        with self._lock:
+            self.release(self.reserve(caller, 0))
+
+    def reserve(
+        self, caller: Caller, tokens: int, *, requests: int = 1, bounded: bool = False
+    ) -> Reservation:
         """A place for a request (see Reservation); end it with `record` or `release`.
 
         Raises QuotaExceeded, and QueueFull while requests that run may take all that is left.
         """
-        reservation = Reservation(caller.key_id, tokens, bounded=bounded)
+        reservation = Reservation(caller.key_id, tokens, requests=requests, bounded=bounded)
         if caller.key_id is None:
             return reservation
-        with self._store.held():
+        with self._lock:
             now_s = self._clock()
             flying = self._flying.setdefault(caller.key_id, [])
             for quota in QUOTAS:
                 if quota.name in caller.quota:
                     used = self._used_in(caller.key_id, quota.period, now_s)
-                    self._check(quota, caller.quota[quota.name], used, flying, reservation)
+                    check = self._check_requests if quota.unit == "requests" else self._check_tokens
+                    check(quota, caller.quota[quota.name], used, flying, reservation)
             flying.append(reservation)
         return reservation
 
-    def _check(
+    def _check_requests(
         self, quota: Quota, limit: int, used: Used, flying: list[Reservation],
         reservation: Reservation,
     ) -> None:
-        taken = used.requests + len(flying) if quota.unit == "requests" else used.tokens
+        taken = used.requests + sum(r.requests for r in flying)
         if taken >= limit:
             raise self._exceeded(quota, limit, taken, "")
-        if quota.unit == "requests":
-            return
-        left = limit - taken
+        if taken + reservation.requests > limit:
+            more = f"This request asks for {reservation.requests} answers: ask for fewer. "
+            raise self._exceeded(quota, limit, taken, more)
+
+    def _check_tokens(
+        self, quota: Quota, limit: int, used: Used, flying: list[Reservation],
+        reservation: Reservation,
+    ) -> None:
+        left = limit - used.tokens
+        if left <= 0:
+            raise self._exceeded(quota, limit, used.tokens, "")
         if reservation.bounded and reservation.tokens > left:
             more = f"This request may take {reservation.tokens}: ask for fewer max_tokens. "
-            raise self._exceeded(quota, limit, taken, more)
+            raise self._exceeded(quota, limit, used.tokens, more)
         if flying and sum(r.tokens for r in flying) + reservation.tokens > left:
             raise QueueFull(
                 f"The {quota.period} tokens of this key that are left ({left}) may be taken by "
@@ -2994,20 +3309,20 @@ class Ledger:
         return error
 
     def _used_in(self, key_id: int, period: str, now_s: float) -> Used:
-        """What the key has used of the period that is now. The store is held by the caller."""
+        """What the key has used of the period that is now. The lock is held by the caller."""
         begins_s = period_bounds(period, now_s)[0]
         used = self._used.get((key_id, period))
         if used is None or used.begins_s != begins_s:
             row = self._store.rows(
-                f"SELECT COUNT(*), TOTAL({_TOKENS}) FROM usage "
-                "WHERE key_id = ? AND counted AND at_s >= ?", key_id, begins_s,
+                f"SELECT TOTAL(counted), TOTAL({_TOKENS}) FROM usage "
+                "WHERE key_id = ? AND at_s >= ?", key_id, begins_s,
             )[0]
-            used = self._used[key_id, period] = Used(begins_s, row[0], int(row[1]))
+            used = self._used[key_id, period] = Used(begins_s, int(row[0]), int(row[1]))
         return used
 
     def release(self, reservation: Reservation) -> None:
         """Gives a place back that was not used. Harmless when it was given back before."""
-        with self._store.held():
+        with self._lock:
             flying = self._flying.get(reservation.key_id or 0, [])
             if reservation in flying:
                 flying.remove(reservation)
@@ -3015,7 +3330,7 @@ class Ledger:
     def quota_report(self, key: Key) -> Json:
         """Each quota of a key: limit (None = no limit), used, in flight, and its reset."""
         report: Json = {}
-        with self._store.held():
+        with self._lock:
             now_s = self._clock()
             flying = self._flying.get(key.id, [])
             for quota in QUOTAS:
@@ -3025,7 +3340,7 @@ class Ledger:
                 report[quota.name] = {
                     "limit": key.quota.get(quota.name),
                     "used": used.requests if requests else used.tokens,
-                    "inFlight": len(flying) if requests else sum(r.tokens for r in flying),
+                    "inFlight": sum(r.requests if requests else r.tokens for r in flying),
                     "resetsAt": iso_time(resets_s),
                     "resetsIn": span_words(resets_s - now_s),
                 }
@@ -3036,21 +3351,25 @@ class Ledger:
     def record(self, row: UsageRow, reservation: Reservation) -> None:
         """Writes a row down, and makes its reservation what was really used.
 
-        Raises sqlite3.Error when it cannot be written; quotas count it all the same.
+        Raises sqlite3.Error when it is not written yet; quotas count it all the same.
         """
-        with self._store.held():
+        with self._lock:
             self.release(reservation)
-            if row.key_id is not None and row.counted:
-                for period in {quota.period for quota in QUOTAS}:
-                    used = self._used.get((row.key_id, period))
-                    if used is not None and used.begins_s <= row.at_s:
-                        used.requests += 1
-                        used.tokens += row.tokens
-            marks = ", ".join("?" * len(row))
-            with self._store.transaction() as connection:
-                connection.execute(
-                    f"INSERT INTO usage ({', '.join(row._fields)}) VALUES ({marks})", row
-                )
+            if row.key_id is not None:
+                self._count(row.key_id, row)
+        marks = ", ".join("?" * len(row))
+        statement = f"INSERT INTO usage ({', '.join(row._fields)}) VALUES ({marks})"
+        self._store.keep(statement, *row, must=False)
+
+    def _count(self, key_id: int, row: UsageRow) -> None:
+        """Adds a row, before it is among those that are added up, to what its key has used."""
+        for period in {quota.period for quota in QUOTAS}:
+            # A database that cannot be read has the row when it can be read again.
+            with contextlib.suppress(sqlite3.Error):
+                used = self._used_in(key_id, period, self._clock())
+                if used.begins_s <= row.at_s:
+                    used.requests += row.counted
+                    used.tokens += row.tokens
 
     def prune(self, days: int) -> int:
         """Deletes the rows that are older, but for those that a quota may still count; how many
@@ -3065,50 +3384,83 @@ class Ledger:
     # -- reports ------------------------------------------------------------------------------
 
     def report(self, since_s: float, until_s: float, limit: int, caller: Caller | None) -> Json:
-        """What was used in a span of time, by everybody or by one caller; see /api/usage."""
+        """What was used in a span of time, by everybody or by one caller; see /api/usage.
+
+        Raises QueueFull, sqlite3.Error.
+        """
         where = "at_s >= ? AND at_s < ?"
         values: list[object] = [since_s, until_s]
         if caller is not None and caller.key_id is not None:
             where, values = where + " AND key_id = ?", [*values, caller.key_id]
         elif caller is not None:
             where, values = where + " AND key_id IS NULL AND caller = ?", [*values, caller.name]
-        day = "date(at_s, 'unixepoch', 'localtime')"
-        return {
-            "totals": self._sums(_GROUP_SUMS, where, values)[0],
-            "byKey": self._sums(_GROUP_SUMS, where, values, ("key_name", _NAME_NOW)),
-            "byModel": self._sums(_GROUP_SUMS, where, values, ("model", "model")),
-            "timeline": self._sums(_TIMELINE_SUMS, where, values, ("hour", _HOUR)),
-            "daily": self._sums(_TIMELINE_SUMS, where, values, ("day", day)),
-            "series": self._sums(
-                _TIMELINE_SUMS, where, values,
-                ("hour", _HOUR), ("key_name", _NAME_NOW), ("model", "model"),
-            ),
-            "recent": self._recent(where, values, limit),
-        }
+        with self._store.reading() as connection:
+            rows = Rows(connection, where, values)
+            unit = "hour" if rows.span_s() <= _HOURLY_MOST_S else "day"
+            step = ("hour", _STEPS[unit])
+            series = rows.sums(
+                _TIMELINE_SUMS, step, ("key_name", _NAME_NOW), ("model", "model"),
+                most=_SERIES_MOST + 1,
+            )
+            return {
+                "totals": rows.sums(_GROUP_SUMS)[0],
+                "byKey": rows.sums(_GROUP_SUMS, ("key_name", _NAME_NOW)),
+                "byModel": rows.sums(_GROUP_SUMS, ("model", "model")),
+                "timeline": rows.sums(_TIMELINE_SUMS, step),
+                "timelineUnit": unit,
+                "daily": rows.sums(_TIMELINE_SUMS, ("day", _DAY)),
+                "series": series[-_SERIES_MOST:],
+                "seriesComplete": len(series) <= _SERIES_MOST,
+                "recent": rows.recent(limit),
+            }
 
     def by_model(self, since_s: float) -> list[Json]:
-        """The sums of each model since then, its time-outs among them."""
+        """The sums of each model since then, its time-outs among them. Raises as `report` does."""
         columns = (*_GROUP_SUMS, ("timeouts", "SUM(outcome = 'timeout')"))
-        return self._sums(columns, "at_s >= ?", [since_s], ("model", "model"))
+        with self._store.reading() as connection:
+            return Rows(connection, "at_s >= ?", [since_s]).sums(columns, ("model", "model"))
 
-    def _sums(
-        self, columns: _Columns, where: str, values: list[object], *groups: tuple[str, str]
+
+class Rows:
+    """Those rows of usage that a report is about."""
+
+    def __init__(self, connection: sqlite3.Connection, where: str, values: list[object]) -> None:
+        self._connection = connection
+        self._where = where
+        self._values = values
+
+    def span_s(self) -> float:
+        """The time from the first to the last of them."""
+        # Two queries: the index answers each at once, and both together not.
+        ends = [
+            self._connection.execute(
+                f"SELECT {end}(at_s) FROM usage WHERE {self._where}", self._values
+            ).fetchone()[0] for end in ("MIN", "MAX")
+        ]
+        return 0.0 if None in ends else float(ends[1] - ends[0])
+
+    def sums(
+        self, columns: _Columns, *groups: tuple[str, str], most: int = -1
     ) -> list[Json]:
-        """The columns over all rows, or over those that are alike in all groups, (name, SQL)."""
+        """The columns over all rows, or over those that are alike in all groups, (name, SQL), in
+        their order. Of more than `most` groups the last ones; -1 = all."""
         sums = [(n, f"COALESCE({sql}, 0)" if "SUM" in sql else sql) for n, sql in columns]
         selected = ", ".join(f"{sql} AS {name}" for name, sql in (*groups, *sums))
         names = ", ".join(name for name, _ in groups)
-        grouped = f" GROUP BY {names} ORDER BY {names}" if groups else ""
-        rows = self._store.rows(f"SELECT {selected} FROM usage WHERE {where}{grouped}", *values)
-        return [dict(row) for row in rows]
+        backwards = ", ".join(f"{name} DESC" for name, _ in groups)
+        grouped = f" GROUP BY {names} ORDER BY {backwards} LIMIT ?" if groups else " LIMIT ?"
+        query = f"SELECT {selected} FROM usage WHERE {self._where}{grouped}"
+        found = self._connection.execute(query, (*self._values, most)).fetchall()
+        return [dict(row) for row in reversed(found)]
 
-    def _recent(self, where: str, values: list[object], limit: int) -> list[Json]:
-        rows = self._store.rows(
+    def recent(self, limit: int) -> list[Json]:
+        """The newest of them, newest first."""
+        found = self._connection.execute(
             f"SELECT *, {_NAME_NOW} AS key_name, outcome = 'ok' AS success, "
             "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
-            f"FROM usage WHERE {where} ORDER BY id DESC LIMIT ?", *values, limit,
+            f"FROM usage WHERE {self._where} ORDER BY id DESC LIMIT ?", (*self._values, limit),
         )
-        entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in rows]
+        entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in found]
         for entry in entries:
             for name in ("id", "at_s", "key_id", "caller", "total_ms"):
                 del entry[name]
@@ -3117,8 +3469,17 @@ class Ledger:
 
 #: The name that a row's key has today, or the caller's.
 _NAME_NOW = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
-#: The hour of a row, in UTC.
-_HOUR = "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')"
+#: The hour or the day of a row, in UTC, as the timeline has it.
+_STEPS = {
+    "hour": "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')",
+    "day": "strftime('%Y-%m-%dT00:00:00', at_s, 'unixepoch')",
+}
+#: The day of a row on the machine's calendar.
+_DAY = "date(at_s, 'unixepoch', 'localtime')"
+#: A timeline of more than so much goes by days.
+_HOURLY_MOST_S = 32 * 86_400.0
+#: How many entries the series of a report has at most.
+_SERIES_MOST = 10_000
 
 
 # ==== 10. JSON Schema ========================================================
@@ -8242,6 +8603,18 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
     )
 
 
+def added_usage(usages: Iterable[Usage]) -> Usage:
+    """Return what several answers took together, in the four kinds of tokens that there are."""
+    added = NO_USAGE
+    for usage in usages:
+        added = Usage(
+            added.input_tokens + usage.input_tokens, added.output_tokens + usage.output_tokens,
+            added.cache_read_tokens + usage.cache_read_tokens,
+            added.cache_write_tokens + usage.cache_write_tokens,
+        )
+    return added
+
+
 #: No reset is later than this.
 _LATEST_S = 10**11
 
@@ -8428,6 +8801,8 @@ class TurnReader:
         self._shape = shape
         self._shaped = ShapedAnswer(shape)
         self._usage = NO_USAGE
+        #: What the API took for messages before the current one.
+        self._usages: list[Usage] = []
         #: The numbers that blocks of the current message go out under; others stay hidden.
         self._numbers: dict[int, int] = {}
         self._next_number = 0
@@ -8461,6 +8836,11 @@ class TurnReader:
             return []
         told, self._round = self._round, []
         return told
+
+    @property
+    def spent(self) -> Usage:
+        """What the API says that it took so far, for messages that came to nothing too."""
+        return added_usage([*self._usages, self._usage])
 
     def _meaning(self, line: Json) -> list[Event]:
         kind = line.get("type")
@@ -8500,6 +8880,7 @@ class TurnReader:
 
     def _start(self, message: object) -> list[Event]:
         found = message if isinstance(message, dict) else {}
+        self._usages.append(self._usage)
         self._usage = usage_of(found.get("usage"))
         self._numbers = {}
         self._prose.clear()
@@ -8697,7 +9078,10 @@ class TurnReader:
             text = str(line.get("result") or "; ".join(str(reason) for reason in reasons))
             complaint = complaint._replace(text=text or f"claude ended: {line.get('subtype')}")
         if complaint.text or complaint.status:
-            raise upstream_error(complaint, self.window, self._clock())
+            error = upstream_error(complaint, self.window, self._clock())
+            status = complaint.status or error.status
+            error.refused_upstream = status in (401, 429) or status >= 500
+            raise error
         raise EmptyAnswer("The model ended its turn without an answer.")
 
     def _refusal(self) -> list[Event]:
@@ -8742,6 +9126,9 @@ class Client(Protocol):
 
     def listens(self) -> bool:
         """Whether it can still be seen to hang up."""
+
+    def leave(self) -> None:
+        """Makes it seem to have hung up, to who waits for it too."""
 
 
 class Watch(NamedTuple):
@@ -10607,7 +10994,7 @@ class FlightClient:
         return True
 
     def leave(self) -> None:
-        """Nobody waits any more."""
+        """See Client."""
         self._left = True
         with contextlib.suppress(OSError):
             os.write(self._writer, b".")
@@ -11243,6 +11630,13 @@ class Connection:
         """See Client."""
         return bool(self._room())
 
+    def leave(self) -> None:
+        """See Client. What is said to it still arrives."""
+        self._has_left = True
+        with contextlib.suppress(OSError):
+            # Not SSLSocket.shutdown, which would end the encryption too.
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)
+
     def _room(self) -> int:
         return _AHEAD_MOST_BYTES - len(self._ahead)
 
@@ -11509,8 +11903,12 @@ class Outcome:
         self.path: str | None = None
         self.parted_at: int | None = None
         self.finished: Finished | None = None
+        #: What reads each question that was put to claude for it; there can be more than one.
+        self.readers: list[TurnReader] = []
+        #: Whether the API turned it away before an answer began.
+        self.refused = False
         self.response_chars = 0
-        self._begun = NO_USAGE
+        self._begun: Usage | None = None
         #: Whether a block of it was passed on.
         self.told = False
         #: Whether the log has it.
@@ -11544,7 +11942,26 @@ class Outcome:
         """What the answer took so far; the output of one that is not finished is estimated."""
         if self.finished is not None:
             return self.finished.usage
-        return self._begun._replace(output_tokens=round(self.response_chars / CHARS_EACH_TOKEN))
+        begun = self._begun or NO_USAGE
+        return begun._replace(output_tokens=round(self.response_chars / CHARS_EACH_TOKEN))
+
+    @property
+    def spent(self) -> Usage:
+        """What the API took for it, for attempts that came to nothing too. What it did not report
+        is estimated, but for what it refused."""
+        if not self.readers or self.refused:
+            return NO_USAGE
+        spent = added_usage(reader.spent for reader in self.readers)
+        if not spent.prompt_tokens:
+            spent = spent._replace(input_tokens=estimated_tokens(self.turn))
+        if not self.readers[-1].finished:
+            most = max(spent.output_tokens, round(self.response_chars / CHARS_EACH_TOKEN))
+            spent = spent._replace(output_tokens=most)
+        return spent
+
+    def fail(self, error: OcpError) -> None:
+        """Notes why there is no answer."""
+        self.refused = error.refused_upstream and self._begun is None
 
     def answer(self) -> Answer:
         """The whole answer. Raises UpstreamFailed when it did not come to its end."""
@@ -11593,6 +12010,8 @@ class Job:
         self.started_s = now_s
         self.reservation = reservation
         self.path = path
+        #: Why it is ended though its client waits.
+        self.ended_by: OcpError | None = None
         turn = request.turn
         self.outcomes = [Outcome(turn.choice(index), now_s) for index in range(turn.choices)]
         # Guards what follows: the choices of one request finish in threads of their own.
@@ -11621,6 +12040,17 @@ class Job:
             "response_chars": sum(outcome.response_chars for outcome in self.outcomes),
         }
 
+    @property
+    def counted(self) -> int:
+        """As how many requests quotas count it."""
+        asked = [outcome for outcome in self.outcomes if outcome.readers and not outcome.refused]
+        return 0 if self.path else len(asked)
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether claude was asked for any of the answers."""
+        return any(outcome.readers for outcome in self.outcomes)
+
     def settles(self) -> bool:
         """True once: the row is written by whoever gets it."""
         with self._lock:
@@ -11634,7 +12064,7 @@ class Job:
     def row(self, word: str, status: int, at_s: float, now_s: float) -> UsageRow:
         """The row of usage, if this is how it ended."""
         request, first = self.request, self.outcomes[0]
-        usages = [NO_USAGE if self.path else outcome.usage for outcome in self.outcomes]
+        usages = [NO_USAGE if self.path else outcome.spent for outcome in self.outcomes]
         firsts = [
             outcome.first_token_s for outcome in self.outcomes
             # What was there already says nothing about how fast claude is.
@@ -11649,7 +12079,7 @@ class Job:
             dialect=request.dialect,
             outcome=word,
             status=status,
-            counted=not self.path and (word == "ok" or (word == "abandoned" and bool(firsts))),
+            counted=self.counted,
             stop_reason=first.finished.stop_reason if first.finished else None,
             stream=request.turn.stream,
             warm=first.warm,
@@ -11698,6 +12128,10 @@ class Leaving:
         """See Client."""
         return self._client.listens()
 
+    def leave(self) -> None:
+        """See Client."""
+        self.left = True
+
 
 #: Stop reasons after which claude waits for the client and does nothing by itself.
 _PARKABLE = ("end_turn", "stop_sequence", "tool_use")
@@ -11718,8 +12152,18 @@ _FORGET_PAUSE_S = 60.0
 #: How often a login that was refused is looked at again, by asking claude for it.
 _LOGIN_LOOK_S = 45.0
 _MOVE_HOME = "set OCP_HOME to a folder that can be written"
-_REPLACE_DATABASE = "move ocp.db away or put a copy of it back"
+_REPLACE_DATABASE = "move ocp.db away or put a copy of it back, and start again"
+_UPDATE_OCP = "update OCP, or set OCP_HOME to another folder"
+_RETURN_DATABASE = (
+    "The database was taken away or replaced while the server ran: what changes since then is lost "
+    "at its end. Put ocp.db back where it was, or start again."
+)
 _FREE_DATABASE = "see to it that ocp.db can be written, and start again"
+
+#: How much longer than its drain a start waits for a server that is stopping.
+_STOP_PATIENCE_S = 10.0
+#: How often the place of the database is looked at.
+_LOOK_EVERY_S = 10.0
 
 #: How long a start waits for claude to tell its version.
 _FIRST_LOOK_S = 2.0
@@ -11754,6 +12198,8 @@ class App:
         self.clock = clock
         self._environ = dict(environ)
         self.store = self._prepare_home(config)
+        #: The state of the storage that the log has.
+        self._told_storage = self.storage[0]
         self._work_folder = work_folder(config, environ)
         self.settings = Settings(self.store, self._with_admin_key(config), environ)
         for name, why in self.settings.problems:
@@ -11763,6 +12209,8 @@ class App:
         self.wrong_keys = WrongKeys(clock)
         self.account = Account()
         self.keys = Keys(self.store)
+        for key_id, why in self.keys.problems:
+            log.event("error", "stored_key_ignored", id=key_id, why=why)
         self.ledger = Ledger(self.store)
         self.gate = Gate(self.config)
         self.program = ClaudeProgram(config, environ, demo_command)
@@ -11798,7 +12246,7 @@ class App:
         #: What stood for claude's credentials when the login was looked at, and when that was.
         self._login_stamp: object = None
         self._login_look_s = -math.inf
-        self._prune_at_s = clock()
+        self._prune_at_s = self._write_use_at_s = self._look_at_s = clock()
 
     @property
     def config(self) -> Config:
@@ -11807,15 +12255,25 @@ class App:
 
     def _prepare_home(self, config: Config) -> Store:
         """The database. The log goes to the state folder from now on. Without a folder that can
-        be written all is kept in memory."""
+        be written all is kept in memory. Raises HomeInUse."""
+        self._home_lock: HomeLock | None = None
+        #: What to do about a home that cannot be used; empty when it can be.
+        self._memory_fix = ""
+        #: Whether the database is not where it was.
+        self._is_lost = False
         home = config.home_path
         path = os.path.join(home, "ocp.db")
         try:
             os.makedirs(home, mode=0o700, exist_ok=True)
+            self._home_lock = HomeLock(home, config.drain_ms / 1000 + _STOP_PATIENCE_S)
             logs = os.path.join(home, "logs")
             self.log.to_file(os.path.join(logs, "ocp.log"))
             self._make_private(home, *self._entries(home), *self._entries(logs))
             store = Store(path)
+        except HomeInUse:
+            if not self.demo:
+                raise
+            store = Store(":memory:")
         except (OSError, sqlite3.Error) as problem:
             store = Store(":memory:")
             with contextlib.suppress(sqlite3.Error):
@@ -11831,12 +12289,47 @@ class App:
         level, name, advice = "error", "database_unusable", _REPLACE_DATABASE
         if isinstance(problem, OSError):
             level, name, advice = "warn", "home_not_writable", _MOVE_HOME
+        elif isinstance(problem, sqlite3.NotSupportedError):
+            advice = _UPDATE_OCP
         elif isinstance(problem, sqlite3.OperationalError):
             # Full, locked or not to be written: what is in it is good.
             advice = _FREE_DATABASE
-        self.log.event(
-            level, name, error=str(problem), help=f"{advice}; all is kept in memory now"
-        )
+        self._memory_fix = f"{advice}; all is kept in memory now"
+        self.log.event(level, name, error=str(problem), help=self._memory_fix)
+
+    @property
+    def storage(self) -> tuple[str, str]:
+        """Where what has to survive a restart is kept, and what to do if it does not:
+
+        "disk"; "memory" without a usable home; "lost" when the database was taken away; "damaged";
+        "behind" while writes wait for a database that is full or locked.
+        """
+        if self._memory_fix or self._home_lock is None:
+            return "memory", self._memory_fix
+        if self._is_lost:
+            return "lost", _RETURN_DATABASE
+        if self.store.is_damaged:
+            return "damaged", _REPLACE_DATABASE
+        failure = self.store.failure
+        return ("disk", "") if failure is None else ("behind", storage_failure(
+            failure, "What was changed holds in memory and will be written when that is possible."
+        ).message)
+
+    def _tend_storage(self) -> None:
+        """Writes what had to wait, and looks where the database is; logs what changes."""
+        with contextlib.suppress(sqlite3.Error):
+            self.store.catch_up()
+            if self.clock() >= self._write_use_at_s:
+                self._write_use_at_s = self.clock() + _USED_EVERY_S
+                self.keys.write_use()
+        if self.clock() >= self._look_at_s:
+            self._look_at_s = self.clock() + _LOOK_EVERY_S
+            self._is_lost = not self.store.is_in_place()
+        state, advice = self.storage
+        if state != self._told_storage:
+            self._told_storage = state
+            level, name = ("info", "storage_well") if state == "disk" else ("error", "storage_bad")
+            self.log.event(level, name, storage=state, help=advice or None)
 
     def _entries(self, folder: str) -> list[str]:
         """What lies in a folder; nothing if it is not there."""
@@ -11909,8 +12402,10 @@ class App:
         try:
             if self.draining:
                 raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
+            # Not before it can be seen among those that run: a key that ends now ends it.
+            self.keys.current(request.caller)
             job.reservation = self.ledger.reserve(
-                request.caller, self._likely_tokens(request),
+                request.caller, self._likely_tokens(request), requests=request.turn.choices,
                 bounded=request.turn.options.max_tokens is not None,
             )
             if is_cacheable(request.turn, self.config):
@@ -11920,13 +12415,42 @@ class App:
                 self.cache.bypassed()
                 with self._answered(job) as events:
                     yield Answering(job, events)
-        except (ClientGone, OcpError) as error:
-            self._settle(job, error)
+        except ClientGone as left:
+            self._settle(job, job.ended_by or left)
+            if job.ended_by is not None:
+                raise job.ended_by from None
+            raise
+        except Exception as error:
+            self._settle(job, error if isinstance(error, OcpError) else OcpError(str(error)))
             raise
         finally:
             self.ledger.release(job.reservation)
             with self._jobs_lock:
                 self._jobs.remove(job)
+
+    def end_unwanted(self) -> None:
+        """Ends the requests whose keys were revoked or have expired: their clients are told."""
+        with self._jobs_lock:
+            jobs = list(self._jobs)
+        for job in jobs:
+            try:
+                self.keys.current(job.request.caller)
+            except Unauthorized as ended:
+                job.ended_by = job.ended_by or ended
+                job.request.client.leave()
+
+    def check_quota(self, caller: Caller, dialect: Dialect) -> None:
+        """Refuses, before its body is read, a request that no body could get through. Raises
+        QuotaExceeded, QueueFull, sqlite3.Error."""
+        try:
+            self.ledger.check(caller)
+        except OcpError as error:
+            self.metrics.add("ocp_requests_started_total")
+            word = error.error_code or error.openai_type
+            self.metrics.add(
+                "ocp_requests_total", dialect=dialect.name, model="other", outcome=word
+            )
+            raise
 
     def running(self) -> list[Json]:
         """The requests that are being answered, oldest first."""
@@ -12013,6 +12537,7 @@ class App:
             failure = error
             self._settle(job, error)
         except Exception as error:
+            self._settle(job, failure)
             self.log.event(
                 "error", "request_broke", request_id=job.request.request_id,
                 error=failure_words(error),
@@ -12086,6 +12611,7 @@ class App:
             self._note("info", "answer_abandoned", request, outcome)
             raise
         except OcpError as error:
+            outcome.fail(error)
             if isinstance(error, UnknownModel):
                 error.message += self._other_models(request.turn.model)
             self._note_failure(error, request, outcome)
@@ -12123,12 +12649,12 @@ class App:
                 dialect=row.dialect, path=job.path, model=row.model, stream=row.stream,
                 total_ms=row.total_ms, outcome=word,
             )
-        if isinstance(error, OcpError) and error.early:
+        if isinstance(error, OcpError) and error.early and not job.was_asked:
             return
         try:
             self.ledger.record(row, job.reservation)
         except sqlite3.Error as problem:
-            # To a full disk, for example: answers go on.
+            # To a full disk, for example: answers go on, and it is written when there is room.
             self.log.event("error", "usage_not_kept", error=str(problem))
 
     def _count(self, row: UsageRow, *, known: bool) -> None:
@@ -12264,6 +12790,7 @@ class App:
         final_only = self.config.is_agent and self.config.agent_text == "final"
         offered, _ = outcome.turn.offered
         reader = TurnReader(offered, outcome.turn.shape, final_only=final_only)
+        outcome.readers.append(reader)
         bounds = Bounds(outcome.turn.options, outcome.turn.shape)
         for heard in process.converse(script, watch, reader):
             for event in bounds.events(heard):
@@ -12373,6 +12900,8 @@ class App:
         try:
             for process in self.parking.tend(self.config):
                 self.spares.dismiss(process, kindly=False)
+            self.end_unwanted()
+            self._tend_storage()
             self._take_notices()
             self.cache.tend(self.config)
             self._prune()
@@ -12530,6 +13059,8 @@ class App:
         """Turns new work away and waits, `drain_ms` at most, for what runs and for clients that
         have not read their answers yet."""
         self.draining = True
+        if self._home_lock is not None:
+            self._home_lock.tell_stopping()
         give_up_s = self.clock() + self.config.drain_ms / 1000
         while (self._jobs or self.connections.is_any_unread()) and self.clock() < give_up_s:
             self.spares.reap()
@@ -12546,8 +13077,13 @@ class App:
         self._drop_idle()
         self.spares.close()
         self._guardian.close()
+        with contextlib.suppress(sqlite3.Error):
+            self.store.catch_up()
+            self.keys.write_use()
         self.store.close()
         self.log.close()
+        if self._home_lock is not None:
+            self._home_lock.close()
 
 
 # ==== 21. API description ====================================================
@@ -12930,7 +13466,11 @@ def _parsing_for(app: App, exchange: HttpExchange, *, counted: bool) -> Parsing:
 
 def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
     """The Turn of the request's body; all of it when it is only `counted`, however long."""
+    if not counted:
+        app.check_quota(exchange.caller, exchange.dialect)
     data = exchange.body()
+    # While it came the key may have got other limits, or its end.
+    exchange.caller = app.keys.current(exchange.caller)
     with app.parsing(len(data)):
         turn = _turn_of(app, exchange, json_of(data), counted=counted)
     if not turn.model.known:
@@ -13196,7 +13736,8 @@ def _condition(app: App) -> tuple[str, str]:
         return "draining", "The server is stopping."
     if problem is not None or auth["ok"] is False:
         return "degraded", problem.message if problem is not None else str(auth["message"])
-    return "ok", ""
+    _, advice = app.storage
+    return ("degraded", advice) if advice else ("ok", "")
 
 
 def get_health(app: App, exchange: HttpExchange) -> None:
@@ -13222,6 +13763,9 @@ def _health(app: App) -> Json:
         "auth": app.account.verdict(),
         # Whether what claude tells its models leaves out who is logged in.
         "ownerHidden": app.claude_folder.is_private,
+        # Where keys, settings and usage are kept: "disk", or what is wrong with that.
+        "storage": app.storage[0],
+        "storageFix": app.storage[1] or None,
         "claudeBinaryOk": problem is None,
         "claudeVersion": program.version_text if program is not None else None,
         "fix": fix or None,
@@ -13440,6 +13984,28 @@ def get_keys(app: App, exchange: HttpExchange) -> None:
     exchange.send_json({"keys": entries})
 
 
+def _told_warned(app: App, answer: Json) -> Json:
+    """An answer about a change, with a warning where a restart would undo it."""
+    _, advice = app.storage
+    return {**answer, **({"warning": f"Not kept safely: {advice}"} if advice else {})}
+
+
+@contextlib.contextmanager
+def _audited_change(
+    app: App, exchange: HttpExchange, event: str, key: Key, **fields: object
+) -> Iterator[None]:
+    """A change of a key that may hold in memory only, and ends what runs for it if need be."""
+    late: StorageFailed | None = None
+    try:
+        yield
+    except StorageFailed as failure:
+        late = failure
+    app.end_unwanted()
+    _audit(app, exchange, event, key=key.name, id=key.id, **fields, late=late and late.error_code)
+    if late is not None:
+        raise late
+
+
 def create_key(app: App, exchange: HttpExchange) -> None:
     """POST /api/keys: a new key; its secret is in this answer and nowhere else."""
     known = [name for name, _, _ in _KEY_FIELDS]
@@ -13451,7 +14017,8 @@ def create_key(app: App, exchange: HttpExchange) -> None:
         columns["quota"] = {name: limit for name, limit in limits.items() if limit is not None}
     key, secret = app.keys.create(str(columns.pop("name", "")), columns)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
-    exchange.send_json({"id": key.id, "key": secret, **_key_entry(key)}, status=201)
+    made = {"id": key.id, "key": secret, **_key_entry(key)}
+    exchange.send_json(_told_warned(app, made), status=201)
 
 
 def get_key(app: App, exchange: HttpExchange, key: str) -> None:
@@ -13463,19 +14030,21 @@ def change_key(app: App, exchange: HttpExchange, key: str) -> None:
     """PATCH /api/keys/{key}: changes its name, expiry, models, maxConcurrent or note."""
     found = app.keys.find(key)
     fields = _known_fields(Fields(json_of(exchange.body())), [name for name, _, _ in _KEY_FIELDS])
-    changed = app.keys.change(found, _key_columns(app, fields))
-    _audit(app, exchange, "key_changed", key=changed.name, id=found.id, fields=list(fields.object))
-    exchange.send_json(_key_entry(changed))
+    columns = _key_columns(app, fields)
+    with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
+        app.keys.change(found, columns)
+    exchange.send_json(_told_warned(app, _key_entry(app.keys.find(str(found.id)))))
 
 
 def revoke_key(app: App, exchange: HttpExchange, key: str) -> None:
-    """DELETE /api/keys/{key}: the key is worth nothing from now on; its usage is kept."""
+    """DELETE /api/keys/{key}: the key is worth nothing from now on, and what runs for it ends; its
+    usage is kept."""
     revoked = False
     with contextlib.suppress(NotFound):
         found = app.keys.find(key)
-        revoked = app.keys.revoke(found)
-        _audit(app, exchange, "key_revoked", key=found.name, id=found.id, revoked=revoked)
-    exchange.send_json({"revoked": revoked, "idOrName": key})
+        with _audited_change(app, exchange, "key_revoked", found):
+            revoked = app.keys.revoke(found)
+    exchange.send_json(_told_warned(app, {"revoked": revoked, "idOrName": key}))
 
 
 def rotate_key(app: App, exchange: HttpExchange, key: str) -> None:
@@ -13483,7 +14052,8 @@ def rotate_key(app: App, exchange: HttpExchange, key: str) -> None:
     found = app.keys.find(key)
     secret = app.keys.rotate(found)
     _audit(app, exchange, "key_rotated", key=found.name, id=found.id)
-    exchange.send_json({"id": found.id, "name": found.name, "key": secret})
+    answer = {"id": found.id, "name": found.name, "key": secret}
+    exchange.send_json(_told_warned(app, answer))
 
 
 def get_quota(app: App, exchange: HttpExchange, key: str) -> None:
@@ -13500,9 +14070,9 @@ def change_quota(app: App, exchange: HttpExchange, key: str) -> None:
     if not limits:
         raise BadRequest(f"Name at least one of {', '.join(_QUOTA_NAMES)}.")
     quota = {n: limit for n, limit in {**found.quota, **limits}.items() if limit is not None}
-    app.keys.change(found, {"quota": quota})
-    _audit(app, exchange, "quota_updated", key=found.name, id=found.id, quota=limits)
-    exchange.send_json({"ok": True, "idOrName": key, "quota": limits})
+    with _audited_change(app, exchange, "quota_updated", found, quota=limits):
+        app.keys.change(found, {"quota": quota})
+    exchange.send_json(_told_warned(app, {"ok": True, "idOrName": key, "quota": limits}))
 
 
 # -- usage ------------------------------------------------------------------------------------
@@ -13621,10 +14191,11 @@ def get_settings(app: App, exchange: HttpExchange) -> None:
 def change_settings(app: App, exchange: HttpExchange) -> None:
     """PATCH /settings {name: value}: changes each for good; null gives the start's value back.
 
-    200 if all were taken, 207 for some, 400 for none.
+    200 if all were taken, 207 for some; for none 400, or 503 or 507 if the database is to blame.
     """
     results: Json = {}
     errors = []
+    refused = BadRequest.status
     for name, value in Fields(json_of(exchange.body())).object.items():
         try:
             results[name] = {"ok": True, "value": app.change_setting(name, value)}
@@ -13634,12 +14205,13 @@ def change_settings(app: App, exchange: HttpExchange) -> None:
         except ValueError as problem:
             reason = str(problem)
         except sqlite3.Error as problem:
-            reason = f"could not be stored: {problem}"
+            failure = storage_failure(problem, _NOTHING_CHANGED)
+            reason, refused = f"could not be stored: {failure.message}", failure.status
         if name not in results:
             results[name] = {"error": reason}
             errors.append(f"{one_line(name, 80)}: {reason}")
     taken = len(results) - len(errors)
-    status = 200 if not errors else 207 if taken else 400
+    status = 200 if not errors else 207 if taken else refused
     more = {"errors": errors} if errors else {}
     exchange.send_json({"results": results, **more, "current": app.settings.report()}, status)
 
@@ -14066,6 +14638,8 @@ class Exchange(BaseHTTPRequestHandler):
             self.close_connection = True
         except OcpError as error:
             self._refuse(error)
+        except sqlite3.Error as problem:
+            self._refuse(storage_failure(problem, _NOTHING_CHANGED))
         except RecursionError:
             # JSON may be nested so deeply that it can just be read and not be written again.
             self._refuse(BadRequest("The body is nested too deeply."))
@@ -14804,7 +15378,11 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     log = Log(sys.stderr, config.log_level)
     for name, why in removed_settings(environ):
         log.event("warn", "setting_removed", setting=name, why=why)
-    app = App(config, environ=environ, log=log, models=models, demo_command=demo_command)
+    try:
+        app = App(config, environ=environ, log=log, models=models, demo_command=demo_command)
+    except HomeInUse as problem:
+        print(f"ocp: {problem}", file=sys.stderr)
+        return 1
     return serve(app, tls)
 
 

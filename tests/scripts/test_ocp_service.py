@@ -412,6 +412,20 @@ def test_files_that_others_may_read_are_named_with_their_fix(healthy: Manager) -
     assert examined(healthy)["levels"]["file_modes"] == "PASS"
 
 
+@pytest.mark.parametrize(("state", "level"), [
+    ("memory", "FAIL"), ("lost", "FAIL"), ("damaged", "FAIL"), ("behind", "WARN")])
+def test_a_server_that_does_not_write_to_its_database_is_told_with_its_advice(
+    healthy: Manager, state: str, level: str
+) -> None:
+    healthy.server.answers["GET /health"] = (
+        200, {**HEALTH, "version": VERSION, "storage": state, "storageFix": "move ocp.db away"})
+
+    answer = examined(healthy)
+
+    assert answer["levels"]["database"] == level
+    assert "move ocp.db away" in answer["messages"]["database"]
+
+
 def test_a_damaged_database_is_not_a_locked_one(healthy: Manager) -> None:
     path = healthy.home / ".ocp" / "ocp.db"
     path.write_bytes(b"SQLite format 3\0" + b"\1" * 8000)

@@ -160,28 +160,94 @@ def test_the_operator_and_the_anonymous_have_no_quota(house: Server, key: str) -
     assert not {"admin", "anonymous"} & set(names)
 
 
-def test_an_answer_counts_once_with_all_its_tokens(house: Server) -> None:
+def test_each_answer_of_a_request_counts_with_all_its_tokens(house: Server) -> None:
     made = new_key(house)
 
     ask_as(house, made["key"])
     ask_as(house, made["key"], n=3)
+    prompts = {"prompt": ["one", "two"]}
+    house.call("POST", "/v1/completions", prompts, bearer(made["key"]))
 
-    assert used_of(house, made) == (2, 4 * TOKENS_EACH)
+    assert used_of(house, made) == (6, 6 * TOKENS_EACH)
 
 
-def test_what_failed_does_not_count(house: Server) -> None:
-    made = new_key(house, quota={"daily": 1})
-    overloaded = {"status": 529, "word": "overloaded", "text": "Overloaded"}
-    house.write_scenario([[{"api_error": overloaded}], [{"say": "well"}, {"exit": 1}], []],
-                         shared=True)
+def test_a_request_for_more_answers_than_are_left_is_refused_whole(house: Server) -> None:
+    made = new_key(house, quota={"daily": 4})
+    count = len(house.queries())
 
-    failed = [ask_as(house, made["key"]), ask_as(house, made["key"], model="gpt-4"),
-              ask_as(house, made["key"]), ask_as(house, made["key"], n=0)]
+    statuses = [ask_as(house, made["key"], n=n).status for n in (3, 2, 1, 1)]
 
-    assert [reply.status for reply in failed] == [529, 404, 502, 400]
+    assert statuses == [200, 429, 200, 429]
+    assert len(house.queries()) - count == used_of(house, made)[0] == 4
+
+
+REFUSALS = {
+    "overloaded": {"status": 529, "word": "overloaded", "text": "Overloaded"},
+    "rate limit": {"status": 429, "word": "rate_limit", "text": "Too many requests"},
+    "server error": {"status": 500, "word": "server_error", "text": "Internal server error"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_the_api_refused_does_not_count(house: Server, name: str) -> None:
+    made = new_key(house, quota={"daily": 1, "tokensDaily": 10_000})
+    house.write_scenario([[{"api_error": REFUSALS[name]}]])
+
+    refused = ask_as(house, made["key"])
+
+    assert refused.status >= 429
     assert used_of(house, made) == (0, 0)
     house.write_scenario([])
     assert ask_as(house, made["key"]).status == 200
+
+
+def test_what_claude_was_never_asked_does_not_count(house: Server) -> None:
+    made = new_key(house, quota={"daily": 1})
+
+    statuses = [ask_as(house, made["key"], **fields).status
+                for fields in ({"n": 0}, {"model": "gpt-4"}, {"messages": []})]
+
+    assert statuses == [400, 404, 400]
+    assert used_of(house, made) == (0, 0)
+
+
+#: Answers that come to nothing though claude was asked, and their status.
+FAILURES: dict[str, tuple[list[Json], int]] = {
+    "no words": ([{"finish": "end_turn"}], 400),
+    "a death in the middle": ([{"say": "well"}, {"exit": 1}], 502),
+    "a death before it began": ([{"exit": 1}], 502),
+    "a request that the API finds wrong": (
+        [{"api_error": {"status": 400, "word": "invalid_request", "text": "no"}}], 400),
+    "a failure after it began": ([{"say": "well"}, {"api_error": REFUSALS["overloaded"]}], 529),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_counts_once_claude_was_asked(house: Server, name: str, stream: bool) -> None:
+    made = new_key(house, quota={"daily": 2})
+    steps, status = FAILURES[name]
+    house.write_scenario([steps])
+    count = len(house.queries())
+
+    replies = [ask_as(house, made["key"], stream=stream) for _ in range(5)]
+
+    assert [reply.status for reply in replies][2:] == [429] * 3
+    assert replies[0].status in (status, 200 if stream else status)
+    assert len(house.queries()) - count <= 4
+    requests, tokens = used_of(house, made)
+    assert requests == 2 and tokens > 0
+
+
+def test_failing_requests_use_up_a_quota_of_tokens_too(house: Server) -> None:
+    made = new_key(house, quota={"tokensDaily": 100})
+    house.write_scenario([[{"exit": 1}]])
+    prompt = "x" * 140
+
+    statuses = [ask_as(house, made["key"], prompt, max_tokens=9).status for _ in range(4)]
+
+    assert statuses == [502, 502, 429, 429]
+    assert used_of(house, made) == (2, 80)
 
 
 def is_over(server: Server, made: dict[str, Json]) -> bool:
@@ -213,16 +279,46 @@ def test_an_answer_that_the_client_left_counts_as_far_as_it_had_come(house: Serv
     assert ask_as(house, made["key"]).status == 429
 
 
-def test_a_request_that_the_client_left_before_its_answer_began_does_not_count(
+def test_a_request_that_the_client_left_before_its_answer_began_counts_with_its_prompt(
     house: Server
 ) -> None:
     made = new_key(house, quota={"daily": 1})
 
     leave(house, made, [HANG])
 
-    assert used_of(house, made) == (0, 0)
-    house.write_scenario([])
-    assert ask_as(house, made["key"]).status == 200
+    assert used_of(house, made) == (1, 1)
+    assert ask_as(house, made["key"]).status == 429
+
+
+def test_clients_that_leave_together_ask_no_more_than_their_quota(house: Server) -> None:
+    made = new_key(house, quota={"daily": 3})
+    house.write_scenario([[HANG]])
+    count = len(house.queries())
+
+    def ask_and_leave() -> None:
+        with RawConnection(house.port) as wire:
+            wire.send(post(encoded(question(stream=True)), f"Authorization: Bearer {made['key']}"))
+            time.sleep(0.2)
+
+    for _ in range(3):
+        in_parallel([ask_and_leave] * 6)
+        assert eventually(lambda: is_over(house, made))
+
+    assert len(house.queries()) - count <= used_of(house, made)[0] <= 3
+
+
+@pytest.mark.parametrize("quota", [{"daily": 0}, {"tokensDaily": 0}], ids=["requests", "tokens"])
+def test_a_key_whose_quota_is_used_up_is_refused_before_its_body_is_read(
+    house: Server, quota: dict[str, Json]
+) -> None:
+    made = new_key(house, quota=quota)
+
+    with RawConnection(house.port) as wire:
+        wire.send(f"POST {CHAT_PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000000\r\n"
+                  f"Authorization: Bearer {made['key']}\r\n\r\n".encode())
+        refusal = wire.status_line()
+
+    assert refusal.startswith("HTTP/1.1 429")
 
 
 @pytest.fixture(scope="module")

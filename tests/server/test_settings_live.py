@@ -440,10 +440,11 @@ def test_a_database_that_takes_no_change_is_told_and_nothing_changes(tmp_path: P
         works = ask(server).status
 
     for reply in replies:
-        assert reply.status == 400
+        assert reply.status == 503
         assert list(reply.json()["results"]) == ["maxQueue", "timeout"]
         for result in reply.json()["results"].values():
-            assert result == {"error": "could not be stored: the disk is made of stone"}
+            assert result["error"].startswith("could not be stored: The database cannot be used: "
+                                              "the disk is made of stone. Nothing was changed")
     assert (after, works) == (before, 200)
 
 

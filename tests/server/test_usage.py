@@ -9,10 +9,8 @@ import contextlib
 import http.client
 import itertools
 import json
-import os
 import random
 import re
-import resource
 import sqlite3
 import subprocess
 import sys
@@ -39,6 +37,7 @@ from chat import (
 from clock import FakeClock
 from depth import by_depth
 from dialects import DIALECTS, MESSAGES, Dialect, dialect_name
+from disks import DISKS, SmallDisk, may_mount
 from http_client import http_call
 from keys import ADMIN_KEY, ANONYMOUS_KEY, MULTI, as_admin, ask_as, bearer, new_key
 from processes import is_gone
@@ -253,7 +252,7 @@ FAILURES: dict[str, tuple[list[Json], str, int]] = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_is_a_row_with_its_code_and_without_tokens(books: Server, name: str) -> None:
+def test_a_failure_is_a_row_with_its_code(books: Server, name: str) -> None:
     steps, word, status = FAILURES[name]
     books.write_scenario([steps])
 
@@ -261,8 +260,10 @@ def test_a_failure_is_a_row_with_its_code_and_without_tokens(books: Server, name
 
     row = row_of(books, reply)
     assert (reply.status, row["status"], row["outcome"]) == (status, status, word)
-    assert (row["success"], row["counted"], row["stop_reason"]) == (0, 0, None)
-    assert row["output_tokens"] == 0
+    assert (row["success"], row["stop_reason"]) == (0, None)
+    # What the API refused costs nothing; else the prompt was read.
+    refused = status in (429, 529)
+    assert (row["counted"], row["input_tokens"] == 0) == (1 - refused, refused)
 
 
 def test_a_lost_login_is_a_row(tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_an_answer_that_takes_too_long_is_a_row(tmp_path: Path) -> None:
     with running_server(tmp_path, [[{"say": "Half "}, {"hang": True}]], env=env) as server:
         row = row_of(server, ask(server))
 
-        assert (row["outcome"], row["status"], row["counted"]) == ("timeout", 504, 0)
+        assert (row["outcome"], row["status"], row["counted"]) == ("timeout", 504, 1)
 
 
 @both_ways
@@ -311,8 +312,8 @@ def test_an_abandoned_answer_is_a_row(books: Server, spoke: bool) -> None:
     (row,) = eventually(lambda: [
         row for row in usage(books, "limit=3")["recent"] if row["request_id"] not in before])
     assert row["outcome"] == "abandoned"
-    assert (row["status"], row["success"], row["counted"]) == (499, 0, int(spoke))
-    assert (row["input_tokens"], row["response_chars"]) == ((21, 400) if spoke else (0, 0))
+    assert (row["status"], row["success"], row["counted"]) == (499, 0, 1)
+    assert (row["input_tokens"], row["response_chars"]) == ((21, 400) if spoke else (2, 0))
 
 
 def test_a_client_that_leaves_with_its_answer_complete_had_a_success(books: Server) -> None:
@@ -556,7 +557,7 @@ def usage_row(at_s: float, **fields: Json) -> Any:
     """A row of an answer that was a success."""
     usual: dict[str, Json] = {
         "at_s": at_s, "request_id": "req_1", "key_id": None, "caller": "local", "model": SONNET,
-        "dialect": "chat", "outcome": "ok", "status": 200, "counted": True,
+        "dialect": "chat", "outcome": "ok", "status": 200, "counted": 1,
         "stop_reason": "end_turn", "stream": False, "warm": True, "path": "fresh",
         "prompt_chars": 11, "response_chars": 13, "input_tokens": 10, "output_tokens": 7,
         "cache_read_tokens": 5, "cache_write_tokens": 3, "first_token_ms": 100, "total_ms": 200,
@@ -735,80 +736,6 @@ def test_a_server_deletes_old_rows_when_it_starts(tmp_path: Path) -> None:
 # Without a disk
 # ---------------------------------------------------------------------------
 
-def may_mount() -> bool:
-    """Whether this user may mount a small disk of their own."""
-    if os.geteuid() != 0:
-        return False
-    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    try:
-        return subprocess.run(probe, capture_output=True).returncode == 0
-    except OSError:
-        return False
-
-
-class SmallDisk:
-    """A disk of 2 MB in memory, which can be filled up, or made read-only while nobody uses it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(mode=0o700)
-        self._run("mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", str(folder))
-
-    def _run(self, *command: str) -> None:
-        subprocess.run(command, check=True, capture_output=True)
-
-    def fill(self, server: Server) -> None:
-        file = os.open(self._folder / "filler", os.O_WRONLY | os.O_CREAT)
-        try:
-            while True:
-                os.write(file, b"x" * 4_096)
-        except OSError:
-            pass  # Full.
-        finally:
-            os.close(file)
-
-    def free(self, server: Server) -> None:
-        (self._folder / "filler").unlink()
-
-    def lock(self) -> None:
-        self._run("mount", "-o", "remount,ro", str(self._folder))
-
-    def close(self) -> None:
-        self._run("umount", "--lazy", str(self._folder))
-
-
-class ShortFiles:
-    """Where no disk can be mounted: the server's files may not grow beyond their size.
-
-    A reader keeps the write-ahead log from being begun anew, so that every row needs room."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "ocp.db"
-        self._reader: sqlite3.Connection | None = None
-
-    def fill(self, server: Server) -> None:
-        with contextlib.closing(sqlite3.connect(self._path)) as writer:
-            self._reader = sqlite3.connect(self._path)
-            self._reader.execute("BEGIN")
-            self._reader.execute("SELECT COUNT(*) FROM usage").fetchone()
-            writer.execute("CREATE TABLE filler (text TEXT)")
-            writer.execute("INSERT INTO filler VALUES (zeroblob(3000000))")
-            writer.commit()
-        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (1_500_000, resource.RLIM_INFINITY))
-
-    def free(self, server: Server) -> None:
-        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, unlimited)
-        self.close()
-
-    def close(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-
-
-DISKS = [ShortFiles, *([SmallDisk] if may_mount() else [])]
-
-
 @pytest.fixture(params=DISKS, ids=lambda kind: str(kind.__name__))
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     """What the server's state is kept on, in tmp_path / "server" / "ocp"."""
@@ -838,19 +765,18 @@ def test_on_a_full_disk_answers_go_on_and_the_log_says_so(disk: Any, tmp_path: P
         assert "usage_not_kept" in server.output
 
 
-def test_when_there_is_room_again_rows_are_kept_again(disk: Any, tmp_path: Path) -> None:
+def test_when_there_is_room_again_no_row_is_missing(disk: Any, tmp_path: Path) -> None:
     with running_server(tmp_path / "server", env=MULTI) as server:
-        kept = [ask_as(server, ADMIN_KEY)]
+        asked = [ask_as(server, ADMIN_KEY)]
         disk.fill(server)
-        for _ in range(3):
-            ask_as(server, ADMIN_KEY)
+        asked += [ask_as(server, ADMIN_KEY) for _ in range(3)]
 
         disk.free(server)
-        kept += [ask_as(server, ADMIN_KEY) for _ in range(3)]
+        asked += [ask_as(server, ADMIN_KEY) for _ in range(3)]
 
         rows = usage(server, key=ADMIN_KEY)["recent"]
         assert [row["request_id"] for row in reversed(rows)] == [
-            reply.headers["X-Request-Id"] for reply in kept]
+            reply.headers["X-Request-Id"] for reply in asked]
 
 
 def test_a_full_disk_lifts_no_quota_and_changes_no_setting(disk: Any, tmp_path: Path) -> None:
@@ -863,9 +789,10 @@ def test_a_full_disk_lifts_no_quota_and_changes_no_setting(disk: Any, tmp_path: 
         made = as_admin(server, "POST", "/api/keys", {"name": "another"})
 
         assert statuses == [200, 200, 429]
-        assert changed.status == 400
+        assert changed.status == 507
         assert as_admin(server, "GET", "/settings").json()["timeout"]["value"] == 600_000
-        assert made.status >= 500 and "Traceback" not in made.text
+        assert (made.status, error_of(made)["code"]) == (507, "disk_full")
+        assert "Nothing was changed" in error_of(made)["message"]
 
 
 def test_a_home_that_cannot_be_made_is_kept_in_memory(tmp_path: Path) -> None:

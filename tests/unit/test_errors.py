@@ -45,6 +45,9 @@ CONTRACT = {
     "ClaudeTooOld": (503, "server_error", "claude_unavailable", False),
     "NotReady": (503, "server_error", "not_ready", True),
     "Draining": (503, "server_error", "shutting_down", True),
+    "StorageFailed": (503, "server_error", "database_failed", True),
+    "StorageLocked": (503, "server_error", "database_locked", True),
+    "StorageFull": (507, "server_error", "disk_full", True),
     "UpstreamTimeout": (504, "server_error", "timeout", True),
     "Overloaded": (529, "server_error", "overloaded", True),
 }

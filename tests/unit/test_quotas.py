@@ -171,15 +171,15 @@ class Book:
     def caller(self, **quota: int) -> Any:
         return ocp.Caller("laptop", key_id=KEY_ID, quota=quota or self.quota)
 
-    def begin(self, tokens: int = 0, *, bounded: bool = False) -> Any:
+    def begin(self, tokens: int = 0, *, requests: int = 1, bounded: bool = False) -> Any:
         """A request that runs from now on. `bounded` = it takes so many tokens at most."""
-        return self.ledger.reserve(self.caller(), tokens, bounded=bounded)
+        return self.ledger.reserve(self.caller(), tokens, requests=requests, bounded=bounded)
 
-    def end(self, reservation: Any, tokens: int = 1, *, counted: bool = True) -> None:
+    def end(self, reservation: Any, tokens: int = 1, *, counted: int = 1) -> None:
         """The row of a request that is over."""
         self.ledger.record(row(self.clock(), tokens, counted=counted), reservation)
 
-    def use(self, times: int = 1, tokens: int = 1, *, counted: bool = True) -> None:
+    def use(self, times: int = 1, tokens: int = 1, *, counted: int = 1) -> None:
         """So many whole requests."""
         for _ in range(times):
             self.end(self.begin(), tokens, counted=counted)
@@ -196,7 +196,7 @@ class Book:
             ocp.Key(KEY_ID, "laptop", "", 0, None, None, None, (), 0, "", limits))
 
 
-def row(at_s: float, tokens: int, *, counted: bool = True, key_id: int = KEY_ID) -> Any:
+def row(at_s: float, tokens: int, *, counted: int = 1, key_id: int = KEY_ID) -> Any:
     """The row of a request that took so many tokens, of all four kinds if there are enough."""
     parts = [tokens // 4] * 3
     return ocp.UsageRow(
@@ -347,14 +347,38 @@ def test_a_row_ends_its_reservation_and_no_other(store: Any) -> None:
     assert book.report()["daily"]["inFlight"] == 0
 
 
-def test_what_does_not_count_does_not_count(store: Any) -> None:
-    book = Book(store, daily=1, tokensDaily=10)
+def test_tokens_count_of_requests_that_do_not(store: Any) -> None:
+    book = Book(store, daily=1, tokensDaily=100)
 
-    book.use(5, tokens=100, counted=False)
+    book.use(5, tokens=10, counted=0)
 
     assert {name: book.report()[name]["used"] for name in book.quota} == {
-        "daily": 0, "tokensDaily": 0}
+        "daily": 0, "tokensDaily": 50}
     book.use()
+
+
+def test_a_request_for_several_answers_counts_as_so_many(store: Any) -> None:
+    book = Book(store, daily=5)
+    running = book.begin(requests=3)
+    assert book.report()["daily"]["inFlight"] == 3
+
+    with pytest.raises(ocp.QuotaExceeded, match="asks for 3 answers: ask for fewer"):
+        book.begin(requests=3)
+
+    book.ledger.record(row(book.clock(), 1, counted=3), running)
+    assert book.report()["daily"]["used"] == 3
+    book.begin(requests=2)
+
+
+def test_a_look_at_a_quota_takes_nothing_of_it(store: Any) -> None:
+    book = Book(store, daily=1)
+
+    for _ in range(3):
+        book.ledger.check(book.caller())
+
+    book.use()
+    with pytest.raises(ocp.QuotaExceeded):
+        book.ledger.check(book.caller())
 
 
 @pytest.mark.usefixtures("utc")
@@ -489,7 +513,7 @@ def rush(
         if fate < 0.2:
             book.ledger.release(reservation)
         else:
-            spent = dice.randint(1, most)
+            spent = dice.randint(1, most) if fate > 0.4 else 0
             book.end(reservation, spent, counted=fate > 0.4)
             if fate > 0.4:
                 begun.append(spent)
