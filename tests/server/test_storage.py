@@ -371,9 +371,9 @@ def test_what_runs_for_a_key_ends_when_it_expires(house: Server, stream: bool) -
 
 
 def test_revoking_a_key_ends_what_waits_for_it(house: Server) -> None:
-    made, other = new_key(house), new_key(house)
+    made, other, third = new_key(house), new_key(house), new_key(house)
     with asking(house, other["key"], stream=True), RawConnection(house.port) as second:
-        second.send(post(encoded(question(stream=True)), f"Authorization: Bearer {other['key']}"))
+        second.send(post(encoded(question(stream=True)), f"Authorization: Bearer {third['key']}"))
         second.hear(b"begun")
         count = len(house.queries())
         with RawConnection(house.port) as wire:
