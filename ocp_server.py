@@ -12197,21 +12197,12 @@ class App:
         self.started_at_s = time.time()
         self.clock = clock
         self._environ = dict(environ)
-        self.store = self._prepare_home(config)
-        #: The state of the storage that the log has.
-        self._told_storage = self.storage[0]
+        self._open_store(config)
         self._work_folder = work_folder(config, environ)
-        self.settings = Settings(self.store, self._with_admin_key(config), environ)
-        for name, why in self.settings.problems:
-            log.event("warn", "stored_setting_ignored", setting=name, why=why)
         self.metrics = Metrics()
         self.refusals = Refusals(log)
         self.wrong_keys = WrongKeys(clock)
         self.account = Account()
-        self.keys = Keys(self.store)
-        for key_id, why in self.keys.problems:
-            log.event("error", "stored_key_ignored", id=key_id, why=why)
-        self.ledger = Ledger(self.store)
         self.gate = Gate(self.config)
         self.program = ClaudeProgram(config, environ, demo_command)
         self.claude_folder = ClaudeFolder(
@@ -12222,7 +12213,6 @@ class App:
         self.spares = Spares(self._spawn, clock)
         self.parking = Parking(clock)
         self.responses = Responses(clock)
-        self.sessions = Sessions(self.store)
         self.cache = Cache(clock)
         self.draining = False
         # Held while a large body is parsed.
@@ -12246,12 +12236,26 @@ class App:
         #: What stood for claude's credentials when the login was looked at, and when that was.
         self._login_stamp: object = None
         self._login_look_s = -math.inf
-        self._prune_at_s = self._write_use_at_s = self._look_at_s = clock()
 
     @property
     def config(self) -> Config:
         """The settings of this moment. Take them once for whatever has to be consistent."""
         return self.settings.config
+
+    def _open_store(self, config: Config) -> None:
+        """Opens the database and takes from it what has to be there before the first request."""
+        self.store = self._prepare_home(config)
+        #: The state of the storage that the log has.
+        self._told_storage = self.storage[0]
+        self.settings = Settings(self.store, self._with_admin_key(config), self._environ)
+        for name, why in self.settings.problems:
+            self.log.event("warn", "stored_setting_ignored", setting=name, why=why)
+        self.keys = Keys(self.store)
+        for key_id, why in self.keys.problems:
+            self.log.event("error", "stored_key_ignored", id=key_id, why=why)
+        self.ledger = Ledger(self.store)
+        self.sessions = Sessions(self.store)
+        self._prune_at_s = self._write_use_at_s = self._look_at_s = self.clock()
 
     def _prepare_home(self, config: Config) -> Store:
         """The database. The log goes to the state folder from now on. Without a folder that can
