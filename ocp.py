@@ -1,32 +1,35 @@
 #!/usr/bin/env python3
-"""ocp runs and watches an OCP server: what it has used, how it is, and what to do about it.
+"""ocp shows and manages an OCP server: its usage, its state, its keys, its service, its updates.
 
     ocp COMMAND [ARGUMENTS]        ocp COMMAND --help says more about one command
 
-The server is found through OCP_URL, else CLAUDE_PROXY_PORT, else ~/.ocp/install.json, which the
-installer writes, else it is http://127.0.0.1:3456. The admin key is OCP_ADMIN_KEY, else what
-stands in ~/.ocp/admin-key; the file's key is sent to this machine's own server only. OCP_HOME
-moves ~/.ocp. Colour and bars are for terminals; NO_COLOR turns colour off.
+The address of the server is OCP_URL, or this machine with the port CLAUDE_PROXY_PORT, or the one
+that the installer wrote into ~/.ocp/install.json, or http://127.0.0.1:3456. The admin key is
+OCP_ADMIN_KEY, or the content of ~/.ocp/admin-key; the key of the file is sent to this machine's
+own server only. OCP_HOME replaces ~/.ocp. Colour and bars appear on terminals only; NO_COLOR
+turns colour off. --debug shows where an error came from.
 
-Every command that reads takes --json and prints the server's own JSON.
+Every command that reads accepts --json and prints the server's JSON unchanged.
 
-Exit codes: 0 done; 1 it failed, the message says how; 2 wrong usage; 3 no server answers;
-4 not allowed: the key is missing or wrong, or the system wants other rights; 130 interrupted.
+Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server answers;
+4 not allowed: the key is missing or wrong, or the system requires other rights; 130 interrupted.
 """
 # Sections (search for "==== 8" to jump to the eighth):
 #
-#      1. Surroundings     exit codes, problems, everything outside that a command touches
-#      2. The server       HTTP, where the server is, which key it gets
-#      3. Formatting       tables, bars, ages, colour
-#      4. Reading          usage, status, health, models, settings, logs, sessions
-#      5. Keys             the keys of an operator's devices
-#      6. Using it         ask, lan, connect, sync
-#      7. Service          who owns the port; start, stop, restart
-#      8. Checkout and snapshots   git; what an update saves; the journal that survives it
-#      9. Doctor           a table of checks, each with its fix
-#     10. Update           from tag to tag, and back
-#     11. Commands         the table of commands; arguments, help and completion come from it
-#     12. Main             errors become exit codes
+#      1. Commands         the table of commands: everything that a user can type
+#      2. Shared pieces    small functions that other scripts hold too, kept equal by a test
+#      3. Environment      the world outside that a command may read and change
+#      4. The server       where it is, which key it gets, how it is asked
+#      5. Formatting       tables, bars, ages, colour
+#      6. Reading          usage, status, health, models, settings, logs, sessions
+#      7. Keys             the keys of client devices
+#      8. Clients          ask, lan, connect, sync
+#      9. Service          start, stop, restart; who owns the port
+#     10. Doctor           a table of checks, each with its fix
+#     11. Snapshots        git, and what an update saves: database, program, journal
+#     12. Update           from release to release, and back
+#     13. Command line     parser, help, version, completion
+#     14. Main             errors become messages and exit codes
 from __future__ import annotations
 
 import sys
@@ -49,7 +52,6 @@ import http.client
 import ipaddress
 import json
 import os
-import plistlib
 import re
 import shlex
 import shutil
@@ -58,48 +60,201 @@ import sqlite3
 import ssl
 import stat
 import subprocess
-import tempfile
 import threading
 import time
 import traceback
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol, TextIO
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, Union
 
-#: A JSON value as it came over the wire.
+#: A JSON value.
 Json = Any
 
 
-# ==== 1. Surroundings ========================================================
-# What a command may know and touch of the world stands in one Env, so that tests give it another
-# world. What goes wrong is a Problem, which knows its exit code; main turns it into one line.
+# ==== 1. Commands ============================================================
+# To add a command, add a row here and a function cmd_NAME(env, args) that does it; an action of a
+# command, as in `ocp keys add`, is done by cmd_COMMAND_ACTION. The parser, the help texts and the
+# completion are made from this table.
 
 
+class Argument(NamedTuple):
+    """One argument: its names, and its options for argparse."""
+
+    names: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+class Command(NamedTuple):
+    """One command."""
+
+    name: str
+    help: str
+    arguments: tuple[Argument, ...] = ()
+    actions: tuple[Command, ...] = ()
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    """Return an argument as argparse's add_argument takes it."""
+    return Argument(names, options)
+
+
+def flag(*names: str, help: str) -> Argument:
+    """Return an argument that is given or not."""
+    return argument(*names, action="store_true", help=help)
+
+
+def day_count(text: str) -> int:
+    """Return the number of days that the user wrote."""
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 400:
+        raise argparse.ArgumentTypeError("takes a number from 1 to 400")
+    return int(text)
+
+
+def whole_number(text: str) -> int:
+    """Return the number that the user wrote."""
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise argparse.ArgumentTypeError("takes a whole number")
+    return int(text)
+
+
+#: What `logs` takes; audit = what the operator changed.
+LOG_WORDS = ("all", "audit", "debug", "info", "warn", "error")
+#: Option of the command line, and name in the API.
+QUOTAS = (
+    ("daily", "daily"), ("weekly", "weekly"), ("monthly", "monthly"),
+    ("tokens-daily", "tokensDaily"), ("tokens-weekly", "tokensWeekly"),
+    ("tokens-monthly", "tokensMonthly"),
+)
+
+# A subcommand must not overwrite the value that the command before it got, hence no default.
+JSON = argument("--json", action="store_true", default=argparse.SUPPRESS,
+                help="print the server's JSON unchanged")
+REPORT = argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+YES = flag("--yes", "-y", help="do not ask before acting")
+# Metavars in capitals are completed: see VALUES.
+KEY = argument("key", metavar="KEY", help="a key's name or id")
+KEY_FIELDS = (
+    argument("--expiry", metavar="WHEN", help="a date (2027-01-31), a period (30d, 12h) or never"),
+    argument("--models", metavar="A,B", help="the models that the key may use; empty = all"),
+    argument("--max-concurrent", metavar="N", type=whole_number,
+             help="answers at the same time; 0 = no limit"),
+    argument("--note", metavar="TEXT", help="a note for yourself"),
+)
+QUOTA_FIELDS = tuple(
+    argument(f"--{name}", metavar="N", help=f"{'tokens' if 'tokens' in name else 'requests'} "
+             f"{name.rpartition('-')[2]}; none = no limit")
+    for name, _ in QUOTAS
+)
+
+KEY_ACTIONS = (
+    Command("list", "list all keys, newest first", (JSON,)),
+    Command("add", "create a key; its secret is shown only once",
+            (argument("name", metavar="NAME", help="what it is for"),
+             *KEY_FIELDS, *QUOTA_FIELDS, JSON)),
+    Command("show", "show one key and its quotas", (KEY, JSON)),
+    Command("quota", "show or change the quotas of a key", (KEY, *QUOTA_FIELDS, JSON)),
+    Command("edit", "change what a key may do", (KEY, *KEY_FIELDS, JSON)),
+    Command("rename", "give a key another name",
+            (KEY, argument("name", metavar="NAME", help="the new name"), JSON)),
+    Command("rotate", "give a key a new secret; the old one stops working at once", (KEY, JSON)),
+    Command("revoke", "end a key", (KEY, JSON)),
+)
+
+COMMANDS = (
+    Command("usage", "show plan limits and requests; usage per day or per key", (
+        flag("--by-key", help="the usage of each key, in the last day or in the last N days"),
+        argument("--days", metavar="N", type=day_count,
+                 help="the usage of each of the last N days"), JSON,
+    )),
+    Command("status", "show the server, its requests and the plan on one screen",
+            (flag("--watch", help="repeat every 2 s, until Ctrl-C"), JSON)),
+    Command("health", "show the state of the server; exit code 1 when it is not well", (JSON,)),
+    Command("models", "list the models that the server offers", (JSON,)),
+    Command("settings", "show, change or reset settings", (
+        argument("key", nargs="?", metavar="SETTING", help="a setting"),
+        argument("value", nargs="?", metavar="VALUE", help="its new value"),
+        argument("--reset", metavar="SETTING", help="back to environment or default"), JSON,
+    )),
+    Command("logs", "show the newest events, by default 20", (
+        argument("words", nargs="*", metavar="N|LEVEL",
+                 help="how many, and the least level: " + ", ".join(LOG_WORDS)),
+        flag("--follow", "-f", help="print new events as they come, until Ctrl-C"), JSON,
+    )),
+    Command("sessions", "list the conversations that the server remembers", (JSON,)),
+    Command("clear", "forget all sessions, or one",
+            (argument("session", nargs="?", metavar="SESSION", help="a session's id"), JSON)),
+    Command("keys", "list, create and change the keys of your devices", (JSON,), KEY_ACTIONS),
+    Command("lan", "show the address for other devices, and test it", (JSON,)),
+    Command("connect", "set up this machine's tools for a server", (
+        argument("rest", nargs="+", metavar="HOST",
+                 help="HOST and the other arguments of ocp_connect.py, such as --list and --undo"),
+    )),
+    Command("sync", "update the list of models in OpenClaw",
+            (flag("--dry-run", help="only show what would change"), REPORT)),
+    Command("ask", "ask one question: the quickest proof that everything works", (
+        argument("question", metavar="QUESTION",
+                 help="the question; - reads it from standard input"),
+        argument("--model", metavar="MODEL", help="a model or alias"),
+    )),
+    Command("start", "start the service"),
+    Command("stop", "stop the service"),
+    Command("restart", "restart the service, or OpenClaw's gateway",
+            (argument("what", nargs="?", choices=("gateway",), metavar="gateway",
+                      help="restart OpenClaw's gateway instead"),)),
+    Command("doctor", "examine the installation and say what to do", (REPORT,)),
+    Command("update", "update a git checkout to a release, or roll back", (
+        flag("--check", help="only say whether there is a newer release"),
+        flag("--dry-run", help="only say what would be done"),
+        argument("--target", metavar="VERSION", help="another release than the newest"),
+        flag("--rollback", help="return to the version before the last update"),
+        flag("--list", help="with --rollback: list the snapshots"), YES,
+    )),
+    Command("version", "show the installed version, the running one and claude's", (REPORT,)),
+    Command("completion", "print a completion script: bash, zsh or fish",
+            (argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL",
+                      help="bash, zsh or fish"),)),
+    Command("help", "show this help, or that of a command",
+            (argument("words", nargs="*", metavar="COMMAND", help="a command"),)),
+)
+
+
+# ==== 2. Shared pieces =======================================================
+# Each script has to work when it is copied alone, so a few functions are in several of them. A
+# test compares everything between "--- shared: NAME" and "--- end shared".
+
+
+# --- shared: exit
 class Exit(enum.IntEnum):
-    """The exit codes. A command that did not do what it was asked to never ends with OK."""
+    """The exit codes of OCP's scripts. What was not done never ends with OK."""
 
     OK = 0
     FAILED = 1
+    #: Wrong arguments or settings, or nobody to ask.
     USAGE = 2
+    #: No server answers; for the installer: installed, but claude does not answer.
     UNREACHABLE = 3
+    #: The key is missing or wrong, or the system requires other rights.
     DENIED = 4
     INTERRUPTED = 130
 
 
 class Problem(Exception):
-    """What went wrong, where, and what to do next, in one or a few lines for the user.
+    """What went wrong, and what the user can do. `body` is the JSON of a server's refusal."""
 
-    `body` is the JSON with which a server refused, where that says more.
-    """
-
-    def __init__(self, code: Exit, message: str, body: Json = None) -> None:
+    def __init__(self, code: Exit, message: str, body: Any = None) -> None:
         super().__init__(message)
-        self.code = code
-        self.body = body
+        self.code, self.body = code, body
+# --- end shared
 
 
-class Ran(NamedTuple):
-    """What became of a command. A code of None: it could not be run, and `error` says why."""
+# --- shared: run_program
+def clean(text: object) -> str:
+    """Return `text` without the control characters that could command a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
+
+
+class Completed(NamedTuple):
+    """How a program ended. A code of None: it did not run to its end, and `error` says why."""
 
     code: int | None
     output: str
@@ -107,146 +262,151 @@ class Ran(NamedTuple):
 
     @property
     def complaint(self) -> str:
-        """The last line that it had to say, for a message."""
-        lines = (self.error.strip() or self.output.strip()).splitlines()
-        return clean(lines[-1]) if lines else f"it ended with {self.code}"
+        """Return its complaint in one line, for a message."""
+        lines = [line.strip() for line in f"{self.error}\n{self.output}".splitlines()]
+        lines = [clean(line) for line in lines if line] or [f"it ended with {self.code}"]
+        if lines[0].startswith("Traceback "):
+            return lines[-1]
+        # git surrounds its reason with advice.
+        reasons = [line for line in lines if line.startswith(("fatal:", "error:"))]
+        return (reasons or lines)[0]
 
 
-class Runner(Protocol):
-    """How commands are run."""
+def run_program(
+    command: Sequence[str], environ: Mapping[str, str], timeout_s: float = 15.0,
+    attached: bool = False,
+) -> Completed:
+    """Run a program to its end. Attached to the terminal, it has no timeout and no output here.
 
-    def __call__(
-        self, command: Sequence[str], *, environ: Mapping[str, str], folder: str | None = None,
-        timeout_s: float = 15.0, attached: bool = False,
-    ) -> Ran:
-        """Runs it to its end; attached to the terminal, it prints for itself."""
-
-
-def run_command(
-    command: Sequence[str], *, environ: Mapping[str, str], folder: str | None = None,
-    timeout_s: float = 15.0, attached: bool = False,
-) -> Ran:
-    """Runs a command. Never raises for a program that is missing or too slow."""
-    pipe = None if attached else subprocess.PIPE
+    Never raises for a program that is missing or too slow.
+    """
+    pipe, no_input = (None, None) if attached else (subprocess.PIPE, subprocess.DEVNULL)
     try:
         done = subprocess.run(
-            list(command), env=dict(environ), cwd=folder, stdout=pipe, stderr=pipe,
-            stdin=None if attached else subprocess.DEVNULL,
-            timeout=None if attached else timeout_s, check=False,
+            list(command), env=dict(environ), stdin=no_input, stdout=pipe, stderr=pipe,
+            encoding="utf-8", errors="replace", timeout=None if attached else timeout_s,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        return Ran(None, "", f"{command[0]} took longer than {timeout_s:.0f} s")
-    except OSError as problem:
-        return Ran(None, "", f"{command[0]}: {problem.strerror}")
-    texts = [(part or b"").decode("utf-8", "replace") for part in (done.stdout, done.stderr)]
-    return Ran(done.returncode, *texts)
+        return Completed(None, "", f"{command[0]} took longer than {timeout_s:.0f} s")
+    except OSError as error:
+        return Completed(None, "", f"{command[0]}: {error.strerror}")
+    return Completed(done.returncode, done.stdout or "", done.stderr or "")
 
 
-def own_addresses() -> list[str]:
-    """The IPv4 address by which this machine goes out, if any. Nothing is sent for that."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # A documentation address: connecting a UDP socket only chooses the way.
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return []
-        address = str(probe.getsockname()[0])
-    return [] if ipaddress.ip_address(address).is_loopback else [address]
+def with_user_bus(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return `environ` with the variable that systemctl --user needs.
+
+    Shells of su, cron and some ssh servers lack it.
+    """
+    folder = f"/run/user/{os.getuid()}"
+    bus = {"XDG_RUNTIME_DIR": folder} if os.path.isdir(folder) else {}
+    return {**bus, **environ}
+# --- end shared
 
 
-@dataclasses.dataclass
-class Env:
-    """The world around a command."""
-
-    argv: list[str]
-    environ: Mapping[str, str]
-    stdin: TextIO
-    stdout: TextIO
-    stderr: TextIO
-    #: The user's home folder.
-    home: str
-    #: The folder that this script belongs to, where ocp_server.py lies beside it.
-    tree: str
-    platform: str = sys.platform
-    user_id: int = dataclasses.field(default_factory=os.getuid)
-    clock: Callable[[], float] = time.time
-    sleep: Callable[[float], None] = time.sleep
-    run: Runner = run_command
-    addresses: Callable[[], list[str]] = own_addresses
-
-    @property
-    def ocp_home(self) -> str:
-        """The folder of OCP's state."""
-        named = self.environ.get("OCP_HOME", "").strip()
-        if named.startswith("~/"):
-            named = os.path.join(self.home, named[2:])
-        return os.path.abspath(named) if named else os.path.join(self.home, ".ocp")
-
-    def say(self, text: str) -> None:
-        """Prints what was asked for."""
-        print(text, file=self.stdout, flush=True)
-
-    def note(self, text: str) -> None:
-        """Prints a remark beside the result."""
-        print(text, file=self.stderr, flush=True)
-
-    def command(
-        self, *words: str, timeout_s: float = 15.0, more: Mapping[str, str] | None = None,
-    ) -> Ran:
-        """Runs a program of the system with the user's environment."""
-        with working(self, f"waiting for {os.path.basename(words[0])}"):
-            return self.run(words, environ={**self.environ, **(more or {})}, timeout_s=timeout_s)
-
-
-def is_terminal(stream: TextIO) -> bool:
-    """Whether a person is looking at this stream."""
-    return stream.isatty()
-
-
-@contextlib.contextmanager
-def working(env: Env, text: str) -> Iterator[None]:
-    """A block that may take long: on a terminal, `text` appears when it takes over a second."""
-    if not is_terminal(env.stderr):
-        yield
-        return
-    timer = threading.Timer(1.0, env.note, [f"{text} ..."])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def clean(text: object) -> str:
-    """`text` without the control characters that could command a terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
+# --- shared: write_whole
+#: Added to the name of a file while it is written. uninstall.py removes what is left of one.
+DRAFT = ".ocp-draft"
 
 
 def write_whole(path: str, content: bytes, mode: int = 0o600) -> None:
-    """Writes a file so that after a power cut the old or the new one is there, never a part."""
-    folder = os.path.dirname(path)
-    descriptor, draft = tempfile.mkstemp(dir=folder, prefix=".ocp-")
+    """Replace a file so that after a crash the old or the new one is there, never a part.
+
+    What root writes gets the owner of its folder: the state of a service of the machine belongs
+    to the user that it runs as. Raises OSError.
+    """
+    draft = path + DRAFT
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(draft)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.geteuid() == 0:
+        folder = os.stat(os.path.dirname(path))
+        os.chown(draft, folder.st_uid, folder.st_gid)
+    os.chmod(draft, mode)
+    os.replace(draft, path)
+# --- end shared
+
+
+# --- shared: read_record
+def ocp_home(environ: Mapping[str, str], home: str) -> str:
+    """Return the folder of OCP's state: OCP_HOME, or ~/.ocp."""
+    named = environ.get("OCP_HOME", "").strip() or "~/.ocp"
+    return os.path.abspath(os.path.join(home, named[2:]) if named.startswith("~/") else named)
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """Return the installer's record, install.json; None if there is none.
+
+    Raises ValueError with advice for the user if it cannot be used, OSError if it cannot be read.
+    """
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if os.geteuid() == 0:
-            # The state of a service of the machine belongs to the user that it runs as.
-            above = os.stat(folder)
-            os.chown(draft, above.st_uid, above.st_gid)
-        os.chmod(draft, mode)
-        os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
-        raise
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("actions"), list):
+        raise ValueError(f"{path} is damaged. Move it away, and run setup.py_install.py again.")
+    if record.get("version") != 1:
+        raise ValueError(f"{path} was written by another version of OCP: use its scripts.")
+    return record
+# --- end shared
 
 
-# ==== 2. The server ==========================================================
-# Where the server is, and how it is asked. A server that cannot be reached, one that refuses the
-# key and one that has trouble of its own are three different things, here and for the user.
+# --- shared: env_file
+_ASSIGNMENT = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+
+
+def unquoted(text: str) -> str:
+    """Return the value that `text`, what follows the = of a line, means to systemd and sh."""
+    found = []
+    quote = ""
+    characters = iter(text.strip())
+    for character in characters:
+        if character == quote:
+            quote = ""
+        elif quote == "'":
+            found.append(character)
+        elif character == "\\":
+            following = next(characters, "")
+            is_kept = quote == '"' and following not in ('"', "\\", "$", "`")
+            found.append("\\" + following if is_kept else following)
+        elif not quote and character in "'\"":
+            quote = character
+        else:
+            found.append(character)
+    return "".join(found)
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """Return the settings in the text of an environment file, such as ocp.env."""
+    matches = (_ASSIGNMENT.fullmatch(line) for line in text.split("\n"))
+    return {match[1]: unquoted(match[2]) for match in matches if match}
+# --- end shared
+
+
+# --- shared: confirm
+def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> None:
+    """Ask before something is changed, unless the user said --yes.
+
+    Raises Problem for any answer but yes, and where nobody can be asked.
+    """
+    if yes:
+        return
+    # Whoever started the program may have closed its standard input.
+    if stdin is None or not stdin.isatty():
+        raise Problem(Exit.USAGE, "There is no terminal to ask on: say --yes, or --dry-run.")
+    stdout.write(f"{question} [y/N] ")
+    stdout.flush()
+    if stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Problem(Exit.FAILED, "Nothing was changed.")
+# --- end shared
 
 
 # --- shared: http_json
@@ -315,75 +475,204 @@ def http_json(
 # --- end shared
 
 
+# ==== 3. Environment =========================================================
+# Everything that a command may know and change of the world is in one Env, so that tests give it
+# another world.
+
+
+class Runner(Protocol):
+    """What runs programs: run_program, or a test's."""
+
+    def __call__(
+        self, command: Sequence[str], environ: Mapping[str, str], timeout_s: float = 15.0,
+        attached: bool = False,
+    ) -> Completed: ...
+
+
+def own_addresses() -> list[str]:
+    """Return the IPv4 address by which this machine reaches others, if any. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # A documentation address: connecting a UDP socket only chooses the route.
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return []
+        address = str(probe.getsockname()[0])
+    return [] if ipaddress.ip_address(address).is_loopback else [address]
+
+
+@dataclasses.dataclass
+class Env:
+    """The world around a command."""
+
+    argv: list[str]
+    environ: Mapping[str, str]
+    stdin: TextIO
+    stdout: TextIO
+    stderr: TextIO
+    #: The user's home folder.
+    home: str
+    #: The folder of this script, with ocp_server.py beside it.
+    tree: str
+    platform: str = sys.platform
+    user_id: int = dataclasses.field(default_factory=os.getuid)
+    clock: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
+    run: Runner = run_program
+    addresses: Callable[[], list[str]] = own_addresses
+
+    @property
+    def ocp_home(self) -> str:
+        """Return the folder of OCP's state."""
+        return ocp_home(self.environ, self.home)
+
+    def beside(self, name: str) -> str:
+        """Return the path of a file beside this script."""
+        return os.path.join(self.tree, name)
+
+    def say(self, text: str) -> None:
+        """Print a result."""
+        print(text, file=self.stdout, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a remark that is not part of the result."""
+        print(text, file=self.stderr, flush=True)
+
+    def command(
+        self, *words: str, timeout_s: float = 15.0, more: Mapping[str, str] | None = None,
+    ) -> Completed:
+        """Run a program of the system with the user's environment, and `more` in it."""
+        with progress(self, f"waiting for {os.path.basename(words[0])}"):
+            return self.run(words, environ={**self.environ, **(more or {})}, timeout_s=timeout_s)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a person is looking at this stream."""
+    return stream.isatty()
+
+
+@contextlib.contextmanager
+def progress(env: Env, text: str) -> Iterator[None]:
+    """Show `text` on a terminal if the block takes more than a second."""
+    if not is_terminal(env.stderr):
+        yield
+        return
+    timer = threading.Timer(1.0, env.note, [f"{text} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def utc_time(at_s: float) -> datetime.datetime:
+    """Return epoch seconds as a time in UTC."""
+    return datetime.datetime.fromtimestamp(at_s, datetime.timezone.utc)
+
+
+def iso_time(at_s: float) -> str:
+    """Return epoch seconds as the API writes times: 2027-01-31T14:00:00Z."""
+    return utc_time(at_s).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# ==== 4. The server ==========================================================
+# Where the server is, and how it is asked. A server that cannot be reached, one that refuses the
+# key and one with trouble of its own are three different errors, here and for the user.
+
 DEFAULT_PORT = 3456
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
+class Step(NamedTuple):
+    """One command of the service manager, as the installer wrote it down."""
+
+    command: list[str]
+    may_fail: bool = False
+    tries: int = 1
+
+    @property
+    def line(self) -> str:
+        """Return the command as a line for a shell."""
+        return shlex.join(self.command)
+
+
 class Record(NamedTuple):
-    """What the installer wrote down in install.json; empty fields where it is silent."""
+    """The installation as install.json has it; empty fields where it says nothing."""
 
     platform: str
     label: str
     unit_path: str
-    #: Of launchd, such as gui/501.
-    domain: str
     python: str
     server_path: str
     data_dir: str
     env_file: str
-    port: int
     bind: str
     url: str
+    port: int
+    #: What starts, stops, restarts and enables the service, and tells whether it is enabled.
+    commands: Mapping[str, list[Step]]
+
+    @property
+    def needs_root(self) -> bool:
+        """Return whether only root may control the service."""
+        return self.platform == "systemd-system"
 
 
 def record_path(env: Env) -> str:
-    """Where the installer writes down what it did."""
+    """Return the path of the installer's record."""
     return os.path.join(env.ocp_home, "install.json")
 
 
-def read_record(env: Env) -> Record | None:
-    """The installation, None when nothing was installed. Raises Problem for a broken record."""
-    path = record_path(env)
+def installation(env: Env) -> Record | None:
+    """Return the installation, None if there is none. Raises Problem for a broken record."""
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        port = found.get("port") or DEFAULT_PORT
-        texts = {name: found.get(name) or "" for name in Record._fields if name != "port"}
-        if not isinstance(port, int) or not all(isinstance(t, str) for t in texts.values()):
-            raise ValueError("a field has another type than the installer writes")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError) as problem:
-        raise Problem(
-            Exit.FAILED,
-            f"{path} cannot be read ({problem}). Run setup.py_install.py again, or name the "
-            "server in OCP_URL.",
-        ) from None
-    record = Record(port=port, **texts)
-    return record._replace(url=record.url or f"http://127.0.0.1:{port}")
+        found = read_record(record_path(env))
+        return None if found is None else record_of(found)
+    except (OSError, ValueError) as error:
+        raise Problem(Exit.FAILED, f"{error}\nOr name the server in OCP_URL.") from None
+
+
+def record_of(found: dict[str, Json]) -> Record:
+    """Return the fields of a record. Raises ValueError if one has a wrong type."""
+    texts = {name: found.get(name) or "" for name in Record._fields if name not in (
+        "port", "commands")}
+    port = found.get("port") or DEFAULT_PORT
+    try:
+        commands = {verb: [Step(**step) for step in steps]
+                    for verb, steps in (found.get("commands") or {}).items()}
+        words = [word for steps in commands.values() for step in steps for word in step.command]
+        is_valid = isinstance(port, int) and all(
+            isinstance(text, str) for text in [*texts.values(), *words])
+    except (AttributeError, TypeError):
+        is_valid = False
+    if not is_valid:
+        raise ValueError("install.json is damaged. Run setup.py_install.py again.")
+    texts["url"] = texts["url"] or f"http://127.0.0.1:{port}"
+    return Record(**texts, port=port, commands=commands)
 
 
 def parse_url(text: str, source: str) -> str:
-    """A server's address without a trailing slash or /v1. Raises Problem for anything else."""
+    """Return a server's address without a trailing slash or /v1. Raises Problem if it is none."""
     try:
         parts = urllib.parse.urlsplit(text.strip())
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         usable = usable and "@" not in parts.netloc
-        # Characters that no address has would only fail later, and less clearly.
+        # Characters that no host has would fail only later, with a less clear message.
         (parts.hostname or "").encode("idna")
     except ValueError:
         usable = False
     if not usable or re.search(r"[\x00-\x20\x7f]", text.strip()):
         raise Problem(
-            Exit.USAGE, f"{source}: {clean(text)!r} is no address such as {DEFAULT_URL}."
+            Exit.USAGE, f"{source}: {clean(text)!r} is not an address such as {DEFAULT_URL}."
         )
     path = parts.path.rstrip("/")
     path = path[: -len("/v1")] if path.endswith("/v1") else path
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def is_this_machine(url: str) -> bool:
-    """Whether an address is this machine by its loopback name."""
+def is_loopback(url: str) -> bool:
+    """Return whether an address leads to this machine by its loopback name."""
     host = urllib.parse.urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -391,14 +680,22 @@ def is_this_machine(url: str) -> bool:
         return host == "localhost"
 
 
+def port_of(url: str) -> int:
+    """Return the TCP port of an address."""
+    parts = urllib.parse.urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
 def tls_for(url: str) -> ssl.SSLContext | None:
-    """How the certificate of a server is judged; None for the usual way. That of this machine's
-    own server names the address that other devices use, not the one that is asked here."""
-    return any_certificate() if is_this_machine(url) else None
+    """Return how to verify the certificate at this address; None for the usual way.
+
+    The certificate of this machine's own server names the address that other devices use.
+    """
+    return any_certificate() if is_loopback(url) else None
 
 
 def any_certificate() -> ssl.SSLContext:
-    """A context that takes whatever certificate a server has."""
+    """Return a context that accepts every certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -406,38 +703,40 @@ def any_certificate() -> ssl.SSLContext:
 
 
 def server_url(env: Env) -> str:
-    """The address of the server that commands talk to. Raises Problem."""
+    """Return the address of the server that commands talk to. Raises Problem."""
     named = env.environ.get("OCP_URL", "")
     if named.strip():
         return parse_url(named, "OCP_URL")
     port = env.environ.get("CLAUDE_PROXY_PORT", "").strip()
     if port:
         if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65_536:
-            raise Problem(Exit.USAGE, f"CLAUDE_PROXY_PORT: {clean(port)!r} is no port.")
+            raise Problem(Exit.USAGE, f"CLAUDE_PROXY_PORT: {clean(port)!r} is not a port.")
         return f"http://127.0.0.1:{int(port)}"
-    record = read_record(env)
+    record = installation(env)
     return parse_url(record.url, record_path(env)) if record else DEFAULT_URL
 
 
 def admin_key_path(env: Env) -> str:
-    """Where the server of this machine keeps its key. That of a service of the machine has a
-    folder of its own."""
+    """Return where the server of this machine keeps its admin key.
+
+    A service of the machine has a data folder of its own.
+    """
     with contextlib.suppress(Problem):
-        record = read_record(env)
+        record = installation(env)
         return os.path.join((record.data_dir if record else "") or env.ocp_home, "admin-key")
     return os.path.join(env.ocp_home, "admin-key")
 
 
 def admin_key(env: Env, url: str) -> str:
-    """The key for this address, empty if there is none for it. Raises Problem.
+    """Return the admin key for this address, empty if there is none. Raises Problem.
 
     The key in the file belongs to the server of this machine, and is sent to no other.
     """
     key, source = env.environ.get("OCP_ADMIN_KEY", "").strip(), "OCP_ADMIN_KEY"
     if not key:
         source = admin_key_path(env)
-        if not is_this_machine(url):
-            record = read_record(env)
+        if not is_loopback(url):
+            record = installation(env)
             if record is None or parse_url(record.url, record_path(env)) != url:
                 return ""
         try:
@@ -445,105 +744,121 @@ def admin_key(env: Env, url: str) -> str:
                 key = file.read(10_000).strip()
         except (FileNotFoundError, PermissionError):
             return ""
-        except (OSError, ValueError) as problem:
-            raise Problem(Exit.FAILED, f"{source} cannot be read: {problem}") from None
+        except (OSError, ValueError) as error:
+            raise Problem(Exit.FAILED, f"{source} cannot be read: {error}") from None
     if key and not re.fullmatch(r"[!-~]+", key):
-        raise Problem(Exit.USAGE, f"{source} holds characters that no key has.")
+        raise Problem(Exit.USAGE, f"{source} contains characters that no key has.")
     return key
 
 
+class Answer(NamedTuple):
+    """What the server answered."""
+
+    url: str
+    #: The JSON as the server wrote it.
+    text: str
+
+    @property
+    def value(self) -> Json:
+        """Return the JSON object. Raises Problem if it is none."""
+        with contextlib.suppress(ValueError):
+            value = json.loads(self.text)
+            if isinstance(value, dict):
+                return value
+        raise Problem(Exit.FAILED, f"{self.url} answers, but not as an OCP server does.")
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Raise HttpProblem if a connection breaks off while the block reads an answer."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise HttpProblem("unreachable", f"the answer broke off: {error}") from None
+
+
 class Server(NamedTuple):
-    """The server that is asked. Each method raises Problem."""
+    """The server that commands talk to."""
 
     env: Env
     url: str
     key: str
 
-    def text(self, method: str, path: str, body: object = None, timeout_s: float = 15.0) -> str:
-        """An answer's JSON as the server wrote it."""
-        with working(self.env, f"waiting for {self.url}"):
-            try:
-                with self.open(method, path, body, timeout_s) as answer:
-                    return answer.read().decode("utf-8", "replace")
-            except HttpProblem as problem:
-                raise self.explained(problem) from None
-            except (OSError, http.client.HTTPException) as problem:
-                raise self.explained(HttpProblem("unreachable", str(problem))) from None
+    def ask(self, method: str, path: str, body: object = None, timeout_s: float = 15.0) -> Answer:
+        """Return the answer to a request. Raises Problem."""
+        with progress(self.env, f"waiting for {self.url}"):
+            with self.open(method, path, body, timeout_s) as response, reading():
+                return Answer(self.url, response.read().decode("utf-8", "replace"))
 
+    @contextlib.contextmanager
     def open(
         self, method: str, path: str, body: object, timeout_s: float
-    ) -> contextlib.AbstractContextManager[http.client.HTTPResponse]:
-        """An answer, its body still unread. Raises HttpProblem."""
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Yield a response whose body is still unread. Raises Problem."""
         url = self.url + path
-        return http_open(method, url, body, self.key, timeout_s, tls_for(url))
-
-    def json(self, method: str, path: str, body: object = None, timeout_s: float = 15.0) -> Json:
-        """An answer's JSON value."""
-        return self.parsed(self.text(method, path, body, timeout_s))
-
-    def parsed(self, text: str) -> Json:
-        """The value of an answer's JSON, which is always an object."""
         try:
-            value = json.loads(text)
-            if isinstance(value, dict):
-                return value
-        except ValueError:
-            pass
-        raise Problem(Exit.FAILED, f"{self.url} answers, but not as an OCP server does.")
+            with http_open(method, url, body, self.key, timeout_s, tls_for(url)) as response:
+                yield response
+        except HttpProblem as problem:
+            raise self._explained(problem) from None
 
-    def explained(self, problem: HttpProblem) -> Problem:
-        """The same problem in the user's terms, with what to do about it."""
-        message = clean(problem).rstrip(".")
+    def _explained(self, problem: HttpProblem) -> Problem:
+        """Return the same problem in the user's terms, with advice."""
+        message, url = clean(problem).rstrip("."), self.url
         if "CERTIFICATE_VERIFY_FAILED" in message:
             return Problem(
-                Exit.UNREACHABLE,
-                f"The certificate of {self.url} is not trusted here: name the file of its "
-                "authority in SSL_CERT_FILE.",
-            )
-        if problem.kind == "unreachable":
-            return Problem(
-                Exit.UNREACHABLE,
-                f"Cannot connect to {self.url}: {message}.\n"
-                "Start the server with `ocp start`, or find out more with `ocp doctor`.",
-            )
-        if problem.kind == "denied":
-            return Problem(Exit.DENIED, f"{self.url} refused: {message}.\n{self._key_advice()}")
-        if problem.kind == "upstream":
-            return Problem(
-                Exit.FAILED,
-                f"{self.url} is running but has upstream trouble ({problem.status}): {message}.\n"
-                "See `ocp logs 20 error`.", problem.body,
-            )
-        return Problem(
-            Exit.FAILED, f"{self.url} answered {problem.status}: {message}.", problem.body
-        )
+                Exit.UNREACHABLE, f"The certificate of {url} is not trusted here: name the file "
+                "of its authority in SSL_CERT_FILE.")
+        code, text = {
+            "unreachable": (
+                Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\nStart the server with "
+                "`ocp start`, or find the cause with `ocp doctor`."),
+            "denied": (Exit.DENIED, f"{url} refused: {message}.\n{self._key_advice()}"),
+            "upstream": (
+                Exit.FAILED, f"{url} is running but has upstream trouble ({problem.status}): "
+                f"{message}.\nSee `ocp logs 20 error`."),
+        }.get(problem.kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}."))
+        return Problem(code, text, problem.body)
 
     def _key_advice(self) -> str:
         if self.key:
             return "The admin key that was sent is not this server's: see OCP_ADMIN_KEY."
-        if is_this_machine(self.url):
+        if is_loopback(self.url):
             return ("No admin key was sent: set OCP_ADMIN_KEY; there is none to read in "
                     f"{admin_key_path(self.env)}.")
         return "No admin key was sent to this other machine: set OCP_ADMIN_KEY to its key."
 
 
 def find_server(env: Env) -> Server:
-    """The server that commands talk to, and its key. Raises Problem."""
+    """Return the server that commands talk to, with its key. Raises Problem."""
     url = server_url(env)
     return Server(env, url, admin_key(env, url))
 
 
-def answers(url: str) -> bool:
-    """Whether an OCP server answers there; it gets no key, so its certificate does not matter."""
+def is_ocp_server(url: str) -> bool:
+    """Return whether an OCP server answers there. No key is sent, so no certificate is verified."""
     try:
         return "version" in http_json("GET", url + "/health", timeout_s=2.0, tls=any_certificate())
     except (HttpProblem, TypeError):
         return False
 
 
+def health_of(url: str) -> Json | None:
+    """Return the answer of /health, None if nobody answers. Raises Problem for another program."""
+    try:
+        health = http_json("GET", url + "/health", timeout_s=3.0, tls=tls_for(url))
+    except HttpProblem as problem:
+        if problem.kind == "unreachable":
+            return None
+        health = None
+    if not isinstance(health, dict) or "version" not in health or "status" not in health:
+        raise Problem(Exit.FAILED, f"What answers at {url} is not an OCP server.")
+    return health
+
+
 def lan_url(env: Env, url: str) -> str:
-    """A server's address as other devices have it, empty if there is no network."""
-    if not is_this_machine(url):
+    """Return a server's address for other devices, empty if there is no network."""
+    if not is_loopback(url):
         return url
     parts = urllib.parse.urlsplit(url)
     port = f":{parts.port}" if parts.port else ""
@@ -551,33 +866,33 @@ def lan_url(env: Env, url: str) -> str:
 
 
 def device_url(env: Env, url: str) -> str:
-    """The address for another device, if one can reach it; else the address as it is."""
+    """Return the address for other devices if they can reach it, else the address unchanged."""
     found = lan_url(env, url)
-    return found if found and answers(found) else url
+    return found if found and is_ocp_server(found) else url
 
 
 def with_port(url: str) -> str:
-    """A server's address as ocp_connect.py takes it, where an address without a port means 3456."""
+    """Return an address with its port: without one, ocp_connect.py takes 3456."""
     parts = urllib.parse.urlsplit(url)
-    port = "" if parts.port else ":443" if parts.scheme == "https" else ":80"
+    port = "" if parts.port else f":{port_of(url)}"
     return f"{parts.scheme}://{parts.netloc.rstrip(':')}{port}{parts.path}"
 
 
-def connect_words(url: str) -> str:
-    """The one command that sets up the tools of another machine."""
-    default = url.startswith("http://") and url.endswith(":3456")
-    host = url[len("http://"):-len(":3456")] if default else with_port(url)
+def connect_line(url: str) -> str:
+    """Return the command that sets up the tools of another machine."""
+    is_default = url.startswith("http://") and url.endswith(f":{DEFAULT_PORT}")
+    host = url[len("http://"):-len(f":{DEFAULT_PORT}")] if is_default else with_port(url)
     return f"curl -fsSL {url}/connect | python3 - {host}"
 
 
-# ==== 3. Formatting ==========================================================
-# Pure functions from values to text. A Look says for whom: a person at a terminal sees colour
-# and bars, a pipe gets the same words plainly.
+# ==== 5. Formatting ==========================================================
+# Pure functions from values to text. A Style says for whom: a person at a terminal sees colour
+# and bars, a pipe gets the same words plain.
 
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
 
-class Look(NamedTuple):
+class Style(NamedTuple):
     """How output looks. The default is plain, in UTC, at the beginning of the epoch."""
 
     color: bool = False
@@ -586,47 +901,86 @@ class Look(NamedTuple):
     zone: datetime.tzinfo | None = datetime.timezone.utc
 
     def paint(self, color: str, text: str) -> str:
-        """The text in a colour, where there is colour."""
+        """Return the text in a colour, where there is colour."""
         return f"\x1b[{_COLOURS[color]}m{text}\x1b[0m" if self.color and text else text
 
 
-def look_of(env: Env) -> Look:
-    """The look for where the output goes."""
+def style_of(env: Env) -> Style:
+    """Return the style for where the output goes."""
     terminal = is_terminal(env.stdout)
     plain = bool(env.environ.get("NO_COLOR")) or env.environ.get("TERM") == "dumb"
-    return Look(terminal and not plain, terminal, env.clock(), None)
+    return Style(terminal and not plain, terminal, env.clock(), None)
 
 
-def table(aligned: str, rows: Iterable[Sequence[object]], look: Look) -> str:
-    """Rows in columns, the first row being the heads. `aligned` has < or > for each column."""
-    cells = [[clean(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(aligned))]
+class Column(NamedTuple):
+    """One column of a table: its head, its text for a row, and its side, < or >."""
+
+    head: str
+    text: Callable[[Json, Style], object]
+    side: str = "<"
+
+
+def text_column(head: str, name: str) -> Column:
+    """Return a column that shows a field of the row as it is."""
+    return Column(head, lambda row, style: row.get(name) or "-")
+
+
+def number_column(head: str, name: str) -> Column:
+    """Return a column that shows a field of the row as a short number."""
+    return Column(head, lambda row, style: short_number(row.get(name)), ">")
+
+
+def duration_column(head: str, name: str) -> Column:
+    """Return a column that shows milliseconds."""
+    return Column(head, lambda row, style: duration(row.get(name)), ">")
+
+
+def age_column(head: str, name: str, side: str = "<") -> Column:
+    """Return a column that shows how long ago a time was."""
+    return Column(head, lambda row, style: age(row.get(name), style), side)
+
+
+def table(
+    columns: Sequence[Column], rows: Iterable[Json], style: Style, total: Sequence[str] = (),
+) -> str:
+    """Return rows as aligned lines below their heads. `total`: the first cells of a last line."""
+    cells = [[column.head for column in columns]]
+    cells += [[clean(column.text(row, style)) for column in columns] for row in rows]
+    if total:
+        cells.append([*total, *[""] * (len(columns) - len(total))])
+    widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
     lines = []
-    for row in cells:
-        padded = [f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths)]
+    for line in cells:
+        padded = [f"{cell:{column.side}{width}}" for cell, column, width in zip(
+            line, columns, widths)]
         lines.append(("  " + "  ".join(padded)).rstrip())
-    return "\n".join([look.paint("bold", lines[0]), *lines[1:]])
+    return "\n".join([style.paint("bold", lines[0]), *lines[1:]])
 
 
-def fields(rows: Iterable[tuple[str, object]]) -> str:
-    """Names and values, one to a line; values of None are left out."""
+def field_list(rows: Iterable[tuple[str, object]]) -> str:
+    """Return names and values, one pair in a line; values of None are left out."""
     kept = [(name, clean(value)) for name, value in rows if value is not None]
     width = max((len(name) for name, _ in kept), default=0)
     return "\n".join(f"  {name:<{width}}  {value}".rstrip() for name, value in kept)
 
 
-def bar(share: float, look: Look, width: int = 20) -> str:
-    """A share from 0 to 1 as a bar; nothing where there are no bars."""
-    if not look.bars:
+def bar(share: float, style: Style, width: int = 20) -> str:
+    """Return a share from 0 to 1 as a bar, empty where there are no bars."""
+    if not style.bars:
         return ""
     full = round(min(max(share, 0.0), 1.0) * width)
     color = "red" if share >= 0.9 else "yellow" if share >= 0.7 else "green"
-    return "[" + look.paint(color, "#" * full) + "." * (width - full) + "]"
+    return "[" + style.paint(color, "#" * full) + "." * (width - full) + "]"
 
 
-def number(value: object) -> str:
-    """A count for people: 950, 36K, 1.2M; a dash for what is not known."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+def is_number(value: object) -> bool:
+    """Return whether a JSON value is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def short_number(value: Json) -> str:
+    """Return a count for people: 950, 36K, 1.2M; a dash if it is unknown."""
+    if not is_number(value):
         return "-"
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= size:
@@ -634,14 +988,14 @@ def number(value: object) -> str:
     return f"{value:g}"
 
 
-def size_words(count_bytes: float) -> str:
-    """A size for people."""
-    return f"{number(count_bytes)}B" if count_bytes >= 1000 else f"{count_bytes:.0f} bytes"
+def file_size(size_bytes: float) -> str:
+    """Return a size for people."""
+    return f"{short_number(size_bytes)}B" if size_bytes >= 1000 else f"{size_bytes:.0f} bytes"
 
 
-def duration(ms: object) -> str:
-    """Milliseconds for people: 420ms, 4.2s, 2m 5s, 3h 12m, 5d 2h."""
-    if not isinstance(ms, (int, float)) or isinstance(ms, bool):
+def duration(ms: Json) -> str:
+    """Return milliseconds for people: 420ms, 4.2s, 2m 5s, 3h 12m, 5d 2h."""
+    if not is_number(ms):
         return "-"
     seconds = ms / 1000
     if seconds < 1:
@@ -656,8 +1010,7 @@ def duration(ms: object) -> str:
 
 
 def parse_time(text: object) -> float | None:
-    """Epoch seconds of an ISO time, which is UTC unless it says otherwise; None for anything else.
-    """
+    """Return epoch seconds of an ISO time, by default in UTC; None for anything else."""
     if not isinstance(text, str):
         return None
     try:
@@ -669,56 +1022,68 @@ def parse_time(text: object) -> float | None:
     return moment.timestamp()
 
 
-def age(text: object, look: Look) -> str:
-    """How far an ISO time is from now: "5m ago", "in 2d"; a dash for none."""
+def age(text: object, style: Style) -> str:
+    """Return how far an ISO time is from now: "5m ago", "in 2d"; a dash for none."""
     at_s = parse_time(text)
     if at_s is None:
         return "-"
-    away_s = abs(look.now_s - at_s)
+    away_s = abs(style.now_s - at_s)
     if away_s < 5:
         return "now"
     units = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
     unit, size = next(each for each in units if away_s >= each[1])
     words = f"{int(away_s // size)}{unit}"
-    return f"in {words}" if at_s > look.now_s else f"{words} ago"
+    return f"in {words}" if at_s > style.now_s else f"{words} ago"
 
 
-def moment_words(text: object, look: Look) -> str:
-    """An ISO time as a date and a time of day where the user is; a dash for none."""
+def local_time(text: object, style: Style) -> str:
+    """Return an ISO time as date and time of day in the user's zone; a dash for none."""
     at_s = parse_time(text)
     if at_s is None:
         return "-"
-    moment = datetime.datetime.fromtimestamp(at_s, datetime.timezone.utc).astimezone(look.zone)
-    return moment.strftime("%Y-%m-%d %H:%M:%S")
+    return utc_time(at_s).astimezone(style.zone).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def switch_word(value: object) -> str:
-    """A boolean setting as people write it; any other value as it is."""
+def on_off(value: object) -> str:
+    """Return a boolean as people write it, any other value as it is."""
     if value is None:
         return "-"
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
-# ==== 4. Reading =============================================================
-# One cmd_x(env, args) that asks, and one pure show_x(answer, look) that shows, for each command.
+# ==== 6. Reading =============================================================
+# A command that only reads is made of one pure show_NAME(answer, style), from the server's JSON
+# to text, and a cmd_NAME(env, args) that asks.
 
 
-def printed(env: Env, args: argparse.Namespace, path: str, show: Callable[..., str]) -> Exit:
-    """What every plain reading command does: ask, then show, or print the JSON as it came."""
-    server = find_server(env)
-    text = server.text("GET", path)
-    env.say(text.rstrip("\n") if args.json else show(server.parsed(text), look_of(env)))
+def answer_text(
+    env: Env, args: argparse.Namespace, answer: Answer, show: Callable[[Json, Style], str]
+) -> str:
+    """Return an answer as it is printed: for people, or with --json as it came."""
+    return answer.text.rstrip("\n") if args.json else show(answer.value, style_of(env))
+
+
+def print_answer(
+    env: Env, args: argparse.Namespace, answer: Answer, show: Callable[[Json, Style], str]
+) -> Exit:
+    """Print an answer."""
+    env.say(answer_text(env, args, answer, show))
     return Exit.OK
 
 
-def _window_line(name: str, window: Json, look: Look) -> str:
-    """One plan window: how much of it is used, and when it begins anew."""
+def read(env: Env, args: argparse.Namespace, path: str, show: Callable[[Json, Style], str]) -> Exit:
+    """Ask the server for `path` and print the answer."""
+    return print_answer(env, args, find_server(env).ask("GET", path), show)
+
+
+def _window_line(name: str, window: Json, style: Style) -> str:
+    """Return how much of one limit of the plan is used, and when it resets."""
     window = window or {}
     share, percent = window.get("utilization"), window.get("percent")
     if share is None and percent is None:
         state = window.get("status")
         return f"  {name:<20} {clean(state) if state else 'not known yet'}"
-    drawn = bar(float(share or 0), look)
+    drawn = bar(float(share or 0), style)
     used = clean(percent if percent is not None else f"{share:.0%}") + " used"
     line = f"  {name:<20} {used:<10}" + (f" {drawn}" if drawn else "")
     if window.get("resetsIn"):
@@ -727,16 +1092,16 @@ def _window_line(name: str, window: Json, look: Look) -> str:
     return line.rstrip()
 
 
-def show_plan(plan: Json, look: Look) -> str:
-    """The windows of the plan."""
+def show_plan(plan: Json, style: Style) -> str:
+    """Return the limits of the plan."""
     plan = plan if isinstance(plan, dict) else {}
     weekly = plan.get("weeklyLimits") or {}
     extra = plan.get("extraUsage") or {}
-    lines = [look.paint("bold", "Plan Usage Limits")]
-    lines.append(_window_line("Current session", plan.get("currentSession"), look))
-    lines.append(_window_line("Weekly (all models)", weekly.get("allModels"), look))
+    lines = [style.paint("bold", "Plan Usage Limits")]
+    lines.append(_window_line("Current session", plan.get("currentSession"), style))
+    lines.append(_window_line("Weekly (all models)", weekly.get("allModels"), style))
     for name in sorted(set(weekly) - {"allModels"}):
-        lines.append(_window_line(f"Weekly ({clean(name)})", weekly[name], look))
+        lines.append(_window_line(f"Weekly ({clean(name)})", weekly[name], style))
     status, reason = extra.get("status"), extra.get("disabledReason")
     words = {"allowed": "on", "rejected": "off", None: "not known yet"}.get(status, status)
     because = f" ({clean(reason)})" if reason else ""
@@ -744,117 +1109,113 @@ def show_plan(plan: Json, look: Look) -> str:
     return "\n".join(lines)
 
 
-def show_usage(answer: Json, look: Look) -> str:
-    """The plan, what each model did since the server started, and one line about the server."""
+MODEL_COLUMNS = (
+    text_column("Model", "name"), number_column("Requests", "requests"),
+    number_column("OK", "successes"), number_column("Err", "errors"),
+    duration_column("Avg Time", "avgElapsed"), duration_column("Max Time", "maxElapsed"),
+    number_column("Avg Prompt", "avgPromptChars"), number_column("Max Prompt", "maxPromptChars"),
+)
+
+
+def _counts_line(title: str, row: Json) -> str:
+    """Return the request counters of a server in one line."""
+    parts = [f"{short_number(row.get(name))} {word}" for name, word in (
+        ("activeRequests", "active"), ("errors", "errors"), ("timeouts", "timeouts"))]
+    return " | ".join([title, *parts])
+
+
+def show_usage(answer: Json, style: Style) -> str:
+    """Return the plan, what each model did since the start, and one line about the server."""
     models, proxy = answer.get("models") or {}, answer.get("proxy") or {}
-    heads = ("Model", "Requests", "OK", "Err", "Avg Time", "Max Time", "Avg Prompt", "Max Prompt")
-    rows: list[Sequence[object]] = [heads]
-    for name, row in models.items():
-        rows.append((
-            name, number(row.get("requests")), number(row.get("successes")),
-            number(row.get("errors")),
-            duration(row.get("avgElapsed")), duration(row.get("maxElapsed")),
-            number(row.get("avgPromptChars")), number(row.get("maxPromptChars")),
-        ))
-    total = sum(row.get("requests") or 0 for row in models.values())
-    rows.append(("Total", number(total), "", "", "", "", "", ""))
-    stats = table("<>>>>>>>", rows, look) if models else "  no requests yet"
-    footer = (
-        f"Proxy: up {clean(proxy.get('uptime', '?'))}"
-        f" | {number(proxy.get('totalRequests'))} requests"
-        f" | {number(proxy.get('activeRequests'))} active | {number(proxy.get('errors'))} errors"
-        f" | {number(proxy.get('timeouts'))} timeouts"
-    )
-    return "\n".join([
-        show_plan(answer.get("plan"), look), "", look.paint("bold", "Model Stats"), stats, "",
-        footer,
-    ])
+    total = short_number(sum(row.get("requests") or 0 for row in models.values()))
+    rows = [{"name": name, **row} for name, row in models.items()]
+    stats = table(MODEL_COLUMNS, rows, style, ("Total", total)) if rows else "  no requests yet"
+    lead = (f"Proxy: up {clean(proxy.get('uptime', '?'))}"
+            f" | {short_number(proxy.get('totalRequests'))} requests")
+    return "\n".join([show_plan(answer.get("plan"), style), "", style.paint("bold", "Model Stats"),
+                      stats, "", _counts_line(lead, proxy)])
 
 
-def _prompt_tokens(row: Json) -> int:
+def _prompt_tokens(row: Json) -> str:
     names = ("input_tokens", "cache_read_tokens", "cache_write_tokens")
-    return sum(row.get(name) or 0 for name in names)
+    return short_number(sum(row.get(name) or 0 for name in names))
 
 
-def _usage_table(title: str, column: str, rows: Sequence[Json], look: Look) -> str:
-    heads = (title, "Requests", "OK", "Err", "Prompt tokens", "Answer tokens", "Avg Time", "Last")
-    shown: list[Sequence[object]] = [heads]
-    for row in rows:
-        shown.append((
-            row.get(column) or "-", number(row.get("requests")), number(row.get("successes")),
-            number(row.get("errors")), number(_prompt_tokens(row)),
-            number(row.get("output_tokens")), duration(row.get("avg_elapsed_ms")),
-            age(row.get("last_request"), look),
-        ))
-    return table("<>>>>>>>", shown, look)
+TOKEN_COLUMNS = (
+    Column("Prompt tokens", lambda row, style: _prompt_tokens(row), ">"),
+    number_column("Answer tokens", "output_tokens"),
+)
+USAGE_COLUMNS = (
+    number_column("Requests", "requests"), number_column("OK", "successes"),
+    number_column("Err", "errors"), *TOKEN_COLUMNS,
+    duration_column("Avg Time", "avg_elapsed_ms"), age_column("Last", "last_request", ">"),
+)
+DAY_COLUMNS = (
+    text_column("Day", "day"), number_column("Requests", "requests"),
+    number_column("Err", "errors"), *TOKEN_COLUMNS,
+)
 
 
-def show_usage_by_key(answer: Json, look: Look) -> str:
-    """What each key used in the period."""
+def _since(answer: Json, style: Style) -> str:
+    return f"Since {local_time(answer.get('since'), style)}"
+
+
+def show_usage_by_key(answer: Json, style: Style) -> str:
+    """Return what each key used in the period."""
     rows = answer.get("byKey") or []
-    lead = f"Since {moment_words(answer.get('since'), look)}"
-    return "\n".join([lead, _usage_table("Key", "key_name", rows, look) if rows else "  nothing"])
+    columns = (text_column("Key", "key_name"), *USAGE_COLUMNS)
+    return f"{_since(answer, style)}\n{table(columns, rows, style) if rows else '  nothing'}"
 
 
-def show_usage_days(answer: Json, look: Look) -> str:
-    """What each day and each model of the period used."""
+def show_usage_days(answer: Json, style: Style) -> str:
+    """Return what each day and each model of the period used."""
     days, models = answer.get("daily") or [], answer.get("byModel") or []
-    totals = answer.get("totals") or {}
     if not days:
-        return f"Since {moment_words(answer.get('since'), look)}\n  nothing"
+        return f"{_since(answer, style)}\n  nothing"
     most = max(day.get("requests") or 0 for day in days) or 1
-    heads = ("Day", "Requests", "Err", "Prompt tokens", "Answer tokens", *([""] * look.bars))
-    rows: list[Sequence[object]] = [heads]
-    for day in days:
-        drawn = ["#" * round(20 * (day.get("requests") or 0) / most)] * look.bars
-        rows.append((
-            day.get("day"), number(day.get("requests")), number(day.get("errors")),
-            number(_prompt_tokens(day)), number(day.get("output_tokens")), *drawn,
-        ))
-    rows.append((
-        "Total", number(totals.get("requests")), number(totals.get("errors")),
-        number(_prompt_tokens(totals)), number(totals.get("output_tokens")), *([""] * look.bars),
-    ))
-    parts = [table("<>>>>" + "<" * look.bars, rows, look)]
+    columns = [*DAY_COLUMNS]
+    if style.bars:
+        columns.append(Column("", lambda day, _: (
+            "#" * round(20 * (day.get("requests") or 0) / most))))
+    totals = {"day": "Total", **(answer.get("totals") or {})}
+    total = [str(column.text(totals, style)) for column in DAY_COLUMNS]
+    parts = [table(columns, days, style, total)]
     if models:
-        parts.append(_usage_table("Model", "model", models, look))
+        parts.append(table((text_column("Model", "model"), *USAGE_COLUMNS), models, style))
     return "\n\n".join(parts)
 
 
 def cmd_usage(env: Env, args: argparse.Namespace) -> Exit:
-    """The plan and the models; with --days or --by-key what was used in a period."""
+    """Show the plan and the models, or what was used in a period."""
     if not args.by_key and args.days is None:
-        return printed(env, args, "/usage", show_usage)
-    since_s = env.clock() - 86_400 * (args.days or 1)
-    since = datetime.datetime.fromtimestamp(since_s, datetime.timezone.utc)
-    query = urllib.parse.urlencode({"since": since.strftime("%Y-%m-%dT%H:%M:%SZ"), "all": "true"})
+        return read(env, args, "/usage", show_usage)
+    since = iso_time(env.clock() - 86_400 * (args.days or 1))
+    query = urllib.parse.urlencode({"since": since, "all": "true"})
     show = show_usage_by_key if args.by_key else show_usage_days
-    return printed(env, args, f"/api/usage?{query}", show)
+    return read(env, args, f"/api/usage?{query}", show)
 
 
-_STATE_COLOURS = {"ok": "green", "degraded": "yellow", "draining": "yellow"}
+def _state_word(state: object, style: Style) -> str:
+    colours = {"ok": "green", "degraded": "yellow", "draining": "yellow"}
+    return style.paint(colours.get(str(state), "red"), clean(state))
 
 
-def _state_word(state: object, look: Look) -> str:
-    return look.paint(_STATE_COLOURS.get(str(state), "red"), clean(state))
-
-
-def show_status(answer: Json, look: Look) -> str:
-    """The server on one screen: its state, its requests, the plan, the last errors."""
+def show_status(answer: Json, style: Style) -> str:
+    """Return the server on one screen: its state, its requests, the plan, the last errors."""
     proxy, requests = answer.get("proxy") or {}, answer.get("requests") or {}
+    counts = {**requests, "activeRequests": requests.get("active")}
     lines = [
-        f"OCP {clean(proxy.get('version', '?'))}: {_state_word(proxy.get('status'), look)}, "
+        f"OCP {clean(proxy.get('version', '?'))}: {_state_word(proxy.get('status'), style)}, "
         f"up {clean(proxy.get('uptime', '?'))}, login {clean(proxy.get('auth', 'unknown'))}",
-        f"Requests: {number(requests.get('total'))} | {number(requests.get('active'))} active | "
-        f"{number(requests.get('errors'))} errors | {number(requests.get('timeouts'))} timeouts",
-        "", show_plan(answer.get("plan"), look),
+        _counts_line(f"Requests: {short_number(requests.get('total'))}", counts),
+        "", show_plan(answer.get("plan"), style),
     ]
     errors = answer.get("recentErrors") or []
     if errors:
-        lines += ["", look.paint("bold", "Recent Errors")]
-        for error in errors:
-            moment = moment_words(error.get("time"), look)
-            lines.append(f"  {moment}  {clean(error.get('message'))}")
+        lines += ["", style.paint("bold", "Recent Errors")]
+    for error in errors:
+        moment = local_time(error.get("time"), style)
+        lines.append(f"  {moment}  {clean(error.get('message'))}")
     return "\n".join(lines)
 
 
@@ -862,103 +1223,107 @@ _WATCH_EVERY_S = 2.0
 
 
 def cmd_status(env: Env, args: argparse.Namespace) -> Exit:
-    """The server on one screen, again and again with --watch, until Ctrl-C."""
+    """Show the server on one screen, with --watch again and again until Ctrl-C."""
+    clear_screen = "\x1b[H\x1b[2J" if is_terminal(env.stdout) else ""
     while args.watch:
         try:
-            server = find_server(env)
-            text = server.text("GET", "/status")
-            answer = server.parsed(text)
-            shown = text.rstrip("\n") if args.json else show_status(answer, look_of(env))
+            answer = find_server(env).ask("GET", "/status")
+            shown = answer_text(env, args, answer, show_status)
         except Problem as problem:
+            # People watch a restart, too.
             if problem.code is not Exit.UNREACHABLE:
                 raise
-            # A restart is among what people watch for.
             shown = str(problem)
-        start = "\x1b[H\x1b[2J" if is_terminal(env.stdout) else ""
-        env.say(start + shown + ("" if start or args.json else "\n"))
+        env.say(clear_screen + shown + ("" if clear_screen or args.json else "\n"))
         env.sleep(_WATCH_EVERY_S)
-    return printed(env, args, "/status", show_status)
+    return read(env, args, "/status", show_status)
 
 
-def show_health(answer: Json, look: Look) -> str:
-    """What the server says about itself to anybody."""
+def show_health(answer: Json, style: Style) -> str:
+    """Return what the server says about itself to everybody."""
     auth, stats = answer.get("auth") or {}, answer.get("stats") or {}
     login = {True: "works", False: "refused", None: "not known before the first answer"}
     load = answer.get("concurrency") or {}
-    spares = answer.get("spares")
-    names = [f"{model} {count}" for model, count in spares.items()] if spares else ["none"]
+    spares = [f"{model} {count}" for model, count in (answer.get("spares") or {}).items()]
     rows = [
         ("version", answer.get("version")),
         ("instance", answer.get("instanceName") or None), ("up", answer.get("uptimeHuman")),
         ("access mode", answer.get("authMode")), ("login", login.get(auth.get("ok"), "?")),
         ("claude", answer.get("claudeVersion") or "not usable"),
-        ("requests", f"{number(stats.get('totalRequests'))}, {number(stats.get('errors'))} failed"),
-        ("running", f"{number(load.get('inflight'))} of {number(load.get('maxConcurrent'))}, "
-                    f"{number(load.get('queued'))} waiting"),
-        ("spare processes", ", ".join(names)), ("parked", answer.get("parked")),
+        ("requests", f"{short_number(stats.get('totalRequests'))}, "
+                     f"{short_number(stats.get('errors'))} failed"),
+        ("running", f"{short_number(load.get('inflight'))} of "
+                    f"{short_number(load.get('maxConcurrent'))}, "
+                    f"{short_number(load.get('queued'))} waiting"),
+        ("spare processes", ", ".join(spares) or "none"), ("parked", answer.get("parked")),
         ("what to do", answer.get("fix")),
     ]
-    return f"OCP is {_state_word(answer.get('status'), look)}\n" + fields(rows)
+    return f"OCP is {_state_word(answer.get('status'), style)}\n" + field_list(rows)
 
 
 def cmd_health(env: Env, args: argparse.Namespace) -> Exit:
-    """How the server is. FAILED when it is there but not well, for scripts."""
-    server = find_server(env)
-    text = server.text("GET", "/health")
-    answer = server.parsed(text)
-    env.say(text.rstrip("\n") if args.json else show_health(answer, look_of(env)))
-    return Exit.OK if answer.get("status") == "ok" else Exit.FAILED
+    """Show the state of the server. FAILED when it is not well, for scripts."""
+    answer = find_server(env).ask("GET", "/health")
+    is_ok = answer.value.get("status") == "ok"
+    print_answer(env, args, answer, show_health)
+    return Exit.OK if is_ok else Exit.FAILED
 
 
-def show_models(answer: Json, look: Look) -> str:
-    """The models, newest first."""
-    rows: list[Sequence[object]] = [("Model", "Name", "Window", "Answer", "Reasoning")]
-    for model in answer.get("data") or []:
-        reasoning = model.get("reasoning")
-        rows.append((
-            model.get("id"), model.get("display_name") or "-", number(model.get("context_window")),
-            number(model.get("max_output_tokens")),
-            {True: "yes", False: "no"}.get(reasoning, "-"),
-        ))
-    return table("<<>><", rows, look)
+def show_models(answer: Json, style: Style) -> str:
+    """Return the models, newest first."""
+    columns = (
+        text_column("Model", "id"), text_column("Name", "display_name"),
+        number_column("Window", "context_window"), number_column("Answer", "max_output_tokens"),
+        Column("Reasoning", lambda row, _: {True: "yes", False: "no"}.get(
+            row.get("reasoning"), "-")),
+    )
+    return table(columns, answer.get("data") or [], style)
 
 
 def cmd_models(env: Env, args: argparse.Namespace) -> Exit:
-    """The models that the server offers."""
-    return printed(env, args, "/v1/models", show_models)
+    """List the models that the server offers."""
+    return read(env, args, "/v1/models", show_models)
 
 
-def _span(row: Json) -> str:
-    """The range of a setting."""
+def _range(row: Json) -> str:
+    """Return the range of a setting."""
     least, most = row.get("min"), row.get("max")
     if least is None and most is None:
         return ""
     return f"{'' if least is None else least}..{'' if most is None else most}"
 
 
-def show_settings(answer: Json, look: Look) -> str:
-    """Every setting with its value, its range and where the value comes from."""
-    rows: list[Sequence[object]] = [("Setting", "Value", "Unit", "Range", "From", "What it is")]
-    for name, row in answer.items():
-        rows.append((
-            name, switch_word(row.get("value")), row.get("unit") or "", _span(row),
-            row.get("source") or "", row.get("desc") or "",
-        ))
-    return table("<><<<<", rows, look)
+SETTING_COLUMNS = (
+    text_column("Setting", "name"),
+    Column("Value", lambda row, _: on_off(row.get("value")), ">"),
+    Column("Unit", lambda row, _: row.get("unit") or ""),
+    Column("Range", lambda row, _: _range(row)),
+    Column("From", lambda row, _: row.get("source") or ""),
+    Column("What it is", lambda row, _: row.get("desc") or ""),
+)
 
 
-def show_setting(name: str, row: Json, look: Look) -> str:
-    """One setting, in full."""
-    unit = f" {row['unit']}" if row.get("unit") else ""
-    return look.paint("bold", clean(name)) + "\n" + fields([
-        ("value", f"{switch_word(row.get('value'))}{unit}"), ("from", row.get("source")),
-        ("default", f"{switch_word(row.get('default'))}{unit}"), ("range", _span(row) or None),
+def show_settings(answer: Json, style: Style) -> str:
+    """Return every setting with its value, its range and where the value comes from."""
+    rows = [{**row, "name": name} for name, row in answer.items()]
+    return table(SETTING_COLUMNS, rows, style)
+
+
+def _with_unit(value: object, row: Json) -> str:
+    return f"{on_off(value)} {row.get('unit') or ''}".rstrip()
+
+
+def show_setting(name: str, row: Json, style: Style) -> str:
+    """Return everything about one setting."""
+    return style.paint("bold", clean(name)) + "\n" + field_list([
+        ("value", _with_unit(row.get("value"), row)), ("from", row.get("source")),
+        ("default", _with_unit(row.get("default"), row)), ("range", _range(row) or None),
         ("environment", row.get("env")), ("what it is", row.get("desc")),
     ])
 
 
 def parse_value(name: str, row: Json, text: str) -> object:
-    """What the user wrote, as the type that the setting has. Raises Problem."""
+    """Return what the user wrote as the type that the setting has. Raises Problem."""
     kind = row.get("type")
     words = {"1": True, "true": True, "yes": True, "on": True,
              "0": False, "false": False, "no": False, "off": False}
@@ -975,74 +1340,78 @@ def parse_value(name: str, row: Json, text: str) -> object:
     return text
 
 
-def _known_setting(settings: Json, name: str) -> Json:
+def _find_setting(settings: Json, name: str) -> Json:
     if name in settings:
         return settings[name]
-    near = difflib.get_close_matches(name, settings, 1, 0.5)
-    hint = f" Did you mean {near[0]}?" if near else " `ocp settings` lists them."
+    hint = did_you_mean(name, settings) or " `ocp settings` lists them."
     raise Problem(Exit.USAGE, f"There is no setting {clean(name)!r}.{hint}")
 
 
-def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
-    """Shows all settings or one; changes one; gives one back to environment or default."""
-    if args.reset and args.key:
-        raise Problem(Exit.USAGE, "--reset takes the only name: ocp settings --reset KEY")
-    if not args.key and not args.reset:
-        return printed(env, args, "/settings", show_settings)
-    server, name = find_server(env), args.reset or args.key
-    settings = server.json("GET", "/settings")
-    row = _known_setting(settings, name)
-    if not args.reset and args.value is None:
-        env.say(json.dumps({name: row}) if args.json else show_setting(name, row, look_of(env)))
-        return Exit.OK
-    value = None if args.reset else parse_value(name, row, args.value)
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a sentence that names the most similar known word, empty if there is none."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _change_setting(server: Server, name: str, value: object) -> Answer:
+    """Change a setting and return the answer. Raises Problem with the server's reason."""
     try:
-        text = server.text("PATCH", "/settings", {name: value})
-        answer = server.parsed(text)
+        answer = server.ask("PATCH", "/settings", {name: value})
     except Problem as problem:
+        # The refusal of a value is an answer like the others.
         if not isinstance(problem.body, dict) or "results" not in problem.body:
             raise
-        answer, text = problem.body, json.dumps(problem.body)
-    result = (answer.get("results") or {}).get(name) or {}
+        answer = Answer(server.url, json.dumps(problem.body))
+    result = (answer.value.get("results") or {}).get(name) or {}
     if not result.get("ok"):
         raise Problem(Exit.FAILED, f"{name} was not changed: {clean(result.get('error'))}")
-    if args.json:
-        env.say(text.rstrip("\n"))
+    return answer
+
+
+def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
+    """Show all settings or one, change one, or reset one to environment or default."""
+    if args.reset and args.key:
+        raise Problem(Exit.USAGE, "--reset takes the only name: ocp settings --reset SETTING")
+    if not args.key and not args.reset:
+        return read(env, args, "/settings", show_settings)
+    server, name = find_server(env), args.reset or args.key
+    row = _find_setting(server.ask("GET", "/settings").value, name)
+    if not args.reset and args.value is None:
+        env.say(json.dumps({name: row}) if args.json else show_setting(name, row, style_of(env)))
         return Exit.OK
-    current = (answer.get("current") or {}).get(name) or {**row, "value": result.get("value")}
-    unit = f" {row['unit']}" if row.get("unit") else ""
-    source = f" (from {clean(current['source'])})" if args.reset and "source" in current else ""
-    env.say(f"{name} = {clean(switch_word(current.get('value')))}{unit}{source}")
-    return Exit.OK
+    answer = _change_setting(
+        server, name, None if args.reset else parse_value(name, row, args.value))
+
+    def show(value: Json, style: Style) -> str:
+        changed = (value["results"])[name].get("value")
+        current = (value.get("current") or {}).get(name) or {"value": changed}
+        source = f" (from {clean(current['source'])})" if args.reset and "source" in current else ""
+        return f"{name} = {clean(_with_unit(current.get('value'), row))}{source}"
+
+    return print_answer(env, args, answer, show)
 
 
-LEVELS = ("debug", "info", "warn", "error")
-#: What `logs` takes; audit = what the operator changed.
-LOG_WORDS = ("all", "audit", *LEVELS)
-_LEVEL_COLOURS = {"debug": "dim", "warn": "yellow", "error": "red"}
-
-
-def show_log_entry(entry: Json, look: Look) -> str:
-    """One event: when, how bad, what, and its fields."""
+def show_log_entry(entry: Json, style: Style) -> str:
+    """Return one event: its time, its level, its name and its fields."""
     if "raw" in entry:
         return clean(entry["raw"])
     level = str(entry.get("level", ""))
     rest = [f"{key}={value}" for key, value in entry.items() if key not in ("ts", "level", "event")]
-    head = f"{moment_words(entry.get('ts'), look)} "
-    colour = _LEVEL_COLOURS.get(level)
+    colour = {"debug": "dim", "warn": "yellow", "error": "red"}.get(level)
     word = f"{clean(level).upper():5}"
-    word = look.paint(colour, word) if colour else word
-    return f"{head}{word} " + clean(" ".join([str(entry.get("event", "")), *rest]))
+    word = style.paint(colour, word) if colour else word
+    event = clean(" ".join([str(entry.get("event", "")), *rest]))
+    return f"{local_time(entry.get('ts'), style)} {word} {event}"
 
 
-def show_logs(answer: Json, look: Look) -> str:
-    """The newest events, oldest first."""
+def show_logs(answer: Json, style: Style) -> str:
+    """Return the newest events, oldest first."""
     entries = answer.get("entries") or []
-    return "\n".join(show_log_entry(entry, look) for entry in entries) or "no such events"
+    return "\n".join(show_log_entry(entry, style) for entry in entries) or "no such events"
 
 
-def fresh_entries(seen: Sequence[Json], entries: Sequence[Json]) -> Sequence[Json]:
-    """The entries that come after what was seen: the server sends again what it still has of it."""
+def new_entries(seen: Sequence[Json], entries: Sequence[Json]) -> Sequence[Json]:
+    """Return the entries after those that were seen: the server sends again what it still has."""
     known = 0
     for entry in seen:
         if known < len(entries) and entries[known] == entry:
@@ -1051,7 +1420,7 @@ def fresh_entries(seen: Sequence[Json], entries: Sequence[Json]) -> Sequence[Jso
 
 
 def _log_arguments(words: Sequence[str]) -> tuple[int, str]:
-    """The number of lines and the level, given in any order. Raises Problem."""
+    """Return the number of events and the level, given in any order. Raises Problem."""
     count, level = 20, "all"
     for word in words:
         lowered = "warn" if word.lower() == "warning" else word.lower()
@@ -1061,10 +1430,8 @@ def _log_arguments(words: Sequence[str]) -> tuple[int, str]:
             level = lowered
         else:
             raise Problem(
-                Exit.USAGE,
-                f"logs takes a number from 1 to 1000 and one of {', '.join(LOG_WORDS)}; "
-                f"not {clean(word)!r}.",
-            )
+                Exit.USAGE, "logs takes a number from 1 to 1000 and one of "
+                f"{', '.join(LOG_WORDS)}; not {clean(word)!r}.")
     return count, level
 
 
@@ -1072,15 +1439,13 @@ _FOLLOW_EVERY_S = 1.0
 
 
 def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> NoReturn:
-    """Prints events as they come, for ever; a server that restarts is waited for."""
+    """Print events as they come, for ever, also across a restart of the server."""
     server, seen, was_there = find_server(env), None, True
     while True:
         try:
-            answer = server.json("GET", f"/logs?n=1000&level={level}")
-            entries = answer.get("entries") or []
-            fresh = entries[-count:] if seen is None else fresh_entries(seen, entries)
-            for entry in fresh:
-                shown = json.dumps(entry) if args.json else show_log_entry(entry, look_of(env))
+            entries = server.ask("GET", f"/logs?n=1000&level={level}").value.get("entries") or []
+            for entry in entries[-count:] if seen is None else new_entries(seen, entries):
+                shown = json.dumps(entry) if args.json else show_log_entry(entry, style_of(env))
                 env.say(shown)
             seen, was_there = entries, True
         except Problem as problem:
@@ -1093,98 +1458,102 @@ def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> 
 
 
 def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
-    """The newest events of the server's log."""
+    """Show the newest events of the server's log."""
     count, level = _log_arguments(args.words)
     if args.follow:
         _follow_logs(env, args, count, level)
-    return printed(env, args, f"/logs?n={count}&level={level}", show_logs)
+    return read(env, args, f"/logs?n={count}&level={level}", show_logs)
 
 
-def show_sessions(answer: Json, look: Look) -> str:
-    """The conversations that the server remembers, the one used last first."""
+SESSION_COLUMNS = (
+    text_column("Session", "id"), text_column("Caller", "caller"), text_column("Model", "model"),
+    number_column("Messages", "messages"), age_column("Last used", "lastUsed"),
+)
+
+
+def show_sessions(answer: Json, style: Style) -> str:
+    """Return the conversations that the server remembers, the one used last first."""
     sessions = answer.get("sessions") or []
-    rows: list[Sequence[object]] = [("Session", "Caller", "Model", "Messages", "Last used")]
-    for session in sessions:
-        rows.append((
-            session.get("id"), session.get("caller"), session.get("model"),
-            number(session.get("messages")), age(session.get("lastUsed"), look),
-        ))
-    return table("<<<><", rows, look) if sessions else "no sessions"
+    return table(SESSION_COLUMNS, sessions, style) if sessions else "no sessions"
 
 
 def cmd_sessions(env: Env, args: argparse.Namespace) -> Exit:
-    """The conversations that the server remembers."""
-    return printed(env, args, "/sessions", show_sessions)
+    """List the conversations that the server remembers."""
+    return read(env, args, "/sessions", show_sessions)
 
 
 def cmd_clear(env: Env, args: argparse.Namespace) -> Exit:
-    """Forgets all sessions, or one."""
+    """Forget all sessions, or one."""
     path = "/sessions" + ("/" + urllib.parse.quote(args.session, "") if args.session else "")
-    server = find_server(env)
-    text = server.text("DELETE", path)
-    cleared = server.parsed(text).get("cleared")
-    env.say(text.rstrip("\n") if args.json else f"cleared {number(cleared)} sessions")
-    return Exit.OK
+    answer = find_server(env).ask("DELETE", path)
+    return print_answer(env, args, answer, lambda value, style: (
+        f"cleared {short_number(value.get('cleared'))} sessions"))
 
 
-# ==== 5. Keys ================================================================
-# The keys of an operator's devices. A new secret is printed first and alone, so that no trouble
-# with anything else can lose it.
-
-#: Option of the command line, name in the API.
-QUOTAS = (
-    ("daily", "daily"), ("weekly", "weekly"), ("monthly", "monthly"),
-    ("tokens-daily", "tokensDaily"), ("tokens-weekly", "tokensWeekly"),
-    ("tokens-monthly", "tokensMonthly"),
-)
+# ==== 7. Keys ================================================================
+# The keys of an operator's devices. A new secret is printed first and alone, so that no other
+# trouble can lose it.
 
 
 def _key_state(key: Json) -> str:
     return "revoked" if key.get("revoked") else "expired" if key.get("expired") else "active"
 
 
-def show_keys(answer: Json, look: Look) -> str:
-    """All keys, newest first."""
+def _created(key: Json) -> Json:
+    return key.get("createdAt") or key.get("created_at")
+
+
+KEY_COLUMNS = (
+    Column("Id", lambda key, _: key.get("id"), ">"), text_column("Name", "name"),
+    text_column("Key", "keyPreview"), Column("State", lambda key, _: _key_state(key)),
+    Column("Created", lambda key, style: age(_created(key), style)),
+    age_column("Last used", "lastUsed"),
+    Column("Expires", lambda key, style: age(key["expiry"], style) if key.get("expiry")
+           else "never"),
+)
+
+
+def show_keys(answer: Json, style: Style) -> str:
+    """Return all keys, newest first."""
     keys = answer.get("keys") or []
-    heads = ("Id", "Name", "Key", "State", "Created", "Last used", "Expires")
-    rows: list[Sequence[object]] = [heads]
-    for key in keys:
-        created = key.get("createdAt") or key.get("created_at")
-        rows.append((
-            key.get("id"), key.get("name"), key.get("keyPreview"), _key_state(key),
-            age(created, look), age(key.get("lastUsed"), look),
-            age(key["expiry"], look) if key.get("expiry") else "never",
-        ))
-    return table(">" + "<" * 6, rows, look) if keys else "no keys yet: ocp keys add NAME"
+    return table(KEY_COLUMNS, keys, style) if keys else "no keys yet: ocp keys add NAME"
 
 
-def show_key(answer: Json, look: Look) -> str:
-    """One key, in full."""
+def show_key(answer: Json, style: Style) -> str:
+    """Return everything about one key."""
     limit = answer.get("maxConcurrent") or 0
-    return look.paint("bold", clean(answer.get("name"))) + "\n" + fields([
+    return style.paint("bold", clean(answer.get("name"))) + "\n" + field_list([
         ("id", answer.get("id")), ("key", answer.get("keyPreview")), ("state", _key_state(answer)),
-        ("created", moment_words(answer.get("createdAt") or answer.get("created_at"), look)),
-        ("last used", age(answer.get("lastUsed"), look)),
-        ("expires", moment_words(answer["expiry"], look) if answer.get("expiry") else "never"),
+        ("created", local_time(_created(answer), style)),
+        ("last used", age(answer.get("lastUsed"), style)),
+        ("expires", local_time(answer["expiry"], style) if answer.get("expiry") else "never"),
         ("models", ", ".join(map(str, answer.get("models") or [])) or "all"),
         ("at the same time", limit or "no limit of its own"), ("note", answer.get("note") or None),
     ])
 
 
-def show_quota(answer: Json, look: Look) -> str:
-    """What a key may use and has used, for each period."""
-    rows: list[Sequence[object]] = [("Quota", "Used", "Limit", "Resets in", *([""] * look.bars))]
-    for option, name in QUOTAS:
-        row = (answer.get("quota") or {}).get(name) or {}
-        limit, used = row.get("limit"), row.get("used") or 0
-        share = 1.0 if limit == 0 else used / limit if limit else 0.0
-        # Colour would be counted as width by the table.
-        drawn = [bar(share, look._replace(color=False)) if limit is not None else ""] * look.bars
-        rows.append((
-            option, number(used), "none" if limit is None else number(limit),
-            row.get("resetsIn") or "-", *drawn,
-        ))
-    return table("<>>>" + "<" * look.bars, rows, look)
+def _quota_bar(row: Json, style: Style) -> str:
+    limit, used = row.get("limit"), row.get("used") or 0
+    if limit is None:
+        return ""
+    # Colour would be counted as width by the table.
+    return bar(used / limit if limit else 1.0, style._replace(color=False))
+
+
+QUOTA_COLUMNS = (
+    text_column("Quota", "option"),
+    Column("Used", lambda row, _: short_number(row.get("used") or 0), ">"),
+    Column("Limit", lambda row, _: "none" if row.get("limit") is None
+           else short_number(row["limit"]), ">"),
+    Column("Resets in", lambda row, _: row.get("resetsIn") or "-", ">"),
+)
+
+
+def show_quota(answer: Json, style: Style) -> str:
+    """Return what a key may use and has used, for each period."""
+    quota = answer.get("quota") or {}
+    rows = [{**(quota.get(name) or {}), "option": option} for option, name in QUOTAS]
+    return table(QUOTA_COLUMNS + (Column("", _quota_bar),) * style.bars, rows, style)
 
 
 def _key_path(name: str) -> str:
@@ -1192,7 +1561,7 @@ def _key_path(name: str) -> str:
 
 
 def _key_fields(args: argparse.Namespace) -> dict[str, object]:
-    """The fields of a key that the user named."""
+    """Return the fields of a key that the user named."""
     found: dict[str, object] = {}
     if args.expiry is not None:
         found["expiry"] = None if args.expiry == "never" else args.expiry
@@ -1206,7 +1575,7 @@ def _key_fields(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _quota_fields(args: argparse.Namespace) -> dict[str, int | None]:
-    """The quotas that the user named; None takes one away. Raises Problem."""
+    """Return the quotas that the user named; None removes one. Raises Problem."""
     found: dict[str, int | None] = {}
     for option, name in QUOTAS:
         text = getattr(args, option.replace("-", "_"))
@@ -1219,78 +1588,78 @@ def _quota_fields(args: argparse.Namespace) -> dict[str, int | None]:
     return found
 
 
+def cmd_keys(env: Env, args: argparse.Namespace) -> Exit:
+    """List all keys."""
+    return read(env, args, "/api/keys", show_keys)
+
+
 def cmd_keys_list(env: Env, args: argparse.Namespace) -> Exit:
-    """All keys."""
-    return printed(env, args, "/api/keys", show_keys)
+    """List all keys."""
+    return cmd_keys(env, args)
 
 
-def _print_secret(env: Env, args: argparse.Namespace, text: str) -> Exit:
-    """Prints an answer that holds a new secret."""
+def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
+    """Print an answer that contains a new secret."""
     if args.json:
-        env.say(text.rstrip("\n"))
+        env.say(answer.text.rstrip("\n"))
         return Exit.OK
     try:
-        answer = json.loads(text)
-        secret, name = answer["key"], answer["name"]
-    except (ValueError, KeyError, TypeError):
+        secret, name = answer.value["key"], answer.value["name"]
+    except (Problem, KeyError):
         # Better shown raw than lost: nobody can ask for it again.
-        env.say(text)
+        env.say(answer.text)
         raise Problem(Exit.FAILED, "The server's answer, above, is not as expected.") from None
     env.say(clean(secret))
     url = device_url(env, server_url(env))
-    if answer.get("warning"):
-        env.note(f"ATTENTION: {clean(answer['warning'])}")
+    if answer.value.get("warning"):
+        env.note(f"ATTENTION: {clean(answer.value['warning'])}")
     env.note(f"This is the key {clean(name)!r}. It is shown only now. On its device run")
-    env.note(f"  {connect_words(url)}\nwhich asks for it; or, for one tool:")
+    env.note(f"  {connect_line(url)}\nwhich asks for it; or, for one tool:")
     env.note(f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url}/v1")
     return Exit.OK
 
 
 def cmd_keys_add(env: Env, args: argparse.Namespace) -> Exit:
-    """Makes a key and prints it."""
+    """Create a key and print it."""
     body = {"name": args.name, **_key_fields(args)}
     quotas = _quota_fields(args)
     if quotas:
         body["quota"] = quotas
-    return _print_secret(env, args, find_server(env).text("POST", "/api/keys", body))
+    return _print_secret(env, args, find_server(env).ask("POST", "/api/keys", body))
 
 
 def cmd_keys_rotate(env: Env, args: argparse.Namespace) -> Exit:
-    """Gives a key a new secret; the old one is dead at once."""
+    """Give a key a new secret; the old one stops working at once."""
     path = _key_path(args.key) + "/rotate"
-    return _print_secret(env, args, find_server(env).text("POST", path))
+    return _print_secret(env, args, find_server(env).ask("POST", path))
 
 
 def cmd_keys_show(env: Env, args: argparse.Namespace) -> Exit:
-    """One key with its quotas."""
-    if args.json:
-        return printed(env, args, _key_path(args.key), show_key)
-    printed(env, args, _key_path(args.key), show_key)
-    return printed(env, args, _key_path(args.key) + "/quota", show_quota)
+    """Show one key, and for people its quotas too."""
+    code = read(env, args, _key_path(args.key), show_key)
+    return code if args.json else read(env, args, _key_path(args.key) + "/quota", show_quota)
 
 
 def cmd_keys_quota(env: Env, args: argparse.Namespace) -> Exit:
-    """Shows the quotas of a key, after changing those that were named."""
+    """Change the quotas that were named, if any, and show all."""
     path, quotas = _key_path(args.key) + "/quota", _quota_fields(args)
     if quotas:
-        find_server(env).json("PATCH", path, quotas)
-    return printed(env, args, path, show_quota)
+        find_server(env).ask("PATCH", path, quotas)
+    return read(env, args, path, show_quota)
 
 
-def _edit_key(env: Env, args: argparse.Namespace, fields_: Mapping[str, object]) -> Exit:
-    server = find_server(env)
-    text = server.text("PATCH", _key_path(args.key), fields_)
-    env.say(text.rstrip("\n") if args.json else show_key(server.parsed(text), look_of(env)))
-    return Exit.OK
+def _edit_key(env: Env, args: argparse.Namespace, changes: Mapping[str, object]) -> Exit:
+    answer = find_server(env).ask("PATCH", _key_path(args.key), changes)
+    return print_answer(env, args, answer, show_key)
 
 
 def cmd_keys_rename(env: Env, args: argparse.Namespace) -> Exit:
-    """Gives a key another name."""
+    """Give a key another name."""
     return _edit_key(env, args, {"name": args.name})
 
 
 def cmd_keys_edit(env: Env, args: argparse.Namespace) -> Exit:
-    """Changes what a key may do."""
+    """Change what a key may do."""
     changes = _key_fields(args)
     if not changes:
         raise Problem(Exit.USAGE, "Nothing to change: see `ocp keys edit --help`.")
@@ -1298,23 +1667,21 @@ def cmd_keys_edit(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def cmd_keys_revoke(env: Env, args: argparse.Namespace) -> Exit:
-    """Ends a key. FAILED when there was none to end."""
-    server = find_server(env)
-    text = server.text("DELETE", _key_path(args.key))
-    if not server.parsed(text).get("revoked"):
+    """End a key. FAILED when there was none to end."""
+    answer = find_server(env).ask("DELETE", _key_path(args.key))
+    if not answer.value.get("revoked"):
         raise Problem(Exit.FAILED, f"No active key has the name or id {clean(args.key)!r}.")
-    env.say(text.rstrip("\n") if args.json else f"revoked {clean(args.key)}")
-    return Exit.OK
+    return print_answer(env, args, answer, lambda value, style: f"revoked {clean(args.key)}")
 
 
-# ==== 6. Using it ============================================================
-# One question from here, and what other devices need to know.
+# ==== 8. Clients =============================================================
+# One question from here, and what other devices and OpenClaw need to know.
 
 _ANSWER_TIMEOUT_S = 660.0
 
 
 def sse_data(lines: Iterable[bytes]) -> Iterator[str]:
-    """The data of a stream of server-sent events, one value for each event."""
+    """Yield the data of each server-sent event of a stream."""
     data: list[str] = []
     for line in lines:
         text = line.decode("utf-8", "replace").rstrip("\r\n")
@@ -1325,87 +1692,87 @@ def sse_data(lines: Iterable[bytes]) -> Iterator[str]:
             data = []
 
 
-class Told(NamedTuple):
+class StreamEnd(NamedTuple):
     """How a streamed answer ended."""
 
     model: str = ""
-    finish: str = ""
+    finish_reason: str = ""
     first_token_s: float | None = None
     answer_tokens: int | None = None
 
 
-def tell(env: Env, events: Iterable[str]) -> Told:
-    """Prints the text of a streamed answer as it comes. Raises Problem for an error in it."""
-    started_s, told, terminal = env.clock(), Told(), is_terminal(env.stdout)
+def print_stream(env: Env, events: Iterable[str]) -> StreamEnd:
+    """Print the text of a streamed answer as it comes. Raises Problem for an error in it."""
+    started_s, end, terminal = env.clock(), StreamEnd(), is_terminal(env.stdout)
     for data in events:
         if data == "[DONE]":
             break
         chunk = json.loads(data)
         if "error" in chunk:
             raise Problem(Exit.FAILED, f"The answer failed: {clean(chunk['error'].get('message'))}")
-        told = told._replace(model=chunk.get("model") or told.model)
         tokens = (chunk.get("usage") or {}).get("completion_tokens")
-        told = told._replace(answer_tokens=tokens or told.answer_tokens)
+        end = end._replace(
+            model=chunk.get("model") or end.model, answer_tokens=tokens or end.answer_tokens)
         for choice in chunk.get("choices") or []:
-            told = told._replace(finish=choice.get("finish_reason") or told.finish)
+            end = end._replace(finish_reason=choice.get("finish_reason") or end.finish_reason)
             text = (choice.get("delta") or {}).get("content") or ""
-            if text and told.first_token_s is None:
-                told = told._replace(first_token_s=env.clock() - started_s)
+            if text and end.first_token_s is None:
+                end = end._replace(first_token_s=env.clock() - started_s)
             # A model may be made to write what would command a terminal.
             shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text) if terminal else text
             env.stdout.write(shown)
             env.stdout.flush()
-    return told
+    return end
 
 
-def _stream_lines(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The lines of an answer. Raises HttpProblem if it breaks off."""
+def _stream_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield the lines of a response. Raises HttpProblem if it breaks off."""
     while True:
-        try:
-            line = answer.readline()
-        except (OSError, http.client.HTTPException) as problem:
-            raise HttpProblem("unreachable", f"the answer broke off: {problem}") from None
+        with reading():
+            line = response.readline()
         if not line:
             return
         yield line
 
 
-def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
-    """Asks one question and prints the answer as it comes."""
+def _question(env: Env, args: argparse.Namespace) -> str:
+    """Return what the user wants to ask. Raises Problem."""
     try:
         question = env.stdin.read() if args.question == "-" else args.question
-    except UnicodeDecodeError as problem:
+    except UnicodeDecodeError as error:
         raise Problem(
-            Exit.USAGE, f"Standard input is no text in {problem.encoding}: see LANG.") from None
+            Exit.USAGE, f"Standard input is not text in {error.encoding}: see LANG.") from None
     if not question.strip():
         raise Problem(Exit.USAGE, 'Ask something: ocp ask "Why is the sky blue?"')
+    return str(question)
+
+
+def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
+    """Ask one question and print the answer as it comes."""
     body = {
-        "messages": [{"role": "user", "content": question}], "stream": True,
+        "messages": [{"role": "user", "content": _question(env, args)}], "stream": True,
         "stream_options": {"include_usage": True}, **({"model": args.model} if args.model else {}),
     }
-    server = find_server(env)
-    path = "/v1/chat/completions"
+    server, path = find_server(env), "/v1/chat/completions"
     try:
-        with server.open("POST", path, body, _ANSWER_TIMEOUT_S) as answer:
-            told = tell(env, sse_data(_stream_lines(answer)))
-    except HttpProblem as problem:
-        raise server.explained(problem) from None
+        with server.open("POST", path, body, _ANSWER_TIMEOUT_S) as response:
+            end = print_stream(env, sse_data(_stream_lines(response)))
     except ValueError:
         raise Problem(
             Exit.FAILED, f"{server.url}{path} sent something that is no answer.") from None
     env.stdout.write("\n")
-    if not told.finish:
+    if not end.finish_reason:
         raise Problem(Exit.FAILED, "The answer broke off before its end.")
-    if told.finish != "stop":
-        env.note(f"(the answer ended early: {clean(told.finish)})")
-    if is_terminal(env.stderr) and told.first_token_s is not None:
-        tokens = f", {told.answer_tokens} tokens" if told.answer_tokens else ""
-        env.note(f"({clean(told.model)}, first token after {told.first_token_s:.2f} s{tokens})")
+    if end.finish_reason != "stop":
+        env.note(f"(the answer ended early: {clean(end.finish_reason)})")
+    if is_terminal(env.stderr) and end.first_token_s is not None:
+        tokens = f", {end.answer_tokens} tokens" if end.answer_tokens else ""
+        env.note(f"({clean(end.model)}, first token after {end.first_token_s:.2f} s{tokens})")
     return Exit.OK
 
 
-def show_lan(answer: Json, look: Look) -> str:
-    """Where other devices find the server, and whether they reach it."""
+def show_lan(answer: Json, style: Style) -> str:
+    """Return where other devices find the server, and whether they reach it."""
     rows = [
         ("API", f"{answer['url']}/v1"), ("dashboard", f"{answer['url']}/dashboard"),
         ("access mode", answer.get("authMode")),
@@ -1416,212 +1783,189 @@ def show_lan(answer: Json, look: Look) -> str:
     elif answer.get("authMode") == "none":
         rows.append(("attention", "whoever can connect may use your plan: set --auth-mode multi"))
     else:
-        rows.append(("on a device", connect_words(answer["url"])))
-    return fields(rows)
+        rows.append(("on a device", connect_line(answer["url"])))
+    return field_list(rows)
 
 
 def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
-    """The address for other devices. FAILED when they cannot reach it."""
+    """Show the address for other devices. FAILED when they cannot reach it."""
     server = find_server(env)
-    health = server.json("GET", "/health", timeout_s=5.0)
+    health = server.ask("GET", "/health", timeout_s=5.0).value
     url = lan_url(env, server.url)
     if not url:
         raise Problem(Exit.FAILED, "This machine has no address in a network.")
     found = {
         "host": urllib.parse.urlsplit(url).hostname, "url": url,
-        "authMode": health.get("authMode"), "reachable": answers(url),
+        "authMode": health.get("authMode"), "reachable": is_ocp_server(url),
     }
-    env.say(json.dumps(found) if args.json else show_lan(found, look_of(env)))
+    print_answer(env, args, Answer(url, json.dumps(found)), show_lan)
     return Exit.OK if found["reachable"] else Exit.FAILED
 
 
 def connect_command(env: Env, *words: str) -> list[str]:
-    """What runs ocp_connect.py. Raises Problem where it is not."""
-    script = os.path.join(env.tree, "ocp_connect.py")
+    """Return the command that runs ocp_connect.py. Raises Problem if it is not there."""
+    script = env.beside("ocp_connect.py")
     if not os.path.exists(script):
         raise Problem(
-            Exit.FAILED,
-            f"{script} is not there. Copy ocp_connect.py from the server's checkout of OCP beside "
-            "this ocp.py, or run it by itself: python3 ocp_connect.py HOST",
-        )
+            Exit.FAILED, f"{script} is not there. Copy ocp_connect.py from the server's checkout "
+            "of OCP beside this ocp.py, or run it alone: python3 ocp_connect.py HOST")
     return [sys.executable, script, *words]
 
 
-def _attached(env: Env, command: Sequence[str]) -> Exit:
-    """The exit code of a command that speaks for itself. Raises Problem."""
-    ran = env.run(command, environ=env.environ, attached=True)
-    if ran.code is None:
-        raise Problem(Exit.FAILED, ran.complaint)
-    return Exit(ran.code) if ran.code in set(Exit) else Exit.FAILED
+def _run_attached(env: Env, command: Sequence[str]) -> Exit:
+    """Run a command that talks to the user itself; return its exit code. Raises Problem."""
+    done = env.run(command, environ=env.environ, attached=True)
+    if done.code is None:
+        raise Problem(Exit.FAILED, done.complaint)
+    return Exit(done.code) if done.code in set(Exit) else Exit.FAILED
 
 
 def cmd_connect(env: Env, args: argparse.Namespace) -> Exit:
-    """Runs ocp_connect.py, which sets up the tools of this machine for a server."""
-    return _attached(env, connect_command(env, *args.rest))
+    """Run ocp_connect.py, which sets up the tools of this machine for a server."""
+    return _run_attached(env, connect_command(env, *args.rest))
 
 
 def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:
-    """Brings the models that OpenClaw lists for the server up to date."""
-    more = ["--dry-run"] if args.dry_run else []
-    more += ["--json"] if args.json else []
-    return _attached(env, connect_command(env, "--sync", with_port(server_url(env)), *more))
+    """Update the list of models that OpenClaw has for the server."""
+    more = ["--dry-run"] * args.dry_run + ["--json"] * args.json
+    return _run_attached(env, connect_command(env, "--sync", with_port(server_url(env)), *more))
 
 
 _OPENCLAW_FIELDS = {"openclaw", "providers", "diff", "written", "failures"}
 
 
-def openclaw_state(env: Env, url: str, *more: str) -> Json:
-    """What OpenClaw knows of the server: {openclaw, providers, diff, written, failures}, where
-    `openclaw` is whether it is here. Its list of models is brought up to date unless `more` says
-    --dry-run. Raises Problem."""
+def sync_openclaw(env: Env, url: str, *more: str) -> Json:
+    """Update OpenClaw's list of models, or with --dry-run only compare it. Raises Problem.
+
+    Returns {openclaw: whether it is installed here, providers, diff, written, failures}.
+    """
     command = connect_command(env, "--sync", with_port(url), "--json", *more)
-    ran = env.run(command, environ=env.environ, timeout_s=180.0)
+    done = env.run(command, environ=env.environ, timeout_s=180.0)
     with contextlib.suppress(ValueError):
-        found = json.loads(ran.output)
+        found = json.loads(done.output)
         if isinstance(found, dict) and found.keys() >= _OPENCLAW_FIELDS:
             return found
-    raise Problem(Exit.FAILED, ran.complaint)
+    raise Problem(Exit.FAILED, done.complaint)
 
 
-# ==== 7. Service =============================================================
-# Starting and stopping go through the service that the installer recorded. Whether it worked is
-# measured, never believed: the server that answers afterwards must be younger than the restart.
-# A process that nobody recorded is left alone; the user is told the command.
+# ==== 9. Service =============================================================
+# install.json has the commands that start and stop the service. Success is measured: the server
+# that answers afterwards must be younger than the restart. A server that was not installed is
+# left alone; the user is told the command.
 
 
-class Step(NamedTuple):
-    """One command of a service manager, with {label}, {unit} and {domain} to be filled in."""
-
-    words: tuple[str, ...]
-    may_fail: bool = False
-    tries: int = 1
-
-
-def _systemctl(*options: str) -> dict[str, tuple[Step, ...]]:
-    verbs = ("start", "stop", "restart")
-    return {verb: (Step(("systemctl", *options, verb, "--", "{label}")),) for verb in verbs}
-
-
-_BOOTSTRAP = ("launchctl", "bootstrap", "{domain}", "{unit}")
-_BOOTOUT = ("launchctl", "bootout", "{domain}/{label}")
-#: Platform of the record, verb, steps. launchd reads a changed agent only at a bootstrap, which
-#: fails for a while after a bootout, and always when the agent is loaded already.
-SERVICE_STEPS: dict[str, dict[str, tuple[Step, ...]]] = {
-    "systemd-user": _systemctl("--user"),
-    "systemd-system": _systemctl(),
-    "launchd": {
-        "start": (
-            Step(_BOOTSTRAP, may_fail=True),
-            Step(("launchctl", "kickstart", "{domain}/{label}")),
-        ),
-        "stop": (Step(_BOOTOUT),),
-        "restart": (Step(_BOOTOUT, may_fail=True), Step(_BOOTSTRAP, tries=4)),
-    },
-}
+def service_of(env: Env) -> Record | None:
+    """Return the installation if it has a service. Raises Problem."""
+    record = installation(env)
+    if record is None or not record.label:
+        return None
+    if not record.commands:
+        raise Problem(
+            Exit.FAILED, f"{record_path(env)} does not say how the service is started. "
+            "Run setup.py_install.py again.")
+    return record
 
 
-def launchd_domain(record: Record, user_id: int) -> str:
-    """Where launchd has the service of a record: the session on the screen, or the user's."""
-    return record.domain or f"gui/{user_id}"
+def service_lines(env: Env, record: Record, verb: str) -> list[str]:
+    """Return the commands that start, stop, restart or enable the service, for a shell."""
+    sudo = "sudo " if record.needs_root and env.user_id != 0 else ""
+    return [sudo + step.line for step in record.commands.get(verb, [])]
 
 
-def service_steps(record: Record, verb: str, user_id: int) -> list[Step]:
-    """The steps of start, stop or restart for a recorded service; none if there is none."""
-    if not re.fullmatch(r"[A-Za-z0-9_.@:][A-Za-z0-9_.@:-]*", record.label):
-        return []
-    domain = launchd_domain(record, user_id)
-    values = {"label": record.label, "unit": record.unit_path, "domain": domain}
-    steps = SERVICE_STEPS.get(record.platform, {}).get(verb, ())
-    return [s._replace(words=tuple(word.format(**values) for word in s.words)) for s in steps]
+def run_service(env: Env, record: Record, verb: str) -> str:
+    """Start, stop or restart the service. Returns the complaint of what failed, or "".
 
-
-def service_words(record: Record, verb: str, user_id: int) -> list[str]:
-    """The same steps as lines for a shell."""
-    sudo = "sudo " if record.platform == "systemd-system" and user_id != 0 else ""
-    return [sudo + shlex.join(step.words) for step in service_steps(record, verb, user_id)]
+    Raises Problem if this user may not do that.
+    """
+    if record.needs_root and env.user_id != 0:
+        line = service_lines(env, record, verb)[0]
+        raise Problem(Exit.DENIED, f"The service belongs to the system. Run: {line}")
+    for step in record.commands.get(verb, []):
+        for attempt in range(step.tries):
+            # launchd refuses for a while after it has stopped a service.
+            env.sleep(float(attempt))
+            done = env.command(*step.command, timeout_s=90, more=with_user_bus(env.environ))
+            if done.code == 0:
+                break
+        if done.code != 0 and not step.may_fail:
+            return f"{step.line}: {done.complaint}"
+    return ""
 
 
 class Owner(NamedTuple):
-    """Who listens on a port. No pid: somebody whom only another user may see."""
+    """The process that listens on a port. No pid: only another user may see it."""
 
     pid: int | None
     command: str
 
     @property
     def is_ocp(self) -> bool:
-        """Whether it is an OCP server."""
+        """Return whether it is an OCP server."""
         return bool(re.search(r"(^|[/\s])ocp_server\.py(\s|$)", self.command))
 
     @property
     def words(self) -> str:
-        """What it is called in a message."""
+        """Return how a message calls it."""
         if self.pid is None:
             return "a process of another user"
-        return f"process {self.pid} ({clean(self.command)[:80] or 'which hides its name'})"
+        return f"process {self.pid} ({clean(self.command)[:80] or 'name unknown'})"
 
 
-def _command_of(env: Env, pid: int) -> str:
-    """The command line of a process, empty if it cannot be seen."""
-    with contextlib.suppress(OSError):
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "replace")
-    ran = env.command("ps", "-o", "command=", "-p", str(pid))
-    return ran.output.strip() if ran.code == 0 else ""
-
-
-def _listeners_in_proc(port: int) -> set[str]:
-    """The inodes of the sockets that listen on a port, as Linux lists them."""
-    inodes = set()
+def _listening_sockets(port: int) -> set[str]:
+    """Return the sockets that listen on a port, as links in /proc name them."""
+    found = set()
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(FileNotFoundError):
             with open(f"/proc/net/{name}", encoding="ascii") as file:
                 for words in (line.split() for line in list(file)[1:]):
                     # 0A is the state of a socket that listens.
                     if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
-                        inodes.add(words[9])
-    return inodes
+                        found.add(f"socket:[{words[9]}]")
+    return found
 
 
-def _owner_in_proc(env: Env, port: int) -> Owner | None:
-    links = {f"socket:[{inode}]" for inode in _listeners_in_proc(port)}
-    if not links:
+def _owner_in_proc(port: int) -> Owner | None:
+    """Find the owner of a port as Linux tells it."""
+    sockets = _listening_sockets(port)
+    if not sockets:
         return None
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             for name in os.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(OSError):
-                    if os.readlink(f"/proc/{pid}/fd/{name}") in links:
-                        return Owner(int(pid), _command_of(env, int(pid)))
+                with contextlib.suppress(FileNotFoundError):
+                    if os.readlink(f"/proc/{pid}/fd/{name}") in sockets:
+                        with open(f"/proc/{pid}/cmdline", "rb") as file:
+                            command = file.read().rstrip(b"\0").replace(b"\0", b" ")
+                        return Owner(int(pid), command.decode("utf-8", "replace"))
     return Owner(None, "")
 
 
+def _owner_by_lsof(env: Env, port: int) -> Owner | None:
+    """Find the owner of a port as macOS tells it. Raises OSError."""
+    # It is where a service's PATH does not lead.
+    path = env.environ.get("PATH", os.defpath) + ":/usr/sbin"
+    words = ("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fp")
+    done = env.command(*words, more={"PATH": path})
+    # lsof ends with 1 for "nobody" and for "not allowed"; only the first says nothing.
+    if done.code == 1 and not done.output.strip() and not done.error.strip():
+        return None
+    found = re.search(r"^p(\d+)$", done.output, re.M)
+    if not found:
+        raise OSError(f"lsof: {done.complaint}")
+    shown = env.command("ps", "-o", "command=", "-p", found[1])
+    return Owner(int(found[1]), shown.output.strip() if shown.code == 0 else "")
+
+
 def port_owner(env: Env, port: int) -> Owner | None:
-    """Who listens on a TCP port of this machine; None for nobody. Raises OSError if that cannot
-    be found out, which is not the same."""
-    if env.platform.startswith("linux"):
-        ran = env.command("ss", "-H", "-ltnp", f"sport = :{port}")
-        if ran.code != 0:
-            return _owner_in_proc(env, port)
-        found = re.search(r"pid=(\d+)", ran.output)
-        if not ran.output.strip():
-            return None
-    else:
-        # macOS keeps it where a service's PATH does not lead.
-        where = env.environ.get("PATH", os.defpath) + ":/usr/sbin"
-        words = ("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fp")
-        ran = env.command(*words, more={"PATH": where})
-        # lsof ends with 1 for "nobody" and for "not allowed"; only the first says nothing.
-        if ran.code == 1 and not ran.output.strip() and not ran.error.strip():
-            return None
-        found = re.search(r"^p(\d+)$", ran.output, re.M)
-        if ran.code != 0 and not found:
-            raise OSError(f"lsof: {ran.complaint}")
-    pid = int(found[1]) if found else None
-    return Owner(pid, _command_of(env, pid) if pid else "")
+    """Return who listens on a TCP port of this machine, None for nobody.
+
+    Raises OSError if that cannot be found out, which is not the same as nobody.
+    """
+    return _owner_in_proc(port) if env.platform.startswith("linux") else _owner_by_lsof(env, port)
 
 
-def _unit_of(pid: int) -> tuple[str, str] | None:
-    """The systemd unit that a process belongs to: ("--user " or "", name)."""
+def _systemd_unit(pid: int) -> tuple[str, str] | None:
+    """Return the systemd unit of a process: ("--user " or "", name)."""
     with contextlib.suppress(OSError):
         with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
             path = file.read().strip().rpartition(":")[2]
@@ -1631,94 +1975,51 @@ def _unit_of(pid: int) -> tuple[str, str] | None:
     return None
 
 
-def _by_hand(env: Env, verb: str, owner: Owner) -> str:
-    """The command that does to an unrecorded server what the user wants."""
-    unit = _unit_of(owner.pid) if owner.pid else None
+def _manual_command(env: Env, verb: str, owner: Owner) -> str:
+    """Return the command that stops or restarts a server that the installer does not know."""
+    unit = _systemd_unit(owner.pid) if owner.pid else None
     if unit:
         return f"systemctl {unit[0]}{verb} {unit[1]}"
-    again = f"{shlex.quote(sys.executable)} {shlex.quote(os.path.join(env.tree, 'ocp_server.py'))}"
+    again = shlex.join([sys.executable, env.beside("ocp_server.py")])
     return f"kill {owner.pid}" + (f", and then {again}" if verb == "restart" else "")
 
 
-def _without_record(env: Env, verb: str) -> Exit:
-    """What start, stop and restart come to when no service is recorded: words, and no deed."""
+def _without_service(env: Env, verb: str) -> Exit:
+    """Explain how to start, stop or restart a server that is not an installed service."""
     url = server_url(env)
-    if not is_this_machine(url):
+    if not is_loopback(url):
         raise Problem(Exit.FAILED, f"{url} is another machine: run `ocp {verb}` there.")
-    port = urllib.parse.urlsplit(url).port or 80
+    port = port_of(url)
     try:
         owner = port_owner(env, port)
-    except OSError as problem:
+    except OSError as error:
         raise Problem(
-            Exit.FAILED, f"No service is recorded, and who owns port {port} is unknown: {problem}."
-        ) from None
+            Exit.FAILED, f"No service is installed, and the owner of port {port} is unknown: "
+            f"{error}.") from None
     if owner is None and verb == "stop":
         env.say(f"Nothing listens on port {port}.")
         return Exit.OK
-    script = shlex.quote(os.path.join(env.tree, "ocp_server.py"))
     if owner is None:
+        by_hand, install = ([sys.executable, env.beside(name)] for name in (
+            "ocp_server.py", "setup.py_install.py"))
         raise Problem(
-            Exit.FAILED,
-            f"No service is installed. Run the server by hand: {sys.executable} {script}\n"
-            f"or make it a service: {sys.executable} "
-            f"{shlex.quote(os.path.join(env.tree, 'setup.py_install.py'))}",
-        )
+            Exit.FAILED, f"No service is installed. Run the server by hand: {shlex.join(by_hand)}\n"
+            f"or make it a service: {shlex.join(install)}")
     if not owner.is_ocp:
+        kind = "is not an OCP server" if owner.command else "cannot be identified"
         raise Problem(
-            Exit.FAILED,
-            f"Port {port} belongs to {owner.words}, which is no OCP server and is left alone.\n"
-            "Give OCP another port with CLAUDE_PROXY_PORT.",
-        )
+            Exit.FAILED, f"Port {port} belongs to {owner.words}, which {kind} and is left alone.\n"
+            "Give OCP another port with CLAUDE_PROXY_PORT.")
     if verb == "start":
         env.say(f"Already running: {owner.words} owns port {port}.")
         return Exit.OK
     raise Problem(
-        Exit.FAILED,
-        f"No service is recorded; {owner.words} serves port {port} and was started otherwise.\n"
-        f"To {verb} it: {_by_hand(env, verb, owner)}",
-    )
+        Exit.FAILED, f"No service is installed; {owner.words} serves port {port} and was started "
+        f"in another way.\nTo {verb} it: {_manual_command(env, verb, owner)}")
 
 
-def run_service(env: Env, record: Record, verb: str) -> str:
-    """Runs the steps of a recorded service; what the last failing one complained of, or "".
-
-    Raises Problem if this user may not do that.
-    """
-    lines = service_words(record, verb, env.user_id)
-    if record.platform == "systemd-system" and env.user_id != 0:
-        raise Problem(Exit.DENIED, f"The service belongs to the system. Run: {lines[0]}")
-    more = {}
-    bus = f"/run/user/{env.user_id}"
-    # A login through su or cron has no such variable, and systemctl finds no bus without it.
-    if "XDG_RUNTIME_DIR" not in env.environ and os.path.isdir(bus):
-        more["XDG_RUNTIME_DIR"] = bus
-    for step in service_steps(record, verb, env.user_id):
-        for attempt in range(step.tries):
-            if attempt:
-                env.sleep(float(attempt))
-            ran = env.command(*step.words, timeout_s=90, more=more)
-            if ran.code == 0:
-                break
-        if ran.code != 0 and not step.may_fail:
-            return f"{shlex.join(step.words)}: {ran.complaint}"
-    return ""
-
-
-def health_of(url: str) -> Json | None:
-    """What /health says; None if nobody answers there. Raises Problem for another program."""
-    try:
-        health = http_json("GET", url + "/health", timeout_s=3.0, tls=tls_for(url))
-    except HttpProblem as problem:
-        if problem.kind == "unreachable":
-            return None
-        health = None
-    if not isinstance(health, dict) or "version" not in health or "status" not in health:
-        raise Problem(Exit.FAILED, f"What answers at {url} is no OCP server.")
-    return health
-
-
-def tree_version(server_path: str) -> str:
-    """The version of an ocp_server.py on disk; empty if it cannot be told."""
+def version_of(server_path: str) -> str:
+    """Return the version of an ocp_server.py on disk, empty if unknown."""
     try:
         with open(server_path, encoding="utf-8") as file:
             found = re.search(r'^VERSION = "([^"]+)"', file.read(), re.M)
@@ -1728,7 +2029,7 @@ def tree_version(server_path: str) -> str:
 
 
 def version_tuple(text: object) -> tuple[int, ...]:
-    """A version as numbers, for comparing; empty for what is none."""
+    """Return a version as numbers, for comparing; empty if it is none."""
     found = re.fullmatch(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})", str(text).strip())
     return tuple(int(part) for part in found.groups()) if found else ()
 
@@ -1739,21 +2040,21 @@ _POLL_S = 0.2
 
 
 def await_server(env: Env, url: str, version: str, since_s: float | None) -> str:
-    """Waits until a server of this version, not older than `since_s`, answers; "" if one does,
-    else what is wrong."""
+    """Wait until a server of this version answers that is not older than `since_s`.
+
+    Returns "", or what is wrong at the end.
+    """
     deadline_s = env.clock() + _START_TIMEOUT_S
-    with working(env, f"waiting for the server at {url}"):
+    with progress(env, f"waiting for the server at {url}"):
         while True:
-            wrong, may_change = _look_at_server(env, url, version, since_s)
+            wrong, may_change = _server_state(env, url, version, since_s)
             if not wrong or not may_change or env.clock() >= deadline_s:
                 return wrong
             env.sleep(_POLL_S)
 
 
-def _look_at_server(
-    env: Env, url: str, version: str, since_s: float | None
-) -> tuple[str, bool]:
-    """What is wrong at this moment, and whether it may be otherwise at the next."""
+def _server_state(env: Env, url: str, version: str, since_s: float | None) -> tuple[str, bool]:
+    """Return what is wrong with a server at this moment, and whether that may still change."""
     try:
         health = health_of(url)
     except Problem as problem:
@@ -1768,31 +2069,27 @@ def _look_at_server(
     return "", False
 
 
-def _owner_words(env: Env, url: str) -> str:
-    """One more sentence about the port, where it helps."""
+def _owner_sentence(env: Env, url: str) -> str:
+    """Return one more sentence about the port, where it helps."""
     try:
-        owner = port_owner(env, urllib.parse.urlsplit(url).port or 80)
+        owner = port_owner(env, port_of(url))
     except OSError:
         return ""
     return f" The port belongs to {owner.words}." if owner else " Nobody listens on its port."
 
 
-def _recorded(env: Env) -> Record | None:
-    """The record, if there is a service in it."""
-    record = read_record(env)
-    return record if record and service_steps(record, "start", env.user_id) else None
-
-
-def _start(env: Env, record: Record, verb: str) -> Exit:
+def _start(env: Env, verb: str) -> Exit:
+    """Start or restart the service and wait until the server answers."""
+    record = service_of(env)
+    if record is None:
+        return _without_service(env, verb)
     since_s = env.clock() if verb == "restart" else None
     complaint = run_service(env, record, verb)
-    wrong = await_server(env, record.url, tree_version(record.server_path), since_s)
+    wrong = await_server(env, record.url, version_of(record.server_path), since_s)
     if wrong:
         raise Problem(
-            Exit.FAILED,
-            f"The server did not come up as it should: {complaint or wrong}."
-            f"{_owner_words(env, record.url)}\nSee `ocp doctor`.",
-        )
+            Exit.FAILED, f"The server did not come up as it should: {complaint or wrong}."
+            f"{_owner_sentence(env, record.url)}\nSee `ocp doctor`.")
     if complaint:
         env.note(f"The server answers, although this failed: {complaint}")
     health = health_of(record.url) or {}
@@ -1801,61 +2098,641 @@ def _start(env: Env, record: Record, verb: str) -> Exit:
 
 
 def cmd_start(env: Env, args: argparse.Namespace) -> Exit:
-    """Starts the service and waits until it answers."""
-    record = _recorded(env)
-    return _start(env, record, "start") if record else _without_record(env, "start")
+    """Start the service."""
+    return _start(env, "start")
 
 
 def cmd_stop(env: Env, args: argparse.Namespace) -> Exit:
-    """Stops the service and waits until nobody answers."""
-    record = _recorded(env)
+    """Stop the service and wait until nobody answers."""
+    record = service_of(env)
     if record is None:
-        return _without_record(env, "stop")
+        return _without_service(env, "stop")
     complaint = run_service(env, record, "stop")
     deadline_s = env.clock() + _STOP_TIMEOUT_S
-    with working(env, "waiting for the server to end"):
+    with progress(env, "waiting for the server to end"):
         while health_of(record.url) is not None:
             if complaint or env.clock() >= deadline_s:
                 raise Problem(
-                    Exit.FAILED,
-                    f"A server still answers at {record.url}."
-                    f"{_owner_words(env, record.url)} {complaint}".rstrip(),
-                )
+                    Exit.FAILED, f"A server still answers at {record.url}."
+                    f"{_owner_sentence(env, record.url)} {complaint}".rstrip())
             env.sleep(_POLL_S)
     env.say("stopped")
     return Exit.OK
 
 
 def _restart_gateway(env: Env) -> Exit:
-    """Restarts OpenClaw's gateway by its own command."""
-    ran = env.command("openclaw", "gateway", "restart", timeout_s=120)
-    if ran.code is None:
-        raise Problem(Exit.FAILED, f"{ran.complaint}. Is OpenClaw installed, and on PATH?")
-    if ran.output.strip():
-        env.say("\n".join(clean(line) for line in ran.output.strip().splitlines()))
-    if ran.code != 0:
-        raise Problem(Exit.FAILED, f"openclaw gateway restart: {ran.complaint}")
+    """Restart OpenClaw's gateway by its own command."""
+    done = env.command("openclaw", "gateway", "restart", timeout_s=120)
+    if done.code is None:
+        raise Problem(Exit.FAILED, f"{done.complaint}. Is OpenClaw installed, and on PATH?")
+    if done.output.strip():
+        env.say("\n".join(clean(line) for line in done.output.strip().splitlines()))
+    if done.code != 0:
+        raise Problem(Exit.FAILED, f"openclaw gateway restart: {done.complaint}")
     return Exit.OK
 
 
 def cmd_restart(env: Env, args: argparse.Namespace) -> Exit:
-    """Restarts the service, or OpenClaw's gateway."""
-    if args.what == "gateway":
-        return _restart_gateway(env)
-    record = _recorded(env)
-    return _start(env, record, "restart") if record else _without_record(env, "restart")
+    """Restart the service, or OpenClaw's gateway."""
+    return _restart_gateway(env) if args.what == "gateway" else _start(env, "restart")
 
 
-# ==== 8. Checkout and snapshots ==============================================
-# What an update stands on: git, asked without hooks and without questions; copies of all that an
-# update could harm; and a journal, written before each step, by which the next call knows what
-# an interrupted one had come to.
+# ==== 10. Doctor =============================================================
+# A table of checks. Each probe looks at one thing and returns PASS, WARN, FAIL or INFO. A probe
+# that cannot look raises Unknown, which is INFO and never a failure. The first failed check gives
+# the next action, so the order of the table is the order of repairs.
+
+OLDEST_CLAUDE = (2, 1, 197)
+#: From this version on claude-code needs Node 22. Under an older Node, npm silently installs the
+#: newest version before it.
+_NODE_22_SINCE = (2, 1, 198)
+_CLAUDE_PLACES = (
+    "~/.local/bin", "~/.claude/local", "/opt/homebrew/bin", "/usr/local/bin", "/usr/bin",
+    "~/.npm-global/bin", "~/.bun/bin",
+)
+_LEAST_FREE_BYTES = 100_000_000
+_LOW_FREE_BYTES = 1_000_000_000
+_CLOCK_SKEW_S = 120.0
+
+
+class Unknown(Exception):
+    """Why a check could not be made."""
+
+
+class Finding(NamedTuple):
+    """What a check found."""
+
+    level: str
+    message: str
+
+
+class Fix(NamedTuple):
+    """What to do about a finding: steps for a person, and commands that may run unattended.
+
+    In a row of CHECKS, {ocp}, {claude} and {data_dir} stand for what Facts.names has.
+    """
+
+    kind: str
+    human: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+
+
+class Check(NamedTuple):
+    """One row of the table."""
+
+    id: str
+    #: What it looks at, for the documentation.
+    about: str
+    probe: Callable[[Facts], Finding]
+    fix: Union[Fix, Callable[[Facts], Fix]]
+
+
+def service_environ(env: Env, record: Record | None) -> dict[str, str]:
+    """Return the environment of the server, as far as the installer and ocp.env tell it."""
+    if record is None:
+        return dict(env.environ)
+    ours = ("CLAUDE_", "OCP_", "PROXY_")
+    inherited = {name: text for name, text in env.environ.items() if not name.startswith(ours)}
+    known = {"CLAUDE_PROXY_PORT": str(record.port), "CLAUDE_BIND": record.bind,
+             "OCP_HOME": record.data_dir}
+    settings: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        with open(record.env_file, encoding="utf-8") as file:
+            settings = settings_of(file.read())
+    return {**inherited, **{name: text for name, text in known.items() if text}, **settings}
+
+
+class Facts:
+    """What the checks look at, each looked up once and only when it is needed."""
+
+    def __init__(self, env: Env) -> None:
+        self.env = env
+
+    @functools.cached_property
+    def record(self) -> Record | None:
+        """Return the installation. Raises Problem."""
+        return installation(self.env)
+
+    @property
+    def readable_record(self) -> Record | None:
+        """Return the installation, None also when its record is broken."""
+        with contextlib.suppress(Problem):
+            return self.record
+        return None
+
+    @property
+    def service(self) -> Record | None:
+        """Return the installation, if it has a service."""
+        with contextlib.suppress(Problem):
+            return service_of(self.env)
+        return None
+
+    @functools.cached_property
+    def url(self) -> str:
+        """Return the server's address, the default one if no other can be read."""
+        with contextlib.suppress(Problem):
+            return server_url(self.env)
+        return DEFAULT_URL
+
+    @functools.cached_property
+    def answer(self) -> tuple[Json, float | None, str]:
+        """Ask /health: the answer or {}, the server's clock in epoch seconds, what went wrong."""
+        try:
+            tls = tls_for(self.url)
+            with http_open("GET", self.url + "/health", timeout_s=3.0, tls=tls) as response:
+                value = json.loads(response.read())
+                date = response.headers.get("Date", "")
+        except HttpProblem as problem:
+            if problem.kind == "unreachable":
+                return {}, None, f"nobody answers at {self.url}: {problem}"
+            return {}, None, f"{self.url} answered {problem.status}"
+        except (OSError, http.client.HTTPException, ValueError):
+            value, date = None, ""
+        if not isinstance(value, dict) or "version" not in value:
+            return {}, None, f"what answers at {self.url} is not an OCP server"
+        try:
+            clock_s: float | None = email.utils.parsedate_to_datetime(date).timestamp()
+        except (TypeError, ValueError):
+            clock_s = None
+        return value, clock_s, ""
+
+    @property
+    def health(self) -> Json:
+        """Return the answer of /health, {} if there is none."""
+        return self.answer[0]
+
+    @property
+    def server_path(self) -> str:
+        """Return the path of the server that should be running."""
+        record = self.readable_record
+        return (record.server_path if record else "") or self.env.beside("ocp_server.py")
+
+    @property
+    def data_dir(self) -> str:
+        """Return the folder of the server's state."""
+        record = self.readable_record
+        return (record.data_dir if record else "") or self.env.ocp_home
+
+    @functools.cached_property
+    def version(self) -> str:
+        """Return the version on disk."""
+        return version_of(self.server_path)
+
+    @functools.cached_property
+    def latest(self) -> tuple[str, str]:
+        """Return the newest release of the remote, and if there is none, why."""
+        try:
+            tags = remote_tags(self.env, git_tree(self.env))
+        except Problem as problem:
+            return "", str(problem)
+        return max(tags, key=version_tuple, default=""), "the remote has no release"
+
+    @functools.cached_property
+    def claude(self) -> str | None:
+        """Return the path of claude, as far as this user can tell."""
+        environ = service_environ(self.env, self.readable_record)
+        named = environ.get("CLAUDE_BIN", "").strip()
+        if named:
+            return named if os.access(named, os.X_OK) else None
+        places = [place.replace("~", self.env.home, 1) for place in _CLAUDE_PLACES]
+        return shutil.which("claude", path=os.pathsep.join([environ.get("PATH", ""), *places]))
+
+    @functools.cached_property
+    def claude_version(self) -> str:
+        """Return claude's version as it states it, empty if it states none."""
+        text = self.health.get("claudeVersion")
+        if not text and self.claude:
+            environ = {"DISABLE_AUTOUPDATER": "1"}
+            done = self.env.command(self.claude, "--version", timeout_s=20, more=environ)
+            text = (done.output.split() or [""])[0] if done.code == 0 else ""
+        return str(text) if version_tuple(text) else ""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Return what the names in a Fix stand for."""
+        return {
+            "ocp": self.script("ocp.py"), "claude": shlex.quote(self.claude or "claude"),
+            "data_dir": self.data_dir,
+        }
+
+    def script(self, name: str, *words: str) -> str:
+        """Return the command that runs a script beside this one."""
+        return shlex.join(["python3", self.env.beside(name), *words])
+
+    def require_local(self) -> None:
+        """Raise Unknown for a server on another machine."""
+        if not is_loopback(self.url):
+            raise Unknown(f"{self.url} is another machine")
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    """Return a version as people write it."""
+    return ".".join(str(part) for part in version)
+
+
+def _check_python(facts: Facts) -> Finding:
+    record = facts.readable_record
+    if record and record.python and not os.access(record.python, os.X_OK):
+        return Finding("FAIL", f"the service's Python is gone: {record.python}")
+    return Finding("PASS", f"Python {sys.version.split()[0]}")
+
+
+def _check_record(facts: Facts) -> Finding:
+    try:
+        record = facts.record
+    except Problem as problem:
+        return Finding("FAIL", str(problem))
+    if record is None:
+        return Finding("INFO", "nothing is installed; the server is run by hand")
+    if record.server_path and not os.path.exists(record.server_path):
+        return Finding("FAIL", f"the installed server is gone: {record.server_path}")
+    return Finding("PASS", f"installed in {os.path.dirname(record.server_path) or '?'}")
+
+
+def _check_claude(facts: Facts) -> Finding:
+    usable = facts.health.get("claudeBinaryOk")
+    if usable:
+        return Finding("PASS", "the server can run claude")
+    if usable is False:
+        return Finding("FAIL", f"the server cannot run claude: {facts.health.get('fix') or ''}")
+    facts.require_local()
+    if facts.claude is None:
+        return Finding("FAIL", "the claude program is not installed where the server looks")
+    return Finding("PASS", facts.claude)
+
+
+def _check_claude_version(facts: Facts) -> Finding:
+    text = facts.claude_version
+    if not text:
+        raise Unknown("claude did not tell its version")
+    if version_tuple(text) < OLDEST_CLAUDE:
+        return Finding("FAIL", f"claude {text} is older than {dotted(OLDEST_CLAUDE)}")
+    return Finding("PASS", f"claude {text}")
+
+
+def _check_node(facts: Facts) -> Finding:
+    facts.require_local()
+    done = facts.env.command("node", "--version")
+    text = done.output.strip()
+    if done.code != 0 or not version_tuple(text):
+        return Finding("INFO", "does not apply: there is no Node on the PATH")
+    if version_tuple(text) >= (22,):
+        return Finding("PASS", f"Node {text[1:]}")
+    claude = version_tuple(facts.claude_version)
+    if claude and claude < _NODE_22_SINCE:
+        return Finding("WARN", f"claude {dotted(claude)} is old: under Node {text[1:]}, which is "
+                               "older than 22, npm installs no newer one and does not say so")
+    return Finding("PASS", f"Node {text[1:]}; npm installs a new claude only by @latest")
+
+
+def _check_disk(facts: Facts) -> Finding:
+    folder = facts.data_dir
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    free_bytes = shutil.disk_usage(folder).free
+    level = "FAIL" if free_bytes < _LEAST_FREE_BYTES else (
+        "WARN" if free_bytes < _LOW_FREE_BYTES else "PASS")
+    return Finding(level, f"{file_size(free_bytes)} free for {facts.data_dir}")
+
+
+def _check_database(facts: Facts) -> Finding:
+    state, advice = facts.health.get("storage"), facts.health.get("storageFix")
+    if advice:
+        level = "WARN" if state == "behind" else "FAIL"
+        return Finding(level, f"the server's storage is {state!r}, not 'disk': {advice}")
+    path = os.path.join(facts.data_dir, "ocp.db")
+    if not os.path.exists(path):
+        return Finding("INFO", "there is no database yet")
+    try:
+        with contextlib.closing(open_database(path, "ro")) as connection:
+            verdict = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+    except sqlite3.OperationalError as error:
+        raise Unknown(str(error)) from None
+    except sqlite3.DatabaseError as error:
+        verdict = str(error)
+    if verdict != "ok":
+        return Finding("FAIL", f"{path} is damaged: {verdict}")
+    return Finding("PASS", f"{path} is in order, {file_size(os.path.getsize(path))}")
+
+
+def _private_paths(facts: Facts) -> Iterator[tuple[str, int]]:
+    """Yield everything that nobody else may read, with its right mode."""
+    folder, record = facts.data_dir, facts.readable_record
+    names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key")
+    files = [os.path.join(folder, name) for name in names]
+    if record and record.env_file:
+        files.append(record.env_file)
+    for path, mode in [(folder, 0o700), *((file, 0o600) for file in files)]:
+        if os.path.exists(path):
+            yield path, mode
+
+
+def _loose_paths(facts: Facts) -> list[tuple[str, int]]:
+    return [(path, mode) for path, mode in _private_paths(facts)
+            if stat.S_IMODE(os.stat(path).st_mode) & 0o077]
+
+
+def _check_modes(facts: Facts) -> Finding:
+    loose = [path for path, _ in _loose_paths(facts)]
+    if loose:
+        return Finding("FAIL", "others may read " + ", ".join(loose))
+    count = len(list(_private_paths(facts)))
+    return Finding("PASS" if count else "INFO", f"{count} private files and folders looked at")
+
+
+def _check_port(facts: Facts) -> Finding:
+    facts.require_local()
+    port = port_of(facts.url)
+    owner = port_owner(facts.env, port)
+    if owner is None:
+        return Finding("INFO", f"nobody listens on port {port}")
+    if owner.pid is None or not owner.command:
+        raise Unknown(f"port {port} belongs to {owner.words}")
+    if owner.is_ocp:
+        return Finding("PASS", f"port {port} belongs to process {owner.pid}")
+    # A program that forwards the port, as for a container, is another one and all right.
+    return Finding("INFO" if facts.health else "FAIL", f"port {port} belongs to {owner.words}")
+
+
+def _check_unit(facts: Facts) -> Finding:
+    record = facts.service
+    if record is None:
+        return Finding("INFO", "no service is installed")
+    if record.unit_path and not os.path.exists(record.unit_path):
+        return Finding("FAIL", f"the service's file is gone: {record.unit_path}")
+    (step,) = record.commands["is-enabled"]
+    done = facts.env.command(*step.command, more=with_user_bus(facts.env.environ))
+    if done.code == 0:
+        return Finding("PASS", f"{record.label} is enabled")
+    # systemctl prints the state, or complains that it cannot tell; launchctl only complains.
+    if done.code is None or not (done.output.strip() or record.platform == "launchd"):
+        raise Unknown(done.complaint)
+    return Finding("WARN", f"{record.label} is {clean(done.output.strip()) or 'not loaded'}")
+
+
+def _check_service(facts: Facts) -> Finding:
+    health, _, wrong = facts.answer
+    if wrong:
+        return Finding("FAIL", wrong)
+    if health.get("status") == "draining":
+        return Finding("WARN", "the server is shutting down")
+    return Finding("PASS", f"OCP {health['version']} answers at {facts.url}")
+
+
+def _check_login(facts: Facts) -> Finding:
+    if not facts.health:
+        raise Unknown("the server does not run")
+    auth = facts.health.get("auth") or {}
+    if auth.get("ok") is False:
+        return Finding("FAIL", f"the login was refused: {auth.get('message') or ''}".rstrip(": "))
+    if facts.health.get("ownerHidden") is False:
+        return Finding("WARN", "claude tells its models the owner's e-mail address: see the log")
+    if auth.get("ok") is True:
+        return Finding("PASS", "the last answer proved the login")
+    return Finding("INFO", "not known before the first answer; `ocp ask hello` gets one")
+
+
+def _check_served_version(facts: Facts) -> Finding:
+    served = facts.health.get("version")
+    if not facts.version:
+        raise Unknown(f"no version in {facts.server_path}")
+    if not served:
+        raise Unknown("the server does not run")
+    if served != facts.version:
+        return Finding("WARN", f"{served} is running, {facts.version} is installed")
+    return Finding("PASS", f"{served} is installed and running")
+
+
+def _check_linger(facts: Facts) -> Finding:
+    record = facts.service
+    if record is None or record.platform != "systemd-user":
+        return Finding("INFO", "does not apply: no service of a user's systemd")
+    done = facts.env.command("loginctl", "show-user", str(facts.env.user_id), "-p", "Linger")
+    state = done.output.strip().rpartition("=")[2]
+    if done.code != 0 or state not in ("yes", "no"):
+        raise Unknown(done.complaint)
+    if state == "no":
+        return Finding("WARN", "the server stops when you log out, and does not start at boot")
+    return Finding("PASS", "the server runs without a login session")
+
+
+def _check_clock(facts: Facts) -> Finding:
+    served_s = facts.answer[1]
+    if served_s is None:
+        raise Unknown("the server told no time")
+    skew_s = abs(served_s - facts.env.clock())
+    level = "PASS" if skew_s <= _CLOCK_SKEW_S else "WARN"
+    return Finding(level, f"{skew_s:.0f} s between the server's clock and this one")
+
+
+def _check_openclaw(facts: Facts) -> Finding:
+    found = sync_openclaw(facts.env, facts.url, "--dry-run")
+    if not found["openclaw"]:
+        return Finding("INFO", "OpenClaw is not here")
+    if not found["providers"]:
+        return Finding("INFO", "OpenClaw is here, but does not use this server")
+    if found["diff"]:
+        return Finding("WARN", "OpenClaw's list of models is not that of models.json")
+    return Finding("PASS", "OpenClaw knows the same models")
+
+
+def _check_latest(facts: Facts) -> Finding:
+    latest, why_not = facts.latest
+    if not latest:
+        raise Unknown(why_not)
+    if version_tuple(latest) > version_tuple(facts.version):
+        return Finding("WARN", f"{latest} is available, {facts.version or '?'} is installed")
+    return Finding("PASS", f"{facts.version} is the newest")
+
+
+def _fix_install(facts: Facts) -> Fix:
+    record, script = facts.readable_record, "setup.py_install.py"
+    if record is None or not record.needs_root:
+        return Fix("fix_install", commands=(facts.script(script, "--yes"),))
+    sudo = "sudo " if facts.env.user_id != 0 else ""
+    return Fix("fix_install", commands=(sudo + facts.script(script, "--system", "--yes"),))
+
+
+def _fix_database(facts: Facts) -> Fix:
+    restore = (f"stop the server and put back a copy of ocp.db from {snapshots_folder(facts.env)}, "
+               "or move the damaged one away")
+    return Fix("fix_database", (str(facts.health.get("storageFix") or restore),))
+
+
+def _fix_login(facts: Facts) -> Fix:
+    if (facts.health.get("auth") or {}).get("ok") is not False:
+        return Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",))
+    return Fix("fix_oauth", ("run `claude auth login` as the user of the server",))
+
+
+def _fix_service(facts: Facts) -> Fix:
+    record = facts.service
+    if record:
+        return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
+    by_hand = f"run it by hand: {facts.script('ocp_server.py')}"
+    return Fix("fix_service", (by_hand,), _fix_install(facts).commands)
+
+
+def _fix_version(facts: Facts) -> Fix:
+    record = facts.service
+    if record is None:
+        return Fix("restart", ("end the server and start it again, as you started it",))
+    return Fix("restart", (), tuple(service_lines(facts.env, record, "restart")))
+
+
+def _fix_modes(facts: Facts) -> Fix:
+    commands = [shlex.join(["chmod", f"{mode:o}", path]) for path, mode in _loose_paths(facts)]
+    return Fix("fix_modes", (), tuple(commands))
+
+
+def _fix_unit(facts: Facts) -> Fix:
+    record = facts.service
+    if record is None or not os.path.exists(record.unit_path):
+        return _fix_install(facts)
+    return Fix("fix_unit", (), tuple(service_lines(facts.env, record, "enable")))
+
+
+_INSTALL_CLAUDE = ("npm install -g @anthropic-ai/claude-code@latest",)
+
+CHECKS = (
+    Check("python", "The Python that runs this, and the one of the service",
+          _check_python, _fix_install),
+    Check("install_dir", "The installer's record and the server that it names",
+          _check_record, _fix_install),
+    Check("claude_found", "Whether the server finds the claude program", _check_claude,
+          Fix("fix_claude", ("then log in: run `claude auth login`",), _INSTALL_CLAUDE)),
+    Check("claude_version", "Whether claude is new enough", _check_claude_version,
+          Fix("fix_claude", (), ("{claude} update",))),
+    Check("node", "Whether Node is too old for npm to install a new claude", _check_node,
+          Fix("fix_claude", ("or install Node 22 or later",), _INSTALL_CLAUDE)),
+    Check("disk_space", "How much room is left for the server's files", _check_disk,
+          Fix("fix_disk", ("make room on the disk of {data_dir}",))),
+    Check("database", "Whether the server writes to its database, and whether that is in order",
+          _check_database, _fix_database),
+    Check("file_modes", "Whether others may read the database, the keys or the settings file",
+          _check_modes, _fix_modes),
+    Check("port_owner", "Which process owns the server's port", _check_port,
+          Fix("fix_port", ("end the other program, or install again with another --port",))),
+    Check("service_unit", "Whether the service is there and starts by itself",
+          _check_unit, _fix_unit),
+    Check("service_running", "Whether an OCP server answers", _check_service, _fix_service),
+    Check("oauth_ok", "What the last answer told about the login", _check_login, _fix_login),
+    Check("service_version_matches_tree", "Whether the installed version is the one that runs",
+          _check_served_version, _fix_version),
+    Check("linger", "Whether a service of a user outlives the login (systemd)", _check_linger,
+          Fix("fix_linger", (), ("loginctl enable-linger",))),
+    Check("clock", "Whether the server's clock and this one agree", _check_clock,
+          Fix("fix_clock", ("let both machines set their clocks from the network",))),
+    Check("openclaw_models", "Whether OpenClaw, if it is here, knows the same models",
+          _check_openclaw, Fix("fix_openclaw", (), ("{ocp} sync",))),
+    Check("current_version", "Whether there is a newer release", _check_latest,
+          Fix("update", (), ("{ocp} update --yes",))),
+)
+
+
+def run_check(check: Check, facts: Facts) -> Finding:
+    """Return what a check finds. A check that cannot be made is INFO, whatever the reason."""
+    try:
+        return check.probe(facts)
+    except (Unknown, Problem, OSError) as error:
+        return Finding("INFO", f"could not check: {error}".splitlines()[0])
+
+
+def next_action(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Json:
+    """Return what to do about the first failure, else about the first warning, else nothing."""
+    kind, human, commands = "noop", [], []
+    found = [check for level in ("FAIL", "WARN") for check, finding in findings
+             if finding.level == level]
+    if found:
+        fix = found[0].fix
+        if isinstance(fix, Fix):
+            human = [text.format_map(facts.names) for text in fix.human]
+            commands = [text.format_map(facts.names) for text in fix.commands]
+        else:
+            fix = fix(facts)
+            human, commands = list(fix.human), list(fix.commands)
+        kind = fix.kind
+    return {"kind": kind, "human_required": human, "ai_executable": commands,
+            "verify": facts.script("ocp.py", "doctor")}
+
+
+def _units(facts: Facts) -> list[Json] | None:
+    """Return the service for the report."""
+    record = facts.service
+    if record is None:
+        return None
+    return [{
+        "name": record.label, "scope": "system" if record.needs_root else "user",
+        "platform": record.platform, "port": record.port,
+        "workingTree": os.path.dirname(record.server_path), "bind": record.bind,
+        "user": None, "instanceName": facts.health.get("instanceName", ""),
+    }]
+
+
+def doctor_report(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Json:
+    """Return the whole examination as JSON."""
+    levels = [finding.level for _, finding in findings]
+    current = facts.version
+    latest = max(facts.latest[0], f"v{current}", key=version_tuple)
+    try:
+        is_clean = not local_changes(facts.env, git_tree(facts.env))
+    except Problem:
+        is_clean = False
+    return {
+        "schema_version": "1", "timestamp": iso_time(facts.env.clock()),
+        "ready_to_upgrade": "FAIL" not in levels and is_clean,
+        "install_dir": facts.env.tree, "install_dir_source": "script",
+        "install_dir_safe_to_replace": is_clean,
+        "current_version": f"v{current}" if current else None,
+        "latest_version": latest if current else None,
+        "from_version_supported": bool(current), "units": _units(facts),
+        "fail_count": levels.count("FAIL"), "warn_count": levels.count("WARN"),
+        "checks": [
+            {"id": check.id, "level": finding.level, "message": clean(finding.message)}
+            for check, finding in findings
+        ],
+        "next_action": next_action(facts, findings),
+    }
+
+
+_LEVEL_COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red", "INFO": "dim"}
+
+
+def show_doctor(answer: Json, style: Style) -> str:
+    """Return the examination for people."""
+    current, latest = answer["current_version"] or "unknown", answer["latest_version"] or "unknown"
+    lines = [style.paint("bold", f"OCP {current}") + (
+        "" if latest == current else f" -> {latest} is available")]
+    for check in answer["checks"]:
+        level = style.paint(_LEVEL_COLOURS[check["level"]], f"[{check['level']}]")
+        lines.append(f"  {level} {check['id']}: {check['message']}")
+    lines += ["", f"{answer['fail_count']} failed, {answer['warn_count']} warnings"]
+    action = answer["next_action"]
+    if action["kind"] != "noop":
+        lines.append(style.paint("bold", f"What to do next ({action['kind']}):"))
+        lines += [f"  {line}" for line in [*action["ai_executable"], *action["human_required"]]]
+        lines.append(f"and then: {action['verify']}")
+    return "\n".join(lines)
+
+
+def cmd_doctor(env: Env, args: argparse.Namespace) -> Exit:
+    """Examine the installation. FAILED when a check fails."""
+    facts = Facts(env)
+    answer = doctor_report(facts, [(check, run_check(check, facts)) for check in CHECKS])
+    env.say(json.dumps(answer, indent=2) if args.json else show_doctor(answer, style_of(env)))
+    return Exit.FAILED if answer["fail_count"] else Exit.OK
+
+
+# ==== 11. Snapshots ==========================================================
+# What an update stands on: git, asked without hooks and without questions; a copy of the database
+# and of this program; and a journal, written before each step, from which the next call knows how
+# far an interrupted one had come.
 
 _RELEASE = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
 
 
 def _git_environ(env: Env) -> dict[str, str]:
-    """The user's environment without what would lead git elsewhere, or make it ask."""
+    """Return the user's environment without what would lead git elsewhere, or make it ask."""
     elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
     kept = {name: value for name, value in env.environ.items() if name not in elsewhere}
     ssh = kept.get("GIT_SSH_COMMAND", "ssh") + " -oBatchMode=yes"
@@ -1863,43 +2740,46 @@ def _git_environ(env: Env) -> dict[str, str]:
 
 
 def git(env: Env, tree: str, *words: str, timeout_s: float = 60.0) -> str:
-    """What git prints. Raises Problem with what it complains of."""
+    """Return what git prints. Raises Problem with its complaint."""
     command = ["git", "-C", tree, "-c", "core.hooksPath=/dev/null", "-c",
                "advice.detachedHead=false", *words]
-    with working(env, f"waiting for git {words[0]}"):
-        ran = env.run(command, environ=_git_environ(env), timeout_s=timeout_s)
-    if ran.code != 0:
-        raise Problem(Exit.FAILED, f"git {words[0]} in {tree} failed: {ran.complaint}")
-    return ran.output.strip()
+    with progress(env, f"waiting for git {words[0]}"):
+        done = env.run(command, environ=_git_environ(env), timeout_s=timeout_s)
+    if done.code != 0:
+        raise Problem(Exit.FAILED, f"git {words[0]} in {tree} failed: {done.complaint}")
+    return done.output.strip()
 
 
 def git_tree(env: Env) -> str:
-    """The checkout that this script belongs to. Raises Problem if it is none."""
+    """Return the checkout that this script belongs to. Raises Problem if it is none."""
     tree = os.path.realpath(env.tree)
     try:
         top = git(env, tree, "rev-parse", "--show-toplevel")
+        reason = f"it is part of {top}"
     except Problem as problem:
         top, reason = "", str(problem)
-    else:
-        reason = f"it is part of {top}"
     if not top or os.path.realpath(top) != tree:
         raise Problem(
-            Exit.FAILED,
-            f"{tree} is no git checkout of OCP ({reason}), so it has to be updated by hand:\n"
-            "put the files of the new release in its place, then run\n"
-            f"  python3 {shlex.quote(os.path.join(tree, 'ocp_server.py'))} --check && ocp restart",
-        )
+            Exit.FAILED, f"{tree} is not a git checkout of OCP ({reason}), so it has to be updated "
+            "by hand:\nput the files of the new release in its place, then run\n"
+            f"  python3 {shlex.quote(os.path.join(tree, 'ocp_server.py'))} --check && ocp restart")
     return tree
 
 
 def local_changes(env: Env, tree: str) -> list[str]:
-    """The tracked files that were changed here. Raises Problem."""
+    """Return the tracked files that were changed here. Raises Problem."""
     lines = git(env, tree, "status", "--porcelain", "--untracked-files=no").splitlines()
+    # The first line has lost its leading space.
     return [line[3:] if line[2:3] == " " else line.split(None, 1)[-1] for line in lines]
 
 
+def is_at(env: Env, tree: str, commit: str) -> bool:
+    """Return whether this commit is checked out, complete and unchanged."""
+    return git(env, tree, "rev-parse", "HEAD") == commit and not local_changes(env, tree)
+
+
 def remote_tags(env: Env, tree: str) -> dict[str, str]:
-    """The releases that the remote offers now: tag and commit. Raises Problem.
+    """Return the releases that the remote offers: tag and commit. Raises Problem.
 
     The remote is asked each time: a release that was withdrawn must not be offered.
     """
@@ -1914,61 +2794,18 @@ def remote_tags(env: Env, tree: str) -> dict[str, str]:
     return found
 
 
-def _unit_environ(path: str) -> dict[str, str]:
-    """The variables that a unit file or a launch agent sets."""
-    if path.endswith(".plist"):
-        with open(path, "rb") as file:
-            values = plistlib.load(file).get("EnvironmentVariables") or {}
-        return {str(name): str(value) for name, value in values.items()}
-    found: dict[str, str] = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("Environment="):
-                words = shlex.split(line.partition("=")[2])
-                pairs = (each.replace("%%", "%").partition("=") for each in words)
-                found.update({name: value for name, equals, value in pairs if equals})
-    return found
-
-
-def _file_environ(path: str) -> dict[str, str]:
-    """The variables of an environment file."""
-    found: dict[str, str] = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            name, equals, value = line.strip().partition("=")
-            if equals and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                with contextlib.suppress(ValueError):
-                    value = " ".join(shlex.split(value))
-                found[name] = value
-    return found
-
-
-def service_environ(env: Env, record: Record | None) -> dict[str, str]:
-    """The environment in which the server runs, as far as it is written down."""
-    if record is None:
-        return dict(env.environ)
-    ours = ("CLAUDE_", "OCP_", "PROXY_")
-    found = {name: value for name, value in env.environ.items() if not name.startswith(ours)}
-    for path, read in ((record.unit_path, _unit_environ), (record.env_file, _file_environ)):
-        with contextlib.suppress(OSError, ValueError, plistlib.InvalidFileException):
-            found.update(read(path) if path else {})
-    known = {"CLAUDE_PROXY_PORT": str(record.port), "CLAUDE_BIND": record.bind,
-             "OCP_HOME": record.data_dir}
-    return {**{name: value for name, value in known.items() if value}, **found}
-
-
-#: For a database that nobody else has open: reading it leaves no other files beside it.
+#: Mode for a database that nobody else has open: reading it creates no other files beside it.
 _READ_COPY = "ro&immutable=1"
 
 
 def open_database(path: str, mode: str) -> sqlite3.Connection:
-    """A connection in mode ro, rw or _READ_COPY. Raises sqlite3.Error."""
+    """Return a connection in mode ro, rw or _READ_COPY. Raises sqlite3.Error."""
     address = f"file:{urllib.parse.quote(path)}?mode={mode}"
     return sqlite3.connect(address, uri=True, timeout=5)
 
 
 def database_version(path: str, mode: str = "ro") -> int | None:
-    """The number of the last migration that a database has seen; None if it cannot be told."""
+    """Return the number of a database's last migration, None if it cannot be read."""
     try:
         with contextlib.closing(open_database(path, mode)) as connection:
             return int(connection.execute("PRAGMA user_version").fetchone()[0])
@@ -1977,17 +2814,16 @@ def database_version(path: str, mode: str = "ro") -> int | None:
 
 
 def save_database(source: str, target: str) -> None:
-    """Copies a database that may be in use, as it is at one moment. Raises Problem."""
+    """Copy a database that may be in use, as it is at one moment. Raises Problem."""
     os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         with contextlib.closing(open_database(source, "ro")) as opened:
             with contextlib.closing(open_database(target, "rw")) as copy:
                 opened.backup(copy)
-    except sqlite3.Error as problem:
+    except sqlite3.Error as error:
         raise Problem(
-            Exit.FAILED, f"{source} cannot be saved ({problem}), so nothing was changed. "
-            "See `ocp doctor`.",
-        ) from None
+            Exit.FAILED, f"{source} cannot be saved ({error}), so nothing was changed. "
+            "See `ocp doctor`.") from None
 
 
 class Journal(NamedTuple):
@@ -2004,14 +2840,14 @@ class Journal(NamedTuple):
     to_commit: str
     to_version: str
     started_at: str
-    #: Whether undoing has to overwrite files, because a checkout was cut off half-way.
+    #: Whether undoing has to overwrite files, because a checkout was interrupted.
     is_torn: bool = False
-    #: Whether undoing has to put the database back, because the new version changed its form.
+    #: Whether undoing has to put the database back, because the new version migrated it.
     restore_database: bool = False
 
 
-#: prepared: nothing is changed yet. switching: the checkout may be half done. switched: the new
-#: version is there, and not yet seen at work. undoing: on the way back.
+#: prepared: nothing is changed yet. switching: the checkout may be incomplete. switched: the new
+#: version is checked out, and not yet proved. undoing: on the way back.
 OPEN_STATES = ("prepared", "switching", "switched", "undoing")
 #: done: the new version answered. refused: nothing was changed. undone: the old one is back.
 CLOSED_STATES = ("done", "refused", "undone")
@@ -2026,24 +2862,24 @@ class Snapshot(NamedTuple):
     journal: Journal
 
     def at(self, state: str, **changes: Any) -> Snapshot:
-        """The same in another state, which is written down before this returns."""
+        """Write another state down, and return the snapshot with it."""
         journal = self.journal._replace(state=state, **changes)
         text = json.dumps(journal._asdict(), indent=2) + "\n"
         write_whole(os.path.join(self.folder, _JOURNAL), text.encode())
         return self._replace(journal=journal)
 
     def path(self, name: str) -> str:
-        """Where a copy lies."""
+        """Return the path of a copy."""
         return os.path.join(self.folder, name)
 
 
 def snapshots_folder(env: Env) -> str:
-    """Where snapshots are kept."""
+    """Return the folder of the snapshots."""
     return os.path.join(env.ocp_home, "snapshots")
 
 
 def read_snapshots(env: Env) -> list[Snapshot]:
-    """All snapshots, the newest first; folders without a readable journal are none."""
+    """Return all complete snapshots with a readable journal, the newest first."""
     found = []
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(snapshots_folder(env)), reverse=True):
@@ -2056,57 +2892,41 @@ def read_snapshots(env: Env) -> list[Snapshot]:
     return found
 
 
-def saved_files(env: Env, record: Record | None) -> dict[str, str]:
-    """Name in the snapshot, and path of the file, for all that is copied as it is."""
-    found = {
-        "install.json": record_path(env), "models.json": os.path.join(env.tree, "models.json"),
-        "ocp.py": os.path.join(env.tree, "ocp.py"),
-        "admin-key": os.path.join(record.data_dir if record else env.ocp_home, "admin-key"),
-    }
-    if record:
-        found.update({"unit": record.unit_path, "environment": record.env_file})
-    return {name: path for name, path in found.items() if path}
+def take_snapshot(env: Env, journal: Journal) -> Snapshot:
+    """Copy what an update could harm. Raises Problem, OSError.
 
-
-def take_snapshot(env: Env, journal: Journal, record: Record | None) -> Snapshot:
-    """Copies all that an update could harm. Until it is complete it has another name, so that a
-    cut-off one is never taken for a snapshot. Raises Problem, OSError."""
-    moment = datetime.datetime.fromtimestamp(env.clock(), datetime.timezone.utc)
-    folder = os.path.join(snapshots_folder(env), moment.strftime("%Y%m%dT%H%M%S.%fZ"))
+    An incomplete snapshot has another name, so that an interrupted one is never taken for whole.
+    """
+    name = utc_time(env.clock()).strftime("%Y%m%dT%H%M%S.%fZ")
+    folder = os.path.join(snapshots_folder(env), name)
     draft = Snapshot(folder + ".partial", journal)
     os.makedirs(draft.folder, mode=0o700)
     database = os.path.join(journal.data_dir, "ocp.db")
     if os.path.exists(database):
         save_database(database, draft.path("ocp.db"))
-    for name, path in saved_files(env, record).items():
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                write_whole(draft.path(name), file.read())
-    with contextlib.suppress(Problem):
-        settings = find_server(env).text("GET", "/settings", timeout_s=5)
-        write_whole(draft.path("settings.json"), settings.encode())
+    with contextlib.suppress(FileNotFoundError), open(env.beside("ocp.py"), "rb") as file:
+        write_whole(draft.path("ocp.py"), file.read())
     draft.at(journal.state)
     os.rename(draft.folder, folder)
     return Snapshot(folder, journal)
 
 
 def prune_snapshots(env: Env) -> None:
-    """Removes old snapshots, and what a power cut left of unfinished ones."""
-    closed = [s for s in read_snapshots(env) if s.journal.state in CLOSED_STATES]
-    unfinished = []
+    """Remove old snapshots, and incomplete ones."""
+    closed = [each for each in read_snapshots(env) if each.journal.state in CLOSED_STATES]
+    folders = [each.folder for each in closed[_SNAPSHOTS_KEPT:]]
     with contextlib.suppress(FileNotFoundError):
-        names = os.listdir(snapshots_folder(env))
-        unfinished = [name for name in names if name.endswith(".partial")]
-    for folder in [s.folder for s in closed[_SNAPSHOTS_KEPT:]] + [
-            os.path.join(snapshots_folder(env), name) for name in unfinished]:
+        folders += [os.path.join(snapshots_folder(env), name)
+                    for name in os.listdir(snapshots_folder(env)) if name.endswith(".partial")]
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_back_database(snapshot: Snapshot) -> None:
-    """Puts the saved database in the place of the present one, which is kept in the snapshot.
+    """Put the saved database in the place of the present one, which is kept in the snapshot.
 
     The server must not be running. The order matters: a write-ahead log that is left beside
-    another database would be played into it. Where none was saved there was none.
+    another database would be played into it. If none was saved, there was none.
     """
     database = os.path.join(snapshot.journal.data_dir, "ocp.db")
     for suffix in ("", "-wal", "-shm"):
@@ -2122,628 +2942,15 @@ def put_back_database(snapshot: Snapshot) -> None:
             write_whole(database, file.read())
 
 
-def put_back_files(env: Env, snapshot: Snapshot, record: Record | None) -> None:
-    """Puts back what has gone missing since; a file that is there is newer, and stays."""
-    for name, path in saved_files(env, record).items():
-        if os.path.exists(snapshot.path(name)) and not os.path.exists(path):
-            if os.path.isdir(os.path.dirname(path)):
-                with open(snapshot.path(name), "rb") as file:
-                    write_whole(path, file.read())
-
-
-# ==== 9. Doctor ==============================================================
-# A table of checks. Each looks at one thing and says PASS, WARN, FAIL, or INFO, which is also
-# what it says when it could not look: that is never a failure. The first check with something
-# to do gives the next action, so the order of the table is the order of repairs.
-
-OLDEST_CLAUDE = (2, 1, 197)
-#: From this version on claude-code asks for Node 22. Under an older Node npm says nothing and
-#: installs the newest one before it.
-_NODE_22_SINCE = (2, 1, 198)
-_CLAUDE_PLACES = (
-    "~/.local/bin", "~/.claude/local", "/opt/homebrew/bin", "/usr/local/bin", "/usr/bin",
-    "~/.npm-global/bin", "~/.bun/bin",
-)
-_LEAST_FREE_BYTES = 100_000_000
-_LOW_FREE_BYTES = 1_000_000_000
-_CLOCK_SKEW_S = 120.0
-
-
-class Finding(NamedTuple):
-    """What a check found."""
-
-    level: str
-    message: str
-
-
-class Fix(NamedTuple):
-    """What to do about a finding: by a person, and by commands that may run unattended."""
-
-    kind: str
-    human: tuple[str, ...] = ()
-    commands: tuple[str, ...] = ()
-
-
-class Check(NamedTuple):
-    """One row of the table. What it looks at is the probe's docstring."""
-
-    id: str
-    probe: Callable[[Facts], Finding]
-    fix: Callable[[Facts], Fix]
-
-
-class Facts:
-    """What the checks look at, each thing looked up once and only when it is wanted."""
-
-    def __init__(self, env: Env) -> None:
-        self.env = env
-
-    @functools.cached_property
-    def record(self) -> Record | None:
-        """The installation. Raises Problem."""
-        return read_record(self.env)
-
-    @property
-    def known(self) -> Record | None:
-        """The installation, None also when its record is broken."""
-        with contextlib.suppress(Problem):
-            return self.record
-        return None
-
-    @property
-    def service(self) -> Record | None:
-        """The installation, if it has a service."""
-        record = self.known
-        has_service = record and service_steps(record, "start", self.env.user_id)
-        return record if has_service else None
-
-    @functools.cached_property
-    def url(self) -> str:
-        """The server's address, the usual one when nothing readable says otherwise."""
-        with contextlib.suppress(Problem):
-            return server_url(self.env)
-        return DEFAULT_URL
-
-    @functools.cached_property
-    def answer(self) -> tuple[Json | None, float | None, str]:
-        """From /health: the answer, the server's clock as epoch seconds, and what went wrong."""
-        try:
-            tls = tls_for(self.url)
-            with http_open("GET", self.url + "/health", timeout_s=3.0, tls=tls) as answer:
-                value = json.loads(answer.read())
-                date = answer.headers.get("Date", "")
-        except HttpProblem as problem:
-            if problem.kind == "unreachable":
-                return None, None, f"nobody answers at {self.url}: {problem}"
-            return None, None, f"{self.url} answered {problem.status}"
-        except (OSError, http.client.HTTPException, ValueError):
-            value, date = None, ""
-        if not isinstance(value, dict) or "version" not in value:
-            return None, None, f"what answers at {self.url} is no OCP server"
-        try:
-            clock_s: float | None = email.utils.parsedate_to_datetime(date).timestamp()
-        except (TypeError, ValueError):
-            clock_s = None
-        return value, clock_s, ""
-
-    @property
-    def health(self) -> Json:
-        """What /health says, {} if it says nothing."""
-        return self.answer[0] or {}
-
-    @property
-    def server_path(self) -> str:
-        """The server that should be running."""
-        record = self.known
-        path = record.server_path if record else ""
-        return path or os.path.join(self.env.tree, "ocp_server.py")
-
-    @property
-    def data_dir(self) -> str:
-        """The folder of the server's state."""
-        record = self.known
-        return (record.data_dir if record else "") or self.env.ocp_home
-
-    @functools.cached_property
-    def version(self) -> str:
-        """The version on disk."""
-        return tree_version(self.server_path)
-
-    @functools.cached_property
-    def latest(self) -> tuple[str, str]:
-        """The newest version that the remote offers, and if there is none, why."""
-        try:
-            tags = remote_tags(self.env, git_tree(self.env))
-        except Problem as problem:
-            return "", str(problem).splitlines()[0]
-        return max(tags, key=version_tuple, default=""), "the remote has no release"
-
-    @functools.cached_property
-    def claude_version(self) -> str:
-        """Return what claude says that its version is, "" where it says nothing of use."""
-        text = self.health.get("claudeVersion")
-        if not text and self.claude:
-            environ = {"DISABLE_AUTOUPDATER": "1"}
-            ran = self.env.command(self.claude, "--version", timeout_s=20, more=environ)
-            text = ran.output.split()[0] if ran.code == 0 and ran.output.split() else None
-        return str(text) if version_tuple(text) else ""
-
-    @functools.cached_property
-    def claude(self) -> str | None:
-        """Where the claude program is, as far as this user's surroundings tell."""
-        environ = service_environ(self.env, self.known)
-        named = environ.get("CLAUDE_BIN", "").strip()
-        if named:
-            return named if os.access(named, os.X_OK) else None
-        places = [place.replace("~", self.env.home, 1) for place in _CLAUDE_PLACES]
-        return shutil.which("claude", path=os.pathsep.join([environ.get("PATH", ""), *places]))
-
-
-def _check_python(facts: Facts) -> Finding:
-    """The Python that runs this, and the one of the service."""
-    version = sys.version.split()[0]
-    python = facts.known.python if facts.known else ""
-    if python and not os.access(python, os.X_OK):
-        return Finding("FAIL", f"the service's Python is gone: {python}")
-    return Finding("PASS", f"Python {version}")
-
-
-def _check_record(facts: Facts) -> Finding:
-    """The installer's record and the server that it names."""
-    try:
-        record = facts.record
-    except Problem as problem:
-        return Finding("FAIL", str(problem))
-    if record is None:
-        return Finding("INFO", "nothing was installed; the server is run by hand")
-    if record.server_path and not os.path.exists(record.server_path):
-        return Finding("FAIL", f"the installed server is gone: {record.server_path}")
-    return Finding("PASS", f"installed in {os.path.dirname(record.server_path) or '?'}")
-
-
-def _check_claude(facts: Facts) -> Finding:
-    """Whether the server finds the claude program."""
-    usable = facts.health.get("claudeBinaryOk")
-    if usable:
-        return Finding("PASS", "the server can run claude")
-    if usable is False:
-        return Finding("FAIL", f"the server cannot run claude: {facts.health.get('fix') or ''}")
-    if not is_this_machine(facts.url):
-        return Finding("INFO", f"could not check: {facts.url} is another machine")
-    if facts.claude is None:
-        return Finding("FAIL", "the claude program is not installed where the server looks")
-    return Finding("PASS", facts.claude)
-
-
-def _check_claude_version(facts: Facts) -> Finding:
-    """Whether claude is new enough."""
-    text = facts.claude_version
-    if not text:
-        return Finding("INFO", "could not check: claude did not tell its version")
-    if version_tuple(text) < OLDEST_CLAUDE:
-        return Finding("FAIL", f"claude {text} is older than {_dotted(OLDEST_CLAUDE)}")
-    return Finding("PASS", f"claude {text}")
-
-
-def _check_node(facts: Facts) -> Finding:
-    """Whether Node is too old for npm to install a new claude."""
-    if not is_this_machine(facts.url):
-        return Finding("INFO", f"could not check: {facts.url} is another machine")
-    ran = facts.env.command("node", "--version")
-    text = ran.output.strip()
-    if ran.code != 0 or not version_tuple(text):
-        return Finding("INFO", "does not apply: there is no Node on the PATH")
-    if version_tuple(text) >= (22,):
-        return Finding("PASS", f"Node {text[1:]}")
-    claude = version_tuple(facts.claude_version)
-    if claude and claude < _NODE_22_SINCE:
-        return Finding("WARN", f"claude {_dotted(claude)} is old: under Node {text[1:]}, which is "
-                               "older than 22, npm installs no newer one and does not say so")
-    return Finding("PASS", f"Node {text[1:]}; npm installs a new claude only by @latest")
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(str(part) for part in version)
-
-
-def _check_service(facts: Facts) -> Finding:
-    """Whether an OCP server answers."""
-    health, _, wrong = facts.answer
-    if health is None:
-        return Finding("FAIL", wrong)
-    if health.get("status") == "draining":
-        return Finding("WARN", "the server is shutting down")
-    return Finding("PASS", f"OCP {health['version']} answers at {facts.url}")
-
-
-def _check_login(facts: Facts) -> Finding:
-    """What the last answer told about the login."""
-    if not facts.health:
-        return Finding("INFO", "could not check: the server does not run")
-    auth = facts.health.get("auth") or {}
-    if auth.get("ok") is True and facts.health.get("ownerHidden") is not False:
-        return Finding("PASS", "the last answer proved the login")
-    if auth.get("ok") is False:
-        return Finding("FAIL", f"the login was refused: {auth.get('message') or ''}".rstrip(": "))
-    if facts.health.get("ownerHidden") is False:
-        return Finding("WARN", "claude tells its models the owner's e-mail address: see the log")
-    return Finding("INFO", "not known before the first answer; `ocp ask hello` gets one")
-
-
-def _check_port(facts: Facts) -> Finding:
-    """Who owns the server's port."""
-    if not is_this_machine(facts.url):
-        return Finding("INFO", f"could not check: {facts.url} is another machine")
-    port = urllib.parse.urlsplit(facts.url).port or 80
-    owner = port_owner(facts.env, port)
-    if owner is None:
-        return Finding("INFO", f"nobody listens on port {port}")
-    if owner.pid is None or not owner.command:
-        return Finding("INFO", f"could not check: port {port} belongs to {owner.words}")
-    if not owner.is_ocp:
-        # What forwards a port, as containers do, is somebody else and all the same in order.
-        level = "INFO" if facts.health else "FAIL"
-        return Finding(level, f"port {port} belongs to {owner.words}")
-    return Finding("PASS", f"port {port} belongs to process {owner.pid}")
-
-
-def _check_served_version(facts: Facts) -> Finding:
-    """Whether the installed version is the one that runs."""
-    served = facts.health.get("version")
-    if not served or not facts.version:
-        return Finding("INFO", "could not check: " + (
-            "the server does not run" if facts.version else f"no version in {facts.server_path}"))
-    if served != facts.version:
-        return Finding("WARN", f"{served} is running, {facts.version} is installed")
-    return Finding("PASS", f"{served} is installed and running")
-
-
-def _check_unit(facts: Facts) -> Finding:
-    """Whether the service is there and starts by itself."""
-    record = facts.service
-    if record is None:
-        return Finding("INFO", "no service is recorded")
-    if record.unit_path and not os.path.exists(record.unit_path):
-        return Finding("FAIL", f"the service's file is gone: {record.unit_path}")
-    if record.platform == "launchd":
-        domain = launchd_domain(record, facts.env.user_id)
-        ran = facts.env.command("launchctl", "print", f"{domain}/{record.label}")
-        if ran.code is None:
-            return Finding("INFO", f"could not check: {ran.complaint}")
-        return Finding("PASS" if ran.code == 0 else "WARN",
-                       f"{record.label} is {'' if ran.code == 0 else 'not '}loaded")
-    scope = ("--user",) if record.platform == "systemd-user" else ()
-    ran = facts.env.command("systemctl", *scope, "is-enabled", "--", record.label)
-    state = ran.output.strip()
-    if not state:
-        return Finding("INFO", f"could not check: {ran.complaint}")
-    return Finding("PASS" if state == "enabled" else "WARN", f"{record.label} is {clean(state)}")
-
-
-def _check_linger(facts: Facts) -> Finding:
-    """Whether a service of a user outlives the login (systemd)."""
-    record = facts.service
-    if record is None or record.platform != "systemd-user":
-        return Finding("INFO", "does not apply: no service of a user's systemd")
-    ran = facts.env.command("loginctl", "show-user", str(facts.env.user_id), "-p", "Linger")
-    state = ran.output.strip().rpartition("=")[2]
-    if ran.code != 0 or state not in ("yes", "no"):
-        return Finding("INFO", f"could not check: {ran.complaint}")
-    if state == "no":
-        return Finding("WARN", "the server stops when you log out, and does not start at boot")
-    return Finding("PASS", "the server runs without a login session")
-
-
-def _private_paths(facts: Facts) -> list[tuple[str, int]]:
-    """Everything that nobody else may read, with its right mode."""
-    folder, record = facts.data_dir, facts.known
-    files = [os.path.join(folder, name) for name in (
-        "ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key")]
-    if record and record.env_file:
-        files.append(record.env_file)
-    return [(path, mode) for path, mode in [(folder, 0o700), *((file, 0o600) for file in files)]
-            if os.path.exists(path)]
-
-
-def _loose_paths(facts: Facts) -> list[tuple[str, int]]:
-    return [(path, mode) for path, mode in _private_paths(facts)
-            if stat.S_IMODE(os.stat(path).st_mode) & 0o077]
-
-
-def _check_modes(facts: Facts) -> Finding:
-    """Whether others may read the database, the keys or the environment file."""
-    paths = _private_paths(facts)
-    loose = [path for path, _ in _loose_paths(facts)]
-    if loose:
-        return Finding("FAIL", "others may read " + ", ".join(loose))
-    return Finding("PASS" if paths else "INFO", f"{len(paths)} private files and folders looked at")
-
-
-def _check_disk(facts: Facts) -> Finding:
-    """How much room is left for the server's files."""
-    folder = facts.data_dir
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    free_bytes = shutil.disk_usage(folder).free
-    level = "FAIL" if free_bytes < _LEAST_FREE_BYTES else (
-        "WARN" if free_bytes < _LOW_FREE_BYTES else "PASS")
-    return Finding(level, f"{size_words(free_bytes)} free for {facts.data_dir}")
-
-
-def _check_database(facts: Facts) -> Finding:
-    """Whether the server writes to its database, and whether that is in order."""
-    state, advice = facts.health.get("storage"), facts.health.get("storageFix")
-    if advice:
-        level = "WARN" if state == "behind" else "FAIL"
-        return Finding(level, f"the server's storage is {state!r}, not 'disk': {advice}")
-    path = os.path.join(facts.data_dir, "ocp.db")
-    if not os.path.exists(path):
-        return Finding("INFO", "there is no database yet")
-    try:
-        with contextlib.closing(open_database(path, "ro")) as connection:
-            verdict = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
-    except sqlite3.OperationalError as problem:
-        return Finding("INFO", f"could not check: {problem}")
-    except sqlite3.DatabaseError as problem:
-        verdict = str(problem)
-    if verdict != "ok":
-        return Finding("FAIL", f"{path} is damaged: {verdict}")
-    return Finding("PASS", f"{path} is in order, {size_words(os.path.getsize(path))}")
-
-
-def _check_openclaw(facts: Facts) -> Finding:
-    """Whether OpenClaw, if it is here, knows the same models."""
-    try:
-        found = openclaw_state(facts.env, facts.url, "--dry-run")
-    except Problem as problem:
-        return Finding("INFO", f"could not check: {problem}")
-    if not found["openclaw"]:
-        return Finding("INFO", "OpenClaw is not here")
-    if not found["providers"]:
-        return Finding("INFO", "OpenClaw is here, but does not use this server")
-    if found["diff"]:
-        return Finding("WARN", "OpenClaw's list of models is not that of models.json")
-    return Finding("PASS", "OpenClaw knows the same models")
-
-
-def _check_clock(facts: Facts) -> Finding:
-    """Whether the server's clock and this one agree."""
-    served_s = facts.answer[1]
-    if served_s is None:
-        return Finding("INFO", "could not check: the server told no time")
-    skew_s = abs(served_s - facts.env.clock())
-    level = "PASS" if skew_s <= _CLOCK_SKEW_S else "WARN"
-    return Finding(level, f"{skew_s:.0f} s between the server's clock and this one")
-
-
-def _check_latest(facts: Facts) -> Finding:
-    """Whether there is a newer release."""
-    latest, why_not = facts.latest
-    if not latest:
-        return Finding("INFO", f"could not check: {why_not}")
-    if version_tuple(latest) > version_tuple(facts.version):
-        return Finding("WARN", f"{latest} is there, {facts.version or '?'} is installed")
-    return Finding("PASS", f"{facts.version} is the newest")
-
-
-def _script(facts: Facts, name: str, *words: str) -> str:
-    return shlex.join(["python3", os.path.join(facts.env.tree, name), *words])
-
-
-def _fix_install(facts: Facts) -> Fix:
-    script = "setup.py_install.py"
-    if facts.known is None or facts.known.platform != "systemd-system":
-        return Fix("fix_install", (), (_script(facts, script, "--yes"),))
-    sudo = "sudo " if facts.env.user_id != 0 else ""
-    return Fix("fix_install", (), (sudo + _script(facts, script, "--system", "--yes"),))
-
-
-def _fix_claude(facts: Facts) -> Fix:
-    return Fix(
-        "fix_claude", ("then log in: run `claude auth login`",),
-        ("npm install -g @anthropic-ai/claude-code@latest",),
-    )
-
-
-def _fix_claude_version(facts: Facts) -> Fix:
-    return Fix("fix_claude", (), (shlex.join([facts.claude or "claude", "update"]),))
-
-
-def _fix_node(facts: Facts) -> Fix:
-    return Fix("fix_claude", ("or install Node 22 or later",),
-               ("npm install -g @anthropic-ai/claude-code@latest",))
-
-
-def _fix_login(facts: Facts) -> Fix:
-    if (facts.health.get("auth") or {}).get("ok") is not False:
-        return Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",), ())
-    return Fix("fix_oauth", ("run `claude auth login` as the user of the server",), ())
-
-
-def _fix_service(facts: Facts) -> Fix:
-    record = facts.service
-    if record is None:
-        server = _script(facts, "ocp_server.py")
-        return Fix("fix_service", (f"run it by hand: {server}",), _fix_install(facts).commands)
-    return Fix("fix_service", (), tuple(service_words(record, "restart", facts.env.user_id)))
-
-
-def _fix_restart(facts: Facts) -> Fix:
-    if facts.service is None:
-        return Fix("restart", ("end the server and start it again, as you started it",), ())
-    return Fix("restart", (), tuple(service_words(facts.service, "restart", facts.env.user_id)))
-
-
-def _fix_port(facts: Facts) -> Fix:
-    return Fix("fix_port", (
-        "end the other program, or install again with another --port",), ())
-
-
-def _fix_linger(facts: Facts) -> Fix:
-    return Fix("fix_linger", (), ("loginctl enable-linger",))
-
-
-def _fix_modes(facts: Facts) -> Fix:
-    commands = [shlex.join(["chmod", f"{mode:o}", path]) for path, mode in _loose_paths(facts)]
-    return Fix("fix_modes", (), tuple(commands))
-
-
-def _fix_disk(facts: Facts) -> Fix:
-    return Fix("fix_disk", (f"make room on the disk of {facts.data_dir}",), ())
-
-
-def _fix_database(facts: Facts) -> Fix:
-    advice = facts.health.get("storageFix")
-    if advice:
-        return Fix("fix_database", (str(advice),), ())
-    return Fix("fix_database", (
-        f"stop the server and put back a copy of ocp.db from {snapshots_folder(facts.env)}, "
-        "or move the damaged one away",), ())
-
-
-def _fix_unit(facts: Facts) -> Fix:
-    record = facts.service
-    if record is None or not os.path.exists(record.unit_path):
-        return _fix_install(facts)
-    if record.platform == "launchd":
-        return Fix("fix_unit", (), tuple(service_words(record, "start", facts.env.user_id)))
-    scope = ["--user"] if record.platform == "systemd-user" else []
-    words = shlex.join(["systemctl", *scope, "enable", "--", record.label])
-    return Fix("fix_unit", (), (words if scope else f"sudo {words}",))
-
-
-def _fix_openclaw(facts: Facts) -> Fix:
-    return Fix("fix_openclaw", (), (_script(facts, "ocp.py", "sync"),))
-
-
-def _fix_clock(facts: Facts) -> Fix:
-    return Fix("fix_clock", ("set the clocks of both machines by the network",), ())
-
-
-def _fix_update(facts: Facts) -> Fix:
-    return Fix("update", (), (_script(facts, "ocp.py", "update", "--yes"),))
-
-
-CHECKS = (
-    Check("python", _check_python, _fix_install),
-    Check("install_dir", _check_record, _fix_install),
-    Check("claude_found", _check_claude, _fix_claude),
-    Check("claude_version", _check_claude_version, _fix_claude_version),
-    Check("node", _check_node, _fix_node),
-    Check("disk_space", _check_disk, _fix_disk),
-    Check("database", _check_database, _fix_database),
-    Check("file_modes", _check_modes, _fix_modes),
-    Check("port_owner", _check_port, _fix_port),
-    Check("service_unit", _check_unit, _fix_unit),
-    Check("service_running", _check_service, _fix_service),
-    Check("oauth_ok", _check_login, _fix_login),
-    Check("service_version_matches_tree", _check_served_version, _fix_restart),
-    Check("linger", _check_linger, _fix_linger),
-    Check("clock", _check_clock, _fix_clock),
-    Check("openclaw_models", _check_openclaw, _fix_openclaw),
-    Check("current_version", _check_latest, _fix_update),
-)
-
-
-def examine(check: Check, facts: Facts) -> Finding:
-    """What a check finds. A check that cannot be made is INFO, whatever the reason."""
-    try:
-        return check.probe(facts)
-    except (Problem, OSError) as problem:
-        return Finding("INFO", f"could not check: {problem}".splitlines()[0])
-
-
-def next_action(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Json:
-    """What to do first: about the first failure, else about the first warning, else nothing."""
-    verify = _script(facts, "ocp.py", "doctor")
-    for level in ("FAIL", "WARN"):
-        for check, finding in findings:
-            if finding.level == level:
-                fix = check.fix(facts)
-                return {
-                    "kind": fix.kind, "human_required": list(fix.human),
-                    "ai_executable": list(fix.commands), "verify": verify,
-                }
-    return {"kind": "noop", "human_required": [], "ai_executable": [], "verify": verify}
-
-
-def _units(facts: Facts) -> list[Json] | None:
-    record = facts.service
-    if record is None:
-        return None
-    return [{
-        "name": record.label, "scope": "system" if "-system" in record.platform else "user",
-        "platform": record.platform, "port": record.port,
-        "workingTree": os.path.dirname(record.server_path), "bind": record.bind,
-        "user": None, "instanceName": facts.health.get("instanceName", ""),
-    }]
-
-
-def report(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Json:
-    """The whole examination as JSON."""
-    levels = [finding.level for _, finding in findings]
-    current = facts.version
-    latest = max(facts.latest[0], f"v{current}", key=version_tuple)
-    try:
-        is_clean = not local_changes(facts.env, git_tree(facts.env))
-    except Problem:
-        is_clean = False
-    now = datetime.datetime.fromtimestamp(facts.env.clock(), datetime.timezone.utc)
-    return {
-        "schema_version": "1", "timestamp": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "ready_to_upgrade": "FAIL" not in levels and is_clean,
-        "install_dir": facts.env.tree, "install_dir_source": "script",
-        "install_dir_safe_to_replace": is_clean,
-        "current_version": f"v{current}" if current else None,
-        "latest_version": latest if current else None,
-        "from_version_supported": bool(current), "units": _units(facts),
-        "fail_count": levels.count("FAIL"), "warn_count": levels.count("WARN"),
-        "checks": [
-            {"id": check.id, "level": finding.level, "message": clean(finding.message)}
-            for check, finding in findings
-        ],
-        "next_action": next_action(facts, findings),
-    }
-
-
-_CHECK_COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red", "INFO": "dim"}
-
-
-def show_doctor(answer: Json, look: Look) -> str:
-    """The examination for people."""
-    current, latest = answer["current_version"] or "unknown", answer["latest_version"] or "unknown"
-    lines = [look.paint("bold", f"OCP {current}") + (
-        "" if latest == current else f" -> {latest} is there")]
-    for check in answer["checks"]:
-        level = look.paint(_CHECK_COLOURS[check["level"]], f"[{check['level']}]")
-        lines.append(f"  {level} {check['id']}: {check['message']}")
-    lines += ["", f"{answer['fail_count']} failed, {answer['warn_count']} warnings"]
-    action = answer["next_action"]
-    if action["kind"] != "noop":
-        lines.append(look.paint("bold", f"What to do next ({action['kind']}):"))
-        lines += [f"  {line}" for line in [*action["ai_executable"], *action["human_required"]]]
-        lines.append(f"and then: {action['verify']}")
-    return "\n".join(lines)
-
-
-def cmd_doctor(env: Env, args: argparse.Namespace) -> Exit:
-    """Examines the installation. FAILED when a check fails."""
-    facts = Facts(env)
-    findings = [(check, examine(check, facts)) for check in CHECKS]
-    answer = report(facts, findings)
-    env.say(json.dumps(answer, indent=2) if args.json else show_doctor(answer, look_of(env)))
-    return Exit.FAILED if answer["fail_count"] else Exit.OK
-
-
-# ==== 10. Update =============================================================
+# ==== 12. Update =============================================================
 # From one release to another and back. The order is the safety: save, test the new version where
-# it harms nobody, switch, restart, ask what is served. Whatever goes wrong after the switch leads
-# back by itself; whatever is interrupted is finished or undone by the next call.
+# it harms nobody, switch, restart, ask what is served. Whatever fails after the switch is rolled
+# back; whatever is interrupted is finished or undone by the next call.
 
 
 @contextlib.contextmanager
 def only_one(env: Env) -> Iterator[None]:
-    """A block that one process at a time can be in. Raises Problem for a second one."""
+    """Let one process at a time into the block. Raises Problem for a second one."""
     for folder in (env.ocp_home, snapshots_folder(env)):
         os.makedirs(folder, mode=0o700, exist_ok=True)
     path = os.path.join(snapshots_folder(env), "lock")
@@ -2755,127 +2962,110 @@ def only_one(env: Env) -> Iterator[None]:
         yield
 
 
-def confirm(env: Env, args: argparse.Namespace, question: str) -> None:
-    """Asks, unless --yes. Raises Problem for a no, and where nobody could be asked."""
-    if args.yes:
-        return
-    if not is_terminal(env.stdin):
-        raise Problem(Exit.USAGE, "Nobody is here to be asked: say --yes.")
-    env.stdout.write(f"{question} [y/N] ")
-    env.stdout.flush()
-    if env.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise Problem(Exit.FAILED, "Nothing was changed.")
-
-
-def check_service(env: Env, tree: str) -> Record | None:
-    """The service that has to be restarted. Raises Problem if this update could not do that."""
-    record = _recorded(env)
+def service_to_update(env: Env, tree: str) -> Record | None:
+    """Return the service to restart. Raises Problem if this update could not do that."""
+    record = service_of(env)
     if record is None:
         return None
-    if os.path.realpath(os.path.dirname(record.server_path)) != tree:
+    folder = os.path.dirname(record.server_path)
+    if os.path.realpath(folder) != tree:
         raise Problem(
-            Exit.FAILED,
-            f"The service runs {record.server_path}, which is not in {tree}.\n"
-            f"Update that one: python3 "
-            f"{shlex.quote(os.path.join(os.path.dirname(record.server_path), 'ocp.py'))} update",
-        )
-    if record.platform == "systemd-system" and env.user_id != 0:
+            Exit.FAILED, f"The service runs {record.server_path}, which is not in {tree}.\nUpdate "
+            f"that one: {shlex.join(['python3', os.path.join(folder, 'ocp.py')])} update")
+    if record.needs_root and env.user_id != 0:
         words = ["sudo", f"OCP_HOME={env.ocp_home}", "python3", os.path.join(tree, "ocp.py")]
         raise Problem(
-            Exit.DENIED, f"The service belongs to the system. Run: {shlex.join(words)} update"
-        )
+            Exit.DENIED, f"The service belongs to the system. Run: {shlex.join(words)} update")
     return record
 
 
-def make_plan(env: Env, tree: str, target: str | None) -> Journal | None:
-    """From what to what; None when there is nothing newer. Raises Problem."""
+def _wanted_release(tags: Mapping[str, str], target: str | None, current: str) -> str:
+    """Return the tag to update to, empty if there is none. Raises Problem."""
+    if target is None:
+        return max(tags, key=version_tuple, default="")
+    wanted = "v" + target.removeprefix("v")
+    if not _RELEASE.fullmatch(wanted):
+        raise Problem(Exit.USAGE, f"{clean(target)!r} is not a version such as v1.2.3.")
+    if wanted not in tags:
+        raise Problem(Exit.FAILED, f"There is no release {wanted}: see `ocp update --check`.")
+    if version_tuple(wanted) < version_tuple(current):
+        raise Problem(
+            Exit.FAILED, f"{wanted} is older than {current}; `ocp update --rollback` goes back.")
+    return wanted
+
+
+def plan_update(env: Env, tree: str, target: str | None) -> Journal | None:
+    """Return what to update, None when there is nothing newer. Raises Problem."""
     tags = remote_tags(env, tree)
-    current = tree_version(os.path.join(tree, "ocp_server.py"))
+    current = version_of(os.path.join(tree, "ocp_server.py"))
     if not version_tuple(current):
-        raise Problem(Exit.FAILED, f"The version of {tree} cannot be told.")
-    if target is not None and not _RELEASE.fullmatch("v" + target.removeprefix("v")):
-        raise Problem(Exit.USAGE, f"{clean(target)!r} is no version such as v1.2.3.")
-    wanted = max(tags, key=version_tuple, default="")
-    if target is not None:
-        wanted = "v" + target.removeprefix("v")
-        if wanted not in tags:
-            raise Problem(Exit.FAILED, f"There is no release {wanted}: see `ocp update --check`.")
-        if version_tuple(wanted) < version_tuple(current):
-            raise Problem(
-                Exit.FAILED, f"{wanted} is older than {current}; `ocp update --rollback` goes back."
-            )
+        raise Problem(Exit.FAILED, f"{tree} has no ocp_server.py with a version.")
+    wanted = _wanted_release(tags, target, current)
     if version_tuple(wanted) <= version_tuple(current):
         return None
     branch = git(env, tree, "rev-parse", "--abbrev-ref", "HEAD")
-    record = _recorded(env)
-    moment = datetime.datetime.fromtimestamp(env.clock(), datetime.timezone.utc)
+    record = service_of(env)
     return Journal(
         "prepared", tree, (record.data_dir if record else "") or env.ocp_home,
         git(env, tree, "rev-parse", "HEAD"), "" if branch == "HEAD" else branch, current,
-        tags[wanted], wanted[1:], moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
-    )
+        tags[wanted], wanted[1:], iso_time(env.clock()))
 
 
-def refuse_own_work(env: Env, plan: Journal) -> None:
-    """Raises Problem when the checkout holds work of its owner, which an update would put aside."""
-    changed = local_changes(env, plan.tree)
+def refuse_local_work(env: Env, plan: Journal) -> None:
+    """Raise Problem when the checkout holds its owner's work, which an update would put aside."""
+    changed, tree = local_changes(env, plan.tree), shlex.quote(plan.tree)
     if changed:
         raise Problem(
-            Exit.FAILED,
-            f"{plan.tree} has local changes: {clean(', '.join(changed[:5]))}.\n"
-            "Nothing was changed. Save them with "
-            f"`git -C {shlex.quote(plan.tree)} stash`, or commit them elsewhere.",
-        )
+            Exit.FAILED, f"{plan.tree} has local changes: {clean(', '.join(changed[:5]))}.\n"
+            f"Nothing was changed. Save them with `git -C {tree} stash`, or commit them elsewhere.")
     known = git(env, plan.tree, "for-each-ref", "--count=1", "--contains", plan.from_commit,
                 "refs/tags", "refs/remotes")
     if not known:
         raise Problem(
-            Exit.FAILED,
-            f"{plan.tree} has commits of its own, which no release holds. Nothing was changed.\n"
-            f"Merge the release yourself: git -C {shlex.quote(plan.tree)} merge v{plan.to_version}",
-        )
+            Exit.FAILED, f"{plan.tree} has commits of its own, which no release contains. Nothing "
+            f"was changed.\nMerge the release yourself: git -C {tree} merge v{plan.to_version}")
 
 
-def show_plan_of(plan: Journal, record: Record | None) -> str:
-    """What an update is going to do."""
+def show_update_plan(plan: Journal, record: Record | None) -> str:
+    """Return what an update is going to do."""
     restart = f"restart {record.label} and ask its version" if record else (
-        "no service is recorded: you restart the server yourself")
-    return fields([
+        "no service is installed: you restart the server yourself")
+    return field_list([
         ("update", f"v{plan.from_version} -> v{plan.to_version}"), ("in", plan.tree),
-        ("1", f"save commit, database, settings, keys and unit below {plan.data_dir}"),
+        ("1", "save the commit, the database and this program"),
         ("2", "test the new version in a folder of its own: ocp_server.py --check"),
         ("3", f"git checkout v{plan.to_version}"), ("4", restart),
-        ("if not", "go back to where it was, by itself"),
+        ("on failure", "roll back to the version before"),
     ])
 
 
 def remove_worktree(env: Env, snapshot: Snapshot) -> None:
-    """Removes the folder in which a new version was tested, also what is left of it."""
+    """Remove the folder in which a new version was tested, also what is left of one."""
     shutil.rmtree(snapshot.path("tree"), ignore_errors=True)
     git(env, snapshot.journal.tree, "worktree", "prune")
 
 
-def test_new_version(env: Env, snapshot: Snapshot, record: Record | None) -> None:
-    """Raises Problem unless the new version says that it would start here."""
+def check_new_version(env: Env, snapshot: Snapshot, record: Record | None) -> None:
+    """Raise Problem unless the new version says that it would start here."""
     plan, folder = snapshot.journal, snapshot.path("tree")
     git(env, plan.tree, "worktree", "add", "--quiet", "--detach", folder, plan.to_commit)
     try:
         server = os.path.join(folder, "ocp_server.py")
-        found = tree_version(server)
+        found = version_of(server)
         if found != plan.to_version:
             raise Problem(Exit.FAILED, f"The release holds version {found or '?'} instead.")
         python = (record.python if record else "") or sys.executable
-        with working(env, "testing the new version"):
-            ran = env.run([python, "-B", server, "--check"], timeout_s=60,
-                          environ=service_environ(env, record))
-        if ran.code != 0:
-            raise Problem(Exit.FAILED, f"It would not start here: {ran.complaint}")
+        with progress(env, "testing the new version"):
+            done = env.run([python, "-B", server, "--check"], timeout_s=60,
+                           environ=service_environ(env, record))
+        if done.code != 0:
+            raise Problem(Exit.FAILED, f"It would not start here: {done.complaint}")
     finally:
         remove_worktree(env, snapshot)
 
 
 def remove_stale_lock(env: Env, tree: str) -> None:
-    """Removes the lock of a git that a power cut ended; a young one may belong to a live git."""
+    """Remove the lock of a git that a power cut ended; a young one may belong to a live git."""
     path = os.path.join(tree, git(env, tree, "rev-parse", "--git-path", "index.lock"))
     with contextlib.suppress(FileNotFoundError):
         if env.clock() - os.stat(path).st_mtime > 10:
@@ -2883,7 +3073,7 @@ def remove_stale_lock(env: Env, tree: str) -> None:
 
 
 def switch_back(env: Env, journal: Journal) -> None:
-    """Checks out what was checked out before. Raises Problem."""
+    """Check out what was checked out before. Raises Problem."""
     words = ["checkout", "--quiet", *(["--force"] if journal.is_torn else [])]
     tip = ""
     if journal.from_branch:
@@ -2896,54 +3086,62 @@ def switch_back(env: Env, journal: Journal) -> None:
 
 
 def stop_for_database(env: Env, record: Record | None) -> None:
-    """Makes sure that no server has the database open. Raises Problem."""
+    """Make sure that no server has the database open. Raises Problem."""
     complaint = run_service(env, record, "stop") if record else ""
     if health_of(record.url if record else server_url(env)) is not None:
         raise Problem(
             Exit.FAILED, "The database has to be put back, but a server is still running: stop it, "
-            f"then run `ocp update --rollback --yes`. {complaint}".rstrip(),
-        )
+            f"then run `ocp update --rollback --yes`. {complaint}".rstrip())
+
+
+def restart_and_ask(env: Env, record: Record, version: str) -> str:
+    """Restart the service and wait for this version. Returns "", or what is wrong."""
+    since_s = env.clock()
+    complaint = run_service(env, record, "restart")
+    wrong = await_server(env, record.url, version, since_s)
+    return f"{wrong} {complaint}".rstrip() if wrong else ""
+
+
+def _is_migrated(snapshot: Snapshot) -> bool:
+    """Return whether the new version has changed the form of the database."""
+    copy = snapshot.path("ocp.db")
+    saved = database_version(copy, _READ_COPY) if os.path.exists(copy) else 0
+    present = database_version(os.path.join(snapshot.journal.data_dir, "ocp.db"))
+    return saved is not None and present is not None and present > saved
 
 
 def undo(env: Env, snapshot: Snapshot, record: Record | None) -> str:
-    """Brings the old version back; "" or why its server does not answer. Every step may be done
-    twice, so that an interrupted undo can be begun again. Raises Problem."""
-    journal, copy = snapshot.journal, snapshot.path("ocp.db")
-    saved = database_version(copy, _READ_COPY) if os.path.exists(copy) else 0
-    present = database_version(os.path.join(journal.data_dir, "ocp.db"))
-    changed = saved is not None and present is not None and present > saved
-    snapshot = snapshot.at("undoing", restore_database=journal.restore_database or changed)
+    """Bring the old version back. Returns "", or why its server does not answer.
+
+    Every step may be done twice, so that an interrupted undo can be started again. Raises Problem.
+    """
+    journal = snapshot.journal
+    snapshot = snapshot.at(
+        "undoing", restore_database=journal.restore_database or _is_migrated(snapshot))
     remove_stale_lock(env, journal.tree)
     if snapshot.journal.restore_database:
         stop_for_database(env, record)
     switch_back(env, snapshot.journal)
-    put_back_files(env, snapshot, record)
     if snapshot.journal.restore_database:
         put_back_database(snapshot)
         # From here on it is in use again, and must not be put back a second time.
         snapshot = snapshot.at("undoing", restore_database=False)
         env.note("The database is the saved one again; what came after the update is kept in "
                  + snapshot.path("newer-ocp.db"))
-    wrong = ""
-    if record:
-        since_s = env.clock()
-        complaint = run_service(env, record, "restart")
-        wrong = await_server(env, record.url, journal.from_version, since_s)
-        wrong = wrong and f"{wrong} {complaint}".rstrip()
+    wrong = restart_and_ask(env, record, journal.from_version) if record else ""
     snapshot.at("undone")
     return wrong
 
 
-def tell_openclaw(env: Env, tree: str, record: Record | None) -> None:
-    """Gives OpenClaw the list of models of the version that is there now. Nothing is undone if
-    that fails."""
+def update_openclaw(env: Env, tree: str, record: Record | None) -> None:
+    """Give OpenClaw the models of the version that is checked out. Its failure undoes nothing."""
     env = dataclasses.replace(env, tree=tree)
-    if not os.path.exists(os.path.join(tree, "ocp_connect.py")):
+    if not os.path.exists(env.beside("ocp_connect.py")):
         return
     try:
-        found = openclaw_state(env, record.url if record else DEFAULT_URL)
+        found = sync_openclaw(env, record.url if record else DEFAULT_URL)
     except Problem as problem:
-        env.note(f"OpenClaw's list of models was not looked at: {problem}")
+        env.note(f"OpenClaw's list of models was not checked: {problem}")
         return
     if found["written"]:
         env.say("OpenClaw has the models of this version now")
@@ -2952,48 +3150,43 @@ def tell_openclaw(env: Env, tree: str, record: Record | None) -> None:
 
 
 def roll_back(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
-    """Undoes, and says how that went. Raises Problem if the server does not answer after it."""
+    """Undo, and say how that went. Raises Problem if the server does not answer after it."""
     journal = snapshot.journal
     wrong = undo(env, snapshot, record)
     if wrong:
         raise Problem(
-            Exit.FAILED,
-            f"v{journal.from_version} is checked out again, but its server is not well: {wrong}."
-            "\nSee `ocp doctor`.",
-        )
+            Exit.FAILED, f"v{journal.from_version} is checked out again, but its server is not "
+            f"well: {wrong}.\nSee `ocp doctor`.")
     env.say(f"rolled back to v{journal.from_version}")
-    tell_openclaw(env, journal.tree, record)
+    update_openclaw(env, journal.tree, record)
     return Exit.OK
 
 
 def finish(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
-    """From the checked-out new version to the one that answers, or back."""
+    """Restart into the version that is checked out, or roll back if it does not answer."""
     journal = snapshot.journal
     if record:
         env.say(f"restarting {record.label}")
-        since_s = env.clock()
-        complaint = run_service(env, record, "restart")
-        wrong = await_server(env, record.url, journal.to_version, since_s)
+        wrong = restart_and_ask(env, record, journal.to_version)
         if wrong:
-            env.note(f"v{journal.to_version} does not work here: {complaint or wrong}.")
-            env.note("Rolling back.")
+            env.note(f"v{journal.to_version} does not work here: {wrong}.\nRolling back.")
             roll_back(env, snapshot, record)
             return Exit.FAILED
     snapshot.at("done")
     prune_snapshots(env)
     env.say(f"updated to v{journal.to_version}; `ocp update --rollback` goes back")
     if record is None:
-        env.say("No service is recorded: if a server is running, restart it yourself.")
-    tell_openclaw(env, journal.tree, record)
+        env.say("No service is installed: if a server is running, restart it yourself.")
+    update_openclaw(env, journal.tree, record)
     return Exit.OK
 
 
 def switch(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
-    """From the snapshot to the new version, or to where nothing was changed."""
+    """Test and check out the new version, then finish; or leave everything unchanged."""
     plan = snapshot.journal
     env.say(f"testing v{plan.to_version}")
     try:
-        test_new_version(env, snapshot, record)
+        check_new_version(env, snapshot, record)
     except Problem as problem:
         snapshot.at("refused")
         raise Problem(
@@ -3013,16 +3206,11 @@ def switch(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
     return finish(env, snapshot.at("switched", is_torn=False), record)
 
 
-def is_at(env: Env, tree: str, commit: str) -> bool:
-    """Whether this commit is checked out, whole and unchanged."""
-    return git(env, tree, "rev-parse", "HEAD") == commit and not local_changes(env, tree)
-
-
 def recover(env: Env, snapshot: Snapshot, back: bool) -> Exit | None:
-    """Finishes or undoes what was interrupted; None when it had changed nothing."""
+    """Finish or undo what was interrupted; None when it had changed nothing."""
     journal = snapshot.journal
     env.note(f"The update to v{journal.to_version} was interrupted ({journal.state}).")
-    record = check_service(env, os.path.realpath(journal.tree))
+    record = service_to_update(env, os.path.realpath(journal.tree))
     if journal.state == "prepared":
         remove_worktree(env, snapshot)
         snapshot.at("refused")
@@ -3038,82 +3226,82 @@ def recover(env: Env, snapshot: Snapshot, back: bool) -> Exit | None:
     return code if back else Exit.FAILED
 
 
-def _open_snapshot(env: Env) -> Snapshot | None:
-    return next((s for s in read_snapshots(env) if s.journal.state in OPEN_STATES), None)
+SNAPSHOT_COLUMNS = (
+    Column("Snapshot", lambda each, _: os.path.basename(each.folder)),
+    Column("From", lambda each, _: "v" + each.journal.from_version),
+    Column("To", lambda each, _: "v" + each.journal.to_version),
+    Column("State", lambda each, _: each.journal.state),
+    Column("Taken", lambda each, style: age(each.journal.started_at, style)),
+)
 
 
-def show_snapshots(snapshots: Sequence[Snapshot], look: Look) -> str:
-    """All snapshots, the newest first."""
-    rows: list[Sequence[object]] = [("Snapshot", "From", "To", "State", "Taken")]
-    for folder, journal in snapshots:
-        rows.append((
-            os.path.basename(folder), "v" + journal.from_version, "v" + journal.to_version,
-            journal.state, age(journal.started_at, look),
-        ))
-    return table("<<<<<", rows, look) if snapshots else "no snapshots"
+def show_snapshots(snapshots: Sequence[Snapshot], style: Style) -> str:
+    """Return all snapshots, the newest first."""
+    return table(SNAPSHOT_COLUMNS, snapshots, style) if snapshots else "no snapshots"
 
 
 def _rollback(env: Env, args: argparse.Namespace) -> Exit:
-    """Back to where the last finished update came from."""
-    done = next((s for s in read_snapshots(env) if s.journal.state == "done"), None)
+    """Return to the version before the last finished update."""
+    done = next((each for each in read_snapshots(env) if each.journal.state == "done"), None)
     if done is None:
         raise Problem(Exit.FAILED, "There is no finished update to roll back.")
     journal = done.journal
-    record = check_service(env, os.path.realpath(journal.tree))
+    record = service_to_update(env, os.path.realpath(journal.tree))
     if not is_at(env, journal.tree, journal.to_commit):
         raise Problem(
-            Exit.FAILED,
-            f"{journal.tree} is not as the update left it (v{journal.to_version}, unchanged), so "
-            f"it is left alone. By hand: git checkout {journal.from_commit[:12]}, and a restart.",
-        )
+            Exit.FAILED, f"{journal.tree} is not as the update left it (v{journal.to_version}, "
+            "unchanged), so it is left alone. By hand: git checkout "
+            f"{journal.from_commit[:12]}, and a restart.")
     words = f"v{journal.to_version} -> v{journal.from_version} in {journal.tree}"
     if args.dry_run:
         env.say(f"would roll back {words}")
         return Exit.OK
-    confirm(env, args, f"Roll back {words}?")
+    confirm(f"Roll back {words}?", args.yes, env.stdin, env.stdout)
     return roll_back(env, done, record)
 
 
 def _check_for_update(env: Env, args: argparse.Namespace) -> Exit:
-    plan = make_plan(env, git_tree(env), args.target)
-    current = tree_version(os.path.join(env.tree, "ocp_server.py"))
-    env.say(f"installed v{current}, " + (f"v{plan.to_version} is there" if plan else "the newest"))
+    plan = plan_update(env, git_tree(env), args.target)
+    current = version_of(env.beside("ocp_server.py"))
+    newest = f"v{plan.to_version} is available" if plan else "the newest"
+    env.say(f"installed v{current}, {newest}")
     return Exit.OK
 
 
 def _update(env: Env, args: argparse.Namespace) -> Exit:
     tree = git_tree(env)
-    plan = make_plan(env, tree, args.target)
+    plan = plan_update(env, tree, args.target)
     if plan is None:
-        version = tree_version(os.path.join(tree, "ocp_server.py"))
+        version = version_of(os.path.join(tree, "ocp_server.py"))
         env.say(f"v{version} is installed, and there is nothing newer")
         return Exit.OK
-    refuse_own_work(env, plan)
-    record = check_service(env, tree)
-    env.say(show_plan_of(plan, record))
+    refuse_local_work(env, plan)
+    record = service_to_update(env, tree)
+    env.say(show_update_plan(plan, record))
     if args.dry_run:
         return Exit.OK
-    confirm(env, args, "Do this?")
+    confirm("Do this?", args.yes, env.stdin, env.stdout)
     tag = f"refs/tags/v{plan.to_version}"
     git(env, tree, "fetch", "--quiet", "--no-tags", "origin", f"{tag}:{tag}", timeout_s=300)
-    snapshot = take_snapshot(env, plan, record)
+    snapshot = take_snapshot(env, plan)
     env.say(f"saved {snapshot.folder}")
     return switch(env, snapshot, record)
 
 
 def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
-    """Updates a git checkout to the newest release, or rolls the last update back."""
+    """Update a git checkout to the newest release, or roll the last update back."""
+    if args.list and not args.rollback:
+        raise Problem(Exit.USAGE, "--list goes with --rollback.")
     if args.list:
-        if not args.rollback:
-            raise Problem(Exit.USAGE, "--list goes with --rollback.")
-        env.say(show_snapshots(read_snapshots(env), look_of(env)))
+        env.say(show_snapshots(read_snapshots(env), style_of(env)))
         return Exit.OK
     if args.rollback and (args.check or args.target):
         raise Problem(Exit.USAGE, "--rollback goes back by one update: no --check and no --target.")
     if args.check:
         return _check_for_update(env, args)
     with only_one(env):
-        interrupted = _open_snapshot(env)
+        states = read_snapshots(env)
+        interrupted = next((s for s in states if s.journal.state in OPEN_STATES), None)
         if interrupted and args.dry_run:
             raise Problem(Exit.FAILED, "An update was interrupted: `ocp update` ends it.")
         if interrupted:
@@ -3123,183 +3311,35 @@ def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
         return _rollback(env, args) if args.rollback else _update(env, args)
 
 
-# ==== 11. Commands ===========================================================
-# The table of commands. The parser, the help texts and the completions are made from it.
-
-
-class Argument(NamedTuple):
-    """One argument: its names and how argparse takes it. `words` are what completion offers."""
-
-    names: tuple[str, ...]
-    options: Mapping[str, Any] = {}
-    words: tuple[str, ...] = ()
-
-
-class Command(NamedTuple):
-    """One command. Its help is the first thing that is seen of it."""
-
-    name: str
-    run: Callable[[Env, argparse.Namespace], Exit]
-    help: str
-    arguments: tuple[Argument, ...] = ()
-    actions: tuple[Command, ...] = ()
-
-
-def flag(*names: str, help: str, **options: Any) -> Argument:
-    """An argument that is there or not."""
-    return Argument(names, {"action": "store_true", "help": help, **options})
-
-
-def option(name: str, metavar: str, help: str, **options: Any) -> Argument:
-    """An argument with a value."""
-    return Argument((name,), {"metavar": metavar, "help": help, **options})
-
-
-def word(name: str, help: str, words: tuple[str, ...] = (), **options: Any) -> Argument:
-    """An argument by its place."""
-    return Argument((name,), {"help": help, **options}, words)
-
-
-def _days(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 400:
-        raise argparse.ArgumentTypeError("takes a number from 1 to 400")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,6}", text):
-        raise argparse.ArgumentTypeError("takes a whole number")
-    return int(text)
-
-
-JSON = flag("--json", help="print the server's JSON as it came", default=argparse.SUPPRESS)
-KEY = word("key", "a key's name or id", metavar="KEY")
-KEY_FIELDS = (
-    option("--expiry", "WHEN", "a date (2027-01-31), a span (30d, 12h) or never"),
-    option("--models", "A,B", "the models that the key may use; empty = all"),
-    option("--max-concurrent", "N", "answers at the same time; 0 = no limit", type=_whole),
-    option("--note", "TEXT", "a note for yourself"),
-)
-QUOTA_FIELDS = tuple(
-    option(f"--{name}", "N", f"{'tokens' if 'tokens' in name else 'requests'} "
-           f"{name.rpartition('-')[2]}; none = no limit")
-    for name, _ in QUOTAS
-)
-
-KEY_ACTIONS = (
-    Command("list", cmd_keys_list, "all keys, newest first", (JSON,)),
-    Command("add", cmd_keys_add, "make a key; its secret is shown this once",
-            (word("name", "what it is for", metavar="NAME"), *KEY_FIELDS, *QUOTA_FIELDS, JSON)),
-    Command("show", cmd_keys_show, "one key and its quotas", (KEY, JSON)),
-    Command("quota", cmd_keys_quota, "show or change the quotas of a key",
-            (KEY, *QUOTA_FIELDS, JSON)),
-    Command("edit", cmd_keys_edit, "change what a key may do", (KEY, *KEY_FIELDS, JSON)),
-    Command("rename", cmd_keys_rename, "give a key another name",
-            (KEY, word("name", "the new name", metavar="NAME"), JSON)),
-    Command("rotate", cmd_keys_rotate, "new secret for a key; the old one is dead at once",
-            (KEY, JSON)),
-    Command("revoke", cmd_keys_revoke, "end a key", (KEY, JSON)),
-)
+# ==== 13. Command line =======================================================
+# Parser, help texts and completion, all made from the table of commands.
 
 
 def cmd_version(env: Env, args: argparse.Namespace) -> Exit:
-    """The versions: on disk, served, and claude's."""
-    installed = tree_version(os.path.join(env.tree, "ocp_server.py")) or None
-    health: Json = None
+    """Show the versions: installed, running, and claude's."""
+    installed = version_of(env.beside("ocp_server.py")) or None
+    health: Json = {}
     with contextlib.suppress(Problem):
-        health = health_of(server_url(env))
-    health = health or {}
-    found = {
-        "installed": installed, "served": health.get("version"),
-        "claude": health.get("claudeVersion"),
-    }
-    if args.json:
-        env.say(json.dumps(found))
-    else:
-        env.say(fields([
-            ("installed", installed or "no ocp_server.py beside ocp.py"),
-            ("served", found["served"] or "no server answers"),
-            ("claude", found["claude"] or "not known"),
-        ]))
+        health = health_of(server_url(env)) or {}
+    found = {"installed": installed, "served": health.get("version"),
+             "claude": health.get("claudeVersion")}
+    env.say(json.dumps(found) if args.json else field_list([
+        ("installed", installed or "no ocp_server.py beside ocp.py"),
+        ("served", found["served"] or "no server answers"),
+        ("claude", found["claude"] or "unknown"),
+    ]))
     return Exit.OK
-
-
-def cmd_help(env: Env, args: argparse.Namespace) -> Exit:
-    """The help of the whole, or of one command."""
-    words = [args.command_name] if args.command_name else []
-    parser(env).parse_args([*words, "--help"])
-    return Exit.OK
-
-
-def cmd_completion(env: Env, args: argparse.Namespace) -> Exit:
-    """A script that teaches a shell the commands."""
-    env.say(COMPLETIONS[args.shell]())
-    return Exit.OK
-
-
-COMMANDS = (
-    Command("usage", cmd_usage, "plan limits and requests; what each day or key used", (
-        flag("--by-key", help="what each key used, in the last day or so many days"),
-        option("--days", "N", "what each of the last N days used", type=_days), JSON,
-    )),
-    Command("status", cmd_status, "the server, its requests and the plan on one screen",
-            (flag("--watch", help="again every 2 s, until Ctrl-C"), JSON)),
-    Command("health", cmd_health, "how the server is; exit code 1 when it is not well", (JSON,)),
-    Command("models", cmd_models, "the models that the server offers", (JSON,)),
-    Command("settings", cmd_settings, "show settings, change one, give one back its default", (
-        word("key", "a setting", nargs="?", metavar="KEY"),
-        word("value", "its new value", nargs="?", metavar="VALUE"),
-        option("--reset", "KEY", "back to environment or default"), JSON,
-    )),
-    Command("logs", cmd_logs, "the newest events, 20 unless told otherwise", (
-        word("words", "how many, and the least level: " + ", ".join(LOG_WORDS),
-             LOG_WORDS, nargs="*", metavar="N|LEVEL"),
-        flag("--follow", "-f", help="go on as events come, until Ctrl-C"), JSON,
-    )),
-    Command("sessions", cmd_sessions, "the conversations that the server remembers", (JSON,)),
-    Command("clear", cmd_clear, "forget all sessions, or one",
-            (word("session", "a session's id", nargs="?", metavar="SESSION"), JSON)),
-    Command("keys", cmd_keys_list, "the keys of your devices", (JSON,), KEY_ACTIONS),
-    Command("lan", cmd_lan, "the address for other devices, and whether they reach it", (JSON,)),
-    Command("connect", cmd_connect, "set up this machine's tools for a server", (
-        word("rest", "HOST and what else ocp_connect.py takes, such as --list and --undo",
-             nargs="+", metavar="HOST"),
-    )),
-    Command("sync", cmd_sync, "bring the list of models in OpenClaw up to date",
-            (flag("--dry-run", help="only show what would change"),
-             flag("--json", help="print JSON", default=argparse.SUPPRESS))),
-    Command("ask", cmd_ask, "ask one question: the quickest proof that all works", (
-        word("question", "the question; - reads it from standard input", metavar="QUESTION"),
-        option("--model", "MODEL", "a model or alias"),
-    )),
-    Command("start", cmd_start, "start the service"),
-    Command("stop", cmd_stop, "stop the service"),
-    Command("restart", cmd_restart, "restart the service, or OpenClaw's gateway",
-            (word("what", "gateway restarts OpenClaw's", ("gateway",), nargs="?",
-                  choices=("gateway",), metavar="gateway"),)),
-    Command("doctor", cmd_doctor, "examine the installation and say what to do",
-            (flag("--json", help="print the report as JSON", default=argparse.SUPPRESS),)),
-    Command("update", cmd_update, "update a git checkout to a release, or roll that back", (
-        flag("--check", help="only say whether there is a newer release"),
-        flag("--dry-run", help="only say what would be done"),
-        option("--target", "VERSION", "another release than the newest"),
-        flag("--rollback", help="back to where the last update came from"),
-        flag("--list", help="with --rollback: the snapshots"),
-        flag("--yes", "-y", help="do not ask"),
-    )),
-    Command("version", cmd_version, "the installed, the served and claude's version",
-            (flag("--json", help="print JSON", default=argparse.SUPPRESS),)),
-    Command("completion", cmd_completion, "print a completion script: bash, zsh or fish",
-            (word("shell", "the shell", ("bash", "zsh", "fish"),
-                  choices=("bash", "zsh", "fish"), metavar="SHELL"),)),
-    Command("help", cmd_help, "this help, or that of a command",
-            (word("command_name", "a command", nargs="?", metavar="COMMAND"),)),
-)
 
 
 def commands_text() -> str:
-    """The list of commands."""
-    return "Commands:\n" + fields((command.name, command.help) for command in COMMANDS)
+    """Return the list of commands."""
+    return "Commands:\n" + field_list((command.name, command.help) for command in COMMANDS)
+
+
+def cmd_help(env: Env, args: argparse.Namespace) -> Exit:
+    """Show the help of the whole, or of one command."""
+    parser(env).parse_args([*args.words, "--help"])
+    return Exit.OK
 
 
 class Parser(argparse.ArgumentParser):
@@ -3308,34 +3348,32 @@ class Parser(argparse.ArgumentParser):
     stream: TextIO
 
     def print_help(self, file: Any = None) -> None:
-        """Prints the help where results go."""
+        """Print the help where results go."""
         self.stream.write(self.format_help())
 
     def error(self, message: str) -> NoReturn:
-        """Raises the problem."""
+        """Raise the problem."""
         usage = self.format_usage().removeprefix("usage: ").strip()
         raise Problem(Exit.USAGE, f"{message}\nUsage: {usage}\nMore: {self.prog} --help")
 
 
 def _add_commands(
-    parent: argparse.ArgumentParser, commands: Iterable[Command], kind: type[Parser]
+    parent: argparse.ArgumentParser, commands: Iterable[Command], kind: type[Parser], prefix: str
 ) -> None:
+    """Add the rows of a table; each is done by the function of its name."""
     below = parent.add_subparsers(metavar="COMMAND", title="commands", parser_class=kind)
     for command in commands:
-        # argparse would take a lone percent sign for one of its own.
-        text = command.help.replace("%", "%%")
         added = below.add_parser(
-            command.name, help=text, description=command.help, allow_abbrev=False
-        )
-        for argument in command.arguments:
-            added.add_argument(*argument.names, **argument.options)
-        added.set_defaults(run=command.run)
+            command.name, help=command.help, description=command.help, allow_abbrev=False)
+        for each in command.arguments:
+            added.add_argument(*each.names, **each.options)
+        added.set_defaults(run=globals()[prefix + command.name])
         if command.actions:
-            _add_commands(added, command.actions, kind)
+            _add_commands(added, command.actions, kind, f"{prefix}{command.name}_")
 
 
 def parser(env: Env) -> argparse.ArgumentParser:
-    """The whole command line. Its help is this script's own text and the list of commands."""
+    """Return the whole command line. Its help is this script's docstring and the commands."""
 
     class Here(Parser):
         stream = env.stdout
@@ -3348,146 +3386,170 @@ def parser(env: Env) -> argparse.ArgumentParser:
             return "ocp COMMAND [ARGUMENTS]"
 
     whole = Whole(prog="ocp", allow_abbrev=False)
-    version = tree_version(os.path.join(env.tree, "ocp_server.py"))
-    whole.add_argument("--version", action="store_true", help=f"ocp {version}")
-    whole.add_argument("--debug", action="store_true", help="show where an error came from")
+    whole.add_argument("--version", action="store_true")
     whole.set_defaults(json=False, run=None)
-    _add_commands(whole, COMMANDS, Here)
+    _add_commands(whole, COMMANDS, Here, "cmd_")
     return whole
 
 
-def completion_words(command: Command) -> list[str]:
-    """What may come after a command."""
-    found = [action.name for action in command.actions]
-    for argument in command.arguments:
-        found += [*argument.words, *(name for name in argument.names if name.startswith("--"))]
-    if command.name == "help":
-        found += [other.name for other in COMMANDS]
-    return [*found, "--help"]
+#: Metavar of an argument that is completed with names of the server: path, list, field of a row.
+#: Without a list, the names are those of the answer's own fields.
+VALUES = {
+    "KEY": ("/api/keys", "keys", "name"), "MODEL": ("/v1/models", "data", "id"),
+    "SESSION": ("/sessions", "sessions", "id"), "SETTING": ("/settings", "", ""),
+}
 
 
-def _paths() -> list[tuple[str, Command]]:
-    """Every command and every action of one: ("keys add", its row)."""
-    found = []
-    for command in COMMANDS:
-        found.append((command.name, command))
-        found += [(f"{command.name} {action.name}", action) for action in command.actions]
-    return found
+def _server_names(env: Env, metavar: str) -> list[str]:
+    """Return names of the server for a metavar; none if they cannot be had quickly."""
+    if metavar not in VALUES:
+        return []
+    path, rows, field = VALUES[metavar]
+    try:
+        answer = find_server(env).ask("GET", path, timeout_s=2.0).value
+        return [str(row[field]) for row in answer[rows]] if rows else list(answer)
+    except (Problem, KeyError, TypeError):
+        return []
 
 
-def bash_completion() -> str:
-    """For bash: source <(ocp completion bash)."""
-    names = " ".join(command.name for command in COMMANDS)
-    lines = ["_ocp() {", '    local words="" path="${COMP_WORDS[1]}"',
-             '    if [ "$COMP_CWORD" -ge 3 ]; then',
-             '        case "$path ${COMP_WORDS[2]}" in']
-    nested = [path for path, _ in _paths() if " " in path]
-    lines.append("            " + "|".join(f'"{path}"' for path in nested)
-                 + ') path="$path ${COMP_WORDS[2]}" ;;')
-    lines += ["        esac", "    fi", '    if [ "$COMP_CWORD" -eq 1 ]; then',
-              f'        words="{names} --help"', "    else", '        case "$path" in']
-    for path, command in _paths():
-        lines.append(f'            "{path}") words="{" ".join(completion_words(command))}" ;;')
-    lines += ["        esac", "    fi",
-              '    COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))', "}",
-              "complete -F _ocp ocp"]
-    return "\n".join(lines)
-
-
-def zsh_completion() -> str:
-    """For zsh: ocp completion zsh > a file _ocp in a folder of $fpath."""
-    lines = ["#compdef ocp", "_ocp() {", "    local -a commands", "    commands=("]
-    lines += [f"        {shlex.quote(f'{c.name}:{c.help}')}" for c in COMMANDS]
-    lines += ["    )", "    if (( CURRENT == 2 )); then", "        _describe command commands",
-              "        return", "    fi", '    local path="$words[2]"']
-    nested = "|".join(shlex.quote(path) for path, _ in _paths() if " " in path)
-    lines += ["    if (( CURRENT >= 4 )); then", '        case "$path $words[3]" in',
-              f'            {nested}) path="$path $words[3]" ;;', "        esac", "    fi",
-              '    case "$path" in']
-    for path, command in _paths():
-        words = " ".join(completion_words(command))
-        lines.append(f"        {shlex.quote(path)}) compadd -- {words} ;;")
-    return "\n".join([*lines, "    esac", "}", '_ocp "$@"'])
-
-
-def fish_completion() -> str:
-    """For fish: ocp completion fish > ~/.config/fish/completions/ocp.fish."""
-    lines = ["complete -c ocp -f"]
-    for path, command in _paths():
-        above, _, name = path.rpartition(" ")
-        when = f"__fish_seen_subcommand_from {above}" if above else "__fish_use_subcommand"
-        lines.append(f"complete -c ocp -n '{when}' -a {name} -d {shlex.quote(command.help)}")
-        if above:
+def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield what may be an argument of a command after the words `before`, each with its help."""
+    last = before[-1] if before else ""
+    expecting = [each for each in command.arguments
+                 if last in each.names and "metavar" in each.options]
+    for each in expecting or command.arguments:
+        if each.names[0].startswith("-") and not expecting:
+            yield from ((name, each.options["help"]) for name in each.names if name[:2] == "--")
             continue
-        options = [word for word in completion_words(command) if word.startswith("--")]
-        for action in command.actions:
-            options += [word for word in completion_words(action) if word.startswith("--")]
-        for text in dict.fromkeys(options):
-            seen = f"__fish_seen_subcommand_from {name}"
-            lines.append(f"complete -c ocp -n '{seen}' -l {text[2:]}")
-        for argument in command.arguments:
-            lines += [f"complete -c ocp -n '__fish_seen_subcommand_from {name}' -a {text}"
-                      for text in argument.words]
-    return "\n".join(lines)
+        words = each.options.get("choices", ()) or _server_names(env, each.options["metavar"])
+        yield from ((name, "") for name in words)
+    if command.name == "logs":
+        yield from ((level, "") for level in LOG_WORDS)
+    if not expecting:
+        yield "--help", "show the help"
 
 
-COMPLETIONS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+def completions(env: Env, words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield what the last of these words may become, each with its help.
+
+    Names with characters that a shell would have to quote are left out.
+    """
+    *before, current = words or [""]
+    above = Command("", "", actions=COMMANDS)
+    if before[:1] == ["help"]:
+        before = before[1:]
+    for at, word in enumerate(before):
+        found = next((each for each in above.actions if each.name == word), None)
+        if found is None:
+            before = before[at:]
+            break
+        above = found
+    else:
+        before = []
+    possible = [(each.name, each.help) for each in above.actions] if not before else []
+    if above.name:
+        possible += _argument_words(env, above, before)
+    else:
+        possible.append(("--help", "show the help"))
+    for name, text in dict(possible).items():
+        if name.startswith(current) and re.fullmatch(r"[\w.@%+,/-]+", name):
+            yield name, text
 
 
-# ==== 12. Main ===============================================================
-# The program, and the program with its errors turned into lines and exit codes.
+#: What asks `ocp __complete` for the words that may come next, for each shell.
+COMPLETIONS = {
+    "bash": """\
+_ocp() {
+    local IFS=$'\\n'
+    COMPREPLY=($(ocp __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null | cut -f 1))
+}
+complete -F _ocp ocp""",
+    "zsh": """\
+#compdef ocp
+_ocp() {
+    local -a found
+    found=("${(@f)$(ocp __complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    found=("${(@)found//:/\\\\:}")
+    found=("${(@)found/$'\\t'/:}")
+    _describe ocp found
+}
+if [[ $funcstack[1] == _ocp ]]; then _ocp "$@"; else compdef _ocp ocp; fi""",
+    "fish": """\
+function __ocp_complete
+    set -l words (commandline -opc) (commandline -ct)
+    ocp __complete $words[2..-1] 2>/dev/null
+end
+complete -c ocp -f -a '(__ocp_complete)'""",
+}
+
+
+def cmd_completion(env: Env, args: argparse.Namespace) -> Exit:
+    """Print a script that teaches a shell the commands."""
+    env.say(COMPLETIONS[args.shell])
+    return Exit.OK
+
+
+# ==== 14. Main ===============================================================
+# The program, and the program with its errors turned into messages and exit codes.
 
 
 def program(env: Env) -> Exit:
-    """Runs the command of `env`. Raises Problem, and SystemExit(0) after a --help."""
-    whole = parser(env)
-    words = env.argv
+    """Run the command of `env`. Raises Problem, and SystemExit(0) after a --help."""
+    words = list(env.argv)
+    if words[:1] == ["__complete"]:
+        for name, text in completions(env, words[1:]):
+            env.say(f"{name}\t{text}")
+        return Exit.OK
     if words[:1] == ["connect"] and words[1:] and words[1] not in ("-h", "--help"):
         # The options behind it are another program's.
         words = ["connect", "--", *words[1:]]
-    args = whole.parse_args(words)
+    elif "--debug" in words:
+        words.remove("--debug")
+    first = words[0] if words else ""
+    if first[:1] not in ("", "-") and first not in [command.name for command in COMMANDS]:
+        hint = did_you_mean(first, [command.name for command in COMMANDS])
+        raise Problem(Exit.USAGE, f"There is no command {clean(first)!r}.{hint}\nMore: ocp --help")
+    args = parser(env).parse_args(words)
     if args.version:
         return cmd_version(env, args)
     if args.run is None:
-        whole.print_help()
+        parser(env).print_help()
         return Exit.OK
     code: Exit = args.run(env, args)
     return code
 
 
 def main(env: Env) -> Exit:
-    """Runs the command of `env`; the exit code. Whatever goes wrong is said in few words."""
+    """Run the command of `env` and return the exit code. Errors become messages."""
     try:
         return program(env)
-    except Problem as problem:
-        env.note(f"ocp: {problem}")
-        if "--debug" in env.argv:
-            traceback.print_exc(file=env.stderr)
-        return problem.code
     except SystemExit:
         return Exit.OK
     except KeyboardInterrupt:
         env.note("")
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output, such as `head`, has had enough.
+        # The reader of the output, such as `head`, needs no more.
         return Exit.OK
     except Exception as error:
-        env.note(f"ocp: this should not have happened: {type(error).__name__}: {clean(error)}")
-        env.note("Run it again with --debug to see where, and report it.")
         if "--debug" in env.argv:
             traceback.print_exc(file=env.stderr)
+        if isinstance(error, Problem):
+            env.note(f"ocp: {error}")
+            return error.code
+        env.note(f"ocp: this should not have happened: {type(error).__name__}: {clean(error)}")
+        env.note("Run it again with --debug to see where, and report it.")
         return Exit.FAILED
 
 
 def real_env() -> Env:
-    """The world as it is."""
+    """Return the world as it is."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             # Whoever started this has closed it, as `>&-` does.
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
         if mode == "w":
-            # A terminal that knows few characters still gets the rest of an answer.
+            # A terminal with few characters still gets the rest of an answer.
             getattr(sys, name).reconfigure(errors="replace")
     tree = os.path.dirname(os.path.realpath(__file__))
     home = os.path.expanduser("~")

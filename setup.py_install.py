@@ -306,6 +306,8 @@ class Service(NamedTuple):
     restart_words: str = ""
     #: Of launchd, the one that the agent is loaded into; empty for systemd.
     domain: str = ""
+    #: For ocp, in the record: how to start, stop, restart and enable it, and whether it is enabled.
+    commands: Json = {}
 
 
 def systemd_service(folder: str, label: str, *, is_system: bool) -> Service:
@@ -324,6 +326,8 @@ def systemd_service(folder: str, label: str, *, is_system: bool) -> Service:
         start=(*base, "restart", label),
         logs=f"{sudo}journalctl {scope}-u {label} -n 30",
         restart_words=f"{sudo}systemctl {scope}restart {label}",
+        commands={verb: [{"command": [*base, verb, label]}] for verb in (
+            "start", "stop", "restart", "enable", "is-enabled")},
     )
 
 
@@ -331,18 +335,31 @@ def launchd_service(home: str, domain: str, label: str, log_path: str) -> Servic
     """The agent `label` in a domain such as gui/501."""
     unit_path = os.path.join(home, "Library", "LaunchAgents", f"{label}.plist")
     target = f"{domain}/{label}"
+    bootout = ("launchctl", "bootout", target)
+    bootstrap = ("launchctl", "bootstrap", domain, unit_path)
+    # It fails when the agent is loaded already.
+    start = [{"command": [*bootstrap], "may_fail": True},
+             {"command": ["launchctl", "kickstart", target]}]
     return Service(
         platform="launchd",
         label=label,
         unit_path=unit_path,
         enable=("launchctl", "enable", target),
-        disable=("launchctl", "bootout", target),
+        disable=bootout,
         is_active=("launchctl", "print", target),
-        stop_first=("launchctl", "bootout", target),
-        start=("launchctl", "bootstrap", domain, unit_path),
+        stop_first=bootout,
+        start=bootstrap,
         logs=f"tail -n 30 {shlex.quote(log_path)}",
         restart_words=f"launchctl kickstart -k {target}",
         domain=domain,
+        commands={
+            "start": start, "enable": start, "stop": [{"command": [*bootout]}],
+            # launchd reads a changed agent only at a bootstrap, which fails for a while after a
+            # bootout.
+            "restart": [{"command": [*bootout], "may_fail": True},
+                        {"command": [*bootstrap], "tries": 4}],
+            "is-enabled": [{"command": ["launchctl", "print", target]}],
+        },
     )
 
 
@@ -1168,7 +1185,7 @@ class Record:
             "platform": install.service.platform,
             "label": install.service.label,
             "unit_path": install.service.unit_path,
-            "domain": install.service.domain,
+            "commands": install.service.commands,
             "python": install.python,
             "server_path": install.server_path,
             "install_dir": install.install_dir,

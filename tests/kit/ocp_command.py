@@ -19,6 +19,7 @@ from project import REPO, load_script
 
 Json = Any
 ocp = load_script("ocp")
+setup = load_script("setup.py_install.py")
 #: Nobody listens there: binding it takes rights that tests have not, and it is never assigned.
 DEAD_URL = "http://127.0.0.1:1"
 
@@ -178,14 +179,20 @@ def write_record(home: Path, url: str, tree: Path = REPO, **fields: Json) -> dic
     """An install.json as the installer writes it."""
     folder = home / ".ocp"
     folder.mkdir(mode=0o700, exist_ok=True)
-    unit = home / "ocp.service"
-    unit.write_text("[Service]\nEnvironment=\"CLAUDE_AUTH_MODE=none\"\n")
+    label, platform = fields.get("label", "ocp.service"), fields.get("platform", "systemd-user")
+    domain = fields.pop("domain", "gui/0")
+    service = setup.launchd_service(str(home), domain, label, "") if platform == "launchd" else (
+        setup.systemd_service(str(home), label, is_system=platform == "systemd-system"))
+    unit = Path(service.unit_path)
+    unit.parent.mkdir(parents=True, exist_ok=True)
+    unit.write_text("[Service]\n")
     record = {
         "version": 1, "installed_at": "2026-11-20T14:00:00Z", "platform": "systemd-user",
         "label": "ocp.service", "unit_path": str(unit), "python": sys.executable,
         "server_path": str(tree / "ocp_server.py"), "install_dir": str(tree),
         "data_dir": str(folder), "env_file": None, "port": int(url.rpartition(":")[2]),
-        "bind": "127.0.0.1", "url": url, "launcher": None, "actions": [], **fields,
+        "bind": "127.0.0.1", "url": url, "launcher": None,
+        "commands": service.commands, "actions": [], **fields,
     }
     (folder / "install.json").write_text(json.dumps(record))
     return record

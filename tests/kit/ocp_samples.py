@@ -116,7 +116,7 @@ DOCTOR: Json = {
         {"id": "file_modes", "level": "FAIL", "message": "others may read /home/u/.ocp/ocp.db"},
         {"id": "oauth_ok", "level": "INFO", "message": "not known before the first answer"},
         {"id": "current_version", "level": "WARN",
-         "message": "v0.2.0 is there, 0.1.0 is installed"}],
+         "message": "v0.2.0 is available, 0.1.0 is installed"}],
     "next_action": {
         "kind": "fix_modes", "human_required": [],
         "ai_executable": ["chmod 600 /home/u/.ocp/ocp.db"],

@@ -316,7 +316,9 @@ def test_a_service_is_installed_runs_and_answers_and_a_second_run_changes_nothin
         "unit_path": str(linux.unit), "python": setup.stable_python(),
         "server_path": str(linux.checkout / "ocp_server.py"), "install_dir": str(linux.checkout),
         "data_dir": str(linux.ocp), "env_file": str(linux.env_file), "port": linux.port,
-        "bind": "127.0.0.1", "url": f"http://127.0.0.1:{linux.port}", "domain": "",
+        "bind": "127.0.0.1", "url": f"http://127.0.0.1:{linux.port}",
+        "commands": {verb: [{"command": ["systemctl", "--user", verb, "ocp.service"]}]
+                     for verb in ("start", "stop", "restart", "enable", "is-enabled")},
         "launcher": str(linux.launcher), "complete": True, "actions": []}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["installed_at"])
     assert all(entry.keys() >= {"kind", "path", "backup"} for entry in record["actions"])
@@ -883,7 +885,8 @@ def test_an_agent_that_was_installed_over_ssh_alone_stays_where_it_is(
     try:
         arguments = ["--yes", "--port", str(mac.port), "--skip-answer"]
         assert setup.main(arguments, host) == 0, capsys.readouterr()
-        assert mac.record()["domain"] == "user/501"
+        (step,) = mac.record()["commands"]["is-enabled"]
+        assert step["command"] == ["launchctl", "print", "user/501/dev.ocp.server"]
         # Somebody logs in on the screen.
         mac.services.set("headless", None)
         assert setup.main(["--yes", "--skip-answer"], host) == 0

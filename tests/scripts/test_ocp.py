@@ -22,8 +22,8 @@ from server import running_server
 from tls_files import write_tls_files
 
 Json = Any
-PLAIN = ocp.Look(now_s=samples.NOW_S)
-TERMINAL = ocp.Look(color=True, bars=True, now_s=samples.NOW_S)
+PLAIN = ocp.Style(now_s=samples.NOW_S)
+TERMINAL = ocp.Style(color=True, bars=True, now_s=samples.NOW_S)
 DOCS = REPO / "docs" / "ocp-command.md"
 
 #: Command line, what the server is asked, its answer, what shows it.
@@ -179,7 +179,7 @@ def test_following_prints_every_event_once(tmp_path: Path) -> None:
 def test_fresh_entries_come_after_the_overlap(
     seen: list[int], entries: list[int], fresh: list[int],
 ) -> None:
-    assert list(ocp.fresh_entries(seen, entries)) == fresh
+    assert list(ocp.new_entries(seen, entries)) == fresh
 
 
 # ---------------------------------------------------------------------------
@@ -342,7 +342,8 @@ def test_the_server_is_looked_for_in_order(tmp_path: Path) -> None:
     assert found({}) == "http://127.0.0.1:3456"
     home = tmp_path / ".ocp"
     home.mkdir()
-    (home / "install.json").write_text('{"port": 4000, "url": "http://127.0.0.1:4000"}')
+    (home / "install.json").write_text(json.dumps(
+        {"version": 1, "actions": [], "port": 4000, "url": "http://127.0.0.1:4000"}))
     assert found({}) == "http://127.0.0.1:4000"
     assert found({"CLAUDE_PROXY_PORT": "5000"}) == "http://127.0.0.1:5000"
     both = {"CLAUDE_PROXY_PORT": "5000", "OCP_URL": "https://box.lan:8443/v1/"}
@@ -363,12 +364,14 @@ def test_what_is_no_address_or_key_is_wrong_usage(tmp_path: Path, environ: dict[
     assert next(iter(environ)) in found.stderr or "OCP_ADMIN_KEY" in found.stderr
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"port": "x"}', '{"url": 5}', '"\\ud800"'])
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", '{"actions": 1}', '"\\ud800"', '{"version": 1, "actions": [], "port": "x"}',
+    '{"version": 1, "actions": [], "url": 5}'])
 def test_a_broken_record_is_said_to_be_one(tmp_path: Path, text: str) -> None:
     (tmp_path / ".ocp").mkdir()
     (tmp_path / ".ocp" / "install.json").write_text(text)
     found = run_env(ocp_env(tmp_path, "models"))
-    assert found.code == 1 and "install.json cannot be read" in found.stderr
+    assert found.code == 1 and "install.json is damaged" in found.stderr
 
 
 def test_the_admin_key_comes_from_environment_or_file(tmp_path: Path) -> None:
@@ -385,7 +388,7 @@ def test_the_admin_key_of_a_service_of_the_machine_is_in_its_own_folder(tmp_path
     state.mkdir()
     (tmp_path / ".ocp").mkdir()
     with stub_server({"GET /sessions": (403, {"error": {"message": "no"}})}) as server:
-        record = {"url": server.url, "data_dir": str(state)}
+        record = {"version": 1, "actions": [], "url": server.url, "data_dir": str(state)}
         (tmp_path / ".ocp" / "install.json").write_text(json.dumps(record))
         without = run_env(ocp_env(tmp_path, "sessions"))
         (state / "admin-key").write_text("from-file\n")
@@ -397,7 +400,8 @@ def test_the_admin_key_of_a_service_of_the_machine_is_in_its_own_folder(tmp_path
 def test_the_key_of_the_file_goes_to_no_other_machine(tmp_path: Path) -> None:
     (tmp_path / ".ocp").mkdir()
     (tmp_path / ".ocp" / "admin-key").write_text("secret")
-    (tmp_path / ".ocp" / "install.json").write_text('{"url": "http://192.0.2.1:3456"}')
+    (tmp_path / ".ocp" / "install.json").write_text(json.dumps(
+        {"version": 1, "actions": [], "url": "http://192.0.2.1:3456"}))
     env = ocp_env(tmp_path)
     assert ocp.admin_key(env, "http://192.0.2.1:3456") == "secret"
     assert ocp.admin_key(env, "http://127.0.0.1:9") == "secret"
@@ -484,6 +488,7 @@ def test_failures_of_ask_are_told_apart(tmp_path: Path) -> None:
     ["completion", "tcsh"], ["restart", "everything"], ["keys", "edit", "1"],
     ["keys", "quota", "1", "--daily", "-1"], ["update", "--list"], ["health", "extra"],
     ["update", "--rollback", "--target", "v1.0.0"], ["health", "--js"], ["connect"],
+    ["help", "nonsense"],
 ])
 def test_wrong_usage_is_2_and_asks_nobody(tmp_path: Path, words: list[str]) -> None:
     found = run(tmp_path, DEAD_URL, *words)
@@ -497,8 +502,9 @@ def test_an_unexpected_error_is_one_line_and_with_debug_more(tmp_path: Path) -> 
 
     found = run(tmp_path, DEAD_URL, "usage", "--days", "1", clock=None)
     assert found.code == 3
-    for flags, traced in (([], False), (["--debug"], True)):
-        env = ocp_env(tmp_path, *flags, "usage", "--days", "1")
+    words = ["usage", "--days", "1"]
+    for line, traced in ((words, False), (["--debug", *words], True), ([*words, "--debug"], True)):
+        env = ocp_env(tmp_path, *line)
         env.clock = fails
         found = run_env(env)
         assert found.code == 1 and "RuntimeError: oh?" in found.stderr
@@ -510,7 +516,8 @@ def test_an_unexpected_error_is_one_line_and_with_debug_more(tmp_path: Path) -> 
 # ---------------------------------------------------------------------------
 
 def all_commands() -> list[list[str]]:
-    return [path.split() for path, _ in ocp._paths()]
+    return [[command.name, *more] for command in ocp.COMMANDS
+            for more in [[], *([action.name] for action in command.actions)]]
 
 
 @pytest.mark.parametrize("words", [[], ["help"], ["--help"], ["-h"]])
@@ -524,49 +531,92 @@ def test_help_lists_every_command(tmp_path: Path, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", all_commands(), ids=" ".join)
-def test_every_command_has_help(tmp_path: Path, words: list[str]) -> None:
+def test_every_command_has_help_and_a_function(tmp_path: Path, words: list[str]) -> None:
     found = run(tmp_path, DEAD_URL, *words, "--help")
     assert (found.code, found.stderr) == (0, "") and f"ocp {' '.join(words)}" in found.stdout
-    if len(words) == 1:
-        assert run(tmp_path, DEAD_URL, "help", *words).stdout == found.stdout
+    assert run(tmp_path, DEAD_URL, "help", *words).stdout == found.stdout
+    assert callable(getattr(ocp, "_".join(["cmd", *words])))
+
+
+def test_every_function_of_a_command_is_in_the_table() -> None:
+    named = {"_".join(["cmd", *words]) for words in all_commands()}
+    assert named == {name for name in vars(ocp) if name.startswith("cmd_")}
+
+
+def test_an_unknown_command_comes_with_the_most_similar_one(tmp_path: Path) -> None:
+    found = run(tmp_path, DEAD_URL, "statsu")
+    assert found.code == ocp.Exit.USAGE and "Did you mean status?" in found.stderr
 
 
 def test_version_names_all_three(tmp_path: Path) -> None:
     with stub_server() as server:
         found = run(tmp_path, server.url, "version", "--json")
         assert run(tmp_path, server.url, "--version").code == 0
-    installed = ocp.tree_version(str(REPO / "ocp_server.py"))
+    installed = ocp.version_of(str(REPO / "ocp_server.py"))
     assert json.loads(found.stdout) == {
         "installed": installed, "served": "0.1.0", "claude": "2.1.329"}
     assert "no server answers" in run(tmp_path, DEAD_URL, "version").stdout
 
 
-def bash_completes(tmp_path: Path, *words: str) -> set[str]:
-    script = run_env(ocp_env(tmp_path, "completion", "bash")).stdout
-    array = " ".join(f"'{word}'" for word in words)
-    lines = f'COMP_WORDS=({array}); COMP_CWORD={len(words) - 1}; _ocp; echo "${{COMPREPLY[@]}}"'
-    done = subprocess.run(["bash", "-c", script + "\n" + lines], capture_output=True, text=True,
-                          check=True)
-    assert done.stderr == ""
-    return set(done.stdout.split())
+def completed(tmp_path: Path, url: str, *words: str) -> set[str]:
+    """What `ocp __complete` offers for the last word."""
+    found = run(tmp_path, url, "__complete", *words)
+    assert (found.code, found.stderr) == (0, "")
+    return {line.partition("\t")[0] for line in found.stdout.splitlines()}
 
 
-def test_bash_completes_commands_actions_and_options(tmp_path: Path) -> None:
-    assert bash_completes(tmp_path, "ocp", "st") == {"status", "start", "stop"}
-    assert {"list", "add", "rotate", "--json"} <= bash_completes(tmp_path, "ocp", "keys", "")
-    assert "--tokens-daily" in bash_completes(tmp_path, "ocp", "keys", "add", "--")
-    assert bash_completes(tmp_path, "ocp", "usage", "--b") == {"--by-key"}
-    assert bash_completes(tmp_path, "ocp", "completion", "z") == {"zsh"}
+def test_commands_actions_options_and_choices_are_completed(tmp_path: Path) -> None:
+    assert completed(tmp_path, DEAD_URL, "st") == {"status", "start", "stop"}
+    assert {"list", "add", "rotate", "--json"} <= completed(tmp_path, DEAD_URL, "keys", "")
+    assert "--tokens-daily" in completed(tmp_path, DEAD_URL, "keys", "add", "--")
+    assert "list" not in completed(tmp_path, DEAD_URL, "keys", "add", "")
+    assert completed(tmp_path, DEAD_URL, "usage", "--b") == {"--by-key"}
+    assert completed(tmp_path, DEAD_URL, "completion", "z") == {"zsh"}
+    assert completed(tmp_path, DEAD_URL, "logs", "e") == {"error"}
+    assert completed(tmp_path, DEAD_URL, "help", "keys", "re") == {"rename", "revoke"}
+    assert completed(tmp_path, DEAD_URL, "nonsense", "") == {"--help"}
+    assert completed(tmp_path, DEAD_URL) >= {command.name for command in ocp.COMMANDS}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_names_every_command_and_parses(tmp_path: Path, shell: str) -> None:
-    found = run_env(ocp_env(tmp_path, "completion", shell))
-    assert found.code == 0
-    for command in ocp.COMMANDS:
-        assert command.name in found.stdout
-    if shutil.which(shell):
-        subprocess.run([shell, "-n"], input=found.stdout, text=True, check=True)
+@pytest.mark.parametrize("words, asked, answer, names", [
+    (["keys", "show", ""], "GET /api/keys", samples.KEYS, {"laptop"}),
+    (["ask", "--model", "claude-s"], "GET /v1/models", samples.MODELS, {"claude-sonnet-5"}),
+    (["clear", ""], "GET /sessions", samples.SESSIONS, {"chat-1"}),
+    (["settings", "t"], "GET /settings", samples.SETTINGS, {"timeout"}),
+    (["settings", "--reset", "log"], "GET /settings", samples.SETTINGS, {"logLevel"}),
+])
+def test_names_of_the_server_are_completed_and_its_absence_is_silent(
+    tmp_path: Path, words: list[str], asked: str, answer: Json, names: set[str],
+) -> None:
+    with stub_server({asked: (200, answer)}) as server:
+        found = completed(tmp_path, server.url, *words)
+    # A name with a space would have to be quoted.
+    assert names == {name for name in found if not name.startswith("-")}
+    assert not names & completed(tmp_path, DEAD_URL, *words)
+
+
+#: How a shell is asked for the words that may come next, without a terminal.
+ASKED = {
+    "bash": 'COMP_WORDS=(ocp keys re); COMP_CWORD=2; _ocp; printf "%s\n" "${COMPREPLY[@]}"',
+    "zsh": "words=(ocp keys re); CURRENT=3; _describe() { print -l -- ${(P)2} }; _ocp",
+    "fish": 'complete -C "ocp keys re"',
+}
+
+
+@pytest.mark.parametrize("shell", sorted(ASKED))
+def test_each_shell_completes_by_asking_ocp(tmp_path: Path, shell: str) -> None:
+    script = run_env(ocp_env(tmp_path, "completion", shell)).stdout
+    program = tmp_path / "ocp"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{REPO}/ocp.py" "$@"\n')
+    program.chmod(0o755)
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    environ = clean_env(HOME=str(tmp_path), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    compdef = "compdef() { :; }\n" if shell == "zsh" else ""
+    done = subprocess.run([shell, "-c", f"{compdef}{script}\n{ASKED[shell]}"], text=True,
+                          capture_output=True, env=environ, check=False)
+    names = [re.split("[\t:]", line)[0] for line in done.stdout.splitlines()]
+    assert (done.stderr, names) == ("", ["rename", "revoke"]), done
 
 
 # ---------------------------------------------------------------------------
@@ -620,19 +670,19 @@ def test_a_certificate_that_nobody_here_trusts_is_no_reason_to_be_out_of_reach(
 ) -> None:
     """As with `ocp lan`, which asks at the address of the network, and OCP_URL elsewhere."""
     # What is asked is loopback, and taken for another machine.
-    monkeypatch.setattr(ocp, "is_this_machine", lambda url: False)
+    monkeypatch.setattr(ocp, "is_loopback", lambda url: False)
     with running_server(tmp_path / "server", env=write_tls_files(tmp_path)) as server:
         url = f"https://127.0.0.1:{server.port}"
-        assert ocp.answers(url)
+        assert ocp.is_ocp_server(url)
         found = run(tmp_path, url, "models")
     assert found.code == 3 and "SSL_CERT_FILE" in found.stderr
 
 
 def test_the_command_for_a_device_is_short_at_the_usual_port() -> None:
-    assert ocp.connect_words("http://192.0.2.7:3456") == (
+    assert ocp.connect_line("http://192.0.2.7:3456") == (
         "curl -fsSL http://192.0.2.7:3456/connect | python3 - 192.0.2.7")
-    assert ocp.connect_words("https://ocp.example").endswith("- https://ocp.example:443")
-    assert ocp.connect_words("http://[::1]:80").endswith("- http://[::1]:80")
+    assert ocp.connect_line("https://ocp.example").endswith("- https://ocp.example:443")
+    assert ocp.connect_line("http://[::1]:80").endswith("- http://[::1]:80")
 
 
 @pytest.mark.parametrize("words", [["connect", "--undo", "--yes"], ["connect", "box", "--list"]])
@@ -685,7 +735,7 @@ def test_progress_is_said_on_a_terminal_only(tmp_path: Path) -> None:
 
     real, ocp.threading.Timer = ocp.threading.Timer, Timer
     try:
-        with ocp.working(env, "asking"), ocp.working(ocp_env(tmp_path), "asking"):
+        with ocp.progress(env, "asking"), ocp.progress(ocp_env(tmp_path), "asking"):
             pass
     finally:
         ocp.threading.Timer = real
@@ -766,7 +816,7 @@ SHOWN: dict[str, Callable[[], str]] = {
     "lan": lambda: str(ocp.show_lan(samples.LAN, PLAIN)),
     "doctor": doctor_sample,
     "help": lambda: str(ocp.commands_text()),
-    "update --dry-run": lambda: str(ocp.show_plan_of(SNAPSHOT.journal, None)),
+    "update --dry-run": lambda: str(ocp.show_update_plan(SNAPSHOT.journal, None)),
     "update --rollback --list": lambda: str(ocp.show_snapshots([SNAPSHOT], PLAIN)),
 }
 SNAPSHOT = ocp.Snapshot("/home/u/.ocp/snapshots/20261120T143000.000000Z", ocp.Journal(
@@ -785,7 +835,7 @@ def test_the_samples_of_the_page_are_what_is_shown() -> None:
 
 
 def test_the_page_lists_the_checks_of_the_doctor() -> None:
-    rows = [f"| `{check.id}` | {check.probe.__doc__[:-1]} |" for check in ocp.CHECKS]
+    rows = [f"| `{check.id}` | {check.about} |" for check in ocp.CHECKS]
     wanted = "\n".join(["| check | what it looks at |", "| --- | --- |", *rows])
     pattern = re.compile(r"(<!-- checks -->\n)(.*?)(\n?<!-- end checks -->)", re.S)
     text = DOCS.read_text("utf-8")

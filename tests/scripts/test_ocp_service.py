@@ -31,7 +31,7 @@ from project import REPO
 from server import running_server
 
 Json = Any
-VERSION = ocp.tree_version(str(REPO / "ocp_server.py"))
+VERSION = ocp.version_of(str(REPO / "ocp_server.py"))
 NO_UNIT = "exit 3"
 
 
@@ -46,13 +46,13 @@ class Manager:
         self.up = folder / "up"
         #: What the server says of its version, and how much older than its start it claims to be.
         self.version, self.older_s = VERSION, 0.0
-        self.listener = "nobody"
+        #: Who has the server's port, as Linux would tell.
+        self.owner: Any = None
         server.answers["GET /health"] = self.health
         up, down = f"touch {self.up}", f"rm -f {self.up}"
         self.programs.add("systemctl", f'case "$*" in *is-enabled*) echo enabled;; '
                                        f'*stop*) {down};; *) {up};; esac')
         self.programs.add("launchctl", f'case "$1" in bootout) {down};; print) ;; *) {up};; esac')
-        self.programs.add("ss", "exit 0")
         self.programs.add("lsof", "exit 1")
         self.programs.add("loginctl", "echo Linger=yes")
 
@@ -73,20 +73,27 @@ class Manager:
         return run_env(self.env(*words, **more))
 
 
+#: What finds the owner of a port in /proc.
+IN_PROC = ocp._owner_in_proc
+
+
 @pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
     with stub_server() as server:
-        yield Manager(tmp_path, server)
+        found = Manager(tmp_path, server)
+        # The stub listens in the process of the tests.
+        monkeypatch.setattr(ocp, "_owner_in_proc", lambda port: found.owner)
+        yield found
 
 
 PLATFORMS = {
     "systemd-user": {
-        "start": ["systemctl --user start -- ocp.service"],
-        "stop": ["systemctl --user stop -- ocp.service"],
-        "restart": ["systemctl --user restart -- ocp.service"]},
+        "start": ["systemctl --user start ocp.service"],
+        "stop": ["systemctl --user stop ocp.service"],
+        "restart": ["systemctl --user restart ocp.service"]},
     "systemd-system": {
-        "start": ["systemctl start -- ocp.service"], "stop": ["systemctl stop -- ocp.service"],
-        "restart": ["systemctl restart -- ocp.service"]},
+        "start": ["systemctl start ocp.service"], "stop": ["systemctl stop ocp.service"],
+        "restart": ["systemctl restart ocp.service"]},
     "launchd": {
         "start": ["launchctl bootstrap gui/0 UNIT", "launchctl kickstart gui/0/ocp.service"],
         "stop": ["launchctl bootout gui/0/ocp.service"],
@@ -114,7 +121,7 @@ def test_the_recorded_service_is_used(manager: Manager, platform: str, verb: str
     manager.up.touch()
     found = manager.ocp(verb, user_id=0)
     assert found.code == 0, found
-    unit = str(manager.home / "ocp.service")
+    unit = str(manager.home / "Library/LaunchAgents/ocp.service.plist")
     calls = [call.replace(unit, "UNIT") for call in manager.programs.calls()]
     assert calls == PLATFORMS[platform][verb]
     assert ("answers at" in found.stdout) is (verb != "stop")
@@ -124,7 +131,7 @@ def test_a_service_of_the_system_wants_its_rights(manager: Manager) -> None:
     manager.record(platform="systemd-system")
     found = manager.ocp("restart", user_id=1000)
     assert found.code == ocp.Exit.DENIED
-    assert "sudo systemctl restart -- ocp.service" in found.stderr
+    assert "sudo systemctl restart ocp.service" in found.stderr
     assert manager.programs.calls() == []
 
 
@@ -185,9 +192,15 @@ def test_a_missing_manager_is_named(manager: Manager) -> None:
     assert found.code == 1 and "systemctl: No such file" in found.stderr
 
 
-def test_a_label_is_never_an_option(manager: Manager) -> None:
-    manager.record(label="--force")
-    manager.ocp("restart")
+@pytest.mark.parametrize("commands", [
+    {}, {"restart": "systemctl restart x"}, {"restart": [{"command": ["systemctl", 1]}]},
+    {"restart": [{"words": ["systemctl"]}]}, ["systemctl"], {"restart": [["systemctl"]]}])
+def test_a_record_without_usable_commands_runs_nothing_and_says_what_to_do(
+    manager: Manager, commands: Json
+) -> None:
+    manager.record(commands=commands)
+    found = manager.ocp("restart")
+    assert found.code == 1 and "Run setup.py_install.py again" in found.stderr
     assert not [call for call in manager.programs.calls() if "systemctl" in call]
 
 
@@ -200,8 +213,7 @@ def without_record(manager: Manager, verb: str, **more: Any) -> Ran:
 
 
 def listener(manager: Manager, pid: int, path: str = "") -> None:
-    manager.programs.add(
-        "ss", f'echo \'LISTEN 0 128 127.0.0.1:3456 0.0.0.0:* users:(("python3",pid={pid},fd=3))\'')
+    manager.owner = ocp.Owner(pid, path)
     manager.programs.add("lsof", f"echo p{pid}; echo f3")
     manager.programs.add("ps", f"echo '{path}'")
 
@@ -214,15 +226,23 @@ def test_nobody_listens(manager: Manager) -> None:
 
 
 def test_a_foreign_process_is_left_alone(manager: Manager) -> None:
-    listener(manager, os.getpid())
+    listener(manager, os.getpid(), "/usr/sbin/httpd")
     for verb in ("start", "stop", "restart"):
         found = without_record(manager, verb)
-        assert found.code == 1 and "left alone" in found.stderr and str(os.getpid()) in found.stderr
+        assert found.code == 1 and "is not an OCP server and is left alone" in found.stderr
+        assert str(os.getpid()) in found.stderr
+
+
+def test_a_process_that_cannot_be_seen_is_not_judged(manager: Manager) -> None:
+    manager.owner = ocp.Owner(None, "")
+    found = without_record(manager, "stop")
+    assert found.code == 1 and "process of another user, which cannot be identified" in found.stderr
 
 
 def test_a_server_started_by_hand_gets_the_exact_command(manager: Manager, tmp_path: Path) -> None:
     with running_server(tmp_path / "server", as_program=True) as server:
-        listener(manager, server.pid)
+        manager.owner = IN_PROC(server.port)
+        assert manager.owner.pid == server.pid
         for verb in ("stop", "restart"):
             found = without_record(manager, verb)
             assert found.code == 1
@@ -247,18 +267,21 @@ def test_what_cannot_be_found_out_is_not_nobody(manager: Manager) -> None:
     assert found.code == 1 and "unknown" in found.stderr and "no rights" in found.stderr
 
 
-def test_without_ss_linux_is_asked_itself(manager: Manager) -> None:
-    manager.programs.add("ss", "exit 1")
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        owner = ocp.port_owner(manager.env(), listening.getsockname()[1])
-        assert owner.pid == os.getpid() and not owner.is_ocp
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_linux_tells_who_listens(tmp_path: Path, address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family) as listening:
         port = listening.getsockname()[1]
-    assert ocp.port_owner(manager.env(), port) is None
+        owner = ocp.port_owner(ocp_env(tmp_path), port)
+        assert owner.pid == os.getpid() and owner.command and not owner.is_ocp
+    assert ocp.port_owner(ocp_env(tmp_path), port) is None
 
 
-def test_another_users_listener_is_seen_but_not_named(manager: Manager) -> None:
-    manager.programs.add("ss", "echo 'LISTEN 0 128 0.0.0.0:80 0.0.0.0:*'")
-    owner = ocp.port_owner(manager.env(), 80)
+def test_another_users_listener_is_seen_but_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ocp, "_listening_sockets", lambda port: {"socket:[0]"})
+    owner = ocp.port_owner(ocp_env(tmp_path), 80)
     assert owner.pid is None and owner.words == "a process of another user"
 
 
@@ -315,7 +338,7 @@ def healthy(manager: Manager) -> Manager:
     (folder / "admin-key").write_text("secret")
     for path in (folder / "ocp.db", folder / "admin-key"):
         path.chmod(0o600)
-    manager.programs.add("ss", f"echo 'LISTEN users:((\"x\",pid={os.getpid()},fd=3))'")
+    manager.owner = ocp.Owner(os.getpid(), "python3 -m pytest")
     return manager
 
 
@@ -347,13 +370,13 @@ def test_what_was_installed_is_installed_again_in_the_same_way(
 def test_a_server_that_is_down_is_started_by_the_platforms_own_command(healthy: Manager) -> None:
     healthy.up.unlink()
     healthy.programs.add("claude", "echo '2.1.329 (Claude Code)'")
-    healthy.programs.add("ss")
+    healthy.owner = None
     answer = examined(healthy)
     assert answer["levels"]["service_running"] == "FAIL"
     assert answer["levels"]["oauth_ok"] == answer["levels"]["clock"] == "INFO"
     assert answer["levels"]["claude_version"] == "PASS"
     assert answer["next_action"]["kind"] == "fix_service"
-    assert answer["next_action"]["ai_executable"] == ["systemctl --user restart -- ocp.service"]
+    assert answer["next_action"]["ai_executable"] == ["systemctl --user restart ocp.service"]
     healthy.record(platform="launchd")
     mac = examined(healthy, platform="darwin", user_id=501)
     assert [line.split()[0] for line in mac["next_action"]["ai_executable"]] == ["launchctl"] * 2
@@ -443,7 +466,7 @@ def test_a_port_of_another_program(healthy: Manager) -> None:
     answer = examined(healthy)
     assert answer["levels"]["port_owner"] == "FAIL"
     assert answer["next_action"]["kind"] == "fix_port"
-    assert "no OCP server" in answer["messages"]["service_running"]
+    assert "not an OCP server" in answer["messages"]["service_running"]
 
 
 def test_no_linger_is_a_warning(healthy: Manager) -> None:
@@ -457,7 +480,7 @@ def test_a_service_that_does_not_start_by_itself_is_a_warning(healthy: Manager) 
     healthy.programs.add("systemctl", "echo disabled; exit 1")
     answer = examined(healthy)
     assert answer["levels"]["service_unit"] == "WARN"
-    assert answer["next_action"]["ai_executable"] == ["systemctl --user enable -- ocp.service"]
+    assert answer["next_action"]["ai_executable"] == ["systemctl --user enable ocp.service"]
 
 
 def test_a_clock_that_is_wrong_is_a_warning(healthy: Manager) -> None:
@@ -486,7 +509,7 @@ def test_openclaw_is_looked_at_only_if_it_is_there(
 def test_what_cannot_be_checked_is_never_wrong(manager: Manager) -> None:
     manager.record()
     (manager.home / ".ocp").chmod(0o700)
-    for name in ("systemctl", "loginctl", "ss"):
+    for name in ("systemctl", "loginctl"):
         manager.programs.add(name, "echo broken >&2; exit 1")
     manager.programs.add("claude", "sleep 0; exit 1")
     answer = examined(manager, environ={"OCP_URL": DEAD_URL})
@@ -504,12 +527,12 @@ def test_a_broken_record_does_not_stop_the_doctor(manager: Manager) -> None:
 
 
 def test_the_environment_of_the_service_is_read(tmp_path: Path) -> None:
-    unit, variables = tmp_path / "my.service", tmp_path / "env"
-    unit.write_text('[Service]\nEnvironment="CLAUDE_BIN=/a b/claude" "X=50%%"\n')
-    variables.write_text("# secret\nPROXY_API_KEY='se cret'\nBAD LINE=1\nCLAUDE_PROXY_PORT=4000\n")
-    write_record(tmp_path, "http://127.0.0.1:3999", unit_path=str(unit), env_file=str(variables))
+    variables = tmp_path / "env"
+    variables.write_text("# secret\nPROXY_API_KEY='se cret'\nBAD LINE=1\nCLAUDE_PROXY_PORT=4000\n"
+                         'CLAUDE_BIN="/a b/claude"\nX=50%\n')
+    write_record(tmp_path, "http://127.0.0.1:3999", env_file=str(variables))
     env = ocp_env(tmp_path, environ={"CLAUDE_TIMEOUT": "of the shell"})
-    found = ocp.service_environ(env, ocp.read_record(env))
+    found = ocp.service_environ(env, ocp.installation(env))
     assert found["CLAUDE_BIN"] == "/a b/claude" and found["X"] == "50%"
     assert found["PROXY_API_KEY"] == "se cret" and found["CLAUDE_PROXY_PORT"] == "4000"
     assert found["OCP_HOME"] == str(tmp_path / ".ocp") and "CLAUDE_TIMEOUT" not in found
