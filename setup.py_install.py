@@ -14,19 +14,18 @@ A second run changes only what differs.
 
 Sections (search for "==== 8" to jump to the eighth):
 
-     1. Host              the machine and the session that the program runs in
-     2. Small tools       whole files, checksums, paths as people write them
-     3. Settings file     ocp.env: read, edited line by line, quoted
-     4. Services          service managers, and the services of the original
+     1. Shared pieces     small functions that other scripts hold too, kept equal by a test
+     2. Host              the machine and the session that the program runs in; files
+     3. Settings          ocp.env: read, edited line by line; where each value comes from
+     4. Services          service managers as data, and the services of the original
      5. Installation      what is to be installed, and the texts of its files
-     6. Actions           one step: done already? shown, recorded, performed
-     7. Looking           what is there: record, settings, services, python, claude
-     8. Settings          where each value comes from, and whether the server takes it
-     9. Planning          the table of steps
-    10. Record            install.json, written ahead of every action
-    11. Verifying         the health of the service, and one real answer
-    12. OpenClaw          made to know the service, by ocp_connect.py
-    13. Command line      arguments, the order of the phases, exit codes
+     6. Actions           one step: done already? described, recorded, performed
+     7. Inspection        what is there: record, settings, services, python, claude
+     8. Planning          the installation, its settings, and the table of steps
+     9. Record            install.json, written ahead of every action
+    10. Verification      the health of the service, and one real answer
+    11. OpenClaw          told about the service, by ocp_connect.py
+    12. Command line      arguments, the order of the phases, exit codes
 """
 from __future__ import annotations
 
@@ -39,6 +38,7 @@ if os.name != "posix":
     sys.exit("OCP runs on Linux and macOS. On Windows, install it inside WSL.")
 
 import argparse
+import contextlib
 import enum
 import functools
 import hashlib
@@ -59,39 +59,292 @@ import subprocess
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Optional, Union
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Optional, TextIO, Union
 
 #: A JSON object as the record has it.
 Json = dict[str, Any]
 Command = tuple[str, ...]
 
 
-class Exit(enum.IntEnum):
-    """The exit codes."""
+# ==== 1. Shared pieces =======================================================
+# Each script has to work when it is copied alone, so a few functions are in several of them. A
+# test compares everything between "--- shared: NAME" and "--- end shared".
 
-    #: Installed, running and, unless told otherwise, seen to answer.
+
+# --- shared: exit
+class Exit(enum.IntEnum):
+    """The exit codes of OCP's scripts. What was not done never ends with OK."""
+
     OK = 0
-    #: A step failed, or the service did not come up.
     FAILED = 1
-    #: Nothing was done: wrong arguments or settings, or nobody to ask.
-    REFUSED = 2
-    #: Installed and running, but claude is missing, not logged in or not answering.
-    NOT_READY = 3
+    #: Wrong arguments or settings, or nobody to ask.
+    USAGE = 2
+    #: No server answers; for the installer: installed, but claude does not answer.
+    UNREACHABLE = 3
+    #: The key is missing or wrong, or the system requires other rights.
+    DENIED = 4
     INTERRUPTED = 130
 
 
-class Refused(Exception):
-    """Why nothing is done, and what to do about it."""
+class Problem(Exception):
+    """What went wrong, and what the user can do. `body` is the JSON of a server's refusal."""
+
+    def __init__(self, code: Exit, message: str, body: Any = None) -> None:
+        super().__init__(message)
+        self.code, self.body = code, body
+# --- end shared
 
 
-class Failed(Exception):
-    """Why a step could not be taken, and what to do about it."""
+# --- shared: run_program
+def clean(text: object) -> str:
+    """Return `text` without the control characters that could command a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
 
 
-# ==== 1. Host ================================================================
-# The machine and the session that the program runs in. All that differs between a real run and
-# a tried one is in here.
+class Completed(NamedTuple):
+    """How a program ended. A code of None: it did not run to its end, and `error` says why."""
+
+    code: int | None
+    output: str
+    error: str
+
+    @property
+    def complaint(self) -> str:
+        """Return its complaint in one line, for a message."""
+        lines = [line.strip() for line in f"{self.error}\n{self.output}".splitlines()]
+        lines = [clean(line) for line in lines if line] or [f"it ended with {self.code}"]
+        if lines[0].startswith("Traceback "):
+            return lines[-1]
+        # git surrounds its reason with advice.
+        reasons = [line for line in lines if line.startswith(("fatal:", "error:"))]
+        return (reasons or lines)[0]
+
+
+def run_program(
+    command: Sequence[str], environ: Mapping[str, str], timeout_s: float = 15.0,
+    attached: bool = False,
+) -> Completed:
+    """Run a program to its end. Attached to the terminal, it has no timeout and no output here.
+
+    Never raises for a program that is missing or too slow.
+    """
+    pipe, no_input = (None, None) if attached else (subprocess.PIPE, subprocess.DEVNULL)
+    try:
+        done = subprocess.run(
+            list(command), env=dict(environ), stdin=no_input, stdout=pipe, stderr=pipe,
+            encoding="utf-8", errors="replace", timeout=None if attached else timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Completed(None, "", f"{command[0]} took longer than {timeout_s:.0f} s")
+    except OSError as error:
+        return Completed(None, "", f"{command[0]}: {error.strerror}")
+    return Completed(done.returncode, done.stdout or "", done.stderr or "")
+
+
+def with_user_bus(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return `environ` with the variable that systemctl --user needs.
+
+    Shells of su, cron and some ssh servers lack it.
+    """
+    folder = f"/run/user/{os.getuid()}"
+    bus = {"XDG_RUNTIME_DIR": folder} if os.path.isdir(folder) else {}
+    return {**bus, **environ}
+# --- end shared
+
+
+# --- shared: write_whole
+#: Added to the name of a file while it is written. uninstall.py removes what is left of one.
+DRAFT = ".ocp-draft"
+
+
+def write_whole(path: str, content: bytes, mode: int = 0o600) -> None:
+    """Replace a file so that after a crash the old or the new one is there, never a part.
+
+    What root writes gets the owner of its folder: the state of a service of the machine belongs
+    to the user that it runs as. Raises OSError.
+    """
+    draft = path + DRAFT
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(draft)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.geteuid() == 0:
+        folder = os.stat(os.path.dirname(path))
+        os.chown(draft, folder.st_uid, folder.st_gid)
+    os.chmod(draft, mode)
+    os.replace(draft, path)
+# --- end shared
+
+
+# --- shared: read_record
+def ocp_home(environ: Mapping[str, str], home: str) -> str:
+    """Return the folder of OCP's state: OCP_HOME, or ~/.ocp."""
+    named = environ.get("OCP_HOME", "").strip() or "~/.ocp"
+    return os.path.abspath(os.path.join(home, named[2:]) if named.startswith("~/") else named)
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """Return the installer's record, install.json; None if there is none.
+
+    Raises ValueError with advice for the user if it cannot be used, OSError if it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("actions"), list):
+        raise ValueError(f"{path} is damaged. Move it away, and run setup.py_install.py again.")
+    if record.get("version") != 1:
+        raise ValueError(f"{path} was written by another version of OCP: use its scripts.")
+    return record
+# --- end shared
+
+
+# --- shared: env_file
+_ASSIGNMENT = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+
+
+def unquoted(text: str) -> str:
+    """Return the value that `text`, what follows the = of a line, means to systemd and sh."""
+    found = []
+    quote = ""
+    characters = iter(text.strip())
+    for character in characters:
+        if character == quote:
+            quote = ""
+        elif quote == "'":
+            found.append(character)
+        elif character == "\\":
+            following = next(characters, "")
+            is_kept = quote == '"' and following not in ('"', "\\", "$", "`")
+            found.append("\\" + following if is_kept else following)
+        elif not quote and character in "'\"":
+            quote = character
+        else:
+            found.append(character)
+    return "".join(found)
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """Return the settings in the text of an environment file, such as ocp.env."""
+    matches = (_ASSIGNMENT.fullmatch(line) for line in text.split("\n"))
+    return {match[1]: unquoted(match[2]) for match in matches if match}
+# --- end shared
+
+
+# --- shared: confirm
+def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> None:
+    """Ask before something is changed, unless the user said --yes.
+
+    Raises Problem for any answer but yes, and where nobody can be asked.
+    """
+    if yes:
+        return
+    # Whoever started the program may have closed its standard input.
+    if stdin is None or not stdin.isatty():
+        raise Problem(Exit.USAGE, "There is no terminal to ask on: say --yes, or --dry-run.")
+    stdout.write(f"{question} [y/N] ")
+    stdout.flush()
+    if stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Problem(Exit.FAILED, "Nothing was changed.")
+# --- end shared
+
+
+# --- shared: shown_path
+def shown_path(path: str, home: str) -> str:
+    """Return a path as people write it."""
+    return "~" + path[len(home):] if path.startswith(home + os.sep) else path
+# --- end shared
+
+
+# --- shared: http_json
+class HttpProblem(Exception):
+    """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
+    403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
+
+    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
+        super().__init__(message)
+        self.kind, self.status, self.body = kind, status, body
+
+
+@contextlib.contextmanager
+def http_open(
+    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
+    tls: ssl.SSLContext | None = None,
+) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a request, its body still unread. Raises HttpProblem. No proxy is used and
+    no redirection followed, so that the key reaches this address and no other."""
+    parts = urllib.parse.urlsplit(url)
+    connect: Any = http.client.HTTPConnection
+    if parts.scheme == "https":
+        connect = functools.partial(http.client.HTTPSConnection, context=tls)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    content = None
+    if body is not None:
+        headers["Content-Type"], content = "application/json", json.dumps(body).encode()
+    with contextlib.closing(connect(parts.hostname or "", parts.port, timeout=timeout_s)) as link:
+        try:
+            target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            link.request(method, target, content, headers)
+            answer = link.getresponse()
+            text = b"" if answer.status < 300 else answer.read()
+        except (OSError, http.client.HTTPException) as problem:
+            reason = getattr(problem, "strerror", None) or str(problem) or "no HTTP came back"
+            raise HttpProblem("unreachable", reason) from None
+        with contextlib.closing(answer):
+            if answer.status >= 300:
+                raise http_problem(answer.status, text)
+            yield answer
+
+
+def http_problem(status: int, text: bytes) -> HttpProblem:
+    """The problem that an answer with such a status stands for."""
+    kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
+    body, message = None, text[:200].decode("utf-8", "replace").strip()
+    with contextlib.suppress(ValueError):
+        body = json.loads(text)
+    error = body.get("error") if isinstance(body, dict) else None
+    told = error.get("message") if isinstance(error, dict) else error
+    return HttpProblem(kind, str(told or message), status, body)
+
+
+def http_json(
+    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
+    tls: ssl.SSLContext | None = None,
+) -> Any:
+    """The JSON value that the server answers. Raises HttpProblem."""
+    with http_open(method, url, body, key, timeout_s, tls) as answer:
+        try:
+            return json.loads(answer.read())
+        except (OSError, http.client.HTTPException) as problem:
+            raise HttpProblem("unreachable", f"the answer broke off: {problem}") from None
+        except ValueError:
+            raise HttpProblem("refused", "no JSON came back", answer.status) from None
+# --- end shared
+
+
+# ==== 2. Host ================================================================
+# The machine and the session that the program runs in, and its files. Everything that differs
+# between a real run and a test is in a Host.
+
+BACKUP = ".ocp-backup"
+
+
+class StepFailed(Exception):
+    """Why a step of the installation failed, and what to do about it."""
+
+
+def refused(message: str) -> Problem:
+    """Return the problem for which nothing is done."""
+    return Problem(Exit.USAGE, message)
 
 
 class Host(NamedTuple):
@@ -105,76 +358,41 @@ class Host(NamedTuple):
     uid: int
     #: The folder with ocp_server.py.
     here: str
-    is_terminal: bool
+    #: None if whoever started the program has closed it.
+    stdin: Optional[TextIO]
 
     def which(self, name: str) -> Optional[str]:
-        """The program of this name on the PATH of this session."""
+        """Return the path of a program of this session, None if there is none."""
         return shutil.which(name, path=self.environ.get("PATH"))
 
     def run(
         self, command: Iterable[str], env: Optional[Mapping[str, str]] = None, timeout_s: float = 90
-    ) -> subprocess.CompletedProcess[str]:
-        """The command, once it has ended. A program that is not there ends with 127."""
-        words = list(command)
-        environ = {**(self.environ if env is None else env), "LC_ALL": "C"}
-        try:
-            return subprocess.run(
-                words, env=environ, stdin=subprocess.DEVNULL, capture_output=True,
-                encoding="utf-8", errors="replace", timeout=timeout_s,
-            )
-        except subprocess.TimeoutExpired:
-            return subprocess.CompletedProcess(words, 124, "", f"no end after {timeout_s:.0f} s")
-        except OSError as problem:
-            return subprocess.CompletedProcess(words, 127, "", f"{words[0]}: {problem.strerror}")
+    ) -> Completed:
+        """Run a program to its end, by default with the environment of this session."""
+        environ = self.environ if env is None else env
+        return run_program(list(command), {**environ, "LC_ALL": "C"}, timeout_s)
 
     def succeeds(self, command: Iterable[str]) -> bool:
-        """Whether the command ends with 0."""
-        return self.run(command).returncode == 0
+        """Return whether a program ends with 0."""
+        return self.run(command).code == 0
 
 
 def this_host(environ: Mapping[str, str]) -> Host:
-    """The machine as it is."""
+    """Return the machine as it is."""
     account = pwd.getpwuid(os.getuid())
-    runtime_dir = f"/run/user/{os.getuid()}"
-    if "XDG_RUNTIME_DIR" not in environ and os.path.isdir(runtime_dir):
-        # Shells of su and of some ssh servers lack it; systemctl --user needs it.
-        environ = {**environ, "XDG_RUNTIME_DIR": runtime_dir}
     return Host(
-        environ=environ,
+        environ=with_user_bus(environ),
         system=platform.system(),
         home=os.path.abspath(environ.get("HOME") or account.pw_dir),
         user=account.pw_name,
         uid=os.getuid(),
         here=os.path.dirname(os.path.abspath(__file__)),
-        # Whoever starts this may have closed it.
-        is_terminal=sys.stdin is not None and sys.stdin.isatty(),
+        stdin=sys.stdin,
     )
 
 
-# ==== 2. Small tools =========================================================
-# Files are written whole or not at all. Drafts and backups stand beside their file under names
-# that uninstall.py knows, so that it can clear up after an interruption at any point.
-
-DRAFT = ".ocp-draft"
-BACKUP = ".ocp-backup"
-
-
-def write_whole(path: str, content: bytes, mode: int) -> None:
-    """The file has this content and mode, or is untouched. Raises OSError."""
-    draft = path + DRAFT
-    if os.path.lexists(draft):
-        os.unlink(draft)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(draft, mode)
-    os.replace(draft, path)
-
-
 def read_bytes(path: str) -> Optional[bytes]:
-    """The content of a file, None if there is no such file. Raises OSError."""
+    """Return the content of a file, None if there is none. Raises OSError."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -183,86 +401,78 @@ def read_bytes(path: str) -> Optional[bytes]:
 
 
 def read_text(path: str) -> str:
-    """The content of a UTF-8 file, empty if there is no such file. Raises OSError."""
+    """Return the content of a UTF-8 file, empty if there is none. Raises OSError."""
     return (read_bytes(path) or b"").decode("utf-8", "surrogateescape")
 
 
 def checksum(content: bytes) -> str:
-    """What tells whether a file is still as it was written."""
+    """Return what tells later whether a file was changed."""
     return hashlib.sha256(content).hexdigest()
 
 
 def mode_of(path: str) -> int:
-    """The permission bits of a file that exists."""
+    """Return the permission bits of a file that exists."""
     return stat.S_IMODE(os.stat(path).st_mode)
 
 
-def shown_path(path: str, home: str) -> str:
-    """A path as people write it."""
-    return "~" + path[len(home):] if path.startswith(home + os.sep) else path
-
-
 def is_unwritable(text: str) -> bool:
-    """Whether a text has what no line of a unit or a settings file can hold: control characters,
-    or bytes that are no UTF-8."""
+    """Return whether no line of a unit or of a settings file can hold this text.
+
+    That is so for control characters and for bytes that are not UTF-8.
+    """
     return bool(re.search("[\\x00-\\x1f\\x7f\\ud800-\\udfff]", text))
 
 
 def iso_now() -> str:
-    """The time in UTC as ISO 8601."""
+    """Return the time in UTC as ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-# ==== 3. Settings file =======================================================
+# ==== 3. Settings ============================================================
 # ocp.env has one NAME=value in a line. systemd reads it, and so does /bin/sh for launchd; what is
 # written here means the same to both. The file belongs to the user: only the lines of settings
-# that change are replaced, everything else stays as it is.
+# that change are replaced. The value of a setting comes from the command line, else from the
+# file, the unit that is there, or this shell. No range is known here: the server checks values.
 
 SETTINGS_HEADER = """\
 # Settings of the OCP service, one NAME=value in a line; README.md lists them all.
 # A value with spaces or other special characters stands in "double quotes".
 # The service reads this file when it starts. Keep it to yourself: there are keys in it.
 """
-_ASSIGNMENT = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+PORT, BIND, AUTH_MODE = "CLAUDE_PROXY_PORT", "CLAUDE_BIND", "CLAUDE_AUTH_MODE"
+API_KEY = "PROXY_API_KEY"
+TOKEN = "CLAUDE_CODE_OAUTH_TOKEN"
+DEFAULTS = {PORT: "3456", BIND: "127.0.0.1"}
+#: Settings with an option of their own: (setting, attribute of the parsed arguments).
+OPTION_SETTINGS = (
+    (PORT, "port"),
+    (BIND, "bind"),
+    (AUTH_MODE, "auth_mode"),
+    ("OCP_DEFAULT_MODEL", "default_model"),
+)
+SECRETS = (API_KEY, "OCP_ADMIN_KEY", "PROXY_ANONYMOUS_KEY", TOKEN)
+#: What claude or the server needs of this shell, because a service would not have it.
+CARRIED = (
+    "CLAUDE_BIN", "CLAUDE_CONFIG_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
+    "https_proxy", "no_proxy", "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE", "SSL_CERT_DIR",
+)
+SHELL_SETTINGS = (*(name for name, _ in OPTION_SETTINGS), *SECRETS, *CARRIED)
+#: Of the environment in an earlier unit everything is taken over that starts like this ...
+_TAKEN_OVER = ("CLAUDE_", "OCP_", "PROXY_")
+#: ... except what only the original's own installation needed.
+_LEFT_BEHIND = ("OCP_DIR_OVERRIDE", "OCP_HOME", "CLAUDECODE")
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]*")
 
 
-def unquoted(text: str) -> str:
-    """The value that stands behind the = of a line."""
-    found = []
-    quote = ""
-    characters = iter(text.strip())
-    for character in characters:
-        if character == quote:
-            quote = ""
-        elif quote == "'":
-            found.append(character)
-        elif character == "\\":
-            following = next(characters, "")
-            keeps = quote == '"' and following not in ('"', "\\", "$", "`")
-            found.append("\\" + following if keeps else following)
-        elif not quote and character in "'\"":
-            quote = character
-        else:
-            found.append(character)
-    return "".join(found)
-
-
 def quoted(value: str) -> str:
-    """`value` as it has to stand behind the = of a line."""
+    """Return a value as it has to stand behind the = of a line."""
     if _PLAIN.fullmatch(value):
         return value
     return '"' + re.sub(r'(["\\$`])', r"\\\1", value) + '"'
 
 
-def settings_of(text: str) -> dict[str, str]:
-    """The settings in the text of a settings file."""
-    matches = (_ASSIGNMENT.fullmatch(line) for line in text.split("\n"))
-    return {match[1]: unquoted(match[2]) for match in matches if match}
-
-
 def edited_settings(text: str, values: Mapping[str, str]) -> str:
-    """The text of the file with these settings in it, all other lines as they were."""
+    """Return the text of the file with these settings in it, and all other lines unchanged."""
     lines = (text or SETTINGS_HEADER).rstrip("\n").split("\n")
     present = settings_of(text)
     for number, line in enumerate(lines):
@@ -273,9 +483,49 @@ def edited_settings(text: str, values: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shell_settings(host: Host) -> dict[str, str]:
+    """Return the settings that this shell has."""
+    return {name: host.environ[name] for name in SHELL_SETTINGS if host.environ.get(name)}
+
+
+def merged_settings(
+    host: Host, options: argparse.Namespace, file: Mapping[str, str], unit: Mapping[str, str]
+) -> dict[str, str]:
+    """Return every setting with its value, from the place that comes first."""
+    given = {name: getattr(options, attribute) for name, attribute in OPTION_SETTINGS}
+    taken_over = {
+        name: value for name, value in unit.items() if name in SHELL_SETTINGS
+        or (name.startswith(_TAKEN_OVER) and name not in _LEFT_BEHIND)
+    }
+    return {
+        **DEFAULTS, **shell_settings(host), **taken_over, **file,
+        **{name: value for name, value in given.items() if value is not None},
+    }
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only this machine can reach a server that listens there."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def check_openness(values: Mapping[str, str]) -> None:
+    """Raise Problem for a service that the whole network could use without a decision."""
+    if is_loopback(values[BIND]) or values.get(AUTH_MODE) or values.get(API_KEY):
+        return
+    raise refused(
+        f"On {values[BIND]} others can reach the service, so say who may use it:\n"
+        "  --auth-mode shared   whoever has the one key, which is created now\n"
+        "  --auth-mode multi    whoever has a key of their own, created later with `ocp keys add`\n"
+        "  --auth-mode none     everybody who can connect, at the expense of your plan"
+    )
+
+
 # ==== 4. Services ============================================================
-# What differs between service managers, as data: one Service says where its unit stands and which
-# commands do what. The original's services are rows of the same kind.
+# What differs between service managers, as data: a Service says where its unit is and which
+# commands do what. The services of the original are rows of the same kind.
 
 SYSTEMD_LABEL = "ocp.service"
 LAUNCHD_LABEL = "dev.ocp.server"
@@ -290,28 +540,27 @@ class Service(NamedTuple):
     unit_path: str
     #: Makes the manager read units again.
     reload: Command = ()
-    #: Makes it start the service whenever the machine or the session starts, and takes that back.
+    #: Makes it start the service whenever the machine or the session starts, and the reverse.
     enable: Command = ()
     disable: Command = ()
-    #: Whether that is so, by exit code.
+    #: Tell by their exit codes whether it is enabled, and whether it runs.
     is_enabled: Command = ()
-    #: Whether the service runs, by exit code.
     is_active: Command = ()
     #: Has to run before `start` when the service runs already.
     stop_first: Command = ()
     start: Command = ()
-    #: Shows why it does not start; for people.
+    #: For people: shows why it does not start.
     logs: str = ""
-    #: Starts it again after its settings were edited; for people.
+    #: For people: starts it again after its settings were edited.
     restart_words: str = ""
-    #: Of launchd, the one that the agent is loaded into; empty for systemd.
+    #: Of launchd, such as gui/501.
     domain: str = ""
-    #: For ocp, in the record: how to start, stop, restart and enable it, and whether it is enabled.
+    #: For ocp: {verb: [{command, may_fail, tries}]}.
     commands: Json = {}
 
 
 def systemd_service(folder: str, label: str, *, is_system: bool) -> Service:
-    """The unit `label` of the systemd of the user, or of the machine."""
+    """Return the unit `label` of the user's systemd, or of the machine's."""
     base: Command = ("systemctl",) if is_system else ("systemctl", "--user")
     sudo, scope = ("sudo ", "") if is_system else ("", "--user ")
     return Service(
@@ -332,12 +581,12 @@ def systemd_service(folder: str, label: str, *, is_system: bool) -> Service:
 
 
 def launchd_service(home: str, domain: str, label: str, log_path: str) -> Service:
-    """The agent `label` in a domain such as gui/501."""
+    """Return the agent `label` of launchd in a domain such as gui/501."""
     unit_path = os.path.join(home, "Library", "LaunchAgents", f"{label}.plist")
     target = f"{domain}/{label}"
     bootout = ("launchctl", "bootout", target)
     bootstrap = ("launchctl", "bootstrap", domain, unit_path)
-    # It fails when the agent is loaded already.
+    # A bootstrap fails when the agent is loaded already.
     start = [{"command": [*bootstrap], "may_fail": True},
              {"command": ["launchctl", "kickstart", target]}]
     return Service(
@@ -371,22 +620,59 @@ LEGACY_AGENTS = ("dev.ocp.proxy", "ai.openclaw.proxy")
 
 
 def user_unit_folder(host: Host) -> str:
-    """Where systemd looks for the units of a user."""
+    """Return where systemd looks for the units of a user."""
     config = host.environ.get("XDG_CONFIG_HOME") or os.path.join(host.home, ".config")
     return os.path.join(config, "systemd", "user")
 
 
 def launchd_domain(host: Host) -> str:
-    """The session on the screen if there is one; over ssh alone there is only the user's. What
-    runs in that one already stays there, whoever has come to the screen since."""
-    screen, background = f"gui/{host.uid}", f"user/{host.uid}"
+    """Return the domain of launchd for the service.
+
+    It is the graphical session if there is one; over ssh alone there is only the user's. An agent
+    that runs in the user's stays there, also when somebody has logged in on the screen since.
+    """
+    graphical, background = f"gui/{host.uid}", f"user/{host.uid}"
     if host.succeeds(("launchctl", "print", f"{background}/{LAUNCHD_LABEL}")):
         return background
-    return screen if host.succeeds(("launchctl", "print", screen)) else background
+    return graphical if host.succeeds(("launchctl", "print", graphical)) else background
+
+
+_RUNNING_STATES = ("running", "degraded", "starting", "initializing", "maintenance")
+
+
+def _system_service(host: Host) -> Service:
+    """Return the service of the machine. Raises Problem."""
+    if host.system != "Linux" or host.which("systemctl") is None:
+        raise refused("--system needs systemd. Leave it out for a service of your own.")
+    if host.uid != 0:
+        raise refused("--system needs root: run it with sudo.")
+    if host.run(("systemctl", "is-system-running")).output.strip() not in _RUNNING_STATES:
+        raise refused("systemd does not run this machine, so --system cannot work here.")
+    return systemd_service("/etc/systemd/system", SYSTEMD_LABEL, is_system=True)
+
+
+def find_service(host: Host, data_dir: str, *, is_system: bool) -> tuple[Service, str]:
+    """Return the service to install, and a note about it. Raises Problem."""
+    if is_system:
+        return _system_service(host), ""
+    if host.uid == 0 and host.environ.get("SUDO_USER"):
+        raise refused("Run it without sudo for a service of your own, or with --system.")
+    if host.system == "Darwin" and host.which("launchctl"):
+        log_path = os.path.join(data_dir, "logs", "service.log")
+        return launchd_service(host.home, launchd_domain(host), LAUNCHD_LABEL, log_path), ""
+    if host.which("systemctl") is None:
+        return NO_SERVICE, "There is no service manager here that OCP knows (systemd, launchd)."
+    if not host.succeeds(("systemctl", "--user", "show-environment")):
+        return NO_SERVICE, (
+            "The user's systemd cannot be reached. Log in as that user over ssh or on the screen "
+            f"(not by su), or run `sudo loginctl enable-linger {shlex.quote(host.user)}`, and run "
+            "this again; or use --system."
+        )
+    return systemd_service(user_unit_folder(host), SYSTEMD_LABEL, is_system=False), ""
 
 
 def legacy_services(host: Host, platform_name: str) -> list[Service]:
-    """The services of the original that are installed here."""
+    """Return the services of the original that are installed here."""
     found = []
     if platform_name == "systemd-user":
         folder = user_unit_folder(host)
@@ -398,7 +684,7 @@ def legacy_services(host: Host, platform_name: str) -> list[Service]:
 
 
 def unit_settings(path: str) -> dict[str, str]:
-    """The environment that a unit or an agent gives its service. Raises OSError."""
+    """Return the environment that a unit or an agent gives its service. Raises OSError."""
     content = read_bytes(path) or b""
     if path.endswith(".plist"):
         try:
@@ -417,6 +703,11 @@ def unit_settings(path: str) -> dict[str, str]:
             name, _, value = word.partition("=")
             found[name] = value.replace("%%", "%")
     return found
+
+
+def legacy_port(service: Service) -> str:
+    """Return the port that a service of the original was given."""
+    return unit_settings(service.unit_path).get(PORT) or DEFAULTS[PORT]
 
 
 # ==== 5. Installation ========================================================
@@ -445,39 +736,36 @@ class Installation(NamedTuple):
 
     @property
     def server_path(self) -> str:
-        """The server's script."""
+        """Return the path of the server's script."""
         return os.path.join(self.install_dir, "ocp_server.py")
 
     @property
     def url(self) -> str:
-        """Where the service is found from this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1", "": "127.0.0.1"}.get(
-            self.bind, self.bind
-        )
-        scheme = "https" if self.is_secure else "http"
-        return f"{scheme}://[{host}]:{self.port}" if ":" in host else (
-            f"{scheme}://{host}:{self.port}")
+        """Return the address of the service for this machine."""
+        host = "127.0.0.1" if self.bind in ("0.0.0.0", "::", "") else self.bind
+        host = f"[{host}]" if ":" in host else host
+        return f"{'https' if self.is_secure else 'http'}://{host}:{self.port}"
 
     @property
     def is_system(self) -> bool:
-        """Whether it is a service of the machine rather than of a user."""
+        """Return whether it is a service of the machine rather than of a user."""
         return self.service.platform == "systemd-system"
 
     @property
     def log_path(self) -> str:
-        """Where launchd puts what the server prints."""
+        """Return where launchd puts what the server prints."""
         return os.path.join(self.data_dir, "logs", "service.log")
 
 
 def systemd_word(text: str) -> str:
-    """One word of an ExecStart line that means `text` literally."""
+    """Return a word of an ExecStart line that means `text` literally."""
     for character in ("\\", '"'):
         text = text.replace(character, "\\" + character)
     return '"' + text.replace("%", "%%").replace("$", "$$") + '"'
 
 
 def systemd_path(path: str) -> str:
-    """A path for EnvironmentFile, which takes no quotes but expands wildcards."""
+    """Return a path for EnvironmentFile, which takes no quotes but expands wildcards."""
     return re.sub(r"([\\*?\[\]{}])", r"\\\1", path).replace("%", "%%")
 
 
@@ -507,7 +795,7 @@ FIRST_FREE_PORT = 1024
 
 
 def systemd_unit(install: Installation) -> str:
-    """The unit, for the user's systemd or for the machine's."""
+    """Return the unit, for the user's systemd or for the machine's."""
     waits = "Wants=network-online.target\nAfter=network-online.target\n"
     right = "CAP_NET_BIND_SERVICE" if install.port < FIRST_FREE_PORT else ""
     own_user = (
@@ -541,20 +829,20 @@ def systemd_unit(install: Installation) -> str:
     )
 
 
-#: launchd has no settings files: a shell reads it, and becomes the server. A file that cannot be
-#: read ends the shell.
+#: launchd has no settings files: a shell reads the file, and becomes the server. If it cannot read
+#: the file, it ends.
 _WITH_SETTINGS = 'set -a; . "$1"; shift; exec "$@"'
 
 
 def command_with_settings(install: Installation) -> list[str]:
-    """The command that starts the server with its settings, without systemd."""
+    """Return the command that starts the server with its settings, without systemd."""
     shell = ["/bin/sh", "-c", _WITH_SETTINGS, "ocp"]
     return [*shell, install.env_file, install.python, install.server_path]
 
 
 def launchd_plist(install: Installation) -> bytes:
-    """The agent for launchd."""
-    # Without a word about it, an agent can be loaded into the session on the screen only.
+    """Return the agent for launchd."""
+    # Without this, an agent can be loaded into the graphical session only.
     background = {"LimitLoadToSessionType": "Background"}
     return plistlib.dumps({
         **(background if install.service.domain.startswith("user/") else {}),
@@ -571,7 +859,7 @@ def launchd_plist(install: Installation) -> bytes:
 
 
 def launcher_script(install: Installation) -> str:
-    """The program `ocp`: the right python with the right file."""
+    """Return the program `ocp`: the right python with the right file."""
     words = [install.python, os.path.join(install.install_dir, "ocp.py")]
     moved = ""
     folder = os.path.dirname(install.record_path)
@@ -584,8 +872,8 @@ def launcher_script(install: Installation) -> str:
 
 
 # ==== 6. Actions =============================================================
-# A step of a plan, as data: it knows whether it is done, how it is shown, what the record says
-# about it, and how it is taken. Nothing is taken that is not in the record first.
+# A step of a plan is data; the functions here tell whether it is done, how it is described and
+# recorded, and perform it. Nothing is performed that is not in the record first.
 
 
 class MakeDir(NamedTuple):
@@ -602,20 +890,20 @@ class WriteFile(NamedTuple):
     content: bytes
     mode: int
     what: str
-    #: To be run after each change of the file, its removal included.
+    #: Has to run after each change of the file, its removal included.
     then: Command = ()
-    #: Whether it belongs to the user's data, which stays when OCP goes.
+    #: Whether it is the user's data, which stays when OCP is removed.
     is_data: bool = False
 
 
 class Run(NamedTuple):
-    """A command, and the one that takes it back."""
+    """A command, and the one that undoes it."""
 
     command: Command
     what: str
     needed: bool
     undo: Command = ()
-    #: Whether `undo` is ours to do even if somebody else ran the command.
+    #: Whether uninstall.py runs `undo` also when somebody else ran the command.
     is_ours: bool = False
     attempts: int = 1
     #: What to do by hand when it fails; without this, a failure ends the installation.
@@ -626,7 +914,7 @@ Action = Union[MakeDir, WriteFile, Run]
 
 
 def is_done(action: Action) -> bool:
-    """Whether there is nothing to do. Raises OSError."""
+    """Return whether there is nothing to do. Raises OSError."""
     if isinstance(action, MakeDir):
         return os.path.isdir(action.path)
     if isinstance(action, Run):
@@ -637,8 +925,8 @@ def is_done(action: Action) -> bool:
     return mode_of(action.path) == action.mode
 
 
-def described(action: Action, home: str) -> str:
-    """One line for people."""
+def describe(action: Action, home: str) -> str:
+    """Return one line for people."""
     if isinstance(action, MakeDir):
         return f"make the folder {shown_path(action.path, home)}"
     if isinstance(action, WriteFile):
@@ -656,7 +944,7 @@ def _free_backup_path(path: str) -> str:
 
 
 def entry_for(action: Action, earlier: Optional[Json]) -> Json:
-    """What the record says about an action. `earlier` is what it said so far. Raises OSError."""
+    """Return the record's entry for an action, after the `earlier` one. Raises OSError."""
     if isinstance(action, MakeDir):
         return {"kind": "make_dir", "path": action.path, "backup": None}
     if isinstance(action, Run):
@@ -668,7 +956,7 @@ def entry_for(action: Action, earlier: Optional[Json]) -> Json:
     new_sum = checksum(action.content)
     backup = old["backup"]
     present = read_bytes(action.path)
-    # Only what this program wrote itself may be written over without a copy. It writes no links.
+    # Only what this program wrote may be overwritten without a backup. It writes no links.
     foreign = os.path.islink(action.path) or (
         present is not None and checksum(present) not in (*old["sha256"], new_sum))
     if foreign and not action.is_data:
@@ -687,34 +975,33 @@ def _write(host: Host, action: WriteFile, entry: Json) -> None:
             os.symlink(os.readlink(action.path), backup)
         else:
             write_whole(backup, read_bytes(action.path) or b"", mode_of(action.path))
-    # Data of the user's may be kept elsewhere, with a link here.
+    # The user may keep data elsewhere, with a link here.
     path = os.path.realpath(action.path) if action.is_data else action.path
     write_whole(path, action.content, action.mode)
     if action.then:
         done = host.run(action.then)
-        if done.returncode:
-            raise Failed(f"{shlex.join(action.then)}: {done.stderr.strip() or done.returncode}")
+        if done.code != 0:
+            raise StepFailed(f"{shlex.join(action.then)}: {done.complaint}")
 
 
 def _run(host: Host, action: Run) -> str:
-    """What to tell about a failure that does not matter so much, or an empty text."""
+    """Run a command; return what to tell about a failure that is not the end."""
     done = host.run(action.command)
     for _ in range(action.attempts - 1):
-        if done.returncode == 0:
+        if done.code == 0:
             break
-        # launchd needs a moment after it has stopped a service.
+        # launchd refuses for a moment after it has stopped a service.
         time.sleep(1)
         done = host.run(action.command)
-    if done.returncode == 0:
+    if done.code == 0:
         return ""
-    reason = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
     if action.advice:
-        return f"{shlex.join(action.command)} failed: {reason}. {action.advice}"
-    raise Failed(f"{shlex.join(action.command)}: {reason}")
+        return f"{shlex.join(action.command)} failed: {done.complaint}. {action.advice}"
+    raise StepFailed(f"{shlex.join(action.command)}: {done.complaint}")
 
 
 def perform(host: Host, action: Action, entry: Json) -> str:
-    """Takes the step; what to tell about it, if anything. Raises Failed, OSError."""
+    """Perform a step; return what to tell about it, if anything. Raises StepFailed, OSError."""
     if isinstance(action, MakeDir):
         os.mkdir(action.path, action.mode)
         return ""
@@ -724,8 +1011,8 @@ def perform(host: Host, action: Action, entry: Json) -> str:
     return _run(host, action)
 
 
-# ==== 7. Looking =============================================================
-# What is there before anything changes. Looking runs programs that only tell, and writes nothing.
+# ==== 7. Inspection ==========================================================
+# What is there before anything changes. The programs that run here only report.
 
 
 class Found(NamedTuple):
@@ -734,77 +1021,35 @@ class Found(NamedTuple):
     #: The record of an earlier installation.
     record: Optional[Json]
     settings_text: str
-    #: The environment in the unit that is there now, ours or else the original's.
+    #: The environment in the unit that is there now, ours or the original's.
     unit_settings: dict[str, str]
     legacy: list[Service]
     is_active: bool
     is_enabled: bool
-    #: Whether the user's services run without the user; None = it does not matter or is unknown.
+    #: Whether the user's services run while the user is logged out; None = not relevant or unknown.
     lingers: Optional[bool]
-
-
-def read_record(path: str) -> Optional[Json]:
-    """The record of an earlier installation. Raises Refused if it cannot be read."""
-    content = read_bytes(path)
-    if content is None:
-        return None
-    try:
-        record = json.loads(content)
-        if not isinstance(record, dict) or not isinstance(record["actions"], list):
-            raise ValueError
-    except (ValueError, KeyError):
-        raise Refused(f"{path} is damaged. Move it away and run this again.") from None
-    if record.get("version") != 1:
-        raise Refused(f"{path} is of another version of OCP. Run that version's uninstall.py.")
-    return record
-
-
-_RUNNING_STATES = ("running", "degraded", "starting", "initializing", "maintenance")
-
-
-def find_service(host: Host, data_dir: str, *, is_system: bool) -> tuple[Service, str]:
-    """The service manager to use, and what there is to say about it. Raises Refused."""
-    if is_system:
-        if host.system != "Linux" or host.which("systemctl") is None:
-            raise Refused("--system needs systemd. Leave it out for a service of your own.")
-        if host.uid != 0:
-            raise Refused("--system needs root: run it with sudo.")
-        if host.run(("systemctl", "is-system-running")).stdout.strip() not in _RUNNING_STATES:
-            raise Refused("systemd does not run this machine, so --system cannot work here.")
-        return systemd_service("/etc/systemd/system", SYSTEMD_LABEL, is_system=True), ""
-    if host.uid == 0 and host.environ.get("SUDO_USER"):
-        raise Refused("Run it without sudo for a service of your own, or with --system.")
-    if host.system == "Darwin" and host.which("launchctl"):
-        log_path = os.path.join(data_dir, "logs", "service.log")
-        domain = launchd_domain(host)
-        return launchd_service(host.home, domain, LAUNCHD_LABEL, log_path), ""
-    if host.which("systemctl") is None:
-        return NO_SERVICE, "There is no service manager here that OCP knows (systemd, launchd)."
-    if not host.succeeds(("systemctl", "--user", "show-environment")):
-        return NO_SERVICE, (
-            "The user's systemd cannot be reached. Log in as that user over ssh or on the screen "
-            f"(not by su), or run `sudo loginctl enable-linger {shlex.quote(host.user)}`, and run "
-            "this again; or use --system."
-        )
-    return systemd_service(user_unit_folder(host), SYSTEMD_LABEL, is_system=False), ""
 
 
 def _lingers(host: Host, service: Service) -> Optional[bool]:
     if service.platform != "systemd-user" or host.which("loginctl") is None:
         return None
     shown = host.run(("loginctl", "show-user", host.user, "--property=Linger"))
-    if "not logged in or lingering" in shown.stderr:
+    if "not logged in or lingering" in shown.error:
         return False
-    answer = re.fullmatch(r"Linger=(yes|no)", shown.stdout.strip())
+    answer = re.fullmatch(r"Linger=(yes|no)", shown.output.strip())
     return answer[1] == "yes" if answer else None
 
 
-def look(host: Host, service: Service, env_file: str, record_path: str) -> Found:
-    """Everything that is there. Raises Refused, OSError."""
+def inspect(host: Host, service: Service, env_file: str, record_path: str) -> Found:
+    """Return everything that is there. Raises Problem, OSError."""
+    try:
+        record = read_record(record_path)
+    except ValueError as error:
+        raise refused(str(error)) from None
     legacy = legacy_services(host, service.platform)
     units = [each.unit_path for each in (service, *legacy) if os.path.exists(each.unit_path)]
     return Found(
-        record=read_record(record_path),
+        record=record,
         settings_text=read_text(env_file),
         unit_settings=unit_settings(units[0]) if units else {},
         legacy=legacy,
@@ -815,7 +1060,7 @@ def look(host: Host, service: Service, env_file: str, record_path: str) -> Found
 
 
 def stable_python() -> str:
-    """This interpreter, under a name that outlives virtual environments and small updates."""
+    """Return this interpreter by a path that survives virtual environments and small updates."""
     python = sys.executable
     if sys.prefix != sys.base_prefix:
         outside = os.path.join(sys.base_prefix, "bin", "python3")
@@ -830,8 +1075,8 @@ def stable_python() -> str:
 _PRIVATE_FOLDERS = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")
 
 
-def is_for_everybody(path: str) -> bool:
-    """Whether a service of the machine can read this file, sandboxed and as another user."""
+def is_readable_by_all(path: str) -> bool:
+    """Return whether a service of the machine can read this file, sandboxed and as another user."""
     real = os.path.realpath(path)
     if real.startswith(_PRIVATE_FOLDERS) or not os.path.exists(real):
         return False
@@ -845,115 +1090,108 @@ def is_for_everybody(path: str) -> bool:
 
 
 def python_for(here: str, *, is_system: bool) -> str:
-    """The interpreter that the service runs on. Raises Refused."""
+    """Return the interpreter that the service runs on. Raises Problem."""
     python = stable_python()
-    if is_system:
-        if not is_for_everybody(os.path.join(here, "ocp_server.py")):
-            raise Refused(
-                f"A service of the machine cannot read {here}. Move this folder to /opt/ocp, "
-                "and run setup.py_install.py there."
-            )
-        if not is_for_everybody(python):
-            raise Refused(
-                f"A service of the machine cannot run {python}. Use the system's own: "
-                "sudo /usr/bin/python3 setup.py_install.py --system"
-            )
+    if is_system and not is_readable_by_all(os.path.join(here, "ocp_server.py")):
+        raise refused(
+            f"A service of the machine cannot read {here}. Move this folder to /opt/ocp, "
+            "and run setup.py_install.py there."
+        )
+    if is_system and not is_readable_by_all(python):
+        raise refused(
+            f"A service of the machine cannot run {python}. Use the system's own: "
+            "sudo /usr/bin/python3 setup.py_install.py --system"
+        )
     # systemd takes the first word of a command as it stands: there is no way to write a dollar.
     if is_unwritable(python + here) or "$" in python:
-        raise Refused(f"No unit can name {python!r} or {here!r}: move them to a plainer path.")
+        raise refused(f"No unit can name {python!r} or {here!r}: move them to a plainer path.")
     return python
 
 
-# ==== 8. Settings ============================================================
-# Where the value of each setting comes from: the command line first, then the settings file, the
-# unit that is there, and this shell. Whether the server takes them is for the server to say: no
-# range is known here.
-
-PORT, BIND, AUTH_MODE = "CLAUDE_PROXY_PORT", "CLAUDE_BIND", "CLAUDE_AUTH_MODE"
-API_KEY = "PROXY_API_KEY"
-TOKEN = "CLAUDE_CODE_OAUTH_TOKEN"
-DEFAULTS = {PORT: "3456", BIND: "127.0.0.1"}
-#: Settings with an option of their own: (setting, attribute of the parsed arguments).
-OPTION_SETTINGS = (
-    (PORT, "port"),
-    (BIND, "bind"),
-    (AUTH_MODE, "auth_mode"),
-    ("OCP_DEFAULT_MODEL", "default_model"),
-)
-SECRETS = (API_KEY, "OCP_ADMIN_KEY", "PROXY_ANONYMOUS_KEY", TOKEN)
-#: What claude or the server needs to know of this shell, because a service would not have it.
-CARRIED = (
-    "CLAUDE_BIN", "CLAUDE_CONFIG_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
-    "https_proxy", "no_proxy", "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE", "SSL_CERT_DIR",
-)
-#: Of the environment in an earlier unit everything is taken over that starts like this ...
-_TAKEN_OVER = ("CLAUDE_", "OCP_", "PROXY_")
-#: ... except what only the original's own installation needed.
-_LEFT_BEHIND = ("OCP_DIR_OVERRIDE", "OCP_HOME", "CLAUDECODE")
+def installed_version(server_path: str) -> str:
+    """Return the version of the server in this file. Raises Problem if it is none."""
+    match = re.search(r'^VERSION = "([^"]+)"$', read_text(server_path), re.M)
+    if match is None:
+        raise refused(f"{server_path} is not the server of OCP: run this from its own folder.")
+    return match[1]
 
 
-class Sources(NamedTuple):
-    """Where values come from, first to last."""
-
-    options: dict[str, str]
-    file: dict[str, str]
-    unit: dict[str, str]
-    shell: dict[str, str]
+# ==== 8. Planning ============================================================
+# First where everything goes and with which settings; the server says whether it accepts them.
+# Then a list of actions: STEPS is the table of what an installation consists of, in order. A step
+# looks at the situation and yields its actions, also those that are done already.
 
 
-def sources(host: Host, options: argparse.Namespace, found: Found) -> Sources:
-    """The values of every place."""
-    given = ((name, getattr(options, attribute)) for name, attribute in OPTION_SETTINGS)
-    wanted = [*(name for name, _ in OPTION_SETTINGS), *SECRETS, *CARRIED]
-    unit = {
-        name: value for name, value in found.unit_settings.items()
-        if name in wanted or (name.startswith(_TAKEN_OVER) and name not in _LEFT_BEHIND)
-    }
-    shell = {name: host.environ[name] for name in wanted if host.environ.get(name)}
-    return Sources(
-        {name: value for name, value in given if value is not None},
-        settings_of(found.settings_text), unit, shell,
+def state_folder(host: Host) -> str:
+    """Return the folder of the record, and of the data of a user's service. Raises Problem."""
+    folder = ocp_home(host.environ, host.home)
+    for path in (folder, host.home):
+        if is_unwritable(path):
+            raise refused(f"No unit can name {path!r}: move it to a plainer path.")
+    return folder
+
+
+def planned_installation(host: Host, options: argparse.Namespace, service: Service) -> Installation:
+    """Return where everything goes, still without port and bind. Raises Problem."""
+    folder = state_folder(host)
+    is_system = options.system
+    launcher = "/usr/local/bin/ocp" if is_system else os.path.join(host.home, ".local/bin/ocp")
+    has_command = os.path.exists(os.path.join(host.here, "ocp.py"))
+    return Installation(
+        service=service,
+        python=python_for(host.here, is_system=is_system),
+        install_dir=host.here,
+        data_dir="/var/lib/ocp" if is_system else folder,
+        env_file="/etc/ocp/ocp.env" if is_system else os.path.join(folder, "ocp.env"),
+        launcher=launcher if has_command else None,
+        record_path=os.path.join(folder, "install.json"),
+        home=host.home,
+        account="ocp" if is_system else "",
+        port=0,
+        bind="",
     )
 
 
-def merged(places: Sources) -> dict[str, str]:
-    """Every setting with its value."""
-    return {**DEFAULTS, **places.shell, **places.unit, **places.file, **places.options}
+def with_address(install: Installation, values: Mapping[str, str]) -> Installation:
+    """Return the installation with its address. Raises Problem."""
+    text = values[PORT]
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) == 0:
+        raise refused(f"{PORT}={text}: a service needs a port that clients can rely on.")
+    return install._replace(
+        port=int(text), bind=values[BIND], is_secure=bool(values.get("OCP_TLS_CERT")))
 
 
-def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
-
-
-def check_openness(values: Mapping[str, str]) -> None:
-    """Raises Refused for a service that the whole network could use without anybody's decision."""
-    if is_loopback(values[BIND]) or values.get(AUTH_MODE) or values.get(API_KEY):
-        return
-    raise Refused(
-        f"On {values[BIND]} others can reach the service, so say who may use it:\n"
-        "  --auth-mode shared   whoever has the one key, which is made now\n"
-        "  --auth-mode multi    whoever has a key of their own, made later with `ocp keys add`\n"
-        "  --auth-mode none     everybody who can connect, at the expense of your plan"
-    )
-
-
-def path_for(host: Host, values: Mapping[str, str], data_dir: str, *, is_system: bool) -> str:
-    """The PATH of the service: where claude and node are now, and the usual places."""
+def path_for(host: Host, install: Installation, values: Mapping[str, str]) -> str:
+    """Return the PATH of the service: where claude and node are now, and the usual places."""
     usual = ["/usr/local/bin", "/usr/bin", "/bin"]
     if host.system == "Darwin":
         usual.insert(0, "/opt/homebrew/bin")
-    home = data_dir if is_system else host.home
+    home = install.data_dir if install.is_system else host.home
     programs = [values.get("CLAUDE_BIN") or host.which("claude"), host.which("node")]
     found = [os.path.dirname(each) for each in programs if each and os.path.isabs(each)]
-    if is_system:
+    if install.is_system:
         found = [each for each in found if not (each + "/").startswith(_PRIVATE_FOLDERS)]
     folders = dict.fromkeys([*found, os.path.join(home, ".local", "bin"), *usual])
-    # A PATH has no way to write a colon that is part of a name.
+    # A PATH cannot contain a folder with a colon in its name.
     return ":".join(each for each in folders if ":" not in each)
+
+
+def planned_values(
+    host: Host, options: argparse.Namespace, install: Installation, found: Found
+) -> dict[str, str]:
+    """Return the settings of the service. Raises Problem."""
+    values = merged_settings(
+        host, options, settings_of(found.settings_text), found.unit_settings)
+    for name, value in values.items():
+        if is_unwritable(value):
+            raise refused(f"{name} contains a line break or another control character.")
+    check_openness(values)
+    if values.get(AUTH_MODE) == "shared" and not values.get(API_KEY):
+        values[API_KEY] = "ocp_" + secrets.token_urlsafe(24)
+    if install.data_dir != os.path.join(host.home, ".ocp"):
+        values["OCP_HOME"] = install.data_dir
+    values.setdefault("PATH", path_for(host, install, values))
+    return values
 
 
 class Verdict(NamedTuple):
@@ -965,9 +1203,8 @@ class Verdict(NamedTuple):
     claude_problem: str
 
 
-def judged(host: Host, install: Installation, values: Mapping[str, str]) -> Verdict:
-    """What `ocp_server.py --check` says. It gets a state folder of its own, and writes nothing
-    elsewhere."""
+def check_settings(host: Host, install: Installation, values: Mapping[str, str]) -> Verdict:
+    """Return the verdict of `ocp_server.py --check`, run with an empty state folder."""
     kept = ("LANG", "LD_LIBRARY_PATH", "TMPDIR")
     inherited = {name: host.environ[name] for name in kept if name in host.environ}
     home = install.data_dir if install.is_system else install.home
@@ -975,23 +1212,36 @@ def judged(host: Host, install: Installation, values: Mapping[str, str]) -> Verd
         env = {**inherited, **values, "HOME": home, "OCP_HOME": scratch}
         command = [install.python, install.server_path, "--check"]
         whole = host.run(command, env)
-        if whole.returncode == 0:
+        if whole.code == 0:
             return Verdict("", "")
-        # The stand-in needs no claude, so that all that is left to complain about is settings.
+        # The demo needs no claude, so it complains about settings only.
         settings = host.run([*command, "--demo"], env)
-    if settings.returncode:
-        return Verdict(_complaint(settings), "")
-    return Verdict("", _complaint(whole))
+    if settings.code != 0:
+        return Verdict(_all_complaints(settings), "")
+    return Verdict("", _all_complaints(whole))
 
 
-def _complaint(done: subprocess.CompletedProcess[str]) -> str:
-    lines = [line[5:] if line.startswith("ocp: ") else line for line in done.stderr.splitlines()]
-    return "\n".join(lines) or f"{shlex.join(done.args)} ended with {done.returncode}"
+def _all_complaints(done: Completed) -> str:
+    lines = [line[5:] if line.startswith("ocp: ") else line for line in done.error.splitlines()]
+    return "\n".join(lines) or done.complaint
 
 
-# ==== 9. Planning ============================================================
-# A plan is a list of actions. STEPS is the table of what an installation consists of, in order; a
-# step looks at the situation and yields its actions, also those that are done already.
+def accepted_values(
+    host: Host, install: Installation, values: dict[str, str]
+) -> tuple[dict[str, str], str]:
+    """Return the settings, and why claude cannot be used with them.
+
+    They get a new PATH if claude has moved since the old one was written. Raises Problem for
+    settings that the server does not accept.
+    """
+    verdict = check_settings(host, install, values)
+    if verdict.problem:
+        raise refused("The server would not start with these settings:\n" + verdict.problem)
+    moved = {**values, "PATH": path_for(host, install, values)}
+    if verdict.claude_problem and moved != values:
+        if not check_settings(host, install, moved).claude_problem:
+            return moved, ""
+    return values, verdict.claude_problem
 
 
 class Situation(NamedTuple):
@@ -1000,7 +1250,7 @@ class Situation(NamedTuple):
     host: Host
     install: Installation
     found: Found
-    #: What the settings file has to say.
+    #: The content of the settings file.
     values: dict[str, str]
     should_start: bool
     #: Whether the service that runs is not the version in the folder.
@@ -1008,7 +1258,7 @@ class Situation(NamedTuple):
 
 
 def missing_folders(path: str, mode: int = 0o755) -> Iterator[MakeDir]:
-    """The folders that `path` needs, outermost first."""
+    """Yield the folders that `path` needs, outermost first."""
     missing = []
     while not os.path.isdir(path):
         missing.append(MakeDir(path, mode))
@@ -1017,7 +1267,7 @@ def missing_folders(path: str, mode: int = 0o755) -> Iterator[MakeDir]:
 
 
 def plan_settings(situation: Situation) -> Iterator[Action]:
-    """The settings file."""
+    """Plan the settings file."""
     env_file = situation.install.env_file
     text = edited_settings(situation.found.settings_text, situation.values)
     yield from missing_folders(os.path.dirname(env_file), 0o700)
@@ -1025,32 +1275,8 @@ def plan_settings(situation: Situation) -> Iterator[Action]:
     yield WriteFile(env_file, content, 0o600, "settings", is_data=True)
 
 
-def plan_unit(situation: Situation) -> Iterator[Action]:
-    """The unit, which names the settings file."""
-    install = situation.install
-    service = install.service
-    if service.platform == "none":
-        return
-    content = systemd_unit(install).encode("utf-8", "surrogateescape")
-    if service.platform == "launchd":
-        content = launchd_plist(install)
-        yield from missing_folders(os.path.dirname(install.log_path), 0o700)
-    yield from missing_folders(os.path.dirname(service.unit_path))
-    yield WriteFile(service.unit_path, content, 0o644, "unit", then=service.reload)
-
-
-def plan_launcher(situation: Situation) -> Iterator[Action]:
-    """The program `ocp`."""
-    install = situation.install
-    if install.launcher is None:
-        return
-    content = launcher_script(install).encode("utf-8", "surrogateescape")
-    yield from missing_folders(os.path.dirname(install.launcher))
-    yield WriteFile(install.launcher, content, 0o755, "the ocp command")
-
-
 def plan_account(situation: Situation) -> Iterator[Action]:
-    """The user that a service of the machine runs as. It stays, because it owns files."""
+    """Plan the user that a service of the machine runs as. It stays, because it owns files."""
     install = situation.install
     if not install.account:
         return
@@ -1066,22 +1292,41 @@ def plan_account(situation: Situation) -> Iterator[Action]:
     )
 
 
-def legacy_port(service: Service) -> str:
-    """The port that a service of the original was given."""
-    return unit_settings(service.unit_path).get(PORT) or DEFAULTS[PORT]
+def plan_unit(situation: Situation) -> Iterator[Action]:
+    """Plan the unit, which names the settings file."""
+    install = situation.install
+    service = install.service
+    if service.platform == "none":
+        return
+    content = systemd_unit(install).encode("utf-8", "surrogateescape")
+    if service.platform == "launchd":
+        content = launchd_plist(install)
+        yield from missing_folders(os.path.dirname(install.log_path), 0o700)
+    yield from missing_folders(os.path.dirname(service.unit_path))
+    yield WriteFile(service.unit_path, content, 0o644, "unit", then=service.reload)
+
+
+def plan_launcher(situation: Situation) -> Iterator[Action]:
+    """Plan the program `ocp`."""
+    install = situation.install
+    if install.launcher is None:
+        return
+    content = launcher_script(install).encode("utf-8", "surrogateescape")
+    yield from missing_folders(os.path.dirname(install.launcher))
+    yield WriteFile(install.launcher, content, 0o755, "the ocp command")
 
 
 def plan_legacy(situation: Situation) -> Iterator[Action]:
-    """Services of the original give way if they want the same port. Their files stay."""
+    """Stop services of the original that use the same port. Their files stay."""
     host, values = situation.host, situation.values
     for old in situation.found.legacy:
         if legacy_port(old) != values[PORT]:
             continue
         is_active = host.succeeds(old.is_active)
-        what = "the original's service gives way"
+        what = "the original's service frees the port"
         if old.platform == "launchd":
             target = old.disable[-1]
-            # Taken back in the other order, because a disabled agent does not start.
+            # They are undone in the other order, because a disabled agent does not start.
             yield Run(old.disable, what, is_active, old.start)
             yield Run(("launchctl", "disable", target), what, is_active, old.enable)
         else:
@@ -1091,20 +1336,19 @@ def plan_legacy(situation: Situation) -> Iterator[Action]:
 
 
 def plan_enable(situation: Situation) -> Iterator[Action]:
-    """The service starts with the machine or the session."""
-    service = situation.install.service
-    if service.enable:
-        recorded = any(
-            entry.get("command") == list(service.enable)
-            for entry in (situation.found.record or {"actions": []})["actions"]
-        )
-        needed = not (situation.found.is_enabled if service.is_enabled else recorded)
-        when = "start it with the machine" if situation.install.is_system else "start it at login"
-        yield Run(service.enable, when, needed, service.disable, is_ours=True)
+    """Let the service start with the machine or the session."""
+    service, found = situation.install.service, situation.found
+    if not service.enable:
+        return
+    is_recorded = any(entry.get("command") == list(service.enable)
+                      for entry in (found.record or {"actions": []})["actions"])
+    is_enabled = found.is_enabled if service.is_enabled else is_recorded
+    when = "start it with the machine" if situation.install.is_system else "start it at login"
+    yield Run(service.enable, when, not is_enabled, service.disable, is_ours=True)
 
 
 def plan_linger(situation: Situation) -> Iterator[Action]:
-    """The service runs without its user being logged in."""
+    """Let the service run while its user is logged out."""
     if situation.install.service.platform == "systemd-user":
         user = situation.host.user
         yield Run(
@@ -1117,23 +1361,21 @@ def plan_linger(situation: Situation) -> Iterator[Action]:
 
 
 def is_unfinished(record: Optional[Json]) -> bool:
-    """Whether an earlier run was interrupted, so that a running service may not know its files."""
+    """Return whether an earlier run was interrupted: a running service may have old files."""
     return record is not None and not record.get("complete", True)
 
 
 def plan_start(situation: Situation) -> Iterator[Action]:
-    """The service runs, with the files as they are planned."""
+    """Let the service run with the files as they are planned."""
     service, found = situation.install.service, situation.found
     if service.reload and is_unfinished(found.record):
         yield Run(service.reload, "after an interrupted installation", True)
     if not service.start or not situation.should_start:
         return
-    pending = [
-        action for step in (plan_settings, plan_unit) for action in step(situation)
-        if not is_done(action)
-    ]
-    stale = bool(pending) or situation.is_outdated or is_unfinished(found.record)
-    needed = stale or not found.is_active
+    is_changed = any(not is_done(action) for step in (plan_settings, plan_unit)
+                     for action in step(situation))
+    is_stale = is_changed or situation.is_outdated or is_unfinished(found.record)
+    needed = is_stale or not found.is_active
     if service.stop_first:
         yield Run(service.stop_first, "stop it", needed and found.is_active)
     attempts = 5 if service.platform == "launchd" else 1
@@ -1153,18 +1395,63 @@ STEPS: tuple[Callable[[Situation], Iterable[Action]], ...] = (
 
 
 def plan(situation: Situation) -> list[Action]:
-    """All actions, in order; a folder that several need comes once."""
+    """Return all actions, in order; a folder that several need comes once."""
     actions = [action for step in STEPS for action in step(situation)]
     return [action for at, action in enumerate(actions) if action not in actions[:at]]
 
 
-# ==== 10. Record =============================================================
-# install.json says what is installed, and everything that was done for it. It is on disk before
-# the action is, so that whatever an interruption leaves behind is in it.
+def busy_problem(bind: str, port: int) -> str:
+    """Return why a server could not listen there, empty if it could."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind) as attempt:
+            attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            attempt.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    except UnicodeError:
+        return "no host has such a name"
+    return ""
+
+
+def check_port(situation: Situation) -> None:
+    """Raise Problem if another program has the port."""
+    install, found = situation.install, situation.found
+    port_before = settings_of(found.settings_text).get(PORT, DEFAULTS[PORT])
+    is_own = found.is_active and port_before == str(install.port)
+    becomes_free = any(legacy_port(old) == str(install.port) for old in found.legacy)
+    if is_own or becomes_free or not situation.should_start:
+        return
+    problem = busy_problem(install.bind, install.port)
+    if problem:
+        raise refused(
+            f"Nothing can listen on {install.bind} port {install.port}: {problem}. End what uses "
+            "it (an OCP that was started by hand, perhaps), or take another port with --port."
+        )
+
+
+def check_platform(service: Service, found: Found, note: str) -> None:
+    """Raise Problem if OCP is installed here in another way."""
+    before = (found.record or {"platform": "none"})["platform"]
+    if before in (service.platform, "none"):
+        return
+    if service.platform == "none":
+        raise refused(note)
+    raise refused(
+        f"OCP is installed here as {before} already. "
+        "Run uninstall.py first; it keeps your settings and data."
+    )
+
+
+# ==== 9. Record ==============================================================
+# install.json says what is installed, and everything that was done for it. An action is in it
+# before it is performed, so that whatever an interruption leaves behind is known.
 
 
 def written_entry(entries: Iterable[Json], action: Action) -> Optional[Json]:
-    """What is said already about the file of an action."""
+    """Return the entry of an action's file, None if there is none."""
     for entry in entries:
         if isinstance(action, WriteFile) and entry.get("kind") == "write_file" \
                 and entry.get("path") == action.path:
@@ -1198,40 +1485,40 @@ class Record:
         }
 
     def _index(self, entry: Json) -> int:
-        """Where the same thing stands already, or the end."""
+        """Return where the same thing stands already, or the end."""
         for at, known in enumerate(self._entries):
             if all(known.get(name) == entry.get(name) for name in ("kind", "path", "command")):
                 return at
         return len(self._entries)
 
     def entry_of(self, action: Action) -> Json:
-        """What would be said about an action now. Raises OSError."""
+        """Return the entry that an action would get now. Raises OSError."""
         return entry_for(action, written_entry(self._entries, action))
 
     def note(self, action: Action) -> Json:
-        """The entry for an action, which replaces what was said about the same thing."""
+        """Enter an action, in the place of an entry about the same thing."""
         entry = self.entry_of(action)
         at = self._index(entry)
         self._entries[at:at + 1] = [entry]
         return entry
 
     def adopt(self, actions: Iterable[Action]) -> None:
-        """Notes what is already as planned, and ours to take away."""
+        """Enter what is already as planned and has to go with OCP."""
         for action in actions:
-            ours = isinstance(action, WriteFile) or (isinstance(action, Run) and action.is_ours)
-            if ours and is_done(action):
+            is_ours = isinstance(action, WriteFile) or (isinstance(action, Run) and action.is_ours)
+            if is_ours and is_done(action):
                 self.note(action)
 
     def as_json(self, *, complete: bool) -> Json:
-        """What the file says."""
+        """Return the content of the file."""
         return {**self.fields, "complete": complete, "actions": self._entries}
 
     def is_current(self) -> bool:
-        """Whether the file says all that already."""
+        """Return whether the file has this content already."""
         return self._earlier == self.as_json(complete=True)
 
     def save(self, *, complete: bool) -> None:
-        """Puts it on disk. Raises OSError."""
+        """Write the file. Raises OSError."""
         os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
         text = json.dumps(self.as_json(complete=complete), indent=2) + "\n"
         write_whole(self._path, text.encode("ascii"), 0o600)
@@ -1244,7 +1531,7 @@ def apply(
     host: Host, actions: Iterable[Action], record: Record, say: Callable[[str], None],
     performer: Performer = perform,
 ) -> None:
-    """Does what is not done, each step recorded ahead. Raises Failed, OSError."""
+    """Perform what is not done, each action recorded before. Raises StepFailed, OSError."""
     planned = list(actions)
     record.adopt(planned)
     record.save(complete=False)
@@ -1253,68 +1540,42 @@ def apply(
             continue
         entry = record.note(action)
         record.save(complete=False)
-        say(f"  {described(action, host.home)}")
+        say(f"  {describe(action, host.home)}")
         complaint = performer(host, action, entry)
         if complaint:
             say(f"    {complaint}")
     record.save(complete=True)
 
 
-# ==== 11. Verifying ==========================================================
-# What was measured, never what was hoped: the service has to answer as the version that was
-# installed, and, unless told otherwise, to answer one question of a few words.
+# ==== 10. Verification =======================================================
+# The service has to answer as the version that was installed and, unless --skip-answer was given,
+# to answer one question of a few words.
 
 _QUESTION = "Say hello in one word."
 _START_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 120.0
 
 
-def http_json(
-    url: str, body: Optional[Json] = None, key: str = "", timeout_s: float = 5
-) -> tuple[int, Json]:
-    """Status and JSON of an answer of the service. Never through a proxy. Raises OSError."""
-    parts = urllib.parse.urlsplit(url)
-    connect: Any = http.client.HTTPConnection
-    if parts.scheme == "https":
-        # It is this machine's own, whatever name its certificate is for.
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        connect = functools.partial(http.client.HTTPSConnection, context=context)
-    connection = connect(parts.hostname or "", parts.port, timeout=timeout_s)
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    try:
-        content = None if body is None else json.dumps(body)
-        connection.request("GET" if body is None else "POST", parts.path, content, headers)
-        response = connection.getresponse()
-        answer = json.loads(response.read(1 << 20))
-    except (http.client.HTTPException, ValueError) as problem:
-        raise OSError(f"no OCP answers there ({problem})") from None
-    finally:
-        connection.close()
-    return response.status, answer if isinstance(answer, dict) else {}
+def any_certificate() -> ssl.SSLContext:
+    """Return a context for this machine's own server, whatever name its certificate is for."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def served_version(url: str) -> str:
-    """The version of the OCP that answers there, or an empty text."""
+    """Return the version of the OCP that answers there, empty if there is none."""
     try:
-        return str(http_json(f"{url}/health")[1].get("version", ""))
-    except OSError:
-        return ""
-
-
-def installed_version(server_path: str) -> str:
-    """The version of the server in this file. Raises Refused if it is none."""
-    match = re.search(r'^VERSION = "([^"]+)"$', read_text(server_path), re.M)
-    if match is None:
-        raise Refused(f"{server_path} is not the server of OCP: run this from its own folder.")
-    return match[1]
+        health = http_json("GET", f"{url}/health", timeout_s=5, tls=any_certificate())
+    except HttpProblem as problem:
+        # A server that is not ready says so with 503, and with its version.
+        health = problem.body
+    return str(health.get("version", "")) if isinstance(health, dict) else ""
 
 
 def wait_for_version(url: str, version: str, timeout_s: float = _START_TIMEOUT_S) -> str:
-    """The version that answers: the wanted one as soon as it does, else what is there at last."""
+    """Wait until this version answers; return the version that answers at the end."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         served = served_version(url)
@@ -1324,64 +1585,52 @@ def wait_for_version(url: str, version: str, timeout_s: float = _START_TIMEOUT_S
 
 
 class Answer(NamedTuple):
-    """How the question went."""
+    """The result of the question."""
 
     #: Whether there was an answer; None = it could not be asked.
     ok: Optional[bool]
     words: str
-    #: What kind of failure it was, in the words of the API.
+    #: The API's code for the failure.
     code: str = ""
 
 
 def ask(install: Installation, values: Mapping[str, str]) -> Answer:
-    """One real question. Blocks until there is an answer."""
+    """Ask one real question. Blocks until there is an answer."""
     key = values.get(API_KEY) or values.get("OCP_ADMIN_KEY") or ""
     key = key or read_text(os.path.join(install.data_dir, "admin-key")).strip()
     body = {"messages": [{"role": "user", "content": _QUESTION}], "model": "haiku",
             "max_tokens": 64}
     began_s = time.monotonic()
     try:
-        status, answer = http_json(
-            f"{install.url}/v1/chat/completions", body, key, _ANSWER_TIMEOUT_S
-        )
-    except OSError as problem:
-        return Answer(False, f"The question was not answered: {problem}")
-    took_s = time.monotonic() - began_s
-    if status == 200 and answer.get("choices"):
+        answer = http_json("POST", f"{install.url}/v1/chat/completions", body, key,
+                           _ANSWER_TIMEOUT_S, any_certificate())
         text = str(answer["choices"][0]["message"]["content"])
-        return Answer(True, f"It answered {' '.join(text.split())[:60]!r} in {took_s:.1f} s.")
-    error = answer.get("error") or {}
-    code = str(error.get("code") or "")
-    if code == "invalid_api_key":
-        return Answer(None, "No question was asked: no key is known here that the API takes.")
-    return Answer(False, f"The question failed: {error.get('message') or status}", code)
+    except HttpProblem as problem:
+        error = problem.body.get("error") if isinstance(problem.body, dict) else None
+        code = str(error.get("code") or "") if isinstance(error, dict) else ""
+        if code == "invalid_api_key":
+            return Answer(None, "No question was asked: no key is known here that the API accepts.")
+        return Answer(False, f"The question failed: {problem}", code)
+    except (KeyError, IndexError, TypeError):
+        return Answer(False, "The question failed: the answer is not one of OCP.")
+    took_s = time.monotonic() - began_s
+    return Answer(True, f"It answered {' '.join(text.split())[:60]!r} in {took_s:.1f} s.")
 
 
 def claude_advice(install: Installation, host: Host, problem: str) -> list[str]:
-    """The commands that install claude."""
+    """Return the commands that log claude in, and with a `problem` those that install it."""
     who = f"sudo -u {install.account} -H " if install.account else ""
     sudo = "sudo " if install.account else ""
-    return [
-        f"claude cannot be used yet: {problem}",
-        f"  install it:      {sudo}npm install -g @anthropic-ai/claude-code@latest",
-        f"  then log in:     {who}claude auth login",
-        *_headless_login(install, host),
-    ]
-
-
-def login_advice(install: Installation, host: Host) -> list[str]:
-    """The commands that log claude in."""
-    who = f"sudo -u {install.account} -H " if install.account else ""
-    return [
-        "claude is not logged in.",
-        f"  with a browser:  {who}claude auth login",
-        *_headless_login(install, host),
-    ]
-
-
-def _headless_login(install: Installation, host: Host) -> list[str]:
+    lead = ["claude is not logged in.", f"  with a browser:  {who}claude auth login"]
+    if problem:
+        lead = [
+            f"claude cannot be used yet: {problem}",
+            f"  install it:      {sudo}npm install -g @anthropic-ai/claude-code@latest",
+            f"  then log in:     {who}claude auth login",
+        ]
     again = install.service.restart_words
     return [
+        *lead,
         "  without one:     claude setup-token      (on any machine that has a browser)",
         f"                   and put its token into {shown_path(install.env_file, host.home)} as",
         f"                   {TOKEN}=the-token",
@@ -1389,9 +1638,9 @@ def _headless_login(install: Installation, host: Host) -> list[str]:
     ]
 
 
-# ==== 12. OpenClaw ===========================================================
-# ocp_connect.py beside this file is the one that knows how OpenClaw is told about a server. It is
-# run after the service answers; an installation is a good one whatever becomes of this.
+# ==== 11. OpenClaw ===========================================================
+# ocp_connect.py beside this file knows how OpenClaw is told about a server. It runs after the
+# service answers, and its failure does not make the installation fail.
 
 #: OpenClaw takes seconds for each of its own commands.
 _CONNECT_TIMEOUT_S = 240.0
@@ -1405,26 +1654,26 @@ class OpenClaw(NamedTuple):
     is_connected: bool = False
 
 
-def connect_script(here: str) -> str:
-    """The client set-up, which may be missing."""
-    return os.path.join(here, "ocp_connect.py")
+def connect_script(folder: str) -> str:
+    """Return the path of ocp_connect.py, which may be missing."""
+    return os.path.join(folder, "ocp_connect.py")
 
 
-def look_for_openclaw(host: Host) -> OpenClaw:
-    """Whether OpenClaw is here, as far as that can be seen."""
+def find_openclaw(host: Host) -> OpenClaw:
+    """Return whether OpenClaw is here, as far as that can be seen."""
     script = connect_script(host.here)
     if not os.path.exists(script):
         return OpenClaw()
     listed = host.run((sys.executable, script, "--list", "--json"))
     try:
-        row = next(row for row in json.loads(listed.stdout) if row["name"] == "openclaw")
+        row = next(row for row in json.loads(listed.output) if row["name"] == "openclaw")
         return OpenClaw(bool(row["here"]), bool(row["connected"]))
     except (ValueError, KeyError, TypeError, StopIteration):
         return OpenClaw()
 
 
 class Job(NamedTuple):
-    """An installation that was thought through."""
+    """A whole installation, ready to be shown and done."""
 
     situation: Situation
     actions: list[Action]
@@ -1436,7 +1685,7 @@ class Job(NamedTuple):
 
 
 def registration(install: Installation, provider_name: str) -> Run:
-    """The command that tells OpenClaw about the service, and the one that takes that back."""
+    """Return the command that tells OpenClaw about the service, and the one that undoes it."""
     program = (install.python, connect_script(install.install_dir))
     only = ("--only", "openclaw", "--yes")
     named = ("--provider-name", provider_name) if provider_name else ()
@@ -1445,7 +1694,7 @@ def registration(install: Installation, provider_name: str) -> Run:
 
 
 def register_with_openclaw(job: Job, provider_name: str, record: Record) -> Iterator[str]:
-    """Makes OCP a provider of OpenClaw; what there is to say about it. Raises OSError."""
+    """Make OCP a provider of OpenClaw; yield what there is to say about it. Raises OSError."""
     install, values, host = job.situation.install, job.situation.values, job.situation.host
     action = registration(install, provider_name)
     if not job.openclaw.is_connected:
@@ -1455,7 +1704,7 @@ def register_with_openclaw(job: Job, provider_name: str, record: Record) -> Iter
     env = {**host.environ, **({"OCP_CONNECT_KEY": key} if key else {})}
     done = host.run(action.command, env, _CONNECT_TIMEOUT_S)
     try:
-        said = json.loads(done.stdout)
+        said = json.loads(done.output)
         left = [f"{each['path']} {each['reason']}" for each in said["byHand"]]
         if said["written"]:
             yield "OCP is a provider of OpenClaw now."
@@ -1466,21 +1715,22 @@ def register_with_openclaw(job: Job, provider_name: str, record: Record) -> Iter
         if values.get(AUTH_MODE) == "multi":
             yield f"OpenClaw needs a key: `ocp keys add openclaw`, then `{again} --key KEY`."
         else:
-            yield f"OpenClaw was not told: {done.stderr.strip()} Try again with `{again}`."
+            yield f"OpenClaw was not told: {done.complaint} Try again with `{again}`."
 
 
-# ==== 13. Command line =======================================================
-# The phases in their order: look, plan, show, ask, act, verify.
+# ==== 12. Command line =======================================================
+# The phases in their order: inspect, plan, show, ask, act, verify.
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(
         prog="setup.py_install.py",
         description="Installs OCP as a service that runs from this folder. An option that is left "
         "out keeps the setting of an earlier installation.",
-        epilog="Exit codes: 0 installed and answering, 1 a step failed, 2 nothing was done, "
-        "3 installed, but claude is missing, not logged in or not answering.",
+        epilog="Exit codes: 0 installed and answering; 1 a step failed, or you said no; 2 nothing "
+        "was done, the message says why; 3 installed, but claude is missing, not logged in or not "
+        "answering; 130 interrupted.",
     )
     add = parser.add_argument
     add("--port", metavar="N", help=f"TCP port of the service (default {DEFAULTS[PORT]})")
@@ -1491,171 +1741,44 @@ def argument_parser() -> argparse.ArgumentParser:
         help="a sandboxed service of the machine, with a user of its own (systemd, as root)")
     add("--no-start", action="store_true", help="install everything, but start nothing now")
     add("--no-openclaw", action="store_true", help="do not touch OpenClaw, if it is here")
-    add("--provider-name", metavar="NAME", help="what OCP is called in OpenClaw")
+    add("--provider-name", metavar="NAME", help="the name of OCP in OpenClaw")
     add("--skip-answer", action="store_true", help="do not ask the plan one question at the end")
     add("--dry-run", action="store_true", help="show the plan and change nothing")
     add("--yes", action="store_true", help="do not ask before acting")
     return parser
 
 
-def state_folder(host: Host) -> str:
-    """Where the record is, and the data of a service of the user. Raises Refused."""
-    named = host.environ.get("OCP_HOME") or "~/.ocp"
-    folder = os.path.join(host.home, named[2:]) if named.startswith("~/") else named
-    for path in (folder, host.home):
-        if is_unwritable(path):
-            raise Refused(f"No unit can name {path!r}: move it to a plainer path.")
-    return os.path.abspath(folder)
-
-
-def planned_installation(host: Host, options: argparse.Namespace, service: Service) -> Installation:
-    """Where everything goes. Port and bind are still to come. Raises Refused."""
-    folder = state_folder(host)
-    is_system = options.system
-    launcher = "/usr/local/bin/ocp" if is_system else os.path.join(host.home, ".local/bin/ocp")
-    has_command = os.path.exists(os.path.join(host.here, "ocp.py"))
-    return Installation(
-        service=service,
-        python=python_for(host.here, is_system=is_system),
-        install_dir=host.here,
-        data_dir="/var/lib/ocp" if is_system else folder,
-        env_file="/etc/ocp/ocp.env" if is_system else os.path.join(folder, "ocp.env"),
-        launcher=launcher if has_command else None,
-        record_path=os.path.join(folder, "install.json"),
-        home=host.home,
-        account="ocp" if is_system else "",
-        port=0,
-        bind="",
-    )
-
-
-def planned_values(
-    host: Host, options: argparse.Namespace, install: Installation, found: Found
-) -> dict[str, str]:
-    """The settings of the service. Raises Refused."""
-    places = sources(host, options, found)
-    values = merged(places)
-    for name, value in values.items():
-        if is_unwritable(value):
-            raise Refused(f"{name} has a line break or another control character in it.")
-    check_openness(values)
-    if values.get(AUTH_MODE) == "shared" and not values.get(API_KEY):
-        values[API_KEY] = "ocp_" + secrets.token_urlsafe(24)
-    if install.data_dir != os.path.join(host.home, ".ocp"):
-        values["OCP_HOME"] = install.data_dir
-    values.setdefault(
-        "PATH", path_for(host, values, install.data_dir, is_system=install.is_system)
-    )
-    return values
-
-
-def _number(text: str) -> int:
-    """The port of a setting; 0 for whatever the server will refuse."""
-    return int(text) if re.fullmatch(r"[0-9]{1,5}", text) else 0
-
-
-def with_address(install: Installation, values: Mapping[str, str]) -> Installation:
-    """The installation with its address. Raises Refused."""
-    port = _number(values[PORT])
-    if port == 0:
-        raise Refused(f"{PORT}={values[PORT]}: a service needs a port that clients can rely on.")
-    return install._replace(
-        port=port, bind=values[BIND], is_secure=bool(values.get("OCP_TLS_CERT")))
-
-
-def busy_problem(bind: str, port: int) -> str:
-    """Why a server could not listen there, or an empty text."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind) as attempt:
-            attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            attempt.bind(address)
-    except OSError as problem:
-        return problem.strerror or str(problem)
-    except UnicodeError:
-        return "no host has such a name"
-    return ""
-
-
-def check_port(situation: Situation) -> None:
-    """Raises Refused if somebody else has the port."""
-    install, found = situation.install, situation.found
-    port_before = settings_of(found.settings_text).get(PORT, DEFAULTS[PORT])
-    own = found.is_active and port_before == str(install.port)
-    makes_way = any(legacy_port(old) == str(install.port) for old in found.legacy)
-    if own or makes_way or not situation.should_start:
-        return
-    problem = busy_problem(install.bind, install.port)
-    if problem:
-        raise Refused(
-            f"Nothing can listen on {install.bind} port {install.port}: {problem}. End what uses "
-            "it (an OCP that was started by hand, perhaps), or take another one with --port."
-        )
-
-
-def settled_path(
-    host: Host, install: Installation, values: dict[str, str]
-) -> tuple[dict[str, str], str]:
-    """The settings, with a fresh PATH if claude has moved since the old one was written, and why
-    claude cannot be used. Raises Refused for settings that the server does not take."""
-    verdict = judged(host, install, values)
-    if verdict.problem:
-        raise Refused("The server would not start with these settings:\n" + verdict.problem)
-    fresh = path_for(host, values, install.data_dir, is_system=install.is_system)
-    if verdict.claude_problem and values["PATH"] != fresh:
-        moved = {**values, "PATH": fresh}
-        if not judged(host, install, moved).claude_problem:
-            return moved, ""
-    return values, verdict.claude_problem
-
-
-def check_platform(service: Service, found: Found, note: str) -> None:
-    """Raises Refused if OCP is installed here in another way."""
-    before = (found.record or {"platform": "none"})["platform"]
-    if before in (service.platform, "none"):
-        return
-    if service.platform == "none":
-        raise Refused(note)
-    raise Refused(
-        f"OCP is installed here as {before} already. "
-        "Run uninstall.py first; it keeps your settings and data."
-    )
-
-
 def prepare(host: Host, options: argparse.Namespace) -> Job:
-    """Looks and plans; changes nothing. Raises Refused."""
+    """Inspect and plan; change nothing. Raises Problem."""
     try:
-        return planned_job(host, options)
-    except OSError as problem:
-        raise Refused(f"{problem}\nNothing was changed.") from None
+        return _prepared(host, options)
+    except OSError as error:
+        raise refused(f"{error}\nNothing was changed.") from None
 
 
-def planned_job(host: Host, options: argparse.Namespace) -> Job:
-    """What `prepare` gives. Raises Refused, OSError."""
+def _prepared(host: Host, options: argparse.Namespace) -> Job:
     service, note = find_service(host, state_folder(host), is_system=options.system)
     install = planned_installation(host, options, service)
-    found = look(host, service, install.env_file, install.record_path)
+    found = inspect(host, service, install.env_file, install.record_path)
     check_platform(service, found, note)
     version = installed_version(install.server_path)
     values = planned_values(host, options, install, found)
-    # Settings are judged before the port is looked at: a wrong port is not a port in use.
-    values, claude_problem = settled_path(host, install, values)
+    # The settings are checked before the port is: a wrong port is not a port in use.
+    values, claude_problem = accepted_values(host, install, values)
     install = with_address(install, values)
     should_start = service.platform != "none" and not options.no_start
     is_outdated = found.is_active and served_version(install.url) != version
     situation = Situation(host, install, found, values, should_start, is_outdated)
     check_port(situation)
-    notes = [each for each in (note, *remarks(host, options, situation)) if each]
-    openclaw = OpenClaw() if options.no_openclaw else look_for_openclaw(host)
+    notes = [each for each in (note, *notes_about(situation)) if each]
+    openclaw = OpenClaw() if options.no_openclaw else find_openclaw(host)
     return Job(situation, plan(situation), version, claude_problem, notes, openclaw)
 
 
-def remarks(host: Host, options: argparse.Namespace, situation: Situation) -> Iterator[str]:
-    """What somebody might expect and does not happen, or happens and should be known."""
+def notes_about(situation: Situation) -> Iterator[str]:
+    """Yield what the user may expect and does not happen, or should know."""
     install, values, found = situation.install, situation.values, situation.found
-    shell = sources(host, options, found).shell
+    shell = shell_settings(situation.host)
     for name in SECRETS:
         if name in shell and shell[name] != values.get(name):
             yield (f"{name} of this shell is not the service's, which stays; "
@@ -1663,12 +1786,12 @@ def remarks(host: Host, options: argparse.Namespace, situation: Situation) -> It
     if not is_loopback(install.bind) and values.get(AUTH_MODE) == "none":
         yield f"ATTENTION: whoever can connect to {install.bind} may use your plan."
     if install.service.platform == "systemd-user" and found.lingers is None:
-        yield "It could not be seen whether the service keeps running when you log out."
+        yield "It is unknown whether the service keeps running when you log out."
     for old in found.legacy:
         yield (f"The original's {old.label} is installed; its settings are taken over where "
                "nothing else says otherwise. uninstall.py --legacy removes it.")
     folder = os.path.dirname(install.launcher or "")
-    if folder and folder not in host.environ.get("PATH", "").split(":"):
+    if folder and folder not in situation.host.environ.get("PATH", "").split(":"):
         yield (f"`ocp` will not be found, because its folder is not on your PATH. Add this to your "
                f'shell\'s profile: export PATH={shlex.quote(folder)}:"$PATH"')
 
@@ -1677,11 +1800,11 @@ _SECRET_NAME = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 
 
 def setting_lines(situation: Situation) -> Iterator[str]:
-    """How the settings file changes; secrets are only named."""
+    """Yield how the settings file changes, without secrets."""
     old = settings_of(situation.found.settings_text)
     for name, value in situation.values.items():
         if old.get(name) != value:
-            # Addresses of proxies may have a password in them.
+            # The address of a proxy may contain a password.
             is_secret = name in SECRETS or _SECRET_NAME.search(name) or "@" in value
             shown = "(secret)" if is_secret else quoted(value)
             yield f"      {name}={shown}"
@@ -1690,18 +1813,18 @@ def setting_lines(situation: Situation) -> Iterator[str]:
 def show(
     job: Job, pending: list[Action], record: Record, options: argparse.Namespace
 ) -> None:
-    """The plan, for people."""
+    """Print the plan."""
     situation = job.situation
     install, home = situation.install, situation.host.home
     print(f"OCP {job.version} in {shown_path(install.install_dir, home)}, on {install.python}")
     if pending:
         print("This will be done:")
     for action in pending:
-        print(f"  {described(action, home)}")
+        print(f"  {describe(action, home)}")
         if isinstance(action, WriteFile) and action.path == install.env_file:
             print("\n".join(setting_lines(situation)))
         if isinstance(action, WriteFile) and record.entry_of(action).get("backup"):
-            print("      what was there is kept beside it")
+            print("      the present file is kept beside it")
     if pending and situation.should_start and not options.skip_answer and not job.claude_problem:
         print("  ask the plan one question of a few words (--skip-answer leaves it out)")
     if pending and job.openclaw.is_here and situation.should_start:
@@ -1713,21 +1836,13 @@ def show(
     sys.stdout.flush()
 
 
-def confirmed(host: Host, options: argparse.Namespace) -> bool:
-    """Whether to go on. Raises Refused when there is nobody to ask."""
-    if options.yes:
-        return True
-    if not host.is_terminal:
-        raise Refused("There is no terminal to ask on: --yes goes on, --dry-run only shows.")
-    return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
-
-
 def verify(job: Job, options: argparse.Namespace, *, with_answer: bool) -> Exit:
-    """Says what can be seen of the service, if it is meant to run."""
+    """Say what can be seen of the service, if it is meant to run."""
     situation = job.situation
     install, host = situation.install, situation.host
+    not_ready = Exit.UNREACHABLE if job.claude_problem else Exit.OK
     if not situation.should_start:
-        return Exit.NOT_READY if job.claude_problem else Exit.OK
+        return not_ready
     served = wait_for_version(install.url, job.version)
     if served != job.version:
         state = f"version {served} answers" if served else "nothing answers"
@@ -1735,21 +1850,19 @@ def verify(job: Job, options: argparse.Namespace, *, with_answer: bool) -> Exit:
               f"  {install.service.logs}", file=sys.stderr)
         return Exit.FAILED
     print(f"OCP {served} runs on {install.url}/v1")
-    if job.claude_problem:
-        return Exit.NOT_READY
-    if not with_answer or options.skip_answer:
-        return Exit.OK
+    if job.claude_problem or not with_answer or options.skip_answer:
+        return not_ready
     answer = ask(install, situation.values)
     print(answer.words)
     if answer.code == "upstream_login_required":
-        print("\n".join(login_advice(install, host)))
-    return Exit.NOT_READY if answer.ok is False else Exit.OK
+        print("\n".join(claude_advice(install, host, "")))
+    return Exit.UNREACHABLE if answer.ok is False else Exit.OK
 
 
 def conclude(
     job: Job, options: argparse.Namespace, record: Record, *, with_answer: bool
 ) -> Exit:
-    """Verifies, and tells OpenClaw of a service that runs. Raises OSError."""
+    """Verify, and tell OpenClaw about a service that runs. Raises OSError."""
     code = verify(job, options, with_answer=with_answer)
     if code != Exit.FAILED and job.openclaw.is_here and job.situation.should_start:
         for line in register_with_openclaw(job, options.provider_name or "", record):
@@ -1758,7 +1871,7 @@ def conclude(
 
 
 def closing_words(job: Job) -> Iterator[str]:
-    """Where the keys are and what is next."""
+    """Yield where the keys are and what is next."""
     install, values = job.situation.install, job.situation.values
     home = job.situation.host.home
     env_file = shown_path(install.env_file, home)
@@ -1766,9 +1879,9 @@ def closing_words(job: Job) -> Iterator[str]:
         yield f"Clients need the key: it is {API_KEY} in {env_file}"
     if values.get(AUTH_MODE) in ("shared", "multi") and not values.get("OCP_ADMIN_KEY"):
         where = shown_path(os.path.join(install.data_dir, "admin-key"), home)
-        yield f"The server makes its admin key at its first start: {where}"
+        yield f"The server creates its admin key at its first start: {where}"
     if values.get(AUTH_MODE) == "multi":
-        yield "Make a key for each client with: ocp keys add NAME"
+        yield "Create a key for each client with: ocp keys add NAME"
     if install.service.platform == "none":
         yield f"Start it by hand: {shlex.join(command_with_settings(install))}"
     elif not job.situation.should_start:
@@ -1780,7 +1893,7 @@ def closing_words(job: Job) -> Iterator[str]:
 
 
 def carry_out(job: Job, options: argparse.Namespace) -> Exit:
-    """Shows, asks, acts and verifies. Raises Refused, Failed, OSError."""
+    """Show, ask, act and verify. Raises Problem, StepFailed, OSError."""
     situation = job.situation
     pending = [action for action in job.actions if not is_done(action)]
     record = Record(situation.install, situation.found.record)
@@ -1792,9 +1905,7 @@ def carry_out(job: Job, options: argparse.Namespace) -> Exit:
     if options.dry_run:
         print("Nothing was changed.")
         return Exit.OK
-    if not confirmed(situation.host, options):
-        print("Nothing was changed.")
-        return Exit.REFUSED
+    confirm("Go on?", options.yes, situation.host.stdin, sys.stdout)
     if not pending:
         print("Only the record of the installation is brought up to date.")
     print("Doing it:")
@@ -1804,22 +1915,22 @@ def carry_out(job: Job, options: argparse.Namespace) -> Exit:
 
 
 def main(arguments: list[str], host: Host) -> int:
-    """Runs the program; the exit code."""
+    """Run the program and return the exit code."""
     options = argument_parser().parse_args(arguments)
     try:
         return carry_out(prepare(host, options), options)
-    except Refused as problem:
+    except Problem as problem:
         print(f"setup: {problem}", file=sys.stderr)
-        return Exit.REFUSED
-    except (Failed, OSError) as problem:
+        return problem.code
+    except (StepFailed, OSError) as error:
         print(
-            f"setup: {problem}\nWhat was done so far is in the record: run this again to go on, "
-            "or uninstall.py to take it back.", file=sys.stderr,
+            f"setup: {error}\nWhat was done so far is in the record: run this again to go on, "
+            "or uninstall.py to undo it.", file=sys.stderr,
         )
         return Exit.FAILED
-    except (KeyboardInterrupt, EOFError):
-        print("\nsetup: interrupted; run this again to go on, or uninstall.py to take back what "
-              "was done.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nsetup: interrupted; run this again to go on, or uninstall.py to undo what was "
+              "done.", file=sys.stderr)
         return Exit.INTERRUPTED
 
 

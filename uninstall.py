@@ -5,19 +5,20 @@
     python3 uninstall.py --dry-run    only show
     python3 uninstall.py --purge      the data too: keys, usage, settings, logs
 
-It reads ~/.ocp/install.json, in which the installer wrote down every step before taking it, and
-walks it backwards: commands are taken back, files go, backups of what was there before return. A
-file that was changed since is left alone. What is gone already is no error, and each step is
-struck from the record once it is undone, so an interrupted run can be repeated. The folder with
-the program itself stays.
+It reads ~/.ocp/install.json, in which the installer wrote down every step before it performed it,
+and undoes the steps in reverse order: commands are undone, files are removed, backups of what was
+there before return. A file that was changed since is left alone. What is gone already is not an
+error, and each step is removed from the record once it is undone, so an interrupted run can be
+repeated. The folder with the program itself stays.
 
 Sections (search for "==== 3" to jump to the third):
 
-     1. Small tools       commands, whole files, checksums, paths as people write them
-     2. Steps back        one function for each kind of entry in the record
-     3. Known services    what can be recognized without a record
-     4. Data              the state folder, and when it may go
-     5. Command line      what is to be undone, shown, confirmed, done
+     1. Shared pieces     small functions that other scripts hold too, kept equal by a test
+     2. Small tools       commands, files, folders
+     3. Undoing           one function for each kind of entry in the record
+     4. Known services    what can be recognized without a record
+     5. Data              the state folder, and when it may be removed
+     6. Command line      what is to be undone, shown, confirmed, done
 """
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ if os.name != "posix":
     sys.exit("OCP runs on Linux and macOS. On Windows, run this inside WSL.")
 
 import argparse
+import contextlib
 import enum
 import functools
 import hashlib
@@ -39,80 +41,208 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Optional
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Optional, TextIO
 
 #: A JSON object as the record has it.
 Json = dict[str, Any]
 
 
-class Exit(enum.IntEnum):
-    """The exit codes."""
+# ==== 1. Shared pieces =======================================================
+# Each script has to work when it is copied alone, so a few functions are in several of them. A
+# test compares everything between "--- shared: NAME" and "--- end shared".
 
-    #: Everything that was to go is gone, or was never there.
+
+# --- shared: exit
+class Exit(enum.IntEnum):
+    """The exit codes of OCP's scripts. What was not done never ends with OK."""
+
     OK = 0
-    #: Something could not be undone; the record keeps it.
     FAILED = 1
-    #: Nothing was done: wrong arguments, or nobody to ask.
-    REFUSED = 2
+    #: Wrong arguments or settings, or nobody to ask.
+    USAGE = 2
+    #: No server answers; for the installer: installed, but claude does not answer.
+    UNREACHABLE = 3
+    #: The key is missing or wrong, or the system requires other rights.
+    DENIED = 4
     INTERRUPTED = 130
 
 
-class Refused(Exception):
-    """Why nothing is done, and what to do about it."""
+class Problem(Exception):
+    """What went wrong, and what the user can do. `body` is the JSON of a server's refusal."""
+
+    def __init__(self, code: Exit, message: str, body: Any = None) -> None:
+        super().__init__(message)
+        self.code, self.body = code, body
+# --- end shared
 
 
-class Stuck(Exception):
-    """Why a step cannot be undone."""
+# --- shared: run_program
+def clean(text: object) -> str:
+    """Return `text` without the control characters that could command a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
 
 
-# ==== 1. Small tools =========================================================
-# Files are written whole or not at all. The names of drafts and backups are the installer's.
+class Completed(NamedTuple):
+    """How a program ended. A code of None: it did not run to its end, and `error` says why."""
 
-DRAFT = ".ocp-draft"
-_COMMAND_TIMEOUT_S = 90
+    code: int | None
+    output: str
+    error: str
 
-#: How service managers say that there is nothing to take back.
-_ALREADY_GONE = re.compile(
-    r"not loaded|does not exist|not found|no such|could not find|not currently loaded", re.I
-)
+    @property
+    def complaint(self) -> str:
+        """Return its complaint in one line, for a message."""
+        lines = [line.strip() for line in f"{self.error}\n{self.output}".splitlines()]
+        lines = [clean(line) for line in lines if line] or [f"it ended with {self.code}"]
+        if lines[0].startswith("Traceback "):
+            return lines[-1]
+        # git surrounds its reason with advice.
+        reasons = [line for line in lines if line.startswith(("fatal:", "error:"))]
+        return (reasons or lines)[0]
 
 
-def run(command: Iterable[str], environ: Mapping[str, str]) -> str:
-    """Runs a command; "done" or "already gone". Raises Stuck."""
-    words = list(command)
+def run_program(
+    command: Sequence[str], environ: Mapping[str, str], timeout_s: float = 15.0,
+    attached: bool = False,
+) -> Completed:
+    """Run a program to its end. Attached to the terminal, it has no timeout and no output here.
+
+    Never raises for a program that is missing or too slow.
+    """
+    pipe, no_input = (None, None) if attached else (subprocess.PIPE, subprocess.DEVNULL)
     try:
         done = subprocess.run(
-            words, env={**environ, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, capture_output=True,
-            encoding="utf-8", errors="replace", timeout=_COMMAND_TIMEOUT_S,
+            list(command), env=dict(environ), stdin=no_input, stdout=pipe, stderr=pipe,
+            encoding="utf-8", errors="replace", timeout=None if attached else timeout_s,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise Stuck(f"no end after {_COMMAND_TIMEOUT_S} s") from None
-    except OSError as problem:
-        raise Stuck(f"{words[0]}: {problem.strerror}") from None
-    complaint = (done.stderr or done.stdout).strip()
-    if done.returncode == 0:
-        return "done"
-    # "Failed to connect to bus: No such file or directory" is about the manager, not the service.
-    if _ALREADY_GONE.search(complaint) and "connect" not in complaint:
-        return "already gone"
-    raise Stuck(complaint or f"exit code {done.returncode}")
+        return Completed(None, "", f"{command[0]} took longer than {timeout_s:.0f} s")
+    except OSError as error:
+        return Completed(None, "", f"{command[0]}: {error.strerror}")
+    return Completed(done.returncode, done.stdout or "", done.stderr or "")
 
 
-def write_whole(path: str, content: bytes) -> None:
-    """The file has this content, for its owner only, or is untouched. Raises OSError."""
+def with_user_bus(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return `environ` with the variable that systemctl --user needs.
+
+    Shells of su, cron and some ssh servers lack it.
+    """
+    folder = f"/run/user/{os.getuid()}"
+    bus = {"XDG_RUNTIME_DIR": folder} if os.path.isdir(folder) else {}
+    return {**bus, **environ}
+# --- end shared
+
+
+# --- shared: write_whole
+#: Added to the name of a file while it is written. uninstall.py removes what is left of one.
+DRAFT = ".ocp-draft"
+
+
+def write_whole(path: str, content: bytes, mode: int = 0o600) -> None:
+    """Replace a file so that after a crash the old or the new one is there, never a part.
+
+    What root writes gets the owner of its folder: the state of a service of the machine belongs
+    to the user that it runs as. Raises OSError.
+    """
     draft = path + DRAFT
-    remove_file(draft)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(draft)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    if os.geteuid() == 0:
+        folder = os.stat(os.path.dirname(path))
+        os.chown(draft, folder.st_uid, folder.st_gid)
+    os.chmod(draft, mode)
     os.replace(draft, path)
+# --- end shared
+
+
+# --- shared: read_record
+def ocp_home(environ: Mapping[str, str], home: str) -> str:
+    """Return the folder of OCP's state: OCP_HOME, or ~/.ocp."""
+    named = environ.get("OCP_HOME", "").strip() or "~/.ocp"
+    return os.path.abspath(os.path.join(home, named[2:]) if named.startswith("~/") else named)
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """Return the installer's record, install.json; None if there is none.
+
+    Raises ValueError with advice for the user if it cannot be used, OSError if it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("actions"), list):
+        raise ValueError(f"{path} is damaged. Move it away, and run setup.py_install.py again.")
+    if record.get("version") != 1:
+        raise ValueError(f"{path} was written by another version of OCP: use its scripts.")
+    return record
+# --- end shared
+
+
+# --- shared: confirm
+def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> None:
+    """Ask before something is changed, unless the user said --yes.
+
+    Raises Problem for any answer but yes, and where nobody can be asked.
+    """
+    if yes:
+        return
+    # Whoever started the program may have closed its standard input.
+    if stdin is None or not stdin.isatty():
+        raise Problem(Exit.USAGE, "There is no terminal to ask on: say --yes, or --dry-run.")
+    stdout.write(f"{question} [y/N] ")
+    stdout.flush()
+    if stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Problem(Exit.FAILED, "Nothing was changed.")
+# --- end shared
+
+
+# --- shared: shown_path
+def shown_path(path: str, home: str) -> str:
+    """Return a path as people write it."""
+    return "~" + path[len(home):] if path.startswith(home + os.sep) else path
+# --- end shared
+
+
+# ==== 2. Small tools =========================================================
+# What a step needs. "Already gone" is a result, not an error.
+
+_COMMAND_TIMEOUT_S = 90
+
+#: How service managers say that there is nothing to undo.
+_ALREADY_GONE = re.compile(
+    r"not loaded|does not exist|not found|no such|could not find|not currently loaded", re.I
+)
+
+
+class UndoFailed(Exception):
+    """Why a step cannot be undone."""
+
+
+def run(command: Iterable[str], environ: Mapping[str, str]) -> str:
+    """Run a command; return "done" or "already gone". Raises UndoFailed."""
+    done = run_program(list(command), {**environ, "LC_ALL": "C"}, _COMMAND_TIMEOUT_S)
+    if done.code == 0:
+        return "done"
+    # "Failed to connect to bus: No such file or directory" is about the manager, not the service.
+    text = f"{done.error} {done.output}"
+    if done.code is not None and _ALREADY_GONE.search(text) and "connect" not in text:
+        return "already gone"
+    raise UndoFailed(done.complaint)
 
 
 def remove_file(path: str) -> bool:
-    """Whether there was such a file; it is gone. Raises OSError."""
+    """Remove a file; return whether there was one. Raises OSError."""
     try:
         os.unlink(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -121,7 +251,7 @@ def remove_file(path: str) -> bool:
 
 
 def remove_folder(path: str) -> str:
-    """Removes a folder if it is empty; what became of it."""
+    """Remove a folder if it is empty; return the result for people."""
     try:
         os.rmdir(path)
     except FileNotFoundError:
@@ -132,7 +262,7 @@ def remove_folder(path: str) -> str:
 
 
 def checksum(path: str) -> Optional[str]:
-    """What tells whether a file is still as it was written; None if there is none."""
+    """Return what tells whether a file was changed; None if there is none."""
     try:
         with open(path, "rb") as file:
             return hashlib.sha256(file.read()).hexdigest()
@@ -140,18 +270,13 @@ def checksum(path: str) -> Optional[str]:
         return None
 
 
-def shown_path(path: str, home: str) -> str:
-    """A path as people write it."""
-    return "~" + path[len(home):] if path.startswith(home + os.sep) else path
+# ==== 3. Undoing =============================================================
+# One function for each kind of entry. It undoes the entry and returns the result for people; what
+# is undone already is not an error. KINDS is the table of them.
 
 
-# ==== 2. Steps back ==========================================================
-# One function for each kind of entry. It undoes the entry and says what became of it; what is
-# undone already is no error. KINDS is the table of them.
-
-
-class Place(NamedTuple):
-    """The session, and where things are."""
+class Session(NamedTuple):
+    """Where the program runs, and what the user asked for."""
 
     environ: Mapping[str, str]
     home: str
@@ -163,26 +288,26 @@ class Place(NamedTuple):
 
     @property
     def record_path(self) -> str:
-        """The record of the installation."""
+        """Return the path of the installer's record."""
         return os.path.join(self.folder, "install.json")
 
 
-def undo_run(entry: Json, place: Place) -> str:
-    """Takes a command back."""
-    return run(entry["undo"], place.environ)
+def undo_run(entry: Json, session: Session) -> str:
+    """Undo a command."""
+    return run(entry["undo"], session.environ)
 
 
-def undo_make_dir(entry: Json, place: Place) -> str:
-    """Removes a folder that has become empty."""
+def undo_make_dir(entry: Json, session: Session) -> str:
+    """Remove a folder that has become empty."""
     return remove_folder(entry["path"])
 
 
-def undo_write_file(entry: Json, place: Place) -> str:
-    """Removes a file, or puts back what was there before it."""
+def undo_write_file(entry: Json, session: Session) -> str:
+    """Remove a file, or put back what was there before it."""
     path, backup = str(entry["path"]), str(entry.get("backup") or "")
     found = checksum(path)
     has_backup = bool(backup) and os.path.lexists(backup)
-    is_ours = found in entry["sha256"] or (entry.get("data") and place.purges)
+    is_ours = found in entry["sha256"] or (entry.get("data") and session.purges)
     if found is not None and not is_ours:
         if has_backup and found == checksum(backup):
             # The installation was interrupted between the copy and the new file.
@@ -195,41 +320,41 @@ def undo_write_file(entry: Json, place: Place) -> str:
     else:
         outcome = "removed" if remove_file(path) else "already gone"
     if entry.get("then"):
-        run(entry["then"], place.environ)
+        run(entry["then"], session.environ)
     return outcome
 
 
 def clear_drafts(entries: Iterable[Json]) -> None:
-    """Removes what an interruption left half written, whatever it was a draft of."""
+    """Remove incomplete files of an interrupted installation."""
     for entry in entries:
         for path in (entry.get("path"), entry.get("backup")):
             if path and entry["kind"] == "write_file":
                 remove_file(path + DRAFT)
 
 
-KINDS: dict[str, Callable[[Json, Place], str]] = {
+KINDS: dict[str, Callable[[Json, Session], str]] = {
     "run": undo_run,
     "make_dir": undo_make_dir,
     "write_file": undo_write_file,
 }
 
 
-def described(entry: Json, home: str) -> str:
-    """One line for people; empty if there is nothing to undo."""
+def describe(entry: Json, home: str) -> str:
+    """Return one line for people; empty if there is nothing to undo."""
     if entry["kind"] == "run":
         return f"run {shlex.join(entry['undo'])}" if entry.get("undo") else ""
     return f"remove {shown_path(entry['path'], home)}"
 
 
-def undone(entry: Json, place: Place) -> str:
-    """Undoes an entry; what became of it. Raises Stuck."""
+def undo(entry: Json, session: Session) -> str:
+    """Undo an entry; return the result for people. Raises UndoFailed."""
     try:
-        return KINDS[entry["kind"]](entry, place)
-    except OSError as problem:
-        raise Stuck(problem.strerror or str(problem)) from None
+        return KINDS[entry["kind"]](entry, session)
+    except OSError as error:
+        raise UndoFailed(error.strerror or str(error)) from None
 
 
-# ==== 3. Known services ======================================================
+# ==== 4. Known services ======================================================
 # What can be recognized without a record: our own services, and those of the original, which
 # are somebody else's work and therefore need a yes of their own.
 
@@ -258,40 +383,40 @@ def _systemd_units(folder: str, base: tuple[str, ...]) -> Iterator[KnownService]
         yield KnownService(label, path, is_legacy, (stop,), (*base, "daemon-reload"))
 
 
-def _possible_services(place: Place, system: str) -> Iterator[KnownService]:
+def _possible_services(session: Session, system: str) -> Iterator[KnownService]:
     if system != "Darwin":
-        config = place.environ.get("XDG_CONFIG_HOME") or os.path.join(place.home, ".config")
+        config = session.environ.get("XDG_CONFIG_HOME") or os.path.join(session.home, ".config")
         yield from _systemd_units(os.path.join(config, "systemd", "user"), ("systemctl", "--user"))
-        if place.is_system:
+        if session.is_system:
             yield from _systemd_units("/etc/systemd/system", ("systemctl",))
         return
     for label, is_legacy in KNOWN_AGENTS:
-        path = os.path.join(place.home, "Library", "LaunchAgents", f"{label}.plist")
+        path = os.path.join(session.home, "Library", "LaunchAgents", f"{label}.plist")
         # On the screen or behind ssh: where it is not, it counts as gone.
         domains = (f"gui/{os.getuid()}", f"user/{os.getuid()}")
         stop = tuple(("launchctl", "bootout", f"{domain}/{label}") for domain in domains)
         yield KnownService(label, path, is_legacy, stop, ())
 
 
-def known_services(place: Place, system: str) -> list[KnownService]:
-    """The services that are there, recognized by the names of their files."""
-    return [each for each in _possible_services(place, system) if os.path.lexists(each.path)]
+def known_services(session: Session, system: str) -> list[KnownService]:
+    """Return the services that are there, recognized by the names of their files."""
+    return [each for each in _possible_services(session, system) if os.path.lexists(each.path)]
 
 
-def remove_service(service: KnownService, place: Place) -> str:
-    """Stops a service and removes its file. Raises Stuck."""
+def remove_service(service: KnownService, session: Session) -> str:
+    """Stop a service and remove its file. Raises UndoFailed."""
     for command in service.stop:
-        run(command, place.environ)
+        run(command, session.environ)
     try:
         remove_file(service.path)
-    except OSError as problem:
-        raise Stuck(problem.strerror or str(problem)) from None
+    except OSError as error:
+        raise UndoFailed(error.strerror or str(error)) from None
     if service.reload:
-        run(service.reload, place.environ)
+        run(service.reload, session.environ)
     return "removed"
 
 
-# ==== 4. Data ================================================================
+# ==== 5. Data ================================================================
 # Keys, usage, settings and logs. They stay unless --purge says otherwise, and then only a folder
 # goes that looks like ours and holds nobody's home.
 
@@ -300,15 +425,15 @@ _SIGNS = ("install.json", "install.json" + DRAFT, "ocp.env", "ocp.db", "logs", "
 _SYSTEM_FOLDERS = ("/etc/ocp", "/var/lib/ocp")
 
 
-def data_folders(record: Optional[Json], place: Place) -> list[str]:
-    """The folders with data that exist, the record's own last."""
-    system = _SYSTEM_FOLDERS if place.is_system else ()
-    folders = [*system, str((record or {}).get("data_dir") or place.folder), place.folder]
+def data_folders(record: Optional[Json], session: Session) -> list[str]:
+    """Return the folders with data that exist, the record's own last."""
+    system = _SYSTEM_FOLDERS if session.is_system else ()
+    folders = [*system, str((record or {}).get("data_dir") or session.folder), session.folder]
     return [each for each in dict.fromkeys(folders) if os.path.isdir(each)]
 
 
 def why_kept(folder: str, home: str) -> str:
-    """Why a folder may not be removed with all that is in it, or an empty text."""
+    """Return why a folder may not be removed with all its content, empty if it may."""
     real, real_home = os.path.realpath(folder), os.path.realpath(home)
     if os.path.commonpath([real, real_home]) == real:
         return "your home is in it"
@@ -319,26 +444,27 @@ def why_kept(folder: str, home: str) -> str:
 
 
 def purge(folder: str) -> str:
-    """Removes a folder with data; what became of it. Raises Stuck."""
+    """Remove a folder with data; return the result for people. Raises UndoFailed."""
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
         return "already gone"
-    except OSError as problem:
-        raise Stuck(problem.strerror or str(problem)) from None
+    except OSError as error:
+        raise UndoFailed(error.strerror or str(error)) from None
     return "removed"
 
 
-# ==== 5. Command line ========================================================
+# ==== 6. Command line ========================================================
 # What is to be undone, shown, confirmed, done.
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(
         prog="uninstall.py",
         description="Removes the OCP service. Its data stays unless --purge is given.",
-        epilog="Exit codes: 0 it is gone, 1 something could not be undone, 2 nothing was done.",
+        epilog="Exit codes: 0 it is gone; 1 something could not be undone, or you said no; "
+        "2 nothing was done, the message says why; 130 interrupted.",
     )
     add = parser.add_argument
     add("--purge", action="store_true", help="remove keys, usage, settings and logs too")
@@ -350,78 +476,71 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def this_place(environ: Mapping[str, str], options: argparse.Namespace) -> Place:
-    """The session as it is. Raises Refused."""
+def this_session(environ: Mapping[str, str], options: argparse.Namespace) -> Session:
+    """Return the session as it is. Raises Problem."""
     if options.system and os.getuid() != 0:
-        raise Refused("--system needs root: run it with sudo.")
+        raise Problem(Exit.USAGE, "--system needs root: run it with sudo.")
     home = os.path.abspath(environ.get("HOME") or os.path.expanduser("~"))
-    runtime_dir = f"/run/user/{os.getuid()}"
-    if "XDG_RUNTIME_DIR" not in environ and os.path.isdir(runtime_dir):
-        # Shells of su and of some ssh servers lack it; systemctl --user needs it.
-        environ = {**environ, "XDG_RUNTIME_DIR": runtime_dir}
-    named = environ.get("OCP_HOME") or "~/.ocp"
-    folder = os.path.join(home, named[2:]) if named.startswith("~/") else named
-    return Place(environ, home, os.path.abspath(folder), options.purge, options.system)
+    folder = ocp_home(environ, home)
+    return Session(with_user_bus(environ), home, folder, options.purge, options.system)
 
 
-def read_record(path: str) -> Optional[Json]:
-    """The record of the installation. Raises Refused if it cannot be used."""
+def usable_record(path: str) -> Optional[Json]:
+    """Return the installer's record, None if there is none. Raises Problem, OSError."""
     try:
-        with open(path, "rb") as file:
-            record = json.loads(file.read())
-        known = record["version"] == 1 and all(e["kind"] in KINDS for e in record["actions"])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise Refused(f"{path} is damaged. Move it away, and run this again.") from None
-    if not known:
-        raise Refused(f"{path} was written by another version of OCP: use its uninstall.py.")
-    return dict(record)
+        record = read_record(path)
+    except ValueError as error:
+        raise Problem(Exit.USAGE, str(error)) from None
+    if record and not all(isinstance(entry, dict) and entry.get("kind") in KINDS
+                          for entry in record["actions"]):
+        raise Problem(
+            Exit.USAGE, f"{path} was written by another version of OCP: use its uninstall.py.")
+    return record
 
 
 class Job(NamedTuple):
-    """All that there is to remove."""
+    """Everything that there is to remove."""
 
-    place: Place
+    session: Session
     record: Optional[Json]
     #: The entries to undo, last first.
     entries: list[Json]
     services: list[KnownService]
     legacy: list[KnownService]
     data: list[str]
-    #: Folders that --purge does not dare to remove, and why.
+    #: Folders that --purge does not remove, and why.
     kept: list[str]
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to do."""
+        """Return whether there is nothing to do."""
         return self.record is None and not (self.services or self.legacy or self.data)
 
 
-def prepare(place: Place, options: argparse.Namespace, system: str) -> Job:
-    """Looks; changes nothing. Raises Refused."""
-    record = read_record(place.record_path)
+def prepare(session: Session, options: argparse.Namespace, system: str) -> Job:
+    """Find what is to be removed; change nothing. Raises Problem."""
+    record = usable_record(session.record_path)
     entries = []
     for entry in reversed((record or {"actions": []})["actions"]):
-        if place.purges or not entry.get("data"):
+        if session.purges or not entry.get("data"):
             entries.append(entry)
     recorded = {entry["path"] for entry in entries}
-    known = [each for each in known_services(place, system) if each.path not in recorded]
-    reasons = {each: why_kept(each, place.home) for each in data_folders(record, place)}
+    known = [each for each in known_services(session, system) if each.path not in recorded]
+    reasons = {each: why_kept(each, session.home) for each in data_folders(record, session)}
     return Job(
-        place, record, entries,
+        session, record, entries,
         [each for each in known if not each.is_legacy],
         [each for each in known if each.is_legacy],
-        [each for each in reasons if place.purges and not reasons[each]],
-        [f"{each}: {reasons[each]}" for each in reasons if place.purges and reasons[each]],
+        [each for each in reasons if session.purges and not reasons[each]],
+        [f"{each}: {reasons[each]}" for each in reasons if session.purges and reasons[each]],
     )
 
 
 def show(job: Job, options: argparse.Namespace) -> None:
-    """What goes, for people."""
-    home = job.place.home
+    """Print what will be removed."""
+    home = job.session.home
     print("This will be undone:")
-    for line in filter(None, (described(entry, home) for entry in job.entries)):
+    for line in filter(None, (describe(entry, home) for entry in job.entries)):
         print(f"  {line}")
     for service in job.services:
         print(f"  remove the service {service.label} ({shown_path(service.path, home)})")
@@ -435,26 +554,11 @@ def show(job: Job, options: argparse.Namespace) -> None:
     sys.stdout.flush()
 
 
-def asked(question: str) -> bool:
-    """Whether the user says yes."""
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-
-
-def confirmed(options: argparse.Namespace) -> bool:
-    """Whether to go on. Raises Refused when there is nobody to ask."""
-    if options.yes:
-        return True
-    # Whoever starts this may have closed it.
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise Refused("There is no terminal to ask on: --yes goes on, --dry-run only shows.")
-    return asked("Go on?")
-
-
 def attempt(line: str, step: Callable[[], str]) -> bool:
-    """Takes one step, and says what became of it; whether it is done."""
+    """Perform one step and print the result; return whether it is done."""
     try:
         print(f"  {line}: {step()}")
-    except Stuck as problem:
+    except UndoFailed as problem:
         print(f"  {line}: FAILED: {problem}")
         return False
     finally:
@@ -463,42 +567,52 @@ def attempt(line: str, step: Callable[[], str]) -> bool:
 
 
 def undo_all(job: Job) -> bool:
-    """Undoes the record, striking each entry when it is undone; whether all went well."""
-    record, place = job.record, job.place
+    """Undo the record, removing each entry when it is undone; return whether all went well."""
+    record, session = job.record, job.session
     if record is None:
         return True
     left = list(record["actions"])
     clear_drafts(left)
     went_well = True
     for entry in job.entries:
-        line = described(entry, place.home)
-        if line and not attempt(line, functools.partial(undone, entry, place)):
+        line = describe(entry, session.home)
+        if line and not attempt(line, functools.partial(undo, entry, session)):
             went_well = False
             continue
         left.remove(entry)
-        write_whole(place.record_path, json.dumps({**record, "actions": left}).encode("ascii"))
+        write_whole(session.record_path, json.dumps({**record, "actions": left}).encode("ascii"))
     if went_well:
-        remove_file(place.record_path + DRAFT)
-        remove_file(place.record_path)
+        remove_file(session.record_path + DRAFT)
+        remove_file(session.record_path)
     return went_well
 
 
-def remove_services(services: Iterable[KnownService], place: Place) -> bool:
-    """Removes services that no record tells of; whether all went well."""
+def remove_services(services: Iterable[KnownService], session: Session) -> bool:
+    """Remove services that no record tells of; return whether all went well."""
     went_well = True
     for service in services:
-        step = functools.partial(remove_service, service, place)
+        step = functools.partial(remove_service, service, session)
         went_well = attempt(f"the service {service.label}", step) and went_well
     return went_well
 
 
+def is_unwanted(service: KnownService, options: argparse.Namespace) -> bool:
+    """Ask whether a service of the original is to be removed. --yes is no answer to that."""
+    if options.legacy or options.yes:
+        return bool(options.legacy)
+    try:
+        question = f"Remove the original's service {service.label} too?"
+        confirm(question, False, sys.stdin, sys.stdout)
+    except Problem:
+        return False
+    return True
+
+
 def legacy_to_remove(job: Job, options: argparse.Namespace) -> list[KnownService]:
-    """The services of the original that the user wants to be rid of."""
-    if options.legacy:
-        return job.legacy
+    """Return the services of the original that the user wants to remove."""
     chosen = []
     for service in job.legacy:
-        if not options.yes and asked(f"Remove the original's service {service.label} too?"):
+        if is_unwanted(service, options):
             chosen.append(service)
         else:
             print(f"  the original's {service.label} stays; --legacy removes it")
@@ -506,25 +620,26 @@ def legacy_to_remove(job: Job, options: argparse.Namespace) -> list[KnownService
 
 
 def remove_data(job: Job) -> bool:
-    """Removes the data if asked to, or empty folders; whether all went well."""
-    place = job.place
+    """Remove the data if asked to, or empty folders; return whether all went well."""
+    session = job.session
     went_well = True
     for folder in job.data:
         step = functools.partial(purge, folder)
-        went_well = attempt(f"remove {shown_path(folder, place.home)}", step) and went_well
-    if os.path.isdir(place.folder) and remove_folder(place.folder) != "removed":
-        print(f"  kept: {shown_path(place.folder, place.home)} with your settings, keys and usage" +
-              ("" if place.purges else "; --purge removes it"))
+        went_well = attempt(f"remove {shown_path(folder, session.home)}", step) and went_well
+    if os.path.isdir(session.folder) and remove_folder(session.folder) != "removed":
+        folder = shown_path(session.folder, session.home)
+        print(f"  kept: {folder} with your settings, keys and usage" + (
+            "" if session.purges else "; --purge removes it"))
     return went_well
 
 
 def carry_out(job: Job, options: argparse.Namespace) -> Exit:
-    """Shows, asks and removes. Raises Refused."""
-    place = job.place
+    """Show, ask and remove. Raises Problem."""
+    session = job.session
     if job.is_empty:
-        kept = os.path.isdir(place.folder)
+        kept = os.path.isdir(session.folder)
         print("Nothing of OCP's service is left here." + (
-            f" Your data is in {shown_path(place.folder, place.home)}; --purge removes it."
+            f" Your data is in {shown_path(session.folder, session.home)}; --purge removes it."
             if kept else ""
         ))
         return Exit.OK
@@ -532,32 +647,30 @@ def carry_out(job: Job, options: argparse.Namespace) -> Exit:
     if options.dry_run:
         print("Nothing was changed.")
         return Exit.OK
-    if not confirmed(options):
-        print("Nothing was changed.")
-        return Exit.REFUSED
+    confirm("Go on?", options.yes, sys.stdin, sys.stdout)
     legacy = legacy_to_remove(job, options)
     went_well = undo_all(job)
-    went_well = remove_services([*job.services, *legacy], place) and went_well
+    went_well = remove_services([*job.services, *legacy], session) and went_well
     # A record of what could not be undone must not be lost with the data.
     went_well = went_well and remove_data(job)
     print("OCP's service is gone." if went_well else
-          "Not everything could be undone. Run this again when the cause is mended.")
+          "Not everything could be undone. Run this again when the cause is fixed.")
     return Exit.OK if went_well else Exit.FAILED
 
 
 def main(arguments: list[str], environ: Mapping[str, str], system: str) -> int:
-    """Runs the program; the exit code."""
+    """Run the program and return the exit code."""
     options = argument_parser().parse_args(arguments)
     try:
-        place = this_place(environ, options)
-        return carry_out(prepare(place, options, system), options)
-    except Refused as problem:
+        session = this_session(environ, options)
+        return carry_out(prepare(session, options, system), options)
+    except Problem as problem:
         print(f"uninstall: {problem}", file=sys.stderr)
-        return Exit.REFUSED
-    except OSError as problem:
-        print(f"uninstall: {problem}", file=sys.stderr)
+        return problem.code
+    except OSError as error:
+        print(f"uninstall: {error}", file=sys.stderr)
         return Exit.FAILED
-    except (KeyboardInterrupt, EOFError):
+    except KeyboardInterrupt:
         print("\nuninstall: interrupted; run this again to go on.", file=sys.stderr)
         return Exit.INTERRUPTED
 

@@ -66,11 +66,14 @@ def tree_of(path: Path) -> ast.Module:
 # Every script
 # ---------------------------------------------------------------------------
 
+_OF_THE_SERVICE = ["ocp.py", "setup.py_install.py", "uninstall.py"]
 #: Scripts that have to work alone, and therefore hold copies of a few functions.
 SHARED = {
-    "confirm": ["ocp.py"], "env_file": ["ocp.py"], "exit": ["ocp.py"],
-    "http_json": ["ocp.py", "ocp_connect.py"], "read_record": ["ocp.py"],
-    "run_program": ["ocp.py"], "write_whole": ["ocp.py"],
+    "exit": _OF_THE_SERVICE, "run_program": _OF_THE_SERVICE, "write_whole": _OF_THE_SERVICE,
+    "read_record": _OF_THE_SERVICE, "confirm": _OF_THE_SERVICE,
+    "env_file": ["ocp.py", "setup.py_install.py"],
+    "shown_path": ["setup.py_install.py", "uninstall.py"],
+    "http_json": ["ocp.py", "ocp_connect.py", "setup.py_install.py"],
 }
 
 

@@ -138,7 +138,7 @@ class InstallMachine:
         """The machine as a program would see it that runs in this process."""
         values = {
             "environ": self.env(), "system": system, "home": str(self.home), "user": USER,
-            "uid": 501, "here": str(self.checkout), "is_terminal": False, **fields}
+            "uid": 501, "here": str(self.checkout), "stdin": None, **fields}
         return setup.Host(**values)
 
 
@@ -460,7 +460,9 @@ def test_a_closed_standard_input_is_no_terminal(
     linux: InstallMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    assert not setup.this_host(linux.env()).is_terminal
+    host = setup.this_host(linux.env())
+    with pytest.raises(setup.Problem, match="--yes"):
+        setup.confirm("Go on?", False, host.stdin, sys.stdout)
 
 
 def test_without_a_terminal_nothing_is_done_unasked(quick: InstallMachine) -> None:
@@ -741,7 +743,7 @@ def install_files(machine: InstallMachine, at: int = 0, *, after: bool = False) 
     options = setup.argument_parser().parse_args(["--port", str(machine.port)])
     service, _ = setup.find_service(host, str(machine.ocp), is_system=False)
     install = setup.planned_installation(host, options, service)
-    found = setup.look(host, service, install.env_file, install.record_path)
+    found = setup.inspect(host, service, install.env_file, install.record_path)
     values = setup.planned_values(host, options, install, found)
     install = setup.with_address(install, values)
     done = 0
@@ -924,7 +926,7 @@ def test_a_service_of_the_machine_has_its_settings_and_state_outside_of_any_home
         folder, account="ocp-that-is-not-there", install_dir=str(machine.checkout),
         record_path=str(folder / "record/install.json"), port=machine.port)
     host = machine.host("Linux", uid=0)
-    found = setup.look(host, install.service, install.env_file, install.record_path)
+    found = setup.inspect(host, install.service, install.env_file, install.record_path)
     options = setup.argument_parser().parse_args(["--system", "--port", str(machine.port)])
     values = setup.planned_values(host, options, install, found)
     situation = setup.Situation(host, install, found, values, True, False)

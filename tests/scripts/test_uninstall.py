@@ -269,5 +269,5 @@ def test_a_service_of_the_machine_is_looked_for_only_when_that_is_said(
     assert machine.run("--yes", "--purge", "--system") == 2 and folder.exists()
     monkeypatch.setattr(uninstall.os, "getuid", lambda: 0)
     options = uninstall.argument_parser().parse_args(["--purge", "--system", "--dry-run"])
-    place = uninstall.this_place({"HOME": str(machine.home)}, options)
-    assert str(folder) in uninstall.prepare(place, options, "Linux").data
+    session = uninstall.this_session({"HOME": str(machine.home)}, options)
+    assert str(folder) in uninstall.prepare(session, options, "Linux").data
