@@ -65,7 +65,7 @@ import time
 import traceback
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, Union
+from typing import Any, NamedTuple, NoReturn, TextIO, Union
 
 #: A JSON value.
 Json = Any
@@ -480,15 +480,6 @@ def http_json(
 # another world.
 
 
-class Runner(Protocol):
-    """What runs programs: run_program, or a test's."""
-
-    def __call__(
-        self, command: Sequence[str], environ: Mapping[str, str], timeout_s: float = 15.0,
-        attached: bool = False,
-    ) -> Completed: ...
-
-
 def own_addresses() -> list[str]:
     """Return the IPv4 address by which this machine reaches others, if any. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -518,7 +509,8 @@ class Env:
     user_id: int = dataclasses.field(default_factory=os.getuid)
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
-    run: Runner = run_program
+    #: Takes what run_program takes.
+    run: Callable[..., Completed] = run_program
     addresses: Callable[[], list[str]] = own_addresses
 
     @property
@@ -546,15 +538,10 @@ class Env:
             return self.run(words, environ={**self.environ, **(more or {})}, timeout_s=timeout_s)
 
 
-def is_terminal(stream: TextIO) -> bool:
-    """Return whether a person is looking at this stream."""
-    return stream.isatty()
-
-
 @contextlib.contextmanager
 def progress(env: Env, text: str) -> Iterator[None]:
     """Show `text` on a terminal if the block takes more than a second."""
-    if not is_terminal(env.stderr):
+    if not env.stderr.isatty():
         yield
         return
     timer = threading.Timer(1.0, env.note, [f"{text} ..."])
@@ -907,9 +894,13 @@ class Style(NamedTuple):
 
 def style_of(env: Env) -> Style:
     """Return the style for where the output goes."""
-    terminal = is_terminal(env.stdout)
+    terminal = env.stdout.isatty()
     plain = bool(env.environ.get("NO_COLOR")) or env.environ.get("TERM") == "dumb"
     return Style(terminal and not plain, terminal, env.clock(), None)
+
+
+#: What turns the server's JSON into text.
+Show = Callable[[Any, Style], str]
 
 
 class Column(NamedTuple):
@@ -1056,24 +1047,25 @@ def on_off(value: object) -> str:
 # to text, and a cmd_NAME(env, args) that asks.
 
 
-def answer_text(
-    env: Env, args: argparse.Namespace, answer: Answer, show: Callable[[Json, Style], str]
-) -> str:
+def answer_text(env: Env, args: argparse.Namespace, answer: Answer, show: Show) -> str:
     """Return an answer as it is printed: for people, or with --json as it came."""
     return answer.text.rstrip("\n") if args.json else show(answer.value, style_of(env))
 
 
-def print_answer(
-    env: Env, args: argparse.Namespace, answer: Answer, show: Callable[[Json, Style], str]
-) -> Exit:
+def print_answer(env: Env, args: argparse.Namespace, answer: Answer, show: Show) -> Exit:
     """Print an answer."""
     env.say(answer_text(env, args, answer, show))
     return Exit.OK
 
 
-def read(env: Env, args: argparse.Namespace, path: str, show: Callable[[Json, Style], str]) -> Exit:
+def read(env: Env, args: argparse.Namespace, path: str, show: Show) -> Exit:
     """Ask the server for `path` and print the answer."""
     return print_answer(env, args, find_server(env).ask("GET", path), show)
+
+
+def reader(path: str, show: Show) -> Callable[[Env, argparse.Namespace], Exit]:
+    """Return the function of a command that only reads `path`."""
+    return lambda env, args: read(env, args, path, show)
 
 
 def _window_line(name: str, window: Json, style: Style) -> str:
@@ -1224,7 +1216,7 @@ _WATCH_EVERY_S = 2.0
 
 def cmd_status(env: Env, args: argparse.Namespace) -> Exit:
     """Show the server on one screen, with --watch again and again until Ctrl-C."""
-    clear_screen = "\x1b[H\x1b[2J" if is_terminal(env.stdout) else ""
+    clear_screen = "\x1b[H\x1b[2J" if env.stdout.isatty() else ""
     while args.watch:
         try:
             answer = find_server(env).ask("GET", "/status")
@@ -1280,9 +1272,7 @@ def show_models(answer: Json, style: Style) -> str:
     return table(columns, answer.get("data") or [], style)
 
 
-def cmd_models(env: Env, args: argparse.Namespace) -> Exit:
-    """List the models that the server offers."""
-    return read(env, args, "/v1/models", show_models)
+cmd_models = reader("/v1/models", show_models)
 
 
 def _range(row: Json) -> str:
@@ -1477,9 +1467,7 @@ def show_sessions(answer: Json, style: Style) -> str:
     return table(SESSION_COLUMNS, sessions, style) if sessions else "no sessions"
 
 
-def cmd_sessions(env: Env, args: argparse.Namespace) -> Exit:
-    """List the conversations that the server remembers."""
-    return read(env, args, "/sessions", show_sessions)
+cmd_sessions = reader("/sessions", show_sessions)
 
 
 def cmd_clear(env: Env, args: argparse.Namespace) -> Exit:
@@ -1588,14 +1576,7 @@ def _quota_fields(args: argparse.Namespace) -> dict[str, int | None]:
     return found
 
 
-def cmd_keys(env: Env, args: argparse.Namespace) -> Exit:
-    """List all keys."""
-    return read(env, args, "/api/keys", show_keys)
-
-
-def cmd_keys_list(env: Env, args: argparse.Namespace) -> Exit:
-    """List all keys."""
-    return cmd_keys(env, args)
+cmd_keys = cmd_keys_list = reader("/api/keys", show_keys)
 
 
 def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
@@ -1703,7 +1684,7 @@ class StreamEnd(NamedTuple):
 
 def print_stream(env: Env, events: Iterable[str]) -> StreamEnd:
     """Print the text of a streamed answer as it comes. Raises Problem for an error in it."""
-    started_s, end, terminal = env.clock(), StreamEnd(), is_terminal(env.stdout)
+    started_s, end, terminal = env.clock(), StreamEnd(), env.stdout.isatty()
     for data in events:
         if data == "[DONE]":
             break
@@ -1765,7 +1746,7 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
         raise Problem(Exit.FAILED, "The answer broke off before its end.")
     if end.finish_reason != "stop":
         env.note(f"(the answer ended early: {clean(end.finish_reason)})")
-    if is_terminal(env.stderr) and end.first_token_s is not None:
+    if env.stderr.isatty() and end.first_token_s is not None:
         tokens = f", {end.answer_tokens} tokens" if end.answer_tokens else ""
         env.note(f"({clean(end.model)}, first token after {end.first_token_s:.2f} s{tokens})")
     return Exit.OK
@@ -2142,7 +2123,7 @@ def cmd_restart(env: Env, args: argparse.Namespace) -> Exit:
 # that cannot look raises Unknown, which is INFO and never a failure. The first failed check gives
 # the next action, so the order of the table is the order of repairs.
 
-OLDEST_CLAUDE = (2, 1, 197)
+OLDEST_CLAUDE = "2.1.197"
 #: From this version on claude-code needs Node 22. Under an older Node, npm silently installs the
 #: newest version before it.
 _NODE_22_SINCE = (2, 1, 198)
@@ -2264,14 +2245,15 @@ class Facts:
     @property
     def server_path(self) -> str:
         """Return the path of the server that should be running."""
-        record = self.readable_record
-        return (record.server_path if record else "") or self.env.beside("ocp_server.py")
+        return self._recorded("server_path") or self.env.beside("ocp_server.py")
 
     @property
     def data_dir(self) -> str:
         """Return the folder of the server's state."""
-        record = self.readable_record
-        return (record.data_dir if record else "") or self.env.ocp_home
+        return self._recorded("data_dir") or self.env.ocp_home
+
+    def _recorded(self, name: str) -> str:
+        return getattr(self.readable_record, name, "")
 
     @functools.cached_property
     def version(self) -> str:
@@ -2325,11 +2307,6 @@ class Facts:
             raise Unknown(f"{self.url} is another machine")
 
 
-def dotted(version: tuple[int, ...]) -> str:
-    """Return a version as people write it."""
-    return ".".join(str(part) for part in version)
-
-
 def _check_python(facts: Facts) -> Finding:
     record = facts.readable_record
     if record and record.python and not os.access(record.python, os.X_OK):
@@ -2365,8 +2342,8 @@ def _check_claude_version(facts: Facts) -> Finding:
     text = facts.claude_version
     if not text:
         raise Unknown("claude did not tell its version")
-    if version_tuple(text) < OLDEST_CLAUDE:
-        return Finding("FAIL", f"claude {text} is older than {dotted(OLDEST_CLAUDE)}")
+    if version_tuple(text) < version_tuple(OLDEST_CLAUDE):
+        return Finding("FAIL", f"claude {text} is older than {OLDEST_CLAUDE}")
     return Finding("PASS", f"claude {text}")
 
 
@@ -2378,9 +2355,9 @@ def _check_node(facts: Facts) -> Finding:
         return Finding("INFO", "does not apply: there is no Node on the PATH")
     if version_tuple(text) >= (22,):
         return Finding("PASS", f"Node {text[1:]}")
-    claude = version_tuple(facts.claude_version)
-    if claude and claude < _NODE_22_SINCE:
-        return Finding("WARN", f"claude {dotted(claude)} is old: under Node {text[1:]}, which is "
+    claude = facts.claude_version
+    if claude and version_tuple(claude) < _NODE_22_SINCE:
+        return Finding("WARN", f"claude {claude} is old: under Node {text[1:]}, which is "
                                "older than 22, npm installs no newer one and does not say so")
     return Finding("PASS", f"Node {text[1:]}; npm installs a new claude only by @latest")
 
