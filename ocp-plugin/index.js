@@ -2,8 +2,8 @@
  * The OCP plugin of OpenClaw: the command /ocp, the provider "ocp", and a service that keeps the
  * proxy running.
  *
- * OpenClaw calls register() several times, also inside of its own commands, so nothing happens
- * here but registration; work begins with the service's start().
+ * OpenClaw calls register() several times, also within its own commands, so it only registers;
+ * the work begins with the service's start().
  */
 import { createClient } from "./lib/client.js";
 import { answer } from "./lib/commands.js";
@@ -11,7 +11,7 @@ import { createProvider } from "./lib/login.js";
 import { createRestart, createSupervisor } from "./lib/service.js";
 import { readSettings, surroundings } from "./lib/settings.js";
 
-/** The plugin's settings as they are now: a file may have changed since the last command. */
+/** Return the plugin's settings, read again each time because a file may have changed. */
 function settingsOf(api) {
   return readSettings(api.pluginConfig ?? {}, surroundings());
 }

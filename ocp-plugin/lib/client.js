@@ -1,4 +1,4 @@
-/** The proxy over HTTP. What goes wrong is a ProxyError whose message is Markdown for the user. */
+/** Asks the proxy over HTTP. Errors are ProxyErrors, whose message is Markdown for the user. */
 import { code } from "./format.js";
 
 const REQUEST_TIMEOUT_MS = 15_000;
@@ -18,7 +18,7 @@ function messageOf(body, status) {
 
 function keyAdvice(settings) {
   return settings.adminKey
-    ? "The proxy does not accept this admin key. Compare adminKey of the plugin, or the file that "
+    ? "The proxy does not accept this admin key. Compare the plugin's adminKey, or the file that "
       + "it reads, with `~/.ocp/admin-key` on the proxy's machine."
     : "The proxy wants its admin key. Set it on OpenClaw's machine: "
       + "`openclaw config set plugins.entries.ocp.config.adminKey KEY`";
@@ -28,13 +28,13 @@ function parsed(text, url, status) {
   try {
     return JSON.parse(text);
   } catch {
-    throw new ProxyError(`What answers at ${code(url, 200)} is not an OCP proxy: it said `
-      + `${status} with something else than JSON.`, status);
+    throw new ProxyError(`What answers at ${code(url, 200)} is not an OCP proxy: it answered `
+      + `${status} without JSON.`, status);
   }
 }
 
 /**
- * Asks the proxy of these settings. Each call gives the JSON of a good answer.
+ * Return a client for the proxy of these settings. Each call resolves to the answer's JSON.
  *
  * key   sent instead of the admin key; null for none
  */
@@ -55,7 +55,7 @@ export function createClient(settings, key = settings.adminKey, fetch = globalTh
       throw new ProxyError(`No OCP proxy answers at ${code(settings.url, 200)} (${reason}).`);
     }
     const answer = parsed(text, settings.url, response.status);
-    // Of several settings some may have been taken: 207, and 400 when none was.
+    // Of several settings, 207 means that some were accepted, and 400 that none was.
     if (response.ok || answer?.results) return answer;
     if (response.status === 401 || response.status === 403) {
       throw new ProxyError(keyAdvice({ adminKey: key }), response.status);
@@ -71,7 +71,7 @@ export function createClient(settings, key = settings.adminKey, fetch = globalTh
   };
 }
 
-/** Whether this is what an OCP proxy says at /health. Others listen on its port, too. */
+/** Return whether this is what an OCP proxy answers at /health. Others may use its port. */
 export function isOcpHealth(body) {
   return Boolean(body) && typeof body === "object"
     && "authMode" in body && "claudeBinaryOk" in body && "version" in body;

@@ -1,6 +1,6 @@
 /**
- * What /ocp can do: a table of commands. Each one that shows something has a pure show function,
- * from the proxy's JSON to Markdown.
+ * The commands of /ocp: a table at the end. A command that shows something has a pure show
+ * function, from the proxy's JSON to Markdown.
  */
 import { readFileSync } from "node:fs";
 
@@ -10,7 +10,7 @@ import { age, bar, clip, code, duration, page, table, tokens, wrap } from "./for
 const { version: PLUGIN_VERSION } = JSON.parse(
   readFileSync(new URL("../package.json", import.meta.url), "utf8"));
 
-/** What was asked for cannot be done as it was written. */
+/** The command was written in a wrong way. */
 class UsageError extends Error {}
 
 // ==== 1. Reading =============================================================
@@ -81,7 +81,7 @@ export function showModels(list) {
   return page("OCP models", table([["Model", "Window", "Out"], ...rows], 28));
 }
 
-/** More lines than elsewhere: a list of names is of no use when half of it is missing. */
+/** More lines than elsewhere: a list of names is useless when half of it is missing. */
 const MOST_SETTINGS = 30;
 
 function settingRow([name, setting]) {
@@ -142,11 +142,11 @@ export function showVersion(health) {
 const SHARED = /[:_](group|channel|room|guild|thread|topic|space)s?[:_]|@g\.us|:-\d/i;
 const DIRECT = /^agent:[^:]+:main$|:(direct|dm):/i;
 
-/** Whether nobody else reads the answer. What is not known to be private is not. */
+/** Return whether nobody else reads the answer. A place that is unknown is not private. */
 export function isPrivate(ctx) {
   const places = [ctx.from, ctx.to, ctx.sessionKey].filter(Boolean).join(" ");
   if (SHARED.test(places)) return false;
-  // Clients of the gateway have scopes; chats have a sender, who is alone where it comes from.
+  // Clients of the gateway have scopes; in a private chat the sender is the place itself.
   return Boolean(ctx.gatewayClientScopes) || DIRECT.test(ctx.sessionKey ?? "")
     || Boolean(ctx.senderId) && ctx.from === `${ctx.channel}:${ctx.senderId}`;
 }
@@ -178,7 +178,7 @@ async function runKeys(use, [verb, ...words]) {
   return KEY_ACTS[verb](use, words.join(" "));
 }
 
-/** A setting's value out of what was typed. The proxy says whether it is in range. */
+/** Return the value that was typed as the setting's type. The proxy checks its range. */
 export function settingValue(word, type) {
   if (word === "default") return null;
   if (type === "number" && word.trim() !== "" && Number.isFinite(Number(word))) return Number(word);
@@ -215,7 +215,7 @@ async function runClear({ client, ctx }, [what = "sessions"]) {
   return `Cleared ${Number(cleared)} ${noun}.`;
 }
 
-/** A client of the gateway that may only read must not write through us. Chats have no scopes. */
+/** Refuse a client of the gateway that may only read. Chats have no scopes. */
 function refuseReaders(ctx) {
   const scopes = ctx.gatewayClientScopes;
   if (scopes && !scopes.includes("operator.admin")) {
@@ -225,7 +225,7 @@ function refuseReaders(ctx) {
 
 // ==== 3. The table ===========================================================
 
-/** A command that only shows what stands at a path. */
+/** Return the function of a command that only shows the answer of a path. */
 const shows = (path, show) => async ({ client }) => show(await client.get(path), Date.now());
 
 function logQuery(words) {
@@ -260,9 +260,9 @@ export function showHelp() {
 }
 
 /**
- * The Markdown that answers a "/ocp ..." message. Never throws: OpenClaw would hide the reason.
+ * Return the Markdown that answers a "/ocp ..." message. Never throws: OpenClaw would hide why.
  *
- * useOf   gives { settings, client, restart }; it may throw, too
+ * useOf   returns { settings, client, restart }; it may throw
  */
 export async function answer(ctx, useOf) {
   const [name = "status", ...words] = (ctx.args ?? "").trim().split(/\s+/).filter(Boolean);

@@ -1,4 +1,4 @@
-/** The provider "ocp": how `openclaw models auth login --provider ocp` sets the proxy up. */
+/** The provider "ocp", with the sign-in of `openclaw models auth login --provider ocp`. */
 import { createClient, isOcpHealth } from "./client.js";
 import { chosenRows, providerEntry } from "./registration.js";
 import { addressOf } from "./settings.js";
@@ -8,50 +8,48 @@ const MOST_ATTEMPTS = 3;
 
 const isPort = (text) => /^\d{1,5}$/.test(text) && Number(text) >= 1 && Number(text) <= 65_535;
 
-/** The proxy that the user names, and what it says about itself. Throws after a few bad ones. */
-async function askPlace(prompter, settings, clientOf) {
-  for (let attempt = 1; ; attempt += 1) {
-    const host = await prompter.text({
+/** Return what `attempt` resolves to; after an error, note it and try again, three times in all. */
+async function repeatedly(prompter, attempt, explained = (error) => error.message) {
+  for (let count = 1; ; count += 1) {
+    try {
+      return await attempt();
+    } catch (error) {
+      if (count === MOST_ATTEMPTS) throw error;
+      await prompter.note(explained(error), "OCP");
+    }
+  }
+}
+
+/** Ask for the proxy until one answers. Returns its address and its health. */
+function askAddress(prompter, settings, clientOf) {
+  return repeatedly(prompter, async () => {
+    const host = (await prompter.text({
       message: "Host of the OCP proxy", initialValue: settings.host,
       validate: (text) => (text.trim() ? undefined : "Enter a host"),
-    });
-    const port = await prompter.text({
+    })).trim();
+    const port = (await prompter.text({
       message: "Port", initialValue: String(settings.port),
       validate: (text) => (isPort(text.trim()) ? undefined : "Enter a port from 1 to 65535"),
-    });
-    // An https proxy is one that the plugin's settings name as such.
-    const isKnown = host.trim() === settings.host && port.trim() === String(settings.port);
-    const url = isKnown && settings.url ? settings.url : addressOf(host.trim(), port.trim());
-    try {
-      return { url, health: await healthOf(url, clientOf) };
-    } catch (error) {
-      if (attempt === MOST_ATTEMPTS) throw error;
-      await prompter.note(error.message, "OCP");
-    }
-  }
+    })).trim();
+    // Only the plugin's settings can name an https proxy.
+    const isKnown = host === settings.host && port === String(settings.port);
+    const url = isKnown && settings.url ? settings.url : addressOf(host, port);
+    const health = await clientOf({ url }, null).get("/health");
+    if (!isOcpHealth(health)) throw new Error(`${url} is not an OCP proxy but something else.`);
+    return { url, health };
+  });
 }
 
-async function healthOf(url, clientOf) {
-  const health = await clientOf({ url }, null).get("/health");
-  if (!isOcpHealth(health)) throw new Error(`${url} is something else than an OCP proxy.`);
-  return health;
-}
-
-/** The models that the proxy serves, and the key that opens it, null where none is wanted. */
+/** Ask for the key, null if none is needed, until the proxy accepts it; return it and the models. */
 async function askKey(prompter, url, needsKey, clientOf) {
-  for (let attempt = 1; ; attempt += 1) {
-    const key = needsKey ? (await prompter.text({
-      message: "API key of the proxy (ocp_...)", sensitive: true,
-      validate: (text) => (/^[!-~]+$/.test(text.trim()) ? undefined : "Enter the key"),
-    })).trim() : null;
-    try {
-      return { key, rows: (await clientOf({ url }, key).get("/v1/models")).data };
-    } catch (error) {
-      if (!needsKey || attempt === MOST_ATTEMPTS) throw error;
-      const refused = error.status === 401 || error.status === 403;
-      await prompter.note(refused ? "The proxy does not accept this key." : error.message, "OCP");
-    }
-  }
+  const modelsFor = async (key) => ({
+    key, rows: (await clientOf({ url }, key).get("/v1/models")).data });
+  if (!needsKey) return modelsFor(null);
+  return repeatedly(prompter, async () => modelsFor((await prompter.text({
+    message: "API key of the proxy (ocp_...)", sensitive: true,
+    validate: (text) => (/^[!-~]+$/.test(text.trim()) ? undefined : "Enter the key"),
+  })).trim()), (error) => (
+    [401, 403].includes(error.status) ? "The proxy does not accept this key." : error.message));
 }
 
 async function askModels(prompter, offered) {
@@ -66,7 +64,7 @@ async function askModels(prompter, offered) {
   return { rows, first };
 }
 
-/** What OpenClaw is to write. Its fallbacks are empty: when the proxy is down, nothing is spent. */
+/** Return what OpenClaw writes. Without fallbacks, nothing is spent when the proxy is down. */
 export function signIn(url, key, rows, first) {
   const ref = `${ID}/${first}`;
   return {
@@ -74,29 +72,29 @@ export function signIn(url, key, rows, first) {
       ? [{ profileId: `${ID}:default`, credential: { type: "api_key", provider: ID, key } }] : [],
     configPatch: {
       models: { providers: { [ID]: providerEntry(url, rows, Boolean(key)) } },
-      // OpenClaw takes this with --set-default only.
+      // OpenClaw uses this with --set-default only.
       agents: { defaults: { model: { primary: ref, fallbacks: [] } } },
     },
     defaultModel: ref,
     notes: [
       "Fails closed: with --set-default there are no fallbacks. When the proxy is down, OpenClaw "
-        + "says so and asks nobody else.",
-      "OpenClaw asks the model every 30 minutes by itself (heartbeat), which spends the plan: "
+        + "says so and asks no other provider.",
+      "OpenClaw asks the model every 30 minutes (heartbeat), which spends the plan. To stop that: "
         + "openclaw config set agents.defaults.heartbeat.every 0m",
     ],
   };
 }
 
 /**
- * The provider for api.registerProvider.
+ * Return the provider for api.registerProvider.
  *
- * settingsOf   gives the plugin's settings
+ * settingsOf   returns the plugin's settings
  * clientOf     (settings, key) -> client, see client.js
  */
 export function createProvider(settingsOf, clientOf = createClient) {
   async function run({ prompter }) {
     const settings = settingsOf();
-    const { url, health } = await askPlace(prompter, settings, clientOf);
+    const { url, health } = await askAddress(prompter, settings, clientOf);
     const needsKey = health.authMode !== "none";
     const { key, rows: all } = await askKey(prompter, url, needsKey, clientOf);
     const offered = chosenRows(all, settings.models);

@@ -1,23 +1,23 @@
-/** How OpenClaw is told about the proxy's models; ocp_connect.py tells it the same. */
+/** The proxy and its models as OpenClaw lists them, in the same form as ocp_connect.py. */
 
-/** Above the server's own limit of 600 s, so that its words arrive before OpenClaw gives up. */
+/** Above the server's own limit of 600 s, so that its error arrives before OpenClaw gives up. */
 const TIMEOUT_S = 660;
-/** OpenClaw's own word for a provider that wants no key. */
+/** OpenClaw's own value for a provider that needs no key. */
 const NO_KEY = "custom-local";
 
-/** One row of /v1/models as OpenClaw lists it. */
+/** Return a row of /v1/models as OpenClaw lists it. */
 function modelEntry(row) {
   const compat = {
     supportsPromptCacheKey: true, supportsReasoningEffort: Boolean(row.reasoning),
   };
-  // Without "none", OpenClaw's "off" would be the model's own default.
+  // Without "none", OpenClaw's "off" would mean the model's default.
   if (row.efforts?.length) compat.supportedReasoningEfforts = ["none", ...row.efforts];
   return {
     id: row.id,
     name: `${row.display_name ?? row.id} (via CLI)`,
     reasoning: Boolean(row.reasoning),
     input: ["text", "image"],
-    // The plan pays, not the token.
+    // The plan is paid for, not the token.
     cost: { input: 0, output: 0, cacheRead: 0, cacheWrite: 0 },
     contextWindow: row.context_window,
     maxTokens: row.max_output_tokens,
@@ -25,7 +25,7 @@ function modelEntry(row) {
   };
 }
 
-/** The models.providers entry of a proxy. The key is OpenClaw's to keep, not the entry's. */
+/** Return the models.providers entry of a proxy. OpenClaw keeps the key elsewhere. */
 export function providerEntry(url, rows, hasKey) {
   return {
     baseUrl: `${url}/v1`,
@@ -36,7 +36,7 @@ export function providerEntry(url, rows, hasKey) {
   };
 }
 
-/** The rows whose ids are wanted, in that order; all of them when none is named. */
+/** Return the rows whose ids are wanted, in that order; all when none is wanted. */
 export function chosenRows(rows, wanted) {
   if (wanted.length === 0) return rows;
   return wanted.map((id) => rows.find((row) => row.id === id)).filter(Boolean);

@@ -1,12 +1,11 @@
 /**
  * Keeps the proxy running while the gateway does.
  *
- * A healthy proxy that runs already is adopted: it is watched, and never stopped. One that was
+ * A healthy proxy that runs already is adopted: it is watched, and never stopped. A proxy that was
  * started here is started again when it ends, after a growing delay, and ends with the gateway.
  *
- * Not OpenClaw's localService: that starts the server at the first request instead of with the
- * gateway, each OpenClaw process starts and ends one of its own, and it hands on all of
- * OpenClaw's environment.
+ * This is not OpenClaw's localService, which starts the server at the first request instead of
+ * with the gateway, starts one in each OpenClaw process, and passes OpenClaw's whole environment.
  */
 import { execFile, spawn } from "node:child_process";
 import { dirname, join } from "node:path";
@@ -21,15 +20,15 @@ const STARTING_CHECK_MS = 250;
 const PROBE_TIMEOUT_MS = 3000;
 const START_TIMEOUT_MS = 30_000;
 const MOST_DELAY_MS = 60_000;
-/** A proxy that has lived so long starts again as quickly as the first time. */
+/** After this time a proxy counts as steady, and is restarted as quickly as the first time. */
 const STEADY_MS = 60_000;
-/** So long an adopted proxy may be away, for instance while it is restarted. */
+/** An adopted proxy may be away for this time, for instance while it is restarted. */
 const ABSENCE_MS = 10_000;
 const STOP_TIMEOUT_MS = 10_000;
 const MOST_ERROR_CHARS = 2000;
 const LAST_WORDS_MS = 500;
 
-/** What the proxy needs of the gateway's environment, where OpenClaw's own secrets are, too. */
+/** What the proxy needs of the gateway's environment, which contains OpenClaw's secrets. */
 const KEPT_NAMES = new Set([
   "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TMPDIR", "DBUS_SESSION_BUS_ADDRESS",
   "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
@@ -45,7 +44,7 @@ function keptEnv(env) {
   return Object.fromEntries(Object.entries(env).filter(([name]) => isKept(name)));
 }
 
-/** The environment of a proxy that is started. */
+/** Return the environment of a proxy that is started. */
 export function childEnv(settings, env) {
   return {
     ...keptEnv(env),
@@ -54,7 +53,7 @@ export function childEnv(settings, env) {
   };
 }
 
-/** A started proxy: pid, whenEnded -> why, and end(). */
+/** Start a proxy; return its pid, whenEnded (a promise of the reason) and end(signal). */
 export function startChild(settings, env = process.env) {
   const [program, ...args] = settings.command;
   const child = spawn(program, args, {
@@ -70,13 +69,13 @@ export function startChild(settings, env = process.env) {
     };
     child.once("error", (error) => resolve(`could not be started: ${clip(error.message, 300)}`));
     child.once("close", end);
-    // Its last words may still be on their way; a process of its own may hold the pipe for ever.
+    // Its last output may be on its way, but a child of its own may hold the pipe for ever.
     child.once("exit", (...how) => setTimeout(end, LAST_WORDS_MS, ...how));
   });
   return { pid: child.pid, whenEnded, end: (signal) => child.kill(signal) };
 }
 
-/** "ocp", "other" for something else on its port, "silent" if that says nothing, or "down". */
+/** Return "ocp", "other" (another program), "silent" (it does not answer) or "down". */
 export async function probe(settings, fetch = globalThis.fetch) {
   try {
     const response = await fetch(`${settings.url}/health`, {
@@ -92,7 +91,7 @@ export async function probe(settings, fetch = globalThis.fetch) {
   }
 }
 
-/** How long to wait before the start after so many that did not last. */
+/** Return how long to wait before a start after so many failures. */
 export function restartDelay(firstMs, failures) {
   return Math.min(MOST_DELAY_MS, firstMs * 2 ** Math.min(failures, 16));
 }
@@ -109,7 +108,7 @@ const WORLD = {
   cancel: clearTimeout,
 };
 
-/** Why a proxy that is down is not started here, or null if it is. */
+/** Return why a proxy that is down is not started here, or null if it is. */
 export function reasonNotToStart(settings) {
   if (!settings.isLocal) return "it is on another machine";
   if (!settings.autoStart) {
@@ -123,10 +122,10 @@ class Supervisor {
     Object.assign(this, { settings, log, health, world });
     this.child = null;
     this.isStopped = false;
-    /** It has ended, and may not be started again. */
+    /** Whether it has ended and may not be started again. */
     this.isGivenUp = false;
     this.failures = 0;
-    /** Checks are numbered, because what an earlier one finds out too late must not count. */
+    /** The number of the check: the result of an earlier one comes too late. */
     this.turn = 0;
     /** Since when nothing has answered, null while something does. */
     this.downSinceMs = null;
@@ -138,7 +137,7 @@ class Supervisor {
     this.look();
   }
 
-  /** A check, after which there is another one whatever comes of it. */
+  /** Check, and plan the next check whatever the result. */
   look() {
     this.check().catch((error) => {
       this.log.warn(`OCP: ${clip(error.message, 300)}`);
@@ -146,14 +145,14 @@ class Supervisor {
     });
   }
 
-  /** Ends the proxy if it was started here. */
+  /** End the proxy if it was started here. */
   async stop() {
     this.isStopped = true;
     this.world.cancel(this.timer);
     await this.endChild();
   }
 
-  /** Whether a proxy of ours was there, or is ours to start, so that there is one again soon. */
+  /** Restart the proxy if it is ours, or start it if it may be; return whether that is so. */
   async restart() {
     if (!this.child && (this.downSinceMs === null || this.whyNot(true))) return false;
     this.failures = 0;
@@ -164,7 +163,7 @@ class Supervisor {
     return true;
   }
 
-  /** Why a proxy that is down is not started, or null; `asked` by somebody, or by itself. */
+  /** Return why a proxy that is down is not started, or null. `asked`: a user asked for it. */
   whyNot(asked = false) {
     const gaveUp = this.isGivenUp && !asked;
     return reasonNotToStart(this.settings) ?? (gaveUp ? "autoRestart is off" : null);
@@ -179,7 +178,7 @@ class Supervisor {
     this.world.cancel(impatience);
   }
 
-  /** Says a thing once, until there is another to say. */
+  /** Log a message once, until there is another one. */
   tell(level, text) {
     if (this.said === text) return;
     this.said = text;
@@ -214,12 +213,12 @@ class Supervisor {
   }
 
   whenTaken() {
-    this.fail(`${this.settings.url} is taken by something that is not an OCP proxy; free the port, `
+    this.fail(`${this.settings.url} is used by a program that is not an OCP proxy; free the port, `
       + "or set another one");
     return CHECK_MS;
   }
 
-  /** Something listens: another one could not. */
+  /** Something listens, so another proxy could not. */
   whenSilent() {
     this.downSinceMs ??= this.world.now();
     if (this.child) return this.whileStarting();
@@ -257,7 +256,7 @@ class Supervisor {
     child.whenEnded.then((why) => this.whenEnded(child, why));
   }
 
-  /** A child; one that has ended already if the system would not even try. */
+  /** Start a child; return one that has ended already if the system refuses. */
   tryToStart() {
     try {
       return this.world.start(this.settings);
@@ -270,7 +269,7 @@ class Supervisor {
   whenEnded(child, why) {
     if (this.child === child) this.child = null;
     if (this.isStopped) return;
-    // The next check must not take it for an adopted one that is away for a moment.
+    // The next check must not wait for it as for an adopted proxy.
     this.wasUp = false;
     if (this.isRestarting) {
       this.isRestarting = false;
@@ -296,7 +295,7 @@ class Supervisor {
   }
 }
 
-/** Watches the proxy of these settings between start() and stop(). `world` is for tests. */
+/** Return what watches the proxy between start() and stop(). `world` is for tests. */
 export function createSupervisor(settings, log, health, world = WORLD) {
   return new Supervisor(settings, log, health, world);
 }
@@ -315,7 +314,7 @@ function runProgram(program, args) {
   });
 }
 
-/** The proxy's own version once it answers again, or null. */
+/** Wait until the proxy answers again; return its version, or null. */
 async function whenBack(settings, tries = 40) {
   for (let attempt = 0; attempt < tries; attempt += 1) {
     if (await probe(settings) === "ocp") {
@@ -326,7 +325,7 @@ async function whenBack(settings, tries = 40) {
   return null;
 }
 
-/** How /ocp restart does it: ours by the supervisor, an installed one by `ocp restart`. */
+/** Return the function of /ocp restart: by the supervisor, or by `ocp restart` if installed. */
 export function createRestart(settingsOf, supervisorOf, run = runProgram) {
   return async () => {
     const settings = settingsOf();

@@ -1,4 +1,4 @@
-/** Where the proxy is, which key opens it, and what starts it. */
+/** Where the proxy is, which key it accepts, and what starts it. */
 import { existsSync, readFileSync } from "node:fs";
 import { homedir, networkInterfaces } from "node:os";
 import { join } from "node:path";
@@ -8,7 +8,7 @@ const DEFAULT_PORT = 3456;
 const LOOPBACK = ["127.0.0.1", "localhost", "::1"];
 const EVERY_ADDRESS = ["0.0.0.0", "::"];
 
-/** What settings depend on beside the plugin's configuration; tests give another one. */
+/** Return what the settings depend on besides the plugin's configuration; tests replace it. */
 export function surroundings() {
   return {
     env: process.env,
@@ -28,7 +28,7 @@ function readText(path) {
   }
 }
 
-/** What the installer has written down about the proxy on this machine, or null. */
+/** Return the installer's record of the proxy on this machine, or null. */
 function readRecord(folder, read) {
   try {
     const record = JSON.parse(read(join(folder, "install.json")) ?? "null");
@@ -38,16 +38,16 @@ function readRecord(folder, read) {
   }
 }
 
-/** An address without what clients of OpenAI have at its end. Throws if it is none. */
+/** Return an address without a trailing slash or /v1. Throws if it is none. */
 function addressIn(text, source) {
   const url = text.trim().replace(/\/+$/, "").replace(/\/v1$/, "");
   if (!/^https?:\/\/[^/\s]+$/i.test(url) || !URL.canParse(url)) {
-    throw new Error(`${source} is no address like http://HOST:PORT`);
+    throw new Error(`${source} is not an address like http://HOST:PORT`);
   }
   return url;
 }
 
-/** The address of a proxy that listens there: one that listens everywhere is asked on loopback. */
+/** Return the address of a proxy that listens on `host`; for every address that is loopback. */
 export function addressOf(host, port) {
   const asked = EVERY_ADDRESS.includes(host) ? "127.0.0.1" : host;
   return `http://${asked.includes(":") ? `[${asked}]` : asked}:${port}`;
@@ -66,7 +66,7 @@ function findUrl(config, env, record) {
   return addressOf("127.0.0.1", DEFAULT_PORT);
 }
 
-/** The admin key, or null. The file that nobody named is for this machine's own proxy only. */
+/** Return the admin key, or null. The default file is for this machine's own proxy only. */
 function findAdminKey(config, around, folder, isLocal) {
   if (config.adminKey) return config.adminKey;
   const named = config.adminKeyFile?.replace(/^~(?=\/)/, around.home);
@@ -81,14 +81,14 @@ function findCommand(config, around) {
 }
 
 /**
- * Everything that the plugin wants to know. Throws where that makes no sense.
+ * Return all settings of the plugin. Throws if one cannot be used.
  *
  * url, host, port    where the proxy is asked, and where one that is started listens
  * isLocal            whether that is this machine
  * adminKey           or null
  * models             the models to offer, [] for all
  * command            what starts the proxy, or null
- * record             what the installer has written down, or null
+ * record             the installer's record, or null
  * autoStart, autoRestart, restartDelayMs
  */
 export function readSettings(config, around) {
@@ -108,7 +108,7 @@ export function readSettings(config, around) {
     models: config.models ?? [],
     command: findCommand(config, around),
     record,
-    // Two that start one proxy would fight over its port.
+    // Two programs that start a proxy would fight over its port.
     autoStart: config.autoStart ?? !isManaged,
     autoRestart: config.autoRestart ?? true,
     restartDelayMs: config.restartDelayMs ?? 1000,

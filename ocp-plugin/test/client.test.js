@@ -32,7 +32,7 @@ const GONE = new TypeError("fetch failed", { cause: { code: "ECONNREFUSED" } });
 const SAYINGS = {
   "a proxy that is not there": [0, GONE,
     /^No OCP proxy answers at `http:\/\/127.0.0.1:3456` \(`ECONNREFUSED`\)\.$/],
-  "something else": [200, "<b>hello</b>", /is not an OCP proxy: it said 200/],
+  "something else": [200, "<b>hello</b>", /is not an OCP proxy: it answered 200/],
   "a refusal": [409, '{"error": {"message": "<b>a</b> `b`"}}', /^The proxy says: `<b>a<\/b> 'b'`$/],
   "several complaints": [400, '{"errors": ["a", "b"]}', /^The proxy says: `a; b`$/],
   "no words": [500, "{}", /^The proxy answered 500\.$/],
