@@ -40,7 +40,7 @@ function askAddress(prompter, settings, clientOf) {
   });
 }
 
-/** Ask for the key, null if none is needed, until the proxy accepts it; return it and the models. */
+/** Ask for the key, null if none is needed, until the proxy accepts it. Returns it and models. */
 async function askKey(prompter, url, needsKey, clientOf) {
   const modelsFor = async (key) => ({
     key, rows: (await clientOf({ url }, key).get("/v1/models")).data });

@@ -68,6 +68,6 @@ test("an address that is none is said to be none", () => {
   for (const proxyUrl of ["localhost:3456", "ftp://a", "http://a b", "http://a/x", "http://[::1"]) {
     assert.throws(() => readSettings({ proxyUrl }, around()), /proxyUrl is not an address/);
   }
-  assert.throws(() => readSettings({}, around({}, { CLAUDE_PROXY_PORT: "x" })), /is no address/);
+  assert.throws(() => readSettings({}, around({}, { CLAUDE_PROXY_PORT: "x" })), /is not an address/);
   assert.equal(readSettings({ proxyUrl: " https://a:1/v1/ " }, around()).url, "https://a:1");
 });

@@ -28,6 +28,7 @@ import pytest
 import fake_services
 from fake_services import FakeServices
 from http_client import http_call
+from ocp_command import Stream
 from project import REPO, clean_env, free_port, load_script, run_compiled
 from server import FAKE_CLAUDE, running_server
 from tls_files import CERT, KEY
@@ -469,6 +470,14 @@ def test_without_a_terminal_nothing_is_done_unasked(quick: InstallMachine) -> No
     done = quick.run("setup.py_install.py", "--port", str(quick.port), stdin="y\n")
     assert done.returncode == 2 and "--yes" in done.stderr
     assert quick.files() == quick.before
+
+
+def test_a_no_on_the_terminal_changes_nothing(
+    quick: InstallMachine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = quick.host("Linux", uid=os.getuid(), stdin=Stream("n\n", terminal=True))
+    assert setup.main(["--port", str(quick.port)], host) == 1
+    assert "Nothing was changed" in capsys.readouterr().err and quick.files() == quick.before
 
 
 # ---------------------------------------------------------------------------

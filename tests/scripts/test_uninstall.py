@@ -13,6 +13,7 @@ import pytest
 
 import fake_services
 from fake_services import FakeServices
+from ocp_command import Stream
 from project import load_script
 
 Json = Any
@@ -179,6 +180,30 @@ def test_without_a_terminal_nothing_is_done_unasked(
     monkeypatch.setattr(sys, "stdin", None)
     assert machine.run() == 2
     assert "--yes" in capsys.readouterr().err and "launcher" in machine.names()
+
+
+@pytest.mark.parametrize("answer, code", [("n\n", 1), ("\n", 1), ("", 1), ("y\n", 0), ("YES\n", 0)])
+def test_only_a_yes_on_the_terminal_removes_anything(
+    machine: UninstallMachine, capsys: pytest.CaptureFixture[str], answer: str, code: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine.record(machine.file("launcher", "ours"))
+    monkeypatch.setattr(sys, "stdin", Stream(answer, terminal=True))
+    assert machine.run() == code
+    assert ("launcher" in machine.names()) is bool(code)
+    assert ("Nothing was changed" in capsys.readouterr().err) is bool(code)
+
+
+@pytest.mark.parametrize("answer, is_removed", [("n\n", False), ("", False), ("y\n", True)])
+def test_a_service_of_the_original_needs_a_yes_of_its_own(
+    machine: UninstallMachine, answer: str, is_removed: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unit = machine.home / ".config/systemd/user/ocp-proxy.service"
+    unit.parent.mkdir(parents=True, exist_ok=True)
+    unit.write_text("[Service]\n")
+    monkeypatch.setattr(sys, "stdin", Stream("y\n" + answer, terminal=True))
+    assert machine.run() == 0
+    assert unit.exists() is not is_removed
 
 
 def test_what_cannot_be_undone_stays_in_the_record_for_the_next_run(
