@@ -278,14 +278,15 @@ def run_program(
 ) -> Completed:
     """Run a program to its end. Attached to the terminal, it has no timeout and no output here.
 
-    Never raises for a program that is missing or too slow.
+    Otherwise it has no terminal at all, so that it cannot stop there to ask for something. Never
+    raises for a program that is missing or too slow.
     """
     pipe, no_input = (None, None) if attached else (subprocess.PIPE, subprocess.DEVNULL)
     try:
         done = subprocess.run(
             list(command), env=dict(environ), stdin=no_input, stdout=pipe, stderr=pipe,
             encoding="utf-8", errors="replace", timeout=None if attached else timeout_s,
-            check=False,
+            start_new_session=not attached, check=False,
         )
     except subprocess.TimeoutExpired:
         return Completed(None, "", f"{command[0]} took longer than {timeout_s:.0f} s")
@@ -1821,7 +1822,8 @@ def sync_openclaw(env: Env, url: str, *more: str) -> Json:
     Returns {openclaw: whether it is installed here, providers, diff, written, failures}.
     """
     command = connect_command(env, "--sync", with_port(url), "--json", *more)
-    done = env.run(command, environ=env.environ, timeout_s=180.0)
+    with progress(env, "waiting for ocp_connect.py"):
+        done = env.run(command, environ=env.environ, timeout_s=180.0)
     with contextlib.suppress(ValueError):
         found = json.loads(done.output)
         if isinstance(found, dict) and found.keys() >= _OPENCLAW_FIELDS:
@@ -2317,6 +2319,7 @@ def _check_python(facts: Facts) -> Finding:
 def _check_record(facts: Facts) -> Finding:
     try:
         record = facts.record
+        service_of(facts.env)
     except Problem as problem:
         return Finding("FAIL", str(problem))
     if record is None:

@@ -108,14 +108,15 @@ def run_program(
 ) -> Completed:
     """Run a program to its end. Attached to the terminal, it has no timeout and no output here.
 
-    Never raises for a program that is missing or too slow.
+    Otherwise it has no terminal at all, so that it cannot stop there to ask for something. Never
+    raises for a program that is missing or too slow.
     """
     pipe, no_input = (None, None) if attached else (subprocess.PIPE, subprocess.DEVNULL)
     try:
         done = subprocess.run(
             list(command), env=dict(environ), stdin=no_input, stdout=pipe, stderr=pipe,
             encoding="utf-8", errors="replace", timeout=None if attached else timeout_s,
-            check=False,
+            start_new_session=not attached, check=False,
         )
     except subprocess.TimeoutExpired:
         return Completed(None, "", f"{command[0]} took longer than {timeout_s:.0f} s")

@@ -121,6 +121,8 @@ class Supervisor {
   constructor(settings, log, health, world) {
     Object.assign(this, { settings, log, health, world });
     this.child = null;
+    /** Resolves when the last child that was ended on purpose is gone. */
+    this.ending = null;
     this.isStopped = false;
     /** Whether it has ended and may not be started again. */
     this.isGivenUp = false;
@@ -148,7 +150,7 @@ class Supervisor {
   /** End the proxy if it was started here. */
   async stop() {
     this.isStopped = true;
-    this.world.cancel(this.timer);
+    this.pause();
     await this.endChild();
   }
 
@@ -157,7 +159,8 @@ class Supervisor {
     if (!this.child && (this.downSinceMs === null || this.whyNot(true))) return false;
     this.failures = 0;
     this.isGivenUp = false;
-    this.isRestarting = Boolean(this.child);
+    this.wasUp = false;
+    this.pause();
     await this.endChild();
     this.again(0);
     return true;
@@ -169,9 +172,16 @@ class Supervisor {
     return reasonNotToStart(this.settings) ?? (gaveUp ? "autoRestart is off" : null);
   }
 
+  /** End the child on purpose, so that its end is no failure. */
   async endChild() {
     const child = this.child;
-    if (!child) return;
+    this.child = null;
+    if (child) this.ending = this.terminate(child);
+    // Also when somebody else has begun to end it.
+    await this.ending;
+  }
+
+  async terminate(child) {
     child.end("SIGTERM");
     const impatience = this.world.later(() => child.end("SIGKILL"), STOP_TIMEOUT_MS);
     await child.whenEnded;
@@ -185,17 +195,22 @@ class Supervisor {
     this.log[level](`OCP: ${text}`);
   }
 
-  again(ms) {
-    if (this.isStopped) return;
+  /** Let no check happen, also not the one that is under way. */
+  pause() {
     this.turn += 1;
     this.world.cancel(this.timer);
+  }
+
+  again(ms) {
+    if (this.isStopped) return;
+    this.pause();
     this.timer = this.world.later(() => this.look(), ms);
   }
 
   async check() {
     const { turn } = this;
     const state = await this.world.probe(this.settings);
-    if (this.isStopped || turn !== this.turn) return;
+    if (turn !== this.turn) return;
     this.again({
       ocp: () => this.whenUp(), other: () => this.whenTaken(), silent: () => this.whenSilent(),
       down: () => this.whenDown(),
@@ -243,7 +258,7 @@ class Supervisor {
     const silentMs = this.world.now() - Math.max(this.startedMs, this.downSinceMs);
     if (silentMs < START_TIMEOUT_MS) return STARTING_CHECK_MS;
     this.fail(`the started proxy does not answer at ${this.settings.url}`);
-    this.endChild();
+    this.terminate(this.child);
     return CHECK_MS;
   }
 
@@ -267,15 +282,10 @@ class Supervisor {
   }
 
   whenEnded(child, why) {
-    if (this.child === child) this.child = null;
-    if (this.isStopped) return;
+    if (this.child !== child) return;
+    this.child = null;
     // The next check must not wait for it as for an adopted proxy.
     this.wasUp = false;
-    if (this.isRestarting) {
-      this.isRestarting = false;
-      this.again(0);
-      return;
-    }
     this.fail(`the proxy ${why}`);
     if (!this.settings.autoRestart) {
       this.isGivenUp = true;

@@ -496,6 +496,23 @@ def test_wrong_usage_is_2_and_asks_nobody(tmp_path: Path, words: list[str]) -> N
     assert found.stderr.startswith("ocp: ") and found.stdout == ""
 
 
+def test_a_program_that_is_run_has_no_terminal_to_ask_on() -> None:
+    script = "import os; print(os.getsid(0) == os.getpid())"
+    assert ocp.run_program([sys.executable, "-c", script], os.environ).output == "True\n"
+
+
+@pytest.mark.parametrize("code, output, error, complaint", [
+    (128, "", "Warning: new host\nfatal: no remote\nPlease make sure\n", "fatal: no remote"),
+    (1, "", "Traceback (most recent call last):\n  File x\nKeyError: 1\n", "KeyError: 1"),
+    (1, "\nfirst\nsecond\n", "", "first"), (3, "", "\n", "it ended with 3"),
+    (1, "", "a\x1b[2J", "a?[2J"),
+])
+def test_the_complaint_of_a_program_is_its_reason_in_one_line(
+    code: int, output: str, error: str, complaint: str,
+) -> None:
+    assert ocp.Completed(code, output, error).complaint == complaint
+
+
 def test_an_unexpected_error_is_one_line_and_with_debug_more(tmp_path: Path) -> None:
     def fails() -> float:
         raise RuntimeError("oh\x1b")

@@ -518,6 +518,13 @@ def test_what_cannot_be_checked_is_never_wrong(manager: Manager) -> None:
     assert answer["levels"]["service_unit"] == answer["levels"]["linger"] == "INFO"
 
 
+def test_a_record_that_does_not_say_how_to_start_is_written_again(healthy: Manager) -> None:
+    healthy.record(commands={})
+    answer = examined(healthy)
+    assert "does not say how the service is started" in answer["messages"]["install_dir"]
+    assert answer["next_action"]["kind"] == "fix_install"
+
+
 def test_a_broken_record_does_not_stop_the_doctor(manager: Manager) -> None:
     (manager.home / ".ocp").mkdir(mode=0o700)
     (manager.home / ".ocp" / "install.json").write_text("{")
