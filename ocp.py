@@ -476,6 +476,16 @@ def http_json(
 # --- end shared
 
 
+# --- shared: any_certificate
+def any_certificate() -> ssl.SSLContext:
+    """Return a context that accepts every certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+# --- end shared
+
+
 # ==== 3. Environment =========================================================
 # Everything that a command may know and change of the world is in one Env, so that tests give it
 # another world.
@@ -680,14 +690,6 @@ def tls_for(url: str) -> ssl.SSLContext | None:
     The certificate of this machine's own server names the address that other devices use.
     """
     return any_certificate() if is_loopback(url) else None
-
-
-def any_certificate() -> ssl.SSLContext:
-    """Return a context that accepts every certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def server_url(env: Env) -> str:
@@ -3409,29 +3411,26 @@ def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterat
         yield "--help", "show the help"
 
 
+def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
+    """Return the row that the words name, and the words behind its name."""
+    row = Command("", "", actions=COMMANDS)
+    for at, word in enumerate(words):
+        found = next((each for each in row.actions if each.name == word), None)
+        if found is None:
+            return row, words[at:]
+        row = found
+    return row, ()
+
+
 def completions(env: Env, words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield what the last of these words may become, each with its help.
 
     Names with characters that a shell would have to quote are left out.
     """
     *before, current = words or [""]
-    above = Command("", "", actions=COMMANDS)
-    if before[:1] == ["help"]:
-        before = before[1:]
-    for at, word in enumerate(before):
-        found = next((each for each in above.actions if each.name == word), None)
-        if found is None:
-            before = before[at:]
-            break
-        above = found
-    else:
-        before = []
-    possible = [(each.name, each.help) for each in above.actions] if not before else []
-    if above.name:
-        possible += _argument_words(env, above, before)
-    else:
-        possible.append(("--help", "show the help"))
-    for name, text in dict(possible).items():
+    row, behind = find_command(before[1:] if before[:1] == ["help"] else before)
+    possible = [] if behind else [(each.name, each.help) for each in row.actions]
+    for name, text in [*possible, *_argument_words(env, row, behind)]:
         if name.startswith(current) and re.fullmatch(r"[\w.@%+,/-]+", name):
             yield name, text
 

@@ -332,6 +332,16 @@ def http_json(
 # --- end shared
 
 
+# --- shared: any_certificate
+def any_certificate() -> ssl.SSLContext:
+    """Return a context that accepts every certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+# --- end shared
+
+
 # ==== 2. Host ================================================================
 # The machine and the session that the program runs in, and its files. Everything that differs
 # between a real run and a test is in a Host.
@@ -1557,17 +1567,10 @@ _START_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 120.0
 
 
-def any_certificate() -> ssl.SSLContext:
-    """Return a context for this machine's own server, whatever name its certificate is for."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
 def served_version(url: str) -> str:
     """Return the version of the OCP that answers there, empty if there is none."""
     try:
+        # It is this machine's own, whatever name its certificate is for.
         health = http_json("GET", f"{url}/health", timeout_s=5, tls=any_certificate())
     except HttpProblem as problem:
         # A server that is not ready says so with 503, and with its version.

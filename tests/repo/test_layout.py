@@ -74,6 +74,7 @@ SHARED = {
     "env_file": ["ocp.py", "setup.py_install.py"],
     "shown_path": ["setup.py_install.py", "uninstall.py"],
     "http_json": ["ocp.py", "ocp_connect.py", "setup.py_install.py"],
+    "any_certificate": ["ocp.py", "setup.py_install.py"],
 }
 
 
@@ -92,6 +93,15 @@ def test_what_scripts_share_is_the_same_to_the_byte() -> None:
     assert holders == SHARED
     for name, scripts in holders.items():
         assert len({pieces[script][name] for script in scripts}) == 1, name
+
+
+@pytest.mark.parametrize("name", _OF_THE_SERVICE)
+def test_the_index_of_a_script_lists_its_sections_in_order(name: str) -> None:
+    text = (REPO / name).read_text()
+    titles = re.findall(r"^# ==== (\d+)\. (.+?) =+$", text, re.M)
+    head = text.partition("from __future__")[0]
+    assert re.findall(r"^#? +(\d+)\. +(.+?)(?:  .*)?$", head, re.M) == titles
+    assert [int(number) for number, _ in titles] == list(range(1, len(titles) + 1))
 
 
 @each_script
