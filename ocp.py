@@ -491,7 +491,7 @@ def any_certificate() -> ssl.SSLContext:
 # another world.
 
 
-def own_addresses() -> list[str]:
+def lan_addresses() -> list[str]:
     """Return the IPv4 address by which this machine reaches others, if any. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -522,7 +522,7 @@ class Env:
     sleep: Callable[[float], None] = time.sleep
     #: Takes what run_program takes.
     run: Callable[..., Completed] = run_program
-    addresses: Callable[[], list[str]] = own_addresses
+    addresses: Callable[[], list[str]] = lan_addresses
 
     @property
     def ocp_home(self) -> str:
@@ -2024,7 +2024,7 @@ _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.2
 
 
-def await_server(env: Env, url: str, version: str, since_s: float | None) -> str:
+def wait_for_server(env: Env, url: str, version: str, since_s: float | None) -> str:
     """Wait until a server of this version answers that is not older than `since_s`.
 
     Returns "", or what is wrong at the end.
@@ -2032,13 +2032,13 @@ def await_server(env: Env, url: str, version: str, since_s: float | None) -> str
     deadline_s = env.clock() + _START_TIMEOUT_S
     with progress(env, f"waiting for the server at {url}"):
         while True:
-            wrong, may_change = _server_state(env, url, version, since_s)
+            wrong, may_change = _what_is_wrong(env, url, version, since_s)
             if not wrong or not may_change or env.clock() >= deadline_s:
                 return wrong
             env.sleep(_POLL_S)
 
 
-def _server_state(env: Env, url: str, version: str, since_s: float | None) -> tuple[str, bool]:
+def _what_is_wrong(env: Env, url: str, version: str, since_s: float | None) -> tuple[str, bool]:
     """Return what is wrong with a server at this moment, and whether that may still change."""
     try:
         health = health_of(url)
@@ -2070,7 +2070,7 @@ def _start(env: Env, verb: str) -> Exit:
         return _without_service(env, verb)
     since_s = env.clock() if verb == "restart" else None
     complaint = run_service(env, record, verb)
-    wrong = await_server(env, record.url, version_of(record.server_path), since_s)
+    wrong = wait_for_server(env, record.url, version_of(record.server_path), since_s)
     if wrong:
         raise Problem(
             Exit.FAILED, f"The server did not come up as it should: {complaint or wrong}."
@@ -2931,8 +2931,8 @@ def put_back_database(snapshot: Snapshot) -> None:
 
 
 @contextlib.contextmanager
-def only_one(env: Env) -> Iterator[None]:
-    """Let one process at a time into the block. Raises Problem for a second one."""
+def update_lock(env: Env) -> Iterator[None]:
+    """Hold the lock of updates. Raises Problem if another process has it."""
     for folder in (env.ocp_home, snapshots_folder(env)):
         os.makedirs(folder, mode=0o700, exist_ok=True)
     path = os.path.join(snapshots_folder(env), "lock")
@@ -3080,7 +3080,7 @@ def restart_and_ask(env: Env, record: Record, version: str) -> str:
     """Restart the service and wait for this version. Returns "", or what is wrong."""
     since_s = env.clock()
     complaint = run_service(env, record, "restart")
-    wrong = await_server(env, record.url, version, since_s)
+    wrong = wait_for_server(env, record.url, version, since_s)
     return f"{wrong} {complaint}".rstrip() if wrong else ""
 
 
@@ -3281,7 +3281,7 @@ def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
         raise Problem(Exit.USAGE, "--rollback goes back by one update: no --check and no --target.")
     if args.check:
         return _check_for_update(env, args)
-    with only_one(env):
+    with update_lock(env):
         states = read_snapshots(env)
         interrupted = next((s for s in states if s.journal.state in OPEN_STATES), None)
         if interrupted and args.dry_run:

@@ -522,7 +522,7 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
-def check_openness(values: Mapping[str, str]) -> None:
+def check_exposure(values: Mapping[str, str]) -> None:
     """Raise Problem for a service that the whole network could use without a decision."""
     if is_loopback(values[BIND]) or values.get(AUTH_MODE) or values.get(API_KEY):
         return
@@ -1196,7 +1196,7 @@ def planned_values(
     for name, value in values.items():
         if is_unwritable(value):
             raise refused(f"{name} contains a line break or another control character.")
-    check_openness(values)
+    check_exposure(values)
     if values.get(AUTH_MODE) == "shared" and not values.get(API_KEY):
         values[API_KEY] = "ocp_" + secrets.token_urlsafe(24)
     if install.data_dir != os.path.join(host.home, ".ocp"):
@@ -1874,7 +1874,7 @@ def conclude(
     return code
 
 
-def closing_words(job: Job) -> Iterator[str]:
+def next_steps(job: Job) -> Iterator[str]:
     """Yield where the keys are and what is next."""
     install, values = job.situation.install, job.situation.values
     home = job.situation.host.home
@@ -1914,7 +1914,7 @@ def carry_out(job: Job, options: argparse.Namespace) -> Exit:
         print("Only the record of the installation is brought up to date.")
     print("Doing it:")
     apply(situation.host, job.actions, record, print)
-    print("\n".join(closing_words(job)))
+    print("\n".join(next_steps(job)))
     return conclude(job, options, record, with_answer=True)
 
 

@@ -441,7 +441,7 @@ def test_without_a_service_the_files_are_updated_and_it_says_so(machine: UpdateM
 
 
 def test_one_update_at_a_time(machine: UpdateMachine) -> None:
-    with ocp.only_one(ocp_env(machine.home)):
+    with ocp.update_lock(ocp_env(machine.home)):
         found = machine.ocp(*FORWARD)
     assert found.code == 1 and "Another" in found.stderr
 
