@@ -64,6 +64,7 @@ import plistlib
 import re
 import shlex
 import shutil
+import signal
 import socket
 import ssl
 import stat
@@ -1292,6 +1293,21 @@ def _prune(text: str, form: Format, done: Done) -> str:
 DEFAULT_PORT = 3456
 AUTH_MODES = ("none", "shared", "multi")
 
+#: What is accepted of a server, which may be a wrong or a hostile one.
+MAX_ANSWER_BYTES = 8_000_000
+MAX_ERROR_BYTES = 64_000
+MAX_MODELS = 500
+MAX_TOKENS = 100_000_000
+MAX_SHOWN_CHARACTERS = 300
+#: The longest that one request may take, from looking up the name to the last byte.
+FETCH_TIMEOUT_S = 10.0
+TRIAL_TIMEOUT_S = 90.0
+#: What may stand in a key. Other characters mean something in some file that the key goes to, such
+#: as `${{secrets.X}}` in Continue's and `{env:X}` in OpenCode's.
+KEY_PATTERN = re.compile(r"[A-Za-z0-9._~+/=-]{1,1000}")
+_MODEL_ID = re.compile(r"[A-Za-z](?:[A-Za-z0-9_.:-]{0,98}[A-Za-z0-9_])?")
+_EFFORT = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
 
 class Model(NamedTuple):
     """A model as the server lists it."""
@@ -1362,17 +1378,111 @@ def server_address(host: str, port: int | None, https: bool) -> str:
 
 
 def checked_key(key: str, source: str) -> str:
-    """A key that a header can carry. Raises Problem."""
+    """Return a key that every file and header can carry. Raise Problem for any other."""
     key = key.strip()
-    if not re.fullmatch(r"[!-~]+", key):
-        raise Problem(Exit.USAGE, f"{source} is empty or holds characters that no key has.")
+    if not KEY_PATTERN.fullmatch(key):
+        raise Problem(
+            Exit.USAGE,
+            f"{source} is empty or has characters that no key may have: letters, digits and any of "
+            "._~+/=- are allowed.")
     return key
 
 
-def ask_health(url: str) -> Mapping[str, Json]:
-    """What GET /health says. Raises Problem."""
+def quoted(text: object) -> str:
+    """Return what a server says as one line of limited length."""
+    return clean(text)[:MAX_SHOWN_CHARACTERS]
+
+
+class OutOfTime(Exception):
+    """The time limit has passed. Not an OSError, after which http.client tries the next address."""
+
+
+@contextlib.contextmanager
+def time_limit(limit_s: float) -> Iterator[None]:
+    """Raise OutOfTime in the block once so much time has passed, whatever it waits for. Works in
+    the main thread only."""
+    def expire(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
-        health = http_json("GET", f"{url}/health", timeout_s=10)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fetch_json(
+    method: str, url: str, timeout_s: float, key: str = "", body: object = None
+) -> Json:
+    """Return the JSON value that a server answers, within this time and MAX_ANSWER_BYTES. No
+    redirect is followed, so that the key reaches this address only. Raise HttpProblem."""
+    try:
+        with time_limit(timeout_s):
+            status, text = _exchange(method, url, timeout_s, key, body)
+    except OutOfTime:
+        reason = f"no complete answer came within {timeout_s:.0f} s"
+        raise HttpProblem("unreachable", reason) from None
+    except (OSError, http.client.HTTPException, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem) or "no HTTP came back"
+        raise HttpProblem("unreachable", quoted(reason)) from None
+    if len(text) > MAX_ANSWER_BYTES:
+        size = f"{MAX_ANSWER_BYTES // 1_000_000} MB"
+        raise HttpProblem("refused", f"the answer is longer than {size}", status)
+    try:
+        if status >= 300:
+            raise _refusal(status, text[:MAX_ERROR_BYTES])
+        return json.loads(text, parse_int=_bounded_number)
+    except RecursionError:
+        raise HttpProblem("refused", "the answer is nested too deeply", status) from None
+    except ValueError:
+        raise HttpProblem("refused", "the answer is not JSON", status) from None
+
+
+def _exchange(
+    method: str, url: str, timeout_s: float, key: str, body: object
+) -> tuple[int, bytes]:
+    """Return the status and the body of an answer; a body above the limit is not read to its end.
+    Raise OSError, HTTPException or ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    is_secure = parts.scheme == "https"
+    connect = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    content = None
+    if body is not None:
+        headers["Content-Type"], content = "application/json", json.dumps(body).encode()
+    with contextlib.closing(connect(parts.hostname or "", parts.port, timeout=timeout_s)) as link:
+        link.request(method, parts.path, content, headers)
+        with contextlib.closing(link.getresponse()) as answer:
+            text, piece = bytearray(), b" "
+            while piece and len(text) <= MAX_ANSWER_BYTES:
+                # read() would read a chunk of -1 bytes without a limit.
+                piece = answer.read1(1_000_000)
+                text += piece
+            return answer.status, bytes(text)
+
+
+def _refusal(status: int, text: bytes) -> HttpProblem:
+    """Return the problem that a status stands for. Raise RecursionError."""
+    problem = http_problem(status, text)
+    if status < 400:
+        return HttpProblem("refused", f"it redirects to another address ({status})", status)
+    if problem.body is None:
+        return HttpProblem(problem.kind, f"the status is {status}", status)
+    return problem
+
+
+def _bounded_number(digits: str) -> int | float:
+    """Return an integer of JSON. One of a million digits would take Python minutes."""
+    return int(digits) if len(digits) <= 18 else float(digits)
+
+
+def ask_health(url: str) -> Mapping[str, Json]:
+    """Return what GET /health says. Raise Problem."""
+    reason = "its /health is not that of OCP"
+    try:
+        health = fetch_json("GET", f"{url}/health", FETCH_TIMEOUT_S)
     except HttpProblem as problem:
         if "CERTIFICATE_VERIFY_FAILED" in str(problem):
             raise Problem(
@@ -1383,47 +1493,73 @@ def ask_health(url: str) -> Mapping[str, Json]:
         if problem.kind == "unreachable":
             raise Problem(
                 Exit.UNREACHABLE,
-                f"Cannot reach {url} ({clean(problem)}): is the server running, and does it listen "
-                "where this machine can reach it (CLAUDE_BIND, firewall)?",
+                f"Cannot reach {url} ({quoted(problem)}): is the server running, and does it "
+                "listen where this machine can reach it (CLAUDE_BIND, firewall)?",
             ) from None
-        health = None
+        health, reason = None, quoted(problem)
     if not isinstance(health, dict) or health.get("authMode") not in AUTH_MODES or not isinstance(
             health.get("version"), str):
         secure = "" if url.startswith("https") else "; if it speaks https, say --https"
-        raise Problem(Exit.UNREACHABLE, f"What answers at {url} is not an OCP server{secure}.")
+        raise Problem(
+            Exit.UNREACHABLE, f"What answers at {url} is not an OCP server ({reason}){secure}.")
     return health
 
 
 def ask_models(url: str, key: str) -> tuple[Model, ...]:
-    """The models that a key may use. Raises HttpProblem."""
-    listed = http_json("GET", f"{url}/v1/models", key=key, timeout_s=10)
+    """Return the models that a key may use. Raise HttpProblem."""
+    listed = fetch_json("GET", f"{url}/v1/models", FETCH_TIMEOUT_S, key)
     rows = listed.get("data") if isinstance(listed, dict) else None
-    found = [model_of(row, "display_name", "context_window", "max_output_tokens")
-             for row in rows or () if isinstance(row, dict)
-             and re.fullmatch(r"[\w.:-]+", str(row.get("id")))]
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if len(rows) > MAX_MODELS:
+        raise HttpProblem("refused", f"it lists more than {MAX_MODELS} models")
+    try:
+        found = {
+            str(row["id"]): model_of(row, "display_name", "context_window", "max_output_tokens")
+            for row in rows if _MODEL_ID.fullmatch(str(row.get("id")))}
+    except ValueError as problem:
+        raise HttpProblem("refused", str(problem)) from None
     if not found:
         raise HttpProblem("refused", "it lists no models")
-    return tuple(found)
+    return tuple(found.values())
 
 
 def model_of(row: Mapping[str, Json], name: str, context: str, output: str) -> Model:
-    """The model of a row that has these names for what differs from list to list."""
+    """Return the model of a row that has these names for what differs from list to list. Raise
+    ValueError for a size that is not a number of tokens."""
     efforts = row.get("efforts")
+    efforts = efforts if isinstance(efforts, list) else []
     return Model(
-        str(row["id"]), clean(row.get(name) or row["id"]), int(row.get(context) or 200_000),
-        int(row.get(output) or 8_192), bool(row.get("reasoning")),
-        tuple(str(each) for each in efforts) if isinstance(efforts, list) else (),
-    )
+        str(row["id"]), model_name(str(row.get(name) or row["id"])),
+        token_count(row, context, 200_000), token_count(row, output, 8_192),
+        bool(row.get("reasoning")),
+        tuple(each for each in efforts if isinstance(each, str) and _EFFORT.fullmatch(each))[:20])
+
+
+def model_name(text: str) -> str:
+    """Return a model's name without the characters that mean something to a terminal, or to a tool
+    that finds it in its settings, such as `{env:X}`."""
+    return re.sub(r"[^\w .,:()+/-]", "?", text)[:100]
+
+
+def token_count(row: Mapping[str, Json], name: str, default: int) -> int:
+    """Return a number of tokens, the default where there is none. Raise ValueError."""
+    value = row.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or not 0 < value <= MAX_TOKENS:
+        shown = clean(json.dumps(value))[:40]
+        raise ValueError(f"the {name} of {row['id']} is {shown}, which is not a number of tokens")
+    return value
 
 
 def models_in(path: str) -> tuple[Model, ...] | None:
-    """The models of a models.json; None if there is no such file. Raises Problem."""
+    """Return the models of a models.json; None if there is no such file. Raise Problem."""
     try:
         content = read_bytes(path)
         rows = json.loads(content)["models"] if content is not None else None
         return rows and tuple(
             model_of(row, "displayName", "contextWindow", "maxTokens") for row in rows)
-    except (Unsafe, ValueError, KeyError, TypeError, AttributeError):
+    except (Unsafe, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Problem(Exit.FAILED, f"{path} cannot be used as a list of models.") from None
 
 
@@ -1433,20 +1569,20 @@ def probe(
     """The server and what its /health said. `key` is the one on the command line, `known_key` the
     one of last time; `ask_key` asks the user. Raises Problem."""
     health = ask_health(url)
-    shown = str(health.get("anonymousKey") or "")
-    keys = [key] if key else [known_key, shown if re.fullmatch(r"[!-~]+", shown) else "", ""]
+    keys = [key] if key else [known_key, anonymous_key(url, health), ""]
     refused = ""
     for each in dict.fromkeys(keys):
         try:
-            return Server(url, clean(health["version"]), str(health["authMode"]),
+            return Server(url, quoted(health["version"]), str(health["authMode"]),
                           ask_models(url, each), each), health
         except HttpProblem as problem:
             if problem.kind != "denied":
-                raise Problem(Exit.FAILED, f"{url} does not list its models: {clean(problem)}"
-                              ) from None
+                raise Problem(
+                    Exit.FAILED, f"{url} does not list its models as OCP does: {quoted(problem)}."
+                ) from None
             refused = str(problem)
     if key:
-        raise Problem(Exit.DENIED, f"The key was refused: {clean(refused)}")
+        raise Problem(Exit.DENIED, f"The key was refused: {quoted(refused)}")
     entered = ask_key(f"Key for {url}: ")
     if entered is None:
         raise Problem(Exit.USAGE, f"{url} wants a key: name it with --key.")
@@ -1455,14 +1591,25 @@ def probe(
     return probe(url, checked_key(entered, "That key"), "", ask_key)
 
 
+def anonymous_key(url: str, health: Mapping[str, Json]) -> str:
+    """Return the key that a server gives to everybody, empty if none. Raise Problem."""
+    shown = health.get("anonymousKey") or ""
+    if shown and not (isinstance(shown, str) and KEY_PATTERN.fullmatch(shown)):
+        raise Problem(
+            Exit.FAILED,
+            f"{url} advertises a key with characters that no key may have, so nothing is written. "
+            "Name a key of your own with --key.")
+    return shown
+
+
 def try_request(server: Server) -> str:
     """The text of one real answer from the cheapest model. Raises HttpProblem."""
     body = {
         "model": server.cheapest.id, "max_tokens": 32,
         "messages": [{"role": "user", "content": "Reply with the word OK."}],
     }
-    answer = http_json(
-        "POST", f"{server.api}/chat/completions", body, server.key, timeout_s=90)
+    answer = fetch_json(
+        "POST", f"{server.api}/chat/completions", TRIAL_TIMEOUT_S, server.key, body)
     try:
         return str(answer["choices"][0]["message"]["content"])
     except (TypeError, KeyError, IndexError):
@@ -2952,7 +3099,7 @@ def show_server(server: Server, health: Mapping[str, Json]) -> str:
     key = f"key {mask(server.key)} accepted" if server.key else "no key needed"
     lines = [f"OCP {server.version} at {server.url}: {counted(len(server.models), 'model')}, {key}"]
     if health.get("status") not in ("ok", None):
-        lines.append(f"It says that it is {clean(health['status'])}: {clean(health.get('fix'))}")
+        lines.append(f"It says that it is {quoted(health['status'])}: {quoted(health.get('fix'))}")
     return "\n".join(lines)
 
 
@@ -3290,8 +3437,8 @@ class Run:
         try:
             answer = try_request(server)
         except HttpProblem as problem:
-            self.say(f"FAILED: {server.cheapest.id} does not answer: {clean(problem)}")
-            return clean(problem)
+            self.say(f"FAILED: {server.cheapest.id} does not answer: {quoted(problem)}")
+            return quoted(problem)
         self.say(f"{server.cheapest.id} answers: {clean(answer.strip())[:60]}")
         return ""
 
@@ -3320,6 +3467,7 @@ class Run:
     def _probe(self, url: str) -> tuple[Server, Mapping[str, Json]]:
         """The server with a key that it takes, and what its /health said. Raises Problem."""
         known = self._known_key() if self.record.key_url == url else ""
+        known = known if KEY_PATTERN.fullmatch(known) else ""
         return probe(url, self._given_key(), known, self.terminal.ask_secret)
 
     def _tools(self) -> list[Tool]:

@@ -1180,7 +1180,7 @@ def test_a_certificate_that_is_not_trusted_is_named_as_such(
     def failing(*_: Json, **__: Json) -> Json:
         raise connect.HttpProblem("unreachable", "[SSL: CERTIFICATE_VERIFY_FAILED] self-signed")
 
-    monkeypatch.setattr(connect, "http_json", failing)
+    monkeypatch.setattr(connect, "fetch_json", failing)
 
     with pytest.raises(connect.Problem, match="SSL_CERT_FILE"):
         connect.ask_health("https://h:1")
