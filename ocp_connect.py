@@ -77,8 +77,11 @@ from typing import Any, NamedTuple, Union
 
 VERSION = "0.1.0"
 
-#: Where this script lies; empty if it came through a pipe.
-HERE = os.path.dirname(os.path.abspath(__file__)) if "__file__" in globals() else ""
+#: Python's name for a script that comes through a pipe, which has no folder.
+_PIPE = "<stdin>"
+#: The folder of this script, empty if it came through a pipe.
+HERE = "" if globals().get("__file__", _PIPE) == _PIPE else os.path.dirname(
+    os.path.abspath(__file__))
 
 #: A JSON value, parsed or to be written.
 Json = Any

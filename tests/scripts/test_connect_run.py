@@ -114,6 +114,20 @@ def test_one_command_downloads_and_connects(server: Server, free_home: Path) -> 
     assert (free_home / ".codex/config.toml").exists()
 
 
+def test_from_a_pipe_no_list_of_models_is_taken_from_the_current_folder(
+    server: Server, free_home: Path
+) -> None:
+    (free_home / "models.json").write_text('{"models": [{"id": "planted"}]}')
+    (free_home / ".openclaw").mkdir()
+    provider = {"baseUrl": f"{server.url}/v1", "models": []}
+    (free_home / ".openclaw/openclaw.json").write_text(
+        json.dumps({"models": {"providers": {"ocp": provider}}}))
+
+    ran = piped(free_home, "--sync", f"127.0.0.1:{server.port}", "--dry-run")
+
+    assert ran.code == 0 and "claude-haiku" in ran.stdout and "planted" not in ran.stdout, ran
+
+
 @pytest.mark.slow
 def test_a_download_that_was_cut_does_nothing(server: Server, free_home: Path) -> None:
     tail = len(SOURCE) - 400
