@@ -271,7 +271,7 @@ def test_one_deadline_ends_an_answer_that_drips(
     (dripping(http(b""), b" "), "no complete answer came within 1 s"),
     (endless_body, "the answer is longer than 8 MB"),
     (http(DEEP), "the answer is nested too deeply"), (http(HTML), "the answer is not JSON"),
-    (http({"choices": 3}), "its answer is no chat completion"), (b"", "Remote end closed"),
+    (http({"choices": 3}), "the answer is not a chat completion"), (b"", "Remote end closed"),
 ])
 def test_a_trial_answer_that_is_wrong_is_said_after_the_files_are_written(
     free_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
