@@ -21,7 +21,7 @@ is missing or refused; 130 interrupted.
 """
 # Sections (search for "==== 8" to jump to the eighth):
 #
-#      1. Basics            exit codes, errors, masking of keys, HTTP
+#      1. Basics            exit codes, errors, masking of keys
 #      2. Machine           what a plan may depend on of this computer
 #      3. JSON text         edit JSON and keep every comment
 #      4. TOML text         edit keys before the first table
@@ -68,7 +68,6 @@ import shlex
 import shutil
 import signal
 import socket
-import ssl
 import stat
 import subprocess
 import tempfile
@@ -170,72 +169,6 @@ def newline_of(text: str) -> str:
 def counted(number: int, noun: str) -> str:
     """Return "1 file" or "2 files"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-# --- shared: http_json
-class HttpProblem(Exception):
-    """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
-    403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
-
-    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
-        super().__init__(message)
-        self.kind, self.status, self.body = kind, status, body
-
-
-@contextlib.contextmanager
-def http_open(
-    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
-    tls: ssl.SSLContext | None = None,
-) -> Iterator[http.client.HTTPResponse]:
-    """The answer to a request, its body still unread. Raises HttpProblem. No proxy is used and
-    no redirection followed, so that the key reaches this address and no other."""
-    parts = urllib.parse.urlsplit(url)
-    connect: Any = http.client.HTTPConnection
-    if parts.scheme == "https":
-        connect = functools.partial(http.client.HTTPSConnection, context=tls)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    content = None
-    if body is not None:
-        headers["Content-Type"], content = "application/json", json.dumps(body).encode()
-    with contextlib.closing(connect(parts.hostname or "", parts.port, timeout=timeout_s)) as link:
-        try:
-            target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-            link.request(method, target, content, headers)
-            answer = link.getresponse()
-            text = b"" if answer.status < 300 else answer.read()
-        except (OSError, http.client.HTTPException) as problem:
-            reason = getattr(problem, "strerror", None) or str(problem) or "no HTTP came back"
-            raise HttpProblem("unreachable", reason) from None
-        with contextlib.closing(answer):
-            if answer.status >= 300:
-                raise http_problem(answer.status, text)
-            yield answer
-
-
-def http_problem(status: int, text: bytes) -> HttpProblem:
-    """The problem that an answer with such a status stands for."""
-    kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
-    body, message = None, text[:200].decode("utf-8", "replace").strip()
-    with contextlib.suppress(ValueError):
-        body = json.loads(text)
-    error = body.get("error") if isinstance(body, dict) else None
-    told = error.get("message") if isinstance(error, dict) else error
-    return HttpProblem(kind, str(told or message), status, body)
-
-
-def http_json(
-    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
-    tls: ssl.SSLContext | None = None,
-) -> Any:
-    """The JSON value that the server answers. Raises HttpProblem."""
-    with http_open(method, url, body, key, timeout_s, tls) as answer:
-        try:
-            return json.loads(answer.read())
-        except (OSError, http.client.HTTPException) as problem:
-            raise HttpProblem("unreachable", f"the answer broke off: {problem}") from None
-        except ValueError:
-            raise HttpProblem("refused", "no JSON came back", answer.status) from None
-# --- end shared
 
 
 # ==== 2. Machine =============================================================
@@ -1367,6 +1300,15 @@ def quoted(text: object) -> str:
     return clean(text)[:MAX_SHOWN_CHARACTERS]
 
 
+class HttpProblem(Exception):
+    """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
+    403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered."""
+
+    def __init__(self, kind: str, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.kind, self.status = kind, status
+
+
 class OutOfTime(Exception):
     """The time limit has passed. Not an OSError, after which http.client tries the next address."""
 
@@ -1439,12 +1381,15 @@ def _exchange(
 
 def _refusal(status: int, text: bytes) -> HttpProblem:
     """Return the problem that a status stands for. Raise RecursionError."""
-    problem = http_problem(status, text)
     if status < 400:
         return HttpProblem("refused", f"it redirects to another address ({status})", status)
-    if problem.body is None:
-        return HttpProblem(problem.kind, f"the status is {status}", status)
-    return problem
+    kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
+    error = None
+    with contextlib.suppress(ValueError):
+        body = json.loads(text)
+        error = body.get("error") if isinstance(body, dict) else None
+    told = error.get("message") if isinstance(error, dict) else error
+    return HttpProblem(kind, str(told or f"the status is {status}"), status)
 
 
 def _bounded_number(digits: str) -> int | float:
