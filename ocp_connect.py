@@ -1,39 +1,41 @@
 #!/usr/bin/env python3
-"""ocp_connect points the tools of this machine at an OCP server, and takes that back again.
+"""ocp_connect configures the tools of this machine to use an OCP server, and can undo it.
 
     curl -fsSL http://HOST:3456/connect | python3 - HOST
     python3 ocp_connect.py HOST [--key KEY] [--only TOOL,...] [--primary | --backup] [--dry-run]
-    python3 ocp_connect.py --list        which tools it knows, and where they are here
-    python3 ocp_connect.py --undo        everything as it was before
-    python3 ocp_connect.py --sync HOST   the list of models in OpenClaw brought up to date
+    python3 ocp_connect.py --list        list the tools, and where they are found here
+    python3 ocp_connect.py --undo        restore every file
+    python3 ocp_connect.py --sync HOST   update the list of models in OpenClaw
 
-It asks the server who it is, plans, shows every file that would change and why, and asks before
-it writes. Comments, order and settings of your own stay as they are; where a change cannot be
-made safely it is printed for you to make. What was done is written down in ~/.config/ocp with a
-copy of each file as it was; --undo gives those back byte for byte, or, where you have changed a
-file since, takes out only what was put in.
+It asks the server for its version and models, shows each file that would change and why, and asks
+before it writes. Your comments, order and settings are kept. Where a file cannot be edited safely,
+the lines are printed for you to add. A record of the changes and a copy of each original file are
+in ~/.config/ocp. --undo restores them byte for byte; in a file that you have edited since, it only
+removes what was added.
 
-The key is --key, else OCP_CONNECT_KEY in the environment, else the one given for this server the
-last time, else the server's own anonymous key, else you are asked.
+The key is taken from --key, then OCP_CONNECT_KEY in the environment, then the key saved for this
+server, then the server's anonymous key. Otherwise you are asked.
 
-Exit codes: 0 done; 1 something failed, the message says what; 2 wrong usage; 3 no OCP server
-there; 4 the key is missing or refused; 130 interrupted.
+Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no OCP server found; 4 the key
+is missing or refused; 130 interrupted.
 """
 # Sections (search for "==== 8" to jump to the eighth):
 #
-#      1. Small things      exit codes, problems, hiding keys, HTTP
-#      2. Machine           everything of this computer that a plan may depend on
-#      3. JSON text         members put into a text and taken out, with all comments kept
-#      4. TOML text         the same for keys before the first table
-#      5. YAML text         the same for keys of the outermost level
-#      6. Changes           one change to a file, whatever its format; and back
-#      7. Server            what the other side says about itself
-#      8. Tools             one function for each tool: what it needs where
-#      9. Record            what was done, for --undo and for the next run
-#     10. Plan              which bytes of which file would be others
-#     11. Writing           the only section that changes anything
-#     12. Showing           plans, tools and results for a person, and as JSON
-#     13. Command line      arguments, questions, main
+#      1. Basics            exit codes, errors, masking of keys
+#      2. Machine           what a plan may depend on of this computer
+#      3. JSON text         edit JSON and keep every comment
+#      4. TOML text         edit keys before the first table
+#      5. YAML text         edit keys of the outermost level
+#      6. Changes           apply changes to a text of any format, and remove them
+#      7. Server            what the server says about itself
+#      8. Tools             for each tool, the files and values that it needs
+#      9. OpenClaw          its provider, its default model and its list of models
+#     10. Tool table        every tool that is known
+#     11. Record            what was changed, for --undo and for the next run
+#     12. Plan              the files that would change, and how
+#     13. Writing           the only section that changes anything
+#     14. Output            plans, tools and results as text and as JSON
+#     15. Command line      arguments, questions, main
 from __future__ import annotations
 
 import sys
@@ -64,8 +66,8 @@ import plistlib
 import re
 import shlex
 import shutil
+import signal
 import socket
-import ssl
 import stat
 import subprocess
 import tempfile
@@ -76,19 +78,22 @@ from typing import Any, NamedTuple, Union
 
 VERSION = "0.1.0"
 
-#: Where this script lies; empty if it came through a pipe.
-HERE = os.path.dirname(os.path.abspath(__file__)) if "__file__" in globals() else ""
+#: Python's name for a script that comes through a pipe, which has no folder.
+_PIPE = "<stdin>"
+#: The folder of this script, empty if it came through a pipe.
+HERE = "" if globals().get("__file__", _PIPE) == _PIPE else os.path.dirname(
+    os.path.abspath(__file__))
 
 #: A JSON value, parsed or to be written.
 Json = Any
 
 
-# ==== 1. Small things ========================================================
-# What goes wrong is a Problem, one sentence that says what to do; main gives it its exit code.
+# ==== 1. Basics ==============================================================
+# A failure is a Problem, one sentence that says what to do; main returns its exit code.
 
 
 class Exit(enum.IntEnum):
-    """The exit codes. Nothing that was not done ends with OK."""
+    """The exit codes. OK means that everything was done."""
 
     OK = 0
     FAILED = 1
@@ -99,67 +104,41 @@ class Exit(enum.IntEnum):
 
 
 class Problem(Exception):
-    """Why it cannot go on, for the user."""
+    """A failure that ends the run, explained to the user."""
 
     def __init__(self, code: Exit, message: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-class Unsafe(Exception):
-    """A file cannot be changed with certainty: the reason, to follow its name."""
+class UnsafeEdit(Exception):
+    """A file cannot be edited safely. The message follows the path in a sentence."""
 
 
 def clean(text: object) -> str:
-    """`text` in one line, without the control characters that could command a terminal."""
+    """Return `text` in one line, without the control characters that could command a terminal."""
     line = re.sub(r"\s*[\r\n]+\s*", " ", str(text).strip("\r\n"))
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", line)
 
 
-#: A value that belongs to a name which says that it is secret.
+#: The value after a name that says that it is secret.
 _SECRET_VALUE = re.compile(
     r"((?:key|token|secret|password)[\"']?\s*[:= ]\s*[\"']?)([^\s\"',}]{4,})", re.I
 )
 _PLAIN_VALUE = re.compile(r"true|false|null|\d+|manual|unused|[{$].*|.*\.\.\..*")
 _SECRET_SHAPE = re.compile(r"\b(?:sk-|ocp_)[\w-]{8,}")
-#: Stands for a key where a tool insists on one and the server does not.
+#: The key for tools that insist on one where the server needs none.
 NO_KEY = "unused"
 
 
 def mask(key: str) -> str:
-    """Enough of a key to recognise it."""
+    """Return enough of a key to recognise it."""
     return f"{key[:8]}...{key[-4:]}" if len(key) >= 24 else f"{key[:2]}..."
 
 
-def fish_quoted(value: str) -> str:
-    """A word for fish."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def csh_quoted(value: str) -> str:
-    """Return a word for csh and tcsh, which look for history even inside of quotes."""
-    return "'" + value.replace("'", "'\\''").replace("!", "\\!") + "'"
-
-
-def spellings(key: str) -> list[str]:
-    """A key as it may stand in a file: in the quotes of JSON, of each shell, and in XML."""
-    shell = shlex.quote(key)
-    shell = shell[1:-1] if shell != key else key
-    xml = shell.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    inside = (shell, xml, json.dumps(key)[1:-1], fish_quoted(key)[1:-1], csh_quoted(key)[1:-1],
-              key)
-    return list(dict.fromkeys(inside)) if key else []
-
-
-def holds_key(text: str, key: str) -> bool:
-    """Whether a key stands in a text."""
-    return any(each in text for each in spellings(key))
-
-
 def masked(text: str, key: str) -> str:
-    """`text` without any key in full: not this one, and nothing else that looks like one."""
-    for each in spellings(key):
-        text = text.replace(each, mask(key))
+    """Return `text` with this key, and everything that looks like one, masked."""
+    text = text.replace(key, mask(key)) if key else text
     text = _SECRET_SHAPE.sub(lambda match: mask(match.group()), text)
 
     def hidden(match: re.Match[str]) -> str:
@@ -168,94 +147,37 @@ def masked(text: str, key: str) -> str:
     return _SECRET_VALUE.sub(hidden, text)
 
 
+def fish_quoted(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def csh_quoted(value: str) -> str:
+    """Quote a word for csh and tcsh, which expand history even inside quotes."""
+    return "'" + value.replace("'", "'\\''").replace("!", "\\!") + "'"
+
+
 def digest(content: bytes | None) -> str:
-    """A file's fingerprint; empty for one that is not there."""
+    """Return the hash of a file's content; empty for a missing file."""
     return "" if content is None else hashlib.sha256(content).hexdigest()
 
 
 def newline_of(text: str) -> str:
-    """The newline that a text uses."""
+    """Return the line ending of the first line of a text."""
     return "\r\n" if "\r\n" in text.partition("\n")[0] + "\n" and "\r\n" in text else "\n"
 
 
 def counted(number: int, noun: str) -> str:
-    """"1 file", "2 files"."""
+    """Return "1 file" or "2 files"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-# --- shared: http_json
-class HttpProblem(Exception):
-    """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
-    403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
-
-    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
-        super().__init__(message)
-        self.kind, self.status, self.body = kind, status, body
-
-
-@contextlib.contextmanager
-def http_open(
-    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
-    tls: ssl.SSLContext | None = None,
-) -> Iterator[http.client.HTTPResponse]:
-    """The answer to a request, its body still unread. Raises HttpProblem. No proxy is used and
-    no redirection followed, so that the key reaches this address and no other."""
-    parts = urllib.parse.urlsplit(url)
-    connect: Any = http.client.HTTPConnection
-    if parts.scheme == "https":
-        connect = functools.partial(http.client.HTTPSConnection, context=tls)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    content = None
-    if body is not None:
-        headers["Content-Type"], content = "application/json", json.dumps(body).encode()
-    with contextlib.closing(connect(parts.hostname or "", parts.port, timeout=timeout_s)) as link:
-        try:
-            target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-            link.request(method, target, content, headers)
-            answer = link.getresponse()
-            text = b"" if answer.status < 300 else answer.read()
-        except (OSError, http.client.HTTPException) as problem:
-            reason = getattr(problem, "strerror", None) or str(problem) or "no HTTP came back"
-            raise HttpProblem("unreachable", reason) from None
-        with contextlib.closing(answer):
-            if answer.status >= 300:
-                raise http_problem(answer.status, text)
-            yield answer
-
-
-def http_problem(status: int, text: bytes) -> HttpProblem:
-    """The problem that an answer with such a status stands for."""
-    kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
-    body, message = None, text[:200].decode("utf-8", "replace").strip()
-    with contextlib.suppress(ValueError):
-        body = json.loads(text)
-    error = body.get("error") if isinstance(body, dict) else None
-    told = error.get("message") if isinstance(error, dict) else error
-    return HttpProblem(kind, str(told or message), status, body)
-
-
-def http_json(
-    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
-    tls: ssl.SSLContext | None = None,
-) -> Any:
-    """The JSON value that the server answers. Raises HttpProblem."""
-    with http_open(method, url, body, key, timeout_s, tls) as answer:
-        try:
-            return json.loads(answer.read())
-        except (OSError, http.client.HTTPException) as problem:
-            raise HttpProblem("unreachable", f"the answer broke off: {problem}") from None
-        except ValueError:
-            raise HttpProblem("refused", "no JSON came back", answer.status) from None
-# --- end shared
-
-
 # ==== 2. Machine =============================================================
-# Everything of this computer that a plan may depend on, and how a file is read and replaced. Tests
-# give it another home.
+# What a plan may depend on of this computer, and how files are read and replaced. Tests use another
+# home folder.
 
 
 class Ran(NamedTuple):
-    """What became of a command. A code of None: it could not be run."""
+    """The result of a command. A code of None: it could not be run."""
 
     code: int | None
     output: str
@@ -263,7 +185,7 @@ class Ran(NamedTuple):
 
     @property
     def complaint(self) -> str:
-        """What it had to say, in one line."""
+        """Return its first line of output, errors first."""
         lines = [line for line in (self.error + "\n" + self.output).splitlines() if line.strip()]
         return clean(lines[0].strip()) if lines else f"it ended with {self.code}"
 
@@ -271,7 +193,7 @@ class Ran(NamedTuple):
 def run_command(
     command: Sequence[str], environ: Mapping[str, str], stdin: str = "", timeout_s: float = 60
 ) -> Ran:
-    """Runs a command to its end. Never raises for a program that is missing or too slow."""
+    """Run a command to its end. Do not raise for a program that is missing or too slow."""
     try:
         done = subprocess.run(
             list(command), env=dict(environ), input=stdin.encode(), capture_output=True,
@@ -287,55 +209,70 @@ def run_command(
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """This computer, as far as it matters."""
+    """This computer, as far as a plan depends on it."""
 
     home: str
     environ: Mapping[str, str]
     platform: str
-    #: Whether systemd hands ~/.config/environment.d to what the desktop starts.
+    #: Whether systemd passes ~/.config/environment.d to desktop programs.
     has_systemd: bool
 
-    def below(self, *parts: str) -> str:
-        """A path in the home folder."""
+    @property
+    def is_mac(self) -> bool:
+        return self.platform == "darwin"
+
+    def in_home(self, *parts: str) -> str:
         return os.path.join(self.home, *parts)
 
-    def named(self, variable: str, *default: str) -> str:
-        """The folder that a variable names, else this one in the home folder."""
-        value = self.environ.get(variable, "")
-        value = os.path.join(self.home, value[2:]) if value.startswith("~/") else value
-        return value if os.path.isabs(value) else self.below(*default)
+    def expanded(self, path: str) -> str:
+        """Return a path with a leading ~ replaced."""
+        return self.in_home(path[2:]) if path.startswith("~/") else path
+
+    def folder_from(self, variable: str, *default: str) -> str:
+        """Return the folder that a variable names, else the default below the home folder."""
+        value = self.expanded(self.environ.get(variable, ""))
+        return value if os.path.isabs(value) else self.in_home(*default)
 
     @property
     def config_home(self) -> str:
-        """Where programs keep their settings."""
-        return self.named("XDG_CONFIG_HOME", ".config")
+        return self.folder_from("XDG_CONFIG_HOME", ".config")
 
     @property
-    def own(self) -> str:
-        """The folder of our key, record and copies."""
+    def state_folder(self) -> str:
+        """Return the folder of the saved key, the record and the copies."""
         return os.path.join(self.config_home, "ocp")
 
     @property
+    def key_file(self) -> str:
+        return os.path.join(self.state_folder, "key")
+
+    @property
     def shell(self) -> str:
-        """The name of the login shell, empty if unknown."""
+        """Return the name of the login shell, empty if unknown."""
         return os.path.basename(self.environ.get("SHELL", ""))
 
     def program(self, name: str) -> str | None:
-        """Where a program is, None if it is not on the PATH."""
+        """Return the path of a program, None if it is not on the PATH."""
         return shutil.which(name, path=self.environ.get("PATH", os.defpath))
 
     def run(self, *command: str, stdin: str = "", timeout_s: float = 60) -> Ran:
-        """Runs a command with the user's environment."""
+        """Run a command with the user's environment."""
         return run_command(command, self.environ, stdin, timeout_s)
 
-    def short(self, path: str) -> str:
-        """A path as people write it."""
+    def saved_key(self) -> str:
+        """Return the key of the last run, empty if there is none."""
+        try:
+            return read_text(self.key_file).strip()
+        except UnsafeEdit:
+            return ""
+
+    def shown_path(self, path: str) -> str:
+        """Return a path with ~ for the home folder."""
         inside = path.startswith(self.home + os.sep)
         return "~" + path[len(self.home):] if inside else path
 
 
 def this_machine() -> Machine:
-    """The computer that this runs on."""
     environ = dict(os.environ)
     home = environ.get("HOME") or os.path.expanduser("~")
     return Machine(
@@ -344,39 +281,44 @@ def this_machine() -> Machine:
 
 
 def read_bytes(path: str) -> bytes | None:
-    """What a file holds, None if there is none. Raises Unsafe if it cannot be read."""
+    """Return the content of a file, None if it does not exist. Raise UnsafeEdit if it cannot be
+    read."""
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=_open_nonblocking) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise Unsafe("is not a regular file")
+                raise UnsafeEdit("is not a regular file")
             return file.read()
     except FileNotFoundError:
         return None
     except OSError as problem:
-        raise Unsafe(f"cannot be read ({problem.strerror})") from None
+        raise UnsafeEdit(f"cannot be read ({problem.strerror})") from None
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Return a descriptor without waiting for a writer, which a pipe with a name may never get."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Open without waiting for the writer of a named pipe, which may never come."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def decoded(content: bytes | None) -> str:
-    """The text of a file; empty for one that is not there. Raises Unsafe if it is no text."""
+    """Return the text of a file, empty for a missing one. Raise UnsafeEdit if it is not UTF-8."""
     try:
         return (content or b"").decode("utf-8")
     except UnicodeDecodeError:
-        raise Unsafe("is not UTF-8 text") from None
+        raise UnsafeEdit("is not UTF-8 text") from None
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file, empty for a missing one. Raise UnsafeEdit."""
+    return decoded(read_bytes(path))
 
 
 def make_private(folder: str) -> None:
-    """A folder for our eyes only. Raises OSError."""
+    """Make a folder that only this user can read. Raise OSError."""
     os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
 def write_whole(path: str, content: bytes, mode: int) -> None:
-    """Replaces a file so that there is always the old or the new one, and where possible with
-    the owner of the old one. Raises OSError."""
+    """Replace a file in one step, and where possible keep its owner. Raise OSError."""
     real = os.path.realpath(path)
     descriptor, draft = tempfile.mkstemp(dir=os.path.dirname(real), prefix=".ocp-")
     try:
@@ -396,14 +338,19 @@ def write_whole(path: str, content: bytes, mode: int) -> None:
         raise
 
 
+def delete_if_possible(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def is_this_machine(host: str) -> bool:
-    """Whether a host name or address is this computer's own."""
+    """Return whether a host name or address belongs to this computer."""
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
     except OSError:
         return False
     for family, kind, _, _, address in found:
-        # Only an address of one's own can be bound to.
+        # Only an address of this computer can be bound.
         with contextlib.suppress(OSError), socket.socket(family, kind) as attempt:
             attempt.bind(address)
             return True
@@ -411,26 +358,26 @@ def is_this_machine(host: str) -> bool:
 
 
 def has_claude_login(machine: Machine) -> bool:
-    """Whether the claude program is logged in here, as it is where a server runs."""
-    folder = machine.named("CLAUDE_CONFIG_DIR", ".claude")
+    """Return whether claude is logged in here, as it is on a server's machine."""
+    folder = machine.folder_from("CLAUDE_CONFIG_DIR", ".claude")
     if os.path.exists(os.path.join(folder, ".credentials.json")):
         return True
     if machine.environ.get("CLAUDE_CODE_OAUTH_TOKEN"):
         return True
-    for path in (machine.below(".claude.json"), os.path.join(folder, ".claude.json")):
-        with contextlib.suppress(Unsafe):
+    for path in (machine.in_home(".claude.json"), os.path.join(folder, ".claude.json")):
+        with contextlib.suppress(UnsafeEdit):
             if b'"oauthAccount"' in (read_bytes(path) or b""):
                 return True
     return False
 
 
 # ==== 3. JSON text ===========================================================
-# JSON with comments, trailing commas, bare keys and single quotes, as editors and agents write it.
-# A change is made at the one place where it belongs; every other byte stays.
+# JSON with comments, trailing commas, bare keys and single quotes, as editors and agents accept it.
+# An edit changes only the text of one member.
 
 
 class Member(NamedTuple):
-    """One member of an object. `comma` is where its comma stands, None if it has none."""
+    """One member of an object. `comma` is the position of its comma, None if it has none."""
 
     key: str
     start: int
@@ -438,39 +385,34 @@ class Member(NamedTuple):
     comma: int | None
 
 
-class Node:
-    """A value and where it stands. `members` is None for whatever is no object."""
+class Node(NamedTuple):
+    """A value and its position. `members` is None unless it is an object."""
 
-    __slots__ = ("end", "members", "start", "value")
-
-    def __init__(
-        self, value: Json, start: int, end: int, members: list[Member] | None = None
-    ) -> None:
-        self.value = value
-        self.start, self.end = start, end
-        self.members = members
+    value: Json
+    start: int
+    end: int
+    members: list[Member] | None = None
 
     def member(self, key: str) -> Member | None:
-        """The member of this name."""
         return next((each for each in self.members or () if each.key == key), None)
 
 
 def as_written(text: str) -> tuple[str, str]:
-    """Stands for a value that is kept as it is written, because nothing here understands it."""
+    """Return the stand-in for a value that is not parsed and is kept as its source text."""
     return ("as written", text)
 
 
-#: What is found where somebody wrote null: not the same as nothing.
+#: A value of null in the text, as opposed to no value.
 NULL = as_written("null")
 
 
 def rendered(value: Json) -> str:
-    """A value on one line."""
+    """Return a value on one line."""
     return value[1] if isinstance(value, tuple) else json.dumps(value, ensure_ascii=False)
 
 
 class JsonReader:
-    """Reads one text. Raises Unsafe for whatever is not understood."""
+    """A parser of one text. Raises UnsafeEdit for text that it does not understand."""
 
     _SPACE = re.compile(r"(?:[\s\ufeff]+|//[^\n]*|/\*.*?\*/)*", re.S)
     _COMMENT = re.compile(r"//[^\n\r]*|/\*.*?\*/", re.S)
@@ -484,26 +426,25 @@ class JsonReader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
-        #: The comments, in their order.
         self.comments: list[str] = []
 
     def document(self) -> Node:
-        """The whole text as one object."""
+        """Return the whole text as one object."""
         try:
             self._skip()
             node = self._value()
             self._skip()
         except RecursionError:
-            raise Unsafe("is nested too deeply") from None
+            raise UnsafeEdit("is nested too deeply") from None
         if self.at != len(self.text):
-            raise self._lost()
+            raise self._syntax_error()
         if node.members is None:
-            raise Unsafe("does not hold an object")
+            raise UnsafeEdit("does not hold an object")
         return node
 
-    def _lost(self) -> Unsafe:
+    def _syntax_error(self) -> UnsafeEdit:
         line = self.text.count("\n", 0, self.at) + 1
-        return Unsafe(f"is not understood at line {line}")
+        return UnsafeEdit(f"is not understood at line {line}")
 
     def _skip(self) -> None:
         match = self._SPACE.match(self.text, self.at)
@@ -511,68 +452,66 @@ class JsonReader:
         self.comments += self._COMMENT.findall(match.group())
         self.at = match.end()
 
-    def _takes(self, character: str) -> bool:
+    def _accept(self, character: str) -> bool:
         found = self.text.startswith(character, self.at)
         self.at += len(character) if found else 0
         return found
 
     def _value(self) -> Node:
         start = self.at
-        if self._takes("{"):
+        if self._accept("{"):
             members = self._members()
             return Node({m.key: m.node.value for m in members}, start, self.at, members)
-        if self._takes("["):
-            return Node(self._items(), start, self.at)
-        return Node(self._scalar(), start, self.at)
+        value = self._items() if self._accept("[") else self._scalar()
+        return Node(value, start, self.at)
 
     def _members(self) -> list[Member]:
         found: list[Member] = []
         self._skip()
-        while not self._takes("}"):
+        while not self._accept("}"):
             start, key = self.at, self._key()
             if any(each.key == key for each in found):
-                raise Unsafe(f"names {key} twice")
+                raise UnsafeEdit(f"names {key} twice")
             self._skip()
-            if not self._takes(":"):
-                raise self._lost()
+            if not self._accept(":"):
+                raise self._syntax_error()
             self._skip()
             node = self._value()
-            comma = self._separator("}")
-            found.append(Member(key, start, node, comma))
+            found.append(Member(key, start, node, self._separator("}")))
         return found
 
     def _items(self) -> list[Json]:
         found: list[Json] = []
         self._skip()
-        while not self._takes("]"):
+        while not self._accept("]"):
             found.append(self._value().value)
             self._separator("]")
         return found
 
     def _separator(self, closing: str) -> int | None:
-        """Where the comma after a value is; without one, the end has to come."""
+        """Return the position of the comma after a value; without one, `closing` must follow."""
         self._skip()
         place = self.at
-        comma = self._takes(",")
+        comma = self._accept(",")
         self._skip()
         if not comma and not self.text.startswith(closing, self.at):
-            raise self._lost()
+            raise self._syntax_error()
         return place if comma else None
 
     def _key(self) -> str:
         match = self._WORD.match(self.text, self.at)
-        if match is None:
-            key = self._scalar()
-            if not isinstance(key, str):
-                raise self._lost()
-            return key
-        self.at = match.end()
-        return match.group()
+        if match is not None:
+            self.at = match.end()
+            return match.group()
+        key = self._scalar()
+        if not isinstance(key, str):
+            raise self._syntax_error()
+        return key
 
     def _scalar(self) -> Json:
         match = self._STRING.match(self.text, self.at) or self._SCALAR.match(self.text, self.at)
         if match is None:
-            raise self._lost()
+            raise self._syntax_error()
         self.at, word = match.end(), match.group()
         if word[0] == "'":
             inner = word[1:-1].replace("\\'", "'")
@@ -580,25 +519,29 @@ class JsonReader:
         try:
             return json.loads(word)
         except ValueError:
-            # A number or an escape of JSON5: nothing of ours, it only has to stay the same.
+            # A number or an escape that only JSON5 has: it is compared and kept as text.
             return as_written(match.group())
 
 
+def is_blank(text: str) -> bool:
+    return not text.strip("\ufeff \t\r\n")
+
+
 def json_load(text: str) -> Json:
-    """The value of a text. Raises Unsafe."""
-    return JsonReader(text).document().value if text.strip("\ufeff \t\r\n") else {}
+    """Return the value of a text. Raise UnsafeEdit."""
+    return {} if is_blank(text) else JsonReader(text).document().value
 
 
 def json_comments(text: str) -> list[str]:
-    """The comments of a text. Raises Unsafe."""
+    """Return the comments of a text in their order. Raise UnsafeEdit."""
     reader = JsonReader(text)
-    if text.strip("\ufeff \t\r\n"):
+    if not is_blank(text):
         reader.document()
     return reader.comments
 
 
 def json_find(text: str, path: tuple[str, ...]) -> Json:
-    """The value at a path, None where there is none. Raises Unsafe."""
+    """Return the value at a path, None where there is none. Raise UnsafeEdit."""
     value = json_load(text)
     for name in path:
         if not isinstance(value, dict) or name not in value:
@@ -608,18 +551,23 @@ def json_find(text: str, path: tuple[str, ...]) -> Json:
 
 
 def line_start(text: str, at: int) -> int:
-    """Where the line of a place begins."""
+    """Return the position at which the line of a position begins."""
     return text.rfind("\n", 0, at) + 1
 
 
+def line_end(text: str, at: int) -> int:
+    """Return the position after the line of a position, its newline included."""
+    return text.find("\n", at) + 1 or len(text)
+
+
 def indent_at(text: str, at: int) -> str:
-    """The white space at the beginning of the line of a place."""
-    start = line_start(text, at)
-    return text[start:at][: len(text[start:at]) - len(text[start:at].lstrip(" \t"))]
+    """Return the white space at the beginning of the line of a position."""
+    lead = text[line_start(text, at):at]
+    return lead[: len(lead) - len(lead.lstrip(" \t"))]
 
 
 def json_unit(text: str, root: Node) -> str:
-    """By what a text indents."""
+    """Return the indentation of one level."""
     for member in root.members or ():
         lead = text[line_start(text, member.start):member.start]
         if lead and not lead.strip():
@@ -628,7 +576,7 @@ def json_unit(text: str, root: Node) -> str:
 
 
 def json_render(value: Json, unit: str, indent: str, newline: str) -> str:
-    """A value as text whose later lines stand at `indent`."""
+    """Return a value as text. All lines but the first begin with `indent`."""
     if isinstance(value, tuple):
         return rendered(value)
     lines = json.dumps(value, indent=unit, ensure_ascii=False).split("\n")
@@ -636,9 +584,9 @@ def json_render(value: Json, unit: str, indent: str, newline: str) -> str:
 
 
 def json_put(text: str, path: tuple[str, ...], value: Json) -> str:
-    """A text with the value at a path. Raises Unsafe."""
+    """Return a text with the value at a path. Raise UnsafeEdit."""
     newline = newline_of(text)
-    if not text.strip("\ufeff \t\r\n"):
+    if is_blank(text):
         text += "{" + newline + "}" + newline
     root = node = JsonReader(text).document()
     unit, depth = json_unit(text, root), 0
@@ -648,7 +596,7 @@ def json_put(text: str, path: tuple[str, ...], value: Json) -> str:
             break
         node, depth = member.node, depth + 1
         if depth < len(path) and node.members is None:
-            raise Unsafe(f"has something else than an object at {'.'.join(path[:depth])}")
+            raise UnsafeEdit(f"has something other than an object at {'.'.join(path[:depth])}")
     if depth == len(path):
         if node.value == value:
             return text
@@ -660,7 +608,7 @@ def json_put(text: str, path: tuple[str, ...], value: Json) -> str:
 
 
 def _json_insert(text: str, node: Node, key: str, value: Json, unit: str) -> str:
-    """A text with one more member at the end of an object."""
+    """Return a text with one more member at the end of an object."""
     assert node.members is not None
     newline, outer, close = newline_of(text), indent_at(text, node.start), node.end - 1
     start = line_start(text, close)
@@ -677,19 +625,15 @@ def _json_insert(text: str, node: Node, key: str, value: Json, unit: str) -> str
         return (text[:node.start + 1] + inner + newline + indent + piece + newline + outer
                 + text[close:])
     last = node.members[-1]
+    at, comma = (last.node.end, ",") if last.comma is None else (last.comma + 1, "")
     if not brace_alone:
-        at = last.node.end if last.comma is None else last.comma + 1
-        comma = "," if last.comma is None else ""
         return f"{text[:at]}{comma} {json.dumps(key)}: {rendered(value)}{text[at:]}"
-    if last.comma is None:
-        text = text[:last.node.end] + "," + text[last.node.end:]
-        start += 1
-    tail = "" if last.comma is None else ","
-    return text[:start] + indent + piece + tail + newline + text[start:]
+    tail = "" if comma else ","
+    return text[:at] + comma + text[at:start] + indent + piece + tail + newline + text[start:]
 
 
 def json_drop(text: str, path: tuple[str, ...]) -> str:
-    """A text without the member at a path; it has to be there. Raises Unsafe."""
+    """Return a text without the member at a path, which must exist. Raise UnsafeEdit."""
     parent = JsonReader(text).document()
     for name in path[:-1]:
         found = parent.member(name)
@@ -715,11 +659,11 @@ def json_drop(text: str, path: tuple[str, ...]) -> str:
 
 
 # ==== 4. TOML text ===========================================================
-# Only keys before the first table are put or taken out; the rest is read to be sure of the places.
+# Only keys before the first table are written or removed. The rest is parsed to find their places.
 
 
 class Statement(NamedTuple):
-    """A key with its value, or a table's header, whose value is empty."""
+    """A key with its value, or the header of a table, whose path ends in "[]"."""
 
     path: tuple[str, ...]
     value: str
@@ -736,41 +680,34 @@ _TOML_PAIR = re.compile(rf"({_TOML_KEYS})[ \t]*=[ \t]*")
 _TOML_STRING = re.compile(
     r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.S
 )
+_TOML_TOKEN = re.compile(rf"{_TOML_STRING.pattern}|#[^\n]*|[\[\]{{}}\n]|[^\[\]{{}}\n\"'#]+", re.S)
 _TOML_BLANK = re.compile(r"[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)")
 
 
 def _toml_names(text: str) -> tuple[str, ...]:
-    """The names of a dotted key."""
+    """Split a dotted key."""
     found = re.findall(_TOML_KEY, text)
     return tuple(name[1:-1] if name[0] in "\"'" else name for name in found)
 
 
 def _toml_value_end(text: str, at: int) -> int:
-    """Where a value ends: at its line's end, outside of strings and brackets."""
+    """Return the end of a value, which is that of its line outside of strings and brackets."""
     depth = 0
     while at < len(text):
-        character = text[at]
-        if character in "\"'":
-            match = _TOML_STRING.match(text, at)
-            if match is None:
-                raise Unsafe("has a string that does not end")
-            at = match.end()
-            continue
-        if character == "#":
-            if not depth:
-                return at
-            at = (text.find("\n", at) + 1 or len(text)) - 1
-        elif character == "\n" and not depth:
+        token = _TOML_TOKEN.match(text, at)
+        if token is None:
+            raise UnsafeEdit("has a string that does not end")
+        if text[at] in "#\n" and not depth:
             return at
-        depth += (character in "[{") - (character in "]}")
-        at += 1
+        depth += (text[at] in "[{") - (text[at] in "]}")
+        at = token.end()
     if depth:
-        raise Unsafe("has a bracket that does not close")
+        raise UnsafeEdit("has a bracket that does not close")
     return at
 
 
 def toml_statements(text: str) -> list[Statement]:
-    """Every statement in its order. Raises Unsafe."""
+    """Return the statements of a text in their order. Raise UnsafeEdit."""
     found: list[Statement] = []
     table: tuple[str, ...] = ()
     counts: dict[tuple[str, ...], int] = {}
@@ -781,29 +718,27 @@ def toml_statements(text: str) -> list[Statement]:
             at = max(blank.end(), at + 1)
             continue
         at += len(text[at:]) - len(text[at:].lstrip(" \t"))
-        header = _TOML_HEADER.match(text, at)
+        header, pair = _TOML_HEADER.match(text, at), _TOML_PAIR.match(text, at)
         if header is not None:
             table = _toml_table(_toml_names(header[2]), counts, header[1] == "[[")
             found.append(Statement((*table, "[]"), "", at, header.end()))
             at = header.end()
-            continue
-        pair = _TOML_PAIR.match(text, at)
-        if pair is None:
+        elif pair is not None:
+            start, end = pair.end(), _toml_value_end(text, pair.end())
+            value = text[start:end].rstrip()
+            path = table + _toml_names(pair[1])
+            found.append(Statement(path, value, start, start + len(value)))
+            at = line_end(text, end)
+        else:
             line = text.count("\n", 0, at) + 1
-            raise Unsafe(f"is not understood at line {line}")
-        end = _toml_value_end(text, pair.end())
-        value = text[pair.end():end].rstrip()
-        found.append(
-            Statement(table + _toml_names(pair[1]), value, pair.end(), pair.end() + len(value))
-        )
-        at = text.find("\n", end) + 1 or len(text)
+            raise UnsafeEdit(f"is not understood at line {line}")
     return found
 
 
 def _toml_table(
     names: tuple[str, ...], counts: dict[tuple[str, ...], int], is_array: bool
 ) -> tuple[str, ...]:
-    """The path of a table, with the number of each array's element that it lies in."""
+    """Return the path of a table, with the number of its element for each array of tables."""
     if is_array:
         counts[names] = counts.get(names, -1) + 1
     path: tuple[str, ...] = ()
@@ -814,65 +749,56 @@ def _toml_table(
 
 
 def toml_load(text: str) -> Json:
-    """Every value as it is written, by its full path. Raises Unsafe."""
+    """Return every value by its full dotted path. Raise UnsafeEdit."""
     found: dict[str, Json] = {}
     statements = toml_statements(text)
     values = {each.path for each in statements if each.path[-1] != "[]"}
     for each in statements:
         name = ".".join(each.path)
         if name in found or any(each.path[:n] in values for n in range(1, len(each.path))):
-            raise Unsafe(f"defines {name.replace('.[]', '')} twice")
+            raise UnsafeEdit(f"defines {name.replace('.[]', '')} twice")
         found[name] = _toml_plain(each.value)
     return found
 
 
-def _toml_plain(written: str) -> Json:
-    """The value of a simple string, number or truth value; anything else as it is written."""
-    if re.fullmatch(r"'[^'\n]*'", written):
-        return written[1:-1]
+def _toml_plain(source: str) -> Json:
+    """Return the value of a simple string, number or boolean; anything else as written."""
+    if re.fullmatch(r"'[^'\n]*'", source):
+        return source[1:-1]
     try:
-        return json.loads(written)
+        return json.loads(source)
     except ValueError:
-        return as_written(written)
-
-
-def toml_find(text: str, path: tuple[str, ...]) -> Json:
-    """The value of a key, None where there is none. Raises Unsafe."""
-    return toml_load(text).get(".".join(path))
+        return as_written(source)
 
 
 def toml_put(text: str, path: tuple[str, ...], value: Json) -> str:
-    """A text with this value for a key before the first table. Raises Unsafe."""
-    (name,) = path
-    newline, top = newline_of(text), 0
+    """Return a text with this value for a key before the first table. Raise UnsafeEdit."""
+    newline, top = newline_of(text), len(text) - len(text.lstrip("\ufeff"))
     for each in toml_statements(text):
         if each.path[-1] == "[]":
             break
         if each.path == path:
             same = _toml_plain(each.value) == value
-            fresh = text[:each.start] + rendered(value) + text[each.end:]
-            return text if same else fresh
-        top = text.find("\n", each.end) + 1 or len(text)
-    top = top or len(text) - len(text.lstrip("\ufeff"))
+            return text if same else text[:each.start] + rendered(value) + text[each.end:]
+        top = line_end(text, each.end)
     lead = "" if not top or text[top - 1] in "\n\ufeff" else newline
-    return f"{text[:top]}{lead}{name} = {rendered(value)}{newline}{text[top:]}"
+    return f"{text[:top]}{lead}{path[0]} = {rendered(value)}{newline}{text[top:]}"
 
 
 def toml_drop(text: str, path: tuple[str, ...]) -> str:
-    """A text without a key before the first table; it has to be there. Raises Unsafe."""
+    """Return a text without a key before the first table, which must exist. Raise UnsafeEdit."""
     (found,) = (each for each in toml_statements(text) if each.path == path)
-    stop = text.find("\n", found.end) + 1 or len(text)
-    return text[:line_start(text, found.start)] + text[stop:]
+    return text[:line_start(text, found.start)] + text[line_end(text, found.end):]
 
 
 # ==== 5. YAML text ===========================================================
-# The outermost level only: "key: value" lines, and lists of items. What is indented belongs to the
-# line above it. Whatever else stands at the beginning of a line makes the file unsafe to change.
+# The outermost level only: "key: value" lines, and lists of items. Indented lines belong to the
+# line above them. Anything else at the beginning of a line makes the file unsafe to edit.
 
 
 class Entry(NamedTuple):
-    """A key of the outermost level. `rest` is what follows its colon; `end` is where the next key
-    begins, and `value_at` where `rest` does."""
+    """A key of the outermost level. `rest` is the text after its colon and starts at `value_at`;
+    `end` is where the next key begins."""
 
     key: str
     rest: str
@@ -887,31 +813,34 @@ _YAML_SCALAR = re.compile(
     r"([ \t]+#[^\n\r]*|[ \t]*)"
 )
 _YAML_ITEM = re.compile(r"^([ \t]*)- ", re.M)
+_YAML_KEPT_NEWLINES = re.compile(r"[|>]\+")
 
 
 def yaml_entries(text: str) -> list[Entry]:
-    """The keys of the outermost level in their order. Raises Unsafe."""
-    starts: list[tuple[str, int, int, str]] = []
+    """Return the keys of the outermost level in their order. Raise UnsafeEdit."""
+    starts: list[tuple[str, str, int, int]] = []
     at = 0
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         body = line.rstrip("\r\n").lstrip("\ufeff")
         match = _YAML_KEY.match(body)
         if match is not None:
             value_at = at + len(line.rstrip("\r\n")) - len(body) + match.end()
-            starts.append((match[1].strip("\"'"), at, value_at, body[match.end():].rstrip()))
-        elif not _yaml_belongs(body, number, bool(starts)):
-            raise Unsafe(f"is not understood at line {number}")
+            starts.append((match[1].strip("\"'"), body[match.end():].rstrip(), at, value_at))
+        elif not _yaml_belongs(body, bool(starts)):
+            raise UnsafeEdit(f"is not understood at line {number}")
         at += len(line)
-    ends = [each[1] for each in starts[1:]] + [len(text)]
-    names = [each[0] for each in starts]
-    if len(set(names)) != len(names):
-        raise Unsafe("has a key twice")
-    return [Entry(key, rest, start, value_at, end)
-            for (key, start, value_at, rest), end in zip(starts, ends)]
+    ends = [each[2] for each in starts[1:]] + [len(text)]
+    if len({each[0] for each in starts}) != len(starts):
+        raise UnsafeEdit("has a key twice")
+    return [Entry(*start, end) for start, end in zip(starts, ends)]
 
 
-def _yaml_belongs(line: str, number: int, inside: bool) -> bool:
-    """Whether a line that begins no key may stand where it does."""
+def yaml_entry(text: str, key: str) -> Entry | None:
+    return next((each for each in yaml_entries(text) if each.key == key), None)
+
+
+def _yaml_belongs(line: str, inside: bool) -> bool:
+    """Return whether a line that begins no key may stand where it does."""
     if not line.strip() or line.startswith("#"):
         return True
     if line.rstrip() == "---":
@@ -921,24 +850,22 @@ def _yaml_belongs(line: str, number: int, inside: bool) -> bool:
 
 
 def yaml_load(text: str) -> Json:
-    """What belongs to each key, as it is written; the items of a list without keys as "". Raises
-    Unsafe."""
+    """Return the value of each key; the items of a list without keys as "". Raise UnsafeEdit."""
     entries = yaml_entries(text)
     found = {each.key: _yaml_body(text, each) for each in entries}
-    head = text[: entries[0].start] if entries else text
-    items = _yaml_significant(head)
+    items = _yaml_significant(text[: entries[0].start] if entries else text)
     return {**found, **({"": items} if items else {})}
 
 
 def _yaml_significant(text: str) -> str:
-    """A text without empty lines and comment lines."""
+    """Return a text without empty lines and comment lines."""
     lines = (line.rstrip() for line in text.lstrip("\ufeff").splitlines())
     kept = (line for line in lines if line.strip() and not line.lstrip().startswith("#"))
     return "\n".join(line for line in kept if line != "---")
 
 
 def _yaml_body(text: str, entry: Entry) -> Json:
-    """The simple value of a key, else all that belongs to it as it is written."""
+    """Return the simple value of a key, else everything that belongs to it as written."""
     body = text[entry.value_at:entry.end]
     match = _YAML_SCALAR.fullmatch(entry.rest)
     if match is None or _yaml_significant(body[len(entry.rest):]):
@@ -952,58 +879,52 @@ def _yaml_body(text: str, entry: Entry) -> Json:
     return word
 
 
-def yaml_find(text: str, path: tuple[str, ...]) -> Json:
-    """The value of a key, None where there is none. Raises Unsafe."""
-    return yaml_load(text).get(path[0])
-
-
 def yaml_put(text: str, path: tuple[str, ...], value: Json) -> str:
-    """A text with this value for a key of the outermost level. Raises Unsafe."""
+    """Return a text with this value for a key of the outermost level. Raise UnsafeEdit."""
     (name,) = path
-    newline = newline_of(text)
     check_has_keys(text)
-    for each in yaml_entries(text):
-        if each.key != name:
-            continue
-        body = _yaml_body(text, each)
-        if body == value:
-            return text
-        match = _YAML_SCALAR.fullmatch(each.rest)
-        if isinstance(body, tuple) and body[1] or match is None and each.rest:
-            raise Unsafe(f"has a value for {name} that is more than one word")
-        old = match.end(1) if match is not None else 0
-        lead = "" if text[each.value_at - 1] in " \t" else " "
-        return text[:each.value_at] + lead + rendered(value) + text[each.value_at + old:]
-    return f"{text}{yaml_end(text)}{name}: {rendered(value)}{newline}"
+    entry = yaml_entry(text, name)
+    if entry is None:
+        return f"{text}{yaml_end(text)}{name}: {rendered(value)}{newline_of(text)}"
+    body = _yaml_body(text, entry)
+    if body == value:
+        return text
+    match = _YAML_SCALAR.fullmatch(entry.rest)
+    if isinstance(body, tuple) and body[1] or match is None and entry.rest:
+        raise UnsafeEdit(f"has a value for {name} that is more than one word")
+    old = match.end(1) if match is not None else 0
+    lead = "" if text[entry.value_at - 1] in " \t" else " "
+    return text[:entry.value_at] + lead + rendered(value) + text[entry.value_at + old:]
 
 
 def yaml_end(text: str) -> str:
-    """The newline that a text wants before another line. Raises Unsafe where one would become
-    part of a value."""
+    """Return the newline that a text needs before another line. Raise UnsafeEdit where it would
+    become part of a value."""
     if not text or text.endswith("\n"):
         return ""
-    last = text[yaml_entries(text)[-1].start:] if yaml_entries(text) else text
+    entries = yaml_entries(text)
+    last = text[entries[-1].start:] if entries else text
     if re.search(r"[|>][-+0-9]*[ \t]*(#[^\n]*)?\r?$", last, re.M):
-        raise Unsafe("ends in a text of several lines without a newline")
+        raise UnsafeEdit("ends in a text of several lines without a newline")
     return newline_of(text)
 
 
 def check_has_keys(text: str) -> None:
-    """Raises Unsafe for a YAML text that is a list, where no key can stand."""
+    """Raise UnsafeEdit for a YAML text that is a list, where no key can stand."""
     if "" in yaml_load(text):
-        raise Unsafe("is a list and not a set of keys")
+        raise UnsafeEdit("is a list and not a set of keys")
 
 
 def yaml_drop(text: str, path: tuple[str, ...]) -> str:
-    """A text without the line of a key; it has to be there. Raises Unsafe."""
-    (found,) = (each for each in yaml_entries(text) if each.key == path[0])
-    stop = text.find("\n", found.value_at) + 1 or len(text)
-    return text[:found.start] + text[stop:]
+    """Return a text without the line of a key, which must exist. Raise UnsafeEdit."""
+    found = yaml_entry(text, path[0])
+    assert found is not None
+    return text[:found.start] + text[line_end(text, found.value_at):]
 
 
 # ==== 6. Changes =============================================================
-# A file's changes are a list of Puts, and at most one Block of lines between two markers. They can
-# be applied to a text, and what was applied can be taken out of a text that has gone on since.
+# The changes of a file are SetValues, and at most one Block of lines between two markers. They can
+# be applied to a text, and removed from a text that was edited since.
 
 BEGIN, END = "# >>> ocp >>>", "# <<< ocp <<<"
 _BLOCK = re.compile(
@@ -1011,15 +932,16 @@ _BLOCK = re.compile(
 )
 
 
-class Put(NamedTuple):
-    """A value at a path. `default` marks what makes OCP the choice of a tool rather than one of
-    its choices; `absent` leaves any other value alone; `owned` marks what is ours by its name,
-    whatever it holds."""
+class SetValue(NamedTuple):
+    """A value at a path."""
 
     path: tuple[str, ...]
     value: Json
-    default: bool = False
-    absent: bool = False
+    #: Whether it makes OCP the default of a tool, rather than one of its choices.
+    is_default: bool = False
+    #: Whether another value at this path is kept.
+    if_missing: bool = False
+    #: Whether the path belongs to OCP by its name, whatever value it has.
     owned: bool = False
 
 
@@ -1032,52 +954,51 @@ class Block(NamedTuple):
     in_shell: bool = False
 
 
-class Whole(NamedTuple):
-    """A file that is ours altogether."""
+class WholeFile(NamedTuple):
+    """A file that belongs to OCP altogether."""
 
     content: str
-    default: bool = False
+    is_default: bool = False
 
 
-Change = Union[Put, Block, Whole]
+Change = Union[SetValue, Block, WholeFile]
 
 
 class Format(NamedTuple):
-    """What can be done with a text of some kind."""
+    """The operations on a text of one kind."""
 
     load: Callable[[str], Json]
-    find: Callable[[str, tuple[str, ...]], Json]
     put: Callable[[str, tuple[str, ...], Json], str]
     drop: Callable[[str, tuple[str, ...]], str]
-    #: Whether what load gives is one object in the other, or flat.
+    #: Whether load returns objects within objects, or one flat object with dotted keys.
     nested: bool = False
-    #: Whether our lines end as the others of the file do. A shell would take a CR for a part of the
-    #: last word.
+    #: Whether added lines end as the others of the file do. A shell would read a CR as a part of
+    #: the last word.
     keeps_line_ends: bool = True
 
+    def find(self, text: str, path: tuple[str, ...]) -> Json:
+        """Return the value at a path, None where there is none. Raise UnsafeEdit."""
+        return json_find(text, path) if self.nested else self.load(text).get(".".join(path))
 
-def _no_value(text: str, path: tuple[str, ...]) -> Json:
-    raise Unsafe("has no keys")
 
-
-def _no_put(text: str, path: tuple[str, ...], value: Json) -> str:
-    raise Unsafe("has no keys")
+def _without_keys(*_: Json) -> Json:
+    raise UnsafeEdit("has no keys")
 
 
 FORMATS = {
-    "json": Format(json_load, json_find, json_put, json_drop, nested=True),
-    "toml": Format(toml_load, toml_find, toml_put, toml_drop),
-    "yaml": Format(yaml_load, yaml_find, yaml_put, yaml_drop),
-    "lines": Format(lambda text: {}, _no_value, _no_put, _no_value, keeps_line_ends=False),
+    "json": Format(json_load, json_put, json_drop, nested=True),
+    "toml": Format(toml_load, toml_put, toml_drop),
+    "yaml": Format(yaml_load, yaml_put, yaml_drop),
+    "lines": Format(lambda text: {}, _without_keys, _without_keys, keeps_line_ends=False),
 }
 
 
 def block_of(text: str) -> re.Match[str] | None:
-    """Our block. Raises Unsafe when its markers are damaged."""
+    """Return the block of OCP. Raise UnsafeEdit when its markers are damaged."""
     begins, ends = text.count(BEGIN), text.count(END)
     match = _BLOCK.search(text)
     if (begins, ends) != ((1, 1) if match else (0, 0)):
-        raise Unsafe(f"has damaged markers ({BEGIN})")
+        raise UnsafeEdit(f"has damaged markers ({BEGIN})")
     return match
 
 
@@ -1087,29 +1008,29 @@ _STOP = re.compile(r"^(?:(?:return|exit|logout)(?![\w=./-])|exec[ \t]+[^\s0-9{<>
 _MAY_STOP = re.compile(r"^[^#\n]*(?<![\w$./-])(?:return|exit|logout|exec)(?![\w=./-])", re.M)
 
 
-def begins_block(text: str) -> bool:
-    """Return whether lines of ours have to stand first in a start file to be read by its shell: a
-    later place may follow what ends the reading, or a statement that CRs leave open. The end is
-    better where the file sets the same variables itself, because the last one wins."""
+def must_stand_first(text: str) -> bool:
+    """Return whether a block has to stand first in a start file to be read by its shell: a later
+    place may follow what ends the reading, or a statement that CRs leave open. The end is better
+    where the file sets the same variables itself, because the last setting wins."""
     if is_cut_off(text) or text.rstrip("\n").endswith("\\"):
         return True
-    return bool(_MAY_STOP.search(text)) and not own_settings(text)
+    return bool(_MAY_STOP.search(text)) and not variable_lines(text)
 
 
 def is_cut_off(text: str) -> bool:
-    """Return whether a shell that reads this may not come to its end."""
+    """Return whether a shell that reads this may not reach its end."""
     return "\r\n" in text or bool(_STOP.search(text))
 
 
-def own_settings(text: str) -> list[tuple[int, str]]:
-    """Return the numbers of the lines that set one of our variables, each with its variable."""
+def variable_lines(text: str) -> list[tuple[int, str]]:
+    """Return the numbers of the lines that set one of OCP's variables, each with the variable."""
     lines = enumerate(text.splitlines(), 1)
     found = ((number, _SETTING.match(line)) for number, line in lines)
     return [(number, match[1]) for number, match in found if match]
 
 
 def put_block(text: str, block: Block, newline: str) -> str:
-    """A text with this block: where it was, else where it belongs. Raises Unsafe."""
+    """Return a text with this block: where it was, else where it belongs. Raise UnsafeEdit."""
 
     def lines(indent: str) -> str:
         inner = (BEGIN, *block.lines, END)
@@ -1119,149 +1040,139 @@ def put_block(text: str, block: Block, newline: str) -> str:
     if found and block.in_shell and is_cut_off(text[:found.start()]):
         text, found = text[:found.start()] + text[found.end():], None
     if found is not None:
-        indent = re.match(r"[ \t]*", found.group())
-        assert indent is not None
-        return text[:found.start()] + lines(indent.group()) + text[found.end():]
+        indent = indent_at(text, text.index(BEGIN))
+        return text[:found.start()] + lines(indent) + text[found.end():]
     if block.under:
         return _put_items(text, block.under, lines)
     if block.under == "":
         _check_is_list(text)
         return text + yaml_end(text) + lines("")
-    if block.in_shell and begins_block(text):
+    if block.in_shell and must_stand_first(text):
         return lines("") + text
     lead = "" if not text or text.endswith("\n") else newline
     return text + lead + lines("")
 
 
 def _check_is_list(text: str) -> None:
-    """Raises Unsafe unless another item can stand at the end of this YAML text."""
+    """Raise UnsafeEdit unless another item can be added at the end of this YAML text."""
     if yaml_entries(text):
-        raise Unsafe("is not a list")
+        raise UnsafeEdit("is not a list")
     items = _yaml_significant(text)
-    if items and not items.startswith("- ") or re.search(r"[|>]\+", items):
-        raise Unsafe("is not a list of items that is understood")
+    if items and not items.startswith("- ") or _YAML_KEPT_NEWLINES.search(items):
+        raise UnsafeEdit("is not a list of items that is understood")
 
 
 def _put_items(text: str, key: str, lines: Callable[[str], str]) -> str:
-    """A YAML text with more items in the list of a key. Raises Unsafe."""
+    """Return a YAML text with more items in the list of a key. Raise UnsafeEdit."""
     newline = newline_of(text)
     check_has_keys(text)
-    found = next((each for each in yaml_entries(text) if each.key == key), None)
+    found = yaml_entry(text, key)
     if found is None:
         return f"{text}{yaml_end(text)}{key}:{newline}{lines('  ')}"
     body = text[found.value_at:found.end]
     empty_list = re.match(r"\[[ \t]*\](?=[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z))", body)
     if empty_list is not None:
-        stop = text.find("\n", found.value_at) + 1
         text = text[:found.value_at] + text[found.value_at + empty_list.end():]
-        stop = stop - empty_list.end() if stop else len(text)
-        lead = "" if text[:stop].endswith("\n") else newline
-        return text[:stop] + lead + lines("  ") + text[stop:]
-    items = _YAML_ITEM.search(body)
-    if found.rest and not found.rest.startswith("#") or re.search(r"[|>]\+", body):
-        raise Unsafe(f"has a list of {key} that is not understood")
-    if items is None and _yaml_significant(body):
-        raise Unsafe(f"has {key} that are no list")
-    # Comments at the beginning of a line after the last item belong to what follows.
-    end = found.end
-    for line in reversed(body.splitlines(keepends=True)):
-        if line.strip() and not line.startswith("#"):
-            break
-        end -= len(line)
-    end = max(end, found.value_at)
-    if items is None:
-        end = text.find("\n", found.value_at) + 1 or len(text)
+        end, items = line_end(text, found.value_at), None
+    else:
+        items = _YAML_ITEM.search(body)
+        if found.rest and not found.rest.startswith("#") or _YAML_KEPT_NEWLINES.search(body):
+            raise UnsafeEdit(f"has a list of {key} that is not understood")
+        if items is None and _yaml_significant(body):
+            raise UnsafeEdit(f"has a value for {key} that is not a list")
+        end = _items_end(found, body) if items else line_end(text, found.value_at)
     lead = "" if text[:end].endswith("\n") else newline
     return text[:end] + lead + lines(items[1] if items else "  ") + text[end:]
 
 
+def _items_end(entry: Entry, body: str) -> int:
+    """Return the end of a list's last item. Unindented comments below belong to what follows."""
+    end = entry.end
+    for line in reversed(body.splitlines(keepends=True)):
+        if line.strip() and not line.startswith("#"):
+            break
+        end -= len(line)
+    return max(end, entry.value_at)
+
+
 def drop_block(text: str, under: str | None) -> str:
-    """A text without our block, and with a list that it leaves empty written as such."""
+    """Return a text without OCP's block; a list that it leaves empty becomes []."""
     found = block_of(text)
     if found is None:
         return text
     rest = text[:found.start()] + text[found.end():]
-    for each in yaml_entries(rest) if under else ():
-        if each.key == under and not _yaml_significant(rest[each.value_at:each.end]):
-            space = " " if each.rest else ""
-            return f"{rest[:each.value_at].rstrip()} []{space}{rest[each.value_at:]}"
+    entry = yaml_entry(rest, under) if under else None
+    if entry and not _yaml_significant(rest[entry.value_at:entry.end]):
+        space = " " if entry.rest else ""
+        return f"{rest[:entry.value_at].rstrip()} []{space}{rest[entry.value_at:]}"
     return rest
 
 
 def apply_changes(text: str, kind: str, changes: Sequence[Change]) -> str:
-    """A text with all changes, proved to hold them and nothing else that is new. Raises Unsafe."""
+    """Return a text with all changes, verified to have them and no other difference. A Block has
+    to be the last. Raise UnsafeEdit."""
     form = FORMATS[kind]
     wanted = copy.deepcopy(form.load(text))
     result = text
     for change in changes:
-        if isinstance(change, Whole):
+        if isinstance(change, WholeFile):
             return change.content
         if isinstance(change, Block):
-            newline = newline_of(result) if form.keeps_line_ends else "\n"
-            result = put_block(result, change, newline)
-        elif not (change.absent and form.find(result, change.path) is not None):
+            before, newline = result, newline_of(result) if form.keeps_line_ends else "\n"
+            result = put_block(before, change, newline)
+            form.load(result)
+            sides = [_outside_block(each, kind, change.under) for each in (before, result)]
+        elif change.if_missing and form.find(result, change.path) is not None:
+            continue
+        else:
             result = form.put(result, change.path, change.value)
             _set(wanted, change, form.nested)
-    if any(isinstance(change, Block) for change in changes):
-        _prove_block(text, result, kind, changes)
-    elif form.load(result) != wanted:
-        raise Unsafe("would not hold what it should after the change")
+            sides = [form.load(result), wanted]
+        if sides[0] != sides[1]:
+            raise UnsafeEdit("would not have the right content after the change")
     if kind == "json" and json_comments(result) != json_comments(text):
-        raise Unsafe("has comments inside of what would be replaced")
+        raise UnsafeEdit("has comments inside of what would be replaced")
     return result
 
 
-def _set(wanted: Json, put: Put, nested: bool) -> None:
-    """Does to a loaded value what a Put does to its text."""
-    path = put.path if nested else (".".join(put.path),)
+def _set(wanted: Json, change: SetValue, nested: bool) -> None:
+    """Apply a SetValue to a loaded value."""
+    path = change.path if nested else (".".join(change.path),)
     for name in path[:-1]:
         wanted = wanted.setdefault(name, {})
-    wanted[path[-1]] = put.value
+    wanted[path[-1]] = change.value
 
 
-def _prove_block(
-    before: str, after: str, kind: str, changes: Sequence[Change]
-) -> None:
-    """Raises Unsafe unless the block is the only difference, beside the Puts."""
-    form = FORMATS[kind]
-    form.load(after)
-    under = next((each.under for each in changes if isinstance(each, Block)), None)
-    puts = [each for each in changes if isinstance(each, Put)]
-    sides = []
-    for text in (before, after):
-        rest = drop_block(text, under)
-        for put in puts:
-            if not (put.absent and form.find(before, put.path) is not None):
-                rest = form.put(rest, put.path, put.value)
-        loaded = form.load(rest)
-        if under and not isinstance(loaded.get(under), str):
-            body = loaded.get(under) or as_written("")
-            empty = re.fullmatch(r"(\[[ \t]*\])?\s*(#.*)?", body[1])
-            loaded = {**loaded, under: "" if empty else body}
-        sides.append((loaded, "" if kind != "lines" else rest.rstrip("\r\n")))
-    if sides[0] != sides[1]:
-        raise Unsafe("would not hold what it should after the change")
+def _outside_block(text: str, kind: str, under: str | None) -> tuple[Json, str]:
+    """Return what a text holds beside its block, in a form that can be compared."""
+    rest = drop_block(text, under)
+    loaded = FORMATS[kind].load(rest)
+    if under and not isinstance(loaded.get(under), str):
+        body = loaded.get(under) or as_written("")
+        empty = re.fullmatch(r"(\[[ \t]*\])?\s*(#.*)?", body[1])
+        loaded = {**loaded, under: "" if empty else body}
+    return loaded, rest.rstrip("\r\n") if kind == "lines" else ""
 
 
-class Done(NamedTuple):
-    """A change that was made: what a later undo has to know."""
+class Applied(NamedTuple):
+    """A SetValue that was applied, with what is needed to undo it."""
 
     path: tuple[str, ...]
     value: Json
-    #: What was there, None for nothing.
+    #: The value before, None for none.
     before: Json
-    #: How many of the path's objects were there already.
+    #: How many of the path's objects existed.
     depth: int
     owned: bool
 
 
-def take_out(
-    text: str, kind: str, done: Sequence[Done], under: str | None, has_block: bool
+def remove_changes(
+    text: str, kind: str, applied: Sequence[Applied], under: str | None, has_block: bool
 ) -> tuple[str, list[str]]:
-    """A text without what was put in, and the paths that were left because they hold something
-    else by now. Raises Unsafe."""
+    """Return a text without what was added, and the paths that were kept because their value was
+    changed since. Raise UnsafeEdit."""
     form, kept = FORMATS[kind], []
-    for each in reversed(done):
+    for each in reversed(applied):
         now = form.find(text, each.path)
         if now is None:
             continue
@@ -1270,216 +1181,366 @@ def take_out(
         elif each.before is not None:
             text = form.put(text, each.path, each.before)
         else:
-            text = form.drop(text, each.path)
-            text = _prune(text, form, each)
+            text = _drop_with_parents(form.drop(text, each.path), form, each)
     if has_block:
         text = drop_block(text, under)
     form.load(text)
     return text, kept
 
 
-def _prune(text: str, form: Format, done: Done) -> str:
-    """Takes out the objects that were made for a value and that hold nothing any more."""
-    for length in range(len(done.path) - 1, done.depth, -1):
-        if form.nested and form.find(text, done.path[:length]) == {}:
-            text = form.drop(text, done.path[:length])
+def _drop_with_parents(text: str, form: Format, applied: Applied) -> str:
+    """Remove the objects that were made for a value and are empty."""
+    for length in range(len(applied.path) - 1, applied.depth, -1):
+        if form.nested and form.find(text, applied.path[:length]) == {}:
+            text = form.drop(text, applied.path[:length])
     return text
 
 
 # ==== 7. Server ==============================================================
-# What the other side says about itself. Every way in which this can fail is one sentence.
+# What the server says about itself. Every failure is one sentence.
 
 DEFAULT_PORT = 3456
 AUTH_MODES = ("none", "shared", "multi")
 
+#: What is accepted of a server, which may be a wrong or a hostile one.
+MAX_ANSWER_BYTES = 8_000_000
+MAX_ERROR_BYTES = 64_000
+MAX_MODELS = 500
+MAX_TOKENS = 100_000_000
+MAX_SHOWN_CHARACTERS = 300
+#: The longest that one request may take, from looking up the name to the last byte.
+FETCH_TIMEOUT_S = 10.0
+TRIAL_TIMEOUT_S = 90.0
+#: What may stand in a key. Other characters mean something in some file that the key goes to, such
+#: as `${{secrets.X}}` in Continue's and `{env:X}` in OpenCode's.
+KEY_PATTERN = re.compile(r"[A-Za-z0-9._~+/=-]{1,1000}")
+_MODEL_ID = re.compile(r"[A-Za-z](?:[A-Za-z0-9_.:-]{0,98}[A-Za-z0-9_])?")
+_EFFORT = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
 
 class Model(NamedTuple):
-    """A model as the server lists it."""
+    """A model in the server's list."""
 
     id: str
     name: str
     context_tokens: int
     output_tokens: int
     reasoning: bool
-    #: The levels of effort that it knows, least first.
+    #: The levels of effort that it takes, least first.
     efforts: tuple[str, ...] = ()
 
 
 class Server(NamedTuple):
-    """A server that can be used. `key` is empty where it wants none."""
+    """A server that can be used. `key` is empty where it needs none."""
 
     url: str
     version: str
-    auth_mode: str
     models: tuple[Model, ...]
     key: str
 
     @property
     def api(self) -> str:
-        """The address that OpenAI's clients want."""
+        """Return the base address for OpenAI clients."""
         return f"{self.url}/v1"
 
     @property
     def key_or_any(self) -> str:
-        """A key for tools that insist on one."""
+        """Return a key for tools that insist on one."""
         return self.key or NO_KEY
 
     def _first(self, family: str, default: int) -> Model:
-        named = (model for model in self.models if family in model.id)
-        return next(named, self.models[default])
+        found = (model for model in self.models if family in model.id)
+        return next(found, self.models[default])
 
     @property
     def main(self) -> Model:
-        """The model for everyday work."""
+        """Return the model for everyday work."""
         return self._first("sonnet", 0)
 
     @property
     def cheapest(self) -> Model:
-        """The model for small things."""
         return self._first("haiku", -1)
 
 
 def server_address(host: str, port: int | None, https: bool) -> str:
-    """The server's address out of a host name, HOST:PORT or a whole address. Raises Problem."""
+    """Return the address of a server given as a name, HOST:PORT or an address. Raise Problem."""
     text = host.strip()
     if "://" not in text:
         text = f"[{text}]" if text.count(":") > 1 and not text.startswith("[") else text
         text = f"{'https' if https else 'http'}://{text}"
     try:
         parts = urllib.parse.urlsplit(text)
-        name, named_port = parts.hostname or "", parts.port
-        # What no name server could be asked for, such as two dots in a row, is a ValueError too.
+        name, given_port = parts.hostname or "", parts.port
+        # A name that no name server can be asked for, such as a..b, is a ValueError too.
         name.encode("idna")
     except ValueError:
-        name, named_port = "", None
+        name, given_port = "", None
     usable = re.fullmatch(r"\w[\w.-]*|[0-9A-Fa-f:.]+(?:%\w+)?", name, re.A)
     if not usable or parts.scheme not in ("http", "https") or "@" in parts.netloc or (
             parts.path.rstrip("/") not in ("", "/v1")):
-        raise Problem(Exit.USAGE, f"{clean(host)!r} is no host name or address.")
+        raise Problem(Exit.USAGE, f"{clean(host)!r} is not a host name or address.")
     scheme = "https" if https else parts.scheme
     shown = f"[{name}]" if ":" in name else name
-    return f"{scheme}://{shown}:{port or named_port or DEFAULT_PORT}"
+    return f"{scheme}://{shown}:{port or given_port or DEFAULT_PORT}"
 
 
 def checked_key(key: str, source: str) -> str:
-    """A key that a header can carry. Raises Problem."""
+    """Return a key that every file and header can carry. Raise Problem for any other."""
     key = key.strip()
-    if not re.fullmatch(r"[!-~]+", key):
-        raise Problem(Exit.USAGE, f"{source} is empty or holds characters that no key has.")
+    if not KEY_PATTERN.fullmatch(key):
+        raise Problem(
+            Exit.USAGE,
+            f"{source} is empty or has characters that no key may have: letters, digits and any of "
+            "._~+/=- are allowed.")
     return key
 
 
-def ask_health(url: str) -> Mapping[str, Json]:
-    """What GET /health says. Raises Problem."""
+def quoted(text: object) -> str:
+    """Return what a server says as one line of limited length."""
+    return clean(text)[:MAX_SHOWN_CHARACTERS]
+
+
+class HttpProblem(Exception):
+    """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
+    403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered."""
+
+    def __init__(self, kind: str, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.kind, self.status = kind, status
+
+
+class OutOfTime(Exception):
+    """The time limit has passed. Not an OSError, after which http.client tries the next address."""
+
+
+@contextlib.contextmanager
+def time_limit(limit_s: float) -> Iterator[None]:
+    """Raise OutOfTime in the block once so much time has passed, whatever it waits for. Works in
+    the main thread only."""
+    def expire(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
-        health = http_json("GET", f"{url}/health", timeout_s=10)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fetch_json(
+    method: str, url: str, timeout_s: float, key: str = "", body: object = None
+) -> Json:
+    """Return the JSON value that a server answers, within this time and MAX_ANSWER_BYTES. No
+    redirect is followed, so that the key reaches this address only. Raise HttpProblem."""
+    try:
+        with time_limit(timeout_s):
+            status, text = _exchange(method, url, timeout_s, key, body)
+    except OutOfTime:
+        reason = f"no complete answer came within {timeout_s:.0f} s"
+        raise HttpProblem("unreachable", reason) from None
+    except (OSError, http.client.HTTPException, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem) or "no HTTP came back"
+        raise HttpProblem("unreachable", quoted(reason)) from None
+    if len(text) > MAX_ANSWER_BYTES:
+        size = f"{MAX_ANSWER_BYTES // 1_000_000} MB"
+        raise HttpProblem("refused", f"the answer is longer than {size}", status)
+    try:
+        if status >= 300:
+            raise _refusal(status, text[:MAX_ERROR_BYTES])
+        return json.loads(text, parse_int=_bounded_number)
+    except RecursionError:
+        raise HttpProblem("refused", "the answer is nested too deeply", status) from None
+    except ValueError:
+        raise HttpProblem("refused", "the answer is not JSON", status) from None
+
+
+def _exchange(
+    method: str, url: str, timeout_s: float, key: str, body: object
+) -> tuple[int, bytes]:
+    """Return the status and the body of an answer; a body above the limit is not read to its end.
+    Raise OSError, HTTPException or ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    is_secure = parts.scheme == "https"
+    connect = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    content = None
+    if body is not None:
+        headers["Content-Type"], content = "application/json", json.dumps(body).encode()
+    with contextlib.closing(connect(parts.hostname or "", parts.port, timeout=timeout_s)) as link:
+        link.request(method, parts.path, content, headers)
+        with contextlib.closing(link.getresponse()) as answer:
+            text, piece = bytearray(), b" "
+            while piece and len(text) <= MAX_ANSWER_BYTES:
+                # read() would read a chunk of -1 bytes without a limit.
+                piece = answer.read1(1_000_000)
+                text += piece
+            return answer.status, bytes(text)
+
+
+def _refusal(status: int, text: bytes) -> HttpProblem:
+    """Return the problem that a status stands for. Raise RecursionError."""
+    if status < 400:
+        return HttpProblem("refused", f"it redirects to another address ({status})", status)
+    kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
+    error = None
+    with contextlib.suppress(ValueError):
+        body = json.loads(text)
+        error = body.get("error") if isinstance(body, dict) else None
+    told = error.get("message") if isinstance(error, dict) else error
+    return HttpProblem(kind, str(told or f"the status is {status}"), status)
+
+
+def _bounded_number(digits: str) -> int | float:
+    """Return an integer of JSON. One of a million digits would take Python minutes."""
+    return int(digits) if len(digits) <= 18 else float(digits)
+
+
+def ask_health(url: str) -> Mapping[str, Json]:
+    """Return what GET /health says. Raise Problem."""
+    reason = "its /health is not that of OCP"
+    try:
+        health = fetch_json("GET", f"{url}/health", FETCH_TIMEOUT_S)
     except HttpProblem as problem:
         if "CERTIFICATE_VERIFY_FAILED" in str(problem):
             raise Problem(
                 Exit.UNREACHABLE,
-                f"The certificate of {url} is not trusted here: name the file of its authority in "
-                "SSL_CERT_FILE, for this script and for your tools.",
+                f"The certificate of {url} is not trusted here: set SSL_CERT_FILE to the file of "
+                "its authority, for this script and for your tools.",
             ) from None
         if problem.kind == "unreachable":
             raise Problem(
                 Exit.UNREACHABLE,
-                f"Cannot reach {url} ({clean(problem)}): is the server running, and does it listen "
-                "where this machine can reach it (CLAUDE_BIND, firewall)?",
+                f"Cannot reach {url} ({quoted(problem)}): is the server running, and does it "
+                "listen where this machine can reach it (CLAUDE_BIND, firewall)?",
             ) from None
-        health = None
+        health, reason = None, quoted(problem)
     if not isinstance(health, dict) or health.get("authMode") not in AUTH_MODES or not isinstance(
             health.get("version"), str):
-        secure = "" if url.startswith("https") else "; if it speaks https, say --https"
-        raise Problem(Exit.UNREACHABLE, f"What answers at {url} is not an OCP server{secure}.")
+        secure = "" if url.startswith("https") else "; for a server with https add --https"
+        raise Problem(
+            Exit.UNREACHABLE, f"What answers at {url} is not an OCP server ({reason}){secure}.")
     return health
 
 
 def ask_models(url: str, key: str) -> tuple[Model, ...]:
-    """The models that a key may use. Raises HttpProblem."""
-    listed = http_json("GET", f"{url}/v1/models", key=key, timeout_s=10)
+    """Return the models that a key may use. Raise HttpProblem."""
+    listed = fetch_json("GET", f"{url}/v1/models", FETCH_TIMEOUT_S, key)
     rows = listed.get("data") if isinstance(listed, dict) else None
-    found = [model_of(row, "display_name", "context_window", "max_output_tokens")
-             for row in rows or () if isinstance(row, dict)
-             and re.fullmatch(r"[\w.:-]+", str(row.get("id")))]
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if len(rows) > MAX_MODELS:
+        raise HttpProblem("refused", f"it lists more than {MAX_MODELS} models")
+    try:
+        found = {
+            str(row["id"]): model_of(row, "display_name", "context_window", "max_output_tokens")
+            for row in rows if _MODEL_ID.fullmatch(str(row.get("id")))}
+    except ValueError as problem:
+        raise HttpProblem("refused", str(problem)) from None
     if not found:
         raise HttpProblem("refused", "it lists no models")
-    return tuple(found)
+    return tuple(found.values())
 
 
 def model_of(row: Mapping[str, Json], name: str, context: str, output: str) -> Model:
-    """The model of a row that has these names for what differs from list to list."""
+    """Return the model of a row, given the names of the fields that differ between lists. Raise
+    ValueError for a size that is not a number of tokens."""
     efforts = row.get("efforts")
+    efforts = efforts if isinstance(efforts, list) else []
     return Model(
-        str(row["id"]), clean(row.get(name) or row["id"]), int(row.get(context) or 200_000),
-        int(row.get(output) or 8_192), bool(row.get("reasoning")),
-        tuple(str(each) for each in efforts) if isinstance(efforts, list) else (),
-    )
+        str(row["id"]), model_name(str(row.get(name) or row["id"])),
+        token_count(row, context, 200_000), token_count(row, output, 8_192),
+        bool(row.get("reasoning")),
+        tuple(each for each in efforts if isinstance(each, str) and _EFFORT.fullmatch(each))[:20])
+
+
+def model_name(text: str) -> str:
+    """Return a model's name without the characters that mean something to a terminal, or to a tool
+    that finds it in its settings, such as `{env:X}`."""
+    return re.sub(r"[^\w .,:()+/-]", "?", text)[:100]
+
+
+def token_count(row: Mapping[str, Json], name: str, default: int) -> int:
+    """Return a number of tokens, the default where there is none. Raise ValueError."""
+    value = row.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or not 0 < value <= MAX_TOKENS:
+        shown = clean(json.dumps(value))[:40]
+        raise ValueError(f"the {name} of {row['id']} is {shown}, which is not a number of tokens")
+    return value
 
 
 def models_in(path: str) -> tuple[Model, ...] | None:
-    """The models of a models.json; None if there is no such file. Raises Problem."""
+    """Return the models of a models.json; None if there is no such file. Raise Problem."""
     try:
         content = read_bytes(path)
         rows = json.loads(content)["models"] if content is not None else None
         return rows and tuple(
             model_of(row, "displayName", "contextWindow", "maxTokens") for row in rows)
-    except (Unsafe, ValueError, KeyError, TypeError, AttributeError):
+    except (UnsafeEdit, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Problem(Exit.FAILED, f"{path} cannot be used as a list of models.") from None
 
 
 def probe(
-    url: str, key: str, known_key: str, ask_key: Callable[[str], str | None]
+    url: str, key: str, saved_key: str, ask_key: Callable[[str], str | None]
 ) -> tuple[Server, Mapping[str, Json]]:
-    """The server and what its /health said. `key` is the one on the command line, `known_key` the
-    one of last time; `ask_key` asks the user. Raises Problem."""
+    """Return the server and what its /health says. `key` is the one on the command line; without
+    one `saved_key` is tried, then others, then `ask_key` asks the user. Raise Problem."""
     health = ask_health(url)
-    shown = str(health.get("anonymousKey") or "")
-    keys = [key] if key else [known_key, shown if re.fullmatch(r"[!-~]+", shown) else "", ""]
+    keys = [key] if key else [saved_key, anonymous_key(url, health), ""]
     refused = ""
     for each in dict.fromkeys(keys):
         try:
-            return Server(url, clean(health["version"]), str(health["authMode"]),
-                          ask_models(url, each), each), health
+            return Server(url, quoted(health["version"]), ask_models(url, each), each), health
         except HttpProblem as problem:
             if problem.kind != "denied":
-                raise Problem(Exit.FAILED, f"{url} does not list its models: {clean(problem)}"
-                              ) from None
+                raise Problem(
+                    Exit.FAILED, f"{url} does not list its models as OCP does: {quoted(problem)}."
+                ) from None
             refused = str(problem)
     if key:
-        raise Problem(Exit.DENIED, f"The key was refused: {clean(refused)}")
+        raise Problem(Exit.DENIED, f"The key was refused: {quoted(refused)}")
     entered = ask_key(f"Key for {url}: ")
     if entered is None:
-        raise Problem(Exit.USAGE, f"{url} wants a key: name it with --key.")
+        raise Problem(Exit.USAGE, f"{url} needs a key: add --key KEY.")
     if not entered.strip():
-        raise Problem(Exit.DENIED, f"{url} wants a key, and none was given.")
+        raise Problem(Exit.DENIED, f"{url} needs a key, and none was given.")
     return probe(url, checked_key(entered, "That key"), "", ask_key)
 
 
+def anonymous_key(url: str, health: Mapping[str, Json]) -> str:
+    """Return the key that a server gives to everybody, empty if none. Raise Problem."""
+    shown = health.get("anonymousKey") or ""
+    if shown and not (isinstance(shown, str) and KEY_PATTERN.fullmatch(shown)):
+        raise Problem(
+            Exit.FAILED,
+            f"{url} advertises a key with characters that no key may have, so nothing is written. "
+            "Name a key of your own with --key.")
+    return shown
+
+
 def try_request(server: Server) -> str:
-    """The text of one real answer from the cheapest model. Raises HttpProblem."""
+    """Return the text of one real answer from the cheapest model. Raise HttpProblem."""
     body = {
         "model": server.cheapest.id, "max_tokens": 32,
         "messages": [{"role": "user", "content": "Reply with the word OK."}],
     }
-    answer = http_json(
-        "POST", f"{server.api}/chat/completions", body, server.key, timeout_s=90)
+    answer = fetch_json(
+        "POST", f"{server.api}/chat/completions", TRIAL_TIMEOUT_S, server.key, body)
     try:
         return str(answer["choices"][0]["message"]["content"])
     except (TypeError, KeyError, IndexError):
-        raise HttpProblem("refused", "its answer is no chat completion") from None
+        raise HttpProblem("refused", "the answer is not a chat completion") from None
 
 
 # ==== 8. Tools ===============================================================
-# One function for each tool says which steps it takes; it reads files but changes nothing. A new
-# tool is one function and one row of TOOLS.
-
-
-#: What OCP is called among OpenClaw's providers, unless another name is chosen.
-OPENCLAW_PROVIDER = "claude-local"
+# One function for each tool returns its steps; it reads files but changes nothing. A new tool is
+# one function and one row of TOOLS.
 
 
 class Role(enum.Enum):
-    """Whether OCP becomes a tool's choice: where it has none yet, always, or never."""
+    """Whether OCP becomes a tool's default: where it has none yet, always, or never."""
 
     AUTO = "auto"
     PRIMARY = "primary"
@@ -1487,19 +1548,19 @@ class Role(enum.Enum):
 
 
 class FileStep(NamedTuple):
-    """Changes to one file. With a command, that makes them; it is given them as one object."""
+    """Changes to one file. A command, if given, gets them as a JSON object and makes them."""
 
     path: str
     kind: str
     changes: tuple[Change, ...]
     why: str
     command: tuple[str, ...] = ()
-    #: What the plan has to say about the file.
+    #: Remarks for the plan.
     notes: tuple[str, ...] = ()
 
 
-class RunStep(NamedTuple):
-    """A command that sets a variable of the session, on macOS."""
+class SessionStep(NamedTuple):
+    """A variable of the macOS session to set with launchctl."""
 
     name: str
     value: str
@@ -1511,44 +1572,45 @@ class Hint(NamedTuple):
     text: str
 
 
-Step = Union[FileStep, RunStep, Hint]
+Step = Union[FileStep, SessionStep, Hint]
 
 
 @dataclasses.dataclass(frozen=True)
-class Desk:
-    """What a tool's function has before it. `look` gives a file's text as it is without us."""
+class Context:
+    """What a tool's function works with. `original_text` returns a file's text without OCP's
+    changes."""
 
     machine: Machine
     server: Server
     role: Role
     allow_fallback: bool
     anthropic: bool
-    look: Callable[[str], str]
-    #: What OCP is to be called among a tool's providers, empty if nothing was asked for; and what
-    #: an earlier run has called it there. with_name fills both in for one tool.
+    original_text: Callable[[str], str]
+    #: The name of OCP's provider, empty for the default one; and the name of an earlier run.
+    #: with_name sets both for one tool.
     provider: str = ""
     earlier: str = ""
 
     @property
     def key_words(self) -> str:
-        """What to type into a field for a key, without showing one."""
+        """Return what to enter in a field for a key, without showing one."""
         if not self.server.key:
             return f"anything, for example {NO_KEY}"
-        return "what `cat " + shlex.quote(os.path.join(self.machine.own, "key")) + "` prints"
+        return f"the output of `cat {shlex.quote(self.machine.key_file)}`"
 
     def lines_of(self, *words: str) -> str:
-        """A hint of several lines, with address, key and model filled in."""
+        """Return a hint of several lines with the address, key and model filled in."""
         return "\n".join(words).format(
             api=self.server.api, url=self.server.url, key=self.key_words,
             model=self.server.main.id)
 
 
-#: The providers that a text names, each with what stands there.
+#: Returns the providers in a text, each with its entry.
 Providers = Callable[[str], Mapping[str, Json]]
 
 
 def providers_at(*place: str) -> Providers:
-    """Return what finds the providers of a JSON text at this place."""
+    """Return a function that reads the providers at this place of a JSON text."""
     def found(text: str) -> Mapping[str, Json]:
         value = json_find(text, place)
         return value if isinstance(value, dict) else {}
@@ -1556,7 +1618,7 @@ def providers_at(*place: str) -> Providers:
     return found
 
 
-def value_at(entry: Json, *path: str) -> str:
+def text_at(entry: Json, *path: str) -> str:
     """Return the text at a path of a JSON value, empty where there is none."""
     for name in path:
         entry = entry.get(name) if isinstance(entry, dict) else None
@@ -1564,72 +1626,76 @@ def value_at(entry: Json, *path: str) -> str:
 
 
 def with_name(
-    desk: Desk, title: str, default: str, path: str, providers: Providers,
+    context: Context, title: str, default: str, path: str, providers: Providers,
     address: Callable[[Json], str],
-) -> tuple[Desk, tuple[str, ...]]:
-    """Return the desk with OCP's name among the providers of a file, and what to say about it. It
-    is the name that was asked for, else that of an earlier run, else the first of NAME, NAME-2 and
-    so on that is not the user's. `address` says where a provider leads, "" where that is not
-    known: one that leads to this server is ours. Raises Problem if the user has the name that was
-    asked for."""
-    now, base = _providers_of(desk, path, providers)
+) -> tuple[Context, tuple[str, ...]]:
+    """Return the context with OCP's name among the providers of a file, and the notes about it. The
+    name is the given one, else that of an earlier run, else the first of NAME, NAME-2 and so on
+    that is not the user's. `address` returns the server of an entry, "" if unknown: an entry for
+    this server belongs to OCP. Raise Problem if the given name is taken."""
+    now, original = _providers_of(context, path, providers)
 
-    def is_theirs(name: str) -> bool:
-        return name in base and not same_server(address(base[name]), desk.server.url)
+    def is_taken(name: str) -> bool:
+        return name in original and not same_server(address(original[name]), context.server.url)
 
-    earlier = next((name for name in now if now[name] != base.get(name)), "")
-    if desk.provider and is_theirs(desk.provider):
-        place = address(base[desk.provider])
-        raise Problem(Exit.USAGE, f"{title} has a provider {desk.provider} of your own already"
-                                  f"{place and ', for ' + clean(place)}: choose another name with "
-                                  "--provider-name.")
+    earlier = next((name for name in now if now[name] != original.get(name)), "")
+    if context.provider and is_taken(context.provider):
+        place = address(original[context.provider])
+        raise Problem(
+            Exit.USAGE, f"{title} already has your own provider {context.provider}"
+            f"{place and ', for ' + clean(place)}: choose another name with --provider-name.")
     numbered = (f"{default}-{number}" for number in itertools.count(2))
-    names = filter(None, itertools.chain((desk.provider, earlier, default), numbered))
-    name = next(each for each in names if not is_theirs(each))
-    note = (f"{default} in it is a provider of your own and stays: OCP is called {name}, or what "
-            "--provider-name says")
-    return (dataclasses.replace(desk, provider=name, earlier=earlier),
-            (note,) if is_theirs(default) else ())
+    names = filter(None, itertools.chain((context.provider, earlier, default), numbered))
+    name = next(each for each in names if not is_taken(each))
+    note = (f"your own provider {default} is kept: OCP is called {name}; --provider-name changes "
+            "that")
+    return (dataclasses.replace(context, provider=name, earlier=earlier),
+            (note,) if is_taken(default) else ())
 
 
 def _providers_of(
-    desk: Desk, path: str, providers: Providers
+    context: Context, path: str, providers: Providers
 ) -> tuple[Mapping[str, Json], Mapping[str, Json]]:
-    """The providers of a file as it is, and without us; none where it cannot be read."""
-    with contextlib.suppress(Unsafe):
-        return providers(decoded(read_bytes(path))), providers(desk.look(path))
+    """Return the providers of a file and of its original; none where it cannot be read."""
+    with contextlib.suppress(UnsafeEdit):
+        return providers(read_text(path)), providers(context.original_text(path))
     return {}, {}
 
 
-def own_files(desk: Desk) -> list[Step]:
-    """The key, where tools can read it."""
-    path = os.path.join(desk.machine.own, "key")
-    return [FileStep(path, "lines", (Whole(desk.server.key),), "the key, for your eyes only")]
+def same_server(url: str, other: str) -> bool:
+    """Return whether two addresses lead to one server, as far as can be told from here."""
+    try:
+        sides = [urllib.parse.urlsplit(each) for each in (url, other)]
+        ports = [side.port or (443 if side.scheme == "https" else 80) for side in sides]
+    except ValueError:
+        return False
+    hosts = [side.hostname or "" for side in sides]
+    # Names are looked up last: most providers are elsewhere, and name servers need not learn them.
+    return ports[0] == ports[1] and all(hosts) and (
+        hosts[0] == hosts[1] or all(map(is_this_machine, hosts)))
 
 
-def variables(desk: Desk) -> dict[str, str]:
-    """What programs find in their environment."""
-    server = desk.server
-    found = {
-        "OPENAI_BASE_URL": server.api, "OPENAI_API_BASE": server.api,
-        "OPENAI_API_KEY": server.key_or_any, "OCP_API_KEY": server.key_or_any,
-    }
-    if desk.anthropic:
-        found.update(ANTHROPIC_BASE_URL=server.url, ANTHROPIC_AUTH_TOKEN=server.key_or_any)
-    return found
+#: The environment variables that programs read, each with the property of Server that it gets.
+VARIABLES = {
+    "OPENAI_BASE_URL": "api", "OPENAI_API_BASE": "api", "OPENAI_API_KEY": "key_or_any",
+    "OCP_API_KEY": "key_or_any", "ANTHROPIC_BASE_URL": "url", "ANTHROPIC_AUTH_TOKEN": "key_or_any",
+}
 
 
-#: The variables that are set, whatever is chosen.
-VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY", "OCP_API_KEY",
-             "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN")
+def variables(context: Context) -> dict[str, str]:
+    """Return the variables to set, with their values."""
+    return {name: getattr(context.server, value) for name, value in VARIABLES.items()
+            if context.anthropic or not name.startswith("ANTHROPIC_")}
+
+
 _SETTING = re.compile(
     rf"[ \t]*(?:(?:export|setenv|typeset|declare|set)[ \t]+)?(?:-\w+[ \t]+)*({'|'.join(VARIABLES)})"
     r"(?![\w])[ \t]*[= \t]")
 
 
 class Shell(NamedTuple):
-    """How a family of shells learns the variables: from `script`, which is ours. `start_files` of
-    the user's read it with the line `reads`; a shell without them finds it by itself."""
+    """A family of shells. The variables are set in `script`, a file of OCP. The user's
+    `start_files` read it with the line `reads`; a shell without them finds it by itself."""
 
     script: str
     setting: str
@@ -1640,13 +1706,13 @@ class Shell(NamedTuple):
 
 
 def shells(machine: Machine) -> list[Shell]:
-    """Return the families of shells that are used here, the one of sh always first."""
-    found = [Shell(os.path.join(machine.own, "env.sh"), "export {}={}", shlex.quote,
+    """Return the families of shells that are used here; the one of sh is always the first."""
+    found = [Shell(os.path.join(machine.state_folder, "env.sh"), "export {}={}", shlex.quote,
                    "if [ -r {0} ]; then . {0}; fi", tuple(shell_files(machine)))]
     csh = csh_files(machine)
     if csh:
-        found.append(Shell(os.path.join(machine.own, "env.csh"), "setenv {} {}", csh_quoted,
-                           "if ( -r {0} ) source {0}", tuple(csh)))
+        found.append(Shell(os.path.join(machine.state_folder, "env.csh"), "setenv {} {}",
+                           csh_quoted, "if ( -r {0} ) source {0}", tuple(csh)))
     fish = os.path.join(machine.config_home, "fish")
     if machine.shell == "fish" or os.path.isdir(fish):
         found.append(Shell(os.path.join(fish, "conf.d", "ocp.fish"), "set -gx {} {}", fish_quoted,
@@ -1658,59 +1724,64 @@ def shells(machine: Machine) -> list[Shell]:
     return found
 
 
-#: How long zsh may take to say where it looks.
+#: How long zsh may take to print its folder.
 ZSH_TIMEOUT_S = 10.0
 
 
 def zsh_folder(machine: Machine) -> str:
     """Return the folder of .zshrc. Only zsh itself knows what its .zshenv makes of ZDOTDIR."""
-    if os.path.lexists(machine.below(".zshenv")) and machine.program("zsh"):
+    if os.path.lexists(machine.in_home(".zshenv")) and machine.program("zsh"):
         ran = machine.run("zsh", "-c", 'print -r -- "=$ZDOTDIR"', timeout_s=ZSH_TIMEOUT_S)
         said = [line[1:] for line in ran.output.splitlines() if line.startswith("=")]
         if said and os.path.isabs(said[-1]):
             return said[-1]
-    return machine.named("ZDOTDIR")
+    return machine.folder_from("ZDOTDIR")
 
 
 def shell_files(machine: Machine) -> list[str]:
-    """The start files of the shells of sh's family that are used here."""
+    """Return the start files of the shells of sh's family that are used here."""
     zsh = os.path.join(zsh_folder(machine), ".zshrc")
-    bash, found = machine.below(".bashrc"), []
+    bash, found = machine.in_home(".bashrc"), []
     if machine.shell == "bash" or os.path.lexists(bash):
         found.append(bash)
-        if machine.platform == "darwin":
+        if machine.is_mac:
             # A login shell, which is what Terminal opens, reads the first of these instead.
-            login = [machine.below(name) for name in (".bash_profile", ".bash_login", ".profile")]
+            login = [machine.in_home(name) for name in (".bash_profile", ".bash_login", ".profile")]
             found.append(next(filter(os.path.lexists, login), login[0]))
-    if machine.shell == "zsh" or os.path.lexists(zsh) or machine.platform == "darwin":
+    if machine.shell == "zsh" or os.path.lexists(zsh) or machine.is_mac:
         found.append(zsh)
     if not found and machine.shell not in OTHER_SHELLS:
-        found.append(machine.below(".profile"))
+        found.append(machine.in_home(".profile"))
     return found
 
 
-#: Shells that read nothing of what is written for sh.
+#: Shells that do not read the files of sh.
 OTHER_SHELLS = ("fish", "nu", "csh", "tcsh", "elvish", "xonsh", "pwsh")
 
 
 def csh_files(machine: Machine) -> list[str]:
     """Return the start files of csh and tcsh, if one of them is used here. tcsh reads .cshrc only
     where there is no .tcshrc."""
-    names = [machine.below(name) for name in (".tcshrc", ".cshrc")]
+    names = [machine.in_home(name) for name in (".tcshrc", ".cshrc")]
     found = [path for path in names if os.path.lexists(path)]
     return found or names[1:] * (machine.shell in ("csh", "tcsh"))
 
 
+def support_folder(machine: Machine, name: str) -> str:
+    """Return a program's folder below Application Support on macOS, else below .config."""
+    mac = machine.in_home("Library", "Application Support")
+    return os.path.join(mac if machine.is_mac else machine.config_home, name)
+
+
 def nushell_folder(machine: Machine) -> str:
-    """Return where Nushell keeps its settings."""
-    mac = machine.platform == "darwin" and not machine.environ.get("XDG_CONFIG_HOME")
-    folder = machine.below("Library", "Application Support") if mac else machine.config_home
-    return os.path.join(folder, "nushell")
+    if machine.environ.get("XDG_CONFIG_HOME"):
+        return os.path.join(machine.config_home, "nushell")
+    return support_folder(machine, "nushell")
 
 
-def shell_steps(desk: Desk) -> list[Step]:
-    """Variables for shells, and for what the desktop starts."""
-    machine, names, found = desk.machine, variables(desk), shells(desk.machine)
+def shell_steps(context: Context) -> list[Step]:
+    """Set the variables for shells and for desktop programs."""
+    machine, names, found = context.machine, variables(context), shells(context.machine)
     steps: list[Step] = []
     for shell in found:
         sets = tuple(shell.setting.format(name, shell.quoted(value))
@@ -1718,18 +1789,18 @@ def shell_steps(desk: Desk) -> list[Step]:
         why = "the variables" if shell.reads else "new shells have the variables"
         steps.append(FileStep(shell.script, "lines", (Block(sets),), why, notes=shell.notes))
         line = shell.reads.format(shell.quoted(shell.script))
-        steps += [start_file_step(machine, path, line) for path in shell.start_files]
+        steps += [start_file_step(path, line) for path in shell.start_files]
     if machine.shell in OTHER_SHELLS and len(steps) == 1:
-        steps.append(Hint(f"{machine.shell} reads no file that is written here: set in its own "
-                          f"start file what stands in {machine.short(found[0].script)}."))
-    return steps + session_steps(desk, names)
+        steps.append(Hint(f"{machine.shell} reads no file that is written here: set the variables "
+                          f"of {machine.shown_path(found[0].script)} in its own start file."))
+    return steps + session_steps(machine, names)
 
 
-def start_file_step(machine: Machine, path: str, line: str) -> FileStep:
-    """Return the step that has a start file of the user's read a script of ours."""
+def start_file_step(path: str, line: str) -> FileStep:
+    """Return the step that makes a start file of the user's read a script of OCP."""
     change, notes = Block((line,), in_shell=True), []
-    with contextlib.suppress(Unsafe):
-        text = put_block(decoded(read_bytes(path)), change, "\n")
+    with contextlib.suppress(UnsafeEdit):
+        text = put_block(read_text(path), change, "\n")
         block = block_of(text)
         assert block is not None
         notes = start_file_notes(path, text, text[:block.end()].count("\n"))
@@ -1737,54 +1808,53 @@ def start_file_step(machine: Machine, path: str, line: str) -> FileStep:
 
 
 def start_file_notes(path: str, text: str, last_line: int) -> list[str]:
-    """Return what is wrong with a start file that has our lines up to this one."""
+    """Return what is wrong with a start file in which OCP's block ends with this line."""
     found = []
     if "\r\n" in text:
-        found.append("it has lines that end with CR LF, which no shell reads right: OCP's stand "
-                     "first and end with LF; mend the others with "
+        found.append("it has lines that end with CR LF, which shells do not read correctly: OCP's "
+                     "lines come first and end with LF; convert the others with "
                      f"`perl -pi -e 's/\\r$//' {shlex.quote(path)}`")
     if "# OCP LAN (added by ocp connect)" in text:
         found.append("it has an older block of OCP's (# OCP LAN): remove it")
-    return found + winning_lines(text, last_line)
+    return found + overriding_lines(text, last_line)
 
 
-def winning_lines(text: str, last_line: int = 0, place: str = "") -> list[str]:
+def overriding_lines(text: str, last_line: int = 0, place: str = "") -> list[str]:
     """Return a sentence for each setting after this line of a text, which `place` names."""
-    return [f"line {number}{place} sets {variable} after OCP's lines, and wins: remove it there"
-            for number, variable in own_settings(text) if number > last_line]
+    return [f"line {number}{place} sets {variable} after OCP's lines and overrides them: remove it"
+            for number, variable in variable_lines(text) if number > last_line]
 
 
 def fish_notes(path: str) -> list[str]:
-    """Return what wins over our file in fish, which reads this file of the user's last."""
-    with contextlib.suppress(Unsafe):
-        return winning_lines(decoded(read_bytes(path)), place=" of config.fish")
+    """Return what overrides OCP's file in the user's own file, which fish reads last."""
+    with contextlib.suppress(UnsafeEdit):
+        return overriding_lines(read_text(path), place=" of config.fish")
     return []
 
 
-#: The login agent that sets the variables again after each login on macOS.
+#: The login agent that sets the variables after each login on macOS.
 AGENT_LABEL = "dev.ocp.environment"
 
 
-def session_steps(desk: Desk, names: Mapping[str, str]) -> list[Step]:
-    """Variables for programs that no shell has started."""
-    machine = desk.machine
-    if machine.platform == "darwin":
-        path = machine.below("Library", "LaunchAgents", f"{AGENT_LABEL}.plist")
-        agent = login_agent(names)
-        return [FileStep(path, "lines", (Whole(agent),), "sets the variables at each login"),
-                *(RunStep(name, value) for name, value in names.items())]
+def session_steps(machine: Machine, names: Mapping[str, str]) -> list[Step]:
+    """Set the variables for programs that no shell has started."""
+    if machine.is_mac:
+        path = machine.in_home("Library", "LaunchAgents", f"{AGENT_LABEL}.plist")
+        agent = WholeFile(login_agent(names))
+        return [FileStep(path, "lines", (agent,), "sets the variables at each login"),
+                *(SessionStep(name, value) for name, value in names.items())]
     if not machine.has_systemd:
         return []
     if not all(re.fullmatch(r"[\w.:/@%+=-]+", value) for value in names.values()):
-        return [Hint("The key has characters that environment.d may read differently: programs "
-                     "that the desktop starts do not get the variables.")]
+        return [Hint("The key or address has characters that environment.d may read differently: "
+                     "desktop programs do not get the variables.")]
     path = os.path.join(machine.config_home, "environment.d", "ocp.conf")
     lines = tuple(f"{name}={value}" for name, value in names.items())
-    return [FileStep(path, "lines", (Block(lines),), "the desktop's programs have the variables")]
+    return [FileStep(path, "lines", (Block(lines),), "desktop programs have the variables")]
 
 
 def login_agent(names: Mapping[str, str]) -> str:
-    """The property list of a login agent that sets these variables."""
+    """Return the property list of a login agent that sets these variables."""
     script = "; ".join(
         f"launchctl setenv {name} {shlex.quote(value)}" for name, value in names.items())
     return plistlib.dumps({
@@ -1792,18 +1862,265 @@ def login_agent(names: Mapping[str, str]) -> str:
     }).decode()
 
 
+def continue_steps(context: Context) -> list[Step]:
+    """Add an entry for each model."""
+    machine, server = context.machine, context.server
+    folder = machine.folder_from("CONTINUE_GLOBAL_DIR", ".continue")
+    path, old = os.path.join(folder, "config.yaml"), os.path.join(folder, "config.json")
+    lines: list[str] = []
+    for model in sorted(server.models, key=lambda each: each is not server.main):
+        lines += [
+            f"- name: {json.dumps(model.name + ' (OCP)')}",
+            "  provider: openai",
+            f"  model: {model.id}",
+            f"  apiBase: {json.dumps(server.api)}",
+            f"  apiKey: {json.dumps(server.key_or_any)}",
+            "  roles: [chat, edit, apply]",
+            "  capabilities: [tool_use, image_input]",
+            "  defaultCompletionOptions:",
+            f"    contextLength: {model.context_tokens}",
+        ]
+    head = (("name", "Local"), ("version", "1.0.0"), ("schema", "v1"))
+    changes: tuple[Change, ...] = (
+        *(SetValue((name,), value, if_missing=True) for name, value in head),
+        Block(tuple(lines), under="models"))
+    steps: list[Step] = [FileStep(path, "yaml", changes, "an entry for each model")]
+    if os.path.exists(old) and not os.path.exists(path):
+        steps.append(Hint(f"Continue: {machine.shown_path(old)} has the older format; Continue "
+                          "ignores it once there is a config.yaml."))
+    return steps
+
+
+def opencode_config(machine: Machine) -> str:
+    """Return the file that OpenCode reads last."""
+    named = machine.environ.get("OPENCODE_CONFIG", "")
+    folder = os.path.join(machine.config_home, "opencode")
+    found = [os.path.join(folder, name) for name in ("opencode.jsonc", "opencode.json")]
+    return named if os.path.isabs(named) else next(filter(os.path.exists, found), found[-1])
+
+
+def opencode_steps(context: Context) -> list[Step]:
+    """Add a provider, and the two default models of OpenCode."""
+    server, path = context.server, opencode_config(context.machine)
+    context, notes = with_name(context, "OpenCode", "ocp", path, providers_at("provider"),
+                               lambda entry: text_at(entry, "options", "baseURL"))
+    models = {model.id: {
+        "name": model.name, "attachment": True, "reasoning": model.reasoning, "tool_call": True,
+        "limit": {"context": model.context_tokens, "output": model.output_tokens},
+    } for model in server.models}
+    # The file is often kept in a repository: the key stays out of it.
+    key = f"{{file:{context.machine.key_file}}}" if server.key else NO_KEY
+    name = context.provider
+    provider = {"npm": "@ai-sdk/openai-compatible", "name": "OCP",
+                "options": {"baseURL": server.api, "apiKey": key}, "models": models}
+    return [FileStep(path, "json", (
+        SetValue(("$schema",), "https://opencode.ai/config.json", if_missing=True),
+        SetValue(("model",), f"{name}/{server.main.id}", is_default=True),
+        SetValue(("small_model",), f"{name}/{server.cheapest.id}", is_default=True),
+        SetValue(("provider", name), provider, owned=True),
+    ), f"provider {name} with every model", notes=notes)]
+
+
+def aider_steps(context: Context) -> list[Step]:
+    """Set the address, the key and the default models."""
+    server = context.server
+    values = {
+        "openai-api-base": server.api, "openai-api-key": server.key_or_any,
+        "model": f"openai/{server.main.id}", "weak-model": f"openai/{server.cheapest.id}",
+        "show-model-warnings": False,
+    }
+    changes = tuple(SetValue((name,), value, is_default=True) for name, value in values.items())
+    return [FileStep(context.machine.in_home(".aider.conf.yml"), "yaml", changes,
+                     "address, key and models")]
+
+
+def codex_providers(text: str) -> Mapping[str, Json]:
+    """Return the providers of Codex's configuration: for each its statements, and whether they
+    stand in OCP's block. Raise UnsafeEdit."""
+    block = block_of(text)
+    start, end = block.span() if block else (0, 0)
+    found: dict[str, Json] = {}
+    for each in toml_statements(text):
+        if each.path[0] == "model_providers" and each.path[1:2] not in ((), ("[]",)):
+            row = (each.path, each.value, start <= each.start < end)
+            found.setdefault(each.path[1], []).append(row)
+    return found
+
+
+def codex_steps(context: Context) -> list[Step]:
+    """Add a provider of the responses API, and make it the default."""
+    server = context.server
+    path = os.path.join(context.machine.folder_from("CODEX_HOME", ".codex"), "config.toml")
+    # A table of the user's is kept even if it is for this server: nothing can be added to it.
+    context, notes = with_name(context, "Codex", "ocp", path, codex_providers,
+                               lambda rows: server.url if all(row[2] for row in rows) else "")
+    name, window = context.provider, server.main.context_tokens
+    lines = [f"[model_providers.{name}]", 'name = "OCP"', f"base_url = {json.dumps(server.api)}",
+             'wire_api = "responses"']
+    if server.key:
+        lines.append(f"experimental_bearer_token = {json.dumps(server.key)}")
+    return [FileStep(path, "toml", (
+        SetValue(("model",), server.main.id, is_default=True),
+        SetValue(("model_provider",), name, is_default=True),
+        # Otherwise Codex assumes 272,000 tokens for every model that it does not know.
+        SetValue(("model_context_window",), window, is_default=True),
+        Block(tuple(lines)),
+    ), f"provider {name}", notes=notes), Hint(
+        f"Codex: `codex -c model_provider={name} -c model_context_window={window} "
+        f"-m {server.main.id}` uses OCP whatever the default is.")]
+
+
+def cline_steps(context: Context) -> list[Step]:
+    """Set the provider of Cline's command line program, which keeps it in a file."""
+    server, name = context.server, "openai-compatible"
+    path = context.machine.in_home(".cline", "data", "settings", "providers.json")
+    settings = {"provider": name, "apiKey": server.key_or_any, "model": server.main.id,
+                "baseUrl": server.api}
+    return [FileStep(path, "json", (
+        SetValue(("version",), 1, if_missing=True),
+        SetValue(("modes",), {}, if_missing=True),
+        SetValue(("lastUsedProvider",), name, is_default=True),
+        SetValue(("providers", name, "settings"), settings, is_default=True),
+        SetValue(("providers", name, "updatedAt"), "2025-01-01T00:00:00.000Z", if_missing=True),
+        SetValue(("providers", name, "tokenSource"), "manual", if_missing=True),
+    ), f"its {name} provider")]
+
+
+def llm_steps(context: Context) -> list[Step]:
+    """Add the models and their key, and set the default model."""
+    machine, server, lines = context.machine, context.server, []
+    folder = machine.folder_from("LLM_USER_PATH", support_folder(machine, "io.datasette.llm"))
+    keys = os.path.join(folder, "keys.json")
+    context, notes = with_name(context, "llm", "ocp", keys, providers_at(),
+                               lambda key: server.url if key == server.key_or_any else "")
+    name = context.provider
+    for model in server.models:
+        lines += [
+            f"- model_id: {name}/{model.id}", f"  model_name: {model.id}",
+            f"  api_base: {json.dumps(server.api)}", f"  api_key_name: {name}",
+            "  supports_tools: true", "  supports_schema: true", "  vision: true",
+        ]
+    default = WholeFile(f"{name}/{server.main.id}", is_default=True)
+    return [
+        FileStep(os.path.join(folder, "extra-openai-models.yaml"), "yaml",
+                 (Block(tuple(lines), under=""),), f"every model, as {name}/MODEL"),
+        FileStep(keys, "json", (SetValue((name,), server.key_or_any, owned=True),),
+                 "the key for them", notes=notes),
+        FileStep(os.path.join(folder, "default_model.txt"), "lines", (default,),
+                 "the default model"),
+    ]
+
+
+def claude_code_file(machine: Machine) -> str:
+    return os.path.join(machine.folder_from("CLAUDE_CONFIG_DIR", ".claude"), "settings.json")
+
+
+def claude_code_steps(context: Context) -> list[Step]:
+    """Set the address and key of Claude Code, only with --anthropic."""
+    if not context.anthropic:
+        return [Hint("Claude Code is not changed. On a machine other than the server's, "
+                     "--anthropic points it at OCP.")]
+    return [FileStep(claude_code_file(context.machine), "json", (
+        SetValue(("env", "ANTHROPIC_BASE_URL"), context.server.url),
+        SetValue(("env", "ANTHROPIC_AUTH_TOKEN"), context.server.key_or_any),
+    ), "address and key for Claude Code")]
+
+
+def zed_steps(context: Context) -> list[Step]:
+    """Add a provider, and set the agent's default model. Zed reads the key from its environment."""
+    machine, place = context.machine, ("language_models", "openai_compatible")
+    folder = machine.in_home(".config") if machine.is_mac else machine.config_home
+    path = os.path.join(folder, "zed", "settings.json")
+    context, notes = with_name(context, "Zed", "OCP", path, providers_at(*place),
+                               lambda entry: text_at(entry, "api_url"))
+    models = [{
+        "name": model.id, "display_name": f"{model.name} (OCP)",
+        "max_tokens": model.context_tokens, "max_output_tokens": model.output_tokens,
+        "capabilities": {"tools": True, "images": True, "parallel_tool_calls": True,
+                         "prompt_cache_key": False},
+    } for model in context.server.models]
+    name, server = context.provider, context.server
+    provider = {"api_url": server.api, "available_models": models}
+    default = {"provider": name, "model": server.main.id}
+    return [FileStep(path, "json", (
+        SetValue((*place, name), provider, owned=True),
+        SetValue(("agent", "default_model"), default, is_default=True),
+    ), f"provider {name} with every model", notes=notes), zed_hint(name)]
+
+
+def zed_hint(name: str) -> Hint:
+    """Explain where Zed finds the key of a provider: in a variable with the provider's name."""
+    settings = f"enter the key in Agent Settings, LLM Providers, {name}."
+    if name.upper() != "OCP":
+        return Hint(f"Zed: {settings}")
+    return Hint("Zed reads the key from OCP_API_KEY in its environment: log in again, or start it "
+                f"from a new shell; or {settings}")
+
+
+def hint_steps(*lines: str) -> Callable[[Context], list[Step]]:
+    """Return the steps of a tool that has no file for its settings."""
+    return lambda context: [Hint(context.lines_of(*lines))]
+
+
+def is_loop(machine: Machine, server: Server) -> bool:
+    """Return whether Claude Code of this machine would ask the server that drives it."""
+    host = urllib.parse.urlsplit(server.url).hostname or ""
+    return is_this_machine(host) and has_claude_login(machine)
+
+
+def refuse_loop(machine: Machine, server: Server) -> None:
+    """Raise Problem where --anthropic would make claude ask itself."""
+    if is_loop(machine, server):
+        raise Problem(
+            Exit.FAILED,
+            "Refused: the server runs on this machine and claude is logged in here. With "
+            "--anthropic, Claude Code would use the server that drives it, in a loop. Use "
+            "--anthropic on other machines.")
+
+
+def existing_loop_hints(context: Context) -> list[Hint]:
+    """Warn if Claude Code already points at this server on the server's own machine."""
+    machine, name = context.machine, "ANTHROPIC_BASE_URL"
+    path, found = claude_code_file(machine), {"your environment": machine.environ.get(name)}
+    with contextlib.suppress(UnsafeEdit):
+        found[machine.shown_path(path)] = json_find(read_text(path), ("env", name))
+    return [
+        Hint(f"{name} in {place} points Claude Code at the server that drives it. The server hides "
+             "this variable from its own claude, but remove it: your own sessions would go round "
+             "through the server.")
+        for place, url in found.items()
+        if same_server(str(url or ""), context.server.url) and is_loop(machine, context.server)]
+
+
+# ==== 9. OpenClaw ============================================================
+# OpenClaw has one provider of OCP. Its configuration is changed by its own command, or as a file
+# where the program is missing.
+
+#: The default name of OCP's provider.
+OPENCLAW_PROVIDER = "claude-local"
+#: OpenClaw's own key for a provider that needs none. It takes any other for a secret, which its
+#: doctor copies into a store that then overrides the configuration.
+OPENCLAW_NO_KEY = "custom-local"
+#: Above the server's own limit of 600 s, so that its message arrives before OpenClaw gives up.
+OPENCLAW_TIMEOUT_S = 660
+#: The end of the names of models that OCP has listed.
+OPENCLAW_SUFFIX = " (via CLI)"
+_OPENCLAW_PROVIDERS = ("models", "providers")
+_OPENCLAW_SECRETS = ("secrets", "providers")
+_OPENCLAW_MODEL = ("agents", "defaults", "model")
+
+
 def openclaw_folder(machine: Machine) -> str:
-    """OpenClaw's state folder, by its own variables."""
-    home = machine.named("OPENCLAW_HOME")
-    return machine.named("OPENCLAW_STATE_DIR", os.path.join(home, ".openclaw"))
+    """Return OpenClaw's state folder."""
+    home = machine.folder_from("OPENCLAW_HOME")
+    return machine.folder_from("OPENCLAW_STATE_DIR", os.path.join(home, ".openclaw"))
 
 
 def openclaw_config(machine: Machine) -> str:
-    """OpenClaw's configuration file: what OpenClaw says, else by its rules."""
+    """Return OpenClaw's configuration file, as OpenClaw says or else by its rules."""
     if machine.program("openclaw"):
         said = machine.run("openclaw", "config", "file").output.strip().splitlines()
-        path = said[-1].strip() if said else ""
-        path = os.path.join(machine.home, path[2:]) if path.startswith("~/") else path
+        path = machine.expanded(said[-1].strip()) if said else ""
         if os.path.isabs(path):
             return path
     named = machine.environ.get("OPENCLAW_CONFIG_PATH", "")
@@ -1811,19 +2128,17 @@ def openclaw_config(machine: Machine) -> str:
         openclaw_folder(machine), "openclaw.json")
 
 
-#: OpenClaw's own word for a provider that wants no key. Any other is taken for a secret, which its
-#: doctor copies into a store that wins over the configuration from then on.
-OPENCLAW_NO_KEY = "custom-local"
-#: Above the server's own limit of 600 s, so that its words arrive before OpenClaw gives up.
-OPENCLAW_TIMEOUT_S = 660
-#: How the models of a provider end that OCP has listed.
-OPENCLAW_SUFFIX = " (via CLI)"
-_OPENCLAW_PROVIDERS = ("models", "providers")
-_OPENCLAW_SECRETS = ("secrets", "providers")
+def openclaw_command(machine: Machine, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the command that changes OpenClaw's configuration and may remove models of these
+    providers; empty if OpenClaw is not installed."""
+    if not machine.program("openclaw"):
+        return ()
+    lists = (("--replace-path", f"models.providers[{json.dumps(name)}].models") for name in names)
+    return ("openclaw", "config", "patch", "--stdin", *itertools.chain(*lists))
 
 
 def openclaw_row(model: Model) -> dict[str, Json]:
-    """One model as OpenClaw lists it."""
+    """Return a model as OpenClaw lists it."""
     compat: dict[str, Json] = {
         "supportsPromptCacheKey": True, "supportsReasoningEffort": model.reasoning}
     if model.efforts:
@@ -1839,115 +2154,9 @@ def openclaw_row(model: Model) -> dict[str, Json]:
     }
 
 
-def openclaw_provider(desk: Desk, secret: str, present: Json) -> list[Change]:
-    """The provider, with what the user has added to its present list of models. The key is read
-    from our own file, which OpenClaw calls `secret`: what stands in OpenClaw's configuration is
-    shown to its agents, and a key there would be copied by its doctor."""
-    server = desk.server
-    key: Json = OPENCLAW_NO_KEY
-    changes: list[Change] = []
-    if server.key:
-        path = os.path.join(desk.machine.own, "key")
-        changes.append(Put((*_OPENCLAW_SECRETS, secret), {
-            "source": "file", "path": path, "mode": "singleValue"}, owned=True))
-        key = {"source": "file", "provider": secret, "id": "value"}
-    entry = {"baseUrl": server.api, "apiKey": key, "api": "openai-completions",
-             "timeoutSeconds": OPENCLAW_TIMEOUT_S,
-             "models": openclaw_list(present, server.models)}
-    return [*changes, Put((*_OPENCLAW_PROVIDERS, desk.provider), entry, owned=True)]
-
-
-def _openclaw_rows(desk: Desk, path: str) -> Json:
-    """The list of models that we have here already, None if there is none."""
-    with contextlib.suppress(Unsafe):
-        text = decoded(read_bytes(path))
-        for name in (desk.provider, desk.earlier):
-            entry = json_find(text, (*_OPENCLAW_PROVIDERS, name))
-            url = entry.get("baseUrl") if isinstance(entry, dict) else None
-            if url and (name == desk.earlier or same_server(str(url), desk.server.url)):
-                return entry.get("models")
-    return None
-
-
-def openclaw_steps(desk: Desk) -> list[Step]:
-    """The provider, and the place of its models among the others. Raises Problem."""
-    machine, path = desk.machine, openclaw_config(desk.machine)
-    key_file = os.path.join(machine.own, "key")
-    secret, _ = with_name(
-        dataclasses.replace(desk, provider=""), "OpenClaw", "ocp", path,
-        providers_at(*_OPENCLAW_SECRETS),
-        lambda entry: desk.server.url if value_at(entry, "path") == key_file else "")
-    desk, notes = with_name(
-        desk, "OpenClaw", OPENCLAW_PROVIDER, path, providers_at(*_OPENCLAW_PROVIDERS),
-        lambda entry: value_at(entry, "baseUrl"))
-    place, hints = _openclaw_place(desk, path)
-    rows = _openclaw_rows(desk, path)
-    changes = (*openclaw_provider(desk, secret.provider, rows), *place)
-    why = f"provider {desk.provider} with every model"
-    command = openclaw_command(machine, [desk.provider])
-    return [FileStep(path, "json", changes, why, command, notes), *hints, *_openclaw_hints(desk)]
-
-
-def _openclaw_place(desk: Desk, path: str) -> tuple[list[Change], list[Step]]:
-    """Which model OpenClaw asks first, and whom it asks when that fails; and what to say."""
-    ours = f"{desk.provider}/{desk.server.main.id}"
-    base, now = _openclaw_choice(desk.look, path), _openclaw_present(desk, path)
-    # What was chosen in OpenClaw since the last run stays, unless a place is asked for now.
-    is_asked = desk.role is not Role.AUTO
-    role = desk.role if is_asked else _openclaw_role(now, f"{desk.provider}/")
-    if role is Role.BACKUP:
-        others = [each for each in base.fallbacks if each != ours]
-        return _openclaw_backup(base, [*others, ours] if is_asked else now.fallbacks), []
-    if role is Role.AUTO and base.primary:
-        return [], [Hint(
-            f"OpenClaw: your primary model stays {base.primary}; `/model {ours}` uses OCP in a "
-            "chat, --primary makes it the first, --backup a fallback.")]
-    first, fallbacks = ours, base.fallbacks if desk.allow_fallback else []
-    if role is Role.PRIMARY and not is_asked:
-        listed = [f"{desk.provider}/{model.id}" for model in desk.server.models]
-        first = now.primary if now.primary in listed else ours
-        fallbacks = base.fallbacks if desk.allow_fallback else now.fallbacks
-    hint = Hint(
-        "OpenClaw: as primary model OCP has no fallback: when it cannot answer, OpenClaw says so "
-        "instead of quietly spending another provider. --allow-fallback keeps the fallbacks that "
-        "you have.")
-    change = Put(_OPENCLAW_MODEL, {"primary": first, "fallbacks": fallbacks})
-    return [change], [] if fallbacks else [hint]
-
-
-def openclaw_command(machine: Machine, names: Sequence[str]) -> tuple[str, ...]:
-    """What changes OpenClaw's configuration, if it is installed. Of the lists of models of these
-    providers, rows may go."""
-    if not machine.program("openclaw"):
-        return ()
-    lists = (("--replace-path", f"models.providers[{json.dumps(name)}].models") for name in names)
-    return ("openclaw", "config", "patch", "--stdin", *(word for pair in lists for word in pair))
-
-
-def same_server(url: str, other: str) -> bool:
-    """Whether two addresses lead to one server, as far as can be told from here."""
-    try:
-        sides = [urllib.parse.urlsplit(each) for each in (url, other)]
-        ports = [side.port or (443 if side.scheme == "https" else 80) for side in sides]
-    except ValueError:
-        return False
-    hosts = [side.hostname or "" for side in sides]
-    # Names are looked up last: most providers are elsewhere, and need not hear of this.
-    return ports[0] == ports[1] and all(hosts) and (
-        hosts[0] == hosts[1] or all(map(is_this_machine, hosts)))
-
-
-def openclaw_names(text: str, url: str) -> list[str]:
-    """The providers of a configuration that lead to this server. Raises Unsafe."""
-    providers = json_find(text, _OPENCLAW_PROVIDERS)
-    found = providers.items() if isinstance(providers, dict) else ()
-    return [name for name, entry in found if isinstance(entry, dict)
-            and same_server(str(entry.get("baseUrl")), url)]
-
-
 def openclaw_list(present: Json, models: Sequence[Model]) -> list[Json]:
-    """A provider's list of models brought up to date: what the user has added to a row, and rows
-    that are no work of OCP, stay."""
+    """Return an updated list of models. It keeps what the user added to a row, and the rows that
+    OCP did not write."""
     rows = [row for row in present if isinstance(row, dict)] if isinstance(present, list) else []
     by_id = {str(row.get("id")): row for row in rows}
     found: list[Json] = []
@@ -1961,316 +2170,186 @@ def openclaw_list(present: Json, models: Sequence[Model]) -> list[Json]:
                     and not str(row.get("name")).endswith(OPENCLAW_SUFFIX)]
 
 
-_OPENCLAW_MODEL = ("agents", "defaults", "model")
+def openclaw_provider(context: Context, secret: str, present: Json) -> list[Change]:
+    """Return the provider with an updated list of models. OpenClaw shows its configuration to its
+    agents and its doctor copies keys in it: the key stays in OCP's own file, named as `secret`."""
+    server = context.server
+    key: Json = OPENCLAW_NO_KEY
+    changes: list[Change] = []
+    if server.key:
+        source = {"source": "file", "path": context.machine.key_file, "mode": "singleValue"}
+        changes.append(SetValue((*_OPENCLAW_SECRETS, secret), source, owned=True))
+        key = {"source": "file", "provider": secret, "id": "value"}
+    entry = {"baseUrl": server.api, "apiKey": key, "api": "openai-completions",
+             "timeoutSeconds": OPENCLAW_TIMEOUT_S,
+             "models": openclaw_list(present, server.models)}
+    return [*changes, SetValue((*_OPENCLAW_PROVIDERS, context.provider), entry, owned=True)]
 
 
-class Choice(NamedTuple):
-    """OpenClaw's default model and its fallbacks, and whether it is written as an object."""
+def openclaw_steps(context: Context) -> list[Step]:
+    """Add the provider, and choose the default model. Raise Problem."""
+    machine, path = context.machine, openclaw_config(context.machine)
+    url = context.server.url
+    secret, _ = with_name(
+        dataclasses.replace(context, provider=""), "OpenClaw", "ocp", path,
+        providers_at(*_OPENCLAW_SECRETS),
+        lambda entry: url if text_at(entry, "path") == machine.key_file else "")
+    context, notes = with_name(
+        context, "OpenClaw", OPENCLAW_PROVIDER, path, providers_at(*_OPENCLAW_PROVIDERS),
+        lambda entry: text_at(entry, "baseUrl"))
+    place, hints = _openclaw_place(context, path)
+    rows = _openclaw_rows(context, path)
+    changes = (*openclaw_provider(context, secret.provider, rows), *place)
+    why = f"provider {context.provider} with every model"
+    command = openclaw_command(machine, [context.provider])
+    return [FileStep(path, "json", changes, why, command, notes), *hints, *_openclaw_hints(context)]
+
+
+def _openclaw_rows(context: Context, path: str) -> Json:
+    """Return OCP's present list of models, None if there is none."""
+    with contextlib.suppress(UnsafeEdit):
+        text = read_text(path)
+        for name in (context.provider, context.earlier):
+            entry = json_find(text, (*_OPENCLAW_PROVIDERS, name))
+            url = entry.get("baseUrl") if isinstance(entry, dict) else None
+            if url and (name == context.earlier or same_server(str(url), context.server.url)):
+                return entry.get("models")
+    return None
+
+
+class ModelChoice(NamedTuple):
+    """OpenClaw's default model and its fallbacks, and whether they are written as an object."""
 
     primary: str
     fallbacks: list[str]
-    is_object: bool
+    is_object: bool = False
 
 
-def _openclaw_choice(look: Callable[[str], str], path: str) -> Choice:
-    """What a configuration chooses; nothing where it cannot be read."""
+def _openclaw_choice(text: Callable[[str], str], path: str) -> ModelChoice:
+    """Return the choice of a configuration, an empty one where it cannot be read."""
     try:
-        now = json_find(look(path), _OPENCLAW_MODEL)
-    except Unsafe:
-        now = None
+        now = json_find(text(path), _OPENCLAW_MODEL)
+    except UnsafeEdit:
+        return ModelChoice("", [])
     if not isinstance(now, dict):
-        return Choice(now if isinstance(now, str) else "", [], False)
+        return ModelChoice(now if isinstance(now, str) else "", [])
     listed = now.get("fallbacks")
-    fallbacks = [each for each in listed if isinstance(each, str)] if isinstance(
-        listed, list) else []
-    return Choice(str(now.get("primary") or ""), fallbacks, True)
+    listed = listed if isinstance(listed, list) else []
+    return ModelChoice(
+        str(now.get("primary") or ""), [each for each in listed if isinstance(each, str)], True)
 
 
-def _openclaw_present(desk: Desk, path: str) -> Choice:
-    """What the configuration chooses as it is, with us under the name that we are to have."""
-    now = _openclaw_choice(lambda name: decoded(read_bytes(name)), path)
+def _openclaw_present(context: Context, path: str) -> ModelChoice:
+    """Return the present choice, with the name that OCP's provider gets in this run."""
+    now = _openclaw_choice(read_text, path)
 
     def renamed(ref: str) -> str:
-        mine = desk.earlier and ref.startswith(f"{desk.earlier}/")
-        return desk.provider + ref[len(desk.earlier):] if mine else ref
+        is_ours = context.earlier and ref.startswith(f"{context.earlier}/")
+        return context.provider + ref[len(context.earlier):] if is_ours else ref
 
     return now._replace(
         primary=renamed(now.primary), fallbacks=[renamed(each) for each in now.fallbacks])
 
 
-def _openclaw_role(now: Choice, mine: str) -> Role:
-    """The place that OCP, whose models begin with `mine`, has already."""
-    if now.primary.startswith(mine):
+def _openclaw_place(context: Context, path: str) -> tuple[list[Change], list[Step]]:
+    """Return the changes of the default model and its fallbacks, and hints about them."""
+    prefix = f"{context.provider}/"
+    ours = prefix + context.server.main.id
+    original = _openclaw_choice(context.original_text, path)
+    now = _openclaw_present(context, path)
+    # Without an option, what was chosen in OpenClaw since the last run is kept.
+    is_asked = context.role is not Role.AUTO
+    role = context.role if is_asked else _openclaw_role(now, prefix)
+    if role is Role.BACKUP:
+        others = [each for each in original.fallbacks if each != ours]
+        return _openclaw_backup(original, [*others, ours] if is_asked else now.fallbacks), []
+    if role is Role.AUTO and original.primary:
+        return [], [Hint(
+            f"OpenClaw: your primary model stays {original.primary}. `/model {ours}` uses OCP in a "
+            "chat; --primary makes it the primary model, --backup a fallback.")]
+    first, fallbacks = ours, original.fallbacks if context.allow_fallback else []
+    if role is Role.PRIMARY and not is_asked:
+        listed = [prefix + model.id for model in context.server.models]
+        first = now.primary if now.primary in listed else ours
+        fallbacks = original.fallbacks if context.allow_fallback else now.fallbacks
+    hint = Hint(
+        "OpenClaw: with OCP as primary model there is no fallback: when it cannot answer, OpenClaw "
+        "says so instead of quietly paying another provider. --allow-fallback keeps your "
+        "fallbacks.")
+    change = SetValue(_OPENCLAW_MODEL, {"primary": first, "fallbacks": fallbacks})
+    return [change], [] if fallbacks else [hint]
+
+
+def _openclaw_role(now: ModelChoice, prefix: str) -> Role:
+    """Return the place that models with this prefix have already."""
+    if now.primary.startswith(prefix):
         return Role.PRIMARY
-    return Role.BACKUP if any(each.startswith(mine) for each in now.fallbacks) else Role.AUTO
+    return Role.BACKUP if any(each.startswith(prefix) for each in now.fallbacks) else Role.AUTO
 
 
-def _openclaw_backup(base: Choice, fallbacks: list[str]) -> list[Change]:
-    """The change that makes these the fallbacks; none where there is nothing to back up."""
-    if base.is_object:
-        # The rest is not written again: OpenClaw would ask the other provider whether it is right.
-        return [Put((*_OPENCLAW_MODEL, "fallbacks"), fallbacks)]
-    return [Put(_OPENCLAW_MODEL, {"primary": base.primary, "fallbacks": fallbacks})
-            ] if base.primary else []
+def _openclaw_backup(original: ModelChoice, fallbacks: list[str]) -> list[Change]:
+    """Return the change that sets these fallbacks; none where there is no primary model."""
+    if original.is_object:
+        # The primary is not written again, because OpenClaw would then verify it online.
+        return [SetValue((*_OPENCLAW_MODEL, "fallbacks"), fallbacks)]
+    choice = {"primary": original.primary, "fallbacks": fallbacks}
+    return [SetValue(_OPENCLAW_MODEL, choice)] if original.primary else []
 
 
-def _openclaw_hints(desk: Desk) -> list[Step]:
-    """What is left to say about OpenClaw."""
-    machine = desk.machine
+def _openclaw_hints(context: Context) -> list[Step]:
+    machine = context.machine
     hints: list[Step] = [Hint(
-        "OpenClaw: a running gateway starts a turn every 30 minutes by itself, which spends your "
-        "plan. `openclaw config set agents.defaults.heartbeat.every 0m` stops that.")]
-    with contextlib.suppress(Unsafe):
-        known = decoded(read_bytes(os.path.join(machine.own, "key"))).strip()
-        if desk.server.key and known not in ("", desk.server.key):
-            hints.append(Hint("OpenClaw: a running gateway knows the earlier key until you run "
-                              "`openclaw secrets reload`."))
+        "OpenClaw: a running gateway starts a turn every 30 minutes, which uses your plan. "
+        "`openclaw config set agents.defaults.heartbeat.every 0m` stops that.")]
+    if context.server.key and machine.saved_key() not in ("", context.server.key):
+        hints.append(Hint("OpenClaw: a running gateway keeps the earlier key until you run "
+                          "`openclaw secrets reload`."))
     pattern = os.path.join(
         glob.escape(openclaw_folder(machine)), "agents", "*", "agent", "auth-profiles.json")
     for path in sorted(glob.glob(pattern)):
-        with contextlib.suppress(Unsafe):
-            if f'"{desk.provider}'.encode() in (read_bytes(path) or b""):
+        with contextlib.suppress(UnsafeEdit):
+            if f'"{context.provider}'.encode() in (read_bytes(path) or b""):
                 hints.append(Hint(
-                    f"OpenClaw: {machine.short(path)} is of a retired format and names "
-                    f"{desk.provider}, which makes turns fail: run `openclaw doctor --fix`."))
+                    f"OpenClaw: {machine.shown_path(path)} has a retired format and names "
+                    f"{context.provider}, which makes turns fail: run `openclaw doctor --fix`."))
     return hints
 
 
-def continue_steps(desk: Desk) -> list[Step]:
-    """A model entry for each model."""
-    folder = desk.machine.named("CONTINUE_GLOBAL_DIR", ".continue")
-    path, old = os.path.join(folder, "config.yaml"), os.path.join(folder, "config.json")
-    lines: list[str] = []
-    for model in sorted(desk.server.models, key=lambda each: each is not desk.server.main):
-        lines += [
-            f"- name: {json.dumps(model.name + ' (OCP)')}",
-            "  provider: openai",
-            f"  model: {model.id}",
-            f"  apiBase: {json.dumps(desk.server.api)}",
-            f"  apiKey: {json.dumps(desk.server.key_or_any)}",
-            "  roles: [chat, edit, apply]",
-            "  capabilities: [tool_use, image_input]",
-            "  defaultCompletionOptions:",
-            f"    contextLength: {model.context_tokens}",
-        ]
-    changes: tuple[Change, ...] = (
-        *(Put((name,), value, absent=True)
-          for name, value in (("name", "Local"), ("version", "1.0.0"), ("schema", "v1"))),
-        Block(tuple(lines), under="models"),
-    )
-    steps: list[Step] = [FileStep(path, "yaml", changes, "an entry for each model")]
-    if os.path.exists(old) and not os.path.exists(path):
-        steps.append(Hint(f"Continue: {desk.machine.short(old)} is of the older format; Continue "
-                          "reads only config.yaml once there is one."))
-    return steps
+def openclaw_names(text: str, url: str) -> list[str]:
+    """Return the providers of a configuration that lead to this server. Raise UnsafeEdit."""
+    providers = providers_at(*_OPENCLAW_PROVIDERS)(text)
+    return [name for name, entry in providers.items() if isinstance(entry, dict)
+            and same_server(str(entry.get("baseUrl")), url)]
 
 
-def opencode_config(machine: Machine) -> str:
-    """The file that OpenCode reads last."""
-    named = machine.environ.get("OPENCODE_CONFIG", "")
-    folder = os.path.join(machine.config_home, "opencode")
-    names = ("opencode.jsonc", "opencode.json")
-    found = [os.path.join(folder, name) for name in names]
-    return named if os.path.isabs(named) else next(filter(os.path.exists, found), found[-1])
-
-
-def opencode_steps(desk: Desk) -> list[Step]:
-    """A provider, and the two models that OpenCode wants to know."""
-    server, path = desk.server, opencode_config(desk.machine)
-    desk, notes = with_name(desk, "OpenCode", "ocp", path, providers_at("provider"),
-                            lambda entry: value_at(entry, "options", "baseURL"))
-    models = {model.id: {
-        "name": model.name, "attachment": True, "reasoning": model.reasoning, "tool_call": True,
-        "limit": {"context": model.context_tokens, "output": model.output_tokens},
-    } for model in server.models}
-    # The file is often kept in a repository: the key stays out of it.
-    key = f"{{file:{os.path.join(desk.machine.own, 'key')}}}" if server.key else NO_KEY
-    provider = {"npm": "@ai-sdk/openai-compatible", "name": "OCP",
-                "options": {"baseURL": server.api, "apiKey": key}, "models": models}
-    return [FileStep(path, "json", (
-        Put(("$schema",), "https://opencode.ai/config.json", absent=True),
-        Put(("model",), f"{desk.provider}/{server.main.id}", default=True),
-        Put(("small_model",), f"{desk.provider}/{server.cheapest.id}", default=True),
-        Put(("provider", desk.provider), provider, owned=True),
-    ), f"provider {desk.provider} with every model", notes=notes)]
-
-
-def aider_steps(desk: Desk) -> list[Step]:
-    """The address, and the models that Aider starts with."""
-    server = desk.server
-    puts = (
-        ("openai-api-base", server.api), ("openai-api-key", server.key_or_any),
-        ("model", f"openai/{server.main.id}"), ("weak-model", f"openai/{server.cheapest.id}"),
-        ("show-model-warnings", False),
-    )
-    changes = tuple(Put((name,), value, default=True) for name, value in puts)
-    return [FileStep(desk.machine.below(".aider.conf.yml"), "yaml", changes,
-                     "address, key and models")]
-
-
-def codex_providers(text: str) -> Mapping[str, Json]:
-    """Return the providers of Codex's configuration: of each its statements, and whether they stand
-    in our block. Raises Unsafe."""
-    block = block_of(text)
-    start, end = block.span() if block else (0, 0)
-    found: dict[str, Json] = {}
-    for each in toml_statements(text):
-        if each.path[0] == "model_providers" and each.path[1:2] not in ((), ("[]",)):
-            row = (each.path, each.value, start <= each.start < end)
-            found.setdefault(each.path[1], []).append(row)
-    return found
-
-
-def codex_steps(desk: Desk) -> list[Step]:
-    """A provider of the responses API, and the choice of it."""
-    server = desk.server
-    path = os.path.join(desk.machine.named("CODEX_HOME", ".codex"), "config.toml")
-    # A table of the user's stays also where it leads here: nothing can be put into it.
-    desk, notes = with_name(desk, "Codex", "ocp", path, codex_providers,
-                            lambda rows: server.url if all(row[2] for row in rows) else "")
-    name, window = desk.provider, server.main.context_tokens
-    lines = [f"[model_providers.{name}]", 'name = "OCP"', f"base_url = {json.dumps(server.api)}",
-             'wire_api = "responses"']
-    if server.key:
-        lines.append(f"experimental_bearer_token = {json.dumps(server.key)}")
-    return [FileStep(path, "toml", (
-        Put(("model",), server.main.id, default=True),
-        Put(("model_provider",), name, default=True),
-        # Else Codex takes 272,000 tokens for every model that it does not know.
-        Put(("model_context_window",), window, default=True),
-        Block(tuple(lines)),
-    ), f"provider {name}", notes=notes), Hint(
-        f"Codex: `codex -c model_provider={name} -c model_context_window={window} "
-        f"-m {server.main.id}` uses OCP whatever the default is.")]
-
-
-def cline_steps(desk: Desk) -> list[Step]:
-    """The provider settings of Cline's command line program, which keeps them in a file."""
-    server = desk.server
-    path = desk.machine.below(".cline", "data", "settings", "providers.json")
-    place = ("providers", "openai-compatible")
-    settings = {"provider": "openai-compatible", "apiKey": server.key_or_any,
-                "model": server.main.id, "baseUrl": server.api}
-    return [FileStep(path, "json", (
-        Put(("version",), 1, absent=True),
-        Put(("modes",), {}, absent=True),
-        Put(("lastUsedProvider",), "openai-compatible", default=True),
-        Put((*place, "settings"), settings, default=True),
-        Put((*place, "updatedAt"), "2025-01-01T00:00:00.000Z", absent=True),
-        Put((*place, "tokenSource"), "manual", absent=True),
-    ), "its openai-compatible provider")]
-
-
-def llm_folder(machine: Machine) -> str:
-    """Where llm keeps its settings."""
-    mac = machine.below("Library", "Application Support", "io.datasette.llm")
-    usual = mac if machine.platform == "darwin" else os.path.join(
-        machine.config_home, "io.datasette.llm")
-    return machine.named("LLM_USER_PATH", usual)
-
-
-def llm_steps(desk: Desk) -> list[Step]:
-    """The models, their key, and the one that is meant when none is named."""
-    folder, server, lines = llm_folder(desk.machine), desk.server, []
-    keys = os.path.join(folder, "keys.json")
-    desk, notes = with_name(desk, "llm", "ocp", keys, providers_at(),
-                            lambda key: server.url if key == server.key_or_any else "")
-    name = desk.provider
-    for model in server.models:
-        lines += [
-            f"- model_id: {name}/{model.id}", f"  model_name: {model.id}",
-            f"  api_base: {json.dumps(server.api)}", f"  api_key_name: {name}",
-            "  supports_tools: true", "  supports_schema: true", "  vision: true",
-        ]
-    return [
-        FileStep(os.path.join(folder, "extra-openai-models.yaml"), "yaml",
-                 (Block(tuple(lines), under=""),), f"every model, as {name}/MODEL"),
-        FileStep(keys, "json", (Put((name,), server.key_or_any, owned=True),),
-                 "the key for them", notes=notes),
-        FileStep(os.path.join(folder, "default_model.txt"), "lines",
-                 (Whole(f"{name}/{server.main.id}", default=True),), "the default model"),
-    ]
-
-
-def claude_code_file(machine: Machine) -> str:
-    """Claude Code's settings of this user."""
-    return os.path.join(machine.named("CLAUDE_CONFIG_DIR", ".claude"), "settings.json")
-
-
-def claude_code_steps(desk: Desk) -> list[Step]:
-    """Address and key for Claude Code; only when that was asked for."""
-    if not desk.anthropic:
-        return [Hint("Claude Code is left alone. --anthropic points it at OCP, on a machine other "
-                     "than the server's.")]
-    return [FileStep(claude_code_file(desk.machine), "json", (
-        Put(("env", "ANTHROPIC_BASE_URL"), desk.server.url),
-        Put(("env", "ANTHROPIC_AUTH_TOKEN"), desk.server.key_or_any),
-    ), "address and key for Claude Code")]
-
-
-def zed_file(machine: Machine) -> str:
-    """Zed's settings."""
-    folder = machine.below(".config") if machine.platform == "darwin" else machine.config_home
-    return os.path.join(folder, "zed", "settings.json")
-
-
-def zed_steps(desk: Desk) -> list[Step]:
-    """A provider and the agent's default model. Zed takes the key from its environment."""
-    path, place = zed_file(desk.machine), ("language_models", "openai_compatible")
-    desk, notes = with_name(desk, "Zed", "OCP", path, providers_at(*place),
-                            lambda entry: value_at(entry, "api_url"))
-    models = [{
-        "name": model.id, "display_name": f"{model.name} (OCP)",
-        "max_tokens": model.context_tokens, "max_output_tokens": model.output_tokens,
-        "capabilities": {"tools": True, "images": True, "parallel_tool_calls": True,
-                         "prompt_cache_key": False},
-    } for model in desk.server.models]
-    name, provider = desk.provider, {"api_url": desk.server.api, "available_models": models}
-    return [FileStep(path, "json", (
-        Put((*place, name), provider, owned=True),
-        Put(("agent", "default_model"), {"provider": name, "model": desk.server.main.id},
-            default=True),
-    ), f"provider {name} with every model", notes=notes), zed_hint(name)]
-
-
-def zed_hint(name: str) -> Hint:
-    """Return where Zed takes the key of a provider from: a variable with the provider's name."""
-    settings = f"enter the key in Agent Settings, LLM Providers, {name}."
-    if name.upper() != "OCP":
-        return Hint(f"Zed: {settings}")
-    return Hint("Zed takes the key from OCP_API_KEY in its environment: log in again, or start it "
-                f"from a new shell; or {settings}")
-
-
-def hint_steps(*lines: str) -> Callable[[Desk], list[Step]]:
-    """The steps of a tool that keeps its settings where no script can put them."""
-    return lambda desk: [Hint(desk.lines_of(*lines))]
+# ==== 10. Tool table =========================================================
+# Every tool that is known. A tool without a file for its settings has a hint instead.
 
 
 class Tool(NamedTuple):
-    """A program that can use the server. It is here if one of `programs` is on the PATH, or one of
-    `places` (patterns in the home folder) is there."""
+    """A program that can use the server. It is found if one of `programs` is on the PATH, or one of
+    `places` (patterns in the home folder) exists."""
 
     name: str
     title: str
     programs: tuple[str, ...]
     places: tuple[str, ...]
-    steps: Callable[[Desk], list[Step]]
-    #: What to do afterwards, for the change to be seen.
+    steps: Callable[[Context], list[Step]]
+    #: What to do for the change to take effect.
     after: str = ""
-    #: A command of the tool itself that fails when it cannot read what was written. One that
-    #: writes its file by a command of its own has judged it then.
+    #: A command of the tool that fails when it cannot read its configuration. It is not needed
+    #: where the tool's own command writes the file.
     check: tuple[str, ...] = ()
 
     def is_here(self, machine: Machine) -> bool:
-        """Whether it seems to be installed."""
+        """Return whether it seems to be installed."""
         if any(machine.program(each) for each in self.programs):
             return True
         for place in self.places:
             inside = place.startswith(".config/")
             folder = machine.config_home if inside else machine.home
-            place = place[len(".config/"):] if inside else place
-            if glob.glob(os.path.join(glob.escape(folder), place)):
+            pattern = place[len(".config/"):] if inside else place
+            if glob.glob(os.path.join(glob.escape(folder), pattern)):
                 return True
         return False
 
@@ -2278,14 +2357,14 @@ class Tool(NamedTuple):
 TOOLS = (
     Tool("shell", "Shells and SDKs", ("sh",), (), shell_steps, "open a new terminal"),
     Tool("openclaw", "OpenClaw", ("openclaw",), (".openclaw/openclaw.json",), openclaw_steps,
-         "a running gateway reads the change by itself"),
+         "a running gateway loads the change by itself"),
     Tool("opencode", "OpenCode", ("opencode",), (".config/opencode", ".opencode/bin/opencode"),
          opencode_steps, "restart OpenCode", ("opencode", "debug", "config")),
     Tool("codex", "Codex", ("codex",), (".codex",), codex_steps, "restart Codex",
          ("codex", "features", "list")),
     Tool("continue", "Continue", ("cn",),
          (".continue", ".vscode/extensions/continue.continue-*"), continue_steps,
-         "reload the editor's window, and pick a model of OCP"),
+         "reload the editor's window, and choose a model of OCP"),
     Tool("aider", "Aider", ("aider",), (".aider.conf.yml", ".aider"), aider_steps,
          "restart Aider"),
     Tool("cline", "Cline (command line)", ("cline",), (".cline",), cline_steps, "restart Cline"),
@@ -2293,14 +2372,14 @@ TOOLS = (
          (".config/io.datasette.llm", "Library/Application Support/io.datasette.llm"),
          llm_steps, "", ("llm", "models", "list")),
     Tool("zed", "Zed", ("zed", "zeditor"), (".config/zed",), zed_steps,
-         "it reads the change by itself"),
+         "it loads the change by itself"),
     Tool("claude-code", "Claude Code", ("claude",), (".claude",), claude_code_steps,
          "restart Claude Code"),
     Tool("cursor", "Cursor", ("cursor",), (".cursor", "../../Applications/Cursor.app"), hint_steps(
         "Cursor: Settings, Models, API Keys: enter as OpenAI API Key {key};",
         "  switch Override OpenAI Base URL on and enter {api}; add the model {model}.",
-        "  Cursor's own servers make the requests: the address has to be one that they reach, so",
-        "  a local one works only through a tunnel, with https and a key.")),
+        "  Cursor's own servers send the requests and must be able to reach the address, so a",
+        "  local server needs a tunnel, with https and a key.")),
     Tool("cline-vscode", "Cline (VS Code)", (), (".vscode/extensions/saoudrizwan.claude-dev-*",),
          hint_steps(
         "Cline in VS Code: its settings, API Provider: OpenAI Compatible; Base URL {api};",
@@ -2318,73 +2397,33 @@ TOOLS = (
         "  Vercel AI SDK: createOpenAICompatible with name ocp, baseURL {api}, includeUsage.")),
 )
 TOOL_NAMES = tuple(tool.name for tool in TOOLS)
-#: Where our own files are filed in the record.
-OWN = "ocp"
+#: The name in the record for OCP's own files.
+OWN_FILES = "ocp"
 
 
 def tool_title(name: str) -> str:
-    """What a tool is called."""
     return next((tool.title for tool in TOOLS if tool.name == name), "OCP")
 
 
-def is_loop(machine: Machine, server: Server) -> bool:
-    """Whether Claude Code of this machine would ask the server that drives it."""
-    host = urllib.parse.urlsplit(server.url).hostname or ""
-    return is_this_machine(host) and has_claude_login(machine)
-
-
-def refuse_loop(machine: Machine, server: Server) -> None:
-    """Raises Problem where --anthropic would make claude ask itself."""
-    if is_loop(machine, server):
-        raise Problem(
-            Exit.FAILED,
-            "Refused: this is the server's own machine and claude is logged in here; with "
-            "--anthropic Claude Code would be pointed at the server that drives it, which would "
-            "ask itself. Use --anthropic on other machines.")
-
-
-def present_loop(desk: Desk) -> list[Hint]:
-    """A warning if Claude Code is pointed at this server on the server's own machine already."""
-    machine, found = desk.machine, []
-    path = claude_code_file(machine)
-    with contextlib.suppress(Unsafe):
-        value = json_find(decoded(read_bytes(path)), ("env", "ANTHROPIC_BASE_URL"))
-        found.append((machine.short(path), value))
-    found.append(("your environment", machine.environ.get("ANTHROPIC_BASE_URL")))
-    hints = []
-    for place, value in found:
-        try:
-            parts = urllib.parse.urlsplit(str(value or ""))
-            same_port = parts.port == urllib.parse.urlsplit(desk.server.url).port
-        except ValueError:
-            continue
-        if same_port and is_this_machine(parts.hostname or "") and is_loop(machine, desk.server):
-            hints.append(Hint(
-                f"ANTHROPIC_BASE_URL in {place} points Claude Code at the server that drives it. "
-                "The server keeps this variable from its own claude, but remove it: your own "
-                "sessions would go round through the server."))
-    return hints
-
-
-# ==== 9. Record ==============================================================
-# What was done to which file. It is written before each change, so that one that was interrupted
-# can be taken back too.
+# ==== 11. Record =============================================================
+# What was done to which file. It is saved before each change, so that an interrupted run can be
+# undone too.
 
 
 @dataclasses.dataclass
 class FileRecord:
-    """One file that was changed. `base` is how it was without us: the name of a copy, empty where
-    there was no file; the fingerprints tell whether somebody has changed it since."""
+    """One file that was changed. `base` names the copy of the original, empty where there was no
+    file; the hashes tell whether somebody has edited it since."""
 
     tool: str
     kind: str
     base: str
     base_digest: str
     after_digest: str
-    done: list[Done]
+    done: list[Applied]
     under: str | None
     has_block: bool
-    #: Whether the whole file is ours.
+    #: Whether the whole file belongs to OCP.
     whole: bool
     #: The folders that were made for it, innermost first.
     folders: list[str]
@@ -2392,14 +2431,14 @@ class FileRecord:
 
 @dataclasses.dataclass
 class Record:
-    """Everything that was done here and not taken back."""
+    """Everything that was changed here and not undone."""
 
     folder: str
     url: str = ""
-    #: The server that the saved key is for; it is sent to no other.
+    #: The server of the saved key, which is sent to no other.
     key_url: str = ""
     files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
-    #: Variables of the macOS session: name, value set, and what was there before.
+    #: For each variable of the macOS session, its value and the value before.
     session: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -2407,20 +2446,31 @@ class Record:
         return os.path.join(self.folder, "connect.json")
 
     def copy_of(self, entry: FileRecord) -> bytes | None:
-        """The file as it was without us. Raises Unsafe if the copy is gone."""
+        """Return the original of a file. Raise UnsafeEdit if the copy is lost."""
         if not entry.base:
             return None
         content = read_bytes(os.path.join(self.folder, entry.base))
         if digest(content) != entry.base_digest:
-            raise Unsafe(f"has lost its copy {entry.base}")
+            raise UnsafeEdit(f"has lost its copy {entry.base}")
         return content
 
+    def delete_copy(self, entry: FileRecord) -> None:
+        if entry.base:
+            delete_if_possible(os.path.join(self.folder, entry.base))
+
+    def set(self, path: str, entry: FileRecord | None) -> None:
+        """Save the entry of a file; None removes it. Raise OSError."""
+        self.files.pop(path, None)
+        if entry is not None:
+            self.files[path] = entry
+        self.save()
+
     def save(self) -> None:
-        """Writes the record down. Raises OSError."""
+        """Write the record. Raise OSError."""
         shown = {
             "version": 1, "url": self.url, "keyUrl": self.key_url, "session": self.session,
             "files": {path: {**dataclasses.asdict(entry),
-                             "done": [done._asdict() for done in entry.done]}
+                             "done": [each._asdict() for each in entry.done]}
                       for path, entry in self.files.items()},
         }
         make_private(self.folder)
@@ -2428,7 +2478,7 @@ class Record:
 
 
 def load_record(folder: str) -> Record:
-    """The record of this user, an empty one if there is none. Raises Problem."""
+    """Return the record of this user, an empty one if there is none. Raise Problem."""
     record = Record(folder)
     try:
         content = read_bytes(record.path)
@@ -2438,118 +2488,119 @@ def load_record(folder: str) -> Record:
         record.url, record.key_url = str(found["url"]), str(found["keyUrl"])
         record.session = {name: (pair[0], pair[1]) for name, pair in found["session"].items()}
         for path, fields in found["files"].items():
-            done = [Done(tuple(each.pop("path")), **each) for each in fields.pop("done")]
+            done = [Applied(tuple(each.pop("path")), **each) for each in fields.pop("done")]
             record.files[path] = FileRecord(done=[_as_loaded(each) for each in done], **fields)
-    except (Unsafe, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (UnsafeEdit, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise Problem(
             Exit.FAILED,
-            f"{record.path} cannot be read, so what was done here is not known: move it away and "
-            "go on, or mend it for --undo.") from None
+            f"{record.path} is damaged, so earlier changes are unknown: repair it, or move it away "
+            "to go on without --undo.") from None
     return record
 
 
-def _as_loaded(done: Done) -> Done:
-    """A value that JSON made a list of, as the readers of texts give it."""
-    before = done.before
+def _as_loaded(applied: Applied) -> Applied:
+    """Turn a value that JSON stored as a list back into the tuple of as_written."""
+    before = applied.before
     marked = isinstance(before, list) and len(before) == 2 and before[0] == "as written"
-    return done._replace(before=tuple(before)) if marked else done
+    return applied._replace(before=tuple(before)) if marked else applied
 
 
-def without_us(
+def original_content(
     content: bytes | None, entry: FileRecord | None, record: Record
 ) -> tuple[bytes | None, list[str]]:
-    """A file as it is, or was, without what was put in; and what was left in it because it holds
-    something else by now. Raises Unsafe."""
+    """Return a file without OCP's changes, and what was kept in it because it was changed since.
+    Raise UnsafeEdit."""
     if entry is None or content is None or digest(content) == entry.base_digest:
         return content, []
     if digest(content) == entry.after_digest:
         return record.copy_of(entry), []
     if entry.whole:
         return content, ["the file, which you have changed"]
-    text, kept = take_out(
+    text, kept = remove_changes(
         decoded(content), entry.kind, entry.done, entry.under, entry.has_block)
     empty = not text.strip() or entry.kind == "json" and not json_comments(text) and (
         json_load(text) == {})
     return (None if empty and not entry.base else text.encode()), kept
 
 
-# ==== 10. Plan ===============================================================
-# Which bytes of which file would be others. Nothing is changed here.
+# ==== 12. Plan ===============================================================
+# The files that would change, and how. Nothing is changed here.
 
 
 class Edit(NamedTuple):
-    """A file with other content. `after` is None for one that goes."""
+    """New content for a file. `after` is None for a file to delete."""
 
     tool: str
     path: str
     before: bytes | None
     after: bytes | None
     why: str
-    notes: tuple[str, ...]
-    #: How the record will have it; None takes it out of the record.
-    entry: FileRecord | None
-    #: What the file is without us, to be copied.
-    base: bytes | None
+    notes: tuple[str, ...] = ()
+    #: The new entry of the record; None removes the old one.
+    entry: FileRecord | None = None
+    #: The original, to be copied.
+    base: bytes | None = None
     command: tuple[str, ...] = ()
 
 
-class ByHand(NamedTuple):
-    """A file that cannot be changed with certainty."""
+class ManualEdit(NamedTuple):
+    """A file that cannot be edited safely, and the lines for the user to add."""
 
     tool: str
     path: str
     reason: str
-    #: What should stand there.
-    snippet: str
+    snippet: str = ""
 
 
 @dataclasses.dataclass
 class Plan:
-    """All that a run would do."""
+    """Everything that a run would do."""
 
     edits: list[Edit] = dataclasses.field(default_factory=list)
-    session: list[RunStep] = dataclasses.field(default_factory=list)
-    by_hand: list[ByHand] = dataclasses.field(default_factory=list)
+    session: list[SessionStep] = dataclasses.field(default_factory=list)
+    manual: list[ManualEdit] = dataclasses.field(default_factory=list)
     hints: list[str] = dataclasses.field(default_factory=list)
-    #: Files that are as they should be.
+    #: Tools and files that are up to date.
     settled: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     tools: list[Tool] = dataclasses.field(default_factory=list)
 
-    def add_hint(self, text: str) -> None:
-        """A hint, once."""
-        if text not in self.hints:
-            self.hints.append(text)
+    @property
+    def is_empty(self) -> bool:
+        """Return whether there is nothing to write."""
+        return not self.edits and not self.session
 
 
-def make_plan(desk: Desk, tools: Sequence[Tool], record: Record) -> Plan:
-    """What the tools need that is not there yet."""
-    plan = Plan(tools=list(tools))
-    steps = [(OWN, step) for step in own_files(desk) if desk.server.key]
-    steps += [(tool.name, step) for tool in tools for step in tool.steps(desk)]
+def make_plan(context: Context, tools: Sequence[Tool], record: Record) -> Plan:
+    """Return what the tools need and do not have yet."""
+    plan, server = Plan(tools=list(tools)), context.server
+    steps: list[tuple[str, Step]] = []
+    if server.key:
+        key = (WholeFile(server.key),)
+        path = context.machine.key_file
+        steps.append((OWN_FILES, FileStep(path, "lines", key, "the key, readable by you only")))
+    steps += [(tool.name, step) for tool in tools for step in tool.steps(context)]
+    steps += [(OWN_FILES, hint) for hint in existing_loop_hints(context)]
     for name, step in steps:
         if isinstance(step, FileStep):
-            _plan_file(plan, desk, name, step, record)
-        elif isinstance(step, RunStep):
-            was = record.session.get(step.name)
-            if was is None or was[0] != step.value:
+            _plan_file(plan, context, name, step, record)
+        elif isinstance(step, SessionStep):
+            if record.session.get(step.name, ("", ""))[0] != step.value:
                 plan.session.append(step)
-        else:
-            plan.add_hint(step.text)
-    for hint in present_loop(desk):
-        plan.add_hint(hint.text)
+        elif step.text not in plan.hints:
+            plan.hints.append(step.text)
     return plan
 
 
-def _plan_file(plan: Plan, desk: Desk, tool: str, step: FileStep, record: Record) -> None:
-    """Adds what one file needs to a plan."""
+def _plan_file(plan: Plan, context: Context, tool: str, step: FileStep, record: Record) -> None:
+    """Add what one file needs to a plan."""
     try:
-        edit = plan_edit(step, tool, desk, record)
-    except Unsafe as problem:
+        edit = plan_edit(step, tool, context, record)
+    except UnsafeEdit as problem:
         try:
             snippet = apply_changes("", step.kind, step.changes)
-        except Unsafe:
+        except UnsafeEdit:
             snippet = ""
-        plan.by_hand.append(ByHand(tool, step.path, str(problem), snippet))
+        plan.manual.append(ManualEdit(tool, step.path, str(problem), snippet))
         return
     if edit is None:
         plan.settled.append((tool, step.path))
@@ -2557,79 +2608,83 @@ def _plan_file(plan: Plan, desk: Desk, tool: str, step: FileStep, record: Record
         plan.edits.append(edit)
 
 
-def plan_edit(step: FileStep, tool: str, desk: Desk, record: Record) -> Edit | None:
-    """The change of one file, None if there is none to make. Raises Unsafe."""
+def plan_edit(step: FileStep, tool: str, context: Context, record: Record) -> Edit | None:
+    """Return the edit of one file, None if it is up to date. Raise UnsafeEdit."""
     entry = record.files.get(step.path)
     content = read_bytes(step.path)
     text = decoded(content)
-    changes, note = chosen(step, text, content, entry, desk.role)
+    changes, note = wanted_changes(step, text, content, entry, context.role)
     if not changes:
         return None
     notes = [*step.notes, *([note] if note else [])]
     if step.command and json_comments(text):
-        notes.append("OpenClaw writes its file anew, without the comments; --undo brings them back")
-    stale = entry is not None and _stale(entry, text, changes)
+        notes.append("OpenClaw writes its file without the comments; --undo restores them")
     fitting = apply_changes(text, step.kind, changes)
-    if content is not None and fitting == text and not stale:
+    if content is not None and fitting == text and not _has_leftovers(entry, text, changes):
         return None
     check_writable(step.path)
-    base, _ = without_us(content, entry, record)
-    if step.command:
-        # What the tool itself has written into its file since stays there.
-        rest = take_out(text, entry.kind, entry.done, None, False)[0] if entry else text
-        after = apply_changes(rest, step.kind, changes)
-    else:
-        after = apply_changes(decoded(base), step.kind, changes)
+    base, _ = original_content(content, entry, record)
+    original = decoded(base)
+    if step.command and entry:
+        # What the tool itself has written into its file since is kept.
+        original, _ = remove_changes(text, entry.kind, entry.done, None, False)
+    elif step.command:
+        original = text
+    after = apply_changes(original, step.kind, changes)
     if after.encode() == content:
         return None
-    if base is not None and holds_key(after, desk.server.key) and (
-            os.stat(step.path).st_mode & 0o077):
+    key = context.server.key
+    if base is not None and key and key in after and os.stat(step.path).st_mode & 0o077:
         notes.append(f"others on this machine can read it: chmod 600 {shlex.quote(step.path)}")
     return Edit(
         tool, step.path, content, after.encode(), step.why, tuple(notes),
         record_entry(step, tool, changes, base, after, entry), base, step.command)
 
 
-def chosen(
+def wanted_changes(
     step: FileStep, text: str, content: bytes | None, entry: FileRecord | None, role: Role
 ) -> tuple[tuple[Change, ...], str]:
-    """The changes to make, and what to say about those that are left out. Raises Unsafe."""
-    own = [change for change in step.changes if isinstance(change, (Put, Whole))
-           and change.default]
-    if not own or role is Role.PRIMARY:
+    """Return the changes to make, and a note about the user's default that stays. Raise
+    UnsafeEdit."""
+    defaults = [change for change in step.changes if isinstance(change, (SetValue, WholeFile))
+                and change.is_default]
+    if not defaults or role is Role.PRIMARY:
         return step.changes, ""
-    rest = tuple(change for change in step.changes if change not in own)
+    rest = tuple(change for change in step.changes if change not in defaults)
     if role is Role.BACKUP:
         return rest, ""
-    for change in own:
-        kept = _foreign(step.kind, change, text, content, entry)
+    for change in defaults:
+        kept = _users_choice(step.kind, change, text, content, entry)
         if kept:
             return rest, f"your {kept} stays; --primary changes it"
     return step.changes, ""
 
 
-def _foreign(
-    kind: str, change: Put | Whole, text: str, content: bytes | None, entry: FileRecord | None
+def _users_choice(
+    kind: str, change: SetValue | WholeFile, text: str, content: bytes | None,
+    entry: FileRecord | None,
 ) -> str:
-    """What the user has chosen where a change would choose OCP; empty if nothing. Raises Unsafe."""
-    if isinstance(change, Whole):
-        mine = entry is not None and digest(content) == entry.after_digest
-        other = content is not None and text.strip() not in ("", change.content) and not mine
+    """Return what the user has set where a change would set OCP; empty if nothing. Raise
+    UnsafeEdit."""
+    if isinstance(change, WholeFile):
+        is_ours = entry is not None and digest(content) == entry.after_digest
+        other = content is not None and text.strip() not in ("", change.content) and not is_ours
         return f"choice {text.strip()}" if other else ""
     now = FORMATS[kind].find(text, change.path)
     if now in (None, NULL, change.value):
         return ""
-    done = next((each for each in entry.done if each.path == change.path), None) if entry else None
-    if done is not None and done.value == now:
+    if entry and any(each.path == change.path and each.value == now for each in entry.done):
         return ""
     secret = re.search("key|token", change.path[-1], re.I)
     shown = "" if secret or not isinstance(now, (str, int)) else f" = {now}"
     return ".".join(change.path) + shown
 
 
-def _stale(entry: FileRecord, text: str, changes: Sequence[Change]) -> bool:
-    """Whether something of an earlier run is still there that is not wanted any more."""
-    wanted = {each.path for each in changes if isinstance(each, Put)}
+def _has_leftovers(entry: FileRecord | None, text: str, changes: Sequence[Change]) -> bool:
+    """Return whether a file has values of an earlier run that are not wanted any more."""
+    if entry is None:
+        return False
+    wanted = {each.path for each in changes if isinstance(each, SetValue)}
     find = FORMATS[entry.kind].find
     return any(each.path not in wanted and find(text, each.path) == each.value
                for each in entry.done)
@@ -2639,47 +2694,47 @@ def record_entry(
     step: FileStep, tool: str, changes: Sequence[Change], base: bytes | None, after: str,
     earlier: FileRecord | None,
 ) -> FileRecord:
-    """What the record will say about a file. Raises Unsafe."""
+    """Return the entry of the record for a file. Raise UnsafeEdit."""
     form, text = FORMATS[step.kind], decoded(base)
     done = []
     for change in changes:
-        if not isinstance(change, Put):
+        if not isinstance(change, SetValue):
             continue
         before = form.find(text, change.path)
-        if change.absent and before is not None:
+        if change.if_missing and before is not None:
             continue
         lengths = range(len(change.path) - 1, 0, -1) if form.nested else ()
         depth = next((n for n in lengths if form.find(text, change.path[:n]) is not None), 0)
-        done.append(Done(change.path, change.value, before, depth, change.owned))
+        done.append(Applied(change.path, change.value, before, depth, change.owned))
     blocks = [change for change in changes if isinstance(change, Block)]
-    # The same content of two files has two copies, and so have two states of one file.
+    # Two files with the same content have two copies, and so have two states of one file.
     name = f"{digest(step.path.encode())[:8]}-{digest(base)[:8]}"
     return FileRecord(
         tool=tool, kind=step.kind, done=done,
         base="" if base is None else f"copies/{name}-{os.path.basename(step.path)}",
         base_digest=digest(base), after_digest=digest(after.encode()),
         under=blocks[0].under if blocks else None, has_block=bool(blocks),
-        whole=any(isinstance(change, Whole) for change in changes),
+        whole=any(isinstance(change, WholeFile) for change in changes),
         folders=earlier.folders if earlier else [])
 
 
 def check_writable(path: str) -> None:
-    """Raises Unsafe for a file that its owner has closed, or a folder that is not ours."""
+    """Raise UnsafeEdit for a read-only file, or a folder that cannot be written to."""
     real = os.path.realpath(path)
     if os.path.lexists(real) and not os.path.isfile(real):
-        raise Unsafe("is not a file")
+        raise UnsafeEdit("is not a file")
     if os.path.exists(real) and not os.stat(real).st_mode & stat.S_IWUSR:
-        raise Unsafe("is read-only")
+        raise UnsafeEdit("is read-only")
     folder = os.path.dirname(real)
     while not os.path.isdir(folder) and folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise Unsafe("lies in a folder that cannot be written to")
+        raise UnsafeEdit("lies in a folder that cannot be written to")
 
 
 def plan_sync(machine: Machine, url: str, models: Sequence[Model]) -> tuple[list[str], Edit | None]:
-    """The providers in OpenClaw that lead to this server, and the change that gives them the list
-    of models as it is now, None if there is none to make. Raises Unsafe."""
+    """Return the providers in OpenClaw that lead to this server, and the edit that updates their
+    models, None if they are up to date. Raise UnsafeEdit."""
     path = openclaw_config(machine)
     content = read_bytes(path)
     text = decoded(content)
@@ -2687,50 +2742,47 @@ def plan_sync(machine: Machine, url: str, models: Sequence[Model]) -> tuple[list
     changes = []
     for name in names:
         place = (*_OPENCLAW_PROVIDERS, name, "models")
-        changes.append(Put(place, openclaw_list(json_find(text, place), models)))
+        changes.append(SetValue(place, openclaw_list(json_find(text, place), models)))
     after = apply_changes(text, "json", changes).encode()
     if after == content or content is None:
         return names, None
     check_writable(path)
-    why = "the models of " + ", ".join(names)
-    return names, Edit("openclaw", path, content, after, why, (), None, None,
-                       openclaw_command(machine, names))
+    return names, Edit("openclaw", path, content, after, "the models of " + ", ".join(names),
+                       command=openclaw_command(machine, names))
 
 
 def plan_undo(record: Record, tools: Sequence[str]) -> Plan:
-    """What gives every file of these tools back as it was without us; all of them if none is
-    named."""
+    """Return what restores the files of these tools, of all if none is named."""
     plan = Plan()
-    left = {entry.tool for entry in record.files.values()} - {OWN}
+    left = {entry.tool for entry in record.files.values()} - {OWN_FILES}
     everything = not tools or bool(left) and left <= set(tools)
-    for path, entry in sorted(record.files.items(), key=lambda pair: pair[1].tool == OWN):
+    for path, entry in sorted(record.files.items(), key=lambda pair: pair[1].tool == OWN_FILES):
         if not everything and entry.tool not in tools:
             continue
         try:
             content = read_bytes(path)
-            after, kept = without_us(content, entry, record)
+            after, kept = original_content(content, entry, record)
             if after != content:
                 check_writable(path)
-        except Unsafe as problem:
-            plan.by_hand.append(ByHand(entry.tool, path, str(problem), ""))
+        except UnsafeEdit as problem:
+            plan.manual.append(ManualEdit(entry.tool, path, str(problem)))
             continue
         exact = digest(after) == entry.base_digest
-        why = "as it was" if exact else "you have changed it since: only what was put in goes"
-        notes = tuple(f"stays, as it is not what was put in: {each}" for each in kept)
-        plan.edits.append(Edit(entry.tool, path, content, after, why, notes, None, None))
+        why = "restored" if exact else "you have changed it since: only what was added is removed"
+        notes = tuple(f"kept, because you have changed it: {each}" for each in kept)
+        plan.edits.append(Edit(entry.tool, path, content, after, why, notes))
     if everything or "shell" in tools:
-        plan.session = [RunStep(name, before) for name, (_, before) in record.session.items()]
+        plan.session = [SessionStep(name, before) for name, (_, before) in record.session.items()]
     return plan
 
 
-# ==== 11. Writing ============================================================
-# Only this section changes anything. A file is written whole or not at all, with its mode, and
-# through a link to where it leads; the record is written first.
+# ==== 13. Writing ============================================================
+# Only this section changes anything. A file is replaced whole or not at all, keeps its mode, and a
+# link stays a link. The record is saved before the file.
 
 
 def make_folders(folder: str) -> list[str]:
-    """Makes a folder and those above it; the ones that were missing, innermost first. Raises
-    OSError."""
+    """Make a folder and its missing parents; return them, innermost first. Raise OSError."""
     missing: list[str] = []
     while not os.path.isdir(folder):
         missing.append(folder)
@@ -2741,7 +2793,7 @@ def make_folders(folder: str) -> list[str]:
 
 
 class Writer:
-    """Carries plans out, and writes down what it does."""
+    """Carries out plans and records what it does."""
 
     def __init__(self, machine: Machine, record: Record, key: str) -> None:
         self._machine = machine
@@ -2749,15 +2801,15 @@ class Writer:
         self._key = key
         #: Sentences about what could not be done.
         self.failures: list[str] = []
-        #: The files that are others now.
+        #: The files that were changed.
         self.written: list[str] = []
-        #: What the record said of a file before this run changed it.
+        #: The entries of the record before this run.
         self._earlier: dict[str, FileRecord | None] = {}
-        #: Folders that were made and may be empty now.
+        #: Folders that OCP made and that may be empty.
         self._folders: list[str] = []
 
     def connect(self, plan: Plan, url: str) -> None:
-        """Makes every change of a plan."""
+        """Make every change of a plan."""
         self._record.url = url
         self._record.key_url = url if self._key else self._record.key_url
         for edit in plan.edits:
@@ -2768,8 +2820,8 @@ class Writer:
             self._check(tool, [each for each in plan.edits if each.tool == tool.name])
 
     def sync(self, edit: Edit, stamp: str) -> str:
-        """Makes one change that the record does not keep; the path of the copy that it leaves
-        beside the file, empty where nothing was changed."""
+        """Make one change that is not recorded. Return the path of the copy of the original, empty
+        where nothing was changed."""
         copy_path = f"{edit.path}.ocp-{stamp}"
         entry = self._record.files.get(edit.path)
 
@@ -2781,34 +2833,33 @@ class Writer:
 
         self._attempt(edit, change)
         if edit.path not in self.written:
-            with contextlib.suppress(OSError):
-                os.unlink(copy_path)
+            delete_if_possible(copy_path)
             return ""
         if entry is not None and entry.after_digest == digest(edit.before):
-            # Nobody has changed it: --undo may still give the copy of then back.
+            # The user has not edited it: --undo may still restore the recorded copy.
             entry.after_digest = digest(read_bytes(edit.path))
             self._record.save()
         return copy_path
 
     def undo(self, plan: Plan) -> None:
-        """Takes every change of a plan back, and forgets it."""
+        """Make every change of an undo plan, and remove it from the record."""
         for edit in plan.edits:
             self._attempt(edit, self._restore)
         for step in plan.session:
-            verb = ("setenv", step.name, step.value) if step.value else ("unsetenv", step.name)
-            ran = self._machine.run("launchctl", *verb)
-            if ran.code:
-                self.failures.append(f"launchctl {verb[0]} {step.name}: {ran.complaint}")
+            if step.value:
+                self._launchctl("setenv", step.name, step.value)
+            else:
+                self._launchctl("unsetenv", step.name)
             self._record.session.pop(step.name, None)
         self._tidy()
 
     def _attempt(self, edit: Edit, action: Callable[[Edit], None]) -> None:
-        shown = self._machine.short(edit.path)
+        shown = self._machine.shown_path(edit.path)
         try:
             if read_bytes(edit.path) != edit.before:
-                raise Unsafe("was changed just now by somebody else: run this again")
+                raise UnsafeEdit("was changed by something else just now: run this again")
             action(edit)
-        except Unsafe as problem:
+        except UnsafeEdit as problem:
             self.failures.append(f"{shown} {problem}")
         except OSError as problem:
             self.failures.append(f"{shown} cannot be written: {problem.strerror}")
@@ -2823,65 +2874,59 @@ class Writer:
         folder = os.path.dirname(os.path.realpath(edit.path))
         entry.folders = entry.folders or make_folders(folder)
         earlier = self._earlier[edit.path] = self._record.files.get(edit.path)
-        self._record.files[edit.path] = entry
-        self._record.save()
+        self._record.set(edit.path, entry)
         try:
             self._replace(edit)
             if edit.command:
                 entry.after_digest = digest(read_bytes(edit.path))
                 self._record.save()
-        except (OSError, Unsafe):
-            self._forget(edit.path, earlier)
+        except (OSError, UnsafeEdit):
+            self._record.set(edit.path, earlier)
             raise
-        if earlier is not None and earlier.base not in ("", entry.base):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._record.folder, earlier.base))
+        if earlier is not None and earlier.base != entry.base:
+            self._record.delete_copy(earlier)
         self.written.append(edit.path)
 
-    def _forget(self, path: str, earlier: FileRecord | None) -> None:
-        """The record as it was before a change that did not happen."""
-        self._record.files.pop(path)
-        if earlier is not None:
-            self._record.files[path] = earlier
-        self._record.save()
-
-    def _mode(self, edit: Edit) -> int:
-        assert edit.after is not None
-        has_key = holds_key(edit.after.decode("utf-8", "replace"), self._key)
-        # A file that is ours alone may hold a key for the first time.
-        if edit.before is not None and not (has_key and edit.base is None):
-            return stat.S_IMODE(os.stat(edit.path).st_mode)
-        return 0o600 if has_key or edit.tool == OWN else 0o644
-
     def _replace(self, edit: Edit) -> None:
-        """Gives a file its new content. Raises Unsafe, OSError."""
+        """Write the new content of a file. Raise UnsafeEdit or OSError."""
         assert edit.after is not None
         if edit.command:
-            self._by_command(edit)
+            self._run_tool(edit)
         else:
             write_whole(edit.path, edit.after, self._mode(edit))
 
-    def _by_command(self, edit: Edit) -> None:
-        """Lets the tool make the change itself. Raises Unsafe."""
+    def _mode(self, edit: Edit) -> int:
+        has_key = bool(self._key) and self._key.encode() in (edit.after or b"")
+        # A file that belongs to OCP may get a key for the first time.
+        if edit.before is not None and not (has_key and edit.base is None):
+            return stat.S_IMODE(os.stat(edit.path).st_mode)
+        return 0o600 if has_key or edit.tool == OWN_FILES else 0o644
+
+    def _run_tool(self, edit: Edit) -> None:
+        """Let the tool make the change. Raise UnsafeEdit."""
         sides = [json_load(decoded(side)) for side in (edit.before, edit.after)]
         patch = json.dumps(merge_patch(*sides))
         ran = self._machine.run(*edit.command, stdin=patch, timeout_s=120)
         if ran.code != 0 or read_bytes(edit.path) is None:
-            raise Unsafe(f"was not changed: {edit.command[0]} says: {ran.complaint}")
+            raise UnsafeEdit(f"was not changed: {edit.command[0]} says: {ran.complaint}")
 
-    def _set_variable(self, step: RunStep) -> None:
+    def _launchctl(self, verb: str, name: str, *value: str) -> bool:
+        """Run launchctl; return whether it succeeded."""
+        ran = self._machine.run("launchctl", verb, name, *value)
+        if ran.code != 0:
+            self.failures.append(f"launchctl {verb} {name}: {ran.complaint}")
+        return ran.code == 0
+
+    def _set_variable(self, step: SessionStep) -> None:
         before = self._machine.run("launchctl", "getenv", step.name)
         known = self._record.session.get(step.name)
         was = known[1] if known else before.output.strip() if before.code == 0 else ""
-        ran = self._machine.run("launchctl", "setenv", step.name, step.value)
-        if ran.code != 0:
-            self.failures.append(f"launchctl setenv {step.name}: {ran.complaint}")
-            return
-        self._record.session[step.name] = (step.value, was)
-        self._record.save()
+        if self._launchctl("setenv", step.name, step.value):
+            self._record.session[step.name] = (step.value, was)
+            self._record.save()
 
     def _check(self, tool: Tool, edits: Sequence[Edit]) -> None:
-        """Asks a tool whether it can read what was written; if not, gives the files back."""
+        """Ask a tool whether it can read its configuration; if not, restore the files."""
         done = [edit for edit in edits if edit.path in self.written]
         if not done or not tool.check or not self._machine.program(tool.check[0]):
             return
@@ -2892,14 +2937,13 @@ class Writer:
             earlier = self._earlier[edit.path]
             self._restore(edit._replace(before=read_bytes(edit.path), after=edit.before))
             if earlier is not None:
-                self._record.files[edit.path] = earlier
-                self._record.save()
+                self._record.set(edit.path, earlier)
             self.written = [path for path in self.written if path != edit.path]
         self.failures.append(
-            f"{tool.title} does not accept the change, which was taken back: {ran.complaint}")
+            f"{tool.title} does not accept the change, which was undone: {ran.complaint}")
 
     def _restore(self, edit: Edit) -> None:
-        """Gives a file back and forgets it. Raises OSError."""
+        """Write the original of a file and remove its entry from the record. Raise OSError."""
         entry = self._record.files.get(edit.path)
         if edit.after is None:
             with contextlib.suppress(FileNotFoundError):
@@ -2911,19 +2955,16 @@ class Writer:
             self.written.append(edit.path)
         if entry is None:
             return
-        del self._record.files[edit.path]
-        self._record.save()
-        if entry.base and self._earlier.get(edit.path) is None:
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._record.folder, entry.base))
+        self._record.set(edit.path, None)
+        if self._earlier.get(edit.path) is None:
+            self._record.delete_copy(entry)
         self._folders += entry.folders
 
     def _tidy(self) -> None:
-        """Removes the record when it says nothing any more, and the folders that are empty."""
+        """Delete the record when it is empty, and the folders that are empty."""
         folders = [*self._folders, os.path.join(self._record.folder, "copies")]
         if not self._record.files and not self._record.session:
-            with contextlib.suppress(OSError):
-                os.unlink(self._record.path)
+            delete_if_possible(self._record.path)
             folders.append(self._record.folder)
         for folder in sorted(set(folders), key=len, reverse=True):
             with contextlib.suppress(OSError):
@@ -2931,7 +2972,7 @@ class Writer:
 
 
 def merge_patch(before: Json, after: Json) -> Json:
-    """What makes one JSON value the other, as RFC 7396 has it: null takes a member out."""
+    """Return the patch from one JSON value to another by RFC 7396: null removes a member."""
     if not isinstance(before, dict) or not isinstance(after, dict):
         return after
     gone = {name: None for name in before if name not in after}
@@ -2940,92 +2981,91 @@ def merge_patch(before: Json, after: Json) -> Json:
     return {**gone, **changed}
 
 
-# ==== 12. Showing ============================================================
-# Plans, tools and results for a person, and as JSON. No key is ever shown in full.
+# ==== 14. Output =============================================================
+# Plans, tools and results as text and as JSON. No key is ever shown in full.
 
-#: Of a file's new lines, this many are shown unless it is a dry run.
+#: How many new lines of a file are shown, except in a dry run.
 SHOWN_LINES = 12
 
 
 def show_server(server: Server, health: Mapping[str, Json]) -> str:
-    """Who is there, in a few lines."""
     key = f"key {mask(server.key)} accepted" if server.key else "no key needed"
     lines = [f"OCP {server.version} at {server.url}: {counted(len(server.models), 'model')}, {key}"]
     if health.get("status") not in ("ok", None):
-        lines.append(f"It says that it is {clean(health['status'])}: {clean(health.get('fix'))}")
+        lines.append(f"Its status is {quoted(health['status'])}: {quoted(health.get('fix'))}")
     return "\n".join(lines)
 
 
+def action_of(edit: Edit) -> str:
+    return "create" if edit.before is None else "remove" if edit.after is None else "change"
+
+
 def new_lines(edit: Edit) -> list[str]:
-    """The lines that differ, as a diff without what surrounds them."""
+    """Return the lines that differ, as a diff without context."""
     sides = [(content or b"").decode("utf-8", "replace").splitlines()
              for content in (edit.before, edit.after)]
     shown = difflib.unified_diff(sides[0], sides[1], n=0, lineterm="")
     return [line for line in shown if not line.startswith(("---", "+++", "@@"))]
 
 
-def show_edit(edit: Edit, machine: Machine, key: str, most: int) -> str:
-    """One file and what would be other in it."""
-    how = "new" if edit.before is None else "removed" if edit.after is None else "changed"
-    lines = [f"  {machine.short(edit.path)}  ({tool_title(edit.tool)}; {how}) {edit.why}"]
+def diff_of(edit: Edit, key: str) -> list[str]:
+    """Return the differing lines without keys; none for the file that is the key."""
+    return [] if edit.tool == OWN_FILES else [masked(line, key) for line in new_lines(edit)]
+
+
+def show_edit(edit: Edit, machine: Machine, key: str, limit: int) -> str:
+    """Return one file and the lines that would change in it."""
+    how = {"create": "new", "remove": "removed", "change": "changed"}[action_of(edit)]
+    lines = [f"  {machine.shown_path(edit.path)}  ({tool_title(edit.tool)}; {how}) {edit.why}"]
     if edit.command:
         lines.append(f"      through: {shlex.join(edit.command)}")
     lines += [f"      {note}" for note in edit.notes]
-    differing = [] if edit.after is None else new_lines(edit)
-    if edit.tool == OWN:
-        differing = []
-    lines += [f"      {clean(masked(line, key))}" for line in differing[:most]]
-    if len(differing) > most:
-        lines.append(f"      ... {counted(len(differing) - most, 'more line')}; --dry-run shows "
-                     "them")
+    diff = [] if edit.after is None else diff_of(edit, key)
+    lines += [f"      {clean(line)}" for line in diff[:limit]]
+    if len(diff) > limit:
+        lines.append(f"      ... {counted(len(diff) - limit, 'more line')}; --dry-run shows all")
     return "\n".join(lines)
 
 
 def show_plan(plan: Plan, machine: Machine, key: str, all_lines: bool) -> str:
-    """A plan for a person."""
-    most = 10_000 if all_lines else SHOWN_LINES
-    parts = [show_edit(edit, machine, key, most) for edit in plan.edits]
+    """Return a plan as text."""
+    limit = 10_000 if all_lines else SHOWN_LINES
+    parts = [show_edit(edit, machine, key, limit) for edit in plan.edits]
     if plan.session:
         parts.append("  launchctl: " + " ".join(step.name for step in plan.session))
     for tool, path in plan.settled:
-        parts.append(f"  {machine.short(path)}  ({tool_title(tool)}; as it should be)")
-    for each in plan.by_hand:
-        parts.append(f"  {machine.short(each.path)}  ({tool_title(each.tool)}) is left alone: it "
-                     f"{each.reason}.")
+        parts.append(f"  {machine.shown_path(path)}  ({tool_title(tool)}; up to date)")
+    for each in plan.manual:
+        parts.append(f"  {machine.shown_path(each.path)}  ({tool_title(each.tool)}) "
+                     f"is not changed: it {each.reason}.")
         if each.snippet:
-            body = masked(each.snippet, key).splitlines()
-            where = machine.short(os.path.join(machine.own, "key"))
-            known = f" (the whole key is in {where})" if key else ""
-            parts.append(f"      Put this in by hand{known}:\n"
-                         + "\n".join(f"        {clean(line)}" for line in body))
+            known = f" (the key is in {machine.shown_path(machine.key_file)})" if key else ""
+            parts.append(f"      Add this by hand{known}:")
+            parts += [f"        {clean(line)}" for line in masked(each.snippet, key).splitlines()]
     return "\n".join(parts)
 
 
 def show_hints(hints: Sequence[str]) -> str:
-    """What is left to read."""
     return "\n".join("- " + hint for hint in hints)
 
 
 def plan_json(plan: Plan, machine: Machine, key: str) -> dict[str, Json]:
-    """A plan for a program."""
+    """Return a plan as a JSON value."""
     return {
         "edits": [{
             "tool": edit.tool, "path": edit.path, "why": edit.why, "notes": list(edit.notes),
-            "action": ("create" if edit.before is None else
-                       "remove" if edit.after is None else "change"),
-            "command": list(edit.command),
-            "diff": [] if edit.tool == OWN else [masked(line, key) for line in new_lines(edit)],
+            "action": action_of(edit), "command": list(edit.command), "diff": diff_of(edit, key),
         } for edit in plan.edits],
         "session": [step.name for step in plan.session],
         "settled": [{"tool": tool, "path": path} for tool, path in plan.settled],
         "byHand": [{"tool": each.tool, "path": each.path, "reason": each.reason,
-                    "snippet": masked(each.snippet, key)} for each in plan.by_hand],
+                    "snippet": masked(each.snippet, key)} for each in plan.manual],
         "hints": plan.hints,
     }
 
 
 def tools_json(machine: Machine, record: Record) -> list[dict[str, Json]]:
-    """The tools, whether they are here, and which of their files were changed."""
+    """Return the tools, whether they are found here, and which of their files were changed."""
     return [{
         "name": tool.name, "title": tool.title, "here": tool.is_here(machine),
         "connected": sorted(
@@ -3035,28 +3075,27 @@ def tools_json(machine: Machine, record: Record) -> list[dict[str, Json]]:
 
 
 def show_tools(machine: Machine, record: Record) -> str:
-    """The tools as a table."""
-    lines = []
+    """Return the tools as a table."""
+    lines = [f"connected to {record.url}"] if record.files else []
     for row in tools_json(machine, record):
-        files = ", ".join(machine.short(path) for path in row["connected"])
+        files = ", ".join(machine.shown_path(path) for path in row["connected"])
         state = files or ("found" if row["here"] else "-")
         lines.append(f"{row['name']:15} {row['title']:21} {state}")
-    url = [f"connected to {record.url}"] if record.files else []
-    return "\n".join([*url, *lines])
+    return "\n".join(lines)
 
 
-# ==== 13. Command line =======================================================
+# ==== 15. Command line =======================================================
 # Questions are asked on /dev/tty, because standard input may be this script itself.
 
 
 class Terminal:
-    """The person at the keyboard, if there is one."""
+    """The terminal of the user, if there is one."""
 
     def __init__(self, path: str = "/dev/tty") -> None:
         self._path = path
 
     def ask(self, question: str) -> str | None:
-        """The answer, None if nobody can be asked."""
+        """Return the answer, None if nobody can be asked."""
         try:
             with open(self._path, errors="replace") as source, open(self._path, "w") as target:
                 target.write(question)
@@ -3068,7 +3107,7 @@ class Terminal:
             return None
 
     def ask_secret(self, question: str) -> str | None:
-        """The same without showing what is typed."""
+        """Return the answer without showing what is typed, None if nobody can be asked."""
         try:
             with open(self._path):
                 pass
@@ -3080,71 +3119,68 @@ class Terminal:
             return ""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """What the command line takes."""
-    parser = argparse.ArgumentParser(
-        prog="ocp_connect", description="Points the tools of this machine at an OCP server.",
-        epilog="tools: " + ", ".join(TOOL_NAMES))
-    add = parser.add_argument
-    add("host", nargs="?", help="the server: a name, an address, HOST:PORT or http://HOST:PORT")
-    add("--key", help="the key that the server's operator gave you")
-    add("--port", type=port_number, help=f"the server's port (default {DEFAULT_PORT})")
-    add("--https", action="store_true", help="the server speaks https")
-    add("--only", metavar="TOOL,...", type=tool_list, default=[], help="these tools and no others")
-    add("--all", action="store_true", help="all tools, also those not found here")
-    role = parser.add_mutually_exclusive_group()
-    role.add_argument("--primary", dest="role", action="store_const", const=Role.PRIMARY,
-                      help="OCP becomes the default also of tools that have another one")
-    role.add_argument("--backup", dest="role", action="store_const", const=Role.BACKUP,
-                      help="OCP becomes no tool's default; in OpenClaw, the last fallback")
-    add("--allow-fallback", action="store_true",
-        help="OpenClaw: keep the fallbacks that are there when OCP is primary")
-    add("--provider-name", metavar="NAME", type=provider_name,
-        help=f"what OCP is called among the providers of a tool (default: {OPENCLAW_PROVIDER} in "
-             "OpenClaw, OCP in Zed, else ocp)")
-    add("--anthropic", action="store_true",
-        help="point Claude Code and Anthropic SDKs at OCP too; not on the server's own machine")
-    add("--skip-answer", action="store_true", help="make no real request at the end")
-    add("--dry-run", action="store_true", help="show everything and change nothing")
-    add("--undo", action="store_true", help="take back what was done, all or --only TOOL,...")
-    add("--list", action="store_true", help="list the tools")
-    add("--sync", action="store_true",
-        help="only bring the list of models in OpenClaw up to date, from models.json beside this "
-             "script, else from the server; says nothing where there is no OpenClaw")
-    add("--yes", "-y", action="store_true", help="do not ask")
-    add("--json", action="store_true", help="say it as JSON")
-    add("--version", action="version", version=f"ocp_connect {VERSION}")
-    parser.set_defaults(role=Role.AUTO)
-    return parser
-
-
 def port_number(text: str) -> int:
-    """A port. Raises ValueError."""
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65_536:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
     return int(text)
 
 
 def provider_name(text: str) -> str:
-    """A name for a provider. Raises ArgumentTypeError."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no name: small letters, digits and hyphens")
+            f"{text!r} is not a name: use lower-case letters, digits and hyphens")
     return text
 
 
 def tool_list(text: str) -> list[str]:
-    """Names of tools. Raises ArgumentTypeError."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise argparse.ArgumentTypeError("no tool is named")
     for name in names:
         if name not in TOOL_NAMES:
             near = difflib.get_close_matches(name, TOOL_NAMES, 1)
-            did = f", did you mean {near[0]}?" if near else ""
+            did = f", did you mean {near[0]}?" if near else "."
             raise argparse.ArgumentTypeError(
-                f"no tool is called {name!r}{did} There are: {', '.join(TOOL_NAMES)}")
+                f"no tool is called {name!r}{did} The tools are: {', '.join(TOOL_NAMES)}")
     return names
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ocp_connect", description="Configure the tools of this machine to use an OCP server.",
+        epilog="tools: " + ", ".join(TOOL_NAMES))
+    add, flag = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
+    add("host", nargs="?", help="the server: a name, an address, HOST:PORT or http://HOST:PORT")
+    add("--key", help="the key that the operator of the server gave you")
+    add("--port", type=port_number, help=f"the port of the server (default {DEFAULT_PORT})")
+    flag("--https", help="connect to the server with https")
+    add("--only", metavar="TOOL,...", type=tool_list, default=[], help="only these tools")
+    flag("--all", help="all tools, also those that are not found here")
+    role = parser.add_mutually_exclusive_group()
+    role.add_argument("--primary", dest="role", action="store_const", const=Role.PRIMARY,
+                      help="make OCP the default, also of tools that have another one")
+    role.add_argument("--backup", dest="role", action="store_const", const=Role.BACKUP,
+                      help="do not make OCP the default of any tool; in OpenClaw, add it as the "
+                           "last fallback")
+    flag("--allow-fallback",
+         help="OpenClaw: keep your fallbacks when OCP is the primary model")
+    add("--provider-name", metavar="NAME", type=provider_name,
+        help=f"the name of OCP among the providers of a tool (default: {OPENCLAW_PROVIDER} in "
+             "OpenClaw, OCP in Zed, ocp elsewhere)")
+    flag("--anthropic",
+         help="also configure Claude Code and Anthropic SDKs; not on the server's own machine")
+    flag("--skip-answer", help="do not send a real request at the end")
+    flag("--dry-run", help="show everything and change nothing")
+    flag("--undo", help="undo all changes, or those of --only TOOL,...")
+    flag("--list", help="list the tools")
+    flag("--sync",
+         help="only update the list of models in OpenClaw, from models.json beside this script or "
+              "else from the server; do nothing where OpenClaw is not installed")
+    flag("--yes", "-y", help="do not ask for confirmation")
+    flag("--json", help="print JSON")
+    add("--version", action="version", version=f"ocp_connect {VERSION}")
+    parser.set_defaults(role=Role.AUTO)
+    return parser
 
 
 class Run:
@@ -3156,59 +3192,55 @@ class Run:
         self.args = args
         self.machine = machine
         self.terminal = terminal
-        self.record = load_record(machine.own)
+        self.record = load_record(machine.state_folder)
 
     def say(self, text: str) -> None:
-        """A line for a person; a program that asked for JSON gets none."""
+        """Print text, unless JSON was asked for."""
         if text and not self.args.json:
             print(text, flush=True)
 
     def print_json(self, value: Json) -> None:
-        """The one JSON value of a run that was asked for it."""
+        """Print the one JSON value of a run, if it was asked for."""
         if self.args.json:
             print(json.dumps(value, indent=2))
 
     def confirm(self, question: str) -> bool:
-        """Whether to go on. Raises Problem if nobody can be asked."""
+        """Return whether to go on. Raise Problem if nobody can be asked."""
         if self.args.yes:
             return True
         answer = self.terminal.ask(f"{question} [Y/n] ")
         if answer is None:
-            raise Problem(Exit.USAGE, "There is no terminal to ask on: say --yes, or --dry-run.")
+            raise Problem(Exit.USAGE, "There is no terminal to ask on: add --yes or --dry-run.")
         return answer.lower() in ("", "y", "yes")
 
-    # -- the four things that can be asked for -----------------------------------------------
-
     def list_tools(self) -> Exit:
-        """The tools."""
         self.say(show_tools(self.machine, self.record))
         self.print_json(tools_json(self.machine, self.record))
         return Exit.OK
 
     def undo(self) -> Exit:
-        """Everything as it was."""
-        plan = plan_undo(self.record, self.args.only)
-        self.say(show_plan(plan, self.machine, self._known_key(), self.args.dry_run)
-                 or "There is nothing to take back.")
-        if self.args.dry_run or not plan.edits + plan.by_hand and not plan.session:
-            self.print_json(plan_json(plan, self.machine, self._known_key()))
+        """Restore every file."""
+        plan, key = plan_undo(self.record, self.args.only), self.machine.saved_key()
+        shown = plan_json(plan, self.machine, key)
+        self.say(show_plan(plan, self.machine, key, self.args.dry_run)
+                 or "There is nothing to undo.")
+        if self.args.dry_run or plan.is_empty and not plan.manual:
+            self.print_json(shown)
             return Exit.OK
-        if not self.confirm("Take this back?"):
+        if not self.confirm("Undo these changes?"):
             self.say("Nothing was changed.")
             return Exit.FAILED
-        writer = Writer(self.machine, self.record, self._known_key())
-        shown = plan_json(plan, self.machine, self._known_key())
+        writer = Writer(self.machine, self.record, key)
         writer.undo(plan)
-        for failure in writer.failures:
-            self.say(f"FAILED: {failure}")
+        complete = not writer.failures and not plan.manual
+        self._say_failures(writer)
         self.print_json({**shown, "written": writer.written, "failures": writer.failures})
-        complete = not writer.failures and not plan.by_hand
-        self.say(f"Done: {counted(len(writer.written), 'file')} given back."
-                 if complete else "Not all could be taken back, see above.")
+        self.say(f"Done: {counted(len(writer.written), 'file')} restored."
+                 if complete else "Not everything could be undone, see above.")
         return Exit.OK if complete else Exit.FAILED
 
     def sync(self) -> Exit:
-        """The list of models in OpenClaw as it is here. Raises Problem."""
+        """Update the list of models in OpenClaw. Raise Problem."""
         machine, args = self.machine, self.args
         url = server_address(args.host or "127.0.0.1", args.port, args.https)
         writer = Writer(machine, self.record, "")
@@ -3217,7 +3249,7 @@ class Run:
         if edit is not None:
             self.say(show_edit(edit, machine, "", 10_000))
             copy_path = "" if args.dry_run else writer.sync(edit, time.strftime("%Y%m%d-%H%M%S"))
-            self.say(f"The file as it was: {machine.short(copy_path)}" if copy_path else "")
+            self.say(f"Copy of the original: {machine.shown_path(copy_path)}" if copy_path else "")
         elif is_here:
             self.say(f"OpenClaw has the models of {url}." if names else
                      f"OpenClaw does not use {url}: `ocp connect {url} --only openclaw` adds it.")
@@ -3225,117 +3257,112 @@ class Run:
             print(f"ocp_connect: {failure}", file=sys.stderr)
         self.print_json({
             "openclaw": is_here, "providers": names, "written": writer.written,
-            "diff": [masked(line, "") for line in new_lines(edit)] if edit else [],
-            "failures": writer.failures})
+            "diff": diff_of(edit, "") if edit else [], "failures": writer.failures})
         return Exit.FAILED if writer.failures else Exit.OK
 
     def _plan_sync(self, url: str) -> tuple[list[str], Edit | None]:
-        """What plan_sync says. Raises Problem."""
+        """Return what plan_sync returns. Raise Problem."""
         try:
             return plan_sync(self.machine, url, self._current_models(url))
-        except Unsafe as problem:
-            path = self.machine.short(openclaw_config(self.machine))
+        except UnsafeEdit as problem:
+            path = self.machine.shown_path(openclaw_config(self.machine))
             raise Problem(Exit.FAILED, f"{path} {problem}.") from None
+
+    def _current_models(self, url: str) -> tuple[Model, ...]:
+        """Return the models of the file beside this script if the server is on this machine, else
+        those that the server lists. Raise Problem."""
+        is_here = is_this_machine(urllib.parse.urlsplit(url).hostname or "")
+        found = models_in(os.path.join(HERE, "models.json")) if HERE and is_here else None
+        return found or self._probe(url)[0].models
 
     def connect(self) -> Exit:
         """Probe, plan, show, confirm, write, verify."""
-        args = self.args
+        args, machine = self.args, self.machine
         url = server_address(args.host, args.port, args.https)
         server, health = self._probe(url)
         self.say(show_server(server, health))
         if args.anthropic:
-            refuse_loop(self.machine, server)
-        desk = Desk(self.machine, server, args.role, args.allow_fallback, args.anthropic,
-                    self._look, args.provider_name or "")
-        plan = make_plan(desk, self._tools(), self.record)
-        self.say(show_plan(plan, self.machine, server.key, args.dry_run))
+            refuse_loop(machine, server)
+        context = Context(machine, server, args.role, args.allow_fallback, args.anthropic,
+                          self._original_text, args.provider_name or "")
+        plan = make_plan(context, self._tools(), self.record)
+        shown = {**plan_json(plan, machine, server.key), "server": url}
+        self.say(show_plan(plan, machine, server.key, args.dry_run))
         if args.dry_run:
             self.say(show_hints(plan.hints))
-            self.print_json({**plan_json(plan, self.machine, server.key), "server": url})
+            self.print_json(shown)
             return Exit.OK
-        if (plan.edits or plan.session) and not self.confirm("Make these changes?"):
+        if not plan.is_empty and not self.confirm("Make these changes?"):
             self.say("Nothing was changed.")
             return Exit.FAILED
-        writer = Writer(self.machine, self.record, server.key)
-        shown = plan_json(plan, self.machine, server.key)
+        writer = Writer(machine, self.record, server.key)
         writer.connect(plan, url)
         return self._finish(plan, writer, server, shown)
 
     def _finish(
-        self, plan: Plan, writer: Writer, server: Server, shown: dict[str, Json]
+        self, plan: Plan, writer: Writer, server: Server, shown: Mapping[str, Json]
     ) -> Exit:
-        """The real request, and what is left to say."""
-        for failure in writer.failures:
-            self.say(f"FAILED: {failure}")
+        """Send the real request, and print what is left to say."""
+        self._say_failures(writer)
         complaint = "" if self.args.skip_answer else self._verify(server)
         changed = {edit.tool for edit in plan.edits if edit.path in writer.written}
         for tool in plan.tools:
             if tool.name in changed and tool.after:
                 self.say(f"{tool.title}: {tool.after}.")
-        if plan.by_hand:
-            self.say(f"Left for you to do: {counted(len(plan.by_hand), 'file')}, see above.")
-        elif not plan.edits and not plan.session:
-            self.say("Everything is as it should be; nothing was changed.")
+        if plan.manual:
+            self.say(f"Left for you to do: {counted(len(plan.manual), 'file')}, see above.")
+        elif plan.is_empty:
+            self.say("Everything is up to date; nothing was changed.")
         self.say(show_hints(plan.hints))
         if writer.written:
-            self.say("To take this back, run this again with --undo.")
+            self.say("To undo this, run it again with --undo.")
         self.print_json({
-            **shown, "server": server.url, "written": writer.written,
-            "failures": writer.failures, "verified": not complaint and not self.args.skip_answer,
-            "answer": complaint or "ok"})
-        return Exit.FAILED if writer.failures or complaint or plan.by_hand else Exit.OK
+            **shown, "written": writer.written, "failures": writer.failures,
+            "verified": not complaint and not self.args.skip_answer, "answer": complaint or "ok"})
+        return Exit.FAILED if writer.failures or complaint or plan.manual else Exit.OK
+
+    def _say_failures(self, writer: Writer) -> None:
+        for failure in writer.failures:
+            self.say(f"FAILED: {failure}")
 
     def _verify(self, server: Server) -> str:
-        """Makes one real request; why it got no answer, empty if it did."""
+        """Send one real request. Return why there was no answer, empty if there was one."""
         try:
             answer = try_request(server)
         except HttpProblem as problem:
-            self.say(f"FAILED: {server.cheapest.id} does not answer: {clean(problem)}")
-            return clean(problem)
+            self.say(f"FAILED: {server.cheapest.id} does not answer: {quoted(problem)}")
+            return quoted(problem)
         self.say(f"{server.cheapest.id} answers: {clean(answer.strip())[:60]}")
         return ""
-
-    # -- what they need ----------------------------------------------------------------------
 
     def _given_key(self) -> str:
         if self.args.key is not None:
             return checked_key(self.args.key, "--key")
-        named = self.machine.environ.get("OCP_CONNECT_KEY", "")
-        return checked_key(named, "OCP_CONNECT_KEY") if named else ""
-
-    def _known_key(self) -> str:
-        """The key that was given the last time, empty if none was."""
-        try:
-            return decoded(read_bytes(os.path.join(self.machine.own, "key"))).strip()
-        except Unsafe:
-            return ""
-
-    def _current_models(self, url: str) -> tuple[Model, ...]:
-        """The models of the file beside this script, if the server runs here too, else those that
-        it lists. Raises Problem."""
-        is_here = is_this_machine(urllib.parse.urlsplit(url).hostname or "")
-        found = models_in(os.path.join(HERE, "models.json")) if HERE and is_here else None
-        return found or self._probe(url)[0].models
+        given = self.machine.environ.get("OCP_CONNECT_KEY", "")
+        return checked_key(given, "OCP_CONNECT_KEY") if given else ""
 
     def _probe(self, url: str) -> tuple[Server, Mapping[str, Json]]:
-        """The server with a key that it takes, and what its /health said. Raises Problem."""
-        known = self._known_key() if self.record.key_url == url else ""
-        return probe(url, self._given_key(), known, self.terminal.ask_secret)
+        """Return the server with a key that it accepts, and what its /health says. Raise
+        Problem."""
+        saved = self.machine.saved_key() if self.record.key_url == url else ""
+        saved = saved if KEY_PATTERN.fullmatch(saved) else ""
+        return probe(url, self._given_key(), saved, self.terminal.ask_secret)
 
     def _tools(self) -> list[Tool]:
-        """The tools to set up."""
+        """Return the tools to configure."""
         if self.args.only:
             return [tool for tool in TOOLS if tool.name in self.args.only]
         return [tool for tool in TOOLS if self.args.all or tool.is_here(self.machine)]
 
-    def _look(self, path: str) -> str:
-        """A file's text as it is without us. Raises Unsafe."""
-        base, _ = without_us(read_bytes(path), self.record.files.get(path), self.record)
-        return decoded(base)
+    def _original_text(self, path: str) -> str:
+        """Return a file's text without OCP's changes. Raise UnsafeEdit."""
+        original, _ = original_content(
+            read_bytes(path), self.record.files.get(path), self.record)
+        return decoded(original)
 
 
 def program(argv: Sequence[str], machine: Machine, terminal: Terminal) -> Exit:
-    """Does what was asked for. Raises Problem."""
+    """Do what the arguments ask for. Raise Problem."""
     args = build_parser().parse_args(argv)
     run = Run(args, machine, terminal)
     if args.list:
@@ -3350,9 +3377,9 @@ def program(argv: Sequence[str], machine: Machine, terminal: Terminal) -> Exit:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code; every failure is a sentence on standard error."""
+    """Return the exit code; print every failure as a sentence on standard error."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        # What it can show of a text is more than nothing; a stream that is closed is None.
+        # Show what the terminal can show of a text; a stream that is closed is None.
         stream.reconfigure(errors="replace")
     try:
         return int(program(argv, this_machine(), Terminal()))
@@ -3360,14 +3387,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"ocp_connect: {problem}", file=sys.stderr)
         return int(problem.code)
     except BrokenPipeError:
-        # Whoever read the output, such as `head`, has had enough.
+        # The reader of the output, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return int(Exit.FAILED)
     except OSError as problem:
         print(f"ocp_connect: {clean(problem)}", file=sys.stderr)
         return int(Exit.FAILED)
     except KeyboardInterrupt:
-        print("\nInterrupted: --undo takes back what was done.", file=sys.stderr)
+        print("\nInterrupted: --undo restores the files.", file=sys.stderr)
         return int(Exit.INTERRUPTED)
 
 

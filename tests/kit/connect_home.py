@@ -14,7 +14,7 @@ MODELS = (
     connect.Model("claude-sonnet-5", "Claude Sonnet 5", 1_000_000, 64_000, True),
     connect.Model("claude-haiku-4-5", "Claude Haiku 4.5", 200_000, 32_000, False),
 )
-SERVER = connect.Server("http://192.0.2.7:3456", "1.2.3", "multi", MODELS, KEY)
+SERVER = connect.Server("http://192.0.2.7:3456", "1.2.3", MODELS, KEY)
 OTHER = SERVER._replace(url="http://192.0.2.8:3456")
 
 
@@ -28,33 +28,35 @@ class Home:
             str(folder), {"PATH": str(folder / "bin"), "SHELL": "/bin/bash"}, platform,
             has_systemd)
 
-    def desk(
+    def context(
         self, record: Any, server: Any = SERVER, role: Any = connect.Role.AUTO,
         allow_fallback: bool = False, **more: Any,
     ) -> Any:
-        def look(path: str) -> str:
-            base, _ = connect.without_us(connect.read_bytes(path), record.files.get(path), record)
-            return str(connect.decoded(base))
+        def original_text(path: str) -> str:
+            original, _ = connect.original_content(
+                connect.read_bytes(path), record.files.get(path), record)
+            return str(connect.decoded(original))
 
-        return connect.Desk(self.machine, server, role, allow_fallback, True, look, **more)
+        return connect.Context(
+            self.machine, server, role, allow_fallback, True, original_text, **more)
 
     def plan(self, *tools: str, **more: Any) -> Any:
-        record = connect.load_record(self.machine.own)
+        record = connect.load_record(self.machine.state_folder)
         chosen = [tool for tool in connect.TOOLS if tool.name in tools]
-        return connect.make_plan(self.desk(record, **more), chosen, record)
+        return connect.make_plan(self.context(record, **more), chosen, record)
 
     def connect(self, *tools: str, **more: Any) -> Any:
         """Plans and writes; nothing may fail."""
-        record = connect.load_record(self.machine.own)
+        record = connect.load_record(self.machine.state_folder)
         chosen = [tool for tool in connect.TOOLS if tool.name in tools]
-        plan = connect.make_plan(self.desk(record, **more), chosen, record)
+        plan = connect.make_plan(self.context(record, **more), chosen, record)
         writer = connect.Writer(self.machine, record, KEY)
         writer.connect(plan, "url")
         assert not writer.failures
         return plan
 
     def undo(self, *tools: str) -> Any:
-        record = connect.load_record(self.machine.own)
+        record = connect.load_record(self.machine.state_folder)
         plan = connect.plan_undo(record, tools)
         writer = connect.Writer(self.machine, record, KEY)
         writer.undo(plan)

@@ -163,7 +163,7 @@ def test_a_users_file_keeps_all_its_lines_and_comes_back_byte_for_byte(
     plan = home.connect(tool)
 
     after = path.read_bytes().decode()
-    assert not plan.by_hand and after != text and lines_stay(text, after)
+    assert not plan.manual and after != text and lines_stay(text, after)
     if shape == "CRLF" and tool != "shell":
         assert after.count("\n") == after.count("\r\n")
     home.undo()
@@ -205,7 +205,7 @@ def test_a_read_only_file_is_left_alone_and_the_change_is_printed(home: Home, to
 
     plan = home.connect(tool)
 
-    (found,) = plan.by_hand
+    (found,) = plan.manual
     assert path.read_text() == CASES[tool].text and "read-only" in found.reason and found.snippet
     shown = connect.show_plan(plan, home.machine, KEY, True)
     assert KEY not in shown and "by hand" in shown
@@ -271,7 +271,7 @@ def test_a_file_that_is_not_understood_is_left_alone(home: Home, tool: str) -> N
     plan = home.connect(tool)
 
     assert path.read_bytes() == content
-    assert [each.path for each in plan.by_hand] == [str(path)]
+    assert [each.path for each in plan.manual] == [str(path)]
 
 
 @each_tool
@@ -280,7 +280,7 @@ def test_a_file_that_is_no_text_is_left_alone(home: Home, tool: str) -> None:
 
     plan = home.connect(tool)
 
-    assert path.read_bytes() == b"\xff\xfe\x00a" and len(plan.by_hand) == 1
+    assert path.read_bytes() == b"\xff\xfe\x00a" and len(plan.manual) == 1
 
 
 @each_tool
@@ -305,10 +305,10 @@ def test_a_file_of_ours_that_gets_a_key_later_is_for_its_owner_only(
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_a_key_of_any_characters_is_neither_shown_nor_left_readable(
+def test_a_key_of_all_its_characters_is_neither_shown_nor_left_readable(
     tmp_path: Path, platform: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = "ke\"y's<&>\\$1%`MIDDLE-of-it-5678"
+    key = "ke~y+/=._~MIDDLE-of-it-5678"
     server, home = SERVER._replace(key=key), Home(tmp_path / "home", platform)
     home.put("bin/launchctl", "#!/bin/sh\n").chmod(0o755)
     (home.folder / ".config/fish").mkdir(parents=True)
@@ -381,7 +381,7 @@ def test_whichever_write_fails_undo_gives_everything_back(
             raise OSError(28, "No space left on device")
         whole(path, content, mode)
 
-    record, plan = connect.load_record(home.machine.own), home.plan(*tools)
+    record, plan = connect.load_record(home.machine.state_folder), home.plan(*tools)
     writer = connect.Writer(home.machine, record, KEY)
     with monkeypatch.context() as patched:
         patched.setattr(connect, "write_whole", failing)
@@ -400,7 +400,7 @@ def test_whichever_write_fails_undo_gives_everything_back(
 
 def test_a_file_that_changes_between_plan_and_write_is_not_touched(home: Home) -> None:
     path = home.put(".aider.conf.yml", "dark-mode: true\n")
-    record = connect.load_record(home.machine.own)
+    record = connect.load_record(home.machine.state_folder)
     plan = home.plan("aider")
     path.write_text("dark-mode: false\n")
 
@@ -413,7 +413,7 @@ def test_a_file_that_changes_between_plan_and_write_is_not_touched(home: Home) -
 def refusing(home: Home, name: str, script: str) -> Any:
     """What a writer says when a program of the tool answers like this script."""
     home.put(f"bin/{name}", f"#!/bin/sh\n{script}\n").chmod(0o755)
-    record, plan = connect.load_record(home.machine.own), home.plan(name)
+    record, plan = connect.load_record(home.machine.state_folder), home.plan(name)
     writer = connect.Writer(home.machine, record, KEY)
     writer.connect(plan, "url")
     return writer
@@ -449,7 +449,7 @@ def test_a_second_run_that_the_tool_refuses_keeps_what_the_first_did(home: Home)
     first = path.read_text()
 
     home.put("bin/codex", "#!/bin/sh\nexit 1\n").chmod(0o755)
-    record = connect.load_record(home.machine.own)
+    record = connect.load_record(home.machine.state_folder)
     writer = connect.Writer(home.machine, record, KEY)
     writer.connect(home.plan("codex", server=OTHER), "url")
 
@@ -472,8 +472,8 @@ def test_two_files_with_the_same_content_have_a_copy_each(home: Home) -> None:
 def test_a_broken_record_stops_everything(home: Home) -> None:
     home.put(".config/ocp/connect.json", "{")
 
-    with pytest.raises(connect.Problem, match="cannot be read"):
-        connect.load_record(home.machine.own)
+    with pytest.raises(connect.Problem, match="is damaged"):
+        connect.load_record(home.machine.state_folder)
 
 
 def test_a_lost_copy_is_said_and_the_file_stays(home: Home) -> None:
@@ -483,10 +483,10 @@ def test_a_lost_copy_is_said_and_the_file_stays(home: Home) -> None:
     for copy in (home.folder / ".config/ocp/copies").iterdir():
         copy.unlink()
 
-    record = connect.load_record(home.machine.own)
+    record = connect.load_record(home.machine.state_folder)
     plan = connect.plan_undo(record, ())
 
-    assert [each.reason for each in plan.by_hand] and path.read_text() == after
+    assert [each.reason for each in plan.manual] and path.read_text() == after
 
 
 # ---------------------------------------------------------------------------
@@ -570,7 +570,7 @@ def test_a_provider_of_the_users_with_our_name_stays_and_we_have_another(
 
     plan = home.connect(tool)
 
-    assert not plan.by_hand and lines_stay(text, file.read_text())
+    assert not plan.manual and lines_stay(text, file.read_text())
     assert f"OCP is called {name}-2" in connect.show_plan(plan, home.machine, KEY, False)
     if tool == "codex":
         tables = connect.codex_providers(file.read_text())
@@ -754,7 +754,7 @@ def test_a_new_shell_has_the_variables_whatever_its_start_file_is(
         assert path.read_text().startswith("# >>> ocp >>>")
     else:
         assert in_shell(home, name).stdout.strip() == KEY
-    assert not plan.by_hand and not home.plan("shell").edits
+    assert not plan.manual and not home.plan("shell").edits
     home.undo()
     assert home.files() == {shell.file: text.encode()}
 
@@ -810,7 +810,7 @@ def test_a_setting_that_wins_over_ours_is_named(home: Home, text: str, number: i
     line = after.splitlines()[number - 1]
     variable = line.replace("export ", "").partition("=")[0]
     assert notes[-1] == (
-        f"line {number} sets {variable} after OCP's lines, and wins: remove it there")
+        f"line {number} sets {variable} after OCP's lines and overrides them: remove it")
 
 
 def fifo(path: Path) -> None:
@@ -839,7 +839,7 @@ def test_what_is_no_file_is_left_alone_and_said(
 
     plan = home.connect(tool)
 
-    (found,) = plan.by_hand
+    (found,) = plan.manual
     assert found.path == str(path) and found.reason == said and found.snippet
 
 
@@ -940,8 +940,8 @@ def test_a_setting_in_fishs_own_file_that_wins_is_named(home: Home) -> None:
     plan = home.connect("shell")
 
     notes = [note for edit in plan.edits for note in edit.notes]
-    assert notes == ["line 2 of config.fish sets OPENAI_API_KEY after OCP's lines, and wins: "
-                     "remove it there"]
+    assert notes == ["line 2 of config.fish sets OPENAI_API_KEY after OCP's lines and overrides "
+                     "them: remove it"]
 
 
 def test_systemd_hands_the_variables_to_the_desktop(tmp_path: Path) -> None:
@@ -1024,7 +1024,7 @@ def test_an_odd_file_takes_the_change_and_comes_back(home: Home, tool: str, text
 
     plan = home.connect(tool)
 
-    assert not plan.by_hand and not home.plan(tool).edits
+    assert not plan.manual and not home.plan(tool).edits
     after, comment = path.read_text(), CASES[tool].comment
     path.write_text(f"{after}\n{comment}\n")
     home.undo()
@@ -1063,7 +1063,7 @@ def test_what_cannot_be_proved_safe_is_printed_instead(home: Home, tool: str, te
     plan = home.connect(tool)
 
     assert path.read_text() == text
-    assert [each.path for each in plan.by_hand] == [str(path)], plan
+    assert [each.path for each in plan.manual] == [str(path)], plan
 
 
 # ---------------------------------------------------------------------------
@@ -1102,15 +1102,15 @@ def put_and_take_out(chance: random.Random) -> bool:
     path = tuple(chance.sample("abcxyz", chance.randint(1, 3)))
     value = chance.choice([1, "two", {"three": [4]}, {}])
     try:
-        put = connect.apply_changes(text, "json", [connect.Put(path, value)])
-    except connect.Unsafe:
+        put = connect.apply_changes(text, "json", [connect.SetValue(path, value)])
+    except connect.UnsafeEdit:
         return False  # Something else than an object is in the way, or a comment inside.
     assert connect.json_find(put, path) == value
     if connect.json_find(text, path) is None:
         depth = next((n for n in range(len(path) - 1, 0, -1)
                       if connect.json_find(text, path[:n]) is not None), 0)
-        done = connect.Done(path, value, None, depth, False)
-        dropped, kept = connect.take_out(put, "json", [done], None, False)
+        done = connect.Applied(path, value, None, depth, False)
+        dropped, kept = connect.remove_changes(put, "json", [done], None, False)
         assert (connect.json_load(dropped), kept) == (loaded, [])
         assert connect.json_comments(dropped) == connect.json_comments(text)
     return True
@@ -1127,7 +1127,7 @@ def test_the_toml_reader_finds_what_tomllib_finds(seed: int) -> None:
         lines.append(chance.choice([f"[t{table}]", f'[ t{table} . "u v" ] # x', f"[[t{table}]]"]))
         lines += [f"  k{n}={chance.choice(values)}" for n in range(chance.randint(0, 2))]
     text = chance.choice(["\n", "\r\n"]).join(lines)
-    changes = [connect.Put(("model",), "m"), connect.Block(("[z.y]", 'x = "w"'))]
+    changes = [connect.SetValue(("model",), "m"), connect.Block(("[z.y]", 'x = "w"'))]
 
     after = connect.apply_changes(text, "toml", changes)
 
@@ -1180,7 +1180,7 @@ def test_a_certificate_that_is_not_trusted_is_named_as_such(
     def failing(*_: Json, **__: Json) -> Json:
         raise connect.HttpProblem("unreachable", "[SSL: CERTIFICATE_VERIFY_FAILED] self-signed")
 
-    monkeypatch.setattr(connect, "http_json", failing)
+    monkeypatch.setattr(connect, "fetch_json", failing)
 
     with pytest.raises(connect.Problem, match="SSL_CERT_FILE"):
         connect.ask_health("https://h:1")

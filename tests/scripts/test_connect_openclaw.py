@@ -29,7 +29,7 @@ connect = load_script("ocp_connect")
 Json = Any
 
 PRIMARY, BACKUP = connect.Role.PRIMARY, connect.Role.BACKUP
-KEYLESS = SERVER._replace(key="", auth_mode="none")
+KEYLESS = SERVER._replace(key="")
 URL = "http://127.0.0.1:3456"
 
 #: OpenClaw as far as it is asked anything. Beside it, a file `refuse` holds what it is to
@@ -351,13 +351,13 @@ def test_without_the_program_comments_stay_where_they_are(bare: Lab) -> None:
 def test_openclaw_that_refuses_the_patch_is_quoted(lab: Lab) -> None:
     before = lab.has({})
     lab.complain("Invalid option")
-    record, plan = connect.load_record(lab.machine.own), lab.plan("openclaw")
+    record, plan = connect.load_record(lab.machine.state_folder), lab.plan("openclaw")
 
     writer = connect.Writer(lab.machine, record, KEY)
     writer.connect(plan, "url")
 
     assert lab.file.read_bytes() == before and "Invalid option" in writer.failures[0]
-    assert str(lab.file) not in connect.load_record(lab.machine.own).files
+    assert str(lab.file) not in connect.load_record(lab.machine.state_folder).files
 
 
 def test_a_retired_file_of_openclaw_is_reported_and_left(either: Lab) -> None:
@@ -473,7 +473,7 @@ def test_as_backup_the_primary_is_not_written_again(lab: Lab) -> None:
 
     lab.connect("openclaw", role=BACKUP)
 
-    done = connect.load_record(lab.machine.own).files[str(lab.file)].done
+    done = connect.load_record(lab.machine.state_folder).files[str(lab.file)].done
     paths = [each.path for each in done if each.path[0] == "agents"]
     assert paths == [("agents", "defaults", "model", "fallbacks")]
 
@@ -532,7 +532,7 @@ def test_a_name_that_somebody_else_has_is_refused(
                      "--provider-name", "taken")
 
     assert ran.code == 2 and "choose another name with --provider-name" in ran.stderr
-    assert f"taken of your own already{', for ' * ('baseUrl' in entry)}" in ran.stderr
+    assert f"already has your own provider taken{', for ' * ('baseUrl' in entry)}" in ran.stderr
     assert entry.get("baseUrl", "") in ran.stderr
     assert either.file.read_bytes() == before and not (either.folder / ".config").exists()
 
@@ -555,7 +555,7 @@ def test_what_is_no_name_is_wrong_usage(bare: Lab, name: str) -> None:
     with pytest.raises(SystemExit) as ended:
         bare.run("127.0.0.1", f"--provider-name={name}")
 
-    assert ended.value.code == 2 and "is no name" in bare.capsys.readouterr().err
+    assert ended.value.code == 2 and "is not a name" in bare.capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------
@@ -623,7 +623,7 @@ def test_sync_brings_the_models_up_to_date_and_nothing_else(either: Lab, drift: 
     (copy,) = either.copies()
     assert copy.read_bytes() == before and stat.S_IMODE(copy.stat().st_mode) == 0o600
     assert re.fullmatch(r"openclaw\.json\.ocp-\d{8}-\d{6}", copy.name)
-    assert f"The file as it was: ~/.openclaw/{copy.name}" in ran.stdout
+    assert f"Copy of the original: ~/.openclaw/{copy.name}" in ran.stdout
 
     synced = either.file.read_bytes()
     again = either.run("--sync")

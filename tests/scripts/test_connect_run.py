@@ -114,6 +114,20 @@ def test_one_command_downloads_and_connects(server: Server, free_home: Path) -> 
     assert (free_home / ".codex/config.toml").exists()
 
 
+def test_from_a_pipe_no_list_of_models_is_taken_from_the_current_folder(
+    server: Server, free_home: Path
+) -> None:
+    (free_home / "models.json").write_text('{"models": [{"id": "planted"}]}')
+    (free_home / ".openclaw").mkdir()
+    provider = {"baseUrl": f"{server.url}/v1", "models": []}
+    (free_home / ".openclaw/openclaw.json").write_text(
+        json.dumps({"models": {"providers": {"ocp": provider}}}))
+
+    ran = piped(free_home, "--sync", f"127.0.0.1:{server.port}", "--dry-run")
+
+    assert ran.code == 0 and "claude-haiku" in ran.stdout and "planted" not in ran.stdout, ran
+
+
 @pytest.mark.slow
 def test_a_download_that_was_cut_does_nothing(server: Server, free_home: Path) -> None:
     tail = len(SOURCE) - 400
@@ -364,7 +378,7 @@ def test_at_a_terminal_no_changes_nothing(server: Server, free_home: Path) -> No
 def test_at_a_terminal_ctrl_d_is_no_yes(server: Server, free_home: Path) -> None:
     code, shown = on_terminal(free_home, [("[Y/n]", "\x04")], *at(server, "--only", "aider"))
 
-    assert code == 2 and "say --yes" in shown and not list(free_home.iterdir())
+    assert code == 2 and "add --yes" in shown and not list(free_home.iterdir())
 
 
 def test_at_a_terminal_the_key_is_asked_for_and_not_shown(
@@ -485,14 +499,14 @@ def test_a_file_that_is_left_to_the_user_is_no_success(server: Server, free_home
 
     ran = piped(free_home, *at(server, "--only", "aider", "--yes"))
 
-    assert ran.code == 1 and "Put this in by hand:" in ran.stdout
+    assert ran.code == 1 and "Add this by hand:" in ran.stdout
     assert (free_home / ".aider.conf.yml").read_text() == "{flow: true}\n"
 
 
 def test_undo_with_nothing_to_undo_is_fine(free_home: Path) -> None:
     ran = piped(free_home, "--undo")
 
-    assert ran.code == 0 and "nothing to take back" in ran.stdout
+    assert ran.code == 0 and "nothing to undo" in ran.stdout
 
 
 def test_every_tool_has_a_section_in_the_documentation() -> None:
