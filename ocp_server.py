@@ -162,20 +162,20 @@ _DECODER = json.JSONDecoder(
 
 #: The most values in one body: each takes hundreds of bytes and some microseconds. The longest
 #: prompts hold some ten thousand.
-_JSON_VALUES_MAX = 300_000
+_MAX_JSON_VALUES = 300_000
 
 
 def has_many_values(data: bytes | bytearray) -> bool:
     """Return whether a JSON text holds more values than are read. Takes a few milliseconds for
     each megabyte, and memory for copies of the text only."""
-    if sum(map(data.count, (b"[", b"{", b","))) <= _JSON_VALUES_MAX:
+    if sum(map(data.count, (b"[", b"{", b","))) <= _MAX_JSON_VALUES:
         return False
     # Most of them may stand in strings. Without escapes, every second piece is a string.
     bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if bare.count(b'"') > 4 * _JSON_VALUES_MAX:
+    if bare.count(b'"') > 4 * _MAX_JSON_VALUES:
         return True
     outside = b"".join(bytes(bare).split(b'"')[::2])
-    return sum(map(outside.count, (b"[", b"{", b","))) > _JSON_VALUES_MAX
+    return sum(map(outside.count, (b"[", b"{", b","))) > _MAX_JSON_VALUES
 
 
 def from_json(data: bytes | bytearray | str) -> object:
@@ -262,20 +262,20 @@ def header_list(names: Iterable[str]) -> str:
     return ", ".join(told)
 
 
-def failure_words(error: BaseException) -> str:
+def format_failure(error: BaseException) -> str:
     """An exception and where it came from, for the log."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     places = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
     return f"{error!r} in {places}"
 
 
-def uptime_words(seconds: float) -> str:
+def format_uptime(seconds: float) -> str:
     """How long something has lasted: "0h 4m"."""
     minutes = int(seconds // 60)
     return f"{minutes // 60}h {minutes % 60}m"
 
 
-def span_words(seconds: float) -> str:
+def format_span(seconds: float) -> str:
     """How long something takes yet: "2d 3h", "3h 12m", "5m", or "now"."""
     minutes = math.ceil(seconds / 60)
     if minutes <= 0:
@@ -343,8 +343,8 @@ def setting(
     help_text: str,
     *,
     unit: str = "",
-    least: int | None = None,
-    most: int | None = None,
+    minimum: int | None = None,
+    maximum: int | None = None,
     choices: tuple[str, ...] = (),
     secret: bool = False,
     live: str = "",
@@ -360,8 +360,8 @@ def setting(
             "env": env,
             "help": help_text,
             "unit": unit,
-            "least": least,
-            "most": most,
+            "minimum": minimum,
+            "maximum": maximum,
             "choices": choices,
             "secret": secret,
             "live": live,
@@ -384,7 +384,7 @@ class Config:
 
     # -- listening ----------------------------------------------------------------------------
     port: int = setting(
-        3456, "CLAUDE_PROXY_PORT", "TCP port; 0 = any free one", least=0, most=65_535
+        3456, "CLAUDE_PROXY_PORT", "TCP port; 0 = any free one", minimum=0, maximum=65_535
     )
     bind: str = setting("127.0.0.1", "CLAUDE_BIND", "address to listen on; 0.0.0.0 or :: = all")
     allowed_origins: str = setting(
@@ -422,7 +422,7 @@ class Config:
     wrong_key_delay_ms: int = setting(
         2_000, "OCP_WRONG_KEY_DELAY",
         "longest delay of the answer to a wrong key, after several from one address; 0 = none",
-        unit="ms", least=0, most=60_000,
+        unit="ms", minimum=0, maximum=60_000,
     )
     # -- claude -------------------------------------------------------------------------------
     claude_bin: str = setting(
@@ -437,7 +437,7 @@ class Config:
     )
     max_retries: int = setting(
         2, "CLAUDE_MAX_RETRIES", "how often claude itself retries a failed API call",
-        least=0, most=10,
+        minimum=0, maximum=10,
     )
     pass_env: str = setting(
         "", "OCP_PASS_ENV",
@@ -446,15 +446,15 @@ class Config:
     # -- spares -------------------------------------------------------------------------------
     warm_processes: int = setting(
         1, "OCP_WARM_PROCESSES", "idle claude processes kept for each model in use; 0 = none",
-        least=0, most=8, live="warmProcesses",
+        minimum=0, maximum=8, live="warmProcesses",
     )
     warm_total: int = setting(
-        4, "OCP_WARM_TOTAL", "idle claude processes over all models", least=0, most=32,
+        4, "OCP_WARM_TOTAL", "idle claude processes over all models", minimum=0, maximum=32,
         live="warmTotal",
     )
     warm_idle_ms: int = setting(
         900_000, "OCP_WARM_IDLE", "how long an idle process waits before it is dropped",
-        unit="ms", least=1_000, most=86_400_000, live="warmIdleMs",
+        unit="ms", minimum=1_000, maximum=86_400_000, live="warmIdleMs",
     )
     # -- agent mode ---------------------------------------------------------------------------
     allowed_tools: str = setting(
@@ -480,11 +480,11 @@ class Config:
     parked_processes: int = setting(
         4, "OCP_PARKED_PROCESSES",
         "processes that wait with their conversation for its next message; 0 = none",
-        least=0, most=64, live="parkedProcesses",
+        minimum=0, maximum=64, live="parkedProcesses",
     )
     session_ttl_ms: int = setting(
         3_600_000, "CLAUDE_SESSION_TTL", "how long a conversation is kept for its next message",
-        unit="ms", least=1_000, most=86_400_000, live="sessionTTL",
+        unit="ms", minimum=1_000, maximum=86_400_000, live="sessionTTL",
     )
     session_id: bool = setting(
         False, "OCP_SESSION_ID",
@@ -495,16 +495,16 @@ class Config:
         0, "CLAUDE_MAX_PROMPT_CHARS",
         "longest prompt, of which the oldest messages are dropped; 0 = three for each token of "
         "the model's window",
-        unit="characters", least=0, most=100_000_000, live="maxPromptChars",
+        unit="characters", minimum=0, maximum=100_000_000, live="maxPromptChars",
     )
     # -- cache --------------------------------------------------------------------------------
     cache_ttl_ms: int = setting(
         0, "CLAUDE_CACHE_TTL", "how long an answer is served again to the same request; 0 = never",
-        unit="ms", least=0, most=86_400_000, live="cacheTTL",
+        unit="ms", minimum=0, maximum=86_400_000, live="cacheTTL",
     )
     cache_max_bytes: int = setting(
         33_554_432, "OCP_CACHE_MAX_BYTES", "what all cached answers may take in memory",
-        unit="bytes", least=65_536, most=4_294_967_296, live="cacheMaxBytes",
+        unit="bytes", minimum=65_536, maximum=4_294_967_296, live="cacheMaxBytes",
     )
     cache_sampled: bool = setting(
         True, "OCP_CACHE_SAMPLED", "cache the answers to requests with a temperature above 0 too",
@@ -512,75 +512,75 @@ class Config:
     )
     # -- limits -------------------------------------------------------------------------------
     max_concurrent: int = setting(
-        8, "CLAUDE_MAX_CONCURRENT", "answers at the same time", least=1, most=64,
+        8, "CLAUDE_MAX_CONCURRENT", "answers at the same time", minimum=1, maximum=64,
         live="maxConcurrent",
     )
     max_queue: int = setting(
-        16, "CLAUDE_MAX_QUEUE", "requests that may wait for their turn", least=0, most=1000,
+        16, "CLAUDE_MAX_QUEUE", "requests that may wait for their turn", minimum=0, maximum=1000,
         live="maxQueue",
     )
     queue_retry_after_s: int = setting(
         5, "CLAUDE_QUEUE_RETRY_AFTER", "Retry-After of a refusal for a full queue",
-        unit="s", least=1, most=60, live="queueRetryAfter",
+        unit="s", minimum=1, maximum=60, live="queueRetryAfter",
     )
     max_connections: int = setting(
-        256, "OCP_MAX_CONNECTIONS", "open client connections", least=4, most=10_000,
+        256, "OCP_MAX_CONNECTIONS", "open client connections", minimum=4, maximum=10_000,
     )
     max_body_bytes: int = setting(
         33_554_432, "CLAUDE_MAX_BODY_SIZE", "largest request body",
-        unit="bytes", least=1_024, most=1_073_741_824, live="maxBodySize",
+        unit="bytes", minimum=1_024, maximum=1_073_741_824, live="maxBodySize",
     )
     image_allow_url: bool = setting(
         False, "CLAUDE_IMAGE_ALLOW_URL",
         "pass http(s) image addresses on to the API, which fetches them; OCP never does",
     )
     max_image_bytes: int = setting(
-        10_485_760, "CLAUDE_MAX_IMAGE_BYTES", "largest image, decoded", unit="bytes", least=1
+        10_485_760, "CLAUDE_MAX_IMAGE_BYTES", "largest image, decoded", unit="bytes", minimum=1
     )
     max_images: int = setting(
         600, "CLAUDE_MAX_IMAGES",
         "images and files in one request; 100 at most where the window is 200,000 tokens",
-        least=0,
+        minimum=0,
     )
     max_image_total_bytes: int = setting(
         23_068_672, "CLAUDE_MAX_IMAGE_TOTAL_BYTES",
-        "images and files of one request together, decoded", unit="bytes", least=1,
+        "images and files of one request together, decoded", unit="bytes", minimum=1,
     )
     # -- time ---------------------------------------------------------------------------------
     timeout_ms: int = setting(
         600_000, "CLAUDE_TIMEOUT", "longest time for one answer, waiting included",
-        unit="ms", least=1_000, most=3_600_000, live="timeout",
+        unit="ms", minimum=1_000, maximum=3_600_000, live="timeout",
     )
     heartbeat_ms: int = setting(
         15_000, "CLAUDE_HEARTBEAT_INTERVAL", "silence before a comment in a stream; 0 = never",
-        unit="ms", least=0, most=600_000, live="heartbeatInterval",
+        unit="ms", minimum=0, maximum=600_000, live="heartbeatInterval",
     )
     whole_silence_ms: int = setting(
         120_000, "OCP_WHOLE_SILENCE",
         "silence before an answer that is not streamed gets its headers and white space; 0 = never",
-        unit="ms", least=0, most=600_000, live="wholeSilence",
+        unit="ms", minimum=0, maximum=600_000, live="wholeSilence",
     )
     header_timeout_ms: int = setting(
         30_000, "OCP_HEADER_TIMEOUT", "longest time for a request's head to arrive",
-        unit="ms", least=100, most=600_000,
+        unit="ms", minimum=100, maximum=600_000,
     )
     body_timeout_ms: int = setting(
         120_000, "OCP_BODY_TIMEOUT", "longest time for a request's body to arrive",
-        unit="ms", least=100, most=3_600_000,
+        unit="ms", minimum=100, maximum=3_600_000,
     )
     write_timeout_ms: int = setting(
         60_000, "OCP_WRITE_TIMEOUT", "how long a client may leave its answer unread",
-        unit="ms", least=100, most=3_600_000, live="writeTimeout",
+        unit="ms", minimum=100, maximum=3_600_000, live="writeTimeout",
     )
     drain_ms: int = setting(
         20_000, "OCP_DRAIN", "how long running answers get to finish at a shutdown",
-        unit="ms", least=0, most=600_000,
+        unit="ms", minimum=0, maximum=600_000,
     )
     # -- files --------------------------------------------------------------------------------
     home: str = setting("~/.ocp", "OCP_HOME", "folder of the log and all other state")
     usage_days: int = setting(
         400, "OCP_USAGE_DAYS", "how long the rows of /api/usage are kept",
-        unit="days", least=1, most=3650, live="usageDays",
+        unit="days", minimum=1, maximum=3650, live="usageDays",
     )
     log_level: str = setting(
         "info", "OCP_LOG_LEVEL", "least level that is logged",
@@ -598,7 +598,7 @@ class Config:
         return bool(self.allowed_tools or self.skip_permissions or self.mcp_config)
 
     @property
-    def is_open(self) -> bool:
+    def is_usable_without_key(self) -> bool:
         """Whether others than this machine can use the API without having been given a key."""
         keyless = self.mode == "none" or bool(self.advertised_key)
         return keyless and self.bind not in _LOOPBACK_NAMES
@@ -655,7 +655,7 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "OCP_TLS_CERT and OCP_TLS_KEY belong together: set both or none",
     ),
     (
-        lambda config: config.is_agent and config.is_open,
+        lambda config: config.is_agent and config.is_usable_without_key,
         "agent mode (CLAUDE_ALLOWED_TOOLS, CLAUDE_SKIP_PERMISSIONS, CLAUDE_MCP_CONFIG) lets "
         "requests run tools on this machine: set PROXY_API_KEY, bind to 127.0.0.1, or keep the "
         "anonymous key to yourself with PROXY_ADVERTISE_ANON_KEY=0",
@@ -695,11 +695,11 @@ class ConfigError(Exception):
 
 def _parse_integer(row: dataclasses.Field[Any], text: str) -> int:
     value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,400}", text) else None
-    least, most = row.metadata["least"], row.metadata["most"]
+    minimum, maximum = row.metadata["minimum"], row.metadata["maximum"]
     if value is None:
         raise ValueError("is not a whole number")
-    if (least is not None and value < least) or (most is not None and value > most):
-        span = f"{least} or more" if most is None else f"from {least} to {most}"
+    if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+        span = f"{minimum} or more" if maximum is None else f"from {minimum} to {maximum}"
         raise ValueError(f"is out of range: it takes {span}")
     return value
 
@@ -782,8 +782,9 @@ def settings_markdown() -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in dataclasses.fields(Config):
-        least, most = row.metadata["least"], row.metadata["most"]
-        span = "" if least is None else f"{least} to {most}" if most is not None else f"{least} up"
+        minimum, maximum = row.metadata["minimum"], row.metadata["maximum"]
+        span = "" if minimum is None else f"{minimum} up" if maximum is None else (
+            f"{minimum} to {maximum}")
         if isinstance(row.default, bool):
             default = "1" if row.default else "0"
         else:
@@ -811,9 +812,9 @@ class OcpError(Exception):
     anthropic_type: ClassVar[str] = "api_error"
     code: ClassVar[str | None] = None
     #: Whether the same request may succeed later without anybody doing anything.
-    heals: ClassVar[bool] = True
+    retryable: ClassVar[bool] = True
     #: Whether the request was turned away before anything was done for it.
-    early: ClassVar[bool] = False
+    rejected_before_work: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -841,7 +842,7 @@ class OcpError(Exception):
         found = {}
         if self.retry_after_s is not None:
             found["Retry-After"] = str(max(1, round(self.retry_after_s)))
-        if not self.heals:
+        if not self.retryable:
             found["x-should-retry"] = "false"
         return found
 
@@ -852,7 +853,7 @@ class BadRequest(OcpError):
     status = 400
     openai_type = "invalid_request_error"
     anthropic_type = "invalid_request_error"
-    heals = False
+    retryable = False
 
 
 class Unsupported(BadRequest):
@@ -874,8 +875,8 @@ class Unauthorized(OcpError):
     openai_type = "authentication_error"
     anthropic_type = "authentication_error"
     code = "invalid_api_key"
-    heals = False
-    early = True
+    retryable = False
+    rejected_before_work = True
 
     def headers(self) -> dict[str, str]:
         """Names the scheme, as HTTP wants with a 401."""
@@ -888,7 +889,7 @@ class Forbidden(OcpError):
     status = 403
     openai_type = "permission_error"
     anthropic_type = "permission_error"
-    heals = False
+    retryable = False
 
 
 class NotFound(OcpError):
@@ -897,7 +898,7 @@ class NotFound(OcpError):
     status = 404
     openai_type = "invalid_request_error"
     anthropic_type = "not_found_error"
-    heals = False
+    retryable = False
 
 
 class UnknownModel(NotFound):
@@ -912,7 +913,7 @@ class MethodNotAllowed(OcpError):
     status = 405
     openai_type = "invalid_request_error"
     anthropic_type = "invalid_request_error"
-    heals = False
+    retryable = False
 
     def __init__(self, message: str, allowed: Iterable[str]) -> None:
         super().__init__(message)
@@ -930,7 +931,7 @@ class Conflict(OcpError):
     openai_type = "invalid_request_error"
     anthropic_type = "invalid_request_error"
     code = "name_taken"
-    heals = False
+    retryable = False
 
 
 class RequestTimeout(OcpError):
@@ -947,7 +948,7 @@ class TooLarge(OcpError):
     status = 413
     openai_type = "invalid_request_error"
     anthropic_type = "request_too_large"
-    heals = False
+    retryable = False
 
 
 class HeadTooLarge(OcpError):
@@ -956,7 +957,7 @@ class HeadTooLarge(OcpError):
     status = 431
     openai_type = "invalid_request_error"
     anthropic_type = "invalid_request_error"
-    heals = False
+    retryable = False
 
 
 class QueueFull(OcpError):
@@ -966,13 +967,13 @@ class QueueFull(OcpError):
     openai_type = "rate_limit_error"
     anthropic_type = "rate_limit_error"
     code = "rate_limit_exceeded"
-    early = True
+    rejected_before_work = True
 
 
 class RateLimited(QueueFull):
     """The API itself asks for fewer requests for a moment."""
 
-    early = False
+    rejected_before_work = False
 
 
 class QuotaExceeded(OcpError):
@@ -982,8 +983,8 @@ class QuotaExceeded(OcpError):
     openai_type = "quota_exceeded"
     anthropic_type = "rate_limit_error"
     code = "insufficient_quota"
-    heals = False
-    early = True
+    retryable = False
+    rejected_before_work = True
 
 
 class PlanLimit(OcpError):
@@ -993,7 +994,7 @@ class PlanLimit(OcpError):
     openai_type = "insufficient_quota"
     anthropic_type = "rate_limit_error"
     code = "insufficient_quota"
-    heals = False
+    retryable = False
 
 
 class LoginLost(OcpError):
@@ -1003,7 +1004,7 @@ class LoginLost(OcpError):
     openai_type = "authentication_error"
     anthropic_type = "authentication_error"
     code = "upstream_login_required"
-    heals = False
+    retryable = False
 
 
 class ClaudeUnavailable(OcpError):
@@ -1011,8 +1012,8 @@ class ClaudeUnavailable(OcpError):
 
     status = 503
     code = "claude_unavailable"
-    heals = False
-    early = True
+    retryable = False
+    rejected_before_work = True
 
 
 class ClaudeMissing(ClaudeUnavailable):
@@ -1022,7 +1023,7 @@ class ClaudeMissing(ClaudeUnavailable):
 class ClaudeAway(ClaudeUnavailable):
     """The program was there a moment ago; updating it takes it away for seconds."""
 
-    heals = True
+    retryable = True
 
 
 class ClaudeTooOld(ClaudeUnavailable):
@@ -1086,7 +1087,7 @@ class Draining(OcpError):
     status = 503
     anthropic_type = "overloaded_error"
     code = "shutting_down"
-    early = True
+    rejected_before_work = True
 
 
 class NotReady(OcpError):
@@ -1136,7 +1137,7 @@ LEVELS = ("debug", "info", "warn", "error")
 _RING_EVENTS = 800
 _RING_AUDITS = 200
 #: What of a line is printed: in UTF-8 never more than a pipe takes at once.
-_SHOWN_MOST_CHARS = 1_000
+_MAX_SHOWN_CHARS = 1_000
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
@@ -1226,7 +1227,7 @@ class Log:
         event is in the file and in the ring all the same."""
         with contextlib.suppress(OSError, ValueError):
             if self._stream is not None and self._takes_more(self._stream):
-                print(line[:_SHOWN_MOST_CHARS], file=self._stream, flush=True)
+                print(line[:_MAX_SHOWN_CHARS], file=self._stream, flush=True)
 
     def _takes_more(self, stream: TextIO) -> bool:
         """Whether the stream takes a line without waiting for its reader. Raises OSError."""
@@ -1242,10 +1243,10 @@ class Log:
     def recent(self, count: int, level: str) -> list[Json]:
         """The newest `count` events of this level or worse, oldest first; "all" = every level,
         "audit" = what the operator changed."""
-        least = LEVELS.index(level) if level in LEVELS else 0
+        minimum = LEVELS.index(level) if level in LEVELS else 0
         with self._lock:
             kept = list(self._audits) if level == "audit" else self._kept()
-        found = [entry for _, entry in kept if LEVELS.index(entry["level"]) >= least]
+        found = [entry for _, entry in kept if LEVELS.index(entry["level"]) >= minimum]
         return found[-count:] if count else []
 
     def _kept(self) -> list[tuple[int, Json]]:
@@ -1270,7 +1271,7 @@ class Log:
 
 #: How many refusals of one peer have a line of their own in a minute, and how many peers.
 _REFUSALS_TOLD = 5
-_REFUSED_PEERS_MOST = 32
+_MAX_REFUSED_PEERS = 32
 _REFUSALS_EVERY_S = 60.0
 
 
@@ -1291,7 +1292,7 @@ class Refusals:
         """Records one refusal."""
         group = peer_group(peer)
         with self._lock:
-            is_listed = group in self._counts or len(self._counts) < _REFUSED_PEERS_MOST
+            is_listed = group in self._counts or len(self._counts) < _MAX_REFUSED_PEERS
             counts = self._counts.setdefault(
                 group if is_listed else "others", collections.Counter()
             )
@@ -1682,7 +1683,7 @@ class ToolChoice(NamedTuple):
         return self.kind in ("any", "tool")
 
 
-class Shape(NamedTuple):
+class OutputSchema(NamedTuple):
     """The JSON schema that an answer has to fit.
 
     claude wants an object at its root; another root is `wrapped` as {"value": ...}.
@@ -1697,7 +1698,7 @@ class Shape(NamedTuple):
 
 
 #: So many stop sequences the API is given.
-_STOPS_MOST = 16
+_MAX_STOPS = 16
 
 
 class Options(NamedTuple):
@@ -1720,7 +1721,7 @@ class Options(NamedTuple):
     @property
     def sent_stops(self) -> tuple[str, ...]:
         """The stop sequences that the API takes: not too many, and none of white space only."""
-        return tuple(text for text in self.stop_sequences if text.strip())[:_STOPS_MOST]
+        return tuple(text for text in self.stop_sequences if text.strip())[:_MAX_STOPS]
 
     @property
     def own_stops(self) -> tuple[str, ...]:
@@ -1739,7 +1740,7 @@ class Turn(NamedTuple):
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
     #: None = an answer in plain text.
-    shape: Shape | None = None
+    output_schema: OutputSchema | None = None
     #: How many answers are wanted, and the messages of all but the first where they differ.
     choices: int = 1
     others: tuple[list[Message], ...] = ()
@@ -1759,7 +1760,7 @@ class Turn(NamedTuple):
     def offered(self) -> tuple[tuple[Tool, ...], ToolChoice]:
         """The tools that the model is told of, and the choice among them. An answer that has to
         fit a shape is a tool call to the model: "none" would forbid that too."""
-        if self.shape is not None and self.tool_choice.kind == "none":
+        if self.output_schema is not None and self.tool_choice.kind == "none":
             return (), ToolChoice()
         return self.tools, self.tool_choice
 
@@ -1944,9 +1945,9 @@ class Bounds:
     """Ends an answer where the client wants it to end and the API cannot be told: at own stop
     texts, or before it begins. Leaves the text of thinking out where that is not wanted."""
 
-    def __init__(self, options: Options, shape: Shape | None) -> None:
+    def __init__(self, options: Options, output_schema: OutputSchema | None) -> None:
         # What stands in the strings of a JSON answer is no text that could stop it.
-        self._stops = options.own_stops if shape is None else ()
+        self._stops = options.own_stops if output_schema is None else ()
         self._empty = options.max_tokens == 0
         self._hides_thinking = options.hides_thinking
         #: The beginning of a block that nothing has followed yet: its process may be dead.
@@ -2064,8 +2065,8 @@ def message_chars(message: Message) -> int:
 
 def _fixed_chars(turn: Turn) -> int:
     """The characters of what is the same for all messages: system prompt, tools and schema."""
-    shape = json_chars(turn.shape.schema) if turn.shape is not None else 0
-    return len(turn.system) + shape + sum(
+    schema_chars = json_chars(turn.output_schema.schema) if turn.output_schema is not None else 0
+    return len(turn.system) + schema_chars + sum(
         len(tool.name) + len(tool.description) + json_chars(tool.schema) for tool in turn.tools
     )
 
@@ -2076,7 +2077,7 @@ def prompt_chars(turn: Turn) -> int:
 
 
 #: How many characters stand for a token when a prompt is measured against a window.
-_CHARS_PER_TOKEN = 3
+BUDGET_CHARS_PER_TOKEN = 3
 
 
 def _first_kept(messages: list[Message], sizes: list[int], most_chars: int) -> int:
@@ -2103,20 +2104,20 @@ def _first_kept(messages: list[Message], sizes: list[int], most_chars: int) -> i
     return first
 
 
-def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
+def truncate_to_budget(turn: Turn, most_chars: int) -> tuple[Turn, int]:
     """Return the turn without its oldest messages if it does not fit, and how many they were.
 
     The system prompt and the newest message stay, and a tool call stays with its result. 0 for
     `most_chars` takes the model's window. Raises ContextTooLong when even the rest is too long,
     in the words by which agents know that they have to shorten their history.
     """
-    most_chars = most_chars or turn.model.context_window * _CHARS_PER_TOKEN
+    most_chars = most_chars or turn.model.context_window * BUDGET_CHARS_PER_TOKEN
     newest = max(message_chars(turn.choice(index).messages[-1]) for index in range(turn.choices))
     left = most_chars - _fixed_chars(turn) - newest
     if left < 0:
         raise ContextTooLong(
-            f"prompt is too long: {(most_chars - left) // _CHARS_PER_TOKEN} tokens > "
-            f"{most_chars // _CHARS_PER_TOKEN} maximum",
+            f"prompt is too long: {(most_chars - left) // BUDGET_CHARS_PER_TOKEN} tokens > "
+            f"{most_chars // BUDGET_CHARS_PER_TOKEN} maximum",
             param="messages",
         )
     sizes = [*map(message_chars, turn.messages[:-1]), newest]
@@ -2124,7 +2125,7 @@ def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
     if sum(sizes[first:]) > left + newest:
         raise ContextTooLong(
             f"prompt is too long: its last tool exchange needs more than "
-            f"{most_chars // _CHARS_PER_TOKEN} tokens",
+            f"{most_chars // BUDGET_CHARS_PER_TOKEN} tokens",
             param="messages",
         )
     if not first:
@@ -2133,7 +2134,7 @@ def fitted(turn: Turn, most_chars: int) -> tuple[Turn, int]:
 
 
 #: How many characters a token has, about, when tokens are estimated.
-CHARS_EACH_TOKEN = 3.5
+ESTIMATE_CHARS_PER_TOKEN = 3.5
 #: What an image or a document is taken for in an estimate.
 _ATTACHMENT_TOKENS = 1_500
 
@@ -2142,7 +2143,7 @@ def estimated_tokens(turn: Turn) -> int:
     """Return about how many tokens the prompt has."""
     attachments = sum(1 for message in turn.messages for _ in attachments_of(message.content))
     chars = prompt_chars(turn)
-    return max(1, round(chars / CHARS_EACH_TOKEN)) + _ATTACHMENT_TOKENS * attachments
+    return max(1, round(chars / ESTIMATE_CHARS_PER_TOKEN)) + _ATTACHMENT_TOKENS * attachments
 
 
 def _begins(message: Message) -> bool:
@@ -2278,7 +2279,7 @@ class HomeLock:
 
 
 #: How many writes of rows of usage may wait for the database.
-_WAITING_MOST = 10_000
+_MAX_WAITING = 10_000
 #: How long after a time-out at a locked database writes are put off without trying again.
 _LOCKED_PAUSE_S = 1.0
 #: How long a report waits for the one before it.
@@ -2399,7 +2400,7 @@ class Store:
             except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
                 raise
             except sqlite3.Error:
-                if must or len(self._waiting) < _WAITING_MOST:
+                if must or len(self._waiting) < _MAX_WAITING:
                     self._waiting.append((statement, values))
                 raise
 
@@ -2544,8 +2545,8 @@ class Settings:
             name: {
                 "value": getattr(self.config, row.name),
                 "type": kinds[type(row.default)],
-                "min": row.metadata["least"],
-                "max": row.metadata["most"],
+                "min": row.metadata["minimum"],
+                "max": row.metadata["maximum"],
                 "unit": row.metadata["unit"],
                 "desc": row.metadata["help"],
                 "source": self._source(name, row.metadata["env"]),
@@ -2897,8 +2898,8 @@ _WRONG_KEYS_FREE = 5
 _FIRST_DELAY_S = 0.1
 _FORGIVEN_S = 600.0
 #: How many peers are remembered, and how many answers are held back at a time.
-_WRONG_PEERS_MOST = 1024
-_HELD_BACK_MOST = 32
+_MAX_WRONG_PEERS = 1024
+_MAX_HELD_BACK = 32
 _HELD_BACK_PER_PEER = 4
 
 
@@ -2922,7 +2923,7 @@ class WrongKeys:
         count, last_s = self._groups.pop(group, (0, now_s))
         count = 1 if now_s - last_s > _FORGIVEN_S else count + 1
         self._groups[group] = (count, now_s)
-        while len(self._groups) > _WRONG_PEERS_MOST:
+        while len(self._groups) > _MAX_WRONG_PEERS:
             self._groups.popitem(last=False)
         return count
 
@@ -2935,7 +2936,7 @@ class WrongKeys:
             over = self._noted(group) - _WRONG_KEYS_FREE
             wait_s = min(most_s, _FIRST_DELAY_S * 2.0 ** min(over - 1, 20)) if over > 0 else 0.0
             if (
-                len(self._held_back) >= _HELD_BACK_MOST
+                len(self._held_back) >= _MAX_HELD_BACK
                 or self._held_back.count(group) >= _HELD_BACK_PER_PEER
             ):
                 wait_s = 0.0
@@ -2997,7 +2998,7 @@ def is_forwarded(headers: Headers) -> bool:
     return any(_PROXY_HEADER.fullmatch(name.replace("_", "-")) for name in headers)
 
 
-def admit(config: Config, keys: Keys, access: Access, headers: Headers, peer: str) -> Caller:
+def authorize(config: Config, keys: Keys, access: Access, headers: Headers, peer: str) -> Caller:
     """The caller, if this access is theirs. Raises Unauthorized or Forbidden."""
     if access is Access.PUBLIC:
         return Caller("public")
@@ -3022,7 +3023,7 @@ def _presenter(config: Config, keys: Keys, headers: Headers, access: Access) -> 
     failures: list[Unauthorized] = []
     for key in presented_keys(headers):
         try:
-            found.append(_holder(config, keys, key))
+            found.append(_authenticate(config, keys, key))
         except Unauthorized as failure:
             failures.append(failure)
     if not found:
@@ -3030,7 +3031,7 @@ def _presenter(config: Config, keys: Keys, headers: Headers, access: Access) -> 
     return next((c for c in found if c.is_admin and access is Access.ADMIN), found[0])
 
 
-def _holder(config: Config, keys: Keys, key: str) -> Caller:
+def _authenticate(config: Config, keys: Keys, key: str) -> Caller:
     """Who holds this key. Raises Unauthorized."""
     if same_secret(key, config.admin_key):
         return Caller("admin", is_admin=True)
@@ -3215,7 +3216,7 @@ class Reservation:
         self.bounded = bounded
 
 
-class Used:
+class PeriodUsage:
     """What a key has used of a period."""
 
     def __init__(self, begins_s: float, requests: int, tokens: int) -> None:
@@ -3232,8 +3233,8 @@ class Ledger:
         self._clock = clock
         # Guards both: what is used is in the rows, and added up only once. Held for a decision.
         self._lock = threading.RLock()
-        self._used: dict[tuple[int, str], Used] = {}
-        self._flying: dict[int, list[Reservation]] = {}
+        self._used: dict[tuple[int, str], PeriodUsage] = {}
+        self._in_flight: dict[int, list[Reservation]] = {}
 
     # -- quotas -------------------------------------------------------------------------------
 
@@ -3254,7 +3255,7 @@ class Ledger:
             return reservation
         with self._lock:
             now_s = self._clock()
-            flying = self._flying.setdefault(caller.key_id, [])
+            flying = self._in_flight.setdefault(caller.key_id, [])
             for quota in QUOTAS:
                 if quota.name in caller.quota:
                     used = self._used_in(caller.key_id, quota.period, now_s)
@@ -3264,7 +3265,7 @@ class Ledger:
         return reservation
 
     def _check_requests(
-        self, quota: Quota, limit: int, used: Used, flying: list[Reservation],
+        self, quota: Quota, limit: int, used: PeriodUsage, flying: list[Reservation],
         reservation: Reservation,
     ) -> None:
         taken = used.requests + sum(r.requests for r in flying)
@@ -3275,7 +3276,7 @@ class Ledger:
             raise self._exceeded(quota, limit, taken, more)
 
     def _check_tokens(
-        self, quota: Quota, limit: int, used: Used, flying: list[Reservation],
+        self, quota: Quota, limit: int, used: PeriodUsage, flying: list[Reservation],
         reservation: Reservation,
     ) -> None:
         left = limit - used.tokens
@@ -3294,7 +3295,7 @@ class Ledger:
     def _exceeded(self, quota: Quota, limit: int, taken: int, more: str) -> QuotaExceeded:
         now_s = self._clock()
         resets_s = period_bounds(quota.period, now_s)[1]
-        resets_in = span_words(resets_s - now_s)
+        resets_in = format_span(resets_s - now_s)
         error = QuotaExceeded(
             f"This key has used {taken} of its {limit} {quota.unit} ({quota.period}). {more}"
             f"Resets in {resets_in}.",
@@ -3308,7 +3309,7 @@ class Ledger:
         }
         return error
 
-    def _used_in(self, key_id: int, period: str, now_s: float) -> Used:
+    def _used_in(self, key_id: int, period: str, now_s: float) -> PeriodUsage:
         """What the key has used of the period that is now. The lock is held by the caller."""
         begins_s = period_bounds(period, now_s)[0]
         used = self._used.get((key_id, period))
@@ -3317,13 +3318,13 @@ class Ledger:
                 f"SELECT TOTAL(counted), TOTAL({_TOKENS}) FROM usage "
                 "WHERE key_id = ? AND at_s >= ?", key_id, begins_s,
             )[0]
-            used = self._used[key_id, period] = Used(begins_s, int(row[0]), int(row[1]))
+            used = self._used[key_id, period] = PeriodUsage(begins_s, int(row[0]), int(row[1]))
         return used
 
     def release(self, reservation: Reservation) -> None:
         """Gives a place back that was not used. Harmless when it was given back before."""
         with self._lock:
-            flying = self._flying.get(reservation.key_id or 0, [])
+            flying = self._in_flight.get(reservation.key_id or 0, [])
             if reservation in flying:
                 flying.remove(reservation)
 
@@ -3332,7 +3333,7 @@ class Ledger:
         report: Json = {}
         with self._lock:
             now_s = self._clock()
-            flying = self._flying.get(key.id, [])
+            flying = self._in_flight.get(key.id, [])
             for quota in QUOTAS:
                 used = self._used_in(key.id, quota.period, now_s)
                 requests = quota.unit == "requests"
@@ -3342,7 +3343,7 @@ class Ledger:
                     "used": used.requests if requests else used.tokens,
                     "inFlight": sum(r.requests if requests else r.tokens for r in flying),
                     "resetsAt": iso_time(resets_s),
-                    "resetsIn": span_words(resets_s - now_s),
+                    "resetsIn": format_span(resets_s - now_s),
                 }
         return report
 
@@ -3396,11 +3397,11 @@ class Ledger:
             where, values = where + " AND key_id IS NULL AND caller = ?", [*values, caller.name]
         with self._store.reading() as connection:
             rows = Rows(connection, where, values)
-            unit = "hour" if rows.span_s() <= _HOURLY_MOST_S else "day"
+            unit = "hour" if rows.span_s() <= _MAX_HOURLY_S else "day"
             step = ("hour", _STEPS[unit])
             series = rows.sums(
                 _TIMELINE_SUMS, step, ("key_name", _NAME_NOW), ("model", "model"),
-                most=_SERIES_MOST + 1,
+                maximum=_MAX_SERIES + 1,
             )
             return {
                 "totals": rows.sums(_GROUP_SUMS)[0],
@@ -3409,8 +3410,8 @@ class Ledger:
                 "timeline": rows.sums(_TIMELINE_SUMS, step),
                 "timelineUnit": unit,
                 "daily": rows.sums(_TIMELINE_SUMS, ("day", _DAY)),
-                "series": series[-_SERIES_MOST:],
-                "seriesComplete": len(series) <= _SERIES_MOST,
+                "series": series[-_MAX_SERIES:],
+                "seriesComplete": len(series) <= _MAX_SERIES,
                 "recent": rows.recent(limit),
             }
 
@@ -3440,7 +3441,7 @@ class Rows:
         return 0.0 if None in ends else float(ends[1] - ends[0])
 
     def sums(
-        self, columns: _Columns, *groups: tuple[str, str], most: int = -1
+        self, columns: _Columns, *groups: tuple[str, str], maximum: int = -1
     ) -> list[Json]:
         """The columns over all rows, or over those that are alike in all groups, (name, SQL), in
         their order. Of more than `most` groups the last ones; -1 = all."""
@@ -3450,7 +3451,7 @@ class Rows:
         backwards = ", ".join(f"{name} DESC" for name, _ in groups)
         grouped = f" GROUP BY {names} ORDER BY {backwards} LIMIT ?" if groups else " LIMIT ?"
         query = f"SELECT {selected} FROM usage WHERE {self._where}{grouped}"
-        found = self._connection.execute(query, (*self._values, most)).fetchall()
+        found = self._connection.execute(query, (*self._values, maximum)).fetchall()
         return [dict(row) for row in reversed(found)]
 
     def recent(self, limit: int) -> list[Json]:
@@ -3477,9 +3478,9 @@ _STEPS = {
 #: The day of a row on the machine's calendar.
 _DAY = "date(at_s, 'unixepoch', 'localtime')"
 #: A timeline of more than so much goes by days.
-_HOURLY_MOST_S = 32 * 86_400.0
+_MAX_HOURLY_S = 32 * 86_400.0
 #: How many entries the series of a report has at most.
-_SERIES_MOST = 10_000
+_MAX_SERIES = 10_000
 
 
 # ==== 10. JSON Schema ========================================================
@@ -3497,14 +3498,14 @@ PROTOTYPE_NAMES = (
     "toString", "valueOf",
 )
 #: How deep a schema may be nested, and how many values it may hold. claude takes no more values.
-SCHEMA_MOST_LEVELS = 100
-SCHEMA_MOST_VALUES = 100_000
+MAX_SCHEMA_LEVELS = 100
+MAX_SCHEMA_VALUES = 100_000
 #: The property that holds a value which is no plain object.
 WRAPPER_NAME = "value"
 #: What was read of a schema is kept for the next request, if it is no longer than that.
-_KEPT_MOST_BYTES = 64 * 1024
+_MAX_KEPT_BYTES = 64 * 1024
 #: The longest text of what cannot be told as a schema.
-_NOTE_MOST_CHARS = 300
+_MAX_NOTE_CHARS = 300
 
 #: The types, by what clients call them in small letters.
 _TYPE_NAMES = {
@@ -3632,12 +3633,12 @@ _PATTERN_RULES = _pattern_rules(
 _CLASS = re.compile(r"(\[\^?)((?:[^\]\\]|\\.)+)\]", re.DOTALL)
 #: What may take for ever to match: a group that is repeated, a reference back; many repetitions.
 _SLOW_PATTERN = re.compile(r"\)[*+?{]|\\[1-9]|\(\?P=")
-_PATTERN_MOST_REPETITIONS = 3
+_MAX_PATTERN_REPETITIONS = 3
 #: No longer one is read, and no more of them in one schema: reading them takes time.
-_PATTERN_MOST_CHARS = 2_000
-_PATTERNS_MOST_CHARS = 20_000
+_MAX_PATTERN_CHARS = 2_000
+_MAX_PATTERNS_CHARS = 20_000
 #: How many pairs of a pattern and a named property are compared.
-_OVERLAPS_MOST = 2_000
+_MAX_OVERLAPS = 2_000
 
 
 class Pattern(NamedTuple):
@@ -3677,7 +3678,7 @@ def _translated(text: str, rules: tuple[_PatternRule, ...]) -> tuple[str, str]:
 @functools.lru_cache(maxsize=1024)
 def strict_pattern(text: str) -> Pattern | None:
     """Return a regular expression as JavaScript takes it; None for one that it does not take."""
-    if len(text) > _PATTERN_MOST_CHARS:
+    if len(text) > _MAX_PATTERN_CHARS:
         return None
     try:
         told, python = _translated(text, _PATTERN_RULES)
@@ -3685,7 +3686,7 @@ def strict_pattern(text: str) -> Pattern | None:
     except (ValueError, re.error, OverflowError, RecursionError):
         return None
     repetitions = sum(map(python.count, "*+?{"))
-    is_slow = repetitions > _PATTERN_MOST_REPETITIONS or _SLOW_PATTERN.search(python)
+    is_slow = repetitions > _MAX_PATTERN_REPETITIONS or _SLOW_PATTERN.search(python)
     return Pattern(told, None if is_slow else compiled)
 
 
@@ -3778,9 +3779,9 @@ class SchemaReading:
             count += 1
             # Each level of schemas takes two of JSON in most places.
             self._check_level(level // 2, path)
-            if count > SCHEMA_MOST_VALUES:
+            if count > MAX_SCHEMA_VALUES:
                 raise BadRequest(
-                    f"{path}: a schema may hold {SCHEMA_MOST_VALUES} values.", param=path
+                    f"{path}: a schema may hold {MAX_SCHEMA_VALUES} values.", param=path
                 )
             if isinstance(value, list):
                 left += [(item, base, level + 1) for item in value]
@@ -3795,9 +3796,9 @@ class SchemaReading:
                     self._named.setdefault(name, schema)
 
     def _check_level(self, level: int, path: str) -> None:
-        if level > SCHEMA_MOST_LEVELS:
+        if level > MAX_SCHEMA_LEVELS:
             raise BadRequest(
-                f"{path[:200]}: a schema may be nested {SCHEMA_MOST_LEVELS} levels deep.",
+                f"{path[:200]}: a schema may be nested {MAX_SCHEMA_LEVELS} levels deep.",
                 param=path[:200],
             )
 
@@ -3998,7 +3999,7 @@ class SchemaReading:
     def _read_pattern(self, text: str) -> Pattern | None:
         """Return a pattern; None if it cannot be read, or is one too many."""
         self._pattern_chars += len(text)
-        return strict_pattern(text) if self._pattern_chars <= _PATTERNS_MOST_CHARS else None
+        return strict_pattern(text) if self._pattern_chars <= _MAX_PATTERNS_CHARS else None
 
     def _names(self, value: object, path: str, level: int) -> object:
         if isinstance(value, bool):
@@ -4122,7 +4123,7 @@ def _noted(schema: Json, notes: Mapping[str, object]) -> Json:
     words = [f"{keyword}: {to_json(value).decode('utf-8')}" for keyword, value in notes.items()]
     if not words:
         return schema
-    note = f"({one_line('; '.join(words), _NOTE_MOST_CHARS)})"
+    note = f"({one_line('; '.join(words), _MAX_NOTE_CHARS)})"
     return {**schema, "description": " ".join(filter(None, (schema.get("description"), note)))}
 
 
@@ -4139,7 +4140,7 @@ def told_schema(document: Json, path: str, *, is_tool: bool) -> ToldSchema:
         text = to_json(document)
     except RecursionError:
         text = b""
-    if 0 < len(text) <= _KEPT_MOST_BYTES:
+    if 0 < len(text) <= _MAX_KEPT_BYTES:
         return _told_before(text, path, is_tool)
     return _newly_told(document, path, is_tool)
 
@@ -4274,14 +4275,14 @@ def _told_tuple(schema: Json, first: list[Json]) -> Json:
     """Return the schema of an array whose `first` items have schemas of their own, as one whose
     items all have the same. Who says nothing about further items means that there are none."""
     rest = schema.get("items", False)
-    least, most = schema.get("minItems", len(first)), schema.get("maxItems", math.inf)
-    if rest is False and "items" not in schema and most > len(first) and most < math.inf:
+    minimum, maximum = schema.get("minItems", len(first)), schema.get("maxItems", math.inf)
+    if rest is False and "items" not in schema and maximum > len(first) and maximum < math.inf:
         rest = {}
     words = "Items in this order: " + ", ".join(map(_in_words, first))
-    bounds = {"minItems": least}
+    bounds = {"minItems": minimum}
     kinds = list(first)
     if rest is False:
-        bounds = {"minItems": min(least, len(first)), "maxItems": min(most, len(first))}
+        bounds = {"minItems": min(minimum, len(first)), "maxItems": min(maximum, len(first))}
     else:
         kinds.append(rest if isinstance(rest, dict) else {})
         words += ", then any number of: " + _in_words(kinds[-1])
@@ -4309,7 +4310,7 @@ def _drop_overlapping(schema: Json, lost: list[str], notes: Json) -> None:
     """Take out patterns of names that match a named property: claude takes no such schema."""
     patterns = schema.get("patternProperties", {})
     names = schema.get("properties", ())
-    too_many = len(patterns) * len(names) > _OVERLAPS_MOST
+    too_many = len(patterns) * len(names) > _MAX_OVERLAPS
     for text in list(patterns):
         found = None if too_many else strict_pattern(text)
         if found is None or any(map(found.may_match, names)):
@@ -4385,20 +4386,20 @@ _CHECKS: dict[str, tuple[str, Callable[[Any, Any, Json, _Fits], bool]]] = {
     "type": ("", _fit_types),
     "enum": ("", _fit_choices),
     "const": ("", lambda v, wanted, _s, _f: _equality_key(v) == _equality_key(wanted)),
-    "minimum": ("number", lambda v, least, _s, _f: bool(v >= least)),
-    "maximum": ("number", lambda v, most, _s, _f: bool(v <= most)),
-    "exclusiveMinimum": ("number", lambda v, least, _s, _f: bool(v > least)),
-    "exclusiveMaximum": ("number", lambda v, most, _s, _f: bool(v < most)),
-    "minLength": ("string", lambda v, least, _s, _f: len(v) >= least),
-    "maxLength": ("string", lambda v, most, _s, _f: len(v) <= most),
-    "minItems": ("array", lambda v, least, _s, _f: len(v) >= least),
-    "maxItems": ("array", lambda v, most, _s, _f: len(v) <= most),
+    "minimum": ("number", lambda v, minimum, _s, _f: bool(v >= minimum)),
+    "maximum": ("number", lambda v, maximum, _s, _f: bool(v <= maximum)),
+    "exclusiveMinimum": ("number", lambda v, minimum, _s, _f: bool(v > minimum)),
+    "exclusiveMaximum": ("number", lambda v, maximum, _s, _f: bool(v < maximum)),
+    "minLength": ("string", lambda v, minimum, _s, _f: len(v) >= minimum),
+    "maxLength": ("string", lambda v, maximum, _s, _f: len(v) <= maximum),
+    "minItems": ("array", lambda v, minimum, _s, _f: len(v) >= minimum),
+    "maxItems": ("array", lambda v, maximum, _s, _f: len(v) <= maximum),
     "uniqueItems": ("array", lambda v, on, _s, _f: not on or len(_distinct(v)) == len(v)),
     "items": ("array", _fit_items),
     "prefixItems": ("array", lambda v, each, _s, f: all(map(f, v, each))),
     "contains": ("array", _fit_contained),
-    "minProperties": ("object", lambda v, least, _s, _f: len(v) >= least),
-    "maxProperties": ("object", lambda v, most, _s, _f: len(v) <= most),
+    "minProperties": ("object", lambda v, minimum, _s, _f: len(v) >= minimum),
+    "maxProperties": ("object", lambda v, maximum, _s, _f: len(v) <= maximum),
     "required": ("object", lambda v, names, _s, _f: set(names) <= set(v)),
     "properties": (
         "object", lambda v, each, _s, f: all(f(v[name], each[name]) for name in v if name in each)
@@ -4581,7 +4582,7 @@ class Limits(NamedTuple):
     max_image_total_bytes: int
 
 
-class Parsing(NamedTuple):
+class ParseEnvironment(NamedTuple):
     """What a dialect needs to know of the server to parse a body."""
 
     models: Models
@@ -4606,12 +4607,12 @@ class Parsing(NamedTuple):
 
 
 #: A larger limit in tokens says no more than this one: no model answers with so many.
-_LIMIT_MOST = 10**9
+_MAX_LIMIT = 10**9
 
 
 #: The longest array of messages, items, parts or tools. More than that do not fit the window of
 #: any model, and each takes time to read.
-_OBJECTS_MAX = 20_000
+_MAX_OBJECTS = 20_000
 
 
 class Fields:
@@ -4673,7 +4674,7 @@ class Fields:
             raise self.wrong(name, "a string")
         return value
 
-    def needed_text(self, name: str) -> str:
+    def required_text(self, name: str) -> str:
         """A string that has to be there and not be empty."""
         value = self.text(name)
         if not value:
@@ -4687,22 +4688,22 @@ class Fields:
             raise self.wrong(name, "true or false")
         return bool(value)
 
-    def number(self, name: str, least: float, most: float) -> float | None:
+    def number(self, name: str, minimum: float, maximum: float) -> float | None:
         """A number within a range."""
         value = self.value(name)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.wrong(name, "a number")
-        if not least <= value <= most:
-            unbounded = value < least and most >= 10**9
-            span = f"{least:g} or more" if unbounded else f"from {least:g} to {most:g}"
+        if not minimum <= value <= maximum:
+            unbounded = value < minimum and maximum >= 10**9
+            span = f"{minimum:g} or more" if unbounded else f"from {minimum:g} to {maximum:g}"
             raise self.wrong(name, span)
         return float(value)
 
-    def integer(self, name: str, least: int, most: int = 10**9) -> int | None:
+    def integer(self, name: str, minimum: int, maximum: int = 10**9) -> int | None:
         """A whole number within a range; 16.0 counts as one."""
-        value = self.number(name, least, most)
+        value = self.number(name, minimum, maximum)
         if value is not None and value != int(value):
             raise self.wrong(name, "a whole number")
         return None if value is None else int(value)
@@ -4713,19 +4714,19 @@ class Fields:
         value = self.value(name)
         if value == -1 or (not zero and value == 0):
             return None
-        if isinstance(value, (int, float)) and _LIMIT_MOST < value <= 2**64:
-            return _LIMIT_MOST
+        if isinstance(value, (int, float)) and _MAX_LIMIT < value <= 2**64:
+            return _MAX_LIMIT
         return self.integer(name, 0 if zero else 1)
 
     def top_k(self) -> int | None:
         """How many of the likeliest tokens to choose among; 0 and -1 are all of them."""
         return self.limit("top_k")
 
-    def tuning(self, name: str, most: float) -> float | None:
+    def tuning(self, name: str, maximum: float) -> float | None:
         """A number from 0 on. -1 is how some clients say that they set none."""
         if self.value(name) == -1:
             return None
-        return self.number(name, 0, most)
+        return self.number(name, 0, maximum)
 
     def items(self, name: str) -> list[object] | None:
         """An array."""
@@ -4737,8 +4738,8 @@ class Fields:
     def objects(self, name: str) -> list[Fields]:
         """An array of objects; absent is empty."""
         found = self.items(name) or []
-        if len(found) > _OBJECTS_MAX:
-            raise self.wrong(name, f"an array of at most {_OBJECTS_MAX} objects")
+        if len(found) > _MAX_OBJECTS:
+            raise self.wrong(name, f"an array of at most {_MAX_OBJECTS} objects")
         return [Fields(item, f"{self.at(name)}[{index}]") for index, item in enumerate(found)]
 
     def texts(self, name: str) -> tuple[str, ...]:
@@ -4957,7 +4958,7 @@ _CALL_ID_MAX_CHARS = 48
 _NO_RESULT = "No result was given."
 
 
-def with_exchanges(
+def with_paired_results(
     messages: list[Message], context: ParseContext, param: str
 ) -> list[Message]:
     """Return the messages, each role in turn, with every tool result where the API wants it:
@@ -4988,7 +4989,7 @@ SESSION_FIELD = "ocp_session_id"
 
 
 def in_session(
-    fields: Fields, parsing: Parsing, system: str, messages: list[Message]
+    fields: Fields, parsing: ParseEnvironment, system: str, messages: list[Message]
 ) -> list[Message]:
     """The messages, after those of the session that the request names. A request that brings
     answers of its own knows its history better."""
@@ -5070,7 +5071,7 @@ _REFORM = "Give the answer of this conversation in the required form."
 
 
 def prompt_of(
-    messages: list[Message], fields: Fields, parsing: Parsing, context: ParseContext,
+    messages: list[Message], fields: Fields, parsing: ParseEnvironment, context: ParseContext,
     param: str, *, instructions: str = "", after_answer: str = "",
 ) -> Prompt:
     """Return the prompt that the messages of a request make, those of the system among them.
@@ -5090,7 +5091,7 @@ def prompt_of(
     if not later:
         raise BadRequest(f"{param}: there is nothing in it to answer.", param=param)
     later = _with_user_last(merged(later), parsing, context, param, after_answer)
-    later = with_exchanges(later, context, param)
+    later = with_paired_results(later, context, param)
     # The results of the last message may all belong further up.
     later = _with_user_last(later, parsing, context, param, _GO_ON)
     later = context.attachments.within_bounds(later, param, counted=parsing.counted)
@@ -5098,7 +5099,7 @@ def prompt_of(
 
 
 def _with_user_last(
-    messages: list[Message], parsing: Parsing, context: ParseContext, param: str,
+    messages: list[Message], parsing: ParseEnvironment, context: ParseContext, param: str,
     after_answer: str,
 ) -> list[Message]:
     """Return the messages, with one of the user's at the end. Raises BadRequest where the last is
@@ -5301,9 +5302,9 @@ class Attachments:
         A text stands where one was. Raises TooLarge when the last message alone has too many,
         unless it is only counted.
         """
-        most = self._limits.max_image_bytes
+        maximum = self._limits.max_image_bytes
         sizes = [
-            [_size_bytes(block, most) for block in attachments_of(message.content)]
+            [_size_bytes(block, maximum) for block in attachments_of(message.content)]
             for message in messages
         ]
         if not counted:
@@ -5356,7 +5357,7 @@ def surplus(sizes: list[list[int | None]], limits: Limits) -> set[int]:
     head only once in many messages. What an earlier message loses depends on no later one but
     the message that made them too many, whose own are the last to go.
     """
-    most = (limits.max_images, limits.max_image_total_bytes)
+    maximum = (limits.max_images, limits.max_image_total_bytes)
     kept: collections.deque[tuple[int, int]] = collections.deque()
     dropped: set[int] = set()
     numbers = itertools.count()
@@ -5364,7 +5365,7 @@ def surplus(sizes: list[list[int | None]], limits: Limits) -> set[int]:
 
     def exceed(fifths: int) -> bool:
         held = (len(kept), total_bytes)
-        return any(is_held * 5 > bound * fifths for is_held, bound in zip(held, most))
+        return any(is_held * 5 > bound * fifths for is_held, bound in zip(held, maximum))
 
     for own in sizes:
         earlier = len(kept)
@@ -5450,7 +5451,7 @@ def _sourced(source: Fields, context: ParseContext, sent: Attachment) -> list[Bl
         raise source.wrong("type", "base64 or url" + ("" if sent.pictured else ", text or content"))
     name = "url" if kind == "url" else "data"
     return context.attachments.blocks(sent._replace(
-        data=source.needed_text(name), param=source.at(name),
+        data=source.required_text(name), param=source.at(name),
         media_type=source.text("media_type") or "",
     ))
 
@@ -5461,7 +5462,7 @@ def image_blocks(part: Fields, context: ParseContext) -> list[Block]:
     if source is None and part.given("data"):
         media_type = part.text("mimeType") or part.text("mime_type") or ""
         return context.attachments.blocks(
-            Attachment(part.needed_text("data"), part.at("data"), media_type, pictured=True)
+            Attachment(part.required_text("data"), part.at("data"), media_type, pictured=True)
         )
     if source is None:
         raise part.wrong("source", "an object with the image")
@@ -5489,7 +5490,7 @@ def call_block(part: Fields) -> Block:
     return {
         "type": "tool_use",
         "id": part.text("id") or "",
-        "name": part.needed_text("name"),
+        "name": part.required_text("name"),
         "input": arguments_of(part.object.get("input")),
     }
 
@@ -5547,14 +5548,14 @@ def chosen(tools: tuple[Tool, ...], choice: ToolChoice, param: str) -> ToolChoic
     return choice if tools else ToolChoice()
 
 
-def shape_of(schema: Fields) -> Shape:
+def shape_of(schema: Fields) -> OutputSchema:
     """Return the Shape of an answer that has to fit a schema. Raises BadRequest for one that
     claude cannot be told."""
-    return Shape(*told_schema(schema.object, schema.path, is_tool=False))
+    return OutputSchema(*told_schema(schema.object, schema.path, is_tool=False))
 
 
 #: What fits any object.
-_ANY_OBJECT = Shape({"type": "object", "additionalProperties": True}, wrapped=False)
+_ANY_OBJECT = OutputSchema({"type": "object", "additionalProperties": True}, wrapped=False)
 
 
 #: Levels of effort that clients ask for, least first, and the budget of tokens that stands for
@@ -5567,7 +5568,7 @@ EFFORT_BUDGETS = {
     "xhigh": 24_576,
     "max": 31_999,
 }
-_LEAST_BUDGET_TOKENS = 1_024
+_MIN_BUDGET_TOKENS = 1_024
 
 
 def nearest_effort(model: Model, wanted: str) -> str | None:
@@ -5597,7 +5598,7 @@ class Thinking(NamedTuple):
         return self.effort not in (None, "none") or bool(self.budget_tokens) or self.asked
 
 
-class Wanted(NamedTuple):
+class RequestedOptions(NamedTuple):
     """What a client asks for, before the model is asked what it takes."""
 
     max_tokens: int | None = None
@@ -5614,33 +5615,33 @@ class Wanted(NamedTuple):
 _USUAL_EFFORT = "medium"
 
 
-def _thinking_tokens(model: Model, wanted: Wanted) -> int | None:
+def _thinking_tokens(model: Model, wanted: RequestedOptions) -> int | None:
     """See Options.thinking_tokens, before sampling has its say."""
     effort, budget = wanted.thinking.effort, wanted.thinking.budget_tokens
     if wanted.forced or effort == "none" or budget == 0 or wanted.max_tokens == 0:
         return 0
-    if not model.known and (wanted.max_tokens or math.inf) < 2 * _LEAST_BUDGET_TOKENS:
+    if not model.known and (wanted.max_tokens or math.inf) < 2 * _MIN_BUDGET_TOKENS:
         # It may think by budget after all, which would not fit.
         return 0
     if model.thinking == "adaptive":
         return None
-    most = wanted.max_tokens or model.max_tokens
-    if budget is not None and _LEAST_BUDGET_TOKENS <= budget < most:
+    maximum = wanted.max_tokens or model.max_tokens
+    if budget is not None and _MIN_BUDGET_TOKENS <= budget < maximum:
         return budget
     if budget is None and effort is None and not wanted.thinking.asked:
         return None if model.reasoning else 0
     if budget is None:
         budget = EFFORT_BUDGETS[effort or _USUAL_EFFORT]
     # Half is left for the answer.
-    budget = min(max(budget, _LEAST_BUDGET_TOKENS), most // 2)
-    return budget if budget >= _LEAST_BUDGET_TOKENS else 0
+    budget = min(max(budget, _MIN_BUDGET_TOKENS), maximum // 2)
+    return budget if budget >= _MIN_BUDGET_TOKENS else 0
 
 
 #: The API takes a top_p from here on together with thinking.
 _TOP_P_BESIDE_THINKING = 0.95
 
 
-def options_for(model: Model, wanted: Wanted) -> tuple[Options, tuple[str, ...]]:
+def options_for(model: Model, wanted: RequestedOptions) -> tuple[Options, tuple[str, ...]]:
     """The options that the model's API will accept, and the parameters that had to go.
 
     The API refuses a temperature other than 1 and a low top_p together with thinking, and a
@@ -5676,7 +5677,7 @@ def options_for(model: Model, wanted: Wanted) -> tuple[Options, tuple[str, ...]]
 
 
 #: How many stop sequences a request may have.
-_STOPS_MOST_SENT = 256
+_MAX_STOPS_SENT = 256
 
 
 def stop_sequences(fields: Fields, *names: str) -> tuple[str, ...]:
@@ -5684,8 +5685,8 @@ def stop_sequences(fields: Fields, *names: str) -> tuple[str, ...]:
     searched for in every piece of the answer."""
     texts = [text for name in names for text in fields.texts(name) if text]
     found = tuple(dict.fromkeys(texts))
-    if len(found) > _STOPS_MOST_SENT:
-        raise fields.wrong(names[0], f"at most {_STOPS_MOST_SENT} texts")
+    if len(found) > _MAX_STOPS_SENT:
+        raise fields.wrong(names[0], f"at most {_MAX_STOPS_SENT} texts")
     return found
 
 
@@ -5750,7 +5751,7 @@ def asks_for_something(value: object) -> bool:
     return value not in (None, False, 0, "", "none", [], {})
 
 
-def asks_fresh(body: object, *, sampled_too: bool) -> bool:
+def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     """Whether a request wants an answer that was not given before: it says `cache_control`, which
     is about a cache of the API's, or has a temperature above 0 and `sampled_too` is off."""
     if not isinstance(body, dict):
@@ -5776,7 +5777,7 @@ class Dialect:
     #: For the log.
     name = ""
 
-    def parse(self, body: object, parsing: Parsing) -> Turn:
+    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
         """The Turn that a request's JSON asks for. Raises BadRequest, UnknownModel, TooLarge."""
         raise NotImplementedError
 
@@ -5792,7 +5793,7 @@ class Dialect:
         """Whether the answer is to be kept under its id."""
         return False
 
-    def lasting(self, turn: Turn) -> list[Message]:
+    def stored_system_messages(self, turn: Turn) -> list[Message]:
         """The messages of the system that belong to a conversation that is kept."""
         return []
 
@@ -5822,7 +5823,7 @@ class Renderer:
         content, so that whatever fails before it still has a status of its own."""
         raise NotImplementedError
 
-    def silence(self) -> bytes:
+    def keepalive(self) -> bytes:
         """What shows that the server is still there: a comment, which every client skips."""
         return b": keepalive\n\n"
 
@@ -5937,7 +5938,7 @@ def _tool_name(entry: Fields) -> str:
     if entry.text("type") in CLIENT_TOOLS:
         return str(entry.text("type"))
     named = entry.child("function") or entry.child("custom") or entry
-    return full_name(entry.text("namespace") or "", named.needed_text("name"))
+    return full_name(entry.text("namespace") or "", named.required_text("name"))
 
 
 def full_name(space: str, name: str) -> str:
@@ -6023,7 +6024,7 @@ def freeform_tool(entry: Fields, name: str) -> Tool:
         syntax = grammar.word("syntax", tuple(_GRAMMARS))
         if syntax is None:
             raise grammar.wrong("syntax", "one of " + ", ".join(_GRAMMARS))
-        definition = grammar.needed_text("definition")
+        definition = grammar.required_text("definition")
         told.append(f"The input must match this {_GRAMMARS[syntax]}:\n\n{definition}")
     return Tool(name, "\n\n".join(filter(None, told)), _FREEFORM_SCHEMA)
 
@@ -6234,7 +6235,7 @@ def _openai_attachment(part: Fields, context: ParseContext) -> list[Block]:
     named = {"title": title} if title else {}
     for name in ("file_data", "file_url"):
         if described.given(name):
-            sent = Attachment(described.needed_text(name), described.at(name), named=named)
+            sent = Attachment(described.required_text(name), described.at(name), named=named)
             return context.attachments.blocks(sent)
     _refuse_stored(described, "file_id" if described.given("file_id") else "file_data")
 
@@ -6261,12 +6262,12 @@ _REFUSED_CHAT_PARAMETERS = (
 )
 
 #: More choices than this are not asked for at once.
-CHOICES_MOST = 8
+MAX_CHOICES = 8
 #: So many answers to the prompts of one request are given, in turn.
-PROMPTS_MOST = 128
+MAX_PROMPTS = 128
 
 
-def format_shape(found: Fields | None, schema_field: str = "schema") -> Shape | None:
+def format_shape(found: Fields | None, schema_field: str = "schema") -> OutputSchema | None:
     """Return the Shape that the format of an answer asks for, in the words of any API; None for
     plain text. Raises BadRequest that names `schema_field` where there is no schema."""
     if found is None:
@@ -6282,7 +6283,7 @@ def format_shape(found: Fields | None, schema_field: str = "schema") -> Shape | 
     return shape_of(schema)
 
 
-def chat_shape(fields: Fields) -> Shape | None:
+def chat_shape(fields: Fields) -> OutputSchema | None:
     """The Shape that the field `response_format` asks for, or Anthropic's `output_config`."""
     own = format_shape(fields.child("response_format"), "json_schema.schema")
     output = fields.settings("output_config", foreign=True)
@@ -6311,7 +6312,7 @@ class ChatDialect(Dialect):
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def parse(self, body: object, parsing: Parsing) -> Turn:
+    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
         """See Dialect.parse."""
         fields = Fields(body)
         name, model = parsing.model(fields)
@@ -6332,8 +6333,8 @@ class ChatDialect(Dialect):
             options=options,
             tools=tools,
             tool_choice=choice,
-            shape=shape,
-            choices=fields.integer("n", 1, CHOICES_MOST) or 1,
+            output_schema=shape,
+            choices=fields.integer("n", 1, MAX_CHOICES) or 1,
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
             ignored=(*ignored, *context.ignored, *fields.left_out()),
@@ -6349,10 +6350,10 @@ class ChatDialect(Dialect):
             if item != "text":
                 raise Unsupported("modalities: answers are text only.", param="modalities")
 
-    def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
+    def _wanted(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
         names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
         limits = [fields.limit(name) for name in names]
-        return Wanted(
+        return RequestedOptions(
             max_tokens=next(filter(None, limits), None),
             stop_sequences=stop_sequences(fields, "stop", "stop_sequences"),
             temperature=fields.tuning("temperature", 2),
@@ -6376,17 +6377,17 @@ class ChatDialect(Dialect):
             schema = "input_schema" if entry.given("input_schema") else "parameters"
             if entry.text("type") == "custom" and schema == "parameters":
                 freeform = freeform or entry
-                tools.append(freeform_tool(freeform, freeform.needed_text("name")))
+                tools.append(freeform_tool(freeform, freeform.required_text("name")))
                 custom.add(tools[-1].name)
             elif entry.text("type") not in (None, "function") and schema == "parameters":
                 context.ignore(entry.path)
             elif described is entry and not entry.given("name"):
                 raise entry.wrong("function", "an object")
             else:
-                tools.append(tool_from(described, described.needed_text("name"), schema))
+                tools.append(tool_from(described, described.required_text("name"), schema))
                 served += [entry] if described is entry else [entry, described]
         for entry in fields.objects("functions"):
-            tools.append(tool_from(entry, entry.needed_text("name"), "parameters"))
+            tools.append(tool_from(entry, entry.required_text("name"), "parameters"))
         found = distinct(tools, "tools")
         field = "tool_choice" if fields.given("tool_choice") else "function_call"
         choice, allowed = openai_tool_choice(fields, field)
@@ -6456,7 +6457,7 @@ class ChatDialect(Dialect):
         call_id, custom = call.text("id") or "", call.child("custom")
         if custom is not None:
             return {
-                "type": "tool_use", "id": call_id, "name": custom.needed_text("name"),
+                "type": "tool_use", "id": call_id, "name": custom.required_text("name"),
                 "input": {"input": custom.text("input") or ""},
             }
         described = call.child("function") or (call if call.given("name") else None)
@@ -6466,7 +6467,7 @@ class ChatDialect(Dialect):
 
     def _call_of(self, call_id: str, described: Fields) -> Block:
         return {
-            "type": "tool_use", "id": call_id, "name": described.needed_text("name"),
+            "type": "tool_use", "id": call_id, "name": described.required_text("name"),
             "input": arguments_of(described.object.get("arguments")),
         }
 
@@ -6670,7 +6671,7 @@ class CompletionsDialect(Dialect):
 
     name = "completions"
 
-    def parse(self, body: object, parsing: Parsing) -> Turn:
+    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
         """See Dialect.parse. The prompt is the user's message; several prompts are choices."""
         fields = Fields(body)
         name, model = parsing.model(fields)
@@ -6701,15 +6702,15 @@ class CompletionsDialect(Dialect):
     def _texts(self, fields: Fields) -> list[str]:
         """Return the prompt of each answer that is wanted."""
         prompts = fields.texts("prompt")
-        each = fields.integer("n", 1, CHOICES_MOST) or 1
-        if not 0 < each * len(prompts) <= PROMPTS_MOST or not all(map(str.strip, prompts)):
+        each = fields.integer("n", 1, MAX_CHOICES) or 1
+        if not 0 < each * len(prompts) <= MAX_PROMPTS or not all(map(str.strip, prompts)):
             raise fields.wrong(
-                "prompt", f"text, or an array of texts, with at most {PROMPTS_MOST} answers in all"
+                "prompt", f"text, or an array of texts, with at most {MAX_PROMPTS} answers in all"
             )
         return [prompt for prompt in prompts for _ in range(each)]
 
-    def _wanted(self, fields: Fields) -> Wanted:
-        return Wanted(
+    def _wanted(self, fields: Fields) -> RequestedOptions:
+        return RequestedOptions(
             max_tokens=fields.limit("max_tokens", zero=True),
             stop_sequences=stop_sequences(fields, "stop"),
             temperature=fields.tuning("temperature", 2),
@@ -6859,7 +6860,7 @@ class MessagesDialect(Dialect):
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def parse(self, body: object, parsing: Parsing) -> Turn:
+    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
         """See Dialect.parse."""
         fields = Fields(body)
         self._refuse_thread(fields)
@@ -6878,7 +6879,7 @@ class MessagesDialect(Dialect):
             options=options,
             tools=tools,
             tool_choice=choice,
-            shape=shape,
+            output_schema=shape,
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
             ignored=(
@@ -6897,8 +6898,8 @@ class MessagesDialect(Dialect):
             }
             raise error
 
-    def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
-        return Wanted(
+    def _wanted(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
+        return RequestedOptions(
             max_tokens=fields.limit("max_tokens", zero=True),
             stop_sequences=stop_sequences(fields, "stop_sequences"),
             temperature=fields.tuning("temperature", 1),
@@ -6916,9 +6917,9 @@ class MessagesDialect(Dialect):
         kind = asked.text("type")
         hidden = asked.word("display", ("summarized", "omitted")) == "omitted"
         if kind == "enabled":
-            budget = asked.integer("budget_tokens", _LEAST_BUDGET_TOKENS)
+            budget = asked.integer("budget_tokens", _MIN_BUDGET_TOKENS)
             if budget is None:
-                raise asked.wrong("budget_tokens", f"{_LEAST_BUDGET_TOKENS} or more")
+                raise asked.wrong("budget_tokens", f"{_MIN_BUDGET_TOKENS} or more")
             return Thinking(effort, budget, hidden=hidden)
         if kind == "adaptive":
             return Thinking(effort, asked=True, hidden=hidden)
@@ -6927,7 +6928,7 @@ class MessagesDialect(Dialect):
             raise asked.wrong("type", "enabled, adaptive, between_tools or disabled")
         return Thinking(effort, 0)
 
-    def _shape(self, fields: Fields) -> Shape | None:
+    def _shape(self, fields: Fields) -> OutputSchema | None:
         output = fields.settings("output_config")
         older = format_shape(fields.child("output_format"))
         return format_shape(output.child("format")) or older
@@ -6940,7 +6941,7 @@ class MessagesDialect(Dialect):
             if entry.text("type") not in (None, "custom"):
                 context.ignore(entry.path)
             else:
-                tools.append(tool_from(entry, entry.needed_text("name"), "input_schema"))
+                tools.append(tool_from(entry, entry.required_text("name"), "input_schema"))
                 served.append(entry)
         context.ignore(*unserved_of(served))
         return distinct(tools, "tools")
@@ -6950,7 +6951,7 @@ class MessagesDialect(Dialect):
         if entry is None:
             return ToolChoice()
         kind = entry.word("type", ("auto", "any", "tool", "none")) or "auto"
-        name = entry.needed_text("name") if kind == "tool" else ""
+        name = entry.required_text("name") if kind == "tool" else ""
         return ToolChoice(kind, name, parallel=not entry.flag("disable_parallel_tool_use"))
 
     def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
@@ -7013,7 +7014,7 @@ class MessagesDialect(Dialect):
             return [result_block(block, self._blocks(block, "content", context, "result"))]
         if kind == "tool_reference":
             # What a tool search of the client's found; the tool itself is among the tools.
-            return text_block(f"The tool {block.needed_text('tool_name')} is loaded.")
+            return text_block(f"The tool {block.required_text('tool_name')} is loaded.")
         if kind is not None and kind.endswith("_tool_result"):
             return server_result(block)
         if kind == "compaction":
@@ -7163,7 +7164,7 @@ class MessagesRenderer(Renderer):
         closed = self._close_block()
         return closed + self._frame("message_delta", delta=delta, usage=usage)
 
-    def silence(self) -> bytes:
+    def keepalive(self) -> bytes:
         """See Renderer.silence."""
         return self._frame("ping")
 
@@ -7195,7 +7196,7 @@ class ResponsesDialect(Dialect):
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def parse(self, body: object, parsing: Parsing) -> Turn:
+    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
         """See Dialect.parse."""
         fields = Fields(body)
         name, model = parsing.model(fields)
@@ -7219,7 +7220,7 @@ class ResponsesDialect(Dialect):
             options=options,
             tools=tools,
             tool_choice=choice,
-            shape=shape,
+            output_schema=shape,
             stream=fields.flag("stream"),
             ignored=(
                 *ignored, *context.ignored, *fields.left_out(_SILENT_RESPONSES_PARAMETERS)
@@ -7230,7 +7231,7 @@ class ResponsesDialect(Dialect):
 
     def _wire(
         self, fields: Fields, name: str, prompt: Prompt, forms: Mapping[str, object],
-        parsing: Parsing,
+        parsing: ParseEnvironment,
     ) -> Json:
         """What the answer is rendered and stored with."""
         reasoning = fields.settings("reasoning")
@@ -7271,8 +7272,8 @@ class ResponsesDialect(Dialect):
             "truncation": "disabled",
         }
 
-    def _wanted(self, fields: Fields, choice: ToolChoice) -> Wanted:
-        return Wanted(
+    def _wanted(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
+        return RequestedOptions(
             max_tokens=fields.limit("max_output_tokens"),
             stop_sequences=stop_sequences(fields, "stop"),
             temperature=fields.tuning("temperature", 2),
@@ -7282,7 +7283,7 @@ class ResponsesDialect(Dialect):
             forced=choice.forces,
         )
 
-    def _shape(self, fields: Fields) -> Shape | None:
+    def _shape(self, fields: Fields) -> OutputSchema | None:
         own = format_shape(fields.settings("text").child("format"))
         return own or chat_shape(fields)
 
@@ -7317,9 +7318,9 @@ class ResponsesDialect(Dialect):
             place = (entry.child("environment") or Fields({})).text("type") or "local"
             return CLIENT_TOOLS[kind] if place == "local" else None
         if kind == "custom":
-            return freeform_tool(entry, full_name(space, entry.needed_text("name")))
+            return freeform_tool(entry, full_name(space, entry.required_text("name")))
         if kind == "function":
-            name = full_name(space, entry.needed_text("name"))
+            name = full_name(space, entry.required_text("name"))
             return tool_from(entry, name, "parameters")
         return None
 
@@ -7328,13 +7329,13 @@ class ResponsesDialect(Dialect):
         server as one group."""
         for entry in fields.objects("tools"):
             if entry.text("type") == "namespace":
-                space = entry.needed_text("name")
+                space = entry.required_text("name")
                 yield from ((tool, space) for tool in entry.objects("tools"))
             else:
                 yield entry, ""
 
     def _messages(
-        self, fields: Fields, parsing: Parsing, context: ParseContext
+        self, fields: Fields, parsing: ParseEnvironment, context: ParseContext
     ) -> list[Message]:
         """The messages of the response that this one follows, and the new ones."""
         previous_id = fields.text("previous_response_id")
@@ -7423,19 +7424,19 @@ class ResponsesDialect(Dialect):
         """See Dialect.stores."""
         return bool(turn.wire["store"])
 
-    def lasting(self, turn: Turn) -> list[Message]:
+    def stored_system_messages(self, turn: Turn) -> list[Message]:
         """See Dialect.lasting. The field `instructions` is for one response only."""
         return list(turn.wire["opening"])
 
 
-def input_items(fields: Fields, parsing: Parsing) -> list[Fields]:
+def input_items(fields: Fields, parsing: ParseEnvironment) -> list[Fields]:
     """Return the items of a request, each reference replaced by its item; a text is one message.
     Raises BadRequest, NotFound."""
     given = fields.value("input")
     if isinstance(given, str):
         return [Fields({"role": "user", "content": given}, "input")]
     return [
-        Fields(parsing.item(item.needed_text("id")), item.path)
+        Fields(parsing.item(item.required_text("id")), item.path)
         if item.text("type") == "item_reference" else item
         for item in fields.objects("input")
     ]
@@ -7476,7 +7477,7 @@ class CallForm(NamedTuple):
     def block(self, item: Fields) -> Block:
         """Return the tool_use block of such an item."""
         space = item.text("namespace") or ""
-        name = self.tool or full_name(space, item.needed_text("name"))
+        name = self.tool or full_name(space, item.required_text("name"))
         return {
             "type": "tool_use",
             "id": item.text("call_id") or item.text("id") or "",
@@ -7854,7 +7855,7 @@ class ResponsesRenderer(Renderer):
         self.body = self._responses.ended(self._turn, self._output, event.stop_reason, event.usage)
         return closed + self._frame(f"response.{self.body['status']}", response=self.body)
 
-    def silence(self) -> bytes:
+    def keepalive(self) -> bytes:
         """See Renderer.silence. Codex counts data only, and openai-js wants `created` first."""
         return self._begin() + self._frame("keepalive")
 
@@ -7867,7 +7868,7 @@ class ResponsesRenderer(Renderer):
         code = error.error_code or error.openai_type
         if isinstance(error, Overloaded):
             code = "server_is_overloaded"
-        elif not error.heals and code not in _FINAL_CODES:
+        elif not error.retryable and code not in _FINAL_CODES:
             code = "invalid_prompt"
         told = {"code": code, "message": error.message}
         body = self._responses.brief(self._turn, "failed", self._output, error=told)
@@ -7890,7 +7891,7 @@ class CompactionDialect(ResponsesDialect):
 
     name = "compaction"
 
-    def parse(self, body: object, parsing: Parsing) -> Turn:
+    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
         """See Dialect.parse. The model may call none of the tools that it has called before."""
         fields = Fields(body)
         asked: Json = {"type": "message", "role": "user", "content": _COMPACT}
@@ -7947,7 +7948,7 @@ OLDEST_CLAUDE = (2, 1, 197)
 CLIENT_COMPOSED_SINCE = (2, 1, 329)
 #: The first tested claude that can forget the only question it was asked; older ones need an
 #: answer in front of the question that they are to forget.
-FORGETS_ALL_SINCE = (2, 1, 329)
+REWINDS_ALL_SINCE = (2, 1, 329)
 
 Version = tuple[int, ...]
 
@@ -7957,7 +7958,7 @@ STRUCTURED_OUTPUT = "StructuredOutput"
 #: all other tools of the client.
 _TAKEN_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
 #: The longest result that claude takes for a call; above, it keeps a preview only.
-RESULT_MOST_CHARS = 400_000
+MAX_RESULT_CHARS = 400_000
 #: The name under which claude knows the client's tools.
 TOOL_SERVER = "client"
 
@@ -8112,7 +8113,7 @@ def earlier_call(block: Block, tools: Mapping[str, Tool]) -> Block:
 def mcp_content(blocks: list[Block]) -> list[Json] | None:
     """A tool result as MCP has it; None when it has no form there, or is too long for it."""
     content: list[Json] = []
-    if sum(len(str(block.get("text", ""))) for block in blocks) > RESULT_MOST_CHARS:
+    if sum(len(str(block.get("text", ""))) for block in blocks) > MAX_RESULT_CHARS:
         return None
     for block in blocks:
         source = block.get("source", {})
@@ -8169,7 +8170,7 @@ class ToolServer:
                         "description": tool.description,
                         "inputSchema": tool.schema,
                         # Longer results would go to a file, and a preview to the model.
-                        "_meta": {"anthropic/maxResultSizeChars": RESULT_MOST_CHARS},
+                        "_meta": {"anthropic/maxResultSizeChars": MAX_RESULT_CHARS},
                     }
                     for tool in self._tools
                 ]
@@ -8200,7 +8201,7 @@ class ToolServer:
         return lines
 
 
-def guarded(content: list[Block], version: Version) -> list[Block]:
+def escape_slash_command(content: list[Block], version: Version) -> list[Block]:
     """The content such that no version takes its last text for a slash command.
 
     Versions before CLIENT_COMPOSED_SINCE do so unless a space comes first.
@@ -8212,7 +8213,7 @@ def guarded(content: list[Block], version: Version) -> list[Block]:
     return [*content[:-1], {**last, "text": " " + text}]
 
 
-class Question(NamedTuple):
+class RewindPoint(NamedTuple):
     """The last question that a claude was asked. It can be made to forget it."""
 
     #: A UUID, by which claude knows the line that asked.
@@ -8221,18 +8222,18 @@ class Question(NamedTuple):
     place: int
 
 
-def question_of(turn: Turn) -> Question | None:
+def rewind_point_of(turn: Turn) -> RewindPoint | None:
     """The question that a turn asks. Results of tool calls are none: claude cannot forget them
     by themselves."""
     if turn.messages[-1].has_results:
         return None
-    return Question(str(uuid.uuid4()), len(turn.messages) - 1)
+    return RewindPoint(str(uuid.uuid4()), len(turn.messages) - 1)
 
 
 #: claude scales an image of a longer side, or of more bytes, but not in results of tools that it is
 #: told about. The API refuses it there, the longer side at least where there are many images.
-_UNSCALED_SIDE_MOST = 2_000
-_UNSCALED_BYTES_MOST = 3_932_160
+_MAX_UNSCALED_SIDE = 2_000
+_MAX_UNSCALED_BYTES = 3_932_160
 #: The head of an image, in which its sides stand, as base64.
 _HEAD_CHARS = 349_524
 #: Where a format has its sides: how it begins, the offsets, the bytes of each, their order, and
@@ -8273,7 +8274,7 @@ def _largest_jpeg_side(head: bytes) -> int:
 def _needs_scaling(block: Block) -> bool:
     data = block["source"].get("data") or ""
     head = binascii.a2b_base64(data[:_HEAD_CHARS])
-    return base64_bytes(data) > _UNSCALED_BYTES_MOST or largest_side(head) > _UNSCALED_SIDE_MOST
+    return base64_bytes(data) > _MAX_UNSCALED_BYTES or largest_side(head) > _MAX_UNSCALED_SIDE
 
 
 def beside_results(content: list[Block]) -> list[Block]:
@@ -8297,7 +8298,7 @@ def beside_results(content: list[Block]) -> list[Block]:
 
 
 def message_line(
-    message: Message, version: Version, *, ask: bool, question: Question | None = None
+    message: Message, version: Version, *, ask: bool, question: RewindPoint | None = None
 ) -> bytes:
     """One message of the conversation. With `ask`, claude answers it; else it is history."""
     body: Json = {"role": message.role, "content": message.content}
@@ -8315,7 +8316,7 @@ def message_line(
             for block in message.content
         ]
     else:
-        body["content"] = guarded(beside_results(message.content), version)
+        body["content"] = escape_slash_command(beside_results(message.content), version)
         # Without this the newer versions run slash commands and read files named with an @.
         line["client_composed"] = True
         if not ask:
@@ -8338,13 +8339,13 @@ def _choice_body(choice: ToolChoice) -> Json | None:
 
 
 #: Descriptions of tools above this length are cut by claude.
-_DESCRIPTION_MOST_CHARS = 2_000
+_MAX_DESCRIPTION_CHARS = 2_000
 
 
 def tools_body(tools: tuple[Tool, ...]) -> list[Json]:
     """The tools as the API has them, if claude would not pass them on as they are; else nothing."""
     texts = [tool.description for tool in tools]
-    if all(text.isascii() and len(text) <= _DESCRIPTION_MOST_CHARS for text in texts):
+    if all(text.isascii() and len(text) <= _MAX_DESCRIPTION_CHARS for text in texts):
         return []
     return [
         {
@@ -8407,7 +8408,7 @@ _OPENING = "(The user opens the conversation.)"
 
 def conversation(
     turn: Turn, operator_prompt: str, version: Version, *, agent: bool = False,
-    question: Question | None = None,
+    question: RewindPoint | None = None,
 ) -> list[bytes]:
     """What to write to a fresh process: steps, each to be followed by waiting for a `result`.
 
@@ -8419,9 +8420,9 @@ def conversation(
     tools, choice = turn.offered
     if tools:
         fields["sdkMcpServers"] = [TOOL_SERVER]
-    if turn.shape is not None:
-        fields["jsonSchema"] = turn.shape.schema
-    alone = not agent and turn.shape is None
+    if turn.output_schema is not None:
+        fields["jsonSchema"] = turn.output_schema.schema
+    alone = not agent and turn.output_schema is None
     pending = control_line("initialize", **fields)
     options = _without_thinking_in_a_loop(turn)
     pending += settings_lines(options, choice, tools if alone else ())
@@ -8445,7 +8446,7 @@ def conversation(
     return [*steps, pending + asked]
 
 
-def continuation(turn: Turn, version: Version, question: Question | None = None) -> bytes:
+def continuation(turn: Turn, version: Version, question: RewindPoint | None = None) -> bytes:
     """What to write to a process that holds everything but the last message. It may have been
     told the rest in the middle of a loop, without thinking."""
     thinks = turn.model.thinking == "budget" and turn.options.thinking_tokens
@@ -8453,24 +8454,24 @@ def continuation(turn: Turn, version: Version, question: Question | None = None)
     return again + message_line(turn.messages[-1], version, ask=True, question=question)
 
 
-def forget_line(question: Question) -> bytes:
+def rewind_line(question: RewindPoint) -> bytes:
     """What makes an idle claude forget the last question and all that came of it."""
     return control_line("rewind_conversation", target_message_uuid=question.id)
 
 
-def has_forgotten(reply: Json) -> bool:
-    """Whether claude has forgotten, by its answer to `forget_line`."""
+def was_rewound(reply: Json) -> bool:
+    """Whether claude has forgotten, by its answer to `rewind_line`."""
     return _object(_object(reply.get("response")).get("response")).get("rewound") is True
 
 
-class PlanWindow(NamedTuple):
+class ReportedWindow(NamedTuple):
     """What claude last said about a limit of the plan."""
 
     rejected: bool
     resets_at_s: float | None
 
 
-class Complaint(NamedTuple):
+class ReportedFailure(NamedTuple):
     """A failure as claude reports it: prose, a word for its kind, the API's status if any."""
 
     text: str
@@ -8538,7 +8539,7 @@ _OVERLOAD_PAUSE_S = 10.0
 
 
 def upstream_error(
-    complaint: Complaint, window: PlanWindow | None, now_s: float
+    complaint: ReportedFailure, window: ReportedWindow | None, now_s: float
 ) -> OcpError:
     """The error that a client is told for a failure that claude reports.
 
@@ -8619,11 +8620,11 @@ def added_usage(usages: Iterable[Usage]) -> Usage:
 _LATEST_S = 10**11
 
 
-class PlanNews(NamedTuple):
+class PlanReport(NamedTuple):
     """What claude says about the plan at one time. Everything in it may be unknown."""
 
     #: By the API's names for them: five_hour, seven_day, seven_day_opus, ...
-    windows: Mapping[str, Window]
+    windows: Mapping[str, PlanWindow]
     status: str | None = None
     #: The window that decides.
     claim: str | None = None
@@ -8632,7 +8633,7 @@ class PlanNews(NamedTuple):
     subscription: str | None = None
 
 
-class Window(NamedTuple):
+class PlanWindow(NamedTuple):
     """A window of the plan."""
 
     #: The used share, 0 to 1.
@@ -8664,7 +8665,7 @@ def _share_in(found: Json, whole: float) -> float | None:
     return round(value / whole, 4) if 0 <= value <= 10 * whole else None
 
 
-def plan_window(line: Json) -> PlanWindow | None:
+def plan_window(line: Json) -> ReportedWindow | None:
     """What a rate_limit_event says of the limit that decides; None for any other line."""
     found = line.get("rate_limit_info")
     if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
@@ -8672,10 +8673,10 @@ def plan_window(line: Json) -> PlanWindow | None:
     resets_at_s = _reset_in(found, "resetsAt")
     # A plain 429, which is no limit of a plan, is "rejected" too, but names no window.
     names_window = "rateLimitType" in found or resets_at_s is not None
-    return PlanWindow(found.get("status") == "rejected" and names_window, resets_at_s)
+    return ReportedWindow(found.get("status") == "rejected" and names_window, resets_at_s)
 
 
-def plan_news(line: Json) -> PlanNews | None:
+def plan_event(line: Json) -> PlanReport | None:
     """What a rate_limit_event tells; None for any other line, and for one that names no window,
     such as that of a plain 429."""
     found = line.get("rate_limit_info")
@@ -8686,15 +8687,15 @@ def plan_news(line: Json) -> PlanNews | None:
         return None
     told = found.get("unifiedWindows")
     windows = {
-        name: Window(
+        name: PlanWindow(
             _share_in(entry, 1), _reset_in(entry, "resetsAt"), _text_in(entry, "status")
         )
         for name, entry in (told.items() if isinstance(told, dict) else ())
         if isinstance(entry, dict)
     }
     status = _text_in(found, "status")
-    windows.setdefault(claim, Window(_share_in(found, 1), _reset_in(found, "resetsAt"), status))
-    return PlanNews(
+    windows.setdefault(claim, PlanWindow(_share_in(found, 1), _reset_in(found, "resetsAt"), status))
+    return PlanReport(
         windows, status, claim,
         overage_status=_text_in(found, "overageStatus"),
         overage_reason=_text_in(found, "overageDisabledReason"),
@@ -8717,16 +8718,16 @@ def usage_lines() -> list[bytes]:
     ]
 
 
-def plan_report(reply: Json) -> PlanNews:
+def plan_report(reply: Json) -> PlanReport:
     """What the answer to get_usage tells. A login by a bare token knows nothing."""
     found = _object(_object(reply.get("response")).get("response"))
     limits = _object(found.get("rate_limits"))
     windows = {
-        name: Window(_share_in(entry, 100), _reset_in(entry, "resets_at"), None)
+        name: PlanWindow(_share_in(entry, 100), _reset_in(entry, "resets_at"), None)
         for name, entry in limits.items()
         if isinstance(entry, dict) and "resets_at" in entry
     }
-    return PlanNews(windows, subscription=_text_in(found, "subscription_type"))
+    return PlanReport(windows, subscription=_text_in(found, "subscription_type"))
 
 
 #: Delta types of the API's stream: the kind of our Delta, and the field with the text.
@@ -8744,12 +8745,12 @@ _PLAIN_BLOCKS = ("text", "thinking", "redacted_thinking")
 _UNLISTED_NAMES = {"Task": "Agent"}
 
 
-class ShapedAnswer:
+class StructuredAnswer:
     """What one message says of an answer that has to fit a shape: a call of claude's own tool,
     which claude accepts or not."""
 
-    def __init__(self, shape: Shape | None) -> None:
-        self._exact = shape.exact if shape is not None else None
+    def __init__(self, output_schema: OutputSchema | None) -> None:
+        self._exact = output_schema.exact if output_schema is not None else None
         #: The block of the call, and its arguments in pieces.
         self.block_index: int | None = None
         self.pieces: list[str] = []
@@ -8787,7 +8788,7 @@ class TurnReader:
     def __init__(
         self,
         tools: tuple[Tool, ...] = (),
-        shape: Shape | None = None,
+        shape: OutputSchema | None = None,
         *,
         final_only: bool = False,
         clock: Clock = time.time,
@@ -8799,7 +8800,7 @@ class TurnReader:
         self._round: list[Event] = []
         self._tools = {wire_name(tool.name): tool for tool in tools}
         self._shape = shape
-        self._shaped = ShapedAnswer(shape)
+        self._shaped = StructuredAnswer(shape)
         self._usage = NO_USAGE
         #: What the API took for messages before the current one.
         self._usages: list[Usage] = []
@@ -8820,8 +8821,8 @@ class TurnReader:
         #: What takes the JSON of a block to the client's form, where the two differ.
         self._forms: dict[int, ClientForm] = {}
         self._prose: list[str] = []
-        self._complaint: Complaint | None = None
-        self.window: PlanWindow | None = None
+        self._complaint: ReportedFailure | None = None
+        self.window: ReportedWindow | None = None
         self.finished = False
         #: How often claude said that it asks the API again.
         self.retries = 0
@@ -8848,7 +8849,7 @@ class TurnReader:
             event = line.get("event")
             return self._stream_event(event) if isinstance(event, dict) else []
         if kind == "assistant":
-            self._note_complaint(line)
+            self._note_synthetic_error(line)
         elif kind == "user":
             return self._tool_outcome(line.get("message"))
         elif kind == "rate_limit_event":
@@ -8884,7 +8885,7 @@ class TurnReader:
         self._usage = usage_of(found.get("usage"))
         self._numbers = {}
         self._prose.clear()
-        self._shaped = ShapedAnswer(self._shape)
+        self._shaped = StructuredAnswer(self._shape)
         self._forms.clear()
         started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
         if self._goes_on:
@@ -8936,7 +8937,7 @@ class TurnReader:
             return None
         return dict(block) if kind in _PLAIN_BLOCKS else None
 
-    def _note_form(self, index: int, told: Tool | Shape) -> None:
+    def _note_form(self, index: int, told: Tool | OutputSchema) -> None:
         if told.wrapped or told.renamed:
             self._forms[index] = ClientForm(wrapped=told.wrapped, renamed=told.renamed)
 
@@ -9046,7 +9047,7 @@ class TurnReader:
                 param="response_format",
             )
 
-    def _note_complaint(self, line: Json) -> None:
+    def _note_synthetic_error(self, line: Json) -> None:
         """Failures come as a message of a model called <synthetic>: prose, never content."""
         found = line.get("message")
         message = found if isinstance(found, dict) else {}
@@ -9056,7 +9057,7 @@ class TurnReader:
         blocks = content if isinstance(content, list) else [{"text": content}]
         texts = [block.get("text") for block in blocks if isinstance(block, dict)]
         status = line.get("api_error_status")
-        self._complaint = Complaint(
+        self._complaint = ReportedFailure(
             text=" ".join(text for text in texts if isinstance(text, str)),
             word=str(line.get("error") or ""),
             status=status if isinstance(status, int) else None,
@@ -9065,7 +9066,7 @@ class TurnReader:
     def _ending(self, line: Json) -> list[Event]:
         """What a `result` before the end of an answer means: a refusal to fit the shape, or a
         failure, which is raised."""
-        complaint = self._complaint or Complaint("", "", None)
+        complaint = self._complaint or ReportedFailure("", "", None)
         status = line.get("api_error_status")
         if isinstance(status, int):
             complaint = complaint._replace(status=status)
@@ -9124,14 +9125,14 @@ class Client(Protocol):
     def gone(self) -> bool:
         """Whether it has hung up. Keeps what it sent ahead of time. Never blocks."""
 
-    def listens(self) -> bool:
+    def can_detect_hangup(self) -> bool:
         """Whether it can still be seen to hang up."""
 
     def leave(self) -> None:
         """Makes it seem to have hung up, to who waits for it too."""
 
 
-class Watch(NamedTuple):
+class WaitLimits(NamedTuple):
     """What a wait looks out for, besides what it waits for."""
 
     client: Client
@@ -9141,7 +9142,7 @@ class Watch(NamedTuple):
     tick_s: float
 
 
-class Script(NamedTuple):
+class TurnInput(NamedTuple):
     """What to tell a process: lines to write in steps (see `conversation`), and the results of
     the tool calls that its last answer ended with."""
 
@@ -9172,12 +9173,12 @@ _USUAL_PLACES = (
 )
 _VERSION_PROBE_TIMEOUT_S = 20
 #: More than this is not read of what a command prints.
-_SHOWN_MOST_BYTES = 256 * 1024
+_MAX_SHOWN_BYTES = 256 * 1024
 #: After a version that could not be told, or was too old, this long without asking again.
 _VERSION_RETRY_S = 30.0
 #: A program that is missing for less than this may be on its way back. Until then it is asked for
 #: its version more often, and clients are told to come back so soon.
-_AWAY_MOST_S = 60.0
+_MAX_AWAY_S = 60.0
 _AWAY_RETRY_S = 5.0
 #: Where a version stands in what `--version` prints, the surest place first: notices come with it,
 #: and may name versions of other things.
@@ -9220,7 +9221,7 @@ def cannot_start(problem: OSError) -> OcpError:
     )
 
 
-class Verdict(NamedTuple):
+class ProbeResult(NamedTuple):
     """What was found out about a program file, and until when that holds."""
 
     command: tuple[str, ...]
@@ -9248,7 +9249,7 @@ class ClaudeProgram:
         # Held while a version is asked for, so that it is done once. The field below is replaced
         # as a whole, and may be read without it.
         self._asking = threading.Lock()
-        self._verdict: Verdict | None = None
+        self._verdict: ProbeResult | None = None
         #: When it was last seen to be there.
         self._seen_s = -math.inf
 
@@ -9258,7 +9259,7 @@ class ClaudeProgram:
         verdict = self._known()
         if verdict is None:
             with self._asking:
-                verdict = self._known() or self._judge()
+                verdict = self._known() or self._probe()
                 self._verdict = verdict
         if verdict.error is not None:
             raise self.tempered(verdict.error)
@@ -9277,7 +9278,7 @@ class ClaudeProgram:
         )
 
     def _is_away(self) -> bool:
-        return self._clock() - self._seen_s < _AWAY_MOST_S
+        return self._clock() - self._seen_s < _MAX_AWAY_S
 
     def correct(self, version: Version) -> None:
         """Take the word of a process for its version: the file behind a script that starts claude
@@ -9304,7 +9305,7 @@ class ClaudeProgram:
         verdict = self._verdict
         return (verdict.program, verdict.error) if verdict is not None else (None, None)
 
-    def _known(self) -> Verdict | None:
+    def _known(self) -> ProbeResult | None:
         """The last verdict, as long as it holds."""
         verdict = self._verdict
         if verdict is None or self._clock() >= verdict.until_s:
@@ -9313,7 +9314,7 @@ class ClaudeProgram:
             return verdict if self._stamp_of(verdict.command) == verdict.stamp else None
         return None
 
-    def _judge(self) -> Verdict:
+    def _probe(self) -> ProbeResult:
         command: tuple[str, ...] = ()
         stamp: object = None
         try:
@@ -9324,8 +9325,8 @@ class ClaudeProgram:
             # A failure may heal by itself; a program that is missing is looked for each time.
             pause_s = _AWAY_RETRY_S if self._is_away() else _VERSION_RETRY_S
             until_s = self._clock() + (pause_s if command else 0)
-            return Verdict(command, stamp, None, error, until_s)
-        return Verdict(command, stamp, program, None, math.inf)
+            return ProbeResult(command, stamp, None, error, until_s)
+        return ProbeResult(command, stamp, program, None, math.inf)
 
     def _path(self) -> str:
         named = os.path.expanduser(self._config.claude_bin)
@@ -9399,7 +9400,7 @@ def _read_some(descriptor: int, timeout_s: float) -> bytes:
     give_up_s = time.monotonic() + timeout_s
     waiting, shown = select.poll(), b""
     waiting.register(descriptor, select.POLLIN)
-    while len(shown) < _SHOWN_MOST_BYTES:
+    while len(shown) < _MAX_SHOWN_BYTES:
         left_s = give_up_s - time.monotonic()
         if left_s <= 0 or not waiting.poll(left_s * 1000):
             raise subprocess.TimeoutExpired("claude", timeout_s)
@@ -9573,7 +9574,7 @@ for number in (signal.SIGINT, signal.SIGKILL):
 """
 
 
-class Guardian:
+class Watchdog:
     """A tiny process that outlives the server by a moment and ends the children left behind.
 
     A claude that is answering does not notice that the server was killed; this one does.
@@ -9642,10 +9643,10 @@ _END_GRACE_S = 2.0
 #: How long claude may take to answer a control request, and how long it may say nothing.
 _ANSWER_TIMEOUT_S = 20.0
 #: A claude that still works at its start may take longer: many may start at once on a slow machine.
-_START_MOST_S = 60.0
+_MAX_START_S = 60.0
 #: A line longer than this is no line of claude's, and who prints so much between two of claude's
 #: lines is not claude. Each line that means nothing counts as some more bytes than it has.
-_LINE_MAX_BYTES = 64 * 1024 * 1024
+_MAX_CLAUDE_LINE_BYTES = 64 * 1024 * 1024
 _LINE_COST_BYTES = 100
 _STDERR_KEPT_BYTES = 4096
 #: Lines that claude prints in a turn: what it was told before has arrived.
@@ -9737,7 +9738,7 @@ class ClaudeProcess:
         env: Mapping[str, str],
         cwd: str,
         version: Version = OLDEST_CLAUDE,
-        guardian: Guardian | None = None,
+        watchdog: Watchdog | None = None,
         notice: Callable[[Json], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -9748,7 +9749,7 @@ class ClaudeProcess:
         self.version = version
         self.born_s = clock()
         self._clock = clock
-        self._guardian = guardian
+        self._watchdog = watchdog
         self._notice = notice
         #: The client's tools, for whoever asks for them in claude.
         self.tools = ToolServer(())
@@ -9757,7 +9758,7 @@ class ClaudeProcess:
         #: Whether it says that it is of another version than it was started as.
         self.misjudged = False
         #: How many questions it was made to forget.
-        self.forgotten = 0
+        self.rewinds = 0
         #: How many messages it was told before its first question: others may begin with the same.
         self.told = 0
         self._unread = bytearray()
@@ -9770,7 +9771,7 @@ class ClaudeProcess:
         self._spoke = False
         self._worked_s = 0.0
         self._unsent = bytearray()
-        self._complaints = bytearray()
+        self._stderr_tail = bytearray()
         #: When the client last got something; silence is counted from there.
         self._spoke_s = 0.0
         #: Whether claude has said that what it was last asked is over.
@@ -9802,8 +9803,8 @@ class ClaudeProcess:
         except OSError as problem:
             raise cannot_start(problem) from None
         try:
-            if self._guardian is not None:
-                self._guardian.watch(popen.pid)
+            if self._watchdog is not None:
+                self._watchdog.watch(popen.pid)
         except OSError as problem:
             with popen:
                 popen.kill()
@@ -9825,7 +9826,7 @@ class ClaudeProcess:
 
     # -- talking ------------------------------------------------------------------------------
 
-    def converse(self, script: Script, watch: Watch, reader: TurnReader) -> Iterator[Event]:
+    def converse(self, script: TurnInput, watch: WaitLimits, reader: TurnReader) -> Iterator[Event]:
         """The events of the answer, Ticks among them.
 
         With results of tool calls the turn that asked for them goes on, and no step is needed.
@@ -9851,7 +9852,7 @@ class ClaudeProcess:
                 if reader.finished:
                     return
 
-    def consult(self, requests: list[bytes], watch: Watch) -> list[Json]:
+    def control(self, requests: list[bytes], watch: WaitLimits) -> list[Json]:
         """The answers to control requests, in their order, after what it was asked before is over.
         Raises what `converse` raises."""
         self._patience = Patience(self._clock())
@@ -9885,7 +9886,7 @@ class ClaudeProcess:
                 check_history_result(line)
                 return
 
-    def _lines(self, watch: Watch) -> Generator[Json | None, None, None]:
+    def _lines(self, watch: WaitLimits) -> Generator[Json | None, None, None]:
         """Each line that claude prints, and None whenever the client has had nothing for `tick_s`:
         there are lines that mean nothing to it. Raises UpstreamFailed when claude hangs."""
         if watch.client.gone():
@@ -9941,7 +9942,7 @@ class ClaudeProcess:
     def _still_starts(self) -> bool:
         """Whether it has not said anything yet, but is at work; it gets more time then."""
         worked_s, self._worked_s = self._worked_s, processor_s(self.pid)
-        is_young = self._clock() - self.born_s < _START_MOST_S
+        is_young = self._clock() - self.born_s < _MAX_START_S
         if self._spoke or not is_young or self._worked_s <= worked_s:
             return False
         self._patience.excuse(_ANSWER_TIMEOUT_S / 2)
@@ -9951,7 +9952,7 @@ class ClaudeProcess:
         def client_speaks(selector: selectors.BaseSelector) -> None:
             if client.gone():
                 raise ClientGone
-            if not client.listens():
+            if not client.can_detect_hangup():
                 # It sent more than is kept for later: from now on its end cannot be seen.
                 selector.unregister(client.fileno())
 
@@ -9971,14 +9972,14 @@ class ClaudeProcess:
         piece = self._read(self._stderr)
         if piece == b"" and selector is not None:
             selector.unregister(self._stderr)
-        self._complaints += piece or b""
-        del self._complaints[:-_STDERR_KEPT_BYTES]
+        self._stderr_tail += piece or b""
+        del self._stderr_tail[:-_STDERR_KEPT_BYTES]
         self._noise_bytes += len(piece or b"")
         self._check_noise(self._noise_bytes)
 
     def _check_noise(self, size_bytes: int) -> None:
         """Raises UpstreamFailed when this is more than claude can have printed."""
-        if size_bytes > _LINE_MAX_BYTES:
+        if size_bytes > _MAX_CLAUDE_LINE_BYTES:
             self.broken = True
             self._unread.clear()
             self._searched = 0
@@ -10063,8 +10064,8 @@ class ClaudeProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1)
         rest = self._read(self._stderr)
-        self._complaints += rest or b""
-        words = self._complaints.decode("utf-8", "replace").strip()
+        self._stderr_tail += rest or b""
+        words = self._stderr_tail.decode("utf-8", "replace").strip()
         last = words.splitlines()[-1] if words else "it said nothing"
         last = without_paths(redacted(one_line(last)))
         if "unknown option" in last:
@@ -10075,7 +10076,7 @@ class ClaudeProcess:
 
     # -- ending -------------------------------------------------------------------------------
 
-    def dismiss(self, *, kindly: bool) -> None:
+    def stop(self, *, graceful: bool) -> None:
         """Begins its end and returns at once; `is_gone` tells when it has come.
 
         Kindly: it may finish what it does, which is nothing after a complete answer. Otherwise
@@ -10085,7 +10086,7 @@ class ClaudeProcess:
         if self._kill_at_s is not None:
             return
         self._kill_at_s = self._clock() + _END_GRACE_S
-        if not kindly:
+        if not graceful:
             self._signal(signal.SIGINT)
         if self._popen.stdin is not None:
             with contextlib.suppress(OSError):
@@ -10116,8 +10117,8 @@ class ClaudeProcess:
                 continue
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        if self._guardian is not None:
-            self._guardian.forget(self._popen.pid)
+        if self._watchdog is not None:
+            self._watchdog.forget(self._popen.pid)
         return True
 
     def _last_lines(self) -> None:
@@ -10227,7 +10228,7 @@ class Gate:
         running = self._running[slot.scope]
         if slot.has_key and running and running >= self._config.max_concurrent - 1:
             return False
-        return not slot.most or running < slot.most
+        return not slot.maximum or running < slot.maximum
 
     def leave(self, slot: Slot) -> None:
         """Frees what a slot holds: its place at work or its place in line."""
@@ -10250,7 +10251,7 @@ class Slot:
     def __init__(self, gate: Gate, caller: Caller) -> None:
         self._gate = gate
         self.scope = caller.scope
-        self.most = caller.max_concurrent
+        self.maximum = caller.max_concurrent
         self.has_key = caller.key_id is not None
         #: Whether it may run; true from `tell` on.
         self.runs = False
@@ -10268,7 +10269,7 @@ class Slot:
         self.runs, self.refusal = refusal is None, refusal
         self._told.set()
 
-    def wait(self, watch: Watch, clock: Clock = time.monotonic) -> Iterator[Event]:
+    def wait(self, watch: WaitLimits, clock: Clock = time.monotonic) -> Iterator[Event]:
         """Ends when the request may run, with Ticks while it may not.
 
         Raises QueueFull, UpstreamTimeout at the deadline, ClientGone.
@@ -10347,7 +10348,7 @@ class Spares:
                 return self._start(model_id), False
             if process.alive():
                 return process, True
-            self.dismiss(process, kindly=False)
+            self.stop(process, graceful=False)
 
     def borrow(self) -> ClaudeProcess | None:
         """Any idle process, to be given back with `put_back`; None when there is none."""
@@ -10366,7 +10367,7 @@ class Spares:
                 self._lent.remove(process)
                 self._idle.setdefault(process.model_id, []).append(process)
         if not stays:
-            self.dismiss(process, kindly=True)
+            self.stop(process, graceful=True)
 
     def _start(self, model_id: str) -> ClaudeProcess:
         process = self._spawn(model_id)
@@ -10374,9 +10375,9 @@ class Spares:
             self.spawned += 1
         return process
 
-    def dismiss(self, process: ClaudeProcess, *, kindly: bool) -> None:
+    def stop(self, process: ClaudeProcess, *, graceful: bool) -> None:
         """Ends a process without waiting for it."""
-        process.dismiss(kindly=kindly)
+        process.stop(graceful=graceful)
         with self._lock:
             if process in self._lent:
                 self._lent.remove(process)
@@ -10391,7 +10392,7 @@ class Spares:
             for model_id in self._wanted_s:
                 self._refill_s.setdefault(model_id, self._clock() + _REFILL_PAUSE_S)
         for process in dropped:
-            self.dismiss(process, kindly=True)
+            self.stop(process, graceful=True)
 
     def plan(self, config: Config) -> tuple[list[ClaudeProcess], list[str]]:
         """What should change: processes to end, taken out already, and models to start one of."""
@@ -10463,7 +10464,7 @@ class Spares:
         """Ends and starts what is due. Raises what a start raises."""
         retire, grow = self.plan(config)
         for process in retire:
-            self.dismiss(process, kindly=False)
+            self.stop(process, graceful=False)
         try:
             for model_id in grow:
                 process = self._start(model_id)
@@ -10478,7 +10479,7 @@ class Spares:
         finally:
             self.reap()
 
-    def restless(self) -> bool:
+    def has_work_soon(self) -> bool:
         """Whether something is due within a moment: an end to see to, or a refill."""
         with self._lock:
             soon_s = self._clock() + 2 * _REFILL_PAUSE_S
@@ -10591,7 +10592,7 @@ def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
     """What the conversation of this turn is known by."""
     base = [
         caller, turn.model.argument, turn.system, operator_prompt, list(turn.tools),
-        list(turn.tool_choice), list(turn.options), turn.shape,
+        list(turn.tool_choice), list(turn.options), turn.output_schema,
     ]
     digests = tuple(message_digest(message) for message in turn.messages)
     return History(digest(base), digests, context_of(turn.messages[-1]))
@@ -10675,9 +10676,9 @@ class Sessions:
 
 #: A claude grows with the questions that it forgets: from 202 to 307 MB with so many of 20 KB
 #: (2.1.330). Then another one takes over.
-_FORGETS_MOST = 500
+_MAX_REWINDS = 500
 #: Stands for the digest of an answer that no conversation goes on from.
-_NO_WAY_ON = ""
+_DEAD_END = ""
 
 
 class Parked(NamedTuple):
@@ -10689,7 +10690,7 @@ class Parked(NamedTuple):
     awaiting: frozenset[str]
     since_s: float
     #: The last question it was asked, if it can forget that.
-    question: Question | None = None
+    question: RewindPoint | None = None
 
     def takes(self, history: History, message: Message) -> bool:
         """Whether the conversation is this one and `message`, its last, all that is new."""
@@ -10711,21 +10712,21 @@ class Parked(NamedTuple):
         if self.question is None or self.awaiting or self.history.base != history.base:
             return False
         place = self.question.place
-        if len(history.digests) != place + 1 or self.process.forgotten >= _FORGETS_MOST:
+        if len(history.digests) != place + 1 or self.process.rewinds >= _MAX_REWINDS:
             return False
         if place == 0:
-            return self.process.version >= FORGETS_ALL_SINCE
+            return self.process.version >= REWINDS_ALL_SINCE
         return self.history.digests[:place] == history.digests[:place]
 
-    def was_left(self, history: History) -> bool:
+    def is_superseded_by(self, history: History) -> bool:
         """Whether a conversation with another last question is this one asked again, or edited:
         they share more than what both were told to begin with."""
         return len(history.digests) > 1 and self.common(history) > self.process.told
 
     @property
-    def has_ended(self) -> bool:
+    def is_dead_end(self) -> bool:
         """Whether no conversation can go on from here."""
-        return self.history.digests[-1:] == (_NO_WAY_ON,)
+        return self.history.digests[-1:] == (_DEAD_END,)
 
     def common(self, history: History) -> int:
         """How many first messages are the same."""
@@ -10761,7 +10762,7 @@ class Parking:
         parts from this one, if any comes near.
         """
         with self._lock:
-            parked = self._holder(history, message)
+            parked = self._authenticate(history, message)
             if parked is not None:
                 self._parked.remove(parked)
                 return parked, None
@@ -10771,14 +10772,14 @@ class Parking:
     def holds(self, history: History, message: Message) -> bool:
         """Whether there is a process to go on with: one that holds all but `message`."""
         with self._lock:
-            return self._holder(history, message) is not None
+            return self._authenticate(history, message) is not None
 
-    def _holder(self, history: History, message: Message) -> Parked | None:
+    def _authenticate(self, history: History, message: Message) -> Parked | None:
         """The lock is held by the caller."""
         able = (p for p in reversed(self._parked) if p.takes(history, message))
         return next((parked for parked in able if parked.process.alive()), None)
 
-    def take_to_forget(self, history: History, config: Config, running: int) -> Parked | None:
+    def take_rewindable(self, history: History, config: Config, running: int) -> Parked | None:
         """A process that holds this conversation but for the last question and what came of it.
 
         One that has nothing in common with it but the base, or what both were told to begin with,
@@ -10796,29 +10797,29 @@ class Parking:
                 p for p in self._parked
                 if p.can_forget(history) and p.process.born_s >= oldest_s and p.process.alive()
             ]
-            left = [p for p in able if p.was_left(history)]
-            others = [p for p in able if p.has_ended or p in self._parked[: max(0, surplus)]]
+            left = [p for p in able if p.is_superseded_by(history)]
+            others = [p for p in able if p.is_dead_end or p in self._parked[: max(0, surplus)]]
             found = [*left[-1:], *others[:1]]
             if not found:
                 return None
             self._parked.remove(found[0])
             return found[0]
 
-    def stop_forgetting(self, for_s: float) -> None:
+    def pause_rewinds(self, for_s: float) -> None:
         """None is asked to forget anything for so long: one could not."""
         with self._lock:
             self._forgetting_from_s = self._clock() + for_s
 
     def put(
         self, process: ClaudeProcess, history: History, awaiting: frozenset[str],
-        question: Question | None = None,
+        question: RewindPoint | None = None,
     ) -> None:
         """Parks a process."""
         with self._lock:
             parked = Parked(process, history, awaiting, self._clock(), question)
-            if parked.has_ended:
+            if parked.is_dead_end:
                 # One may push out a conversation. More of them push out each other.
-                self._parked.sort(key=lambda other: not other.has_ended)
+                self._parked.sort(key=lambda other: not other.is_dead_end)
             self._parked.append(parked)
 
     def tend(self, config: Config) -> list[ClaudeProcess]:
@@ -10859,7 +10860,7 @@ class Stored(NamedTuple):
 #: Why something of a response may be missing.
 _NOT_STORED = "it was not stored, or its time is up"
 #: What all stored responses together may take.
-_STORED_MOST_BYTES = 64 * 1024 * 1024
+_MAX_STORED_BYTES = 64 * 1024 * 1024
 
 
 class Responses:
@@ -10895,7 +10896,7 @@ class Responses:
             self._items.update((item["id"], body["id"]) for item in body["output"])
             self._size_bytes += size_bytes
             for response_id, other in list(self._stored.items()):
-                if self._size_bytes <= _STORED_MOST_BYTES and other.until_s > now_s:
+                if self._size_bytes <= _MAX_STORED_BYTES and other.until_s > now_s:
                     break
                 self._forget(response_id)
 
@@ -10961,7 +10962,7 @@ def cache_key(turn: Turn, caller: Caller, operator_prompt: str) -> str:
     """The same for requests that may have the same answer: a digest of all that shapes it."""
     shaping = [
         caller.scope, turn.model.argument, turn.system, operator_prompt,
-        [list(message) for message in turn.messages], list(turn.options), turn.shape,
+        [list(message) for message in turn.messages], list(turn.options), turn.output_schema,
         turn.choices, [[list(message) for message in other] for other in turn.others],
     ]
     return digest(shaping)
@@ -10989,7 +10990,7 @@ class FlightClient:
         """See Client."""
         return self._left
 
-    def listens(self) -> bool:
+    def can_detect_hangup(self) -> bool:
         """See Client."""
         return True
 
@@ -11199,10 +11200,10 @@ class Cache:
 _WINDOW_NAMES = {"five_hour": "currentSession", "seven_day": "allModels"}
 
 
-class Sighting(NamedTuple):
+class ObservedWindow(NamedTuple):
     """A window and when its utilization was last told."""
 
-    window: Window
+    window: PlanWindow
     observed_s: float
 
 
@@ -11215,8 +11216,8 @@ class Account:
         self._lock = threading.Lock()
         self._logged_in: bool | None = None
         self._since_s: float | None = None
-        self._windows: dict[str, Sighting] = {}
-        self._news = PlanNews({})
+        self._windows: dict[str, ObservedWindow] = {}
+        self._news = PlanReport({})
         self._subscription: str | None = None
         self._heard_s: float | None = None
         self._asked_s = -math.inf
@@ -11253,7 +11254,7 @@ class Account:
 
     # -- plan ---------------------------------------------------------------------------------
 
-    def hear(self, news: PlanNews) -> None:
+    def hear(self, news: PlanReport) -> None:
         """Takes over what is new. A window without its utilization keeps the one that was told
         before, as long as it has not been reset since."""
         now_s = self._clock()
@@ -11265,15 +11266,18 @@ class Account:
             if news.status is not None:
                 self._news = news
 
-    def _merged(self, before: Sighting | None, window: Window, now_s: float) -> Sighting:
+    def _merged(
+        self, before: ObservedWindow | None, window: PlanWindow, now_s: float
+    ) -> ObservedWindow:
         if before is None or self._parted(before.window, window):
-            return Sighting(window, now_s)
+            return ObservedWindow(window, now_s)
         if window.utilization is not None:
-            return Sighting(window._replace(status=window.status or before.window.status), now_s)
+            status = window.status or before.window.status
+            return ObservedWindow(window._replace(status=status), now_s)
         known = before.window.utilization
-        return Sighting(window._replace(utilization=known), before.observed_s)
+        return ObservedWindow(window._replace(utilization=known), before.observed_s)
 
-    def _parted(self, before: Window, now: Window) -> bool:
+    def _parted(self, before: PlanWindow, now: PlanWindow) -> bool:
         """Whether they end at different times; some tell whole seconds, some do not."""
         if before.resets_at_s is None or now.resets_at_s is None:
             return before.resets_at_s is not now.resets_at_s
@@ -11286,7 +11290,7 @@ class Account:
             self._asked_s = self._clock() if due else self._asked_s
             return due
 
-    def windows(self) -> dict[str, Window]:
+    def windows(self) -> dict[str, PlanWindow]:
         """What is known of each window now: after its reset, nothing."""
         now_s = self._clock()
         with self._lock:
@@ -11321,8 +11325,8 @@ class Account:
             "subscription": subscription,
         }
 
-    def _window(self, window: Window | None, sighting: Sighting | None) -> Json:
-        window = window or Window(None, None, None)
+    def _window(self, window: PlanWindow | None, sighting: ObservedWindow | None) -> Json:
+        window = window or PlanWindow(None, None, None)
         share, resets_s = window.utilization, window.resets_at_s
         human = None
         if resets_s is not None:
@@ -11330,7 +11334,7 @@ class Account:
         return {
             "utilization": share,
             "percent": None if share is None else f"{share:.0%}",
-            "resetsIn": None if resets_s is None else span_words(resets_s - self._clock()),
+            "resetsIn": None if resets_s is None else format_span(resets_s - self._clock()),
             "resetsAt": None if resets_s is None else iso_time(resets_s),
             "resetsAtHuman": human,
             "status": window.status,
@@ -11497,14 +11501,14 @@ class Metrics:
 #: that it reads the refusal instead of a reset.
 _LINGER_S = 2.0
 #: What is kept of a request that comes before the one before it is answered.
-_AHEAD_MOST_BYTES = 65_536
+_MAX_AHEAD_BYTES = 65_536
 #: How many of the largest bodies may lie in memory, in all bodies and unread answers together; and
 #: the least that there is for them.
 _MEMORY_BODIES = 4
-_MEMORY_MIN_BYTES = 64 * 1024 * 1024
+_MIN_MEMORY_BYTES = 64 * 1024 * 1024
 #: What is read from, and written to, a socket at a time. A record of TLS holds as much.
-_READ_MOST_BYTES = 262_144
-_SENT_MOST_BYTES = 16_384
+_MAX_READ_BYTES = 262_144
+_MAX_SENT_BYTES = 16_384
 #: What a socket that never blocks raises when it can do nothing now.
 _NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -11541,7 +11545,7 @@ class MemoryBudget:
 
     def resize(self, hold: Hold, size_bytes: int, config: Config) -> None:
         """Let a hold grow or shrink to this size. Raises MemoryFull when its owner has too much."""
-        total_bytes = max(_MEMORY_MIN_BYTES, _MEMORY_BODIES * config.max_body_bytes)
+        total_bytes = max(_MIN_MEMORY_BYTES, _MEMORY_BODIES * config.max_body_bytes)
         with self._lock:
             owned_bytes: collections.Counter[str] = collections.Counter()
             for each in self._holds:
@@ -11626,7 +11630,7 @@ class Connection:
                     self._has_left = True
             return self._has_left or self._is_broken
 
-    def listens(self) -> bool:
+    def can_detect_hangup(self) -> bool:
         """See Client."""
         return bool(self._room())
 
@@ -11638,7 +11642,7 @@ class Connection:
             socket.socket.shutdown(self._socket, socket.SHUT_RD)
 
     def _room(self) -> int:
-        return _AHEAD_MOST_BYTES - len(self._ahead)
+        return _MAX_AHEAD_BYTES - len(self._ahead)
 
     def receive_into(self, buffer: Any) -> int | None:
         """Read what is there; return how many bytes, or None when there is nothing yet."""
@@ -11713,7 +11717,7 @@ class Connection:
             with memoryview(data) as view:
                 while sent < len(data):
                     # Over TLS a piece is tried again with at least the same bytes.
-                    sent += self._socket.send(view[sent:sent + _SENT_MOST_BYTES])
+                    sent += self._socket.send(view[sent:sent + _MAX_SENT_BYTES])
         except _NOT_NOW:
             pass
         except OSError:
@@ -11784,7 +11788,7 @@ class Connection:
         """Say that nothing more comes, and read on for a moment: a client that is still sending
         would lose the answer to a reset."""
         until_s = time.monotonic() + timeout_s
-        buffer = bytearray(_SENT_MOST_BYTES)
+        buffer = bytearray(_MAX_SENT_BYTES)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
             while time.monotonic() < until_s:
@@ -11846,14 +11850,14 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def enter(self, newcomer: Connection, most: int) -> Connection | None:
+    def enter(self, newcomer: Connection, maximum: int) -> Connection | None:
         """Add a connection; return the one that had to go for it. Raises Busy when all of them
         are being answered."""
         with self._lock:
-            leaving = self._next_to_leave() if len(self._open) >= most else None
+            leaving = self._next_to_leave() if len(self._open) >= maximum else None
             if leaving is not None:
                 self._open.remove(leaving)
-            elif len(self._open) >= most:
+            elif len(self._open) >= maximum:
                 raise Busy("Too many connections are open.", retry_after_s=5)
             self._open.add(newcomer)
         if leaving is not None:
@@ -11886,7 +11890,7 @@ class Connections:
 # the gate to its log line. The main thread is the housekeeper: it waits for mail, then tends.
 
 
-class Outcome:
+class AnswerRecord:
     """What is noted about one answer while it comes."""
 
     def __init__(self, turn: Turn, started_s: float) -> None:
@@ -11895,7 +11899,7 @@ class Outcome:
         #: The process that works on it, until it is parked or dismissed.
         self.process: ClaudeProcess | None = None
         #: What it was asked last, where it can forget that.
-        self.question: Question | None = None
+        self.question: RewindPoint | None = None
         self.first_token_s: float | None = None
         #: Whether a process was waiting, and how it got the conversation: "continued", "rewound"
         #: to another last question, "rebuilt" from its history, or "fresh" because there was none.
@@ -11943,7 +11947,7 @@ class Outcome:
         if self.finished is not None:
             return self.finished.usage
         begun = self._begun or NO_USAGE
-        return begun._replace(output_tokens=round(self.response_chars / CHARS_EACH_TOKEN))
+        return begun._replace(output_tokens=round(self.response_chars / ESTIMATE_CHARS_PER_TOKEN))
 
     @property
     def spent(self) -> Usage:
@@ -11955,8 +11959,8 @@ class Outcome:
         if not spent.prompt_tokens:
             spent = spent._replace(input_tokens=estimated_tokens(self.turn))
         if not self.readers[-1].finished:
-            most = max(spent.output_tokens, round(self.response_chars / CHARS_EACH_TOKEN))
-            spent = spent._replace(output_tokens=most)
+            estimate = round(self.response_chars / ESTIMATE_CHARS_PER_TOKEN)
+            spent = spent._replace(output_tokens=max(spent.output_tokens, estimate))
         return spent
 
     def fail(self, error: OcpError) -> None:
@@ -12013,7 +12017,7 @@ class Job:
         #: Why it is ended though its client waits.
         self.ended_by: OcpError | None = None
         turn = request.turn
-        self.outcomes = [Outcome(turn.choice(index), now_s) for index in range(turn.choices)]
+        self.outcomes = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
         # Guards what follows: the choices of one request finish in threads of their own.
         self._lock = threading.Lock()
         self._settled = False
@@ -12109,7 +12113,7 @@ class Answering(NamedTuple):
         return self.job.answers()
 
 
-class Leaving:
+class CancellableClient:
     """A Client that can be made to leave: for answers that nobody waits for any more."""
 
     def __init__(self, client: Client) -> None:
@@ -12124,9 +12128,9 @@ class Leaving:
         """See Client."""
         return self.left or self._client.gone()
 
-    def listens(self) -> bool:
+    def can_detect_hangup(self) -> bool:
         """See Client."""
-        return self._client.listens()
+        return self._client.can_detect_hangup()
 
     def leave(self) -> None:
         """See Client."""
@@ -12147,8 +12151,8 @@ _PRUNE_EVERY_S = 3600.0
 _USAGE_TIMEOUT_S = 8.0
 #: How long claude may take to forget a question, which is a matter of milliseconds; and how long
 #: nobody asks for that again when it could not.
-_FORGET_TIMEOUT_S = 2.0
-_FORGET_PAUSE_S = 60.0
+_REWIND_TIMEOUT_S = 2.0
+_REWIND_PAUSE_S = 60.0
 #: How often a login that was refused is looked at again, by asking claude for it.
 _LOGIN_LOOK_S = 45.0
 _MOVE_HOME = "set OCP_HOME to a folder that can be written"
@@ -12224,10 +12228,10 @@ class App:
         #: Open client connections.
         self.connections = Connections()
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
-        self.mail: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         #: What processes said about the plan, until somebody takes it to the account.
         self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
-        self._guardian = Guardian()
+        self._watchdog = Watchdog()
         # Guards the two fields below: the program that processes are of, and the kind of failure
         # that the log has of it, until there is one again.
         self._program_lock = threading.Lock()
@@ -12384,7 +12388,7 @@ class App:
         try:
             process = ClaudeProcess(
                 program.command, model_id, self.config, env=env, cwd=self._work_folder,
-                version=program.version, guardian=self._guardian, notice=self._notices.put,
+                version=program.version, watchdog=self._watchdog, notice=self._notices.put,
                 clock=self.clock,
             )
         except ClaudeMissing as error:
@@ -12467,8 +12471,8 @@ class App:
         turn = request.turn
         if request.caller.key_id is None:
             return 0
-        most = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
-        return sum(estimated_tokens(turn.choice(i)) + most for i in range(turn.choices))
+        maximum = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
+        return sum(estimated_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
 
     @contextlib.contextmanager
     def _from_cache(self, job: Job) -> Iterator[Answering]:
@@ -12488,7 +12492,7 @@ class App:
             return
         try:
             if place.word == "miss":
-                self._take_off(job, flight, config)
+                self._start_producer(job, flight, config)
             else:
                 job.path = "shared"
             tick_s = self._tick_s(config, request.turn)
@@ -12505,7 +12509,7 @@ class App:
                 self._settle(job)
             yield index, event
 
-    def _take_off(self, job: Job, flight: Flight, config: Config) -> None:
+    def _start_producer(self, job: Job, flight: Flight, config: Config) -> None:
         """Lets a thread of its own produce the answer, which so outlives the client that asked
         first. The row of usage and the reservation are the producer's from now on."""
         produced = Job(
@@ -12544,7 +12548,7 @@ class App:
             self._settle(job, failure)
             self.log.event(
                 "error", "request_broke", request_id=job.request.request_id,
-                error=failure_words(error),
+                error=format_failure(error),
             )
         finally:
             self.cache.settle(flight, answers, config)
@@ -12565,9 +12569,9 @@ class App:
         """The events of several answers, as they come. Each has a thread, a slot and a process of
         its own; the first failure is the failure of all, and ends the others."""
         arrivals: queue.SimpleQueue[tuple[int, Event | BaseException | None]] = queue.SimpleQueue()
-        leaving = Leaving(job.request.client)
+        leaving = CancellableClient(job.request.client)
 
-        def one(index: int, outcome: Outcome) -> None:
+        def one(index: int, outcome: AnswerRecord) -> None:
             try:
                 with self._one_answer(job, outcome, leaving) as events:
                     for event in events:
@@ -12586,7 +12590,7 @@ class App:
                 threading.Thread(target=one, args=(index, outcome), daemon=True).start()
 
         try:
-            begin(CHOICES_MOST)
+            begin(MAX_CHOICES)
             while running:
                 index, arrived = arrivals.get()
                 if isinstance(arrived, BaseException):
@@ -12603,7 +12607,9 @@ class App:
                     process.interrupt()
 
     @contextlib.contextmanager
-    def _one_answer(self, job: Job, outcome: Outcome, client: Client) -> Iterator[Iterator[Event]]:
+    def _one_answer(
+        self, job: Job, outcome: AnswerRecord, client: Client
+    ) -> Iterator[Iterator[Event]]:
         """The events of one answer, with its log line: before the last of them is passed on, so
         that it is there when the client has its answer, or when the block fails."""
         request = job.request
@@ -12627,7 +12633,7 @@ class App:
         others = [name for name in names if self.models.find(name).id != model.id]
         return f" Use one of: {', '.join(others)}." if others else ""
 
-    def _noted(self, job: Job, outcome: Outcome, events: Iterator[Event]) -> Iterator[Event]:
+    def _noted(self, job: Job, outcome: AnswerRecord, events: Iterator[Event]) -> Iterator[Event]:
         for event in events:
             if isinstance(event, Finished):
                 self._note("info", "answer_finished", job.request, outcome)
@@ -12653,7 +12659,7 @@ class App:
                 dialect=row.dialect, path=job.path, model=row.model, stream=row.stream,
                 total_ms=row.total_ms, outcome=word,
             )
-        if isinstance(error, OcpError) and error.early and not job.was_asked:
+        if isinstance(error, OcpError) and error.rejected_before_work and not job.was_asked:
             return
         try:
             self.ledger.record(row, job.reservation)
@@ -12679,7 +12685,7 @@ class App:
             self.metrics.add("ocp_answers_total", path=row.path)
 
     def _events(
-        self, outcome: Outcome, caller: Caller, client: Client, stack: contextlib.ExitStack
+        self, outcome: AnswerRecord, caller: Caller, client: Client, stack: contextlib.ExitStack
     ) -> Iterator[Event]:
         config, turn = self.config, outcome.turn
         history = history_of(turn, caller.scope, config.system_prompt)
@@ -12687,7 +12693,7 @@ class App:
             # One that holds the conversation goes on with it, also while claude is updated.
             self._take_notices()
             self._watch_program()
-        watch = Watch(
+        watch = WaitLimits(
             client=client,
             deadline_s=outcome.started_s + config.timeout_ms / 1000,
             tick_s=self._tick_s(config, turn),
@@ -12709,54 +12715,54 @@ class App:
         yield from self._rebuilt(outcome, history, watch)
 
     def _attempts(
-        self, outcome: Outcome, history: History, watch: Watch
+        self, outcome: AnswerRecord, history: History, watch: WaitLimits
     ) -> Iterator[Iterator[Event]]:
         """The ways to the answer, the quickest first: the events of each."""
         parked, outcome.parted_at = self.parking.take(history, outcome.turn.messages[-1])
         path = "continued"
         if parked is None:
-            parked, path = self._one_that_forgot(outcome, history, watch), "rewound"
+            parked, path = self._take_rewound(outcome, history, watch), "rewound"
         if parked is not None:
             yield self._continued(outcome, parked, path, history, watch)
         yield self._rebuilt(outcome, history, watch)
 
-    def _one_that_forgot(
-        self, outcome: Outcome, history: History, watch: Watch
+    def _take_rewound(
+        self, outcome: AnswerRecord, history: History, watch: WaitLimits
     ) -> Parked | None:
         """A process that has the question of another turn behind it and has forgotten that.
 
         Not where claude runs tools of its own: what they have begun would not be forgotten."""
         if self.config.is_agent or outcome.turn.messages[-1].has_results:
             return None
-        parked = self.parking.take_to_forget(history, self.config, self.gate.running)
+        parked = self.parking.take_rewindable(history, self.config, self.gate.running)
         if parked is None:
             return None
         outcome.process = parked.process
-        if self._forgets(parked, watch):
+        if self._rewind(parked, watch):
             return parked
-        self.parking.stop_forgetting(_FORGET_PAUSE_S)
+        self.parking.pause_rewinds(_REWIND_PAUSE_S)
         self._give_up(outcome)
         return None
 
-    def _forgets(self, parked: Parked, watch: Watch) -> bool:
+    def _rewind(self, parked: Parked, watch: WaitLimits) -> bool:
         """Makes a process forget its last question; whether it has. One that fails is as good as
         one that says no: another will do."""
         if parked.question is None:
             return False
-        soon = watch._replace(deadline_s=self.clock() + _FORGET_TIMEOUT_S, tick_s=0.0)
+        soon = watch._replace(deadline_s=self.clock() + _REWIND_TIMEOUT_S, tick_s=0.0)
         try:
-            (reply,) = parked.process.consult([forget_line(parked.question)], soon)
+            (reply,) = parked.process.control([rewind_line(parked.question)], soon)
         except (UpstreamFailed, UpstreamTimeout):
             return False
-        parked.process.forgotten += 1
-        return has_forgotten(reply)
+        parked.process.rewinds += 1
+        return was_rewound(reply)
 
     def _tick_s(self, config: Config, turn: Turn) -> float:
         """The silence after which a client has to be told that somebody is still there."""
         return (config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000
 
     def _continued(
-        self, outcome: Outcome, parked: Parked, path: str, history: History, watch: Watch
+        self, outcome: AnswerRecord, parked: Parked, path: str, history: History, watch: WaitLimits
     ) -> Iterator[Event]:
         """The events of the answer to the one message that the process does not hold yet."""
         message, process = outcome.turn.messages[-1], parked.process
@@ -12764,11 +12770,13 @@ class App:
         results, steps = results_to_tell(message, parked.history.context), []
         outcome.question = parked.question
         if not results:
-            outcome.question = question_of(outcome.turn)
+            outcome.question = rewind_point_of(outcome.turn)
             steps = [continuation(outcome.turn, process.version, outcome.question)]
-        yield from self._heard(outcome, process, history, Script(steps, results), watch)
+        yield from self._heard(outcome, process, history, TurnInput(steps, results), watch)
 
-    def _rebuilt(self, outcome: Outcome, history: History, watch: Watch) -> Iterator[Event]:
+    def _rebuilt(
+        self, outcome: AnswerRecord, history: History, watch: WaitLimits
+    ) -> Iterator[Event]:
         """The events of the answer of a fresh process, which is told the whole conversation."""
         turn = outcome.turn
         outcome.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
@@ -12776,26 +12784,26 @@ class App:
             # Others have to prove that they exist before processes wait for them.
             self.spares.want(turn.model.argument)
         process, outcome.warm = self.spares.take(turn.model.argument)
-        outcome.process, outcome.question = process, question_of(turn)
-        self.mail.put("tend")
+        outcome.process, outcome.question = process, rewind_point_of(turn)
+        self.wakeups.put("tend")
         process.tools, process.told = ToolServer(turn.tools), len(turn.messages) - 1
         steps = conversation(
             turn, self.config.system_prompt, process.version, agent=self.config.is_agent,
             question=outcome.question,
         )
-        yield from self._heard(outcome, process, history, Script(steps), watch)
+        yield from self._heard(outcome, process, history, TurnInput(steps), watch)
 
     def _heard(
-        self, outcome: Outcome, process: ClaudeProcess, history: History, script: Script,
-        watch: Watch,
+        self, outcome: AnswerRecord, process: ClaudeProcess, history: History, script: TurnInput,
+        watch: WaitLimits,
     ) -> Iterator[Event]:
         """The events of the answer. The process is parked before the last of them is passed on,
         so that a client's next message finds it."""
         final_only = self.config.is_agent and self.config.agent_text == "final"
         offered, _ = outcome.turn.offered
-        reader = TurnReader(offered, outcome.turn.shape, final_only=final_only)
+        reader = TurnReader(offered, outcome.turn.output_schema, final_only=final_only)
         outcome.readers.append(reader)
-        bounds = Bounds(outcome.turn.options, outcome.turn.shape)
+        bounds = Bounds(outcome.turn.options, outcome.turn.output_schema)
         for heard in process.converse(script, watch, reader):
             for event in bounds.events(heard):
                 if bounds.ended and isinstance(event, Finished):
@@ -12808,8 +12816,8 @@ class App:
                 return
 
     def _put_away(
-        self, outcome: Outcome, process: ClaudeProcess, history: History, finished: Finished, *,
-        goes_on: bool,
+        self, outcome: AnswerRecord, process: ClaudeProcess, history: History,
+        finished: Finished, *, goes_on: bool,
     ) -> None:
         """Parks the process of a complete answer if it may go on from it, else ends it: also one
         that `goes_on` with an answer that was ended here."""
@@ -12820,38 +12828,38 @@ class App:
         if parkable and self._may_serve_again(outcome, process):
             answer = outcome.answer()
             held = message_digest(Message("assistant", answer.blocks))
-            if outcome.turn.shape is not None:
+            if outcome.turn.output_schema is not None:
                 # It ended in a call of claude's own.
-                held = _NO_WAY_ON
+                held = _DEAD_END
             awaiting = frozenset(call["id"] for call in answer.calls)
             holds = history._replace(digests=(*history.digests, held))
             self.parking.put(process, holds, awaiting, outcome.question)
         else:
             # With a call unanswered, or after a limit, it would ask the API again by itself.
             complete = finished.stop_reason in ("end_turn", "stop_sequence") and not goes_on
-            self.spares.dismiss(process, kindly=complete)
-        self.mail.put("tend")
+            self.spares.stop(process, graceful=complete)
+        self.wakeups.put("tend")
 
-    def _may_serve_again(self, outcome: Outcome, process: ClaudeProcess) -> bool:
+    def _may_serve_again(self, outcome: AnswerRecord, process: ClaudeProcess) -> bool:
         """Whether a process is worth parking after a complete answer: not one of a claude that
         has been replaced."""
         seen = self._seen_program
         if process.misjudged or (seen is not None and process.version != seen.version):
             return False
-        if outcome.turn.shape is None or not self.config.parked_processes:
+        if outcome.turn.output_schema is None or not self.config.parked_processes:
             return self.config.parked_processes > 0
-        forgets = process.version >= FORGETS_ALL_SINCE and not self.config.is_agent
+        forgets = process.version >= REWINDS_ALL_SINCE and not self.config.is_agent
         # Results of calls go to a fresh one, and a call without its result is never forgotten.
         return forgets and outcome.question is not None and not outcome.answer().calls
 
-    def _give_up(self, outcome: Outcome) -> None:
+    def _give_up(self, outcome: AnswerRecord) -> None:
         """Ends the process of an answer that did not come to its end."""
         process, outcome.process = outcome.process, None
         if process is not None:
-            self.spares.dismiss(process, kindly=False)
-            self.mail.put("tend")
+            self.spares.stop(process, graceful=False)
+            self.wakeups.put("tend")
 
-    def _note_failure(self, error: OcpError, request: Request, outcome: Outcome) -> None:
+    def _note_failure(self, error: OcpError, request: Request, outcome: AnswerRecord) -> None:
         if isinstance(error, LoginLost):
             self.account.refused()
             self._login_stamp, self._login_look_s = self.claude_folder.login_stamp(), self.clock()
@@ -12865,7 +12873,7 @@ class App:
         )
 
     def _note(
-        self, level: str, name: str, request: Request, outcome: Outcome, **more: object
+        self, level: str, name: str, request: Request, outcome: AnswerRecord, **more: object
     ) -> None:
         if outcome.noted:
             return
@@ -12884,7 +12892,7 @@ class App:
         while letter != "stop":
             wait_s = self.tend()
             try:
-                letter = self.mail.get(timeout=wait_s)
+                letter = self.wakeups.get(timeout=wait_s)
             except queue.Empty:
                 letter = ""
 
@@ -12903,7 +12911,7 @@ class App:
         """Does what is due; the seconds until it wants to be called again. Never raises."""
         try:
             for process in self.parking.tend(self.config):
-                self.spares.dismiss(process, kindly=False)
+                self.spares.stop(process, graceful=False)
             self.end_unwanted()
             self._tend_storage()
             self._take_notices()
@@ -12918,8 +12926,8 @@ class App:
             # No spare is tended without a claude, but those that leave have to be seen to.
             return _TEND_SOON_S if self.spares.reap() else _TEND_EVERY_S
         except Exception as error:
-            self.log.event("error", "housekeeping_failed", error=failure_words(error))
-        return _TEND_SOON_S if self.spares.restless() else _TEND_EVERY_S
+            self.log.event("error", "housekeeping_failed", error=format_failure(error))
+        return _TEND_SOON_S if self.spares.has_work_soon() else _TEND_EVERY_S
 
     def _watch_program(self) -> None:
         """Notices a claude that was installed, updated or removed: no process of another one is
@@ -12947,7 +12955,7 @@ class App:
             is_news = self._told_unavailable is not type(error)
             self._told_unavailable = type(error)
         if is_news:
-            level = "warn" if error.heals else "error"
+            level = "warn" if error.retryable else "error"
             self.log.event(level, "claude_unavailable", detail=error.message)
 
     def _watch_login(self) -> None:
@@ -12977,7 +12985,7 @@ class App:
             except queue.Empty:
                 return
             version = version_in(str(notice.get("claude_code_version", "")))
-            news = plan_news(notice)
+            news = plan_event(notice)
             if version is not None:
                 self.program.correct(version)
             elif news is not None:
@@ -13004,8 +13012,8 @@ class App:
             self.spares.put_back(process)
             return
         try:
-            watch = Watch(client, self.clock() + _USAGE_TIMEOUT_S, 0.0)
-            answers = process.consult(usage_lines(), watch)
+            watch = WaitLimits(client, self.clock() + _USAGE_TIMEOUT_S, 0.0)
+            answers = process.control(usage_lines(), watch)
         except OcpError as error:
             self.log.event("warn", "plan_not_learned", detail=error.message)
         else:
@@ -13014,9 +13022,9 @@ class App:
             self.account.hear(plan_report(answers[1]))
         finally:
             if process is not None:
-                self.spares.dismiss(process, kindly=False)
+                self.spares.stop(process, graceful=False)
 
-    def is_time_for(self, what: str, pause_s: float) -> bool:
+    def claim_interval(self, what: str, pause_s: float) -> bool:
         """Whether this was not done for so long; it counts as done now."""
         now_s = self.clock()
         with self._jobs_lock:
@@ -13046,7 +13054,7 @@ class App:
         value = self.settings.change(name, value)
         self.gate.configure(self.config)
         self.cache.tend(self.config)
-        self.mail.put("tend")
+        self.wakeups.put("tend")
         return value
 
     def _has_login(self, variables: Mapping[str, str]) -> bool:
@@ -13057,7 +13065,7 @@ class App:
         """Ends all processes that wait: the program or its login has changed."""
         self.spares.drop()
         for process in self.parking.drop():
-            self.spares.dismiss(process, kindly=False)
+            self.spares.stop(process, graceful=False)
 
     def drain(self) -> None:
         """Turns new work away and waits, `drain_ms` at most, for what runs and for clients that
@@ -13069,7 +13077,7 @@ class App:
         while (self._jobs or self.connections.is_any_unread()) and self.clock() < give_up_s:
             self.spares.reap()
             try:
-                if self.mail.get(timeout=0.02) == "stop":
+                if self.wakeups.get(timeout=0.02) == "stop":
                     # Asked a second time: at once.
                     return
             except queue.Empty:
@@ -13080,7 +13088,7 @@ class App:
         self.refusals.tend(at_once=True)
         self._drop_idle()
         self.spares.close()
-        self._guardian.close()
+        self._watchdog.close()
         with contextlib.suppress(sqlite3.Error):
             self.store.catch_up()
             self.keys.write_use()
@@ -13165,7 +13173,7 @@ _BODIES: dict[str, Json] = {
         messages=_messages(("system", "developer", "user", "assistant"), _content("text")),
         stream=_FLAG, max_tokens=_TOKENS_LIMIT, max_completion_tokens=_TOKENS_LIMIT,
         temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_SHARE,
-        stop=_STOP, n={"type": ["integer", "null"], "minimum": 1, "maximum": CHOICES_MOST},
+        stop=_STOP, n={"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
         tools=_TOOLS, ocp_session_id={"type": ["string", "null"], "maxLength": 256},
         reasoning_effort={"enum": [None, "none", *EFFORT_BUDGETS]},
         response_format={"type": ["object", "null"]},
@@ -13449,14 +13457,14 @@ def _check_allowed(app: App, caller: Caller, model: Model) -> None:
         )
 
 
-def _parsing_for(app: App, exchange: HttpExchange, *, counted: bool) -> Parsing:
+def _parsing_for(app: App, exchange: HttpExchange, *, counted: bool) -> ParseEnvironment:
     """What the dialect has to know of the server and of this caller."""
     config, scope = app.config, exchange.caller.scope
     limits = Limits(
         config.image_allow_url, config.max_image_bytes,
         config.max_images, config.max_image_total_bytes,
     )
-    return Parsing(
+    return ParseEnvironment(
         app.models, config.default_model, limits,
         recall=lambda response_id: app.responses.messages(scope, response_id),
         item=lambda item_id: app.responses.item(scope, item_id),
@@ -13492,14 +13500,14 @@ def _turn_of(app: App, exchange: HttpExchange, body: object, *, counted: bool) -
         body.setdefault(SESSION_FIELD, named)
     turn = exchange.dialect.parse(body, _parsing_for(app, exchange, counted=counted))
     _check_allowed(app, exchange.caller, turn.model)
-    turn, dropped = (turn, 0) if counted else fitted(turn, config.max_prompt_chars)
+    turn, dropped = (turn, 0) if counted else truncate_to_budget(turn, config.max_prompt_chars)
     if dropped:
         turn = turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
         app.log.event(
             "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
         )
     if config.cache_ttl_ms:
-        turn = turn._replace(fresh=asks_fresh(body, sampled_too=config.cache_sampled))
+        turn = turn._replace(fresh=wants_cache_bypass(body, sampled_too=config.cache_sampled))
     return turn
 
 
@@ -13537,7 +13545,7 @@ def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body
     blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
-        told = exchange.dialect.lasting(turn)
+        told = exchange.dialect.stored_system_messages(turn)
         items = [kept_item(item) for item in turn.wire["items"]]
         app.responses.put(exchange.caller.scope, body, [*told, *messages], items, app.config)
     if not turn.session_id:
@@ -13606,16 +13614,16 @@ def cancel_response(app: App, exchange: HttpExchange, id: str) -> None:
 
 
 #: How many input items are listed at once, unless the client says otherwise, and at most.
-_ITEMS_EACH, _ITEMS_MOST = 20, 100
+_ITEMS_EACH, _MAX_ITEMS = 20, 100
 
 
 def get_input_items(app: App, exchange: HttpExchange, id: str) -> None:
     """GET /v1/responses/{id}/input_items: the items that a response came of."""
     query = Fields(dict(exchange.query))
     order = query.word("order", ("asc", "desc")) or "desc"
-    limit = whole_number(exchange.query, "limit", _ITEMS_EACH, _ITEMS_MOST)
+    limit = whole_number(exchange.query, "limit", _ITEMS_EACH, _MAX_ITEMS)
     if not limit:
-        raise query.wrong("limit", f"a whole number from 1 to {_ITEMS_MOST}")
+        raise query.wrong("limit", f"a whole number from 1 to {_MAX_ITEMS}")
     items = app.responses.get(exchange.caller.scope, id).items
     items = items[::-1] if order == "desc" else items
     after = query.text("after")
@@ -13670,7 +13678,7 @@ def _model_entry(model: Model) -> Json:
 
 
 #: The longest page of the list of models.
-_PAGE_MOST = 1000
+_MAX_PAGE = 1000
 
 
 def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
@@ -13684,7 +13692,7 @@ def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
         return ids.index(query[name])
 
     first, end = place("after_id", -1) + 1, place("before_id", len(ids))
-    limit = whole_number(query, "limit", 0, _PAGE_MOST) or _PAGE_MOST
+    limit = whole_number(query, "limit", 0, _MAX_PAGE) or _MAX_PAGE
     has_more = limit < end - first
     if query.get("before_id") and not query.get("after_id"):
         return slice(max(first, end - limit), end), has_more
@@ -13761,7 +13769,7 @@ def _health(app: App) -> Json:
         "demo": app.demo,
         "instanceName": config.instance_name,
         "uptime": round(uptime_s * 1000),
-        "uptimeHuman": uptime_words(uptime_s),
+        "uptimeHuman": format_uptime(uptime_s),
         "authMode": config.mode,
         "tls": bool(config.tls_cert),
         "auth": app.account.verdict(),
@@ -13822,7 +13830,7 @@ def _live(app: App, client: Client) -> Iterator[bytes]:
             spoken_s = app.clock()
             yield frames
         waiting = select.poll()
-        if client.listens():
+        if client.can_detect_hangup():
             waiting.register(client.fileno(), select.POLLIN)
         waiting.poll(_EVENTS_EVERY_S * 1000)
         if client.gone():
@@ -13845,7 +13853,7 @@ def _state(app: App) -> Json:
     }
 
 
-_LOG_LINES_MOST = 1000
+_MAX_LOG_LINES = 1000
 
 
 def get_logs(app: App, exchange: HttpExchange) -> None:
@@ -13855,16 +13863,16 @@ def get_logs(app: App, exchange: HttpExchange) -> None:
     level = "warn" if level == "warning" else level
     if level not in ("all", "audit", *LEVELS):
         raise BadRequest(f"level: must be one of all, audit, {', '.join(LEVELS)}.", param="level")
-    count = whole_number(exchange.query, "n", 30, _LOG_LINES_MOST)
+    count = whole_number(exchange.query, "n", 30, _MAX_LOG_LINES)
     entries = app.log.recent(count, level)
     exchange.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
-def whole_number(query: Mapping[str, str], name: str, default: int, most: int) -> int:
+def whole_number(query: Mapping[str, str], name: str, default: int, maximum: int) -> int:
     """A number of the query string, from 0 or 1 on. Raises BadRequest."""
     text = query.get(name, "") or str(default)
-    if not re.fullmatch(r"[0-9]{1,9}", text) or not int(text) <= most:
-        raise BadRequest(f"{name}: must be a whole number up to {most}.", param=name)
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not int(text) <= maximum:
+        raise BadRequest(f"{name}: must be a whole number up to {maximum}.", param=name)
     return int(text)
 
 
@@ -13916,7 +13924,7 @@ def _allowed_models(app: App, fields: Fields) -> list[str]:
 
 def _note(fields: Fields) -> str:
     """The operator's note on a key; what is no UTF-8 cannot be kept."""
-    text = one_line(fields.text("note") or "", _NOTE_MOST_CHARS)
+    text = one_line(fields.text("note") or "", _MAX_NOTE_CHARS)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -13926,11 +13934,11 @@ def _limits(fields: Fields) -> dict[str, int | None]:
 
 
 _QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
-_NOTE_MOST_CHARS = 500
+_MAX_NOTE_CHARS = 500
 
 #: The fields of a key that can be set: the name in JSON, the column, and how it is read.
 _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object]], ...] = (
-    ("name", "name", lambda app, fields: fields.needed_text("name")),
+    ("name", "name", lambda app, fields: fields.required_text("name")),
     ("expiry", "expiry_s", lambda app, fields: _expiry(fields)),
     ("models", "models", _allowed_models),
     (
@@ -14081,10 +14089,10 @@ def change_quota(app: App, exchange: HttpExchange, key: str) -> None:
 
 # -- usage ------------------------------------------------------------------------------------
 
-_RECENT_MOST = 500
+_MAX_RECENT = 500
 #: How long one line of the log stands for whoever looks at everybody's usage.
 _AUDIT_AGAIN_S = 60.0
-_HOURS_MOST = 24 * 400
+_MAX_HOURS = 24 * 400
 
 
 def _moment(query: Mapping[str, str], name: str, default_s: float) -> float:
@@ -14105,12 +14113,12 @@ def get_api_usage(app: App, exchange: HttpExchange) -> None:
     """GET /api/usage?since=&until=&hours=24&limit=50&all=true: what was used; one's own, or with
     `all` everybody's, which only the operator gets."""
     query, caller = exchange.query, exchange.caller
-    limit = whole_number(query, "limit", 50, _RECENT_MOST)
-    hours = whole_number(query, "hours", 24, _HOURS_MOST)
+    limit = whole_number(query, "limit", 50, _MAX_RECENT)
+    hours = whole_number(query, "hours", 24, _MAX_HOURS)
     until_s = _moment(query, "until", time.time() + 1)
     since_s = _moment(query, "since", until_s - hours * 3600)
     everybody = caller.is_admin and query.get("all", "").lower() in _TRUE_WORDS
-    if everybody and app.is_time_for(f"usage {caller.name} {exchange.peer}", _AUDIT_AGAIN_S):
+    if everybody and app.claim_interval(f"usage {caller.name} {exchange.peer}", _AUDIT_AGAIN_S):
         # A dashboard that is open asks again and again.
         app.log.event("info", "admin_usage_full_scope", by=caller.name, peer=exchange.peer)
     report = app.ledger.report(since_s, until_s, limit, None if everybody else caller)
@@ -14132,7 +14140,7 @@ def _totals(app: App) -> Json:
         "activeRequests": stats["activeRequests"],
         "errors": stats["errors"],
         "timeouts": stats["timeouts"],
-        "uptime": uptime_words(app.clock() - app.started_s),
+        "uptime": format_uptime(app.clock() - app.started_s),
     }
 
 
@@ -14416,10 +14424,10 @@ def _decoded(text: str) -> str:
 # name, and keeps nothing of a connection when it ends.
 
 #: What a whole head may take, its request line included, and how many headers it may have.
-_HEAD_MOST_BYTES = 65_536
-_HEADERS_MOST = 100
+_MAX_HEAD_BYTES = 65_536
+_MAX_HEADERS = 100
 #: What the extensions and the trailer of a chunked body may take together.
-_CHUNK_EXTRA_MOST_BYTES = 65_536
+_MAX_CHUNK_EXTRA_BYTES = 65_536
 #: How long a connection may rest between two requests, and how long one that has shown no key.
 _REST_S = 120.0
 _STRANGER_REST_S = 10.0
@@ -14448,16 +14456,16 @@ _SINGLE_HEADERS = (
 def head_lines(stream: BinaryIO) -> Iterator[bytes]:
     """The lines of a head as they arrive, without their ends; none if nothing comes. Raises
     HeadTooLarge, BadRequest."""
-    left, count = _HEAD_MOST_BYTES, 0
+    left, count = _MAX_HEAD_BYTES, 0
     while True:
         line = stream.readline(left + 1)
         left -= len(line)
         if line == (b"\r\n" if count else b""):
             return
-        if left < 0 or count > _HEADERS_MOST:
+        if left < 0 or count > _MAX_HEADERS:
             raise HeadTooLarge(
-                f"The head of the request has more than {_HEAD_MOST_BYTES} bytes or "
-                f"{_HEADERS_MOST} headers."
+                f"The head of the request has more than {_MAX_HEAD_BYTES} bytes or "
+                f"{_MAX_HEADERS} headers."
             )
         if line == b"\r\n":
             # Some clients end a body with one line end too many.
@@ -14526,7 +14534,7 @@ class Exchange(BaseHTTPRequestHandler):
         """Puts a reader with a deadline in front of the socket."""
         self.client: Connection = self.request
         self._reader = DeadlineReader(self.client)
-        self.rfile = self._buffered = io.BufferedReader(self._reader, _HEAD_MOST_BYTES)
+        self.rfile = self._buffered = io.BufferedReader(self._reader, _MAX_HEAD_BYTES)
         #: Lines of a head that the base class puts together.
         self._headers_buffer: list[bytes] = []
         self.app = self.server.app
@@ -14650,7 +14658,7 @@ class Exchange(BaseHTTPRequestHandler):
         except Exception as error:
             self.app.log.event(
                 "error", "request_broke", request_id=self.request_id,
-                method=self.command, error=failure_words(error),
+                method=self.command, error=format_failure(error),
             )
             self._fail(OcpError(f"OCP failed; its log has the details under {self.request_id}."))
         self._end_request()
@@ -14727,7 +14735,7 @@ class Exchange(BaseHTTPRequestHandler):
     def _admitted(self, config: Config, access: Access) -> Caller:
         """The caller. Raises Forbidden, and Unauthorized, the later the more wrong keys came."""
         try:
-            return admit(config, self.app.keys, access, self.headers, self.peer)
+            return authorize(config, self.app.keys, access, self.headers, self.peer)
         except Unauthorized:
             if any(presented_keys(self.headers)):
                 most_s = config.wrong_key_delay_ms / 1000
@@ -14811,7 +14819,7 @@ class Exchange(BaseHTTPRequestHandler):
         """Add so many bytes to the body, or less at the end of the connection."""
         until = len(data) + count
         while len(data) < until:
-            piece = self.rfile.read(min(until - len(data), _READ_MOST_BYTES))
+            piece = self.rfile.read(min(until - len(data), _MAX_READ_BYTES))
             if not piece:
                 return
             self.server.memory.resize(
@@ -14828,7 +14836,7 @@ class Exchange(BaseHTTPRequestHandler):
             if found is None:
                 raise self._broken_chunks()
             size, extra_bytes = int(found[1], 16), extra_bytes + len(found[2])
-            if extra_bytes > _CHUNK_EXTRA_MOST_BYTES:
+            if extra_bytes > _MAX_CHUNK_EXTRA_BYTES:
                 raise self._broken_chunks()
             if size == 0:
                 break
@@ -14837,7 +14845,7 @@ class Exchange(BaseHTTPRequestHandler):
             self._read_more(data, size)
             if self.rfile.readline(2) != b"\r\n":
                 raise self._broken_chunks()
-        self._drop_trailer(_CHUNK_EXTRA_MOST_BYTES - extra_bytes)
+        self._drop_trailer(_MAX_CHUNK_EXTRA_BYTES - extra_bytes)
         return data
 
     def _drop_trailer(self, left_bytes: int) -> None:
@@ -14881,7 +14889,7 @@ class Exchange(BaseHTTPRequestHandler):
                 finished(renderer.body)
             now_s = time.monotonic()
             if silent or (not data and heartbeat_s and now_s - sent_s >= heartbeat_s):
-                data = renderer.silence()
+                data = renderer.keepalive()
             if data:
                 sent_s = now_s
             if data and self._renderer is None:
@@ -15005,7 +15013,7 @@ _NOT_HTTPS = _NOT_TLS.replace(b"https", b"http")
 _NOTED_EVERY_S = 60.0
 _CONNECTIONS_HELP = "raise OCP_MAX_CONNECTIONS if so many are meant to be open"
 #: How many connections above the limit are told so at a time; others are just closed.
-_TURNED_AWAY_MOST = 32
+_MAX_TURNED_AWAY = 32
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -15063,7 +15071,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except Busy as error:
             self._turn_away(connection, error)
             return
-        if left is not None and self.app.is_time_for("connections_full", _NOTED_EVERY_S):
+        if left is not None and self.app.claim_interval("connections_full", _NOTED_EVERY_S):
             self.app.log.event("warn", "connections_full", peer=left.peer, help=_CONNECTIONS_HELP)
         try:
             super().process_request(request, client_address)
@@ -15073,13 +15081,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def note_tls(self, peer: str) -> None:
         """Logs, now and then, that a client speaks https where http is served."""
-        if self.app.is_time_for("https_on_http_port", _NOTED_EVERY_S):
+        if self.app.claim_interval("https_on_http_port", _NOTED_EVERY_S):
             self.app.log.event("warn", "https_on_http_port", peer=peer)
 
     def _turn_away(self, connection: Connection, error: Busy) -> None:
         """Refuse a connection, in a thread of its own as long as there are few of these."""
         with self._lock:
-            is_told = self._turned_away < _TURNED_AWAY_MOST and self._tls is None
+            is_told = self._turned_away < _MAX_TURNED_AWAY and self._tls is None
             self._turned_away += int(is_told)
         if is_told:
             threading.Thread(target=self._refuse, args=(connection, error), daemon=True).start()
@@ -15135,7 +15143,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """A connection that broke outside any request."""
         error = sys.exc_info()[1] or RuntimeError("unknown")
         level = "debug" if isinstance(error, OSError) else "error"
-        self.app.log.event(level, "connection_broke", error=failure_words(error))
+        self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
 # ==== 26. Demo claude ========================================================
@@ -15299,7 +15307,7 @@ def _banner(server: Server) -> str:
         lines.append("DEMO: answers come from a stand-in; no account is used, no model is asked")
     if app.config.is_agent:
         lines.append("AGENT MODE: claude uses tools of its own on this machine")
-    if app.config.is_open:
+    if app.config.is_usable_without_key:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: whoever can connect may use your plan; set {remedy}")
     lines += [
@@ -15315,9 +15323,9 @@ def allow_descriptors(config: Config) -> None:
     wanted = 2 * config.max_connections + 8 * config.max_concurrent + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        maximum = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, hard))
 
 
 def serve(app: App, tls: ssl.SSLContext | None) -> int:
@@ -15336,7 +15344,7 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # nohup and shells leave signals ignored that are not meant for the server.
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: app.mail.put("stop"))
+            signal.signal(number, lambda *_: app.wakeups.put("stop"))
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     app.look()
     with contextlib.suppress(OSError):

@@ -117,7 +117,7 @@ def test_a_failure_has_its_own_status_type_and_code(
     answer, bodies = failure_outcomes[f"{failure.name}, {mode}"]
     assert_failed(answer, failure.status, failure.type, failure.code)
     assert answer.error and answer.error["param"] == failure.param
-    assert answer.headers["x-should-retry"] == (None if failure.heals else "false")
+    assert answer.headers["x-should-retry"] == (None if failure.retryable else "false")
     assert (1 <= int(answer.headers["Retry-After"] or 0) <= 60) == failure.waits
     assert 1 <= len(bodies) <= failure.requests
 

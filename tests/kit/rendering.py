@@ -50,7 +50,7 @@ def parsing(
     item: Callable[[str], Json] = no_item,
 ) -> Any:
     """What a dialect is told about the server."""
-    return ocp.Parsing(MODELS, "sonnet", limits, recall, item, session)
+    return ocp.ParseEnvironment(MODELS, "sonnet", limits, recall, item, session)
 
 
 def refusal_of(dialect: Any, body: object, about: Any = None) -> Any:
@@ -150,7 +150,7 @@ def flowing(events: Iterable[Any]) -> Iterator[Any]:
 
 def gathered(turn: Any, events: Iterable[Any]) -> list[Any]:
     """The whole answers of these events."""
-    outcomes = [ocp.Outcome(turn.choice(index), 0.0) for index in range(turn.choices)]
+    outcomes = [ocp.AnswerRecord(turn.choice(index), 0.0) for index in range(turn.choices)]
     for index, event in flowing(events):
         outcomes[index].note(event, 0.0)
     return [outcome.answer() for outcome in outcomes]
@@ -173,7 +173,7 @@ def stream_bytes(dialect: Any, turn: Any, events: Iterable[Any]) -> bytes:
     try:
         for index, event in flowing(events):
             silent = isinstance(event, ocp.Tick)
-            sent.append(renderer.silence() if silent else renderer.event(index, event))
+            sent.append(renderer.keepalive() if silent else renderer.event(index, event))
         sent.append(renderer.end())
     except ocp.OcpError as error:
         sent.append(renderer.failure(error, REQUEST_ID))

@@ -65,7 +65,7 @@ def test_every_error_of_the_readme_exists_with_its_status() -> None:
     text = README.read_text("utf-8")
     rows = re.findall(r"^\| (\d{3}) \| `(\w+)`(?: / `(\w+)`)? \|.*\| (yes|no) \|$", text, re.M)
     kinds = {
-        (str(kind.status), kind.openai_type, kind.code or "", kind.heals)
+        (str(kind.status), kind.openai_type, kind.code or "", kind.retryable)
         for kind in all_errors(ocp.OcpError)
     }
     assert len(rows) > 10

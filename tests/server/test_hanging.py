@@ -85,14 +85,14 @@ class Patient:
 
     def answer(self, **steps: Json) -> list[Any]:
         """The events of an answer. Raises what becomes of it."""
-        watch = ocp.Watch(self.client, time.monotonic() + 100, 0.0)
+        watch = ocp.WaitLimits(self.client, time.monotonic() + 100, 0.0)
         line = ocp.message_line(ocp.Message("user", ocp.text_block("hi")), (2, 1, 329), ask=True)
         first = ocp.control_line("initialize", systemPrompt=[], hooks=None)
-        script = ocp.Script([first + line])
+        script = ocp.TurnInput([first + line])
         return list(self.process.converse(script, watch, ocp.TurnReader()))
 
     def close(self) -> None:
-        self.process.dismiss(kindly=False)
+        self.process.stop(graceful=False)
         eventually(self.process.is_gone)
         self.client.close()
 
@@ -108,8 +108,8 @@ def place(tmp_path: Path) -> Place:
 def patient(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Patient]]:
     """Makes a process that gets a second to answer, and four megabytes to say it."""
     monkeypatch.setattr(ocp, "_ANSWER_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(ocp, "_START_MOST_S", 0.0)
-    monkeypatch.setattr(ocp, "_LINE_MAX_BYTES", 4 * 1024 * 1024)
+    monkeypatch.setattr(ocp, "_MAX_START_S", 0.0)
+    monkeypatch.setattr(ocp, "_MAX_CLAUDE_LINE_BYTES", 4 * 1024 * 1024)
     monkeypatch.setattr(ocp, "_END_GRACE_S", 0.2)
     made: list[Patient] = []
 
@@ -188,7 +188,7 @@ def test_a_flood_takes_a_bounded_memory(place: Place, patient: Callable[[], Pati
 def test_a_slow_start_is_no_hanging_one(
     place: Place, patient: Callable[[], Patient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ocp, "_START_MOST_S", 60.0)
+    monkeypatch.setattr(ocp, "_MAX_START_S", 60.0)
     busy = "import time\nend_s = time.monotonic() + 4\nwhile time.monotonic() < end_s: pass\n"
     slow = place.folder / "slow.py"
     slow.write_text(f"{busy}exec(open({str(FAKE_CLAUDE)!r}).read())\n")

@@ -89,7 +89,7 @@ def wanted_quota(period: str, **fields: Json) -> dict[str, Json]:
 def without_words(quota: dict[str, Json]) -> dict[str, Json]:
     """A quota of a refusal, after a look at its words."""
     ahead_s = ocp.epoch_of(quota["resetsAt"]) - time.time()
-    words = [ocp.span_words(ahead_s + late_s) for late_s in (0, 1, 5)]
+    words = [ocp.format_span(ahead_s + late_s) for late_s in (0, 1, 5)]
     assert quota["resetsIn"] in words
     return {name: value for name, value in quota.items() if name != "resetsIn"}
 

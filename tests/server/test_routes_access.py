@@ -565,9 +565,9 @@ def test_any_header_of_a_proxy_makes_of_the_operator_somebody_else(
     config = ocp.load_config(settings_of("none"))
 
     with pytest.raises(ocp.Forbidden):
-        ocp.admit(config, None, ocp.Access.ADMIN, headers, "127.0.0.1")
+        ocp.authorize(config, None, ocp.Access.ADMIN, headers, "127.0.0.1")
 
-    caller = ocp.admit(config, None, ocp.Access.CALLER, headers, "127.0.0.1")
+    caller = ocp.authorize(config, None, ocp.Access.CALLER, headers, "127.0.0.1")
     assert caller == ocp.Caller("remote")
 
 
@@ -602,7 +602,7 @@ OTHER_PEERS = ("192.168.1.5", "10.0.0.1", "fe80::1%eth0", "::ffff:192.168.1.5", 
 def admitted(mode: str, access: Any, peer: str) -> Any:
     """Who somebody without a key is who comes from this address."""
     config = ocp.load_config(settings_of(mode))
-    return ocp.admit(config, None, access, http.client.HTTPMessage(), peer)
+    return ocp.authorize(config, None, access, http.client.HTTPMessage(), peer)
 
 
 @pytest.mark.parametrize("peer", LOCAL_PEERS)

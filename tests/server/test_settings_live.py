@@ -88,8 +88,8 @@ def test_every_setting_that_can_be_changed_is_described(server: Server) -> None:
     for name, row in ROWS.items():
         known = {each: told_[name][each] for each in told_[name] if each not in ("value", "source")}
         assert known == {
-            "type": "boolean" if name in FLAGS else "number", "min": row.metadata["least"],
-            "max": row.metadata["most"], "unit": row.metadata["unit"],
+            "type": "boolean" if name in FLAGS else "number", "min": row.metadata["minimum"],
+            "max": row.metadata["maximum"], "unit": row.metadata["unit"],
             "desc": row.metadata["help"], "default": row.default, "env": row.metadata["env"],
         }
 
@@ -113,7 +113,7 @@ def test_a_number_takes_both_ends_of_its_range_and_goes_back_with_null(
 ) -> None:
     before = in_force(server, name)
 
-    for end in ("least", "most"):
+    for end in ("minimum", "maximum"):
         value = ROWS[name].metadata[end]
         reply = patch(server, {name: value})
         assert reply.status == 200
@@ -157,7 +157,7 @@ def assert_refused(server: Server, name: str, value: Json, *words: str) -> None:
 def test_a_number_out_of_its_range_is_refused_and_told_the_range(
     server: Server, name: str
 ) -> None:
-    least, most = ROWS[name].metadata["least"], ROWS[name].metadata["most"]
+    least, most = ROWS[name].metadata["minimum"], ROWS[name].metadata["maximum"]
 
     for value in (least - 1, most + 1, -10**15, 10**15):
         assert_refused(server, name, value, f"from {least} to {most}")

@@ -92,7 +92,7 @@ def test_no_stop_text_ends_a_call_or_a_thought_or_a_shaped_answer() -> None:
     events = [STARTED, *thought, *call(1, "id1", "f", '{"a":\n', "1}"), finished("tool_use")]
 
     assert told(bounds("\n"), events) == events
-    shape = ocp.Shape({"type": "object"}, False)
+    shape = ocp.OutputSchema({"type": "object"}, False)
     assert told(bounds("\n", shape=shape), said(["a\nb"])) == said(["a\nb"])
 
 

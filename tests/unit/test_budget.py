@@ -54,13 +54,13 @@ def weight(*messages: Any) -> int:
 
 def fitted(asked: Any, most_chars: int) -> tuple[list[Any], int]:
     """What is left of a Turn's messages, and how many were dropped."""
-    found, dropped = ocp.fitted(asked, most_chars)
+    found, dropped = ocp.truncate_to_budget(asked, most_chars)
     return found.messages, dropped
 
 
 def refusal(asked: Any, most_chars: int) -> Any:
     with pytest.raises(ocp.ContextTooLong) as caught:
-        ocp.fitted(asked, most_chars)
+        ocp.truncate_to_budget(asked, most_chars)
     return caught.value
 
 
@@ -70,7 +70,7 @@ TALK = [user("a" * 50), assistant("b" * 50), user("c" * 50), assistant("d" * 50)
 def test_what_fits_is_left_alone() -> None:
     asked = turn(*TALK)
 
-    found, dropped = ocp.fitted(asked, weight(*TALK))
+    found, dropped = ocp.truncate_to_budget(asked, weight(*TALK))
 
     assert found is asked and dropped == 0
 
@@ -110,7 +110,7 @@ def test_a_turn_is_not_changed_by_what_is_dropped() -> None:
     asked = turn(*TALK, system="Be brief.", stream=True)
     before = list(asked.messages)
 
-    found, _ = ocp.fitted(asked, 200)
+    found, _ = ocp.truncate_to_budget(asked, 200)
 
     assert asked.messages == before
     assert found == asked._replace(messages=found.messages)
@@ -121,7 +121,7 @@ def test_the_system_prompt_counts_and_stays() -> None:
     most = weight(*TALK[2:])
 
     assert fitted(turn(*TALK), most)[1] == 2
-    found, dropped = ocp.fitted(turn(*TALK, system=system), most)
+    found, dropped = ocp.truncate_to_budget(turn(*TALK, system=system), most)
     assert (found.system, dropped) == (system, 4)
     assert fitted(turn(*TALK, system=system), most + 100)[1] == 2
 
@@ -189,7 +189,8 @@ def everywhere(text: str) -> Any:
     call = {**use("t1"), "input": {text: [text, 1, True, None]}}
     return turn(
         user(text), assistant(text, call), user(result("t1", text), text), assistant(text),
-        user(text), system=text, tools=(tool, tool), shape=ocp.Shape({"const": text}, True),
+        user(text), system=text, tools=(tool, tool),
+        output_schema=ocp.OutputSchema({"const": text}, True),
     )
 
 
@@ -224,7 +225,7 @@ def test_a_prompt_is_everything_that_is_told_to_the_model() -> None:
     tool = ocp.Tool("weather", "Tells it.", schema)
     asked = turn(
         user("Hello", PICTURE), assistant("Hi.", use("t1")), user(result("t1", "Sun."), PAPER),
-        system="Be brief.", tools=(tool,), shape=ocp.Shape(schema, True),
+        system="Be brief.", tools=(tool,), output_schema=ocp.OutputSchema(schema, True),
     )
 
     assert ocp.prompt_chars(asked) == sum(map(len, (

@@ -330,7 +330,7 @@ def test_values_that_stand_for_nothing_are_as_if_they_were_not_there(fields: Jso
     plain, found = turn(model="haiku"), turn(model="haiku", **fields)
 
     assert (found.options, found.ignored) == (plain.options, ())
-    assert (found.tool_choice, found.shape) == (plain.tool_choice, None)
+    assert (found.tool_choice, found.output_schema) == (plain.tool_choice, None)
     assert found.wire["legacy_functions"] is False
 
 

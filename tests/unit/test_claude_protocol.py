@@ -66,7 +66,7 @@ def tools_of(name: str) -> tuple[Any, ...]:
 
 def shape_of(name: str) -> Any:
     """The shape that a recorded answer has to have."""
-    return ocp.Shape({"type": "object"}, wrapped=False) if "-structured" in name else None
+    return ocp.OutputSchema({"type": "object"}, wrapped=False) if "-structured" in name else None
 
 
 def replayed(name: str) -> tuple[list[Any], Any]:
@@ -433,7 +433,7 @@ def test_the_latest_word_about_the_plan_is_kept() -> None:
 
     reader = reader_after(allowed, {**allowed, "rate_limit_info": rejected}, {"type": "system"})
 
-    assert reader.window == ocp.PlanWindow(rejected=True, resets_at_s=5.0)
+    assert reader.window == ocp.ReportedWindow(rejected=True, resets_at_s=5.0)
 
 
 def test_the_reason_of_a_result_without_a_complaint_before_it_is_told() -> None:
@@ -717,18 +717,18 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.com/
 def test_only_a_last_text_that_looks_like_a_command_gets_a_space(
     content: list[Json], sent: list[Json]
 ) -> None:
-    assert ocp.guarded(content, OLD) == sent
+    assert ocp.escape_slash_command(content, OLD) == sent
 
 
 @pytest.mark.parametrize("version", [NEW, (2, 2, 0), (3, 0, 0)])
 def test_versions_that_leave_commands_alone_get_the_text_as_it_is(version: Any) -> None:
-    assert ocp.guarded([text("/cost")], version) == [text("/cost")]
+    assert ocp.escape_slash_command([text("/cost")], version) == [text("/cost")]
 
 
 def test_guarding_leaves_the_client_s_own_message_alone() -> None:
     content = [text("/cost")]
 
-    ocp.guarded(content, OLD)
+    ocp.escape_slash_command(content, OLD)
 
     assert content == [text("/cost")]
 

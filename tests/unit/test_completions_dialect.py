@@ -55,7 +55,7 @@ def test_the_prompt_is_the_user_s_message() -> None:
     assert found.options == ocp.Options(
         max_tokens=7, stop_sequences=("END",), sampling=(("temperature", 0.5),), thinking_tokens=0
     )
-    assert (found.system, found.tools, found.shape, found.ignored) == ("", (), None, ())
+    assert (found.system, found.tools, found.output_schema, found.ignored) == ("", (), None, ())
 
 
 @pytest.mark.parametrize(

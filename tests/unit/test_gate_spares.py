@@ -65,7 +65,7 @@ class Door:
 
     def watch(self, client: Any = None, tick_s: float = 0, deadline_s: float = 60) -> Any:
         """What a request of this door looks out for."""
-        return ocp.Watch(client or self.client, self.clock() + deadline_s, tick_s)
+        return ocp.WaitLimits(client or self.client, self.clock() + deadline_s, tick_s)
 
     def enter(self, stack: contextlib.ExitStack, watch: Any = None, name: str = "a") -> list[Any]:
         """Lets one request in, which stays until the stack ends; its events while it waited."""
@@ -369,9 +369,9 @@ class FakeProcess:
         """Whether it still runs."""
         return self.lives
 
-    def dismiss(self, *, kindly: bool) -> None:
+    def stop(self, *, graceful: bool) -> None:
         """Notes how it was asked to go."""
-        self.dismissed.append(kindly)
+        self.dismissed.append(graceful)
 
     def is_gone(self) -> bool:
         """Whether it has ended."""
@@ -675,25 +675,25 @@ def test_dropped_spares_are_replaced_once_their_model_is_wanted_again() -> None:
     assert len(stable.started) == 2
 
 
-@pytest.mark.parametrize("kindly", [True, False])
-def test_a_dismissed_process_is_seen_to_its_end(kindly: bool) -> None:
+@pytest.mark.parametrize("graceful", [True, False])
+def test_a_dismissed_process_is_seen_to_its_end(graceful: bool) -> None:
     stable = warm("a")
     process, _ = stable.spares.take("a")
     process.ends = False
 
-    stable.spares.dismiss(process, kindly=kindly)
+    stable.spares.stop(process, graceful=graceful)
     still_there = stable.spares.reap()
     process.ends = True
     gone = stable.spares.reap()
 
-    assert process.dismissed == [kindly]
+    assert process.dismissed == [graceful]
     assert (still_there, gone) == (1, 0)
 
 
 def test_of_a_borrowed_process_that_was_dismissed_nothing_is_kept() -> None:
     stable = warm("a")
     process = stable.spares.borrow()
-    stable.spares.dismiss(process, kindly=False)
+    stable.spares.stop(process, graceful=False)
     stable.spares.reap()
     stable.started.clear()
     trace = weakref.ref(process)
@@ -706,20 +706,20 @@ def test_of_a_borrowed_process_that_was_dismissed_nothing_is_kept() -> None:
 def test_the_housekeeper_is_busy_while_a_process_leaves() -> None:
     stable = warm("a")
     stable.clock.advance(10)
-    quiet = stable.spares.restless()
+    quiet = stable.spares.has_work_soon()
     stable.spares.drop()
 
-    assert (quiet, stable.spares.restless()) == (False, True)
+    assert (quiet, stable.spares.has_work_soon()) == (False, True)
 
 
 def test_the_housekeeper_is_busy_for_a_moment_after_a_take() -> None:
     stable = Stable()
     stable.want("a")
     stable.spares.take("a")
-    at_once = stable.spares.restless()
+    at_once = stable.spares.has_work_soon()
     stable.tend()
 
-    assert (at_once, stable.spares.restless()) == (True, False)
+    assert (at_once, stable.spares.has_work_soon()) == (True, False)
 
 
 def test_the_housekeeper_rests_when_a_refill_came_too_late_for_anybody() -> None:
@@ -728,7 +728,7 @@ def test_the_housekeeper_rests_when_a_refill_came_too_late_for_anybody() -> None
     # There was no claude for a long time.
     stable.tend(stable.config.warm_idle_ms / 1000 + 1)
 
-    assert (stable.started, stable.spares.restless()) == ([], False)
+    assert (stable.started, stable.spares.has_work_soon()) == ([], False)
 
 
 def test_closing_ends_everything() -> None:

@@ -75,7 +75,7 @@ def test_a_request_becomes_a_turn() -> None:
         max_tokens=64, stop_sequences=("END",), thinking_tokens=0,
         sampling=(("temperature", 0.5), ("top_k", 5)),
     )
-    assert (found.choices, found.shape, found.ignored) == (1, None, ())
+    assert (found.choices, found.output_schema, found.ignored) == (1, None, ())
 
 
 def test_without_a_model_the_default_answers() -> None:

@@ -32,7 +32,7 @@ def wanted(
     effort: str | None = None, budget_tokens: int | None = None, **fields: Any
 ) -> Any:
     """What a client asks for."""
-    return ocp.Wanted(thinking=ocp.Thinking(effort, budget_tokens), **fields)
+    return ocp.RequestedOptions(thinking=ocp.Thinking(effort, budget_tokens), **fields)
 
 
 # -- the list -----------------------------------------------------------------

@@ -24,9 +24,9 @@ class FakeProcess:
         self.name = name
         self.lives = True
         self.looks = 0
-        self.version = ocp.FORGETS_ALL_SINCE
+        self.version = ocp.REWINDS_ALL_SINCE
         self.born_s = 0.0
-        self.forgotten = 0
+        self.rewinds = 0
         self.told = 0
 
     def __repr__(self) -> str:
@@ -172,7 +172,7 @@ CHANGES: dict[str, Json] = {
     "a tool's schema": {"tools": (WEATHER._replace(schema={"type": "object"}),)},
     "the choice of a tool": {"tool_choice": ocp.ToolChoice("any")},
     "calls side by side": {"tool_choice": ocp.ToolChoice(parallel=False)},
-    "a shape": {"shape": ocp.Shape({"type": "object"}, wrapped=False)},
+    "a shape": {"output_schema": ocp.OutputSchema({"type": "object"}, wrapped=False)},
     "the limit": {"options": ocp.Options(max_tokens=7)},
     "a stop sequence": {"options": ocp.Options(stop_sequences=("END",))},
     "sampling": {"options": ocp.Options(sampling=(("temperature", 0.5),))},
@@ -307,7 +307,7 @@ def test_context_is_told_with_a_result_unless_it_is_known() -> None:
 
 
 def test_a_result_that_context_would_make_too_long_is_not_taken() -> None:
-    long = result("t2", block("x" * ocp.RESULT_MOST_CHARS))
+    long = result("t2", block("x" * ocp.MAX_RESULT_CHARS))
     held = parked(*CALLED, awaiting=("t1", "t2"))
 
     assert takes(held, *CALLED, user(result("t1"), long))
@@ -342,16 +342,16 @@ class Lot:
         process = FakeProcess(name)
         process.born_s = self.clock.now_s
         held = known(turn(*messages, **fields), caller)
-        question = ocp.question_of(turn(*messages[:-1])) if messages[1:] else None
+        question = ocp.rewind_point_of(turn(*messages[:-1])) if messages[1:] else None
         self.parking.put(process, held, frozenset(awaiting), question)
         return process
 
-    def take_to_forget(
+    def take_rewindable(
         self, *messages: Any, caller: str = "local", running: int = 1, **fields: Any
     ) -> Any:
         """The process that would have to forget its last question for this conversation."""
         asked = known(turn(*messages, **fields), caller)
-        parked = self.parking.take_to_forget(asked, self.config, running)
+        parked = self.parking.take_rewindable(asked, self.config, running)
         return parked and parked.process
 
     def take(self, *messages: Any, caller: str = "local", **fields: Any) -> Any:
@@ -484,7 +484,7 @@ def test_another_last_question_is_for_the_process_that_can_forget_its_own(
     process = lot.put(*LATER)
 
     assert lot.take(*messages)[0] is None
-    assert lot.take_to_forget(*messages) is process
+    assert lot.take_rewindable(*messages) is process
     assert len(lot.parking) == 0
 
 
@@ -497,7 +497,7 @@ def test_nothing_else_makes_a_process_forget(messages: tuple[Any, ...]) -> None:
     lot = Lot(parked_processes=0)
     lot.put(*LATER)
 
-    assert lot.take_to_forget(*messages) is None
+    assert lot.take_rewindable(*messages) is None
 
 
 def test_waiting_calls_and_told_results_are_never_forgotten() -> None:
@@ -505,19 +505,19 @@ def test_waiting_calls_and_told_results_are_never_forgotten() -> None:
     lot.put(*CALLED, awaiting=("t1", "t2"))
     lot.put(*CALLED, user(result("t1"), result("t2")), assistant("Sunny."))
 
-    assert lot.take_to_forget(user("b")) is None
-    assert lot.take_to_forget(*CALLED, user("Never mind.")) is None
-    assert ocp.question_of(turn(*CALLED, user(result("t1"), result("t2"), "And?"))) is None
+    assert lot.take_rewindable(user("b")) is None
+    assert lot.take_rewindable(*CALLED, user("Never mind.")) is None
+    assert ocp.rewind_point_of(turn(*CALLED, user(result("t1"), result("t2"), "And?"))) is None
 
 
 def test_a_process_forgets_for_its_caller_and_its_settings_only() -> None:
     lot = Lot(parked_processes=0)
     process = lot.put(*SAID)
 
-    assert lot.take_to_forget(user("b"), caller="somebody") is None
+    assert lot.take_rewindable(user("b"), caller="somebody") is None
     for fields in CHANGES.values():
-        assert lot.take_to_forget(user("b"), **fields) is None
-    assert lot.take_to_forget(user("b")) is process
+        assert lot.take_rewindable(user("b"), **fields) is None
+    assert lot.take_rewindable(user("b")) is process
 
 
 @pytest.mark.parametrize(
@@ -530,7 +530,7 @@ def test_for_a_conversation_of_its_own_only_who_would_be_pushed_out_forgets(
     for name in "xyz"[:parked_now]:
         lot.put(user(name), assistant("ok"))
 
-    assert (lot.take_to_forget(user("new"), running=running) is not None) is taken
+    assert (lot.take_rewindable(user("new"), running=running) is not None) is taken
 
 
 def test_nobody_forgets_in_the_place_of_another_that_would_be_pushed_out() -> None:
@@ -538,8 +538,8 @@ def test_nobody_forgets_in_the_place_of_another_that_would_be_pushed_out() -> No
     lot.put(user("x"), assistant("ok"), user("y"), assistant("ok"))
     processes = [lot.put(user(name), assistant("ok")) for name in "xy"]
 
-    assert lot.take_to_forget(user("new")) is None
-    assert lot.take_to_forget(user("new"), running=2) is processes[0]
+    assert lot.take_rewindable(user("new")) is None
+    assert lot.take_rewindable(user("new"), running=2) is processes[0]
 
 
 def test_what_no_conversation_goes_on_from_forgets_at_once() -> None:
@@ -547,18 +547,18 @@ def test_what_no_conversation_goes_on_from_forgets_at_once() -> None:
     process = lot.put(user("a"), assistant("b"))
     held = ocp.History(known(turn()).base, (known(turn(user("a"))).digests[0], ""))
     ended = FakeProcess()
-    lot.parking.put(ended, held, frozenset(), ocp.question_of(turn(user("a"))))
+    lot.parking.put(ended, held, frozenset(), ocp.rewind_point_of(turn(user("a"))))
 
     assert lot.take(*SAID, user("c"))[0] is process
-    assert lot.take_to_forget(user("new")) is ended
+    assert lot.take_rewindable(user("new")) is ended
 
 
 def test_the_same_first_question_of_somebody_else_leaves_a_conversation_alone() -> None:
     lot = Lot(parked_processes=5)
     processes = [lot.put(user(name), assistant("ok")) for name in "xyzz"]
 
-    assert lot.take_to_forget(user("z")) is None
-    assert lot.take_to_forget(user("z"), running=2) is processes[0]
+    assert lot.take_rewindable(user("z")) is None
+    assert lot.take_rewindable(user("z"), running=2) is processes[0]
 
 
 def test_what_was_at_work_when_all_were_dropped_forgets_nothing() -> None:
@@ -568,7 +568,7 @@ def test_what_was_at_work_when_all_were_dropped_forgets_nothing() -> None:
     old = lot.put(*LATER)
     old.born_s -= 1
 
-    assert lot.take_to_forget(*SAID, user("e")) is None
+    assert lot.take_rewindable(*SAID, user("e")) is None
     assert lot.take(*LATER, user("e"))[0] is old
 
 
@@ -577,14 +577,14 @@ def test_conversations_that_begin_with_the_same_examples_do_not_take_from_each_o
     process = lot.put(*LATER)
     process.told = len(SAID)
 
-    assert lot.take_to_forget(*SAID, user("e")) is None
-    assert lot.take_to_forget(*SAID, user("e"), running=2) is process
+    assert lot.take_rewindable(*SAID, user("e")) is None
+    assert lot.take_rewindable(*SAID, user("e"), running=2) is process
     lot.put(*LATER).told = len(SAID)
     # The same again, and another question behind one that was asked here, need no reason.
-    assert lot.take_to_forget(*SAID, user("c")) is not None
+    assert lot.take_rewindable(*SAID, user("c")) is not None
     longer = lot.put(*LATER, user("e"), assistant("f"))
     longer.told = len(SAID)
-    assert lot.take_to_forget(*LATER, user("g")) is longer
+    assert lot.take_rewindable(*LATER, user("g")) is longer
 
 
 def test_what_no_conversation_goes_on_from_pushes_out_one_conversation_at_most() -> None:
@@ -595,7 +595,7 @@ def test_what_no_conversation_goes_on_from_pushes_out_one_conversation_at_most()
     for process in ended:
         asked = known(turn(user(process.name), system=process.name))
         held = asked._replace(digests=(*asked.digests, ""))
-        lot.parking.put(process, held, frozenset(), ocp.question_of(turn(user("a"))))
+        lot.parking.put(process, held, frozenset(), ocp.rewind_point_of(turn(user("a"))))
         gone += lot.tend()
 
     assert gone == [going_on[0], *ended[:3]]
@@ -603,30 +603,30 @@ def test_what_no_conversation_goes_on_from_pushes_out_one_conversation_at_most()
 
 def test_old_processes_and_old_versions_do_not_forget_everything() -> None:
     lot = Lot(parked_processes=0, session_ttl_ms=60_000)
-    for version, after_s in ((ocp.OLDEST_CLAUDE, 0), (ocp.FORGETS_ALL_SINCE, 61)):
+    for version, after_s in ((ocp.OLDEST_CLAUDE, 0), (ocp.REWINDS_ALL_SINCE, 61)):
         lot.put(*SAID).version = version
         lot.clock.advance(after_s)
-        assert lot.take_to_forget(user("new")) is None
+        assert lot.take_rewindable(user("new")) is None
 
 
 def test_a_process_forgets_so_often_and_no_more() -> None:
     lot = Lot(parked_processes=0)
     process = lot.put(*LATER)
-    process.forgotten = 500
+    process.rewinds = 500
 
-    assert lot.take_to_forget(*SAID, user("e")) is None
-    process.forgotten = 499
-    assert lot.take_to_forget(*SAID, user("e")) is process
+    assert lot.take_rewindable(*SAID, user("e")) is None
+    process.rewinds = 499
+    assert lot.take_rewindable(*SAID, user("e")) is process
 
 
 def test_after_one_that_could_not_forget_none_is_asked_to_for_a_while() -> None:
     lot = Lot()
     process = lot.put(*LATER)
-    lot.parking.stop_forgetting(60)
+    lot.parking.pause_rewinds(60)
 
-    assert lot.take_to_forget(*SAID, user("e")) is None
+    assert lot.take_rewindable(*SAID, user("e")) is None
     lot.clock.advance(61)
-    assert lot.take_to_forget(*SAID, user("e")) is process
+    assert lot.take_rewindable(*SAID, user("e")) is process
 
 
 def test_dropping_lets_all_of_them_go() -> None:

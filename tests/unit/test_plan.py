@@ -30,7 +30,7 @@ FIVE_S, WEEK_S = THEN_S + 3_000, THEN_S + 90_000
 
 def news_of(lines: dict[str, dict[str, Json]], name: str) -> Any:
     """What the line of this name tells."""
-    news = ocp.plan_news(lines["events"][name])
+    news = ocp.plan_event(lines["events"][name])
     assert news is not None
     return news
 
@@ -38,17 +38,17 @@ def news_of(lines: dict[str, dict[str, Json]], name: str) -> Any:
 def test_the_old_claude_tells_the_reset_of_the_window_that_decides() -> None:
     news = news_of(OLD, "first")
 
-    assert news == ocp.PlanNews(
-        {"five_hour": ocp.Window(None, FIVE_S, "allowed")}, "allowed", "five_hour",
+    assert news == ocp.PlanReport(
+        {"five_hour": ocp.PlanWindow(None, FIVE_S, "allowed")}, "allowed", "five_hour",
         overage_status="rejected", overage_reason="org_level_disabled")
 
 
 def test_the_new_claude_tells_all_windows() -> None:
     news = news_of(NEW, "first")
 
-    assert news == ocp.PlanNews(
-        {"five_hour": ocp.Window(0.21, FIVE_S, "allowed"),
-         "seven_day": ocp.Window(0.4, WEEK_S, "allowed")}, "allowed", "five_hour",
+    assert news == ocp.PlanReport(
+        {"five_hour": ocp.PlanWindow(0.21, FIVE_S, "allowed"),
+         "seven_day": ocp.PlanWindow(0.4, WEEK_S, "allowed")}, "allowed", "five_hour",
         overage_status="rejected", overage_reason="org_level_disabled")
 
 
@@ -84,7 +84,7 @@ def test_the_week_may_be_the_window_that_decides(version: str) -> None:
 @each_version
 @pytest.mark.parametrize("name", ["no headers", "plain 429"])
 def test_a_line_that_names_no_window_is_no_news(version: str, name: str) -> None:
-    assert ocp.plan_news(LINES[version]["events"][name]) is None
+    assert ocp.plan_event(LINES[version]["events"][name]) is None
 
 
 @each_version
@@ -103,17 +103,17 @@ def test_a_plain_429_is_no_limit_of_the_plan_and_a_rejection_is(version: str) ->
 @each_version
 @pytest.mark.parametrize("name", ["bare token", "bare token after a turn"])
 def test_a_bare_token_knows_nothing_of_its_plan(version: str, name: str) -> None:
-    assert ocp.plan_report(LINES[version]["replies"][name]) == ocp.PlanNews({})
+    assert ocp.plan_report(LINES[version]["replies"][name]) == ocp.PlanReport({})
 
 
 @each_version
 def test_a_full_login_knows_every_window_and_its_name(version: str) -> None:
     news = ocp.plan_report(LINES[version]["replies"]["login"])
 
-    assert news == ocp.PlanNews({
-        "five_hour": ocp.Window(0.21, 1_795_284_000.123456, None),
-        "seven_day": ocp.Window(0.4, 1_795_597_200, None),
-        "seven_day_sonnet": ocp.Window(0.03, 1_795_597_200, None)}, subscription="max")
+    assert news == ocp.PlanReport({
+        "five_hour": ocp.PlanWindow(0.21, 1_795_284_000.123456, None),
+        "seven_day": ocp.PlanWindow(0.4, 1_795_597_200, None),
+        "seven_day_sonnet": ocp.PlanWindow(0.03, 1_795_597_200, None)}, subscription="max")
 
 
 @each_version
@@ -123,7 +123,7 @@ def test_a_login_whose_question_came_to_nothing_knows_its_name_only(
 ) -> None:
     news = ocp.plan_report(LINES[version]["replies"][name])
 
-    assert news == ocp.PlanNews({}, subscription="max")
+    assert news == ocp.PlanReport({}, subscription="max")
 
 
 @each_version
@@ -157,7 +157,7 @@ def test_a_share_that_is_none_is_unknown(text: str) -> None:
     reply = ('{"response": {"response": {"rate_limits": {"five_hour": '
              f'{{"utilization": {text}, "resets_at": null}}}}}}}}}}')
 
-    found = [ocp.plan_news(parsed(line)) for line in lines] + [ocp.plan_report(parsed(reply))]
+    found = [ocp.plan_event(parsed(line)) for line in lines] + [ocp.plan_report(parsed(reply))]
 
     assert [news.windows["five_hour"].utilization for news in found] == [None] * 3
 
@@ -171,7 +171,7 @@ def test_a_moment_that_is_none_is_unknown(text: str) -> None:
     reply = ('{"response": {"response": {"rate_limits": {"five_hour": '
              f'{{"utilization": 21, "resets_at": {text}}}}}}}}}}}')
 
-    found = [ocp.plan_news(parsed(event)), ocp.plan_report(parsed(reply))]
+    found = [ocp.plan_event(parsed(event)), ocp.plan_report(parsed(reply))]
 
     assert [news.windows["five_hour"].resets_at_s for news in found] == [None] * 2
 
@@ -181,10 +181,10 @@ def test_a_moment_that_is_none_is_unknown(text: str) -> None:
 def test_windows_that_are_none_are_left_out(value: Json) -> None:
     info = {"rateLimitType": "five_hour", "status": "allowed", "unifiedWindows": value}
 
-    news = ocp.plan_news({"type": "rate_limit_event", "rate_limit_info": info})
+    news = ocp.plan_event({"type": "rate_limit_event", "rate_limit_info": info})
     told = ocp.plan_report({"response": {"response": {"rate_limits": value}}})
 
-    assert news.windows["five_hour"] == ocp.Window(None, None, "allowed")
+    assert news.windows["five_hour"] == ocp.PlanWindow(None, None, "allowed")
     assert told.windows == {}
 
 
@@ -194,14 +194,14 @@ def test_windows_that_are_none_are_left_out(value: Json) -> None:
     {"type": "rate_limit_event", "rate_limit_info": {"rateLimitType": 5}},
     {"type": "system", "rate_limit_info": {"rateLimitType": "five_hour"}}])
 def test_other_lines_are_no_news(line: Json) -> None:
-    assert ocp.plan_news(line) is None
+    assert ocp.plan_event(line) is None
 
 
 @pytest.mark.parametrize("reply", [
     {}, {"response": None}, {"response": {"response": 7}}, {"response": {"response": []}},
     {"response": {"response": {"rate_limits": "x", "subscription_type": 7}}}])
 def test_a_reply_of_another_shape_tells_nothing(reply: Json) -> None:
-    assert ocp.plan_report(reply) == ocp.PlanNews({})
+    assert ocp.plan_report(reply) == ocp.PlanReport({})
 
 
 # ---------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_a_share_is_not_kept_for_the_next_window(account: Any) -> None:
     warning = news_of(OLD, "warning")
     account.hear(warning)
 
-    window = ocp.Window(None, warning.windows["five_hour"].resets_at_s + 5 * 3_600, "allowed")
+    window = ocp.PlanWindow(None, warning.windows["five_hour"].resets_at_s + 5 * 3_600, "allowed")
     account.hear(warning._replace(windows={"five_hour": window}))
 
     assert shown(account)[0]["utilization"] is None
@@ -296,7 +296,7 @@ def test_a_share_that_was_asked_for_is_kept_when_a_line_tells_the_same_window(
 
     # Lines of answers tell whole seconds.
     info = {"status": "allowed", "rateLimitType": "five_hour", "resetsAt": 1_795_284_000}
-    account.hear(ocp.plan_news({"type": "rate_limit_event", "rate_limit_info": info}))
+    account.hear(ocp.plan_event({"type": "rate_limit_event", "rate_limit_info": info}))
 
     assert (shown(account)[0]["utilization"], shown(account)[0]["status"]) == (0.21, "allowed")
 
@@ -382,7 +382,7 @@ class Idle:
     def idle(self) -> None:
         """It says nothing."""
 
-    def dismiss(self, *, kindly: bool) -> None:
+    def stop(self, *, graceful: bool) -> None:
         self.is_dismissed = True
 
     def is_gone(self) -> bool:

@@ -269,7 +269,7 @@ def test_the_reset_that_is_told_is_when_the_next_request_is_let_in(
 
         told = refused.details["quota"]
         resets_s = ocp.epoch_of(told["resetsAt"])
-        assert told["resetsIn"] == ocp.span_words(resets_s - book.clock())
+        assert told["resetsIn"] == ocp.format_span(resets_s - book.clock())
         assert abs(int(refused.headers()["Retry-After"]) - (resets_s - book.clock())) <= 0.5
         assert told["resetsAt"] == book.report()[period]["resetsAt"]
         book.clock.now_s = resets_s
@@ -281,7 +281,7 @@ def test_the_reset_that_is_told_is_when_the_next_request_is_let_in(
     (86_400, "24h 0m"), (97_200, "1d 3h"), (30 * 86_400, "30d 0h"),
 ])
 def test_the_time_to_a_reset_in_words(seconds: float, words: str) -> None:
-    assert ocp.span_words(seconds) == words
+    assert ocp.format_span(seconds) == words
 
 
 @pytest.mark.usefixtures("utc")
@@ -479,7 +479,7 @@ def test_requests_that_run_may_not_take_more_tokens_together_than_are_left(store
 
     refused = book.refusal(tokens=1)
 
-    assert isinstance(refused, ocp.QueueFull) and refused.heals
+    assert isinstance(refused, ocp.QueueFull) and refused.retryable
     assert refused.headers() == {"Retry-After": "5"}
     assert "60" in refused.message
     book.end(running, tokens=29)

@@ -142,7 +142,7 @@ def test_the_form_of_an_answer_is_taken_in_the_words_of_chat_too() -> None:
 
     found = turn(response_format=form)
 
-    assert (found.shape, found.ignored) == (ocp.shape_of(ocp.Fields(schema)), ())
+    assert (found.output_schema, found.ignored) == (ocp.shape_of(ocp.Fields(schema)), ())
 
 
 @pytest.mark.parametrize("value", [0, -1, None])
@@ -252,7 +252,7 @@ def test_a_request_that_is_all_instructions_asks_them() -> None:
     found = turn([{"role": "developer", "content": "Say hello."}])
 
     assert (found.system, conversation(found)) == ("", [("user", ["Say hello."])])
-    assert ocp.RESPONSES.lasting(found) == []
+    assert ocp.RESPONSES.stored_system_messages(found) == []
 
 
 def test_an_instruction_after_an_answer_is_there_to_be_answered() -> None:
@@ -260,12 +260,13 @@ def test_an_instruction_after_an_answer_is_there_to_be_answered() -> None:
                   {"role": "developer", "content": "Sum up."}], instructions="Be kind.")
 
     assert (found.system, conversation(found)[2:]) == ("Be kind.", [("user", ["Sum up."])])
-    assert ocp.RESPONSES.lasting(found) == []
+    assert ocp.RESPONSES.stored_system_messages(found) == []
 
 
 def test_messages_of_the_system_last_and_instructions_do_not() -> None:
     first = turn([{"role": "developer", "content": "Two."}, USER], instructions="One.")
-    said = [*ocp.RESPONSES.lasting(first), *first.messages, ocp.Message("assistant", [block("b")])]
+    told = ocp.RESPONSES.stored_system_messages(first)
+    said = [*told, *first.messages, ocp.Message("assistant", [block("b")])]
     about = parsing(recall=lambda response_id: said)
 
     given = [{"role": "system", "content": "Four."}, USER]
@@ -276,7 +277,8 @@ def test_messages_of_the_system_last_and_instructions_do_not() -> None:
     assert conversation(second) == [
         ("user", ["Hello"]), ("assistant", ["b"]),
         ("user", ["<system-reminder>\nFour.\n</system-reminder>", "Hello"])]
-    assert [each.content for each in ocp.RESPONSES.lasting(second)] == [[block("Two.")]]
+    told = ocp.RESPONSES.stored_system_messages(second)
+    assert [each.content for each in told] == [[block("Two.")]]
 
 
 def test_parts_of_a_message_become_blocks() -> None:

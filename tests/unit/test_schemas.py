@@ -414,7 +414,7 @@ def test_a_tool_that_claude_does_not_offer_is_an_error_before_the_api_is_asked()
 
 
 def test_an_answer_s_schema_that_claude_does_not_take_is_an_error() -> None:
-    reader = ocp.TurnReader((), ocp.Shape({}, wrapped=False))
+    reader = ocp.TurnReader((), ocp.OutputSchema({}, wrapped=False))
 
     with pytest.raises(ocp.BadRequest) as caught:
         reader.events(init_line("Bash"))
@@ -428,7 +428,7 @@ def test_tools_that_claude_has_not_heard_of_yet_are_not_the_client_s_fault() -> 
 
 
 def test_more_tools_than_the_client_s_are_no_error() -> None:
-    reader = ocp.TurnReader(NAMED, ocp.Shape({}, wrapped=False))
+    reader = ocp.TurnReader(NAMED, ocp.OutputSchema({}, wrapped=False))
 
     line = init_line("Bash", "weather", ocp.wire_name("odd name"), "StructuredOutput")
     assert reader.events(line) == []

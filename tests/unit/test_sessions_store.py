@@ -460,7 +460,7 @@ def test_a_response_that_is_referred_to_is_kept_on() -> None:
 
 
 def test_all_responses_together_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ocp, "_STORED_MOST_BYTES", 1_000)
+    monkeypatch.setattr(ocp, "_MAX_STORED_BYTES", 1_000)
     shelf = Shelf()
 
     for number in range(5):
@@ -471,7 +471,7 @@ def test_all_responses_together_have_a_largest_size(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_was_removed_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ocp, "_STORED_MOST_BYTES", 1_000)
+    monkeypatch.setattr(ocp, "_MAX_STORED_BYTES", 1_000)
     shelf = Shelf()
 
     shelf.put("r0", "x" * 100)
@@ -485,7 +485,7 @@ def test_what_was_removed_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_response_that_is_larger_than_all_may_be_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ocp, "_STORED_MOST_BYTES", 1_000)
+    monkeypatch.setattr(ocp, "_MAX_STORED_BYTES", 1_000)
     shelf = Shelf()
 
     shelf.put("r1", "x" * 5_000)

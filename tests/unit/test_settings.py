@@ -75,7 +75,7 @@ def test_a_blank_variable_counts_as_not_set(blank: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(NUMBERS))
 def test_both_ends_of_a_range_are_taken(name: str) -> None:
-    ends = [ROWS[name].metadata[end] for end in ("least", "most")]
+    ends = [ROWS[name].metadata[end] for end in ("minimum", "maximum")]
 
     taken = [value_of({name: f" {end} "}, name) for end in ends if end is not None]
 
@@ -83,15 +83,15 @@ def test_both_ends_of_a_range_are_taken(name: str) -> None:
 
 
 def test_a_number_below_the_range_is_refused_by_name() -> None:
-    below = {name: row.metadata["least"] - 1 for name, row in NUMBERS.items()}
+    below = {name: row.metadata["minimum"] - 1 for name, row in NUMBERS.items()}
 
     begun = {name: f"{name}: '{value}' is out of range" for name, value in below.items()}
     assert wrongly_refused({name: str(value) for name, value in below.items()}, begun) == {}
 
 
 def test_a_number_above_the_range_is_refused_by_name_and_told_the_range() -> None:
-    ranges = {name: (row.metadata["least"], row.metadata["most"])
-              for name, row in NUMBERS.items() if row.metadata["most"] is not None}
+    ranges = {name: (row.metadata["minimum"], row.metadata["maximum"])
+              for name, row in NUMBERS.items() if row.metadata["maximum"] is not None}
 
     told = {name: complaints({name: str(most + 1)}) for name, (_, most) in ranges.items()}
 

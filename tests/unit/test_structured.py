@@ -34,7 +34,7 @@ def shape_of(schema: Json) -> Any:
 
 @pytest.mark.parametrize("schema", [CITY, {"type": "object"}, ANYTHING])
 def test_an_object_s_schema_is_given_as_it_is(schema: Json) -> None:
-    assert shape_of(schema) == ocp.Shape(schema, wrapped=False)
+    assert shape_of(schema) == ocp.OutputSchema(schema, wrapped=False)
 
 
 @pytest.mark.parametrize(
@@ -114,16 +114,17 @@ NAMED = {"name": "city", "strict": True, "schema": CITY}
     ],
 )
 def test_every_dialect_takes_a_schema(dialect: Any, fields: Json) -> None:
-    assert parse(dialect, **fields).shape == ocp.Shape(CITY, wrapped=False)
+    assert parse(dialect, **fields).output_schema == ocp.OutputSchema(CITY, wrapped=False)
 
 
 @pytest.mark.parametrize(
     ("dialect", "fields", "shape"),
     [
-        (ocp.CHAT, {"response_format": {"type": "json_object"}}, ocp.Shape(ANYTHING, False)),
-        (ocp.RESPONSES, {"text": {"format": {"type": "json_object"}}}, ocp.Shape(ANYTHING, False)),
+        (ocp.CHAT, {"response_format": {"type": "json_object"}}, ocp.OutputSchema(ANYTHING, False)),
+        (ocp.RESPONSES, {"text": {"format": {"type": "json_object"}}},
+         ocp.OutputSchema(ANYTHING, False)),
         (ocp.MESSAGES, {"output_config": {"format": {"type": "json_object"}}},
-         ocp.Shape(ANYTHING, False)),
+         ocp.OutputSchema(ANYTHING, False)),
         (ocp.CHAT, {"response_format": {"type": "text"}}, None),
         (ocp.CHAT, {"response_format": {}}, None),
         (ocp.RESPONSES, {"text": {"format": {"type": "text"}}}, None),
@@ -135,7 +136,7 @@ def test_every_dialect_takes_a_schema(dialect: Any, fields: Json) -> None:
 def test_json_without_a_schema_is_an_object_and_text_has_no_shape(
     dialect: Any, fields: Json, shape: Any
 ) -> None:
-    assert parse(dialect, **fields).shape == shape
+    assert parse(dialect, **fields).output_schema == shape
 
 
 @pytest.mark.parametrize(
@@ -249,8 +250,8 @@ def test_a_long_value_is_given_while_it_comes() -> None:
 
 # -- the answer ---------------------------------------------------------------
 
-PLAIN = ocp.Shape(CITY, wrapped=False)
-WRAPPED = ocp.Shape({}, wrapped=True)
+PLAIN = ocp.OutputSchema(CITY, wrapped=False)
+WRAPPED = ocp.OutputSchema({}, wrapped=True)
 START = {
     "type": "stream_event",
     "event": {"type": "message_start", "message": {"id": "msg_1", "model": "claude-x"}},
@@ -302,7 +303,7 @@ def told(shape: Any, *lines: Json) -> list[Any]:
 
 
 def answered(events: list[Any]) -> Any:
-    found = ocp.Outcome(parse(ocp.CHAT), 0.0)
+    found = ocp.AnswerRecord(parse(ocp.CHAT), 0.0)
     for event in events:
         found.note(event, 0.0)
     return found.answer()

@@ -606,7 +606,7 @@ def test_the_server_greets_in_the_version_that_claude_speaks() -> None:
 def test_the_server_lists_the_tools_under_names_that_the_api_takes() -> None:
     [(_, reply)] = replies(server("weather", "a.b").reply(mcp("tools/list", id=1)))
 
-    meta = {"_meta": {"anthropic/maxResultSizeChars": ocp.RESULT_MOST_CHARS}}
+    meta = {"_meta": {"anthropic/maxResultSizeChars": ocp.MAX_RESULT_CHARS}}
     rest = {"inputSchema": SCHEMA, **meta}
     assert reply["result"]["tools"] == [
         {"name": "weather", "description": "Does weather.", **rest},
@@ -752,7 +752,7 @@ def read(*lines: Json, tools: Any = WEATHER) -> list[Any]:
 
 def answered(events: list[Any]) -> Any:
     """The whole answer of these events."""
-    outcome = ocp.Outcome(turn(), 0.0)
+    outcome = ocp.AnswerRecord(turn(), 0.0)
     for event in events:
         outcome.note(event, 0.0)
     return outcome.answer()
