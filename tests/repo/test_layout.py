@@ -73,7 +73,7 @@ SHARED = {
     "read_record": _OF_THE_SERVICE, "confirm": _OF_THE_SERVICE,
     "env_file": ["ocp.py", "setup.py_install.py"],
     "shown_path": ["setup.py_install.py", "uninstall.py"],
-    "http_json": ["ocp.py", "ocp_connect.py", "setup.py_install.py"],
+    "http_json": ["ocp.py", "setup.py_install.py"],
     "any_certificate": ["ocp.py", "setup.py_install.py"],
 }
 
