@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -258,3 +259,23 @@ def test_arrays_of_very_many_objects_are_refused_by_name() -> None:
 
     assert caught.value.param == "messages" and "at most 20000" in caught.value.message
     assert len(ocp.Fields({"messages": messages[1:]}).objects("messages")) == 20_000
+
+
+@pytest.mark.parametrize("counted_bytes", [1, 2, 3, 7, 64])
+def test_values_are_counted_alike_in_pieces_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, counted_bytes: int
+) -> None:
+    text = json.dumps([{"a\\": ['\\"[[[', "\\\\", "{,", '"', "\\"]}, ["[", "\\\\\\"]] * 20).encode()
+    monkeypatch.setattr(ocp, "_COUNTED_BYTES", counted_bytes)
+    verdicts = []
+    for maximum in range(150, 400):
+        monkeypatch.setattr(ocp, "_MAX_JSON_VALUES", maximum)
+        verdicts.append(ocp.has_many_values(text))
+
+    expected = sum(map(bare(text).count, (b"[", b"{", b",")))
+    assert verdicts == [maximum < expected for maximum in range(150, 400)]
+
+
+def bare(text: bytes) -> bytes:
+    """The text of a JSON value without its strings."""
+    return re.sub(rb'"(?:[^"\\]|\\.)*"', b"", text)
