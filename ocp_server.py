@@ -35,14 +35,16 @@ Sections (search for "==== 8" to jump to the eighth):
     17. Account            what is known about login and plan, learned from answers
     18. Metrics            counters and histograms since the start
     19. Connections        sockets, and the bounds of what they take together
-    20. App                owns every long-lived object; answering one turn
-    21. API description    what a route is, and the OpenAPI document of them all
-    22. Dashboard          the page for the operator, and what it may do
-    23. Endpoints          one function for each route
-    24. Routes             the table of routes
-    25. HTTP server        sockets, bodies, one thread for each connection
-    26. Demo claude        the stand-in behind --demo
-    27. Command line       arguments, signals, main
+    20. State folder       the database, the modes of files, the admin key
+    21. Answering          one request: quota, cache, claude, row of usage
+    22. App                owns every long-lived object; the housekeeper
+    23. API description    what a route is, and the OpenAPI document of them all
+    24. Dashboard          the page for the operator, and what it may do
+    25. Endpoints          one function for each route
+    26. Routes             the table of routes
+    27. HTTP server        sockets, bodies, one thread for each connection
+    28. Demo claude        the stand-in behind --demo
+    29. Command line       arguments, signals, main
 """
 from __future__ import annotations
 
@@ -11898,9 +11900,164 @@ class Connections:
         )
 
 
-# ==== 20. App ================================================================
-# Owns every long-lived object and knows how they work together: `answering` is one turn from
-# the gate to its log line. The main thread is the housekeeper: it waits for mail, then tends.
+# ==== 20. State folder =======================================================
+# OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
+# Without a folder that can be written everything is kept in memory, and the server says so.
+
+_MOVE_HOME = "set OCP_HOME to a folder that can be written"
+_REPLACE_DATABASE = "move ocp.db away or put a copy of it back, and start again"
+_UPDATE_OCP = "update OCP, or set OCP_HOME to another folder"
+_RETURN_DATABASE = (
+    "The database was taken away or replaced while the server ran: what changes since then is lost "
+    "at its end. Put ocp.db back where it was, or start again."
+)
+_FREE_DATABASE = "see to it that ocp.db can be written, and start again"
+
+#: How much longer than its drain a start waits for a server that is stopping.
+_STOP_PATIENCE_S = 10.0
+#: How often the place of the database is looked at.
+_LOOK_EVERY_S = 10.0
+
+
+class StateFolder:
+    """The folder of the database, the log and the admin key."""
+
+    def __init__(self, config: Config, log: Log, clock: Clock, *, is_demo: bool) -> None:
+        """Open the database; the log goes to the folder from now on. A demo beside a server keeps
+        everything in memory. Raises HomeInUse."""
+        self._path = config.home_path
+        self._log = log
+        self._clock = clock
+        self._lock: HomeLock | None = None
+        #: What to do about a folder that cannot be used; empty when it can be.
+        self._memory_fix = ""
+        #: Whether the database is not where it was.
+        self._is_lost = False
+        self.store = self._open_store(config, is_demo)
+        self._logged_state = self.status[0]
+        self._look_at_s = clock()
+
+    @property
+    def status(self) -> tuple[str, str]:
+        """Return where the state that has to survive a restart is kept, and what to do about it:
+
+        "disk"; "memory" without a usable folder; "lost" when the database was taken away;
+        "damaged"; "behind" while writes wait for a database that is full or locked.
+        """
+        if self._memory_fix or self._lock is None:
+            return "memory", self._memory_fix
+        if self._is_lost:
+            return "lost", _RETURN_DATABASE
+        if self.store.is_damaged:
+            return "damaged", _REPLACE_DATABASE
+        failure = self.store.failure
+        return ("disk", "") if failure is None else ("behind", storage_failure(
+            failure, "What was changed holds in memory and will be written when that is possible."
+        ).message)
+
+    def check(self) -> None:
+        """Look whether the database is where it was, now and then, and log what changes."""
+        if self._clock() >= self._look_at_s:
+            self._look_at_s = self._clock() + _LOOK_EVERY_S
+            self._is_lost = not self.store.is_in_place()
+        state, advice = self.status
+        if state != self._logged_state:
+            self._logged_state = state
+            level, name = ("info", "storage_well") if state == "disk" else ("error", "storage_bad")
+            self._log.event(level, name, storage=state, help=advice or None)
+
+    def with_admin_key(self, config: Config) -> Config:
+        """Return the configuration with the admin key, which the first start creates."""
+        if config.admin_key or config.mode == "none":
+            return config
+        path = os.path.join(self._path, "admin-key")
+        try:
+            with open(path, encoding="ascii") as file:
+                found = file.read().strip()
+        except (OSError, ValueError):
+            found = ""
+        key = found or "ocp_admin_" + secrets.token_urlsafe(24)
+        if not found:
+            try:
+                write_private(path, key + "\n")
+                self._log.audit("admin_key_made", path=path)
+            except OSError as problem:
+                self._log.event(
+                    "error", "admin_key_not_kept", error=str(problem),
+                    help="set OCP_ADMIN_KEY: nobody knows the admin key now",
+                )
+        return dataclasses.replace(config, admin_key=key)
+
+    def announce_stop(self) -> None:
+        """Let a server that starts in this folder wait for this one."""
+        if self._lock is not None:
+            self._lock.tell_stopping()
+
+    def close(self) -> None:
+        """Close the database and leave the folder to the next server."""
+        self.store.close()
+        self._log.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _open_store(self, config: Config, is_demo: bool) -> Store:
+        path = os.path.join(self._path, "ocp.db")
+        try:
+            os.makedirs(self._path, mode=0o700, exist_ok=True)
+            self._lock = HomeLock(self._path, config.drain_ms / 1000 + _STOP_PATIENCE_S)
+            logs = os.path.join(self._path, "logs")
+            self._log.to_file(os.path.join(logs, "ocp.log"))
+            self._make_private(self._path, *_entries(self._path), *_entries(logs))
+            return Store(path)
+        except HomeInUse:
+            if not is_demo:
+                raise
+            return Store(":memory:")
+        except (OSError, sqlite3.Error) as problem:
+            store = Store(":memory:")
+            with contextlib.suppress(sqlite3.Error):
+                # Where it can be read, the keys of devices go on working. A DatabaseError that is
+                # none of its subclasses says that the file is damaged.
+                if os.path.exists(path) and type(problem) is not sqlite3.DatabaseError:
+                    store.load(path)
+            self._log_unusable(problem)
+            return store
+
+    def _log_unusable(self, problem: Exception) -> None:
+        """Log why everything is kept in memory, and what to do about it."""
+        level, name, advice = "error", "database_unusable", _REPLACE_DATABASE
+        if isinstance(problem, OSError):
+            level, name, advice = "warn", "home_not_writable", _MOVE_HOME
+        elif isinstance(problem, sqlite3.NotSupportedError):
+            advice = _UPDATE_OCP
+        elif isinstance(problem, sqlite3.OperationalError):
+            # Full, locked or read-only: the contents of the file are good.
+            advice = _FREE_DATABASE
+        self._memory_fix = f"{advice}; all is kept in memory now"
+        self._log.event(level, name, error=str(problem), help=self._memory_fix)
+
+    def _make_private(self, *paths: str) -> None:
+        """Remove the rights of other users from these files."""
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                mode = os.stat(path).st_mode & 0o777
+                if mode & 0o077:
+                    os.chmod(path, mode & 0o700)
+                    self._log.event("warn", "file_modes_tightened", path=path, mode=oct(mode))
+
+
+def _entries(folder: str) -> list[str]:
+    """Return the paths in a folder; none if it does not exist."""
+    try:
+        return [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    except FileNotFoundError:
+        return []
+
+
+# ==== 21. Answering ==========================================================
+# One request from its quota to its row of usage. `Requests` has all that are being answered and
+# decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
+# and its `AnswerRecord`s hold what is known of them meanwhile.
 
 
 class AnswerRecord:
@@ -11927,15 +12084,15 @@ class AnswerRecord:
         self.response_chars = 0
         self._begun: Usage | None = None
         #: Whether a block of it was passed on.
-        self.told = False
+        self.has_output = False
         #: Whether the log has it.
-        self.noted = False
+        self.is_logged = False
         self._builder = AnswerBuilder()
 
-    def note(self, event: Event, now_s: float) -> None:
+    def add(self, event: Event, now_s: float) -> None:
         """Takes from an event what is wanted of it later."""
         self._builder.note(event)
-        self.told = self.told or isinstance(event, BlockStarted)
+        self.has_output = self.has_output or isinstance(event, BlockStarted)
         if isinstance(event, Delta):
             if self.first_token_s is None:
                 self.first_token_s = now_s
@@ -12152,35 +12309,549 @@ class CancellableClient:
 
 #: Stop reasons after which claude waits for the client and does nothing by itself.
 _PARKABLE = ("end_turn", "stop_sequence", "tool_use")
+#: How long claude may take to rewind, which is a matter of milliseconds; and the pause after a
+#: process that could not.
+_REWIND_TIMEOUT_S = 2.0
+_REWIND_PAUSE_S = 60.0
 
-#: Stop reasons of answers that are worth keeping for the same request.
-_KEPT = ("end_turn", "stop_sequence")
-#: What an answer is taken for, in tokens, by the quotas of a client that sets no limit.
+
+def tick_s_of(config: Config, turn: Turn) -> float:
+    """Return the silence after which a client needs a sign of life; 0 = never."""
+    return (config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000
+
+
+class TurnRunner:
+    """Gets one answer from claude: waits for a place, takes a process, converses with it, and puts
+    it away.
+
+    The ways to an answer are tried from the quickest to the slowest: a parked process that holds
+    the conversation is continued; one that holds another last question is rewound; else a fresh
+    process is given the whole conversation (rebuilt). A process that dies before any text was sent
+    is replaced by a fresh one.
+    """
+
+    def __init__(self, app: App, request: Request, record: AnswerRecord, client: Client) -> None:
+        self._app = app
+        self._request = request
+        self._record = record
+        self._turn = record.turn
+        config = self._config = app.config
+        self._history = history_of(self._turn, request.caller.scope, config.system_prompt)
+        self._limits = WaitLimits(
+            client=client,
+            deadline_s=record.started_s + config.timeout_ms / 1000,
+            tick_s=tick_s_of(config, self._turn),
+        )
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[Iterator[Event]]:
+        """Give the events of the answer; leaving the block frees its place and its process. The
+        log has its line before the last event, or before the failure, is passed on."""
+        record = self._record
+        try:
+            with contextlib.ExitStack() as stack:
+                yield self._logged(self._events(stack))
+        except ClientGone:
+            self._log("info", "answer_abandoned")
+            raise
+        except OcpError as error:
+            record.fail(error)
+            if isinstance(error, UnknownModel):
+                error.message += self._other_models()
+            if isinstance(error, LoginLost):
+                self._app.login_lost()
+            error.logged = True
+            detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
+            self._log(
+                "warn", "answer_failed", status=error.status, error=type(error).__name__,
+                detail=detail,
+            )
+            raise
+
+    def _logged(self, events: Iterator[Event]) -> Iterator[Event]:
+        for event in events:
+            if isinstance(event, Finished):
+                self._log("info", "answer_finished")
+            yield event
+
+    def _log(self, level: str, name: str, **more: object) -> None:
+        record, request = self._record, self._request
+        if record.is_logged:
+            return
+        record.is_logged = True
+        self._app.log.event(
+            level, name, request_id=request.request_id, caller=request.caller.name,
+            dialect=request.dialect, **record.fields(self._app.clock()), **more,
+        )
+
+    def _other_models(self) -> str:
+        """Return what to tell a client whose model the API does not know."""
+        models = self._app.models
+        others = [name for name in models.names() if models.find(name).id != self._turn.model.id]
+        return f" Use one of: {', '.join(others)}." if others else ""
+
+    # -- acquire ----------------------------------------------------------------------------------
+
+    def _events(self, stack: contextlib.ExitStack) -> Iterator[Event]:
+        app, record = self._app, self._record
+        if not app.parking.holds(self._history, self._turn.messages[-1]):
+            # A process that holds the conversation continues it also while claude is updated.
+            app.check_program()
+        slot = stack.enter_context(app.gate.slot(self._request.caller))
+        yield from slot.wait(self._limits, app.clock)
+        stack.callback(self._give_up)
+        for events in self._attempts():
+            try:
+                yield from events
+                return
+            except UpstreamFailed:
+                if record.first_token_s is not None or not record.lost_its_process:
+                    raise
+                self._give_up()
+                if record.has_output:
+                    record.add(Restarted(), app.clock())
+                    yield Restarted()
+        yield from self._rebuild()
+
+    def _attempts(self) -> Iterator[Iterator[Event]]:
+        """Give the ways to the answer, the quickest first: the events of each."""
+        record, last = self._record, self._turn.messages[-1]
+        parked, record.parted_at = self._app.parking.take(self._history, last)
+        path = "continued"
+        if parked is None:
+            parked, path = self._take_rewound(), "rewound"
+        if parked is not None:
+            yield self._continue(parked, path)
+        yield self._rebuild()
+
+    def _take_rewound(self) -> Parked | None:
+        """Return a process that held the question of another turn and has forgotten it.
+
+        Not in agent mode: what claude's own tools have begun would not be forgotten."""
+        app = self._app
+        if self._config.is_agent or self._turn.messages[-1].has_results:
+            return None
+        parked = app.parking.take_rewindable(self._history, self._config, app.gate.running)
+        if parked is None:
+            return None
+        self._record.process = parked.process
+        if self._rewind(parked):
+            return parked
+        app.parking.pause_rewinds(_REWIND_PAUSE_S)
+        self._give_up()
+        return None
+
+    def _rewind(self, parked: Parked) -> bool:
+        """Make a process forget its last question; return whether it did. One that fails counts
+        as one that refuses: another process is used."""
+        if parked.question is None:
+            return False
+        deadline_s = self._app.clock() + _REWIND_TIMEOUT_S
+        limits = self._limits._replace(deadline_s=deadline_s, tick_s=0.0)
+        try:
+            (reply,) = parked.process.control([rewind_line(parked.question)], limits)
+        except (UpstreamFailed, UpstreamTimeout):
+            return False
+        parked.process.rewinds += 1
+        return was_rewound(reply)
+
+    # -- converse ---------------------------------------------------------------------------------
+
+    def _continue(self, parked: Parked, path: str) -> Iterator[Event]:
+        """Send a process the one message that it does not hold yet."""
+        record, process, message = self._record, parked.process, self._turn.messages[-1]
+        record.process, record.warm, record.path = process, True, path
+        results, steps = results_to_tell(message, parked.history.context), []
+        record.question = parked.question
+        if not results:
+            record.question = rewind_point_of(self._turn)
+            steps = [continuation(self._turn, process.version, record.question)]
+        yield from self._converse(process, TurnInput(steps, results))
+
+    def _rebuild(self) -> Iterator[Event]:
+        """Send the whole conversation to a fresh process."""
+        app, record, turn = self._app, self._record, self._turn
+        record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
+        if turn.model.known:
+            # Other models have to prove that they exist before processes wait for them.
+            app.spares.want(turn.model.argument)
+        process, record.warm = app.spares.take(turn.model.argument)
+        record.process, record.question = process, rewind_point_of(turn)
+        app.wakeups.put("tend")
+        process.tools, process.told = ToolServer(turn.tools), len(turn.messages) - 1
+        steps = conversation(
+            turn, app.config.system_prompt, process.version, agent=app.config.is_agent,
+            question=record.question,
+        )
+        yield from self._converse(process, TurnInput(steps))
+
+    def _converse(self, process: ClaudeProcess, given: TurnInput) -> Iterator[Event]:
+        """Give the events of the answer. The process is parked before the last of them is passed
+        on, so that the client's next message finds it."""
+        record, turn = self._record, self._turn
+        final_only = self._config.is_agent and self._config.agent_text == "final"
+        offered, _ = turn.offered
+        reader = TurnReader(offered, turn.output_schema, final_only=final_only)
+        record.readers.append(reader)
+        bounds = Bounds(turn.options, turn.output_schema)
+        for heard in process.converse(given, self._limits, reader):
+            for event in bounds.events(heard):
+                if bounds.ended and isinstance(event, Finished):
+                    event = event._replace(usage=record.usage)
+                record.add(event, self._app.clock())
+                if isinstance(event, Finished):
+                    self._put_away(process, event, is_cut=bounds.ended)
+                yield event
+            if bounds.ended:
+                return
+
+    # -- release ----------------------------------------------------------------------------------
+
+    def _put_away(self, process: ClaudeProcess, finished: Finished, *, is_cut: bool) -> None:
+        """Park the process of a complete answer if it can serve again, else stop it. `is_cut`
+        means that claude still writes an answer that was ended here."""
+        app, record = self._app, self._record
+        app.account.answered()
+        app.spares.want(process.model_id)
+        record.process = None
+        if finished.stop_reason in _PARKABLE and not is_cut and self._may_serve_again(process):
+            answer = record.answer()
+            last = message_digest(Message("assistant", answer.blocks))
+            if self._turn.output_schema is not None:
+                # It ended in a call of claude's own.
+                last = _DEAD_END
+            awaiting = frozenset(call["id"] for call in answer.calls)
+            history = self._history._replace(digests=(*self._history.digests, last))
+            app.parking.put(process, history, awaiting, record.question)
+        else:
+            # With a call unanswered, or after a limit, claude would send another request on its
+            # own.
+            is_complete = finished.stop_reason in ("end_turn", "stop_sequence") and not is_cut
+            app.spares.stop(process, graceful=is_complete)
+        app.wakeups.put("tend")
+
+    def _may_serve_again(self, process: ClaudeProcess) -> bool:
+        """Return whether a process is worth parking after a complete answer."""
+        if process.misjudged or not self._app.is_current(process):
+            return False
+        if self._turn.output_schema is None or not self._config.parked_processes:
+            return self._config.parked_processes > 0
+        can_rewind = process.version >= REWINDS_ALL_SINCE and not self._config.is_agent
+        # Tool results go to a fresh process, and a call without its result cannot be rewound past.
+        is_rewindable = can_rewind and self._record.question is not None
+        return is_rewindable and not self._record.answer().calls
+
+    def _give_up(self) -> None:
+        """Stop the process of an answer that is not complete."""
+        process, self._record.process = self._record.process, None
+        if process is not None:
+            self._app.spares.stop(process, graceful=False)
+            self._app.wakeups.put("tend")
+
+
+# -- all requests ---------------------------------------------------------------------------------
+
+#: Stop reasons of answers that are cached for the same request.
+_CACHEABLE = ("end_turn", "stop_sequence")
+#: The tokens that quotas reserve for the answer of a client that sets no limit.
 _LIKELY_ANSWER_TOKENS = 4_096
+
+
+class Requests:
+    """The requests that are being answered: their quotas, the cache, several answers to one
+    request, and one row of usage for each."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        # Guards the list.
+        self._lock = threading.Lock()
+        self._jobs: list[Job] = []
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @contextlib.contextmanager
+    def answering(self, request: Request) -> Iterator[Answering]:
+        """Give the answer to a request. Nothing but a place in the quotas is acquired before the
+        events are read; leaving the block frees everything, and by then the row of usage is
+        written."""
+        app = self._app
+        app.metrics.add("ocp_requests_started_total")
+        job = Job(request, app.clock(), Reservation(None, 0))
+        with self._lock:
+            self._jobs.append(job)
+        try:
+            if app.draining:
+                raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
+            # Only now that it can be seen among those that run: a key that ends now ends it.
+            app.keys.current(request.caller)
+            job.reservation = app.ledger.reserve(
+                request.caller, self._likely_tokens(request), requests=request.turn.choices,
+                bounded=request.turn.options.max_tokens is not None,
+            )
+            if is_cacheable(request.turn, app.config):
+                with self._from_cache(job) as answering:
+                    yield answering
+            else:
+                app.cache.bypassed()
+                with self._produced(job) as choices:
+                    yield Answering(job, choices)
+        except ClientGone as left:
+            self._settle(job, job.ended_by or left)
+            if job.ended_by is not None:
+                raise job.ended_by from None
+            raise
+        except Exception as error:
+            self._settle(job, error if isinstance(error, OcpError) else OcpError(str(error)))
+            raise
+        finally:
+            app.ledger.release(job.reservation)
+            with self._lock:
+                self._jobs.remove(job)
+
+    def end_unwanted(self) -> None:
+        """End the requests whose keys were revoked or have expired, and tell their clients."""
+        with self._lock:
+            jobs = list(self._jobs)
+        for job in jobs:
+            try:
+                self._app.keys.current(job.request.caller)
+            except Unauthorized as ended:
+                job.ended_by = job.ended_by or ended
+                job.request.client.leave()
+
+    def check_quota(self, caller: Caller, dialect: Dialect) -> None:
+        """Refuse, before its body is read, a request whose quota is used up. Raises
+        QuotaExceeded, QueueFull, sqlite3.Error."""
+        metrics = self._app.metrics
+        try:
+            self._app.ledger.check(caller)
+        except OcpError as error:
+            metrics.add("ocp_requests_started_total")
+            word = error.error_code or error.openai_type
+            metrics.add("ocp_requests_total", dialect=dialect.name, model="other", outcome=word)
+            raise
+
+    def running(self) -> list[Json]:
+        """Return what can be seen of each request, oldest first."""
+        with self._lock:
+            jobs = list(self._jobs)
+        return [job.glance(self._app.clock()) for job in jobs]
+
+    def _likely_tokens(self, request: Request) -> int:
+        """Return the tokens that the request is likely to take of its key's quotas."""
+        turn = request.turn
+        if request.caller.key_id is None:
+            return 0
+        maximum = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
+        return sum(estimated_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
+
+    # -- cached and shared answers ----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _from_cache(self, job: Job) -> Iterator[Answering]:
+        """Give the cached answer, or the one that is on its way to all who sent the same."""
+        app, config, request = self._app, self._app.config, job.request
+        key = cache_key(request.turn, request.caller, config.system_prompt)
+        try:
+            place = app.cache.find(key, config.cache_ttl_ms / 1000)
+        except OSError as problem:
+            raise cannot_start(problem) from None
+        flight = place.flight
+        if flight is None:
+            job.path = "cached"
+            stored = enumerate(place.answers)
+            events = ((index, event) for index, answer in stored for event in replayed(answer))
+            yield Answering(job, self._recorded(job, events), place.word)
+            return
+        try:
+            if place.word == "miss":
+                self._start_producer(job, flight, config)
+            else:
+                job.path = "shared"
+            tick_s = tick_s_of(config, request.turn)
+            followed = flight.follow(request.client, tick_s, app.clock)
+            yield Answering(job, self._recorded(job, followed), place.word)
+        finally:
+            app.cache.leave(flight)
+
+    def _recorded(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
+        """Record events that another request's process made."""
+        for index, event in choices:
+            job.outcomes[index].add(event, self._app.clock())
+            if isinstance(event, Finished) and job.finished:
+                self._settle(job)
+            yield index, event
+
+    def _start_producer(self, job: Job, flight: Flight, config: Config) -> None:
+        """Start a thread that produces the answer, so that it outlives the client that sent the
+        request first. The row of usage and the reservation are the producer's from now on."""
+        produced = Job(
+            job.request._replace(client=flight.client), job.started_s, job.reservation
+        )
+        thread = threading.Thread(
+            target=self._produce, args=(produced, flight, config), daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            failure = UpstreamFailed("The server is short of threads.", retry_after_s=5)
+            self._app.cache.settle(flight, (), config)
+            flight.end(failure)
+            raise failure from None
+        job.settles()
+        job.reservation = Reservation(None, 0)
+
+    def _produce(self, job: Job, flight: Flight, config: Config) -> None:
+        app = self._app
+        answers: tuple[Answer, ...] = ()
+        failure: OcpError | None = OcpError("OCP failed; its log has the details.")
+        try:
+            with self._produced(job) as choices:
+                for choice in choices:
+                    if not isinstance(choice[1], Tick):
+                        flight.add(choice)
+            failure = None
+            if all(a.stop_reason in _CACHEABLE and not a.refusal for a in job.answers()):
+                answers = job.answers()
+        except ClientGone as left:
+            self._settle(job, left)
+        except OcpError as error:
+            failure = error
+            self._settle(job, error)
+        except Exception as error:
+            self._settle(job, failure)
+            app.log.event(
+                "error", "request_broke", request_id=job.request.request_id,
+                error=format_failure(error),
+            )
+        finally:
+            app.cache.settle(flight, answers, config)
+            flight.end(failure)
+            app.ledger.release(job.reservation)
+
+    # -- produced answers -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _produced(self, job: Job) -> Iterator[Iterator[Choice]]:
+        """Give claude's answers, with the row of usage written before the last event."""
+        if len(job.outcomes) > 1:
+            with contextlib.closing(self._side_by_side(job)) as choices:
+                yield choices
+            return
+        with self._answer(job, job.outcomes[0], job.request.client) as events:
+            yield ((0, event) for event in events)
+
+    @contextlib.contextmanager
+    def _answer(
+        self, job: Job, record: AnswerRecord, client: Client
+    ) -> Iterator[Iterator[Event]]:
+        def settled(events: Iterator[Event]) -> Iterator[Event]:
+            for event in events:
+                if isinstance(event, Finished) and job.finished:
+                    self._settle(job)
+                yield event
+
+        runner = TurnRunner(self._app, job.request, record, client)
+        with runner.answering() as events:
+            yield settled(events)
+
+    def _side_by_side(self, job: Job) -> Generator[Choice, None, None]:
+        """Give the events of several answers, as they come. Each answer has a thread, a slot and
+        a process of its own; the first failure fails all of them and ends the others."""
+        arrivals: queue.SimpleQueue[tuple[int, Event | BaseException | None]] = queue.SimpleQueue()
+        leaving = CancellableClient(job.request.client)
+
+        def run(index: int, record: AnswerRecord) -> None:
+            try:
+                with self._answer(job, record, leaving) as events:
+                    for event in events:
+                        arrivals.put((index, event))
+                arrivals.put((index, None))
+            except BaseException as error:
+                arrivals.put((index, error))
+
+        waiting = enumerate(job.outcomes)
+        running: set[int] = set()
+
+        def begin(count: int) -> None:
+            for index, record in itertools.islice(waiting, count):
+                running.add(index)
+                record.started_s = self._app.clock()
+                threading.Thread(target=run, args=(index, record), daemon=True).start()
+
+        try:
+            begin(MAX_CHOICES)
+            while running:
+                index, arrived = arrivals.get()
+                if isinstance(arrived, BaseException):
+                    raise arrived
+                if arrived is None:
+                    running.remove(index)
+                    begin(1)
+                elif index == min(running) or not isinstance(arrived, Tick):
+                    yield index, arrived
+        finally:
+            leaving.left = True
+            for process in [record.process for record in job.outcomes]:
+                if process is not None:
+                    process.interrupt()
+
+    # -- usage ------------------------------------------------------------------------------------
+
+    def _settle(self, job: Job, error: OcpError | ClientGone | None = None) -> None:
+        """Write the row of usage of a request that is over, once. One that was refused before
+        any work is counted and logged only, or refusals could fill the disk."""
+        app = self._app
+        if not job.settles():
+            return
+        word, status = "ok", 200
+        if isinstance(error, OcpError):
+            word, status = error.error_code or error.openai_type, error.status
+        elif error is not None:
+            word, status = error.word, error.status
+        row = job.row(word, status, time.time(), app.clock())
+        self._count(row, known=job.request.turn.model.known)
+        if job.path:
+            app.log.event(
+                "info", "answer_reused", request_id=row.request_id, caller=row.caller,
+                dialect=row.dialect, path=job.path, model=row.model, stream=row.stream,
+                total_ms=row.total_ms, outcome=word,
+            )
+        if isinstance(error, OcpError) and error.rejected_before_work and not job.was_asked:
+            return
+        try:
+            app.ledger.record(row, job.reservation)
+        except sqlite3.Error as problem:
+            # On a full disk, for example. Answers go on; the row is written when there is room.
+            app.log.event("error", "usage_not_kept", error=str(problem))
+
+    def _count(self, row: UsageRow, *, known: bool) -> None:
+        metrics = self._app.metrics
+        # Clients choose names that models.json does not list: they are not label values.
+        model = row.model if known else "other"
+        metrics.add("ocp_requests_total", dialect=row.dialect, model=model, outcome=row.outcome)
+        metrics.observe("ocp_request_seconds", row.total_ms / 1000, dialect=row.dialect)
+        if row.first_token_ms is not None:
+            metrics.observe("ocp_first_token_seconds", row.first_token_ms / 1000, model=model)
+        for kind in ("input", "output", "cache_read", "cache_write"):
+            count = getattr(row, f"{kind}_tokens")
+            if count:
+                metrics.add("ocp_tokens_total", count, model=model, kind=kind)
+        if row.path is not None:
+            metrics.add("ocp_answers_total", path=row.path)
+
+
+# ==== 22. App ================================================================
+# Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
+# does what is due.
 
 #: How often old rows of usage are deleted.
 _PRUNE_EVERY_S = 3600.0
 #: How long claude may take to say how much of the plan is used; it gives up itself before that.
 _USAGE_TIMEOUT_S = 8.0
-#: How long claude may take to forget a question, which is a matter of milliseconds; and how long
-#: nobody asks for that again when it could not.
-_REWIND_TIMEOUT_S = 2.0
-_REWIND_PAUSE_S = 60.0
 #: How often a login that was refused is looked at again, by asking claude for it.
 _LOGIN_LOOK_S = 45.0
-_MOVE_HOME = "set OCP_HOME to a folder that can be written"
-_REPLACE_DATABASE = "move ocp.db away or put a copy of it back, and start again"
-_UPDATE_OCP = "update OCP, or set OCP_HOME to another folder"
-_RETURN_DATABASE = (
-    "The database was taken away or replaced while the server ran: what changes since then is lost "
-    "at its end. Put ocp.db back where it was, or start again."
-)
-_FREE_DATABASE = "see to it that ocp.db can be written, and start again"
-
-#: How much longer than its drain a start waits for a server that is stopping.
-_STOP_PATIENCE_S = 10.0
-#: How often the place of the database is looked at.
-_LOOK_EVERY_S = 10.0
 
 #: How long a start waits for claude to tell its version.
 _FIRST_LOOK_S = 2.0
@@ -12206,7 +12877,8 @@ class App:
         demo_command: tuple[str, ...] = (),
         clock: Clock = time.monotonic,
     ) -> None:
-        """`demo_command` starts the stand-in instead of claude. Creates the state folder."""
+        """Create the state folder. `demo_command` starts the stand-in instead of claude. Raises
+        HomeInUse."""
         self.log = log
         self.models = models
         self.demo = bool(demo_command)
@@ -12214,7 +12886,7 @@ class App:
         self.started_at_s = time.time()
         self.clock = clock
         self._environ = dict(environ)
-        self._open_store(config)
+        self._open_state(config)
         self._work_folder = work_folder(config, environ)
         self.metrics = Metrics()
         self.refusals = Refusals(log)
@@ -12234,10 +12906,10 @@ class App:
         self.draining = False
         # Held while a large body is parsed.
         self._parsing_lock = threading.Lock()
-        # Guards the list of requests that are being answered, and the pauses of other things.
-        self._jobs_lock = threading.Lock()
+        self.requests = Requests(self)
+        # Guards the next field.
+        self._pauses_lock = threading.Lock()
         self._pauses_until_s: dict[str, float] = {}
-        self._jobs: list[Job] = []
         #: Open client connections.
         self.connections = Connections()
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
@@ -12256,15 +12928,15 @@ class App:
 
     @property
     def config(self) -> Config:
-        """The settings of this moment. Take them once for whatever has to be consistent."""
+        """Return the settings of this moment. Read them once where they have to be consistent."""
         return self.settings.config
 
-    def _open_store(self, config: Config) -> None:
-        """Opens the database and takes from it what has to be there before the first request."""
-        self.store = self._prepare_home(config)
-        #: The state of the storage that the log has.
-        self._told_storage = self.storage[0]
-        self.settings = Settings(self.store, self._with_admin_key(config), self._environ)
+    def _open_state(self, config: Config) -> None:
+        """Open the database and read what the first request needs."""
+        self.state_folder = StateFolder(config, self.log, self.clock, is_demo=self.demo)
+        self.store = self.state_folder.store
+        config = self.state_folder.with_admin_key(config)
+        self.settings = Settings(self.store, config, self._environ)
         for name, why in self.settings.problems:
             self.log.event("warn", "stored_setting_ignored", setting=name, why=why)
         self.keys = Keys(self.store)
@@ -12272,123 +12944,16 @@ class App:
             self.log.event("error", "stored_key_ignored", id=key_id, why=why)
         self.ledger = Ledger(self.store)
         self.sessions = Sessions(self.store)
-        self._prune_at_s = self._write_use_at_s = self._look_at_s = self.clock()
-
-    def _prepare_home(self, config: Config) -> Store:
-        """The database. The log goes to the state folder from now on. Without a folder that can
-        be written all is kept in memory. Raises HomeInUse."""
-        self._home_lock: HomeLock | None = None
-        #: What to do about a home that cannot be used; empty when it can be.
-        self._memory_fix = ""
-        #: Whether the database is not where it was.
-        self._is_lost = False
-        home = config.home_path
-        path = os.path.join(home, "ocp.db")
-        try:
-            os.makedirs(home, mode=0o700, exist_ok=True)
-            self._home_lock = HomeLock(home, config.drain_ms / 1000 + _STOP_PATIENCE_S)
-            logs = os.path.join(home, "logs")
-            self.log.to_file(os.path.join(logs, "ocp.log"))
-            self._make_private(home, *self._entries(home), *self._entries(logs))
-            store = Store(path)
-        except HomeInUse:
-            if not self.demo:
-                raise
-            store = Store(":memory:")
-        except (OSError, sqlite3.Error) as problem:
-            store = Store(":memory:")
-            with contextlib.suppress(sqlite3.Error):
-                # Where it can be read, the keys of devices go on working. A DatabaseError that is
-                # none of its subclasses says that the file is damaged.
-                if os.path.exists(path) and type(problem) is not sqlite3.DatabaseError:
-                    store.load(path)
-            self._log_unusable_home(problem)
-        return store
-
-    def _log_unusable_home(self, problem: Exception) -> None:
-        """Logs why all is kept in memory, and what to do about it."""
-        level, name, advice = "error", "database_unusable", _REPLACE_DATABASE
-        if isinstance(problem, OSError):
-            level, name, advice = "warn", "home_not_writable", _MOVE_HOME
-        elif isinstance(problem, sqlite3.NotSupportedError):
-            advice = _UPDATE_OCP
-        elif isinstance(problem, sqlite3.OperationalError):
-            # Full, locked or not to be written: what is in it is good.
-            advice = _FREE_DATABASE
-        self._memory_fix = f"{advice}; all is kept in memory now"
-        self.log.event(level, name, error=str(problem), help=self._memory_fix)
-
-    @property
-    def storage(self) -> tuple[str, str]:
-        """Where what has to survive a restart is kept, and what to do if it does not:
-
-        "disk"; "memory" without a usable home; "lost" when the database was taken away; "damaged";
-        "behind" while writes wait for a database that is full or locked.
-        """
-        if self._memory_fix or self._home_lock is None:
-            return "memory", self._memory_fix
-        if self._is_lost:
-            return "lost", _RETURN_DATABASE
-        if self.store.is_damaged:
-            return "damaged", _REPLACE_DATABASE
-        failure = self.store.failure
-        return ("disk", "") if failure is None else ("behind", storage_failure(
-            failure, "What was changed holds in memory and will be written when that is possible."
-        ).message)
+        self._prune_at_s = self._write_use_at_s = self.clock()
 
     def _tend_storage(self) -> None:
-        """Writes what had to wait, and looks where the database is; logs what changes."""
+        """Write what had to wait for the database, and look where it is."""
         with contextlib.suppress(sqlite3.Error):
             self.store.catch_up()
             if self.clock() >= self._write_use_at_s:
                 self._write_use_at_s = self.clock() + _USED_EVERY_S
                 self.keys.write_use()
-        if self.clock() >= self._look_at_s:
-            self._look_at_s = self.clock() + _LOOK_EVERY_S
-            self._is_lost = not self.store.is_in_place()
-        state, advice = self.storage
-        if state != self._told_storage:
-            self._told_storage = state
-            level, name = ("info", "storage_well") if state == "disk" else ("error", "storage_bad")
-            self.log.event(level, name, storage=state, help=advice or None)
-
-    def _entries(self, folder: str) -> list[str]:
-        """What lies in a folder; nothing if it is not there."""
-        try:
-            return [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
-        except FileNotFoundError:
-            return []
-
-    def _make_private(self, *paths: str) -> None:
-        """Takes the rights of others off what lies there already."""
-        for path in paths:
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                mode = os.stat(path).st_mode & 0o777
-                if mode & 0o077:
-                    os.chmod(path, mode & 0o700)
-                    self.log.event("warn", "file_modes_tightened", path=path, mode=oct(mode))
-
-    def _with_admin_key(self, config: Config) -> Config:
-        """The configuration with the admin key in it, which the first start makes."""
-        if config.admin_key or config.mode == "none":
-            return config
-        path = os.path.join(config.home_path, "admin-key")
-        try:
-            with open(path, encoding="ascii") as file:
-                found = file.read().strip()
-        except (OSError, ValueError):
-            found = ""
-        key = found or "ocp_admin_" + secrets.token_urlsafe(24)
-        if not found:
-            try:
-                write_private(path, key + "\n")
-                self.log.audit("admin_key_made", path=path)
-            except OSError as problem:
-                self.log.event(
-                    "error", "admin_key_not_kept", error=str(problem),
-                    help="set OCP_ADMIN_KEY: nobody knows the admin key now",
-                )
-        return dataclasses.replace(config, admin_key=key)
+        self.state_folder.check()
 
     def _spawn(self, model_id: str) -> ClaudeProcess:
         program = self.program.resolve()
@@ -12409,509 +12974,41 @@ class App:
         self.log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
         return process
 
-    # -- one turn -----------------------------------------------------------------------------
+    # -- claude -------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def answering(self, request: Request) -> Iterator[Answering]:
-        """The answer to a request. Acquires nothing but a place in the quotas before the events
-        are asked for; leaving the block frees everything, however it is left, and by then the row
-        of usage is written."""
-        self.metrics.add("ocp_requests_started_total")
-        job = Job(request, self.clock(), Reservation(None, 0))
-        with self._jobs_lock:
-            self._jobs.append(job)
-        try:
-            if self.draining:
-                raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
-            # Not before it can be seen among those that run: a key that ends now ends it.
-            self.keys.current(request.caller)
-            job.reservation = self.ledger.reserve(
-                request.caller, self._likely_tokens(request), requests=request.turn.choices,
-                bounded=request.turn.options.max_tokens is not None,
-            )
-            if is_cacheable(request.turn, self.config):
-                with self._from_cache(job) as answering:
-                    yield answering
-            else:
-                self.cache.bypassed()
-                with self._answered(job) as events:
-                    yield Answering(job, events)
-        except ClientGone as left:
-            self._settle(job, job.ended_by or left)
-            if job.ended_by is not None:
-                raise job.ended_by from None
-            raise
-        except Exception as error:
-            self._settle(job, error if isinstance(error, OcpError) else OcpError(str(error)))
-            raise
-        finally:
-            self.ledger.release(job.reservation)
-            with self._jobs_lock:
-                self._jobs.remove(job)
+    def check_program(self) -> None:
+        """Notice a claude that was installed, updated or removed. Raises ClaudeUnavailable."""
+        self._take_notices()
+        self._watch_program()
 
-    def end_unwanted(self) -> None:
-        """Ends the requests whose keys were revoked or have expired: their clients are told."""
-        with self._jobs_lock:
-            jobs = list(self._jobs)
-        for job in jobs:
-            try:
-                self.keys.current(job.request.caller)
-            except Unauthorized as ended:
-                job.ended_by = job.ended_by or ended
-                job.request.client.leave()
-
-    def check_quota(self, caller: Caller, dialect: Dialect) -> None:
-        """Refuses, before its body is read, a request that no body could get through. Raises
-        QuotaExceeded, QueueFull, sqlite3.Error."""
-        try:
-            self.ledger.check(caller)
-        except OcpError as error:
-            self.metrics.add("ocp_requests_started_total")
-            word = error.error_code or error.openai_type
-            self.metrics.add(
-                "ocp_requests_total", dialect=dialect.name, model="other", outcome=word
-            )
-            raise
-
-    def running(self) -> list[Json]:
-        """The requests that are being answered, oldest first."""
-        with self._jobs_lock:
-            jobs = list(self._jobs)
-        return [job.glance(self.clock()) for job in jobs]
-
-    def _likely_tokens(self, request: Request) -> int:
-        """What the request may take of its key's token quotas."""
-        turn = request.turn
-        if request.caller.key_id is None:
-            return 0
-        maximum = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
-        return sum(estimated_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
-
-    @contextlib.contextmanager
-    def _from_cache(self, job: Job) -> Iterator[Answering]:
-        """The answer as it is kept, or as it comes to everybody who asked for the same."""
-        config, request = self.config, job.request
-        key = cache_key(request.turn, request.caller, config.system_prompt)
-        try:
-            place = self.cache.find(key, config.cache_ttl_ms / 1000)
-        except OSError as problem:
-            raise cannot_start(problem) from None
-        flight = place.flight
-        if flight is None:
-            job.path = "cached"
-            stored = enumerate(place.answers)
-            kept = ((index, event) for index, answer in stored for event in replayed(answer))
-            yield Answering(job, self._told(job, kept), place.word)
-            return
-        try:
-            if place.word == "miss":
-                self._start_producer(job, flight, config)
-            else:
-                job.path = "shared"
-            tick_s = self._tick_s(config, request.turn)
-            followed = flight.follow(request.client, tick_s, self.clock)
-            yield Answering(job, self._told(job, followed), place.word)
-        finally:
-            self.cache.leave(flight)
-
-    def _told(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
-        """The events, with the row of usage before the last of them."""
-        for index, event in choices:
-            job.outcomes[index].note(event, self.clock())
-            if isinstance(event, Finished) and job.finished:
-                self._settle(job)
-            yield index, event
-
-    def _start_producer(self, job: Job, flight: Flight, config: Config) -> None:
-        """Lets a thread of its own produce the answer, which so outlives the client that asked
-        first. The row of usage and the reservation are the producer's from now on."""
-        produced = Job(
-            job.request._replace(client=flight.client), job.started_s, job.reservation
-        )
-        thread = threading.Thread(
-            target=self._produce, args=(produced, flight, config), daemon=True
-        )
-        try:
-            thread.start()
-        except RuntimeError:
-            failure = UpstreamFailed("The server is short of threads.", retry_after_s=5)
-            self.cache.settle(flight, (), config)
-            flight.end(failure)
-            raise failure from None
-        job.settles()
-        job.reservation = Reservation(None, 0)
-
-    def _produce(self, job: Job, flight: Flight, config: Config) -> None:
-        answers: tuple[Answer, ...] = ()
-        failure: OcpError | None = OcpError("OCP failed; its log has the details.")
-        try:
-            with self._answered(job) as choices:
-                for choice in choices:
-                    if not isinstance(choice[1], Tick):
-                        flight.add(choice)
-            failure = None
-            if all(a.stop_reason in _KEPT and not a.refusal for a in job.answers()):
-                answers = job.answers()
-        except ClientGone as left:
-            self._settle(job, left)
-        except OcpError as error:
-            failure = error
-            self._settle(job, error)
-        except Exception as error:
-            self._settle(job, failure)
-            self.log.event(
-                "error", "request_broke", request_id=job.request.request_id,
-                error=format_failure(error),
-            )
-        finally:
-            self.cache.settle(flight, answers, config)
-            flight.end(failure)
-            self.ledger.release(job.reservation)
-
-    @contextlib.contextmanager
-    def _answered(self, job: Job) -> Iterator[Iterator[Choice]]:
-        """What claude answers, in all choices, with a row of usage before the last event."""
-        if len(job.outcomes) > 1:
-            with contextlib.closing(self._side_by_side(job)) as choices:
-                yield choices
-            return
-        with self._one_answer(job, job.outcomes[0], job.request.client) as events:
-            yield ((0, event) for event in events)
-
-    def _side_by_side(self, job: Job) -> Generator[Choice, None, None]:
-        """The events of several answers, as they come. Each has a thread, a slot and a process of
-        its own; the first failure is the failure of all, and ends the others."""
-        arrivals: queue.SimpleQueue[tuple[int, Event | BaseException | None]] = queue.SimpleQueue()
-        leaving = CancellableClient(job.request.client)
-
-        def one(index: int, outcome: AnswerRecord) -> None:
-            try:
-                with self._one_answer(job, outcome, leaving) as events:
-                    for event in events:
-                        arrivals.put((index, event))
-                arrivals.put((index, None))
-            except BaseException as error:
-                arrivals.put((index, error))
-
-        waiting = enumerate(job.outcomes)
-        running: set[int] = set()
-
-        def begin(count: int) -> None:
-            for index, outcome in itertools.islice(waiting, count):
-                running.add(index)
-                outcome.started_s = self.clock()
-                threading.Thread(target=one, args=(index, outcome), daemon=True).start()
-
-        try:
-            begin(MAX_CHOICES)
-            while running:
-                index, arrived = arrivals.get()
-                if isinstance(arrived, BaseException):
-                    raise arrived
-                if arrived is None:
-                    running.remove(index)
-                    begin(1)
-                elif index == min(running) or not isinstance(arrived, Tick):
-                    yield index, arrived
-        finally:
-            leaving.left = True
-            for process in [outcome.process for outcome in job.outcomes]:
-                if process is not None:
-                    process.interrupt()
-
-    @contextlib.contextmanager
-    def _one_answer(
-        self, job: Job, outcome: AnswerRecord, client: Client
-    ) -> Iterator[Iterator[Event]]:
-        """The events of one answer, with its log line: before the last of them is passed on, so
-        that it is there when the client has its answer, or when the block fails."""
-        request = job.request
-        try:
-            with contextlib.ExitStack() as stack:
-                events = self._events(outcome, request.caller, client, stack)
-                yield self._noted(job, outcome, events)
-        except ClientGone:
-            self._note("info", "answer_abandoned", request, outcome)
-            raise
-        except OcpError as error:
-            outcome.fail(error)
-            if isinstance(error, UnknownModel):
-                error.message += self._other_models(request.turn.model)
-            self._note_failure(error, request, outcome)
-            raise
-
-    def _other_models(self, model: Model) -> str:
-        """What to say to a client whose model the API does not know."""
-        names = self.models.names()
-        others = [name for name in names if self.models.find(name).id != model.id]
-        return f" Use one of: {', '.join(others)}." if others else ""
-
-    def _noted(self, job: Job, outcome: AnswerRecord, events: Iterator[Event]) -> Iterator[Event]:
-        for event in events:
-            if isinstance(event, Finished):
-                self._note("info", "answer_finished", job.request, outcome)
-                if job.finished:
-                    self._settle(job)
-            yield event
-
-    def _settle(self, job: Job, error: OcpError | ClientGone | None = None) -> None:
-        """Writes the row of usage of a request that is over, once. One that was refused before
-        anything was done for it is counted and logged only, or refusals could fill the disk."""
-        if not job.settles():
-            return
-        word, status = "ok", 200
-        if isinstance(error, OcpError):
-            word, status = error.error_code or error.openai_type, error.status
-        elif error is not None:
-            word, status = error.word, error.status
-        row = job.row(word, status, time.time(), self.clock())
-        self._count(row, known=job.request.turn.model.known)
-        if job.path:
-            self.log.event(
-                "info", "answer_reused", request_id=row.request_id, caller=row.caller,
-                dialect=row.dialect, path=job.path, model=row.model, stream=row.stream,
-                total_ms=row.total_ms, outcome=word,
-            )
-        if isinstance(error, OcpError) and error.rejected_before_work and not job.was_asked:
-            return
-        try:
-            self.ledger.record(row, job.reservation)
-        except sqlite3.Error as problem:
-            # To a full disk, for example: answers go on, and it is written when there is room.
-            self.log.event("error", "usage_not_kept", error=str(problem))
-
-    def _count(self, row: UsageRow, *, known: bool) -> None:
-        # A name that models.json does not list is the client's to choose.
-        model = row.model if known else "other"
-        self.metrics.add(
-            "ocp_requests_total", dialect=row.dialect, model=model, outcome=row.outcome
-        )
-        self.metrics.observe("ocp_request_seconds", row.total_ms / 1000, dialect=row.dialect)
-        if row.first_token_ms is not None:
-            first_token_s = row.first_token_ms / 1000
-            self.metrics.observe("ocp_first_token_seconds", first_token_s, model=model)
-        for kind in ("input", "output", "cache_read", "cache_write"):
-            count = getattr(row, f"{kind}_tokens")
-            if count:
-                self.metrics.add("ocp_tokens_total", count, model=model, kind=kind)
-        if row.path is not None:
-            self.metrics.add("ocp_answers_total", path=row.path)
-
-    def _events(
-        self, outcome: AnswerRecord, caller: Caller, client: Client, stack: contextlib.ExitStack
-    ) -> Iterator[Event]:
-        config, turn = self.config, outcome.turn
-        history = history_of(turn, caller.scope, config.system_prompt)
-        if not self.parking.holds(history, turn.messages[-1]):
-            # One that holds the conversation goes on with it, also while claude is updated.
-            self._take_notices()
-            self._watch_program()
-        watch = WaitLimits(
-            client=client,
-            deadline_s=outcome.started_s + config.timeout_ms / 1000,
-            tick_s=self._tick_s(config, turn),
-        )
-        slot = stack.enter_context(self.gate.slot(caller))
-        yield from slot.wait(watch, self.clock)
-        stack.callback(self._give_up, outcome)
-        for events in self._attempts(outcome, history, watch):
-            try:
-                yield from events
-                return
-            except UpstreamFailed:
-                if outcome.first_token_s is not None or not outcome.lost_its_process:
-                    raise
-                self._give_up(outcome)
-                if outcome.told:
-                    outcome.note(Restarted(), self.clock())
-                    yield Restarted()
-        yield from self._rebuilt(outcome, history, watch)
-
-    def _attempts(
-        self, outcome: AnswerRecord, history: History, watch: WaitLimits
-    ) -> Iterator[Iterator[Event]]:
-        """The ways to the answer, the quickest first: the events of each."""
-        parked, outcome.parted_at = self.parking.take(history, outcome.turn.messages[-1])
-        path = "continued"
-        if parked is None:
-            parked, path = self._take_rewound(outcome, history, watch), "rewound"
-        if parked is not None:
-            yield self._continued(outcome, parked, path, history, watch)
-        yield self._rebuilt(outcome, history, watch)
-
-    def _take_rewound(
-        self, outcome: AnswerRecord, history: History, watch: WaitLimits
-    ) -> Parked | None:
-        """A process that has the question of another turn behind it and has forgotten that.
-
-        Not where claude runs tools of its own: what they have begun would not be forgotten."""
-        if self.config.is_agent or outcome.turn.messages[-1].has_results:
-            return None
-        parked = self.parking.take_rewindable(history, self.config, self.gate.running)
-        if parked is None:
-            return None
-        outcome.process = parked.process
-        if self._rewind(parked, watch):
-            return parked
-        self.parking.pause_rewinds(_REWIND_PAUSE_S)
-        self._give_up(outcome)
-        return None
-
-    def _rewind(self, parked: Parked, watch: WaitLimits) -> bool:
-        """Makes a process forget its last question; whether it has. One that fails is as good as
-        one that says no: another will do."""
-        if parked.question is None:
-            return False
-        soon = watch._replace(deadline_s=self.clock() + _REWIND_TIMEOUT_S, tick_s=0.0)
-        try:
-            (reply,) = parked.process.control([rewind_line(parked.question)], soon)
-        except (UpstreamFailed, UpstreamTimeout):
-            return False
-        parked.process.rewinds += 1
-        return was_rewound(reply)
-
-    def _tick_s(self, config: Config, turn: Turn) -> float:
-        """The silence after which a client has to be told that somebody is still there."""
-        return (config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000
-
-    def _continued(
-        self, outcome: AnswerRecord, parked: Parked, path: str, history: History, watch: WaitLimits
-    ) -> Iterator[Event]:
-        """The events of the answer to the one message that the process does not hold yet."""
-        message, process = outcome.turn.messages[-1], parked.process
-        outcome.process, outcome.warm, outcome.path = process, True, path
-        results, steps = results_to_tell(message, parked.history.context), []
-        outcome.question = parked.question
-        if not results:
-            outcome.question = rewind_point_of(outcome.turn)
-            steps = [continuation(outcome.turn, process.version, outcome.question)]
-        yield from self._heard(outcome, process, history, TurnInput(steps, results), watch)
-
-    def _rebuilt(
-        self, outcome: AnswerRecord, history: History, watch: WaitLimits
-    ) -> Iterator[Event]:
-        """The events of the answer of a fresh process, which is told the whole conversation."""
-        turn = outcome.turn
-        outcome.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
-        if turn.model.known:
-            # Others have to prove that they exist before processes wait for them.
-            self.spares.want(turn.model.argument)
-        process, outcome.warm = self.spares.take(turn.model.argument)
-        outcome.process, outcome.question = process, rewind_point_of(turn)
-        self.wakeups.put("tend")
-        process.tools, process.told = ToolServer(turn.tools), len(turn.messages) - 1
-        steps = conversation(
-            turn, self.config.system_prompt, process.version, agent=self.config.is_agent,
-            question=outcome.question,
-        )
-        yield from self._heard(outcome, process, history, TurnInput(steps), watch)
-
-    def _heard(
-        self, outcome: AnswerRecord, process: ClaudeProcess, history: History, script: TurnInput,
-        watch: WaitLimits,
-    ) -> Iterator[Event]:
-        """The events of the answer. The process is parked before the last of them is passed on,
-        so that a client's next message finds it."""
-        final_only = self.config.is_agent and self.config.agent_text == "final"
-        offered, _ = outcome.turn.offered
-        reader = TurnReader(offered, outcome.turn.output_schema, final_only=final_only)
-        outcome.readers.append(reader)
-        bounds = Bounds(outcome.turn.options, outcome.turn.output_schema)
-        for heard in process.converse(script, watch, reader):
-            for event in bounds.events(heard):
-                if bounds.ended and isinstance(event, Finished):
-                    event = event._replace(usage=outcome.usage)
-                outcome.note(event, self.clock())
-                if isinstance(event, Finished):
-                    self._put_away(outcome, process, history, event, goes_on=bounds.ended)
-                yield event
-            if bounds.ended:
-                return
-
-    def _put_away(
-        self, outcome: AnswerRecord, process: ClaudeProcess, history: History,
-        finished: Finished, *, goes_on: bool,
-    ) -> None:
-        """Parks the process of a complete answer if it may go on from it, else ends it: also one
-        that `goes_on` with an answer that was ended here."""
-        self.account.answered()
-        self.spares.want(process.model_id)
-        outcome.process = None
-        parkable = finished.stop_reason in _PARKABLE and not goes_on
-        if parkable and self._may_serve_again(outcome, process):
-            answer = outcome.answer()
-            held = message_digest(Message("assistant", answer.blocks))
-            if outcome.turn.output_schema is not None:
-                # It ended in a call of claude's own.
-                held = _DEAD_END
-            awaiting = frozenset(call["id"] for call in answer.calls)
-            holds = history._replace(digests=(*history.digests, held))
-            self.parking.put(process, holds, awaiting, outcome.question)
-        else:
-            # With a call unanswered, or after a limit, it would ask the API again by itself.
-            complete = finished.stop_reason in ("end_turn", "stop_sequence") and not goes_on
-            self.spares.stop(process, graceful=complete)
-        self.wakeups.put("tend")
-
-    def _may_serve_again(self, outcome: AnswerRecord, process: ClaudeProcess) -> bool:
-        """Whether a process is worth parking after a complete answer: not one of a claude that
-        has been replaced."""
+    def is_current(self, process: ClaudeProcess) -> bool:
+        """Return whether a process is of the claude that was seen last."""
         seen = self._seen_program
-        if process.misjudged or (seen is not None and process.version != seen.version):
-            return False
-        if outcome.turn.output_schema is None or not self.config.parked_processes:
-            return self.config.parked_processes > 0
-        forgets = process.version >= REWINDS_ALL_SINCE and not self.config.is_agent
-        # Results of calls go to a fresh one, and a call without its result is never forgotten.
-        return forgets and outcome.question is not None and not outcome.answer().calls
+        return seen is None or process.version == seen.version
 
-    def _give_up(self, outcome: AnswerRecord) -> None:
-        """Ends the process of an answer that did not come to its end."""
-        process, outcome.process = outcome.process, None
-        if process is not None:
-            self.spares.stop(process, graceful=False)
-            self.wakeups.put("tend")
-
-    def _note_failure(self, error: OcpError, request: Request, outcome: AnswerRecord) -> None:
-        if isinstance(error, LoginLost):
-            self.account.refused()
-            self._login_stamp, self._login_look_s = self.claude_folder.login_stamp(), self.clock()
-            self.claude_folder.login_changed()
-            self._drop_idle()
-        error.logged = True
-        detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
-        self._note(
-            "warn", "answer_failed", request, outcome,
-            status=error.status, error=type(error).__name__, detail=detail,
-        )
-
-    def _note(
-        self, level: str, name: str, request: Request, outcome: AnswerRecord, **more: object
-    ) -> None:
-        if outcome.noted:
-            return
-        outcome.noted = True
-        self.log.event(
-            level, name, request_id=request.request_id, caller=request.caller.name,
-            dialect=request.dialect, **outcome.fields(self.clock()), **more,
-        )
+    def login_lost(self) -> None:
+        """Stop using processes whose login the API has refused."""
+        self.account.refused()
+        self._login_stamp, self._login_look_s = self.claude_folder.login_stamp(), self.clock()
+        self.claude_folder.login_changed()
+        self._drop_idle()
 
     # -- housekeeping -------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Tends until the mail says stop. Belongs to the main thread."""
+        """Do the housekeeping until a wakeup says stop. For the main thread."""
         self.spares.want(self.models.find(self.config.default_model).argument)
-        letter = ""
-        while letter != "stop":
+        wakeup = ""
+        while wakeup != "stop":
             wait_s = self.tend()
             try:
-                letter = self.wakeups.get(timeout=wait_s)
+                wakeup = self.wakeups.get(timeout=wait_s)
             except queue.Empty:
-                letter = ""
+                wakeup = ""
 
     def look(self) -> None:
-        """Finds claude before the first request, so that /health knows from the start. A program
-        that does not answer is not waited for."""
+        """Find claude before the first request, so that /health knows it from the start. Do not
+        wait for a program that does not answer."""
         first = threading.Thread(target=self._look, daemon=True)
         first.start()
         first.join(_FIRST_LOOK_S)
@@ -12921,11 +13018,11 @@ class App:
             self.program.resolve()
 
     def tend(self) -> float:
-        """Does what is due; the seconds until it wants to be called again. Never raises."""
+        """Do what is due; return the seconds until the next call. Never raises."""
         try:
             for process in self.parking.tend(self.config):
                 self.spares.stop(process, graceful=False)
-            self.end_unwanted()
+            self.requests.end_unwanted()
             self._tend_storage()
             self._take_notices()
             self.cache.tend(self.config)
@@ -12936,19 +13033,19 @@ class App:
             self.spares.tend(self.config)
         except OcpError as error:
             self._log_unavailable(error)
-            # No spare is tended without a claude, but those that leave have to be seen to.
+            # Without claude no spares are started, but stopping processes have to be reaped.
             return _TEND_SOON_S if self.spares.reap() else _TEND_EVERY_S
         except Exception as error:
             self.log.event("error", "housekeeping_failed", error=format_failure(error))
         return _TEND_SOON_S if self.spares.has_work_soon() else _TEND_EVERY_S
 
     def _watch_program(self) -> None:
-        """Notices a claude that was installed, updated or removed: no process of another one is
-        offered any more. Raises ClaudeUnavailable."""
+        """Notice a claude that was installed, updated or removed, and stop offering processes of
+        another one. Raises ClaudeUnavailable."""
         try:
             program = self.program.resolve()
         except ClaudeAway:
-            # Those that run do not need it to go on.
+            # Running processes do not need the file to go on.
             raise
         except OcpError:
             self._drop_idle()
@@ -12963,7 +13060,7 @@ class App:
             self.log.event("info", "claude_found", version=program.version_text)
 
     def _log_unavailable(self, error: OcpError) -> None:
-        """Logs why no process can be started, once for each kind of reason."""
+        """Log why no process can be started, once for each kind of reason."""
         with self._program_lock:
             is_news = self._told_unavailable is not type(error)
             self._told_unavailable = type(error)
@@ -12972,26 +13069,26 @@ class App:
             self.log.event(level, "claude_unavailable", detail=error.message)
 
     def _watch_login(self) -> None:
-        """Looks at a login that was refused again: when claude's credentials have changed, and
-        every now and then, as they are not always in a file."""
+        """Check a login that was refused again: when claude's credentials have changed, and from
+        time to time, because they are not always in a file."""
         if not self.account.is_refused:
             return
         stamp, now_s = self.claude_folder.login_stamp(), self.clock()
         if stamp != self._login_stamp or now_s - self._login_look_s >= _LOGIN_LOOK_S:
             self._login_stamp, self._login_look_s = stamp, now_s
-            # claude takes its time to answer, and others need the housekeeper.
+            # claude takes seconds to answer; the housekeeper must not wait for it.
             threading.Thread(target=self._look_at_login, daemon=True).start()
 
     def _look_at_login(self) -> None:
         if self._has_login(self.claude_folder.environment()):
             self.claude_folder.login_changed()
-            # They may hold the login that was refused.
+            # Idle processes may still hold the login that was refused.
             self._drop_idle()
             self.account.doubt()
             self.log.event("info", "login_found")
 
     def _take_notices(self) -> None:
-        """Takes over what processes said about the plan, and about their version."""
+        """Process what claude processes have reported about the plan and their version."""
         while True:
             try:
                 notice = self._notices.get_nowait()
@@ -13005,7 +13102,7 @@ class App:
                 self.account.hear(news)
 
     def _prune(self) -> None:
-        """Deletes rows of usage that are too old, now and then."""
+        """Delete rows of usage that are too old, once an hour."""
         if self.clock() < self._prune_at_s:
             return
         self._prune_at_s = self.clock() + _PRUNE_EVERY_S
@@ -13015,8 +13112,8 @@ class App:
             self.log.event("error", "usage_not_pruned", error=str(problem))
 
     def learn_plan(self, client: Client) -> None:
-        """Brings what is known about the plan up to date, without spending anything. Asks an idle
-        claude, where there is one, at most once a minute. Raises ClientGone."""
+        """Refresh what is known about the plan, without spending anything: ask an idle process, if
+        there is one, at most once a minute. Raises ClientGone."""
         self._take_notices()
         process = self.spares.borrow()
         if process is None:
@@ -13038,9 +13135,9 @@ class App:
                 self.spares.stop(process, graceful=False)
 
     def claim_interval(self, what: str, pause_s: float) -> bool:
-        """Whether this was not done for so long; it counts as done now."""
+        """Return whether this was not done for so long, and count it as done now."""
         now_s = self.clock()
-        with self._jobs_lock:
+        with self._pauses_lock:
             self._pauses_until_s = {w: at for w, at in self._pauses_until_s.items() if at > now_s}
             is_due = what not in self._pauses_until_s
             if is_due:
@@ -13049,9 +13146,9 @@ class App:
 
     @contextlib.contextmanager
     def parsing(self, size_bytes: int) -> Iterator[None]:
-        """Enter while a body of this size is parsed. Large ones are parsed one after the other,
-        or they would multiply each other's memory; and without a collector, which looks at all
-        the new objects again and again while none of them is garbage."""
+        """Enter while a body of this size is parsed. Large bodies are parsed one at a time, because
+        they would multiply each other's memory, and without the garbage collector, which would
+        scan all the new objects again and again."""
         if size_bytes < _LARGE_BODY_BYTES:
             yield
             return
@@ -13063,7 +13160,7 @@ class App:
                 gc.enable()
 
     def change_setting(self, name: str, value: object) -> object:
-        """Changes a setting for good; see Settings.change."""
+        """Change a setting for good; see Settings.change."""
         value = self.settings.change(name, value)
         self.gate.configure(self.config)
         self.cache.tend(self.config)
@@ -13071,33 +13168,32 @@ class App:
         return value
 
     def _has_login(self, variables: Mapping[str, str]) -> bool:
-        """Whether claude says with these variables that it is logged in."""
+        """Return whether claude is logged in with these variables."""
         return self.program.has_login(variables)
 
     def _drop_idle(self) -> None:
-        """Ends all processes that wait: the program or its login has changed."""
+        """Stop all idle processes: the program or its login has changed."""
         self.spares.drop()
         for process in self.parking.drop():
             self.spares.stop(process, graceful=False)
 
     def drain(self) -> None:
-        """Turns new work away and waits, `drain_ms` at most, for what runs and for clients that
-        have not read their answers yet."""
+        """Refuse new requests and wait, `drain_ms` at most, for those that run and for clients
+        that have not read their answers yet."""
         self.draining = True
-        if self._home_lock is not None:
-            self._home_lock.tell_stopping()
+        self.state_folder.announce_stop()
         give_up_s = self.clock() + self.config.drain_ms / 1000
-        while (self._jobs or self.connections.is_any_unread()) and self.clock() < give_up_s:
+        while (self.requests or self.connections.is_any_unread()) and self.clock() < give_up_s:
             self.spares.reap()
             try:
                 if self.wakeups.get(timeout=0.02) == "stop":
-                    # Asked a second time: at once.
+                    # The second signal stops the server at once.
                     return
             except queue.Empty:
                 pass
 
     def close(self) -> None:
-        """Ends every child and closes the log."""
+        """Stop every child and close the database and the log."""
         self.refusals.tend(at_once=True)
         self._drop_idle()
         self.spares.close()
@@ -13105,13 +13201,10 @@ class App:
         with contextlib.suppress(sqlite3.Error):
             self.store.catch_up()
             self.keys.write_use()
-        self.store.close()
-        self.log.close()
-        if self._home_lock is not None:
-            self._home_lock.close()
+        self.state_folder.close()
 
 
-# ==== 21. API description ====================================================
+# ==== 23. API description ====================================================
 # What a route is, and the OpenAPI document that describes all of them. The table of routes is the
 # source of the document; only bodies and query strings are described here.
 
@@ -13328,7 +13421,7 @@ def openapi(routes: Iterable[Route]) -> Json:
     }
 
 
-# ==== 22. Dashboard ==========================================================
+# ==== 24. Dashboard ==========================================================
 # One static page, dashboard.html beside this file, in which no value of the server is ever
 # written: it fetches JSON and sets text. Its policy allows exactly its own style and script, by
 # their hashes, and nothing from outside.
@@ -13396,7 +13489,7 @@ def dashboard_page() -> Page:
         return _page_of(_PAGE_WITHOUT_DASHBOARD)
 
 
-# ==== 23. Endpoints ==========================================================
+# ==== 25. Endpoints ==========================================================
 # One function for each route: (app, exchange, **names in the path). They read the request from
 # the exchange, answer through it, and raise what goes wrong.
 
@@ -13493,7 +13586,7 @@ def _parsing_for(app: App, exchange: HttpExchange, *, counted: bool) -> ParseEnv
 def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
     """The Turn of the request's body; all of it when it is only `counted`, however long."""
     if not counted:
-        app.check_quota(exchange.caller, exchange.dialect)
+        app.requests.check_quota(exchange.caller, exchange.dialect)
     data = exchange.body()
     # While it came the key may have got other limits, or its end.
     exchange.caller = app.keys.current(exchange.caller)
@@ -13538,7 +13631,7 @@ def answer(app: App, exchange: HttpExchange) -> None:
     """Every route that asks a model."""
     dialect, turn = exchange.dialect, _parsed(app, exchange)
     request = Request(turn, exchange.caller, exchange.client, exchange.request_id, dialect.name)
-    with app.answering(request) as answering:
+    with app.requests.answering(request) as answering:
         def remember(body: Json) -> None:
             # Before the client has its last byte: its next request may name this answer.
             if answering.job.finished and (dialect.stores(turn) or turn.session_id):
@@ -13762,7 +13855,7 @@ def _condition(app: App) -> tuple[str, str]:
         return "draining", "The server is stopping."
     if problem is not None or auth["ok"] is False:
         return "degraded", problem.message if problem is not None else str(auth["message"])
-    _, advice = app.storage
+    _, advice = app.state_folder.status
     return ("degraded", advice) if advice else ("ok", "")
 
 
@@ -13790,8 +13883,8 @@ def _health(app: App) -> Json:
         # Whether what claude tells its models leaves out who is logged in.
         "ownerHidden": app.claude_folder.is_private,
         # Where keys, settings and usage are kept: "disk", or what is wrong with that.
-        "storage": app.storage[0],
-        "storageFix": app.storage[1] or None,
+        "storage": app.state_folder.status[0],
+        "storageFix": app.state_folder.status[1] or None,
         "claudeBinaryOk": problem is None,
         "claudeVersion": program.version_text if program is not None else None,
         "fix": fix or None,
@@ -13859,7 +13952,7 @@ def _state(app: App) -> Json:
     return {
         "startedAt": iso_time(app.started_at_s),
         "health": health,
-        "running": app.running(),
+        "running": app.requests.running(),
         "plan": app.account.plan(),
         "cache": {**app.cache.stats(), "ttl": app.config.cache_ttl_ms},
         "connections": len(app.connections),
@@ -14012,7 +14105,7 @@ def get_keys(app: App, exchange: HttpExchange) -> None:
 
 def _told_warned(app: App, answer: Json) -> Json:
     """An answer about a change, with a warning where a restart would undo it."""
-    _, advice = app.storage
+    _, advice = app.state_folder.status
     return {**answer, **({"warning": f"Not kept safely: {advice}"} if advice else {})}
 
 
@@ -14026,7 +14119,7 @@ def _audited_change(
         yield
     except StorageFailed as failure:
         late = failure
-    app.end_unwanted()
+    app.requests.end_unwanted()
     _audit(app, exchange, event, key=key.name, id=key.id, **fields, late=late and late.error_code)
     if late is not None:
         raise late
@@ -14326,7 +14419,7 @@ def get_metrics(app: App, exchange: HttpExchange) -> None:
     exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
-# ==== 24. Routes =============================================================
+# ==== 26. Routes =============================================================
 # The table of routes. Paths match exactly, after slashes too many are dropped; those below /v1
 # are served without it too, and with it twice, because users write base addresses both ways.
 
@@ -14432,7 +14525,7 @@ def _decoded(text: str) -> str:
         raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
 
 
-# ==== 25. HTTP server ========================================================
+# ==== 27. HTTP server ========================================================
 # One thread for each connection; a head and a body arrive in time and in bounds or are
 # refused; every error is rendered in one place. Tells nobody what software runs here beyond its
 # name, and keeps nothing of a connection when it ends.
@@ -15160,7 +15253,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 26. Demo claude ========================================================
+# ==== 28. Demo claude ========================================================
 # The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
 # that everything around the model can be tried without an account. Says so in every answer.
 
@@ -15236,7 +15329,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 27. Command line =======================================================
+# ==== 29. Command line =======================================================
 # Arguments, signals, the banner, and the order in which everything starts and stops.
 
 _DEMO_FLAG = "--demo-claude"

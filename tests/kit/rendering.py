@@ -152,7 +152,7 @@ def gathered(turn: Any, events: Iterable[Any]) -> list[Any]:
     """The whole answers of these events."""
     outcomes = [ocp.AnswerRecord(turn.choice(index), 0.0) for index in range(turn.choices)]
     for index, event in flowing(events):
-        outcomes[index].note(event, 0.0)
+        outcomes[index].add(event, 0.0)
     return [outcome.answer() for outcome in outcomes]
 
 

@@ -305,7 +305,7 @@ def told(shape: Any, *lines: Json) -> list[Any]:
 def answered(events: list[Any]) -> Any:
     found = ocp.AnswerRecord(parse(ocp.CHAT), 0.0)
     for event in events:
-        found.note(event, 0.0)
+        found.add(event, 0.0)
     return found.answer()
 
 

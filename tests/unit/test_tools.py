@@ -754,7 +754,7 @@ def answered(events: list[Any]) -> Any:
     """The whole answer of these events."""
     outcome = ocp.AnswerRecord(turn(), 0.0)
     for event in events:
-        outcome.note(event, 0.0)
+        outcome.add(event, 0.0)
     return outcome.answer()
 
 
