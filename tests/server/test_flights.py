@@ -338,7 +338,8 @@ def test_when_all_have_left_the_process_ends_at_once_and_the_row_says_so(
 
     rows = eventually(all_rows)
     made = [row for row in rows if row["path"] == "fresh"]
-    assert [(row["status"], row["counted"]) for row in made] == [(499, int(spoke))]
+    # claude was asked, so it counts, whether anything of the answer came or not.
+    assert [(row["status"], row["counted"]) for row in made] == [(499, 1)]
     assert [row["input_tokens"] for row in rows if row["path"] == "shared"] == [0, 0]
 
 
