@@ -3536,7 +3536,7 @@ _TYPE_NAMES = {
 #: What clients write for a value of any type.
 _ANY_TYPE = ("any", "mixed", "unknown", "")
 
-#: How the value of a keyword is read: by the method of SchemaReading of this name. Keywords that
+#: How the value of a keyword is read: by the method of SchemaParser of this name. Keywords that
 #: are not here say nothing about a value.
 _KEYWORDS = {
     **dict.fromkeys(("title", "description", "format"), "text"),
@@ -3564,18 +3564,18 @@ _BEYOND_DRAFT_07 = (
     "unevaluatedProperties", "unevaluatedItems",
 )
 #: Keywords whose schemas are about the same value as the schema that they stand in.
-_SAME_VALUE = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "then", "else")
+_IN_PLACE_KEYWORDS = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "then", "else")
 #: What the API does not take at the root of a tool.
 _NOT_AT_ROOT = ("$ref", "allOf", "anyOf", "oneOf")
 #: Constraints that no validator here knows, and that a model can heed if it reads of them.
-_ONLY_TOLD = ("contentEncoding", "contentMediaType", "divisibleBy")
+_NOTE_KEYWORDS = ("contentEncoding", "contentMediaType", "divisibleBy")
 #: All that the schema of an object may say for it to be joined with another one.
-_JOINABLE = {"type", "title", "description", "default", "examples", "properties", "required"}
+_MERGEABLE = {"type", "title", "description", "default", "examples", "properties", "required"}
 #: Stands for the value of a keyword that cannot be read.
 _UNREADABLE = object()
 
 
-class ToldSchema(NamedTuple):
+class ModelSchema(NamedTuple):
     """A schema as claude is told it, and what leads back to the client's."""
 
     schema: Json
@@ -3669,14 +3669,14 @@ class Pattern(NamedTuple):
         return self.compiled is None or self.compiled.search(name) is not None
 
 
-def _translated(text: str, rules: tuple[_PatternRule, ...]) -> tuple[str, str]:
+def _translate_pattern(text: str, rules: tuple[_PatternRule, ...]) -> tuple[str, str]:
     """Return a regular expression for JavaScript and for Python. Raises ValueError for one that
     JavaScript does not take."""
     told, python, at = "", "", 0
     while at < len(text):
         found = _CLASS.match(text, at) if rules is _PATTERN_RULES else None
         if found is not None:
-            inner = _translated(found[2], _IN_CLASS_RULES)
+            inner = _translate_pattern(found[2], _IN_CLASS_RULES)
             pieces = tuple(f"{found[1]}{piece}]" for piece in inner)
         else:
             matches = ((pattern.match(text, at), form, other) for pattern, form, other in rules)
@@ -3696,7 +3696,7 @@ def strict_pattern(text: str) -> Pattern | None:
     if len(text) > _MAX_PATTERN_CHARS:
         return None
     try:
-        told, python = _translated(text, _PATTERN_RULES)
+        told, python = _translate_pattern(text, _PATTERN_RULES)
         compiled = re.compile(python)
     except (ValueError, re.error, OverflowError, RecursionError):
         return None
@@ -3706,16 +3706,16 @@ def strict_pattern(text: str) -> Pattern | None:
 
 
 #: Keywords that are not of today, or whose meaning hangs on others.
-_TO_MODERNIZE = {
+_LEGACY_KEYWORDS = {
     "items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$dynamicRef",
     "$recursiveRef", "discriminator", "example", "if", "then", "else", "unevaluatedProperties",
     "unevaluatedItems",
 }
 
 
-def _modern(schema: Json) -> Json:
+def _modernized(schema: Json) -> Json:
     """Return the schema with the keywords of older drafts, and of OpenAPI, in today's."""
-    if _TO_MODERNIZE.isdisjoint(schema):
+    if _LEGACY_KEYWORDS.isdisjoint(schema):
         return schema
     found = dict(schema)
     if isinstance(found.get("items"), list):
@@ -3741,19 +3741,20 @@ def _modern(schema: Json) -> Json:
         found["examples"] = [found["example"]]
     if "if" not in found or not {"then", "else"} & set(found):
         found = {k: v for k, v in found.items() if k not in ("if", "then", "else")}
-    return _with_plain_unevaluated(found)
+    return _without_unevaluated(found)
 
 
-def _with_plain_unevaluated(schema: Json) -> Json:
+def _without_unevaluated(schema: Json) -> Json:
     """Return the schema with what is unevaluated as what is additional, where that is the same."""
+    blockers = {*_IN_PLACE_KEYWORDS, "dependentSchemas", "contains"}
     pairs = (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items"))
     for keyword, plain in pairs:
-        if keyword in schema and not {*_SAME_VALUE, "dependentSchemas", "contains"} & set(schema):
+        if keyword in schema and blockers.isdisjoint(schema):
             schema.setdefault(plain, schema.pop(keyword))
     return schema
 
 
-class SchemaReading:
+class SchemaParser:
     """One schema of a client's, read into plain 2020-12.
 
     `root` is the schema, `definitions` is what its references lead to, and `renamed` are the
@@ -3773,7 +3774,7 @@ class SchemaReading:
         self.renamed: dict[str, str] = {}
         self._new_names: dict[str, str] = {}
         self._taken: set[str] = set(PROTOTYPE_NAMES)
-        self._survey(path)
+        self._index_document(path)
         self.definitions: Json = {}
         self._definition_names: dict[int, str] = {}
         self._taken_definitions: set[str] = set()
@@ -3783,9 +3784,9 @@ class SchemaReading:
         while self._unread:
             name, target, target_path = self._unread.pop()
             self.definitions[name] = self.schema(target, target_path, 0)
-        self._check_ends(path)
+        self._check_cycles(path)
 
-    def _survey(self, path: str) -> None:
+    def _index_document(self, path: str) -> None:
         """Note what the document calls its parts. Raises BadRequest if it is too large."""
         left: list[tuple[object, str, int]] = [(self._document, "", 0)]
         count = 0
@@ -3802,7 +3803,7 @@ class SchemaReading:
                 left += [(item, base, level + 1) for item in value]
             if not isinstance(value, dict):
                 continue
-            base = self._note_identity(value, base)
+            base = self._register_identifiers(value, base)
             self._taken.update(value)
             left += [(item, base, level + 1) for item in value.values()]
             for keyword in ("$defs", "definitions", "schemas"):
@@ -3817,7 +3818,7 @@ class SchemaReading:
                 param=path[:200],
             )
 
-    def _note_identity(self, value: Json, base: str) -> str:
+    def _register_identifiers(self, value: Json, base: str) -> str:
         """Note how a schema may be referred to. Return the URI that its references start from."""
         for keyword in ("$id", "id"):
             identity = value.get(keyword)
@@ -3843,8 +3844,8 @@ class SchemaReading:
         if not isinstance(value, dict):
             raise BadRequest(f"{path}: must be a JSON schema, an object.", param=path)
         plain: Json = {}
-        notes = {k: value[k] for k in _ONLY_TOLD if isinstance(value.get(k), (str, int, float))}
-        for keyword, given in _modern(value).items():
+        notes = {k: value[k] for k in _NOTE_KEYWORDS if isinstance(value.get(k), (str, int, float))}
+        for keyword, given in _modernized(value).items():
             reader = _KEYWORDS.get(keyword)
             if reader is None or (given is None and reader != "value"):
                 continue
@@ -3862,10 +3863,10 @@ class SchemaReading:
             plain.pop("additionalProperties", None)
         if "propertyNames" in plain and set(plain.get("properties", ())) & set(self.renamed):
             notes["propertyNames"] = plain.pop("propertyNames")
-        plain = _consistent(plain)
+        plain = _without_orphan_keywords(plain)
         if value.get("nullable") is True or value.get("x-nullable") is True:
-            plain = _or_null(plain)
-        return _noted(plain, notes)
+            plain = _nullable(plain)
+        return _with_notes(plain, notes)
 
     def _schema(self, value: object, path: str, level: int) -> object:
         return value if isinstance(value, bool) else self.schema(value, path, level + 1)
@@ -3893,7 +3894,7 @@ class SchemaReading:
         for name, schema in found.items():
             own = self.renamed.get(name)
             if own is not None:
-                found[name] = _described(schema, f"Called {own!r}.")
+                found[name] = _with_preface(schema, f"Called {own!r}.")
         return found
 
     def _patterns(self, value: object, path: str, level: int) -> object:
@@ -3962,11 +3963,11 @@ class SchemaReading:
         # Whoever puts one schema into another forgets that its references now lead elsewhere.
         return self._named.get(tokens[-1], _UNREADABLE) if tokens else _UNREADABLE
 
-    def _check_ends(self, path: str) -> None:
+    def _check_cycles(self, path: str) -> None:
         """Raise BadRequest for definitions of which each is only another one, in a circle."""
         ends: set[str] = set()
         for start in self.definitions:
-            stack = [(start, iter(_same_value(self.definitions[start])))]
+            stack = [(start, iter(_in_place_references(self.definitions[start])))]
             open_names = {start}
             while stack:
                 name, others = stack[-1]
@@ -3980,7 +3981,7 @@ class SchemaReading:
                     open_names.discard(name)
                     ends.add(name)
                 else:
-                    stack.append((other, iter(_same_value(self.definitions[other]))))
+                    stack.append((other, iter(_in_place_references(self.definitions[other]))))
                     open_names.add(other)
 
     # -- other keywords -----------------------------------------------------------------------
@@ -4091,17 +4092,17 @@ def _at(value: object, tokens: list[str]) -> object:
     return value
 
 
-def _same_value(schema: Json) -> Iterator[str]:
+def _in_place_references(schema: Json) -> Iterator[str]:
     """Yield the names of the definitions that are about the same value as this schema."""
     if "$ref" in schema:
         yield schema["$ref"].rpartition("/")[2]
-    for keyword in _SAME_VALUE[1:]:
+    for keyword in _IN_PLACE_KEYWORDS[1:]:
         found = schema.get(keyword, ())
         for each in [found] if isinstance(found, dict) else found:
-            yield from _same_value(each)
+            yield from _in_place_references(each)
 
 
-def _consistent(schema: Json) -> Json:
+def _without_orphan_keywords(schema: Json) -> Json:
     """Return the schema without keywords that only other ones give a meaning."""
     if schema.get("type") == []:
         del schema["type"]
@@ -4115,10 +4116,10 @@ def _consistent(schema: Json) -> Json:
     return schema
 
 
-def _or_null(schema: Json) -> Json:
+def _nullable(schema: Json) -> Json:
     """Return the schema of what fits this one, or is null."""
     types = schema.get("type")
-    if types is None or set(_SAME_VALUE) & set(schema) or "const" in schema:
+    if types is None or set(_IN_PLACE_KEYWORDS) & set(schema) or "const" in schema:
         told: Json = {k: schema.pop(k) for k in ("title", "description") if k in schema}
         return {**told, "anyOf": [schema, {"type": "null"}]}
     both = _distinct([*(types if isinstance(types, list) else [types]), "null"])
@@ -4128,12 +4129,12 @@ def _or_null(schema: Json) -> Json:
     return found
 
 
-def _described(schema: Json, words: str) -> Json:
+def _with_preface(schema: Json, words: str) -> Json:
     """Return the schema with these words in front of its description."""
     return {**schema, "description": " ".join(filter(None, (words, schema.get("description"))))}
 
 
-def _noted(schema: Json, notes: Mapping[str, object]) -> Json:
+def _with_notes(schema: Json, notes: Mapping[str, object]) -> Json:
     """Return the schema with a word in its description on each of these keywords."""
     words = [f"{keyword}: {to_json(value).decode('utf-8')}" for keyword, value in notes.items()]
     if not words:
@@ -4144,7 +4145,7 @@ def _noted(schema: Json, notes: Mapping[str, object]) -> Json:
 
 # -- what claude is told --------------------------------------------------------------------------
 
-def told_schema(document: Json, path: str, *, is_tool: bool) -> ToldSchema:
+def schema_for_model(document: Json, path: str, *, is_tool: bool) -> ModelSchema:
     """Return the schema of a tool's arguments, or of an answer, as claude is told it.
 
     Raises BadRequest, naming the place below `path`, for what cannot be read. The formats of an
@@ -4156,21 +4157,21 @@ def told_schema(document: Json, path: str, *, is_tool: bool) -> ToldSchema:
     except RecursionError:
         text = b""
     if 0 < len(text) <= _MAX_KEPT_BYTES:
-        return _told_before(text, path, is_tool)
-    return _newly_told(document, path, is_tool)
+        return _cached_schema_for_model(text, path, is_tool)
+    return _build_schema_for_model(document, path, is_tool)
 
 
 @functools.lru_cache(maxsize=256)
-def _told_before(text: bytes, path: str, is_tool: bool) -> ToldSchema:
+def _cached_schema_for_model(text: bytes, path: str, is_tool: bool) -> ModelSchema:
     document: Any = from_json(text)
-    return _newly_told(document, path, is_tool)
+    return _build_schema_for_model(document, path, is_tool)
 
 
-def _newly_told(document: Json, path: str, is_tool: bool) -> ToldSchema:
-    reading = SchemaReading(document, path)
-    root = _joined(reading.root, reading.definitions)
+def _build_schema_for_model(document: Json, path: str, is_tool: bool) -> ModelSchema:
+    reading = SchemaParser(document, path)
+    root = _flattened_root(reading.root, reading.definitions)
     if is_tool:
-        root = _of_arguments(root, path)
+        root = _arguments_root(root, path)
     wrapped = root.get("type") != "object" or any(keyword in root for keyword in _NOT_AT_ROOT)
     if wrapped:
         root = {
@@ -4184,29 +4185,29 @@ def _newly_told(document: Json, path: str, is_tool: bool) -> ToldSchema:
     definitions = {"$defs": reading.definitions} if reading.definitions else {}
     exact = {**root, **definitions}
     lost: list[str] = []
-    told = _told(exact, lost, formats=is_tool)
+    told = _to_draft_07(exact, lost, formats=is_tool)
     renamed = tuple(reading.renamed.items())
-    return ToldSchema(told, wrapped, renamed, exact if lost else None)
+    return ModelSchema(told, wrapped, renamed, exact if lost else None)
 
 
-def _joined(root: Json, definitions: Json) -> Json:
+def _flattened_root(root: Json, definitions: Json) -> Json:
     """Return the root without references and parts, where that says the same."""
     for _ in definitions:
         more = {key: value for key, value in root.items() if key != "$ref"}
         if "$ref" not in root or not set(more) <= {"title", "description", "default", "type"}:
             break
-        target = _definition({"$ref": root["$ref"]}, definitions)
+        target = _dereferenced({"$ref": root["$ref"]}, definitions)
         if target.get("type", "object") != more.get("type", target.get("type", "object")):
             break
         root = {**target, **more}
     if "allOf" not in root:
         return root
     whole = {key: value for key, value in root.items() if key != "allOf"}
-    parts = [_definition(part, definitions) for part in root["allOf"]]
-    return _one_object(whole, parts) or root
+    parts = [_dereferenced(part, definitions) for part in root["allOf"]]
+    return _merged_object(whole, parts) or root
 
 
-def _definition(schema: Json, definitions: Json) -> Json:
+def _dereferenced(schema: Json, definitions: Json) -> Json:
     """Return what a schema that is only a reference leads to, or the schema itself."""
     if set(schema) != {"$ref"}:
         return schema
@@ -4214,7 +4215,7 @@ def _definition(schema: Json, definitions: Json) -> Json:
     return found
 
 
-def _one_object(whole: Json, parts: list[Json]) -> Json | None:
+def _merged_object(whole: Json, parts: list[Json]) -> Json | None:
     """Return one schema of an object that says all that these say; None if there is none."""
     # Who says that there may be more properties says nothing.
     every = [
@@ -4222,7 +4223,7 @@ def _one_object(whole: Json, parts: list[Json]) -> Json | None:
         for each in (whole, *parts)
     ]
     types = {each.get("type", "object") for each in every if isinstance(each.get("type", ""), str)}
-    if types != {"object"} or not all(set(each) <= _JOINABLE for each in every):
+    if types != {"object"} or not all(set(each) <= _MERGEABLE for each in every):
         return None
     properties: dict[str, list[Json]] = {}
     for each in every:
@@ -4240,7 +4241,7 @@ def _one_object(whole: Json, parts: list[Json]) -> Json | None:
     return {**joined, "required": required} if required else joined
 
 
-def _of_arguments(root: Json, path: str) -> Json:
+def _arguments_root(root: Json, path: str) -> Json:
     """Return the root of a tool's schema, which has to describe an object. Raises BadRequest."""
     types = root.get("type", "object")
     if "object" not in (types if isinstance(types, list) else [types]):
@@ -4253,7 +4254,7 @@ def _of_arguments(root: Json, path: str) -> Json:
     return {**root, "type": "object"}
 
 
-def _told(schema: Json, lost: list[str], *, formats: bool) -> Json:
+def _to_draft_07(schema: Json, lost: list[str], *, formats: bool) -> Json:
     """Return the schema in the words that draft-07 has too; what it says more is noted in `lost`
     and told to the model in words."""
     found: Json = {}
@@ -4265,55 +4266,55 @@ def _told(schema: Json, lost: list[str], *, formats: bool) -> Json:
         elif keyword == "format" and not formats:
             notes[keyword] = value
         else:
-            found[keyword] = _told_value(keyword, value, lost, formats)
+            found[keyword] = _draft_07_value(keyword, value, lost, formats)
     if "prefixItems" in notes:
         first = notes.pop("prefixItems")
-        told = [_told(each, lost, formats=formats) for each in first]
-        found = _told_tuple(found, told)
-    _drop_overlapping(found, lost, notes)
-    return _noted(found, notes)
+        told = [_to_draft_07(each, lost, formats=formats) for each in first]
+        found = _uniform_array(found, told)
+    _drop_overlapping_patterns(found, lost, notes)
+    return _with_notes(found, notes)
 
 
-def _told_value(keyword: str, value: Any, lost: list[str], formats: bool) -> object:
-    """Return the value of a keyword with the schemas in it as _told gives them."""
+def _draft_07_value(keyword: str, value: Any, lost: list[str], formats: bool) -> object:
+    """Return the value of a keyword with the schemas in it as _to_draft_07 gives them."""
     kind = "by_name" if keyword == "$defs" else _KEYWORDS[keyword]
     if kind == "schema" and isinstance(value, dict):
-        return _told(value, lost, formats=formats)
+        return _to_draft_07(value, lost, formats=formats)
     if kind == "schemas":
-        return [_told(each, lost, formats=formats) for each in value]
+        return [_to_draft_07(each, lost, formats=formats) for each in value]
     if kind in ("by_name", "properties", "patterns"):
-        return {name: _told(each, lost, formats=formats) for name, each in value.items()}
+        return {name: _to_draft_07(each, lost, formats=formats) for name, each in value.items()}
     return value
 
 
-def _told_tuple(schema: Json, first: list[Json]) -> Json:
+def _uniform_array(schema: Json, first: list[Json]) -> Json:
     """Return the schema of an array whose `first` items have schemas of their own, as one whose
     items all have the same. Who says nothing about further items means that there are none."""
     rest = schema.get("items", False)
     minimum, maximum = schema.get("minItems", len(first)), schema.get("maxItems", math.inf)
     if rest is False and "items" not in schema and maximum > len(first) and maximum < math.inf:
         rest = {}
-    words = "Items in this order: " + ", ".join(map(_in_words, first))
+    words = "Items in this order: " + ", ".join(map(_summary, first))
     bounds = {"minItems": minimum}
     kinds = list(first)
     if rest is False:
         bounds = {"minItems": min(minimum, len(first)), "maxItems": min(maximum, len(first))}
     else:
         kinds.append(rest if isinstance(rest, dict) else {})
-        words += ", then any number of: " + _in_words(kinds[-1])
+        words += ", then any number of: " + _summary(kinds[-1])
     kinds = [{}] if {} in kinds else _distinct(kinds)
     items = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
-    return _described({**schema, "items": items, **bounds}, words + ".")
+    return _with_preface({**schema, "items": items, **bounds}, words + ".")
 
 
-def _in_words(schema: Json) -> str:
+def _summary(schema: Json) -> str:
     """Return what a schema describes, in a word or two."""
     if "title" in schema:
         return str(schema["title"])
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
     if "anyOf" in schema:
-        return " or ".join(map(_in_words, schema["anyOf"]))
+        return " or ".join(map(_summary, schema["anyOf"]))
     if "const" in schema or "enum" in schema:
         values = schema.get("enum", [schema.get("const")])
         return " or ".join(to_json(value).decode("utf-8") for value in values)
@@ -4321,7 +4322,7 @@ def _in_words(schema: Json) -> str:
     return types if isinstance(types, str) else " or ".join(types)
 
 
-def _drop_overlapping(schema: Json, lost: list[str], notes: Json) -> None:
+def _drop_overlapping_patterns(schema: Json, lost: list[str], notes: Json) -> None:
     """Take out patterns of names that match a named property: claude takes no such schema."""
     patterns = schema.get("patternProperties", {})
     names = schema.get("properties", ())
@@ -4357,24 +4358,24 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 _Fits = Callable[[Any, Any], bool]
 
 
-def _fit_types(value: Any, types: Any, schema: Json, fits: _Fits) -> bool:
+def _check_type(value: Any, types: Any, schema: Json, fits: _Fits) -> bool:
     return any(_TYPES[name](value) for name in (types if isinstance(types, list) else [types]))
 
 
-def _fit_choices(value: Any, choices: Any, schema: Json, fits: _Fits) -> bool:
+def _check_enum(value: Any, choices: Any, schema: Json, fits: _Fits) -> bool:
     return _equality_key(value) in map(_equality_key, choices)
 
 
-def _fit_items(value: Any, rest: Any, schema: Json, fits: _Fits) -> bool:
+def _check_items(value: Any, rest: Any, schema: Json, fits: _Fits) -> bool:
     return all(fits(item, rest) for item in value[len(schema.get("prefixItems", ())):])
 
 
-def _fit_contained(value: Any, wanted: Any, schema: Json, fits: _Fits) -> bool:
+def _check_contains(value: Any, wanted: Any, schema: Json, fits: _Fits) -> bool:
     count = sum(fits(item, wanted) for item in value)
     return bool(schema.get("minContains", 1) <= count <= schema.get("maxContains", math.inf))
 
 
-def _fit_additional(value: Any, rest: Any, schema: Json, fits: _Fits) -> bool:
+def _check_additional(value: Any, rest: Any, schema: Json, fits: _Fits) -> bool:
     known, patterns = schema.get("properties", ()), schema.get("patternProperties", ())
     found = [each for each in map(strict_pattern, patterns) if each is not None]
     return all(
@@ -4383,7 +4384,7 @@ def _fit_additional(value: Any, rest: Any, schema: Json, fits: _Fits) -> bool:
     )
 
 
-def _fit_patterns(value: Any, patterns: Any, schema: Json, fits: _Fits) -> bool:
+def _check_patterns(value: Any, patterns: Any, schema: Json, fits: _Fits) -> bool:
     pairs = [(strict_pattern(text), wanted) for text, wanted in patterns.items()]
     return all(
         fits(item, wanted) for name, item in value.items() for found, wanted in pairs
@@ -4391,15 +4392,15 @@ def _fit_patterns(value: Any, patterns: Any, schema: Json, fits: _Fits) -> bool:
     )
 
 
-def _fit_condition(value: Any, condition: Any, schema: Json, fits: _Fits) -> bool:
+def _check_condition(value: Any, condition: Any, schema: Json, fits: _Fits) -> bool:
     return fits(value, schema.get("then" if fits(value, condition) else "else", True))
 
 
 #: How a value of a type is held against a keyword: the type, and what its length or itself is
 #: compared with, or a function of value, operand, schema and what tells whether a part fits.
 _CHECKS: dict[str, tuple[str, Callable[[Any, Any, Json, _Fits], bool]]] = {
-    "type": ("", _fit_types),
-    "enum": ("", _fit_choices),
+    "type": ("", _check_type),
+    "enum": ("", _check_enum),
     "const": ("", lambda v, wanted, _s, _f: _equality_key(v) == _equality_key(wanted)),
     "minimum": ("number", lambda v, minimum, _s, _f: bool(v >= minimum)),
     "maximum": ("number", lambda v, maximum, _s, _f: bool(v <= maximum)),
@@ -4410,17 +4411,17 @@ _CHECKS: dict[str, tuple[str, Callable[[Any, Any, Json, _Fits], bool]]] = {
     "minItems": ("array", lambda v, minimum, _s, _f: len(v) >= minimum),
     "maxItems": ("array", lambda v, maximum, _s, _f: len(v) <= maximum),
     "uniqueItems": ("array", lambda v, on, _s, _f: not on or len(_distinct(v)) == len(v)),
-    "items": ("array", _fit_items),
+    "items": ("array", _check_items),
     "prefixItems": ("array", lambda v, each, _s, f: all(map(f, v, each))),
-    "contains": ("array", _fit_contained),
+    "contains": ("array", _check_contains),
     "minProperties": ("object", lambda v, minimum, _s, _f: len(v) >= minimum),
     "maxProperties": ("object", lambda v, maximum, _s, _f: len(v) <= maximum),
     "required": ("object", lambda v, names, _s, _f: set(names) <= set(v)),
     "properties": (
         "object", lambda v, each, _s, f: all(f(v[name], each[name]) for name in v if name in each)
     ),
-    "patternProperties": ("object", _fit_patterns),
-    "additionalProperties": ("object", _fit_additional),
+    "patternProperties": ("object", _check_patterns),
+    "additionalProperties": ("object", _check_additional),
     "propertyNames": ("object", lambda v, wanted, _s, f: all(f(name, wanted) for name in v)),
     "dependentRequired": (
         "object", lambda v, more, _s, _f: all(set(more[n]) <= set(v) for n in v if n in more)
@@ -4432,16 +4433,16 @@ _CHECKS: dict[str, tuple[str, Callable[[Any, Any, Json, _Fits], bool]]] = {
     "anyOf": ("", lambda v, each, _s, f: any(f(v, one) for one in each)),
     "oneOf": ("", lambda v, each, _s, f: sum(f(v, one) for one in each) == 1),
     "not": ("", lambda v, wanted, _s, f: not f(v, wanted)),
-    "if": ("", _fit_condition),
+    "if": ("", _check_condition),
 }
 
 
 def fits(value: object, schema: Json | bool, definitions: Json) -> bool:
-    """Return whether a value fits a schema as ToldSchema has it in `exact`. Patterns of strings,
+    """Return whether a value fits a schema as ModelSchema has it in `exact`. Patterns of strings,
     multiples and what is unevaluated are not looked at."""
     if isinstance(schema, bool):
         return schema
-    if "$ref" in schema and not fits(value, _definition({"$ref": schema["$ref"]}, definitions),
+    if "$ref" in schema and not fits(value, _dereferenced({"$ref": schema["$ref"]}, definitions),
                                      definitions):
         return False
     for keyword, operand in schema.items():
@@ -4455,15 +4456,15 @@ def fits(value: object, schema: Json | bool, definitions: Json) -> bool:
 
 # -- from the model's form to the client's, and back ----------------------------------------------
 
-def as_model_writes(value: object, own_names: Mapping[str, str]) -> object:
+def rename_properties(value: object, own_names: Mapping[str, str]) -> object:
     """Return a value of the client's with the names that the model has for its properties."""
     if isinstance(value, dict):
         return {
-            own_names.get(key, key): as_model_writes(item, own_names)
+            own_names.get(key, key): rename_properties(item, own_names)
             for key, item in value.items()
         }
     if isinstance(value, list):
-        return [as_model_writes(item, own_names) for item in value]
+        return [rename_properties(item, own_names) for item in value]
     return value
 
 
@@ -4471,7 +4472,7 @@ _IN_STRING = re.compile(r'[^"\\]+')
 _BETWEEN = re.compile(r'[^"{}\[\],:]+')
 
 
-class ClientForm:
+class ClientJsonConverter:
     """JSON of the model's, which comes in pieces, in the client's form: without the wrapper, and
     with the client's names of properties.
 
@@ -4521,7 +4522,7 @@ class ClientForm:
         self._escaped = piece == "\\" and not self._escaped
         if self._name is None:
             self._in_string = not ends
-            return self._shown(piece)
+            return self._emit(piece)
         self._name += piece
         if not ends:
             return ""
@@ -4532,7 +4533,7 @@ class ClientForm:
         try:
             name = from_json(text)
         except ValueError:
-            return self._shown(text)
+            return self._emit(text)
         if not self._is_decided:
             self._is_decided = True
             self._wrapped = name == WRAPPER_NAME
@@ -4540,7 +4541,7 @@ class ClientForm:
             head, self._head = self._head, ""
             if self._inside:
                 return head + self._own(name, text)
-        return self._shown(self._own(name, text))
+        return self._emit(self._own(name, text))
 
     def _own(self, name: object, text: str) -> str:
         own = self._names.get(str(name))
@@ -4553,7 +4554,7 @@ class ClientForm:
                 return ""
             self._in_string = True
         elif piece in ("{", "["):
-            shown = self._shown(piece)
+            shown = self._emit(piece)
             self._open.append(piece)
             self._name_is_next = piece == "{"
             return shown
@@ -4572,10 +4573,10 @@ class ClientForm:
                 return ""
             if piece == "," or (piece == "}" and not self._open):
                 self._inside, self._has_ended = False, True
-            return self._shown(piece.strip())
-        return self._shown(piece)
+            return self._emit(piece.strip())
+        return self._emit(piece)
 
-    def _shown(self, piece: str) -> str:
+    def _emit(self, piece: str) -> str:
         if not self._is_decided:
             self._head += piece
             return ""
@@ -4610,7 +4611,7 @@ class ParseEnvironment(NamedTuple):
     #: The messages of this caller's session so far, by its id and the system prompt.
     session: Callable[[str, str], list[Message]]
     #: Whether the prompt is only counted: then it may end with an answer.
-    counted: bool = False
+    count_only: bool = False
     #: Whether the long window is asked for beside the body.
     long_context: bool = False
 
@@ -4655,30 +4656,30 @@ class Fields:
         self._read.add(name)
         return self.object.get(name)
 
-    def skip(self, name: str) -> None:
+    def mark_ignored(self, name: str) -> None:
         """Note that what a field asks for cannot be had, and is to be named."""
-        self._skipped.append(self.at(name))
+        self._skipped.append(self.path_of(name))
 
-    def left_out(self, silent: Iterable[str] = ()) -> tuple[str, ...]:
+    def ignored_paths(self, silent: Iterable[str] = ()) -> tuple[str, ...]:
         """Return what was skipped, and the fields that ask for something and that nobody has
         read, but for the `silent` ones; the same of the settings in it. Ask when all else is
         read."""
         unread = [
-            one_line(self.at(name), 80) for name, value in self.object.items()
-            if name not in self._read and name not in silent and asks_for_something(value)
+            one_line(self.path_of(name), 80) for name, value in self.object.items()
+            if name not in self._read and name not in silent and is_non_default(value)
         ]
-        below = [path for each in self._settings.values() for path in each.left_out()]
+        below = [path for each in self._settings.values() for path in each.ignored_paths()]
         return (*self._skipped, *below, *unread)
 
-    def at(self, name: str) -> str:
+    def path_of(self, name: str) -> str:
         """The full path of a field, as error messages name it."""
         return f"{self.path}.{name}" if self.path else name
 
-    def wrong(self, name: str, what: str) -> BadRequest:
+    def invalid(self, name: str, what: str) -> BadRequest:
         """The error that says what the field has to be."""
-        return BadRequest(f"{self.at(name)}: must be {what}.", param=self.at(name))
+        return BadRequest(f"{self.path_of(name)}: must be {what}.", param=self.path_of(name))
 
-    def given(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
         return self.value(name) is not None
 
@@ -4686,21 +4687,21 @@ class Fields:
         """A string."""
         value = self.value(name)
         if value is not None and not isinstance(value, str):
-            raise self.wrong(name, "a string")
+            raise self.invalid(name, "a string")
         return value
 
     def required_text(self, name: str) -> str:
         """A string that has to be there and not be empty."""
         value = self.text(name)
         if not value:
-            raise self.wrong(name, "a string that is not empty")
+            raise self.invalid(name, "a string that is not empty")
         return value
 
     def flag(self, name: str) -> bool:
         """A boolean; absent is False."""
         value = self.value(name)
         if value is not None and not isinstance(value, bool):
-            raise self.wrong(name, "true or false")
+            raise self.invalid(name, "true or false")
         return bool(value)
 
     def number(self, name: str, minimum: float, maximum: float) -> float | None:
@@ -4709,21 +4710,21 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.wrong(name, "a number")
+            raise self.invalid(name, "a number")
         if not minimum <= value <= maximum:
             unbounded = value < minimum and maximum >= 10**9
             span = f"{minimum:g} or more" if unbounded else f"from {minimum:g} to {maximum:g}"
-            raise self.wrong(name, span)
+            raise self.invalid(name, span)
         return float(value)
 
     def integer(self, name: str, minimum: int, maximum: int = 10**9) -> int | None:
         """A whole number within a range; 16.0 counts as one."""
         value = self.number(name, minimum, maximum)
         if value is not None and value != int(value):
-            raise self.wrong(name, "a whole number")
+            raise self.invalid(name, "a whole number")
         return None if value is None else int(value)
 
-    def limit(self, name: str, *, zero: bool = False) -> int | None:
+    def token_limit(self, name: str, *, zero: bool = False) -> int | None:
         """A number of tokens. -1 is how some clients say that they set none, and so is 0 where
         `zero` has no meaning of its own. Others say it with the largest number they have."""
         value = self.value(name)
@@ -4735,9 +4736,9 @@ class Fields:
 
     def top_k(self) -> int | None:
         """How many of the likeliest tokens to choose among; 0 and -1 are all of them."""
-        return self.limit("top_k")
+        return self.token_limit("top_k")
 
-    def tuning(self, name: str, maximum: float) -> float | None:
+    def sampling_value(self, name: str, maximum: float) -> float | None:
         """A number from 0 on. -1 is how some clients say that they set none."""
         if self.value(name) == -1:
             return None
@@ -4747,28 +4748,28 @@ class Fields:
         """An array."""
         value = self.value(name)
         if value is not None and not isinstance(value, list):
-            raise self.wrong(name, "an array")
+            raise self.invalid(name, "an array")
         return value
 
     def objects(self, name: str) -> list[Fields]:
         """An array of objects; absent is empty."""
         found = self.items(name) or []
         if len(found) > _MAX_OBJECTS:
-            raise self.wrong(name, f"an array of at most {_MAX_OBJECTS} objects")
-        return [Fields(item, f"{self.at(name)}[{index}]") for index, item in enumerate(found)]
+            raise self.invalid(name, f"an array of at most {_MAX_OBJECTS} objects")
+        return [Fields(item, f"{self.path_of(name)}[{index}]") for index, item in enumerate(found)]
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A string, or an array of strings; absent is empty."""
         value = self.value(name)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(item, str) for item in items):
-            raise self.wrong(name, "a string or an array of strings")
+            raise self.invalid(name, "a string or an array of strings")
         return tuple(items)
 
     def child(self, name: str) -> Fields | None:
         """An object."""
         value = self.value(name)
-        return None if value is None else Fields(value, self.at(name))
+        return None if value is None else Fields(value, self.path_of(name))
 
     def settings(self, name: str, *, foreign: bool = False) -> Fields:
         """Return an object of settings, an empty one where there is none. Each call gives the
@@ -4779,21 +4780,21 @@ class Fields:
         if name not in self._settings:
             value = self.value(name)
             if foreign and not isinstance(value, dict):
-                if asks_for_something(value):
-                    self.skip(name)
+                if is_non_default(value):
+                    self.mark_ignored(name)
                 value = None
-            self._settings[name] = Fields({} if value is None else value, self.at(name))
+            self._settings[name] = Fields({} if value is None else value, self.path_of(name))
         return self._settings[name]
 
-    def word(self, name: str, words: tuple[str, ...]) -> str | None:
+    def one_of(self, name: str, words: tuple[str, ...]) -> str | None:
         """A string out of a list; an empty one is None too."""
         value = self.text(name) or None
         if value is not None and value not in words:
-            raise self.wrong(name, "one of " + ", ".join(words))
+            raise self.invalid(name, "one of " + ", ".join(words))
         return value
 
 
-def text_block(text: str) -> list[Block]:
+def text_blocks(text: str) -> list[Block]:
     """A text block, or nothing when there is nothing to read: the API refuses blank ones."""
     return [{"type": "text", "text": text}] if text.strip() else []
 
@@ -4813,11 +4814,11 @@ def system_text(blocks: Iterable[Block]) -> str:
     return text_of(
         told
         for block in blocks if block["type"] == "text"
-        for told in text_block(_BILLING_HEADER.sub("", block["text"], count=1))
+        for told in text_blocks(_BILLING_HEADER.sub("", block["text"], count=1))
     )
 
 
-def merged(messages: Iterable[Message]) -> list[Message]:
+def merge_adjacent(messages: Iterable[Message]) -> list[Message]:
     """The messages with neighbours of one role joined and empty ones left out.
 
     The API reads neighbours of one role as one message anyway; joined, they cost one exchange
@@ -4961,7 +4962,7 @@ class ToolExchanges:
         content = [block for result in call.results for block in result["content"]]
         own: Block = {
             "type": "tool_result", "tool_use_id": call.block["id"],
-            "content": content if call.results else text_block(_NO_RESULT),
+            "content": content if call.results else text_blocks(_NO_RESULT),
         }
         failed = any(result.get("is_error") for result in call.results)
         return {**own, "is_error": True} if failed else own
@@ -4992,7 +4993,7 @@ def with_paired_results(
                 rest[-1].append(exchanges.add_call(block, place))
             else:
                 rest[-1].append(block)
-    return merged(
+    return merge_adjacent(
         Message(message.role, exchanges.results_after(place - 1) + rest[place])
         for place, message in enumerate(messages)
     )
@@ -5003,14 +5004,14 @@ def with_paired_results(
 SESSION_FIELD = "ocp_session_id"
 
 
-def in_session(
+def with_session_messages(
     fields: Fields, parsing: ParseEnvironment, system: str, messages: list[Message]
 ) -> list[Message]:
     """The messages, after those of the session that the request names. A request that brings
     answers of its own knows its history better."""
     session_id = fields.text(SESSION_FIELD)
     if session_id and not re.fullmatch(r"[\x20-\x7e]{1,256}", session_id):
-        raise fields.wrong(SESSION_FIELD, "up to 256 plain characters")
+        raise fields.invalid(SESSION_FIELD, "up to 256 plain characters")
     if not session_id or any(message.role == "assistant" for message in messages):
         return messages
     return [*parsing.session(session_id, system), *messages]
@@ -5027,7 +5028,7 @@ def with_reminders(messages: list[Message]) -> list[Message]:
         neighbours = list(group)
         if all(message.role == "system" for message in neighbours):
             texts = (system_text(message.content) for message in neighbours)
-            result += [Message("user", text_block(text)) for text in texts]
+            result += [Message("user", text_blocks(text)) for text in texts]
         else:
             result += _reminded(neighbours)
     return result
@@ -5082,16 +5083,16 @@ class Prompt(NamedTuple):
 #: makes of it, or for its content in the form that the request wants.
 _CONTINUE = "Continue exactly where your last message ends."
 _GO_ON = "The result of an earlier tool call is there now; go on with it."
-_REFORM = "Give the answer of this conversation in the required form."
+_REFORMAT = "Give the answer of this conversation in the required form."
 
 
-def prompt_of(
+def build_prompt(
     messages: list[Message], fields: Fields, parsing: ParseEnvironment, context: ParseContext,
-    param: str, *, instructions: str = "", after_answer: str = "",
+    param: str, *, instructions: str = "", after_assistant: str = "",
 ) -> Prompt:
     """Return the prompt that the messages of a request make, those of the system among them.
 
-    `after_answer` is what to ask where the last message is the assistant's; without it such a
+    `after_assistant` is what to ask where the last message is the assistant's; without it such a
     request is refused, unless it is only counted. Raises BadRequest when nothing is there to
     answer.
     """
@@ -5099,35 +5100,35 @@ def prompt_of(
     opening = list(itertools.takewhile(lambda each: each.role == "system", messages))
     texts = [instructions, *(system_text(message.content) for message in opening)]
     system = "\n\n".join(filter(None, texts))
-    later = in_session(fields, parsing, system, with_reminders(messages[len(opening):]))
+    later = with_session_messages(fields, parsing, system, with_reminders(messages[len(opening):]))
     if not later and system:
         # A request that is all instructions: the API needs a user's message to answer.
-        return Prompt("", [Message("user", text_block(system))])
+        return Prompt("", [Message("user", text_blocks(system))])
     if not later:
         raise BadRequest(f"{param}: there is nothing in it to answer.", param=param)
-    later = _with_user_last(merged(later), parsing, context, param, after_answer)
+    later = _with_user_last(merge_adjacent(later), parsing, context, param, after_assistant)
     later = with_paired_results(later, context, param)
     # The results of the last message may all belong further up.
     later = _with_user_last(later, parsing, context, param, _GO_ON)
-    later = context.attachments.within_bounds(later, param, counted=parsing.counted)
+    later = context.attachments.within_bounds(later, param, count_only=parsing.count_only)
     return Prompt(system, later, opening)
 
 
 def _with_user_last(
     messages: list[Message], parsing: ParseEnvironment, context: ParseContext, param: str,
-    after_answer: str,
+    after_assistant: str,
 ) -> list[Message]:
     """Return the messages, with one of the user's at the end. Raises BadRequest where the last is
-    the assistant's and `after_answer` is empty."""
-    if messages[-1].role == "user" or parsing.counted:
+    the assistant's and `after_assistant` is empty."""
+    if messages[-1].role == "user" or parsing.count_only:
         return messages
-    if not after_answer:
+    if not after_assistant:
         raise BadRequest(
             f"{param}: the last message must be the user's; an answer cannot be continued here.",
             param=param,
         )
     context.adjust("assistant_last")
-    return [*messages, Message("user", text_block(after_answer))]
+    return [*messages, Message("user", text_blocks(after_assistant))]
 
 
 #: Types of images, and how images of them begin.
@@ -5173,7 +5174,7 @@ def base64_bytes(data: str) -> int:
     return len(data) // 4 * 3 - data[-2:].count("=")
 
 
-def mended_base64(data: str) -> tuple[str, bytes]:
+def normalized_base64(data: str) -> tuple[str, bytes]:
     """Return base64 data as the API takes it, and its bytes; no bytes when it cannot be read.
 
     White space, the alphabet for addresses, percent signs and missing padding are mended.
@@ -5197,9 +5198,9 @@ def _data_type(content: bytes, sent_type: str) -> str:
     return _PDF if marked else ""
 
 
-def told_of(named: Mapping[str, str]) -> list[Block]:
+def caption_blocks(named: Mapping[str, str]) -> list[Block]:
     """Return what a client says about a file beside it, as a text to put before its content."""
-    return text_block("\n".join(f"{name.title()}: {text}" for name, text in named.items()))
+    return text_blocks("\n".join(f"{name.title()}: {text}" for name, text in named.items()))
 
 
 class Attachment(NamedTuple):
@@ -5212,9 +5213,9 @@ class Attachment(NamedTuple):
     #: What the client takes it for.
     media_type: str = ""
     #: What the client says about it: title and context.
-    named: Mapping[str, str] = MappingProxyType({})
+    labels: Mapping[str, str] = MappingProxyType({})
     #: Whether it may be nothing but an image or a PDF.
-    pictured: bool = False
+    image_only: bool = False
 
 
 class Attachments:
@@ -5248,9 +5249,9 @@ class Attachments:
                 param=sent.param, code="remote_url_disabled",
             )
         source = {"type": "url", "url": sent.data.strip()}
-        if sent.pictured:
+        if sent.image_only:
             return {"type": "image", "source": source}
-        return {"type": "document", "source": source, **sent.named}
+        return {"type": "document", "source": source, **sent.labels}
 
     def _inline(self, sent: Attachment) -> list[Block]:
         head, comma, data = "", ",", sent.data
@@ -5260,13 +5261,13 @@ class Attachments:
         media_type, *parameters = [word.strip() for word in words]
         if head and comma and media_type.startswith("text/") and "base64" not in parameters:
             content = urllib.parse.unquote_to_bytes(data)
-            return [*told_of(sent.named), *self._text(sent, content, media_type, parameters)]
+            return caption_blocks(sent.labels) + self._text(sent, content, media_type, parameters)
         if not comma or (head and "base64" not in parameters):
             raise BadRequest(
                 f"{sent.param}: must be a base64 data URI, data:image/png;base64,...",
                 param=sent.param, code="invalid_data_uri",
             )
-        data, content = mended_base64(data)
+        data, content = normalized_base64(data)
         if not content:
             raise BadRequest(
                 f"{sent.param}: the base64 data is broken or empty.",
@@ -5275,25 +5276,25 @@ class Attachments:
         own_type = _data_type(content, media_type)
         source = {"type": "base64", "media_type": own_type, "data": data}
         if own_type == _PDF:
-            return [{"type": "document", "source": source, **sent.named}]
+            return [{"type": "document", "source": source, **sent.labels}]
         if own_type:
-            return [*told_of(sent.named), {"type": "image", "source": source}]
-        return [*told_of(sent.named), *self._text(sent, content, media_type, parameters)]
+            return [*caption_blocks(sent.labels), {"type": "image", "source": source}]
+        return caption_blocks(sent.labels) + self._text(sent, content, media_type, parameters)
 
     def _text(
         self, sent: Attachment, content: bytes, media_type: str, parameters: list[str]
     ) -> list[Block]:
-        text = None if sent.pictured else self._decoded(content, media_type, parameters)
+        text = None if sent.image_only else self._decoded(content, media_type, parameters)
         if text is None or _NO_TEXT.search(text):
-            what = "images must be" if sent.pictured else "files must be text in UTF-8, PDF or"
+            what = "images must be" if sent.image_only else "files must be text in UTF-8, PDF or"
             named = f", not {one_line(media_type, 60)}" if media_type not in _IMAGE_TYPES else ""
             raise BadRequest(
                 f"{sent.param}: {what} one of {', '.join(_IMAGE_TYPES)}"
                 f"{named if media_type else ''}; its data is nothing of that. Convert it first.",
                 param=sent.param,
-                code="unsupported_image_type" if sent.pictured else "unsupported_file_type",
+                code="unsupported_image_type" if sent.image_only else "unsupported_file_type",
             )
-        return text_block(text)
+        return text_blocks(text)
 
     def _decoded(self, content: bytes, media_type: str, parameters: list[str]) -> str | None:
         """The text of a file: as its mark or its type says, in UTF-8, else as Windows wrote it."""
@@ -5310,7 +5311,7 @@ class Attachments:
         return None
 
     def within_bounds(
-        self, messages: list[Message], param: str, *, counted: bool
+        self, messages: list[Message], param: str, *, count_only: bool
     ) -> list[Message]:
         """Return the messages without the oldest attachments that are too many for a request.
 
@@ -5322,9 +5323,9 @@ class Attachments:
             [_size_bytes(block, maximum) for block in attachments_of(message.content)]
             for message in messages
         ]
-        if not counted:
+        if not count_only:
             self._check_newest(messages[-1], sizes[-1], param)
-        dropped = surplus(sizes, self._limits)
+        dropped = surplus_attachments(sizes, self._limits)
         for _ in dropped:
             self._adjust("images_dropped")
         return _without(messages, dropped) if dropped else messages
@@ -5359,12 +5360,12 @@ def _size_bytes(block: Block, largest_image_bytes: int) -> int | None:
     return None if too_large else size_bytes
 
 
-def _most_attachments(model: Model) -> int:
+def _max_attachments(model: Model) -> int:
     """How many images and documents the API takes in a request."""
     return 100 if model.context_window <= 200_000 else 600
 
 
-def surplus(sizes: list[list[int | None]], limits: Limits) -> set[int]:
+def surplus_attachments(sizes: list[list[int | None]], limits: Limits) -> set[int]:
     """Return the numbers of the attachments to leave out, counted over all messages.
 
     `sizes` has the bytes of each, message by message; None is always left out. Over a limit the
@@ -5420,7 +5421,7 @@ class ParseContext:
     what its response headers have to tell about it."""
 
     def __init__(self, limits: Limits, model: Model) -> None:
-        most_images = min(limits.max_images, _most_attachments(model))
+        most_images = min(limits.max_images, _max_attachments(model))
         self.attachments = Attachments(limits._replace(max_images=most_images), self.adjust)
         self._ignored: list[str] = []
         self._adjusted: collections.Counter[str] = collections.Counter()
@@ -5444,7 +5445,7 @@ class ParseContext:
         return tuple(self._adjusted.items())
 
 
-def named_of(part: Fields, *names: str) -> dict[str, str]:
+def labels_of(part: Fields, *names: str) -> dict[str, str]:
     """Return what a client says about a document beside it: its name, where it is from."""
     return {name: part.text(name) or "" for name in names if part.text(name)}
 
@@ -5452,21 +5453,23 @@ def named_of(part: Fields, *names: str) -> dict[str, str]:
 def _refuse_stored(source: Fields, name: str) -> NoReturn:
     """Raises Unsupported for a file that is named by an id."""
     raise Unsupported(
-        f"{source.at(name)}: files cannot be stored here; send the file itself, as base64 data.",
-        param=source.at(name),
+        f"{source.path_of(name)}: files cannot be stored here; send the file as base64 data.",
+        param=source.path_of(name),
     )
 
 
-def _sourced(source: Fields, context: ParseContext, sent: Attachment) -> list[Block]:
+def _source_blocks(source: Fields, context: ParseContext, sent: Attachment) -> list[Block]:
     """The blocks of an Anthropic source, where `sent` says what is known from around it."""
-    kind = source.text("type") or ("url" if source.given("url") else "base64")
+    kind = source.text("type") or ("url" if source.has("url") else "base64")
     if kind == "file":
-        _refuse_stored(source, "file_id" if source.given("file_id") else "type")
+        _refuse_stored(source, "file_id" if source.has("file_id") else "type")
     if kind not in ("base64", "url"):
-        raise source.wrong("type", "base64 or url" + ("" if sent.pictured else ", text or content"))
+        raise source.invalid(
+            "type", "base64 or url" + ("" if sent.image_only else ", text or content")
+        )
     name = "url" if kind == "url" else "data"
     return context.attachments.blocks(sent._replace(
-        data=source.required_text(name), param=source.at(name),
+        data=source.required_text(name), param=source.path_of(name),
         media_type=source.text("media_type") or "",
     ))
 
@@ -5474,14 +5477,15 @@ def _sourced(source: Fields, context: ParseContext, sent: Attachment) -> list[Bl
 def image_blocks(part: Fields, context: ParseContext) -> list[Block]:
     """Return the blocks of an image that came in Anthropic's form or in MCP's."""
     source = part.child("source")
-    if source is None and part.given("data"):
+    if source is None and part.has("data"):
         media_type = part.text("mimeType") or part.text("mime_type") or ""
         return context.attachments.blocks(
-            Attachment(part.required_text("data"), part.at("data"), media_type, pictured=True)
+            Attachment(part.required_text("data"), part.path_of("data"),
+                       media_type, image_only=True)
         )
     if source is None:
-        raise part.wrong("source", "an object with the image")
-    return _sourced(source, context, Attachment("", "", pictured=True))
+        raise part.invalid("source", "an object with the image")
+    return _source_blocks(source, context, Attachment("", "", image_only=True))
 
 
 def document_blocks(
@@ -5491,16 +5495,16 @@ def document_blocks(
     a source that is made of parts."""
     source = part.child("source")
     if source is None:
-        raise part.wrong("source", "an object with the document")
-    named = named_of(part, "title", "context")
+        raise part.invalid("source", "an object with the document")
+    named = labels_of(part, "title", "context")
     if source.text("type") == "text":
-        return told_of(named) + text_block(source.text("data") or "")
+        return caption_blocks(named) + text_blocks(source.text("data") or "")
     if source.text("type") == "content":
-        return told_of(named) + read(source)
-    return _sourced(source, context, Attachment("", "", named=named))
+        return caption_blocks(named) + read(source)
+    return _source_blocks(source, context, Attachment("", "", labels=named))
 
 
-def call_block(part: Fields) -> Block:
+def tool_use_block(part: Fields) -> Block:
     """The block of a tool call that came in Anthropic's form."""
     return {
         "type": "tool_use",
@@ -5510,7 +5514,7 @@ def call_block(part: Fields) -> Block:
     }
 
 
-def result_block(part: Fields, content: list[Block]) -> Block:
+def tool_result_block(part: Fields, content: list[Block]) -> Block:
     """The block of a tool's result that came in Anthropic's form, with this content."""
     call_id = part.text("tool_use_id") or ""
     result: Block = {"type": "tool_result", "tool_use_id": call_id, "content": content}
@@ -5523,7 +5527,7 @@ _TOOL_FIELDS = (
 )
 
 
-def tool_from(entry: Fields, name: str, schema_field: str) -> Tool:
+def read_tool(entry: Fields, name: str, schema_field: str) -> Tool:
     """Return the tool that a client describes. Raises BadRequest for a schema that claude cannot
     be told: it would offer the model no such tool, or none at all, and not say so."""
     # An empty list is PHP's empty object.
@@ -5531,21 +5535,21 @@ def tool_from(entry: Fields, name: str, schema_field: str) -> Tool:
     with contextlib.suppress(ValueError):
         # Some clients send the schema as its JSON text.
         given = from_json(given) if isinstance(given, str) and given else given
-    schema = Fields({} if given in (None, [], "") else given, entry.at(schema_field))
-    told = told_schema(schema.object, schema.path, is_tool=True)
+    schema = Fields({} if given in (None, [], "") else given, entry.path_of(schema_field))
+    told = schema_for_model(schema.object, schema.path, is_tool=True)
     description = entry.text("description") or ""
     return Tool(name, description, told.schema, told.wrapped, told.renamed)
 
 
-def unserved_of(tools: Iterable[Fields]) -> list[str]:
+def unsupported_tool_fields(tools: Iterable[Fields]) -> list[str]:
     """Return the fields of tools that ask for something which is not passed on."""
     return list(dict.fromkeys(
         f"tools[].{name}" for tool in tools for name, value in tool.object.items()
-        if name not in _TOOL_FIELDS and asks_for_something(value)
+        if name not in _TOOL_FIELDS and is_non_default(value)
     ))
 
 
-def distinct(tools: Iterable[Tool], param: str) -> tuple[Tool, ...]:
+def unique_tools(tools: Iterable[Tool], param: str) -> tuple[Tool, ...]:
     """The tools, each once. Raises BadRequest when two that differ have one name."""
     found: dict[str, Tool] = {}
     for tool in tools:
@@ -5554,7 +5558,7 @@ def distinct(tools: Iterable[Tool], param: str) -> tuple[Tool, ...]:
     return tuple(found.values())
 
 
-def chosen(tools: tuple[Tool, ...], choice: ToolChoice, param: str) -> ToolChoice:
+def checked_tool_choice(tools: tuple[Tool, ...], choice: ToolChoice, param: str) -> ToolChoice:
     """The choice, if it can be made among these tools. Raises BadRequest."""
     if not tools and choice.forces:
         raise BadRequest(f"{param}: there are no tools to call.", param=param)
@@ -5563,10 +5567,10 @@ def chosen(tools: tuple[Tool, ...], choice: ToolChoice, param: str) -> ToolChoic
     return choice if tools else ToolChoice()
 
 
-def shape_of(schema: Fields) -> OutputSchema:
+def read_output_schema(schema: Fields) -> OutputSchema:
     """Return the Shape of an answer that has to fit a schema. Raises BadRequest for one that
     claude cannot be told."""
-    return OutputSchema(*told_schema(schema.object, schema.path, is_tool=False))
+    return OutputSchema(*schema_for_model(schema.object, schema.path, is_tool=False))
 
 
 #: What fits any object.
@@ -5603,14 +5607,14 @@ class Thinking(NamedTuple):
     #: The field that named the budget.
     budget_field: str = "thinking.budget_tokens"
     #: Whether it is asked for without saying how much.
-    asked: bool = False
+    enabled: bool = False
     #: Whether its text is to be left out of the answer.
     hidden: bool = False
 
     @property
-    def wanted(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether the client asks for thinking."""
-        return self.effort not in (None, "none") or bool(self.budget_tokens) or self.asked
+        return self.effort not in (None, "none") or bool(self.budget_tokens) or self.enabled
 
 
 class RequestedOptions(NamedTuple):
@@ -5623,7 +5627,7 @@ class RequestedOptions(NamedTuple):
     top_k: int | None = None
     thinking: Thinking = Thinking()
     #: Whether a tool call is forced: the API refuses that together with thinking.
-    forced: bool = False
+    forces_tool: bool = False
 
 
 #: The level of effort of a client that wants thinking and does not say how much.
@@ -5633,7 +5637,7 @@ _USUAL_EFFORT = "medium"
 def _thinking_tokens(model: Model, wanted: RequestedOptions) -> int | None:
     """See Options.thinking_tokens, before sampling has its say."""
     effort, budget = wanted.thinking.effort, wanted.thinking.budget_tokens
-    if wanted.forced or effort == "none" or budget == 0 or wanted.max_tokens == 0:
+    if wanted.forces_tool or effort == "none" or budget == 0 or wanted.max_tokens == 0:
         return 0
     if not model.known and (wanted.max_tokens or math.inf) < 2 * _MIN_BUDGET_TOKENS:
         # It may think by budget after all, which would not fit.
@@ -5643,7 +5647,7 @@ def _thinking_tokens(model: Model, wanted: RequestedOptions) -> int | None:
     maximum = wanted.max_tokens or model.max_tokens
     if budget is not None and _MIN_BUDGET_TOKENS <= budget < maximum:
         return budget
-    if budget is None and effort is None and not wanted.thinking.asked:
+    if budget is None and effort is None and not wanted.thinking.enabled:
         return None if model.reasoning else 0
     if budget is None:
         budget = EFFORT_BUDGETS[effort or _USUAL_EFFORT]
@@ -5669,7 +5673,7 @@ def options_for(model: Model, wanted: RequestedOptions) -> tuple[Options, tuple[
     asked = {n: v for n, v in given.items() if v is not None and (v != 1 or n == "top_k")}
     sampling = {n: v for n, v in asked.items() if n == "top_k" or (n == "temperature" and v < 1)}
     thinking = _thinking_tokens(model, wanted)
-    if not model.sampling or (wanted.thinking.wanted and thinking != 0):
+    if not model.sampling or (wanted.thinking.is_requested and thinking != 0):
         sampling = {}
     if sampling:
         thinking = 0
@@ -5701,7 +5705,7 @@ def stop_sequences(fields: Fields, *names: str) -> tuple[str, ...]:
     texts = [text for name in names for text in fields.texts(name) if text]
     found = tuple(dict.fromkeys(texts))
     if len(found) > _MAX_STOPS_SENT:
-        raise fields.wrong(names[0], f"at most {_MAX_STOPS_SENT} texts")
+        raise fields.invalid(names[0], f"at most {_MAX_STOPS_SENT} texts")
     return found
 
 
@@ -5714,7 +5718,7 @@ def _effort(fields: Fields, name: str) -> str | None:
     if word in ("", "auto", "default"):
         return None
     if word not in _EFFORT_WORDS:
-        raise fields.wrong(name, "one of " + ", ".join(_EFFORT_WORDS))
+        raise fields.invalid(name, "one of " + ", ".join(_EFFORT_WORDS))
     return word
 
 
@@ -5735,15 +5739,15 @@ def openai_thinking(fields: Fields) -> Thinking:
     ]
     kind = (thinking.text("type") or "").lower()
     if kind not in ("", *_THINKING_TYPES):
-        thinking.skip("type")
+        thinking.mark_ignored("type")
     said = [
-        place.flag("enabled") if place.given("enabled") else None
+        place.flag("enabled") if place.has("enabled") else None
         for place in (reasoning, thinking)
     ]
     said.append(_THINKING_TYPES.get(kind))
     off = False in said
     budgets = {
-        place.at(name): place.limit(name)
+        place.path_of(name): place.token_limit(name)
         for place, name in ((reasoning, "max_tokens"), (thinking, "budget_tokens"))
     }
     field, budget = next(
@@ -5756,12 +5760,12 @@ def openai_thinking(fields: Fields) -> Thinking:
         effort=next((each for each in efforts if each), "none" if off else None),
         budget_tokens=budget,
         budget_field=field,
-        asked=not off and True in said,
+        enabled=not off and True in said,
         hidden=any(hidden),
     )
 
 
-def asks_for_something(value: object) -> bool:
+def is_non_default(value: object) -> bool:
     """Whether a parameter asks for anything other than its default."""
     return value not in (None, False, 0, "", "none", [], {})
 
@@ -5982,11 +5986,11 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, dict[str
     """The choice that an OpenAI request makes, and the names that it is limited to with their
     paths."""
     # The old functions are called one at a time: their answers have room for one.
-    one_only = fields.given("parallel_tool_calls") and not fields.flag("parallel_tool_calls")
+    one_only = fields.has("parallel_tool_calls") and not fields.flag("parallel_tool_calls")
     parallel = not one_only and not is_legacy(fields)
     value = fields.value(field)
     if value is None or isinstance(value, str):
-        word = fields.word(field, ("auto", "none", "required", "any"))
+        word = fields.one_of(field, ("auto", "none", "required", "any"))
         kinds = {None: "auto", "required": "any"}
         return ToolChoice(kinds.get(word, str(word)), parallel=parallel), None
     entry = Fields(value, field)
@@ -5997,15 +6001,15 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, dict[str
         return ToolChoice(kind, parallel=parallel), None
     if kind == "allowed_tools":
         allowed = entry.child("allowed_tools") or entry
-        mode = allowed.word("mode", ("auto", "required")) or "auto"
+        mode = allowed.one_of("mode", ("auto", "required")) or "auto"
         named = (None, "function", "custom", *CLIENT_TOOLS)
         tools = [tool for tool in allowed.objects("tools") if tool.text("type") in named]
         names = {_tool_name(tool): tool.path for tool in tools}
         return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
     chosen_by_name = (None, "function", "tool", "custom", *CLIENT_TOOLS)
-    if not entry.given("name") and kind not in chosen_by_name:
+    if not entry.has("name") and kind not in chosen_by_name:
         # One that OpenAI runs itself.
-        fields.skip(field)
+        fields.mark_ignored(field)
         return ToolChoice(parallel=parallel), None
     return ToolChoice("tool", _tool_name(entry), parallel=parallel), None
 
@@ -6033,12 +6037,12 @@ def freeform_tool(entry: Fields, name: str) -> Tool:
     """
     told = [entry.text("description") or ""]
     form = entry.child("format") or Fields({})
-    if form.word("type", ("text", "grammar")) == "grammar":
+    if form.one_of("type", ("text", "grammar")) == "grammar":
         # Chat has it one level deeper than responses.
         grammar = form.child("grammar") or form
-        syntax = grammar.word("syntax", tuple(_GRAMMARS))
+        syntax = grammar.one_of("syntax", tuple(_GRAMMARS))
         if syntax is None:
-            raise grammar.wrong("syntax", "one of " + ", ".join(_GRAMMARS))
+            raise grammar.invalid("syntax", "one of " + ", ".join(_GRAMMARS))
         definition = grammar.required_text("definition")
         told.append(f"The input must match this {_GRAMMARS[syntax]}:\n\n{definition}")
     return Tool(name, "\n\n".join(filter(None, told)), _FREEFORM_SCHEMA)
@@ -6129,23 +6133,23 @@ def openai_content(
     if content is None:
         return []
     if isinstance(content, str):
-        return text_block(content)
+        return text_blocks(content)
     if role == "tool" and not _holds_parts(content):
         # Frameworks hand over what their functions return.
         return told_json(content)
     if isinstance(content, dict) and "type" in content:
-        return _openai_part(Fields(content, entry.at(name)), context, role)
+        return _openai_part(Fields(content, entry.path_of(name)), context, role)
     if not isinstance(content, list):
-        raise entry.wrong(name, "a string or an array of parts")
+        raise entry.invalid(name, "a string or an array of parts")
     parts: list[Fields] = []
     blocks: list[Block] = []
     for index, each in enumerate(content):
         if isinstance(each, str):
-            blocks += text_block(each)
+            blocks += text_blocks(each)
         elif role == "tool" and not is_part(each):
             blocks += told_json(each)
         else:
-            parts.append(Fields(each, f"{entry.at(name)}[{index}]"))
+            parts.append(Fields(each, f"{entry.path_of(name)}[{index}]"))
             blocks += _openai_part(parts[-1], context, role)
     if role == "user" and not blocks:
         refuse_unread(parts, _READ_PARTS)
@@ -6154,7 +6158,7 @@ def openai_content(
 
 def told_json(value: object) -> list[Block]:
     """Return a value as a block with its JSON text."""
-    return text_block(to_json(value).decode("utf-8"))
+    return text_blocks(to_json(value).decode("utf-8"))
 
 
 def refuse_unread(parts: list[Fields], read: Iterable[str]) -> None:
@@ -6162,7 +6166,7 @@ def refuse_unread(parts: list[Fields], read: Iterable[str]) -> None:
     message says nothing else: the answer would be one to another question."""
     for part in parts:
         if part.text("type") not in (None, *read):
-            raise part.wrong("type", "a type that a model can read: text, an image or a file")
+            raise part.invalid("type", "a type that a model can read: text, an image or a file")
 
 
 def _holds_parts(content: object) -> bool:
@@ -6205,13 +6209,13 @@ _PART_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 
 def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
     kind = part.text("type")
-    if kind in _TEXT_PARTS or (kind is None and part.given("text")):
+    if kind in _TEXT_PARTS or (kind is None and part.has("text")):
         text = part.text("text")
         if text is None:
-            raise part.wrong("text", "a string")
-        return text_block(text)
+            raise part.invalid("text", "a string")
+        return text_blocks(text)
     if kind == "refusal":
-        return text_block(part.text("refusal") or "")
+        return text_blocks(part.text("refusal") or "")
     if kind in _ATTACHMENT_PARTS and role in ("user", "tool"):
         return _openai_attachment(part, context)
     if kind in _ATTACHMENT_PARTS and role == "system":
@@ -6220,16 +6224,16 @@ def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
             param=part.path, code="images_unsupported_in_system_messages",
         )
     if kind == "tool_use" and role == "assistant":
-        return [call_block(part)]
+        return [tool_use_block(part)]
     if kind == "tool_result" and role == "user":
-        return [result_block(part, openai_content(part, context, "tool"))]
+        return [tool_result_block(part, openai_content(part, context, "tool"))]
     if kind in _AUDIO_PARTS and role == "user":
         raise Unsupported(
             f"{part.path}: the models take no {kind}; send what is said as text.",
-            param=part.at("type"),
+            param=part.path_of("type"),
         )
     if kind is None or kind in ("tool_use", "tool_result"):
-        raise part.wrong("type", "text, image_url or file")
+        raise part.invalid("type", "text, image_url or file")
     if kind not in _THINKING_PARTS:
         context.ignore(part.path)
     return []
@@ -6249,24 +6253,24 @@ def _openai_attachment(part: Fields, context: ParseContext) -> list[Block]:
     title = described.text("filename")
     named = {"title": title} if title else {}
     for name in ("file_data", "file_url"):
-        if described.given(name):
-            sent = Attachment(described.required_text(name), described.at(name), named=named)
+        if described.has(name):
+            sent = Attachment(described.required_text(name), described.path_of(name), labels=named)
             return context.attachments.blocks(sent)
-    _refuse_stored(described, "file_id" if described.given("file_id") else "file_data")
+    _refuse_stored(described, "file_id" if described.has("file_id") else "file_data")
 
 
 def _openai_image(part: Fields, context: ParseContext) -> list[Block]:
     value = part.object.get("image_url")
-    entry = Fields(value, part.at("image_url")) if isinstance(value, dict) else None
+    entry = Fields(value, part.path_of("image_url")) if isinstance(value, dict) else None
     url = entry.text("url") if entry is not None else value
-    if not url and part.given("file_id"):
+    if not url and part.has("file_id"):
         _refuse_stored(part, "file_id")
     if not isinstance(url, str) or not url:
         raise BadRequest(
-            f"{part.at('image_url')}: must hold the address of an image.",
-            param=part.at("image_url"), code="invalid_image_url",
+            f"{part.path_of('image_url')}: must hold the address of an image.",
+            param=part.path_of("image_url"), code="invalid_image_url",
         )
-    return context.attachments.blocks(Attachment(url, part.at("image_url"), pictured=True))
+    return context.attachments.blocks(Attachment(url, part.path_of("image_url"), image_only=True))
 
 
 #: Parameters that would change what the answer means and cannot be had: (field, why).
@@ -6287,15 +6291,15 @@ def format_shape(found: Fields | None, schema_field: str = "schema") -> OutputSc
     plain text. Raises BadRequest that names `schema_field` where there is no schema."""
     if found is None:
         return None
-    kind = found.word("type", ("text", "json_object", "json_schema"))
+    kind = found.one_of("type", ("text", "json_object", "json_schema"))
     schema = (found.child("json_schema") or found).child("schema")
     if kind == "text" or (kind is None and schema is None):
         return None
     if schema is None and kind == "json_object":
         return _ANY_OBJECT
     if schema is None:
-        raise found.wrong(schema_field, "a JSON schema")
-    return shape_of(schema)
+        raise found.invalid(schema_field, "a JSON schema")
+    return read_output_schema(schema)
 
 
 def chat_shape(fields: Fields) -> OutputSchema | None:
@@ -6336,9 +6340,9 @@ class ChatDialect(Dialect):
         context = ParseContext(parsing.limits, model)
         tools, choice, custom = self._tools(fields, context)
         shape = chat_shape(fields)
-        prompt = prompt_of(
+        prompt = build_prompt(
             self._messages(fields, context), fields, parsing, context, "messages",
-            after_answer=_REFORM if shape else _CONTINUE,
+            after_assistant=_REFORMAT if shape else _CONTINUE,
         )
         options, ignored = options_for(model, self._wanted(fields, choice))
         return Turn(
@@ -6352,14 +6356,14 @@ class ChatDialect(Dialect):
             choices=fields.integer("n", 1, MAX_CHOICES) or 1,
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
-            ignored=(*ignored, *context.ignored, *fields.left_out()),
+            ignored=(*ignored, *context.ignored, *fields.ignored_paths()),
             adjusted=context.adjusted,
             wire={**head, "legacy_functions": is_legacy(fields), "custom": custom},
         )
 
     def _refuse(self, fields: Fields) -> None:
         for name, why in _REFUSED_CHAT_PARAMETERS:
-            if asks_for_something(fields.value(name)):
+            if is_non_default(fields.value(name)):
                 raise Unsupported(f"{name}: {why}.", param=name)
         for item in fields.items("modalities") or []:
             if item != "text":
@@ -6367,15 +6371,15 @@ class ChatDialect(Dialect):
 
     def _wanted(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
         names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-        limits = [fields.limit(name) for name in names]
+        limits = [fields.token_limit(name) for name in names]
         return RequestedOptions(
             max_tokens=next(filter(None, limits), None),
             stop_sequences=stop_sequences(fields, "stop", "stop_sequences"),
-            temperature=fields.tuning("temperature", 2),
-            top_p=fields.tuning("top_p", 1),
+            temperature=fields.sampling_value("temperature", 2),
+            top_p=fields.sampling_value("top_p", 1),
             top_k=fields.top_k(),
             thinking=openai_thinking(fields),
-            forced=choice.forces,
+            forces_tool=choice.forces,
         )
 
     def _tools(
@@ -6389,36 +6393,36 @@ class ChatDialect(Dialect):
             freeform = entry.child("custom")
             described = entry.child("function") or entry
             # Cursor describes tools as Anthropic does, whose custom tools have a schema.
-            schema = "input_schema" if entry.given("input_schema") else "parameters"
+            schema = "input_schema" if entry.has("input_schema") else "parameters"
             if entry.text("type") == "custom" and schema == "parameters":
                 freeform = freeform or entry
                 tools.append(freeform_tool(freeform, freeform.required_text("name")))
                 custom.add(tools[-1].name)
             elif entry.text("type") not in (None, "function") and schema == "parameters":
                 context.ignore(entry.path)
-            elif described is entry and not entry.given("name"):
-                raise entry.wrong("function", "an object")
+            elif described is entry and not entry.has("name"):
+                raise entry.invalid("function", "an object")
             else:
-                tools.append(tool_from(described, described.required_text("name"), schema))
+                tools.append(read_tool(described, described.required_text("name"), schema))
                 served += [entry] if described is entry else [entry, described]
         for entry in fields.objects("functions"):
-            tools.append(tool_from(entry, entry.required_text("name"), "parameters"))
-        found = distinct(tools, "tools")
-        field = "tool_choice" if fields.given("tool_choice") else "function_call"
+            tools.append(read_tool(entry, entry.required_text("name"), "parameters"))
+        found = unique_tools(tools, "tools")
+        field = "tool_choice" if fields.has("tool_choice") else "function_call"
         choice, allowed = openai_tool_choice(fields, field)
         found = only_allowed(found, allowed, context)
-        context.ignore(*unserved_of(served))
-        return found, chosen(found, choice, "tool_choice"), frozenset(custom)
+        context.ignore(*unsupported_tool_fields(served))
+        return found, checked_tool_choice(found, choice, "tool_choice"), frozenset(custom)
 
     def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
         entries = fields.objects("messages")
         if not entries:
-            raise fields.wrong("messages", "an array with at least one message")
+            raise fields.invalid("messages", "an array with at least one message")
         opening = Message("system", openai_content(fields, context, "system", "system"))
         messages = [opening]
         for entry in entries:
             messages.append(self._message_of(entry, context))
-            context.ignore(*entry.left_out(entry.object.keys() - set(_MEDIA_FIELDS)))
+            context.ignore(*entry.ignored_paths(entry.object.keys() - set(_MEDIA_FIELDS)))
         return messages
 
     def _message_of(self, entry: Fields, context: ParseContext) -> Message:
@@ -6430,10 +6434,10 @@ class ChatDialect(Dialect):
             return Message("user", said + self._images(entry, context))
         if role == "assistant":
             said = openai_content(entry, context, "assistant")
-            said += text_block(entry.text("refusal") or "")
+            said += text_blocks(entry.text("refusal") or "")
             return Message("assistant", said + self._calls(entry, said))
         if role not in ("tool", "function"):
-            raise entry.wrong("role", "system, developer, user, assistant or tool")
+            raise entry.invalid("role", "system, developer, user, assistant or tool")
         result: Block = {
             "type": "tool_result",
             # Results of the old functions have no id: they belong to the call before them.
@@ -6447,9 +6451,9 @@ class ChatDialect(Dialect):
         """The images that a message has beside its content, as base64 or as parts."""
         found: list[Block] = []
         for index, each in enumerate(entry.items("images") or ()):
-            path = f"{entry.at('images')}[{index}]"
+            path = f"{entry.path_of('images')}[{index}]"
             if isinstance(each, str):
-                found += context.attachments.blocks(Attachment(each, path, pictured=True))
+                found += context.attachments.blocks(Attachment(each, path, image_only=True))
             else:
                 found += _openai_part(Fields(each, path), context, "user")
         return found
@@ -6475,9 +6479,9 @@ class ChatDialect(Dialect):
                 "type": "tool_use", "id": call_id, "name": custom.required_text("name"),
                 "input": {"input": custom.text("input") or ""},
             }
-        described = call.child("function") or (call if call.given("name") else None)
+        described = call.child("function") or (call if call.has("name") else None)
         if described is None:
-            raise call.wrong("function", "an object")
+            raise call.invalid("function", "an object")
         return self._call_of(call_id, described)
 
     def _call_of(self, call_id: str, described: Fields) -> Block:
@@ -6692,7 +6696,7 @@ class CompletionsDialect(Dialect):
         name, model = parsing.model(fields)
         self._refuse(fields)
         texts = self._texts(fields)
-        conversations = [[Message("user", text_block(text))] for text in texts]
+        conversations = [[Message("user", text_blocks(text))] for text in texts]
         options, ignored = options_for(model, self._wanted(fields))
         wire = {
             **completion_head(fields, "cmpl-", name),
@@ -6705,13 +6709,13 @@ class CompletionsDialect(Dialect):
             options=options,
             choices=len(texts),
             stream=fields.flag("stream"),
-            ignored=(*ignored, *fields.left_out()),
+            ignored=(*ignored, *fields.ignored_paths()),
             wire=wire,
         )
 
     def _refuse(self, fields: Fields) -> None:
         for name, why in _REFUSED_COMPLETIONS_PARAMETERS:
-            if asks_for_something(fields.value(name)):
+            if is_non_default(fields.value(name)):
                 raise Unsupported(f"{name}: {why}.", param=name)
 
     def _texts(self, fields: Fields) -> list[str]:
@@ -6719,17 +6723,17 @@ class CompletionsDialect(Dialect):
         prompts = fields.texts("prompt")
         each = fields.integer("n", 1, MAX_CHOICES) or 1
         if not 0 < each * len(prompts) <= MAX_PROMPTS or not all(map(str.strip, prompts)):
-            raise fields.wrong(
+            raise fields.invalid(
                 "prompt", f"text, or an array of texts, with at most {MAX_PROMPTS} answers in all"
             )
         return [prompt for prompt in prompts for _ in range(each)]
 
     def _wanted(self, fields: Fields) -> RequestedOptions:
         return RequestedOptions(
-            max_tokens=fields.limit("max_tokens", zero=True),
+            max_tokens=fields.token_limit("max_tokens", zero=True),
             stop_sequences=stop_sequences(fields, "stop"),
-            temperature=fields.tuning("temperature", 2),
-            top_p=fields.tuning("top_p", 1),
+            temperature=fields.sampling_value("temperature", 2),
+            top_p=fields.sampling_value("top_p", 1),
             top_k=fields.top_k(),
             thinking=openai_thinking(fields),
         )
@@ -6838,7 +6842,7 @@ def server_result(block: Fields) -> list[Block]:
         told = "\n".join(entry["text"] for entry in content)
     else:
         told = to_json(content).decode("utf-8")
-    return text_block(f"[{name}]\n{told}")
+    return text_blocks(f"[{name}]\n{told}")
 
 
 def is_text_block(value: object) -> bool:
@@ -6882,10 +6886,10 @@ class MessagesDialect(Dialect):
         _, model = parsing.model(fields)
         context = ParseContext(parsing.limits, model)
         tools = self._tools(fields, context)
-        choice = chosen(tools, self._tool_choice(fields), "tool_choice")
+        choice = checked_tool_choice(tools, self._tool_choice(fields), "tool_choice")
         told = self._messages(fields, context)
         shape = self._shape(fields)
-        prompt = prompt_of(told, fields, parsing, context, "messages")
+        prompt = build_prompt(told, fields, parsing, context, "messages")
         options, ignored = options_for(model, self._wanted(fields, choice))
         return Turn(
             model=model,
@@ -6898,7 +6902,7 @@ class MessagesDialect(Dialect):
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
             ignored=(
-                *ignored, *context.ignored, *fields.left_out(_SILENT_MESSAGES_PARAMETERS)
+                *ignored, *context.ignored, *fields.ignored_paths(_SILENT_MESSAGES_PARAMETERS)
             ),
             adjusted=context.adjusted,
             wire={"id": new_id("msg_")},
@@ -6906,7 +6910,7 @@ class MessagesDialect(Dialect):
 
     def _refuse_thread(self, fields: Fields) -> None:
         """Histories that the API would keep are not kept here; SDKs then send them themselves."""
-        if fields.given("thread"):
+        if fields.has("thread"):
             error = Unsupported("thread: send the messages themselves.", param="thread")
             error.details = {
                 "details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
@@ -6915,32 +6919,32 @@ class MessagesDialect(Dialect):
 
     def _wanted(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
         return RequestedOptions(
-            max_tokens=fields.limit("max_tokens", zero=True),
+            max_tokens=fields.token_limit("max_tokens", zero=True),
             stop_sequences=stop_sequences(fields, "stop_sequences"),
-            temperature=fields.tuning("temperature", 1),
-            top_p=fields.tuning("top_p", 1),
+            temperature=fields.sampling_value("temperature", 1),
+            top_p=fields.sampling_value("top_p", 1),
             top_k=fields.top_k(),
             thinking=self._thinking(fields),
-            forced=choice.forces,
+            forces_tool=choice.forces,
         )
 
     def _thinking(self, fields: Fields) -> Thinking:
         """How much to think. Who does not ask for thinking expects text as the first block."""
-        effort = fields.settings("output_config").word("effort", tuple(EFFORT_BUDGETS))
-        given = fields.given("thinking")
+        effort = fields.settings("output_config").one_of("effort", tuple(EFFORT_BUDGETS))
+        given = fields.has("thinking")
         asked = fields.settings("thinking") if given else Fields({"type": "disabled"})
         kind = asked.text("type")
-        hidden = asked.word("display", ("summarized", "omitted")) == "omitted"
+        hidden = asked.one_of("display", ("summarized", "omitted")) == "omitted"
         if kind == "enabled":
             budget = asked.integer("budget_tokens", _MIN_BUDGET_TOKENS)
             if budget is None:
-                raise asked.wrong("budget_tokens", f"{_MIN_BUDGET_TOKENS} or more")
+                raise asked.invalid("budget_tokens", f"{_MIN_BUDGET_TOKENS} or more")
             return Thinking(effort, budget, hidden=hidden)
         if kind == "adaptive":
-            return Thinking(effort, asked=True, hidden=hidden)
+            return Thinking(effort, enabled=True, hidden=hidden)
         # "between_tools" is how the newest models are told not to think before they answer.
         if kind not in ("disabled", "between_tools"):
-            raise asked.wrong("type", "enabled, adaptive, between_tools or disabled")
+            raise asked.invalid("type", "enabled, adaptive, between_tools or disabled")
         return Thinking(effort, 0)
 
     def _shape(self, fields: Fields) -> OutputSchema | None:
@@ -6956,25 +6960,25 @@ class MessagesDialect(Dialect):
             if entry.text("type") not in (None, "custom"):
                 context.ignore(entry.path)
             else:
-                tools.append(tool_from(entry, entry.required_text("name"), "input_schema"))
+                tools.append(read_tool(entry, entry.required_text("name"), "input_schema"))
                 served.append(entry)
-        context.ignore(*unserved_of(served))
-        return distinct(tools, "tools")
+        context.ignore(*unsupported_tool_fields(served))
+        return unique_tools(tools, "tools")
 
     def _tool_choice(self, fields: Fields) -> ToolChoice:
         entry = fields.child("tool_choice")
         if entry is None:
             return ToolChoice()
-        kind = entry.word("type", ("auto", "any", "tool", "none")) or "auto"
+        kind = entry.one_of("type", ("auto", "any", "tool", "none")) or "auto"
         name = entry.required_text("name") if kind == "tool" else ""
         return ToolChoice(kind, name, parallel=not entry.flag("disable_parallel_tool_use"))
 
     def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
         messages = [Message("system", self._blocks(fields, "system", context, "system"))]
         for entry in fields.objects("messages"):
-            role = entry.word("role", ("user", "assistant", "system"))
+            role = entry.one_of("role", ("user", "assistant", "system"))
             if role is None:
-                raise entry.wrong("role", "user or assistant")
+                raise entry.invalid("role", "user or assistant")
             blocks = self._blocks(entry, "content", context, role)
             if role == "user" and not blocks and isinstance(entry.object.get("content"), list):
                 refuse_unread(entry.objects("content"), _READ_BLOCKS)
@@ -6989,9 +6993,9 @@ class MessagesDialect(Dialect):
         if value is None:
             return []
         if isinstance(value, str):
-            return text_block(value)
+            return text_blocks(value)
         if not isinstance(value, list):
-            raise entry.wrong(name, "a string or an array of blocks")
+            raise entry.invalid(name, "a string or an array of blocks")
         blocks: list[Block] = []
         words, refused = _PLACES[place]
         for block in entry.objects(name):
@@ -7012,8 +7016,8 @@ class MessagesDialect(Dialect):
         if kind == "text":
             text = block.text("text")
             if text is None:
-                raise block.wrong("text", "a string")
-            return text_block(text)
+                raise block.invalid("text", "a string")
+            return text_blocks(text)
         if kind == "image":
             return image_blocks(block, context)
         if kind == "document":
@@ -7021,21 +7025,21 @@ class MessagesDialect(Dialect):
                 block, context, lambda source: self._blocks(source, "content", context, "result")
             )
         if kind == "search_result":
-            named = named_of(block, "title", "source")
-            return told_of(named) + self._blocks(block, "content", context, "result")
+            named = labels_of(block, "title", "source")
+            return caption_blocks(named) + self._blocks(block, "content", context, "result")
         if kind == "tool_use":
-            return [call_block(block)]
+            return [tool_use_block(block)]
         if kind == "tool_result":
-            return [result_block(block, self._blocks(block, "content", context, "result"))]
+            return [tool_result_block(block, self._blocks(block, "content", context, "result"))]
         if kind == "tool_reference":
             # What a tool search of the client's found; the tool itself is among the tools.
-            return text_block(f"The tool {block.required_text('tool_name')} is loaded.")
+            return text_blocks(f"The tool {block.required_text('tool_name')} is loaded.")
         if kind is not None and kind.endswith("_tool_result"):
             return server_result(block)
         if kind == "compaction":
-            return text_block(block.text("content") or "")
+            return text_blocks(block.text("content") or "")
         if kind is None:
-            raise block.wrong("type", "text, image, document, tool_use or tool_result")
+            raise block.invalid("type", "text, image, document, tool_use or tool_result")
         if kind not in _SILENT_BLOCKS:
             context.ignore(block.path)
         return []
@@ -7216,15 +7220,15 @@ class ResponsesDialect(Dialect):
         fields = Fields(body)
         name, model = parsing.model(fields)
         for field in ("conversation", "prompt"):
-            if fields.given(field):
+            if fields.has(field):
                 raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
         context = ParseContext(parsing.limits, model)
         tools, choice, forms = self._tools(fields, context)
         shape = self._shape(fields)
-        prompt = prompt_of(
+        prompt = build_prompt(
             self._messages(fields, parsing, context), Fields({}), parsing, context, "input",
             instructions=fields.text("instructions") or "",
-            after_answer=_REFORM if shape else _CONTINUE,
+            after_assistant=_REFORMAT if shape else _CONTINUE,
         )
         wire = self._wire(fields, name, prompt, forms, parsing)
         options, ignored = options_for(model, self._wanted(fields, choice))
@@ -7238,7 +7242,7 @@ class ResponsesDialect(Dialect):
             output_schema=shape,
             stream=fields.flag("stream"),
             ignored=(
-                *ignored, *context.ignored, *fields.left_out(_SILENT_RESPONSES_PARAMETERS)
+                *ignored, *context.ignored, *fields.ignored_paths(_SILENT_RESPONSES_PARAMETERS)
             ),
             adjusted=context.adjusted,
             wire=wire,
@@ -7254,7 +7258,7 @@ class ResponsesDialect(Dialect):
         return {
             "echo": self._echo(fields, name, reasoning),
             "store": stored,
-            "summary": asks_for_something(reasoning.value("summary")),
+            "summary": is_non_default(reasoning.value("summary")),
             "forms": forms,
             "opening": prompt.opening,
             "items": input_items(fields, parsing) if stored else [],
@@ -7289,13 +7293,13 @@ class ResponsesDialect(Dialect):
 
     def _wanted(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
         return RequestedOptions(
-            max_tokens=fields.limit("max_output_tokens"),
+            max_tokens=fields.token_limit("max_output_tokens"),
             stop_sequences=stop_sequences(fields, "stop"),
-            temperature=fields.tuning("temperature", 2),
-            top_p=fields.tuning("top_p", 1),
+            temperature=fields.sampling_value("temperature", 2),
+            top_p=fields.sampling_value("top_p", 1),
             top_k=fields.top_k(),
             thinking=openai_thinking(fields),
-            forced=choice.forces,
+            forces_tool=choice.forces,
         )
 
     def _shape(self, fields: Fields) -> OutputSchema | None:
@@ -7322,10 +7326,10 @@ class ResponsesDialect(Dialect):
             named: Json = {} if kind in CLIENT_TOOLS else {"name": entry.text("name")}
             forms[tool.name] = (_FORMS[kind], {**named, "namespace": space} if space else named)
         choice, allowed = openai_tool_choice(fields, "tool_choice")
-        found = distinct(tools, "tools")
+        found = unique_tools(tools, "tools")
         found = only_allowed(found, allowed, context)
-        context.ignore(*unserved_of(served))
-        return found, chosen(found, choice, "tool_choice"), forms
+        context.ignore(*unsupported_tool_fields(served))
+        return found, checked_tool_choice(found, choice, "tool_choice"), forms
 
     def _tool(self, entry: Fields, kind: str, space: str) -> Tool | None:
         """The tool of an entry; None for kinds that only OpenAI can run."""
@@ -7336,7 +7340,7 @@ class ResponsesDialect(Dialect):
             return freeform_tool(entry, full_name(space, entry.required_text("name")))
         if kind == "function":
             name = full_name(space, entry.required_text("name"))
-            return tool_from(entry, name, "parameters")
+            return read_tool(entry, name, "parameters")
         return None
 
     def _entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
@@ -7363,9 +7367,9 @@ class ResponsesDialect(Dialect):
     def _item(self, item: Fields, kind: str, context: ParseContext) -> list[Message]:
         """The messages of an input item; none for kinds that say nothing to a model."""
         if kind == "message":
-            role = item.word("role", ("system", "developer", "user", "assistant"))
+            role = item.one_of("role", ("system", "developer", "user", "assistant"))
             if role is None:
-                raise item.wrong("role", "system, developer, user or assistant")
+                raise item.invalid("role", "system, developer, user or assistant")
             told_as = "system" if role == "developer" else role
             return [Message(told_as, openai_content(item, context, told_as))]
         if kind in _BARE_PARTS:
@@ -7379,14 +7383,14 @@ class ResponsesDialect(Dialect):
             return hosted_exchange(item, kind)
         if kind in _TOLD_ITEMS:
             role, names = _TOLD_ITEMS[kind]
-            told = {name: item.object[name] for name in names if item.given(name)}
-            return [Message(role, text_block(f"[{kind}]\n" + to_json(told).decode("utf-8")))]
-        if item.given("role") and item.given("content") and kind != "reasoning":
+            told = {name: item.object[name] for name in names if item.has(name)}
+            return [Message(role, text_blocks(f"[{kind}]\n" + to_json(told).decode("utf-8")))]
+        if item.has("role") and item.has("content") and kind != "reasoning":
             return self._item(item, "message", context)
         summary = summary_of(item) if kind in ("compaction", "compaction_summary") else ""
         if not summary and kind != "reasoning":
             context.ignore(item.path)
-        return [Message("user", text_block(summary))]
+        return [Message("user", text_blocks(summary))]
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -7557,19 +7561,19 @@ def _told_output(item: Fields, context: ParseContext) -> list[Block]:
 
 
 def _told_patch(item: Fields, context: ParseContext) -> list[Block]:
-    return _told_output(item, context) or text_block(item.text("status") or "")
+    return _told_output(item, context) or text_blocks(item.text("status") or "")
 
 
 def _told_screenshot(item: Fields, context: ParseContext) -> list[Block]:
     output = item.object.get("output")
     if not isinstance(output, dict) or not output.get("image_url"):
         return _told_output(item, context)
-    image = Fields({**output, "type": "input_image"}, item.at("output"))
+    image = Fields({**output, "type": "input_image"}, item.path_of("output"))
     return _openai_part(image, context, "tool")
 
 
 def _told_tools(item: Fields, context: ParseContext) -> list[Block]:
-    return text_block(to_json(item.items("tools") or []).decode("utf-8"))
+    return text_blocks(to_json(item.items("tools") or []).decode("utf-8"))
 
 
 def _told_program(item: Fields, context: ParseContext) -> list[Block]:
@@ -7627,10 +7631,10 @@ def hosted_exchange(item: Fields, kind: str) -> list[Message]:
         "name": full_name(item.text("server_label") or "", name),
         "input": arguments_of(value) if given == "arguments" else {given: value},
     }
-    found = [item.object[field] for field in results if item.given(field)]
+    found = [item.object[field] for field in results if item.has(field)]
     texts = [each if isinstance(each, str) else to_json(each).decode("utf-8") for each in found]
-    content = text_block("\n".join(texts))
-    failed = item.given("error")
+    content = text_blocks("\n".join(texts))
+    failed = item.has("error")
     return [
         Message("assistant", [call]),
         _result_message(item, str(call["id"]), content, failed=failed),
@@ -7914,7 +7918,7 @@ class CompactionDialect(ResponsesDialect):
         more: Json = {
             "input": [*(item.object for item in items), asked],
             "stream": False, "store": False, "text": None,
-            "tool_choice": "none" if fields.given("tools") else None,
+            "tool_choice": "none" if fields.has("tools") else None,
         }
         turn = super().parse({**fields.object, **more}, parsing)
         kept = [kept_item(item) for item in items if item.text("role") == "user"]
@@ -8121,7 +8125,7 @@ def earlier_call(block: Block, tools: Mapping[str, Tool]) -> Block:
     if tool is None or not (tool.wrapped or tool.renamed):
         return block
     own_names = {own: name for name, own in tool.renamed}
-    arguments = as_model_writes(block["input"], own_names)
+    arguments = rename_properties(block["input"], own_names)
     return {**block, "input": {WRAPPER_NAME: arguments} if tool.wrapped else arguments}
 
 
@@ -8446,7 +8450,7 @@ def conversation(
     earlier = turn.messages[:-1]
     if earlier and earlier[0].role == "assistant":
         # claude loses an answer that nothing comes before.
-        earlier = [Message("user", text_block(_OPENING)), *earlier]
+        earlier = [Message("user", text_blocks(_OPENING)), *earlier]
     for message in earlier:
         # Thinking of earlier answers is dropped by claude in any case.
         kept = [
@@ -8834,7 +8838,7 @@ class TurnReader:
         self._mid_line = False
         self._line_ended = False
         #: What takes the JSON of a block to the client's form, where the two differ.
-        self._forms: dict[int, ClientForm] = {}
+        self._forms: dict[int, ClientJsonConverter] = {}
         self._prose: list[str] = []
         self._complaint: ReportedFailure | None = None
         self.window: ReportedWindow | None = None
@@ -8954,7 +8958,7 @@ class TurnReader:
 
     def _note_form(self, index: int, told: Tool | OutputSchema) -> None:
         if told.wrapped or told.renamed:
-            self._forms[index] = ClientForm(wrapped=told.wrapped, renamed=told.renamed)
+            self._forms[index] = ClientJsonConverter(wrapped=told.wrapped, renamed=told.renamed)
 
     def _delta(self, index: int, delta: object) -> list[Event]:
         found = delta if isinstance(delta, dict) else {}
@@ -13578,7 +13582,7 @@ def _parsing_for(app: App, exchange: HttpExchange, *, counted: bool) -> ParseEnv
         session=lambda session_id, system: app.sessions.messages(
             scope, session_id, system, config.session_ttl_ms / 1000
         ),
-        counted=counted,
+        count_only=counted,
         long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
     )
 
@@ -13727,10 +13731,10 @@ _ITEMS_EACH, _MAX_ITEMS = 20, 100
 def get_input_items(app: App, exchange: HttpExchange, id: str) -> None:
     """GET /v1/responses/{id}/input_items: the items that a response came of."""
     query = Fields(dict(exchange.query))
-    order = query.word("order", ("asc", "desc")) or "desc"
+    order = query.one_of("order", ("asc", "desc")) or "desc"
     limit = whole_number(exchange.query, "limit", _ITEMS_EACH, _MAX_ITEMS)
     if not limit:
-        raise query.wrong("limit", f"a whole number from 1 to {_MAX_ITEMS}")
+        raise query.invalid("limit", f"a whole number from 1 to {_MAX_ITEMS}")
     items = app.responses.get(exchange.caller.scope, id).items
     items = items[::-1] if order == "desc" else items
     after = query.text("after")
@@ -13991,7 +13995,7 @@ def _known_fields(fields: Fields, names: Iterable[str]) -> Fields:
     known = tuple(names)
     for name in fields.object:
         if name not in known:
-            place = one_line(fields.at(name), 80)
+            place = one_line(fields.path_of(name), 80)
             raise BadRequest(
                 f"{place}: is not known here; there is {', '.join(known)}.", param=place
             )
@@ -14012,9 +14016,9 @@ def _expiry(fields: Fields) -> int | None:
         at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else epoch_of(text)
     except (ValueError, OverflowError, OSError):
         what = "a time such as 2027-01-31 or 2027-01-31T12:00:00Z, or a span such as 30d or 12h"
-        raise fields.wrong("expiry", what) from None
+        raise fields.invalid("expiry", what) from None
     if at_s <= time.time():
-        raise fields.wrong("expiry", "in the future")
+        raise fields.invalid("expiry", "in the future")
     return int(at_s)
 
 

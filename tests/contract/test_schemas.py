@@ -30,7 +30,7 @@ SCHEMAS = {sample.name: sample.schema for sample in corpus()}
 def is_object(schema: Json) -> bool:
     """Whether a schema may be a tool's."""
     try:
-        ocp.told_schema(schema, "schema", is_tool=True)
+        ocp.schema_for_model(schema, "schema", is_tool=True)
     except ocp.BadRequest:
         return False
     return True
@@ -51,7 +51,7 @@ def test_every_tool_reaches_the_api_whatever_its_schema(rig: Rig, description: s
     sent = {tool["name"]: tool["input_schema"] for tool in rig.only_body()["tools"]}
     for number, name in enumerate(names):
         schema = sent.pop(f"tool_{number}")
-        assert schema == ocp.told_schema(SCHEMAS[name], "schema", is_tool=True).schema, name
+        assert schema == ocp.schema_for_model(SCHEMAS[name], "schema", is_tool=True).schema, name
         assert refusals(schema, is_tool=True) == []
     assert sent == {}
 

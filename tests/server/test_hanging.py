@@ -86,7 +86,7 @@ class Patient:
     def answer(self, **steps: Json) -> list[Any]:
         """The events of an answer. Raises what becomes of it."""
         watch = ocp.WaitLimits(self.client, time.monotonic() + 100, 0.0)
-        line = ocp.message_line(ocp.Message("user", ocp.text_block("hi")), (2, 1, 329), ask=True)
+        line = ocp.message_line(ocp.Message("user", ocp.text_blocks("hi")), (2, 1, 329), ask=True)
         first = ocp.control_line("initialize", systemPrompt=[], hooks=None)
         script = ocp.TurnInput([first + line])
         return list(self.process.converse(script, watch, ocp.TurnReader()))

@@ -316,10 +316,10 @@ def test_what_is_no_base64_is_refused(wire: Wire, broken: str) -> None:
 
 @pytest.mark.parametrize("how", MANGLED)
 def test_mending_twice_changes_nothing(how: str) -> None:
-    data, content = ocp.mended_base64(MANGLED[how](encoded(PNG * 9)))
+    data, content = ocp.normalized_base64(MANGLED[how](encoded(PNG * 9)))
 
     assert (data, content) == (encoded(PNG * 9), PNG * 9)
-    assert ocp.mended_base64(data) == (data, content)
+    assert ocp.normalized_base64(data) == (data, content)
     assert ocp.base64_bytes(data) == len(content)
 
 
@@ -530,7 +530,7 @@ def test_what_is_asked_about_is_never_left_out(
 
         assert (error.status, error.error_code) == (413, code)
         assert f"[{2 * count}].content[{newest - 1}]" in error.param
-        assert parse(wire, body, counted=True)
+        assert parse(wire, body, count_only=True)
 
 
 @EVERY_WIRE
@@ -609,7 +609,7 @@ def test_what_is_kept_is_within_bounds_and_the_newest(seed: int) -> None:
         for _ in range(30)
     ]
 
-    dropped = ocp.surplus(sizes, limits)
+    dropped = ocp.surplus_attachments(sizes, limits)
 
     kept = [size_bytes for own in kept_of(sizes, dropped) for size_bytes in own]
     assert len(kept) <= limits.max_images and sum(kept) <= limits.max_image_total_bytes
@@ -625,13 +625,13 @@ def test_what_was_left_out_once_stays_out(seed: int) -> None:
     sizes: list[list[int | None]] = [
         [dice.choice([0, 10, 50, None]) for _ in range(dice.choice([0, 1, 2]))] for _ in range(60)]
 
-    steps = [ocp.surplus(sizes[:count], limits) for count in range(len(sizes) + 1)]
+    steps = [ocp.surplus_attachments(sizes[:count], limits) for count in range(len(sizes) + 1)]
 
     assert all(before <= after for before, after in zip(steps, steps[1:]))
 
 
 def test_a_growing_conversation_changes_at_its_head_once_in_many_messages() -> None:
-    steps = [len(ocp.surplus([[1]] * count, bounds(100))) for count in range(1, 201)]
+    steps = [len(ocp.surplus_attachments([[1]] * count, bounds(100))) for count in range(1, 201)]
 
     changes = [count for count, (before, after) in enumerate(zip(steps, steps[1:]), 2)
                if before != after]
@@ -640,9 +640,9 @@ def test_a_growing_conversation_changes_at_its_head_once_in_many_messages() -> N
 
 
 def test_bytes_count_as_numbers_do() -> None:
-    assert ocp.surplus([[60], [60]], bounds(9, 120)) == set()
-    assert ocp.surplus([[60], [60], [1]], bounds(9, 120)) == {0}
-    assert ocp.surplus([[60, 70]], bounds(9, 120)) == {0}
-    assert ocp.surplus([[5], [100, 20]], bounds(9, 120)) == {0}
+    assert ocp.surplus_attachments([[60], [60]], bounds(9, 120)) == set()
+    assert ocp.surplus_attachments([[60], [60], [1]], bounds(9, 120)) == {0}
+    assert ocp.surplus_attachments([[60, 70]], bounds(9, 120)) == {0}
+    assert ocp.surplus_attachments([[5], [100, 20]], bounds(9, 120)) == {0}
 
 

@@ -23,7 +23,7 @@ def answer(request_id: str = "r_1") -> Json:
 def controls(count: int) -> bytes:
     """So many control requests, and a question."""
     question = ocp.message_line(
-        ocp.Message("user", ocp.text_block('{"type":"control_request"')), (2, 1, 329), ask=True)
+        ocp.Message("user", ocp.text_blocks('{"type":"control_request"')), (2, 1, 329), ask=True)
     return b"".join([ocp.control_line("initialize") for _ in range(count)]) + question
 
 

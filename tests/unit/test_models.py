@@ -470,7 +470,7 @@ def test_a_default_excludes_nothing(
 @pytest.mark.parametrize("model", LISTED, ids=name_of)
 @pytest.mark.parametrize("wish", [{}, {"effort": "high"}, {"budget_tokens": 4_096}], ids=str)
 def test_a_forced_call_turns_thinking_off(model: Any, wish: dict[str, Any]) -> None:
-    options, _ = ocp.options_for(model, wanted(forced=True, **wish))
+    options, _ = ocp.options_for(model, wanted(forces_tool=True, **wish))
 
     assert options.thinking_tokens == 0
 

@@ -142,7 +142,7 @@ def test_the_form_of_an_answer_is_taken_in_the_words_of_chat_too() -> None:
 
     found = turn(response_format=form)
 
-    assert (found.output_schema, found.ignored) == (ocp.shape_of(ocp.Fields(schema)), ())
+    assert (found.output_schema, found.ignored) == (ocp.read_output_schema(ocp.Fields(schema)), ())
 
 
 @pytest.mark.parametrize("value", [0, -1, None])

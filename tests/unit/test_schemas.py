@@ -26,7 +26,7 @@ VALIDATORS = {
 
 
 def told(schema: Json, *, is_tool: bool = False, path: str = "schema") -> Any:
-    return ocp.told_schema(schema, path, is_tool=is_tool)
+    return ocp.schema_for_model(schema, path, is_tool=is_tool)
 
 
 def shown(**properties: Json) -> Json:
@@ -45,7 +45,7 @@ def refused(schema: Json, *, is_tool: bool = False) -> Any:
 
 def as_client(found: Any, *pieces: str) -> str:
     """The model's JSON as the client gets it."""
-    form = ocp.ClientForm(wrapped=found.wrapped, renamed=found.renamed)
+    form = ocp.ClientJsonConverter(wrapped=found.wrapped, renamed=found.renamed)
     return "".join([form.feed(piece) for piece in pieces]) + str(form.close())
 
 
@@ -115,7 +115,7 @@ def test_a_value_in_the_client_s_names_comes_back_as_it_was(group: list[Sample])
         for value in answers(found, random.Random(sample.name)):
             mapped = json.loads(as_client(found, json.dumps(value)))
             names = {own: name for name, own in found.renamed}
-            again = ocp.as_model_writes(mapped, names)
+            again = ocp.rename_properties(mapped, names)
             assert ({"value": again} if found.wrapped else again) == value
 
 
@@ -342,7 +342,7 @@ def test_a_root_reference_with_a_title_is_joined() -> None:
     ],
 )
 def test_what_comes_after_a_wrapped_value_is_left_out(written: str, value: object) -> None:
-    found = ocp.ToldSchema({}, wrapped=True)
+    found = ocp.ModelSchema({}, wrapped=True)
 
     assert json.loads(as_client(found, written)) == value
     assert json.loads(as_client(found, *written)) == value
@@ -369,7 +369,7 @@ CLIENT = {"a b": {"a b": [{'"q\\': 'a_b"}'}, "q"]}, "x\\": {}, "\u00fc": "a_b:",
 
 
 def test_names_are_mapped_however_the_pieces_are_cut() -> None:
-    found = ocp.ToldSchema({}, renamed=RENAMED)
+    found = ocp.ModelSchema({}, renamed=RENAMED)
     wrapped = found._replace(wrapped=True)
     whole = '{"value": ' + MODEL + "}"
 
@@ -381,7 +381,7 @@ def test_names_are_mapped_however_the_pieces_are_cut() -> None:
 
 
 def test_values_are_passed_on_while_they_come_and_names_when_they_are_whole() -> None:
-    form = ocp.ClientForm(wrapped=False, renamed=RENAMED)
+    form = ocp.ClientJsonConverter(wrapped=False, renamed=RENAMED)
 
     given = [form.feed(piece) for piece in ('{"a', '_b"', ':"once', ' upon', '"', "}")]
 
@@ -390,7 +390,7 @@ def test_values_are_passed_on_while_they_come_and_names_when_they_are_whole() ->
 
 @pytest.mark.parametrize("text", ['{"id": 1, "value": 2}', "{}", '{"va', '"x"', "[1]"])
 def test_arguments_that_are_not_wrapped_are_passed_on_as_they_are(text: str) -> None:
-    assert as_client(ocp.ToldSchema({}, wrapped=True), *text) == text
+    assert as_client(ocp.ModelSchema({}, wrapped=True), *text) == text
 
 
 # -- what claude took ---------------------------------------------------------

@@ -29,7 +29,7 @@ def parse(dialect: Any, **fields: object) -> Any:
 
 def shape_of(schema: Json) -> Any:
     """The Shape of an answer that has to fit this schema."""
-    return ocp.shape_of(ocp.Fields(schema, "format.schema"))
+    return ocp.read_output_schema(ocp.Fields(schema, "format.schema"))
 
 
 @pytest.mark.parametrize("schema", [CITY, {"type": "object"}, ANYTHING])
@@ -188,7 +188,7 @@ WRAPPERS = ('{"value":%s}', '{ "value" : %s }', '\n{\n  "value": %s\n}\n')
 
 def unwrapped(*pieces: str) -> str:
     """What a ClientForm gives of these pieces. White space before a value means nothing."""
-    unwrapper = ocp.ClientForm(wrapped=True)
+    unwrapper = ocp.ClientJsonConverter(wrapped=True)
     given = "".join([unwrapper.feed(piece) for piece in pieces]) + str(unwrapper.close())
     return given.lstrip()
 
@@ -231,7 +231,7 @@ def test_three_pieces_are_as_good_as_two(value: str) -> None:
 
 @pytest.mark.parametrize("value", VALUES)
 def test_nothing_is_given_that_has_to_be_taken_back(value: str) -> None:
-    unwrapper = ocp.ClientForm(wrapped=True)
+    unwrapper = ocp.ClientJsonConverter(wrapped=True)
     so_far = ""
 
     for character in WRAPPERS[1] % value:
@@ -240,7 +240,7 @@ def test_nothing_is_given_that_has_to_be_taken_back(value: str) -> None:
 
 
 def test_a_long_value_is_given_while_it_comes() -> None:
-    unwrapper = ocp.ClientForm(wrapped=True)
+    unwrapper = ocp.ClientJsonConverter(wrapped=True)
 
     assert unwrapper.feed('{"value":"') == '"'
     assert unwrapper.feed("once upon") == "once upon"
