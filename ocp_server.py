@@ -3499,30 +3499,31 @@ _MAX_SERIES = 10_000
 
 
 # ==== 10. JSON Schema ========================================================
-# The schemas of tools and of shaped answers. Clients write every draft, OpenAPI and what is nearly
-# a schema. claude's validator knows draft-07, and takes no schema at all for one word that it does
-# not know; the API reads 2020-12 and has rules of its own for roots and for names of properties.
-# So a schema is read into plain 2020-12, and told in the words that all of them share. What the
-# model says in that form is taken back to the client's form, also while it comes.
+# The schemas of tools and of structured answers. Clients send every draft of JSON Schema, OpenAPI
+# schemas, and near misses. claude's validator implements draft-07 and rejects a whole schema
+# because of one unknown keyword; the API implements 2020-12 and restricts the root schema and
+# property names. A schema is therefore parsed into plain 2020-12, then reduced to the keywords
+# that both accept. The JSON that the model writes for that schema is converted back into the
+# client's form, also while it streams.
 
-#: Names that every object of JavaScript has: claude, which is written in it, finds a property or
-#: a tool of such a name where there is none.
+#: Names of members of every JavaScript object. claude is written in JavaScript and mistakes them
+#: for a property or tool that was defined.
 PROTOTYPE_NAMES = (
     "__defineGetter__", "__defineSetter__", "__lookupGetter__", "__lookupSetter__", "__proto__",
     "constructor", "hasOwnProperty", "isPrototypeOf", "propertyIsEnumerable", "toLocaleString",
     "toString", "valueOf",
 )
-#: How deep a schema may be nested, and how many values it may hold. claude takes no more values.
+#: The deepest nesting of a schema, and the most JSON values in it: claude's own limit.
 MAX_SCHEMA_LEVELS = 100
 MAX_SCHEMA_VALUES = 100_000
-#: The property that holds a value which is no plain object.
+#: The property that holds an answer whose schema does not describe a plain object.
 WRAPPER_NAME = "value"
-#: What was read of a schema is kept for the next request, if it is no longer than that.
-_MAX_KEPT_BYTES = 64 * 1024
-#: The longest text of what cannot be told as a schema.
+#: Schemas up to this size are cached from one request to the next.
+_MAX_CACHED_BYTES = 64 * 1024
+#: The longest note in a description about keywords that were removed.
 _MAX_NOTE_CHARS = 300
 
-#: The types, by what clients call them in small letters.
+#: Types by the lower-case names that clients use.
 _TYPE_NAMES = {
     **{name: name for name in (
         "null", "boolean", "integer", "number", "string", "array", "object"
@@ -3533,11 +3534,11 @@ _TYPE_NAMES = {
     "file": "string", "list": "array", "tuple": "array", "set": "array", "dict": "object",
     "map": "object", "record": "object",
 }
-#: What clients write for a value of any type.
+#: Type names that allow any value.
 _ANY_TYPE = ("any", "mixed", "unknown", "")
 
-#: How the value of a keyword is read: by the method of SchemaParser of this name. Keywords that
-#: are not here say nothing about a value.
+#: The kind of each keyword's value: SchemaParser reads it with the method `_<kind>`. Other
+#: keywords do not constrain a value and are removed.
 _KEYWORDS = {
     **dict.fromkeys(("title", "description", "format"), "text"),
     **dict.fromkeys(
@@ -3558,37 +3559,37 @@ _KEYWORDS = {
     "enum": "choices", "examples": "examples", "pattern": "pattern", "uniqueItems": "flag",
     "$ref": "reference",
 }
-#: Keywords of 2020-12 that say what draft-07 cannot.
+#: Keywords of 2020-12 that draft-07 cannot express.
 _BEYOND_DRAFT_07 = (
     "prefixItems", "dependentRequired", "dependentSchemas", "minContains", "maxContains",
     "unevaluatedProperties", "unevaluatedItems",
 )
-#: Keywords whose schemas are about the same value as the schema that they stand in.
+#: Keywords whose subschemas apply to the same value as the schema around them.
 _IN_PLACE_KEYWORDS = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "then", "else")
-#: What the API does not take at the root of a tool.
+#: Keywords that the API rejects at the root of a tool's schema.
 _NOT_AT_ROOT = ("$ref", "allOf", "anyOf", "oneOf")
-#: Constraints that no validator here knows, and that a model can heed if it reads of them.
+#: Constraints that no validator here implements; the model can follow them from a description.
 _NOTE_KEYWORDS = ("contentEncoding", "contentMediaType", "divisibleBy")
-#: All that the schema of an object may say for it to be joined with another one.
+#: Object schemas with only these keywords can be merged into one.
 _MERGEABLE = {"type", "title", "description", "default", "examples", "properties", "required"}
-#: Stands for the value of a keyword that cannot be read.
+#: Marks a keyword's value that cannot be parsed.
 _UNREADABLE = object()
 
 
 class ModelSchema(NamedTuple):
-    """A schema as claude is told it, and what leads back to the client's."""
+    """A schema as the model gets it, and how to convert its values to the client's form."""
 
     schema: Json
-    #: Whether it describes an object that holds the value under WRAPPER_NAME.
+    #: Whether `schema` is an object that holds the value under WRAPPER_NAME.
     wrapped: bool = False
-    #: Properties that the model knows by another name than the client: its own, the client's.
+    #: Renamed properties: the model's name, the client's name.
     renamed: tuple[tuple[str, str], ...] = ()
-    #: The same schema in 2020-12 where that says more; the value is named as the model does.
+    #: The schema in 2020-12, with the model's names, if `schema` is less strict; else None.
     exact: Json | None = None
 
 
 def _equality_key(value: object) -> str:
-    """Return what is the same for values that are equal in JSON Schema."""
+    """Return a key that is the same for values that JSON Schema considers equal."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, list):
@@ -3600,20 +3601,20 @@ def _equality_key(value: object) -> str:
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
-    """Return the values without those that are equal to an earlier one."""
-    found: dict[str, Any] = {}
+    """Return the values in order, without duplicates."""
+    unique: dict[str, Any] = {}
     for value in values:
-        found.setdefault(_equality_key(value), value)
-    return list(found.values())
+        unique.setdefault(_equality_key(value), value)
+    return list(unique.values())
 
 
-#: Pieces of a regular expression in a class and outside: what a piece looks like, what it is in
-#: JavaScript, and in Python if that differs. None for a piece that JavaScript does not know.
+#: How to translate one piece of a regular expression: a pattern of the piece, its template for
+#: JavaScript (None if JavaScript rejects it), and its template for Python (None if the same).
 _PatternRule = tuple["re.Pattern[str]", "str | None", "str | None"]
 
 
 def _pattern_rules(*rules: tuple[str, str | None, str | None]) -> tuple[_PatternRule, ...]:
-    return tuple((re.compile(text, re.DOTALL), told, python) for text, told, python in rules)
+    return tuple((re.compile(text, re.DOTALL), script, python) for text, script, python in rules)
 
 
 _KNOWN_ESCAPES = r"\\(?:[dDwWsStnvfr^$\\.*+?()\[\]{}|/]|0(?!\d)|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})"
@@ -3646,66 +3647,69 @@ _PATTERN_RULES = _pattern_rules(
     (r".", r"\g<0>", None),
 )
 _CLASS = re.compile(r"(\[\^?)((?:[^\]\\]|\\.)+)\]", re.DOTALL)
-#: What may take for ever to match: a group that is repeated, a reference back; many repetitions.
+#: What may take exponential time to match: a repeated group, a back reference; and more than a
+#: few repetitions.
 _SLOW_PATTERN = re.compile(r"\)[*+?{]|\\[1-9]|\(\?P=")
 _MAX_PATTERN_REPETITIONS = 3
-#: No longer one is read, and no more of them in one schema: reading them takes time.
+#: The longest pattern, and the most characters of all patterns of one schema: parsing takes time.
 _MAX_PATTERN_CHARS = 2_000
 _MAX_PATTERNS_CHARS = 20_000
-#: How many pairs of a pattern and a named property are compared.
+#: The most pairs of a pattern and a property name that are compared.
 _MAX_OVERLAPS = 2_000
 
 
 class Pattern(NamedTuple):
-    """A regular expression of a client's."""
+    """A client's regular expression."""
 
-    #: As JavaScript takes it in its strict way.
-    told: str
-    #: For Python; None if it may take for ever to match.
+    #: In the syntax of JavaScript with its `u` flag.
+    javascript: str
+    #: For Python; None if matching may take exponential time.
     compiled: re.Pattern[str] | None
 
     def may_match(self, name: str) -> bool:
-        """Return whether it matches, or nobody can tell."""
+        """Return True if the pattern matches, or is too slow to find out."""
         return self.compiled is None or self.compiled.search(name) is not None
 
 
 def _translate_pattern(text: str, rules: tuple[_PatternRule, ...]) -> tuple[str, str]:
-    """Return a regular expression for JavaScript and for Python. Raises ValueError for one that
-    JavaScript does not take."""
-    told, python, at = "", "", 0
+    """Return a regular expression in the syntax of JavaScript and in that of Python.
+
+    Raises ValueError if JavaScript rejects it.
+    """
+    javascript, python, at = "", "", 0
     while at < len(text):
-        found = _CLASS.match(text, at) if rules is _PATTERN_RULES else None
-        if found is not None:
-            inner = _translate_pattern(found[2], _IN_CLASS_RULES)
-            pieces = tuple(f"{found[1]}{piece}]" for piece in inner)
+        match = _CLASS.match(text, at) if rules is _PATTERN_RULES else None
+        if match is not None:
+            inner = _translate_pattern(match[2], _IN_CLASS_RULES)
+            pieces = tuple(f"{match[1]}{piece}]" for piece in inner)
         else:
             matches = ((pattern.match(text, at), form, other) for pattern, form, other in rules)
-            found, form, other = next(each for each in matches if each[0] is not None)
-            if found is None or form is None:
+            match, form, other = next(each for each in matches if each[0] is not None)
+            if match is None or form is None:
                 raise ValueError(text)
             is_same = form == r"\g<0>" and other is None
             forms = () if is_same else (form, other or form)
-            pieces = tuple(map(found.expand, forms)) or (found[0], found[0])
-        told, python, at = told + pieces[0], python + pieces[1], found.end()
-    return told, python
+            pieces = tuple(map(match.expand, forms)) or (match[0], match[0])
+        javascript, python, at = javascript + pieces[0], python + pieces[1], match.end()
+    return javascript, python
 
 
 @functools.lru_cache(maxsize=1024)
 def strict_pattern(text: str) -> Pattern | None:
-    """Return a regular expression as JavaScript takes it; None for one that it does not take."""
+    """Return a regular expression that JavaScript accepts; None if there is none."""
     if len(text) > _MAX_PATTERN_CHARS:
         return None
     try:
-        told, python = _translate_pattern(text, _PATTERN_RULES)
+        javascript, python = _translate_pattern(text, _PATTERN_RULES)
         compiled = re.compile(python)
     except (ValueError, re.error, OverflowError, RecursionError):
         return None
     repetitions = sum(map(python.count, "*+?{"))
     is_slow = repetitions > _MAX_PATTERN_REPETITIONS or _SLOW_PATTERN.search(python)
-    return Pattern(told, None if is_slow else compiled)
+    return Pattern(javascript, None if is_slow else compiled)
 
 
-#: Keywords that are not of today, or whose meaning hangs on others.
+#: Keywords of older drafts and of OpenAPI, or whose meaning depends on other keywords.
 _LEGACY_KEYWORDS = {
     "items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$dynamicRef",
     "$recursiveRef", "discriminator", "example", "if", "then", "else", "unevaluatedProperties",
@@ -3714,38 +3718,38 @@ _LEGACY_KEYWORDS = {
 
 
 def _modernized(schema: Json) -> Json:
-    """Return the schema with the keywords of older drafts, and of OpenAPI, in today's."""
+    """Return the schema with the keywords of older drafts and of OpenAPI in those of 2020-12."""
     if _LEGACY_KEYWORDS.isdisjoint(schema):
         return schema
-    found = dict(schema)
-    if isinstance(found.get("items"), list):
-        found["prefixItems"] = found.pop("items")
-        if "additionalItems" in found:
-            found["items"] = found.pop("additionalItems")
-    dependencies = found.pop("dependencies", None)
+    modern = dict(schema)
+    if isinstance(modern.get("items"), list):
+        modern["prefixItems"] = modern.pop("items")
+        if "additionalItems" in modern:
+            modern["items"] = modern.pop("additionalItems")
+    dependencies = modern.pop("dependencies", None)
     if isinstance(dependencies, dict):
         lists = {k: v for k, v in dependencies.items() if isinstance(v, (list, str))}
         others = {k: v for k, v in dependencies.items() if k not in lists}
-        found.update({k: v for k, v in (
+        modern.update({k: v for k, v in (
             ("dependentRequired", lists), ("dependentSchemas", others)) if v})
     for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
-        if isinstance(found.get(exclusive), bool):
-            if found.pop(exclusive) and bound in found:
-                found[exclusive] = found.pop(bound)
+        if isinstance(modern.get(exclusive), bool):
+            if modern.pop(exclusive) and bound in modern:
+                modern[exclusive] = modern.pop(bound)
     for keyword in ("$dynamicRef", "$recursiveRef"):
-        if keyword in found:
-            found.setdefault("$ref", found.pop(keyword))
-    if "discriminator" in found and "oneOf" in found and "anyOf" not in found:
-        found["anyOf"] = found.pop("oneOf")
-    if "example" in found and "examples" not in found:
-        found["examples"] = [found["example"]]
-    if "if" not in found or not {"then", "else"} & set(found):
-        found = {k: v for k, v in found.items() if k not in ("if", "then", "else")}
-    return _without_unevaluated(found)
+        if keyword in modern:
+            modern.setdefault("$ref", modern.pop(keyword))
+    if "discriminator" in modern and "oneOf" in modern and "anyOf" not in modern:
+        modern["anyOf"] = modern.pop("oneOf")
+    if "example" in modern and "examples" not in modern:
+        modern["examples"] = [modern["example"]]
+    if "if" not in modern or not {"then", "else"} & set(modern):
+        modern = {k: v for k, v in modern.items() if k not in ("if", "then", "else")}
+    return _without_unevaluated(modern)
 
 
 def _without_unevaluated(schema: Json) -> Json:
-    """Return the schema with what is unevaluated as what is additional, where that is the same."""
+    """Replace `unevaluated...` by the older keyword where both mean the same; return `schema`."""
     blockers = {*_IN_PLACE_KEYWORDS, "dependentSchemas", "contains"}
     pairs = (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items"))
     for keyword, plain in pairs:
@@ -3755,60 +3759,61 @@ def _without_unevaluated(schema: Json) -> Json:
 
 
 class SchemaParser:
-    """One schema of a client's, read into plain 2020-12.
+    """Parses one schema of a client into plain 2020-12.
 
-    `root` is the schema, `definitions` is what its references lead to, and `renamed` are the
-    properties that have another name in both: this one, the client's. Making one raises
-    BadRequest, which names the place below `path`, for what cannot be mended.
+    The results are `root`, the schema; `definitions`, the targets of its references by name; and
+    `renamed`, the client's names of renamed properties by their new names. The constructor raises
+    BadRequest, naming the place below `path`, for a schema that cannot be repaired.
     """
 
     def __init__(self, document: Json, path: str) -> None:
         self._document = document
-        #: What references may lead to: by URI, and by the name under which it is defined.
+        #: The targets of references: by URI, and by the name of their definition.
         self._resources: dict[str, object] = {}
         self._named: dict[str, object] = {}
-        #: The URI that references in a schema start from, by the schema's identity.
-        self._bases: dict[int, str] = {}
-        #: The model's names of properties whose own it cannot use, the same the other way, and
-        #: all names that are taken.
+        #: The base URI of the references in a schema, by the schema's id().
+        self._base_uris: dict[int, str] = {}
+        #: The client's property names by the model's, the reverse, and all names in use.
         self.renamed: dict[str, str] = {}
         self._new_names: dict[str, str] = {}
-        self._taken: set[str] = set(PROTOTYPE_NAMES)
+        self._used_names: set[str] = set(PROTOTYPE_NAMES)
         self._index_document(path)
         self.definitions: Json = {}
         self._definition_names: dict[int, str] = {}
-        self._taken_definitions: set[str] = set()
+        self._used_definition_names: set[str] = set()
         self._pattern_chars = 0
-        self._unread: list[tuple[str, Json, str]] = []
+        #: Definitions to parse: name, schema, path.
+        self._pending: list[tuple[str, Json, str]] = []
         self.root = self.schema(document, path, 0)
-        while self._unread:
-            name, target, target_path = self._unread.pop()
+        while self._pending:
+            name, target, target_path = self._pending.pop()
             self.definitions[name] = self.schema(target, target_path, 0)
         self._check_cycles(path)
 
     def _index_document(self, path: str) -> None:
-        """Note what the document calls its parts. Raises BadRequest if it is too large."""
-        left: list[tuple[object, str, int]] = [(self._document, "", 0)]
+        """Collect the names and the targets of references. Raises BadRequest if the document is
+        too large."""
+        pending: list[tuple[object, str, int]] = [(self._document, "", 0)]
         count = 0
-        while left:
-            value, base, level = left.pop()
+        while pending:
+            value, base, level = pending.pop()
             count += 1
-            # Each level of schemas takes two of JSON in most places.
+            # One level of schemas is two levels of JSON in most places.
             self._check_level(level // 2, path)
             if count > MAX_SCHEMA_VALUES:
                 raise BadRequest(
                     f"{path}: a schema may hold {MAX_SCHEMA_VALUES} values.", param=path
                 )
             if isinstance(value, list):
-                left += [(item, base, level + 1) for item in value]
+                pending += [(item, base, level + 1) for item in value]
             if not isinstance(value, dict):
                 continue
             base = self._register_identifiers(value, base)
-            self._taken.update(value)
-            left += [(item, base, level + 1) for item in value.values()]
+            self._used_names.update(value)
+            pending += [(item, base, level + 1) for item in value.values()]
             for keyword in ("$defs", "definitions", "schemas"):
-                found = value.get(keyword)
-                for name, schema in found.items() if isinstance(found, dict) else ():
+                schemas = value.get(keyword)
+                for name, schema in schemas.items() if isinstance(schemas, dict) else ():
                     self._named.setdefault(name, schema)
 
     def _check_level(self, level: int, path: str) -> None:
@@ -3819,7 +3824,7 @@ class SchemaParser:
             )
 
     def _register_identifiers(self, value: Json, base: str) -> str:
-        """Note how a schema may be referred to. Return the URI that its references start from."""
+        """Register the URIs and anchors of a schema; return the base URI of its references."""
         for keyword in ("$id", "id"):
             identity = value.get(keyword)
             if isinstance(identity, str) and identity:
@@ -3829,13 +3834,13 @@ class SchemaParser:
         for keyword in ("$anchor", "$dynamicAnchor"):
             if isinstance(value.get(keyword), str):
                 self._resources.setdefault(f"{base}#{value[keyword]}", value)
-        self._bases[id(value)] = base
+        self._base_uris[id(value)] = base
         return base
 
     # -- schemas ------------------------------------------------------------------------------
 
     def schema(self, value: object, path: str, level: int) -> Json:
-        """Return a schema. Raises BadRequest for what is none and cannot be meant as one."""
+        """Return the parsed schema. Raises BadRequest if `value` cannot be meant as a schema."""
         self._check_level(level, path)
         if isinstance(value, bool) or value is None:
             return {"not": {}} if value is False else {}
@@ -3845,21 +3850,21 @@ class SchemaParser:
             raise BadRequest(f"{path}: must be a JSON schema, an object.", param=path)
         plain: Json = {}
         notes = {k: value[k] for k in _NOTE_KEYWORDS if isinstance(value.get(k), (str, int, float))}
-        for keyword, given in _modernized(value).items():
-            reader = _KEYWORDS.get(keyword)
-            if reader is None or (given is None and reader != "value"):
+        for keyword, operand in _modernized(value).items():
+            kind = _KEYWORDS.get(keyword)
+            if kind is None or (operand is None and kind != "value"):
                 continue
-            if reader == "reference":
-                found: object = self._reference(given, self._bases.get(id(value), ""), path)
+            if kind == "reference":
+                parsed: object = self._reference(operand, self._base_uris.get(id(value), ""), path)
             else:
-                found = getattr(self, "_" + reader)(given, f"{path}.{keyword}", level)
-            if found is _UNREADABLE:
-                notes[keyword] = given
+                parsed = getattr(self, "_" + kind)(operand, f"{path}.{keyword}", level)
+            if parsed is _UNREADABLE:
+                notes[keyword] = operand
             else:
-                plain[keyword] = found
+                plain[keyword] = parsed
         self._require_flagged(value.get("properties"), plain)
         if "patternProperties" in notes:
-            # What fitted a pattern is additional now.
+            # Properties that matched a pattern would otherwise be refused as additional.
             plain.pop("additionalProperties", None)
         if "propertyNames" in plain and set(plain.get("properties", ())) & set(self.renamed):
             notes["propertyNames"] = plain.pop("propertyNames")
@@ -3880,7 +3885,7 @@ class SchemaParser:
 
     def _by_name(self, value: object, path: str, level: int) -> Json:
         if value == []:
-            # PHP's empty object.
+            # PHP encodes an empty object as an empty array.
             return {}
         if not isinstance(value, dict):
             raise BadRequest(f"{path}: must be an object of JSON schemas.", param=path)
@@ -3890,26 +3895,26 @@ class SchemaParser:
         }
 
     def _properties(self, value: object, path: str, level: int) -> object:
-        found = self._by_name(value, path, level)
-        for name, schema in found.items():
-            own = self.renamed.get(name)
-            if own is not None:
-                found[name] = _with_preface(schema, f"Called {own!r}.")
-        return found
+        schemas = self._by_name(value, path, level)
+        for name, schema in schemas.items():
+            client_name = self.renamed.get(name)
+            if client_name is not None:
+                schemas[name] = _with_preface(schema, f"Called {client_name!r}.")
+        return schemas
 
     def _patterns(self, value: object, path: str, level: int) -> object:
         if not isinstance(value, dict):
             return _UNREADABLE
-        found: Json = {}
+        schemas: Json = {}
         for key, item in value.items():
             pattern = self._read_pattern(key)
             if pattern is None:
                 return _UNREADABLE
-            found[pattern.told] = self.schema(item, f"{path}.{key}", level + 1)
-        return found
+            schemas[pattern.javascript] = self.schema(item, f"{path}.{key}", level + 1)
+        return schemas
 
     def _require_flagged(self, properties: object, plain: Json) -> None:
-        """Note which properties say of themselves that they are required, as in draft-03."""
+        """Add the properties with `required: true`, as in draft-03, to `required`."""
         if isinstance(properties, dict):
             flagged = [
                 self._name(key) for key, item in properties.items()
@@ -3920,33 +3925,35 @@ class SchemaParser:
 
     # -- names and references -----------------------------------------------------------------
 
-    def _name(self, own: str) -> str:
+    def _name(self, client_name: str) -> str:
         """Return the model's name of a property."""
-        if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", own) and own not in PROTOTYPE_NAMES:
-            return own
-        if own not in self._new_names:
-            name = self._new_names[own] = _new_name(own, "property", self._taken)
-            self.renamed[name] = own
-        return self._new_names[own]
+        is_valid = re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", client_name)
+        if is_valid and client_name not in PROTOTYPE_NAMES:
+            return client_name
+        if client_name not in self._new_names:
+            name = _new_name(client_name, "property", self._used_names)
+            self._new_names[client_name] = name
+            self.renamed[name] = client_name
+        return self._new_names[client_name]
 
     def _reference(self, value: object, base: str, path: str) -> object:
-        target = self._target(value, base) if isinstance(value, str) else _UNREADABLE
+        target = self._resolve(value, base) if isinstance(value, str) else _UNREADABLE
         if not isinstance(target, (dict, bool)):
             raise BadRequest(
-                f"{path}.$ref: {str(value)[:100]!r} leads to no schema in this one.",
+                f"{path}.$ref: {str(value)[:100]!r} refers to no schema in this document.",
                 param=f"{path}.$ref",
             )
         key = id(target) if isinstance(target, dict) else int(target)
         if key not in self._definition_names:
             last = urllib.parse.unquote(str(value).rpartition("/")[2])
-            name = _new_name(last, "schema", self._taken_definitions)
+            name = _new_name(last, "schema", self._used_definition_names)
             self._definition_names[key] = name
             schema = target if isinstance(target, dict) else ({} if target else {"not": {}})
-            self._unread.append((name, schema, f"{path}.$ref"))
+            self._pending.append((name, schema, f"{path}.$ref"))
         return f"#/$defs/{self._definition_names[key]}"
 
-    def _target(self, reference: str, base: str) -> object:
-        """Return what a reference leads to; _UNREADABLE if that is nothing."""
+    def _resolve(self, reference: str, base: str) -> object:
+        """Return the target of a reference; _UNREADABLE if there is none."""
         uri, _, fragment = urllib.parse.urljoin(base, reference).partition("#")
         resource = self._resources.get(uri, self._document if uri == base else _UNREADABLE)
         if not fragment:
@@ -3957,29 +3964,29 @@ class SchemaParser:
         tokens = urllib.parse.unquote(fragment).split("/")[1:]
         tokens = [token.replace("~1", "/").replace("~0", "~") for token in tokens]
         for start in (resource, self._document):
-            found = _at(start, tokens)
-            if found is not _UNREADABLE:
-                return found
-        # Whoever puts one schema into another forgets that its references now lead elsewhere.
+            target = _resolve_pointer(start, tokens)
+            if target is not _UNREADABLE:
+                return target
+        # A schema that was embedded in another one often keeps references to its former root.
         return self._named.get(tokens[-1], _UNREADABLE) if tokens else _UNREADABLE
 
     def _check_cycles(self, path: str) -> None:
-        """Raise BadRequest for definitions of which each is only another one, in a circle."""
-        ends: set[str] = set()
+        """Raise BadRequest for a cycle of definitions that never reaches another value."""
+        checked: set[str] = set()
         for start in self.definitions:
             stack = [(start, iter(_in_place_references(self.definitions[start])))]
             open_names = {start}
             while stack:
                 name, others = stack[-1]
-                other = next((each for each in others if each not in ends), None)
+                other = next((each for each in others if each not in checked), None)
                 if other in open_names:
                     raise BadRequest(
-                        f"{path}: the definition {other!r} leads back to itself only.", param=path
+                        f"{path}: the definition {other!r} refers only to itself.", param=path
                     )
                 if other is None:
                     stack.pop()
                     open_names.discard(name)
-                    ends.add(name)
+                    checked.add(name)
                 else:
                     stack.append((other, iter(_in_place_references(self.definitions[other]))))
                     open_names.add(other)
@@ -4009,11 +4016,12 @@ class SchemaParser:
         return value if isinstance(value, bool) else _UNREADABLE
 
     def _pattern(self, value: object, path: str, level: int) -> object:
-        found = self._read_pattern(value) if isinstance(value, str) else None
-        return _UNREADABLE if found is None else found.told
+        pattern = self._read_pattern(value) if isinstance(value, str) else None
+        return _UNREADABLE if pattern is None else pattern.javascript
 
     def _read_pattern(self, text: str) -> Pattern | None:
-        """Return a pattern; None if it cannot be read, or is one too many."""
+        """Return a pattern; None if it is invalid or the schema has too many characters of
+        patterns."""
         self._pattern_chars += len(text)
         return strict_pattern(text) if self._pattern_chars <= _MAX_PATTERNS_CHARS else None
 
@@ -4036,15 +4044,15 @@ class SchemaParser:
     def _types(self, value: object, path: str, level: int) -> object:
         if isinstance(value, str) and value in _TYPES:
             return value
-        given = value if isinstance(value, list) else [value]
-        words = [item.strip().lower() if isinstance(item, str) else item for item in given]
-        if any(word in _ANY_TYPE for word in words if isinstance(word, str)):
+        items = value if isinstance(value, list) else [value]
+        names = [item.strip().lower() if isinstance(item, str) else item for item in items]
+        if any(name in _ANY_TYPE for name in names if isinstance(name, str)):
             return []
-        known = [_TYPE_NAMES.get(word) if isinstance(word, str) else None for word in words]
+        known = [_TYPE_NAMES.get(name) if isinstance(name, str) else None for name in names]
         if not known or None in known:
             return _UNREADABLE
-        found = _distinct(known)
-        return found if isinstance(value, list) and len(found) > 1 else found[0]
+        types = _distinct(known)
+        return types if isinstance(value, list) and len(types) > 1 else types[0]
 
     def _choices(self, value: object, path: str, level: int) -> object:
         items = value if isinstance(value, list) else [value]
@@ -4052,36 +4060,36 @@ class SchemaParser:
 
     def _examples(self, value: object, path: str, level: int) -> object:
         if isinstance(value, dict):
-            # OpenAPI gives them names.
+            # OpenAPI has an object of named examples.
             value = [e["value"] for e in value.values() if isinstance(e, dict) and "value" in e]
         items = value if isinstance(value, list) else [value]
         return [self._value(item, path, level) for item in items]
 
     def _value(self, value: object, path: str, level: int) -> object:
-        """Return a value of the client's as the model would write it."""
+        """Return a client's value with the model's property names."""
         if isinstance(value, dict):
-            found = value.items()
-            return {self._name(k): self._value(each, path, level) for k, each in found}
+            items = value.items()
+            return {self._name(k): self._value(each, path, level) for k, each in items}
         if isinstance(value, list):
             return [self._value(item, path, level) for item in value]
         return value
 
 
-def _new_name(own: str, stem: str, taken: set[str]) -> str:
-    """Return a readable name that the API takes and that is not `taken`, which it is then. `stem`
-    is for names without a letter of its."""
-    decomposed = unicodedata.normalize("NFKD", own)
+def _new_name(client_name: str, fallback: str, used: set[str]) -> str:
+    """Return a readable unused name that the API accepts, and add it to `used`. It is based on
+    `fallback` if the client's name has no ASCII letter."""
+    decomposed = unicodedata.normalize("NFKD", client_name)
     letters = "".join(each for each in decomposed if not unicodedata.combining(each))
-    readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", letters).strip("_")[:48] or stem
-    # From the second on, where to look begins behind the names that there are.
-    numbers = itertools.chain(["", "_2", "_3"], (f"_{n}" for n in itertools.count(len(taken))))
-    name = next(readable + number for number in numbers if readable + number not in taken)
-    taken.add(name)
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", letters).strip("_")[:48] or fallback
+    # Starting at the number of used names keeps the search short when many names are equal.
+    numbers = itertools.chain(["", "_2", "_3"], (f"_{n}" for n in itertools.count(len(used))))
+    name = next(readable + number for number in numbers if readable + number not in used)
+    used.add(name)
     return name
 
 
-def _at(value: object, tokens: list[str]) -> object:
-    """Return what these tokens of a JSON pointer lead to; _UNREADABLE if that is nothing."""
+def _resolve_pointer(value: object, tokens: list[str]) -> object:
+    """Return the target of a JSON pointer, given as its tokens; _UNREADABLE if there is none."""
     for token in tokens:
         if isinstance(value, dict) and token in value:
             value = value[token]
@@ -4093,17 +4101,17 @@ def _at(value: object, tokens: list[str]) -> object:
 
 
 def _in_place_references(schema: Json) -> Iterator[str]:
-    """Yield the names of the definitions that are about the same value as this schema."""
+    """Yield the names of the definitions that apply to the same value as this schema."""
     if "$ref" in schema:
         yield schema["$ref"].rpartition("/")[2]
     for keyword in _IN_PLACE_KEYWORDS[1:]:
-        found = schema.get(keyword, ())
-        for each in [found] if isinstance(found, dict) else found:
+        operand = schema.get(keyword, ())
+        for each in [operand] if isinstance(operand, dict) else operand:
             yield from _in_place_references(each)
 
 
 def _without_orphan_keywords(schema: Json) -> Json:
-    """Return the schema without keywords that only other ones give a meaning."""
+    """Remove keywords that have no effect without another one; return `schema`."""
     if schema.get("type") == []:
         del schema["type"]
     if schema.get("required") == [] and "properties" not in schema:
@@ -4117,46 +4125,46 @@ def _without_orphan_keywords(schema: Json) -> Json:
 
 
 def _nullable(schema: Json) -> Json:
-    """Return the schema of what fits this one, or is null."""
+    """Return a schema that also allows null."""
     types = schema.get("type")
     if types is None or set(_IN_PLACE_KEYWORDS) & set(schema) or "const" in schema:
-        told: Json = {k: schema.pop(k) for k in ("title", "description") if k in schema}
-        return {**told, "anyOf": [schema, {"type": "null"}]}
+        labels: Json = {k: schema.pop(k) for k in ("title", "description") if k in schema}
+        return {**labels, "anyOf": [schema, {"type": "null"}]}
     both = _distinct([*(types if isinstance(types, list) else [types]), "null"])
-    found = {**schema, "type": both}
-    if "enum" in found:
-        found["enum"] = _distinct([*found["enum"], None])
-    return found
+    nullable = {**schema, "type": both}
+    if "enum" in nullable:
+        nullable["enum"] = _distinct([*nullable["enum"], None])
+    return nullable
 
 
-def _with_preface(schema: Json, words: str) -> Json:
-    """Return the schema with these words in front of its description."""
-    return {**schema, "description": " ".join(filter(None, (words, schema.get("description"))))}
+def _with_preface(schema: Json, preface: str) -> Json:
+    """Return the schema with `preface` in front of its description."""
+    return {**schema, "description": " ".join(filter(None, (preface, schema.get("description"))))}
 
 
 def _with_notes(schema: Json, notes: Mapping[str, object]) -> Json:
-    """Return the schema with a word in its description on each of these keywords."""
-    words = [f"{keyword}: {to_json(value).decode('utf-8')}" for keyword, value in notes.items()]
-    if not words:
+    """Return the schema with these keywords and their values added to its description."""
+    texts = [f"{keyword}: {to_json(value).decode('utf-8')}" for keyword, value in notes.items()]
+    if not texts:
         return schema
-    note = f"({one_line('; '.join(words), _MAX_NOTE_CHARS)})"
+    note = f"({one_line('; '.join(texts), _MAX_NOTE_CHARS)})"
     return {**schema, "description": " ".join(filter(None, (schema.get("description"), note)))}
 
 
-# -- what claude is told --------------------------------------------------------------------------
+# -- the schema for the model ---------------------------------------------------------------------
 
 def schema_for_model(document: Json, path: str, *, is_tool: bool) -> ModelSchema:
-    """Return the schema of a tool's arguments, or of an answer, as claude is told it.
+    """Return the schema of a tool's arguments, or of an answer, in the form that claude accepts.
 
-    Raises BadRequest, naming the place below `path`, for what cannot be read. The formats of an
-    answer are told in words: not every claude knows them. Clients send the same schemas with
-    every request; nobody may change what is returned.
+    Raises BadRequest, naming the place below `path`, for an invalid schema. In the schema of an
+    answer `format` becomes part of the description, because older versions of claude reject it.
+    The result is cached, because clients repeat their schemas in every request: never modify it.
     """
     try:
         text = to_json(document)
     except RecursionError:
         text = b""
-    if 0 < len(text) <= _MAX_KEPT_BYTES:
+    if 0 < len(text) <= _MAX_CACHED_BYTES:
         return _cached_schema_for_model(text, path, is_tool)
     return _build_schema_for_model(document, path, is_tool)
 
@@ -4168,8 +4176,8 @@ def _cached_schema_for_model(text: bytes, path: str, is_tool: bool) -> ModelSche
 
 
 def _build_schema_for_model(document: Json, path: str, is_tool: bool) -> ModelSchema:
-    reading = SchemaParser(document, path)
-    root = _flattened_root(reading.root, reading.definitions)
+    parser = SchemaParser(document, path)
+    root = _flattened_root(parser.root, parser.definitions)
     if is_tool:
         root = _arguments_root(root, path)
     wrapped = root.get("type") != "object" or any(keyword in root for keyword in _NOT_AT_ROOT)
@@ -4182,71 +4190,71 @@ def _build_schema_for_model(document: Json, path: str, is_tool: bool) -> ModelSc
         }
     elif is_tool:
         root = {"properties": {}, **root}
-    definitions = {"$defs": reading.definitions} if reading.definitions else {}
+    definitions = {"$defs": parser.definitions} if parser.definitions else {}
     exact = {**root, **definitions}
-    lost: list[str] = []
-    told = _to_draft_07(exact, lost, formats=is_tool)
-    renamed = tuple(reading.renamed.items())
-    return ModelSchema(told, wrapped, renamed, exact if lost else None)
+    removed: list[str] = []
+    schema = _to_draft_07(exact, removed, formats=is_tool)
+    renamed = tuple(parser.renamed.items())
+    return ModelSchema(schema, wrapped, renamed, exact if removed else None)
 
 
 def _flattened_root(root: Json, definitions: Json) -> Json:
-    """Return the root without references and parts, where that says the same."""
+    """Return the root with `$ref` and `allOf` resolved, if that is possible."""
     for _ in definitions:
-        more = {key: value for key, value in root.items() if key != "$ref"}
-        if "$ref" not in root or not set(more) <= {"title", "description", "default", "type"}:
+        siblings = {key: value for key, value in root.items() if key != "$ref"}
+        if "$ref" not in root or not set(siblings) <= {"title", "description", "default", "type"}:
             break
         target = _dereferenced({"$ref": root["$ref"]}, definitions)
-        if target.get("type", "object") != more.get("type", target.get("type", "object")):
+        if target.get("type", "object") != siblings.get("type", target.get("type", "object")):
             break
-        root = {**target, **more}
+        root = {**target, **siblings}
     if "allOf" not in root:
         return root
-    whole = {key: value for key, value in root.items() if key != "allOf"}
+    siblings = {key: value for key, value in root.items() if key != "allOf"}
     parts = [_dereferenced(part, definitions) for part in root["allOf"]]
-    return _merged_object(whole, parts) or root
+    return _merged_object([siblings, *parts]) or root
 
 
 def _dereferenced(schema: Json, definitions: Json) -> Json:
-    """Return what a schema that is only a reference leads to, or the schema itself."""
+    """Return the target of a schema that is only a reference, else the schema itself."""
     if set(schema) != {"$ref"}:
         return schema
-    found: Json = definitions[schema["$ref"].rpartition("/")[2]]
-    return found
+    target: Json = definitions[schema["$ref"].rpartition("/")[2]]
+    return target
 
 
-def _merged_object(whole: Json, parts: list[Json]) -> Json | None:
-    """Return one schema of an object that says all that these say; None if there is none."""
-    # Who says that there may be more properties says nothing.
-    every = [
+def _merged_object(schemas: list[Json]) -> Json | None:
+    """Return one object schema that is equivalent to all of these; None if they do not merge."""
+    # additionalProperties that allow everything are the default.
+    parts = [
         {k: v for k, v in each.items() if k != "additionalProperties" or v not in (True, {})}
-        for each in (whole, *parts)
+        for each in schemas
     ]
-    types = {each.get("type", "object") for each in every if isinstance(each.get("type", ""), str)}
-    if types != {"object"} or not all(set(each) <= _MERGEABLE for each in every):
+    types = {each.get("type", "object") for each in parts if isinstance(each.get("type", ""), str)}
+    if types != {"object"} or not all(set(each) <= _MERGEABLE for each in parts):
         return None
     properties: dict[str, list[Json]] = {}
-    for each in every:
+    for each in parts:
         for name, schema in each.get("properties", {}).items():
             properties.setdefault(name, []).append(schema)
-    joined: Json = {}
-    for each in reversed(every):
-        joined.update(each)
-    joined["type"] = "object"
-    joined["properties"] = {
-        name: found[0] if len(_distinct(found)) == 1 else {"allOf": found}
-        for name, found in properties.items()
+    merged: Json = {}
+    for each in reversed(parts):
+        merged.update(each)
+    merged["type"] = "object"
+    merged["properties"] = {
+        name: same[0] if len(_distinct(same)) == 1 else {"allOf": same}
+        for name, same in properties.items()
     }
-    required = _distinct(name for each in every for name in each.get("required", ()))
-    return {**joined, "required": required} if required else joined
+    required = _distinct(name for each in parts for name in each.get("required", ()))
+    return {**merged, "required": required} if required else merged
 
 
 def _arguments_root(root: Json, path: str) -> Json:
-    """Return the root of a tool's schema, which has to describe an object. Raises BadRequest."""
+    """Return the root of a tool's schema. Raises BadRequest if it does not describe an object."""
     types = root.get("type", "object")
     if "object" not in (types if isinstance(types, list) else [types]):
         raise BadRequest(
-            f"{path}.type: must be object, the arguments of the tool by their names.",
+            f"{path}.type: must be object: the tool's arguments by name.",
             param=f"{path}.type",
         )
     if "type" not in root and any(keyword in root for keyword in _NOT_AT_ROOT):
@@ -4254,61 +4262,64 @@ def _arguments_root(root: Json, path: str) -> Json:
     return {**root, "type": "object"}
 
 
-def _to_draft_07(schema: Json, lost: list[str], *, formats: bool) -> Json:
-    """Return the schema in the words that draft-07 has too; what it says more is noted in `lost`
-    and told to the model in words."""
-    found: Json = {}
+def _to_draft_07(schema: Json, removed: list[str], *, formats: bool) -> Json:
+    """Return the schema with the keywords of draft-07 only. The others are appended to `removed`
+    and become part of the description, for the model."""
+    plain: Json = {}
     notes: Json = {}
     for keyword, value in schema.items():
         if keyword in _BEYOND_DRAFT_07:
-            lost.append(keyword)
+            removed.append(keyword)
             notes[keyword] = value
         elif keyword == "format" and not formats:
             notes[keyword] = value
         else:
-            found[keyword] = _draft_07_value(keyword, value, lost, formats)
+            plain[keyword] = _draft_07_value(keyword, value, removed, formats)
     if "prefixItems" in notes:
         first = notes.pop("prefixItems")
-        told = [_to_draft_07(each, lost, formats=formats) for each in first]
-        found = _uniform_array(found, told)
-    _drop_overlapping_patterns(found, lost, notes)
-    return _with_notes(found, notes)
+        plain = _uniform_array(plain, [_to_draft_07(each, removed, formats=formats)
+                                       for each in first])
+    _drop_overlapping_patterns(plain, removed, notes)
+    return _with_notes(plain, notes)
 
 
-def _draft_07_value(keyword: str, value: Any, lost: list[str], formats: bool) -> object:
-    """Return the value of a keyword with the schemas in it as _to_draft_07 gives them."""
+def _draft_07_value(keyword: str, value: Any, removed: list[str], formats: bool) -> object:
+    """Return the value of a keyword with the schemas in it converted by _to_draft_07."""
     kind = "by_name" if keyword == "$defs" else _KEYWORDS[keyword]
     if kind == "schema" and isinstance(value, dict):
-        return _to_draft_07(value, lost, formats=formats)
+        return _to_draft_07(value, removed, formats=formats)
     if kind == "schemas":
-        return [_to_draft_07(each, lost, formats=formats) for each in value]
+        return [_to_draft_07(each, removed, formats=formats) for each in value]
     if kind in ("by_name", "properties", "patterns"):
-        return {name: _to_draft_07(each, lost, formats=formats) for name, each in value.items()}
+        return {name: _to_draft_07(each, removed, formats=formats) for name, each in value.items()}
     return value
 
 
 def _uniform_array(schema: Json, first: list[Json]) -> Json:
-    """Return the schema of an array whose `first` items have schemas of their own, as one whose
-    items all have the same. Who says nothing about further items means that there are none."""
+    """Return an array schema with one schema for all items, and the order of the `first` items,
+    which have schemas of their own, in its description.
+
+    Clients that specify no further items mean that there are none.
+    """
     rest = schema.get("items", False)
     minimum, maximum = schema.get("minItems", len(first)), schema.get("maxItems", math.inf)
     if rest is False and "items" not in schema and maximum > len(first) and maximum < math.inf:
         rest = {}
-    words = "Items in this order: " + ", ".join(map(_summary, first))
+    preface = "Items in this order: " + ", ".join(map(_summary, first))
     bounds = {"minItems": minimum}
     kinds = list(first)
     if rest is False:
         bounds = {"minItems": min(minimum, len(first)), "maxItems": min(maximum, len(first))}
     else:
         kinds.append(rest if isinstance(rest, dict) else {})
-        words += ", then any number of: " + _summary(kinds[-1])
+        preface += ", then any number of: " + _summary(kinds[-1])
     kinds = [{}] if {} in kinds else _distinct(kinds)
     items = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
-    return _with_preface({**schema, "items": items, **bounds}, words + ".")
+    return _with_preface({**schema, "items": items, **bounds}, preface + ".")
 
 
 def _summary(schema: Json) -> str:
-    """Return what a schema describes, in a word or two."""
+    """Return a few words about the values of a schema."""
     if "title" in schema:
         return str(schema["title"])
     if "$ref" in schema:
@@ -4322,28 +4333,28 @@ def _summary(schema: Json) -> str:
     return types if isinstance(types, str) else " or ".join(types)
 
 
-def _drop_overlapping_patterns(schema: Json, lost: list[str], notes: Json) -> None:
-    """Take out patterns of names that match a named property: claude takes no such schema."""
+def _drop_overlapping_patterns(schema: Json, removed: list[str], notes: Json) -> None:
+    """Remove patternProperties that match a named property, because claude rejects them."""
     patterns = schema.get("patternProperties", {})
     names = schema.get("properties", ())
     too_many = len(patterns) * len(names) > _MAX_OVERLAPS
     for text in list(patterns):
-        found = None if too_many else strict_pattern(text)
-        if found is None or any(map(found.may_match, names)):
+        pattern = None if too_many else strict_pattern(text)
+        if pattern is None or any(map(pattern.may_match, names)):
             notes.setdefault("patternProperties", {})[text] = patterns.pop(text)
-            lost.append("patternProperties")
+            removed.append("patternProperties")
             schema.pop("additionalProperties", None)
     if not patterns:
         schema.pop("patternProperties", None)
 
 
-# -- whether a value fits -------------------------------------------------------------------------
+# -- validation -----------------------------------------------------------------------------------
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-#: What each type is.
+#: How to test a value for each type.
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "null": lambda value: value is None,
     "boolean": lambda value: isinstance(value, bool),
@@ -4354,7 +4365,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
 }
 
-#: Whether a value fits a schema.
+#: Returns whether a value fits a schema.
 _Fits = Callable[[Any, Any], bool]
 
 
@@ -4370,25 +4381,25 @@ def _check_items(value: Any, rest: Any, schema: Json, fits: _Fits) -> bool:
     return all(fits(item, rest) for item in value[len(schema.get("prefixItems", ())):])
 
 
-def _check_contains(value: Any, wanted: Any, schema: Json, fits: _Fits) -> bool:
-    count = sum(fits(item, wanted) for item in value)
+def _check_contains(value: Any, operand: Any, schema: Json, fits: _Fits) -> bool:
+    count = sum(fits(item, operand) for item in value)
     return bool(schema.get("minContains", 1) <= count <= schema.get("maxContains", math.inf))
 
 
 def _check_additional(value: Any, rest: Any, schema: Json, fits: _Fits) -> bool:
-    known, patterns = schema.get("properties", ()), schema.get("patternProperties", ())
-    found = [each for each in map(strict_pattern, patterns) if each is not None]
+    known, texts = schema.get("properties", ()), schema.get("patternProperties", ())
+    patterns = [each for each in map(strict_pattern, texts) if each is not None]
     return all(
         fits(item, rest) for name, item in value.items()
-        if name not in known and not any(each.may_match(name) for each in found)
+        if name not in known and not any(each.may_match(name) for each in patterns)
     )
 
 
-def _check_patterns(value: Any, patterns: Any, schema: Json, fits: _Fits) -> bool:
-    pairs = [(strict_pattern(text), wanted) for text, wanted in patterns.items()]
+def _check_patterns(value: Any, schemas: Any, schema: Json, fits: _Fits) -> bool:
+    pairs = [(strict_pattern(text), item_schema) for text, item_schema in schemas.items()]
     return all(
-        fits(item, wanted) for name, item in value.items() for found, wanted in pairs
-        if found is not None and found.compiled is not None and found.compiled.search(name)
+        fits(item, item_schema) for name, item in value.items() for pattern, item_schema in pairs
+        if pattern is not None and pattern.compiled is not None and pattern.compiled.search(name)
     )
 
 
@@ -4396,12 +4407,12 @@ def _check_condition(value: Any, condition: Any, schema: Json, fits: _Fits) -> b
     return fits(value, schema.get("then" if fits(value, condition) else "else", True))
 
 
-#: How a value of a type is held against a keyword: the type, and what its length or itself is
-#: compared with, or a function of value, operand, schema and what tells whether a part fits.
+#: How each keyword is checked: the type of the values that it applies to (empty: all types), and
+#: a function of the value, the keyword's operand, the schema, and `fits` for parts of the value.
 _CHECKS: dict[str, tuple[str, Callable[[Any, Any, Json, _Fits], bool]]] = {
     "type": ("", _check_type),
     "enum": ("", _check_enum),
-    "const": ("", lambda v, wanted, _s, _f: _equality_key(v) == _equality_key(wanted)),
+    "const": ("", lambda v, operand, _s, _f: _equality_key(v) == _equality_key(operand)),
     "minimum": ("number", lambda v, minimum, _s, _f: bool(v >= minimum)),
     "maximum": ("number", lambda v, maximum, _s, _f: bool(v <= maximum)),
     "exclusiveMinimum": ("number", lambda v, minimum, _s, _f: bool(v > minimum)),
@@ -4422,7 +4433,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any, Any, Json, _Fits], bool]]] = {
     ),
     "patternProperties": ("object", _check_patterns),
     "additionalProperties": ("object", _check_additional),
-    "propertyNames": ("object", lambda v, wanted, _s, f: all(f(name, wanted) for name in v)),
+    "propertyNames": ("object", lambda v, operand, _s, f: all(f(name, operand) for name in v)),
     "dependentRequired": (
         "object", lambda v, more, _s, _f: all(set(more[n]) <= set(v) for n in v if n in more)
     ),
@@ -4432,14 +4443,14 @@ _CHECKS: dict[str, tuple[str, Callable[[Any, Any, Json, _Fits], bool]]] = {
     "allOf": ("", lambda v, each, _s, f: all(f(v, one) for one in each)),
     "anyOf": ("", lambda v, each, _s, f: any(f(v, one) for one in each)),
     "oneOf": ("", lambda v, each, _s, f: sum(f(v, one) for one in each) == 1),
-    "not": ("", lambda v, wanted, _s, f: not f(v, wanted)),
+    "not": ("", lambda v, operand, _s, f: not f(v, operand)),
     "if": ("", _check_condition),
 }
 
 
 def fits(value: object, schema: Json | bool, definitions: Json) -> bool:
-    """Return whether a value fits a schema as ModelSchema has it in `exact`. Patterns of strings,
-    multiples and what is unevaluated are not looked at."""
+    """Return whether a value fits a schema such as ModelSchema.exact. `pattern`, `multipleOf`,
+    `format` and `unevaluated...` are not checked."""
     if isinstance(schema, bool):
         return schema
     if "$ref" in schema and not fits(value, _dereferenced({"$ref": schema["$ref"]}, definitions),
@@ -4454,52 +4465,60 @@ def fits(value: object, schema: Json | bool, definitions: Json) -> bool:
     return True
 
 
-# -- from the model's form to the client's, and back ----------------------------------------------
+# -- between the model's form and the client's ----------------------------------------------------
 
-def rename_properties(value: object, own_names: Mapping[str, str]) -> object:
-    """Return a value of the client's with the names that the model has for its properties."""
+def rename_properties(value: object, names: Mapping[str, str]) -> object:
+    """Return a copy of a value with its properties, at every depth, renamed by `names`."""
     if isinstance(value, dict):
         return {
-            own_names.get(key, key): rename_properties(item, own_names)
-            for key, item in value.items()
+            names.get(key, key): rename_properties(item, names) for key, item in value.items()
         }
     if isinstance(value, list):
-        return [rename_properties(item, own_names) for item in value]
+        return [rename_properties(item, names) for item in value]
     return value
 
 
 _IN_STRING = re.compile(r'[^"\\]+')
 _BETWEEN = re.compile(r'[^"{}\[\],:]+')
 
+# ClientJsonConverter is a tokenizer over a stream of JSON that may be cut anywhere. It reads, in
+# turn: structure (brackets, commas, numbers ...); a string, which passes through; a property name,
+# which is held back until its closing quote, because it may have to be renamed.
+#
+# Around that, a wrapped answer goes through these states:
+#   undecided     Everything is collected in `_head` until the first property name shows whether
+#                 there is a wrapper at all. If not, everything passes through.
+#   before value  The wrapper's brace and WRAPPER_NAME are dropped; a colon starts the value.
+#   in value      Passes through.
+#   after value   A comma or the last brace of the wrapper ends the value; the rest is dropped.
+
 
 class ClientJsonConverter:
-    """JSON of the model's, which comes in pieces, in the client's form: without the wrapper, and
-    with the client's names of properties.
+    """Converts JSON of the model, which arrives in pieces, to the client's form: without the
+    wrapper and with the client's property names.
 
-    Each piece is passed on as far as it is certain. What is not wrapped although it should be is
-    passed on as it is: only claude can refuse it.
+    Each piece is returned as soon as it is certain. An answer that lacks its wrapper is returned
+    unchanged: rejecting it is up to claude.
     """
 
     def __init__(self, *, wrapped: bool, renamed: Iterable[tuple[str, str]] = ()) -> None:
         self._names = dict(renamed)
         self._wrapped = wrapped
-        #: What came before the first name, which tells whether there is a wrapper.
+        #: The text before the first property name.
         self._head = ""
         self._is_decided = not wrapped
-        #: Whether what comes is part of the wrapped value, and whether that is over.
-        self._inside = not wrapped
-        self._has_ended = False
-        #: The brackets that are open.
-        self._open: list[str] = []
-        #: The name that is being read.
+        self._in_value = not wrapped
+        self._value_ended = False
+        self._open_brackets: list[str] = []
+        #: The property name that is being read, with its quotes.
         self._name: str | None = None
         self._name_is_next = False
         self._in_string = False
         self._escaped = False
 
     def feed(self, text: str) -> str:
-        """Return what is known now and was not given before."""
-        given: list[str] = []
+        """Process a piece; return the output that became certain with it."""
+        output: list[str] = []
         at = 0
         while at < len(text):
             in_string = self._in_string or self._name is not None
@@ -4508,14 +4527,14 @@ class ClientJsonConverter:
                 run = (_IN_STRING if in_string else _BETWEEN).match(text, at)
             piece = run.group() if run is not None else text[at]
             at += len(piece)
-            given.append(self._string(piece) if in_string else self._structure(piece))
-        return "".join(given)
+            output.append(self._string(piece) if in_string else self._structure(piece))
+        return "".join(output)
 
     def close(self) -> str:
-        """Return the rest of what was cut off."""
+        """Return the pending output of JSON that was cut off."""
         rest, self._head = self._head + (self._name or ""), ""
         self._name = None
-        return rest if self._inside or not self._is_decided else ""
+        return rest if self._in_value or not self._is_decided else ""
 
     def _string(self, piece: str) -> str:
         ends = piece == '"' and not self._escaped
@@ -4527,9 +4546,9 @@ class ClientJsonConverter:
         if not ends:
             return ""
         name, self._name, self._name_is_next = self._name, None, False
-        return self._named(name)
+        return self._property_name(name)
 
-    def _named(self, text: str) -> str:
+    def _property_name(self, text: str) -> str:
         try:
             name = from_json(text)
         except ValueError:
@@ -4537,15 +4556,15 @@ class ClientJsonConverter:
         if not self._is_decided:
             self._is_decided = True
             self._wrapped = name == WRAPPER_NAME
-            self._inside = not self._wrapped
+            self._in_value = not self._wrapped
             head, self._head = self._head, ""
-            if self._inside:
-                return head + self._own(name, text)
-        return self._emit(self._own(name, text))
+            if self._in_value:
+                return head + self._client_name(name, text)
+        return self._emit(self._client_name(name, text))
 
-    def _own(self, name: object, text: str) -> str:
-        own = self._names.get(str(name))
-        return text if own is None else to_json(own).decode("utf-8")
+    def _client_name(self, name: object, text: str) -> str:
+        client_name = self._names.get(str(name))
+        return text if client_name is None else to_json(client_name).decode("utf-8")
 
     def _structure(self, piece: str) -> str:
         if piece == '"':
@@ -4554,25 +4573,26 @@ class ClientJsonConverter:
                 return ""
             self._in_string = True
         elif piece in ("{", "["):
-            shown = self._emit(piece)
-            self._open.append(piece)
+            output = self._emit(piece)
+            self._open_brackets.append(piece)
             self._name_is_next = piece == "{"
-            return shown
+            return output
         elif piece in ("}", "]"):
-            del self._open[-1:]
+            del self._open_brackets[-1:]
             self._name_is_next = False
         elif piece == ",":
-            self._name_is_next = self._open[-1:] == ["{"]
-        return self._edge(piece)
+            self._name_is_next = self._open_brackets[-1:] == ["{"]
+        return self._separator(piece)
 
-    def _edge(self, piece: str) -> str:
-        """Return a piece between values, unless it is the wrapper's."""
-        if self._wrapped and self._is_decided and len(self._open) <= 1:
-            if piece == ":" and len(self._open) == 1 and not (self._inside or self._has_ended):
-                self._inside = True
+    def _separator(self, piece: str) -> str:
+        """Return a piece between values, unless it belongs to the wrapper."""
+        depth = len(self._open_brackets)
+        if self._wrapped and self._is_decided and depth <= 1:
+            if piece == ":" and depth == 1 and not (self._in_value or self._value_ended):
+                self._in_value = True
                 return ""
-            if piece == "," or (piece == "}" and not self._open):
-                self._inside, self._has_ended = False, True
+            if piece == "," or (piece == "}" and depth == 0):
+                self._in_value, self._value_ended = False, True
             return self._emit(piece.strip())
         return self._emit(piece)
 
@@ -4580,7 +4600,7 @@ class ClientJsonConverter:
         if not self._is_decided:
             self._head += piece
             return ""
-        return piece if self._inside else ""
+        return piece if self._in_value else ""
 
 
 # ==== 11. Dialects ===========================================================
