@@ -4605,12 +4605,12 @@ class ClientJsonConverter:
 
 # ==== 11. Dialects ===========================================================
 # Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
-# output, and knows nothing of claude. Fields reads JSON with types and names the field that is
-# wrong; the helpers after it are shared by all dialects.
+# output, and does not depend on claude. Fields reads JSON with types and names the field that is
+# invalid; the helpers after it are shared by all dialects.
 
 
 class Limits(NamedTuple):
-    """The operator's limits that parsing has to keep."""
+    """The operator's limits for images and files in a request."""
 
     image_allow_url: bool
     max_image_bytes: int
@@ -4619,113 +4619,115 @@ class Limits(NamedTuple):
 
 
 class ParseEnvironment(NamedTuple):
-    """What a dialect needs to know of the server to parse a body."""
+    """What a dialect needs from the server to parse a body."""
 
     models: Models
     default_model: str
     limits: Limits
-    #: The messages of an earlier response of this caller. Raises BadRequest.
+    #: Returns the messages of an earlier response of this caller by its id. Raises BadRequest.
     recall: Callable[[str], list[Message]]
-    #: An item of such a response, by its id. Raises NotFound.
+    #: Returns an item of such a response by its id. Raises NotFound.
     item: Callable[[str], Json]
-    #: The messages of this caller's session so far, by its id and the system prompt.
+    #: Returns the messages of this caller's session by its id and the system prompt.
     session: Callable[[str, str], list[Message]]
-    #: Whether the prompt is only counted: then it may end with an answer.
+    #: True if only the tokens are counted: the prompt may end with an assistant message then.
     count_only: bool = False
-    #: Whether the long window is asked for beside the body.
+    #: True if a header requests the long context window.
     long_context: bool = False
 
     def model(self, fields: Fields) -> tuple[str, Model]:
-        """Return the model that a request names, or the default one: the name as the client
-        writes it, and what it stands for. Raises UnknownModel."""
+        """Return the name in the request, or the default one, and its model.
+
+        Raises UnknownModel.
+        """
         name = fields.text("model") or self.default_model
         return name, self.models.find(name, long_context=self.long_context)
 
 
-#: A larger limit in tokens says no more than this one: no model answers with so many.
-_MAX_LIMIT = 10**9
+#: Larger token limits count as this one: no model writes that many.
+_MAX_TOKEN_LIMIT = 10**9
 
 
-#: The longest array of messages, items, parts or tools. More than that do not fit the window of
-#: any model, and each takes time to read.
+#: The longest array of messages, items, parts or tools. More do not fit the window of any model,
+#: and parsing each takes time.
 _MAX_OBJECTS = 20_000
 
 
 class Fields:
     """One JSON object of a request, read with types.
 
-    Each getter gives None for a field that is absent or null, and raises BadRequest with the
-    field's full path as `param` when the type is another.
+    The getters return None for a field that is absent or null, and raise BadRequest with the
+    field's full path as `param` if its type is wrong. Fields that no getter read are reported by
+    `ignored_paths`.
     """
 
-    __slots__ = ("_read", "_settings", "_skipped", "object", "path")
+    __slots__ = ("_marked", "_read", "_settings", "object", "path")
 
     def __init__(self, value: object, path: str = "") -> None:
-        """Raises BadRequest when `value` is no JSON object."""
+        """Raises BadRequest if `value` is not a JSON object."""
         if not isinstance(value, dict):
             where = f"{path}: must be" if path else "The body must be"
             raise BadRequest(f"{where} a JSON object.", param=path or None)
         self.object: Json = value
         self.path = path
         self._read: set[str] = set()
-        self._skipped: list[str] = []
+        self._marked: list[str] = []
         self._settings: dict[str, Fields] = {}
 
     def value(self, name: str) -> Any:
-        """Return a field as it is; every getter reads by this."""
+        """Return a field unchecked, and count it as read; every getter calls this."""
         self._read.add(name)
         return self.object.get(name)
 
     def mark_ignored(self, name: str) -> None:
-        """Note that what a field asks for cannot be had, and is to be named."""
-        self._skipped.append(self.path_of(name))
+        """Report a field in `ignored_paths` although it was read."""
+        self._marked.append(self.path_of(name))
 
     def ignored_paths(self, silent: Iterable[str] = ()) -> tuple[str, ...]:
-        """Return what was skipped, and the fields that ask for something and that nobody has
-        read, but for the `silent` ones; the same of the settings in it. Ask when all else is
-        read."""
+        """Return the paths of marked fields and of unread ones that are not at their default,
+        also in `settings`. Fields in `silent` are not reported. Call this after all getters."""
         unread = [
             one_line(self.path_of(name), 80) for name, value in self.object.items()
             if name not in self._read and name not in silent and is_non_default(value)
         ]
-        below = [path for each in self._settings.values() for path in each.ignored_paths()]
-        return (*self._skipped, *below, *unread)
+        nested = [path for each in self._settings.values() for path in each.ignored_paths()]
+        return (*self._marked, *nested, *unread)
 
     def path_of(self, name: str) -> str:
-        """The full path of a field, as error messages name it."""
+        """Return the full path of a field, for error messages."""
         return f"{self.path}.{name}" if self.path else name
 
     def invalid(self, name: str, what: str) -> BadRequest:
-        """The error that says what the field has to be."""
+        """Return the error that says what the field must be."""
         return BadRequest(f"{self.path_of(name)}: must be {what}.", param=self.path_of(name))
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
+        """Return whether the field is present and not null."""
         return self.value(name) is not None
 
     def text(self, name: str) -> str | None:
-        """A string."""
+        """Return a string."""
         value = self.value(name)
         if value is not None and not isinstance(value, str):
             raise self.invalid(name, "a string")
         return value
 
     def required_text(self, name: str) -> str:
-        """A string that has to be there and not be empty."""
+        """Return a string. Raises BadRequest also if it is absent or empty."""
         value = self.text(name)
         if not value:
             raise self.invalid(name, "a string that is not empty")
         return value
 
     def flag(self, name: str) -> bool:
-        """A boolean; absent is False."""
+        """Return a boolean; False if absent."""
         value = self.value(name)
         if value is not None and not isinstance(value, bool):
             raise self.invalid(name, "true or false")
         return bool(value)
 
     def number(self, name: str, minimum: float, maximum: float) -> float | None:
-        """A number within a range."""
+        """Return a number within a range."""
         value = self.value(name)
         if value is None:
             return None
@@ -4738,48 +4740,52 @@ class Fields:
         return float(value)
 
     def integer(self, name: str, minimum: int, maximum: int = 10**9) -> int | None:
-        """A whole number within a range; 16.0 counts as one."""
+        """Return a whole number within a range; 16.0 counts as one."""
         value = self.number(name, minimum, maximum)
         if value is not None and value != int(value):
             raise self.invalid(name, "a whole number")
         return None if value is None else int(value)
 
     def token_limit(self, name: str, *, zero: bool = False) -> int | None:
-        """A number of tokens. -1 is how some clients say that they set none, and so is 0 where
-        `zero` has no meaning of its own. Others say it with the largest number they have."""
+        """Return a number of tokens; None for no limit.
+
+        For "no limit" some clients send -1, others 0 (unless `zero` is a valid limit), others a
+        very large number.
+        """
         value = self.value(name)
         if value == -1 or (not zero and value == 0):
             return None
-        if isinstance(value, (int, float)) and _MAX_LIMIT < value <= 2**64:
-            return _MAX_LIMIT
+        if isinstance(value, (int, float)) and _MAX_TOKEN_LIMIT < value <= 2**64:
+            return _MAX_TOKEN_LIMIT
         return self.integer(name, 0 if zero else 1)
 
     def top_k(self) -> int | None:
-        """How many of the likeliest tokens to choose among; 0 and -1 are all of them."""
+        """Return how many of the likeliest tokens to choose from; None for all (0 and -1)."""
         return self.token_limit("top_k")
 
     def sampling_value(self, name: str, maximum: float) -> float | None:
-        """A number from 0 on. -1 is how some clients say that they set none."""
+        """Return a number from 0 to `maximum`; None also for -1, which some clients send for
+        "not set"."""
         if self.value(name) == -1:
             return None
         return self.number(name, 0, maximum)
 
     def items(self, name: str) -> list[object] | None:
-        """An array."""
+        """Return an array."""
         value = self.value(name)
         if value is not None and not isinstance(value, list):
             raise self.invalid(name, "an array")
         return value
 
     def objects(self, name: str) -> list[Fields]:
-        """An array of objects; absent is empty."""
-        found = self.items(name) or []
-        if len(found) > _MAX_OBJECTS:
+        """Return an array of objects; empty if absent."""
+        items = self.items(name) or []
+        if len(items) > _MAX_OBJECTS:
             raise self.invalid(name, f"an array of at most {_MAX_OBJECTS} objects")
-        return [Fields(item, f"{self.path_of(name)}[{index}]") for index, item in enumerate(found)]
+        return [Fields(item, f"{self.path_of(name)}[{index}]") for index, item in enumerate(items)]
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A string, or an array of strings; absent is empty."""
+        """Return the strings of a string or an array of strings; empty if absent."""
         value = self.value(name)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(item, str) for item in items):
@@ -4787,15 +4793,15 @@ class Fields:
         return tuple(items)
 
     def child(self, name: str) -> Fields | None:
-        """An object."""
+        """Return an object."""
         value = self.value(name)
         return None if value is None else Fields(value, self.path_of(name))
 
     def settings(self, name: str, *, foreign: bool = False) -> Fields:
-        """Return an object of settings, an empty one where there is none. Each call gives the
-        same one, and what nobody reads of it is left out by its path.
+        """Return an object of settings, empty if absent. Every call returns the same Fields, and
+        `ignored_paths` includes its unread fields.
 
-        A `foreign` one is another API's: it is left out as a whole when it is no object.
+        A `foreign` field belongs to another API: if it is not an object, it is ignored.
         """
         if name not in self._settings:
             value = self.value(name)
@@ -4806,43 +4812,40 @@ class Fields:
             self._settings[name] = Fields({} if value is None else value, self.path_of(name))
         return self._settings[name]
 
-    def one_of(self, name: str, words: tuple[str, ...]) -> str | None:
-        """A string out of a list; an empty one is None too."""
+    def one_of(self, name: str, values: tuple[str, ...]) -> str | None:
+        """Return one of the given strings; None also for an empty string."""
         value = self.text(name) or None
-        if value is not None and value not in words:
-            raise self.invalid(name, "one of " + ", ".join(words))
+        if value is not None and value not in values:
+            raise self.invalid(name, "one of " + ", ".join(values))
         return value
 
 
 def text_blocks(text: str) -> list[Block]:
-    """A text block, or nothing when there is nothing to read: the API refuses blank ones."""
+    """Return a text block, or nothing for blank text, which the API rejects."""
     return [{"type": "text", "text": text}] if text.strip() else []
 
 
 def text_of(blocks: Iterable[Block]) -> str:
-    """The text of text blocks, a blank line between them."""
+    """Return the text of the text blocks, separated by blank lines."""
     return "\n\n".join(str(block["text"]) for block in blocks if block.get("type") == "text")
 
 
-#: A line that another claude sends at the head of its system prompt. The one that is driven here
-#: would take the whole prompt for such a line.
+#: A line that Claude Code, as a client, sends at the head of its system prompt. The claude behind
+#: this server would drop a whole prompt that begins with it.
 _BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
 
 
 def system_text(blocks: Iterable[Block]) -> str:
-    """Return the text of a system prompt's blocks, without the billing lines of another claude."""
-    return text_of(
-        told
-        for block in blocks if block["type"] == "text"
-        for told in text_blocks(_BILLING_HEADER.sub("", block["text"], count=1))
-    )
+    """Return the text of a system prompt's blocks, without billing headers."""
+    texts = (_BILLING_HEADER.sub("", block["text"], count=1)
+             for block in blocks if block["type"] == "text")
+    return "\n\n".join(text for text in texts if text.strip())
 
 
 def merge_adjacent(messages: Iterable[Message]) -> list[Message]:
-    """The messages with neighbours of one role joined and empty ones left out.
+    """Join adjacent messages of the same role, and drop empty ones; return the new list.
 
-    The API reads neighbours of one role as one message anyway; joined, they cost one exchange
-    with claude instead of several.
+    For the API this is the same; claude reads each message separately, which takes time.
     """
     result: list[Message] = []
     for message in messages:
@@ -4854,36 +4857,37 @@ def merge_adjacent(messages: Iterable[Message]) -> list[Message]:
 
 
 def plain_id(call_id: str) -> str:
-    """A tool call's id as it leaves this server and as it is compared: some clients give it back
-    without whatever is no letter or digit."""
+    """Return the letters and digits of a tool call's id.
+
+    Ids are sent to clients and compared in this form, because some clients drop the rest.
+    """
     return re.sub(r"[^A-Za-z0-9]", "", call_id)
 
 
 @dataclasses.dataclass
 class ToolCall:
-    """One tool call of a history, with the results that came for it."""
+    """One tool call of a history, with its results."""
 
-    #: The tool_use block, under an id that no other call of the history has.
+    #: The tool_use block, with an id that is unique in the history.
     block: Block
-    #: The index of its message.
-    place: int
+    message_index: int
     results: list[Block] = dataclasses.field(default_factory=list)
 
 
-#: A way to recognise a call by the id of a result, that id, and the tool's name or nothing.
+#: A key to find a call by: how the ids are compared, the id in the result, the tool's name or "".
 _CallKey = tuple[str, str, str]
 
 
 class ToolExchanges:
-    """Gives every tool call of a history an id of its own, and finds the call of each result.
+    """Makes the ids of the tool calls of a history unique, and finds the call of each result.
 
-    The ids of clients may come again, in every turn or within one message, may be empty, and may
-    have lost what is no letter or digit. So a result belongs to a call with its id that has none
-    yet: the first such call of the newest message, or the first of the tool that the result
-    names. A result without an id belongs to such a call of any id. A second result for one call
-    is joined to the first.
+    Clients may repeat an id in every turn or even in one message, may send an empty id, and may
+    have dropped punctuation from it. A result therefore belongs to the first call with its id and
+    without a result in the newest message that has one; among calls of that message, the tool
+    that the result names wins. A result without an id matches calls with any id. If every call
+    has its result, it is appended to those of the newest call.
 
-    Calls and results may come with fields that are not the API's, and lose them here: a call's
+    Calls and results may have two fields that are not the API's and are removed here: a call's
     `item_id`, a second id that results may use, and a result's `name`.
     """
 
@@ -4891,54 +4895,55 @@ class ToolExchanges:
         self._context = context
         self._param = param
         self._calls: dict[int, list[ToolCall]] = {}
-        self._ids: set[str] = set()
-        #: The last number that was given to calls of one id.
+        self._used_ids: set[str] = set()
+        #: The number of the last suffix that made an id unique, by id.
         self._numbers: dict[str, int] = {}
-        #: Calls that wait for a result, by key: one queue for each message that has such calls.
+        #: Calls without a result by key: one queue for each message with such calls.
         self._waiting: dict[_CallKey, list[collections.deque[ToolCall]]] = {}
         self._newest: dict[_CallKey, ToolCall] = {}
 
-    def add_call(self, block: Block, place: int) -> Block:
-        """Return the tool_use block of the message at `place`, under its own id."""
-        own = {name: value for name, value in block.items() if name != "item_id"}
-        call = ToolCall({**own, "id": self._own_id(str(block["id"]))}, place)
-        self._calls.setdefault(place, []).append(call)
-        found = self._keys(str(block["id"]), anywhere=True)
-        ways = [*found, ("item", str(block["item_id"]))] if block.get("item_id") else found
-        for way, name in itertools.product(ways, ("", str(block["name"]))):
-            key = (*way, name)
+    def add_call(self, block: Block, message_index: int) -> Block:
+        """Add a tool_use block; return it with its unique id."""
+        unique = {name: value for name, value in block.items() if name != "item_id"}
+        call = ToolCall({**unique, "id": self._unique_id(str(block["id"]))}, message_index)
+        self._calls.setdefault(message_index, []).append(call)
+        ids = self._comparisons(str(block["id"]), any_id=True)
+        if block.get("item_id"):
+            ids.append(("item", str(block["item_id"])))
+        for compared_id, name in itertools.product(ids, ("", str(block["name"]))):
+            key = (*compared_id, name)
             queues = self._waiting.setdefault(key, [])
-            if not queues or queues[-1][0].place != place:
+            if not queues or queues[-1][0].message_index != message_index:
                 queues.append(collections.deque())
             queues[-1].append(call)
             self._newest[key] = call
         return call.block
 
-    def _own_id(self, sent_id: str) -> str:
-        """An id for the API: the client's own as far as it can be had, and the same in every
+    def _unique_id(self, sent_id: str) -> str:
+        """Return a unique id that the API accepts: close to the client's, and the same in every
         request that repeats the history up to here."""
         plain = plain_id(sent_id) or "call"
         if len(plain) > _CALL_ID_MAX_CHARS:
             tail = hashlib.sha256(sent_id.encode("utf-8", "replace")).hexdigest()[:16]
             plain = plain[: _CALL_ID_MAX_CHARS - len(tail)] + tail
-        own, number = plain, self._numbers.get(plain, 1)
-        while own in self._ids:
+        unique, number = plain, self._numbers.get(plain, 1)
+        while unique in self._used_ids:
             number += 1
-            own = f"{plain}r{number}"
+            unique = f"{plain}r{number}"
         self._numbers[plain] = number
-        self._ids.add(own)
-        return own
+        self._used_ids.add(unique)
+        return unique
 
-    def _keys(self, sent_id: str, *, anywhere: bool) -> list[tuple[str, str]]:
+    def _comparisons(self, sent_id: str, *, any_id: bool) -> list[tuple[str, str]]:
+        """Return the first two parts of the keys for an id, the strictest comparison first."""
         keys = [("sent", sent_id), ("plain", plain_id(sent_id))] if sent_id else []
-        return [*keys, ("any", "")] if anywhere else keys
+        return [*keys, ("any", "")] if any_id else keys
 
-    def add_result(self, block: Block, place: int) -> None:
-        """Take the tool_result block of the message at `place`. Raises BadRequest when there is
-        no call for it."""
+    def add_result(self, block: Block, message_index: int) -> None:
+        """Add a tool_result block to its call. Raises BadRequest if there is no such call."""
         sent_id = str(block["tool_use_id"])
-        ways = [*self._keys(sent_id, anywhere=not sent_id), ("item", sent_id)]
-        call = self._call_for(ways, str(block.get("name") or ""))
+        ids = [*self._comparisons(sent_id, any_id=not sent_id), ("item", sent_id)]
+        call = self._call_for(ids, str(block.get("name") or ""))
         if call is None:
             raise BadRequest(
                 f"{self._param}: no tool was called with the id {one_line(sent_id, 80)!r} before "
@@ -4946,21 +4951,18 @@ class ToolExchanges:
             )
         if call.results:
             self._context.adjust("repeated_tool_result")
-        elif place > call.place + 1:
+        elif message_index > call.message_index + 1:
             self._context.adjust("late_tool_result")
         call.results.append(block)
 
-    def _call_for(self, ways: list[tuple[str, str]], name: str) -> ToolCall | None:
-        for how, sent_id in ways:
-            keys = ((how, sent_id, ""), (how, sent_id, name))
-            for find in (self._first_waiting, self._last):
-                found, named = map(find, keys)
-                if found is not None:
-                    return named if named is not None and named.place == found.place else found
+    def _call_for(self, ids: list[tuple[str, str]], name: str) -> ToolCall | None:
+        for compared_id in ids:
+            for find in (self._first_waiting, self._newest.get):
+                call, named = (find((*compared_id, each)) for each in ("", name))
+                if call is not None:
+                    is_near = named is not None and named.message_index == call.message_index
+                    return named if is_near else call
         return None
-
-    def _last(self, key: _CallKey) -> ToolCall | None:
-        return self._newest.get(key)
 
     def _first_waiting(self, key: _CallKey) -> ToolCall | None:
         queues = self._waiting.get(key, [])
@@ -4972,63 +4974,67 @@ class ToolExchanges:
             queues.pop()
         return None
 
-    def results_after(self, place: int) -> list[Block]:
-        """Return one tool_result for each call of the message at `place`, in their order."""
-        return [self._result_of(call) for call in self._calls.get(place, ())]
+    def results_after(self, message_index: int) -> list[Block]:
+        """Return one tool_result for each call of that message, in the order of the calls."""
+        return [self._result_of(call) for call in self._calls.get(message_index, ())]
 
     def _result_of(self, call: ToolCall) -> Block:
         if not call.results:
             self._context.adjust("missing_tool_result")
         content = [block for result in call.results for block in result["content"]]
-        own: Block = {
+        joined: Block = {
             "type": "tool_result", "tool_use_id": call.block["id"],
             "content": content if call.results else text_blocks(_NO_RESULT),
         }
         failed = any(result.get("is_error") for result in call.results)
-        return {**own, "is_error": True} if failed else own
+        return {**joined, "is_error": True} if failed else joined
 
 
-#: Longer ids are shortened: some clients keep kilobytes in them. With a number it stays below 64.
+#: Longer ids are shortened: some clients store kilobytes in them. With the number that makes it
+#: unique, an id stays below the API's limit of 64.
 _CALL_ID_MAX_CHARS = 48
-#: What a call is told that the client never answered.
+#: The result of a call for which the client sent none.
 _NO_RESULT = "No result was given."
 
 
 def with_paired_results(
     messages: list[Message], context: ParseContext, param: str
 ) -> list[Message]:
-    """Return the messages, each role in turn, with every tool result where the API wants it:
-    first in the user's message after the call, in the order of the calls, one for each.
+    """Return the messages with exactly one tool result for each call, where the API requires it:
+    at the head of the user message after the call, in the order of the calls.
 
-    Raises BadRequest for a result whose call is not there. See ToolExchanges for the repairs.
+    The roles of `messages` alternate. Raises BadRequest for a result without a call. See
+    ToolExchanges for the repairs.
     """
     exchanges = ToolExchanges(context, param)
     rest: list[list[Block]] = []
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         rest.append([])
         for block in message.content:
             if block["type"] == "tool_result":
-                exchanges.add_result(block, place)
+                exchanges.add_result(block, index)
             elif block["type"] == "tool_use":
-                rest[-1].append(exchanges.add_call(block, place))
+                rest[-1].append(exchanges.add_call(block, index))
             else:
                 rest[-1].append(block)
     return merge_adjacent(
-        Message(message.role, exchanges.results_after(place - 1) + rest[place])
-        for place, message in enumerate(messages)
+        Message(message.role, exchanges.results_after(index - 1) + rest[index])
+        for index, message in enumerate(messages)
     )
 
 
-#: The field that names a session. It is no other program's: elsewhere `session_id` only groups
-#: requests, and those of one group must not see each other's messages.
+#: The field that names a session. The common name `session_id` is avoided: other programs only
+#: group requests by it, and the requests of a group must not see each other's messages.
 SESSION_FIELD = "ocp_session_id"
 
 
 def with_session_messages(
     fields: Fields, parsing: ParseEnvironment, system: str, messages: list[Message]
 ) -> list[Message]:
-    """The messages, after those of the session that the request names. A request that brings
-    answers of its own knows its history better."""
+    """Return the messages of the session that the request names, followed by `messages`.
+
+    A request that already contains assistant messages is returned as it is.
+    """
     session_id = fields.text(SESSION_FIELD)
     if session_id and not re.fullmatch(r"[\x20-\x7e]{1,256}", session_id):
         raise fields.invalid(SESSION_FIELD, "up to 256 plain characters")
@@ -5038,10 +5044,11 @@ def with_session_messages(
 
 
 def with_reminders(messages: list[Message]) -> list[Message]:
-    """Return the messages with those of the system where they stand, as parts of the user's: in
-    the system prompt they would change the head of the conversation at every step.
+    """Return the messages with system messages turned into reminders in user messages.
 
-    A part of the user's that is the system's alone is a question, and told as one.
+    They keep their place: moved to the system prompt, they would change the head of the
+    conversation, and invalidate the prompt cache, at every step. System messages without a user
+    message beside them become plain user messages.
     """
     result: list[Message] = []
     for _, group in itertools.groupby(messages, key=lambda each: each.role == "assistant"):
@@ -5050,22 +5057,24 @@ def with_reminders(messages: list[Message]) -> list[Message]:
             texts = (system_text(message.content) for message in neighbours)
             result += [Message("user", text_blocks(text)) for text in texts]
         else:
-            result += _reminded(neighbours)
+            result += _place_reminders(neighbours)
     return result
 
 
-def _reminded(neighbours: list[Message]) -> list[Message]:
-    """Return the messages between two answers with a reminder for each of the system's. Behind or
-    before tool results it goes into the last of these, as Claude Code does: a claude in the middle
-    of its turn takes nothing else."""
+def _place_reminders(neighbours: list[Message]) -> list[Message]:
+    """Return the messages between two answers with each system message turned into a reminder.
+
+    Beside tool results it becomes a part of the last one, as Claude Code does: in the middle of a
+    turn claude reads nothing but tool results.
+    """
     last_results = max((i for i, each in enumerate(neighbours) if each.has_results), default=-1)
     reminders: dict[int, list[Block]] = {}
     kept: dict[int, Message] = {}
     results_before = -1
-    for place, message in enumerate(neighbours):
+    for index, message in enumerate(neighbours):
         if message.role != "system":
-            kept[place] = message
-            results_before = place if message.content[-1]["type"] == "tool_result" else -1
+            kept[index] = message
+            results_before = index if message.content[-1]["type"] == "tool_result" else -1
             continue
         text = system_text(message.content)
         if not text:
@@ -5073,34 +5082,34 @@ def _reminded(neighbours: list[Message]) -> list[Message]:
         reminder = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
         if results_before >= 0:
             reminders.setdefault(results_before, []).append(reminder)
-        elif last_results > place:
+        elif last_results > index:
             reminders.setdefault(last_results, []).append(reminder)
         else:
-            kept[place] = Message("user", [reminder])
-    return [_with_reminder(each, reminders.get(place, [])) for place, each in kept.items()]
+            kept[index] = Message("user", [reminder])
+    return [_with_reminders(each, reminders.get(index, [])) for index, each in kept.items()]
 
 
-def _with_reminder(message: Message, reminders: list[Block]) -> Message:
-    """Return the message with these at the end of its last tool result."""
+def _with_reminders(message: Message, reminders: list[Block]) -> Message:
+    """Return the message with the reminders at the end of its last tool result."""
     if not reminders:
         return message
     content = list(message.content)
-    place = max(i for i, block in enumerate(content) if block["type"] == "tool_result")
-    content[place] = {**content[place], "content": [*content[place]["content"], *reminders]}
+    last = max(i for i, block in enumerate(content) if block["type"] == "tool_result")
+    content[last] = {**content[last], "content": [*content[last]["content"], *reminders]}
     return Message(message.role, content)
 
 
 class Prompt(NamedTuple):
-    """What a model is asked."""
+    """A system prompt and the messages after it."""
 
     system: str
     messages: list[Message]
-    #: The messages of the system that are in `system`.
+    #: The client's system messages that make up `system`.
     opening: list[Message] = []
 
 
-#: What is asked where the conversation ends with an answer: for more of it, for what a late result
-#: makes of it, or for its content in the form that the request wants.
+#: The user message to add if a conversation ends with an assistant message: to continue it, to
+#: process a tool result that arrived late, or to put its content into the required form.
 _CONTINUE = "Continue exactly where your last message ends."
 _GO_ON = "The result of an earlier tool call is there now; go on with it."
 _REFORMAT = "Give the answer of this conversation in the required form."
@@ -5110,11 +5119,11 @@ def build_prompt(
     messages: list[Message], fields: Fields, parsing: ParseEnvironment, context: ParseContext,
     param: str, *, instructions: str = "", after_assistant: str = "",
 ) -> Prompt:
-    """Return the prompt that the messages of a request make, those of the system among them.
+    """Return the prompt of a request's messages, including system messages.
 
-    `after_assistant` is what to ask where the last message is the assistant's; without it such a
-    request is refused, unless it is only counted. Raises BadRequest when nothing is there to
-    answer.
+    `after_assistant` is the user message to add if the last message is the assistant's. If it is
+    empty, such a request is refused, unless its tokens are only counted. Raises BadRequest also
+    if there is nothing to answer.
     """
     messages = [message for message in messages if message.content]
     opening = list(itertools.takewhile(lambda each: each.role == "system", messages))
@@ -5122,13 +5131,13 @@ def build_prompt(
     system = "\n\n".join(filter(None, texts))
     later = with_session_messages(fields, parsing, system, with_reminders(messages[len(opening):]))
     if not later and system:
-        # A request that is all instructions: the API needs a user's message to answer.
+        # The API needs a user message, so instructions alone become one.
         return Prompt("", [Message("user", text_blocks(system))])
     if not later:
-        raise BadRequest(f"{param}: there is nothing in it to answer.", param=param)
+        raise BadRequest(f"{param}: there is nothing to answer.", param=param)
     later = _with_user_last(merge_adjacent(later), parsing, context, param, after_assistant)
     later = with_paired_results(later, context, param)
-    # The results of the last message may all belong further up.
+    # All tool results of the last message may have moved up to earlier calls.
     later = _with_user_last(later, parsing, context, param, _GO_ON)
     later = context.attachments.within_bounds(later, param, count_only=parsing.count_only)
     return Prompt(system, later, opening)
@@ -5138,20 +5147,20 @@ def _with_user_last(
     messages: list[Message], parsing: ParseEnvironment, context: ParseContext, param: str,
     after_assistant: str,
 ) -> list[Message]:
-    """Return the messages, with one of the user's at the end. Raises BadRequest where the last is
+    """Return the messages with a user message at the end. Raises BadRequest if the last one is
     the assistant's and `after_assistant` is empty."""
     if messages[-1].role == "user" or parsing.count_only:
         return messages
     if not after_assistant:
         raise BadRequest(
-            f"{param}: the last message must be the user's; an answer cannot be continued here.",
-            param=param,
+            f"{param}: the last message must have the role user; prefilling an answer is not "
+            "supported.", param=param,
         )
     context.adjust("assistant_last")
     return [*messages, Message("user", text_blocks(after_assistant))]
 
 
-#: Types of images, and how images of them begin.
+#: Image types, and a pattern of their first bytes.
 _IMAGE_TYPES = {
     "image/jpeg": rb"\xff\xd8\xff",
     "image/png": rb"\x89PNG",
@@ -5159,27 +5168,28 @@ _IMAGE_TYPES = {
     "image/webp": rb"RIFF....WEBP",
 }
 _PDF = "application/pdf"
-#: Readers find a PDF although something stands before it, within so many bytes.
+#: The header of a PDF may be anywhere within its first bytes.
 _PDF_HEAD_BYTES = 1024
-#: How text begins whose encoding is not UTF-8.
+#: Byte order marks of encodings other than UTF-8. UTF-32 precedes UTF-16, whose mark it contains.
 _BYTE_ORDER_MARKS = {
     b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
 }
-#: Encodings that a file may name. Others of Python's take quadratic time, or are none of text.
+#: Encodings that a file may name. Python's others take quadratic time or do not decode text.
 _CHARSET = re.compile(
     "charset=[\"']?((?:utf|ascii|us-ascii|latin|iso|windows|cp|gb|big5|euc|shift|koi8|mac)[\\w.-]*)"
 )
-#: Characters of binary data. Text may have those of terminals and the end mark of DOS.
-_NO_TEXT = re.compile("[\0-\x06\x0e-\x19\x1c-\x1f]")
+#: Control characters that only binary data has. Text may contain terminal sequences and the DOS
+#: end-of-file mark.
+_BINARY = re.compile("[\0-\x06\x0e-\x19\x1c-\x1f]")
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]{0,30}):")
 _FROM_URL_ALPHABET = str.maketrans("-_", "+/")
 
 
 def _exact_base64(data: str) -> bytes | None:
-    """The bytes of base64 data; None when there are none, or when it is not just as it has to be.
+    """Return the bytes of base64 data; None if it is empty or not exactly as it has to be.
 
-    The decoder is fast and skips what it does not know: that shows in the number of bytes.
+    The decoder is fast and skips invalid characters, which shows in the number of bytes.
     """
     try:
         content = binascii.a2b_base64(data)
@@ -5190,14 +5200,14 @@ def _exact_base64(data: str) -> bytes | None:
 
 
 def base64_bytes(data: str) -> int:
-    """Return how many bytes this exact base64 data stands for."""
+    """Return the decoded size of base64 data that is valid and padded."""
     return len(data) // 4 * 3 - data[-2:].count("=")
 
 
 def normalized_base64(data: str) -> tuple[str, bytes]:
-    """Return base64 data as the API takes it, and its bytes; no bytes when it cannot be read.
+    """Return base64 data in the form that the API accepts, and its bytes, empty if it is invalid.
 
-    White space, the alphabet for addresses, percent signs and missing padding are mended.
+    White space, the URL-safe alphabet, percent-encoding and missing padding are accepted.
     """
     content = _exact_base64(data)
     if content is None:
@@ -5209,63 +5219,64 @@ def normalized_base64(data: str) -> tuple[str, bytes]:
 
 
 def _data_type(content: bytes, sent_type: str) -> str:
-    """The type of an image or PDF by how it begins, whatever the client calls it; else empty."""
-    for media_type, begin in _IMAGE_TYPES.items():
-        if re.match(begin, content, re.DOTALL):
+    """Return the type of an image or PDF by its first bytes, not by the client's word; else ""."""
+    for media_type, first_bytes in _IMAGE_TYPES.items():
+        if re.match(first_bytes, content, re.DOTALL):
             return media_type
     head = content[:_PDF_HEAD_BYTES]
-    marked = b"%PDF-" in head if sent_type == _PDF else head.lstrip().startswith(b"%PDF-")
-    return _PDF if marked else ""
+    is_pdf = b"%PDF-" in head if sent_type == _PDF else head.lstrip().startswith(b"%PDF-")
+    return _PDF if is_pdf else ""
 
 
-def caption_blocks(named: Mapping[str, str]) -> list[Block]:
-    """Return what a client says about a file beside it, as a text to put before its content."""
-    return text_blocks("\n".join(f"{name.title()}: {text}" for name, text in named.items()))
+def caption_blocks(labels: Mapping[str, str]) -> list[Block]:
+    """Return a client's labels of a file as a text to put before its content."""
+    return text_blocks("\n".join(f"{name.title()}: {text}" for name, text in labels.items()))
 
 
 class Attachment(NamedTuple):
-    """An image or a file as a request has it."""
+    """An image or a file as a request sends it."""
 
-    #: Its base64 data, a data: URI of it, or its address.
+    #: Base64 data, a data: URI, or an http(s) URL.
     data: str
     #: The path of that field.
     param: str
-    #: What the client takes it for.
+    #: The type that the client declares.
     media_type: str = ""
-    #: What the client says about it: title and context.
+    #: The client's title and context.
     labels: Mapping[str, str] = MappingProxyType({})
-    #: Whether it may be nothing but an image or a PDF.
+    #: Whether files other than images and PDF are refused.
     image_only: bool = False
 
 
 class Attachments:
-    """Turns the images and files of one request into blocks, and keeps their bounds."""
+    """Turns the images and files of one request into blocks, and enforces their limits."""
 
     def __init__(self, limits: Limits, adjust: Callable[[str], None]) -> None:
         self._limits = limits
         self._adjust = adjust
-        #: The blocks that were made, with their paths, by the id of the block.
-        self._made: dict[int, tuple[Block, str]] = {}
+        #: Every block and the path of its field, by the block's id(). The reference to the block
+        #: keeps that id valid.
+        self._paths: dict[int, tuple[Block, str]] = {}
 
     def blocks(self, sent: Attachment) -> list[Block]:
-        """Return the blocks of an image or a file. Its data says what it is: an image, a PDF, or
-        text, which is told as text. Raises BadRequest, Unsupported."""
-        scheme = _SCHEME.match(sent.data)
-        word = scheme[1].lower() if scheme else "data"
-        if word not in ("data", "http", "https"):
+        """Return the blocks of an image or a file, whose data tells its type: an image, a PDF, or
+        text, which becomes a text block. Raises BadRequest, Unsupported."""
+        match = _SCHEME.match(sent.data)
+        scheme = match[1].lower() if match else "data"
+        if scheme not in ("data", "http", "https"):
             raise BadRequest(
-                f"{sent.param}: must be a data: URI or an http(s) address.",
+                f"{sent.param}: must be a data: URI or an http(s) URL.",
                 param=sent.param, code="unsupported_url_scheme",
             )
-        found = self._inline(sent) if word == "data" else [self._remote(sent)]
-        self._made.update((id(block), (block, sent.param)) for block in attachments_of(found))
-        return found
+        blocks = self._inline(sent) if scheme == "data" else [self._remote(sent)]
+        self._paths.update((id(block), (block, sent.param)) for block in attachments_of(blocks))
+        return blocks
 
     def _remote(self, sent: Attachment) -> Block:
         if not self._limits.image_allow_url:
             raise BadRequest(
-                f"{sent.param}: addresses of images and files are not passed on by this server; "
-                "send the data, as a data: URI, or have the operator set CLAUDE_IMAGE_ALLOW_URL=1.",
+                f"{sent.param}: this server does not accept URLs of images and files; send the "
+                "data as a data: URI, or have the operator set CLAUDE_IMAGE_ALLOW_URL=1.",
                 param=sent.param, code="remote_url_disabled",
             )
         source = {"type": "url", "url": sent.data.strip()}
@@ -5277,8 +5288,8 @@ class Attachments:
         head, comma, data = "", ",", sent.data
         if _SCHEME.match(data):
             head, comma, data = data.partition(",")
-        words = (head.partition(":")[2] or sent.media_type).lower().split(";")
-        media_type, *parameters = [word.strip() for word in words]
+        declared = (head.partition(":")[2] or sent.media_type).lower().split(";")
+        media_type, *parameters = map(str.strip, declared)
         if head and comma and media_type.startswith("text/") and "base64" not in parameters:
             content = urllib.parse.unquote_to_bytes(data)
             return caption_blocks(sent.labels) + self._text(sent, content, media_type, parameters)
@@ -5290,14 +5301,14 @@ class Attachments:
         data, content = normalized_base64(data)
         if not content:
             raise BadRequest(
-                f"{sent.param}: the base64 data is broken or empty.",
+                f"{sent.param}: the base64 data is invalid or empty.",
                 param=sent.param, code="invalid_data_uri",
             )
-        own_type = _data_type(content, media_type)
-        source = {"type": "base64", "media_type": own_type, "data": data}
-        if own_type == _PDF:
+        actual_type = _data_type(content, media_type)
+        source = {"type": "base64", "media_type": actual_type, "data": data}
+        if actual_type == _PDF:
             return [{"type": "document", "source": source, **sent.labels}]
-        if own_type:
+        if actual_type:
             return [*caption_blocks(sent.labels), {"type": "image", "source": source}]
         return caption_blocks(sent.labels) + self._text(sent, content, media_type, parameters)
 
@@ -5305,22 +5316,24 @@ class Attachments:
         self, sent: Attachment, content: bytes, media_type: str, parameters: list[str]
     ) -> list[Block]:
         text = None if sent.image_only else self._decoded(content, media_type, parameters)
-        if text is None or _NO_TEXT.search(text):
+        if text is None or _BINARY.search(text):
             what = "images must be" if sent.image_only else "files must be text in UTF-8, PDF or"
-            named = f", not {one_line(media_type, 60)}" if media_type not in _IMAGE_TYPES else ""
+            is_other = media_type and media_type not in _IMAGE_TYPES
+            declared = f", not {one_line(media_type, 60)}" if is_other else ""
             raise BadRequest(
-                f"{sent.param}: {what} one of {', '.join(_IMAGE_TYPES)}"
-                f"{named if media_type else ''}; its data is nothing of that. Convert it first.",
+                f"{sent.param}: {what} one of {', '.join(_IMAGE_TYPES)}{declared}; "
+                "the data is none of these. Convert it first.",
                 param=sent.param,
                 code="unsupported_image_type" if sent.image_only else "unsupported_file_type",
             )
         return text_blocks(text)
 
     def _decoded(self, content: bytes, media_type: str, parameters: list[str]) -> str | None:
-        """The text of a file: as its mark or its type says, in UTF-8, else as Windows wrote it."""
+        """Return the text of a file, decoded by its byte order mark, its declared charset, UTF-8
+        or, for a declared text type, Windows-1252; None if it does not decode."""
         marked = [name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)]
-        named = [found[1] for found in map(_CHARSET.match, parameters) if found]
-        for encoding in marked[:1] or [*named, "utf-8-sig"]:
+        declared = [match[1] for match in map(_CHARSET.match, parameters) if match]
+        for encoding in marked[:1] or [*declared, "utf-8-sig"]:
             with contextlib.suppress(UnicodeError, LookupError):
                 return content.decode(encoding)
         if media_type.startswith("text/") and not marked:
@@ -5333,10 +5346,10 @@ class Attachments:
     def within_bounds(
         self, messages: list[Message], param: str, *, count_only: bool
     ) -> list[Message]:
-        """Return the messages without the oldest attachments that are too many for a request.
+        """Return the messages, with the oldest attachments replaced by a text if there are too
+        many for a request.
 
-        A text stands where one was. Raises TooLarge when the last message alone has too many,
-        unless it is only counted.
+        Raises TooLarge if the last message alone has too many, unless `count_only`.
         """
         maximum = self._limits.max_image_bytes
         sizes = [
@@ -5354,44 +5367,45 @@ class Attachments:
         total_bytes = 0
         for number, (block, size_bytes) in enumerate(zip(attachments_of(message.content), sizes)):
             total_bytes += size_bytes or 0
-            _, param = self._made.get(id(block), (block, param))
+            _, param = self._paths.get(id(block), (block, param))
             if size_bytes is None:
                 raise TooLarge(
-                    f"{param}: an image may have {self._limits.max_image_bytes} bytes.",
+                    f"{param}: an image may have at most {self._limits.max_image_bytes} bytes.",
                     param=param, code="image_too_large",
                 )
             if number >= self._limits.max_images:
                 raise TooLarge(
-                    f"{param}: a request may hold {self._limits.max_images} images and files.",
-                    param=param, code="too_many_images",
+                    f"{param}: a request may have at most {self._limits.max_images} images and "
+                    "files.", param=param, code="too_many_images",
                 )
             if total_bytes > self._limits.max_image_total_bytes:
                 raise TooLarge(
-                    f"{param}: the images and files of a request may have "
-                    f"{self._limits.max_image_total_bytes} bytes together.",
+                    f"{param}: the images and files of a request may have at most "
+                    f"{self._limits.max_image_total_bytes} bytes in total.",
                     param=param, code="images_too_large",
                 )
 
 
-def _size_bytes(block: Block, largest_image_bytes: int) -> int | None:
-    """The bytes of an attachment in the request; None for an image that is too large."""
+def _size_bytes(block: Block, max_image_bytes: int) -> int | None:
+    """Return the decoded size of an attachment, 0 for a URL; None if an image is too large."""
     size_bytes = base64_bytes(block["source"].get("data") or "")
-    too_large = block["type"] == "image" and size_bytes > largest_image_bytes
+    too_large = block["type"] == "image" and size_bytes > max_image_bytes
     return None if too_large else size_bytes
 
 
 def _max_attachments(model: Model) -> int:
-    """How many images and documents the API takes in a request."""
+    """Return how many images and documents the API accepts in a request."""
     return 100 if model.context_window <= 200_000 else 600
 
 
 def surplus_attachments(sizes: list[list[int | None]], limits: Limits) -> set[int]:
-    """Return the numbers of the attachments to leave out, counted over all messages.
+    """Return the numbers of the attachments to drop, counted from 0 over all messages.
 
-    `sizes` has the bytes of each, message by message; None is always left out. Over a limit the
-    oldest go until four fifths of it are left, so that a conversation that grows changes at its
-    head only once in many messages. What an earlier message loses depends on no later one but
-    the message that made them too many, whose own are the last to go.
+    `sizes` has their bytes, message by message; None is always dropped. Over a limit the oldest
+    are dropped until four fifths of it are left, so that the head of a growing conversation, and
+    with it the prompt cache, changes only once in many messages. The result for one message
+    depends on later messages only through the one that exceeded the limit, whose own attachments
+    are dropped last.
     """
     maximum = (limits.max_images, limits.max_image_total_bytes)
     kept: collections.deque[tuple[int, int]] = collections.deque()
@@ -5399,20 +5413,20 @@ def surplus_attachments(sizes: list[list[int | None]], limits: Limits) -> set[in
     numbers = itertools.count()
     total_bytes = 0
 
-    def exceed(fifths: int) -> bool:
-        held = (len(kept), total_bytes)
-        return any(is_held * 5 > bound * fifths for is_held, bound in zip(held, maximum))
+    def exceeds(fifths: int) -> bool:
+        totals = (len(kept), total_bytes)
+        return any(total * 5 > bound * fifths for total, bound in zip(totals, maximum))
 
-    for own in sizes:
+    for message_sizes in sizes:
         earlier = len(kept)
-        for size_bytes, number in zip(own, numbers):
+        for size_bytes, number in zip(message_sizes, numbers):
             if size_bytes is None:
                 dropped.add(number)
             else:
                 kept.append((number, size_bytes))
                 total_bytes += size_bytes
-        least_fifths = 4 if exceed(5) else 5
-        while exceed(least_fifths) and (earlier > 0 or exceed(5)):
+        target_fifths = 4 if exceeds(5) else 5
+        while exceeds(target_fifths) and (earlier > 0 or exceeds(5)):
             number, size_bytes = kept.popleft()
             dropped.add(number)
             total_bytes -= size_bytes
@@ -5421,65 +5435,65 @@ def surplus_attachments(sizes: list[list[int | None]], limits: Limits) -> set[in
 
 
 def _without(messages: list[Message], dropped: set[int]) -> list[Message]:
-    """The messages with a text in place of each of these attachments."""
+    """Return the messages with a text in place of each dropped attachment."""
     numbers = itertools.count()
 
-    def kept(blocks: Iterable[Block]) -> Iterator[Block]:
+    def replaced(blocks: Iterable[Block]) -> Iterator[Block]:
         for block in blocks:
             if block["type"] == "tool_result":
-                yield {**block, "content": list(kept(block["content"]))}
+                yield {**block, "content": list(replaced(block["content"]))}
             elif block["type"] in _ATTACHMENT_BLOCKS and next(numbers) in dropped:
                 yield {"type": "text", "text": f"[An older {block['type']} was left out here.]"}
             else:
                 yield block
 
-    return [Message(message.role, list(kept(message.content))) for message in messages]
+    return [Message(message.role, list(replaced(message.content))) for message in messages]
 
 
 class ParseContext:
-    """What the parts of one request share while it is parsed: the limits of its attachments, and
-    what its response headers have to tell about it."""
+    """The state of parsing one request: its attachments, and the fields that were ignored and the
+    repairs that were made, which the response headers report."""
 
     def __init__(self, limits: Limits, model: Model) -> None:
-        most_images = min(limits.max_images, _max_attachments(model))
-        self.attachments = Attachments(limits._replace(max_images=most_images), self.adjust)
+        max_images = min(limits.max_images, _max_attachments(model))
+        self.attachments = Attachments(limits._replace(max_images=max_images), self.adjust)
         self._ignored: list[str] = []
         self._adjusted: collections.Counter[str] = collections.Counter()
 
     def ignore(self, *paths: str) -> None:
-        """Note that what stands at these paths of the request is left out."""
+        """Record the paths of fields that have no effect."""
         self._ignored += paths
 
-    def adjust(self, word: str, count: int = 1) -> None:
-        """Note a repair of the request by its word of docs/api.md."""
-        self._adjusted[word] += count
+    def adjust(self, repair: str, count: int = 1) -> None:
+        """Record a repair of the request by its name in docs/api.md."""
+        self._adjusted[repair] += count
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Everything that was left out, in the order of the request."""
+        """The paths of ignored fields, in the order of the request."""
         return tuple(self._ignored)
 
     @property
     def adjusted(self) -> tuple[tuple[str, int], ...]:
-        """The repairs, each with how often it was made."""
+        """The repairs and how often each was made."""
         return tuple(self._adjusted.items())
 
 
 def labels_of(part: Fields, *names: str) -> dict[str, str]:
-    """Return what a client says about a document beside it: its name, where it is from."""
+    """Return the named fields of a document, such as its title, that are not empty."""
     return {name: part.text(name) or "" for name in names if part.text(name)}
 
 
 def _refuse_stored(source: Fields, name: str) -> NoReturn:
-    """Raises Unsupported for a file that is named by an id."""
+    """Raise Unsupported for a file that is referred to by an id."""
     raise Unsupported(
-        f"{source.path_of(name)}: files cannot be stored here; send the file as base64 data.",
-        param=source.path_of(name),
+        f"{source.path_of(name)}: this server stores no files; send the file itself, as base64 "
+        "data.", param=source.path_of(name),
     )
 
 
 def _source_blocks(source: Fields, context: ParseContext, sent: Attachment) -> list[Block]:
-    """The blocks of an Anthropic source, where `sent` says what is known from around it."""
+    """Return the blocks of an Anthropic `source` object, which completes `sent`."""
     kind = source.text("type") or ("url" if source.has("url") else "base64")
     if kind == "file":
         _refuse_stored(source, "file_id" if source.has("file_id") else "type")
@@ -5495,7 +5509,7 @@ def _source_blocks(source: Fields, context: ParseContext, sent: Attachment) -> l
 
 
 def image_blocks(part: Fields, context: ParseContext) -> list[Block]:
-    """Return the blocks of an image that came in Anthropic's form or in MCP's."""
+    """Return the blocks of an image in the format of Anthropic or of MCP."""
     source = part.child("source")
     if source is None and part.has("data"):
         media_type = part.text("mimeType") or part.text("mime_type") or ""
@@ -5511,21 +5525,21 @@ def image_blocks(part: Fields, context: ParseContext) -> list[Block]:
 def document_blocks(
     part: Fields, context: ParseContext, read: Callable[[Fields], list[Block]]
 ) -> list[Block]:
-    """Return the blocks of a document that came in Anthropic's form. `read` reads the content of
-    a source that is made of parts."""
+    """Return the blocks of a document in Anthropic's format. `read` returns the blocks of a
+    source with the type "content"."""
     source = part.child("source")
     if source is None:
         raise part.invalid("source", "an object with the document")
-    named = labels_of(part, "title", "context")
+    labels = labels_of(part, "title", "context")
     if source.text("type") == "text":
-        return caption_blocks(named) + text_blocks(source.text("data") or "")
+        return caption_blocks(labels) + text_blocks(source.text("data") or "")
     if source.text("type") == "content":
-        return caption_blocks(named) + read(source)
-    return _source_blocks(source, context, Attachment("", "", labels=named))
+        return caption_blocks(labels) + read(source)
+    return _source_blocks(source, context, Attachment("", "", labels=labels))
 
 
 def tool_use_block(part: Fields) -> Block:
-    """The block of a tool call that came in Anthropic's form."""
+    """Return the block of a tool call in Anthropic's format."""
     return {
         "type": "tool_use",
         "id": part.text("id") or "",
@@ -5535,34 +5549,34 @@ def tool_use_block(part: Fields) -> Block:
 
 
 def tool_result_block(part: Fields, content: list[Block]) -> Block:
-    """The block of a tool's result that came in Anthropic's form, with this content."""
+    """Return the block of a tool result in Anthropic's format, with the parsed content."""
     call_id = part.text("tool_use_id") or ""
     result: Block = {"type": "tool_result", "tool_use_id": call_id, "content": content}
     return {**result, "is_error": True} if part.flag("is_error") else result
 
 
-#: Fields of a tool that are passed on, or that claude sets itself.
+#: Fields of a tool that have an effect, or that claude sets itself.
 _TOOL_FIELDS = (
     "type", "name", "description", "parameters", "input_schema", "function", "cache_control"
 )
 
 
 def read_tool(entry: Fields, name: str, schema_field: str) -> Tool:
-    """Return the tool that a client describes. Raises BadRequest for a schema that claude cannot
-    be told: it would offer the model no such tool, or none at all, and not say so."""
-    # An empty list is PHP's empty object.
-    given = entry.value(schema_field)
+    """Return a client's tool. Raises BadRequest for an invalid schema, because claude would
+    silently drop the tool, or all tools."""
+    value = entry.value(schema_field)
     with contextlib.suppress(ValueError):
         # Some clients send the schema as its JSON text.
-        given = from_json(given) if isinstance(given, str) and given else given
-    schema = Fields({} if given in (None, [], "") else given, entry.path_of(schema_field))
-    told = schema_for_model(schema.object, schema.path, is_tool=True)
+        value = from_json(value) if isinstance(value, str) and value else value
+    # PHP encodes an empty object as an empty array.
+    schema = Fields({} if value in (None, [], "") else value, entry.path_of(schema_field))
+    parsed = schema_for_model(schema.object, schema.path, is_tool=True)
     description = entry.text("description") or ""
-    return Tool(name, description, told.schema, told.wrapped, told.renamed)
+    return Tool(name, description, parsed.schema, parsed.wrapped, parsed.renamed)
 
 
 def unsupported_tool_fields(tools: Iterable[Fields]) -> list[str]:
-    """Return the fields of tools that ask for something which is not passed on."""
+    """Return the paths of fields of tools that have no effect and are not at their default."""
     return list(dict.fromkeys(
         f"tools[].{name}" for tool in tools for name, value in tool.object.items()
         if name not in _TOOL_FIELDS and is_non_default(value)
@@ -5570,35 +5584,34 @@ def unsupported_tool_fields(tools: Iterable[Fields]) -> list[str]:
 
 
 def unique_tools(tools: Iterable[Tool], param: str) -> tuple[Tool, ...]:
-    """The tools, each once. Raises BadRequest when two that differ have one name."""
-    found: dict[str, Tool] = {}
+    """Return the tools without duplicates. Raises BadRequest if different tools share a name."""
+    by_name: dict[str, Tool] = {}
     for tool in tools:
-        if found.setdefault(tool.name, tool) != tool:
-            raise BadRequest(f"{param}: two tools are called {tool.name!r}.", param=param)
-    return tuple(found.values())
+        if by_name.setdefault(tool.name, tool) != tool:
+            raise BadRequest(f"{param}: two tools are named {tool.name!r}.", param=param)
+    return tuple(by_name.values())
 
 
 def checked_tool_choice(tools: tuple[Tool, ...], choice: ToolChoice, param: str) -> ToolChoice:
-    """The choice, if it can be made among these tools. Raises BadRequest."""
+    """Return the choice; without tools, the default one. Raises BadRequest if it requires a tool
+    that is not there."""
     if not tools and choice.forces:
         raise BadRequest(f"{param}: there are no tools to call.", param=param)
     if choice.kind == "tool" and choice.name not in [tool.name for tool in tools]:
-        raise BadRequest(f"{param}: no tool is called {choice.name!r}.", param=param)
+        raise BadRequest(f"{param}: no tool is named {choice.name!r}.", param=param)
     return choice if tools else ToolChoice()
 
 
 def read_output_schema(schema: Fields) -> OutputSchema:
-    """Return the Shape of an answer that has to fit a schema. Raises BadRequest for one that
-    claude cannot be told."""
+    """Return the output schema of a structured answer. Raises BadRequest if it is invalid."""
     return OutputSchema(*schema_for_model(schema.object, schema.path, is_tool=False))
 
 
-#: What fits any object.
 _ANY_OBJECT = OutputSchema({"type": "object", "additionalProperties": True}, wrapped=False)
 
 
-#: Levels of effort that clients ask for, least first, and the budget of tokens that stands for
-#: each with a model that thinks by budget. "minimal" is OpenAI's word for the least.
+#: Effort levels, lowest first, and the thinking budget in tokens for models that take a budget
+#: instead of a level. "minimal" is OpenAI's name for the lowest.
 EFFORT_BUDGETS = {
     "minimal": 1_024,
     "low": 2_048,
@@ -5610,35 +5623,36 @@ EFFORT_BUDGETS = {
 _MIN_BUDGET_TOKENS = 1_024
 
 
-def nearest_effort(model: Model, wanted: str) -> str | None:
-    """The highest level that the model knows and that is not above `wanted`."""
+def nearest_effort(model: Model, level: str) -> str | None:
+    """Return the highest level of the model up to `level`, or else its lowest; None if it has no
+    levels."""
     order = list(EFFORT_BUDGETS)
-    allowed = [level for level in model.efforts if order.index(level) <= order.index(wanted)]
+    allowed = [each for each in model.efforts if order.index(each) <= order.index(level)]
     return allowed[-1] if allowed else (model.efforts[0] if model.efforts else None)
 
 
 class Thinking(NamedTuple):
-    """How much a client wants the model to think, before the model is asked what it takes."""
+    """A client's wishes for thinking, not yet adapted to the model."""
 
-    #: A level of EFFORT_BUDGETS, "none", or None.
+    #: A level of EFFORT_BUDGETS, "none", or None if not set.
     effort: str | None = None
-    #: A budget in tokens, 0 = none; None = as the effort says.
+    #: 0 turns thinking off; None leaves it to the effort.
     budget_tokens: int | None = None
-    #: The field that named the budget.
+    #: The path of the field with the budget.
     budget_field: str = "thinking.budget_tokens"
-    #: Whether it is asked for without saying how much.
+    #: Whether thinking is switched on without an effort or budget.
     enabled: bool = False
-    #: Whether its text is to be left out of the answer.
+    #: Whether the answer leaves out the text of the thinking.
     hidden: bool = False
 
     @property
     def is_requested(self) -> bool:
-        """Whether the client asks for thinking."""
+        """Whether the client requests thinking."""
         return self.effort not in (None, "none") or bool(self.budget_tokens) or self.enabled
 
 
 class RequestedOptions(NamedTuple):
-    """What a client asks for, before the model is asked what it takes."""
+    """A client's options, not yet adapted to the model."""
 
     max_tokens: int | None = None
     stop_sequences: tuple[str, ...] = ()
@@ -5646,111 +5660,112 @@ class RequestedOptions(NamedTuple):
     top_p: float | None = None
     top_k: int | None = None
     thinking: Thinking = Thinking()
-    #: Whether a tool call is forced: the API refuses that together with thinking.
+    #: Whether a tool call is forced: the API rejects that together with thinking.
     forces_tool: bool = False
 
 
-#: The level of effort of a client that wants thinking and does not say how much.
-_USUAL_EFFORT = "medium"
+#: The effort if a client requests thinking without an effort or budget.
+_DEFAULT_EFFORT = "medium"
 
 
-def _thinking_tokens(model: Model, wanted: RequestedOptions) -> int | None:
-    """See Options.thinking_tokens, before sampling has its say."""
-    effort, budget = wanted.thinking.effort, wanted.thinking.budget_tokens
-    if wanted.forces_tool or effort == "none" or budget == 0 or wanted.max_tokens == 0:
+def _thinking_tokens(model: Model, requested: RequestedOptions) -> int | None:
+    """Return the value for Options.thinking_tokens, unless sampling options rule thinking out."""
+    effort, budget = requested.thinking.effort, requested.thinking.budget_tokens
+    if requested.forces_tool or effort == "none" or budget == 0 or requested.max_tokens == 0:
         return 0
-    if not model.known and (wanted.max_tokens or math.inf) < 2 * _MIN_BUDGET_TOKENS:
-        # It may think by budget after all, which would not fit.
+    if not model.known and (requested.max_tokens or math.inf) < 2 * _MIN_BUDGET_TOKENS:
+        # An unknown model may take a budget, which would not fit.
         return 0
     if model.thinking == "adaptive":
         return None
-    maximum = wanted.max_tokens or model.max_tokens
+    maximum = requested.max_tokens or model.max_tokens
     if budget is not None and _MIN_BUDGET_TOKENS <= budget < maximum:
         return budget
-    if budget is None and effort is None and not wanted.thinking.enabled:
+    if budget is None and effort is None and not requested.thinking.enabled:
         return None if model.reasoning else 0
     if budget is None:
-        budget = EFFORT_BUDGETS[effort or _USUAL_EFFORT]
+        budget = EFFORT_BUDGETS[effort or _DEFAULT_EFFORT]
     # Half is left for the answer.
     budget = min(max(budget, _MIN_BUDGET_TOKENS), maximum // 2)
     return budget if budget >= _MIN_BUDGET_TOKENS else 0
 
 
-#: The API takes a top_p from here on together with thinking.
-_TOP_P_BESIDE_THINKING = 0.95
+#: The lowest top_p that the API accepts together with thinking.
+_MIN_TOP_P_WITH_THINKING = 0.95
 
 
-def options_for(model: Model, wanted: RequestedOptions) -> tuple[Options, tuple[str, ...]]:
-    """The options that the model's API will accept, and the parameters that had to go.
+def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tuple[str, ...]]:
+    """Return the options that the model's API accepts, and the parameters that are ignored.
 
-    The API refuses a temperature other than 1 and a low top_p together with thinking, and a
-    temperature together with top_p; without thinking claude sends a temperature in any case. The
-    API's temperature ends at 1 where OpenAI's goes on to 2. A client that names an effort or a
-    budget wants thinking; one that names only a temperature gets it, without thinking.
+    The API rejects thinking together with a temperature other than 1 or a low top_p, and a
+    temperature together with top_p; without thinking claude always sends a temperature. The
+    API's maximum temperature is 1, OpenAI's is 2. An effort or a budget takes precedence over
+    sampling; a temperature alone turns thinking off.
     """
-    given = {"temperature": wanted.temperature, "top_p": wanted.top_p, "top_k": wanted.top_k}
-    # 1 is the default of both; as a number it would only exclude the other.
-    asked = {n: v for n, v in given.items() if v is not None and (v != 1 or n == "top_k")}
-    sampling = {n: v for n, v in asked.items() if n == "top_k" or (n == "temperature" and v < 1)}
-    thinking = _thinking_tokens(model, wanted)
-    if not model.sampling or (wanted.thinking.is_requested and thinking != 0):
+    values = {
+        "temperature": requested.temperature, "top_p": requested.top_p, "top_k": requested.top_k
+    }
+    # Both temperature and top_p default to 1; sent explicitly, one would rule out the other.
+    changed = {n: v for n, v in values.items() if v is not None and (v != 1 or n == "top_k")}
+    sampling = {n: v for n, v in changed.items() if n == "top_k" or (n == "temperature" and v < 1)}
+    thinking = _thinking_tokens(model, requested)
+    if not model.sampling or (requested.thinking.is_requested and thinking != 0):
         sampling = {}
     if sampling:
         thinking = 0
-    if model.sampling and thinking != 0 and asked.get("top_p", 0) >= _TOP_P_BESIDE_THINKING:
-        sampling["top_p"] = asked["top_p"]
-    ignored = [name for name in asked if name not in sampling]
-    budget = wanted.thinking.budget_tokens
+    if model.sampling and thinking != 0 and changed.get("top_p", 0) >= _MIN_TOP_P_WITH_THINKING:
+        sampling["top_p"] = changed["top_p"]
+    ignored = [name for name in changed if name not in sampling]
+    budget = requested.thinking.budget_tokens
     if budget and thinking != budget:
-        ignored.append(wanted.thinking.budget_field)
-    effort = wanted.thinking.effort
+        ignored.append(requested.thinking.budget_field)
+    effort = requested.thinking.effort
     options = Options(
-        max_tokens=wanted.max_tokens,
-        stop_sequences=wanted.stop_sequences,
+        max_tokens=requested.max_tokens,
+        stop_sequences=requested.stop_sequences,
         sampling=tuple(sorted(sampling.items())),
         effort=None if effort in (None, "none") else nearest_effort(model, str(effort)),
         thinking_tokens=thinking,
-        hides_thinking=wanted.thinking.hidden,
+        hides_thinking=requested.thinking.hidden,
     )
     return options, tuple(ignored)
 
 
-#: How many stop sequences a request may have.
-_MAX_STOPS_SENT = 256
+_MAX_STOP_SEQUENCES = 256
 
 
 def stop_sequences(fields: Fields, *names: str) -> tuple[str, ...]:
-    """Return the stop sequences of a request, each once. Raises BadRequest for very many: each is
-    searched for in every piece of the answer."""
+    """Return the distinct stop sequences of a request. Raises BadRequest for too many, because
+    each one is searched for in every piece of the answer."""
     texts = [text for name in names for text in fields.texts(name) if text]
-    found = tuple(dict.fromkeys(texts))
-    if len(found) > _MAX_STOPS_SENT:
-        raise fields.invalid(names[0], f"at most {_MAX_STOPS_SENT} texts")
-    return found
+    distinct = tuple(dict.fromkeys(texts))
+    if len(distinct) > _MAX_STOP_SEQUENCES:
+        raise fields.invalid(names[0], f"at most {_MAX_STOP_SEQUENCES} texts")
+    return distinct
 
 
-_EFFORT_WORDS = ("none", *EFFORT_BUDGETS)
+_EFFORT_LEVELS = ("none", *EFFORT_BUDGETS)
 
 
 def _effort(fields: Fields, name: str) -> str | None:
-    """A level of effort, in any case; None where it is left to the model."""
-    word = (fields.text(name) or "").strip().lower()
-    if word in ("", "auto", "default"):
+    """Return an effort level, ignoring case; None if it is left to the model."""
+    level = (fields.text(name) or "").strip().lower()
+    if level in ("", "auto", "default"):
         return None
-    if word not in _EFFORT_WORDS:
-        raise fields.invalid(name, "one of " + ", ".join(_EFFORT_WORDS))
-    return word
+    if level not in _EFFORT_LEVELS:
+        raise fields.invalid(name, "one of " + ", ".join(_EFFORT_LEVELS))
+    return level
 
 
-#: Types of Anthropic's `thinking`, in the words of all who copy it, and whether they ask for it.
+#: Values of Anthropic's `thinking.type`, also in APIs that copy it, and whether they request it.
 _THINKING_TYPES = {
     "enabled": True, "adaptive": True, "auto": True, "disabled": False, "between_tools": False,
 }
 
 
 def openai_thinking(fields: Fields) -> Thinking:
-    """How much an OpenAI client wants the model to think, in whichever of the common places it
-    says so: OpenAI's own, OpenRouter's `reasoning`, Anthropic's `thinking` and `output_config`."""
+    """Return the thinking that an OpenAI client requests, from OpenAI's own fields, OpenRouter's
+    `reasoning`, or Anthropic's `thinking` and `output_config`."""
     reasoning, thinking, output = (
         fields.settings(name, foreign=True) for name in ("reasoning", "thinking", "output_config")
     )
@@ -5760,53 +5775,55 @@ def openai_thinking(fields: Fields) -> Thinking:
     kind = (thinking.text("type") or "").lower()
     if kind not in ("", *_THINKING_TYPES):
         thinking.mark_ignored("type")
-    said = [
-        place.flag("enabled") if place.has("enabled") else None
-        for place in (reasoning, thinking)
+    switches = [
+        each.flag("enabled") if each.has("enabled") else None for each in (reasoning, thinking)
     ]
-    said.append(_THINKING_TYPES.get(kind))
-    off = False in said
+    switches.append(_THINKING_TYPES.get(kind))
+    off = False in switches
     budgets = {
-        place.path_of(name): place.token_limit(name)
-        for place, name in ((reasoning, "max_tokens"), (thinking, "budget_tokens"))
+        each.path_of(name): each.token_limit(name)
+        for each, name in ((reasoning, "max_tokens"), (thinking, "budget_tokens"))
     }
     field, budget = next(
         ((field, budget) for field, budget in budgets.items() if budget), ("", None)
     )
-    # Responses ask for a summary here; chat shows the thinking in any case.
+    # Mark it as read: Responses request a summary with it, and chat always shows the thinking.
     reasoning.value("summary")
     hidden = [reasoning.flag("exclude"), thinking.text("display") == "omitted"]
     return Thinking(
         effort=next((each for each in efforts if each), "none" if off else None),
         budget_tokens=budget,
         budget_field=field,
-        enabled=not off and True in said,
+        enabled=not off and True in switches,
         hidden=any(hidden),
     )
 
 
 def is_non_default(value: object) -> bool:
-    """Whether a parameter asks for anything other than its default."""
+    """Return whether the value of an optional field differs from the usual defaults."""
     return value not in (None, False, 0, "", "none", [], {})
 
 
 def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
-    """Whether a request wants an answer that was not given before: it says `cache_control`, which
-    is about a cache of the API's, or has a temperature above 0 and `sampled_too` is off."""
+    """Return whether a request must not be answered from the cache.
+
+    True with `cache_control` anywhere, which shows that the client manages the API's cache, and,
+    unless `sampled_too`, with a temperature above 0.
+    """
     if not isinstance(body, dict):
         return False
     temperature = body.get("temperature")
     if not sampled_too and isinstance(temperature, (int, float)) and temperature > 0:
         return True
-    left: list[object] = [body]
-    while left:
-        value = left.pop()
+    pending: list[object] = [body]
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
             if "cache_control" in value:
                 return True
-            left += value.values()
+            pending += value.values()
         elif isinstance(value, list):
-            left += value
+            pending += value
     return False
 
 
