@@ -3576,6 +3576,22 @@ _MERGEABLE = {"type", "title", "description", "default", "examples", "properties
 _UNREADABLE = object()
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+#: How to test a value for each type.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "null": lambda value: value is None,
+    "boolean": lambda value: isinstance(value, bool),
+    "integer": lambda value: _is_number(value) and value == int(value),
+    "number": _is_number,
+    "string": lambda value: isinstance(value, str),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+}
+
+
 class ModelSchema(NamedTuple):
     """A schema as the model gets it, and how to convert its values to the client's form."""
 
@@ -4350,21 +4366,6 @@ def _drop_overlapping_patterns(schema: Json, removed: list[str], notes: Json) ->
 
 # -- validation -----------------------------------------------------------------------------------
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-#: How to test a value for each type.
-_TYPES: dict[str, Callable[[Any], bool]] = {
-    "null": lambda value: value is None,
-    "boolean": lambda value: isinstance(value, bool),
-    "integer": lambda value: _is_number(value) and value == int(value),
-    "number": _is_number,
-    "string": lambda value: isinstance(value, str),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-}
-
 #: Returns whether a value fits a schema.
 _Fits = Callable[[Any, Any], bool]
 
@@ -4653,6 +4654,11 @@ _MAX_TOKEN_LIMIT = 10**9
 _MAX_OBJECTS = 20_000
 
 
+def is_non_default(value: object) -> bool:
+    """Return whether the value of an optional field differs from the usual defaults."""
+    return value not in (None, False, 0, "", "none", [], {})
+
+
 class Fields:
     """One JSON object of a request, read with types.
 
@@ -4831,7 +4837,7 @@ def text_of(blocks: Iterable[Block]) -> str:
 
 
 #: A line that Claude Code, as a client, sends at the head of its system prompt. The claude behind
-#: this server would drop a whole prompt that begins with it.
+#: this server would mistake a whole prompt that begins with it for such a line.
 _BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
 
 
@@ -5797,11 +5803,6 @@ def openai_thinking(fields: Fields) -> Thinking:
         enabled=not off and True in switches,
         hidden=any(hidden),
     )
-
-
-def is_non_default(value: object) -> bool:
-    """Return whether the value of an optional field differs from the usual defaults."""
-    return value not in (None, False, 0, "", "none", [], {})
 
 
 def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
