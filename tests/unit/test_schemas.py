@@ -1,4 +1,4 @@
-"""JSON Schemas of tools and answers: what claude is told of them, and the way back."""
+"""JSON Schemas of tools and answers: in the form that claude gets, and the way back."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ VALIDATORS = {
     2019: "Draft201909Validator", 2020: "Draft202012Validator"}
 
 
-def told(schema: Json, *, is_tool: bool = False, path: str = "schema") -> Any:
+def for_model(schema: Json, *, is_tool: bool = False, path: str = "schema") -> Any:
     return ocp.schema_for_model(schema, path, is_tool=is_tool)
 
 
 def shown(**properties: Json) -> Json:
     """What becomes of the properties of an answer."""
-    return told({"type": "object", "properties": properties}).schema["properties"]
+    return for_model({"type": "object", "properties": properties}).schema["properties"]
 
 
 def refused(schema: Json, *, is_tool: bool = False) -> Any:
     with pytest.raises(ocp.BadRequest) as caught:
-        told(schema, is_tool=is_tool, path="tools[3].function.parameters")
+        for_model(schema, is_tool=is_tool, path="tools[3].function.parameters")
     return caught.value
 
 
@@ -50,9 +50,9 @@ def as_client(found: Any, *pieces: str) -> str:
 
 
 def understood(sample: Sample, *, is_tool: bool) -> Any:
-    """What claude is told of a sample; None if it is no object and so no tool's."""
+    """The form of a sample that claude gets; None if it is no object and so no tool's."""
     try:
-        return told(sample.schema, is_tool=is_tool)
+        return for_model(sample.schema, is_tool=is_tool)
     except ocp.BadRequest as error:
         assert is_tool and error.param == "schema.type", error.message
         return None
@@ -60,7 +60,7 @@ def understood(sample: Sample, *, is_tool: bool) -> Any:
 
 @USES
 @EVERY_GROUP
-def test_what_claude_is_told_is_taken_by_claude_and_by_the_api(
+def test_claude_and_the_api_accept_the_schema_for_the_model(
     group: list[Sample], is_tool: bool
 ) -> None:
     for sample in group:
@@ -72,7 +72,7 @@ def test_what_claude_is_told_is_taken_by_claude_and_by_the_api(
 
 @USES
 @EVERY_GROUP
-def test_what_fits_the_told_schema_fits_the_client_s_once_it_is_mapped_back(
+def test_what_fits_the_model_s_schema_fits_the_client_s_once_it_is_mapped_back(
     group: list[Sample], is_tool: bool
 ) -> None:
     rs = pytest.importorskip("jsonschema_rs")
@@ -100,7 +100,7 @@ def answers(found: Any, chance: random.Random) -> list[Json]:
 def test_a_broken_schema_is_mended_or_refused_by_its_path(start: int, is_tool: bool) -> None:
     for sample in spoiled(300)[start:start + 50]:
         try:
-            found = told(sample.schema, is_tool=is_tool)
+            found = for_model(sample.schema, is_tool=is_tool)
         except ocp.BadRequest as error:
             assert error.status == 400 and str(error.param).startswith("schema")
             assert str(error.param) in error.message
@@ -111,7 +111,7 @@ def test_a_broken_schema_is_mended_or_refused_by_its_path(start: int, is_tool: b
 @EVERY_GROUP
 def test_a_value_in_the_client_s_names_comes_back_as_it_was(group: list[Sample]) -> None:
     for sample in group:
-        found = told(sample.schema)
+        found = for_model(sample.schema)
         for value in answers(found, random.Random(sample.name)):
             mapped = json.loads(as_client(found, json.dumps(value)))
             names = {own: name for name, own in found.renamed}
@@ -191,14 +191,14 @@ def test_a_value_in_the_client_s_names_comes_back_as_it_was(group: list[Sample])
     ],
     ids=lambda value: json.dumps(value)[:50],
 )
-def test_a_keyword_is_told_in_the_words_of_all(schema: Json, becomes: Json) -> None:
+def test_a_keyword_is_put_into_those_that_all_accept(schema: Json, becomes: Json) -> None:
     assert shown(a=schema)["a"] == becomes
 
 
 def test_a_tool_keeps_its_formats() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}
 
-    assert told(schema, is_tool=True).schema == schema
+    assert for_model(schema, is_tool=True).schema == schema
 
 
 @pytest.mark.parametrize(
@@ -217,29 +217,29 @@ def test_a_tool_keeps_its_formats() -> None:
     ],
 )
 def test_a_pattern_is_one_of_javascript_s_or_words(pattern: str, becomes: str | None) -> None:
-    """"" for a pattern that is told in words only, None for one that stays as it is."""
+    """"" for a pattern that becomes part of the description, None for one that stays as it is."""
     found = shown(a={"pattern": pattern})["a"]
 
     assert found.get("pattern", "") == (pattern if becomes is None else becomes)
     assert ("description" in found) == (becomes == "")
 
 
-def test_patterns_that_are_too_many_are_told_in_words() -> None:
+def test_patterns_that_are_too_many_become_part_of_the_description() -> None:
     patterns = ["^" + "a.b" * 600 + str(number) for number in range(20)]
 
-    found = told({"anyOf": [{"pattern": pattern} for pattern in patterns]}).schema
+    found = for_model({"anyOf": [{"pattern": pattern} for pattern in patterns]}).schema
 
     each = found["properties"]["value"]["anyOf"]
     assert [part.get("pattern") for part in each[:11]] == patterns[:11]
     assert all("pattern" in part["description"] and "pattern" not in part for part in each[11:])
 
 
-def test_patterns_of_very_many_names_are_told_in_words() -> None:
+def test_patterns_of_very_many_names_become_part_of_the_description() -> None:
     def schema(count: int) -> Json:
         return {"type": "object", "properties": {f"p{n}": {} for n in range(count)},
                 "patternProperties": {f"^x{n}$": {"type": "string"} for n in range(count)}}
 
-    few, many = told(schema(40)).schema, told(schema(50)).schema
+    few, many = for_model(schema(40)).schema, for_model(schema(50)).schema
     assert len(few["patternProperties"]) == 40
     assert "patternProperties" not in many and "^x0$" in many["description"]
 
@@ -254,7 +254,7 @@ def test_patterns_of_very_many_names_are_told_in_words() -> None:
 def test_a_reference_leads_to_a_definition_at_the_root(name: str) -> None:
     [sample] = [sample for sample in corpus() if sample.name == name]
 
-    found = told(sample.schema)
+    found = for_model(sample.schema)
 
     assert found.schema["$defs"] and refusals(found.schema, is_tool=False) == []
 
@@ -301,7 +301,7 @@ def test_a_pattern_that_never_ends_is_not_run() -> None:
     """It would hold up the whole server."""
     schema = {"type": "object", "properties": {"a" * 60: {}}, "patternProperties": {"(a*)*b": {}}}
 
-    assert "patternProperties" not in told(schema).schema
+    assert "patternProperties" not in for_model(schema).schema
 
 
 # -- roots --------------------------------------------------------------------
@@ -316,13 +316,14 @@ def test_a_pattern_that_never_ends_is_not_run() -> None:
 def test_a_root_that_says_more_than_an_object_is_wrapped(name: str, wrapped: bool) -> None:
     [sample] = [sample for sample in corpus() if sample.name == name]
 
-    assert told(sample.schema, is_tool=True).wrapped == told(sample.schema).wrapped == wrapped
+    assert for_model(sample.schema).wrapped == wrapped
+    assert for_model(sample.schema, is_tool=True).wrapped == wrapped
 
 
 def test_a_root_reference_with_a_title_is_joined() -> None:
     target = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
-    found = told({"title": "Answer", "description": "It.", "$ref": "#/definitions/A",
+    found = for_model({"title": "Answer", "description": "It.", "$ref": "#/definitions/A",
                   "definitions": {"A": {"title": "A", **target}}})
 
     assert not found.wrapped
@@ -349,7 +350,7 @@ def test_what_comes_after_a_wrapped_value_is_left_out(written: str, value: objec
 
 
 def test_a_name_that_the_api_refuses_is_told_by_another() -> None:
-    found = told({
+    found = for_model({
         "type": "object", "required": ["Account Number"], "properties": {
             "Account Number": {"description": "Which."}, "Account_Number": {}, "\u65e5": {},
             "gr\u00f6\u00dfe": {"enum": [{"Account Number": 1}]}, "__proto__": {}}})
@@ -438,7 +439,7 @@ def test_more_tools_than_the_client_s_are_no_error() -> None:
 def test_a_root_that_refers_to_a_definition_is_joined_whatever_it_is_called(more: Json) -> None:
     city = {"type": "object", "properties": {"name": {"type": "string"}}}
 
-    found = told({"$ref": "#/definitions/City", "definitions": {"City": city}, **more})
+    found = for_model({"$ref": "#/definitions/City", "definitions": {"City": city}, **more})
 
     assert not found.wrapped
     assert {name: found.schema[name] for name in (*city, *more)} == {**city, **more}
