@@ -25,26 +25,31 @@ Sections (search for "==== 8" to jump to the eighth):
      7. Store              the SQLite file, and the settings changed at run time
      8. Keys and callers   who may use which route, and the keys of devices
      9. Usage and quotas   one row for each request, and what keys may use
-    10. JSON Schema        schemas of tools and answers, put into words that all take
-    11. Dialects           wire formats: a body becomes a Turn, events become an answer
-    12. Claude protocol    what is said to claude and what its lines mean; pure
-    13. Claude process     the program on disk, one child, its pipes, and its end
-    14. Gate and spares    who may run now; idle processes that wait for work
-    15. Parking            what is kept of a conversation for its next message
-    16. Cache              answers given again, and shared while they come
-    17. Account            what is known about login and plan, learned from answers
-    18. Metrics            counters and histograms since the start
-    19. Connections        sockets, and the bounds of what they take together
-    20. State folder       the database, the modes of files, the admin key
-    21. Answering          one request: quota, cache, claude, row of usage
-    22. App                owns every long-lived object; the housekeeper
-    23. API description    what a route is, and the OpenAPI document of them all
-    24. Dashboard          the page for the operator, and what it may do
-    25. Endpoints          one function for each route
-    26. Routes             the table of routes
-    27. HTTP server        sockets, bodies, one thread for each connection
-    28. Demo claude        the stand-in behind --demo
-    29. Command line       arguments, signals, main
+    10. Patterns           regular expressions of clients, for JavaScript and for Python
+    11. JSON Schema        schemas of clients, parsed into plain 2020-12
+    12. Model schemas      what claude and the API accept of a schema, and the way back
+    13. Request fields     typed access to JSON; messages become a prompt
+    14. Attachments        images and files of requests, and their limits
+    15. Tools and options  tools, output schemas, thinking and sampling
+    16. Dialects           wire formats: a body becomes a Turn, events become an answer
+    17. Claude protocol    what is said to claude and what its lines mean; pure
+    18. Claude process     the program on disk, one child, its pipes, and its end
+    19. Gate and spares    who may run now; idle processes that wait for work
+    20. Parking            what is kept of a conversation for its next message
+    21. Cache              answers given again, and shared while they come
+    22. Account            what is known about login and plan, learned from answers
+    23. Metrics            counters and histograms since the start
+    24. Connections        sockets, and the bounds of what they take together
+    25. State folder       the database, the modes of files, the admin key
+    26. Answering          one request: quota, cache, claude, row of usage
+    27. App                owns every long-lived object; the housekeeper
+    28. API description    what a route is, and the OpenAPI document of them all
+    29. Dashboard          the page for the operator, and what it may do
+    30. Endpoints          one function for each route
+    31. Routes             the table of routes
+    32. HTTP server        sockets, bodies, one thread for each connection
+    33. Demo claude        the stand-in behind --demo
+    34. Command line       arguments, signals, main
 """
 from __future__ import annotations
 
@@ -3498,13 +3503,114 @@ _MAX_HOURLY_S = 32 * 86_400.0
 _MAX_SERIES = 10_000
 
 
-# ==== 10. JSON Schema ========================================================
+# ==== 10. Patterns ===========================================================
+# Regular expressions in schemas. Clients write those of their own language; claude's validator is
+# JavaScript and rejects a whole schema because of one invalid pattern.
+
+#: How to translate one piece of a regular expression: a pattern of the piece, its template for
+#: JavaScript (None if JavaScript rejects it), and its template for Python (None if the same).
+_PatternRule = tuple["re.Pattern[str]", "str | None", "str | None"]
+
+
+def _pattern_rules(*rules: tuple[str, str | None, str | None]) -> tuple[_PatternRule, ...]:
+    return tuple((re.compile(text, re.DOTALL), script, python) for text, script, python in rules)
+
+
+_KNOWN_ESCAPES = r"\\(?:[dDwWsStnvfr^$\\.*+?()\[\]{}|/]|0(?!\d)|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})"
+_CATEGORY = r"\\p\{(?:L[ultmo]?|M[nce]?|N[dlo]?|P[cdseifo]?|S[mcko]?|Z[slp]?)\}"
+_IN_CLASS_RULES = _pattern_rules(
+    (_KNOWN_ESCAPES, r"\g<0>", None),
+    (_CATEGORY, r"\g<0>", r"\\w"),
+    (r"\\-|(?<=\\[dDwWsS])-|-(?=\\[dDwWsS])", r"\\-", None),
+    (r"\\([^A-Za-z0-9])", r"\1", None),
+    (r"\\", None, None),
+    (r"\[", r"\\[", None),
+    (r".", r"\g<0>", None),
+)
+_PATTERN_RULES = _pattern_rules(
+    (r"[A-Za-z0-9 _,:;@#%&=~'\"<>!/-]+", r"\g<0>", None),
+    (_KNOWN_ESCAPES, r"\g<0>", None),
+    (_CATEGORY, r"\g<0>", r"\\w"),
+    (r"\\[bB]|\\[1-9]", r"\g<0>", None),
+    (r"\\k<(\w+)>", r"\g<0>", r"(?P=\1)"),
+    (r"\\A", "^", None),
+    (r"\\[Zz]", "$", None),
+    (r"\\([^A-Za-z0-9])", r"\1", None),
+    (r"\\", None, None),
+    (r"\(\?P?<([A-Za-z_]\w*)>", r"(?<\1>", r"(?P<\1>"),
+    (r"\(\?(?:[:=!]|<[=!])", r"\g<0>", None),
+    (r"\(\?", None, None),
+    (r"(?:[*+?]|\{\d+(?:,\d*)?\})\??(?![*+?])", r"\g<0>", None),
+    (r"[*+?]", None, None),
+    (r"[{}\]]", r"\\\g<0>", None),
+    (r".", r"\g<0>", None),
+)
+_CLASS = re.compile(r"(\[\^?)((?:[^\]\\]|\\.)+)\]", re.DOTALL)
+#: What may take exponential time to match: a repeated group, a back reference; and more than a
+#: few repetitions.
+_SLOW_PATTERN = re.compile(r"\)[*+?{]|\\[1-9]|\(\?P=")
+_MAX_PATTERN_REPETITIONS = 3
+#: The longest pattern: parsing takes time.
+_MAX_PATTERN_CHARS = 2_000
+
+
+class Pattern(NamedTuple):
+    """A client's regular expression."""
+
+    #: In the syntax of JavaScript with its `u` flag.
+    javascript: str
+    #: For Python; None if matching may take exponential time.
+    compiled: re.Pattern[str] | None
+
+    def may_match(self, name: str) -> bool:
+        """Return True if the pattern matches, or is too slow to find out."""
+        return self.compiled is None or self.compiled.search(name) is not None
+
+
+def _translate_pattern(text: str, rules: tuple[_PatternRule, ...]) -> tuple[str, str]:
+    """Return a regular expression in the syntax of JavaScript and in that of Python.
+
+    Raises ValueError if JavaScript rejects it.
+    """
+    javascript, python, at = "", "", 0
+    while at < len(text):
+        match = _CLASS.match(text, at) if rules is _PATTERN_RULES else None
+        if match is not None:
+            inner = _translate_pattern(match[2], _IN_CLASS_RULES)
+            pieces = tuple(f"{match[1]}{piece}]" for piece in inner)
+        else:
+            matches = ((pattern.match(text, at), form, other) for pattern, form, other in rules)
+            match, form, other = next(each for each in matches if each[0] is not None)
+            if match is None or form is None:
+                raise ValueError(text)
+            is_same = form == r"\g<0>" and other is None
+            forms = () if is_same else (form, other or form)
+            pieces = tuple(map(match.expand, forms)) or (match[0], match[0])
+        javascript, python, at = javascript + pieces[0], python + pieces[1], match.end()
+    return javascript, python
+
+
+@functools.lru_cache(maxsize=1024)
+def strict_pattern(text: str) -> Pattern | None:
+    """Return a regular expression that JavaScript accepts; None if there is none."""
+    if len(text) > _MAX_PATTERN_CHARS:
+        return None
+    try:
+        javascript, python = _translate_pattern(text, _PATTERN_RULES)
+        compiled = re.compile(python)
+    except (ValueError, re.error, OverflowError, RecursionError):
+        return None
+    repetitions = sum(map(python.count, "*+?{"))
+    is_slow = repetitions > _MAX_PATTERN_REPETITIONS or _SLOW_PATTERN.search(python)
+    return Pattern(javascript, None if is_slow else compiled)
+
+
+# ==== 11. JSON Schema ========================================================
 # The schemas of tools and of structured answers. Clients send every draft of JSON Schema, OpenAPI
 # schemas, and near misses. claude's validator implements draft-07 and rejects a whole schema
 # because of one unknown keyword; the API implements 2020-12 and restricts the root schema and
-# property names. A schema is therefore parsed into plain 2020-12, then reduced to the keywords
-# that both accept. The JSON that the model writes for that schema is converted back into the
-# client's form, also while it streams.
+# property names. A schema is therefore parsed into plain 2020-12 here, and reduced to the
+# keywords that both accept in the next section.
 
 #: Names of members of every JavaScript object. claude is written in JavaScript and mistakes them
 #: for a property or tool that was defined.
@@ -3572,6 +3678,10 @@ _NOT_AT_ROOT = ("$ref", "allOf", "anyOf", "oneOf")
 _NOTE_KEYWORDS = ("contentEncoding", "contentMediaType", "divisibleBy")
 #: Object schemas with only these keywords can be merged into one.
 _MERGEABLE = {"type", "title", "description", "default", "examples", "properties", "required"}
+#: The most characters of all patterns of one schema: parsing takes time.
+_MAX_PATTERNS_CHARS = 20_000
+#: The most pairs of a pattern and a property name that are compared.
+_MAX_OVERLAPS = 2_000
 #: Marks a keyword's value that cannot be parsed.
 _UNREADABLE = object()
 
@@ -3622,107 +3732,6 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
     for value in values:
         unique.setdefault(_equality_key(value), value)
     return list(unique.values())
-
-
-#: How to translate one piece of a regular expression: a pattern of the piece, its template for
-#: JavaScript (None if JavaScript rejects it), and its template for Python (None if the same).
-_PatternRule = tuple["re.Pattern[str]", "str | None", "str | None"]
-
-
-def _pattern_rules(*rules: tuple[str, str | None, str | None]) -> tuple[_PatternRule, ...]:
-    return tuple((re.compile(text, re.DOTALL), script, python) for text, script, python in rules)
-
-
-_KNOWN_ESCAPES = r"\\(?:[dDwWsStnvfr^$\\.*+?()\[\]{}|/]|0(?!\d)|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})"
-_CATEGORY = r"\\p\{(?:L[ultmo]?|M[nce]?|N[dlo]?|P[cdseifo]?|S[mcko]?|Z[slp]?)\}"
-_IN_CLASS_RULES = _pattern_rules(
-    (_KNOWN_ESCAPES, r"\g<0>", None),
-    (_CATEGORY, r"\g<0>", r"\\w"),
-    (r"\\-|(?<=\\[dDwWsS])-|-(?=\\[dDwWsS])", r"\\-", None),
-    (r"\\([^A-Za-z0-9])", r"\1", None),
-    (r"\\", None, None),
-    (r"\[", r"\\[", None),
-    (r".", r"\g<0>", None),
-)
-_PATTERN_RULES = _pattern_rules(
-    (r"[A-Za-z0-9 _,:;@#%&=~'\"<>!/-]+", r"\g<0>", None),
-    (_KNOWN_ESCAPES, r"\g<0>", None),
-    (_CATEGORY, r"\g<0>", r"\\w"),
-    (r"\\[bB]|\\[1-9]", r"\g<0>", None),
-    (r"\\k<(\w+)>", r"\g<0>", r"(?P=\1)"),
-    (r"\\A", "^", None),
-    (r"\\[Zz]", "$", None),
-    (r"\\([^A-Za-z0-9])", r"\1", None),
-    (r"\\", None, None),
-    (r"\(\?P?<([A-Za-z_]\w*)>", r"(?<\1>", r"(?P<\1>"),
-    (r"\(\?(?:[:=!]|<[=!])", r"\g<0>", None),
-    (r"\(\?", None, None),
-    (r"(?:[*+?]|\{\d+(?:,\d*)?\})\??(?![*+?])", r"\g<0>", None),
-    (r"[*+?]", None, None),
-    (r"[{}\]]", r"\\\g<0>", None),
-    (r".", r"\g<0>", None),
-)
-_CLASS = re.compile(r"(\[\^?)((?:[^\]\\]|\\.)+)\]", re.DOTALL)
-#: What may take exponential time to match: a repeated group, a back reference; and more than a
-#: few repetitions.
-_SLOW_PATTERN = re.compile(r"\)[*+?{]|\\[1-9]|\(\?P=")
-_MAX_PATTERN_REPETITIONS = 3
-#: The longest pattern, and the most characters of all patterns of one schema: parsing takes time.
-_MAX_PATTERN_CHARS = 2_000
-_MAX_PATTERNS_CHARS = 20_000
-#: The most pairs of a pattern and a property name that are compared.
-_MAX_OVERLAPS = 2_000
-
-
-class Pattern(NamedTuple):
-    """A client's regular expression."""
-
-    #: In the syntax of JavaScript with its `u` flag.
-    javascript: str
-    #: For Python; None if matching may take exponential time.
-    compiled: re.Pattern[str] | None
-
-    def may_match(self, name: str) -> bool:
-        """Return True if the pattern matches, or is too slow to find out."""
-        return self.compiled is None or self.compiled.search(name) is not None
-
-
-def _translate_pattern(text: str, rules: tuple[_PatternRule, ...]) -> tuple[str, str]:
-    """Return a regular expression in the syntax of JavaScript and in that of Python.
-
-    Raises ValueError if JavaScript rejects it.
-    """
-    javascript, python, at = "", "", 0
-    while at < len(text):
-        match = _CLASS.match(text, at) if rules is _PATTERN_RULES else None
-        if match is not None:
-            inner = _translate_pattern(match[2], _IN_CLASS_RULES)
-            pieces = tuple(f"{match[1]}{piece}]" for piece in inner)
-        else:
-            matches = ((pattern.match(text, at), form, other) for pattern, form, other in rules)
-            match, form, other = next(each for each in matches if each[0] is not None)
-            if match is None or form is None:
-                raise ValueError(text)
-            is_same = form == r"\g<0>" and other is None
-            forms = () if is_same else (form, other or form)
-            pieces = tuple(map(match.expand, forms)) or (match[0], match[0])
-        javascript, python, at = javascript + pieces[0], python + pieces[1], match.end()
-    return javascript, python
-
-
-@functools.lru_cache(maxsize=1024)
-def strict_pattern(text: str) -> Pattern | None:
-    """Return a regular expression that JavaScript accepts; None if there is none."""
-    if len(text) > _MAX_PATTERN_CHARS:
-        return None
-    try:
-        javascript, python = _translate_pattern(text, _PATTERN_RULES)
-        compiled = re.compile(python)
-    except (ValueError, re.error, OverflowError, RecursionError):
-        return None
-    repetitions = sum(map(python.count, "*+?{"))
-    is_slow = repetitions > _MAX_PATTERN_REPETITIONS or _SLOW_PATTERN.search(python)
-    return Pattern(javascript, None if is_slow else compiled)
 
 
 #: Keywords of older drafts and of OpenAPI, or whose meaning depends on other keywords.
@@ -4167,7 +4176,10 @@ def _with_notes(schema: Json, notes: Mapping[str, object]) -> Json:
     return {**schema, "description": " ".join(filter(None, (schema.get("description"), note)))}
 
 
-# -- the schema for the model ---------------------------------------------------------------------
+# ==== 12. Model schemas ======================================================
+# A parsed schema is reduced to the keywords that claude and the API accept. The rest becomes part
+# of descriptions, and is checked here. The JSON that the model writes is converted back into the
+# client's form, also while it streams.
 
 def schema_for_model(document: Json, path: str, *, is_tool: bool) -> ModelSchema:
     """Return the schema of a tool's arguments, or of an answer, in the form that claude accepts.
@@ -4604,10 +4616,10 @@ class ClientJsonConverter:
         return piece if self._in_value else ""
 
 
-# ==== 11. Dialects ===========================================================
-# Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
-# output, and does not depend on claude. Fields reads JSON with types and names the field that is
-# invalid; the helpers after it are shared by all dialects.
+# ==== 13. Request fields =====================================================
+# Fields reads the JSON of a request with types and names the field that is invalid. The
+# functions after it, shared by all dialects, turn messages, tool calls and tool results of
+# clients into a prompt that the API accepts.
 
 
 class Limits(NamedTuple):
@@ -5166,6 +5178,10 @@ def _with_user_last(
     return [*messages, Message("user", text_blocks(after_assistant))]
 
 
+# ==== 14. Attachments ========================================================
+# Images and files of requests become blocks that the API accepts. Their data decides about their
+# type. ParseContext collects what one request needs while it is parsed.
+
 #: Image types, and a pattern of their first bytes.
 _IMAGE_TYPES = {
     "image/jpeg": rb"\xff\xd8\xff",
@@ -5544,6 +5560,10 @@ def document_blocks(
     return _source_blocks(source, context, Attachment("", "", labels=labels))
 
 
+# ==== 15. Tools and options ==================================================
+# The tools, output schema and options of a request, in the form that the model's API accepts.
+
+
 def tool_use_block(part: Fields) -> Block:
     """Return the block of a tool call in Anthropic's format."""
     return {
@@ -5826,6 +5846,11 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
         elif isinstance(value, list):
             pending += value
     return False
+
+
+# ==== 16. Dialects ===========================================================
+# Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
+# output, and does not depend on claude.
 
 
 class Dialect:
@@ -7995,7 +8020,7 @@ def told_item(message: Message) -> Json:
 COMPACTION = CompactionDialect()
 
 
-# ==== 12. Claude protocol ====================================================
+# ==== 17. Claude protocol ====================================================
 # What is said to claude and what its lines mean. Pure: no pipes, no processes. Facts about the
 # protocol were measured on the versions that the contract tests run (2.1.197 and the newest).
 
@@ -9166,7 +9191,7 @@ def check_history_result(line: Json) -> None:
         raise UpstreamFailed(f"claude did not take the conversation: {reason}")
 
 
-# ==== 13. Claude process =====================================================
+# ==== 18. Claude process =====================================================
 # The program on disk, one child of it, its pipes, and its end. A ClaudeProcess belongs to the
 # thread that uses it; that thread waits for the pipes and for the client's socket in one
 # selector, so a client that leaves, a silence and an answer are all noticed at once. Children
@@ -10190,7 +10215,7 @@ class ClaudeProcess:
             os.killpg(self._popen.pid, number)
 
 
-# ==== 14. Gate and spares ====================================================
+# ==== 19. Gate and spares ====================================================
 # Who may run now, and the idle processes that make a start cost nothing. Both decide under their
 # lock and act outside it. Neither knows what a request is about.
 
@@ -10561,7 +10586,7 @@ class Spares:
             time.sleep(0.01)
 
 
-# ==== 15. Parking ============================================================
+# ==== 20. Parking ============================================================
 # What is kept of a conversation for its next message, or for another last one: sessions on disk,
 # responses by their ids, and processes that wait, each with the conversation that it holds. What
 # a process holds is known by digests: one of everything that is no message, and one of each
@@ -11009,7 +11034,7 @@ class Responses:
             self._forget(response_id)
 
 
-# ==== 16. Cache ==============================================================
+# ==== 21. Cache ==============================================================
 # Answers that are given again to the same request of the same caller, and answers on their way
 # that several requests wait for. Off unless the operator gives answers a time to live. In memory
 # only: what was said is never written to the disk for this.
@@ -11249,7 +11274,7 @@ class Cache:
             }
 
 
-# ==== 17. Account ============================================================
+# ==== 22. Account ============================================================
 # What is known about claude's login and about the plan, learned from what claude says of itself
 # beside its answers. OCP never reads a token and never spends a message to find out.
 
@@ -11416,7 +11441,7 @@ _SAME_RESET_S = 60.0
 _ASK_EVERY_S = 60.0
 
 
-# ==== 18. Metrics ============================================================
+# ==== 23. Metrics ============================================================
 # Numbers since the start, for /health and for /metrics. A metric is a row of the table; labels
 # take values out of small sets only, so that no client can make the memory grow.
 
@@ -11550,7 +11575,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 19. Connections ========================================================
+# ==== 24. Connections ========================================================
 # Sockets, and what all of them together may take: which connections stay open, and how many bytes
 # of bodies and of unread answers lie in memory. Nothing here knows HTTP.
 
@@ -11942,7 +11967,7 @@ class Connections:
         )
 
 
-# ==== 20. State folder =======================================================
+# ==== 25. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -12096,7 +12121,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 21. Answering ==========================================================
+# ==== 26. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # and its `AnswerRecord`s hold what is known of them meanwhile.
@@ -12884,7 +12909,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 22. App ================================================================
+# ==== 27. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -13246,7 +13271,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 23. API description ====================================================
+# ==== 28. API description ====================================================
 # What a route is, and the OpenAPI document that describes all of them. The table of routes is the
 # source of the document; only bodies and query strings are described here.
 
@@ -13463,7 +13488,7 @@ def openapi(routes: Iterable[Route]) -> Json:
     }
 
 
-# ==== 24. Dashboard ==========================================================
+# ==== 29. Dashboard ==========================================================
 # One static page, dashboard.html beside this file, in which no value of the server is ever
 # written: it fetches JSON and sets text. Its policy allows exactly its own style and script, by
 # their hashes, and nothing from outside.
@@ -13531,7 +13556,7 @@ def dashboard_page() -> Page:
         return _page_of(_PAGE_WITHOUT_DASHBOARD)
 
 
-# ==== 25. Endpoints ==========================================================
+# ==== 30. Endpoints ==========================================================
 # One function for each route: (app, exchange, **names in the path). They read the request from
 # the exchange, answer through it, and raise what goes wrong.
 
@@ -14461,7 +14486,7 @@ def get_metrics(app: App, exchange: HttpExchange) -> None:
     exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
-# ==== 26. Routes =============================================================
+# ==== 31. Routes =============================================================
 # The table of routes. Paths match exactly, after slashes too many are dropped; those below /v1
 # are served without it too, and with it twice, because users write base addresses both ways.
 
@@ -14567,7 +14592,7 @@ def _decoded(text: str) -> str:
         raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
 
 
-# ==== 27. HTTP server ========================================================
+# ==== 32. HTTP server ========================================================
 # One thread for each connection; a head and a body arrive in time and in bounds or are
 # refused; every error is rendered in one place. Tells nobody what software runs here beyond its
 # name, and keeps nothing of a connection when it ends.
@@ -15295,7 +15320,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 28. Demo claude ========================================================
+# ==== 33. Demo claude ========================================================
 # The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
 # that everything around the model can be tried without an account. Says so in every answer.
 
@@ -15371,7 +15396,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 29. Command line =======================================================
+# ==== 34. Command line =======================================================
 # Arguments, signals, the banner, and the order in which everything starts and stops.
 
 _DEMO_FLAG = "--demo-claude"
