@@ -11275,139 +11275,139 @@ class Cache:
 
 
 # ==== 22. Account ============================================================
-# What is known about claude's login and about the plan, learned from what claude says of itself
-# beside its answers. OCP never reads a token and never spends a message to find out.
+# The state of claude's login and of the plan's limits, learned from the reports that claude sends
+# with its answers. OCP never reads a token and never spends a message to find out.
 
-#: What the API's names for windows are called here.
-_WINDOW_NAMES = {"five_hour": "currentSession", "seven_day": "allModels"}
+#: The windows that every report lists, known or not.
+_MAIN_WINDOWS = ("five_hour", "seven_day")
+#: Reset times that are closer together than this belong to the same window.
+_RESET_TOLERANCE_S = 60.0
+#: Minimum time between two plan queries to claude.
+_PLAN_QUERY_INTERVAL_S = 60.0
 
 
 class ObservedWindow(NamedTuple):
-    """A window and when its utilization was last told."""
+    """A plan window and the time when its utilization was last reported."""
 
     window: PlanWindow
     observed_s: float
 
 
 class Account:
-    """The last verdict about the login, and the last news of the plan."""
+    """The last known state of the login and of the plan."""
 
     def __init__(self, clock: Clock = time.time) -> None:
         self._clock = clock
         # Guards the fields below.
         self._lock = threading.Lock()
         self._logged_in: bool | None = None
-        self._since_s: float | None = None
+        self._login_checked_s: float | None = None
         self._windows: dict[str, ObservedWindow] = {}
-        self._news = PlanReport({})
+        self._last_report = PlanReport({})
         self._subscription: str | None = None
-        self._heard_s: float | None = None
-        self._asked_s = -math.inf
+        self._windows_updated_s: float | None = None
+        self._last_query_s = -math.inf
 
     # -- login --------------------------------------------------------------------------------
 
-    def answered(self) -> None:
-        """The API answered a request."""
+    def set_login(self, accepted: bool | None) -> None:
+        """Record whether the API accepted the login of a request; None = unknown again."""
         with self._lock:
-            self._logged_in, self._since_s = True, self._clock()
-
-    def refused(self) -> None:
-        """The API, or claude itself, refused the login."""
-        with self._lock:
-            self._logged_in, self._since_s = False, self._clock()
-
-    def doubt(self) -> None:
-        """The login may be good again."""
-        with self._lock:
-            self._logged_in = self._since_s = None
+            self._logged_in = accepted
+            self._login_checked_s = None if accepted is None else self._clock()
 
     @property
-    def is_refused(self) -> bool:
-        """Whether the login was refused, as far as is known."""
+    def is_login_refused(self) -> bool:
+        """Whether the last request with a known result was refused for its login."""
         return self._logged_in is False
 
-    def verdict(self) -> Json:
-        """What /health says: ok is true, false, or null while nothing is known."""
+    def login_report(self) -> Json:
+        """Return the login state for /health; `ok` is null while it is unknown."""
         with self._lock:
-            since = None if self._since_s is None else iso_time(self._since_s)
-            source = "none" if self._since_s is None else "request"
-            message = LOGIN_ADVICE if self._logged_in is False else None
-            return {"ok": self._logged_in, "okSource": source, "okAt": since, "message": message}
+            checked_s = self._login_checked_s
+            return {
+                "ok": self._logged_in,
+                "okSource": "none" if checked_s is None else "request",
+                "okAt": None if checked_s is None else iso_time(checked_s),
+                "message": LOGIN_ADVICE if self._logged_in is False else None,
+            }
 
     # -- plan ---------------------------------------------------------------------------------
 
-    def hear(self, news: PlanReport) -> None:
-        """Takes over what is new. A window without its utilization keeps the one that was told
-        before, as long as it has not been reset since."""
+    def update_plan(self, report: PlanReport) -> None:
+        """Merge a report. A window that comes without utilization keeps the known one until it
+        is reset."""
         now_s = self._clock()
         with self._lock:
-            self._heard_s = now_s if news.windows else self._heard_s
-            self._subscription = news.subscription or self._subscription
-            for name, window in news.windows.items():
-                self._windows[name] = self._merged(self._windows.get(name), window, now_s)
-            if news.status is not None:
-                self._news = news
+            if report.windows:
+                self._windows_updated_s = now_s
+            self._subscription = report.subscription or self._subscription
+            for name, window in report.windows.items():
+                self._windows[name] = self._merge(self._windows.get(name), window, now_s)
+            if report.status is not None:
+                self._last_report = report
 
-    def _merged(
+    def _merge(
         self, before: ObservedWindow | None, window: PlanWindow, now_s: float
     ) -> ObservedWindow:
-        if before is None or self._parted(before.window, window):
+        if before is None or not self._is_same_window(before.window, window):
             return ObservedWindow(window, now_s)
         if window.utilization is not None:
             status = window.status or before.window.status
             return ObservedWindow(window._replace(status=status), now_s)
-        known = before.window.utilization
-        return ObservedWindow(window._replace(utilization=known), before.observed_s)
+        utilization = before.window.utilization
+        return ObservedWindow(window._replace(utilization=utilization), before.observed_s)
 
-    def _parted(self, before: PlanWindow, now: PlanWindow) -> bool:
-        """Whether they end at different times; some tell whole seconds, some do not."""
+    def _is_same_window(self, before: PlanWindow, now: PlanWindow) -> bool:
+        """Compare the reset times; some reports round them to whole seconds."""
         if before.resets_at_s is None or now.resets_at_s is None:
-            return before.resets_at_s is not now.resets_at_s
-        return abs(before.resets_at_s - now.resets_at_s) > _SAME_RESET_S
+            return before.resets_at_s is now.resets_at_s
+        return abs(before.resets_at_s - now.resets_at_s) <= _RESET_TOLERANCE_S
 
-    def may_ask(self) -> bool:
-        """Whether it is time to ask claude itself; counts as asked then."""
+    def claim_plan_query(self) -> bool:
+        """Return whether a plan query to claude is due, and count it as done if so."""
         with self._lock:
-            due = self._clock() - self._asked_s >= _ASK_EVERY_S
-            self._asked_s = self._clock() if due else self._asked_s
+            due = self._clock() - self._last_query_s >= _PLAN_QUERY_INTERVAL_S
+            if due:
+                self._last_query_s = self._clock()
             return due
 
     def windows(self) -> dict[str, PlanWindow]:
-        """What is known of each window now: after its reset, nothing."""
+        """Return the known windows, without those that have been reset since."""
         now_s = self._clock()
         with self._lock:
             return {
-                name: sighting.window for name, sighting in self._windows.items()
-                if sighting.window.resets_at_s is None or sighting.window.resets_at_s > now_s
+                name: observed.window for name, observed in self._windows.items()
+                if observed.window.resets_at_s is None or observed.window.resets_at_s > now_s
             }
 
     def plan(self) -> Json:
-        """The plan as /usage tells it; null is unknown, `observedAt` is when it was told."""
+        """Return the plan for /usage; null = unknown, `observedAt` = time of the report."""
         known = self.windows()
         with self._lock:
-            news, sightings = self._news, dict(self._windows)
+            report, observed = self._last_report, dict(self._windows)
             subscription = self._subscription
-        shown = {
-            name: self._window(known.get(name), sightings.get(name))
-            for name in (*_WINDOW_NAMES, *known)
+        entries = {
+            name: self._window_entry(known.get(name), observed.get(name))
+            for name in (*_MAIN_WINDOWS, *known)
         }
-        extra: Json = {"status": news.overage_status}
-        if news.overage_reason:
-            extra["disabledReason"] = news.overage_reason
+        extra: Json = {"status": report.overage_status}
+        if report.overage_reason:
+            extra["disabledReason"] = report.overage_reason
         others = {
-            name.replace("seven_day_", ""): shown[name] for name in known
-            if name not in _WINDOW_NAMES
+            name.replace("seven_day_", ""): entries[name] for name in known
+            if name not in _MAIN_WINDOWS
         }
         return {
-            "currentSession": shown["five_hour"],
-            "weeklyLimits": {"allModels": shown["seven_day"], **others},
+            "currentSession": entries["five_hour"],
+            "weeklyLimits": {"allModels": entries["seven_day"], **others},
             "extraUsage": extra,
-            "representativeClaim": news.claim,
+            "representativeClaim": report.claim,
             "fallbackPercentage": None,
             "subscription": subscription,
         }
 
-    def _window(self, window: PlanWindow | None, sighting: ObservedWindow | None) -> Json:
+    def _window_entry(self, window: PlanWindow | None, observed: ObservedWindow | None) -> Json:
         window = window or PlanWindow(None, None, None)
         share, resets_s = window.utilization, window.resets_at_s
         human = None
@@ -11420,25 +11420,24 @@ class Account:
             "resetsAt": None if resets_s is None else iso_time(resets_s),
             "resetsAtHuman": human,
             "status": window.status,
-            "observedAt": None if sighting is None else iso_time(sighting.observed_s),
+            "observedAt": None if observed is None else iso_time(observed.observed_s),
         }
 
     def report(self) -> Json:
-        """What /usage says about the plan, with what claude last said word for word."""
+        """Return the plan for /usage, with the windows as claude reported them in `_raw`."""
         plan = self.plan()
         with self._lock:
             raw = {
-                name: {**sighting.window._asdict(), "observed_s": sighting.observed_s}
-                for name, sighting in self._windows.items()
+                name: {**observed.window._asdict(), "observed_s": observed.observed_s}
+                for name, observed in self._windows.items()
             }
-            heard = None if self._heard_s is None else iso_time(self._heard_s)
-            return {"status": self._news.status, "fetchedAt": heard, "plan": plan, "_raw": raw}
-
-
-#: Ends of a window that are nearer to each other than this are one.
-_SAME_RESET_S = 60.0
-#: How often claude itself is asked about the plan, at most.
-_ASK_EVERY_S = 60.0
+            updated_s = self._windows_updated_s
+            return {
+                "status": self._last_report.status,
+                "fetchedAt": None if updated_s is None else iso_time(updated_s),
+                "plan": plan,
+                "_raw": raw,
+            }
 
 
 # ==== 23. Metrics ============================================================
@@ -12578,7 +12577,7 @@ class TurnRunner:
         """Park the process of a complete answer if it can serve again, else stop it. `is_cut`
         means that claude still writes an answer that was ended here."""
         app, record = self._app, self._record
-        app.account.answered()
+        app.account.set_login(True)
         app.spares.want(process.model_id)
         record.process = None
         if finished.stop_reason in _PARKABLE and not is_cut and self._may_serve_again(process):
@@ -13055,7 +13054,7 @@ class App:
 
     def login_lost(self) -> None:
         """Stop using processes whose login the API has refused."""
-        self.account.refused()
+        self.account.set_login(False)
         self._login_stamp, self._login_look_s = self.claude_folder.login_stamp(), self.clock()
         self.claude_folder.login_changed()
         self._drop_idle()
@@ -13138,7 +13137,7 @@ class App:
     def _watch_login(self) -> None:
         """Check a login that was refused again: when claude's credentials have changed, and from
         time to time, because they are not always in a file."""
-        if not self.account.is_refused:
+        if not self.account.is_login_refused:
             return
         stamp, now_s = self.claude_folder.login_stamp(), self.clock()
         if stamp != self._login_stamp or now_s - self._login_look_s >= _LOGIN_LOOK_S:
@@ -13151,7 +13150,7 @@ class App:
             self.claude_folder.login_changed()
             # Idle processes may still hold the login that was refused.
             self._drop_idle()
-            self.account.doubt()
+            self.account.set_login(None)
             self.log.event("info", "login_found")
 
     def _take_notices(self) -> None:
@@ -13166,7 +13165,7 @@ class App:
             if version is not None:
                 self.program.correct(version)
             elif news is not None:
-                self.account.hear(news)
+                self.account.update_plan(news)
 
     def _prune(self) -> None:
         """Delete rows of usage that are too old, once an hour."""
@@ -13185,7 +13184,7 @@ class App:
         process = self.spares.borrow()
         if process is None:
             return
-        if not self.account.may_ask():
+        if not self.account.claim_plan_query():
             self.spares.put_back(process)
             return
         try:
@@ -13196,7 +13195,7 @@ class App:
         else:
             self.spares.put_back(process)
             process = None
-            self.account.hear(plan_report(answers[1]))
+            self.account.update_plan(plan_report(answers[1]))
         finally:
             if process is not None:
                 self.spares.stop(process, graceful=False)
@@ -13917,7 +13916,7 @@ def _stats(app: App) -> Json:
 def _condition(app: App) -> tuple[str, str]:
     """How the server is, "ok", "degraded" or "draining", and what to do about it."""
     problem = app.program.glance()[1]
-    auth = app.account.verdict()
+    auth = app.account.login_report()
     if app.draining:
         return "draining", "The server is stopping."
     if problem is not None or auth["ok"] is False:
@@ -13946,7 +13945,7 @@ def _health(app: App) -> Json:
         "uptimeHuman": format_uptime(uptime_s),
         "authMode": config.mode,
         "tls": bool(config.tls_cert),
-        "auth": app.account.verdict(),
+        "auth": app.account.login_report(),
         # Whether what claude tells its models leaves out who is logged in.
         "ownerHidden": app.claude_folder.is_private,
         # Where keys, settings and usage are kept: "disk", or what is wrong with that.
@@ -14340,7 +14339,7 @@ def get_status(app: App, exchange: HttpExchange) -> None:
     """GET /status: the same in short, with the last errors."""
     app.learn_plan(exchange.client)
     status, _ = _condition(app)
-    auth, totals = app.account.verdict(), _totals(app)
+    auth, totals = app.account.login_report(), _totals(app)
     words = {True: "ok", None: "unknown", False: auth["message"]}
     failed = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURES]
     exchange.send_json(
@@ -14420,7 +14419,7 @@ def _gauges(app: App) -> dict[str, dict[Labels, float]]:
     cache, program = app.cache.stats(), app.program.glance()[0]
     windows = app.account.windows()
     words = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
-    login = app.account.verdict()["ok"]
+    login = app.account.login_report()["ok"]
     claude = program.version_text if program is not None else ""
     return {
         "ocp_build_info": {(("version", VERSION), ("claude", claude)): 1},

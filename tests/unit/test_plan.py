@@ -236,7 +236,7 @@ def test_at_first_everything_is_unknown(account: Any) -> None:
 
 
 def test_the_new_claudes_line_fills_the_plan(account: Any) -> None:
-    account.hear(news_of(NEW, "first"))
+    account.update_plan(news_of(NEW, "first"))
 
     session, week = shown(account)
     assert {name: session[name] for name in UNKNOWN if name != "resetsAtHuman"} == {
@@ -250,7 +250,7 @@ def test_the_new_claudes_line_fills_the_plan(account: Any) -> None:
 
 
 def test_the_old_claudes_line_tells_a_reset_and_no_share(account: Any) -> None:
-    account.hear(news_of(OLD, "first"))
+    account.update_plan(news_of(OLD, "first"))
 
     session, week = shown(account)
     assert (session["resetsIn"], session["utilization"], session["percent"]) == ("50m", None, None)
@@ -259,17 +259,17 @@ def test_the_old_claudes_line_tells_a_reset_and_no_share(account: Any) -> None:
 
 def test_a_moment_is_shown_in_the_time_of_the_machine(account: Any) -> None:
     with zone("America/New_York"):
-        account.hear(news_of(NEW, "first"))
+        account.update_plan(news_of(NEW, "first"))
         human = shown(account)[0]["resetsAtHuman"]
 
     assert human == "Sat, Nov 21, 08:24 AM"
 
 
 def test_a_share_is_kept_while_later_lines_do_not_tell_it(account: Any, clock: FakeClock) -> None:
-    account.hear(news_of(OLD, "warning"))
+    account.update_plan(news_of(OLD, "warning"))
     clock.advance(60)
 
-    account.hear(news_of(OLD, "back"))
+    account.update_plan(news_of(OLD, "back"))
 
     session = shown(account)[0]
     assert (session["utilization"], session["status"]) == (0.95, "allowed")
@@ -278,10 +278,10 @@ def test_a_share_is_kept_while_later_lines_do_not_tell_it(account: Any, clock: F
 
 def test_a_share_is_not_kept_for_the_next_window(account: Any) -> None:
     warning = news_of(OLD, "warning")
-    account.hear(warning)
+    account.update_plan(warning)
 
     window = ocp.PlanWindow(None, warning.windows["five_hour"].resets_at_s + 5 * 3_600, "allowed")
-    account.hear(warning._replace(windows={"five_hour": window}))
+    account.update_plan(warning._replace(windows={"five_hour": window}))
 
     assert shown(account)[0]["utilization"] is None
 
@@ -292,21 +292,21 @@ def test_a_share_that_was_asked_for_is_kept_when_a_line_tells_the_same_window(
     account: Any, resets_at: str
 ) -> None:
     limits = {"five_hour": {"utilization": 21.0, "resets_at": resets_at}}
-    account.hear(ocp.plan_report({"response": {"response": {"rate_limits": limits}}}))
+    account.update_plan(ocp.plan_report({"response": {"response": {"rate_limits": limits}}}))
 
     # Lines of answers tell whole seconds.
     info = {"status": "allowed", "rateLimitType": "five_hour", "resetsAt": 1_795_284_000}
-    account.hear(ocp.plan_event({"type": "rate_limit_event", "rate_limit_info": info}))
+    account.update_plan(ocp.plan_event({"type": "rate_limit_event", "rate_limit_info": info}))
 
     assert (shown(account)[0]["utilization"], shown(account)[0]["status"]) == (0.21, "allowed")
 
 
 def test_a_report_does_not_take_back_what_lines_told_of_the_status(account: Any) -> None:
-    account.hear(news_of(NEW, "week decides"))
+    account.update_plan(news_of(NEW, "week decides"))
     reply = {"rate_limits": {"seven_day": {
         "utilization": 81, "resets_at": ocp.iso_time(1_795_696_453)}}}
 
-    account.hear(ocp.plan_report({"response": {"response": reply}}))
+    account.update_plan(ocp.plan_report({"response": {"response": reply}}))
 
     week = shown(account)[1]
     assert (week["utilization"], week["status"]) == (0.81, "allowed_warning")
@@ -315,7 +315,7 @@ def test_a_report_does_not_take_back_what_lines_told_of_the_status(account: Any)
 
 @each_version
 def test_a_report_adds_the_windows_of_models_and_the_name(account: Any, version: str) -> None:
-    account.hear(ocp.plan_report(LINES[version]["replies"]["login"]))
+    account.update_plan(ocp.plan_report(LINES[version]["replies"]["login"]))
 
     plan = account.plan()
     assert set(plan["weeklyLimits"]) == {"allModels", "sonnet"}
@@ -325,11 +325,11 @@ def test_a_report_adds_the_windows_of_models_and_the_name(account: Any, version:
 
 @each_version
 def test_a_reply_that_knows_nothing_takes_nothing_back(account: Any, version: str) -> None:
-    account.hear(ocp.plan_report(LINES[version]["replies"]["login"]))
+    account.update_plan(ocp.plan_report(LINES[version]["replies"]["login"]))
     before = account.report()
 
     for name in ("bare token", "refused"):
-        account.hear(ocp.plan_report(LINES[version]["replies"][name]))
+        account.update_plan(ocp.plan_report(LINES[version]["replies"][name]))
 
     assert account.report() == before
 
@@ -337,7 +337,7 @@ def test_a_reply_that_knows_nothing_takes_nothing_back(account: Any, version: st
 def test_after_its_reset_a_window_is_unknown_and_says_since_when(
     account: Any, clock: FakeClock
 ) -> None:
-    account.hear(news_of(NEW, "first"))
+    account.update_plan(news_of(NEW, "first"))
 
     clock.now_s = FIVE_S - 1
     before = shown(account)[0]["utilization"]
@@ -349,17 +349,17 @@ def test_after_its_reset_a_window_is_unknown_and_says_since_when(
 
 
 def test_what_claude_said_last_is_there_word_for_word(account: Any) -> None:
-    account.hear(news_of(NEW, "first"))
+    account.update_plan(news_of(NEW, "first"))
 
     assert account.report()["_raw"]["five_hour"] == {
         "utilization": 0.21, "resets_at_s": FIVE_S, "status": "allowed", "observed_s": THEN_S}
 
 
 def test_it_is_asked_once_a_minute_at_most(account: Any, clock: FakeClock) -> None:
-    asked = [account.may_ask()]
+    asked = [account.claim_plan_query()]
     for seconds in (0, 59.9, 0.1, 30, 30):
         clock.advance(seconds)
-        asked.append(account.may_ask())
+        asked.append(account.claim_plan_query())
 
     assert asked == [True, False, False, True, False, True]
 
