@@ -11441,12 +11441,12 @@ class Account:
 
 
 # ==== 23. Metrics ============================================================
-# Numbers since the start, for /health and for /metrics. A metric is a row of the table; labels
-# take values out of small sets only, so that no client can make the memory grow.
+# Counters and histograms since the start, for /health and /metrics. Each metric is a row of
+# METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
 
 class Metric(NamedTuple):
-    """A row: `kind` is Prometheus' word for it. Histograms have bounds, in seconds."""
+    """A metric; `kind` is its Prometheus type, `bounds` are a histogram's buckets in seconds."""
 
     name: str
     kind: str
@@ -11458,28 +11458,34 @@ _FIRST_TOKEN_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _DURATION_BOUNDS_S = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 METRICS = (
-    Metric("ocp_build_info", "gauge", "Always 1; the labels say what runs."),
-    Metric("ocp_uptime_seconds", "gauge", "How long the server has run."),
-    Metric("ocp_requests_started_total", "counter", "Requests for an answer that came in."),
-    Metric("ocp_requests_total", "counter", "Requests for an answer that are over."),
-    Metric("ocp_tokens_total", "counter", "Tokens that answers took of the plan, by kind."),
+    Metric("ocp_build_info", "gauge", "Always 1; the labels name the versions."),
+    Metric("ocp_uptime_seconds", "gauge", "Time since the server started."),
+    Metric("ocp_requests_started_total", "counter", "Model requests received."),
+    Metric("ocp_requests_total", "counter", "Model requests finished, by outcome."),
+    Metric("ocp_tokens_total", "counter", "Tokens charged to the plan, by kind."),
     Metric(
         "ocp_first_token_seconds", "histogram", "Time to the first token.", _FIRST_TOKEN_BOUNDS_S
     ),
-    Metric("ocp_request_seconds", "histogram", "Time to the end.", _DURATION_BOUNDS_S),
-    Metric("ocp_answers_total", "counter", "Answers by how claude got the conversation."),
-    Metric("ocp_running", "gauge", "Answers that are being made."),
-    Metric("ocp_queued", "gauge", "Requests that wait for their turn."),
+    Metric(
+        "ocp_request_seconds", "histogram", "Time to the end of the answer.", _DURATION_BOUNDS_S
+    ),
+    Metric(
+        "ocp_answers_total", "counter", "Answers by path: how claude received the conversation."
+    ),
+    Metric("ocp_running", "gauge", "Answers in progress."),
+    Metric("ocp_queued", "gauge", "Requests in the queue."),
     Metric("ocp_queue_refusals_total", "counter", "Requests refused because the queue was full."),
     Metric("ocp_connections", "gauge", "Open client connections."),
     Metric("ocp_spawns_total", "counter", "claude processes started."),
-    Metric("ocp_spares", "gauge", "Idle claude processes, by model."),
-    Metric("ocp_parked", "gauge", "claude processes that wait with their conversation."),
-    Metric("ocp_cache_requests_total", "counter", "Requests by what the cache did for them."),
+    Metric("ocp_spares", "gauge", "Idle spare claude processes, by model."),
+    Metric("ocp_parked", "gauge", "claude processes kept with their conversation."),
+    Metric("ocp_cache_requests_total", "counter", "Requests by cache result."),
     Metric("ocp_cache_entries", "gauge", "Answers in the cache."),
-    Metric("ocp_cache_bytes", "gauge", "What they take."),
-    Metric("ocp_plan_utilization", "gauge", "Used share of a plan window, as last told; 0 to 1."),
-    Metric("ocp_plan_resets_timestamp_seconds", "gauge", "When a plan window ends."),
+    Metric("ocp_cache_bytes", "gauge", "Size of the cache."),
+    Metric(
+        "ocp_plan_utilization", "gauge", "Used share of a plan window, 0 to 1, as last reported."
+    ),
+    Metric("ocp_plan_resets_timestamp_seconds", "gauge", "When a plan window resets."),
     Metric("ocp_logged_in", "gauge", "1 = the login works, 0 = it was refused; absent = unknown."),
 )
 
@@ -11487,20 +11493,19 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Histogram:
-    """How many values were below each bound, how many in all, and their sum."""
+    """Cumulative bucket counts, the number of values and their sum."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
-        self.below = [0] * len(bounds)
+        self.bucket_counts = [0] * len(bounds)
         self.count = 0
-        self.total = 0.0
+        self.sum = 0.0
 
     def add(self, value: float) -> None:
-        """One more value."""
         self.count += 1
-        self.total += value
+        self.sum += value
         for index, bound in enumerate(self.bounds):
-            self.below[index] += value <= bound
+            self.bucket_counts[index] += value <= bound
 
 
 def _label_text(labels: Labels) -> str:
@@ -11512,7 +11517,7 @@ def _label_text(labels: Labels) -> str:
 
 
 def _number(value: float) -> str:
-    """A number as Prometheus reads it; counts are exact."""
+    """Format a number for Prometheus; integers stay exact."""
     return str(value) if isinstance(value, int) else f"{value:.10g}"
 
 
@@ -11531,26 +11536,26 @@ class Metrics:
         self._bounds = {metric.name: metric.bounds for metric in METRICS}
 
     def add(self, name: str, count: int = 1, **labels: str) -> None:
-        """So many more of a counter."""
+        """Increase a counter."""
         with self._lock:
             self._counts[name][tuple(labels.items())] += count
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
-        """One more value of a histogram."""
+        """Add a value to a histogram."""
         with self._lock:
-            found = self._histograms[name]
+            by_labels = self._histograms[name]
             key = tuple(labels.items())
-            found.setdefault(key, Histogram(self._bounds[name])).add(seconds)
+            by_labels.setdefault(key, Histogram(self._bounds[name])).add(seconds)
 
     def total(self, name: str, **labels: str) -> int:
-        """A counter, over all that have these labels."""
-        wanted = set(labels.items())
+        """Return the sum of a counter over all label sets that contain these labels."""
+        required = set(labels.items())
         with self._lock:
-            return sum(n for key, n in self._counts[name].items() if wanted <= set(key))
+            return sum(n for key, n in self._counts[name].items() if required <= set(key))
 
     def text(self, gauges: Mapping[str, Mapping[Labels, float]]) -> str:
-        """Everything in Prometheus' text format, with the gauges of this moment, and counters that
-        somebody else counts."""
+        """Return all metrics in Prometheus' text format. `gauges` holds the current gauges, and
+        the counters that other objects keep."""
         with self._lock:
             lines: list[str] = []
             for metric in METRICS:
@@ -11567,65 +11572,64 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
     def _samples(self, name: str, labels: Labels, histogram: Histogram) -> Iterator[str]:
-        for bound, below in zip(histogram.bounds, histogram.below):
-            yield f"{name}_bucket{_label_text((*labels, ('le', f'{bound:g}')))} {below}"
+        for bound, count in zip(histogram.bounds, histogram.bucket_counts):
+            yield f"{name}_bucket{_label_text((*labels, ('le', f'{bound:g}')))} {count}"
         yield f"{name}_bucket{_label_text((*labels, ('le', '+Inf')))} {histogram.count}"
-        yield f"{name}_sum{_label_text(labels)} {histogram.total:.6f}"
+        yield f"{name}_sum{_label_text(labels)} {histogram.sum:.6f}"
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
 # ==== 24. Connections ========================================================
-# Sockets, and what all of them together may take: which connections stay open, and how many bytes
-# of bodies and of unread answers lie in memory. Nothing here knows HTTP.
+# Client sockets and their shared limits: how many connections stay open, and how much memory
+# request bodies and unread answers use together. Nothing here knows HTTP.
 
-#: How long a client that is refused early may go on sending before its connection is cut, so
-#: that it reads the refusal instead of a reset.
+#: How long a client that is refused early may go on sending before its connection is closed, so
+#: that it reads the refusal instead of a connection reset.
 _LINGER_S = 2.0
-#: What is kept of a request that comes before the one before it is answered.
+#: How much of a pipelined request is read before the current one is answered.
 _MAX_AHEAD_BYTES = 65_536
-#: How many of the largest bodies may lie in memory, in all bodies and unread answers together; and
-#: the least that there is for them.
+#: The memory budget: this many bodies of the largest size, and at least this many bytes.
 _MEMORY_BODIES = 4
 _MIN_MEMORY_BYTES = 64 * 1024 * 1024
-#: What is read from, and written to, a socket at a time. A record of TLS holds as much.
+#: The largest single read and write on a socket. A TLS record holds 16 KB.
 _MAX_READ_BYTES = 262_144
 _MAX_SENT_BYTES = 16_384
-#: What a socket that never blocks raises when it can do nothing now.
-_NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+#: What a non-blocking socket raises when it is not ready.
+_WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Hold:
-    """What one request or one unread answer takes of the memory budget."""
+    """The part of the memory budget that one request body or one unread answer uses."""
 
     def __init__(self, cut: Callable[[], None]) -> None:
-        """`cut` ends the connection that it belongs to; it must not block."""
+        """`cut` ends the connection that the bytes belong to; it must not block."""
         self.cut = cut
-        #: Whose memory it is: a caller's scope, or the address of a client without a key.
+        #: Who is charged: a caller's scope, or the address of a client without a key.
         self.owner = ""
         #: Guarded by the budget.
         self.size_bytes = 0
 
 
 class MemoryBudget:
-    """The bound for the bytes of all request bodies and all unread answers together.
+    """The limit for the bytes of all request bodies and all unread answers together.
 
-    One owner may hold half of it. When all together hold more than there is, the owner with the
-    most gives way: its largest hold is cut. So nobody pays for the memory of another.
+    One owner may hold half of it. When the total exceeds the limit, the largest hold of the owner
+    that holds the most is cut, so that no client suffers for the memory of another.
     """
 
     def __init__(self) -> None:
-        # Guards the set and the sizes of all holds. Never held while anything is cut.
+        # Guards the set and the sizes of all holds. Not held while a connection is cut.
         self._lock = threading.Lock()
         self._holds: set[Hold] = set()
 
     @property
     def size_bytes(self) -> int:
-        """How many bytes are held now."""
+        """Return the number of bytes in use."""
         with self._lock:
             return sum(hold.size_bytes for hold in self._holds)
 
     def resize(self, hold: Hold, size_bytes: int, config: Config) -> None:
-        """Let a hold grow or shrink to this size. Raises MemoryFull when its owner has too much."""
+        """Set the size of a hold. Raises MemoryFull when its owner would hold too much."""
         total_bytes = max(_MIN_MEMORY_BYTES, _MEMORY_BODIES * config.max_body_bytes)
         with self._lock:
             owned_bytes: collections.Counter[str] = collections.Counter()
@@ -11634,8 +11638,8 @@ class MemoryBudget:
             owned_bytes[hold.owner] += size_bytes - hold.size_bytes
             if size_bytes > hold.size_bytes and owned_bytes[hold.owner] > total_bytes // 2:
                 raise MemoryFull(
-                    "This key's requests and unread answers take all the memory that one caller "
-                    "may have; try again when one of them is over.", retry_after_s=1,
+                    "This key's requests and unread answers use all the memory that one caller "
+                    "may have; try again when one of them is finished.", retry_after_s=1,
                 )
             hold.size_bytes = size_bytes
             if size_bytes:
@@ -11652,23 +11656,29 @@ class MemoryBudget:
         largest.cut()
 
 
-class Connection:
-    """A client's connection: a Client for those who wait, a socket for its Exchange, and what the
-    server has to know to choose which connection makes room for another.
+# How a Connection sends. Its socket never blocks, so a slow client does not hold up the thread
+# that produces the answer (and that holds a slot of the gate). States:
+#   direct    `_unsent` is empty: send() writes to the socket. Bytes that the socket does not accept
+#             go to `_unsent`, a sender thread is started, and the state is buffered.
+#   buffered  `_has_sender` is true: send() only appends, within the memory budget. The sender
+#             thread writes when the client reads. When `_unsent` is empty it ends: direct again.
+#   broken    `_is_broken` is true, for good: the client disconnected, read nothing for the write
+#             timeout, or used up its memory. send() and flush() raise ClientGone.
 
-    The socket never blocks. What a client does not take at once is kept, and a thread of its own
-    sends it when the client reads: whoever makes the answer is not held up.
-    """
+
+class Connection:
+    """A client's connection: the Client that producers of answers watch, the socket of its
+    Exchange, and the facts by which the server chooses a connection to close for a new one."""
 
     def __init__(self, sock: socket.socket, peer: str, budget: MemoryBudget) -> None:
         self.peer = peer
-        #: Whether an answer is being made for it.
+        #: Whether a request on it is being answered.
         self.is_busy = False
-        #: Whether it has brought a request of a caller that may use the API.
+        #: Whether it has sent a request of a caller that may use the API.
         self.is_trusted = False
-        #: When it last sent or took anything, or its request was over.
+        #: When it last sent or accepted bytes, or its last request ended.
         self.quiet_since_s = time.monotonic()
-        #: The config of the request that it is used for.
+        #: The config of its current request.
         self.config: Config | None = None
         self._socket = sock
         sock.setblocking(False)
@@ -11678,12 +11688,12 @@ class Connection:
         # same time, and several choices of one answer watch one client.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        #: What the client sent before it was asked for.
-        self._ahead = bytearray()
-        #: What the client has not taken yet.
+        #: Bytes that were read while watching for a hang-up.
+        self._read_ahead = bytearray()
+        #: Bytes that the client has not accepted yet.
         self._unsent = bytearray()
-        self._is_sending_later = False
-        self._has_left = False
+        self._has_sender = False
+        self._is_read_closed = False
         self._is_broken = False
 
     def fileno(self) -> int:
@@ -11692,7 +11702,6 @@ class Connection:
 
     @property
     def is_tls(self) -> bool:
-        """Whether TLS is spoken on it."""
         return isinstance(self._socket, ssl.SSLSocket)
 
     # -- reading --------------------------------------------------------------------------------
@@ -11700,58 +11709,58 @@ class Connection:
     def gone(self) -> bool:
         """See Client."""
         with self._lock:
-            if not self._has_left and not self._is_broken and self._room():
+            if not self._is_read_closed and not self._is_broken and self._free_ahead_bytes():
                 try:
-                    piece = self._socket.recv(self._room())
-                    self._has_left = not piece
-                    self._ahead += piece
-                except _NOT_NOW:
+                    piece = self._socket.recv(self._free_ahead_bytes())
+                    self._is_read_closed = not piece
+                    self._read_ahead += piece
+                except _WOULD_BLOCK:
                     pass
                 except OSError:
-                    self._has_left = True
-            return self._has_left or self._is_broken
+                    self._is_read_closed = True
+            return self._is_read_closed or self._is_broken
 
     def can_detect_hangup(self) -> bool:
-        """See Client."""
-        return bool(self._room())
+        """See Client. A full read-ahead buffer hides the end of the stream."""
+        return bool(self._free_ahead_bytes())
 
     def leave(self) -> None:
-        """See Client. What is said to it still arrives."""
-        self._has_left = True
+        """See Client. Bytes sent to the client still arrive."""
+        self._is_read_closed = True
         with contextlib.suppress(OSError):
             # Not SSLSocket.shutdown, which would end the encryption too.
             socket.socket.shutdown(self._socket, socket.SHUT_RD)
 
-    def _room(self) -> int:
-        return _MAX_AHEAD_BYTES - len(self._ahead)
+    def _free_ahead_bytes(self) -> int:
+        return _MAX_AHEAD_BYTES - len(self._read_ahead)
 
     def receive_into(self, buffer: Any) -> int | None:
-        """Read what is there; return how many bytes, or None when there is nothing yet."""
+        """Read available bytes and return their number: 0 = end of stream, None = none yet."""
         with self._lock:
-            count = min(len(buffer), len(self._ahead))
+            count = min(len(buffer), len(self._read_ahead))
             if count:
-                buffer[:count] = self._ahead[:count]
-                del self._ahead[:count]
+                buffer[:count] = self._read_ahead[:count]
+                del self._read_ahead[:count]
                 return count
             try:
                 count = self._socket.recv_into(buffer)
-            except _NOT_NOW:
+            except _WOULD_BLOCK:
                 return None
         self.quiet_since_s = time.monotonic()
         return count
 
     def wait_readable(self, timeout_s: float) -> None:
-        """Wait until there may be something to read."""
+        """Wait until there may be bytes to read."""
         self._poll(select.POLLIN, timeout_s)
 
     def peek(self, timeout_s: float) -> bytes:
-        """Return the first byte that comes, without taking it; nothing at the end. For a socket
-        without TLS. Raises OSError, also when nothing comes in time."""
+        """Return the next byte and leave it in the socket, which must not use TLS; return b"" at
+        the end of the stream. Raises OSError, also when no byte arrives in time."""
         self.wait_readable(timeout_s)
         return self._socket.recv(1, socket.MSG_PEEK)
 
     def start_tls(self, context: ssl.SSLContext, timeout_s: float) -> None:
-        """Make it a TLS connection. Raises OSError."""
+        """Perform the TLS handshake. Raises OSError."""
         self._socket.settimeout(timeout_s)
         self._socket = context.wrap_socket(self._socket, server_side=True)
         self._socket.setblocking(False)
@@ -11760,46 +11769,47 @@ class Connection:
 
     @property
     def has_unread(self) -> bool:
-        """Whether the client has not taken all yet."""
+        """Return whether bytes for the client are still unsent."""
         return bool(self._unsent)
 
     def send(self, data: bytes) -> None:
-        """Send what the client takes now and keep the rest for it. Raises ClientGone when it has
-        left, has read nothing for too long, or has left too much unread."""
+        """Send data without waiting; what the socket does not accept is sent later. Raises
+        ClientGone when the connection is broken."""
         with self._lock:
             if self._is_broken:
                 raise ClientGone
             if not self._unsent:
-                data = data[self._push(data):]
+                data = data[self._send_now(data):]
             if not data:
                 return
             self._unsent += data
-            is_first = not self._is_sending_later
-            self._is_sending_later = True
-        self._account()
-        if is_first:
+            needs_sender = not self._has_sender
+            self._has_sender = True
+        self._update_budget()
+        if needs_sender:
             try:
-                threading.Thread(target=self._send_later, daemon=True).start()
+                threading.Thread(target=self._run_sender, daemon=True).start()
             except RuntimeError:
                 self._break()
                 raise ClientGone from None
 
     def flush(self) -> None:
-        """Wait until the client has taken everything. Raises ClientGone when it does not."""
+        """Wait until all data is sent. Raises ClientGone when the connection is broken."""
         with self._lock:
             self._changed.wait_for(lambda: self._is_broken or not self._unsent)
             if self._is_broken:
                 raise ClientGone
 
-    def _push(self, data: bytes | bytearray) -> int:
-        """Return how much of it the socket takes now. Raises ClientGone. Needs the lock."""
+    def _send_now(self, data: bytes | bytearray) -> int:
+        """Send what the socket accepts and return the number of bytes. Raises ClientGone. The
+        caller holds the lock."""
         sent = 0
         try:
             with memoryview(data) as view:
                 while sent < len(data):
-                    # Over TLS a piece is tried again with at least the same bytes.
+                    # TLS requires that a retry begins with the same bytes and is not shorter.
                     sent += self._socket.send(view[sent:sent + _MAX_SENT_BYTES])
-        except _NOT_NOW:
+        except _WOULD_BLOCK:
             pass
         except OSError:
             self._is_broken = True
@@ -11807,32 +11817,32 @@ class Connection:
         self.quiet_since_s = time.monotonic()
         return sent
 
-    def _send_later(self) -> None:
-        """Send what is kept as the client takes it, until all is sent or it stands still."""
+    def _run_sender(self) -> None:
+        """Send the unsent bytes as the client reads, until all are sent or it stops reading."""
         while True:
-            standstill_s = self.config.write_timeout_ms / 1000 if self.config else _LINGER_S
-            can_write = self._poll(select.POLLOUT, standstill_s)
+            timeout_s = self.config.write_timeout_ms / 1000 if self.config else _LINGER_S
+            can_write = self._poll(select.POLLOUT, timeout_s)
             with self._lock:
                 if not can_write:
                     self._is_broken = True
                 try:
                     if not self._is_broken:
-                        del self._unsent[:self._push(self._unsent)]
+                        del self._unsent[:self._send_now(self._unsent)]
                 except ClientGone:
                     pass
                 if self._is_broken:
                     self._unsent.clear()
-                is_over = not self._unsent
-                self._is_sending_later = not is_over
+                is_done = not self._unsent
+                self._has_sender = not is_done
                 self._changed.notify_all()
-            self._account()
-            if is_over:
+            self._update_budget()
+            if is_done:
                 if self._is_broken:
                     self.cut()
                 return
 
-    def _account(self) -> None:
-        """Tell the budget how much is unread; a client that leaves too much so is cut off."""
+    def _update_budget(self) -> None:
+        """Charge the unsent bytes to the budget; break the connection if they are too many."""
         if self.config is None:
             return
         try:
@@ -11841,46 +11851,47 @@ class Connection:
             self._break()
 
     def _poll(self, event: int, timeout_s: float) -> bool:
-        """Wait for the socket; return whether it is ready, or broken, before the time is up."""
+        """Wait for the socket; return whether it is ready or failed before the timeout."""
         try:
-            waiting = select.poll()
-            waiting.register(self._socket, event)
-            return bool(waiting.poll(max(0.0, timeout_s) * 1000))
+            poller = select.poll()
+            poller.register(self._socket, event)
+            return bool(poller.poll(max(0.0, timeout_s) * 1000))
         except (OSError, ValueError):
-            # It was closed.
+            # Another thread closed the socket.
             return True
 
-    # -- its end --------------------------------------------------------------------------------
+    # -- closing --------------------------------------------------------------------------------
 
     def cut(self) -> None:
-        """End it from any thread: whoever reads or writes on it finds it broken."""
+        """Break the connection. Any thread may call this; pending reads and writes fail."""
         self._is_broken = True
         with contextlib.suppress(OSError):
-            # Not SSLSocket.shutdown, which takes the TLS state away from those who use it.
+            # Not SSLSocket.shutdown, which drops the TLS state while other threads use it.
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def _break(self) -> None:
+        """Cut the connection, drop the unsent bytes and wake up flush()."""
         self.cut()
         with self._lock:
             self._unsent.clear()
             self._changed.notify_all()
 
     def linger(self, timeout_s: float) -> None:
-        """Say that nothing more comes, and read on for a moment: a client that is still sending
-        would lose the answer to a reset."""
-        until_s = time.monotonic() + timeout_s
+        """Close the sending side, then read and drop what the client still sends, because closing
+        at once would reset the connection before the client has read the answer."""
+        deadline_s = time.monotonic() + timeout_s
         buffer = bytearray(_MAX_SENT_BYTES)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
-            while time.monotonic() < until_s:
+            while time.monotonic() < deadline_s:
                 count = self.receive_into(memoryview(buffer))
                 if count is None:
-                    self.wait_readable(until_s - time.monotonic())
+                    self.wait_readable(deadline_s - time.monotonic())
                 elif not count:
                     return
 
     def close(self) -> None:
-        """Close it; over TLS with the word that this was all."""
+        """Close the socket; over TLS after a close notification."""
         if isinstance(self._socket, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 self._socket.unwrap()
@@ -11890,7 +11901,7 @@ class Connection:
 
 
 class DeadlineReader(io.RawIOBase):
-    """Reads a connection until a deadline over all reads together, not for each."""
+    """A reader of a connection with one deadline for all reads, not one for each."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
@@ -11899,15 +11910,15 @@ class DeadlineReader(io.RawIOBase):
         self.received_bytes = 0
 
     def allow(self, seconds: float) -> None:
-        """Make everything from now on arrive within so many seconds."""
+        """Set the deadline to this many seconds from now."""
         self._deadline_s = time.monotonic() + seconds
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read what is there. Raises socket.timeout at the deadline."""
+        """Wait for bytes and read them; return their number. Raises socket.timeout at the
+        deadline."""
         count = self._connection.receive_into(buffer)
         while count is None:
             left_s = self._deadline_s - time.monotonic()
@@ -11920,8 +11931,8 @@ class DeadlineReader(io.RawIOBase):
 
 
 class Connections:
-    """The open connections. When there are too many, one that waits for its client makes room: so
-    nobody is shut out by clients that hold connections and ask for nothing."""
+    """The open connections. When there are too many, an idle one is closed for a new one, so that
+    clients that hold connections without using them cannot lock others out."""
 
     def __init__(self) -> None:
         # Guards the set.
@@ -11931,22 +11942,21 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def enter(self, newcomer: Connection, maximum: int) -> Connection | None:
-        """Add a connection; return the one that had to go for it. Raises Busy when all of them
-        are being answered."""
+    def add(self, connection: Connection, maximum: int) -> Connection | None:
+        """Add a connection; return the one that was closed for it, if any. Raises Busy when there
+        is no idle one to close."""
         with self._lock:
-            leaving = self._next_to_leave() if len(self._open) >= maximum else None
-            if leaving is not None:
-                self._open.remove(leaving)
+            evicted = self._eviction_candidate() if len(self._open) >= maximum else None
+            if evicted is not None:
+                self._open.remove(evicted)
             elif len(self._open) >= maximum:
                 raise Busy("Too many connections are open.", retry_after_s=5)
-            self._open.add(newcomer)
-        if leaving is not None:
-            leaving.cut()
-        return leaving
+            self._open.add(connection)
+        if evicted is not None:
+            evicted.cut()
+        return evicted
 
-    def leave(self, connection: Connection) -> None:
-        """Remove a connection."""
+    def remove(self, connection: Connection) -> None:
         with self._lock:
             self._open.discard(connection)
 
@@ -11955,13 +11965,13 @@ class Connections:
         with self._lock:
             return any(each.has_unread for each in self._open)
 
-    def _next_to_leave(self) -> Connection | None:
-        """Return who goes first: a stranger, from the address with the most connections, the one
-        that has been quiet the longest. Needs the lock."""
-        crowds = collections.Counter(each.peer for each in self._open)
+    def _eviction_candidate(self) -> Connection | None:
+        """Return the idle connection to close first. Untrusted ones come first, then those of the
+        address with the most connections, then the longest quiet. The caller holds the lock."""
+        open_per_peer = collections.Counter(each.peer for each in self._open)
         return max(
             (each for each in self._open if not each.is_busy),
-            key=lambda each: (not each.is_trusted, crowds[each.peer], -each.quiet_since_s),
+            key=lambda each: (not each.is_trusted, open_per_peer[each.peer], -each.quiet_since_s),
             default=None,
         )
 
@@ -15240,7 +15250,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Start the connection's thread, or turn it away when all that are open are busy."""
         connection: Connection = request
         try:
-            left = self.app.connections.enter(connection, self.app.config.max_connections)
+            left = self.app.connections.add(connection, self.app.config.max_connections)
         except Busy as error:
             self._turn_away(connection, error)
             return
@@ -15249,7 +15259,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             super().process_request(request, client_address)
         except BaseException:
-            self.app.connections.leave(connection)
+            self.app.connections.remove(connection)
             raise
 
     def note_tls(self, peer: str) -> None:
@@ -15309,7 +15319,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
         connection: Connection = request
-        self.app.connections.leave(connection)
+        self.app.connections.remove(connection)
         connection.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:

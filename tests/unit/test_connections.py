@@ -206,9 +206,9 @@ class Visitor:
 def test_one_that_waits_for_its_client_makes_room(present: list[Any], leaving: int) -> None:
     connections, newcomer = ocp.Connections(), Visitor("c", 9)
     for each in present:
-        assert connections.enter(each, 3) is None
+        assert connections.add(each, 3) is None
 
-    assert connections.enter(newcomer, 3) is present[leaving]
+    assert connections.add(newcomer, 3) is present[leaving]
 
     assert [each.cuts for each in present] == [int(at == leaving) for at in range(3)]
     assert len(connections) == 3
@@ -216,10 +216,10 @@ def test_one_that_waits_for_its_client_makes_room(present: list[Any], leaving: i
 
 def test_nobody_makes_room_while_all_are_answered() -> None:
     connections = ocp.Connections()
-    connections.enter(Visitor("a", 1, is_busy=True), 1)
+    connections.add(Visitor("a", 1, is_busy=True), 1)
 
     with pytest.raises(ocp.Busy):
-        connections.enter(Visitor("b", 2), 1)
+        connections.add(Visitor("b", 2), 1)
 
     assert len(connections) == 1
 
