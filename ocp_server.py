@@ -13281,12 +13281,13 @@ class App:
 
 
 # ==== 28. API description ====================================================
-# What a route is, and the OpenAPI document that describes all of them. The table of routes is the
-# source of the document; only bodies and query strings are described here.
+# The Route type, and the OpenAPI document of all routes. Paths, methods and summaries come from
+# the table of routes and the docstrings of the endpoints; request bodies and query strings are
+# described here.
 
 
 class Route(NamedTuple):
-    """One row. A name in braces in the path is passed to the endpoint, percent-decoded."""
+    """A row of the table of routes. A {name} in the path becomes an argument of the endpoint."""
 
     method: str
     path: str
@@ -13296,13 +13297,12 @@ class Route(NamedTuple):
 
     @property
     def operation(self) -> str:
-        """A name for what the route does."""
+        """Return the operation id: the name of the endpoint, unique for each row."""
         name = self.endpoint.__name__
         return f"{name}_{self.dialect.name}" if name == "answer" else name
 
 
-def _shape(required: Iterable[str] = (), **properties: object) -> Json:
-    """The schema of an object."""
+def _object_type(required: Iterable[str] = (), **properties: object) -> Json:
     return {"type": "object", "properties": properties, "required": list(required)}
 
 
@@ -13310,25 +13310,25 @@ _TEXT: Json = {"type": "string"}
 _NAME: Json = {"type": "string", "minLength": 1}
 _FLAG: Json = {"type": ["boolean", "null"]}
 _TOKENS_LIMIT: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": 1_000_000}
-_SHARE: Json = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+_ZERO_TO_ONE: Json = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
 _STOP: Json = {
     "anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": _TEXT, "maxItems": 4}]
 }
 
 
 def _content(*kinds: str) -> Json:
-    """The content of a message: text, or parts of these types."""
-    parts = [_shape(["type", "text"], type={"const": kind}, text=_NAME) for kind in kinds]
+    """Return the schema of message content: text, or a list of parts of these types."""
+    parts = [_object_type(["type", "text"], type={"const": kind}, text=_NAME) for kind in kinds]
     return {"anyOf": [_NAME, {"type": "array", "minItems": 1, "items": {"anyOf": parts}}]}
 
 
 def _messages(roles: Iterable[str], content: Json) -> Json:
-    message = _shape(["role", "content"], role={"enum": list(roles)}, content=content)
+    message = _object_type(["role", "content"], role={"enum": list(roles)}, content=content)
     return {"type": "array", "minItems": 1, "items": message}
 
 
 _TOOLS: Json = {"type": ["array", "null"], "items": {"type": "object"}}
-#: The input of responses.
+#: The `input` of the Responses API.
 _ITEMS: Json = {
     "anyOf": [
         _NAME,
@@ -13343,62 +13343,62 @@ _KEY_PROPERTIES: Json = {
     "maxConcurrent": {"type": ["integer", "null"], "minimum": 0, "maximum": 1000},
     "note": {"type": ["string", "null"], "maxLength": 500},
 }
-_QUOTA_SHAPE = {
-    **_shape(**{quota.name: _LIMIT for quota in QUOTAS}), "additionalProperties": False
+_QUOTA_SCHEMA = {
+    **_object_type(**{quota.name: _LIMIT for quota in QUOTAS}), "additionalProperties": False
 }
 
-#: The bodies of requests, by operation.
+#: Schemas of request bodies, by operation.
 _BODIES: dict[str, Json] = {
-    "answer_chat": _shape(
+    "answer_chat": _object_type(
         ["messages"],
         model=_NAME,
         messages=_messages(("system", "developer", "user", "assistant"), _content("text")),
         stream=_FLAG, max_tokens=_TOKENS_LIMIT, max_completion_tokens=_TOKENS_LIMIT,
-        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_SHARE,
+        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_ZERO_TO_ONE,
         stop=_STOP, n={"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
         tools=_TOOLS, ocp_session_id={"type": ["string", "null"], "maxLength": 256},
         reasoning_effort={"enum": [None, "none", *EFFORT_BUDGETS]},
         response_format={"type": ["object", "null"]},
     ),
-    "answer_messages": _shape(
+    "answer_messages": _object_type(
         ["messages", "max_tokens"],
         model=_NAME, max_tokens={"type": "integer", "minimum": 1, "maximum": 1_000_000},
         messages=_messages(("user", "assistant"), _content("text")), system=_content("text"),
-        stream=_FLAG, temperature=_SHARE, top_p=_SHARE, tools=_TOOLS,
+        stream=_FLAG, temperature=_ZERO_TO_ONE, top_p=_ZERO_TO_ONE, tools=_TOOLS,
         stop_sequences={"type": ["array", "null"], "items": _TEXT},
     ),
-    "count_tokens": _shape(
+    "count_tokens": _object_type(
         ["messages"], model=_NAME, system=_content("text"), tools=_TOOLS,
         messages=_messages(("user", "assistant"), _content("text")),
     ),
-    "answer_responses": _shape(
+    "answer_responses": _object_type(
         ["input"],
         model=_NAME,
         input=_ITEMS,
         instructions={"type": ["string", "null"]}, stream=_FLAG, store=_FLAG,
-        max_output_tokens=_TOKENS_LIMIT, top_p=_SHARE, tools=_TOOLS,
+        max_output_tokens=_TOKENS_LIMIT, top_p=_ZERO_TO_ONE, tools=_TOOLS,
         temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2},
         previous_response_id={"type": ["string", "null"]},
     ),
-    "answer_compaction": _shape(
+    "answer_compaction": _object_type(
         ["input"], model=_NAME, input=_ITEMS, instructions={"type": ["string", "null"]},
         previous_response_id={"type": ["string", "null"]},
     ),
-    "count_input_tokens": _shape(
+    "count_input_tokens": _object_type(
         ["input"], model=_NAME, input=_ITEMS, instructions={"type": ["string", "null"]},
         tools=_TOOLS, previous_response_id={"type": ["string", "null"]},
     ),
-    "answer_completions": _shape(
+    "answer_completions": _object_type(
         ["prompt"], model=_NAME, prompt=_NAME, stream=_FLAG, max_tokens=_TOKENS_LIMIT,
-        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_SHARE,
+        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_ZERO_TO_ONE,
         stop=_STOP, echo=_FLAG, n={"type": ["integer", "null"], "minimum": 1, "maximum": 8},
     ),
-    "no_embeddings": _shape(["input"], model=_NAME, input=_TEXT),
+    "no_embeddings": _object_type(["input"], model=_NAME, input=_TEXT),
     "create_key": {
-        **_shape(**_KEY_PROPERTIES, quota=_QUOTA_SHAPE), "additionalProperties": False
+        **_object_type(**_KEY_PROPERTIES, quota=_QUOTA_SCHEMA), "additionalProperties": False
     },
-    "change_key": {**_shape(**_KEY_PROPERTIES), "additionalProperties": False},
-    "change_quota": {**_QUOTA_SHAPE, "minProperties": 1},
+    "change_key": {**_object_type(**_KEY_PROPERTIES), "additionalProperties": False},
+    "change_quota": {**_QUOTA_SCHEMA, "minProperties": 1},
     "change_settings": {
         "type": "object", "additionalProperties": False,
         "properties": {
@@ -13407,7 +13407,7 @@ _BODIES: dict[str, Json] = {
         },
     },
 }
-#: What may stand in the query string, by operation.
+#: Schemas of query parameters, by operation.
 _QUERIES: dict[str, dict[str, Json]] = {
     "get_models": {
         "limit": {"type": "integer", "minimum": 0, "maximum": 1000},
@@ -13432,53 +13432,56 @@ _QUERIES: dict[str, dict[str, Json]] = {
         "all": {"type": "boolean"},
     },
 }
-#: The statuses of answers that are no errors in form, by operation; 200 where it is not here.
+#: Status codes of responses that are not in the error format, by operation; otherwise 200.
 _STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
-#: Types of answers besides JSON, by operation.
-_MEDIA = {
+#: Media types of responses, by operation; otherwise JSON.
+_MEDIA_TYPES = {
     "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
     "get_connect": "text/plain",
 }
 
 
 def _operation(route: Route) -> Json:
-    """The description of one route."""
+    """Return the OpenAPI description of a route."""
     name = route.operation
     summary = " ".join((route.endpoint.__doc__ or "").split()).partition(". ")[0].rstrip(".") + "."
-    placed = [("path", part, True, _NAME) for part in re.findall(r"{(\w+)}", route.path)]
-    placed += [("query", part, False, shape) for part, shape in _QUERIES.get(name, {}).items()]
-    media = _MEDIA.get(name, "application/json")
-    good: Json = {"description": "Done.", "content": {media: {"schema": {}}}}
+    parameters = [
+        {"in": "path", "name": parameter, "required": True, "schema": _NAME}
+        for parameter in re.findall(r"{(\w+)}", route.path)
+    ]
+    parameters += [
+        {"in": "query", "name": parameter, "required": False, "schema": schema}
+        for parameter, schema in _QUERIES.get(name, {}).items()
+    ]
+    media_type = _MEDIA_TYPES.get(name, "application/json")
+    success: Json = {"description": "Done.", "content": {media_type: {"schema": {}}}}
     if "stream" in _BODIES.get(name, {}).get("properties", {}):
-        good["content"]["text/event-stream"] = {"schema": {}}
-    failed = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    found: Json = {
+        success["content"]["text/event-stream"] = {"schema": {}}
+    failure = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    operation: Json = {
         "operationId": name,
         "summary": summary,
-        "parameters": [
-            {"in": place, "name": part, "required": required, "schema": shape}
-            for place, part, required, shape in placed
-        ],
+        "parameters": parameters,
         "responses": {
-            **dict.fromkeys(_STATUSES.get(name, ("200",)), good),
-            "4XX": {"description": "The request cannot be answered.", "content": failed},
-            "5XX": {"description": "The server or claude failed.", "content": failed},
+            **dict.fromkeys(_STATUSES.get(name, ("200",)), success),
+            "4XX": {"description": "The request cannot be answered.", "content": failure},
+            "5XX": {"description": "The server or claude failed.", "content": failure},
         },
         "security": [] if route.access is Access.PUBLIC else [{"bearer": []}, {"x-api-key": []}],
         "tags": [route.access.value],
     }
     if name in _BODIES:
         body = {"application/json": {"schema": _BODIES[name]}}
-        found["requestBody"] = {"required": True, "content": body}
-    return found
+        operation["requestBody"] = {"required": True, "content": body}
+    return operation
 
 
 def openapi(routes: Iterable[Route]) -> Json:
-    """The OpenAPI 3.1 document of these routes."""
+    """Return the OpenAPI 3.1 document of these routes."""
     paths: Json = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
-    error = _shape(["error"], error=_shape(["message", "type"], message=_TEXT, type=_TEXT))
+    details = _object_type(["message", "type"], message=_TEXT, type=_TEXT)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -13488,7 +13491,7 @@ def openapi(routes: Iterable[Route]) -> Json:
         },
         "paths": paths,
         "components": {
-            "schemas": {"Error": error},
+            "schemas": {"Error": _object_type(["error"], error=details)},
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -13498,13 +13501,13 @@ def openapi(routes: Iterable[Route]) -> Json:
 
 
 # ==== 29. Dashboard ==========================================================
-# One static page, dashboard.html beside this file, in which no value of the server is ever
-# written: it fetches JSON and sets text. Its policy allows exactly its own style and script, by
-# their hashes, and nothing from outside.
+# One static page, dashboard.html beside this file. The server writes no values into it: the page
+# fetches JSON and sets text. Its content security policy allows only its own style and script, by
+# their hashes.
 
 DASHBOARD_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "dashboard.html")
 
-#: What is shown where this file was copied without the dashboard.
+#: The page for a server whose ocp_server.py was copied without dashboard.html.
 _PAGE_WITHOUT_DASHBOARD = """<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>OCP</title>
@@ -13512,9 +13515,9 @@ _PAGE_WITHOUT_DASHBOARD = """<!DOCTYPE html>
 </head>
 <body>
 <h1>OCP</h1>
-<p>The file dashboard.html does not lie beside this server's ocp_server.py. Put it there from the
-same version of OCP and load this page again, or use <code>ocp status</code>.</p>
-<p id="state">Asking /health ...</p>
+<p>There is no dashboard.html beside this server's ocp_server.py. Copy it there from the same
+version of OCP and reload this page, or use <code>ocp status</code>.</p>
+<p id="state">Loading /health ...</p>
 <script>
 const state = document.getElementById("state");
 fetch("health").then((reply) => reply.json()).then((health) => {
@@ -13528,24 +13531,24 @@ fetch("health").then((reply) => reply.json()).then((health) => {
 
 
 class Page(NamedTuple):
-    """An HTML page and the headers that it is sent with."""
+    """An HTML page and its response headers."""
 
     html: str
     headers: Mapping[str, str]
 
 
-def _hash_of(tag: str, html: str) -> str:
-    """Return what a policy calls the one element of this name in a page."""
+def _csp_hash(tag: str, html: str) -> str:
+    """Return the policy's hash source for the only element with this tag in a page."""
     inside = html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    found = base64.b64encode(hashlib.sha256(inside.encode("utf-8")).digest())
-    return f"'sha256-{found.decode('ascii')}'"
+    digest = base64.b64encode(hashlib.sha256(inside.encode("utf-8")).digest())
+    return f"'sha256-{digest.decode('ascii')}'"
 
 
 @functools.lru_cache(maxsize=2)
-def _page_of(html: str) -> Page:
+def _page_with_headers(html: str) -> Page:
     policy = (
-        "default-src 'none'", f"style-src {_hash_of('style', html)}",
-        f"script-src {_hash_of('script', html)}", "connect-src 'self'", "img-src data:",
+        "default-src 'none'", f"style-src {_csp_hash('style', html)}",
+        f"script-src {_csp_hash('script', html)}", "connect-src 'self'", "img-src data:",
         "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
     )
     return Page(html, {
@@ -13557,12 +13560,12 @@ def _page_of(html: str) -> Page:
 
 
 def dashboard_page() -> Page:
-    """Return the dashboard, or a page that says where it belongs."""
+    """Return the dashboard, or a page that says where to put dashboard.html."""
     try:
         with open(DASHBOARD_FILE, encoding="utf-8", newline="") as file:
-            return _page_of(file.read())
+            return _page_with_headers(file.read())
     except (OSError, UnicodeDecodeError):
-        return _page_of(_PAGE_WITHOUT_DASHBOARD)
+        return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
 
 
 # ==== 30. Endpoints ==========================================================

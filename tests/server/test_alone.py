@@ -218,7 +218,7 @@ def test_the_dashboard_is_not_there_and_says_where_it_belongs(demo: Serving) -> 
     reply = http_call(demo.port, "GET", "/dashboard")
 
     assert reply.status == 200
-    assert "dashboard.html does not lie beside this server's ocp_server.py" in reply.text
+    assert "There is no dashboard.html beside this server's ocp_server.py" in reply.text
     assert 'fetch("health")' in reply.text
     script = reply.text.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
