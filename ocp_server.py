@@ -13569,12 +13569,13 @@ def dashboard_page() -> Page:
 
 
 # ==== 30. Endpoints ==========================================================
-# One function for each route: (app, exchange, **names in the path). They read the request from
-# the exchange, answer through it, and raise what goes wrong.
+# One function for each route: (app, exchange, **names in the path). An endpoint reads the request
+# from the exchange, sends the response through it, and raises errors. The first sentence of its
+# docstring is its summary in /openapi.json.
 
 
 class HttpExchange(Protocol):
-    """What an endpoint sees of a request."""
+    """A request as endpoints see it, and the ways to respond."""
 
     client: Client
     dialect: Dialect
@@ -13585,44 +13586,44 @@ class HttpExchange(Protocol):
     headers: http.client.HTTPMessage
     query: Mapping[str, str]
     headers_out: dict[str, str]
-    #: All that there is to ask for.
+    #: All routes of the server.
     routes: tuple[Route, ...]
 
     def body(self) -> bytearray:
         """Read the body. Raises BadRequest, TooLarge, MemoryFull, RequestTimeout."""
 
     def send_json(self, value: object, status: int = 200) -> None:
-        """Answers with JSON."""
+        """Send a JSON response."""
 
     def send_text(self, text: str, content_type: str) -> None:
-        """Answers 200 with text."""
+        """Send a text response with status 200."""
 
     def send_nothing(self, status: int) -> None:
-        """Answers without a body."""
+        """Send a response without a body."""
 
     def send_events(self, frames: Iterator[bytes]) -> None:
-        """Answers 200 with server-sent events that are rendered already."""
+        """Send rendered server-sent events with status 200."""
 
     def send_stream(
         self, renderer: Renderer, events: Iterator[Choice], finished: Callable[[Json], None]
     ) -> None:
-        """Answers 200 with server-sent events; the status goes out with the first of them.
-        `finished` gets what the renderer put together, before the end of an answer is sent."""
+        """Render events and send them as server-sent events; status 200 is sent with the first.
+        `finished` gets the renderer's whole body before the end of an answer is sent."""
 
     def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
-        """Waits for the end of the events; white space goes into a silence that grows too long."""
+        """Consume the events; after each silence of this length send white space. 0 = never."""
 
 
-def json_of(data: bytearray) -> object:
-    """Return the value of a request's body. Raises BadRequest."""
+def parse_json_body(data: bytearray) -> object:
+    """Return the JSON value of a request's body. Raises BadRequest."""
     if data.startswith(codecs.BOM_UTF8):
         del data[:len(codecs.BOM_UTF8)]
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
         raise BadRequest("The body is not UTF-8: send the JSON in UTF-8.")
     if not data or data.isspace():
-        raise BadRequest("The body is empty; it has to be a JSON object.")
+        raise BadRequest("The body is empty; it must be a JSON object.")
     if has_many_values(data):
-        raise BadRequest("The body holds too many arrays, objects and values.")
+        raise BadRequest("The body has too many arrays, objects and values.")
     try:
         return from_json(data)
     except ValueError as problem:
@@ -13630,12 +13631,12 @@ def json_of(data: bytearray) -> object:
         raise BadRequest(f"The body is not JSON: {reason}.") from None
 
 
-#: How a beta of the API begins that asks for the long window.
+#: The prefix of the API beta that requests the long context window.
 _LONG_CONTEXT_BETA = "context-1m-"
 
 
-def _check_allowed(app: App, caller: Caller, model: Model) -> None:
-    """Raises Forbidden when the caller may not use this model."""
+def _check_model_allowed(app: App, caller: Caller, model: Model) -> None:
+    """Raise Forbidden if the caller may not use this model."""
     if caller.models and model.id not in app.models.same(caller.models):
         raise Forbidden(
             f"This key may use {', '.join(caller.models)} only.",
@@ -13643,8 +13644,8 @@ def _check_allowed(app: App, caller: Caller, model: Model) -> None:
         )
 
 
-def _parsing_for(app: App, exchange: HttpExchange, *, counted: bool) -> ParseEnvironment:
-    """What the dialect has to know of the server and of this caller."""
+def _parse_environment(app: App, exchange: HttpExchange, *, counted: bool) -> ParseEnvironment:
+    """Return what a dialect needs from the server and the caller to parse a body."""
     config, scope = app.config, exchange.caller.scope
     limits = Limits(
         config.image_allow_url, config.max_image_bytes,
@@ -13662,30 +13663,31 @@ def _parsing_for(app: App, exchange: HttpExchange, *, counted: bool) -> ParseEnv
     )
 
 
-def _parsed(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
-    """The Turn of the request's body; all of it when it is only `counted`, however long."""
+def _read_turn(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
+    """Read the body and return its Turn. `counted` only measures it: no quota is checked, and a
+    long prompt is not truncated."""
     if not counted:
         app.requests.check_quota(exchange.caller, exchange.dialect)
     data = exchange.body()
-    # While it came the key may have got other limits, or its end.
+    # The key may have been changed or revoked while the body arrived.
     exchange.caller = app.keys.current(exchange.caller)
     with app.parsing(len(data)):
-        turn = _turn_of(app, exchange, json_of(data), counted=counted)
+        turn = _parse_turn(app, exchange, parse_json_body(data), counted=counted)
     if not turn.model.known:
         app.log.event(
             "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
         )
-    _tell_changes(exchange, turn)
+    _set_turn_headers(exchange, turn)
     return turn
 
 
-def _turn_of(app: App, exchange: HttpExchange, body: object, *, counted: bool) -> Turn:
+def _parse_turn(app: App, exchange: HttpExchange, body: object, *, counted: bool) -> Turn:
     config = app.config
     if config.session_id and isinstance(body, dict):
-        named = body.pop("session_id", None) or exchange.headers.get("X-Session-Id")
-        body.setdefault(SESSION_FIELD, named)
-    turn = exchange.dialect.parse(body, _parsing_for(app, exchange, counted=counted))
-    _check_allowed(app, exchange.caller, turn.model)
+        session_id = body.pop("session_id", None) or exchange.headers.get("X-Session-Id")
+        body.setdefault(SESSION_FIELD, session_id)
+    turn = exchange.dialect.parse(body, _parse_environment(app, exchange, counted=counted))
+    _check_model_allowed(app, exchange.caller, turn.model)
     turn, dropped = (turn, 0) if counted else truncate_to_budget(turn, config.max_prompt_chars)
     if dropped:
         turn = turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
@@ -13697,101 +13699,108 @@ def _turn_of(app: App, exchange: HttpExchange, body: object, *, counted: bool) -
     return turn
 
 
-def _tell_changes(exchange: HttpExchange, turn: Turn) -> None:
-    """Names in the response's headers what was left out of the request and what was repaired."""
+def _set_turn_headers(exchange: HttpExchange, turn: Turn) -> None:
+    """List ignored parameters and adjustments of the request in the response's headers."""
     if turn.ignored:
         exchange.headers_out["X-OCP-Ignored-Params"] = header_list(turn.ignored)
     if turn.adjusted:
-        words = (f"{word}={count}" for word, count in turn.adjusted)
-        exchange.headers_out["X-OCP-Adjusted"] = header_list(words)
+        counts = (f"{name}={count}" for name, count in turn.adjusted)
+        exchange.headers_out["X-OCP-Adjusted"] = header_list(counts)
 
 
 def answer(app: App, exchange: HttpExchange) -> None:
-    """Every route that asks a model."""
-    dialect, turn = exchange.dialect, _parsed(app, exchange)
+    """Answer a request with a model."""
+    dialect, turn = exchange.dialect, _read_turn(app, exchange)
     request = Request(turn, exchange.caller, exchange.client, exchange.request_id, dialect.name)
     with app.requests.answering(request) as answering:
-        def remember(body: Json) -> None:
-            # Before the client has its last byte: its next request may name this answer.
+        def store(body: Json) -> None:
+            # Before the last byte is sent: the client's next request may refer to this answer.
             if answering.job.finished and (dialect.stores(turn) or turn.session_id):
-                _remember(app, exchange, turn, answering.answers()[0], body)
+                _store_conversation(app, exchange, turn, answering.answers()[0], body)
 
         exchange.headers_out["X-OCP-Cache"] = answering.cache
         if turn.stream:
-            exchange.send_stream(dialect.stream(turn), answering.events, remember)
+            exchange.send_stream(dialect.stream(turn), answering.events, store)
         else:
             exchange.keep_alive(answering.events, app.config.whole_silence_ms / 1000)
             body = dialect.whole(turn, list(answering.answers()))
-            remember(body)
+            store(body)
             exchange.send_json(body)
 
 
-def _remember(app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body: Json) -> None:
-    """Keeps the conversation under the name that the client will use for it."""
+def _store_conversation(
+    app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body: Json
+) -> None:
+    """Store the conversation under its response id, its session id, or both."""
     blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
-        told = exchange.dialect.stored_system_messages(turn)
+        system = exchange.dialect.stored_system_messages(turn)
         items = [kept_item(item) for item in turn.wire["items"]]
-        app.responses.put(exchange.caller.scope, body, [*told, *messages], items, app.config)
+        app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)
     if not turn.session_id:
         return
     try:
         app.sessions.put(exchange.caller.scope, turn, messages, app.config.session_ttl_ms / 1000)
     except sqlite3.Error as problem:
-        # The answer is out; only its memory is lost, to a full disk for example.
+        # On a full disk, for example. The answer itself is complete, so the request succeeds.
         app.log.event("error", "session_not_kept", error=str(problem))
 
 
 def get_sessions(app: App, exchange: HttpExchange) -> None:
-    """GET /sessions: the conversations that the server remembers."""
-    found = app.sessions.all(app.config.session_ttl_ms / 1000)
+    """GET /sessions: list the stored conversations."""
+    entries = app.sessions.all(app.config.session_ttl_ms / 1000)
     names = {key.caller.scope: key.name for key in app.keys.all()}
-    sessions = [{**entry, "caller": names.get(entry["caller"], entry["caller"])} for entry in found]
+    sessions = [
+        {**entry, "caller": names.get(entry["caller"], entry["caller"])} for entry in entries
+    ]
     exchange.send_json({"sessions": sessions})
 
 
 def clear_sessions(app: App, exchange: HttpExchange) -> None:
-    """DELETE /sessions: forgets all of them."""
+    """DELETE /sessions: delete all stored conversations."""
     exchange.send_json({"cleared": app.sessions.clear()})
 
 
 def clear_session(app: App, exchange: HttpExchange, id: str) -> None:
-    """DELETE /sessions/{id}."""
+    """DELETE /sessions/{id}: delete one stored conversation."""
     cleared = app.sessions.clear(id)
     if not cleared:
         raise NotFound(f"There is no session {one_line(id, 80)!r}.", param="id")
     exchange.send_json({"cleared": cleared})
 
 
-def count_tokens(app: App, exchange: HttpExchange) -> None:
-    """POST /v1/messages/count_tokens: an estimate, and it says so in a header."""
-    turn = _parsed(app, exchange, counted=True)
+def _estimate(app: App, exchange: HttpExchange) -> int:
+    """Return the estimated tokens of the request, and mark the response as an estimate."""
+    turn = _read_turn(app, exchange, counted=True)
     exchange.headers_out["X-OCP-Estimate"] = "true"
-    exchange.send_json({"input_tokens": estimated_tokens(turn)})
+    return estimated_tokens(turn)
+
+
+def count_tokens(app: App, exchange: HttpExchange) -> None:
+    """POST /v1/messages/count_tokens: estimate the input tokens of a request."""
+    exchange.send_json({"input_tokens": _estimate(app, exchange)})
 
 
 def count_input_tokens(app: App, exchange: HttpExchange) -> None:
-    """POST /v1/responses/input_tokens: the same estimate for a request for a response."""
-    turn = _parsed(app, exchange, counted=True)
-    exchange.headers_out["X-OCP-Estimate"] = "true"
-    tokens = estimated_tokens(turn)
+    """POST /v1/responses/input_tokens: estimate the input tokens of a request."""
+    tokens = _estimate(app, exchange)
     exchange.send_json({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 def get_response(app: App, exchange: HttpExchange, id: str) -> None:
-    """GET /v1/responses/{id}: a response that was stored."""
-    found = app.responses.get(exchange.caller.scope, id)
+    """GET /v1/responses/{id}: return a stored response."""
+    stored = app.responses.get(exchange.caller.scope, id)
     if exchange.query.get("stream", "").lower() not in ("", "false", "0"):
         raise Unsupported(
-            "stream: a response is not streamed a second time; ask for it without `stream`.",
+            "stream: a stored response cannot be streamed again; request it without `stream`.",
             param="stream",
         )
-    exchange.send_json(found.body)
+    exchange.send_json(stored.body)
 
 
 def cancel_response(app: App, exchange: HttpExchange, id: str) -> None:
-    """POST /v1/responses/{id}/cancel: refused, since no response runs in the background."""
+    """POST /v1/responses/{id}/cancel: refuse, because no response runs in the background."""
     app.responses.get(exchange.caller.scope, id)
     raise BadRequest(
         "This response is complete and cannot be cancelled. To stop one that is running, close "
@@ -13799,25 +13808,25 @@ def cancel_response(app: App, exchange: HttpExchange, id: str) -> None:
     )
 
 
-#: How many input items are listed at once, unless the client says otherwise, and at most.
-_ITEMS_EACH, _MAX_ITEMS = 20, 100
+#: How many input items a page has by default, and at most.
+_DEFAULT_ITEMS, _MAX_ITEMS = 20, 100
 
 
 def get_input_items(app: App, exchange: HttpExchange, id: str) -> None:
-    """GET /v1/responses/{id}/input_items: the items that a response came of."""
+    """GET /v1/responses/{id}/input_items: list the input items of a stored response."""
     query = Fields(dict(exchange.query))
     order = query.one_of("order", ("asc", "desc")) or "desc"
-    limit = whole_number(exchange.query, "limit", _ITEMS_EACH, _MAX_ITEMS)
+    limit = query_integer(exchange.query, "limit", _DEFAULT_ITEMS, _MAX_ITEMS)
     if not limit:
         raise query.invalid("limit", f"a whole number from 1 to {_MAX_ITEMS}")
     items = app.responses.get(exchange.caller.scope, id).items
     items = items[::-1] if order == "desc" else items
     after = query.text("after")
     if after is not None:
-        places = [place for place, item in enumerate(items) if item["id"] == after]
-        if not places:
+        ids = [item["id"] for item in items]
+        if after not in ids:
             raise BadRequest(f"after: there is no item {one_line(after, 80)!r}.", param="after")
-        items = items[places[0] + 1:]
+        items = items[ids.index(after) + 1:]
     page = items[:limit]
     exchange.send_json({
         "object": "list", "data": page, "has_more": len(items) > len(page),
@@ -13826,25 +13835,25 @@ def get_input_items(app: App, exchange: HttpExchange, id: str) -> None:
 
 
 def delete_response(app: App, exchange: HttpExchange, id: str) -> None:
-    """DELETE /v1/responses/{id}."""
+    """DELETE /v1/responses/{id}: delete a stored response."""
     app.responses.remove(exchange.caller.scope, id)
     exchange.send_json({"id": id, "object": "response", "deleted": True})
 
 
 def no_embeddings(app: App, exchange: HttpExchange) -> None:
-    """POST /v1/embeddings: says where to look instead."""
+    """POST /v1/embeddings: refuse, and name an alternative."""
     raise NotFound(
-        "There are no embeddings here: the models behind this server make none. Use a local "
-        "embedding model, such as Ollama's nomic-embed-text, for this part of your tool."
+        "This server has no embeddings: Claude models do not make any. Use a local embedding "
+        "model, such as Ollama's nomic-embed-text, for this part of your tool."
     )
 
 
-#: A fixed moment for "created", which clients want and nothing tells.
+#: A fixed time for `created`: clients require the field, but its value is unknown.
 _MODELS_CREATED_S = 1_750_000_000
 
 
 def _model_entry(model: Model) -> Json:
-    """A model as OpenAI's clients know it and as Anthropic's do, and what neither tells."""
+    """Return the fields of OpenAI's and of Anthropic's model entries, and those of OCP."""
     return {
         "id": model.id,
         "object": "model",
@@ -13863,22 +13872,22 @@ def _model_entry(model: Model) -> Json:
     }
 
 
-#: The longest page of the list of models.
+#: The most models on one page.
 _MAX_PAGE = 1000
 
 
 def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
-    """Return which of these ids belong to the page that is asked for in Anthropic's form, and
-    whether the list goes on in its direction. Raises BadRequest."""
-    def place(name: str, otherwise: int) -> int:
+    """Return the requested page of ids (Anthropic's `after_id`, `before_id` and `limit`), and
+    whether more ids follow in its direction. Raises BadRequest."""
+    def index(name: str, default: int) -> int:
         if not query.get(name):
-            return otherwise
+            return default
         if query[name] not in ids:
             raise BadRequest(f"{name}: must be the id of an entry of this list.", param=name)
         return ids.index(query[name])
 
-    first, end = place("after_id", -1) + 1, place("before_id", len(ids))
-    limit = whole_number(query, "limit", 0, _MAX_PAGE) or _MAX_PAGE
+    first, end = index("after_id", -1) + 1, index("before_id", len(ids))
+    limit = query_integer(query, "limit", 0, _MAX_PAGE) or _MAX_PAGE
     has_more = limit < end - first
     if query.get("before_id") and not query.get("after_id"):
         return slice(max(first, end - limit), end), has_more
@@ -13886,7 +13895,7 @@ def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
 
 
 def get_models(app: App, exchange: HttpExchange) -> None:
-    """GET /v1/models: those that the caller may use, or a page of them."""
+    """GET /v1/models: list the models that the caller may use, or a page of them."""
     allowed = app.models.same(exchange.caller.models)
     models = [m for m in app.models.all() if (m.id in allowed if allowed else m.listed)]
     page, has_more = _page(exchange.query, [model.id for model in models])
@@ -13899,20 +13908,18 @@ def get_models(app: App, exchange: HttpExchange) -> None:
 
 
 def get_model(app: App, exchange: HttpExchange, model: str) -> None:
-    """GET /v1/models/{model}; an alias gives the model that it stands for."""
+    """GET /v1/models/{model}: return the model with this id or alias."""
     found = app.models.find(model)
-    _check_allowed(app, exchange.caller, found)
+    _check_model_allowed(app, exchange.caller, found)
     exchange.send_json(_model_entry(found))
 
 
-def _errors(app: App) -> int:
-    """How many requests failed since the start."""
-    over = app.metrics.total("ocp_requests_total")
-    fine = sum(app.metrics.total("ocp_requests_total", outcome=w) for w in ("ok", "abandoned"))
-    return over - fine
-
-
 def _stats(app: App) -> Json:
+    """Return the counts of requests since the start."""
+    finished = app.metrics.total("ocp_requests_total")
+    not_failed = sum(
+        app.metrics.total("ocp_requests_total", outcome=word) for word in ("ok", "abandoned")
+    )
     paths = ("continued", "rewound", "rebuilt", "fresh", "cached", "shared")
     return {
         "totalRequests": app.metrics.total("ocp_requests_started_total"),
@@ -13920,14 +13927,14 @@ def _stats(app: App) -> Json:
         "queued": app.gate.waiting,
         "queueRejections": app.gate.refused,
         "spawned": app.spares.spawned,
-        "errors": _errors(app),
+        "errors": finished - not_failed,
         "timeouts": app.metrics.total("ocp_requests_total", outcome=str(UpstreamTimeout.code)),
         **{path: app.metrics.total("ocp_answers_total", path=path) for path in paths},
     }
 
 
-def _condition(app: App) -> tuple[str, str]:
-    """How the server is, "ok", "degraded" or "draining", and what to do about it."""
+def _server_status(app: App) -> tuple[str, str]:
+    """Return "ok", "degraded" or "draining", and what the operator should do about it."""
     problem = app.program.glance()[1]
     auth = app.account.login_report()
     if app.draining:
@@ -13939,15 +13946,16 @@ def _condition(app: App) -> tuple[str, str]:
 
 
 def get_health(app: App, exchange: HttpExchange) -> None:
-    """GET /health: public, so it tells no path, no prompt and no error text."""
-    shown = app.config.advertised_key
-    exchange.send_json({**_health(app), **({"anonymousKey": shown} if shown else {})})
+    """GET /health: return the state of the server."""
+    # Public: it must contain no path, no prompt and no error text.
+    advertised = app.config.advertised_key
+    exchange.send_json({**_health(app), **({"anonymousKey": advertised} if advertised else {})})
 
 
 def _health(app: App) -> Json:
     config, uptime_s = app.config, app.clock() - app.started_s
     program, problem = app.program.glance()
-    status, fix = _condition(app)
+    status, fix = _server_status(app)
     return {
         "status": status,
         "version": VERSION,
@@ -13959,9 +13967,9 @@ def _health(app: App) -> Json:
         "authMode": config.mode,
         "tls": bool(config.tls_cert),
         "auth": app.account.login_report(),
-        # Whether what claude tells its models leaves out who is logged in.
+        # Whether claude's system prompt leaves out the account's identity.
         "ownerHidden": app.claude_folder.is_private,
-        # Where keys, settings and usage are kept: "disk", or what is wrong with that.
+        # Where keys, settings and usage are stored: "disk", or the problem with it.
         "storage": app.state_folder.status[0],
         "storageFix": app.state_folder.status[1] or None,
         "claudeBinaryOk": problem is None,
@@ -13981,50 +13989,50 @@ def _health(app: App) -> Json:
 
 
 def get_ready(app: App, exchange: HttpExchange) -> None:
-    """GET /ready: 200 if a request would be answered, as far as that is known, else 503."""
-    status, fix = _condition(app)
+    """GET /ready: respond 200 if requests can be answered, otherwise 503."""
+    status, fix = _server_status(app)
     if status != "ok":
         raise NotReady(fix)
     exchange.send_json({"ready": True})
 
 
-#: How often /api/events looks for news, and how long it is silent at most.
-_EVENTS_EVERY_S = 0.5
-_EVENTS_SILENCE_S = 15.0
+#: How often /api/events checks for changes, and when it sends a keepalive instead.
+_EVENTS_INTERVAL_S = 0.5
+_EVENTS_KEEPALIVE_S = 15.0
 
 
 def get_events(app: App, exchange: HttpExchange) -> None:
-    """GET /api/events: what goes on, as server-sent events: `state` when it changes, `log` for new
-    lines of the log."""
-    exchange.send_events(_live(app, exchange.client))
+    """GET /api/events: stream server-sent events, `state` for each change of the server's state
+    and `log` for new log entries."""
+    exchange.send_events(_live_frames(app, exchange.client))
 
 
-def _live(app: App, client: Client) -> Iterator[bytes]:
-    """The frames of /api/events, until the client or the server goes. Raises ClientGone."""
+def _live_frames(app: App, client: Client) -> Iterator[bytes]:
+    """Yield the frames of /api/events until the server stops. Raises ClientGone."""
     seen, state = 0, b""
-    spoken_s = app.clock()
+    sent_s = app.clock()
     while not app.draining:
         frames = b""
         entries, seen = app.log.since(seen)
         if entries:
             frames += server_sent({"entries": entries}, "log")
-        before, state = state, server_sent(_state(app), "state")
+        before, state = state, server_sent(_live_state(app), "state")
         frames += state if state != before else b""
-        if not frames and app.clock() - spoken_s >= _EVENTS_SILENCE_S:
+        if not frames and app.clock() - sent_s >= _EVENTS_KEEPALIVE_S:
             frames = b": keepalive\n\n"
         if frames:
-            spoken_s = app.clock()
+            sent_s = app.clock()
             yield frames
-        waiting = select.poll()
+        poller = select.poll()
         if client.can_detect_hangup():
-            waiting.register(client.fileno(), select.POLLIN)
-        waiting.poll(_EVENTS_EVERY_S * 1000)
+            poller.register(client.fileno(), select.POLLIN)
+        poller.poll(_EVENTS_INTERVAL_S * 1000)
         if client.gone():
             raise ClientGone
 
 
-def _state(app: App) -> Json:
-    """What /api/events tells about the server: nothing that changes by itself all the time."""
+def _live_state(app: App) -> Json:
+    """Return the state for /api/events, without values that change all the time."""
     health = _health(app)
     for name in ("uptime", "uptimeHuman"):
         del health[name]
@@ -14043,21 +14051,21 @@ _MAX_LOG_LINES = 1000
 
 
 def get_logs(app: App, exchange: HttpExchange) -> None:
-    """GET /logs?n=30&level=all: the newest events of that level or worse, oldest first; level=audit
-    tells what the operator changed."""
+    """GET /logs?n=30&level=all: list the newest log events of this level or above, oldest first;
+    level=audit lists the operator's changes."""
     level = exchange.query.get("level", "all").lower()
     level = "warn" if level == "warning" else level
     if level not in ("all", "audit", *LEVELS):
         raise BadRequest(f"level: must be one of all, audit, {', '.join(LEVELS)}.", param="level")
-    count = whole_number(exchange.query, "n", 30, _MAX_LOG_LINES)
+    count = query_integer(exchange.query, "n", 30, _MAX_LOG_LINES)
     entries = app.log.recent(count, level)
     exchange.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
-def whole_number(query: Mapping[str, str], name: str, default: int, maximum: int) -> int:
-    """A number of the query string, from 0 or 1 on. Raises BadRequest."""
+def query_integer(query: Mapping[str, str], name: str, default: int, maximum: int) -> int:
+    """Return a number from 0 to `maximum` of the query string. Raises BadRequest."""
     text = query.get(name, "") or str(default)
-    if not re.fullmatch(r"[0-9]{1,9}", text) or not int(text) <= maximum:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > maximum:
         raise BadRequest(f"{name}: must be a whole number up to {maximum}.", param=name)
     return int(text)
 
@@ -14065,14 +14073,14 @@ def whole_number(query: Mapping[str, str], name: str, default: int, maximum: int
 # -- keys -------------------------------------------------------------------------------------
 
 
-def _known_fields(fields: Fields, names: Iterable[str]) -> Fields:
-    """The object, if it holds nothing but these fields. Raises BadRequest."""
+def _with_known_fields(fields: Fields, names: Iterable[str]) -> Fields:
+    """Return the fields. Raises BadRequest if there are others than these names."""
     known = tuple(names)
     for name in fields.object:
         if name not in known:
             place = one_line(fields.path_of(name), 80)
             raise BadRequest(
-                f"{place}: is not known here; there is {', '.join(known)}.", param=place
+                f"{place}: unknown field; allowed: {', '.join(known)}.", param=place
             )
     return fields
 
@@ -14082,7 +14090,7 @@ _SPAN_S = {"m": 60, "h": 3600, "d": 86_400}
 
 
 def _expiry(fields: Fields) -> int | None:
-    """When a key ends, in epoch seconds; None = never."""
+    """Return when a key expires, in epoch seconds; None = never. Raises BadRequest."""
     text = fields.text("expiry")
     if text is None:
         return None
@@ -14090,39 +14098,39 @@ def _expiry(fields: Fields) -> int | None:
     try:
         at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else epoch_of(text)
     except (ValueError, OverflowError, OSError):
-        what = "a time such as 2027-01-31 or 2027-01-31T12:00:00Z, or a span such as 30d or 12h"
-        raise fields.invalid("expiry", what) from None
+        allowed = "a time such as 2027-01-31 or 2027-01-31T12:00:00Z, or a span such as 30d or 12h"
+        raise fields.invalid("expiry", allowed) from None
     if at_s <= time.time():
         raise fields.invalid("expiry", "in the future")
     return int(at_s)
 
 
 def _allowed_models(app: App, fields: Fields) -> list[str]:
-    """The ids of models that a key may use; empty = all."""
-    found = []
+    """Return the ids of the models that a key may use; empty = all. Raises BadRequest."""
+    ids = []
     for name in fields.texts("models"):
         try:
-            found.append(app.models.find(name).id)
+            ids.append(app.models.find(name).id)
         except UnknownModel as problem:
             raise BadRequest(problem.message, param="models") from None
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(ids))
 
 
 def _note(fields: Fields) -> str:
-    """The operator's note on a key; what is no UTF-8 cannot be kept."""
+    """Return the operator's note on a key. Lone surrogates, which are not UTF-8, are replaced."""
     text = one_line(fields.text("note") or "", _MAX_NOTE_CHARS)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _limits(fields: Fields) -> dict[str, int | None]:
-    """The quotas that a body sets; None takes one away."""
+def _quota_limits(fields: Fields) -> dict[str, int | None]:
+    """Return the quota limits in a body; None removes a limit."""
     return {name: fields.integer(name, 0, 10**15) for name in fields.object}
 
 
 _QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
 _MAX_NOTE_CHARS = 500
 
-#: The fields of a key that can be set: the name in JSON, the column, and how it is read.
+#: The fields of a key that can be set: the name in JSON, the column, and the parser.
 _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object]], ...] = (
     ("name", "name", lambda app, fields: fields.required_text("name")),
     ("expiry", "expiry_s", lambda app, fields: _expiry(fields)),
@@ -14136,9 +14144,9 @@ _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object]], ...] = (
 
 
 def _key_columns(app: App, fields: Fields) -> dict[str, object]:
-    """The columns that a body sets."""
+    """Return the columns that a body sets, with their values."""
     return {
-        column: read(app, fields) for name, column, read in _KEY_FIELDS if name in fields.object
+        column: parse(app, fields) for name, column, parse in _KEY_FIELDS if name in fields.object
     }
 
 
@@ -14169,125 +14177,133 @@ def _key_entry(key: Key) -> Json:
 
 
 def _audit(app: App, exchange: HttpExchange, event: str, **fields: object) -> None:
-    """A line in the log for whatever the operator changes."""
+    """Log a change by the operator."""
     app.log.audit(event, **fields, by=exchange.caller.name, peer=exchange.peer)
 
 
 def get_keys(app: App, exchange: HttpExchange) -> None:
-    """GET /api/keys: all keys, revoked ones too, newest first, with what they used of their
-    quotas; never a secret."""
+    """GET /api/keys: list all keys, newest first, with the use of their quotas but without their
+    secrets; revoked keys are included."""
     keys = app.keys.all()
     reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
     entries = [{**_key_entry(key), "quota": report} for key, report in zip(keys, reports)]
     exchange.send_json({"keys": entries})
 
 
-def _told_warned(app: App, answer: Json) -> Json:
-    """An answer about a change, with a warning where a restart would undo it."""
+def _with_storage_warning(app: App, body: Json) -> Json:
+    """Return the body, with a warning if a restart may undo the change that it reports."""
     _, advice = app.state_folder.status
-    return {**answer, **({"warning": f"Not kept safely: {advice}"} if advice else {})}
+    return {**body, **({"warning": f"Not kept safely: {advice}"} if advice else {})}
 
 
 @contextlib.contextmanager
 def _audited_change(
     app: App, exchange: HttpExchange, event: str, key: Key, **fields: object
 ) -> Iterator[None]:
-    """A change of a key that may hold in memory only, and ends what runs for it if need be."""
-    late: StorageFailed | None = None
+    """Change a key in the block, then cancel requests that it no longer allows, and log it. A
+    change that could not be stored is in force in memory: its StorageFailed is raised last."""
+    not_stored: StorageFailed | None = None
     try:
         yield
     except StorageFailed as failure:
-        late = failure
+        not_stored = failure
     app.requests.end_unwanted()
-    _audit(app, exchange, event, key=key.name, id=key.id, **fields, late=late and late.error_code)
-    if late is not None:
-        raise late
+    _audit(
+        app, exchange, event, key=key.name, id=key.id, **fields,
+        late=not_stored and not_stored.error_code,
+    )
+    if not_stored is not None:
+        raise not_stored
 
 
 def create_key(app: App, exchange: HttpExchange) -> None:
-    """POST /api/keys: a new key; its secret is in this answer and nowhere else."""
-    known = [name for name, _, _ in _KEY_FIELDS]
-    fields = _known_fields(Fields(json_of(exchange.body())), [*known, "quota"])
+    """POST /api/keys: create a key; only this response contains its secret."""
+    names = [name for name, _, _ in _KEY_FIELDS]
+    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), [*names, "quota"])
     columns = _key_columns(app, fields)
     quota = fields.child("quota")
     if quota is not None:
-        limits = _limits(_known_fields(quota, _QUOTA_NAMES))
+        limits = _quota_limits(_with_known_fields(quota, _QUOTA_NAMES))
         columns["quota"] = {name: limit for name, limit in limits.items() if limit is not None}
     key, secret = app.keys.create(str(columns.pop("name", "")), columns)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
-    made = {"id": key.id, "key": secret, **_key_entry(key)}
-    exchange.send_json(_told_warned(app, made), status=201)
+    body = {"id": key.id, "key": secret, **_key_entry(key)}
+    exchange.send_json(_with_storage_warning(app, body), status=201)
 
 
 def get_key(app: App, exchange: HttpExchange, key: str) -> None:
-    """GET /api/keys/{key}: one key, by its id or its name."""
+    """GET /api/keys/{key}: return the key with this id or name."""
     exchange.send_json(_key_entry(app.keys.find(key)))
 
 
 def change_key(app: App, exchange: HttpExchange, key: str) -> None:
-    """PATCH /api/keys/{key}: changes its name, expiry, models, maxConcurrent or note."""
+    """PATCH /api/keys/{key}: change its name, expiry, models, maxConcurrent or note."""
     found = app.keys.find(key)
-    fields = _known_fields(Fields(json_of(exchange.body())), [name for name, _, _ in _KEY_FIELDS])
+    names = [name for name, _, _ in _KEY_FIELDS]
+    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), names)
     columns = _key_columns(app, fields)
     with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
         app.keys.change(found, columns)
-    exchange.send_json(_told_warned(app, _key_entry(app.keys.find(str(found.id)))))
+    exchange.send_json(_with_storage_warning(app, _key_entry(app.keys.find(str(found.id)))))
 
 
 def revoke_key(app: App, exchange: HttpExchange, key: str) -> None:
-    """DELETE /api/keys/{key}: the key is worth nothing from now on, and what runs for it ends; its
-    usage is kept."""
+    """DELETE /api/keys/{key}: revoke the key and cancel its running requests; its usage records
+    stay."""
     revoked = False
     with contextlib.suppress(NotFound):
         found = app.keys.find(key)
         with _audited_change(app, exchange, "key_revoked", found):
             revoked = app.keys.revoke(found)
-    exchange.send_json(_told_warned(app, {"revoked": revoked, "idOrName": key}))
+    exchange.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
 
 
 def rotate_key(app: App, exchange: HttpExchange, key: str) -> None:
-    """POST /api/keys/{key}/rotate: a new secret for the key; the old one ends at once."""
+    """POST /api/keys/{key}/rotate: replace the key's secret; the old one stops working at once."""
     found = app.keys.find(key)
     secret = app.keys.rotate(found)
     _audit(app, exchange, "key_rotated", key=found.name, id=found.id)
-    answer = {"id": found.id, "name": found.name, "key": secret}
-    exchange.send_json(_told_warned(app, answer))
+    body = {"id": found.id, "name": found.name, "key": secret}
+    exchange.send_json(_with_storage_warning(app, body))
 
 
 def get_quota(app: App, exchange: HttpExchange, key: str) -> None:
-    """GET /api/keys/{key}/quota: each limit, what is used of it, and its reset."""
+    """GET /api/keys/{key}/quota: return the limits, their use and their resets."""
     found = app.keys.find(key)
     report = app.ledger.quota_report(found)
     exchange.send_json({"keyId": found.id, "name": found.name, "quota": report})
 
 
 def change_quota(app: App, exchange: HttpExchange, key: str) -> None:
-    """PATCH /api/keys/{key}/quota: sets limits, null takes one away; the others stay."""
+    """PATCH /api/keys/{key}/quota: set limits; null removes one, the others stay."""
     found = app.keys.find(key)
-    limits = _limits(_known_fields(Fields(json_of(exchange.body())), _QUOTA_NAMES))
+    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), _QUOTA_NAMES)
+    limits = _quota_limits(fields)
     if not limits:
-        raise BadRequest(f"Name at least one of {', '.join(_QUOTA_NAMES)}.")
+        raise BadRequest(f"Set at least one of {', '.join(_QUOTA_NAMES)}.")
     quota = {n: limit for n, limit in {**found.quota, **limits}.items() if limit is not None}
     with _audited_change(app, exchange, "quota_updated", found, quota=limits):
         app.keys.change(found, {"quota": quota})
-    exchange.send_json(_told_warned(app, {"ok": True, "idOrName": key, "quota": limits}))
+    body = {"ok": True, "idOrName": key, "quota": limits}
+    exchange.send_json(_with_storage_warning(app, body))
 
 
 # -- usage ------------------------------------------------------------------------------------
 
 _MAX_RECENT = 500
-#: How long one line of the log stands for whoever looks at everybody's usage.
-_AUDIT_AGAIN_S = 60.0
+#: How often reading the usage of all callers is logged, for each caller and address.
+_USAGE_AUDIT_INTERVAL_S = 60.0
 _MAX_HOURS = 24 * 400
 
 
-def _moment(query: Mapping[str, str], name: str, default_s: float) -> float:
-    """A time of the query string: ISO 8601 or epoch seconds. Raises BadRequest."""
+def _query_time(query: Mapping[str, str], name: str, default_s: float) -> float:
+    """Return a time of the query string in epoch seconds; it is ISO 8601 or epoch seconds. Raises
+    BadRequest."""
     text = query.get(name, "")
     try:
         if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
             return float(text)
-        # A plus in a query string means a space.
+        # In a query string the plus of a time zone arrives as a space.
         return epoch_of(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
     except (ValueError, OverflowError, OSError):
         raise BadRequest(
@@ -14296,30 +14312,31 @@ def _moment(query: Mapping[str, str], name: str, default_s: float) -> float:
 
 
 def get_api_usage(app: App, exchange: HttpExchange) -> None:
-    """GET /api/usage?since=&until=&hours=24&limit=50&all=true: what was used; one's own, or with
-    `all` everybody's, which only the operator gets."""
+    """GET /api/usage?since=&until=&hours=24&limit=50&all=true: return the caller's own usage, or
+    with `all` that of all callers, for the operator only."""
     query, caller = exchange.query, exchange.caller
-    limit = whole_number(query, "limit", 50, _MAX_RECENT)
-    hours = whole_number(query, "hours", 24, _MAX_HOURS)
-    until_s = _moment(query, "until", time.time() + 1)
-    since_s = _moment(query, "since", until_s - hours * 3600)
-    everybody = caller.is_admin and query.get("all", "").lower() in _TRUE_WORDS
-    if everybody and app.claim_interval(f"usage {caller.name} {exchange.peer}", _AUDIT_AGAIN_S):
-        # A dashboard that is open asks again and again.
+    limit = query_integer(query, "limit", 50, _MAX_RECENT)
+    hours = query_integer(query, "hours", 24, _MAX_HOURS)
+    until_s = _query_time(query, "until", time.time() + 1)
+    since_s = _query_time(query, "since", until_s - hours * 3600)
+    all_callers = caller.is_admin and query.get("all", "").lower() in _TRUE_WORDS
+    # Not every time, because an open dashboard polls.
+    audit_id = f"usage {caller.name} {exchange.peer}"
+    if all_callers and app.claim_interval(audit_id, _USAGE_AUDIT_INTERVAL_S):
         app.log.event("info", "admin_usage_full_scope", by=caller.name, peer=exchange.peer)
-    report = app.ledger.report(since_s, until_s, limit, None if everybody else caller)
+    report = app.ledger.report(since_s, until_s, limit, None if all_callers else caller)
     exchange.send_json(
         {
             "since": iso_time(since_s),
             "until": iso_time(until_s),
-            "scope": {"self": None if everybody else caller.name, "all": everybody},
+            "scope": {"self": None if all_callers else caller.name, "all": all_callers},
             **report,
         }
     )
 
 
 def _totals(app: App) -> Json:
-    """The numbers that /usage and /status share."""
+    """Return the totals that /usage and /status share."""
     stats = _stats(app)
     return {
         "totalRequests": stats["totalRequests"],
@@ -14330,7 +14347,7 @@ def _totals(app: App) -> Json:
     }
 
 
-#: The numbers of one model in /usage, and what they are called among the sums.
+#: The numbers of one model in /usage, and their columns in the ledger's sums.
 _MODEL_NUMBERS = (
     ("requests", "requests"), ("successes", "successes"), ("errors", "errors"),
     ("timeouts", "timeouts"), ("avgElapsed", "avg_elapsed_ms"), ("maxElapsed", "max_elapsed_ms"),
@@ -14339,7 +14356,7 @@ _MODEL_NUMBERS = (
 
 
 def get_usage(app: App, exchange: HttpExchange) -> None:
-    """GET /usage: how much of the plan is used, as far as claude told, and this run's numbers."""
+    """GET /usage: return the use of the plan as claude reported it, and totals since the start."""
     app.learn_plan(exchange.client)
     models = {
         row["model"]: {name: row[column] for name, column in _MODEL_NUMBERS}
@@ -14349,17 +14366,17 @@ def get_usage(app: App, exchange: HttpExchange) -> None:
 
 
 def get_status(app: App, exchange: HttpExchange) -> None:
-    """GET /status: the same in short, with the last errors."""
+    """GET /status: return a summary of the server, the plan and the last errors."""
     app.learn_plan(exchange.client)
-    status, _ = _condition(app)
+    status, _ = _server_status(app)
     auth, totals = app.account.login_report(), _totals(app)
-    words = {True: "ok", None: "unknown", False: auth["message"]}
-    failed = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURES]
+    login_words = {True: "ok", None: "unknown", False: auth["message"]}
+    failures = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURE_EVENTS]
     exchange.send_json(
         {
             "proxy": {
                 "status": status, "version": VERSION, "uptime": totals["uptime"],
-                "auth": words[auth["ok"]],
+                "auth": login_words[auth["ok"]],
             },
             "requests": {
                 "total": totals["totalRequests"], "active": totals["activeRequests"],
@@ -14368,70 +14385,72 @@ def get_status(app: App, exchange: HttpExchange) -> None:
             "plan": app.account.plan(),
             "recentErrors": [
                 {"time": e["ts"], "message": without_paths(str(e.get("detail") or e.get("error")))}
-                for e in failed[-3:]
+                for e in failures[-3:]
             ],
         }
     )
 
 
-#: Events of the log that are failures of requests.
-_FAILURES = ("answer_failed", "request_broke")
+#: Log events of failed requests.
+_FAILURE_EVENTS = ("answer_failed", "request_broke")
 
 
 # -- settings, cache, metrics -----------------------------------------------------------------
 
 
 def get_settings(app: App, exchange: HttpExchange) -> None:
-    """GET /settings: what can be changed while the server runs, with ranges and sources."""
+    """GET /settings: list the settings that can be changed at run time, with ranges and
+    sources."""
     exchange.send_json(app.settings.report())
 
 
 def change_settings(app: App, exchange: HttpExchange) -> None:
-    """PATCH /settings {name: value}: changes each for good; null gives the start's value back.
+    """PATCH /settings {name: value}: change settings permanently; null restores the startup value.
 
-    200 if all were taken, 207 for some; for none 400, or 503 or 507 if the database is to blame.
+    Respond 200 if all changes succeeded and 207 if some did. If none did, respond 400, or 503 or
+    507 when the database failed.
     """
     results: Json = {}
     errors = []
-    refused = BadRequest.status
-    for name, value in Fields(json_of(exchange.body())).object.items():
+    status_if_none = BadRequest.status
+    for name, value in Fields(parse_json_body(exchange.body())).object.items():
         try:
             results[name] = {"ok": True, "value": app.change_setting(name, value)}
             _audit(app, exchange, "setting_changed", setting=name, value=value)
         except KeyError:
-            reason = f"unknown setting; there is {', '.join(live_settings())}"
+            reason = f"unknown setting; allowed: {', '.join(live_settings())}"
         except ValueError as problem:
             reason = str(problem)
         except sqlite3.Error as problem:
             failure = storage_failure(problem, _NOTHING_CHANGED)
-            reason, refused = f"could not be stored: {failure.message}", failure.status
+            reason, status_if_none = f"could not be stored: {failure.message}", failure.status
         if name not in results:
             results[name] = {"error": reason}
             errors.append(f"{one_line(name, 80)}: {reason}")
-    taken = len(results) - len(errors)
-    status = 200 if not errors else 207 if taken else refused
+    some_changed = len(results) > len(errors)
+    status = 200 if not errors else 207 if some_changed else status_if_none
     more = {"errors": errors} if errors else {}
     exchange.send_json({"results": results, **more, "current": app.settings.report()}, status)
 
 
 def get_cache_stats(app: App, exchange: HttpExchange) -> None:
-    """GET /cache/stats."""
+    """GET /cache/stats: return the size, limits and hit counts of the cache."""
     limits = {"maxBytes": app.config.cache_max_bytes, "ttl": app.config.cache_ttl_ms}
     exchange.send_json({**app.cache.stats(), **limits})
 
 
 def clear_cache(app: App, exchange: HttpExchange) -> None:
-    """DELETE /cache: forgets all answers that are kept."""
+    """DELETE /cache: delete all cached answers."""
     cleared = app.cache.clear()
     _audit(app, exchange, "cache_cleared", cleared=cleared)
     exchange.send_json({"cleared": cleared})
 
 
 def _gauges(app: App) -> dict[str, dict[Labels, float]]:
-    """The metrics that are looked up at the moment of asking."""
+    """Return the metrics whose values other objects keep."""
     cache, program = app.cache.stats(), app.program.glance()[0]
     windows = app.account.windows()
-    words = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
+    cache_counts = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
     login = app.account.login_report()["ok"]
     claude = program.version_text if program is not None else ""
     return {
@@ -14444,7 +14463,9 @@ def _gauges(app: App) -> dict[str, dict[Labels, float]]:
         "ocp_spawns_total": {(): app.spares.spawned},
         "ocp_spares": {(("model", m),): count for m, count in app.spares.idle().items()},
         "ocp_parked": {(): len(app.parking)},
-        "ocp_cache_requests_total": {(("result", w),): cache[n] for w, n in words.items()},
+        "ocp_cache_requests_total": {
+            (("result", result),): cache[name] for result, name in cache_counts.items()
+        },
         "ocp_cache_entries": {(): cache["entries"]},
         "ocp_cache_bytes": {(): cache["sizeBytes"]},
         "ocp_plan_utilization": {
@@ -14460,7 +14481,7 @@ def _gauges(app: App) -> dict[str, dict[Labels, float]]:
 
 
 def get_dashboard(app: App, exchange: HttpExchange) -> None:
-    """GET /dashboard: the page for the operator; what it shows it asks for with their key."""
+    """GET /dashboard: return the operator's page, which fetches its data with the admin key."""
     page = dashboard_page()
     exchange.headers_out.update(page.headers)
     if exchange.headers.get("If-None-Match") == page.headers["ETag"]:
@@ -14469,18 +14490,18 @@ def get_dashboard(app: App, exchange: HttpExchange) -> None:
     exchange.send_text(page.html, "text/html; charset=utf-8")
 
 
-#: The client set-up, which this file can do without.
+#: The script that sets up clients; the server also works without this file.
 CONNECT_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ocp_connect.py")
 
 
 def get_connect(app: App, exchange: HttpExchange) -> None:
-    """GET /connect: ocp_connect.py, to be piped into python3 on a client."""
+    """GET /connect: return ocp_connect.py, to be piped into python3 on a client."""
     try:
         with open(CONNECT_SCRIPT, encoding="utf-8") as file:
             script = file.read()
     except (OSError, UnicodeDecodeError):
         raise NotFound(
-            "ocp_connect.py does not lie beside this server's ocp_server.py. Put it there, or "
+            "There is no ocp_connect.py beside this server's ocp_server.py. Copy it there, or "
             "copy it to the client and run: python3 ocp_connect.py HOST"
         ) from None
     exchange.headers_out["X-OCP-Version"] = VERSION
@@ -14488,12 +14509,12 @@ def get_connect(app: App, exchange: HttpExchange) -> None:
 
 
 def get_openapi(app: App, exchange: HttpExchange) -> None:
-    """GET /openapi.json: this API, described for programs."""
+    """GET /openapi.json: return the OpenAPI document of this API."""
     exchange.send_json(openapi(exchange.routes))
 
 
 def get_metrics(app: App, exchange: HttpExchange) -> None:
-    """GET /metrics: Prometheus' text format."""
+    """GET /metrics: return all metrics in Prometheus' text format."""
     text = app.metrics.text(_gauges(app))
     exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
