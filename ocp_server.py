@@ -14520,8 +14520,8 @@ def get_metrics(app: App, exchange: HttpExchange) -> None:
 
 
 # ==== 31. Routes =============================================================
-# The table of routes. Paths match exactly, after slashes too many are dropped; those below /v1
-# are served without it too, and with it twice, because users write base addresses both ways.
+# The table of routes. Paths match exactly, after repeated slashes are merged. The /v1 of a path
+# may be missing or doubled, because users write base addresses with and without it.
 
 
 ROUTES = (
@@ -14573,74 +14573,75 @@ def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(path)))
 
 
-#: A route, and the names in a path that it fits.
+#: A route, and the arguments that a path has for its names in braces, percent-decoded.
 Match = tuple[Route, dict[str, str]]
 
 
 class Router:
-    """Finds the route of a request."""
+    """The routes with their compiled patterns."""
 
     def __init__(self, routes: tuple[Route, ...]) -> None:
         self._routes = [(_pattern(route.path), route) for route in routes]
 
     def matches(self, path: str) -> list[Match]:
-        """The routes of a path, whatever their methods; a path that the table spells out holds no
-        id. Raises BadRequest."""
+        """Return the routes of a path, for all methods. Routes without arguments win: the path
+        of one is not an id of another. Raises BadRequest."""
         path = re.sub("/+", "/", path).rstrip("/") or "/"
         while path.startswith("/v1/v1/"):
             path = path[len("/v1"):]
-        found = []
+        matches = []
         for pattern, route in self._routes:
             match = pattern.fullmatch(path) or pattern.fullmatch("/v1" + path)
             if match:
-                names = {key: _decoded(value) for key, value in match.groupdict().items()}
-                found.append((route, names))
-        return [match for match in found if not match[1]] or found
+                arguments = {
+                    name: _percent_decode(value) for name, value in match.groupdict().items()
+                }
+                matches.append((route, arguments))
+        return [match for match in matches if not match[1]] or matches
 
     def choose(self, method: str, path: str, matches: list[Match]) -> Match:
-        """The one of a path's routes that takes this method. Raises NotFound,
-        MethodNotAllowed."""
-        wanted = "GET" if method == "HEAD" else method
-        for route, names in matches:
-            if route.method == wanted:
-                return route, names
+        """Return the match for this method. Raises NotFound, MethodNotAllowed."""
+        route_method = "GET" if method == "HEAD" else method
+        for route, arguments in matches:
+            if route.method == route_method:
+                return route, arguments
         if matches:
-            allowed = methods_of(matches)
-            raise MethodNotAllowed(f"{path} takes {', '.join(allowed)}.", allowed)
-        raise NotFound(f"There is no {one_line(path, 80)} here; /openapi.json lists what there is.")
+            allowed = allowed_methods(matches)
+            raise MethodNotAllowed(f"{path} allows {', '.join(allowed)}.", allowed)
+        raise NotFound(f"There is no path {one_line(path, 80)}; /openapi.json lists all paths.")
 
 
-def methods_of(matches: list[Match]) -> list[str]:
-    """The methods that a path takes; empty when there is no such path."""
-    found = [route.method for route, _ in matches]
-    if "GET" in found:
-        found.append("HEAD")
-    return [*found, "OPTIONS"] if found else []
+def allowed_methods(matches: list[Match]) -> list[str]:
+    """Return the methods of a path; empty = the path does not exist."""
+    methods = [route.method for route, _ in matches]
+    if "GET" in methods:
+        methods.append("HEAD")
+    return [*methods, "OPTIONS"] if methods else []
 
 
-def _decoded(text: str) -> str:
+def _percent_decode(text: str) -> str:
     try:
         return urllib.parse.unquote(text, errors="strict")
     except UnicodeDecodeError:
-        raise BadRequest("The path holds percent escapes that are no UTF-8.") from None
+        raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
 # ==== 32. HTTP server ========================================================
-# One thread for each connection; a head and a body arrive in time and in bounds or are
-# refused; every error is rendered in one place. Tells nobody what software runs here beyond its
-# name, and keeps nothing of a connection when it ends.
+# One thread for each connection. A request that is too large or too slow is refused, and all
+# errors are rendered in one place. A closed connection leaves no state behind.
 
-#: What a whole head may take, its request line included, and how many headers it may have.
+#: Limits of a request's head: its bytes, including the request line, and its headers.
 _MAX_HEAD_BYTES = 65_536
 _MAX_HEADERS = 100
-#: What the extensions and the trailer of a chunked body may take together.
+#: Limit of the extensions and the trailer of a chunked body together.
 _MAX_CHUNK_EXTRA_BYTES = 65_536
-#: How long a connection may rest between two requests, and how long one that has shown no key.
-_REST_S = 120.0
-_STRANGER_REST_S = 10.0
+#: How long a connection may be idle between two requests; the second limit is for connections
+#: that have not sent a valid key.
+_IDLE_S = 120.0
+_UNTRUSTED_IDLE_S = 10.0
 
 
-#: The headers of a stream; the last one keeps reverse proxies from holding it back.
+#: The headers of a stream; the last one keeps reverse proxies from buffering it.
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -14653,7 +14654,7 @@ _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) (HTTP/1\.[01])" % _TOKEN)
 _HEADER_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})([ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
 
-#: Headers of which a request has one at most: of two, a proxy and OCP could go by different ones.
+#: Headers that may not be repeated: a proxy and OCP could use different ones of them.
 _SINGLE_HEADERS = (
     "Host", "Origin", "Authorization", "x-api-key", "Content-Type", "Content-Length",
     "Content-Encoding", "Transfer-Encoding", "Expect",
@@ -14661,76 +14662,75 @@ _SINGLE_HEADERS = (
 
 
 def head_lines(stream: BinaryIO) -> Iterator[bytes]:
-    """The lines of a head as they arrive, without their ends; none if nothing comes. Raises
+    """Yield the lines of a head without their line ends; none at the end of the stream. Raises
     HeadTooLarge, BadRequest."""
-    left, count = _MAX_HEAD_BYTES, 0
+    left_bytes, count = _MAX_HEAD_BYTES, 0
     while True:
-        line = stream.readline(left + 1)
-        left -= len(line)
+        line = stream.readline(left_bytes + 1)
+        left_bytes -= len(line)
         if line == (b"\r\n" if count else b""):
             return
-        if left < 0 or count > _MAX_HEADERS:
+        if left_bytes < 0 or count > _MAX_HEADERS:
             raise HeadTooLarge(
                 f"The head of the request has more than {_MAX_HEAD_BYTES} bytes or "
                 f"{_MAX_HEADERS} headers."
             )
         if line == b"\r\n":
-            # Some clients end a body with one line end too many.
+            # Some clients send an extra line end after a body.
             continue
         if not line.endswith(b"\r\n"):
-            raise BadRequest("The head of the request is broken: each line has to end with CR LF.")
+            raise BadRequest("The head of the request is malformed: lines must end with CR LF.")
         count += 1
         yield line[:-2]
 
 
-def parsed_request_line(line: bytes) -> tuple[str, str, str]:
+def parse_request_line(line: bytes) -> tuple[str, str, str]:
     """Return the method, the target and the version. Raises BadRequest."""
-    found = _REQUEST_LINE.fullmatch(line)
-    if found is None:
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
         raise BadRequest(
-            "The request line is broken: it has to be METHOD PATH HTTP/1.1, with percent escapes "
-            "for what is not ASCII; HTTP/0.9 and HTTP/2 are not spoken here."
+            "The request line is malformed: it must be METHOD PATH HTTP/1.1, with percent escapes "
+            "for characters outside ASCII; HTTP/0.9 and HTTP/2 are not supported."
         )
-    method, target, version = (part.decode("ascii") for part in found.groups())
-    # A second slash at the start would make a host of what comes behind it.
+    method, target, version = (part.decode("ascii") for part in match.groups())
+    # urlsplit would take a path that starts with two slashes for a host.
     return method, re.sub("^/+", "/", target), version
 
 
-def parsed_headers(lines: Iterable[bytes]) -> http.client.HTTPMessage:
+def parse_headers(lines: Iterable[bytes]) -> http.client.HTTPMessage:
     """Return the headers in these lines. Raises BadRequest."""
     headers = http.client.HTTPMessage()
     for line in lines:
-        found = _HEADER_LINE.fullmatch(line)
-        if found is None:
+        match = _HEADER_LINE.fullmatch(line)
+        if match is None:
             raise BadRequest(
-                "A header line of the request is broken: it has to be NAME: VALUE on one line, "
+                "A header line of the request is malformed: it must be NAME: VALUE on one line, "
                 "without control characters."
             )
-        name, value = found.groups()
+        name, value = match.groups()
         headers[name.decode("ascii")] = value.strip(b" \t").decode("latin-1")
     for single in _SINGLE_HEADERS:
         if len(headers.get_all(single, [])) > 1:
-            raise BadRequest(f"The request has more than one {single}.")
+            raise BadRequest(f"The request has more than one {single} header.")
     return headers
 
 
 def body_length(headers: http.client.HTTPMessage, version: str) -> int | None:
-    """Return the length of the body; None if it comes in chunks. Raises BadRequest when that is
-    not clear."""
+    """Return the length of the body; None = chunked. Raises BadRequest if it is ambiguous."""
     length, coding = headers.get("Content-Length"), headers.get("Transfer-Encoding")
     if coding is not None and length is not None:
-        raise BadRequest("Content-Length and Transfer-Encoding exclude each other.")
+        raise BadRequest("Content-Length and Transfer-Encoding cannot be combined.")
     if coding is not None and version == "HTTP/1.0":
         raise BadRequest("HTTP/1.0 has no Transfer-Encoding: send a Content-Length, or HTTP/1.1.")
     if coding is not None and coding.lower() != "chunked":
-        raise BadRequest("Transfer-Encoding: only chunked is taken.")
+        raise BadRequest("Transfer-Encoding: only chunked is supported.")
     if length is not None and not re.fullmatch("[0-9]{1,15}", length):
-        raise BadRequest("Content-Length is not one number.")
+        raise BadRequest("Content-Length must be one whole number.")
     return None if coding is not None else int(length or 0)
 
 
 class Exchange(BaseHTTPRequestHandler):
-    """One connection, and on it one request at a time. See HttpExchange."""
+    """A connection and its current request. See HttpExchange."""
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -14738,26 +14738,26 @@ class Exchange(BaseHTTPRequestHandler):
     # -- a connection -------------------------------------------------------------------------
 
     def setup(self) -> None:
-        """Puts a reader with a deadline in front of the socket."""
+        """Prepare the connection; replaces the base class's files on the socket."""
         self.client: Connection = self.request
         self._reader = DeadlineReader(self.client)
         self.rfile = self._buffered = io.BufferedReader(self._reader, _MAX_HEAD_BYTES)
-        #: Lines of a head that the base class puts together.
+        #: Header lines that the base class collects.
         self._headers_buffer: list[bytes] = []
         self.app = self.server.app
         self.peer = self.client.peer
         self.routes = ROUTES
-        #: Whether the connection has brought a request already.
+        #: Whether a request has been served on the connection.
         self._served = False
         self._body_hold = Hold(self.client.cut)
-        self._forget()
+        self._reset()
 
     def finish(self) -> None:
         """Close the reader; the server closes the connection."""
         self.rfile.close()
 
-    def _forget(self) -> None:
-        """Makes ready for the next request."""
+    def _reset(self) -> None:
+        """Clear the state of the last request."""
         self._received_before = self._reader.received_bytes
         self.command, self.path, self.requestline, self._path = "", "", "", ""
         self.request_version = "HTTP/1.1"
@@ -14767,25 +14767,25 @@ class Exchange(BaseHTTPRequestHandler):
         self.request_id = new_id("req_")
         self.query: Mapping[str, str] = {}
         self.headers_out: dict[str, str] = {}
-        #: The length of the body; None = it comes in chunks.
+        #: The length of the body; None = chunked.
         self._length: int | None = 0
-        self._body_taken = False
+        self._body_read = False
         self._renderer: Renderer | None = None
         self._chunked = False
-        #: The status that went out, 0 = none yet; and whether the whole answer did.
+        #: The status that was sent (0 = none yet), and whether the whole response was sent.
         self._status = 0
-        self._over = False
-        #: Whether what came is no request, so that nothing behind it can be one.
-        self._is_broken = False
+        self._is_complete = False
+        #: Whether the head was malformed, so that the start of the next one is unknown.
+        self._is_malformed = False
 
     def handle_one_request(self) -> None:
-        """Reads one head, in time or not at all, and answers it."""
-        self._forget()
+        """Read one head and answer it, or close the connection if it does not arrive in time."""
+        self._reset()
         head_timeout_s = self.app.config.header_timeout_ms / 1000
-        rest_s = _REST_S if self.client.is_trusted else _STRANGER_REST_S
+        idle_s = _IDLE_S if self.client.is_trusted else _UNTRUSTED_IDLE_S
         try:
-            # A connection may rest between requests; a head that began has to go on.
-            self._reader.allow(rest_s if self._served else head_timeout_s)
+            # An idle connection may wait longer than a head that has begun.
+            self._reader.allow(idle_s if self._served else head_timeout_s)
             first = self._buffered.peek(1)[:1]
             self._reader.allow(head_timeout_s)
             if first == _TLS_HANDSHAKE and not self.client.is_tls:
@@ -14803,53 +14803,54 @@ class Exchange(BaseHTTPRequestHandler):
         self._end_request()
 
     def _read_head(self) -> bool:
-        """Whether there is a request; one that is broken has been answered."""
+        """Return whether a valid head was read. A malformed one is answered here."""
         lines = head_lines(self._buffered)
         try:
             line = next(lines, b"")
             if line:
-                self._take_head(line, lines)
+                self._parse_head(line, lines)
             return bool(line)
         except OcpError as error:
-            return self._refuse_head(error)
+            self._refuse_head(error)
+            return False
 
-    def _take_head(self, line: bytes, lines: Iterator[bytes]) -> None:
-        """Takes the request out of a head. Raises BadRequest, HeadTooLarge."""
-        # A client that asked for a head takes a body for the next answer, of a refusal too.
+    def _parse_head(self, line: bytes, lines: Iterator[bytes]) -> None:
+        """Set the fields of the request from its head. Raises BadRequest, HeadTooLarge."""
+        # Known before the line is valid: an error response to HEAD must have no body, because the
+        # client would read it as the next response.
         self.command = "HEAD" if line.startswith(b"HEAD ") else ""
-        self.command, self.path, self.request_version = parsed_request_line(line)
-        self.headers = parsed_headers(lines)
+        self.command, self.path, self.request_version = parse_request_line(line)
+        self.headers = parse_headers(lines)
         if self.request_version == "HTTP/1.1" or "Host" in self.headers:
             host_name(self.headers.get("Host", ""))
         self._length = body_length(self.headers, self.request_version)
-        wishes = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
-        self.close_connection = "close" in (wish.strip() for wish in wishes)
+        options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
+        self.close_connection = "close" in (option.strip() for option in options)
 
     def _refuse_tls(self) -> None:
-        """Answers a client that speaks https to a server of http, which waits for the word of a
-        server of its own kind: whatever comes makes it give up."""
-        self.server.note_tls(self.peer)
-        self._is_broken = True
+        """Answer a TLS handshake on a plain HTTP server. The client waits for a TLS record and
+        gives up when it reads anything else."""
+        self.server.log_tls_attempt(self.peer)
+        self._is_malformed = True
         self.client.send(_NOT_HTTPS)
 
-    def _refuse_head(self, error: OcpError) -> bool:
-        """Answers what is no request, and nothing that comes behind it; False."""
-        self.close_connection = self._is_broken = True
-        self._fail(error)
+    def _refuse_head(self, error: OcpError) -> None:
+        """Answer a head that is no valid request, and close the connection."""
+        self.close_connection = self._is_malformed = True
+        self._send_error(error)
         self._log_refusal(error)
-        return False
 
     def version_string(self) -> str:
-        """What the Server header says."""
+        """Return the value of the Server header."""
         return f"ocp/{VERSION}"
 
     def log_message(self, format: str, *args: object) -> None:
-        """The base class's own log lines are not wanted; see _dispatch."""
+        """Drop the base class's log lines; _dispatch writes its own."""
 
     # -- a request ----------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Finds the route, lets its endpoint answer, and renders whatever goes wrong."""
+        """Answer a request; every error of a request ends here."""
         started_s = time.monotonic()
         try:
             self._route()
@@ -14860,14 +14861,16 @@ class Exchange(BaseHTTPRequestHandler):
         except sqlite3.Error as problem:
             self._refuse(storage_failure(problem, _NOTHING_CHANGED))
         except RecursionError:
-            # JSON may be nested so deeply that it can just be read and not be written again.
+            # Writing JSON recurses deeper than reading it.
             self._refuse(BadRequest("The body is nested too deeply."))
         except Exception as error:
             self.app.log.event(
                 "error", "request_broke", request_id=self.request_id,
                 method=self.command, error=format_failure(error),
             )
-            self._fail(OcpError(f"OCP failed; its log has the details under {self.request_id}."))
+            self._send_error(
+                OcpError(f"OCP failed; its log has the details under {self.request_id}.")
+            )
         self._end_request()
         self.app.log.event(
             "debug", "request_answered", request_id=self.request_id, method=self.command,
@@ -14875,24 +14878,24 @@ class Exchange(BaseHTTPRequestHandler):
         )
 
     def _end_request(self) -> None:
-        """See the answer on its way to its client, when nothing else waits for that any more."""
+        """Free what the request uses, then wait until the client has read the response."""
         self.client.is_busy = False
         self.server.memory.resize(self._body_hold, 0, self.app.config)
         try:
             self.client.flush()
         except ClientGone:
             self.close_connection = True
-        if self._is_broken or (self.close_connection and self._must_close()):
+        if self._is_malformed or (self.close_connection and self._has_unread_body()):
             self.client.linger(_LINGER_S)
 
     def _refuse(self, error: OcpError) -> None:
-        """Tells client and log about a failure; the log has it already if a turn failed."""
-        self._fail(error)
+        """Send an error and log it, unless it was logged as the failure of a turn."""
+        self._send_error(error)
         if not error.logged:
             self._log_refusal(error)
 
     def _log_refusal(self, error: OcpError) -> None:
-        """Logs a refusal; those of strangers are summed up when there are many."""
+        """Log a refusal; those of callers without a key are summed up when there are many."""
         fields = {
             "request_id": self.request_id, "method": self.command, "path": self._path,
             "caller": self.caller.name, "error": type(error).__name__, "param": error.param,
@@ -14908,21 +14911,21 @@ class Exchange(BaseHTTPRequestHandler):
         try:
             target = urllib.parse.urlsplit(self.path)
         except ValueError:
-            raise BadRequest("The path of the request is broken.") from None
+            raise BadRequest("The path of the request is malformed.") from None
         self._path = target.path
         self.query = dict(urllib.parse.parse_qsl(target.query))
         matches = self.server.router.matches(target.path)
         if matches:
-            # Whatever is refused from here on is refused in the words of that path.
+            # From here on, errors have the format of the path's API.
             self.dialect = matches[0][0].dialect
-        for_both = not matches or matches[0][0].endpoint in (get_models, get_model)
-        if for_both and "anthropic-version" in self.headers:
-            # The SDKs of both kinds ask here, and each knows failures in its own words.
+        is_for_both_apis = not matches or matches[0][0].endpoint in (get_models, get_model)
+        if is_for_both_apis and "anthropic-version" in self.headers:
+            # SDKs of both APIs use these paths; each needs errors in its own format.
             self.dialect = MESSAGES
         config = self.app.config
         origin = self.headers.get("Origin", "")
         content_type = self.headers.get("Content-Type", "")
-        # The host of a whole address counts, whatever Host says.
+        # In an absolute target the host replaces the Host header.
         host = target.netloc or self.headers.get("Host", "")
         check_origin(config, origin, host, content_type, self.peer)
         if is_allowed_origin(config, origin):
@@ -14930,46 +14933,48 @@ class Exchange(BaseHTTPRequestHandler):
         if self.command == "OPTIONS":
             self._answer_options(target.path, matches)
             return
-        route, names = self.server.router.choose(self.command, target.path, matches)
-        self.caller = self._admitted(config, route.access)
+        route, arguments = self.server.router.choose(self.command, target.path, matches)
+        self.caller = self._authorize(config, route.access)
         if route.access is not Access.PUBLIC:
             self.client.is_trusted = self.client.is_busy = True
         self.client.config = config
         owner = self.peer if self.caller.key_id is None else self.caller.scope
         self.client.unread.owner = self._body_hold.owner = owner
-        route.endpoint(self.app, self, **names)
+        route.endpoint(self.app, self, **arguments)
 
-    def _admitted(self, config: Config, access: Access) -> Caller:
-        """The caller. Raises Forbidden, and Unauthorized, the later the more wrong keys came."""
+    def _authorize(self, config: Config, access: Access) -> Caller:
+        """Return the caller. Raises Forbidden, and Unauthorized after a delay that grows with
+        the wrong keys from this address."""
         try:
             return authorize(config, self.app.keys, access, self.headers, self.peer)
         except Unauthorized:
             if any(presented_keys(self.headers)):
-                most_s = config.wrong_key_delay_ms / 1000
-                with self.app.wrong_keys.noting(self.peer, most_s) as wait_s:
+                max_delay_s = config.wrong_key_delay_ms / 1000
+                with self.app.wrong_keys.noting(self.peer, max_delay_s) as wait_s:
                     time.sleep(wait_s)
             raise
 
     def _answer_options(self, path: str, matches: list[Match]) -> None:
-        allowed = ", ".join(methods_of(matches))
+        allowed = ", ".join(allowed_methods(matches))
         if not allowed:
-            raise NotFound(f"There is no {one_line(path, 80)} here.")
+            raise NotFound(f"There is no path {one_line(path, 80)}.")
         self.headers_out["Allow"] = allowed
         if "Access-Control-Allow-Origin" in self.headers_out:
-            asked = self.headers.get("Access-Control-Request-Headers", "")
+            requested = self.headers.get("Access-Control-Request-Headers", "")
             self.headers_out.update(
                 {
                     "Access-Control-Allow-Methods": allowed,
-                    "Access-Control-Allow-Headers": one_line(asked, 1000) or "*",
+                    "Access-Control-Allow-Headers": one_line(requested, 1000) or "*",
                     "Access-Control-Max-Age": "600",
                 }
             )
-        self._head(204, {})
+        self._send_head(204, {})
 
-    def _fail(self, error: OcpError) -> None:
-        """Tells the client about a failure, in whatever way is still open."""
+    def _send_error(self, error: OcpError) -> None:
+        """Report an error: as a response, as an event of a stream, or by closing the connection,
+        depending on how much of the response was sent."""
         try:
-            if self._over:
+            if self._is_complete:
                 self.close_connection = True
             elif not self._status:
                 body = to_json(self.dialect.error_body(error, self.request_id)) + b"\n"
@@ -14979,7 +14984,7 @@ class Exchange(BaseHTTPRequestHandler):
                 self._send(self._renderer.failure(error, self.request_id))
                 self._end_chunks()
             else:
-                # A whole answer whose 200 is out: only a cut connection says that it failed.
+                # Status 200 of a JSON response was sent already.
                 self.close_connection = True
         except ClientGone:
             self.close_connection = True
@@ -14987,25 +14992,26 @@ class Exchange(BaseHTTPRequestHandler):
     # -- reading ------------------------------------------------------------------------------
 
     def body(self) -> bytearray:
-        """See HttpExchange. While it is on its way, the connection counts as one that rests."""
+        """See HttpExchange. While the body arrives, the connection counts as idle and may be
+        closed to make room."""
         config = self.app.config
         length = self._length
         if length is not None and length > config.max_body_bytes:
             raise self._too_large()
         if self.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise BadRequest("Compressed bodies are not taken: send it plain.")
+            raise BadRequest("Compressed bodies are not supported: send the body uncompressed.")
         expects = self.headers.get("Expect", "").lower() == "100-continue"
         if expects and self.request_version == "HTTP/1.1":
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._reader.allow(config.body_timeout_ms / 1000)
         is_busy, self.client.is_busy = self.client.is_busy, False
         try:
-            data = self._chunks() if length is None else self._exactly(length)
+            data = self._read_chunks() if length is None else self._read_exactly(length)
         except socket.timeout:
             raise RequestTimeout("The body of the request did not arrive in time.") from None
         except OSError:
             raise ClientGone from None
-        self._body_taken, self.client.is_busy = True, is_busy
+        self._body_read, self.client.is_busy = True, is_busy
         return data
 
     def _too_large(self) -> TooLarge:
@@ -15014,7 +15020,7 @@ class Exchange(BaseHTTPRequestHandler):
             "(CLAUDE_MAX_BODY_SIZE of the server)."
         )
 
-    def _exactly(self, count: int) -> bytearray:
+    def _read_exactly(self, count: int) -> bytearray:
         data = bytearray()
         self._read_more(data, count)
         if len(data) < count:
@@ -15023,10 +15029,10 @@ class Exchange(BaseHTTPRequestHandler):
         return data
 
     def _read_more(self, data: bytearray, count: int) -> None:
-        """Add so many bytes to the body, or less at the end of the connection."""
-        until = len(data) + count
-        while len(data) < until:
-            piece = self.rfile.read(min(until - len(data), _MAX_READ_BYTES))
+        """Append `count` bytes of the body to `data`, or fewer if the connection ends."""
+        end = len(data) + count
+        while len(data) < end:
+            piece = self.rfile.read(min(end - len(data), _MAX_READ_BYTES))
             if not piece:
                 return
             self.server.memory.resize(
@@ -15034,40 +15040,40 @@ class Exchange(BaseHTTPRequestHandler):
             )
             data += piece
 
-    def _chunks(self) -> bytearray:
-        """A chunked body. Its trailer is read and dropped."""
+    def _read_chunks(self) -> bytearray:
+        """Return a chunked body. Its trailer is read and dropped."""
         data = bytearray()
         extra_bytes = 0
         while True:
-            found = _CHUNK_LINE.fullmatch(self.rfile.readline(1024))
-            if found is None:
-                raise self._broken_chunks()
-            size, extra_bytes = int(found[1], 16), extra_bytes + len(found[2])
+            match = _CHUNK_LINE.fullmatch(self.rfile.readline(1024))
+            if match is None:
+                raise self._bad_chunks()
+            size, extra_bytes = int(match[1], 16), extra_bytes + len(match[2])
             if extra_bytes > _MAX_CHUNK_EXTRA_BYTES:
-                raise self._broken_chunks()
+                raise self._bad_chunks()
             if size == 0:
                 break
             if len(data) + size > self.app.config.max_body_bytes:
                 raise self._too_large()
             self._read_more(data, size)
             if self.rfile.readline(2) != b"\r\n":
-                raise self._broken_chunks()
+                raise self._bad_chunks()
         self._drop_trailer(_MAX_CHUNK_EXTRA_BYTES - extra_bytes)
         return data
 
     def _drop_trailer(self, left_bytes: int) -> None:
-        """Reads what may come behind the last chunk. Raises BadRequest."""
+        """Read the header lines after the last chunk. Raises BadRequest."""
         line = b""
         while line != b"\r\n":
             line = self.rfile.readline(left_bytes + 1)
             left_bytes -= len(line)
-            whole = left_bytes >= 0 and line.endswith(b"\r\n")
-            if not whole or not (line == b"\r\n" or _HEADER_LINE.fullmatch(line[:-2])):
-                raise self._broken_chunks()
+            is_whole = left_bytes >= 0 and line.endswith(b"\r\n")
+            if not is_whole or not (line == b"\r\n" or _HEADER_LINE.fullmatch(line[:-2])):
+                raise self._bad_chunks()
 
-    def _broken_chunks(self) -> BadRequest:
+    def _bad_chunks(self) -> BadRequest:
         self.close_connection = True
-        return BadRequest("The chunked body is broken, or ended early.")
+        return BadRequest("The chunked body is malformed, or ended early.")
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -15086,45 +15092,45 @@ class Exchange(BaseHTTPRequestHandler):
     def send_stream(
         self, renderer: Renderer, events: Iterator[Choice], finished: Callable[[Json], None]
     ) -> None:
-        """See HttpExchange. Events that a dialect does not show are silence too."""
+        """See HttpExchange. A keepalive is also due when events render to nothing for too long."""
         heartbeat_s = self.app.config.heartbeat_ms / 1000
         sent_s = time.monotonic()
         for index, event in events:
-            silent = isinstance(event, Tick)
-            data = b"" if silent else renderer.event(index, event)
+            is_tick = isinstance(event, Tick)
+            data = b"" if is_tick else renderer.event(index, event)
             if isinstance(event, Finished):
                 finished(renderer.body)
             now_s = time.monotonic()
-            if silent or (not data and heartbeat_s and now_s - sent_s >= heartbeat_s):
+            if is_tick or (not data and heartbeat_s and now_s - sent_s >= heartbeat_s):
                 data = renderer.keepalive()
-            if data:
-                sent_s = now_s
-            if data and self._renderer is None:
-                # Whatever failed before this had a status of its own.
+            if not data:
+                continue
+            sent_s = now_s
+            if self._renderer is None:
+                # As late as possible: an error before this is sent with its own status.
                 self._renderer = renderer
                 self._begin_chunks(_STREAM_HEADERS)
-            if data:
-                self._send(data)
+            self._send(data)
         self._send(renderer.end())
         self._end_chunks()
 
     def send_nothing(self, status: int) -> None:
         """See HttpExchange."""
-        self._head(status, {})
-        self._over = True
+        self._send_head(status, {})
+        self._is_complete = True
 
     def send_events(self, frames: Iterator[bytes]) -> None:
         """See HttpExchange."""
         self._begin_chunks(_STREAM_HEADERS)
         if self.command == "HEAD":
-            self._over = True
+            self._is_complete = True
             return
         for frame in frames:
             self._send(frame)
         self._end_chunks()
 
     def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
-        """See HttpExchange. Node clients hang up after 300 s without a byte."""
+        """See HttpExchange. Node clients disconnect after 300 s without a byte."""
         silent_since_s = time.monotonic()
         for _ in events:
             if silence_s and time.monotonic() - silent_since_s >= silence_s:
@@ -15134,18 +15140,19 @@ class Exchange(BaseHTTPRequestHandler):
                 self._send(b" \n")
 
     def _send_body(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        self._head(status, {"Content-Length": str(len(body)), **headers})
+        self._send_head(status, {"Content-Length": str(len(body)), **headers})
         if self.command != "HEAD":
             self.client.send(body)
-        self._over = True
+        self._is_complete = True
 
-    def _must_close(self) -> bool:
-        """Whether a body is on its way that nobody read: the next head cannot be found then."""
-        return self._length != 0 and not self._body_taken
+    def _has_unread_body(self) -> bool:
+        """Return whether the request has a body that was not read. The next head cannot be found
+        then, so the connection must be closed."""
+        return self._length != 0 and not self._body_read
 
-    def _head(self, status: int, headers: Mapping[str, str]) -> None:
-        """Sends the status line and the headers at once."""
-        if self._must_close() or self.request_version == "HTTP/1.0":
+    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        """Send the status line and the headers."""
+        if self._has_unread_body() or self.request_version == "HTTP/1.0":
             self.close_connection = True
         self._status = status
         self.send_response(status)
@@ -15154,25 +15161,26 @@ class Exchange(BaseHTTPRequestHandler):
             "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
         }
         for name, value in {**common, **self.headers_out, **headers}.items():
-            # A line break in a value would be a header of somebody else's.
+            # A line break in a value would let it inject a header.
             self.send_header(name, re.sub(r"[^\x20-\x7e]", "?", value))
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
 
     def flush_headers(self) -> None:
-        """Send what the base class has put together. Raises ClientGone."""
+        """Send the header lines that the base class has collected. Raises ClientGone."""
         self.client.send(b"".join(self._headers_buffer))
         self._headers_buffer.clear()
 
     def _begin_chunks(self, headers: Mapping[str, str]) -> None:
-        """Starts an answer of unknown length: chunked, or up to the close for old clients."""
+        """Start a response of unknown length: chunked, or for HTTP/1.0 until the connection
+        closes."""
         self._chunked = self.request_version == "HTTP/1.1"
         more = {"Transfer-Encoding": "chunked"} if self._chunked else {}
-        self._head(200, {**headers, **more})
+        self._send_head(200, {**headers, **more})
 
     def _send(self, data: bytes) -> None:
-        """Sends a piece of the answer."""
+        """Send a part of the response's body."""
         if not data:
             return
         if self._chunked:
@@ -15180,14 +15188,16 @@ class Exchange(BaseHTTPRequestHandler):
         self.client.send(data)
 
     def _end_chunks(self) -> None:
-        self._over = True
+        self._is_complete = True
         if self._chunked:
             self.client.send(b"0\r\n\r\n")
         else:
             self.close_connection = True
 
+
 def tls_context(config: Config) -> ssl.SSLContext | None:
-    """What serves https, or None. Raises ConfigError when certificate and key cannot be used."""
+    """Return the TLS context, or None for plain HTTP. Raises ConfigError if the certificate and
+    the key cannot be used."""
     if not config.tls_cert:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -15202,8 +15212,8 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     except (OSError, ValueError) as problem:
         where = "" if getattr(problem, "filename", None) else f" ({' and '.join(paths)})"
         raise ConfigError(
-            f"OCP_TLS_CERT and OCP_TLS_KEY cannot be used: {problem}{where}; they have to be PEM "
-            "files, and the key without a password"
+            f"OCP_TLS_CERT and OCP_TLS_KEY cannot be used: {problem}{where}; they must be PEM "
+            "files, and the key must have no password"
         ) from None
     return context
 
@@ -15212,19 +15222,18 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 _TLS_HANDSHAKE = b"\x16"
 _NOT_TLS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-    b"This server speaks https: write https:// in the address.\n"
+    b"This server uses https: write https:// in the address.\n"
 )
 _NOT_HTTPS = _NOT_TLS.replace(b"https", b"http")
-#: How often the log says that somebody speaks https to a server of http, or that connections are
-#: closed to make room.
-_NOTED_EVERY_S = 60.0
-_CONNECTIONS_HELP = "raise OCP_MAX_CONNECTIONS if so many are meant to be open"
-#: How many connections above the limit are told so at a time; others are just closed.
-_MAX_TURNED_AWAY = 32
+#: How often the log repeats a warning about connections.
+_WARNING_INTERVAL_S = 60.0
+_CONNECTIONS_HELP = "raise OCP_MAX_CONNECTIONS if this many connections are expected"
+#: How many connections above the limit get an error response at a time; others are just closed.
+_MAX_REJECTIONS = 32
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Accepts connections, so many at a time."""
+    """The listening socket, with one thread for each of a limited number of connections."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -15232,107 +15241,109 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     request_queue_size = 128
 
     def __init__(self, app: App, tls: ssl.SSLContext | None = None) -> None:
-        """Listens. Raises OSError when it cannot."""
+        """Bind and listen. Raises OSError."""
         self.app = app
         self.router = Router(ROUTES)
         self.memory = MemoryBudget()
         self._tls = tls
         # Guards the next field.
         self._lock = threading.Lock()
-        self._turned_away = 0
+        self._rejections = 0
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, app.config.port), Exchange)
 
     @property
     def url(self) -> str:
-        """Where clients on this machine find the server."""
-        host, port = self.server_address[:2]
-        shown = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(str(host), str(host))
+        """Return the address for clients on this machine."""
+        address, port = self.server_address[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(str(address), str(address))
         scheme = "http" if self._tls is None else "https"
-        return f"{scheme}://[{shown}]:{port}" if ":" in shown else f"{scheme}://{shown}:{port}"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def server_bind(self) -> None:
-        """Binds; the address :: takes IPv4 too."""
+        """Bind the socket. The address :: accepts IPv4 too."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
 
     def get_request(self) -> tuple[Any, Any]:
-        """Return the next connection and its address. Short of descriptors, wait instead of trying
-        all the time."""
+        """Return the next connection and its address. Raises OSError."""
         try:
             sock, address = super().get_request()
         except OSError as problem:
             if problem.errno in (errno.EMFILE, errno.ENFILE):
+                # No descriptor is free: the accept loop would spin.
                 time.sleep(0.05)
             raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         return Connection(sock, str(address[0]), self.memory), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread, or turn it away when all that are open are busy."""
+        """Start the connection's thread, or reject it if all open connections are busy."""
         connection: Connection = request
+        app = self.app
         try:
-            left = self.app.connections.add(connection, self.app.config.max_connections)
+            evicted = app.connections.add(connection, app.config.max_connections)
         except Busy as error:
-            self._turn_away(connection, error)
+            self._reject(connection, error)
             return
-        if left is not None and self.app.claim_interval("connections_full", _NOTED_EVERY_S):
-            self.app.log.event("warn", "connections_full", peer=left.peer, help=_CONNECTIONS_HELP)
+        if evicted is not None and app.claim_interval("connections_full", _WARNING_INTERVAL_S):
+            app.log.event("warn", "connections_full", peer=evicted.peer, help=_CONNECTIONS_HELP)
         try:
             super().process_request(request, client_address)
         except BaseException:
-            self.app.connections.remove(connection)
+            app.connections.remove(connection)
             raise
 
-    def note_tls(self, peer: str) -> None:
-        """Logs, now and then, that a client speaks https where http is served."""
-        if self.app.claim_interval("https_on_http_port", _NOTED_EVERY_S):
+    def log_tls_attempt(self, peer: str) -> None:
+        """Warn in the log about a client that uses https on a plain HTTP server."""
+        if self.app.claim_interval("https_on_http_port", _WARNING_INTERVAL_S):
             self.app.log.event("warn", "https_on_http_port", peer=peer)
 
-    def _turn_away(self, connection: Connection, error: Busy) -> None:
-        """Refuse a connection, in a thread of its own as long as there are few of these."""
+    def _reject(self, connection: Connection, error: Busy) -> None:
+        """Close a connection; send the error first, in a thread, if few are being rejected."""
         with self._lock:
-            is_told = self._turned_away < _MAX_TURNED_AWAY and self._tls is None
-            self._turned_away += int(is_told)
-        if is_told:
-            threading.Thread(target=self._refuse, args=(connection, error), daemon=True).start()
+            sends_error = self._rejections < _MAX_REJECTIONS and self._tls is None
+            self._rejections += int(sends_error)
+        if sends_error:
+            arguments = (connection, error)
+            threading.Thread(target=self._send_rejection, args=arguments, daemon=True).start()
         else:
             connection.close()
 
-    def _refuse(self, connection: Connection, error: Busy) -> None:
+    def _send_rejection(self, connection: Connection, error: Busy) -> None:
         body = to_json(CHAT.error_body(error, ""))
         head = f"HTTP/1.1 {error.status} Busy\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
         try:
-            self._say_and_linger(connection, head.encode("ascii") + body)
+            self._send_and_linger(connection, head.encode("ascii") + body)
         finally:
             connection.close()
             with self._lock:
-                self._turned_away -= 1
+                self._rejections -= 1
 
-    def _say_and_linger(self, connection: Connection, data: bytes) -> None:
-        """Send something to a client that may be in the middle of a request of its own."""
+    def _send_and_linger(self, connection: Connection, data: bytes) -> None:
+        """Send data to a client that may still be sending a request."""
         with contextlib.suppress(ClientGone):
             connection.send(data)
             connection.flush()
             connection.linger(_LINGER_S)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Live the life of one connection, in its thread."""
+        """Serve a connection until it ends; runs in its thread."""
         connection: Connection = request
-        if self._is_secured(connection):
+        if self._start_tls(connection):
             super().finish_request(request, client_address)
 
-    def _is_secured(self, connection: Connection) -> bool:
-        """Speak TLS where it is spoken; return whether the connection can be used."""
+    def _start_tls(self, connection: Connection) -> bool:
+        """Start TLS if the server uses it; return whether the connection can be used."""
         if self._tls is None:
             return True
         timeout_s = self.app.config.header_timeout_ms / 1000
         try:
             if connection.peek(timeout_s) not in (_TLS_HANDSHAKE, b""):
-                self._say_and_linger(connection, _NOT_TLS)
+                self._send_and_linger(connection, _NOT_TLS)
                 return False
             connection.start_tls(self._tls, timeout_s)
         except OSError as problem:
@@ -15341,13 +15352,12 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return True
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
         connection: Connection = request
         self.app.connections.remove(connection)
         connection.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke outside any request."""
+        """Log an error of a connection outside any request."""
         error = sys.exc_info()[1] or RuntimeError("unknown")
         level = "debug" if isinstance(error, OSError) else "error"
         self.app.log.event(level, "connection_broke", error=format_failure(error))
