@@ -15364,14 +15364,14 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 # ==== 33. Demo claude ========================================================
-# The stand-in behind --demo: a process that speaks claude's protocol and answers by itself, so
-# that everything around the model can be tried without an account. Says so in every answer.
+# The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
+# everything around the model can be tried without an account. Every answer says that it is a demo.
 
 _DEMO_WORD_PAUSE_S = 0.03
 
 
 class DemoClaude:
-    """Reads lines as claude does and prints what claude would."""
+    """One demo process: it reads and writes the lines of claude's protocol."""
 
     def __init__(self, model_id: str, write: Callable[[bytes], object]) -> None:
         self._model_id = model_id
@@ -15379,45 +15379,47 @@ class DemoClaude:
         self._max_tokens = 10**9
 
     def read(self, line: Json) -> None:
-        """Answers one line."""
+        """Answer one line of input."""
         if line.get("type") == "control_request":
             settings = line.get("request", {}).get("settings", {})
             limit = settings.get("env", {}).get("CLAUDE_CODE_MAX_OUTPUT_TOKENS")
             self._max_tokens = int(limit) if limit else self._max_tokens
             response = {"subtype": "success", "request_id": line.get("request_id")}
-            # It remembers nothing, so it has forgotten whatever it is told to forget.
+            # The demo keeps no conversation, so every rewind succeeds.
             self._print("control_response", response={**response, "response": {"rewound": True}})
         elif line.get("type") == "user" and line.get("shouldQuery") is False:
-            self._result(num_turns=0)
+            self._print_result(num_turns=0)
         elif line.get("type") == "user":
             self._answer(line.get("message", {}).get("content"))
 
     def _answer(self, content: object) -> None:
         blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        asked = " ".join(str(block.get("text", "")) for block in blocks if "text" in block)
+        prompt = " ".join(str(block.get("text", "")) for block in blocks if "text" in block)
         reply = (
             "This is the demo of OCP: no model was asked and no account is used. "
-            f"You wrote: {one_line(asked, 200)}"
+            f"You wrote: {one_line(prompt, 200)}"
         )
         words = re.findall(r"\S+\s*", reply)
-        spoken = words[: self._max_tokens]
-        usage = {"input_tokens": len(asked.split()), "output_tokens": len(spoken)}
+        sent = words[: self._max_tokens]
+        usage = {"input_tokens": len(prompt.split()), "output_tokens": len(sent)}
         message = {"id": new_id("msg_"), "model": self._model_id, "usage": usage}
-        self._event("message_start", message=message)
-        self._event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-        for word in spoken:
+        self._print_event("message_start", message=message)
+        empty = {"type": "text", "text": ""}
+        self._print_event("content_block_start", index=0, content_block=empty)
+        for word in sent:
             time.sleep(_DEMO_WORD_PAUSE_S)
-            self._event("content_block_delta", index=0, delta={"type": "text_delta", "text": word})
-        self._event("content_block_stop", index=0)
-        reason = "end_turn" if len(spoken) == len(words) else "max_tokens"
-        self._event("message_delta", delta={"stop_reason": reason}, usage=usage)
-        self._event("message_stop")
-        self._result(num_turns=1)
+            delta = {"type": "text_delta", "text": word}
+            self._print_event("content_block_delta", index=0, delta=delta)
+        self._print_event("content_block_stop", index=0)
+        reason = "end_turn" if len(sent) == len(words) else "max_tokens"
+        self._print_event("message_delta", delta={"stop_reason": reason}, usage=usage)
+        self._print_event("message_stop")
+        self._print_result(num_turns=1)
 
-    def _result(self, num_turns: int) -> None:
+    def _print_result(self, num_turns: int) -> None:
         self._print("result", subtype="success", is_error=False, num_turns=num_turns)
 
-    def _event(self, kind: str, **fields: object) -> None:
+    def _print_event(self, kind: str, **fields: object) -> None:
         self._print("stream_event", event={"type": kind, **fields})
 
     def _print(self, kind: str, **fields: object) -> None:
@@ -15425,7 +15427,7 @@ class DemoClaude:
 
 
 def demo_claude(arguments: list[str]) -> int:
-    """The demo process: what `claude` is for a server started with --demo."""
+    """Run the demo process, the `claude` of a server that was started with --demo."""
     if "--version" in arguments:
         print(".".join(str(part) for part in CLIENT_COMPOSED_SINCE), "(OCP demo)")
         return 0
@@ -15440,20 +15442,21 @@ def demo_claude(arguments: list[str]) -> int:
 
 
 # ==== 34. Command line =======================================================
-# Arguments, signals, the banner, and the order in which everything starts and stops.
+# Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="ocp_server.py",
         description="Serves your Claude plan, through the official claude program, to tools "
         "that speak the OpenAI or the Anthropic API. Settings are environment variables: see "
         "--print-settings.",
     )
-    parser.add_argument("--demo", action="store_true", help="answer from a stand-in, no account")
+    parser.add_argument(
+        "--demo", action="store_true", help="answer from a stand-in, without an account"
+    )
     parser.add_argument(
         "--check", action="store_true", help="validate settings and environment; exit 0 or 2"
     )
@@ -15464,50 +15467,51 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _is_own(host: str) -> bool:
-    """Whether an address or name is this machine's."""
+def _is_this_machine(host: str) -> bool:
+    """Return whether a name or an address belongs to this machine."""
     try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+        addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
     except (OSError, UnicodeError):
         return False
-    for family, kind, _, _, address in found:
-        # Only an address of one's own can be bound to.
-        with contextlib.suppress(OSError), socket.socket(family, kind) as attempt:
-            attempt.bind(address)
+    for family, kind, _, _, address in addresses:
+        # Binding succeeds only for an address of this machine.
+        with contextlib.suppress(OSError), socket.socket(family, kind) as sock:
+            sock.bind(address)
             return True
     return False
 
 
 def check_no_loop(config: Config, environ: Mapping[str, str]) -> None:
-    """Raises ConfigError if claude would ask this server instead of the API."""
+    """Raise ConfigError if claude would send its API requests to this server."""
     url = child_environment(environ, config).get("ANTHROPIC_BASE_URL", "")
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
         return
-    if parts.hostname and port == config.port and _is_own(parts.hostname):
+    if parts.hostname and port == config.port and _is_this_machine(parts.hostname):
         raise ConfigError(
-            f"ANTHROPIC_BASE_URL={url}, which OCP_PASS_ENV hands to claude, leads back to this "
-            "server: each request would ask itself. Take it out of OCP_PASS_ENV."
+            f"ANTHROPIC_BASE_URL={url}, which OCP_PASS_ENV passes to claude, leads back to this "
+            "server: claude would send its requests here. Remove it from OCP_PASS_ENV."
         )
 
 
 def _fail_start(problem: object) -> int:
+    """Print why the server cannot start; return the exit code."""
     for line in str(problem).splitlines():
         print(f"ocp: {line}", file=sys.stderr)
     return 2
 
 
 def check(config: Config, environ: Mapping[str, str], demo_command: tuple[str, ...]) -> int:
-    """Says what a start would use; 0 when it would work, else 2."""
+    """Print what a start would use; return the exit code: 0 = it would work, 2 = it would not."""
     print(f"ocp {VERSION}, Python {sys.version.split()[0]}")
     print(f"listens on {config.bind} port {config.port}, access mode {config.mode}")
-    print(f"keeps its log in {os.path.join(config.home_path, 'logs')}")
+    print(f"writes its log to {os.path.join(config.home_path, 'logs')}")
     if config.tls_cert:
         print(f"serves https with {config.tls_cert}")
     for name, why in removed_settings(environ):
-        print(f"{name} means nothing any more: {why}")
+        print(f"{name} has no effect: {why}")
     try:
         program = ClaudeProgram(config, environ, demo_command).resolve()
     except OcpError as error:
@@ -15521,51 +15525,51 @@ def _banner(server: Server) -> str:
     app = server.app
     lines = [f"OCP {VERSION} serves {server.url}/v1"]
     if app.demo:
-        lines.append("DEMO: answers come from a stand-in; no account is used, no model is asked")
+        lines.append("DEMO: answers come from a stand-in; no account and no model is used")
     if app.config.is_agent:
-        lines.append("AGENT MODE: claude uses tools of its own on this machine")
+        lines.append("AGENT MODE: claude uses its own tools on this machine")
     if app.config.is_usable_without_key:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
-        lines.append(f"ATTENTION: whoever can connect may use your plan; set {remedy}")
+        lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")
     lines += [
-        "try it:",
+        "Try it:",
         f"  curl {server.url}/v1/chat/completions -d "
         '\'{"messages": [{"role": "user", "content": "Hello"}]}\'',
     ]
     return "\n".join(lines)
 
 
-def allow_descriptors(config: Config) -> None:
-    """Raises the limit of open files to what full load takes, as far as the system lets it."""
-    wanted = 2 * config.max_connections + 8 * config.max_concurrent + 256
+def raise_descriptor_limit(config: Config) -> None:
+    """Raise the limit of open files to the need of full load, if the system permits it."""
+    needed = 2 * config.max_connections + 8 * config.max_concurrent + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        maximum = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def serve(app: App, tls: ssl.SSLContext | None) -> int:
-    """Serves until a signal says stop; the exit code."""
-    allow_descriptors(app.config)
+    """Serve until a signal stops the server; return the exit code."""
+    raise_descriptor_limit(app.config)
     try:
         server = Server(app, tls)
     except OSError as problem:
         app.close()
         print(
-            f"ocp: cannot listen on {app.config.bind} port {app.config.port}: {problem.strerror}; "
-            "is it running already? CLAUDE_PROXY_PORT takes another port.",
+            f"ocp: cannot listen on {app.config.bind} port {app.config.port}: {problem.strerror}. "
+            "Is OCP running already? CLAUDE_PROXY_PORT sets another port.",
             file=sys.stderr,
         )
         return 1
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # nohup and shells leave signals ignored that are not meant for the server.
+        # A signal that is ignored already, by nohup for example, stays ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: app.wakeups.put("stop"))
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     app.look()
     with contextlib.suppress(OSError):
-        # A service may print to a file, and the disk may be full.
+        # The output may be a file on a full disk.
         print(_banner(server), flush=True)
     app.log.event(
         "info", "server_started", version=VERSION, url=server.url, mode=app.config.mode,
@@ -15583,7 +15587,8 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
 
 
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
-    """Runs the program; the exit code: 0 fine, 1 could not listen, 2 wrong settings."""
+    """Run the program; return the exit code: 0 = success, 1 = the port or the state folder is in
+    use, 2 = wrong settings."""
     if arguments[:1] == [_DEMO_FLAG]:
         return demo_claude(arguments)
     options = argument_parser().parse_args(arguments)

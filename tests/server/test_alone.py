@@ -344,7 +344,7 @@ def test_a_setting_that_is_gone_is_named_with_the_reason(alone: Alone) -> None:
     done = alone.run("--check", "--demo", CLAUDE_TUI_MODE="1")
 
     assert done.returncode == 0
-    assert "CLAUDE_TUI_MODE means nothing any more" in done.stdout
+    assert "CLAUDE_TUI_MODE has no effect" in done.stdout
 
 
 def test_a_check_touches_nothing(alone: Alone) -> None:
