@@ -11318,7 +11318,7 @@ class Account:
 
     @property
     def is_login_refused(self) -> bool:
-        """Whether the last request with a known result was refused for its login."""
+        """Return whether the last known result is a refused login."""
         return self._logged_in is False
 
     def login_report(self) -> Json:
