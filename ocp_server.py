@@ -9,46 +9,49 @@ both kinds from it: one file, Python 3.9 or later, nothing to install.
     python3 ocp_server.py --check      validate settings and environment, exit 0 or 2
     python3 ocp_server.py --help       everything else
 
-A request is a straight line down this file: the HTTP server finds its route, a dialect parses
-the body into a Turn, the gate lets it in, a claude process answers it with a stream of Events,
-and the dialect renders those. Wire formats exist only in the dialects; the claude protocol
-exists only in its own two sections. Each section uses only names from the sections above it.
+The life of a request: the HTTP server finds its route, a dialect parses the body into a Turn,
+the gate admits it, a claude process answers it with a stream of Events, and the dialect renders
+these events. Wire formats exist only in the dialects; the claude protocol exists only in its own
+two sections.
+
+Each section uses only names from the sections above it, so the file reads bottom-up: to follow
+a request, start with the HTTP server.
 
 Sections (search for "==== 8" to jump to the eighth):
 
-     1. Small tools        clocks, compact JSON, ids, redaction; no input or output
-     2. Settings           the table of settings, and how the environment is read
-     3. Errors             every failure that a client can be told about
-     4. Log                JSON lines in a rotated file, plain lines on the terminal, a ring
-     5. Models             which models there are and what each one takes
-     6. Turns and events   the narrow waist: one request, one stream of events
-     7. Store              the SQLite file, and the settings changed at run time
-     8. Keys and callers   who may use which route, and the keys of devices
-     9. Usage and quotas   one row for each request, and what keys may use
+     1. Small tools        compact JSON, ids, redaction, formatting of times and text
+     2. Settings           the table of settings, and reading them from the environment
+     3. Errors             every failure that is reported to a client
+     4. Log                a rotated JSON file, the terminal, and recent events in memory
+     5. Models             the known models and what each one accepts
+     6. Turns and events   the internal form of a request and of an answer
+     7. Store              the SQLite database, and the settings changed at run time
+     8. Keys and callers   authentication, access to routes, and the keys of devices
+     9. Usage and quotas   one row for each request, and the limits of keys
     10. Patterns           regular expressions of clients, for JavaScript and for Python
     11. JSON Schema        schemas of clients, parsed into plain 2020-12
-    12. Model schemas      what claude and the API accept of a schema, and the way back
+    12. Model schemas      schemas rewritten so that claude and the API accept them, and back
     13. Request fields     typed access to JSON; messages become a prompt
     14. Attachments        images and files of requests, and their limits
     15. Tools and options  tools, output schemas, thinking and sampling
-    16. Dialects           wire formats: a body becomes a Turn, events become an answer
-    17. Claude protocol    what is said to claude and what its lines mean; pure
-    18. Claude process     the program on disk, one child, its pipes, and its end
-    19. Gate and spares    who may run now; idle processes that wait for work
-    20. Parking            what is kept of a conversation for its next message
-    21. Cache              answers given again, and shared while they come
-    22. Account            what is known about login and plan, learned from answers
+    16. Dialects           wire formats: parse a body into a Turn, render events as an answer
+    17. Claude protocol    messages to and from claude; no input or output
+    18. Claude process     the program on disk; one child process and its pipes
+    19. Gate and spares    admission of requests; idle processes that wait for work
+    20. Parking            processes and state kept for the next message of a conversation
+    21. Cache              stored answers, and answers shared while they are generated
+    22. Account            the state of login and plan, learned from answers
     23. Metrics            counters and histograms since the start
-    24. Connections        sockets, and the bounds of what they take together
+    24. Connections        client sockets, and limits on their number and memory
     25. State folder       the database, the modes of files, the admin key
     26. Answering          one request: quota, cache, claude, row of usage
     27. App                owns every long-lived object; the housekeeper
-    28. API description    what a route is, and the OpenAPI document of them all
-    29. Dashboard          the page for the operator, and what it may do
+    28. API description    the type of a route, and the OpenAPI document of all routes
+    29. Dashboard          the operator's page, and its content security policy
     30. Endpoints          one function for each route
     31. Routes             the table of routes
     32. HTTP server        sockets, bodies, one thread for each connection
-    33. Demo claude        the stand-in behind --demo
+    33. Demo claude        the stand-in for claude behind --demo
     34. Command line       arguments, signals, main
 """
 from __future__ import annotations
@@ -120,22 +123,21 @@ from typing import (
 
 VERSION = "0.1.0"
 
-#: A JSON object as the wire has it. Inside the waist, values are typed.
+#: A JSON object as it is sent or received.
 Json = dict[str, Any]
 Clock = Callable[[], float]
 
 
 # ==== 1. Small tools =========================================================
-# Helpers that know nothing of HTTP, of claude or of settings.
-
+# Helpers that depend neither on HTTP, nor on claude, nor on settings.
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def to_json(value: object) -> bytes:
-    """Compact UTF-8 JSON without a newline.
+    """Return compact UTF-8 JSON without a newline.
 
-    Text with a lone surrogate, which JSON may carry and UTF-8 may not, is escaped instead.
+    Text with a lone surrogate, which JSON allows and UTF-8 does not, is escaped as ASCII.
     """
     try:
         return _ENCODER.encode(value).encode("utf-8")
@@ -148,14 +150,14 @@ def _refuse_constant(word: str) -> NoReturn:
 
 
 def _parse_int(digits: str) -> int:
-    """Turning very many digits into a number takes quadratic time."""
+    # The conversion takes quadratic time.
     if len(digits) > 400:
         raise ValueError("a number has too many digits")
     return int(digits)
 
 
 def _parse_float(text: str) -> float:
-    """What is too large for a number would be written again as Infinity, which is not JSON."""
+    # A number that overflows would be written as Infinity, which is not JSON.
     value = float(text)
     if math.isinf(value):
         raise ValueError("a number is too large")
@@ -167,31 +169,30 @@ _DECODER = json.JSONDecoder(
 )
 
 
-#: The most values in one body: each takes hundreds of bytes and some microseconds. The longest
-#: prompts hold some ten thousand.
+#: The maximum number of values in one body. Each one takes hundreds of bytes and some
+#: microseconds; the longest prompts hold about ten thousand.
 _MAX_JSON_VALUES = 300_000
-
-
-#: How much of a text is counted at a time, so that counting takes no memory to speak of.
-_COUNTED_BYTES = 1_048_576
+#: The text is searched in pieces of this size, which bounds the memory for copies.
+_SEARCHED_BYTES = 1_048_576
 
 
 def has_many_values(data: bytes | bytearray) -> bool:
-    """Return whether a JSON text holds more values than are read. Takes some milliseconds for each
-    megabyte, and ends early where there are too many."""
+    """Return whether a JSON text holds more values than OCP parses. Takes a few milliseconds per
+    megabyte."""
     if sum(map(data.count, (b"[", b"{", b","))) <= _MAX_JSON_VALUES:
         return False
-    # Most of them may stand in strings. Without escapes, every second piece is a string.
+    # Most of these characters may be in strings. Without escapes, every second part between quotes
+    # is a string.
     count, is_in_string, rest = 0, False, b""
-    for start in range(0, len(data), _COUNTED_BYTES):
-        text = rest + data[start:start + _COUNTED_BYTES]
+    for start in range(0, len(data), _SEARCHED_BYTES):
+        text = rest + data[start:start + _SEARCHED_BYTES]
         backslashes = len(text) - len(text.rstrip(b"\\"))
-        # The last of an odd number escapes what comes next.
+        # The last of an odd number of backslashes escapes a character of the next piece.
         rest = b"\\" if backslashes % 2 else b""
         bare = text[:len(text) - len(rest)].replace(b"\\\\", b"").replace(b'\\"', b"")
-        pieces = bare.split(b'"')
-        outside = b"".join(pieces[int(is_in_string)::2])
-        is_in_string ^= len(pieces) % 2 == 0
+        parts = bare.split(b'"')
+        outside = b"".join(parts[int(is_in_string)::2])
+        is_in_string ^= len(parts) % 2 == 0
         count += sum(map(outside.count, (b"[", b"{", b",")))
         if count > _MAX_JSON_VALUES:
             return True
@@ -199,7 +200,7 @@ def has_many_values(data: bytes | bytearray) -> bool:
 
 
 def from_json(data: bytes | bytearray | str) -> object:
-    """The value of a JSON text. Raises ValueError for anything else, however deep or odd."""
+    """Return the value of a JSON text. Raises ValueError for anything else."""
     try:
         return _DECODER.decode(data if isinstance(data, str) else data.decode("utf-8"))
     except RecursionError:
@@ -207,20 +208,20 @@ def from_json(data: bytes | bytearray | str) -> object:
 
 
 def new_id(prefix: str) -> str:
-    """`prefix` and 24 random characters, letters and digits only: some clients strip the rest."""
+    """Return `prefix` and 24 random letters and digits; some clients strip other characters."""
     return prefix + secrets.token_hex(12)
 
 
 _SECRET = re.compile(r"(sk-ant-|ocp_(?=[\w-]{32})|Bearer\s+)[A-Za-z0-9_.\-]{6,}")
 
 
-def redacted(text: str) -> str:
-    """`text` with whatever looks like a token or a key blotted out."""
+def redact(text: str) -> str:
+    """Return `text` with "[redacted]" for everything that looks like a token or a key."""
     return _SECRET.sub(lambda match: match.group(1) + "[redacted]", text)
 
 
-def is_key(text: str) -> bool:
-    """Whether it has the form of a key that this program gives out."""
+def has_key_format(text: str) -> bool:
+    """Return whether `text` has the form of a key that this server creates."""
     return re.fullmatch(r"ocp_[A-Za-z0-9_-]{32}", text) is not None
 
 
@@ -231,28 +232,33 @@ _PATH = re.compile(
 )
 
 
-def without_paths(text: str) -> str:
-    """`text` with absolute paths of this machine replaced, fit for a client's eyes."""
+def redact_paths(text: str) -> str:
+    """Return `text` with "[path]" for absolute paths of this machine, to be sent to a client."""
     return _PATH.sub("[path]", text)
 
 
-def one_line(text: str, most_chars: int = 300) -> str:
-    """`text` with its white space run together, cut to `most_chars`."""
+def one_line(text: str, max_chars: int = 300) -> str:
+    """Return `text` on one line, with white space collapsed, cut to `max_chars`."""
     line = " ".join(text.split())
-    return line if len(line) <= most_chars else line[: most_chars - 3] + "..."
+    return line if len(line) <= max_chars else line[: max_chars - 3] + "..."
 
 
 def printable(text: str) -> str:
-    """`text` with escapes, such as \\x1b, for what cannot be seen or commands a terminal: controls,
-    marks of direction, lone surrogates."""
+    """Return `text` with escapes, such as \\x1b, for control characters, marks of direction and
+    lone surrogates, which would be invisible or control a terminal."""
     if text.isprintable():
         return text
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return "".join(shown)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def peer_group(address: str) -> str:
-    """Whom an address stands for: in IPv6 one machine may have all of a network."""
+    """Return the network under which an address is counted.
+
+    That is the address itself for IPv4 and loopback, and the /64 network for IPv6, because one
+    machine may own all of it. Text that is no address is returned unchanged.
+    """
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -263,40 +269,44 @@ def peer_group(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-#: A header that lists names ends after so many characters: clients refuse longer heads.
+#: The length of a header that lists names. Clients reject very long headers.
 _HEADER_LIST_MAX_CHARS = 1_000
 
 
 def header_list(names: Iterable[str]) -> str:
-    """Return `names` as the value of a header: each once, and where there is no room for all, how
-    many more there are. What a header may not hold becomes a question mark."""
-    # A comma separates; it can be part of a name that a client made up.
-    known = {re.sub(r"[^ -+\--~]", "?", one_line(name, 80)): None for name in names}
-    told: list[str] = []
+    """Return `names`, without repetitions, as the value of a header.
+
+    Names for which there is no room are replaced by their number. A character that is not
+    allowed in a header becomes a question mark.
+    """
+    # A name that a client chose may contain the separator, so a comma is replaced too.
+    unique = {re.sub(r"[^ -+\--~]", "?", one_line(name, 80)): None for name in names}
+    shown: list[str] = []
     left = _HEADER_LIST_MAX_CHARS
-    for name in known:
+    for name in unique:
         left -= len(name) + 2
         if left < 0:
-            return ", ".join([*told, f"{len(known) - len(told)} more"])
-        told.append(name)
-    return ", ".join(told)
+            shown.append(f"{len(unique) - len(shown)} more")
+            break
+        shown.append(name)
+    return ", ".join(shown)
 
 
 def format_failure(error: BaseException) -> str:
-    """An exception and where it came from, for the log."""
+    """Return an exception and the innermost functions of its traceback, for the log."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
-    places = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
-    return f"{error!r} in {places}"
+    functions = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
+    return f"{error!r} in {functions}"
 
 
 def format_uptime(seconds: float) -> str:
-    """How long something has lasted: "0h 4m"."""
+    """Return a duration in hours and minutes, rounded down: "0h 4m"."""
     minutes = int(seconds // 60)
     return f"{minutes // 60}h {minutes % 60}m"
 
 
 def format_span(seconds: float) -> str:
-    """How long something takes yet: "2d 3h", "3h 12m", "5m", or "now"."""
+    """Return a remaining time, rounded up to minutes: "2d 3h", "3h 12m", "5m", or "now"."""
     minutes = math.ceil(seconds / 60)
     if minutes <= 0:
         return "now"
@@ -306,7 +316,7 @@ def format_span(seconds: float) -> str:
 
 
 def iso_time(epoch_s: float) -> str:
-    """Epoch seconds as ISO 8601 in UTC with milliseconds, for logs and JSON."""
+    """Return epoch seconds as ISO 8601 in UTC with milliseconds."""
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
     return f"{whole}.{int(epoch_s % 1 * 1000):03d}Z"
 
@@ -317,36 +327,36 @@ _TIME = re.compile(
 )
 
 
-def epoch_of(text: str) -> float:
-    """Epoch seconds of an ISO 8601 date or time; one without a zone is in the machine's own.
+def parse_time(text: str) -> float:
+    """Return the epoch seconds of an ISO 8601 date or time. Raises ValueError.
 
-    Raises ValueError.
+    A time without a zone is taken as local time.
     """
     match = _TIME.fullmatch(text.strip())
     if match is None:
-        raise ValueError("is no time such as 2027-01-31 or 2027-01-31T12:00:00Z")
+        raise ValueError("is not a date or time such as 2027-01-31 or 2027-01-31T12:00:00Z")
     year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
     zone = (match[8] or "").replace(":", "")
-    found = datetime.datetime(
+    moment = datetime.datetime(
         year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc if zone else None
     )
-    seconds = found.timestamp() + float(f"0.{match[7] or 0}")
+    seconds = moment.timestamp() + float(f"0.{match[7] or 0}")
     if len(zone) == 5:
-        ahead_s = int(zone[1:3]) * 3600 + int(zone[3:]) * 60
-        seconds -= ahead_s if zone[0] == "+" else -ahead_s
+        offset_s = int(zone[1:3]) * 3600 + int(zone[3:]) * 60
+        seconds -= offset_s if zone[0] == "+" else -offset_s
     return seconds
 
 
 def write_private(path: str, text: str) -> None:
-    """Writes a file that only its owner may read, whole or not at all. Raises OSError."""
-    aside = f"{path}.{secrets.token_hex(4)}.new"
+    """Write a file atomically, readable only by its owner. Raises OSError."""
+    temporary = f"{path}.{secrets.token_hex(4)}.new"
     try:
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
-            os.unlink(aside)
+            os.unlink(temporary)
         raise
 
 
@@ -681,7 +691,7 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "anonymous key to yourself with PROXY_ADVERTISE_ANON_KEY=0",
     ),
     (
-        lambda config: not all(map(_ORIGIN.fullmatch, listed(config.allowed_origins))),
+        lambda config: not all(map(_ORIGIN.fullmatch, split_list(config.allowed_origins))),
         "OCP_ALLOWED_ORIGINS takes origins, such as https://app.example.org; a * may stand for "
         "what comes before a domain, for a port, or behind a scheme that is not of the web, as "
         "in https://*.example.org, http://localhost:*, vscode-webview://*",
@@ -739,7 +749,7 @@ def parse_setting(row: dataclasses.Field[Any], text: str) -> int | str | bool:
     return text
 
 
-def checked_setting(row: dataclasses.Field[Any], value: object) -> int | str | bool:
+def setting_from_json(row: dataclasses.Field[Any], value: object) -> int | str | bool:
     """The value that JSON gives for this row. Raises ValueError saying what is wrong."""
     kind = type(row.default)
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -790,7 +800,7 @@ def removed_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     return found
 
 
-def listed(text: str) -> tuple[str, ...]:
+def split_list(text: str) -> tuple[str, ...]:
     """The items of a comma-separated setting."""
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
@@ -1143,7 +1153,7 @@ class ClientGone(Exception):
     says instead is here."""
 
     status: ClassVar[int] = 499
-    word: ClassVar[str] = "abandoned"
+    outcome: ClassVar[str] = "abandoned"
 
 
 # ==== 4. Log =================================================================
@@ -1179,16 +1189,16 @@ def _log_value(value: object) -> object:
         return {str(_log_value(str(key))): _log_value(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_log_value(each) for each in value]
-    return printable(one_line(redacted(str(value)), 500))
+    return printable(one_line(redact(str(value)), 500))
 
 
 class Log:
     """Where events go. `event` and `audit` never raise."""
 
-    def __init__(self, stream: TextIO | None, least_level: str, clock: Clock = time.time) -> None:
+    def __init__(self, stream: TextIO | None, minimum_level: str, clock: Clock = time.time) -> None:
         """`stream` is None where the server was started without one."""
         self._stream = stream
-        self._least = LEVELS.index(least_level)
+        self._least = LEVELS.index(minimum_level)
         self._clock = clock
         # Guards the rings, the files and the order of lines on the stream. Held for one event.
         self._lock = threading.Lock()
@@ -1308,8 +1318,8 @@ class Refusals:
         #: How often each status was told to each peer of this minute; "others" beyond so many.
         self._counts: dict[str, collections.Counter[int]] = {}
 
-    def note(self, peer: str, status: int, **fields: object) -> None:
-        """Records one refusal."""
+    def record(self, peer: str, status: int, **fields: object) -> None:
+        """Count one refusal, and log it unless this peer has had too many."""
         group = peer_group(peer)
         with self._lock:
             is_listed = group in self._counts or len(self._counts) < _MAX_REFUSED_PEERS
@@ -1524,7 +1534,7 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
-def spelled(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return a model's name in the one spelling in which names are compared."""
     text = name.strip().lower()
     for pattern, replacement in _SPELLINGS:
@@ -1558,10 +1568,10 @@ class Models:
             undated = _DATE.sub("", model_id)
             major_only = len(lineage_of(model_id)[1]) == 1
             for name in (model_id, undated, undated + "-0" if major_only else undated):
-                self._ids[spelled(name)] = model_id
+                self._ids[canonical_name(name)] = model_id
         for name, model_id in self._aliases.items():
-            self._ids[spelled(name)] = model_id
-            self._ids.setdefault(spelled("claude-" + name), model_id)
+            self._ids[canonical_name(name)] = model_id
+            self._ids.setdefault(canonical_name("claude-" + name), model_id)
 
     def all(self) -> list[Model]:
         """Every model, in the file's order, which is newest first; the older ones last."""
@@ -1580,7 +1590,7 @@ class Models:
         any other name.
         """
         text, wants_long = _LONG_CONTEXT.subn("", name.strip().lower())
-        model = self._found(spelled(text))
+        model = self._found(canonical_name(text))
         if model is None:
             raise UnknownModel(
                 f"There is no model {one_line(name, 80)!r} here. "
@@ -1595,9 +1605,9 @@ class Models:
             context_window=LONG_CONTEXT_TOKENS, argument=model.argument + LONG_CONTEXT_SUFFIX
         )
 
-    def same(self, names: Iterable[str]) -> set[str]:
+    def resolve(self, names: Iterable[str]) -> set[str]:
         """Return the ids of the models that these names stand for now."""
-        found = ((name, self._found(spelled(name))) for name in names)
+        found = ((name, self._found(canonical_name(name))) for name in names)
         return {name if model is None else model.id for name, model in found}
 
     def _found(self, name: str) -> Model | None:
@@ -1739,14 +1749,14 @@ class Options(NamedTuple):
     hides_thinking: bool = False
 
     @property
-    def sent_stops(self) -> tuple[str, ...]:
+    def api_stops(self) -> tuple[str, ...]:
         """The stop sequences that the API takes: not too many, and none of white space only."""
         return tuple(text for text in self.stop_sequences if text.strip())[:_MAX_STOPS]
 
     @property
-    def own_stops(self) -> tuple[str, ...]:
+    def local_stops(self) -> tuple[str, ...]:
         """The others, at which the answer is ended here."""
-        sent = self.sent_stops
+        sent = self.api_stops
         return tuple(text for text in self.stop_sequences if text not in sent)
 
 
@@ -1763,12 +1773,12 @@ class Turn(NamedTuple):
     output_schema: OutputSchema | None = None
     #: How many answers are wanted, and the messages of all but the first where they differ.
     choices: int = 1
-    others: tuple[list[Message], ...] = ()
+    other_prompts: tuple[list[Message], ...] = ()
     #: The client's name for a conversation that the server remembers; empty = none.
     session_id: str = ""
     stream: bool = False
     #: Whether an answer that was given before will not do.
-    fresh: bool = False
+    bypass_cache: bool = False
     #: Paths of what the request holds and nobody reads.
     ignored: tuple[str, ...] = ()
     #: Repairs of the request, each with how often it was made.
@@ -1777,7 +1787,7 @@ class Turn(NamedTuple):
     wire: Mapping[str, Any] = MappingProxyType({})
 
     @property
-    def offered(self) -> tuple[tuple[Tool, ...], ToolChoice]:
+    def tools_for_model(self) -> tuple[tuple[Tool, ...], ToolChoice]:
         """The tools that the model is told of, and the choice among them. An answer that has to
         fit a shape is a tool call to the model: "none" would forbid that too."""
         if self.output_schema is not None and self.tool_choice.kind == "none":
@@ -1785,8 +1795,10 @@ class Turn(NamedTuple):
         return self.tools, self.tool_choice
 
     def choice(self, index: int) -> Turn:
-        """The turn of one of several answers."""
-        return self._replace(messages=self.others[index - 1]) if index and self.others else self
+        """Return the turn for answer number `index`, counted from 0."""
+        if index and self.other_prompts:
+            return self._replace(messages=self.other_prompts[index - 1])
+        return self
 
 
 class Usage(NamedTuple):
@@ -1892,7 +1904,7 @@ class Answer(NamedTuple):
 _BLOCK_FIELDS = {"text": "text", "thinking": "thinking", "signature": "signature"}
 
 
-def arguments_of(given: object) -> Json:
+def parse_arguments(given: object) -> Json:
     """Return the arguments of a tool call, which come as an object or as its JSON text.
 
     Models are not always exact, and clients repeat what they said: anything else is kept as
@@ -1917,8 +1929,8 @@ class AnswerBuilder:
         self._blocks: dict[int, Block] = {}
         self._pieces: dict[tuple[int, str], list[str]] = {}
 
-    def note(self, event: Event) -> None:
-        """Takes the next event."""
+    def add(self, event: Event) -> None:
+        """Add the next event."""
         if isinstance(event, Delta):
             self._pieces.setdefault((event.block_index, event.kind), []).append(event.text)
         elif isinstance(event, BlockStarted):
@@ -1950,7 +1962,7 @@ class AnswerBuilder:
         if block.get("type") == "tool_use":
             arguments = "".join(self._pieces.get((index, "arguments"), ()))
             if whole:
-                return {**block, "input": arguments_of(arguments)}
+                return {**block, "input": parse_arguments(arguments)}
             with contextlib.suppress(ValueError):
                 return {**block, "input": from_json(arguments)}
             return None
@@ -1961,13 +1973,13 @@ class AnswerBuilder:
         return filled
 
 
-class Bounds:
+class AnswerFilter:
     """Ends an answer where the client wants it to end and the API cannot be told: at own stop
     texts, or before it begins. Leaves the text of thinking out where that is not wanted."""
 
     def __init__(self, options: Options, output_schema: OutputSchema | None) -> None:
         # What stands in the strings of a JSON answer is no text that could stop it.
-        self._stops = options.own_stops if output_schema is None else ()
+        self._stops = options.local_stops if output_schema is None else ()
         self._empty = options.max_tokens == 0
         self._hides_thinking = options.hides_thinking
         #: The beginning of a block that nothing has followed yet: its process may be dead.
@@ -2030,7 +2042,7 @@ class Bounds:
 _REPLAY_CHARS = 80
 
 
-def replayed(answer: Answer) -> Iterator[Event]:
+def replay_events(answer: Answer) -> Iterator[Event]:
     """The events of an answer that is there already. It must hold no tool call and no refusal."""
     yield Started(answer.message_id, answer.model, answer.usage._replace(output_tokens=0))
     for index, block in enumerate(answer.blocks):
@@ -2159,7 +2171,7 @@ ESTIMATE_CHARS_PER_TOKEN = 3.5
 _ATTACHMENT_TOKENS = 1_500
 
 
-def estimated_tokens(turn: Turn) -> int:
+def estimate_tokens(turn: Turn) -> int:
     """Return about how many tokens the prompt has."""
     attachments = sum(1 for message in turn.messages for _ in attachments_of(message.content))
     chars = prompt_chars(turn)
@@ -2247,7 +2259,7 @@ def storage_failure(problem: sqlite3.Error, more: str) -> StorageFailed:
         return StorageFull(f"disk full: the database cannot be written ({text}). {more}")
     if "locked" in text:
         return StorageLocked(f"database locked: another program holds ocp.db. {more}")
-    return StorageFailed(f"The database cannot be used: {without_paths(text)}. {more}")
+    return StorageFailed(f"The database cannot be used: {redact_paths(text)}. {more}")
 
 
 class HomeInUse(Exception):
@@ -2289,7 +2301,7 @@ class HomeLock:
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, words.encode("ascii") + b"\n", 0)
 
-    def tell_stopping(self) -> None:
+    def mark_stopping(self) -> None:
         """Lets the next server wait for the end of this one."""
         self._tell(f"{os.getpid()} {_STOPPING}")
 
@@ -2405,7 +2417,7 @@ class Store:
         if "locked" in str(problem):
             self._locked_until_s = time.monotonic() + _LOCKED_PAUSE_S
 
-    def keep(self, statement: str, *values: object, must: bool = True) -> None:
+    def write_or_queue(self, statement: str, *values: object, must: bool = True) -> None:
         """Carries out a write now, or else as soon as that is possible.
 
         Raises sqlite3.Error when it has to wait. One that is not a `must` is lost when too many
@@ -2424,7 +2436,7 @@ class Store:
                     self._waiting.append((statement, values))
                 raise
 
-    def catch_up(self) -> None:
+    def write_queued(self) -> None:
         """Carries out the writes that wait. Raises sqlite3.Error while that is impossible."""
         with self._lock:
             if self._waiting or self.failure is not None:
@@ -2441,11 +2453,6 @@ class Store:
             return False
         return (found.st_dev, found.st_ino) == self._identity
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keeps everybody else off the database, for a decision and what follows from it."""
-        with self._lock:
-            yield
 
     def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
         """What a query finds. Raises sqlite3.Error."""
@@ -2457,7 +2464,7 @@ class Store:
                 raise
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def read_transaction(self) -> Iterator[sqlite3.Connection]:
         """A connection for the queries of one report, which all see the same moment. It cannot
         write, and holds up nobody but other reports. Raises QueueFull, sqlite3.Error."""
         if not self._report_lock.acquire(timeout=_REPORT_PATIENCE_S):
@@ -2523,7 +2530,7 @@ class Settings:
 
     def _checked(self, name: str, value: object) -> int | str | bool:
         """The value, if this setting takes it. Raises KeyError, ValueError."""
-        return checked_setting(live_settings()[name], value)
+        return setting_from_json(live_settings()[name], value)
 
     def _adopt(self, stored: dict[str, int | str | bool]) -> None:
         """Makes these what is stored. Raises ValueError when they break a rule."""
@@ -2846,7 +2853,7 @@ class Keys:
         places = ", ".join(f"{name} = ?" for name in fields)
         values = map(_column, fields.values())
         try:
-            self._store.keep(f"UPDATE keys SET {places} WHERE id = ?", *values, key_id)
+            self._store.write_or_queue(f"UPDATE keys SET {places} WHERE id = ?", *values, key_id)
         except sqlite3.Error as problem:
             raise storage_failure(problem, _HOLDS_IN_MEMORY) from None
 
@@ -2901,7 +2908,7 @@ class Keys:
             raise Unauthorized(f"This key {what}: ask the operator of this server for a new one.")
         return key
 
-    def write_use(self) -> None:
+    def write_last_use(self) -> None:
         """Writes down when keys were used. Raises sqlite3.Error."""
         used_s, self._unwritten = self._unwritten, {}
         if used_s:
@@ -2948,7 +2955,7 @@ class WrongKeys:
         return count
 
     @contextlib.contextmanager
-    def noting(self, peer: str, most_s: float) -> Iterator[float]:
+    def delay_answer(self, peer: str, most_s: float) -> Iterator[float]:
         """Counts a wrong key, and gives the seconds to wait before the peer is told, `most_s` at
         most. Nobody waits where too many do: they hold a connection each."""
         group = peer_group(peer)
@@ -3092,7 +3099,7 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
     names of a local network do not count either: whoever is in the network may hand them out.
     """
     name = host_name(host)
-    if name in machine_names() or name in (own.lower() for own in listed(config.allowed_hosts)):
+    if name in machine_names() or name in (own.lower() for own in split_list(config.allowed_hosts)):
         return True
     if name == "localhost" or name.endswith(".localhost") or is_loopback(name):
         return True
@@ -3129,7 +3136,7 @@ def is_allowed_origin(config: Config, origin: str) -> bool:
     """Return whether the operator has named this origin; a * of his stands for a part of it."""
     return any(
         re.fullmatch(re.escape(name.rstrip("/")).replace(r"\*", "[^/]*"), origin, re.IGNORECASE)
-        for name in listed(config.allowed_origins)
+        for name in split_list(config.allowed_origins)
     )
 
 
@@ -3380,7 +3387,7 @@ class Ledger:
                 self._count(row.key_id, row)
         marks = ", ".join("?" * len(row))
         statement = f"INSERT INTO usage ({', '.join(row._fields)}) VALUES ({marks})"
-        self._store.keep(statement, *row, must=False)
+        self._store.write_or_queue(statement, *row, must=False)
 
     def _count(self, key_id: int, row: UsageRow) -> None:
         """Adds a row, before it is among those that are added up, to what its key has used."""
@@ -3415,7 +3422,7 @@ class Ledger:
             where, values = where + " AND key_id = ?", [*values, caller.key_id]
         elif caller is not None:
             where, values = where + " AND key_id IS NULL AND caller = ?", [*values, caller.name]
-        with self._store.reading() as connection:
+        with self._store.read_transaction() as connection:
             rows = Rows(connection, where, values)
             unit = "hour" if rows.span_s() <= _MAX_HOURLY_S else "day"
             step = ("hour", _STEPS[unit])
@@ -3438,7 +3445,7 @@ class Ledger:
     def by_model(self, since_s: float) -> list[Json]:
         """The sums of each model since then, its time-outs among them. Raises as `report` does."""
         columns = (*_GROUP_SUMS, ("timeouts", "SUM(outcome = 'timeout')"))
-        with self._store.reading() as connection:
+        with self._store.read_transaction() as connection:
             return Rows(connection, "at_s >= ?", [since_s]).sums(columns, ("model", "model"))
 
 
@@ -5570,7 +5577,7 @@ def tool_use_block(part: Fields) -> Block:
         "type": "tool_use",
         "id": part.text("id") or "",
         "name": part.required_text("name"),
-        "input": arguments_of(part.object.get("input")),
+        "input": parse_arguments(part.object.get("input")),
     }
 
 
@@ -6178,7 +6185,7 @@ class FreeformReader:
 def freeform_text(arguments: Json) -> str:
     """Return the input of a call of a custom tool; arguments of another form as their text."""
     if set(arguments) == {"arguments"} and isinstance(arguments["arguments"], str):
-        # They were no JSON: see arguments_of.
+        # They were no JSON: see parse_arguments.
         return arguments["arguments"]
     reader = FreeformReader()
     return reader.feed(to_json(arguments).decode("utf-8")) + reader.close()
@@ -6550,7 +6557,7 @@ class ChatDialect(Dialect):
     def _call_of(self, call_id: str, described: Fields) -> Block:
         return {
             "type": "tool_use", "id": call_id, "name": described.required_text("name"),
-            "input": arguments_of(described.object.get("arguments")),
+            "input": parse_arguments(described.object.get("arguments")),
         }
 
     # -- rendering ----------------------------------------------------------------------------
@@ -6768,7 +6775,7 @@ class CompletionsDialect(Dialect):
         return Turn(
             model=model,
             messages=conversations[0],
-            others=tuple(conversations[1:]),
+            other_prompts=tuple(conversations[1:]),
             options=options,
             choices=len(texts),
             stream=fields.flag("stream"),
@@ -6822,7 +6829,9 @@ class CompletionsDialect(Dialect):
             self.choice(index, turn.wire["echo"][index] + answer.joined("text"), answer.stop_reason)
             for index, answer in enumerate(answers)
         ]
-        usage = openai_usage((answer.usage for answer in answers), one_prompt=not turn.others)
+        usage = openai_usage(
+            (answer.usage for answer in answers), one_prompt=not turn.other_prompts
+        )
         return {**self.body(turn, choices), "usage": usage}
 
     def stream(self, turn: Turn) -> Renderer:
@@ -6862,7 +6871,7 @@ class CompletionsRenderer(Renderer):
         done = b"data: [DONE]\n\n"
         if not self._turn.wire["include_usage"]:
             return done
-        usage = openai_usage(self._usages, one_prompt=not self._turn.others)
+        usage = openai_usage(self._usages, one_prompt=not self._turn.other_prompts)
         return server_sent({**self._completions.body(self._turn, []), "usage": usage}) + done
 
 
@@ -7579,7 +7588,7 @@ class CallForm(NamedTuple):
 
 def _given_arguments(value: object) -> Json:
     """The arguments in an action or operation, without those that are null."""
-    return {key: each for key, each in arguments_of(value).items() if each is not None}
+    return {key: each for key, each in parse_arguments(value).items() if each is not None}
 
 
 def _command(arguments: Json) -> Json:
@@ -7595,7 +7604,7 @@ def _command_arguments(action: object) -> Json:
 _FORMS = {
     "function": CallForm(
         "function_call", "fc_", "arguments",
-        lambda arguments: to_json(arguments).decode("utf-8"), arguments_of,
+        lambda arguments: to_json(arguments).decode("utf-8"), parse_arguments,
         event="function_call_arguments",
     ),
     "custom": CallForm(
@@ -7692,7 +7701,7 @@ def hosted_exchange(item: Fields, kind: str) -> list[Message]:
         # Without an id its result would be taken for that of another call.
         "type": "tool_use", "id": item.text("id") or f"hosted {item.path}",
         "name": full_name(item.text("server_label") or "", name),
-        "input": arguments_of(value) if given == "arguments" else {given: value},
+        "input": parse_arguments(value) if given == "arguments" else {given: value},
     }
     found = [item.object[field] for field in results if item.has(field)]
     texts = [each if isinstance(each, str) else to_json(each).decode("utf-8") for each in found]
@@ -7911,7 +7920,7 @@ class ResponsesRenderer(Renderer):
         except ValueError:
             if not certain:
                 return b"", None
-        block = {"type": "tool_use", "input": arguments_of(arguments)}
+        block = {"type": "tool_use", "input": parse_arguments(arguments)}
         done, form = finished_item(item, block), self._call_form(item)
         if not form.event:
             return self._added(item), done
@@ -8095,13 +8104,13 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
     A variable that holds one of the server's own keys is left out unless the operator names it,
     because claude reads text of strangers.
     """
-    named = listed(config.pass_env)
+    named = split_list(config.pass_env)
     keys = {key for key in config.secrets if len(key) >= 8}
     passed = {
         name: value
         for name, value in environ.items()
         if _is_named(name, named)
-        or (_is_named(name, CHILD_ENVIRONMENT) and value not in keys and not is_key(value))
+        or (_is_named(name, CHILD_ENVIRONMENT) and value not in keys and not has_key_format(value))
     }
     return {
         **passed, **FIXED_ENVIRONMENT, **({} if config.is_agent else _RESTRICTED),
@@ -8115,7 +8124,7 @@ def _tool_arguments(config: Config) -> list[str]:
         return ["--tools", "", "--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}"]
     allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
     if config.allowed_tools != "default":
-        allowed = listed(config.allowed_tools)
+        allowed = split_list(config.allowed_tools)
     arguments = ["--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}", *allowed]
     if config.skip_permissions:
         arguments.append("--dangerously-skip-permissions")
@@ -8450,8 +8459,8 @@ def settings_lines(
     body = tools_body(tools)
     if body:
         extra["tools"] = body
-    if options.sent_stops:
-        extra["stop_sequences"] = list(options.sent_stops)
+    if options.api_stops:
+        extra["stop_sequences"] = list(options.api_stops)
     choice_body = _choice_body(choice)
     if choice_body is not None:
         extra["tool_choice"] = choice_body
@@ -8499,7 +8508,7 @@ def conversation(
     """
     system = "\n\n".join(text for text in (turn.system, operator_prompt.strip()) if text)
     fields: Json = {"systemPrompt": [system] if system else [], "hooks": None}
-    tools, choice = turn.offered
+    tools, choice = turn.tools_for_model
     if tools:
         fields["sdkMcpServers"] = [TOOL_SERVER]
     if turn.output_schema is not None:
@@ -8632,7 +8641,7 @@ def upstream_error(
         or _BY_STATUS.get(complaint.status or 0)
         or _BY_WORD.get(complaint.word, UpstreamFailed)
     )
-    message = without_paths(redacted(_ADDED_PROSE.sub("", one_line(complaint.text, 1000))))
+    message = redact_paths(redact(_ADDED_PROSE.sub("", one_line(complaint.text, 1000))))
     message = message or "claude reported a failure without a word about it."
     for words, what in _ACCOUNT_FAILURES if complaint.status in _ACCOUNT_STATUSES else ():
         kind = what if words.search(message) else kind
@@ -8733,7 +8742,7 @@ def _reset_in(found: Json, name: str) -> float | None:
     """A moment that is given in epoch seconds or in ISO 8601."""
     value = found.get(name)
     with contextlib.suppress(ValueError):
-        value = epoch_of(value) if isinstance(value, str) else value
+        value = parse_time(value) if isinstance(value, str) else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if 0 < value < _LATEST_S else None
@@ -9180,14 +9189,14 @@ def check_control_response(line: Json) -> None:
     found = line.get("response")
     response = found if isinstance(found, dict) else {}
     if response.get("subtype") == "error":
-        reason = without_paths(redacted(one_line(str(response.get("error")))))
+        reason = redact_paths(redact(one_line(str(response.get("error")))))
         raise UpstreamFailed(f"claude refused a request of its protocol: {reason}")
 
 
 def check_history_result(line: Json) -> None:
     """Raises UpstreamFailed when claude did not take a message of the history."""
     if line.get("is_error"):
-        reason = without_paths(redacted(one_line(str(line.get("result")))))
+        reason = redact_paths(redact(one_line(str(line.get("result")))))
         raise UpstreamFailed(f"claude did not take the conversation: {reason}")
 
 
@@ -10149,7 +10158,7 @@ class ClaudeProcess:
         self._stderr_tail += rest or b""
         words = self._stderr_tail.decode("utf-8", "replace").strip()
         last = words.splitlines()[-1] if words else "it said nothing"
-        last = without_paths(redacted(one_line(last)))
+        last = redact_paths(redact(one_line(last)))
         if "unknown option" in last:
             return ClaudeTooOld(f"claude on the server is too old, run `claude update`: {last}")
         code = self._popen.returncode
@@ -11045,14 +11054,14 @@ def cache_key(turn: Turn, caller: Caller, operator_prompt: str) -> str:
     shaping = [
         caller.scope, turn.model.argument, turn.system, operator_prompt,
         [list(message) for message in turn.messages], list(turn.options), turn.output_schema,
-        turn.choices, [[list(message) for message in other] for other in turn.others],
+        turn.choices, [[list(message) for message in other] for other in turn.other_prompts],
     ]
     return digest(shaping)
 
 
 def is_cacheable(turn: Turn, config: Config) -> bool:
     """Whether the answer to this turn may be one that was given before."""
-    repeatable = not (turn.session_id or turn.tools or turn.fresh or config.is_agent)
+    repeatable = not (turn.session_id or turn.tools or turn.bypass_cache or config.is_agent)
     return bool(config.cache_ttl_ms) and repeatable
 
 
@@ -12058,7 +12067,7 @@ class StateFolder:
     def announce_stop(self) -> None:
         """Let a server that starts in this folder wait for this one."""
         if self._lock is not None:
-            self._lock.tell_stopping()
+            self._lock.mark_stopping()
 
     def close(self) -> None:
         """Close the database and leave the folder to the next server."""
@@ -12158,7 +12167,7 @@ class AnswerRecord:
 
     def add(self, event: Event, now_s: float) -> None:
         """Takes from an event what is wanted of it later."""
-        self._builder.note(event)
+        self._builder.add(event)
         self.has_output = self.has_output or isinstance(event, BlockStarted)
         if isinstance(event, Delta):
             if self.first_token_s is None:
@@ -12194,7 +12203,7 @@ class AnswerRecord:
             return NO_USAGE
         spent = added_usage(reader.spent for reader in self.readers)
         if not spent.prompt_tokens:
-            spent = spent._replace(input_tokens=estimated_tokens(self.turn))
+            spent = spent._replace(input_tokens=estimate_tokens(self.turn))
         if not self.readers[-1].finished:
             estimate = round(self.response_chars / ESTIMATE_CHARS_PER_TOKEN)
             spent = spent._replace(output_tokens=max(spent.output_tokens, estimate))
@@ -12557,10 +12566,10 @@ class TurnRunner:
         on, so that the client's next message finds it."""
         record, turn = self._record, self._turn
         final_only = self._config.is_agent and self._config.agent_text == "final"
-        offered, _ = turn.offered
+        offered, _ = turn.tools_for_model
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
         record.readers.append(reader)
-        bounds = Bounds(turn.options, turn.output_schema)
+        bounds = AnswerFilter(turn.options, turn.output_schema)
         for heard in process.converse(given, self._limits, reader):
             for event in bounds.events(heard):
                 if bounds.ended and isinstance(event, Finished):
@@ -12711,7 +12720,7 @@ class Requests:
         if request.caller.key_id is None:
             return 0
         maximum = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
-        return sum(estimated_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
+        return sum(estimate_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
 
     # -- cached and shared answers ----------------------------------------------------------------
 
@@ -12728,7 +12737,7 @@ class Requests:
         if flight is None:
             job.path = "cached"
             stored = enumerate(place.answers)
-            events = ((index, event) for index, answer in stored for event in replayed(answer))
+            events = ((index, event) for index, answer in stored for event in replay_events(answer))
             yield Answering(job, self._recorded(job, events), place.word)
             return
         try:
@@ -12876,7 +12885,7 @@ class Requests:
         if isinstance(error, OcpError):
             word, status = error.error_code or error.openai_type, error.status
         elif error is not None:
-            word, status = error.word, error.status
+            word, status = error.outcome, error.status
         row = job.row(word, status, time.time(), app.clock())
         self._count(row, known=job.request.turn.model.known)
         if job.path:
@@ -13016,10 +13025,10 @@ class App:
     def _tend_storage(self) -> None:
         """Write what had to wait for the database, and look where it is."""
         with contextlib.suppress(sqlite3.Error):
-            self.store.catch_up()
+            self.store.write_queued()
             if self.clock() >= self._write_use_at_s:
                 self._write_use_at_s = self.clock() + _USED_EVERY_S
-                self.keys.write_use()
+                self.keys.write_last_use()
         self.state_folder.check()
 
     def _spawn(self, model_id: str) -> ClaudeProcess:
@@ -13266,8 +13275,8 @@ class App:
         self.spares.close()
         self._watchdog.close()
         with contextlib.suppress(sqlite3.Error):
-            self.store.catch_up()
-            self.keys.write_use()
+            self.store.write_queued()
+            self.keys.write_last_use()
         self.state_folder.close()
 
 
@@ -13624,7 +13633,7 @@ _LONG_CONTEXT_BETA = "context-1m-"
 
 def _check_allowed(app: App, caller: Caller, model: Model) -> None:
     """Raises Forbidden when the caller may not use this model."""
-    if caller.models and model.id not in app.models.same(caller.models):
+    if caller.models and model.id not in app.models.resolve(caller.models):
         raise Forbidden(
             f"This key may use {', '.join(caller.models)} only.",
             param="model", code="model_not_allowed",
@@ -13681,7 +13690,8 @@ def _turn_of(app: App, exchange: HttpExchange, body: object, *, counted: bool) -
             "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
         )
     if config.cache_ttl_ms:
-        turn = turn._replace(fresh=wants_cache_bypass(body, sampled_too=config.cache_sampled))
+        bypass = wants_cache_bypass(body, sampled_too=config.cache_sampled)
+        turn = turn._replace(bypass_cache=bypass)
     return turn
 
 
@@ -13756,14 +13766,14 @@ def count_tokens(app: App, exchange: HttpExchange) -> None:
     """POST /v1/messages/count_tokens: an estimate, and it says so in a header."""
     turn = _parsed(app, exchange, counted=True)
     exchange.headers_out["X-OCP-Estimate"] = "true"
-    exchange.send_json({"input_tokens": estimated_tokens(turn)})
+    exchange.send_json({"input_tokens": estimate_tokens(turn)})
 
 
 def count_input_tokens(app: App, exchange: HttpExchange) -> None:
     """POST /v1/responses/input_tokens: the same estimate for a request for a response."""
     turn = _parsed(app, exchange, counted=True)
     exchange.headers_out["X-OCP-Estimate"] = "true"
-    tokens = estimated_tokens(turn)
+    tokens = estimate_tokens(turn)
     exchange.send_json({"object": "response.input_tokens", "input_tokens": tokens})
 
 
@@ -13875,7 +13885,7 @@ def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
 
 def get_models(app: App, exchange: HttpExchange) -> None:
     """GET /v1/models: those that the caller may use, or a page of them."""
-    allowed = app.models.same(exchange.caller.models)
+    allowed = app.models.resolve(exchange.caller.models)
     models = [m for m in app.models.all() if (m.id in allowed if allowed else m.listed)]
     page, has_more = _page(exchange.query, [model.id for model in models])
     entries = [_model_entry(model) for model in models[page]]
@@ -14076,7 +14086,7 @@ def _expiry(fields: Fields) -> int | None:
         return None
     span = _SPAN.fullmatch(text.strip())
     try:
-        at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else epoch_of(text)
+        at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else parse_time(text)
     except (ValueError, OverflowError, OSError):
         what = "a time such as 2027-01-31 or 2027-01-31T12:00:00Z, or a span such as 30d or 12h"
         raise fields.invalid("expiry", what) from None
@@ -14276,7 +14286,7 @@ def _moment(query: Mapping[str, str], name: str, default_s: float) -> float:
         if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
             return float(text)
         # A plus in a query string means a space.
-        return epoch_of(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
+        return parse_time(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
     except (ValueError, OverflowError, OSError):
         raise BadRequest(
             f"{name}: must be a time such as 2026-11-20T14:00:00Z, or epoch seconds.", param=name
@@ -14355,7 +14365,7 @@ def get_status(app: App, exchange: HttpExchange) -> None:
             },
             "plan": app.account.plan(),
             "recentErrors": [
-                {"time": e["ts"], "message": without_paths(str(e.get("detail") or e.get("error")))}
+                {"time": e["ts"], "message": redact_paths(str(e.get("detail") or e.get("error")))}
                 for e in failed[-3:]
             ],
         }
@@ -14865,7 +14875,7 @@ class Exchange(BaseHTTPRequestHandler):
             "caller": self.caller.name, "error": type(error).__name__, "param": error.param,
         }
         if self.caller.name == "public":
-            self.app.refusals.note(self.peer, error.status, **fields)
+            self.app.refusals.record(self.peer, error.status, **fields)
         else:
             self.app.log.event(
                 "info", "request_refused", peer=self.peer, status=error.status, **fields
@@ -14913,7 +14923,7 @@ class Exchange(BaseHTTPRequestHandler):
         except Unauthorized:
             if any(presented_keys(self.headers)):
                 most_s = config.wrong_key_delay_ms / 1000
-                with self.app.wrong_keys.noting(self.peer, most_s) as wait_s:
+                with self.app.wrong_keys.delay_answer(self.peer, most_s) as wait_s:
                     time.sleep(wait_s)
             raise
 

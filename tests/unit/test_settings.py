@@ -377,4 +377,4 @@ def test_the_readme_table_shows_defaults_units_and_ranges(
 def test_a_comma_separated_setting_is_read_without_its_blanks(
     text: str, items: tuple[str, ...]
 ) -> None:
-    assert ocp.listed(text) == items
+    assert ocp.split_list(text) == items

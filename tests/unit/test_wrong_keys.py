@@ -20,7 +20,7 @@ class Guesses:
 
     def wait_s(self, peer: str = "10.0.0.7", most_s: float = 2.0) -> float:
         """The wait after one more wrong key."""
-        with self.keys.noting(peer, most_s) as found:
+        with self.keys.delay_answer(peer, most_s) as found:
             return float(found)
 
 
@@ -71,7 +71,7 @@ def test_of_one_peer_four_wait_at_a_time_and_of_all_thirty_two(guesses: Guesses)
 
     with ExitStack() as waiting:
         waits = [
-            waiting.enter_context(guesses.keys.noting(peer, 2.0))
+            waiting.enter_context(guesses.keys.delay_answer(peer, 2.0))
             for peer in peers for _ in range(6)
         ]
 
@@ -82,7 +82,7 @@ def test_of_one_peer_four_wait_at_a_time_and_of_all_thirty_two(guesses: Guesses)
 
 def test_whoever_fails_while_waiting_is_not_counted_for_ever(guesses: Guesses) -> None:
     for _ in range(100):
-        with pytest.raises(OSError), guesses.keys.noting("10.0.0.7", 2.0):
+        with pytest.raises(OSError), guesses.keys.delay_answer("10.0.0.7", 2.0):
             raise OSError
 
     assert guesses.wait_s() == 2
