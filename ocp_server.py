@@ -361,10 +361,10 @@ def write_private(path: str, text: str) -> None:
 
 
 # ==== 2. Settings ============================================================
-# The class body of Config is the table of settings: attribute, default, environment variable,
-# range, unit and help stand in one row, and everything else that knows settings walks it. A
-# Config is an immutable snapshot. A value that cannot be used stops the start; nothing is
-# guessed. Durations are milliseconds in the environment and are read as seconds by the code.
+# The class body of Config is the table of settings. A row holds the attribute, default,
+# environment variable, range, unit and help text; the parser, the reports and the documentation
+# are generated from the rows. A Config is an immutable snapshot. An invalid value stops the
+# server at its start. Durations are given in milliseconds; the code converts them to seconds.
 
 
 def setting(
@@ -379,10 +379,10 @@ def setting(
     secret: bool = False,
     live: str = "",
 ) -> Any:
-    """One row of the table. The type of the value is the type of `default`.
+    """Return one row of the table. The type of the value is the type of `default`.
 
-    `live` is the name under which the setting can be changed while the server runs; empty = it is
-    read at the start only.
+    `live` is the name under which the setting can be changed while the server runs; empty = the
+    setting is read only at the start.
     """
     return dataclasses.field(
         default=default,
@@ -402,7 +402,7 @@ def setting(
 
 _LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
 
-#: What CLAUDE_ALLOWED_TOOLS=default stands for.
+#: The meaning of CLAUDE_ALLOWED_TOOLS=default.
 DEFAULT_AGENT_TOOLS = (
     "Bash", "Read", "Write", "Edit", "Glob", "Grep", "WebSearch", "WebFetch", "Agent",
 )
@@ -410,7 +410,7 @@ DEFAULT_AGENT_TOOLS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting, with its value. The rows are documented by their help texts."""
+    """Every setting and its value. The help texts document the rows."""
 
     # -- listening ----------------------------------------------------------------------------
     port: int = setting(
@@ -432,9 +432,9 @@ class Config:
     # -- access -------------------------------------------------------------------------------
     auth_mode: str = setting(
         "", "CLAUDE_AUTH_MODE",
-        "who may use the API: none (whoever can connect), shared (holders of PROXY_API_KEY) or "
-        "multi (holders of keys made at /api/keys); empty = shared if PROXY_API_KEY is set, else "
-        "none",
+        "who may use the API: none (everybody who can connect), shared (holders of PROXY_API_KEY) "
+        "or multi (holders of keys made at /api/keys); empty = shared if PROXY_API_KEY is set, "
+        "else none",
         choices=("", "none", "shared", "multi"),
     )
     api_key: str = setting("", "PROXY_API_KEY", "the shared key of the API", secret=True)
@@ -447,7 +447,7 @@ class Config:
         "", "PROXY_ANONYMOUS_KEY", "mode multi: a key for everybody, without quota", secret=True
     )
     advertise_anonymous_key: bool = setting(
-        True, "PROXY_ADVERTISE_ANON_KEY", "/health tells the anonymous key to whoever asks"
+        True, "PROXY_ADVERTISE_ANON_KEY", "/health shows the anonymous key to everybody"
     )
     wrong_key_delay_ms: int = setting(
         2_000, "OCP_WRONG_KEY_DELAY",
@@ -456,7 +456,8 @@ class Config:
     )
     # -- claude -------------------------------------------------------------------------------
     claude_bin: str = setting(
-        "", "CLAUDE_BIN", "path of the claude program; empty = looked for on PATH and usual places"
+        "", "CLAUDE_BIN",
+        "path of the claude program; empty = searched on PATH and in the usual places",
     )
     default_model: str = setting(
         "sonnet", "OCP_DEFAULT_MODEL",
@@ -471,7 +472,7 @@ class Config:
     )
     pass_env: str = setting(
         "", "OCP_PASS_ENV",
-        "environment variables that claude gets besides the usual ones, comma separated",
+        "additional environment variables that are passed to claude, comma separated",
     )
     # -- spares -------------------------------------------------------------------------------
     warm_processes: int = setting(
@@ -479,7 +480,7 @@ class Config:
         minimum=0, maximum=8, live="warmProcesses",
     )
     warm_total: int = setting(
-        4, "OCP_WARM_TOTAL", "idle claude processes over all models", minimum=0, maximum=32,
+        4, "OCP_WARM_TOTAL", "idle claude processes of all models", minimum=0, maximum=32,
         live="warmTotal",
     )
     warm_idle_ms: int = setting(
@@ -509,7 +510,7 @@ class Config:
     # -- conversations ------------------------------------------------------------------------
     parked_processes: int = setting(
         4, "OCP_PARKED_PROCESSES",
-        "processes that wait with their conversation for its next message; 0 = none",
+        "processes that stay with their conversation and wait for its next message; 0 = none",
         minimum=0, maximum=64, live="parkedProcesses",
     )
     session_ttl_ms: int = setting(
@@ -518,22 +519,23 @@ class Config:
     )
     session_id: bool = setting(
         False, "OCP_SESSION_ID",
-        "take the field session_id and the header X-Session-Id for ocp_session_id; not where "
-        "clients only group requests by them", live="sessionId",
+        "accept the field session_id and the header X-Session-Id as ocp_session_id; leave this off "
+        "if clients use them only to group requests", live="sessionId",
     )
     max_prompt_chars: int = setting(
         0, "CLAUDE_MAX_PROMPT_CHARS",
-        "longest prompt, of which the oldest messages are dropped; 0 = three for each token of "
-        "the model's window",
+        "longest prompt; the oldest messages beyond it are dropped; 0 = three characters for each "
+        "token of the model's window",
         unit="characters", minimum=0, maximum=100_000_000, live="maxPromptChars",
     )
     # -- cache --------------------------------------------------------------------------------
     cache_ttl_ms: int = setting(
-        0, "CLAUDE_CACHE_TTL", "how long an answer is served again to the same request; 0 = never",
+        0, "CLAUDE_CACHE_TTL",
+        "how long a stored answer is served again for the same request; 0 = never",
         unit="ms", minimum=0, maximum=86_400_000, live="cacheTTL",
     )
     cache_max_bytes: int = setting(
-        33_554_432, "OCP_CACHE_MAX_BYTES", "what all cached answers may take in memory",
+        33_554_432, "OCP_CACHE_MAX_BYTES", "memory for all cached answers",
         unit="bytes", minimum=65_536, maximum=4_294_967_296, live="cacheMaxBytes",
     )
     cache_sampled: bool = setting(
@@ -542,15 +544,15 @@ class Config:
     )
     # -- limits -------------------------------------------------------------------------------
     max_concurrent: int = setting(
-        8, "CLAUDE_MAX_CONCURRENT", "answers at the same time", minimum=1, maximum=64,
-        live="maxConcurrent",
+        8, "CLAUDE_MAX_CONCURRENT", "answers that may run at the same time",
+        minimum=1, maximum=64, live="maxConcurrent",
     )
     max_queue: int = setting(
         16, "CLAUDE_MAX_QUEUE", "requests that may wait for their turn", minimum=0, maximum=1000,
         live="maxQueue",
     )
     queue_retry_after_s: int = setting(
-        5, "CLAUDE_QUEUE_RETRY_AFTER", "Retry-After of a refusal for a full queue",
+        5, "CLAUDE_QUEUE_RETRY_AFTER", "Retry-After when the queue is full",
         unit="s", minimum=1, maximum=60, live="queueRetryAfter",
     )
     max_connections: int = setting(
@@ -574,7 +576,7 @@ class Config:
     )
     max_image_total_bytes: int = setting(
         23_068_672, "CLAUDE_MAX_IMAGE_TOTAL_BYTES",
-        "images and files of one request together, decoded", unit="bytes", minimum=1,
+        "total size of the images and files in one request, decoded", unit="bytes", minimum=1,
     )
     # -- time ---------------------------------------------------------------------------------
     timeout_ms: int = setting(
@@ -613,35 +615,35 @@ class Config:
         unit="days", minimum=1, maximum=3650, live="usageDays",
     )
     log_level: str = setting(
-        "info", "OCP_LOG_LEVEL", "least level that is logged",
+        "info", "OCP_LOG_LEVEL", "minimum level that is logged",
         choices=("debug", "info", "warn", "error"),
     )
 
     @property
     def mode(self) -> str:
-        """The access mode in force: "none", "shared" or "multi"."""
+        """The effective access mode: "none", "shared" or "multi"."""
         return self.auth_mode or ("shared" if self.api_key else "none")
 
     @property
     def is_agent(self) -> bool:
-        """Whether claude may use tools of its own on the server."""
+        """Whether claude may run its own tools on the server."""
         return bool(self.allowed_tools or self.skip_permissions or self.mcp_config)
 
     @property
     def is_usable_without_key(self) -> bool:
-        """Whether others than this machine can use the API without having been given a key."""
+        """Whether other machines can use the API without a secret key."""
         keyless = self.mode == "none" or bool(self.advertised_key)
         return keyless and self.bind not in _LOOPBACK_NAMES
 
     @property
     def advertised_key(self) -> str:
-        """The key that /health tells to whoever asks, or an empty string."""
-        shown = self.mode == "multi" and self.advertise_anonymous_key
-        return self.anonymous_key if shown else ""
+        """The key that /health shows to everybody, or an empty string."""
+        is_shown = self.mode == "multi" and self.advertise_anonymous_key
+        return self.anonymous_key if is_shown else ""
 
     @property
     def secrets(self) -> frozenset[str]:
-        """The keys of this server itself."""
+        """The keys that are settings of this server."""
         return frozenset({self.api_key, self.admin_key, self.anonymous_key} - {""})
 
     @property
@@ -650,13 +652,13 @@ class Config:
         return os.path.abspath(os.path.expanduser(self.home))
 
 
-#: An origin, or a pattern of origins that no site of somebody else's fits.
+#: An origin, or a pattern that cannot match an origin of another owner.
 _ORIGIN = re.compile(
     r"[^*]*|https?://(\*\.)?[^*/:]+(:(\*|\d+))?/?|(?!https?:)[a-z][a-z0-9+.-]*://[^/]*/?",
     re.IGNORECASE,
 )
 
-#: Rules across settings: (is broken, what to do about it).
+#: Rules across settings: (test that is true if the rule is broken, error message).
 CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda config: config.mode == "shared" and not config.api_key,
@@ -673,16 +675,17 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda config: config.mode != "multi" and bool(config.anonymous_key),
-        "PROXY_ANONYMOUS_KEY means something with CLAUDE_AUTH_MODE=multi only",
+        "PROXY_ANONYMOUS_KEY has an effect only with CLAUDE_AUTH_MODE=multi: set both or none",
     ),
     (
         lambda config: bool(config.admin_key)
         and config.admin_key in (config.api_key, config.anonymous_key),
-        "OCP_ADMIN_KEY is also the key of clients: every one of them would be an admin",
+        "OCP_ADMIN_KEY is also the key of clients, which would make every client an admin: choose "
+        "another one",
     ),
     (
         lambda config: bool(config.tls_cert) != bool(config.tls_key),
-        "OCP_TLS_CERT and OCP_TLS_KEY belong together: set both or none",
+        "OCP_TLS_CERT and OCP_TLS_KEY need each other: set both or none",
     ),
     (
         lambda config: config.is_agent and config.is_usable_without_key,
@@ -692,13 +695,13 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda config: not all(map(_ORIGIN.fullmatch, split_list(config.allowed_origins))),
-        "OCP_ALLOWED_ORIGINS takes origins, such as https://app.example.org; a * may stand for "
-        "what comes before a domain, for a port, or behind a scheme that is not of the web, as "
-        "in https://*.example.org, http://localhost:*, vscode-webview://*",
+        "OCP_ALLOWED_ORIGINS takes origins, such as https://app.example.org; a * may replace the "
+        "subdomain, the port, or the name after a scheme other than http and https, as in "
+        "https://*.example.org, http://localhost:*, vscode-webview://*",
     ),
 )
 
-#: What JSON calls the types of settings.
+#: The JSON names of the types of settings.
 _JSON_TYPES = {int: "integer", bool: "boolean", str: "string"}
 
 #: Settings of the original that do not exist here: (name, or prefix with a star, why).
@@ -720,7 +723,7 @@ _FALSE_WORDS = ("0", "false", "no", "off")
 
 
 class ConfigError(Exception):
-    """Settings that cannot be used. `args[0]` has one line for each problem."""
+    """Invalid settings. `args[0]` has one line for each problem."""
 
 
 def _parse_integer(row: dataclasses.Field[Any], text: str) -> int:
@@ -730,12 +733,12 @@ def _parse_integer(row: dataclasses.Field[Any], text: str) -> int:
         raise ValueError("is not a whole number")
     if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
         span = f"{minimum} or more" if maximum is None else f"from {minimum} to {maximum}"
-        raise ValueError(f"is out of range: it takes {span}")
+        raise ValueError(f"is out of range: must be {span}")
     return value
 
 
 def parse_setting(row: dataclasses.Field[Any], text: str) -> int | str | bool:
-    """The value that `text` stands for in this row. Raises ValueError saying what is wrong."""
+    """Return the value of `text` for this row. Raises ValueError with the reason."""
     text = text.strip()
     if isinstance(row.default, bool):
         if text.lower() not in _TRUE_WORDS + _FALSE_WORDS:
@@ -745,12 +748,12 @@ def parse_setting(row: dataclasses.Field[Any], text: str) -> int | str | bool:
         return _parse_integer(row, text)
     choices = row.metadata["choices"]
     if choices and text not in choices:
-        raise ValueError("is none of " + ", ".join(choice for choice in choices if choice))
+        raise ValueError("is not one of " + ", ".join(choice for choice in choices if choice))
     return text
 
 
 def setting_from_json(row: dataclasses.Field[Any], value: object) -> int | str | bool:
-    """The value that JSON gives for this row. Raises ValueError saying what is wrong."""
+    """Return the value for this row from a JSON value. Raises ValueError with the reason."""
     kind = type(row.default)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -761,15 +764,15 @@ def setting_from_json(row: dataclasses.Field[Any], value: object) -> int | str |
 
 
 def live_settings() -> dict[str, dataclasses.Field[Any]]:
-    """The rows that can be changed while the server runs, by their names there."""
+    """Return the rows that can be changed while the server runs, by their `live` names."""
     rows = dataclasses.fields(Config)
     return {row.metadata["live"]: row for row in rows if row.metadata["live"]}
 
 
 def load_config(environ: Mapping[str, str]) -> Config:
-    """The settings of this environment. An empty variable counts as not set.
+    """Return the settings of this environment. An empty variable counts as not set.
 
-    Raises ConfigError with every problem at once, never only the first.
+    Raises ConfigError with all problems, not only the first one.
     """
     values: dict[str, int | str | bool] = {}
     problems: list[str] = []
@@ -791,22 +794,20 @@ def load_config(environ: Mapping[str, str]) -> Config:
 
 
 def removed_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The variables of this environment that no longer mean anything: (name, why)."""
-    found = []
-    for name in sorted(environ):
-        for pattern, why in REMOVED_SETTINGS:
-            if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
-                found.append((name, why))
-    return found
+    """Return the variables of this environment that are in REMOVED_SETTINGS: (name, why)."""
+    return [
+        (name, why) for name in sorted(environ) for pattern, why in REMOVED_SETTINGS
+        if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
+    ]
 
 
 def split_list(text: str) -> tuple[str, ...]:
-    """The items of a comma-separated setting."""
+    """Return the items of a comma-separated setting."""
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def settings_markdown() -> str:
-    """The settings table as it stands in the README."""
+    """Return the settings table of the README."""
     lines = [
         "| variable | default | range | at run time | what it is |",
         "| --- | --- | --- | --- | --- |",
@@ -828,22 +829,22 @@ def settings_markdown() -> str:
 
 
 # ==== 3. Errors ==============================================================
-# One class for each failure that a client can be told about. A class is a row: status, type
-# and code in the OpenAI shape, type in the Anthropic shape. An instance adds the message, which
-# says what to do next. Nothing outside this section and the dialects knows a status code.
-# ClientGone is apart: nobody is left to be told. ConfigError belongs to the operator.
+# One class for each failure that is reported to a client. A class is a row of a table: status,
+# type and code for OpenAI clients, type for Anthropic clients. An instance adds the message, which
+# says what to do next. ClientGone is separate because it is never sent, and ConfigError (see
+# Settings) because it is shown only to the operator.
 
 
 class OcpError(Exception):
-    """A failure of ours, and the base of all others."""
+    """An internal failure, and the base class of all errors that clients receive."""
 
     status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "server_error"
     anthropic_type: ClassVar[str] = "api_error"
     code: ClassVar[str | None] = None
-    #: Whether the same request may succeed later without anybody doing anything.
+    #: Whether simply repeating the request later may succeed.
     retryable: ClassVar[bool] = True
-    #: Whether the request was turned away before anything was done for it.
+    #: Whether the request was rejected before any work was done for it.
     rejected_before_work: ClassVar[bool] = False
 
     def __init__(
@@ -854,31 +855,31 @@ class OcpError(Exception):
         code: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        """`param` names the field that is wrong; `retry_after_s` says when to come back."""
+        """`param` names the invalid field; `retry_after_s` becomes the header Retry-After."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.error_code = code or self.code
         self.retry_after_s = retry_after_s
-        #: More for programs that read the error, beside the message.
+        #: Additional JSON fields for programs that read the error.
         self.details: Json = {}
-        #: Whether the log has it already.
+        #: Whether the error is in the log already.
         self.logged = False
-        #: Whether the API turned the request away by itself: quotas do not count that.
+        #: Whether the API itself rejected the request: quotas do not count such requests.
         self.refused_upstream = False
 
     def headers(self) -> dict[str, str]:
-        """The response headers that belong to this failure."""
-        found = {}
+        """Return the response headers for this error."""
+        headers = {}
         if self.retry_after_s is not None:
-            found["Retry-After"] = str(max(1, round(self.retry_after_s)))
+            headers["Retry-After"] = str(max(1, round(self.retry_after_s)))
         if not self.retryable:
-            found["x-should-retry"] = "false"
-        return found
+            headers["x-should-retry"] = "false"
+        return headers
 
 
 class BadRequest(OcpError):
-    """The request is malformed; `param` says where."""
+    """The request is malformed; `param` names the field."""
 
     status = 400
     openai_type = "invalid_request_error"
@@ -887,7 +888,7 @@ class BadRequest(OcpError):
 
 
 class Unsupported(BadRequest):
-    """The request asks for something that cannot be had here."""
+    """The request uses a feature that this server does not have."""
 
     code = "unsupported_parameter"
 
@@ -899,7 +900,7 @@ class ContextTooLong(BadRequest):
 
 
 class Unauthorized(OcpError):
-    """No key, or not the right one."""
+    """The key is missing or wrong."""
 
     status = 401
     openai_type = "authentication_error"
@@ -909,12 +910,12 @@ class Unauthorized(OcpError):
     rejected_before_work = True
 
     def headers(self) -> dict[str, str]:
-        """Names the scheme, as HTTP wants with a 401."""
+        """Return the headers, with the authentication scheme that HTTP requires for a 401."""
         return {**super().headers(), "WWW-Authenticate": 'Bearer realm="ocp"'}
 
 
 class Forbidden(OcpError):
-    """The caller is known, or does not matter, and may not do this."""
+    """The caller has no permission for this."""
 
     status = 403
     openai_type = "permission_error"
@@ -923,7 +924,7 @@ class Forbidden(OcpError):
 
 
 class NotFound(OcpError):
-    """There is no such thing here."""
+    """The requested object or path does not exist."""
 
     status = 404
     openai_type = "invalid_request_error"
@@ -932,7 +933,7 @@ class NotFound(OcpError):
 
 
 class UnknownModel(NotFound):
-    """The model is not one of ours."""
+    """No model has this name."""
 
     code = "model_not_found"
 
@@ -950,12 +951,12 @@ class MethodNotAllowed(OcpError):
         self.allowed = tuple(allowed)
 
     def headers(self) -> dict[str, str]:
-        """Names the methods that the path takes."""
+        """Return the headers, with the methods that the path accepts."""
         return {**super().headers(), "Allow": ", ".join(self.allowed)}
 
 
 class Conflict(OcpError):
-    """Something of this name is there already."""
+    """The name is in use."""
 
     status = 409
     openai_type = "invalid_request_error"
@@ -973,7 +974,7 @@ class RequestTimeout(OcpError):
 
 
 class TooLarge(OcpError):
-    """The body, or an image in it, is larger than this server takes."""
+    """The body, or an image in it, is larger than this server accepts."""
 
     status = 413
     openai_type = "invalid_request_error"
@@ -982,7 +983,7 @@ class TooLarge(OcpError):
 
 
 class HeadTooLarge(OcpError):
-    """The request line or a header is longer than this server takes."""
+    """The request line or a header is longer than this server accepts."""
 
     status = 431
     openai_type = "invalid_request_error"
@@ -991,7 +992,7 @@ class HeadTooLarge(OcpError):
 
 
 class QueueFull(OcpError):
-    """Too many requests wait already."""
+    """Too many requests are waiting."""
 
     status = 429
     openai_type = "rate_limit_error"
@@ -1001,13 +1002,13 @@ class QueueFull(OcpError):
 
 
 class RateLimited(QueueFull):
-    """The API itself asks for fewer requests for a moment."""
+    """The API applied a rate limit."""
 
     rejected_before_work = False
 
 
 class QuotaExceeded(OcpError):
-    """A key has used up what the operator allows it until a reset."""
+    """A key has used up a quota, until the period ends."""
 
     status = 429
     openai_type = "quota_exceeded"
@@ -1018,7 +1019,7 @@ class QuotaExceeded(OcpError):
 
 
 class PlanLimit(OcpError):
-    """A limit of the plan is used up until its reset."""
+    """A limit of the plan is used up, until it resets."""
 
     status = 429
     openai_type = "insufficient_quota"
@@ -1038,7 +1039,7 @@ class LoginLost(OcpError):
 
 
 class ClaudeUnavailable(OcpError):
-    """There is no claude program that could be used."""
+    """No usable claude program was found."""
 
     status = 503
     code = "claude_unavailable"
@@ -1047,17 +1048,17 @@ class ClaudeUnavailable(OcpError):
 
 
 class ClaudeMissing(ClaudeUnavailable):
-    """The program was not found."""
+    """The claude program was not found."""
 
 
 class ClaudeAway(ClaudeUnavailable):
-    """The program was there a moment ago; updating it takes it away for seconds."""
+    """The claude program has just disappeared, as it does for seconds during an update."""
 
     retryable = True
 
 
 class ClaudeTooOld(ClaudeUnavailable):
-    """The program is older than what OCP was tested with."""
+    """The claude program is older than the oldest version that OCP supports."""
 
 
 class UpstreamFailed(OcpError):
@@ -1068,13 +1069,13 @@ class UpstreamFailed(OcpError):
 
 
 class EmptyAnswer(BadRequest):
-    """The model said nothing. 400 because clients ask again and again after any other status."""
+    """The model returned an empty answer. 400, because clients retry after any other status."""
 
     code = "empty_answer"
 
 
 class UpstreamForbidden(Forbidden):
-    """The API refused this account, or this model to it."""
+    """The API rejected this account, or does not give it this model."""
 
     code = "upstream_forbidden"
 
@@ -1104,7 +1105,7 @@ class Busy(OcpError):
 
 
 class MemoryFull(OcpError):
-    """A caller's requests and unread answers take too much memory."""
+    """The requests and unread answers of a caller take too much memory."""
 
     status = 503
     anthropic_type = "overloaded_error"
@@ -1112,7 +1113,7 @@ class MemoryFull(OcpError):
 
 
 class Draining(OcpError):
-    """The server is about to stop."""
+    """The server is shutting down."""
 
     status = 503
     anthropic_type = "overloaded_error"
@@ -1121,7 +1122,7 @@ class Draining(OcpError):
 
 
 class NotReady(OcpError):
-    """The server runs, but a request would not be answered."""
+    """The server runs, but cannot answer requests."""
 
     status = 503
     anthropic_type = "overloaded_error"
@@ -1136,21 +1137,21 @@ class StorageFailed(OcpError):
 
 
 class StorageLocked(StorageFailed):
-    """Another program holds the database."""
+    """Another program has locked the database."""
 
     code = "database_locked"
 
 
 class StorageFull(StorageFailed):
-    """The disk has no room for what has to be kept."""
+    """The disk is full, so the database cannot be written."""
 
     status = 507
     code = "disk_full"
 
 
 class ClientGone(Exception):
-    """The client closed its connection: there is nobody to tell anything. What its row of usage
-    says instead is here."""
+    """The client closed its connection, so no error is sent. Status and outcome go into its row of
+    usage."""
 
     status: ClassVar[int] = 499
     outcome: ClassVar[str] = "abandoned"
