@@ -882,8 +882,7 @@ class BadRequest(OcpError):
     """The request is malformed; `param` names the field."""
 
     status = 400
-    openai_type = "invalid_request_error"
-    anthropic_type = "invalid_request_error"
+    openai_type = anthropic_type = "invalid_request_error"
     retryable = False
 
 
@@ -903,8 +902,7 @@ class Unauthorized(OcpError):
     """The key is missing or wrong."""
 
     status = 401
-    openai_type = "authentication_error"
-    anthropic_type = "authentication_error"
+    openai_type = anthropic_type = "authentication_error"
     code = "invalid_api_key"
     retryable = False
     rejected_before_work = True
@@ -918,8 +916,7 @@ class Forbidden(OcpError):
     """The caller has no permission for this."""
 
     status = 403
-    openai_type = "permission_error"
-    anthropic_type = "permission_error"
+    openai_type = anthropic_type = "permission_error"
     retryable = False
 
 
@@ -942,8 +939,7 @@ class MethodNotAllowed(OcpError):
     """The path exists, but not for this method."""
 
     status = 405
-    openai_type = "invalid_request_error"
-    anthropic_type = "invalid_request_error"
+    openai_type = anthropic_type = "invalid_request_error"
     retryable = False
 
     def __init__(self, message: str, allowed: Iterable[str]) -> None:
@@ -959,8 +955,7 @@ class Conflict(OcpError):
     """The name is in use."""
 
     status = 409
-    openai_type = "invalid_request_error"
-    anthropic_type = "invalid_request_error"
+    openai_type = anthropic_type = "invalid_request_error"
     code = "name_taken"
     retryable = False
 
@@ -969,8 +964,7 @@ class RequestTimeout(OcpError):
     """The request did not arrive in time."""
 
     status = 408
-    openai_type = "invalid_request_error"
-    anthropic_type = "invalid_request_error"
+    openai_type = anthropic_type = "invalid_request_error"
 
 
 class TooLarge(OcpError):
@@ -986,8 +980,7 @@ class HeadTooLarge(OcpError):
     """The request line or a header is longer than this server accepts."""
 
     status = 431
-    openai_type = "invalid_request_error"
-    anthropic_type = "invalid_request_error"
+    openai_type = anthropic_type = "invalid_request_error"
     retryable = False
 
 
@@ -995,8 +988,7 @@ class QueueFull(OcpError):
     """Too many requests are waiting."""
 
     status = 429
-    openai_type = "rate_limit_error"
-    anthropic_type = "rate_limit_error"
+    openai_type = anthropic_type = "rate_limit_error"
     code = "rate_limit_exceeded"
     rejected_before_work = True
 
@@ -1032,8 +1024,7 @@ class LoginLost(OcpError):
     """claude is not logged in, or its login was refused."""
 
     status = 401
-    openai_type = "authentication_error"
-    anthropic_type = "authentication_error"
+    openai_type = anthropic_type = "authentication_error"
     code = "upstream_login_required"
     retryable = False
 
@@ -1158,32 +1149,33 @@ class ClientGone(Exception):
 
 
 # ==== 4. Log =================================================================
-# One event is one flat record with a fixed name in the past tense. It goes to a rotated file as
-# a JSON line, to the terminal as a plain line, and into a ring for GET /logs. Never a prompt,
-# never a secret: callers pass names, counts and durations, and text is redacted here. What the
-# operator changes goes into a ring and a file of its own too, out of which nothing else pushes it.
+# An event is one flat record with a fixed name in the past tense. It is written as a JSON line to
+# a rotated file and as a plain line to the terminal, and kept in a ring buffer for GET /logs. No
+# prompts and no secrets: callers pass names, counts and durations, and text is redacted here.
+# Changes by the operator are audit events: they have a ring and a file of their own, so that
+# other events cannot displace them.
 
 LEVELS = ("debug", "info", "warn", "error")
-#: How many events GET /logs can tell, and how many more of what the operator changed.
+#: How many events are kept in memory for GET /logs, and how many audit events.
 _RING_EVENTS = 800
 _RING_AUDITS = 200
-#: What of a line is printed: in UTF-8 never more than a pipe takes at once.
-_MAX_SHOWN_CHARS = 1_000
+#: The length of a printed line: as UTF-8 it never exceeds PIPE_BUF.
+_MAX_PRINTED_CHARS = 1_000
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
-    """A rotated file that is private from birth and whose failures stay its own."""
+    """A rotated file, created readable only by its owner, that ignores failed writes."""
 
     def _open(self) -> io.TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk must not stop an answer; the terminal and the ring still have the event."""
+        """Ignore the error: a full disk must not stop an answer."""
 
 
 def _log_value(value: object) -> object:
-    """A value as the log may hold it: text on one line, redacted, short and printable."""
+    """Return a value for the log, with text redacted, shortened, printable and on one line."""
     if isinstance(value, (bool, int, float)) or value is None:
         return value
     if isinstance(value, Mapping):
@@ -1194,26 +1186,28 @@ def _log_value(value: object) -> object:
 
 
 class Log:
-    """Where events go. `event` and `audit` never raise."""
+    """Writes events to files, the terminal and rings. `event` and `audit` never raise."""
 
     def __init__(self, stream: TextIO | None, minimum_level: str, clock: Clock = time.time) -> None:
-        """`stream` is None where the server was started without one."""
+        """`stream` is None if the server was started without one."""
         self._stream = stream
-        self._least = LEVELS.index(minimum_level)
+        self._minimum = LEVELS.index(minimum_level)
         self._clock = clock
         # Guards the rings, the files and the order of lines on the stream. Held for one event.
         self._lock = threading.Lock()
-        #: Events with their numbers: what the operator changed, and all others.
+        #: The latest audit events and other events, each with its sequence number.
         self._audits: collections.deque[tuple[int, Json]] = collections.deque(maxlen=_RING_AUDITS)
         self._ring: collections.deque[tuple[int, Json]] = collections.deque(maxlen=_RING_EVENTS)
-        #: How many events there were.
+        #: The sequence number of the next event.
         self._count = 0
         self._file: _LogFile | None = None
         self._audit_file: _LogFile | None = None
 
     def to_file(self, path: str) -> None:
-        """From now on also to `path`, rotated at 10 MB, and what is audited to audit.log beside it,
-        rotated at 1 MB; three old ones of each are kept. Raises OSError."""
+        """Write later events to `path` too, and audit events to audit.log beside it.
+
+        The files are rotated at 10 MB and 1 MB, with three backups each. Raises OSError.
+        """
         folder = os.path.dirname(path)
         os.makedirs(folder, mode=0o700, exist_ok=True)
         handler = _LogFile(path, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
@@ -1225,12 +1219,12 @@ class Log:
             self._file, self._audit_file = handler, audits
 
     def event(self, level: str, name: str, **fields: object) -> None:
-        """Records one event. Text is redacted, cut to one line and made printable."""
-        if LEVELS.index(level) >= self._least:
+        """Log one event, if its level is logged. Fields that are None are left out."""
+        if LEVELS.index(level) >= self._minimum:
             self._record(level, name, fields, is_audit=False)
 
     def audit(self, name: str, **fields: object) -> None:
-        """Records what the operator changed, whatever the least level is."""
+        """Log a change by the operator, whatever the minimum level is."""
         self._record("info", name, fields, is_audit=True)
 
     def _record(
@@ -1251,47 +1245,48 @@ class Log:
             self._audit_file.handle(line)
         fields = " ".join(f"{k}={v}" for k, v in entry.items() if k not in ("ts", "level", "event"))
         clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
-        self._show(f"{clock} {entry['level']:5} {entry['event']} {fields}")
+        self._print(f"{clock} {entry['level']:5} {entry['event']} {fields}")
 
-    def _show(self, line: str) -> None:
-        """Prints a line, unless nobody reads: a pipe that is full must not stop the server. The
-        event is in the file and in the ring all the same."""
+    def _print(self, line: str) -> None:
+        """Print a line, unless that would block: a full pipe must not stop the server."""
         with contextlib.suppress(OSError, ValueError):
-            if self._stream is not None and self._takes_more(self._stream):
-                print(line[:_MAX_SHOWN_CHARS], file=self._stream, flush=True)
+            if self._stream is not None and self._is_writable(self._stream):
+                print(line[:_MAX_PRINTED_CHARS], file=self._stream, flush=True)
 
-    def _takes_more(self, stream: TextIO) -> bool:
-        """Whether the stream takes a line without waiting for its reader. Raises OSError."""
+    def _is_writable(self, stream: TextIO) -> bool:
+        """Return whether a line can be written without blocking. Raises OSError."""
         try:
             descriptor = stream.fileno()
         except io.UnsupportedOperation:
             return True
-        # A pipe is ready for writing when it takes PIPE_BUF bytes at once.
+        # A pipe is reported as writable if it has room for PIPE_BUF bytes.
         ready = select.poll()
         ready.register(descriptor, select.POLLOUT)
         return bool(ready.poll(0))
 
     def recent(self, count: int, level: str) -> list[Json]:
-        """The newest `count` events of this level or worse, oldest first; "all" = every level,
-        "audit" = what the operator changed."""
+        """Return the newest `count` events of at least this level, oldest first; "all" = every
+        level, "audit" = audit events only."""
         minimum = LEVELS.index(level) if level in LEVELS else 0
         with self._lock:
-            kept = list(self._audits) if level == "audit" else self._kept()
-        found = [entry for _, entry in kept if LEVELS.index(entry["level"]) >= minimum]
-        return found[-count:] if count else []
+            numbered = list(self._audits) if level == "audit" else self._numbered_events()
+        entries = [entry for _, entry in numbered if LEVELS.index(entry["level"]) >= minimum]
+        return entries[-count:] if count else []
 
-    def _kept(self) -> list[tuple[int, Json]]:
-        """What both rings hold, oldest first. To be called with the lock."""
+    def _numbered_events(self) -> list[tuple[int, Json]]:
+        """Return the events of both rings, oldest first. The caller holds the lock."""
         return sorted([*self._audits, *self._ring], key=lambda numbered: numbered[0])
 
-    def since(self, seen: int) -> tuple[list[Json], int]:
-        """The events behind the first `seen`, as far as they are still there, and how many there
-        are now."""
+    def since(self, first: int) -> tuple[list[Json], int]:
+        """Return the events from sequence number `first` on that are still in memory, and the
+        number of the next event."""
         with self._lock:
-            return [entry for number, entry in self._kept() if number >= seen], self._count
+            return [
+                entry for number, entry in self._numbered_events() if number >= first
+            ], self._count
 
     def close(self) -> None:
-        """Closes the files; later events go to the stream and the rings only."""
+        """Close the files; later events go only to the stream and the rings."""
         with self._lock:
             handlers = (self._file, self._audit_file)
             self._file = self._audit_file = None
@@ -1300,23 +1295,24 @@ class Log:
                 handler.close()
 
 
-#: How many refusals of one peer have a line of their own in a minute, and how many peers.
-_REFUSALS_TOLD = 5
+#: How many refusals of one peer are logged one by one in a period, how many peers are counted
+#: separately, and how long a period lasts.
+_MAX_LOGGED_REFUSALS = 5
 _MAX_REFUSED_PEERS = 32
-_REFUSALS_EVERY_S = 60.0
+_REFUSALS_PERIOD_S = 60.0
 
 
 class Refusals:
-    """Logs what strangers are refused: a few lines for each peer and minute, and then their sum,
-    so that nobody without a key can fill the log."""
+    """Logs refused requests, so that nobody without a key can fill the log: a few events for each
+    peer and minute, then one event with the counts."""
 
     def __init__(self, log: Log, clock: Clock = time.monotonic) -> None:
         self._log = log
         self._clock = clock
-        # Guards the next fields; never held for a line of the log.
+        # Guards the next fields; never held while an event is logged.
         self._lock = threading.Lock()
         self._since_s = clock()
-        #: How often each status was told to each peer of this minute; "others" beyond so many.
+        #: Number of refusals in this period by peer and status; all further peers are "others".
         self._counts: dict[str, collections.Counter[int]] = {}
 
     def record(self, peer: str, status: int, **fields: object) -> None:
@@ -1327,19 +1323,19 @@ class Refusals:
             counts = self._counts.setdefault(
                 group if is_listed else "others", collections.Counter()
             )
-            told = is_listed and sum(counts.values()) < _REFUSALS_TOLD
+            is_logged = is_listed and sum(counts.values()) < _MAX_LOGGED_REFUSALS
             counts[status] += 1
-        if told:
+        if is_logged:
             self._log.event("info", "request_refused", peer=peer, status=status, **fields)
 
     def tend(self, *, at_once: bool = False) -> None:
-        """Logs the sums of a minute that is over, or `at_once`."""
+        """Log the counts if the period is over, or `at_once`, and begin a new period."""
         with self._lock:
-            if not at_once and self._clock() - self._since_s < _REFUSALS_EVERY_S:
+            if not at_once and self._clock() - self._since_s < _REFUSALS_PERIOD_S:
                 return
-            counted, self._counts, self._since_s = self._counts, {}, self._clock()
-        for peer, counts in counted.items():
-            if peer == "others" or sum(counts.values()) > _REFUSALS_TOLD:
+            finished, self._counts, self._since_s = self._counts, {}, self._clock()
+        for peer, counts in finished.items():
+            if peer == "others" or sum(counts.values()) > _MAX_LOGGED_REFUSALS:
                 statuses = {str(status): count for status, count in sorted(counts.items())}
                 self._log.event(
                     "warn", "requests_refused", peer=peer, count=sum(counts.values()),
@@ -1348,11 +1344,11 @@ class Refusals:
 
 
 # ==== 5. Models ==============================================================
-# models.json beside this file is the source; BUILTIN_MODELS is the same, so that this file works
-# when copied alone (a test holds the two equal). A model says what its API takes: whether it
-# accepts sampling parameters, how it thinks, and which levels of effort it knows. Older models
-# are served by their names and listed nowhere. A name is compared in one spelling; one without a
-# row gets the facts of the row that its family and version are nearest to.
+# The models come from models.json beside this file. BUILTIN_MODELS is a copy of it, so that this
+# file works alone (a test compares the two). A model states what the API accepts for it: sampling
+# parameters, the kind of thinking, and the levels of effort. Older models are served by name but
+# not listed. Names are compared in a canonical form. An unlisted name of a Claude model gets the
+# properties of the listed model that is nearest by family and version.
 
 BUILTIN_MODELS: Json = {
     "version": 1,
@@ -1446,32 +1442,32 @@ BUILTIN_MODELS: Json = {
 
 
 class Model(NamedTuple):
-    """One model and what its API takes."""
+    """One model and what the API accepts for it."""
 
     id: str
     display_name: str
-    #: Whether it thinks unless told otherwise.
+    #: Whether it thinks by default.
     reasoning: bool
     context_window: int
     max_tokens: int
-    #: "adaptive" (the model decides, effort steers it) or "budget" (so many tokens).
+    #: "adaptive" (the model decides, guided by the effort) or "budget" (a number of tokens).
     thinking: str
-    #: Whether the API takes temperature and top_p for it.
+    #: Whether the API accepts temperature and top_p.
     sampling: bool
-    #: Levels of effort, least first; empty = it knows none.
+    #: The accepted levels of effort, lowest first; empty = none.
     efforts: tuple[str, ...]
-    #: Whether claude takes it with a window of LONG_CONTEXT_TOKENS too, when asked to.
+    #: Whether claude also offers it with a window of LONG_CONTEXT_TOKENS.
     long_context: bool = False
-    #: Whether it is one of those that clients are told about.
+    #: Whether it is in the list of models that clients get.
     listed: bool = True
-    #: False for a name that models.json does not have.
+    #: Whether its name is in models.json.
     known: bool = True
-    #: The name that claude is started with: the id, or more exact than it.
+    #: The model name passed to claude: the id, or a more specific name.
     argument: str = ""
 
     @property
     def lineage(self) -> tuple[str, tuple[int, ...]]:
-        """Family and version as the id tells them."""
+        """Family and version, see lineage_of."""
         return lineage_of(self.id)
 
 
@@ -1485,12 +1481,15 @@ _MODEL_FIELDS: tuple[tuple[str, type], ...] = (
 
 
 def _model(row: Json, *, listed: bool) -> Model:
-    """The model of a row. Raises ValueError, KeyError, TypeError."""
+    """Return the model of a row of models.json. Raises ValueError, KeyError, TypeError."""
     for name, kind in _MODEL_FIELDS:
         if type(row[name]) is not kind:
-            raise ValueError(f"{row.get('id')}: {name} is no {kind.__name__}")
+            raise ValueError(f"{row.get('id')}: {name} is not of type {kind.__name__}")
     if row["thinking"] not in _THINKING or not set(row["efforts"]) <= set(_EFFORTS):
-        raise ValueError(f"{row['id']}: thinking or efforts is none that is known")
+        raise ValueError(
+            f"{row['id']}: thinking must be one of {', '.join(_THINKING)}, "
+            f"and efforts a list of {', '.join(_EFFORTS)}"
+        )
     return Model(
         id=row["id"],
         display_name=row["displayName"],
@@ -1506,20 +1505,20 @@ def _model(row: Json, *, listed: bool) -> Model:
     )
 
 
-#: How claude is told to give a model its long window, and how long that is.
+#: The suffix by which claude selects the long window of a model, and the size of that window.
 LONG_CONTEXT_SUFFIX = "[1m]"
 LONG_CONTEXT_TOKENS = 1_000_000
-#: How clients write that, before what other endings a name may have.
+#: The forms of the suffix in names from clients; "thinking" may follow it.
 _LONG_CONTEXT = re.compile(r"(?:\[1m\]|[-_ ]1m)(?=(?:[-:]thinking)?$)")
 
 _FAMILIES = "opus|sonnet|haiku|fable|mythos"
-#: From this major version on a name says its family before its version.
+#: From this major version on, the family precedes the version in a name.
 _FAMILY_FIRST_SINCE = 4
 _DATE = re.compile(r"-\d{8}$")
-#: What leads to the one spelling of a name, in this order: what providers put around it
-#: (us.anthropic.X-v1:0, anthropic:X, X:thinking, X@20250929, X-latest), separators, and names such
-#: as "sonnet-4-6" and "claude-4-5-sonnet".
-_SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+#: Replacements that make a name canonical, in this order: they remove what providers add
+#: (us.anthropic.X-v1:0, anthropic:X, X:thinking, X@20250929, X-latest), unify separators, and
+#: complete names such as "sonnet-4-6" and "claude-4-5-sonnet".
+_CANONICAL_FORMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^.*/", ""),
@@ -1536,15 +1535,16 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def canonical_name(name: str) -> str:
-    """Return a model's name in the one spelling in which names are compared."""
+    """Return the form of a model's name in which names are compared."""
     text = name.strip().lower()
-    for pattern, replacement in _SPELLINGS:
+    for pattern, replacement in _CANONICAL_FORMS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def lineage_of(model_id: str) -> tuple[str, tuple[int, ...]]:
-    """Return the family and the version in an id; empty where it tells none."""
+    """Return the family and the version in an id, such as ("opus", (4, 8)); either may be
+    empty."""
     words = _DATE.sub("", model_id).split("-")[1:]
     version = tuple(int(word) for word in words if re.fullmatch(r"\d{1,2}", word))
     family = next((word for word in words if word.isalpha()), "")
@@ -1552,18 +1552,19 @@ def lineage_of(model_id: str) -> tuple[str, tuple[int, ...]]:
 
 
 class Models:
-    """The models by name. Immutable."""
+    """All models, found by name. Immutable."""
 
     def __init__(self, source: Json) -> None:
-        """`source` has the shape of models.json. Raises ValueError, KeyError or TypeError if it
-        does not."""
+        """Read the content of models.json. Raises ValueError, KeyError or TypeError if it is
+        invalid."""
         listed = [_model(row, listed=True) for row in source["models"]]
         older = [_model(row, listed=False) for row in source.get("olderModels", ())]
         self._by_id = {model.id: model for model in (*listed, *older)}
         self._aliases: dict[str, str] = {**source["legacyAliases"], **source["aliases"]}
-        lost = [name for name, model_id in self._aliases.items() if model_id not in self._by_id]
-        if lost or not listed:
-            raise ValueError(f"aliases without a model: {lost}" if lost else "no models")
+        broken = [name for name, model_id in self._aliases.items() if model_id not in self._by_id]
+        if broken or not listed:
+            raise ValueError(f"aliases without a model: {broken}" if broken else "no models")
+        #: Ids by canonical name.
         self._ids: dict[str, str] = {}
         for model_id in self._by_id:
             undated = _DATE.sub("", model_id)
@@ -1575,30 +1576,29 @@ class Models:
             self._ids.setdefault(canonical_name("claude-" + name), model_id)
 
     def all(self) -> list[Model]:
-        """Every model, in the file's order, which is newest first; the older ones last."""
+        """Return every model, newest first, the unlisted ones last."""
         return list(self._by_id.values())
 
     def names(self) -> list[str]:
-        """Every name that clients are told about."""
+        """Return the ids and aliases that clients get in lists of models."""
         return [*(model.id for model in self.all() if model.listed), *self._aliases]
 
     def find(self, name: str, *, long_context: bool = False) -> Model:
-        """Return the model of this name or alias, however it is spelled.
+        """Return the model of this name or alias in any spelling. Raises UnknownModel.
 
-        An unlisted name that starts with "claude-" is believed to be a model that behaves as the
-        nearest of its family does. The suffix [1m], or -1m, asks for the long window, and so does
-        `long_context`; a model that is known to have none keeps its own. Raises UnknownModel for
-        any other name.
+        An unknown name that starts with "claude-" gets the properties of the nearest model of its
+        family. The suffix [1m] or -1m, or `long_context`, selects the long window; a model that is
+        known to have none keeps its own window.
         """
         text, wants_long = _LONG_CONTEXT.subn("", name.strip().lower())
-        model = self._found(canonical_name(text))
+        model = self._lookup(canonical_name(text))
         if model is None:
             raise UnknownModel(
-                f"There is no model {one_line(name, 80)!r} here. "
+                f"There is no model {one_line(name, 80)!r}. "
                 f"Use one of: {', '.join(self.names())}.",
                 param="model",
             )
-        # A name that is not in models.json may have a window that nobody knows of here.
+        # A model that is not in models.json may have a long window.
         has_long = model.long_context or not model.known
         if not (has_long and (wants_long or (long_context and model.long_context))):
             return model
@@ -1607,49 +1607,55 @@ class Models:
         )
 
     def resolve(self, names: Iterable[str]) -> set[str]:
-        """Return the ids of the models that these names stand for now."""
-        found = ((name, self._found(canonical_name(name))) for name in names)
-        return {name if model is None else model.id for name, model in found}
+        """Return the ids of the models with these names; a name without a model stays as it is."""
+        pairs = ((name, self._lookup(canonical_name(name))) for name in names)
+        return {name if model is None else model.id for name, model in pairs}
 
-    def _found(self, name: str) -> Model | None:
-        """The model of a name in its one spelling."""
+    def _lookup(self, name: str) -> Model | None:
+        """Return the model of a canonical name."""
         model_id = self._ids.get(name)
         if model_id is not None:
             return self._by_id[model_id]
         dated = self._by_id.get(self._ids.get(_DATE.sub("", name), ""))
         if dated is not None:
-            # A model whose own id has no date has no versions by date either.
-            other = _DATE.search(dated.id) is not None
-            return dated._replace(argument=name, known=False) if other else dated
+            # A model whose id has no date has no dated versions.
+            is_other_version = _DATE.search(dated.id) is not None
+            return dated._replace(argument=name, known=False) if is_other_version else dated
         if re.fullmatch(r"claude-[a-z0-9][a-z0-9.\-]{0,99}", name):
-            like = self._nearest(*lineage_of(name))
-            return like._replace(
+            nearest = self._nearest(*lineage_of(name))
+            return nearest._replace(
                 id=name, argument=name, display_name=name, known=False, listed=False
             )
         return None
 
     def _nearest(self, family: str, version: tuple[int, ...]) -> Model:
-        """The model that one of this family and version is most like: the newest one of its
-        family that is not newer. What is of a newer generation than its family has yet, and what
-        has no family here, is like the newest model there is; what is older, like the oldest."""
-        rows = sorted(
+        """Return the model that a model of this family and version resembles most.
+
+        That is the newest one of its family that is not newer than `version`, or else the oldest
+        one of its family. A model of the current generation whose family has no other of that
+        generation, and one of an unknown family, resemble the newest of all models; one of an
+        unknown family and an old version resembles the oldest.
+        """
+        by_version = sorted(
             (model for model in self.all() if model.lineage[1]), key=lambda model: model.lineage[1]
         )
         newest = self.all()[0]
         generation = newest.lineage[1][:1]
-        kin = [model for model in rows if model.lineage[0] == family]
-        if not version or (not kin and version >= (_FAMILY_FIRST_SINCE,)):
+        relatives = [model for model in by_version if model.lineage[0] == family]
+        if not version or (not relatives and version >= (_FAMILY_FIRST_SINCE,)):
             return newest
-        if kin and kin[-1].lineage[1] < version and kin[-1].lineage[1] < generation <= version:
-            return newest
-        older = [model for model in kin if model.lineage[1] <= version]
-        return (older[-1:] or kin[:1] or rows[:1] or [newest])[0]
+        if relatives:
+            latest = relatives[-1].lineage[1]
+            if latest < version and latest < generation <= version:
+                return newest
+        older = [model for model in relatives if model.lineage[1] <= version]
+        return (older[-1:] or relatives[:1] or by_version[:1] or [newest])[0]
 
 
 def load_models(folder: str) -> Models:
-    """The models of `folder`/models.json, or the built-in ones where there is no such file.
+    """Return the models of `folder`/models.json, or the built-in ones if there is no such file.
 
-    Raises ConfigError when the file is there and cannot be used.
+    Raises ConfigError if the file is invalid.
     """
     path = os.path.join(folder, "models.json")
     try:
