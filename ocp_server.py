@@ -1671,37 +1671,41 @@ def load_models(folder: str) -> Models:
 
 
 # ==== 6. Turns and events ====================================================
-# The narrow waist. A Turn is one request to a model, in no wire format; an answer is a stream of
-# Events with the meaning of the Messages API's own stream. Content blocks are that API's blocks,
-# as dictionaries, because claude takes and gives them as they are. Pure data.
+# The internal form of requests and answers, independent of wire formats. A Turn is one request to
+# a model; an answer is a stream of Events that mean the same as the events of the Messages API.
+# Content blocks are dictionaries in the format of that API, which claude reads and writes. No
+# input or output here.
 
 #: One content block: {"type": "text", "text": ...}, {"type": "image", "source": ...}, ...
 Block = dict[str, Any]
 
 
 class Message(NamedTuple):
-    """One message of the conversation. `role` is "user" or "assistant"; "system" too where a
-    request is read and where a response is stored, but never in a Turn."""
+    """One message of a conversation.
+
+    `role` is "user" or "assistant"; in parsed requests and stored responses also "system", but
+    never in a Turn.
+    """
 
     role: str
     content: list[Block]
 
     @property
     def has_results(self) -> bool:
-        """Whether results of tool calls are in it."""
+        """Whether it contains results of tool calls."""
         return any(block["type"] == "tool_result" for block in self.content)
 
 
 class Tool(NamedTuple):
-    """A tool of the client's, which the client runs itself."""
+    """A tool that the client runs itself."""
 
     name: str
     description: str
-    #: The JSON schema of its arguments, as claude is told it.
+    #: The JSON schema of its arguments, as it is sent to claude.
     schema: Json
-    #: Whether the arguments stand in an object of their own there, and the properties that have
-    #: another name there than with the client: the one there, the client's.
+    #: Whether that schema nests the client's arguments in an object of their own.
     wrapped: bool = False
+    #: Properties that are renamed in that schema: (name there, the client's name).
     renamed: tuple[tuple[str, str], ...] = ()
 
 
@@ -1711,64 +1715,66 @@ class ToolChoice(NamedTuple):
 
     kind: str = "auto"
     name: str = ""
-    #: Whether it may call several at once.
+    #: Whether the model may call several tools at once.
     parallel: bool = True
 
     @property
     def forces(self) -> bool:
-        """Whether the model has no choice but to call a tool."""
+        """Whether the model must call a tool."""
         return self.kind in ("any", "tool")
 
 
 class OutputSchema(NamedTuple):
-    """The JSON schema that an answer has to fit.
+    """The JSON schema that an answer must match.
 
-    claude wants an object at its root; another root is `wrapped` as {"value": ...}.
+    claude requires an object at the root; any other root is `wrapped` as {"value": ...}.
     """
 
     schema: Json
     wrapped: bool
-    #: Properties that have another name in it than with the client: the one in it, the client's.
+    #: Properties that are renamed in the schema: (name there, the client's name).
     renamed: tuple[tuple[str, str], ...] = ()
-    #: A schema that says more, which the answer has to fit too.
+    #: A stricter schema that the answer must match too.
     exact: Json | None = None
 
 
-#: So many stop sequences the API is given.
+#: The maximum number of stop sequences that are sent to the API.
 _MAX_STOPS = 16
 
 
 class Options(NamedTuple):
-    """What the client asked of the API, cut down to what the model takes.
+    """The generation options of a request, reduced to those that the model accepts.
 
-    None and empty mean: claude's own default. With 0 for `max_tokens` the prompt is read, and
-    the answer ends before it begins.
+    None and empty mean claude's default. If `max_tokens` is 0, the prompt is processed and the
+    answer is empty.
     """
 
     max_tokens: int | None = None
     stop_sequences: tuple[str, ...] = ()
-    #: temperature, top_p and top_k, as far as they were given: (name, value), sorted.
+    #: Those of temperature, top_p and top_k that were set: (name, value), sorted.
     sampling: tuple[tuple[str, float], ...] = ()
     effort: str | None = None
     #: None = the model's default, 0 = no thinking, else a budget in tokens.
     thinking_tokens: int | None = None
-    #: Whether the text of the thinking is to be left out of the answer.
+    #: Whether the text of the thinking is left out of the answer.
     hides_thinking: bool = False
 
     @property
     def api_stops(self) -> tuple[str, ...]:
-        """The stop sequences that the API takes: not too many, and none of white space only."""
+        """The stop sequences that are sent to the API, which accepts neither white space alone
+        nor more than _MAX_STOPS."""
         return tuple(text for text in self.stop_sequences if text.strip())[:_MAX_STOPS]
 
     @property
     def local_stops(self) -> tuple[str, ...]:
-        """The others, at which the answer is ended here."""
+        """The other stop sequences, at which AnswerFilter ends the answer."""
         sent = self.api_stops
         return tuple(text for text in self.stop_sequences if text not in sent)
 
 
 class Turn(NamedTuple):
-    """One request to a model. The last message is always the user's, unless it is only counted."""
+    """One request to a model. The last message is the user's, except in requests that only count
+    tokens."""
 
     model: Model
     messages: list[Message]
@@ -1778,25 +1784,28 @@ class Turn(NamedTuple):
     tool_choice: ToolChoice = ToolChoice()
     #: None = an answer in plain text.
     output_schema: OutputSchema | None = None
-    #: How many answers are wanted, and the messages of all but the first where they differ.
+    #: The number of answers, and the messages for answers 1, 2, ... if their prompts differ.
     choices: int = 1
     other_prompts: tuple[list[Message], ...] = ()
-    #: The client's name for a conversation that the server remembers; empty = none.
+    #: The client's name for a conversation that the server stores; empty = none.
     session_id: str = ""
     stream: bool = False
-    #: Whether an answer that was given before will not do.
+    #: Whether a cached answer must not be used.
     bypass_cache: bool = False
-    #: Paths of what the request holds and nobody reads.
+    #: Paths of the fields of the request that are ignored.
     ignored: tuple[str, ...] = ()
-    #: Repairs of the request, each with how often it was made.
+    #: Repairs of the request: (name, count).
     adjusted: tuple[tuple[str, int], ...] = ()
-    #: What the dialect needs again to render the answer; nobody else looks inside.
+    #: What the dialect needs to render the answer; private to the dialect.
     wire: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def tools_for_model(self) -> tuple[tuple[Tool, ...], ToolChoice]:
-        """The tools that the model is told of, and the choice among them. An answer that has to
-        fit a shape is a tool call to the model: "none" would forbid that too."""
+        """The tools sent to the model, and the choice among them.
+
+        The model returns structured output by a tool call, which the choice "none" would forbid:
+        the tools are left out instead.
+        """
         if self.output_schema is not None and self.tool_choice.kind == "none":
             return (), ToolChoice()
         return self.tools, self.tool_choice
@@ -1809,7 +1818,7 @@ class Turn(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Tokens of one answer, as the API counts them."""
+    """The tokens of one answer, as counted by the API."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -1817,12 +1826,12 @@ class Usage(NamedTuple):
     cache_write_tokens: int = 0
     #: None = not known.
     reasoning_tokens: int | None = None
-    #: The API's own tables of counts, as it gives them: by time in the cache, by server tool.
+    #: The API's more detailed counts, unchanged: by lifetime in the cache, by server tool.
     tables: Mapping[str, Json] = MappingProxyType({})
 
     @property
     def prompt_tokens(self) -> int:
-        """Everything that the model read, from the cache or not."""
+        """All tokens of the prompt, cached or not."""
         return self.input_tokens + self.cache_read_tokens + self.cache_write_tokens
 
 
@@ -1830,7 +1839,8 @@ NO_USAGE = Usage()
 
 
 class Started(NamedTuple):
-    """The model began a message. A second one replaces what came before, if that was no answer."""
+    """The model began a message. A second one in a stream replaces the first, which had no
+    content."""
 
     message_id: str
     model: str
@@ -1846,7 +1856,7 @@ class BlockStarted(NamedTuple):
 
 class Delta(NamedTuple):
     """A piece of a block. `kind` is "text", "thinking", "signature", "arguments", or "refusal"
-    where the answer does not fit its Shape."""
+    if the answer does not match its OutputSchema."""
 
     block_index: int
     kind: str
@@ -1860,37 +1870,38 @@ class BlockStopped(NamedTuple):
 
 
 class Restarted(NamedTuple):
-    """claude dropped the message and asks the API again: all deltas so far are void."""
+    """claude discarded the message and sends its API request again: all earlier deltas are
+    void."""
 
 
 class Finished(NamedTuple):
-    """The answer is complete. Always the last event, and never missing from an answer."""
+    """The answer is complete. The last event of every answer."""
 
-    #: The API's word: end_turn, max_tokens, stop_sequence, tool_use, refusal, ...
+    #: As in the Messages API: end_turn, max_tokens, stop_sequence, tool_use, refusal, ...
     stop_reason: str
     stop_sequence: str | None
     usage: Usage
-    #: What the API says about a refusal.
+    #: The API's description of a refusal.
     stop_details: Json | None = None
 
 
 class Tick(NamedTuple):
-    """Nothing happened for a heartbeat's time."""
+    """No other event occurred for one heartbeat interval."""
 
 
 Event = Union[Started, BlockStarted, Delta, BlockStopped, Restarted, Finished, Tick]
-#: An event of one of the answers to a turn: which one, counted from 0.
+#: The index of an answer to a turn, counted from 0, and one of its events.
 Choice = tuple[int, Event]
 
 
 class Answer(NamedTuple):
-    """A whole answer."""
+    """A complete answer."""
 
     message_id: str
     model: str
     #: Text, thinking and tool_use blocks in the model's order.
     blocks: list[Block]
-    #: What the model said instead of an answer that fits its Shape.
+    #: The text of the model if it did not return an answer that matches its OutputSchema.
     refusal: str
     stop_reason: str
     stop_sequence: str | None
@@ -1898,7 +1909,7 @@ class Answer(NamedTuple):
     stop_details: Json | None = None
 
     def joined(self, kind: str) -> str:
-        """The "text" or the "thinking" of all blocks."""
+        """Return the "text" or the "thinking" of all blocks as one string."""
         return "".join(str(b.get(kind, "")) for b in self.blocks if b["type"] == kind)
 
     @property
@@ -1907,29 +1918,29 @@ class Answer(NamedTuple):
         return [block for block in self.blocks if block["type"] == "tool_use"]
 
 
-#: The field of a block that the deltas of a kind add up to.
+#: The field of a block to which deltas of each kind are appended.
 _BLOCK_FIELDS = {"text": "text", "thinking": "thinking", "signature": "signature"}
 
 
-def parse_arguments(given: object) -> Json:
-    """Return the arguments of a tool call, which come as an object or as its JSON text.
+def parse_arguments(value: object) -> Json:
+    """Return the arguments of a tool call, given as an object or as its JSON text.
 
-    Models are not always exact, and clients repeat what they said: anything else is kept as
-    {"arguments": its text}, so that the conversation goes on.
+    Models sometimes produce invalid arguments, and clients send them back: anything else becomes
+    {"arguments": text}, so that the conversation can continue.
     """
-    found = given
+    parsed = value
     with contextlib.suppress(ValueError):
-        found = from_json(given) if isinstance(given, str) else given
-    if isinstance(found, dict):
-        return found
-    # An empty array is how PHP writes an empty object.
-    if given in (None, "", []):
+        parsed = from_json(value) if isinstance(value, str) else value
+    if isinstance(parsed, dict):
+        return parsed
+    # PHP writes an empty object as an empty array.
+    if value in (None, "", []):
         return {}
-    return {"arguments": given if isinstance(given, str) else to_json(given).decode("utf-8")}
+    return {"arguments": value if isinstance(value, str) else to_json(value).decode("utf-8")}
 
 
 class AnswerBuilder:
-    """Puts an answer together from its events."""
+    """Builds an answer from its events."""
 
     def __init__(self) -> None:
         self._started = Started("", "", NO_USAGE)
@@ -1949,10 +1960,11 @@ class AnswerBuilder:
             self._pieces.clear()
 
     def answer(self, finished: Finished) -> Answer:
-        """The answer. A tool call that was cut off is left out: it must not run."""
-        whole = finished.stop_reason == "tool_use"
-        found = sorted(self._blocks.items())
-        blocks = [self._block(index, block, whole) for index, block in found]
+        """Return the answer, without a tool call that was cut off: it must not run."""
+        is_complete = finished.stop_reason == "tool_use"
+        blocks = [
+            self._block(index, block, is_complete) for index, block in sorted(self._blocks.items())
+        ]
         refusals = [piece for (_, kind), piece in self._pieces.items() if kind == "refusal"]
         return Answer(
             message_id=self._started.message_id,
@@ -1965,10 +1977,10 @@ class AnswerBuilder:
             stop_details=finished.stop_details,
         )
 
-    def _block(self, index: int, block: Block, whole: bool) -> Block | None:
+    def _block(self, index: int, block: Block, is_complete: bool) -> Block | None:
         if block.get("type") == "tool_use":
             arguments = "".join(self._pieces.get((index, "arguments"), ()))
-            if whole:
+            if is_complete:
                 return {**block, "input": parse_arguments(arguments)}
             with contextlib.suppress(ValueError):
                 return {**block, "input": from_json(arguments)}
@@ -1980,64 +1992,76 @@ class AnswerBuilder:
         return filled
 
 
+# AnswerFilter holds back two things. A BlockStarted waits for the next event: if the process dies
+# in between, the answer can be generated again without the client having seen the block. The end
+# of a text waits while it may be the beginning of a stop sequence, at most to the end of its block.
+
+
 class AnswerFilter:
-    """Ends an answer where the client wants it to end and the API cannot be told: at own stop
-    texts, or before it begins. Leaves the text of thinking out where that is not wanted."""
+    """Applies the options of a request that the API does not support.
+
+    Ends the answer at local stop sequences, or before its first block for `max_tokens` 0, and
+    removes the text of hidden thinking.
+    """
 
     def __init__(self, options: Options, output_schema: OutputSchema | None) -> None:
-        # What stands in the strings of a JSON answer is no text that could stop it.
+        # The text of a JSON answer is not searched for stop sequences.
         self._stops = options.local_stops if output_schema is None else ()
-        self._empty = options.max_tokens == 0
+        self._is_empty = options.max_tokens == 0
         self._hides_thinking = options.hides_thinking
-        #: The beginning of a block that nothing has followed yet: its process may be dead.
-        self._begun: list[Event] = []
-        #: The end of the text so far that may be the beginning of a stop text.
-        self._held = ""
-        #: Whether the answer was ended here, while claude goes on.
+        #: The BlockStarted that is held back, if any.
+        self._pending_start: list[Event] = []
+        #: The text that is held back.
+        self._pending_text = ""
+        #: Whether the answer was ended here, although claude continues it.
         self.ended = False
 
     def events(self, event: Event) -> list[Event]:
-        """Return what the client gets of this event, and of what was held back before it."""
+        """Return the events for the client: this one and those that were held back before it."""
         if isinstance(event, Tick):
             return [event]
-        if self._empty and isinstance(event, BlockStarted):
+        if self._is_empty and isinstance(event, BlockStarted):
             return self._end("max_tokens", None)
-        begun, self._begun = self._begun, []
+        start, self._pending_start = self._pending_start, []
         if isinstance(event, BlockStarted):
-            self._begun = [event]
-            return begun
+            self._pending_start = [event]
+            return start
         if isinstance(event, Restarted):
-            self._held = ""
+            self._pending_text = ""
             return [event]
-        return [*begun, *self._followed(event)]
+        return [*start, *self._filter(event)]
 
-    def _followed(self, event: Event) -> list[Event]:
+    def _filter(self, event: Event) -> list[Event]:
         if isinstance(event, Delta) and event.kind == "thinking" and self._hides_thinking:
             return [event._replace(text="")]
         if isinstance(event, Delta) and event.kind == "text" and self._stops:
-            return self._text(event)
-        if isinstance(event, BlockStopped) and self._held:
-            held, self._held = self._held, ""
-            return [Delta(event.block_index, "text", held), event]
+            return self._filter_text(event)
+        if isinstance(event, BlockStopped) and self._pending_text:
+            text, self._pending_text = self._pending_text, ""
+            return [Delta(event.block_index, "text", text), event]
         return [event]
 
-    def _text(self, event: Delta) -> list[Event]:
-        text = self._held + event.text
-        ends = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
-        if ends:
-            # The one that is complete first; of two, the longer one.
-            end, stop = min(ends, key=lambda found: (found[0], -len(found[1])))
-            told = text[: end - len(stop)]
-            before: list[Event] = [event._replace(text=told)] if told else []
-            return [*before, BlockStopped(event.block_index), *self._end("stop_sequence", stop)]
+    def _filter_text(self, event: Delta) -> list[Event]:
+        text = self._pending_text + event.text
+        matches = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
+        if matches:
+            # The match that ends first; of two with the same end, the longer one.
+            end, stop = min(matches, key=lambda match: (match[0], -len(match[1])))
+            return [
+                *self._delta(event, text[: end - len(stop)]),
+                BlockStopped(event.block_index),
+                *self._end("stop_sequence", stop),
+            ]
         longest = min(len(text), max(map(len, self._stops)) - 1)
-        starts = (size for size in range(longest, 0, -1) if self._begins(text[-size:]))
-        kept = next(starts, 0)
-        self._held = text[len(text) - kept:]
-        given = text[: len(text) - kept]
-        return [event._replace(text=given)] if given else []
+        sizes = (size for size in range(longest, 0, -1) if self._may_stop(text[-size:]))
+        cut = len(text) - next(sizes, 0)
+        self._pending_text = text[cut:]
+        return self._delta(event, text[:cut])
 
-    def _begins(self, text: str) -> bool:
+    def _delta(self, event: Delta, text: str) -> list[Event]:
+        return [event._replace(text=text)] if text else []
+
+    def _may_stop(self, text: str) -> bool:
         return any(stop.startswith(text) for stop in self._stops)
 
     def _end(self, reason: str, stop: str | None) -> list[Event]:
@@ -2045,19 +2069,19 @@ class AnswerFilter:
         return [Finished(reason, stop, NO_USAGE)]
 
 
-#: The pieces in which a stored answer is told again.
+#: The size of the pieces in which a stored answer is sent.
 _REPLAY_CHARS = 80
 
 
 def replay_events(answer: Answer) -> Iterator[Event]:
-    """The events of an answer that is there already. It must hold no tool call and no refusal."""
+    """Yield the events of a stored answer, which must have no tool calls and no refusal."""
     yield Started(answer.message_id, answer.model, answer.usage._replace(output_tokens=0))
     for index, block in enumerate(answer.blocks):
         kinds = [kind for kind, field in _BLOCK_FIELDS.items() if field in block]
         yield BlockStarted(index, {**block, **{_BLOCK_FIELDS[kind]: "" for kind in kinds}})
         for kind in kinds:
             text = str(block[_BLOCK_FIELDS[kind]])
-            # A signature is one piece: clients keep it, they do not show it.
+            # A signature stays in one piece: clients store it and do not display it.
             step = len(text) or 1 if kind == "signature" else _REPLAY_CHARS
             for start in range(0, len(text), step):
                 yield Delta(index, kind, text[start: start + step])
@@ -2067,12 +2091,12 @@ def replay_events(answer: Answer) -> Iterator[Event]:
     )
 
 
-#: Blocks with data that is no text.
+#: The types of blocks that hold other data than text.
 _ATTACHMENT_BLOCKS = ("image", "document")
 
 
 def attachments_of(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Return the images and documents in their order, those in results of tools included."""
+    """Yield the images and documents in order, including those in tool results."""
     for block in blocks:
         if block["type"] == "tool_result":
             yield from attachments_of(block["content"])
@@ -2081,13 +2105,13 @@ def attachments_of(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def json_chars(value: object) -> int:
-    """Return the length of the value's compact JSON; a letter counts one in every script."""
+    """Return the length of the value's compact JSON in characters."""
     return len(_ENCODER.encode(value))
 
 
 def message_chars(message: Message) -> int:
-    """Return the characters of a message: of texts and names as they are, of arguments as JSON.
-    Images and documents have none."""
+    """Return the size of a message in characters; arguments count as JSON, images and documents
+    as 0."""
     chars, rest = 0, list(message.content)
     while rest:
         block = rest.pop()
@@ -2103,7 +2127,7 @@ def message_chars(message: Message) -> int:
 
 
 def _fixed_chars(turn: Turn) -> int:
-    """The characters of what is the same for all messages: system prompt, tools and schema."""
+    """Return the size of system prompt, tools and output schema in characters."""
     schema_chars = json_chars(turn.output_schema.schema) if turn.output_schema is not None else 0
     return len(turn.system) + schema_chars + sum(
         len(tool.name) + len(tool.description) + json_chars(tool.schema) for tool in turn.tools
@@ -2111,52 +2135,57 @@ def _fixed_chars(turn: Turn) -> int:
 
 
 def prompt_chars(turn: Turn) -> int:
-    """Return the characters of everything that the model reads."""
+    """Return the size of the whole prompt in characters."""
     return _fixed_chars(turn) + sum(message_chars(message) for message in turn.messages)
 
 
-#: How many characters stand for a token when a prompt is measured against a window.
+#: How many characters count as a token when a prompt is compared with a context window.
 BUDGET_CHARS_PER_TOKEN = 3
 
 
-def _first_kept(messages: list[Message], sizes: list[int], most_chars: int) -> int:
-    """Return the place of the first message that stays.
+def _can_start_conversation(message: Message) -> bool:
+    return message.role == "user" and not message.has_results
 
-    Over the bound the oldest go until four fifths of it are left, or what fits if that cannot be.
-    Where this happens depends on no later message, so that a conversation that grows keeps its
-    head for many turns.
+
+def _first_kept(messages: list[Message], sizes: list[int], max_chars: int) -> int:
+    """Return the index of the first message that is kept.
+
+    Whenever the messages exceed `max_chars`, the oldest are dropped until at most four fifths of
+    it remain, or else until the rest fits. The decision never depends on later messages, so a
+    growing conversation keeps its first message for many turns.
     """
+    # The messages at which a conversation can start, and the size of all messages before each.
     starts: list[int] = []
-    before: list[int] = []
+    chars_before: list[int] = []
     first = total = dropped = 0
-    for place, (message, size) in enumerate(zip(messages, sizes)):
-        if _begins(message):
-            starts.append(place)
-            before.append(total)
+    for index, (message, size) in enumerate(zip(messages, sizes)):
+        if _can_start_conversation(message):
+            starts.append(index)
+            chars_before.append(total)
         total += size
-        if total - dropped <= most_chars or not starts:
+        if total - dropped <= max_chars or not starts:
             continue
-        index = bisect.bisect_left(before, total - most_chars * 4 // 5)
-        if index == len(starts):
-            index = min(bisect.bisect_left(before, total - most_chars), len(starts) - 1)
-        first, dropped = starts[index], before[index]
+        start = bisect.bisect_left(chars_before, total - max_chars * 4 // 5)
+        if start == len(starts):
+            start = min(bisect.bisect_left(chars_before, total - max_chars), len(starts) - 1)
+        first, dropped = starts[start], chars_before[start]
     return first
 
 
-def truncate_to_budget(turn: Turn, most_chars: int) -> tuple[Turn, int]:
-    """Return the turn without its oldest messages if it does not fit, and how many they were.
+def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
+    """Return the turn without its oldest messages if it is too long, and how many were dropped.
 
-    The system prompt and the newest message stay, and a tool call stays with its result. 0 for
-    `most_chars` takes the model's window. Raises ContextTooLong when even the rest is too long,
-    in the words by which agents know that they have to shorten their history.
+    The system prompt and the newest message are kept, and a tool call is kept with its result. 0
+    for `max_chars` means the model's context window. Raises ContextTooLong if the rest is still
+    too long; agents recognise its message and shorten their history.
     """
-    most_chars = most_chars or turn.model.context_window * BUDGET_CHARS_PER_TOKEN
+    max_chars = max_chars or turn.model.context_window * BUDGET_CHARS_PER_TOKEN
     newest = max(message_chars(turn.choice(index).messages[-1]) for index in range(turn.choices))
-    left = most_chars - _fixed_chars(turn) - newest
+    left = max_chars - _fixed_chars(turn) - newest
     if left < 0:
         raise ContextTooLong(
-            f"prompt is too long: {(most_chars - left) // BUDGET_CHARS_PER_TOKEN} tokens > "
-            f"{most_chars // BUDGET_CHARS_PER_TOKEN} maximum",
+            f"prompt is too long: {(max_chars - left) // BUDGET_CHARS_PER_TOKEN} tokens > "
+            f"{max_chars // BUDGET_CHARS_PER_TOKEN} maximum",
             param="messages",
         )
     sizes = [*map(message_chars, turn.messages[:-1]), newest]
@@ -2164,7 +2193,7 @@ def truncate_to_budget(turn: Turn, most_chars: int) -> tuple[Turn, int]:
     if sum(sizes[first:]) > left + newest:
         raise ContextTooLong(
             f"prompt is too long: its last tool exchange needs more than "
-            f"{most_chars // BUDGET_CHARS_PER_TOKEN} tokens",
+            f"{max_chars // BUDGET_CHARS_PER_TOKEN} tokens",
             param="messages",
         )
     if not first:
@@ -2172,22 +2201,17 @@ def truncate_to_budget(turn: Turn, most_chars: int) -> tuple[Turn, int]:
     return turn._replace(messages=turn.messages[first:]), first
 
 
-#: How many characters a token has, about, when tokens are estimated.
+#: How many characters count as a token when tokens are estimated.
 ESTIMATE_CHARS_PER_TOKEN = 3.5
-#: What an image or a document is taken for in an estimate.
+#: The estimate for an image or a document.
 _ATTACHMENT_TOKENS = 1_500
 
 
 def estimate_tokens(turn: Turn) -> int:
-    """Return about how many tokens the prompt has."""
+    """Return an estimate of the number of tokens in the prompt."""
     attachments = sum(1 for message in turn.messages for _ in attachments_of(message.content))
     chars = prompt_chars(turn)
     return max(1, round(chars / ESTIMATE_CHARS_PER_TOKEN)) + _ATTACHMENT_TOKENS * attachments
-
-
-def _begins(message: Message) -> bool:
-    """Whether a conversation can begin with this message."""
-    return message.role == "user" and not message.has_results
 
 
 # ==== 7. Store ===============================================================
