@@ -2215,12 +2215,13 @@ def estimate_tokens(turn: Turn) -> int:
 
 
 # ==== 7. Store ===============================================================
-# One SQLite file for what has to survive a restart. One connection and one lock: a transaction
-# takes a fraction of a millisecond. Reports read through connections of their own. What holds in
-# memory already may be written later: a full disk or a lock puts it off. Without a folder to write
-# to the database lives in memory. The settings that were changed at run time are kept here too.
+# One SQLite file for all data that must survive a restart. There is one connection and one lock,
+# because a transaction takes a fraction of a millisecond; reports use connections of their own.
+# A change that is in effect in memory may be written later: if the disk is full or the database is
+# locked, the write is queued, and the next transaction carries out the queue first. Without a
+# writable folder the database is in memory. Settings changed at run time are stored here too.
 
-#: Appended to, never changed: the n-th brings a database from version n to n + 1.
+#: Append only, never change an entry: entry n, counted from 0, upgrades a database from version n.
 MIGRATIONS = (
     """
     CREATE TABLE sessions (
@@ -2284,68 +2285,72 @@ MIGRATIONS = (
 
 
 def storage_failure(problem: sqlite3.Error, more: str) -> StorageFailed:
-    """Return what to tell a client about a failure of SQLite; `more` says what follows from it."""
+    """Return the error to send for a failure of SQLite; `more` explains the consequences."""
     text = str(problem)
     if "disk is full" in text or "disk I/O error" in text:
         return StorageFull(f"disk full: the database cannot be written ({text}). {more}")
     if "locked" in text:
-        return StorageLocked(f"database locked: another program holds ocp.db. {more}")
+        return StorageLocked(f"database locked: another program has locked ocp.db. {more}")
     return StorageFailed(f"The database cannot be used: {redact_paths(text)}. {more}")
 
 
 class HomeInUse(Exception):
-    """Another server works in this home."""
+    """Another server uses this home folder."""
 
 
-#: What a server that only finishes what runs writes into its lock.
+#: Written into the lock file by a server that is shutting down.
 _STOPPING = "stopping"
 
 
 class HomeLock:
-    """Keeps a second server out of a home, as long as this process lives."""
+    """Keeps other servers out of a home folder, for the life of this process.
+
+    The lock file contains the process id of its owner, and _STOPPING while the owner shuts down.
+    """
 
     def __init__(self, home: str, patience_s: float) -> None:
-        """Waits so long for a server that is stopping. Raises HomeInUse, OSError."""
+        """Lock `home`; if its owner is shutting down, wait up to `patience_s` for its end. Raises
+        HomeInUse, OSError."""
         self._file = os.open(os.path.join(home, "server.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        give_up_s = time.monotonic() + patience_s
-        while not self._taken():
-            holder = os.pread(self._file, 40, 0).decode("ascii", "replace").split() or ["?"]
-            if holder[-1] != _STOPPING or time.monotonic() >= give_up_s:
+        deadline_s = time.monotonic() + patience_s
+        while not self._try_lock():
+            owner = os.pread(self._file, 40, 0).decode("ascii", "replace").split() or ["?"]
+            if owner[-1] != _STOPPING or time.monotonic() >= deadline_s:
                 self.close()
                 raise HomeInUse(
-                    f"another OCP server (process {holder[0]}) works in {home}: stop it, or set "
+                    f"another OCP server (process {owner[0]}) uses {home}: stop it, or set "
                     "OCP_HOME to another folder for this one"
                 )
             time.sleep(0.05)
-        self._tell(str(os.getpid()))
+        self._write(str(os.getpid()))
 
-    def _taken(self) -> bool:
-        """Whether the lock is ours. Where the file system knows no locks there is none to take."""
+    def _try_lock(self) -> bool:
+        """Return whether the lock was acquired, or the file system does not support locks."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
             return problem.errno not in (errno.EACCES, errno.EAGAIN)
         return True
 
-    def _tell(self, words: str) -> None:
+    def _write(self, text: str) -> None:
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, words.encode("ascii") + b"\n", 0)
+            os.pwrite(self._file, text.encode("ascii") + b"\n", 0)
 
     def mark_stopping(self) -> None:
-        """Lets the next server wait for the end of this one."""
-        self._tell(f"{os.getpid()} {_STOPPING}")
+        """Let a new server wait for the end of this one."""
+        self._write(f"{os.getpid()} {_STOPPING}")
 
     def close(self) -> None:
-        """Lets the next server in."""
+        """Release the lock."""
         os.close(self._file)
 
 
-#: How many writes of rows of usage may wait for the database.
-_MAX_WAITING = 10_000
-#: How long after a time-out at a locked database writes are put off without trying again.
+#: The maximum number of queued writes of usage rows.
+_MAX_QUEUED_WRITES = 10_000
+#: How long writes are queued without an attempt after the database was found locked.
 _LOCKED_PAUSE_S = 1.0
-#: How long a report waits for the one before it.
+#: How long a report waits for another one to finish.
 _REPORT_PATIENCE_S = 30.0
 
 
@@ -2353,26 +2358,29 @@ class Store:
     """The database."""
 
     def __init__(self, path: str) -> None:
-        """Opens or creates it, private from birth. Raises OSError, sqlite3.Error."""
+        """Open or create the database file, readable only by its owner. ":memory:" = no file.
+
+        Raises OSError, sqlite3.Error.
+        """
         #: None = in memory.
         self._path = None if path == ":memory:" else path
         self._identity: tuple[int, int] | None = None
         if self._path is not None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            found = os.fstat(descriptor)
+            status = os.fstat(descriptor)
             os.close(descriptor)
-            self._identity = (found.st_dev, found.st_ino)
-        # Guards the connection, what waits to be written, and what its users decide while they
-        # hold it. Held for a transaction or a decision, never while anything else is waited for,
-        # and never for a report.
+            self._identity = (status.st_dev, status.st_ino)
+        # Guards the connection and the queue. Held for a transaction, never for a report and never
+        # while waiting for anything else.
         self._lock = threading.RLock()
-        self._waiting: collections.deque[tuple[str, tuple[object, ...]]] = collections.deque()
-        #: Why the last write failed; None = it did not.
+        self._queue: collections.deque[tuple[str, tuple[object, ...]]] = collections.deque()
+        #: Why the last write failed; None = it succeeded.
         self.failure: sqlite3.DatabaseError | None = None
-        #: Whether SQLite has found the file damaged.
+        #: Whether SQLite has reported that the file is damaged.
         self.is_damaged = False
         self._locked_until_s = -math.inf
-        # Held for a whole report: there is one at a time, so that many leave the others some time.
+        # Held for a whole report. One report runs at a time, so that reports leave processor time
+        # for requests.
         self._report_lock = threading.Lock()
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
@@ -2381,22 +2389,22 @@ class Store:
                 self._connection.execute(f"PRAGMA {pragma}")
             self._migrate()
             for table in ("settings", "keys"):
-                # Without these nothing works, so damage to them has to show now.
+                # The server cannot work without these tables, so detect damage at the start.
                 self._connection.execute(f"SELECT * FROM {table}").fetchall()
         except sqlite3.Error:
             self._connection.close()
             raise
 
     def load(self, path: str) -> None:
-        """Takes over what another database holds, which is only read. Raises sqlite3.Error."""
-        place = urllib.parse.quote(path)
+        """Replace the content by that of another database file. Raises sqlite3.Error."""
+        quoted = urllib.parse.quote(path)
         with self._lock:
             try:
-                source = sqlite3.connect(f"file:{place}?mode=ro", uri=True)
+                source = sqlite3.connect(f"file:{quoted}?mode=ro", uri=True)
                 source.execute("SELECT COUNT(*) FROM sqlite_master")
             except sqlite3.Error:
-                # A log of writes cannot be opened where nothing can be written.
-                source = sqlite3.connect(f"file:{place}?immutable=1", uri=True)
+                # In a read-only folder SQLite cannot open the write-ahead log.
+                source = sqlite3.connect(f"file:{quoted}?immutable=1", uri=True)
             with contextlib.closing(source):
                 source.backup(self._connection)
             self._migrate()
@@ -2412,47 +2420,48 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """The connection, for a block that happens whole or not at all, and after all writes that
-        wait. Raises sqlite3.Error."""
+        """Run a block as one transaction, after all queued writes. Yields the connection. Raises
+        sqlite3.Error."""
         with self._lock:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
-                written = self._write_waiting()
+                written = self._execute_queue()
                 yield self._connection
                 self._connection.execute("COMMIT")
             except BaseException as problem:
-                # After some failures, such as a full disk, SQLite has done that by itself.
+                # After some failures, such as a full disk, SQLite itself has rolled back.
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 if isinstance(problem, sqlite3.DatabaseError):
-                    self._note(problem)
+                    self._record_failure(problem)
                 raise
             for _ in range(written):
-                self._waiting.popleft()
+                self._queue.popleft()
             self.failure, self._locked_until_s = None, -math.inf
 
-    def _write_waiting(self) -> int:
-        """Carries out the writes that wait, in their order; how many they are."""
-        for statement, values in self._waiting:
-            # One that can never succeed must not hold up the others.
+    def _execute_queue(self) -> int:
+        """Execute the queued writes in order and return their number; they stay in the queue until
+        the transaction is committed."""
+        for statement, values in self._queue:
+            # A write that can never succeed must not block the others.
             with contextlib.suppress(sqlite3.IntegrityError):
                 self._connection.execute(statement, values)
-        return len(self._waiting)
+        return len(self._queue)
 
-    def _note(self, problem: sqlite3.DatabaseError) -> None:
+    def _record_failure(self, problem: sqlite3.DatabaseError) -> None:
         if isinstance(problem, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
             return
-        # Not the one that was raised: all that its traceback leads to would be kept with it.
+        # Store a copy: the traceback of the original would keep its frames alive.
         self.failure = type(problem)(str(problem))
         self.is_damaged = self.is_damaged or type(problem) is sqlite3.DatabaseError
         if "locked" in str(problem):
             self._locked_until_s = time.monotonic() + _LOCKED_PAUSE_S
 
     def write_or_queue(self, statement: str, *values: object, must: bool = True) -> None:
-        """Carries out a write now, or else as soon as that is possible.
+        """Write now, or else queue the write and raise sqlite3.Error.
 
-        Raises sqlite3.Error when it has to wait. One that is not a `must` is lost when too many
-        wait already, and any is lost that the database would never take.
+        A write that is not a `must` is dropped if the queue is full. A write that can never
+        succeed (IntegrityError, ProgrammingError) is not queued.
         """
         with self._lock:
             try:
@@ -2463,108 +2472,111 @@ class Store:
             except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
                 raise
             except sqlite3.Error:
-                if must or len(self._waiting) < _MAX_WAITING:
-                    self._waiting.append((statement, values))
+                if must or len(self._queue) < _MAX_QUEUED_WRITES:
+                    self._queue.append((statement, values))
                 raise
 
     def write_queued(self) -> None:
-        """Carries out the writes that wait. Raises sqlite3.Error while that is impossible."""
+        """Execute the queued writes, if any. Raises sqlite3.Error if that is still impossible."""
         with self._lock:
-            if self._waiting or self.failure is not None:
+            if self._queue or self.failure is not None:
                 with self.transaction():
                     pass
 
     def is_in_place(self) -> bool:
-        """Whether the file that was opened is the one that its path names. True in memory."""
+        """Return whether the path still names the opened file. Always true in memory."""
         if self._path is None:
             return True
         try:
-            found = os.stat(self._path)
+            status = os.stat(self._path)
         except OSError:
             return False
-        return (found.st_dev, found.st_ino) == self._identity
+        return (status.st_dev, status.st_ino) == self._identity
 
 
     def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
-        """What a query finds. Raises sqlite3.Error."""
+        """Return the rows of a query. Raises sqlite3.Error."""
         with self._lock:
             try:
                 return self._connection.execute(statement, values).fetchall()
             except sqlite3.DatabaseError as problem:
-                self._note(problem)
+                self._record_failure(problem)
                 raise
 
     @contextlib.contextmanager
     def read_transaction(self) -> Iterator[sqlite3.Connection]:
-        """A connection for the queries of one report, which all see the same moment. It cannot
-        write, and holds up nobody but other reports. Raises QueueFull, sqlite3.Error."""
+        """Yield a connection for one report, whose queries all see the same state.
+
+        Writes are not blocked meanwhile. Raises QueueFull after a long wait for other reports, and
+        sqlite3.Error.
+        """
         if not self._report_lock.acquire(timeout=_REPORT_PATIENCE_S):
-            raise QueueFull("Other reports are being made; try again in a moment.", retry_after_s=5)
+            raise QueueFull("Other reports are running; try again in a moment.", retry_after_s=5)
         try:
-            with contextlib.closing(self._reader()) as connection:
+            with contextlib.closing(self._read_connection()) as connection:
                 connection.row_factory = sqlite3.Row
                 connection.execute("BEGIN")
                 yield connection
         finally:
             self._report_lock.release()
 
-    def _reader(self) -> sqlite3.Connection:
+    def _read_connection(self) -> sqlite3.Connection:
         if self._path is not None:
-            place = urllib.parse.quote(self._path)
-            return sqlite3.connect(f"file:{place}?mode=ro", uri=True, isolation_level=None)
-        # What is in memory has one connection; a copy of it takes little of its time.
+            quoted = urllib.parse.quote(self._path)
+            return sqlite3.connect(f"file:{quoted}?mode=ro", uri=True, isolation_level=None)
+        # A database in memory has only one connection, so copy it, which takes little time.
         copy = sqlite3.connect(":memory:", isolation_level=None)
         with self._lock:
             self._connection.backup(copy)
         return copy
 
     def close(self) -> None:
-        """Closes it."""
+        """Close the database."""
         with self._lock:
             self._connection.close()
 
 
 class Settings:
-    """The configuration in force: what was changed at run time, over what the start gave.
-
-    Precedence: stored, then environment, then default.
-    """
+    """The current configuration. A value stored at run time overrides the environment, which
+    overrides the default."""
 
     def __init__(self, store: Store, base: Config, environ: Mapping[str, str]) -> None:
-        """`base` is the configuration of `environ`."""
+        """`base` is the configuration of `environ`. Stored values are applied on top of it."""
         self._store = store
         self._base = base
         self._environ = environ
-        # Guards writers only: readers take the reference, and keep it for a whole request.
+        # Guards writers only: a reader takes the reference `config` and keeps it for a whole
+        # request.
         self._lock = threading.Lock()
         self._stored: dict[str, int | str | bool] = {}
-        #: What is stored and cannot be used: (name, why).
+        #: Stored settings that are invalid and ignored: (name, reason).
         self.problems: list[tuple[str, str]] = []
         self.config = base
-        wanted: dict[str, int | str | bool] = {}
+        loaded: dict[str, int | str | bool] = {}
         for row in store.rows("SELECT name, value FROM settings"):
+            name = row["name"]
             try:
-                wanted[row["name"]] = self._checked(row["name"], json.loads(row["value"]))
+                loaded[name] = self._validate(name, json.loads(row["value"]))
             except KeyError:
-                self.problems.append((row["name"], "there is no such setting any more"))
+                self.problems.append((name, "there is no such setting"))
             except ValueError as problem:
-                self.problems.append((row["name"], str(problem)))
+                self.problems.append((name, str(problem)))
         try:
-            self._adopt(wanted)
+            self._apply(loaded)
         except ValueError:
-            # Together they break a rule: those go that break it.
-            for name, value in wanted.items():
+            # Together they break a rule: apply them one by one, and skip those that break it.
+            for name, value in loaded.items():
                 try:
-                    self._adopt({**self._stored, name: value})
+                    self._apply({**self._stored, name: value})
                 except ValueError as problem:
                     self.problems.append((name, str(problem)))
 
-    def _checked(self, name: str, value: object) -> int | str | bool:
-        """The value, if this setting takes it. Raises KeyError, ValueError."""
+    def _validate(self, name: str, value: object) -> int | str | bool:
+        """Return the value for a setting from a JSON value. Raises KeyError, ValueError."""
         return setting_from_json(live_settings()[name], value)
 
-    def _adopt(self, stored: dict[str, int | str | bool]) -> None:
-        """Makes these what is stored. Raises ValueError when they break a rule."""
+    def _apply(self, stored: dict[str, int | str | bool]) -> None:
+        """Replace the stored values. Raises ValueError if they break a rule."""
         changes = {live_settings()[name].name: value for name, value in stored.items()}
         config = dataclasses.replace(self._base, **changes)  # type: ignore[arg-type]  # checked
         broken = [message for is_broken, message in CONFIG_RULES if is_broken(config)]
@@ -2573,18 +2585,19 @@ class Settings:
         self._stored, self.config = stored, config
 
     def change(self, name: str, value: object) -> object:
-        """Stores a value, None for the one of the start; what is in force then.
+        """Store a value, or remove the stored value if `value` is None, and return the value that
+        is then in effect.
 
-        Raises KeyError for a name that there is not, ValueError saying what is wrong with the
-        value, and sqlite3.Error when it cannot be stored; then nothing has changed.
+        Raises KeyError for an unknown name, ValueError with the reason for an invalid value, and
+        sqlite3.Error if it cannot be stored; then nothing has changed.
         """
         with self._lock:
             before = self._stored, self.config
             row = live_settings()[name]
-            stored = {kept: self._stored[kept] for kept in self._stored if kept != name}
+            stored = {other: self._stored[other] for other in self._stored if other != name}
             if value is not None:
-                stored[name] = self._checked(name, value)
-            self._adopt(stored)
+                stored[name] = self._validate(name, value)
+            self._apply(stored)
             try:
                 with self._store.transaction() as connection:
                     connection.execute("DELETE FROM settings WHERE name = ?", (name,))
@@ -2597,7 +2610,7 @@ class Settings:
             return getattr(self.config, row.name)
 
     def report(self) -> Json:
-        """Every setting that can be changed: value, range, unit, help, and where it comes from."""
+        """Return each setting that can be changed, with its value, range, unit, help and source."""
         kinds = {int: "number", bool: "boolean", str: "string"}
         return {
             name: {
