@@ -253,19 +253,32 @@ def printable(text: str) -> str:
     )
 
 
+def _parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an IP address, an IPv4-mapped one as IPv4; None if `text` is no address."""
+    try:
+        parsed = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(parsed, "ipv4_mapped", None) or parsed
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether this is an IP address of the machine itself."""
+    parsed = _parse_address(address)
+    return parsed is not None and parsed.is_loopback
+
+
 def peer_group(address: str) -> str:
     """Return the network under which an address is counted.
 
     That is the address itself for IPv4 and loopback, and the /64 network for IPv6, because one
     machine may own all of it. Text that is no address is returned unchanged.
     """
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
+    parsed = _parse_address(address)
+    if parsed is None:
         return address
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    if mapped or parsed.version == 4 or parsed.is_loopback:
-        return str(mapped or parsed)
+    if parsed.version == 4 or parsed.is_loopback:
+        return str(parsed)
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
@@ -2634,19 +2647,19 @@ class Settings:
 
 
 # ==== 8. Keys and callers ====================================================
-# Who may use which route. A route names its kind of access; this section decides, in one place,
-# so that a new route cannot forget to ask. Keys are stored as hashes: whoever reads the database
-# can use none of them.
+# Authentication and access to routes. A route declares its kind of access, and `authorize` checks
+# it in one place, so that a new route cannot miss the check. Keys are stored as hashes, so that a
+# copy of the database gives no access.
 
 
 class Headers(Protocol):
-    """The headers of a request, looked up without regard to case."""
+    """The headers of a request; names are case-insensitive."""
 
     def get(self, name: str, default: str) -> str:
-        """The value, or `default`."""
+        """Return the value, or `default`."""
 
     def __iter__(self) -> Iterator[str]:
-        """The names, as they were sent."""
+        """Yield the names as they were sent."""
 
 
 class Access(enum.Enum):
@@ -2677,34 +2690,35 @@ QUOTAS = (
 
 
 class Caller(NamedTuple):
-    """Who is asking, and what is allowed to them."""
+    """The sender of a request, and what it may do."""
 
     name: str
     is_admin: bool = False
-    #: The key that was used; None = it is none of those in the database.
+    #: The id of the key in the database; None for callers without one.
     key_id: int | None = None
-    #: Ids of the models that may be used; empty = all.
+    #: Ids of the allowed models; empty = all.
     models: tuple[str, ...] = ()
-    #: Answers at the same time; 0 = as many as the server gives.
+    #: How many answers may run at the same time; 0 = no limit of its own.
     max_concurrent: int = 0
-    #: The limits by their names in QUOTAS; a limit that is not there does not exist.
+    #: Limits by their names in QUOTAS; without an entry there is no limit.
     quota: Mapping[str, int] = MappingProxyType({})
 
     @property
     def scope(self) -> str:
-        """What belongs to this caller alone is kept under this. It outlives a change of name."""
+        """The identifier under which data of this caller is stored. Renaming the key does not
+        change it."""
         return self.name if self.key_id is None else f"key-{self.key_id}"
 
 
 class Key(NamedTuple):
-    """A key as the database has it, without its secret."""
+    """A key as it is stored, without its secret."""
 
     id: int
     name: str
-    #: Enough of the secret to recognise it by.
+    #: The beginning and the end of the secret.
     preview: str
     created_s: int
-    #: None = never, for each of the three.
+    #: For this and the next two, None = never.
     expiry_s: int | None
     revoked_s: int | None
     used_s: int | None
@@ -2715,25 +2729,25 @@ class Key(NamedTuple):
 
     @property
     def caller(self) -> Caller:
-        """The caller that the key stands for."""
+        """The caller that is authenticated by this key."""
         return Caller(
             self.name, key_id=self.id, models=self.models,
             max_concurrent=self.max_concurrent, quota=self.quota,
         )
 
     def expired(self, now_s: float) -> bool:
-        """Whether its time is up."""
+        """Return whether the key has expired."""
         return self.expiry_s is not None and now_s >= self.expiry_s
 
 
 #: Names of callers that have no key in the database.
 _RESERVED_NAMES = ("admin", "anonymous", "local", "public", "remote", "shared")
-#: How often the time of a key's last use is written down.
-_USED_EVERY_S = 60.0
+#: How often the time of a key's last use is updated and written.
+_LAST_USE_EVERY_S = 60.0
 
 
 def key_name(name: str) -> str:
-    """The name, if a key may have it. Raises BadRequest."""
+    """Return the name if it is valid for a key. Raises BadRequest."""
     if not re.fullmatch(r"[A-Za-z0-9 ._-]{1,64}", name) or name != name.strip():
         raise BadRequest(
             "name: takes 1 to 64 letters, digits, spaces, dots, underscores and hyphens.",
@@ -2752,39 +2766,43 @@ def _key(row: sqlite3.Row) -> Key:
     return Key(**fields, models=tuple(models), quota=quota)
 
 
-def _column(value: object) -> object:
-    """A value as its column in the table of keys has it."""
+def _column_value(value: object) -> object:
+    """Return a value as it is stored in its column of the table `keys`."""
     return json.dumps(value) if isinstance(value, (dict, tuple, list)) else value
 
 
-#: What follows from a change that could not be written.
-_HOLDS_IN_MEMORY = (
-    "The change holds already, in memory, and will be written as soon as that is possible; until "
-    "then a restart would undo it."
+#: The consequences of a failed write, for error messages.
+_IN_MEMORY_ONLY = (
+    "The change is in effect in memory and will be written as soon as possible; until then a "
+    "restart would undo it."
 )
-_NOTHING_CHANGED = "Nothing was changed; try again when that is mended."
+_NOTHING_CHANGED = "Nothing was changed; try again when the problem is solved."
+
+_NEEDS_KEY = "This server requires its key: send `Authorization: Bearer KEY` or `x-api-key`."
+
+
+# A lookup of a key needs no file: all keys are in memory. Changes differ in when they are written.
+# A change of a key, such as its revocation, takes effect in memory first, and is queued if the
+# database cannot be written. A new key or a new secret is written first and takes effect only if
+# that succeeds, because the secret is handed out and must survive a restart.
 
 
 class Keys:
-    """The keys of mode multi.
-
-    All are in memory, where requests look them up: whether a key is good depends on no file. What
-    is taken from a key or changed of it holds there first; what is given out, a key or its new
-    secret, has to be in the database before.
-    """
+    """The keys of mode multi, in memory and in the database."""
 
     def __init__(self, store: Store, clock: Clock = time.time) -> None:
         self._store = store
         self._clock = clock
-        # Guards writers of the fields below. Readers need no lock: entries are never changed, only
-        # replaced.
+        # Guards writers of the fields below. Readers need no lock: entries are replaced, never
+        # modified.
         self._lock = threading.Lock()
         self._keys: dict[int, Key] = {}
+        #: Ids by hash of the secret.
         self._ids: dict[str, int] = {}
-        #: When keys were used last, and which of these times the database does not have.
+        #: Times of last use by id, and those of them that are not in the database yet.
         self._used_s: dict[int, int] = {}
         self._unwritten: dict[int, int] = {}
-        #: What is stored and cannot be used: (id, why).
+        #: Stored keys that are invalid and ignored: (id, reason).
         self.problems: list[tuple[int, str]] = []
         for row in store.rows("SELECT * FROM keys"):
             try:
@@ -2794,53 +2812,51 @@ class Keys:
                 self.problems.append((row["id"], str(problem)))
 
     def create(self, name: str, fields: Mapping[str, object]) -> tuple[Key, str]:
-        """A new key and its secret, which is told once. `fields`: see `change`.
+        """Create a key and return it with its secret, which is not stored. `fields`: see `change`.
 
-        Raises BadRequest, Conflict, StorageFailed.
+        An empty name means a generated one. Raises BadRequest, Conflict, StorageFailed.
         """
         now_s = self._clock()
-        secret, hidden = self._new_secret()
+        secret, secret_columns = self._new_secret()
+        generated = f"key-{round(now_s * 1000)}-{secrets.token_hex(3)}"
         columns = {
-            "name": key_name(name or self._some_name(now_s)), "created_s": int(now_s),
+            "name": key_name(name or generated), "created_s": int(now_s),
             "expiry_s": None, "models": (), "max_concurrent": 0, "note": "", "quota": {},
-            **hidden, **fields,
+            **secret_columns, **fields,
         }
         names = ", ".join(columns)
         marks = ", ".join("?" * len(columns))
         with self._lock:
             self._check_free(str(columns["name"]), None)
             statement = f"INSERT INTO keys ({names}) VALUES ({marks})"
-            key_id = self._written(statement, *map(_column, columns.values()))
+            key_id = self._write(statement, *map(_column_value, columns.values()))
             (row,) = self._store.rows("SELECT * FROM keys WHERE id = ?", key_id)
             self._keys[key_id] = _key(row)
-            self._ids[hidden["hash"]] = key_id
+            self._ids[secret_columns["hash"]] = key_id
         return self._keys[key_id], secret
 
-    def _some_name(self, now_s: float) -> str:
-        return f"key-{round(now_s * 1000)}-{secrets.token_hex(3)}"
-
     def _new_secret(self) -> tuple[str, dict[str, str]]:
-        """A secret, and the columns that know it."""
+        """Return a new secret, and the columns that are derived from it."""
         secret = "ocp_" + secrets.token_urlsafe(24)
         preview = f"{secret[:8]}...{secret[-4:]}"
         return secret, {"hash": self._hash(secret), "preview": preview}
 
     def _hash(self, secret: str) -> str:
-        # Of 192 random bits: there is nothing that salt or a slow hash would protect.
+        # The secret has 192 random bits, so neither salt nor a slow hash is needed.
         return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
     def _check_free(self, name: str, key_id: int | None) -> None:
-        """Raises Conflict when another key that is not revoked has this name."""
+        """Raise Conflict if another key that is not revoked has this name."""
         if any(
             key.revoked_s is None and key.id != key_id and key.name.lower() == name.lower()
             for key in self._keys.values()
         ):
             raise Conflict(
-                f"There is a key called {name!r} already: revoke or rename it.", param="name"
+                f"There is already a key called {name!r}: revoke or rename it.", param="name"
             )
 
-    def _written(self, statement: str, *values: object) -> int:
-        """Writes what has to be in the database first; the id of a new row."""
+    def _write(self, statement: str, *values: object) -> int:
+        """Execute a write and return the id of a new row. Raises StorageFailed."""
         try:
             with self._store.transaction() as connection:
                 return connection.execute(statement, values).lastrowid or 0
@@ -2848,32 +2864,35 @@ class Keys:
             raise storage_failure(problem, _NOTHING_CHANGED) from None
 
     def all(self) -> list[Key]:
-        """Every key, revoked ones too, newest first."""
+        """Return every key, including revoked ones, newest first."""
         newest_first = sorted(self._keys.copy().values(), reverse=True, key=lambda key: key.id)
-        return [self._with_use(key) for key in newest_first]
+        return [self._with_last_use(key) for key in newest_first]
 
-    def _with_use(self, key: Key) -> Key:
+    def _with_last_use(self, key: Key) -> Key:
         return key._replace(used_s=self._used_s.get(key.id, key.used_s))
 
     def find(self, id_or_name: str) -> Key:
-        """The key of this id or name; of several of one name, the one that is not revoked, or the
-        newest. Raises NotFound."""
+        """Return the key with this id or name. Raises NotFound.
+
+        Of several keys with one name, the one that is not revoked is preferred, then the newest.
+        """
         if re.fullmatch("[0-9]{1,15}", id_or_name):
-            found = [key for key in self.all() if key.id == int(id_or_name)]
+            matches = [key for key in self.all() if key.id == int(id_or_name)]
         else:
-            found = [key for key in self.all() if key.name.lower() == id_or_name.lower()]
-            found.sort(key=lambda key: key.revoked_s is not None)
-        if not found:
+            matches = [key for key in self.all() if key.name.lower() == id_or_name.lower()]
+            matches.sort(key=lambda key: key.revoked_s is not None)
+        if not matches:
             raise NotFound(f"There is no key {one_line(id_or_name, 80)!r}.")
-        return found[0]
+        return matches[0]
 
     def change(self, key: Key, fields: Mapping[str, object]) -> Key:
-        """The key with columns changed: name, expiry_s, models, max_concurrent, note, quota.
+        """Change columns of a key and return the key.
 
-        Raises BadRequest, Conflict, and StorageFailed when that is not written yet.
+        The columns are name, expiry_s, models, max_concurrent, note and quota. Raises BadRequest,
+        Conflict, and StorageFailed if the change is in effect but not written yet.
         """
         with self._lock:
-            key = self._unrevoked(key)
+            key = self._require_unrevoked(key)
             if "name" in fields:
                 self._check_free(key_name(str(fields["name"])), key.id)
             values = {
@@ -2882,78 +2901,81 @@ class Keys:
             }
             changed = self._keys[key.id] = key._replace(**values)  # type: ignore[arg-type]
             if fields:
-                self._keep(key.id, fields)
-        return self._with_use(changed)
+                self._write_or_queue(key.id, fields)
+        return self._with_last_use(changed)
 
-    def _unrevoked(self, key: Key) -> Key:
-        """The key as it is now. Raises BadRequest when it is revoked."""
-        found = self._keys[key.id]
-        if found.revoked_s is not None:
-            raise BadRequest(f"The key {found.name!r} is revoked; make a new one.")
-        return found
+    def _require_unrevoked(self, key: Key) -> Key:
+        """Return the current version of the key. Raises BadRequest if it is revoked."""
+        current = self._keys[key.id]
+        if current.revoked_s is not None:
+            raise BadRequest(f"The key {current.name!r} is revoked; create a new one.")
+        return current
 
-    def _keep(self, key_id: int, fields: Mapping[str, object]) -> None:
-        """Writes columns that hold in memory already. Raises StorageFailed when that is late."""
-        places = ", ".join(f"{name} = ?" for name in fields)
-        values = map(_column, fields.values())
+    def _write_or_queue(self, key_id: int, fields: Mapping[str, object]) -> None:
+        """Write columns that are changed in memory. Raises StorageFailed if they are queued."""
+        assignments = ", ".join(f"{name} = ?" for name in fields)
+        statement = f"UPDATE keys SET {assignments} WHERE id = ?"
         try:
-            self._store.write_or_queue(f"UPDATE keys SET {places} WHERE id = ?", *values, key_id)
+            self._store.write_or_queue(statement, *map(_column_value, fields.values()), key_id)
         except sqlite3.Error as problem:
-            raise storage_failure(problem, _HOLDS_IN_MEMORY) from None
+            raise storage_failure(problem, _IN_MEMORY_ONLY) from None
 
     def rotate(self, key: Key) -> str:
-        """A new secret for the key; the old one is worth nothing from now on.
+        """Replace the secret of the key and return the new one.
 
-        Raises BadRequest, and StorageFailed, after which the old one is still good.
+        Raises BadRequest, and StorageFailed, after which the old secret is still valid.
         """
-        secret, hidden = self._new_secret()
+        secret, secret_columns = self._new_secret()
         with self._lock:
-            key = self._unrevoked(key)
+            key = self._require_unrevoked(key)
             statement = "UPDATE keys SET hash = ?, preview = ? WHERE id = ?"
-            self._written(statement, hidden["hash"], hidden["preview"], key.id)
+            self._write(statement, secret_columns["hash"], secret_columns["preview"], key.id)
             self._ids = {
                 **{known: key_id for known, key_id in self._ids.items() if key_id != key.id},
-                hidden["hash"]: key.id,
+                secret_columns["hash"]: key.id,
             }
-            self._keys[key.id] = key._replace(preview=hidden["preview"])
+            self._keys[key.id] = key._replace(preview=secret_columns["preview"])
         return secret
 
     def revoke(self, key: Key) -> bool:
-        """Whether the key was still good; it is not any more. Raises StorageFailed when that is
-        not written yet."""
+        """Revoke the key; return False if it was revoked already.
+
+        Raises StorageFailed if the revocation is in effect but not written yet.
+        """
         with self._lock:
-            found = self._keys[key.id]
-            if found.revoked_s is not None:
+            current = self._keys[key.id]
+            if current.revoked_s is not None:
                 return False
             now_s = int(self._clock())
-            self._keys[key.id] = found._replace(revoked_s=now_s)
-            self._keep(key.id, {"revoked_s": now_s})
+            self._keys[key.id] = current._replace(revoked_s=now_s)
+            self._write_or_queue(key.id, {"revoked_s": now_s})
         return True
 
     def verify(self, secret: str) -> Caller:
-        """The caller of this secret. Raises Unauthorized."""
-        key = self._good(self._keys.get(self._ids.get(self._hash(secret), 0)))
+        """Return the caller with this secret. Raises Unauthorized."""
+        key = self._require_valid(self._keys.get(self._ids.get(self._hash(secret), 0)))
         now_s = int(self._clock())
-        if now_s - (self._with_use(key).used_s or 0) >= _USED_EVERY_S:
+        if now_s - (self._with_last_use(key).used_s or 0) >= _LAST_USE_EVERY_S:
             self._used_s[key.id] = self._unwritten[key.id] = now_s
         return key.caller
 
     def current(self, caller: Caller) -> Caller:
-        """The caller as their key has it now. Raises Unauthorized when it is not good any more."""
+        """Return the caller with the current limits of its key. Raises Unauthorized if the key is
+        not valid any more."""
         if caller.key_id is None:
             return caller
-        return self._good(self._keys.get(caller.key_id)).caller
+        return self._require_valid(self._keys.get(caller.key_id)).caller
 
-    def _good(self, key: Key | None) -> Key:
+    def _require_valid(self, key: Key | None) -> Key:
         if key is None:
             raise Unauthorized(_NEEDS_KEY)
         if key.revoked_s is not None or key.expired(self._clock()):
-            what = "was revoked" if key.revoked_s is not None else "has expired"
-            raise Unauthorized(f"This key {what}: ask the operator of this server for a new one.")
+            reason = "was revoked" if key.revoked_s is not None else "has expired"
+            raise Unauthorized(f"This key {reason}: ask the operator of this server for a new one.")
         return key
 
     def write_last_use(self) -> None:
-        """Writes down when keys were used. Raises sqlite3.Error."""
+        """Write the times at which keys were last used. Raises sqlite3.Error."""
         used_s, self._unwritten = self._unwritten, {}
         if used_s:
             with self._store.transaction() as connection:
@@ -2963,96 +2985,91 @@ class Keys:
                 )
 
 
-#: So many wrong keys of one peer are told so at once; each one more waits twice as long as the one
-#: before it. A peer is forgiven when it has sent none for so long.
-_WRONG_KEYS_FREE = 5
+#: How many wrong keys of one peer are answered without delay. Each further one waits twice as long
+#: as the one before it.
+_UNDELAYED_WRONG_KEYS = 5
 _FIRST_DELAY_S = 0.1
-_FORGIVEN_S = 600.0
-#: How many peers are remembered, and how many answers are held back at a time.
+#: The count of a peer is reset after this time without a wrong key.
+_WRONG_KEYS_RESET_S = 600.0
+#: How many peers are remembered.
 _MAX_WRONG_PEERS = 1024
-_MAX_HELD_BACK = 32
-_HELD_BACK_PER_PEER = 4
+#: How many answers may be delayed at the same time, in total and for one peer.
+_MAX_DELAYED = 32
+_MAX_DELAYED_PER_PEER = 4
 
 
 class WrongKeys:
-    """Holds back the answers to wrong keys, longer each time. A right key never waits, whoever
-    else comes from its address: it is let in before anything here is asked."""
+    """Delays the answers to wrong keys, longer each time. A request with a right key is never
+    delayed, because it is authenticated first."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         # Guards the next fields.
         self._lock = threading.Lock()
-        #: How many wrong keys a group of peers has sent, and when the last one came; the newest
-        #: group last.
+        #: Number of wrong keys and time of the last one for each group of peers, see peer_group;
+        #: least recent first.
         self._groups: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()
-        #: Whose answers are held back, a group once for each.
-        self._held_back: list[str] = []
+        #: The group of each delayed answer.
+        self._delayed: list[str] = []
 
-    def _noted(self, group: str) -> int:
-        """How many wrong keys this group has sent, with the one of this moment."""
+    def _count(self, group: str) -> int:
+        """Count a wrong key, and return how many this group has sent."""
         now_s = self._clock()
         count, last_s = self._groups.pop(group, (0, now_s))
-        count = 1 if now_s - last_s > _FORGIVEN_S else count + 1
+        count = 1 if now_s - last_s > _WRONG_KEYS_RESET_S else count + 1
         self._groups[group] = (count, now_s)
         while len(self._groups) > _MAX_WRONG_PEERS:
             self._groups.popitem(last=False)
         return count
 
     @contextlib.contextmanager
-    def delay_answer(self, peer: str, most_s: float) -> Iterator[float]:
-        """Counts a wrong key, and gives the seconds to wait before the peer is told, `most_s` at
-        most. Nobody waits where too many do: they hold a connection each."""
+    def delay_answer(self, peer: str, max_s: float) -> Iterator[float]:
+        """Count a wrong key, and yield how long its answer must be delayed, at most `max_s`.
+
+        The answer counts as delayed until the block ends. A delayed answer occupies a connection:
+        if there are too many of them, the delay is 0.
+        """
         group = peer_group(peer)
         with self._lock:
-            over = self._noted(group) - _WRONG_KEYS_FREE
-            wait_s = min(most_s, _FIRST_DELAY_S * 2.0 ** min(over - 1, 20)) if over > 0 else 0.0
+            over = self._count(group) - _UNDELAYED_WRONG_KEYS
+            wait_s = min(max_s, _FIRST_DELAY_S * 2.0 ** min(over - 1, 20)) if over > 0 else 0.0
             if (
-                len(self._held_back) >= _MAX_HELD_BACK
-                or self._held_back.count(group) >= _HELD_BACK_PER_PEER
+                len(self._delayed) >= _MAX_DELAYED
+                or self._delayed.count(group) >= _MAX_DELAYED_PER_PEER
             ):
                 wait_s = 0.0
             if wait_s:
-                self._held_back.append(group)
+                self._delayed.append(group)
         try:
             yield wait_s
         finally:
             with self._lock:
                 if wait_s:
-                    self._held_back.remove(group)
-
-
-_NEEDS_KEY = "This server wants its key: send it as `Authorization: Bearer KEY` or `x-api-key`."
+                    self._delayed.remove(group)
 
 
 def presented_keys(headers: Headers) -> list[str]:
-    """The keys in `Authorization: Bearer` (in any case) and `x-api-key`; clients put one of
-    another service's beside ours. An empty one if there is none."""
+    """Return the keys in `Authorization: Bearer` and `x-api-key`; [""] if there is none.
+
+    Clients may send the key of this server in one and the key of another service in the other.
+    """
     scheme, _, bearer = headers.get("Authorization", "").strip().partition(" ")
-    given = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
-    return [_as_utf8(key).strip() for key in given if key.strip()] or [""]
+    values = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    return [_as_utf8(key).strip() for key in values if key.strip()] or [""]
 
 
 def _as_utf8(text: str) -> str:
-    """A header as it was meant: the parser takes it for Latin-1, and it is UTF-8 today."""
+    """Decode a header as UTF-8 if possible; the parser decodes it as Latin-1."""
     with contextlib.suppress(UnicodeError):
         return text.encode("latin-1").decode("utf-8")
     return text
 
 
-def same_secret(given: str, wanted: str) -> bool:
-    """Whether the two are equal, taking as long for a near miss as for a far one."""
-    hashes = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, wanted))
-    return bool(wanted) and hmac.compare_digest(*hashes)
+def same_secret(candidate: str, secret: str) -> bool:
+    """Return whether the two are equal, in constant time. An empty secret equals nothing."""
+    hashes = (hashlib.sha256(t.encode("utf-8", "replace")).digest() for t in (candidate, secret))
+    return bool(secret) and hmac.compare_digest(*hashes)
 
-
-def is_loopback(address: str) -> bool:
-    """Whether this IP address is the machine itself."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return bool((mapped or parsed).is_loopback)
 
 
 #: Headers that only proxies, load balancers and tunnels add.
@@ -3065,45 +3082,46 @@ _PROXY_HEADER = re.compile(
 
 
 def is_forwarded(headers: Headers) -> bool:
-    """Whether a proxy has passed the request on, as far as its headers tell."""
+    """Return whether the headers show that a proxy has forwarded the request."""
     return any(_PROXY_HEADER.fullmatch(name.replace("_", "-")) for name in headers)
 
 
 def authorize(config: Config, keys: Keys, access: Access, headers: Headers, peer: str) -> Caller:
-    """The caller, if this access is theirs. Raises Unauthorized or Forbidden."""
+    """Return the caller if it has this access. Raises Unauthorized or Forbidden."""
     if access is Access.PUBLIC:
         return Caller("public")
     if config.mode == "none":
-        # Behind a reverse proxy everybody comes from this machine.
+        # Behind a reverse proxy on this machine every request has a loopback address.
         is_local = is_loopback(peer) and not is_forwarded(headers)
         if access is Access.ADMIN and not is_local:
-            raise Forbidden("This route is served to the machine itself only.")
+            raise Forbidden("This route can be used only on the machine that runs the server.")
         return Caller("local" if is_local else "remote", is_admin=is_local)
-    caller = _presenter(config, keys, headers, access)
+    caller = _authenticate_any(config, keys, headers, access)
     if access is Access.ADMIN and not caller.is_admin:
         raise Forbidden(
-            "This route wants the admin key: OCP_ADMIN_KEY of the server, or what is in its file "
-            "admin-key."
+            "This route requires the admin key: OCP_ADMIN_KEY of the server, or the content of its "
+            "file admin-key."
         )
     return caller
 
 
-def _presenter(config: Config, keys: Keys, headers: Headers, access: Access) -> Caller:
-    """Who holds one of the keys of a request. Raises Unauthorized when all are wrong."""
-    found: list[Caller] = []
+def _authenticate_any(config: Config, keys: Keys, headers: Headers, access: Access) -> Caller:
+    """Return the caller for one of the keys in the headers, for admin routes preferably the admin.
+    Raises Unauthorized if all keys are wrong."""
+    callers: list[Caller] = []
     failures: list[Unauthorized] = []
     for key in presented_keys(headers):
         try:
-            found.append(_authenticate(config, keys, key))
+            callers.append(_authenticate(config, keys, key))
         except Unauthorized as failure:
             failures.append(failure)
-    if not found:
+    if not callers:
         raise failures[0]
-    return next((c for c in found if c.is_admin and access is Access.ADMIN), found[0])
+    return next((c for c in callers if c.is_admin and access is Access.ADMIN), callers[0])
 
 
 def _authenticate(config: Config, keys: Keys, key: str) -> Caller:
-    """Who holds this key. Raises Unauthorized."""
+    """Return the caller with this key. Raises Unauthorized."""
     if same_secret(key, config.admin_key):
         return Caller("admin", is_admin=True)
     if config.mode == "multi" and same_secret(key, config.anonymous_key):
@@ -3116,31 +3134,29 @@ def _authenticate(config: Config, keys: Keys, key: str) -> Caller:
 
 
 _LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")
-
-
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._~-]+))(?::[0-9]{0,5})?")
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port, in small letters. Raises BadRequest."""
-    found = _HOST.fullmatch(host)
-    if found is None:
-        raise BadRequest("The Host of the request is missing or broken.")
-    return (found[1] or found[2]).lower()
+    """Return the name in a Host header, without its port, in lower case. Raises BadRequest."""
+    match = _HOST.fullmatch(host)
+    if match is None:
+        raise BadRequest("The Host header of the request is missing or invalid.")
+    return (match[1] or match[2]).lower()
 
 
 def machine_names() -> frozenset[str]:
-    """The name of this machine, with its domain and without."""
+    """Return the name of this machine, with and without its domain."""
     name = socket.gethostname().lower()
     return frozenset({name, name.partition(".")[0]} - {""})
 
 
 def is_own_host(config: Config, host: str, peer: str) -> bool:
-    """Whether a Host header names this server. Raises BadRequest for one that is broken.
+    """Return whether a Host header names this server. Raises BadRequest if it is invalid.
 
-    A name that somebody else's DNS points at this machine does not count: that is how a web page
-    would talk to a server that listens on loopback only. Where loopback makes the operator, the
-    names of a local network do not count either: whoever is in the network may hand them out.
+    This prevents DNS rebinding: a web page can reach a server on loopback under a name in its own
+    domain, so such names are rejected. In mode none, where a request over loopback has admin
+    rights, names of the local network are rejected too: any device in it may announce them.
     """
     name = host_name(host)
     if name in machine_names() or name in (own.lower() for own in split_list(config.allowed_hosts)):
@@ -3156,28 +3172,28 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
 
 
 def check_origin(config: Config, origin: str, host: str, content_type: str, peer: str) -> None:
-    """Refuses web pages of other origins. Raises Forbidden, BadRequest."""
+    """Reject requests from web pages of other origins. Raises Forbidden, BadRequest."""
     if host and not is_own_host(config, host, peer):
         raise Forbidden(
-            f"This server is not known as {one_line(host, 80)!r} here: use localhost, or name it "
-            "in OCP_ALLOWED_HOSTS."
+            f"{one_line(host, 80)!r} is not a host name of this server: use localhost, or add the "
+            "name to OCP_ALLOWED_HOSTS."
         )
     if not origin:
         return
-    # What a browser sends without asking first, such as a form, is never JSON.
+    # Requests that a browser sends without a CORS preflight, such as forms, are never JSON.
     if content_type and content_type.partition(";")[0].strip().lower() != "application/json":
-        raise Forbidden("Web pages have to send application/json.")
+        raise Forbidden("Web pages must send application/json.")
     if is_allowed_origin(config, origin) or origin in (f"http://{host}", f"https://{host}"):
         return
     raise Forbidden(
         f"Web pages of {one_line(origin, 80)!r} may not call this server: "
-        "name the origin in OCP_ALLOWED_ORIGINS."
+        "add the origin to OCP_ALLOWED_ORIGINS."
     )
 
 
 @functools.lru_cache(maxsize=64)
 def is_allowed_origin(config: Config, origin: str) -> bool:
-    """Return whether the operator has named this origin; a * of his stands for a part of it."""
+    """Return whether OCP_ALLOWED_ORIGINS allows this origin; a * there matches a part of it."""
     return any(
         re.fullmatch(re.escape(name.rstrip("/")).replace(r"\*", "[^/]*"), origin, re.IGNORECASE)
         for name in split_list(config.allowed_origins)
@@ -3185,14 +3201,14 @@ def is_allowed_origin(config: Config, origin: str) -> bool:
 
 
 # ==== 9. Usage and quotas ====================================================
-# One row for each request, what the rows add up to, and the quotas that they count against. A
-# request reserves its place before it runs and gives it back with its row, so that requests at
-# the same time never go over a quota together. What quotas count is in memory, once it was added
-# up from the rows.
+# One row for each request, the sums of the rows, and the quotas of keys. A request makes a
+# reservation before it runs, and its row replaces the reservation, so that concurrent requests
+# cannot exceed a quota together. The usage of a period is summed from the rows once and then
+# updated in memory.
 
 
 class UsageRow(NamedTuple):
-    """What one request was and cost; a row of the table `usage`, in the order of its columns."""
+    """One request and its cost: a row of the table `usage`, in the order of its columns."""
 
     at_s: float
     request_id: str
@@ -3200,16 +3216,16 @@ class UsageRow(NamedTuple):
     caller: str
     model: str
     dialect: str
-    #: "ok", "abandoned" when the client left, else the code or the type of the error.
+    #: "ok", "abandoned" if the client disconnected, else the code or the type of the error.
     outcome: str
     status: int
-    #: As how many requests quotas count it: one for each answer that claude was asked for, unless
-    #: the API turned it away. Its tokens count in any case.
+    #: How many requests it counts as for quotas: one for each answer that was requested from
+    #: claude and not rejected by the API. Tokens always count.
     counted: int
     stop_reason: str | None
     stream: bool
     warm: bool | None
-    #: "fresh", "rebuilt", "rewound", "continued"; "cached" and "shared" ones cost no tokens.
+    #: "fresh", "rebuilt", "rewound" or "continued"; "cached" or "shared" if it cost no tokens.
     path: str | None
     prompt_chars: int
     response_chars: int
@@ -3222,13 +3238,14 @@ class UsageRow(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """What token quotas count."""
-        written = self.cache_read_tokens + self.cache_write_tokens
-        return self.input_tokens + self.output_tokens + written
+        """The number of tokens that counts for quotas."""
+        cached = self.cache_read_tokens + self.cache_write_tokens
+        return self.input_tokens + self.output_tokens + cached
 
 
+#: UsageRow.tokens in SQL.
 _TOKENS = "input_tokens + output_tokens + cache_read_tokens + cache_write_tokens"
-#: What is added up over rows: (name, SQL). The names with total_ are those of older clients.
+#: Columns that aggregate rows: (name, SQL). Names with total_ are those of the original OCP.
 _SUMS = (
     ("requests", "COUNT(*)"),
     ("successes", "SUM(outcome = 'ok')"),
@@ -3257,26 +3274,31 @@ _Columns = tuple[tuple[str, str], ...]
 
 
 def period_bounds(period: str, now_s: float) -> tuple[float, float]:
-    """When the "daily", "weekly" or "monthly" period began that holds this moment, and when it
-    ends: calendar days of the machine's time zone, weeks from Monday, both in epoch seconds."""
+    """Return the begin and end, in epoch seconds, of the period that contains `now_s`.
+
+    `period` is "daily", "weekly" (from Monday) or "monthly", in the machine's time zone.
+    """
     today = datetime.datetime.fromtimestamp(now_s).replace(
         hour=0, minute=0, second=0, microsecond=0, fold=0
     )
     day = datetime.timedelta(days=1)
     if period == "daily":
-        first, after = today, today + day
+        begin, end = today, today + day
     elif period == "weekly":
-        first = today - today.weekday() * day
-        after = first + 7 * day
+        begin = today - today.weekday() * day
+        end = begin + 7 * day
     else:
-        first = today.replace(day=1)
-        after = (first + 32 * day).replace(day=1)
-    return first.timestamp(), after.timestamp()
+        begin = today.replace(day=1)
+        end = (begin + 32 * day).replace(day=1)
+    return begin.timestamp(), end.timestamp()
 
 
 class Reservation:
-    """The place of one running request in the quotas of its key. `tokens` is what it may take:
-    at most, if it is `bounded`, else as far as can be guessed. It counts as so many `requests`."""
+    """The share of one running request in the quotas of its key.
+
+    `tokens` is the maximum that it can use if it is `bounded`, else an estimate. It counts as
+    `requests` requests.
+    """
 
     def __init__(
         self, key_id: int | None, tokens: int, *, requests: int = 1, bounded: bool = False
@@ -3288,7 +3310,7 @@ class Reservation:
 
 
 class PeriodUsage:
-    """What a key has used of a period."""
+    """The usage of a key in a period."""
 
     def __init__(self, begins_s: float, requests: int, tokens: int) -> None:
         self.begins_s = begins_s
@@ -3297,91 +3319,94 @@ class PeriodUsage:
 
 
 class Ledger:
-    """The rows and what they add up to."""
+    """The rows of usage, and the quotas that they count for."""
 
     def __init__(self, store: Store, clock: Clock = time.time) -> None:
         self._store = store
         self._clock = clock
-        # Guards both: what is used is in the rows, and added up only once. Held for a decision.
+        # Guards the next two fields. Held for a whole decision, so that no usage is counted twice
+        # or missed between a check and its reservation.
         self._lock = threading.RLock()
+        #: Usage by key id and period.
         self._used: dict[tuple[int, str], PeriodUsage] = {}
+        #: Reservations of running requests by key id.
         self._in_flight: dict[int, list[Reservation]] = {}
 
     # -- quotas -------------------------------------------------------------------------------
 
     def check(self, caller: Caller) -> None:
-        """Raises what `reserve` would raise for the smallest request."""
+        """Raise the error that `reserve` would raise for the smallest request, if any."""
         with self._lock:
             self.release(self.reserve(caller, 0))
 
     def reserve(
         self, caller: Caller, tokens: int, *, requests: int = 1, bounded: bool = False
     ) -> Reservation:
-        """A place for a request (see Reservation); end it with `record` or `release`.
+        """Return a reservation; end it with `record` or `release`. See Reservation.
 
-        Raises QuotaExceeded, and QueueFull while requests that run may take all that is left.
+        Raises QuotaExceeded, and QueueFull if the running requests may use all remaining tokens.
         """
         reservation = Reservation(caller.key_id, tokens, requests=requests, bounded=bounded)
         if caller.key_id is None:
             return reservation
         with self._lock:
             now_s = self._clock()
-            flying = self._in_flight.setdefault(caller.key_id, [])
+            in_flight = self._in_flight.setdefault(caller.key_id, [])
             for quota in QUOTAS:
                 if quota.name in caller.quota:
-                    used = self._used_in(caller.key_id, quota.period, now_s)
+                    used = self._period_usage(caller.key_id, quota.period, now_s)
                     check = self._check_requests if quota.unit == "requests" else self._check_tokens
-                    check(quota, caller.quota[quota.name], used, flying, reservation)
-            flying.append(reservation)
+                    check(quota, caller.quota[quota.name], used, in_flight, reservation)
+            in_flight.append(reservation)
         return reservation
 
     def _check_requests(
-        self, quota: Quota, limit: int, used: PeriodUsage, flying: list[Reservation],
+        self, quota: Quota, limit: int, used: PeriodUsage, in_flight: list[Reservation],
         reservation: Reservation,
     ) -> None:
-        taken = used.requests + sum(r.requests for r in flying)
-        if taken >= limit:
-            raise self._exceeded(quota, limit, taken, "")
-        if taken + reservation.requests > limit:
+        count = used.requests + sum(r.requests for r in in_flight)
+        if count >= limit:
+            raise self._exceeded(quota, limit, count, "")
+        if count + reservation.requests > limit:
             more = f"This request asks for {reservation.requests} answers: ask for fewer. "
-            raise self._exceeded(quota, limit, taken, more)
+            raise self._exceeded(quota, limit, count, more)
 
     def _check_tokens(
-        self, quota: Quota, limit: int, used: PeriodUsage, flying: list[Reservation],
+        self, quota: Quota, limit: int, used: PeriodUsage, in_flight: list[Reservation],
         reservation: Reservation,
     ) -> None:
         left = limit - used.tokens
         if left <= 0:
             raise self._exceeded(quota, limit, used.tokens, "")
         if reservation.bounded and reservation.tokens > left:
-            more = f"This request may take {reservation.tokens}: ask for fewer max_tokens. "
+            more = f"This request may use {reservation.tokens}: reduce max_tokens. "
             raise self._exceeded(quota, limit, used.tokens, more)
-        if flying and sum(r.tokens for r in flying) + reservation.tokens > left:
+        if in_flight and sum(r.tokens for r in in_flight) + reservation.tokens > left:
             raise QueueFull(
-                f"The {quota.period} tokens of this key that are left ({left}) may be taken by "
-                "its requests that run now; try again when they are done.",
+                f"The running requests of this key may use its remaining {quota.period} tokens "
+                f"({left}); try again when they are done.",
                 retry_after_s=5,
             )
 
-    def _exceeded(self, quota: Quota, limit: int, taken: int, more: str) -> QuotaExceeded:
+    def _exceeded(self, quota: Quota, limit: int, used: int, more: str) -> QuotaExceeded:
         now_s = self._clock()
         resets_s = period_bounds(quota.period, now_s)[1]
         resets_in = format_span(resets_s - now_s)
         error = QuotaExceeded(
-            f"This key has used {taken} of its {limit} {quota.unit} ({quota.period}). {more}"
+            f"This key has used {used} of its {limit} {quota.unit} ({quota.period}). {more}"
             f"Resets in {resets_in}.",
             retry_after_s=resets_s - now_s,
         )
         error.details = {
             "quota": {
-                "period": quota.period, "unit": quota.unit, "limit": limit, "used": taken,
+                "period": quota.period, "unit": quota.unit, "limit": limit, "used": used,
                 "resetsIn": resets_in, "resetsAt": iso_time(resets_s),
             }
         }
         return error
 
-    def _used_in(self, key_id: int, period: str, now_s: float) -> PeriodUsage:
-        """What the key has used of the period that is now. The lock is held by the caller."""
+    def _period_usage(self, key_id: int, period: str, now_s: float) -> PeriodUsage:
+        """Return the usage of the key in the current period. The caller holds the lock."""
         begins_s = period_bounds(period, now_s)[0]
         used = self._used.get((key_id, period))
         if used is None or used.begins_s != begins_s:
@@ -3393,26 +3418,26 @@ class Ledger:
         return used
 
     def release(self, reservation: Reservation) -> None:
-        """Gives a place back that was not used. Harmless when it was given back before."""
+        """End a reservation. Does nothing if it has ended already."""
         with self._lock:
-            flying = self._in_flight.get(reservation.key_id or 0, [])
-            if reservation in flying:
-                flying.remove(reservation)
+            in_flight = self._in_flight.get(reservation.key_id or 0, [])
+            if reservation in in_flight:
+                in_flight.remove(reservation)
 
     def quota_report(self, key: Key) -> Json:
-        """Each quota of a key: limit (None = no limit), used, in flight, and its reset."""
+        """Return each quota of a key: limit (None = no limit), used, in flight, and reset."""
         report: Json = {}
         with self._lock:
             now_s = self._clock()
-            flying = self._in_flight.get(key.id, [])
+            in_flight = self._in_flight.get(key.id, [])
             for quota in QUOTAS:
-                used = self._used_in(key.id, quota.period, now_s)
+                used = self._period_usage(key.id, quota.period, now_s)
                 requests = quota.unit == "requests"
                 resets_s = period_bounds(quota.period, now_s)[1]
                 report[quota.name] = {
                     "limit": key.quota.get(quota.name),
                     "used": used.requests if requests else used.tokens,
-                    "inFlight": sum(r.requests if requests else r.tokens for r in flying),
+                    "inFlight": sum(r.requests if requests else r.tokens for r in in_flight),
                     "resetsAt": iso_time(resets_s),
                     "resetsIn": format_span(resets_s - now_s),
                 }
@@ -3421,9 +3446,9 @@ class Ledger:
     # -- rows ---------------------------------------------------------------------------------
 
     def record(self, row: UsageRow, reservation: Reservation) -> None:
-        """Writes a row down, and makes its reservation what was really used.
+        """Write a row, and replace its reservation by the real usage.
 
-        Raises sqlite3.Error when it is not written yet; quotas count it all the same.
+        Raises sqlite3.Error if the row is not written yet; quotas count it nevertheless.
         """
         with self._lock:
             self.release(reservation)
@@ -3434,18 +3459,19 @@ class Ledger:
         self._store.write_or_queue(statement, *row, must=False)
 
     def _count(self, key_id: int, row: UsageRow) -> None:
-        """Adds a row, before it is among those that are added up, to what its key has used."""
+        """Add a row to the usage of its key. Must be called before the row is written, because the
+        usage may be summed from the written rows here."""
         for period in {quota.period for quota in QUOTAS}:
-            # A database that cannot be read has the row when it can be read again.
+            # If the database cannot be read, the row is counted when it is summed later.
             with contextlib.suppress(sqlite3.Error):
-                used = self._used_in(key_id, period, self._clock())
+                used = self._period_usage(key_id, period, self._clock())
                 if used.begins_s <= row.at_s:
                     used.requests += row.counted
                     used.tokens += row.tokens
 
     def prune(self, days: int) -> int:
-        """Deletes the rows that are older, but for those that a quota may still count; how many
-        there were. Raises sqlite3.Error."""
+        """Delete rows older than `days`, except those that a quota still counts, and return their
+        number. Raises sqlite3.Error."""
         now_s = self._clock()
         counted_s = min(period_bounds(quota.period, now_s)[0] for quota in QUOTAS)
         with self._store.transaction() as connection:
@@ -3456,9 +3482,9 @@ class Ledger:
     # -- reports ------------------------------------------------------------------------------
 
     def report(self, since_s: float, until_s: float, limit: int, caller: Caller | None) -> Json:
-        """What was used in a span of time, by everybody or by one caller; see /api/usage.
+        """Return the body of /api/usage for a span of time, for one caller or all (None).
 
-        Raises QueueFull, sqlite3.Error.
+        `limit` is the number of recent rows. Raises QueueFull, sqlite3.Error.
         """
         where = "at_s >= ? AND at_s < ?"
         values: list[object] = [since_s, until_s]
@@ -3471,12 +3497,12 @@ class Ledger:
             unit = "hour" if rows.span_s() <= _MAX_HOURLY_S else "day"
             step = ("hour", _STEPS[unit])
             series = rows.sums(
-                _TIMELINE_SUMS, step, ("key_name", _NAME_NOW), ("model", "model"),
+                _TIMELINE_SUMS, step, ("key_name", _CURRENT_NAME), ("model", "model"),
                 maximum=_MAX_SERIES + 1,
             )
             return {
                 "totals": rows.sums(_GROUP_SUMS)[0],
-                "byKey": rows.sums(_GROUP_SUMS, ("key_name", _NAME_NOW)),
+                "byKey": rows.sums(_GROUP_SUMS, ("key_name", _CURRENT_NAME)),
                 "byModel": rows.sums(_GROUP_SUMS, ("model", "model")),
                 "timeline": rows.sums(_TIMELINE_SUMS, step),
                 "timelineUnit": unit,
@@ -3487,14 +3513,14 @@ class Ledger:
             }
 
     def by_model(self, since_s: float) -> list[Json]:
-        """The sums of each model since then, its time-outs among them. Raises as `report` does."""
+        """Return the sums for each model since then, with timeouts. Raises as `report` does."""
         columns = (*_GROUP_SUMS, ("timeouts", "SUM(outcome = 'timeout')"))
         with self._store.read_transaction() as connection:
             return Rows(connection, "at_s >= ?", [since_s]).sums(columns, ("model", "model"))
 
 
 class Rows:
-    """Those rows of usage that a report is about."""
+    """The rows of usage that match a condition, for a report."""
 
     def __init__(self, connection: sqlite3.Connection, where: str, values: list[object]) -> None:
         self._connection = connection
@@ -3502,8 +3528,8 @@ class Rows:
         self._values = values
 
     def span_s(self) -> float:
-        """The time from the first to the last of them."""
-        # Two queries: the index answers each at once, and both together not.
+        """Return the time between the first and the last row."""
+        # Two queries, because SQLite uses the index for MIN or MAX alone, not for both together.
         ends = [
             self._connection.execute(
                 f"SELECT {end}(at_s) FROM usage WHERE {self._where}", self._values
@@ -3514,43 +3540,46 @@ class Rows:
     def sums(
         self, columns: _Columns, *groups: tuple[str, str], maximum: int = -1
     ) -> list[Json]:
-        """The columns over all rows, or over those that are alike in all groups, (name, SQL), in
-        their order. Of more than `most` groups the last ones; -1 = all."""
+        """Return the columns aggregated over all rows, or for each group.
+
+        `groups` are expressions (name, SQL) by which rows are grouped and results are sorted. Only
+        the last `maximum` groups are returned; -1 = all.
+        """
         sums = [(n, f"COALESCE({sql}, 0)" if "SUM" in sql else sql) for n, sql in columns]
         selected = ", ".join(f"{sql} AS {name}" for name, sql in (*groups, *sums))
         names = ", ".join(name for name, _ in groups)
-        backwards = ", ".join(f"{name} DESC" for name, _ in groups)
-        grouped = f" GROUP BY {names} ORDER BY {backwards} LIMIT ?" if groups else " LIMIT ?"
+        descending = ", ".join(f"{name} DESC" for name, _ in groups)
+        grouped = f" GROUP BY {names} ORDER BY {descending} LIMIT ?" if groups else " LIMIT ?"
         query = f"SELECT {selected} FROM usage WHERE {self._where}{grouped}"
-        found = self._connection.execute(query, (*self._values, maximum)).fetchall()
-        return [dict(row) for row in reversed(found)]
+        results = self._connection.execute(query, (*self._values, maximum)).fetchall()
+        return [dict(row) for row in reversed(results)]
 
     def recent(self, limit: int) -> list[Json]:
-        """The newest of them, newest first."""
-        found = self._connection.execute(
-            f"SELECT *, {_NAME_NOW} AS key_name, outcome = 'ok' AS success, "
+        """Return the newest rows, newest first."""
+        results = self._connection.execute(
+            f"SELECT *, {_CURRENT_NAME} AS key_name, outcome = 'ok' AS success, "
             "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
             f"FROM usage WHERE {self._where} ORDER BY id DESC LIMIT ?", (*self._values, limit),
         )
-        entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in found]
+        entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in results]
         for entry in entries:
             for name in ("id", "at_s", "key_id", "caller", "total_ms"):
                 del entry[name]
         return entries
 
 
-#: The name that a row's key has today, or the caller's.
-_NAME_NOW = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
-#: The hour or the day of a row, in UTC, as the timeline has it.
+#: The current name of a row's key, or else the name of its caller.
+_CURRENT_NAME = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
+#: The hour or the day of a row in UTC, for the timeline.
 _STEPS = {
     "hour": "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')",
     "day": "strftime('%Y-%m-%dT00:00:00', at_s, 'unixepoch')",
 }
-#: The day of a row on the machine's calendar.
+#: The day of a row in the machine's time zone.
 _DAY = "date(at_s, 'unixepoch', 'localtime')"
-#: A timeline of more than so much goes by days.
+#: The longest span with a timeline by hour; beyond it, by day.
 _MAX_HOURLY_S = 32 * 86_400.0
-#: How many entries the series of a report has at most.
+#: The maximum number of entries in the series of a report.
 _MAX_SERIES = 10_000
 
 
@@ -13071,7 +13100,7 @@ class App:
         with contextlib.suppress(sqlite3.Error):
             self.store.write_queued()
             if self.clock() >= self._write_use_at_s:
-                self._write_use_at_s = self.clock() + _USED_EVERY_S
+                self._write_use_at_s = self.clock() + _LAST_USE_EVERY_S
                 self.keys.write_last_use()
         self.state_folder.check()
 

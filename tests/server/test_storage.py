@@ -90,7 +90,7 @@ def assert_late(reply: Reply, trouble: Any) -> None:
     """That a change holds in memory and is not written yet."""
     assert (reply.status, error_of(reply)["code"]) == (trouble.status, trouble.code), reply
     assert error_of(reply)["message"].startswith(trouble.words)
-    assert "holds already, in memory" in error_of(reply)["message"]
+    assert "in effect in memory" in error_of(reply)["message"]
 
 
 def storage(server: Server) -> tuple[str, str]:
