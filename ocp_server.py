@@ -172,8 +172,8 @@ _DECODER = json.JSONDecoder(
 #: The maximum number of values in one body. Each one takes hundreds of bytes and some
 #: microseconds; the longest prompts hold about ten thousand.
 _MAX_JSON_VALUES = 300_000
-#: The text is searched in pieces of this size, which bounds the memory for copies.
-_SEARCHED_BYTES = 1_048_576
+#: Values are counted in pieces of this size, which bounds the memory for copies.
+_COUNTED_BYTES = 1_048_576
 
 
 def has_many_values(data: bytes | bytearray) -> bool:
@@ -184,8 +184,8 @@ def has_many_values(data: bytes | bytearray) -> bool:
     # Most of these characters may be in strings. Without escapes, every second part between quotes
     # is a string.
     count, is_in_string, rest = 0, False, b""
-    for start in range(0, len(data), _SEARCHED_BYTES):
-        text = rest + data[start:start + _SEARCHED_BYTES]
+    for start in range(0, len(data), _COUNTED_BYTES):
+        text = rest + data[start:start + _COUNTED_BYTES]
         backslashes = len(text) - len(text.rstrip(b"\\"))
         # The last of an odd number of backslashes escapes a character of the next piece.
         rest = b"\\" if backslashes % 2 else b""
