@@ -9,46 +9,49 @@ both kinds from it: one file, Python 3.9 or later, nothing to install.
     python3 ocp_server.py --check      validate settings and environment, exit 0 or 2
     python3 ocp_server.py --help       everything else
 
-A request is a straight line down this file: the HTTP server finds its route, a dialect parses
-the body into a Turn, the gate lets it in, a claude process answers it with a stream of Events,
-and the dialect renders those. Wire formats exist only in the dialects; the claude protocol
-exists only in its own two sections. Each section uses only names from the sections above it.
+The life of a request: the HTTP server finds its route, a dialect parses the body into a Turn,
+the gate admits it, a claude process answers it with a stream of Events, and the dialect renders
+these events. Wire formats exist only in the dialects; the claude protocol exists only in its own
+two sections.
+
+Each section uses only names from the sections above it, so the file reads bottom-up: to follow
+a request, start with the HTTP server.
 
 Sections (search for "==== 8" to jump to the eighth):
 
-     1. Small tools        clocks, compact JSON, ids, redaction; no input or output
-     2. Settings           the table of settings, and how the environment is read
-     3. Errors             every failure that a client can be told about
-     4. Log                JSON lines in a rotated file, plain lines on the terminal, a ring
-     5. Models             which models there are and what each one takes
-     6. Turns and events   the narrow waist: one request, one stream of events
-     7. Store              the SQLite file, and the settings changed at run time
-     8. Keys and callers   who may use which route, and the keys of devices
-     9. Usage and quotas   one row for each request, and what keys may use
+     1. Small tools        compact JSON, ids, redaction, formatting of times and text
+     2. Settings           the table of settings, and reading them from the environment
+     3. Errors             every failure that is reported to a client
+     4. Log                a rotated JSON file, the terminal, and recent events in memory
+     5. Models             the known models and what each one accepts
+     6. Turns and events   the internal form of a request and of an answer
+     7. Store              the SQLite database, and the settings changed at run time
+     8. Keys and callers   authentication, access to routes, and the keys of devices
+     9. Usage and quotas   one row for each request, and the limits of keys
     10. Patterns           regular expressions of clients, for JavaScript and for Python
     11. JSON Schema        schemas of clients, parsed into plain 2020-12
-    12. Model schemas      what claude and the API accept of a schema, and the way back
+    12. Model schemas      schemas rewritten so that claude and the API accept them, and back
     13. Request fields     typed access to JSON; messages become a prompt
     14. Attachments        images and files of requests, and their limits
     15. Tools and options  tools, output schemas, thinking and sampling
-    16. Dialects           wire formats: a body becomes a Turn, events become an answer
-    17. Claude protocol    what is said to claude and what its lines mean; pure
-    18. Claude process     the program on disk, one child, its pipes, and its end
-    19. Gate and spares    who may run now; idle processes that wait for work
-    20. Parking            what is kept of a conversation for its next message
-    21. Cache              answers given again, and shared while they come
-    22. Account            what is known about login and plan, learned from answers
+    16. Dialects           wire formats: parse a body into a Turn, render events as an answer
+    17. Claude protocol    messages to and from claude; no input or output
+    18. Claude process     the program on disk; one child process and its pipes
+    19. Gate and spares    admission of requests; idle processes that wait for work
+    20. Parking            processes and state kept for the next message of a conversation
+    21. Cache              stored answers, and answers shared while they are generated
+    22. Account            the state of login and plan, learned from answers
     23. Metrics            counters and histograms since the start
-    24. Connections        sockets, and the bounds of what they take together
+    24. Connections        client sockets, and limits on their number and memory
     25. State folder       the database, the modes of files, the admin key
     26. Answering          one request: quota, cache, claude, row of usage
     27. App                owns every long-lived object; the housekeeper
-    28. API description    what a route is, and the OpenAPI document of them all
-    29. Dashboard          the page for the operator, and what it may do
+    28. API description    the type of a route, and the OpenAPI document of all routes
+    29. Dashboard          the operator's page, and its content security policy
     30. Endpoints          one function for each route
     31. Routes             the table of routes
     32. HTTP server        sockets, bodies, one thread for each connection
-    33. Demo claude        the stand-in behind --demo
+    33. Demo claude        the stand-in for claude behind --demo
     34. Command line       arguments, signals, main
 """
 from __future__ import annotations
@@ -120,22 +123,21 @@ from typing import (
 
 VERSION = "0.1.0"
 
-#: A JSON object as the wire has it. Inside the waist, values are typed.
+#: A JSON object as it is sent or received.
 Json = dict[str, Any]
 Clock = Callable[[], float]
 
 
 # ==== 1. Small tools =========================================================
-# Helpers that know nothing of HTTP, of claude or of settings.
-
+# Helpers that depend neither on HTTP, nor on claude, nor on settings.
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def to_json(value: object) -> bytes:
-    """Compact UTF-8 JSON without a newline.
+    """Return compact UTF-8 JSON without a newline.
 
-    Text with a lone surrogate, which JSON may carry and UTF-8 may not, is escaped instead.
+    Text with a lone surrogate, which JSON allows and UTF-8 does not, is escaped as ASCII.
     """
     try:
         return _ENCODER.encode(value).encode("utf-8")
@@ -148,14 +150,14 @@ def _refuse_constant(word: str) -> NoReturn:
 
 
 def _parse_int(digits: str) -> int:
-    """Turning very many digits into a number takes quadratic time."""
+    # The conversion takes quadratic time.
     if len(digits) > 400:
         raise ValueError("a number has too many digits")
     return int(digits)
 
 
 def _parse_float(text: str) -> float:
-    """What is too large for a number would be written again as Infinity, which is not JSON."""
+    # A number that overflows would be written as Infinity, which is not JSON.
     value = float(text)
     if math.isinf(value):
         raise ValueError("a number is too large")
@@ -167,31 +169,30 @@ _DECODER = json.JSONDecoder(
 )
 
 
-#: The most values in one body: each takes hundreds of bytes and some microseconds. The longest
-#: prompts hold some ten thousand.
+#: The maximum number of values in one body. Each one takes hundreds of bytes and some
+#: microseconds; the longest prompts hold about ten thousand.
 _MAX_JSON_VALUES = 300_000
-
-
-#: How much of a text is counted at a time, so that counting takes no memory to speak of.
+#: Values are counted in pieces of this size, which bounds the memory for copies.
 _COUNTED_BYTES = 1_048_576
 
 
 def has_many_values(data: bytes | bytearray) -> bool:
-    """Return whether a JSON text holds more values than are read. Takes some milliseconds for each
-    megabyte, and ends early where there are too many."""
+    """Return whether a JSON text holds more values than OCP parses. Takes a few milliseconds per
+    megabyte."""
     if sum(map(data.count, (b"[", b"{", b","))) <= _MAX_JSON_VALUES:
         return False
-    # Most of them may stand in strings. Without escapes, every second piece is a string.
+    # Most of these characters may be in strings. Without escapes, every second part between quotes
+    # is a string.
     count, is_in_string, rest = 0, False, b""
     for start in range(0, len(data), _COUNTED_BYTES):
         text = rest + data[start:start + _COUNTED_BYTES]
         backslashes = len(text) - len(text.rstrip(b"\\"))
-        # The last of an odd number escapes what comes next.
+        # The last of an odd number of backslashes escapes a character of the next piece.
         rest = b"\\" if backslashes % 2 else b""
         bare = text[:len(text) - len(rest)].replace(b"\\\\", b"").replace(b'\\"', b"")
-        pieces = bare.split(b'"')
-        outside = b"".join(pieces[int(is_in_string)::2])
-        is_in_string ^= len(pieces) % 2 == 0
+        parts = bare.split(b'"')
+        outside = b"".join(parts[int(is_in_string)::2])
+        is_in_string ^= len(parts) % 2 == 0
         count += sum(map(outside.count, (b"[", b"{", b",")))
         if count > _MAX_JSON_VALUES:
             return True
@@ -199,7 +200,7 @@ def has_many_values(data: bytes | bytearray) -> bool:
 
 
 def from_json(data: bytes | bytearray | str) -> object:
-    """The value of a JSON text. Raises ValueError for anything else, however deep or odd."""
+    """Return the value of a JSON text. Raises ValueError for anything else."""
     try:
         return _DECODER.decode(data if isinstance(data, str) else data.decode("utf-8"))
     except RecursionError:
@@ -207,20 +208,20 @@ def from_json(data: bytes | bytearray | str) -> object:
 
 
 def new_id(prefix: str) -> str:
-    """`prefix` and 24 random characters, letters and digits only: some clients strip the rest."""
+    """Return `prefix` and 24 random letters and digits; some clients strip other characters."""
     return prefix + secrets.token_hex(12)
 
 
 _SECRET = re.compile(r"(sk-ant-|ocp_(?=[\w-]{32})|Bearer\s+)[A-Za-z0-9_.\-]{6,}")
 
 
-def redacted(text: str) -> str:
-    """`text` with whatever looks like a token or a key blotted out."""
+def redact(text: str) -> str:
+    """Return `text` with "[redacted]" for everything that looks like a token or a key."""
     return _SECRET.sub(lambda match: match.group(1) + "[redacted]", text)
 
 
-def is_key(text: str) -> bool:
-    """Whether it has the form of a key that this program gives out."""
+def has_key_format(text: str) -> bool:
+    """Return whether `text` has the form of a key that this server creates."""
     return re.fullmatch(r"ocp_[A-Za-z0-9_-]{32}", text) is not None
 
 
@@ -231,72 +232,94 @@ _PATH = re.compile(
 )
 
 
-def without_paths(text: str) -> str:
-    """`text` with absolute paths of this machine replaced, fit for a client's eyes."""
+def redact_paths(text: str) -> str:
+    """Return `text` with "[path]" for absolute paths of this machine, to be sent to a client."""
     return _PATH.sub("[path]", text)
 
 
-def one_line(text: str, most_chars: int = 300) -> str:
-    """`text` with its white space run together, cut to `most_chars`."""
+def one_line(text: str, max_chars: int = 300) -> str:
+    """Return `text` on one line, with white space collapsed, cut to `max_chars`."""
     line = " ".join(text.split())
-    return line if len(line) <= most_chars else line[: most_chars - 3] + "..."
+    return line if len(line) <= max_chars else line[: max_chars - 3] + "..."
 
 
 def printable(text: str) -> str:
-    """`text` with escapes, such as \\x1b, for what cannot be seen or commands a terminal: controls,
-    marks of direction, lone surrogates."""
+    """Return `text` with escapes, such as \\x1b, for control characters, marks of direction and
+    lone surrogates, which would be invisible or control a terminal."""
     if text.isprintable():
         return text
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return "".join(shown)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+def _parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an IP address, an IPv4-mapped one as IPv4; None if `text` is no address."""
+    try:
+        parsed = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(parsed, "ipv4_mapped", None) or parsed
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether this is an IP address of the machine itself."""
+    parsed = _parse_address(address)
+    return parsed is not None and parsed.is_loopback
 
 
 def peer_group(address: str) -> str:
-    """Whom an address stands for: in IPv6 one machine may have all of a network."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
+    """Return the network under which an address is counted.
+
+    That is the address itself for IPv4 and loopback, and the /64 network for IPv6, because one
+    machine may own all of it. Text that is no address is returned unchanged.
+    """
+    parsed = _parse_address(address)
+    if parsed is None:
         return address
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    if mapped or parsed.version == 4 or parsed.is_loopback:
-        return str(mapped or parsed)
+    if parsed.version == 4 or parsed.is_loopback:
+        return str(parsed)
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-#: A header that lists names ends after so many characters: clients refuse longer heads.
+#: The length of a header that lists names. Clients reject very long headers.
 _HEADER_LIST_MAX_CHARS = 1_000
 
 
 def header_list(names: Iterable[str]) -> str:
-    """Return `names` as the value of a header: each once, and where there is no room for all, how
-    many more there are. What a header may not hold becomes a question mark."""
-    # A comma separates; it can be part of a name that a client made up.
-    known = {re.sub(r"[^ -+\--~]", "?", one_line(name, 80)): None for name in names}
-    told: list[str] = []
+    """Return `names`, without repetitions, as the value of a header.
+
+    Names for which there is no room are replaced by their number. A character that is not
+    allowed in a header becomes a question mark.
+    """
+    # A name that a client chose may contain the separator, so a comma is replaced too.
+    unique = {re.sub(r"[^ -+\--~]", "?", one_line(name, 80)): None for name in names}
+    shown: list[str] = []
     left = _HEADER_LIST_MAX_CHARS
-    for name in known:
+    for name in unique:
         left -= len(name) + 2
         if left < 0:
-            return ", ".join([*told, f"{len(known) - len(told)} more"])
-        told.append(name)
-    return ", ".join(told)
+            shown.append(f"{len(unique) - len(shown)} more")
+            break
+        shown.append(name)
+    return ", ".join(shown)
 
 
 def format_failure(error: BaseException) -> str:
-    """An exception and where it came from, for the log."""
+    """Return an exception and the innermost functions of its traceback, for the log."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
-    places = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
-    return f"{error!r} in {places}"
+    functions = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
+    return f"{error!r} in {functions}"
 
 
 def format_uptime(seconds: float) -> str:
-    """How long something has lasted: "0h 4m"."""
+    """Return a duration in hours and minutes, rounded down: "0h 4m"."""
     minutes = int(seconds // 60)
     return f"{minutes // 60}h {minutes % 60}m"
 
 
 def format_span(seconds: float) -> str:
-    """How long something takes yet: "2d 3h", "3h 12m", "5m", or "now"."""
+    """Return a remaining time, rounded up to minutes: "2d 3h", "3h 12m", "5m", or "now"."""
     minutes = math.ceil(seconds / 60)
     if minutes <= 0:
         return "now"
@@ -306,7 +329,7 @@ def format_span(seconds: float) -> str:
 
 
 def iso_time(epoch_s: float) -> str:
-    """Epoch seconds as ISO 8601 in UTC with milliseconds, for logs and JSON."""
+    """Return epoch seconds as ISO 8601 in UTC with milliseconds."""
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
     return f"{whole}.{int(epoch_s % 1 * 1000):03d}Z"
 
@@ -317,44 +340,44 @@ _TIME = re.compile(
 )
 
 
-def epoch_of(text: str) -> float:
-    """Epoch seconds of an ISO 8601 date or time; one without a zone is in the machine's own.
+def parse_time(text: str) -> float:
+    """Return the epoch seconds of an ISO 8601 date or time. Raises ValueError.
 
-    Raises ValueError.
+    A time without a zone is taken as local time.
     """
     match = _TIME.fullmatch(text.strip())
     if match is None:
-        raise ValueError("is no time such as 2027-01-31 or 2027-01-31T12:00:00Z")
+        raise ValueError("is not a date or time such as 2027-01-31 or 2027-01-31T12:00:00Z")
     year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
     zone = (match[8] or "").replace(":", "")
-    found = datetime.datetime(
+    moment = datetime.datetime(
         year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc if zone else None
     )
-    seconds = found.timestamp() + float(f"0.{match[7] or 0}")
+    seconds = moment.timestamp() + float(f"0.{match[7] or 0}")
     if len(zone) == 5:
-        ahead_s = int(zone[1:3]) * 3600 + int(zone[3:]) * 60
-        seconds -= ahead_s if zone[0] == "+" else -ahead_s
+        offset_s = int(zone[1:3]) * 3600 + int(zone[3:]) * 60
+        seconds -= offset_s if zone[0] == "+" else -offset_s
     return seconds
 
 
 def write_private(path: str, text: str) -> None:
-    """Writes a file that only its owner may read, whole or not at all. Raises OSError."""
-    aside = f"{path}.{secrets.token_hex(4)}.new"
+    """Write a file atomically, readable only by its owner. Raises OSError."""
+    temporary = f"{path}.{secrets.token_hex(4)}.new"
     try:
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
-            os.unlink(aside)
+            os.unlink(temporary)
         raise
 
 
 # ==== 2. Settings ============================================================
-# The class body of Config is the table of settings: attribute, default, environment variable,
-# range, unit and help stand in one row, and everything else that knows settings walks it. A
-# Config is an immutable snapshot. A value that cannot be used stops the start; nothing is
-# guessed. Durations are milliseconds in the environment and are read as seconds by the code.
+# The class body of Config is the table of settings. A row holds the attribute, default,
+# environment variable, range, unit and help text; the parser, the reports and the documentation
+# are generated from the rows. A Config is an immutable snapshot. An invalid value stops the
+# server at its start. Durations are given in milliseconds; the code converts them to seconds.
 
 
 def setting(
@@ -369,10 +392,10 @@ def setting(
     secret: bool = False,
     live: str = "",
 ) -> Any:
-    """One row of the table. The type of the value is the type of `default`.
+    """Return one row of the table. The type of the value is the type of `default`.
 
-    `live` is the name under which the setting can be changed while the server runs; empty = it is
-    read at the start only.
+    `live` is the name under which the setting can be changed while the server runs; empty = the
+    setting is read only at the start.
     """
     return dataclasses.field(
         default=default,
@@ -392,7 +415,7 @@ def setting(
 
 _LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
 
-#: What CLAUDE_ALLOWED_TOOLS=default stands for.
+#: The meaning of CLAUDE_ALLOWED_TOOLS=default.
 DEFAULT_AGENT_TOOLS = (
     "Bash", "Read", "Write", "Edit", "Glob", "Grep", "WebSearch", "WebFetch", "Agent",
 )
@@ -400,7 +423,7 @@ DEFAULT_AGENT_TOOLS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting, with its value. The rows are documented by their help texts."""
+    """Every setting and its value. The help texts document the rows."""
 
     # -- listening ----------------------------------------------------------------------------
     port: int = setting(
@@ -422,9 +445,9 @@ class Config:
     # -- access -------------------------------------------------------------------------------
     auth_mode: str = setting(
         "", "CLAUDE_AUTH_MODE",
-        "who may use the API: none (whoever can connect), shared (holders of PROXY_API_KEY) or "
-        "multi (holders of keys made at /api/keys); empty = shared if PROXY_API_KEY is set, else "
-        "none",
+        "who may use the API: none (everybody who can connect), shared (holders of PROXY_API_KEY) "
+        "or multi (holders of keys made at /api/keys); empty = shared if PROXY_API_KEY is set, "
+        "else none",
         choices=("", "none", "shared", "multi"),
     )
     api_key: str = setting("", "PROXY_API_KEY", "the shared key of the API", secret=True)
@@ -437,7 +460,7 @@ class Config:
         "", "PROXY_ANONYMOUS_KEY", "mode multi: a key for everybody, without quota", secret=True
     )
     advertise_anonymous_key: bool = setting(
-        True, "PROXY_ADVERTISE_ANON_KEY", "/health tells the anonymous key to whoever asks"
+        True, "PROXY_ADVERTISE_ANON_KEY", "/health shows the anonymous key to everybody"
     )
     wrong_key_delay_ms: int = setting(
         2_000, "OCP_WRONG_KEY_DELAY",
@@ -446,7 +469,8 @@ class Config:
     )
     # -- claude -------------------------------------------------------------------------------
     claude_bin: str = setting(
-        "", "CLAUDE_BIN", "path of the claude program; empty = looked for on PATH and usual places"
+        "", "CLAUDE_BIN",
+        "path of the claude program; empty = searched on PATH and in the usual places",
     )
     default_model: str = setting(
         "sonnet", "OCP_DEFAULT_MODEL",
@@ -461,7 +485,7 @@ class Config:
     )
     pass_env: str = setting(
         "", "OCP_PASS_ENV",
-        "environment variables that claude gets besides the usual ones, comma separated",
+        "additional environment variables that are passed to claude, comma separated",
     )
     # -- spares -------------------------------------------------------------------------------
     warm_processes: int = setting(
@@ -469,7 +493,7 @@ class Config:
         minimum=0, maximum=8, live="warmProcesses",
     )
     warm_total: int = setting(
-        4, "OCP_WARM_TOTAL", "idle claude processes over all models", minimum=0, maximum=32,
+        4, "OCP_WARM_TOTAL", "idle claude processes of all models", minimum=0, maximum=32,
         live="warmTotal",
     )
     warm_idle_ms: int = setting(
@@ -499,7 +523,7 @@ class Config:
     # -- conversations ------------------------------------------------------------------------
     parked_processes: int = setting(
         4, "OCP_PARKED_PROCESSES",
-        "processes that wait with their conversation for its next message; 0 = none",
+        "processes that stay with their conversation and wait for its next message; 0 = none",
         minimum=0, maximum=64, live="parkedProcesses",
     )
     session_ttl_ms: int = setting(
@@ -508,22 +532,23 @@ class Config:
     )
     session_id: bool = setting(
         False, "OCP_SESSION_ID",
-        "take the field session_id and the header X-Session-Id for ocp_session_id; not where "
-        "clients only group requests by them", live="sessionId",
+        "accept the field session_id and the header X-Session-Id as ocp_session_id; leave this off "
+        "if clients use them only to group requests", live="sessionId",
     )
     max_prompt_chars: int = setting(
         0, "CLAUDE_MAX_PROMPT_CHARS",
-        "longest prompt, of which the oldest messages are dropped; 0 = three for each token of "
-        "the model's window",
+        "longest prompt; the oldest messages beyond it are dropped; 0 = three characters for each "
+        "token of the model's window",
         unit="characters", minimum=0, maximum=100_000_000, live="maxPromptChars",
     )
     # -- cache --------------------------------------------------------------------------------
     cache_ttl_ms: int = setting(
-        0, "CLAUDE_CACHE_TTL", "how long an answer is served again to the same request; 0 = never",
+        0, "CLAUDE_CACHE_TTL",
+        "how long a stored answer is served again for the same request; 0 = never",
         unit="ms", minimum=0, maximum=86_400_000, live="cacheTTL",
     )
     cache_max_bytes: int = setting(
-        33_554_432, "OCP_CACHE_MAX_BYTES", "what all cached answers may take in memory",
+        33_554_432, "OCP_CACHE_MAX_BYTES", "memory for all cached answers",
         unit="bytes", minimum=65_536, maximum=4_294_967_296, live="cacheMaxBytes",
     )
     cache_sampled: bool = setting(
@@ -532,15 +557,15 @@ class Config:
     )
     # -- limits -------------------------------------------------------------------------------
     max_concurrent: int = setting(
-        8, "CLAUDE_MAX_CONCURRENT", "answers at the same time", minimum=1, maximum=64,
-        live="maxConcurrent",
+        8, "CLAUDE_MAX_CONCURRENT", "answers that may run at the same time",
+        minimum=1, maximum=64, live="maxConcurrent",
     )
     max_queue: int = setting(
         16, "CLAUDE_MAX_QUEUE", "requests that may wait for their turn", minimum=0, maximum=1000,
         live="maxQueue",
     )
     queue_retry_after_s: int = setting(
-        5, "CLAUDE_QUEUE_RETRY_AFTER", "Retry-After of a refusal for a full queue",
+        5, "CLAUDE_QUEUE_RETRY_AFTER", "Retry-After when the queue is full",
         unit="s", minimum=1, maximum=60, live="queueRetryAfter",
     )
     max_connections: int = setting(
@@ -564,7 +589,7 @@ class Config:
     )
     max_image_total_bytes: int = setting(
         23_068_672, "CLAUDE_MAX_IMAGE_TOTAL_BYTES",
-        "images and files of one request together, decoded", unit="bytes", minimum=1,
+        "total size of the images and files in one request, decoded", unit="bytes", minimum=1,
     )
     # -- time ---------------------------------------------------------------------------------
     timeout_ms: int = setting(
@@ -603,35 +628,35 @@ class Config:
         unit="days", minimum=1, maximum=3650, live="usageDays",
     )
     log_level: str = setting(
-        "info", "OCP_LOG_LEVEL", "least level that is logged",
+        "info", "OCP_LOG_LEVEL", "minimum level that is logged",
         choices=("debug", "info", "warn", "error"),
     )
 
     @property
     def mode(self) -> str:
-        """The access mode in force: "none", "shared" or "multi"."""
+        """The effective access mode: "none", "shared" or "multi"."""
         return self.auth_mode or ("shared" if self.api_key else "none")
 
     @property
     def is_agent(self) -> bool:
-        """Whether claude may use tools of its own on the server."""
+        """Whether claude may run its own tools on the server."""
         return bool(self.allowed_tools or self.skip_permissions or self.mcp_config)
 
     @property
     def is_usable_without_key(self) -> bool:
-        """Whether others than this machine can use the API without having been given a key."""
+        """Whether other machines can use the API without a secret key."""
         keyless = self.mode == "none" or bool(self.advertised_key)
         return keyless and self.bind not in _LOOPBACK_NAMES
 
     @property
     def advertised_key(self) -> str:
-        """The key that /health tells to whoever asks, or an empty string."""
-        shown = self.mode == "multi" and self.advertise_anonymous_key
-        return self.anonymous_key if shown else ""
+        """The key that /health shows to everybody, or an empty string."""
+        is_shown = self.mode == "multi" and self.advertise_anonymous_key
+        return self.anonymous_key if is_shown else ""
 
     @property
     def secrets(self) -> frozenset[str]:
-        """The keys of this server itself."""
+        """The keys that are settings of this server."""
         return frozenset({self.api_key, self.admin_key, self.anonymous_key} - {""})
 
     @property
@@ -640,13 +665,13 @@ class Config:
         return os.path.abspath(os.path.expanduser(self.home))
 
 
-#: An origin, or a pattern of origins that no site of somebody else's fits.
+#: An origin, or a pattern that cannot match an origin of another owner.
 _ORIGIN = re.compile(
     r"[^*]*|https?://(\*\.)?[^*/:]+(:(\*|\d+))?/?|(?!https?:)[a-z][a-z0-9+.-]*://[^/]*/?",
     re.IGNORECASE,
 )
 
-#: Rules across settings: (is broken, what to do about it).
+#: Rules across settings: (test that is true if the rule is broken, error message).
 CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda config: config.mode == "shared" and not config.api_key,
@@ -663,16 +688,17 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda config: config.mode != "multi" and bool(config.anonymous_key),
-        "PROXY_ANONYMOUS_KEY means something with CLAUDE_AUTH_MODE=multi only",
+        "PROXY_ANONYMOUS_KEY has an effect only with CLAUDE_AUTH_MODE=multi: set both or none",
     ),
     (
         lambda config: bool(config.admin_key)
         and config.admin_key in (config.api_key, config.anonymous_key),
-        "OCP_ADMIN_KEY is also the key of clients: every one of them would be an admin",
+        "OCP_ADMIN_KEY is also the key of clients, which would make every client an admin: choose "
+        "another one",
     ),
     (
         lambda config: bool(config.tls_cert) != bool(config.tls_key),
-        "OCP_TLS_CERT and OCP_TLS_KEY belong together: set both or none",
+        "OCP_TLS_CERT and OCP_TLS_KEY need each other: set both or none",
     ),
     (
         lambda config: config.is_agent and config.is_usable_without_key,
@@ -681,14 +707,14 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "anonymous key to yourself with PROXY_ADVERTISE_ANON_KEY=0",
     ),
     (
-        lambda config: not all(map(_ORIGIN.fullmatch, listed(config.allowed_origins))),
-        "OCP_ALLOWED_ORIGINS takes origins, such as https://app.example.org; a * may stand for "
-        "what comes before a domain, for a port, or behind a scheme that is not of the web, as "
-        "in https://*.example.org, http://localhost:*, vscode-webview://*",
+        lambda config: not all(map(_ORIGIN.fullmatch, split_list(config.allowed_origins))),
+        "OCP_ALLOWED_ORIGINS takes origins, such as https://app.example.org; a * may replace the "
+        "subdomain, the port, or the name after a scheme other than http and https, as in "
+        "https://*.example.org, http://localhost:*, vscode-webview://*",
     ),
 )
 
-#: What JSON calls the types of settings.
+#: The JSON names of the types of settings.
 _JSON_TYPES = {int: "integer", bool: "boolean", str: "string"}
 
 #: Settings of the original that do not exist here: (name, or prefix with a star, why).
@@ -710,7 +736,7 @@ _FALSE_WORDS = ("0", "false", "no", "off")
 
 
 class ConfigError(Exception):
-    """Settings that cannot be used. `args[0]` has one line for each problem."""
+    """Invalid settings. `args[0]` has one line for each problem."""
 
 
 def _parse_integer(row: dataclasses.Field[Any], text: str) -> int:
@@ -720,12 +746,12 @@ def _parse_integer(row: dataclasses.Field[Any], text: str) -> int:
         raise ValueError("is not a whole number")
     if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
         span = f"{minimum} or more" if maximum is None else f"from {minimum} to {maximum}"
-        raise ValueError(f"is out of range: it takes {span}")
+        raise ValueError(f"is out of range: must be {span}")
     return value
 
 
 def parse_setting(row: dataclasses.Field[Any], text: str) -> int | str | bool:
-    """The value that `text` stands for in this row. Raises ValueError saying what is wrong."""
+    """Return the value of `text` for this row. Raises ValueError with the reason."""
     text = text.strip()
     if isinstance(row.default, bool):
         if text.lower() not in _TRUE_WORDS + _FALSE_WORDS:
@@ -735,12 +761,12 @@ def parse_setting(row: dataclasses.Field[Any], text: str) -> int | str | bool:
         return _parse_integer(row, text)
     choices = row.metadata["choices"]
     if choices and text not in choices:
-        raise ValueError("is none of " + ", ".join(choice for choice in choices if choice))
+        raise ValueError("is not one of " + ", ".join(choice for choice in choices if choice))
     return text
 
 
-def checked_setting(row: dataclasses.Field[Any], value: object) -> int | str | bool:
-    """The value that JSON gives for this row. Raises ValueError saying what is wrong."""
+def setting_from_json(row: dataclasses.Field[Any], value: object) -> int | str | bool:
+    """Return the value for this row from a JSON value. Raises ValueError with the reason."""
     kind = type(row.default)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -751,15 +777,15 @@ def checked_setting(row: dataclasses.Field[Any], value: object) -> int | str | b
 
 
 def live_settings() -> dict[str, dataclasses.Field[Any]]:
-    """The rows that can be changed while the server runs, by their names there."""
+    """Return the rows that can be changed while the server runs, by their `live` names."""
     rows = dataclasses.fields(Config)
     return {row.metadata["live"]: row for row in rows if row.metadata["live"]}
 
 
 def load_config(environ: Mapping[str, str]) -> Config:
-    """The settings of this environment. An empty variable counts as not set.
+    """Return the settings of this environment. An empty variable counts as not set.
 
-    Raises ConfigError with every problem at once, never only the first.
+    Raises ConfigError with all problems, not only the first one.
     """
     values: dict[str, int | str | bool] = {}
     problems: list[str] = []
@@ -781,22 +807,20 @@ def load_config(environ: Mapping[str, str]) -> Config:
 
 
 def removed_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The variables of this environment that no longer mean anything: (name, why)."""
-    found = []
-    for name in sorted(environ):
-        for pattern, why in REMOVED_SETTINGS:
-            if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
-                found.append((name, why))
-    return found
+    """Return the variables of this environment that are in REMOVED_SETTINGS: (name, why)."""
+    return [
+        (name, why) for name in sorted(environ) for pattern, why in REMOVED_SETTINGS
+        if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
+    ]
 
 
-def listed(text: str) -> tuple[str, ...]:
-    """The items of a comma-separated setting."""
+def split_list(text: str) -> tuple[str, ...]:
+    """Return the items of a comma-separated setting."""
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def settings_markdown() -> str:
-    """The settings table as it stands in the README."""
+    """Return the settings table of the README."""
     lines = [
         "| variable | default | range | at run time | what it is |",
         "| --- | --- | --- | --- | --- |",
@@ -818,22 +842,22 @@ def settings_markdown() -> str:
 
 
 # ==== 3. Errors ==============================================================
-# One class for each failure that a client can be told about. A class is a row: status, type
-# and code in the OpenAI shape, type in the Anthropic shape. An instance adds the message, which
-# says what to do next. Nothing outside this section and the dialects knows a status code.
-# ClientGone is apart: nobody is left to be told. ConfigError belongs to the operator.
+# One class for each failure that is reported to a client. A class is a row of a table: status,
+# type and code for OpenAI clients, type for Anthropic clients. An instance adds the message, which
+# says what to do next. ClientGone is separate because it is never sent, and ConfigError (see
+# Settings) because it is shown only to the operator.
 
 
 class OcpError(Exception):
-    """A failure of ours, and the base of all others."""
+    """An internal failure, and the base class of all errors that clients receive."""
 
     status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "server_error"
     anthropic_type: ClassVar[str] = "api_error"
     code: ClassVar[str | None] = None
-    #: Whether the same request may succeed later without anybody doing anything.
+    #: Whether simply repeating the request later may succeed.
     retryable: ClassVar[bool] = True
-    #: Whether the request was turned away before anything was done for it.
+    #: Whether the request was rejected before any work was done for it.
     rejected_before_work: ClassVar[bool] = False
 
     def __init__(
@@ -844,40 +868,39 @@ class OcpError(Exception):
         code: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        """`param` names the field that is wrong; `retry_after_s` says when to come back."""
+        """`param` names the invalid field; `retry_after_s` becomes the header Retry-After."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.error_code = code or self.code
         self.retry_after_s = retry_after_s
-        #: More for programs that read the error, beside the message.
+        #: Additional JSON fields for programs that read the error.
         self.details: Json = {}
-        #: Whether the log has it already.
+        #: Whether the error is in the log already.
         self.logged = False
-        #: Whether the API turned the request away by itself: quotas do not count that.
+        #: Whether the API itself rejected the request: quotas do not count such requests.
         self.refused_upstream = False
 
     def headers(self) -> dict[str, str]:
-        """The response headers that belong to this failure."""
-        found = {}
+        """Return the response headers for this error."""
+        headers = {}
         if self.retry_after_s is not None:
-            found["Retry-After"] = str(max(1, round(self.retry_after_s)))
+            headers["Retry-After"] = str(max(1, round(self.retry_after_s)))
         if not self.retryable:
-            found["x-should-retry"] = "false"
-        return found
+            headers["x-should-retry"] = "false"
+        return headers
 
 
 class BadRequest(OcpError):
-    """The request is malformed; `param` says where."""
+    """The request is malformed; `param` names the field."""
 
     status = 400
-    openai_type = "invalid_request_error"
-    anthropic_type = "invalid_request_error"
+    openai_type = anthropic_type = "invalid_request_error"
     retryable = False
 
 
 class Unsupported(BadRequest):
-    """The request asks for something that cannot be had here."""
+    """The request uses a feature that this server does not have."""
 
     code = "unsupported_parameter"
 
@@ -889,31 +912,29 @@ class ContextTooLong(BadRequest):
 
 
 class Unauthorized(OcpError):
-    """No key, or not the right one."""
+    """The key is missing or wrong."""
 
     status = 401
-    openai_type = "authentication_error"
-    anthropic_type = "authentication_error"
+    openai_type = anthropic_type = "authentication_error"
     code = "invalid_api_key"
     retryable = False
     rejected_before_work = True
 
     def headers(self) -> dict[str, str]:
-        """Names the scheme, as HTTP wants with a 401."""
+        """Return the headers, with the authentication scheme that HTTP requires for a 401."""
         return {**super().headers(), "WWW-Authenticate": 'Bearer realm="ocp"'}
 
 
 class Forbidden(OcpError):
-    """The caller is known, or does not matter, and may not do this."""
+    """The caller has no permission for this."""
 
     status = 403
-    openai_type = "permission_error"
-    anthropic_type = "permission_error"
+    openai_type = anthropic_type = "permission_error"
     retryable = False
 
 
 class NotFound(OcpError):
-    """There is no such thing here."""
+    """The requested object or path does not exist."""
 
     status = 404
     openai_type = "invalid_request_error"
@@ -922,7 +943,7 @@ class NotFound(OcpError):
 
 
 class UnknownModel(NotFound):
-    """The model is not one of ours."""
+    """No model has this name."""
 
     code = "model_not_found"
 
@@ -931,8 +952,7 @@ class MethodNotAllowed(OcpError):
     """The path exists, but not for this method."""
 
     status = 405
-    openai_type = "invalid_request_error"
-    anthropic_type = "invalid_request_error"
+    openai_type = anthropic_type = "invalid_request_error"
     retryable = False
 
     def __init__(self, message: str, allowed: Iterable[str]) -> None:
@@ -940,16 +960,15 @@ class MethodNotAllowed(OcpError):
         self.allowed = tuple(allowed)
 
     def headers(self) -> dict[str, str]:
-        """Names the methods that the path takes."""
+        """Return the headers, with the methods that the path accepts."""
         return {**super().headers(), "Allow": ", ".join(self.allowed)}
 
 
 class Conflict(OcpError):
-    """Something of this name is there already."""
+    """The name is in use."""
 
     status = 409
-    openai_type = "invalid_request_error"
-    anthropic_type = "invalid_request_error"
+    openai_type = anthropic_type = "invalid_request_error"
     code = "name_taken"
     retryable = False
 
@@ -958,12 +977,11 @@ class RequestTimeout(OcpError):
     """The request did not arrive in time."""
 
     status = 408
-    openai_type = "invalid_request_error"
-    anthropic_type = "invalid_request_error"
+    openai_type = anthropic_type = "invalid_request_error"
 
 
 class TooLarge(OcpError):
-    """The body, or an image in it, is larger than this server takes."""
+    """The body, or an image in it, is larger than this server accepts."""
 
     status = 413
     openai_type = "invalid_request_error"
@@ -972,32 +990,30 @@ class TooLarge(OcpError):
 
 
 class HeadTooLarge(OcpError):
-    """The request line or a header is longer than this server takes."""
+    """The request line or a header is longer than this server accepts."""
 
     status = 431
-    openai_type = "invalid_request_error"
-    anthropic_type = "invalid_request_error"
+    openai_type = anthropic_type = "invalid_request_error"
     retryable = False
 
 
 class QueueFull(OcpError):
-    """Too many requests wait already."""
+    """Too many requests are waiting."""
 
     status = 429
-    openai_type = "rate_limit_error"
-    anthropic_type = "rate_limit_error"
+    openai_type = anthropic_type = "rate_limit_error"
     code = "rate_limit_exceeded"
     rejected_before_work = True
 
 
 class RateLimited(QueueFull):
-    """The API itself asks for fewer requests for a moment."""
+    """The API applied a rate limit."""
 
     rejected_before_work = False
 
 
 class QuotaExceeded(OcpError):
-    """A key has used up what the operator allows it until a reset."""
+    """A key has used up a quota, until the period ends."""
 
     status = 429
     openai_type = "quota_exceeded"
@@ -1008,7 +1024,7 @@ class QuotaExceeded(OcpError):
 
 
 class PlanLimit(OcpError):
-    """A limit of the plan is used up until its reset."""
+    """A limit of the plan is used up, until it resets."""
 
     status = 429
     openai_type = "insufficient_quota"
@@ -1021,14 +1037,13 @@ class LoginLost(OcpError):
     """claude is not logged in, or its login was refused."""
 
     status = 401
-    openai_type = "authentication_error"
-    anthropic_type = "authentication_error"
+    openai_type = anthropic_type = "authentication_error"
     code = "upstream_login_required"
     retryable = False
 
 
 class ClaudeUnavailable(OcpError):
-    """There is no claude program that could be used."""
+    """No usable claude program was found."""
 
     status = 503
     code = "claude_unavailable"
@@ -1037,17 +1052,17 @@ class ClaudeUnavailable(OcpError):
 
 
 class ClaudeMissing(ClaudeUnavailable):
-    """The program was not found."""
+    """The claude program was not found."""
 
 
 class ClaudeAway(ClaudeUnavailable):
-    """The program was there a moment ago; updating it takes it away for seconds."""
+    """The claude program has just disappeared, as it does for seconds during an update."""
 
     retryable = True
 
 
 class ClaudeTooOld(ClaudeUnavailable):
-    """The program is older than what OCP was tested with."""
+    """The claude program is older than the oldest version that OCP supports."""
 
 
 class UpstreamFailed(OcpError):
@@ -1058,13 +1073,13 @@ class UpstreamFailed(OcpError):
 
 
 class EmptyAnswer(BadRequest):
-    """The model said nothing. 400 because clients ask again and again after any other status."""
+    """The model returned an empty answer. 400, because clients retry after any other status."""
 
     code = "empty_answer"
 
 
 class UpstreamForbidden(Forbidden):
-    """The API refused this account, or this model to it."""
+    """The API rejected this account, or does not give it this model."""
 
     code = "upstream_forbidden"
 
@@ -1094,7 +1109,7 @@ class Busy(OcpError):
 
 
 class MemoryFull(OcpError):
-    """A caller's requests and unread answers take too much memory."""
+    """The requests and unread answers of a caller take too much memory."""
 
     status = 503
     anthropic_type = "overloaded_error"
@@ -1102,7 +1117,7 @@ class MemoryFull(OcpError):
 
 
 class Draining(OcpError):
-    """The server is about to stop."""
+    """The server is shutting down."""
 
     status = 503
     anthropic_type = "overloaded_error"
@@ -1111,7 +1126,7 @@ class Draining(OcpError):
 
 
 class NotReady(OcpError):
-    """The server runs, but a request would not be answered."""
+    """The server runs, but cannot answer requests."""
 
     status = 503
     anthropic_type = "overloaded_error"
@@ -1126,83 +1141,86 @@ class StorageFailed(OcpError):
 
 
 class StorageLocked(StorageFailed):
-    """Another program holds the database."""
+    """Another program has locked the database."""
 
     code = "database_locked"
 
 
 class StorageFull(StorageFailed):
-    """The disk has no room for what has to be kept."""
+    """The disk is full, so the database cannot be written."""
 
     status = 507
     code = "disk_full"
 
 
 class ClientGone(Exception):
-    """The client closed its connection: there is nobody to tell anything. What its row of usage
-    says instead is here."""
+    """The client closed its connection, so no error is sent. Status and outcome go into its row of
+    usage."""
 
     status: ClassVar[int] = 499
-    word: ClassVar[str] = "abandoned"
+    outcome: ClassVar[str] = "abandoned"
 
 
 # ==== 4. Log =================================================================
-# One event is one flat record with a fixed name in the past tense. It goes to a rotated file as
-# a JSON line, to the terminal as a plain line, and into a ring for GET /logs. Never a prompt,
-# never a secret: callers pass names, counts and durations, and text is redacted here. What the
-# operator changes goes into a ring and a file of its own too, out of which nothing else pushes it.
+# An event is one flat record with a fixed name in the past tense. It is written as a JSON line to
+# a rotated file and as a plain line to the terminal, and kept in a ring buffer for GET /logs. No
+# prompts and no secrets: callers pass names, counts and durations, and text is redacted here.
+# Changes by the operator are audit events: they have a ring and a file of their own, so that
+# other events cannot displace them.
 
 LEVELS = ("debug", "info", "warn", "error")
-#: How many events GET /logs can tell, and how many more of what the operator changed.
+#: How many events are kept in memory for GET /logs, and how many audit events.
 _RING_EVENTS = 800
 _RING_AUDITS = 200
-#: What of a line is printed: in UTF-8 never more than a pipe takes at once.
-_MAX_SHOWN_CHARS = 1_000
+#: The length of a printed line: as UTF-8 it never exceeds PIPE_BUF.
+_MAX_PRINTED_CHARS = 1_000
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
-    """A rotated file that is private from birth and whose failures stay its own."""
+    """A rotated file, created readable only by its owner, that ignores failed writes."""
 
     def _open(self) -> io.TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk must not stop an answer; the terminal and the ring still have the event."""
+        """Ignore the error: a full disk must not stop an answer."""
 
 
 def _log_value(value: object) -> object:
-    """A value as the log may hold it: text on one line, redacted, short and printable."""
+    """Return a value for the log, with text redacted, shortened, printable and on one line."""
     if isinstance(value, (bool, int, float)) or value is None:
         return value
     if isinstance(value, Mapping):
         return {str(_log_value(str(key))): _log_value(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_log_value(each) for each in value]
-    return printable(one_line(redacted(str(value)), 500))
+    return printable(one_line(redact(str(value)), 500))
 
 
 class Log:
-    """Where events go. `event` and `audit` never raise."""
+    """Writes events to files, the terminal and rings. `event` and `audit` never raise."""
 
-    def __init__(self, stream: TextIO | None, least_level: str, clock: Clock = time.time) -> None:
-        """`stream` is None where the server was started without one."""
+    def __init__(self, stream: TextIO | None, minimum_level: str, clock: Clock = time.time) -> None:
+        """`stream` is None if the server was started without one."""
         self._stream = stream
-        self._least = LEVELS.index(least_level)
+        self._minimum = LEVELS.index(minimum_level)
         self._clock = clock
         # Guards the rings, the files and the order of lines on the stream. Held for one event.
         self._lock = threading.Lock()
-        #: Events with their numbers: what the operator changed, and all others.
+        #: The latest audit events and other events, each with its sequence number.
         self._audits: collections.deque[tuple[int, Json]] = collections.deque(maxlen=_RING_AUDITS)
         self._ring: collections.deque[tuple[int, Json]] = collections.deque(maxlen=_RING_EVENTS)
-        #: How many events there were.
+        #: The sequence number of the next event.
         self._count = 0
         self._file: _LogFile | None = None
         self._audit_file: _LogFile | None = None
 
     def to_file(self, path: str) -> None:
-        """From now on also to `path`, rotated at 10 MB, and what is audited to audit.log beside it,
-        rotated at 1 MB; three old ones of each are kept. Raises OSError."""
+        """Write later events to `path` too, and audit events to audit.log beside it.
+
+        The files are rotated at 10 MB and 1 MB, with three backups each. Raises OSError.
+        """
         folder = os.path.dirname(path)
         os.makedirs(folder, mode=0o700, exist_ok=True)
         handler = _LogFile(path, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
@@ -1214,12 +1232,12 @@ class Log:
             self._file, self._audit_file = handler, audits
 
     def event(self, level: str, name: str, **fields: object) -> None:
-        """Records one event. Text is redacted, cut to one line and made printable."""
-        if LEVELS.index(level) >= self._least:
+        """Log one event, if its level is logged. Fields that are None are left out."""
+        if LEVELS.index(level) >= self._minimum:
             self._record(level, name, fields, is_audit=False)
 
     def audit(self, name: str, **fields: object) -> None:
-        """Records what the operator changed, whatever the least level is."""
+        """Log a change by the operator, whatever the minimum level is."""
         self._record("info", name, fields, is_audit=True)
 
     def _record(
@@ -1240,47 +1258,48 @@ class Log:
             self._audit_file.handle(line)
         fields = " ".join(f"{k}={v}" for k, v in entry.items() if k not in ("ts", "level", "event"))
         clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
-        self._show(f"{clock} {entry['level']:5} {entry['event']} {fields}")
+        self._print(f"{clock} {entry['level']:5} {entry['event']} {fields}")
 
-    def _show(self, line: str) -> None:
-        """Prints a line, unless nobody reads: a pipe that is full must not stop the server. The
-        event is in the file and in the ring all the same."""
+    def _print(self, line: str) -> None:
+        """Print a line, unless that would block: a full pipe must not stop the server."""
         with contextlib.suppress(OSError, ValueError):
-            if self._stream is not None and self._takes_more(self._stream):
-                print(line[:_MAX_SHOWN_CHARS], file=self._stream, flush=True)
+            if self._stream is not None and self._is_writable(self._stream):
+                print(line[:_MAX_PRINTED_CHARS], file=self._stream, flush=True)
 
-    def _takes_more(self, stream: TextIO) -> bool:
-        """Whether the stream takes a line without waiting for its reader. Raises OSError."""
+    def _is_writable(self, stream: TextIO) -> bool:
+        """Return whether a line can be written without blocking. Raises OSError."""
         try:
             descriptor = stream.fileno()
         except io.UnsupportedOperation:
             return True
-        # A pipe is ready for writing when it takes PIPE_BUF bytes at once.
+        # A pipe is reported as writable if it has room for PIPE_BUF bytes.
         ready = select.poll()
         ready.register(descriptor, select.POLLOUT)
         return bool(ready.poll(0))
 
     def recent(self, count: int, level: str) -> list[Json]:
-        """The newest `count` events of this level or worse, oldest first; "all" = every level,
-        "audit" = what the operator changed."""
+        """Return the newest `count` events of at least this level, oldest first; "all" = every
+        level, "audit" = audit events only."""
         minimum = LEVELS.index(level) if level in LEVELS else 0
         with self._lock:
-            kept = list(self._audits) if level == "audit" else self._kept()
-        found = [entry for _, entry in kept if LEVELS.index(entry["level"]) >= minimum]
-        return found[-count:] if count else []
+            numbered = list(self._audits) if level == "audit" else self._numbered_events()
+        entries = [entry for _, entry in numbered if LEVELS.index(entry["level"]) >= minimum]
+        return entries[-count:] if count else []
 
-    def _kept(self) -> list[tuple[int, Json]]:
-        """What both rings hold, oldest first. To be called with the lock."""
+    def _numbered_events(self) -> list[tuple[int, Json]]:
+        """Return the events of both rings, oldest first. The caller holds the lock."""
         return sorted([*self._audits, *self._ring], key=lambda numbered: numbered[0])
 
-    def since(self, seen: int) -> tuple[list[Json], int]:
-        """The events behind the first `seen`, as far as they are still there, and how many there
-        are now."""
+    def since(self, first: int) -> tuple[list[Json], int]:
+        """Return the events from sequence number `first` on that are still in memory, and the
+        number of the next event."""
         with self._lock:
-            return [entry for number, entry in self._kept() if number >= seen], self._count
+            return [
+                entry for number, entry in self._numbered_events() if number >= first
+            ], self._count
 
     def close(self) -> None:
-        """Closes the files; later events go to the stream and the rings only."""
+        """Close the files; later events go only to the stream and the rings."""
         with self._lock:
             handlers = (self._file, self._audit_file)
             self._file = self._audit_file = None
@@ -1289,46 +1308,47 @@ class Log:
                 handler.close()
 
 
-#: How many refusals of one peer have a line of their own in a minute, and how many peers.
-_REFUSALS_TOLD = 5
+#: How many refusals of one peer are logged one by one in a period, how many peers are counted
+#: separately, and how long a period lasts.
+_MAX_LOGGED_REFUSALS = 5
 _MAX_REFUSED_PEERS = 32
-_REFUSALS_EVERY_S = 60.0
+_REFUSALS_PERIOD_S = 60.0
 
 
 class Refusals:
-    """Logs what strangers are refused: a few lines for each peer and minute, and then their sum,
-    so that nobody without a key can fill the log."""
+    """Logs refused requests, so that nobody without a key can fill the log: a few events for each
+    peer and minute, then one event with the counts."""
 
     def __init__(self, log: Log, clock: Clock = time.monotonic) -> None:
         self._log = log
         self._clock = clock
-        # Guards the next fields; never held for a line of the log.
+        # Guards the next fields; never held while an event is logged.
         self._lock = threading.Lock()
         self._since_s = clock()
-        #: How often each status was told to each peer of this minute; "others" beyond so many.
+        #: Number of refusals in this period by peer and status; all further peers are "others".
         self._counts: dict[str, collections.Counter[int]] = {}
 
-    def note(self, peer: str, status: int, **fields: object) -> None:
-        """Records one refusal."""
+    def record(self, peer: str, status: int, **fields: object) -> None:
+        """Count one refusal, and log it unless this peer has had too many."""
         group = peer_group(peer)
         with self._lock:
             is_listed = group in self._counts or len(self._counts) < _MAX_REFUSED_PEERS
             counts = self._counts.setdefault(
                 group if is_listed else "others", collections.Counter()
             )
-            told = is_listed and sum(counts.values()) < _REFUSALS_TOLD
+            is_logged = is_listed and sum(counts.values()) < _MAX_LOGGED_REFUSALS
             counts[status] += 1
-        if told:
+        if is_logged:
             self._log.event("info", "request_refused", peer=peer, status=status, **fields)
 
     def tend(self, *, at_once: bool = False) -> None:
-        """Logs the sums of a minute that is over, or `at_once`."""
+        """Log the counts if the period is over, or `at_once`, and begin a new period."""
         with self._lock:
-            if not at_once and self._clock() - self._since_s < _REFUSALS_EVERY_S:
+            if not at_once and self._clock() - self._since_s < _REFUSALS_PERIOD_S:
                 return
-            counted, self._counts, self._since_s = self._counts, {}, self._clock()
-        for peer, counts in counted.items():
-            if peer == "others" or sum(counts.values()) > _REFUSALS_TOLD:
+            finished, self._counts, self._since_s = self._counts, {}, self._clock()
+        for peer, counts in finished.items():
+            if peer == "others" or sum(counts.values()) > _MAX_LOGGED_REFUSALS:
                 statuses = {str(status): count for status, count in sorted(counts.items())}
                 self._log.event(
                     "warn", "requests_refused", peer=peer, count=sum(counts.values()),
@@ -1337,11 +1357,11 @@ class Refusals:
 
 
 # ==== 5. Models ==============================================================
-# models.json beside this file is the source; BUILTIN_MODELS is the same, so that this file works
-# when copied alone (a test holds the two equal). A model says what its API takes: whether it
-# accepts sampling parameters, how it thinks, and which levels of effort it knows. Older models
-# are served by their names and listed nowhere. A name is compared in one spelling; one without a
-# row gets the facts of the row that its family and version are nearest to.
+# The models come from models.json beside this file. BUILTIN_MODELS is a copy of it, so that this
+# file works alone (a test compares the two). A model states what the API accepts for it: sampling
+# parameters, the kind of thinking, and the levels of effort. Older models are served by name but
+# not listed. Names are compared in a canonical form. An unlisted name of a Claude model gets the
+# properties of the listed model that is nearest by family and version.
 
 BUILTIN_MODELS: Json = {
     "version": 1,
@@ -1435,32 +1455,32 @@ BUILTIN_MODELS: Json = {
 
 
 class Model(NamedTuple):
-    """One model and what its API takes."""
+    """One model and what the API accepts for it."""
 
     id: str
     display_name: str
-    #: Whether it thinks unless told otherwise.
+    #: Whether it thinks by default.
     reasoning: bool
     context_window: int
     max_tokens: int
-    #: "adaptive" (the model decides, effort steers it) or "budget" (so many tokens).
+    #: "adaptive" (the model decides, guided by the effort) or "budget" (a number of tokens).
     thinking: str
-    #: Whether the API takes temperature and top_p for it.
+    #: Whether the API accepts temperature and top_p.
     sampling: bool
-    #: Levels of effort, least first; empty = it knows none.
+    #: The accepted levels of effort, lowest first; empty = none.
     efforts: tuple[str, ...]
-    #: Whether claude takes it with a window of LONG_CONTEXT_TOKENS too, when asked to.
+    #: Whether claude also offers it with a window of LONG_CONTEXT_TOKENS.
     long_context: bool = False
-    #: Whether it is one of those that clients are told about.
+    #: Whether it is in the list of models that clients get.
     listed: bool = True
-    #: False for a name that models.json does not have.
+    #: Whether its name is in models.json.
     known: bool = True
-    #: The name that claude is started with: the id, or more exact than it.
+    #: The model name passed to claude: the id, or a more specific name.
     argument: str = ""
 
     @property
     def lineage(self) -> tuple[str, tuple[int, ...]]:
-        """Family and version as the id tells them."""
+        """Family and version, see lineage_of."""
         return lineage_of(self.id)
 
 
@@ -1474,12 +1494,15 @@ _MODEL_FIELDS: tuple[tuple[str, type], ...] = (
 
 
 def _model(row: Json, *, listed: bool) -> Model:
-    """The model of a row. Raises ValueError, KeyError, TypeError."""
+    """Return the model of a row of models.json. Raises ValueError, KeyError, TypeError."""
     for name, kind in _MODEL_FIELDS:
         if type(row[name]) is not kind:
-            raise ValueError(f"{row.get('id')}: {name} is no {kind.__name__}")
+            raise ValueError(f"{row.get('id')}: {name} is not of type {kind.__name__}")
     if row["thinking"] not in _THINKING or not set(row["efforts"]) <= set(_EFFORTS):
-        raise ValueError(f"{row['id']}: thinking or efforts is none that is known")
+        raise ValueError(
+            f"{row['id']}: thinking must be one of {', '.join(_THINKING)}, "
+            f"and efforts a list of {', '.join(_EFFORTS)}"
+        )
     return Model(
         id=row["id"],
         display_name=row["displayName"],
@@ -1495,20 +1518,20 @@ def _model(row: Json, *, listed: bool) -> Model:
     )
 
 
-#: How claude is told to give a model its long window, and how long that is.
+#: The suffix by which claude selects the long window of a model, and the size of that window.
 LONG_CONTEXT_SUFFIX = "[1m]"
 LONG_CONTEXT_TOKENS = 1_000_000
-#: How clients write that, before what other endings a name may have.
+#: The forms of the suffix in names from clients; "thinking" may follow it.
 _LONG_CONTEXT = re.compile(r"(?:\[1m\]|[-_ ]1m)(?=(?:[-:]thinking)?$)")
 
 _FAMILIES = "opus|sonnet|haiku|fable|mythos"
-#: From this major version on a name says its family before its version.
+#: From this major version on, the family precedes the version in a name.
 _FAMILY_FIRST_SINCE = 4
 _DATE = re.compile(r"-\d{8}$")
-#: What leads to the one spelling of a name, in this order: what providers put around it
-#: (us.anthropic.X-v1:0, anthropic:X, X:thinking, X@20250929, X-latest), separators, and names such
-#: as "sonnet-4-6" and "claude-4-5-sonnet".
-_SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+#: Replacements that make a name canonical, in this order: they remove what providers add
+#: (us.anthropic.X-v1:0, anthropic:X, X:thinking, X@20250929, X-latest), unify separators, and
+#: complete names such as "sonnet-4-6" and "claude-4-5-sonnet".
+_CANONICAL_FORMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^.*/", ""),
@@ -1524,16 +1547,17 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
-def spelled(name: str) -> str:
-    """Return a model's name in the one spelling in which names are compared."""
+def canonical_name(name: str) -> str:
+    """Return the form of a model's name in which names are compared."""
     text = name.strip().lower()
-    for pattern, replacement in _SPELLINGS:
+    for pattern, replacement in _CANONICAL_FORMS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def lineage_of(model_id: str) -> tuple[str, tuple[int, ...]]:
-    """Return the family and the version in an id; empty where it tells none."""
+    """Return the family and the version in an id, such as ("opus", (4, 8)); either may be
+    empty."""
     words = _DATE.sub("", model_id).split("-")[1:]
     version = tuple(int(word) for word in words if re.fullmatch(r"\d{1,2}", word))
     family = next((word for word in words if word.isalpha()), "")
@@ -1541,53 +1565,53 @@ def lineage_of(model_id: str) -> tuple[str, tuple[int, ...]]:
 
 
 class Models:
-    """The models by name. Immutable."""
+    """All models, found by name. Immutable."""
 
     def __init__(self, source: Json) -> None:
-        """`source` has the shape of models.json. Raises ValueError, KeyError or TypeError if it
-        does not."""
+        """Read the content of models.json. Raises ValueError, KeyError or TypeError if it is
+        invalid."""
         listed = [_model(row, listed=True) for row in source["models"]]
         older = [_model(row, listed=False) for row in source.get("olderModels", ())]
         self._by_id = {model.id: model for model in (*listed, *older)}
         self._aliases: dict[str, str] = {**source["legacyAliases"], **source["aliases"]}
-        lost = [name for name, model_id in self._aliases.items() if model_id not in self._by_id]
-        if lost or not listed:
-            raise ValueError(f"aliases without a model: {lost}" if lost else "no models")
+        broken = [name for name, model_id in self._aliases.items() if model_id not in self._by_id]
+        if broken or not listed:
+            raise ValueError(f"aliases without a model: {broken}" if broken else "no models")
+        #: Ids by canonical name.
         self._ids: dict[str, str] = {}
         for model_id in self._by_id:
             undated = _DATE.sub("", model_id)
             major_only = len(lineage_of(model_id)[1]) == 1
             for name in (model_id, undated, undated + "-0" if major_only else undated):
-                self._ids[spelled(name)] = model_id
+                self._ids[canonical_name(name)] = model_id
         for name, model_id in self._aliases.items():
-            self._ids[spelled(name)] = model_id
-            self._ids.setdefault(spelled("claude-" + name), model_id)
+            self._ids[canonical_name(name)] = model_id
+            self._ids.setdefault(canonical_name("claude-" + name), model_id)
 
     def all(self) -> list[Model]:
-        """Every model, in the file's order, which is newest first; the older ones last."""
+        """Return every model, newest first, the unlisted ones last."""
         return list(self._by_id.values())
 
     def names(self) -> list[str]:
-        """Every name that clients are told about."""
+        """Return the ids and aliases that clients get in lists of models."""
         return [*(model.id for model in self.all() if model.listed), *self._aliases]
 
     def find(self, name: str, *, long_context: bool = False) -> Model:
-        """Return the model of this name or alias, however it is spelled.
+        """Return the model of this name or alias in any spelling. Raises UnknownModel.
 
-        An unlisted name that starts with "claude-" is believed to be a model that behaves as the
-        nearest of its family does. The suffix [1m], or -1m, asks for the long window, and so does
-        `long_context`; a model that is known to have none keeps its own. Raises UnknownModel for
-        any other name.
+        An unknown name that starts with "claude-" gets the properties of the nearest model of its
+        family. The suffix [1m] or -1m, or `long_context`, selects the long window; a model that is
+        known to have none keeps its own window.
         """
         text, wants_long = _LONG_CONTEXT.subn("", name.strip().lower())
-        model = self._found(spelled(text))
+        model = self._lookup(canonical_name(text))
         if model is None:
             raise UnknownModel(
-                f"There is no model {one_line(name, 80)!r} here. "
+                f"There is no model {one_line(name, 80)!r}. "
                 f"Use one of: {', '.join(self.names())}.",
                 param="model",
             )
-        # A name that is not in models.json may have a window that nobody knows of here.
+        # A model that is not in models.json may have a long window.
         has_long = model.long_context or not model.known
         if not (has_long and (wants_long or (long_context and model.long_context))):
             return model
@@ -1595,50 +1619,56 @@ class Models:
             context_window=LONG_CONTEXT_TOKENS, argument=model.argument + LONG_CONTEXT_SUFFIX
         )
 
-    def same(self, names: Iterable[str]) -> set[str]:
-        """Return the ids of the models that these names stand for now."""
-        found = ((name, self._found(spelled(name))) for name in names)
-        return {name if model is None else model.id for name, model in found}
+    def resolve(self, names: Iterable[str]) -> set[str]:
+        """Return the ids of the models with these names; a name without a model stays as it is."""
+        pairs = ((name, self._lookup(canonical_name(name))) for name in names)
+        return {name if model is None else model.id for name, model in pairs}
 
-    def _found(self, name: str) -> Model | None:
-        """The model of a name in its one spelling."""
+    def _lookup(self, name: str) -> Model | None:
+        """Return the model of a canonical name."""
         model_id = self._ids.get(name)
         if model_id is not None:
             return self._by_id[model_id]
         dated = self._by_id.get(self._ids.get(_DATE.sub("", name), ""))
         if dated is not None:
-            # A model whose own id has no date has no versions by date either.
-            other = _DATE.search(dated.id) is not None
-            return dated._replace(argument=name, known=False) if other else dated
+            # A model whose id has no date has no dated versions.
+            is_other_version = _DATE.search(dated.id) is not None
+            return dated._replace(argument=name, known=False) if is_other_version else dated
         if re.fullmatch(r"claude-[a-z0-9][a-z0-9.\-]{0,99}", name):
-            like = self._nearest(*lineage_of(name))
-            return like._replace(
+            nearest = self._nearest(*lineage_of(name))
+            return nearest._replace(
                 id=name, argument=name, display_name=name, known=False, listed=False
             )
         return None
 
     def _nearest(self, family: str, version: tuple[int, ...]) -> Model:
-        """The model that one of this family and version is most like: the newest one of its
-        family that is not newer. What is of a newer generation than its family has yet, and what
-        has no family here, is like the newest model there is; what is older, like the oldest."""
-        rows = sorted(
+        """Return the model that a model of this family and version resembles most.
+
+        That is the newest one of its family that is not newer than `version`, or else the oldest
+        one of its family. A model of the current generation whose family has no other of that
+        generation, and one of an unknown family, resemble the newest of all models; one of an
+        unknown family and an old version resembles the oldest.
+        """
+        by_version = sorted(
             (model for model in self.all() if model.lineage[1]), key=lambda model: model.lineage[1]
         )
         newest = self.all()[0]
         generation = newest.lineage[1][:1]
-        kin = [model for model in rows if model.lineage[0] == family]
-        if not version or (not kin and version >= (_FAMILY_FIRST_SINCE,)):
+        relatives = [model for model in by_version if model.lineage[0] == family]
+        if not version or (not relatives and version >= (_FAMILY_FIRST_SINCE,)):
             return newest
-        if kin and kin[-1].lineage[1] < version and kin[-1].lineage[1] < generation <= version:
-            return newest
-        older = [model for model in kin if model.lineage[1] <= version]
-        return (older[-1:] or kin[:1] or rows[:1] or [newest])[0]
+        if relatives:
+            latest = relatives[-1].lineage[1]
+            if latest < version and latest < generation <= version:
+                return newest
+        older = [model for model in relatives if model.lineage[1] <= version]
+        return (older[-1:] or relatives[:1] or by_version[:1] or [newest])[0]
 
 
 def load_models(folder: str) -> Models:
-    """The models of `folder`/models.json, or the built-in ones where there is no such file.
+    """Return the models of `folder`/models.json, or the built-in ones if there is no such file.
 
-    Raises ConfigError when the file is there and cannot be used.
+    Raises ConfigError if the file is invalid.
     """
     path = os.path.join(folder, "models.json")
     try:
@@ -1654,37 +1684,41 @@ def load_models(folder: str) -> Models:
 
 
 # ==== 6. Turns and events ====================================================
-# The narrow waist. A Turn is one request to a model, in no wire format; an answer is a stream of
-# Events with the meaning of the Messages API's own stream. Content blocks are that API's blocks,
-# as dictionaries, because claude takes and gives them as they are. Pure data.
+# The internal form of requests and answers, independent of wire formats. A Turn is one request to
+# a model; an answer is a stream of Events that mean the same as the events of the Messages API.
+# Content blocks are dictionaries in the format of that API, which claude reads and writes. No
+# input or output here.
 
 #: One content block: {"type": "text", "text": ...}, {"type": "image", "source": ...}, ...
 Block = dict[str, Any]
 
 
 class Message(NamedTuple):
-    """One message of the conversation. `role` is "user" or "assistant"; "system" too where a
-    request is read and where a response is stored, but never in a Turn."""
+    """One message of a conversation.
+
+    `role` is "user" or "assistant"; in parsed requests and stored responses also "system", but
+    never in a Turn.
+    """
 
     role: str
     content: list[Block]
 
     @property
     def has_results(self) -> bool:
-        """Whether results of tool calls are in it."""
+        """Whether it contains results of tool calls."""
         return any(block["type"] == "tool_result" for block in self.content)
 
 
 class Tool(NamedTuple):
-    """A tool of the client's, which the client runs itself."""
+    """A tool that the client runs itself."""
 
     name: str
     description: str
-    #: The JSON schema of its arguments, as claude is told it.
+    #: The JSON schema of its arguments, as it is sent to claude.
     schema: Json
-    #: Whether the arguments stand in an object of their own there, and the properties that have
-    #: another name there than with the client: the one there, the client's.
+    #: Whether that schema nests the client's arguments in an object of their own.
     wrapped: bool = False
+    #: Properties that are renamed in that schema: (name there, the client's name).
     renamed: tuple[tuple[str, str], ...] = ()
 
 
@@ -1694,64 +1728,66 @@ class ToolChoice(NamedTuple):
 
     kind: str = "auto"
     name: str = ""
-    #: Whether it may call several at once.
+    #: Whether the model may call several tools at once.
     parallel: bool = True
 
     @property
     def forces(self) -> bool:
-        """Whether the model has no choice but to call a tool."""
+        """Whether the model must call a tool."""
         return self.kind in ("any", "tool")
 
 
 class OutputSchema(NamedTuple):
-    """The JSON schema that an answer has to fit.
+    """The JSON schema that an answer must match.
 
-    claude wants an object at its root; another root is `wrapped` as {"value": ...}.
+    claude requires an object at the root; any other root is `wrapped` as {"value": ...}.
     """
 
     schema: Json
     wrapped: bool
-    #: Properties that have another name in it than with the client: the one in it, the client's.
+    #: Properties that are renamed in the schema: (name there, the client's name).
     renamed: tuple[tuple[str, str], ...] = ()
-    #: A schema that says more, which the answer has to fit too.
+    #: A stricter schema that the answer must match too.
     exact: Json | None = None
 
 
-#: So many stop sequences the API is given.
+#: The maximum number of stop sequences that are sent to the API.
 _MAX_STOPS = 16
 
 
 class Options(NamedTuple):
-    """What the client asked of the API, cut down to what the model takes.
+    """The generation options of a request, reduced to those that the model accepts.
 
-    None and empty mean: claude's own default. With 0 for `max_tokens` the prompt is read, and
-    the answer ends before it begins.
+    None and empty mean claude's default. If `max_tokens` is 0, the prompt is processed and the
+    answer is empty.
     """
 
     max_tokens: int | None = None
     stop_sequences: tuple[str, ...] = ()
-    #: temperature, top_p and top_k, as far as they were given: (name, value), sorted.
+    #: Those of temperature, top_p and top_k that were set: (name, value), sorted.
     sampling: tuple[tuple[str, float], ...] = ()
     effort: str | None = None
     #: None = the model's default, 0 = no thinking, else a budget in tokens.
     thinking_tokens: int | None = None
-    #: Whether the text of the thinking is to be left out of the answer.
+    #: Whether the text of the thinking is left out of the answer.
     hides_thinking: bool = False
 
     @property
-    def sent_stops(self) -> tuple[str, ...]:
-        """The stop sequences that the API takes: not too many, and none of white space only."""
+    def api_stops(self) -> tuple[str, ...]:
+        """The stop sequences that are sent to the API, which accepts neither white space alone
+        nor more than _MAX_STOPS."""
         return tuple(text for text in self.stop_sequences if text.strip())[:_MAX_STOPS]
 
     @property
-    def own_stops(self) -> tuple[str, ...]:
-        """The others, at which the answer is ended here."""
-        sent = self.sent_stops
+    def local_stops(self) -> tuple[str, ...]:
+        """The other stop sequences, at which AnswerFilter ends the answer."""
+        sent = self.api_stops
         return tuple(text for text in self.stop_sequences if text not in sent)
 
 
 class Turn(NamedTuple):
-    """One request to a model. The last message is always the user's, unless it is only counted."""
+    """One request to a model. The last message is the user's, except in requests that only count
+    tokens."""
 
     model: Model
     messages: list[Message]
@@ -1761,36 +1797,41 @@ class Turn(NamedTuple):
     tool_choice: ToolChoice = ToolChoice()
     #: None = an answer in plain text.
     output_schema: OutputSchema | None = None
-    #: How many answers are wanted, and the messages of all but the first where they differ.
+    #: The number of answers, and the messages for answers 1, 2, ... if their prompts differ.
     choices: int = 1
-    others: tuple[list[Message], ...] = ()
-    #: The client's name for a conversation that the server remembers; empty = none.
+    other_prompts: tuple[list[Message], ...] = ()
+    #: The client's name for a conversation that the server stores; empty = none.
     session_id: str = ""
     stream: bool = False
-    #: Whether an answer that was given before will not do.
-    fresh: bool = False
-    #: Paths of what the request holds and nobody reads.
+    #: Whether a cached answer must not be used.
+    bypass_cache: bool = False
+    #: Paths of the fields of the request that are ignored.
     ignored: tuple[str, ...] = ()
-    #: Repairs of the request, each with how often it was made.
+    #: Repairs of the request: (name, count).
     adjusted: tuple[tuple[str, int], ...] = ()
-    #: What the dialect needs again to render the answer; nobody else looks inside.
+    #: What the dialect needs to render the answer; private to the dialect.
     wire: Mapping[str, Any] = MappingProxyType({})
 
     @property
-    def offered(self) -> tuple[tuple[Tool, ...], ToolChoice]:
-        """The tools that the model is told of, and the choice among them. An answer that has to
-        fit a shape is a tool call to the model: "none" would forbid that too."""
+    def tools_for_model(self) -> tuple[tuple[Tool, ...], ToolChoice]:
+        """The tools sent to the model, and the choice among them.
+
+        The model returns structured output by a tool call, which the choice "none" would forbid:
+        the tools are left out instead.
+        """
         if self.output_schema is not None and self.tool_choice.kind == "none":
             return (), ToolChoice()
         return self.tools, self.tool_choice
 
     def choice(self, index: int) -> Turn:
-        """The turn of one of several answers."""
-        return self._replace(messages=self.others[index - 1]) if index and self.others else self
+        """Return the turn for answer number `index`, counted from 0."""
+        if index and self.other_prompts:
+            return self._replace(messages=self.other_prompts[index - 1])
+        return self
 
 
 class Usage(NamedTuple):
-    """Tokens of one answer, as the API counts them."""
+    """The tokens of one answer, as counted by the API."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -1798,12 +1839,12 @@ class Usage(NamedTuple):
     cache_write_tokens: int = 0
     #: None = not known.
     reasoning_tokens: int | None = None
-    #: The API's own tables of counts, as it gives them: by time in the cache, by server tool.
+    #: The API's more detailed counts, unchanged: by lifetime in the cache, by server tool.
     tables: Mapping[str, Json] = MappingProxyType({})
 
     @property
     def prompt_tokens(self) -> int:
-        """Everything that the model read, from the cache or not."""
+        """All tokens of the prompt, cached or not."""
         return self.input_tokens + self.cache_read_tokens + self.cache_write_tokens
 
 
@@ -1811,7 +1852,8 @@ NO_USAGE = Usage()
 
 
 class Started(NamedTuple):
-    """The model began a message. A second one replaces what came before, if that was no answer."""
+    """The model began a message. A second one in a stream replaces the first, which had no
+    content."""
 
     message_id: str
     model: str
@@ -1827,7 +1869,7 @@ class BlockStarted(NamedTuple):
 
 class Delta(NamedTuple):
     """A piece of a block. `kind` is "text", "thinking", "signature", "arguments", or "refusal"
-    where the answer does not fit its Shape."""
+    if the answer does not match its OutputSchema."""
 
     block_index: int
     kind: str
@@ -1841,37 +1883,38 @@ class BlockStopped(NamedTuple):
 
 
 class Restarted(NamedTuple):
-    """claude dropped the message and asks the API again: all deltas so far are void."""
+    """claude discarded the message and sends its API request again: all earlier deltas are
+    void."""
 
 
 class Finished(NamedTuple):
-    """The answer is complete. Always the last event, and never missing from an answer."""
+    """The answer is complete. The last event of every answer."""
 
-    #: The API's word: end_turn, max_tokens, stop_sequence, tool_use, refusal, ...
+    #: As in the Messages API: end_turn, max_tokens, stop_sequence, tool_use, refusal, ...
     stop_reason: str
     stop_sequence: str | None
     usage: Usage
-    #: What the API says about a refusal.
+    #: The API's description of a refusal.
     stop_details: Json | None = None
 
 
 class Tick(NamedTuple):
-    """Nothing happened for a heartbeat's time."""
+    """No other event occurred for one heartbeat interval."""
 
 
 Event = Union[Started, BlockStarted, Delta, BlockStopped, Restarted, Finished, Tick]
-#: An event of one of the answers to a turn: which one, counted from 0.
+#: The index of an answer to a turn, counted from 0, and one of its events.
 Choice = tuple[int, Event]
 
 
 class Answer(NamedTuple):
-    """A whole answer."""
+    """A complete answer."""
 
     message_id: str
     model: str
     #: Text, thinking and tool_use blocks in the model's order.
     blocks: list[Block]
-    #: What the model said instead of an answer that fits its Shape.
+    #: The text of the model if it did not return an answer that matches its OutputSchema.
     refusal: str
     stop_reason: str
     stop_sequence: str | None
@@ -1879,7 +1922,7 @@ class Answer(NamedTuple):
     stop_details: Json | None = None
 
     def joined(self, kind: str) -> str:
-        """The "text" or the "thinking" of all blocks."""
+        """Return the "text" or the "thinking" of all blocks as one string."""
         return "".join(str(b.get(kind, "")) for b in self.blocks if b["type"] == kind)
 
     @property
@@ -1888,37 +1931,37 @@ class Answer(NamedTuple):
         return [block for block in self.blocks if block["type"] == "tool_use"]
 
 
-#: The field of a block that the deltas of a kind add up to.
+#: The field of a block to which deltas of each kind are appended.
 _BLOCK_FIELDS = {"text": "text", "thinking": "thinking", "signature": "signature"}
 
 
-def arguments_of(given: object) -> Json:
-    """Return the arguments of a tool call, which come as an object or as its JSON text.
+def parse_arguments(value: object) -> Json:
+    """Return the arguments of a tool call, given as an object or as its JSON text.
 
-    Models are not always exact, and clients repeat what they said: anything else is kept as
-    {"arguments": its text}, so that the conversation goes on.
+    Models sometimes produce invalid arguments, and clients send them back: anything else becomes
+    {"arguments": text}, so that the conversation can continue.
     """
-    found = given
+    parsed = value
     with contextlib.suppress(ValueError):
-        found = from_json(given) if isinstance(given, str) else given
-    if isinstance(found, dict):
-        return found
-    # An empty array is how PHP writes an empty object.
-    if given in (None, "", []):
+        parsed = from_json(value) if isinstance(value, str) else value
+    if isinstance(parsed, dict):
+        return parsed
+    # PHP writes an empty object as an empty array.
+    if value in (None, "", []):
         return {}
-    return {"arguments": given if isinstance(given, str) else to_json(given).decode("utf-8")}
+    return {"arguments": value if isinstance(value, str) else to_json(value).decode("utf-8")}
 
 
 class AnswerBuilder:
-    """Puts an answer together from its events."""
+    """Builds an answer from its events."""
 
     def __init__(self) -> None:
         self._started = Started("", "", NO_USAGE)
         self._blocks: dict[int, Block] = {}
         self._pieces: dict[tuple[int, str], list[str]] = {}
 
-    def note(self, event: Event) -> None:
-        """Takes the next event."""
+    def add(self, event: Event) -> None:
+        """Add the next event."""
         if isinstance(event, Delta):
             self._pieces.setdefault((event.block_index, event.kind), []).append(event.text)
         elif isinstance(event, BlockStarted):
@@ -1930,10 +1973,11 @@ class AnswerBuilder:
             self._pieces.clear()
 
     def answer(self, finished: Finished) -> Answer:
-        """The answer. A tool call that was cut off is left out: it must not run."""
-        whole = finished.stop_reason == "tool_use"
-        found = sorted(self._blocks.items())
-        blocks = [self._block(index, block, whole) for index, block in found]
+        """Return the answer, without a tool call that was cut off: it must not run."""
+        is_complete = finished.stop_reason == "tool_use"
+        blocks = [
+            self._block(index, block, is_complete) for index, block in sorted(self._blocks.items())
+        ]
         refusals = [piece for (_, kind), piece in self._pieces.items() if kind == "refusal"]
         return Answer(
             message_id=self._started.message_id,
@@ -1946,11 +1990,11 @@ class AnswerBuilder:
             stop_details=finished.stop_details,
         )
 
-    def _block(self, index: int, block: Block, whole: bool) -> Block | None:
+    def _block(self, index: int, block: Block, is_complete: bool) -> Block | None:
         if block.get("type") == "tool_use":
             arguments = "".join(self._pieces.get((index, "arguments"), ()))
-            if whole:
-                return {**block, "input": arguments_of(arguments)}
+            if is_complete:
+                return {**block, "input": parse_arguments(arguments)}
             with contextlib.suppress(ValueError):
                 return {**block, "input": from_json(arguments)}
             return None
@@ -1961,64 +2005,76 @@ class AnswerBuilder:
         return filled
 
 
-class Bounds:
-    """Ends an answer where the client wants it to end and the API cannot be told: at own stop
-    texts, or before it begins. Leaves the text of thinking out where that is not wanted."""
+# AnswerFilter holds back two things. A BlockStarted waits for the next event: if the process dies
+# in between, the answer can be generated again without the client having seen the block. The end
+# of a text waits while it may be the beginning of a stop sequence, at most to the end of its block.
+
+
+class AnswerFilter:
+    """Applies the options of a request that the API does not support.
+
+    Ends the answer at local stop sequences, or before its first block for `max_tokens` 0, and
+    removes the text of hidden thinking.
+    """
 
     def __init__(self, options: Options, output_schema: OutputSchema | None) -> None:
-        # What stands in the strings of a JSON answer is no text that could stop it.
-        self._stops = options.own_stops if output_schema is None else ()
-        self._empty = options.max_tokens == 0
+        # The text of a JSON answer is not searched for stop sequences.
+        self._stops = options.local_stops if output_schema is None else ()
+        self._is_empty = options.max_tokens == 0
         self._hides_thinking = options.hides_thinking
-        #: The beginning of a block that nothing has followed yet: its process may be dead.
-        self._begun: list[Event] = []
-        #: The end of the text so far that may be the beginning of a stop text.
-        self._held = ""
-        #: Whether the answer was ended here, while claude goes on.
+        #: The BlockStarted that is held back, if any.
+        self._pending_start: list[Event] = []
+        #: The text that is held back.
+        self._pending_text = ""
+        #: Whether the answer was ended here, although claude continues it.
         self.ended = False
 
     def events(self, event: Event) -> list[Event]:
-        """Return what the client gets of this event, and of what was held back before it."""
+        """Return the events for the client: this one and those that were held back before it."""
         if isinstance(event, Tick):
             return [event]
-        if self._empty and isinstance(event, BlockStarted):
+        if self._is_empty and isinstance(event, BlockStarted):
             return self._end("max_tokens", None)
-        begun, self._begun = self._begun, []
+        start, self._pending_start = self._pending_start, []
         if isinstance(event, BlockStarted):
-            self._begun = [event]
-            return begun
+            self._pending_start = [event]
+            return start
         if isinstance(event, Restarted):
-            self._held = ""
+            self._pending_text = ""
             return [event]
-        return [*begun, *self._followed(event)]
+        return [*start, *self._filter(event)]
 
-    def _followed(self, event: Event) -> list[Event]:
+    def _filter(self, event: Event) -> list[Event]:
         if isinstance(event, Delta) and event.kind == "thinking" and self._hides_thinking:
             return [event._replace(text="")]
         if isinstance(event, Delta) and event.kind == "text" and self._stops:
-            return self._text(event)
-        if isinstance(event, BlockStopped) and self._held:
-            held, self._held = self._held, ""
-            return [Delta(event.block_index, "text", held), event]
+            return self._filter_text(event)
+        if isinstance(event, BlockStopped) and self._pending_text:
+            text, self._pending_text = self._pending_text, ""
+            return [Delta(event.block_index, "text", text), event]
         return [event]
 
-    def _text(self, event: Delta) -> list[Event]:
-        text = self._held + event.text
-        ends = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
-        if ends:
-            # The one that is complete first; of two, the longer one.
-            end, stop = min(ends, key=lambda found: (found[0], -len(found[1])))
-            told = text[: end - len(stop)]
-            before: list[Event] = [event._replace(text=told)] if told else []
-            return [*before, BlockStopped(event.block_index), *self._end("stop_sequence", stop)]
+    def _filter_text(self, event: Delta) -> list[Event]:
+        text = self._pending_text + event.text
+        matches = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
+        if matches:
+            # The match that ends first; of two with the same end, the longer one.
+            end, stop = min(matches, key=lambda match: (match[0], -len(match[1])))
+            return [
+                *self._delta(event, text[: end - len(stop)]),
+                BlockStopped(event.block_index),
+                *self._end("stop_sequence", stop),
+            ]
         longest = min(len(text), max(map(len, self._stops)) - 1)
-        starts = (size for size in range(longest, 0, -1) if self._begins(text[-size:]))
-        kept = next(starts, 0)
-        self._held = text[len(text) - kept:]
-        given = text[: len(text) - kept]
-        return [event._replace(text=given)] if given else []
+        sizes = (size for size in range(longest, 0, -1) if self._may_stop(text[-size:]))
+        cut = len(text) - next(sizes, 0)
+        self._pending_text = text[cut:]
+        return self._delta(event, text[:cut])
 
-    def _begins(self, text: str) -> bool:
+    def _delta(self, event: Delta, text: str) -> list[Event]:
+        return [event._replace(text=text)] if text else []
+
+    def _may_stop(self, text: str) -> bool:
         return any(stop.startswith(text) for stop in self._stops)
 
     def _end(self, reason: str, stop: str | None) -> list[Event]:
@@ -2026,19 +2082,19 @@ class Bounds:
         return [Finished(reason, stop, NO_USAGE)]
 
 
-#: The pieces in which a stored answer is told again.
+#: The size of the pieces in which a stored answer is sent.
 _REPLAY_CHARS = 80
 
 
-def replayed(answer: Answer) -> Iterator[Event]:
-    """The events of an answer that is there already. It must hold no tool call and no refusal."""
+def replay_events(answer: Answer) -> Iterator[Event]:
+    """Yield the events of a stored answer, which must have no tool calls and no refusal."""
     yield Started(answer.message_id, answer.model, answer.usage._replace(output_tokens=0))
     for index, block in enumerate(answer.blocks):
         kinds = [kind for kind, field in _BLOCK_FIELDS.items() if field in block]
         yield BlockStarted(index, {**block, **{_BLOCK_FIELDS[kind]: "" for kind in kinds}})
         for kind in kinds:
             text = str(block[_BLOCK_FIELDS[kind]])
-            # A signature is one piece: clients keep it, they do not show it.
+            # A signature stays in one piece: clients store it and do not display it.
             step = len(text) or 1 if kind == "signature" else _REPLAY_CHARS
             for start in range(0, len(text), step):
                 yield Delta(index, kind, text[start: start + step])
@@ -2048,12 +2104,12 @@ def replayed(answer: Answer) -> Iterator[Event]:
     )
 
 
-#: Blocks with data that is no text.
+#: The types of blocks that hold other data than text.
 _ATTACHMENT_BLOCKS = ("image", "document")
 
 
 def attachments_of(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Return the images and documents in their order, those in results of tools included."""
+    """Yield the images and documents in order, including those in tool results."""
     for block in blocks:
         if block["type"] == "tool_result":
             yield from attachments_of(block["content"])
@@ -2062,13 +2118,13 @@ def attachments_of(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def json_chars(value: object) -> int:
-    """Return the length of the value's compact JSON; a letter counts one in every script."""
+    """Return the length of the value's compact JSON in characters."""
     return len(_ENCODER.encode(value))
 
 
 def message_chars(message: Message) -> int:
-    """Return the characters of a message: of texts and names as they are, of arguments as JSON.
-    Images and documents have none."""
+    """Return the size of a message in characters; arguments count as JSON, images and documents
+    as 0."""
     chars, rest = 0, list(message.content)
     while rest:
         block = rest.pop()
@@ -2084,7 +2140,7 @@ def message_chars(message: Message) -> int:
 
 
 def _fixed_chars(turn: Turn) -> int:
-    """The characters of what is the same for all messages: system prompt, tools and schema."""
+    """Return the size of system prompt, tools and output schema in characters."""
     schema_chars = json_chars(turn.output_schema.schema) if turn.output_schema is not None else 0
     return len(turn.system) + schema_chars + sum(
         len(tool.name) + len(tool.description) + json_chars(tool.schema) for tool in turn.tools
@@ -2092,52 +2148,57 @@ def _fixed_chars(turn: Turn) -> int:
 
 
 def prompt_chars(turn: Turn) -> int:
-    """Return the characters of everything that the model reads."""
+    """Return the size of the whole prompt in characters."""
     return _fixed_chars(turn) + sum(message_chars(message) for message in turn.messages)
 
 
-#: How many characters stand for a token when a prompt is measured against a window.
+#: How many characters count as a token when a prompt is compared with a context window.
 BUDGET_CHARS_PER_TOKEN = 3
 
 
-def _first_kept(messages: list[Message], sizes: list[int], most_chars: int) -> int:
-    """Return the place of the first message that stays.
+def _can_start_conversation(message: Message) -> bool:
+    return message.role == "user" and not message.has_results
 
-    Over the bound the oldest go until four fifths of it are left, or what fits if that cannot be.
-    Where this happens depends on no later message, so that a conversation that grows keeps its
-    head for many turns.
+
+def _first_kept(messages: list[Message], sizes: list[int], max_chars: int) -> int:
+    """Return the index of the first message that is kept.
+
+    Whenever the messages exceed `max_chars`, the oldest are dropped until at most four fifths of
+    it remain, or else until the rest fits. The decision never depends on later messages, so a
+    growing conversation keeps its first message for many turns.
     """
+    # The messages at which a conversation can start, and the size of all messages before each.
     starts: list[int] = []
-    before: list[int] = []
+    chars_before: list[int] = []
     first = total = dropped = 0
-    for place, (message, size) in enumerate(zip(messages, sizes)):
-        if _begins(message):
-            starts.append(place)
-            before.append(total)
+    for index, (message, size) in enumerate(zip(messages, sizes)):
+        if _can_start_conversation(message):
+            starts.append(index)
+            chars_before.append(total)
         total += size
-        if total - dropped <= most_chars or not starts:
+        if total - dropped <= max_chars or not starts:
             continue
-        index = bisect.bisect_left(before, total - most_chars * 4 // 5)
-        if index == len(starts):
-            index = min(bisect.bisect_left(before, total - most_chars), len(starts) - 1)
-        first, dropped = starts[index], before[index]
+        start = bisect.bisect_left(chars_before, total - max_chars * 4 // 5)
+        if start == len(starts):
+            start = min(bisect.bisect_left(chars_before, total - max_chars), len(starts) - 1)
+        first, dropped = starts[start], chars_before[start]
     return first
 
 
-def truncate_to_budget(turn: Turn, most_chars: int) -> tuple[Turn, int]:
-    """Return the turn without its oldest messages if it does not fit, and how many they were.
+def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
+    """Return the turn without its oldest messages if it is too long, and how many were dropped.
 
-    The system prompt and the newest message stay, and a tool call stays with its result. 0 for
-    `most_chars` takes the model's window. Raises ContextTooLong when even the rest is too long,
-    in the words by which agents know that they have to shorten their history.
+    The system prompt and the newest message are kept, and a tool call is kept with its result. 0
+    for `max_chars` means the model's context window. Raises ContextTooLong if the rest is still
+    too long; agents recognise its message and shorten their history.
     """
-    most_chars = most_chars or turn.model.context_window * BUDGET_CHARS_PER_TOKEN
+    max_chars = max_chars or turn.model.context_window * BUDGET_CHARS_PER_TOKEN
     newest = max(message_chars(turn.choice(index).messages[-1]) for index in range(turn.choices))
-    left = most_chars - _fixed_chars(turn) - newest
+    left = max_chars - _fixed_chars(turn) - newest
     if left < 0:
         raise ContextTooLong(
-            f"prompt is too long: {(most_chars - left) // BUDGET_CHARS_PER_TOKEN} tokens > "
-            f"{most_chars // BUDGET_CHARS_PER_TOKEN} maximum",
+            f"prompt is too long: {(max_chars - left) // BUDGET_CHARS_PER_TOKEN} tokens > "
+            f"{max_chars // BUDGET_CHARS_PER_TOKEN} maximum",
             param="messages",
         )
     sizes = [*map(message_chars, turn.messages[:-1]), newest]
@@ -2145,7 +2206,7 @@ def truncate_to_budget(turn: Turn, most_chars: int) -> tuple[Turn, int]:
     if sum(sizes[first:]) > left + newest:
         raise ContextTooLong(
             f"prompt is too long: its last tool exchange needs more than "
-            f"{most_chars // BUDGET_CHARS_PER_TOKEN} tokens",
+            f"{max_chars // BUDGET_CHARS_PER_TOKEN} tokens",
             param="messages",
         )
     if not first:
@@ -2153,31 +2214,27 @@ def truncate_to_budget(turn: Turn, most_chars: int) -> tuple[Turn, int]:
     return turn._replace(messages=turn.messages[first:]), first
 
 
-#: How many characters a token has, about, when tokens are estimated.
+#: How many characters count as a token when tokens are estimated.
 ESTIMATE_CHARS_PER_TOKEN = 3.5
-#: What an image or a document is taken for in an estimate.
+#: The estimate for an image or a document.
 _ATTACHMENT_TOKENS = 1_500
 
 
-def estimated_tokens(turn: Turn) -> int:
-    """Return about how many tokens the prompt has."""
+def estimate_tokens(turn: Turn) -> int:
+    """Return an estimate of the number of tokens in the prompt."""
     attachments = sum(1 for message in turn.messages for _ in attachments_of(message.content))
     chars = prompt_chars(turn)
     return max(1, round(chars / ESTIMATE_CHARS_PER_TOKEN)) + _ATTACHMENT_TOKENS * attachments
 
 
-def _begins(message: Message) -> bool:
-    """Whether a conversation can begin with this message."""
-    return message.role == "user" and not message.has_results
-
-
 # ==== 7. Store ===============================================================
-# One SQLite file for what has to survive a restart. One connection and one lock: a transaction
-# takes a fraction of a millisecond. Reports read through connections of their own. What holds in
-# memory already may be written later: a full disk or a lock puts it off. Without a folder to write
-# to the database lives in memory. The settings that were changed at run time are kept here too.
+# One SQLite file for all data that must survive a restart. There is one connection and one lock,
+# because a transaction takes a fraction of a millisecond; reports use connections of their own.
+# A change that is in effect in memory may be written later: if the disk is full or the database is
+# locked, the write is queued, and the next transaction carries out the queue first. Without a
+# writable folder the database is in memory. Settings changed at run time are stored here too.
 
-#: Appended to, never changed: the n-th brings a database from version n to n + 1.
+#: Append only, never change an entry: entry n, counted from 0, upgrades a database from version n.
 MIGRATIONS = (
     """
     CREATE TABLE sessions (
@@ -2241,68 +2298,72 @@ MIGRATIONS = (
 
 
 def storage_failure(problem: sqlite3.Error, more: str) -> StorageFailed:
-    """Return what to tell a client about a failure of SQLite; `more` says what follows from it."""
+    """Return the error to send for a failure of SQLite; `more` explains the consequences."""
     text = str(problem)
     if "disk is full" in text or "disk I/O error" in text:
         return StorageFull(f"disk full: the database cannot be written ({text}). {more}")
     if "locked" in text:
-        return StorageLocked(f"database locked: another program holds ocp.db. {more}")
-    return StorageFailed(f"The database cannot be used: {without_paths(text)}. {more}")
+        return StorageLocked(f"database locked: another program has locked ocp.db. {more}")
+    return StorageFailed(f"The database cannot be used: {redact_paths(text)}. {more}")
 
 
 class HomeInUse(Exception):
-    """Another server works in this home."""
+    """Another server uses this home folder."""
 
 
-#: What a server that only finishes what runs writes into its lock.
+#: Written into the lock file by a server that is shutting down.
 _STOPPING = "stopping"
 
 
 class HomeLock:
-    """Keeps a second server out of a home, as long as this process lives."""
+    """Keeps other servers out of a home folder, for the life of this process.
+
+    The lock file contains the process id of its owner, and _STOPPING while the owner shuts down.
+    """
 
     def __init__(self, home: str, patience_s: float) -> None:
-        """Waits so long for a server that is stopping. Raises HomeInUse, OSError."""
+        """Lock `home`; if its owner is shutting down, wait up to `patience_s` for its end. Raises
+        HomeInUse, OSError."""
         self._file = os.open(os.path.join(home, "server.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        give_up_s = time.monotonic() + patience_s
-        while not self._taken():
-            holder = os.pread(self._file, 40, 0).decode("ascii", "replace").split() or ["?"]
-            if holder[-1] != _STOPPING or time.monotonic() >= give_up_s:
+        deadline_s = time.monotonic() + patience_s
+        while not self._try_lock():
+            owner = os.pread(self._file, 40, 0).decode("ascii", "replace").split() or ["?"]
+            if owner[-1] != _STOPPING or time.monotonic() >= deadline_s:
                 self.close()
                 raise HomeInUse(
-                    f"another OCP server (process {holder[0]}) works in {home}: stop it, or set "
+                    f"another OCP server (process {owner[0]}) uses {home}: stop it, or set "
                     "OCP_HOME to another folder for this one"
                 )
             time.sleep(0.05)
-        self._tell(str(os.getpid()))
+        self._write(str(os.getpid()))
 
-    def _taken(self) -> bool:
-        """Whether the lock is ours. Where the file system knows no locks there is none to take."""
+    def _try_lock(self) -> bool:
+        """Return whether the lock was acquired, or the file system does not support locks."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
             return problem.errno not in (errno.EACCES, errno.EAGAIN)
         return True
 
-    def _tell(self, words: str) -> None:
+    def _write(self, text: str) -> None:
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, words.encode("ascii") + b"\n", 0)
+            os.pwrite(self._file, text.encode("ascii") + b"\n", 0)
 
-    def tell_stopping(self) -> None:
-        """Lets the next server wait for the end of this one."""
-        self._tell(f"{os.getpid()} {_STOPPING}")
+    def mark_stopping(self) -> None:
+        """Let a new server wait for the end of this one."""
+        self._write(f"{os.getpid()} {_STOPPING}")
 
     def close(self) -> None:
-        """Lets the next server in."""
+        """Release the lock."""
         os.close(self._file)
 
 
-#: How many writes of rows of usage may wait for the database.
-_MAX_WAITING = 10_000
-#: How long after a time-out at a locked database writes are put off without trying again.
+#: The maximum number of queued writes of usage rows.
+_MAX_QUEUED_WRITES = 10_000
+#: How long writes are queued without an attempt after the database was found locked.
 _LOCKED_PAUSE_S = 1.0
-#: How long a report waits for the one before it.
+#: How long a report waits for another one to finish.
 _REPORT_PATIENCE_S = 30.0
 
 
@@ -2310,26 +2371,29 @@ class Store:
     """The database."""
 
     def __init__(self, path: str) -> None:
-        """Opens or creates it, private from birth. Raises OSError, sqlite3.Error."""
+        """Open or create the database file, readable only by its owner. ":memory:" = no file.
+
+        Raises OSError, sqlite3.Error.
+        """
         #: None = in memory.
         self._path = None if path == ":memory:" else path
         self._identity: tuple[int, int] | None = None
         if self._path is not None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            found = os.fstat(descriptor)
+            status = os.fstat(descriptor)
             os.close(descriptor)
-            self._identity = (found.st_dev, found.st_ino)
-        # Guards the connection, what waits to be written, and what its users decide while they
-        # hold it. Held for a transaction or a decision, never while anything else is waited for,
-        # and never for a report.
+            self._identity = (status.st_dev, status.st_ino)
+        # Guards the connection and the queue. Held for a transaction, never for a report and never
+        # while waiting for anything else.
         self._lock = threading.RLock()
-        self._waiting: collections.deque[tuple[str, tuple[object, ...]]] = collections.deque()
-        #: Why the last write failed; None = it did not.
+        self._queue: collections.deque[tuple[str, tuple[object, ...]]] = collections.deque()
+        #: Why the last write failed; None = it succeeded.
         self.failure: sqlite3.DatabaseError | None = None
-        #: Whether SQLite has found the file damaged.
+        #: Whether SQLite has reported that the file is damaged.
         self.is_damaged = False
         self._locked_until_s = -math.inf
-        # Held for a whole report: there is one at a time, so that many leave the others some time.
+        # Held for a whole report. One report runs at a time, so that reports leave processor time
+        # for requests.
         self._report_lock = threading.Lock()
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
@@ -2338,22 +2402,22 @@ class Store:
                 self._connection.execute(f"PRAGMA {pragma}")
             self._migrate()
             for table in ("settings", "keys"):
-                # Without these nothing works, so damage to them has to show now.
+                # The server cannot work without these tables, so detect damage at the start.
                 self._connection.execute(f"SELECT * FROM {table}").fetchall()
         except sqlite3.Error:
             self._connection.close()
             raise
 
     def load(self, path: str) -> None:
-        """Takes over what another database holds, which is only read. Raises sqlite3.Error."""
-        place = urllib.parse.quote(path)
+        """Replace the content by that of another database file. Raises sqlite3.Error."""
+        quoted = urllib.parse.quote(path)
         with self._lock:
             try:
-                source = sqlite3.connect(f"file:{place}?mode=ro", uri=True)
+                source = sqlite3.connect(f"file:{quoted}?mode=ro", uri=True)
                 source.execute("SELECT COUNT(*) FROM sqlite_master")
             except sqlite3.Error:
-                # A log of writes cannot be opened where nothing can be written.
-                source = sqlite3.connect(f"file:{place}?immutable=1", uri=True)
+                # In a read-only folder SQLite cannot open the write-ahead log.
+                source = sqlite3.connect(f"file:{quoted}?immutable=1", uri=True)
             with contextlib.closing(source):
                 source.backup(self._connection)
             self._migrate()
@@ -2369,47 +2433,48 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """The connection, for a block that happens whole or not at all, and after all writes that
-        wait. Raises sqlite3.Error."""
+        """Run a block as one transaction, after all queued writes. Yields the connection. Raises
+        sqlite3.Error."""
         with self._lock:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
-                written = self._write_waiting()
+                written = self._execute_queue()
                 yield self._connection
                 self._connection.execute("COMMIT")
             except BaseException as problem:
-                # After some failures, such as a full disk, SQLite has done that by itself.
+                # After some failures, such as a full disk, SQLite itself has rolled back.
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 if isinstance(problem, sqlite3.DatabaseError):
-                    self._note(problem)
+                    self._record_failure(problem)
                 raise
             for _ in range(written):
-                self._waiting.popleft()
+                self._queue.popleft()
             self.failure, self._locked_until_s = None, -math.inf
 
-    def _write_waiting(self) -> int:
-        """Carries out the writes that wait, in their order; how many they are."""
-        for statement, values in self._waiting:
-            # One that can never succeed must not hold up the others.
+    def _execute_queue(self) -> int:
+        """Execute the queued writes in order and return their number; they stay in the queue until
+        the transaction is committed."""
+        for statement, values in self._queue:
+            # A write that can never succeed must not block the others.
             with contextlib.suppress(sqlite3.IntegrityError):
                 self._connection.execute(statement, values)
-        return len(self._waiting)
+        return len(self._queue)
 
-    def _note(self, problem: sqlite3.DatabaseError) -> None:
+    def _record_failure(self, problem: sqlite3.DatabaseError) -> None:
         if isinstance(problem, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
             return
-        # Not the one that was raised: all that its traceback leads to would be kept with it.
+        # Store a copy: the traceback of the original would keep its frames alive.
         self.failure = type(problem)(str(problem))
         self.is_damaged = self.is_damaged or type(problem) is sqlite3.DatabaseError
         if "locked" in str(problem):
             self._locked_until_s = time.monotonic() + _LOCKED_PAUSE_S
 
-    def keep(self, statement: str, *values: object, must: bool = True) -> None:
-        """Carries out a write now, or else as soon as that is possible.
+    def write_or_queue(self, statement: str, *values: object, must: bool = True) -> None:
+        """Write now, or else queue the write and raise sqlite3.Error.
 
-        Raises sqlite3.Error when it has to wait. One that is not a `must` is lost when too many
-        wait already, and any is lost that the database would never take.
+        A write that is not a `must` is dropped if the queue is full. A write that can never
+        succeed (IntegrityError, ProgrammingError) is not queued.
         """
         with self._lock:
             try:
@@ -2420,113 +2485,111 @@ class Store:
             except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
                 raise
             except sqlite3.Error:
-                if must or len(self._waiting) < _MAX_WAITING:
-                    self._waiting.append((statement, values))
+                if must or len(self._queue) < _MAX_QUEUED_WRITES:
+                    self._queue.append((statement, values))
                 raise
 
-    def catch_up(self) -> None:
-        """Carries out the writes that wait. Raises sqlite3.Error while that is impossible."""
+    def write_queued(self) -> None:
+        """Execute the queued writes, if any. Raises sqlite3.Error if that is still impossible."""
         with self._lock:
-            if self._waiting or self.failure is not None:
+            if self._queue or self.failure is not None:
                 with self.transaction():
                     pass
 
     def is_in_place(self) -> bool:
-        """Whether the file that was opened is the one that its path names. True in memory."""
+        """Return whether the path still names the opened file. Always true in memory."""
         if self._path is None:
             return True
         try:
-            found = os.stat(self._path)
+            status = os.stat(self._path)
         except OSError:
             return False
-        return (found.st_dev, found.st_ino) == self._identity
+        return (status.st_dev, status.st_ino) == self._identity
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keeps everybody else off the database, for a decision and what follows from it."""
-        with self._lock:
-            yield
 
     def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
-        """What a query finds. Raises sqlite3.Error."""
+        """Return the rows of a query. Raises sqlite3.Error."""
         with self._lock:
             try:
                 return self._connection.execute(statement, values).fetchall()
             except sqlite3.DatabaseError as problem:
-                self._note(problem)
+                self._record_failure(problem)
                 raise
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection for the queries of one report, which all see the same moment. It cannot
-        write, and holds up nobody but other reports. Raises QueueFull, sqlite3.Error."""
+    def read_transaction(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection for one report, whose queries all see the same state.
+
+        Writes are not blocked meanwhile. Raises QueueFull after a long wait for other reports, and
+        sqlite3.Error.
+        """
         if not self._report_lock.acquire(timeout=_REPORT_PATIENCE_S):
-            raise QueueFull("Other reports are being made; try again in a moment.", retry_after_s=5)
+            raise QueueFull("Other reports are running; try again in a moment.", retry_after_s=5)
         try:
-            with contextlib.closing(self._reader()) as connection:
+            with contextlib.closing(self._read_connection()) as connection:
                 connection.row_factory = sqlite3.Row
                 connection.execute("BEGIN")
                 yield connection
         finally:
             self._report_lock.release()
 
-    def _reader(self) -> sqlite3.Connection:
+    def _read_connection(self) -> sqlite3.Connection:
         if self._path is not None:
-            place = urllib.parse.quote(self._path)
-            return sqlite3.connect(f"file:{place}?mode=ro", uri=True, isolation_level=None)
-        # What is in memory has one connection; a copy of it takes little of its time.
+            quoted = urllib.parse.quote(self._path)
+            return sqlite3.connect(f"file:{quoted}?mode=ro", uri=True, isolation_level=None)
+        # A database in memory has only one connection, so copy it, which takes little time.
         copy = sqlite3.connect(":memory:", isolation_level=None)
         with self._lock:
             self._connection.backup(copy)
         return copy
 
     def close(self) -> None:
-        """Closes it."""
+        """Close the database."""
         with self._lock:
             self._connection.close()
 
 
 class Settings:
-    """The configuration in force: what was changed at run time, over what the start gave.
-
-    Precedence: stored, then environment, then default.
-    """
+    """The current configuration. A value stored at run time overrides the environment, which
+    overrides the default."""
 
     def __init__(self, store: Store, base: Config, environ: Mapping[str, str]) -> None:
-        """`base` is the configuration of `environ`."""
+        """`base` is the configuration of `environ`. Stored values are applied on top of it."""
         self._store = store
         self._base = base
         self._environ = environ
-        # Guards writers only: readers take the reference, and keep it for a whole request.
+        # Guards writers only: a reader takes the reference `config` and keeps it for a whole
+        # request.
         self._lock = threading.Lock()
         self._stored: dict[str, int | str | bool] = {}
-        #: What is stored and cannot be used: (name, why).
+        #: Stored settings that are invalid and ignored: (name, reason).
         self.problems: list[tuple[str, str]] = []
         self.config = base
-        wanted: dict[str, int | str | bool] = {}
+        loaded: dict[str, int | str | bool] = {}
         for row in store.rows("SELECT name, value FROM settings"):
+            name = row["name"]
             try:
-                wanted[row["name"]] = self._checked(row["name"], json.loads(row["value"]))
+                loaded[name] = self._validate(name, json.loads(row["value"]))
             except KeyError:
-                self.problems.append((row["name"], "there is no such setting any more"))
+                self.problems.append((name, "there is no such setting"))
             except ValueError as problem:
-                self.problems.append((row["name"], str(problem)))
+                self.problems.append((name, str(problem)))
         try:
-            self._adopt(wanted)
+            self._apply(loaded)
         except ValueError:
-            # Together they break a rule: those go that break it.
-            for name, value in wanted.items():
+            # Together they break a rule: apply them one by one, and skip those that break it.
+            for name, value in loaded.items():
                 try:
-                    self._adopt({**self._stored, name: value})
+                    self._apply({**self._stored, name: value})
                 except ValueError as problem:
                     self.problems.append((name, str(problem)))
 
-    def _checked(self, name: str, value: object) -> int | str | bool:
-        """The value, if this setting takes it. Raises KeyError, ValueError."""
-        return checked_setting(live_settings()[name], value)
+    def _validate(self, name: str, value: object) -> int | str | bool:
+        """Return the value for a setting from a JSON value. Raises KeyError, ValueError."""
+        return setting_from_json(live_settings()[name], value)
 
-    def _adopt(self, stored: dict[str, int | str | bool]) -> None:
-        """Makes these what is stored. Raises ValueError when they break a rule."""
+    def _apply(self, stored: dict[str, int | str | bool]) -> None:
+        """Replace the stored values. Raises ValueError if they break a rule."""
         changes = {live_settings()[name].name: value for name, value in stored.items()}
         config = dataclasses.replace(self._base, **changes)  # type: ignore[arg-type]  # checked
         broken = [message for is_broken, message in CONFIG_RULES if is_broken(config)]
@@ -2535,18 +2598,19 @@ class Settings:
         self._stored, self.config = stored, config
 
     def change(self, name: str, value: object) -> object:
-        """Stores a value, None for the one of the start; what is in force then.
+        """Store a value, or remove the stored value if `value` is None, and return the value that
+        is then in effect.
 
-        Raises KeyError for a name that there is not, ValueError saying what is wrong with the
-        value, and sqlite3.Error when it cannot be stored; then nothing has changed.
+        Raises KeyError for an unknown name, ValueError with the reason for an invalid value, and
+        sqlite3.Error if it cannot be stored; then nothing has changed.
         """
         with self._lock:
             before = self._stored, self.config
             row = live_settings()[name]
-            stored = {kept: self._stored[kept] for kept in self._stored if kept != name}
+            stored = {other: self._stored[other] for other in self._stored if other != name}
             if value is not None:
-                stored[name] = self._checked(name, value)
-            self._adopt(stored)
+                stored[name] = self._validate(name, value)
+            self._apply(stored)
             try:
                 with self._store.transaction() as connection:
                     connection.execute("DELETE FROM settings WHERE name = ?", (name,))
@@ -2559,7 +2623,7 @@ class Settings:
             return getattr(self.config, row.name)
 
     def report(self) -> Json:
-        """Every setting that can be changed: value, range, unit, help, and where it comes from."""
+        """Return each setting that can be changed, with its value, range, unit, help and source."""
         kinds = {int: "number", bool: "boolean", str: "string"}
         return {
             name: {
@@ -2583,19 +2647,19 @@ class Settings:
 
 
 # ==== 8. Keys and callers ====================================================
-# Who may use which route. A route names its kind of access; this section decides, in one place,
-# so that a new route cannot forget to ask. Keys are stored as hashes: whoever reads the database
-# can use none of them.
+# Authentication and access to routes. A route declares its kind of access, and `authorize` checks
+# it in one place, so that a new route cannot miss the check. Keys are stored as hashes, so that a
+# copy of the database gives no access.
 
 
 class Headers(Protocol):
-    """The headers of a request, looked up without regard to case."""
+    """The headers of a request; names are case-insensitive."""
 
     def get(self, name: str, default: str) -> str:
-        """The value, or `default`."""
+        """Return the value, or `default`."""
 
     def __iter__(self) -> Iterator[str]:
-        """The names, as they were sent."""
+        """Yield the names as they were sent."""
 
 
 class Access(enum.Enum):
@@ -2626,34 +2690,35 @@ QUOTAS = (
 
 
 class Caller(NamedTuple):
-    """Who is asking, and what is allowed to them."""
+    """The sender of a request, and what it may do."""
 
     name: str
     is_admin: bool = False
-    #: The key that was used; None = it is none of those in the database.
+    #: The id of the key in the database; None for callers without one.
     key_id: int | None = None
-    #: Ids of the models that may be used; empty = all.
+    #: Ids of the allowed models; empty = all.
     models: tuple[str, ...] = ()
-    #: Answers at the same time; 0 = as many as the server gives.
+    #: How many answers may run at the same time; 0 = no limit of its own.
     max_concurrent: int = 0
-    #: The limits by their names in QUOTAS; a limit that is not there does not exist.
+    #: Limits by their names in QUOTAS; without an entry there is no limit.
     quota: Mapping[str, int] = MappingProxyType({})
 
     @property
     def scope(self) -> str:
-        """What belongs to this caller alone is kept under this. It outlives a change of name."""
+        """The identifier under which data of this caller is stored. Renaming the key does not
+        change it."""
         return self.name if self.key_id is None else f"key-{self.key_id}"
 
 
 class Key(NamedTuple):
-    """A key as the database has it, without its secret."""
+    """A key as it is stored, without its secret."""
 
     id: int
     name: str
-    #: Enough of the secret to recognise it by.
+    #: The beginning and the end of the secret.
     preview: str
     created_s: int
-    #: None = never, for each of the three.
+    #: For this and the next two, None = never.
     expiry_s: int | None
     revoked_s: int | None
     used_s: int | None
@@ -2664,25 +2729,25 @@ class Key(NamedTuple):
 
     @property
     def caller(self) -> Caller:
-        """The caller that the key stands for."""
+        """The caller that is authenticated by this key."""
         return Caller(
             self.name, key_id=self.id, models=self.models,
             max_concurrent=self.max_concurrent, quota=self.quota,
         )
 
     def expired(self, now_s: float) -> bool:
-        """Whether its time is up."""
+        """Return whether the key has expired."""
         return self.expiry_s is not None and now_s >= self.expiry_s
 
 
 #: Names of callers that have no key in the database.
 _RESERVED_NAMES = ("admin", "anonymous", "local", "public", "remote", "shared")
-#: How often the time of a key's last use is written down.
-_USED_EVERY_S = 60.0
+#: How often the time of a key's last use is updated and written.
+_LAST_USE_EVERY_S = 60.0
 
 
 def key_name(name: str) -> str:
-    """The name, if a key may have it. Raises BadRequest."""
+    """Return the name if it is valid for a key. Raises BadRequest."""
     if not re.fullmatch(r"[A-Za-z0-9 ._-]{1,64}", name) or name != name.strip():
         raise BadRequest(
             "name: takes 1 to 64 letters, digits, spaces, dots, underscores and hyphens.",
@@ -2701,39 +2766,43 @@ def _key(row: sqlite3.Row) -> Key:
     return Key(**fields, models=tuple(models), quota=quota)
 
 
-def _column(value: object) -> object:
-    """A value as its column in the table of keys has it."""
+def _column_value(value: object) -> object:
+    """Return a value as it is stored in its column of the table `keys`."""
     return json.dumps(value) if isinstance(value, (dict, tuple, list)) else value
 
 
-#: What follows from a change that could not be written.
-_HOLDS_IN_MEMORY = (
-    "The change holds already, in memory, and will be written as soon as that is possible; until "
-    "then a restart would undo it."
+#: The consequences of a failed write, for error messages.
+_IN_MEMORY_ONLY = (
+    "The change is in effect in memory and will be written as soon as possible; until then a "
+    "restart would undo it."
 )
-_NOTHING_CHANGED = "Nothing was changed; try again when that is mended."
+_NOTHING_CHANGED = "Nothing was changed; try again when the problem is solved."
+
+_NEEDS_KEY = "This server requires its key: send `Authorization: Bearer KEY` or `x-api-key`."
+
+
+# A lookup of a key needs no file: all keys are in memory. Changes differ in when they are written.
+# A change of a key, such as its revocation, takes effect in memory first, and is queued if the
+# database cannot be written. A new key or a new secret is written first and takes effect only if
+# that succeeds, because the secret is handed out and must survive a restart.
 
 
 class Keys:
-    """The keys of mode multi.
-
-    All are in memory, where requests look them up: whether a key is good depends on no file. What
-    is taken from a key or changed of it holds there first; what is given out, a key or its new
-    secret, has to be in the database before.
-    """
+    """The keys of mode multi, in memory and in the database."""
 
     def __init__(self, store: Store, clock: Clock = time.time) -> None:
         self._store = store
         self._clock = clock
-        # Guards writers of the fields below. Readers need no lock: entries are never changed, only
-        # replaced.
+        # Guards writers of the fields below. Readers need no lock: entries are replaced, never
+        # modified.
         self._lock = threading.Lock()
         self._keys: dict[int, Key] = {}
+        #: Ids by hash of the secret.
         self._ids: dict[str, int] = {}
-        #: When keys were used last, and which of these times the database does not have.
+        #: Times of last use by id, and those of them that are not in the database yet.
         self._used_s: dict[int, int] = {}
         self._unwritten: dict[int, int] = {}
-        #: What is stored and cannot be used: (id, why).
+        #: Stored keys that are invalid and ignored: (id, reason).
         self.problems: list[tuple[int, str]] = []
         for row in store.rows("SELECT * FROM keys"):
             try:
@@ -2743,53 +2812,51 @@ class Keys:
                 self.problems.append((row["id"], str(problem)))
 
     def create(self, name: str, fields: Mapping[str, object]) -> tuple[Key, str]:
-        """A new key and its secret, which is told once. `fields`: see `change`.
+        """Create a key and return it with its secret, which is not stored. `fields`: see `change`.
 
-        Raises BadRequest, Conflict, StorageFailed.
+        An empty name means a generated one. Raises BadRequest, Conflict, StorageFailed.
         """
         now_s = self._clock()
-        secret, hidden = self._new_secret()
+        secret, secret_columns = self._new_secret()
+        generated = f"key-{round(now_s * 1000)}-{secrets.token_hex(3)}"
         columns = {
-            "name": key_name(name or self._some_name(now_s)), "created_s": int(now_s),
+            "name": key_name(name or generated), "created_s": int(now_s),
             "expiry_s": None, "models": (), "max_concurrent": 0, "note": "", "quota": {},
-            **hidden, **fields,
+            **secret_columns, **fields,
         }
         names = ", ".join(columns)
         marks = ", ".join("?" * len(columns))
         with self._lock:
             self._check_free(str(columns["name"]), None)
             statement = f"INSERT INTO keys ({names}) VALUES ({marks})"
-            key_id = self._written(statement, *map(_column, columns.values()))
+            key_id = self._write(statement, *map(_column_value, columns.values()))
             (row,) = self._store.rows("SELECT * FROM keys WHERE id = ?", key_id)
             self._keys[key_id] = _key(row)
-            self._ids[hidden["hash"]] = key_id
+            self._ids[secret_columns["hash"]] = key_id
         return self._keys[key_id], secret
 
-    def _some_name(self, now_s: float) -> str:
-        return f"key-{round(now_s * 1000)}-{secrets.token_hex(3)}"
-
     def _new_secret(self) -> tuple[str, dict[str, str]]:
-        """A secret, and the columns that know it."""
+        """Return a new secret, and the columns that are derived from it."""
         secret = "ocp_" + secrets.token_urlsafe(24)
         preview = f"{secret[:8]}...{secret[-4:]}"
         return secret, {"hash": self._hash(secret), "preview": preview}
 
     def _hash(self, secret: str) -> str:
-        # Of 192 random bits: there is nothing that salt or a slow hash would protect.
+        # The secret has 192 random bits, so neither salt nor a slow hash is needed.
         return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
     def _check_free(self, name: str, key_id: int | None) -> None:
-        """Raises Conflict when another key that is not revoked has this name."""
+        """Raise Conflict if another key that is not revoked has this name."""
         if any(
             key.revoked_s is None and key.id != key_id and key.name.lower() == name.lower()
             for key in self._keys.values()
         ):
             raise Conflict(
-                f"There is a key called {name!r} already: revoke or rename it.", param="name"
+                f"There is already a key called {name!r}: revoke or rename it.", param="name"
             )
 
-    def _written(self, statement: str, *values: object) -> int:
-        """Writes what has to be in the database first; the id of a new row."""
+    def _write(self, statement: str, *values: object) -> int:
+        """Execute a write and return the id of a new row. Raises StorageFailed."""
         try:
             with self._store.transaction() as connection:
                 return connection.execute(statement, values).lastrowid or 0
@@ -2797,32 +2864,35 @@ class Keys:
             raise storage_failure(problem, _NOTHING_CHANGED) from None
 
     def all(self) -> list[Key]:
-        """Every key, revoked ones too, newest first."""
+        """Return every key, including revoked ones, newest first."""
         newest_first = sorted(self._keys.copy().values(), reverse=True, key=lambda key: key.id)
-        return [self._with_use(key) for key in newest_first]
+        return [self._with_last_use(key) for key in newest_first]
 
-    def _with_use(self, key: Key) -> Key:
+    def _with_last_use(self, key: Key) -> Key:
         return key._replace(used_s=self._used_s.get(key.id, key.used_s))
 
     def find(self, id_or_name: str) -> Key:
-        """The key of this id or name; of several of one name, the one that is not revoked, or the
-        newest. Raises NotFound."""
+        """Return the key with this id or name. Raises NotFound.
+
+        Of several keys with one name, the one that is not revoked is preferred, then the newest.
+        """
         if re.fullmatch("[0-9]{1,15}", id_or_name):
-            found = [key for key in self.all() if key.id == int(id_or_name)]
+            matches = [key for key in self.all() if key.id == int(id_or_name)]
         else:
-            found = [key for key in self.all() if key.name.lower() == id_or_name.lower()]
-            found.sort(key=lambda key: key.revoked_s is not None)
-        if not found:
+            matches = [key for key in self.all() if key.name.lower() == id_or_name.lower()]
+            matches.sort(key=lambda key: key.revoked_s is not None)
+        if not matches:
             raise NotFound(f"There is no key {one_line(id_or_name, 80)!r}.")
-        return found[0]
+        return matches[0]
 
     def change(self, key: Key, fields: Mapping[str, object]) -> Key:
-        """The key with columns changed: name, expiry_s, models, max_concurrent, note, quota.
+        """Change columns of a key and return the key.
 
-        Raises BadRequest, Conflict, and StorageFailed when that is not written yet.
+        The columns are name, expiry_s, models, max_concurrent, note and quota. Raises BadRequest,
+        Conflict, and StorageFailed if the change is in effect but not written yet.
         """
         with self._lock:
-            key = self._unrevoked(key)
+            key = self._require_unrevoked(key)
             if "name" in fields:
                 self._check_free(key_name(str(fields["name"])), key.id)
             values = {
@@ -2831,78 +2901,81 @@ class Keys:
             }
             changed = self._keys[key.id] = key._replace(**values)  # type: ignore[arg-type]
             if fields:
-                self._keep(key.id, fields)
-        return self._with_use(changed)
+                self._write_or_queue(key.id, fields)
+        return self._with_last_use(changed)
 
-    def _unrevoked(self, key: Key) -> Key:
-        """The key as it is now. Raises BadRequest when it is revoked."""
-        found = self._keys[key.id]
-        if found.revoked_s is not None:
-            raise BadRequest(f"The key {found.name!r} is revoked; make a new one.")
-        return found
+    def _require_unrevoked(self, key: Key) -> Key:
+        """Return the current version of the key. Raises BadRequest if it is revoked."""
+        current = self._keys[key.id]
+        if current.revoked_s is not None:
+            raise BadRequest(f"The key {current.name!r} is revoked; create a new one.")
+        return current
 
-    def _keep(self, key_id: int, fields: Mapping[str, object]) -> None:
-        """Writes columns that hold in memory already. Raises StorageFailed when that is late."""
-        places = ", ".join(f"{name} = ?" for name in fields)
-        values = map(_column, fields.values())
+    def _write_or_queue(self, key_id: int, fields: Mapping[str, object]) -> None:
+        """Write columns that are changed in memory. Raises StorageFailed if they are queued."""
+        assignments = ", ".join(f"{name} = ?" for name in fields)
+        statement = f"UPDATE keys SET {assignments} WHERE id = ?"
         try:
-            self._store.keep(f"UPDATE keys SET {places} WHERE id = ?", *values, key_id)
+            self._store.write_or_queue(statement, *map(_column_value, fields.values()), key_id)
         except sqlite3.Error as problem:
-            raise storage_failure(problem, _HOLDS_IN_MEMORY) from None
+            raise storage_failure(problem, _IN_MEMORY_ONLY) from None
 
     def rotate(self, key: Key) -> str:
-        """A new secret for the key; the old one is worth nothing from now on.
+        """Replace the secret of the key and return the new one.
 
-        Raises BadRequest, and StorageFailed, after which the old one is still good.
+        Raises BadRequest, and StorageFailed, after which the old secret is still valid.
         """
-        secret, hidden = self._new_secret()
+        secret, secret_columns = self._new_secret()
         with self._lock:
-            key = self._unrevoked(key)
+            key = self._require_unrevoked(key)
             statement = "UPDATE keys SET hash = ?, preview = ? WHERE id = ?"
-            self._written(statement, hidden["hash"], hidden["preview"], key.id)
+            self._write(statement, secret_columns["hash"], secret_columns["preview"], key.id)
             self._ids = {
                 **{known: key_id for known, key_id in self._ids.items() if key_id != key.id},
-                hidden["hash"]: key.id,
+                secret_columns["hash"]: key.id,
             }
-            self._keys[key.id] = key._replace(preview=hidden["preview"])
+            self._keys[key.id] = key._replace(preview=secret_columns["preview"])
         return secret
 
     def revoke(self, key: Key) -> bool:
-        """Whether the key was still good; it is not any more. Raises StorageFailed when that is
-        not written yet."""
+        """Revoke the key; return False if it was revoked already.
+
+        Raises StorageFailed if the revocation is in effect but not written yet.
+        """
         with self._lock:
-            found = self._keys[key.id]
-            if found.revoked_s is not None:
+            current = self._keys[key.id]
+            if current.revoked_s is not None:
                 return False
             now_s = int(self._clock())
-            self._keys[key.id] = found._replace(revoked_s=now_s)
-            self._keep(key.id, {"revoked_s": now_s})
+            self._keys[key.id] = current._replace(revoked_s=now_s)
+            self._write_or_queue(key.id, {"revoked_s": now_s})
         return True
 
     def verify(self, secret: str) -> Caller:
-        """The caller of this secret. Raises Unauthorized."""
-        key = self._good(self._keys.get(self._ids.get(self._hash(secret), 0)))
+        """Return the caller with this secret. Raises Unauthorized."""
+        key = self._require_valid(self._keys.get(self._ids.get(self._hash(secret), 0)))
         now_s = int(self._clock())
-        if now_s - (self._with_use(key).used_s or 0) >= _USED_EVERY_S:
+        if now_s - (self._with_last_use(key).used_s or 0) >= _LAST_USE_EVERY_S:
             self._used_s[key.id] = self._unwritten[key.id] = now_s
         return key.caller
 
     def current(self, caller: Caller) -> Caller:
-        """The caller as their key has it now. Raises Unauthorized when it is not good any more."""
+        """Return the caller with the current limits of its key. Raises Unauthorized if the key is
+        not valid any more."""
         if caller.key_id is None:
             return caller
-        return self._good(self._keys.get(caller.key_id)).caller
+        return self._require_valid(self._keys.get(caller.key_id)).caller
 
-    def _good(self, key: Key | None) -> Key:
+    def _require_valid(self, key: Key | None) -> Key:
         if key is None:
             raise Unauthorized(_NEEDS_KEY)
         if key.revoked_s is not None or key.expired(self._clock()):
-            what = "was revoked" if key.revoked_s is not None else "has expired"
-            raise Unauthorized(f"This key {what}: ask the operator of this server for a new one.")
+            reason = "was revoked" if key.revoked_s is not None else "has expired"
+            raise Unauthorized(f"This key {reason}: ask the operator of this server for a new one.")
         return key
 
-    def write_use(self) -> None:
-        """Writes down when keys were used. Raises sqlite3.Error."""
+    def write_last_use(self) -> None:
+        """Write the times at which keys were last used. Raises sqlite3.Error."""
         used_s, self._unwritten = self._unwritten, {}
         if used_s:
             with self._store.transaction() as connection:
@@ -2912,96 +2985,91 @@ class Keys:
                 )
 
 
-#: So many wrong keys of one peer are told so at once; each one more waits twice as long as the one
-#: before it. A peer is forgiven when it has sent none for so long.
-_WRONG_KEYS_FREE = 5
+#: How many wrong keys of one peer are answered without delay. Each further one waits twice as long
+#: as the one before it.
+_UNDELAYED_WRONG_KEYS = 5
 _FIRST_DELAY_S = 0.1
-_FORGIVEN_S = 600.0
-#: How many peers are remembered, and how many answers are held back at a time.
+#: The count of a peer is reset after this time without a wrong key.
+_WRONG_KEYS_RESET_S = 600.0
+#: How many peers are remembered.
 _MAX_WRONG_PEERS = 1024
-_MAX_HELD_BACK = 32
-_HELD_BACK_PER_PEER = 4
+#: How many answers may be delayed at the same time, in total and for one peer.
+_MAX_DELAYED = 32
+_MAX_DELAYED_PER_PEER = 4
 
 
 class WrongKeys:
-    """Holds back the answers to wrong keys, longer each time. A right key never waits, whoever
-    else comes from its address: it is let in before anything here is asked."""
+    """Delays the answers to wrong keys, longer each time. A request with a right key is never
+    delayed, because it is authenticated first."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         # Guards the next fields.
         self._lock = threading.Lock()
-        #: How many wrong keys a group of peers has sent, and when the last one came; the newest
-        #: group last.
+        #: Number of wrong keys and time of the last one for each group of peers, see peer_group;
+        #: least recent first.
         self._groups: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()
-        #: Whose answers are held back, a group once for each.
-        self._held_back: list[str] = []
+        #: The group of each delayed answer.
+        self._delayed: list[str] = []
 
-    def _noted(self, group: str) -> int:
-        """How many wrong keys this group has sent, with the one of this moment."""
+    def _count(self, group: str) -> int:
+        """Count a wrong key, and return how many this group has sent."""
         now_s = self._clock()
         count, last_s = self._groups.pop(group, (0, now_s))
-        count = 1 if now_s - last_s > _FORGIVEN_S else count + 1
+        count = 1 if now_s - last_s > _WRONG_KEYS_RESET_S else count + 1
         self._groups[group] = (count, now_s)
         while len(self._groups) > _MAX_WRONG_PEERS:
             self._groups.popitem(last=False)
         return count
 
     @contextlib.contextmanager
-    def noting(self, peer: str, most_s: float) -> Iterator[float]:
-        """Counts a wrong key, and gives the seconds to wait before the peer is told, `most_s` at
-        most. Nobody waits where too many do: they hold a connection each."""
+    def delay_answer(self, peer: str, max_s: float) -> Iterator[float]:
+        """Count a wrong key, and yield how long its answer must be delayed, at most `max_s`.
+
+        The answer counts as delayed until the block ends. A delayed answer occupies a connection:
+        if there are too many of them, the delay is 0.
+        """
         group = peer_group(peer)
         with self._lock:
-            over = self._noted(group) - _WRONG_KEYS_FREE
-            wait_s = min(most_s, _FIRST_DELAY_S * 2.0 ** min(over - 1, 20)) if over > 0 else 0.0
+            over = self._count(group) - _UNDELAYED_WRONG_KEYS
+            wait_s = min(max_s, _FIRST_DELAY_S * 2.0 ** min(over - 1, 20)) if over > 0 else 0.0
             if (
-                len(self._held_back) >= _MAX_HELD_BACK
-                or self._held_back.count(group) >= _HELD_BACK_PER_PEER
+                len(self._delayed) >= _MAX_DELAYED
+                or self._delayed.count(group) >= _MAX_DELAYED_PER_PEER
             ):
                 wait_s = 0.0
             if wait_s:
-                self._held_back.append(group)
+                self._delayed.append(group)
         try:
             yield wait_s
         finally:
             with self._lock:
                 if wait_s:
-                    self._held_back.remove(group)
-
-
-_NEEDS_KEY = "This server wants its key: send it as `Authorization: Bearer KEY` or `x-api-key`."
+                    self._delayed.remove(group)
 
 
 def presented_keys(headers: Headers) -> list[str]:
-    """The keys in `Authorization: Bearer` (in any case) and `x-api-key`; clients put one of
-    another service's beside ours. An empty one if there is none."""
+    """Return the keys in `Authorization: Bearer` and `x-api-key`; [""] if there is none.
+
+    Clients may send the key of this server in one and the key of another service in the other.
+    """
     scheme, _, bearer = headers.get("Authorization", "").strip().partition(" ")
-    given = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
-    return [_as_utf8(key).strip() for key in given if key.strip()] or [""]
+    values = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    return [_as_utf8(key).strip() for key in values if key.strip()] or [""]
 
 
 def _as_utf8(text: str) -> str:
-    """A header as it was meant: the parser takes it for Latin-1, and it is UTF-8 today."""
+    """Decode a header as UTF-8 if possible; the parser decodes it as Latin-1."""
     with contextlib.suppress(UnicodeError):
         return text.encode("latin-1").decode("utf-8")
     return text
 
 
-def same_secret(given: str, wanted: str) -> bool:
-    """Whether the two are equal, taking as long for a near miss as for a far one."""
-    hashes = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, wanted))
-    return bool(wanted) and hmac.compare_digest(*hashes)
+def same_secret(candidate: str, secret: str) -> bool:
+    """Return whether the two are equal, in constant time. An empty secret equals nothing."""
+    hashes = (hashlib.sha256(t.encode("utf-8", "replace")).digest() for t in (candidate, secret))
+    return bool(secret) and hmac.compare_digest(*hashes)
 
-
-def is_loopback(address: str) -> bool:
-    """Whether this IP address is the machine itself."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return bool((mapped or parsed).is_loopback)
 
 
 #: Headers that only proxies, load balancers and tunnels add.
@@ -3014,45 +3082,46 @@ _PROXY_HEADER = re.compile(
 
 
 def is_forwarded(headers: Headers) -> bool:
-    """Whether a proxy has passed the request on, as far as its headers tell."""
+    """Return whether the headers show that a proxy has forwarded the request."""
     return any(_PROXY_HEADER.fullmatch(name.replace("_", "-")) for name in headers)
 
 
 def authorize(config: Config, keys: Keys, access: Access, headers: Headers, peer: str) -> Caller:
-    """The caller, if this access is theirs. Raises Unauthorized or Forbidden."""
+    """Return the caller if it has this access. Raises Unauthorized or Forbidden."""
     if access is Access.PUBLIC:
         return Caller("public")
     if config.mode == "none":
-        # Behind a reverse proxy everybody comes from this machine.
+        # Behind a reverse proxy on this machine every request has a loopback address.
         is_local = is_loopback(peer) and not is_forwarded(headers)
         if access is Access.ADMIN and not is_local:
-            raise Forbidden("This route is served to the machine itself only.")
+            raise Forbidden("This route can be used only on the machine that runs the server.")
         return Caller("local" if is_local else "remote", is_admin=is_local)
-    caller = _presenter(config, keys, headers, access)
+    caller = _authenticate_any(config, keys, headers, access)
     if access is Access.ADMIN and not caller.is_admin:
         raise Forbidden(
-            "This route wants the admin key: OCP_ADMIN_KEY of the server, or what is in its file "
-            "admin-key."
+            "This route requires the admin key: OCP_ADMIN_KEY of the server, or the content of its "
+            "file admin-key."
         )
     return caller
 
 
-def _presenter(config: Config, keys: Keys, headers: Headers, access: Access) -> Caller:
-    """Who holds one of the keys of a request. Raises Unauthorized when all are wrong."""
-    found: list[Caller] = []
+def _authenticate_any(config: Config, keys: Keys, headers: Headers, access: Access) -> Caller:
+    """Return the caller for one of the keys in the headers, for admin routes preferably the admin.
+    Raises Unauthorized if all keys are wrong."""
+    callers: list[Caller] = []
     failures: list[Unauthorized] = []
     for key in presented_keys(headers):
         try:
-            found.append(_authenticate(config, keys, key))
+            callers.append(_authenticate(config, keys, key))
         except Unauthorized as failure:
             failures.append(failure)
-    if not found:
+    if not callers:
         raise failures[0]
-    return next((c for c in found if c.is_admin and access is Access.ADMIN), found[0])
+    return next((c for c in callers if c.is_admin and access is Access.ADMIN), callers[0])
 
 
 def _authenticate(config: Config, keys: Keys, key: str) -> Caller:
-    """Who holds this key. Raises Unauthorized."""
+    """Return the caller with this key. Raises Unauthorized."""
     if same_secret(key, config.admin_key):
         return Caller("admin", is_admin=True)
     if config.mode == "multi" and same_secret(key, config.anonymous_key):
@@ -3065,34 +3134,32 @@ def _authenticate(config: Config, keys: Keys, key: str) -> Caller:
 
 
 _LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")
-
-
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._~-]+))(?::[0-9]{0,5})?")
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port, in small letters. Raises BadRequest."""
-    found = _HOST.fullmatch(host)
-    if found is None:
-        raise BadRequest("The Host of the request is missing or broken.")
-    return (found[1] or found[2]).lower()
+    """Return the name in a Host header, without its port, in lower case. Raises BadRequest."""
+    match = _HOST.fullmatch(host)
+    if match is None:
+        raise BadRequest("The Host header of the request is missing or invalid.")
+    return (match[1] or match[2]).lower()
 
 
 def machine_names() -> frozenset[str]:
-    """The name of this machine, with its domain and without."""
+    """Return the name of this machine, with and without its domain."""
     name = socket.gethostname().lower()
     return frozenset({name, name.partition(".")[0]} - {""})
 
 
 def is_own_host(config: Config, host: str, peer: str) -> bool:
-    """Whether a Host header names this server. Raises BadRequest for one that is broken.
+    """Return whether a Host header names this server. Raises BadRequest if it is invalid.
 
-    A name that somebody else's DNS points at this machine does not count: that is how a web page
-    would talk to a server that listens on loopback only. Where loopback makes the operator, the
-    names of a local network do not count either: whoever is in the network may hand them out.
+    This prevents DNS rebinding: a web page can reach a server on loopback under a name in its own
+    domain, so such names are rejected. In mode none, where a request over loopback has admin
+    rights, names of the local network are rejected too: any device in it may announce them.
     """
     name = host_name(host)
-    if name in machine_names() or name in (own.lower() for own in listed(config.allowed_hosts)):
+    if name in machine_names() or name in (own.lower() for own in split_list(config.allowed_hosts)):
         return True
     if name == "localhost" or name.endswith(".localhost") or is_loopback(name):
         return True
@@ -3105,43 +3172,43 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
 
 
 def check_origin(config: Config, origin: str, host: str, content_type: str, peer: str) -> None:
-    """Refuses web pages of other origins. Raises Forbidden, BadRequest."""
+    """Reject requests from web pages of other origins. Raises Forbidden, BadRequest."""
     if host and not is_own_host(config, host, peer):
         raise Forbidden(
-            f"This server is not known as {one_line(host, 80)!r} here: use localhost, or name it "
-            "in OCP_ALLOWED_HOSTS."
+            f"{one_line(host, 80)!r} is not a host name of this server: use localhost, or add the "
+            "name to OCP_ALLOWED_HOSTS."
         )
     if not origin:
         return
-    # What a browser sends without asking first, such as a form, is never JSON.
+    # Requests that a browser sends without a CORS preflight, such as forms, are never JSON.
     if content_type and content_type.partition(";")[0].strip().lower() != "application/json":
-        raise Forbidden("Web pages have to send application/json.")
+        raise Forbidden("Web pages must send application/json.")
     if is_allowed_origin(config, origin) or origin in (f"http://{host}", f"https://{host}"):
         return
     raise Forbidden(
         f"Web pages of {one_line(origin, 80)!r} may not call this server: "
-        "name the origin in OCP_ALLOWED_ORIGINS."
+        "add the origin to OCP_ALLOWED_ORIGINS."
     )
 
 
 @functools.lru_cache(maxsize=64)
 def is_allowed_origin(config: Config, origin: str) -> bool:
-    """Return whether the operator has named this origin; a * of his stands for a part of it."""
+    """Return whether OCP_ALLOWED_ORIGINS allows this origin; a * there matches a part of it."""
     return any(
         re.fullmatch(re.escape(name.rstrip("/")).replace(r"\*", "[^/]*"), origin, re.IGNORECASE)
-        for name in listed(config.allowed_origins)
+        for name in split_list(config.allowed_origins)
     )
 
 
 # ==== 9. Usage and quotas ====================================================
-# One row for each request, what the rows add up to, and the quotas that they count against. A
-# request reserves its place before it runs and gives it back with its row, so that requests at
-# the same time never go over a quota together. What quotas count is in memory, once it was added
-# up from the rows.
+# One row for each request, the sums of the rows, and the quotas of keys. A request makes a
+# reservation before it runs, and its row replaces the reservation, so that concurrent requests
+# cannot exceed a quota together. The usage of a period is summed from the rows once and then
+# updated in memory.
 
 
 class UsageRow(NamedTuple):
-    """What one request was and cost; a row of the table `usage`, in the order of its columns."""
+    """One request and its cost: a row of the table `usage`, in the order of its columns."""
 
     at_s: float
     request_id: str
@@ -3149,16 +3216,16 @@ class UsageRow(NamedTuple):
     caller: str
     model: str
     dialect: str
-    #: "ok", "abandoned" when the client left, else the code or the type of the error.
+    #: "ok", "abandoned" if the client disconnected, else the code or the type of the error.
     outcome: str
     status: int
-    #: As how many requests quotas count it: one for each answer that claude was asked for, unless
-    #: the API turned it away. Its tokens count in any case.
+    #: How many requests it counts as for quotas: one for each answer that was requested from
+    #: claude and not rejected by the API. Tokens always count.
     counted: int
     stop_reason: str | None
     stream: bool
     warm: bool | None
-    #: "fresh", "rebuilt", "rewound", "continued"; "cached" and "shared" ones cost no tokens.
+    #: "fresh", "rebuilt", "rewound" or "continued"; "cached" or "shared" if it cost no tokens.
     path: str | None
     prompt_chars: int
     response_chars: int
@@ -3171,13 +3238,14 @@ class UsageRow(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """What token quotas count."""
-        written = self.cache_read_tokens + self.cache_write_tokens
-        return self.input_tokens + self.output_tokens + written
+        """The number of tokens that counts for quotas."""
+        cached = self.cache_read_tokens + self.cache_write_tokens
+        return self.input_tokens + self.output_tokens + cached
 
 
+#: UsageRow.tokens in SQL.
 _TOKENS = "input_tokens + output_tokens + cache_read_tokens + cache_write_tokens"
-#: What is added up over rows: (name, SQL). The names with total_ are those of older clients.
+#: Columns that aggregate rows: (name, SQL). Names with total_ are those of the original OCP.
 _SUMS = (
     ("requests", "COUNT(*)"),
     ("successes", "SUM(outcome = 'ok')"),
@@ -3206,26 +3274,31 @@ _Columns = tuple[tuple[str, str], ...]
 
 
 def period_bounds(period: str, now_s: float) -> tuple[float, float]:
-    """When the "daily", "weekly" or "monthly" period began that holds this moment, and when it
-    ends: calendar days of the machine's time zone, weeks from Monday, both in epoch seconds."""
+    """Return the begin and end, in epoch seconds, of the period that contains `now_s`.
+
+    `period` is "daily", "weekly" (from Monday) or "monthly", in the machine's time zone.
+    """
     today = datetime.datetime.fromtimestamp(now_s).replace(
         hour=0, minute=0, second=0, microsecond=0, fold=0
     )
     day = datetime.timedelta(days=1)
     if period == "daily":
-        first, after = today, today + day
+        begin, end = today, today + day
     elif period == "weekly":
-        first = today - today.weekday() * day
-        after = first + 7 * day
+        begin = today - today.weekday() * day
+        end = begin + 7 * day
     else:
-        first = today.replace(day=1)
-        after = (first + 32 * day).replace(day=1)
-    return first.timestamp(), after.timestamp()
+        begin = today.replace(day=1)
+        end = (begin + 32 * day).replace(day=1)
+    return begin.timestamp(), end.timestamp()
 
 
 class Reservation:
-    """The place of one running request in the quotas of its key. `tokens` is what it may take:
-    at most, if it is `bounded`, else as far as can be guessed. It counts as so many `requests`."""
+    """The share of one running request in the quotas of its key.
+
+    `tokens` is the maximum that it can use if it is `bounded`, else an estimate. It counts as
+    `requests` requests.
+    """
 
     def __init__(
         self, key_id: int | None, tokens: int, *, requests: int = 1, bounded: bool = False
@@ -3237,7 +3310,7 @@ class Reservation:
 
 
 class PeriodUsage:
-    """What a key has used of a period."""
+    """The usage of a key in a period."""
 
     def __init__(self, begins_s: float, requests: int, tokens: int) -> None:
         self.begins_s = begins_s
@@ -3246,91 +3319,94 @@ class PeriodUsage:
 
 
 class Ledger:
-    """The rows and what they add up to."""
+    """The rows of usage, and the quotas that they count for."""
 
     def __init__(self, store: Store, clock: Clock = time.time) -> None:
         self._store = store
         self._clock = clock
-        # Guards both: what is used is in the rows, and added up only once. Held for a decision.
+        # Guards the next two fields. Held for a whole decision, so that no usage is counted twice
+        # or missed between a check and its reservation.
         self._lock = threading.RLock()
+        #: Usage by key id and period.
         self._used: dict[tuple[int, str], PeriodUsage] = {}
+        #: Reservations of running requests by key id.
         self._in_flight: dict[int, list[Reservation]] = {}
 
     # -- quotas -------------------------------------------------------------------------------
 
     def check(self, caller: Caller) -> None:
-        """Raises what `reserve` would raise for the smallest request."""
+        """Raise the error that `reserve` would raise for the smallest request, if any."""
         with self._lock:
             self.release(self.reserve(caller, 0))
 
     def reserve(
         self, caller: Caller, tokens: int, *, requests: int = 1, bounded: bool = False
     ) -> Reservation:
-        """A place for a request (see Reservation); end it with `record` or `release`.
+        """Return a reservation; end it with `record` or `release`. See Reservation.
 
-        Raises QuotaExceeded, and QueueFull while requests that run may take all that is left.
+        Raises QuotaExceeded, and QueueFull if the running requests may use all remaining tokens.
         """
         reservation = Reservation(caller.key_id, tokens, requests=requests, bounded=bounded)
         if caller.key_id is None:
             return reservation
         with self._lock:
             now_s = self._clock()
-            flying = self._in_flight.setdefault(caller.key_id, [])
+            in_flight = self._in_flight.setdefault(caller.key_id, [])
             for quota in QUOTAS:
                 if quota.name in caller.quota:
-                    used = self._used_in(caller.key_id, quota.period, now_s)
+                    used = self._period_usage(caller.key_id, quota.period, now_s)
                     check = self._check_requests if quota.unit == "requests" else self._check_tokens
-                    check(quota, caller.quota[quota.name], used, flying, reservation)
-            flying.append(reservation)
+                    check(quota, caller.quota[quota.name], used, in_flight, reservation)
+            in_flight.append(reservation)
         return reservation
 
     def _check_requests(
-        self, quota: Quota, limit: int, used: PeriodUsage, flying: list[Reservation],
+        self, quota: Quota, limit: int, used: PeriodUsage, in_flight: list[Reservation],
         reservation: Reservation,
     ) -> None:
-        taken = used.requests + sum(r.requests for r in flying)
-        if taken >= limit:
-            raise self._exceeded(quota, limit, taken, "")
-        if taken + reservation.requests > limit:
+        count = used.requests + sum(r.requests for r in in_flight)
+        if count >= limit:
+            raise self._exceeded(quota, limit, count, "")
+        if count + reservation.requests > limit:
             more = f"This request asks for {reservation.requests} answers: ask for fewer. "
-            raise self._exceeded(quota, limit, taken, more)
+            raise self._exceeded(quota, limit, count, more)
 
     def _check_tokens(
-        self, quota: Quota, limit: int, used: PeriodUsage, flying: list[Reservation],
+        self, quota: Quota, limit: int, used: PeriodUsage, in_flight: list[Reservation],
         reservation: Reservation,
     ) -> None:
         left = limit - used.tokens
         if left <= 0:
             raise self._exceeded(quota, limit, used.tokens, "")
         if reservation.bounded and reservation.tokens > left:
-            more = f"This request may take {reservation.tokens}: ask for fewer max_tokens. "
+            more = f"This request may use {reservation.tokens}: reduce max_tokens. "
             raise self._exceeded(quota, limit, used.tokens, more)
-        if flying and sum(r.tokens for r in flying) + reservation.tokens > left:
+        if in_flight and sum(r.tokens for r in in_flight) + reservation.tokens > left:
             raise QueueFull(
-                f"The {quota.period} tokens of this key that are left ({left}) may be taken by "
-                "its requests that run now; try again when they are done.",
+                f"The running requests of this key may use its remaining {quota.period} tokens "
+                f"({left}); try again when they are done.",
                 retry_after_s=5,
             )
 
-    def _exceeded(self, quota: Quota, limit: int, taken: int, more: str) -> QuotaExceeded:
+    def _exceeded(self, quota: Quota, limit: int, used: int, more: str) -> QuotaExceeded:
         now_s = self._clock()
         resets_s = period_bounds(quota.period, now_s)[1]
         resets_in = format_span(resets_s - now_s)
         error = QuotaExceeded(
-            f"This key has used {taken} of its {limit} {quota.unit} ({quota.period}). {more}"
+            f"This key has used {used} of its {limit} {quota.unit} ({quota.period}). {more}"
             f"Resets in {resets_in}.",
             retry_after_s=resets_s - now_s,
         )
         error.details = {
             "quota": {
-                "period": quota.period, "unit": quota.unit, "limit": limit, "used": taken,
+                "period": quota.period, "unit": quota.unit, "limit": limit, "used": used,
                 "resetsIn": resets_in, "resetsAt": iso_time(resets_s),
             }
         }
         return error
 
-    def _used_in(self, key_id: int, period: str, now_s: float) -> PeriodUsage:
-        """What the key has used of the period that is now. The lock is held by the caller."""
+    def _period_usage(self, key_id: int, period: str, now_s: float) -> PeriodUsage:
+        """Return the usage of the key in the current period. The caller holds the lock."""
         begins_s = period_bounds(period, now_s)[0]
         used = self._used.get((key_id, period))
         if used is None or used.begins_s != begins_s:
@@ -3342,26 +3418,26 @@ class Ledger:
         return used
 
     def release(self, reservation: Reservation) -> None:
-        """Gives a place back that was not used. Harmless when it was given back before."""
+        """End a reservation. Does nothing if it has ended already."""
         with self._lock:
-            flying = self._in_flight.get(reservation.key_id or 0, [])
-            if reservation in flying:
-                flying.remove(reservation)
+            in_flight = self._in_flight.get(reservation.key_id or 0, [])
+            if reservation in in_flight:
+                in_flight.remove(reservation)
 
     def quota_report(self, key: Key) -> Json:
-        """Each quota of a key: limit (None = no limit), used, in flight, and its reset."""
+        """Return each quota of a key: limit (None = no limit), used, in flight, and reset."""
         report: Json = {}
         with self._lock:
             now_s = self._clock()
-            flying = self._in_flight.get(key.id, [])
+            in_flight = self._in_flight.get(key.id, [])
             for quota in QUOTAS:
-                used = self._used_in(key.id, quota.period, now_s)
+                used = self._period_usage(key.id, quota.period, now_s)
                 requests = quota.unit == "requests"
                 resets_s = period_bounds(quota.period, now_s)[1]
                 report[quota.name] = {
                     "limit": key.quota.get(quota.name),
                     "used": used.requests if requests else used.tokens,
-                    "inFlight": sum(r.requests if requests else r.tokens for r in flying),
+                    "inFlight": sum(r.requests if requests else r.tokens for r in in_flight),
                     "resetsAt": iso_time(resets_s),
                     "resetsIn": format_span(resets_s - now_s),
                 }
@@ -3370,9 +3446,9 @@ class Ledger:
     # -- rows ---------------------------------------------------------------------------------
 
     def record(self, row: UsageRow, reservation: Reservation) -> None:
-        """Writes a row down, and makes its reservation what was really used.
+        """Write a row, and replace its reservation by the real usage.
 
-        Raises sqlite3.Error when it is not written yet; quotas count it all the same.
+        Raises sqlite3.Error if the row is not written yet; quotas count it nevertheless.
         """
         with self._lock:
             self.release(reservation)
@@ -3380,21 +3456,22 @@ class Ledger:
                 self._count(row.key_id, row)
         marks = ", ".join("?" * len(row))
         statement = f"INSERT INTO usage ({', '.join(row._fields)}) VALUES ({marks})"
-        self._store.keep(statement, *row, must=False)
+        self._store.write_or_queue(statement, *row, must=False)
 
     def _count(self, key_id: int, row: UsageRow) -> None:
-        """Adds a row, before it is among those that are added up, to what its key has used."""
+        """Add a row to the usage of its key. Must be called before the row is written, because the
+        usage may be summed from the written rows here."""
         for period in {quota.period for quota in QUOTAS}:
-            # A database that cannot be read has the row when it can be read again.
+            # If the database cannot be read, the row is counted when it is summed later.
             with contextlib.suppress(sqlite3.Error):
-                used = self._used_in(key_id, period, self._clock())
+                used = self._period_usage(key_id, period, self._clock())
                 if used.begins_s <= row.at_s:
                     used.requests += row.counted
                     used.tokens += row.tokens
 
     def prune(self, days: int) -> int:
-        """Deletes the rows that are older, but for those that a quota may still count; how many
-        there were. Raises sqlite3.Error."""
+        """Delete rows older than `days`, except those that a quota still counts, and return their
+        number. Raises sqlite3.Error."""
         now_s = self._clock()
         counted_s = min(period_bounds(quota.period, now_s)[0] for quota in QUOTAS)
         with self._store.transaction() as connection:
@@ -3405,9 +3482,9 @@ class Ledger:
     # -- reports ------------------------------------------------------------------------------
 
     def report(self, since_s: float, until_s: float, limit: int, caller: Caller | None) -> Json:
-        """What was used in a span of time, by everybody or by one caller; see /api/usage.
+        """Return the body of /api/usage for a span of time, for one caller or all (None).
 
-        Raises QueueFull, sqlite3.Error.
+        `limit` is the number of recent rows. Raises QueueFull, sqlite3.Error.
         """
         where = "at_s >= ? AND at_s < ?"
         values: list[object] = [since_s, until_s]
@@ -3415,17 +3492,17 @@ class Ledger:
             where, values = where + " AND key_id = ?", [*values, caller.key_id]
         elif caller is not None:
             where, values = where + " AND key_id IS NULL AND caller = ?", [*values, caller.name]
-        with self._store.reading() as connection:
+        with self._store.read_transaction() as connection:
             rows = Rows(connection, where, values)
             unit = "hour" if rows.span_s() <= _MAX_HOURLY_S else "day"
             step = ("hour", _STEPS[unit])
             series = rows.sums(
-                _TIMELINE_SUMS, step, ("key_name", _NAME_NOW), ("model", "model"),
+                _TIMELINE_SUMS, step, ("key_name", _CURRENT_NAME), ("model", "model"),
                 maximum=_MAX_SERIES + 1,
             )
             return {
                 "totals": rows.sums(_GROUP_SUMS)[0],
-                "byKey": rows.sums(_GROUP_SUMS, ("key_name", _NAME_NOW)),
+                "byKey": rows.sums(_GROUP_SUMS, ("key_name", _CURRENT_NAME)),
                 "byModel": rows.sums(_GROUP_SUMS, ("model", "model")),
                 "timeline": rows.sums(_TIMELINE_SUMS, step),
                 "timelineUnit": unit,
@@ -3436,14 +3513,14 @@ class Ledger:
             }
 
     def by_model(self, since_s: float) -> list[Json]:
-        """The sums of each model since then, its time-outs among them. Raises as `report` does."""
+        """Return the sums for each model since then, with timeouts. Raises as `report` does."""
         columns = (*_GROUP_SUMS, ("timeouts", "SUM(outcome = 'timeout')"))
-        with self._store.reading() as connection:
+        with self._store.read_transaction() as connection:
             return Rows(connection, "at_s >= ?", [since_s]).sums(columns, ("model", "model"))
 
 
 class Rows:
-    """Those rows of usage that a report is about."""
+    """The rows of usage that match a condition, for a report."""
 
     def __init__(self, connection: sqlite3.Connection, where: str, values: list[object]) -> None:
         self._connection = connection
@@ -3451,8 +3528,8 @@ class Rows:
         self._values = values
 
     def span_s(self) -> float:
-        """The time from the first to the last of them."""
-        # Two queries: the index answers each at once, and both together not.
+        """Return the time between the first and the last row."""
+        # Two queries, because SQLite uses the index for MIN or MAX alone, not for both together.
         ends = [
             self._connection.execute(
                 f"SELECT {end}(at_s) FROM usage WHERE {self._where}", self._values
@@ -3463,43 +3540,46 @@ class Rows:
     def sums(
         self, columns: _Columns, *groups: tuple[str, str], maximum: int = -1
     ) -> list[Json]:
-        """The columns over all rows, or over those that are alike in all groups, (name, SQL), in
-        their order. Of more than `most` groups the last ones; -1 = all."""
+        """Return the columns aggregated over all rows, or for each group.
+
+        `groups` are expressions (name, SQL) by which rows are grouped and results are sorted. Only
+        the last `maximum` groups are returned; -1 = all.
+        """
         sums = [(n, f"COALESCE({sql}, 0)" if "SUM" in sql else sql) for n, sql in columns]
         selected = ", ".join(f"{sql} AS {name}" for name, sql in (*groups, *sums))
         names = ", ".join(name for name, _ in groups)
-        backwards = ", ".join(f"{name} DESC" for name, _ in groups)
-        grouped = f" GROUP BY {names} ORDER BY {backwards} LIMIT ?" if groups else " LIMIT ?"
+        descending = ", ".join(f"{name} DESC" for name, _ in groups)
+        grouped = f" GROUP BY {names} ORDER BY {descending} LIMIT ?" if groups else " LIMIT ?"
         query = f"SELECT {selected} FROM usage WHERE {self._where}{grouped}"
-        found = self._connection.execute(query, (*self._values, maximum)).fetchall()
-        return [dict(row) for row in reversed(found)]
+        results = self._connection.execute(query, (*self._values, maximum)).fetchall()
+        return [dict(row) for row in reversed(results)]
 
     def recent(self, limit: int) -> list[Json]:
-        """The newest of them, newest first."""
-        found = self._connection.execute(
-            f"SELECT *, {_NAME_NOW} AS key_name, outcome = 'ok' AS success, "
+        """Return the newest rows, newest first."""
+        results = self._connection.execute(
+            f"SELECT *, {_CURRENT_NAME} AS key_name, outcome = 'ok' AS success, "
             "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
             f"FROM usage WHERE {self._where} ORDER BY id DESC LIMIT ?", (*self._values, limit),
         )
-        entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in found]
+        entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in results]
         for entry in entries:
             for name in ("id", "at_s", "key_id", "caller", "total_ms"):
                 del entry[name]
         return entries
 
 
-#: The name that a row's key has today, or the caller's.
-_NAME_NOW = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
-#: The hour or the day of a row, in UTC, as the timeline has it.
+#: The current name of a row's key, or else the name of its caller.
+_CURRENT_NAME = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
+#: The hour or the day of a row in UTC, for the timeline.
 _STEPS = {
     "hour": "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')",
     "day": "strftime('%Y-%m-%dT00:00:00', at_s, 'unixepoch')",
 }
-#: The day of a row on the machine's calendar.
+#: The day of a row in the machine's time zone.
 _DAY = "date(at_s, 'unixepoch', 'localtime')"
-#: A timeline of more than so much goes by days.
+#: The longest span with a timeline by hour; beyond it, by day.
 _MAX_HOURLY_S = 32 * 86_400.0
-#: How many entries the series of a report has at most.
+#: The maximum number of entries in the series of a report.
 _MAX_SERIES = 10_000
 
 
@@ -5570,7 +5650,7 @@ def tool_use_block(part: Fields) -> Block:
         "type": "tool_use",
         "id": part.text("id") or "",
         "name": part.required_text("name"),
-        "input": arguments_of(part.object.get("input")),
+        "input": parse_arguments(part.object.get("input")),
     }
 
 
@@ -6178,7 +6258,7 @@ class FreeformReader:
 def freeform_text(arguments: Json) -> str:
     """Return the input of a call of a custom tool; arguments of another form as their text."""
     if set(arguments) == {"arguments"} and isinstance(arguments["arguments"], str):
-        # They were no JSON: see arguments_of.
+        # They were no JSON: see parse_arguments.
         return arguments["arguments"]
     reader = FreeformReader()
     return reader.feed(to_json(arguments).decode("utf-8")) + reader.close()
@@ -6550,7 +6630,7 @@ class ChatDialect(Dialect):
     def _call_of(self, call_id: str, described: Fields) -> Block:
         return {
             "type": "tool_use", "id": call_id, "name": described.required_text("name"),
-            "input": arguments_of(described.object.get("arguments")),
+            "input": parse_arguments(described.object.get("arguments")),
         }
 
     # -- rendering ----------------------------------------------------------------------------
@@ -6768,7 +6848,7 @@ class CompletionsDialect(Dialect):
         return Turn(
             model=model,
             messages=conversations[0],
-            others=tuple(conversations[1:]),
+            other_prompts=tuple(conversations[1:]),
             options=options,
             choices=len(texts),
             stream=fields.flag("stream"),
@@ -6822,7 +6902,9 @@ class CompletionsDialect(Dialect):
             self.choice(index, turn.wire["echo"][index] + answer.joined("text"), answer.stop_reason)
             for index, answer in enumerate(answers)
         ]
-        usage = openai_usage((answer.usage for answer in answers), one_prompt=not turn.others)
+        usage = openai_usage(
+            (answer.usage for answer in answers), one_prompt=not turn.other_prompts
+        )
         return {**self.body(turn, choices), "usage": usage}
 
     def stream(self, turn: Turn) -> Renderer:
@@ -6862,7 +6944,7 @@ class CompletionsRenderer(Renderer):
         done = b"data: [DONE]\n\n"
         if not self._turn.wire["include_usage"]:
             return done
-        usage = openai_usage(self._usages, one_prompt=not self._turn.others)
+        usage = openai_usage(self._usages, one_prompt=not self._turn.other_prompts)
         return server_sent({**self._completions.body(self._turn, []), "usage": usage}) + done
 
 
@@ -7579,7 +7661,7 @@ class CallForm(NamedTuple):
 
 def _given_arguments(value: object) -> Json:
     """The arguments in an action or operation, without those that are null."""
-    return {key: each for key, each in arguments_of(value).items() if each is not None}
+    return {key: each for key, each in parse_arguments(value).items() if each is not None}
 
 
 def _command(arguments: Json) -> Json:
@@ -7595,7 +7677,7 @@ def _command_arguments(action: object) -> Json:
 _FORMS = {
     "function": CallForm(
         "function_call", "fc_", "arguments",
-        lambda arguments: to_json(arguments).decode("utf-8"), arguments_of,
+        lambda arguments: to_json(arguments).decode("utf-8"), parse_arguments,
         event="function_call_arguments",
     ),
     "custom": CallForm(
@@ -7692,7 +7774,7 @@ def hosted_exchange(item: Fields, kind: str) -> list[Message]:
         # Without an id its result would be taken for that of another call.
         "type": "tool_use", "id": item.text("id") or f"hosted {item.path}",
         "name": full_name(item.text("server_label") or "", name),
-        "input": arguments_of(value) if given == "arguments" else {given: value},
+        "input": parse_arguments(value) if given == "arguments" else {given: value},
     }
     found = [item.object[field] for field in results if item.has(field)]
     texts = [each if isinstance(each, str) else to_json(each).decode("utf-8") for each in found]
@@ -7911,7 +7993,7 @@ class ResponsesRenderer(Renderer):
         except ValueError:
             if not certain:
                 return b"", None
-        block = {"type": "tool_use", "input": arguments_of(arguments)}
+        block = {"type": "tool_use", "input": parse_arguments(arguments)}
         done, form = finished_item(item, block), self._call_form(item)
         if not form.event:
             return self._added(item), done
@@ -8095,13 +8177,13 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
     A variable that holds one of the server's own keys is left out unless the operator names it,
     because claude reads text of strangers.
     """
-    named = listed(config.pass_env)
+    named = split_list(config.pass_env)
     keys = {key for key in config.secrets if len(key) >= 8}
     passed = {
         name: value
         for name, value in environ.items()
         if _is_named(name, named)
-        or (_is_named(name, CHILD_ENVIRONMENT) and value not in keys and not is_key(value))
+        or (_is_named(name, CHILD_ENVIRONMENT) and value not in keys and not has_key_format(value))
     }
     return {
         **passed, **FIXED_ENVIRONMENT, **({} if config.is_agent else _RESTRICTED),
@@ -8115,7 +8197,7 @@ def _tool_arguments(config: Config) -> list[str]:
         return ["--tools", "", "--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}"]
     allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
     if config.allowed_tools != "default":
-        allowed = listed(config.allowed_tools)
+        allowed = split_list(config.allowed_tools)
     arguments = ["--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}", *allowed]
     if config.skip_permissions:
         arguments.append("--dangerously-skip-permissions")
@@ -8450,8 +8532,8 @@ def settings_lines(
     body = tools_body(tools)
     if body:
         extra["tools"] = body
-    if options.sent_stops:
-        extra["stop_sequences"] = list(options.sent_stops)
+    if options.api_stops:
+        extra["stop_sequences"] = list(options.api_stops)
     choice_body = _choice_body(choice)
     if choice_body is not None:
         extra["tool_choice"] = choice_body
@@ -8499,7 +8581,7 @@ def conversation(
     """
     system = "\n\n".join(text for text in (turn.system, operator_prompt.strip()) if text)
     fields: Json = {"systemPrompt": [system] if system else [], "hooks": None}
-    tools, choice = turn.offered
+    tools, choice = turn.tools_for_model
     if tools:
         fields["sdkMcpServers"] = [TOOL_SERVER]
     if turn.output_schema is not None:
@@ -8632,7 +8714,7 @@ def upstream_error(
         or _BY_STATUS.get(complaint.status or 0)
         or _BY_WORD.get(complaint.word, UpstreamFailed)
     )
-    message = without_paths(redacted(_ADDED_PROSE.sub("", one_line(complaint.text, 1000))))
+    message = redact_paths(redact(_ADDED_PROSE.sub("", one_line(complaint.text, 1000))))
     message = message or "claude reported a failure without a word about it."
     for words, what in _ACCOUNT_FAILURES if complaint.status in _ACCOUNT_STATUSES else ():
         kind = what if words.search(message) else kind
@@ -8733,7 +8815,7 @@ def _reset_in(found: Json, name: str) -> float | None:
     """A moment that is given in epoch seconds or in ISO 8601."""
     value = found.get(name)
     with contextlib.suppress(ValueError):
-        value = epoch_of(value) if isinstance(value, str) else value
+        value = parse_time(value) if isinstance(value, str) else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if 0 < value < _LATEST_S else None
@@ -9180,14 +9262,14 @@ def check_control_response(line: Json) -> None:
     found = line.get("response")
     response = found if isinstance(found, dict) else {}
     if response.get("subtype") == "error":
-        reason = without_paths(redacted(one_line(str(response.get("error")))))
+        reason = redact_paths(redact(one_line(str(response.get("error")))))
         raise UpstreamFailed(f"claude refused a request of its protocol: {reason}")
 
 
 def check_history_result(line: Json) -> None:
     """Raises UpstreamFailed when claude did not take a message of the history."""
     if line.get("is_error"):
-        reason = without_paths(redacted(one_line(str(line.get("result")))))
+        reason = redact_paths(redact(one_line(str(line.get("result")))))
         raise UpstreamFailed(f"claude did not take the conversation: {reason}")
 
 
@@ -10149,7 +10231,7 @@ class ClaudeProcess:
         self._stderr_tail += rest or b""
         words = self._stderr_tail.decode("utf-8", "replace").strip()
         last = words.splitlines()[-1] if words else "it said nothing"
-        last = without_paths(redacted(one_line(last)))
+        last = redact_paths(redact(one_line(last)))
         if "unknown option" in last:
             return ClaudeTooOld(f"claude on the server is too old, run `claude update`: {last}")
         code = self._popen.returncode
@@ -11045,14 +11127,14 @@ def cache_key(turn: Turn, caller: Caller, operator_prompt: str) -> str:
     shaping = [
         caller.scope, turn.model.argument, turn.system, operator_prompt,
         [list(message) for message in turn.messages], list(turn.options), turn.output_schema,
-        turn.choices, [[list(message) for message in other] for other in turn.others],
+        turn.choices, [[list(message) for message in other] for other in turn.other_prompts],
     ]
     return digest(shaping)
 
 
 def is_cacheable(turn: Turn, config: Config) -> bool:
     """Whether the answer to this turn may be one that was given before."""
-    repeatable = not (turn.session_id or turn.tools or turn.fresh or config.is_agent)
+    repeatable = not (turn.session_id or turn.tools or turn.bypass_cache or config.is_agent)
     return bool(config.cache_ttl_ms) and repeatable
 
 
@@ -12067,7 +12149,7 @@ class StateFolder:
     def announce_stop(self) -> None:
         """Let a server that starts in this folder wait for this one."""
         if self._lock is not None:
-            self._lock.tell_stopping()
+            self._lock.mark_stopping()
 
     def close(self) -> None:
         """Close the database and leave the folder to the next server."""
@@ -12167,7 +12249,7 @@ class AnswerRecord:
 
     def add(self, event: Event, now_s: float) -> None:
         """Takes from an event what is wanted of it later."""
-        self._builder.note(event)
+        self._builder.add(event)
         self.has_output = self.has_output or isinstance(event, BlockStarted)
         if isinstance(event, Delta):
             if self.first_token_s is None:
@@ -12203,7 +12285,7 @@ class AnswerRecord:
             return NO_USAGE
         spent = added_usage(reader.spent for reader in self.readers)
         if not spent.prompt_tokens:
-            spent = spent._replace(input_tokens=estimated_tokens(self.turn))
+            spent = spent._replace(input_tokens=estimate_tokens(self.turn))
         if not self.readers[-1].finished:
             estimate = round(self.response_chars / ESTIMATE_CHARS_PER_TOKEN)
             spent = spent._replace(output_tokens=max(spent.output_tokens, estimate))
@@ -12566,10 +12648,10 @@ class TurnRunner:
         on, so that the client's next message finds it."""
         record, turn = self._record, self._turn
         final_only = self._config.is_agent and self._config.agent_text == "final"
-        offered, _ = turn.offered
+        offered, _ = turn.tools_for_model
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
         record.readers.append(reader)
-        bounds = Bounds(turn.options, turn.output_schema)
+        bounds = AnswerFilter(turn.options, turn.output_schema)
         for heard in process.converse(given, self._limits, reader):
             for event in bounds.events(heard):
                 if bounds.ended and isinstance(event, Finished):
@@ -12720,7 +12802,7 @@ class Requests:
         if request.caller.key_id is None:
             return 0
         maximum = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
-        return sum(estimated_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
+        return sum(estimate_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
 
     # -- cached and shared answers ----------------------------------------------------------------
 
@@ -12737,7 +12819,7 @@ class Requests:
         if flight is None:
             job.path = "cached"
             stored = enumerate(place.answers)
-            events = ((index, event) for index, answer in stored for event in replayed(answer))
+            events = ((index, event) for index, answer in stored for event in replay_events(answer))
             yield Answering(job, self._recorded(job, events), place.word)
             return
         try:
@@ -12885,7 +12967,7 @@ class Requests:
         if isinstance(error, OcpError):
             word, status = error.error_code or error.openai_type, error.status
         elif error is not None:
-            word, status = error.word, error.status
+            word, status = error.outcome, error.status
         row = job.row(word, status, time.time(), app.clock())
         self._count(row, known=job.request.turn.model.known)
         if job.path:
@@ -13025,10 +13107,10 @@ class App:
     def _tend_storage(self) -> None:
         """Write what had to wait for the database, and look where it is."""
         with contextlib.suppress(sqlite3.Error):
-            self.store.catch_up()
+            self.store.write_queued()
             if self.clock() >= self._write_use_at_s:
-                self._write_use_at_s = self.clock() + _USED_EVERY_S
-                self.keys.write_use()
+                self._write_use_at_s = self.clock() + _LAST_USE_EVERY_S
+                self.keys.write_last_use()
         self.state_folder.check()
 
     def _spawn(self, model_id: str) -> ClaudeProcess:
@@ -13275,8 +13357,8 @@ class App:
         self.spares.close()
         self._watchdog.close()
         with contextlib.suppress(sqlite3.Error):
-            self.store.catch_up()
-            self.keys.write_use()
+            self.store.write_queued()
+            self.keys.write_last_use()
         self.state_folder.close()
 
 
@@ -13637,7 +13719,7 @@ _LONG_CONTEXT_BETA = "context-1m-"
 
 def _check_model_allowed(app: App, caller: Caller, model: Model) -> None:
     """Raise Forbidden if the caller may not use this model."""
-    if caller.models and model.id not in app.models.same(caller.models):
+    if caller.models and model.id not in app.models.resolve(caller.models):
         raise Forbidden(
             f"This key may use {', '.join(caller.models)} only.",
             param="model", code="model_not_allowed",
@@ -13695,7 +13777,8 @@ def _parse_turn(app: App, exchange: HttpExchange, body: object, *, counted: bool
             "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
         )
     if config.cache_ttl_ms:
-        turn = turn._replace(fresh=wants_cache_bypass(body, sampled_too=config.cache_sampled))
+        bypass = wants_cache_bypass(body, sampled_too=config.cache_sampled)
+        turn = turn._replace(bypass_cache=bypass)
     return turn
 
 
@@ -13774,7 +13857,7 @@ def _estimate(app: App, exchange: HttpExchange) -> int:
     """Return the estimated tokens of the request, and mark the response as an estimate."""
     turn = _read_turn(app, exchange, counted=True)
     exchange.headers_out["X-OCP-Estimate"] = "true"
-    return estimated_tokens(turn)
+    return estimate_tokens(turn)
 
 
 def count_tokens(app: App, exchange: HttpExchange) -> None:
@@ -13896,7 +13979,7 @@ def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
 
 def get_models(app: App, exchange: HttpExchange) -> None:
     """GET /v1/models: list the models that the caller may use, or a page of them."""
-    allowed = app.models.same(exchange.caller.models)
+    allowed = app.models.resolve(exchange.caller.models)
     models = [m for m in app.models.all() if (m.id in allowed if allowed else m.listed)]
     page, has_more = _page(exchange.query, [model.id for model in models])
     entries = [_model_entry(model) for model in models[page]]
@@ -14096,7 +14179,7 @@ def _expiry(fields: Fields) -> int | None:
         return None
     span = _SPAN.fullmatch(text.strip())
     try:
-        at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else epoch_of(text)
+        at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else parse_time(text)
     except (ValueError, OverflowError, OSError):
         allowed = "a time such as 2027-01-31 or 2027-01-31T12:00:00Z, or a span such as 30d or 12h"
         raise fields.invalid("expiry", allowed) from None
@@ -14304,7 +14387,7 @@ def _query_time(query: Mapping[str, str], name: str, default_s: float) -> float:
         if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
             return float(text)
         # In a query string the plus of a time zone arrives as a space.
-        return epoch_of(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
+        return parse_time(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
     except (ValueError, OverflowError, OSError):
         raise BadRequest(
             f"{name}: must be a time such as 2026-11-20T14:00:00Z, or epoch seconds.", param=name
@@ -14384,7 +14467,7 @@ def get_status(app: App, exchange: HttpExchange) -> None:
             },
             "plan": app.account.plan(),
             "recentErrors": [
-                {"time": e["ts"], "message": without_paths(str(e.get("detail") or e.get("error")))}
+                {"time": e["ts"], "message": redact_paths(str(e.get("detail") or e.get("error")))}
                 for e in failures[-3:]
             ],
         }
@@ -14901,7 +14984,7 @@ class Exchange(BaseHTTPRequestHandler):
             "caller": self.caller.name, "error": type(error).__name__, "param": error.param,
         }
         if self.caller.name == "public":
-            self.app.refusals.note(self.peer, error.status, **fields)
+            self.app.refusals.record(self.peer, error.status, **fields)
         else:
             self.app.log.event(
                 "info", "request_refused", peer=self.peer, status=error.status, **fields
@@ -14950,7 +15033,7 @@ class Exchange(BaseHTTPRequestHandler):
         except Unauthorized:
             if any(presented_keys(self.headers)):
                 max_delay_s = config.wrong_key_delay_ms / 1000
-                with self.app.wrong_keys.noting(self.peer, max_delay_s) as wait_s:
+                with self.app.wrong_keys.delay_answer(self.peer, max_delay_s) as wait_s:
                     time.sleep(wait_s)
             raise
 

@@ -418,7 +418,7 @@ def test_a_key_of_a_device_is_told_that_it_is_not_the_admin_key(
         page.until("document.activeElement.id === 'gate-key'")
         page.write(busy.secrets["laptop"])
         page.press("Enter")
-        page.sees("wants the admin key", "#gate-error")
+        page.sees("requires the admin key", "#gate-error")
         assert page.evaluate("sessionStorage.length") == 0
 
 

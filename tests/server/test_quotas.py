@@ -88,7 +88,7 @@ def wanted_quota(period: str, **fields: Json) -> dict[str, Json]:
 
 def without_words(quota: dict[str, Json]) -> dict[str, Json]:
     """A quota of a refusal, after a look at its words."""
-    ahead_s = ocp.epoch_of(quota["resetsAt"]) - time.time()
+    ahead_s = ocp.parse_time(quota["resetsAt"]) - time.time()
     words = [ocp.format_span(ahead_s + late_s) for late_s in (0, 1, 5)]
     assert quota["resetsIn"] in words
     return {name: value for name, value in quota.items() if name != "resetsIn"}
@@ -112,7 +112,7 @@ def test_a_quota_that_is_used_up_is_told_in_chats_shape(
         "quota_exceeded", "insufficient_quota", None)
     assert without_words(error["quota"]) == wanted_quota(period)
     assert error["message"].startswith(f"This key has used 1 of its 1 requests ({period}).")
-    ahead_s = ocp.epoch_of(error["quota"]["resetsAt"]) - time.time()
+    ahead_s = ocp.parse_time(error["quota"]["resetsAt"]) - time.time()
     assert abs(int(reply.headers["Retry-After"]) - ahead_s) < 30
     assert reply.headers["x-should-retry"] == "false"
 

@@ -402,15 +402,13 @@ def test_nothing_changes_in_a_database_that_is_read_only(store: Any, value: Json
     settings = ocp.Settings(store, ocp.Config(), {})
     settings.change("maxQueue", 9)
     before = settings.config, settings.report()
-    with store.held():
-        store._connection.execute("PRAGMA query_only=1")
+    store.rows("PRAGMA query_only=1")
 
     with pytest.raises(sqlite3.Error, match="readonly"):
         settings.change("maxQueue", value)
 
     assert (settings.config, settings.report()) == before
-    with store.held():
-        store._connection.execute("PRAGMA query_only=0")
+    store.rows("PRAGMA query_only=0")
     assert ocp.Settings(store, ocp.Config(), {}).config.max_queue == 9
 
 

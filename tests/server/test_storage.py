@@ -90,7 +90,7 @@ def assert_late(reply: Reply, trouble: Any) -> None:
     """That a change holds in memory and is not written yet."""
     assert (reply.status, error_of(reply)["code"]) == (trouble.status, trouble.code), reply
     assert error_of(reply)["message"].startswith(trouble.words)
-    assert "holds already, in memory" in error_of(reply)["message"]
+    assert "in effect in memory" in error_of(reply)["message"]
 
 
 def storage(server: Server) -> tuple[str, str]:
@@ -258,7 +258,7 @@ def test_a_second_server_on_one_home_says_so_and_ends(tmp_path: Path) -> None:
         assert second.wait(60) == 1
         said = output_of(Place(tmp_path / "second"))
         assert said.count("\n") == 1 and "Traceback" not in said
-        assert f"another OCP server (process {server.pid}) works in {server.ocp_home}" in said
+        assert f"another OCP server (process {server.pid}) uses {server.ocp_home}" in said
         assert ask_as(server, ADMIN_KEY).status == 200
 
 

@@ -552,7 +552,7 @@ def test_a_certificate_and_a_key_belong_together(tmp_path: Path, alone: str) -> 
 
     said = refused(tmp_path, env, "--check")
 
-    assert "OCP_TLS_CERT and OCP_TLS_KEY belong together" in said
+    assert "OCP_TLS_CERT and OCP_TLS_KEY need each other" in said
 
 
 def test_a_check_says_that_https_will_be_served(tmp_path: Path) -> None:

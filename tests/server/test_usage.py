@@ -138,7 +138,7 @@ def test_a_row_tells_when_in_both_forms(books: Server) -> None:
 
     row = row_of(books, ask(books))
 
-    at_s = ocp.epoch_of(row["at"])
+    at_s = ocp.parse_time(row["at"])
     assert before_s - 0.002 <= at_s <= time.time()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", row["at"])
     assert row["created_at"] == row["at"][:19].replace("T", " ")
@@ -481,7 +481,7 @@ def test_a_span_of_time_begins_with_its_first_moment_and_ends_before_its_last(
         ask_as(own, ADMIN_KEY)
         at.append(usage(own, "limit=1", ADMIN_KEY)["recent"][0]["at"])
         # The next one is in another millisecond.
-        eventually(lambda: time.time() > ocp.epoch_of(at[-1]) + 0.002)
+        eventually(lambda: time.time() > ocp.parse_time(at[-1]) + 0.002)
 
     def count(query: str) -> int:
         return int(usage(own, query, ADMIN_KEY)["totals"]["requests"])
@@ -633,7 +633,7 @@ def test_hours_are_in_utc_and_empty_ones_are_left_out(store: Any) -> None:
 
 
 def at(text: str) -> float:
-    return float(ocp.epoch_of(text))
+    return float(ocp.parse_time(text))
 
 
 #: Zone, moments, and the days that they are on there.

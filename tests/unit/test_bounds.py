@@ -17,7 +17,7 @@ THINKING = ocp.BlockStarted(0, {"type": "thinking", "thinking": ""})
 
 
 def bounds(*stops: str, shape: Any = None, **options: Any) -> Any:
-    return ocp.Bounds(ocp.Options(stop_sequences=stops, **options), shape)
+    return ocp.AnswerFilter(ocp.Options(stop_sequences=stops, **options), shape)
 
 
 def told(of: Any, events: Iterable[Any]) -> list[Any]:

@@ -199,7 +199,7 @@ def test_a_character_counts_as_one_in_every_script_and_place(text: str) -> None:
     latin, other = everywhere(SCRIPTS[0]), everywhere(text)
 
     assert ocp.prompt_chars(other) == ocp.prompt_chars(latin)
-    assert ocp.estimated_tokens(other) == ocp.estimated_tokens(latin)
+    assert ocp.estimate_tokens(other) == ocp.estimate_tokens(latin)
     for most in range(2_000, 6_000, 250):
         assert outcome(other, most) == outcome(latin, most)
 
@@ -293,13 +293,13 @@ WEATHER = ocp.Tool("weather", "Tells the weather of a city.", {"type": "object"}
 
 @pytest.mark.parametrize("words", [1, 10, 1_000, 50_000])
 def test_an_estimate_is_a_token_for_some_characters(words: int) -> None:
-    found = ocp.estimated_tokens(turn(user("word " * words)))
+    found = ocp.estimate_tokens(turn(user("word " * words)))
 
     assert words <= found <= 2 * words + 20
 
 
 def test_a_prompt_has_at_least_a_token() -> None:
-    assert ocp.estimated_tokens(turn(user())) >= 1
+    assert ocp.estimate_tokens(turn(user())) >= 1
 
 
 @pytest.mark.parametrize(
@@ -311,12 +311,12 @@ def test_a_prompt_has_at_least_a_token() -> None:
 def test_everything_that_the_model_reads_counts(more: Json) -> None:
     asked = turn(user("Hello"))
 
-    assert ocp.estimated_tokens(asked._replace(**more)) > ocp.estimated_tokens(asked)
+    assert ocp.estimate_tokens(asked._replace(**more)) > ocp.estimate_tokens(asked)
 
 
 @pytest.mark.parametrize("part", [PICTURE, PAPER], ids=["image", "document"])
 def test_an_attachment_is_taken_for_a_fixed_number(part: Json) -> None:
-    plain = ocp.estimated_tokens(turn(user("Hello")))
+    plain = ocp.estimate_tokens(turn(user("Hello")))
 
-    assert ocp.estimated_tokens(turn(user("Hello", part))) == plain + 1_500
-    assert ocp.estimated_tokens(turn(user("Hello", part, part))) == plain + 3_000
+    assert ocp.estimate_tokens(turn(user("Hello", part))) == plain + 1_500
+    assert ocp.estimate_tokens(turn(user("Hello", part, part))) == plain + 3_000

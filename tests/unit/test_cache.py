@@ -312,7 +312,7 @@ def test_a_flight_without_an_answer_leaves_nothing() -> None:
 
 
 def deltas(answer: Any, kind: str) -> list[str]:
-    events = list(ocp.replayed(answer))
+    events = list(ocp.replay_events(answer))
     return [e.text for e in events if isinstance(e, ocp.Delta) and e.kind == kind]
 
 
@@ -336,9 +336,9 @@ def test_an_answer_told_again_adds_up_to_the_same_answer() -> None:
         blocks=blocks, usage=usage, stop_reason="stop_sequence", stop_sequence="!")
     builder = ocp.AnswerBuilder()
 
-    *events, last = ocp.replayed(answer)
+    *events, last = ocp.replay_events(answer)
     for event in events:
-        builder.note(event)
+        builder.add(event)
 
     assert builder.answer(last) == answer
 

@@ -293,7 +293,7 @@ def test_stop_is_one_sequence_or_several(stop: object, sequences: tuple[str, ...
 def test_very_many_stop_sequences_are_refused() -> None:
     texts = [str(number) for number in range(257)]
 
-    assert turn(stop=texts[:256]).options.own_stops == tuple(texts[16:256])
+    assert turn(stop=texts[:256]).options.local_stops == tuple(texts[16:256])
     with pytest.raises(ocp.BadRequest) as caught:
         turn(stop=texts)
     assert (caught.value.param, caught.value.message) == (
@@ -316,7 +316,7 @@ def test_the_api_gets_the_stop_sequences_that_it_takes(
 ) -> None:
     options = turn(stop=stop).options
 
-    assert (options.sent_stops, options.own_stops) == (sent, own)
+    assert (options.api_stops, options.local_stops) == (sent, own)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_a_temperature_beyond_the_api_s_scale_is_named_as_ignored(
 def test_several_answers_may_be_asked_for(asked: object, choices: int) -> None:
     found = turn(n=asked)
 
-    assert (found.choices, found.others) == (choices, ())
+    assert (found.choices, found.other_prompts) == (choices, ())
 
 
 @pytest.mark.parametrize(

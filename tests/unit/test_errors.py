@@ -399,7 +399,7 @@ def test_a_refused_history_tells_no_path() -> None:
     ],
 )
 def test_what_looks_like_a_token_is_blotted_out(text: str, clean: str) -> None:
-    assert ocp.redacted(text) == clean
+    assert ocp.redact(text) == clean
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_what_looks_like_a_token_is_blotted_out(text: str, clean: str) -> None:
 def test_paths_of_this_machine_are_blotted_out_and_addresses_are_not(
     text: str, clean: str
 ) -> None:
-    assert ocp.without_paths(text) == clean
+    assert ocp.redact_paths(text) == clean
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def door(tmp_path: Path) -> Door:
 
 def test_a_few_refusals_have_a_line_each_and_no_sum(door: Door) -> None:
     for number in range(5):
-        door.refusals.note("10.0.0.7", 401, path=f"/{number}")
+        door.refusals.record("10.0.0.7", 401, path=f"/{number}")
     door.clock.advance(61)
     door.refusals.tend()
 
@@ -293,7 +293,7 @@ def test_a_few_refusals_have_a_line_each_and_no_sum(door: Door) -> None:
 
 def test_many_refusals_of_a_minute_become_one_line(door: Door) -> None:
     for number in range(12_000):
-        door.refusals.note("10.0.0.7", 404 if number % 3 else 401)
+        door.refusals.record("10.0.0.7", 404 if number % 3 else 401)
     door.refusals.tend()
     before = len(door.notebook.names())
     door.clock.advance(61)
@@ -307,7 +307,7 @@ def test_many_refusals_of_a_minute_become_one_line(door: Door) -> None:
 def test_each_minute_begins_anew(door: Door) -> None:
     for _ in range(3):
         for _ in range(7):
-            door.refusals.note("10.0.0.7", 401)
+            door.refusals.record("10.0.0.7", 401)
         door.clock.advance(61)
         door.refusals.tend()
 
@@ -316,7 +316,7 @@ def test_each_minute_begins_anew(door: Door) -> None:
 
 def test_refusals_of_very_many_peers_take_few_lines_and_little_memory(door: Door) -> None:
     for number in range(100_000):
-        door.refusals.note(f"peer-{number}", 401)
+        door.refusals.record(f"peer-{number}", 401)
     door.clock.advance(61)
     door.refusals.tend()
 
@@ -326,7 +326,7 @@ def test_refusals_of_very_many_peers_take_few_lines_and_little_memory(door: Door
 
 def test_the_addresses_of_a_network_of_ipv6_are_summed_up_together(door: Door) -> None:
     for number in range(100):
-        door.refusals.note(f"2001:db8:1:2::{number:x}", 401)
+        door.refusals.record(f"2001:db8:1:2::{number:x}", 401)
     door.refusals.tend(at_once=True)
 
     first = door.notebook.log.recent(1000, "all")[1]
@@ -336,7 +336,7 @@ def test_the_addresses_of_a_network_of_ipv6_are_summed_up_together(door: Door) -
 
 def test_at_the_end_the_sums_are_told_at_once(door: Door) -> None:
     for _ in range(9):
-        door.refusals.note("10.0.0.7", 401)
+        door.refusals.record("10.0.0.7", 401)
     door.refusals.tend(at_once=True)
 
     assert door.sums() == [("10.0.0.7", 9, {"401": 9})]

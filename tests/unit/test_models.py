@@ -200,7 +200,7 @@ def test_the_long_window_may_be_asked_for_beside_the_name(
 )
 def test_an_unlisted_claude_behaves_as_the_nearest_of_its_family(name: str, like: str) -> None:
     found, model = MODELS.find(name), MODELS.find(like)
-    spelled = ocp.spelled(name)
+    spelled = ocp.canonical_name(name)
 
     assert found == model._replace(
         id=spelled, display_name=spelled, argument=spelled, known=False, listed=False

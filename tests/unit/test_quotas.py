@@ -143,9 +143,9 @@ def test_a_day_with_two_midnights_begins_at_the_first_of_them() -> None:
 ])
 @pytest.mark.usefixtures("utc")
 def test_a_period_of_the_calendar(moment: str, period: str, first: str, after: str) -> None:
-    bounds = ocp.period_bounds(period, ocp.epoch_of(moment))
+    bounds = ocp.period_bounds(period, ocp.parse_time(moment))
 
-    assert bounds == (ocp.epoch_of(f"{first}T00:00Z"), ocp.epoch_of(f"{after}T00:00Z"))
+    assert bounds == (ocp.parse_time(f"{first}T00:00Z"), ocp.parse_time(f"{after}T00:00Z"))
 
 
 # ---------------------------------------------------------------------------
@@ -156,7 +156,7 @@ KEY_ID = 7
 
 
 def clock_at(moment: str = "2027-05-12T09:30:00Z") -> FakeClock:
-    return FakeClock(ocp.epoch_of(moment))
+    return FakeClock(ocp.parse_time(moment))
 
 
 class Book:
@@ -268,7 +268,7 @@ def test_the_reset_that_is_told_is_when_the_next_request_is_let_in(
         refused = book.refusal()
 
         told = refused.details["quota"]
-        resets_s = ocp.epoch_of(told["resetsAt"])
+        resets_s = ocp.parse_time(told["resetsAt"])
         assert told["resetsIn"] == ocp.format_span(resets_s - book.clock())
         assert abs(int(refused.headers()["Retry-After"]) - (resets_s - book.clock())) <= 0.5
         assert told["resetsAt"] == book.report()[period]["resetsAt"]
@@ -385,7 +385,7 @@ def test_a_look_at_a_quota_takes_nothing_of_it(store: Any) -> None:
 def test_an_answer_counts_in_the_period_in_which_it_ends(store: Any) -> None:
     book = Book(store, clock_at("2027-05-12T23:59:59Z"), daily=1)
     late = book.begin()
-    book.clock.now_s = ocp.epoch_of("2027-05-13T00:00:01Z")
+    book.clock.now_s = ocp.parse_time("2027-05-13T00:00:01Z")
     assert book.report()["daily"] == {
         "limit": 1, "used": 0, "inFlight": 1, "resetsAt": "2027-05-14T00:00:00.000Z",
         "resetsIn": "24h 0m"}
@@ -447,7 +447,7 @@ def test_a_limit_that_is_set_later_counts_what_was_used_and_what_runs(store: Any
 def test_old_rows_are_forgotten_but_for_those_that_a_quota_counts(store: Any) -> None:
     book = Book(store, clock_at("2027-05-31T12:00:00Z"), monthly=10)
     for moment in ("2027-04-30T23:59:59Z", "2027-05-01T00:00:00Z", "2027-05-29T12:00:00Z"):
-        at_s = ocp.epoch_of(moment)
+        at_s = ocp.parse_time(moment)
         book.ledger.record(row(at_s, 1), ocp.Reservation(None, 0))
 
     pruned = book.ledger.prune(days=1)

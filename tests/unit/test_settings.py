@@ -96,7 +96,7 @@ def test_a_number_above_the_range_is_refused_by_name_and_told_the_range() -> Non
     told = {name: complaints({name: str(most + 1)}) for name, (_, most) in ranges.items()}
 
     assert told == {
-        name: [f"{name}: '{most + 1}' is out of range: it takes from {least} to {most}"]
+        name: [f"{name}: '{most + 1}' is out of range: must be from {least} to {most}"]
         for name, (least, most) in ranges.items()}
 
 
@@ -377,4 +377,4 @@ def test_the_readme_table_shows_defaults_units_and_ranges(
 def test_a_comma_separated_setting_is_read_without_its_blanks(
     text: str, items: tuple[str, ...]
 ) -> None:
-    assert ocp.listed(text) == items
+    assert ocp.split_list(text) == items

@@ -18,9 +18,9 @@ class Guesses:
         self.clock = FakeClock()
         self.keys = ocp.WrongKeys(self.clock)
 
-    def wait_s(self, peer: str = "10.0.0.7", most_s: float = 2.0) -> float:
+    def wait_s(self, peer: str = "10.0.0.7", max_s: float = 2.0) -> float:
         """The wait after one more wrong key."""
-        with self.keys.noting(peer, most_s) as found:
+        with self.keys.delay_answer(peer, max_s) as found:
             return float(found)
 
 
@@ -56,11 +56,11 @@ def test_a_peer_is_forgiven_when_it_has_been_quiet(guesses: Guesses) -> None:
 
 def test_millions_of_wrong_keys_wait_no_longer_than_the_most(guesses: Guesses) -> None:
     for _ in range(5_000):
-        assert guesses.wait_s(most_s=60.0) <= 60
+        assert guesses.wait_s(max_s=60.0) <= 60
 
 
 def test_without_a_delay_nobody_waits(guesses: Guesses) -> None:
-    assert {guesses.wait_s(most_s=0.0) for _ in range(50)} == {0}
+    assert {guesses.wait_s(max_s=0.0) for _ in range(50)} == {0}
 
 
 def test_of_one_peer_four_wait_at_a_time_and_of_all_thirty_two(guesses: Guesses) -> None:
@@ -71,7 +71,7 @@ def test_of_one_peer_four_wait_at_a_time_and_of_all_thirty_two(guesses: Guesses)
 
     with ExitStack() as waiting:
         waits = [
-            waiting.enter_context(guesses.keys.noting(peer, 2.0))
+            waiting.enter_context(guesses.keys.delay_answer(peer, 2.0))
             for peer in peers for _ in range(6)
         ]
 
@@ -82,7 +82,7 @@ def test_of_one_peer_four_wait_at_a_time_and_of_all_thirty_two(guesses: Guesses)
 
 def test_whoever_fails_while_waiting_is_not_counted_for_ever(guesses: Guesses) -> None:
     for _ in range(100):
-        with pytest.raises(OSError), guesses.keys.noting("10.0.0.7", 2.0):
+        with pytest.raises(OSError), guesses.keys.delay_answer("10.0.0.7", 2.0):
             raise OSError
 
     assert guesses.wait_s() == 2
