@@ -32,7 +32,7 @@ Sections (search for "==== 8" to jump to the eighth):
     14. Attachments        images and files of requests, and their limits
     15. Tools and options  tools, output schemas, thinking and sampling
     16. Dialects           wire formats: a body becomes a Turn, events become an answer
-    17. Claude protocol    what is said to claude and what its lines mean; pure
+    17. Claude protocol    lines written to claude, and the meaning of its lines
     18. Claude process     the program on disk, one child, its pipes, and its end
     19. Gate and spares    who may run now; idle processes that wait for work
     20. Parking            what is kept of a conversation for its next message
@@ -8021,31 +8021,32 @@ COMPACTION = CompactionDialect()
 
 
 # ==== 17. Claude protocol ====================================================
-# What is said to claude and what its lines mean. Pure: no pipes, no processes. Facts about the
-# protocol were measured on the versions that the contract tests run (2.1.197 and the newest).
+# Lines written to claude and the meaning of the lines it prints. No pipes and no processes here.
+# Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
+# the newest).
 
 #: The oldest claude that the contract tests have run against.
 OLDEST_CLAUDE = (2, 1, 197)
-#: The first tested claude on which "client_composed" keeps slash commands from being run.
+#: The first tested version that honours "client_composed", which prevents slash commands.
 CLIENT_COMPOSED_SINCE = (2, 1, 329)
-#: The first tested claude that can forget the only question it was asked; older ones need an
-#: answer in front of the question that they are to forget.
+#: The first tested version that can rewind to before the first user message. Older versions need an
+#: earlier answer in front of it.
 REWINDS_ALL_SINCE = (2, 1, 329)
 
 Version = tuple[int, ...]
 
-#: The tool that claude gives the model when an answer has to fit a schema.
+#: The tool with which the model returns an answer that has an output schema.
 STRUCTURED_OUTPUT = "StructuredOutput"
-#: Names that claude gives a meaning of its own: with a tool called ToolSearch it would hold back
-#: all other tools of the client.
-_TAKEN_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
-#: The longest result that claude takes for a call; above, it keeps a preview only.
+#: Tool names with a special meaning for claude. A tool named ToolSearch, for example, would make it
+#: hold back all other tools of the client.
+_RESERVED_TOOL_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
+#: The longest tool result that claude passes on whole; of a longer one it keeps a preview.
 MAX_RESULT_CHARS = 400_000
 #: The name under which claude knows the client's tools.
 TOOL_SERVER = "client"
 
-#: Variables of the server's environment that claude gets; a name may end in a star. Nothing else
-#: is passed on: what is not listed cannot point claude back at this server or leak a key.
+#: Variables of the server's environment that claude gets; a name can end in a star. Nothing else is
+#: passed on, so that no variable can point claude back at this server or leak a key.
 CHILD_ENVIRONMENT = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM",
     "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "CLAUDE_CONFIG_DIR",
@@ -8053,13 +8054,14 @@ CHILD_ENVIRONMENT = (
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 )
 
-#: Variables that every claude gets. They keep it from reading files that a message names, from
-#: loading memory, from asking the API again in its own ways, from updating itself, and from
-#: writing down what is said: it logs failed tool calls word for word below XDG_CACHE_HOME, which
-#: cannot be made where this one is.
+#: Variables that every claude gets. They prevent it from reading files that a message names, from
+#: loading memory, from repeating API requests in its own way, from updating itself, and from
+#: logging content: it writes failed tool calls to logs below XDG_CACHE_HOME, and this path cannot
+#: be created.
 FIXED_ENVIRONMENT = {
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
-    # claude would refuse some 90 small images, which it takes for 2,000 tokens each: the API knows.
+    # claude would refuse some 90 small images, because it estimates 2,000 tokens for each. The API
+    # enforces the real limit.
     "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000",
     "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
@@ -8078,11 +8080,11 @@ FIXED_ENVIRONMENT = {
     "MAX_STRUCTURED_OUTPUT_RETRIES": "2",
     "XDG_CACHE_HOME": "/dev/null/none",
 }
-#: Outside agent mode: claude does not listen for other sessions of the same user.
+#: Set outside agent mode: claude then does not open its socket for other sessions of the user.
 _RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1"}
 
 
-def _is_named(name: str, patterns: Iterable[str]) -> bool:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(
         name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
         for pattern in patterns
@@ -8090,18 +8092,16 @@ def _is_named(name: str, patterns: Iterable[str]) -> bool:
 
 
 def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, str]:
-    """The environment of a claude process: the allow-list, what the operator names, the fixed.
-
-    A variable that holds one of the server's own keys is left out unless the operator names it,
-    because claude reads text of strangers.
-    """
+    """Return the environment of a claude process: allowed variables of the server, variables that
+    the operator names, and fixed ones. A variable that holds one of the server's own keys is left
+    out unless the operator names it, because claude processes untrusted text."""
     named = listed(config.pass_env)
     keys = {key for key in config.secrets if len(key) >= 8}
     passed = {
         name: value
         for name, value in environ.items()
-        if _is_named(name, named)
-        or (_is_named(name, CHILD_ENVIRONMENT) and value not in keys and not is_key(value))
+        if _matches(name, named)
+        or (_matches(name, CHILD_ENVIRONMENT) and value not in keys and not is_key(value))
     }
     return {
         **passed, **FIXED_ENVIRONMENT, **({} if config.is_agent else _RESTRICTED),
@@ -8110,7 +8110,8 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
 
 
 def _tool_arguments(config: Config) -> list[str]:
-    """Which tools claude has: none of its own, or in agent mode those of the operator."""
+    """Return the arguments that select claude's tools: none of its own, or in agent mode those that
+    the operator allows."""
     if not config.is_agent:
         return ["--tools", "", "--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}"]
     allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
@@ -8127,11 +8128,8 @@ def _tool_arguments(config: Config) -> list[str]:
 
 
 def claude_arguments(model_id: str, config: Config) -> list[str]:
-    """The arguments of a process that idles until it is told what to do.
-
-    Outside agent mode it has no tools; it never has settings of its user, slash commands or
-    memory on disk.
-    """
+    """Return the arguments of a claude process that waits for input. Outside agent mode it has no
+    tools of its own. It never has user settings, slash commands or memory on disk."""
     return [
         "-p",
         "--input-format", "stream-json",
@@ -8152,12 +8150,12 @@ def _line(value: Json) -> bytes:
 
 
 def _object(value: object) -> Json:
-    """`value` if it is a JSON object, else an empty one."""
+    """Return `value` if it is a JSON object, else an empty object."""
     return value if isinstance(value, dict) else {}
 
 
 def control_line(subtype: str, **fields: object) -> bytes:
-    """A control request. claude answers each one by its id."""
+    """Return a control request. claude answers each request by its id."""
     request = {"subtype": subtype, **fields}
     return _line({"type": "control_request", "request_id": new_id("r"), "request": request})
 
@@ -8168,32 +8166,33 @@ def _reply_line(request_id: object, response: Json) -> bytes:
 
 
 def _refusal_line(request_id: object) -> bytes:
-    """The answer to a control request of claude's own that asks for what is not served here."""
+    """Return the reply to a control request of claude that is not supported here."""
     response = {"subtype": "error", "request_id": request_id, "error": "not supported"}
     return _line({"type": "control_response", "response": response})
 
 
 def wire_name(name: str) -> str:
-    """The name of a tool as the API takes it: most are, others get an equivalent."""
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) and name not in _TAKEN_NAMES:
+    """Return a name that the API accepts for a tool: the same name if it can be used."""
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) and name not in _RESERVED_TOOL_NAMES:
         return name
     tail = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50] + "_" + tail
 
 
 def earlier_call(block: Block, tools: Mapping[str, Tool]) -> Block:
-    """Return a call of the history with its arguments as the model wrote them; `tools` has the
-    tools by name."""
+    """Return a tool call of the history with its arguments as the model wrote them. `tools` maps
+    names to tools."""
     tool = tools.get(block["name"])
     if tool is None or not (tool.wrapped or tool.renamed):
         return block
     own_names = {own: name for name, own in tool.renamed}
-    arguments = rename_properties(block["input"], own_names)
+    arguments = as_model_writes(block["input"], own_names)
     return {**block, "input": {WRAPPER_NAME: arguments} if tool.wrapped else arguments}
 
 
 def mcp_content(blocks: list[Block]) -> list[Json] | None:
-    """A tool result as MCP has it; None when it has no form there, or is too long for it."""
+    """Return the content of a tool result in MCP's form; None when MCP has no form for it or when
+    it is too long."""
     content: list[Json] = []
     if sum(len(str(block.get("text", ""))) for block in blocks) > MAX_RESULT_CHARS:
         return None
@@ -8210,11 +8209,10 @@ def mcp_content(blocks: list[Block]) -> list[Json] | None:
 
 
 class ToolServer:
-    """The client's tools as claude sees them: an MCP server, spoken to in control requests.
-
-    Pure: lines in, lines out. A call is left unanswered until the client brings its result, maybe
-    much later; claude asks for one call at a time, so results may come before their calls.
-    """
+    """An MCP server with the client's tools. claude talks to it in control requests. It has no
+    input or output of its own: lines in, lines out. A call gets its reply when the client has sent
+    the result, which can be much later. claude sends one call at a time, so a result can arrive
+    before its call."""
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         self._tools = tools
@@ -8222,13 +8220,14 @@ class ToolServer:
         self._results: dict[str, Json] = {}
 
     def reply(self, line: Json) -> bytes:
-        """The answer to a control request of claude's; empty when it has to wait."""
+        """Return the reply to a control request of claude; empty when the result is not here
+        yet."""
         message = _object(_object(line.get("request")).get("message"))
         if not message:
             return _refusal_line(line.get("request_id"))
         if message.get("method") == "tools/call":
             return self._call(line.get("request_id"), message)
-        result = self._results_by_method(message)
+        result = self._mcp_result(message)
         answer: Json = {"jsonrpc": "2.0", "id": message.get("id", 0)}
         if result is None:
             answer["error"] = {"code": -32601, "message": "not served here"}
@@ -8236,7 +8235,7 @@ class ToolServer:
             answer["result"] = result
         return _reply_line(line.get("request_id"), {"mcp_response": answer})
 
-    def _results_by_method(self, message: Json) -> Json | None:
+    def _mcp_result(self, message: Json) -> Json | None:
         method = message.get("method")
         if method == "initialize":
             return {
@@ -8251,7 +8250,7 @@ class ToolServer:
                         "name": wire_name(tool.name),
                         "description": tool.description,
                         "inputSchema": tool.schema,
-                        # Longer results would go to a file, and a preview to the model.
+                        # claude would write a longer result to a file and give the model a preview.
                         "_meta": {"anthropic/maxResultSizeChars": MAX_RESULT_CHARS},
                     }
                     for tool in self._tools
@@ -8263,17 +8262,17 @@ class ToolServer:
         meta = _object(_object(message.get("params")).get("_meta"))
         call_id = plain_id(str(meta.get("claudecode/toolUseId", "")))
         self._calls[call_id] = (request_id, message.get("id"))
-        return self._answers()
+        return self._pending_replies()
 
     def deliver(self, results: Iterable[Block]) -> bytes:
-        """Takes the client's results; what can be told to claude now."""
+        """Store the client's results. Return the replies to calls that have their results."""
         for block in results:
             content = mcp_content(block["content"]) or []
             result = {"content": content, "isError": bool(block.get("is_error"))}
             self._results[block["tool_use_id"]] = result
-        return self._answers()
+        return self._pending_replies()
 
-    def _answers(self) -> bytes:
+    def _pending_replies(self) -> bytes:
         lines = b""
         for call_id in [call_id for call_id in self._calls if call_id in self._results]:
             request_id, rpc_id = self._calls.pop(call_id)
@@ -8284,10 +8283,8 @@ class ToolServer:
 
 
 def escape_slash_command(content: list[Block], version: Version) -> list[Block]:
-    """The content such that no version takes its last text for a slash command.
-
-    Versions before CLIENT_COMPOSED_SINCE do so unless a space comes first.
-    """
+    """Return the content so that no version of claude runs its last text as a slash command.
+    Versions before CLIENT_COMPOSED_SINCE run it unless a space comes first."""
     last = content[-1] if content else {}
     text = last.get("text")
     if version >= CLIENT_COMPOSED_SINCE or not isinstance(text, str) or text[:1] != "/":
@@ -8296,31 +8293,33 @@ def escape_slash_command(content: list[Block], version: Version) -> list[Block]:
 
 
 class RewindPoint(NamedTuple):
-    """The last question that a claude was asked. It can be made to forget it."""
+    """The last user message that a claude process answered. The process can be rewound to the state
+    before it."""
 
-    #: A UUID, by which claude knows the line that asked.
+    #: The UUID of the line that sent the user message.
     id: str
-    #: How many messages of the conversation came before it.
-    place: int
+    #: The number of messages before the user message.
+    message_index: int
 
 
 def rewind_point_of(turn: Turn) -> RewindPoint | None:
-    """The question that a turn asks. Results of tool calls are none: claude cannot forget them
-    by themselves."""
+    """Return a new rewind point for the last message of a turn. Return None when the message has
+    tool results: claude cannot rewind to before them."""
     if turn.messages[-1].has_results:
         return None
     return RewindPoint(str(uuid.uuid4()), len(turn.messages) - 1)
 
 
-#: claude scales an image of a longer side, or of more bytes, but not in results of tools that it is
-#: told about. The API refuses it there, the longer side at least where there are many images.
+#: claude scales down an image with a longer side or more bytes than these, except in results of the
+#: client's tools. The API rejects such images there, at least by their side when there are many
+#: images.
 _MAX_UNSCALED_SIDE = 2_000
 _MAX_UNSCALED_BYTES = 3_932_160
-#: The head of an image, in which its sides stand, as base64.
+#: The base64 characters to decode of an image: its sides stand within them.
 _HEAD_CHARS = 349_524
-#: Where a format has its sides: how it begins, the offsets, the bytes of each, their order, and
-#: what is missing in the number.
-_SIDES_AT: tuple[tuple[bytes, tuple[int, int], int, Literal["big", "little"], int], ...] = (
+#: Where image formats store their sides: a pattern for the first bytes, two offsets, the width of
+#: each number in bytes, its byte order, and what to add to the number.
+_SIDE_FIELDS: tuple[tuple[bytes, tuple[int, int], int, Literal["big", "little"], int], ...] = (
     (rb"\x89PNG", (16, 20), 4, "big", 0),
     (rb"GIF8", (6, 8), 2, "little", 0),
     (rb"RIFF....WEBPVP8X", (24, 27), 3, "little", 1),
@@ -8331,14 +8330,14 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def largest_side(head: bytes) -> int:
-    """Return the longer side of an image in pixels, by how it begins; 0 when that does not say."""
+    """Return the longer side of an image in pixels, read from its first bytes; 0 if unknown."""
     if head.startswith(b"\xff\xd8"):
         return _largest_jpeg_side(head)
     if head[12:16] == b"VP8L":
         bits = int.from_bytes(head[21:25], "little")
         return max(bits & 0x3FFF, bits >> 14 & 0x3FFF) + 1
-    for begin, offsets, width, order, missing in _SIDES_AT:
-        if re.match(begin, head, re.DOTALL):
+    for magic, offsets, width, order, missing in _SIDE_FIELDS:
+        if re.match(magic, head, re.DOTALL):
             return max(int.from_bytes(head[at: at + width], order) for at in offsets) + missing
     return 0
 
@@ -8347,8 +8346,8 @@ def _largest_jpeg_side(head: bytes) -> int:
     at = 2
     while at + 9 <= len(head) and head[at] == 0xFF:
         if head[at + 1] in _JPEG_FRAMES:
-            return max(int.from_bytes(head[place: place + 2], "big") for place in (at + 5, at + 7))
-        # A marker may have more of its first byte in front.
+            return max(int.from_bytes(head[side: side + 2], "big") for side in (at + 5, at + 7))
+        # Fill bytes of value 0xFF can precede a marker.
         at += 1 if head[at + 1] == 0xFF else 2 + int.from_bytes(head[at + 2: at + 4], "big")
     return 0
 
@@ -8359,30 +8358,31 @@ def _needs_scaling(block: Block) -> bool:
     return base64_bytes(data) > _MAX_UNSCALED_BYTES or largest_side(head) > _MAX_UNSCALED_SIDE
 
 
-def beside_results(content: list[Block]) -> list[Block]:
-    """Return a user's content with the images that need scaling behind the results that hold
-    them, where claude scales them; a text tells which is which."""
-    behind: list[Block] = []
+def extract_large_images(content: list[Block]) -> list[Block]:
+    """Return the content with large images moved from the tool results to after them, where
+    claude scales images. Text blocks connect each image with its result."""
+    extracted: list[Block] = []
 
-    def kept(block: Block) -> Block:
+    def replaced(block: Block) -> Block:
         if block["type"] != "image" or not _needs_scaling(block):
             return block
-        name = f"Image {len(behind) // 2 + 1} of the results"
-        behind.extend([{"type": "text", "text": f"{name}:"}, block])
+        name = f"Image {len(extracted) // 2 + 1} of the results"
+        extracted.extend([{"type": "text", "text": f"{name}:"}, block])
         return {"type": "text", "text": f"[{name} is below.]"}
 
     results = [
-        {**block, "content": [kept(inner) for inner in block["content"]]}
+        {**block, "content": [replaced(inner) for inner in block["content"]]}
         for block in content if block["type"] == "tool_result"
     ]
     rest = [block for block in content if block["type"] != "tool_result"]
-    return [*results, *behind, *rest] if behind else content
+    return [*results, *extracted, *rest] if extracted else content
 
 
 def message_line(
-    message: Message, version: Version, *, ask: bool, question: RewindPoint | None = None
+    message: Message, version: Version, *, ask: bool, rewind_point: RewindPoint | None = None
 ) -> bytes:
-    """One message of the conversation. With `ask`, claude answers it; else it is history."""
+    """Return the line for one message of the conversation. With `ask` claude answers the message;
+    without it the message is history."""
     body: Json = {"role": message.role, "content": message.content}
     line: Json = {
         "type": message.role,
@@ -8391,25 +8391,25 @@ def message_line(
         "session_id": "default",
     }
     if message.role == "assistant":
-        # 2.1.197 joins answers without an id, even across the results between them.
+        # 2.1.197 merges answers without an id, even across the results between them.
         body["id"] = new_id("msg_")
         body["content"] = [
             {**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
             for block in message.content
         ]
     else:
-        body["content"] = escape_slash_command(beside_results(message.content), version)
-        # Without this the newer versions run slash commands and read files named with an @.
+        body["content"] = escape_slash_command(extract_large_images(message.content), version)
+        # Without this, newer versions run slash commands and read files named with an @.
         line["client_composed"] = True
         if not ask:
             line["shouldQuery"] = False
-        if question is not None:
-            line["uuid"] = question.id
+        if rewind_point is not None:
+            line["uuid"] = rewind_point.id
     return _line(line)
 
 
-def _choice_body(choice: ToolChoice) -> Json | None:
-    """The API's tool_choice; None where it is the default."""
+def _tool_choice_body(choice: ToolChoice) -> Json | None:
+    """Return the API's tool_choice; None for the default."""
     if choice.kind == "auto" and choice.parallel:
         return None
     body: Json = {"type": choice.kind}
@@ -8420,12 +8420,13 @@ def _choice_body(choice: ToolChoice) -> Json | None:
     return body
 
 
-#: Descriptions of tools above this length are cut by claude.
+#: claude truncates longer descriptions of tools.
 _MAX_DESCRIPTION_CHARS = 2_000
 
 
 def tools_body(tools: tuple[Tool, ...]) -> list[Json]:
-    """The tools as the API has them, if claude would not pass them on as they are; else nothing."""
+    """Return the tools in the API's form if claude would change their descriptions; else an empty
+    list."""
     texts = [tool.description for tool in tools]
     if all(text.isascii() and len(text) <= _MAX_DESCRIPTION_CHARS for text in texts):
         return []
@@ -8442,17 +8443,15 @@ def tools_body(tools: tuple[Tool, ...]) -> list[Json]:
 def settings_lines(
     options: Options, choice: ToolChoice, tools: tuple[Tool, ...] = ()
 ) -> bytes:
-    """The control requests that carry the options of one request; nothing when there are none.
-
-    `tools` are given if they are all that the model gets: then they can be passed untouched.
-    """
+    """Return the control requests that set the options of one request; empty when there are none.
+    Pass `tools` only when the model gets no others: they then go to the API unchanged."""
     extra: Json = dict(options.sampling)
     body = tools_body(tools)
     if body:
         extra["tools"] = body
     if options.sent_stops:
         extra["stop_sequences"] = list(options.sent_stops)
-    choice_body = _choice_body(choice)
+    choice_body = _tool_choice_body(choice)
     if choice_body is not None:
         extra["tool_choice"] = choice_body
     env: dict[str, str] = {}
@@ -8472,31 +8471,31 @@ def settings_lines(
 
 
 def _thinking_line(options: Options) -> bytes:
-    """The control request that says how much to think."""
+    """Return the control request that sets the thinking budget."""
     return control_line("set_max_thinking_tokens", max_thinking_tokens=options.thinking_tokens)
 
 
-def _without_thinking_in_a_loop(turn: Turn) -> Options:
-    """The options of a conversation that is told anew. A model that thinks by budget has to get
-    the thinking behind a call back together with its result, and that cannot be told."""
+def _rebuild_options(turn: Turn) -> Options:
+    """Return the options for a conversation that is rebuilt. A model that thinks by budget needs
+    the thinking before a tool call back together with the result. The history cannot carry
+    thinking, so it is switched off in this case."""
     if turn.messages[-1].has_results and turn.model.thinking == "budget":
         return turn.options._replace(thinking_tokens=0)
     return turn.options
 
 
-#: What stands for the user's part before a conversation that the assistant opens.
-_OPENING = "(The user opens the conversation.)"
+#: The user message that is put before a conversation that starts with the assistant.
+_OPENING_TEXT = "(The user opens the conversation.)"
 
 
-def conversation(
+def conversation_steps(
     turn: Turn, operator_prompt: str, version: Version, *, agent: bool = False,
-    question: RewindPoint | None = None,
+    rewind_point: RewindPoint | None = None,
 ) -> list[bytes]:
-    """What to write to a fresh process: steps, each to be followed by waiting for a `result`.
-
-    The last step asks. Earlier ones lay down the history, one user message each: sent without
-    waiting, claude would lose their order. Assistant messages get no reply of their own.
-    """
+    """Return the lines that give a fresh process the whole conversation, as steps. Wait for a
+    `result` line after each step but the last, which requests the answer. Each earlier step ends
+    with one user message: without waiting, claude would lose the order of the messages. Assistant
+    messages get no `result` of their own."""
     system = "\n\n".join(text for text in (turn.system, operator_prompt.strip()) if text)
     fields: Json = {"systemPrompt": [system] if system else [], "hooks": None}
     tools, choice = turn.offered
@@ -8506,16 +8505,16 @@ def conversation(
         fields["jsonSchema"] = turn.output_schema.schema
     alone = not agent and turn.output_schema is None
     pending = control_line("initialize", **fields)
-    options = _without_thinking_in_a_loop(turn)
+    options = _rebuild_options(turn)
     pending += settings_lines(options, choice, tools if alone else ())
     steps = []
     by_name = {tool.name: tool for tool in turn.tools}
     earlier = turn.messages[:-1]
     if earlier and earlier[0].role == "assistant":
-        # claude loses an answer that nothing comes before.
-        earlier = [Message("user", text_blocks(_OPENING)), *earlier]
+        # claude loses an answer that has no message before it.
+        earlier = [Message("user", text_block(_OPENING_TEXT)), *earlier]
     for message in earlier:
-        # Thinking of earlier answers is dropped by claude in any case.
+        # claude drops the thinking of earlier answers in any case.
         kept = [
             earlier_call(block, by_name) if block["type"] == "tool_use" else block
             for block in message.content if "thinking" not in block["type"]
@@ -8524,40 +8523,44 @@ def conversation(
         if message.role == "user":
             steps.append(pending)
             pending = b""
-    asked = message_line(turn.messages[-1], version, ask=True, question=question)
+    asked = message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
     return [*steps, pending + asked]
 
 
-def continuation(turn: Turn, version: Version, question: RewindPoint | None = None) -> bytes:
-    """What to write to a process that holds everything but the last message. It may have been
-    told the rest in the middle of a loop, without thinking."""
+def continuation_lines(
+    turn: Turn, version: Version, rewind_point: RewindPoint | None = None
+) -> bytes:
+    """Return the lines for a process that holds everything but the last message. The thinking
+    budget is set again, because a conversation that was rebuilt in a tool loop has none."""
     thinks = turn.model.thinking == "budget" and turn.options.thinking_tokens
-    again = _thinking_line(turn.options) if thinks else b""
-    return again + message_line(turn.messages[-1], version, ask=True, question=question)
+    thinking = _thinking_line(turn.options) if thinks else b""
+    return thinking + message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
 
 
-def rewind_line(question: RewindPoint) -> bytes:
-    """What makes an idle claude forget the last question and all that came of it."""
-    return control_line("rewind_conversation", target_message_uuid=question.id)
+def rewind_line(rewind_point: RewindPoint) -> bytes:
+    """Return the control request that makes an idle claude drop the user message and everything
+    after it."""
+    return control_line("rewind_conversation", target_message_uuid=rewind_point.id)
 
 
 def was_rewound(reply: Json) -> bool:
-    """Whether claude has forgotten, by its answer to `rewind_line`."""
+    """Return whether the reply to `rewind_line` reports success."""
     return _object(_object(reply.get("response")).get("response")).get("rewound") is True
 
 
 class ReportedWindow(NamedTuple):
-    """What claude last said about a limit of the plan."""
+    """The state of the plan's limit that claude last reported."""
 
     rejected: bool
     resets_at_s: float | None
 
 
 class ReportedFailure(NamedTuple):
-    """A failure as claude reports it: prose, a word for its kind, the API's status if any."""
+    """A failure as claude reports it: text, claude's name for its kind, and the API's status if
+    any."""
 
     text: str
-    word: str
+    kind: str
     status: int | None
 
 
@@ -8566,20 +8569,20 @@ LOGIN_ADVICE = (
     "without a browser `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN for the server."
 )
 
-_BY_STATUS: dict[int, type[OcpError]] = {
+_ERROR_BY_STATUS: dict[int, type[OcpError]] = {
     400: BadRequest, 401: LoginLost, 402: PlanLimit, 403: UpstreamForbidden, 404: UnknownModel,
     408: UpstreamTimeout, 413: TooLarge, 429: RateLimited, 504: UpstreamTimeout,
     529: Overloaded,
 }
-#: Words that say more than the status beside them.
-_BEFORE_STATUS: dict[str, type[OcpError]] = {
+#: Kinds of failures that are more exact than the status beside them.
+_ERROR_BY_KIND_FIRST: dict[str, type[OcpError]] = {
     "account_on_hold": UpstreamForbidden,
     "billing_error": PlanLimit,
     "cloud_credential_error": UpstreamForbidden,
     "verification_required": UpstreamForbidden,
 }
-#: Failures of the account that come with a status of the request's, by their prose. As a 400 an
-#: agent would take them for a fault of its history and cut that.
+#: Patterns of failures of the account that come with the status of a bad request. If an agent got
+#: them as a 400, it would blame its history and truncate it.
 _ACCOUNT_FAILURES: tuple[tuple[re.Pattern[str], type[OcpError]], ...] = (
     (
         re.compile(
@@ -8599,9 +8602,9 @@ _ACCOUNT_FAILURES: tuple[tuple[re.Pattern[str], type[OcpError]], ...] = (
         UpstreamForbidden,
     ),
 )
-#: The statuses that such a failure may have; without one it counts too.
+#: The statuses with which those patterns apply; None means no status.
 _ACCOUNT_STATUSES = (None, 400, 402, 403, 429)
-_BY_WORD: dict[str, type[OcpError]] = {
+_ERROR_BY_KIND: dict[str, type[OcpError]] = {
     "authentication_failed": LoginLost,
     "oauth_org_not_allowed": LoginLost,
     "rate_limit": RateLimited,
@@ -8609,51 +8612,53 @@ _BY_WORD: dict[str, type[OcpError]] = {
     "model_not_found": UnknownModel,
     "overloaded": Overloaded,
 }
-#: What claude adds to the API's own message: how it heard it, and advice for its own terminal.
-_ADDED_PROSE = re.compile(
+#: Text that claude adds to the API's message: a prefix, and advice for its own terminal.
+_CLI_PROSE = re.compile(
     r"^(?:Failed to authenticate\. )?(?:API Error: )?(?:\d{3} )?"
     r"|\.? This is a server-side issue.*$|\.? Run --model to pick.*$"
 )
-#: A login that was taken back comes as a 403.
-_LOST = re.compile(r"token.*(?:revoked|expired)", re.IGNORECASE)
+#: A revoked login comes as a 403.
+_LOGIN_REVOKED = re.compile(r"token.*(?:revoked|expired)", re.IGNORECASE)
 _RATE_LIMIT_PAUSE_S = 20.0
 _OVERLOAD_PAUSE_S = 10.0
 
 
 def upstream_error(
-    complaint: ReportedFailure, window: ReportedWindow | None, now_s: float
+    failure: ReportedFailure, window: ReportedWindow | None, now_s: float
 ) -> OcpError:
-    """The error that a client is told for a failure that claude reports.
-
-    The API's status decides, then claude's word for it; prose only makes the message.
-    """
-    kind = (
-        _BEFORE_STATUS.get(complaint.word)
-        or _BY_STATUS.get(complaint.status or 0)
-        or _BY_WORD.get(complaint.word, UpstreamFailed)
+    """Return the error for the client for a failure that claude reports. The class comes from the
+    API's status, then from claude's name for the failure. The text gives the message, and the class
+    only for failures of the account."""
+    error_class = (
+        _ERROR_BY_KIND_FIRST.get(failure.kind)
+        or _ERROR_BY_STATUS.get(failure.status or 0)
+        or _ERROR_BY_KIND.get(failure.kind, UpstreamFailed)
     )
-    message = without_paths(redacted(_ADDED_PROSE.sub("", one_line(complaint.text, 1000))))
-    message = message or "claude reported a failure without a word about it."
-    for words, what in _ACCOUNT_FAILURES if complaint.status in _ACCOUNT_STATUSES else ():
-        kind = what if words.search(message) else kind
-    if kind is RateLimited and window is not None and window.rejected:
-        kind = PlanLimit
-    if kind is PlanLimit:
+    message = without_paths(redacted(_CLI_PROSE.sub("", one_line(failure.text, 1000))))
+    message = message or "claude reported a failure and gave no reason."
+    if failure.status in _ACCOUNT_STATUSES:
+        for pattern, account_error in _ACCOUNT_FAILURES:
+            error_class = account_error if pattern.search(message) else error_class
+    if error_class is RateLimited and window is not None and window.rejected:
+        error_class = PlanLimit
+    if error_class is PlanLimit:
         resets_at_s = window.resets_at_s if window else None
         if resets_at_s is None:
             return PlanLimit(message)
-        # Some clients show nothing but the message.
+        # Some clients show only the message.
         resets = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(resets_at_s))
-        told = f"{message.rstrip('.')}. The limit resets at {resets}."
-        return PlanLimit(told, retry_after_s=resets_at_s - now_s)
-    if kind is LoginLost or (kind is UpstreamForbidden and _LOST.search(message)):
-        return LoginLost(f"{LOGIN_ADVICE} (It said: {message})")
-    if kind is BadRequest and "prompt is too long" in message.lower():
+        message = f"{message.rstrip('.')}. The limit resets at {resets}."
+        return PlanLimit(message, retry_after_s=resets_at_s - now_s)
+    if error_class is UpstreamForbidden and _LOGIN_REVOKED.search(message):
+        error_class = LoginLost
+    if error_class is LoginLost:
+        return LoginLost(f"{LOGIN_ADVICE} (claude reported: {message})")
+    if error_class is BadRequest and "prompt is too long" in message.lower():
         return ContextTooLong(message, param="messages")
-    if kind is UnknownModel:
+    if error_class is UnknownModel:
         return UnknownModel(message, param="model")
     pauses = {RateLimited: _RATE_LIMIT_PAUSE_S, Overloaded: _OVERLOAD_PAUSE_S}
-    return kind(message, retry_after_s=pauses.get(kind))
+    return error_class(message, retry_after_s=pauses.get(error_class))
 
 
 def _count(usage: Json, name: str) -> int:
@@ -8661,12 +8666,12 @@ def _count(usage: Json, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-#: Tables in the API's usage object that Anthropic's clients get as they are.
+#: Tables in the API's usage object that Anthropic clients get unchanged.
 _USAGE_TABLES = ("cache_creation", "server_tool_use")
 
 
 def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
-    """The API's usage object; counts that it leaves out are taken from `before`."""
+    """Return the API's usage object as Usage. Missing counts are taken from `before`."""
     if not isinstance(found, dict):
         return before
     details = found.get("output_tokens_details")
@@ -8686,8 +8691,8 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
     )
 
 
-def added_usage(usages: Iterable[Usage]) -> Usage:
-    """Return what several answers took together, in the four kinds of tokens that there are."""
+def sum_usage(usages: Iterable[Usage]) -> Usage:
+    """Return the sum of several usages, in the four kinds of tokens that are counted."""
     added = NO_USAGE
     for usage in usages:
         added = Usage(
@@ -8698,17 +8703,17 @@ def added_usage(usages: Iterable[Usage]) -> Usage:
     return added
 
 
-#: No reset is later than this.
+#: The latest plausible reset, in epoch seconds.
 _LATEST_S = 10**11
 
 
 class PlanReport(NamedTuple):
-    """What claude says about the plan at one time. Everything in it may be unknown."""
+    """The state of the plan as claude reports it at one time. Each part can be unknown."""
 
-    #: By the API's names for them: five_hour, seven_day, seven_day_opus, ...
+    #: Keyed by the API's names: five_hour, seven_day, seven_day_opus, ...
     windows: Mapping[str, PlanWindow]
     status: str | None = None
-    #: The window that decides.
+    #: The name of the window that decides.
     claim: str | None = None
     overage_status: str | None = None
     overage_reason: str | None = None
@@ -8716,7 +8721,7 @@ class PlanReport(NamedTuple):
 
 
 class PlanWindow(NamedTuple):
-    """A window of the plan."""
+    """A usage window of the plan."""
 
     #: The used share, 0 to 1.
     utilization: float | None
@@ -8724,13 +8729,13 @@ class PlanWindow(NamedTuple):
     status: str | None
 
 
-def _text_in(found: Json, name: str) -> str | None:
+def _text_field(found: Json, name: str) -> str | None:
     value = found.get(name)
     return value if isinstance(value, str) else None
 
 
-def _reset_in(found: Json, name: str) -> float | None:
-    """A moment that is given in epoch seconds or in ISO 8601."""
+def _reset_field(found: Json, name: str) -> float | None:
+    """Return a time in epoch seconds. The field holds epoch seconds or ISO 8601."""
     value = found.get(name)
     with contextlib.suppress(ValueError):
         value = epoch_of(value) if isinstance(value, str) else value
@@ -8739,60 +8744,61 @@ def _reset_in(found: Json, name: str) -> float | None:
     return float(value) if 0 < value < _LATEST_S else None
 
 
-def _share_in(found: Json, whole: float) -> float | None:
+def _share_field(found: Json, whole: float) -> float | None:
     value = found.get("utilization")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    # More than the whole is possible where more can be bought.
+    # More than 1 is possible where extra usage can be bought.
     return round(value / whole, 4) if 0 <= value <= 10 * whole else None
 
 
 def plan_window(line: Json) -> ReportedWindow | None:
-    """What a rate_limit_event says of the limit that decides; None for any other line."""
+    """Return the limit that a rate_limit_event names as the deciding one; None for other lines."""
     found = line.get("rate_limit_info")
     if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
         return None
-    resets_at_s = _reset_in(found, "resetsAt")
-    # A plain 429, which is no limit of a plan, is "rejected" too, but names no window.
+    resets_at_s = _reset_field(found, "resetsAt")
+    # A plain 429 is "rejected" too, but it is no limit of the plan and names no window.
     names_window = "rateLimitType" in found or resets_at_s is not None
     return ReportedWindow(found.get("status") == "rejected" and names_window, resets_at_s)
 
 
 def plan_event(line: Json) -> PlanReport | None:
-    """What a rate_limit_event tells; None for any other line, and for one that names no window,
-    such as that of a plain 429."""
+    """Return the plan's state from a rate_limit_event. Return None for other lines, and for an
+    event without a window, such as that of a plain 429."""
     found = line.get("rate_limit_info")
     if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
         return None
-    claim = _text_in(found, "rateLimitType")
+    claim = _text_field(found, "rateLimitType")
     if claim is None:
         return None
-    told = found.get("unifiedWindows")
+    reported = found.get("unifiedWindows")
     windows = {
         name: PlanWindow(
-            _share_in(entry, 1), _reset_in(entry, "resetsAt"), _text_in(entry, "status")
+            _share_field(entry, 1), _reset_field(entry, "resetsAt"), _text_field(entry, "status")
         )
-        for name, entry in (told.items() if isinstance(told, dict) else ())
+        for name, entry in (reported.items() if isinstance(reported, dict) else ())
         if isinstance(entry, dict)
     }
-    status = _text_in(found, "status")
-    windows.setdefault(claim, PlanWindow(_share_in(found, 1), _reset_in(found, "resetsAt"), status))
+    status = _text_field(found, "status")
+    resets_at_s = _reset_field(found, "resetsAt")
+    windows.setdefault(claim, PlanWindow(_share_field(found, 1), resets_at_s, status))
     return PlanReport(
         windows, status, claim,
-        overage_status=_text_in(found, "overageStatus"),
-        overage_reason=_text_in(found, "overageDisabledReason"),
+        overage_status=_text_field(found, "overageStatus"),
+        overage_reason=_text_field(found, "overageDisabledReason"),
     )
 
 
-#: What lets claude ask the API how much of the plan is used, which its fixed environment forbids,
-#: and what forbids it again.
+#: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
+#: forbid it again.
 _MAY_READ_USAGE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": ""}
 _MUST_NOT_READ_USAGE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
 
 
 def usage_lines() -> list[bytes]:
-    """What asks an idle process about the plan, and leaves it as it was: three requests, with an
-    answer each. The second answer is the one that `plan_report` reads."""
+    """Return three control requests that read the plan's usage from an idle process and leave the
+    process as it was. Each gets a reply; pass the second to `plan_report`."""
     return [
         control_line("apply_flag_settings", settings={"env": _MAY_READ_USAGE}),
         control_line("get_usage", skip_behaviors=True),
@@ -8801,52 +8807,55 @@ def usage_lines() -> list[bytes]:
 
 
 def plan_report(reply: Json) -> PlanReport:
-    """What the answer to get_usage tells. A login by a bare token knows nothing."""
+    """Return the plan's state from the reply to get_usage. It is empty for a login by a bare
+    token."""
     found = _object(_object(reply.get("response")).get("response"))
     limits = _object(found.get("rate_limits"))
     windows = {
-        name: PlanWindow(_share_in(entry, 100), _reset_in(entry, "resets_at"), None)
+        name: PlanWindow(_share_field(entry, 100), _reset_field(entry, "resets_at"), None)
         for name, entry in limits.items()
         if isinstance(entry, dict) and "resets_at" in entry
     }
-    return PlanReport(windows, subscription=_text_in(found, "subscription_type"))
+    return PlanReport(windows, subscription=_text_field(found, "subscription_type"))
 
 
-#: Delta types of the API's stream: the kind of our Delta, and the field with the text.
+#: Delta types of the API's stream, with the kind of our Delta and the field that holds the text.
 _DELTA_KINDS = {
     "text_delta": ("text", "text"),
     "thinking_delta": ("thinking", "thinking"),
     "signature_delta": ("signature", "signature"),
     "input_json_delta": ("arguments", "partial_json"),
 }
-#: Types of blocks that clients get to see as they are.
+#: Block types that clients get unchanged.
 _PLAIN_BLOCKS = ("text", "thinking", "redacted_thinking")
 
 
-#: Tools that claude lists in its `init` line under another name than the model gets.
+#: Tools whose name in claude's `init` line differs from the name that the model gets.
 _UNLISTED_NAMES = {"Task": "Agent"}
 
 
 class StructuredAnswer:
-    """What one message says of an answer that has to fit a shape: a call of claude's own tool,
-    which claude accepts or not."""
+    """The state of an answer with an output schema, in one message. The answer is a call of
+    claude's own StructuredOutput tool, which claude accepts or rejects."""
 
     def __init__(self, output_schema: OutputSchema | None) -> None:
         self._exact = output_schema.exact if output_schema is not None else None
         #: The block of the call, and its arguments in pieces.
         self.block_index: int | None = None
         self.pieces: list[str] = []
-        #: Whether the message ended with the call, and whether claude took it. Either comes first.
+        #: Whether the message ended with the call, and whether claude accepted the call. Either can
+        #: come first.
         self.stopped = False
         self.accepted = False
 
     @property
     def is_complete(self) -> bool:
-        """Whether the call is there and claude has accepted it."""
+        """Return whether the message has ended with the call and claude has accepted it."""
         return self.stopped and self.accepted
 
     def check(self) -> None:
-        """Raise UpstreamFailed for an answer that claude accepts and the client could not."""
+        """Raise UpstreamFailed for an answer that claude accepted but that breaks the client's
+        schema."""
         if self._exact is None:
             return
         try:
@@ -8858,229 +8867,242 @@ class StructuredAnswer:
             raise UpstreamFailed("The model's answer does not fit the schema; ask again.")
 
 
-class TurnReader:
-    """Reads the lines of one running turn: `events` turns each into what it means.
+# A turn as claude prints it, and its states in TurnReader:
+#
+# - message: message_start, blocks, message_delta with a stop reason. A second message_start after
+#   the first delta means that claude repeated its API request: the client gets Restarted.
+# - internal rounds: when the model called only tools that claude runs itself, the stop reason is
+#   "tool_use" and the next message_start continues the same answer (_continues_internally).
+# - structured answer: complete when the message has stopped and claude has accepted the call.
+# - finished: at the API's stop reason, not at claude's `result`. In between claude can call the
+#   API again, for example after max_tokens; the client does not want that answer.
+#
+# Unknown types of lines are skipped, because new ones will come. Blocks get new numbers, without
+# a gap for hidden blocks.
 
-    The turn is over for the client when the API gives a stop reason, not when claude prints its
-    `result`: in between, claude may ask the API again by itself (after max_tokens it does), which
-    nobody wants. Types of lines that are not known are skipped; new ones will come. Blocks are
-    numbered anew, without those that no client should see.
-    """
+
+class TurnReader:
+    """Turns the lines of one running turn into events."""
 
     def __init__(
         self,
         tools: tuple[Tool, ...] = (),
-        shape: OutputSchema | None = None,
+        output_schema: OutputSchema | None = None,
         *,
         final_only: bool = False,
         clock: Clock = time.time,
     ) -> None:
-        """`final_only`: of several rounds that claude goes by itself, only the last is told."""
+        """With `final_only`, return only the events of the last internal round."""
         self._clock = clock
         self._final_only = final_only
-        #: What the current round said, while it may not be the last.
-        self._round: list[Event] = []
+        #: Events of the current round, held back because another round may follow.
+        self._round_events: list[Event] = []
         self._tools = {wire_name(tool.name): tool for tool in tools}
-        self._shape = shape
-        self._shaped = StructuredAnswer(shape)
+        self._output_schema = output_schema
+        self._structured = StructuredAnswer(output_schema)
         self._usage = NO_USAGE
-        #: What the API took for messages before the current one.
+        #: Usage of the messages before the current one.
         self._usages: list[Usage] = []
-        #: The numbers that blocks of the current message go out under; others stay hidden.
-        self._numbers: dict[int, int] = {}
+        #: Numbers under which the client gets the blocks of the current message, by the API's
+        #: index. Hidden blocks have none.
+        self._block_numbers: dict[int, int] = {}
         self._next_number = 0
-        #: Whether the message had a delta: then a new message voids it. And whether it had one
-        #: that is part of an answer, which thinking is not.
-        self._spoken = False
-        self._answered = False
-        #: Whether the model called a tool of the client's, and whether claude goes on by itself
-        #: because it called only others: its own in agent mode, or none that there are.
-        self._called = False
-        self._goes_on = False
+        #: Whether the client got a part of the message: a new message then voids it. And whether it
+        #: got content, which thinking is not.
+        self._had_delta = False
+        self._had_content = False
+        #: Whether the model called one of the client's tools, and whether claude continues
+        #: internally because the model called only other tools: claude's own in agent mode, or
+        #: unknown ones.
+        self._client_tool_called = False
+        self._continues_internally = False
         #: Whether the text of an earlier round ended in the middle of a line.
-        self._mid_line = False
+        self._needs_paragraph_break = False
         self._line_ended = False
-        #: What takes the JSON of a block to the client's form, where the two differ.
-        self._forms: dict[int, ClientJsonConverter] = {}
+        #: Converters from the model's JSON to the client's form, for blocks in which the two
+        #: differ.
+        self._forms: dict[int, ClientForm] = {}
         self._prose: list[str] = []
-        self._complaint: ReportedFailure | None = None
+        self._failure: ReportedFailure | None = None
         self.window: ReportedWindow | None = None
         self.finished = False
-        #: How often claude said that it asks the API again.
+        #: How often claude reported that it repeats its API request.
         self.retries = 0
 
     def events(self, line: Json) -> list[Event]:
-        """What this line means. Raises the OcpError of a failure that it reports."""
-        found = self._meaning(line)
+        """Return the events of this line. Raise the OcpError of a failure that the line reports."""
+        events = self._events_of_line(line)
         if not self._final_only:
-            return found
-        self._round += found
+            return events
+        self._round_events += events
         if not self.finished:
             return []
-        told, self._round = self._round, []
-        return told
+        events, self._round_events = self._round_events, []
+        return events
 
     @property
     def spent(self) -> Usage:
-        """What the API says that it took so far, for messages that came to nothing too."""
-        return added_usage([*self._usages, self._usage])
+        """Return the usage that the API has reported so far, including abandoned messages."""
+        return sum_usage([*self._usages, self._usage])
 
-    def _meaning(self, line: Json) -> list[Event]:
+    def _events_of_line(self, line: Json) -> list[Event]:
         kind = line.get("type")
         if kind == "stream_event":
             event = line.get("event")
-            return self._stream_event(event) if isinstance(event, dict) else []
+            return self._on_stream_event(event) if isinstance(event, dict) else []
         if kind == "assistant":
-            self._note_synthetic_error(line)
+            self._record_synthetic_error(line)
         elif kind == "user":
-            return self._tool_outcome(line.get("message"))
+            return self._on_tool_results(line.get("message"))
         elif kind == "rate_limit_event":
             self.window = plan_window(line) or self.window
         elif kind == "system" and line.get("subtype") == "init":
-            self._check_offered(line)
+            self._check_tools_offered(line)
         elif kind == "system" and line.get("subtype") == "api_retry":
             self.retries += 1
         elif kind == "control_response":
             check_control_response(line)
         elif kind == "result":
-            return self._ending(line)
+            return self._on_result(line)
         return []
 
-    def _stream_event(self, event: Json) -> list[Event]:
+    def _on_stream_event(self, event: Json) -> list[Event]:
         kind = event.get("type")
         index = _count(event, "index")
         if kind == "message_start":
-            return self._start(event.get("message"))
+            return self._on_message_start(event.get("message"))
         if kind == "content_block_start":
-            return self._block_start(index, event.get("content_block"))
+            return self._on_block_start(index, event.get("content_block"))
         if kind == "content_block_delta":
-            return self._delta(index, event.get("delta"))
+            return self._on_block_delta(index, event.get("delta"))
         if kind == "content_block_stop":
-            return self._block_stop(index)
+            return self._on_block_stop(index)
         if kind == "message_delta":
-            return self._stop(event)
+            return self._on_message_delta(event)
         return []
 
-    def _start(self, message: object) -> list[Event]:
-        found = message if isinstance(message, dict) else {}
+    def _on_message_start(self, message: object) -> list[Event]:
+        found = _object(message)
         self._usages.append(self._usage)
         self._usage = usage_of(found.get("usage"))
-        self._numbers = {}
+        self._block_numbers = {}
         self._prose.clear()
-        self._shaped = StructuredAnswer(self._shape)
+        self._structured = StructuredAnswer(self._output_schema)
         self._forms.clear()
         started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
-        if self._goes_on:
-            self._goes_on = False
+        if self._continues_internally:
+            self._continues_internally = False
             return self._next_round(started)
-        again = self._spoken
+        restarts = self._had_delta
         self._next_number = 0
-        self._spoken = self._answered = self._called = False
-        return [Restarted(), started] if again else [started]
+        self._had_delta = self._had_content = self._client_tool_called = False
+        return [Restarted(), started] if restarts else [started]
 
     def _next_round(self, started: Started) -> list[Event]:
-        """Claude goes on after tools that no client sees: one answer, in the same message."""
+        """Start the next internal round, which continues the same message for the client."""
         if self._final_only:
-            self._round.clear()
+            self._round_events.clear()
             self._next_number = 0
             return [started]
         return []
 
     # -- blocks -------------------------------------------------------------------------------
 
-    def _block_start(self, index: int, block: object) -> list[Event]:
-        found = block if isinstance(block, dict) else {}
-        shown = self._shown(index, found)
+    def _on_block_start(self, index: int, block: object) -> list[Event]:
+        found = _object(block)
+        shown = self._client_block(index, found)
         if shown is None:
             return []
-        number = self._numbers[index] = self._next_number
+        number = self._block_numbers[index] = self._next_number
         self._next_number += 1
         began: list[Event] = [BlockStarted(number, shown)]
-        if shown["type"] == "text" and self._mid_line:
-            # Rounds are paragraphs of one answer.
+        if shown["type"] == "text" and self._needs_paragraph_break:
+            # Separate the rounds of one answer by paragraphs.
             began.append(Delta(number, "text", "\n\n"))
-        self._mid_line = False
+        self._needs_paragraph_break = False
         return began
 
-    def _shown(self, index: int, block: Json) -> Block | None:
-        """The block as clients see it; None for one that they do not."""
+    def _client_block(self, index: int, block: Json) -> Block | None:
+        """Return the block as the client gets it; None for a hidden block."""
         kind, name = block.get("type"), str(block.get("name"))
-        if kind == "tool_use" and self._shape is not None and name == STRUCTURED_OUTPUT:
-            self._shaped.block_index = index
-            self._note_form(index, self._shape)
+        if kind == "tool_use" and self._output_schema is not None and name == STRUCTURED_OUTPUT:
+            self._structured.block_index = index
+            self._register_form(index, self._output_schema)
             return {"type": "text", "text": ""}
         if kind == "tool_use" and name in self._tools:
-            self._spoken = self._answered = self._called = True
+            self._had_delta = self._had_content = self._client_tool_called = True
             tool, call_id = self._tools[name], plain_id(str(block.get("id")))
-            self._note_form(index, tool)
+            self._register_form(index, tool)
             return {"type": "tool_use", "id": call_id, "name": tool.name, "input": {}}
-        if kind == "text" and self._shape is not None:
-            # Prose beside a shaped answer; kept in case that it is all there is.
+        if kind == "text" and self._output_schema is not None:
+            # Text beside a structured answer; `_prose` keeps it for a refusal.
             return None
         return dict(block) if kind in _PLAIN_BLOCKS else None
 
-    def _note_form(self, index: int, told: Tool | OutputSchema) -> None:
-        if told.wrapped or told.renamed:
-            self._forms[index] = ClientJsonConverter(wrapped=told.wrapped, renamed=told.renamed)
+    def _register_form(self, index: int, source: Tool | OutputSchema) -> None:
+        if source.wrapped or source.renamed:
+            self._forms[index] = ClientForm(wrapped=source.wrapped, renamed=source.renamed)
 
-    def _delta(self, index: int, delta: object) -> list[Event]:
-        found = delta if isinstance(delta, dict) else {}
+    def _on_block_delta(self, index: int, delta: object) -> list[Event]:
+        found = _object(delta)
         kind, field = _DELTA_KINDS.get(str(found.get("type")), ("", ""))
         text = found.get(field)
         if not kind or not isinstance(text, str):
             return []
-        number = self._numbers.get(index)
+        number = self._block_numbers.get(index)
         if number is None:
             if kind == "text":
                 self._prose.append(text)
             return []
-        is_shaped = index == self._shaped.block_index
-        if is_shaped:
+        is_structured = index == self._structured.block_index
+        if is_structured:
             kind = "text"
-            self._shaped.pieces.append(text)
+            self._structured.pieces.append(text)
         if index in self._forms:
             text = self._forms[index].feed(text)
-        if not text and (is_shaped or index in self._forms):
+        if not text and (is_structured or index in self._forms):
             return []
-        self._spoken = True
-        self._answered = self._answered or (bool(text) and kind in ("text", "arguments"))
+        self._had_delta = True
+        self._had_content = self._had_content or (bool(text) and kind in ("text", "arguments"))
         self._line_ended = text.endswith("\n")
         return [Delta(number, kind, text)]
 
-    def _block_stop(self, index: int) -> list[Event]:
-        number = self._numbers.get(index)
+    def _on_block_stop(self, index: int) -> list[Event]:
+        number = self._block_numbers.get(index)
         if number is None:
             return []
         rest = self._forms[index].close() if index in self._forms else ""
-        kind = "text" if index == self._shaped.block_index else "arguments"
+        kind = "text" if index == self._structured.block_index else "arguments"
         stopped = BlockStopped(number)
         return [Delta(number, kind, rest), stopped] if rest else [stopped]
 
     # -- endings ------------------------------------------------------------------------------
 
-    def _stop(self, event: Json) -> list[Event]:
-        found = event.get("delta")
-        delta = found if isinstance(found, dict) else {}
+    def _on_message_delta(self, event: Json) -> list[Event]:
+        delta = _object(event.get("delta"))
         self._usage = usage_of(event.get("usage"), self._usage)
         reason = delta.get("stop_reason")
         if not isinstance(reason, str):
             return []
-        if reason == "tool_use" and self._called:
+        if reason == "tool_use" and self._client_tool_called:
             return self._finish(reason)
-        if reason == "tool_use" and self._shaped.block_index is not None:
-            self._shaped.stopped = True
-            return self._shaped_end()
+        if reason == "tool_use" and self._structured.block_index is not None:
+            self._structured.stopped = True
+            return self._finish_structured()
         if reason == "tool_use":
-            # claude runs its own tools, or says that there is no such tool, and asks again.
-            self._goes_on = True
-            self._mid_line = self._answered and not self._final_only and not self._line_ended
+            # claude runs its own tools, or reports an unknown tool to the model, and calls the API
+            # again.
+            self._continues_internally = True
+            is_mid_line = self._had_content and not self._line_ended
+            self._needs_paragraph_break = is_mid_line and not self._final_only
             return []
-        if reason == "end_turn" and not self._answered:
-            # An answer without a word is none: claude asks again by itself, or its result tells.
+        if reason == "end_turn" and not self._had_content:
+            # An empty answer: claude calls the API again, or its `result` line gives the reason.
             return []
         details = delta.get("stop_details")
         return self._finish(
-            reason, _text_in(delta, "stop_sequence"), details if isinstance(details, dict) else None
+            reason, _text_field(delta, "stop_sequence"),
+            details if isinstance(details, dict) else None,
         )
 
     def _finish(
@@ -9089,106 +9111,111 @@ class TurnReader:
         self.finished = True
         return [Finished(reason, sequence, self._usage, details)]
 
-    def _tool_outcome(self, message: object) -> list[Event]:
-        """Whether claude accepted a shaped answer; it may say so before or after the stop."""
-        found = message if isinstance(message, dict) else {}
+    def _on_tool_results(self, message: object) -> list[Event]:
+        """Record whether claude accepted a structured answer. This line can come before or after
+        the stop reason."""
+        found = _object(message)
         content = found.get("content")
         for block in content if isinstance(content, list) else ():
             if isinstance(block, dict) and block.get("type") == "tool_result":
-                called = self._shaped.block_index is not None
-                self._shaped.accepted = called and not block.get("is_error")
-        return self._shaped_end()
+                called = self._structured.block_index is not None
+                self._structured.accepted = called and not block.get("is_error")
+        return self._finish_structured()
 
-    def _shaped_end(self) -> list[Event]:
-        if not self._shaped.is_complete:
+    def _finish_structured(self) -> list[Event]:
+        if not self._structured.is_complete:
             return []
-        self._shaped.check()
+        self._structured.check()
         return self._finish("end_turn")
 
-    def _check_offered(self, line: Json) -> None:
-        """Raises BadRequest when claude does not offer the model what it was told to, and
-        UpstreamFailed when it has not asked for the tools. It says so before it asks the API."""
+    def _check_tools_offered(self, line: Json) -> None:
+        """Check the `init` line, which claude prints before it calls the API. Raise BadRequest when
+        claude dropped a tool or the output schema, and UpstreamFailed when claude has not loaded
+        the client's tools."""
         names, servers = line.get("tools"), line.get("mcp_servers")
         if not isinstance(names, list):
             return
         listed = {_UNLISTED_NAMES.get(name, name) for name in names if isinstance(name, str)}
         missing = [tool.name for name, tool in self._tools.items() if name not in {*names, *listed}]
         found = servers if isinstance(servers, list) else []
-        states = [_object(each).get("status") for each in found
-                  if _object(each).get("name") == TOOL_SERVER]
+        states = [
+            _object(each).get("status") for each in found
+            if _object(each).get("name") == TOOL_SERVER
+        ]
         if missing and states not in ([], ["connected"]):
-            raise UpstreamFailed("claude did not ask for the client's tools; try again.")
+            raise UpstreamFailed("claude did not load the client's tools; try again.")
         if missing:
             raise BadRequest(
-                f"tools: claude does not take {', '.join(missing)}; simplify the schema.",
+                f"tools: claude does not accept {', '.join(missing)}; simplify the schema.",
                 param="tools",
             )
-        if self._shape is not None and STRUCTURED_OUTPUT not in names:
+        if self._output_schema is not None and STRUCTURED_OUTPUT not in names:
             raise BadRequest(
-                "response_format: claude does not take the schema of the answer; simplify it.",
+                "response_format: claude does not accept the schema of the answer; simplify it.",
                 param="response_format",
             )
 
-    def _note_synthetic_error(self, line: Json) -> None:
-        """Failures come as a message of a model called <synthetic>: prose, never content."""
-        found = line.get("message")
-        message = found if isinstance(found, dict) else {}
+    def _record_synthetic_error(self, line: Json) -> None:
+        """Record a failure that claude prints as a message of a model named <synthetic>. Its text
+        is never content."""
+        message = _object(line.get("message"))
         if message.get("model") != "<synthetic>" and not line.get("error"):
             return
         content = message.get("content")
         blocks = content if isinstance(content, list) else [{"text": content}]
         texts = [block.get("text") for block in blocks if isinstance(block, dict)]
         status = line.get("api_error_status")
-        self._complaint = ReportedFailure(
+        self._failure = ReportedFailure(
             text=" ".join(text for text in texts if isinstance(text, str)),
-            word=str(line.get("error") or ""),
+            kind=str(line.get("error") or ""),
             status=status if isinstance(status, int) else None,
         )
 
-    def _ending(self, line: Json) -> list[Event]:
-        """What a `result` before the end of an answer means: a refusal to fit the shape, or a
-        failure, which is raised."""
-        complaint = self._complaint or ReportedFailure("", "", None)
+    def _on_result(self, line: Json) -> list[Event]:
+        """Handle a `result` line before the end of an answer. Return a refusal if the model did not
+        use the output schema; else raise the failure."""
+        failure = self._failure or ReportedFailure("", "", None)
         status = line.get("api_error_status")
         if isinstance(status, int):
-            complaint = complaint._replace(status=status)
+            failure = failure._replace(status=status)
         unfit = not line.get("is_error") or "structured_output" in str(line.get("subtype"))
-        if self._shape is not None and unfit and not complaint.text and complaint.status is None:
-            return self._refusal()
-        if not complaint.text and line.get("is_error"):
+        is_prose_only = unfit and not failure.text and failure.status is None
+        if self._output_schema is not None and is_prose_only:
+            return self._refuse()
+        if not failure.text and line.get("is_error"):
             errors = line.get("errors")
             reasons = errors if isinstance(errors, list) else []
             text = str(line.get("result") or "; ".join(str(reason) for reason in reasons))
-            complaint = complaint._replace(text=text or f"claude ended: {line.get('subtype')}")
-        if complaint.text or complaint.status:
-            error = upstream_error(complaint, self.window, self._clock())
-            status = complaint.status or error.status
+            failure = failure._replace(text=text or f"claude ended: {line.get('subtype')}")
+        if failure.text or failure.status:
+            error = upstream_error(failure, self.window, self._clock())
+            status = failure.status or error.status
             error.refused_upstream = status in (401, 429) or status >= 500
             raise error
         raise EmptyAnswer("The model ended its turn without an answer.")
 
-    def _refusal(self) -> list[Event]:
-        """The model gave no answer of the wanted shape: what it said instead."""
-        said = "".join(self._prose).strip()
-        words = said or "The model did not give an answer of the wanted form."
-        again: list[Event] = [Restarted()] if self._spoken else []
-        return [*again, Delta(0, "refusal", words), *self._finish("end_turn")]
+    def _refuse(self) -> list[Event]:
+        """Return what the model wrote instead of a structured answer, as a refusal."""
+        prose = "".join(self._prose).strip()
+        text = prose or "The model did not give an answer that fits the requested schema."
+        restarts: list[Event] = [Restarted()] if self._had_delta else []
+        return [*restarts, Delta(0, "refusal", text), *self._finish("end_turn")]
 
 
 def check_control_response(line: Json) -> None:
-    """Raises UpstreamFailed when claude refused a control request."""
+    """Raise UpstreamFailed when claude refused a control request."""
     found = line.get("response")
-    response = found if isinstance(found, dict) else {}
+    response = _object(found)
     if response.get("subtype") == "error":
         reason = without_paths(redacted(one_line(str(response.get("error")))))
-        raise UpstreamFailed(f"claude refused a request of its protocol: {reason}")
+        raise UpstreamFailed(f"claude refused a control request: {reason}")
 
 
 def check_history_result(line: Json) -> None:
-    """Raises UpstreamFailed when claude did not take a message of the history."""
+    """Raise UpstreamFailed when claude did not accept a message of the history."""
     if line.get("is_error"):
         reason = without_paths(redacted(one_line(str(line.get("result")))))
-        raise UpstreamFailed(f"claude did not take the conversation: {reason}")
+        raise UpstreamFailed(f"claude did not accept the conversation: {reason}")
 
 
 # ==== 18. Claude process =====================================================
@@ -10793,7 +10820,7 @@ class Parked(NamedTuple):
         """Whether the conversation is this one with another last question."""
         if self.question is None or self.awaiting or self.history.base != history.base:
             return False
-        place = self.question.place
+        place = self.question.message_index
         if len(history.digests) != place + 1 or self.process.rewinds >= _MAX_REWINDS:
             return False
         if place == 0:
@@ -12192,7 +12219,7 @@ class AnswerRecord:
         is estimated, but for what it refused."""
         if not self.readers or self.refused:
             return NO_USAGE
-        spent = added_usage(reader.spent for reader in self.readers)
+        spent = sum_usage(reader.spent for reader in self.readers)
         if not spent.prompt_tokens:
             spent = spent._replace(input_tokens=estimated_tokens(self.turn))
         if not self.readers[-1].finished:
@@ -12532,7 +12559,7 @@ class TurnRunner:
         record.question = parked.question
         if not results:
             record.question = rewind_point_of(self._turn)
-            steps = [continuation(self._turn, process.version, record.question)]
+            steps = [continuation_lines(self._turn, process.version, record.question)]
         yield from self._converse(process, TurnInput(steps, results))
 
     def _rebuild(self) -> Iterator[Event]:
@@ -12546,9 +12573,9 @@ class TurnRunner:
         record.process, record.question = process, rewind_point_of(turn)
         app.wakeups.put("tend")
         process.tools, process.told = ToolServer(turn.tools), len(turn.messages) - 1
-        steps = conversation(
+        steps = conversation_steps(
             turn, app.config.system_prompt, process.version, agent=app.config.is_agent,
-            question=record.question,
+            rewind_point=record.question,
         )
         yield from self._converse(process, TurnInput(steps))
 
