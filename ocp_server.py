@@ -33,10 +33,10 @@ Sections (search for "==== 8" to jump to the eighth):
     15. Tools and options  tools, output schemas, thinking and sampling
     16. Dialects           wire formats: a body becomes a Turn, events become an answer
     17. Claude protocol    lines written to claude, and the meaning of its lines
-    18. Claude process     the program on disk, one child, its pipes, and its end
-    19. Gate and spares    who may run now; idle processes that wait for work
-    20. Parking            what is kept of a conversation for its next message
-    21. Cache              answers given again, and shared while they come
+    18. Claude process     the program on disk, a child of it, its pipes, and its end
+    19. Gate and spares    who may run now; idle processes for the next requests
+    20. Parking            processes, sessions and responses kept for a next message
+    21. Cache              stored answers, and answers in progress that are shared
     22. Account            what is known about login and plan, learned from answers
     23. Metrics            counters and histograms since the start
     24. Connections        sockets, and the bounds of what they take together
@@ -9219,41 +9219,41 @@ def check_history_result(line: Json) -> None:
 
 
 # ==== 18. Claude process =====================================================
-# The program on disk, one child of it, its pipes, and its end. A ClaudeProcess belongs to the
-# thread that uses it; that thread waits for the pipes and for the client's socket in one
-# selector, so a client that leaves, a silence and an answer are all noticed at once. Children
-# live in process groups of their own and die with the server, even when it is killed.
+# The program on disk, a child process of it, its pipes, and its end. A ClaudeProcess belongs to the
+# thread that uses it. That thread waits for the pipes and for the client's socket in one selector,
+# so that it notices output, silence and a hang-up at once. Children have process groups of their
+# own and end with the server, even when the server is killed.
 
 
 class Client(Protocol):
-    """The far end of a request, as far as waiting is concerned."""
+    """The client of a request, for code that waits."""
 
     def fileno(self) -> int:
-        """The descriptor to wait on."""
+        """Return the descriptor to wait on."""
 
     def gone(self) -> bool:
-        """Whether it has hung up. Keeps what it sent ahead of time. Never blocks."""
+        """Return whether the client has hung up. Never blocks. Keeps data that it sent early."""
 
     def can_detect_hangup(self) -> bool:
-        """Whether it can still be seen to hang up."""
+        """Return whether a hang-up can still be detected."""
 
-    def leave(self) -> None:
-        """Makes it seem to have hung up, to who waits for it too."""
+    def cancel(self) -> None:
+        """Make `gone` return True, and wake a thread that waits for the client."""
 
 
 class WaitLimits(NamedTuple):
-    """What a wait looks out for, besides what it waits for."""
+    """What ends or interrupts a wait."""
 
     client: Client
-    #: When the whole request has to be over, on the monotonic clock.
+    #: The deadline of the whole request, on the monotonic clock.
     deadline_s: float
-    #: Silence after which a Tick is due; 0 = never.
+    #: A Tick is due after this much silence; 0 = never.
     tick_s: float
 
 
 class TurnInput(NamedTuple):
-    """What to tell a process: lines to write in steps (see `conversation`), and the results of
-    the tool calls that its last answer ended with."""
+    """The input of a process for one turn: lines to write in steps (see `conversation_steps`), and
+    the results of the tool calls of its last answer."""
 
     steps: list[bytes]
     results: Iterable[Block] = ()
@@ -9262,13 +9262,13 @@ class TurnInput(NamedTuple):
 class Program(NamedTuple):
     """A claude program that can be used."""
 
-    #: How to start it: the first words of its command line.
+    #: The start of its command line.
     command: tuple[str, ...]
     version: Version
 
     @property
     def version_text(self) -> str:
-        """The version as people write it."""
+        """Return the version as text."""
         return ".".join(str(part) for part in self.version)
 
 
@@ -9276,22 +9276,22 @@ INSTALL_ADVICE = (
     "install it on the server with `npm install -g @anthropic-ai/claude-code@latest`, "
     "or name it in CLAUDE_BIN"
 )
-_USUAL_PLACES = (
+_USUAL_PATHS = (
     "~/.local/bin/claude", "~/.claude/local/claude", "/opt/homebrew/bin/claude",
     "/usr/local/bin/claude", "/usr/bin/claude", "~/.npm-global/bin/claude", "~/.bun/bin/claude",
 )
 _VERSION_PROBE_TIMEOUT_S = 20
-#: More than this is not read of what a command prints.
-_MAX_SHOWN_BYTES = 256 * 1024
-#: After a version that could not be told, or was too old, this long without asking again.
+#: The rest of longer output is not read.
+_MAX_OUTPUT_BYTES = 256 * 1024
+#: After an unreadable or too old version, wait this long before reading it again.
 _VERSION_RETRY_S = 30.0
-#: A program that is missing for less than this may be on its way back. Until then it is asked for
-#: its version more often, and clients are told to come back so soon.
+#: A program that has been missing for less than this is probably being updated. Until then its
+#: version is read more often, and clients are asked to retry after this pause.
 _MAX_AWAY_S = 60.0
 _AWAY_RETRY_S = 5.0
-#: Where a version stands in what `--version` prints, the surest place first: notices come with it,
-#: and may name versions of other things.
-_VERSION_PLACES = tuple(
+#: Patterns for the version in the output of `--version`, the safest first: the output can contain
+#: notices with versions of other things.
+_VERSION_PATTERNS = tuple(
     re.compile(pattern, re.MULTILINE) for pattern in (
         r"(\d+)\.(\d+)\.(\d+)\S* \(Claude Code\)",
         r"^\s*v?(\d+)\.(\d+)\.(\d+)",
@@ -9301,16 +9301,16 @@ _VERSION_PLACES = tuple(
 
 
 def version_in(text: str) -> Version | None:
-    """Return the version of claude in what it prints; None if there is none."""
-    for place in _VERSION_PLACES:
-        found = place.search(text)
+    """Return the version of claude in its output; None if there is none."""
+    for pattern in _VERSION_PATTERNS:
+        found = pattern.search(text)
         if found is not None:
             return tuple(int(part) for part in found.groups())
     return None
 
 
-def _check_age(version: Version) -> None:
-    """Raises ClaudeTooOld."""
+def _check_version(version: Version) -> None:
+    """Raise ClaudeTooOld."""
     if version < OLDEST_CLAUDE:
         raise ClaudeTooOld(
             f"claude {'.'.join(map(str, version))} on the server is older than "
@@ -9319,8 +9319,8 @@ def _check_age(version: Version) -> None:
 
 
 def cannot_start(problem: OSError) -> OcpError:
-    """The error of a program that the system did not start: is it no program, or is the machine
-    short of something?"""
+    """Return the error for a program that the system did not start: ClaudeMissing if it is not a
+    program, UpstreamFailed if the machine lacks a resource."""
     if problem.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR):
         return ClaudeMissing(
             f"The claude program does not start ({problem.strerror}): {INSTALL_ADVICE}."
@@ -9331,7 +9331,7 @@ def cannot_start(problem: OSError) -> OcpError:
 
 
 class ProbeResult(NamedTuple):
-    """What was found out about a program file, and until when that holds."""
+    """The result of probing a program file, and until when it is valid."""
 
     command: tuple[str, ...]
     stamp: object
@@ -9344,83 +9344,83 @@ _NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 
 
 class ClaudeProgram:
-    """Finds claude and its version. Asks for the version again when the file changes."""
+    """Finds claude and its version. Reads the version again when the file changes."""
 
     def __init__(
         self, config: Config, environ: Mapping[str, str], command: tuple[str, ...],
         clock: Clock = time.monotonic,
     ) -> None:
-        """`command` replaces the search: the demo's own command line."""
+        """`command` replaces the search; the demo passes its own command line."""
         self._config = config
         self._environ = environ
         self._command = command
         self._clock = clock
-        # Held while a version is asked for, so that it is done once. The field below is replaced
-        # as a whole, and may be read without it.
-        self._asking = threading.Lock()
-        self._verdict: ProbeResult | None = None
-        #: When it was last seen to be there.
-        self._seen_s = -math.inf
+        # Held while a version is read, so that only one thread reads it. The field below is
+        # replaced as a whole and can be read without the lock.
+        self._probe_lock = threading.Lock()
+        self._result: ProbeResult | None = None
+        #: When the program was last found.
+        self._last_seen_s = -math.inf
 
     def resolve(self) -> Program:
-        """The program. Raises ClaudeMissing, ClaudeAway or ClaudeTooOld. Blocks for a version's
-        time when the file is new, or when the last failure is a while ago."""
-        verdict = self._known()
-        if verdict is None:
-            with self._asking:
-                verdict = self._known() or self._probe()
-                self._verdict = verdict
-        if verdict.error is not None:
-            raise self.tempered(verdict.error)
-        assert verdict.program is not None
-        self._seen_s = self._clock()
-        return verdict.program
+        """Return the program. Raise ClaudeMissing, ClaudeAway or ClaudeTooOld. Blocks while `claude
+        --version` runs if the file is new or the last failure has expired."""
+        result = self._known()
+        if result is None:
+            with self._probe_lock:
+                result = self._known() or self._probe()
+                self._result = result
+        if result.error is not None:
+            raise self.as_away_if_recent(result.error)
+        assert result.program is not None
+        self._last_seen_s = self._clock()
+        return result.program
 
-    def tempered(self, error: OcpError) -> OcpError:
-        """Return the error to raise for this one: of a program that was there within the last
-        minute, that it will be back."""
+    def as_away_if_recent(self, error: OcpError) -> OcpError:
+        """Return the error to raise: ClaudeAway instead of ClaudeMissing if the program was there
+        within the last minute."""
         if not isinstance(error, ClaudeMissing) or not self._is_away():
             return error
         return ClaudeAway(
-            "The claude program is away at the moment, as while it is updated; try again soon.",
+            "The claude program is missing, perhaps because it is being updated; try again soon.",
             retry_after_s=_AWAY_RETRY_S,
         )
 
     def _is_away(self) -> bool:
-        return self._clock() - self._seen_s < _MAX_AWAY_S
+        return self._clock() - self._last_seen_s < _MAX_AWAY_S
 
-    def correct(self, version: Version) -> None:
-        """Take the word of a process for its version: the file behind a script that starts claude
-        can be exchanged without a change of the script."""
-        with self._asking:
-            verdict = self._verdict
-            if verdict is None or verdict.program in (None, Program(verdict.command, version)):
+    def correct_version(self, version: Version) -> None:
+        """Store the version that a process reports. A script that starts claude can stay the same
+        while the file behind it is replaced."""
+        with self._probe_lock:
+            result = self._result
+            if result is None or result.program in (None, Program(result.command, version)):
                 return
             try:
-                _check_age(version)
-                program = Program(verdict.command, version)
-                self._verdict = verdict._replace(program=program)
+                _check_version(version)
+                program = Program(result.command, version)
+                self._result = result._replace(program=program)
             except ClaudeTooOld as error:
                 until_s = self._clock() + _VERSION_RETRY_S
-                self._verdict = verdict._replace(program=None, error=error, until_s=until_s)
+                self._result = result._replace(program=None, error=error, until_s=until_s)
 
-    def glance(self) -> tuple[Program | None, OcpError | None]:
-        """What is known without asking: the program, or why there is none, or neither yet."""
+    def last_result(self) -> tuple[Program | None, OcpError | None]:
+        """Return the known program, or the known error, or neither, without running anything."""
         try:
             command = self._command or (self._path(),)
             self._stamp_of(command)
         except OcpError as error:
             return None, error
-        verdict = self._verdict
-        return (verdict.program, verdict.error) if verdict is not None else (None, None)
+        result = self._result
+        return (result.program, result.error) if result is not None else (None, None)
 
     def _known(self) -> ProbeResult | None:
-        """The last verdict, as long as it holds."""
-        verdict = self._verdict
-        if verdict is None or self._clock() >= verdict.until_s:
+        """Return the last result while it is valid."""
+        result = self._result
+        if result is None or self._clock() >= result.until_s:
             return None
         with contextlib.suppress(OcpError):
-            return verdict if self._stamp_of(verdict.command) == verdict.stamp else None
+            return result if self._stamp_of(result.command) == result.stamp else None
         return None
 
     def _probe(self) -> ProbeResult:
@@ -9429,9 +9429,9 @@ class ClaudeProgram:
         try:
             command = self._command or (self._path(),)
             stamp = self._stamp_of(command)
-            program = Program(command, self._ask_version(command))
+            program = Program(command, self._read_version(command))
         except OcpError as error:
-            # A failure may heal by itself; a program that is missing is looked for each time.
+            # A failure can be temporary. A missing program is searched again each time.
             pause_s = _AWAY_RETRY_S if self._is_away() else _VERSION_RETRY_S
             until_s = self._clock() + (pause_s if command else 0)
             return ProbeResult(command, stamp, None, error, until_s)
@@ -9446,7 +9446,7 @@ class ClaudeProgram:
             # claude runs in another folder than the server.
             return os.path.abspath(path)
         found = shutil.which("claude", path=self._environ.get("PATH"))
-        for place in () if found else _USUAL_PLACES:
+        for place in () if found else _USUAL_PATHS:
             found = found or shutil.which(os.path.expanduser(place))
         if not found:
             raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.")
@@ -9459,35 +9459,35 @@ class ClaudeProgram:
             raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.") from None
         return status.st_ino, status.st_size, status.st_mtime_ns
 
-    def _ask_version(self, command: tuple[str, ...]) -> Version:
+    def _read_version(self, command: tuple[str, ...]) -> Version:
         try:
-            shown = self._shown_by([*command, "--version"])
+            output = self._output_of([*command, "--version"])
         except OSError as problem:
             raise cannot_start(problem) from None
         except subprocess.TimeoutExpired:
             raise ClaudeMissing(
                 f"The claude program does not answer `--version`: {INSTALL_ADVICE}."
             ) from None
-        version = version_in(shown.decode("utf-8", "replace"))
+        version = version_in(output.decode("utf-8", "replace"))
         if version is None:
             raise ClaudeMissing(
-                f"The claude program does not tell its version: {INSTALL_ADVICE}."
+                f"The claude program does not print its version: {INSTALL_ADVICE}."
             )
-        _check_age(version)
+        _check_version(version)
         return version
 
     def has_login(self, variables: Mapping[str, str]) -> bool:
-        """Return whether claude says that it is logged in, with these variables besides its
-        others. Blocks as long as the question takes. False when it cannot be asked."""
+        """Return whether claude reports a login when it runs with these extra variables. Blocks
+        while `claude auth status` runs. Return False when that fails."""
         with contextlib.suppress(OcpError, OSError, subprocess.TimeoutExpired, ValueError):
             command = [*self.resolve().command, "auth", "status"]
-            return _object(from_json(self._shown_by(command, variables))).get("loggedIn") is True
+            return _object(from_json(self._output_of(command, variables))).get("loggedIn") is True
         return False
 
-    def _shown_by(self, command: list[str], variables: Mapping[str, str] = _NO_VARIABLES) -> bytes:
-        """What a command prints, or the beginning of it. Raises OSError, and TimeoutExpired when
-        it takes too long. It is ended then, and with it all that it started: it may be a script
-        around claude."""
+    def _output_of(self, command: list[str], variables: Mapping[str, str] = _NO_VARIABLES) -> bytes:
+        """Return the output of a command, cut at a limit. Raise OSError, and TimeoutExpired when it
+        takes too long. The whole process group is killed at the end, because the command can be a
+        script around claude."""
         env = {**child_environment(self._environ, self._config), **variables}
         with subprocess.Popen(
             command, env=env, start_new_session=True, bufsize=0,
@@ -9495,38 +9495,36 @@ class ClaudeProgram:
         ) as popen:
             assert popen.stdout is not None
             try:
-                shown = _read_some(popen.stdout.fileno(), _VERSION_PROBE_TIMEOUT_S)
+                output = _read_output(popen.stdout.fileno(), _VERSION_PROBE_TIMEOUT_S)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     popen.wait(_END_GRACE_S)
-                return shown
+                return output
             finally:
                 with contextlib.suppress(OSError):
                     os.killpg(popen.pid, signal.SIGKILL)
 
 
-def _read_some(descriptor: int, timeout_s: float) -> bytes:
-    """What can be read up to the end, or to as much as is wanted. Raises TimeoutExpired."""
-    give_up_s = time.monotonic() + timeout_s
-    waiting, shown = select.poll(), b""
-    waiting.register(descriptor, select.POLLIN)
-    while len(shown) < _MAX_SHOWN_BYTES:
-        left_s = give_up_s - time.monotonic()
-        if left_s <= 0 or not waiting.poll(left_s * 1000):
+def _read_output(descriptor: int, timeout_s: float) -> bytes:
+    """Read up to the end or the limit. Raise TimeoutExpired."""
+    deadline_s = time.monotonic() + timeout_s
+    poll, output = select.poll(), b""
+    poll.register(descriptor, select.POLLIN)
+    while len(output) < _MAX_OUTPUT_BYTES:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0 or not poll.poll(left_s * 1000):
             raise subprocess.TimeoutExpired("claude", timeout_s)
         piece = os.read(descriptor, 65_536)
         if not piece:
             break
-        shown += piece
-    return shown
+        output += piece
+    return output
 
 
 def work_folder(config: Config, environ: Mapping[str, str]) -> str:
-    """Return the folder that claude runs in, which is there now.
-
-    claude tells every model its path: outside agent mode it says nothing of the owner, is empty,
-    and stays the same, so that the API's prompt cache goes on working. Not the root folder:
-    2.1.197 lists all files below.
-    """
+    """Create and return the folder in which claude runs. claude puts its path into every request.
+    So outside agent mode the path does not identify the owner, the folder is empty, and the path
+    stays the same, which keeps the API's prompt cache valid. It is not the root folder, because
+    2.1.197 lists all files below it."""
     if config.is_agent:
         folder = os.path.expanduser(config.agent_folder) or os.path.join(config.home_path, "empty")
         with contextlib.suppress(OSError):
@@ -9540,57 +9538,57 @@ def work_folder(config: Config, environ: Mapping[str, str]) -> str:
     with contextlib.suppress(OSError):
         os.makedirs(folder, mode=0o700, exist_ok=True)
         if os.lstat(folder).st_uid != os.getuid() or os.path.islink(folder):
-            # It is somebody else's, who would choose what claude finds there.
+            # Another user owns it and could put files into it for claude.
             return tempfile.mkdtemp(prefix="ocp-", dir=parent)
     return folder
 
 
-def left_files(
+def leftover_paths(
     pid: int, env: Mapping[str, str], folder: str, platform: str = sys.platform
 ) -> list[str]:
-    """Return what a claude that was killed may leave behind: the socket on which it listens for
-    other sessions, and on macOS the folder of its logs, which hold failed tool calls word for
-    word; `folder` is where it ran."""
+    """Return the paths that a killed claude can leave behind: the socket on which it listens for
+    other sessions, and on macOS the folder of its logs, which hold failed tool calls. `folder` is
+    the folder in which it ran."""
     runtime = env.get("XDG_RUNTIME_DIR") or env.get("CLAUDE_CODE_TMPDIR") or env.get("TMPDIR")
     sockets = (os.path.join(runtime or "/tmp", "cc-socks"), f"/tmp/cc-socks-{os.getuid()}")
-    left = [os.path.join(sockets_of, f"{pid}.sock") for sockets_of in sockets]
+    paths = [os.path.join(folder_of_sockets, f"{pid}.sock") for folder_of_sockets in sockets]
     if platform == "darwin" and env.get("HOME"):
-        # Elsewhere XDG_CACHE_HOME says where they go.
+        # On other systems XDG_CACHE_HOME sets the folder of the logs.
         caches = os.path.join(env["HOME"], "Library", "Caches", "claude-cli-nodejs")
         name = re.sub(r"[^a-zA-Z0-9]", "-", os.path.realpath(folder))
-        left.append(os.path.join(caches, name))
-    return left
+        paths.append(os.path.join(caches, name))
+    return paths
 
 
-#: What claude needs to know of the account; nothing of it says who the owner is.
+#: The account fields that claude needs; none identifies the owner.
 _ACCOUNT_FIELDS = (
     "accountUuid", "organizationUuid", "organizationType", "billingType", "accountCreatedAt",
     "subscriptionCreatedAt", "hasExtraUsageEnabled", "ccOnboardingFlags", "userRateLimitTier",
     "organizationRateLimitTier", "seatTier",
 )
-#: As if the profile had been fetched in 2100: claude then does not ask for it, and so does not
-#: learn the address anew.
-_NEVER_FETCH_MS = 4_102_444_800_000
+#: The time of a profile fetched in 2100: claude then does not fetch the profile, and so does not
+#: get the e-mail address again.
+_FETCHED_IN_2100_MS = 4_102_444_800_000
 
 
 class ClaudeFolder:
     """The configuration folder of the claudes that the server starts.
 
-    From its owner's own folder, claude takes the owner's e-mail address into the first message of
-    every conversation (2.1.197 to 2.1.332). In this folder it finds the account without address
-    and names. The login stays where it is, and only claude reads it: an empty
-    CLAUDE_SECURESTORAGE_CONFIG_DIR means the place of old.
+    With its owner's own folder, claude puts the owner's e-mail address into the first message of
+    every conversation (2.1.197 to 2.1.332). In this folder it finds the account without address and
+    names. The login stays in the owner's folder and only claude reads it: an empty
+    CLAUDE_SECURESTORAGE_CONFIG_DIR selects the default place.
 
-    Where claude finds no login that way but does with the owner's folder, that one is used after
-    all: seen nowhere, but the keychain of macOS was not tried. `is_private` says which.
+    If claude finds its login only with the owner's folder, that folder is used and `is_private` is
+    False. No such system is known, but the keychain of macOS was not tested.
     """
 
     def __init__(
         self, path: str, environ: Mapping[str, str], log: Log,
         logged_in: Callable[[Mapping[str, str]], bool] | None = None,
     ) -> None:
-        """`logged_in` says whether claude has a login with more variables; None = it always has
-        the same one, whatever its folder."""
+        """`logged_in` returns whether claude has a login with extra variables. None means that the
+        login does not depend on the folder."""
         self._path = path
         self._log = log
         self._logged_in = logged_in
@@ -9601,25 +9599,25 @@ class ClaudeFolder:
             own or os.path.join(home, ".claude"), ".credentials.json"
         )
         self._variables = {"CLAUDE_CONFIG_DIR": path, "CLAUDE_SECURESTORAGE_CONFIG_DIR": own}
-        # Guards the two fields below and the file. Held while claude is asked for its login, once.
+        # Guards the two fields below and the file. Held while claude checks its login, once.
         self._lock = threading.Lock()
-        self._checked = logged_in is None
+        self._login_checked = logged_in is None
         self.is_private = True
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that lead a claude to the folder, which is made ready; none where
-        the owner's folder has to do."""
+        """Prepare the folder and return the variables that select it; none if the owner's folder
+        has to be used."""
         with self._lock:
             try:
                 self._prepare()
             except OSError as problem:
-                self._give_up(f"{self._path} cannot be written: {problem}")
-            if not self._checked:
-                self._check()
+                self._use_owner_folder(f"{self._path} cannot be written: {problem}")
+            if not self._login_checked:
+                self._check_login()
             return dict(self._variables) if self.is_private else {}
 
     def login_stamp(self) -> object:
-        """Return what changes whenever claude's credentials do, where they are in a file."""
+        """Return a value that changes with claude's credentials file; None without such a file."""
         try:
             status = os.stat(self._credentials)
         except OSError:
@@ -9627,39 +9625,39 @@ class ClaudeFolder:
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def login_changed(self) -> None:
-        """Look at the next start again where claude has its login."""
+        """Check again at the next start where claude finds its login."""
         with self._lock:
-            self._checked, self.is_private = self._logged_in is None, True
+            self._login_checked, self.is_private = self._logged_in is None, True
 
-    def _check(self) -> None:
+    def _check_login(self) -> None:
         assert self._logged_in is not None
-        self._checked = True
+        self._login_checked = True
         if not self._logged_in(self._variables) and self._logged_in({}):
-            self._give_up("claude has its login in its own folder only")
+            self._use_owner_folder("claude has its login in its own folder only")
 
-    def _give_up(self, why: str) -> None:
+    def _use_owner_folder(self, why: str) -> None:
         if self.is_private:
             self._log.event(
                 "warn", "owner_not_hidden", error=why,
-                help="claude tells the e-mail address of its login to whoever asks",
+                help="claude puts the e-mail address of its login into each conversation",
             )
         self.is_private = False
 
     def _prepare(self) -> None:
-        """Brings the file of the folder up to date. Raises OSError."""
+        """Update the file in the folder. Raise OSError."""
         os.makedirs(self._path, mode=0o700, exist_ok=True)
         path = os.path.join(self._path, ".claude.json")
         found = _json_object_of(path)
         account = _object(_json_object_of(self._source).get("oauthAccount"))
         wanted: Json = {name: account[name] for name in _ACCOUNT_FIELDS if name in account}
-        wanted["profileFetchedAt"] = _NEVER_FETCH_MS
+        wanted["profileFetchedAt"] = _FETCHED_IN_2100_MS
         if found.get("oauthAccount") != wanted or not found.get("hasCompletedOnboarding"):
-            told = {**found, "hasCompletedOnboarding": True, "oauthAccount": wanted}
-            write_private(path, to_json(told).decode("utf-8"))
+            updated = {**found, "hasCompletedOnboarding": True, "oauthAccount": wanted}
+            write_private(path, to_json(updated).decode("utf-8"))
 
 
 def _json_object_of(path: str) -> Json:
-    """The JSON object in a file of claude's; empty if there is none to be read."""
+    """Return the JSON object in a file of claude's; an empty object if it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             return _object(from_json(file.read()))
@@ -9667,27 +9665,25 @@ def _json_object_of(path: str) -> Json:
         return {}
 
 
-#: Kills the process groups that are left when the server's end of the pipe closes.
-_GUARDIAN_SOURCE = """
+#: The watchdog's program. It ends the remaining process groups when its input closes.
+_WATCHDOG_SOURCE = """
 import os, signal, sys, time
-left = set()
+groups = set()
 for line in sys.stdin:
-    (left.add if line[0] == "+" else left.discard)(int(line[1:]))
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
 for number in (signal.SIGINT, signal.SIGKILL):
-    for group in left:
+    for group in groups:
         try:
             os.killpg(group, number)
         except OSError:
             pass
-    time.sleep(0.5 if left else 0)
+    time.sleep(0.5 if groups else 0)
 """
 
 
 class Watchdog:
-    """A tiny process that outlives the server by a moment and ends the children left behind.
-
-    A claude that is answering does not notice that the server was killed; this one does.
-    """
+    """A small process that outlives the server briefly and ends the children that are left. A
+    claude that is answering does not notice that the server was killed; the watchdog does."""
 
     def __init__(self) -> None:
         # Guards everything below. Held for a write of a few bytes or for starting the process.
@@ -9696,20 +9692,20 @@ class Watchdog:
         self._process: subprocess.Popen[bytes] | None = None
 
     def watch(self, group: int) -> None:
-        """From now on this process group must not outlive the server. Raises OSError."""
+        """End this process group when the server ends. Raise OSError."""
         with self._lock:
             self._groups.add(group)
-            if self._process is None or not self._told(f"+{group}\n"):
+            if self._process is None or not self._send(f"+{group}\n"):
                 self._restart()
 
     def forget(self, group: int) -> None:
-        """This process group is gone."""
+        """Remove a process group that has ended."""
         with self._lock:
             self._groups.discard(group)
-            self._told(f"-{group}\n")
+            self._send(f"-{group}\n")
 
-    def _told(self, text: str) -> bool:
-        """Whether the guardian is there and took this."""
+    def _send(self, text: str) -> bool:
+        """Write a line to the watchdog. Return whether that succeeded."""
         if self._process is None or self._process.stdin is None:
             return False
         try:
@@ -9719,16 +9715,16 @@ class Watchdog:
         return True
 
     def _restart(self) -> None:
-        """Starts one that knows every group. Raises OSError."""
+        """Start a new watchdog with all groups. Raise OSError."""
         self._end()
-        # Its interpreter may need to find its library; nothing else of the environment is its.
+        # The interpreter may need this variable to find its library; it gets no other.
         kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARDIAN_SOURCE],
+            [sys.executable, "-I", "-S", "-c", _WATCHDOG_SOURCE],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             bufsize=0, start_new_session=True, cwd="/", env=kept,
         )
-        self._told("".join(f"+{group}\n" for group in self._groups))
+        self._send("".join(f"+{group}\n" for group in self._groups))
 
     def _end(self) -> None:
         process, self._process = self._process, None
@@ -9742,40 +9738,42 @@ class Watchdog:
                 process.wait()
 
     def close(self) -> None:
-        """Ends it, and with it whatever it still watches. Blocks for two seconds at most."""
+        """End the watchdog, which ends the groups that it still has. Blocks for two seconds at
+        most."""
         with self._lock:
             self._end()
 
 
-#: How long a process gets to end by itself before it is killed.
+#: The time that a process gets to end by itself before it is killed.
 _END_GRACE_S = 2.0
-#: How long claude may take to answer a control request, and how long it may say nothing.
-_ANSWER_TIMEOUT_S = 20.0
-#: A claude that still works at its start may take longer: many may start at once on a slow machine.
+#: The longest time for the reply to a control request, and the longest silence.
+_REPLY_TIMEOUT_S = 20.0
+#: A longer limit for a claude that is still starting: many can start at once on a slow machine.
 _MAX_START_S = 60.0
-#: A line longer than this is no line of claude's, and who prints so much between two of claude's
-#: lines is not claude. Each line that means nothing counts as some more bytes than it has.
+#: The longest line that claude can print, and the most other output between two of its lines. Each
+#: meaningless line counts as some more bytes than it has.
 _MAX_CLAUDE_LINE_BYTES = 64 * 1024 * 1024
 _LINE_COST_BYTES = 100
-_STDERR_KEPT_BYTES = 4096
-#: Lines that claude prints in a turn: what it was told before has arrived.
+_STDERR_TAIL_BYTES = 4096
+#: Types of lines of a running turn. They show that claude has read all earlier requests.
 _TURN_LINES = ("assistant", "result", "stream_event", "system", "user")
 _CONTROL_REQUEST = b'{"type":"control_request"'
+#: The id of the control request that probes a silent claude.
 _PRESENCE_ID = "presence"
 
 
-def presence_line() -> bytes:
-    """What asks claude whether it is there: in the middle of a turn too, and without effect."""
+def presence_request() -> bytes:
+    """Return a control request without effect. claude answers it even in the middle of a turn."""
     request = {"subtype": "mcp_status"}
     return _line({"type": "control_request", "request_id": _PRESENCE_ID, "request": request})
 
 
-def _answers_presence(line: Json) -> bool:
+def _is_presence_reply(line: Json) -> bool:
     return _object(line.get("response")).get("request_id") == _PRESENCE_ID
 
 
 def processor_s(pid: int) -> float:
-    """Return how long a process has worked; 0 where the system does not say."""
+    """Return the processor time that a process has used; 0 where the system does not report it."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -9784,59 +9782,67 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-class Patience:
-    """How long a claude is waited for that may hang: it answers control requests in time, and it
-    is never silent for long. While the API makes it wait, it is asked whether it is there."""
+# How a hanging claude is found, without limiting how long the API may take:
+#
+# - claude answers control requests within _REPLY_TIMEOUT_S. A line of the turn also shows that it
+#   has read them.
+# - After half of that time without a line, one presence request is sent, which claude answers even
+#   while it waits for the API. Without a reply in the other half, claude hangs.
+# - A claude that has printed nothing yet gets up to _MAX_START_S while it uses the processor.
+
+
+class HangDetector:
+    """Decides from claude's output whether it hangs."""
 
     def __init__(self, now_s: float) -> None:
-        #: When it last said something, or was first waited for.
-        self._heard_s = now_s
-        #: Control requests without an answer, and since when.
-        self._owed = 0
-        self._owed_since_s = now_s
-        self._was_asked = False
+        #: When the last line came, or the wait began.
+        self._last_line_s = now_s
+        #: The number of control requests without a reply, and since when there are any.
+        self._unanswered = 0
+        self._unanswered_since_s = now_s
+        self._probe_sent = False
 
-    def told(self, data: bytes, now_s: float) -> None:
-        """Notes what claude is told."""
+    def record_sent(self, data: bytes, now_s: float) -> None:
+        """Count the control requests in data that is sent."""
         count = data.startswith(_CONTROL_REQUEST) + data.count(b"\n" + _CONTROL_REQUEST)
-        if count and not self._owed:
-            self._owed_since_s = now_s
-        self._owed += count
+        if count and not self._unanswered:
+            self._unanswered_since_s = now_s
+        self._unanswered += count
 
-    def asked(self) -> None:
-        """Notes that claude was asked whether it is there."""
-        self._was_asked = True
+    def record_probe(self) -> None:
+        """Record that the presence request was sent."""
+        self._probe_sent = True
 
-    def heard(self, line: Json, now_s: float) -> bool:
-        """Notes a line, and returns whether it is one of those that show that claude is there."""
+    def record_line(self, line: Json, now_s: float) -> bool:
+        """Record a line. Return whether claude itself printed it."""
         kind = line.get("type")
         if kind in _TURN_LINES:
-            self._owed = 0
+            self._unanswered = 0
         elif kind != "control_response":
             return False
-        elif not _answers_presence(line):
-            self._owed = max(0, self._owed - 1)
-        self._heard_s, self._was_asked = now_s, False
+        elif not _is_presence_reply(line):
+            self._unanswered = max(0, self._unanswered - 1)
+        self._last_line_s, self._probe_sent = now_s, False
         return True
 
-    def excuse(self, span_s: float) -> None:
-        """Leaves a time out of account in which nobody listened to claude."""
-        self._heard_s += span_s
-        self._owed_since_s += span_s
+    def exclude_time(self, span_s: float) -> None:
+        """Exclude a time span in which nobody read claude's output."""
+        self._last_line_s += span_s
+        self._unanswered_since_s += span_s
 
-    def ask_at_s(self) -> float:
-        """When to ask claude whether it is there; never twice for one silence."""
-        return math.inf if self._was_asked else self._heard_s + _ANSWER_TIMEOUT_S / 2
+    def probe_at_s(self) -> float:
+        """Return when to send the presence request; once for each silence."""
+        return math.inf if self._probe_sent else self._last_line_s + _REPLY_TIMEOUT_S / 2
 
-    def ends_at_s(self) -> float:
-        """When claude has to be taken for one that hangs."""
-        silent_s = self._heard_s if self._was_asked else math.inf
-        owed_s = self._owed_since_s if self._owed else math.inf
-        return min(silent_s, owed_s) + _ANSWER_TIMEOUT_S
+    def hung_at_s(self) -> float:
+        """Return when claude counts as hung."""
+        silent_s = self._last_line_s if self._probe_sent else math.inf
+        unanswered_s = self._unanswered_since_s if self._unanswered else math.inf
+        return min(silent_s, unanswered_s) + _REPLY_TIMEOUT_S
 
 
 class ClaudeProcess:
-    """One child. It serves one caller, one conversation at a time, and is then dismissed."""
+    """One child process. It serves one caller, one conversation at a time, and is then stopped."""
 
     def __init__(
         self,
@@ -9848,49 +9854,50 @@ class ClaudeProcess:
         cwd: str,
         version: Version = OLDEST_CLAUDE,
         watchdog: Watchdog | None = None,
-        notice: Callable[[Json], None] | None = None,
+        on_report: Callable[[Json], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Starts it. `notice` gets what it says about the plan, whenever it says it, and about
-        its version if that is not `version`; it must not block. Raises ClaudeMissing,
-        UpstreamFailed when it cannot be started."""
+        """Start the process. `on_report` gets its lines about the plan, also after an answer, and
+        its `init` line if it reports another version than `version`. The callback must not block.
+        Raise ClaudeMissing, or UpstreamFailed when the process cannot be started."""
         self.model_id = model_id
         self.version = version
         self.born_s = clock()
         self._clock = clock
         self._watchdog = watchdog
-        self._notice = notice
-        #: The client's tools, for whoever asks for them in claude.
+        self._on_report = on_report
+        #: The client's tools.
         self.tools = ToolServer(())
-        #: Whether it hangs, or prints what is not claude's: it is of no use any more.
+        #: Whether the process hangs or prints output that is not claude's. It is not used any more.
         self.broken = False
-        #: Whether it says that it is of another version than it was started as.
-        self.misjudged = False
-        #: How many questions it was made to forget.
+        #: Whether the process reports another version than it was started with.
+        self.version_differs = False
+        #: How often the process was rewound.
         self.rewinds = 0
-        #: How many messages it was told before its first question: others may begin with the same.
-        self.told = 0
+        #: How many messages of history the process got before its first question: other
+        #: conversations can start with the same ones.
+        self.history_messages = 0
         self._unread = bytearray()
-        #: How much of it is known to hold no end of a line.
+        #: How many of these bytes contain no end of a line.
         self._searched = 0
-        #: What it printed since the last line that shows that it is there.
+        #: Bytes of output since the last line that claude itself printed.
         self._noise_bytes = 0
-        self._patience = Patience(clock())
-        #: Whether it ever said anything, and how long it had worked when it was last looked at.
-        self._spoke = False
-        self._worked_s = 0.0
+        self._hang_detector = HangDetector(clock())
+        #: Whether the process has printed anything, and its processor time at the last probe.
+        self._has_printed = False
+        self._processor_s = 0.0
         self._unsent = bytearray()
         self._stderr_tail = bytearray()
-        #: When the client last got something; silence is counted from there.
-        self._spoke_s = 0.0
-        #: Whether claude has said that what it was last asked is over.
-        self._settled = True
+        #: When the client last got an event. A Tick is due `tick_s` later.
+        self._last_event_s = 0.0
+        #: Whether claude has printed the `result` of its last turn.
+        self._turn_is_over = True
         self._ended = False
         self._kill_at_s: float | None = None
-        self._popen = self._started([*command, *claude_arguments(model_id, config)], env, cwd)
-        self._left_files = left_files(self._popen.pid, env, cwd)
+        self._popen = self._spawn([*command, *claude_arguments(model_id, config)], env, cwd)
+        self._left_files = leftover_paths(self._popen.pid, env, cwd)
         if config.is_agent:
-            # The folder, and so its logs, may be the owner's too.
+            # In agent mode the owner can use the same folder, and so the same logs.
             del self._left_files[2:]
         pipes = (self._popen.stdin, self._popen.stdout, self._popen.stderr)
         self._stdin, self._stdout, self._stderr = (
@@ -9899,10 +9906,10 @@ class ClaudeProcess:
         for descriptor in (self._stdin, self._stdout, self._stderr):
             os.set_blocking(descriptor, False)
 
-    def _started(
+    def _spawn(
         self, command: list[str], env: Mapping[str, str], cwd: str
     ) -> subprocess.Popen[bytes]:
-        """The child, watched by the guardian. Raises ClaudeMissing, UpstreamFailed."""
+        """Start the child and add it to the watchdog. Raise ClaudeMissing, UpstreamFailed."""
         try:
             popen = subprocess.Popen(
                 command,
@@ -9926,52 +9933,54 @@ class ClaudeProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is its process group's too."""
+        """Return the process id, which is the id of its process group too."""
         return self._popen.pid
 
     def alive(self) -> bool:
-        """Whether it still runs and is of use."""
+        """Return whether the process runs and is not broken."""
         return not self.broken and self._popen.poll() is None
 
     # -- talking ------------------------------------------------------------------------------
 
-    def converse(self, script: TurnInput, watch: WaitLimits, reader: TurnReader) -> Iterator[Event]:
-        """The events of the answer, Ticks among them.
+    def converse(
+        self, turn_input: TurnInput, limits: WaitLimits, reader: TurnReader
+    ) -> Iterator[Event]:
+        """Send one turn and yield the events of its answer, and Ticks.
 
-        With results of tool calls the turn that asked for them goes on, and no step is needed.
-        Ends after Finished. Raises what went wrong: an error that claude reports, its death,
-        UpstreamTimeout at the deadline, ClientGone. One that hangs is `broken` then.
+        Tool results continue the turn that ended with the calls; no step is needed then. The
+        iterator ends after Finished. Raise an error that claude reports or that its exit causes,
+        UpstreamTimeout at the deadline, ClientGone. A process that hangs is `broken` afterwards.
         """
-        self._spoke_s = self._clock()
-        self._patience = Patience(self._spoke_s)
-        # A failure may be kept, and with it all that its traceback leads to.
-        with contextlib.closing(self._lines(watch)) as lines:
-            if not script.results and not self._settled:
+        self._last_event_s = self._clock()
+        self._hang_detector = HangDetector(self._last_event_s)
+        # A kept exception also keeps alive what its traceback refers to.
+        with contextlib.closing(self._lines(limits)) as lines:
+            if not turn_input.results and not self._turn_is_over:
                 yield from self._until_result(lines)
-            for step in script.steps[:-1]:
-                self._tell(step)
+            for step in turn_input.steps[:-1]:
+                self._send(step)
                 yield from self._until_result(lines)
-            self._tell(self.tools.deliver(script.results) + b"".join(script.steps[-1:]))
-            self._settled = False
+            self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
+            self._turn_is_over = False
             for line in lines:
                 events = [Tick()] if line is None else reader.events(line)
                 if events:
                     yield from events
-                    self._spoke_s = self._clock()
+                    self._last_event_s = self._clock()
                 if reader.finished:
                     return
 
-    def control(self, requests: list[bytes], watch: WaitLimits) -> list[Json]:
-        """The answers to control requests, in their order, after what it was asked before is over.
-        Raises what `converse` raises."""
-        self._patience = Patience(self._clock())
+    def control(self, requests: list[bytes], limits: WaitLimits) -> list[Json]:
+        """Send control requests and return the replies in the same order. Waits first until the
+        last turn is over. Raise what `converse` raises."""
+        self._hang_detector = HangDetector(self._clock())
         answers: list[Json] = []
-        with contextlib.closing(self._lines(watch)) as lines:
-            if not self._settled:
-                # An answer may be complete before claude says that its turn is over.
+        with contextlib.closing(self._lines(limits)) as lines:
+            if not self._turn_is_over:
+                # An answer can be complete before claude prints the `result` of its turn.
                 for _ in self._until_result(lines):
                     pass
-            self._tell(b"".join(requests))
+            self._send(b"".join(requests))
             for line in lines:
                 if line is not None and line.get("type") == "control_response":
                     check_control_response(line)
@@ -9980,12 +9989,12 @@ class ClaudeProcess:
                     break
         return answers
 
-    def _tell(self, data: bytes) -> None:
+    def _send(self, data: bytes) -> None:
         self._unsent += data
-        self._patience.told(data, self._clock())
+        self._hang_detector.record_sent(data, self._clock())
 
     def _until_result(self, lines: Iterator[Json | None]) -> Iterator[Event]:
-        """Waits until claude has taken a message of the history."""
+        """Wait until claude has accepted a message of the history."""
         for line in lines:
             if line is None:
                 yield Tick()
@@ -9995,80 +10004,81 @@ class ClaudeProcess:
                 check_history_result(line)
                 return
 
-    def _lines(self, watch: WaitLimits) -> Generator[Json | None, None, None]:
-        """Each line that claude prints, and None whenever the client has had nothing for `tick_s`:
-        there are lines that mean nothing to it. Raises UpstreamFailed when claude hangs."""
-        if watch.client.gone():
-            # One that was made to leave shows nothing on its socket.
+    def _lines(self, limits: WaitLimits) -> Generator[Json | None, None, None]:
+        """Yield each line of claude, and None whenever the client has had no event for `tick_s`.
+        Raise UpstreamFailed when claude hangs or exits."""
+        if limits.client.gone():
+            # `Client.cancel` can leave no trace on the client's socket.
             raise ClientGone
-        with self._selector(watch.client) as selector:
+        with self._selector(limits.client) as selector:
             while True:
-                yield from self._heard_lines()
+                yield from self._visible_lines()
                 if self._ended:
-                    if watch.client.gone():
+                    if limits.client.gone():
                         raise ClientGone
-                    raise self._death()
-                until_s = min(watch.deadline_s, self._wait_until_s())
+                    raise self._exit_error()
+                until_s = min(limits.deadline_s, self._probe_if_silent())
                 self._flush(selector)
-                if watch.tick_s:
-                    until_s = min(until_s, self._spoke_s + watch.tick_s)
+                if limits.tick_s:
+                    until_s = min(until_s, self._last_event_s + limits.tick_s)
                 for key, _ in selector.select(max(0.0, until_s - self._clock())):
                     key.data(selector)
                 now_s = self._clock()
-                if now_s >= watch.deadline_s:
+                if now_s >= limits.deadline_s:
                     raise UpstreamTimeout("The answer took longer than CLAUDE_TIMEOUT allows.")
-                if watch.tick_s and now_s - self._spoke_s >= watch.tick_s:
-                    self._spoke_s = now_s
-                    # Something that it started may hold its pipes open after its end.
+                if limits.tick_s and now_s - self._last_event_s >= limits.tick_s:
+                    self._last_event_s = now_s
+                    # A process that claude started can hold the pipes open after claude's end.
                     self._ended = self._ended or not self.alive()
                     yield None
-                    self._patience.excuse(self._clock() - now_s)
+                    self._hang_detector.exclude_time(self._clock() - now_s)
 
-    def _heard_lines(self) -> Iterator[Json]:
-        """The complete lines read so far, but for what is no business of who asks."""
-        for line in self._take_lines():
-            if not _answers_presence(line):
+    def _visible_lines(self) -> Iterator[Json]:
+        """Yield the complete lines read so far, without replies to presence requests."""
+        for line in self._complete_lines():
+            if not _is_presence_reply(line):
                 yield line
-            # Only now: the time that the client takes for a line is not claude's.
-            if self._patience.heard(line, self._clock()):
-                self._noise_bytes, self._spoke = 0, True
+            # After the yield: the time that the client takes for a line is not claude's.
+            if self._hang_detector.record_line(line, self._clock()):
+                self._noise_bytes, self._has_printed = 0, True
 
-    def _wait_until_s(self) -> float:
-        """Until when to wait for claude, which is asked whether it is there when it is silent.
-        Raises UpstreamFailed when it hangs."""
+    def _probe_if_silent(self) -> float:
+        """Return until when to wait for output. Send a presence request to a silent claude. Raise
+        UpstreamFailed when claude hangs."""
         now_s = self._clock()
-        if now_s >= self._patience.ends_at_s() and not self._still_starts():
+        if now_s >= self._hang_detector.hung_at_s() and not self._is_still_starting():
             self.broken = True
             raise UpstreamFailed(
-                f"claude on the server hung: it gave no answer for {_ANSWER_TIMEOUT_S:.0f} s."
+                f"claude on the server hung: it gave no answer for {_REPLY_TIMEOUT_S:.0f} s."
             )
-        if now_s >= self._patience.ask_at_s():
-            self._unsent += presence_line()
-            self._patience.asked()
-            self._worked_s = processor_s(self.pid)
-        return min(self._patience.ask_at_s(), self._patience.ends_at_s())
+        if now_s >= self._hang_detector.probe_at_s():
+            self._unsent += presence_request()
+            self._hang_detector.record_probe()
+            self._processor_s = processor_s(self.pid)
+        return min(self._hang_detector.probe_at_s(), self._hang_detector.hung_at_s())
 
-    def _still_starts(self) -> bool:
-        """Whether it has not said anything yet, but is at work; it gets more time then."""
-        worked_s, self._worked_s = self._worked_s, processor_s(self.pid)
+    def _is_still_starting(self) -> bool:
+        """Return whether the process has printed nothing yet but uses the processor. It gets more
+        time then."""
+        before_s, self._processor_s = self._processor_s, processor_s(self.pid)
         is_young = self._clock() - self.born_s < _MAX_START_S
-        if self._spoke or not is_young or self._worked_s <= worked_s:
+        if self._has_printed or not is_young or self._processor_s <= before_s:
             return False
-        self._patience.excuse(_ANSWER_TIMEOUT_S / 2)
+        self._hang_detector.exclude_time(_REPLY_TIMEOUT_S / 2)
         return True
 
     def _selector(self, client: Client) -> selectors.BaseSelector:
-        def client_speaks(selector: selectors.BaseSelector) -> None:
+        def check_client(selector: selectors.BaseSelector) -> None:
             if client.gone():
                 raise ClientGone
             if not client.can_detect_hangup():
-                # It sent more than is kept for later: from now on its end cannot be seen.
+                # It sent more than the read-ahead buffer holds: its hang-up cannot be seen.
                 selector.unregister(client.fileno())
 
         selector = selectors.DefaultSelector()
         selector.register(self._stdout, selectors.EVENT_READ, self._read_stdout)
         selector.register(self._stderr, selectors.EVENT_READ, self._read_stderr)
-        selector.register(client.fileno(), selectors.EVENT_READ, client_speaks)
+        selector.register(client.fileno(), selectors.EVENT_READ, check_client)
         return selector
 
     def _read_stdout(self, _selector: object) -> None:
@@ -10082,20 +10092,20 @@ class ClaudeProcess:
         if piece == b"" and selector is not None:
             selector.unregister(self._stderr)
         self._stderr_tail += piece or b""
-        del self._stderr_tail[:-_STDERR_KEPT_BYTES]
+        del self._stderr_tail[:-_STDERR_TAIL_BYTES]
         self._noise_bytes += len(piece or b"")
         self._check_noise(self._noise_bytes)
 
     def _check_noise(self, size_bytes: int) -> None:
-        """Raises UpstreamFailed when this is more than claude can have printed."""
+        """Raise UpstreamFailed when this is more than claude can have printed."""
         if size_bytes > _MAX_CLAUDE_LINE_BYTES:
             self.broken = True
             self._unread.clear()
             self._searched = 0
-            raise UpstreamFailed("claude on the server printed too much that means nothing.")
+            raise UpstreamFailed("claude on the server printed too much foreign output.")
 
     def _read(self, descriptor: int) -> bytes | None:
-        """What is there to read: empty at the end, None when there is nothing yet."""
+        """Return the available data: empty at the end, None when there is none yet."""
         try:
             return os.read(descriptor, 262_144)
         except BlockingIOError:
@@ -10104,7 +10114,7 @@ class ClaudeProcess:
             return b""
 
     def _flush(self, selector: selectors.BaseSelector) -> None:
-        """Writes what the pipe takes, and waits for room only while something is left."""
+        """Write what the pipe takes. Register for room in the pipe only while data is left."""
         left = self._write_some()
         waits = self._stdin in selector.get_map()
         if left and not waits:
@@ -10113,7 +10123,7 @@ class ClaudeProcess:
             selector.unregister(self._stdin)
 
     def _write_some(self) -> bool:
-        """Writes what the pipe takes; whether something is left."""
+        """Write what the pipe takes. Return whether data is left."""
         try:
             while self._unsent:
                 written = os.write(self._stdin, self._unsent[:262_144])
@@ -10121,13 +10131,14 @@ class ClaudeProcess:
         except BlockingIOError:
             return True
         except OSError:
-            # It is ending; what it has to say about that is on its other pipes.
+            # The process is ending. The other pipes have the reason.
             self._unsent.clear()
         return False
 
-    def _take_lines(self) -> Iterator[Json]:
-        """The complete lines read so far, parsed. What is no JSON object is no line of claude's:
-        a plugin's print, say. Half an object is worse: something of the answer is lost."""
+    def _complete_lines(self) -> Iterator[Json]:
+        """Yield the complete lines read so far, parsed. Skip a line that is no JSON object, such as
+        a plugin's output. Raise UpstreamFailed for broken JSON: a part of the answer is lost
+        then."""
         while True:
             end = self._unread.find(b"\n", self._searched)
             if end < 0:
@@ -10143,54 +10154,54 @@ class ClaudeProcess:
             try:
                 line = from_json(raw)
             except ValueError:
-                raise UpstreamFailed("claude printed a line that is broken.") from None
+                raise UpstreamFailed("claude printed a broken line of JSON.") from None
             if isinstance(line, dict):
-                self._note(line)
+                self._handle_line(line)
                 yield line
 
-    def _note(self, line: Json) -> None:
-        """Does what a line asks for, whoever listens."""
+    def _handle_line(self, line: Json) -> None:
+        """Do what a line requires whether or not a request reads it."""
         kind = line.get("type")
         if kind == "control_request":
             self._unsent += self.tools.reply(line)
-        self._settled = self._settled or kind == "result"
-        # It comes behind the end of an answer, when nobody listens any more.
-        is_news = kind == "rate_limit_event"
+        self._turn_is_over = self._turn_is_over or kind == "result"
+        # This line comes after the end of an answer, when no request reads any more.
+        has_news = kind == "rate_limit_event"
         if kind == "system" and line.get("subtype") == "init":
-            told = version_in(str(line.get("claude_code_version")))
-            is_news = self.misjudged = told not in (None, self.version)
-        if is_news and self._notice is not None:
-            self._notice(line)
+            reported = version_in(str(line.get("claude_code_version")))
+            has_news = self.version_differs = reported not in (None, self.version)
+        if has_news and self._on_report is not None:
+            self._on_report(line)
 
-    def idle(self) -> None:
-        """Reads and answers what claude says by itself while nobody uses it, or its pipes would
-        fill up. Blocks on nothing."""
-        self._last_lines()
+    def drain_output(self) -> None:
+        """Read and answer what an idle claude prints, so that its pipes do not fill up. Never
+        blocks."""
+        self._drain_pipes()
         self._write_some()
 
-    def _death(self) -> OcpError:
-        """What to say about a process that ended in the middle of its work."""
+    def _exit_error(self) -> OcpError:
+        """Return the error for a process that exited before its answer was complete."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1)
         rest = self._read(self._stderr)
         self._stderr_tail += rest or b""
-        words = self._stderr_tail.decode("utf-8", "replace").strip()
-        last = words.splitlines()[-1] if words else "it said nothing"
+        output = self._stderr_tail.decode("utf-8", "replace").strip()
+        last = output.splitlines()[-1] if output else "no error output"
         last = without_paths(redacted(one_line(last)))
         if "unknown option" in last:
             return ClaudeTooOld(f"claude on the server is too old, run `claude update`: {last}")
         code = self._popen.returncode
-        how = "is closing" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
+        how = "exiting" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
         return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
 
     # -- ending -------------------------------------------------------------------------------
 
     def stop(self, *, graceful: bool) -> None:
-        """Begins its end and returns at once; `is_gone` tells when it has come.
+        """Start to end the process and return at once; `is_gone` completes it.
 
-        Kindly: it may finish what it does, which is nothing after a complete answer. Otherwise
-        SIGINT: claude then drops its request to the API at once and asks for nothing more; with
-        SIGTERM it was seen to send another request first, and SIGKILL leaves files behind.
+        With `graceful`, only close its input; it has nothing left to do after a complete answer.
+        Else send SIGINT: claude then cancels its API request and sends no other. With SIGTERM it
+        was seen to send another request first, and SIGKILL leaves files behind.
         """
         if self._kill_at_s is not None:
             return
@@ -10202,19 +10213,21 @@ class ClaudeProcess:
                 self._popen.stdin.close()
 
     def interrupt(self) -> None:
-        """Makes it end, from a thread that does not own it; its owner hears of that."""
+        """Make the process end, from a thread that does not own it. Its owner then gets the
+        error."""
         self._signal(signal.SIGINT)
 
     def is_gone(self) -> bool:
-        """Whether it has ended and left nothing behind. Kills it when its time is up."""
+        """Return whether the process has ended, with its pipes and files removed. Kill it when its
+        grace time is over."""
         if self._popen.stdout is None or self._popen.stdout.closed:
             return True
-        self._last_lines()
+        self._drain_pipes()
         if self._popen.poll() is None:
             if self._kill_at_s is not None and self._clock() >= self._kill_at_s:
                 self._signal(signal.SIGKILL)
             return False
-        # Whatever it started itself shares its group.
+        # Processes that claude started are in the same group.
         self._signal(signal.SIGKILL)
         for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
             if pipe is not None:
@@ -10230,11 +10243,11 @@ class ClaudeProcess:
             self._watchdog.forget(self._popen.pid)
         return True
 
-    def _last_lines(self) -> None:
+    def _drain_pipes(self) -> None:
         with contextlib.suppress(OcpError):
             self._read_stderr(None)
             self._read_stdout(None)
-            for _ in self._take_lines():
+            for _ in self._complete_lines():
                 pass
 
     def _signal(self, number: signal.Signals) -> None:
@@ -10830,7 +10843,7 @@ class Parked(NamedTuple):
     def is_superseded_by(self, history: History) -> bool:
         """Whether a conversation with another last question is this one asked again, or edited:
         they share more than what both were told to begin with."""
-        return len(history.digests) > 1 and self.common(history) > self.process.told
+        return len(history.digests) > 1 and self.common(history) > self.process.history_messages
 
     @property
     def is_dead_end(self) -> bool:
@@ -10936,7 +10949,7 @@ class Parking:
         oldest_s = self._clock() - config.session_ttl_ms / 1000
         with self._lock:
             for parked in self._parked:
-                parked.process.idle()
+                parked.process.drain_output()
             alive = [p for p in self._parked if p.since_s >= oldest_s and p.process.alive()]
             kept = alive[max(0, len(alive) - config.parked_processes):]
             gone = [parked.process for parked in self._parked if parked not in kept]
@@ -11103,7 +11116,7 @@ class FlightClient:
         """See Client."""
         return True
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """See Client."""
         self._left = True
         with contextlib.suppress(OSError):
@@ -11242,7 +11255,7 @@ class Cache:
             abandoned = not flight.followers and self._flights.get(flight.key) is flight
             if abandoned:
                 del self._flights[flight.key]
-                flight.client.leave()
+                flight.client.cancel()
 
     def settle(self, flight: Flight, answers: tuple[Answer, ...], config: Config) -> None:
         """The flight is over, with answers to keep, or without."""
@@ -11743,7 +11756,7 @@ class Connection:
         """See Client."""
         return bool(self._room())
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """See Client. What is said to it still arrives."""
         self._has_left = True
         with contextlib.suppress(OSError):
@@ -12396,7 +12409,7 @@ class CancellableClient:
         """See Client."""
         return self._client.can_detect_hangup()
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """See Client."""
         self.left = True
 
@@ -12572,7 +12585,8 @@ class TurnRunner:
         process, record.warm = app.spares.take(turn.model.argument)
         record.process, record.question = process, rewind_point_of(turn)
         app.wakeups.put("tend")
-        process.tools, process.told = ToolServer(turn.tools), len(turn.messages) - 1
+        process.tools = ToolServer(turn.tools)
+        process.history_messages = len(turn.messages) - 1
         steps = conversation_steps(
             turn, app.config.system_prompt, process.version, agent=app.config.is_agent,
             rewind_point=record.question,
@@ -12626,7 +12640,7 @@ class TurnRunner:
 
     def _may_serve_again(self, process: ClaudeProcess) -> bool:
         """Return whether a process is worth parking after a complete answer."""
-        if process.misjudged or not self._app.is_current(process):
+        if process.version_differs or not self._app.is_current(process):
             return False
         if self._turn.output_schema is None or not self._config.parked_processes:
             return self._config.parked_processes > 0
@@ -12712,7 +12726,7 @@ class Requests:
                 self._app.keys.current(job.request.caller)
             except Unauthorized as ended:
                 job.ended_by = job.ended_by or ended
-                job.request.client.leave()
+                job.request.client.cancel()
 
     def check_quota(self, caller: Caller, dialect: Dialect) -> None:
         """Refuse, before its body is read, a request whose quota is used up. Raises
@@ -13060,11 +13074,11 @@ class App:
         try:
             process = ClaudeProcess(
                 program.command, model_id, self.config, env=env, cwd=self._work_folder,
-                version=program.version, watchdog=self._watchdog, notice=self._notices.put,
+                version=program.version, watchdog=self._watchdog, on_report=self._notices.put,
                 clock=self.clock,
             )
         except ClaudeMissing as error:
-            raise self.program.tempered(error) from None
+            raise self.program.as_away_if_recent(error) from None
         self.log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
         return process
 
@@ -13191,7 +13205,7 @@ class App:
             version = version_in(str(notice.get("claude_code_version", "")))
             news = plan_event(notice)
             if version is not None:
-                self.program.correct(version)
+                self.program.correct_version(version)
             elif news is not None:
                 self.account.hear(news)
 
@@ -13943,7 +13957,7 @@ def _stats(app: App) -> Json:
 
 def _condition(app: App) -> tuple[str, str]:
     """How the server is, "ok", "degraded" or "draining", and what to do about it."""
-    problem = app.program.glance()[1]
+    problem = app.program.last_result()[1]
     auth = app.account.verdict()
     if app.draining:
         return "draining", "The server is stopping."
@@ -13961,7 +13975,7 @@ def get_health(app: App, exchange: HttpExchange) -> None:
 
 def _health(app: App) -> Json:
     config, uptime_s = app.config, app.clock() - app.started_s
-    program, problem = app.program.glance()
+    program, problem = app.program.last_result()
     status, fix = _condition(app)
     return {
         "status": status,
@@ -14444,7 +14458,7 @@ def clear_cache(app: App, exchange: HttpExchange) -> None:
 
 def _gauges(app: App) -> dict[str, dict[Labels, float]]:
     """The metrics that are looked up at the moment of asking."""
-    cache, program = app.cache.stats(), app.program.glance()[0]
+    cache, program = app.cache.stats(), app.program.last_result()[0]
     windows = app.account.windows()
     words = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
     login = app.account.verdict()["ok"]

@@ -167,7 +167,7 @@ def test_a_process_that_waits_is_ended_when_it_babbles(
     idle = patient().process
 
     def looked_after() -> bool:
-        idle.idle()
+        idle.drain_output()
         return not idle.alive()
 
     assert eventually(looked_after)
@@ -202,7 +202,7 @@ def test_the_socket_of_a_killed_process_is_removed(
 ) -> None:
     sockets = place.folder / "cc-socks"
     sockets.mkdir()
-    monkeypatch.setattr(ocp, "left_files", lambda pid, *_: [str(sockets / f"{pid}.sock")])
+    monkeypatch.setattr(ocp, "leftover_paths", lambda pid, *_: [str(sockets / f"{pid}.sock")])
     process = patient().process
     left = sockets / f"{process.pid}.sock"
     left.touch()

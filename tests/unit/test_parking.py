@@ -27,7 +27,7 @@ class FakeProcess:
         self.version = ocp.REWINDS_ALL_SINCE
         self.born_s = 0.0
         self.rewinds = 0
-        self.told = 0
+        self.history_messages = 0
 
     def __repr__(self) -> str:
         return f"<process {self.name}>"
@@ -36,7 +36,7 @@ class FakeProcess:
         """Whether it still runs."""
         return self.lives
 
-    def idle(self) -> None:
+    def drain_output(self) -> None:
         """Counts how often it was looked after."""
         self.looks += 1
 
@@ -575,15 +575,15 @@ def test_what_was_at_work_when_all_were_dropped_forgets_nothing() -> None:
 def test_conversations_that_begin_with_the_same_examples_do_not_take_from_each_other() -> None:
     lot = Lot(parked_processes=2)
     process = lot.put(*LATER)
-    process.told = len(SAID)
+    process.history_messages = len(SAID)
 
     assert lot.take_rewindable(*SAID, user("e")) is None
     assert lot.take_rewindable(*SAID, user("e"), running=2) is process
-    lot.put(*LATER).told = len(SAID)
+    lot.put(*LATER).history_messages = len(SAID)
     # The same again, and another question behind one that was asked here, need no reason.
     assert lot.take_rewindable(*SAID, user("c")) is not None
     longer = lot.put(*LATER, user("e"), assistant("f"))
-    longer.told = len(SAID)
+    longer.history_messages = len(SAID)
     assert lot.take_rewindable(*LATER, user("g")) is longer
 
 

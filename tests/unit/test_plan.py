@@ -379,7 +379,7 @@ class Idle:
     def alive(self) -> bool:
         return not self.is_dismissed
 
-    def idle(self) -> None:
+    def drain_output(self) -> None:
         """It says nothing."""
 
     def stop(self, *, graceful: bool) -> None:
