@@ -9928,7 +9928,7 @@ class ClaudeProcess:
         return popen
 
     def __repr__(self) -> str:
-        state = "leaving" if self._kill_at_s else "ended" if self._ended else "alive"
+        state = "stopping" if self._kill_at_s else "ended" if self._ended else "alive"
         return f"<claude {self.model_id} pid={self._popen.pid} {state}>"
 
     @property
@@ -10256,25 +10256,26 @@ class ClaudeProcess:
 
 
 # ==== 19. Gate and spares ====================================================
-# Who may run now, and the idle processes that make a start cost nothing. Both decide under their
-# lock and act outside it. Neither knows what a request is about.
+# Which requests may run, and idle processes that save the time of a start. Both classes decide
+# under their lock and act outside it. Neither depends on the content of a request.
 
-#: How often a waiting request looks whether its client is still there.
-_QUEUE_GLANCE_S = 0.2
+#: How often a waiting request checks its client.
+_CLIENT_POLL_S = 0.2
 
 
 class Gate:
-    """Lets so many requests run at a time. The others wait: those of one caller in line, and the
-    callers take turns, so that nobody's fifty requests keep another's one waiting."""
+    """Limits how many requests run at a time. The others wait in one queue for each caller. The
+    callers take turns, so that fifty requests of one caller do not delay a single one of
+    another."""
 
     def __init__(self, config: Config) -> None:
-        # Guards the fields below. Never held while anything is waited for.
+        # Guards the fields below. Never held during a wait.
         self._lock = threading.Lock()
         self._config = config
-        #: How many requests run, by the scope of their callers.
+        #: The number of running requests, by the scope of their callers.
         self._running: collections.Counter[str] = collections.Counter()
-        #: Who waits, by scope; the scopes in the order of their turns.
-        self._lines: dict[str, collections.deque[Slot]] = {}
+        #: The waiting slots by scope. The scopes are in the order of their turns.
+        self._queues: dict[str, collections.deque[Slot]] = {}
         self._refused = 0
 
     def __repr__(self) -> str:
@@ -10282,47 +10283,47 @@ class Gate:
 
     @property
     def running(self) -> int:
-        """How many requests run now."""
+        """Return the number of running requests."""
         with self._lock:
             return sum(self._running.values())
 
     @property
     def waiting(self) -> int:
-        """How many wait in line."""
+        """Return the number of waiting requests."""
         with self._lock:
-            return sum(map(len, self._lines.values()))
+            return sum(map(len, self._queues.values()))
 
     @property
     def refused(self) -> int:
-        """How many were turned away so far."""
+        """Return the number of requests refused so far."""
         return self._refused
 
     def configure(self, config: Config) -> None:
-        """Works with these limits from now on."""
+        """Apply new limits."""
         with self._lock:
             self._config = config
-            self._fill()
+            self._admit_waiting()
 
     def slot(self, caller: Caller) -> Slot:
-        """A place to enter `with`; call its `wait` inside the block."""
+        """Return a slot for a `with` block; call its `wait` inside the block."""
         return Slot(self, caller)
 
     def join(self, slot: Slot) -> None:
-        """Puts a slot in line, and tells it at once if it may run or is refused."""
+        """Queue a slot. Admit waiting slots, or refuse one if the queues are full."""
         with self._lock:
-            self._lines.setdefault(slot.scope, collections.deque()).append(slot)
-            self._fill()
-            waiting = sum(map(len, self._lines.values()))
+            self._queues.setdefault(slot.scope, collections.deque()).append(slot)
+            self._admit_waiting()
+            waiting = sum(map(len, self._queues.values()))
             if waiting <= self._config.max_queue:
                 return
-            # The longest line gives way, so that a full queue is nobody's alone.
-            longest = max(self._lines, key=lambda s: (len(self._lines[s]), s == slot.scope))
-            refused = self._lines[longest].pop()
-            if not self._lines[longest]:
-                del self._lines[longest]
+            # Refuse the last of the longest queue, so that one caller cannot fill the queues alone.
+            longest = max(self._queues, key=lambda s: (len(self._queues[s]), s == slot.scope))
+            refused = self._queues[longest].pop()
+            if not self._queues[longest]:
+                del self._queues[longest]
             self._refused += 1
             running = sum(self._running.values())
-            refused.tell(
+            refused.decide(
                 QueueFull(
                     f"{running} answers are running and {waiting - 1} requests wait; "
                     "try again in a moment.",
@@ -10330,102 +10331,97 @@ class Gate:
                 )
             )
 
-    def _fill(self) -> None:
-        """Lets those run whose turn it is. The lock is held by the caller."""
+    def _admit_waiting(self) -> None:
+        """Admit waiting slots while there is room. The caller holds the lock."""
         while sum(self._running.values()) < self._config.max_concurrent:
-            scope = next((s for s, line in self._lines.items() if self._has_room(line[0])), None)
+            scope = next((s for s, slots in self._queues.items() if self._has_room(slots[0])), None)
             if scope is None:
                 return
-            line = self._lines.pop(scope)
-            slot = line.popleft()
-            if line:
-                # Behind everybody else who waits.
-                self._lines[scope] = line
+            slots = self._queues.pop(scope)
+            slot = slots.popleft()
+            if slots:
+                # The scope goes behind all other scopes.
+                self._queues[scope] = slots
             self._running[scope] += 1
-            slot.tell(None)
+            slot.decide(None)
 
     def _has_room(self, slot: Slot) -> bool:
-        """Whether its caller may have one more answer at the same time. One key never takes the
-        last place, so that another's request does not wait for the end of a long answer."""
+        """Return whether the slot's caller may have one more answer at a time. One key never gets
+        the last place, so that another key's request need not wait for the end of a long answer."""
         running = self._running[slot.scope]
         if slot.has_key and running and running >= self._config.max_concurrent - 1:
             return False
         return not slot.maximum or running < slot.maximum
 
-    def leave(self, slot: Slot) -> None:
-        """Frees what a slot holds: its place at work or its place in line."""
+    def release(self, slot: Slot) -> None:
+        """Free a slot: its place among the running requests, or its place in the queue."""
         with self._lock:
-            line = self._lines.get(slot.scope, ())
-            if slot in line:
-                self._lines[slot.scope].remove(slot)
-                if not self._lines[slot.scope]:
-                    del self._lines[slot.scope]
+            slots = self._queues.get(slot.scope, ())
+            if slot in slots:
+                self._queues[slot.scope].remove(slot)
+                if not self._queues[slot.scope]:
+                    del self._queues[slot.scope]
             elif slot.runs:
                 self._running[slot.scope] -= 1
                 if not self._running[slot.scope]:
                     del self._running[slot.scope]
-            self._fill()
+            self._admit_waiting()
 
 
 class Slot:
-    """The right to run, from `wait` until the block ends."""
+    """The right to run, from the end of `wait` to the end of the block."""
 
     def __init__(self, gate: Gate, caller: Caller) -> None:
         self._gate = gate
         self.scope = caller.scope
         self.maximum = caller.max_concurrent
         self.has_key = caller.key_id is not None
-        #: Whether it may run; true from `tell` on.
+        #: Whether the request may run. `decide` sets it.
         self.runs = False
         self.refusal: QueueFull | None = None
-        self._told = threading.Event()
+        self._decided = threading.Event()
 
     def __enter__(self) -> Slot:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._gate.leave(self)
+        self._gate.release(self)
 
-    def tell(self, refusal: QueueFull | None) -> None:
-        """Ends the wait: it may run, or is refused. Called by the gate, under its lock."""
+    def decide(self, refusal: QueueFull | None) -> None:
+        """Admit or refuse the request, which ends its wait. The gate calls this under its lock."""
         self.runs, self.refusal = refusal is None, refusal
-        self._told.set()
+        self._decided.set()
 
-    def wait(self, watch: WaitLimits, clock: Clock = time.monotonic) -> Iterator[Event]:
-        """Ends when the request may run, with Ticks while it may not.
-
-        Raises QueueFull, UpstreamTimeout at the deadline, ClientGone.
-        """
+    def wait(self, limits: WaitLimits, clock: Clock = time.monotonic) -> Iterator[Event]:
+        """Yield Ticks until the request may run. Raise QueueFull, UpstreamTimeout at the deadline,
+        ClientGone."""
         self._gate.join(self)
-        heard_s = clock()
-        if watch.client.gone():
+        last_tick_s = clock()
+        if limits.client.gone():
             raise ClientGone
-        while not self._told.wait(_QUEUE_GLANCE_S):
-            if watch.client.gone():
+        while not self._decided.wait(_CLIENT_POLL_S):
+            if limits.client.gone():
                 raise ClientGone
             now_s = clock()
-            if now_s >= watch.deadline_s:
-                raise UpstreamTimeout("The request waited for its turn until its time was up.")
-            if watch.tick_s and now_s - heard_s >= watch.tick_s:
-                heard_s = now_s
+            if now_s >= limits.deadline_s:
+                raise UpstreamTimeout("The request waited longer than CLAUDE_TIMEOUT allows.")
+            if limits.tick_s and now_s - last_tick_s >= limits.tick_s:
+                last_tick_s = now_s
                 yield Tick()
         if self.refusal is not None:
             raise self.refusal
 
 
-#: A refill starts this long after a spare was taken: the taker's first moments need the machine.
+#: The pause before a refill: the request that took the spare needs the machine first.
 _REFILL_PAUSE_S = 0.2
-#: After spares that died young, or could not be started, this long without new ones.
+#: The pause after a spare that ended within _YOUNG_S or could not be started.
 _FAILURE_PAUSE_S = 30.0
 _YOUNG_S = 5.0
 
 
 class Spares:
-    """Idle processes by model, for models that were wanted lately.
-
-    Taking one costs nothing; new ones are started by `tend`, on the housekeeper's time. It also
-    sees dismissed processes to their end.
-    """
+    """Idle processes by model, for models that were used lately. `take` returns one at once. `tend`
+    starts new ones in the housekeeper's thread, and also completes the end of stopped processes."""
 
     def __init__(
         self, spawn: Callable[[str], ClaudeProcess], clock: Clock = time.monotonic
@@ -10435,33 +10431,34 @@ class Spares:
         # Guards the fields below. Never held while a process is started or ended.
         self._lock = threading.Lock()
         self._idle: dict[str, list[ClaudeProcess]] = {}
-        #: When a model was last wanted, and from when on a process of it may be started.
-        self._wanted_s: dict[str, float] = {}
-        self._refill_s: dict[str, float] = {}
-        self._leaving: list[ClaudeProcess] = []
-        #: Those that somebody borrowed.
-        self._lent: list[ClaudeProcess] = []
+        #: When a model was last used, and the earliest time to start a spare of it.
+        self._last_used_s: dict[str, float] = {}
+        self._refill_at_s: dict[str, float] = {}
+        self._stopping: list[ClaudeProcess] = []
+        #: Borrowed processes. `drop` clears the list, and `put_back` then stops them.
+        self._borrowed: list[ClaudeProcess] = []
         self._pause_until_s = 0.0
         self.spawned = 0
 
     def __repr__(self) -> str:
         idle = ", ".join(f"{model}={count}" for model, count in sorted(self.idle().items()))
-        return f"<spares {idle or 'none'} leaving={len(self._leaving)}>"
+        return f"<spares {idle or 'none'} stopping={len(self._stopping)}>"
 
     def idle(self) -> dict[str, int]:
-        """How many processes wait, by model."""
+        """Return the number of idle processes by model."""
         with self._lock:
             return {model: len(waiting) for model, waiting in self._idle.items() if waiting}
 
-    def want(self, model_id: str) -> None:
-        """This model is in use: keep processes for it."""
+    def mark_used(self, model_id: str) -> None:
+        """Record that a model is in use, so that spares are kept for it."""
         with self._lock:
             now_s = self._clock()
-            self._wanted_s[model_id] = now_s
-            self._refill_s.setdefault(model_id, now_s + _REFILL_PAUSE_S)
+            self._last_used_s[model_id] = now_s
+            self._refill_at_s.setdefault(model_id, now_s + _REFILL_PAUSE_S)
 
     def take(self, model_id: str) -> tuple[ClaudeProcess, bool]:
-        """A process of this model, and whether it was waiting. Raises what its start raises."""
+        """Return a process of this model and whether it is a spare. Raise the error of its
+        start."""
         while True:
             with self._lock:
                 waiting = self._idle.get(model_id)
@@ -10473,22 +10470,22 @@ class Spares:
             self.stop(process, graceful=False)
 
     def borrow(self) -> ClaudeProcess | None:
-        """Any idle process, to be given back with `put_back`; None when there is none."""
+        """Return any idle process, to be returned with `put_back`; None when there is none."""
         with self._lock:
             for waiting in self._idle.values():
                 if waiting:
-                    self._lent.append(waiting.pop())
-                    return self._lent[-1]
+                    self._borrowed.append(waiting.pop())
+                    return self._borrowed[-1]
         return None
 
     def put_back(self, process: ClaudeProcess) -> None:
-        """Takes a process back that is as it was; it ends if all were dropped meanwhile."""
+        """Return a borrowed process. It is stopped if the spares were dropped meanwhile."""
         with self._lock:
-            stays = process in self._lent
-            if stays:
-                self._lent.remove(process)
+            is_current = process in self._borrowed
+            if is_current:
+                self._borrowed.remove(process)
                 self._idle.setdefault(process.model_id, []).append(process)
-        if not stays:
+        if not is_current:
             self.stop(process, graceful=True)
 
     def _start(self, model_id: str) -> ClaudeProcess:
@@ -10498,131 +10495,133 @@ class Spares:
         return process
 
     def stop(self, process: ClaudeProcess, *, graceful: bool) -> None:
-        """Ends a process without waiting for it."""
+        """Stop a process without waiting for its end."""
         process.stop(graceful=graceful)
         with self._lock:
-            if process in self._lent:
-                self._lent.remove(process)
-            self._leaving.append(process)
+            if process in self._borrowed:
+                self._borrowed.remove(process)
+            self._stopping.append(process)
 
     def drop(self) -> None:
-        """Ends all that wait: the program or its login has changed."""
+        """Stop all idle processes, because the program or its login has changed."""
         with self._lock:
             dropped = [process for waiting in self._idle.values() for process in waiting]
             self._idle.clear()
-            self._lent.clear()
-            for model_id in self._wanted_s:
-                self._refill_s.setdefault(model_id, self._clock() + _REFILL_PAUSE_S)
+            self._borrowed.clear()
+            for model_id in self._last_used_s:
+                self._refill_at_s.setdefault(model_id, self._clock() + _REFILL_PAUSE_S)
         for process in dropped:
             self.stop(process, graceful=True)
 
     def plan(self, config: Config) -> tuple[list[ClaudeProcess], list[str]]:
-        """What should change: processes to end, taken out already, and models to start one of."""
+        """Return the processes to stop, already removed from the spares, and the models to start: a
+        model is listed once for each new process."""
         now_s, idle_s = self._clock(), config.warm_idle_ms / 1000
         with self._lock:
-            self._wanted_s = {
-                model_id: at for model_id, at in self._wanted_s.items() if now_s - at <= idle_s
+            self._last_used_s = {
+                model_id: at for model_id, at in self._last_used_s.items() if now_s - at <= idle_s
             }
-            refills = self._refill_s.items()
-            self._refill_s = {m: at for m, at in refills if m in self._wanted_s}
-            retire = self._outdated(now_s, idle_s) + self._surplus(config)
-            grow: list[str] = []
+            refills = self._refill_at_s.items()
+            self._refill_at_s = {m: at for m, at in refills if m in self._last_used_s}
+            to_stop = self._take_outdated(now_s, idle_s) + self._take_surplus(config)
+            to_start: list[str] = []
             if now_s < self._pause_until_s:
-                return retire, grow
+                return to_stop, to_start
             total = sum(len(waiting) for waiting in self._idle.values())
-            for model_id in sorted(self._wanted_s, key=lambda m: -self._wanted_s[m]):
+            for model_id in sorted(self._last_used_s, key=lambda m: -self._last_used_s[m]):
                 missing = config.warm_processes - len(self._idle.get(model_id, ()))
-                if now_s < self._refill_s.get(model_id, math.inf):
+                if now_s < self._refill_at_s.get(model_id, math.inf):
                     continue
                 for _ in range(missing):
                     if total >= config.warm_total:
-                        evicted = self._least_wanted(model_id)
+                        evicted = self._evict_less_recent(model_id)
                         if evicted is None:
                             break
-                        retire.append(evicted)
+                        to_stop.append(evicted)
                         total -= 1
-                    grow.append(model_id)
+                    to_start.append(model_id)
                     total += 1
-                self._refill_s.pop(model_id, None)
-        return retire, grow
+                self._refill_at_s.pop(model_id, None)
+        return to_stop, to_start
 
-    def _outdated(self, now_s: float, idle_s: float) -> list[ClaudeProcess]:
-        """Takes out the processes that ended or waited too long."""
-        retire: list[ClaudeProcess] = []
+    def _take_outdated(self, now_s: float, idle_s: float) -> list[ClaudeProcess]:
+        """Remove and return the processes that have ended or waited too long."""
+        to_stop: list[ClaudeProcess] = []
         for model_id, waiting in list(self._idle.items()):
             ended = [process for process in waiting if not process.alive()]
             if any(now_s - process.born_s < _YOUNG_S for process in ended):
                 self._pause_until_s = now_s + _FAILURE_PAUSE_S
             old = [p for p in waiting if now_s - p.born_s > idle_s and p not in ended]
-            if (ended or old) and model_id in self._wanted_s:
-                self._refill_s.setdefault(model_id, now_s)
-            retire += ended + old
+            if (ended or old) and model_id in self._last_used_s:
+                self._refill_at_s.setdefault(model_id, now_s)
+            to_stop += ended + old
             self._idle[model_id] = [p for p in waiting if p not in ended and p not in old]
-        return retire
+        return to_stop
 
-    def _surplus(self, config: Config) -> list[ClaudeProcess]:
-        """Takes out what is more than the limits allow, which can be lowered at any time."""
-        retire: list[ClaudeProcess] = []
+    def _take_surplus(self, config: Config) -> list[ClaudeProcess]:
+        """Remove and return the processes above the limits, which can change at any time."""
+        to_stop: list[ClaudeProcess] = []
         for model_id, waiting in self._idle.items():
-            retire += waiting[config.warm_processes:]
+            to_stop += waiting[config.warm_processes:]
             self._idle[model_id] = waiting[:config.warm_processes]
-        by_want = sorted(self._idle, key=lambda m: self._wanted_s.get(m, 0.0))
+        by_use = sorted(self._idle, key=lambda m: self._last_used_s.get(m, 0.0))
         left = sum(len(waiting) for waiting in self._idle.values())
-        for waiting in (self._idle[model_id] for model_id in by_want):
+        for waiting in (self._idle[model_id] for model_id in by_use):
             while waiting and left > config.warm_total:
-                retire.append(waiting.pop())
+                to_stop.append(waiting.pop())
                 left -= 1
-        return retire
+        return to_stop
 
-    def _least_wanted(self, than: str) -> ClaudeProcess | None:
-        """Takes out a process of the model that was wanted longest ago, before `than` was."""
+    def _evict_less_recent(self, newer: str) -> ClaudeProcess | None:
+        """Remove and return a process of the least recently used model, if it was used before
+        `newer`."""
         models = [model_id for model_id, waiting in self._idle.items() if waiting]
-        oldest = min(models, key=lambda m: self._wanted_s.get(m, 0.0), default=than)
-        if self._wanted_s.get(oldest, 0.0) >= self._wanted_s[than]:
+        oldest = min(models, key=lambda m: self._last_used_s.get(m, 0.0), default=newer)
+        if self._last_used_s.get(oldest, 0.0) >= self._last_used_s[newer]:
             return None
         return self._idle[oldest].pop(0)
 
     def tend(self, config: Config) -> None:
-        """Ends and starts what is due. Raises what a start raises."""
-        retire, grow = self.plan(config)
-        for process in retire:
+        """Stop and start the processes that `plan` returns. Raise the error of a start."""
+        to_stop, to_start = self.plan(config)
+        for process in to_stop:
             self.stop(process, graceful=False)
         try:
-            for model_id in grow:
+            for model_id in to_start:
                 process = self._start(model_id)
                 with self._lock:
                     self._idle.setdefault(model_id, []).append(process)
         except OcpError:
             with self._lock:
                 self._pause_until_s = self._clock() + _FAILURE_PAUSE_S
-                for model_id in grow:
-                    self._refill_s.setdefault(model_id, self._pause_until_s)
+                for model_id in to_start:
+                    self._refill_at_s.setdefault(model_id, self._pause_until_s)
             raise
         finally:
             self.reap()
 
     def has_work_soon(self) -> bool:
-        """Whether something is due within a moment: an end to see to, or a refill."""
+        """Return whether `tend` has work within a moment: a stopping process or a refill."""
         with self._lock:
             soon_s = self._clock() + 2 * _REFILL_PAUSE_S
             refills = self._pause_until_s < soon_s
-            due = refills and any(at < soon_s for at in self._refill_s.values())
-            return due or bool(self._leaving)
+            due = refills and any(at < soon_s for at in self._refill_at_s.values())
+            return due or bool(self._stopping)
 
     def reap(self) -> int:
-        """Sees to those that are leaving; how many are left."""
+        """Complete the end of stopping processes. Return how many are left."""
         with self._lock:
-            leaving, self._leaving = self._leaving, []
-        left = [process for process in leaving if not process.is_gone()]
+            stopping, self._stopping = self._stopping, []
+        stopping = [process for process in stopping if not process.is_gone()]
         with self._lock:
-            self._leaving += left
-            return len(self._leaving)
+            self._stopping += stopping
+            return len(self._stopping)
 
     def close(self) -> None:
-        """Ends everything and waits for it; a few seconds at most."""
+        """Stop all processes and wait for their end, a few seconds at most."""
         self.drop()
-        give_up_s = self._clock() + 2 * _END_GRACE_S
-        while self.reap() and self._clock() < give_up_s:
+        deadline_s = self._clock() + 2 * _END_GRACE_S
+        while self.reap() and self._clock() < deadline_s:
             time.sleep(0.01)
 
 
@@ -11170,7 +11169,7 @@ class Flight:
         while True:
             with self._changed:
                 if told == len(self._events) and not self._over:
-                    self._changed.wait(_QUEUE_GLANCE_S)
+                    self._changed.wait(_CLIENT_POLL_S)
                 events, over = self._events[told:], self._over
             for index, choice in enumerate(events, told):
                 if index >= begins.get(choice[0], 0):
@@ -11179,7 +11178,7 @@ class Flight:
             now_s = clock()
             if over and not events:
                 break
-            if now_s - glanced_s >= _QUEUE_GLANCE_S:
+            if now_s - glanced_s >= _CLIENT_POLL_S:
                 glanced_s = now_s
                 if client.gone():
                     raise ClientGone
@@ -12581,7 +12580,7 @@ class TurnRunner:
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
-            app.spares.want(turn.model.argument)
+            app.spares.mark_used(turn.model.argument)
         process, record.warm = app.spares.take(turn.model.argument)
         record.process, record.question = process, rewind_point_of(turn)
         app.wakeups.put("tend")
@@ -12620,7 +12619,7 @@ class TurnRunner:
         means that claude still writes an answer that was ended here."""
         app, record = self._app, self._record
         app.account.answered()
-        app.spares.want(process.model_id)
+        app.spares.mark_used(process.model_id)
         record.process = None
         if finished.stop_reason in _PARKABLE and not is_cut and self._may_serve_again(process):
             answer = record.answer()
@@ -13105,7 +13104,7 @@ class App:
 
     def run(self) -> None:
         """Do the housekeeping until a wakeup says stop. For the main thread."""
-        self.spares.want(self.models.find(self.config.default_model).argument)
+        self.spares.mark_used(self.models.find(self.config.default_model).argument)
         wakeup = ""
         while wakeup != "stop":
             wait_s = self.tend()

@@ -102,7 +102,7 @@ def test_a_follower_that_waits_is_woken_at_once(
     flight: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The next look of its own would come too late for each of the events.
-    monkeypatch.setattr(ocp, "_QUEUE_GLANCE_S", 600)
+    monkeypatch.setattr(ocp, "_CLIENT_POLL_S", 600)
     heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def follow() -> None:
