@@ -9841,6 +9841,15 @@ class HangDetector:
         return min(silent_s, unanswered_s) + _REPLY_TIMEOUT_S
 
 
+def _nonblocking_pipes(popen: subprocess.Popen[bytes]) -> list[int]:
+    """Make the three pipes of a child non-blocking and return their descriptors."""
+    pipes = (popen.stdin, popen.stdout, popen.stderr)
+    descriptors = [pipe.fileno() for pipe in pipes if pipe is not None]
+    for descriptor in descriptors:
+        os.set_blocking(descriptor, False)
+    return descriptors
+
+
 class ClaudeProcess:
     """One child process. It serves one caller, one conversation at a time, and is then stopped."""
 
@@ -9899,12 +9908,7 @@ class ClaudeProcess:
         if config.is_agent:
             # In agent mode the owner can use the same folder, and so the same logs.
             del self._left_files[2:]
-        pipes = (self._popen.stdin, self._popen.stdout, self._popen.stderr)
-        self._stdin, self._stdout, self._stderr = (
-            pipe.fileno() for pipe in pipes if pipe is not None
-        )
-        for descriptor in (self._stdin, self._stdout, self._stderr):
-            os.set_blocking(descriptor, False)
+        self._stdin, self._stdout, self._stderr = _nonblocking_pipes(self._popen)
 
     def _spawn(
         self, command: list[str], env: Mapping[str, str], cwd: str
@@ -10626,31 +10630,43 @@ class Spares:
 
 
 # ==== 20. Parking ============================================================
-# What is kept of a conversation for its next message, or for another last one: sessions on disk,
-# responses by their ids, and processes that wait, each with the conversation that it holds. What
-# a process holds is known by digests: one of everything that is no message, and one of each
-# message in a form in which it does not matter how a client writes the same thing. No answer
-# depends on a process being here: what is not found is rebuilt from the client's own history.
+# What is kept of a conversation for its next message: sessions on disk, responses by their ids, and
+# processes that wait with the conversation they hold. Digests identify a conversation: one for
+# everything but the messages, and one for each message, in a form that does not depend on how a
+# client writes it. No answer depends on a parked process: without one, the conversation is rebuilt
+# from the client's own history.
+
+
+# How a request finds a parked process, best first:
+#
+# - continued: the process holds the whole conversation but the last message, which alone is sent.
+#   If its last answer ended with tool calls, the message must hold exactly their results.
+# - rewound: the process answered another last message (RewindPoint). It drops that message and
+#   everything after it, and then gets the new one.
+# - rebuilt: a fresh process gets the whole conversation.
+#
+# A process is parked after its answer, taken by one request at a time, and stopped when its time
+# is over or newer ones need its place.
 
 
 class History(NamedTuple):
-    """What a conversation is known by."""
+    """The identity of a conversation."""
 
-    #: Of the caller, the model, the system prompt, the tools and the options.
+    #: The digest of the caller, the model, the system prompt, the tools and the options.
     base: str
-    #: Of each message.
+    #: The digest of each message.
     digests: tuple[str, ...]
-    #: The context in the last message that no later request will have in this place.
+    #: The context in the last message. No later request has it in this place.
     context: str = ""
 
 
 def _plain_number(text: str) -> float:
-    """Return a number with a point as JavaScript has it: 1.0 is the integer 1."""
+    """Return a number with a decimal point as JavaScript reads it: 1.0 is the integer 1."""
     return int(text[:-2]) if text.endswith(".0") else float(text)
 
 
 def digest(value: object) -> str:
-    """The same for equal JSON values, whatever the order of their keys."""
+    """Return the same digest for equal JSON values, whatever the order of their keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     if ".0" in text:
         value = json.loads(text, parse_float=_plain_number)
@@ -10658,59 +10674,62 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def _normal_block(block: Block) -> object:
-    """A block without what clients change or leave out."""
+def _normalized_block(block: Block) -> object:
+    """Return a block without the parts that clients change or leave out."""
     kind = block["type"]
     if kind == "tool_use":
-        # Clients leave out arguments that are null, and so do some kinds of calls.
-        said = {name: value for name, value in block["input"].items() if value is not None}
-        return [kind, plain_id(block["id"]), block["name"], said]
+        # Clients and some kinds of calls leave out arguments that are null.
+        arguments = {name: value for name, value in block["input"].items() if value is not None}
+        return [kind, plain_id(block["id"]), block["name"], arguments]
     if kind == "tool_result":
-        content = _normal_blocks(block["content"])
+        content = _normalized_blocks(block["content"])
         return [kind, block["tool_use_id"], bool(block.get("is_error")), content]
     return [kind, block.get("source")]
 
 
-def _normal_blocks(blocks: Iterable[Block]) -> object:
-    """Blocks as they are compared: the text together, the rest one by one, no thinking."""
+def _normalized_blocks(blocks: Iterable[Block]) -> object:
+    """Return blocks in a form to compare: the joined text, then the other blocks without
+    thinking."""
     found = list(blocks)
     text = "".join(str(block["text"]) for block in found if block["type"] == "text").strip()
     skipped = ("text", "thinking", "redacted_thinking")
-    return [text, [_normal_block(block) for block in found if block["type"] not in skipped]]
+    return [text, [_normalized_block(block) for block in found if block["type"] not in skipped]]
 
 
-#: OpenClaw keeps what it knows of the moment in a text of its own at the end of the conversation,
-#: where each request moves it to. It is never part of the history before.
-_CONTEXT = re.compile(
+#: OpenClaw puts its current context into a text block at the end of the conversation and moves this
+#: block there with each request. Earlier messages never contain it.
+_OPENCLAW_CONTEXT = re.compile(
     r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
 )
 
 
 def _is_context(block: Block) -> bool:
-    return block["type"] == "text" and _CONTEXT.fullmatch(str(block["text"])) is not None
+    return block["type"] == "text" and _OPENCLAW_CONTEXT.fullmatch(str(block["text"])) is not None
 
 
 def context_of(message: Message) -> str:
-    """What stands in a message only as long as it is the last one; empty for nothing."""
+    """Return the context in a message that is only there while the message is the last one; empty
+    if there is none."""
     return "\n".join(str(block["text"]) for block in message.content if _is_context(block))
 
 
 def message_digest(message: Message) -> str:
-    """The digest of one message, without what moves on to the end."""
+    """Return the digest of one message, without the context that moves to the last message."""
     if message.role == "user":
         message = Message("user", [b for b in message.content if not _is_context(b)])
-    # Chat clients give the text and the calls of an answer apart; all else has its order.
+    # Chat clients send the text and the calls of an answer separately; all other content has an
+    # order.
     order = [] if message.role == "assistant" else _kinds(message.content)
-    return digest([message.role, order, _normal_blocks(message.content)])
+    return digest([message.role, order, _normalized_blocks(message.content)])
 
 
 def _kinds(blocks: Iterable[Block]) -> list[str]:
-    """The types of the blocks in order, neighbours of one type taken together."""
+    """Return the types of the blocks in order; neighbours of one type count once."""
     return [kind for kind, _ in itertools.groupby(block["type"] for block in blocks)]
 
 
 def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
-    """What the conversation of this turn is known by."""
+    """Return the identity of this turn's conversation."""
     base = [
         caller, turn.model.argument, turn.system, operator_prompt, list(turn.tools),
         list(turn.tool_choice), list(turn.options), turn.output_schema,
@@ -10719,9 +10738,9 @@ def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
     return History(digest(base), digests, context_of(turn.messages[-1]))
 
 
-def results_to_tell(message: Message, known_context: str) -> list[Block]:
-    """The tool results of a message. Context that is not known yet comes with the last of them,
-    because claude, in the middle of its turn, takes nothing else."""
+def results_with_context(message: Message, known_context: str) -> list[Block]:
+    """Return the tool results of a message. Context that the process does not know is added to the
+    last result, because in the middle of a turn claude accepts nothing else."""
     results = [block for block in message.content if block["type"] == "tool_result"]
     context = context_of(message)
     if results and context not in ("", known_context):
@@ -10731,8 +10750,8 @@ def results_to_tell(message: Message, known_context: str) -> list[Block]:
 
 
 class Sessions:
-    """Conversations that the server remembers for clients that send only what is new. A session
-    belongs to its caller and to one system prompt."""
+    """Conversations stored for clients that send only new messages. A session belongs to its caller
+    and to one system prompt."""
 
     def __init__(self, store: Store, clock: Clock = time.time) -> None:
         self._store = store
@@ -10742,7 +10761,7 @@ class Sessions:
         return digest([caller, session_id, system])
 
     def messages(self, caller: str, session_id: str, system: str, ttl_s: float) -> list[Message]:
-        """What was said so far; empty for a session that is new, or whose time is up."""
+        """Return the messages so far; empty for a new or expired session."""
         rows = self._store.rows(
             "SELECT messages FROM sessions WHERE key = ? AND used_s >= ?",
             self._key(caller, session_id, system), self._clock() - ttl_s,
@@ -10751,7 +10770,7 @@ class Sessions:
         return [Message(role, content) for role, content in found]
 
     def put(self, caller: str, turn: Turn, messages: list[Message], ttl_s: float) -> None:
-        """Remembers a conversation, its last answer included, and forgets those out of time."""
+        """Store a conversation with its last answer, and delete expired sessions."""
         now_s = int(self._clock())
         key = self._key(caller, turn.session_id, turn.system)
         text = json.dumps([list(message) for message in messages])
@@ -10768,7 +10787,7 @@ class Sessions:
             )
 
     def all(self, ttl_s: float) -> list[Json]:
-        """The sessions, the one used last first; nothing of what was said in them."""
+        """Return the sessions without their messages, the last used first."""
         rows = self._store.rows(
             "SELECT * FROM sessions WHERE used_s >= ? ORDER BY used_s DESC",
             self._clock() - ttl_s,
@@ -10786,7 +10805,7 @@ class Sessions:
         ]
 
     def clear(self, session_id: str | None = None) -> int:
-        """Forgets the sessions of this id, or all; how many there were."""
+        """Delete the sessions with this id, or all sessions. Return how many there were."""
         with self._store.transaction() as connection:
             if session_id is None:
                 return connection.execute("DELETE FROM sessions").rowcount
@@ -10795,79 +10814,81 @@ class Sessions:
             ).rowcount
 
 
-#: A claude grows with the questions that it forgets: from 202 to 307 MB with so many of 20 KB
-#: (2.1.330). Then another one takes over.
+#: The memory of a claude grows with each rewind: from 202 to 307 MB after this many messages of 20
+#: KB (2.1.330). Then another process replaces it.
 _MAX_REWINDS = 500
-#: Stands for the digest of an answer that no conversation goes on from.
+#: Stands for the digest of an answer from which no conversation continues.
 _DEAD_END = ""
 
 
-class Parked(NamedTuple):
-    """A process and the conversation that it holds, its last answer included."""
+class ParkedProcess(NamedTuple):
+    """A process and the conversation that it holds, including its last answer."""
 
     process: ClaudeProcess
     history: History
-    #: The ids of the tool calls that wait for their results.
+    #: The ids of the tool calls that wait for results.
     awaiting: frozenset[str]
     since_s: float
-    #: The last question it was asked, if it can forget that.
-    question: RewindPoint | None = None
+    #: The last user message, if the process can be rewound to before it.
+    rewind_point: RewindPoint | None = None
 
-    def takes(self, history: History, message: Message) -> bool:
-        """Whether the conversation is this one and `message`, its last, all that is new."""
-        held = len(self.history.digests)
-        if self.history.base != history.base or self.history.digests != history.digests[:held]:
+    def can_continue(self, history: History, message: Message) -> bool:
+        """Return whether `history` is this conversation plus `message`, its last one."""
+        length = len(self.history.digests)
+        if self.history.base != history.base or self.history.digests != history.digests[:length]:
             return False
-        if len(history.digests) != held + 1:
+        if len(history.digests) != length + 1:
             return False
-        results = results_to_tell(message, self.history.context)
+        results = results_with_context(message, self.history.context)
         if not self.awaiting:
             return not results
         fit = all(mcp_content(block["content"]) is not None for block in results)
         ids = {block["tool_use_id"] for block in results}
-        more = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
-        return fit and ids == self.awaiting and len(results) == len(ids) and not more
+        other = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
+        return fit and ids == self.awaiting and len(results) == len(ids) and not other
 
-    def can_forget(self, history: History) -> bool:
-        """Whether the conversation is this one with another last question."""
-        if self.question is None or self.awaiting or self.history.base != history.base:
+    def can_rewind_to(self, history: History) -> bool:
+        """Return whether `history` is this conversation with another last user message."""
+        if self.rewind_point is None or self.awaiting or self.history.base != history.base:
             return False
-        place = self.question.message_index
-        if len(history.digests) != place + 1 or self.process.rewinds >= _MAX_REWINDS:
+        index = self.rewind_point.message_index
+        if len(history.digests) != index + 1 or self.process.rewinds >= _MAX_REWINDS:
             return False
-        if place == 0:
+        if index == 0:
             return self.process.version >= REWINDS_ALL_SINCE
-        return self.history.digests[:place] == history.digests[:place]
+        return self.history.digests[:index] == history.digests[:index]
 
     def is_superseded_by(self, history: History) -> bool:
-        """Whether a conversation with another last question is this one asked again, or edited:
-        they share more than what both were told to begin with."""
-        return len(history.digests) > 1 and self.common(history) > self.process.history_messages
+        """Return whether `history` repeats or edits the last user message of this conversation:
+        they share more than the history that both started with."""
+        has_history = len(history.digests) > 1
+        return has_history and self.common_prefix(history) > self.process.history_messages
 
     @property
     def is_dead_end(self) -> bool:
-        """Whether no conversation can go on from here."""
+        """Return whether no conversation can continue from here."""
         return self.history.digests[-1:] == (_DEAD_END,)
 
-    def common(self, history: History) -> int:
-        """How many first messages are the same."""
+    def common_prefix(self, history: History) -> int:
+        """Return how many messages at the start are the same."""
         pairs = list(zip(self.history.digests, history.digests))
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
 
 class Parking:
-    """The parked processes. One that is taken is nobody else's, so that retries and branches of
-    one conversation run side by side."""
+    """The parked processes. Only one request can take a process, so that retries and branches of a
+    conversation run at the same time."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        # Guards the list. Held while pipes are read that do not block, so that a process is
-        # either here or somebody's, never both.
+        # Guards the list. Held while pipes are read without blocking, so that a process is either
+        # in the list or in use, never both.
         self._lock = threading.Lock()
-        self._parked: list[Parked] = []
-        #: Before that none is asked to forget anything.
-        self._forgetting_from_s = -math.inf
-        #: When all were dropped: what was started before, and was at work then, is outdated.
+        self._parked: list[ParkedProcess] = []
+        #: No process is rewound before this time.
+        self._rewinds_from_s = -math.inf
+        #: When all processes were dropped. A process that was started before and in use then is
+        #: outdated.
         self._dropped_s = -math.inf
 
     def __repr__(self) -> str:
@@ -10876,111 +10897,112 @@ class Parking:
     def __len__(self) -> int:
         return len(self._parked)
 
-    def take(self, history: History, message: Message) -> tuple[Parked | None, int | None]:
-        """The process that holds all but `message`, the last one, with what it holds.
-
-        When there is none: None, and the index of the message at which the nearest conversation
-        parts from this one, if any comes near.
-        """
+    def take(self, history: History, message: Message) -> tuple[ParkedProcess | None, int | None]:
+        """Take a process that holds all messages but `message`, the last one. If there is none,
+        return None and the index of the first message that differs from the nearest conversation;
+        None if no conversation is near."""
         with self._lock:
-            parked = self._authenticate(history, message)
+            parked = self._find(history, message)
             if parked is not None:
                 self._parked.remove(parked)
                 return parked, None
-            near = [p.common(history) for p in self._parked if p.history.base == history.base]
-            return None, max(near, default=0) or None
+            prefixes = (
+                p.common_prefix(history) for p in self._parked if p.history.base == history.base
+            )
+            return None, max(prefixes, default=0) or None
 
-    def holds(self, history: History, message: Message) -> bool:
-        """Whether there is a process to go on with: one that holds all but `message`."""
+    def can_continue(self, history: History, message: Message) -> bool:
+        """Return whether a process holds all messages but `message`, the last one."""
         with self._lock:
-            return self._authenticate(history, message) is not None
+            return self._find(history, message) is not None
 
-    def _authenticate(self, history: History, message: Message) -> Parked | None:
-        """The lock is held by the caller."""
-        able = (p for p in reversed(self._parked) if p.takes(history, message))
-        return next((parked for parked in able if parked.process.alive()), None)
+    def _find(self, history: History, message: Message) -> ParkedProcess | None:
+        """Return the newest such process. The caller holds the lock."""
+        candidates = (p for p in reversed(self._parked) if p.can_continue(history, message))
+        return next((parked for parked in candidates if parked.process.alive()), None)
 
-    def take_rewindable(self, history: History, config: Config, running: int) -> Parked | None:
-        """A process that holds this conversation but for the last question and what came of it.
-
-        One that has nothing in common with it but the base, or what both were told to begin with,
-        serves as well as a spare does, and sooner. But its own conversation may go on: then it is
-        taken only if it will be pushed out in any case when the requests that are `running` now,
-        this one among them, have parked theirs.
-        """
+    def take_rewindable(
+        self, history: History, config: Config, running: int
+    ) -> ParkedProcess | None:
+        """Take a process that can be rewound to this conversation. First choice is one whose last
+        user message is repeated or edited here. Else a process with the same base serves like a
+        spare, and faster. But its own conversation can still continue: it is taken only if it is a
+        dead end, or if it will be evicted anyway when the `running` requests, this one included,
+        have parked their processes."""
         now_s = self._clock()
         with self._lock:
-            if now_s < self._forgetting_from_s:
+            if now_s < self._rewinds_from_s:
                 return None
             oldest_s = max(now_s - config.session_ttl_ms / 1000, self._dropped_s)
             surplus = len(self._parked) + running - config.parked_processes
-            able = [
+            candidates = [
                 p for p in self._parked
-                if p.can_forget(history) and p.process.born_s >= oldest_s and p.process.alive()
+                if p.can_rewind_to(history) and p.process.born_s >= oldest_s and p.process.alive()
             ]
-            left = [p for p in able if p.is_superseded_by(history)]
-            others = [p for p in able if p.is_dead_end or p in self._parked[: max(0, surplus)]]
-            found = [*left[-1:], *others[:1]]
-            if not found:
-                return None
-            self._parked.remove(found[0])
-            return found[0]
+            superseded = [p for p in candidates if p.is_superseded_by(history)]
+            evicted = self._parked[: max(0, surplus)]
+            others = [p for p in candidates if p.is_dead_end or p in evicted]
+            parked = next(iter([*superseded[-1:], *others[:1]]), None)
+            if parked is not None:
+                self._parked.remove(parked)
+            return parked
 
     def pause_rewinds(self, for_s: float) -> None:
-        """None is asked to forget anything for so long: one could not."""
+        """Rewind no process for so long, because a rewind has failed."""
         with self._lock:
-            self._forgetting_from_s = self._clock() + for_s
+            self._rewinds_from_s = self._clock() + for_s
 
     def put(
         self, process: ClaudeProcess, history: History, awaiting: frozenset[str],
-        question: RewindPoint | None = None,
+        rewind_point: RewindPoint | None = None,
     ) -> None:
-        """Parks a process."""
+        """Park a process."""
         with self._lock:
-            parked = Parked(process, history, awaiting, self._clock(), question)
+            parked = ParkedProcess(process, history, awaiting, self._clock(), rewind_point)
             if parked.is_dead_end:
-                # One may push out a conversation. More of them push out each other.
+                # One dead end can take the place of a conversation; further ones evict each other.
                 self._parked.sort(key=lambda other: not other.is_dead_end)
             self._parked.append(parked)
 
     def tend(self, config: Config) -> list[ClaudeProcess]:
-        """Keeps the pipes of all empty; the processes whose time is up, which are out now."""
+        """Drain the pipes of all processes. Remove and return the processes that have expired,
+        ended or exceed the limit."""
         oldest_s = self._clock() - config.session_ttl_ms / 1000
         with self._lock:
             for parked in self._parked:
                 parked.process.drain_output()
             alive = [p for p in self._parked if p.since_s >= oldest_s and p.process.alive()]
             kept = alive[max(0, len(alive) - config.parked_processes):]
-            gone = [parked.process for parked in self._parked if parked not in kept]
+            stopped = [parked.process for parked in self._parked if parked not in kept]
             self._parked = kept
-        return gone
+        return stopped
 
     def drop(self) -> list[ClaudeProcess]:
-        """All of them, out now."""
+        """Remove and return all processes."""
         with self._lock:
             self._dropped_s = self._clock()
             parked, self._parked = self._parked, []
-        return [one.process for one in parked]
+        return [each.process for each in parked]
 
 
-class Stored(NamedTuple):
-    """A response that can be asked for, and gone on from."""
+class StoredResponse(NamedTuple):
+    """A response that clients can fetch and continue from."""
 
     caller: str
     body: Json
-    #: The whole conversation, this answer included; those of the role "system" come first.
+    #: The whole conversation including this answer. System messages come first.
     messages: list[Message]
-    #: The items that it came of, those before the response that it follows included.
+    #: The input items, including those before the previous response.
     items: list[Json]
     size_bytes: int
-    #: How long it is kept after the last reference to it, and until when that is.
+    #: How long the response is kept after the last reference to it, and until when.
     ttl_s: float
     until_s: float
 
 
-#: Why something of a response may be missing.
-_NOT_STORED = "it was not stored, or its time is up"
-#: What all stored responses together may take.
+#: The reason in errors about a missing response or item.
+_NOT_STORED = "it was not stored, or it has expired"
+#: The limit for all stored responses together.
 _MAX_STORED_BYTES = 64 * 1024 * 1024
 
 
@@ -10991,26 +11013,23 @@ class Responses:
         self._clock = clock
         # Guards the fields below.
         self._lock = threading.Lock()
-        self._stored: dict[str, Stored] = {}
-        #: The response that an item belongs to, by their ids.
+        self._stored: dict[str, StoredResponse] = {}
+        #: The response id of each item, by the item's id.
         self._items: dict[str, str] = {}
         self._size_bytes = 0
 
     def put(
         self, caller: str, body: Json, messages: list[Message], items: list[Json], config: Config
     ) -> None:
-        """Stores a response; the oldest go when there are too many or their time is up.
-
-        `items` are those of its own request. What came before them is shared with the response
-        that it follows.
-        """
+        """Store a response, and delete expired responses and the oldest above the limit. `items`
+        are the items of its own request; earlier items are shared with the previous response."""
         contents = [message.content for message in messages]
         size_bytes = sum(len(to_json(value)) for value in (contents, items, body))
         now_s, ttl_s = self._clock(), config.session_ttl_ms / 1000
         with contextlib.suppress(NotFound):
             before = self.get(caller, body.get("previous_response_id") or "")
             items = [*before.items, *before.body["output"], *items]
-        stored = Stored(caller, body, messages, items, size_bytes, ttl_s, now_s + ttl_s)
+        stored = StoredResponse(caller, body, messages, items, size_bytes, ttl_s, now_s + ttl_s)
         with self._lock:
             self._forget(body["id"])
             self._stored[body["id"]] = stored
@@ -11022,15 +11041,16 @@ class Responses:
                 self._forget(response_id)
 
     def _forget(self, response_id: str) -> None:
-        """The lock is held by the caller."""
+        """Delete a response. The caller holds the lock."""
         stored = self._stored.pop(response_id, None)
         if stored is not None:
             self._size_bytes -= stored.size_bytes
             for item in stored.body["output"]:
                 self._items.pop(item["id"], None)
 
-    def get(self, caller: str, response_id: str) -> Stored:
-        """The response of this id. Raises NotFound, also for somebody else's."""
+    def get(self, caller: str, response_id: str) -> StoredResponse:
+        """Return the response with this id. Raise NotFound if there is none or it belongs to
+        another caller."""
         with self._lock:
             stored = self._stored.get(response_id)
         if stored is None or stored.caller != caller or stored.until_s <= self._clock():
@@ -11038,8 +11058,8 @@ class Responses:
         return stored
 
     def messages(self, caller: str, response_id: str) -> list[Message]:
-        """The conversation of a response. Raises BadRequest, with the code by which clients know
-        that they have to send it themselves."""
+        """Return the conversation of a response. Raise BadRequest with the code that makes clients
+        send the conversation themselves."""
         try:
             return self.get(caller, response_id).messages
         except NotFound as error:
@@ -11049,14 +11069,14 @@ class Responses:
             ) from None
 
     def item(self, caller: str, item_id: str) -> Json:
-        """An output item of a response. Raises NotFound. Its response is kept on: a conversation
-        that goes by references needs all of them at each of its steps."""
+        """Return an output item of a response. Raise NotFound. This extends the time of the
+        response: a conversation that refers to items needs all of them at each step."""
         with self._lock:
             response_id = self._items.get(item_id, "")
         with contextlib.suppress(NotFound):
             stored = self.get(caller, response_id)
             with self._lock:
-                # The oldest stand first.
+                # The dictionary is ordered by age, oldest first.
                 if self._stored.pop(response_id, None) is not None:
                     until_s = self._clock() + stored.ttl_s
                     self._stored[response_id] = stored._replace(until_s=until_s)
@@ -11067,7 +11087,7 @@ class Responses:
         )
 
     def remove(self, caller: str, response_id: str) -> None:
-        """Forgets a response. Raises NotFound."""
+        """Delete a response. Raise NotFound."""
         self.get(caller, response_id)
         with self._lock:
             self._forget(response_id)
@@ -12500,7 +12520,7 @@ class TurnRunner:
 
     def _events(self, stack: contextlib.ExitStack) -> Iterator[Event]:
         app, record = self._app, self._record
-        if not app.parking.holds(self._history, self._turn.messages[-1]):
+        if not app.parking.can_continue(self._history, self._turn.messages[-1]):
             # A process that holds the conversation continues it also while claude is updated.
             app.check_program()
         slot = stack.enter_context(app.gate.slot(self._request.caller))
@@ -12530,7 +12550,7 @@ class TurnRunner:
             yield self._continue(parked, path)
         yield self._rebuild()
 
-    def _take_rewound(self) -> Parked | None:
+    def _take_rewound(self) -> ParkedProcess | None:
         """Return a process that held the question of another turn and has forgotten it.
 
         Not in agent mode: what claude's own tools have begun would not be forgotten."""
@@ -12547,15 +12567,15 @@ class TurnRunner:
         self._give_up()
         return None
 
-    def _rewind(self, parked: Parked) -> bool:
+    def _rewind(self, parked: ParkedProcess) -> bool:
         """Make a process forget its last question; return whether it did. One that fails counts
         as one that refuses: another process is used."""
-        if parked.question is None:
+        if parked.rewind_point is None:
             return False
         deadline_s = self._app.clock() + _REWIND_TIMEOUT_S
         limits = self._limits._replace(deadline_s=deadline_s, tick_s=0.0)
         try:
-            (reply,) = parked.process.control([rewind_line(parked.question)], limits)
+            (reply,) = parked.process.control([rewind_line(parked.rewind_point)], limits)
         except (UpstreamFailed, UpstreamTimeout):
             return False
         parked.process.rewinds += 1
@@ -12563,12 +12583,12 @@ class TurnRunner:
 
     # -- converse ---------------------------------------------------------------------------------
 
-    def _continue(self, parked: Parked, path: str) -> Iterator[Event]:
+    def _continue(self, parked: ParkedProcess, path: str) -> Iterator[Event]:
         """Send a process the one message that it does not hold yet."""
         record, process, message = self._record, parked.process, self._turn.messages[-1]
         record.process, record.warm, record.path = process, True, path
-        results, steps = results_to_tell(message, parked.history.context), []
-        record.question = parked.question
+        results, steps = results_with_context(message, parked.history.context), []
+        record.question = parked.rewind_point
         if not results:
             record.question = rewind_point_of(self._turn)
             steps = [continuation_lines(self._turn, process.version, record.question)]

@@ -230,11 +230,11 @@ def test_a_conversation_has_a_digest_of_each_message() -> None:
 def parked(*messages: Any, awaiting: tuple[str, ...] = (), **fields: Any) -> Any:
     """A parked conversation of these messages."""
     held = known(turn(*messages, **fields))
-    return ocp.Parked(FakeProcess(), held, frozenset(awaiting), 0.0)
+    return ocp.ParkedProcess(FakeProcess(), held, frozenset(awaiting), 0.0)
 
 
 def takes(held: Any, *messages: Any, **fields: Any) -> bool:
-    return bool(held.takes(known(turn(*messages, **fields)), messages[-1]))
+    return bool(held.can_continue(known(turn(*messages, **fields)), messages[-1]))
 
 
 SAID = (user("a"), assistant("b"))
@@ -299,8 +299,8 @@ def test_waiting_calls_take_their_results_all_at_once_and_alone(
 def test_context_is_told_with_a_result_unless_it_is_known() -> None:
     message = user(result("t1"), result("t2"), context("It is one."))
 
-    assert ocp.results_to_tell(message, context("It is one.")["text"]) == message.content[:2]
-    first, last = ocp.results_to_tell(message, context("It is noon.")["text"])
+    assert ocp.results_with_context(message, context("It is one.")["text"]) == message.content[:2]
+    first, last = ocp.results_with_context(message, context("It is noon.")["text"])
     assert first == result("t1")
     assert last == result("t2", block("Sunny."), context("It is one."))
     assert message == user(result("t1"), result("t2"), context("It is one."))
@@ -322,7 +322,7 @@ def test_a_result_that_context_would_make_too_long_is_not_taken() -> None:
 def test_what_two_conversations_share_is_their_beginning(
     messages: tuple[Any, ...], count: int
 ) -> None:
-    assert parked(*SAID).common(known(turn(*messages))) == count
+    assert parked(*SAID).common_prefix(known(turn(*messages))) == count
 
 
 # -- the parking --------------------------------------------------------------
