@@ -11094,34 +11094,36 @@ class Responses:
 
 
 # ==== 21. Cache ==============================================================
-# Answers that are given again to the same request of the same caller, and answers on their way
-# that several requests wait for. Off unless the operator gives answers a time to live. In memory
-# only: what was said is never written to the disk for this.
+# Stored answers to repeated requests of one caller, and answers in progress that several such
+# requests share. Off unless the operator sets a time to live. In memory only: no answer is written
+# to disk for this.
 
 
 def cache_key(turn: Turn, caller: Caller, operator_prompt: str) -> str:
-    """The same for requests that may have the same answer: a digest of all that shapes it."""
-    shaping = [
+    """Return a digest of everything that shapes an answer, equal for requests that can share
+    one."""
+    inputs = [
         caller.scope, turn.model.argument, turn.system, operator_prompt,
         [list(message) for message in turn.messages], list(turn.options), turn.output_schema,
         turn.choices, [[list(message) for message in other] for other in turn.others],
     ]
-    return digest(shaping)
+    return digest(inputs)
 
 
 def is_cacheable(turn: Turn, config: Config) -> bool:
-    """Whether the answer to this turn may be one that was given before."""
+    """Return whether this turn can be answered from the cache."""
     repeatable = not (turn.session_id or turn.tools or turn.fresh or config.is_agent)
     return bool(config.cache_ttl_ms) and repeatable
 
 
 class FlightClient:
-    """The Client of an answer that several requests wait for. It leaves when all of them have."""
+    """The Client of a shared answer. It is cancelled when no request waits for the answer any
+    more."""
 
     def __init__(self) -> None:
-        """Raises OSError when the system has no descriptors left."""
+        """Raise OSError when the system has no descriptors left."""
         self._reader, self._writer = os.pipe()
-        self._left = False
+        self._cancelled = False
 
     def fileno(self) -> int:
         """See Client."""
@@ -11129,7 +11131,7 @@ class FlightClient:
 
     def gone(self) -> bool:
         """See Client."""
-        return self._left
+        return self._cancelled
 
     def can_detect_hangup(self) -> bool:
         """See Client."""
@@ -11137,191 +11139,191 @@ class FlightClient:
 
     def cancel(self) -> None:
         """See Client."""
-        self._left = True
+        self._cancelled = True
         with contextlib.suppress(OSError):
             os.write(self._writer, b".")
 
     def close(self) -> None:
-        """Frees its descriptors."""
+        """Close the descriptors."""
         os.close(self._reader)
         os.close(self._writer)
 
 
 class Flight:
-    """An answer on its way to everybody who asked for the same. Its producer adds the events;
-    each follower gets them all, from the first on."""
+    """An answer in progress that several requests share. Its producer adds the events. Each
+    follower gets all of them, from the first on."""
 
     def __init__(self, key: str) -> None:
-        """Raises OSError when the system has no descriptors left."""
+        """Raise OSError when the system has no descriptors left."""
         self.key = key
         self.client = FlightClient()
-        #: How many requests wait for it. Guarded by the cache that it belongs to.
+        #: The number of requests that wait for the answer. Guarded by the cache.
         self.followers = 1
-        # Guards the fields below; followers are woken when one of them changes.
+        # Guards the fields below. Followers are woken when one of them changes.
         self._changed = threading.Condition()
         self._events: list[Choice] = []
-        #: For each choice that began anew, where its events that still count begin.
-        self._begins: dict[int, int] = {}
-        self._over = False
+        #: For each choice that was restarted, the index of its first valid event.
+        self._restarted_at: dict[int, int] = {}
+        self._is_over = False
         self._error: OcpError | None = None
 
     def add(self, choice: Choice) -> None:
-        """The next event."""
+        """Add the next event."""
         with self._changed:
             self._events.append(choice)
             if isinstance(choice[1], Restarted):
-                self._begins[choice[0]] = len(self._events)
+                self._restarted_at[choice[0]] = len(self._events)
             self._changed.notify_all()
 
     def end(self, error: OcpError | None) -> None:
-        """There are no more events; with an error, which all followers share."""
+        """End the answer. All followers share the error."""
         with self._changed:
-            self._over, self._error = True, error
+            self._is_over, self._error = True, error
             self._changed.notify_all()
 
     def follow(self, client: Client, tick_s: float, clock: Clock) -> Iterator[Choice]:
-        """Each event as it comes, and Ticks; who comes late is spared what is void by then.
-        Raises the error of the answer, and ClientGone."""
-        told, heard_s = 0, clock()
-        glanced_s = heard_s
+        """Yield each event as it comes, and Ticks. A late follower does not get events that a
+        restart has voided. Raise the error of the answer, and ClientGone."""
+        position, last_event_s = 0, clock()
+        polled_s = last_event_s
         with self._changed:
-            begins = dict(self._begins)
+            restarted_at = dict(self._restarted_at)
         while True:
             with self._changed:
-                if told == len(self._events) and not self._over:
+                if position == len(self._events) and not self._is_over:
                     self._changed.wait(_CLIENT_POLL_S)
-                events, over = self._events[told:], self._over
-            for index, choice in enumerate(events, told):
-                if index >= begins.get(choice[0], 0):
+                events, is_over = self._events[position:], self._is_over
+            for index, choice in enumerate(events, position):
+                if index >= restarted_at.get(choice[0], 0):
                     yield choice
-            told += len(events)
+            position += len(events)
             now_s = clock()
-            if over and not events:
+            if is_over and not events:
                 break
-            if now_s - glanced_s >= _CLIENT_POLL_S:
-                glanced_s = now_s
+            if now_s - polled_s >= _CLIENT_POLL_S:
+                polled_s = now_s
                 if client.gone():
                     raise ClientGone
             if events:
-                heard_s = now_s
-            elif tick_s and now_s - heard_s >= tick_s:
-                heard_s = now_s
+                last_event_s = now_s
+            elif tick_s and now_s - last_event_s >= tick_s:
+                last_event_s = now_s
                 yield 0, Tick()
         if self._error is not None:
             raise self._error
 
 
-class Cached(NamedTuple):
-    """What is kept of one request."""
+class CachedAnswers(NamedTuple):
+    """The stored answers to one request."""
 
-    #: One for each choice.
+    #: One answer for each choice.
     answers: tuple[Answer, ...]
     size_bytes: int
     since_s: float
 
 
-class Place(NamedTuple):
-    """Where an answer comes from. `word` is what the client is told: "hit" has answers, "miss"
-    has a flight that the request has to produce, "shared" one that somebody else does."""
+class CacheLookup(NamedTuple):
+    """The result of a lookup. `status` goes to the client: "hit" has answers, "miss" has a flight
+    that this request has to produce, "shared" has a flight of another request."""
 
-    word: str
+    status: str
     answers: tuple[Answer, ...] = ()
     flight: Flight | None = None
 
 
-#: What an answer takes beside its text.
-_CACHED_EXTRA_BYTES = 1_000
+#: The memory of an answer besides its text.
+_ANSWER_OVERHEAD_BYTES = 1_000
 
 
 class Cache:
-    """The answers that are kept, and those on their way."""
+    """The stored answers, and the flights in progress."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        # Guards the fields below: an answer is either on its way or kept, never both or neither.
+        # Guards the fields below: an answer is either in progress or stored.
         self._lock = threading.Lock()
-        #: In the order of their ages, oldest first.
-        self._kept: dict[str, Cached] = {}
+        #: Ordered by age, oldest first.
+        self._cached: dict[str, CachedAnswers] = {}
         self._flights: dict[str, Flight] = {}
         self._size_bytes = 0
         self._counts: collections.Counter[str] = collections.Counter()
 
     def __repr__(self) -> str:
-        return f"<cache kept={len(self._kept)} flights={len(self._flights)}>"
+        return f"<cache kept={len(self._cached)} flights={len(self._flights)}>"
 
-    def find(self, key: str, ttl_s: float) -> Place:
-        """Where the answer to this key comes from. A flight has to be left with `leave`, a missed
-        one also ended with `settle`. Raises OSError when the system has no descriptors left."""
+    def lookup(self, key: str, ttl_s: float) -> CacheLookup:
+        """Return where the answer to this key comes from. Leave a flight with `unfollow`, and also
+        end a missed one with `settle`. Raise OSError when the system has no descriptors left."""
         with self._lock:
-            kept = self._kept.get(key)
-            if kept is not None and self._clock() - kept.since_s < ttl_s:
-                place = Place("hit", answers=kept.answers)
+            cached = self._cached.get(key)
+            if cached is not None and self._clock() - cached.since_s < ttl_s:
+                lookup = CacheLookup("hit", answers=cached.answers)
             elif key in self._flights:
                 flight = self._flights[key]
                 flight.followers += 1
-                place = Place("shared", flight=flight)
+                lookup = CacheLookup("shared", flight=flight)
             else:
                 self._flights[key] = Flight(key)
-                place = Place("miss", flight=self._flights[key])
-            self._counts[place.word] += 1
-            return place
+                lookup = CacheLookup("miss", flight=self._flights[key])
+            self._counts[lookup.status] += 1
+            return lookup
 
-    def leave(self, flight: Flight) -> None:
-        """One of those that waited for it does not any more; the last one ends it."""
+    def unfollow(self, flight: Flight) -> None:
+        """Remove a request from a flight. The last one cancels the flight."""
         with self._lock:
             flight.followers -= 1
-            # From here on nobody can join a flight that is about to end for nothing.
+            # From here on no request can join a flight that is about to be cancelled.
             abandoned = not flight.followers and self._flights.get(flight.key) is flight
             if abandoned:
                 del self._flights[flight.key]
                 flight.client.cancel()
 
     def settle(self, flight: Flight, answers: tuple[Answer, ...], config: Config) -> None:
-        """The flight is over, with answers to keep, or without."""
+        """End a flight. Store its answers, if any."""
         with self._lock:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
             flight.client.close()
             size_bytes = len(to_json([answer.blocks for answer in answers]))
-            size_bytes += _CACHED_EXTRA_BYTES * len(answers)
+            size_bytes += _ANSWER_OVERHEAD_BYTES * len(answers)
             if answers and size_bytes <= config.cache_max_bytes:
                 self._forget(flight.key)
-                self._kept[flight.key] = Cached(answers, size_bytes, self._clock())
+                self._cached[flight.key] = CachedAnswers(answers, size_bytes, self._clock())
                 self._size_bytes += size_bytes
         self.tend(config)
 
-    def bypassed(self) -> None:
-        """A request went past the cache."""
+    def count_bypass(self) -> None:
+        """Count a request that bypasses the cache."""
         with self._lock:
             self._counts["bypass"] += 1
 
     def _forget(self, key: str) -> None:
-        """The lock is held by the caller."""
-        kept = self._kept.pop(key, None)
-        self._size_bytes -= kept.size_bytes if kept is not None else 0
+        """Delete the answers to a key. The caller holds the lock."""
+        cached = self._cached.pop(key, None)
+        self._size_bytes -= cached.size_bytes if cached is not None else 0
 
     def tend(self, config: Config) -> None:
-        """Drops what is too old, and the oldest of what is too much."""
+        """Delete expired answers, and the oldest ones above the limit."""
         with self._lock:
             oldest_s = self._clock() - config.cache_ttl_ms / 1000
-            for key, kept in list(self._kept.items()):
-                if self._size_bytes <= config.cache_max_bytes and kept.since_s > oldest_s:
+            for key, cached in list(self._cached.items()):
+                if self._size_bytes <= config.cache_max_bytes and cached.since_s > oldest_s:
                     break
                 self._forget(key)
 
     def clear(self) -> int:
-        """Drops everything that is kept; how many answers there were."""
+        """Delete all stored answers. Return how many there were."""
         with self._lock:
-            cleared = len(self._kept)
-            self._kept.clear()
+            cleared = len(self._cached)
+            self._cached.clear()
             self._size_bytes = 0
             return cleared
 
     def stats(self) -> Json:
-        """Numbers for /cache/stats."""
+        """Return the numbers for /cache/stats."""
         with self._lock:
             return {
-                "entries": len(self._kept),
+                "entries": len(self._cached),
                 "totalHits": self._counts["hit"],
                 "sizeBytes": self._size_bytes,
                 "inflight": len(self._flights),
@@ -12720,7 +12722,7 @@ class Requests:
                 with self._from_cache(job) as answering:
                     yield answering
             else:
-                app.cache.bypassed()
+                app.cache.count_bypass()
                 with self._produced(job) as choices:
                     yield Answering(job, choices)
         except ClientGone as left:
@@ -12781,7 +12783,7 @@ class Requests:
         app, config, request = self._app, self._app.config, job.request
         key = cache_key(request.turn, request.caller, config.system_prompt)
         try:
-            place = app.cache.find(key, config.cache_ttl_ms / 1000)
+            place = app.cache.lookup(key, config.cache_ttl_ms / 1000)
         except OSError as problem:
             raise cannot_start(problem) from None
         flight = place.flight
@@ -12789,18 +12791,18 @@ class Requests:
             job.path = "cached"
             stored = enumerate(place.answers)
             events = ((index, event) for index, answer in stored for event in replayed(answer))
-            yield Answering(job, self._recorded(job, events), place.word)
+            yield Answering(job, self._recorded(job, events), place.status)
             return
         try:
-            if place.word == "miss":
+            if place.status == "miss":
                 self._start_producer(job, flight, config)
             else:
                 job.path = "shared"
             tick_s = tick_s_of(config, request.turn)
             followed = flight.follow(request.client, tick_s, app.clock)
-            yield Answering(job, self._recorded(job, followed), place.word)
+            yield Answering(job, self._recorded(job, followed), place.status)
         finally:
-            app.cache.leave(flight)
+            app.cache.unfollow(flight)
 
     def _recorded(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
         """Record events that another request's process made."""
