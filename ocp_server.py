@@ -9238,7 +9238,7 @@ class Client(Protocol):
         """Return whether a hang-up can still be detected."""
 
     def cancel(self) -> None:
-        """Make `gone` return True, and wake a thread that waits for the client."""
+        """Make `gone` return True from now on, as if the client had hung up."""
 
 
 class WaitLimits(NamedTuple):
@@ -9551,7 +9551,7 @@ def leftover_paths(
     the folder in which it ran."""
     runtime = env.get("XDG_RUNTIME_DIR") or env.get("CLAUDE_CODE_TMPDIR") or env.get("TMPDIR")
     sockets = (os.path.join(runtime or "/tmp", "cc-socks"), f"/tmp/cc-socks-{os.getuid()}")
-    paths = [os.path.join(folder_of_sockets, f"{pid}.sock") for folder_of_sockets in sockets]
+    paths = [os.path.join(parent, f"{pid}.sock") for parent in sockets]
     if platform == "darwin" and env.get("HOME"):
         # On other systems XDG_CACHE_HOME sets the folder of the logs.
         caches = os.path.join(env["HOME"], "Library", "Caches", "claude-cli-nodejs")
@@ -9904,10 +9904,10 @@ class ClaudeProcess:
         self._ended = False
         self._kill_at_s: float | None = None
         self._popen = self._spawn([*command, *claude_arguments(model_id, config)], env, cwd)
-        self._left_files = leftover_paths(self._popen.pid, env, cwd)
+        self._leftover_paths = leftover_paths(self._popen.pid, env, cwd)
         if config.is_agent:
             # In agent mode the owner can use the same folder, and so the same logs.
-            del self._left_files[2:]
+            del self._leftover_paths[2:]
         self._stdin, self._stdout, self._stderr = _nonblocking_pipes(self._popen)
 
     def _spawn(
@@ -10012,7 +10012,7 @@ class ClaudeProcess:
         """Yield each line of claude, and None whenever the client has had no event for `tick_s`.
         Raise UpstreamFailed when claude hangs or exits."""
         if limits.client.gone():
-            # `Client.cancel` can leave no trace on the client's socket.
+            # A client that was cancelled earlier may show no event on its descriptor.
             raise ClientGone
         with self._selector(limits.client) as selector:
             while True:
@@ -10237,7 +10237,7 @@ class ClaudeProcess:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        for path in self._left_files:
+        for path in self._leftover_paths:
             if os.path.isdir(path):
                 shutil.rmtree(path, ignore_errors=True)
                 continue
@@ -11126,19 +11126,15 @@ class FlightClient:
         self._cancelled = False
 
     def fileno(self) -> int:
-        """See Client."""
         return self._reader
 
     def gone(self) -> bool:
-        """See Client."""
         return self._cancelled
 
     def can_detect_hangup(self) -> bool:
-        """See Client."""
         return True
 
     def cancel(self) -> None:
-        """See Client."""
         self._cancelled = True
         with contextlib.suppress(OSError):
             os.write(self._writer, b".")

@@ -107,7 +107,7 @@ def place(tmp_path: Path) -> Place:
 @pytest.fixture
 def patient(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Patient]]:
     """Makes a process that gets a second to answer, and four megabytes to say it."""
-    monkeypatch.setattr(ocp, "_ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(ocp, "_REPLY_TIMEOUT_S", 1.0)
     monkeypatch.setattr(ocp, "_MAX_START_S", 0.0)
     monkeypatch.setattr(ocp, "_MAX_CLAUDE_LINE_BYTES", 4 * 1024 * 1024)
     monkeypatch.setattr(ocp, "_END_GRACE_S", 0.2)
@@ -152,7 +152,7 @@ def test_a_process_that_waits_for_the_api_is_not_given_up(
     place: Place, patient: Callable[[], Patient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So slow that a busy machine does not matter, and still less than the wait.
-    monkeypatch.setattr(ocp, "_ANSWER_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(ocp, "_REPLY_TIMEOUT_S", 5.0)
     place.write_scenario([[{"sleep_ms": 11_000}, {"say": "late"}]])
 
     events = patient().answer()
