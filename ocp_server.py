@@ -8186,7 +8186,7 @@ def earlier_call(block: Block, tools: Mapping[str, Tool]) -> Block:
     if tool is None or not (tool.wrapped or tool.renamed):
         return block
     own_names = {own: name for name, own in tool.renamed}
-    arguments = as_model_writes(block["input"], own_names)
+    arguments = rename_properties(block["input"], own_names)
     return {**block, "input": {WRAPPER_NAME: arguments} if tool.wrapped else arguments}
 
 
@@ -8512,7 +8512,7 @@ def conversation_steps(
     earlier = turn.messages[:-1]
     if earlier and earlier[0].role == "assistant":
         # claude loses an answer that has no message before it.
-        earlier = [Message("user", text_block(_OPENING_TEXT)), *earlier]
+        earlier = [Message("user", text_blocks(_OPENING_TEXT)), *earlier]
     for message in earlier:
         # claude drops the thinking of earlier answers in any case.
         kept = [
@@ -8921,7 +8921,7 @@ class TurnReader:
         self._line_ended = False
         #: Converters from the model's JSON to the client's form, for blocks in which the two
         #: differ.
-        self._forms: dict[int, ClientForm] = {}
+        self._forms: dict[int, ClientJsonConverter] = {}
         self._prose: list[str] = []
         self._failure: ReportedFailure | None = None
         self.window: ReportedWindow | None = None
@@ -9041,7 +9041,7 @@ class TurnReader:
 
     def _register_form(self, index: int, source: Tool | OutputSchema) -> None:
         if source.wrapped or source.renamed:
-            self._forms[index] = ClientForm(wrapped=source.wrapped, renamed=source.renamed)
+            self._forms[index] = ClientJsonConverter(wrapped=source.wrapped, renamed=source.renamed)
 
     def _on_block_delta(self, index: int, delta: object) -> list[Event]:
         found = _object(delta)
