@@ -8103,31 +8103,32 @@ COMPACTION = CompactionDialect()
 
 
 # ==== 17. Claude protocol ====================================================
-# What is said to claude and what its lines mean. Pure: no pipes, no processes. Facts about the
-# protocol were measured on the versions that the contract tests run (2.1.197 and the newest).
+# Lines written to claude and the meaning of the lines it prints. No pipes and no processes here.
+# Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
+# the newest).
 
 #: The oldest claude that the contract tests have run against.
 OLDEST_CLAUDE = (2, 1, 197)
-#: The first tested claude on which "client_composed" keeps slash commands from being run.
+#: The first tested version that honours "client_composed", which prevents slash commands.
 CLIENT_COMPOSED_SINCE = (2, 1, 329)
-#: The first tested claude that can forget the only question it was asked; older ones need an
-#: answer in front of the question that they are to forget.
+#: The first tested version that can rewind to before the first user message. Older versions need an
+#: earlier answer in front of it.
 REWINDS_ALL_SINCE = (2, 1, 329)
 
 Version = tuple[int, ...]
 
-#: The tool that claude gives the model when an answer has to fit a schema.
+#: The tool with which the model returns an answer that has an output schema.
 STRUCTURED_OUTPUT = "StructuredOutput"
-#: Names that claude gives a meaning of its own: with a tool called ToolSearch it would hold back
-#: all other tools of the client.
-_TAKEN_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
-#: The longest result that claude takes for a call; above, it keeps a preview only.
+#: Tool names with a special meaning for claude. A tool named ToolSearch, for example, would make it
+#: hold back all other tools of the client.
+_RESERVED_TOOL_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
+#: The longest tool result that claude passes on whole; of a longer one it keeps a preview.
 MAX_RESULT_CHARS = 400_000
 #: The name under which claude knows the client's tools.
 TOOL_SERVER = "client"
 
-#: Variables of the server's environment that claude gets; a name may end in a star. Nothing else
-#: is passed on: what is not listed cannot point claude back at this server or leak a key.
+#: Variables of the server's environment that claude gets; a name can end in a star. Nothing else is
+#: passed on, so that no variable can point claude back at this server or leak a key.
 CHILD_ENVIRONMENT = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM",
     "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "CLAUDE_CONFIG_DIR",
@@ -8135,13 +8136,14 @@ CHILD_ENVIRONMENT = (
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 )
 
-#: Variables that every claude gets. They keep it from reading files that a message names, from
-#: loading memory, from asking the API again in its own ways, from updating itself, and from
-#: writing down what is said: it logs failed tool calls word for word below XDG_CACHE_HOME, which
-#: cannot be made where this one is.
+#: Variables that every claude gets. They prevent it from reading files that a message names, from
+#: loading memory, from repeating API requests in its own way, from updating itself, and from
+#: logging content: it writes failed tool calls to logs below XDG_CACHE_HOME, and this path cannot
+#: be created.
 FIXED_ENVIRONMENT = {
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
-    # claude would refuse some 90 small images, which it takes for 2,000 tokens each: the API knows.
+    # claude would refuse some 90 small images, because it estimates 2,000 tokens for each. The API
+    # enforces the real limit.
     "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000",
     "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
@@ -8160,11 +8162,11 @@ FIXED_ENVIRONMENT = {
     "MAX_STRUCTURED_OUTPUT_RETRIES": "2",
     "XDG_CACHE_HOME": "/dev/null/none",
 }
-#: Outside agent mode: claude does not listen for other sessions of the same user.
+#: Set outside agent mode: claude then does not open its socket for other sessions of the user.
 _RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1"}
 
 
-def _is_named(name: str, patterns: Iterable[str]) -> bool:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(
         name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
         for pattern in patterns
@@ -8172,18 +8174,16 @@ def _is_named(name: str, patterns: Iterable[str]) -> bool:
 
 
 def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, str]:
-    """The environment of a claude process: the allow-list, what the operator names, the fixed.
-
-    A variable that holds one of the server's own keys is left out unless the operator names it,
-    because claude reads text of strangers.
-    """
+    """Return the environment of a claude process: allowed variables of the server, variables that
+    the operator names, and fixed ones. A variable that holds one of the server's own keys is left
+    out unless the operator names it, because claude processes untrusted text."""
     named = split_list(config.pass_env)
     keys = {key for key in config.secrets if len(key) >= 8}
     passed = {
         name: value
         for name, value in environ.items()
-        if _is_named(name, named)
-        or (_is_named(name, CHILD_ENVIRONMENT) and value not in keys and not has_key_format(value))
+        if _matches(name, named)
+        or (_matches(name, CHILD_ENVIRONMENT) and value not in keys and not has_key_format(value))
     }
     return {
         **passed, **FIXED_ENVIRONMENT, **({} if config.is_agent else _RESTRICTED),
@@ -8192,7 +8192,8 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
 
 
 def _tool_arguments(config: Config) -> list[str]:
-    """Which tools claude has: none of its own, or in agent mode those of the operator."""
+    """Return the arguments that select claude's tools: none of its own, or in agent mode those that
+    the operator allows."""
     if not config.is_agent:
         return ["--tools", "", "--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}"]
     allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
@@ -8209,11 +8210,8 @@ def _tool_arguments(config: Config) -> list[str]:
 
 
 def claude_arguments(model_id: str, config: Config) -> list[str]:
-    """The arguments of a process that idles until it is told what to do.
-
-    Outside agent mode it has no tools; it never has settings of its user, slash commands or
-    memory on disk.
-    """
+    """Return the arguments of a claude process that waits for input. Outside agent mode it has no
+    tools of its own. It never has user settings, slash commands or memory on disk."""
     return [
         "-p",
         "--input-format", "stream-json",
@@ -8234,12 +8232,12 @@ def _line(value: Json) -> bytes:
 
 
 def _object(value: object) -> Json:
-    """`value` if it is a JSON object, else an empty one."""
+    """Return `value` if it is a JSON object, else an empty object."""
     return value if isinstance(value, dict) else {}
 
 
 def control_line(subtype: str, **fields: object) -> bytes:
-    """A control request. claude answers each one by its id."""
+    """Return a control request. claude answers each request by its id."""
     request = {"subtype": subtype, **fields}
     return _line({"type": "control_request", "request_id": new_id("r"), "request": request})
 
@@ -8250,22 +8248,22 @@ def _reply_line(request_id: object, response: Json) -> bytes:
 
 
 def _refusal_line(request_id: object) -> bytes:
-    """The answer to a control request of claude's own that asks for what is not served here."""
+    """Return the reply to a control request of claude that is not supported here."""
     response = {"subtype": "error", "request_id": request_id, "error": "not supported"}
     return _line({"type": "control_response", "response": response})
 
 
 def wire_name(name: str) -> str:
-    """The name of a tool as the API takes it: most are, others get an equivalent."""
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) and name not in _TAKEN_NAMES:
+    """Return a name that the API accepts for a tool: the same name if it can be used."""
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) and name not in _RESERVED_TOOL_NAMES:
         return name
     tail = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50] + "_" + tail
 
 
 def earlier_call(block: Block, tools: Mapping[str, Tool]) -> Block:
-    """Return a call of the history with its arguments as the model wrote them; `tools` has the
-    tools by name."""
+    """Return a tool call of the history with its arguments as the model wrote them. `tools` maps
+    names to tools."""
     tool = tools.get(block["name"])
     if tool is None or not (tool.wrapped or tool.renamed):
         return block
@@ -8275,7 +8273,8 @@ def earlier_call(block: Block, tools: Mapping[str, Tool]) -> Block:
 
 
 def mcp_content(blocks: list[Block]) -> list[Json] | None:
-    """A tool result as MCP has it; None when it has no form there, or is too long for it."""
+    """Return the content of a tool result in MCP's form; None when MCP has no form for it or when
+    it is too long."""
     content: list[Json] = []
     if sum(len(str(block.get("text", ""))) for block in blocks) > MAX_RESULT_CHARS:
         return None
@@ -8292,11 +8291,10 @@ def mcp_content(blocks: list[Block]) -> list[Json] | None:
 
 
 class ToolServer:
-    """The client's tools as claude sees them: an MCP server, spoken to in control requests.
-
-    Pure: lines in, lines out. A call is left unanswered until the client brings its result, maybe
-    much later; claude asks for one call at a time, so results may come before their calls.
-    """
+    """An MCP server with the client's tools. claude talks to it in control requests. It has no
+    input or output of its own: lines in, lines out. A call gets its reply when the client has sent
+    the result, which can be much later. claude sends one call at a time, so a result can arrive
+    before its call."""
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         self._tools = tools
@@ -8304,13 +8302,14 @@ class ToolServer:
         self._results: dict[str, Json] = {}
 
     def reply(self, line: Json) -> bytes:
-        """The answer to a control request of claude's; empty when it has to wait."""
+        """Return the reply to a control request of claude; empty when the result is not here
+        yet."""
         message = _object(_object(line.get("request")).get("message"))
         if not message:
             return _refusal_line(line.get("request_id"))
         if message.get("method") == "tools/call":
             return self._call(line.get("request_id"), message)
-        result = self._results_by_method(message)
+        result = self._mcp_result(message)
         answer: Json = {"jsonrpc": "2.0", "id": message.get("id", 0)}
         if result is None:
             answer["error"] = {"code": -32601, "message": "not served here"}
@@ -8318,7 +8317,7 @@ class ToolServer:
             answer["result"] = result
         return _reply_line(line.get("request_id"), {"mcp_response": answer})
 
-    def _results_by_method(self, message: Json) -> Json | None:
+    def _mcp_result(self, message: Json) -> Json | None:
         method = message.get("method")
         if method == "initialize":
             return {
@@ -8333,7 +8332,7 @@ class ToolServer:
                         "name": wire_name(tool.name),
                         "description": tool.description,
                         "inputSchema": tool.schema,
-                        # Longer results would go to a file, and a preview to the model.
+                        # claude would write a longer result to a file and give the model a preview.
                         "_meta": {"anthropic/maxResultSizeChars": MAX_RESULT_CHARS},
                     }
                     for tool in self._tools
@@ -8345,17 +8344,17 @@ class ToolServer:
         meta = _object(_object(message.get("params")).get("_meta"))
         call_id = plain_id(str(meta.get("claudecode/toolUseId", "")))
         self._calls[call_id] = (request_id, message.get("id"))
-        return self._answers()
+        return self._pending_replies()
 
     def deliver(self, results: Iterable[Block]) -> bytes:
-        """Takes the client's results; what can be told to claude now."""
+        """Store the client's results. Return the replies to calls that have their results."""
         for block in results:
             content = mcp_content(block["content"]) or []
             result = {"content": content, "isError": bool(block.get("is_error"))}
             self._results[block["tool_use_id"]] = result
-        return self._answers()
+        return self._pending_replies()
 
-    def _answers(self) -> bytes:
+    def _pending_replies(self) -> bytes:
         lines = b""
         for call_id in [call_id for call_id in self._calls if call_id in self._results]:
             request_id, rpc_id = self._calls.pop(call_id)
@@ -8366,10 +8365,8 @@ class ToolServer:
 
 
 def escape_slash_command(content: list[Block], version: Version) -> list[Block]:
-    """The content such that no version takes its last text for a slash command.
-
-    Versions before CLIENT_COMPOSED_SINCE do so unless a space comes first.
-    """
+    """Return the content so that no version of claude runs its last text as a slash command.
+    Versions before CLIENT_COMPOSED_SINCE run it unless a space comes first."""
     last = content[-1] if content else {}
     text = last.get("text")
     if version >= CLIENT_COMPOSED_SINCE or not isinstance(text, str) or text[:1] != "/":
@@ -8378,31 +8375,33 @@ def escape_slash_command(content: list[Block], version: Version) -> list[Block]:
 
 
 class RewindPoint(NamedTuple):
-    """The last question that a claude was asked. It can be made to forget it."""
+    """The last user message that a claude process answered. The process can be rewound to the state
+    before it."""
 
-    #: A UUID, by which claude knows the line that asked.
+    #: The UUID of the line that sent the user message.
     id: str
-    #: How many messages of the conversation came before it.
-    place: int
+    #: The number of messages before the user message.
+    message_index: int
 
 
 def rewind_point_of(turn: Turn) -> RewindPoint | None:
-    """The question that a turn asks. Results of tool calls are none: claude cannot forget them
-    by themselves."""
+    """Return a new rewind point for the last message of a turn. Return None when the message has
+    tool results: claude cannot rewind to before them."""
     if turn.messages[-1].has_results:
         return None
     return RewindPoint(str(uuid.uuid4()), len(turn.messages) - 1)
 
 
-#: claude scales an image of a longer side, or of more bytes, but not in results of tools that it is
-#: told about. The API refuses it there, the longer side at least where there are many images.
+#: claude scales down an image with a longer side or more bytes than these, except in results of the
+#: client's tools. The API rejects such images there, at least by their side when there are many
+#: images.
 _MAX_UNSCALED_SIDE = 2_000
 _MAX_UNSCALED_BYTES = 3_932_160
-#: The head of an image, in which its sides stand, as base64.
+#: The base64 characters to decode of an image: its sides stand within them.
 _HEAD_CHARS = 349_524
-#: Where a format has its sides: how it begins, the offsets, the bytes of each, their order, and
-#: what is missing in the number.
-_SIDES_AT: tuple[tuple[bytes, tuple[int, int], int, Literal["big", "little"], int], ...] = (
+#: Where image formats store their sides: a pattern for the first bytes, two offsets, the width of
+#: each number in bytes, its byte order, and what to add to the number.
+_SIDE_FIELDS: tuple[tuple[bytes, tuple[int, int], int, Literal["big", "little"], int], ...] = (
     (rb"\x89PNG", (16, 20), 4, "big", 0),
     (rb"GIF8", (6, 8), 2, "little", 0),
     (rb"RIFF....WEBPVP8X", (24, 27), 3, "little", 1),
@@ -8413,14 +8412,14 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def largest_side(head: bytes) -> int:
-    """Return the longer side of an image in pixels, by how it begins; 0 when that does not say."""
+    """Return the longer side of an image in pixels, read from its first bytes; 0 if unknown."""
     if head.startswith(b"\xff\xd8"):
         return _largest_jpeg_side(head)
     if head[12:16] == b"VP8L":
         bits = int.from_bytes(head[21:25], "little")
         return max(bits & 0x3FFF, bits >> 14 & 0x3FFF) + 1
-    for begin, offsets, width, order, missing in _SIDES_AT:
-        if re.match(begin, head, re.DOTALL):
+    for magic, offsets, width, order, missing in _SIDE_FIELDS:
+        if re.match(magic, head, re.DOTALL):
             return max(int.from_bytes(head[at: at + width], order) for at in offsets) + missing
     return 0
 
@@ -8429,8 +8428,8 @@ def _largest_jpeg_side(head: bytes) -> int:
     at = 2
     while at + 9 <= len(head) and head[at] == 0xFF:
         if head[at + 1] in _JPEG_FRAMES:
-            return max(int.from_bytes(head[place: place + 2], "big") for place in (at + 5, at + 7))
-        # A marker may have more of its first byte in front.
+            return max(int.from_bytes(head[side: side + 2], "big") for side in (at + 5, at + 7))
+        # Fill bytes of value 0xFF can precede a marker.
         at += 1 if head[at + 1] == 0xFF else 2 + int.from_bytes(head[at + 2: at + 4], "big")
     return 0
 
@@ -8441,30 +8440,31 @@ def _needs_scaling(block: Block) -> bool:
     return base64_bytes(data) > _MAX_UNSCALED_BYTES or largest_side(head) > _MAX_UNSCALED_SIDE
 
 
-def beside_results(content: list[Block]) -> list[Block]:
-    """Return a user's content with the images that need scaling behind the results that hold
-    them, where claude scales them; a text tells which is which."""
-    behind: list[Block] = []
+def extract_large_images(content: list[Block]) -> list[Block]:
+    """Return the content with large images moved from the tool results to after them, where
+    claude scales images. Text blocks connect each image with its result."""
+    extracted: list[Block] = []
 
-    def kept(block: Block) -> Block:
+    def replaced(block: Block) -> Block:
         if block["type"] != "image" or not _needs_scaling(block):
             return block
-        name = f"Image {len(behind) // 2 + 1} of the results"
-        behind.extend([{"type": "text", "text": f"{name}:"}, block])
+        name = f"Image {len(extracted) // 2 + 1} of the results"
+        extracted.extend([{"type": "text", "text": f"{name}:"}, block])
         return {"type": "text", "text": f"[{name} is below.]"}
 
     results = [
-        {**block, "content": [kept(inner) for inner in block["content"]]}
+        {**block, "content": [replaced(inner) for inner in block["content"]]}
         for block in content if block["type"] == "tool_result"
     ]
     rest = [block for block in content if block["type"] != "tool_result"]
-    return [*results, *behind, *rest] if behind else content
+    return [*results, *extracted, *rest] if extracted else content
 
 
 def message_line(
-    message: Message, version: Version, *, ask: bool, question: RewindPoint | None = None
+    message: Message, version: Version, *, ask: bool, rewind_point: RewindPoint | None = None
 ) -> bytes:
-    """One message of the conversation. With `ask`, claude answers it; else it is history."""
+    """Return the line for one message of the conversation. With `ask` claude answers the message;
+    without it the message is history."""
     body: Json = {"role": message.role, "content": message.content}
     line: Json = {
         "type": message.role,
@@ -8473,25 +8473,25 @@ def message_line(
         "session_id": "default",
     }
     if message.role == "assistant":
-        # 2.1.197 joins answers without an id, even across the results between them.
+        # 2.1.197 merges answers without an id, even across the results between them.
         body["id"] = new_id("msg_")
         body["content"] = [
             {**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
             for block in message.content
         ]
     else:
-        body["content"] = escape_slash_command(beside_results(message.content), version)
-        # Without this the newer versions run slash commands and read files named with an @.
+        body["content"] = escape_slash_command(extract_large_images(message.content), version)
+        # Without this, newer versions run slash commands and read files named with an @.
         line["client_composed"] = True
         if not ask:
             line["shouldQuery"] = False
-        if question is not None:
-            line["uuid"] = question.id
+        if rewind_point is not None:
+            line["uuid"] = rewind_point.id
     return _line(line)
 
 
-def _choice_body(choice: ToolChoice) -> Json | None:
-    """The API's tool_choice; None where it is the default."""
+def _tool_choice_body(choice: ToolChoice) -> Json | None:
+    """Return the API's tool_choice; None for the default."""
     if choice.kind == "auto" and choice.parallel:
         return None
     body: Json = {"type": choice.kind}
@@ -8502,12 +8502,13 @@ def _choice_body(choice: ToolChoice) -> Json | None:
     return body
 
 
-#: Descriptions of tools above this length are cut by claude.
+#: claude truncates longer descriptions of tools.
 _MAX_DESCRIPTION_CHARS = 2_000
 
 
 def tools_body(tools: tuple[Tool, ...]) -> list[Json]:
-    """The tools as the API has them, if claude would not pass them on as they are; else nothing."""
+    """Return the tools in the API's form if claude would change their descriptions; else an empty
+    list."""
     texts = [tool.description for tool in tools]
     if all(text.isascii() and len(text) <= _MAX_DESCRIPTION_CHARS for text in texts):
         return []
@@ -8524,17 +8525,15 @@ def tools_body(tools: tuple[Tool, ...]) -> list[Json]:
 def settings_lines(
     options: Options, choice: ToolChoice, tools: tuple[Tool, ...] = ()
 ) -> bytes:
-    """The control requests that carry the options of one request; nothing when there are none.
-
-    `tools` are given if they are all that the model gets: then they can be passed untouched.
-    """
+    """Return the control requests that set the options of one request; empty when there are none.
+    Pass `tools` only when the model gets no others: they then go to the API unchanged."""
     extra: Json = dict(options.sampling)
     body = tools_body(tools)
     if body:
         extra["tools"] = body
     if options.api_stops:
         extra["stop_sequences"] = list(options.api_stops)
-    choice_body = _choice_body(choice)
+    choice_body = _tool_choice_body(choice)
     if choice_body is not None:
         extra["tool_choice"] = choice_body
     env: dict[str, str] = {}
@@ -8554,31 +8553,31 @@ def settings_lines(
 
 
 def _thinking_line(options: Options) -> bytes:
-    """The control request that says how much to think."""
+    """Return the control request that sets the thinking budget."""
     return control_line("set_max_thinking_tokens", max_thinking_tokens=options.thinking_tokens)
 
 
-def _without_thinking_in_a_loop(turn: Turn) -> Options:
-    """The options of a conversation that is told anew. A model that thinks by budget has to get
-    the thinking behind a call back together with its result, and that cannot be told."""
+def _rebuild_options(turn: Turn) -> Options:
+    """Return the options for a conversation that is rebuilt. A model that thinks by budget needs
+    the thinking before a tool call back together with the result. The history cannot carry
+    thinking, so it is switched off in this case."""
     if turn.messages[-1].has_results and turn.model.thinking == "budget":
         return turn.options._replace(thinking_tokens=0)
     return turn.options
 
 
-#: What stands for the user's part before a conversation that the assistant opens.
-_OPENING = "(The user opens the conversation.)"
+#: The user message that is put before a conversation that starts with the assistant.
+_OPENING_TEXT = "(The user opens the conversation.)"
 
 
-def conversation(
+def conversation_steps(
     turn: Turn, operator_prompt: str, version: Version, *, agent: bool = False,
-    question: RewindPoint | None = None,
+    rewind_point: RewindPoint | None = None,
 ) -> list[bytes]:
-    """What to write to a fresh process: steps, each to be followed by waiting for a `result`.
-
-    The last step asks. Earlier ones lay down the history, one user message each: sent without
-    waiting, claude would lose their order. Assistant messages get no reply of their own.
-    """
+    """Return the lines that give a fresh process the whole conversation, as steps. Wait for a
+    `result` line after each step but the last, which requests the answer. Each earlier step ends
+    with one user message: without waiting, claude would lose the order of the messages. Assistant
+    messages get no `result` of their own."""
     system = "\n\n".join(text for text in (turn.system, operator_prompt.strip()) if text)
     fields: Json = {"systemPrompt": [system] if system else [], "hooks": None}
     tools, choice = turn.tools_for_model
@@ -8588,16 +8587,16 @@ def conversation(
         fields["jsonSchema"] = turn.output_schema.schema
     alone = not agent and turn.output_schema is None
     pending = control_line("initialize", **fields)
-    options = _without_thinking_in_a_loop(turn)
+    options = _rebuild_options(turn)
     pending += settings_lines(options, choice, tools if alone else ())
     steps = []
     by_name = {tool.name: tool for tool in turn.tools}
     earlier = turn.messages[:-1]
     if earlier and earlier[0].role == "assistant":
-        # claude loses an answer that nothing comes before.
-        earlier = [Message("user", text_blocks(_OPENING)), *earlier]
+        # claude loses an answer that has no message before it.
+        earlier = [Message("user", text_blocks(_OPENING_TEXT)), *earlier]
     for message in earlier:
-        # Thinking of earlier answers is dropped by claude in any case.
+        # claude drops the thinking of earlier answers in any case.
         kept = [
             earlier_call(block, by_name) if block["type"] == "tool_use" else block
             for block in message.content if "thinking" not in block["type"]
@@ -8606,40 +8605,44 @@ def conversation(
         if message.role == "user":
             steps.append(pending)
             pending = b""
-    asked = message_line(turn.messages[-1], version, ask=True, question=question)
+    asked = message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
     return [*steps, pending + asked]
 
 
-def continuation(turn: Turn, version: Version, question: RewindPoint | None = None) -> bytes:
-    """What to write to a process that holds everything but the last message. It may have been
-    told the rest in the middle of a loop, without thinking."""
+def continuation_lines(
+    turn: Turn, version: Version, rewind_point: RewindPoint | None = None
+) -> bytes:
+    """Return the lines for a process that holds everything but the last message. The thinking
+    budget is set again, because a conversation that was rebuilt in a tool loop has none."""
     thinks = turn.model.thinking == "budget" and turn.options.thinking_tokens
-    again = _thinking_line(turn.options) if thinks else b""
-    return again + message_line(turn.messages[-1], version, ask=True, question=question)
+    thinking = _thinking_line(turn.options) if thinks else b""
+    return thinking + message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
 
 
-def rewind_line(question: RewindPoint) -> bytes:
-    """What makes an idle claude forget the last question and all that came of it."""
-    return control_line("rewind_conversation", target_message_uuid=question.id)
+def rewind_line(rewind_point: RewindPoint) -> bytes:
+    """Return the control request that makes an idle claude drop the user message and everything
+    after it."""
+    return control_line("rewind_conversation", target_message_uuid=rewind_point.id)
 
 
 def was_rewound(reply: Json) -> bool:
-    """Whether claude has forgotten, by its answer to `rewind_line`."""
+    """Return whether the reply to `rewind_line` reports success."""
     return _object(_object(reply.get("response")).get("response")).get("rewound") is True
 
 
 class ReportedWindow(NamedTuple):
-    """What claude last said about a limit of the plan."""
+    """The state of the plan's limit that claude last reported."""
 
     rejected: bool
     resets_at_s: float | None
 
 
 class ReportedFailure(NamedTuple):
-    """A failure as claude reports it: prose, a word for its kind, the API's status if any."""
+    """A failure as claude reports it: text, claude's name for its kind, and the API's status if
+    any."""
 
     text: str
-    word: str
+    kind: str
     status: int | None
 
 
@@ -8648,20 +8651,20 @@ LOGIN_ADVICE = (
     "without a browser `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN for the server."
 )
 
-_BY_STATUS: dict[int, type[OcpError]] = {
+_ERROR_BY_STATUS: dict[int, type[OcpError]] = {
     400: BadRequest, 401: LoginLost, 402: PlanLimit, 403: UpstreamForbidden, 404: UnknownModel,
     408: UpstreamTimeout, 413: TooLarge, 429: RateLimited, 504: UpstreamTimeout,
     529: Overloaded,
 }
-#: Words that say more than the status beside them.
-_BEFORE_STATUS: dict[str, type[OcpError]] = {
+#: Kinds of failures that are more exact than the status beside them.
+_ERROR_BY_KIND_FIRST: dict[str, type[OcpError]] = {
     "account_on_hold": UpstreamForbidden,
     "billing_error": PlanLimit,
     "cloud_credential_error": UpstreamForbidden,
     "verification_required": UpstreamForbidden,
 }
-#: Failures of the account that come with a status of the request's, by their prose. As a 400 an
-#: agent would take them for a fault of its history and cut that.
+#: Patterns of failures of the account that come with the status of a bad request. If an agent got
+#: them as a 400, it would blame its history and truncate it.
 _ACCOUNT_FAILURES: tuple[tuple[re.Pattern[str], type[OcpError]], ...] = (
     (
         re.compile(
@@ -8681,9 +8684,9 @@ _ACCOUNT_FAILURES: tuple[tuple[re.Pattern[str], type[OcpError]], ...] = (
         UpstreamForbidden,
     ),
 )
-#: The statuses that such a failure may have; without one it counts too.
+#: The statuses with which those patterns apply; None means no status.
 _ACCOUNT_STATUSES = (None, 400, 402, 403, 429)
-_BY_WORD: dict[str, type[OcpError]] = {
+_ERROR_BY_KIND: dict[str, type[OcpError]] = {
     "authentication_failed": LoginLost,
     "oauth_org_not_allowed": LoginLost,
     "rate_limit": RateLimited,
@@ -8691,51 +8694,53 @@ _BY_WORD: dict[str, type[OcpError]] = {
     "model_not_found": UnknownModel,
     "overloaded": Overloaded,
 }
-#: What claude adds to the API's own message: how it heard it, and advice for its own terminal.
-_ADDED_PROSE = re.compile(
+#: Text that claude adds to the API's message: a prefix, and advice for its own terminal.
+_CLI_PROSE = re.compile(
     r"^(?:Failed to authenticate\. )?(?:API Error: )?(?:\d{3} )?"
     r"|\.? This is a server-side issue.*$|\.? Run --model to pick.*$"
 )
-#: A login that was taken back comes as a 403.
-_LOST = re.compile(r"token.*(?:revoked|expired)", re.IGNORECASE)
+#: A revoked login comes as a 403.
+_LOGIN_REVOKED = re.compile(r"token.*(?:revoked|expired)", re.IGNORECASE)
 _RATE_LIMIT_PAUSE_S = 20.0
 _OVERLOAD_PAUSE_S = 10.0
 
 
 def upstream_error(
-    complaint: ReportedFailure, window: ReportedWindow | None, now_s: float
+    failure: ReportedFailure, window: ReportedWindow | None, now_s: float
 ) -> OcpError:
-    """The error that a client is told for a failure that claude reports.
-
-    The API's status decides, then claude's word for it; prose only makes the message.
-    """
-    kind = (
-        _BEFORE_STATUS.get(complaint.word)
-        or _BY_STATUS.get(complaint.status or 0)
-        or _BY_WORD.get(complaint.word, UpstreamFailed)
+    """Return the error for the client for a failure that claude reports. The class comes from the
+    API's status, then from claude's name for the failure. The text gives the message, and the class
+    only for failures of the account."""
+    error_class = (
+        _ERROR_BY_KIND_FIRST.get(failure.kind)
+        or _ERROR_BY_STATUS.get(failure.status or 0)
+        or _ERROR_BY_KIND.get(failure.kind, UpstreamFailed)
     )
-    message = redact_paths(redact(_ADDED_PROSE.sub("", one_line(complaint.text, 1000))))
-    message = message or "claude reported a failure without a word about it."
-    for words, what in _ACCOUNT_FAILURES if complaint.status in _ACCOUNT_STATUSES else ():
-        kind = what if words.search(message) else kind
-    if kind is RateLimited and window is not None and window.rejected:
-        kind = PlanLimit
-    if kind is PlanLimit:
+    message = redact_paths(redact(_CLI_PROSE.sub("", one_line(failure.text, 1000))))
+    message = message or "claude reported a failure and gave no reason."
+    if failure.status in _ACCOUNT_STATUSES:
+        for pattern, account_error in _ACCOUNT_FAILURES:
+            error_class = account_error if pattern.search(message) else error_class
+    if error_class is RateLimited and window is not None and window.rejected:
+        error_class = PlanLimit
+    if error_class is PlanLimit:
         resets_at_s = window.resets_at_s if window else None
         if resets_at_s is None:
             return PlanLimit(message)
-        # Some clients show nothing but the message.
+        # Some clients show only the message.
         resets = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(resets_at_s))
-        told = f"{message.rstrip('.')}. The limit resets at {resets}."
-        return PlanLimit(told, retry_after_s=resets_at_s - now_s)
-    if kind is LoginLost or (kind is UpstreamForbidden and _LOST.search(message)):
-        return LoginLost(f"{LOGIN_ADVICE} (It said: {message})")
-    if kind is BadRequest and "prompt is too long" in message.lower():
+        message = f"{message.rstrip('.')}. The limit resets at {resets}."
+        return PlanLimit(message, retry_after_s=resets_at_s - now_s)
+    if error_class is UpstreamForbidden and _LOGIN_REVOKED.search(message):
+        error_class = LoginLost
+    if error_class is LoginLost:
+        return LoginLost(f"{LOGIN_ADVICE} (claude reported: {message})")
+    if error_class is BadRequest and "prompt is too long" in message.lower():
         return ContextTooLong(message, param="messages")
-    if kind is UnknownModel:
+    if error_class is UnknownModel:
         return UnknownModel(message, param="model")
     pauses = {RateLimited: _RATE_LIMIT_PAUSE_S, Overloaded: _OVERLOAD_PAUSE_S}
-    return kind(message, retry_after_s=pauses.get(kind))
+    return error_class(message, retry_after_s=pauses.get(error_class))
 
 
 def _count(usage: Json, name: str) -> int:
@@ -8743,12 +8748,12 @@ def _count(usage: Json, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-#: Tables in the API's usage object that Anthropic's clients get as they are.
+#: Tables in the API's usage object that Anthropic clients get unchanged.
 _USAGE_TABLES = ("cache_creation", "server_tool_use")
 
 
 def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
-    """The API's usage object; counts that it leaves out are taken from `before`."""
+    """Return the API's usage object as Usage. Missing counts are taken from `before`."""
     if not isinstance(found, dict):
         return before
     details = found.get("output_tokens_details")
@@ -8768,8 +8773,8 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
     )
 
 
-def added_usage(usages: Iterable[Usage]) -> Usage:
-    """Return what several answers took together, in the four kinds of tokens that there are."""
+def sum_usage(usages: Iterable[Usage]) -> Usage:
+    """Return the sum of several usages, in the four kinds of tokens that are counted."""
     added = NO_USAGE
     for usage in usages:
         added = Usage(
@@ -8780,17 +8785,17 @@ def added_usage(usages: Iterable[Usage]) -> Usage:
     return added
 
 
-#: No reset is later than this.
+#: The latest plausible reset, in epoch seconds.
 _LATEST_S = 10**11
 
 
 class PlanReport(NamedTuple):
-    """What claude says about the plan at one time. Everything in it may be unknown."""
+    """The state of the plan as claude reports it at one time. Each part can be unknown."""
 
-    #: By the API's names for them: five_hour, seven_day, seven_day_opus, ...
+    #: Keyed by the API's names: five_hour, seven_day, seven_day_opus, ...
     windows: Mapping[str, PlanWindow]
     status: str | None = None
-    #: The window that decides.
+    #: The name of the window that decides.
     claim: str | None = None
     overage_status: str | None = None
     overage_reason: str | None = None
@@ -8798,7 +8803,7 @@ class PlanReport(NamedTuple):
 
 
 class PlanWindow(NamedTuple):
-    """A window of the plan."""
+    """A usage window of the plan."""
 
     #: The used share, 0 to 1.
     utilization: float | None
@@ -8806,13 +8811,13 @@ class PlanWindow(NamedTuple):
     status: str | None
 
 
-def _text_in(found: Json, name: str) -> str | None:
+def _text_field(found: Json, name: str) -> str | None:
     value = found.get(name)
     return value if isinstance(value, str) else None
 
 
-def _reset_in(found: Json, name: str) -> float | None:
-    """A moment that is given in epoch seconds or in ISO 8601."""
+def _reset_field(found: Json, name: str) -> float | None:
+    """Return a time in epoch seconds. The field holds epoch seconds or ISO 8601."""
     value = found.get(name)
     with contextlib.suppress(ValueError):
         value = parse_time(value) if isinstance(value, str) else value
@@ -8821,60 +8826,61 @@ def _reset_in(found: Json, name: str) -> float | None:
     return float(value) if 0 < value < _LATEST_S else None
 
 
-def _share_in(found: Json, whole: float) -> float | None:
+def _share_field(found: Json, whole: float) -> float | None:
     value = found.get("utilization")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    # More than the whole is possible where more can be bought.
+    # More than 1 is possible where extra usage can be bought.
     return round(value / whole, 4) if 0 <= value <= 10 * whole else None
 
 
 def plan_window(line: Json) -> ReportedWindow | None:
-    """What a rate_limit_event says of the limit that decides; None for any other line."""
+    """Return the limit that a rate_limit_event names as the deciding one; None for other lines."""
     found = line.get("rate_limit_info")
     if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
         return None
-    resets_at_s = _reset_in(found, "resetsAt")
-    # A plain 429, which is no limit of a plan, is "rejected" too, but names no window.
+    resets_at_s = _reset_field(found, "resetsAt")
+    # A plain 429 is "rejected" too, but it is no limit of the plan and names no window.
     names_window = "rateLimitType" in found or resets_at_s is not None
     return ReportedWindow(found.get("status") == "rejected" and names_window, resets_at_s)
 
 
 def plan_event(line: Json) -> PlanReport | None:
-    """What a rate_limit_event tells; None for any other line, and for one that names no window,
-    such as that of a plain 429."""
+    """Return the plan's state from a rate_limit_event. Return None for other lines, and for an
+    event without a window, such as that of a plain 429."""
     found = line.get("rate_limit_info")
     if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
         return None
-    claim = _text_in(found, "rateLimitType")
+    claim = _text_field(found, "rateLimitType")
     if claim is None:
         return None
-    told = found.get("unifiedWindows")
+    reported = found.get("unifiedWindows")
     windows = {
         name: PlanWindow(
-            _share_in(entry, 1), _reset_in(entry, "resetsAt"), _text_in(entry, "status")
+            _share_field(entry, 1), _reset_field(entry, "resetsAt"), _text_field(entry, "status")
         )
-        for name, entry in (told.items() if isinstance(told, dict) else ())
+        for name, entry in (reported.items() if isinstance(reported, dict) else ())
         if isinstance(entry, dict)
     }
-    status = _text_in(found, "status")
-    windows.setdefault(claim, PlanWindow(_share_in(found, 1), _reset_in(found, "resetsAt"), status))
+    status = _text_field(found, "status")
+    resets_at_s = _reset_field(found, "resetsAt")
+    windows.setdefault(claim, PlanWindow(_share_field(found, 1), resets_at_s, status))
     return PlanReport(
         windows, status, claim,
-        overage_status=_text_in(found, "overageStatus"),
-        overage_reason=_text_in(found, "overageDisabledReason"),
+        overage_status=_text_field(found, "overageStatus"),
+        overage_reason=_text_field(found, "overageDisabledReason"),
     )
 
 
-#: What lets claude ask the API how much of the plan is used, which its fixed environment forbids,
-#: and what forbids it again.
+#: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
+#: forbid it again.
 _MAY_READ_USAGE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": ""}
 _MUST_NOT_READ_USAGE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
 
 
 def usage_lines() -> list[bytes]:
-    """What asks an idle process about the plan, and leaves it as it was: three requests, with an
-    answer each. The second answer is the one that `plan_report` reads."""
+    """Return three control requests that read the plan's usage from an idle process and leave the
+    process as it was. Each gets a reply; pass the second to `plan_report`."""
     return [
         control_line("apply_flag_settings", settings={"env": _MAY_READ_USAGE}),
         control_line("get_usage", skip_behaviors=True),
@@ -8883,52 +8889,55 @@ def usage_lines() -> list[bytes]:
 
 
 def plan_report(reply: Json) -> PlanReport:
-    """What the answer to get_usage tells. A login by a bare token knows nothing."""
+    """Return the plan's state from the reply to get_usage. It is empty for a login by a bare
+    token."""
     found = _object(_object(reply.get("response")).get("response"))
     limits = _object(found.get("rate_limits"))
     windows = {
-        name: PlanWindow(_share_in(entry, 100), _reset_in(entry, "resets_at"), None)
+        name: PlanWindow(_share_field(entry, 100), _reset_field(entry, "resets_at"), None)
         for name, entry in limits.items()
         if isinstance(entry, dict) and "resets_at" in entry
     }
-    return PlanReport(windows, subscription=_text_in(found, "subscription_type"))
+    return PlanReport(windows, subscription=_text_field(found, "subscription_type"))
 
 
-#: Delta types of the API's stream: the kind of our Delta, and the field with the text.
+#: Delta types of the API's stream, with the kind of our Delta and the field that holds the text.
 _DELTA_KINDS = {
     "text_delta": ("text", "text"),
     "thinking_delta": ("thinking", "thinking"),
     "signature_delta": ("signature", "signature"),
     "input_json_delta": ("arguments", "partial_json"),
 }
-#: Types of blocks that clients get to see as they are.
+#: Block types that clients get unchanged.
 _PLAIN_BLOCKS = ("text", "thinking", "redacted_thinking")
 
 
-#: Tools that claude lists in its `init` line under another name than the model gets.
+#: Tools whose name in claude's `init` line differs from the name that the model gets.
 _UNLISTED_NAMES = {"Task": "Agent"}
 
 
 class StructuredAnswer:
-    """What one message says of an answer that has to fit a shape: a call of claude's own tool,
-    which claude accepts or not."""
+    """The state of an answer with an output schema, in one message. The answer is a call of
+    claude's own StructuredOutput tool, which claude accepts or rejects."""
 
     def __init__(self, output_schema: OutputSchema | None) -> None:
         self._exact = output_schema.exact if output_schema is not None else None
         #: The block of the call, and its arguments in pieces.
         self.block_index: int | None = None
         self.pieces: list[str] = []
-        #: Whether the message ended with the call, and whether claude took it. Either comes first.
+        #: Whether the message ended with the call, and whether claude accepted the call. Either can
+        #: come first.
         self.stopped = False
         self.accepted = False
 
     @property
     def is_complete(self) -> bool:
-        """Whether the call is there and claude has accepted it."""
+        """Return whether the message has ended with the call and claude has accepted it."""
         return self.stopped and self.accepted
 
     def check(self) -> None:
-        """Raise UpstreamFailed for an answer that claude accepts and the client could not."""
+        """Raise UpstreamFailed for an answer that claude accepted but that breaks the client's
+        schema."""
         if self._exact is None:
             return
         try:
@@ -8940,229 +8949,242 @@ class StructuredAnswer:
             raise UpstreamFailed("The model's answer does not fit the schema; ask again.")
 
 
-class TurnReader:
-    """Reads the lines of one running turn: `events` turns each into what it means.
+# A turn as claude prints it, and its states in TurnReader:
+#
+# - message: message_start, blocks, message_delta with a stop reason. A second message_start after
+#   the first delta means that claude repeated its API request: the client gets Restarted.
+# - internal rounds: when the model called only tools that claude runs itself, the stop reason is
+#   "tool_use" and the next message_start continues the same answer (_continues_internally).
+# - structured answer: complete when the message has stopped and claude has accepted the call.
+# - finished: at the API's stop reason, not at claude's `result`. In between claude can call the
+#   API again, for example after max_tokens; the client does not want that answer.
+#
+# Unknown types of lines are skipped, because new ones will come. Blocks get new numbers, without
+# a gap for hidden blocks.
 
-    The turn is over for the client when the API gives a stop reason, not when claude prints its
-    `result`: in between, claude may ask the API again by itself (after max_tokens it does), which
-    nobody wants. Types of lines that are not known are skipped; new ones will come. Blocks are
-    numbered anew, without those that no client should see.
-    """
+
+class TurnReader:
+    """Turns the lines of one running turn into events."""
 
     def __init__(
         self,
         tools: tuple[Tool, ...] = (),
-        shape: OutputSchema | None = None,
+        output_schema: OutputSchema | None = None,
         *,
         final_only: bool = False,
         clock: Clock = time.time,
     ) -> None:
-        """`final_only`: of several rounds that claude goes by itself, only the last is told."""
+        """With `final_only`, return only the events of the last internal round."""
         self._clock = clock
         self._final_only = final_only
-        #: What the current round said, while it may not be the last.
-        self._round: list[Event] = []
+        #: Events of the current round, held back because another round may follow.
+        self._round_events: list[Event] = []
         self._tools = {wire_name(tool.name): tool for tool in tools}
-        self._shape = shape
-        self._shaped = StructuredAnswer(shape)
+        self._output_schema = output_schema
+        self._structured = StructuredAnswer(output_schema)
         self._usage = NO_USAGE
-        #: What the API took for messages before the current one.
+        #: Usage of the messages before the current one.
         self._usages: list[Usage] = []
-        #: The numbers that blocks of the current message go out under; others stay hidden.
-        self._numbers: dict[int, int] = {}
+        #: Numbers under which the client gets the blocks of the current message, by the API's
+        #: index. Hidden blocks have none.
+        self._block_numbers: dict[int, int] = {}
         self._next_number = 0
-        #: Whether the message had a delta: then a new message voids it. And whether it had one
-        #: that is part of an answer, which thinking is not.
-        self._spoken = False
-        self._answered = False
-        #: Whether the model called a tool of the client's, and whether claude goes on by itself
-        #: because it called only others: its own in agent mode, or none that there are.
-        self._called = False
-        self._goes_on = False
+        #: Whether the client got a part of the message: a new message then voids it. And whether it
+        #: got content, which thinking is not.
+        self._had_delta = False
+        self._had_content = False
+        #: Whether the model called one of the client's tools, and whether claude continues
+        #: internally because the model called only other tools: claude's own in agent mode, or
+        #: unknown ones.
+        self._client_tool_called = False
+        self._continues_internally = False
         #: Whether the text of an earlier round ended in the middle of a line.
-        self._mid_line = False
+        self._needs_paragraph_break = False
         self._line_ended = False
-        #: What takes the JSON of a block to the client's form, where the two differ.
+        #: Converters from the model's JSON to the client's form, for blocks in which the two
+        #: differ.
         self._forms: dict[int, ClientJsonConverter] = {}
         self._prose: list[str] = []
-        self._complaint: ReportedFailure | None = None
+        self._failure: ReportedFailure | None = None
         self.window: ReportedWindow | None = None
         self.finished = False
-        #: How often claude said that it asks the API again.
+        #: How often claude reported that it repeats its API request.
         self.retries = 0
 
     def events(self, line: Json) -> list[Event]:
-        """What this line means. Raises the OcpError of a failure that it reports."""
-        found = self._meaning(line)
+        """Return the events of this line. Raise the OcpError of a failure that the line reports."""
+        events = self._events_of_line(line)
         if not self._final_only:
-            return found
-        self._round += found
+            return events
+        self._round_events += events
         if not self.finished:
             return []
-        told, self._round = self._round, []
-        return told
+        events, self._round_events = self._round_events, []
+        return events
 
     @property
     def spent(self) -> Usage:
-        """What the API says that it took so far, for messages that came to nothing too."""
-        return added_usage([*self._usages, self._usage])
+        """Return the usage that the API has reported so far, including abandoned messages."""
+        return sum_usage([*self._usages, self._usage])
 
-    def _meaning(self, line: Json) -> list[Event]:
+    def _events_of_line(self, line: Json) -> list[Event]:
         kind = line.get("type")
         if kind == "stream_event":
             event = line.get("event")
-            return self._stream_event(event) if isinstance(event, dict) else []
+            return self._on_stream_event(event) if isinstance(event, dict) else []
         if kind == "assistant":
-            self._note_synthetic_error(line)
+            self._record_synthetic_error(line)
         elif kind == "user":
-            return self._tool_outcome(line.get("message"))
+            return self._on_tool_results(line.get("message"))
         elif kind == "rate_limit_event":
             self.window = plan_window(line) or self.window
         elif kind == "system" and line.get("subtype") == "init":
-            self._check_offered(line)
+            self._check_tools_offered(line)
         elif kind == "system" and line.get("subtype") == "api_retry":
             self.retries += 1
         elif kind == "control_response":
             check_control_response(line)
         elif kind == "result":
-            return self._ending(line)
+            return self._on_result(line)
         return []
 
-    def _stream_event(self, event: Json) -> list[Event]:
+    def _on_stream_event(self, event: Json) -> list[Event]:
         kind = event.get("type")
         index = _count(event, "index")
         if kind == "message_start":
-            return self._start(event.get("message"))
+            return self._on_message_start(event.get("message"))
         if kind == "content_block_start":
-            return self._block_start(index, event.get("content_block"))
+            return self._on_block_start(index, event.get("content_block"))
         if kind == "content_block_delta":
-            return self._delta(index, event.get("delta"))
+            return self._on_block_delta(index, event.get("delta"))
         if kind == "content_block_stop":
-            return self._block_stop(index)
+            return self._on_block_stop(index)
         if kind == "message_delta":
-            return self._stop(event)
+            return self._on_message_delta(event)
         return []
 
-    def _start(self, message: object) -> list[Event]:
-        found = message if isinstance(message, dict) else {}
+    def _on_message_start(self, message: object) -> list[Event]:
+        found = _object(message)
         self._usages.append(self._usage)
         self._usage = usage_of(found.get("usage"))
-        self._numbers = {}
+        self._block_numbers = {}
         self._prose.clear()
-        self._shaped = StructuredAnswer(self._shape)
+        self._structured = StructuredAnswer(self._output_schema)
         self._forms.clear()
         started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
-        if self._goes_on:
-            self._goes_on = False
+        if self._continues_internally:
+            self._continues_internally = False
             return self._next_round(started)
-        again = self._spoken
+        restarts = self._had_delta
         self._next_number = 0
-        self._spoken = self._answered = self._called = False
-        return [Restarted(), started] if again else [started]
+        self._had_delta = self._had_content = self._client_tool_called = False
+        return [Restarted(), started] if restarts else [started]
 
     def _next_round(self, started: Started) -> list[Event]:
-        """Claude goes on after tools that no client sees: one answer, in the same message."""
+        """Start the next internal round, which continues the same message for the client."""
         if self._final_only:
-            self._round.clear()
+            self._round_events.clear()
             self._next_number = 0
             return [started]
         return []
 
     # -- blocks -------------------------------------------------------------------------------
 
-    def _block_start(self, index: int, block: object) -> list[Event]:
-        found = block if isinstance(block, dict) else {}
-        shown = self._shown(index, found)
+    def _on_block_start(self, index: int, block: object) -> list[Event]:
+        found = _object(block)
+        shown = self._client_block(index, found)
         if shown is None:
             return []
-        number = self._numbers[index] = self._next_number
+        number = self._block_numbers[index] = self._next_number
         self._next_number += 1
         began: list[Event] = [BlockStarted(number, shown)]
-        if shown["type"] == "text" and self._mid_line:
-            # Rounds are paragraphs of one answer.
+        if shown["type"] == "text" and self._needs_paragraph_break:
+            # Separate the rounds of one answer by paragraphs.
             began.append(Delta(number, "text", "\n\n"))
-        self._mid_line = False
+        self._needs_paragraph_break = False
         return began
 
-    def _shown(self, index: int, block: Json) -> Block | None:
-        """The block as clients see it; None for one that they do not."""
+    def _client_block(self, index: int, block: Json) -> Block | None:
+        """Return the block as the client gets it; None for a hidden block."""
         kind, name = block.get("type"), str(block.get("name"))
-        if kind == "tool_use" and self._shape is not None and name == STRUCTURED_OUTPUT:
-            self._shaped.block_index = index
-            self._note_form(index, self._shape)
+        if kind == "tool_use" and self._output_schema is not None and name == STRUCTURED_OUTPUT:
+            self._structured.block_index = index
+            self._register_form(index, self._output_schema)
             return {"type": "text", "text": ""}
         if kind == "tool_use" and name in self._tools:
-            self._spoken = self._answered = self._called = True
+            self._had_delta = self._had_content = self._client_tool_called = True
             tool, call_id = self._tools[name], plain_id(str(block.get("id")))
-            self._note_form(index, tool)
+            self._register_form(index, tool)
             return {"type": "tool_use", "id": call_id, "name": tool.name, "input": {}}
-        if kind == "text" and self._shape is not None:
-            # Prose beside a shaped answer; kept in case that it is all there is.
+        if kind == "text" and self._output_schema is not None:
+            # Text beside a structured answer; `_prose` keeps it for a refusal.
             return None
         return dict(block) if kind in _PLAIN_BLOCKS else None
 
-    def _note_form(self, index: int, told: Tool | OutputSchema) -> None:
-        if told.wrapped or told.renamed:
-            self._forms[index] = ClientJsonConverter(wrapped=told.wrapped, renamed=told.renamed)
+    def _register_form(self, index: int, source: Tool | OutputSchema) -> None:
+        if source.wrapped or source.renamed:
+            self._forms[index] = ClientJsonConverter(wrapped=source.wrapped, renamed=source.renamed)
 
-    def _delta(self, index: int, delta: object) -> list[Event]:
-        found = delta if isinstance(delta, dict) else {}
+    def _on_block_delta(self, index: int, delta: object) -> list[Event]:
+        found = _object(delta)
         kind, field = _DELTA_KINDS.get(str(found.get("type")), ("", ""))
         text = found.get(field)
         if not kind or not isinstance(text, str):
             return []
-        number = self._numbers.get(index)
+        number = self._block_numbers.get(index)
         if number is None:
             if kind == "text":
                 self._prose.append(text)
             return []
-        is_shaped = index == self._shaped.block_index
-        if is_shaped:
+        is_structured = index == self._structured.block_index
+        if is_structured:
             kind = "text"
-            self._shaped.pieces.append(text)
+            self._structured.pieces.append(text)
         if index in self._forms:
             text = self._forms[index].feed(text)
-        if not text and (is_shaped or index in self._forms):
+        if not text and (is_structured or index in self._forms):
             return []
-        self._spoken = True
-        self._answered = self._answered or (bool(text) and kind in ("text", "arguments"))
+        self._had_delta = True
+        self._had_content = self._had_content or (bool(text) and kind in ("text", "arguments"))
         self._line_ended = text.endswith("\n")
         return [Delta(number, kind, text)]
 
-    def _block_stop(self, index: int) -> list[Event]:
-        number = self._numbers.get(index)
+    def _on_block_stop(self, index: int) -> list[Event]:
+        number = self._block_numbers.get(index)
         if number is None:
             return []
         rest = self._forms[index].close() if index in self._forms else ""
-        kind = "text" if index == self._shaped.block_index else "arguments"
+        kind = "text" if index == self._structured.block_index else "arguments"
         stopped = BlockStopped(number)
         return [Delta(number, kind, rest), stopped] if rest else [stopped]
 
     # -- endings ------------------------------------------------------------------------------
 
-    def _stop(self, event: Json) -> list[Event]:
-        found = event.get("delta")
-        delta = found if isinstance(found, dict) else {}
+    def _on_message_delta(self, event: Json) -> list[Event]:
+        delta = _object(event.get("delta"))
         self._usage = usage_of(event.get("usage"), self._usage)
         reason = delta.get("stop_reason")
         if not isinstance(reason, str):
             return []
-        if reason == "tool_use" and self._called:
+        if reason == "tool_use" and self._client_tool_called:
             return self._finish(reason)
-        if reason == "tool_use" and self._shaped.block_index is not None:
-            self._shaped.stopped = True
-            return self._shaped_end()
+        if reason == "tool_use" and self._structured.block_index is not None:
+            self._structured.stopped = True
+            return self._finish_structured()
         if reason == "tool_use":
-            # claude runs its own tools, or says that there is no such tool, and asks again.
-            self._goes_on = True
-            self._mid_line = self._answered and not self._final_only and not self._line_ended
+            # claude runs its own tools, or reports an unknown tool to the model, and calls the API
+            # again.
+            self._continues_internally = True
+            is_mid_line = self._had_content and not self._line_ended
+            self._needs_paragraph_break = is_mid_line and not self._final_only
             return []
-        if reason == "end_turn" and not self._answered:
-            # An answer without a word is none: claude asks again by itself, or its result tells.
+        if reason == "end_turn" and not self._had_content:
+            # An empty answer: claude calls the API again, or its `result` line gives the reason.
             return []
         details = delta.get("stop_details")
         return self._finish(
-            reason, _text_in(delta, "stop_sequence"), details if isinstance(details, dict) else None
+            reason, _text_field(delta, "stop_sequence"),
+            details if isinstance(details, dict) else None,
         )
 
     def _finish(
@@ -9171,144 +9193,149 @@ class TurnReader:
         self.finished = True
         return [Finished(reason, sequence, self._usage, details)]
 
-    def _tool_outcome(self, message: object) -> list[Event]:
-        """Whether claude accepted a shaped answer; it may say so before or after the stop."""
-        found = message if isinstance(message, dict) else {}
+    def _on_tool_results(self, message: object) -> list[Event]:
+        """Record whether claude accepted a structured answer. This line can come before or after
+        the stop reason."""
+        found = _object(message)
         content = found.get("content")
         for block in content if isinstance(content, list) else ():
             if isinstance(block, dict) and block.get("type") == "tool_result":
-                called = self._shaped.block_index is not None
-                self._shaped.accepted = called and not block.get("is_error")
-        return self._shaped_end()
+                called = self._structured.block_index is not None
+                self._structured.accepted = called and not block.get("is_error")
+        return self._finish_structured()
 
-    def _shaped_end(self) -> list[Event]:
-        if not self._shaped.is_complete:
+    def _finish_structured(self) -> list[Event]:
+        if not self._structured.is_complete:
             return []
-        self._shaped.check()
+        self._structured.check()
         return self._finish("end_turn")
 
-    def _check_offered(self, line: Json) -> None:
-        """Raises BadRequest when claude does not offer the model what it was told to, and
-        UpstreamFailed when it has not asked for the tools. It says so before it asks the API."""
+    def _check_tools_offered(self, line: Json) -> None:
+        """Check the `init` line, which claude prints before it calls the API. Raise BadRequest when
+        claude dropped a tool or the output schema, and UpstreamFailed when claude has not loaded
+        the client's tools."""
         names, servers = line.get("tools"), line.get("mcp_servers")
         if not isinstance(names, list):
             return
         listed = {_UNLISTED_NAMES.get(name, name) for name in names if isinstance(name, str)}
         missing = [tool.name for name, tool in self._tools.items() if name not in {*names, *listed}]
         found = servers if isinstance(servers, list) else []
-        states = [_object(each).get("status") for each in found
-                  if _object(each).get("name") == TOOL_SERVER]
+        states = [
+            _object(each).get("status") for each in found
+            if _object(each).get("name") == TOOL_SERVER
+        ]
         if missing and states not in ([], ["connected"]):
-            raise UpstreamFailed("claude did not ask for the client's tools; try again.")
+            raise UpstreamFailed("claude did not load the client's tools; try again.")
         if missing:
             raise BadRequest(
-                f"tools: claude does not take {', '.join(missing)}; simplify the schema.",
+                f"tools: claude does not accept {', '.join(missing)}; simplify the schema.",
                 param="tools",
             )
-        if self._shape is not None and STRUCTURED_OUTPUT not in names:
+        if self._output_schema is not None and STRUCTURED_OUTPUT not in names:
             raise BadRequest(
-                "response_format: claude does not take the schema of the answer; simplify it.",
+                "response_format: claude does not accept the schema of the answer; simplify it.",
                 param="response_format",
             )
 
-    def _note_synthetic_error(self, line: Json) -> None:
-        """Failures come as a message of a model called <synthetic>: prose, never content."""
-        found = line.get("message")
-        message = found if isinstance(found, dict) else {}
+    def _record_synthetic_error(self, line: Json) -> None:
+        """Record a failure that claude prints as a message of a model named <synthetic>. Its text
+        is never content."""
+        message = _object(line.get("message"))
         if message.get("model") != "<synthetic>" and not line.get("error"):
             return
         content = message.get("content")
         blocks = content if isinstance(content, list) else [{"text": content}]
         texts = [block.get("text") for block in blocks if isinstance(block, dict)]
         status = line.get("api_error_status")
-        self._complaint = ReportedFailure(
+        self._failure = ReportedFailure(
             text=" ".join(text for text in texts if isinstance(text, str)),
-            word=str(line.get("error") or ""),
+            kind=str(line.get("error") or ""),
             status=status if isinstance(status, int) else None,
         )
 
-    def _ending(self, line: Json) -> list[Event]:
-        """What a `result` before the end of an answer means: a refusal to fit the shape, or a
-        failure, which is raised."""
-        complaint = self._complaint or ReportedFailure("", "", None)
+    def _on_result(self, line: Json) -> list[Event]:
+        """Handle a `result` line before the end of an answer. Return a refusal if the model did not
+        use the output schema; else raise the failure."""
+        failure = self._failure or ReportedFailure("", "", None)
         status = line.get("api_error_status")
         if isinstance(status, int):
-            complaint = complaint._replace(status=status)
+            failure = failure._replace(status=status)
         unfit = not line.get("is_error") or "structured_output" in str(line.get("subtype"))
-        if self._shape is not None and unfit and not complaint.text and complaint.status is None:
-            return self._refusal()
-        if not complaint.text and line.get("is_error"):
+        is_prose_only = unfit and not failure.text and failure.status is None
+        if self._output_schema is not None and is_prose_only:
+            return self._refuse()
+        if not failure.text and line.get("is_error"):
             errors = line.get("errors")
             reasons = errors if isinstance(errors, list) else []
             text = str(line.get("result") or "; ".join(str(reason) for reason in reasons))
-            complaint = complaint._replace(text=text or f"claude ended: {line.get('subtype')}")
-        if complaint.text or complaint.status:
-            error = upstream_error(complaint, self.window, self._clock())
-            status = complaint.status or error.status
+            failure = failure._replace(text=text or f"claude ended: {line.get('subtype')}")
+        if failure.text or failure.status:
+            error = upstream_error(failure, self.window, self._clock())
+            status = failure.status or error.status
             error.refused_upstream = status in (401, 429) or status >= 500
             raise error
         raise EmptyAnswer("The model ended its turn without an answer.")
 
-    def _refusal(self) -> list[Event]:
-        """The model gave no answer of the wanted shape: what it said instead."""
-        said = "".join(self._prose).strip()
-        words = said or "The model did not give an answer of the wanted form."
-        again: list[Event] = [Restarted()] if self._spoken else []
-        return [*again, Delta(0, "refusal", words), *self._finish("end_turn")]
+    def _refuse(self) -> list[Event]:
+        """Return what the model wrote instead of a structured answer, as a refusal."""
+        prose = "".join(self._prose).strip()
+        text = prose or "The model did not give an answer that fits the requested schema."
+        restarts: list[Event] = [Restarted()] if self._had_delta else []
+        return [*restarts, Delta(0, "refusal", text), *self._finish("end_turn")]
 
 
 def check_control_response(line: Json) -> None:
-    """Raises UpstreamFailed when claude refused a control request."""
+    """Raise UpstreamFailed when claude refused a control request."""
     found = line.get("response")
-    response = found if isinstance(found, dict) else {}
+    response = _object(found)
     if response.get("subtype") == "error":
         reason = redact_paths(redact(one_line(str(response.get("error")))))
-        raise UpstreamFailed(f"claude refused a request of its protocol: {reason}")
+        raise UpstreamFailed(f"claude refused a control request: {reason}")
 
 
 def check_history_result(line: Json) -> None:
-    """Raises UpstreamFailed when claude did not take a message of the history."""
+    """Raise UpstreamFailed when claude did not accept a message of the history."""
     if line.get("is_error"):
         reason = redact_paths(redact(one_line(str(line.get("result")))))
-        raise UpstreamFailed(f"claude did not take the conversation: {reason}")
+        raise UpstreamFailed(f"claude did not accept the conversation: {reason}")
 
 
 # ==== 18. Claude process =====================================================
-# The program on disk, one child of it, its pipes, and its end. A ClaudeProcess belongs to the
-# thread that uses it; that thread waits for the pipes and for the client's socket in one
-# selector, so a client that leaves, a silence and an answer are all noticed at once. Children
-# live in process groups of their own and die with the server, even when it is killed.
+# The program on disk, a child process of it, its pipes, and its end. A ClaudeProcess belongs to the
+# thread that uses it. That thread waits for the pipes and for the client's socket in one selector,
+# so that it notices output, silence and a hang-up at once. Children have process groups of their
+# own and end with the server, even when the server is killed.
 
 
 class Client(Protocol):
-    """The far end of a request, as far as waiting is concerned."""
+    """The client of a request, for code that waits."""
 
     def fileno(self) -> int:
-        """The descriptor to wait on."""
+        """Return the descriptor to wait on."""
 
     def gone(self) -> bool:
-        """Whether it has hung up. Keeps what it sent ahead of time. Never blocks."""
+        """Return whether the client has hung up. Never blocks. Keeps data that it sent early."""
 
     def can_detect_hangup(self) -> bool:
-        """Whether it can still be seen to hang up."""
+        """Return whether a hang-up can still be detected."""
 
-    def leave(self) -> None:
-        """Makes it seem to have hung up, to who waits for it too."""
+    def cancel(self) -> None:
+        """Make `gone` return True from now on, as if the client had hung up."""
 
 
 class WaitLimits(NamedTuple):
-    """What a wait looks out for, besides what it waits for."""
+    """What ends or interrupts a wait."""
 
     client: Client
-    #: When the whole request has to be over, on the monotonic clock.
+    #: The deadline of the whole request, on the monotonic clock.
     deadline_s: float
-    #: Silence after which a Tick is due; 0 = never.
+    #: A Tick is due after this much silence; 0 = never.
     tick_s: float
 
 
 class TurnInput(NamedTuple):
-    """What to tell a process: lines to write in steps (see `conversation`), and the results of
-    the tool calls that its last answer ended with."""
+    """The input of a process for one turn: lines to write in steps (see `conversation_steps`), and
+    the results of the tool calls of its last answer."""
 
     steps: list[bytes]
     results: Iterable[Block] = ()
@@ -9317,13 +9344,13 @@ class TurnInput(NamedTuple):
 class Program(NamedTuple):
     """A claude program that can be used."""
 
-    #: How to start it: the first words of its command line.
+    #: The start of its command line.
     command: tuple[str, ...]
     version: Version
 
     @property
     def version_text(self) -> str:
-        """The version as people write it."""
+        """Return the version as text."""
         return ".".join(str(part) for part in self.version)
 
 
@@ -9331,22 +9358,22 @@ INSTALL_ADVICE = (
     "install it on the server with `npm install -g @anthropic-ai/claude-code@latest`, "
     "or name it in CLAUDE_BIN"
 )
-_USUAL_PLACES = (
+_USUAL_PATHS = (
     "~/.local/bin/claude", "~/.claude/local/claude", "/opt/homebrew/bin/claude",
     "/usr/local/bin/claude", "/usr/bin/claude", "~/.npm-global/bin/claude", "~/.bun/bin/claude",
 )
 _VERSION_PROBE_TIMEOUT_S = 20
-#: More than this is not read of what a command prints.
-_MAX_SHOWN_BYTES = 256 * 1024
-#: After a version that could not be told, or was too old, this long without asking again.
+#: The rest of longer output is not read.
+_MAX_OUTPUT_BYTES = 256 * 1024
+#: After an unreadable or too old version, wait this long before reading it again.
 _VERSION_RETRY_S = 30.0
-#: A program that is missing for less than this may be on its way back. Until then it is asked for
-#: its version more often, and clients are told to come back so soon.
+#: A program that has been missing for less than this is probably being updated. Until then its
+#: version is read more often, and clients are asked to retry after this pause.
 _MAX_AWAY_S = 60.0
 _AWAY_RETRY_S = 5.0
-#: Where a version stands in what `--version` prints, the surest place first: notices come with it,
-#: and may name versions of other things.
-_VERSION_PLACES = tuple(
+#: Patterns for the version in the output of `--version`, the safest first: the output can contain
+#: notices with versions of other things.
+_VERSION_PATTERNS = tuple(
     re.compile(pattern, re.MULTILINE) for pattern in (
         r"(\d+)\.(\d+)\.(\d+)\S* \(Claude Code\)",
         r"^\s*v?(\d+)\.(\d+)\.(\d+)",
@@ -9356,16 +9383,16 @@ _VERSION_PLACES = tuple(
 
 
 def version_in(text: str) -> Version | None:
-    """Return the version of claude in what it prints; None if there is none."""
-    for place in _VERSION_PLACES:
-        found = place.search(text)
+    """Return the version of claude in its output; None if there is none."""
+    for pattern in _VERSION_PATTERNS:
+        found = pattern.search(text)
         if found is not None:
             return tuple(int(part) for part in found.groups())
     return None
 
 
-def _check_age(version: Version) -> None:
-    """Raises ClaudeTooOld."""
+def _check_version(version: Version) -> None:
+    """Raise ClaudeTooOld."""
     if version < OLDEST_CLAUDE:
         raise ClaudeTooOld(
             f"claude {'.'.join(map(str, version))} on the server is older than "
@@ -9374,8 +9401,8 @@ def _check_age(version: Version) -> None:
 
 
 def cannot_start(problem: OSError) -> OcpError:
-    """The error of a program that the system did not start: is it no program, or is the machine
-    short of something?"""
+    """Return the error for a program that the system did not start: ClaudeMissing if it is not a
+    program, UpstreamFailed if the machine lacks a resource."""
     if problem.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR):
         return ClaudeMissing(
             f"The claude program does not start ({problem.strerror}): {INSTALL_ADVICE}."
@@ -9386,7 +9413,7 @@ def cannot_start(problem: OSError) -> OcpError:
 
 
 class ProbeResult(NamedTuple):
-    """What was found out about a program file, and until when that holds."""
+    """The result of probing a program file, and until when it is valid."""
 
     command: tuple[str, ...]
     stamp: object
@@ -9399,83 +9426,83 @@ _NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 
 
 class ClaudeProgram:
-    """Finds claude and its version. Asks for the version again when the file changes."""
+    """Finds claude and its version. Reads the version again when the file changes."""
 
     def __init__(
         self, config: Config, environ: Mapping[str, str], command: tuple[str, ...],
         clock: Clock = time.monotonic,
     ) -> None:
-        """`command` replaces the search: the demo's own command line."""
+        """`command` replaces the search; the demo passes its own command line."""
         self._config = config
         self._environ = environ
         self._command = command
         self._clock = clock
-        # Held while a version is asked for, so that it is done once. The field below is replaced
-        # as a whole, and may be read without it.
-        self._asking = threading.Lock()
-        self._verdict: ProbeResult | None = None
-        #: When it was last seen to be there.
-        self._seen_s = -math.inf
+        # Held while a version is read, so that only one thread reads it. The field below is
+        # replaced as a whole and can be read without the lock.
+        self._probe_lock = threading.Lock()
+        self._result: ProbeResult | None = None
+        #: When the program was last found.
+        self._last_seen_s = -math.inf
 
     def resolve(self) -> Program:
-        """The program. Raises ClaudeMissing, ClaudeAway or ClaudeTooOld. Blocks for a version's
-        time when the file is new, or when the last failure is a while ago."""
-        verdict = self._known()
-        if verdict is None:
-            with self._asking:
-                verdict = self._known() or self._probe()
-                self._verdict = verdict
-        if verdict.error is not None:
-            raise self.tempered(verdict.error)
-        assert verdict.program is not None
-        self._seen_s = self._clock()
-        return verdict.program
+        """Return the program. Raise ClaudeMissing, ClaudeAway or ClaudeTooOld. Blocks while `claude
+        --version` runs if the file is new or the last failure has expired."""
+        result = self._known()
+        if result is None:
+            with self._probe_lock:
+                result = self._known() or self._probe()
+                self._result = result
+        if result.error is not None:
+            raise self.as_away_if_recent(result.error)
+        assert result.program is not None
+        self._last_seen_s = self._clock()
+        return result.program
 
-    def tempered(self, error: OcpError) -> OcpError:
-        """Return the error to raise for this one: of a program that was there within the last
-        minute, that it will be back."""
+    def as_away_if_recent(self, error: OcpError) -> OcpError:
+        """Return the error to raise: ClaudeAway instead of ClaudeMissing if the program was there
+        within the last minute."""
         if not isinstance(error, ClaudeMissing) or not self._is_away():
             return error
         return ClaudeAway(
-            "The claude program is away at the moment, as while it is updated; try again soon.",
+            "The claude program is missing, perhaps because it is being updated; try again soon.",
             retry_after_s=_AWAY_RETRY_S,
         )
 
     def _is_away(self) -> bool:
-        return self._clock() - self._seen_s < _MAX_AWAY_S
+        return self._clock() - self._last_seen_s < _MAX_AWAY_S
 
-    def correct(self, version: Version) -> None:
-        """Take the word of a process for its version: the file behind a script that starts claude
-        can be exchanged without a change of the script."""
-        with self._asking:
-            verdict = self._verdict
-            if verdict is None or verdict.program in (None, Program(verdict.command, version)):
+    def correct_version(self, version: Version) -> None:
+        """Store the version that a process reports. A script that starts claude can stay the same
+        while the file behind it is replaced."""
+        with self._probe_lock:
+            result = self._result
+            if result is None or result.program in (None, Program(result.command, version)):
                 return
             try:
-                _check_age(version)
-                program = Program(verdict.command, version)
-                self._verdict = verdict._replace(program=program)
+                _check_version(version)
+                program = Program(result.command, version)
+                self._result = result._replace(program=program)
             except ClaudeTooOld as error:
                 until_s = self._clock() + _VERSION_RETRY_S
-                self._verdict = verdict._replace(program=None, error=error, until_s=until_s)
+                self._result = result._replace(program=None, error=error, until_s=until_s)
 
-    def glance(self) -> tuple[Program | None, OcpError | None]:
-        """What is known without asking: the program, or why there is none, or neither yet."""
+    def last_result(self) -> tuple[Program | None, OcpError | None]:
+        """Return the known program, or the known error, or neither, without running anything."""
         try:
             command = self._command or (self._path(),)
             self._stamp_of(command)
         except OcpError as error:
             return None, error
-        verdict = self._verdict
-        return (verdict.program, verdict.error) if verdict is not None else (None, None)
+        result = self._result
+        return (result.program, result.error) if result is not None else (None, None)
 
     def _known(self) -> ProbeResult | None:
-        """The last verdict, as long as it holds."""
-        verdict = self._verdict
-        if verdict is None or self._clock() >= verdict.until_s:
+        """Return the last result while it is valid."""
+        result = self._result
+        if result is None or self._clock() >= result.until_s:
             return None
         with contextlib.suppress(OcpError):
-            return verdict if self._stamp_of(verdict.command) == verdict.stamp else None
+            return result if self._stamp_of(result.command) == result.stamp else None
         return None
 
     def _probe(self) -> ProbeResult:
@@ -9484,9 +9511,9 @@ class ClaudeProgram:
         try:
             command = self._command or (self._path(),)
             stamp = self._stamp_of(command)
-            program = Program(command, self._ask_version(command))
+            program = Program(command, self._read_version(command))
         except OcpError as error:
-            # A failure may heal by itself; a program that is missing is looked for each time.
+            # A failure can be temporary. A missing program is searched again each time.
             pause_s = _AWAY_RETRY_S if self._is_away() else _VERSION_RETRY_S
             until_s = self._clock() + (pause_s if command else 0)
             return ProbeResult(command, stamp, None, error, until_s)
@@ -9501,7 +9528,7 @@ class ClaudeProgram:
             # claude runs in another folder than the server.
             return os.path.abspath(path)
         found = shutil.which("claude", path=self._environ.get("PATH"))
-        for place in () if found else _USUAL_PLACES:
+        for place in () if found else _USUAL_PATHS:
             found = found or shutil.which(os.path.expanduser(place))
         if not found:
             raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.")
@@ -9514,35 +9541,35 @@ class ClaudeProgram:
             raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.") from None
         return status.st_ino, status.st_size, status.st_mtime_ns
 
-    def _ask_version(self, command: tuple[str, ...]) -> Version:
+    def _read_version(self, command: tuple[str, ...]) -> Version:
         try:
-            shown = self._shown_by([*command, "--version"])
+            output = self._output_of([*command, "--version"])
         except OSError as problem:
             raise cannot_start(problem) from None
         except subprocess.TimeoutExpired:
             raise ClaudeMissing(
                 f"The claude program does not answer `--version`: {INSTALL_ADVICE}."
             ) from None
-        version = version_in(shown.decode("utf-8", "replace"))
+        version = version_in(output.decode("utf-8", "replace"))
         if version is None:
             raise ClaudeMissing(
-                f"The claude program does not tell its version: {INSTALL_ADVICE}."
+                f"The claude program does not print its version: {INSTALL_ADVICE}."
             )
-        _check_age(version)
+        _check_version(version)
         return version
 
     def has_login(self, variables: Mapping[str, str]) -> bool:
-        """Return whether claude says that it is logged in, with these variables besides its
-        others. Blocks as long as the question takes. False when it cannot be asked."""
+        """Return whether claude reports a login when it runs with these extra variables. Blocks
+        while `claude auth status` runs. Return False when that fails."""
         with contextlib.suppress(OcpError, OSError, subprocess.TimeoutExpired, ValueError):
             command = [*self.resolve().command, "auth", "status"]
-            return _object(from_json(self._shown_by(command, variables))).get("loggedIn") is True
+            return _object(from_json(self._output_of(command, variables))).get("loggedIn") is True
         return False
 
-    def _shown_by(self, command: list[str], variables: Mapping[str, str] = _NO_VARIABLES) -> bytes:
-        """What a command prints, or the beginning of it. Raises OSError, and TimeoutExpired when
-        it takes too long. It is ended then, and with it all that it started: it may be a script
-        around claude."""
+    def _output_of(self, command: list[str], variables: Mapping[str, str] = _NO_VARIABLES) -> bytes:
+        """Return the output of a command, cut at a limit. Raise OSError, and TimeoutExpired when it
+        takes too long. The whole process group is killed at the end, because the command can be a
+        script around claude."""
         env = {**child_environment(self._environ, self._config), **variables}
         with subprocess.Popen(
             command, env=env, start_new_session=True, bufsize=0,
@@ -9550,38 +9577,36 @@ class ClaudeProgram:
         ) as popen:
             assert popen.stdout is not None
             try:
-                shown = _read_some(popen.stdout.fileno(), _VERSION_PROBE_TIMEOUT_S)
+                output = _read_output(popen.stdout.fileno(), _VERSION_PROBE_TIMEOUT_S)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     popen.wait(_END_GRACE_S)
-                return shown
+                return output
             finally:
                 with contextlib.suppress(OSError):
                     os.killpg(popen.pid, signal.SIGKILL)
 
 
-def _read_some(descriptor: int, timeout_s: float) -> bytes:
-    """What can be read up to the end, or to as much as is wanted. Raises TimeoutExpired."""
-    give_up_s = time.monotonic() + timeout_s
-    waiting, shown = select.poll(), b""
-    waiting.register(descriptor, select.POLLIN)
-    while len(shown) < _MAX_SHOWN_BYTES:
-        left_s = give_up_s - time.monotonic()
-        if left_s <= 0 or not waiting.poll(left_s * 1000):
+def _read_output(descriptor: int, timeout_s: float) -> bytes:
+    """Read up to the end or the limit. Raise TimeoutExpired."""
+    deadline_s = time.monotonic() + timeout_s
+    poll, output = select.poll(), b""
+    poll.register(descriptor, select.POLLIN)
+    while len(output) < _MAX_OUTPUT_BYTES:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0 or not poll.poll(left_s * 1000):
             raise subprocess.TimeoutExpired("claude", timeout_s)
         piece = os.read(descriptor, 65_536)
         if not piece:
             break
-        shown += piece
-    return shown
+        output += piece
+    return output
 
 
 def work_folder(config: Config, environ: Mapping[str, str]) -> str:
-    """Return the folder that claude runs in, which is there now.
-
-    claude tells every model its path: outside agent mode it says nothing of the owner, is empty,
-    and stays the same, so that the API's prompt cache goes on working. Not the root folder:
-    2.1.197 lists all files below.
-    """
+    """Create and return the folder in which claude runs. claude puts its path into every request.
+    So outside agent mode the path does not identify the owner, the folder is empty, and the path
+    stays the same, which keeps the API's prompt cache valid. It is not the root folder, because
+    2.1.197 lists all files below it."""
     if config.is_agent:
         folder = os.path.expanduser(config.agent_folder) or os.path.join(config.home_path, "empty")
         with contextlib.suppress(OSError):
@@ -9595,57 +9620,57 @@ def work_folder(config: Config, environ: Mapping[str, str]) -> str:
     with contextlib.suppress(OSError):
         os.makedirs(folder, mode=0o700, exist_ok=True)
         if os.lstat(folder).st_uid != os.getuid() or os.path.islink(folder):
-            # It is somebody else's, who would choose what claude finds there.
+            # Another user owns it and could put files into it for claude.
             return tempfile.mkdtemp(prefix="ocp-", dir=parent)
     return folder
 
 
-def left_files(
+def leftover_paths(
     pid: int, env: Mapping[str, str], folder: str, platform: str = sys.platform
 ) -> list[str]:
-    """Return what a claude that was killed may leave behind: the socket on which it listens for
-    other sessions, and on macOS the folder of its logs, which hold failed tool calls word for
-    word; `folder` is where it ran."""
+    """Return the paths that a killed claude can leave behind: the socket on which it listens for
+    other sessions, and on macOS the folder of its logs, which hold failed tool calls. `folder` is
+    the folder in which it ran."""
     runtime = env.get("XDG_RUNTIME_DIR") or env.get("CLAUDE_CODE_TMPDIR") or env.get("TMPDIR")
     sockets = (os.path.join(runtime or "/tmp", "cc-socks"), f"/tmp/cc-socks-{os.getuid()}")
-    left = [os.path.join(sockets_of, f"{pid}.sock") for sockets_of in sockets]
+    paths = [os.path.join(parent, f"{pid}.sock") for parent in sockets]
     if platform == "darwin" and env.get("HOME"):
-        # Elsewhere XDG_CACHE_HOME says where they go.
+        # On other systems XDG_CACHE_HOME sets the folder of the logs.
         caches = os.path.join(env["HOME"], "Library", "Caches", "claude-cli-nodejs")
         name = re.sub(r"[^a-zA-Z0-9]", "-", os.path.realpath(folder))
-        left.append(os.path.join(caches, name))
-    return left
+        paths.append(os.path.join(caches, name))
+    return paths
 
 
-#: What claude needs to know of the account; nothing of it says who the owner is.
+#: The account fields that claude needs; none identifies the owner.
 _ACCOUNT_FIELDS = (
     "accountUuid", "organizationUuid", "organizationType", "billingType", "accountCreatedAt",
     "subscriptionCreatedAt", "hasExtraUsageEnabled", "ccOnboardingFlags", "userRateLimitTier",
     "organizationRateLimitTier", "seatTier",
 )
-#: As if the profile had been fetched in 2100: claude then does not ask for it, and so does not
-#: learn the address anew.
-_NEVER_FETCH_MS = 4_102_444_800_000
+#: The time of a profile fetched in 2100: claude then does not fetch the profile, and so does not
+#: get the e-mail address again.
+_FETCHED_IN_2100_MS = 4_102_444_800_000
 
 
 class ClaudeFolder:
     """The configuration folder of the claudes that the server starts.
 
-    From its owner's own folder, claude takes the owner's e-mail address into the first message of
-    every conversation (2.1.197 to 2.1.332). In this folder it finds the account without address
-    and names. The login stays where it is, and only claude reads it: an empty
-    CLAUDE_SECURESTORAGE_CONFIG_DIR means the place of old.
+    With its owner's own folder, claude puts the owner's e-mail address into the first message of
+    every conversation (2.1.197 to 2.1.332). In this folder it finds the account without address and
+    names. The login stays in the owner's folder and only claude reads it: an empty
+    CLAUDE_SECURESTORAGE_CONFIG_DIR selects the default place.
 
-    Where claude finds no login that way but does with the owner's folder, that one is used after
-    all: seen nowhere, but the keychain of macOS was not tried. `is_private` says which.
+    If claude finds its login only with the owner's folder, that folder is used and `is_private` is
+    False. No such system is known, but the keychain of macOS was not tested.
     """
 
     def __init__(
         self, path: str, environ: Mapping[str, str], log: Log,
         logged_in: Callable[[Mapping[str, str]], bool] | None = None,
     ) -> None:
-        """`logged_in` says whether claude has a login with more variables; None = it always has
-        the same one, whatever its folder."""
+        """`logged_in` returns whether claude has a login with extra variables. None means that the
+        login does not depend on the folder."""
         self._path = path
         self._log = log
         self._logged_in = logged_in
@@ -9656,25 +9681,25 @@ class ClaudeFolder:
             own or os.path.join(home, ".claude"), ".credentials.json"
         )
         self._variables = {"CLAUDE_CONFIG_DIR": path, "CLAUDE_SECURESTORAGE_CONFIG_DIR": own}
-        # Guards the two fields below and the file. Held while claude is asked for its login, once.
+        # Guards the two fields below and the file. Held while claude checks its login, once.
         self._lock = threading.Lock()
-        self._checked = logged_in is None
+        self._login_checked = logged_in is None
         self.is_private = True
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that lead a claude to the folder, which is made ready; none where
-        the owner's folder has to do."""
+        """Prepare the folder and return the variables that select it; none if the owner's folder
+        has to be used."""
         with self._lock:
             try:
                 self._prepare()
             except OSError as problem:
-                self._give_up(f"{self._path} cannot be written: {problem}")
-            if not self._checked:
-                self._check()
+                self._use_owner_folder(f"{self._path} cannot be written: {problem}")
+            if not self._login_checked:
+                self._check_login()
             return dict(self._variables) if self.is_private else {}
 
     def login_stamp(self) -> object:
-        """Return what changes whenever claude's credentials do, where they are in a file."""
+        """Return a value that changes with claude's credentials file; None without such a file."""
         try:
             status = os.stat(self._credentials)
         except OSError:
@@ -9682,39 +9707,39 @@ class ClaudeFolder:
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def login_changed(self) -> None:
-        """Look at the next start again where claude has its login."""
+        """Check again at the next start where claude finds its login."""
         with self._lock:
-            self._checked, self.is_private = self._logged_in is None, True
+            self._login_checked, self.is_private = self._logged_in is None, True
 
-    def _check(self) -> None:
+    def _check_login(self) -> None:
         assert self._logged_in is not None
-        self._checked = True
+        self._login_checked = True
         if not self._logged_in(self._variables) and self._logged_in({}):
-            self._give_up("claude has its login in its own folder only")
+            self._use_owner_folder("claude has its login in its own folder only")
 
-    def _give_up(self, why: str) -> None:
+    def _use_owner_folder(self, why: str) -> None:
         if self.is_private:
             self._log.event(
                 "warn", "owner_not_hidden", error=why,
-                help="claude tells the e-mail address of its login to whoever asks",
+                help="claude puts the e-mail address of its login into each conversation",
             )
         self.is_private = False
 
     def _prepare(self) -> None:
-        """Brings the file of the folder up to date. Raises OSError."""
+        """Update the file in the folder. Raise OSError."""
         os.makedirs(self._path, mode=0o700, exist_ok=True)
         path = os.path.join(self._path, ".claude.json")
         found = _json_object_of(path)
         account = _object(_json_object_of(self._source).get("oauthAccount"))
         wanted: Json = {name: account[name] for name in _ACCOUNT_FIELDS if name in account}
-        wanted["profileFetchedAt"] = _NEVER_FETCH_MS
+        wanted["profileFetchedAt"] = _FETCHED_IN_2100_MS
         if found.get("oauthAccount") != wanted or not found.get("hasCompletedOnboarding"):
-            told = {**found, "hasCompletedOnboarding": True, "oauthAccount": wanted}
-            write_private(path, to_json(told).decode("utf-8"))
+            updated = {**found, "hasCompletedOnboarding": True, "oauthAccount": wanted}
+            write_private(path, to_json(updated).decode("utf-8"))
 
 
 def _json_object_of(path: str) -> Json:
-    """The JSON object in a file of claude's; empty if there is none to be read."""
+    """Return the JSON object in a file of claude's; an empty object if it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             return _object(from_json(file.read()))
@@ -9722,27 +9747,25 @@ def _json_object_of(path: str) -> Json:
         return {}
 
 
-#: Kills the process groups that are left when the server's end of the pipe closes.
-_GUARDIAN_SOURCE = """
+#: The watchdog's program. It ends the remaining process groups when its input closes.
+_WATCHDOG_SOURCE = """
 import os, signal, sys, time
-left = set()
+groups = set()
 for line in sys.stdin:
-    (left.add if line[0] == "+" else left.discard)(int(line[1:]))
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
 for number in (signal.SIGINT, signal.SIGKILL):
-    for group in left:
+    for group in groups:
         try:
             os.killpg(group, number)
         except OSError:
             pass
-    time.sleep(0.5 if left else 0)
+    time.sleep(0.5 if groups else 0)
 """
 
 
 class Watchdog:
-    """A tiny process that outlives the server by a moment and ends the children left behind.
-
-    A claude that is answering does not notice that the server was killed; this one does.
-    """
+    """A small process that outlives the server briefly and ends the children that are left. A
+    claude that is answering does not notice that the server was killed; the watchdog does."""
 
     def __init__(self) -> None:
         # Guards everything below. Held for a write of a few bytes or for starting the process.
@@ -9751,20 +9774,20 @@ class Watchdog:
         self._process: subprocess.Popen[bytes] | None = None
 
     def watch(self, group: int) -> None:
-        """From now on this process group must not outlive the server. Raises OSError."""
+        """End this process group when the server ends. Raise OSError."""
         with self._lock:
             self._groups.add(group)
-            if self._process is None or not self._told(f"+{group}\n"):
+            if self._process is None or not self._send(f"+{group}\n"):
                 self._restart()
 
     def forget(self, group: int) -> None:
-        """This process group is gone."""
+        """Remove a process group that has ended."""
         with self._lock:
             self._groups.discard(group)
-            self._told(f"-{group}\n")
+            self._send(f"-{group}\n")
 
-    def _told(self, text: str) -> bool:
-        """Whether the guardian is there and took this."""
+    def _send(self, text: str) -> bool:
+        """Write a line to the watchdog. Return whether that succeeded."""
         if self._process is None or self._process.stdin is None:
             return False
         try:
@@ -9774,16 +9797,16 @@ class Watchdog:
         return True
 
     def _restart(self) -> None:
-        """Starts one that knows every group. Raises OSError."""
+        """Start a new watchdog with all groups. Raise OSError."""
         self._end()
-        # Its interpreter may need to find its library; nothing else of the environment is its.
+        # The interpreter may need this variable to find its library; it gets no other.
         kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARDIAN_SOURCE],
+            [sys.executable, "-I", "-S", "-c", _WATCHDOG_SOURCE],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             bufsize=0, start_new_session=True, cwd="/", env=kept,
         )
-        self._told("".join(f"+{group}\n" for group in self._groups))
+        self._send("".join(f"+{group}\n" for group in self._groups))
 
     def _end(self) -> None:
         process, self._process = self._process, None
@@ -9797,40 +9820,42 @@ class Watchdog:
                 process.wait()
 
     def close(self) -> None:
-        """Ends it, and with it whatever it still watches. Blocks for two seconds at most."""
+        """End the watchdog, which ends the groups that it still has. Blocks for two seconds at
+        most."""
         with self._lock:
             self._end()
 
 
-#: How long a process gets to end by itself before it is killed.
+#: The time that a process gets to end by itself before it is killed.
 _END_GRACE_S = 2.0
-#: How long claude may take to answer a control request, and how long it may say nothing.
-_ANSWER_TIMEOUT_S = 20.0
-#: A claude that still works at its start may take longer: many may start at once on a slow machine.
+#: The longest time for the reply to a control request, and the longest silence.
+_REPLY_TIMEOUT_S = 20.0
+#: A longer limit for a claude that is still starting: many can start at once on a slow machine.
 _MAX_START_S = 60.0
-#: A line longer than this is no line of claude's, and who prints so much between two of claude's
-#: lines is not claude. Each line that means nothing counts as some more bytes than it has.
+#: The longest line that claude can print, and the most other output between two of its lines. Each
+#: meaningless line counts as some more bytes than it has.
 _MAX_CLAUDE_LINE_BYTES = 64 * 1024 * 1024
 _LINE_COST_BYTES = 100
-_STDERR_KEPT_BYTES = 4096
-#: Lines that claude prints in a turn: what it was told before has arrived.
+_STDERR_TAIL_BYTES = 4096
+#: Types of lines of a running turn. They show that claude has read all earlier requests.
 _TURN_LINES = ("assistant", "result", "stream_event", "system", "user")
 _CONTROL_REQUEST = b'{"type":"control_request"'
+#: The id of the control request that probes a silent claude.
 _PRESENCE_ID = "presence"
 
 
-def presence_line() -> bytes:
-    """What asks claude whether it is there: in the middle of a turn too, and without effect."""
+def presence_request() -> bytes:
+    """Return a control request without effect. claude answers it even in the middle of a turn."""
     request = {"subtype": "mcp_status"}
     return _line({"type": "control_request", "request_id": _PRESENCE_ID, "request": request})
 
 
-def _answers_presence(line: Json) -> bool:
+def _is_presence_reply(line: Json) -> bool:
     return _object(line.get("response")).get("request_id") == _PRESENCE_ID
 
 
 def processor_s(pid: int) -> float:
-    """Return how long a process has worked; 0 where the system does not say."""
+    """Return the processor time that a process has used; 0 where the system does not report it."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -9839,59 +9864,76 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-class Patience:
-    """How long a claude is waited for that may hang: it answers control requests in time, and it
-    is never silent for long. While the API makes it wait, it is asked whether it is there."""
+# How a hanging claude is found, without limiting how long the API may take:
+#
+# - claude answers control requests within _REPLY_TIMEOUT_S. A line of the turn also shows that it
+#   has read them.
+# - After half of that time without a line, one presence request is sent, which claude answers even
+#   while it waits for the API. Without a reply in the other half, claude hangs.
+# - A claude that has printed nothing yet gets up to _MAX_START_S while it uses the processor.
+
+
+class HangDetector:
+    """Decides from claude's output whether it hangs."""
 
     def __init__(self, now_s: float) -> None:
-        #: When it last said something, or was first waited for.
-        self._heard_s = now_s
-        #: Control requests without an answer, and since when.
-        self._owed = 0
-        self._owed_since_s = now_s
-        self._was_asked = False
+        #: When the last line came, or the wait began.
+        self._last_line_s = now_s
+        #: The number of control requests without a reply, and since when there are any.
+        self._unanswered = 0
+        self._unanswered_since_s = now_s
+        self._probe_sent = False
 
-    def told(self, data: bytes, now_s: float) -> None:
-        """Notes what claude is told."""
+    def record_sent(self, data: bytes, now_s: float) -> None:
+        """Count the control requests in data that is sent."""
         count = data.startswith(_CONTROL_REQUEST) + data.count(b"\n" + _CONTROL_REQUEST)
-        if count and not self._owed:
-            self._owed_since_s = now_s
-        self._owed += count
+        if count and not self._unanswered:
+            self._unanswered_since_s = now_s
+        self._unanswered += count
 
-    def asked(self) -> None:
-        """Notes that claude was asked whether it is there."""
-        self._was_asked = True
+    def record_probe(self) -> None:
+        """Record that the presence request was sent."""
+        self._probe_sent = True
 
-    def heard(self, line: Json, now_s: float) -> bool:
-        """Notes a line, and returns whether it is one of those that show that claude is there."""
+    def record_line(self, line: Json, now_s: float) -> bool:
+        """Record a line. Return whether claude itself printed it."""
         kind = line.get("type")
         if kind in _TURN_LINES:
-            self._owed = 0
+            self._unanswered = 0
         elif kind != "control_response":
             return False
-        elif not _answers_presence(line):
-            self._owed = max(0, self._owed - 1)
-        self._heard_s, self._was_asked = now_s, False
+        elif not _is_presence_reply(line):
+            self._unanswered = max(0, self._unanswered - 1)
+        self._last_line_s, self._probe_sent = now_s, False
         return True
 
-    def excuse(self, span_s: float) -> None:
-        """Leaves a time out of account in which nobody listened to claude."""
-        self._heard_s += span_s
-        self._owed_since_s += span_s
+    def exclude_time(self, span_s: float) -> None:
+        """Exclude a time span in which nobody read claude's output."""
+        self._last_line_s += span_s
+        self._unanswered_since_s += span_s
 
-    def ask_at_s(self) -> float:
-        """When to ask claude whether it is there; never twice for one silence."""
-        return math.inf if self._was_asked else self._heard_s + _ANSWER_TIMEOUT_S / 2
+    def probe_at_s(self) -> float:
+        """Return when to send the presence request; once for each silence."""
+        return math.inf if self._probe_sent else self._last_line_s + _REPLY_TIMEOUT_S / 2
 
-    def ends_at_s(self) -> float:
-        """When claude has to be taken for one that hangs."""
-        silent_s = self._heard_s if self._was_asked else math.inf
-        owed_s = self._owed_since_s if self._owed else math.inf
-        return min(silent_s, owed_s) + _ANSWER_TIMEOUT_S
+    def hung_at_s(self) -> float:
+        """Return when claude counts as hung."""
+        silent_s = self._last_line_s if self._probe_sent else math.inf
+        unanswered_s = self._unanswered_since_s if self._unanswered else math.inf
+        return min(silent_s, unanswered_s) + _REPLY_TIMEOUT_S
+
+
+def _nonblocking_pipes(popen: subprocess.Popen[bytes]) -> list[int]:
+    """Make the three pipes of a child non-blocking and return their descriptors."""
+    pipes = (popen.stdin, popen.stdout, popen.stderr)
+    descriptors = [pipe.fileno() for pipe in pipes if pipe is not None]
+    for descriptor in descriptors:
+        os.set_blocking(descriptor, False)
+    return descriptors
 
 
 class ClaudeProcess:
-    """One child. It serves one caller, one conversation at a time, and is then dismissed."""
+    """One child process. It serves one caller, one conversation at a time, and is then stopped."""
 
     def __init__(
         self,
@@ -9903,61 +9945,57 @@ class ClaudeProcess:
         cwd: str,
         version: Version = OLDEST_CLAUDE,
         watchdog: Watchdog | None = None,
-        notice: Callable[[Json], None] | None = None,
+        on_report: Callable[[Json], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Starts it. `notice` gets what it says about the plan, whenever it says it, and about
-        its version if that is not `version`; it must not block. Raises ClaudeMissing,
-        UpstreamFailed when it cannot be started."""
+        """Start the process. `on_report` gets its lines about the plan, also after an answer, and
+        its `init` line if it reports another version than `version`. The callback must not block.
+        Raise ClaudeMissing, or UpstreamFailed when the process cannot be started."""
         self.model_id = model_id
         self.version = version
         self.born_s = clock()
         self._clock = clock
         self._watchdog = watchdog
-        self._notice = notice
-        #: The client's tools, for whoever asks for them in claude.
+        self._on_report = on_report
+        #: The client's tools.
         self.tools = ToolServer(())
-        #: Whether it hangs, or prints what is not claude's: it is of no use any more.
+        #: Whether the process hangs or prints output that is not claude's. It is not used any more.
         self.broken = False
-        #: Whether it says that it is of another version than it was started as.
-        self.misjudged = False
-        #: How many questions it was made to forget.
+        #: Whether the process reports another version than it was started with.
+        self.version_differs = False
+        #: How often the process was rewound.
         self.rewinds = 0
-        #: How many messages it was told before its first question: others may begin with the same.
-        self.told = 0
+        #: How many messages of history the process got before its first question: other
+        #: conversations can start with the same ones.
+        self.history_messages = 0
         self._unread = bytearray()
-        #: How much of it is known to hold no end of a line.
+        #: How many of these bytes contain no end of a line.
         self._searched = 0
-        #: What it printed since the last line that shows that it is there.
+        #: Bytes of output since the last line that claude itself printed.
         self._noise_bytes = 0
-        self._patience = Patience(clock())
-        #: Whether it ever said anything, and how long it had worked when it was last looked at.
-        self._spoke = False
-        self._worked_s = 0.0
+        self._hang_detector = HangDetector(clock())
+        #: Whether the process has printed anything, and its processor time at the last probe.
+        self._has_printed = False
+        self._processor_s = 0.0
         self._unsent = bytearray()
         self._stderr_tail = bytearray()
-        #: When the client last got something; silence is counted from there.
-        self._spoke_s = 0.0
-        #: Whether claude has said that what it was last asked is over.
-        self._settled = True
+        #: When the client last got an event. A Tick is due `tick_s` later.
+        self._last_event_s = 0.0
+        #: Whether claude has printed the `result` of its last turn.
+        self._turn_is_over = True
         self._ended = False
         self._kill_at_s: float | None = None
-        self._popen = self._started([*command, *claude_arguments(model_id, config)], env, cwd)
-        self._left_files = left_files(self._popen.pid, env, cwd)
+        self._popen = self._spawn([*command, *claude_arguments(model_id, config)], env, cwd)
+        self._leftover_paths = leftover_paths(self._popen.pid, env, cwd)
         if config.is_agent:
-            # The folder, and so its logs, may be the owner's too.
-            del self._left_files[2:]
-        pipes = (self._popen.stdin, self._popen.stdout, self._popen.stderr)
-        self._stdin, self._stdout, self._stderr = (
-            pipe.fileno() for pipe in pipes if pipe is not None
-        )
-        for descriptor in (self._stdin, self._stdout, self._stderr):
-            os.set_blocking(descriptor, False)
+            # In agent mode the owner can use the same folder, and so the same logs.
+            del self._leftover_paths[2:]
+        self._stdin, self._stdout, self._stderr = _nonblocking_pipes(self._popen)
 
-    def _started(
+    def _spawn(
         self, command: list[str], env: Mapping[str, str], cwd: str
     ) -> subprocess.Popen[bytes]:
-        """The child, watched by the guardian. Raises ClaudeMissing, UpstreamFailed."""
+        """Start the child and add it to the watchdog. Raise ClaudeMissing, UpstreamFailed."""
         try:
             popen = subprocess.Popen(
                 command,
@@ -9976,57 +10014,59 @@ class ClaudeProcess:
         return popen
 
     def __repr__(self) -> str:
-        state = "leaving" if self._kill_at_s else "ended" if self._ended else "alive"
+        state = "stopping" if self._kill_at_s else "ended" if self._ended else "alive"
         return f"<claude {self.model_id} pid={self._popen.pid} {state}>"
 
     @property
     def pid(self) -> int:
-        """Its process id, which is its process group's too."""
+        """Return the process id, which is the id of its process group too."""
         return self._popen.pid
 
     def alive(self) -> bool:
-        """Whether it still runs and is of use."""
+        """Return whether the process runs and is not broken."""
         return not self.broken and self._popen.poll() is None
 
     # -- talking ------------------------------------------------------------------------------
 
-    def converse(self, script: TurnInput, watch: WaitLimits, reader: TurnReader) -> Iterator[Event]:
-        """The events of the answer, Ticks among them.
+    def converse(
+        self, turn_input: TurnInput, limits: WaitLimits, reader: TurnReader
+    ) -> Iterator[Event]:
+        """Send one turn and yield the events of its answer, and Ticks.
 
-        With results of tool calls the turn that asked for them goes on, and no step is needed.
-        Ends after Finished. Raises what went wrong: an error that claude reports, its death,
-        UpstreamTimeout at the deadline, ClientGone. One that hangs is `broken` then.
+        Tool results continue the turn that ended with the calls; no step is needed then. The
+        iterator ends after Finished. Raise an error that claude reports or that its exit causes,
+        UpstreamTimeout at the deadline, ClientGone. A process that hangs is `broken` afterwards.
         """
-        self._spoke_s = self._clock()
-        self._patience = Patience(self._spoke_s)
-        # A failure may be kept, and with it all that its traceback leads to.
-        with contextlib.closing(self._lines(watch)) as lines:
-            if not script.results and not self._settled:
+        self._last_event_s = self._clock()
+        self._hang_detector = HangDetector(self._last_event_s)
+        # A kept exception also keeps alive what its traceback refers to.
+        with contextlib.closing(self._lines(limits)) as lines:
+            if not turn_input.results and not self._turn_is_over:
                 yield from self._until_result(lines)
-            for step in script.steps[:-1]:
-                self._tell(step)
+            for step in turn_input.steps[:-1]:
+                self._send(step)
                 yield from self._until_result(lines)
-            self._tell(self.tools.deliver(script.results) + b"".join(script.steps[-1:]))
-            self._settled = False
+            self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
+            self._turn_is_over = False
             for line in lines:
                 events = [Tick()] if line is None else reader.events(line)
                 if events:
                     yield from events
-                    self._spoke_s = self._clock()
+                    self._last_event_s = self._clock()
                 if reader.finished:
                     return
 
-    def control(self, requests: list[bytes], watch: WaitLimits) -> list[Json]:
-        """The answers to control requests, in their order, after what it was asked before is over.
-        Raises what `converse` raises."""
-        self._patience = Patience(self._clock())
+    def control(self, requests: list[bytes], limits: WaitLimits) -> list[Json]:
+        """Send control requests and return the replies in the same order. Waits first until the
+        last turn is over. Raise what `converse` raises."""
+        self._hang_detector = HangDetector(self._clock())
         answers: list[Json] = []
-        with contextlib.closing(self._lines(watch)) as lines:
-            if not self._settled:
-                # An answer may be complete before claude says that its turn is over.
+        with contextlib.closing(self._lines(limits)) as lines:
+            if not self._turn_is_over:
+                # An answer can be complete before claude prints the `result` of its turn.
                 for _ in self._until_result(lines):
                     pass
-            self._tell(b"".join(requests))
+            self._send(b"".join(requests))
             for line in lines:
                 if line is not None and line.get("type") == "control_response":
                     check_control_response(line)
@@ -10035,12 +10075,12 @@ class ClaudeProcess:
                     break
         return answers
 
-    def _tell(self, data: bytes) -> None:
+    def _send(self, data: bytes) -> None:
         self._unsent += data
-        self._patience.told(data, self._clock())
+        self._hang_detector.record_sent(data, self._clock())
 
     def _until_result(self, lines: Iterator[Json | None]) -> Iterator[Event]:
-        """Waits until claude has taken a message of the history."""
+        """Wait until claude has accepted a message of the history."""
         for line in lines:
             if line is None:
                 yield Tick()
@@ -10050,80 +10090,81 @@ class ClaudeProcess:
                 check_history_result(line)
                 return
 
-    def _lines(self, watch: WaitLimits) -> Generator[Json | None, None, None]:
-        """Each line that claude prints, and None whenever the client has had nothing for `tick_s`:
-        there are lines that mean nothing to it. Raises UpstreamFailed when claude hangs."""
-        if watch.client.gone():
-            # One that was made to leave shows nothing on its socket.
+    def _lines(self, limits: WaitLimits) -> Generator[Json | None, None, None]:
+        """Yield each line of claude, and None whenever the client has had no event for `tick_s`.
+        Raise UpstreamFailed when claude hangs or exits."""
+        if limits.client.gone():
+            # A client that was cancelled earlier may show no event on its descriptor.
             raise ClientGone
-        with self._selector(watch.client) as selector:
+        with self._selector(limits.client) as selector:
             while True:
-                yield from self._heard_lines()
+                yield from self._visible_lines()
                 if self._ended:
-                    if watch.client.gone():
+                    if limits.client.gone():
                         raise ClientGone
-                    raise self._death()
-                until_s = min(watch.deadline_s, self._wait_until_s())
+                    raise self._exit_error()
+                until_s = min(limits.deadline_s, self._probe_if_silent())
                 self._flush(selector)
-                if watch.tick_s:
-                    until_s = min(until_s, self._spoke_s + watch.tick_s)
+                if limits.tick_s:
+                    until_s = min(until_s, self._last_event_s + limits.tick_s)
                 for key, _ in selector.select(max(0.0, until_s - self._clock())):
                     key.data(selector)
                 now_s = self._clock()
-                if now_s >= watch.deadline_s:
+                if now_s >= limits.deadline_s:
                     raise UpstreamTimeout("The answer took longer than CLAUDE_TIMEOUT allows.")
-                if watch.tick_s and now_s - self._spoke_s >= watch.tick_s:
-                    self._spoke_s = now_s
-                    # Something that it started may hold its pipes open after its end.
+                if limits.tick_s and now_s - self._last_event_s >= limits.tick_s:
+                    self._last_event_s = now_s
+                    # A process that claude started can hold the pipes open after claude's end.
                     self._ended = self._ended or not self.alive()
                     yield None
-                    self._patience.excuse(self._clock() - now_s)
+                    self._hang_detector.exclude_time(self._clock() - now_s)
 
-    def _heard_lines(self) -> Iterator[Json]:
-        """The complete lines read so far, but for what is no business of who asks."""
-        for line in self._take_lines():
-            if not _answers_presence(line):
+    def _visible_lines(self) -> Iterator[Json]:
+        """Yield the complete lines read so far, without replies to presence requests."""
+        for line in self._complete_lines():
+            if not _is_presence_reply(line):
                 yield line
-            # Only now: the time that the client takes for a line is not claude's.
-            if self._patience.heard(line, self._clock()):
-                self._noise_bytes, self._spoke = 0, True
+            # After the yield: the time that the client takes for a line is not claude's.
+            if self._hang_detector.record_line(line, self._clock()):
+                self._noise_bytes, self._has_printed = 0, True
 
-    def _wait_until_s(self) -> float:
-        """Until when to wait for claude, which is asked whether it is there when it is silent.
-        Raises UpstreamFailed when it hangs."""
+    def _probe_if_silent(self) -> float:
+        """Return until when to wait for output. Send a presence request to a silent claude. Raise
+        UpstreamFailed when claude hangs."""
         now_s = self._clock()
-        if now_s >= self._patience.ends_at_s() and not self._still_starts():
+        if now_s >= self._hang_detector.hung_at_s() and not self._is_still_starting():
             self.broken = True
             raise UpstreamFailed(
-                f"claude on the server hung: it gave no answer for {_ANSWER_TIMEOUT_S:.0f} s."
+                f"claude on the server hung: it gave no answer for {_REPLY_TIMEOUT_S:.0f} s."
             )
-        if now_s >= self._patience.ask_at_s():
-            self._unsent += presence_line()
-            self._patience.asked()
-            self._worked_s = processor_s(self.pid)
-        return min(self._patience.ask_at_s(), self._patience.ends_at_s())
+        if now_s >= self._hang_detector.probe_at_s():
+            self._unsent += presence_request()
+            self._hang_detector.record_probe()
+            self._processor_s = processor_s(self.pid)
+        return min(self._hang_detector.probe_at_s(), self._hang_detector.hung_at_s())
 
-    def _still_starts(self) -> bool:
-        """Whether it has not said anything yet, but is at work; it gets more time then."""
-        worked_s, self._worked_s = self._worked_s, processor_s(self.pid)
+    def _is_still_starting(self) -> bool:
+        """Return whether the process has printed nothing yet but uses the processor. It gets more
+        time then."""
+        before_s, self._processor_s = self._processor_s, processor_s(self.pid)
         is_young = self._clock() - self.born_s < _MAX_START_S
-        if self._spoke or not is_young or self._worked_s <= worked_s:
+        if self._has_printed or not is_young or self._processor_s <= before_s:
             return False
-        self._patience.excuse(_ANSWER_TIMEOUT_S / 2)
+        self._hang_detector.exclude_time(_REPLY_TIMEOUT_S / 2)
         return True
 
     def _selector(self, client: Client) -> selectors.BaseSelector:
-        def client_speaks(selector: selectors.BaseSelector) -> None:
+        def check_client(selector: selectors.BaseSelector) -> None:
             if client.gone():
                 raise ClientGone
             if not client.can_detect_hangup():
-                # It sent more than is kept for later: from now on its end cannot be seen.
+                # It sent more than the read-ahead buffer holds: its hang-up cannot be seen.
                 selector.unregister(client.fileno())
 
         selector = selectors.DefaultSelector()
         selector.register(self._stdout, selectors.EVENT_READ, self._read_stdout)
         selector.register(self._stderr, selectors.EVENT_READ, self._read_stderr)
-        selector.register(client.fileno(), selectors.EVENT_READ, client_speaks)
+        selector.register(client.fileno(), selectors.EVENT_READ, check_client)
         return selector
 
     def _read_stdout(self, _selector: object) -> None:
@@ -10137,20 +10178,20 @@ class ClaudeProcess:
         if piece == b"" and selector is not None:
             selector.unregister(self._stderr)
         self._stderr_tail += piece or b""
-        del self._stderr_tail[:-_STDERR_KEPT_BYTES]
+        del self._stderr_tail[:-_STDERR_TAIL_BYTES]
         self._noise_bytes += len(piece or b"")
         self._check_noise(self._noise_bytes)
 
     def _check_noise(self, size_bytes: int) -> None:
-        """Raises UpstreamFailed when this is more than claude can have printed."""
+        """Raise UpstreamFailed when this is more than claude can have printed."""
         if size_bytes > _MAX_CLAUDE_LINE_BYTES:
             self.broken = True
             self._unread.clear()
             self._searched = 0
-            raise UpstreamFailed("claude on the server printed too much that means nothing.")
+            raise UpstreamFailed("claude on the server printed too much foreign output.")
 
     def _read(self, descriptor: int) -> bytes | None:
-        """What is there to read: empty at the end, None when there is nothing yet."""
+        """Return the available data: empty at the end, None when there is none yet."""
         try:
             return os.read(descriptor, 262_144)
         except BlockingIOError:
@@ -10159,7 +10200,7 @@ class ClaudeProcess:
             return b""
 
     def _flush(self, selector: selectors.BaseSelector) -> None:
-        """Writes what the pipe takes, and waits for room only while something is left."""
+        """Write what the pipe takes. Register for room in the pipe only while data is left."""
         left = self._write_some()
         waits = self._stdin in selector.get_map()
         if left and not waits:
@@ -10168,7 +10209,7 @@ class ClaudeProcess:
             selector.unregister(self._stdin)
 
     def _write_some(self) -> bool:
-        """Writes what the pipe takes; whether something is left."""
+        """Write what the pipe takes. Return whether data is left."""
         try:
             while self._unsent:
                 written = os.write(self._stdin, self._unsent[:262_144])
@@ -10176,13 +10217,14 @@ class ClaudeProcess:
         except BlockingIOError:
             return True
         except OSError:
-            # It is ending; what it has to say about that is on its other pipes.
+            # The process is ending. The other pipes have the reason.
             self._unsent.clear()
         return False
 
-    def _take_lines(self) -> Iterator[Json]:
-        """The complete lines read so far, parsed. What is no JSON object is no line of claude's:
-        a plugin's print, say. Half an object is worse: something of the answer is lost."""
+    def _complete_lines(self) -> Iterator[Json]:
+        """Yield the complete lines read so far, parsed. Skip a line that is no JSON object, such as
+        a plugin's output. Raise UpstreamFailed for broken JSON: a part of the answer is lost
+        then."""
         while True:
             end = self._unread.find(b"\n", self._searched)
             if end < 0:
@@ -10198,54 +10240,54 @@ class ClaudeProcess:
             try:
                 line = from_json(raw)
             except ValueError:
-                raise UpstreamFailed("claude printed a line that is broken.") from None
+                raise UpstreamFailed("claude printed a broken line of JSON.") from None
             if isinstance(line, dict):
-                self._note(line)
+                self._handle_line(line)
                 yield line
 
-    def _note(self, line: Json) -> None:
-        """Does what a line asks for, whoever listens."""
+    def _handle_line(self, line: Json) -> None:
+        """Do what a line requires whether or not a request reads it."""
         kind = line.get("type")
         if kind == "control_request":
             self._unsent += self.tools.reply(line)
-        self._settled = self._settled or kind == "result"
-        # It comes behind the end of an answer, when nobody listens any more.
-        is_news = kind == "rate_limit_event"
+        self._turn_is_over = self._turn_is_over or kind == "result"
+        # This line comes after the end of an answer, when no request reads any more.
+        has_news = kind == "rate_limit_event"
         if kind == "system" and line.get("subtype") == "init":
-            told = version_in(str(line.get("claude_code_version")))
-            is_news = self.misjudged = told not in (None, self.version)
-        if is_news and self._notice is not None:
-            self._notice(line)
+            reported = version_in(str(line.get("claude_code_version")))
+            has_news = self.version_differs = reported not in (None, self.version)
+        if has_news and self._on_report is not None:
+            self._on_report(line)
 
-    def idle(self) -> None:
-        """Reads and answers what claude says by itself while nobody uses it, or its pipes would
-        fill up. Blocks on nothing."""
-        self._last_lines()
+    def drain_output(self) -> None:
+        """Read and answer what an idle claude prints, so that its pipes do not fill up. Never
+        blocks."""
+        self._drain_pipes()
         self._write_some()
 
-    def _death(self) -> OcpError:
-        """What to say about a process that ended in the middle of its work."""
+    def _exit_error(self) -> OcpError:
+        """Return the error for a process that exited before its answer was complete."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1)
         rest = self._read(self._stderr)
         self._stderr_tail += rest or b""
-        words = self._stderr_tail.decode("utf-8", "replace").strip()
-        last = words.splitlines()[-1] if words else "it said nothing"
+        output = self._stderr_tail.decode("utf-8", "replace").strip()
+        last = output.splitlines()[-1] if output else "no error output"
         last = redact_paths(redact(one_line(last)))
         if "unknown option" in last:
             return ClaudeTooOld(f"claude on the server is too old, run `claude update`: {last}")
         code = self._popen.returncode
-        how = "is closing" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
+        how = "exiting" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
         return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
 
     # -- ending -------------------------------------------------------------------------------
 
     def stop(self, *, graceful: bool) -> None:
-        """Begins its end and returns at once; `is_gone` tells when it has come.
+        """Start to end the process and return at once; `is_gone` completes it.
 
-        Kindly: it may finish what it does, which is nothing after a complete answer. Otherwise
-        SIGINT: claude then drops its request to the API at once and asks for nothing more; with
-        SIGTERM it was seen to send another request first, and SIGKILL leaves files behind.
+        With `graceful`, only close its input; it has nothing left to do after a complete answer.
+        Else send SIGINT: claude then cancels its API request and sends no other. With SIGTERM it
+        was seen to send another request first, and SIGKILL leaves files behind.
         """
         if self._kill_at_s is not None:
             return
@@ -10257,25 +10299,27 @@ class ClaudeProcess:
                 self._popen.stdin.close()
 
     def interrupt(self) -> None:
-        """Makes it end, from a thread that does not own it; its owner hears of that."""
+        """Make the process end, from a thread that does not own it. Its owner then gets the
+        error."""
         self._signal(signal.SIGINT)
 
     def is_gone(self) -> bool:
-        """Whether it has ended and left nothing behind. Kills it when its time is up."""
+        """Return whether the process has ended, with its pipes and files removed. Kill it when its
+        grace time is over."""
         if self._popen.stdout is None or self._popen.stdout.closed:
             return True
-        self._last_lines()
+        self._drain_pipes()
         if self._popen.poll() is None:
             if self._kill_at_s is not None and self._clock() >= self._kill_at_s:
                 self._signal(signal.SIGKILL)
             return False
-        # Whatever it started itself shares its group.
+        # Processes that claude started are in the same group.
         self._signal(signal.SIGKILL)
         for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        for path in self._left_files:
+        for path in self._leftover_paths:
             if os.path.isdir(path):
                 shutil.rmtree(path, ignore_errors=True)
                 continue
@@ -10285,11 +10329,11 @@ class ClaudeProcess:
             self._watchdog.forget(self._popen.pid)
         return True
 
-    def _last_lines(self) -> None:
+    def _drain_pipes(self) -> None:
         with contextlib.suppress(OcpError):
             self._read_stderr(None)
             self._read_stdout(None)
-            for _ in self._take_lines():
+            for _ in self._complete_lines():
                 pass
 
     def _signal(self, number: signal.Signals) -> None:
@@ -10298,25 +10342,26 @@ class ClaudeProcess:
 
 
 # ==== 19. Gate and spares ====================================================
-# Who may run now, and the idle processes that make a start cost nothing. Both decide under their
-# lock and act outside it. Neither knows what a request is about.
+# Which requests may run, and idle processes that save the time of a start. Both classes decide
+# under their lock and act outside it. Neither depends on the content of a request.
 
-#: How often a waiting request looks whether its client is still there.
-_QUEUE_GLANCE_S = 0.2
+#: How often a waiting request checks its client.
+_CLIENT_POLL_S = 0.2
 
 
 class Gate:
-    """Lets so many requests run at a time. The others wait: those of one caller in line, and the
-    callers take turns, so that nobody's fifty requests keep another's one waiting."""
+    """Limits how many requests run at a time. The others wait in one queue for each caller. The
+    callers take turns, so that fifty requests of one caller do not delay a single one of
+    another."""
 
     def __init__(self, config: Config) -> None:
-        # Guards the fields below. Never held while anything is waited for.
+        # Guards the fields below. Never held during a wait.
         self._lock = threading.Lock()
         self._config = config
-        #: How many requests run, by the scope of their callers.
+        #: The number of running requests, by the scope of their callers.
         self._running: collections.Counter[str] = collections.Counter()
-        #: Who waits, by scope; the scopes in the order of their turns.
-        self._lines: dict[str, collections.deque[Slot]] = {}
+        #: The waiting slots by scope. The scopes are in the order of their turns.
+        self._queues: dict[str, collections.deque[Slot]] = {}
         self._refused = 0
 
     def __repr__(self) -> str:
@@ -10324,47 +10369,47 @@ class Gate:
 
     @property
     def running(self) -> int:
-        """How many requests run now."""
+        """Return the number of running requests."""
         with self._lock:
             return sum(self._running.values())
 
     @property
     def waiting(self) -> int:
-        """How many wait in line."""
+        """Return the number of waiting requests."""
         with self._lock:
-            return sum(map(len, self._lines.values()))
+            return sum(map(len, self._queues.values()))
 
     @property
     def refused(self) -> int:
-        """How many were turned away so far."""
+        """Return the number of requests refused so far."""
         return self._refused
 
     def configure(self, config: Config) -> None:
-        """Works with these limits from now on."""
+        """Apply new limits."""
         with self._lock:
             self._config = config
-            self._fill()
+            self._admit_waiting()
 
     def slot(self, caller: Caller) -> Slot:
-        """A place to enter `with`; call its `wait` inside the block."""
+        """Return a slot for a `with` block; call its `wait` inside the block."""
         return Slot(self, caller)
 
     def join(self, slot: Slot) -> None:
-        """Puts a slot in line, and tells it at once if it may run or is refused."""
+        """Queue a slot. Admit waiting slots, or refuse one if the queues are full."""
         with self._lock:
-            self._lines.setdefault(slot.scope, collections.deque()).append(slot)
-            self._fill()
-            waiting = sum(map(len, self._lines.values()))
+            self._queues.setdefault(slot.scope, collections.deque()).append(slot)
+            self._admit_waiting()
+            waiting = sum(map(len, self._queues.values()))
             if waiting <= self._config.max_queue:
                 return
-            # The longest line gives way, so that a full queue is nobody's alone.
-            longest = max(self._lines, key=lambda s: (len(self._lines[s]), s == slot.scope))
-            refused = self._lines[longest].pop()
-            if not self._lines[longest]:
-                del self._lines[longest]
+            # Refuse the last of the longest queue, so that one caller cannot fill the queues alone.
+            longest = max(self._queues, key=lambda s: (len(self._queues[s]), s == slot.scope))
+            refused = self._queues[longest].pop()
+            if not self._queues[longest]:
+                del self._queues[longest]
             self._refused += 1
             running = sum(self._running.values())
-            refused.tell(
+            refused.decide(
                 QueueFull(
                     f"{running} answers are running and {waiting - 1} requests wait; "
                     "try again in a moment.",
@@ -10372,102 +10417,97 @@ class Gate:
                 )
             )
 
-    def _fill(self) -> None:
-        """Lets those run whose turn it is. The lock is held by the caller."""
+    def _admit_waiting(self) -> None:
+        """Admit waiting slots while there is room. The caller holds the lock."""
         while sum(self._running.values()) < self._config.max_concurrent:
-            scope = next((s for s, line in self._lines.items() if self._has_room(line[0])), None)
+            scope = next((s for s, slots in self._queues.items() if self._has_room(slots[0])), None)
             if scope is None:
                 return
-            line = self._lines.pop(scope)
-            slot = line.popleft()
-            if line:
-                # Behind everybody else who waits.
-                self._lines[scope] = line
+            slots = self._queues.pop(scope)
+            slot = slots.popleft()
+            if slots:
+                # The scope goes behind all other scopes.
+                self._queues[scope] = slots
             self._running[scope] += 1
-            slot.tell(None)
+            slot.decide(None)
 
     def _has_room(self, slot: Slot) -> bool:
-        """Whether its caller may have one more answer at the same time. One key never takes the
-        last place, so that another's request does not wait for the end of a long answer."""
+        """Return whether the slot's caller may have one more answer at a time. One key never gets
+        the last place, so that another key's request need not wait for the end of a long answer."""
         running = self._running[slot.scope]
         if slot.has_key and running and running >= self._config.max_concurrent - 1:
             return False
         return not slot.maximum or running < slot.maximum
 
-    def leave(self, slot: Slot) -> None:
-        """Frees what a slot holds: its place at work or its place in line."""
+    def release(self, slot: Slot) -> None:
+        """Free a slot: its place among the running requests, or its place in the queue."""
         with self._lock:
-            line = self._lines.get(slot.scope, ())
-            if slot in line:
-                self._lines[slot.scope].remove(slot)
-                if not self._lines[slot.scope]:
-                    del self._lines[slot.scope]
+            slots = self._queues.get(slot.scope, ())
+            if slot in slots:
+                self._queues[slot.scope].remove(slot)
+                if not self._queues[slot.scope]:
+                    del self._queues[slot.scope]
             elif slot.runs:
                 self._running[slot.scope] -= 1
                 if not self._running[slot.scope]:
                     del self._running[slot.scope]
-            self._fill()
+            self._admit_waiting()
 
 
 class Slot:
-    """The right to run, from `wait` until the block ends."""
+    """The right to run, from the end of `wait` to the end of the block."""
 
     def __init__(self, gate: Gate, caller: Caller) -> None:
         self._gate = gate
         self.scope = caller.scope
         self.maximum = caller.max_concurrent
         self.has_key = caller.key_id is not None
-        #: Whether it may run; true from `tell` on.
+        #: Whether the request may run. `decide` sets it.
         self.runs = False
         self.refusal: QueueFull | None = None
-        self._told = threading.Event()
+        self._decided = threading.Event()
 
     def __enter__(self) -> Slot:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._gate.leave(self)
+        self._gate.release(self)
 
-    def tell(self, refusal: QueueFull | None) -> None:
-        """Ends the wait: it may run, or is refused. Called by the gate, under its lock."""
+    def decide(self, refusal: QueueFull | None) -> None:
+        """Admit or refuse the request, which ends its wait. The gate calls this under its lock."""
         self.runs, self.refusal = refusal is None, refusal
-        self._told.set()
+        self._decided.set()
 
-    def wait(self, watch: WaitLimits, clock: Clock = time.monotonic) -> Iterator[Event]:
-        """Ends when the request may run, with Ticks while it may not.
-
-        Raises QueueFull, UpstreamTimeout at the deadline, ClientGone.
-        """
+    def wait(self, limits: WaitLimits, clock: Clock = time.monotonic) -> Iterator[Event]:
+        """Yield Ticks until the request may run. Raise QueueFull, UpstreamTimeout at the deadline,
+        ClientGone."""
         self._gate.join(self)
-        heard_s = clock()
-        if watch.client.gone():
+        last_tick_s = clock()
+        if limits.client.gone():
             raise ClientGone
-        while not self._told.wait(_QUEUE_GLANCE_S):
-            if watch.client.gone():
+        while not self._decided.wait(_CLIENT_POLL_S):
+            if limits.client.gone():
                 raise ClientGone
             now_s = clock()
-            if now_s >= watch.deadline_s:
-                raise UpstreamTimeout("The request waited for its turn until its time was up.")
-            if watch.tick_s and now_s - heard_s >= watch.tick_s:
-                heard_s = now_s
+            if now_s >= limits.deadline_s:
+                raise UpstreamTimeout("The request waited longer than CLAUDE_TIMEOUT allows.")
+            if limits.tick_s and now_s - last_tick_s >= limits.tick_s:
+                last_tick_s = now_s
                 yield Tick()
         if self.refusal is not None:
             raise self.refusal
 
 
-#: A refill starts this long after a spare was taken: the taker's first moments need the machine.
+#: The pause before a refill: the request that took the spare needs the machine first.
 _REFILL_PAUSE_S = 0.2
-#: After spares that died young, or could not be started, this long without new ones.
+#: The pause after a spare that ended within _YOUNG_S or could not be started.
 _FAILURE_PAUSE_S = 30.0
 _YOUNG_S = 5.0
 
 
 class Spares:
-    """Idle processes by model, for models that were wanted lately.
-
-    Taking one costs nothing; new ones are started by `tend`, on the housekeeper's time. It also
-    sees dismissed processes to their end.
-    """
+    """Idle processes by model, for models that were used lately. `take` returns one at once. `tend`
+    starts new ones in the housekeeper's thread, and also completes the end of stopped processes."""
 
     def __init__(
         self, spawn: Callable[[str], ClaudeProcess], clock: Clock = time.monotonic
@@ -10477,33 +10517,34 @@ class Spares:
         # Guards the fields below. Never held while a process is started or ended.
         self._lock = threading.Lock()
         self._idle: dict[str, list[ClaudeProcess]] = {}
-        #: When a model was last wanted, and from when on a process of it may be started.
-        self._wanted_s: dict[str, float] = {}
-        self._refill_s: dict[str, float] = {}
-        self._leaving: list[ClaudeProcess] = []
-        #: Those that somebody borrowed.
-        self._lent: list[ClaudeProcess] = []
+        #: When a model was last used, and the earliest time to start a spare of it.
+        self._last_used_s: dict[str, float] = {}
+        self._refill_at_s: dict[str, float] = {}
+        self._stopping: list[ClaudeProcess] = []
+        #: Borrowed processes. `drop` clears the list, and `put_back` then stops them.
+        self._borrowed: list[ClaudeProcess] = []
         self._pause_until_s = 0.0
         self.spawned = 0
 
     def __repr__(self) -> str:
         idle = ", ".join(f"{model}={count}" for model, count in sorted(self.idle().items()))
-        return f"<spares {idle or 'none'} leaving={len(self._leaving)}>"
+        return f"<spares {idle or 'none'} stopping={len(self._stopping)}>"
 
     def idle(self) -> dict[str, int]:
-        """How many processes wait, by model."""
+        """Return the number of idle processes by model."""
         with self._lock:
             return {model: len(waiting) for model, waiting in self._idle.items() if waiting}
 
-    def want(self, model_id: str) -> None:
-        """This model is in use: keep processes for it."""
+    def mark_used(self, model_id: str) -> None:
+        """Record that a model is in use, so that spares are kept for it."""
         with self._lock:
             now_s = self._clock()
-            self._wanted_s[model_id] = now_s
-            self._refill_s.setdefault(model_id, now_s + _REFILL_PAUSE_S)
+            self._last_used_s[model_id] = now_s
+            self._refill_at_s.setdefault(model_id, now_s + _REFILL_PAUSE_S)
 
     def take(self, model_id: str) -> tuple[ClaudeProcess, bool]:
-        """A process of this model, and whether it was waiting. Raises what its start raises."""
+        """Return a process of this model and whether it is a spare. Raise the error of its
+        start."""
         while True:
             with self._lock:
                 waiting = self._idle.get(model_id)
@@ -10515,22 +10556,22 @@ class Spares:
             self.stop(process, graceful=False)
 
     def borrow(self) -> ClaudeProcess | None:
-        """Any idle process, to be given back with `put_back`; None when there is none."""
+        """Return any idle process, to be returned with `put_back`; None when there is none."""
         with self._lock:
             for waiting in self._idle.values():
                 if waiting:
-                    self._lent.append(waiting.pop())
-                    return self._lent[-1]
+                    self._borrowed.append(waiting.pop())
+                    return self._borrowed[-1]
         return None
 
     def put_back(self, process: ClaudeProcess) -> None:
-        """Takes a process back that is as it was; it ends if all were dropped meanwhile."""
+        """Return a borrowed process. It is stopped if the spares were dropped meanwhile."""
         with self._lock:
-            stays = process in self._lent
-            if stays:
-                self._lent.remove(process)
+            is_current = process in self._borrowed
+            if is_current:
+                self._borrowed.remove(process)
                 self._idle.setdefault(process.model_id, []).append(process)
-        if not stays:
+        if not is_current:
             self.stop(process, graceful=True)
 
     def _start(self, model_id: str) -> ClaudeProcess:
@@ -10540,160 +10581,174 @@ class Spares:
         return process
 
     def stop(self, process: ClaudeProcess, *, graceful: bool) -> None:
-        """Ends a process without waiting for it."""
+        """Stop a process without waiting for its end."""
         process.stop(graceful=graceful)
         with self._lock:
-            if process in self._lent:
-                self._lent.remove(process)
-            self._leaving.append(process)
+            if process in self._borrowed:
+                self._borrowed.remove(process)
+            self._stopping.append(process)
 
     def drop(self) -> None:
-        """Ends all that wait: the program or its login has changed."""
+        """Stop all idle processes, because the program or its login has changed."""
         with self._lock:
             dropped = [process for waiting in self._idle.values() for process in waiting]
             self._idle.clear()
-            self._lent.clear()
-            for model_id in self._wanted_s:
-                self._refill_s.setdefault(model_id, self._clock() + _REFILL_PAUSE_S)
+            self._borrowed.clear()
+            for model_id in self._last_used_s:
+                self._refill_at_s.setdefault(model_id, self._clock() + _REFILL_PAUSE_S)
         for process in dropped:
             self.stop(process, graceful=True)
 
     def plan(self, config: Config) -> tuple[list[ClaudeProcess], list[str]]:
-        """What should change: processes to end, taken out already, and models to start one of."""
+        """Return the processes to stop, already removed from the spares, and the models to start: a
+        model is listed once for each new process."""
         now_s, idle_s = self._clock(), config.warm_idle_ms / 1000
         with self._lock:
-            self._wanted_s = {
-                model_id: at for model_id, at in self._wanted_s.items() if now_s - at <= idle_s
+            self._last_used_s = {
+                model_id: at for model_id, at in self._last_used_s.items() if now_s - at <= idle_s
             }
-            refills = self._refill_s.items()
-            self._refill_s = {m: at for m, at in refills if m in self._wanted_s}
-            retire = self._outdated(now_s, idle_s) + self._surplus(config)
-            grow: list[str] = []
+            refills = self._refill_at_s.items()
+            self._refill_at_s = {m: at for m, at in refills if m in self._last_used_s}
+            to_stop = self._take_outdated(now_s, idle_s) + self._take_surplus(config)
+            to_start: list[str] = []
             if now_s < self._pause_until_s:
-                return retire, grow
+                return to_stop, to_start
             total = sum(len(waiting) for waiting in self._idle.values())
-            for model_id in sorted(self._wanted_s, key=lambda m: -self._wanted_s[m]):
+            for model_id in sorted(self._last_used_s, key=lambda m: -self._last_used_s[m]):
                 missing = config.warm_processes - len(self._idle.get(model_id, ()))
-                if now_s < self._refill_s.get(model_id, math.inf):
+                if now_s < self._refill_at_s.get(model_id, math.inf):
                     continue
                 for _ in range(missing):
                     if total >= config.warm_total:
-                        evicted = self._least_wanted(model_id)
+                        evicted = self._evict_less_recent(model_id)
                         if evicted is None:
                             break
-                        retire.append(evicted)
+                        to_stop.append(evicted)
                         total -= 1
-                    grow.append(model_id)
+                    to_start.append(model_id)
                     total += 1
-                self._refill_s.pop(model_id, None)
-        return retire, grow
+                self._refill_at_s.pop(model_id, None)
+        return to_stop, to_start
 
-    def _outdated(self, now_s: float, idle_s: float) -> list[ClaudeProcess]:
-        """Takes out the processes that ended or waited too long."""
-        retire: list[ClaudeProcess] = []
+    def _take_outdated(self, now_s: float, idle_s: float) -> list[ClaudeProcess]:
+        """Remove and return the processes that have ended or waited too long."""
+        to_stop: list[ClaudeProcess] = []
         for model_id, waiting in list(self._idle.items()):
             ended = [process for process in waiting if not process.alive()]
             if any(now_s - process.born_s < _YOUNG_S for process in ended):
                 self._pause_until_s = now_s + _FAILURE_PAUSE_S
             old = [p for p in waiting if now_s - p.born_s > idle_s and p not in ended]
-            if (ended or old) and model_id in self._wanted_s:
-                self._refill_s.setdefault(model_id, now_s)
-            retire += ended + old
+            if (ended or old) and model_id in self._last_used_s:
+                self._refill_at_s.setdefault(model_id, now_s)
+            to_stop += ended + old
             self._idle[model_id] = [p for p in waiting if p not in ended and p not in old]
-        return retire
+        return to_stop
 
-    def _surplus(self, config: Config) -> list[ClaudeProcess]:
-        """Takes out what is more than the limits allow, which can be lowered at any time."""
-        retire: list[ClaudeProcess] = []
+    def _take_surplus(self, config: Config) -> list[ClaudeProcess]:
+        """Remove and return the processes above the limits, which can change at any time."""
+        to_stop: list[ClaudeProcess] = []
         for model_id, waiting in self._idle.items():
-            retire += waiting[config.warm_processes:]
+            to_stop += waiting[config.warm_processes:]
             self._idle[model_id] = waiting[:config.warm_processes]
-        by_want = sorted(self._idle, key=lambda m: self._wanted_s.get(m, 0.0))
+        by_use = sorted(self._idle, key=lambda m: self._last_used_s.get(m, 0.0))
         left = sum(len(waiting) for waiting in self._idle.values())
-        for waiting in (self._idle[model_id] for model_id in by_want):
+        for waiting in (self._idle[model_id] for model_id in by_use):
             while waiting and left > config.warm_total:
-                retire.append(waiting.pop())
+                to_stop.append(waiting.pop())
                 left -= 1
-        return retire
+        return to_stop
 
-    def _least_wanted(self, than: str) -> ClaudeProcess | None:
-        """Takes out a process of the model that was wanted longest ago, before `than` was."""
+    def _evict_less_recent(self, newer: str) -> ClaudeProcess | None:
+        """Remove and return a process of the least recently used model, if it was used before
+        `newer`."""
         models = [model_id for model_id, waiting in self._idle.items() if waiting]
-        oldest = min(models, key=lambda m: self._wanted_s.get(m, 0.0), default=than)
-        if self._wanted_s.get(oldest, 0.0) >= self._wanted_s[than]:
+        oldest = min(models, key=lambda m: self._last_used_s.get(m, 0.0), default=newer)
+        if self._last_used_s.get(oldest, 0.0) >= self._last_used_s[newer]:
             return None
         return self._idle[oldest].pop(0)
 
     def tend(self, config: Config) -> None:
-        """Ends and starts what is due. Raises what a start raises."""
-        retire, grow = self.plan(config)
-        for process in retire:
+        """Stop and start the processes that `plan` returns. Raise the error of a start."""
+        to_stop, to_start = self.plan(config)
+        for process in to_stop:
             self.stop(process, graceful=False)
         try:
-            for model_id in grow:
+            for model_id in to_start:
                 process = self._start(model_id)
                 with self._lock:
                     self._idle.setdefault(model_id, []).append(process)
         except OcpError:
             with self._lock:
                 self._pause_until_s = self._clock() + _FAILURE_PAUSE_S
-                for model_id in grow:
-                    self._refill_s.setdefault(model_id, self._pause_until_s)
+                for model_id in to_start:
+                    self._refill_at_s.setdefault(model_id, self._pause_until_s)
             raise
         finally:
             self.reap()
 
     def has_work_soon(self) -> bool:
-        """Whether something is due within a moment: an end to see to, or a refill."""
+        """Return whether `tend` has work within a moment: a stopping process or a refill."""
         with self._lock:
             soon_s = self._clock() + 2 * _REFILL_PAUSE_S
             refills = self._pause_until_s < soon_s
-            due = refills and any(at < soon_s for at in self._refill_s.values())
-            return due or bool(self._leaving)
+            due = refills and any(at < soon_s for at in self._refill_at_s.values())
+            return due or bool(self._stopping)
 
     def reap(self) -> int:
-        """Sees to those that are leaving; how many are left."""
+        """Complete the end of stopping processes. Return how many are left."""
         with self._lock:
-            leaving, self._leaving = self._leaving, []
-        left = [process for process in leaving if not process.is_gone()]
+            stopping, self._stopping = self._stopping, []
+        stopping = [process for process in stopping if not process.is_gone()]
         with self._lock:
-            self._leaving += left
-            return len(self._leaving)
+            self._stopping += stopping
+            return len(self._stopping)
 
     def close(self) -> None:
-        """Ends everything and waits for it; a few seconds at most."""
+        """Stop all processes and wait for their end, a few seconds at most."""
         self.drop()
-        give_up_s = self._clock() + 2 * _END_GRACE_S
-        while self.reap() and self._clock() < give_up_s:
+        deadline_s = self._clock() + 2 * _END_GRACE_S
+        while self.reap() and self._clock() < deadline_s:
             time.sleep(0.01)
 
 
 # ==== 20. Parking ============================================================
-# What is kept of a conversation for its next message, or for another last one: sessions on disk,
-# responses by their ids, and processes that wait, each with the conversation that it holds. What
-# a process holds is known by digests: one of everything that is no message, and one of each
-# message in a form in which it does not matter how a client writes the same thing. No answer
-# depends on a process being here: what is not found is rebuilt from the client's own history.
+# What is kept of a conversation for its next message: sessions on disk, responses by their ids, and
+# processes that wait with the conversation they hold. Digests identify a conversation: one for
+# everything but the messages, and one for each message, in a form that does not depend on how a
+# client writes it. No answer depends on a parked process: without one, the conversation is rebuilt
+# from the client's own history.
+
+
+# How a request finds a parked process, best first:
+#
+# - continued: the process holds the whole conversation but the last message, which alone is sent.
+#   If its last answer ended with tool calls, the message must hold exactly their results.
+# - rewound: the process answered another last message (RewindPoint). It drops that message and
+#   everything after it, and then gets the new one.
+# - rebuilt: a fresh process gets the whole conversation.
+#
+# A process is parked after its answer, taken by one request at a time, and stopped when its time
+# is over or newer ones need its place.
 
 
 class History(NamedTuple):
-    """What a conversation is known by."""
+    """The identity of a conversation."""
 
-    #: Of the caller, the model, the system prompt, the tools and the options.
+    #: The digest of the caller, the model, the system prompt, the tools and the options.
     base: str
-    #: Of each message.
+    #: The digest of each message.
     digests: tuple[str, ...]
-    #: The context in the last message that no later request will have in this place.
+    #: The context in the last message. No later request has it in this place.
     context: str = ""
 
 
 def _plain_number(text: str) -> float:
-    """Return a number with a point as JavaScript has it: 1.0 is the integer 1."""
+    """Return a number with a decimal point as JavaScript reads it: 1.0 is the integer 1."""
     return int(text[:-2]) if text.endswith(".0") else float(text)
 
 
 def digest(value: object) -> str:
-    """The same for equal JSON values, whatever the order of their keys."""
+    """Return the same digest for equal JSON values, whatever the order of their keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     if ".0" in text:
         value = json.loads(text, parse_float=_plain_number)
@@ -10701,59 +10756,62 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def _normal_block(block: Block) -> object:
-    """A block without what clients change or leave out."""
+def _normalized_block(block: Block) -> object:
+    """Return a block without the parts that clients change or leave out."""
     kind = block["type"]
     if kind == "tool_use":
-        # Clients leave out arguments that are null, and so do some kinds of calls.
-        said = {name: value for name, value in block["input"].items() if value is not None}
-        return [kind, plain_id(block["id"]), block["name"], said]
+        # Clients and some kinds of calls leave out arguments that are null.
+        arguments = {name: value for name, value in block["input"].items() if value is not None}
+        return [kind, plain_id(block["id"]), block["name"], arguments]
     if kind == "tool_result":
-        content = _normal_blocks(block["content"])
+        content = _normalized_blocks(block["content"])
         return [kind, block["tool_use_id"], bool(block.get("is_error")), content]
     return [kind, block.get("source")]
 
 
-def _normal_blocks(blocks: Iterable[Block]) -> object:
-    """Blocks as they are compared: the text together, the rest one by one, no thinking."""
+def _normalized_blocks(blocks: Iterable[Block]) -> object:
+    """Return blocks in a form to compare: the joined text, then the other blocks without
+    thinking."""
     found = list(blocks)
     text = "".join(str(block["text"]) for block in found if block["type"] == "text").strip()
     skipped = ("text", "thinking", "redacted_thinking")
-    return [text, [_normal_block(block) for block in found if block["type"] not in skipped]]
+    return [text, [_normalized_block(block) for block in found if block["type"] not in skipped]]
 
 
-#: OpenClaw keeps what it knows of the moment in a text of its own at the end of the conversation,
-#: where each request moves it to. It is never part of the history before.
-_CONTEXT = re.compile(
+#: OpenClaw puts its current context into a text block at the end of the conversation and moves this
+#: block there with each request. Earlier messages never contain it.
+_OPENCLAW_CONTEXT = re.compile(
     r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
 )
 
 
 def _is_context(block: Block) -> bool:
-    return block["type"] == "text" and _CONTEXT.fullmatch(str(block["text"])) is not None
+    return block["type"] == "text" and _OPENCLAW_CONTEXT.fullmatch(str(block["text"])) is not None
 
 
 def context_of(message: Message) -> str:
-    """What stands in a message only as long as it is the last one; empty for nothing."""
+    """Return the context in a message that is only there while the message is the last one; empty
+    if there is none."""
     return "\n".join(str(block["text"]) for block in message.content if _is_context(block))
 
 
 def message_digest(message: Message) -> str:
-    """The digest of one message, without what moves on to the end."""
+    """Return the digest of one message, without the context that moves to the last message."""
     if message.role == "user":
         message = Message("user", [b for b in message.content if not _is_context(b)])
-    # Chat clients give the text and the calls of an answer apart; all else has its order.
+    # Chat clients send the text and the calls of an answer separately; all other content has an
+    # order.
     order = [] if message.role == "assistant" else _kinds(message.content)
-    return digest([message.role, order, _normal_blocks(message.content)])
+    return digest([message.role, order, _normalized_blocks(message.content)])
 
 
 def _kinds(blocks: Iterable[Block]) -> list[str]:
-    """The types of the blocks in order, neighbours of one type taken together."""
+    """Return the types of the blocks in order; neighbours of one type count once."""
     return [kind for kind, _ in itertools.groupby(block["type"] for block in blocks)]
 
 
 def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
-    """What the conversation of this turn is known by."""
+    """Return the identity of this turn's conversation."""
     base = [
         caller, turn.model.argument, turn.system, operator_prompt, list(turn.tools),
         list(turn.tool_choice), list(turn.options), turn.output_schema,
@@ -10762,9 +10820,9 @@ def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
     return History(digest(base), digests, context_of(turn.messages[-1]))
 
 
-def results_to_tell(message: Message, known_context: str) -> list[Block]:
-    """The tool results of a message. Context that is not known yet comes with the last of them,
-    because claude, in the middle of its turn, takes nothing else."""
+def results_with_context(message: Message, known_context: str) -> list[Block]:
+    """Return the tool results of a message. Context that the process does not know is added to the
+    last result, because in the middle of a turn claude accepts nothing else."""
     results = [block for block in message.content if block["type"] == "tool_result"]
     context = context_of(message)
     if results and context not in ("", known_context):
@@ -10774,8 +10832,8 @@ def results_to_tell(message: Message, known_context: str) -> list[Block]:
 
 
 class Sessions:
-    """Conversations that the server remembers for clients that send only what is new. A session
-    belongs to its caller and to one system prompt."""
+    """Conversations stored for clients that send only new messages. A session belongs to its caller
+    and to one system prompt."""
 
     def __init__(self, store: Store, clock: Clock = time.time) -> None:
         self._store = store
@@ -10785,7 +10843,7 @@ class Sessions:
         return digest([caller, session_id, system])
 
     def messages(self, caller: str, session_id: str, system: str, ttl_s: float) -> list[Message]:
-        """What was said so far; empty for a session that is new, or whose time is up."""
+        """Return the messages so far; empty for a new or expired session."""
         rows = self._store.rows(
             "SELECT messages FROM sessions WHERE key = ? AND used_s >= ?",
             self._key(caller, session_id, system), self._clock() - ttl_s,
@@ -10794,7 +10852,7 @@ class Sessions:
         return [Message(role, content) for role, content in found]
 
     def put(self, caller: str, turn: Turn, messages: list[Message], ttl_s: float) -> None:
-        """Remembers a conversation, its last answer included, and forgets those out of time."""
+        """Store a conversation with its last answer, and delete expired sessions."""
         now_s = int(self._clock())
         key = self._key(caller, turn.session_id, turn.system)
         text = json.dumps([list(message) for message in messages])
@@ -10811,7 +10869,7 @@ class Sessions:
             )
 
     def all(self, ttl_s: float) -> list[Json]:
-        """The sessions, the one used last first; nothing of what was said in them."""
+        """Return the sessions without their messages, the last used first."""
         rows = self._store.rows(
             "SELECT * FROM sessions WHERE used_s >= ? ORDER BY used_s DESC",
             self._clock() - ttl_s,
@@ -10829,7 +10887,7 @@ class Sessions:
         ]
 
     def clear(self, session_id: str | None = None) -> int:
-        """Forgets the sessions of this id, or all; how many there were."""
+        """Delete the sessions with this id, or all sessions. Return how many there were."""
         with self._store.transaction() as connection:
             if session_id is None:
                 return connection.execute("DELETE FROM sessions").rowcount
@@ -10838,79 +10896,81 @@ class Sessions:
             ).rowcount
 
 
-#: A claude grows with the questions that it forgets: from 202 to 307 MB with so many of 20 KB
-#: (2.1.330). Then another one takes over.
+#: The memory of a claude grows with each rewind: from 202 to 307 MB after this many messages of 20
+#: KB (2.1.330). Then another process replaces it.
 _MAX_REWINDS = 500
-#: Stands for the digest of an answer that no conversation goes on from.
+#: Stands for the digest of an answer from which no conversation continues.
 _DEAD_END = ""
 
 
-class Parked(NamedTuple):
-    """A process and the conversation that it holds, its last answer included."""
+class ParkedProcess(NamedTuple):
+    """A process and the conversation that it holds, including its last answer."""
 
     process: ClaudeProcess
     history: History
-    #: The ids of the tool calls that wait for their results.
+    #: The ids of the tool calls that wait for results.
     awaiting: frozenset[str]
     since_s: float
-    #: The last question it was asked, if it can forget that.
-    question: RewindPoint | None = None
+    #: The last user message, if the process can be rewound to before it.
+    rewind_point: RewindPoint | None = None
 
-    def takes(self, history: History, message: Message) -> bool:
-        """Whether the conversation is this one and `message`, its last, all that is new."""
-        held = len(self.history.digests)
-        if self.history.base != history.base or self.history.digests != history.digests[:held]:
+    def can_continue(self, history: History, message: Message) -> bool:
+        """Return whether `history` is this conversation plus `message`, its last one."""
+        length = len(self.history.digests)
+        if self.history.base != history.base or self.history.digests != history.digests[:length]:
             return False
-        if len(history.digests) != held + 1:
+        if len(history.digests) != length + 1:
             return False
-        results = results_to_tell(message, self.history.context)
+        results = results_with_context(message, self.history.context)
         if not self.awaiting:
             return not results
         fit = all(mcp_content(block["content"]) is not None for block in results)
         ids = {block["tool_use_id"] for block in results}
-        more = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
-        return fit and ids == self.awaiting and len(results) == len(ids) and not more
+        other = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
+        return fit and ids == self.awaiting and len(results) == len(ids) and not other
 
-    def can_forget(self, history: History) -> bool:
-        """Whether the conversation is this one with another last question."""
-        if self.question is None or self.awaiting or self.history.base != history.base:
+    def can_rewind_to(self, history: History) -> bool:
+        """Return whether `history` is this conversation with another last user message."""
+        if self.rewind_point is None or self.awaiting or self.history.base != history.base:
             return False
-        place = self.question.place
-        if len(history.digests) != place + 1 or self.process.rewinds >= _MAX_REWINDS:
+        index = self.rewind_point.message_index
+        if len(history.digests) != index + 1 or self.process.rewinds >= _MAX_REWINDS:
             return False
-        if place == 0:
+        if index == 0:
             return self.process.version >= REWINDS_ALL_SINCE
-        return self.history.digests[:place] == history.digests[:place]
+        return self.history.digests[:index] == history.digests[:index]
 
     def is_superseded_by(self, history: History) -> bool:
-        """Whether a conversation with another last question is this one asked again, or edited:
-        they share more than what both were told to begin with."""
-        return len(history.digests) > 1 and self.common(history) > self.process.told
+        """Return whether `history` repeats or edits the last user message of this conversation:
+        they share more than the history that both started with."""
+        has_history = len(history.digests) > 1
+        return has_history and self.common_prefix(history) > self.process.history_messages
 
     @property
     def is_dead_end(self) -> bool:
-        """Whether no conversation can go on from here."""
+        """Return whether no conversation can continue from here."""
         return self.history.digests[-1:] == (_DEAD_END,)
 
-    def common(self, history: History) -> int:
-        """How many first messages are the same."""
+    def common_prefix(self, history: History) -> int:
+        """Return how many messages at the start are the same."""
         pairs = list(zip(self.history.digests, history.digests))
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
 
 class Parking:
-    """The parked processes. One that is taken is nobody else's, so that retries and branches of
-    one conversation run side by side."""
+    """The parked processes. Only one request can take a process, so that retries and branches of a
+    conversation run at the same time."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        # Guards the list. Held while pipes are read that do not block, so that a process is
-        # either here or somebody's, never both.
+        # Guards the list. Held while pipes are read without blocking, so that a process is either
+        # in the list or in use, never both.
         self._lock = threading.Lock()
-        self._parked: list[Parked] = []
-        #: Before that none is asked to forget anything.
-        self._forgetting_from_s = -math.inf
-        #: When all were dropped: what was started before, and was at work then, is outdated.
+        self._parked: list[ParkedProcess] = []
+        #: No process is rewound before this time.
+        self._rewinds_from_s = -math.inf
+        #: When all processes were dropped. A process that was started before and in use then is
+        #: outdated.
         self._dropped_s = -math.inf
 
     def __repr__(self) -> str:
@@ -10919,111 +10979,112 @@ class Parking:
     def __len__(self) -> int:
         return len(self._parked)
 
-    def take(self, history: History, message: Message) -> tuple[Parked | None, int | None]:
-        """The process that holds all but `message`, the last one, with what it holds.
-
-        When there is none: None, and the index of the message at which the nearest conversation
-        parts from this one, if any comes near.
-        """
+    def take(self, history: History, message: Message) -> tuple[ParkedProcess | None, int | None]:
+        """Take a process that holds all messages but `message`, the last one. If there is none,
+        return None and the index of the first message that differs from the nearest conversation;
+        None if no conversation is near."""
         with self._lock:
-            parked = self._authenticate(history, message)
+            parked = self._find(history, message)
             if parked is not None:
                 self._parked.remove(parked)
                 return parked, None
-            near = [p.common(history) for p in self._parked if p.history.base == history.base]
-            return None, max(near, default=0) or None
+            prefixes = (
+                p.common_prefix(history) for p in self._parked if p.history.base == history.base
+            )
+            return None, max(prefixes, default=0) or None
 
-    def holds(self, history: History, message: Message) -> bool:
-        """Whether there is a process to go on with: one that holds all but `message`."""
+    def can_continue(self, history: History, message: Message) -> bool:
+        """Return whether a process holds all messages but `message`, the last one."""
         with self._lock:
-            return self._authenticate(history, message) is not None
+            return self._find(history, message) is not None
 
-    def _authenticate(self, history: History, message: Message) -> Parked | None:
-        """The lock is held by the caller."""
-        able = (p for p in reversed(self._parked) if p.takes(history, message))
-        return next((parked for parked in able if parked.process.alive()), None)
+    def _find(self, history: History, message: Message) -> ParkedProcess | None:
+        """Return the newest such process. The caller holds the lock."""
+        candidates = (p for p in reversed(self._parked) if p.can_continue(history, message))
+        return next((parked for parked in candidates if parked.process.alive()), None)
 
-    def take_rewindable(self, history: History, config: Config, running: int) -> Parked | None:
-        """A process that holds this conversation but for the last question and what came of it.
-
-        One that has nothing in common with it but the base, or what both were told to begin with,
-        serves as well as a spare does, and sooner. But its own conversation may go on: then it is
-        taken only if it will be pushed out in any case when the requests that are `running` now,
-        this one among them, have parked theirs.
-        """
+    def take_rewindable(
+        self, history: History, config: Config, running: int
+    ) -> ParkedProcess | None:
+        """Take a process that can be rewound to this conversation. First choice is one whose last
+        user message is repeated or edited here. Else a process with the same base serves like a
+        spare, and faster. But its own conversation can still continue: it is taken only if it is a
+        dead end, or if it will be evicted anyway when the `running` requests, this one included,
+        have parked their processes."""
         now_s = self._clock()
         with self._lock:
-            if now_s < self._forgetting_from_s:
+            if now_s < self._rewinds_from_s:
                 return None
             oldest_s = max(now_s - config.session_ttl_ms / 1000, self._dropped_s)
             surplus = len(self._parked) + running - config.parked_processes
-            able = [
+            candidates = [
                 p for p in self._parked
-                if p.can_forget(history) and p.process.born_s >= oldest_s and p.process.alive()
+                if p.can_rewind_to(history) and p.process.born_s >= oldest_s and p.process.alive()
             ]
-            left = [p for p in able if p.is_superseded_by(history)]
-            others = [p for p in able if p.is_dead_end or p in self._parked[: max(0, surplus)]]
-            found = [*left[-1:], *others[:1]]
-            if not found:
-                return None
-            self._parked.remove(found[0])
-            return found[0]
+            superseded = [p for p in candidates if p.is_superseded_by(history)]
+            evicted = self._parked[: max(0, surplus)]
+            others = [p for p in candidates if p.is_dead_end or p in evicted]
+            parked = next(iter([*superseded[-1:], *others[:1]]), None)
+            if parked is not None:
+                self._parked.remove(parked)
+            return parked
 
     def pause_rewinds(self, for_s: float) -> None:
-        """None is asked to forget anything for so long: one could not."""
+        """Rewind no process for so long, because a rewind has failed."""
         with self._lock:
-            self._forgetting_from_s = self._clock() + for_s
+            self._rewinds_from_s = self._clock() + for_s
 
     def put(
         self, process: ClaudeProcess, history: History, awaiting: frozenset[str],
-        question: RewindPoint | None = None,
+        rewind_point: RewindPoint | None = None,
     ) -> None:
-        """Parks a process."""
+        """Park a process."""
         with self._lock:
-            parked = Parked(process, history, awaiting, self._clock(), question)
+            parked = ParkedProcess(process, history, awaiting, self._clock(), rewind_point)
             if parked.is_dead_end:
-                # One may push out a conversation. More of them push out each other.
+                # One dead end can take the place of a conversation; further ones evict each other.
                 self._parked.sort(key=lambda other: not other.is_dead_end)
             self._parked.append(parked)
 
     def tend(self, config: Config) -> list[ClaudeProcess]:
-        """Keeps the pipes of all empty; the processes whose time is up, which are out now."""
+        """Drain the pipes of all processes. Remove and return the processes that have expired,
+        ended or exceed the limit."""
         oldest_s = self._clock() - config.session_ttl_ms / 1000
         with self._lock:
             for parked in self._parked:
-                parked.process.idle()
+                parked.process.drain_output()
             alive = [p for p in self._parked if p.since_s >= oldest_s and p.process.alive()]
             kept = alive[max(0, len(alive) - config.parked_processes):]
-            gone = [parked.process for parked in self._parked if parked not in kept]
+            stopped = [parked.process for parked in self._parked if parked not in kept]
             self._parked = kept
-        return gone
+        return stopped
 
     def drop(self) -> list[ClaudeProcess]:
-        """All of them, out now."""
+        """Remove and return all processes."""
         with self._lock:
             self._dropped_s = self._clock()
             parked, self._parked = self._parked, []
-        return [one.process for one in parked]
+        return [each.process for each in parked]
 
 
-class Stored(NamedTuple):
-    """A response that can be asked for, and gone on from."""
+class StoredResponse(NamedTuple):
+    """A response that clients can fetch and continue from."""
 
     caller: str
     body: Json
-    #: The whole conversation, this answer included; those of the role "system" come first.
+    #: The whole conversation including this answer. System messages come first.
     messages: list[Message]
-    #: The items that it came of, those before the response that it follows included.
+    #: The input items, including those before the previous response.
     items: list[Json]
     size_bytes: int
-    #: How long it is kept after the last reference to it, and until when that is.
+    #: How long the response is kept after the last reference to it, and until when.
     ttl_s: float
     until_s: float
 
 
-#: Why something of a response may be missing.
-_NOT_STORED = "it was not stored, or its time is up"
-#: What all stored responses together may take.
+#: The reason in errors about a missing response or item.
+_NOT_STORED = "it was not stored, or it has expired"
+#: The limit for all stored responses together.
 _MAX_STORED_BYTES = 64 * 1024 * 1024
 
 
@@ -11034,26 +11095,23 @@ class Responses:
         self._clock = clock
         # Guards the fields below.
         self._lock = threading.Lock()
-        self._stored: dict[str, Stored] = {}
-        #: The response that an item belongs to, by their ids.
+        self._stored: dict[str, StoredResponse] = {}
+        #: The response id of each item, by the item's id.
         self._items: dict[str, str] = {}
         self._size_bytes = 0
 
     def put(
         self, caller: str, body: Json, messages: list[Message], items: list[Json], config: Config
     ) -> None:
-        """Stores a response; the oldest go when there are too many or their time is up.
-
-        `items` are those of its own request. What came before them is shared with the response
-        that it follows.
-        """
+        """Store a response, and delete expired responses and the oldest above the limit. `items`
+        are the items of its own request; earlier items are shared with the previous response."""
         contents = [message.content for message in messages]
         size_bytes = sum(len(to_json(value)) for value in (contents, items, body))
         now_s, ttl_s = self._clock(), config.session_ttl_ms / 1000
         with contextlib.suppress(NotFound):
             before = self.get(caller, body.get("previous_response_id") or "")
             items = [*before.items, *before.body["output"], *items]
-        stored = Stored(caller, body, messages, items, size_bytes, ttl_s, now_s + ttl_s)
+        stored = StoredResponse(caller, body, messages, items, size_bytes, ttl_s, now_s + ttl_s)
         with self._lock:
             self._forget(body["id"])
             self._stored[body["id"]] = stored
@@ -11065,15 +11123,16 @@ class Responses:
                 self._forget(response_id)
 
     def _forget(self, response_id: str) -> None:
-        """The lock is held by the caller."""
+        """Delete a response. The caller holds the lock."""
         stored = self._stored.pop(response_id, None)
         if stored is not None:
             self._size_bytes -= stored.size_bytes
             for item in stored.body["output"]:
                 self._items.pop(item["id"], None)
 
-    def get(self, caller: str, response_id: str) -> Stored:
-        """The response of this id. Raises NotFound, also for somebody else's."""
+    def get(self, caller: str, response_id: str) -> StoredResponse:
+        """Return the response with this id. Raise NotFound if there is none or it belongs to
+        another caller."""
         with self._lock:
             stored = self._stored.get(response_id)
         if stored is None or stored.caller != caller or stored.until_s <= self._clock():
@@ -11081,8 +11140,8 @@ class Responses:
         return stored
 
     def messages(self, caller: str, response_id: str) -> list[Message]:
-        """The conversation of a response. Raises BadRequest, with the code by which clients know
-        that they have to send it themselves."""
+        """Return the conversation of a response. Raise BadRequest with the code that makes clients
+        send the conversation themselves."""
         try:
             return self.get(caller, response_id).messages
         except NotFound as error:
@@ -11092,14 +11151,14 @@ class Responses:
             ) from None
 
     def item(self, caller: str, item_id: str) -> Json:
-        """An output item of a response. Raises NotFound. Its response is kept on: a conversation
-        that goes by references needs all of them at each of its steps."""
+        """Return an output item of a response. Raise NotFound. This extends the time of the
+        response: a conversation that refers to items needs all of them at each step."""
         with self._lock:
             response_id = self._items.get(item_id, "")
         with contextlib.suppress(NotFound):
             stored = self.get(caller, response_id)
             with self._lock:
-                # The oldest stand first.
+                # The dictionary is ordered by age, oldest first.
                 if self._stored.pop(response_id, None) is not None:
                     until_s = self._clock() + stored.ttl_s
                     self._stored[response_id] = stored._replace(until_s=until_s)
@@ -11110,241 +11169,239 @@ class Responses:
         )
 
     def remove(self, caller: str, response_id: str) -> None:
-        """Forgets a response. Raises NotFound."""
+        """Delete a response. Raise NotFound."""
         self.get(caller, response_id)
         with self._lock:
             self._forget(response_id)
 
 
 # ==== 21. Cache ==============================================================
-# Answers that are given again to the same request of the same caller, and answers on their way
-# that several requests wait for. Off unless the operator gives answers a time to live. In memory
-# only: what was said is never written to the disk for this.
+# Stored answers to repeated requests of one caller, and answers in progress that several such
+# requests share. Off unless the operator sets a time to live. In memory only: no answer is written
+# to disk for this.
 
 
 def cache_key(turn: Turn, caller: Caller, operator_prompt: str) -> str:
-    """The same for requests that may have the same answer: a digest of all that shapes it."""
-    shaping = [
+    """Return a digest of everything that shapes an answer, equal for requests that can share
+    one."""
+    inputs = [
         caller.scope, turn.model.argument, turn.system, operator_prompt,
         [list(message) for message in turn.messages], list(turn.options), turn.output_schema,
         turn.choices, [[list(message) for message in other] for other in turn.other_prompts],
     ]
-    return digest(shaping)
+    return digest(inputs)
 
 
 def is_cacheable(turn: Turn, config: Config) -> bool:
-    """Whether the answer to this turn may be one that was given before."""
+    """Return whether this turn can be answered from the cache."""
     repeatable = not (turn.session_id or turn.tools or turn.bypass_cache or config.is_agent)
     return bool(config.cache_ttl_ms) and repeatable
 
 
 class FlightClient:
-    """The Client of an answer that several requests wait for. It leaves when all of them have."""
+    """The Client of a shared answer. It is cancelled when no request waits for the answer any
+    more."""
 
     def __init__(self) -> None:
-        """Raises OSError when the system has no descriptors left."""
+        """Raise OSError when the system has no descriptors left."""
         self._reader, self._writer = os.pipe()
-        self._left = False
+        self._cancelled = False
 
     def fileno(self) -> int:
-        """See Client."""
         return self._reader
 
     def gone(self) -> bool:
-        """See Client."""
-        return self._left
+        return self._cancelled
 
     def can_detect_hangup(self) -> bool:
-        """See Client."""
         return True
 
-    def leave(self) -> None:
-        """See Client."""
-        self._left = True
+    def cancel(self) -> None:
+        self._cancelled = True
         with contextlib.suppress(OSError):
             os.write(self._writer, b".")
 
     def close(self) -> None:
-        """Frees its descriptors."""
+        """Close the descriptors."""
         os.close(self._reader)
         os.close(self._writer)
 
 
 class Flight:
-    """An answer on its way to everybody who asked for the same. Its producer adds the events;
-    each follower gets them all, from the first on."""
+    """An answer in progress that several requests share. Its producer adds the events. Each
+    follower gets all of them, from the first on."""
 
     def __init__(self, key: str) -> None:
-        """Raises OSError when the system has no descriptors left."""
+        """Raise OSError when the system has no descriptors left."""
         self.key = key
         self.client = FlightClient()
-        #: How many requests wait for it. Guarded by the cache that it belongs to.
+        #: The number of requests that wait for the answer. Guarded by the cache.
         self.followers = 1
-        # Guards the fields below; followers are woken when one of them changes.
+        # Guards the fields below. Followers are woken when one of them changes.
         self._changed = threading.Condition()
         self._events: list[Choice] = []
-        #: For each choice that began anew, where its events that still count begin.
-        self._begins: dict[int, int] = {}
-        self._over = False
+        #: For each choice that was restarted, the index of its first valid event.
+        self._restarted_at: dict[int, int] = {}
+        self._is_over = False
         self._error: OcpError | None = None
 
     def add(self, choice: Choice) -> None:
-        """The next event."""
+        """Add the next event."""
         with self._changed:
             self._events.append(choice)
             if isinstance(choice[1], Restarted):
-                self._begins[choice[0]] = len(self._events)
+                self._restarted_at[choice[0]] = len(self._events)
             self._changed.notify_all()
 
     def end(self, error: OcpError | None) -> None:
-        """There are no more events; with an error, which all followers share."""
+        """End the answer. All followers share the error."""
         with self._changed:
-            self._over, self._error = True, error
+            self._is_over, self._error = True, error
             self._changed.notify_all()
 
     def follow(self, client: Client, tick_s: float, clock: Clock) -> Iterator[Choice]:
-        """Each event as it comes, and Ticks; who comes late is spared what is void by then.
-        Raises the error of the answer, and ClientGone."""
-        told, heard_s = 0, clock()
-        glanced_s = heard_s
+        """Yield each event as it comes, and Ticks. A late follower does not get events that a
+        restart has voided. Raise the error of the answer, and ClientGone."""
+        position, last_event_s = 0, clock()
+        polled_s = last_event_s
         with self._changed:
-            begins = dict(self._begins)
+            restarted_at = dict(self._restarted_at)
         while True:
             with self._changed:
-                if told == len(self._events) and not self._over:
-                    self._changed.wait(_QUEUE_GLANCE_S)
-                events, over = self._events[told:], self._over
-            for index, choice in enumerate(events, told):
-                if index >= begins.get(choice[0], 0):
+                if position == len(self._events) and not self._is_over:
+                    self._changed.wait(_CLIENT_POLL_S)
+                events, is_over = self._events[position:], self._is_over
+            for index, choice in enumerate(events, position):
+                if index >= restarted_at.get(choice[0], 0):
                     yield choice
-            told += len(events)
+            position += len(events)
             now_s = clock()
-            if over and not events:
+            if is_over and not events:
                 break
-            if now_s - glanced_s >= _QUEUE_GLANCE_S:
-                glanced_s = now_s
+            if now_s - polled_s >= _CLIENT_POLL_S:
+                polled_s = now_s
                 if client.gone():
                     raise ClientGone
             if events:
-                heard_s = now_s
-            elif tick_s and now_s - heard_s >= tick_s:
-                heard_s = now_s
+                last_event_s = now_s
+            elif tick_s and now_s - last_event_s >= tick_s:
+                last_event_s = now_s
                 yield 0, Tick()
         if self._error is not None:
             raise self._error
 
 
-class Cached(NamedTuple):
-    """What is kept of one request."""
+class CachedAnswers(NamedTuple):
+    """The stored answers to one request."""
 
-    #: One for each choice.
+    #: One answer for each choice.
     answers: tuple[Answer, ...]
     size_bytes: int
     since_s: float
 
 
-class Place(NamedTuple):
-    """Where an answer comes from. `word` is what the client is told: "hit" has answers, "miss"
-    has a flight that the request has to produce, "shared" one that somebody else does."""
+class CacheLookup(NamedTuple):
+    """The result of a lookup. `status` goes to the client: "hit" has answers, "miss" has a flight
+    that this request has to produce, "shared" has a flight of another request."""
 
-    word: str
+    status: str
     answers: tuple[Answer, ...] = ()
     flight: Flight | None = None
 
 
-#: What an answer takes beside its text.
-_CACHED_EXTRA_BYTES = 1_000
+#: The memory of an answer besides its text.
+_ANSWER_OVERHEAD_BYTES = 1_000
 
 
 class Cache:
-    """The answers that are kept, and those on their way."""
+    """The stored answers, and the flights in progress."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        # Guards the fields below: an answer is either on its way or kept, never both or neither.
+        # Guards the fields below: an answer is either in progress or stored.
         self._lock = threading.Lock()
-        #: In the order of their ages, oldest first.
-        self._kept: dict[str, Cached] = {}
+        #: Ordered by age, oldest first.
+        self._cached: dict[str, CachedAnswers] = {}
         self._flights: dict[str, Flight] = {}
         self._size_bytes = 0
         self._counts: collections.Counter[str] = collections.Counter()
 
     def __repr__(self) -> str:
-        return f"<cache kept={len(self._kept)} flights={len(self._flights)}>"
+        return f"<cache kept={len(self._cached)} flights={len(self._flights)}>"
 
-    def find(self, key: str, ttl_s: float) -> Place:
-        """Where the answer to this key comes from. A flight has to be left with `leave`, a missed
-        one also ended with `settle`. Raises OSError when the system has no descriptors left."""
+    def lookup(self, key: str, ttl_s: float) -> CacheLookup:
+        """Return where the answer to this key comes from. Leave a flight with `unfollow`, and also
+        end a missed one with `settle`. Raise OSError when the system has no descriptors left."""
         with self._lock:
-            kept = self._kept.get(key)
-            if kept is not None and self._clock() - kept.since_s < ttl_s:
-                place = Place("hit", answers=kept.answers)
+            cached = self._cached.get(key)
+            if cached is not None and self._clock() - cached.since_s < ttl_s:
+                lookup = CacheLookup("hit", answers=cached.answers)
             elif key in self._flights:
                 flight = self._flights[key]
                 flight.followers += 1
-                place = Place("shared", flight=flight)
+                lookup = CacheLookup("shared", flight=flight)
             else:
                 self._flights[key] = Flight(key)
-                place = Place("miss", flight=self._flights[key])
-            self._counts[place.word] += 1
-            return place
+                lookup = CacheLookup("miss", flight=self._flights[key])
+            self._counts[lookup.status] += 1
+            return lookup
 
-    def leave(self, flight: Flight) -> None:
-        """One of those that waited for it does not any more; the last one ends it."""
+    def unfollow(self, flight: Flight) -> None:
+        """Remove a request from a flight. The last one cancels the flight."""
         with self._lock:
             flight.followers -= 1
-            # From here on nobody can join a flight that is about to end for nothing.
+            # From here on no request can join a flight that is about to be cancelled.
             abandoned = not flight.followers and self._flights.get(flight.key) is flight
             if abandoned:
                 del self._flights[flight.key]
-                flight.client.leave()
+                flight.client.cancel()
 
     def settle(self, flight: Flight, answers: tuple[Answer, ...], config: Config) -> None:
-        """The flight is over, with answers to keep, or without."""
+        """End a flight. Store its answers, if any."""
         with self._lock:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
             flight.client.close()
             size_bytes = len(to_json([answer.blocks for answer in answers]))
-            size_bytes += _CACHED_EXTRA_BYTES * len(answers)
+            size_bytes += _ANSWER_OVERHEAD_BYTES * len(answers)
             if answers and size_bytes <= config.cache_max_bytes:
                 self._forget(flight.key)
-                self._kept[flight.key] = Cached(answers, size_bytes, self._clock())
+                self._cached[flight.key] = CachedAnswers(answers, size_bytes, self._clock())
                 self._size_bytes += size_bytes
         self.tend(config)
 
-    def bypassed(self) -> None:
-        """A request went past the cache."""
+    def count_bypass(self) -> None:
+        """Count a request that bypasses the cache."""
         with self._lock:
             self._counts["bypass"] += 1
 
     def _forget(self, key: str) -> None:
-        """The lock is held by the caller."""
-        kept = self._kept.pop(key, None)
-        self._size_bytes -= kept.size_bytes if kept is not None else 0
+        """Delete the answers to a key. The caller holds the lock."""
+        cached = self._cached.pop(key, None)
+        self._size_bytes -= cached.size_bytes if cached is not None else 0
 
     def tend(self, config: Config) -> None:
-        """Drops what is too old, and the oldest of what is too much."""
+        """Delete expired answers, and the oldest ones above the limit."""
         with self._lock:
             oldest_s = self._clock() - config.cache_ttl_ms / 1000
-            for key, kept in list(self._kept.items()):
-                if self._size_bytes <= config.cache_max_bytes and kept.since_s > oldest_s:
+            for key, cached in list(self._cached.items()):
+                if self._size_bytes <= config.cache_max_bytes and cached.since_s > oldest_s:
                     break
                 self._forget(key)
 
     def clear(self) -> int:
-        """Drops everything that is kept; how many answers there were."""
+        """Delete all stored answers. Return how many there were."""
         with self._lock:
-            cleared = len(self._kept)
-            self._kept.clear()
+            cleared = len(self._cached)
+            self._cached.clear()
             self._size_bytes = 0
             return cleared
 
     def stats(self) -> Json:
-        """Numbers for /cache/stats."""
+        """Return the numbers for /cache/stats."""
         with self._lock:
             return {
-                "entries": len(self._kept),
+                "entries": len(self._cached),
                 "totalHits": self._counts["hit"],
                 "sizeBytes": self._size_bytes,
                 "inflight": len(self._flights),
@@ -12283,7 +12340,7 @@ class AnswerRecord:
         is estimated, but for what it refused."""
         if not self.readers or self.refused:
             return NO_USAGE
-        spent = added_usage(reader.spent for reader in self.readers)
+        spent = sum_usage(reader.spent for reader in self.readers)
         if not spent.prompt_tokens:
             spent = spent._replace(input_tokens=estimate_tokens(self.turn))
         if not self.readers[-1].finished:
@@ -12460,7 +12517,7 @@ class CancellableClient:
         """See Client."""
         return self._client.can_detect_hangup()
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """See Client."""
         self.left = True
 
@@ -12552,7 +12609,7 @@ class TurnRunner:
 
     def _events(self, stack: contextlib.ExitStack) -> Iterator[Event]:
         app, record = self._app, self._record
-        if not app.parking.holds(self._history, self._turn.messages[-1]):
+        if not app.parking.can_continue(self._history, self._turn.messages[-1]):
             # A process that holds the conversation continues it also while claude is updated.
             app.check_program()
         slot = stack.enter_context(app.gate.slot(self._request.caller))
@@ -12582,7 +12639,7 @@ class TurnRunner:
             yield self._continue(parked, path)
         yield self._rebuild()
 
-    def _take_rewound(self) -> Parked | None:
+    def _take_rewound(self) -> ParkedProcess | None:
         """Return a process that held the question of another turn and has forgotten it.
 
         Not in agent mode: what claude's own tools have begun would not be forgotten."""
@@ -12599,15 +12656,15 @@ class TurnRunner:
         self._give_up()
         return None
 
-    def _rewind(self, parked: Parked) -> bool:
+    def _rewind(self, parked: ParkedProcess) -> bool:
         """Make a process forget its last question; return whether it did. One that fails counts
         as one that refuses: another process is used."""
-        if parked.question is None:
+        if parked.rewind_point is None:
             return False
         deadline_s = self._app.clock() + _REWIND_TIMEOUT_S
         limits = self._limits._replace(deadline_s=deadline_s, tick_s=0.0)
         try:
-            (reply,) = parked.process.control([rewind_line(parked.question)], limits)
+            (reply,) = parked.process.control([rewind_line(parked.rewind_point)], limits)
         except (UpstreamFailed, UpstreamTimeout):
             return False
         parked.process.rewinds += 1
@@ -12615,15 +12672,15 @@ class TurnRunner:
 
     # -- converse ---------------------------------------------------------------------------------
 
-    def _continue(self, parked: Parked, path: str) -> Iterator[Event]:
+    def _continue(self, parked: ParkedProcess, path: str) -> Iterator[Event]:
         """Send a process the one message that it does not hold yet."""
         record, process, message = self._record, parked.process, self._turn.messages[-1]
         record.process, record.warm, record.path = process, True, path
-        results, steps = results_to_tell(message, parked.history.context), []
-        record.question = parked.question
+        results, steps = results_with_context(message, parked.history.context), []
+        record.question = parked.rewind_point
         if not results:
             record.question = rewind_point_of(self._turn)
-            steps = [continuation(self._turn, process.version, record.question)]
+            steps = [continuation_lines(self._turn, process.version, record.question)]
         yield from self._converse(process, TurnInput(steps, results))
 
     def _rebuild(self) -> Iterator[Event]:
@@ -12632,14 +12689,15 @@ class TurnRunner:
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
-            app.spares.want(turn.model.argument)
+            app.spares.mark_used(turn.model.argument)
         process, record.warm = app.spares.take(turn.model.argument)
         record.process, record.question = process, rewind_point_of(turn)
         app.wakeups.put("tend")
-        process.tools, process.told = ToolServer(turn.tools), len(turn.messages) - 1
-        steps = conversation(
+        process.tools = ToolServer(turn.tools)
+        process.history_messages = len(turn.messages) - 1
+        steps = conversation_steps(
             turn, app.config.system_prompt, process.version, agent=app.config.is_agent,
-            question=record.question,
+            rewind_point=record.question,
         )
         yield from self._converse(process, TurnInput(steps))
 
@@ -12670,7 +12728,7 @@ class TurnRunner:
         means that claude still writes an answer that was ended here."""
         app, record = self._app, self._record
         app.account.set_login(True)
-        app.spares.want(process.model_id)
+        app.spares.mark_used(process.model_id)
         record.process = None
         if finished.stop_reason in _PARKABLE and not is_cut and self._may_serve_again(process):
             answer = record.answer()
@@ -12690,7 +12748,7 @@ class TurnRunner:
 
     def _may_serve_again(self, process: ClaudeProcess) -> bool:
         """Return whether a process is worth parking after a complete answer."""
-        if process.misjudged or not self._app.is_current(process):
+        if process.version_differs or not self._app.is_current(process):
             return False
         if self._turn.output_schema is None or not self._config.parked_processes:
             return self._config.parked_processes > 0
@@ -12751,7 +12809,7 @@ class Requests:
                 with self._from_cache(job) as answering:
                     yield answering
             else:
-                app.cache.bypassed()
+                app.cache.count_bypass()
                 with self._produced(job) as choices:
                     yield Answering(job, choices)
         except ClientGone as left:
@@ -12776,7 +12834,7 @@ class Requests:
                 self._app.keys.current(job.request.caller)
             except Unauthorized as ended:
                 job.ended_by = job.ended_by or ended
-                job.request.client.leave()
+                job.request.client.cancel()
 
     def check_quota(self, caller: Caller, dialect: Dialect) -> None:
         """Refuse, before its body is read, a request whose quota is used up. Raises
@@ -12812,7 +12870,7 @@ class Requests:
         app, config, request = self._app, self._app.config, job.request
         key = cache_key(request.turn, request.caller, config.system_prompt)
         try:
-            place = app.cache.find(key, config.cache_ttl_ms / 1000)
+            place = app.cache.lookup(key, config.cache_ttl_ms / 1000)
         except OSError as problem:
             raise cannot_start(problem) from None
         flight = place.flight
@@ -12820,18 +12878,18 @@ class Requests:
             job.path = "cached"
             stored = enumerate(place.answers)
             events = ((index, event) for index, answer in stored for event in replay_events(answer))
-            yield Answering(job, self._recorded(job, events), place.word)
+            yield Answering(job, self._recorded(job, events), place.status)
             return
         try:
-            if place.word == "miss":
+            if place.status == "miss":
                 self._start_producer(job, flight, config)
             else:
                 job.path = "shared"
             tick_s = tick_s_of(config, request.turn)
             followed = flight.follow(request.client, tick_s, app.clock)
-            yield Answering(job, self._recorded(job, followed), place.word)
+            yield Answering(job, self._recorded(job, followed), place.status)
         finally:
-            app.cache.leave(flight)
+            app.cache.unfollow(flight)
 
     def _recorded(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
         """Record events that another request's process made."""
@@ -13124,11 +13182,11 @@ class App:
         try:
             process = ClaudeProcess(
                 program.command, model_id, self.config, env=env, cwd=self._work_folder,
-                version=program.version, watchdog=self._watchdog, notice=self._notices.put,
+                version=program.version, watchdog=self._watchdog, on_report=self._notices.put,
                 clock=self.clock,
             )
         except ClaudeMissing as error:
-            raise self.program.tempered(error) from None
+            raise self.program.as_away_if_recent(error) from None
         self.log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
         return process
 
@@ -13155,7 +13213,7 @@ class App:
 
     def run(self) -> None:
         """Do the housekeeping until a wakeup says stop. For the main thread."""
-        self.spares.want(self.models.find(self.config.default_model).argument)
+        self.spares.mark_used(self.models.find(self.config.default_model).argument)
         wakeup = ""
         while wakeup != "stop":
             wait_s = self.tend()
@@ -13255,7 +13313,7 @@ class App:
             version = version_in(str(notice.get("claude_code_version", "")))
             news = plan_event(notice)
             if version is not None:
-                self.program.correct(version)
+                self.program.correct_version(version)
             elif news is not None:
                 self.account.update_plan(news)
 
@@ -14018,7 +14076,7 @@ def _stats(app: App) -> Json:
 
 def _server_status(app: App) -> tuple[str, str]:
     """Return "ok", "degraded" or "draining", and what the operator should do about it."""
-    problem = app.program.glance()[1]
+    problem = app.program.last_result()[1]
     auth = app.account.login_report()
     if app.draining:
         return "draining", "The server is stopping."
@@ -14037,7 +14095,7 @@ def get_health(app: App, exchange: HttpExchange) -> None:
 
 def _health(app: App) -> Json:
     config, uptime_s = app.config, app.clock() - app.started_s
-    program, problem = app.program.glance()
+    program, problem = app.program.last_result()
     status, fix = _server_status(app)
     return {
         "status": status,
@@ -14531,7 +14589,7 @@ def clear_cache(app: App, exchange: HttpExchange) -> None:
 
 def _gauges(app: App) -> dict[str, dict[Labels, float]]:
     """Return the metrics whose values other objects keep."""
-    cache, program = app.cache.stats(), app.program.glance()[0]
+    cache, program = app.cache.stats(), app.program.last_result()[0]
     windows = app.account.windows()
     cache_counts = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
     login = app.account.login_report()["ok"]

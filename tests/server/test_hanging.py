@@ -107,7 +107,7 @@ def place(tmp_path: Path) -> Place:
 @pytest.fixture
 def patient(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Patient]]:
     """Makes a process that gets a second to answer, and four megabytes to say it."""
-    monkeypatch.setattr(ocp, "_ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(ocp, "_REPLY_TIMEOUT_S", 1.0)
     monkeypatch.setattr(ocp, "_MAX_START_S", 0.0)
     monkeypatch.setattr(ocp, "_MAX_CLAUDE_LINE_BYTES", 4 * 1024 * 1024)
     monkeypatch.setattr(ocp, "_END_GRACE_S", 0.2)
@@ -152,7 +152,7 @@ def test_a_process_that_waits_for_the_api_is_not_given_up(
     place: Place, patient: Callable[[], Patient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So slow that a busy machine does not matter, and still less than the wait.
-    monkeypatch.setattr(ocp, "_ANSWER_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(ocp, "_REPLY_TIMEOUT_S", 5.0)
     place.write_scenario([[{"sleep_ms": 11_000}, {"say": "late"}]])
 
     events = patient().answer()
@@ -167,7 +167,7 @@ def test_a_process_that_waits_is_ended_when_it_babbles(
     idle = patient().process
 
     def looked_after() -> bool:
-        idle.idle()
+        idle.drain_output()
         return not idle.alive()
 
     assert eventually(looked_after)
@@ -202,7 +202,7 @@ def test_the_socket_of_a_killed_process_is_removed(
 ) -> None:
     sockets = place.folder / "cc-socks"
     sockets.mkdir()
-    monkeypatch.setattr(ocp, "left_files", lambda pid, *_: [str(sockets / f"{pid}.sock")])
+    monkeypatch.setattr(ocp, "leftover_paths", lambda pid, *_: [str(sockets / f"{pid}.sock")])
     process = patient().process
     left = sockets / f"{process.pid}.sock"
     left.touch()
@@ -375,7 +375,7 @@ def test_without_a_program_the_housekeeper_rests(tmp_path: Path) -> None:
     app = ocp.App(
         ocp.load_config(environ), environ=environ, log=ocp.Log(None, "error"),
         models=ocp.Models(ocp.BUILTIN_MODELS), clock=clock)
-    app.spares.want(SONNET)
+    app.spares.mark_used(SONNET)
 
     pauses = []
     for _ in range(5):

@@ -615,14 +615,14 @@ def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
         assert eventually(lambda: not processes_with(server.place.folder))
 
 
-def test_a_guardian_that_was_killed_is_replaced(tmp_path: Path) -> None:
+def test_a_watchdog_that_was_killed_is_replaced(tmp_path: Path) -> None:
     with running_server(tmp_path, [[{"say": "so far"}, {"hang": True, "stubborn": True}]],
                         env=NO_IDLE) as server:
         with stream_chat(server) as first:
             next(iter(first))
-            (guardian,) = set(server.children()) - {asked_process(server)}
-            os.kill(guardian, signal.SIGKILL)
-            eventually(lambda: server.zombies() == [guardian])
+            (watchdog,) = set(server.children()) - {asked_process(server)}
+            os.kill(watchdog, signal.SIGKILL)
+            eventually(lambda: server.zombies() == [watchdog])
             with stream_chat(server) as second:
                 next(iter(second))
                 server.kill()

@@ -187,22 +187,22 @@ class Shelf:
         self.cache = ocp.Cache(self.clock)
 
     def find(self, key: str) -> Any:
-        return self.cache.find(key, self.config.cache_ttl_ms / 1000)
+        return self.cache.lookup(key, self.config.cache_ttl_ms / 1000)
 
     def put(self, key: str, *texts: str) -> None:
         """An answer that was asked for, came, and is kept; none without texts."""
         place = self.find(key)
-        assert place.word == "miss"
+        assert place.status == "miss"
         self.cache.settle(place.flight, tuple(map(answer_of, texts)), self.config)
-        self.cache.leave(place.flight)
+        self.cache.unfollow(place.flight)
 
     def has(self, key: str) -> bool:
         """Whether there is an answer, without any effect but on the numbers."""
         place = self.find(key)
         if place.flight is not None:
             self.cache.settle(place.flight, (), self.config)
-            self.cache.leave(place.flight)
-        return bool(place.word == "hit")
+            self.cache.unfollow(place.flight)
+        return bool(place.status == "hit")
 
 
 def test_an_answer_is_there_until_its_time_is_up_and_not_a_moment_longer() -> None:

@@ -32,22 +32,22 @@ class Waiting:
 
     def __init__(self) -> None:
         self.clock = FakeClock(0.0)
-        self.patience = ocp.Patience(0.0)
+        self.detector = ocp.HangDetector(0.0)
 
     def tell(self, data: bytes) -> None:
         """Tells claude something."""
-        self.patience.told(data, self.clock())
+        self.detector.record_sent(data, self.clock())
 
     def hear(self, line: Json) -> None:
         """Gets a line of claude's."""
-        self.patience.heard(line, self.clock())
+        self.detector.record_line(line, self.clock())
 
     def ends_s(self) -> float:
         """In how many seconds claude is taken for one that hangs, if it stays silent."""
-        if self.patience.ask_at_s() < self.patience.ends_at_s():
-            self.clock.now_s = max(self.clock.now_s, self.patience.ask_at_s())
-            self.patience.asked()
-        return float(self.patience.ends_at_s())
+        if self.detector.probe_at_s() < self.detector.hung_at_s():
+            self.clock.now_s = max(self.clock.now_s, self.detector.probe_at_s())
+            self.detector.record_probe()
+        return float(self.detector.hung_at_s())
 
 
 # -- patience -----------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_a_claude_that_says_nothing_hangs_after_20_seconds() -> None:
     waiting = Waiting()
     waiting.tell(controls(0))
 
-    assert waiting.patience.ask_at_s() == 10
+    assert waiting.detector.probe_at_s() == 10
     assert waiting.ends_s() == 20
 
 
@@ -108,7 +108,7 @@ def test_a_turn_that_has_begun_shows_that_all_was_heard() -> None:
 def test_time_in_which_nobody_listened_is_not_claude_s() -> None:
     waiting = Waiting()
     waiting.tell(controls(1))
-    waiting.patience.excuse(100)
+    waiting.detector.exclude_time(100)
 
     assert waiting.ends_s() == 120
 
@@ -116,10 +116,10 @@ def test_time_in_which_nobody_listened_is_not_claude_s() -> None:
 def test_a_word_of_a_client_is_no_control_request() -> None:
     waiting = Waiting()
     waiting.tell(controls(0) + controls(0))
-    waiting.patience.asked()
+    waiting.detector.record_probe()
     waiting.hear({"type": "system"})
 
-    assert waiting.patience.ends_at_s() == float("inf")
+    assert waiting.detector.hung_at_s() == float("inf")
 
 
 # -- versions -----------------------------------------------------------------
@@ -227,13 +227,13 @@ def test_one_that_became_too_old_is_not_waited_for(installed: Installed) -> None
 
 
 def test_the_word_of_a_process_counts_more_than_that_of_a_script(installed: Installed) -> None:
-    installed.program.correct((2, 1, 400))
+    installed.program.correct_version((2, 1, 400))
 
     assert installed.program.resolve().version == (2, 1, 400)
 
 
 def test_a_process_that_is_too_old_makes_its_program_too_old(installed: Installed) -> None:
-    installed.program.correct((2, 1, 100))
+    installed.program.correct_version((2, 1, 100))
 
     assert isinstance(installed.failure(), ocp.ClaudeTooOld)
 
@@ -257,7 +257,7 @@ def test_a_program_that_prints_without_end_is_cut_off(
     ({"TMPDIR": "/t"}, "/t/cc-socks"), ({}, "/tmp/cc-socks"),
 ])
 def test_a_socket_lies_where_claude_puts_it(env: dict[str, str], folder: str) -> None:
-    left = ocp.left_files(77, env, "/tmp/ocp-1", "linux")
+    left = ocp.leftover_paths(77, env, "/tmp/ocp-1", "linux")
 
     assert left == [f"{folder}/77.sock", f"/tmp/cc-socks-{os.getuid()}/77.sock"]
 
@@ -266,7 +266,7 @@ def test_on_macos_the_logs_of_the_work_folder_are_left_too(tmp_path: Path) -> No
     (tmp_path / "ocp_1").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "ocp_1")
 
-    left = ocp.left_files(77, {"HOME": "/Users/me"}, str(tmp_path / "link"), "darwin")
+    left = ocp.leftover_paths(77, {"HOME": "/Users/me"}, str(tmp_path / "link"), "darwin")
 
     name = f"{tmp_path.resolve()}/ocp-1".replace("/", "-").replace("_", "-")
     assert left[2:] == [f"/Users/me/Library/Caches/claude-cli-nodejs/{name}"]

@@ -508,7 +508,7 @@ def test_no_other_line_tells_about_the_plan(line: Json) -> None:
 def test_a_history_that_was_taken_is_no_failure() -> None:
     ocp.check_history_result(RESULT)
 
-    with pytest.raises(ocp.UpstreamFailed, match="did not take the conversation"):
+    with pytest.raises(ocp.UpstreamFailed, match="did not accept the conversation"):
         ocp.check_history_result({**RESULT, "is_error": True})
 
 
@@ -744,7 +744,7 @@ def a_turn(*messages: tuple[str, str], system: str = "", **options: Any) -> Any:
 
 def steps_of(turn: Any, operator_prompt: str = "", version: Any = NEW) -> list[list[Json]]:
     """The lines of each step of a conversation."""
-    return [lines_of(step) for step in ocp.conversation(turn, operator_prompt, version)]
+    return [lines_of(step) for step in ocp.conversation_steps(turn, operator_prompt, version)]
 
 
 def brief(line: Json) -> str:
@@ -775,7 +775,7 @@ def test_a_loop_is_not_told_anew_with_a_budget_for_thinking(
     asked.messages[2].content[:] = [result, text("So?")]
     assert thinking_of(steps_of(asked)[0]) == in_loop
     assert thinking_of(steps_of(question)[0]) == [2_048]
-    *before, line = lines_of(ocp.continuation(question, NEW))
+    *before, line = lines_of(ocp.continuation_lines(question, NEW))
     assert brief(line) == "user So?+"
     assert thinking_of(before) == ([2_048] if in_loop == [0] else [])
 
@@ -919,7 +919,7 @@ def test_a_heavy_image_of_an_earlier_result_stands_behind_it() -> None:
     for size_bytes, moved in ((3_932_160, False), (3_932_161, True)):
         heavy = image(HEADS["png"](10, 10).ljust(size_bytes, b"\0"))
 
-        assert (ocp.beside_results([result_of(heavy)])[0] != result_of(heavy)) is moved
+        assert (ocp.extract_large_images([result_of(heavy)])[0] != result_of(heavy)) is moved
 
 
 @pytest.mark.parametrize(
@@ -929,7 +929,7 @@ def test_a_heavy_image_of_an_earlier_result_stands_behind_it() -> None:
      [result_of({"type": "document", "source": {"type": "base64", "data": "JVBERi0="}})], []],
 )
 def test_all_other_content_is_told_as_it_is(content: list[Json]) -> None:
-    assert ocp.beside_results(content) is content
+    assert ocp.extract_large_images(content) is content
 
 
 # -- how claude is started ----------------------------------------------------

@@ -280,7 +280,7 @@ def test_a_lost_login_says_how_to_log_in_and_what_claude_said() -> None:
 
     assert "`claude auth login`" in message
     assert "`claude setup-token`" in message
-    assert message.endswith("(It said: Not logged in)")
+    assert message.endswith("(claude reported: Not logged in)")
 
 
 @pytest.mark.parametrize(

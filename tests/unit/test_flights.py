@@ -65,7 +65,7 @@ CONFIG = dataclasses.replace(ocp.Config(), cache_ttl_ms=60_000)
 @pytest.fixture
 def flight(cache: Any) -> Iterator[Any]:
     """A flight that somebody has just missed the cache for."""
-    place = cache.find("a", 60)
+    place = cache.lookup("a", 60)
     yield place.flight
     cache.settle(place.flight, (), CONFIG)
 
@@ -102,7 +102,7 @@ def test_a_follower_that_waits_is_woken_at_once(
     flight: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The next look of its own would come too late for each of the events.
-    monkeypatch.setattr(ocp, "_QUEUE_GLANCE_S", 600)
+    monkeypatch.setattr(ocp, "_CLIENT_POLL_S", 600)
     heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def follow() -> None:
@@ -165,44 +165,44 @@ def test_a_follower_that_comes_after_a_new_start_is_spared_the_old_one(flight: A
 
 
 def test_the_second_to_ask_shares_and_the_last_to_leave_ends_the_flight(cache: Any) -> None:
-    first, second = cache.find("a", 60), cache.find("a", 60)
+    first, second = cache.lookup("a", 60), cache.lookup("a", 60)
 
-    cache.leave(first.flight)
+    cache.unfollow(first.flight)
     before = first.flight.client.gone()
-    cache.leave(second.flight)
+    cache.unfollow(second.flight)
 
-    assert (first.word, second.word, second.flight is first.flight) == ("miss", "shared", True)
+    assert (first.status, second.status, second.flight is first.flight) == ("miss", "shared", True)
     assert (before, first.flight.client.gone()) == (False, True)
     assert select.select([first.flight.client], [], [], 0)[0], "nothing wakes the producer"
     cache.settle(first.flight, (), CONFIG)
 
 
 def test_nobody_joins_a_flight_that_everybody_left(cache: Any) -> None:
-    left = cache.find("a", 60).flight
-    cache.leave(left)
+    left = cache.lookup("a", 60).flight
+    cache.unfollow(left)
 
-    place = cache.find("a", 60)
+    place = cache.lookup("a", 60)
 
-    assert place.word == "miss" and place.flight is not left
+    assert place.status == "miss" and place.flight is not left
     for each in (left, place.flight):
         cache.settle(each, (), CONFIG)
 
 
 def test_the_end_of_a_flight_that_was_left_does_not_end_the_next_one(cache: Any) -> None:
-    left = cache.find("a", 60).flight
-    cache.leave(left)
-    place = cache.find("a", 60)
+    left = cache.lookup("a", 60).flight
+    cache.unfollow(left)
+    place = cache.lookup("a", 60)
 
     cache.settle(left, (), CONFIG)
 
-    third = cache.find("a", 60)
-    assert (third.word, third.flight is place.flight) == ("shared", True)
+    third = cache.lookup("a", 60)
+    assert (third.status, third.flight is place.flight) == ("shared", True)
     assert repr(cache) == "<cache kept=0 flights=1>"
     cache.settle(place.flight, (), CONFIG)
 
 
 def test_the_stats_count_who_waits(cache: Any) -> None:
-    flights = [cache.find(key, 60).flight for key in ("a", "a", "a", "b")]
+    flights = [cache.lookup(key, 60).flight for key in ("a", "a", "a", "b")]
 
     stats = cache.stats()
 
@@ -216,9 +216,9 @@ def test_flights_keep_no_descriptors(cache: Any) -> None:
     before = descriptors(os.getpid())
 
     for number in range(50):
-        flight = cache.find(str(number), 60).flight
+        flight = cache.lookup(str(number), 60).flight
         if number % 2:
-            cache.leave(flight)
+            cache.unfollow(flight)
         cache.settle(flight, (), CONFIG)
 
     assert descriptors(os.getpid()) == before
@@ -238,14 +238,14 @@ def test_any_number_of_threads_joins_and_leaves_without_a_lost_flight(cache: Any
 
     def come_and_go(times: list[float]) -> None:
         for pause_s in times:
-            place = cache.find("a", 60)
-            if place.word == "miss":
+            place = cache.lookup("a", 60)
+            if place.status == "miss":
                 threading.Thread(target=produce, args=(place.flight,)).start()
             time.sleep(pause_s)
             stays = pause_s * 4_000 % 1 < 0.7
             if stays and list(place.flight.follow(Someone(), 0, time.monotonic))[-1:] != [END]:
                 lost.append("an answer")
-            cache.leave(place.flight)
+            cache.unfollow(place.flight)
 
     in_parallel([lambda times=times: come_and_go(times) for times in pauses])  # type: ignore[misc]
 

@@ -146,7 +146,7 @@ def test_leaving_the_line_lets_the_next_one_move_up() -> None:
         door.line_up(quitter)
         last = door.line_up(others)
         quitter.close()
-        door.gate.leave(runner)
+        door.gate.release(runner)
         assert last.runs
 
 
@@ -284,7 +284,7 @@ def test_callers_take_turns() -> None:
         modest = [door.line_up(stack, "modest") for _ in range(2)]
         order = []
         for _ in range(7):
-            door.gate.leave(running)
+            door.gate.release(running)
             running.runs = False
             running = next(slot for slot in greedy + modest if slot.runs)
             order.append(running.scope)
@@ -322,7 +322,7 @@ def test_a_caller_with_a_limit_leaves_places_to_others() -> None:
         limited = [door.line_up(stack, "limited", most=1) for _ in range(3)]
         other = door.line_up(stack, "other")
         assert runs(*limited, other) == [True, False, False, True]
-        door.gate.leave(limited[0])
+        door.gate.release(limited[0])
         assert runs(*limited[1:]) == [True, False]
 
 
@@ -341,10 +341,10 @@ def test_a_limit_that_is_lowered_is_kept_as_requests_end() -> None:
     with contextlib.ExitStack() as stack:
         slots = [door.line_up(stack) for _ in range(4)]
         door.gate.configure(config(max_concurrent=1, max_queue=5))
-        door.gate.leave(slots[0])
-        door.gate.leave(slots[1])
+        door.gate.release(slots[0])
+        door.gate.release(slots[1])
         assert not slots[3].runs
-        door.gate.leave(slots[2])
+        door.gate.release(slots[2])
         assert slots[3].runs
 
 
@@ -400,7 +400,7 @@ class Stable:
     def want(self, *model_ids: str) -> None:
         """These models are in use, one after the other."""
         for model_id in model_ids:
-            self.spares.want(model_id)
+            self.spares.mark_used(model_id)
             self.clock.advance(0.001)
 
     def tend(self, after_s: float = 1.0) -> None:
@@ -426,7 +426,7 @@ def warm(*model_ids: str, **settings: object) -> Stable:
 def test_spares_begin_empty() -> None:
     stable = Stable()
 
-    assert repr(stable) == "<spares none leaving=0>"
+    assert repr(stable) == "<spares none stopping=0>"
     assert stable.plan() == ([], [])
 
 
@@ -441,7 +441,7 @@ def test_a_model_that_nobody_wanted_gets_no_spare() -> None:
 def test_a_wanted_model_gets_its_spares() -> None:
     stable = warm("a", "b", warm_processes=2)
 
-    assert repr(stable) == "<spares a=2, b=2 leaving=0>"
+    assert repr(stable) == "<spares a=2, b=2 stopping=0>"
 
 
 def test_a_taken_spare_is_the_caller_s_alone() -> None:
@@ -450,7 +450,7 @@ def test_a_taken_spare_is_the_caller_s_alone() -> None:
     process, was_waiting = stable.spares.take("a")
 
     assert (process, was_waiting) == (stable.started[0], True)
-    assert repr(stable) == "<spares none leaving=0>"
+    assert repr(stable) == "<spares none stopping=0>"
 
 
 def test_the_spare_that_has_waited_longest_is_taken_first() -> None:
@@ -467,7 +467,7 @@ def test_without_a_spare_a_process_is_started() -> None:
     process, was_waiting = stable.spares.take("b")
 
     assert (process.model_id, was_waiting) == ("b", False)
-    assert repr(stable) == "<spares a=1 leaving=0>"
+    assert repr(stable) == "<spares a=1 stopping=0>"
 
 
 def test_a_failure_to_start_is_told_to_the_taker() -> None:
@@ -492,7 +492,7 @@ def test_a_spare_that_died_is_passed_over_for_a_living_one() -> None:
     process, was_waiting = stable.spares.take("a")
 
     assert (process, was_waiting) == (stable.started[1], True)
-    assert repr(stable) == "<spares none leaving=1>"
+    assert repr(stable) == "<spares none stopping=1>"
 
 
 def test_when_all_spares_died_a_process_is_started() -> None:
@@ -507,7 +507,7 @@ def test_when_all_spares_died_a_process_is_started() -> None:
 
 def test_a_refill_waits_a_moment_after_a_take() -> None:
     stable = warm("a")
-    stable.spares.want("a")
+    stable.spares.mark_used("a")
     stable.spares.take("a")
 
     at_once = stable.plan()[1]
@@ -557,7 +557,7 @@ def test_a_model_that_is_wanted_now_gets_the_place_of_the_one_wanted_longest_ago
     retire, grow = stable.plan(after_s=1)
 
     assert ([process.model_id for process in retire], grow) == (["a"], ["c"])
-    assert repr(stable) == "<spares b=1 leaving=0>"
+    assert repr(stable) == "<spares b=1 stopping=0>"
 
 
 def test_no_model_takes_the_place_of_one_that_was_wanted_later() -> None:
@@ -568,7 +568,7 @@ def test_no_model_takes_the_place_of_one_that_was_wanted_later() -> None:
     stable.tend()
 
     assert [process.model_id for process in stable.started] == ["b"]
-    assert repr(stable) == "<spares b=1 leaving=0>"
+    assert repr(stable) == "<spares b=1 stopping=0>"
 
 
 @pytest.mark.parametrize("settings", [{"warm_processes": 0}, {"warm_total": 0}])
@@ -583,7 +583,7 @@ def test_an_old_spare_is_retired() -> None:
     retired, _ = stable.plan(after_s=1)
 
     assert (kept, retired) == ([], stable.started)
-    assert repr(stable) == "<spares none leaving=0>"
+    assert repr(stable) == "<spares none stopping=0>"
 
 
 def test_a_model_out_of_use_is_not_refilled() -> None:
@@ -591,7 +591,7 @@ def test_a_model_out_of_use_is_not_refilled() -> None:
 
     stable.tend(after_s=62)
 
-    assert repr(stable) == "<spares none leaving=0>"
+    assert repr(stable) == "<spares none stopping=0>"
     assert len(stable.started) == 1
 
 
@@ -603,7 +603,7 @@ def test_a_model_in_use_gets_a_fresh_spare_for_an_old_one() -> None:
     stable.tend(after_s=12)
 
     assert stable.started[0].dismissed == [False]
-    assert repr(stable) == "<spares a=1 leaving=0>"
+    assert repr(stable) == "<spares a=1 stopping=0>"
 
 
 def test_a_spare_that_died_young_stops_the_refill_for_a_while() -> None:
@@ -652,7 +652,7 @@ def test_a_failed_refill_keeps_the_spares_that_were_started() -> None:
     with pytest.raises(ocp.ClaudeMissing):
         stable.tend()
 
-    assert repr(stable) == "<spares a=1 leaving=0>"
+    assert repr(stable) == "<spares a=1 stopping=0>"
 
 
 def test_dropping_lets_every_spare_go_kindly() -> None:
@@ -661,7 +661,7 @@ def test_dropping_lets_every_spare_go_kindly() -> None:
     stable.spares.drop()
 
     assert [process.dismissed for process in stable.started] == [[True], [True]]
-    assert repr(stable) == "<spares none leaving=2>"
+    assert repr(stable) == "<spares none stopping=2>"
 
 
 def test_dropped_spares_are_replaced_once_their_model_is_wanted_again() -> None:
@@ -671,7 +671,7 @@ def test_dropped_spares_are_replaced_once_their_model_is_wanted_again() -> None:
 
     stable.tend()
 
-    assert repr(stable) == "<spares a=1 leaving=0>"
+    assert repr(stable) == "<spares a=1 stopping=0>"
     assert len(stable.started) == 2
 
 
@@ -736,5 +736,5 @@ def test_closing_ends_everything() -> None:
 
     stable.spares.close()
 
-    assert repr(stable) == "<spares none leaving=0>"
+    assert repr(stable) == "<spares none stopping=0>"
     assert all(process.dismissed for process in stable.started)

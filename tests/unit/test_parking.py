@@ -27,7 +27,7 @@ class FakeProcess:
         self.version = ocp.REWINDS_ALL_SINCE
         self.born_s = 0.0
         self.rewinds = 0
-        self.told = 0
+        self.history_messages = 0
 
     def __repr__(self) -> str:
         return f"<process {self.name}>"
@@ -36,7 +36,7 @@ class FakeProcess:
         """Whether it still runs."""
         return self.lives
 
-    def idle(self) -> None:
+    def drain_output(self) -> None:
         """Counts how often it was looked after."""
         self.looks += 1
 
@@ -230,11 +230,11 @@ def test_a_conversation_has_a_digest_of_each_message() -> None:
 def parked(*messages: Any, awaiting: tuple[str, ...] = (), **fields: Any) -> Any:
     """A parked conversation of these messages."""
     held = known(turn(*messages, **fields))
-    return ocp.Parked(FakeProcess(), held, frozenset(awaiting), 0.0)
+    return ocp.ParkedProcess(FakeProcess(), held, frozenset(awaiting), 0.0)
 
 
 def takes(held: Any, *messages: Any, **fields: Any) -> bool:
-    return bool(held.takes(known(turn(*messages, **fields)), messages[-1]))
+    return bool(held.can_continue(known(turn(*messages, **fields)), messages[-1]))
 
 
 SAID = (user("a"), assistant("b"))
@@ -299,8 +299,8 @@ def test_waiting_calls_take_their_results_all_at_once_and_alone(
 def test_context_is_told_with_a_result_unless_it_is_known() -> None:
     message = user(result("t1"), result("t2"), context("It is one."))
 
-    assert ocp.results_to_tell(message, context("It is one.")["text"]) == message.content[:2]
-    first, last = ocp.results_to_tell(message, context("It is noon.")["text"])
+    assert ocp.results_with_context(message, context("It is one.")["text"]) == message.content[:2]
+    first, last = ocp.results_with_context(message, context("It is noon.")["text"])
     assert first == result("t1")
     assert last == result("t2", block("Sunny."), context("It is one."))
     assert message == user(result("t1"), result("t2"), context("It is one."))
@@ -322,7 +322,7 @@ def test_a_result_that_context_would_make_too_long_is_not_taken() -> None:
 def test_what_two_conversations_share_is_their_beginning(
     messages: tuple[Any, ...], count: int
 ) -> None:
-    assert parked(*SAID).common(known(turn(*messages))) == count
+    assert parked(*SAID).common_prefix(known(turn(*messages))) == count
 
 
 # -- the parking --------------------------------------------------------------
@@ -575,15 +575,15 @@ def test_what_was_at_work_when_all_were_dropped_forgets_nothing() -> None:
 def test_conversations_that_begin_with_the_same_examples_do_not_take_from_each_other() -> None:
     lot = Lot(parked_processes=2)
     process = lot.put(*LATER)
-    process.told = len(SAID)
+    process.history_messages = len(SAID)
 
     assert lot.take_rewindable(*SAID, user("e")) is None
     assert lot.take_rewindable(*SAID, user("e"), running=2) is process
-    lot.put(*LATER).told = len(SAID)
+    lot.put(*LATER).history_messages = len(SAID)
     # The same again, and another question behind one that was asked here, need no reason.
     assert lot.take_rewindable(*SAID, user("c")) is not None
     longer = lot.put(*LATER, user("e"), assistant("f"))
-    longer.told = len(SAID)
+    longer.history_messages = len(SAID)
     assert lot.take_rewindable(*LATER, user("g")) is longer
 
 

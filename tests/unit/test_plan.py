@@ -379,7 +379,7 @@ class Idle:
     def alive(self) -> bool:
         return not self.is_dismissed
 
-    def idle(self) -> None:
+    def drain_output(self) -> None:
         """It says nothing."""
 
     def stop(self, *, graceful: bool) -> None:
@@ -393,7 +393,7 @@ class Idle:
 def spares(clock: FakeClock) -> Any:
     """Spares of which one waits."""
     found = ocp.Spares(lambda model_id: Idle(model_id, clock()), clock)
-    found.want("sonnet")
+    found.mark_used("sonnet")
     clock.advance(1)
     found.tend(ocp.Config())
     assert found.idle() == {"sonnet": 1}
@@ -405,7 +405,7 @@ def test_there_are_as_many_spares_as_before_when_one_was_asked(
 ) -> None:
     asked = spares.borrow()
     # Meanwhile somebody has an answer of this model.
-    spares.want("sonnet")
+    spares.mark_used("sonnet")
     clock.advance(1)
     spares.tend(ocp.Config())
 

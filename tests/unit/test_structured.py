@@ -170,7 +170,7 @@ def test_a_schema_that_is_wrong_is_refused_with_its_path(
 def test_claude_is_told_the_schema() -> None:
     turn = parse(ocp.CHAT, response_format={"type": "json_schema", "json_schema": NAMED})
 
-    [step] = ocp.conversation(turn, "", (2, 1, 329))
+    [step] = ocp.conversation_steps(turn, "", (2, 1, 329))
 
     request = json.loads(step.splitlines()[0])["request"]
     assert request["jsonSchema"] == CITY
@@ -364,8 +364,8 @@ def test_an_answer_is_not_over_before_claude_has_accepted_it() -> None:
     ("lines", "words"),
     [
         ([*prose(" I would rather not. ")], "I would rather not."),
-        ([], "The model did not give an answer of the wanted form."),
-        ([*prose("  ")], "The model did not give an answer of the wanted form."),
+        ([], "The model did not give an answer that fits the requested schema."),
+        ([*prose("  ")], "The model did not give an answer that fits the requested schema."),
     ],
 )
 def test_no_answer_of_the_wanted_form_is_a_refusal(lines: list[Json], words: str) -> None:

@@ -718,7 +718,7 @@ def test_a_choice_is_told_to_the_api(choice: tuple[str, str, bool], body: Json) 
 
 def test_the_server_is_announced_only_where_there_are_tools() -> None:
     [first], [second] = (
-        ocp.conversation(turn(**fields), "", (2, 1, 329)) for fields in ({"tools": TOOLS}, {})
+        ocp.conversation_steps(turn(**fields), "", (2, 1, 329)) for fields in ({"tools": TOOLS}, {})
     )
 
     assert lines_of(first)[0]["request"]["sdkMcpServers"] == ["client"]
