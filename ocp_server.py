@@ -11863,7 +11863,7 @@ class Connection:
         """See Client. A full read-ahead buffer hides the end of the stream."""
         return bool(self._free_ahead_bytes())
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """See Client. Bytes sent to the client still arrive."""
         self._is_read_closed = True
         with contextlib.suppress(OSError):
