@@ -5893,28 +5893,58 @@ class Dialect:
 
 
 class Renderer:
-    """Renders one streamed answer, event by event. Each method gives the bytes to send."""
+    """Renders one streamed answer, event by event. Each method returns the bytes to send.
 
-    def __init__(self, dialect: Dialect) -> None:
+    Subclasses implement `_render` and `_opening`, and `end` if the stream has a last frame.
+    """
+
+    def __init__(self, dialect: Dialect, turn: Turn) -> None:
         self._dialect = dialect
-        #: The whole answer, once it is complete, in dialects that store it.
+        self._turn = turn
+        self._began = False
+        #: The choices whose answer the client has begun to receive. Subclasses add to it.
+        #: Thinking does not count: it may be repeated.
+        self._answered: set[int] = set()
+        self._usages: list[Usage] = []
+        #: The complete answer, after its last event, in dialects that store it.
         self.body: Json = {}
 
     def event(self, index: int, event: Event) -> bytes:
-        """An event of one of the answers, Ticks excepted. Nothing is given before the first
-        content, so that whatever fails before it still has a status of its own."""
+        """Return the frames of one event of choice `index`; never called with a Tick.
+
+        Return nothing before the first content: an error before it can still have its own HTTP
+        status. Raise UpstreamFailed if claude starts the answer again after content was sent,
+        because sent content cannot be taken back.
+        """
+        if isinstance(event, Restarted) and index in self._answered:
+            raise UpstreamFailed("The connection to the API broke in the middle of the answer.")
+        if isinstance(event, Finished):
+            self._usages.append(event.usage)
+        return self._render(index, event)
+
+    def _render(self, index: int, event: Event) -> bytes:
         raise NotImplementedError
 
+    def _begin(self) -> bytes:
+        """Return the opening frames at the first call, nothing at later calls."""
+        opening = b"" if self._began else self._opening()
+        self._began = True
+        return opening
+
+    def _opening(self) -> bytes:
+        """Return the frames that come before all others."""
+        return b""
+
     def keepalive(self) -> bytes:
-        """What shows that the server is still there: a comment, which every client skips."""
+        """Return a frame that clients skip, sent while there is nothing else to send."""
         return b": keepalive\n\n"
 
     def end(self) -> bytes:
-        """The end of an answer that is complete."""
-        raise NotImplementedError
+        """Return the last frames of a complete answer."""
+        return b""
 
     def failure(self, error: OcpError, request_id: str) -> bytes:
-        """The end of an answer that failed; no finish and no [DONE] may come with it."""
+        """Return the last frame of a failed answer. No finish reason and no [DONE] follow it."""
         return server_sent(self._dialect.error_body(error, request_id))
 
 
@@ -5929,11 +5959,6 @@ def server_sent(data: Json, name: str = "") -> bytes:
         # Clients that split the stream at whatever ends a line in Unicode would cut it here.
         text = text.replace(character.encode("utf-8"), b"\\u%04x" % ord(character))
     return head + b"data: " + text + b"\n\n"
-
-
-def broken_answer() -> UpstreamFailed:
-    """The failure of a stream whose answer began anew: what was sent cannot be taken back."""
-    return UpstreamFailed("The connection to the API broke in the middle of the answer.")
 
 
 #: The API's words for the end of an answer, in OpenAI's. Clients loop on words they do not know.
@@ -6567,7 +6592,7 @@ class ChatDialect(Dialect):
                     "index": index,
                     "message": self._message(turn, answer),
                     "logprobs": None,
-                    "finish_reason": self._finish_reason(turn, answer.stop_reason),
+                    "finish_reason": self.finish_reason(turn, answer.stop_reason),
                 }
                 for index, answer in enumerate(answers)
             ],
@@ -6601,7 +6626,8 @@ class ChatDialect(Dialect):
         function = {"name": name, "arguments": arguments}
         return {"id": call["id"], "type": "function", "function": function}
 
-    def _finish_reason(self, turn: Turn, stop_reason: str) -> str:
+    def finish_reason(self, turn: Turn, stop_reason: str) -> str:
+        """Return OpenAI's word for the end of a choice."""
         if stop_reason == "tool_use" and turn.wire["legacy_functions"]:
             return "function_call"
         return FINISH_REASONS.get(stop_reason, "stop")
@@ -6610,31 +6636,41 @@ class ChatDialect(Dialect):
         """See Dialect.stream. One chunk for each piece that claude printed."""
         return ChatRenderer(self, turn)
 
-    def finish(self, turn: Turn, event: Finished) -> str:
-        """The finish reason of a streamed choice."""
-        return self._finish_reason(turn, event.stop_reason)
+
+class ChunkRenderer(Renderer):
+    """Renders the chunks of chat and legacy completions, which share their end."""
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        """Return the body of a chunk with these choices."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """See Renderer.end."""
+        done = b"data: [DONE]\n\n"
+        if not self._turn.wire["include_usage"]:
+            return done
+        usage = openai_usage(self._usages, one_prompt=not self._turn.others)
+        return server_sent({**self._chunk([]), "usage": usage}) + done
 
 
-class ChatRenderer(Renderer):
+class ChatRenderer(ChunkRenderer):
     """Renders a streamed chat completion."""
 
     def __init__(self, dialect: ChatDialect, turn: Turn) -> None:
-        super().__init__(dialect)
-        self._turn = turn
-        self._choices = [ChatChoice(dialect, turn, index) for index in range(turn.choices)]
-        self._usages: list[Usage] = []
+        super().__init__(dialect, turn)
+        self._choices = [ChatChoice(dialect, turn) for _ in range(turn.choices)]
 
-    def event(self, index: int, event: Event) -> bytes:
-        """See Renderer.event."""
-        if isinstance(event, Finished):
-            self._usages.append(event.usage)
-        return b"".join(server_sent(self._chunk([choice])) for choice in self._deltas(index, event))
-
-    def _deltas(self, index: int, event: Event) -> Iterator[Json]:
-        for delta, finish_reason in self._choices[index].deltas(event):
-            yield {
+    def _render(self, index: int, event: Event) -> bytes:
+        choice = self._choices[index]
+        chunks = [
+            self._chunk([{
                 "index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason,
-            }
+            }])
+            for delta, finish_reason in choice.deltas(event)
+        ]
+        if choice.answered:
+            self._answered.add(index)
+        return b"".join(map(server_sent, chunks))
 
     def _chunk(self, choices: list[Json]) -> Json:
         chunk: Json = {
@@ -6649,23 +6685,16 @@ class ChatRenderer(Renderer):
             chunk["usage"] = None
         return chunk
 
-    def end(self) -> bytes:
-        """See Renderer.end."""
-        done = b"data: [DONE]\n\n"
-        if not self._turn.wire["include_usage"]:
-            return done
-        return server_sent({**self._chunk([]), "usage": openai_usage(self._usages)}) + done
-
 
 class ChatChoice:
     """What the chunks of one choice say."""
 
-    def __init__(self, dialect: ChatDialect, turn: Turn, index: int) -> None:
+    def __init__(self, dialect: ChatDialect, turn: Turn) -> None:
         self._dialect = dialect
         self._turn = turn
-        self._index = index
         self._began = False
-        self._answered = False
+        #: Whether a chunk with more than thinking was sent.
+        self.answered = False
         #: Which tool call a block is, counted from 0, and those without arguments so far.
         self._calls: dict[int, int] = {}
         self._bare: list[int] = []
@@ -6674,9 +6703,6 @@ class ChatChoice:
 
     def deltas(self, event: Event) -> Iterator[tuple[Json, str | None]]:
         """The deltas of one event, with their finish reasons; the role comes with the first."""
-        if isinstance(event, Restarted) and self._answered:
-            # What was sent cannot be taken back; thinking alone may be repeated.
-            raise broken_answer()
         for delta, finish_reason in self._told(event):
             if not self._began:
                 self._began = True
@@ -6685,55 +6711,51 @@ class ChatChoice:
 
     def _told(self, event: Event) -> Iterator[tuple[Json, str | None]]:
         if isinstance(event, BlockStarted) and event.block.get("type") == "tool_use":
-            self._answered = True
+            self.answered = True
             if self._calls and self._turn.wire["legacy_functions"]:
                 # The old shape has room for one call.
                 return
-            yield self._call_began(event), None
+            call = event.block
+            yield self._call_began(event.block_index, call["id"], call["name"]), None
         elif isinstance(event, Finished):
             for block_index in self._bare if event.stop_reason == "tool_use" else ():
                 # A call without arguments is a complete one after all.
-                yield self._arguments(Delta(block_index, "arguments", "{}")), None
+                yield self._call(block_index, function={"arguments": "{}"}), None
             for block_index, reader in self._readers.items():
                 yield from self._input(block_index, reader.close())
-            yield {}, self._dialect.finish(self._turn, event)
+            yield {}, self._dialect.finish_reason(self._turn, event.stop_reason)
         elif isinstance(event, Delta):
-            self._answered = self._answered or event.kind in ("text", "arguments", "refusal")
+            self.answered = self.answered or event.kind in ("text", "arguments", "refusal")
             if event.block_index in self._readers:
                 text = self._readers[event.block_index].feed(event.text)
                 yield from self._input(event.block_index, text)
             elif event.kind == "arguments" and event.text and event.block_index in self._calls:
                 if event.block_index in self._bare:
                     self._bare.remove(event.block_index)
-                yield self._arguments(event), None
+                yield self._call(event.block_index, function={"arguments": event.text}), None
             if event.kind in _CHAT_FIELDS and (event.text or event.kind != "thinking"):
                 yield {_CHAT_FIELDS[event.kind]: event.text}, None
 
-    def _call_began(self, event: BlockStarted) -> Json:
-        index = self._calls.setdefault(event.block_index, len(self._calls))
-        if event.block["name"] in self._turn.wire["custom"]:
-            self._readers[event.block_index] = FreeformReader()
-            custom = {"name": event.block["name"], "input": ""}
-            opened = {"index": index, "id": event.block["id"], "type": "custom", "custom": custom}
-            return {"tool_calls": [opened]}
-        self._bare.append(event.block_index)
-        function = {"name": event.block["name"], "arguments": ""}
-        if self._turn.wire["legacy_functions"]:
-            return {"function_call": function}
-        call = {"index": index, "id": event.block["id"], "type": "function", "function": function}
-        return {"tool_calls": [call]}
-
-    def _arguments(self, event: Delta) -> Json:
-        function = {"arguments": event.text}
-        if self._turn.wire["legacy_functions"]:
-            return {"function_call": function}
-        return {"tool_calls": [{"index": self._calls[event.block_index], "function": function}]}
+    def _call_began(self, block_index: int, call_id: str, name: str) -> Json:
+        self._calls.setdefault(block_index, len(self._calls))
+        if name in self._turn.wire["custom"]:
+            self._readers[block_index] = FreeformReader()
+            custom = {"name": name, "input": ""}
+            return self._call(block_index, id=call_id, type="custom", custom=custom)
+        self._bare.append(block_index)
+        function = {"name": name, "arguments": ""}
+        return self._call(block_index, id=call_id, type="function", function=function)
 
     def _input(self, block_index: int, text: str) -> Iterator[tuple[Json, str | None]]:
-        """The delta of a custom tool's call."""
+        """Yield the delta of a custom tool's call, if there is any text."""
         if text:
-            call = {"index": self._calls[block_index], "custom": {"input": text}}
-            yield {"tool_calls": [call]}, None
+            yield self._call(block_index, custom={"input": text}), None
+
+    def _call(self, block_index: int, **fields: object) -> Json:
+        """Return the delta of a call, as `function_call` if the request uses functions."""
+        if self._turn.wire["legacy_functions"]:
+            return {"function_call": fields["function"]}
+        return {"tool_calls": [{"index": self._calls[block_index], **fields}]}
 
 
 #: Kinds of deltas and the fields of a chat chunk that they go into.
@@ -6830,40 +6852,28 @@ class CompletionsDialect(Dialect):
         return CompletionsRenderer(self, turn)
 
 
-class CompletionsRenderer(Renderer):
+class CompletionsRenderer(ChunkRenderer):
     """Renders a streamed legacy completion."""
 
     def __init__(self, dialect: CompletionsDialect, turn: Turn) -> None:
-        super().__init__(dialect)
+        super().__init__(dialect, turn)
         self._completions = dialect
-        self._turn = turn
         self._echo = dict(enumerate(turn.wire["echo"]))
-        self._answered: set[int] = set()
-        self._usages: list[Usage] = []
 
-    def event(self, index: int, event: Event) -> bytes:
-        """See Renderer.event."""
-        if isinstance(event, Restarted) and index in self._answered:
-            raise broken_answer()
+    def _render(self, index: int, event: Event) -> bytes:
         text, reason = "", None
         if isinstance(event, Delta) and event.kind == "text":
             self._answered.add(index)
             text = event.text
         elif isinstance(event, Finished):
-            self._usages.append(event.usage)
             reason = event.stop_reason
         else:
             return b""
         choice = self._completions.choice(index, self._echo.pop(index, "") + text, reason)
-        return server_sent(self._completions.body(self._turn, [choice]))
+        return server_sent(self._chunk([choice]))
 
-    def end(self) -> bytes:
-        """See Renderer.end."""
-        done = b"data: [DONE]\n\n"
-        if not self._turn.wire["include_usage"]:
-            return done
-        usage = openai_usage(self._usages, one_prompt=not self._turn.others)
-        return server_sent({**self._completions.body(self._turn, []), "usage": usage}) + done
+    def _chunk(self, choices: list[Json]) -> Json:
+        return self._completions.body(self._turn, choices)
 
 
 COMPLETIONS = CompletionsDialect()
@@ -7169,43 +7179,36 @@ class MessagesRenderer(Renderer):
     """Renders a streamed message: the API's events in the API's order."""
 
     def __init__(self, dialect: MessagesDialect, turn: Turn) -> None:
-        super().__init__(dialect)
+        super().__init__(dialect, turn)
         self._messages = dialect
-        self._turn = turn
         self._started = Started("", "", NO_USAGE)
-        self._began = False
-        self._answered = False
         self._refused = False
         #: The block that is open, if any, and what to add to block numbers after a restart.
         self._open: int | None = None
         self._next = 0
         self._offset = 0
 
-    def event(self, index: int, event: Event) -> bytes:
-        """See Renderer.event. The first frame comes with the first block."""
+    def _render(self, index: int, event: Event) -> bytes:
         if isinstance(event, Started):
+            # Sent with the first block.
             self._started = event
             return b""
         if isinstance(event, Restarted):
-            if self._answered:
-                raise broken_answer()
             self._offset = self._next
             return self._close_block()
-        return self._begin() + self._told(event)
+        return self._begin() + self._frames_of(event)
 
-    def _begin(self) -> bytes:
-        if self._began:
-            return b""
-        self._began = True
+    def _opening(self) -> bytes:
         message = self._messages.message(
             self._turn, self._started.model, content=[], stop_reason=None, stop_sequence=None,
             usage=self._messages.usage(self._started.usage),
         )
         return self._frame("message_start", message=message)
 
-    def _told(self, event: Event) -> bytes:
+    def _frames_of(self, event: Event) -> bytes:
         if isinstance(event, BlockStarted):
-            self._answered = self._answered or "thinking" not in event.block["type"]
+            if "thinking" not in event.block["type"]:
+                self._answered.add(0)
             self._open = event.block_index + self._offset
             self._next = self._open + 1
             return self._frame("content_block_start", index=self._open, content_block=event.block)
@@ -7221,7 +7224,7 @@ class MessagesRenderer(Renderer):
         if event.kind == "refusal":
             self._refused = True
             block = {"type": "text", "text": ""}
-            opened = self._told(BlockStarted(self._next - self._offset, block))
+            opened = self._frames_of(BlockStarted(self._next - self._offset, block))
             return opened + self._delta(event._replace(kind="text")) + self._close_block()
         if event.kind == "thinking" and not event.text:
             return b""
@@ -7247,7 +7250,7 @@ class MessagesRenderer(Renderer):
         return closed + self._frame("message_delta", delta=delta, usage=usage)
 
     def keepalive(self) -> bytes:
-        """See Renderer.silence."""
+        """See Renderer.keepalive."""
         return self._frame("ping")
 
     def end(self) -> bytes:
@@ -7774,12 +7777,9 @@ class ResponsesRenderer(Renderer):
     """Renders a streamed response with its full ladder of events."""
 
     def __init__(self, dialect: ResponsesDialect, turn: Turn) -> None:
-        super().__init__(dialect)
+        super().__init__(dialect, turn)
         self._responses = dialect
-        self._turn = turn
         self._sequence_number = 0
-        self._created = False
-        self._answered = False
         self._output: list[Json] = []
         #: The item that is open: itself, its kind of block, and the pieces of its text.
         self._item: Json | None = None
@@ -7793,19 +7793,13 @@ class ResponsesRenderer(Renderer):
         number, self._sequence_number = self._sequence_number, self._sequence_number + 1
         return server_sent({"type": kind, "sequence_number": number, **fields}, kind)
 
-    def _begin(self) -> bytes:
-        if self._created:
-            return b""
-        self._created = True
+    def _opening(self) -> bytes:
         body = self._responses.brief(self._turn, "in_progress", [])
         created = self._frame("response.created", response=body)
         return created + self._frame("response.in_progress", response=body)
 
-    def event(self, index: int, event: Event) -> bytes:
-        """See Renderer.event. The first frames come with the first block."""
+    def _render(self, index: int, event: Event) -> bytes:
         if isinstance(event, Restarted):
-            if self._answered:
-                raise broken_answer()
             return self._close()
         if isinstance(event, BlockStarted):
             # What is followed by another block was complete, a call without arguments too.
@@ -7827,7 +7821,8 @@ class ResponsesRenderer(Renderer):
         kind = block["type"]
         if kind not in _RESPONSES_EVENTS or (kind == "thinking" and not self._turn.wire["summary"]):
             return b""
-        self._answered = self._answered or kind != "thinking"
+        if kind != "thinking":
+            self._answered.add(0)
         self._item, self._kind, self._pieces = new_item(self._turn, block), kind, []
         custom = self._item["type"] == _FORMS["custom"].item
         self._reader, self._input = FreeformReader() if custom else None, []
@@ -7938,12 +7933,8 @@ class ResponsesRenderer(Renderer):
         return closed + self._frame(f"response.{self.body['status']}", response=self.body)
 
     def keepalive(self) -> bytes:
-        """See Renderer.silence. Codex counts data only, and openai-js wants `created` first."""
+        """See Renderer.keepalive. Codex counts data only, and openai-js wants `created` first."""
         return self._begin() + self._frame("keepalive")
-
-    def end(self) -> bytes:
-        """See Renderer.end."""
-        return b""
 
     def failure(self, error: OcpError, request_id: str) -> bytes:
         """See Renderer.failure."""
