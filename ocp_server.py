@@ -5934,33 +5934,33 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
 
 
 class Dialect:
-    """A wire format. Subclasses parse and render; the error bodies here are OpenAI's."""
+    """A wire format: parses request bodies and renders answers. Error bodies here are OpenAI's."""
 
-    #: For the log.
+    #: The name in logs and metrics.
     name = ""
 
     def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        """The Turn that a request's JSON asks for. Raises BadRequest, UnknownModel, TooLarge."""
+        """Return the Turn of a JSON body. Raise BadRequest, UnknownModel or TooLarge."""
         raise NotImplementedError
 
-    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
-        """The body of an answer that is not streamed; one Answer for each of `turn.choices`."""
+    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
+        """Return the body of an unstreamed answer; one Answer for each of `turn.choices`."""
         raise NotImplementedError
 
-    def stream(self, turn: Turn) -> Renderer:
-        """What renders a streamed answer."""
+    def renderer(self, turn: Turn) -> Renderer:
+        """Return the renderer of a streamed answer."""
         raise NotImplementedError
 
     def stores(self, turn: Turn) -> bool:
-        """Whether the answer is to be kept under its id."""
+        """Return True if the client can refer to the answer later by its id."""
         return False
 
     def stored_system_messages(self, turn: Turn) -> list[Message]:
-        """The messages of the system that belong to a conversation that is kept."""
+        """Return the system messages to store with the conversation of a stored answer."""
         return []
 
     def error_body(self, error: OcpError, request_id: str) -> Json:
-        """The body of a failed request."""
+        """Return the body of a failed request."""
         return {
             "error": {
                 "message": error.message,
@@ -5973,50 +5973,75 @@ class Dialect:
 
 
 class Renderer:
-    """Renders one streamed answer, event by event. Each method gives the bytes to send."""
+    """The rendering of one streamed answer, event by event. Methods return the bytes to send.
 
-    def __init__(self, dialect: Dialect) -> None:
+    Subclasses implement `_render`, and `_opening` and `end` if the stream has such frames.
+    """
+
+    def __init__(self, dialect: Dialect, turn: Turn) -> None:
         self._dialect = dialect
-        #: The whole answer, once it is complete, in dialects that store it.
+        self._turn = turn
+        self._began = False
+        #: The choices whose answer the client has begun to receive. Subclasses add to it.
+        #: Thinking does not count: it may be repeated.
+        self._answered: set[int] = set()
+        self._usages: list[Usage] = []
+        #: The complete answer, after its last event, in dialects that store it.
         self.body: Json = {}
 
     def event(self, index: int, event: Event) -> bytes:
-        """An event of one of the answers, Ticks excepted. Nothing is given before the first
-        content, so that whatever fails before it still has a status of its own."""
+        """Return the frames of one event of choice `index`; never called with a Tick.
+
+        Return nothing before the first content: an error before it can still have its own HTTP
+        status. Raise UpstreamFailed if claude starts the answer again after content was sent,
+        because sent content cannot be taken back.
+        """
+        if isinstance(event, Restarted) and index in self._answered:
+            raise UpstreamFailed("The connection to the API broke in the middle of the answer.")
+        if isinstance(event, Finished):
+            self._usages.append(event.usage)
+        return self._render(index, event)
+
+    def _render(self, index: int, event: Event) -> bytes:
         raise NotImplementedError
 
+    def _begin(self) -> bytes:
+        """Return the opening frames at the first call, nothing at later calls."""
+        opening = b"" if self._began else self._opening()
+        self._began = True
+        return opening
+
+    def _opening(self) -> bytes:
+        """Return the first frames of the stream, which come with the first content."""
+        return b""
+
     def keepalive(self) -> bytes:
-        """What shows that the server is still there: a comment, which every client skips."""
+        """Return a frame that clients skip, sent while there is nothing else to send."""
         return b": keepalive\n\n"
 
     def end(self) -> bytes:
-        """The end of an answer that is complete."""
-        raise NotImplementedError
+        """Return the last frames of a complete answer."""
+        return b""
 
     def failure(self, error: OcpError, request_id: str) -> bytes:
-        """The end of an answer that failed; no finish and no [DONE] may come with it."""
-        return server_sent(self._dialect.error_body(error, request_id))
+        """Return the last frame of a failed answer. No finish reason and no [DONE] follow it."""
+        return sse_event(self._dialect.error_body(error, request_id))
 
 
 _LINE_ENDS = ("\u2028", "\u2029", "\x85")
 
 
-def server_sent(data: Json, name: str = "") -> bytes:
-    """One server-sent event."""
+def sse_event(data: Json, name: str = "") -> bytes:
+    """Return one server-sent event."""
     head = f"event: {name}\n".encode("ascii") if name else b""
     text = to_json(data)
     for character in _LINE_ENDS:
-        # Clients that split the stream at whatever ends a line in Unicode would cut it here.
+        # Some clients split the stream at every Unicode line end, even inside the JSON.
         text = text.replace(character.encode("utf-8"), b"\\u%04x" % ord(character))
     return head + b"data: " + text + b"\n\n"
 
 
-def broken_answer() -> UpstreamFailed:
-    """The failure of a stream whose answer began anew: what was sent cannot be taken back."""
-    return UpstreamFailed("The connection to the API broke in the middle of the answer.")
-
-
-#: The API's words for the end of an answer, in OpenAI's. Clients loop on words they do not know.
+#: OpenAI's finish reason for each stop reason of the API. Clients loop on unknown reasons.
 FINISH_REASONS = {
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -6028,25 +6053,56 @@ FINISH_REASONS = {
 
 
 def openai_usage(usages: Iterable[Usage], *, one_prompt: bool = True) -> Json:
-    """The usage object of chat and legacy completions. Choices share `one_prompt`, or not."""
-    counted = list(usages)
-    prompts = [usage.prompt_tokens for usage in counted]
+    """Return the usage object of chat and legacy completions, from the usage of each choice.
+
+    With `one_prompt` all choices answer the same prompt, whose tokens are counted once.
+    """
+    choices = list(usages)
+    prompts = [usage.prompt_tokens for usage in choices]
     prompt_tokens = max(prompts) if one_prompt else sum(prompts)
-    output_tokens = sum(usage.output_tokens for usage in counted)
-    found: Json = {
+    output_tokens = sum(usage.output_tokens for usage in choices)
+    body: Json = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": max(u.cache_read_tokens for u in counted)},
+        "prompt_tokens_details": {"cached_tokens": max(u.cache_read_tokens for u in choices)},
     }
-    reasoning = [usage.reasoning_tokens for usage in counted if usage.reasoning_tokens is not None]
+    reasoning = [usage.reasoning_tokens for usage in choices if usage.reasoning_tokens is not None]
     if reasoning:
-        found["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
-    return found
+        body["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
+    return body
 
 
-def is_legacy(fields: Fields) -> bool:
-    """Whether a chat request speaks of functions, as before there were tools."""
+def requested_options(
+    fields: Fields, max_tokens: int | None, stop_fields: tuple[str, ...], thinking: Thinking,
+    *, max_temperature: int = 2, forces_tool: bool = False,
+) -> RequestedOptions:
+    """Return the options of a request. The sampling fields have the same names in every API."""
+    return RequestedOptions(
+        max_tokens=max_tokens,
+        stop_sequences=stop_sequences(fields, *stop_fields),
+        temperature=fields.sampling_value("temperature", max_temperature),
+        top_p=fields.sampling_value("top_p", 1),
+        top_k=fields.top_k(),
+        thinking=thinking,
+        forces_tool=forces_tool,
+    )
+
+
+def refuse_parameters(fields: Fields, reasons: Mapping[str, str]) -> None:
+    """Raise Unsupported for the first field of `reasons` that requests something."""
+    for name, reason in reasons.items():
+        if is_non_default(fields.value(name)):
+            raise Unsupported(f"{name}: {reason}.", param=name)
+
+
+def json_text(value: object) -> str:
+    """Return the JSON of a value as text."""
+    return to_json(value).decode("utf-8")
+
+
+def uses_functions(fields: Fields) -> bool:
+    """Return True for a chat request with `functions`, the form that preceded `tools`."""
     return bool(fields.value("functions")) and not fields.value("tools")
 
 
@@ -6058,7 +6114,7 @@ _STRING: Json = {"type": "string"}
 _STRINGS: Json = {"type": "array", "items": {"type": "string"}}
 _INTEGER: Json = {"type": "integer"}
 
-#: Tools that OpenAI describes and the client runs, by the type under which requests name them.
+#: Tools that OpenAI defines and the client runs, by the type in the request.
 CLIENT_TOOLS = {
     tool.name: tool
     for tool in (
@@ -6096,41 +6152,44 @@ CLIENT_TOOLS = {
 
 
 def _tool_name(entry: Fields) -> str:
-    """The name of the tool that a choice names; tools without a name go by their type."""
+    """Return the tool's name in an entry of a tool choice; tools without a name have their type."""
     if entry.text("type") in CLIENT_TOOLS:
         return str(entry.text("type"))
     named = entry.child("function") or entry.child("custom") or entry
-    return full_name(entry.text("namespace") or "", named.required_text("name"))
+    return qualified_name(entry.text("namespace") or "", named.required_text("name"))
 
 
-def full_name(space: str, name: str) -> str:
-    """The name by which the model knows a tool; `space` is its namespace, empty if it has none."""
+def qualified_name(space: str, name: str) -> str:
+    """Return a tool's name for the model; `space` is its namespace, empty if it has none."""
     return f"{space.rstrip('_')}__{name}" if space else name
 
 
 def only_allowed(
     tools: tuple[Tool, ...], allowed: Mapping[str, str] | None, context: ParseContext
 ) -> tuple[Tool, ...]:
-    """Return the tools that a choice is limited to, whose names come with their paths. A name of
-    no tool is left out; raises BadRequest when all are."""
+    """Return the tools whose names are in `allowed`, all of them if it is None.
+
+    `allowed` maps names to their paths in the request. An unknown name is ignored; raise
+    BadRequest if all names are unknown.
+    """
     if allowed is None:
         return tools
-    found = tuple(tool for tool in tools if tool.name in allowed)
-    known = {tool.name for tool in found}
+    kept = tuple(tool for tool in tools if tool.name in allowed)
+    known = {tool.name for tool in kept}
     unknown = {name: path for name, path in allowed.items() if name not in known}
-    if unknown and not found:
+    if unknown and not kept:
         name, path = next(iter(unknown.items()))
         raise BadRequest(f"{path}: no tool is called {one_line(name, 80)!r}.", param=path)
     context.ignore(*unknown.values())
-    return found
+    return kept
 
 
 def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, dict[str, str] | None]:
-    """The choice that an OpenAI request makes, and the names that it is limited to with their
-    paths."""
-    # The old functions are called one at a time: their answers have room for one.
+    """Return the tool choice of an OpenAI request, and the names of the allowed tools with their
+    paths in the request, None if all tools are allowed."""
+    # The answer format of `functions` has room for one call only.
     one_only = fields.has("parallel_tool_calls") and not fields.flag("parallel_tool_calls")
-    parallel = not one_only and not is_legacy(fields)
+    parallel = not one_only and not uses_functions(fields)
     value = fields.value(field)
     if value is None or isinstance(value, str):
         word = fields.one_of(field, ("auto", "none", "required", "any"))
@@ -6140,24 +6199,24 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, dict[str
     parallel = parallel and not entry.flag("disable_parallel_tool_use")
     kind = entry.text("type")
     if kind in ("auto", "any", "none"):
-        # As Anthropic has it.
+        # Anthropic's form.
         return ToolChoice(kind, parallel=parallel), None
     if kind == "allowed_tools":
         allowed = entry.child("allowed_tools") or entry
         mode = allowed.one_of("mode", ("auto", "required")) or "auto"
-        named = (None, "function", "custom", *CLIENT_TOOLS)
-        tools = [tool for tool in allowed.objects("tools") if tool.text("type") in named]
+        served = (None, "function", "custom", *CLIENT_TOOLS)
+        tools = [tool for tool in allowed.objects("tools") if tool.text("type") in served]
         names = {_tool_name(tool): tool.path for tool in tools}
         return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
-    chosen_by_name = (None, "function", "tool", "custom", *CLIENT_TOOLS)
-    if not entry.has("name") and kind not in chosen_by_name:
-        # One that OpenAI runs itself.
+    named_kinds = (None, "function", "tool", "custom", *CLIENT_TOOLS)
+    if not entry.has("name") and kind not in named_kinds:
+        # A tool that OpenAI runs.
         fields.mark_ignored(field)
         return ToolChoice(parallel=parallel), None
     return ToolChoice("tool", _tool_name(entry), parallel=parallel), None
 
 
-#: The arguments of a custom tool as claude knows it: its whole input is one text.
+#: The schema of a custom tool for claude: one field that holds the whole input as text.
 _FREEFORM_SCHEMA: Json = {
     "type": "object",
     "properties": {
@@ -6169,34 +6228,36 @@ _FREEFORM_SCHEMA: Json = {
     "required": ["input"],
     "additionalProperties": False,
 }
-#: What the syntaxes of grammars are called.
+#: The grammar syntaxes of custom tools, and their names in the tool's description.
 _GRAMMARS = {"lark": "Lark grammar", "regex": "regular expression"}
 
 
 def freeform_tool(entry: Fields, name: str) -> Tool:
-    """Return a custom tool, whose input is a text, as a tool with one field for that text.
+    """Return the Tool for a custom tool, with one field for its input text.
 
-    A grammar becomes part of the description. Raises BadRequest for another format.
+    A grammar becomes part of the description. Raise BadRequest for an unknown format.
     """
-    told = [entry.text("description") or ""]
+    description = [entry.text("description") or ""]
     form = entry.child("format") or Fields({})
     if form.one_of("type", ("text", "grammar")) == "grammar":
-        # Chat has it one level deeper than responses.
+        # Chat nests it one level deeper than responses.
         grammar = form.child("grammar") or form
         syntax = grammar.one_of("syntax", tuple(_GRAMMARS))
         if syntax is None:
             raise grammar.invalid("syntax", "one of " + ", ".join(_GRAMMARS))
         definition = grammar.required_text("definition")
-        told.append(f"The input must match this {_GRAMMARS[syntax]}:\n\n{definition}")
-    return Tool(name, "\n\n".join(filter(None, told)), _FREEFORM_SCHEMA)
+        description.append(f"The input must match this {_GRAMMARS[syntax]}:\n\n{definition}")
+    return Tool(name, "\n\n".join(filter(None, description)), _FREEFORM_SCHEMA)
 
 
-#: How the arguments of a custom tool begin, and the same without white space.
+#: The JSON before the input text in the arguments of a custom tool, and the same without white
+#: space.
 _FREEFORM_HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 _FREEFORM_HEAD_PLAIN = '{"input":"'
-#: The part of a JSON string that is sure whatever comes: whole escapes, and halves of a surrogate
-#: pair only together or when the other half is missing.
-_SURE_TEXT = re.compile(
+#: The longest start of a JSON string that later pieces cannot change: it ends with a complete
+#: escape. The first half of a surrogate pair counts only with its second half, or when something
+#: else follows it.
+_COMPLETE_TEXT = re.compile(
     r"""(?: [^"\\]+ | \\[^u] | \\u(?![dD][89abAB])[0-9a-fA-F]{4}
       | \\u[dD][89abAB][0-9a-fA-F]{2}
         (?: \\u[dD][c-fC-F][0-9a-fA-F]{2} | (?= [^\\] | \\[^u] | \\u[^dD] | \\u[dD][^c-fC-F] ) )
@@ -6206,80 +6267,86 @@ _SURE_TEXT = re.compile(
 
 
 class FreeformReader:
-    """Takes the text of a call of a custom tool out of its arguments, which come in pieces.
+    """An incremental reader of a custom tool's input text.
 
-    Arguments that are not of the form that was asked for are given as they are.
+    The model writes the call as JSON arguments {"input": "..."}, which arrive in pieces. `feed`
+    returns the text as soon as it is certain. States:
+
+    head  before the text: the pieces do not yet complete {"input":"
+    text  inside the JSON string
+    end   after its closing quote: the rest is discarded
+    raw   the arguments have another form: they are returned unchanged
     """
 
     def __init__(self) -> None:
-        #: "head" before the text, "text" in it, "end" behind it; "raw" where there is none.
         self._state = "head"
-        self._held = ""
+        self._buffer = ""
 
     def feed(self, piece: str) -> str:
-        """Return what is known of the text so far and was not given before."""
-        self._held += piece
+        """Return the text that this piece completes."""
+        self._buffer += piece
         if self._state == "head":
             self._read_head()
         if self._state == "raw":
-            given, self._held = self._held, ""
-            return given
+            text, self._buffer = self._buffer, ""
+            return text
         return self._read_text() if self._state == "text" else ""
 
     def close(self) -> str:
-        """Return the rest of the text."""
-        bare = re.sub(r"\s", "", self._held) == "{}"
-        return "" if self._state != "head" or bare else self._held
+        """Return the rest of the text. Arguments without a text, {}, are an empty text."""
+        is_empty = re.sub(r"\s", "", self._buffer) == "{}"
+        return "" if self._state != "head" or is_empty else self._buffer
 
     def _read_head(self) -> None:
-        found = _FREEFORM_HEAD.match(self._held)
-        plain = re.sub(r"\s", "", self._held)
-        if found:
-            self._state, self._held = "text", self._held[found.end():]
+        head = _FREEFORM_HEAD.match(self._buffer)
+        plain = re.sub(r"\s", "", self._buffer)
+        if head:
+            self._state, self._buffer = "text", self._buffer[head.end():]
         elif plain != "{}" and not _FREEFORM_HEAD_PLAIN.startswith(plain):
             self._state = "raw"
         else:
-            # So it stays short, however much white space comes: it is read again with each piece.
-            self._held = re.sub(r"(\s)\s+", r"\1", self._held)
+            # The buffer is matched again with each piece: keep it short however much white
+            # space arrives.
+            self._buffer = re.sub(r"(\s)\s+", r"\1", self._buffer)
 
     def _read_text(self) -> str:
-        sure = _SURE_TEXT.match(self._held)
-        text = sure.group() if sure else ""
-        self._held = self._held[len(text):]
-        if self._held.startswith('"'):
+        complete = _COMPLETE_TEXT.match(self._buffer)
+        text = complete.group() if complete else ""
+        self._buffer = self._buffer[len(text):]
+        if self._buffer.startswith('"'):
             self._state = "end"
         try:
             return str(json.loads(f'"{text}"', strict=False))
         except ValueError:
-            # An escape that JSON does not have.
+            # It has an escape that is not JSON.
             return text
 
 
 def freeform_text(arguments: Json) -> str:
-    """Return the input of a call of a custom tool; arguments of another form as their text."""
+    """Return the input text of a custom tool's call; arguments of another form as JSON text."""
     if set(arguments) == {"arguments"} and isinstance(arguments["arguments"], str):
-        # They were no JSON: see parse_arguments.
+        # The arguments were not JSON: see parse_arguments.
         return arguments["arguments"]
     reader = FreeformReader()
-    return reader.feed(to_json(arguments).decode("utf-8")) + reader.close()
+    return reader.feed(json_text(arguments)) + reader.close()
 
 
 def openai_content(
     entry: Fields, context: ParseContext, role: str, name: str = "content"
 ) -> list[Block]:
-    """Return the blocks of a message or of a tool's output.
+    """Return the blocks of the content of a message or of a tool's output.
 
-    `role` is "system", "user", "assistant" or "tool". Parts that no model could read are noted as
-    ignored. Raises BadRequest when nothing of a user's message is left then.
+    `role` is "system", "user", "assistant" or "tool". Parts that no model can read are recorded
+    as ignored. Raise BadRequest if that leaves nothing of a user's message.
     """
     content = entry.value(name)
     if content is None:
         return []
     if isinstance(content, str):
         return text_blocks(content)
-    if role == "tool" and not _holds_parts(content):
-        # Frameworks hand over what their functions return.
-        return told_json(content)
+    if role == "tool" and not _has_content_parts(content):
+        # Some frameworks send the return value of a function unchanged.
+        return json_block(content)
     if isinstance(content, dict) and "type" in content:
         return _openai_part(Fields(content, entry.path_of(name)), context, role)
     if not isinstance(content, list):
@@ -6289,38 +6356,43 @@ def openai_content(
     for index, each in enumerate(content):
         if isinstance(each, str):
             blocks += text_blocks(each)
-        elif role == "tool" and not is_part(each):
-            blocks += told_json(each)
+        elif role == "tool" and not is_content_part(each):
+            blocks += json_block(each)
         else:
             parts.append(Fields(each, f"{entry.path_of(name)}[{index}]"))
             blocks += _openai_part(parts[-1], context, role)
     if role == "user" and not blocks:
-        refuse_unread(parts, _READ_PARTS)
+        refuse_unreadable(parts, _READABLE_PARTS)
     return blocks
 
 
-def told_json(value: object) -> list[Block]:
-    """Return a value as a block with its JSON text."""
-    return text_blocks(to_json(value).decode("utf-8"))
+def json_block(value: object) -> list[Block]:
+    """Return a text block with the JSON of a value."""
+    return text_blocks(json_text(value))
 
 
-def refuse_unread(parts: list[Fields], read: Iterable[str]) -> None:
-    """Raise BadRequest for the first part whose type is none of `read`. Called where a user's
-    message says nothing else: the answer would be one to another question."""
+def refuse_unreadable(parts: list[Fields], readable: Iterable[str]) -> None:
+    """Raise BadRequest for the first part whose type is not in `readable`.
+
+    Call it for a user's message with no other content: if the message were dropped, the model
+    would answer an earlier one.
+    """
     for part in parts:
-        if part.text("type") not in (None, *read):
+        if part.text("type") not in (None, *readable):
             raise part.invalid("type", "a type that a model can read: text, an image or a file")
 
 
-def _holds_parts(content: object) -> bool:
-    """Whether the output of a tool is a part or an array with parts, and no data of its own."""
+def _has_content_parts(content: object) -> bool:
+    """Return True if a tool's output is a content part or an array with parts, not plain data."""
     entries = content if isinstance(content, list) else [content]
-    return not entries or any(is_part(entry) for entry in entries)
+    return not entries or any(is_content_part(entry) for entry in entries)
 
 
-def is_part(value: object) -> bool:
-    """Whether `value` is a part that says what it is and has the field of its type. Tools give
-    back objects with a `type` that are none."""
+def is_content_part(value: object) -> bool:
+    """Return True if `value` has the type of a content part and a field of that type.
+
+    Tools also return plain data with a `type`.
+    """
     if not isinstance(value, dict):
         return False
     fields = _PART_FIELDS.get(str(value.get("type")), {})
@@ -6328,17 +6400,17 @@ def is_part(value: object) -> bool:
 
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
-#: Parts that hold an image or a file. Some clients send Anthropic's blocks, tools and system to a
-#: model with "claude" in its name.
+#: Parts that hold an image or a file. Some clients send Anthropic's blocks, tools and system
+#: prompt to any model with "claude" in its name.
 _ATTACHMENT_PARTS = ("image", "image_url", "input_image", "document", "file", "input_file")
 _THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning")
-_READ_PARTS = (*_TEXT_PARTS, *_ATTACHMENT_PARTS, *_THINKING_PARTS, "refusal", "tool_result")
+_READABLE_PARTS = (*_TEXT_PARTS, *_ATTACHMENT_PARTS, *_THINKING_PARTS, "refusal", "tool_result")
 _AUDIO_PARTS = ("input_audio", "audio", "input_video", "video_url")
 _IMAGE_FIELDS: dict[str, tuple[type, ...]] = {"image_url": (str, dict), "file_id": (str,)}
 _FILE_FIELDS: dict[str, tuple[type, ...]] = {
     "file": (dict,), "file_data": (str,), "file_url": (str,), "file_id": (str,)
 }
-#: Parts in the output of a tool: the fields of which each has one, with the types of the values.
+#: Parts in a tool's output: a part has at least one of these fields, with a value of these types.
 _PART_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     **{kind: {"text": (str,)} for kind in _TEXT_PARTS},
     **{kind: {kind: (dict,), "data": (str,)} for kind in _AUDIO_PARTS},
@@ -6363,7 +6435,7 @@ def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
         return _openai_attachment(part, context)
     if kind in _ATTACHMENT_PARTS and role == "system":
         raise BadRequest(
-            f"{part.path}: images and files belong into user messages.",
+            f"{part.path}: images and files belong in user messages.",
             param=part.path, code="images_unsupported_in_system_messages",
         )
     if kind == "tool_use" and role == "assistant":
@@ -6372,7 +6444,7 @@ def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
         return [tool_result_block(part, openai_content(part, context, "tool"))]
     if kind in _AUDIO_PARTS and role == "user":
         raise Unsupported(
-            f"{part.path}: the models take no {kind}; send what is said as text.",
+            f"{part.path}: {kind} is not supported; send its content as text.",
             param=part.path_of("type"),
         )
     if kind is None or kind in ("tool_use", "tool_result"):
@@ -6392,14 +6464,14 @@ def _openai_attachment(part: Fields, context: ParseContext) -> list[Block]:
         )
     if kind in ("image_url", "input_image"):
         return _openai_image(part, context)
-    described = part.child("file") or part
-    title = described.text("filename")
-    named = {"title": title} if title else {}
+    file = part.child("file") or part
+    title = file.text("filename")
+    labels = {"title": title} if title else {}
     for name in ("file_data", "file_url"):
-        if described.has(name):
-            sent = Attachment(described.required_text(name), described.path_of(name), labels=named)
+        if file.has(name):
+            sent = Attachment(file.required_text(name), file.path_of(name), labels=labels)
             return context.attachments.blocks(sent)
-    _refuse_stored(described, "file_id" if described.has("file_id") else "file_data")
+    _refuse_stored(file, "file_id" if file.has("file_id") else "file_data")
 
 
 def _openai_image(part: Fields, context: ParseContext) -> list[Block]:
@@ -6416,48 +6488,51 @@ def _openai_image(part: Fields, context: ParseContext) -> list[Block]:
     return context.attachments.blocks(Attachment(url, part.path_of("image_url"), image_only=True))
 
 
-#: Parameters that would change what the answer means and cannot be had: (field, why).
-_REFUSED_CHAT_PARAMETERS = (
-    ("logprobs", "the API behind this server gives no log probabilities"),
-    ("top_logprobs", "the API behind this server gives no log probabilities"),
-    ("audio", "the models behind this server do not speak"),
-)
+_NO_LOG_PROBABILITIES = "log probabilities are not supported"
+#: Unsupported parameters that would change the meaning of the answer, each with the reason.
+_UNSUPPORTED_CHAT_PARAMETERS = {
+    "logprobs": _NO_LOG_PROBABILITIES,
+    "top_logprobs": _NO_LOG_PROBABILITIES,
+    "audio": "audio output is not supported",
+}
 
-#: More choices than this are not asked for at once.
+#: The largest `n` of a request.
 MAX_CHOICES = 8
-#: So many answers to the prompts of one request are given, in turn.
+#: The largest number of answers to one legacy completions request.
 MAX_PROMPTS = 128
 
 
-def format_shape(found: Fields | None, schema_field: str = "schema") -> OutputSchema | None:
-    """Return the Shape that the format of an answer asks for, in the words of any API; None for
-    plain text. Raises BadRequest that names `schema_field` where there is no schema."""
-    if found is None:
+def schema_of_format(entry: Fields | None, schema_field: str = "schema") -> OutputSchema | None:
+    """Return the schema of an answer's format, as any of the APIs writes it; None for plain text.
+
+    Raise BadRequest, with the path of `schema_field`, if the schema is missing.
+    """
+    if entry is None:
         return None
-    kind = found.one_of("type", ("text", "json_object", "json_schema"))
-    schema = (found.child("json_schema") or found).child("schema")
+    kind = entry.one_of("type", ("text", "json_object", "json_schema"))
+    schema = (entry.child("json_schema") or entry).child("schema")
     if kind == "text" or (kind is None and schema is None):
         return None
     if schema is None and kind == "json_object":
         return _ANY_OBJECT
     if schema is None:
-        raise found.invalid(schema_field, "a JSON schema")
+        raise entry.invalid(schema_field, "a JSON schema")
     return read_output_schema(schema)
 
 
-def chat_shape(fields: Fields) -> OutputSchema | None:
-    """The Shape that the field `response_format` asks for, or Anthropic's `output_config`."""
-    own = format_shape(fields.child("response_format"), "json_schema.schema")
+def chat_output_schema(fields: Fields) -> OutputSchema | None:
+    """Return the schema in `response_format`, or else in Anthropic's `output_config`."""
+    own = schema_of_format(fields.child("response_format"), "json_schema.schema")
     output = fields.settings("output_config", foreign=True)
-    return own or format_shape(output.child("format"))
+    return own or schema_of_format(output.child("format"))
 
 
-#: Fields of a message beside its content that hold more than text.
+#: Fields of a message, besides `content`, that hold media.
 _MEDIA_FIELDS = ("images", "audio", "videos", "files", "attachments")
 
 
 def completion_head(fields: Fields, prefix: str, name: str) -> Json:
-    """Return what all chunks of a chat or legacy completion repeat, and whether usage follows."""
+    """Return the fields that all chunks of a completion repeat, and `include_usage`."""
     stream_options = fields.child("stream_options") or Fields({})
     return {
         "id": new_id(prefix),
@@ -6475,19 +6550,20 @@ class ChatDialect(Dialect):
     # -- parsing ------------------------------------------------------------------------------
 
     def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        """See Dialect.parse."""
         fields = Fields(body)
         name, model = parsing.model(fields)
-        self._refuse(fields)
+        refuse_parameters(fields, _UNSUPPORTED_CHAT_PARAMETERS)
+        if any(item != "text" for item in fields.items("modalities") or []):
+            raise Unsupported("modalities: answers are text only.", param="modalities")
         head = completion_head(fields, "chatcmpl-", name)
         context = ParseContext(parsing.limits, model)
         tools, choice, custom = self._tools(fields, context)
-        shape = chat_shape(fields)
+        output_schema = chat_output_schema(fields)
         prompt = build_prompt(
             self._messages(fields, context), fields, parsing, context, "messages",
-            after_assistant=_REFORMAT if shape else _CONTINUE,
+            after_assistant=_REFORMAT if output_schema else _CONTINUE,
         )
-        options, ignored = options_for(model, self._wanted(fields, choice))
+        options, ignored = options_for(model, self._requested_options(fields, choice))
         return Turn(
             model=model,
             system=prompt.system,
@@ -6495,47 +6571,34 @@ class ChatDialect(Dialect):
             options=options,
             tools=tools,
             tool_choice=choice,
-            output_schema=shape,
+            output_schema=output_schema,
             choices=fields.integer("n", 1, MAX_CHOICES) or 1,
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
             ignored=(*ignored, *context.ignored, *fields.ignored_paths()),
             adjusted=context.adjusted,
-            wire={**head, "legacy_functions": is_legacy(fields), "custom": custom},
+            wire={**head, "legacy_functions": uses_functions(fields), "custom": custom},
         )
 
-    def _refuse(self, fields: Fields) -> None:
-        for name, why in _REFUSED_CHAT_PARAMETERS:
-            if is_non_default(fields.value(name)):
-                raise Unsupported(f"{name}: {why}.", param=name)
-        for item in fields.items("modalities") or []:
-            if item != "text":
-                raise Unsupported("modalities: answers are text only.", param="modalities")
-
-    def _wanted(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
+    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
         names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
         limits = [fields.token_limit(name) for name in names]
-        return RequestedOptions(
-            max_tokens=next(filter(None, limits), None),
-            stop_sequences=stop_sequences(fields, "stop", "stop_sequences"),
-            temperature=fields.sampling_value("temperature", 2),
-            top_p=fields.sampling_value("top_p", 1),
-            top_k=fields.top_k(),
-            thinking=openai_thinking(fields),
-            forces_tool=choice.forces,
+        return requested_options(
+            fields, next(filter(None, limits), None), ("stop", "stop_sequences"),
+            openai_thinking(fields), forces_tool=choice.forces,
         )
 
     def _tools(
         self, fields: Fields, context: ParseContext
     ) -> tuple[tuple[Tool, ...], ToolChoice, frozenset[str]]:
-        """The tools, the choice among them, and the names of those that are custom."""
+        """Return the tools, the tool choice, and the names of the custom tools."""
         tools: list[Tool] = []
         served: list[Fields] = []
         custom: set[str] = set()
         for entry in fields.objects("tools"):
             freeform = entry.child("custom")
-            described = entry.child("function") or entry
-            # Cursor describes tools as Anthropic does, whose custom tools have a schema.
+            definition = entry.child("function") or entry
+            # Cursor sends Anthropic's form: type "custom" with a schema in `input_schema`.
             schema = "input_schema" if entry.has("input_schema") else "parameters"
             if entry.text("type") == "custom" and schema == "parameters":
                 freeform = freeform or entry
@@ -6543,75 +6606,75 @@ class ChatDialect(Dialect):
                 custom.add(tools[-1].name)
             elif entry.text("type") not in (None, "function") and schema == "parameters":
                 context.ignore(entry.path)
-            elif described is entry and not entry.has("name"):
+            elif definition is entry and not entry.has("name"):
                 raise entry.invalid("function", "an object")
             else:
-                tools.append(read_tool(described, described.required_text("name"), schema))
-                served += [entry] if described is entry else [entry, described]
+                tools.append(read_tool(definition, definition.required_text("name"), schema))
+                served += [entry] if definition is entry else [entry, definition]
         for entry in fields.objects("functions"):
             tools.append(read_tool(entry, entry.required_text("name"), "parameters"))
-        found = unique_tools(tools, "tools")
         field = "tool_choice" if fields.has("tool_choice") else "function_call"
         choice, allowed = openai_tool_choice(fields, field)
-        found = only_allowed(found, allowed, context)
+        usable = only_allowed(unique_tools(tools, "tools"), allowed, context)
         context.ignore(*unsupported_tool_fields(served))
-        return found, checked_tool_choice(found, choice, "tool_choice"), frozenset(custom)
+        return usable, checked_tool_choice(usable, choice, "tool_choice"), frozenset(custom)
 
     def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
         entries = fields.objects("messages")
         if not entries:
             raise fields.invalid("messages", "an array with at least one message")
-        opening = Message("system", openai_content(fields, context, "system", "system"))
-        messages = [opening]
+        messages = [Message("system", openai_content(fields, context, "system", "system"))]
         for entry in entries:
-            messages.append(self._message_of(entry, context))
+            messages.append(self._parse_message(entry, context))
             context.ignore(*entry.ignored_paths(entry.object.keys() - set(_MEDIA_FIELDS)))
         return messages
 
-    def _message_of(self, entry: Fields, context: ParseContext) -> Message:
+    def _parse_message(self, entry: Fields, context: ParseContext) -> Message:
         role = entry.text("role")
         if role in ("system", "developer"):
             return Message("system", openai_content(entry, context, "system"))
         if role == "user":
-            said = openai_content(entry, context, "user")
-            return Message("user", said + self._images(entry, context))
+            content = openai_content(entry, context, "user")
+            return Message("user", content + self._image_blocks(entry, context))
         if role == "assistant":
-            said = openai_content(entry, context, "assistant")
-            said += text_blocks(entry.text("refusal") or "")
-            return Message("assistant", said + self._calls(entry, said))
+            content = openai_content(entry, context, "assistant")
+            content += text_blocks(entry.text("refusal") or "")
+            return Message("assistant", content + self._call_blocks(entry, content))
         if role not in ("tool", "function"):
             raise entry.invalid("role", "system, developer, user, assistant or tool")
         result: Block = {
             "type": "tool_result",
-            # Results of the old functions have no id: they belong to the call before them.
+            # The result of a function has no id: it belongs to the call before it.
             "tool_use_id": entry.text("tool_call_id") or "",
             "content": openai_content(entry, context, "tool"),
             "name": entry.text("name"),
         }
         return Message("user", [result])
 
-    def _images(self, entry: Fields, context: ParseContext) -> list[Block]:
-        """The images that a message has beside its content, as base64 or as parts."""
-        found: list[Block] = []
+    def _image_blocks(self, entry: Fields, context: ParseContext) -> list[Block]:
+        """Return the images in the field `images`, each base64 data or a content part."""
+        blocks: list[Block] = []
         for index, each in enumerate(entry.items("images") or ()):
             path = f"{entry.path_of('images')}[{index}]"
             if isinstance(each, str):
-                found += context.attachments.blocks(Attachment(each, path, image_only=True))
+                blocks += context.attachments.blocks(Attachment(each, path, image_only=True))
             else:
-                found += _openai_part(Fields(each, path), context, "user")
-        return found
+                blocks += _openai_part(Fields(each, path), context, "user")
+        return blocks
 
-    def _calls(self, entry: Fields, said: list[Block]) -> list[Block]:
-        """The tool calls of an assistant's message, without those that `said` has already: some
-        clients write a call in two forms. A legacy call has no id."""
-        told = [block for block in said if block["type"] == "tool_use"]
-        known = {(plain_id(block["id"]), block["name"]) for block in told}
+    def _call_blocks(self, entry: Fields, content: list[Block]) -> list[Block]:
+        """Return the tool calls of an assistant's message that are not in its `content`.
+
+        Some clients send a call in both places. A call in `function_call` has no id.
+        """
+        in_content = [block for block in content if block["type"] == "tool_use"]
+        known = {(plain_id(block["id"]), block["name"]) for block in in_content}
         calls = [self._call_block(call) for call in entry.objects("tool_calls")]
         calls = [each for each in calls if (plain_id(each["id"]), each["name"]) not in known]
         legacy = entry.child("function_call")
         if legacy is not None:
-            call = self._call_of("", legacy)
-            if call["name"] not in [each["name"] for each in (*told, *calls)]:
+            call = self._function_call_block("", legacy)
+            if call["name"] not in [each["name"] for each in (*in_content, *calls)]:
                 calls.append(call)
         return calls
 
@@ -6622,21 +6685,20 @@ class ChatDialect(Dialect):
                 "type": "tool_use", "id": call_id, "name": custom.required_text("name"),
                 "input": {"input": custom.text("input") or ""},
             }
-        described = call.child("function") or (call if call.has("name") else None)
-        if described is None:
+        function = call.child("function") or (call if call.has("name") else None)
+        if function is None:
             raise call.invalid("function", "an object")
-        return self._call_of(call_id, described)
+        return self._function_call_block(call_id, function)
 
-    def _call_of(self, call_id: str, described: Fields) -> Block:
+    def _function_call_block(self, call_id: str, function: Fields) -> Block:
         return {
-            "type": "tool_use", "id": call_id, "name": described.required_text("name"),
-            "input": parse_arguments(described.object.get("arguments")),
+            "type": "tool_use", "id": call_id, "name": function.required_text("name"),
+            "input": parse_arguments(function.object.get("arguments")),
         }
 
     # -- rendering ----------------------------------------------------------------------------
 
-    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
-        """See Dialect.whole."""
+    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
         return {
             "id": turn.wire["id"],
             "object": "chat.completion",
@@ -6647,7 +6709,7 @@ class ChatDialect(Dialect):
                     "index": index,
                     "message": self._message(turn, answer),
                     "logprobs": None,
-                    "finish_reason": self._finish_reason(turn, answer.stop_reason),
+                    "finish_reason": self.finish_reason(turn, answer.stop_reason),
                 }
                 for index, answer in enumerate(answers)
             ],
@@ -6677,44 +6739,52 @@ class ChatDialect(Dialect):
         if name in turn.wire["custom"]:
             custom = {"name": name, "input": freeform_text(call["input"])}
             return {"id": call["id"], "type": "custom", "custom": custom}
-        arguments = to_json(call["input"]).decode("utf-8")
-        function = {"name": name, "arguments": arguments}
+        function = {"name": name, "arguments": json_text(call["input"])}
         return {"id": call["id"], "type": "function", "function": function}
 
-    def _finish_reason(self, turn: Turn, stop_reason: str) -> str:
+    def finish_reason(self, turn: Turn, stop_reason: str) -> str:
+        """Return OpenAI's finish reason for a stop reason of the API."""
         if stop_reason == "tool_use" and turn.wire["legacy_functions"]:
             return "function_call"
         return FINISH_REASONS.get(stop_reason, "stop")
 
-    def stream(self, turn: Turn) -> Renderer:
-        """See Dialect.stream. One chunk for each piece that claude printed."""
+    def renderer(self, turn: Turn) -> Renderer:
         return ChatRenderer(self, turn)
 
-    def finish(self, turn: Turn, event: Finished) -> str:
-        """The finish reason of a streamed choice."""
-        return self._finish_reason(turn, event.stop_reason)
+
+class ChunkRenderer(Renderer):
+    """Base of the renderers of chat and legacy completions: streams that end with [DONE]."""
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        """Return the body of a chunk with these choices."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        done = b"data: [DONE]\n\n"
+        if not self._turn.wire["include_usage"]:
+            return done
+        usage = openai_usage(self._usages, one_prompt=not self._turn.other_prompts)
+        return sse_event({**self._chunk([]), "usage": usage}) + done
 
 
-class ChatRenderer(Renderer):
-    """Renders a streamed chat completion."""
+class ChatRenderer(ChunkRenderer):
+    """Renderer of a streamed chat completion: one chunk for each delta."""
 
     def __init__(self, dialect: ChatDialect, turn: Turn) -> None:
-        super().__init__(dialect)
-        self._turn = turn
-        self._choices = [ChatChoice(dialect, turn, index) for index in range(turn.choices)]
-        self._usages: list[Usage] = []
+        super().__init__(dialect, turn)
+        self._choices = [ChatChoice(dialect, turn) for _ in range(turn.choices)]
 
-    def event(self, index: int, event: Event) -> bytes:
-        """See Renderer.event."""
-        if isinstance(event, Finished):
-            self._usages.append(event.usage)
-        return b"".join(server_sent(self._chunk([choice])) for choice in self._deltas(index, event))
-
-    def _deltas(self, index: int, event: Event) -> Iterator[Json]:
-        for delta, finish_reason in self._choices[index].deltas(event):
-            yield {
+    def _render(self, index: int, event: Event) -> bytes:
+        choice = self._choices[index]
+        chunks = [
+            self._chunk([{
                 "index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason,
-            }
+            }])
+            for delta, finish_reason in choice.deltas(event)
+        ]
+        if choice.answered:
+            self._answered.add(index)
+        return b"".join(map(sse_event, chunks))
 
     def _chunk(self, choices: list[Json]) -> Json:
         chunk: Json = {
@@ -6729,140 +6799,124 @@ class ChatRenderer(Renderer):
             chunk["usage"] = None
         return chunk
 
-    def end(self) -> bytes:
-        """See Renderer.end."""
-        done = b"data: [DONE]\n\n"
-        if not self._turn.wire["include_usage"]:
-            return done
-        return server_sent({**self._chunk([]), "usage": openai_usage(self._usages)}) + done
-
 
 class ChatChoice:
-    """What the chunks of one choice say."""
+    """State of one choice of a streamed chat completion.
 
-    def __init__(self, dialect: ChatDialect, turn: Turn, index: int) -> None:
+    A function call without arguments is ambiguous: its empty arguments stand for {} if the model
+    finished the call, and are incomplete if the token limit cut it off. {} is therefore sent only
+    with the stop reason "tool_use".
+    """
+
+    def __init__(self, dialect: ChatDialect, turn: Turn) -> None:
         self._dialect = dialect
         self._turn = turn
-        self._index = index
         self._began = False
-        self._answered = False
-        #: Which tool call a block is, counted from 0, and those without arguments so far.
+        #: True once anything but thinking was sent.
+        self.answered = False
+        #: The index of each tool call by its block, and the blocks of calls without arguments yet.
         self._calls: dict[int, int] = {}
-        self._bare: list[int] = []
-        #: What reads the calls of custom tools, by block.
+        self._empty_calls: list[int] = []
+        #: The readers of custom tools' calls, by block.
         self._readers: dict[int, FreeformReader] = {}
 
     def deltas(self, event: Event) -> Iterator[tuple[Json, str | None]]:
-        """The deltas of one event, with their finish reasons; the role comes with the first."""
-        if isinstance(event, Restarted) and self._answered:
-            # What was sent cannot be taken back; thinking alone may be repeated.
-            raise broken_answer()
-        for delta, finish_reason in self._told(event):
+        """Yield the deltas of an event with their finish reasons. The first has the role."""
+        for delta, finish_reason in self._deltas_for(event):
             if not self._began:
                 self._began = True
                 yield {"role": "assistant", "content": ""}, None
             yield delta, finish_reason
 
-    def _told(self, event: Event) -> Iterator[tuple[Json, str | None]]:
+    def _deltas_for(self, event: Event) -> Iterator[tuple[Json, str | None]]:
         if isinstance(event, BlockStarted) and event.block.get("type") == "tool_use":
-            self._answered = True
+            self.answered = True
             if self._calls and self._turn.wire["legacy_functions"]:
-                # The old shape has room for one call.
+                # `function_call` has room for one call.
                 return
-            yield self._call_began(event), None
+            call = event.block
+            yield self._call_began(event.block_index, call["id"], call["name"]), None
         elif isinstance(event, Finished):
-            for block_index in self._bare if event.stop_reason == "tool_use" else ():
-                # A call without arguments is a complete one after all.
-                yield self._arguments(Delta(block_index, "arguments", "{}")), None
+            for block_index in self._empty_calls if event.stop_reason == "tool_use" else ():
+                yield self._call(block_index, function={"arguments": "{}"}), None
             for block_index, reader in self._readers.items():
                 yield from self._input(block_index, reader.close())
-            yield {}, self._dialect.finish(self._turn, event)
+            yield {}, self._dialect.finish_reason(self._turn, event.stop_reason)
         elif isinstance(event, Delta):
-            self._answered = self._answered or event.kind in ("text", "arguments", "refusal")
+            self.answered = self.answered or event.kind in ("text", "arguments", "refusal")
             if event.block_index in self._readers:
                 text = self._readers[event.block_index].feed(event.text)
                 yield from self._input(event.block_index, text)
             elif event.kind == "arguments" and event.text and event.block_index in self._calls:
-                if event.block_index in self._bare:
-                    self._bare.remove(event.block_index)
-                yield self._arguments(event), None
+                if event.block_index in self._empty_calls:
+                    self._empty_calls.remove(event.block_index)
+                yield self._call(event.block_index, function={"arguments": event.text}), None
             if event.kind in _CHAT_FIELDS and (event.text or event.kind != "thinking"):
                 yield {_CHAT_FIELDS[event.kind]: event.text}, None
 
-    def _call_began(self, event: BlockStarted) -> Json:
-        index = self._calls.setdefault(event.block_index, len(self._calls))
-        if event.block["name"] in self._turn.wire["custom"]:
-            self._readers[event.block_index] = FreeformReader()
-            custom = {"name": event.block["name"], "input": ""}
-            opened = {"index": index, "id": event.block["id"], "type": "custom", "custom": custom}
-            return {"tool_calls": [opened]}
-        self._bare.append(event.block_index)
-        function = {"name": event.block["name"], "arguments": ""}
-        if self._turn.wire["legacy_functions"]:
-            return {"function_call": function}
-        call = {"index": index, "id": event.block["id"], "type": "function", "function": function}
-        return {"tool_calls": [call]}
-
-    def _arguments(self, event: Delta) -> Json:
-        function = {"arguments": event.text}
-        if self._turn.wire["legacy_functions"]:
-            return {"function_call": function}
-        return {"tool_calls": [{"index": self._calls[event.block_index], "function": function}]}
+    def _call_began(self, block_index: int, call_id: str, name: str) -> Json:
+        self._calls.setdefault(block_index, len(self._calls))
+        if name in self._turn.wire["custom"]:
+            self._readers[block_index] = FreeformReader()
+            custom = {"name": name, "input": ""}
+            return self._call(block_index, id=call_id, type="custom", custom=custom)
+        self._empty_calls.append(block_index)
+        function = {"name": name, "arguments": ""}
+        return self._call(block_index, id=call_id, type="function", function=function)
 
     def _input(self, block_index: int, text: str) -> Iterator[tuple[Json, str | None]]:
-        """The delta of a custom tool's call."""
+        """Yield the delta of a custom tool's call, unless the text is empty."""
         if text:
-            call = {"index": self._calls[block_index], "custom": {"input": text}}
-            yield {"tool_calls": [call]}, None
+            yield self._call(block_index, custom={"input": text}), None
+
+    def _call(self, block_index: int, **fields: object) -> Json:
+        """Return the delta of a call, as `function_call` if the request has `functions`."""
+        if self._turn.wire["legacy_functions"]:
+            return {"function_call": fields["function"]}
+        return {"tool_calls": [{"index": self._calls[block_index], **fields}]}
 
 
-#: Kinds of deltas and the fields of a chat chunk that they go into.
+#: The field of a chat chunk for each kind of Delta.
 _CHAT_FIELDS = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
 
 CHAT = ChatDialect()
 
 
-_REFUSED_COMPLETIONS_PARAMETERS = (
-    ("suffix", "the models do not fill in the middle"),
-    ("logprobs", "the API behind this server gives no log probabilities"),
-)
+_UNSUPPORTED_COMPLETIONS_PARAMETERS = {
+    "suffix": "insertion before a suffix is not supported",
+    "logprobs": _NO_LOG_PROBABILITIES,
+}
 
 
 class CompletionsDialect(Dialect):
-    """POST /v1/completions: a prompt instead of a conversation."""
+    """POST /v1/completions: each prompt is the user's only message; each answer is a choice."""
 
     name = "completions"
 
     def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        """See Dialect.parse. The prompt is the user's message; several prompts are choices."""
         fields = Fields(body)
         name, model = parsing.model(fields)
-        self._refuse(fields)
-        texts = self._texts(fields)
-        conversations = [[Message("user", text_blocks(text))] for text in texts]
-        options, ignored = options_for(model, self._wanted(fields))
+        refuse_parameters(fields, _UNSUPPORTED_COMPLETIONS_PARAMETERS)
+        prompts = self._prompts(fields)
+        conversations = [[Message("user", text_blocks(prompt))] for prompt in prompts]
+        options, ignored = options_for(model, self._requested_options(fields))
         wire = {
             **completion_head(fields, "cmpl-", name),
-            "echo": texts if fields.flag("echo") else [""] * len(texts),
+            "echo": prompts if fields.flag("echo") else [""] * len(prompts),
         }
         return Turn(
             model=model,
             messages=conversations[0],
             other_prompts=tuple(conversations[1:]),
             options=options,
-            choices=len(texts),
+            choices=len(prompts),
             stream=fields.flag("stream"),
             ignored=(*ignored, *fields.ignored_paths()),
             wire=wire,
         )
 
-    def _refuse(self, fields: Fields) -> None:
-        for name, why in _REFUSED_COMPLETIONS_PARAMETERS:
-            if is_non_default(fields.value(name)):
-                raise Unsupported(f"{name}: {why}.", param=name)
-
-    def _texts(self, fields: Fields) -> list[str]:
-        """Return the prompt of each answer that is wanted."""
+    def _prompts(self, fields: Fields) -> list[str]:
+        """Return the prompt of each choice: every prompt `n` times."""
         prompts = fields.texts("prompt")
         each = fields.integer("n", 1, MAX_CHOICES) or 1
         if not 0 < each * len(prompts) <= MAX_PROMPTS or not all(map(str.strip, prompts)):
@@ -6871,18 +6925,12 @@ class CompletionsDialect(Dialect):
             )
         return [prompt for prompt in prompts for _ in range(each)]
 
-    def _wanted(self, fields: Fields) -> RequestedOptions:
-        return RequestedOptions(
-            max_tokens=fields.token_limit("max_tokens", zero=True),
-            stop_sequences=stop_sequences(fields, "stop"),
-            temperature=fields.sampling_value("temperature", 2),
-            top_p=fields.sampling_value("top_p", 1),
-            top_k=fields.top_k(),
-            thinking=openai_thinking(fields),
-        )
+    def _requested_options(self, fields: Fields) -> RequestedOptions:
+        max_tokens = fields.token_limit("max_tokens", zero=True)
+        return requested_options(fields, max_tokens, ("stop",), openai_thinking(fields))
 
     def body(self, turn: Turn, choices: list[Json]) -> Json:
-        """What whole answers and chunks have in common."""
+        """Return the body of an answer or of a chunk."""
         return {
             "id": turn.wire["id"],
             "object": "text_completion",
@@ -6892,12 +6940,11 @@ class CompletionsDialect(Dialect):
         }
 
     def choice(self, index: int, text: str, stop_reason: str | None) -> Json:
-        """One choice, whole or a piece of it."""
+        """Return a choice, or a piece of one if `stop_reason` is None."""
         reason = None if stop_reason is None else FINISH_REASONS.get(stop_reason, "stop")
         return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
 
-    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
-        """See Dialect.whole."""
+    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
         choices = [
             self.choice(index, turn.wire["echo"][index] + answer.joined("text"), answer.stop_reason)
             for index, answer in enumerate(answers)
@@ -6907,135 +6954,119 @@ class CompletionsDialect(Dialect):
         )
         return {**self.body(turn, choices), "usage": usage}
 
-    def stream(self, turn: Turn) -> Renderer:
-        """See Dialect.stream."""
+    def renderer(self, turn: Turn) -> Renderer:
         return CompletionsRenderer(self, turn)
 
 
-class CompletionsRenderer(Renderer):
-    """Renders a streamed legacy completion."""
+class CompletionsRenderer(ChunkRenderer):
+    """Renderer of a streamed legacy completion."""
 
     def __init__(self, dialect: CompletionsDialect, turn: Turn) -> None:
-        super().__init__(dialect)
+        super().__init__(dialect, turn)
         self._completions = dialect
-        self._turn = turn
         self._echo = dict(enumerate(turn.wire["echo"]))
-        self._answered: set[int] = set()
-        self._usages: list[Usage] = []
 
-    def event(self, index: int, event: Event) -> bytes:
-        """See Renderer.event."""
-        if isinstance(event, Restarted) and index in self._answered:
-            raise broken_answer()
+    def _render(self, index: int, event: Event) -> bytes:
         text, reason = "", None
         if isinstance(event, Delta) and event.kind == "text":
             self._answered.add(index)
             text = event.text
         elif isinstance(event, Finished):
-            self._usages.append(event.usage)
             reason = event.stop_reason
         else:
             return b""
         choice = self._completions.choice(index, self._echo.pop(index, "") + text, reason)
-        return server_sent(self._completions.body(self._turn, [choice]))
+        return sse_event(self._chunk([choice]))
 
-    def end(self) -> bytes:
-        """See Renderer.end."""
-        done = b"data: [DONE]\n\n"
-        if not self._turn.wire["include_usage"]:
-            return done
-        usage = openai_usage(self._usages, one_prompt=not self._turn.other_prompts)
-        return server_sent({**self._completions.body(self._turn, []), "usage": usage}) + done
+    def _chunk(self, choices: list[Json]) -> Json:
+        return self._completions.body(self._turn, choices)
 
 
 COMPLETIONS = CompletionsDialect()
 
 
-#: Blocks of a history that say nothing to a model, or nothing beside the others: claude keeps the
-#: thinking of its own history and takes none from outside; the calls of tools that the API ran
-#: are told with their results.
-_SILENT_BLOCKS = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_use")
+#: Blocks of a history that are dropped. claude accepts no thinking from outside; the results of
+#: the API's own tools are passed on without the calls.
+_OMITTED_BLOCKS = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_use")
 #: Types of blocks that are read, whatever they hold.
-_READ_BLOCKS = (*_SILENT_BLOCKS, "text", "image", "document", "search_result", "tool_result")
+_READABLE_BLOCKS = (*_OMITTED_BLOCKS, "text", "image", "document", "search_result", "tool_result")
 
 
-
-def is_read_in_result(block: Json) -> bool:
-    """Whether a block in a tool's result is read as a block. Else it is data of the tool's that
-    happens to have a type, such as an entry of a listing."""
+def is_block_in_result(block: Json) -> bool:
+    """Return True if an object in a tool's result is a content block, False if it is plain data
+    that happens to have a `type`, such as an entry of a listing."""
     kind = block.get("type")
     if not isinstance(kind, str):
         return True
     if kind in _PART_FIELDS:
-        return is_part(block)
-    known = (*_READ_BLOCKS, "tool_use", "tool_reference", "compaction")
+        return is_content_part(block)
+    known = (*_READABLE_BLOCKS, "tool_use", "tool_reference", "compaction")
     return kind in known or kind.endswith("_tool_result")
 
 
-#: Fields of the API's own tool results that only the API can read.
-_SEALED_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
+#: Fields in the results of the API's own tools that mean nothing to a model.
+_API_ONLY_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
 
 
-def server_result(block: Fields) -> list[Block]:
-    """Return the result of a tool that the API or another server ran, told as text: claude takes
-    no such blocks in a history."""
+def server_tool_result(block: Fields) -> list[Block]:
+    """Return the result of a tool that the API or another server ran as a text block, because
+    claude accepts no such blocks in a history."""
     name = str(block.text("type"))
-    content = _unsealed(block.object.get("content"))
+    content = _without_api_fields(block.object.get("content"))
     if isinstance(content, str):
-        told = content
+        text = content
     elif isinstance(content, list) and all(is_text_block(entry) for entry in content):
-        told = "\n".join(entry["text"] for entry in content)
+        text = "\n".join(entry["text"] for entry in content)
     else:
-        told = to_json(content).decode("utf-8")
-    return text_blocks(f"[{name}]\n{told}")
+        text = json_text(content)
+    return text_blocks(f"[{name}]\n{text}")
 
 
 def is_text_block(value: object) -> bool:
-    """Whether `value` is a text block as the API has it."""
+    """Return True if `value` is a text block of the API."""
     return isinstance(value, dict) and isinstance(value.get("text"), str)
 
 
-def _unsealed(value: object) -> object:
+def _without_api_fields(value: object) -> object:
     if isinstance(value, dict):
-        return {k: _unsealed(v) for k, v in value.items() if k not in _SEALED_FIELDS}
-    return [_unsealed(entry) for entry in value] if isinstance(value, list) else value
+        return {k: _without_api_fields(v) for k, v in value.items() if k not in _API_ONLY_FIELDS}
+    return [_without_api_fields(entry) for entry in value] if isinstance(value, list) else value
 
 
-#: Places of blocks: the role of the message, or the result of a tool. Each with its words, and
-#: the types of blocks that cannot stand there.
+#: Places of blocks: a message's role, or a tool's result. For each its name in error messages and
+#: the types of blocks that are not allowed there.
 _PLACES = {
     "user": ("a user's message", ("tool_use",)),
-    "assistant": ("an answer", ("tool_result", "image", "document")),
+    "assistant": ("an assistant's message", ("tool_result", "image", "document")),
     "system": ("a system prompt", ("tool_use", "tool_result", "image", "document")),
     "result": ("the result of a tool", ("tool_use", "tool_result")),
 }
 
 
-#: Parameters of messages that change nothing about what the answer means.
-_SILENT_MESSAGES_PARAMETERS = (
+#: Unused parameters that do not change the meaning of the answer: not reported as ignored.
+_HARMLESS_MESSAGES_PARAMETERS = (
     "anthropic_beta", "anthropic_version", "betas", "cache_control", "metadata", "service_tier",
 )
 
 
 class MessagesDialect(Dialect):
-    """POST /v1/messages: Anthropic's own API, in its own events."""
+    """POST /v1/messages: Anthropic's API."""
 
     name = "messages"
 
     # -- parsing ------------------------------------------------------------------------------
 
     def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        """See Dialect.parse."""
         fields = Fields(body)
         self._refuse_thread(fields)
         _, model = parsing.model(fields)
         context = ParseContext(parsing.limits, model)
         tools = self._tools(fields, context)
         choice = checked_tool_choice(tools, self._tool_choice(fields), "tool_choice")
-        told = self._messages(fields, context)
-        shape = self._shape(fields)
-        prompt = build_prompt(told, fields, parsing, context, "messages")
-        options, ignored = options_for(model, self._wanted(fields, choice))
+        messages = self._messages(fields, context)
+        output_schema = self._output_schema(fields)
+        prompt = build_prompt(messages, fields, parsing, context, "messages")
+        options, ignored = options_for(model, self._requested_options(fields, choice))
         return Turn(
             model=model,
             system=prompt.system,
@@ -7043,62 +7074,61 @@ class MessagesDialect(Dialect):
             options=options,
             tools=tools,
             tool_choice=choice,
-            output_schema=shape,
+            output_schema=output_schema,
             session_id=fields.text(SESSION_FIELD) or "",
             stream=fields.flag("stream"),
             ignored=(
-                *ignored, *context.ignored, *fields.ignored_paths(_SILENT_MESSAGES_PARAMETERS)
+                *ignored, *context.ignored, *fields.ignored_paths(_HARMLESS_MESSAGES_PARAMETERS)
             ),
             adjusted=context.adjusted,
             wire={"id": new_id("msg_")},
         )
 
     def _refuse_thread(self, fields: Fields) -> None:
-        """Histories that the API would keep are not kept here; SDKs then send them themselves."""
+        """Raise Unsupported for a thread, with the error code after which SDKs send the messages
+        themselves: threads are not stored here."""
         if fields.has("thread"):
-            error = Unsupported("thread: send the messages themselves.", param="thread")
+            error = Unsupported(
+                "thread: threads are not stored here; send the messages.", param="thread"
+            )
             error.details = {
                 "details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
             }
             raise error
 
-    def _wanted(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
-        return RequestedOptions(
-            max_tokens=fields.token_limit("max_tokens", zero=True),
-            stop_sequences=stop_sequences(fields, "stop_sequences"),
-            temperature=fields.sampling_value("temperature", 1),
-            top_p=fields.sampling_value("top_p", 1),
-            top_k=fields.top_k(),
-            thinking=self._thinking(fields),
-            forces_tool=choice.forces,
+    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
+        return requested_options(
+            fields, fields.token_limit("max_tokens", zero=True), ("stop_sequences",),
+            self._thinking(fields), max_temperature=1, forces_tool=choice.forces,
         )
 
     def _thinking(self, fields: Fields) -> Thinking:
-        """How much to think. Who does not ask for thinking expects text as the first block."""
+        """Return the requested thinking, none by default: without `thinking`, clients expect the
+        first block to be text."""
         effort = fields.settings("output_config").one_of("effort", tuple(EFFORT_BUDGETS))
-        given = fields.has("thinking")
-        asked = fields.settings("thinking") if given else Fields({"type": "disabled"})
-        kind = asked.text("type")
-        hidden = asked.one_of("display", ("summarized", "omitted")) == "omitted"
+        is_set = fields.has("thinking")
+        thinking = fields.settings("thinking") if is_set else Fields({"type": "disabled"})
+        kind = thinking.text("type")
+        hidden = thinking.one_of("display", ("summarized", "omitted")) == "omitted"
         if kind == "enabled":
-            budget = asked.integer("budget_tokens", _MIN_BUDGET_TOKENS)
+            budget = thinking.integer("budget_tokens", _MIN_BUDGET_TOKENS)
             if budget is None:
-                raise asked.invalid("budget_tokens", f"{_MIN_BUDGET_TOKENS} or more")
+                raise thinking.invalid("budget_tokens", f"{_MIN_BUDGET_TOKENS} or more")
             return Thinking(effort, budget, hidden=hidden)
         if kind == "adaptive":
             return Thinking(effort, enabled=True, hidden=hidden)
-        # "between_tools" is how the newest models are told not to think before they answer.
+        # "between_tools" turns thinking before the answer off in the newest models.
         if kind not in ("disabled", "between_tools"):
-            raise asked.invalid("type", "enabled, adaptive, between_tools or disabled")
+            raise thinking.invalid("type", "enabled, adaptive, between_tools or disabled")
         return Thinking(effort, 0)
 
-    def _shape(self, fields: Fields) -> OutputSchema | None:
+    def _output_schema(self, fields: Fields) -> OutputSchema | None:
         output = fields.settings("output_config")
-        older = format_shape(fields.child("output_format"))
-        return format_shape(output.child("format")) or older
+        older = schema_of_format(fields.child("output_format"))
+        return schema_of_format(output.child("format")) or older
 
     def _tools(self, fields: Fields, context: ParseContext) -> tuple[Tool, ...]:
-        """Return the tools, without those that Anthropic would run or describe itself."""
+        """Return the client's own tools; those that Anthropic defines are recorded as ignored."""
         tools: list[Tool] = []
         served: list[Fields] = []
         for entry in fields.objects("tools"):
@@ -7126,14 +7156,17 @@ class MessagesDialect(Dialect):
                 raise entry.invalid("role", "user or assistant")
             blocks = self._blocks(entry, "content", context, role)
             if role == "user" and not blocks and isinstance(entry.object.get("content"), list):
-                refuse_unread(entry.objects("content"), _READ_BLOCKS)
+                refuse_unreadable(entry.objects("content"), _READABLE_BLOCKS)
             messages.append(Message(role, blocks))
         return messages
 
     def _blocks(
         self, entry: Fields, name: str, context: ParseContext, place: str
     ) -> list[Block]:
-        """A string or an array of blocks; `place` is one of _PLACES."""
+        """Return the blocks of a string or an array; `place` is a key of _PLACES.
+
+        Raise BadRequest for a block that is not allowed in that place.
+        """
         value = entry.value(name)
         if value is None:
             return []
@@ -7142,22 +7175,22 @@ class MessagesDialect(Dialect):
         if not isinstance(value, list):
             raise entry.invalid(name, "a string or an array of blocks")
         blocks: list[Block] = []
-        words, refused = _PLACES[place]
+        place_name, refused_types = _PLACES[place]
         for block in entry.objects(name):
-            made = self._block(block, context, place)
-            for each in made:
-                if each["type"] in refused:
+            parsed = self._block(block, context, place)
+            for kind in (each["type"] for each in parsed):
+                if kind in refused_types:
                     raise BadRequest(
-                        f"{block.path}: {each['type']} blocks cannot stand in {words}; remove it.",
+                        f"{block.path}: {kind} blocks are not allowed in {place_name}; remove it.",
                         param=block.path,
                     )
-            blocks += made
+            blocks += parsed
         return blocks
 
     def _block(self, block: Fields, context: ParseContext, place: str) -> list[Block]:
         kind = block.text("type")
-        if place == "result" and not is_read_in_result(block.object):
-            return told_json(block.object)
+        if place == "result" and not is_block_in_result(block.object):
+            return json_block(block.object)
         if kind == "text":
             text = block.text("text")
             if text is None:
@@ -7177,29 +7210,29 @@ class MessagesDialect(Dialect):
         if kind == "tool_result":
             return [tool_result_block(block, self._blocks(block, "content", context, "result"))]
         if kind == "tool_reference":
-            # What a tool search of the client's found; the tool itself is among the tools.
+            # A result of the client's tool search; the tool itself is in `tools`.
             return text_blocks(f"The tool {block.required_text('tool_name')} is loaded.")
         if kind is not None and kind.endswith("_tool_result"):
-            return server_result(block)
+            return server_tool_result(block)
         if kind == "compaction":
             return text_blocks(block.text("content") or "")
         if kind is None:
             raise block.invalid("type", "text, image, document, tool_use or tool_result")
-        if kind not in _SILENT_BLOCKS:
+        if kind not in _OMITTED_BLOCKS:
             context.ignore(block.path)
         return []
 
     # -- rendering ----------------------------------------------------------------------------
 
     def message(self, turn: Turn, model: str, **fields: object) -> Json:
-        """The message object."""
+        """Return the message object; an empty `model` stands for the turn's model."""
         return {
             "id": turn.wire["id"], "type": "message", "role": "assistant",
             "model": model or turn.model.id, **fields,
         }
 
     def usage(self, usage: Usage) -> Json:
-        """The usage object."""
+        """Return the usage object."""
         thinking = usage.reasoning_tokens
         details: Json = {"output_tokens_details": {"thinking_tokens": thinking}}
         return {
@@ -7211,12 +7244,11 @@ class MessagesDialect(Dialect):
             **(details if thinking is not None else {}),
         }
 
-    def details(self, stop_details: Json | None) -> Json:
-        """The field that says more about the end, where there is more to say."""
+    def stop_details(self, stop_details: Json | None) -> Json:
+        """Return the field `stop_details`, or no field if there are none."""
         return {"stop_details": stop_details} if stop_details is not None else {}
 
-    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
-        """See Dialect.whole."""
+    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
         answer = answers[0]
         refused = [{"type": "text", "text": answer.refusal}] if answer.refusal else []
         return self.message(
@@ -7225,20 +7257,18 @@ class MessagesDialect(Dialect):
             stop_reason="refusal" if refused else answer.stop_reason,
             stop_sequence=answer.stop_sequence,
             usage=self.usage(answer.usage),
-            **self.details(answer.stop_details),
+            **self.stop_details(answer.stop_details),
         )
 
-    def stream(self, turn: Turn) -> Renderer:
-        """See Dialect.stream."""
+    def renderer(self, turn: Turn) -> Renderer:
         return MessagesRenderer(self, turn)
 
     def error_body(self, error: OcpError, request_id: str) -> Json:
-        """See Dialect.error_body."""
-        told = {"type": error.anthropic_type, "message": error.message, **error.details}
-        return {"type": "error", "error": told, "request_id": request_id}
+        body = {"type": error.anthropic_type, "message": error.message, **error.details}
+        return {"type": "error", "error": body, "request_id": request_id}
 
 
-#: The delta of each kind in the API's own stream: its type and the field with the text.
+#: The type and the text field of a content_block_delta, for each kind of Delta.
 _MESSAGES_DELTAS = {
     "text": ("text_delta", "text"),
     "thinking": ("thinking_delta", "thinking"),
@@ -7248,46 +7278,44 @@ _MESSAGES_DELTAS = {
 
 
 class MessagesRenderer(Renderer):
-    """Renders a streamed message: the API's events in the API's order."""
+    """Renderer of a streamed message.
+
+    Blocks are numbered as claude numbers them, plus an offset: after a restart claude counts from
+    0 again, while the client continues after the blocks that it has already received. A refusal
+    becomes a text block of its own.
+    """
 
     def __init__(self, dialect: MessagesDialect, turn: Turn) -> None:
-        super().__init__(dialect)
+        super().__init__(dialect, turn)
         self._messages = dialect
-        self._turn = turn
         self._started = Started("", "", NO_USAGE)
-        self._began = False
-        self._answered = False
         self._refused = False
-        #: The block that is open, if any, and what to add to block numbers after a restart.
+        #: The index of the open block, if any, and of the block after it.
         self._open: int | None = None
         self._next = 0
         self._offset = 0
 
-    def event(self, index: int, event: Event) -> bytes:
-        """See Renderer.event. The first frame comes with the first block."""
+    def _render(self, index: int, event: Event) -> bytes:
         if isinstance(event, Started):
+            # message_start is sent together with the first block.
             self._started = event
             return b""
         if isinstance(event, Restarted):
-            if self._answered:
-                raise broken_answer()
             self._offset = self._next
             return self._close_block()
-        return self._begin() + self._told(event)
+        return self._begin() + self._frames_of(event)
 
-    def _begin(self) -> bytes:
-        if self._began:
-            return b""
-        self._began = True
+    def _opening(self) -> bytes:
         message = self._messages.message(
             self._turn, self._started.model, content=[], stop_reason=None, stop_sequence=None,
             usage=self._messages.usage(self._started.usage),
         )
         return self._frame("message_start", message=message)
 
-    def _told(self, event: Event) -> bytes:
+    def _frames_of(self, event: Event) -> bytes:
         if isinstance(event, BlockStarted):
-            self._answered = self._answered or "thinking" not in event.block["type"]
+            if "thinking" not in event.block["type"]:
+                self._answered.add(0)
             self._open = event.block_index + self._offset
             self._next = self._open + 1
             return self._frame("content_block_start", index=self._open, content_block=event.block)
@@ -7303,7 +7331,7 @@ class MessagesRenderer(Renderer):
         if event.kind == "refusal":
             self._refused = True
             block = {"type": "text", "text": ""}
-            opened = self._told(BlockStarted(self._next - self._offset, block))
+            opened = self._frames_of(BlockStarted(self._next - self._offset, block))
             return opened + self._delta(event._replace(kind="text")) + self._close_block()
         if event.kind == "thinking" and not event.text:
             return b""
@@ -7322,61 +7350,59 @@ class MessagesRenderer(Renderer):
         reason = "refusal" if self._refused else event.stop_reason
         delta = {
             "stop_reason": reason, "stop_sequence": event.stop_sequence,
-            **self._messages.details(event.stop_details),
+            **self._messages.stop_details(event.stop_details),
         }
         usage = self._messages.usage(event.usage)
         closed = self._close_block()
         return closed + self._frame("message_delta", delta=delta, usage=usage)
 
     def keepalive(self) -> bytes:
-        """See Renderer.silence."""
         return self._frame("ping")
 
     def end(self) -> bytes:
-        """See Renderer.end."""
         return self._frame("message_stop")
 
     def failure(self, error: OcpError, request_id: str) -> bytes:
-        """See Renderer.failure."""
-        return server_sent(self._messages.error_body(error, request_id), "error")
+        return sse_event(self._messages.error_body(error, request_id), "error")
 
     def _frame(self, kind: str, **fields: object) -> bytes:
-        return server_sent({"type": kind, **fields}, kind)
+        return sse_event({"type": kind, **fields}, kind)
 
 
 MESSAGES = MessagesDialect()
 
 
-#: What is about forms of the answer that do not occur here.
-_SILENT_RESPONSES_PARAMETERS = (
+#: Unused parameters that do not change the meaning of the answer: not reported as ignored.
+_HARMLESS_RESPONSES_PARAMETERS = (
     "client_metadata", "include", "stream_options", "truncation",
 )
 
 
 class ResponsesDialect(Dialect):
-    """POST /v1/responses: OpenAI's API of items."""
+    """POST /v1/responses: OpenAI's API in which prompts and answers are lists of items."""
 
     name = "responses"
 
     # -- parsing ------------------------------------------------------------------------------
 
     def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        """See Dialect.parse."""
         fields = Fields(body)
         name, model = parsing.model(fields)
         for field in ("conversation", "prompt"):
             if fields.has(field):
-                raise Unsupported(f"{field}: nothing of the kind is stored here.", param=field)
+                raise Unsupported(
+                    f"{field}: no {field}s are stored here; send the items in input.", param=field
+                )
         context = ParseContext(parsing.limits, model)
         tools, choice, forms = self._tools(fields, context)
-        shape = self._shape(fields)
+        output_schema = self._output_schema(fields)
         prompt = build_prompt(
             self._messages(fields, parsing, context), Fields({}), parsing, context, "input",
             instructions=fields.text("instructions") or "",
-            after_assistant=_REFORMAT if shape else _CONTINUE,
+            after_assistant=_REFORMAT if output_schema else _CONTINUE,
         )
         wire = self._wire(fields, name, prompt, forms, parsing)
-        options, ignored = options_for(model, self._wanted(fields, choice))
+        options, ignored = options_for(model, self._requested_options(fields, choice))
         return Turn(
             model=model,
             system=prompt.system,
@@ -7384,10 +7410,10 @@ class ResponsesDialect(Dialect):
             options=options,
             tools=tools,
             tool_choice=choice,
-            output_schema=shape,
+            output_schema=output_schema,
             stream=fields.flag("stream"),
             ignored=(
-                *ignored, *context.ignored, *fields.ignored_paths(_SILENT_RESPONSES_PARAMETERS)
+                *ignored, *context.ignored, *fields.ignored_paths(_HARMLESS_RESPONSES_PARAMETERS)
             ),
             adjusted=context.adjusted,
             wire=wire,
@@ -7397,7 +7423,7 @@ class ResponsesDialect(Dialect):
         self, fields: Fields, name: str, prompt: Prompt, forms: Mapping[str, object],
         parsing: ParseEnvironment,
     ) -> Json:
-        """What the answer is rendered and stored with."""
+        """Return the values of `Turn.wire`, used to render and to store the answer."""
         reasoning = fields.settings("reasoning")
         stored = fields.value("store") is not False
         return {
@@ -7410,56 +7436,51 @@ class ResponsesDialect(Dialect):
         }
 
     def _echo(self, fields: Fields, name: str, reasoning: Fields) -> Json:
-        """What a response repeats of its request."""
-        given = fields.object
-        text: Json = given["text"] if isinstance(given.get("text"), dict) else {}
+        """Return the response's id and time, and the request's fields that it repeats."""
+        sent = fields.object
+        text: Json = sent["text"] if isinstance(sent.get("text"), dict) else {}
         return {
             "id": new_id("resp_"),
             "object": "response",
             "created_at": int(time.time()),
             "model": name,
-            "instructions": given.get("instructions"),
-            "max_output_tokens": given.get("max_output_tokens"),
-            "metadata": given.get("metadata") or {},
-            "parallel_tool_calls": given.get("parallel_tool_calls") is not False,
-            "previous_response_id": given.get("previous_response_id"),
+            "instructions": sent.get("instructions"),
+            "max_output_tokens": sent.get("max_output_tokens"),
+            "metadata": sent.get("metadata") or {},
+            "parallel_tool_calls": sent.get("parallel_tool_calls") is not False,
+            "previous_response_id": sent.get("previous_response_id"),
             "reasoning": {
                 "effort": reasoning.object.get("effort"),
                 "summary": reasoning.object.get("summary"),
             },
-            "store": given.get("store") is not False,
-            "temperature": given.get("temperature"),
+            "store": sent.get("store") is not False,
+            "temperature": sent.get("temperature"),
             "text": {**text, "format": text.get("format") or {"type": "text"}},
-            "tool_choice": given.get("tool_choice") or "auto",
-            "tools": given.get("tools") or [],
-            "top_p": given.get("top_p"),
+            "tool_choice": sent.get("tool_choice") or "auto",
+            "tools": sent.get("tools") or [],
+            "top_p": sent.get("top_p"),
             "truncation": "disabled",
         }
 
-    def _wanted(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
-        return RequestedOptions(
-            max_tokens=fields.token_limit("max_output_tokens"),
-            stop_sequences=stop_sequences(fields, "stop"),
-            temperature=fields.sampling_value("temperature", 2),
-            top_p=fields.sampling_value("top_p", 1),
-            top_k=fields.top_k(),
-            thinking=openai_thinking(fields),
+    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
+        return requested_options(
+            fields, fields.token_limit("max_output_tokens"), ("stop",), openai_thinking(fields),
             forces_tool=choice.forces,
         )
 
-    def _shape(self, fields: Fields) -> OutputSchema | None:
-        own = format_shape(fields.settings("text").child("format"))
-        return own or chat_shape(fields)
+    def _output_schema(self, fields: Fields) -> OutputSchema | None:
+        own = schema_of_format(fields.settings("text").child("format"))
+        return own or chat_output_schema(fields)
 
     def _tools(
         self, fields: Fields, context: ParseContext
     ) -> tuple[tuple[Tool, ...], ToolChoice, dict[str, tuple[CallForm, Json]]]:
-        """The tools, the choice among them, and how the calls of each are written: their form,
-        and the fields that say which tool it is."""
+        """Return the tools, the tool choice, and for each tool's name how its calls are written:
+        the form, and the fields of the item that name the tool."""
         tools: list[Tool] = []
         served: list[Fields] = []
         forms: dict[str, tuple[CallForm, Json]] = {}
-        for entry, space in self._entries(fields):
+        for entry, space in self._tool_entries(fields):
             kind = entry.text("type") or ""
             tool = self._tool(entry, kind, space)
             if tool is None:
@@ -7468,29 +7489,30 @@ class ResponsesDialect(Dialect):
             tools.append(tool)
             if kind == "function":
                 served.append(entry)
-            named: Json = {} if kind in CLIENT_TOOLS else {"name": entry.text("name")}
-            forms[tool.name] = (_FORMS[kind], {**named, "namespace": space} if space else named)
+            name_fields: Json = {} if kind in CLIENT_TOOLS else {"name": entry.text("name")}
+            if space:
+                name_fields["namespace"] = space
+            forms[tool.name] = (_CALL_FORMS[kind], name_fields)
         choice, allowed = openai_tool_choice(fields, "tool_choice")
-        found = unique_tools(tools, "tools")
-        found = only_allowed(found, allowed, context)
+        usable = only_allowed(unique_tools(tools, "tools"), allowed, context)
         context.ignore(*unsupported_tool_fields(served))
-        return found, checked_tool_choice(found, choice, "tool_choice"), forms
+        return usable, checked_tool_choice(usable, choice, "tool_choice"), forms
 
     def _tool(self, entry: Fields, kind: str, space: str) -> Tool | None:
-        """The tool of an entry; None for kinds that only OpenAI can run."""
+        """Return the tool of an entry, None for a tool that only OpenAI can run."""
         if kind in CLIENT_TOOLS:
-            place = (entry.child("environment") or Fields({})).text("type") or "local"
-            return CLIENT_TOOLS[kind] if place == "local" else None
+            environment = (entry.child("environment") or Fields({})).text("type") or "local"
+            return CLIENT_TOOLS[kind] if environment == "local" else None
         if kind == "custom":
-            return freeform_tool(entry, full_name(space, entry.required_text("name")))
+            return freeform_tool(entry, qualified_name(space, entry.required_text("name")))
         if kind == "function":
-            name = full_name(space, entry.required_text("name"))
+            name = qualified_name(space, entry.required_text("name"))
             return read_tool(entry, name, "parameters")
         return None
 
-    def _entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
-        """The tools, each with the namespace that it stands in: Codex sends the tools of an MCP
-        server as one group."""
+    def _tool_entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
+        """Yield the entries of `tools`, each with its namespace, empty if it has none. Codex sends
+        the tools of an MCP server as one namespace."""
         for entry in fields.objects("tools"):
             if entry.text("type") == "namespace":
                 space = entry.required_text("name")
@@ -7501,38 +7523,38 @@ class ResponsesDialect(Dialect):
     def _messages(
         self, fields: Fields, parsing: ParseEnvironment, context: ParseContext
     ) -> list[Message]:
-        """The messages of the response that this one follows, and the new ones."""
+        """Return the stored messages of the previous response, followed by the new ones."""
         previous_id = fields.text("previous_response_id")
         earlier = parsing.recall(previous_id) if previous_id else []
         messages = [Message(message.role, list(message.content)) for message in earlier]
         for item in input_items(fields, parsing):
-            messages += self._item(item, item.text("type") or "message", context)
+            messages += self._item_messages(item, item.text("type") or "message", context)
         return messages
 
-    def _item(self, item: Fields, kind: str, context: ParseContext) -> list[Message]:
-        """The messages of an input item; none for kinds that say nothing to a model."""
+    def _item_messages(self, item: Fields, kind: str, context: ParseContext) -> list[Message]:
+        """Return the messages of an input item; items that mean nothing to a model are dropped."""
         if kind == "message":
             role = item.one_of("role", ("system", "developer", "user", "assistant"))
             if role is None:
                 raise item.invalid("role", "system, developer, user or assistant")
-            told_as = "system" if role == "developer" else role
-            return [Message(told_as, openai_content(item, context, told_as))]
-        if kind in _BARE_PARTS:
+            role = "system" if role == "developer" else role
+            return [Message(role, openai_content(item, context, role))]
+        if kind in _PARTS_AS_ITEMS:
             return [Message("user", _openai_part(item, context, "user"))]
-        if kind in _CALLS:
-            return [Message("assistant", [_CALLS[kind].block(item)])]
-        if kind in _RESULTS:
-            content = _RESULTS[kind](item, context)
+        if kind in _FORMS_BY_ITEM:
+            return [Message("assistant", [_FORMS_BY_ITEM[kind].block(item)])]
+        if kind in _RESULT_READERS:
+            content = _RESULT_READERS[kind](item, context)
             return [_result_message(item, item.text("call_id") or item.text("id") or "", content)]
         if kind in _HOSTED_CALLS:
-            return hosted_exchange(item, kind)
-        if kind in _TOLD_ITEMS:
-            role, names = _TOLD_ITEMS[kind]
-            told = {name: item.object[name] for name in names if item.has(name)}
-            return [Message(role, text_blocks(f"[{kind}]\n" + to_json(told).decode("utf-8")))]
+            return hosted_call_messages(item, kind)
+        if kind in _ITEMS_AS_TEXT:
+            role, names = _ITEMS_AS_TEXT[kind]
+            values = {name: item.object[name] for name in names if item.has(name)}
+            return [Message(role, text_blocks(f"[{kind}]\n{json_text(values)}"))]
         if item.has("role") and item.has("content") and kind != "reasoning":
-            return self._item(item, "message", context)
-        summary = summary_of(item) if kind in ("compaction", "compaction_summary") else ""
+            return self._item_messages(item, "message", context)
+        summary = compaction_text(item) if kind in ("compaction", "compaction_summary") else ""
         if not summary and kind != "reasoning":
             context.ignore(item.path)
         return [Message("user", text_blocks(summary))]
@@ -7540,18 +7562,19 @@ class ResponsesDialect(Dialect):
     # -- rendering ----------------------------------------------------------------------------
 
     def body(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
-        """The response object."""
+        """Return the response object."""
         return {
             **turn.wire["echo"], "status": status, "output": output, "usage": None,
             "error": None, "incomplete_details": None, **more,
         }
 
-    def brief(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
-        """The response object of a stream that is not at its end. SDKs want tools in each."""
-        return self.body(turn, status, output, **{**_NOT_YET_REPEATED, **more})
+    def partial_body(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
+        """Return the response object of an unfinished stream, without the long fields. SDKs
+        require `tools` in each."""
+        return self.body(turn, status, output, **{**_OMITTED_UNTIL_END, **more})
 
-    def ended(self, turn: Turn, output: list[Json], stop_reason: str, usage: Usage) -> Json:
-        """The response object of an answer that is over."""
+    def final_body(self, turn: Turn, output: list[Json], stop_reason: str, usage: Usage) -> Json:
+        """Return the response object of a finished answer."""
         reasons = {"length": "max_output_tokens", "content_filter": "content_filter"}
         reason = reasons.get(FINISH_REASONS.get(stop_reason, "stop"))
         counted = {
@@ -7566,8 +7589,7 @@ class ResponsesDialect(Dialect):
             incomplete_details={"reason": reason} if reason else None,
         )
 
-    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
-        """See Dialect.whole."""
+    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
         answer = answers[0]
         blocks = [
             block
@@ -7578,27 +7600,25 @@ class ResponsesDialect(Dialect):
         if answer.refusal:
             blocks.append({"type": "refusal", "text": answer.refusal})
         output = [finished_item(new_item(turn, block), block) for block in blocks]
-        return self.ended(turn, output, answer.stop_reason, answer.usage)
+        return self.final_body(turn, output, answer.stop_reason, answer.usage)
 
-    def stream(self, turn: Turn) -> Renderer:
-        """See Dialect.stream."""
+    def renderer(self, turn: Turn) -> Renderer:
         return ResponsesRenderer(self, turn)
 
     def stores(self, turn: Turn) -> bool:
-        """See Dialect.stores."""
         return bool(turn.wire["store"])
 
     def stored_system_messages(self, turn: Turn) -> list[Message]:
-        """See Dialect.lasting. The field `instructions` is for one response only."""
+        """Return the system messages of the input. `instructions` are for one response only."""
         return list(turn.wire["opening"])
 
 
 def input_items(fields: Fields, parsing: ParseEnvironment) -> list[Fields]:
-    """Return the items of a request, each reference replaced by its item; a text is one message.
-    Raises BadRequest, NotFound."""
-    given = fields.value("input")
-    if isinstance(given, str):
-        return [Fields({"role": "user", "content": given}, "input")]
+    """Return the items of a request, with references replaced by the stored items. A string is
+    one user message. Raise BadRequest or NotFound."""
+    value = fields.value("input")
+    if isinstance(value, str):
+        return [Fields({"role": "user", "content": value}, "input")]
     return [
         Fields(parsing.item(item.required_text("id")), item.path)
         if item.text("type") == "item_reference" else item
@@ -7606,78 +7626,78 @@ def input_items(fields: Fields, parsing: ParseEnvironment) -> list[Fields]:
     ]
 
 
-def kept_item(item: Fields) -> Json:
-    """Return an item as it is listed later: with an id, and a message with parts."""
+def stored_item(item: Fields) -> Json:
+    """Return an input item as GET input_items lists it: with an id, and with content parts."""
     kind = item.text("type") or "message"
-    prefix = "msg_" if kind == "message" else _CALLS[kind].prefix if kind in _CALLS else "item_"
-    found: Json = {"status": "completed", **item.object, "type": kind}
+    form = _FORMS_BY_ITEM.get(kind)
+    prefix = "msg_" if kind == "message" else form.id_prefix if form else "item_"
+    stored: Json = {"status": "completed", **item.object, "type": kind}
     own_id = item.object.get("id")
-    found["id"] = own_id if own_id and isinstance(own_id, str) else new_id(prefix)
-    if kind == "message" and isinstance(found.get("content"), str):
-        part = "output_text" if found.get("role") == "assistant" else "input_text"
-        found["content"] = [{"type": part, "text": found["content"]}]
-    return found
+    stored["id"] = own_id if own_id and isinstance(own_id, str) else new_id(prefix)
+    if kind == "message" and isinstance(stored.get("content"), str):
+        part = "output_text" if stored.get("role") == "assistant" else "input_text"
+        stored["content"] = [{"type": part, "text": stored["content"]}]
+    return stored
 
 
-#: What a response repeats of its request only when it is over: it may be long.
-_NOT_YET_REPEATED: Json = {"instructions": None, "tools": []}
+#: Values in responses of unfinished streams, in place of the request's, which may be long.
+_OMITTED_UNTIL_END: Json = {"instructions": None, "tools": []}
 
 
 class CallForm(NamedTuple):
-    """How a kind of tool call is written as an item."""
+    """The item that represents calls of one kind of tool."""
 
-    #: The type of the item, and how its ids begin.
-    item: str
-    prefix: str
-    #: The field that holds what the model wrote; how it is written, and how it is read.
+    #: The item's type, and the prefix of its ids.
+    item_type: str
+    id_prefix: str
+    #: The field with the arguments, and the functions from arguments to its value and back.
     field: str
     write: Callable[[Json], object]
     read: Callable[[object], Json]
-    #: The name of the tool; empty = the item says it.
+    #: The name of the tool; empty = the item has a field `name`.
     tool: str = ""
-    #: What the events of its pieces are called; empty = the item comes when it is complete.
+    #: The stem of the names of its delta events; empty = the item is sent only when complete.
     event: str = ""
 
     def block(self, item: Fields) -> Block:
-        """Return the tool_use block of such an item."""
+        """Return the tool_use block of a call item."""
         space = item.text("namespace") or ""
-        name = self.tool or full_name(space, item.required_text("name"))
+        name = self.tool or qualified_name(space, item.required_text("name"))
         return {
             "type": "tool_use",
             "id": item.text("call_id") or item.text("id") or "",
             "item_id": item.text("id") or "",
             "name": name,
-            # Newer calls of computers hold several `actions`.
+            # Newer computer calls have `actions` instead of `action`.
             "input": self.read(item.object.get(self.field, item.object.get(self.field + "s"))),
         }
 
-    def opened(self, call_id: str, named: Json) -> Json:
-        """Return the item of a call that begins, of a tool that these fields name."""
+    def new_item(self, call_id: str, name_fields: Json) -> Json:
+        """Return the item of a new call, without arguments; `name_fields` name its tool."""
         return {
-            "id": new_id(self.prefix), "type": self.item, "status": "in_progress",
-            self.field: self.write({}) if not self.event else "", "call_id": call_id, **named,
+            "id": new_id(self.id_prefix), "type": self.item_type, "status": "in_progress",
+            self.field: "" if self.event else self.write({}), "call_id": call_id, **name_fields,
         }
 
 
-def _given_arguments(value: object) -> Json:
-    """The arguments in an action or operation, without those that are null."""
+def _without_nulls(value: object) -> Json:
+    """Return the arguments in an action or operation, without null values."""
     return {key: each for key, each in parse_arguments(value).items() if each is not None}
 
 
-def _command(arguments: Json) -> Json:
+def _exec_action(arguments: Json) -> Json:
     return {"type": "exec", "env": {}, **arguments}
 
 
-def _command_arguments(action: object) -> Json:
-    found = _given_arguments(action)
-    return {key: found[key] for key in found if key != "type" and (key != "env" or found[key])}
+def _exec_arguments(action: object) -> Json:
+    arguments = _without_nulls(action)
+    return {k: v for k, v in arguments.items() if k != "type" and (k != "env" or v)}
 
 
-#: Forms of calls, by the type of the tool. The last three are never offered to a model.
-_FORMS = {
+#: The call form of each type of tool. The last three occur only in histories.
+_CALL_FORMS = {
     "function": CallForm(
-        "function_call", "fc_", "arguments",
-        lambda arguments: to_json(arguments).decode("utf-8"), parse_arguments,
+        "function_call", "fc_", "arguments", json_text, parse_arguments,
         event="function_call_arguments",
     ),
     "custom": CallForm(
@@ -7685,68 +7705,68 @@ _FORMS = {
         event="custom_tool_call_input",
     ),
     "local_shell": CallForm(
-        "local_shell_call", "lsh_", "action", _command, _command_arguments, "local_shell"
+        "local_shell_call", "lsh_", "action", _exec_action, _exec_arguments, "local_shell"
     ),
-    "shell": CallForm("shell_call", "sh_", "action", dict, _given_arguments, "shell"),
+    "shell": CallForm("shell_call", "sh_", "action", dict, _without_nulls, "shell"),
     "apply_patch": CallForm(
-        "apply_patch_call", "apc_", "operation", dict, _given_arguments, "apply_patch"
+        "apply_patch_call", "apc_", "operation", dict, _without_nulls, "apply_patch"
     ),
-    "computer": CallForm("computer_call", "cu_", "action", dict, _given_arguments, "computer"),
+    "computer": CallForm("computer_call", "cu_", "action", dict, _without_nulls, "computer"),
     "tool_search": CallForm(
-        "tool_search_call", "tsc_", "arguments", dict, _given_arguments, "tool_search"
+        "tool_search_call", "tsc_", "arguments", dict, _without_nulls, "tool_search"
     ),
     "program": CallForm("program", "prog_", "code", dict, lambda code: {"code": code}, "program"),
 }
 #: The same by the type of the item.
-_CALLS = {form.item: form for form in _FORMS.values()}
+_FORMS_BY_ITEM = {form.item_type: form for form in _CALL_FORMS.values()}
 
 
-def _told_output(item: Fields, context: ParseContext) -> list[Block]:
+def _output_blocks(item: Fields, context: ParseContext) -> list[Block]:
     return openai_content(item, context, "tool", "output")
 
 
-def _told_patch(item: Fields, context: ParseContext) -> list[Block]:
-    return _told_output(item, context) or text_blocks(item.text("status") or "")
+def _patch_result_blocks(item: Fields, context: ParseContext) -> list[Block]:
+    return _output_blocks(item, context) or text_blocks(item.text("status") or "")
 
 
-def _told_screenshot(item: Fields, context: ParseContext) -> list[Block]:
+def _screenshot_blocks(item: Fields, context: ParseContext) -> list[Block]:
     output = item.object.get("output")
     if not isinstance(output, dict) or not output.get("image_url"):
-        return _told_output(item, context)
+        return _output_blocks(item, context)
     image = Fields({**output, "type": "input_image"}, item.path_of("output"))
     return _openai_part(image, context, "tool")
 
 
-def _told_tools(item: Fields, context: ParseContext) -> list[Block]:
-    return text_blocks(to_json(item.items("tools") or []).decode("utf-8"))
+def _found_tools_blocks(item: Fields, context: ParseContext) -> list[Block]:
+    return json_block(item.items("tools") or [])
 
 
-def _told_program(item: Fields, context: ParseContext) -> list[Block]:
+def _program_result_blocks(item: Fields, context: ParseContext) -> list[Block]:
     return openai_content(item, context, "tool", "result")
 
 
-#: Parts of the user's that some clients send as items, without a message around them.
-_BARE_PARTS = ("text", "input_text", "input_image", "input_file", "input_audio", "input_video")
-#: Results that clients send, by the type of the item.
-_RESULTS: dict[str, Callable[[Fields, ParseContext], list[Block]]] = {
-    "function_call_output": _told_output,
-    "custom_tool_call_output": _told_output,
-    "local_shell_call_output": _told_output,
-    "shell_call_output": _told_output,
-    "apply_patch_call_output": _told_patch,
-    "computer_call_output": _told_screenshot,
-    "tool_search_output": _told_tools,
-    "program_output": _told_program,
+#: Content parts of the user that some clients send as items, without a message around them.
+_PARTS_AS_ITEMS = ("text", "input_text", "input_image", "input_file", "input_audio", "input_video")
+#: The functions that read results which clients send, by the type of the item.
+_RESULT_READERS: dict[str, Callable[[Fields, ParseContext], list[Block]]] = {
+    "function_call_output": _output_blocks,
+    "custom_tool_call_output": _output_blocks,
+    "local_shell_call_output": _output_blocks,
+    "shell_call_output": _output_blocks,
+    "apply_patch_call_output": _patch_result_blocks,
+    "computer_call_output": _screenshot_blocks,
+    "tool_search_output": _found_tools_blocks,
+    "program_output": _program_result_blocks,
 }
 
-#: Calls that another server has run and that hold their results: the fields of both.
+#: Items of calls that another server ran: the fields with the arguments and with the results.
 _HOSTED_CALLS = {
     "mcp_call": ("arguments", ("output", "error")),
     "code_interpreter_call": ("code", ("outputs",)),
 }
 
-#: Items that are told as text: who says it, and the fields that say something.
-_TOLD_ITEMS = {
+#: Items that become a text block: the role of the message, and the fields in the text.
+_ITEMS_AS_TEXT = {
     "web_search_call": ("assistant", ("action",)),
     "file_search_call": ("assistant", ("queries", "results")),
     "image_generation_call": ("assistant", ("revised_prompt", "error")),
@@ -7766,18 +7786,19 @@ def _result_message(
     return Message("user", [{**result, "is_error": True} if failed else result])
 
 
-def hosted_exchange(item: Fields, kind: str) -> list[Message]:
-    """Return the call and the result of a tool that another server has run."""
-    given, results = _HOSTED_CALLS[kind]
-    name, value = item.text("name") or kind[:-len("_call")], item.object.get(given)
+def hosted_call_messages(item: Fields, kind: str) -> list[Message]:
+    """Return the messages with the call and the result of a tool that another server ran."""
+    argument_field, result_fields = _HOSTED_CALLS[kind]
+    name, value = item.text("name") or kind[:-len("_call")], item.object.get(argument_field)
+    is_arguments = argument_field == "arguments"
     call: Block = {
-        # Without an id its result would be taken for that of another call.
+        # Without an id, its result could be matched with another call.
         "type": "tool_use", "id": item.text("id") or f"hosted {item.path}",
-        "name": full_name(item.text("server_label") or "", name),
-        "input": parse_arguments(value) if given == "arguments" else {given: value},
+        "name": qualified_name(item.text("server_label") or "", name),
+        "input": parse_arguments(value) if is_arguments else {argument_field: value},
     }
-    found = [item.object[field] for field in results if item.has(field)]
-    texts = [each if isinstance(each, str) else to_json(each).decode("utf-8") for each in found]
+    results = [item.object[field] for field in result_fields if item.has(field)]
+    texts = [each if isinstance(each, str) else json_text(each) for each in results]
     content = text_blocks("\n".join(texts))
     failed = item.has("error")
     return [
@@ -7786,17 +7807,17 @@ def hosted_exchange(item: Fields, kind: str) -> list[Message]:
     ]
 
 
-#: How the content of a compaction begins that was made here.
+#: The start of the encrypted_content of compaction items that this server made.
 _SUMMARY_MARK = "ocp1."
 
 
-def sealed_summary(summary: str) -> str:
-    """Return the summary of a conversation as the content of a compaction item."""
+def encoded_summary(summary: str) -> str:
+    """Return the encrypted_content of a compaction item with this summary."""
     return _SUMMARY_MARK + base64.b64encode(summary.encode("utf-8", "replace")).decode("ascii")
 
 
-def summary_of(item: Fields) -> str:
-    """Return what a compaction item says to a model; nothing for one that was not made here."""
+def compaction_text(item: Fields) -> str:
+    """Return the text of a compaction item for the model, "" if another server made the item."""
     mark, _, content = (item.text("encrypted_content") or "").partition(".")
     with contextlib.suppress(ValueError):
         if mark + "." == _SUMMARY_MARK:
@@ -7806,21 +7827,21 @@ def summary_of(item: Fields) -> str:
 
 
 def new_item(turn: Turn, block: Block) -> Json:
-    """The output item of a block that begins."""
+    """Return the output item of a block that has just started."""
     if block["type"] == "thinking":
         return {"id": new_id("rs_"), "type": "reasoning", "summary": []}
     if block["type"] == "tool_use":
-        bare = (_FORMS["function"], {"name": block["name"]})
-        form, named = turn.wire["forms"].get(block["name"], bare)
-        return dict(form.opened(block["id"], named))
+        plain = (_CALL_FORMS["function"], {"name": block["name"]})
+        form, name_fields = turn.wire["forms"].get(block["name"], plain)
+        return dict(form.new_item(block["id"], name_fields))
     return {
         "id": new_id("msg_"), "type": "message", "status": "in_progress", "role": "assistant",
         "content": [],
     }
 
 
-def part_of(kind: str, text: str) -> Json:
-    """The part of an item that holds its text."""
+def content_part(kind: str, text: str) -> Json:
+    """Return the part of an item with the text of a block of this kind."""
     if kind == "thinking":
         return {"type": "summary_text", "text": text}
     if kind == "refusal":
@@ -7829,17 +7850,18 @@ def part_of(kind: str, text: str) -> Json:
 
 
 def finished_item(item: Json, block: Block) -> Json:
-    """The item of a block that is complete."""
+    """Return the item of a complete block."""
     kind = block["type"]
     if kind == "tool_use":
-        form = _CALLS[item["type"]]
+        form = _FORMS_BY_ITEM[item["type"]]
         return {**item, "status": "completed", form.field: form.write(block["input"])}
     if kind == "thinking":
-        return {**item, "summary": [part_of(kind, block.get("thinking", ""))]}
-    return {**item, "status": "completed", "content": [part_of(kind, block["text"])]}
+        return {**item, "summary": [content_part(kind, block.get("thinking", ""))]}
+    return {**item, "status": "completed", "content": [content_part(kind, block["text"])]}
 
 
-#: What the events of an item are called, by kind of block: piece, its end, and where it stands.
+#: For each kind of block the stem of its event names, and the field of the item that holds its
+#: part; calls have no part.
 _RESPONSES_EVENTS = {
     "text": ("output_text", "content"),
     "refusal": ("refusal", "content"),
@@ -7848,90 +7870,93 @@ _RESPONSES_EVENTS = {
 }
 
 
-#: Codes of failures, besides invalid_prompt, after which Codex does not ask again.
+#: Error codes, besides invalid_prompt, after which Codex does not retry.
 _FINAL_CODES = ("context_length_exceeded", "insufficient_quota")
 
 
 class ResponsesRenderer(Renderer):
-    """Renders a streamed response with its full ladder of events."""
+    """Renderer of a streamed response.
+
+    The stream is response.created and .in_progress, then the items one after another, then
+    response.completed, .incomplete or .failed. Each item has output_item.added, the events of its
+    part or arguments, and output_item.done.
+
+    At most one item is open. It is closed as late as possible:
+
+    - BlockStopped does not close it: claude sends one also for a block cut off by the token limit.
+    - The next block, or a stop reason "tool_use", proves that the item is complete.
+    - At any other end, a text is closed as it is; a call is closed only if its arguments are valid
+      JSON and not empty. An incomplete call gets no output_item.done: Codex would run it.
+    """
 
     def __init__(self, dialect: ResponsesDialect, turn: Turn) -> None:
-        super().__init__(dialect)
+        super().__init__(dialect, turn)
         self._responses = dialect
-        self._turn = turn
         self._sequence_number = 0
-        self._created = False
-        self._answered = False
         self._output: list[Json] = []
-        #: The item that is open: itself, its kind of block, and the pieces of its text.
+        #: The open item, its kind of block, and the pieces of its text or arguments.
         self._item: Json | None = None
         self._kind = ""
         self._pieces: list[str] = []
-        #: What reads the open item if it is the call of a custom tool, and what that gave.
+        #: For the call of a custom tool: the reader of its input, and the pieces it returned.
         self._reader: FreeformReader | None = None
-        self._input: list[str] = []
+        self._input_pieces: list[str] = []
 
     def _frame(self, kind: str, **fields: object) -> bytes:
         number, self._sequence_number = self._sequence_number, self._sequence_number + 1
-        return server_sent({"type": kind, "sequence_number": number, **fields}, kind)
+        return sse_event({"type": kind, "sequence_number": number, **fields}, kind)
 
-    def _begin(self) -> bytes:
-        if self._created:
-            return b""
-        self._created = True
-        body = self._responses.brief(self._turn, "in_progress", [])
+    def _opening(self) -> bytes:
+        body = self._responses.partial_body(self._turn, "in_progress", [])
         created = self._frame("response.created", response=body)
         return created + self._frame("response.in_progress", response=body)
 
-    def event(self, index: int, event: Event) -> bytes:
-        """See Renderer.event. The first frames come with the first block."""
+    def _render(self, index: int, event: Event) -> bytes:
         if isinstance(event, Restarted):
-            if self._answered:
-                raise broken_answer()
             return self._close()
         if isinstance(event, BlockStarted):
-            # What is followed by another block was complete, a call without arguments too.
-            return self._close(certain=True) + self._open(event.block)
+            return self._close(is_complete=True) + self._open(event.block)
         if isinstance(event, Delta):
             return self._delta(event)
-        # The end of a block says nothing: a block that is cut off is ended too.
         return self._finish(event) if isinstance(event, Finished) else b""
 
-    def _place(self) -> Json:
-        """Where an event of the open item belongs."""
-        place: Json = {"output_index": len(self._output)}
+    def _position(self) -> Json:
+        """Return the fields of an event that refer to the open item and its part."""
+        position: Json = {"output_index": len(self._output)}
         if self._item is not None:
-            place["item_id"] = self._item["id"]
-        group = _RESPONSES_EVENTS[self._kind][1]
-        return {**place, f"{group}_index": 0} if group else place
+            position["item_id"] = self._item["id"]
+        field = _RESPONSES_EVENTS[self._kind][1]
+        return {**position, f"{field}_index": 0} if field else position
 
     def _open(self, block: Block) -> bytes:
         kind = block["type"]
         if kind not in _RESPONSES_EVENTS or (kind == "thinking" and not self._turn.wire["summary"]):
             return b""
-        self._answered = self._answered or kind != "thinking"
+        if kind != "thinking":
+            self._answered.add(0)
         self._item, self._kind, self._pieces = new_item(self._turn, block), kind, []
-        custom = self._item["type"] == _FORMS["custom"].item
-        self._reader, self._input = FreeformReader() if custom else None, []
-        if kind == "tool_use" and not self._call_form(self._item).event:
+        custom = self._item["type"] == _CALL_FORMS["custom"].item_type
+        self._reader, self._input_pieces = FreeformReader() if custom else None, []
+        if kind == "tool_use" and not self._form_of(self._item).event:
             return self._begin()
-        return self._begin() + self._added(self._item) + self._part("added", "")
+        return self._begin() + self._item_added(self._item) + self._part_event("added", "")
 
-    def _added(self, item: Json) -> bytes:
+    def _item_added(self, item: Json) -> bytes:
         index = len(self._output)
         return self._frame("response.output_item.added", output_index=index, item=item)
 
-    def _call_form(self, item: Json) -> CallForm:
-        return _CALLS[item["type"]]
+    def _form_of(self, item: Json) -> CallForm:
+        return _FORMS_BY_ITEM[item["type"]]
 
-    def _part(self, step: str, text: str) -> bytes:
-        """The event of the part that the open item's text is in; a call has none."""
-        group = _RESPONSES_EVENTS[self._kind][1]
-        if not group:
+    def _part_event(self, step: str, text: str) -> bytes:
+        """Return the event of the open item's part, nothing for a call. `step` is "added" or
+        "done"."""
+        field = _RESPONSES_EVENTS[self._kind][1]
+        if not field:
             return b""
-        kind = "reasoning_summary_part" if group == "summary" else "content_part"
-        part = part_of(self._kind, text)
-        return self._frame(f"response.{kind}.{step}", **self._place(), part=part)
+        kind = "reasoning_summary_part" if field == "summary" else "content_part"
+        part = content_part(self._kind, text)
+        return self._frame(f"response.{kind}.{step}", **self._position(), part=part)
 
     def _delta(self, event: Delta) -> bytes:
         opened = b""
@@ -7945,27 +7970,28 @@ class ResponsesRenderer(Renderer):
         name = _RESPONSES_EVENTS[self._kind][0]
         more: Json = {"logprobs": []} if self._kind == "text" else {}
         return opened + self._frame(
-            f"response.{name}.delta", **self._place(), delta=event.text, **more
+            f"response.{name}.delta", **self._position(), delta=event.text, **more
         )
 
     def _call_delta(self, item: Json, piece: str) -> bytes:
-        """The event of a piece of a call's arguments; of a custom tool's the text in it."""
-        told = piece if self._reader is None else self._reader.feed(piece)
-        self._input.append(told)
-        name = self._call_form(item).event
-        if not name or not told:
+        """Return the event of a piece of a call's arguments, or of the input text in it."""
+        text = piece if self._reader is None else self._reader.feed(piece)
+        self._input_pieces.append(text)
+        name = self._form_of(item).event
+        if not name or not text:
             return b""
-        return self._frame(f"response.{name}.delta", **self._place(), delta=told)
+        return self._frame(f"response.{name}.delta", **self._position(), delta=text)
 
-    def _close(self, *, certain: bool = False) -> bytes:
-        """Ends the open item. A call that was cut off stays open: Codex would run it. Whether
-        that happened to one without arguments is `certain` only later."""
+    def _close(self, *, is_complete: bool = False) -> bytes:
+        """Return the events that close the open item, none for a call that may be incomplete."""
         item, text = self._item, "".join(self._pieces)
-        if item is None or (self._kind == "tool_use" and not text and not certain):
+        is_call = self._kind == "tool_use"
+        if item is None or (is_call and not text and not is_complete):
             return b""
-        called = self._kind == "tool_use"
-        ended = self._end_call(item, text, certain) if called else self._end_text(item, text)
-        frames, done = ended
+        if is_call:
+            frames, done = self._end_call(item, text, is_complete)
+        else:
+            frames, done = self._end_text(item, text)
         if done is not None:
             frames += self._frame(
                 "response.output_item.done", output_index=len(self._output), item=done
@@ -7974,75 +8000,75 @@ class ResponsesRenderer(Renderer):
         self._item = None
         return frames
 
-    def _end_text(self, item: Json, text: str) -> tuple[bytes, Json]:
-        """The events that end the part of an item, and the item when it is done."""
+    def _end_text(self, item: Json, text: str) -> tuple[bytes, Json | None]:
+        """Return the events that end the part of an item, and the finished item."""
         name = _RESPONSES_EVENTS[self._kind][0]
         field = "refusal" if self._kind == "refusal" else "text"
         more: Json = {"logprobs": []} if self._kind == "text" else {}
-        frames = self._frame(f"response.{name}.done", **self._place(), **{field: text}, **more)
-        frames += self._part("done", text)
+        frames = self._frame(f"response.{name}.done", **self._position(), **{field: text}, **more)
+        frames += self._part_event("done", text)
         return frames, finished_item(item, {"type": self._kind, "text": text, "thinking": text})
 
     def _end_call(
-        self, item: Json, arguments: str, certain: bool
+        self, item: Json, arguments: str, is_complete: bool
     ) -> tuple[bytes, Json | None]:
-        """The same for a call; there is no item when its arguments were cut off. Arguments that
-        are complete and no JSON are given as they are: agents tell the model, which tries again."""
+        """Return the events that end a call, and the finished item, None if it is incomplete.
+
+        Arguments that are complete but invalid JSON are sent unchanged: the agent reports them to
+        the model, which tries again.
+        """
         try:
             from_json(arguments or "{}")
         except ValueError:
-            if not certain:
+            if not is_complete:
                 return b"", None
         block = {"type": "tool_use", "input": parse_arguments(arguments)}
-        done, form = finished_item(item, block), self._call_form(item)
+        done, form = finished_item(item, block), self._form_of(item)
         if not form.event:
-            return self._added(item), done
+            return self._item_added(item), done
         frames, value = b"", arguments or "{}"
         if self._reader is not None:
             rest = self._reader.close()
-            value = "".join(self._input) + rest
+            value = "".join(self._input_pieces) + rest
             done = {**done, form.field: value}
             if rest:
-                frames = self._frame(f"response.{form.event}.delta", **self._place(), delta=rest)
+                frames = self._frame(f"response.{form.event}.delta", **self._position(), delta=rest)
         frames += self._frame(
-            f"response.{form.event}.done", **self._place(), name=item["name"],
+            f"response.{form.event}.done", **self._position(), name=item["name"],
             **{form.field: value},
         )
         return frames, done
 
     def _finish(self, event: Finished) -> bytes:
         if event.stop_reason == "refusal":
-            # Codex asks again after anything that looks incomplete, but not after this.
+            # Codex retries every answer that looks incomplete, but not this error.
             error = BadRequest("The model declined to answer.", code="content_filter")
             return self.failure(error, "")
-        closed = self._begin() + self._close(certain=event.stop_reason == "tool_use")
-        self.body = self._responses.ended(self._turn, self._output, event.stop_reason, event.usage)
+        closed = self._begin() + self._close(is_complete=event.stop_reason == "tool_use")
+        self.body = self._responses.final_body(
+            self._turn, self._output, event.stop_reason, event.usage
+        )
         return closed + self._frame(f"response.{self.body['status']}", response=self.body)
 
     def keepalive(self) -> bytes:
-        """See Renderer.silence. Codex counts data only, and openai-js wants `created` first."""
+        # Codex ignores comments, and openai-js requires response.created first.
         return self._begin() + self._frame("keepalive")
 
-    def end(self) -> bytes:
-        """See Renderer.end."""
-        return b""
-
     def failure(self, error: OcpError, request_id: str) -> bytes:
-        """See Renderer.failure."""
         code = error.error_code or error.openai_type
         if isinstance(error, Overloaded):
             code = "server_is_overloaded"
         elif not error.retryable and code not in _FINAL_CODES:
             code = "invalid_prompt"
-        told = {"code": code, "message": error.message}
-        body = self._responses.brief(self._turn, "failed", self._output, error=told)
+        details = {"code": code, "message": error.message}
+        body = self._responses.partial_body(self._turn, "failed", self._output, error=details)
         return self._begin() + self._frame("response.failed", response=body)
 
 
 RESPONSES = ResponsesDialect()
 
-#: What is asked to compact a conversation.
-_COMPACT = (
+#: The user message after which the model writes the summary of a conversation.
+_COMPACTION_PROMPT = (
     "The conversation is cut here, and goes on in another one that holds only the messages of the "
     "user and your summary. Write that summary: what the user wants, decisions and constraints, "
     "what was done and found (names of files, commands, results), what is unfinished, and the "
@@ -8051,49 +8077,50 @@ _COMPACT = (
 
 
 class CompactionDialect(ResponsesDialect):
-    """POST /v1/responses/compact: a conversation becomes the user's messages and a summary."""
+    """POST /v1/responses/compact: replaces a conversation by the user's messages and a summary."""
 
     name = "compaction"
 
     def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        """See Dialect.parse. The model may call none of the tools that it has called before."""
+        """Return a Turn that requests the summary. It keeps the tools, because the history may
+        contain calls, and forbids new calls."""
         fields = Fields(body)
-        asked: Json = {"type": "message", "role": "user", "content": _COMPACT}
+        prompt: Json = {"type": "message", "role": "user", "content": _COMPACTION_PROMPT}
         items = input_items(fields, parsing)
         more: Json = {
-            "input": [*(item.object for item in items), asked],
+            "input": [*(item.object for item in items), prompt],
             "stream": False, "store": False, "text": None,
             "tool_choice": "none" if fields.has("tools") else None,
         }
         turn = super().parse({**fields.object, **more}, parsing)
-        kept = [kept_item(item) for item in items if item.text("role") == "user"]
         previous_id = fields.text("previous_response_id")
         earlier = parsing.recall(previous_id) if previous_id else []
-        kept = [*map(told_item, filter(is_the_user_s, earlier)), *kept]
-        return turn._replace(wire={**turn.wire, "kept": kept})
+        user_items = [*map(user_message_item, filter(is_user_message, earlier))]
+        user_items += [stored_item(item) for item in items if item.text("role") == "user"]
+        return turn._replace(wire={**turn.wire, "user_items": user_items})
 
-    def whole(self, turn: Turn, answers: list[Answer]) -> Json:
-        """See Dialect.whole."""
+    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
         summary = answers[0].joined("text")
         if not summary.strip():
             raise UpstreamFailed("The model gave no summary of the conversation.")
-        done = super().whole(turn, answers)
-        seal: Json = {
-            "id": new_id("cmp_"), "type": "compaction", "encrypted_content": sealed_summary(summary)
+        done = super().answer_body(turn, answers)
+        item: Json = {
+            "id": new_id("cmp_"), "type": "compaction",
+            "encrypted_content": encoded_summary(summary),
         }
         return {
             "id": done["id"], "object": "response.compaction", "created_at": done["created_at"],
-            "output": [*turn.wire["kept"], seal], "usage": done["usage"],
+            "output": [*turn.wire["user_items"], item], "usage": done["usage"],
         }
 
 
-def is_the_user_s(message: Message) -> bool:
-    """Whether a message of an earlier response is one that the user wrote."""
+def is_user_message(message: Message) -> bool:
+    """Return True for a message that the user wrote, not one with tool results."""
     return message.role == "user" and not message.has_results
 
 
-def told_item(message: Message) -> Json:
-    """Return the item of a user's message of an earlier response; images stay behind."""
+def user_message_item(message: Message) -> Json:
+    """Return the input item of a user's message, without its images."""
     texts = [block["text"] for block in message.content if block["type"] == "text"]
     parts = [{"type": "input_text", "text": text} for text in texts]
     return {"id": new_id("msg_"), "type": "message", "role": "user", "content": parts}
@@ -13861,10 +13888,10 @@ def answer(app: App, exchange: HttpExchange) -> None:
 
         exchange.headers_out["X-OCP-Cache"] = answering.cache
         if turn.stream:
-            exchange.send_stream(dialect.stream(turn), answering.events, store)
+            exchange.send_stream(dialect.renderer(turn), answering.events, store)
         else:
             exchange.keep_alive(answering.events, app.config.whole_silence_ms / 1000)
-            body = dialect.whole(turn, list(answering.answers()))
+            body = dialect.answer_body(turn, list(answering.answers()))
             store(body)
             exchange.send_json(body)
 
@@ -13877,7 +13904,7 @@ def _store_conversation(
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
         system = exchange.dialect.stored_system_messages(turn)
-        items = [kept_item(item) for item in turn.wire["items"]]
+        items = [stored_item(item) for item in turn.wire["items"]]
         app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)
     if not turn.session_id:
         return
@@ -14156,8 +14183,8 @@ def _live_frames(app: App, client: Client) -> Iterator[bytes]:
         frames = b""
         entries, seen = app.log.since(seen)
         if entries:
-            frames += server_sent({"entries": entries}, "log")
-        before, state = state, server_sent(_live_state(app), "state")
+            frames += sse_event({"entries": entries}, "log")
+        before, state = state, sse_event(_live_state(app), "state")
         frames += state if state != before else b""
         if not frames and app.clock() - sent_s >= _EVENTS_KEEPALIVE_S:
             frames = b": keepalive\n\n"

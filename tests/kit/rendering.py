@@ -158,7 +158,7 @@ def gathered(turn: Any, events: Iterable[Any]) -> list[Any]:
 
 def whole(dialect: Any, turn: Any, events: Iterable[Any]) -> Any:
     """The body of an answer that is not streamed."""
-    return dialect.whole(turn, gathered(turn, events))
+    return dialect.answer_body(turn, gathered(turn, events))
 
 
 def whole_bytes(dialect: Any, turn: Any, events: Iterable[Any]) -> bytes:
@@ -168,7 +168,7 @@ def whole_bytes(dialect: Any, turn: Any, events: Iterable[Any]) -> bytes:
 
 def stream_bytes(dialect: Any, turn: Any, events: Iterable[Any]) -> bytes:
     """A streamed answer as it is sent, with the end that its failure has."""
-    renderer = dialect.stream(turn)
+    renderer = dialect.renderer(turn)
     sent = []
     try:
         for index, event in flowing(events):

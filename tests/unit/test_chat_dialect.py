@@ -1105,7 +1105,7 @@ def test_silence_is_a_comment() -> None:
 
 
 def test_nothing_is_sent_before_the_first_content() -> None:
-    renderer = ocp.CHAT.stream(asked("stream"))
+    renderer = ocp.CHAT.renderer(asked("stream"))
 
     assert renderer.event(0, STARTED) == renderer.event(0, ocp.Restarted()) == b""
 
@@ -1139,7 +1139,7 @@ def test_choices_are_told_apart_and_counted_together() -> None:
 
 
 def test_a_restart_of_one_choice_leaves_the_other_one_alone() -> None:
-    renderer = ocp.CHAT.stream(asked("stream-choices-usage"))
+    renderer = ocp.CHAT.renderer(asked("stream-choices-usage"))
     for event in (STARTED, *TEXT):
         renderer.event(0, event)
 

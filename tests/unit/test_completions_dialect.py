@@ -258,7 +258,7 @@ def test_silence_is_a_comment() -> None:
 
 
 def test_nothing_is_sent_before_the_first_text() -> None:
-    renderer = ocp.COMPLETIONS.stream(asked("stream"))
+    renderer = ocp.COMPLETIONS.renderer(asked("stream"))
 
     for event in (STARTED, *THINKING, ocp.Restarted(), TEXT[0]):
         assert renderer.event(0, event) == b""
@@ -270,4 +270,5 @@ def test_a_failure_has_the_shape_of_openai_s() -> None:
                       "code": "overloaded"}}
 
     assert ocp.COMPLETIONS.error_body(error, REQUEST_ID) == body
-    assert frames(ocp.COMPLETIONS.stream(turn()).failure(error, REQUEST_ID)) == [("message", body)]
+    sent = ocp.COMPLETIONS.renderer(turn()).failure(error, REQUEST_ID)
+    assert frames(sent) == [("message", body)]

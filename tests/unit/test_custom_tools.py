@@ -213,7 +213,7 @@ def test_white_space_before_the_text_is_not_kept() -> None:
     for piece in ("{", *"\n " * 2_000, '"input"', *" " * 2_000, ":"):
         assert reader.feed(piece) == ""
 
-    assert len(reader._held) < 20
+    assert len(reader._buffer) < 20
     assert reader.feed('  "a  b') + reader.feed('  c"}') == "a  b  c"
 
 

@@ -120,7 +120,7 @@ def test_a_client_is_told_not_to_repeat_what_will_not_heal(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_an_error_frame_is_one_event_and_no_end_of_a_good_stream(name: str) -> None:
-    frame = ocp.Renderer(ocp.CHAT).failure(raised(name, "One\nline."), "req_1")
+    frame = ocp.Renderer(ocp.CHAT, None).failure(raised(name, "One\nline."), "req_1")
 
     assert frame.startswith(b'data: {"error":{"message":"One\\nline."')
     assert frame.endswith(b"}\n\n")

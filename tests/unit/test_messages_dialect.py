@@ -612,7 +612,7 @@ def test_a_broken_stream_ends_with_its_error_and_has_no_end(name: str) -> None:
 
 
 def test_nothing_is_sent_before_the_first_block() -> None:
-    renderer = ocp.MESSAGES.stream(asked("stream"))
+    renderer = ocp.MESSAGES.renderer(asked("stream"))
 
     assert renderer.event(0, STARTED) == renderer.event(0, ocp.Restarted()) == b""
 
@@ -676,7 +676,7 @@ def test_a_failure_has_the_api_s_own_shape(error: Any, kind: str) -> None:
     }
 
     assert ocp.MESSAGES.error_body(error, REQUEST_ID) == body
-    frame = ocp.MESSAGES.stream(turn()).failure(error, REQUEST_ID)
+    frame = ocp.MESSAGES.renderer(turn()).failure(error, REQUEST_ID)
     assert frames(frame) == [("error", body)]
 
 

@@ -391,7 +391,7 @@ def test_a_result_may_name_its_call_by_the_id_of_the_item() -> None:
 
 
 def test_an_id_that_is_no_text_is_replaced_where_items_are_listed() -> None:
-    item = ocp.kept_item(ocp.Fields({"role": "user", "content": "q", "id": 5}, "input[0]"))
+    item = ocp.stored_item(ocp.Fields({"role": "user", "content": "q", "id": 5}, "input[0]"))
 
     assert item["id"].startswith("msg_")
 
@@ -572,7 +572,7 @@ def test_what_has_no_result_is_told_as_text(item: Json, role: str, text: str) ->
 
 
 def test_a_compaction_that_was_made_here_is_told_as_its_summary() -> None:
-    sealed = ocp.sealed_summary("Owls: \u00fc, \U0001f989.")
+    sealed = ocp.encoded_summary("Owls: \u00fc, \U0001f989.")
 
     found = turn([USER, {"type": "compaction", "encrypted_content": sealed}, USER])
 
@@ -949,7 +949,7 @@ def test_an_earlier_response_is_compacted_too() -> None:
         {"previous_response_id": "resp_1"}, parsing(recall=lambda response_id: said))
 
     assert conversation(found)[:2] == [("user", ["a"]), ("assistant", ["b"])]
-    [kept] = found.wire["kept"]
+    [kept] = found.wire["user_items"]
     assert kept["content"] == [{"type": "input_text", "text": "a"}]
 
 
@@ -969,7 +969,7 @@ def test_a_call_that_was_cut_off_is_never_done(name: str) -> None:
 
 
 def test_nothing_is_sent_before_the_first_block() -> None:
-    renderer = ocp.RESPONSES.stream(asked("stream"))
+    renderer = ocp.RESPONSES.renderer(asked("stream"))
 
     for event in (STARTED, ocp.Restarted(), STARTED, *THINKING):
         assert renderer.event(0, event) == b""
@@ -995,7 +995,7 @@ def test_an_item_that_a_failure_cut_off_is_never_done() -> None:
 
 
 def test_the_response_of_a_stream_is_kept_for_the_store() -> None:
-    renderer = ocp.RESPONSES.stream(asked("stream"))
+    renderer = ocp.RESPONSES.renderer(asked("stream"))
     sent = [renderer.event(0, event) for event in numbered(ANSWERS["stream"])]
 
     assert renderer.body == frames(b"".join(sent))[-1][1]["response"]
@@ -1014,7 +1014,7 @@ def test_the_response_of_a_stream_is_kept_for_the_store() -> None:
     ],
 )
 def test_a_failure_in_a_stream_has_a_code_that_clients_know(error: Any, code: str) -> None:
-    *_, (kind, data) = frames(ocp.RESPONSES.stream(asked("stream")).failure(error, REQUEST_ID))
+    *_, (kind, data) = frames(ocp.RESPONSES.renderer(asked("stream")).failure(error, REQUEST_ID))
 
     assert (kind, data["response"]["status"]) == ("response.failed", "failed")
     assert data["response"]["error"] == {"code": code, "message": "No."}
