@@ -361,7 +361,7 @@ def test_openclaw_is_told_and_the_uninstaller_takes_that_back(openclaw: InstallM
     assert done.returncode == 0, done.stdout + done.stderr
     assert "make OCP a provider of OpenClaw (--no-openclaw" in done.stdout
     assert "OCP is a provider of OpenClaw now." in done.stdout
-    assert "has no fallback" in done.stdout and "every 30 minutes" in done.stdout
+    assert "there is no fallback" in done.stdout and "every 30 minutes" in done.stdout
     text = openclaw.openclaw.read_text()
     assert "// mine" in text and f"http://127.0.0.1:{openclaw.port}/v1" in text
     assert '"custom-local"' in text and '"claude-local/claude-sonnet-5"' in text
