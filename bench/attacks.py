@@ -4,7 +4,7 @@ much memory does the server take, while somebody takes more than a fair share?
     python3 bench/attacks.py [--seconds 10] [--before FOLDER] [NAME ...]
 
 One run, Markdown on stdout. No claude is needed: the tests' stand-in answers. The attacks are those
-of tests/kit/attacks.py, each in a process of its own beside a server with an empty home. With
+of tests/kit/attackers.py, each in a process of its own beside a server with an empty home. With
 --before, the version in that folder goes through the same in the same run. Four at once are all
 attacks of `TOGETHER`. Not answered are requests that were refused, cut off, or waited for longer
 than the run lasted.
@@ -29,7 +29,7 @@ import load
 KIT = common.REPO / "tests" / "kit"
 sys.path.insert(0, str(KIT))
 
-import attacks  # noqa: E402 (of tests/kit)
+import attackers  # noqa: E402 (of tests/kit)
 
 #: What goes on at once in the last row.
 TOGETHER = ("many_values", "idle_connections", "unread_streams", "unknown_paths")
@@ -42,7 +42,7 @@ MEMORY_BYTES = 60_000_000 + 12 * 33_554_432
 class Result(NamedTuple):
     """What one attack did to the innocent client and to the server."""
 
-    wait: attacks.Wait
+    wait: attackers.Wait
     memory_bytes: int
 
     @property
@@ -56,7 +56,7 @@ def under_attack(names: Sequence[str], port: int, keys: Sequence[str]) -> Iterat
     """Attack while the block lasts."""
     started = [
         subprocess.Popen(
-            [sys.executable, str(KIT / "attacks.py"), name, str(port), key], stdin=subprocess.PIPE)
+            [sys.executable, str(KIT / "attackers.py"), name, str(port), key], stdin=subprocess.PIPE)
         for name, key in zip(names, keys)
     ]
     try:
@@ -95,10 +95,10 @@ def measure(tree: Path, names: Sequence[str], seconds: float) -> Result:
             innocent = ocp.new_key("good")
             if "reports" in names:
                 fill_usage(Path(folder) / "ocp", made[0]["id"])
-            attacks.ask_once(ocp.port, innocent)
-            with attacks.highest_memory(ocp.pid) as peak:
+            attackers.ask_once(ocp.port, innocent)
+            with attackers.highest_memory(ocp.pid) as peak:
                 with under_attack(names, ocp.port, [each["key"] for each in made]):
-                    wait = attacks.wait_beside(ocp.port, innocent, seconds, timeout_s=4 * seconds)
+                    wait = attackers.wait_beside(ocp.port, innocent, seconds, timeout_s=4 * seconds)
             return Result(wait, peak[0])
 
 
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> str:
     for word in ["before", "now"] if options.before else ["now"]:
         head += [f"{word}: worst wait s", "memory MB", "not answered"]
     rows, worst_s, together_s, memory = [], 0.0, 0.0, 0
-    for names in [*([name] for name in options.names or attacks.ATTACKS), list(TOGETHER)]:
+    for names in [*([name] for name in options.names or attackers.ATTACKS), list(TOGETHER)]:
         label = names[0] if len(names) == 1 else "four at once"
         common.progress(f"attacks: {label}")
         results = [measure(tree, names, options.seconds) for tree in trees]

@@ -174,3 +174,30 @@ def test_a_claude_that_is_not_there_is_said_so(program: str) -> None:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_readme_has_a_place_for_the_table(program: str) -> None:
     assert f"<!-- table: {program} -->" in (BENCH / "README.md").read_text()
+
+
+# -- attacks -------------------------------------------------------------------------------------
+
+def attack_result(worst_s: float, statuses: dict[int, int], memory_mb: float) -> object:
+    module = bench("attacks")
+    wait = module.attackers.Wait()
+    wait.worst_s, wait.statuses = worst_s, statuses
+    return module.Result(wait, int(memory_mb * 1e6))
+
+
+def test_attacks_table_has_the_figures_of_each_version() -> None:
+    before = attack_result(30.5, {200: 3, 0: 1, 503: 2}, 1891.94)
+    now = attack_result(0.126, {200: 40}, 142.3)
+
+    assert bench("attacks").row_of("many_values", [before, now]) == [
+        "many values", "30.50", "1891.9", "3", "0.13", "142.3", "0"]
+
+
+def test_attacks_that_go_on_together_exist() -> None:
+    module = bench("attacks")
+
+    assert set(module.TOGETHER) <= set(module.attackers.ATTACKS)
+
+
+def test_readme_has_a_place_for_the_table_of_attacks() -> None:
+    assert "<!-- table: attacks -->" in (BENCH / "README.md").read_text()

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from attacks import ATTACKS, highest_memory, wait_beside
+from attackers import ATTACKS, highest_memory, wait_beside
 from keys import MULTI, new_key
 from server import running_server
 
 Json = Any
 
-MODULE = Path(__file__).resolve().parent.parent / "kit" / "attacks.py"
+MODULE = Path(__file__).resolve().parent.parent / "kit" / "attackers.py"
 #: Far above what is measured on a quiet machine (see bench/README.md), and far below what a server
 #: without bounds needs: half a minute and more.
 WORST_WAIT_S = 15

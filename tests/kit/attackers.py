@@ -1,6 +1,6 @@
 """Clients that take more than their share, each as a program of its own:
 
-    python3 attacks.py NAME PORT KEY
+    python3 attackers.py NAME PORT KEY
 
 Runs until its input ends, so that whoever started it decides how long. The process is not the
 innocent client's, whose waits would else be those of its own interpreter. The functions only use
