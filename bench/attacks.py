@@ -56,7 +56,8 @@ def under_attack(names: Sequence[str], port: int, keys: Sequence[str]) -> Iterat
     """Attack while the block lasts."""
     started = [
         subprocess.Popen(
-            [sys.executable, str(KIT / "attackers.py"), name, str(port), key], stdin=subprocess.PIPE)
+            [sys.executable, str(KIT / "attackers.py"), name, str(port), key],
+            stdin=subprocess.PIPE)
         for name, key in zip(names, keys)
     ]
     try:
