@@ -719,6 +719,8 @@ def test_hostile_names_are_text(chrome: browser.Browser, tmp_path: Path) -> None
             database.execute("UPDATE usage SET model = ?, outcome = ?, request_id = ?",
                              (HOSTILE, HOSTILE, HOSTILE))
         database.close()
+    # The server reads the names of keys when it starts.
+    with running_server(tmp_path, ANSWER, env=env) as server:
         with opened(chrome, server) as page:
             for view, place in (("overview", "#shares"), ("requests", "#requests"),
                                 ("keys", "#keys")):

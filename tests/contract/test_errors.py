@@ -31,7 +31,7 @@ class Failure(NamedTuple):
     code: str | None
     param: str | None = None
     #: Whether to try again makes sense; then the header x-should-retry is not there.
-    heals: bool = False
+    retryable: bool = False
     #: Whether a Retry-After within a minute comes with it.
     waits: bool = False
     #: How often the API may be asked, one retry of claude's included.
@@ -62,16 +62,16 @@ FAILURES = (
         413, "invalid_request_error", None, requests=1),
     Failure(
         "too many requests", stub.error(429, "Number of requests has exceeded your rate limit"),
-        429, "rate_limit_error", "rate_limit_exceeded", heals=True, waits=True),
+        429, "rate_limit_error", "rate_limit_exceeded", retryable=True, waits=True),
     Failure(
         "a failure of the API", stub.error(500, "Internal server error"),
-        502, "server_error", "upstream_failed", heals=True),
+        502, "server_error", "upstream_failed", retryable=True),
     Failure(
         "a bad gateway", stub.error(502, "Bad gateway"),
-        502, "server_error", "upstream_failed", heals=True),
+        502, "server_error", "upstream_failed", retryable=True),
     Failure(
         "an overloaded API", stub.error(529, "Overloaded"),
-        529, "server_error", "overloaded", heals=True, waits=True),
+        529, "server_error", "overloaded", retryable=True, waits=True),
     Failure(
         "an answer without a word", stub.Reply(),
         400, "invalid_request_error", "empty_answer"),
