@@ -279,3 +279,16 @@ def test_values_are_counted_alike_in_pieces_of_any_size(
 def bare(text: bytes) -> bytes:
     """The text of a JSON value without its strings."""
     return re.sub(rb'"(?:[^"\\]|\\.)*"', b"", text)
+
+
+def test_large_blocks_go_back_to_the_system_where_the_c_library_can_do_that(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctypes = pytest.importorskip("ctypes")
+    ocp.return_large_blocks()
+
+    class WithoutMallopt:
+        """Another C library."""
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: WithoutMallopt())
+    ocp.return_large_blocks()
