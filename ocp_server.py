@@ -1225,7 +1225,8 @@ class Log:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         handler = _LogFile(path, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
         audits = _LogFile(
-            os.path.join(folder, "audit.log"), maxBytes=1_000_000, backupCount=3, encoding="utf-8"
+            os.path.join(folder, "audit.log"), maxBytes=1_000_000, backupCount=3,
+            encoding="utf-8", delay=True,
         )
         with self._lock:
             self._file, self._audit_file = handler, audits
