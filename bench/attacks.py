@@ -36,7 +36,7 @@ TOGETHER = ("many_values", "idle_connections", "unread_streams", "unknown_paths"
 #: How many rows the reports have to read.
 USAGE_ROWS = 131_000
 WORST_ALONE_S, WORST_TOGETHER_S = 1.0, 3.0
-MEMORY_BYTES = 60_000_000 + 12 * 33_554_432
+MEMORY_BYTES = 70_000_000 + 12 * 33_554_432
 
 
 class Result(NamedTuple):

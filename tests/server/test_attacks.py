@@ -22,7 +22,7 @@ MODULE = Path(__file__).resolve().parent.parent / "kit" / "attackers.py"
 #: without bounds needs: half a minute and more.
 WORST_WAIT_S = 15
 #: What the documentation promises, for the largest body of 32 MB.
-MEMORY_BYTES = 60_000_000 + 12 * 33_554_432
+MEMORY_BYTES = 70_000_000 + 12 * 33_554_432
 
 
 @contextlib.contextmanager
