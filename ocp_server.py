@@ -8990,16 +8990,40 @@ class StructuredAnswer:
 # a gap for hidden blocks.
 
 
+class BlockNumbers:
+    """The numbers under which the client gets the blocks of an answer. The API numbers those of
+    each message from 0; hidden blocks get no number."""
+
+    def __init__(self) -> None:
+        #: By the API's index, for the current message.
+        self._numbers: dict[int, int] = {}
+        self._next = 0
+
+    def add(self, index: int) -> int:
+        """Return the number of a block that starts now."""
+        number = self._numbers[index] = self._next
+        self._next += 1
+        return number
+
+    def find(self, index: int) -> int | None:
+        """Return the number of a block, None for a hidden one."""
+        return self._numbers.get(index)
+
+    def start_message(self) -> None:
+        """Forget the blocks of the last message. Those of the next one continue its numbers."""
+        self._numbers.clear()
+
+    def restart(self) -> None:
+        """Number the next blocks from 0 again."""
+        self._next = 0
+
+
 class TurnReader:
     """Turns the lines of one running turn into events."""
 
     def __init__(
-        self,
-        tools: tuple[Tool, ...] = (),
-        output_schema: OutputSchema | None = None,
-        *,
-        final_only: bool = False,
-        clock: Clock = time.time,
+        self, tools: tuple[Tool, ...] = (), output_schema: OutputSchema | None = None, *,
+        final_only: bool = False, clock: Clock = time.time,
     ) -> None:
         """With `final_only`, return only the events of the last internal round."""
         self._clock = clock
@@ -9012,10 +9036,7 @@ class TurnReader:
         self._usage = NO_USAGE
         #: Usage of the messages before the current one.
         self._usages: list[Usage] = []
-        #: Numbers under which the client gets the blocks of the current message, by the API's
-        #: index. Hidden blocks have none.
-        self._block_numbers: dict[int, int] = {}
-        self._next_number = 0
+        self._block_numbers = BlockNumbers()
         #: Whether the client got a part of the message: a new message then voids it. And whether it
         #: got content, which thinking is not.
         self._had_delta = False
@@ -9094,7 +9115,7 @@ class TurnReader:
         found = _object(message)
         self._usages.append(self._usage)
         self._usage = usage_of(found.get("usage"))
-        self._block_numbers = {}
+        self._block_numbers.start_message()
         self._prose.clear()
         self._structured = StructuredAnswer(self._output_schema)
         self._forms.clear()
@@ -9103,7 +9124,7 @@ class TurnReader:
             self._continues_internally = False
             return self._next_round(started)
         restarts = self._had_delta
-        self._next_number = 0
+        self._block_numbers.restart()
         self._had_delta = self._had_content = self._client_tool_called = False
         return [Restarted(), started] if restarts else [started]
 
@@ -9111,7 +9132,7 @@ class TurnReader:
         """Start the next internal round, which continues the same message for the client."""
         if self._final_only:
             self._round_events.clear()
-            self._next_number = 0
+            self._block_numbers.restart()
             return [started]
         return []
 
@@ -9122,8 +9143,7 @@ class TurnReader:
         shown = self._client_block(index, found)
         if shown is None:
             return []
-        number = self._block_numbers[index] = self._next_number
-        self._next_number += 1
+        number = self._block_numbers.add(index)
         began: list[Event] = [BlockStarted(number, shown)]
         if shown["type"] == "text" and self._needs_paragraph_break:
             # Separate the rounds of one answer by paragraphs.
@@ -9158,7 +9178,7 @@ class TurnReader:
         text = found.get(field)
         if not kind or not isinstance(text, str):
             return []
-        number = self._block_numbers.get(index)
+        number = self._block_numbers.find(index)
         if number is None:
             if kind == "text":
                 self._prose.append(text)
@@ -9177,7 +9197,7 @@ class TurnReader:
         return [Delta(number, kind, text)]
 
     def _on_block_stop(self, index: int) -> list[Event]:
-        number = self._block_numbers.get(index)
+        number = self._block_numbers.find(index)
         if number is None:
             return []
         rest = self._forms[index].close() if index in self._forms else ""
@@ -9950,79 +9970,98 @@ class HangDetector:
         return min(silent_s, unanswered_s) + _REPLY_TIMEOUT_S
 
 
-def _nonblocking_pipes(popen: subprocess.Popen[bytes]) -> list[int]:
-    """Make the three pipes of a child non-blocking and return their descriptors."""
-    pipes = (popen.stdin, popen.stdout, popen.stderr)
-    descriptors = [pipe.fileno() for pipe in pipes if pipe is not None]
-    for descriptor in descriptors:
-        os.set_blocking(descriptor, False)
-    return descriptors
+class LineBuffer:
+    """What a process has printed and nobody has parsed. Bounds the length of a line, and of all
+    output between two of claude's lines, which can be any program's."""
 
-
-class ClaudeProcess:
-    """One child process. It serves one caller, one conversation at a time, and is then stopped."""
-
-    def __init__(
-        self,
-        command: Iterable[str],
-        model_id: str,
-        config: Config,
-        *,
-        env: Mapping[str, str],
-        cwd: str,
-        version: Version = OLDEST_CLAUDE,
-        watchdog: Watchdog | None = None,
-        on_report: Callable[[Json], None] | None = None,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        """Start the process. `on_report` gets its lines about the plan, also after an answer, and
-        its `init` line if it reports another version than `version`. The callback must not block.
-        Raise ClaudeMissing, or UpstreamFailed when the process cannot be started."""
-        self.model_id = model_id
-        self.version = version
-        self.born_s = clock()
-        self._clock = clock
-        self._watchdog = watchdog
-        self._on_report = on_report
-        #: The client's tools.
-        self.tools = ToolServer(())
-        #: Whether the process hangs or prints output that is not claude's. It is not used any more.
-        self.broken = False
-        #: Whether the process reports another version than it was started with.
-        self.version_differs = False
-        #: How often the process was rewound.
-        self.rewinds = 0
-        #: How many messages of history the process got before its first question: other
-        #: conversations can start with the same ones.
-        self.history_messages = 0
-        self._unread = bytearray()
+    def __init__(self) -> None:
+        self._data = bytearray()
         #: How many of these bytes contain no end of a line.
         self._searched = 0
-        #: Bytes of output since the last line that claude itself printed.
+        #: Bytes of other output since claude's last line.
         self._noise_bytes = 0
-        self._hang_detector = HangDetector(clock())
-        #: Whether the process has printed anything, and its processor time at the last probe.
-        self._has_printed = False
+        #: Whether there was more output than claude can have printed.
+        self.is_flooded = False
+
+    def add(self, data: bytes) -> None:
+        """Append output. Raise UpstreamFailed when a line becomes too long."""
+        self._data += data
+        self._check(len(self._data))
+
+    def lines(self) -> Iterator[bytes]:
+        """Take the complete lines. Raise UpstreamFailed for a flood of them."""
+        while True:
+            end = self._data.find(b"\n", self._searched)
+            if end < 0:
+                self._searched = len(self._data)
+                return
+            line = bytes(self._data[:end]).strip()
+            del self._data[: end + 1]
+            self._searched = 0
+            self.count_noise(len(line) + _LINE_COST_BYTES)
+            yield line
+
+    def count_noise(self, size_bytes: int) -> None:
+        """Count output that may not be claude's. Raise UpstreamFailed for a flood of it."""
+        self._noise_bytes += size_bytes
+        self._check(self._noise_bytes)
+
+    def reset_noise(self) -> None:
+        """Start to count anew: claude itself has printed a line."""
+        self._noise_bytes = 0
+
+    def _check(self, size_bytes: int) -> None:
+        if size_bytes > _MAX_CLAUDE_LINE_BYTES:
+            self.is_flooded = True
+            self._data.clear()
+            self._searched = 0
+            raise UpstreamFailed("claude on the server printed too much foreign output.")
+
+
+class StartupMonitor:
+    """Tells a slow start from a hang: a process that has printed nothing yet, but uses the
+    processor, gets more time."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
         self._processor_s = 0.0
-        self._unsent = bytearray()
-        self._stderr_tail = bytearray()
-        #: When the client last got an event. A Tick is due `tick_s` later.
-        self._last_event_s = 0.0
-        #: Whether claude has printed the `result` of its last turn.
-        self._turn_is_over = True
-        self._ended = False
-        self._kill_at_s: float | None = None
-        self._popen = self._spawn([*command, *claude_arguments(model_id, config)], env, cwd)
-        self._leftover_paths = leftover_paths(self._popen.pid, env, cwd)
-        if config.is_agent:
-            # In agent mode the owner can use the same folder, and so the same logs.
+        self.is_over = False
+
+    def sample(self) -> None:
+        """Remember how much processor time the process has used."""
+        self._processor_s = processor_s(self._pid)
+
+    def is_working(self) -> bool:
+        """Return whether the process has used the processor since the last sample."""
+        before_s = self._processor_s
+        self.sample()
+        return not self.is_over and self._processor_s > before_s
+
+
+class Child:
+    """A child process in a group of its own, with non-blocking pipes and what it can leave
+    behind."""
+
+    def __init__(
+        self, command: list[str], *, env: Mapping[str, str], cwd: str,
+        watchdog: Watchdog | None = None, keeps_logs: bool = False,
+    ) -> None:
+        """Start it and add it to the watchdog. With `keeps_logs`, the logs of its folder are not
+        removed after its end. Raise ClaudeMissing, UpstreamFailed."""
+        self._watchdog = watchdog
+        self.popen = self._spawn(command, env, cwd)
+        self.pid = self.popen.pid
+        self._leftover_paths = leftover_paths(self.pid, env, cwd)
+        if keeps_logs:
             del self._leftover_paths[2:]
-        self._stdin, self._stdout, self._stderr = _nonblocking_pipes(self._popen)
+        pipes = (self.popen.stdin, self.popen.stdout, self.popen.stderr)
+        self.stdin, self.stdout, self.stderr = (pipe.fileno() for pipe in pipes if pipe is not None)
+        for descriptor in (self.stdin, self.stdout, self.stderr):
+            os.set_blocking(descriptor, False)
 
     def _spawn(
         self, command: list[str], env: Mapping[str, str], cwd: str
     ) -> subprocess.Popen[bytes]:
-        """Start the child and add it to the watchdog. Raise ClaudeMissing, UpstreamFailed."""
         try:
             popen = subprocess.Popen(
                 command,
@@ -10040,18 +10079,96 @@ class ClaudeProcess:
             raise cannot_start(problem) from None
         return popen
 
+    def runs(self) -> bool:
+        """Return whether it has not ended yet."""
+        return self.popen.poll() is None
+
+    def is_closed(self) -> bool:
+        """Return whether `close` was called."""
+        return self.popen.stdout is None or self.popen.stdout.closed
+
+    def close_stdin(self) -> None:
+        """Tell it that no more input comes."""
+        if self.popen.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.popen.stdin.close()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to it and to all processes that it started."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, number)
+
+    def close(self) -> None:
+        """After its end: kill what it started, close its pipes, remove what it left behind."""
+        self.signal(signal.SIGKILL)
+        for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        for path in self._leftover_paths:
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        if self._watchdog is not None:
+            self._watchdog.forget(self.pid)
+
+
+class ClaudeProcess:
+    """One claude. It serves one caller, one conversation at a time, and is then stopped."""
+
+    def __init__(
+        self, child: Child, model_id: str, *, version: Version = OLDEST_CLAUDE,
+        on_report: Callable[[Json], None] | None = None, clock: Clock = time.monotonic,
+    ) -> None:
+        """`on_report` gets its lines about the plan, also after an answer, and its `init` line if
+        it reports another version than `version`. The callback must not block."""
+        self.model_id = model_id
+        self.version = version
+        self.born_s = clock()
+        self._child = child
+        self._clock = clock
+        self._on_report = on_report
+        #: The client's tools.
+        self.tools = ToolServer(())
+        #: Whether the process reports another version than it was started with.
+        self.version_differs = False
+        #: How often the process was rewound.
+        self.rewinds = 0
+        #: How many messages of history the process got before its first question: other
+        #: conversations can start with the same ones.
+        self.history_messages = 0
+        self._output = LineBuffer()
+        self._startup = StartupMonitor(child.pid)
+        self._hang_detector = HangDetector(clock())
+        self._is_hung = False
+        self._unsent = bytearray()
+        self._stderr_tail = bytearray()
+        #: When the client last got an event. A Tick is due `tick_s` later.
+        self._last_event_s = 0.0
+        #: Whether claude has printed the `result` of its last turn.
+        self._turn_is_over = True
+        self._ended = False
+        self._kill_at_s: float | None = None
+
     def __repr__(self) -> str:
         state = "stopping" if self._kill_at_s else "ended" if self._ended else "alive"
-        return f"<claude {self.model_id} pid={self._popen.pid} {state}>"
+        return f"<claude {self.model_id} pid={self.pid} {state}>"
 
     @property
     def pid(self) -> int:
         """Return the process id, which is the id of its process group too."""
-        return self._popen.pid
+        return self._child.pid
+
+    @property
+    def broken(self) -> bool:
+        """Return whether it hangs or prints output that is not claude's. It is not used again."""
+        return self._is_hung or self._output.is_flooded
 
     def alive(self) -> bool:
         """Return whether the process runs and is not broken."""
-        return not self.broken and self._popen.poll() is None
+        return not self.broken and self._child.runs()
 
     # -- talking ------------------------------------------------------------------------------
 
@@ -10153,29 +10270,28 @@ class ClaudeProcess:
                 yield line
             # After the yield: the time that the client takes for a line is not claude's.
             if self._hang_detector.record_line(line, self._clock()):
-                self._noise_bytes, self._has_printed = 0, True
+                self._output.reset_noise()
+                self._startup.is_over = True
 
     def _probe_if_silent(self) -> float:
         """Return until when to wait for output. Send a presence request to a silent claude. Raise
         UpstreamFailed when claude hangs."""
         now_s = self._clock()
         if now_s >= self._hang_detector.hung_at_s() and not self._is_still_starting():
-            self.broken = True
+            self._is_hung = True
             raise UpstreamFailed(
                 f"claude on the server hung: it gave no answer for {_REPLY_TIMEOUT_S:.0f} s."
             )
         if now_s >= self._hang_detector.probe_at_s():
             self._unsent += presence_request()
             self._hang_detector.record_probe()
-            self._processor_s = processor_s(self.pid)
+            self._startup.sample()
         return min(self._hang_detector.probe_at_s(), self._hang_detector.hung_at_s())
 
     def _is_still_starting(self) -> bool:
-        """Return whether the process has printed nothing yet but uses the processor. It gets more
-        time then."""
-        before_s, self._processor_s = self._processor_s, processor_s(self.pid)
+        """Return whether the process is young and works on its start. It gets more time then."""
         is_young = self._clock() - self.born_s < _MAX_START_S
-        if self._has_printed or not is_young or self._processor_s <= before_s:
+        if not (self._startup.is_working() and is_young):
             return False
         self._hang_detector.exclude_time(_REPLY_TIMEOUT_S / 2)
         return True
@@ -10189,33 +10305,23 @@ class ClaudeProcess:
                 selector.unregister(client.fileno())
 
         selector = selectors.DefaultSelector()
-        selector.register(self._stdout, selectors.EVENT_READ, self._read_stdout)
-        selector.register(self._stderr, selectors.EVENT_READ, self._read_stderr)
+        selector.register(self._child.stdout, selectors.EVENT_READ, self._read_stdout)
+        selector.register(self._child.stderr, selectors.EVENT_READ, self._read_stderr)
         selector.register(client.fileno(), selectors.EVENT_READ, check_client)
         return selector
 
     def _read_stdout(self, _selector: object) -> None:
-        piece = self._read(self._stdout)
+        piece = self._read(self._child.stdout)
         self._ended = self._ended or piece == b""
-        self._unread += piece or b""
-        self._check_noise(len(self._unread))
+        self._output.add(piece or b"")
 
     def _read_stderr(self, selector: selectors.BaseSelector | None) -> None:
-        piece = self._read(self._stderr)
+        piece = self._read(self._child.stderr)
         if piece == b"" and selector is not None:
-            selector.unregister(self._stderr)
+            selector.unregister(self._child.stderr)
         self._stderr_tail += piece or b""
         del self._stderr_tail[:-_STDERR_TAIL_BYTES]
-        self._noise_bytes += len(piece or b"")
-        self._check_noise(self._noise_bytes)
-
-    def _check_noise(self, size_bytes: int) -> None:
-        """Raise UpstreamFailed when this is more than claude can have printed."""
-        if size_bytes > _MAX_CLAUDE_LINE_BYTES:
-            self.broken = True
-            self._unread.clear()
-            self._searched = 0
-            raise UpstreamFailed("claude on the server printed too much foreign output.")
+        self._output.count_noise(len(piece or b""))
 
     def _read(self, descriptor: int) -> bytes | None:
         """Return the available data: empty at the end, None when there is none yet."""
@@ -10229,17 +10335,17 @@ class ClaudeProcess:
     def _flush(self, selector: selectors.BaseSelector) -> None:
         """Write what the pipe takes. Register for room in the pipe only while data is left."""
         left = self._write_some()
-        waits = self._stdin in selector.get_map()
+        waits = self._child.stdin in selector.get_map()
         if left and not waits:
-            selector.register(self._stdin, selectors.EVENT_WRITE, self._flush)
+            selector.register(self._child.stdin, selectors.EVENT_WRITE, self._flush)
         elif waits and not left:
-            selector.unregister(self._stdin)
+            selector.unregister(self._child.stdin)
 
     def _write_some(self) -> bool:
         """Write what the pipe takes. Return whether data is left."""
         try:
             while self._unsent:
-                written = os.write(self._stdin, self._unsent[:262_144])
+                written = os.write(self._child.stdin, self._unsent[:262_144])
                 del self._unsent[:written]
         except BlockingIOError:
             return True
@@ -10252,16 +10358,7 @@ class ClaudeProcess:
         """Yield the complete lines read so far, parsed. Skip a line that is no JSON object, such as
         a plugin's output. Raise UpstreamFailed for broken JSON: a part of the answer is lost
         then."""
-        while True:
-            end = self._unread.find(b"\n", self._searched)
-            if end < 0:
-                self._searched = len(self._unread)
-                return
-            raw = bytes(self._unread[:end]).strip()
-            del self._unread[: end + 1]
-            self._searched = 0
-            self._noise_bytes += len(raw) + _LINE_COST_BYTES
-            self._check_noise(self._noise_bytes)
+        for raw in self._output.lines():
             if not raw.startswith(b"{"):
                 continue
             try:
@@ -10295,15 +10392,15 @@ class ClaudeProcess:
     def _exit_error(self) -> OcpError:
         """Return the error for a process that exited before its answer was complete."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(1)
-        rest = self._read(self._stderr)
+            self._child.popen.wait(1)
+        rest = self._read(self._child.stderr)
         self._stderr_tail += rest or b""
         output = self._stderr_tail.decode("utf-8", "replace").strip()
         last = output.splitlines()[-1] if output else "no error output"
         last = redact_paths(redact(one_line(last)))
         if "unknown option" in last:
             return ClaudeTooOld(f"claude on the server is too old, run `claude update`: {last}")
-        code = self._popen.returncode
+        code = self._child.popen.returncode
         how = "exiting" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
         return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
 
@@ -10320,40 +10417,25 @@ class ClaudeProcess:
             return
         self._kill_at_s = self._clock() + _END_GRACE_S
         if not graceful:
-            self._signal(signal.SIGINT)
-        if self._popen.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._popen.stdin.close()
+            self._child.signal(signal.SIGINT)
+        self._child.close_stdin()
 
     def interrupt(self) -> None:
         """Make the process end, from a thread that does not own it. Its owner then gets the
         error."""
-        self._signal(signal.SIGINT)
+        self._child.signal(signal.SIGINT)
 
     def is_gone(self) -> bool:
         """Return whether the process has ended, with its pipes and files removed. Kill it when its
         grace time is over."""
-        if self._popen.stdout is None or self._popen.stdout.closed:
+        if self._child.is_closed():
             return True
         self._drain_pipes()
-        if self._popen.poll() is None:
+        if self._child.runs():
             if self._kill_at_s is not None and self._clock() >= self._kill_at_s:
-                self._signal(signal.SIGKILL)
+                self._child.signal(signal.SIGKILL)
             return False
-        # Processes that claude started are in the same group.
-        self._signal(signal.SIGKILL)
-        for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        for path in self._leftover_paths:
-            if os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
-                continue
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        if self._watchdog is not None:
-            self._watchdog.forget(self._popen.pid)
+        self._child.close()
         return True
 
     def _drain_pipes(self) -> None:
@@ -10362,10 +10444,6 @@ class ClaudeProcess:
             self._read_stdout(None)
             for _ in self._complete_lines():
                 pass
-
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(OSError):
-            os.killpg(self._popen.pid, number)
 
 
 # ==== 19. Gate and spares ====================================================
@@ -12208,11 +12286,15 @@ class StateFolder:
             level, name = ("info", "storage_well") if state == "disk" else ("error", "storage_bad")
             self._log.event(level, name, storage=state, help=advice or None)
 
+    def path_of(self, name: str) -> str:
+        """Return the path of a file or folder in it."""
+        return os.path.join(self._path, name)
+
     def with_admin_key(self, config: Config) -> Config:
         """Return the configuration with the admin key, which the first start creates."""
         if config.admin_key or config.mode == "none":
             return config
-        path = os.path.join(self._path, "admin-key")
+        path = self.path_of("admin-key")
         try:
             with open(path, encoding="ascii") as file:
                 found = file.read().strip()
@@ -12243,11 +12325,11 @@ class StateFolder:
             self._lock.close()
 
     def _open_store(self, config: Config, is_demo: bool) -> Store:
-        path = os.path.join(self._path, "ocp.db")
+        path = self.path_of("ocp.db")
         try:
             os.makedirs(self._path, mode=0o700, exist_ok=True)
             self._lock = HomeLock(self._path, config.drain_ms / 1000 + _STOP_PATIENCE_S)
-            logs = os.path.join(self._path, "logs")
+            logs = self.path_of("logs")
             self._log.to_file(os.path.join(logs, "ocp.log"))
             self._make_private(self._path, *_entries(self._path), *_entries(logs))
             return Store(path)
@@ -13107,18 +13189,115 @@ _TEND_EVERY_S = 1.0
 _TEND_SOON_S = 0.05
 
 
+class Intervals:
+    """When things were done that are not done too often, such as a warning in the log."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        # Guards the next field.
+        self._lock = threading.Lock()
+        self._pauses_until_s: dict[str, float] = {}
+
+    def claim(self, name: str, pause_s: float) -> bool:
+        """Return whether this was not done for so long, and count it as done now."""
+        now_s = self._clock()
+        with self._lock:
+            self._pauses_until_s = {
+                each: until_s for each, until_s in self._pauses_until_s.items() if until_s > now_s
+            }
+            is_due = name not in self._pauses_until_s
+            if is_due:
+                self._pauses_until_s[name] = now_s + pause_s
+            return is_due
+
+
+class LargeBodies:
+    """Makes large bodies be parsed one at a time: they would multiply each other's memory."""
+
+    def __init__(self) -> None:
+        # Held while a large body is parsed.
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def parsing(self, size_bytes: int) -> Iterator[None]:
+        """Enter while a body of this size is parsed. For large ones the garbage collector is off:
+        it would scan all the new objects again and again."""
+        if size_bytes < _LARGE_BODY_BYTES:
+            yield
+            return
+        with self._lock:
+            gc.disable()
+            try:
+                yield
+            finally:
+                gc.enable()
+
+
+class ProgramMonitor:
+    """The claude that processes are of, and the changes of it that the log has."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        # Guards the fields below.
+        self._lock = threading.Lock()
+        self._seen: Program | None = None
+        #: The kind of failure that the log has, until there is a claude again.
+        self._logged_failure: type[OcpError] | None = None
+
+    def is_current(self, version: Version) -> bool:
+        """Return whether this is the version of the claude that was seen last."""
+        seen = self._seen
+        return seen is None or version == seen.version
+
+    def record(self, program: Program) -> bool:
+        """Record a claude that can be used. Return whether it replaces another one."""
+        with self._lock:
+            before, self._seen = self._seen, program
+            is_news = program != before or self._logged_failure is not None
+            self._logged_failure = None
+        if is_news:
+            self._log.event("info", "claude_found", version=program.version_text)
+        return before not in (None, program)
+
+    def log_failure(self, error: OcpError) -> None:
+        """Log why no process can be started, once for each kind of reason."""
+        with self._lock:
+            is_news = self._logged_failure is not type(error)
+            self._logged_failure = type(error)
+        if is_news:
+            level = "warn" if error.retryable else "error"
+            self._log.event(level, "claude_unavailable", detail=error.message)
+
+
+class LoginMonitor:
+    """When to check a login again that was refused: when claude's credentials have changed, and
+    from time to time, because they are not always in a file."""
+
+    def __init__(self, folder: ClaudeFolder, clock: Clock) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._stamp: object = None
+        self._checked_s = -math.inf
+
+    def is_due(self) -> bool:
+        """Return whether the login has to be checked, and count it as checked now."""
+        is_old = self._clock() - self._checked_s >= _LOGIN_LOOK_S
+        is_due = is_old or self._folder.login_stamp() != self._stamp
+        if is_due:
+            self.mark_checked()
+        return is_due
+
+    def mark_checked(self) -> None:
+        """Count the login as checked now."""
+        self._stamp, self._checked_s = self._folder.login_stamp(), self._clock()
+
+
 class App:
     """The server without its sockets."""
 
     def __init__(
-        self,
-        config: Config,
-        *,
-        environ: Mapping[str, str],
-        log: Log,
-        models: Models,
-        demo_command: tuple[str, ...] = (),
-        clock: Clock = time.monotonic,
+        self, config: Config, *, environ: Mapping[str, str], log: Log, models: Models,
+        demo_command: tuple[str, ...] = (), clock: Clock = time.monotonic,
     ) -> None:
         """Create the state folder. `demo_command` starts the stand-in instead of claude. Raises
         HomeInUse."""
@@ -13128,46 +13307,34 @@ class App:
         self.started_s = clock()
         self.started_at_s = time.time()
         self.clock = clock
-        self._environ = dict(environ)
+        self._environ, self._work_folder = dict(environ), work_folder(config, environ)
         self._open_state(config)
-        self._work_folder = work_folder(config, environ)
         self.metrics = Metrics()
         self.refusals = Refusals(log)
         self.wrong_keys = WrongKeys(clock)
         self.account = Account()
         self.gate = Gate(self.config)
         self.program = ClaudeProgram(config, environ, demo_command)
-        self.claude_folder = ClaudeFolder(
-            os.path.join(config.home_path, "claude"), environ, log,
-            # Only there the login may depend on the folder.
-            self._has_login if sys.platform == "darwin" else None,
-        )
+        # Only on macOS the login can depend on the folder.
+        check_login = self.program.has_login if sys.platform == "darwin" else None
+        folder = self.state_folder.path_of("claude")
+        self.claude_folder = ClaudeFolder(folder, environ, log, check_login)
         self.spares = Spares(self._spawn, clock)
         self.parking = Parking(clock)
         self.responses = Responses(clock)
         self.cache = Cache(clock)
         self.draining = False
-        # Held while a large body is parsed.
-        self._parsing_lock = threading.Lock()
+        self.large_bodies = LargeBodies()
         self.requests = Requests(self)
-        # Guards the next field.
-        self._pauses_lock = threading.Lock()
-        self._pauses_until_s: dict[str, float] = {}
-        #: Open client connections.
+        self.intervals = Intervals(clock)
         self.connections = Connections()
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         #: What processes said about the plan, until somebody takes it to the account.
         self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._watchdog = Watchdog()
-        # Guards the two fields below: the program that processes are of, and the kind of failure
-        # that the log has of it, until there is one again.
-        self._program_lock = threading.Lock()
-        self._seen_program: Program | None = None
-        self._told_unavailable: type[OcpError] | None = None
-        #: What stood for claude's credentials when the login was looked at, and when that was.
-        self._login_stamp: object = None
-        self._login_look_s = -math.inf
+        self._program_monitor = ProgramMonitor(log)
+        self._login_monitor = LoginMonitor(self.claude_folder, clock)
 
     @property
     def config(self) -> Config:
@@ -13207,13 +13374,18 @@ class App:
             **child_environment(self._environ, self.config), **self.claude_folder.environment()
         }
         try:
-            process = ClaudeProcess(
-                program.command, model_id, self.config, env=env, cwd=self._work_folder,
-                version=program.version, watchdog=self._watchdog, on_report=self._notices.put,
-                clock=self.clock,
+            child = Child(
+                [*program.command, *claude_arguments(model_id, self.config)], env=env,
+                cwd=self._work_folder, watchdog=self._watchdog,
+                # In agent mode the owner can use the same folder, and so the same logs.
+                keeps_logs=self.config.is_agent,
             )
         except ClaudeMissing as error:
             raise self.program.as_away_if_recent(error) from None
+        process = ClaudeProcess(
+            child, model_id, version=program.version, on_report=self._notices.put,
+            clock=self.clock,
+        )
         self.log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
         return process
 
@@ -13226,13 +13398,12 @@ class App:
 
     def is_current(self, process: ClaudeProcess) -> bool:
         """Return whether a process is of the claude that was seen last."""
-        seen = self._seen_program
-        return seen is None or process.version == seen.version
+        return self._program_monitor.is_current(process.version)
 
     def login_lost(self) -> None:
         """Stop using processes whose login the API has refused."""
         self.account.set_login(False)
-        self._login_stamp, self._login_look_s = self.claude_folder.login_stamp(), self.clock()
+        self._login_monitor.mark_checked()
         self.claude_folder.login_changed()
         self._drop_idle()
 
@@ -13275,7 +13446,7 @@ class App:
             self._watch_program()
             self.spares.tend(self.config)
         except OcpError as error:
-            self._log_unavailable(error)
+            self._program_monitor.log_failure(error)
             # Without claude no spares are started, but stopping processes have to be reaped.
             return _TEND_SOON_S if self.spares.reap() else _TEND_EVERY_S
         except Exception as error:
@@ -13293,37 +13464,16 @@ class App:
         except OcpError:
             self._drop_idle()
             raise
-        with self._program_lock:
-            before, self._seen_program = self._seen_program, program
-            is_news = program != before or self._told_unavailable is not None
-            self._told_unavailable = None
-        if before not in (None, program):
+        if self._program_monitor.record(program):
             self._drop_idle()
-        if is_news:
-            self.log.event("info", "claude_found", version=program.version_text)
-
-    def _log_unavailable(self, error: OcpError) -> None:
-        """Log why no process can be started, once for each kind of reason."""
-        with self._program_lock:
-            is_news = self._told_unavailable is not type(error)
-            self._told_unavailable = type(error)
-        if is_news:
-            level = "warn" if error.retryable else "error"
-            self.log.event(level, "claude_unavailable", detail=error.message)
 
     def _watch_login(self) -> None:
-        """Check a login that was refused again: when claude's credentials have changed, and from
-        time to time, because they are not always in a file."""
-        if not self.account.is_login_refused:
-            return
-        stamp, now_s = self.claude_folder.login_stamp(), self.clock()
-        if stamp != self._login_stamp or now_s - self._login_look_s >= _LOGIN_LOOK_S:
-            self._login_stamp, self._login_look_s = stamp, now_s
+        if self.account.is_login_refused and self._login_monitor.is_due():
             # claude takes seconds to answer; the housekeeper must not wait for it.
             threading.Thread(target=self._look_at_login, daemon=True).start()
 
     def _look_at_login(self) -> None:
-        if self._has_login(self.claude_folder.environment()):
+        if self.program.has_login(self.claude_folder.environment()):
             self.claude_folder.login_changed()
             # Idle processes may still hold the login that was refused.
             self._drop_idle()
@@ -13377,31 +13527,6 @@ class App:
             if process is not None:
                 self.spares.stop(process, graceful=False)
 
-    def claim_interval(self, what: str, pause_s: float) -> bool:
-        """Return whether this was not done for so long, and count it as done now."""
-        now_s = self.clock()
-        with self._pauses_lock:
-            self._pauses_until_s = {w: at for w, at in self._pauses_until_s.items() if at > now_s}
-            is_due = what not in self._pauses_until_s
-            if is_due:
-                self._pauses_until_s[what] = now_s + pause_s
-            return is_due
-
-    @contextlib.contextmanager
-    def parsing(self, size_bytes: int) -> Iterator[None]:
-        """Enter while a body of this size is parsed. Large bodies are parsed one at a time, because
-        they would multiply each other's memory, and without the garbage collector, which would
-        scan all the new objects again and again."""
-        if size_bytes < _LARGE_BODY_BYTES:
-            yield
-            return
-        with self._parsing_lock:
-            gc.disable()
-            try:
-                yield
-            finally:
-                gc.enable()
-
     def change_setting(self, name: str, value: object) -> object:
         """Change a setting for good; see Settings.change."""
         value = self.settings.change(name, value)
@@ -13409,10 +13534,6 @@ class App:
         self.cache.tend(self.config)
         self.wakeups.put("tend")
         return value
-
-    def _has_login(self, variables: Mapping[str, str]) -> bool:
-        """Return whether claude is logged in with these variables."""
-        return self.program.has_login(variables)
 
     def _drop_idle(self) -> None:
         """Stop all idle processes: the program or its login has changed."""
@@ -13790,7 +13911,9 @@ def parse_json_body(data: bytearray) -> object:
     if not data or data.isspace():
         raise BadRequest("The body is empty; it must be a JSON object.")
     if has_many_values(data):
-        raise BadRequest("The body has too many arrays, objects and values.")
+        raise BadRequest(
+            f"The body has more than {_MAX_JSON_VALUES} arrays, objects and values: send less."
+        )
     try:
         return from_json(data)
     except ValueError as problem:
@@ -13838,7 +13961,7 @@ def _read_turn(app: App, exchange: HttpExchange, *, counted: bool = False) -> Tu
     data = exchange.body()
     # The key may have been changed or revoked while the body arrived.
     exchange.caller = app.keys.current(exchange.caller)
-    with app.parsing(len(data)):
+    with app.large_bodies.parsing(len(data)):
         turn = _parse_turn(app, exchange, parse_json_body(data), counted=counted)
     if not turn.model.known:
         app.log.event(
@@ -14490,7 +14613,7 @@ def get_api_usage(app: App, exchange: HttpExchange) -> None:
     all_callers = caller.is_admin and query.get("all", "").lower() in _TRUE_WORDS
     # Not every time, because an open dashboard polls.
     audit_id = f"usage {caller.name} {exchange.peer}"
-    if all_callers and app.claim_interval(audit_id, _USAGE_AUDIT_INTERVAL_S):
+    if all_callers and app.intervals.claim(audit_id, _USAGE_AUDIT_INTERVAL_S):
         app.log.event("info", "admin_usage_full_scope", by=caller.name, peer=exchange.peer)
     report = app.ledger.report(since_s, until_s, limit, None if all_callers else caller)
     exchange.send_json(
@@ -15457,7 +15580,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except Busy as error:
             self._reject(connection, error)
             return
-        if evicted is not None and app.claim_interval("connections_full", _WARNING_INTERVAL_S):
+        if evicted is not None and app.intervals.claim("connections_full", _WARNING_INTERVAL_S):
             app.log.event("warn", "connections_full", peer=evicted.peer, help=_CONNECTIONS_HELP)
         try:
             super().process_request(request, client_address)
@@ -15467,7 +15590,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def log_tls_attempt(self, peer: str) -> None:
         """Warn in the log about a client that uses https on a plain HTTP server."""
-        if self.app.claim_interval("https_on_http_port", _WARNING_INTERVAL_S):
+        if self.app.intervals.claim("https_on_http_port", _WARNING_INTERVAL_S):
             self.app.log.event("warn", "https_on_http_port", peer=peer)
 
     def _reject(self, connection: Connection, error: Busy) -> None:

@@ -63,7 +63,7 @@ class Nobody:
     def gone(self) -> bool:
         return False
 
-    def listens(self) -> bool:
+    def can_detect_hangup(self) -> bool:
         return True
 
     def close(self) -> None:
@@ -79,9 +79,11 @@ class Patient:
             HOME=str(place.home), FAKE_CLAUDE=str(place.scenario),
             FAKE_CLAUDE_LOG=str(place.fake_log))
         self.client = Nobody()
-        self.process = ocp.ClaudeProcess(
-            [sys.executable, "-I", "-S", *run_compiled(FAKE_CLAUDE)], SONNET,
-            ocp.load_config(environ), env=environ, cwd=str(place.folder), version=(2, 1, 329))
+        command = [sys.executable, "-I", "-S", *run_compiled(FAKE_CLAUDE)]
+        child = ocp.Child(
+            [*command, *ocp.claude_arguments(SONNET, ocp.load_config(environ))],
+            env=environ, cwd=str(place.folder))
+        self.process = ocp.ClaudeProcess(child, SONNET, version=(2, 1, 329))
 
     def answer(self, **steps: Json) -> list[Any]:
         """The events of an answer. Raises what becomes of it."""

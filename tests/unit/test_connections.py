@@ -281,14 +281,32 @@ def bare(text: bytes) -> bytes:
     return re.sub(rb'"(?:[^"\\]|\\.)*"', b"", text)
 
 
-def test_large_blocks_go_back_to_the_system_where_the_c_library_can_do_that(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_blocks_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     ctypes = pytest.importorskip("ctypes")
+    calls: list[tuple[int, int]] = []
+
+    class Library:
+        """A C library that notes what it is told."""
+
+        def mallopt(self, parameter: int, value: int) -> None:
+            calls.append((parameter, value))
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
     ocp.return_large_blocks()
 
-    class WithoutMallopt:
-        """Another C library."""
+    # M_MMAP_THRESHOLD is -3 in glibc's malloc.h.
+    assert calls == [(-3, 1_048_576)]
 
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: WithoutMallopt())
+
+def test_a_c_library_without_that_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ctypes = pytest.importorskip("ctypes")
+    libraries: list[object] = []
+
+    def load(name: object) -> object:
+        libraries.append(object())
+        return libraries[-1]
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
     ocp.return_large_blocks()
+
+    assert len(libraries) == 1
