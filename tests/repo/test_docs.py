@@ -133,3 +133,20 @@ def test_the_openapi_document_is_the_one_that_the_server_serves() -> None:
     if os.environ.get("OCP_UPDATE_DOCS"):
         page.write_text(wanted)
     assert page.read_text("utf-8") == wanted
+
+
+def test_the_architecture_names_what_there_is() -> None:
+    text = (DOCS / "architecture.md").read_text("utf-8")
+    tables = text.partition("### The walk of one")[2].partition("\n## ")[0]
+    # ClassNames, ClassName.method, and methods of Dialect.
+    names = set(re.findall(r"`([A-Z]\w*[a-z]\w*(?:\.\w+)?)`", tables))
+    methods = re.search(r"subclass of `Dialect` \(([^)]*)\)", tables)
+    assert methods is not None and len(names) > 15
+    names |= {f"Dialect.{name}" for name in re.findall(r"\w+", methods[1])}
+
+    def exists(name: str) -> bool:
+        owner, _, attribute = name.partition(".")
+        found = getattr(ocp, owner, None)
+        return found is not None and (not attribute or hasattr(found, attribute))
+
+    assert [name for name in sorted(names) if not exists(name)] == []
