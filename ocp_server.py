@@ -12385,36 +12385,36 @@ def _entries(folder: str) -> list[str]:
 
 
 class AnswerRecord:
-    """What is noted about one answer while it comes."""
+    """What is known of one answer while it is generated."""
 
     def __init__(self, turn: Turn, started_s: float) -> None:
         self.turn = turn
         self.started_s = started_s
-        #: The process that works on it, until it is parked or dismissed.
+        #: The process that generates it, until that is parked or stopped.
         self.process: ClaudeProcess | None = None
-        #: What it was asked last, where it can forget that.
+        #: The question of the process, if it can be rewound.
         self.question: RewindPoint | None = None
         self.first_token_s: float | None = None
-        #: Whether a process was waiting, and how it got the conversation: "continued", "rewound"
-        #: to another last question, "rebuilt" from its history, or "fresh" because there was none.
+        #: Whether an idle process took it, and how the process got the conversation: "continued",
+        #: "rewound" to another last question, "rebuilt" from its history, or "fresh": it has none.
         self.warm: bool | None = None
         self.path: str | None = None
         self.parted_at: int | None = None
         self.finished: Finished | None = None
-        #: What reads each question that was put to claude for it; there can be more than one.
+        #: The reader of each request to claude. There is more than one after a retry.
         self.readers: list[TurnReader] = []
-        #: Whether the API turned it away before an answer began.
+        #: Whether the API refused it before the answer began.
         self.refused = False
         self.response_chars = 0
         self._begun: Usage | None = None
-        #: Whether a block of it was passed on.
+        #: Whether the client got a block of it.
         self.has_output = False
         #: Whether the log has it.
         self.is_logged = False
         self._builder = AnswerBuilder()
 
     def add(self, event: Event, now_s: float) -> None:
-        """Takes from an event what is wanted of it later."""
+        """Record an event."""
         self._builder.add(event)
         self.has_output = self.has_output or isinstance(event, BlockStarted)
         if isinstance(event, Delta):
@@ -12428,8 +12428,8 @@ class AnswerRecord:
 
     @property
     def lost_its_process(self) -> bool:
-        """Whether its process died or broke through no fault of the request, so that another may
-        do: it died while it waited, maybe, or it hangs."""
+        """Return whether the process failed for a reason that another process does not have: it
+        hangs, or it had died while it was idle."""
         process = self.process
         return process is not None and (
             process.broken or (bool(self.warm) and not process.alive())
@@ -12437,7 +12437,7 @@ class AnswerRecord:
 
     @property
     def usage(self) -> Usage:
-        """What the answer took so far; the output of one that is not finished is estimated."""
+        """Return the usage so far. The output of an unfinished answer is estimated."""
         if self.finished is not None:
             return self.finished.usage
         begun = self._begun or NO_USAGE
@@ -12445,8 +12445,8 @@ class AnswerRecord:
 
     @property
     def spent(self) -> Usage:
-        """What the API took for it, for attempts that came to nothing too. What it did not report
-        is estimated, but for what it refused."""
+        """Return the usage of all attempts, failed ones included. What the API did not report is
+        estimated; what it refused counts as nothing."""
         if not self.readers or self.refused:
             return NO_USAGE
         spent = sum_usage(reader.spent for reader in self.readers)
@@ -12458,17 +12458,17 @@ class AnswerRecord:
         return spent
 
     def fail(self, error: OcpError) -> None:
-        """Notes why there is no answer."""
+        """Record why there is no answer."""
         self.refused = error.refused_upstream and self._begun is None
 
     def answer(self) -> Answer:
-        """The whole answer. Raises UpstreamFailed when it did not come to its end."""
+        """Return the whole answer. Raises UpstreamFailed when it is not complete."""
         if self.finished is None:
             raise UpstreamFailed("The answer ended before it was complete.")
         return self._builder.answer(self.finished)
 
     def fields(self, now_s: float) -> Json:
-        """The log's fields."""
+        """Return the fields of the log line."""
         usage = self.finished.usage if self.finished else NO_USAGE
         first_s = self.first_token_s
         return {
@@ -12487,7 +12487,7 @@ class AnswerRecord:
 
 
 class Request(NamedTuple):
-    """A turn, who asked for it, and how."""
+    """A turn, its caller, and the connection that it came on."""
 
     turn: Turn
     caller: Caller
@@ -12503,27 +12503,27 @@ class Job:
     def __init__(
         self, request: Request, now_s: float, reservation: Reservation, path: str | None = None
     ) -> None:
-        """`path` is what the row says instead of how claude got the conversation."""
+        """`path` is "cached" or "shared" for an answer that another request generated."""
         self.request = request
         self.started_s = now_s
         self.reservation = reservation
         self.path = path
-        #: Why it is ended though its client waits.
+        #: Why it was cancelled although its client waits.
         self.ended_by: OcpError | None = None
         turn = request.turn
-        self.outcomes = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
-        # Guards what follows: the choices of one request finish in threads of their own.
+        self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
+        # Guards the next field: the choices of one request finish in threads of their own.
         self._lock = threading.Lock()
         self._settled = False
 
     @property
     def finished(self) -> bool:
-        """Whether all answers are complete."""
-        return all(outcome.finished is not None for outcome in self.outcomes)
+        """Return whether all answers are complete."""
+        return all(record.finished is not None for record in self.records)
 
     def glance(self, now_s: float) -> Json:
-        """What can be seen of it while it goes on."""
-        request, first = self.request, self.outcomes[0]
+        """Return what the operator sees of a running request."""
+        request, first = self.request, self.records[0]
         first_s = first.first_token_s
         return {
             "request_id": request.request_id,
@@ -12535,38 +12535,38 @@ class Job:
             "path": self.path or first.path,
             "first_token_ms": None if first_s is None else round((first_s - self.started_s) * 1000),
             "elapsed_ms": round((now_s - self.started_s) * 1000),
-            "response_chars": sum(outcome.response_chars for outcome in self.outcomes),
+            "response_chars": sum(record.response_chars for record in self.records),
         }
 
     @property
     def counted(self) -> int:
-        """As how many requests quotas count it."""
-        asked = [outcome for outcome in self.outcomes if outcome.readers and not outcome.refused]
+        """Return the number of requests that it counts for in quotas."""
+        asked = [record for record in self.records if record.readers and not record.refused]
         return 0 if self.path else len(asked)
 
     @property
     def was_asked(self) -> bool:
-        """Whether claude was asked for any of the answers."""
-        return any(outcome.readers for outcome in self.outcomes)
+        """Return whether any part of it was sent to claude."""
+        return any(record.readers for record in self.records)
 
     def settles(self) -> bool:
-        """True once: the row is written by whoever gets it."""
+        """Return True exactly once; that caller writes the row of usage."""
         with self._lock:
             settled, self._settled = self._settled, True
             return not settled
 
     def answers(self) -> tuple[Answer, ...]:
-        """The whole answers. Raises UpstreamFailed when they did not come to their end."""
-        return tuple(outcome.answer() for outcome in self.outcomes)
+        """Return the whole answers. Raises UpstreamFailed when they are not complete."""
+        return tuple(record.answer() for record in self.records)
 
     def row(self, word: str, status: int, at_s: float, now_s: float) -> UsageRow:
-        """The row of usage, if this is how it ended."""
-        request, first = self.request, self.outcomes[0]
-        usages = [NO_USAGE if self.path else outcome.spent for outcome in self.outcomes]
+        """Return the row of usage for a request that ended like this."""
+        request, first = self.request, self.records[0]
+        usages = [NO_USAGE if self.path else record.spent for record in self.records]
         firsts = [
-            outcome.first_token_s for outcome in self.outcomes
-            # What was there already says nothing about how fast claude is.
-            if outcome.first_token_s is not None and self.path != "cached"
+            record.first_token_s for record in self.records
+            # A cached answer says nothing about how fast claude is.
+            if record.first_token_s is not None and self.path != "cached"
         ]
         return UsageRow(
             at_s=at_s,
@@ -12583,7 +12583,7 @@ class Job:
             warm=first.warm,
             path=self.path or first.path,
             prompt_chars=prompt_chars(request.turn),
-            response_chars=sum(outcome.response_chars for outcome in self.outcomes),
+            response_chars=sum(record.response_chars for record in self.records),
             input_tokens=sum(usage.input_tokens for usage in usages),
             output_tokens=sum(usage.output_tokens for usage in usages),
             cache_read_tokens=sum(usage.cache_read_tokens for usage in usages),
@@ -12597,18 +12597,18 @@ class Answering(NamedTuple):
     """A request that is being answered."""
 
     job: Job
-    #: What happens, in all of the answers, as it comes.
+    #: The events of all its answers, as they come.
     events: Iterator[Choice]
     #: What the cache did for it: "hit", "miss", "shared" or "bypass".
     cache: str = "bypass"
 
     def answers(self) -> tuple[Answer, ...]:
-        """The whole answers, once the events are over. Raises UpstreamFailed."""
+        """Return the whole answers once the events are over. Raises UpstreamFailed."""
         return self.job.answers()
 
 
 class CancellableClient:
-    """A Client that can be made to leave: for answers that nobody waits for any more."""
+    """A Client that can be cancelled without its connection: one of several choices failed."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -13003,7 +13003,7 @@ class Requests:
     def _recorded(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
         """Record events that another request's process made."""
         for index, event in choices:
-            job.outcomes[index].add(event, self._app.clock())
+            job.records[index].add(event, self._app.clock())
             if isinstance(event, Finished) and job.finished:
                 self._settle(job)
             yield index, event
@@ -13060,11 +13060,11 @@ class Requests:
     @contextlib.contextmanager
     def _produced(self, job: Job) -> Iterator[Iterator[Choice]]:
         """Give claude's answers, with the row of usage written before the last event."""
-        if len(job.outcomes) > 1:
+        if len(job.records) > 1:
             with contextlib.closing(self._side_by_side(job)) as choices:
                 yield choices
             return
-        with self._answer(job, job.outcomes[0], job.request.client) as events:
+        with self._answer(job, job.records[0], job.request.client) as events:
             yield ((0, event) for event in events)
 
     @contextlib.contextmanager
@@ -13096,7 +13096,7 @@ class Requests:
             except BaseException as error:
                 arrivals.put((index, error))
 
-        waiting = enumerate(job.outcomes)
+        waiting = enumerate(job.records)
         running: set[int] = set()
 
         def begin(count: int) -> None:
@@ -13117,8 +13117,8 @@ class Requests:
                 elif index == min(running) or not isinstance(arrived, Tick):
                     yield index, arrived
         finally:
-            leaving.left = True
-            for process in [record.process for record in job.outcomes]:
+            leaving.cancel()
+            for process in [record.process for record in job.records]:
                 if process is not None:
                     process.interrupt()
 
