@@ -19,40 +19,48 @@ a request, start with the HTTP server.
 
 Sections (search for "==== 8" to jump to the eighth):
 
-     1. Small tools        compact JSON, ids, redaction, formatting of times and text
-     2. Settings           the table of settings, and reading them from the environment
-     3. Errors             every failure that is reported to a client
-     4. Log                a rotated JSON file, the terminal, and recent events in memory
-     5. Models             the known models and what each one accepts
-     6. Turns and events   the internal form of a request and of an answer
-     7. Store              the SQLite database, and the settings changed at run time
-     8. Keys and callers   authentication, access to routes, and the keys of devices
-     9. Usage and quotas   one row for each request, and the limits of keys
-    10. Patterns           regular expressions of clients, for JavaScript and for Python
-    11. JSON Schema        schemas of clients, parsed into plain 2020-12
-    12. Model schemas      schemas rewritten so that claude and the API accept them, and back
-    13. Request fields     typed access to JSON; messages become a prompt
-    14. Attachments        images and files of requests, and their limits
-    15. Tools and options  tools, output schemas, thinking and sampling
-    16. Dialects           wire formats: parse a body into a Turn, render events as an answer
-    17. Claude protocol    messages to and from claude; no input or output
-    18. Claude process     the program on disk; one child process and its pipes
-    19. Gate and spares    admission of requests; idle processes that wait for work
-    20. Parking            processes and state kept for the next message of a conversation
-    21. Cache              stored answers, and answers shared while they are generated
-    22. Account            the state of login and plan, learned from answers
-    23. Metrics            counters and histograms since the start
-    24. Connections        client sockets, and limits on their number and memory
-    25. State folder       the database, the modes of files, the admin key
-    26. Answering          one request: quota, cache, claude, row of usage
-    27. App                owns every long-lived object; the housekeeper
-    28. API description    the type of a route, and the OpenAPI document of all routes
-    29. Dashboard          the operator's page, and its content security policy
-    30. Endpoints          one function for each route
-    31. Routes             the table of routes
-    32. HTTP server        sockets, bodies, one thread for each connection
-    33. Demo claude        the stand-in for claude behind --demo
-    34. Command line       arguments, signals, main
+     1. Small tools           compact JSON, ids, redaction, formatting of times and text
+     2. Settings              the table of settings, and reading them from the environment
+     3. Errors                every failure that is reported to a client
+     4. Log                   a rotated JSON file, the terminal, and recent events in memory
+     5. Models                the known models and what each one accepts
+     6. Turns and events      the internal form of a request and of an answer
+     7. Store                 the SQLite database, and the settings changed at run time
+     8. Keys and callers      authentication, access to routes, and the keys of devices
+     9. Usage and quotas      one row for each request, and the limits of keys
+    10. Patterns              regular expressions of clients, for JavaScript and for Python
+    11. JSON Schema           schemas of clients, parsed into plain 2020-12
+    12. Model schemas         schemas rewritten so that claude and the API accept them, and back
+    13. Request fields        typed access to JSON; messages become a prompt
+    14. Attachments           images and files of requests, and their limits
+    15. Tools and options     tools, output schemas, thinking and sampling
+    16. Dialects              what every wire format does: parse a body, render an answer
+    17. OpenAI content        tools, content parts and output formats of OpenAI's APIs
+    18. Chat completions      /v1/chat/completions and /v1/completions
+    19. Messages              /v1/messages
+    20. Response items        input items into messages, blocks into output items
+    21. Responses             /v1/responses and /v1/responses/compact
+    22. Claude protocol       lines written to claude; no input or output
+    23. Claude answers        lines printed by claude: events, plan reports, failures
+    24. Claude program        the program on disk and the folders that it runs in
+    25. Claude process        one child process and its pipes
+    26. Gate and spares       admission of requests; idle processes that wait for work
+    27. Parking               processes and state kept for the next message of a conversation
+    28. Cache                 stored answers, and answers shared while they are generated
+    29. Account               the state of login and plan, learned from answers
+    30. Metrics               counters and histograms since the start
+    31. Connections           client sockets, and limits on their number and memory
+    32. State folder          the database, the modes of files, the admin key
+    33. Answering             one request: quota, cache, claude, row of usage
+    34. App                   owns every long-lived object; the housekeeper
+    35. Routes                the choice of a route, and the OpenAPI document
+    36. HTTP server           sockets, bodies, one thread for each connection
+    37. Dashboard             the operator's page, and its content security policy
+    38. API endpoints         answers, stored responses, sessions, models
+    39. Management endpoints  health, logs, keys, usage, settings, cache, pages
+    40. Table of routes       path, access, dialect and endpoint of each route
+    41. Demo claude           the stand-in for claude behind --demo
+    42. Command line          arguments, signals, main
 """
 from __future__ import annotations
 
@@ -6073,6 +6081,11 @@ def openai_usage(usages: Iterable[Usage], *, one_prompt: bool = True) -> Json:
     return body
 
 
+# ==== 17. OpenAI content =====================================================
+# What the dialects of OpenAI have in common: tools, the choice of tools, content parts and output
+# formats. Messages uses some of it.
+
+
 def requested_options(
     fields: Fields, max_tokens: int | None, stop_fields: tuple[str, ...], thinking: Thinking,
     *, max_temperature: int = 2, forces_tool: bool = False,
@@ -6526,6 +6539,9 @@ def chat_output_schema(fields: Fields) -> OutputSchema | None:
     output = fields.settings("output_config", foreign=True)
     return own or schema_of_format(output.child("format"))
 
+
+# ==== 18. Chat completions ===================================================
+# POST /v1/chat/completions, and the older POST /v1/completions: the same stream with text alone.
 
 #: Fields of a message, besides `content`, that hold media.
 _MEDIA_FIELDS = ("images", "audio", "videos", "files", "attachments")
@@ -6987,6 +7003,11 @@ COMPLETIONS = CompletionsDialect()
 
 #: Blocks of a history that are dropped. claude accepts no thinking from outside; the results of
 #: the API's own tools are passed on without the calls.
+
+
+# ==== 19. Messages ===========================================================
+# POST /v1/messages. Its blocks are those of a Turn, so most of them pass as they are.
+
 _OMITTED_BLOCKS = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_use")
 #: Types of blocks that are read, whatever they hold.
 _READABLE_BLOCKS = (*_OMITTED_BLOCKS, "text", "image", "document", "search_result", "tool_result")
@@ -7372,245 +7393,9 @@ class MessagesRenderer(Renderer):
 MESSAGES = MessagesDialect()
 
 
-#: Unused parameters that do not change the meaning of the answer: not reported as ignored.
-_HARMLESS_RESPONSES_PARAMETERS = (
-    "client_metadata", "include", "stream_options", "truncation",
-)
-
-
-class ResponsesDialect(Dialect):
-    """POST /v1/responses: OpenAI's API in which prompts and answers are lists of items."""
-
-    name = "responses"
-
-    # -- parsing ------------------------------------------------------------------------------
-
-    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        fields = Fields(body)
-        name, model = parsing.model(fields)
-        for field in ("conversation", "prompt"):
-            if fields.has(field):
-                raise Unsupported(
-                    f"{field}: no {field}s are stored here; send the items in input.", param=field
-                )
-        context = ParseContext(parsing.limits, model)
-        tools, choice, forms = self._tools(fields, context)
-        output_schema = self._output_schema(fields)
-        prompt = build_prompt(
-            self._messages(fields, parsing, context), Fields({}), parsing, context, "input",
-            instructions=fields.text("instructions") or "",
-            after_assistant=_REFORMAT if output_schema else _CONTINUE,
-        )
-        wire = self._wire(fields, name, prompt, forms, parsing)
-        options, ignored = options_for(model, self._requested_options(fields, choice))
-        return Turn(
-            model=model,
-            system=prompt.system,
-            messages=prompt.messages,
-            options=options,
-            tools=tools,
-            tool_choice=choice,
-            output_schema=output_schema,
-            stream=fields.flag("stream"),
-            ignored=(
-                *ignored, *context.ignored, *fields.ignored_paths(_HARMLESS_RESPONSES_PARAMETERS)
-            ),
-            adjusted=context.adjusted,
-            wire=wire,
-        )
-
-    def _wire(
-        self, fields: Fields, name: str, prompt: Prompt, forms: Mapping[str, object],
-        parsing: ParseEnvironment,
-    ) -> Json:
-        """Return the values of `Turn.wire`, used to render and to store the answer."""
-        reasoning = fields.settings("reasoning")
-        stored = fields.value("store") is not False
-        return {
-            "echo": self._echo(fields, name, reasoning),
-            "store": stored,
-            "summary": is_non_default(reasoning.value("summary")),
-            "forms": forms,
-            "opening": prompt.opening,
-            "items": input_items(fields, parsing) if stored else [],
-        }
-
-    def _echo(self, fields: Fields, name: str, reasoning: Fields) -> Json:
-        """Return the response's id and time, and the request's fields that it repeats."""
-        sent = fields.object
-        text: Json = sent["text"] if isinstance(sent.get("text"), dict) else {}
-        return {
-            "id": new_id("resp_"),
-            "object": "response",
-            "created_at": int(time.time()),
-            "model": name,
-            "instructions": sent.get("instructions"),
-            "max_output_tokens": sent.get("max_output_tokens"),
-            "metadata": sent.get("metadata") or {},
-            "parallel_tool_calls": sent.get("parallel_tool_calls") is not False,
-            "previous_response_id": sent.get("previous_response_id"),
-            "reasoning": {
-                "effort": reasoning.object.get("effort"),
-                "summary": reasoning.object.get("summary"),
-            },
-            "store": sent.get("store") is not False,
-            "temperature": sent.get("temperature"),
-            "text": {**text, "format": text.get("format") or {"type": "text"}},
-            "tool_choice": sent.get("tool_choice") or "auto",
-            "tools": sent.get("tools") or [],
-            "top_p": sent.get("top_p"),
-            "truncation": "disabled",
-        }
-
-    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
-        return requested_options(
-            fields, fields.token_limit("max_output_tokens"), ("stop",), openai_thinking(fields),
-            forces_tool=choice.forces,
-        )
-
-    def _output_schema(self, fields: Fields) -> OutputSchema | None:
-        own = schema_of_format(fields.settings("text").child("format"))
-        return own or chat_output_schema(fields)
-
-    def _tools(
-        self, fields: Fields, context: ParseContext
-    ) -> tuple[tuple[Tool, ...], ToolChoice, dict[str, tuple[CallForm, Json]]]:
-        """Return the tools, the tool choice, and for each tool's name how its calls are written:
-        the form, and the fields of the item that name the tool."""
-        tools: list[Tool] = []
-        served: list[Fields] = []
-        forms: dict[str, tuple[CallForm, Json]] = {}
-        for entry, space in self._tool_entries(fields):
-            kind = entry.text("type") or ""
-            tool = self._tool(entry, kind, space)
-            if tool is None:
-                context.ignore(entry.path)
-                continue
-            tools.append(tool)
-            if kind == "function":
-                served.append(entry)
-            name_fields: Json = {} if kind in CLIENT_TOOLS else {"name": entry.text("name")}
-            if space:
-                name_fields["namespace"] = space
-            forms[tool.name] = (_CALL_FORMS[kind], name_fields)
-        choice, allowed = openai_tool_choice(fields, "tool_choice")
-        usable = only_allowed(unique_tools(tools, "tools"), allowed, context)
-        context.ignore(*unsupported_tool_fields(served))
-        return usable, checked_tool_choice(usable, choice, "tool_choice"), forms
-
-    def _tool(self, entry: Fields, kind: str, space: str) -> Tool | None:
-        """Return the tool of an entry, None for a tool that only OpenAI can run."""
-        if kind in CLIENT_TOOLS:
-            environment = (entry.child("environment") or Fields({})).text("type") or "local"
-            return CLIENT_TOOLS[kind] if environment == "local" else None
-        if kind == "custom":
-            return freeform_tool(entry, qualified_name(space, entry.required_text("name")))
-        if kind == "function":
-            name = qualified_name(space, entry.required_text("name"))
-            return read_tool(entry, name, "parameters")
-        return None
-
-    def _tool_entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
-        """Yield the entries of `tools`, each with its namespace, empty if it has none. Codex sends
-        the tools of an MCP server as one namespace."""
-        for entry in fields.objects("tools"):
-            if entry.text("type") == "namespace":
-                space = entry.required_text("name")
-                yield from ((tool, space) for tool in entry.objects("tools"))
-            else:
-                yield entry, ""
-
-    def _messages(
-        self, fields: Fields, parsing: ParseEnvironment, context: ParseContext
-    ) -> list[Message]:
-        """Return the stored messages of the previous response, followed by the new ones."""
-        previous_id = fields.text("previous_response_id")
-        earlier = parsing.recall(previous_id) if previous_id else []
-        messages = [Message(message.role, list(message.content)) for message in earlier]
-        for item in input_items(fields, parsing):
-            messages += self._item_messages(item, item.text("type") or "message", context)
-        return messages
-
-    def _item_messages(self, item: Fields, kind: str, context: ParseContext) -> list[Message]:
-        """Return the messages of an input item; items that mean nothing to a model are dropped."""
-        if kind == "message":
-            role = item.one_of("role", ("system", "developer", "user", "assistant"))
-            if role is None:
-                raise item.invalid("role", "system, developer, user or assistant")
-            role = "system" if role == "developer" else role
-            return [Message(role, openai_content(item, context, role))]
-        if kind in _PARTS_AS_ITEMS:
-            return [Message("user", _openai_part(item, context, "user"))]
-        if kind in _FORMS_BY_ITEM:
-            return [Message("assistant", [_FORMS_BY_ITEM[kind].block(item)])]
-        if kind in _RESULT_READERS:
-            content = _RESULT_READERS[kind](item, context)
-            return [_result_message(item, item.text("call_id") or item.text("id") or "", content)]
-        if kind in _HOSTED_CALLS:
-            return hosted_call_messages(item, kind)
-        if kind in _ITEMS_AS_TEXT:
-            role, names = _ITEMS_AS_TEXT[kind]
-            values = {name: item.object[name] for name in names if item.has(name)}
-            return [Message(role, text_blocks(f"[{kind}]\n{json_text(values)}"))]
-        if item.has("role") and item.has("content") and kind != "reasoning":
-            return self._item_messages(item, "message", context)
-        summary = compaction_text(item) if kind in ("compaction", "compaction_summary") else ""
-        if not summary and kind != "reasoning":
-            context.ignore(item.path)
-        return [Message("user", text_blocks(summary))]
-
-    # -- rendering ----------------------------------------------------------------------------
-
-    def body(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
-        """Return the response object."""
-        return {
-            **turn.wire["echo"], "status": status, "output": output, "usage": None,
-            "error": None, "incomplete_details": None, **more,
-        }
-
-    def partial_body(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
-        """Return the response object of an unfinished stream, without the long fields. SDKs
-        require `tools` in each."""
-        return self.body(turn, status, output, **{**_OMITTED_UNTIL_END, **more})
-
-    def final_body(self, turn: Turn, output: list[Json], stop_reason: str, usage: Usage) -> Json:
-        """Return the response object of a finished answer."""
-        reasons = {"length": "max_output_tokens", "content_filter": "content_filter"}
-        reason = reasons.get(FINISH_REASONS.get(stop_reason, "stop"))
-        counted = {
-            "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": usage.cache_read_tokens},
-            "output_tokens": usage.output_tokens,
-            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
-            "total_tokens": usage.prompt_tokens + usage.output_tokens,
-        }
-        return self.body(
-            turn, "incomplete" if reason else "completed", output, usage=counted,
-            incomplete_details={"reason": reason} if reason else None,
-        )
-
-    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
-        answer = answers[0]
-        blocks = [
-            block
-            for block in answer.blocks
-            if block["type"] in ("text", "tool_use")
-            or (block["type"] == "thinking" and turn.wire["summary"])
-        ]
-        if answer.refusal:
-            blocks.append({"type": "refusal", "text": answer.refusal})
-        output = [finished_item(new_item(turn, block), block) for block in blocks]
-        return self.final_body(turn, output, answer.stop_reason, answer.usage)
-
-    def renderer(self, turn: Turn) -> Renderer:
-        return ResponsesRenderer(self, turn)
-
-    def stores(self, turn: Turn) -> bool:
-        return bool(turn.wire["store"])
-
-    def stored_system_messages(self, turn: Turn) -> list[Message]:
-        """Return the system messages of the input. `instructions` are for one response only."""
-        return list(turn.wire["opening"])
+# ==== 20. Response items =====================================================
+# The items of a response: the input items as messages of a Turn, and the blocks of an answer as
+# output items.
 
 
 def input_items(fields: Fields, parsing: ParseEnvironment) -> list[Fields]:
@@ -7868,6 +7653,250 @@ _RESPONSES_EVENTS = {
     "thinking": ("reasoning_summary_text", "summary"),
     "tool_use": ("", ""),
 }
+
+
+# ==== 21. Responses ==========================================================
+# POST /v1/responses and POST /v1/responses/compact.
+
+#: Unused parameters that do not change the meaning of the answer: not reported as ignored.
+_HARMLESS_RESPONSES_PARAMETERS = (
+    "client_metadata", "include", "stream_options", "truncation",
+)
+
+
+class ResponsesDialect(Dialect):
+    """POST /v1/responses: OpenAI's API in which prompts and answers are lists of items."""
+
+    name = "responses"
+
+    # -- parsing ------------------------------------------------------------------------------
+
+    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
+        fields = Fields(body)
+        name, model = parsing.model(fields)
+        for field in ("conversation", "prompt"):
+            if fields.has(field):
+                raise Unsupported(
+                    f"{field}: no {field}s are stored here; send the items in input.", param=field
+                )
+        context = ParseContext(parsing.limits, model)
+        tools, choice, forms = self._tools(fields, context)
+        output_schema = self._output_schema(fields)
+        prompt = build_prompt(
+            self._messages(fields, parsing, context), Fields({}), parsing, context, "input",
+            instructions=fields.text("instructions") or "",
+            after_assistant=_REFORMAT if output_schema else _CONTINUE,
+        )
+        wire = self._wire(fields, name, prompt, forms, parsing)
+        options, ignored = options_for(model, self._requested_options(fields, choice))
+        return Turn(
+            model=model,
+            system=prompt.system,
+            messages=prompt.messages,
+            options=options,
+            tools=tools,
+            tool_choice=choice,
+            output_schema=output_schema,
+            stream=fields.flag("stream"),
+            ignored=(
+                *ignored, *context.ignored, *fields.ignored_paths(_HARMLESS_RESPONSES_PARAMETERS)
+            ),
+            adjusted=context.adjusted,
+            wire=wire,
+        )
+
+    def _wire(
+        self, fields: Fields, name: str, prompt: Prompt, forms: Mapping[str, object],
+        parsing: ParseEnvironment,
+    ) -> Json:
+        """Return the values of `Turn.wire`, used to render and to store the answer."""
+        reasoning = fields.settings("reasoning")
+        stored = fields.value("store") is not False
+        return {
+            "echo": self._echo(fields, name, reasoning),
+            "store": stored,
+            "summary": is_non_default(reasoning.value("summary")),
+            "forms": forms,
+            "opening": prompt.opening,
+            "items": input_items(fields, parsing) if stored else [],
+        }
+
+    def _echo(self, fields: Fields, name: str, reasoning: Fields) -> Json:
+        """Return the response's id and time, and the request's fields that it repeats."""
+        sent = fields.object
+        text: Json = sent["text"] if isinstance(sent.get("text"), dict) else {}
+        return {
+            "id": new_id("resp_"),
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": name,
+            "instructions": sent.get("instructions"),
+            "max_output_tokens": sent.get("max_output_tokens"),
+            "metadata": sent.get("metadata") or {},
+            "parallel_tool_calls": sent.get("parallel_tool_calls") is not False,
+            "previous_response_id": sent.get("previous_response_id"),
+            "reasoning": {
+                "effort": reasoning.object.get("effort"),
+                "summary": reasoning.object.get("summary"),
+            },
+            "store": sent.get("store") is not False,
+            "temperature": sent.get("temperature"),
+            "text": {**text, "format": text.get("format") or {"type": "text"}},
+            "tool_choice": sent.get("tool_choice") or "auto",
+            "tools": sent.get("tools") or [],
+            "top_p": sent.get("top_p"),
+            "truncation": "disabled",
+        }
+
+    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
+        return requested_options(
+            fields, fields.token_limit("max_output_tokens"), ("stop",), openai_thinking(fields),
+            forces_tool=choice.forces,
+        )
+
+    def _output_schema(self, fields: Fields) -> OutputSchema | None:
+        own = schema_of_format(fields.settings("text").child("format"))
+        return own or chat_output_schema(fields)
+
+    def _tools(
+        self, fields: Fields, context: ParseContext
+    ) -> tuple[tuple[Tool, ...], ToolChoice, dict[str, tuple[CallForm, Json]]]:
+        """Return the tools, the tool choice, and for each tool's name how its calls are written:
+        the form, and the fields of the item that name the tool."""
+        tools: list[Tool] = []
+        served: list[Fields] = []
+        forms: dict[str, tuple[CallForm, Json]] = {}
+        for entry, space in self._tool_entries(fields):
+            kind = entry.text("type") or ""
+            tool = self._tool(entry, kind, space)
+            if tool is None:
+                context.ignore(entry.path)
+                continue
+            tools.append(tool)
+            if kind == "function":
+                served.append(entry)
+            name_fields: Json = {} if kind in CLIENT_TOOLS else {"name": entry.text("name")}
+            if space:
+                name_fields["namespace"] = space
+            forms[tool.name] = (_CALL_FORMS[kind], name_fields)
+        choice, allowed = openai_tool_choice(fields, "tool_choice")
+        usable = only_allowed(unique_tools(tools, "tools"), allowed, context)
+        context.ignore(*unsupported_tool_fields(served))
+        return usable, checked_tool_choice(usable, choice, "tool_choice"), forms
+
+    def _tool(self, entry: Fields, kind: str, space: str) -> Tool | None:
+        """Return the tool of an entry, None for a tool that only OpenAI can run."""
+        if kind in CLIENT_TOOLS:
+            environment = (entry.child("environment") or Fields({})).text("type") or "local"
+            return CLIENT_TOOLS[kind] if environment == "local" else None
+        if kind == "custom":
+            return freeform_tool(entry, qualified_name(space, entry.required_text("name")))
+        if kind == "function":
+            name = qualified_name(space, entry.required_text("name"))
+            return read_tool(entry, name, "parameters")
+        return None
+
+    def _tool_entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
+        """Yield the entries of `tools`, each with its namespace, empty if it has none. Codex sends
+        the tools of an MCP server as one namespace."""
+        for entry in fields.objects("tools"):
+            if entry.text("type") == "namespace":
+                space = entry.required_text("name")
+                yield from ((tool, space) for tool in entry.objects("tools"))
+            else:
+                yield entry, ""
+
+    def _messages(
+        self, fields: Fields, parsing: ParseEnvironment, context: ParseContext
+    ) -> list[Message]:
+        """Return the stored messages of the previous response, followed by the new ones."""
+        previous_id = fields.text("previous_response_id")
+        earlier = parsing.recall(previous_id) if previous_id else []
+        messages = [Message(message.role, list(message.content)) for message in earlier]
+        for item in input_items(fields, parsing):
+            messages += self._item_messages(item, item.text("type") or "message", context)
+        return messages
+
+    def _item_messages(self, item: Fields, kind: str, context: ParseContext) -> list[Message]:
+        """Return the messages of an input item; items that mean nothing to a model are dropped."""
+        if kind == "message":
+            role = item.one_of("role", ("system", "developer", "user", "assistant"))
+            if role is None:
+                raise item.invalid("role", "system, developer, user or assistant")
+            role = "system" if role == "developer" else role
+            return [Message(role, openai_content(item, context, role))]
+        if kind in _PARTS_AS_ITEMS:
+            return [Message("user", _openai_part(item, context, "user"))]
+        if kind in _FORMS_BY_ITEM:
+            return [Message("assistant", [_FORMS_BY_ITEM[kind].block(item)])]
+        if kind in _RESULT_READERS:
+            content = _RESULT_READERS[kind](item, context)
+            return [_result_message(item, item.text("call_id") or item.text("id") or "", content)]
+        if kind in _HOSTED_CALLS:
+            return hosted_call_messages(item, kind)
+        if kind in _ITEMS_AS_TEXT:
+            role, names = _ITEMS_AS_TEXT[kind]
+            values = {name: item.object[name] for name in names if item.has(name)}
+            return [Message(role, text_blocks(f"[{kind}]\n{json_text(values)}"))]
+        if item.has("role") and item.has("content") and kind != "reasoning":
+            return self._item_messages(item, "message", context)
+        summary = compaction_text(item) if kind in ("compaction", "compaction_summary") else ""
+        if not summary and kind != "reasoning":
+            context.ignore(item.path)
+        return [Message("user", text_blocks(summary))]
+
+    # -- rendering ----------------------------------------------------------------------------
+
+    def body(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
+        """Return the response object."""
+        return {
+            **turn.wire["echo"], "status": status, "output": output, "usage": None,
+            "error": None, "incomplete_details": None, **more,
+        }
+
+    def partial_body(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
+        """Return the response object of an unfinished stream, without the long fields. SDKs
+        require `tools` in each."""
+        return self.body(turn, status, output, **{**_OMITTED_UNTIL_END, **more})
+
+    def final_body(self, turn: Turn, output: list[Json], stop_reason: str, usage: Usage) -> Json:
+        """Return the response object of a finished answer."""
+        reasons = {"length": "max_output_tokens", "content_filter": "content_filter"}
+        reason = reasons.get(FINISH_REASONS.get(stop_reason, "stop"))
+        counted = {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cache_read_tokens},
+            "output_tokens": usage.output_tokens,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
+            "total_tokens": usage.prompt_tokens + usage.output_tokens,
+        }
+        return self.body(
+            turn, "incomplete" if reason else "completed", output, usage=counted,
+            incomplete_details={"reason": reason} if reason else None,
+        )
+
+    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
+        answer = answers[0]
+        blocks = [
+            block
+            for block in answer.blocks
+            if block["type"] in ("text", "tool_use")
+            or (block["type"] == "thinking" and turn.wire["summary"])
+        ]
+        if answer.refusal:
+            blocks.append({"type": "refusal", "text": answer.refusal})
+        output = [finished_item(new_item(turn, block), block) for block in blocks]
+        return self.final_body(turn, output, answer.stop_reason, answer.usage)
+
+    def renderer(self, turn: Turn) -> Renderer:
+        return ResponsesRenderer(self, turn)
+
+    def stores(self, turn: Turn) -> bool:
+        return bool(turn.wire["store"])
+
+    def stored_system_messages(self, turn: Turn) -> list[Message]:
+        """Return the system messages of the input. `instructions` are for one response only."""
+        return list(turn.wire["opening"])
 
 
 #: Error codes, besides invalid_prompt, after which Codex does not retry.
@@ -8129,8 +8158,8 @@ def user_message_item(message: Message) -> Json:
 COMPACTION = CompactionDialect()
 
 
-# ==== 17. Claude protocol ====================================================
-# Lines written to claude and the meaning of the lines it prints. No pipes and no processes here.
+# ==== 22. Claude protocol ====================================================
+# The lines that are written to claude. No pipes and no processes here.
 # Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
 # the newest).
 
@@ -8655,6 +8684,10 @@ def rewind_line(rewind_point: RewindPoint) -> bytes:
 def was_rewound(reply: Json) -> bool:
     """Return whether the reply to `rewind_line` reports success."""
     return _object(_object(reply.get("response")).get("response")).get("rewound") is True
+
+
+# ==== 23. Claude answers =====================================================
+# The lines that claude prints: events of an answer, reports about the plan, and failures.
 
 
 class ReportedWindow(NamedTuple):
@@ -9347,11 +9380,9 @@ def check_history_result(line: Json) -> None:
         raise UpstreamFailed(f"claude did not accept the conversation: {reason}")
 
 
-# ==== 18. Claude process =====================================================
-# The program on disk, a child process of it, its pipes, and its end. A ClaudeProcess belongs to the
-# thread that uses it. That thread waits for the pipes and for the client's socket in one selector,
-# so that it notices output, silence and a hang-up at once. Children have process groups of their
-# own and end with the server, even when the server is killed.
+# ==== 24. Claude program =====================================================
+# The program on disk: where it is, its version, the folders that it runs in, and what the server
+# waits for while it runs.
 
 
 class Client(Protocol):
@@ -9409,6 +9440,8 @@ _USUAL_PATHS = (
     "~/.local/bin/claude", "~/.claude/local/claude", "/opt/homebrew/bin/claude",
     "/usr/local/bin/claude", "/usr/bin/claude", "~/.npm-global/bin/claude", "~/.bun/bin/claude",
 )
+#: The time that a process gets to end by itself before it is killed.
+_END_GRACE_S = 2.0
 _VERSION_PROBE_TIMEOUT_S = 20
 #: The rest of longer output is not read.
 _MAX_OUTPUT_BYTES = 256 * 1024
@@ -9810,6 +9843,13 @@ for number in (signal.SIGINT, signal.SIGKILL):
 """
 
 
+# ==== 25. Claude process =====================================================
+# One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
+# waits for the pipes and for the client's socket in one selector, so that it notices output,
+# silence and a hang-up at once. Children have process groups of their own and end with the server,
+# even when the server is killed.
+
+
 class Watchdog:
     """A small process that outlives the server briefly and ends the children that are left. A
     claude that is answering does not notice that the server was killed; the watchdog does."""
@@ -9873,8 +9913,6 @@ class Watchdog:
             self._end()
 
 
-#: The time that a process gets to end by itself before it is killed.
-_END_GRACE_S = 2.0
 #: The longest time for the reply to a control request, and the longest silence.
 _REPLY_TIMEOUT_S = 20.0
 #: A longer limit for a claude that is still starting: many can start at once on a slow machine.
@@ -10446,7 +10484,7 @@ class ClaudeProcess:
                 pass
 
 
-# ==== 19. Gate and spares ====================================================
+# ==== 26. Gate and spares ====================================================
 # Which requests may run, and idle processes that save the time of a start. Both classes decide
 # under their lock and act outside it. Neither depends on the content of a request.
 
@@ -10816,7 +10854,7 @@ class Spares:
             time.sleep(0.01)
 
 
-# ==== 20. Parking ============================================================
+# ==== 27. Parking ============================================================
 # What is kept of a conversation for its next message: sessions on disk, responses by their ids, and
 # processes that wait with the conversation they hold. Digests identify a conversation: one for
 # everything but the messages, and one for each message, in a form that does not depend on how a
@@ -11280,7 +11318,7 @@ class Responses:
             self._forget(response_id)
 
 
-# ==== 21. Cache ==============================================================
+# ==== 28. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -11518,7 +11556,7 @@ class Cache:
             }
 
 
-# ==== 22. Account ============================================================
+# ==== 29. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -11684,7 +11722,7 @@ class Account:
             }
 
 
-# ==== 23. Metrics ============================================================
+# ==== 30. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -11823,7 +11861,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 24. Connections ========================================================
+# ==== 31. Connections ========================================================
 # Client sockets and their shared limits: how many connections stay open, and how much memory
 # request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -12220,7 +12258,7 @@ class Connections:
         )
 
 
-# ==== 25. State folder =======================================================
+# ==== 32. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -12378,7 +12416,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 26. Answering ==========================================================
+# ==== 33. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # and its `AnswerRecord`s hold what is known of them meanwhile.
@@ -13167,7 +13205,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 27. App ================================================================
+# ==== 34. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -13568,10 +13606,11 @@ class App:
         self.state_folder.close()
 
 
-# ==== 28. API description ====================================================
-# The Route type, and the OpenAPI document of all routes. Paths, methods and summaries come from
-# the table of routes and the docstrings of the endpoints; request bodies and query strings are
-# described here.
+# ==== 35. Routes =============================================================
+# The type of a route, the choice of a route, and the OpenAPI document of all routes. Paths, methods
+# and summaries come from the table of routes and the docstrings of the endpoints; request bodies
+# and query strings are described here. Paths match exactly, after repeated slashes are merged. The
+# /v1 of a path may be missing or doubled, because users write base addresses with and without it.
 
 
 class Route(NamedTuple):
@@ -13580,14 +13619,74 @@ class Route(NamedTuple):
     method: str
     path: str
     access: Access
-    dialect: Dialect
+    #: The format of errors. None = both APIs have the path; the client's headers tell which it is.
+    dialect: Dialect | None
     endpoint: Callable[..., None]
 
     @property
     def operation(self) -> str:
         """Return the operation id: the name of the endpoint, unique for each row."""
         name = self.endpoint.__name__
-        return f"{name}_{self.dialect.name}" if name == "answer" else name
+        return f"{name}_{self.dialect.name}" if name == "answer" and self.dialect else name
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(path)))
+
+
+#: A route, and the arguments that a path has for its names in braces, percent-decoded.
+Match = tuple[Route, dict[str, str]]
+
+
+class Router:
+    """The routes with their compiled patterns."""
+
+    def __init__(self, routes: tuple[Route, ...]) -> None:
+        self._routes = [(_pattern(route.path), route) for route in routes]
+
+    def matches(self, path: str) -> list[Match]:
+        """Return the routes of a path, for all methods. Routes without arguments win: the path
+        of one is not an id of another. Raises BadRequest."""
+        path = re.sub("/+", "/", path).rstrip("/") or "/"
+        while path.startswith("/v1/v1/"):
+            path = path[len("/v1"):]
+        matches = []
+        for pattern, route in self._routes:
+            match = pattern.fullmatch(path) or pattern.fullmatch("/v1" + path)
+            if match:
+                arguments = {
+                    name: _percent_decode(value) for name, value in match.groupdict().items()
+                }
+                matches.append((route, arguments))
+        return [match for match in matches if not match[1]] or matches
+
+    def choose(self, method: str, path: str, matches: list[Match]) -> Match:
+        """Return the match for this method. Raises NotFound, MethodNotAllowed."""
+        route_method = "GET" if method == "HEAD" else method
+        for route, arguments in matches:
+            if route.method == route_method:
+                return route, arguments
+        if matches:
+            allowed = allowed_methods(matches)
+            raise MethodNotAllowed(f"{path} allows {', '.join(allowed)}.", allowed)
+        raise NotFound(f"There is no path {one_line(path, 80)}; /openapi.json lists all paths.")
+
+
+def allowed_methods(matches: list[Match]) -> list[str]:
+    """Return the methods of a path; empty = the path does not exist."""
+    methods = [route.method for route, _ in matches]
+    if "GET" in methods:
+        methods.append("HEAD")
+    return [*methods, "OPTIONS"] if methods else []
+
+
+def _percent_decode(text: str) -> str:
+    try:
+        return urllib.parse.unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise BadRequest("The path has percent escapes that are not UTF-8.") from None
+
+
 
 
 def _object_type(required: Iterable[str] = (), **properties: object) -> Json:
@@ -13788,1136 +13887,7 @@ def openapi(routes: Iterable[Route]) -> Json:
     }
 
 
-# ==== 29. Dashboard ==========================================================
-# One static page, dashboard.html beside this file. The server writes no values into it: the page
-# fetches JSON and sets text. Its content security policy allows only its own style and script, by
-# their hashes.
-
-DASHBOARD_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "dashboard.html")
-
-#: The page for a server whose ocp_server.py was copied without dashboard.html.
-_PAGE_WITHOUT_DASHBOARD = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>OCP</title>
-<style>body { font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 2rem auto; }</style>
-</head>
-<body>
-<h1>OCP</h1>
-<p>There is no dashboard.html beside this server's ocp_server.py. Copy it there from the same
-version of OCP and reload this page, or use <code>ocp status</code>.</p>
-<p id="state">Loading /health ...</p>
-<script>
-const state = document.getElementById("state");
-fetch("health").then((reply) => reply.json()).then((health) => {
-  state.textContent = `OCP ${health.version}: ${health.status}` +
-    (health.fix ? `. ${health.fix}` : `, up for ${health.uptimeHuman}.`);
-}).catch(() => { state.textContent = "The server does not answer /health."; });
-</script>
-</body>
-</html>
-"""
-
-
-class Page(NamedTuple):
-    """An HTML page and its response headers."""
-
-    html: str
-    headers: Mapping[str, str]
-
-
-def _csp_hash(tag: str, html: str) -> str:
-    """Return the policy's hash source for the only element with this tag in a page."""
-    inside = html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    digest = base64.b64encode(hashlib.sha256(inside.encode("utf-8")).digest())
-    return f"'sha256-{digest.decode('ascii')}'"
-
-
-@functools.lru_cache(maxsize=2)
-def _page_with_headers(html: str) -> Page:
-    policy = (
-        "default-src 'none'", f"style-src {_csp_hash('style', html)}",
-        f"script-src {_csp_hash('script', html)}", "connect-src 'self'", "img-src data:",
-        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
-    )
-    return Page(html, {
-        "Content-Security-Policy": "; ".join(policy),
-        "Referrer-Policy": "no-referrer",
-        "ETag": f'"{hashlib.sha256(html.encode("utf-8")).hexdigest()[:32]}"',
-        "Cache-Control": "no-cache",
-    })
-
-
-def dashboard_page() -> Page:
-    """Return the dashboard, or a page that says where to put dashboard.html."""
-    try:
-        with open(DASHBOARD_FILE, encoding="utf-8", newline="") as file:
-            return _page_with_headers(file.read())
-    except (OSError, UnicodeDecodeError):
-        return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
-
-
-# ==== 30. Endpoints ==========================================================
-# One function for each route: (app, exchange, **names in the path). An endpoint reads the request
-# from the exchange, sends the response through it, and raises errors. The first sentence of its
-# docstring is its summary in /openapi.json.
-
-
-class HttpExchange(Protocol):
-    """A request as endpoints see it, and the ways to respond."""
-
-    client: Client
-    dialect: Dialect
-    request_id: str
-    caller: Caller
-    #: The IP address of the client.
-    peer: str
-    headers: http.client.HTTPMessage
-    query: Mapping[str, str]
-    headers_out: dict[str, str]
-    #: All routes of the server.
-    routes: tuple[Route, ...]
-
-    def body(self) -> bytearray:
-        """Read the body. Raises BadRequest, TooLarge, MemoryFull, RequestTimeout."""
-
-    def send_json(self, value: object, status: int = 200) -> None:
-        """Send a JSON response."""
-
-    def send_text(self, text: str, content_type: str) -> None:
-        """Send a text response with status 200."""
-
-    def send_nothing(self, status: int) -> None:
-        """Send a response without a body."""
-
-    def send_events(self, frames: Iterator[bytes]) -> None:
-        """Send rendered server-sent events with status 200."""
-
-    def send_stream(
-        self, renderer: Renderer, events: Iterator[Choice], finished: Callable[[Json], None]
-    ) -> None:
-        """Render events and send them as server-sent events; status 200 is sent with the first.
-        `finished` gets the renderer's whole body before the end of an answer is sent."""
-
-    def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
-        """Consume the events; after each silence of this length send white space. 0 = never."""
-
-
-def parse_json_body(data: bytearray) -> object:
-    """Return the JSON value of a request's body. Raises BadRequest."""
-    if data.startswith(codecs.BOM_UTF8):
-        del data[:len(codecs.BOM_UTF8)]
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        raise BadRequest("The body is not UTF-8: send the JSON in UTF-8.")
-    if not data or data.isspace():
-        raise BadRequest("The body is empty; it must be a JSON object.")
-    if has_many_values(data):
-        raise BadRequest(
-            f"The body has more than {_MAX_JSON_VALUES} arrays, objects and values: send less."
-        )
-    try:
-        return from_json(data)
-    except ValueError as problem:
-        reason = one_line(str(problem), 120)
-        raise BadRequest(f"The body is not JSON: {reason}.") from None
-
-
-#: The prefix of the API beta that requests the long context window.
-_LONG_CONTEXT_BETA = "context-1m-"
-
-
-def _check_model_allowed(app: App, caller: Caller, model: Model) -> None:
-    """Raise Forbidden if the caller may not use this model."""
-    if caller.models and model.id not in app.models.resolve(caller.models):
-        raise Forbidden(
-            f"This key may use {', '.join(caller.models)} only.",
-            param="model", code="model_not_allowed",
-        )
-
-
-def _parse_environment(app: App, exchange: HttpExchange, *, counted: bool) -> ParseEnvironment:
-    """Return what a dialect needs from the server and the caller to parse a body."""
-    config, scope = app.config, exchange.caller.scope
-    limits = Limits(
-        config.image_allow_url, config.max_image_bytes,
-        config.max_images, config.max_image_total_bytes,
-    )
-    return ParseEnvironment(
-        app.models, config.default_model, limits,
-        recall=lambda response_id: app.responses.messages(scope, response_id),
-        item=lambda item_id: app.responses.item(scope, item_id),
-        session=lambda session_id, system: app.sessions.messages(
-            scope, session_id, system, config.session_ttl_ms / 1000
-        ),
-        count_only=counted,
-        long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
-    )
-
-
-def _read_turn(app: App, exchange: HttpExchange, *, counted: bool = False) -> Turn:
-    """Read the body and return its Turn. `counted` only measures it: no quota is checked, and a
-    long prompt is not truncated."""
-    if not counted:
-        app.requests.check_quota(exchange.caller, exchange.dialect)
-    data = exchange.body()
-    # The key may have been changed or revoked while the body arrived.
-    exchange.caller = app.keys.current(exchange.caller)
-    with app.large_bodies.parsing(len(data)):
-        turn = _parse_turn(app, exchange, parse_json_body(data), counted=counted)
-    if not turn.model.known:
-        app.log.event(
-            "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
-        )
-    _set_turn_headers(exchange, turn)
-    return turn
-
-
-def _parse_turn(app: App, exchange: HttpExchange, body: object, *, counted: bool) -> Turn:
-    config = app.config
-    if config.session_id and isinstance(body, dict):
-        session_id = body.pop("session_id", None) or exchange.headers.get("X-Session-Id")
-        body.setdefault(SESSION_FIELD, session_id)
-    turn = exchange.dialect.parse(body, _parse_environment(app, exchange, counted=counted))
-    _check_model_allowed(app, exchange.caller, turn.model)
-    turn, dropped = (turn, 0) if counted else truncate_to_budget(turn, config.max_prompt_chars)
-    if dropped:
-        turn = turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
-        app.log.event(
-            "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
-        )
-    if config.cache_ttl_ms:
-        bypass = wants_cache_bypass(body, sampled_too=config.cache_sampled)
-        turn = turn._replace(bypass_cache=bypass)
-    return turn
-
-
-def _set_turn_headers(exchange: HttpExchange, turn: Turn) -> None:
-    """List ignored parameters and adjustments of the request in the response's headers."""
-    if turn.ignored:
-        exchange.headers_out["X-OCP-Ignored-Params"] = header_list(turn.ignored)
-    if turn.adjusted:
-        counts = (f"{name}={count}" for name, count in turn.adjusted)
-        exchange.headers_out["X-OCP-Adjusted"] = header_list(counts)
-
-
-def answer(app: App, exchange: HttpExchange) -> None:
-    """Answer a request with a model."""
-    dialect, turn = exchange.dialect, _read_turn(app, exchange)
-    request = Request(turn, exchange.caller, exchange.client, exchange.request_id, dialect.name)
-    with app.requests.answering(request) as answering:
-        def store(body: Json) -> None:
-            # Before the last byte is sent: the client's next request may refer to this answer.
-            if answering.job.finished and (dialect.stores(turn) or turn.session_id):
-                _store_conversation(app, exchange, turn, answering.answers()[0], body)
-
-        exchange.headers_out["X-OCP-Cache"] = answering.cache
-        if turn.stream:
-            exchange.send_stream(dialect.renderer(turn), answering.events, store)
-        else:
-            exchange.keep_alive(answering.events, app.config.whole_silence_ms / 1000)
-            body = dialect.answer_body(turn, list(answering.answers()))
-            store(body)
-            exchange.send_json(body)
-
-
-def _store_conversation(
-    app: App, exchange: HttpExchange, turn: Turn, answer: Answer, body: Json
-) -> None:
-    """Store the conversation under its response id, its session id, or both."""
-    blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
-    messages = [*turn.messages, Message("assistant", blocks)]
-    if exchange.dialect.stores(turn) and body:
-        system = exchange.dialect.stored_system_messages(turn)
-        items = [stored_item(item) for item in turn.wire["items"]]
-        app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)
-    if not turn.session_id:
-        return
-    try:
-        app.sessions.put(exchange.caller.scope, turn, messages, app.config.session_ttl_ms / 1000)
-    except sqlite3.Error as problem:
-        # On a full disk, for example. The answer itself is complete, so the request succeeds.
-        app.log.event("error", "session_not_kept", error=str(problem))
-
-
-def get_sessions(app: App, exchange: HttpExchange) -> None:
-    """GET /sessions: list the stored conversations."""
-    entries = app.sessions.all(app.config.session_ttl_ms / 1000)
-    names = {key.caller.scope: key.name for key in app.keys.all()}
-    sessions = [
-        {**entry, "caller": names.get(entry["caller"], entry["caller"])} for entry in entries
-    ]
-    exchange.send_json({"sessions": sessions})
-
-
-def clear_sessions(app: App, exchange: HttpExchange) -> None:
-    """DELETE /sessions: delete all stored conversations."""
-    exchange.send_json({"cleared": app.sessions.clear()})
-
-
-def clear_session(app: App, exchange: HttpExchange, id: str) -> None:
-    """DELETE /sessions/{id}: delete one stored conversation."""
-    cleared = app.sessions.clear(id)
-    if not cleared:
-        raise NotFound(f"There is no session {one_line(id, 80)!r}.", param="id")
-    exchange.send_json({"cleared": cleared})
-
-
-def _estimate(app: App, exchange: HttpExchange) -> int:
-    """Return the estimated tokens of the request, and mark the response as an estimate."""
-    turn = _read_turn(app, exchange, counted=True)
-    exchange.headers_out["X-OCP-Estimate"] = "true"
-    return estimate_tokens(turn)
-
-
-def count_tokens(app: App, exchange: HttpExchange) -> None:
-    """POST /v1/messages/count_tokens: estimate the input tokens of a request."""
-    exchange.send_json({"input_tokens": _estimate(app, exchange)})
-
-
-def count_input_tokens(app: App, exchange: HttpExchange) -> None:
-    """POST /v1/responses/input_tokens: estimate the input tokens of a request."""
-    tokens = _estimate(app, exchange)
-    exchange.send_json({"object": "response.input_tokens", "input_tokens": tokens})
-
-
-def get_response(app: App, exchange: HttpExchange, id: str) -> None:
-    """GET /v1/responses/{id}: return a stored response."""
-    stored = app.responses.get(exchange.caller.scope, id)
-    if exchange.query.get("stream", "").lower() not in ("", "false", "0"):
-        raise Unsupported(
-            "stream: a stored response cannot be streamed again; request it without `stream`.",
-            param="stream",
-        )
-    exchange.send_json(stored.body)
-
-
-def cancel_response(app: App, exchange: HttpExchange, id: str) -> None:
-    """POST /v1/responses/{id}/cancel: refuse, because no response runs in the background."""
-    app.responses.get(exchange.caller.scope, id)
-    raise BadRequest(
-        "This response is complete and cannot be cancelled. To stop one that is running, close "
-        "its connection."
-    )
-
-
-#: How many input items a page has by default, and at most.
-_DEFAULT_ITEMS, _MAX_ITEMS = 20, 100
-
-
-def get_input_items(app: App, exchange: HttpExchange, id: str) -> None:
-    """GET /v1/responses/{id}/input_items: list the input items of a stored response."""
-    query = Fields(dict(exchange.query))
-    order = query.one_of("order", ("asc", "desc")) or "desc"
-    limit = query_integer(exchange.query, "limit", _DEFAULT_ITEMS, _MAX_ITEMS)
-    if not limit:
-        raise query.invalid("limit", f"a whole number from 1 to {_MAX_ITEMS}")
-    items = app.responses.get(exchange.caller.scope, id).items
-    items = items[::-1] if order == "desc" else items
-    after = query.text("after")
-    if after is not None:
-        ids = [item["id"] for item in items]
-        if after not in ids:
-            raise BadRequest(f"after: there is no item {one_line(after, 80)!r}.", param="after")
-        items = items[ids.index(after) + 1:]
-    page = items[:limit]
-    exchange.send_json({
-        "object": "list", "data": page, "has_more": len(items) > len(page),
-        "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
-    })
-
-
-def delete_response(app: App, exchange: HttpExchange, id: str) -> None:
-    """DELETE /v1/responses/{id}: delete a stored response."""
-    app.responses.remove(exchange.caller.scope, id)
-    exchange.send_json({"id": id, "object": "response", "deleted": True})
-
-
-def no_embeddings(app: App, exchange: HttpExchange) -> None:
-    """POST /v1/embeddings: refuse, and name an alternative."""
-    raise NotFound(
-        "This server has no embeddings: Claude models do not make any. Use a local embedding "
-        "model, such as Ollama's nomic-embed-text, for this part of your tool."
-    )
-
-
-#: A fixed time for `created`: clients require the field, but its value is unknown.
-_MODELS_CREATED_S = 1_750_000_000
-
-
-def _model_entry(model: Model) -> Json:
-    """Return the fields of OpenAI's and of Anthropic's model entries, and those of OCP."""
-    return {
-        "id": model.id,
-        "object": "model",
-        "created": _MODELS_CREATED_S,
-        "owned_by": "anthropic",
-        "type": "model",
-        "created_at": iso_time(_MODELS_CREATED_S),
-        "display_name": model.display_name,
-        "max_input_tokens": model.context_window,
-        "max_tokens": model.max_tokens,
-        "lifecycle": "active",
-        "context_window": model.context_window,
-        "max_output_tokens": model.max_tokens,
-        "reasoning": model.reasoning,
-        "efforts": list(model.efforts),
-    }
-
-
-#: The most models on one page.
-_MAX_PAGE = 1000
-
-
-def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
-    """Return the requested page of ids (Anthropic's `after_id`, `before_id` and `limit`), and
-    whether more ids follow in its direction. Raises BadRequest."""
-    def index(name: str, default: int) -> int:
-        if not query.get(name):
-            return default
-        if query[name] not in ids:
-            raise BadRequest(f"{name}: must be the id of an entry of this list.", param=name)
-        return ids.index(query[name])
-
-    first, end = index("after_id", -1) + 1, index("before_id", len(ids))
-    limit = query_integer(query, "limit", 0, _MAX_PAGE) or _MAX_PAGE
-    has_more = limit < end - first
-    if query.get("before_id") and not query.get("after_id"):
-        return slice(max(first, end - limit), end), has_more
-    return slice(first, min(end, first + limit)), has_more
-
-
-def get_models(app: App, exchange: HttpExchange) -> None:
-    """GET /v1/models: list the models that the caller may use, or a page of them."""
-    allowed = app.models.resolve(exchange.caller.models)
-    models = [m for m in app.models.all() if (m.id in allowed if allowed else m.listed)]
-    page, has_more = _page(exchange.query, [model.id for model in models])
-    entries = [_model_entry(model) for model in models[page]]
-    ends = [entries[0]["id"], entries[-1]["id"]] if entries else [None, None]
-    exchange.send_json({
-        "object": "list", "data": entries, "has_more": has_more,
-        "first_id": ends[0], "last_id": ends[1],
-    })
-
-
-def get_model(app: App, exchange: HttpExchange, model: str) -> None:
-    """GET /v1/models/{model}: return the model with this id or alias."""
-    found = app.models.find(model)
-    _check_model_allowed(app, exchange.caller, found)
-    exchange.send_json(_model_entry(found))
-
-
-def _stats(app: App) -> Json:
-    """Return the counts of requests since the start."""
-    finished = app.metrics.total("ocp_requests_total")
-    not_failed = sum(
-        app.metrics.total("ocp_requests_total", outcome=word) for word in ("ok", "abandoned")
-    )
-    paths = ("continued", "rewound", "rebuilt", "fresh", "cached", "shared")
-    return {
-        "totalRequests": app.metrics.total("ocp_requests_started_total"),
-        "activeRequests": app.gate.running,
-        "queued": app.gate.waiting,
-        "queueRejections": app.gate.refused,
-        "spawned": app.spares.spawned,
-        "errors": finished - not_failed,
-        "timeouts": app.metrics.total("ocp_requests_total", outcome=str(UpstreamTimeout.code)),
-        **{path: app.metrics.total("ocp_answers_total", path=path) for path in paths},
-    }
-
-
-def _server_status(app: App) -> tuple[str, str]:
-    """Return "ok", "degraded" or "draining", and what the operator should do about it."""
-    problem = app.program.last_result()[1]
-    auth = app.account.login_report()
-    if app.draining:
-        return "draining", "The server is stopping."
-    if problem is not None or auth["ok"] is False:
-        return "degraded", problem.message if problem is not None else str(auth["message"])
-    _, advice = app.state_folder.status
-    return ("degraded", advice) if advice else ("ok", "")
-
-
-def get_health(app: App, exchange: HttpExchange) -> None:
-    """GET /health: return the state of the server."""
-    # Public: it must contain no path, no prompt and no error text.
-    advertised = app.config.advertised_key
-    exchange.send_json({**_health(app), **({"anonymousKey": advertised} if advertised else {})})
-
-
-def _health(app: App) -> Json:
-    config, uptime_s = app.config, app.clock() - app.started_s
-    program, problem = app.program.last_result()
-    status, fix = _server_status(app)
-    return {
-        "status": status,
-        "version": VERSION,
-        "architecture": "warm processes",
-        "demo": app.demo,
-        "instanceName": config.instance_name,
-        "uptime": round(uptime_s * 1000),
-        "uptimeHuman": format_uptime(uptime_s),
-        "authMode": config.mode,
-        "tls": bool(config.tls_cert),
-        "auth": app.account.login_report(),
-        # Whether claude's system prompt leaves out the account's identity.
-        "ownerHidden": app.claude_folder.is_private,
-        # Where keys, settings and usage are stored: "disk", or the problem with it.
-        "storage": app.state_folder.status[0],
-        "storageFix": app.state_folder.status[1] or None,
-        "claudeBinaryOk": problem is None,
-        "claudeVersion": program.version_text if program is not None else None,
-        "fix": fix or None,
-        "stats": _stats(app),
-        "concurrency": {
-            "maxConcurrent": config.max_concurrent,
-            "maxQueue": config.max_queue,
-            "inflight": app.gate.running,
-            "queued": app.gate.waiting,
-            "queueRejections": app.gate.refused,
-        },
-        "spares": app.spares.idle(),
-        "parked": len(app.parking),
-    }
-
-
-def get_ready(app: App, exchange: HttpExchange) -> None:
-    """GET /ready: respond 200 if requests can be answered, otherwise 503."""
-    status, fix = _server_status(app)
-    if status != "ok":
-        raise NotReady(fix)
-    exchange.send_json({"ready": True})
-
-
-#: How often /api/events checks for changes, and when it sends a keepalive instead.
-_EVENTS_INTERVAL_S = 0.5
-_EVENTS_KEEPALIVE_S = 15.0
-
-
-def get_events(app: App, exchange: HttpExchange) -> None:
-    """GET /api/events: stream server-sent events, `state` for each change of the server's state
-    and `log` for new log entries."""
-    exchange.send_events(_live_frames(app, exchange.client))
-
-
-def _live_frames(app: App, client: Client) -> Iterator[bytes]:
-    """Yield the frames of /api/events until the server stops. Raises ClientGone."""
-    seen, state = 0, b""
-    sent_s = app.clock()
-    while not app.draining:
-        frames = b""
-        entries, seen = app.log.since(seen)
-        if entries:
-            frames += sse_event({"entries": entries}, "log")
-        before, state = state, sse_event(_live_state(app), "state")
-        frames += state if state != before else b""
-        if not frames and app.clock() - sent_s >= _EVENTS_KEEPALIVE_S:
-            frames = b": keepalive\n\n"
-        if frames:
-            sent_s = app.clock()
-            yield frames
-        poller = select.poll()
-        if client.can_detect_hangup():
-            poller.register(client.fileno(), select.POLLIN)
-        poller.poll(_EVENTS_INTERVAL_S * 1000)
-        if client.gone():
-            raise ClientGone
-
-
-def _live_state(app: App) -> Json:
-    """Return the state for /api/events, without values that change all the time."""
-    health = _health(app)
-    for name in ("uptime", "uptimeHuman"):
-        del health[name]
-    return {
-        "startedAt": iso_time(app.started_at_s),
-        "health": health,
-        "running": app.requests.running(),
-        "plan": app.account.plan(),
-        "cache": {**app.cache.stats(), "ttl": app.config.cache_ttl_ms},
-        "connections": len(app.connections),
-        "finished": app.metrics.total("ocp_requests_total"),
-    }
-
-
-_MAX_LOG_LINES = 1000
-
-
-def get_logs(app: App, exchange: HttpExchange) -> None:
-    """GET /logs?n=30&level=all: list the newest log events of this level or above, oldest first;
-    level=audit lists the operator's changes."""
-    level = exchange.query.get("level", "all").lower()
-    level = "warn" if level == "warning" else level
-    if level not in ("all", "audit", *LEVELS):
-        raise BadRequest(f"level: must be one of all, audit, {', '.join(LEVELS)}.", param="level")
-    count = query_integer(exchange.query, "n", 30, _MAX_LOG_LINES)
-    entries = app.log.recent(count, level)
-    exchange.send_json({"count": len(entries), "level": level, "entries": entries})
-
-
-def query_integer(query: Mapping[str, str], name: str, default: int, maximum: int) -> int:
-    """Return a number from 0 to `maximum` of the query string. Raises BadRequest."""
-    text = query.get(name, "") or str(default)
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > maximum:
-        raise BadRequest(f"{name}: must be a whole number up to {maximum}.", param=name)
-    return int(text)
-
-
-# -- keys -------------------------------------------------------------------------------------
-
-
-def _with_known_fields(fields: Fields, names: Iterable[str]) -> Fields:
-    """Return the fields. Raises BadRequest if there are others than these names."""
-    known = tuple(names)
-    for name in fields.object:
-        if name not in known:
-            place = one_line(fields.path_of(name), 80)
-            raise BadRequest(
-                f"{place}: unknown field; allowed: {', '.join(known)}.", param=place
-            )
-    return fields
-
-
-_SPAN = re.compile(r"([0-9]{1,6})([mhd])")
-_SPAN_S = {"m": 60, "h": 3600, "d": 86_400}
-
-
-def _expiry(fields: Fields) -> int | None:
-    """Return when a key expires, in epoch seconds; None = never. Raises BadRequest."""
-    text = fields.text("expiry")
-    if text is None:
-        return None
-    span = _SPAN.fullmatch(text.strip())
-    try:
-        at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else parse_time(text)
-    except (ValueError, OverflowError, OSError):
-        allowed = "a time such as 2027-01-31 or 2027-01-31T12:00:00Z, or a span such as 30d or 12h"
-        raise fields.invalid("expiry", allowed) from None
-    if at_s <= time.time():
-        raise fields.invalid("expiry", "in the future")
-    return int(at_s)
-
-
-def _allowed_models(app: App, fields: Fields) -> list[str]:
-    """Return the ids of the models that a key may use; empty = all. Raises BadRequest."""
-    ids = []
-    for name in fields.texts("models"):
-        try:
-            ids.append(app.models.find(name).id)
-        except UnknownModel as problem:
-            raise BadRequest(problem.message, param="models") from None
-    return list(dict.fromkeys(ids))
-
-
-def _note(fields: Fields) -> str:
-    """Return the operator's note on a key. Lone surrogates, which are not UTF-8, are replaced."""
-    text = one_line(fields.text("note") or "", _MAX_NOTE_CHARS)
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _quota_limits(fields: Fields) -> dict[str, int | None]:
-    """Return the quota limits in a body; None removes a limit."""
-    return {name: fields.integer(name, 0, 10**15) for name in fields.object}
-
-
-_QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
-_MAX_NOTE_CHARS = 500
-
-#: The fields of a key that can be set: the name in JSON, the column, and the parser.
-_KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object]], ...] = (
-    ("name", "name", lambda app, fields: fields.required_text("name")),
-    ("expiry", "expiry_s", lambda app, fields: _expiry(fields)),
-    ("models", "models", _allowed_models),
-    (
-        "maxConcurrent", "max_concurrent",
-        lambda app, fields: fields.integer("maxConcurrent", 0, 1000) or 0,
-    ),
-    ("note", "note", lambda app, fields: _note(fields)),
-)
-
-
-def _key_columns(app: App, fields: Fields) -> dict[str, object]:
-    """Return the columns that a body sets, with their values."""
-    return {
-        column: parse(app, fields) for name, column, parse in _KEY_FIELDS if name in fields.object
-    }
-
-
-def _key_entry(key: Key) -> Json:
-    def iso(epoch_s: int | None) -> str | None:
-        return None if epoch_s is None else iso_time(epoch_s)
-
-    limits = {
-        "quota_" + re.sub("([A-Z])", r"_\1", name).lower(): key.quota.get(name)
-        for name in _QUOTA_NAMES
-    }
-    return {
-        "id": key.id,
-        "keyPreview": key.preview,
-        "name": key.name,
-        "created_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(key.created_s)),
-        "revoked": int(key.revoked_s is not None),
-        **limits,
-        "expiry": iso(key.expiry_s),
-        "expired": key.expired(time.time()),
-        "models": list(key.models),
-        "maxConcurrent": key.max_concurrent,
-        "note": key.note,
-        "lastUsed": iso(key.used_s),
-        "createdAt": iso(key.created_s),
-        "revokedAt": iso(key.revoked_s),
-    }
-
-
-def _audit(app: App, exchange: HttpExchange, event: str, **fields: object) -> None:
-    """Log a change by the operator."""
-    app.log.audit(event, **fields, by=exchange.caller.name, peer=exchange.peer)
-
-
-def get_keys(app: App, exchange: HttpExchange) -> None:
-    """GET /api/keys: list all keys, newest first, with the use of their quotas but without their
-    secrets; revoked keys are included."""
-    keys = app.keys.all()
-    reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
-    entries = [{**_key_entry(key), "quota": report} for key, report in zip(keys, reports)]
-    exchange.send_json({"keys": entries})
-
-
-def _with_storage_warning(app: App, body: Json) -> Json:
-    """Return the body, with a warning if a restart may undo the change that it reports."""
-    _, advice = app.state_folder.status
-    return {**body, **({"warning": f"Not kept safely: {advice}"} if advice else {})}
-
-
-@contextlib.contextmanager
-def _audited_change(
-    app: App, exchange: HttpExchange, event: str, key: Key, **fields: object
-) -> Iterator[None]:
-    """Change a key in the block, then cancel requests that it no longer allows, and log it. A
-    change that could not be stored is in force in memory: its StorageFailed is raised last."""
-    not_stored: StorageFailed | None = None
-    try:
-        yield
-    except StorageFailed as failure:
-        not_stored = failure
-    app.requests.end_unwanted()
-    _audit(
-        app, exchange, event, key=key.name, id=key.id, **fields,
-        late=not_stored and not_stored.error_code,
-    )
-    if not_stored is not None:
-        raise not_stored
-
-
-def create_key(app: App, exchange: HttpExchange) -> None:
-    """POST /api/keys: create a key; only this response contains its secret."""
-    names = [name for name, _, _ in _KEY_FIELDS]
-    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), [*names, "quota"])
-    columns = _key_columns(app, fields)
-    quota = fields.child("quota")
-    if quota is not None:
-        limits = _quota_limits(_with_known_fields(quota, _QUOTA_NAMES))
-        columns["quota"] = {name: limit for name, limit in limits.items() if limit is not None}
-    key, secret = app.keys.create(str(columns.pop("name", "")), columns)
-    _audit(app, exchange, "key_created", key=key.name, id=key.id)
-    body = {"id": key.id, "key": secret, **_key_entry(key)}
-    exchange.send_json(_with_storage_warning(app, body), status=201)
-
-
-def get_key(app: App, exchange: HttpExchange, key: str) -> None:
-    """GET /api/keys/{key}: return the key with this id or name."""
-    exchange.send_json(_key_entry(app.keys.find(key)))
-
-
-def change_key(app: App, exchange: HttpExchange, key: str) -> None:
-    """PATCH /api/keys/{key}: change its name, expiry, models, maxConcurrent or note."""
-    found = app.keys.find(key)
-    names = [name for name, _, _ in _KEY_FIELDS]
-    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), names)
-    columns = _key_columns(app, fields)
-    with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
-        app.keys.change(found, columns)
-    exchange.send_json(_with_storage_warning(app, _key_entry(app.keys.find(str(found.id)))))
-
-
-def revoke_key(app: App, exchange: HttpExchange, key: str) -> None:
-    """DELETE /api/keys/{key}: revoke the key and cancel its running requests; its usage records
-    stay."""
-    revoked = False
-    with contextlib.suppress(NotFound):
-        found = app.keys.find(key)
-        with _audited_change(app, exchange, "key_revoked", found):
-            revoked = app.keys.revoke(found)
-    exchange.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
-
-
-def rotate_key(app: App, exchange: HttpExchange, key: str) -> None:
-    """POST /api/keys/{key}/rotate: replace the key's secret; the old one stops working at once."""
-    found = app.keys.find(key)
-    secret = app.keys.rotate(found)
-    _audit(app, exchange, "key_rotated", key=found.name, id=found.id)
-    body = {"id": found.id, "name": found.name, "key": secret}
-    exchange.send_json(_with_storage_warning(app, body))
-
-
-def get_quota(app: App, exchange: HttpExchange, key: str) -> None:
-    """GET /api/keys/{key}/quota: return the limits, their use and their resets."""
-    found = app.keys.find(key)
-    report = app.ledger.quota_report(found)
-    exchange.send_json({"keyId": found.id, "name": found.name, "quota": report})
-
-
-def change_quota(app: App, exchange: HttpExchange, key: str) -> None:
-    """PATCH /api/keys/{key}/quota: set limits; null removes one, the others stay."""
-    found = app.keys.find(key)
-    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), _QUOTA_NAMES)
-    limits = _quota_limits(fields)
-    if not limits:
-        raise BadRequest(f"Set at least one of {', '.join(_QUOTA_NAMES)}.")
-    quota = {n: limit for n, limit in {**found.quota, **limits}.items() if limit is not None}
-    with _audited_change(app, exchange, "quota_updated", found, quota=limits):
-        app.keys.change(found, {"quota": quota})
-    body = {"ok": True, "idOrName": key, "quota": limits}
-    exchange.send_json(_with_storage_warning(app, body))
-
-
-# -- usage ------------------------------------------------------------------------------------
-
-_MAX_RECENT = 500
-#: How often reading the usage of all callers is logged, for each caller and address.
-_USAGE_AUDIT_INTERVAL_S = 60.0
-_MAX_HOURS = 24 * 400
-
-
-def _query_time(query: Mapping[str, str], name: str, default_s: float) -> float:
-    """Return a time of the query string in epoch seconds; it is ISO 8601 or epoch seconds. Raises
-    BadRequest."""
-    text = query.get(name, "")
-    try:
-        if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
-            return float(text)
-        # In a query string the plus of a time zone arrives as a space.
-        return parse_time(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
-    except (ValueError, OverflowError, OSError):
-        raise BadRequest(
-            f"{name}: must be a time such as 2026-11-20T14:00:00Z, or epoch seconds.", param=name
-        ) from None
-
-
-def get_api_usage(app: App, exchange: HttpExchange) -> None:
-    """GET /api/usage?since=&until=&hours=24&limit=50&all=true: return the caller's own usage, or
-    with `all` that of all callers, for the operator only."""
-    query, caller = exchange.query, exchange.caller
-    limit = query_integer(query, "limit", 50, _MAX_RECENT)
-    hours = query_integer(query, "hours", 24, _MAX_HOURS)
-    until_s = _query_time(query, "until", time.time() + 1)
-    since_s = _query_time(query, "since", until_s - hours * 3600)
-    all_callers = caller.is_admin and query.get("all", "").lower() in _TRUE_WORDS
-    # Not every time, because an open dashboard polls.
-    audit_id = f"usage {caller.name} {exchange.peer}"
-    if all_callers and app.intervals.claim(audit_id, _USAGE_AUDIT_INTERVAL_S):
-        app.log.event("info", "admin_usage_full_scope", by=caller.name, peer=exchange.peer)
-    report = app.ledger.report(since_s, until_s, limit, None if all_callers else caller)
-    exchange.send_json(
-        {
-            "since": iso_time(since_s),
-            "until": iso_time(until_s),
-            "scope": {"self": None if all_callers else caller.name, "all": all_callers},
-            **report,
-        }
-    )
-
-
-def _totals(app: App) -> Json:
-    """Return the totals that /usage and /status share."""
-    stats = _stats(app)
-    return {
-        "totalRequests": stats["totalRequests"],
-        "activeRequests": stats["activeRequests"],
-        "errors": stats["errors"],
-        "timeouts": stats["timeouts"],
-        "uptime": format_uptime(app.clock() - app.started_s),
-    }
-
-
-#: The numbers of one model in /usage, and their columns in the ledger's sums.
-_MODEL_NUMBERS = (
-    ("requests", "requests"), ("successes", "successes"), ("errors", "errors"),
-    ("timeouts", "timeouts"), ("avgElapsed", "avg_elapsed_ms"), ("maxElapsed", "max_elapsed_ms"),
-    ("avgPromptChars", "avg_prompt_chars"), ("maxPromptChars", "max_prompt_chars"),
-)
-
-
-def get_usage(app: App, exchange: HttpExchange) -> None:
-    """GET /usage: return the use of the plan as claude reported it, and totals since the start."""
-    app.learn_plan(exchange.client)
-    models = {
-        row["model"]: {name: row[column] for name, column in _MODEL_NUMBERS}
-        for row in app.ledger.by_model(app.started_at_s)
-    }
-    exchange.send_json({**app.account.report(), "proxy": _totals(app), "models": models})
-
-
-def get_status(app: App, exchange: HttpExchange) -> None:
-    """GET /status: return a summary of the server, the plan and the last errors."""
-    app.learn_plan(exchange.client)
-    status, _ = _server_status(app)
-    auth, totals = app.account.login_report(), _totals(app)
-    login_words = {True: "ok", None: "unknown", False: auth["message"]}
-    failures = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURE_EVENTS]
-    exchange.send_json(
-        {
-            "proxy": {
-                "status": status, "version": VERSION, "uptime": totals["uptime"],
-                "auth": login_words[auth["ok"]],
-            },
-            "requests": {
-                "total": totals["totalRequests"], "active": totals["activeRequests"],
-                "errors": totals["errors"], "timeouts": totals["timeouts"],
-            },
-            "plan": app.account.plan(),
-            "recentErrors": [
-                {"time": e["ts"], "message": redact_paths(str(e.get("detail") or e.get("error")))}
-                for e in failures[-3:]
-            ],
-        }
-    )
-
-
-#: Log events of failed requests.
-_FAILURE_EVENTS = ("answer_failed", "request_broke")
-
-
-# -- settings, cache, metrics -----------------------------------------------------------------
-
-
-def get_settings(app: App, exchange: HttpExchange) -> None:
-    """GET /settings: list the settings that can be changed at run time, with ranges and
-    sources."""
-    exchange.send_json(app.settings.report())
-
-
-def change_settings(app: App, exchange: HttpExchange) -> None:
-    """PATCH /settings {name: value}: change settings permanently; null restores the startup value.
-
-    Respond 200 if all changes succeeded and 207 if some did. If none did, respond 400, or 503 or
-    507 when the database failed.
-    """
-    results: Json = {}
-    errors = []
-    status_if_none = BadRequest.status
-    for name, value in Fields(parse_json_body(exchange.body())).object.items():
-        try:
-            results[name] = {"ok": True, "value": app.change_setting(name, value)}
-            _audit(app, exchange, "setting_changed", setting=name, value=value)
-        except KeyError:
-            reason = f"unknown setting; allowed: {', '.join(live_settings())}"
-        except ValueError as problem:
-            reason = str(problem)
-        except sqlite3.Error as problem:
-            failure = storage_failure(problem, _NOTHING_CHANGED)
-            reason, status_if_none = f"could not be stored: {failure.message}", failure.status
-        if name not in results:
-            results[name] = {"error": reason}
-            errors.append(f"{one_line(name, 80)}: {reason}")
-    some_changed = len(results) > len(errors)
-    status = 200 if not errors else 207 if some_changed else status_if_none
-    more = {"errors": errors} if errors else {}
-    exchange.send_json({"results": results, **more, "current": app.settings.report()}, status)
-
-
-def get_cache_stats(app: App, exchange: HttpExchange) -> None:
-    """GET /cache/stats: return the size, limits and hit counts of the cache."""
-    limits = {"maxBytes": app.config.cache_max_bytes, "ttl": app.config.cache_ttl_ms}
-    exchange.send_json({**app.cache.stats(), **limits})
-
-
-def clear_cache(app: App, exchange: HttpExchange) -> None:
-    """DELETE /cache: delete all cached answers."""
-    cleared = app.cache.clear()
-    _audit(app, exchange, "cache_cleared", cleared=cleared)
-    exchange.send_json({"cleared": cleared})
-
-
-def _gauges(app: App) -> dict[str, dict[Labels, float]]:
-    """Return the metrics whose values other objects keep."""
-    cache, program = app.cache.stats(), app.program.last_result()[0]
-    windows = app.account.windows()
-    cache_counts = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
-    login = app.account.login_report()["ok"]
-    claude = program.version_text if program is not None else ""
-    return {
-        "ocp_build_info": {(("version", VERSION), ("claude", claude)): 1},
-        "ocp_uptime_seconds": {(): app.clock() - app.started_s},
-        "ocp_running": {(): app.gate.running},
-        "ocp_queued": {(): app.gate.waiting},
-        "ocp_queue_refusals_total": {(): app.gate.refused},
-        "ocp_connections": {(): len(app.connections)},
-        "ocp_spawns_total": {(): app.spares.spawned},
-        "ocp_spares": {(("model", m),): count for m, count in app.spares.idle().items()},
-        "ocp_parked": {(): len(app.parking)},
-        "ocp_cache_requests_total": {
-            (("result", result),): cache[name] for result, name in cache_counts.items()
-        },
-        "ocp_cache_entries": {(): cache["entries"]},
-        "ocp_cache_bytes": {(): cache["sizeBytes"]},
-        "ocp_plan_utilization": {
-            (("window", name),): window.utilization for name, window in windows.items()
-            if window.utilization is not None
-        },
-        "ocp_plan_resets_timestamp_seconds": {
-            (("window", name),): window.resets_at_s for name, window in windows.items()
-            if window.resets_at_s is not None
-        },
-        "ocp_logged_in": {} if login is None else {(): int(login)},
-    }
-
-
-def get_dashboard(app: App, exchange: HttpExchange) -> None:
-    """GET /dashboard: return the operator's page, which fetches its data with the admin key."""
-    page = dashboard_page()
-    exchange.headers_out.update(page.headers)
-    if exchange.headers.get("If-None-Match") == page.headers["ETag"]:
-        exchange.send_nothing(304)
-        return
-    exchange.send_text(page.html, "text/html; charset=utf-8")
-
-
-#: The script that sets up clients; the server also works without this file.
-CONNECT_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ocp_connect.py")
-
-
-def get_connect(app: App, exchange: HttpExchange) -> None:
-    """GET /connect: return ocp_connect.py, to be piped into python3 on a client."""
-    try:
-        with open(CONNECT_SCRIPT, encoding="utf-8") as file:
-            script = file.read()
-    except (OSError, UnicodeDecodeError):
-        raise NotFound(
-            "There is no ocp_connect.py beside this server's ocp_server.py. Copy it there, or "
-            "copy it to the client and run: python3 ocp_connect.py HOST"
-        ) from None
-    exchange.headers_out["X-OCP-Version"] = VERSION
-    exchange.send_text(script, "text/plain; charset=utf-8")
-
-
-def get_openapi(app: App, exchange: HttpExchange) -> None:
-    """GET /openapi.json: return the OpenAPI document of this API."""
-    exchange.send_json(openapi(exchange.routes))
-
-
-def get_metrics(app: App, exchange: HttpExchange) -> None:
-    """GET /metrics: return all metrics in Prometheus' text format."""
-    text = app.metrics.text(_gauges(app))
-    exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
-
-
-# ==== 31. Routes =============================================================
-# The table of routes. Paths match exactly, after repeated slashes are merged. The /v1 of a path
-# may be missing or doubled, because users write base addresses with and without it.
-
-
-ROUTES = (
-    #     method    path                         access         dialect      endpoint
-    Route("POST",   "/v1/chat/completions",      Access.CALLER, CHAT,        answer),
-    Route("POST",   "/v1/messages",              Access.CALLER, MESSAGES,    answer),
-    Route("POST",   "/v1/messages/count_tokens", Access.CALLER, MESSAGES,    count_tokens),
-    Route("POST",   "/v1/responses",             Access.CALLER, RESPONSES,   answer),
-    Route("POST",   "/v1/responses/compact",     Access.CALLER, COMPACTION,  answer),
-    Route("POST",   "/v1/responses/input_tokens", Access.CALLER, RESPONSES,  count_input_tokens),
-    Route("GET",    "/v1/responses/{id}",        Access.CALLER, RESPONSES,   get_response),
-    Route("DELETE", "/v1/responses/{id}",        Access.CALLER, RESPONSES,   delete_response),
-    Route("GET",    "/v1/responses/{id}/input_items", Access.CALLER, RESPONSES, get_input_items),
-    Route("POST",   "/v1/responses/{id}/cancel", Access.CALLER, RESPONSES,   cancel_response),
-    Route("POST",   "/v1/completions",           Access.CALLER, COMPLETIONS, answer),
-    Route("POST",   "/v1/embeddings",            Access.CALLER, CHAT,        no_embeddings),
-    Route("GET",    "/v1/models",                Access.CALLER, CHAT,        get_models),
-    Route("GET",    "/v1/models/{model}",        Access.CALLER, CHAT,        get_model),
-    Route("GET",    "/sessions",                 Access.ADMIN,  CHAT,        get_sessions),
-    Route("DELETE", "/sessions",                 Access.ADMIN,  CHAT,        clear_sessions),
-    Route("DELETE", "/sessions/{id}",            Access.ADMIN,  CHAT,        clear_session),
-    Route("GET",    "/api/keys",                 Access.ADMIN,  CHAT,        get_keys),
-    Route("POST",   "/api/keys",                 Access.ADMIN,  CHAT,        create_key),
-    Route("GET",    "/api/keys/{key}",           Access.ADMIN,  CHAT,        get_key),
-    Route("PATCH",  "/api/keys/{key}",           Access.ADMIN,  CHAT,        change_key),
-    Route("DELETE", "/api/keys/{key}",           Access.ADMIN,  CHAT,        revoke_key),
-    Route("POST",   "/api/keys/{key}/rotate",    Access.ADMIN,  CHAT,        rotate_key),
-    Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
-    Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
-    Route("GET",    "/api/usage",                Access.CALLER, CHAT,        get_api_usage),
-    Route("GET",    "/api/events",               Access.ADMIN,  CHAT,        get_events),
-    Route("GET",    "/usage",                    Access.ADMIN,  CHAT,        get_usage),
-    Route("GET",    "/status",                   Access.ADMIN,  CHAT,        get_status),
-    Route("GET",    "/settings",                 Access.ADMIN,  CHAT,        get_settings),
-    Route("PATCH",  "/settings",                 Access.ADMIN,  CHAT,        change_settings),
-    Route("GET",    "/cache/stats",              Access.ADMIN,  CHAT,        get_cache_stats),
-    Route("DELETE", "/cache",                    Access.ADMIN,  CHAT,        clear_cache),
-    Route("GET",    "/logs",                     Access.ADMIN,  CHAT,        get_logs),
-    Route("GET",    "/metrics",                  Access.ADMIN,  CHAT,        get_metrics),
-    Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
-    Route("GET",    "/ready",                    Access.PUBLIC, CHAT,        get_ready),
-    Route("GET",    "/dashboard",                Access.PUBLIC, CHAT,        get_dashboard),
-    Route("GET",    "/connect",                  Access.PUBLIC, CHAT,        get_connect),
-    Route("GET",    "/openapi.json",             Access.PUBLIC, CHAT,        get_openapi),
-)
-
-
-def _pattern(path: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(path)))
-
-
-#: A route, and the arguments that a path has for its names in braces, percent-decoded.
-Match = tuple[Route, dict[str, str]]
-
-
-class Router:
-    """The routes with their compiled patterns."""
-
-    def __init__(self, routes: tuple[Route, ...]) -> None:
-        self._routes = [(_pattern(route.path), route) for route in routes]
-
-    def matches(self, path: str) -> list[Match]:
-        """Return the routes of a path, for all methods. Routes without arguments win: the path
-        of one is not an id of another. Raises BadRequest."""
-        path = re.sub("/+", "/", path).rstrip("/") or "/"
-        while path.startswith("/v1/v1/"):
-            path = path[len("/v1"):]
-        matches = []
-        for pattern, route in self._routes:
-            match = pattern.fullmatch(path) or pattern.fullmatch("/v1" + path)
-            if match:
-                arguments = {
-                    name: _percent_decode(value) for name, value in match.groupdict().items()
-                }
-                matches.append((route, arguments))
-        return [match for match in matches if not match[1]] or matches
-
-    def choose(self, method: str, path: str, matches: list[Match]) -> Match:
-        """Return the match for this method. Raises NotFound, MethodNotAllowed."""
-        route_method = "GET" if method == "HEAD" else method
-        for route, arguments in matches:
-            if route.method == route_method:
-                return route, arguments
-        if matches:
-            allowed = allowed_methods(matches)
-            raise MethodNotAllowed(f"{path} allows {', '.join(allowed)}.", allowed)
-        raise NotFound(f"There is no path {one_line(path, 80)}; /openapi.json lists all paths.")
-
-
-def allowed_methods(matches: list[Match]) -> list[str]:
-    """Return the methods of a path; empty = the path does not exist."""
-    methods = [route.method for route, _ in matches]
-    if "GET" in methods:
-        methods.append("HEAD")
-    return [*methods, "OPTIONS"] if methods else []
-
-
-def _percent_decode(text: str) -> str:
-    try:
-        return urllib.parse.unquote(text, errors="strict")
-    except UnicodeDecodeError:
-        raise BadRequest("The path has percent escapes that are not UTF-8.") from None
-
-
-# ==== 32. HTTP server ========================================================
+# ==== 36. HTTP server ========================================================
 # One thread for each connection. A request that is too large or too slow is refused, and all
 # errors are rendered in one place. A closed connection leaves no state behind.
 
@@ -15021,7 +13991,8 @@ def body_length(headers: http.client.HTTPMessage, version: str) -> int | None:
 
 
 class Exchange(BaseHTTPRequestHandler):
-    """A connection and its current request. See HttpExchange."""
+    """A connection and its current request. Endpoints read the request from its attributes and from
+    `body`, and respond with one of the `send_` methods."""
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -15037,7 +14008,7 @@ class Exchange(BaseHTTPRequestHandler):
         self._headers_buffer: list[bytes] = []
         self.app = self.server.app
         self.peer = self.client.peer
-        self.routes = ROUTES
+        self.routes = self.server.routes
         #: Whether a request has been served on the connection.
         self._served = False
         self._body_hold = Hold(self.client.cut)
@@ -15206,13 +14177,8 @@ class Exchange(BaseHTTPRequestHandler):
         self._path = target.path
         self.query = dict(urllib.parse.parse_qsl(target.query))
         matches = self.server.router.matches(target.path)
-        if matches:
-            # From here on, errors have the format of the path's API.
-            self.dialect = matches[0][0].dialect
-        is_for_both_apis = not matches or matches[0][0].endpoint in (get_models, get_model)
-        if is_for_both_apis and "anthropic-version" in self.headers:
-            # SDKs of both APIs use these paths; each needs errors in its own format.
-            self.dialect = MESSAGES
+        # From here on, errors have the format of the path's API.
+        self.dialect = (matches[0][0].dialect if matches else None) or self._dialect_of_client()
         config = self.app.config
         origin = self.headers.get("Origin", "")
         content_type = self.headers.get("Content-Type", "")
@@ -15232,6 +14198,10 @@ class Exchange(BaseHTTPRequestHandler):
         owner = self.peer if self.caller.key_id is None else self.caller.scope
         self.client.unread.owner = self._body_hold.owner = owner
         route.endpoint(self.app, self, **arguments)
+
+    def _dialect_of_client(self) -> Dialect:
+        """Return the dialect of the API that the client speaks, as its headers tell."""
+        return MESSAGES if "anthropic-version" in self.headers else CHAT
 
     def _authorize(self, config: Config, access: Access) -> Caller:
         """Return the caller. Raises Forbidden, and Unauthorized after a delay that grows with
@@ -15283,7 +14253,7 @@ class Exchange(BaseHTTPRequestHandler):
     # -- reading ------------------------------------------------------------------------------
 
     def body(self) -> bytearray:
-        """See HttpExchange. While the body arrives, the connection counts as idle and may be
+        """See Exchange. While the body arrives, the connection counts as idle and may be
         closed to make room."""
         config = self.app.config
         length = self._length
@@ -15369,7 +14339,7 @@ class Exchange(BaseHTTPRequestHandler):
     # -- writing ------------------------------------------------------------------------------
 
     def send_json(self, value: object, status: int = 200) -> None:
-        """See HttpExchange."""
+        """See Exchange."""
         if not self._status:
             self._send_body(status, to_json(value) + b"\n", {"Content-Type": "application/json"})
         else:
@@ -15377,13 +14347,13 @@ class Exchange(BaseHTTPRequestHandler):
             self._end_chunks()
 
     def send_text(self, text: str, content_type: str) -> None:
-        """See HttpExchange."""
+        """See Exchange."""
         self._send_body(200, text.encode("utf-8"), {"Content-Type": content_type})
 
     def send_stream(
         self, renderer: Renderer, events: Iterator[Choice], finished: Callable[[Json], None]
     ) -> None:
-        """See HttpExchange. A keepalive is also due when events render to nothing for too long."""
+        """See Exchange. A keepalive is also due when events render to nothing for too long."""
         heartbeat_s = self.app.config.heartbeat_ms / 1000
         sent_s = time.monotonic()
         for index, event in events:
@@ -15406,12 +14376,12 @@ class Exchange(BaseHTTPRequestHandler):
         self._end_chunks()
 
     def send_nothing(self, status: int) -> None:
-        """See HttpExchange."""
+        """See Exchange."""
         self._send_head(status, {})
         self._is_complete = True
 
     def send_events(self, frames: Iterator[bytes]) -> None:
-        """See HttpExchange."""
+        """See Exchange."""
         self._begin_chunks(_STREAM_HEADERS)
         if self.command == "HEAD":
             self._is_complete = True
@@ -15421,7 +14391,7 @@ class Exchange(BaseHTTPRequestHandler):
         self._end_chunks()
 
     def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
-        """See HttpExchange. Node clients disconnect after 300 s without a byte."""
+        """See Exchange. Node clients disconnect after 300 s without a byte."""
         silent_since_s = time.monotonic()
         for _ in events:
             if silence_s and time.monotonic() - silent_since_s >= silence_s:
@@ -15532,10 +14502,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     #: As many newcomers at once are not made to try again a second later.
     request_queue_size = 1024
 
-    def __init__(self, app: App, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, app: App, routes: tuple[Route, ...], tls: ssl.SSLContext | None = None
+    ) -> None:
         """Bind and listen. Raises OSError."""
         self.app = app
-        self.router = Router(ROUTES)
+        self.routes = routes
+        self.router = Router(routes)
         self.memory = MemoryBudget()
         self._tls = tls
         # Guards the next field.
@@ -15655,7 +14628,1043 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 33. Demo claude ========================================================
+# ==== 37. Dashboard ==========================================================
+# One static page, dashboard.html beside this file. The server writes no values into it: the page
+# fetches JSON and sets text. Its content security policy allows only its own style and script, by
+# their hashes.
+
+DASHBOARD_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "dashboard.html")
+
+#: The page for a server whose ocp_server.py was copied without dashboard.html.
+_PAGE_WITHOUT_DASHBOARD = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>OCP</title>
+<style>body { font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 2rem auto; }</style>
+</head>
+<body>
+<h1>OCP</h1>
+<p>There is no dashboard.html beside this server's ocp_server.py. Copy it there from the same
+version of OCP and reload this page, or use <code>ocp status</code>.</p>
+<p id="state">Loading /health ...</p>
+<script>
+const state = document.getElementById("state");
+fetch("health").then((reply) => reply.json()).then((health) => {
+  state.textContent = `OCP ${health.version}: ${health.status}` +
+    (health.fix ? `. ${health.fix}` : `, up for ${health.uptimeHuman}.`);
+}).catch(() => { state.textContent = "The server does not answer /health."; });
+</script>
+</body>
+</html>
+"""
+
+
+class Page(NamedTuple):
+    """An HTML page and its response headers."""
+
+    html: str
+    headers: Mapping[str, str]
+
+
+def _csp_hash(tag: str, html: str) -> str:
+    """Return the policy's hash source for the only element with this tag in a page."""
+    inside = html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    digest = base64.b64encode(hashlib.sha256(inside.encode("utf-8")).digest())
+    return f"'sha256-{digest.decode('ascii')}'"
+
+
+@functools.lru_cache(maxsize=2)
+def _page_with_headers(html: str) -> Page:
+    policy = (
+        "default-src 'none'", f"style-src {_csp_hash('style', html)}",
+        f"script-src {_csp_hash('script', html)}", "connect-src 'self'", "img-src data:",
+        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+    )
+    return Page(html, {
+        "Content-Security-Policy": "; ".join(policy),
+        "Referrer-Policy": "no-referrer",
+        "ETag": f'"{hashlib.sha256(html.encode("utf-8")).hexdigest()[:32]}"',
+        "Cache-Control": "no-cache",
+    })
+
+
+def dashboard_page() -> Page:
+    """Return the dashboard, or a page that says where to put dashboard.html."""
+    try:
+        with open(DASHBOARD_FILE, encoding="utf-8", newline="") as file:
+            return _page_with_headers(file.read())
+    except (OSError, UnicodeDecodeError):
+        return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
+
+
+# ==== 38. API endpoints ======================================================
+# What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
+# function (app, exchange, **names in the path). It reads the request from the exchange, sends the
+# response through it, and raises errors. The first sentence of its docstring is its summary in
+# /openapi.json.
+
+
+def parse_json_body(data: bytearray) -> object:
+    """Return the JSON value of a request's body. Raises BadRequest."""
+    if data.startswith(codecs.BOM_UTF8):
+        del data[:len(codecs.BOM_UTF8)]
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        raise BadRequest("The body is not UTF-8: send the JSON in UTF-8.")
+    if not data or data.isspace():
+        raise BadRequest("The body is empty; it must be a JSON object.")
+    if has_many_values(data):
+        raise BadRequest(
+            f"The body has more than {_MAX_JSON_VALUES} arrays, objects and values: send less."
+        )
+    try:
+        return from_json(data)
+    except ValueError as problem:
+        reason = one_line(str(problem), 120)
+        raise BadRequest(f"The body is not JSON: {reason}.") from None
+
+
+def query_integer(query: Mapping[str, str], name: str, default: int, maximum: int) -> int:
+    """Return a number from 0 to `maximum` of the query string. Raises BadRequest."""
+    text = query.get(name, "") or str(default)
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > maximum:
+        raise BadRequest(f"{name}: must be a whole number up to {maximum}.", param=name)
+    return int(text)
+
+
+#: The prefix of the API beta that requests the long context window.
+_LONG_CONTEXT_BETA = "context-1m-"
+
+
+def _check_model_allowed(app: App, caller: Caller, model: Model) -> None:
+    """Raise Forbidden if the caller may not use this model."""
+    if caller.models and model.id not in app.models.resolve(caller.models):
+        raise Forbidden(
+            f"This key may use {', '.join(caller.models)} only.",
+            param="model", code="model_not_allowed",
+        )
+
+
+def _parse_environment(app: App, exchange: Exchange, *, counted: bool) -> ParseEnvironment:
+    """Return what a dialect needs from the server and the caller to parse a body."""
+    config, scope = app.config, exchange.caller.scope
+    limits = Limits(
+        config.image_allow_url, config.max_image_bytes,
+        config.max_images, config.max_image_total_bytes,
+    )
+    return ParseEnvironment(
+        app.models, config.default_model, limits,
+        recall=lambda response_id: app.responses.messages(scope, response_id),
+        item=lambda item_id: app.responses.item(scope, item_id),
+        session=lambda session_id, system: app.sessions.messages(
+            scope, session_id, system, config.session_ttl_ms / 1000
+        ),
+        count_only=counted,
+        long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
+    )
+
+
+def _read_turn(app: App, exchange: Exchange, *, counted: bool = False) -> Turn:
+    """Read the body and return its Turn. `counted` only measures it: no quota is checked, and a
+    long prompt is not truncated."""
+    if not counted:
+        app.requests.check_quota(exchange.caller, exchange.dialect)
+    data = exchange.body()
+    # The key may have been changed or revoked while the body arrived.
+    exchange.caller = app.keys.current(exchange.caller)
+    with app.large_bodies.parsing(len(data)):
+        turn = _parse_turn(app, exchange, parse_json_body(data), counted=counted)
+    if not turn.model.known:
+        app.log.event(
+            "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
+        )
+    _set_turn_headers(exchange, turn)
+    return turn
+
+
+def _parse_turn(app: App, exchange: Exchange, body: object, *, counted: bool) -> Turn:
+    config = app.config
+    if config.session_id and isinstance(body, dict):
+        session_id = body.pop("session_id", None) or exchange.headers.get("X-Session-Id")
+        body.setdefault(SESSION_FIELD, session_id)
+    turn = exchange.dialect.parse(body, _parse_environment(app, exchange, counted=counted))
+    _check_model_allowed(app, exchange.caller, turn.model)
+    turn, dropped = (turn, 0) if counted else truncate_to_budget(turn, config.max_prompt_chars)
+    if dropped:
+        turn = turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
+        app.log.event(
+            "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
+        )
+    if config.cache_ttl_ms:
+        bypass = wants_cache_bypass(body, sampled_too=config.cache_sampled)
+        turn = turn._replace(bypass_cache=bypass)
+    return turn
+
+
+def _set_turn_headers(exchange: Exchange, turn: Turn) -> None:
+    """List ignored parameters and adjustments of the request in the response's headers."""
+    if turn.ignored:
+        exchange.headers_out["X-OCP-Ignored-Params"] = header_list(turn.ignored)
+    if turn.adjusted:
+        counts = (f"{name}={count}" for name, count in turn.adjusted)
+        exchange.headers_out["X-OCP-Adjusted"] = header_list(counts)
+
+
+def answer(app: App, exchange: Exchange) -> None:
+    """Answer a request with a model."""
+    dialect, turn = exchange.dialect, _read_turn(app, exchange)
+    request = Request(turn, exchange.caller, exchange.client, exchange.request_id, dialect.name)
+    with app.requests.answering(request) as answering:
+        def store(body: Json) -> None:
+            # Before the last byte is sent: the client's next request may refer to this answer.
+            if answering.job.finished and (dialect.stores(turn) or turn.session_id):
+                _store_conversation(app, exchange, turn, answering.answers()[0], body)
+
+        exchange.headers_out["X-OCP-Cache"] = answering.cache
+        if turn.stream:
+            exchange.send_stream(dialect.renderer(turn), answering.events, store)
+        else:
+            exchange.keep_alive(answering.events, app.config.whole_silence_ms / 1000)
+            body = dialect.answer_body(turn, list(answering.answers()))
+            store(body)
+            exchange.send_json(body)
+
+
+def _store_conversation(
+    app: App, exchange: Exchange, turn: Turn, answer: Answer, body: Json
+) -> None:
+    """Store the conversation under its response id, its session id, or both."""
+    blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
+    messages = [*turn.messages, Message("assistant", blocks)]
+    if exchange.dialect.stores(turn) and body:
+        system = exchange.dialect.stored_system_messages(turn)
+        items = [stored_item(item) for item in turn.wire["items"]]
+        app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)
+    if not turn.session_id:
+        return
+    try:
+        app.sessions.put(exchange.caller.scope, turn, messages, app.config.session_ttl_ms / 1000)
+    except sqlite3.Error as problem:
+        # On a full disk, for example. The answer itself is complete, so the request succeeds.
+        app.log.event("error", "session_not_kept", error=str(problem))
+
+
+def get_sessions(app: App, exchange: Exchange) -> None:
+    """GET /sessions: list the stored conversations."""
+    entries = app.sessions.all(app.config.session_ttl_ms / 1000)
+    names = {key.caller.scope: key.name for key in app.keys.all()}
+    sessions = [
+        {**entry, "caller": names.get(entry["caller"], entry["caller"])} for entry in entries
+    ]
+    exchange.send_json({"sessions": sessions})
+
+
+def clear_sessions(app: App, exchange: Exchange) -> None:
+    """DELETE /sessions: delete all stored conversations."""
+    exchange.send_json({"cleared": app.sessions.clear()})
+
+
+def clear_session(app: App, exchange: Exchange, id: str) -> None:
+    """DELETE /sessions/{id}: delete one stored conversation."""
+    cleared = app.sessions.clear(id)
+    if not cleared:
+        raise NotFound(f"There is no session {one_line(id, 80)!r}.", param="id")
+    exchange.send_json({"cleared": cleared})
+
+
+def _estimate(app: App, exchange: Exchange) -> int:
+    """Return the estimated tokens of the request, and mark the response as an estimate."""
+    turn = _read_turn(app, exchange, counted=True)
+    exchange.headers_out["X-OCP-Estimate"] = "true"
+    return estimate_tokens(turn)
+
+
+def count_tokens(app: App, exchange: Exchange) -> None:
+    """POST /v1/messages/count_tokens: estimate the input tokens of a request."""
+    exchange.send_json({"input_tokens": _estimate(app, exchange)})
+
+
+def count_input_tokens(app: App, exchange: Exchange) -> None:
+    """POST /v1/responses/input_tokens: estimate the input tokens of a request."""
+    tokens = _estimate(app, exchange)
+    exchange.send_json({"object": "response.input_tokens", "input_tokens": tokens})
+
+
+def get_response(app: App, exchange: Exchange, id: str) -> None:
+    """GET /v1/responses/{id}: return a stored response."""
+    stored = app.responses.get(exchange.caller.scope, id)
+    if exchange.query.get("stream", "").lower() not in ("", "false", "0"):
+        raise Unsupported(
+            "stream: a stored response cannot be streamed again; request it without `stream`.",
+            param="stream",
+        )
+    exchange.send_json(stored.body)
+
+
+def cancel_response(app: App, exchange: Exchange, id: str) -> None:
+    """POST /v1/responses/{id}/cancel: refuse, because no response runs in the background."""
+    app.responses.get(exchange.caller.scope, id)
+    raise BadRequest(
+        "This response is complete and cannot be cancelled. To stop one that is running, close "
+        "its connection."
+    )
+
+
+#: How many input items a page has by default, and at most.
+_DEFAULT_ITEMS, _MAX_ITEMS = 20, 100
+
+
+def get_input_items(app: App, exchange: Exchange, id: str) -> None:
+    """GET /v1/responses/{id}/input_items: list the input items of a stored response."""
+    query = Fields(dict(exchange.query))
+    order = query.one_of("order", ("asc", "desc")) or "desc"
+    limit = query_integer(exchange.query, "limit", _DEFAULT_ITEMS, _MAX_ITEMS)
+    if not limit:
+        raise query.invalid("limit", f"a whole number from 1 to {_MAX_ITEMS}")
+    items = app.responses.get(exchange.caller.scope, id).items
+    items = items[::-1] if order == "desc" else items
+    after = query.text("after")
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise BadRequest(f"after: there is no item {one_line(after, 80)!r}.", param="after")
+        items = items[ids.index(after) + 1:]
+    page = items[:limit]
+    exchange.send_json({
+        "object": "list", "data": page, "has_more": len(items) > len(page),
+        "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
+    })
+
+
+def delete_response(app: App, exchange: Exchange, id: str) -> None:
+    """DELETE /v1/responses/{id}: delete a stored response."""
+    app.responses.remove(exchange.caller.scope, id)
+    exchange.send_json({"id": id, "object": "response", "deleted": True})
+
+
+def no_embeddings(app: App, exchange: Exchange) -> None:
+    """POST /v1/embeddings: refuse, and name an alternative."""
+    raise NotFound(
+        "This server has no embeddings: Claude models do not make any. Use a local embedding "
+        "model, such as Ollama's nomic-embed-text, for this part of your tool."
+    )
+
+
+#: A fixed time for `created`: clients require the field, but its value is unknown.
+_MODELS_CREATED_S = 1_750_000_000
+
+
+def _model_entry(model: Model) -> Json:
+    """Return the fields of OpenAI's and of Anthropic's model entries, and those of OCP."""
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": _MODELS_CREATED_S,
+        "owned_by": "anthropic",
+        "type": "model",
+        "created_at": iso_time(_MODELS_CREATED_S),
+        "display_name": model.display_name,
+        "max_input_tokens": model.context_window,
+        "max_tokens": model.max_tokens,
+        "lifecycle": "active",
+        "context_window": model.context_window,
+        "max_output_tokens": model.max_tokens,
+        "reasoning": model.reasoning,
+        "efforts": list(model.efforts),
+    }
+
+
+#: The most models on one page.
+_MAX_PAGE = 1000
+
+
+def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
+    """Return the requested page of ids (Anthropic's `after_id`, `before_id` and `limit`), and
+    whether more ids follow in its direction. Raises BadRequest."""
+    def index(name: str, default: int) -> int:
+        if not query.get(name):
+            return default
+        if query[name] not in ids:
+            raise BadRequest(f"{name}: must be the id of an entry of this list.", param=name)
+        return ids.index(query[name])
+
+    first, end = index("after_id", -1) + 1, index("before_id", len(ids))
+    limit = query_integer(query, "limit", 0, _MAX_PAGE) or _MAX_PAGE
+    has_more = limit < end - first
+    if query.get("before_id") and not query.get("after_id"):
+        return slice(max(first, end - limit), end), has_more
+    return slice(first, min(end, first + limit)), has_more
+
+
+def get_models(app: App, exchange: Exchange) -> None:
+    """GET /v1/models: list the models that the caller may use, or a page of them."""
+    allowed = app.models.resolve(exchange.caller.models)
+    models = [m for m in app.models.all() if (m.id in allowed if allowed else m.listed)]
+    page, has_more = _page(exchange.query, [model.id for model in models])
+    entries = [_model_entry(model) for model in models[page]]
+    ends = [entries[0]["id"], entries[-1]["id"]] if entries else [None, None]
+    exchange.send_json({
+        "object": "list", "data": entries, "has_more": has_more,
+        "first_id": ends[0], "last_id": ends[1],
+    })
+
+
+def get_model(app: App, exchange: Exchange, model: str) -> None:
+    """GET /v1/models/{model}: return the model with this id or alias."""
+    found = app.models.find(model)
+    _check_model_allowed(app, exchange.caller, found)
+    exchange.send_json(_model_entry(found))
+
+
+# ==== 39. Management endpoints ===============================================
+# What operators and holders of keys call: health, logs, keys, usage, settings, the cache, and the
+# pages.
+
+
+def _stats(app: App) -> Json:
+    """Return the counts of requests since the start."""
+    finished = app.metrics.total("ocp_requests_total")
+    not_failed = sum(
+        app.metrics.total("ocp_requests_total", outcome=word) for word in ("ok", "abandoned")
+    )
+    paths = ("continued", "rewound", "rebuilt", "fresh", "cached", "shared")
+    return {
+        "totalRequests": app.metrics.total("ocp_requests_started_total"),
+        "activeRequests": app.gate.running,
+        "queued": app.gate.waiting,
+        "queueRejections": app.gate.refused,
+        "spawned": app.spares.spawned,
+        "errors": finished - not_failed,
+        "timeouts": app.metrics.total("ocp_requests_total", outcome=str(UpstreamTimeout.code)),
+        **{path: app.metrics.total("ocp_answers_total", path=path) for path in paths},
+    }
+
+
+def _server_status(app: App) -> tuple[str, str]:
+    """Return "ok", "degraded" or "draining", and what the operator should do about it."""
+    problem = app.program.last_result()[1]
+    auth = app.account.login_report()
+    if app.draining:
+        return "draining", "The server is stopping."
+    if problem is not None or auth["ok"] is False:
+        return "degraded", problem.message if problem is not None else str(auth["message"])
+    _, advice = app.state_folder.status
+    return ("degraded", advice) if advice else ("ok", "")
+
+
+def get_health(app: App, exchange: Exchange) -> None:
+    """GET /health: return the state of the server."""
+    # Public: it must contain no path, no prompt and no error text.
+    advertised = app.config.advertised_key
+    exchange.send_json({**_health(app), **({"anonymousKey": advertised} if advertised else {})})
+
+
+def _health(app: App) -> Json:
+    config, uptime_s = app.config, app.clock() - app.started_s
+    program, problem = app.program.last_result()
+    status, fix = _server_status(app)
+    return {
+        "status": status,
+        "version": VERSION,
+        "architecture": "warm processes",
+        "demo": app.demo,
+        "instanceName": config.instance_name,
+        "uptime": round(uptime_s * 1000),
+        "uptimeHuman": format_uptime(uptime_s),
+        "authMode": config.mode,
+        "tls": bool(config.tls_cert),
+        "auth": app.account.login_report(),
+        # Whether claude's system prompt leaves out the account's identity.
+        "ownerHidden": app.claude_folder.is_private,
+        # Where keys, settings and usage are stored: "disk", or the problem with it.
+        "storage": app.state_folder.status[0],
+        "storageFix": app.state_folder.status[1] or None,
+        "claudeBinaryOk": problem is None,
+        "claudeVersion": program.version_text if program is not None else None,
+        "fix": fix or None,
+        "stats": _stats(app),
+        "concurrency": {
+            "maxConcurrent": config.max_concurrent,
+            "maxQueue": config.max_queue,
+            "inflight": app.gate.running,
+            "queued": app.gate.waiting,
+            "queueRejections": app.gate.refused,
+        },
+        "spares": app.spares.idle(),
+        "parked": len(app.parking),
+    }
+
+
+def get_ready(app: App, exchange: Exchange) -> None:
+    """GET /ready: respond 200 if requests can be answered, otherwise 503."""
+    status, fix = _server_status(app)
+    if status != "ok":
+        raise NotReady(fix)
+    exchange.send_json({"ready": True})
+
+
+#: How often /api/events checks for changes, and when it sends a keepalive instead.
+_EVENTS_INTERVAL_S = 0.5
+_EVENTS_KEEPALIVE_S = 15.0
+
+
+def get_events(app: App, exchange: Exchange) -> None:
+    """GET /api/events: stream server-sent events, `state` for each change of the server's state
+    and `log` for new log entries."""
+    exchange.send_events(_live_frames(app, exchange.client))
+
+
+def _live_frames(app: App, client: Client) -> Iterator[bytes]:
+    """Yield the frames of /api/events until the server stops. Raises ClientGone."""
+    seen, state = 0, b""
+    sent_s = app.clock()
+    while not app.draining:
+        frames = b""
+        entries, seen = app.log.since(seen)
+        if entries:
+            frames += sse_event({"entries": entries}, "log")
+        before, state = state, sse_event(_live_state(app), "state")
+        frames += state if state != before else b""
+        if not frames and app.clock() - sent_s >= _EVENTS_KEEPALIVE_S:
+            frames = b": keepalive\n\n"
+        if frames:
+            sent_s = app.clock()
+            yield frames
+        poller = select.poll()
+        if client.can_detect_hangup():
+            poller.register(client.fileno(), select.POLLIN)
+        poller.poll(_EVENTS_INTERVAL_S * 1000)
+        if client.gone():
+            raise ClientGone
+
+
+def _live_state(app: App) -> Json:
+    """Return the state for /api/events, without values that change all the time."""
+    health = _health(app)
+    for name in ("uptime", "uptimeHuman"):
+        del health[name]
+    return {
+        "startedAt": iso_time(app.started_at_s),
+        "health": health,
+        "running": app.requests.running(),
+        "plan": app.account.plan(),
+        "cache": {**app.cache.stats(), "ttl": app.config.cache_ttl_ms},
+        "connections": len(app.connections),
+        "finished": app.metrics.total("ocp_requests_total"),
+    }
+
+
+_MAX_LOG_LINES = 1000
+
+
+def get_logs(app: App, exchange: Exchange) -> None:
+    """GET /logs?n=30&level=all: list the newest log events of this level or above, oldest first;
+    level=audit lists the operator's changes."""
+    level = exchange.query.get("level", "all").lower()
+    level = "warn" if level == "warning" else level
+    if level not in ("all", "audit", *LEVELS):
+        raise BadRequest(f"level: must be one of all, audit, {', '.join(LEVELS)}.", param="level")
+    count = query_integer(exchange.query, "n", 30, _MAX_LOG_LINES)
+    entries = app.log.recent(count, level)
+    exchange.send_json({"count": len(entries), "level": level, "entries": entries})
+
+
+# -- keys -------------------------------------------------------------------------------------
+
+
+def _with_known_fields(fields: Fields, names: Iterable[str]) -> Fields:
+    """Return the fields. Raises BadRequest if there are others than these names."""
+    known = tuple(names)
+    for name in fields.object:
+        if name not in known:
+            place = one_line(fields.path_of(name), 80)
+            raise BadRequest(
+                f"{place}: unknown field; allowed: {', '.join(known)}.", param=place
+            )
+    return fields
+
+
+_SPAN = re.compile(r"([0-9]{1,6})([mhd])")
+_SPAN_S = {"m": 60, "h": 3600, "d": 86_400}
+
+
+def _expiry(fields: Fields) -> int | None:
+    """Return when a key expires, in epoch seconds; None = never. Raises BadRequest."""
+    text = fields.text("expiry")
+    if text is None:
+        return None
+    span = _SPAN.fullmatch(text.strip())
+    try:
+        at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else parse_time(text)
+    except (ValueError, OverflowError, OSError):
+        allowed = "a time such as 2027-01-31 or 2027-01-31T12:00:00Z, or a span such as 30d or 12h"
+        raise fields.invalid("expiry", allowed) from None
+    if at_s <= time.time():
+        raise fields.invalid("expiry", "in the future")
+    return int(at_s)
+
+
+def _allowed_models(app: App, fields: Fields) -> list[str]:
+    """Return the ids of the models that a key may use; empty = all. Raises BadRequest."""
+    ids = []
+    for name in fields.texts("models"):
+        try:
+            ids.append(app.models.find(name).id)
+        except UnknownModel as problem:
+            raise BadRequest(problem.message, param="models") from None
+    return list(dict.fromkeys(ids))
+
+
+def _note(fields: Fields) -> str:
+    """Return the operator's note on a key. Lone surrogates, which are not UTF-8, are replaced."""
+    text = one_line(fields.text("note") or "", _MAX_NOTE_CHARS)
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _quota_limits(fields: Fields) -> dict[str, int | None]:
+    """Return the quota limits in a body; None removes a limit."""
+    return {name: fields.integer(name, 0, 10**15) for name in fields.object}
+
+
+_QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
+_MAX_NOTE_CHARS = 500
+
+#: The fields of a key that can be set: the name in JSON, the column, and the parser.
+_KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object]], ...] = (
+    ("name", "name", lambda app, fields: fields.required_text("name")),
+    ("expiry", "expiry_s", lambda app, fields: _expiry(fields)),
+    ("models", "models", _allowed_models),
+    (
+        "maxConcurrent", "max_concurrent",
+        lambda app, fields: fields.integer("maxConcurrent", 0, 1000) or 0,
+    ),
+    ("note", "note", lambda app, fields: _note(fields)),
+)
+
+
+def _key_columns(app: App, fields: Fields) -> dict[str, object]:
+    """Return the columns that a body sets, with their values."""
+    return {
+        column: parse(app, fields) for name, column, parse in _KEY_FIELDS if name in fields.object
+    }
+
+
+def _key_entry(key: Key) -> Json:
+    def iso(epoch_s: int | None) -> str | None:
+        return None if epoch_s is None else iso_time(epoch_s)
+
+    limits = {
+        "quota_" + re.sub("([A-Z])", r"_\1", name).lower(): key.quota.get(name)
+        for name in _QUOTA_NAMES
+    }
+    return {
+        "id": key.id,
+        "keyPreview": key.preview,
+        "name": key.name,
+        "created_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(key.created_s)),
+        "revoked": int(key.revoked_s is not None),
+        **limits,
+        "expiry": iso(key.expiry_s),
+        "expired": key.expired(time.time()),
+        "models": list(key.models),
+        "maxConcurrent": key.max_concurrent,
+        "note": key.note,
+        "lastUsed": iso(key.used_s),
+        "createdAt": iso(key.created_s),
+        "revokedAt": iso(key.revoked_s),
+    }
+
+
+def _audit(app: App, exchange: Exchange, event: str, **fields: object) -> None:
+    """Log a change by the operator."""
+    app.log.audit(event, **fields, by=exchange.caller.name, peer=exchange.peer)
+
+
+def get_keys(app: App, exchange: Exchange) -> None:
+    """GET /api/keys: list all keys, newest first, with the use of their quotas but without their
+    secrets; revoked keys are included."""
+    keys = app.keys.all()
+    reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
+    entries = [{**_key_entry(key), "quota": report} for key, report in zip(keys, reports)]
+    exchange.send_json({"keys": entries})
+
+
+def _with_storage_warning(app: App, body: Json) -> Json:
+    """Return the body, with a warning if a restart may undo the change that it reports."""
+    _, advice = app.state_folder.status
+    return {**body, **({"warning": f"Not kept safely: {advice}"} if advice else {})}
+
+
+@contextlib.contextmanager
+def _audited_change(
+    app: App, exchange: Exchange, event: str, key: Key, **fields: object
+) -> Iterator[None]:
+    """Change a key in the block, then cancel requests that it no longer allows, and log it. A
+    change that could not be stored is in force in memory: its StorageFailed is raised last."""
+    not_stored: StorageFailed | None = None
+    try:
+        yield
+    except StorageFailed as failure:
+        not_stored = failure
+    app.requests.end_unwanted()
+    _audit(
+        app, exchange, event, key=key.name, id=key.id, **fields,
+        late=not_stored and not_stored.error_code,
+    )
+    if not_stored is not None:
+        raise not_stored
+
+
+def create_key(app: App, exchange: Exchange) -> None:
+    """POST /api/keys: create a key; only this response contains its secret."""
+    names = [name for name, _, _ in _KEY_FIELDS]
+    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), [*names, "quota"])
+    columns = _key_columns(app, fields)
+    quota = fields.child("quota")
+    if quota is not None:
+        limits = _quota_limits(_with_known_fields(quota, _QUOTA_NAMES))
+        columns["quota"] = {name: limit for name, limit in limits.items() if limit is not None}
+    key, secret = app.keys.create(str(columns.pop("name", "")), columns)
+    _audit(app, exchange, "key_created", key=key.name, id=key.id)
+    body = {"id": key.id, "key": secret, **_key_entry(key)}
+    exchange.send_json(_with_storage_warning(app, body), status=201)
+
+
+def get_key(app: App, exchange: Exchange, key: str) -> None:
+    """GET /api/keys/{key}: return the key with this id or name."""
+    exchange.send_json(_key_entry(app.keys.find(key)))
+
+
+def change_key(app: App, exchange: Exchange, key: str) -> None:
+    """PATCH /api/keys/{key}: change its name, expiry, models, maxConcurrent or note."""
+    found = app.keys.find(key)
+    names = [name for name, _, _ in _KEY_FIELDS]
+    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), names)
+    columns = _key_columns(app, fields)
+    with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
+        app.keys.change(found, columns)
+    exchange.send_json(_with_storage_warning(app, _key_entry(app.keys.find(str(found.id)))))
+
+
+def revoke_key(app: App, exchange: Exchange, key: str) -> None:
+    """DELETE /api/keys/{key}: revoke the key and cancel its running requests; its usage records
+    stay."""
+    revoked = False
+    with contextlib.suppress(NotFound):
+        found = app.keys.find(key)
+        with _audited_change(app, exchange, "key_revoked", found):
+            revoked = app.keys.revoke(found)
+    exchange.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
+
+
+def rotate_key(app: App, exchange: Exchange, key: str) -> None:
+    """POST /api/keys/{key}/rotate: replace the key's secret; the old one stops working at once."""
+    found = app.keys.find(key)
+    secret = app.keys.rotate(found)
+    _audit(app, exchange, "key_rotated", key=found.name, id=found.id)
+    body = {"id": found.id, "name": found.name, "key": secret}
+    exchange.send_json(_with_storage_warning(app, body))
+
+
+def get_quota(app: App, exchange: Exchange, key: str) -> None:
+    """GET /api/keys/{key}/quota: return the limits, their use and their resets."""
+    found = app.keys.find(key)
+    report = app.ledger.quota_report(found)
+    exchange.send_json({"keyId": found.id, "name": found.name, "quota": report})
+
+
+def change_quota(app: App, exchange: Exchange, key: str) -> None:
+    """PATCH /api/keys/{key}/quota: set limits; null removes one, the others stay."""
+    found = app.keys.find(key)
+    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), _QUOTA_NAMES)
+    limits = _quota_limits(fields)
+    if not limits:
+        raise BadRequest(f"Set at least one of {', '.join(_QUOTA_NAMES)}.")
+    quota = {n: limit for n, limit in {**found.quota, **limits}.items() if limit is not None}
+    with _audited_change(app, exchange, "quota_updated", found, quota=limits):
+        app.keys.change(found, {"quota": quota})
+    body = {"ok": True, "idOrName": key, "quota": limits}
+    exchange.send_json(_with_storage_warning(app, body))
+
+
+# -- usage ------------------------------------------------------------------------------------
+
+_MAX_RECENT = 500
+#: How often reading the usage of all callers is logged, for each caller and address.
+_USAGE_AUDIT_INTERVAL_S = 60.0
+_MAX_HOURS = 24 * 400
+
+
+def _query_time(query: Mapping[str, str], name: str, default_s: float) -> float:
+    """Return a time of the query string in epoch seconds; it is ISO 8601 or epoch seconds. Raises
+    BadRequest."""
+    text = query.get(name, "")
+    try:
+        if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
+            return float(text)
+        # In a query string the plus of a time zone arrives as a space.
+        return parse_time(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
+    except (ValueError, OverflowError, OSError):
+        raise BadRequest(
+            f"{name}: must be a time such as 2026-11-20T14:00:00Z, or epoch seconds.", param=name
+        ) from None
+
+
+def get_api_usage(app: App, exchange: Exchange) -> None:
+    """GET /api/usage?since=&until=&hours=24&limit=50&all=true: return the caller's own usage, or
+    with `all` that of all callers, for the operator only."""
+    query, caller = exchange.query, exchange.caller
+    limit = query_integer(query, "limit", 50, _MAX_RECENT)
+    hours = query_integer(query, "hours", 24, _MAX_HOURS)
+    until_s = _query_time(query, "until", time.time() + 1)
+    since_s = _query_time(query, "since", until_s - hours * 3600)
+    all_callers = caller.is_admin and query.get("all", "").lower() in _TRUE_WORDS
+    # Not every time, because an open dashboard polls.
+    audit_id = f"usage {caller.name} {exchange.peer}"
+    if all_callers and app.intervals.claim(audit_id, _USAGE_AUDIT_INTERVAL_S):
+        app.log.event("info", "admin_usage_full_scope", by=caller.name, peer=exchange.peer)
+    report = app.ledger.report(since_s, until_s, limit, None if all_callers else caller)
+    exchange.send_json(
+        {
+            "since": iso_time(since_s),
+            "until": iso_time(until_s),
+            "scope": {"self": None if all_callers else caller.name, "all": all_callers},
+            **report,
+        }
+    )
+
+
+def _totals(app: App) -> Json:
+    """Return the totals that /usage and /status share."""
+    stats = _stats(app)
+    return {
+        "totalRequests": stats["totalRequests"],
+        "activeRequests": stats["activeRequests"],
+        "errors": stats["errors"],
+        "timeouts": stats["timeouts"],
+        "uptime": format_uptime(app.clock() - app.started_s),
+    }
+
+
+#: The numbers of one model in /usage, and their columns in the ledger's sums.
+_MODEL_NUMBERS = (
+    ("requests", "requests"), ("successes", "successes"), ("errors", "errors"),
+    ("timeouts", "timeouts"), ("avgElapsed", "avg_elapsed_ms"), ("maxElapsed", "max_elapsed_ms"),
+    ("avgPromptChars", "avg_prompt_chars"), ("maxPromptChars", "max_prompt_chars"),
+)
+
+
+def get_usage(app: App, exchange: Exchange) -> None:
+    """GET /usage: return the use of the plan as claude reported it, and totals since the start."""
+    app.learn_plan(exchange.client)
+    models = {
+        row["model"]: {name: row[column] for name, column in _MODEL_NUMBERS}
+        for row in app.ledger.by_model(app.started_at_s)
+    }
+    exchange.send_json({**app.account.report(), "proxy": _totals(app), "models": models})
+
+
+def get_status(app: App, exchange: Exchange) -> None:
+    """GET /status: return a summary of the server, the plan and the last errors."""
+    app.learn_plan(exchange.client)
+    status, _ = _server_status(app)
+    auth, totals = app.account.login_report(), _totals(app)
+    login_words = {True: "ok", None: "unknown", False: auth["message"]}
+    failures = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURE_EVENTS]
+    exchange.send_json(
+        {
+            "proxy": {
+                "status": status, "version": VERSION, "uptime": totals["uptime"],
+                "auth": login_words[auth["ok"]],
+            },
+            "requests": {
+                "total": totals["totalRequests"], "active": totals["activeRequests"],
+                "errors": totals["errors"], "timeouts": totals["timeouts"],
+            },
+            "plan": app.account.plan(),
+            "recentErrors": [
+                {"time": e["ts"], "message": redact_paths(str(e.get("detail") or e.get("error")))}
+                for e in failures[-3:]
+            ],
+        }
+    )
+
+
+#: Log events of failed requests.
+_FAILURE_EVENTS = ("answer_failed", "request_broke")
+
+
+# -- settings, cache, metrics -----------------------------------------------------------------
+
+
+def get_settings(app: App, exchange: Exchange) -> None:
+    """GET /settings: list the settings that can be changed at run time, with ranges and
+    sources."""
+    exchange.send_json(app.settings.report())
+
+
+def change_settings(app: App, exchange: Exchange) -> None:
+    """PATCH /settings {name: value}: change settings permanently; null restores the startup value.
+
+    Respond 200 if all changes succeeded and 207 if some did. If none did, respond 400, or 503 or
+    507 when the database failed.
+    """
+    results: Json = {}
+    errors = []
+    status_if_none = BadRequest.status
+    for name, value in Fields(parse_json_body(exchange.body())).object.items():
+        try:
+            results[name] = {"ok": True, "value": app.change_setting(name, value)}
+            _audit(app, exchange, "setting_changed", setting=name, value=value)
+        except KeyError:
+            reason = f"unknown setting; allowed: {', '.join(live_settings())}"
+        except ValueError as problem:
+            reason = str(problem)
+        except sqlite3.Error as problem:
+            failure = storage_failure(problem, _NOTHING_CHANGED)
+            reason, status_if_none = f"could not be stored: {failure.message}", failure.status
+        if name not in results:
+            results[name] = {"error": reason}
+            errors.append(f"{one_line(name, 80)}: {reason}")
+    some_changed = len(results) > len(errors)
+    status = 200 if not errors else 207 if some_changed else status_if_none
+    more = {"errors": errors} if errors else {}
+    exchange.send_json({"results": results, **more, "current": app.settings.report()}, status)
+
+
+def get_cache_stats(app: App, exchange: Exchange) -> None:
+    """GET /cache/stats: return the size, limits and hit counts of the cache."""
+    limits = {"maxBytes": app.config.cache_max_bytes, "ttl": app.config.cache_ttl_ms}
+    exchange.send_json({**app.cache.stats(), **limits})
+
+
+def clear_cache(app: App, exchange: Exchange) -> None:
+    """DELETE /cache: delete all cached answers."""
+    cleared = app.cache.clear()
+    _audit(app, exchange, "cache_cleared", cleared=cleared)
+    exchange.send_json({"cleared": cleared})
+
+
+def _gauges(app: App) -> dict[str, dict[Labels, float]]:
+    """Return the metrics whose values other objects keep."""
+    cache, program = app.cache.stats(), app.program.last_result()[0]
+    windows = app.account.windows()
+    cache_counts = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
+    login = app.account.login_report()["ok"]
+    claude = program.version_text if program is not None else ""
+    return {
+        "ocp_build_info": {(("version", VERSION), ("claude", claude)): 1},
+        "ocp_uptime_seconds": {(): app.clock() - app.started_s},
+        "ocp_running": {(): app.gate.running},
+        "ocp_queued": {(): app.gate.waiting},
+        "ocp_queue_refusals_total": {(): app.gate.refused},
+        "ocp_connections": {(): len(app.connections)},
+        "ocp_spawns_total": {(): app.spares.spawned},
+        "ocp_spares": {(("model", m),): count for m, count in app.spares.idle().items()},
+        "ocp_parked": {(): len(app.parking)},
+        "ocp_cache_requests_total": {
+            (("result", result),): cache[name] for result, name in cache_counts.items()
+        },
+        "ocp_cache_entries": {(): cache["entries"]},
+        "ocp_cache_bytes": {(): cache["sizeBytes"]},
+        "ocp_plan_utilization": {
+            (("window", name),): window.utilization for name, window in windows.items()
+            if window.utilization is not None
+        },
+        "ocp_plan_resets_timestamp_seconds": {
+            (("window", name),): window.resets_at_s for name, window in windows.items()
+            if window.resets_at_s is not None
+        },
+        "ocp_logged_in": {} if login is None else {(): int(login)},
+    }
+
+
+def get_dashboard(app: App, exchange: Exchange) -> None:
+    """GET /dashboard: return the operator's page, which fetches its data with the admin key."""
+    page = dashboard_page()
+    exchange.headers_out.update(page.headers)
+    if exchange.headers.get("If-None-Match") == page.headers["ETag"]:
+        exchange.send_nothing(304)
+        return
+    exchange.send_text(page.html, "text/html; charset=utf-8")
+
+
+#: The script that sets up clients; the server also works without this file.
+CONNECT_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ocp_connect.py")
+
+
+def get_connect(app: App, exchange: Exchange) -> None:
+    """GET /connect: return ocp_connect.py, to be piped into python3 on a client."""
+    try:
+        with open(CONNECT_SCRIPT, encoding="utf-8") as file:
+            script = file.read()
+    except (OSError, UnicodeDecodeError):
+        raise NotFound(
+            "There is no ocp_connect.py beside this server's ocp_server.py. Copy it there, or "
+            "copy it to the client and run: python3 ocp_connect.py HOST"
+        ) from None
+    exchange.headers_out["X-OCP-Version"] = VERSION
+    exchange.send_text(script, "text/plain; charset=utf-8")
+
+
+def get_openapi(app: App, exchange: Exchange) -> None:
+    """GET /openapi.json: return the OpenAPI document of this API."""
+    exchange.send_json(openapi(exchange.routes))
+
+
+def get_metrics(app: App, exchange: Exchange) -> None:
+    """GET /metrics: return all metrics in Prometheus' text format."""
+    text = app.metrics.text(_gauges(app))
+    exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
+
+
+# ==== 40. Table of routes ====================================================
+# The paths of the server, who may call each, and the endpoint that answers.
+
+ROUTES = (
+    #     method    path                         access         dialect      endpoint
+    Route("POST",   "/v1/chat/completions",      Access.CALLER, CHAT,        answer),
+    Route("POST",   "/v1/messages",              Access.CALLER, MESSAGES,    answer),
+    Route("POST",   "/v1/messages/count_tokens", Access.CALLER, MESSAGES,    count_tokens),
+    Route("POST",   "/v1/responses",             Access.CALLER, RESPONSES,   answer),
+    Route("POST",   "/v1/responses/compact",     Access.CALLER, COMPACTION,  answer),
+    Route("POST",   "/v1/responses/input_tokens", Access.CALLER, RESPONSES,  count_input_tokens),
+    Route("GET",    "/v1/responses/{id}",        Access.CALLER, RESPONSES,   get_response),
+    Route("DELETE", "/v1/responses/{id}",        Access.CALLER, RESPONSES,   delete_response),
+    Route("GET",    "/v1/responses/{id}/input_items", Access.CALLER, RESPONSES, get_input_items),
+    Route("POST",   "/v1/responses/{id}/cancel", Access.CALLER, RESPONSES,   cancel_response),
+    Route("POST",   "/v1/completions",           Access.CALLER, COMPLETIONS, answer),
+    Route("POST",   "/v1/embeddings",            Access.CALLER, CHAT,        no_embeddings),
+    Route("GET",    "/v1/models",                Access.CALLER, None,        get_models),
+    Route("GET",    "/v1/models/{model}",        Access.CALLER, None,        get_model),
+    Route("GET",    "/sessions",                 Access.ADMIN,  CHAT,        get_sessions),
+    Route("DELETE", "/sessions",                 Access.ADMIN,  CHAT,        clear_sessions),
+    Route("DELETE", "/sessions/{id}",            Access.ADMIN,  CHAT,        clear_session),
+    Route("GET",    "/api/keys",                 Access.ADMIN,  CHAT,        get_keys),
+    Route("POST",   "/api/keys",                 Access.ADMIN,  CHAT,        create_key),
+    Route("GET",    "/api/keys/{key}",           Access.ADMIN,  CHAT,        get_key),
+    Route("PATCH",  "/api/keys/{key}",           Access.ADMIN,  CHAT,        change_key),
+    Route("DELETE", "/api/keys/{key}",           Access.ADMIN,  CHAT,        revoke_key),
+    Route("POST",   "/api/keys/{key}/rotate",    Access.ADMIN,  CHAT,        rotate_key),
+    Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
+    Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
+    Route("GET",    "/api/usage",                Access.CALLER, CHAT,        get_api_usage),
+    Route("GET",    "/api/events",               Access.ADMIN,  CHAT,        get_events),
+    Route("GET",    "/usage",                    Access.ADMIN,  CHAT,        get_usage),
+    Route("GET",    "/status",                   Access.ADMIN,  CHAT,        get_status),
+    Route("GET",    "/settings",                 Access.ADMIN,  CHAT,        get_settings),
+    Route("PATCH",  "/settings",                 Access.ADMIN,  CHAT,        change_settings),
+    Route("GET",    "/cache/stats",              Access.ADMIN,  CHAT,        get_cache_stats),
+    Route("DELETE", "/cache",                    Access.ADMIN,  CHAT,        clear_cache),
+    Route("GET",    "/logs",                     Access.ADMIN,  CHAT,        get_logs),
+    Route("GET",    "/metrics",                  Access.ADMIN,  CHAT,        get_metrics),
+    Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
+    Route("GET",    "/ready",                    Access.PUBLIC, CHAT,        get_ready),
+    Route("GET",    "/dashboard",                Access.PUBLIC, CHAT,        get_dashboard),
+    Route("GET",    "/connect",                  Access.PUBLIC, CHAT,        get_connect),
+    Route("GET",    "/openapi.json",             Access.PUBLIC, CHAT,        get_openapi),
+)
+
+
+# ==== 41. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 
@@ -15733,7 +15742,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 34. Command line =======================================================
+# ==== 42. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"
@@ -15861,7 +15870,7 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
     raise_descriptor_limit(app.config)
     return_large_blocks()
     try:
-        server = Server(app, tls)
+        server = Server(app, ROUTES, tls)
     except OSError as problem:
         app.close()
         print(
