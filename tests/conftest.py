@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Hashable, Iterator, Optional
 
 import pytest
 
@@ -16,14 +16,15 @@ from server import Server, running_server
 #: alone with a long one in the end. A wrong order costs time and nothing else; pytest's
 #: --durations=50 tells which tests take long.
 LONGEST = (
-    "clients/test_openclaw", "contract/test_tools", "contract/test_conversations",
-    "contract/test_chat", "contract/test_safety", "contract/test_history",
-    "clients/test_connect_agents", "clients/test_forms", "contract/test_schemas",
-    "contract/test_shapes", "contract/test_fake_claude", "contract/test_errors",
-    "clients/test_agents", "scripts/test_install", "contract/test_life", "server/test_leaving",
-    "contract/test_plan")
+    "contract/test_conversations", "contract/test_chat", "contract/test_tools",
+    "contract/test_fake_claude", "contract/test_safety", "clients/test_openclaw",
+    "contract/test_errors", "contract/test_life", "contract/test_plan", "contract/test_shapes",
+    "contract/test_options", "clients/test_dashboard", "server/test_hanging",
+    "server/test_storage", "server/test_usage", "scripts/test_install", "server/test_leaving",
+    "server/test_alone", "scripts/test_connect_run", "server/test_attacks",
+    "server/test_refusals", "server/test_routes_access")
 #: Parameters that say how a test asks, and not what. OCP alone makes the difference.
-MANNERS = ("dialect", "streams", "package")
+MANNERS = ("dialect", "stream", "streams", "package")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,8 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
     left_out = set(filter(is_left_out, items))
     if DEPTH == "gate":
-        left_out |= other_versions(items)
-        left_out |= other_manners([item for item in items if item not in left_out])
+        for others in (other_versions, other_manners):
+            left_out |= others([item for item in items if item not in left_out])
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
 
@@ -45,35 +46,48 @@ def is_left_out(item: pytest.Item) -> bool:
 
 
 def other_versions(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return the tests on an older claude of which the newest one tells as much."""
-    versions = {item: version_of(item) for item in items}
-    newest = max(filter(None, versions.values()), default=None)
-    return {item for item, version in versions.items() if version not in (None, newest)
-            and not item.get_closest_marker("differs_by_version")}
+    """Return the tests on an older claude of which others tell as much.
+
+    Those are the newest one's; and where versions differ, the one of the test's cases that is
+    kept for each older version. The fake claude plays two versions too."""
+    versions = {item: version_of(item) for item in items if version_of(item)}
+    newest = {is_real: max(each for each in versions.values() if each[0] == is_real)
+              for is_real in {each[0] for each in versions.values()}}
+    older = [item for item, version in versions.items() if version != newest[version[0]]]
+    differing = [item for item in older if item.get_closest_marker("differs_by_version")]
+    return set(older) - one_of_each(differing, lambda item: versions[item])
 
 
 def other_manners(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return the tests on a claude that differ from another one only in the manner of asking.
+    """Return the tests on a claude that differ from another one only in the manner of asking."""
+    def what(item: pytest.Item) -> Hashable:
+        params = item.callspec.params  # type: ignore[attr-defined]
+        return tuple((name, repr(params[name])) for name in sorted(set(params) - set(MANNERS)))
 
-    Which manner is kept differs from test to test."""
-    groups: dict[tuple[object, ...], list[pytest.Item]] = {}
+    on_claude = [item for item in items if version_of(item)]
+    return set(on_claude) - one_of_each(on_claude, what)
+
+
+def one_of_each(
+    items: list[pytest.Item], kind: Callable[[pytest.Item], Hashable]
+) -> set[pytest.Item]:
+    """Return one item of each test function and kind. Which one differs from test to test."""
+    groups: dict[Hashable, list[pytest.Item]] = {}
     for item in items:
-        if version_of(item) is not None:
-            indices = sorted(item.callspec.indices.items())  # type: ignore[attr-defined]
-            what = [pair for pair in indices if pair[0] not in MANNERS]
-            groups.setdefault((item.path, item.name.partition("[")[0], *what), []).append(item)
-    return {
-        item for (_, name, *_), group in groups.items()
-        for index, item in enumerate(group)
-        if index != zlib.crc32(str(name).encode()) % len(group)
-    }
+        name = item.name.partition("[")[0]
+        groups.setdefault((item.path, name, kind(item)), []).append(item)
+    return {group[zlib.crc32(group[0].name.partition("[")[0].encode()) % len(group)]
+            for group in groups.values()}
 
 
-def version_of(item: pytest.Item) -> Optional[tuple[int, ...]]:
-    """The version of the real claude that a test asks, None for one that asks none."""
+def version_of(item: pytest.Item) -> Optional[tuple[bool, tuple[int, ...]]]:
+    """Return whether the claude that a test asks is a real one, and its version; None if the test
+    is not for each version."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    version = getattr(params.get("claude"), "version", None)
-    return tuple(map(int, version.split("."))) if version else None
+    asked = params.get("claude") or params.get("subject")
+    if not hasattr(asked, "version"):
+        return None
+    return asked.path is not None, tuple(map(int, asked.version.split(".")))
 
 
 @pytest.fixture

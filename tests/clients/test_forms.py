@@ -158,6 +158,7 @@ def from_a_call(client: Any, form: Any) -> Any:
     return found.choices[0].message.tool_calls[0].function.parsed_arguments
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dialect", [from_chat, from_a_stream, from_responses, from_a_call])
 def test_the_openai_package_parses_an_answer_into_an_object_of_the_class_it_was_given(
     rig: Rig, client: Any, dialect: Callable[[Any, Any], Any]
@@ -219,8 +220,6 @@ class Program(NamedTuple):
     library: str
     names: str
     code: str
-    #: Whether it runs at the gate. The others want much the same.
-    is_quick: bool = False
 
 
 PROGRAMS = (
@@ -241,7 +240,7 @@ def ask(agent):
 
 show("agent", lambda: ask(create_agent(model, [temperature], response_format=Report)))
 show("old_agent", lambda: ask(create_react_agent(model, [temperature], response_format=Report)))
-''', is_quick=True),
+'''),
     Program("pydantic_ai", "tool native prompted responses", '''
 from pydantic_ai import Agent, NativeOutput, PromptedOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
@@ -259,7 +258,7 @@ show("tool", lambda: ask(chat, ToolOutput(Report)))
 show("native", lambda: ask(chat, NativeOutput(Report)))
 show("prompted", lambda: ask(chat, PromptedOutput(Report)))
 show("responses", lambda: ask(responses, NativeOutput(Report)))
-''', is_quick=True),
+'''),
     Program("agents", "chat responses", '''
 from agents import (
     Agent, AgentOutputSchema, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner,
@@ -382,9 +381,8 @@ def python_with(library: str) -> str:
     pytest.skip(how_to_install(library))
 
 
-@pytest.mark.parametrize("program", [
-    pytest.param(each, id=each.library, marks=[] if each.is_quick else pytest.mark.exhaustive)
-    for each in PROGRAMS])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.library)
 def test_a_framework_gets_the_form_that_it_wants_in_every_way(
     rig: Rig, tmp_path: Path, program: Program
 ) -> None:
@@ -394,6 +392,7 @@ def test_a_framework_gets_the_form_that_it_wants_in_every_way(
     assert shown == dict.fromkeys(program.names.split(), REPORT)
 
 
+@pytest.mark.exhaustive
 def test_the_vercel_sdk_gets_the_form_that_it_wants_in_every_way(
     rig: Rig, tmp_path: Path
 ) -> None:
