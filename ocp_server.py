@@ -850,10 +850,17 @@ def settings_markdown() -> str:
 
 
 # ==== 3. Errors ==============================================================
-# One class for each failure that is reported to a client. A class is a row of a table: status,
-# type and code for OpenAI clients, type for Anthropic clients. An instance adds the message, which
-# says what to do next. ClientGone is separate because it is never sent, and ConfigError (see
-# Settings) because it is shown only to the operator.
+# One class for each failure that is reported to a client, ordered by status. A class is a row of
+# a table. An instance adds the message, which says what to do next, and, where the time is known,
+# `retry_after_s`. `Exchange.send_error` is the only place that sends one. ClientGone is separate
+# because it is never sent, and ConfigError (see Settings) because only the operator sees it.
+
+# Error types of both APIs.
+_INVALID = "invalid_request_error"
+_AUTHENTICATION = "authentication_error"
+_PERMISSION = "permission_error"
+_RATE_LIMIT = "rate_limit_error"
+_OVERLOADED = "overloaded_error"
 
 
 class OcpError(Exception):
@@ -901,66 +908,66 @@ class OcpError(Exception):
 
 class BadRequest(OcpError):
     """The request is malformed; `param` names the field."""
-
-    status = 400
-    openai_type = anthropic_type = "invalid_request_error"
+    status, openai_type, anthropic_type = 400, _INVALID, _INVALID
     retryable = False
 
 
 class Unsupported(BadRequest):
     """The request uses a feature that this server does not have."""
-
     code = "unsupported_parameter"
 
 
 class ContextTooLong(BadRequest):
     """The prompt does not fit the model."""
-
     code = "context_length_exceeded"
+
+
+class EmptyAnswer(BadRequest):
+    """The model returned an empty answer. 400, because clients retry after any other status."""
+    code = "empty_answer"
 
 
 class Unauthorized(OcpError):
     """The key is missing or wrong."""
-
-    status = 401
-    openai_type = anthropic_type = "authentication_error"
-    code = "invalid_api_key"
-    retryable = False
-    rejected_before_work = True
+    status, openai_type, anthropic_type = 401, _AUTHENTICATION, _AUTHENTICATION
+    code, retryable, rejected_before_work = "invalid_api_key", False, True
 
     def headers(self) -> dict[str, str]:
         """Return the headers, with the authentication scheme that HTTP requires for a 401."""
         return {**super().headers(), "WWW-Authenticate": 'Bearer realm="ocp"'}
 
 
+class LoginLost(OcpError):
+    """claude is not logged in, or its login was refused."""
+    status, openai_type, anthropic_type = 401, _AUTHENTICATION, _AUTHENTICATION
+    code, retryable = "upstream_login_required", False
+
+
 class Forbidden(OcpError):
     """The caller has no permission for this."""
-
-    status = 403
-    openai_type = anthropic_type = "permission_error"
+    status, openai_type, anthropic_type = 403, _PERMISSION, _PERMISSION
     retryable = False
+
+
+class UpstreamForbidden(Forbidden):
+    """The API rejected this account, or does not give it this model."""
+    code = "upstream_forbidden"
 
 
 class NotFound(OcpError):
     """The requested object or path does not exist."""
-
-    status = 404
-    openai_type = "invalid_request_error"
-    anthropic_type = "not_found_error"
+    status, openai_type, anthropic_type = 404, _INVALID, "not_found_error"
     retryable = False
 
 
 class UnknownModel(NotFound):
     """No model has this name."""
-
     code = "model_not_found"
 
 
 class MethodNotAllowed(OcpError):
     """The path exists, but not for this method."""
-
-    status = 405
-    openai_type = anthropic_type = "invalid_request_error"
+    status, openai_type, anthropic_type = 405, _INVALID, _INVALID
     retryable = False
 
     def __init__(self, message: str, allowed: Iterable[str]) -> None:
@@ -972,91 +979,61 @@ class MethodNotAllowed(OcpError):
         return {**super().headers(), "Allow": ", ".join(self.allowed)}
 
 
-class Conflict(OcpError):
-    """The name is in use."""
-
-    status = 409
-    openai_type = anthropic_type = "invalid_request_error"
-    code = "name_taken"
-    retryable = False
-
-
 class RequestTimeout(OcpError):
     """The request did not arrive in time."""
+    status, openai_type, anthropic_type = 408, _INVALID, _INVALID
 
-    status = 408
-    openai_type = anthropic_type = "invalid_request_error"
+
+class Conflict(OcpError):
+    """The name is in use."""
+    status, openai_type, anthropic_type = 409, _INVALID, _INVALID
+    code, retryable = "name_taken", False
 
 
 class TooLarge(OcpError):
     """The body, or an image in it, is larger than this server accepts."""
-
-    status = 413
-    openai_type = "invalid_request_error"
-    anthropic_type = "request_too_large"
-    retryable = False
-
-
-class HeadTooLarge(OcpError):
-    """The request line or a header is longer than this server accepts."""
-
-    status = 431
-    openai_type = anthropic_type = "invalid_request_error"
+    status, openai_type, anthropic_type = 413, _INVALID, "request_too_large"
     retryable = False
 
 
 class QueueFull(OcpError):
     """Too many requests are waiting."""
-
-    status = 429
-    openai_type = anthropic_type = "rate_limit_error"
-    code = "rate_limit_exceeded"
-    rejected_before_work = True
+    status, openai_type, anthropic_type = 429, _RATE_LIMIT, _RATE_LIMIT
+    code, rejected_before_work = "rate_limit_exceeded", True
 
 
 class RateLimited(QueueFull):
     """The API applied a rate limit."""
-
     rejected_before_work = False
 
 
 class QuotaExceeded(OcpError):
     """A key has used up a quota, until the period ends."""
-
-    status = 429
-    openai_type = "quota_exceeded"
-    anthropic_type = "rate_limit_error"
-    code = "insufficient_quota"
-    retryable = False
-    rejected_before_work = True
+    status, openai_type, anthropic_type = 429, "quota_exceeded", _RATE_LIMIT
+    code, retryable, rejected_before_work = "insufficient_quota", False, True
 
 
 class PlanLimit(OcpError):
     """A limit of the plan is used up, until it resets."""
+    status, openai_type, anthropic_type = 429, "insufficient_quota", _RATE_LIMIT
+    code, retryable = "insufficient_quota", False
 
-    status = 429
-    openai_type = "insufficient_quota"
-    anthropic_type = "rate_limit_error"
-    code = "insufficient_quota"
+
+class HeadTooLarge(OcpError):
+    """The request line or a header is longer than this server accepts."""
+    status, openai_type, anthropic_type = 431, _INVALID, _INVALID
     retryable = False
 
 
-class LoginLost(OcpError):
-    """claude is not logged in, or its login was refused."""
-
-    status = 401
-    openai_type = anthropic_type = "authentication_error"
-    code = "upstream_login_required"
-    retryable = False
+class UpstreamFailed(OcpError):
+    """claude or the API behind it failed."""
+    status, code = 502, "upstream_failed"
 
 
 class ClaudeUnavailable(OcpError):
     """No usable claude program was found."""
-
-    status = 503
-    code = "claude_unavailable"
-    retryable = False
-    rejected_before_work = True
+    status, code = 503, "claude_unavailable"
+    retryable, rejected_before_work = False, True
 
 
 class ClaudeMissing(ClaudeUnavailable):
@@ -1065,7 +1042,6 @@ class ClaudeMissing(ClaudeUnavailable):
 
 class ClaudeAway(ClaudeUnavailable):
     """The claude program has just disappeared, as it does for seconds during an update."""
-
     retryable = True
 
 
@@ -1073,92 +1049,50 @@ class ClaudeTooOld(ClaudeUnavailable):
     """The claude program is older than the oldest version that OCP supports."""
 
 
-class UpstreamFailed(OcpError):
-    """claude or the API behind it failed."""
-
-    status = 502
-    code = "upstream_failed"
-
-
-class EmptyAnswer(BadRequest):
-    """The model returned an empty answer. 400, because clients retry after any other status."""
-
-    code = "empty_answer"
-
-
-class UpstreamForbidden(Forbidden):
-    """The API rejected this account, or does not give it this model."""
-
-    code = "upstream_forbidden"
-
-
-class Overloaded(OcpError):
-    """The API is overloaded."""
-
-    status = 529
-    anthropic_type = "overloaded_error"
-    code = "overloaded"
-
-
-class UpstreamTimeout(OcpError):
-    """The answer took longer than the time-out allows."""
-
-    status = 504
-    anthropic_type = "timeout_error"
-    code = "timeout"
-
-
 class Busy(OcpError):
     """Too many connections are open."""
-
-    status = 503
-    anthropic_type = "overloaded_error"
-    code = "too_many_connections"
+    status, anthropic_type, code = 503, _OVERLOADED, "too_many_connections"
 
 
 class MemoryFull(OcpError):
     """The requests and unread answers of a caller take too much memory."""
-
-    status = 503
-    anthropic_type = "overloaded_error"
-    code = "memory_full"
+    status, anthropic_type, code = 503, _OVERLOADED, "memory_full"
 
 
 class Draining(OcpError):
     """The server is shutting down."""
-
-    status = 503
-    anthropic_type = "overloaded_error"
-    code = "shutting_down"
+    status, anthropic_type, code = 503, _OVERLOADED, "shutting_down"
     rejected_before_work = True
 
 
 class NotReady(OcpError):
     """The server runs, but cannot answer requests."""
-
-    status = 503
-    anthropic_type = "overloaded_error"
-    code = "not_ready"
+    status, anthropic_type, code = 503, _OVERLOADED, "not_ready"
 
 
 class StorageFailed(OcpError):
     """The database cannot be read or written."""
-
-    status = 503
-    code = "database_failed"
+    status, code = 503, "database_failed"
 
 
 class StorageLocked(StorageFailed):
     """Another program has locked the database."""
-
     code = "database_locked"
 
 
 class StorageFull(StorageFailed):
     """The disk is full, so the database cannot be written."""
+    status, code = 507, "disk_full"
 
-    status = 507
-    code = "disk_full"
+
+class UpstreamTimeout(OcpError):
+    """The answer took longer than the time-out allows."""
+    status, anthropic_type, code = 504, "timeout_error", "timeout"
+
+
+class Overloaded(OcpError):
+    """The API is overloaded."""
+    status, anthropic_type, code = 529, _OVERLOADED, "overloaded"
 
 
 class ClientGone(Exception):
