@@ -78,6 +78,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import email.utils
 import enum
 import errno
 import fcntl
@@ -115,7 +116,6 @@ import unicodedata
 import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler
 from types import MappingProxyType
 from typing import (
     Any,
@@ -133,6 +133,8 @@ VERSION = "0.1.0"
 
 #: A JSON object as it is sent or received.
 Json = dict[str, Any]
+#: The headers of a request; names are case-insensitive.
+Headers = http.client.HTTPMessage
 Clock = Callable[[], float]
 
 
@@ -852,7 +854,7 @@ def settings_markdown() -> str:
 # ==== 3. Errors ==============================================================
 # One class for each failure that is reported to a client, ordered by status. A class is a row of
 # a table. An instance adds the message, which says what to do next, and, where the time is known,
-# `retry_after_s`. `Exchange.send_error` is the only place that sends one. ClientGone is separate
+# `retry_after_s`. `Response.send_error` is the only place that sends one. ClientGone is separate
 # because it is never sent, and ConfigError (see Settings) because only the operator sees it.
 
 # Error types of both APIs.
@@ -2592,16 +2594,6 @@ class Settings:
 # Authentication and access to routes. A route declares its kind of access, and `authorize` checks
 # it in one place, so that a new route cannot miss the check. Keys are stored as hashes, so that a
 # copy of the database gives no access.
-
-
-class Headers(Protocol):
-    """The headers of a request; names are case-insensitive."""
-
-    def get(self, name: str, default: str) -> str:
-        """Return the value, or `default`."""
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield the names as they were sent."""
 
 
 class Access(enum.Enum):
@@ -13848,6 +13840,17 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) (HTTP/1\.[01])" % _TOKEN)
 _HEADER_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})([ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
+_UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
+#: The first byte of a TLS connection, and what is said to a client that uses http and https the
+#: wrong way round.
+_TLS_HANDSHAKE = b"\x16"
+_NOT_HTTPS = "This server uses http: write http:// in the address."
+_NOT_HTTP = "This server uses https: write https:// in the address."
+#: How often the log repeats a warning about connections.
+_WARNING_INTERVAL_S = 60.0
+_CONNECTIONS_HELP = "raise OCP_MAX_CONNECTIONS if this many connections are expected"
+#: How many connections above the limit get an error response at a time; others are just closed.
+_MAX_REJECTIONS = 32
 
 #: Headers that may not be repeated: a proxy and OCP could use different ones of them.
 _SINGLE_HEADERS = (
@@ -13892,9 +13895,9 @@ def parse_request_line(line: bytes) -> tuple[str, str, str]:
     return method, re.sub("^/+", "/", target), version
 
 
-def parse_headers(lines: Iterable[bytes]) -> http.client.HTTPMessage:
+def parse_headers(lines: Iterable[bytes]) -> Headers:
     """Return the headers in these lines. Raises BadRequest."""
-    headers = http.client.HTTPMessage()
+    headers = Headers()
     for line in lines:
         match = _HEADER_LINE.fullmatch(line)
         if match is None:
@@ -13910,7 +13913,7 @@ def parse_headers(lines: Iterable[bytes]) -> http.client.HTTPMessage:
     return headers
 
 
-def body_length(headers: http.client.HTTPMessage, version: str) -> int | None:
+def body_length(headers: Headers, version: str) -> int | None:
     """Return the length of the body; None = chunked. Raises BadRequest if it is ambiguous."""
     length, coding = headers.get("Content-Length"), headers.get("Transfer-Encoding")
     if coding is not None and length is not None:
@@ -13924,371 +13927,66 @@ def body_length(headers: http.client.HTTPMessage, version: str) -> int | None:
     return None if coding is not None else int(length or 0)
 
 
-class Exchange(BaseHTTPRequestHandler):
-    """A connection and its current request. Endpoints read the request from its attributes and from
-    `body`, and respond with one of the `send_` methods."""
+def dialect_of_client(headers: Headers) -> Dialect:
+    """Return the dialect of the API that a client speaks, as its headers tell."""
+    return MESSAGES if "anthropic-version" in headers else CHAT
 
-    protocol_version = "HTTP/1.1"
-    server: Server
 
-    # -- a connection -------------------------------------------------------------------------
+class Response:
+    """The response to one request: whole, or in parts of unknown total length. What the client
+    does not accept at once is sent later. Methods raise ClientGone."""
 
-    def setup(self) -> None:
-        """Prepare the connection; replaces the base class's files on the socket."""
-        self.client: Connection = self.request
-        self._reader = DeadlineReader(self.client)
-        self.rfile = self._buffered = io.BufferedReader(self._reader, _MAX_HEAD_BYTES)
-        #: Header lines that the base class collects.
-        self._headers_buffer: list[bytes] = []
-        self.app = self.server.app
-        self.peer = self.client.peer
-        self.routes = self.server.routes
-        #: Whether a request has been served on the connection.
-        self._served = False
-        self._body_hold = Hold(self.client.cut)
-        self._reset()
-
-    def finish(self) -> None:
-        """Close the reader; the server closes the connection."""
-        self.rfile.close()
-
-    def _reset(self) -> None:
-        """Clear the state of the last request."""
-        self._received_before = self._reader.received_bytes
-        self.command, self.path, self.requestline, self._path = "", "", "", ""
-        self.request_version = "HTTP/1.1"
-        self.headers = http.client.HTTPMessage()
-        self.dialect: Dialect = CHAT
-        self.caller = Caller("public")
+    def __init__(self, client: Connection) -> None:
+        self._client = client
         self.request_id = new_id("req_")
-        self.query: Mapping[str, str] = {}
-        self.headers_out: dict[str, str] = {}
-        #: The length of the body; None = chunked.
-        self._length: int | None = 0
-        self._body_read = False
+        #: The version of the request, and whether it was HEAD: its response has no body.
+        self.version = "HTTP/1.1"
+        self.is_head = False
+        #: Headers of a success or an error, besides those that every response has.
+        self.headers: dict[str, str] = {}
+        #: The status that was sent; 0 = none yet.
+        self.status = 0
+        #: Whether the connection has to be closed after the response.
+        self.must_close = False
+        #: Whether bytes of the request, or what may be bytes of it, were not read. The next head
+        #: cannot be found then.
+        self.has_unread_body = True
         self._renderer: Renderer | None = None
-        self._chunked = False
-        #: The status that was sent (0 = none yet), and whether the whole response was sent.
-        self._status = 0
+        self._is_chunked = False
         self._is_complete = False
-        #: Whether the head was malformed, so that the start of the next one is unknown.
-        self._is_malformed = False
-
-    def handle_one_request(self) -> None:
-        """Read one head and answer it, or close the connection if it does not arrive in time."""
-        self._reset()
-        head_timeout_s = self.app.config.header_timeout_ms / 1000
-        idle_s = _IDLE_S if self.client.is_trusted else _UNTRUSTED_IDLE_S
-        try:
-            # An idle connection may wait longer than a head that has begun.
-            self._reader.allow(idle_s if self._served else head_timeout_s)
-            first = self._buffered.peek(1)[:1]
-            self._reader.allow(head_timeout_s)
-            if first == _TLS_HANDSHAKE and not self.client.is_tls:
-                self._refuse_tls()
-            elif first and self._read_head():
-                self._served = True
-                self._dispatch()
-                return
-        except socket.timeout:
-            if self._reader.received_bytes > self._received_before:
-                self._refuse_head(RequestTimeout("The head of the request did not arrive in time."))
-        except (ClientGone, OSError):
-            pass
-        self.close_connection = True
-        self._end_request()
-
-    def _read_head(self) -> bool:
-        """Return whether a valid head was read. A malformed one is answered here."""
-        lines = head_lines(self._buffered)
-        try:
-            line = next(lines, b"")
-            if line:
-                self._parse_head(line, lines)
-            return bool(line)
-        except OcpError as error:
-            self._refuse_head(error)
-            return False
-
-    def _parse_head(self, line: bytes, lines: Iterator[bytes]) -> None:
-        """Set the fields of the request from its head. Raises BadRequest, HeadTooLarge."""
-        # Known before the line is valid: an error response to HEAD must have no body, because the
-        # client would read it as the next response.
-        self.command = "HEAD" if line.startswith(b"HEAD ") else ""
-        self.command, self.path, self.request_version = parse_request_line(line)
-        self.headers = parse_headers(lines)
-        if self.request_version == "HTTP/1.1" or "Host" in self.headers:
-            host_name(self.headers.get("Host", ""))
-        self._length = body_length(self.headers, self.request_version)
-        options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
-        self.close_connection = "close" in (option.strip() for option in options)
-
-    def _refuse_tls(self) -> None:
-        """Answer a TLS handshake on a plain HTTP server. The client waits for a TLS record and
-        gives up when it reads anything else."""
-        self.server.log_tls_attempt(self.peer)
-        self._is_malformed = True
-        self.client.send(_NOT_HTTPS)
-
-    def _refuse_head(self, error: OcpError) -> None:
-        """Answer a head that is no valid request, and close the connection."""
-        self.close_connection = self._is_malformed = True
-        self._send_error(error)
-        self._log_refusal(error)
-
-    def version_string(self) -> str:
-        """Return the value of the Server header."""
-        return f"ocp/{VERSION}"
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Drop the base class's log lines; _dispatch writes its own."""
-
-    # -- a request ----------------------------------------------------------------------------
-
-    def _dispatch(self) -> None:
-        """Answer a request; every error of a request ends here."""
-        started_s = time.monotonic()
-        try:
-            self._route()
-        except ClientGone:
-            self.close_connection = True
-        except OcpError as error:
-            self._refuse(error)
-        except sqlite3.Error as problem:
-            self._refuse(storage_failure(problem, _NOTHING_CHANGED))
-        except RecursionError:
-            # Writing JSON recurses deeper than reading it.
-            self._refuse(BadRequest("The body is nested too deeply."))
-        except Exception as error:
-            self.app.log.event(
-                "error", "request_broke", request_id=self.request_id,
-                method=self.command, error=format_failure(error),
-            )
-            self._send_error(
-                OcpError(f"OCP failed; its log has the details under {self.request_id}.")
-            )
-        self._end_request()
-        self.app.log.event(
-            "debug", "request_answered", request_id=self.request_id, method=self.command,
-            status=self._status, total_ms=round((time.monotonic() - started_s) * 1000),
-        )
-
-    def _end_request(self) -> None:
-        """Free what the request uses, then wait until the client has read the response."""
-        self.client.is_busy = False
-        self.server.memory.resize(self._body_hold, 0, self.app.config)
-        try:
-            self.client.flush()
-        except ClientGone:
-            self.close_connection = True
-        if self._is_malformed or (self.close_connection and self._has_unread_body()):
-            self.client.linger(_LINGER_S)
-
-    def _refuse(self, error: OcpError) -> None:
-        """Send an error and log it, unless it was logged as the failure of a turn."""
-        self._send_error(error)
-        if not error.logged:
-            self._log_refusal(error)
-
-    def _log_refusal(self, error: OcpError) -> None:
-        """Log a refusal; those of callers without a key are summed up when there are many."""
-        fields = {
-            "request_id": self.request_id, "method": self.command, "path": self._path,
-            "caller": self.caller.name, "error": type(error).__name__, "param": error.param,
-        }
-        if self.caller.name == "public":
-            self.app.refusals.record(self.peer, error.status, **fields)
-        else:
-            self.app.log.event(
-                "info", "request_refused", peer=self.peer, status=error.status, **fields
-            )
-
-    def _route(self) -> None:
-        try:
-            target = urllib.parse.urlsplit(self.path)
-        except ValueError:
-            raise BadRequest("The path of the request is malformed.") from None
-        self._path = target.path
-        self.query = dict(urllib.parse.parse_qsl(target.query))
-        matches = self.server.router.matches(target.path)
-        # From here on, errors have the format of the path's API.
-        self.dialect = (matches[0][0].dialect if matches else None) or self._dialect_of_client()
-        config = self.app.config
-        origin = self.headers.get("Origin", "")
-        content_type = self.headers.get("Content-Type", "")
-        # In an absolute target the host replaces the Host header.
-        host = target.netloc or self.headers.get("Host", "")
-        check_origin(config, origin, host, content_type, self.peer)
-        if is_allowed_origin(config, origin):
-            self.headers_out.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
-        if self.command == "OPTIONS":
-            self._answer_options(target.path, matches)
-            return
-        route, arguments = self.server.router.choose(self.command, target.path, matches)
-        self.caller = self._authorize(config, route.access)
-        if route.access is not Access.PUBLIC:
-            self.client.is_trusted = self.client.is_busy = True
-        self.client.config = config
-        owner = self.peer if self.caller.key_id is None else self.caller.scope
-        self.client.unread.owner = self._body_hold.owner = owner
-        route.endpoint(self.app, self, **arguments)
-
-    def _dialect_of_client(self) -> Dialect:
-        """Return the dialect of the API that the client speaks, as its headers tell."""
-        return MESSAGES if "anthropic-version" in self.headers else CHAT
-
-    def _authorize(self, config: Config, access: Access) -> Caller:
-        """Return the caller. Raises Forbidden, and Unauthorized after a delay that grows with
-        the wrong keys from this address."""
-        try:
-            return authorize(config, self.app.keys, access, self.headers, self.peer)
-        except Unauthorized:
-            if any(presented_keys(self.headers)):
-                max_delay_s = config.wrong_key_delay_ms / 1000
-                with self.app.wrong_keys.delay_answer(self.peer, max_delay_s) as wait_s:
-                    time.sleep(wait_s)
-            raise
-
-    def _answer_options(self, path: str, matches: list[Match]) -> None:
-        allowed = ", ".join(allowed_methods(matches))
-        if not allowed:
-            raise NotFound(f"There is no path {one_line(path, 80)}.")
-        self.headers_out["Allow"] = allowed
-        if "Access-Control-Allow-Origin" in self.headers_out:
-            requested = self.headers.get("Access-Control-Request-Headers", "")
-            self.headers_out.update(
-                {
-                    "Access-Control-Allow-Methods": allowed,
-                    "Access-Control-Allow-Headers": one_line(requested, 1000) or "*",
-                    "Access-Control-Max-Age": "600",
-                }
-            )
-        self._send_head(204, {})
-
-    def _send_error(self, error: OcpError) -> None:
-        """Report an error: as a response, as an event of a stream, or by closing the connection,
-        depending on how much of the response was sent."""
-        try:
-            if self._is_complete:
-                self.close_connection = True
-            elif not self._status:
-                body = to_json(self.dialect.error_body(error, self.request_id)) + b"\n"
-                headers = {"Content-Type": "application/json", **error.headers()}
-                self._send_body(error.status, body, headers)
-            elif self._renderer is not None:
-                self._send(self._renderer.failure(error, self.request_id))
-                self._end_chunks()
-            else:
-                # Status 200 of a JSON response was sent already.
-                self.close_connection = True
-        except ClientGone:
-            self.close_connection = True
-
-    # -- reading ------------------------------------------------------------------------------
-
-    def body(self) -> bytearray:
-        """See Exchange. While the body arrives, the connection counts as idle and may be
-        closed to make room."""
-        config = self.app.config
-        length = self._length
-        if length is not None and length > config.max_body_bytes:
-            raise self._too_large()
-        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise BadRequest("Compressed bodies are not supported: send the body uncompressed.")
-        expects = self.headers.get("Expect", "").lower() == "100-continue"
-        if expects and self.request_version == "HTTP/1.1":
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._reader.allow(config.body_timeout_ms / 1000)
-        is_busy, self.client.is_busy = self.client.is_busy, False
-        try:
-            data = self._read_chunks() if length is None else self._read_exactly(length)
-        except socket.timeout:
-            raise RequestTimeout("The body of the request did not arrive in time.") from None
-        except OSError:
-            raise ClientGone from None
-        self._body_read, self.client.is_busy = True, is_busy
-        return data
-
-    def _too_large(self) -> TooLarge:
-        return TooLarge(
-            f"The body is larger than {self.app.config.max_body_bytes} bytes "
-            "(CLAUDE_MAX_BODY_SIZE of the server)."
-        )
-
-    def _read_exactly(self, count: int) -> bytearray:
-        data = bytearray()
-        self._read_more(data, count)
-        if len(data) < count:
-            self.close_connection = True
-            raise BadRequest("The body ended before its Content-Length was reached.")
-        return data
-
-    def _read_more(self, data: bytearray, count: int) -> None:
-        """Append `count` bytes of the body to `data`, or fewer if the connection ends."""
-        end = len(data) + count
-        while len(data) < end:
-            piece = self.rfile.read(min(end - len(data), _MAX_READ_BYTES))
-            if not piece:
-                return
-            self.server.memory.resize(
-                self._body_hold, len(data) + len(piece), self.app.config
-            )
-            data += piece
-
-    def _read_chunks(self) -> bytearray:
-        """Return a chunked body. Its trailer is read and dropped."""
-        data = bytearray()
-        extra_bytes = 0
-        while True:
-            match = _CHUNK_LINE.fullmatch(self.rfile.readline(1024))
-            if match is None:
-                raise self._bad_chunks()
-            size, extra_bytes = int(match[1], 16), extra_bytes + len(match[2])
-            if extra_bytes > _MAX_CHUNK_EXTRA_BYTES:
-                raise self._bad_chunks()
-            if size == 0:
-                break
-            if len(data) + size > self.app.config.max_body_bytes:
-                raise self._too_large()
-            self._read_more(data, size)
-            if self.rfile.readline(2) != b"\r\n":
-                raise self._bad_chunks()
-        self._drop_trailer(_MAX_CHUNK_EXTRA_BYTES - extra_bytes)
-        return data
-
-    def _drop_trailer(self, left_bytes: int) -> None:
-        """Read the header lines after the last chunk. Raises BadRequest."""
-        line = b""
-        while line != b"\r\n":
-            line = self.rfile.readline(left_bytes + 1)
-            left_bytes -= len(line)
-            is_whole = left_bytes >= 0 and line.endswith(b"\r\n")
-            if not is_whole or not (line == b"\r\n" or _HEADER_LINE.fullmatch(line[:-2])):
-                raise self._bad_chunks()
-
-    def _bad_chunks(self) -> BadRequest:
-        self.close_connection = True
-        return BadRequest("The chunked body is malformed, or ended early.")
-
-    # -- writing ------------------------------------------------------------------------------
 
     def send_json(self, value: object, status: int = 200) -> None:
-        """See Exchange."""
-        if not self._status:
+        """Send a JSON body; after `keep_alive` has sent the head, its end."""
+        if not self.status:
             self._send_body(status, to_json(value) + b"\n", {"Content-Type": "application/json"})
         else:
             self._send(to_json(value))
-            self._end_chunks()
+            self._end_parts()
 
     def send_text(self, text: str, content_type: str) -> None:
-        """See Exchange."""
         self._send_body(200, text.encode("utf-8"), {"Content-Type": content_type})
 
+    def send_nothing(self, status: int) -> None:
+        """Send a response without a body."""
+        self._send_head(status, {})
+        self._is_complete = True
+
+    def send_events(self, frames: Iterator[bytes]) -> None:
+        """Send server-sent events as they come; a HEAD request gets none."""
+        self._begin_parts(_STREAM_HEADERS)
+        if self.is_head:
+            self._is_complete = True
+            return
+        for frame in frames:
+            self._send(frame)
+        self._end_parts()
+
     def send_stream(
-        self, renderer: Renderer, events: Iterator[Choice], finished: Callable[[Json], None]
+        self, renderer: Renderer, events: Iterator[Choice], heartbeat_s: float,
+        finished: Callable[[Json], None],
     ) -> None:
-        """See Exchange. A keepalive is also due when events render to nothing for too long."""
-        heartbeat_s = self.app.config.heartbeat_ms / 1000
+        """Send an answer as it comes. `finished` gets the complete body before the last event is
+        sent. A keepalive is also due when events render to nothing for too long."""
         sent_s = time.monotonic()
         for index, event in events:
             is_tick = isinstance(event, Tick)
@@ -14304,90 +14002,425 @@ class Exchange(BaseHTTPRequestHandler):
             if self._renderer is None:
                 # As late as possible: an error before this is sent with its own status.
                 self._renderer = renderer
-                self._begin_chunks(_STREAM_HEADERS)
+                self._begin_parts(_STREAM_HEADERS)
             self._send(data)
         self._send(renderer.end())
-        self._end_chunks()
-
-    def send_nothing(self, status: int) -> None:
-        """See Exchange."""
-        self._send_head(status, {})
-        self._is_complete = True
-
-    def send_events(self, frames: Iterator[bytes]) -> None:
-        """See Exchange."""
-        self._begin_chunks(_STREAM_HEADERS)
-        if self.command == "HEAD":
-            self._is_complete = True
-            return
-        for frame in frames:
-            self._send(frame)
-        self._end_chunks()
+        self._end_parts()
 
     def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
-        """See Exchange. Node clients disconnect after 300 s without a byte."""
+        """Wait for all events of an answer; send white space before its JSON after each
+        `silence_s`, 0 = never. Node clients disconnect after 300 s without a byte."""
         silent_since_s = time.monotonic()
         for _ in events:
             if silence_s and time.monotonic() - silent_since_s >= silence_s:
                 silent_since_s = time.monotonic()
-                if not self._status:
-                    self._begin_chunks({"Content-Type": "application/json"})
+                if not self.status:
+                    self._begin_parts({"Content-Type": "application/json"})
                 self._send(b" \n")
+
+    def send_error(self, error: OcpError, dialect: Dialect) -> None:
+        """Report an error: as a response, as an event of a stream, or by closing the connection,
+        depending on how much was sent. Never raises."""
+        try:
+            if not self.status:
+                body = to_json(dialect.error_body(error, self.request_id)) + b"\n"
+                headers = {"Content-Type": "application/json", **error.headers()}
+                self._send_body(error.status, body, headers)
+            elif self._renderer is not None and not self._is_complete:
+                self._send(self._renderer.failure(error, self.request_id))
+                self._end_parts()
+            else:
+                # The response is complete, or a JSON body has begun with status 200.
+                self.must_close = True
+        except ClientGone:
+            self.must_close = True
+
+    def finish(self) -> None:
+        """Wait until the client has read the response. Never raises."""
+        try:
+            self._client.flush()
+        except ClientGone:
+            self.must_close = True
+        if self.status and self.must_close and self.has_unread_body:
+            self._client.linger(_LINGER_S)
 
     def _send_body(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self._send_head(status, {"Content-Length": str(len(body)), **headers})
-        if self.command != "HEAD":
-            self.client.send(body)
+        if not self.is_head:
+            self._client.send(body)
         self._is_complete = True
 
-    def _has_unread_body(self) -> bool:
-        """Return whether the request has a body that was not read. The next head cannot be found
-        then, so the connection must be closed."""
-        return self._length != 0 and not self._body_read
-
-    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
-        """Send the status line and the headers."""
-        if self._has_unread_body() or self.request_version == "HTTP/1.0":
-            self.close_connection = True
-        self._status = status
-        self.send_response(status)
-        common = {
-            "X-Request-Id": self.request_id, "request-id": self.request_id,
-            "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-        }
-        for name, value in {**common, **self.headers_out, **headers}.items():
-            # A line break in a value would let it inject a header.
-            self.send_header(name, re.sub(r"[^\x20-\x7e]", "?", value))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-
-    def flush_headers(self) -> None:
-        """Send the header lines that the base class has collected. Raises ClientGone."""
-        self.client.send(b"".join(self._headers_buffer))
-        self._headers_buffer.clear()
-
-    def _begin_chunks(self, headers: Mapping[str, str]) -> None:
+    def _begin_parts(self, headers: Mapping[str, str]) -> None:
         """Start a response of unknown length: chunked, or for HTTP/1.0 until the connection
         closes."""
-        self._chunked = self.request_version == "HTTP/1.1"
-        more = {"Transfer-Encoding": "chunked"} if self._chunked else {}
-        self._send_head(200, {**headers, **more})
+        self._is_chunked = self.version == "HTTP/1.1"
+        coding = {"Transfer-Encoding": "chunked"} if self._is_chunked else {}
+        self._send_head(200, {**headers, **coding})
 
     def _send(self, data: bytes) -> None:
-        """Send a part of the response's body."""
         if not data:
             return
-        if self._chunked:
+        if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        self.client.send(data)
+        self._client.send(data)
 
-    def _end_chunks(self) -> None:
+    def _end_parts(self) -> None:
         self._is_complete = True
-        if self._chunked:
-            self.client.send(b"0\r\n\r\n")
+        if self._is_chunked:
+            self._client.send(b"0\r\n\r\n")
+
+    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        if self.has_unread_body or self.version == "HTTP/1.0":
+            self.must_close = True
+        self.status = status
+        every: dict[str, str] = {
+            "Server": f"ocp/{VERSION}", "Date": email.utils.formatdate(usegmt=True),
+            "X-Request-Id": self.request_id, "request-id": self.request_id,
+            "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+            **self.headers, **headers,
+        }
+        if self.must_close:
+            every["Connection"] = "close"
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
+        # A line break in a value would let it inject a header.
+        lines += [f"{name}: {_UNSAFE_IN_HEADER.sub('?', text)}" for name, text in every.items()]
+        self._client.send("\r\n".join([*lines, "", ""]).encode("ascii"))
+
+
+class BodyReader:
+    """Reads the bodies of the requests of one connection, within the limits of size, time and
+    memory."""
+
+    def __init__(
+        self, client: Connection, reader: DeadlineReader, stream: BinaryIO, server: Server
+    ) -> None:
+        """`stream` buffers what `reader` reads."""
+        self._client = client
+        self._reader = reader
+        self._stream = stream
+        self._app = server.app
+        self._memory = server.memory
+        self._hold = Hold(client.cut)
+
+    def read(self, length: int | None, owner: str) -> bytearray:
+        """Return a body of this length, None = chunked, whose memory is charged to `owner`. While
+        it arrives, the connection counts as idle and may be closed to make room. Raises BadRequest,
+        TooLarge, RequestTimeout, MemoryFull, ClientGone."""
+        self._hold.owner = owner
+        self._reader.allow(self._app.config.body_timeout_ms / 1000)
+        is_busy, self._client.is_busy = self._client.is_busy, False
+        try:
+            data = self._read_chunks() if length is None else self._read_exactly(length)
+        except socket.timeout:
+            raise RequestTimeout("The body of the request did not arrive in time.") from None
+        except OSError:
+            raise ClientGone from None
+        self._client.is_busy = is_busy
+        return data
+
+    def release(self) -> None:
+        """Free the memory of the last body."""
+        self._memory.resize(self._hold, 0, self._app.config)
+
+    def check_size(self, size_bytes: int) -> None:
+        """Raise TooLarge if a body of this size is larger than the limit."""
+        maximum = self._app.config.max_body_bytes
+        if size_bytes > maximum:
+            raise TooLarge(
+                f"The body is larger than {maximum} bytes (CLAUDE_MAX_BODY_SIZE of the server)."
+            )
+
+    def _read_exactly(self, count: int) -> bytearray:
+        data = bytearray()
+        self._read_more(data, count)
+        if len(data) < count:
+            raise BadRequest("The body ended before its Content-Length was reached.")
+        return data
+
+    def _read_more(self, data: bytearray, count: int) -> None:
+        """Append `count` bytes of the body to `data`, or fewer if the connection ends."""
+        end = len(data) + count
+        while len(data) < end:
+            piece = self._stream.read(min(end - len(data), _MAX_READ_BYTES))
+            if not piece:
+                return
+            self._memory.resize(self._hold, len(data) + len(piece), self._app.config)
+            data += piece
+
+    def _read_chunks(self) -> bytearray:
+        """Return a chunked body. Its trailer is read and dropped."""
+        data = bytearray()
+        extra_bytes = 0
+        while True:
+            match = _CHUNK_LINE.fullmatch(self._stream.readline(1024))
+            if match is None:
+                raise _bad_chunks()
+            size, extra_bytes = int(match[1], 16), extra_bytes + len(match[2])
+            if extra_bytes > _MAX_CHUNK_EXTRA_BYTES:
+                raise _bad_chunks()
+            if size == 0:
+                break
+            self.check_size(len(data) + size)
+            self._read_more(data, size)
+            if self._stream.readline(2) != b"\r\n":
+                raise _bad_chunks()
+        self._drop_trailer(_MAX_CHUNK_EXTRA_BYTES - extra_bytes)
+        return data
+
+    def _drop_trailer(self, left_bytes: int) -> None:
+        """Read the header lines after the last chunk. Raises BadRequest."""
+        line = b""
+        while line != b"\r\n":
+            line = self._stream.readline(left_bytes + 1)
+            left_bytes -= len(line)
+            is_whole = left_bytes >= 0 and line.endswith(b"\r\n")
+            if not is_whole or not (line == b"\r\n" or _HEADER_LINE.fullmatch(line[:-2])):
+                raise _bad_chunks()
+
+
+def _bad_chunks() -> BadRequest:
+    return BadRequest("The chunked body is malformed, or ended early.")
+
+
+class Exchange:
+    """One request and its response. Endpoints read the request from the attributes and from
+    `body`, and respond with one of the `send_` methods of `response`."""
+
+    def __init__(self, client: Connection, bodies: BodyReader, routes: tuple[Route, ...]) -> None:
+        self.client = client
+        self.peer = client.peer
+        self.routes = routes
+        self.response = Response(client)
+        self.request_id = self.response.request_id
+        self.method = ""
+        #: The target as it was sent, and its parts.
+        self.target = ""
+        self.path = ""
+        self.query: Mapping[str, str] = {}
+        self.headers = Headers()
+        #: The format of errors.
+        self.dialect: Dialect = CHAT
+        self.caller = Caller("public")
+        self._bodies = bodies
+        #: The length of the body; None = chunked.
+        self._length: int | None = 0
+
+    def parse_head(self, line: bytes, lines: Iterator[bytes]) -> None:
+        """Set the fields from the head: the request line, and the lines after it. Raises
+        BadRequest, HeadTooLarge."""
+        response = self.response
+        # Known before the line is valid: an error response to HEAD must have no body, because the
+        # client would read it as the next response.
+        response.is_head = line.startswith(b"HEAD ")
+        self.method, self.target, response.version = parse_request_line(line)
+        self.headers = parse_headers(lines)
+        if response.version == "HTTP/1.1" or "Host" in self.headers:
+            host_name(self.headers.get("Host", ""))
+        self._length = body_length(self.headers, response.version)
+        response.has_unread_body = self._length != 0
+        options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
+        response.must_close = "close" in (option.strip() for option in options)
+
+    @property
+    def owner(self) -> str:
+        """The name under which the memory of the request is counted."""
+        return self.peer if self.caller.key_id is None else self.caller.scope
+
+    def body(self) -> bytearray:
+        """Return the body. Raises BadRequest, TooLarge, RequestTimeout, MemoryFull, ClientGone."""
+        if self._length is not None:
+            self._bodies.check_size(self._length)
+        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise BadRequest("Compressed bodies are not supported: send the body uncompressed.")
+        expects = self.headers.get("Expect", "").lower() == "100-continue"
+        if expects and self.response.version == "HTTP/1.1":
+            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        data = self._bodies.read(self._length, self.owner)
+        self.response.has_unread_body = False
+        return data
+
+
+class ConnectionHandler(socketserver.BaseRequestHandler):
+    """Serves the requests of one connection, one after the other; runs in its thread."""
+
+    server: Server
+
+    def setup(self) -> None:
+        self._client: Connection = self.request
+        self._app = self.server.app
+        self._reader = DeadlineReader(self._client)
+        self._stream = io.BufferedReader(self._reader, _MAX_HEAD_BYTES)
+        self._bodies = BodyReader(self._client, self._reader, self._stream, self.server)
+        #: Whether a request has been served on the connection.
+        self._has_served = False
+
+    def handle(self) -> None:
+        while self._serve_request():
+            self._has_served = True
+
+    def finish(self) -> None:
+        """Close the reader; the server closes the connection."""
+        self._stream.close()
+
+    def _serve_request(self) -> bool:
+        """Read one request and answer it; return whether the connection stays open."""
+        exchange = Exchange(self._client, self._bodies, self.server.routes)
+        is_request = self._read_head(exchange)
+        started_s = time.monotonic()
+        if is_request:
+            self._answer(exchange)
         else:
-            self.close_connection = True
+            exchange.response.must_close = True
+        self._client.is_busy = False
+        self._bodies.release()
+        exchange.response.finish()
+        if is_request:
+            self._app.log.event(
+                "debug", "request_answered", request_id=exchange.request_id,
+                method=exchange.method, status=exchange.response.status,
+                total_ms=round((time.monotonic() - started_s) * 1000),
+            )
+        return not exchange.response.must_close
+
+    # -- head -------------------------------------------------------------------------------------
+
+    def _read_head(self, exchange: Exchange) -> bool:
+        """Return whether a valid head was read in time; any other one is refused here."""
+        received_before = self._reader.received_bytes
+        head_timeout_s = self._app.config.header_timeout_ms / 1000
+        idle_s = _IDLE_S if self._client.is_trusted else _UNTRUSTED_IDLE_S
+        try:
+            # An idle connection may wait longer than a head that has begun.
+            self._reader.allow(idle_s if self._has_served else head_timeout_s)
+            first = self._stream.peek(1)[:1]
+            self._reader.allow(head_timeout_s)
+            if first == _TLS_HANDSHAKE and not self._client.is_tls:
+                self.server.log_tls_attempt(self._client.peer)
+                raise BadRequest(_NOT_HTTPS)
+            lines = head_lines(self._stream)
+            line = next(lines, b"")
+            if line:
+                exchange.parse_head(line, lines)
+            return bool(line)
+        except socket.timeout:
+            if self._reader.received_bytes > received_before:
+                late = RequestTimeout("The head of the request did not arrive in time.")
+                self._refuse(exchange, late)
+        except OcpError as error:
+            # What follows may belong to this request.
+            exchange.response.has_unread_body = True
+            self._refuse(exchange, error)
+        except (ClientGone, OSError):
+            pass
+        return False
+
+    # -- answer -----------------------------------------------------------------------------------
+
+    def _answer(self, exchange: Exchange) -> None:
+        """Answer a request; every error of a request ends here."""
+        try:
+            self._call_endpoint(exchange)
+        except ClientGone:
+            exchange.response.must_close = True
+        except OcpError as error:
+            self._refuse(exchange, error)
+        except sqlite3.Error as problem:
+            self._refuse(exchange, storage_failure(problem, _NOTHING_CHANGED))
+        except RecursionError:
+            # Writing JSON recurses deeper than reading it.
+            self._refuse(exchange, BadRequest("The body is nested too deeply."))
+        except Exception as problem:
+            self._app.log.event(
+                "error", "request_broke", request_id=exchange.request_id,
+                method=exchange.method, error=format_failure(problem),
+            )
+            failure = OcpError(f"OCP failed; its log has the details under {exchange.request_id}.")
+            exchange.response.send_error(failure, exchange.dialect)
+
+    def _call_endpoint(self, exchange: Exchange) -> None:
+        """Find the route of a request, authorize its caller, and call the endpoint."""
+        config = self._app.config
+        try:
+            target = urllib.parse.urlsplit(exchange.target)
+        except ValueError:
+            raise BadRequest("The path of the request is malformed.") from None
+        exchange.path = target.path
+        exchange.query = dict(urllib.parse.parse_qsl(target.query))
+        matches = self.server.router.matches(target.path)
+        # From here on, errors have the format of the path's API.
+        exchange.dialect = (
+            (matches[0][0].dialect if matches else None) or dialect_of_client(exchange.headers)
+        )
+        # In an absolute target the host replaces the Host header.
+        self._check_origin(exchange, target.netloc or exchange.headers.get("Host", ""))
+        if exchange.method == "OPTIONS":
+            self._answer_options(exchange, matches)
+            return
+        route, arguments = self.server.router.choose(exchange.method, target.path, matches)
+        exchange.caller = self._authorize(exchange, route.access)
+        if route.access is not Access.PUBLIC:
+            self._client.is_trusted = self._client.is_busy = True
+        self._client.config = config
+        self._client.unread.owner = exchange.owner
+        route.endpoint(self._app, exchange, **arguments)
+
+    def _check_origin(self, exchange: Exchange, host: str) -> None:
+        """Refuse the pages of foreign web sites, and let those of allowed ones read the response.
+        Raises Forbidden."""
+        config, headers = self._app.config, exchange.headers
+        origin = headers.get("Origin", "")
+        check_origin(config, origin, host, headers.get("Content-Type", ""), exchange.peer)
+        if is_allowed_origin(config, origin):
+            exchange.response.headers.update(
+                {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            )
+
+    def _authorize(self, exchange: Exchange, access: Access) -> Caller:
+        """Return the caller. Raises Forbidden, and Unauthorized after a delay that grows with
+        the wrong keys from this address."""
+        app, headers, peer = self._app, exchange.headers, exchange.peer
+        try:
+            return authorize(app.config, app.keys, access, headers, peer)
+        except Unauthorized:
+            if any(presented_keys(headers)):
+                max_delay_s = app.config.wrong_key_delay_ms / 1000
+                with app.wrong_keys.delay_answer(peer, max_delay_s) as wait_s:
+                    time.sleep(wait_s)
+            raise
+
+    def _answer_options(self, exchange: Exchange, matches: list[Match]) -> None:
+        allowed = ", ".join(allowed_methods(matches))
+        if not allowed:
+            raise NotFound(f"There is no path {one_line(exchange.path, 80)}.")
+        headers = exchange.response.headers
+        headers["Allow"] = allowed
+        if "Access-Control-Allow-Origin" in headers:
+            requested = exchange.headers.get("Access-Control-Request-Headers", "")
+            headers.update({
+                "Access-Control-Allow-Methods": allowed,
+                "Access-Control-Allow-Headers": one_line(requested, 1000) or "*",
+                "Access-Control-Max-Age": "600",
+            })
+        exchange.response.send_nothing(204)
+
+    # -- errors -----------------------------------------------------------------------------------
+
+    def _refuse(self, exchange: Exchange, error: OcpError) -> None:
+        """Send an error and log it, unless it was logged as the failure of a turn. Refusals of
+        callers without a key are summed up when there are many."""
+        exchange.response.send_error(error, exchange.dialect)
+        if error.logged:
+            return
+        fields = {
+            "request_id": exchange.request_id, "method": exchange.method, "path": exchange.path,
+            "caller": exchange.caller.name, "error": type(error).__name__, "param": error.param,
+        }
+        if exchange.caller.name == "public":
+            self._app.refusals.record(exchange.peer, error.status, **fields)
+        else:
+            self._app.log.event(
+                "info", "request_refused", peer=exchange.peer, status=error.status, **fields
+            )
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
@@ -14413,20 +14446,6 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     return context
 
 
-#: The first byte of a TLS connection.
-_TLS_HANDSHAKE = b"\x16"
-_NOT_TLS = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-    b"This server uses https: write https:// in the address.\n"
-)
-_NOT_HTTPS = _NOT_TLS.replace(b"https", b"http")
-#: How often the log repeats a warning about connections.
-_WARNING_INTERVAL_S = 60.0
-_CONNECTIONS_HELP = "raise OCP_MAX_CONNECTIONS if this many connections are expected"
-#: How many connections above the limit get an error response at a time; others are just closed.
-_MAX_REJECTIONS = 32
-
-
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The listening socket, with one thread for each of a limited number of connections."""
 
@@ -14450,7 +14469,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._rejections = 0
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, app.config.port), Exchange)
+        super().__init__((host, app.config.port), ConnectionHandler)
 
     @property
     def url(self) -> str:
@@ -14512,22 +14531,18 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             connection.close()
 
     def _send_rejection(self, connection: Connection, error: Busy) -> None:
-        body = to_json(CHAT.error_body(error, ""))
-        head = f"HTTP/1.1 {error.status} Busy\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
         try:
-            self._send_and_linger(connection, head.encode("ascii") + body)
+            self._refuse(connection, error)
         finally:
             connection.close()
             with self._lock:
                 self._rejections -= 1
 
-    def _send_and_linger(self, connection: Connection, data: bytes) -> None:
-        """Send data to a client that may still be sending a request."""
-        with contextlib.suppress(ClientGone):
-            connection.send(data)
-            connection.flush()
-            connection.linger(_LINGER_S)
+    def _refuse(self, connection: Connection, error: OcpError) -> None:
+        """Answer a connection before anything was read from it."""
+        response = Response(connection)
+        response.send_error(error, CHAT)
+        response.finish()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection until it ends; runs in its thread."""
@@ -14542,7 +14557,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         timeout_s = self.app.config.header_timeout_ms / 1000
         try:
             if connection.peek(timeout_s) not in (_TLS_HANDSHAKE, b""):
-                self._send_and_linger(connection, _NOT_TLS)
+                self._refuse(connection, BadRequest(_NOT_HTTP))
                 return False
             connection.start_tls(self._tls, timeout_s)
         except OSError as problem:
@@ -14736,10 +14751,10 @@ def _parse_turn(app: App, exchange: Exchange, body: object, *, counted: bool) ->
 def _set_turn_headers(exchange: Exchange, turn: Turn) -> None:
     """List ignored parameters and adjustments of the request in the response's headers."""
     if turn.ignored:
-        exchange.headers_out["X-OCP-Ignored-Params"] = header_list(turn.ignored)
+        exchange.response.headers["X-OCP-Ignored-Params"] = header_list(turn.ignored)
     if turn.adjusted:
         counts = (f"{name}={count}" for name, count in turn.adjusted)
-        exchange.headers_out["X-OCP-Adjusted"] = header_list(counts)
+        exchange.response.headers["X-OCP-Adjusted"] = header_list(counts)
 
 
 def answer(app: App, exchange: Exchange) -> None:
@@ -14752,14 +14767,15 @@ def answer(app: App, exchange: Exchange) -> None:
             if answering.job.finished and (dialect.stores(turn) or turn.session_id):
                 _store_conversation(app, exchange, turn, answering.answers()[0], body)
 
-        exchange.headers_out["X-OCP-Cache"] = answering.cache
+        response, silence_s = exchange.response, tick_s_of(app.config, turn)
+        response.headers["X-OCP-Cache"] = answering.cache
         if turn.stream:
-            exchange.send_stream(dialect.renderer(turn), answering.events, store)
+            response.send_stream(dialect.renderer(turn), answering.events, silence_s, store)
         else:
-            exchange.keep_alive(answering.events, app.config.whole_silence_ms / 1000)
+            response.keep_alive(answering.events, silence_s)
             body = dialect.answer_body(turn, list(answering.answers()))
             store(body)
-            exchange.send_json(body)
+            response.send_json(body)
 
 
 def _store_conversation(
@@ -14788,12 +14804,12 @@ def get_sessions(app: App, exchange: Exchange) -> None:
     sessions = [
         {**entry, "caller": names.get(entry["caller"], entry["caller"])} for entry in entries
     ]
-    exchange.send_json({"sessions": sessions})
+    exchange.response.send_json({"sessions": sessions})
 
 
 def clear_sessions(app: App, exchange: Exchange) -> None:
     """DELETE /sessions: delete all stored conversations."""
-    exchange.send_json({"cleared": app.sessions.clear()})
+    exchange.response.send_json({"cleared": app.sessions.clear()})
 
 
 def clear_session(app: App, exchange: Exchange, id: str) -> None:
@@ -14801,25 +14817,25 @@ def clear_session(app: App, exchange: Exchange, id: str) -> None:
     cleared = app.sessions.clear(id)
     if not cleared:
         raise NotFound(f"There is no session {one_line(id, 80)!r}.", param="id")
-    exchange.send_json({"cleared": cleared})
+    exchange.response.send_json({"cleared": cleared})
 
 
 def _estimate(app: App, exchange: Exchange) -> int:
     """Return the estimated tokens of the request, and mark the response as an estimate."""
     turn = _read_turn(app, exchange, counted=True)
-    exchange.headers_out["X-OCP-Estimate"] = "true"
+    exchange.response.headers["X-OCP-Estimate"] = "true"
     return estimate_tokens(turn)
 
 
 def count_tokens(app: App, exchange: Exchange) -> None:
     """POST /v1/messages/count_tokens: estimate the input tokens of a request."""
-    exchange.send_json({"input_tokens": _estimate(app, exchange)})
+    exchange.response.send_json({"input_tokens": _estimate(app, exchange)})
 
 
 def count_input_tokens(app: App, exchange: Exchange) -> None:
     """POST /v1/responses/input_tokens: estimate the input tokens of a request."""
     tokens = _estimate(app, exchange)
-    exchange.send_json({"object": "response.input_tokens", "input_tokens": tokens})
+    exchange.response.send_json({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 def get_response(app: App, exchange: Exchange, id: str) -> None:
@@ -14830,7 +14846,7 @@ def get_response(app: App, exchange: Exchange, id: str) -> None:
             "stream: a stored response cannot be streamed again; request it without `stream`.",
             param="stream",
         )
-    exchange.send_json(stored.body)
+    exchange.response.send_json(stored.body)
 
 
 def cancel_response(app: App, exchange: Exchange, id: str) -> None:
@@ -14862,7 +14878,7 @@ def get_input_items(app: App, exchange: Exchange, id: str) -> None:
             raise BadRequest(f"after: there is no item {one_line(after, 80)!r}.", param="after")
         items = items[ids.index(after) + 1:]
     page = items[:limit]
-    exchange.send_json({
+    exchange.response.send_json({
         "object": "list", "data": page, "has_more": len(items) > len(page),
         "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
     })
@@ -14871,7 +14887,7 @@ def get_input_items(app: App, exchange: Exchange, id: str) -> None:
 def delete_response(app: App, exchange: Exchange, id: str) -> None:
     """DELETE /v1/responses/{id}: delete a stored response."""
     app.responses.remove(exchange.caller.scope, id)
-    exchange.send_json({"id": id, "object": "response", "deleted": True})
+    exchange.response.send_json({"id": id, "object": "response", "deleted": True})
 
 
 def no_embeddings(app: App, exchange: Exchange) -> None:
@@ -14935,7 +14951,7 @@ def get_models(app: App, exchange: Exchange) -> None:
     page, has_more = _page(exchange.query, [model.id for model in models])
     entries = [_model_entry(model) for model in models[page]]
     ends = [entries[0]["id"], entries[-1]["id"]] if entries else [None, None]
-    exchange.send_json({
+    exchange.response.send_json({
         "object": "list", "data": entries, "has_more": has_more,
         "first_id": ends[0], "last_id": ends[1],
     })
@@ -14945,7 +14961,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     """GET /v1/models/{model}: return the model with this id or alias."""
     found = app.models.find(model)
     _check_model_allowed(app, exchange.caller, found)
-    exchange.send_json(_model_entry(found))
+    exchange.response.send_json(_model_entry(found))
 
 
 # ==== 39. Management endpoints ===============================================
@@ -14988,7 +15004,8 @@ def get_health(app: App, exchange: Exchange) -> None:
     """GET /health: return the state of the server."""
     # Public: it must contain no path, no prompt and no error text.
     advertised = app.config.advertised_key
-    exchange.send_json({**_health(app), **({"anonymousKey": advertised} if advertised else {})})
+    key = {"anonymousKey": advertised} if advertised else {}
+    exchange.response.send_json({**_health(app), **key})
 
 
 def _health(app: App) -> Json:
@@ -15032,7 +15049,7 @@ def get_ready(app: App, exchange: Exchange) -> None:
     status, fix = _server_status(app)
     if status != "ok":
         raise NotReady(fix)
-    exchange.send_json({"ready": True})
+    exchange.response.send_json({"ready": True})
 
 
 #: How often /api/events checks for changes, and when it sends a keepalive instead.
@@ -15043,7 +15060,7 @@ _EVENTS_KEEPALIVE_S = 15.0
 def get_events(app: App, exchange: Exchange) -> None:
     """GET /api/events: stream server-sent events, `state` for each change of the server's state
     and `log` for new log entries."""
-    exchange.send_events(_live_frames(app, exchange.client))
+    exchange.response.send_events(_live_frames(app, exchange.client))
 
 
 def _live_frames(app: App, client: Client) -> Iterator[bytes]:
@@ -15098,7 +15115,7 @@ def get_logs(app: App, exchange: Exchange) -> None:
         raise BadRequest(f"level: must be one of all, audit, {', '.join(LEVELS)}.", param="level")
     count = query_integer(exchange.query, "n", 30, _MAX_LOG_LINES)
     entries = app.log.recent(count, level)
-    exchange.send_json({"count": len(entries), "level": level, "entries": entries})
+    exchange.response.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
 # -- keys -------------------------------------------------------------------------------------
@@ -15218,7 +15235,7 @@ def get_keys(app: App, exchange: Exchange) -> None:
     keys = app.keys.all()
     reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
     entries = [{**_key_entry(key), "quota": report} for key, report in zip(keys, reports)]
-    exchange.send_json({"keys": entries})
+    exchange.response.send_json({"keys": entries})
 
 
 def _with_storage_warning(app: App, body: Json) -> Json:
@@ -15259,12 +15276,12 @@ def create_key(app: App, exchange: Exchange) -> None:
     key, secret = app.keys.create(str(columns.pop("name", "")), columns)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
     body = {"id": key.id, "key": secret, **_key_entry(key)}
-    exchange.send_json(_with_storage_warning(app, body), status=201)
+    exchange.response.send_json(_with_storage_warning(app, body), status=201)
 
 
 def get_key(app: App, exchange: Exchange, key: str) -> None:
     """GET /api/keys/{key}: return the key with this id or name."""
-    exchange.send_json(_key_entry(app.keys.find(key)))
+    exchange.response.send_json(_key_entry(app.keys.find(key)))
 
 
 def change_key(app: App, exchange: Exchange, key: str) -> None:
@@ -15275,7 +15292,8 @@ def change_key(app: App, exchange: Exchange, key: str) -> None:
     columns = _key_columns(app, fields)
     with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
         app.keys.change(found, columns)
-    exchange.send_json(_with_storage_warning(app, _key_entry(app.keys.find(str(found.id)))))
+    entry = _key_entry(app.keys.find(str(found.id)))
+    exchange.response.send_json(_with_storage_warning(app, entry))
 
 
 def revoke_key(app: App, exchange: Exchange, key: str) -> None:
@@ -15286,7 +15304,7 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
         found = app.keys.find(key)
         with _audited_change(app, exchange, "key_revoked", found):
             revoked = app.keys.revoke(found)
-    exchange.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
+    exchange.response.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
 
 
 def rotate_key(app: App, exchange: Exchange, key: str) -> None:
@@ -15295,14 +15313,14 @@ def rotate_key(app: App, exchange: Exchange, key: str) -> None:
     secret = app.keys.rotate(found)
     _audit(app, exchange, "key_rotated", key=found.name, id=found.id)
     body = {"id": found.id, "name": found.name, "key": secret}
-    exchange.send_json(_with_storage_warning(app, body))
+    exchange.response.send_json(_with_storage_warning(app, body))
 
 
 def get_quota(app: App, exchange: Exchange, key: str) -> None:
     """GET /api/keys/{key}/quota: return the limits, their use and their resets."""
     found = app.keys.find(key)
     report = app.ledger.quota_report(found)
-    exchange.send_json({"keyId": found.id, "name": found.name, "quota": report})
+    exchange.response.send_json({"keyId": found.id, "name": found.name, "quota": report})
 
 
 def change_quota(app: App, exchange: Exchange, key: str) -> None:
@@ -15316,7 +15334,7 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
     with _audited_change(app, exchange, "quota_updated", found, quota=limits):
         app.keys.change(found, {"quota": quota})
     body = {"ok": True, "idOrName": key, "quota": limits}
-    exchange.send_json(_with_storage_warning(app, body))
+    exchange.response.send_json(_with_storage_warning(app, body))
 
 
 # -- usage ------------------------------------------------------------------------------------
@@ -15356,7 +15374,7 @@ def get_api_usage(app: App, exchange: Exchange) -> None:
     if all_callers and app.intervals.claim(audit_id, _USAGE_AUDIT_INTERVAL_S):
         app.log.event("info", "admin_usage_full_scope", by=caller.name, peer=exchange.peer)
     report = app.ledger.report(since_s, until_s, limit, None if all_callers else caller)
-    exchange.send_json(
+    exchange.response.send_json(
         {
             "since": iso_time(since_s),
             "until": iso_time(until_s),
@@ -15393,7 +15411,7 @@ def get_usage(app: App, exchange: Exchange) -> None:
         row["model"]: {name: row[column] for name, column in _MODEL_NUMBERS}
         for row in app.ledger.by_model(app.started_at_s)
     }
-    exchange.send_json({**app.account.report(), "proxy": _totals(app), "models": models})
+    exchange.response.send_json({**app.account.report(), "proxy": _totals(app), "models": models})
 
 
 def get_status(app: App, exchange: Exchange) -> None:
@@ -15403,7 +15421,7 @@ def get_status(app: App, exchange: Exchange) -> None:
     auth, totals = app.account.login_report(), _totals(app)
     login_words = {True: "ok", None: "unknown", False: auth["message"]}
     failures = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURE_EVENTS]
-    exchange.send_json(
+    exchange.response.send_json(
         {
             "proxy": {
                 "status": status, "version": VERSION, "uptime": totals["uptime"],
@@ -15432,7 +15450,7 @@ _FAILURE_EVENTS = ("answer_failed", "request_broke")
 def get_settings(app: App, exchange: Exchange) -> None:
     """GET /settings: list the settings that can be changed at run time, with ranges and
     sources."""
-    exchange.send_json(app.settings.report())
+    exchange.response.send_json(app.settings.report())
 
 
 def change_settings(app: App, exchange: Exchange) -> None:
@@ -15461,20 +15479,21 @@ def change_settings(app: App, exchange: Exchange) -> None:
     some_changed = len(results) > len(errors)
     status = 200 if not errors else 207 if some_changed else status_if_none
     more = {"errors": errors} if errors else {}
-    exchange.send_json({"results": results, **more, "current": app.settings.report()}, status)
+    body = {"results": results, **more, "current": app.settings.report()}
+    exchange.response.send_json(body, status)
 
 
 def get_cache_stats(app: App, exchange: Exchange) -> None:
     """GET /cache/stats: return the size, limits and hit counts of the cache."""
     limits = {"maxBytes": app.config.cache_max_bytes, "ttl": app.config.cache_ttl_ms}
-    exchange.send_json({**app.cache.stats(), **limits})
+    exchange.response.send_json({**app.cache.stats(), **limits})
 
 
 def clear_cache(app: App, exchange: Exchange) -> None:
     """DELETE /cache: delete all cached answers."""
     cleared = app.cache.clear()
     _audit(app, exchange, "cache_cleared", cleared=cleared)
-    exchange.send_json({"cleared": cleared})
+    exchange.response.send_json({"cleared": cleared})
 
 
 def _gauges(app: App) -> dict[str, dict[Labels, float]]:
@@ -15514,11 +15533,11 @@ def _gauges(app: App) -> dict[str, dict[Labels, float]]:
 def get_dashboard(app: App, exchange: Exchange) -> None:
     """GET /dashboard: return the operator's page, which fetches its data with the admin key."""
     page = dashboard_page()
-    exchange.headers_out.update(page.headers)
+    exchange.response.headers.update(page.headers)
     if exchange.headers.get("If-None-Match") == page.headers["ETag"]:
-        exchange.send_nothing(304)
+        exchange.response.send_nothing(304)
         return
-    exchange.send_text(page.html, "text/html; charset=utf-8")
+    exchange.response.send_text(page.html, "text/html; charset=utf-8")
 
 
 #: The script that sets up clients; the server also works without this file.
@@ -15535,19 +15554,19 @@ def get_connect(app: App, exchange: Exchange) -> None:
             "There is no ocp_connect.py beside this server's ocp_server.py. Copy it there, or "
             "copy it to the client and run: python3 ocp_connect.py HOST"
         ) from None
-    exchange.headers_out["X-OCP-Version"] = VERSION
-    exchange.send_text(script, "text/plain; charset=utf-8")
+    exchange.response.headers["X-OCP-Version"] = VERSION
+    exchange.response.send_text(script, "text/plain; charset=utf-8")
 
 
 def get_openapi(app: App, exchange: Exchange) -> None:
     """GET /openapi.json: return the OpenAPI document of this API."""
-    exchange.send_json(openapi(exchange.routes))
+    exchange.response.send_json(openapi(exchange.routes))
 
 
 def get_metrics(app: App, exchange: Exchange) -> None:
     """GET /metrics: return all metrics in Prometheus' text format."""
     text = app.metrics.text(_gauges(app))
-    exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
+    exchange.response.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
 # ==== 40. Table of routes ====================================================
