@@ -53,11 +53,11 @@ Sections (search for "==== 8" to jump to the eighth):
     32. State folder          the database, the modes of files, the admin key
     33. Answering             one request: quota, cache, claude, row of usage
     34. App                   owns every long-lived object; the housekeeper
-    35. Routes                the choice of a route, and the OpenAPI document
+    35. Routes                the choice of a route for a path and a method
     36. HTTP server           sockets, bodies, one thread for each connection
     37. Dashboard             the operator's page, and its content security policy
     38. API endpoints         answers, stored responses, sessions, models
-    39. Management endpoints  health, logs, keys, usage, settings, cache, pages
+    39. Management endpoints  health, logs, keys, usage, settings, pages, OpenAPI
     40. Table of routes       path, access, dialect and endpoint of each route
     41. Demo claude           the stand-in for claude behind --demo
     42. Command line          arguments, signals, main
@@ -11535,7 +11535,6 @@ class Account:
             checked_s = self._login_checked_s
             return {
                 "ok": self._logged_in,
-                "okSource": "none" if checked_s is None else "request",
                 "okAt": None if checked_s is None else iso_time(checked_s),
                 "message": LOGIN_ADVICE if self._logged_in is False else None,
             }
@@ -11611,7 +11610,6 @@ class Account:
             "weeklyLimits": {"allModels": entries["seven_day"], **others},
             "extraUsage": extra,
             "representativeClaim": report.claim,
-            "fallbackPercentage": None,
             "subscription": subscription,
         }
 
@@ -11632,19 +11630,14 @@ class Account:
         }
 
     def report(self) -> Json:
-        """Return the plan for /usage, with the windows as claude reported them in `_raw`."""
+        """Return the plan for /usage, and when its windows were reported."""
         plan = self.plan()
         with self._lock:
-            raw = {
-                name: {**observed.window._asdict(), "observed_s": observed.observed_s}
-                for name, observed in self._windows.items()
-            }
             updated_s = self._windows_updated_s
             return {
                 "status": self._last_report.status,
                 "fetchedAt": None if updated_s is None else iso_time(updated_s),
                 "plan": plan,
-                "_raw": raw,
             }
 
 
@@ -13533,10 +13526,9 @@ class App:
 
 
 # ==== 35. Routes =============================================================
-# The type of a route, the choice of a route, and the OpenAPI document of all routes. Paths, methods
-# and summaries come from the table of routes and the docstrings of the endpoints; request bodies
-# and query strings are described here. Paths match exactly, after repeated slashes are merged. The
-# /v1 of a path may be missing or doubled, because users write base addresses with and without it.
+# The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
+# repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
+# addresses with and without it.
 
 
 class Route(NamedTuple):
@@ -13611,206 +13603,6 @@ def _percent_decode(text: str) -> str:
         return urllib.parse.unquote(text, errors="strict")
     except UnicodeDecodeError:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
-
-
-
-
-def _object_type(required: Iterable[str] = (), **properties: object) -> Json:
-    return {"type": "object", "properties": properties, "required": list(required)}
-
-
-_TEXT: Json = {"type": "string"}
-_NAME: Json = {"type": "string", "minLength": 1}
-_FLAG: Json = {"type": ["boolean", "null"]}
-_TOKENS_LIMIT: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": 1_000_000}
-_ZERO_TO_ONE: Json = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
-_STOP: Json = {
-    "anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": _TEXT, "maxItems": 4}]
-}
-
-
-def _content(*kinds: str) -> Json:
-    """Return the schema of message content: text, or a list of parts of these types."""
-    parts = [_object_type(["type", "text"], type={"const": kind}, text=_NAME) for kind in kinds]
-    return {"anyOf": [_NAME, {"type": "array", "minItems": 1, "items": {"anyOf": parts}}]}
-
-
-def _messages(roles: Iterable[str], content: Json) -> Json:
-    message = _object_type(["role", "content"], role={"enum": list(roles)}, content=content)
-    return {"type": "array", "minItems": 1, "items": message}
-
-
-_TOOLS: Json = {"type": ["array", "null"], "items": {"type": "object"}}
-#: The `input` of the Responses API.
-_ITEMS: Json = {
-    "anyOf": [
-        _NAME,
-        _messages(("system", "developer", "user", "assistant"), _content("input_text")),
-    ]
-}
-_LIMIT: Json = {"type": ["integer", "null"], "minimum": 0, "maximum": 10**15}
-_KEY_PROPERTIES: Json = {
-    "name": {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9 ._-]{0,62}[A-Za-z0-9._-]$"},
-    "expiry": {"type": ["string", "null"], "description": "2027-01-31, an ISO time, 30d, 12h"},
-    "models": {"type": ["array", "null"], "items": _NAME},
-    "maxConcurrent": {"type": ["integer", "null"], "minimum": 0, "maximum": 1000},
-    "note": {"type": ["string", "null"], "maxLength": 500},
-}
-_QUOTA_SCHEMA = {
-    **_object_type(**{quota.name: _LIMIT for quota in QUOTAS}), "additionalProperties": False
-}
-
-#: Schemas of request bodies, by operation.
-_BODIES: dict[str, Json] = {
-    "answer_chat": _object_type(
-        ["messages"],
-        model=_NAME,
-        messages=_messages(("system", "developer", "user", "assistant"), _content("text")),
-        stream=_FLAG, max_tokens=_TOKENS_LIMIT, max_completion_tokens=_TOKENS_LIMIT,
-        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_ZERO_TO_ONE,
-        stop=_STOP, n={"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
-        tools=_TOOLS, ocp_session_id={"type": ["string", "null"], "maxLength": 256},
-        reasoning_effort={"enum": [None, "none", *EFFORT_BUDGETS]},
-        response_format={"type": ["object", "null"]},
-    ),
-    "answer_messages": _object_type(
-        ["messages", "max_tokens"],
-        model=_NAME, max_tokens={"type": "integer", "minimum": 1, "maximum": 1_000_000},
-        messages=_messages(("user", "assistant"), _content("text")), system=_content("text"),
-        stream=_FLAG, temperature=_ZERO_TO_ONE, top_p=_ZERO_TO_ONE, tools=_TOOLS,
-        stop_sequences={"type": ["array", "null"], "items": _TEXT},
-    ),
-    "count_tokens": _object_type(
-        ["messages"], model=_NAME, system=_content("text"), tools=_TOOLS,
-        messages=_messages(("user", "assistant"), _content("text")),
-    ),
-    "answer_responses": _object_type(
-        ["input"],
-        model=_NAME,
-        input=_ITEMS,
-        instructions={"type": ["string", "null"]}, stream=_FLAG, store=_FLAG,
-        max_output_tokens=_TOKENS_LIMIT, top_p=_ZERO_TO_ONE, tools=_TOOLS,
-        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2},
-        previous_response_id={"type": ["string", "null"]},
-    ),
-    "answer_compaction": _object_type(
-        ["input"], model=_NAME, input=_ITEMS, instructions={"type": ["string", "null"]},
-        previous_response_id={"type": ["string", "null"]},
-    ),
-    "count_input_tokens": _object_type(
-        ["input"], model=_NAME, input=_ITEMS, instructions={"type": ["string", "null"]},
-        tools=_TOOLS, previous_response_id={"type": ["string", "null"]},
-    ),
-    "answer_completions": _object_type(
-        ["prompt"], model=_NAME, prompt=_NAME, stream=_FLAG, max_tokens=_TOKENS_LIMIT,
-        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_ZERO_TO_ONE,
-        stop=_STOP, echo=_FLAG, n={"type": ["integer", "null"], "minimum": 1, "maximum": 8},
-    ),
-    "no_embeddings": _object_type(["input"], model=_NAME, input=_TEXT),
-    "create_key": {
-        **_object_type(**_KEY_PROPERTIES, quota=_QUOTA_SCHEMA), "additionalProperties": False
-    },
-    "change_key": {**_object_type(**_KEY_PROPERTIES), "additionalProperties": False},
-    "change_quota": {**_QUOTA_SCHEMA, "minProperties": 1},
-    "change_settings": {
-        "type": "object", "additionalProperties": False,
-        "properties": {
-            name: {"type": [_JSON_TYPES[type(row.default)], "null"]}
-            for name, row in live_settings().items()
-        },
-    },
-}
-#: Schemas of query parameters, by operation.
-_QUERIES: dict[str, dict[str, Json]] = {
-    "get_models": {
-        "limit": {"type": "integer", "minimum": 0, "maximum": 1000},
-        "after_id": {"type": "string"},
-        "before_id": {"type": "string"},
-    },
-    "get_logs": {
-        "n": {"type": "integer", "minimum": 0, "maximum": 1000},
-        "level": {"enum": ["all", "audit", *LEVELS]},
-    },
-    "get_response": {"stream": {"type": "boolean"}},
-    "get_input_items": {
-        "limit": {"type": "integer", "minimum": 1, "maximum": 100},
-        "order": {"enum": ["asc", "desc"]},
-        "after": _NAME,
-    },
-    "get_api_usage": {
-        "since": {"type": "string", "format": "date-time"},
-        "until": {"type": "string", "format": "date-time"},
-        "hours": {"type": "integer", "minimum": 0, "maximum": 9600},
-        "limit": {"type": "integer", "minimum": 0, "maximum": 500},
-        "all": {"type": "boolean"},
-    },
-}
-#: Status codes of responses that are not in the error format, by operation; otherwise 200.
-_STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
-#: Media types of responses, by operation; otherwise JSON.
-_MEDIA_TYPES = {
-    "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
-    "get_connect": "text/plain",
-}
-
-
-def _operation(route: Route) -> Json:
-    """Return the OpenAPI description of a route."""
-    name = route.operation
-    summary = " ".join((route.endpoint.__doc__ or "").split()).partition(". ")[0].rstrip(".") + "."
-    parameters = [
-        {"in": "path", "name": parameter, "required": True, "schema": _NAME}
-        for parameter in re.findall(r"{(\w+)}", route.path)
-    ]
-    parameters += [
-        {"in": "query", "name": parameter, "required": False, "schema": schema}
-        for parameter, schema in _QUERIES.get(name, {}).items()
-    ]
-    media_type = _MEDIA_TYPES.get(name, "application/json")
-    success: Json = {"description": "Done.", "content": {media_type: {"schema": {}}}}
-    if "stream" in _BODIES.get(name, {}).get("properties", {}):
-        success["content"]["text/event-stream"] = {"schema": {}}
-    failure = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    operation: Json = {
-        "operationId": name,
-        "summary": summary,
-        "parameters": parameters,
-        "responses": {
-            **dict.fromkeys(_STATUSES.get(name, ("200",)), success),
-            "4XX": {"description": "The request cannot be answered.", "content": failure},
-            "5XX": {"description": "The server or claude failed.", "content": failure},
-        },
-        "security": [] if route.access is Access.PUBLIC else [{"bearer": []}, {"x-api-key": []}],
-        "tags": [route.access.value],
-    }
-    if name in _BODIES:
-        body = {"application/json": {"schema": _BODIES[name]}}
-        operation["requestBody"] = {"required": True, "content": body}
-    return operation
-
-
-def openapi(routes: Iterable[Route]) -> Json:
-    """Return the OpenAPI 3.1 document of these routes."""
-    paths: Json = {}
-    for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
-    details = _object_type(["message", "type"], message=_TEXT, type=_TEXT)
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "OCP",
-            "version": VERSION,
-            "description": "Your Claude plan, through the official claude program, as an API.",
-        },
-        "paths": paths,
-        "components": {
-            "schemas": {"Error": _object_type(["error"], error=details)},
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
-            },
-        },
-    }
 
 
 # ==== 36. HTTP server ========================================================
@@ -14965,8 +14757,20 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
 
 
 # ==== 39. Management endpoints ===============================================
-# What operators and holders of keys call: health, logs, keys, usage, settings, the cache, and the
-# pages.
+# What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
+# pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
+
+
+def _status(app: App) -> tuple[str, str]:
+    """Return "ok", "degraded" or "draining", and what the operator should do about it."""
+    problem = app.program.last_result()[1]
+    login = app.account.login_report()
+    if app.draining:
+        return "draining", "The server is stopping."
+    if problem is not None or login["ok"] is False:
+        return "degraded", problem.message if problem is not None else str(login["message"])
+    _, advice = app.state_folder.status
+    return ("degraded", advice) if advice else ("ok", "")
 
 
 def _stats(app: App) -> Json:
@@ -14988,34 +14792,15 @@ def _stats(app: App) -> Json:
     }
 
 
-def _server_status(app: App) -> tuple[str, str]:
-    """Return "ok", "degraded" or "draining", and what the operator should do about it."""
-    problem = app.program.last_result()[1]
-    auth = app.account.login_report()
-    if app.draining:
-        return "draining", "The server is stopping."
-    if problem is not None or auth["ok"] is False:
-        return "degraded", problem.message if problem is not None else str(auth["message"])
-    _, advice = app.state_folder.status
-    return ("degraded", advice) if advice else ("ok", "")
-
-
-def get_health(app: App, exchange: Exchange) -> None:
-    """GET /health: return the state of the server."""
-    # Public: it must contain no path, no prompt and no error text.
-    advertised = app.config.advertised_key
-    key = {"anonymousKey": advertised} if advertised else {}
-    exchange.response.send_json({**_health(app), **key})
-
-
-def _health(app: App) -> Json:
-    config, uptime_s = app.config, app.clock() - app.started_s
+def snapshot(app: App) -> Json:
+    """Return the state and the numbers of the server, from which all reports pick. /health shows
+    it to everybody, so it contains no path, no prompt and no error text."""
+    config, stats, uptime_s = app.config, _stats(app), app.clock() - app.started_s
     program, problem = app.program.last_result()
-    status, fix = _server_status(app)
+    status, fix = _status(app)
     return {
         "status": status,
         "version": VERSION,
-        "architecture": "warm processes",
         "demo": app.demo,
         "instanceName": config.instance_name,
         "uptime": round(uptime_s * 1000),
@@ -15031,22 +14816,29 @@ def _health(app: App) -> Json:
         "claudeBinaryOk": problem is None,
         "claudeVersion": program.version_text if program is not None else None,
         "fix": fix or None,
-        "stats": _stats(app),
+        "stats": stats,
         "concurrency": {
             "maxConcurrent": config.max_concurrent,
             "maxQueue": config.max_queue,
-            "inflight": app.gate.running,
-            "queued": app.gate.waiting,
-            "queueRejections": app.gate.refused,
+            "inflight": stats["activeRequests"],
+            "queued": stats["queued"],
+            "queueRejections": stats["queueRejections"],
         },
         "spares": app.spares.idle(),
         "parked": len(app.parking),
     }
 
 
+def get_health(app: App, exchange: Exchange) -> None:
+    """GET /health: return the state of the server."""
+    advertised = app.config.advertised_key
+    key = {"anonymousKey": advertised} if advertised else {}
+    exchange.response.send_json({**snapshot(app), **key})
+
+
 def get_ready(app: App, exchange: Exchange) -> None:
     """GET /ready: respond 200 if requests can be answered, otherwise 503."""
-    status, fix = _server_status(app)
+    status, fix = _status(app)
     if status != "ok":
         raise NotReady(fix)
     exchange.response.send_json({"ready": True})
@@ -15089,9 +14881,7 @@ def _live_frames(app: App, client: Client) -> Iterator[bytes]:
 
 def _live_state(app: App) -> Json:
     """Return the state for /api/events, without values that change all the time."""
-    health = _health(app)
-    for name in ("uptime", "uptimeHuman"):
-        del health[name]
+    health = {name: each for name, each in snapshot(app).items() if "uptime" not in name}
     return {
         "startedAt": iso_time(app.started_at_s),
         "health": health,
@@ -15120,10 +14910,14 @@ def get_logs(app: App, exchange: Exchange) -> None:
 
 # -- keys -------------------------------------------------------------------------------------
 
+_QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
+#: The highest limit of a quota, and the length of a note on a key.
+_MAX_QUOTA = 10**15
+_MAX_NOTE_CHARS = 500
 
-def _with_known_fields(fields: Fields, names: Iterable[str]) -> Fields:
-    """Return the fields. Raises BadRequest if there are others than these names."""
-    known = tuple(names)
+
+def _with_known_fields(fields: Fields, known: tuple[str, ...]) -> Fields:
+    """Return the fields. Raises BadRequest if there are others than the known ones."""
     for name in fields.object:
         if name not in known:
             place = one_line(fields.path_of(name), 80)
@@ -15131,6 +14925,11 @@ def _with_known_fields(fields: Fields, names: Iterable[str]) -> Fields:
                 f"{place}: unknown field; allowed: {', '.join(known)}.", param=place
             )
     return fields
+
+
+def _read_fields(exchange: Exchange, known: tuple[str, ...]) -> Fields:
+    """Return the fields of the body. Raises BadRequest, also for unknown fields."""
+    return _with_known_fields(Fields(parse_json_body(exchange.body())), known)
 
 
 _SPAN = re.compile(r"([0-9]{1,6})([mhd])")
@@ -15172,29 +14971,42 @@ def _note(fields: Fields) -> str:
 
 def _quota_limits(fields: Fields) -> dict[str, int | None]:
     """Return the quota limits in a body; None removes a limit."""
-    return {name: fields.integer(name, 0, 10**15) for name in fields.object}
+    return {name: fields.integer(name, 0, _MAX_QUOTA) for name in fields.object}
 
 
-_QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
-_MAX_NOTE_CHARS = 500
-
-#: The fields of a key that can be set: the name in JSON, the column, and the parser.
-_KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object]], ...] = (
-    ("name", "name", lambda app, fields: fields.required_text("name")),
-    ("expiry", "expiry_s", lambda app, fields: _expiry(fields)),
-    ("models", "models", _allowed_models),
+#: The fields of a key that can be set: the name in JSON, the column, the parser, and the schema
+#: for /openapi.json.
+_KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] = (
+    (
+        "name", "name", lambda app, fields: fields.required_text("name"),
+        {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9 ._-]{0,62}[A-Za-z0-9._-]$"},
+    ),
+    (
+        "expiry", "expiry_s", lambda app, fields: _expiry(fields),
+        {"type": ["string", "null"], "description": "2027-01-31, an ISO time, 30d, 12h"},
+    ),
+    (
+        "models", "models", _allowed_models,
+        {"type": ["array", "null"], "items": {"type": "string", "minLength": 1}},
+    ),
     (
         "maxConcurrent", "max_concurrent",
         lambda app, fields: fields.integer("maxConcurrent", 0, 1000) or 0,
+        {"type": ["integer", "null"], "minimum": 0, "maximum": 1000},
     ),
-    ("note", "note", lambda app, fields: _note(fields)),
+    (
+        "note", "note", lambda app, fields: _note(fields),
+        {"type": ["string", "null"], "maxLength": _MAX_NOTE_CHARS},
+    ),
 )
+_KEY_NAMES = tuple(name for name, *_ in _KEY_FIELDS)
 
 
 def _key_columns(app: App, fields: Fields) -> dict[str, object]:
     """Return the columns that a body sets, with their values."""
     return {
-        column: parse(app, fields) for name, column, parse in _KEY_FIELDS if name in fields.object
+        column: parse(app, fields) for name, column, parse, _ in _KEY_FIELDS
+        if name in fields.object
     }
 
 
@@ -15266,8 +15078,7 @@ def _audited_change(
 
 def create_key(app: App, exchange: Exchange) -> None:
     """POST /api/keys: create a key; only this response contains its secret."""
-    names = [name for name, _, _ in _KEY_FIELDS]
-    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), [*names, "quota"])
+    fields = _read_fields(exchange, (*_KEY_NAMES, "quota"))
     columns = _key_columns(app, fields)
     quota = fields.child("quota")
     if quota is not None:
@@ -15287,8 +15098,7 @@ def get_key(app: App, exchange: Exchange, key: str) -> None:
 def change_key(app: App, exchange: Exchange, key: str) -> None:
     """PATCH /api/keys/{key}: change its name, expiry, models, maxConcurrent or note."""
     found = app.keys.find(key)
-    names = [name for name, _, _ in _KEY_FIELDS]
-    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), names)
+    fields = _read_fields(exchange, _KEY_NAMES)
     columns = _key_columns(app, fields)
     with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
         app.keys.change(found, columns)
@@ -15326,7 +15136,7 @@ def get_quota(app: App, exchange: Exchange, key: str) -> None:
 def change_quota(app: App, exchange: Exchange, key: str) -> None:
     """PATCH /api/keys/{key}/quota: set limits; null removes one, the others stay."""
     found = app.keys.find(key)
-    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), _QUOTA_NAMES)
+    fields = _read_fields(exchange, _QUOTA_NAMES)
     limits = _quota_limits(fields)
     if not limits:
         raise BadRequest(f"Set at least one of {', '.join(_QUOTA_NAMES)}.")
@@ -15384,18 +15194,8 @@ def get_api_usage(app: App, exchange: Exchange) -> None:
     )
 
 
-def _totals(app: App) -> Json:
-    """Return the totals that /usage and /status share."""
-    stats = _stats(app)
-    return {
-        "totalRequests": stats["totalRequests"],
-        "activeRequests": stats["activeRequests"],
-        "errors": stats["errors"],
-        "timeouts": stats["timeouts"],
-        "uptime": format_uptime(app.clock() - app.started_s),
-    }
-
-
+#: The counts of requests in /usage.
+_TOTALS = ("totalRequests", "activeRequests", "errors", "timeouts")
 #: The numbers of one model in /usage, and their columns in the ledger's sums.
 _MODEL_NUMBERS = (
     ("requests", "requests"), ("successes", "successes"), ("errors", "errors"),
@@ -15407,41 +15207,42 @@ _MODEL_NUMBERS = (
 def get_usage(app: App, exchange: Exchange) -> None:
     """GET /usage: return the use of the plan as claude reported it, and totals since the start."""
     app.learn_plan(exchange.client)
+    now = snapshot(app)
+    totals = {name: now["stats"][name] for name in _TOTALS}
     models = {
         row["model"]: {name: row[column] for name, column in _MODEL_NUMBERS}
         for row in app.ledger.by_model(app.started_at_s)
     }
-    exchange.response.send_json({**app.account.report(), "proxy": _totals(app), "models": models})
+    proxy = {**totals, "uptime": now["uptimeHuman"]}
+    exchange.response.send_json({**app.account.report(), "proxy": proxy, "models": models})
+
+
+#: Log events of failed requests.
+_FAILURE_EVENTS = ("answer_failed", "request_broke")
 
 
 def get_status(app: App, exchange: Exchange) -> None:
     """GET /status: return a summary of the server, the plan and the last errors."""
     app.learn_plan(exchange.client)
-    status, _ = _server_status(app)
-    auth, totals = app.account.login_report(), _totals(app)
-    login_words = {True: "ok", None: "unknown", False: auth["message"]}
+    now = snapshot(app)
+    login, stats = now["auth"], now["stats"]
+    login_words = {True: "ok", None: "unknown", False: login["message"]}
     failures = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURE_EVENTS]
-    exchange.response.send_json(
-        {
-            "proxy": {
-                "status": status, "version": VERSION, "uptime": totals["uptime"],
-                "auth": login_words[auth["ok"]],
-            },
-            "requests": {
-                "total": totals["totalRequests"], "active": totals["activeRequests"],
-                "errors": totals["errors"], "timeouts": totals["timeouts"],
-            },
-            "plan": app.account.plan(),
-            "recentErrors": [
-                {"time": e["ts"], "message": redact_paths(str(e.get("detail") or e.get("error")))}
-                for e in failures[-3:]
-            ],
-        }
-    )
-
-
-#: Log events of failed requests.
-_FAILURE_EVENTS = ("answer_failed", "request_broke")
+    exchange.response.send_json({
+        "proxy": {
+            "status": now["status"], "version": now["version"], "uptime": now["uptimeHuman"],
+            "auth": login_words[login["ok"]],
+        },
+        "requests": {
+            "total": stats["totalRequests"], "active": stats["activeRequests"],
+            "errors": stats["errors"], "timeouts": stats["timeouts"],
+        },
+        "plan": app.account.plan(),
+        "recentErrors": [
+            {"time": e["ts"], "message": redact_paths(str(e.get("detail") or e.get("error")))}
+            for e in failures[-3:]
+        ],
+    })
 
 
 # -- settings, cache, metrics -----------------------------------------------------------------
@@ -15496,25 +15297,26 @@ def clear_cache(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({"cleared": cleared})
 
 
+#: The results of /cache/stats, by the label of ocp_cache_requests_total.
+_CACHE_RESULTS = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
+
+
 def _gauges(app: App) -> dict[str, dict[Labels, float]]:
     """Return the metrics whose values other objects keep."""
-    cache, program = app.cache.stats(), app.program.last_result()[0]
-    windows = app.account.windows()
-    cache_counts = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
-    login = app.account.login_report()["ok"]
-    claude = program.version_text if program is not None else ""
+    now, cache, windows = snapshot(app), app.cache.stats(), app.account.windows()
+    stats, logged_in = now["stats"], now["auth"]["ok"]
     return {
-        "ocp_build_info": {(("version", VERSION), ("claude", claude)): 1},
-        "ocp_uptime_seconds": {(): app.clock() - app.started_s},
-        "ocp_running": {(): app.gate.running},
-        "ocp_queued": {(): app.gate.waiting},
-        "ocp_queue_refusals_total": {(): app.gate.refused},
+        "ocp_build_info": {(("version", VERSION), ("claude", now["claudeVersion"] or "")): 1},
+        "ocp_uptime_seconds": {(): now["uptime"] / 1000},
+        "ocp_running": {(): stats["activeRequests"]},
+        "ocp_queued": {(): stats["queued"]},
+        "ocp_queue_refusals_total": {(): stats["queueRejections"]},
         "ocp_connections": {(): len(app.connections)},
-        "ocp_spawns_total": {(): app.spares.spawned},
-        "ocp_spares": {(("model", m),): count for m, count in app.spares.idle().items()},
-        "ocp_parked": {(): len(app.parking)},
+        "ocp_spawns_total": {(): stats["spawned"]},
+        "ocp_spares": {(("model", m),): count for m, count in now["spares"].items()},
+        "ocp_parked": {(): now["parked"]},
         "ocp_cache_requests_total": {
-            (("result", result),): cache[name] for result, name in cache_counts.items()
+            (("result", result),): cache[name] for result, name in _CACHE_RESULTS.items()
         },
         "ocp_cache_entries": {(): cache["entries"]},
         "ocp_cache_bytes": {(): cache["sizeBytes"]},
@@ -15526,8 +15328,17 @@ def _gauges(app: App) -> dict[str, dict[Labels, float]]:
             (("window", name),): window.resets_at_s for name, window in windows.items()
             if window.resets_at_s is not None
         },
-        "ocp_logged_in": {} if login is None else {(): int(login)},
+        "ocp_logged_in": {} if logged_in is None else {(): int(logged_in)},
     }
+
+
+def get_metrics(app: App, exchange: Exchange) -> None:
+    """GET /metrics: return all metrics in Prometheus' text format."""
+    text = app.metrics.text(_gauges(app))
+    exchange.response.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
+
+
+# -- pages --------------------------------------------------------------------------------------
 
 
 def get_dashboard(app: App, exchange: Exchange) -> None:
@@ -15558,15 +15369,194 @@ def get_connect(app: App, exchange: Exchange) -> None:
     exchange.response.send_text(script, "text/plain; charset=utf-8")
 
 
+# -- the OpenAPI document ---------------------------------------------------------------------
+
+
+def _object_type(required: Iterable[str], properties: Mapping[str, Json]) -> Json:
+    return {"type": "object", "properties": dict(properties), "required": list(required)}
+
+
+_TEXT: Json = {"type": "string"}
+_NAME: Json = {"type": "string", "minLength": 1}
+_FLAG: Json = {"type": ["boolean", "null"]}
+_PART = _object_type(
+    ["type", "text"], {"type": {"enum": ["text", "input_text"]}, "text": _NAME}
+)
+_CONTENT: Json = {"anyOf": [_NAME, {"type": "array", "minItems": 1, "items": _PART}]}
+_MESSAGE = _object_type(["role", "content"], {
+    "role": {"enum": ["system", "developer", "user", "assistant"]}, "content": _CONTENT,
+})
+_MESSAGES: Json = {"type": "array", "minItems": 1, "items": _MESSAGE}
+_COUNT: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": 1_000_000}
+
+#: Schemas of the main fields of requests to models. _REFERENCES have the rest of them.
+_REQUEST_FIELDS: dict[str, Json] = {
+    "model": _NAME, "messages": _MESSAGES, "input": {"anyOf": [_NAME, _MESSAGES]},
+    "prompt": _NAME, "system": _CONTENT, "instructions": {"type": ["string", "null"]},
+    "max_tokens": _COUNT, "max_completion_tokens": _COUNT, "max_output_tokens": _COUNT,
+    "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
+    "top_p": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+    "stop": {
+        "anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": _TEXT, "maxItems": 4}]
+    },
+    "stop_sequences": {"type": ["array", "null"], "items": _TEXT},
+    "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
+    "tools": {"type": ["array", "null"], "items": {"type": "object"}},
+    "reasoning_effort": {"enum": [None, "none", *EFFORT_BUDGETS]},
+    "response_format": {"type": ["object", "null"]},
+    "stream": _FLAG, "store": _FLAG, "echo": _FLAG,
+    "previous_response_id": {"type": ["string", "null"]},
+    SESSION_FIELD: {"type": ["string", "null"], "maxLength": 256},
+}
+#: The required fields of requests to models, and the others, by operation.
+_REQUESTS = {
+    "answer_chat": (
+        "messages", "model stream max_tokens max_completion_tokens temperature top_p stop n tools "
+        f"reasoning_effort response_format {SESSION_FIELD}",
+    ),
+    "answer_messages": (
+        "messages max_tokens", "model system stream temperature top_p stop_sequences tools"
+    ),
+    "count_tokens": ("messages", "model system tools"),
+    "answer_responses": (
+        "input", "model instructions stream store max_output_tokens temperature top_p tools "
+        "previous_response_id",
+    ),
+    "answer_compaction": ("input", "model instructions previous_response_id"),
+    "count_input_tokens": ("input", "model instructions tools previous_response_id"),
+    "answer_completions": ("prompt", "model stream max_tokens temperature top_p stop n echo"),
+    "no_embeddings": ("input", "model"),
+}
+#: The references of the APIs, by the name of a route's dialect.
+_REFERENCES = {
+    CHAT.name: "https://platform.openai.com/docs/api-reference/chat",
+    COMPLETIONS.name: "https://platform.openai.com/docs/api-reference/completions",
+    RESPONSES.name: "https://platform.openai.com/docs/api-reference/responses",
+    COMPACTION.name: "https://platform.openai.com/docs/api-reference/responses/compact",
+    MESSAGES.name: "https://docs.anthropic.com/en/api/messages",
+}
+
+
+def _closed(properties: Mapping[str, Json]) -> Json:
+    """Return the schema of an object without other fields than these."""
+    return {**_object_type([], properties), "additionalProperties": False}
+
+
+_KEY_PROPERTIES = {name: schema for name, _, _, schema in _KEY_FIELDS}
+_QUOTA_BODY = _closed(dict.fromkeys(_QUOTA_NAMES, {
+    "type": ["integer", "null"], "minimum": 0, "maximum": _MAX_QUOTA,
+}))
+
+#: Schemas of request bodies, by operation.
+_BODIES: dict[str, Json] = {
+    **{
+        operation: _object_type(
+            required.split(),
+            {name: _REQUEST_FIELDS[name] for name in (*required.split(), *more.split())},
+        )
+        for operation, (required, more) in _REQUESTS.items()
+    },
+    "create_key": _closed({**_KEY_PROPERTIES, "quota": _QUOTA_BODY}),
+    "change_key": _closed(_KEY_PROPERTIES),
+    "change_quota": {**_QUOTA_BODY, "minProperties": 1},
+    "change_settings": _closed({
+        name: {"type": [_JSON_TYPES[type(row.default)], "null"]}
+        for name, row in live_settings().items()
+    }),
+}
+
+
+def _up_to(maximum: int, minimum: int = 0) -> Json:
+    return {"type": "integer", "minimum": minimum, "maximum": maximum}
+
+
+#: Schemas of query parameters, by operation.
+_QUERIES: dict[str, dict[str, Json]] = {
+    "get_models": {"limit": _up_to(_MAX_PAGE), "after_id": _TEXT, "before_id": _TEXT},
+    "get_logs": {"n": _up_to(_MAX_LOG_LINES), "level": {"enum": ["all", "audit", *LEVELS]}},
+    "get_response": {"stream": {"type": "boolean"}},
+    "get_input_items": {
+        "limit": _up_to(_MAX_ITEMS, 1), "order": {"enum": ["asc", "desc"]}, "after": _NAME,
+    },
+    "get_api_usage": {
+        "since": {"type": "string", "format": "date-time"},
+        "until": {"type": "string", "format": "date-time"},
+        "hours": _up_to(_MAX_HOURS), "limit": _up_to(_MAX_RECENT), "all": {"type": "boolean"},
+    },
+}
+#: Status codes of responses that are not in the error format, by operation; otherwise 200.
+_STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
+#: Media types of responses, by operation; otherwise JSON.
+_MEDIA_TYPES = {
+    "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
+    "get_connect": "text/plain",
+}
+
+
+def _operation(route: Route) -> Json:
+    """Return the OpenAPI description of a route."""
+    name = route.operation
+    summary = " ".join((route.endpoint.__doc__ or "").split()).partition(". ")[0].rstrip(".") + "."
+    parameters = [
+        {"in": "path", "name": parameter, "required": True, "schema": _NAME}
+        for parameter in re.findall(r"{(\w+)}", route.path)
+    ]
+    parameters += [
+        {"in": "query", "name": parameter, "required": False, "schema": schema}
+        for parameter, schema in _QUERIES.get(name, {}).items()
+    ]
+    media_type = _MEDIA_TYPES.get(name, "application/json")
+    success: Json = {"description": "Done.", "content": {media_type: {"schema": {}}}}
+    if "stream" in _BODIES.get(name, {}).get("properties", {}):
+        success["content"]["text/event-stream"] = {"schema": {}}
+    failure = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    operation: Json = {
+        "operationId": name,
+        "summary": summary,
+        "parameters": parameters,
+        "responses": {
+            **dict.fromkeys(_STATUSES.get(name, ("200",)), success),
+            "4XX": {"description": "The request cannot be answered.", "content": failure},
+            "5XX": {"description": "The server or claude failed.", "content": failure},
+        },
+        "security": [] if route.access is Access.PUBLIC else [{"bearer": []}, {"x-api-key": []}],
+        "tags": [route.access.value],
+    }
+    if name in _BODIES:
+        body = {"application/json": {"schema": _BODIES[name]}}
+        operation["requestBody"] = {"required": True, "content": body}
+    if name in _REQUESTS and route.dialect is not None:
+        operation["externalDocs"] = {"url": _REFERENCES[route.dialect.name]}
+    return operation
+
+
+def openapi(routes: Iterable[Route]) -> Json:
+    """Return the OpenAPI 3.1 document of these routes."""
+    paths: Json = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    error = _object_type(["message", "type"], {"message": _TEXT, "type": _TEXT})
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "OCP",
+            "version": VERSION,
+            "description": "Your Claude plan, through the official claude program, as an API.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": {"Error": _object_type(["error"], {"error": error})},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
 def get_openapi(app: App, exchange: Exchange) -> None:
     """GET /openapi.json: return the OpenAPI document of this API."""
     exchange.response.send_json(openapi(exchange.routes))
-
-
-def get_metrics(app: App, exchange: Exchange) -> None:
-    """GET /metrics: return all metrics in Prometheus' text format."""
-    text = app.metrics.text(_gauges(app))
-    exchange.response.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
 # ==== 40. Table of routes ====================================================
