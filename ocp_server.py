@@ -3205,6 +3205,19 @@ _GROUP_SUMS = (
     ("last_request", "strftime('%Y-%m-%dT%H:%M:%fZ', MAX(at_s), 'unixepoch')"),
 )
 _Columns = tuple[tuple[str, str], ...]
+#: The current name of a row's key, or else the name of its caller.
+_CURRENT_NAME = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
+#: The hour or the day of a row in UTC, for the timeline.
+_STEPS = {
+    "hour": "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')",
+    "day": "strftime('%Y-%m-%dT00:00:00', at_s, 'unixepoch')",
+}
+#: The day of a row in the machine's time zone.
+_DAY = "date(at_s, 'unixepoch', 'localtime')"
+#: The longest span with a timeline by hour; beyond it, by day.
+_MAX_HOURLY_S = 32 * 86_400.0
+#: The maximum number of entries in the series of a report.
+_MAX_SERIES = 10_000
 
 
 def period_bounds(period: str, now_s: float) -> tuple[float, float]:
@@ -3502,20 +3515,6 @@ class Rows:
         return entries
 
 
-#: The current name of a row's key, or else the name of its caller.
-_CURRENT_NAME = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
-#: The hour or the day of a row in UTC, for the timeline.
-_STEPS = {
-    "hour": "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')",
-    "day": "strftime('%Y-%m-%dT00:00:00', at_s, 'unixepoch')",
-}
-#: The day of a row in the machine's time zone.
-_DAY = "date(at_s, 'unixepoch', 'localtime')"
-#: The longest span with a timeline by hour; beyond it, by day.
-_MAX_HOURLY_S = 32 * 86_400.0
-#: The maximum number of entries in the series of a report.
-_MAX_SERIES = 10_000
-
 
 # ==== 10. Patterns ===========================================================
 # Regular expressions in schemas. Clients write those of their own language; claude's validator is
@@ -3797,6 +3796,98 @@ def _without_unevaluated(schema: Json) -> Json:
     return schema
 
 
+def _resolve_pointer(value: object, tokens: list[str]) -> object:
+    """Return the target of a JSON pointer, given as its tokens; _UNREADABLE if there is none."""
+    for token in tokens:
+        if isinstance(value, dict) and token in value:
+            value = value[token]
+        elif isinstance(value, list) and token.isdigit() and int(token) < len(value):
+            value = value[int(token)]
+        else:
+            return _UNREADABLE
+    return value
+
+
+def _check_schema_level(level: int, path: str) -> None:
+    if level > MAX_SCHEMA_LEVELS:
+        raise BadRequest(
+            f"{path[:200]}: a schema may be nested {MAX_SCHEMA_LEVELS} levels deep.",
+            param=path[:200],
+        )
+
+
+class ReferenceIndex:
+    """The schemas of one document to which its references lead."""
+
+    def __init__(self, document: Json, path: str) -> None:
+        """Collect all targets. Raises BadRequest if the document is too large."""
+        self._document = document
+        #: Targets by URI, and by the name of their definition.
+        self._resources: dict[str, object] = {}
+        self._named: dict[str, object] = {}
+        #: The base URI of the references in a schema, by the schema's id().
+        self._base_uris: dict[int, str] = {}
+        #: All names of members in the document.
+        self.names: set[str] = set()
+        pending: list[tuple[object, str, int]] = [(document, "", 0)]
+        count = 0
+        while pending:
+            value, base, level = pending.pop()
+            count += 1
+            # One level of schemas is two levels of JSON in most places.
+            _check_schema_level(level // 2, path)
+            if count > MAX_SCHEMA_VALUES:
+                raise BadRequest(
+                    f"{path}: a schema may hold {MAX_SCHEMA_VALUES} values.", param=path
+                )
+            if isinstance(value, list):
+                pending += [(item, base, level + 1) for item in value]
+            elif isinstance(value, dict):
+                base = self._add(value, base)
+                pending += [(item, base, level + 1) for item in value.values()]
+
+    def _add(self, value: Json, base: str) -> str:
+        """Register the names, URIs and anchors of a schema; return the base URI of its
+        references."""
+        self.names.update(value)
+        for keyword in ("$id", "id"):
+            identity = value.get(keyword)
+            if isinstance(identity, str) and identity:
+                uri = urllib.parse.urljoin(base, identity) if base else identity
+                self._resources.setdefault(uri.rstrip("#"), value)
+                base = uri.partition("#")[0] or base
+        for keyword in ("$anchor", "$dynamicAnchor"):
+            if isinstance(value.get(keyword), str):
+                self._resources.setdefault(f"{base}#{value[keyword]}", value)
+        for keyword in ("$defs", "definitions", "schemas"):
+            schemas = value.get(keyword)
+            for name, schema in schemas.items() if isinstance(schemas, dict) else ():
+                self._named.setdefault(name, schema)
+        self._base_uris[id(value)] = base
+        return base
+
+    def target(self, reference: object, schema: Json) -> object:
+        """Return the target of a reference in `schema`; _UNREADABLE if there is none."""
+        if not isinstance(reference, str):
+            return _UNREADABLE
+        base = self._base_uris.get(id(schema), "")
+        uri, _, fragment = urllib.parse.urljoin(base, reference).partition("#")
+        resource = self._resources.get(uri, self._document if uri == base else _UNREADABLE)
+        if not fragment:
+            return resource
+        whole = self._resources.get(f"{uri}#{fragment}")
+        if whole is not None:
+            return whole
+        tokens = urllib.parse.unquote(fragment).split("/")[1:]
+        tokens = [token.replace("~1", "/").replace("~0", "~") for token in tokens]
+        for start in (resource, self._document):
+            target = _resolve_pointer(start, tokens)
+            if target is not _UNREADABLE:
+                return target
+        # A schema that was embedded in another one often keeps references to its former root.
+        return self._named.get(tokens[-1], _UNREADABLE) if tokens else _UNREADABLE
+
+
 class SchemaParser:
     """Parses one schema of a client into plain 2020-12.
 
@@ -3806,17 +3897,11 @@ class SchemaParser:
     """
 
     def __init__(self, document: Json, path: str) -> None:
-        self._document = document
-        #: The targets of references: by URI, and by the name of their definition.
-        self._resources: dict[str, object] = {}
-        self._named: dict[str, object] = {}
-        #: The base URI of the references in a schema, by the schema's id().
-        self._base_uris: dict[int, str] = {}
+        self._references = ReferenceIndex(document, path)
         #: The client's property names by the model's, the reverse, and all names in use.
         self.renamed: dict[str, str] = {}
         self._new_names: dict[str, str] = {}
-        self._used_names: set[str] = set(PROTOTYPE_NAMES)
-        self._index_document(path)
+        self._used_names: set[str] = {*PROTOTYPE_NAMES, *self._references.names}
         self.definitions: Json = {}
         self._definition_names: dict[int, str] = {}
         self._used_definition_names: set[str] = set()
@@ -3829,58 +3914,11 @@ class SchemaParser:
             self.definitions[name] = self.schema(target, target_path, 0)
         self._check_cycles(path)
 
-    def _index_document(self, path: str) -> None:
-        """Collect the names and the targets of references. Raises BadRequest if the document is
-        too large."""
-        pending: list[tuple[object, str, int]] = [(self._document, "", 0)]
-        count = 0
-        while pending:
-            value, base, level = pending.pop()
-            count += 1
-            # One level of schemas is two levels of JSON in most places.
-            self._check_level(level // 2, path)
-            if count > MAX_SCHEMA_VALUES:
-                raise BadRequest(
-                    f"{path}: a schema may hold {MAX_SCHEMA_VALUES} values.", param=path
-                )
-            if isinstance(value, list):
-                pending += [(item, base, level + 1) for item in value]
-            if not isinstance(value, dict):
-                continue
-            base = self._register_identifiers(value, base)
-            self._used_names.update(value)
-            pending += [(item, base, level + 1) for item in value.values()]
-            for keyword in ("$defs", "definitions", "schemas"):
-                schemas = value.get(keyword)
-                for name, schema in schemas.items() if isinstance(schemas, dict) else ():
-                    self._named.setdefault(name, schema)
-
-    def _check_level(self, level: int, path: str) -> None:
-        if level > MAX_SCHEMA_LEVELS:
-            raise BadRequest(
-                f"{path[:200]}: a schema may be nested {MAX_SCHEMA_LEVELS} levels deep.",
-                param=path[:200],
-            )
-
-    def _register_identifiers(self, value: Json, base: str) -> str:
-        """Register the URIs and anchors of a schema; return the base URI of its references."""
-        for keyword in ("$id", "id"):
-            identity = value.get(keyword)
-            if isinstance(identity, str) and identity:
-                uri = urllib.parse.urljoin(base, identity) if base else identity
-                self._resources.setdefault(uri.rstrip("#"), value)
-                base = uri.partition("#")[0] or base
-        for keyword in ("$anchor", "$dynamicAnchor"):
-            if isinstance(value.get(keyword), str):
-                self._resources.setdefault(f"{base}#{value[keyword]}", value)
-        self._base_uris[id(value)] = base
-        return base
-
     # -- schemas ------------------------------------------------------------------------------
 
     def schema(self, value: object, path: str, level: int) -> Json:
         """Return the parsed schema. Raises BadRequest if `value` cannot be meant as a schema."""
-        self._check_level(level, path)
+        _check_schema_level(level, path)
         if isinstance(value, bool) or value is None:
             return {"not": {}} if value is False else {}
         if isinstance(value, str):
@@ -3894,7 +3932,7 @@ class SchemaParser:
             if kind is None or (operand is None and kind != "value"):
                 continue
             if kind == "reference":
-                parsed: object = self._reference(operand, self._base_uris.get(id(value), ""), path)
+                parsed: object = self._reference(operand, value, path)
             else:
                 parsed = getattr(self, "_" + kind)(operand, f"{path}.{keyword}", level)
             if parsed is _UNREADABLE:
@@ -3975,8 +4013,8 @@ class SchemaParser:
             self.renamed[name] = client_name
         return self._new_names[client_name]
 
-    def _reference(self, value: object, base: str, path: str) -> object:
-        target = self._resolve(value, base) if isinstance(value, str) else _UNREADABLE
+    def _reference(self, value: object, schema: Json, path: str) -> object:
+        target = self._references.target(value, schema)
         if not isinstance(target, (dict, bool)):
             raise BadRequest(
                 f"{path}.$ref: {str(value)[:100]!r} refers to no schema in this document.",
@@ -3987,27 +4025,9 @@ class SchemaParser:
             last = urllib.parse.unquote(str(value).rpartition("/")[2])
             name = _new_name(last, "schema", self._used_definition_names)
             self._definition_names[key] = name
-            schema = target if isinstance(target, dict) else ({} if target else {"not": {}})
-            self._pending.append((name, schema, f"{path}.$ref"))
+            definition = target if isinstance(target, dict) else ({} if target else {"not": {}})
+            self._pending.append((name, definition, f"{path}.$ref"))
         return f"#/$defs/{self._definition_names[key]}"
-
-    def _resolve(self, reference: str, base: str) -> object:
-        """Return the target of a reference; _UNREADABLE if there is none."""
-        uri, _, fragment = urllib.parse.urljoin(base, reference).partition("#")
-        resource = self._resources.get(uri, self._document if uri == base else _UNREADABLE)
-        if not fragment:
-            return resource
-        whole = self._resources.get(f"{uri}#{fragment}")
-        if whole is not None:
-            return whole
-        tokens = urllib.parse.unquote(fragment).split("/")[1:]
-        tokens = [token.replace("~1", "/").replace("~0", "~") for token in tokens]
-        for start in (resource, self._document):
-            target = _resolve_pointer(start, tokens)
-            if target is not _UNREADABLE:
-                return target
-        # A schema that was embedded in another one often keeps references to its former root.
-        return self._named.get(tokens[-1], _UNREADABLE) if tokens else _UNREADABLE
 
     def _check_cycles(self, path: str) -> None:
         """Raise BadRequest for a cycle of definitions that never reaches another value."""
@@ -4125,18 +4145,6 @@ def _new_name(client_name: str, fallback: str, used: set[str]) -> str:
     name = next(readable + number for number in numbers if readable + number not in used)
     used.add(name)
     return name
-
-
-def _resolve_pointer(value: object, tokens: list[str]) -> object:
-    """Return the target of a JSON pointer, given as its tokens; _UNREADABLE if there is none."""
-    for token in tokens:
-        if isinstance(value, dict) and token in value:
-            value = value[token]
-        elif isinstance(value, list) and token.isdigit() and int(token) < len(value):
-            value = value[int(token)]
-        else:
-            return _UNREADABLE
-    return value
 
 
 def _in_place_references(schema: Json) -> Iterator[str]:
@@ -14559,12 +14567,13 @@ def answer(app: App, exchange: Exchange) -> None:
             if answering.job.finished and (dialect.stores(turn) or turn.session_id):
                 _store_conversation(app, exchange, turn, answering.answers()[0], body)
 
-        response, silence_s = exchange.response, tick_s_of(app.config, turn)
+        config, response = app.config, exchange.response
         response.headers["X-OCP-Cache"] = answering.cache
         if turn.stream:
-            response.send_stream(dialect.renderer(turn), answering.events, silence_s, store)
+            heartbeat_s = config.heartbeat_ms / 1000
+            response.send_stream(dialect.renderer(turn), answering.events, heartbeat_s, store)
         else:
-            response.keep_alive(answering.events, silence_s)
+            response.keep_alive(answering.events, config.whole_silence_ms / 1000)
             body = dialect.answer_body(turn, list(answering.answers()))
             store(body)
             response.send_json(body)
@@ -14913,7 +14922,7 @@ def get_logs(app: App, exchange: Exchange) -> None:
 _QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
 #: The highest limit of a quota, and the length of a note on a key.
 _MAX_QUOTA = 10**15
-_MAX_NOTE_CHARS = 500
+_MAX_KEY_NOTE_CHARS = 500
 
 
 def _with_known_fields(fields: Fields, known: tuple[str, ...]) -> Fields:
@@ -14965,7 +14974,7 @@ def _allowed_models(app: App, fields: Fields) -> list[str]:
 
 def _note(fields: Fields) -> str:
     """Return the operator's note on a key. Lone surrogates, which are not UTF-8, are replaced."""
-    text = one_line(fields.text("note") or "", _MAX_NOTE_CHARS)
+    text = one_line(fields.text("note") or "", _MAX_KEY_NOTE_CHARS)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -14996,7 +15005,7 @@ _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] 
     ),
     (
         "note", "note", lambda app, fields: _note(fields),
-        {"type": ["string", "null"], "maxLength": _MAX_NOTE_CHARS},
+        {"type": ["string", "null"], "maxLength": _MAX_KEY_NOTE_CHARS},
     ),
 )
 _KEY_NAMES = tuple(name for name, *_ in _KEY_FIELDS)

@@ -301,6 +301,14 @@ def test_no_section_uses_a_name_of_a_later_one() -> None:
     assert not forward
 
 
+@each_script
+def test_no_name_of_a_script_is_defined_twice(path: Path) -> None:
+    names = [name for node in tree_of(path).body for name in set(names_defined_by(node))
+             if not isinstance(node, (ast.If, ast.Try))]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice, "the second definition is in force for users of the first one too"
+
+
 def test_every_allowed_exception_is_still_needed() -> None:
     assert not ALLOWED_FORWARD - {name for name, _ in top_level_names(tree_of(SERVER))}
 
