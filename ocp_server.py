@@ -9,9 +9,9 @@ both kinds from it: one file, Python 3.9 or later, nothing to install.
     python3 ocp_server.py --check      validate settings and environment, exit 0 or 2
     python3 ocp_server.py --help       everything else
 
-The life of a request: the HTTP server finds its route, a dialect parses the body into a Turn,
-the gate admits it, a claude process answers it with a stream of Events, and the dialect renders
-these events. Wire formats exist only in the dialects; the claude protocol exists only in its own
+The life of a request: the HTTP server finds its route and authorizes its caller, a dialect parses
+the body into a Turn, the gate admits it, a claude process answers it with a stream of Events, and
+the dialect renders these events. Wire formats exist only in the dialects; the claude protocol exists only in its own
 two sections.
 
 Each section uses only names from the sections above it, so the file reads bottom-up: to follow
@@ -2299,7 +2299,6 @@ class HomeLock:
         self._write(f"{os.getpid()} {_STOPPING}")
 
     def close(self) -> None:
-        """Release the lock."""
         os.close(self._file)
 
 
@@ -2450,7 +2449,6 @@ class Store:
             return False
         return (status.st_dev, status.st_ino) == self._identity
 
-
     def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
         """Return the rows of a query. Raises sqlite3.Error."""
         with self._lock:
@@ -2488,7 +2486,6 @@ class Store:
         return copy
 
     def close(self) -> None:
-        """Close the database."""
         with self._lock:
             self._connection.close()
 
@@ -2670,7 +2667,6 @@ class Key(NamedTuple):
         )
 
     def expired(self, now_s: float) -> bool:
-        """Return whether the key has expired."""
         return self.expiry_s is not None and now_s >= self.expiry_s
 
 
@@ -3003,7 +2999,6 @@ def same_secret(candidate: str, secret: str) -> bool:
     """Return whether the two are equal, in constant time. An empty secret equals nothing."""
     hashes = (hashlib.sha256(t.encode("utf-8", "replace")).digest() for t in (candidate, secret))
     return bool(secret) and hmac.compare_digest(*hashes)
-
 
 
 #: Headers that only proxies, load balancers and tunnels add.
@@ -3502,7 +3497,6 @@ class Rows:
         return [dict(row) for row in reversed(results)]
 
     def recent(self, limit: int) -> list[Json]:
-        """Return the newest rows, newest first."""
         results = self._connection.execute(
             f"SELECT *, {_CURRENT_NAME} AS key_name, outcome = 'ok' AS success, "
             "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
@@ -3513,7 +3507,6 @@ class Rows:
             for name in ("id", "at_s", "key_id", "caller", "total_ms"):
                 del entry[name]
         return entries
-
 
 
 # ==== 10. Patterns ===========================================================
@@ -11745,12 +11738,10 @@ class Metrics:
         self._bounds = {metric.name: metric.bounds for metric in METRICS}
 
     def add(self, name: str, count: int = 1, **labels: str) -> None:
-        """Increase a counter."""
         with self._lock:
             self._counts[name][tuple(labels.items())] += count
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
-        """Add a value to a histogram."""
         with self._lock:
             by_labels = self._histograms[name]
             key = tuple(labels.items())
@@ -11833,7 +11824,6 @@ class MemoryBudget:
 
     @property
     def size_bytes(self) -> int:
-        """Return the number of bytes in use."""
         with self._lock:
             return sum(hold.size_bytes for hold in self._holds)
 
@@ -11906,7 +11896,6 @@ class Connection:
         self._is_broken = False
 
     def fileno(self) -> int:
-        """See Client."""
         return self._socket.fileno()
 
     @property
@@ -11916,7 +11905,6 @@ class Connection:
     # -- reading --------------------------------------------------------------------------------
 
     def gone(self) -> bool:
-        """See Client."""
         with self._lock:
             if not self._is_read_closed and not self._is_broken and self._free_ahead_bytes():
                 try:
@@ -11930,11 +11918,11 @@ class Connection:
             return self._is_read_closed or self._is_broken
 
     def can_detect_hangup(self) -> bool:
-        """See Client. A full read-ahead buffer hides the end of the stream."""
+        """Return whether there is room to read ahead: a full buffer hides the end of the stream."""
         return bool(self._free_ahead_bytes())
 
     def cancel(self) -> None:
-        """See Client. Bytes sent to the client still arrive."""
+        """Make `gone` return True from now on. Bytes sent to the client still arrive."""
         self._is_read_closed = True
         with contextlib.suppress(OSError):
             # Not SSLSocket.shutdown, which would end the encryption too.
@@ -11959,7 +11947,6 @@ class Connection:
         return count
 
     def wait_readable(self, timeout_s: float) -> None:
-        """Wait until there may be bytes to read."""
         self._poll(select.POLLIN, timeout_s)
 
     def peek(self, timeout_s: float) -> bytes:
@@ -13614,8 +13601,10 @@ def _percent_decode(text: str) -> str:
 
 
 # ==== 36. HTTP server ========================================================
-# One thread for each connection. A request that is too large or too slow is refused, and all
-# errors are rendered in one place. A closed connection leaves no state behind.
+# A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
+# request after the other. An Exchange is one request: it reads its body with the connection's
+# BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
+# also one before the request or of the listening socket, is sent by Response.send_error.
 
 #: Limits of a request's head: its bytes, including the request line, and its headers.
 _MAX_HEAD_BYTES = 65_536
@@ -13627,7 +13616,6 @@ _MAX_CHUNK_EXTRA_BYTES = 65_536
 _IDLE_S = 120.0
 _UNTRUSTED_IDLE_S = 10.0
 
-
 #: The headers of a stream; the last one keeps reverse proxies from buffering it.
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -13635,14 +13623,14 @@ _STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
-
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) (HTTP/1\.[01])" % _TOKEN)
 _HEADER_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})([ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
 _UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
-#: The first byte of a TLS connection, and what is said to a client that uses http and https the
-#: wrong way round.
+
+#: The first byte of a TLS connection, and the answers to clients that use http for https, or https
+#: for http.
 _TLS_HANDSHAKE = b"\x16"
 _NOT_HTTPS = "This server uses http: write http:// in the address."
 _NOT_HTTP = "This server uses https: write https:// in the address."
