@@ -11,8 +11,8 @@ both kinds from it: one file, Python 3.9 or later, nothing to install.
 
 The life of a request: the HTTP server finds its route and authorizes its caller, a dialect parses
 the body into a Turn, the gate admits it, a claude process answers it with a stream of Events, and
-the dialect renders these events. Wire formats exist only in the dialects; the claude protocol exists only in its own
-two sections.
+the dialect renders these events. Wire formats exist only in the dialects; the claude protocol
+exists only in its own two sections.
 
 Each section uses only names from the sections above it, so the file reads bottom-up: to follow
 a request, start with the HTTP server.
