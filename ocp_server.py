@@ -14252,9 +14252,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.router = Router(routes)
         self.memory = MemoryBudget()
         self._tls = tls
-        # Guards the next field.
-        self._lock = threading.Lock()
-        self._rejections = 0
+        #: Free places for connections that get an error response.
+        self._rejections = threading.BoundedSemaphore(_MAX_REJECTIONS)
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, app.config.port), ConnectionHandler)
@@ -14309,22 +14308,25 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def _reject(self, connection: Connection, error: Busy) -> None:
         """Close a connection; send the error first, in a thread, if few are being rejected."""
-        with self._lock:
-            sends_error = self._rejections < _MAX_REJECTIONS and self._tls is None
-            self._rejections += int(sends_error)
-        if sends_error:
-            arguments = (connection, error)
-            threading.Thread(target=self._send_rejection, args=arguments, daemon=True).start()
-        else:
+        if self._tls is not None or not self._rejections.acquire(blocking=False):
             connection.close()
+            return
+        arguments = (connection, error)
+        try:
+            threading.Thread(target=self._send_rejection, args=arguments, daemon=True).start()
+        except RuntimeError:
+            # The machine has no thread left.
+            self._end_rejection(connection)
 
     def _send_rejection(self, connection: Connection, error: Busy) -> None:
         try:
             self._refuse(connection, error)
         finally:
-            connection.close()
-            with self._lock:
-                self._rejections -= 1
+            self._end_rejection(connection)
+
+    def _end_rejection(self, connection: Connection) -> None:
+        connection.close()
+        self._rejections.release()
 
     def _refuse(self, connection: Connection, error: OcpError) -> None:
         """Answer a connection before anything was read from it."""
