@@ -9,10 +9,10 @@ both kinds from it: one file, Python 3.9 or later, nothing to install.
     python3 ocp_server.py --check      validate settings and environment, exit 0 or 2
     python3 ocp_server.py --help       everything else
 
-The life of a request: the HTTP server finds its route, a dialect parses the body into a Turn,
-the gate admits it, a claude process answers it with a stream of Events, and the dialect renders
-these events. Wire formats exist only in the dialects; the claude protocol exists only in its own
-two sections.
+The life of a request: the HTTP server finds its route and authorizes its caller, a dialect parses
+the body into a Turn, the gate admits it, a claude process answers it with a stream of Events, and
+the dialect renders these events. Wire formats exist only in the dialects; the claude protocol
+exists only in its own two sections.
 
 Each section uses only names from the sections above it, so the file reads bottom-up: to follow
 a request, start with the HTTP server.
@@ -53,11 +53,11 @@ Sections (search for "==== 8" to jump to the eighth):
     32. State folder          the database, the modes of files, the admin key
     33. Answering             one request: quota, cache, claude, row of usage
     34. App                   owns every long-lived object; the housekeeper
-    35. Routes                the choice of a route, and the OpenAPI document
+    35. Routes                the choice of a route for a path and a method
     36. HTTP server           sockets, bodies, one thread for each connection
     37. Dashboard             the operator's page, and its content security policy
     38. API endpoints         answers, stored responses, sessions, models
-    39. Management endpoints  health, logs, keys, usage, settings, cache, pages
+    39. Management endpoints  health, logs, keys, usage, settings, pages, OpenAPI
     40. Table of routes       path, access, dialect and endpoint of each route
     41. Demo claude           the stand-in for claude behind --demo
     42. Command line          arguments, signals, main
@@ -78,6 +78,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import email.utils
 import enum
 import errno
 import fcntl
@@ -115,7 +116,6 @@ import unicodedata
 import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler
 from types import MappingProxyType
 from typing import (
     Any,
@@ -133,6 +133,8 @@ VERSION = "0.1.0"
 
 #: A JSON object as it is sent or received.
 Json = dict[str, Any]
+#: The headers of a request; names are case-insensitive.
+Headers = http.client.HTTPMessage
 Clock = Callable[[], float]
 
 
@@ -850,10 +852,17 @@ def settings_markdown() -> str:
 
 
 # ==== 3. Errors ==============================================================
-# One class for each failure that is reported to a client. A class is a row of a table: status,
-# type and code for OpenAI clients, type for Anthropic clients. An instance adds the message, which
-# says what to do next. ClientGone is separate because it is never sent, and ConfigError (see
-# Settings) because it is shown only to the operator.
+# One class for each failure that is reported to a client, ordered by status. A class is a row of
+# a table. An instance adds the message, which says what to do next, and, where the time is known,
+# `retry_after_s`. `Response.send_error` is the only place that sends one. ClientGone is separate
+# because it is never sent, and ConfigError (see Settings) because only the operator sees it.
+
+# Error types of both APIs.
+_INVALID = "invalid_request_error"
+_AUTHENTICATION = "authentication_error"
+_PERMISSION = "permission_error"
+_RATE_LIMIT = "rate_limit_error"
+_OVERLOADED = "overloaded_error"
 
 
 class OcpError(Exception):
@@ -901,66 +910,66 @@ class OcpError(Exception):
 
 class BadRequest(OcpError):
     """The request is malformed; `param` names the field."""
-
-    status = 400
-    openai_type = anthropic_type = "invalid_request_error"
+    status, openai_type, anthropic_type = 400, _INVALID, _INVALID
     retryable = False
 
 
 class Unsupported(BadRequest):
     """The request uses a feature that this server does not have."""
-
     code = "unsupported_parameter"
 
 
 class ContextTooLong(BadRequest):
     """The prompt does not fit the model."""
-
     code = "context_length_exceeded"
+
+
+class EmptyAnswer(BadRequest):
+    """The model returned an empty answer. 400, because clients retry after any other status."""
+    code = "empty_answer"
 
 
 class Unauthorized(OcpError):
     """The key is missing or wrong."""
-
-    status = 401
-    openai_type = anthropic_type = "authentication_error"
-    code = "invalid_api_key"
-    retryable = False
-    rejected_before_work = True
+    status, openai_type, anthropic_type = 401, _AUTHENTICATION, _AUTHENTICATION
+    code, retryable, rejected_before_work = "invalid_api_key", False, True
 
     def headers(self) -> dict[str, str]:
         """Return the headers, with the authentication scheme that HTTP requires for a 401."""
         return {**super().headers(), "WWW-Authenticate": 'Bearer realm="ocp"'}
 
 
+class LoginLost(OcpError):
+    """claude is not logged in, or its login was refused."""
+    status, openai_type, anthropic_type = 401, _AUTHENTICATION, _AUTHENTICATION
+    code, retryable = "upstream_login_required", False
+
+
 class Forbidden(OcpError):
     """The caller has no permission for this."""
-
-    status = 403
-    openai_type = anthropic_type = "permission_error"
+    status, openai_type, anthropic_type = 403, _PERMISSION, _PERMISSION
     retryable = False
+
+
+class UpstreamForbidden(Forbidden):
+    """The API rejected this account, or does not give it this model."""
+    code = "upstream_forbidden"
 
 
 class NotFound(OcpError):
     """The requested object or path does not exist."""
-
-    status = 404
-    openai_type = "invalid_request_error"
-    anthropic_type = "not_found_error"
+    status, openai_type, anthropic_type = 404, _INVALID, "not_found_error"
     retryable = False
 
 
 class UnknownModel(NotFound):
     """No model has this name."""
-
     code = "model_not_found"
 
 
 class MethodNotAllowed(OcpError):
     """The path exists, but not for this method."""
-
-    status = 405
-    openai_type = anthropic_type = "invalid_request_error"
+    status, openai_type, anthropic_type = 405, _INVALID, _INVALID
     retryable = False
 
     def __init__(self, message: str, allowed: Iterable[str]) -> None:
@@ -972,91 +981,61 @@ class MethodNotAllowed(OcpError):
         return {**super().headers(), "Allow": ", ".join(self.allowed)}
 
 
-class Conflict(OcpError):
-    """The name is in use."""
-
-    status = 409
-    openai_type = anthropic_type = "invalid_request_error"
-    code = "name_taken"
-    retryable = False
-
-
 class RequestTimeout(OcpError):
     """The request did not arrive in time."""
+    status, openai_type, anthropic_type = 408, _INVALID, _INVALID
 
-    status = 408
-    openai_type = anthropic_type = "invalid_request_error"
+
+class Conflict(OcpError):
+    """The name is in use."""
+    status, openai_type, anthropic_type = 409, _INVALID, _INVALID
+    code, retryable = "name_taken", False
 
 
 class TooLarge(OcpError):
     """The body, or an image in it, is larger than this server accepts."""
-
-    status = 413
-    openai_type = "invalid_request_error"
-    anthropic_type = "request_too_large"
-    retryable = False
-
-
-class HeadTooLarge(OcpError):
-    """The request line or a header is longer than this server accepts."""
-
-    status = 431
-    openai_type = anthropic_type = "invalid_request_error"
+    status, openai_type, anthropic_type = 413, _INVALID, "request_too_large"
     retryable = False
 
 
 class QueueFull(OcpError):
     """Too many requests are waiting."""
-
-    status = 429
-    openai_type = anthropic_type = "rate_limit_error"
-    code = "rate_limit_exceeded"
-    rejected_before_work = True
+    status, openai_type, anthropic_type = 429, _RATE_LIMIT, _RATE_LIMIT
+    code, rejected_before_work = "rate_limit_exceeded", True
 
 
 class RateLimited(QueueFull):
     """The API applied a rate limit."""
-
     rejected_before_work = False
 
 
 class QuotaExceeded(OcpError):
     """A key has used up a quota, until the period ends."""
-
-    status = 429
-    openai_type = "quota_exceeded"
-    anthropic_type = "rate_limit_error"
-    code = "insufficient_quota"
-    retryable = False
-    rejected_before_work = True
+    status, openai_type, anthropic_type = 429, "quota_exceeded", _RATE_LIMIT
+    code, retryable, rejected_before_work = "insufficient_quota", False, True
 
 
 class PlanLimit(OcpError):
     """A limit of the plan is used up, until it resets."""
+    status, openai_type, anthropic_type = 429, "insufficient_quota", _RATE_LIMIT
+    code, retryable = "insufficient_quota", False
 
-    status = 429
-    openai_type = "insufficient_quota"
-    anthropic_type = "rate_limit_error"
-    code = "insufficient_quota"
+
+class HeadTooLarge(OcpError):
+    """The request line or a header is longer than this server accepts."""
+    status, openai_type, anthropic_type = 431, _INVALID, _INVALID
     retryable = False
 
 
-class LoginLost(OcpError):
-    """claude is not logged in, or its login was refused."""
-
-    status = 401
-    openai_type = anthropic_type = "authentication_error"
-    code = "upstream_login_required"
-    retryable = False
+class UpstreamFailed(OcpError):
+    """claude or the API behind it failed."""
+    status, code = 502, "upstream_failed"
 
 
 class ClaudeUnavailable(OcpError):
     """No usable claude program was found."""
-
-    status = 503
-    code = "claude_unavailable"
-    retryable = False
-    rejected_before_work = True
+    status, code = 503, "claude_unavailable"
+    retryable, rejected_before_work = False, True
 
 
 class ClaudeMissing(ClaudeUnavailable):
@@ -1065,7 +1044,6 @@ class ClaudeMissing(ClaudeUnavailable):
 
 class ClaudeAway(ClaudeUnavailable):
     """The claude program has just disappeared, as it does for seconds during an update."""
-
     retryable = True
 
 
@@ -1073,92 +1051,50 @@ class ClaudeTooOld(ClaudeUnavailable):
     """The claude program is older than the oldest version that OCP supports."""
 
 
-class UpstreamFailed(OcpError):
-    """claude or the API behind it failed."""
-
-    status = 502
-    code = "upstream_failed"
-
-
-class EmptyAnswer(BadRequest):
-    """The model returned an empty answer. 400, because clients retry after any other status."""
-
-    code = "empty_answer"
-
-
-class UpstreamForbidden(Forbidden):
-    """The API rejected this account, or does not give it this model."""
-
-    code = "upstream_forbidden"
-
-
-class Overloaded(OcpError):
-    """The API is overloaded."""
-
-    status = 529
-    anthropic_type = "overloaded_error"
-    code = "overloaded"
-
-
-class UpstreamTimeout(OcpError):
-    """The answer took longer than the time-out allows."""
-
-    status = 504
-    anthropic_type = "timeout_error"
-    code = "timeout"
-
-
 class Busy(OcpError):
     """Too many connections are open."""
-
-    status = 503
-    anthropic_type = "overloaded_error"
-    code = "too_many_connections"
+    status, anthropic_type, code = 503, _OVERLOADED, "too_many_connections"
 
 
 class MemoryFull(OcpError):
     """The requests and unread answers of a caller take too much memory."""
-
-    status = 503
-    anthropic_type = "overloaded_error"
-    code = "memory_full"
+    status, anthropic_type, code = 503, _OVERLOADED, "memory_full"
 
 
 class Draining(OcpError):
     """The server is shutting down."""
-
-    status = 503
-    anthropic_type = "overloaded_error"
-    code = "shutting_down"
+    status, anthropic_type, code = 503, _OVERLOADED, "shutting_down"
     rejected_before_work = True
 
 
 class NotReady(OcpError):
     """The server runs, but cannot answer requests."""
-
-    status = 503
-    anthropic_type = "overloaded_error"
-    code = "not_ready"
+    status, anthropic_type, code = 503, _OVERLOADED, "not_ready"
 
 
 class StorageFailed(OcpError):
     """The database cannot be read or written."""
-
-    status = 503
-    code = "database_failed"
+    status, code = 503, "database_failed"
 
 
 class StorageLocked(StorageFailed):
     """Another program has locked the database."""
-
     code = "database_locked"
 
 
 class StorageFull(StorageFailed):
     """The disk is full, so the database cannot be written."""
+    status, code = 507, "disk_full"
 
-    status = 507
-    code = "disk_full"
+
+class UpstreamTimeout(OcpError):
+    """The answer took longer than the time-out allows."""
+    status, anthropic_type, code = 504, "timeout_error", "timeout"
+
+
+class Overloaded(OcpError):
+    """The API is overloaded."""
+    status, anthropic_type, code = 529, _OVERLOADED, "overloaded"
 
 
 class ClientGone(Exception):
@@ -2363,7 +2299,6 @@ class HomeLock:
         self._write(f"{os.getpid()} {_STOPPING}")
 
     def close(self) -> None:
-        """Release the lock."""
         os.close(self._file)
 
 
@@ -2514,7 +2449,6 @@ class Store:
             return False
         return (status.st_dev, status.st_ino) == self._identity
 
-
     def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
         """Return the rows of a query. Raises sqlite3.Error."""
         with self._lock:
@@ -2552,7 +2486,6 @@ class Store:
         return copy
 
     def close(self) -> None:
-        """Close the database."""
         with self._lock:
             self._connection.close()
 
@@ -2660,16 +2593,6 @@ class Settings:
 # copy of the database gives no access.
 
 
-class Headers(Protocol):
-    """The headers of a request; names are case-insensitive."""
-
-    def get(self, name: str, default: str) -> str:
-        """Return the value, or `default`."""
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield the names as they were sent."""
-
-
 class Access(enum.Enum):
     """Who may use a route."""
 
@@ -2744,7 +2667,6 @@ class Key(NamedTuple):
         )
 
     def expired(self, now_s: float) -> bool:
-        """Return whether the key has expired."""
         return self.expiry_s is not None and now_s >= self.expiry_s
 
 
@@ -3079,7 +3001,6 @@ def same_secret(candidate: str, secret: str) -> bool:
     return bool(secret) and hmac.compare_digest(*hashes)
 
 
-
 #: Headers that only proxies, load balancers and tunnels add.
 _PROXY_HEADER = re.compile(
     r"forwarded|via|cdn-loop|(x-)?(forwarded|original|envoy|azure|arr|proxy|proxyuser)-.+"
@@ -3279,6 +3200,19 @@ _GROUP_SUMS = (
     ("last_request", "strftime('%Y-%m-%dT%H:%M:%fZ', MAX(at_s), 'unixepoch')"),
 )
 _Columns = tuple[tuple[str, str], ...]
+#: The current name of a row's key, or else the name of its caller.
+_CURRENT_NAME = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
+#: The hour or the day of a row in UTC, for the timeline.
+_STEPS = {
+    "hour": "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')",
+    "day": "strftime('%Y-%m-%dT00:00:00', at_s, 'unixepoch')",
+}
+#: The day of a row in the machine's time zone.
+_DAY = "date(at_s, 'unixepoch', 'localtime')"
+#: The longest span with a timeline by hour; beyond it, by day.
+_MAX_HOURLY_S = 32 * 86_400.0
+#: The maximum number of entries in the series of a report.
+_MAX_SERIES = 10_000
 
 
 def period_bounds(period: str, now_s: float) -> tuple[float, float]:
@@ -3563,7 +3497,6 @@ class Rows:
         return [dict(row) for row in reversed(results)]
 
     def recent(self, limit: int) -> list[Json]:
-        """Return the newest rows, newest first."""
         results = self._connection.execute(
             f"SELECT *, {_CURRENT_NAME} AS key_name, outcome = 'ok' AS success, "
             "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
@@ -3574,21 +3507,6 @@ class Rows:
             for name in ("id", "at_s", "key_id", "caller", "total_ms"):
                 del entry[name]
         return entries
-
-
-#: The current name of a row's key, or else the name of its caller.
-_CURRENT_NAME = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
-#: The hour or the day of a row in UTC, for the timeline.
-_STEPS = {
-    "hour": "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')",
-    "day": "strftime('%Y-%m-%dT00:00:00', at_s, 'unixepoch')",
-}
-#: The day of a row in the machine's time zone.
-_DAY = "date(at_s, 'unixepoch', 'localtime')"
-#: The longest span with a timeline by hour; beyond it, by day.
-_MAX_HOURLY_S = 32 * 86_400.0
-#: The maximum number of entries in the series of a report.
-_MAX_SERIES = 10_000
 
 
 # ==== 10. Patterns ===========================================================
@@ -3871,6 +3789,98 @@ def _without_unevaluated(schema: Json) -> Json:
     return schema
 
 
+def _resolve_pointer(value: object, tokens: list[str]) -> object:
+    """Return the target of a JSON pointer, given as its tokens; _UNREADABLE if there is none."""
+    for token in tokens:
+        if isinstance(value, dict) and token in value:
+            value = value[token]
+        elif isinstance(value, list) and token.isdigit() and int(token) < len(value):
+            value = value[int(token)]
+        else:
+            return _UNREADABLE
+    return value
+
+
+def _check_schema_level(level: int, path: str) -> None:
+    if level > MAX_SCHEMA_LEVELS:
+        raise BadRequest(
+            f"{path[:200]}: a schema may be nested {MAX_SCHEMA_LEVELS} levels deep.",
+            param=path[:200],
+        )
+
+
+class ReferenceIndex:
+    """The schemas of one document to which its references lead."""
+
+    def __init__(self, document: Json, path: str) -> None:
+        """Collect all targets. Raises BadRequest if the document is too large."""
+        self._document = document
+        #: Targets by URI, and by the name of their definition.
+        self._resources: dict[str, object] = {}
+        self._named: dict[str, object] = {}
+        #: The base URI of the references in a schema, by the schema's id().
+        self._base_uris: dict[int, str] = {}
+        #: All names of members in the document.
+        self.names: set[str] = set()
+        pending: list[tuple[object, str, int]] = [(document, "", 0)]
+        count = 0
+        while pending:
+            value, base, level = pending.pop()
+            count += 1
+            # One level of schemas is two levels of JSON in most places.
+            _check_schema_level(level // 2, path)
+            if count > MAX_SCHEMA_VALUES:
+                raise BadRequest(
+                    f"{path}: a schema may hold {MAX_SCHEMA_VALUES} values.", param=path
+                )
+            if isinstance(value, list):
+                pending += [(item, base, level + 1) for item in value]
+            elif isinstance(value, dict):
+                base = self._add(value, base)
+                pending += [(item, base, level + 1) for item in value.values()]
+
+    def _add(self, value: Json, base: str) -> str:
+        """Register the names, URIs and anchors of a schema; return the base URI of its
+        references."""
+        self.names.update(value)
+        for keyword in ("$id", "id"):
+            identity = value.get(keyword)
+            if isinstance(identity, str) and identity:
+                uri = urllib.parse.urljoin(base, identity) if base else identity
+                self._resources.setdefault(uri.rstrip("#"), value)
+                base = uri.partition("#")[0] or base
+        for keyword in ("$anchor", "$dynamicAnchor"):
+            if isinstance(value.get(keyword), str):
+                self._resources.setdefault(f"{base}#{value[keyword]}", value)
+        for keyword in ("$defs", "definitions", "schemas"):
+            schemas = value.get(keyword)
+            for name, schema in schemas.items() if isinstance(schemas, dict) else ():
+                self._named.setdefault(name, schema)
+        self._base_uris[id(value)] = base
+        return base
+
+    def target(self, reference: object, schema: Json) -> object:
+        """Return the target of a reference in `schema`; _UNREADABLE if there is none."""
+        if not isinstance(reference, str):
+            return _UNREADABLE
+        base = self._base_uris.get(id(schema), "")
+        uri, _, fragment = urllib.parse.urljoin(base, reference).partition("#")
+        resource = self._resources.get(uri, self._document if uri == base else _UNREADABLE)
+        if not fragment:
+            return resource
+        whole = self._resources.get(f"{uri}#{fragment}")
+        if whole is not None:
+            return whole
+        tokens = urllib.parse.unquote(fragment).split("/")[1:]
+        tokens = [token.replace("~1", "/").replace("~0", "~") for token in tokens]
+        for start in (resource, self._document):
+            target = _resolve_pointer(start, tokens)
+            if target is not _UNREADABLE:
+                return target
+        # A schema that was embedded in another one often keeps references to its former root.
+        return self._named.get(tokens[-1], _UNREADABLE) if tokens else _UNREADABLE
+
+
 class SchemaParser:
     """Parses one schema of a client into plain 2020-12.
 
@@ -3880,17 +3890,11 @@ class SchemaParser:
     """
 
     def __init__(self, document: Json, path: str) -> None:
-        self._document = document
-        #: The targets of references: by URI, and by the name of their definition.
-        self._resources: dict[str, object] = {}
-        self._named: dict[str, object] = {}
-        #: The base URI of the references in a schema, by the schema's id().
-        self._base_uris: dict[int, str] = {}
+        self._references = ReferenceIndex(document, path)
         #: The client's property names by the model's, the reverse, and all names in use.
         self.renamed: dict[str, str] = {}
         self._new_names: dict[str, str] = {}
-        self._used_names: set[str] = set(PROTOTYPE_NAMES)
-        self._index_document(path)
+        self._used_names: set[str] = {*PROTOTYPE_NAMES, *self._references.names}
         self.definitions: Json = {}
         self._definition_names: dict[int, str] = {}
         self._used_definition_names: set[str] = set()
@@ -3903,58 +3907,11 @@ class SchemaParser:
             self.definitions[name] = self.schema(target, target_path, 0)
         self._check_cycles(path)
 
-    def _index_document(self, path: str) -> None:
-        """Collect the names and the targets of references. Raises BadRequest if the document is
-        too large."""
-        pending: list[tuple[object, str, int]] = [(self._document, "", 0)]
-        count = 0
-        while pending:
-            value, base, level = pending.pop()
-            count += 1
-            # One level of schemas is two levels of JSON in most places.
-            self._check_level(level // 2, path)
-            if count > MAX_SCHEMA_VALUES:
-                raise BadRequest(
-                    f"{path}: a schema may hold {MAX_SCHEMA_VALUES} values.", param=path
-                )
-            if isinstance(value, list):
-                pending += [(item, base, level + 1) for item in value]
-            if not isinstance(value, dict):
-                continue
-            base = self._register_identifiers(value, base)
-            self._used_names.update(value)
-            pending += [(item, base, level + 1) for item in value.values()]
-            for keyword in ("$defs", "definitions", "schemas"):
-                schemas = value.get(keyword)
-                for name, schema in schemas.items() if isinstance(schemas, dict) else ():
-                    self._named.setdefault(name, schema)
-
-    def _check_level(self, level: int, path: str) -> None:
-        if level > MAX_SCHEMA_LEVELS:
-            raise BadRequest(
-                f"{path[:200]}: a schema may be nested {MAX_SCHEMA_LEVELS} levels deep.",
-                param=path[:200],
-            )
-
-    def _register_identifiers(self, value: Json, base: str) -> str:
-        """Register the URIs and anchors of a schema; return the base URI of its references."""
-        for keyword in ("$id", "id"):
-            identity = value.get(keyword)
-            if isinstance(identity, str) and identity:
-                uri = urllib.parse.urljoin(base, identity) if base else identity
-                self._resources.setdefault(uri.rstrip("#"), value)
-                base = uri.partition("#")[0] or base
-        for keyword in ("$anchor", "$dynamicAnchor"):
-            if isinstance(value.get(keyword), str):
-                self._resources.setdefault(f"{base}#{value[keyword]}", value)
-        self._base_uris[id(value)] = base
-        return base
-
     # -- schemas ------------------------------------------------------------------------------
 
     def schema(self, value: object, path: str, level: int) -> Json:
         """Return the parsed schema. Raises BadRequest if `value` cannot be meant as a schema."""
-        self._check_level(level, path)
+        _check_schema_level(level, path)
         if isinstance(value, bool) or value is None:
             return {"not": {}} if value is False else {}
         if isinstance(value, str):
@@ -3968,7 +3925,7 @@ class SchemaParser:
             if kind is None or (operand is None and kind != "value"):
                 continue
             if kind == "reference":
-                parsed: object = self._reference(operand, self._base_uris.get(id(value), ""), path)
+                parsed: object = self._reference(operand, value, path)
             else:
                 parsed = getattr(self, "_" + kind)(operand, f"{path}.{keyword}", level)
             if parsed is _UNREADABLE:
@@ -4049,8 +4006,8 @@ class SchemaParser:
             self.renamed[name] = client_name
         return self._new_names[client_name]
 
-    def _reference(self, value: object, base: str, path: str) -> object:
-        target = self._resolve(value, base) if isinstance(value, str) else _UNREADABLE
+    def _reference(self, value: object, schema: Json, path: str) -> object:
+        target = self._references.target(value, schema)
         if not isinstance(target, (dict, bool)):
             raise BadRequest(
                 f"{path}.$ref: {str(value)[:100]!r} refers to no schema in this document.",
@@ -4061,27 +4018,9 @@ class SchemaParser:
             last = urllib.parse.unquote(str(value).rpartition("/")[2])
             name = _new_name(last, "schema", self._used_definition_names)
             self._definition_names[key] = name
-            schema = target if isinstance(target, dict) else ({} if target else {"not": {}})
-            self._pending.append((name, schema, f"{path}.$ref"))
+            definition = target if isinstance(target, dict) else ({} if target else {"not": {}})
+            self._pending.append((name, definition, f"{path}.$ref"))
         return f"#/$defs/{self._definition_names[key]}"
-
-    def _resolve(self, reference: str, base: str) -> object:
-        """Return the target of a reference; _UNREADABLE if there is none."""
-        uri, _, fragment = urllib.parse.urljoin(base, reference).partition("#")
-        resource = self._resources.get(uri, self._document if uri == base else _UNREADABLE)
-        if not fragment:
-            return resource
-        whole = self._resources.get(f"{uri}#{fragment}")
-        if whole is not None:
-            return whole
-        tokens = urllib.parse.unquote(fragment).split("/")[1:]
-        tokens = [token.replace("~1", "/").replace("~0", "~") for token in tokens]
-        for start in (resource, self._document):
-            target = _resolve_pointer(start, tokens)
-            if target is not _UNREADABLE:
-                return target
-        # A schema that was embedded in another one often keeps references to its former root.
-        return self._named.get(tokens[-1], _UNREADABLE) if tokens else _UNREADABLE
 
     def _check_cycles(self, path: str) -> None:
         """Raise BadRequest for a cycle of definitions that never reaches another value."""
@@ -4199,18 +4138,6 @@ def _new_name(client_name: str, fallback: str, used: set[str]) -> str:
     name = next(readable + number for number in numbers if readable + number not in used)
     used.add(name)
     return name
-
-
-def _resolve_pointer(value: object, tokens: list[str]) -> object:
-    """Return the target of a JSON pointer, given as its tokens; _UNREADABLE if there is none."""
-    for token in tokens:
-        if isinstance(value, dict) and token in value:
-            value = value[token]
-        elif isinstance(value, list) and token.isdigit() and int(token) < len(value):
-            value = value[int(token)]
-        else:
-            return _UNREADABLE
-    return value
 
 
 def _in_place_references(schema: Json) -> Iterator[str]:
@@ -11609,7 +11536,6 @@ class Account:
             checked_s = self._login_checked_s
             return {
                 "ok": self._logged_in,
-                "okSource": "none" if checked_s is None else "request",
                 "okAt": None if checked_s is None else iso_time(checked_s),
                 "message": LOGIN_ADVICE if self._logged_in is False else None,
             }
@@ -11685,7 +11611,6 @@ class Account:
             "weeklyLimits": {"allModels": entries["seven_day"], **others},
             "extraUsage": extra,
             "representativeClaim": report.claim,
-            "fallbackPercentage": None,
             "subscription": subscription,
         }
 
@@ -11706,19 +11631,14 @@ class Account:
         }
 
     def report(self) -> Json:
-        """Return the plan for /usage, with the windows as claude reported them in `_raw`."""
+        """Return the plan for /usage, and when its windows were reported."""
         plan = self.plan()
         with self._lock:
-            raw = {
-                name: {**observed.window._asdict(), "observed_s": observed.observed_s}
-                for name, observed in self._windows.items()
-            }
             updated_s = self._windows_updated_s
             return {
                 "status": self._last_report.status,
                 "fetchedAt": None if updated_s is None else iso_time(updated_s),
                 "plan": plan,
-                "_raw": raw,
             }
 
 
@@ -11818,12 +11738,10 @@ class Metrics:
         self._bounds = {metric.name: metric.bounds for metric in METRICS}
 
     def add(self, name: str, count: int = 1, **labels: str) -> None:
-        """Increase a counter."""
         with self._lock:
             self._counts[name][tuple(labels.items())] += count
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
-        """Add a value to a histogram."""
         with self._lock:
             by_labels = self._histograms[name]
             key = tuple(labels.items())
@@ -11906,7 +11824,6 @@ class MemoryBudget:
 
     @property
     def size_bytes(self) -> int:
-        """Return the number of bytes in use."""
         with self._lock:
             return sum(hold.size_bytes for hold in self._holds)
 
@@ -11979,7 +11896,6 @@ class Connection:
         self._is_broken = False
 
     def fileno(self) -> int:
-        """See Client."""
         return self._socket.fileno()
 
     @property
@@ -11989,7 +11905,6 @@ class Connection:
     # -- reading --------------------------------------------------------------------------------
 
     def gone(self) -> bool:
-        """See Client."""
         with self._lock:
             if not self._is_read_closed and not self._is_broken and self._free_ahead_bytes():
                 try:
@@ -12003,11 +11918,11 @@ class Connection:
             return self._is_read_closed or self._is_broken
 
     def can_detect_hangup(self) -> bool:
-        """See Client. A full read-ahead buffer hides the end of the stream."""
+        """Return whether there is room to read ahead: a full buffer hides the end of the stream."""
         return bool(self._free_ahead_bytes())
 
     def cancel(self) -> None:
-        """See Client. Bytes sent to the client still arrive."""
+        """Make `gone` return True from now on. Bytes sent to the client still arrive."""
         self._is_read_closed = True
         with contextlib.suppress(OSError):
             # Not SSLSocket.shutdown, which would end the encryption too.
@@ -12032,7 +11947,6 @@ class Connection:
         return count
 
     def wait_readable(self, timeout_s: float) -> None:
-        """Wait until there may be bytes to read."""
         self._poll(select.POLLIN, timeout_s)
 
     def peek(self, timeout_s: float) -> bytes:
@@ -13607,10 +13521,9 @@ class App:
 
 
 # ==== 35. Routes =============================================================
-# The type of a route, the choice of a route, and the OpenAPI document of all routes. Paths, methods
-# and summaries come from the table of routes and the docstrings of the endpoints; request bodies
-# and query strings are described here. Paths match exactly, after repeated slashes are merged. The
-# /v1 of a path may be missing or doubled, because users write base addresses with and without it.
+# The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
+# repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
+# addresses with and without it.
 
 
 class Route(NamedTuple):
@@ -13687,209 +13600,11 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-
-
-def _object_type(required: Iterable[str] = (), **properties: object) -> Json:
-    return {"type": "object", "properties": properties, "required": list(required)}
-
-
-_TEXT: Json = {"type": "string"}
-_NAME: Json = {"type": "string", "minLength": 1}
-_FLAG: Json = {"type": ["boolean", "null"]}
-_TOKENS_LIMIT: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": 1_000_000}
-_ZERO_TO_ONE: Json = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
-_STOP: Json = {
-    "anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": _TEXT, "maxItems": 4}]
-}
-
-
-def _content(*kinds: str) -> Json:
-    """Return the schema of message content: text, or a list of parts of these types."""
-    parts = [_object_type(["type", "text"], type={"const": kind}, text=_NAME) for kind in kinds]
-    return {"anyOf": [_NAME, {"type": "array", "minItems": 1, "items": {"anyOf": parts}}]}
-
-
-def _messages(roles: Iterable[str], content: Json) -> Json:
-    message = _object_type(["role", "content"], role={"enum": list(roles)}, content=content)
-    return {"type": "array", "minItems": 1, "items": message}
-
-
-_TOOLS: Json = {"type": ["array", "null"], "items": {"type": "object"}}
-#: The `input` of the Responses API.
-_ITEMS: Json = {
-    "anyOf": [
-        _NAME,
-        _messages(("system", "developer", "user", "assistant"), _content("input_text")),
-    ]
-}
-_LIMIT: Json = {"type": ["integer", "null"], "minimum": 0, "maximum": 10**15}
-_KEY_PROPERTIES: Json = {
-    "name": {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9 ._-]{0,62}[A-Za-z0-9._-]$"},
-    "expiry": {"type": ["string", "null"], "description": "2027-01-31, an ISO time, 30d, 12h"},
-    "models": {"type": ["array", "null"], "items": _NAME},
-    "maxConcurrent": {"type": ["integer", "null"], "minimum": 0, "maximum": 1000},
-    "note": {"type": ["string", "null"], "maxLength": 500},
-}
-_QUOTA_SCHEMA = {
-    **_object_type(**{quota.name: _LIMIT for quota in QUOTAS}), "additionalProperties": False
-}
-
-#: Schemas of request bodies, by operation.
-_BODIES: dict[str, Json] = {
-    "answer_chat": _object_type(
-        ["messages"],
-        model=_NAME,
-        messages=_messages(("system", "developer", "user", "assistant"), _content("text")),
-        stream=_FLAG, max_tokens=_TOKENS_LIMIT, max_completion_tokens=_TOKENS_LIMIT,
-        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_ZERO_TO_ONE,
-        stop=_STOP, n={"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
-        tools=_TOOLS, ocp_session_id={"type": ["string", "null"], "maxLength": 256},
-        reasoning_effort={"enum": [None, "none", *EFFORT_BUDGETS]},
-        response_format={"type": ["object", "null"]},
-    ),
-    "answer_messages": _object_type(
-        ["messages", "max_tokens"],
-        model=_NAME, max_tokens={"type": "integer", "minimum": 1, "maximum": 1_000_000},
-        messages=_messages(("user", "assistant"), _content("text")), system=_content("text"),
-        stream=_FLAG, temperature=_ZERO_TO_ONE, top_p=_ZERO_TO_ONE, tools=_TOOLS,
-        stop_sequences={"type": ["array", "null"], "items": _TEXT},
-    ),
-    "count_tokens": _object_type(
-        ["messages"], model=_NAME, system=_content("text"), tools=_TOOLS,
-        messages=_messages(("user", "assistant"), _content("text")),
-    ),
-    "answer_responses": _object_type(
-        ["input"],
-        model=_NAME,
-        input=_ITEMS,
-        instructions={"type": ["string", "null"]}, stream=_FLAG, store=_FLAG,
-        max_output_tokens=_TOKENS_LIMIT, top_p=_ZERO_TO_ONE, tools=_TOOLS,
-        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2},
-        previous_response_id={"type": ["string", "null"]},
-    ),
-    "answer_compaction": _object_type(
-        ["input"], model=_NAME, input=_ITEMS, instructions={"type": ["string", "null"]},
-        previous_response_id={"type": ["string", "null"]},
-    ),
-    "count_input_tokens": _object_type(
-        ["input"], model=_NAME, input=_ITEMS, instructions={"type": ["string", "null"]},
-        tools=_TOOLS, previous_response_id={"type": ["string", "null"]},
-    ),
-    "answer_completions": _object_type(
-        ["prompt"], model=_NAME, prompt=_NAME, stream=_FLAG, max_tokens=_TOKENS_LIMIT,
-        temperature={"type": ["number", "null"], "minimum": 0, "maximum": 2}, top_p=_ZERO_TO_ONE,
-        stop=_STOP, echo=_FLAG, n={"type": ["integer", "null"], "minimum": 1, "maximum": 8},
-    ),
-    "no_embeddings": _object_type(["input"], model=_NAME, input=_TEXT),
-    "create_key": {
-        **_object_type(**_KEY_PROPERTIES, quota=_QUOTA_SCHEMA), "additionalProperties": False
-    },
-    "change_key": {**_object_type(**_KEY_PROPERTIES), "additionalProperties": False},
-    "change_quota": {**_QUOTA_SCHEMA, "minProperties": 1},
-    "change_settings": {
-        "type": "object", "additionalProperties": False,
-        "properties": {
-            name: {"type": [_JSON_TYPES[type(row.default)], "null"]}
-            for name, row in live_settings().items()
-        },
-    },
-}
-#: Schemas of query parameters, by operation.
-_QUERIES: dict[str, dict[str, Json]] = {
-    "get_models": {
-        "limit": {"type": "integer", "minimum": 0, "maximum": 1000},
-        "after_id": {"type": "string"},
-        "before_id": {"type": "string"},
-    },
-    "get_logs": {
-        "n": {"type": "integer", "minimum": 0, "maximum": 1000},
-        "level": {"enum": ["all", "audit", *LEVELS]},
-    },
-    "get_response": {"stream": {"type": "boolean"}},
-    "get_input_items": {
-        "limit": {"type": "integer", "minimum": 1, "maximum": 100},
-        "order": {"enum": ["asc", "desc"]},
-        "after": _NAME,
-    },
-    "get_api_usage": {
-        "since": {"type": "string", "format": "date-time"},
-        "until": {"type": "string", "format": "date-time"},
-        "hours": {"type": "integer", "minimum": 0, "maximum": 9600},
-        "limit": {"type": "integer", "minimum": 0, "maximum": 500},
-        "all": {"type": "boolean"},
-    },
-}
-#: Status codes of responses that are not in the error format, by operation; otherwise 200.
-_STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
-#: Media types of responses, by operation; otherwise JSON.
-_MEDIA_TYPES = {
-    "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
-    "get_connect": "text/plain",
-}
-
-
-def _operation(route: Route) -> Json:
-    """Return the OpenAPI description of a route."""
-    name = route.operation
-    summary = " ".join((route.endpoint.__doc__ or "").split()).partition(". ")[0].rstrip(".") + "."
-    parameters = [
-        {"in": "path", "name": parameter, "required": True, "schema": _NAME}
-        for parameter in re.findall(r"{(\w+)}", route.path)
-    ]
-    parameters += [
-        {"in": "query", "name": parameter, "required": False, "schema": schema}
-        for parameter, schema in _QUERIES.get(name, {}).items()
-    ]
-    media_type = _MEDIA_TYPES.get(name, "application/json")
-    success: Json = {"description": "Done.", "content": {media_type: {"schema": {}}}}
-    if "stream" in _BODIES.get(name, {}).get("properties", {}):
-        success["content"]["text/event-stream"] = {"schema": {}}
-    failure = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    operation: Json = {
-        "operationId": name,
-        "summary": summary,
-        "parameters": parameters,
-        "responses": {
-            **dict.fromkeys(_STATUSES.get(name, ("200",)), success),
-            "4XX": {"description": "The request cannot be answered.", "content": failure},
-            "5XX": {"description": "The server or claude failed.", "content": failure},
-        },
-        "security": [] if route.access is Access.PUBLIC else [{"bearer": []}, {"x-api-key": []}],
-        "tags": [route.access.value],
-    }
-    if name in _BODIES:
-        body = {"application/json": {"schema": _BODIES[name]}}
-        operation["requestBody"] = {"required": True, "content": body}
-    return operation
-
-
-def openapi(routes: Iterable[Route]) -> Json:
-    """Return the OpenAPI 3.1 document of these routes."""
-    paths: Json = {}
-    for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
-    details = _object_type(["message", "type"], message=_TEXT, type=_TEXT)
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "OCP",
-            "version": VERSION,
-            "description": "Your Claude plan, through the official claude program, as an API.",
-        },
-        "paths": paths,
-        "components": {
-            "schemas": {"Error": _object_type(["error"], error=details)},
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
-            },
-        },
-    }
-
-
 # ==== 36. HTTP server ========================================================
-# One thread for each connection. A request that is too large or too slow is refused, and all
-# errors are rendered in one place. A closed connection leaves no state behind.
+# A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
+# request after the other. An Exchange is one request: it reads its body with the connection's
+# BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
+# also one before the request or of the listening socket, is sent by Response.send_error.
 
 #: Limits of a request's head: its bytes, including the request line, and its headers.
 _MAX_HEAD_BYTES = 65_536
@@ -13901,7 +13616,6 @@ _MAX_CHUNK_EXTRA_BYTES = 65_536
 _IDLE_S = 120.0
 _UNTRUSTED_IDLE_S = 10.0
 
-
 #: The headers of a stream; the last one keeps reverse proxies from buffering it.
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -13909,11 +13623,22 @@ _STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
-
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) (HTTP/1\.[01])" % _TOKEN)
 _HEADER_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})([ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
+_UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
+
+#: The first byte of a TLS connection, and the answers to clients that use http for https, or https
+#: for http.
+_TLS_HANDSHAKE = b"\x16"
+_NOT_HTTPS = "This server uses http: write http:// in the address."
+_NOT_HTTP = "This server uses https: write https:// in the address."
+#: How often the log repeats a warning about connections.
+_WARNING_INTERVAL_S = 60.0
+_CONNECTIONS_HELP = "raise OCP_MAX_CONNECTIONS if this many connections are expected"
+#: How many connections above the limit get an error response at a time; others are just closed.
+_MAX_REJECTIONS = 32
 
 #: Headers that may not be repeated: a proxy and OCP could use different ones of them.
 _SINGLE_HEADERS = (
@@ -13958,9 +13683,9 @@ def parse_request_line(line: bytes) -> tuple[str, str, str]:
     return method, re.sub("^/+", "/", target), version
 
 
-def parse_headers(lines: Iterable[bytes]) -> http.client.HTTPMessage:
+def parse_headers(lines: Iterable[bytes]) -> Headers:
     """Return the headers in these lines. Raises BadRequest."""
-    headers = http.client.HTTPMessage()
+    headers = Headers()
     for line in lines:
         match = _HEADER_LINE.fullmatch(line)
         if match is None:
@@ -13976,7 +13701,7 @@ def parse_headers(lines: Iterable[bytes]) -> http.client.HTTPMessage:
     return headers
 
 
-def body_length(headers: http.client.HTTPMessage, version: str) -> int | None:
+def body_length(headers: Headers, version: str) -> int | None:
     """Return the length of the body; None = chunked. Raises BadRequest if it is ambiguous."""
     length, coding = headers.get("Content-Length"), headers.get("Transfer-Encoding")
     if coding is not None and length is not None:
@@ -13990,371 +13715,66 @@ def body_length(headers: http.client.HTTPMessage, version: str) -> int | None:
     return None if coding is not None else int(length or 0)
 
 
-class Exchange(BaseHTTPRequestHandler):
-    """A connection and its current request. Endpoints read the request from its attributes and from
-    `body`, and respond with one of the `send_` methods."""
+def dialect_of_client(headers: Headers) -> Dialect:
+    """Return the dialect of the API that a client speaks, as its headers tell."""
+    return MESSAGES if "anthropic-version" in headers else CHAT
 
-    protocol_version = "HTTP/1.1"
-    server: Server
 
-    # -- a connection -------------------------------------------------------------------------
+class Response:
+    """The response to one request: whole, or in parts of unknown total length. What the client
+    does not accept at once is sent later. Methods raise ClientGone."""
 
-    def setup(self) -> None:
-        """Prepare the connection; replaces the base class's files on the socket."""
-        self.client: Connection = self.request
-        self._reader = DeadlineReader(self.client)
-        self.rfile = self._buffered = io.BufferedReader(self._reader, _MAX_HEAD_BYTES)
-        #: Header lines that the base class collects.
-        self._headers_buffer: list[bytes] = []
-        self.app = self.server.app
-        self.peer = self.client.peer
-        self.routes = self.server.routes
-        #: Whether a request has been served on the connection.
-        self._served = False
-        self._body_hold = Hold(self.client.cut)
-        self._reset()
-
-    def finish(self) -> None:
-        """Close the reader; the server closes the connection."""
-        self.rfile.close()
-
-    def _reset(self) -> None:
-        """Clear the state of the last request."""
-        self._received_before = self._reader.received_bytes
-        self.command, self.path, self.requestline, self._path = "", "", "", ""
-        self.request_version = "HTTP/1.1"
-        self.headers = http.client.HTTPMessage()
-        self.dialect: Dialect = CHAT
-        self.caller = Caller("public")
+    def __init__(self, client: Connection) -> None:
+        self._client = client
         self.request_id = new_id("req_")
-        self.query: Mapping[str, str] = {}
-        self.headers_out: dict[str, str] = {}
-        #: The length of the body; None = chunked.
-        self._length: int | None = 0
-        self._body_read = False
+        #: The version of the request, and whether it was HEAD: its response has no body.
+        self.version = "HTTP/1.1"
+        self.is_head = False
+        #: Headers of a success or an error, besides those that every response has.
+        self.headers: dict[str, str] = {}
+        #: The status that was sent; 0 = none yet.
+        self.status = 0
+        #: Whether the connection has to be closed after the response.
+        self.must_close = False
+        #: Whether bytes of the request, or what may be bytes of it, were not read. The next head
+        #: cannot be found then.
+        self.has_unread_body = True
         self._renderer: Renderer | None = None
-        self._chunked = False
-        #: The status that was sent (0 = none yet), and whether the whole response was sent.
-        self._status = 0
+        self._is_chunked = False
         self._is_complete = False
-        #: Whether the head was malformed, so that the start of the next one is unknown.
-        self._is_malformed = False
-
-    def handle_one_request(self) -> None:
-        """Read one head and answer it, or close the connection if it does not arrive in time."""
-        self._reset()
-        head_timeout_s = self.app.config.header_timeout_ms / 1000
-        idle_s = _IDLE_S if self.client.is_trusted else _UNTRUSTED_IDLE_S
-        try:
-            # An idle connection may wait longer than a head that has begun.
-            self._reader.allow(idle_s if self._served else head_timeout_s)
-            first = self._buffered.peek(1)[:1]
-            self._reader.allow(head_timeout_s)
-            if first == _TLS_HANDSHAKE and not self.client.is_tls:
-                self._refuse_tls()
-            elif first and self._read_head():
-                self._served = True
-                self._dispatch()
-                return
-        except socket.timeout:
-            if self._reader.received_bytes > self._received_before:
-                self._refuse_head(RequestTimeout("The head of the request did not arrive in time."))
-        except (ClientGone, OSError):
-            pass
-        self.close_connection = True
-        self._end_request()
-
-    def _read_head(self) -> bool:
-        """Return whether a valid head was read. A malformed one is answered here."""
-        lines = head_lines(self._buffered)
-        try:
-            line = next(lines, b"")
-            if line:
-                self._parse_head(line, lines)
-            return bool(line)
-        except OcpError as error:
-            self._refuse_head(error)
-            return False
-
-    def _parse_head(self, line: bytes, lines: Iterator[bytes]) -> None:
-        """Set the fields of the request from its head. Raises BadRequest, HeadTooLarge."""
-        # Known before the line is valid: an error response to HEAD must have no body, because the
-        # client would read it as the next response.
-        self.command = "HEAD" if line.startswith(b"HEAD ") else ""
-        self.command, self.path, self.request_version = parse_request_line(line)
-        self.headers = parse_headers(lines)
-        if self.request_version == "HTTP/1.1" or "Host" in self.headers:
-            host_name(self.headers.get("Host", ""))
-        self._length = body_length(self.headers, self.request_version)
-        options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
-        self.close_connection = "close" in (option.strip() for option in options)
-
-    def _refuse_tls(self) -> None:
-        """Answer a TLS handshake on a plain HTTP server. The client waits for a TLS record and
-        gives up when it reads anything else."""
-        self.server.log_tls_attempt(self.peer)
-        self._is_malformed = True
-        self.client.send(_NOT_HTTPS)
-
-    def _refuse_head(self, error: OcpError) -> None:
-        """Answer a head that is no valid request, and close the connection."""
-        self.close_connection = self._is_malformed = True
-        self._send_error(error)
-        self._log_refusal(error)
-
-    def version_string(self) -> str:
-        """Return the value of the Server header."""
-        return f"ocp/{VERSION}"
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Drop the base class's log lines; _dispatch writes its own."""
-
-    # -- a request ----------------------------------------------------------------------------
-
-    def _dispatch(self) -> None:
-        """Answer a request; every error of a request ends here."""
-        started_s = time.monotonic()
-        try:
-            self._route()
-        except ClientGone:
-            self.close_connection = True
-        except OcpError as error:
-            self._refuse(error)
-        except sqlite3.Error as problem:
-            self._refuse(storage_failure(problem, _NOTHING_CHANGED))
-        except RecursionError:
-            # Writing JSON recurses deeper than reading it.
-            self._refuse(BadRequest("The body is nested too deeply."))
-        except Exception as error:
-            self.app.log.event(
-                "error", "request_broke", request_id=self.request_id,
-                method=self.command, error=format_failure(error),
-            )
-            self._send_error(
-                OcpError(f"OCP failed; its log has the details under {self.request_id}.")
-            )
-        self._end_request()
-        self.app.log.event(
-            "debug", "request_answered", request_id=self.request_id, method=self.command,
-            status=self._status, total_ms=round((time.monotonic() - started_s) * 1000),
-        )
-
-    def _end_request(self) -> None:
-        """Free what the request uses, then wait until the client has read the response."""
-        self.client.is_busy = False
-        self.server.memory.resize(self._body_hold, 0, self.app.config)
-        try:
-            self.client.flush()
-        except ClientGone:
-            self.close_connection = True
-        if self._is_malformed or (self.close_connection and self._has_unread_body()):
-            self.client.linger(_LINGER_S)
-
-    def _refuse(self, error: OcpError) -> None:
-        """Send an error and log it, unless it was logged as the failure of a turn."""
-        self._send_error(error)
-        if not error.logged:
-            self._log_refusal(error)
-
-    def _log_refusal(self, error: OcpError) -> None:
-        """Log a refusal; those of callers without a key are summed up when there are many."""
-        fields = {
-            "request_id": self.request_id, "method": self.command, "path": self._path,
-            "caller": self.caller.name, "error": type(error).__name__, "param": error.param,
-        }
-        if self.caller.name == "public":
-            self.app.refusals.record(self.peer, error.status, **fields)
-        else:
-            self.app.log.event(
-                "info", "request_refused", peer=self.peer, status=error.status, **fields
-            )
-
-    def _route(self) -> None:
-        try:
-            target = urllib.parse.urlsplit(self.path)
-        except ValueError:
-            raise BadRequest("The path of the request is malformed.") from None
-        self._path = target.path
-        self.query = dict(urllib.parse.parse_qsl(target.query))
-        matches = self.server.router.matches(target.path)
-        # From here on, errors have the format of the path's API.
-        self.dialect = (matches[0][0].dialect if matches else None) or self._dialect_of_client()
-        config = self.app.config
-        origin = self.headers.get("Origin", "")
-        content_type = self.headers.get("Content-Type", "")
-        # In an absolute target the host replaces the Host header.
-        host = target.netloc or self.headers.get("Host", "")
-        check_origin(config, origin, host, content_type, self.peer)
-        if is_allowed_origin(config, origin):
-            self.headers_out.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
-        if self.command == "OPTIONS":
-            self._answer_options(target.path, matches)
-            return
-        route, arguments = self.server.router.choose(self.command, target.path, matches)
-        self.caller = self._authorize(config, route.access)
-        if route.access is not Access.PUBLIC:
-            self.client.is_trusted = self.client.is_busy = True
-        self.client.config = config
-        owner = self.peer if self.caller.key_id is None else self.caller.scope
-        self.client.unread.owner = self._body_hold.owner = owner
-        route.endpoint(self.app, self, **arguments)
-
-    def _dialect_of_client(self) -> Dialect:
-        """Return the dialect of the API that the client speaks, as its headers tell."""
-        return MESSAGES if "anthropic-version" in self.headers else CHAT
-
-    def _authorize(self, config: Config, access: Access) -> Caller:
-        """Return the caller. Raises Forbidden, and Unauthorized after a delay that grows with
-        the wrong keys from this address."""
-        try:
-            return authorize(config, self.app.keys, access, self.headers, self.peer)
-        except Unauthorized:
-            if any(presented_keys(self.headers)):
-                max_delay_s = config.wrong_key_delay_ms / 1000
-                with self.app.wrong_keys.delay_answer(self.peer, max_delay_s) as wait_s:
-                    time.sleep(wait_s)
-            raise
-
-    def _answer_options(self, path: str, matches: list[Match]) -> None:
-        allowed = ", ".join(allowed_methods(matches))
-        if not allowed:
-            raise NotFound(f"There is no path {one_line(path, 80)}.")
-        self.headers_out["Allow"] = allowed
-        if "Access-Control-Allow-Origin" in self.headers_out:
-            requested = self.headers.get("Access-Control-Request-Headers", "")
-            self.headers_out.update(
-                {
-                    "Access-Control-Allow-Methods": allowed,
-                    "Access-Control-Allow-Headers": one_line(requested, 1000) or "*",
-                    "Access-Control-Max-Age": "600",
-                }
-            )
-        self._send_head(204, {})
-
-    def _send_error(self, error: OcpError) -> None:
-        """Report an error: as a response, as an event of a stream, or by closing the connection,
-        depending on how much of the response was sent."""
-        try:
-            if self._is_complete:
-                self.close_connection = True
-            elif not self._status:
-                body = to_json(self.dialect.error_body(error, self.request_id)) + b"\n"
-                headers = {"Content-Type": "application/json", **error.headers()}
-                self._send_body(error.status, body, headers)
-            elif self._renderer is not None:
-                self._send(self._renderer.failure(error, self.request_id))
-                self._end_chunks()
-            else:
-                # Status 200 of a JSON response was sent already.
-                self.close_connection = True
-        except ClientGone:
-            self.close_connection = True
-
-    # -- reading ------------------------------------------------------------------------------
-
-    def body(self) -> bytearray:
-        """See Exchange. While the body arrives, the connection counts as idle and may be
-        closed to make room."""
-        config = self.app.config
-        length = self._length
-        if length is not None and length > config.max_body_bytes:
-            raise self._too_large()
-        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise BadRequest("Compressed bodies are not supported: send the body uncompressed.")
-        expects = self.headers.get("Expect", "").lower() == "100-continue"
-        if expects and self.request_version == "HTTP/1.1":
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._reader.allow(config.body_timeout_ms / 1000)
-        is_busy, self.client.is_busy = self.client.is_busy, False
-        try:
-            data = self._read_chunks() if length is None else self._read_exactly(length)
-        except socket.timeout:
-            raise RequestTimeout("The body of the request did not arrive in time.") from None
-        except OSError:
-            raise ClientGone from None
-        self._body_read, self.client.is_busy = True, is_busy
-        return data
-
-    def _too_large(self) -> TooLarge:
-        return TooLarge(
-            f"The body is larger than {self.app.config.max_body_bytes} bytes "
-            "(CLAUDE_MAX_BODY_SIZE of the server)."
-        )
-
-    def _read_exactly(self, count: int) -> bytearray:
-        data = bytearray()
-        self._read_more(data, count)
-        if len(data) < count:
-            self.close_connection = True
-            raise BadRequest("The body ended before its Content-Length was reached.")
-        return data
-
-    def _read_more(self, data: bytearray, count: int) -> None:
-        """Append `count` bytes of the body to `data`, or fewer if the connection ends."""
-        end = len(data) + count
-        while len(data) < end:
-            piece = self.rfile.read(min(end - len(data), _MAX_READ_BYTES))
-            if not piece:
-                return
-            self.server.memory.resize(
-                self._body_hold, len(data) + len(piece), self.app.config
-            )
-            data += piece
-
-    def _read_chunks(self) -> bytearray:
-        """Return a chunked body. Its trailer is read and dropped."""
-        data = bytearray()
-        extra_bytes = 0
-        while True:
-            match = _CHUNK_LINE.fullmatch(self.rfile.readline(1024))
-            if match is None:
-                raise self._bad_chunks()
-            size, extra_bytes = int(match[1], 16), extra_bytes + len(match[2])
-            if extra_bytes > _MAX_CHUNK_EXTRA_BYTES:
-                raise self._bad_chunks()
-            if size == 0:
-                break
-            if len(data) + size > self.app.config.max_body_bytes:
-                raise self._too_large()
-            self._read_more(data, size)
-            if self.rfile.readline(2) != b"\r\n":
-                raise self._bad_chunks()
-        self._drop_trailer(_MAX_CHUNK_EXTRA_BYTES - extra_bytes)
-        return data
-
-    def _drop_trailer(self, left_bytes: int) -> None:
-        """Read the header lines after the last chunk. Raises BadRequest."""
-        line = b""
-        while line != b"\r\n":
-            line = self.rfile.readline(left_bytes + 1)
-            left_bytes -= len(line)
-            is_whole = left_bytes >= 0 and line.endswith(b"\r\n")
-            if not is_whole or not (line == b"\r\n" or _HEADER_LINE.fullmatch(line[:-2])):
-                raise self._bad_chunks()
-
-    def _bad_chunks(self) -> BadRequest:
-        self.close_connection = True
-        return BadRequest("The chunked body is malformed, or ended early.")
-
-    # -- writing ------------------------------------------------------------------------------
 
     def send_json(self, value: object, status: int = 200) -> None:
-        """See Exchange."""
-        if not self._status:
+        """Send a JSON body; after `keep_alive` has sent the head, its end."""
+        if not self.status:
             self._send_body(status, to_json(value) + b"\n", {"Content-Type": "application/json"})
         else:
             self._send(to_json(value))
-            self._end_chunks()
+            self._end_parts()
 
     def send_text(self, text: str, content_type: str) -> None:
-        """See Exchange."""
         self._send_body(200, text.encode("utf-8"), {"Content-Type": content_type})
 
+    def send_nothing(self, status: int) -> None:
+        """Send a response without a body."""
+        self._send_head(status, {})
+        self._is_complete = True
+
+    def send_events(self, frames: Iterator[bytes]) -> None:
+        """Send server-sent events as they come; a HEAD request gets none."""
+        self._begin_parts(_STREAM_HEADERS)
+        if self.is_head:
+            self._is_complete = True
+            return
+        for frame in frames:
+            self._send(frame)
+        self._end_parts()
+
     def send_stream(
-        self, renderer: Renderer, events: Iterator[Choice], finished: Callable[[Json], None]
+        self, renderer: Renderer, events: Iterator[Choice], heartbeat_s: float,
+        finished: Callable[[Json], None],
     ) -> None:
-        """See Exchange. A keepalive is also due when events render to nothing for too long."""
-        heartbeat_s = self.app.config.heartbeat_ms / 1000
+        """Send an answer as it comes. `finished` gets the complete body before the last event is
+        sent. A keepalive is also due when events render to nothing for too long."""
         sent_s = time.monotonic()
         for index, event in events:
             is_tick = isinstance(event, Tick)
@@ -14370,90 +13790,425 @@ class Exchange(BaseHTTPRequestHandler):
             if self._renderer is None:
                 # As late as possible: an error before this is sent with its own status.
                 self._renderer = renderer
-                self._begin_chunks(_STREAM_HEADERS)
+                self._begin_parts(_STREAM_HEADERS)
             self._send(data)
         self._send(renderer.end())
-        self._end_chunks()
-
-    def send_nothing(self, status: int) -> None:
-        """See Exchange."""
-        self._send_head(status, {})
-        self._is_complete = True
-
-    def send_events(self, frames: Iterator[bytes]) -> None:
-        """See Exchange."""
-        self._begin_chunks(_STREAM_HEADERS)
-        if self.command == "HEAD":
-            self._is_complete = True
-            return
-        for frame in frames:
-            self._send(frame)
-        self._end_chunks()
+        self._end_parts()
 
     def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
-        """See Exchange. Node clients disconnect after 300 s without a byte."""
+        """Wait for all events of an answer; send white space before its JSON after each
+        `silence_s`, 0 = never. Node clients disconnect after 300 s without a byte."""
         silent_since_s = time.monotonic()
         for _ in events:
             if silence_s and time.monotonic() - silent_since_s >= silence_s:
                 silent_since_s = time.monotonic()
-                if not self._status:
-                    self._begin_chunks({"Content-Type": "application/json"})
+                if not self.status:
+                    self._begin_parts({"Content-Type": "application/json"})
                 self._send(b" \n")
+
+    def send_error(self, error: OcpError, dialect: Dialect) -> None:
+        """Report an error: as a response, as an event of a stream, or by closing the connection,
+        depending on how much was sent. Never raises."""
+        try:
+            if not self.status:
+                body = to_json(dialect.error_body(error, self.request_id)) + b"\n"
+                headers = {"Content-Type": "application/json", **error.headers()}
+                self._send_body(error.status, body, headers)
+            elif self._renderer is not None and not self._is_complete:
+                self._send(self._renderer.failure(error, self.request_id))
+                self._end_parts()
+            else:
+                # The response is complete, or a JSON body has begun with status 200.
+                self.must_close = True
+        except ClientGone:
+            self.must_close = True
+
+    def finish(self) -> None:
+        """Wait until the client has read the response. Never raises."""
+        try:
+            self._client.flush()
+        except ClientGone:
+            self.must_close = True
+        if self.status and self.must_close and self.has_unread_body:
+            self._client.linger(_LINGER_S)
 
     def _send_body(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self._send_head(status, {"Content-Length": str(len(body)), **headers})
-        if self.command != "HEAD":
-            self.client.send(body)
+        if not self.is_head:
+            self._client.send(body)
         self._is_complete = True
 
-    def _has_unread_body(self) -> bool:
-        """Return whether the request has a body that was not read. The next head cannot be found
-        then, so the connection must be closed."""
-        return self._length != 0 and not self._body_read
-
-    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
-        """Send the status line and the headers."""
-        if self._has_unread_body() or self.request_version == "HTTP/1.0":
-            self.close_connection = True
-        self._status = status
-        self.send_response(status)
-        common = {
-            "X-Request-Id": self.request_id, "request-id": self.request_id,
-            "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-        }
-        for name, value in {**common, **self.headers_out, **headers}.items():
-            # A line break in a value would let it inject a header.
-            self.send_header(name, re.sub(r"[^\x20-\x7e]", "?", value))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-
-    def flush_headers(self) -> None:
-        """Send the header lines that the base class has collected. Raises ClientGone."""
-        self.client.send(b"".join(self._headers_buffer))
-        self._headers_buffer.clear()
-
-    def _begin_chunks(self, headers: Mapping[str, str]) -> None:
+    def _begin_parts(self, headers: Mapping[str, str]) -> None:
         """Start a response of unknown length: chunked, or for HTTP/1.0 until the connection
         closes."""
-        self._chunked = self.request_version == "HTTP/1.1"
-        more = {"Transfer-Encoding": "chunked"} if self._chunked else {}
-        self._send_head(200, {**headers, **more})
+        self._is_chunked = self.version == "HTTP/1.1"
+        coding = {"Transfer-Encoding": "chunked"} if self._is_chunked else {}
+        self._send_head(200, {**headers, **coding})
 
     def _send(self, data: bytes) -> None:
-        """Send a part of the response's body."""
         if not data:
             return
-        if self._chunked:
+        if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        self.client.send(data)
+        self._client.send(data)
 
-    def _end_chunks(self) -> None:
+    def _end_parts(self) -> None:
         self._is_complete = True
-        if self._chunked:
-            self.client.send(b"0\r\n\r\n")
+        if self._is_chunked:
+            self._client.send(b"0\r\n\r\n")
+
+    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        if self.has_unread_body or self.version == "HTTP/1.0":
+            self.must_close = True
+        self.status = status
+        every: dict[str, str] = {
+            "Server": f"ocp/{VERSION}", "Date": email.utils.formatdate(usegmt=True),
+            "X-Request-Id": self.request_id, "request-id": self.request_id,
+            "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+            **self.headers, **headers,
+        }
+        if self.must_close:
+            every["Connection"] = "close"
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
+        # A line break in a value would let it inject a header.
+        lines += [f"{name}: {_UNSAFE_IN_HEADER.sub('?', text)}" for name, text in every.items()]
+        self._client.send("\r\n".join([*lines, "", ""]).encode("ascii"))
+
+
+class BodyReader:
+    """Reads the bodies of the requests of one connection, within the limits of size, time and
+    memory."""
+
+    def __init__(
+        self, client: Connection, reader: DeadlineReader, stream: BinaryIO, server: Server
+    ) -> None:
+        """`stream` buffers what `reader` reads."""
+        self._client = client
+        self._reader = reader
+        self._stream = stream
+        self._app = server.app
+        self._memory = server.memory
+        self._hold = Hold(client.cut)
+
+    def read(self, length: int | None, owner: str) -> bytearray:
+        """Return a body of this length, None = chunked, whose memory is charged to `owner`. While
+        it arrives, the connection counts as idle and may be closed to make room. Raises BadRequest,
+        TooLarge, RequestTimeout, MemoryFull, ClientGone."""
+        self._hold.owner = owner
+        self._reader.allow(self._app.config.body_timeout_ms / 1000)
+        is_busy, self._client.is_busy = self._client.is_busy, False
+        try:
+            data = self._read_chunks() if length is None else self._read_exactly(length)
+        except socket.timeout:
+            raise RequestTimeout("The body of the request did not arrive in time.") from None
+        except OSError:
+            raise ClientGone from None
+        self._client.is_busy = is_busy
+        return data
+
+    def release(self) -> None:
+        """Free the memory of the last body."""
+        self._memory.resize(self._hold, 0, self._app.config)
+
+    def check_size(self, size_bytes: int) -> None:
+        """Raise TooLarge if a body of this size is larger than the limit."""
+        maximum = self._app.config.max_body_bytes
+        if size_bytes > maximum:
+            raise TooLarge(
+                f"The body is larger than {maximum} bytes (CLAUDE_MAX_BODY_SIZE of the server)."
+            )
+
+    def _read_exactly(self, count: int) -> bytearray:
+        data = bytearray()
+        self._read_more(data, count)
+        if len(data) < count:
+            raise BadRequest("The body ended before its Content-Length was reached.")
+        return data
+
+    def _read_more(self, data: bytearray, count: int) -> None:
+        """Append `count` bytes of the body to `data`, or fewer if the connection ends."""
+        end = len(data) + count
+        while len(data) < end:
+            piece = self._stream.read(min(end - len(data), _MAX_READ_BYTES))
+            if not piece:
+                return
+            self._memory.resize(self._hold, len(data) + len(piece), self._app.config)
+            data += piece
+
+    def _read_chunks(self) -> bytearray:
+        """Return a chunked body. Its trailer is read and dropped."""
+        data = bytearray()
+        extra_bytes = 0
+        while True:
+            match = _CHUNK_LINE.fullmatch(self._stream.readline(1024))
+            if match is None:
+                raise _bad_chunks()
+            size, extra_bytes = int(match[1], 16), extra_bytes + len(match[2])
+            if extra_bytes > _MAX_CHUNK_EXTRA_BYTES:
+                raise _bad_chunks()
+            if size == 0:
+                break
+            self.check_size(len(data) + size)
+            self._read_more(data, size)
+            if self._stream.readline(2) != b"\r\n":
+                raise _bad_chunks()
+        self._drop_trailer(_MAX_CHUNK_EXTRA_BYTES - extra_bytes)
+        return data
+
+    def _drop_trailer(self, left_bytes: int) -> None:
+        """Read the header lines after the last chunk. Raises BadRequest."""
+        line = b""
+        while line != b"\r\n":
+            line = self._stream.readline(left_bytes + 1)
+            left_bytes -= len(line)
+            is_whole = left_bytes >= 0 and line.endswith(b"\r\n")
+            if not is_whole or not (line == b"\r\n" or _HEADER_LINE.fullmatch(line[:-2])):
+                raise _bad_chunks()
+
+
+def _bad_chunks() -> BadRequest:
+    return BadRequest("The chunked body is malformed, or ended early.")
+
+
+class Exchange:
+    """One request and its response. Endpoints read the request from the attributes and from
+    `body`, and respond with one of the `send_` methods of `response`."""
+
+    def __init__(self, client: Connection, bodies: BodyReader, routes: tuple[Route, ...]) -> None:
+        self.client = client
+        self.peer = client.peer
+        self.routes = routes
+        self.response = Response(client)
+        self.request_id = self.response.request_id
+        self.method = ""
+        #: The target as it was sent, and its parts.
+        self.target = ""
+        self.path = ""
+        self.query: Mapping[str, str] = {}
+        self.headers = Headers()
+        #: The format of errors.
+        self.dialect: Dialect = CHAT
+        self.caller = Caller("public")
+        self._bodies = bodies
+        #: The length of the body; None = chunked.
+        self._length: int | None = 0
+
+    def parse_head(self, line: bytes, lines: Iterator[bytes]) -> None:
+        """Set the fields from the head: the request line, and the lines after it. Raises
+        BadRequest, HeadTooLarge."""
+        response = self.response
+        # Known before the line is valid: an error response to HEAD must have no body, because the
+        # client would read it as the next response.
+        response.is_head = line.startswith(b"HEAD ")
+        self.method, self.target, response.version = parse_request_line(line)
+        self.headers = parse_headers(lines)
+        if response.version == "HTTP/1.1" or "Host" in self.headers:
+            host_name(self.headers.get("Host", ""))
+        self._length = body_length(self.headers, response.version)
+        response.has_unread_body = self._length != 0
+        options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
+        response.must_close = "close" in (option.strip() for option in options)
+
+    @property
+    def owner(self) -> str:
+        """The name under which the memory of the request is counted."""
+        return self.peer if self.caller.key_id is None else self.caller.scope
+
+    def body(self) -> bytearray:
+        """Return the body. Raises BadRequest, TooLarge, RequestTimeout, MemoryFull, ClientGone."""
+        if self._length is not None:
+            self._bodies.check_size(self._length)
+        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise BadRequest("Compressed bodies are not supported: send the body uncompressed.")
+        expects = self.headers.get("Expect", "").lower() == "100-continue"
+        if expects and self.response.version == "HTTP/1.1":
+            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        data = self._bodies.read(self._length, self.owner)
+        self.response.has_unread_body = False
+        return data
+
+
+class ConnectionHandler(socketserver.BaseRequestHandler):
+    """Serves the requests of one connection, one after the other; runs in its thread."""
+
+    server: Server
+
+    def setup(self) -> None:
+        self._client: Connection = self.request
+        self._app = self.server.app
+        self._reader = DeadlineReader(self._client)
+        self._stream = io.BufferedReader(self._reader, _MAX_HEAD_BYTES)
+        self._bodies = BodyReader(self._client, self._reader, self._stream, self.server)
+        #: Whether a request has been served on the connection.
+        self._has_served = False
+
+    def handle(self) -> None:
+        while self._serve_request():
+            self._has_served = True
+
+    def finish(self) -> None:
+        """Close the reader; the server closes the connection."""
+        self._stream.close()
+
+    def _serve_request(self) -> bool:
+        """Read one request and answer it; return whether the connection stays open."""
+        exchange = Exchange(self._client, self._bodies, self.server.routes)
+        is_request = self._read_head(exchange)
+        started_s = time.monotonic()
+        if is_request:
+            self._answer(exchange)
         else:
-            self.close_connection = True
+            exchange.response.must_close = True
+        self._client.is_busy = False
+        self._bodies.release()
+        exchange.response.finish()
+        if is_request:
+            self._app.log.event(
+                "debug", "request_answered", request_id=exchange.request_id,
+                method=exchange.method, status=exchange.response.status,
+                total_ms=round((time.monotonic() - started_s) * 1000),
+            )
+        return not exchange.response.must_close
+
+    # -- head -------------------------------------------------------------------------------------
+
+    def _read_head(self, exchange: Exchange) -> bool:
+        """Return whether a valid head was read in time; any other one is refused here."""
+        received_before = self._reader.received_bytes
+        head_timeout_s = self._app.config.header_timeout_ms / 1000
+        idle_s = _IDLE_S if self._client.is_trusted else _UNTRUSTED_IDLE_S
+        try:
+            # An idle connection may wait longer than a head that has begun.
+            self._reader.allow(idle_s if self._has_served else head_timeout_s)
+            first = self._stream.peek(1)[:1]
+            self._reader.allow(head_timeout_s)
+            if first == _TLS_HANDSHAKE and not self._client.is_tls:
+                self.server.log_tls_attempt(self._client.peer)
+                raise BadRequest(_NOT_HTTPS)
+            lines = head_lines(self._stream)
+            line = next(lines, b"")
+            if line:
+                exchange.parse_head(line, lines)
+            return bool(line)
+        except socket.timeout:
+            if self._reader.received_bytes > received_before:
+                late = RequestTimeout("The head of the request did not arrive in time.")
+                self._refuse(exchange, late)
+        except OcpError as error:
+            # What follows may belong to this request.
+            exchange.response.has_unread_body = True
+            self._refuse(exchange, error)
+        except (ClientGone, OSError):
+            pass
+        return False
+
+    # -- answer -----------------------------------------------------------------------------------
+
+    def _answer(self, exchange: Exchange) -> None:
+        """Answer a request; every error of a request ends here."""
+        try:
+            self._call_endpoint(exchange)
+        except ClientGone:
+            exchange.response.must_close = True
+        except OcpError as error:
+            self._refuse(exchange, error)
+        except sqlite3.Error as problem:
+            self._refuse(exchange, storage_failure(problem, _NOTHING_CHANGED))
+        except RecursionError:
+            # Writing JSON recurses deeper than reading it.
+            self._refuse(exchange, BadRequest("The body is nested too deeply."))
+        except Exception as problem:
+            self._app.log.event(
+                "error", "request_broke", request_id=exchange.request_id,
+                method=exchange.method, error=format_failure(problem),
+            )
+            failure = OcpError(f"OCP failed; its log has the details under {exchange.request_id}.")
+            exchange.response.send_error(failure, exchange.dialect)
+
+    def _call_endpoint(self, exchange: Exchange) -> None:
+        """Find the route of a request, authorize its caller, and call the endpoint."""
+        config = self._app.config
+        try:
+            target = urllib.parse.urlsplit(exchange.target)
+        except ValueError:
+            raise BadRequest("The path of the request is malformed.") from None
+        exchange.path = target.path
+        exchange.query = dict(urllib.parse.parse_qsl(target.query))
+        matches = self.server.router.matches(target.path)
+        # From here on, errors have the format of the path's API.
+        exchange.dialect = (
+            (matches[0][0].dialect if matches else None) or dialect_of_client(exchange.headers)
+        )
+        # In an absolute target the host replaces the Host header.
+        self._check_origin(exchange, target.netloc or exchange.headers.get("Host", ""))
+        if exchange.method == "OPTIONS":
+            self._answer_options(exchange, matches)
+            return
+        route, arguments = self.server.router.choose(exchange.method, target.path, matches)
+        exchange.caller = self._authorize(exchange, route.access)
+        if route.access is not Access.PUBLIC:
+            self._client.is_trusted = self._client.is_busy = True
+        self._client.config = config
+        self._client.unread.owner = exchange.owner
+        route.endpoint(self._app, exchange, **arguments)
+
+    def _check_origin(self, exchange: Exchange, host: str) -> None:
+        """Refuse the pages of foreign web sites, and let those of allowed ones read the response.
+        Raises Forbidden."""
+        config, headers = self._app.config, exchange.headers
+        origin = headers.get("Origin", "")
+        check_origin(config, origin, host, headers.get("Content-Type", ""), exchange.peer)
+        if is_allowed_origin(config, origin):
+            exchange.response.headers.update(
+                {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            )
+
+    def _authorize(self, exchange: Exchange, access: Access) -> Caller:
+        """Return the caller. Raises Forbidden, and Unauthorized after a delay that grows with
+        the wrong keys from this address."""
+        app, headers, peer = self._app, exchange.headers, exchange.peer
+        try:
+            return authorize(app.config, app.keys, access, headers, peer)
+        except Unauthorized:
+            if any(presented_keys(headers)):
+                max_delay_s = app.config.wrong_key_delay_ms / 1000
+                with app.wrong_keys.delay_answer(peer, max_delay_s) as wait_s:
+                    time.sleep(wait_s)
+            raise
+
+    def _answer_options(self, exchange: Exchange, matches: list[Match]) -> None:
+        allowed = ", ".join(allowed_methods(matches))
+        if not allowed:
+            raise NotFound(f"There is no path {one_line(exchange.path, 80)}.")
+        headers = exchange.response.headers
+        headers["Allow"] = allowed
+        if "Access-Control-Allow-Origin" in headers:
+            requested = exchange.headers.get("Access-Control-Request-Headers", "")
+            headers.update({
+                "Access-Control-Allow-Methods": allowed,
+                "Access-Control-Allow-Headers": one_line(requested, 1000) or "*",
+                "Access-Control-Max-Age": "600",
+            })
+        exchange.response.send_nothing(204)
+
+    # -- errors -----------------------------------------------------------------------------------
+
+    def _refuse(self, exchange: Exchange, error: OcpError) -> None:
+        """Send an error and log it, unless it was logged as the failure of a turn. Refusals of
+        callers without a key are summed up when there are many."""
+        exchange.response.send_error(error, exchange.dialect)
+        if error.logged:
+            return
+        fields = {
+            "request_id": exchange.request_id, "method": exchange.method, "path": exchange.path,
+            "caller": exchange.caller.name, "error": type(error).__name__, "param": error.param,
+        }
+        if exchange.caller.name == "public":
+            self._app.refusals.record(exchange.peer, error.status, **fields)
+        else:
+            self._app.log.event(
+                "info", "request_refused", peer=exchange.peer, status=error.status, **fields
+            )
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
@@ -14479,20 +14234,6 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     return context
 
 
-#: The first byte of a TLS connection.
-_TLS_HANDSHAKE = b"\x16"
-_NOT_TLS = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-    b"This server uses https: write https:// in the address.\n"
-)
-_NOT_HTTPS = _NOT_TLS.replace(b"https", b"http")
-#: How often the log repeats a warning about connections.
-_WARNING_INTERVAL_S = 60.0
-_CONNECTIONS_HELP = "raise OCP_MAX_CONNECTIONS if this many connections are expected"
-#: How many connections above the limit get an error response at a time; others are just closed.
-_MAX_REJECTIONS = 32
-
-
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The listening socket, with one thread for each of a limited number of connections."""
 
@@ -14511,12 +14252,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.router = Router(routes)
         self.memory = MemoryBudget()
         self._tls = tls
-        # Guards the next field.
-        self._lock = threading.Lock()
-        self._rejections = 0
+        #: Free places for connections that get an error response.
+        self._rejections = threading.BoundedSemaphore(_MAX_REJECTIONS)
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, app.config.port), Exchange)
+        super().__init__((host, app.config.port), ConnectionHandler)
 
     @property
     def url(self) -> str:
@@ -14568,32 +14308,31 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def _reject(self, connection: Connection, error: Busy) -> None:
         """Close a connection; send the error first, in a thread, if few are being rejected."""
-        with self._lock:
-            sends_error = self._rejections < _MAX_REJECTIONS and self._tls is None
-            self._rejections += int(sends_error)
-        if sends_error:
-            arguments = (connection, error)
-            threading.Thread(target=self._send_rejection, args=arguments, daemon=True).start()
-        else:
+        if self._tls is not None or not self._rejections.acquire(blocking=False):
             connection.close()
+            return
+        arguments = (connection, error)
+        try:
+            threading.Thread(target=self._send_rejection, args=arguments, daemon=True).start()
+        except RuntimeError:
+            # The machine has no thread left.
+            self._end_rejection(connection)
 
     def _send_rejection(self, connection: Connection, error: Busy) -> None:
-        body = to_json(CHAT.error_body(error, ""))
-        head = f"HTTP/1.1 {error.status} Busy\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
         try:
-            self._send_and_linger(connection, head.encode("ascii") + body)
+            self._refuse(connection, error)
         finally:
-            connection.close()
-            with self._lock:
-                self._rejections -= 1
+            self._end_rejection(connection)
 
-    def _send_and_linger(self, connection: Connection, data: bytes) -> None:
-        """Send data to a client that may still be sending a request."""
-        with contextlib.suppress(ClientGone):
-            connection.send(data)
-            connection.flush()
-            connection.linger(_LINGER_S)
+    def _end_rejection(self, connection: Connection) -> None:
+        connection.close()
+        self._rejections.release()
+
+    def _refuse(self, connection: Connection, error: OcpError) -> None:
+        """Answer a connection before anything was read from it."""
+        response = Response(connection)
+        response.send_error(error, CHAT)
+        response.finish()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection until it ends; runs in its thread."""
@@ -14608,7 +14347,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         timeout_s = self.app.config.header_timeout_ms / 1000
         try:
             if connection.peek(timeout_s) not in (_TLS_HANDSHAKE, b""):
-                self._send_and_linger(connection, _NOT_TLS)
+                self._refuse(connection, BadRequest(_NOT_HTTP))
                 return False
             connection.start_tls(self._tls, timeout_s)
         except OSError as problem:
@@ -14802,10 +14541,10 @@ def _parse_turn(app: App, exchange: Exchange, body: object, *, counted: bool) ->
 def _set_turn_headers(exchange: Exchange, turn: Turn) -> None:
     """List ignored parameters and adjustments of the request in the response's headers."""
     if turn.ignored:
-        exchange.headers_out["X-OCP-Ignored-Params"] = header_list(turn.ignored)
+        exchange.response.headers["X-OCP-Ignored-Params"] = header_list(turn.ignored)
     if turn.adjusted:
         counts = (f"{name}={count}" for name, count in turn.adjusted)
-        exchange.headers_out["X-OCP-Adjusted"] = header_list(counts)
+        exchange.response.headers["X-OCP-Adjusted"] = header_list(counts)
 
 
 def answer(app: App, exchange: Exchange) -> None:
@@ -14818,14 +14557,16 @@ def answer(app: App, exchange: Exchange) -> None:
             if answering.job.finished and (dialect.stores(turn) or turn.session_id):
                 _store_conversation(app, exchange, turn, answering.answers()[0], body)
 
-        exchange.headers_out["X-OCP-Cache"] = answering.cache
+        config, response = app.config, exchange.response
+        response.headers["X-OCP-Cache"] = answering.cache
         if turn.stream:
-            exchange.send_stream(dialect.renderer(turn), answering.events, store)
+            heartbeat_s = config.heartbeat_ms / 1000
+            response.send_stream(dialect.renderer(turn), answering.events, heartbeat_s, store)
         else:
-            exchange.keep_alive(answering.events, app.config.whole_silence_ms / 1000)
+            response.keep_alive(answering.events, config.whole_silence_ms / 1000)
             body = dialect.answer_body(turn, list(answering.answers()))
             store(body)
-            exchange.send_json(body)
+            response.send_json(body)
 
 
 def _store_conversation(
@@ -14854,12 +14595,12 @@ def get_sessions(app: App, exchange: Exchange) -> None:
     sessions = [
         {**entry, "caller": names.get(entry["caller"], entry["caller"])} for entry in entries
     ]
-    exchange.send_json({"sessions": sessions})
+    exchange.response.send_json({"sessions": sessions})
 
 
 def clear_sessions(app: App, exchange: Exchange) -> None:
     """DELETE /sessions: delete all stored conversations."""
-    exchange.send_json({"cleared": app.sessions.clear()})
+    exchange.response.send_json({"cleared": app.sessions.clear()})
 
 
 def clear_session(app: App, exchange: Exchange, id: str) -> None:
@@ -14867,25 +14608,25 @@ def clear_session(app: App, exchange: Exchange, id: str) -> None:
     cleared = app.sessions.clear(id)
     if not cleared:
         raise NotFound(f"There is no session {one_line(id, 80)!r}.", param="id")
-    exchange.send_json({"cleared": cleared})
+    exchange.response.send_json({"cleared": cleared})
 
 
 def _estimate(app: App, exchange: Exchange) -> int:
     """Return the estimated tokens of the request, and mark the response as an estimate."""
     turn = _read_turn(app, exchange, counted=True)
-    exchange.headers_out["X-OCP-Estimate"] = "true"
+    exchange.response.headers["X-OCP-Estimate"] = "true"
     return estimate_tokens(turn)
 
 
 def count_tokens(app: App, exchange: Exchange) -> None:
     """POST /v1/messages/count_tokens: estimate the input tokens of a request."""
-    exchange.send_json({"input_tokens": _estimate(app, exchange)})
+    exchange.response.send_json({"input_tokens": _estimate(app, exchange)})
 
 
 def count_input_tokens(app: App, exchange: Exchange) -> None:
     """POST /v1/responses/input_tokens: estimate the input tokens of a request."""
     tokens = _estimate(app, exchange)
-    exchange.send_json({"object": "response.input_tokens", "input_tokens": tokens})
+    exchange.response.send_json({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 def get_response(app: App, exchange: Exchange, id: str) -> None:
@@ -14896,7 +14637,7 @@ def get_response(app: App, exchange: Exchange, id: str) -> None:
             "stream: a stored response cannot be streamed again; request it without `stream`.",
             param="stream",
         )
-    exchange.send_json(stored.body)
+    exchange.response.send_json(stored.body)
 
 
 def cancel_response(app: App, exchange: Exchange, id: str) -> None:
@@ -14928,7 +14669,7 @@ def get_input_items(app: App, exchange: Exchange, id: str) -> None:
             raise BadRequest(f"after: there is no item {one_line(after, 80)!r}.", param="after")
         items = items[ids.index(after) + 1:]
     page = items[:limit]
-    exchange.send_json({
+    exchange.response.send_json({
         "object": "list", "data": page, "has_more": len(items) > len(page),
         "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
     })
@@ -14937,7 +14678,7 @@ def get_input_items(app: App, exchange: Exchange, id: str) -> None:
 def delete_response(app: App, exchange: Exchange, id: str) -> None:
     """DELETE /v1/responses/{id}: delete a stored response."""
     app.responses.remove(exchange.caller.scope, id)
-    exchange.send_json({"id": id, "object": "response", "deleted": True})
+    exchange.response.send_json({"id": id, "object": "response", "deleted": True})
 
 
 def no_embeddings(app: App, exchange: Exchange) -> None:
@@ -15001,7 +14742,7 @@ def get_models(app: App, exchange: Exchange) -> None:
     page, has_more = _page(exchange.query, [model.id for model in models])
     entries = [_model_entry(model) for model in models[page]]
     ends = [entries[0]["id"], entries[-1]["id"]] if entries else [None, None]
-    exchange.send_json({
+    exchange.response.send_json({
         "object": "list", "data": entries, "has_more": has_more,
         "first_id": ends[0], "last_id": ends[1],
     })
@@ -15011,12 +14752,24 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     """GET /v1/models/{model}: return the model with this id or alias."""
     found = app.models.find(model)
     _check_model_allowed(app, exchange.caller, found)
-    exchange.send_json(_model_entry(found))
+    exchange.response.send_json(_model_entry(found))
 
 
 # ==== 39. Management endpoints ===============================================
-# What operators and holders of keys call: health, logs, keys, usage, settings, the cache, and the
-# pages.
+# What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
+# pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
+
+
+def _status(app: App) -> tuple[str, str]:
+    """Return "ok", "degraded" or "draining", and what the operator should do about it."""
+    problem = app.program.last_result()[1]
+    login = app.account.login_report()
+    if app.draining:
+        return "draining", "The server is stopping."
+    if problem is not None or login["ok"] is False:
+        return "degraded", problem.message if problem is not None else str(login["message"])
+    _, advice = app.state_folder.status
+    return ("degraded", advice) if advice else ("ok", "")
 
 
 def _stats(app: App) -> Json:
@@ -15038,33 +14791,15 @@ def _stats(app: App) -> Json:
     }
 
 
-def _server_status(app: App) -> tuple[str, str]:
-    """Return "ok", "degraded" or "draining", and what the operator should do about it."""
-    problem = app.program.last_result()[1]
-    auth = app.account.login_report()
-    if app.draining:
-        return "draining", "The server is stopping."
-    if problem is not None or auth["ok"] is False:
-        return "degraded", problem.message if problem is not None else str(auth["message"])
-    _, advice = app.state_folder.status
-    return ("degraded", advice) if advice else ("ok", "")
-
-
-def get_health(app: App, exchange: Exchange) -> None:
-    """GET /health: return the state of the server."""
-    # Public: it must contain no path, no prompt and no error text.
-    advertised = app.config.advertised_key
-    exchange.send_json({**_health(app), **({"anonymousKey": advertised} if advertised else {})})
-
-
-def _health(app: App) -> Json:
-    config, uptime_s = app.config, app.clock() - app.started_s
+def snapshot(app: App) -> Json:
+    """Return the state and the numbers of the server, from which all reports pick. /health shows
+    it to everybody, so it contains no path, no prompt and no error text."""
+    config, stats, uptime_s = app.config, _stats(app), app.clock() - app.started_s
     program, problem = app.program.last_result()
-    status, fix = _server_status(app)
+    status, fix = _status(app)
     return {
         "status": status,
         "version": VERSION,
-        "architecture": "warm processes",
         "demo": app.demo,
         "instanceName": config.instance_name,
         "uptime": round(uptime_s * 1000),
@@ -15080,25 +14815,32 @@ def _health(app: App) -> Json:
         "claudeBinaryOk": problem is None,
         "claudeVersion": program.version_text if program is not None else None,
         "fix": fix or None,
-        "stats": _stats(app),
+        "stats": stats,
         "concurrency": {
             "maxConcurrent": config.max_concurrent,
             "maxQueue": config.max_queue,
-            "inflight": app.gate.running,
-            "queued": app.gate.waiting,
-            "queueRejections": app.gate.refused,
+            "inflight": stats["activeRequests"],
+            "queued": stats["queued"],
+            "queueRejections": stats["queueRejections"],
         },
         "spares": app.spares.idle(),
         "parked": len(app.parking),
     }
 
 
+def get_health(app: App, exchange: Exchange) -> None:
+    """GET /health: return the state of the server."""
+    advertised = app.config.advertised_key
+    key = {"anonymousKey": advertised} if advertised else {}
+    exchange.response.send_json({**snapshot(app), **key})
+
+
 def get_ready(app: App, exchange: Exchange) -> None:
     """GET /ready: respond 200 if requests can be answered, otherwise 503."""
-    status, fix = _server_status(app)
+    status, fix = _status(app)
     if status != "ok":
         raise NotReady(fix)
-    exchange.send_json({"ready": True})
+    exchange.response.send_json({"ready": True})
 
 
 #: How often /api/events checks for changes, and when it sends a keepalive instead.
@@ -15109,7 +14851,7 @@ _EVENTS_KEEPALIVE_S = 15.0
 def get_events(app: App, exchange: Exchange) -> None:
     """GET /api/events: stream server-sent events, `state` for each change of the server's state
     and `log` for new log entries."""
-    exchange.send_events(_live_frames(app, exchange.client))
+    exchange.response.send_events(_live_frames(app, exchange.client))
 
 
 def _live_frames(app: App, client: Client) -> Iterator[bytes]:
@@ -15138,9 +14880,7 @@ def _live_frames(app: App, client: Client) -> Iterator[bytes]:
 
 def _live_state(app: App) -> Json:
     """Return the state for /api/events, without values that change all the time."""
-    health = _health(app)
-    for name in ("uptime", "uptimeHuman"):
-        del health[name]
+    health = {name: each for name, each in snapshot(app).items() if "uptime" not in name}
     return {
         "startedAt": iso_time(app.started_at_s),
         "health": health,
@@ -15164,15 +14904,19 @@ def get_logs(app: App, exchange: Exchange) -> None:
         raise BadRequest(f"level: must be one of all, audit, {', '.join(LEVELS)}.", param="level")
     count = query_integer(exchange.query, "n", 30, _MAX_LOG_LINES)
     entries = app.log.recent(count, level)
-    exchange.send_json({"count": len(entries), "level": level, "entries": entries})
+    exchange.response.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
 # -- keys -------------------------------------------------------------------------------------
 
+_QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
+#: The highest limit of a quota, and the length of a note on a key.
+_MAX_QUOTA = 10**15
+_MAX_KEY_NOTE_CHARS = 500
 
-def _with_known_fields(fields: Fields, names: Iterable[str]) -> Fields:
-    """Return the fields. Raises BadRequest if there are others than these names."""
-    known = tuple(names)
+
+def _with_known_fields(fields: Fields, known: tuple[str, ...]) -> Fields:
+    """Return the fields. Raises BadRequest if there are others than the known ones."""
     for name in fields.object:
         if name not in known:
             place = one_line(fields.path_of(name), 80)
@@ -15180,6 +14924,11 @@ def _with_known_fields(fields: Fields, names: Iterable[str]) -> Fields:
                 f"{place}: unknown field; allowed: {', '.join(known)}.", param=place
             )
     return fields
+
+
+def _read_fields(exchange: Exchange, known: tuple[str, ...]) -> Fields:
+    """Return the fields of the body. Raises BadRequest, also for unknown fields."""
+    return _with_known_fields(Fields(parse_json_body(exchange.body())), known)
 
 
 _SPAN = re.compile(r"([0-9]{1,6})([mhd])")
@@ -15215,35 +14964,48 @@ def _allowed_models(app: App, fields: Fields) -> list[str]:
 
 def _note(fields: Fields) -> str:
     """Return the operator's note on a key. Lone surrogates, which are not UTF-8, are replaced."""
-    text = one_line(fields.text("note") or "", _MAX_NOTE_CHARS)
+    text = one_line(fields.text("note") or "", _MAX_KEY_NOTE_CHARS)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _quota_limits(fields: Fields) -> dict[str, int | None]:
     """Return the quota limits in a body; None removes a limit."""
-    return {name: fields.integer(name, 0, 10**15) for name in fields.object}
+    return {name: fields.integer(name, 0, _MAX_QUOTA) for name in fields.object}
 
 
-_QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
-_MAX_NOTE_CHARS = 500
-
-#: The fields of a key that can be set: the name in JSON, the column, and the parser.
-_KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object]], ...] = (
-    ("name", "name", lambda app, fields: fields.required_text("name")),
-    ("expiry", "expiry_s", lambda app, fields: _expiry(fields)),
-    ("models", "models", _allowed_models),
+#: The fields of a key that can be set: the name in JSON, the column, the parser, and the schema
+#: for /openapi.json.
+_KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] = (
+    (
+        "name", "name", lambda app, fields: fields.required_text("name"),
+        {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9 ._-]{0,62}[A-Za-z0-9._-]$"},
+    ),
+    (
+        "expiry", "expiry_s", lambda app, fields: _expiry(fields),
+        {"type": ["string", "null"], "description": "2027-01-31, an ISO time, 30d, 12h"},
+    ),
+    (
+        "models", "models", _allowed_models,
+        {"type": ["array", "null"], "items": {"type": "string", "minLength": 1}},
+    ),
     (
         "maxConcurrent", "max_concurrent",
         lambda app, fields: fields.integer("maxConcurrent", 0, 1000) or 0,
+        {"type": ["integer", "null"], "minimum": 0, "maximum": 1000},
     ),
-    ("note", "note", lambda app, fields: _note(fields)),
+    (
+        "note", "note", lambda app, fields: _note(fields),
+        {"type": ["string", "null"], "maxLength": _MAX_KEY_NOTE_CHARS},
+    ),
 )
+_KEY_NAMES = tuple(name for name, *_ in _KEY_FIELDS)
 
 
 def _key_columns(app: App, fields: Fields) -> dict[str, object]:
     """Return the columns that a body sets, with their values."""
     return {
-        column: parse(app, fields) for name, column, parse in _KEY_FIELDS if name in fields.object
+        column: parse(app, fields) for name, column, parse, _ in _KEY_FIELDS
+        if name in fields.object
     }
 
 
@@ -15284,7 +15046,7 @@ def get_keys(app: App, exchange: Exchange) -> None:
     keys = app.keys.all()
     reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
     entries = [{**_key_entry(key), "quota": report} for key, report in zip(keys, reports)]
-    exchange.send_json({"keys": entries})
+    exchange.response.send_json({"keys": entries})
 
 
 def _with_storage_warning(app: App, body: Json) -> Json:
@@ -15315,8 +15077,7 @@ def _audited_change(
 
 def create_key(app: App, exchange: Exchange) -> None:
     """POST /api/keys: create a key; only this response contains its secret."""
-    names = [name for name, _, _ in _KEY_FIELDS]
-    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), [*names, "quota"])
+    fields = _read_fields(exchange, (*_KEY_NAMES, "quota"))
     columns = _key_columns(app, fields)
     quota = fields.child("quota")
     if quota is not None:
@@ -15325,23 +15086,23 @@ def create_key(app: App, exchange: Exchange) -> None:
     key, secret = app.keys.create(str(columns.pop("name", "")), columns)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
     body = {"id": key.id, "key": secret, **_key_entry(key)}
-    exchange.send_json(_with_storage_warning(app, body), status=201)
+    exchange.response.send_json(_with_storage_warning(app, body), status=201)
 
 
 def get_key(app: App, exchange: Exchange, key: str) -> None:
     """GET /api/keys/{key}: return the key with this id or name."""
-    exchange.send_json(_key_entry(app.keys.find(key)))
+    exchange.response.send_json(_key_entry(app.keys.find(key)))
 
 
 def change_key(app: App, exchange: Exchange, key: str) -> None:
     """PATCH /api/keys/{key}: change its name, expiry, models, maxConcurrent or note."""
     found = app.keys.find(key)
-    names = [name for name, _, _ in _KEY_FIELDS]
-    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), names)
+    fields = _read_fields(exchange, _KEY_NAMES)
     columns = _key_columns(app, fields)
     with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
         app.keys.change(found, columns)
-    exchange.send_json(_with_storage_warning(app, _key_entry(app.keys.find(str(found.id)))))
+    entry = _key_entry(app.keys.find(str(found.id)))
+    exchange.response.send_json(_with_storage_warning(app, entry))
 
 
 def revoke_key(app: App, exchange: Exchange, key: str) -> None:
@@ -15352,7 +15113,7 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
         found = app.keys.find(key)
         with _audited_change(app, exchange, "key_revoked", found):
             revoked = app.keys.revoke(found)
-    exchange.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
+    exchange.response.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
 
 
 def rotate_key(app: App, exchange: Exchange, key: str) -> None:
@@ -15361,20 +15122,20 @@ def rotate_key(app: App, exchange: Exchange, key: str) -> None:
     secret = app.keys.rotate(found)
     _audit(app, exchange, "key_rotated", key=found.name, id=found.id)
     body = {"id": found.id, "name": found.name, "key": secret}
-    exchange.send_json(_with_storage_warning(app, body))
+    exchange.response.send_json(_with_storage_warning(app, body))
 
 
 def get_quota(app: App, exchange: Exchange, key: str) -> None:
     """GET /api/keys/{key}/quota: return the limits, their use and their resets."""
     found = app.keys.find(key)
     report = app.ledger.quota_report(found)
-    exchange.send_json({"keyId": found.id, "name": found.name, "quota": report})
+    exchange.response.send_json({"keyId": found.id, "name": found.name, "quota": report})
 
 
 def change_quota(app: App, exchange: Exchange, key: str) -> None:
     """PATCH /api/keys/{key}/quota: set limits; null removes one, the others stay."""
     found = app.keys.find(key)
-    fields = _with_known_fields(Fields(parse_json_body(exchange.body())), _QUOTA_NAMES)
+    fields = _read_fields(exchange, _QUOTA_NAMES)
     limits = _quota_limits(fields)
     if not limits:
         raise BadRequest(f"Set at least one of {', '.join(_QUOTA_NAMES)}.")
@@ -15382,7 +15143,7 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
     with _audited_change(app, exchange, "quota_updated", found, quota=limits):
         app.keys.change(found, {"quota": quota})
     body = {"ok": True, "idOrName": key, "quota": limits}
-    exchange.send_json(_with_storage_warning(app, body))
+    exchange.response.send_json(_with_storage_warning(app, body))
 
 
 # -- usage ------------------------------------------------------------------------------------
@@ -15422,7 +15183,7 @@ def get_api_usage(app: App, exchange: Exchange) -> None:
     if all_callers and app.intervals.claim(audit_id, _USAGE_AUDIT_INTERVAL_S):
         app.log.event("info", "admin_usage_full_scope", by=caller.name, peer=exchange.peer)
     report = app.ledger.report(since_s, until_s, limit, None if all_callers else caller)
-    exchange.send_json(
+    exchange.response.send_json(
         {
             "since": iso_time(since_s),
             "until": iso_time(until_s),
@@ -15432,18 +15193,8 @@ def get_api_usage(app: App, exchange: Exchange) -> None:
     )
 
 
-def _totals(app: App) -> Json:
-    """Return the totals that /usage and /status share."""
-    stats = _stats(app)
-    return {
-        "totalRequests": stats["totalRequests"],
-        "activeRequests": stats["activeRequests"],
-        "errors": stats["errors"],
-        "timeouts": stats["timeouts"],
-        "uptime": format_uptime(app.clock() - app.started_s),
-    }
-
-
+#: The counts of requests in /usage.
+_TOTALS = ("totalRequests", "activeRequests", "errors", "timeouts")
 #: The numbers of one model in /usage, and their columns in the ledger's sums.
 _MODEL_NUMBERS = (
     ("requests", "requests"), ("successes", "successes"), ("errors", "errors"),
@@ -15455,41 +15206,42 @@ _MODEL_NUMBERS = (
 def get_usage(app: App, exchange: Exchange) -> None:
     """GET /usage: return the use of the plan as claude reported it, and totals since the start."""
     app.learn_plan(exchange.client)
+    now = snapshot(app)
+    totals = {name: now["stats"][name] for name in _TOTALS}
     models = {
         row["model"]: {name: row[column] for name, column in _MODEL_NUMBERS}
         for row in app.ledger.by_model(app.started_at_s)
     }
-    exchange.send_json({**app.account.report(), "proxy": _totals(app), "models": models})
+    proxy = {**totals, "uptime": now["uptimeHuman"]}
+    exchange.response.send_json({**app.account.report(), "proxy": proxy, "models": models})
+
+
+#: Log events of failed requests.
+_FAILURE_EVENTS = ("answer_failed", "request_broke")
 
 
 def get_status(app: App, exchange: Exchange) -> None:
     """GET /status: return a summary of the server, the plan and the last errors."""
     app.learn_plan(exchange.client)
-    status, _ = _server_status(app)
-    auth, totals = app.account.login_report(), _totals(app)
-    login_words = {True: "ok", None: "unknown", False: auth["message"]}
+    now = snapshot(app)
+    login, stats = now["auth"], now["stats"]
+    login_words = {True: "ok", None: "unknown", False: login["message"]}
     failures = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURE_EVENTS]
-    exchange.send_json(
-        {
-            "proxy": {
-                "status": status, "version": VERSION, "uptime": totals["uptime"],
-                "auth": login_words[auth["ok"]],
-            },
-            "requests": {
-                "total": totals["totalRequests"], "active": totals["activeRequests"],
-                "errors": totals["errors"], "timeouts": totals["timeouts"],
-            },
-            "plan": app.account.plan(),
-            "recentErrors": [
-                {"time": e["ts"], "message": redact_paths(str(e.get("detail") or e.get("error")))}
-                for e in failures[-3:]
-            ],
-        }
-    )
-
-
-#: Log events of failed requests.
-_FAILURE_EVENTS = ("answer_failed", "request_broke")
+    exchange.response.send_json({
+        "proxy": {
+            "status": now["status"], "version": now["version"], "uptime": now["uptimeHuman"],
+            "auth": login_words[login["ok"]],
+        },
+        "requests": {
+            "total": stats["totalRequests"], "active": stats["activeRequests"],
+            "errors": stats["errors"], "timeouts": stats["timeouts"],
+        },
+        "plan": app.account.plan(),
+        "recentErrors": [
+            {"time": e["ts"], "message": redact_paths(str(e.get("detail") or e.get("error")))}
+            for e in failures[-3:]
+        ],
+    })
 
 
 # -- settings, cache, metrics -----------------------------------------------------------------
@@ -15498,7 +15250,7 @@ _FAILURE_EVENTS = ("answer_failed", "request_broke")
 def get_settings(app: App, exchange: Exchange) -> None:
     """GET /settings: list the settings that can be changed at run time, with ranges and
     sources."""
-    exchange.send_json(app.settings.report())
+    exchange.response.send_json(app.settings.report())
 
 
 def change_settings(app: App, exchange: Exchange) -> None:
@@ -15527,41 +15279,43 @@ def change_settings(app: App, exchange: Exchange) -> None:
     some_changed = len(results) > len(errors)
     status = 200 if not errors else 207 if some_changed else status_if_none
     more = {"errors": errors} if errors else {}
-    exchange.send_json({"results": results, **more, "current": app.settings.report()}, status)
+    body = {"results": results, **more, "current": app.settings.report()}
+    exchange.response.send_json(body, status)
 
 
 def get_cache_stats(app: App, exchange: Exchange) -> None:
     """GET /cache/stats: return the size, limits and hit counts of the cache."""
     limits = {"maxBytes": app.config.cache_max_bytes, "ttl": app.config.cache_ttl_ms}
-    exchange.send_json({**app.cache.stats(), **limits})
+    exchange.response.send_json({**app.cache.stats(), **limits})
 
 
 def clear_cache(app: App, exchange: Exchange) -> None:
     """DELETE /cache: delete all cached answers."""
     cleared = app.cache.clear()
     _audit(app, exchange, "cache_cleared", cleared=cleared)
-    exchange.send_json({"cleared": cleared})
+    exchange.response.send_json({"cleared": cleared})
+
+
+#: The results of /cache/stats, by the label of ocp_cache_requests_total.
+_CACHE_RESULTS = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
 
 
 def _gauges(app: App) -> dict[str, dict[Labels, float]]:
     """Return the metrics whose values other objects keep."""
-    cache, program = app.cache.stats(), app.program.last_result()[0]
-    windows = app.account.windows()
-    cache_counts = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass": "bypassed"}
-    login = app.account.login_report()["ok"]
-    claude = program.version_text if program is not None else ""
+    now, cache, windows = snapshot(app), app.cache.stats(), app.account.windows()
+    stats, logged_in = now["stats"], now["auth"]["ok"]
     return {
-        "ocp_build_info": {(("version", VERSION), ("claude", claude)): 1},
-        "ocp_uptime_seconds": {(): app.clock() - app.started_s},
-        "ocp_running": {(): app.gate.running},
-        "ocp_queued": {(): app.gate.waiting},
-        "ocp_queue_refusals_total": {(): app.gate.refused},
+        "ocp_build_info": {(("version", VERSION), ("claude", now["claudeVersion"] or "")): 1},
+        "ocp_uptime_seconds": {(): now["uptime"] / 1000},
+        "ocp_running": {(): stats["activeRequests"]},
+        "ocp_queued": {(): stats["queued"]},
+        "ocp_queue_refusals_total": {(): stats["queueRejections"]},
         "ocp_connections": {(): len(app.connections)},
-        "ocp_spawns_total": {(): app.spares.spawned},
-        "ocp_spares": {(("model", m),): count for m, count in app.spares.idle().items()},
-        "ocp_parked": {(): len(app.parking)},
+        "ocp_spawns_total": {(): stats["spawned"]},
+        "ocp_spares": {(("model", m),): count for m, count in now["spares"].items()},
+        "ocp_parked": {(): now["parked"]},
         "ocp_cache_requests_total": {
-            (("result", result),): cache[name] for result, name in cache_counts.items()
+            (("result", result),): cache[name] for result, name in _CACHE_RESULTS.items()
         },
         "ocp_cache_entries": {(): cache["entries"]},
         "ocp_cache_bytes": {(): cache["sizeBytes"]},
@@ -15573,18 +15327,27 @@ def _gauges(app: App) -> dict[str, dict[Labels, float]]:
             (("window", name),): window.resets_at_s for name, window in windows.items()
             if window.resets_at_s is not None
         },
-        "ocp_logged_in": {} if login is None else {(): int(login)},
+        "ocp_logged_in": {} if logged_in is None else {(): int(logged_in)},
     }
+
+
+def get_metrics(app: App, exchange: Exchange) -> None:
+    """GET /metrics: return all metrics in Prometheus' text format."""
+    text = app.metrics.text(_gauges(app))
+    exchange.response.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
+
+
+# -- pages --------------------------------------------------------------------------------------
 
 
 def get_dashboard(app: App, exchange: Exchange) -> None:
     """GET /dashboard: return the operator's page, which fetches its data with the admin key."""
     page = dashboard_page()
-    exchange.headers_out.update(page.headers)
+    exchange.response.headers.update(page.headers)
     if exchange.headers.get("If-None-Match") == page.headers["ETag"]:
-        exchange.send_nothing(304)
+        exchange.response.send_nothing(304)
         return
-    exchange.send_text(page.html, "text/html; charset=utf-8")
+    exchange.response.send_text(page.html, "text/html; charset=utf-8")
 
 
 #: The script that sets up clients; the server also works without this file.
@@ -15601,19 +15364,198 @@ def get_connect(app: App, exchange: Exchange) -> None:
             "There is no ocp_connect.py beside this server's ocp_server.py. Copy it there, or "
             "copy it to the client and run: python3 ocp_connect.py HOST"
         ) from None
-    exchange.headers_out["X-OCP-Version"] = VERSION
-    exchange.send_text(script, "text/plain; charset=utf-8")
+    exchange.response.headers["X-OCP-Version"] = VERSION
+    exchange.response.send_text(script, "text/plain; charset=utf-8")
+
+
+# -- the OpenAPI document ---------------------------------------------------------------------
+
+
+def _object_type(required: Iterable[str], properties: Mapping[str, Json]) -> Json:
+    return {"type": "object", "properties": dict(properties), "required": list(required)}
+
+
+_TEXT: Json = {"type": "string"}
+_NAME: Json = {"type": "string", "minLength": 1}
+_FLAG: Json = {"type": ["boolean", "null"]}
+_PART = _object_type(
+    ["type", "text"], {"type": {"enum": ["text", "input_text"]}, "text": _NAME}
+)
+_CONTENT: Json = {"anyOf": [_NAME, {"type": "array", "minItems": 1, "items": _PART}]}
+_MESSAGE = _object_type(["role", "content"], {
+    "role": {"enum": ["system", "developer", "user", "assistant"]}, "content": _CONTENT,
+})
+_MESSAGES: Json = {"type": "array", "minItems": 1, "items": _MESSAGE}
+_COUNT: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": 1_000_000}
+
+#: Schemas of the main fields of requests to models. _REFERENCES have the rest of them.
+_REQUEST_FIELDS: dict[str, Json] = {
+    "model": _NAME, "messages": _MESSAGES, "input": {"anyOf": [_NAME, _MESSAGES]},
+    "prompt": _NAME, "system": _CONTENT, "instructions": {"type": ["string", "null"]},
+    "max_tokens": _COUNT, "max_completion_tokens": _COUNT, "max_output_tokens": _COUNT,
+    "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
+    "top_p": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+    "stop": {
+        "anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": _TEXT, "maxItems": 4}]
+    },
+    "stop_sequences": {"type": ["array", "null"], "items": _TEXT},
+    "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
+    "tools": {"type": ["array", "null"], "items": {"type": "object"}},
+    "reasoning_effort": {"enum": [None, "none", *EFFORT_BUDGETS]},
+    "response_format": {"type": ["object", "null"]},
+    "stream": _FLAG, "store": _FLAG, "echo": _FLAG,
+    "previous_response_id": {"type": ["string", "null"]},
+    SESSION_FIELD: {"type": ["string", "null"], "maxLength": 256},
+}
+#: The required fields of requests to models, and the others, by operation.
+_REQUESTS = {
+    "answer_chat": (
+        "messages", "model stream max_tokens max_completion_tokens temperature top_p stop n tools "
+        f"reasoning_effort response_format {SESSION_FIELD}",
+    ),
+    "answer_messages": (
+        "messages max_tokens", "model system stream temperature top_p stop_sequences tools"
+    ),
+    "count_tokens": ("messages", "model system tools"),
+    "answer_responses": (
+        "input", "model instructions stream store max_output_tokens temperature top_p tools "
+        "previous_response_id",
+    ),
+    "answer_compaction": ("input", "model instructions previous_response_id"),
+    "count_input_tokens": ("input", "model instructions tools previous_response_id"),
+    "answer_completions": ("prompt", "model stream max_tokens temperature top_p stop n echo"),
+    "no_embeddings": ("input", "model"),
+}
+#: The references of the APIs, by the name of a route's dialect.
+_REFERENCES = {
+    CHAT.name: "https://platform.openai.com/docs/api-reference/chat",
+    COMPLETIONS.name: "https://platform.openai.com/docs/api-reference/completions",
+    RESPONSES.name: "https://platform.openai.com/docs/api-reference/responses",
+    COMPACTION.name: "https://platform.openai.com/docs/api-reference/responses/compact",
+    MESSAGES.name: "https://docs.anthropic.com/en/api/messages",
+}
+
+
+def _closed(properties: Mapping[str, Json]) -> Json:
+    """Return the schema of an object without other fields than these."""
+    return {**_object_type([], properties), "additionalProperties": False}
+
+
+_KEY_PROPERTIES = {name: schema for name, _, _, schema in _KEY_FIELDS}
+_QUOTA_BODY = _closed(dict.fromkeys(_QUOTA_NAMES, {
+    "type": ["integer", "null"], "minimum": 0, "maximum": _MAX_QUOTA,
+}))
+
+#: Schemas of request bodies, by operation.
+_BODIES: dict[str, Json] = {
+    **{
+        operation: _object_type(
+            required.split(),
+            {name: _REQUEST_FIELDS[name] for name in (*required.split(), *more.split())},
+        )
+        for operation, (required, more) in _REQUESTS.items()
+    },
+    "create_key": _closed({**_KEY_PROPERTIES, "quota": _QUOTA_BODY}),
+    "change_key": _closed(_KEY_PROPERTIES),
+    "change_quota": {**_QUOTA_BODY, "minProperties": 1},
+    "change_settings": _closed({
+        name: {"type": [_JSON_TYPES[type(row.default)], "null"]}
+        for name, row in live_settings().items()
+    }),
+}
+
+
+def _up_to(maximum: int, minimum: int = 0) -> Json:
+    return {"type": "integer", "minimum": minimum, "maximum": maximum}
+
+
+#: Schemas of query parameters, by operation.
+_QUERIES: dict[str, dict[str, Json]] = {
+    "get_models": {"limit": _up_to(_MAX_PAGE), "after_id": _TEXT, "before_id": _TEXT},
+    "get_logs": {"n": _up_to(_MAX_LOG_LINES), "level": {"enum": ["all", "audit", *LEVELS]}},
+    "get_response": {"stream": {"type": "boolean"}},
+    "get_input_items": {
+        "limit": _up_to(_MAX_ITEMS, 1), "order": {"enum": ["asc", "desc"]}, "after": _NAME,
+    },
+    "get_api_usage": {
+        "since": {"type": "string", "format": "date-time"},
+        "until": {"type": "string", "format": "date-time"},
+        "hours": _up_to(_MAX_HOURS), "limit": _up_to(_MAX_RECENT), "all": {"type": "boolean"},
+    },
+}
+#: Status codes of responses that are not in the error format, by operation; otherwise 200.
+_STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
+#: Media types of responses, by operation; otherwise JSON.
+_MEDIA_TYPES = {
+    "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
+    "get_connect": "text/plain",
+}
+
+
+def _operation(route: Route) -> Json:
+    """Return the OpenAPI description of a route."""
+    name = route.operation
+    summary = " ".join((route.endpoint.__doc__ or "").split()).partition(". ")[0].rstrip(".") + "."
+    parameters = [
+        {"in": "path", "name": parameter, "required": True, "schema": _NAME}
+        for parameter in re.findall(r"{(\w+)}", route.path)
+    ]
+    parameters += [
+        {"in": "query", "name": parameter, "required": False, "schema": schema}
+        for parameter, schema in _QUERIES.get(name, {}).items()
+    ]
+    media_type = _MEDIA_TYPES.get(name, "application/json")
+    success: Json = {"description": "Done.", "content": {media_type: {"schema": {}}}}
+    if "stream" in _BODIES.get(name, {}).get("properties", {}):
+        success["content"]["text/event-stream"] = {"schema": {}}
+    failure = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    operation: Json = {
+        "operationId": name,
+        "summary": summary,
+        "parameters": parameters,
+        "responses": {
+            **dict.fromkeys(_STATUSES.get(name, ("200",)), success),
+            "4XX": {"description": "The request cannot be answered.", "content": failure},
+            "5XX": {"description": "The server or claude failed.", "content": failure},
+        },
+        "security": [] if route.access is Access.PUBLIC else [{"bearer": []}, {"x-api-key": []}],
+        "tags": [route.access.value],
+    }
+    if name in _BODIES:
+        body = {"application/json": {"schema": _BODIES[name]}}
+        operation["requestBody"] = {"required": True, "content": body}
+    if name in _REQUESTS and route.dialect is not None:
+        operation["externalDocs"] = {"url": _REFERENCES[route.dialect.name]}
+    return operation
+
+
+def openapi(routes: Iterable[Route]) -> Json:
+    """Return the OpenAPI 3.1 document of these routes."""
+    paths: Json = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    error = _object_type(["message", "type"], {"message": _TEXT, "type": _TEXT})
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "OCP",
+            "version": VERSION,
+            "description": "Your Claude plan, through the official claude program, as an API.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": {"Error": _object_type(["error"], {"error": error})},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
 
 
 def get_openapi(app: App, exchange: Exchange) -> None:
     """GET /openapi.json: return the OpenAPI document of this API."""
-    exchange.send_json(openapi(exchange.routes))
-
-
-def get_metrics(app: App, exchange: Exchange) -> None:
-    """GET /metrics: return all metrics in Prometheus' text format."""
-    text = app.metrics.text(_gauges(app))
-    exchange.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
+    exchange.response.send_json(openapi(exchange.routes))
 
 
 # ==== 40. Table of routes ====================================================

@@ -23,7 +23,7 @@ PLAN: Json = {
             "resetsAt": "2026-11-23T16:00:00Z", "resetsAtHuman": "Mon, Nov 23, 4:00 PM"},
         "opus": {"utilization": 0.93, "percent": "93%", "resetsIn": "3d 1h"}},
     "extraUsage": {"status": "rejected", "disabledReason": "not bought"},
-    "representativeClaim": "five_hour", "fallbackPercentage": 0.5, "subscription": "max",
+    "representativeClaim": "five_hour", "subscription": "max",
 }
 USAGE: Json = {
     "status": "allowed", "fetchedAt": "2026-11-20T14:58:00Z", "plan": PLAN,
@@ -36,7 +36,6 @@ USAGE: Json = {
         "claude-haiku-4-5-20251001": {
             "requests": 1, "successes": 1, "errors": 0, "timeouts": 0, "avgElapsed": 840,
             "maxElapsed": 840, "avgPromptChars": 12, "maxPromptChars": 12}},
-    "_raw": {},
 }
 COUNTS: Json = {
     "requests": 12, "successes": 11, "errors": 1, "input_tokens": 1_200,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from chat import CHAT_PATH, NO_IDLE, ask, encoded, question
-from dialects import DIALECTS, MESSAGES
+from dialects import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from http_client import Reply
 from keys import MULTI, as_admin, ask_as, new_key
 from processes import is_gone
@@ -240,7 +240,7 @@ def test_a_known_series_of_requests_gives_known_numbers(tmp_path: Path) -> None:
 
     with running_server(tmp_path, env=env) as server:
         server.write_scenario([[{"say": "Hello.", "usage": spent}]])
-        for dialect in DIALECTS:
+        for dialect in (CHAT, MESSAGES, RESPONSES, COMPLETIONS):
             # The first is made, the others are the same again.
             server.call("POST", dialect.path, dialect.body("Same"))
         ask(server, "Two", n=2, model="opus", ocp_session_id="s")

@@ -223,7 +223,7 @@ def test_usage_has_the_shape_that_clients_know(spared: Server) -> None:
 
     report = plan_of(spared)
 
-    assert set(report) == {"status", "fetchedAt", "plan", "proxy", "models", "_raw"}
+    assert set(report) == {"status", "fetchedAt", "plan", "proxy", "models"}
     assert set(report["proxy"]) == {
         "totalRequests", "activeRequests", "errors", "timeouts", "uptime"}
     assert [report["proxy"][name] for name in ("totalRequests", "errors")] == [2, 1]

@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -222,6 +223,50 @@ def test_nobody_makes_room_while_all_are_answered() -> None:
         connections.add(Visitor("b", 2), 1)
 
     assert len(connections) == 1
+
+
+# ---------------------------------------------------------------------------
+# Refusals before a request is read
+# ---------------------------------------------------------------------------
+
+@pytest.fixture
+def listening() -> Iterator[Any]:
+    """A server that listens and accepts nothing."""
+    app = types.SimpleNamespace(config=ocp.Config(port=0), connections=ocp.Connections())
+    with ocp.Server(app, ()) as server:
+        yield server
+
+
+def test_a_refused_connection_gets_a_whole_response(
+    listening: Any, pair: tuple[Any, socket.socket]
+) -> None:
+    connection, client = pair
+
+    listening._reject(connection, ocp.Busy("Too many.", retry_after_s=7))
+
+    with client.makefile("rb") as stream:
+        client.shutdown(socket.SHUT_WR)
+        head, _, body = stream.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nRetry-After: 7\r\n" in head and b"\r\nConnection: close" in head
+    assert f"\r\nContent-Length: {len(body)}\r\n".encode() in head
+    assert json.loads(body)["error"]["code"] == "too_many_connections"
+
+
+def test_a_refusal_that_gets_no_thread_keeps_no_place(
+    listening: Any, pair: tuple[Any, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    connection, client = pair
+    monkeypatch.setattr(threading.Thread, "start", fail)
+
+    listening._reject(connection, ocp.Busy("Too many."))
+
+    assert client.recv(1) == b""
+    places = range(ocp._MAX_REJECTIONS)
+    assert all(listening._rejections.acquire(blocking=False) for _ in places)
 
 
 # ---------------------------------------------------------------------------

@@ -228,10 +228,10 @@ def test_at_first_everything_is_unknown(account: Any) -> None:
     report = account.report()
 
     assert shown(account) == (UNKNOWN, UNKNOWN)
-    assert (report["status"], report["fetchedAt"], report["_raw"]) == (None, None, {})
+    assert (report["status"], report["fetchedAt"]) == (None, None)
     assert report["plan"] == {
         "currentSession": UNKNOWN, "weeklyLimits": {"allModels": UNKNOWN},
-        "extraUsage": {"status": None}, "representativeClaim": None, "fallbackPercentage": None,
+        "extraUsage": {"status": None}, "representativeClaim": None,
         "subscription": None}
 
 
@@ -348,11 +348,12 @@ def test_after_its_reset_a_window_is_unknown_and_says_since_when(
     assert session == {**UNKNOWN, "observedAt": "2026-11-21T12:34:13.000Z"}
 
 
-def test_what_claude_said_last_is_there_word_for_word(account: Any) -> None:
+def test_what_claude_said_last_is_in_the_windows(account: Any) -> None:
     account.update_plan(news_of(NEW, "first"))
 
-    assert account.report()["_raw"]["five_hour"] == {
-        "utilization": 0.21, "resets_at_s": FIVE_S, "status": "allowed", "observed_s": THEN_S}
+    assert account.windows()["five_hour"]._asdict() == {
+        "utilization": 0.21, "resets_at_s": FIVE_S, "status": "allowed"}
+    assert account.report()["plan"]["currentSession"]["observedAt"] == "2026-11-21T12:34:13.000Z"
 
 
 def test_it_is_asked_once_a_minute_at_most(account: Any, clock: FakeClock) -> None:

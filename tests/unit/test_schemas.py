@@ -443,3 +443,11 @@ def test_a_root_that_refers_to_a_definition_is_joined_whatever_it_is_called(more
 
     assert not found.wrapped
     assert {name: found.schema[name] for name in (*city, *more)} == {**city, **more}
+
+
+def test_a_note_about_a_removed_keyword_is_short() -> None:
+    schema = {"type": "string", "contentMediaType": "text/" + "x" * 1000}
+
+    note = ocp.SchemaParser(schema, "schema").root["description"]
+
+    assert len(note) == 300 + len("()") and note.endswith("...)")
