@@ -33,9 +33,9 @@ Sections (search for "==== 8" to jump to the eighth):
     12. Model schemas         schemas rewritten so that claude and the API accept them, and back
     13. Request fields        typed access to JSON; messages become a prompt
     14. Attachments           images and files of requests, and their limits
-    15. Tools and options     tools, output schemas, thinking and sampling
-    16. Dialects              what every wire format does: parse a body, render an answer
-    17. OpenAI content        tools, content parts and output formats of OpenAI's APIs
+    15. Content               parts and blocks of messages in the formats of all APIs
+    16. Tools                 tools, the choice among them, output schemas
+    17. Dialects              options; what every wire format does: parse a body, render an answer
     18. Chat completions      /v1/chat/completions and /v1/completions
     19. Messages              /v1/messages
     20. Response items        input items into messages, blocks into output items
@@ -1817,8 +1817,8 @@ class Turn(NamedTuple):
     ignored: tuple[str, ...] = ()
     #: Repairs of the request: (name, count).
     adjusted: tuple[tuple[str, int], ...] = ()
-    #: What the dialect needs to render the answer; private to the dialect.
-    wire: Mapping[str, Any] = MappingProxyType({})
+    #: What the dialect has to know of the request to write the answer; private to the dialect.
+    reply_format: Any = None
 
     @property
     def tools_for_model(self) -> tuple[tuple[Tool, ...], ToolChoice]:
@@ -4709,42 +4709,6 @@ class ClientJsonConverter:
 # functions after it, shared by all dialects, turn messages, tool calls and tool results of
 # clients into a prompt that the API accepts.
 
-
-class Limits(NamedTuple):
-    """The operator's limits for images and files in a request."""
-
-    image_allow_url: bool
-    max_image_bytes: int
-    max_images: int
-    max_image_total_bytes: int
-
-
-class ParseEnvironment(NamedTuple):
-    """What a dialect needs from the server to parse a body."""
-
-    models: Models
-    default_model: str
-    limits: Limits
-    #: Returns the messages of an earlier response of this caller by its id. Raises BadRequest.
-    recall: Callable[[str], list[Message]]
-    #: Returns an item of such a response by its id. Raises NotFound.
-    item: Callable[[str], Json]
-    #: Returns the messages of this caller's session by its id and the system prompt.
-    session: Callable[[str, str], list[Message]]
-    #: True if only the tokens are counted: the prompt may end with an assistant message then.
-    count_only: bool = False
-    #: True if a header requests the long context window.
-    long_context: bool = False
-
-    def model(self, fields: Fields) -> tuple[str, Model]:
-        """Return the name in the request, or the default one, and its model.
-
-        Raises UnknownModel.
-        """
-        name = fields.text("model") or self.default_model
-        return name, self.models.find(name, long_context=self.long_context)
-
-
 #: Larger token limits count as this one: no model writes that many.
 _MAX_TOKEN_LIMIT = 10**9
 
@@ -4800,7 +4764,6 @@ class Fields:
         return (*self._marked, *nested, *unread)
 
     def path_of(self, name: str) -> str:
-        """Return the full path of a field, for error messages."""
         return f"{self.path}.{name}" if self.path else name
 
     def invalid(self, name: str, what: str) -> BadRequest:
@@ -4812,7 +4775,6 @@ class Fields:
         return self.value(name) is not None
 
     def text(self, name: str) -> str | None:
-        """Return a string."""
         value = self.value(name)
         if value is not None and not isinstance(value, str):
             raise self.invalid(name, "a string")
@@ -4833,7 +4795,6 @@ class Fields:
         return bool(value)
 
     def number(self, name: str, minimum: float, maximum: float) -> float | None:
-        """Return a number within a range."""
         value = self.value(name)
         if value is None:
             return None
@@ -4865,19 +4826,12 @@ class Fields:
             return _MAX_TOKEN_LIMIT
         return self.integer(name, 0 if zero else 1)
 
-    def top_k(self) -> int | None:
-        """Return how many of the likeliest tokens to choose from; None for all (0 and -1)."""
-        return self.token_limit("top_k")
-
     def sampling_value(self, name: str, maximum: float) -> float | None:
         """Return a number from 0 to `maximum`; None also for -1, which some clients send for
         "not set"."""
-        if self.value(name) == -1:
-            return None
-        return self.number(name, 0, maximum)
+        return None if self.value(name) == -1 else self.number(name, 0, maximum)
 
     def items(self, name: str) -> list[object] | None:
-        """Return an array."""
         value = self.value(name)
         if value is not None and not isinstance(value, list):
             raise self.invalid(name, "an array")
@@ -4899,7 +4853,6 @@ class Fields:
         return tuple(items)
 
     def child(self, name: str) -> Fields | None:
-        """Return an object."""
         value = self.value(name)
         return None if value is None else Fields(value, self.path_of(name))
 
@@ -4929,11 +4882,6 @@ class Fields:
 def text_blocks(text: str) -> list[Block]:
     """Return a text block, or nothing for blank text, which the API rejects."""
     return [{"type": "text", "text": text}] if text.strip() else []
-
-
-def text_of(blocks: Iterable[Block]) -> str:
-    """Return the text of the text blocks, separated by blank lines."""
-    return "\n\n".join(str(block["text"]) for block in blocks if block.get("type") == "text")
 
 
 #: A line that Claude Code, as a client, sends at the head of its system prompt. The claude behind
@@ -4982,6 +4930,11 @@ class ToolCall:
 
 #: A key to find a call by: how the ids are compared, the id in the result, the tool's name or "".
 _CallKey = tuple[str, str, str]
+#: Longer ids are shortened: some clients store kilobytes in them. With the number that makes it
+#: unique, an id stays below the API's limit of 64.
+_CALL_ID_MAX_CHARS = 48
+#: The result of a call for which the client sent none.
+_NO_RESULT = "No result was given."
 
 
 class ToolExchanges:
@@ -5096,13 +5049,6 @@ class ToolExchanges:
         return {**joined, "is_error": True} if failed else joined
 
 
-#: Longer ids are shortened: some clients store kilobytes in them. With the number that makes it
-#: unique, an id stays below the API's limit of 64.
-_CALL_ID_MAX_CHARS = 48
-#: The result of a call for which the client sent none.
-_NO_RESULT = "No result was given."
-
-
 def with_paired_results(
     messages: list[Message], context: ParseContext, param: str
 ) -> list[Message]:
@@ -5134,19 +5080,12 @@ def with_paired_results(
 SESSION_FIELD = "ocp_session_id"
 
 
-def with_session_messages(
-    fields: Fields, parsing: ParseEnvironment, system: str, messages: list[Message]
-) -> list[Message]:
-    """Return the messages of the session that the request names, followed by `messages`.
-
-    A request that already contains assistant messages is returned as it is.
-    """
-    session_id = fields.text(SESSION_FIELD)
+def _session_id(fields: Fields) -> str:
+    """Return the name of the session that continues, empty if there is none."""
+    session_id = fields.text(SESSION_FIELD) or ""
     if session_id and not re.fullmatch(r"[\x20-\x7e]{1,256}", session_id):
         raise fields.invalid(SESSION_FIELD, "up to 256 plain characters")
-    if not session_id or any(message.role == "assistant" for message in messages):
-        return messages
-    return [*parsing.session(session_id, system), *messages]
+    return session_id
 
 
 def with_reminders(messages: list[Message]) -> list[Message]:
@@ -5212,6 +5151,8 @@ class Prompt(NamedTuple):
     messages: list[Message]
     #: The client's system messages that make up `system`.
     opening: list[Message] = []
+    #: The session to which the messages belong; empty = none.
+    session_id: str = ""
 
 
 #: The user message to add if a conversation ends with an assistant message: to continue it, to
@@ -5222,40 +5163,45 @@ _REFORMAT = "Give the answer of this conversation in the required form."
 
 
 def build_prompt(
-    messages: list[Message], fields: Fields, parsing: ParseEnvironment, context: ParseContext,
-    param: str, *, instructions: str = "", after_assistant: str = "",
+    context: ParseContext, messages: list[Message], param: str, *, instructions: str = "",
+    after_assistant: str = "", has_session: bool = True,
 ) -> Prompt:
     """Return the prompt of a request's messages, including system messages.
 
     `after_assistant` is the user message to add if the last message is the assistant's. If it is
-    empty, such a request is refused, unless its tokens are only counted. Raises BadRequest also
+    empty, such a request is refused, unless its tokens are only counted. A request that already
+    contains assistant messages does not get the messages of its session. Raises BadRequest also
     if there is nothing to answer.
     """
     messages = [message for message in messages if message.content]
     opening = list(itertools.takewhile(lambda each: each.role == "system", messages))
     texts = [instructions, *(system_text(message.content) for message in opening)]
     system = "\n\n".join(filter(None, texts))
-    later = with_session_messages(fields, parsing, system, with_reminders(messages[len(opening):]))
+    later = with_reminders(messages[len(opening):])
+    session_id = _session_id(context.fields) if has_session else ""
+    if session_id and not any(message.role == "assistant" for message in later):
+        later = [*context.parsing.session(session_id, system), *later]
     if not later and system:
         # The API needs a user message, so instructions alone become one.
-        return Prompt("", [Message("user", text_blocks(system))])
+        return Prompt("", [Message("user", text_blocks(system))], session_id=session_id)
     if not later:
         raise BadRequest(f"{param}: there is nothing to answer.", param=param)
-    later = _with_user_last(merge_adjacent(later), parsing, context, param, after_assistant)
+    later = _with_user_last(context, merge_adjacent(later), param, after_assistant)
     later = with_paired_results(later, context, param)
     # All tool results of the last message may have moved up to earlier calls.
-    later = _with_user_last(later, parsing, context, param, _GO_ON)
-    later = context.attachments.within_bounds(later, param, count_only=parsing.count_only)
-    return Prompt(system, later, opening)
+    later = _with_user_last(context, later, param, _GO_ON)
+    later = context.attachments.within_bounds(
+        later, param, count_only=context.parsing.count_only
+    )
+    return Prompt(system, later, opening, session_id)
 
 
 def _with_user_last(
-    messages: list[Message], parsing: ParseEnvironment, context: ParseContext, param: str,
-    after_assistant: str,
+    context: ParseContext, messages: list[Message], param: str, after_assistant: str
 ) -> list[Message]:
     """Return the messages with a user message at the end. Raises BadRequest if the last one is
     the assistant's and `after_assistant` is empty."""
-    if messages[-1].role == "user" or parsing.count_only:
+    if messages[-1].role == "user" or context.parsing.count_only:
         return messages
     if not after_assistant:
         raise BadRequest(
@@ -5268,7 +5214,35 @@ def _with_user_last(
 
 # ==== 14. Attachments ========================================================
 # Images and files of requests become blocks that the API accepts. Their data decides about their
-# type. ParseContext collects what one request needs while it is parsed.
+# type. ParseContext holds what one request needs while it is parsed.
+
+
+class Limits(NamedTuple):
+    """The operator's limits for images and files in a request."""
+
+    image_allow_url: bool
+    max_image_bytes: int
+    max_images: int
+    max_image_total_bytes: int
+
+
+class ParseEnvironment(NamedTuple):
+    """What a dialect needs from the server to parse a body."""
+
+    models: Models
+    default_model: str
+    limits: Limits
+    #: Returns the messages of an earlier response of this caller by its id. Raises BadRequest.
+    recall: Callable[[str], list[Message]]
+    #: Returns an item of such a response by its id. Raises NotFound.
+    item: Callable[[str], Json]
+    #: Returns the messages of this caller's session by its id and the system prompt.
+    session: Callable[[str, str], list[Message]]
+    #: True if only the tokens are counted: the prompt may end with an assistant message then.
+    count_only: bool = False
+    #: True if a header requests the long context window.
+    long_context: bool = False
+
 
 #: Image types, and a pattern of their first bytes.
 _IMAGE_TYPES = {
@@ -5561,12 +5535,19 @@ def _without(messages: list[Message], dropped: set[int]) -> list[Message]:
 
 
 class ParseContext:
-    """The state of parsing one request: its attachments, and the fields that were ignored and the
-    repairs that were made, which the response headers report."""
+    """The state of parsing one request: its fields and attachments, and the fields that were
+    ignored and the repairs that were made, which the response headers report."""
 
-    def __init__(self, limits: Limits, model: Model) -> None:
-        max_images = min(limits.max_images, _max_attachments(model))
-        self.attachments = Attachments(limits._replace(max_images=max_images), self.adjust)
+    def __init__(self, body: object, parsing: ParseEnvironment) -> None:
+        """Raises BadRequest, UnknownModel."""
+        self.fields = Fields(body)
+        self.parsing = parsing
+        #: The name of the model in the request, or the default one.
+        self.model_name = self.fields.text("model") or parsing.default_model
+        self.model = parsing.models.find(self.model_name, long_context=parsing.long_context)
+        max_images = min(parsing.limits.max_images, _max_attachments(self.model))
+        limits = parsing.limits._replace(max_images=max_images)
+        self.attachments = Attachments(limits, self.adjust)
         self._ignored: list[str] = []
         self._adjusted: collections.Counter[str] = collections.Counter()
 
@@ -5589,85 +5570,397 @@ class ParseContext:
         return tuple(self._adjusted.items())
 
 
-def labels_of(part: Fields, *names: str) -> dict[str, str]:
-    """Return the named fields of a document, such as its title, that are not empty."""
-    return {name: part.text(name) or "" for name in names if part.text(name)}
+# ==== 15. Content ============================================================
+# The content of messages and of tool results in the formats of all APIs becomes blocks that the
+# Messages API accepts.
 
 
-def _refuse_stored(source: Fields, name: str) -> NoReturn:
-    """Raise Unsupported for a file that is referred to by an id."""
-    raise Unsupported(
-        f"{source.path_of(name)}: this server stores no files; send the file itself, as base64 "
-        "data.", param=source.path_of(name),
-    )
+def json_text(value: object) -> str:
+    return to_json(value).decode("utf-8")
 
 
-def _source_blocks(source: Fields, context: ParseContext, sent: Attachment) -> list[Block]:
-    """Return the blocks of an Anthropic `source` object, which completes `sent`."""
-    kind = source.text("type") or ("url" if source.has("url") else "base64")
-    if kind == "file":
-        _refuse_stored(source, "file_id" if source.has("file_id") else "type")
-    if kind not in ("base64", "url"):
-        raise source.invalid(
-            "type", "base64 or url" + ("" if sent.image_only else ", text or content")
-        )
-    name = "url" if kind == "url" else "data"
-    return context.attachments.blocks(sent._replace(
-        data=source.required_text(name), param=source.path_of(name),
-        media_type=source.text("media_type") or "",
-    ))
+def json_block(value: object) -> list[Block]:
+    """Return a text block with the JSON of a value."""
+    return text_blocks(json_text(value))
 
 
-def image_blocks(part: Fields, context: ParseContext) -> list[Block]:
-    """Return the blocks of an image in the format of Anthropic or of MCP."""
-    source = part.child("source")
-    if source is None and part.has("data"):
-        media_type = part.text("mimeType") or part.text("mime_type") or ""
-        return context.attachments.blocks(
-            Attachment(part.required_text("data"), part.path_of("data"),
-                       media_type, image_only=True)
-        )
-    if source is None:
-        raise part.invalid("source", "an object with the image")
-    return _source_blocks(source, context, Attachment("", "", image_only=True))
+def call_block(call_id: str, name: str, arguments: Json) -> Block:
+    return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
 
 
-def document_blocks(
-    part: Fields, context: ParseContext, read: Callable[[Fields], list[Block]]
-) -> list[Block]:
-    """Return the blocks of a document in Anthropic's format. `read` returns the blocks of a
-    source with the type "content"."""
-    source = part.child("source")
-    if source is None:
-        raise part.invalid("source", "an object with the document")
-    labels = labels_of(part, "title", "context")
-    if source.text("type") == "text":
-        return caption_blocks(labels) + text_blocks(source.text("data") or "")
-    if source.text("type") == "content":
-        return caption_blocks(labels) + read(source)
-    return _source_blocks(source, context, Attachment("", "", labels=labels))
-
-
-# ==== 15. Tools and options ==================================================
-# The tools, output schema and options of a request, in the form that the model's API accepts.
-
-
-def tool_use_block(part: Fields) -> Block:
-    """Return the block of a tool call in Anthropic's format."""
+def result_block(
+    call_id: str, content: list[Block], *, name: object = None, failed: bool = False
+) -> Block:
+    """Return the block of a tool's result. ToolExchanges removes the `name` of the tool."""
     return {
-        "type": "tool_use",
-        "id": part.text("id") or "",
-        "name": part.required_text("name"),
-        "input": parse_arguments(part.object.get("input")),
+        "type": "tool_result", "tool_use_id": call_id, "content": content, "name": name,
+        "is_error": failed,
     }
 
 
-def tool_result_block(part: Fields, content: list[Block]) -> Block:
-    """Return the block of a tool result in Anthropic's format, with the parsed content."""
-    call_id = part.text("tool_use_id") or ""
-    result: Block = {"type": "tool_result", "tool_use_id": call_id, "content": content}
-    return {**result, "is_error": True} if part.flag("is_error") else result
+_TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
+_IMAGE_URL_PARTS = ("image_url", "input_image")
+_FILE_PARTS = ("file", "input_file")
+#: Parts that hold an image or a file. Some clients send Anthropic's blocks, tools and system
+#: prompt to any model with "claude" in its name.
+_ATTACHMENT_PARTS = ("image", "document", *_IMAGE_URL_PARTS, *_FILE_PARTS)
+_AUDIO_PARTS = ("input_audio", "audio", "input_video", "video_url")
+_THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning")
 
+_IMAGE_FIELDS: dict[str, tuple[type, ...]] = {"image_url": (str, dict), "file_id": (str,)}
+_FILE_FIELDS: dict[str, tuple[type, ...]] = {
+    "file": (dict,), "file_data": (str,), "file_url": (str,), "file_id": (str,)
+}
+#: Parts in a tool's output: a part has at least one of these fields, with a value of these types.
+_PART_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    **{kind: {"text": (str,)} for kind in _TEXT_PARTS},
+    **{kind: {kind: (dict,), "data": (str,)} for kind in _AUDIO_PARTS},
+    **dict.fromkeys(_IMAGE_URL_PARTS, _IMAGE_FIELDS),
+    **dict.fromkeys(_FILE_PARTS, _FILE_FIELDS),
+    "refusal": {"refusal": (str,)},
+    "image": {"source": (dict,), "data": (str,)},
+    "document": {"source": (dict,)},
+}
+
+
+def is_content_part(value: object) -> bool:
+    """Return True if `value` has the type of a content part and a field of that type.
+
+    Tools also return plain data with a `type`.
+    """
+    if not isinstance(value, dict):
+        return False
+    fields = _PART_FIELDS.get(str(value.get("type")), {})
+    return any(isinstance(value.get(name), kinds) for name, kinds in fields.items())
+
+
+class ContentReader:
+    """Reads the content of messages and of tool results.
+
+    A place is where content stands: in a message of the role "system", "user" or "assistant", or
+    in the result of a "tool". Subclasses read the formats of one API: they add types to the table
+    of readers, and decide in `_part` what may stand in which place.
+    """
+
+    #: Types of parts that have content for the model, or are known to have none.
+    readable: ClassVar[tuple[str, ...]] = ()
+    #: Types of parts that are dropped: claude accepts no thinking from outside.
+    omitted: ClassVar[tuple[str, ...]] = ()
+    #: The types that are named to a client which sends none.
+    named_types: ClassVar[str] = ""
+
+    def __init__(self, context: ParseContext) -> None:
+        self._context = context
+        #: The method that reads a part, by the type of the part.
+        self._readers: dict[str, Callable[[Fields], list[Block]]] = {
+            "text": self._text, "image": self._image, "document": self._document,
+            "tool_use": self._tool_use, "tool_result": self._tool_result,
+        }
+
+    def blocks(self, entry: Fields, place: str, name: str = "content") -> list[Block]:
+        """Return the blocks of a field with content.
+
+        Parts that no model can read are recorded as ignored. Raises BadRequest if that leaves
+        nothing of a user's message: without it, the model would answer an earlier one.
+        """
+        content = entry.value(name)
+        if content is None:
+            return []
+        if isinstance(content, str):
+            return text_blocks(content)
+        blocks: list[Block] = []
+        parts: list[Fields] = []
+        for part in self._entries(entry, place, name):
+            if isinstance(part, Fields):
+                parts.append(part)
+                blocks += self.part(part, place)
+            else:
+                blocks += text_blocks(part)
+        for part in parts if place == "user" and not blocks else ():
+            if part.text("type") not in (None, *self.readable):
+                raise part.invalid(
+                    "type", "a type that a model can read: text, an image or a file"
+                )
+        return blocks
+
+    def _entries(self, entry: Fields, place: str, name: str) -> Iterator[Fields | str]:
+        """Yield the parts of content that is not a text, and texts that stand among them."""
+        raise NotImplementedError
+
+    def part(self, part: Fields, place: str) -> list[Block]:
+        """Return the blocks of one part."""
+        kind = part.text("type")
+        if kind is None:
+            raise part.invalid("type", self.named_types)
+        if kind in self.omitted:
+            return []
+        if kind not in self._readers:
+            self._context.ignore(part.path)
+            return []
+        return self._readers[kind](part)
+
+    def _text(self, part: Fields) -> list[Block]:
+        text = part.text("text")
+        if text is None:
+            raise part.invalid("text", "a string")
+        return text_blocks(text)
+
+    def _tool_use(self, part: Fields) -> list[Block]:
+        name = part.required_text("name")
+        return [call_block(part.text("id") or "", name, parse_arguments(part.object.get("input")))]
+
+    def _tool_result(self, part: Fields) -> list[Block]:
+        call_id, content = part.text("tool_use_id") or "", self.blocks(part, "tool")
+        return [result_block(call_id, content, failed=part.flag("is_error"))]
+
+    # -- images and files ---------------------------------------------------------------------
+
+    def _image(self, part: Fields) -> list[Block]:
+        """Return the blocks of an image in the format of Anthropic or of MCP."""
+        source = part.child("source")
+        if source is not None:
+            return self._source(source, Attachment("", "", image_only=True))
+        if not part.has("data"):
+            raise part.invalid("source", "an object with the image")
+        media_type = part.text("mimeType") or part.text("mime_type") or ""
+        return self._context.attachments.blocks(Attachment(
+            part.required_text("data"), part.path_of("data"), media_type, image_only=True
+        ))
+
+    def _document(self, part: Fields) -> list[Block]:
+        source = part.child("source")
+        if source is None:
+            raise part.invalid("source", "an object with the document")
+        labels = self._labels(part, "title", "context")
+        if source.text("type") == "text":
+            return caption_blocks(labels) + text_blocks(source.text("data") or "")
+        if source.text("type") == "content":
+            return caption_blocks(labels) + self.blocks(source, "tool")
+        return self._source(source, Attachment("", "", labels=labels))
+
+    def _labels(self, part: Fields, *names: str) -> dict[str, str]:
+        """Return the named fields of a document, such as its title, that are not empty."""
+        return {name: part.text(name) or "" for name in names if part.text(name)}
+
+    def _source(self, source: Fields, sent: Attachment) -> list[Block]:
+        """Return the blocks of a `source` object, which completes `sent`."""
+        kind = source.text("type") or ("url" if source.has("url") else "base64")
+        if kind == "file":
+            raise self._not_stored(source, "file_id" if source.has("file_id") else "type")
+        if kind not in ("base64", "url"):
+            raise source.invalid(
+                "type", "base64 or url" + ("" if sent.image_only else ", text or content")
+            )
+        name = "url" if kind == "url" else "data"
+        return self._context.attachments.blocks(sent._replace(
+            data=source.required_text(name), param=source.path_of(name),
+            media_type=source.text("media_type") or "",
+        ))
+
+    def _not_stored(self, source: Fields, name: str) -> Unsupported:
+        """Return the error about a file that is referred to by an id."""
+        return Unsupported(
+            f"{source.path_of(name)}: this server stores no files; send the file itself, as "
+            "base64 data.", param=source.path_of(name),
+        )
+
+
+class OpenAIContent(ContentReader):
+    """Reads the content parts of chat and of responses."""
+
+    omitted = _THINKING_PARTS
+    readable = (*_TEXT_PARTS, *_ATTACHMENT_PARTS, *_THINKING_PARTS, "refusal", "tool_result")
+    named_types = "text, image_url or file"
+    #: The places of parts that may not stand everywhere, by type.
+    places: ClassVar[dict[str, tuple[str, ...]]] = {
+        **dict.fromkeys(_ATTACHMENT_PARTS, ("user", "tool")),
+        **dict.fromkeys(_AUDIO_PARTS, ("user",)),
+        "tool_use": ("assistant",),
+        "tool_result": ("user",),
+    }
+
+    def __init__(self, context: ParseContext) -> None:
+        super().__init__(context)
+        self._readers.update({
+            **dict.fromkeys(_TEXT_PARTS, self._text),
+            **dict.fromkeys(_IMAGE_URL_PARTS, self._image_url),
+            **dict.fromkeys(_FILE_PARTS, self._file),
+            **dict.fromkeys(_AUDIO_PARTS, self._audio),
+            "refusal": self._refusal,
+        })
+
+    def _entries(self, entry: Fields, place: str, name: str) -> Iterator[Fields | str]:
+        content, path = entry.object[name], entry.path_of(name)
+        if place == "tool" and not self._has_parts(content):
+            # Some frameworks send the return value of a function unchanged.
+            yield json_text(content)
+        elif isinstance(content, dict) and "type" in content:
+            yield Fields(content, path)
+        elif not isinstance(content, list):
+            raise entry.invalid(name, "a string or an array of parts")
+        else:
+            for index, each in enumerate(content):
+                if isinstance(each, str):
+                    yield each
+                elif place == "tool" and not is_content_part(each):
+                    yield json_text(each)
+                else:
+                    yield Fields(each, f"{path}[{index}]")
+
+    def _has_parts(self, content: object) -> bool:
+        """Return whether a tool's output is a content part or an array with parts."""
+        entries = content if isinstance(content, list) else [content]
+        return not entries or any(map(is_content_part, entries))
+
+    def part(self, part: Fields, place: str) -> list[Block]:
+        kind = part.text("type")
+        if kind is None and part.has("text"):
+            return self._text(part)
+        if place in self.places.get(kind or "", (place,)):
+            return super().part(part, place)
+        if kind in ("tool_use", "tool_result"):
+            raise part.invalid("type", self.named_types)
+        if kind in _ATTACHMENT_PARTS and place == "system":
+            raise BadRequest(
+                f"{part.path}: images and files belong in user messages.",
+                param=part.path, code="images_unsupported_in_system_messages",
+            )
+        self._context.ignore(part.path)
+        return []
+
+    def images(self, entry: Fields) -> list[Block]:
+        """Return the images in the field `images`, each base64 data or a content part."""
+        blocks: list[Block] = []
+        for index, each in enumerate(entry.items("images") or ()):
+            path = f"{entry.path_of('images')}[{index}]"
+            if isinstance(each, str):
+                sent = Attachment(each, path, image_only=True)
+                blocks += self._context.attachments.blocks(sent)
+            else:
+                blocks += self.part(Fields(each, path), "user")
+        return blocks
+
+    def _refusal(self, part: Fields) -> list[Block]:
+        return text_blocks(part.text("refusal") or "")
+
+    def _audio(self, part: Fields) -> list[Block]:
+        raise Unsupported(
+            f"{part.path}: {part.text('type')} is not supported; send its content as text.",
+            param=part.path_of("type"),
+        )
+
+    def _image_url(self, part: Fields) -> list[Block]:
+        value, path = part.object.get("image_url"), part.path_of("image_url")
+        url = Fields(value, path).text("url") if isinstance(value, dict) else value
+        if not url and part.has("file_id"):
+            raise self._not_stored(part, "file_id")
+        if not isinstance(url, str) or not url:
+            raise BadRequest(
+                f"{path}: must hold the address of an image.", param=path, code="invalid_image_url"
+            )
+        return self._context.attachments.blocks(Attachment(url, path, image_only=True))
+
+    def _file(self, part: Fields) -> list[Block]:
+        file = part.child("file") or part
+        title = file.text("filename")
+        labels = {"title": title} if title else {}
+        for name in ("file_data", "file_url"):
+            if file.has(name):
+                sent = Attachment(file.required_text(name), file.path_of(name), labels=labels)
+                return self._context.attachments.blocks(sent)
+        raise self._not_stored(file, "file_id" if file.has("file_id") else "file_data")
+
+
+#: Fields in the results of the API's own tools that mean nothing to a model.
+_API_ONLY_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
+
+
+def _without_api_fields(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: _without_api_fields(v) for k, v in value.items() if k not in _API_ONLY_FIELDS}
+    return [_without_api_fields(entry) for entry in value] if isinstance(value, list) else value
+
+
+class MessagesContent(ContentReader):
+    """Reads the blocks of Anthropic's API. claude accepts no results of the API's own tools in a
+    history: they are passed on as text, without the calls."""
+
+    omitted = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_use")
+    readable = (*omitted, "text", "image", "document", "search_result", "tool_result")
+    named_types = "text, image, document, tool_use or tool_result"
+    #: For each place its name in error messages and the types of blocks that it may not have.
+    places: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
+        "user": ("a user's message", ("tool_use",)),
+        "assistant": ("an assistant's message", ("tool_result", "image", "document")),
+        "system": ("a system prompt", ("tool_use", "tool_result", "image", "document")),
+        "tool": ("the result of a tool", ("tool_use", "tool_result")),
+    }
+
+    def __init__(self, context: ParseContext) -> None:
+        super().__init__(context)
+        self._readers.update({
+            "search_result": self._search_result, "tool_reference": self._tool_reference,
+            "compaction": self._compaction,
+        })
+
+    def _entries(self, entry: Fields, place: str, name: str) -> Iterator[Fields | str]:
+        if not isinstance(entry.object[name], list):
+            raise entry.invalid(name, "a string or an array of blocks")
+        for part in entry.objects(name):
+            is_plain = place == "tool" and not self._is_block(part.object)
+            yield json_text(part.object) if is_plain else part
+
+    def _is_block(self, value: Json) -> bool:
+        """Return False for an object in a tool's result that is plain data and happens to have a
+        `type`, such as an entry of a listing."""
+        kind = value.get("type")
+        if not isinstance(kind, str):
+            return True
+        if kind in _PART_FIELDS:
+            return is_content_part(value)
+        return kind in (*self.omitted, *self._readers) or kind.endswith("_tool_result")
+
+    def part(self, part: Fields, place: str) -> list[Block]:
+        kind = part.text("type") or ""
+        if kind.endswith("_tool_result"):
+            return self._server_tool_result(part)
+        blocks = super().part(part, place)
+        place_name, refused = self.places[place]
+        for block in blocks:
+            if block["type"] in refused:
+                raise BadRequest(
+                    f"{part.path}: {block['type']} blocks are not allowed in {place_name}; "
+                    "remove it.", param=part.path,
+                )
+        return blocks
+
+    def _search_result(self, part: Fields) -> list[Block]:
+        labels = self._labels(part, "title", "source")
+        return caption_blocks(labels) + self.blocks(part, "tool")
+
+    def _tool_reference(self, part: Fields) -> list[Block]:
+        # A result of the client's tool search; the tool itself is in `tools`.
+        return text_blocks(f"The tool {part.required_text('tool_name')} is loaded.")
+
+    def _compaction(self, part: Fields) -> list[Block]:
+        return text_blocks(part.text("content") or "")
+
+    def _server_tool_result(self, part: Fields) -> list[Block]:
+        content = _without_api_fields(part.object.get("content"))
+        entries = content if isinstance(content, list) else [None]
+        texts = [entry.get("text") if isinstance(entry, dict) else None for entry in entries]
+        if isinstance(content, str):
+            text = content
+        elif all(isinstance(each, str) for each in texts):
+            text = "\n".join(map(str, texts))
+        else:
+            text = json_text(content)
+        return text_blocks(f"[{part.text('type')}]\n{text}")
+
+
+# ==== 16. Tools ==============================================================
+# The tools, the choice among them and the output schema of a request, in the form that the model's
+# API accepts.
 
 #: Fields of a tool that have an effect, or that claude sets itself.
 _TOOL_FIELDS = (
@@ -5689,31 +5982,55 @@ def read_tool(entry: Fields, name: str, schema_field: str) -> Tool:
     return Tool(name, description, parsed.schema, parsed.wrapped, parsed.renamed)
 
 
-def unsupported_tool_fields(tools: Iterable[Fields]) -> list[str]:
-    """Return the paths of fields of tools that have no effect and are not at their default."""
-    return list(dict.fromkeys(
-        f"tools[].{name}" for tool in tools for name, value in tool.object.items()
-        if name not in _TOOL_FIELDS and is_non_default(value)
-    ))
+class ToolReader:
+    """Collects the tools of a request, and reads the choice among them."""
 
+    def __init__(self, context: ParseContext) -> None:
+        self._context = context
+        self._tools: list[Tool] = []
+        self._entries: list[Fields] = []
 
-def unique_tools(tools: Iterable[Tool], param: str) -> tuple[Tool, ...]:
-    """Return the tools without duplicates. Raises BadRequest if different tools share a name."""
-    by_name: dict[str, Tool] = {}
-    for tool in tools:
-        if by_name.setdefault(tool.name, tool) != tool:
-            raise BadRequest(f"{param}: two tools are named {tool.name!r}.", param=param)
-    return tuple(by_name.values())
+    def add(self, tool: Tool, *entries: Fields) -> None:
+        """Add a tool. Fields of `entries` that have no effect are recorded as ignored."""
+        self._tools.append(tool)
+        self._entries += entries
 
+    def chosen(
+        self, choice: ToolChoice, allowed: Mapping[str, str] | None = None
+    ) -> tuple[tuple[Tool, ...], ToolChoice]:
+        """Return the tools without duplicates, and the choice; without tools, the default one.
 
-def checked_tool_choice(tools: tuple[Tool, ...], choice: ToolChoice, param: str) -> ToolChoice:
-    """Return the choice; without tools, the default one. Raises BadRequest if it requires a tool
-    that is not there."""
-    if not tools and choice.forces:
-        raise BadRequest(f"{param}: there are no tools to call.", param=param)
-    if choice.kind == "tool" and choice.name not in [tool.name for tool in tools]:
-        raise BadRequest(f"{param}: no tool is named {choice.name!r}.", param=param)
-    return choice if tools else ToolChoice()
+        `allowed` maps the names of the allowed tools to their paths in the request; None allows
+        all. Raises BadRequest if different tools share a name, no allowed name is known, or the
+        choice requires a tool that is not there.
+        """
+        tools: dict[str, Tool] = {}
+        for tool in self._tools:
+            if tools.setdefault(tool.name, tool) != tool:
+                raise BadRequest(f"tools: two tools are named {tool.name!r}.", param="tools")
+        if allowed is not None:
+            tools = self._only(tools, allowed)
+        self._context.ignore(*dict.fromkeys(
+            f"tools[].{name}" for entry in self._entries for name, value in entry.object.items()
+            if name not in _TOOL_FIELDS and is_non_default(value)
+        ))
+        problem = ""
+        if not tools and choice.forces:
+            problem = "there are no tools to call"
+        elif choice.kind == "tool" and choice.name not in tools:
+            problem = f"no tool is named {choice.name!r}"
+        if problem:
+            raise BadRequest(f"tool_choice: {problem}.", param="tool_choice")
+        return tuple(tools.values()), choice if tools else ToolChoice()
+
+    def _only(self, tools: dict[str, Tool], allowed: Mapping[str, str]) -> dict[str, Tool]:
+        kept = {name: tool for name, tool in tools.items() if name in allowed}
+        unknown = {name: path for name, path in allowed.items() if name not in kept}
+        if unknown and not kept:
+            name, path = next(iter(unknown.items()))
+            raise BadRequest(f"{path}: no tool is called {one_line(name, 80)!r}.", param=path)
+        self._context.ignore(*unknown.values())
+        return kept
 
 
 def read_output_schema(schema: Fields) -> OutputSchema:
@@ -5723,6 +6040,245 @@ def read_output_schema(schema: Fields) -> OutputSchema:
 
 _ANY_OBJECT = OutputSchema({"type": "object", "additionalProperties": True}, wrapped=False)
 
+
+def schema_of_format(entry: Fields | None, schema_field: str = "schema") -> OutputSchema | None:
+    """Return the schema of an answer's format, as any of the APIs writes it; None for plain text.
+
+    Raises BadRequest, with the path of `schema_field`, if the schema is missing.
+    """
+    if entry is None:
+        return None
+    kind = entry.one_of("type", ("text", "json_object", "json_schema"))
+    schema = (entry.child("json_schema") or entry).child("schema")
+    if kind == "text" or (kind is None and schema is None):
+        return None
+    if schema is None and kind == "json_object":
+        return _ANY_OBJECT
+    if schema is None:
+        raise entry.invalid(schema_field, "a JSON schema")
+    return read_output_schema(schema)
+
+
+def chat_output_schema(fields: Fields) -> OutputSchema | None:
+    """Return the schema in `response_format`, or else in Anthropic's `output_config`."""
+    own = schema_of_format(fields.child("response_format"), "json_schema.schema")
+    output = fields.settings("output_config", foreign=True)
+    return own or schema_of_format(output.child("format"))
+
+
+def uses_functions(fields: Fields) -> bool:
+    """Return whether a chat request has `functions`, the form that preceded `tools`."""
+    return bool(fields.value("functions")) and not fields.value("tools")
+
+
+def _object_schema(required: tuple[str, ...], **properties: Json) -> Json:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+_STRING: Json = {"type": "string"}
+_STRINGS: Json = {"type": "array", "items": {"type": "string"}}
+_INTEGER: Json = {"type": "integer"}
+
+#: Tools that OpenAI defines and the client runs, by the type in the request.
+CLIENT_TOOLS = {
+    tool.name: tool
+    for tool in (
+        Tool(
+            "local_shell",
+            "Runs a command on the user's computer and returns its output.",
+            _object_schema(
+                ("command",),
+                command={**_STRINGS, "description": "The program and its arguments."},
+                working_directory=_STRING, timeout_ms=_INTEGER,
+                env={"type": "object", "additionalProperties": _STRING},
+            ),
+        ),
+        Tool(
+            "shell",
+            "Runs shell commands on the user's computer and returns the output of each.",
+            _object_schema(
+                ("commands",), commands=_STRINGS, timeout_ms=_INTEGER, max_output_length=_INTEGER
+            ),
+        ),
+        Tool(
+            "apply_patch",
+            "Creates, updates or deletes one file. The diff of update_file has sections that "
+            "begin with a line @@ and hold lines that begin with a space (context), - (removed) "
+            "or + (added), without line numbers and without names of files. In the diff of "
+            "create_file every line begins with +. delete_file has no diff.",
+            _object_schema(
+                ("type", "path"),
+                type={"type": "string", "enum": ["create_file", "update_file", "delete_file"]},
+                path=_STRING, diff=_STRING,
+            ),
+        ),
+    )
+}
+
+
+def qualified_name(space: str, name: str) -> str:
+    """Return a tool's name for the model; `space` is its namespace, empty if it has none."""
+    return f"{space.rstrip('_')}__{name}" if space else name
+
+
+def _tool_name(entry: Fields) -> str:
+    """Return the tool's name in an entry of a tool choice; tools without a name have their type."""
+    if entry.text("type") in CLIENT_TOOLS:
+        return str(entry.text("type"))
+    named = entry.child("function") or entry.child("custom") or entry
+    return qualified_name(entry.text("namespace") or "", named.required_text("name"))
+
+
+def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, dict[str, str] | None]:
+    """Return the tool choice of an OpenAI request, and the names of the allowed tools with their
+    paths in the request, None if all tools are allowed."""
+    # The answer format of `functions` has room for one call only.
+    one_only = fields.has("parallel_tool_calls") and not fields.flag("parallel_tool_calls")
+    parallel = not one_only and not uses_functions(fields)
+    value = fields.value(field)
+    if value is None or isinstance(value, str):
+        word = fields.one_of(field, ("auto", "none", "required", "any"))
+        kinds = {None: "auto", "required": "any"}
+        return ToolChoice(kinds.get(word, str(word)), parallel=parallel), None
+    entry = Fields(value, field)
+    parallel = parallel and not entry.flag("disable_parallel_tool_use")
+    kind = entry.text("type")
+    if kind in ("auto", "any", "none"):
+        # Anthropic's form.
+        return ToolChoice(kind, parallel=parallel), None
+    if kind == "allowed_tools":
+        allowed = entry.child("allowed_tools") or entry
+        mode = allowed.one_of("mode", ("auto", "required")) or "auto"
+        served = (None, "function", "custom", *CLIENT_TOOLS)
+        tools = [tool for tool in allowed.objects("tools") if tool.text("type") in served]
+        names = {_tool_name(tool): tool.path for tool in tools}
+        return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
+    named_kinds = (None, "function", "tool", "custom", *CLIENT_TOOLS)
+    if not entry.has("name") and kind not in named_kinds:
+        # A tool that OpenAI runs.
+        fields.mark_ignored(field)
+        return ToolChoice(parallel=parallel), None
+    return ToolChoice("tool", _tool_name(entry), parallel=parallel), None
+
+
+#: The schema of a custom tool for claude: one field that holds the whole input as text.
+_FREEFORM_SCHEMA: Json = {
+    "type": "object",
+    "properties": {
+        "input": {
+            "type": "string",
+            "description": "The whole input of the tool as plain text, just as it wants it.",
+        },
+    },
+    "required": ["input"],
+    "additionalProperties": False,
+}
+#: The grammar syntaxes of custom tools, and their names in the tool's description.
+_GRAMMARS = {"lark": "Lark grammar", "regex": "regular expression"}
+
+
+def freeform_tool(entry: Fields, name: str) -> Tool:
+    """Return the Tool for a custom tool, with one field for its input text.
+
+    A grammar becomes part of the description. Raise BadRequest for an unknown format.
+    """
+    description = [entry.text("description") or ""]
+    form = entry.child("format") or Fields({})
+    if form.one_of("type", ("text", "grammar")) == "grammar":
+        # Chat nests it one level deeper than responses.
+        grammar = form.child("grammar") or form
+        syntax = grammar.one_of("syntax", tuple(_GRAMMARS))
+        if syntax is None:
+            raise grammar.invalid("syntax", "one of " + ", ".join(_GRAMMARS))
+        definition = grammar.required_text("definition")
+        description.append(f"The input must match this {_GRAMMARS[syntax]}:\n\n{definition}")
+    return Tool(name, "\n\n".join(filter(None, description)), _FREEFORM_SCHEMA)
+
+
+#: The JSON before the input text in the arguments of a custom tool, and the same without white
+#: space.
+_FREEFORM_HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+_FREEFORM_HEAD_PLAIN = '{"input":"'
+#: The longest start of a JSON string that later pieces cannot change: it ends with a complete
+#: escape. The first half of a surrogate pair counts only with its second half, or when something
+#: else follows it.
+_COMPLETE_TEXT = re.compile(
+    r"""(?: [^"\\]+ | \\[^u] | \\u(?![dD][89abAB])[0-9a-fA-F]{4}
+      | \\u[dD][89abAB][0-9a-fA-F]{2}
+        (?: \\u[dD][c-fC-F][0-9a-fA-F]{2} | (?= [^\\] | \\[^u] | \\u[^dD] | \\u[dD][^c-fC-F] ) )
+    )*""",
+    re.VERBOSE,
+)
+
+
+class FreeformReader:
+    """An incremental reader of a custom tool's input text.
+
+    The model writes the call as JSON arguments {"input": "..."}, which arrive in pieces. `feed`
+    returns the text as soon as it is certain. States:
+
+    head  before the text: the pieces do not yet complete {"input":"
+    text  inside the JSON string
+    end   after its closing quote: the rest is discarded
+    raw   the arguments have another form: they are returned unchanged
+    """
+
+    def __init__(self) -> None:
+        self._state = "head"
+        self._buffer = ""
+
+    def feed(self, piece: str) -> str:
+        """Return the text that this piece completes."""
+        self._buffer += piece
+        if self._state == "head":
+            self._read_head()
+        if self._state == "raw":
+            text, self._buffer = self._buffer, ""
+            return text
+        return self._read_text() if self._state == "text" else ""
+
+    def close(self) -> str:
+        """Return the rest of the text. Arguments without a text, {}, are an empty text."""
+        is_empty = re.sub(r"\s", "", self._buffer) == "{}"
+        return "" if self._state != "head" or is_empty else self._buffer
+
+    def _read_head(self) -> None:
+        head = _FREEFORM_HEAD.match(self._buffer)
+        plain = re.sub(r"\s", "", self._buffer)
+        if head:
+            self._state, self._buffer = "text", self._buffer[head.end():]
+        elif plain != "{}" and not _FREEFORM_HEAD_PLAIN.startswith(plain):
+            self._state = "raw"
+        else:
+            # The buffer is matched again with each piece: keep it short however much white
+            # space arrives.
+            self._buffer = re.sub(r"(\s)\s+", r"\1", self._buffer)
+
+    def _read_text(self) -> str:
+        complete = _COMPLETE_TEXT.match(self._buffer)
+        text = complete.group() if complete else ""
+        self._buffer = self._buffer[len(text):]
+        if self._buffer.startswith('"'):
+            self._state = "end"
+        try:
+            return str(json.loads(f'"{text}"', strict=False))
+        except ValueError:
+            # It has an escape that is not JSON.
+            return text
+
+
+def freeform_text(arguments: Json) -> str:
+    """Return the input text of a custom tool's call; arguments of another form as JSON text."""
+    if set(arguments) == {"arguments"} and isinstance(arguments["arguments"], str):
+        # The arguments were not JSON: see parse_arguments.
+        return arguments["arguments"]
+    reader = FreeformReader()
+    return reader.feed(json_text(arguments)) + reader.close()
+
+
+# ==== 17. Dialects ===========================================================
+# Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
+# output, and does not depend on claude. The options of a request come first.
 
 #: Effort levels, lowest first, and the thinking budget in tokens for models that take a budget
 #: instead of a level. "minimal" is OpenAI's name for the lowest.
@@ -5735,6 +6291,8 @@ EFFORT_BUDGETS = {
     "max": 31_999,
 }
 _MIN_BUDGET_TOKENS = 1_024
+#: The effort if a client requests thinking without an effort or budget.
+_DEFAULT_EFFORT = "medium"
 
 
 def nearest_effort(model: Model, level: str) -> str | None:
@@ -5776,10 +6334,6 @@ class RequestedOptions(NamedTuple):
     thinking: Thinking = Thinking()
     #: Whether a tool call is forced: the API rejects that together with thinking.
     forces_tool: bool = False
-
-
-#: The effort if a client requests thinking without an effort or budget.
-_DEFAULT_EFFORT = "medium"
 
 
 def _thinking_tokens(model: Model, requested: RequestedOptions) -> int | None:
@@ -5936,20 +6490,71 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     return False
 
 
-# ==== 16. Dialects ===========================================================
-# Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
-# output, and does not depend on claude.
-
-
 class Dialect:
     """A wire format: parses request bodies and renders answers. Error bodies here are OpenAI's."""
 
     #: The name in logs and metrics.
     name = ""
+    #: The fields with the limit of tokens, the preferred one first; whether 0 is a valid limit.
+    token_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)
+    zero_tokens: ClassVar[bool] = False
+    stop_fields: ClassVar[tuple[str, ...]] = ("stop",)
+    max_temperature: ClassVar[int] = 2
+    #: Unsupported parameters that would change the meaning of the answer, each with the reason.
+    unsupported: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    #: Unused parameters that do not change the meaning: not reported as ignored.
+    harmless: ClassVar[tuple[str, ...]] = ()
+
+    # -- parsing ------------------------------------------------------------------------------
 
     def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        """Return the Turn of a JSON body. Raise BadRequest, UnknownModel or TooLarge."""
+        """Return the Turn of a JSON body. Raises BadRequest, UnknownModel or TooLarge."""
+        context = ParseContext(body, parsing)
+        for name, reason in self.unsupported.items():
+            if is_non_default(context.fields.value(name)):
+                raise Unsupported(f"{name}: {reason}.", param=name)
+        return self._turn(context)
+
+    def _turn(self, context: ParseContext) -> Turn:
         raise NotImplementedError
+
+    def _new_turn(
+        self, context: ParseContext, prompt: Prompt, reply_format: object, *,
+        tools: tuple[Tool, ...] = (), choice: ToolChoice | None = None,
+        output_schema: OutputSchema | None = None,
+    ) -> Turn:
+        """Return the Turn of a request whose other fields are read; read the options."""
+        fields = context.fields
+        limits = [fields.token_limit(name, zero=self.zero_tokens) for name in self.token_fields]
+        options, ignored = options_for(context.model, RequestedOptions(
+            max_tokens=next((limit for limit in limits if limit is not None), None),
+            stop_sequences=stop_sequences(fields, *self.stop_fields),
+            temperature=fields.sampling_value("temperature", self.max_temperature),
+            top_p=fields.sampling_value("top_p", 1),
+            # For "all tokens" clients send 0 or -1.
+            top_k=fields.token_limit("top_k"),
+            thinking=self._thinking(fields),
+            forces_tool=choice is not None and choice.forces,
+        ))
+        return Turn(
+            model=context.model,
+            system=prompt.system,
+            messages=prompt.messages,
+            options=options,
+            tools=tools,
+            tool_choice=choice or ToolChoice(),
+            output_schema=output_schema,
+            session_id=prompt.session_id,
+            stream=fields.flag("stream"),
+            ignored=(*ignored, *context.ignored, *fields.ignored_paths(self.harmless)),
+            adjusted=context.adjusted,
+            reply_format=reply_format,
+        )
+
+    def _thinking(self, fields: Fields) -> Thinking:
+        return openai_thinking(fields)
+
+    # -- rendering ----------------------------------------------------------------------------
 
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
         """Return the body of an unstreamed answer; one Answer for each of `turn.choices`."""
@@ -5960,7 +6565,7 @@ class Dialect:
         raise NotImplementedError
 
     def stores(self, turn: Turn) -> bool:
-        """Return True if the client can refer to the answer later by its id."""
+        """Return whether the client can refer to the answer later by its id."""
         return False
 
     def stored_system_messages(self, turn: Turn) -> list[Message]:
@@ -5990,8 +6595,8 @@ class Renderer:
         self._dialect = dialect
         self._turn = turn
         self._began = False
-        #: The choices whose answer the client has begun to receive. Subclasses add to it.
-        #: Thinking does not count: it may be repeated.
+        #: The choices whose answer the client has begun to receive. Thinking does not count: it
+        #: may be repeated.
         self._answered: set[int] = set()
         self._usages: list[Usage] = []
         #: The complete answer, after its last event, in dialects that store it.
@@ -6008,7 +6613,15 @@ class Renderer:
             raise UpstreamFailed("The connection to the API broke in the middle of the answer.")
         if isinstance(event, Finished):
             self._usages.append(event.usage)
+        elif self._is_answer(event):
+            self._answered.add(index)
         return self._render(index, event)
+
+    def _is_answer(self, event: Event) -> bool:
+        """Return whether the client receives content other than thinking with an event."""
+        if isinstance(event, BlockStarted):
+            return "thinking" not in event.block["type"]
+        return isinstance(event, Delta) and event.kind in ("text", "arguments", "refusal")
 
     def _render(self, index: int, event: Event) -> bytes:
         raise NotImplementedError
@@ -6060,556 +6673,161 @@ FINISH_REASONS = {
 }
 
 
-def openai_usage(usages: Iterable[Usage], *, one_prompt: bool = True) -> Json:
-    """Return the usage object of chat and legacy completions, from the usage of each choice.
-
-    With `one_prompt` all choices answer the same prompt, whose tokens are counted once.
-    """
-    choices = list(usages)
-    prompts = [usage.prompt_tokens for usage in choices]
-    prompt_tokens = max(prompts) if one_prompt else sum(prompts)
-    output_tokens = sum(usage.output_tokens for usage in choices)
-    body: Json = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": output_tokens,
-        "total_tokens": prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": max(u.cache_read_tokens for u in choices)},
-    }
-    reasoning = [usage.reasoning_tokens for usage in choices if usage.reasoning_tokens is not None]
-    if reasoning:
-        body["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
-    return body
-
-
-# ==== 17. OpenAI content =====================================================
-# What the dialects of OpenAI have in common: tools, the choice of tools, content parts and output
-# formats. Messages uses some of it.
-
-
-def requested_options(
-    fields: Fields, max_tokens: int | None, stop_fields: tuple[str, ...], thinking: Thinking,
-    *, max_temperature: int = 2, forces_tool: bool = False,
-) -> RequestedOptions:
-    """Return the options of a request. The sampling fields have the same names in every API."""
-    return RequestedOptions(
-        max_tokens=max_tokens,
-        stop_sequences=stop_sequences(fields, *stop_fields),
-        temperature=fields.sampling_value("temperature", max_temperature),
-        top_p=fields.sampling_value("top_p", 1),
-        top_k=fields.top_k(),
-        thinking=thinking,
-        forces_tool=forces_tool,
-    )
-
-
-def refuse_parameters(fields: Fields, reasons: Mapping[str, str]) -> None:
-    """Raise Unsupported for the first field of `reasons` that requests something."""
-    for name, reason in reasons.items():
-        if is_non_default(fields.value(name)):
-            raise Unsupported(f"{name}: {reason}.", param=name)
-
-
-def json_text(value: object) -> str:
-    """Return the JSON of a value as text."""
-    return to_json(value).decode("utf-8")
-
-
-def uses_functions(fields: Fields) -> bool:
-    """Return True for a chat request with `functions`, the form that preceded `tools`."""
-    return bool(fields.value("functions")) and not fields.value("tools")
-
-
-def _object_schema(required: tuple[str, ...], **properties: Json) -> Json:
-    return {"type": "object", "properties": properties, "required": list(required)}
-
-
-_STRING: Json = {"type": "string"}
-_STRINGS: Json = {"type": "array", "items": {"type": "string"}}
-_INTEGER: Json = {"type": "integer"}
-
-#: Tools that OpenAI defines and the client runs, by the type in the request.
-CLIENT_TOOLS = {
-    tool.name: tool
-    for tool in (
-        Tool(
-            "local_shell",
-            "Runs a command on the user's computer and returns its output.",
-            _object_schema(
-                ("command",),
-                command={**_STRINGS, "description": "The program and its arguments."},
-                working_directory=_STRING, timeout_ms=_INTEGER,
-                env={"type": "object", "additionalProperties": _STRING},
-            ),
-        ),
-        Tool(
-            "shell",
-            "Runs shell commands on the user's computer and returns the output of each.",
-            _object_schema(
-                ("commands",), commands=_STRINGS, timeout_ms=_INTEGER, max_output_length=_INTEGER
-            ),
-        ),
-        Tool(
-            "apply_patch",
-            "Creates, updates or deletes one file. The diff of update_file has sections that "
-            "begin with a line @@ and hold lines that begin with a space (context), - (removed) "
-            "or + (added), without line numbers and without names of files. In the diff of "
-            "create_file every line begins with +. delete_file has no diff.",
-            _object_schema(
-                ("type", "path"),
-                type={"type": "string", "enum": ["create_file", "update_file", "delete_file"]},
-                path=_STRING, diff=_STRING,
-            ),
-        ),
-    )
-}
-
-
-def _tool_name(entry: Fields) -> str:
-    """Return the tool's name in an entry of a tool choice; tools without a name have their type."""
-    if entry.text("type") in CLIENT_TOOLS:
-        return str(entry.text("type"))
-    named = entry.child("function") or entry.child("custom") or entry
-    return qualified_name(entry.text("namespace") or "", named.required_text("name"))
-
-
-def qualified_name(space: str, name: str) -> str:
-    """Return a tool's name for the model; `space` is its namespace, empty if it has none."""
-    return f"{space.rstrip('_')}__{name}" if space else name
-
-
-def only_allowed(
-    tools: tuple[Tool, ...], allowed: Mapping[str, str] | None, context: ParseContext
-) -> tuple[Tool, ...]:
-    """Return the tools whose names are in `allowed`, all of them if it is None.
-
-    `allowed` maps names to their paths in the request. An unknown name is ignored; raise
-    BadRequest if all names are unknown.
-    """
-    if allowed is None:
-        return tools
-    kept = tuple(tool for tool in tools if tool.name in allowed)
-    known = {tool.name for tool in kept}
-    unknown = {name: path for name, path in allowed.items() if name not in known}
-    if unknown and not kept:
-        name, path = next(iter(unknown.items()))
-        raise BadRequest(f"{path}: no tool is called {one_line(name, 80)!r}.", param=path)
-    context.ignore(*unknown.values())
-    return kept
-
-
-def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, dict[str, str] | None]:
-    """Return the tool choice of an OpenAI request, and the names of the allowed tools with their
-    paths in the request, None if all tools are allowed."""
-    # The answer format of `functions` has room for one call only.
-    one_only = fields.has("parallel_tool_calls") and not fields.flag("parallel_tool_calls")
-    parallel = not one_only and not uses_functions(fields)
-    value = fields.value(field)
-    if value is None or isinstance(value, str):
-        word = fields.one_of(field, ("auto", "none", "required", "any"))
-        kinds = {None: "auto", "required": "any"}
-        return ToolChoice(kinds.get(word, str(word)), parallel=parallel), None
-    entry = Fields(value, field)
-    parallel = parallel and not entry.flag("disable_parallel_tool_use")
-    kind = entry.text("type")
-    if kind in ("auto", "any", "none"):
-        # Anthropic's form.
-        return ToolChoice(kind, parallel=parallel), None
-    if kind == "allowed_tools":
-        allowed = entry.child("allowed_tools") or entry
-        mode = allowed.one_of("mode", ("auto", "required")) or "auto"
-        served = (None, "function", "custom", *CLIENT_TOOLS)
-        tools = [tool for tool in allowed.objects("tools") if tool.text("type") in served]
-        names = {_tool_name(tool): tool.path for tool in tools}
-        return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
-    named_kinds = (None, "function", "tool", "custom", *CLIENT_TOOLS)
-    if not entry.has("name") and kind not in named_kinds:
-        # A tool that OpenAI runs.
-        fields.mark_ignored(field)
-        return ToolChoice(parallel=parallel), None
-    return ToolChoice("tool", _tool_name(entry), parallel=parallel), None
-
-
-#: The schema of a custom tool for claude: one field that holds the whole input as text.
-_FREEFORM_SCHEMA: Json = {
-    "type": "object",
-    "properties": {
-        "input": {
-            "type": "string",
-            "description": "The whole input of the tool as plain text, just as it wants it.",
-        },
-    },
-    "required": ["input"],
-    "additionalProperties": False,
-}
-#: The grammar syntaxes of custom tools, and their names in the tool's description.
-_GRAMMARS = {"lark": "Lark grammar", "regex": "regular expression"}
-
-
-def freeform_tool(entry: Fields, name: str) -> Tool:
-    """Return the Tool for a custom tool, with one field for its input text.
-
-    A grammar becomes part of the description. Raise BadRequest for an unknown format.
-    """
-    description = [entry.text("description") or ""]
-    form = entry.child("format") or Fields({})
-    if form.one_of("type", ("text", "grammar")) == "grammar":
-        # Chat nests it one level deeper than responses.
-        grammar = form.child("grammar") or form
-        syntax = grammar.one_of("syntax", tuple(_GRAMMARS))
-        if syntax is None:
-            raise grammar.invalid("syntax", "one of " + ", ".join(_GRAMMARS))
-        definition = grammar.required_text("definition")
-        description.append(f"The input must match this {_GRAMMARS[syntax]}:\n\n{definition}")
-    return Tool(name, "\n\n".join(filter(None, description)), _FREEFORM_SCHEMA)
-
-
-#: The JSON before the input text in the arguments of a custom tool, and the same without white
-#: space.
-_FREEFORM_HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
-_FREEFORM_HEAD_PLAIN = '{"input":"'
-#: The longest start of a JSON string that later pieces cannot change: it ends with a complete
-#: escape. The first half of a surrogate pair counts only with its second half, or when something
-#: else follows it.
-_COMPLETE_TEXT = re.compile(
-    r"""(?: [^"\\]+ | \\[^u] | \\u(?![dD][89abAB])[0-9a-fA-F]{4}
-      | \\u[dD][89abAB][0-9a-fA-F]{2}
-        (?: \\u[dD][c-fC-F][0-9a-fA-F]{2} | (?= [^\\] | \\[^u] | \\u[^dD] | \\u[dD][^c-fC-F] ) )
-    )*""",
-    re.VERBOSE,
-)
-
-
-class FreeformReader:
-    """An incremental reader of a custom tool's input text.
-
-    The model writes the call as JSON arguments {"input": "..."}, which arrive in pieces. `feed`
-    returns the text as soon as it is certain. States:
-
-    head  before the text: the pieces do not yet complete {"input":"
-    text  inside the JSON string
-    end   after its closing quote: the rest is discarded
-    raw   the arguments have another form: they are returned unchanged
-    """
-
-    def __init__(self) -> None:
-        self._state = "head"
-        self._buffer = ""
-
-    def feed(self, piece: str) -> str:
-        """Return the text that this piece completes."""
-        self._buffer += piece
-        if self._state == "head":
-            self._read_head()
-        if self._state == "raw":
-            text, self._buffer = self._buffer, ""
-            return text
-        return self._read_text() if self._state == "text" else ""
-
-    def close(self) -> str:
-        """Return the rest of the text. Arguments without a text, {}, are an empty text."""
-        is_empty = re.sub(r"\s", "", self._buffer) == "{}"
-        return "" if self._state != "head" or is_empty else self._buffer
-
-    def _read_head(self) -> None:
-        head = _FREEFORM_HEAD.match(self._buffer)
-        plain = re.sub(r"\s", "", self._buffer)
-        if head:
-            self._state, self._buffer = "text", self._buffer[head.end():]
-        elif plain != "{}" and not _FREEFORM_HEAD_PLAIN.startswith(plain):
-            self._state = "raw"
-        else:
-            # The buffer is matched again with each piece: keep it short however much white
-            # space arrives.
-            self._buffer = re.sub(r"(\s)\s+", r"\1", self._buffer)
-
-    def _read_text(self) -> str:
-        complete = _COMPLETE_TEXT.match(self._buffer)
-        text = complete.group() if complete else ""
-        self._buffer = self._buffer[len(text):]
-        if self._buffer.startswith('"'):
-            self._state = "end"
-        try:
-            return str(json.loads(f'"{text}"', strict=False))
-        except ValueError:
-            # It has an escape that is not JSON.
-            return text
-
-
-def freeform_text(arguments: Json) -> str:
-    """Return the input text of a custom tool's call; arguments of another form as JSON text."""
-    if set(arguments) == {"arguments"} and isinstance(arguments["arguments"], str):
-        # The arguments were not JSON: see parse_arguments.
-        return arguments["arguments"]
-    reader = FreeformReader()
-    return reader.feed(json_text(arguments)) + reader.close()
-
-
-def openai_content(
-    entry: Fields, context: ParseContext, role: str, name: str = "content"
-) -> list[Block]:
-    """Return the blocks of the content of a message or of a tool's output.
-
-    `role` is "system", "user", "assistant" or "tool". Parts that no model can read are recorded
-    as ignored. Raise BadRequest if that leaves nothing of a user's message.
-    """
-    content = entry.value(name)
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return text_blocks(content)
-    if role == "tool" and not _has_content_parts(content):
-        # Some frameworks send the return value of a function unchanged.
-        return json_block(content)
-    if isinstance(content, dict) and "type" in content:
-        return _openai_part(Fields(content, entry.path_of(name)), context, role)
-    if not isinstance(content, list):
-        raise entry.invalid(name, "a string or an array of parts")
-    parts: list[Fields] = []
-    blocks: list[Block] = []
-    for index, each in enumerate(content):
-        if isinstance(each, str):
-            blocks += text_blocks(each)
-        elif role == "tool" and not is_content_part(each):
-            blocks += json_block(each)
-        else:
-            parts.append(Fields(each, f"{entry.path_of(name)}[{index}]"))
-            blocks += _openai_part(parts[-1], context, role)
-    if role == "user" and not blocks:
-        refuse_unreadable(parts, _READABLE_PARTS)
-    return blocks
-
-
-def json_block(value: object) -> list[Block]:
-    """Return a text block with the JSON of a value."""
-    return text_blocks(json_text(value))
-
-
-def refuse_unreadable(parts: list[Fields], readable: Iterable[str]) -> None:
-    """Raise BadRequest for the first part whose type is not in `readable`.
-
-    Call it for a user's message with no other content: if the message were dropped, the model
-    would answer an earlier one.
-    """
-    for part in parts:
-        if part.text("type") not in (None, *readable):
-            raise part.invalid("type", "a type that a model can read: text, an image or a file")
-
-
-def _has_content_parts(content: object) -> bool:
-    """Return True if a tool's output is a content part or an array with parts, not plain data."""
-    entries = content if isinstance(content, list) else [content]
-    return not entries or any(is_content_part(entry) for entry in entries)
-
-
-def is_content_part(value: object) -> bool:
-    """Return True if `value` has the type of a content part and a field of that type.
-
-    Tools also return plain data with a `type`.
-    """
-    if not isinstance(value, dict):
-        return False
-    fields = _PART_FIELDS.get(str(value.get("type")), {})
-    return any(isinstance(value.get(name), kinds) for name, kinds in fields.items())
-
-
-_TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
-#: Parts that hold an image or a file. Some clients send Anthropic's blocks, tools and system
-#: prompt to any model with "claude" in its name.
-_ATTACHMENT_PARTS = ("image", "image_url", "input_image", "document", "file", "input_file")
-_THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning")
-_READABLE_PARTS = (*_TEXT_PARTS, *_ATTACHMENT_PARTS, *_THINKING_PARTS, "refusal", "tool_result")
-_AUDIO_PARTS = ("input_audio", "audio", "input_video", "video_url")
-_IMAGE_FIELDS: dict[str, tuple[type, ...]] = {"image_url": (str, dict), "file_id": (str,)}
-_FILE_FIELDS: dict[str, tuple[type, ...]] = {
-    "file": (dict,), "file_data": (str,), "file_url": (str,), "file_id": (str,)
-}
-#: Parts in a tool's output: a part has at least one of these fields, with a value of these types.
-_PART_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    **{kind: {"text": (str,)} for kind in _TEXT_PARTS},
-    **{kind: {kind: (dict,), "data": (str,)} for kind in _AUDIO_PARTS},
-    "refusal": {"refusal": (str,)},
-    "image": {"source": (dict,), "data": (str,)},
-    "document": {"source": (dict,)},
-    "image_url": _IMAGE_FIELDS, "input_image": _IMAGE_FIELDS,
-    "file": _FILE_FIELDS, "input_file": _FILE_FIELDS,
-}
-
-
-def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
-    kind = part.text("type")
-    if kind in _TEXT_PARTS or (kind is None and part.has("text")):
-        text = part.text("text")
-        if text is None:
-            raise part.invalid("text", "a string")
-        return text_blocks(text)
-    if kind == "refusal":
-        return text_blocks(part.text("refusal") or "")
-    if kind in _ATTACHMENT_PARTS and role in ("user", "tool"):
-        return _openai_attachment(part, context)
-    if kind in _ATTACHMENT_PARTS and role == "system":
-        raise BadRequest(
-            f"{part.path}: images and files belong in user messages.",
-            param=part.path, code="images_unsupported_in_system_messages",
-        )
-    if kind == "tool_use" and role == "assistant":
-        return [tool_use_block(part)]
-    if kind == "tool_result" and role == "user":
-        return [tool_result_block(part, openai_content(part, context, "tool"))]
-    if kind in _AUDIO_PARTS and role == "user":
-        raise Unsupported(
-            f"{part.path}: {kind} is not supported; send its content as text.",
-            param=part.path_of("type"),
-        )
-    if kind is None or kind in ("tool_use", "tool_result"):
-        raise part.invalid("type", "text, image_url or file")
-    if kind not in _THINKING_PARTS:
-        context.ignore(part.path)
-    return []
-
-
-def _openai_attachment(part: Fields, context: ParseContext) -> list[Block]:
-    kind = part.text("type")
-    if kind == "image":
-        return image_blocks(part, context)
-    if kind == "document":
-        return document_blocks(
-            part, context, lambda source: openai_content(source, context, "tool")
-        )
-    if kind in ("image_url", "input_image"):
-        return _openai_image(part, context)
-    file = part.child("file") or part
-    title = file.text("filename")
-    labels = {"title": title} if title else {}
-    for name in ("file_data", "file_url"):
-        if file.has(name):
-            sent = Attachment(file.required_text(name), file.path_of(name), labels=labels)
-            return context.attachments.blocks(sent)
-    _refuse_stored(file, "file_id" if file.has("file_id") else "file_data")
-
-
-def _openai_image(part: Fields, context: ParseContext) -> list[Block]:
-    value = part.object.get("image_url")
-    entry = Fields(value, part.path_of("image_url")) if isinstance(value, dict) else None
-    url = entry.text("url") if entry is not None else value
-    if not url and part.has("file_id"):
-        _refuse_stored(part, "file_id")
-    if not isinstance(url, str) or not url:
-        raise BadRequest(
-            f"{part.path_of('image_url')}: must hold the address of an image.",
-            param=part.path_of("image_url"), code="invalid_image_url",
-        )
-    return context.attachments.blocks(Attachment(url, part.path_of("image_url"), image_only=True))
-
-
-_NO_LOG_PROBABILITIES = "log probabilities are not supported"
-#: Unsupported parameters that would change the meaning of the answer, each with the reason.
-_UNSUPPORTED_CHAT_PARAMETERS = {
-    "logprobs": _NO_LOG_PROBABILITIES,
-    "top_logprobs": _NO_LOG_PROBABILITIES,
-    "audio": "audio output is not supported",
-}
-
-#: The largest `n` of a request.
-MAX_CHOICES = 8
-#: The largest number of answers to one legacy completions request.
-MAX_PROMPTS = 128
-
-
-def schema_of_format(entry: Fields | None, schema_field: str = "schema") -> OutputSchema | None:
-    """Return the schema of an answer's format, as any of the APIs writes it; None for plain text.
-
-    Raise BadRequest, with the path of `schema_field`, if the schema is missing.
-    """
-    if entry is None:
-        return None
-    kind = entry.one_of("type", ("text", "json_object", "json_schema"))
-    schema = (entry.child("json_schema") or entry).child("schema")
-    if kind == "text" or (kind is None and schema is None):
-        return None
-    if schema is None and kind == "json_object":
-        return _ANY_OBJECT
-    if schema is None:
-        raise entry.invalid(schema_field, "a JSON schema")
-    return read_output_schema(schema)
-
-
-def chat_output_schema(fields: Fields) -> OutputSchema | None:
-    """Return the schema in `response_format`, or else in Anthropic's `output_config`."""
-    own = schema_of_format(fields.child("response_format"), "json_schema.schema")
-    output = fields.settings("output_config", foreign=True)
-    return own or schema_of_format(output.child("format"))
+def finish_reason(stop_reason: str | None) -> str | None:
+    """Return OpenAI's reason for a stop reason of the API; None while the answer continues."""
+    return None if stop_reason is None else FINISH_REASONS.get(stop_reason, "stop")
 
 
 # ==== 18. Chat completions ===================================================
 # POST /v1/chat/completions, and the older POST /v1/completions: the same stream with text alone.
 
+_NO_LOG_PROBABILITIES = "log probabilities are not supported"
+#: The largest `n` of a request.
+MAX_CHOICES = 8
+#: The largest number of answers to one legacy completions request.
+MAX_PROMPTS = 128
 #: Fields of a message, besides `content`, that hold media.
 _MEDIA_FIELDS = ("images", "audio", "videos", "files", "attachments")
 
 
-def completion_head(fields: Fields, prefix: str, name: str) -> Json:
-    """Return the fields that all chunks of a completion repeat, and `include_usage`."""
-    stream_options = fields.child("stream_options") or Fields({})
-    return {
-        "id": new_id(prefix),
-        "created": int(time.time()),
-        "model": name,
-        "include_usage": stream_options.flag("include_usage"),
-    }
+class CompletionFormat(NamedTuple):
+    """What the answer to a chat or completions request repeats of it, and its form."""
+
+    id: str
+    created_s: int
+    model: str
+    #: Whether the stream ends with the usage.
+    include_usage: bool
+    #: Whether tools are called in the form that preceded `tools`.
+    has_functions: bool = False
+    #: The names of the tools whose input is a text.
+    custom_tools: frozenset[str] = frozenset()
+    #: The text at the head of each answer, in completions.
+    echo: tuple[str, ...] = ()
 
 
-class ChatDialect(Dialect):
+class CompletionDialect(Dialect):
+    """Base of the dialects whose answers have choices, and whose streams end with [DONE]."""
+
+    id_prefix: ClassVar[str] = ""
+
+    def _format(self, context: ParseContext) -> CompletionFormat:
+        stream_options = context.fields.child("stream_options") or Fields({})
+        return CompletionFormat(
+            new_id(self.id_prefix), int(time.time()), context.model_name,
+            stream_options.flag("include_usage"),
+        )
+
+    def body(self, turn: Turn, kind: str, **more: object) -> Json:
+        """Return the body of an answer or of a chunk."""
+        form: CompletionFormat = turn.reply_format
+        return {
+            "id": form.id, "object": kind, "created": form.created_s, "model": form.model, **more
+        }
+
+    def chunk(self, turn: Turn, choices: list[Json]) -> Json:
+        """Return the body of a chunk with these choices."""
+        raise NotImplementedError
+
+    def usage(self, turn: Turn, usages: Iterable[Usage]) -> Json:
+        """Return the usage object from the usage of each choice. The tokens of a prompt that all
+        choices answer are counted once."""
+        choices = list(usages)
+        prompts = [usage.prompt_tokens for usage in choices]
+        prompt_tokens = sum(prompts) if turn.other_prompts else max(prompts)
+        output_tokens = sum(usage.output_tokens for usage in choices)
+        body: Json = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": output_tokens,
+            "total_tokens": prompt_tokens + output_tokens,
+            "prompt_tokens_details": {"cached_tokens": max(u.cache_read_tokens for u in choices)},
+        }
+        reasoning = [u.reasoning_tokens for u in choices if u.reasoning_tokens is not None]
+        if reasoning:
+            body["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
+        return body
+
+
+class ChunkRenderer(Renderer):
+    """Renderer of a stream of chunks. Subclasses return the choices that an event adds to."""
+
+    def __init__(self, dialect: CompletionDialect, turn: Turn) -> None:
+        super().__init__(dialect, turn)
+        self._completion = dialect
+
+    def _is_answer(self, event: Event) -> bool:
+        # Nothing is sent when a text begins.
+        is_text = isinstance(event, BlockStarted) and event.block["type"] == "text"
+        return not is_text and super()._is_answer(event)
+
+    def _render(self, index: int, event: Event) -> bytes:
+        chunks = (
+            self._completion.chunk(self._turn, [choice]) for choice in self._choices(index, event)
+        )
+        return b"".join(map(sse_event, chunks))
+
+    def _choices(self, index: int, event: Event) -> Iterable[Json]:
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        done = b"data: [DONE]\n\n"
+        if not self._turn.reply_format.include_usage:
+            return done
+        usage = self._completion.usage(self._turn, self._usages)
+        return sse_event({**self._completion.chunk(self._turn, []), "usage": usage}) + done
+
+
+def with_function_call(choice: Json, field: str) -> Json | None:
+    """Return a choice with `function_call` in place of `tool_calls`, for requests that have
+    `functions`. None for a piece of another call than the first: there is room for one."""
+    said, reason = dict(choice[field]), choice["finish_reason"]
+    calls = said.pop("tool_calls", ())
+    if calls and calls[0].get("index"):
+        return None
+    if calls:
+        said["function_call"] = calls[0]["function"]
+    reason = "function_call" if reason == "tool_calls" else reason
+    return {**choice, field: said, "finish_reason": reason}
+
+
+class ChatDialect(CompletionDialect):
     """POST /v1/chat/completions."""
 
     name = "chat"
+    id_prefix = "chatcmpl-"
+    token_fields = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+    stop_fields = ("stop", "stop_sequences")
+    unsupported = MappingProxyType({
+        "logprobs": _NO_LOG_PROBABILITIES,
+        "top_logprobs": _NO_LOG_PROBABILITIES,
+        "audio": "audio output is not supported",
+    })
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        fields = Fields(body)
-        name, model = parsing.model(fields)
-        refuse_parameters(fields, _UNSUPPORTED_CHAT_PARAMETERS)
+    def _turn(self, context: ParseContext) -> Turn:
+        fields = context.fields
         if any(item != "text" for item in fields.items("modalities") or []):
             raise Unsupported("modalities: answers are text only.", param="modalities")
-        head = completion_head(fields, "chatcmpl-", name)
-        context = ParseContext(parsing.limits, model)
-        tools, choice, custom = self._tools(fields, context)
+        form = self._format(context)
+        tools, choice, custom = self._tools(context)
         output_schema = chat_output_schema(fields)
         prompt = build_prompt(
-            self._messages(fields, context), fields, parsing, context, "messages",
+            context, self._messages(context), "messages",
             after_assistant=_REFORMAT if output_schema else _CONTINUE,
         )
-        options, ignored = options_for(model, self._requested_options(fields, choice))
-        return Turn(
-            model=model,
-            system=prompt.system,
-            messages=prompt.messages,
-            options=options,
-            tools=tools,
-            tool_choice=choice,
-            output_schema=output_schema,
-            choices=fields.integer("n", 1, MAX_CHOICES) or 1,
-            session_id=fields.text(SESSION_FIELD) or "",
-            stream=fields.flag("stream"),
-            ignored=(*ignored, *context.ignored, *fields.ignored_paths()),
-            adjusted=context.adjusted,
-            wire={**head, "legacy_functions": uses_functions(fields), "custom": custom},
+        form = form._replace(has_functions=uses_functions(fields), custom_tools=custom)
+        choices = fields.integer("n", 1, MAX_CHOICES) or 1
+        turn = self._new_turn(
+            context, prompt, form, tools=tools, choice=choice, output_schema=output_schema
         )
-
-    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
-        names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-        limits = [fields.token_limit(name) for name in names]
-        return requested_options(
-            fields, next(filter(None, limits), None), ("stop", "stop_sequences"),
-            openai_thinking(fields), forces_tool=choice.forces,
-        )
+        return turn._replace(choices=choices)
 
     def _tools(
-        self, fields: Fields, context: ParseContext
+        self, context: ParseContext
     ) -> tuple[tuple[Tool, ...], ToolChoice, frozenset[str]]:
         """Return the tools, the tool choice, and the names of the custom tools."""
-        tools: list[Tool] = []
-        served: list[Fields] = []
+        fields, reader = context.fields, ToolReader(context)
         custom: set[str] = set()
         for entry in fields.objects("tools"):
             freeform = entry.child("custom")
@@ -6618,169 +6836,129 @@ class ChatDialect(Dialect):
             schema = "input_schema" if entry.has("input_schema") else "parameters"
             if entry.text("type") == "custom" and schema == "parameters":
                 freeform = freeform or entry
-                tools.append(freeform_tool(freeform, freeform.required_text("name")))
-                custom.add(tools[-1].name)
+                name = freeform.required_text("name")
+                reader.add(freeform_tool(freeform, name))
+                custom.add(name)
             elif entry.text("type") not in (None, "function") and schema == "parameters":
                 context.ignore(entry.path)
             elif definition is entry and not entry.has("name"):
                 raise entry.invalid("function", "an object")
             else:
-                tools.append(read_tool(definition, definition.required_text("name"), schema))
-                served += [entry] if definition is entry else [entry, definition]
+                tool = read_tool(definition, definition.required_text("name"), schema)
+                reader.add(tool, *([entry] if definition is entry else [entry, definition]))
         for entry in fields.objects("functions"):
-            tools.append(read_tool(entry, entry.required_text("name"), "parameters"))
+            reader.add(read_tool(entry, entry.required_text("name"), "parameters"))
         field = "tool_choice" if fields.has("tool_choice") else "function_call"
-        choice, allowed = openai_tool_choice(fields, field)
-        usable = only_allowed(unique_tools(tools, "tools"), allowed, context)
-        context.ignore(*unsupported_tool_fields(served))
-        return usable, checked_tool_choice(usable, choice, "tool_choice"), frozenset(custom)
+        return (*reader.chosen(*openai_tool_choice(fields, field)), frozenset(custom))
 
-    def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
+    def _messages(self, context: ParseContext) -> list[Message]:
+        fields, reader = context.fields, OpenAIContent(context)
         entries = fields.objects("messages")
         if not entries:
             raise fields.invalid("messages", "an array with at least one message")
-        messages = [Message("system", openai_content(fields, context, "system", "system"))]
+        messages = [Message("system", reader.blocks(fields, "system", "system"))]
         for entry in entries:
-            messages.append(self._parse_message(entry, context))
+            messages.append(self._message(entry, reader))
             context.ignore(*entry.ignored_paths(entry.object.keys() - set(_MEDIA_FIELDS)))
         return messages
 
-    def _parse_message(self, entry: Fields, context: ParseContext) -> Message:
+    def _message(self, entry: Fields, reader: OpenAIContent) -> Message:
         role = entry.text("role")
         if role in ("system", "developer"):
-            return Message("system", openai_content(entry, context, "system"))
+            return Message("system", reader.blocks(entry, "system"))
         if role == "user":
-            content = openai_content(entry, context, "user")
-            return Message("user", content + self._image_blocks(entry, context))
+            return Message("user", reader.blocks(entry, "user") + reader.images(entry))
         if role == "assistant":
-            content = openai_content(entry, context, "assistant")
+            content = reader.blocks(entry, "assistant")
             content += text_blocks(entry.text("refusal") or "")
-            return Message("assistant", content + self._call_blocks(entry, content))
+            return Message("assistant", content + self._calls(entry, content))
         if role not in ("tool", "function"):
             raise entry.invalid("role", "system, developer, user, assistant or tool")
-        result: Block = {
-            "type": "tool_result",
-            # The result of a function has no id: it belongs to the call before it.
-            "tool_use_id": entry.text("tool_call_id") or "",
-            "content": openai_content(entry, context, "tool"),
-            "name": entry.text("name"),
-        }
-        return Message("user", [result])
+        # The result of a function has no id: it belongs to the call before it.
+        call_id, content = entry.text("tool_call_id") or "", reader.blocks(entry, "tool")
+        return Message("user", [result_block(call_id, content, name=entry.text("name"))])
 
-    def _image_blocks(self, entry: Fields, context: ParseContext) -> list[Block]:
-        """Return the images in the field `images`, each base64 data or a content part."""
-        blocks: list[Block] = []
-        for index, each in enumerate(entry.items("images") or ()):
-            path = f"{entry.path_of('images')}[{index}]"
-            if isinstance(each, str):
-                blocks += context.attachments.blocks(Attachment(each, path, image_only=True))
-            else:
-                blocks += _openai_part(Fields(each, path), context, "user")
-        return blocks
-
-    def _call_blocks(self, entry: Fields, content: list[Block]) -> list[Block]:
+    def _calls(self, entry: Fields, content: list[Block]) -> list[Block]:
         """Return the tool calls of an assistant's message that are not in its `content`.
 
         Some clients send a call in both places. A call in `function_call` has no id.
         """
         in_content = [block for block in content if block["type"] == "tool_use"]
         known = {(plain_id(block["id"]), block["name"]) for block in in_content}
-        calls = [self._call_block(call) for call in entry.objects("tool_calls")]
+        calls = [self._call(call) for call in entry.objects("tool_calls")]
         calls = [each for each in calls if (plain_id(each["id"]), each["name"]) not in known]
         legacy = entry.child("function_call")
         if legacy is not None:
-            call = self._function_call_block("", legacy)
+            call = self._function_call("", legacy)
             if call["name"] not in [each["name"] for each in (*in_content, *calls)]:
                 calls.append(call)
         return calls
 
-    def _call_block(self, call: Fields) -> Block:
+    def _call(self, call: Fields) -> Block:
         call_id, custom = call.text("id") or "", call.child("custom")
         if custom is not None:
-            return {
-                "type": "tool_use", "id": call_id, "name": custom.required_text("name"),
-                "input": {"input": custom.text("input") or ""},
-            }
+            arguments = {"input": custom.text("input") or ""}
+            return call_block(call_id, custom.required_text("name"), arguments)
         function = call.child("function") or (call if call.has("name") else None)
         if function is None:
             raise call.invalid("function", "an object")
-        return self._function_call_block(call_id, function)
+        return self._function_call(call_id, function)
 
-    def _function_call_block(self, call_id: str, function: Fields) -> Block:
-        return {
-            "type": "tool_use", "id": call_id, "name": function.required_text("name"),
-            "input": parse_arguments(function.object.get("arguments")),
-        }
+    def _function_call(self, call_id: str, function: Fields) -> Block:
+        arguments = parse_arguments(function.object.get("arguments"))
+        return call_block(call_id, function.required_text("name"), arguments)
 
     # -- rendering ----------------------------------------------------------------------------
 
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
-        return {
-            "id": turn.wire["id"],
-            "object": "chat.completion",
-            "created": turn.wire["created"],
-            "model": turn.wire["model"],
-            "choices": [
-                {
-                    "index": index,
-                    "message": self._message(turn, answer),
-                    "logprobs": None,
-                    "finish_reason": self.finish_reason(turn, answer.stop_reason),
-                }
-                for index, answer in enumerate(answers)
-            ],
-            "usage": openai_usage(answer.usage for answer in answers),
-            "system_fingerprint": None,
-        }
+        choices = [
+            self.choice(turn, index, "message", self._answer(turn, answer), answer.stop_reason)
+            for index, answer in enumerate(answers)
+        ]
+        usage = self.usage(turn, (answer.usage for answer in answers))
+        return self.body(
+            turn, "chat.completion", choices=choices, usage=usage, system_fingerprint=None
+        )
 
-    def _message(self, turn: Turn, answer: Answer) -> Json:
-        text = answer.joined("text")
+    def choice(
+        self, turn: Turn, index: int, field: str, said: Json, stop_reason: str | None
+    ) -> Json | None:
+        """Return a choice with a "message" or a "delta", None if it would hold nothing."""
+        choice = {
+            "index": index, field: said, "logprobs": None,
+            "finish_reason": finish_reason(stop_reason),
+        }
+        return with_function_call(choice, field) if turn.reply_format.has_functions else choice
+
+    def _answer(self, turn: Turn, answer: Answer) -> Json:
+        text, thinking = answer.joined("text"), answer.joined("thinking")
         message: Json = {
             "role": "assistant",
             "content": None if (answer.calls or answer.refusal) and not text else text,
             "refusal": answer.refusal or None,
         }
-        thinking = answer.joined("thinking")
         if thinking:
             message["reasoning_content"] = thinking
-        calls = [self._call(turn, call) for call in answer.calls]
-        if calls and turn.wire["legacy_functions"]:
-            message["function_call"] = calls[0]["function"]
-        elif calls:
-            message["tool_calls"] = calls
+        if answer.calls:
+            message["tool_calls"] = [self._written_call(turn, call) for call in answer.calls]
         return message
 
-    def _call(self, turn: Turn, call: Block) -> Json:
+    def _written_call(self, turn: Turn, call: Block) -> Json:
         name = call["name"]
-        if name in turn.wire["custom"]:
+        if name in turn.reply_format.custom_tools:
             custom = {"name": name, "input": freeform_text(call["input"])}
             return {"id": call["id"], "type": "custom", "custom": custom}
         function = {"name": name, "arguments": json_text(call["input"])}
         return {"id": call["id"], "type": "function", "function": function}
 
-    def finish_reason(self, turn: Turn, stop_reason: str) -> str:
-        """Return OpenAI's finish reason for a stop reason of the API."""
-        if stop_reason == "tool_use" and turn.wire["legacy_functions"]:
-            return "function_call"
-        return FINISH_REASONS.get(stop_reason, "stop")
+    def chunk(self, turn: Turn, choices: list[Json]) -> Json:
+        usage = {"usage": None} if turn.reply_format.include_usage else {}
+        return self.body(
+            turn, "chat.completion.chunk", system_fingerprint=None, choices=choices, **usage
+        )
 
     def renderer(self, turn: Turn) -> Renderer:
         return ChatRenderer(self, turn)
-
-
-class ChunkRenderer(Renderer):
-    """Base of the renderers of chat and legacy completions: streams that end with [DONE]."""
-
-    def _chunk(self, choices: list[Json]) -> Json:
-        """Return the body of a chunk with these choices."""
-        raise NotImplementedError
-
-    def end(self) -> bytes:
-        done = b"data: [DONE]\n\n"
-        if not self._turn.wire["include_usage"]:
-            return done
-        usage = openai_usage(self._usages, one_prompt=not self._turn.other_prompts)
-        return sse_event({**self._chunk([]), "usage": usage}) + done
 
 
 class ChatRenderer(ChunkRenderer):
@@ -6788,32 +6966,18 @@ class ChatRenderer(ChunkRenderer):
 
     def __init__(self, dialect: ChatDialect, turn: Turn) -> None:
         super().__init__(dialect, turn)
-        self._choices = [ChatChoice(dialect, turn) for _ in range(turn.choices)]
+        self._chat = dialect
+        self._states = [ChatChoice(turn.reply_format) for _ in range(turn.choices)]
 
-    def _render(self, index: int, event: Event) -> bytes:
-        choice = self._choices[index]
-        chunks = [
-            self._chunk([{
-                "index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason,
-            }])
-            for delta, finish_reason in choice.deltas(event)
-        ]
-        if choice.answered:
-            self._answered.add(index)
-        return b"".join(map(sse_event, chunks))
+    def _choices(self, index: int, event: Event) -> Iterator[Json]:
+        for delta, stop_reason in self._states[index].deltas(event):
+            choice = self._chat.choice(self._turn, index, "delta", delta, stop_reason)
+            if choice is not None:
+                yield choice
 
-    def _chunk(self, choices: list[Json]) -> Json:
-        chunk: Json = {
-            "id": self._turn.wire["id"],
-            "object": "chat.completion.chunk",
-            "created": self._turn.wire["created"],
-            "model": self._turn.wire["model"],
-            "system_fingerprint": None,
-            "choices": choices,
-        }
-        if self._turn.wire["include_usage"]:
-            chunk["usage"] = None
-        return chunk
+
+#: The field of a chat chunk for each kind of Delta.
+_CHAT_FIELDS = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
 
 
 class ChatChoice:
@@ -6824,12 +6988,9 @@ class ChatChoice:
     with the stop reason "tool_use".
     """
 
-    def __init__(self, dialect: ChatDialect, turn: Turn) -> None:
-        self._dialect = dialect
-        self._turn = turn
+    def __init__(self, form: CompletionFormat) -> None:
+        self._custom_tools = form.custom_tools
         self._began = False
-        #: True once anything but thinking was sent.
-        self.answered = False
         #: The index of each tool call by its block, and the blocks of calls without arguments yet.
         self._calls: dict[int, int] = {}
         self._empty_calls: list[int] = []
@@ -6837,42 +6998,32 @@ class ChatChoice:
         self._readers: dict[int, FreeformReader] = {}
 
     def deltas(self, event: Event) -> Iterator[tuple[Json, str | None]]:
-        """Yield the deltas of an event with their finish reasons. The first has the role."""
-        for delta, finish_reason in self._deltas_for(event):
+        """Yield the deltas of an event, with the stop reason of the last. The first has the
+        role."""
+        for delta in self._deltas(event):
             if not self._began:
                 self._began = True
                 yield {"role": "assistant", "content": ""}, None
-            yield delta, finish_reason
+            yield delta, event.stop_reason if isinstance(event, Finished) and not delta else None
 
-    def _deltas_for(self, event: Event) -> Iterator[tuple[Json, str | None]]:
+    def _deltas(self, event: Event) -> Iterator[Json]:
         if isinstance(event, BlockStarted) and event.block.get("type") == "tool_use":
-            self.answered = True
-            if self._calls and self._turn.wire["legacy_functions"]:
-                # `function_call` has room for one call.
-                return
-            call = event.block
-            yield self._call_began(event.block_index, call["id"], call["name"]), None
+            yield self._call_started(event.block_index, event.block["id"], event.block["name"])
+        elif isinstance(event, Delta) and event.kind == "arguments":
+            yield from self._arguments(event)
+        elif isinstance(event, Delta) and event.kind in _CHAT_FIELDS:
+            if event.text or event.kind != "thinking":
+                yield {_CHAT_FIELDS[event.kind]: event.text}
         elif isinstance(event, Finished):
             for block_index in self._empty_calls if event.stop_reason == "tool_use" else ():
-                yield self._call(block_index, function={"arguments": "{}"}), None
+                yield self._call(block_index, function={"arguments": "{}"})
             for block_index, reader in self._readers.items():
                 yield from self._input(block_index, reader.close())
-            yield {}, self._dialect.finish_reason(self._turn, event.stop_reason)
-        elif isinstance(event, Delta):
-            self.answered = self.answered or event.kind in ("text", "arguments", "refusal")
-            if event.block_index in self._readers:
-                text = self._readers[event.block_index].feed(event.text)
-                yield from self._input(event.block_index, text)
-            elif event.kind == "arguments" and event.text and event.block_index in self._calls:
-                if event.block_index in self._empty_calls:
-                    self._empty_calls.remove(event.block_index)
-                yield self._call(event.block_index, function={"arguments": event.text}), None
-            if event.kind in _CHAT_FIELDS and (event.text or event.kind != "thinking"):
-                yield {_CHAT_FIELDS[event.kind]: event.text}, None
+            yield {}
 
-    def _call_began(self, block_index: int, call_id: str, name: str) -> Json:
+    def _call_started(self, block_index: int, call_id: str, name: str) -> Json:
         self._calls.setdefault(block_index, len(self._calls))
-        if name in self._turn.wire["custom"]:
+        if name in self._custom_tools:
             self._readers[block_index] = FreeformReader()
             custom = {"name": name, "input": ""}
             return self._call(block_index, id=call_id, type="custom", custom=custom)
@@ -6880,58 +7031,48 @@ class ChatChoice:
         function = {"name": name, "arguments": ""}
         return self._call(block_index, id=call_id, type="function", function=function)
 
-    def _input(self, block_index: int, text: str) -> Iterator[tuple[Json, str | None]]:
+    def _arguments(self, event: Delta) -> Iterator[Json]:
+        index = event.block_index
+        if index in self._readers:
+            yield from self._input(index, self._readers[index].feed(event.text))
+        elif event.text and index in self._calls:
+            if index in self._empty_calls:
+                self._empty_calls.remove(index)
+            yield self._call(index, function={"arguments": event.text})
+
+    def _input(self, block_index: int, text: str) -> Iterator[Json]:
         """Yield the delta of a custom tool's call, unless the text is empty."""
         if text:
-            yield self._call(block_index, custom={"input": text}), None
+            yield self._call(block_index, custom={"input": text})
 
     def _call(self, block_index: int, **fields: object) -> Json:
-        """Return the delta of a call, as `function_call` if the request has `functions`."""
-        if self._turn.wire["legacy_functions"]:
-            return {"function_call": fields["function"]}
         return {"tool_calls": [{"index": self._calls[block_index], **fields}]}
 
-
-#: The field of a chat chunk for each kind of Delta.
-_CHAT_FIELDS = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
 
 CHAT = ChatDialect()
 
 
-_UNSUPPORTED_COMPLETIONS_PARAMETERS = {
-    "suffix": "insertion before a suffix is not supported",
-    "logprobs": _NO_LOG_PROBABILITIES,
-}
-
-
-class CompletionsDialect(Dialect):
+class CompletionsDialect(CompletionDialect):
     """POST /v1/completions: each prompt is the user's only message; each answer is a choice."""
 
     name = "completions"
+    id_prefix = "cmpl-"
+    zero_tokens = True
+    unsupported = MappingProxyType({
+        "suffix": "insertion before a suffix is not supported",
+        "logprobs": _NO_LOG_PROBABILITIES,
+    })
 
-    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        fields = Fields(body)
-        name, model = parsing.model(fields)
-        refuse_parameters(fields, _UNSUPPORTED_COMPLETIONS_PARAMETERS)
-        prompts = self._prompts(fields)
-        conversations = [[Message("user", text_blocks(prompt))] for prompt in prompts]
-        options, ignored = options_for(model, self._requested_options(fields))
-        wire = {
-            **completion_head(fields, "cmpl-", name),
-            "echo": prompts if fields.flag("echo") else [""] * len(prompts),
-        }
-        return Turn(
-            model=model,
-            messages=conversations[0],
-            other_prompts=tuple(conversations[1:]),
-            options=options,
-            choices=len(prompts),
-            stream=fields.flag("stream"),
-            ignored=(*ignored, *fields.ignored_paths()),
-            wire=wire,
-        )
+    def _turn(self, context: ParseContext) -> Turn:
+        prompts = self._prompts(context.fields)
+        messages = [[Message("user", text_blocks(prompt))] for prompt in prompts]
+        form = self._format(context)
+        if context.fields.flag("echo"):
+            form = form._replace(echo=prompts)
+        turn = self._new_turn(context, Prompt("", messages[0]), form)
+        return turn._replace(choices=len(prompts), other_prompts=tuple(messages[1:]))
 
-    def _prompts(self, fields: Fields) -> list[str]:
+    def _prompts(self, fields: Fields) -> tuple[str, ...]:
         """Return the prompt of each choice: every prompt `n` times."""
         prompts = fields.texts("prompt")
         each = fields.integer("n", 1, MAX_CHOICES) or 1
@@ -6939,36 +7080,26 @@ class CompletionsDialect(Dialect):
             raise fields.invalid(
                 "prompt", f"text, or an array of texts, with at most {MAX_PROMPTS} answers in all"
             )
-        return [prompt for prompt in prompts for _ in range(each)]
-
-    def _requested_options(self, fields: Fields) -> RequestedOptions:
-        max_tokens = fields.token_limit("max_tokens", zero=True)
-        return requested_options(fields, max_tokens, ("stop",), openai_thinking(fields))
-
-    def body(self, turn: Turn, choices: list[Json]) -> Json:
-        """Return the body of an answer or of a chunk."""
-        return {
-            "id": turn.wire["id"],
-            "object": "text_completion",
-            "created": turn.wire["created"],
-            "model": turn.wire["model"],
-            "choices": choices,
-        }
+        return tuple(prompt for prompt in prompts for _ in range(each))
 
     def choice(self, index: int, text: str, stop_reason: str | None) -> Json:
         """Return a choice, or a piece of one if `stop_reason` is None."""
-        reason = None if stop_reason is None else FINISH_REASONS.get(stop_reason, "stop")
-        return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
+        return {
+            "text": text, "index": index, "logprobs": None,
+            "finish_reason": finish_reason(stop_reason),
+        }
 
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
+        echo = turn.reply_format.echo or [""] * len(answers)
         choices = [
-            self.choice(index, turn.wire["echo"][index] + answer.joined("text"), answer.stop_reason)
-            for index, answer in enumerate(answers)
+            self.choice(index, head + answer.joined("text"), answer.stop_reason)
+            for index, (head, answer) in enumerate(zip(echo, answers))
         ]
-        usage = openai_usage(
-            (answer.usage for answer in answers), one_prompt=not turn.other_prompts
-        )
-        return {**self.body(turn, choices), "usage": usage}
+        usage = self.usage(turn, (answer.usage for answer in answers))
+        return self.body(turn, "text_completion", choices=choices, usage=usage)
+
+    def chunk(self, turn: Turn, choices: list[Json]) -> Json:
+        return self.body(turn, "text_completion", choices=choices)
 
     def renderer(self, turn: Turn) -> Renderer:
         return CompletionsRenderer(self, turn)
@@ -6980,129 +7111,48 @@ class CompletionsRenderer(ChunkRenderer):
     def __init__(self, dialect: CompletionsDialect, turn: Turn) -> None:
         super().__init__(dialect, turn)
         self._completions = dialect
-        self._echo = dict(enumerate(turn.wire["echo"]))
+        self._echo = dict(enumerate(turn.reply_format.echo))
 
-    def _render(self, index: int, event: Event) -> bytes:
-        text, reason = "", None
-        if isinstance(event, Delta) and event.kind == "text":
-            self._answered.add(index)
-            text = event.text
-        elif isinstance(event, Finished):
-            reason = event.stop_reason
-        else:
-            return b""
-        choice = self._completions.choice(index, self._echo.pop(index, "") + text, reason)
-        return sse_event(self._chunk([choice]))
-
-    def _chunk(self, choices: list[Json]) -> Json:
-        return self._completions.body(self._turn, choices)
+    def _choices(self, index: int, event: Event) -> Iterator[Json]:
+        text = event.text if isinstance(event, Delta) and event.kind == "text" else None
+        reason = event.stop_reason if isinstance(event, Finished) else None
+        if text is not None or reason is not None:
+            text = self._echo.pop(index, "") + (text or "")
+            yield self._completions.choice(index, text, reason)
 
 
 COMPLETIONS = CompletionsDialect()
 
 
-#: Blocks of a history that are dropped. claude accepts no thinking from outside; the results of
-#: the API's own tools are passed on without the calls.
-
-
 # ==== 19. Messages ===========================================================
 # POST /v1/messages. Its blocks are those of a Turn, so most of them pass as they are.
 
-_OMITTED_BLOCKS = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_use")
-#: Types of blocks that are read, whatever they hold.
-_READABLE_BLOCKS = (*_OMITTED_BLOCKS, "text", "image", "document", "search_result", "tool_result")
-
-
-def is_block_in_result(block: Json) -> bool:
-    """Return True if an object in a tool's result is a content block, False if it is plain data
-    that happens to have a `type`, such as an entry of a listing."""
-    kind = block.get("type")
-    if not isinstance(kind, str):
-        return True
-    if kind in _PART_FIELDS:
-        return is_content_part(block)
-    known = (*_READABLE_BLOCKS, "tool_use", "tool_reference", "compaction")
-    return kind in known or kind.endswith("_tool_result")
-
-
-#: Fields in the results of the API's own tools that mean nothing to a model.
-_API_ONLY_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
-
-
-def server_tool_result(block: Fields) -> list[Block]:
-    """Return the result of a tool that the API or another server ran as a text block, because
-    claude accepts no such blocks in a history."""
-    name = str(block.text("type"))
-    content = _without_api_fields(block.object.get("content"))
-    if isinstance(content, str):
-        text = content
-    elif isinstance(content, list) and all(is_text_block(entry) for entry in content):
-        text = "\n".join(entry["text"] for entry in content)
-    else:
-        text = json_text(content)
-    return text_blocks(f"[{name}]\n{text}")
-
-
-def is_text_block(value: object) -> bool:
-    """Return True if `value` is a text block of the API."""
-    return isinstance(value, dict) and isinstance(value.get("text"), str)
-
-
-def _without_api_fields(value: object) -> object:
-    if isinstance(value, dict):
-        return {k: _without_api_fields(v) for k, v in value.items() if k not in _API_ONLY_FIELDS}
-    return [_without_api_fields(entry) for entry in value] if isinstance(value, list) else value
-
-
-#: Places of blocks: a message's role, or a tool's result. For each its name in error messages and
-#: the types of blocks that are not allowed there.
-_PLACES = {
-    "user": ("a user's message", ("tool_use",)),
-    "assistant": ("an assistant's message", ("tool_result", "image", "document")),
-    "system": ("a system prompt", ("tool_use", "tool_result", "image", "document")),
-    "result": ("the result of a tool", ("tool_use", "tool_result")),
-}
-
-
-#: Unused parameters that do not change the meaning of the answer: not reported as ignored.
-_HARMLESS_MESSAGES_PARAMETERS = (
-    "anthropic_beta", "anthropic_version", "betas", "cache_control", "metadata", "service_tier",
-)
-
 
 class MessagesDialect(Dialect):
-    """POST /v1/messages: Anthropic's API."""
+    """POST /v1/messages: Anthropic's API. The reply_format of its turns is the message's id."""
 
     name = "messages"
+    zero_tokens = True
+    stop_fields = ("stop_sequences",)
+    max_temperature = 1
+    harmless = (
+        "anthropic_beta", "anthropic_version", "betas", "cache_control", "metadata",
+        "service_tier",
+    )
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        fields = Fields(body)
+    def _turn(self, context: ParseContext) -> Turn:
+        fields = context.fields
         self._refuse_thread(fields)
-        _, model = parsing.model(fields)
-        context = ParseContext(parsing.limits, model)
-        tools = self._tools(fields, context)
-        choice = checked_tool_choice(tools, self._tool_choice(fields), "tool_choice")
-        messages = self._messages(fields, context)
-        output_schema = self._output_schema(fields)
-        prompt = build_prompt(messages, fields, parsing, context, "messages")
-        options, ignored = options_for(model, self._requested_options(fields, choice))
-        return Turn(
-            model=model,
-            system=prompt.system,
-            messages=prompt.messages,
-            options=options,
-            tools=tools,
-            tool_choice=choice,
-            output_schema=output_schema,
-            session_id=fields.text(SESSION_FIELD) or "",
-            stream=fields.flag("stream"),
-            ignored=(
-                *ignored, *context.ignored, *fields.ignored_paths(_HARMLESS_MESSAGES_PARAMETERS)
-            ),
-            adjusted=context.adjusted,
-            wire={"id": new_id("msg_")},
+        tools, choice = self._tools(context)
+        messages = self._messages(context)
+        output = fields.settings("output_config")
+        older_schema = schema_of_format(fields.child("output_format"))
+        output_schema = schema_of_format(output.child("format")) or older_schema
+        return self._new_turn(
+            context, build_prompt(context, messages, "messages"), new_id("msg_"),
+            tools=tools, choice=choice, output_schema=output_schema,
         )
 
     def _refuse_thread(self, fields: Fields) -> None:
@@ -7116,12 +7166,6 @@ class MessagesDialect(Dialect):
                 "details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
             }
             raise error
-
-    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
-        return requested_options(
-            fields, fields.token_limit("max_tokens", zero=True), ("stop_sequences",),
-            self._thinking(fields), max_temperature=1, forces_tool=choice.forces,
-        )
 
     def _thinking(self, fields: Fields) -> Thinking:
         """Return the requested thinking, none by default: without `thinking`, clients expect the
@@ -7143,117 +7187,41 @@ class MessagesDialect(Dialect):
             raise thinking.invalid("type", "enabled, adaptive, between_tools or disabled")
         return Thinking(effort, 0)
 
-    def _output_schema(self, fields: Fields) -> OutputSchema | None:
-        output = fields.settings("output_config")
-        older = schema_of_format(fields.child("output_format"))
-        return schema_of_format(output.child("format")) or older
-
-    def _tools(self, fields: Fields, context: ParseContext) -> tuple[Tool, ...]:
+    def _tools(self, context: ParseContext) -> tuple[tuple[Tool, ...], ToolChoice]:
         """Return the client's own tools; those that Anthropic defines are recorded as ignored."""
-        tools: list[Tool] = []
-        served: list[Fields] = []
-        for entry in fields.objects("tools"):
-            if entry.text("type") not in (None, "custom"):
-                context.ignore(entry.path)
+        reader = ToolReader(context)
+        for entry in context.fields.objects("tools"):
+            if entry.text("type") in (None, "custom"):
+                name = entry.required_text("name")
+                reader.add(read_tool(entry, name, "input_schema"), entry)
             else:
-                tools.append(read_tool(entry, entry.required_text("name"), "input_schema"))
-                served.append(entry)
-        context.ignore(*unsupported_tool_fields(served))
-        return unique_tools(tools, "tools")
-
-    def _tool_choice(self, fields: Fields) -> ToolChoice:
-        entry = fields.child("tool_choice")
-        if entry is None:
-            return ToolChoice()
+                context.ignore(entry.path)
+        entry = context.fields.child("tool_choice") or Fields({})
         kind = entry.one_of("type", ("auto", "any", "tool", "none")) or "auto"
         name = entry.required_text("name") if kind == "tool" else ""
-        return ToolChoice(kind, name, parallel=not entry.flag("disable_parallel_tool_use"))
+        parallel = not entry.flag("disable_parallel_tool_use")
+        return reader.chosen(ToolChoice(kind, name, parallel))
 
-    def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
-        messages = [Message("system", self._blocks(fields, "system", context, "system"))]
-        for entry in fields.objects("messages"):
+    def _messages(self, context: ParseContext) -> list[Message]:
+        reader = MessagesContent(context)
+        messages = [Message("system", reader.blocks(context.fields, "system", "system"))]
+        for entry in context.fields.objects("messages"):
             role = entry.one_of("role", ("user", "assistant", "system"))
             if role is None:
                 raise entry.invalid("role", "user or assistant")
-            blocks = self._blocks(entry, "content", context, role)
-            if role == "user" and not blocks and isinstance(entry.object.get("content"), list):
-                refuse_unreadable(entry.objects("content"), _READABLE_BLOCKS)
-            messages.append(Message(role, blocks))
+            messages.append(Message(role, reader.blocks(entry, role)))
         return messages
-
-    def _blocks(
-        self, entry: Fields, name: str, context: ParseContext, place: str
-    ) -> list[Block]:
-        """Return the blocks of a string or an array; `place` is a key of _PLACES.
-
-        Raise BadRequest for a block that is not allowed in that place.
-        """
-        value = entry.value(name)
-        if value is None:
-            return []
-        if isinstance(value, str):
-            return text_blocks(value)
-        if not isinstance(value, list):
-            raise entry.invalid(name, "a string or an array of blocks")
-        blocks: list[Block] = []
-        place_name, refused_types = _PLACES[place]
-        for block in entry.objects(name):
-            parsed = self._block(block, context, place)
-            for kind in (each["type"] for each in parsed):
-                if kind in refused_types:
-                    raise BadRequest(
-                        f"{block.path}: {kind} blocks are not allowed in {place_name}; remove it.",
-                        param=block.path,
-                    )
-            blocks += parsed
-        return blocks
-
-    def _block(self, block: Fields, context: ParseContext, place: str) -> list[Block]:
-        kind = block.text("type")
-        if place == "result" and not is_block_in_result(block.object):
-            return json_block(block.object)
-        if kind == "text":
-            text = block.text("text")
-            if text is None:
-                raise block.invalid("text", "a string")
-            return text_blocks(text)
-        if kind == "image":
-            return image_blocks(block, context)
-        if kind == "document":
-            return document_blocks(
-                block, context, lambda source: self._blocks(source, "content", context, "result")
-            )
-        if kind == "search_result":
-            named = labels_of(block, "title", "source")
-            return caption_blocks(named) + self._blocks(block, "content", context, "result")
-        if kind == "tool_use":
-            return [tool_use_block(block)]
-        if kind == "tool_result":
-            return [tool_result_block(block, self._blocks(block, "content", context, "result"))]
-        if kind == "tool_reference":
-            # A result of the client's tool search; the tool itself is in `tools`.
-            return text_blocks(f"The tool {block.required_text('tool_name')} is loaded.")
-        if kind is not None and kind.endswith("_tool_result"):
-            return server_tool_result(block)
-        if kind == "compaction":
-            return text_blocks(block.text("content") or "")
-        if kind is None:
-            raise block.invalid("type", "text, image, document, tool_use or tool_result")
-        if kind not in _OMITTED_BLOCKS:
-            context.ignore(block.path)
-        return []
 
     # -- rendering ----------------------------------------------------------------------------
 
     def message(self, turn: Turn, model: str, **fields: object) -> Json:
         """Return the message object; an empty `model` stands for the turn's model."""
         return {
-            "id": turn.wire["id"], "type": "message", "role": "assistant",
+            "id": turn.reply_format, "type": "message", "role": "assistant",
             "model": model or turn.model.id, **fields,
         }
 
     def usage(self, usage: Usage) -> Json:
-        """Return the usage object."""
         thinking = usage.reasoning_tokens
         details: Json = {"output_tokens_details": {"thinking_tokens": thinking}}
         return {
@@ -7335,8 +7303,6 @@ class MessagesRenderer(Renderer):
 
     def _frames_of(self, event: Event) -> bytes:
         if isinstance(event, BlockStarted):
-            if "thinking" not in event.block["type"]:
-                self._answered.add(0)
             self._open = event.block_index + self._offset
             self._next = self._open + 1
             return self._frame("content_block_start", index=self._open, content_block=event.block)
@@ -7368,9 +7334,9 @@ class MessagesRenderer(Renderer):
         return self._frame("content_block_stop", index=index)
 
     def _finish(self, event: Finished) -> bytes:
-        reason = "refusal" if self._refused else event.stop_reason
         delta = {
-            "stop_reason": reason, "stop_sequence": event.stop_sequence,
+            "stop_reason": "refusal" if self._refused else event.stop_reason,
+            "stop_sequence": event.stop_sequence,
             **self._messages.stop_details(event.stop_details),
         }
         usage = self._messages.usage(event.usage)
@@ -7398,37 +7364,6 @@ MESSAGES = MessagesDialect()
 # output items.
 
 
-def input_items(fields: Fields, parsing: ParseEnvironment) -> list[Fields]:
-    """Return the items of a request, with references replaced by the stored items. A string is
-    one user message. Raise BadRequest or NotFound."""
-    value = fields.value("input")
-    if isinstance(value, str):
-        return [Fields({"role": "user", "content": value}, "input")]
-    return [
-        Fields(parsing.item(item.required_text("id")), item.path)
-        if item.text("type") == "item_reference" else item
-        for item in fields.objects("input")
-    ]
-
-
-def stored_item(item: Fields) -> Json:
-    """Return an input item as GET input_items lists it: with an id, and with content parts."""
-    kind = item.text("type") or "message"
-    form = _FORMS_BY_ITEM.get(kind)
-    prefix = "msg_" if kind == "message" else form.id_prefix if form else "item_"
-    stored: Json = {"status": "completed", **item.object, "type": kind}
-    own_id = item.object.get("id")
-    stored["id"] = own_id if own_id and isinstance(own_id, str) else new_id(prefix)
-    if kind == "message" and isinstance(stored.get("content"), str):
-        part = "output_text" if stored.get("role") == "assistant" else "input_text"
-        stored["content"] = [{"type": part, "text": stored["content"]}]
-    return stored
-
-
-#: Values in responses of unfinished streams, in place of the request's, which may be long.
-_OMITTED_UNTIL_END: Json = {"instructions": None, "tools": []}
-
-
 class CallForm(NamedTuple):
     """The item that represents calls of one kind of tool."""
 
@@ -7446,16 +7381,12 @@ class CallForm(NamedTuple):
 
     def block(self, item: Fields) -> Block:
         """Return the tool_use block of a call item."""
-        space = item.text("namespace") or ""
+        item_id, space = item.text("id") or "", item.text("namespace") or ""
         name = self.tool or qualified_name(space, item.required_text("name"))
-        return {
-            "type": "tool_use",
-            "id": item.text("call_id") or item.text("id") or "",
-            "item_id": item.text("id") or "",
-            "name": name,
-            # Newer computer calls have `actions` instead of `action`.
-            "input": self.read(item.object.get(self.field, item.object.get(self.field + "s"))),
-        }
+        # Newer computer calls have `actions` instead of `action`.
+        value = item.object.get(self.field, item.object.get(self.field + "s"))
+        block = call_block(item.text("call_id") or item_id, name, self.read(value))
+        return {**block, "item_id": item_id}
 
     def new_item(self, call_id: str, name_fields: Json) -> Json:
         """Return the item of a new call, without arguments; `name_fields` name its tool."""
@@ -7463,6 +7394,10 @@ class CallForm(NamedTuple):
             "id": new_id(self.id_prefix), "type": self.item_type, "status": "in_progress",
             self.field: "" if self.event else self.write({}), "call_id": call_id, **name_fields,
         }
+
+    def finished(self, item: Json, arguments: Json) -> Json:
+        """Return the item with its whole arguments."""
+        return {**item, "status": "completed", self.field: self.write(arguments)}
 
 
 def _without_nulls(value: object) -> Json:
@@ -7506,50 +7441,51 @@ _CALL_FORMS = {
 _FORMS_BY_ITEM = {form.item_type: form for form in _CALL_FORMS.values()}
 
 
-def _output_blocks(item: Fields, context: ParseContext) -> list[Block]:
-    return openai_content(item, context, "tool", "output")
+def input_items(fields: Fields, parsing: ParseEnvironment) -> list[Fields]:
+    """Return the items of a request, with references replaced by the stored items. A string is
+    one user message. Raise BadRequest or NotFound."""
+    value = fields.value("input")
+    if isinstance(value, str):
+        return [Fields({"role": "user", "content": value}, "input")]
+    return [
+        Fields(parsing.item(item.required_text("id")), item.path)
+        if item.text("type") == "item_reference" else item
+        for item in fields.objects("input")
+    ]
 
 
-def _patch_result_blocks(item: Fields, context: ParseContext) -> list[Block]:
-    return _output_blocks(item, context) or text_blocks(item.text("status") or "")
-
-
-def _screenshot_blocks(item: Fields, context: ParseContext) -> list[Block]:
-    output = item.object.get("output")
-    if not isinstance(output, dict) or not output.get("image_url"):
-        return _output_blocks(item, context)
-    image = Fields({**output, "type": "input_image"}, item.path_of("output"))
-    return _openai_part(image, context, "tool")
-
-
-def _found_tools_blocks(item: Fields, context: ParseContext) -> list[Block]:
-    return json_block(item.items("tools") or [])
-
-
-def _program_result_blocks(item: Fields, context: ParseContext) -> list[Block]:
-    return openai_content(item, context, "tool", "result")
+def stored_item(item: Fields) -> Json:
+    """Return an input item as GET input_items lists it: with an id, and with content parts."""
+    kind = item.text("type") or "message"
+    form = _FORMS_BY_ITEM.get(kind)
+    prefix = "msg_" if kind == "message" else form.id_prefix if form else "item_"
+    stored: Json = {"status": "completed", **item.object, "type": kind}
+    own_id = item.object.get("id")
+    stored["id"] = own_id if own_id and isinstance(own_id, str) else new_id(prefix)
+    if kind == "message" and isinstance(stored.get("content"), str):
+        part = "output_text" if stored.get("role") == "assistant" else "input_text"
+        stored["content"] = [{"type": part, "text": stored["content"]}]
+    return stored
 
 
 #: Content parts of the user that some clients send as items, without a message around them.
 _PARTS_AS_ITEMS = ("text", "input_text", "input_image", "input_file", "input_audio", "input_video")
-#: The functions that read results which clients send, by the type of the item.
-_RESULT_READERS: dict[str, Callable[[Fields, ParseContext], list[Block]]] = {
-    "function_call_output": _output_blocks,
-    "custom_tool_call_output": _output_blocks,
-    "local_shell_call_output": _output_blocks,
-    "shell_call_output": _output_blocks,
-    "apply_patch_call_output": _patch_result_blocks,
-    "computer_call_output": _screenshot_blocks,
-    "tool_search_output": _found_tools_blocks,
-    "program_output": _program_result_blocks,
+#: The fields with the content of results which clients send, by the type of the item.
+_RESULT_FIELDS = {
+    "function_call_output": "output",
+    "custom_tool_call_output": "output",
+    "local_shell_call_output": "output",
+    "shell_call_output": "output",
+    "apply_patch_call_output": "output",
+    "computer_call_output": "output",
+    "tool_search_output": "tools",
+    "program_output": "result",
 }
-
 #: Items of calls that another server ran: the fields with the arguments and with the results.
 _HOSTED_CALLS = {
     "mcp_call": ("arguments", ("output", "error")),
     "code_interpreter_call": ("code", ("outputs",)),
 }
-
 #: Items that become a text block: the role of the message, and the fields in the text.
 _ITEMS_AS_TEXT = {
     "web_search_call": ("assistant", ("action",)),
@@ -7560,36 +7496,79 @@ _ITEMS_AS_TEXT = {
 }
 
 
-def _result_message(
-    item: Fields, call_id: str, content: list[Block], *, failed: bool = False
-) -> Message:
-    result: Block = {
-        "type": "tool_result", "tool_use_id": call_id, "content": content,
-        "name": item.object.get("name"),
-    }
-    failed = failed or item.object.get("status") == "failed"
-    return Message("user", [{**result, "is_error": True} if failed else result])
+class ItemReader:
+    """Reads the input items of a request into messages."""
 
+    def __init__(self, context: ParseContext) -> None:
+        self._context = context
+        self._content = OpenAIContent(context)
 
-def hosted_call_messages(item: Fields, kind: str) -> list[Message]:
-    """Return the messages with the call and the result of a tool that another server ran."""
-    argument_field, result_fields = _HOSTED_CALLS[kind]
-    name, value = item.text("name") or kind[:-len("_call")], item.object.get(argument_field)
-    is_arguments = argument_field == "arguments"
-    call: Block = {
+    def messages(self, item: Fields) -> list[Message]:
+        """Return the messages of an item; items that mean nothing to a model are dropped."""
+        kind = item.text("type") or "message"
+        if kind in _PARTS_AS_ITEMS:
+            return [Message("user", self._content.part(item, "user"))]
+        if kind in _FORMS_BY_ITEM:
+            return [Message("assistant", [_FORMS_BY_ITEM[kind].block(item)])]
+        if kind in _RESULT_FIELDS:
+            content = self._result_content(item, kind)
+            return [self._result(item, item.text("call_id") or item.text("id") or "", content)]
+        if kind in _HOSTED_CALLS:
+            return self._hosted_call(item, kind)
+        if kind in _ITEMS_AS_TEXT:
+            role, names = _ITEMS_AS_TEXT[kind]
+            values = {name: item.object[name] for name in names if item.has(name)}
+            return [Message(role, text_blocks(f"[{kind}]\n{json_text(values)}"))]
+        is_message = item.has("role") and item.has("content") and kind != "reasoning"
+        if kind == "message" or is_message:
+            return [self._message(item)]
+        summary = compaction_text(item) if kind in ("compaction", "compaction_summary") else ""
+        if not summary and kind != "reasoning":
+            self._context.ignore(item.path)
+        return [Message("user", text_blocks(summary))]
+
+    def _message(self, item: Fields) -> Message:
+        role = item.one_of("role", ("system", "developer", "user", "assistant"))
+        if role is None:
+            raise item.invalid("role", "system, developer, user or assistant")
+        role = "system" if role == "developer" else role
+        return Message(role, self._content.blocks(item, role))
+
+    def _result_content(self, item: Fields, kind: str) -> list[Block]:
+        if kind == "tool_search_output":
+            return json_block(item.items("tools") or [])
+        output = item.object.get("output")
+        if kind == "computer_call_output" and isinstance(output, dict) and output.get("image_url"):
+            image = Fields({**output, "type": "input_image"}, item.path_of("output"))
+            return self._content.part(image, "tool")
+        content = self._content.blocks(item, "tool", _RESULT_FIELDS[kind])
+        if kind == "apply_patch_call_output" and not content:
+            return text_blocks(item.text("status") or "")
+        return content
+
+    def _result(
+        self, item: Fields, call_id: str, content: list[Block], *, failed: bool = False
+    ) -> Message:
+        failed = failed or item.object.get("status") == "failed"
+        name = item.object.get("name")
+        return Message("user", [result_block(call_id, content, name=name, failed=failed)])
+
+    def _hosted_call(self, item: Fields, kind: str) -> list[Message]:
+        """Return the messages with the call and the result of a tool that another server ran."""
+        argument_field, result_fields = _HOSTED_CALLS[kind]
+        name, value = item.text("name") or kind[:-len("_call")], item.object.get(argument_field)
+        is_arguments = argument_field == "arguments"
         # Without an id, its result could be matched with another call.
-        "type": "tool_use", "id": item.text("id") or f"hosted {item.path}",
-        "name": qualified_name(item.text("server_label") or "", name),
-        "input": parse_arguments(value) if is_arguments else {argument_field: value},
-    }
-    results = [item.object[field] for field in result_fields if item.has(field)]
-    texts = [each if isinstance(each, str) else json_text(each) for each in results]
-    content = text_blocks("\n".join(texts))
-    failed = item.has("error")
-    return [
-        Message("assistant", [call]),
-        _result_message(item, str(call["id"]), content, failed=failed),
-    ]
+        call_id = item.text("id") or f"hosted {item.path}"
+        call = call_block(
+            call_id, qualified_name(item.text("server_label") or "", name),
+            parse_arguments(value) if is_arguments else {argument_field: value},
+        )
+        results = [item.object[field] for field in result_fields if item.has(field)]
+        texts = [each if isinstance(each, str) else json_text(each) for each in results]
+        content = text_blocks("\n".join(texts))
+        result = self._result(item, call_id, content, failed=item.has("error"))
+        return [Message("assistant", [call]), result]
 
 
 #: The start of the encrypted_content of compaction items that this server made.
@@ -7611,125 +7590,145 @@ def compaction_text(item: Fields) -> str:
     return ""
 
 
-def new_item(turn: Turn, block: Block) -> Json:
-    """Return the output item of a block that has just started."""
+def is_user_message(message: Message) -> bool:
+    """Return whether the user wrote a message; others hold tool results."""
+    return message.role == "user" and not message.has_results
+
+
+def user_message_item(message: Message) -> Json:
+    """Return the input item of a user's message, without its images."""
+    texts = [block["text"] for block in message.content if block["type"] == "text"]
+    parts = [{"type": "input_text", "text": text} for text in texts]
+    return {"id": new_id("msg_"), "type": "message", "role": "user", "content": parts}
+
+
+class PartForm(NamedTuple):
+    """How the text of one kind of block is written: as the only part of an item."""
+
+    #: The stem of the names of the text's events, and that of the part's events.
+    event: str
+    part_event: str
+    #: The field of the item that holds the part.
+    field: str
+    #: The part without its text, and the field of the text.
+    empty: Json
+    text_field: str
+    #: More fields of the events with the text.
+    more: Json
+
+    def part(self, text: str) -> Json:
+        return {**self.empty, self.text_field: text}
+
+    def finished(self, item: Json, text: str) -> Json:
+        """Return the item with its whole text."""
+        status = {"status": "completed"} if "status" in item else {}
+        return {**item, **status, self.field: [self.part(text)]}
+
+
+_PART_FORMS = {
+    "text": PartForm(
+        "output_text", "content_part", "content",
+        {"type": "output_text", "text": "", "annotations": [], "logprobs": []}, "text",
+        {"logprobs": []},
+    ),
+    "refusal": PartForm(
+        "refusal", "content_part", "content", {"type": "refusal"}, "refusal", {}
+    ),
+    "thinking": PartForm(
+        "reasoning_summary_text", "reasoning_summary_part", "summary",
+        {"type": "summary_text"}, "text", {},
+    ),
+}
+
+
+def new_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
+    """Return the output item of a block that has just started. `forms` has the form of the calls
+    of each tool."""
     if block["type"] == "thinking":
         return {"id": new_id("rs_"), "type": "reasoning", "summary": []}
     if block["type"] == "tool_use":
         plain = (_CALL_FORMS["function"], {"name": block["name"]})
-        form, name_fields = turn.wire["forms"].get(block["name"], plain)
-        return dict(form.new_item(block["id"], name_fields))
+        form, name_fields = forms.get(block["name"], plain)
+        return form.new_item(block["id"], name_fields)
     return {
         "id": new_id("msg_"), "type": "message", "status": "in_progress", "role": "assistant",
         "content": [],
     }
 
 
-def content_part(kind: str, text: str) -> Json:
-    """Return the part of an item with the text of a block of this kind."""
-    if kind == "thinking":
-        return {"type": "summary_text", "text": text}
-    if kind == "refusal":
-        return {"type": "refusal", "refusal": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def finished_item(item: Json, block: Block) -> Json:
-    """Return the item of a complete block."""
-    kind = block["type"]
+def output_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
+    """Return the output item of a complete block."""
+    item, kind = new_item(forms, block), block["type"]
     if kind == "tool_use":
-        form = _FORMS_BY_ITEM[item["type"]]
-        return {**item, "status": "completed", form.field: form.write(block["input"])}
-    if kind == "thinking":
-        return {**item, "summary": [content_part(kind, block.get("thinking", ""))]}
-    return {**item, "status": "completed", "content": [content_part(kind, block["text"])]}
-
-
-#: For each kind of block the stem of its event names, and the field of the item that holds its
-#: part; calls have no part.
-_RESPONSES_EVENTS = {
-    "text": ("output_text", "content"),
-    "refusal": ("refusal", "content"),
-    "thinking": ("reasoning_summary_text", "summary"),
-    "tool_use": ("", ""),
-}
+        return _FORMS_BY_ITEM[item["type"]].finished(item, block["input"])
+    return _PART_FORMS[kind].finished(item, block.get(kind, ""))
 
 
 # ==== 21. Responses ==========================================================
 # POST /v1/responses and POST /v1/responses/compact.
 
-#: Unused parameters that do not change the meaning of the answer: not reported as ignored.
-_HARMLESS_RESPONSES_PARAMETERS = (
-    "client_metadata", "include", "stream_options", "truncation",
-)
+#: Values in responses of unfinished streams, in place of the request's, which may be long.
+_OMITTED_UNTIL_END: Json = {"instructions": None, "tools": []}
+_NOT_STORED_INPUT = "no {}s are stored here; send the items in input"
+
+
+class ResponseFormat(NamedTuple):
+    """What is kept of a request to write and to store its response."""
+
+    #: The response's id and time, and the fields of the request that it repeats.
+    echo: Json
+    is_stored: bool
+    #: Whether the output has the model's thinking.
+    has_summary: bool
+    #: For each tool's name how its calls are written: the form, and the fields that name the tool.
+    forms: Mapping[str, tuple[CallForm, Json]]
+    #: The system messages of the input.
+    opening: list[Message]
+    #: The input items to store.
+    items: list[Fields]
+    #: The user's messages that a compaction keeps.
+    user_items: list[Json] = []
 
 
 class ResponsesDialect(Dialect):
     """POST /v1/responses: OpenAI's API in which prompts and answers are lists of items."""
 
     name = "responses"
+    token_fields = ("max_output_tokens",)
+    unsupported = MappingProxyType({
+        name: _NOT_STORED_INPUT.format(name) for name in ("conversation", "prompt")
+    })
+    harmless = ("client_metadata", "include", "stream_options", "truncation")
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        fields = Fields(body)
-        name, model = parsing.model(fields)
-        for field in ("conversation", "prompt"):
-            if fields.has(field):
-                raise Unsupported(
-                    f"{field}: no {field}s are stored here; send the items in input.", param=field
-                )
-        context = ParseContext(parsing.limits, model)
-        tools, choice, forms = self._tools(fields, context)
-        output_schema = self._output_schema(fields)
+    def _turn(self, context: ParseContext) -> Turn:
+        fields = context.fields
+        tools, choice, forms = self._tools(context)
+        schema = schema_of_format(fields.settings("text").child("format"))
+        schema = schema or chat_output_schema(fields)
         prompt = build_prompt(
-            self._messages(fields, parsing, context), Fields({}), parsing, context, "input",
+            context, self._messages(context), "input", has_session=False,
             instructions=fields.text("instructions") or "",
-            after_assistant=_REFORMAT if output_schema else _CONTINUE,
+            after_assistant=_REFORMAT if schema else _CONTINUE,
         )
-        wire = self._wire(fields, name, prompt, forms, parsing)
-        options, ignored = options_for(model, self._requested_options(fields, choice))
-        return Turn(
-            model=model,
-            system=prompt.system,
-            messages=prompt.messages,
-            options=options,
-            tools=tools,
-            tool_choice=choice,
-            output_schema=output_schema,
-            stream=fields.flag("stream"),
-            ignored=(
-                *ignored, *context.ignored, *fields.ignored_paths(_HARMLESS_RESPONSES_PARAMETERS)
-            ),
-            adjusted=context.adjusted,
-            wire=wire,
+        reasoning, is_stored = fields.settings("reasoning"), fields.value("store") is not False
+        form = ResponseFormat(
+            self._echo(context, reasoning), is_stored, is_non_default(reasoning.value("summary")),
+            forms, prompt.opening, input_items(fields, context.parsing) if is_stored else [],
+        )
+        return self._new_turn(
+            context, prompt, form, tools=tools, choice=choice, output_schema=schema
         )
 
-    def _wire(
-        self, fields: Fields, name: str, prompt: Prompt, forms: Mapping[str, object],
-        parsing: ParseEnvironment,
-    ) -> Json:
-        """Return the values of `Turn.wire`, used to render and to store the answer."""
-        reasoning = fields.settings("reasoning")
-        stored = fields.value("store") is not False
-        return {
-            "echo": self._echo(fields, name, reasoning),
-            "store": stored,
-            "summary": is_non_default(reasoning.value("summary")),
-            "forms": forms,
-            "opening": prompt.opening,
-            "items": input_items(fields, parsing) if stored else [],
-        }
-
-    def _echo(self, fields: Fields, name: str, reasoning: Fields) -> Json:
-        """Return the response's id and time, and the request's fields that it repeats."""
-        sent = fields.object
+    def _echo(self, context: ParseContext, reasoning: Fields) -> Json:
+        sent = context.fields.object
         text: Json = sent["text"] if isinstance(sent.get("text"), dict) else {}
         return {
             "id": new_id("resp_"),
             "object": "response",
             "created_at": int(time.time()),
-            "model": name,
+            "model": context.model_name,
             "instructions": sent.get("instructions"),
             "max_output_tokens": sent.get("max_output_tokens"),
             "metadata": sent.get("metadata") or {},
@@ -7748,23 +7747,11 @@ class ResponsesDialect(Dialect):
             "truncation": "disabled",
         }
 
-    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
-        return requested_options(
-            fields, fields.token_limit("max_output_tokens"), ("stop",), openai_thinking(fields),
-            forces_tool=choice.forces,
-        )
-
-    def _output_schema(self, fields: Fields) -> OutputSchema | None:
-        own = schema_of_format(fields.settings("text").child("format"))
-        return own or chat_output_schema(fields)
-
     def _tools(
-        self, fields: Fields, context: ParseContext
+        self, context: ParseContext
     ) -> tuple[tuple[Tool, ...], ToolChoice, dict[str, tuple[CallForm, Json]]]:
-        """Return the tools, the tool choice, and for each tool's name how its calls are written:
-        the form, and the fields of the item that name the tool."""
-        tools: list[Tool] = []
-        served: list[Fields] = []
+        """Return the tools, the tool choice, and the call forms for ResponseFormat."""
+        fields, reader = context.fields, ToolReader(context)
         forms: dict[str, tuple[CallForm, Json]] = {}
         for entry, space in self._tool_entries(fields):
             kind = entry.text("type") or ""
@@ -7772,17 +7759,12 @@ class ResponsesDialect(Dialect):
             if tool is None:
                 context.ignore(entry.path)
                 continue
-            tools.append(tool)
-            if kind == "function":
-                served.append(entry)
+            reader.add(tool, *([entry] if kind == "function" else []))
             name_fields: Json = {} if kind in CLIENT_TOOLS else {"name": entry.text("name")}
             if space:
                 name_fields["namespace"] = space
             forms[tool.name] = (_CALL_FORMS[kind], name_fields)
-        choice, allowed = openai_tool_choice(fields, "tool_choice")
-        usable = only_allowed(unique_tools(tools, "tools"), allowed, context)
-        context.ignore(*unsupported_tool_fields(served))
-        return usable, checked_tool_choice(usable, choice, "tool_choice"), forms
+        return (*reader.chosen(*openai_tool_choice(fields, "tool_choice")), forms)
 
     def _tool(self, entry: Fields, kind: str, space: str) -> Tool | None:
         """Return the tool of an entry, None for a tool that only OpenAI can run."""
@@ -7806,51 +7788,22 @@ class ResponsesDialect(Dialect):
             else:
                 yield entry, ""
 
-    def _messages(
-        self, fields: Fields, parsing: ParseEnvironment, context: ParseContext
-    ) -> list[Message]:
+    def _messages(self, context: ParseContext) -> list[Message]:
         """Return the stored messages of the previous response, followed by the new ones."""
-        previous_id = fields.text("previous_response_id")
-        earlier = parsing.recall(previous_id) if previous_id else []
+        previous_id = context.fields.text("previous_response_id")
+        earlier = context.parsing.recall(previous_id) if previous_id else []
         messages = [Message(message.role, list(message.content)) for message in earlier]
-        for item in input_items(fields, parsing):
-            messages += self._item_messages(item, item.text("type") or "message", context)
+        reader = ItemReader(context)
+        for item in input_items(context.fields, context.parsing):
+            messages += reader.messages(item)
         return messages
-
-    def _item_messages(self, item: Fields, kind: str, context: ParseContext) -> list[Message]:
-        """Return the messages of an input item; items that mean nothing to a model are dropped."""
-        if kind == "message":
-            role = item.one_of("role", ("system", "developer", "user", "assistant"))
-            if role is None:
-                raise item.invalid("role", "system, developer, user or assistant")
-            role = "system" if role == "developer" else role
-            return [Message(role, openai_content(item, context, role))]
-        if kind in _PARTS_AS_ITEMS:
-            return [Message("user", _openai_part(item, context, "user"))]
-        if kind in _FORMS_BY_ITEM:
-            return [Message("assistant", [_FORMS_BY_ITEM[kind].block(item)])]
-        if kind in _RESULT_READERS:
-            content = _RESULT_READERS[kind](item, context)
-            return [_result_message(item, item.text("call_id") or item.text("id") or "", content)]
-        if kind in _HOSTED_CALLS:
-            return hosted_call_messages(item, kind)
-        if kind in _ITEMS_AS_TEXT:
-            role, names = _ITEMS_AS_TEXT[kind]
-            values = {name: item.object[name] for name in names if item.has(name)}
-            return [Message(role, text_blocks(f"[{kind}]\n{json_text(values)}"))]
-        if item.has("role") and item.has("content") and kind != "reasoning":
-            return self._item_messages(item, "message", context)
-        summary = compaction_text(item) if kind in ("compaction", "compaction_summary") else ""
-        if not summary and kind != "reasoning":
-            context.ignore(item.path)
-        return [Message("user", text_blocks(summary))]
 
     # -- rendering ----------------------------------------------------------------------------
 
     def body(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
         """Return the response object."""
         return {
-            **turn.wire["echo"], "status": status, "output": output, "usage": None,
+            **turn.reply_format.echo, "status": status, "output": output, "usage": None,
             "error": None, "incomplete_details": None, **more,
         }
 
@@ -7876,27 +7829,23 @@ class ResponsesDialect(Dialect):
         )
 
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
-        answer = answers[0]
-        blocks = [
-            block
-            for block in answer.blocks
-            if block["type"] in ("text", "tool_use")
-            or (block["type"] == "thinking" and turn.wire["summary"])
-        ]
+        answer, form = answers[0], turn.reply_format
+        kinds = ("text", "tool_use", "thinking") if form.has_summary else ("text", "tool_use")
+        blocks = [block for block in answer.blocks if block["type"] in kinds]
         if answer.refusal:
-            blocks.append({"type": "refusal", "text": answer.refusal})
-        output = [finished_item(new_item(turn, block), block) for block in blocks]
+            blocks.append({"type": "refusal", "refusal": answer.refusal})
+        output = [output_item(form.forms, block) for block in blocks]
         return self.final_body(turn, output, answer.stop_reason, answer.usage)
 
     def renderer(self, turn: Turn) -> Renderer:
         return ResponsesRenderer(self, turn)
 
     def stores(self, turn: Turn) -> bool:
-        return bool(turn.wire["store"])
+        return bool(turn.reply_format.is_stored)
 
     def stored_system_messages(self, turn: Turn) -> list[Message]:
         """Return the system messages of the input. `instructions` are for one response only."""
-        return list(turn.wire["opening"])
+        return list(turn.reply_format.opening)
 
 
 #: Error codes, besides invalid_prompt, after which Codex does not retry.
@@ -7923,13 +7872,15 @@ class ResponsesRenderer(Renderer):
         self._responses = dialect
         self._sequence_number = 0
         self._output: list[Json] = []
-        #: The open item, its kind of block, and the pieces of its text or arguments.
+        #: The open item, and how it is written: one of the two forms.
         self._item: Json | None = None
-        self._kind = ""
-        self._pieces: list[str] = []
-        #: For the call of a custom tool: the reader of its input, and the pieces it returned.
+        self._part: PartForm | None = None
+        self._call: CallForm | None = None
+        #: For the call of a custom tool: the reader of its input.
         self._reader: FreeformReader | None = None
-        self._input_pieces: list[str] = []
+        #: The pieces of the open item, as they came and as they were sent.
+        self._pieces: list[str] = []
+        self._sent: list[str] = []
 
     def _frame(self, kind: str, **fields: object) -> bytes:
         number, self._sequence_number = self._sequence_number, self._sequence_number + 1
@@ -7946,100 +7897,85 @@ class ResponsesRenderer(Renderer):
         if isinstance(event, BlockStarted):
             return self._close(is_complete=True) + self._open(event.block)
         if isinstance(event, Delta):
-            return self._delta(event)
+            opened = self._open({"type": "refusal"}) if event.kind == "refusal" else b""
+            return opened + self._delta(event)
         return self._finish(event) if isinstance(event, Finished) else b""
 
-    def _position(self) -> Json:
-        """Return the fields of an event that refer to the open item and its part."""
+    def _open(self, block: Block) -> bytes:
+        kind, form = block["type"], self._turn.reply_format
+        is_hidden = kind == "thinking" and not form.has_summary
+        if is_hidden or kind not in ("tool_use", *_PART_FORMS):
+            return b""
+        item = new_item(form.forms, block)
+        self._item, self._pieces, self._sent = item, [], []
+        self._part = _PART_FORMS.get(kind)
+        self._call = None if self._part else _FORMS_BY_ITEM[item["type"]]
+        self._reader = FreeformReader() if self._call is _CALL_FORMS["custom"] else None
+        if self._call is not None and not self._call.event:
+            return self._begin()
+        return self._begin() + self._item_event("added", item) + self._part_event("added", "")
+
+    def _item_event(self, step: str, item: Json) -> bytes:
+        """Return the event of the open item. `step` is "added" or "done"."""
+        index = len(self._output)
+        return self._frame(f"response.output_item.{step}", output_index=index, item=item)
+
+    def _part_event(self, step: str, text: str) -> bytes:
+        """Return the event of the open item's part, nothing for a call."""
+        if self._part is None:
+            return b""
+        part = self._part.part(text)
+        return self._event(f"{self._part.part_event}.{step}", part=part)
+
+    def _event(self, stem: str, **fields: object) -> bytes:
+        """Return an event that refers to the open item and its part."""
         position: Json = {"output_index": len(self._output)}
         if self._item is not None:
             position["item_id"] = self._item["id"]
-        field = _RESPONSES_EVENTS[self._kind][1]
-        return {**position, f"{field}_index": 0} if field else position
-
-    def _open(self, block: Block) -> bytes:
-        kind = block["type"]
-        if kind not in _RESPONSES_EVENTS or (kind == "thinking" and not self._turn.wire["summary"]):
-            return b""
-        if kind != "thinking":
-            self._answered.add(0)
-        self._item, self._kind, self._pieces = new_item(self._turn, block), kind, []
-        custom = self._item["type"] == _CALL_FORMS["custom"].item_type
-        self._reader, self._input_pieces = FreeformReader() if custom else None, []
-        if kind == "tool_use" and not self._form_of(self._item).event:
-            return self._begin()
-        return self._begin() + self._item_added(self._item) + self._part_event("added", "")
-
-    def _item_added(self, item: Json) -> bytes:
-        index = len(self._output)
-        return self._frame("response.output_item.added", output_index=index, item=item)
-
-    def _form_of(self, item: Json) -> CallForm:
-        return _FORMS_BY_ITEM[item["type"]]
-
-    def _part_event(self, step: str, text: str) -> bytes:
-        """Return the event of the open item's part, nothing for a call. `step` is "added" or
-        "done"."""
-        field = _RESPONSES_EVENTS[self._kind][1]
-        if not field:
-            return b""
-        kind = "reasoning_summary_part" if field == "summary" else "content_part"
-        part = content_part(self._kind, text)
-        return self._frame(f"response.{kind}.{step}", **self._position(), part=part)
+        if self._part is not None:
+            position[f"{self._part.field}_index"] = 0
+        return self._frame(f"response.{stem}", **position, **fields)
 
     def _delta(self, event: Delta) -> bytes:
-        opened = b""
-        if event.kind == "refusal":
-            opened = self._open({"type": "refusal"})
         if self._item is None or event.kind == "signature" or not event.text:
-            return opened
-        self._pieces.append(event.text)
-        if self._kind == "tool_use":
-            return self._call_delta(self._item, event.text)
-        name = _RESPONSES_EVENTS[self._kind][0]
-        more: Json = {"logprobs": []} if self._kind == "text" else {}
-        return opened + self._frame(
-            f"response.{name}.delta", **self._position(), delta=event.text, **more
-        )
-
-    def _call_delta(self, item: Json, piece: str) -> bytes:
-        """Return the event of a piece of a call's arguments, or of the input text in it."""
-        text = piece if self._reader is None else self._reader.feed(piece)
-        self._input_pieces.append(text)
-        name = self._form_of(item).event
-        if not name or not text:
             return b""
-        return self._frame(f"response.{name}.delta", **self._position(), delta=text)
+        self._pieces.append(event.text)
+        return self._send(event.text if self._reader is None else self._reader.feed(event.text))
+
+    def _send(self, text: str) -> bytes:
+        """Return the event of a piece of text, arguments or input."""
+        form = self._part or self._call
+        if not text or form is None or not form.event:
+            return b""
+        self._sent.append(text)
+        more = self._part.more if self._part else {}
+        return self._event(f"{form.event}.delta", delta=text, **more)
 
     def _close(self, *, is_complete: bool = False) -> bytes:
         """Return the events that close the open item, none for a call that may be incomplete."""
         item, text = self._item, "".join(self._pieces)
-        is_call = self._kind == "tool_use"
-        if item is None or (is_call and not text and not is_complete):
+        if item is None:
             return b""
-        if is_call:
-            frames, done = self._end_call(item, text, is_complete)
+        done: Json | None = None
+        if self._part is not None:
+            frames, done = self._end_text(self._part, text), self._part.finished(item, text)
+        elif self._call is not None and (text or is_complete):
+            frames, done = self._end_call(item, self._call, text, is_complete)
         else:
-            frames, done = self._end_text(item, text)
+            return b""
         if done is not None:
-            frames += self._frame(
-                "response.output_item.done", output_index=len(self._output), item=done
-            )
+            frames += self._item_event("done", done)
             self._output.append(done)
         self._item = None
         return frames
 
-    def _end_text(self, item: Json, text: str) -> tuple[bytes, Json | None]:
-        """Return the events that end the part of an item, and the finished item."""
-        name = _RESPONSES_EVENTS[self._kind][0]
-        field = "refusal" if self._kind == "refusal" else "text"
-        more: Json = {"logprobs": []} if self._kind == "text" else {}
-        frames = self._frame(f"response.{name}.done", **self._position(), **{field: text}, **more)
-        frames += self._part_event("done", text)
-        return frames, finished_item(item, {"type": self._kind, "text": text, "thinking": text})
+    def _end_text(self, form: PartForm, text: str) -> bytes:
+        """Return the events that end the part of an item."""
+        said = self._event(f"{form.event}.done", **{form.text_field: text}, **form.more)
+        return said + self._part_event("done", text)
 
     def _end_call(
-        self, item: Json, arguments: str, is_complete: bool
+        self, item: Json, form: CallForm, arguments: str, is_complete: bool
     ) -> tuple[bytes, Json | None]:
         """Return the events that end a call, and the finished item, None if it is incomplete.
 
@@ -8051,22 +7987,16 @@ class ResponsesRenderer(Renderer):
         except ValueError:
             if not is_complete:
                 return b"", None
-        block = {"type": "tool_use", "input": parse_arguments(arguments)}
-        done, form = finished_item(item, block), self._form_of(item)
+        done = form.finished(item, parse_arguments(arguments))
         if not form.event:
-            return self._item_added(item), done
+            return self._item_event("added", item), done
         frames, value = b"", arguments or "{}"
         if self._reader is not None:
-            rest = self._reader.close()
-            value = "".join(self._input_pieces) + rest
+            frames = self._send(self._reader.close())
+            value = "".join(self._sent)
             done = {**done, form.field: value}
-            if rest:
-                frames = self._frame(f"response.{form.event}.delta", **self._position(), delta=rest)
-        frames += self._frame(
-            f"response.{form.event}.done", **self._position(), name=item["name"],
-            **{form.field: value},
-        )
-        return frames, done
+        end = self._event(f"{form.event}.done", name=item["name"], **{form.field: value})
+        return frames + end, done
 
     def _finish(self, event: Finished) -> bytes:
         if event.stop_reason == "refusal":
@@ -8126,7 +8056,8 @@ class CompactionDialect(ResponsesDialect):
         earlier = parsing.recall(previous_id) if previous_id else []
         user_items = [*map(user_message_item, filter(is_user_message, earlier))]
         user_items += [stored_item(item) for item in items if item.text("role") == "user"]
-        return turn._replace(wire={**turn.wire, "user_items": user_items})
+        form = turn.reply_format._replace(user_items=user_items)
+        return turn._replace(reply_format=form)
 
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
         summary = answers[0].joined("text")
@@ -8139,20 +8070,8 @@ class CompactionDialect(ResponsesDialect):
         }
         return {
             "id": done["id"], "object": "response.compaction", "created_at": done["created_at"],
-            "output": [*turn.wire["user_items"], item], "usage": done["usage"],
+            "output": [*turn.reply_format.user_items, item], "usage": done["usage"],
         }
-
-
-def is_user_message(message: Message) -> bool:
-    """Return True for a message that the user wrote, not one with tool results."""
-    return message.role == "user" and not message.has_results
-
-
-def user_message_item(message: Message) -> Json:
-    """Return the input item of a user's message, without its images."""
-    texts = [block["text"] for block in message.content if block["type"] == "text"]
-    parts = [{"type": "input_text", "text": text} for text in texts]
-    return {"id": new_id("msg_"), "type": "message", "role": "user", "content": parts}
 
 
 COMPACTION = CompactionDialect()
@@ -14836,7 +14755,7 @@ def _store_conversation(
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
         system = exchange.dialect.stored_system_messages(turn)
-        items = [stored_item(item) for item in turn.wire["items"]]
+        items = [stored_item(item) for item in turn.reply_format.items]
         app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)
     if not turn.session_id:
         return
