@@ -4767,7 +4767,6 @@ class Fields:
         return f"{self.path}.{name}" if self.path else name
 
     def invalid(self, name: str, what: str) -> BadRequest:
-        """Return the error that says what the field must be."""
         return BadRequest(f"{self.path_of(name)}: must be {what}.", param=self.path_of(name))
 
     def has(self, name: str) -> bool:
@@ -4887,6 +4886,28 @@ def text_blocks(text: str) -> list[Block]:
 #: A line that Claude Code, as a client, sends at the head of its system prompt. The claude behind
 #: this server would mistake a whole prompt that begins with it for such a line.
 _BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
+
+
+#: OpenClaw puts its current context into a text block at the end of the conversation and moves this
+#: block there with each request. Earlier messages never contain it.
+_OPENCLAW_CONTEXT = re.compile(
+    r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
+)
+
+
+class ContextBlock(dict[str, Any]):
+    """A text block that is only in the message while that message is the last one."""
+
+
+def with_marked_context(message: Message) -> Message:
+    """Return the message with the context of a client in ContextBlocks."""
+    if message.role != "user":
+        return message
+    return Message("user", [
+        ContextBlock(block)
+        if block["type"] == "text" and _OPENCLAW_CONTEXT.fullmatch(block["text"]) else block
+        for block in message.content
+    ])
 
 
 def system_text(blocks: Iterable[Block]) -> str:
@@ -5193,7 +5214,7 @@ def build_prompt(
     later = context.attachments.within_bounds(
         later, param, count_only=context.parsing.count_only
     )
-    return Prompt(system, later, opening, session_id)
+    return Prompt(system, [*map(with_marked_context, later)], opening, session_id)
 
 
 def _with_user_last(
@@ -5331,6 +5352,9 @@ class Attachment(NamedTuple):
     #: Whether files other than images and PDF are refused.
     image_only: bool = False
 
+    def invalid(self, problem: str, code: str) -> BadRequest:
+        return BadRequest(f"{self.param}: {problem}", param=self.param, code=code)
+
 
 class Attachments:
     """Turns the images and files of one request into blocks, and enforces their limits."""
@@ -5348,20 +5372,16 @@ class Attachments:
         match = _SCHEME.match(sent.data)
         scheme = match[1].lower() if match else "data"
         if scheme not in ("data", "http", "https"):
-            raise BadRequest(
-                f"{sent.param}: must be a data: URI or an http(s) URL.",
-                param=sent.param, code="unsupported_url_scheme",
-            )
+            raise sent.invalid("must be a data: URI or an http(s) URL.", "unsupported_url_scheme")
         blocks = self._inline(sent) if scheme == "data" else [self._remote(sent)]
         self._paths.update((id(block), (block, sent.param)) for block in attachments_of(blocks))
         return blocks
 
     def _remote(self, sent: Attachment) -> Block:
         if not self._limits.image_allow_url:
-            raise BadRequest(
-                f"{sent.param}: this server does not accept URLs of images and files; send the "
-                "data as a data: URI, or have the operator set CLAUDE_IMAGE_ALLOW_URL=1.",
-                param=sent.param, code="remote_url_disabled",
+            raise sent.invalid(
+                "this server does not accept URLs of images and files; send the data as a data: "
+                "URI, or have the operator set CLAUDE_IMAGE_ALLOW_URL=1.", "remote_url_disabled",
             )
         source = {"type": "url", "url": sent.data.strip()}
         if sent.image_only:
@@ -5378,16 +5398,12 @@ class Attachments:
             content = urllib.parse.unquote_to_bytes(data)
             return caption_blocks(sent.labels) + self._text(sent, content, media_type, parameters)
         if not comma or (head and "base64" not in parameters):
-            raise BadRequest(
-                f"{sent.param}: must be a base64 data URI, data:image/png;base64,...",
-                param=sent.param, code="invalid_data_uri",
+            raise sent.invalid(
+                "must be a base64 data URI, data:image/png;base64,...", "invalid_data_uri"
             )
         data, content = normalized_base64(data)
         if not content:
-            raise BadRequest(
-                f"{sent.param}: the base64 data is invalid or empty.",
-                param=sent.param, code="invalid_data_uri",
-            )
+            raise sent.invalid("the base64 data is invalid or empty.", "invalid_data_uri")
         actual_type = _data_type(content, media_type)
         source = {"type": "base64", "media_type": actual_type, "data": data}
         if actual_type == _PDF:
@@ -5404,11 +5420,10 @@ class Attachments:
             what = "images must be" if sent.image_only else "files must be text in UTF-8, PDF or"
             is_other = media_type and media_type not in _IMAGE_TYPES
             declared = f", not {one_line(media_type, 60)}" if is_other else ""
-            raise BadRequest(
-                f"{sent.param}: {what} one of {', '.join(_IMAGE_TYPES)}{declared}; "
-                "the data is none of these. Convert it first.",
-                param=sent.param,
-                code="unsupported_image_type" if sent.image_only else "unsupported_file_type",
+            raise sent.invalid(
+                f"{what} one of {', '.join(_IMAGE_TYPES)}{declared}; the data is none of these. "
+                "Convert it first.",
+                "unsupported_image_type" if sent.image_only else "unsupported_file_type",
             )
         return text_blocks(text)
 
@@ -5448,26 +5463,22 @@ class Attachments:
         return _without(messages, dropped) if dropped else messages
 
     def _check_newest(self, message: Message, sizes: list[int | None], param: str) -> None:
-        total_bytes = 0
+        limits, total_bytes = self._limits, 0
         for number, (block, size_bytes) in enumerate(zip(attachments_of(message.content), sizes)):
             total_bytes += size_bytes or 0
-            _, param = self._paths.get(id(block), (block, param))
-            if size_bytes is None:
-                raise TooLarge(
-                    f"{param}: an image may have at most {self._limits.max_image_bytes} bytes.",
-                    param=param, code="image_too_large",
-                )
-            if number >= self._limits.max_images:
-                raise TooLarge(
-                    f"{param}: a request may have at most {self._limits.max_images} images and "
-                    "files.", param=param, code="too_many_images",
-                )
-            if total_bytes > self._limits.max_image_total_bytes:
-                raise TooLarge(
-                    f"{param}: the images and files of a request may have at most "
-                    f"{self._limits.max_image_total_bytes} bytes in total.",
-                    param=param, code="images_too_large",
-                )
+            checks = (
+                (size_bytes is None, "image_too_large",
+                 f"an image may have at most {limits.max_image_bytes} bytes"),
+                (number >= limits.max_images, "too_many_images",
+                 f"a request may have at most {limits.max_images} images and files"),
+                (total_bytes > limits.max_image_total_bytes, "images_too_large",
+                 "the images and files of a request may have at most "
+                 f"{limits.max_image_total_bytes} bytes in total"),
+            )
+            for is_over, code, problem in checks:
+                if is_over:
+                    _, param = self._paths.get(id(block), (block, param))
+                    raise TooLarge(f"{param}: {problem}.", param=param, code=code)
 
 
 def _size_bytes(block: Block, max_image_bytes: int) -> int | None:
@@ -5548,26 +5559,16 @@ class ParseContext:
         max_images = min(parsing.limits.max_images, _max_attachments(self.model))
         limits = parsing.limits._replace(max_images=max_images)
         self.attachments = Attachments(limits, self.adjust)
-        self._ignored: list[str] = []
-        self._adjusted: collections.Counter[str] = collections.Counter()
+        #: The paths of fields that have no effect, in the order of the request.
+        self.ignored: list[str] = []
+        #: The repairs by their names in docs/api.md, and how often each was made.
+        self.adjusted: collections.Counter[str] = collections.Counter()
 
     def ignore(self, *paths: str) -> None:
-        """Record the paths of fields that have no effect."""
-        self._ignored += paths
+        self.ignored += paths
 
-    def adjust(self, repair: str, count: int = 1) -> None:
-        """Record a repair of the request by its name in docs/api.md."""
-        self._adjusted[repair] += count
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """The paths of ignored fields, in the order of the request."""
-        return tuple(self._ignored)
-
-    @property
-    def adjusted(self) -> tuple[tuple[str, int], ...]:
-        """The repairs and how often each was made."""
-        return tuple(self._adjusted.items())
+    def adjust(self, repair: str) -> None:
+        self.adjusted[repair] += 1
 
 
 # ==== 15. Content ============================================================
@@ -5580,7 +5581,6 @@ def json_text(value: object) -> str:
 
 
 def json_block(value: object) -> list[Block]:
-    """Return a text block with the JSON of a value."""
     return text_blocks(json_text(value))
 
 
@@ -5688,7 +5688,6 @@ class ContentReader:
         raise NotImplementedError
 
     def part(self, part: Fields, place: str) -> list[Block]:
-        """Return the blocks of one part."""
         kind = part.text("type")
         if kind is None:
             raise part.invalid("type", self.named_types)
@@ -5739,7 +5738,6 @@ class ContentReader:
         return self._source(source, Attachment("", "", labels=labels))
 
     def _labels(self, part: Fields, *names: str) -> dict[str, str]:
-        """Return the named fields of a document, such as its title, that are not empty."""
         return {name: part.text(name) or "" for name in names if part.text(name)}
 
     def _source(self, source: Fields, sent: Attachment) -> list[Block]:
@@ -5758,7 +5756,6 @@ class ContentReader:
         ))
 
     def _not_stored(self, source: Fields, name: str) -> Unsupported:
-        """Return the error about a file that is referred to by an id."""
         return Unsupported(
             f"{source.path_of(name)}: this server stores no files; send the file itself, as "
             "base64 data.", param=source.path_of(name),
@@ -5808,7 +5805,6 @@ class OpenAIContent(ContentReader):
                     yield Fields(each, f"{path}[{index}]")
 
     def _has_parts(self, content: object) -> bool:
-        """Return whether a tool's output is a content part or an array with parts."""
         entries = content if isinstance(content, list) else [content]
         return not entries or any(map(is_content_part, entries))
 
@@ -6547,7 +6543,7 @@ class Dialect:
             session_id=prompt.session_id,
             stream=fields.flag("stream"),
             ignored=(*ignored, *context.ignored, *fields.ignored_paths(self.harmless)),
-            adjusted=context.adjusted,
+            adjusted=tuple(context.adjusted.items()),
             reply_format=reply_format,
         )
 
@@ -6653,7 +6649,6 @@ _LINE_ENDS = ("\u2028", "\u2029", "\x85")
 
 
 def sse_event(data: Json, name: str = "") -> bytes:
-    """Return one server-sent event."""
     head = f"event: {name}\n".encode("ascii") if name else b""
     text = to_json(data)
     for character in _LINE_ENDS:
@@ -6706,77 +6701,6 @@ class CompletionFormat(NamedTuple):
     echo: tuple[str, ...] = ()
 
 
-class CompletionDialect(Dialect):
-    """Base of the dialects whose answers have choices, and whose streams end with [DONE]."""
-
-    id_prefix: ClassVar[str] = ""
-
-    def _format(self, context: ParseContext) -> CompletionFormat:
-        stream_options = context.fields.child("stream_options") or Fields({})
-        return CompletionFormat(
-            new_id(self.id_prefix), int(time.time()), context.model_name,
-            stream_options.flag("include_usage"),
-        )
-
-    def body(self, turn: Turn, kind: str, **more: object) -> Json:
-        """Return the body of an answer or of a chunk."""
-        form: CompletionFormat = turn.reply_format
-        return {
-            "id": form.id, "object": kind, "created": form.created_s, "model": form.model, **more
-        }
-
-    def chunk(self, turn: Turn, choices: list[Json]) -> Json:
-        """Return the body of a chunk with these choices."""
-        raise NotImplementedError
-
-    def usage(self, turn: Turn, usages: Iterable[Usage]) -> Json:
-        """Return the usage object from the usage of each choice. The tokens of a prompt that all
-        choices answer are counted once."""
-        choices = list(usages)
-        prompts = [usage.prompt_tokens for usage in choices]
-        prompt_tokens = sum(prompts) if turn.other_prompts else max(prompts)
-        output_tokens = sum(usage.output_tokens for usage in choices)
-        body: Json = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": output_tokens,
-            "total_tokens": prompt_tokens + output_tokens,
-            "prompt_tokens_details": {"cached_tokens": max(u.cache_read_tokens for u in choices)},
-        }
-        reasoning = [u.reasoning_tokens for u in choices if u.reasoning_tokens is not None]
-        if reasoning:
-            body["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
-        return body
-
-
-class ChunkRenderer(Renderer):
-    """Renderer of a stream of chunks. Subclasses return the choices that an event adds to."""
-
-    def __init__(self, dialect: CompletionDialect, turn: Turn) -> None:
-        super().__init__(dialect, turn)
-        self._completion = dialect
-
-    def _is_answer(self, event: Event) -> bool:
-        # Nothing is sent when a text begins.
-        is_text = isinstance(event, BlockStarted) and event.block["type"] == "text"
-        return not is_text and super()._is_answer(event)
-
-    def _render(self, index: int, event: Event) -> bytes:
-        chunks = (
-            self._completion.chunk(self._turn, [choice]) for choice in self._choices(index, event)
-        )
-        return b"".join(map(sse_event, chunks))
-
-    def _choices(self, index: int, event: Event) -> Iterable[Json]:
-        raise NotImplementedError
-
-    def end(self) -> bytes:
-        done = b"data: [DONE]\n\n"
-        if not self._turn.reply_format.include_usage:
-            return done
-        usage = self._completion.usage(self._turn, self._usages)
-        return sse_event({**self._completion.chunk(self._turn, []), "usage": usage}) + done
-
-
 def with_function_call(choice: Json, field: str) -> Json | None:
     """Return a choice with `function_call` in place of `tool_calls`, for requests that have
     `functions`. None for a piece of another call than the first: there is room for one."""
@@ -6790,13 +6714,19 @@ def with_function_call(choice: Json, field: str) -> Json | None:
     return {**choice, field: said, "finish_reason": reason}
 
 
-class ChatDialect(CompletionDialect):
+class ChatDialect(Dialect):
     """POST /v1/chat/completions."""
 
     name = "chat"
-    id_prefix = "chatcmpl-"
-    token_fields = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-    stop_fields = ("stop", "stop_sequences")
+    id_prefix: ClassVar[str] = "chatcmpl-"
+    #: The values of `object` in an answer and in a chunk, and another field that both have.
+    answer_kind: ClassVar[str] = "chat.completion"
+    chunk_kind: ClassVar[str] = "chat.completion.chunk"
+    fingerprint: ClassVar[Json] = {"system_fingerprint": None}
+    token_fields: ClassVar[tuple[str, ...]] = (
+        "max_completion_tokens", "max_tokens", "max_output_tokens"
+    )
+    stop_fields: ClassVar[tuple[str, ...]] = ("stop", "stop_sequences")
     unsupported = MappingProxyType({
         "logprobs": _NO_LOG_PROBABILITIES,
         "top_logprobs": _NO_LOG_PROBABILITIES,
@@ -6822,6 +6752,13 @@ class ChatDialect(CompletionDialect):
             context, prompt, form, tools=tools, choice=choice, output_schema=output_schema
         )
         return turn._replace(choices=choices)
+
+    def _format(self, context: ParseContext) -> CompletionFormat:
+        stream_options = context.fields.child("stream_options") or Fields({})
+        return CompletionFormat(
+            new_id(self.id_prefix), int(time.time()), context.model_name,
+            stream_options.flag("include_usage"),
+        )
 
     def _tools(
         self, context: ParseContext
@@ -6910,6 +6847,12 @@ class ChatDialect(CompletionDialect):
 
     # -- rendering ----------------------------------------------------------------------------
 
+    def body(self, turn: Turn, kind: str, **more: object) -> Json:
+        form: CompletionFormat = turn.reply_format
+        return {
+            "id": form.id, "object": kind, "created": form.created_s, "model": form.model, **more
+        }
+
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
         choices = [
             self.choice(turn, index, "message", self._answer(turn, answer), answer.stop_reason)
@@ -6917,8 +6860,29 @@ class ChatDialect(CompletionDialect):
         ]
         usage = self.usage(turn, (answer.usage for answer in answers))
         return self.body(
-            turn, "chat.completion", choices=choices, usage=usage, system_fingerprint=None
+            turn, self.answer_kind, choices=choices, usage=usage, **self.fingerprint
         )
+
+    def chunk(self, turn: Turn, choices: list[Json]) -> Json:
+        return self.body(turn, self.chunk_kind, **self.fingerprint, choices=choices)
+
+    def usage(self, turn: Turn, usages: Iterable[Usage]) -> Json:
+        """Return the usage object from the usage of each choice. The tokens of a prompt that all
+        choices answer are counted once."""
+        choices = list(usages)
+        prompts = [usage.prompt_tokens for usage in choices]
+        prompt_tokens = sum(prompts) if turn.other_prompts else max(prompts)
+        output_tokens = sum(usage.output_tokens for usage in choices)
+        body: Json = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": output_tokens,
+            "total_tokens": prompt_tokens + output_tokens,
+            "prompt_tokens_details": {"cached_tokens": max(u.cache_read_tokens for u in choices)},
+        }
+        reasoning = [u.reasoning_tokens for u in choices if u.reasoning_tokens is not None]
+        if reasoning:
+            body["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
+        return body
 
     def choice(
         self, turn: Turn, index: int, field: str, said: Json, stop_reason: str | None
@@ -6951,29 +6915,41 @@ class ChatDialect(CompletionDialect):
         function = {"name": name, "arguments": json_text(call["input"])}
         return {"id": call["id"], "type": "function", "function": function}
 
-    def chunk(self, turn: Turn, choices: list[Json]) -> Json:
-        usage = {"usage": None} if turn.reply_format.include_usage else {}
-        return self.body(
-            turn, "chat.completion.chunk", system_fingerprint=None, choices=choices, **usage
-        )
-
     def renderer(self, turn: Turn) -> Renderer:
         return ChatRenderer(self, turn)
 
 
-class ChatRenderer(ChunkRenderer):
+class ChatRenderer(Renderer):
     """Renderer of a streamed chat completion: one chunk for each delta."""
 
     def __init__(self, dialect: ChatDialect, turn: Turn) -> None:
         super().__init__(dialect, turn)
         self._chat = dialect
-        self._states = [ChatChoice(turn.reply_format) for _ in range(turn.choices)]
+        self._choices = [ChatChoice(turn.reply_format) for _ in range(turn.choices)]
+        #: A field of all chunks but the last, if that has the usage.
+        self._no_usage: Json = {"usage": None} if turn.reply_format.include_usage else {}
 
-    def _choices(self, index: int, event: Event) -> Iterator[Json]:
-        for delta, stop_reason in self._states[index].deltas(event):
-            choice = self._chat.choice(self._turn, index, "delta", delta, stop_reason)
-            if choice is not None:
-                yield choice
+    def _is_answer(self, event: Event) -> bool:
+        # Nothing is sent when a text begins.
+        is_text = isinstance(event, BlockStarted) and event.block["type"] == "text"
+        return not is_text and super()._is_answer(event)
+
+    def _render(self, index: int, event: Event) -> bytes:
+        choices = (
+            self._chat.choice(self._turn, index, "delta", delta, stop_reason)
+            for delta, stop_reason in self._choices[index].deltas(event)
+        )
+        return b"".join(self._chunk(index, choice) for choice in choices if choice is not None)
+
+    def _chunk(self, index: int, choice: Json) -> bytes:
+        return sse_event({**self._chat.chunk(self._turn, [choice]), **self._no_usage})
+
+    def end(self) -> bytes:
+        done = b"data: [DONE]\n\n"
+        if not self._turn.reply_format.include_usage:
+            return done
+        usage = self._chat.usage(self._turn, self._usages)
+        return sse_event({**self._chat.chunk(self._turn, []), "usage": usage}) + done
 
 
 #: The field of a chat chunk for each kind of Delta.
@@ -7052,12 +7028,17 @@ class ChatChoice:
 CHAT = ChatDialect()
 
 
-class CompletionsDialect(CompletionDialect):
-    """POST /v1/completions: each prompt is the user's only message; each answer is a choice."""
+class CompletionsDialect(ChatDialect):
+    """POST /v1/completions: each prompt is the user's only message; each answer is a choice with
+    text alone."""
 
     name = "completions"
     id_prefix = "cmpl-"
+    answer_kind = chunk_kind = "text_completion"
+    fingerprint: ClassVar[Json] = {}
+    token_fields = ("max_tokens",)
     zero_tokens = True
+    stop_fields = ("stop",)
     unsupported = MappingProxyType({
         "suffix": "insertion before a suffix is not supported",
         "logprobs": _NO_LOG_PROBABILITIES,
@@ -7082,43 +7063,32 @@ class CompletionsDialect(CompletionDialect):
             )
         return tuple(prompt for prompt in prompts for _ in range(each))
 
-    def choice(self, index: int, text: str, stop_reason: str | None) -> Json:
-        """Return a choice, or a piece of one if `stop_reason` is None."""
+    def choice(
+        self, turn: Turn, index: int, field: str, said: Json, stop_reason: str | None
+    ) -> Json | None:
+        if stop_reason is None and ("role" in said or "content" not in said):
+            return None
+        echo = turn.reply_format.echo if field == "message" else ()
         return {
-            "text": text, "index": index, "logprobs": None,
-            "finish_reason": finish_reason(stop_reason),
+            "text": (echo[index] if echo else "") + (said.get("content") or ""), "index": index,
+            "logprobs": None, "finish_reason": finish_reason(stop_reason),
         }
-
-    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
-        echo = turn.reply_format.echo or [""] * len(answers)
-        choices = [
-            self.choice(index, head + answer.joined("text"), answer.stop_reason)
-            for index, (head, answer) in enumerate(zip(echo, answers))
-        ]
-        usage = self.usage(turn, (answer.usage for answer in answers))
-        return self.body(turn, "text_completion", choices=choices, usage=usage)
-
-    def chunk(self, turn: Turn, choices: list[Json]) -> Json:
-        return self.body(turn, "text_completion", choices=choices)
 
     def renderer(self, turn: Turn) -> Renderer:
         return CompletionsRenderer(self, turn)
 
 
-class CompletionsRenderer(ChunkRenderer):
-    """Renderer of a streamed legacy completion."""
+class CompletionsRenderer(ChatRenderer):
+    """Renderer of a streamed legacy completion, which begins with the prompt to repeat."""
 
     def __init__(self, dialect: CompletionsDialect, turn: Turn) -> None:
         super().__init__(dialect, turn)
-        self._completions = dialect
+        self._no_usage = {}
         self._echo = dict(enumerate(turn.reply_format.echo))
 
-    def _choices(self, index: int, event: Event) -> Iterator[Json]:
-        text = event.text if isinstance(event, Delta) and event.kind == "text" else None
-        reason = event.stop_reason if isinstance(event, Finished) else None
-        if text is not None or reason is not None:
-            text = self._echo.pop(index, "") + (text or "")
-            yield self._completions.choice(index, text, reason)
+    def _chunk(self, index: int, choice: Json) -> bytes:
+        text = self._echo.pop(index, "") + choice["text"]
+        return super()._chunk(index, {**choice, "text": text})
 
 
 COMPLETIONS = CompletionsDialect()
@@ -7380,7 +7350,6 @@ class CallForm(NamedTuple):
     event: str = ""
 
     def block(self, item: Fields) -> Block:
-        """Return the tool_use block of a call item."""
         item_id, space = item.text("id") or "", item.text("namespace") or ""
         name = self.tool or qualified_name(space, item.required_text("name"))
         # Newer computer calls have `actions` instead of `action`.
@@ -7396,12 +7365,10 @@ class CallForm(NamedTuple):
         }
 
     def finished(self, item: Json, arguments: Json) -> Json:
-        """Return the item with its whole arguments."""
         return {**item, "status": "completed", self.field: self.write(arguments)}
 
 
 def _without_nulls(value: object) -> Json:
-    """Return the arguments in an action or operation, without null values."""
     return {key: each for key, each in parse_arguments(value).items() if each is not None}
 
 
@@ -7470,17 +7437,11 @@ def stored_item(item: Fields) -> Json:
 
 #: Content parts of the user that some clients send as items, without a message around them.
 _PARTS_AS_ITEMS = ("text", "input_text", "input_image", "input_file", "input_audio", "input_video")
-#: The fields with the content of results which clients send, by the type of the item.
-_RESULT_FIELDS = {
-    "function_call_output": "output",
-    "custom_tool_call_output": "output",
-    "local_shell_call_output": "output",
-    "shell_call_output": "output",
-    "apply_patch_call_output": "output",
-    "computer_call_output": "output",
-    "tool_search_output": "tools",
-    "program_output": "result",
-}
+#: The types of items with the result of a call, besides "program_output".
+_RESULTS = (
+    "function_call_output", "custom_tool_call_output", "local_shell_call_output",
+    "shell_call_output", "apply_patch_call_output", "computer_call_output", "tool_search_output",
+)
 #: Items of calls that another server ran: the fields with the arguments and with the results.
 _HOSTED_CALLS = {
     "mcp_call": ("arguments", ("output", "error")),
@@ -7510,7 +7471,7 @@ class ItemReader:
             return [Message("user", self._content.part(item, "user"))]
         if kind in _FORMS_BY_ITEM:
             return [Message("assistant", [_FORMS_BY_ITEM[kind].block(item)])]
-        if kind in _RESULT_FIELDS:
+        if kind in (*_RESULTS, "program_output"):
             content = self._result_content(item, kind)
             return [self._result(item, item.text("call_id") or item.text("id") or "", content)]
         if kind in _HOSTED_CALLS:
@@ -7541,7 +7502,8 @@ class ItemReader:
         if kind == "computer_call_output" and isinstance(output, dict) and output.get("image_url"):
             image = Fields({**output, "type": "input_image"}, item.path_of("output"))
             return self._content.part(image, "tool")
-        content = self._content.blocks(item, "tool", _RESULT_FIELDS[kind])
+        field = "result" if kind == "program_output" else "output"
+        content = self._content.blocks(item, "tool", field)
         if kind == "apply_patch_call_output" and not content:
             return text_blocks(item.text("status") or "")
         return content
@@ -7620,7 +7582,6 @@ class PartForm(NamedTuple):
         return {**self.empty, self.text_field: text}
 
     def finished(self, item: Json, text: str) -> Json:
-        """Return the item with its whole text."""
         status = {"status": "completed"} if "status" in item else {}
         return {**item, **status, self.field: [self.part(text)]}
 
@@ -7657,7 +7618,6 @@ def new_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
 
 
 def output_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
-    """Return the output item of a complete block."""
     item, kind = new_item(forms, block), block["type"]
     if kind == "tool_use":
         return _FORMS_BY_ITEM[item["type"]].finished(item, block["input"])
@@ -7801,7 +7761,6 @@ class ResponsesDialect(Dialect):
     # -- rendering ----------------------------------------------------------------------------
 
     def body(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
-        """Return the response object."""
         return {
             **turn.reply_format.echo, "status": status, "output": output, "usage": None,
             "error": None, "incomplete_details": None, **more,
@@ -7813,7 +7772,6 @@ class ResponsesDialect(Dialect):
         return self.body(turn, status, output, **{**_OMITTED_UNTIL_END, **more})
 
     def final_body(self, turn: Turn, output: list[Json], stop_reason: str, usage: Usage) -> Json:
-        """Return the response object of a finished answer."""
         reasons = {"length": "max_output_tokens", "content_filter": "content_filter"}
         reason = reasons.get(FINISH_REASONS.get(stop_reason, "stop"))
         counted = {
@@ -7970,7 +7928,6 @@ class ResponsesRenderer(Renderer):
         return frames
 
     def _end_text(self, form: PartForm, text: str) -> bytes:
-        """Return the events that end the part of an item."""
         said = self._event(f"{form.event}.done", **{form.text_field: text}, **form.more)
         return said + self._part_event("done", text)
 
@@ -10840,15 +10797,8 @@ def _normalized_blocks(blocks: Iterable[Block]) -> object:
     return [text, [_normalized_block(block) for block in found if block["type"] not in skipped]]
 
 
-#: OpenClaw puts its current context into a text block at the end of the conversation and moves this
-#: block there with each request. Earlier messages never contain it.
-_OPENCLAW_CONTEXT = re.compile(
-    r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
-)
-
-
 def _is_context(block: Block) -> bool:
-    return block["type"] == "text" and _OPENCLAW_CONTEXT.fullmatch(str(block["text"])) is not None
+    return isinstance(block, ContextBlock)
 
 
 def context_of(message: Message) -> str:
