@@ -31,11 +31,11 @@ Sections (search for "==== 8" to jump to the eighth):
     10. Patterns              regular expressions of clients, for JavaScript and for Python
     11. JSON Schema           schemas of clients, parsed into plain 2020-12
     12. Model schemas         schemas rewritten so that claude and the API accept them, and back
-    13. Request fields        typed access to JSON; messages become a prompt
+    13. Request fields        typed access to JSON; thinking and sampling
     14. Attachments           images and files of requests, and their limits
     15. Content               parts and blocks of messages in the formats of all APIs
-    16. Tools                 tools, the choice among them, output schemas
-    17. Dialects              options; what every wire format does: parse a body, render an answer
+    16. Tools                 tools, the choice among them, their calls, output schemas
+    17. Dialects              messages become a prompt; what every wire format does
     18. Chat completions      /v1/chat/completions and /v1/completions
     19. Messages              /v1/messages
     20. Response items        input items into messages, blocks into output items
@@ -4705,9 +4705,8 @@ class ClientJsonConverter:
 
 
 # ==== 13. Request fields =====================================================
-# Fields reads the JSON of a request with types and names the field that is invalid. The
-# functions after it, shared by all dialects, turn messages, tool calls and tool results of
-# clients into a prompt that the API accepts.
+# Fields reads the JSON of a request with types and names the field that is invalid. The functions
+# after it read the options, thinking and sampling, and adapt them to the model.
 
 #: Larger token limits count as this one: no model writes that many.
 _MAX_TOKEN_LIMIT = 10**9
@@ -4883,354 +4882,214 @@ def text_blocks(text: str) -> list[Block]:
     return [{"type": "text", "text": text}] if text.strip() else []
 
 
-#: A line that Claude Code, as a client, sends at the head of its system prompt. The claude behind
-#: this server would mistake a whole prompt that begins with it for such a line.
-_BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
+#: Effort levels, lowest first, and the thinking budget in tokens for models that take a budget
+#: instead of a level. "minimal" is OpenAI's name for the lowest.
+EFFORT_BUDGETS = {
+    "minimal": 1_024,
+    "low": 2_048,
+    "medium": 8_192,
+    "high": 16_384,
+    "xhigh": 24_576,
+    "max": 31_999,
+}
+_MIN_BUDGET_TOKENS = 1_024
+#: The effort if a client requests thinking without an effort or budget.
+_DEFAULT_EFFORT = "medium"
 
 
-#: OpenClaw puts its current context into a text block at the end of the conversation and moves this
-#: block there with each request. Earlier messages never contain it.
-_OPENCLAW_CONTEXT = re.compile(
-    r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
-)
+def nearest_effort(model: Model, level: str) -> str | None:
+    """Return the highest level of the model up to `level`, or else its lowest; None if it has no
+    levels."""
+    order = list(EFFORT_BUDGETS)
+    allowed = [each for each in model.efforts if order.index(each) <= order.index(level)]
+    return allowed[-1] if allowed else (model.efforts[0] if model.efforts else None)
 
 
-class ContextBlock(dict[str, Any]):
-    """A text block that is only in the message while that message is the last one."""
+class Thinking(NamedTuple):
+    """A client's wishes for thinking, not yet adapted to the model."""
+
+    #: A level of EFFORT_BUDGETS, "none", or None if not set.
+    effort: str | None = None
+    #: 0 turns thinking off; None leaves it to the effort.
+    budget_tokens: int | None = None
+    #: The path of the field with the budget.
+    budget_field: str = "thinking.budget_tokens"
+    #: Whether thinking is switched on without an effort or budget.
+    enabled: bool = False
+    #: Whether the answer leaves out the text of the thinking.
+    hidden: bool = False
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether the client requests thinking."""
+        return self.effort not in (None, "none") or bool(self.budget_tokens) or self.enabled
 
 
-def with_marked_context(message: Message) -> Message:
-    """Return the message with the context of a client in ContextBlocks."""
-    if message.role != "user":
-        return message
-    return Message("user", [
-        ContextBlock(block)
-        if block["type"] == "text" and _OPENCLAW_CONTEXT.fullmatch(block["text"]) else block
-        for block in message.content
-    ])
+class RequestedOptions(NamedTuple):
+    """A client's options, not yet adapted to the model."""
+
+    max_tokens: int | None = None
+    stop_sequences: tuple[str, ...] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    thinking: Thinking = Thinking()
+    #: Whether a tool call is forced: the API rejects that together with thinking.
+    forces_tool: bool = False
 
 
-def system_text(blocks: Iterable[Block]) -> str:
-    """Return the text of a system prompt's blocks, without billing headers."""
-    texts = (_BILLING_HEADER.sub("", block["text"], count=1)
-             for block in blocks if block["type"] == "text")
-    return "\n\n".join(text for text in texts if text.strip())
-
-
-def merge_adjacent(messages: Iterable[Message]) -> list[Message]:
-    """Join adjacent messages of the same role, and drop empty ones; return the new list.
-
-    For the API this is the same; claude reads each message separately, which takes time.
-    """
-    result: list[Message] = []
-    for message in messages:
-        if result and result[-1].role == message.role:
-            result[-1].content.extend(message.content)
-        elif message.content:
-            result.append(Message(message.role, list(message.content)))
-    return result
-
-
-def plain_id(call_id: str) -> str:
-    """Return the letters and digits of a tool call's id.
-
-    Ids are sent to clients and compared in this form, because some clients drop the rest.
-    """
-    return re.sub(r"[^A-Za-z0-9]", "", call_id)
-
-
-@dataclasses.dataclass
-class ToolCall:
-    """One tool call of a history, with its results."""
-
-    #: The tool_use block, with an id that is unique in the history.
-    block: Block
-    message_index: int
-    results: list[Block] = dataclasses.field(default_factory=list)
-
-
-#: A key to find a call by: how the ids are compared, the id in the result, the tool's name or "".
-_CallKey = tuple[str, str, str]
-#: Longer ids are shortened: some clients store kilobytes in them. With the number that makes it
-#: unique, an id stays below the API's limit of 64.
-_CALL_ID_MAX_CHARS = 48
-#: The result of a call for which the client sent none.
-_NO_RESULT = "No result was given."
-
-
-class ToolExchanges:
-    """Makes the ids of the tool calls of a history unique, and finds the call of each result.
-
-    Clients may repeat an id in every turn or even in one message, may send an empty id, and may
-    have dropped punctuation from it. A result therefore belongs to the first call with its id and
-    without a result in the newest message that has one; among calls of that message, the tool
-    that the result names wins. A result without an id matches calls with any id. If every call
-    has its result, it is appended to those of the newest call.
-
-    Calls and results may have two fields that are not the API's and are removed here: a call's
-    `item_id`, a second id that results may use, and a result's `name`.
-    """
-
-    def __init__(self, context: ParseContext, param: str) -> None:
-        self._context = context
-        self._param = param
-        self._calls: dict[int, list[ToolCall]] = {}
-        self._used_ids: set[str] = set()
-        #: The number of the last suffix that made an id unique, by id.
-        self._numbers: dict[str, int] = {}
-        #: Calls without a result by key: one queue for each message with such calls.
-        self._waiting: dict[_CallKey, list[collections.deque[ToolCall]]] = {}
-        self._newest: dict[_CallKey, ToolCall] = {}
-
-    def add_call(self, block: Block, message_index: int) -> Block:
-        """Add a tool_use block; return it with its unique id."""
-        unique = {name: value for name, value in block.items() if name != "item_id"}
-        call = ToolCall({**unique, "id": self._unique_id(str(block["id"]))}, message_index)
-        self._calls.setdefault(message_index, []).append(call)
-        ids = self._comparisons(str(block["id"]), any_id=True)
-        if block.get("item_id"):
-            ids.append(("item", str(block["item_id"])))
-        for compared_id, name in itertools.product(ids, ("", str(block["name"]))):
-            key = (*compared_id, name)
-            queues = self._waiting.setdefault(key, [])
-            if not queues or queues[-1][0].message_index != message_index:
-                queues.append(collections.deque())
-            queues[-1].append(call)
-            self._newest[key] = call
-        return call.block
-
-    def _unique_id(self, sent_id: str) -> str:
-        """Return a unique id that the API accepts: close to the client's, and the same in every
-        request that repeats the history up to here."""
-        plain = plain_id(sent_id) or "call"
-        if len(plain) > _CALL_ID_MAX_CHARS:
-            tail = hashlib.sha256(sent_id.encode("utf-8", "replace")).hexdigest()[:16]
-            plain = plain[: _CALL_ID_MAX_CHARS - len(tail)] + tail
-        unique, number = plain, self._numbers.get(plain, 1)
-        while unique in self._used_ids:
-            number += 1
-            unique = f"{plain}r{number}"
-        self._numbers[plain] = number
-        self._used_ids.add(unique)
-        return unique
-
-    def _comparisons(self, sent_id: str, *, any_id: bool) -> list[tuple[str, str]]:
-        """Return the first two parts of the keys for an id, the strictest comparison first."""
-        keys = [("sent", sent_id), ("plain", plain_id(sent_id))] if sent_id else []
-        return [*keys, ("any", "")] if any_id else keys
-
-    def add_result(self, block: Block, message_index: int) -> None:
-        """Add a tool_result block to its call. Raises BadRequest if there is no such call."""
-        sent_id = str(block["tool_use_id"])
-        ids = [*self._comparisons(sent_id, any_id=not sent_id), ("item", sent_id)]
-        call = self._call_for(ids, str(block.get("name") or ""))
-        if call is None:
-            raise BadRequest(
-                f"{self._param}: no tool was called with the id {one_line(sent_id, 80)!r} before "
-                "its result.", param=self._param,
-            )
-        if call.results:
-            self._context.adjust("repeated_tool_result")
-        elif message_index > call.message_index + 1:
-            self._context.adjust("late_tool_result")
-        call.results.append(block)
-
-    def _call_for(self, ids: list[tuple[str, str]], name: str) -> ToolCall | None:
-        for compared_id in ids:
-            for find in (self._first_waiting, self._newest.get):
-                call, named = (find((*compared_id, each)) for each in ("", name))
-                if call is not None:
-                    is_near = named is not None and named.message_index == call.message_index
-                    return named if is_near else call
+def _thinking_tokens(model: Model, requested: RequestedOptions) -> int | None:
+    """Return the value for Options.thinking_tokens, unless sampling options rule thinking out."""
+    effort, budget = requested.thinking.effort, requested.thinking.budget_tokens
+    if requested.forces_tool or effort == "none" or budget == 0 or requested.max_tokens == 0:
+        return 0
+    if not model.known and (requested.max_tokens or math.inf) < 2 * _MIN_BUDGET_TOKENS:
+        # An unknown model may take a budget, which would not fit.
+        return 0
+    if model.thinking == "adaptive":
         return None
-
-    def _first_waiting(self, key: _CallKey) -> ToolCall | None:
-        queues = self._waiting.get(key, [])
-        while queues:
-            while queues[-1]:
-                if not queues[-1][0].results:
-                    return queues[-1][0]
-                queues[-1].popleft()
-            queues.pop()
-        return None
-
-    def results_after(self, message_index: int) -> list[Block]:
-        """Return one tool_result for each call of that message, in the order of the calls."""
-        return [self._result_of(call) for call in self._calls.get(message_index, ())]
-
-    def _result_of(self, call: ToolCall) -> Block:
-        if not call.results:
-            self._context.adjust("missing_tool_result")
-        content = [block for result in call.results for block in result["content"]]
-        joined: Block = {
-            "type": "tool_result", "tool_use_id": call.block["id"],
-            "content": content if call.results else text_blocks(_NO_RESULT),
-        }
-        failed = any(result.get("is_error") for result in call.results)
-        return {**joined, "is_error": True} if failed else joined
+    maximum = requested.max_tokens or model.max_tokens
+    if budget is not None and _MIN_BUDGET_TOKENS <= budget < maximum:
+        return budget
+    if budget is None and effort is None and not requested.thinking.enabled:
+        return None if model.reasoning else 0
+    if budget is None:
+        budget = EFFORT_BUDGETS[effort or _DEFAULT_EFFORT]
+    # Half is left for the answer.
+    budget = min(max(budget, _MIN_BUDGET_TOKENS), maximum // 2)
+    return budget if budget >= _MIN_BUDGET_TOKENS else 0
 
 
-def with_paired_results(
-    messages: list[Message], context: ParseContext, param: str
-) -> list[Message]:
-    """Return the messages with exactly one tool result for each call, where the API requires it:
-    at the head of the user message after the call, in the order of the calls.
+#: The lowest top_p that the API accepts together with thinking.
+_MIN_TOP_P_WITH_THINKING = 0.95
 
-    The roles of `messages` alternate. Raises BadRequest for a result without a call. See
-    ToolExchanges for the repairs.
+
+def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tuple[str, ...]]:
+    """Return the options that the model's API accepts, and the parameters that are ignored.
+
+    The API rejects thinking together with a temperature other than 1 or a low top_p, and a
+    temperature together with top_p; without thinking claude always sends a temperature. The
+    API's maximum temperature is 1, OpenAI's is 2. An effort or a budget takes precedence over
+    sampling; a temperature alone turns thinking off.
     """
-    exchanges = ToolExchanges(context, param)
-    rest: list[list[Block]] = []
-    for index, message in enumerate(messages):
-        rest.append([])
-        for block in message.content:
-            if block["type"] == "tool_result":
-                exchanges.add_result(block, index)
-            elif block["type"] == "tool_use":
-                rest[-1].append(exchanges.add_call(block, index))
-            else:
-                rest[-1].append(block)
-    return merge_adjacent(
-        Message(message.role, exchanges.results_after(index - 1) + rest[index])
-        for index, message in enumerate(messages)
+    values = {
+        "temperature": requested.temperature, "top_p": requested.top_p, "top_k": requested.top_k
+    }
+    # Both temperature and top_p default to 1; sent explicitly, one would rule out the other.
+    changed = {n: v for n, v in values.items() if v is not None and (v != 1 or n == "top_k")}
+    sampling = {n: v for n, v in changed.items() if n == "top_k" or (n == "temperature" and v < 1)}
+    thinking = _thinking_tokens(model, requested)
+    if not model.sampling or (requested.thinking.is_requested and thinking != 0):
+        sampling = {}
+    if sampling:
+        thinking = 0
+    if model.sampling and thinking != 0 and changed.get("top_p", 0) >= _MIN_TOP_P_WITH_THINKING:
+        sampling["top_p"] = changed["top_p"]
+    ignored = [name for name in changed if name not in sampling]
+    budget = requested.thinking.budget_tokens
+    if budget and thinking != budget:
+        ignored.append(requested.thinking.budget_field)
+    effort = requested.thinking.effort
+    options = Options(
+        max_tokens=requested.max_tokens,
+        stop_sequences=requested.stop_sequences,
+        sampling=tuple(sorted(sampling.items())),
+        effort=None if effort in (None, "none") else nearest_effort(model, str(effort)),
+        thinking_tokens=thinking,
+        hides_thinking=requested.thinking.hidden,
+    )
+    return options, tuple(ignored)
+
+
+_MAX_STOP_SEQUENCES = 256
+
+
+def stop_sequences(fields: Fields, *names: str) -> tuple[str, ...]:
+    """Return the distinct stop sequences of a request. Raises BadRequest for too many, because
+    each one is searched for in every piece of the answer."""
+    texts = [text for name in names for text in fields.texts(name) if text]
+    distinct = tuple(dict.fromkeys(texts))
+    if len(distinct) > _MAX_STOP_SEQUENCES:
+        raise fields.invalid(names[0], f"at most {_MAX_STOP_SEQUENCES} texts")
+    return distinct
+
+
+_EFFORT_LEVELS = ("none", *EFFORT_BUDGETS)
+
+
+def _effort(fields: Fields, name: str) -> str | None:
+    """Return an effort level, ignoring case; None if it is left to the model."""
+    level = (fields.text(name) or "").strip().lower()
+    if level in ("", "auto", "default"):
+        return None
+    if level not in _EFFORT_LEVELS:
+        raise fields.invalid(name, "one of " + ", ".join(_EFFORT_LEVELS))
+    return level
+
+
+#: Values of Anthropic's `thinking.type`, also in APIs that copy it, and whether they request it.
+_THINKING_TYPES = {
+    "enabled": True, "adaptive": True, "auto": True, "disabled": False, "between_tools": False,
+}
+
+
+def openai_thinking(fields: Fields) -> Thinking:
+    """Return the thinking that an OpenAI client requests, from OpenAI's own fields, OpenRouter's
+    `reasoning`, or Anthropic's `thinking` and `output_config`."""
+    reasoning, thinking, output = (
+        fields.settings(name, foreign=True) for name in ("reasoning", "thinking", "output_config")
+    )
+    efforts = [
+        _effort(fields, "reasoning_effort"), _effort(reasoning, "effort"), _effort(output, "effort")
+    ]
+    kind = (thinking.text("type") or "").lower()
+    if kind not in ("", *_THINKING_TYPES):
+        thinking.mark_ignored("type")
+    switches = [
+        each.flag("enabled") if each.has("enabled") else None for each in (reasoning, thinking)
+    ]
+    switches.append(_THINKING_TYPES.get(kind))
+    off = False in switches
+    budgets = {
+        each.path_of(name): each.token_limit(name)
+        for each, name in ((reasoning, "max_tokens"), (thinking, "budget_tokens"))
+    }
+    field, budget = next(
+        ((field, budget) for field, budget in budgets.items() if budget), ("", None)
+    )
+    # Mark it as read: Responses request a summary with it, and chat always shows the thinking.
+    reasoning.value("summary")
+    hidden = [reasoning.flag("exclude"), thinking.text("display") == "omitted"]
+    return Thinking(
+        effort=next((each for each in efforts if each), "none" if off else None),
+        budget_tokens=budget,
+        budget_field=field,
+        enabled=not off and True in switches,
+        hidden=any(hidden),
     )
 
 
-#: The field that names a session. The common name `session_id` is avoided: other programs only
-#: group requests by it, and the requests of a group must not see each other's messages.
-SESSION_FIELD = "ocp_session_id"
+def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
+    """Return whether a request must not be answered from the cache.
 
-
-def _session_id(fields: Fields) -> str:
-    """Return the name of the session that continues, empty if there is none."""
-    session_id = fields.text(SESSION_FIELD) or ""
-    if session_id and not re.fullmatch(r"[\x20-\x7e]{1,256}", session_id):
-        raise fields.invalid(SESSION_FIELD, "up to 256 plain characters")
-    return session_id
-
-
-def with_reminders(messages: list[Message]) -> list[Message]:
-    """Return the messages with system messages turned into reminders in user messages.
-
-    They keep their place: moved to the system prompt, they would change the head of the
-    conversation, and invalidate the prompt cache, at every step. System messages without a user
-    message beside them become plain user messages.
+    True with `cache_control` anywhere, which shows that the client manages the API's cache, and,
+    unless `sampled_too`, with a temperature above 0.
     """
-    result: list[Message] = []
-    for _, group in itertools.groupby(messages, key=lambda each: each.role == "assistant"):
-        neighbours = list(group)
-        if all(message.role == "system" for message in neighbours):
-            texts = (system_text(message.content) for message in neighbours)
-            result += [Message("user", text_blocks(text)) for text in texts]
-        else:
-            result += _place_reminders(neighbours)
-    return result
-
-
-def _place_reminders(neighbours: list[Message]) -> list[Message]:
-    """Return the messages between two answers with each system message turned into a reminder.
-
-    Beside tool results it becomes a part of the last one, as Claude Code does: in the middle of a
-    turn claude reads nothing but tool results.
-    """
-    last_results = max((i for i, each in enumerate(neighbours) if each.has_results), default=-1)
-    reminders: dict[int, list[Block]] = {}
-    kept: dict[int, Message] = {}
-    results_before = -1
-    for index, message in enumerate(neighbours):
-        if message.role != "system":
-            kept[index] = message
-            results_before = index if message.content[-1]["type"] == "tool_result" else -1
-            continue
-        text = system_text(message.content)
-        if not text:
-            continue
-        reminder = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
-        if results_before >= 0:
-            reminders.setdefault(results_before, []).append(reminder)
-        elif last_results > index:
-            reminders.setdefault(last_results, []).append(reminder)
-        else:
-            kept[index] = Message("user", [reminder])
-    return [_with_reminders(each, reminders.get(index, [])) for index, each in kept.items()]
-
-
-def _with_reminders(message: Message, reminders: list[Block]) -> Message:
-    """Return the message with the reminders at the end of its last tool result."""
-    if not reminders:
-        return message
-    content = list(message.content)
-    last = max(i for i, block in enumerate(content) if block["type"] == "tool_result")
-    content[last] = {**content[last], "content": [*content[last]["content"], *reminders]}
-    return Message(message.role, content)
-
-
-class Prompt(NamedTuple):
-    """A system prompt and the messages after it."""
-
-    system: str
-    messages: list[Message]
-    #: The client's system messages that make up `system`.
-    opening: list[Message] = []
-    #: The session to which the messages belong; empty = none.
-    session_id: str = ""
-
-
-#: The user message to add if a conversation ends with an assistant message: to continue it, to
-#: process a tool result that arrived late, or to put its content into the required form.
-_CONTINUE = "Continue exactly where your last message ends."
-_GO_ON = "The result of an earlier tool call is there now; go on with it."
-_REFORMAT = "Give the answer of this conversation in the required form."
-
-
-def build_prompt(
-    context: ParseContext, messages: list[Message], param: str, *, instructions: str = "",
-    after_assistant: str = "", has_session: bool = True,
-) -> Prompt:
-    """Return the prompt of a request's messages, including system messages.
-
-    `after_assistant` is the user message to add if the last message is the assistant's. If it is
-    empty, such a request is refused, unless its tokens are only counted. A request that already
-    contains assistant messages does not get the messages of its session. Raises BadRequest also
-    if there is nothing to answer.
-    """
-    messages = [message for message in messages if message.content]
-    opening = list(itertools.takewhile(lambda each: each.role == "system", messages))
-    texts = [instructions, *(system_text(message.content) for message in opening)]
-    system = "\n\n".join(filter(None, texts))
-    later = with_reminders(messages[len(opening):])
-    session_id = _session_id(context.fields) if has_session else ""
-    if session_id and not any(message.role == "assistant" for message in later):
-        later = [*context.parsing.session(session_id, system), *later]
-    if not later and system:
-        # The API needs a user message, so instructions alone become one.
-        return Prompt("", [Message("user", text_blocks(system))], session_id=session_id)
-    if not later:
-        raise BadRequest(f"{param}: there is nothing to answer.", param=param)
-    later = _with_user_last(context, merge_adjacent(later), param, after_assistant)
-    later = with_paired_results(later, context, param)
-    # All tool results of the last message may have moved up to earlier calls.
-    later = _with_user_last(context, later, param, _GO_ON)
-    later = context.attachments.within_bounds(
-        later, param, count_only=context.parsing.count_only
-    )
-    return Prompt(system, [*map(with_marked_context, later)], opening, session_id)
-
-
-def _with_user_last(
-    context: ParseContext, messages: list[Message], param: str, after_assistant: str
-) -> list[Message]:
-    """Return the messages with a user message at the end. Raises BadRequest if the last one is
-    the assistant's and `after_assistant` is empty."""
-    if messages[-1].role == "user" or context.parsing.count_only:
-        return messages
-    if not after_assistant:
-        raise BadRequest(
-            f"{param}: the last message must have the role user; prefilling an answer is not "
-            "supported.", param=param,
-        )
-    context.adjust("assistant_last")
-    return [*messages, Message("user", text_blocks(after_assistant))]
+    if not isinstance(body, dict):
+        return False
+    temperature = body.get("temperature")
+    if not sampled_too and isinstance(temperature, (int, float)) and temperature > 0:
+        return True
+    pending: list[object] = [body]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if "cache_control" in value:
+                return True
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return False
 
 
 # ==== 14. Attachments ========================================================
@@ -5956,7 +5815,7 @@ class MessagesContent(ContentReader):
 
 # ==== 16. Tools ==============================================================
 # The tools, the choice among them and the output schema of a request, in the form that the model's
-# API accepts.
+# API accepts. In a history, each call gets exactly one result.
 
 #: Fields of a tool that have an effect, or that claude sets itself.
 _TOOL_FIELDS = (
@@ -6272,218 +6131,359 @@ def freeform_text(arguments: Json) -> str:
     return reader.feed(json_text(arguments)) + reader.close()
 
 
+def merge_adjacent(messages: Iterable[Message]) -> list[Message]:
+    """Join adjacent messages of the same role, and drop empty ones; return the new list.
+
+    For the API this is the same; claude reads each message separately, which takes time.
+    """
+    result: list[Message] = []
+    for message in messages:
+        if result and result[-1].role == message.role:
+            result[-1].content.extend(message.content)
+        elif message.content:
+            result.append(Message(message.role, list(message.content)))
+    return result
+
+
+def plain_id(call_id: str) -> str:
+    """Return the letters and digits of a tool call's id.
+
+    Ids are sent to clients and compared in this form, because some clients drop the rest.
+    """
+    return re.sub(r"[^A-Za-z0-9]", "", call_id)
+
+
+@dataclasses.dataclass
+class ToolCall:
+    """One tool call of a history, with its results."""
+
+    #: The tool_use block, with an id that is unique in the history.
+    block: Block
+    message_index: int
+    results: list[Block] = dataclasses.field(default_factory=list)
+
+
+#: A key to find a call by: how the ids are compared, the id in the result, the tool's name or "".
+_CallKey = tuple[str, str, str]
+#: Longer ids are shortened: some clients store kilobytes in them. With the number that makes it
+#: unique, an id stays below the API's limit of 64.
+_CALL_ID_MAX_CHARS = 48
+#: The result of a call for which the client sent none.
+_NO_RESULT = "No result was given."
+
+
+class ToolExchanges:
+    """Makes the ids of the tool calls of a history unique, and finds the call of each result.
+
+    Clients may repeat an id in every turn or even in one message, may send an empty id, and may
+    have dropped punctuation from it. A result therefore belongs to the first call with its id and
+    without a result in the newest message that has one; among calls of that message, the tool
+    that the result names wins. A result without an id matches calls with any id. If every call
+    has its result, it is appended to those of the newest call.
+
+    Calls and results may have two fields that are not the API's and are removed here: a call's
+    `item_id`, a second id that results may use, and a result's `name`.
+    """
+
+    def __init__(self, context: ParseContext, param: str) -> None:
+        self._context = context
+        self._param = param
+        self._calls: dict[int, list[ToolCall]] = {}
+        self._used_ids: set[str] = set()
+        #: The number of the last suffix that made an id unique, by id.
+        self._numbers: dict[str, int] = {}
+        #: Calls without a result by key: one queue for each message with such calls.
+        self._waiting: dict[_CallKey, list[collections.deque[ToolCall]]] = {}
+        self._newest: dict[_CallKey, ToolCall] = {}
+
+    def add_call(self, block: Block, message_index: int) -> Block:
+        """Add a tool_use block; return it with its unique id."""
+        unique = {name: value for name, value in block.items() if name != "item_id"}
+        call = ToolCall({**unique, "id": self._unique_id(str(block["id"]))}, message_index)
+        self._calls.setdefault(message_index, []).append(call)
+        ids = self._comparisons(str(block["id"]), any_id=True)
+        if block.get("item_id"):
+            ids.append(("item", str(block["item_id"])))
+        for compared_id, name in itertools.product(ids, ("", str(block["name"]))):
+            key = (*compared_id, name)
+            queues = self._waiting.setdefault(key, [])
+            if not queues or queues[-1][0].message_index != message_index:
+                queues.append(collections.deque())
+            queues[-1].append(call)
+            self._newest[key] = call
+        return call.block
+
+    def _unique_id(self, sent_id: str) -> str:
+        """Return a unique id that the API accepts: close to the client's, and the same in every
+        request that repeats the history up to here."""
+        plain = plain_id(sent_id) or "call"
+        if len(plain) > _CALL_ID_MAX_CHARS:
+            tail = hashlib.sha256(sent_id.encode("utf-8", "replace")).hexdigest()[:16]
+            plain = plain[: _CALL_ID_MAX_CHARS - len(tail)] + tail
+        unique, number = plain, self._numbers.get(plain, 1)
+        while unique in self._used_ids:
+            number += 1
+            unique = f"{plain}r{number}"
+        self._numbers[plain] = number
+        self._used_ids.add(unique)
+        return unique
+
+    def _comparisons(self, sent_id: str, *, any_id: bool) -> list[tuple[str, str]]:
+        """Return the first two parts of the keys for an id, the strictest comparison first."""
+        keys = [("sent", sent_id), ("plain", plain_id(sent_id))] if sent_id else []
+        return [*keys, ("any", "")] if any_id else keys
+
+    def add_result(self, block: Block, message_index: int) -> None:
+        """Add a tool_result block to its call. Raises BadRequest if there is no such call."""
+        sent_id = str(block["tool_use_id"])
+        ids = [*self._comparisons(sent_id, any_id=not sent_id), ("item", sent_id)]
+        call = self._call_for(ids, str(block.get("name") or ""))
+        if call is None:
+            raise BadRequest(
+                f"{self._param}: no tool was called with the id {one_line(sent_id, 80)!r} before "
+                "its result.", param=self._param,
+            )
+        if call.results:
+            self._context.adjust("repeated_tool_result")
+        elif message_index > call.message_index + 1:
+            self._context.adjust("late_tool_result")
+        call.results.append(block)
+
+    def _call_for(self, ids: list[tuple[str, str]], name: str) -> ToolCall | None:
+        for compared_id in ids:
+            for find in (self._first_waiting, self._newest.get):
+                call, named = (find((*compared_id, each)) for each in ("", name))
+                if call is not None:
+                    is_near = named is not None and named.message_index == call.message_index
+                    return named if is_near else call
+        return None
+
+    def _first_waiting(self, key: _CallKey) -> ToolCall | None:
+        queues = self._waiting.get(key, [])
+        while queues:
+            while queues[-1]:
+                if not queues[-1][0].results:
+                    return queues[-1][0]
+                queues[-1].popleft()
+            queues.pop()
+        return None
+
+    def results_after(self, message_index: int) -> list[Block]:
+        """Return one tool_result for each call of that message, in the order of the calls."""
+        return [self._result_of(call) for call in self._calls.get(message_index, ())]
+
+    def _result_of(self, call: ToolCall) -> Block:
+        if not call.results:
+            self._context.adjust("missing_tool_result")
+        content = [block for result in call.results for block in result["content"]]
+        joined: Block = {
+            "type": "tool_result", "tool_use_id": call.block["id"],
+            "content": content if call.results else text_blocks(_NO_RESULT),
+        }
+        failed = any(result.get("is_error") for result in call.results)
+        return {**joined, "is_error": True} if failed else joined
+
+
+def with_paired_results(
+    messages: list[Message], context: ParseContext, param: str
+) -> list[Message]:
+    """Return the messages with exactly one tool result for each call, where the API requires it:
+    at the head of the user message after the call, in the order of the calls.
+
+    The roles of `messages` alternate. Raises BadRequest for a result without a call. See
+    ToolExchanges for the repairs.
+    """
+    exchanges = ToolExchanges(context, param)
+    rest: list[list[Block]] = []
+    for index, message in enumerate(messages):
+        rest.append([])
+        for block in message.content:
+            if block["type"] == "tool_result":
+                exchanges.add_result(block, index)
+            elif block["type"] == "tool_use":
+                rest[-1].append(exchanges.add_call(block, index))
+            else:
+                rest[-1].append(block)
+    return merge_adjacent(
+        Message(message.role, exchanges.results_after(index - 1) + rest[index])
+        for index, message in enumerate(messages)
+    )
+
+
 # ==== 17. Dialects ===========================================================
 # Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
-# output, and does not depend on claude. The options of a request come first.
+# output, and does not depend on claude. The first functions, shared by all dialects, turn the
+# messages of clients into a prompt that the API accepts.
 
-#: Effort levels, lowest first, and the thinking budget in tokens for models that take a budget
-#: instead of a level. "minimal" is OpenAI's name for the lowest.
-EFFORT_BUDGETS = {
-    "minimal": 1_024,
-    "low": 2_048,
-    "medium": 8_192,
-    "high": 16_384,
-    "xhigh": 24_576,
-    "max": 31_999,
-}
-_MIN_BUDGET_TOKENS = 1_024
-#: The effort if a client requests thinking without an effort or budget.
-_DEFAULT_EFFORT = "medium"
+#: A line that Claude Code, as a client, sends at the head of its system prompt. The claude behind
+#: this server would mistake a whole prompt that begins with it for such a line.
+_BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
 
 
-def nearest_effort(model: Model, level: str) -> str | None:
-    """Return the highest level of the model up to `level`, or else its lowest; None if it has no
-    levels."""
-    order = list(EFFORT_BUDGETS)
-    allowed = [each for each in model.efforts if order.index(each) <= order.index(level)]
-    return allowed[-1] if allowed else (model.efforts[0] if model.efforts else None)
+#: OpenClaw puts its current context into a text block at the end of the conversation and moves this
+#: block there with each request. Earlier messages never contain it.
+_OPENCLAW_CONTEXT = re.compile(
+    r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
+)
 
 
-class Thinking(NamedTuple):
-    """A client's wishes for thinking, not yet adapted to the model."""
-
-    #: A level of EFFORT_BUDGETS, "none", or None if not set.
-    effort: str | None = None
-    #: 0 turns thinking off; None leaves it to the effort.
-    budget_tokens: int | None = None
-    #: The path of the field with the budget.
-    budget_field: str = "thinking.budget_tokens"
-    #: Whether thinking is switched on without an effort or budget.
-    enabled: bool = False
-    #: Whether the answer leaves out the text of the thinking.
-    hidden: bool = False
-
-    @property
-    def is_requested(self) -> bool:
-        """Whether the client requests thinking."""
-        return self.effort not in (None, "none") or bool(self.budget_tokens) or self.enabled
+class ContextBlock(dict[str, Any]):
+    """A text block that is only in the message while that message is the last one."""
 
 
-class RequestedOptions(NamedTuple):
-    """A client's options, not yet adapted to the model."""
-
-    max_tokens: int | None = None
-    stop_sequences: tuple[str, ...] = ()
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    thinking: Thinking = Thinking()
-    #: Whether a tool call is forced: the API rejects that together with thinking.
-    forces_tool: bool = False
+def with_marked_context(message: Message) -> Message:
+    """Return the message with the context of a client in ContextBlocks."""
+    if message.role != "user":
+        return message
+    return Message("user", [
+        ContextBlock(block)
+        if block["type"] == "text" and _OPENCLAW_CONTEXT.fullmatch(block["text"]) else block
+        for block in message.content
+    ])
 
 
-def _thinking_tokens(model: Model, requested: RequestedOptions) -> int | None:
-    """Return the value for Options.thinking_tokens, unless sampling options rule thinking out."""
-    effort, budget = requested.thinking.effort, requested.thinking.budget_tokens
-    if requested.forces_tool or effort == "none" or budget == 0 or requested.max_tokens == 0:
-        return 0
-    if not model.known and (requested.max_tokens or math.inf) < 2 * _MIN_BUDGET_TOKENS:
-        # An unknown model may take a budget, which would not fit.
-        return 0
-    if model.thinking == "adaptive":
-        return None
-    maximum = requested.max_tokens or model.max_tokens
-    if budget is not None and _MIN_BUDGET_TOKENS <= budget < maximum:
-        return budget
-    if budget is None and effort is None and not requested.thinking.enabled:
-        return None if model.reasoning else 0
-    if budget is None:
-        budget = EFFORT_BUDGETS[effort or _DEFAULT_EFFORT]
-    # Half is left for the answer.
-    budget = min(max(budget, _MIN_BUDGET_TOKENS), maximum // 2)
-    return budget if budget >= _MIN_BUDGET_TOKENS else 0
+def system_text(blocks: Iterable[Block]) -> str:
+    """Return the text of a system prompt's blocks, without billing headers."""
+    texts = (_BILLING_HEADER.sub("", block["text"], count=1)
+             for block in blocks if block["type"] == "text")
+    return "\n\n".join(text for text in texts if text.strip())
 
 
-#: The lowest top_p that the API accepts together with thinking.
-_MIN_TOP_P_WITH_THINKING = 0.95
+#: The field that names a session. The common name `session_id` is avoided: other programs only
+#: group requests by it, and the requests of a group must not see each other's messages.
+SESSION_FIELD = "ocp_session_id"
 
 
-def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tuple[str, ...]]:
-    """Return the options that the model's API accepts, and the parameters that are ignored.
+def _session_id(fields: Fields) -> str:
+    """Return the name of the session that continues, empty if there is none."""
+    session_id = fields.text(SESSION_FIELD) or ""
+    if session_id and not re.fullmatch(r"[\x20-\x7e]{1,256}", session_id):
+        raise fields.invalid(SESSION_FIELD, "up to 256 plain characters")
+    return session_id
 
-    The API rejects thinking together with a temperature other than 1 or a low top_p, and a
-    temperature together with top_p; without thinking claude always sends a temperature. The
-    API's maximum temperature is 1, OpenAI's is 2. An effort or a budget takes precedence over
-    sampling; a temperature alone turns thinking off.
+
+def with_reminders(messages: list[Message]) -> list[Message]:
+    """Return the messages with system messages turned into reminders in user messages.
+
+    They keep their place: moved to the system prompt, they would change the head of the
+    conversation, and invalidate the prompt cache, at every step. System messages without a user
+    message beside them become plain user messages.
     """
-    values = {
-        "temperature": requested.temperature, "top_p": requested.top_p, "top_k": requested.top_k
-    }
-    # Both temperature and top_p default to 1; sent explicitly, one would rule out the other.
-    changed = {n: v for n, v in values.items() if v is not None and (v != 1 or n == "top_k")}
-    sampling = {n: v for n, v in changed.items() if n == "top_k" or (n == "temperature" and v < 1)}
-    thinking = _thinking_tokens(model, requested)
-    if not model.sampling or (requested.thinking.is_requested and thinking != 0):
-        sampling = {}
-    if sampling:
-        thinking = 0
-    if model.sampling and thinking != 0 and changed.get("top_p", 0) >= _MIN_TOP_P_WITH_THINKING:
-        sampling["top_p"] = changed["top_p"]
-    ignored = [name for name in changed if name not in sampling]
-    budget = requested.thinking.budget_tokens
-    if budget and thinking != budget:
-        ignored.append(requested.thinking.budget_field)
-    effort = requested.thinking.effort
-    options = Options(
-        max_tokens=requested.max_tokens,
-        stop_sequences=requested.stop_sequences,
-        sampling=tuple(sorted(sampling.items())),
-        effort=None if effort in (None, "none") else nearest_effort(model, str(effort)),
-        thinking_tokens=thinking,
-        hides_thinking=requested.thinking.hidden,
-    )
-    return options, tuple(ignored)
+    result: list[Message] = []
+    for _, group in itertools.groupby(messages, key=lambda each: each.role == "assistant"):
+        neighbours = list(group)
+        if all(message.role == "system" for message in neighbours):
+            texts = (system_text(message.content) for message in neighbours)
+            result += [Message("user", text_blocks(text)) for text in texts]
+        else:
+            result += _place_reminders(neighbours)
+    return result
 
 
-_MAX_STOP_SEQUENCES = 256
+def _place_reminders(neighbours: list[Message]) -> list[Message]:
+    """Return the messages between two answers with each system message turned into a reminder.
 
-
-def stop_sequences(fields: Fields, *names: str) -> tuple[str, ...]:
-    """Return the distinct stop sequences of a request. Raises BadRequest for too many, because
-    each one is searched for in every piece of the answer."""
-    texts = [text for name in names for text in fields.texts(name) if text]
-    distinct = tuple(dict.fromkeys(texts))
-    if len(distinct) > _MAX_STOP_SEQUENCES:
-        raise fields.invalid(names[0], f"at most {_MAX_STOP_SEQUENCES} texts")
-    return distinct
-
-
-_EFFORT_LEVELS = ("none", *EFFORT_BUDGETS)
-
-
-def _effort(fields: Fields, name: str) -> str | None:
-    """Return an effort level, ignoring case; None if it is left to the model."""
-    level = (fields.text(name) or "").strip().lower()
-    if level in ("", "auto", "default"):
-        return None
-    if level not in _EFFORT_LEVELS:
-        raise fields.invalid(name, "one of " + ", ".join(_EFFORT_LEVELS))
-    return level
-
-
-#: Values of Anthropic's `thinking.type`, also in APIs that copy it, and whether they request it.
-_THINKING_TYPES = {
-    "enabled": True, "adaptive": True, "auto": True, "disabled": False, "between_tools": False,
-}
-
-
-def openai_thinking(fields: Fields) -> Thinking:
-    """Return the thinking that an OpenAI client requests, from OpenAI's own fields, OpenRouter's
-    `reasoning`, or Anthropic's `thinking` and `output_config`."""
-    reasoning, thinking, output = (
-        fields.settings(name, foreign=True) for name in ("reasoning", "thinking", "output_config")
-    )
-    efforts = [
-        _effort(fields, "reasoning_effort"), _effort(reasoning, "effort"), _effort(output, "effort")
-    ]
-    kind = (thinking.text("type") or "").lower()
-    if kind not in ("", *_THINKING_TYPES):
-        thinking.mark_ignored("type")
-    switches = [
-        each.flag("enabled") if each.has("enabled") else None for each in (reasoning, thinking)
-    ]
-    switches.append(_THINKING_TYPES.get(kind))
-    off = False in switches
-    budgets = {
-        each.path_of(name): each.token_limit(name)
-        for each, name in ((reasoning, "max_tokens"), (thinking, "budget_tokens"))
-    }
-    field, budget = next(
-        ((field, budget) for field, budget in budgets.items() if budget), ("", None)
-    )
-    # Mark it as read: Responses request a summary with it, and chat always shows the thinking.
-    reasoning.value("summary")
-    hidden = [reasoning.flag("exclude"), thinking.text("display") == "omitted"]
-    return Thinking(
-        effort=next((each for each in efforts if each), "none" if off else None),
-        budget_tokens=budget,
-        budget_field=field,
-        enabled=not off and True in switches,
-        hidden=any(hidden),
-    )
-
-
-def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
-    """Return whether a request must not be answered from the cache.
-
-    True with `cache_control` anywhere, which shows that the client manages the API's cache, and,
-    unless `sampled_too`, with a temperature above 0.
+    Beside tool results it becomes a part of the last one, as Claude Code does: in the middle of a
+    turn claude reads nothing but tool results.
     """
-    if not isinstance(body, dict):
-        return False
-    temperature = body.get("temperature")
-    if not sampled_too and isinstance(temperature, (int, float)) and temperature > 0:
-        return True
-    pending: list[object] = [body]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            if "cache_control" in value:
-                return True
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
-    return False
+    last_results = max((i for i, each in enumerate(neighbours) if each.has_results), default=-1)
+    reminders: dict[int, list[Block]] = {}
+    kept: dict[int, Message] = {}
+    results_before = -1
+    for index, message in enumerate(neighbours):
+        if message.role != "system":
+            kept[index] = message
+            results_before = index if message.content[-1]["type"] == "tool_result" else -1
+            continue
+        text = system_text(message.content)
+        if not text:
+            continue
+        reminder = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+        if results_before >= 0:
+            reminders.setdefault(results_before, []).append(reminder)
+        elif last_results > index:
+            reminders.setdefault(last_results, []).append(reminder)
+        else:
+            kept[index] = Message("user", [reminder])
+    return [_with_reminders(each, reminders.get(index, [])) for index, each in kept.items()]
+
+
+def _with_reminders(message: Message, reminders: list[Block]) -> Message:
+    """Return the message with the reminders at the end of its last tool result."""
+    if not reminders:
+        return message
+    content = list(message.content)
+    last = max(i for i, block in enumerate(content) if block["type"] == "tool_result")
+    content[last] = {**content[last], "content": [*content[last]["content"], *reminders]}
+    return Message(message.role, content)
+
+
+class Prompt(NamedTuple):
+    """A system prompt and the messages after it."""
+
+    system: str
+    messages: list[Message]
+    #: The client's system messages that make up `system`.
+    opening: list[Message] = []
+    #: The session to which the messages belong; empty = none.
+    session_id: str = ""
+
+
+#: The user message to add if a conversation ends with an assistant message: to continue it, to
+#: process a tool result that arrived late, or to put its content into the required form.
+_CONTINUE = "Continue exactly where your last message ends."
+_GO_ON = "The result of an earlier tool call is there now; go on with it."
+_REFORMAT = "Give the answer of this conversation in the required form."
+
+
+def build_prompt(
+    context: ParseContext, messages: list[Message], param: str, *, instructions: str = "",
+    after_assistant: str = "", has_session: bool = True,
+) -> Prompt:
+    """Return the prompt of a request's messages, including system messages.
+
+    `after_assistant` is the user message to add if the last message is the assistant's. If it is
+    empty, such a request is refused, unless its tokens are only counted. A request that already
+    contains assistant messages does not get the messages of its session. Raises BadRequest also
+    if there is nothing to answer.
+    """
+    messages = [message for message in messages if message.content]
+    opening = list(itertools.takewhile(lambda each: each.role == "system", messages))
+    texts = [instructions, *(system_text(message.content) for message in opening)]
+    system = "\n\n".join(filter(None, texts))
+    later = with_reminders(messages[len(opening):])
+    session_id = _session_id(context.fields) if has_session else ""
+    if session_id and not any(message.role == "assistant" for message in later):
+        later = [*context.parsing.session(session_id, system), *later]
+    if not later and system:
+        # The API needs a user message, so instructions alone become one.
+        return Prompt("", [Message("user", text_blocks(system))], session_id=session_id)
+    if not later:
+        raise BadRequest(f"{param}: there is nothing to answer.", param=param)
+    later = _with_user_last(context, merge_adjacent(later), param, after_assistant)
+    later = with_paired_results(later, context, param)
+    # All tool results of the last message may have moved up to earlier calls.
+    later = _with_user_last(context, later, param, _GO_ON)
+    later = context.attachments.within_bounds(
+        later, param, count_only=context.parsing.count_only
+    )
+    return Prompt(system, [*map(with_marked_context, later)], opening, session_id)
+
+
+def _with_user_last(
+    context: ParseContext, messages: list[Message], param: str, after_assistant: str
+) -> list[Message]:
+    """Return the messages with a user message at the end. Raises BadRequest if the last one is
+    the assistant's and `after_assistant` is empty."""
+    if messages[-1].role == "user" or context.parsing.count_only:
+        return messages
+    if not after_assistant:
+        raise BadRequest(
+            f"{param}: the last message must have the role user; prefilling an answer is not "
+            "supported.", param=param,
+        )
+    context.adjust("assistant_last")
+    return [*messages, Message("user", text_blocks(after_assistant))]
 
 
 class Dialect:
