@@ -6564,9 +6564,9 @@ class Dialect:
         """Return whether the client can refer to the answer later by its id."""
         return False
 
-    def stored_system_messages(self, turn: Turn) -> list[Message]:
-        """Return the system messages to store with the conversation of a stored answer."""
-        return []
+    def stored_input(self, turn: Turn) -> tuple[list[Message], list[Json]]:
+        """Return the system messages and the input items to store with an answer."""
+        return [], []
 
     def error_body(self, error: OcpError, request_id: str) -> Json:
         """Return the body of a failed request."""
@@ -6739,25 +6739,26 @@ class ChatDialect(Dialect):
         fields = context.fields
         if any(item != "text" for item in fields.items("modalities") or []):
             raise Unsupported("modalities: answers are text only.", param="modalities")
-        form = self._format(context)
         tools, choice, custom = self._tools(context)
         output_schema = chat_output_schema(fields)
         prompt = build_prompt(
             context, self._messages(context), "messages",
             after_assistant=_REFORMAT if output_schema else _CONTINUE,
         )
-        form = form._replace(has_functions=uses_functions(fields), custom_tools=custom)
+        form = self._format(
+            context, has_functions=uses_functions(fields), custom_tools=custom
+        )
         choices = fields.integer("n", 1, MAX_CHOICES) or 1
         turn = self._new_turn(
             context, prompt, form, tools=tools, choice=choice, output_schema=output_schema
         )
         return turn._replace(choices=choices)
 
-    def _format(self, context: ParseContext) -> CompletionFormat:
+    def _format(self, context: ParseContext, **more: Any) -> CompletionFormat:
         stream_options = context.fields.child("stream_options") or Fields({})
         return CompletionFormat(
             new_id(self.id_prefix), int(time.time()), context.model_name,
-            stream_options.flag("include_usage"),
+            stream_options.flag("include_usage"), **more,
         )
 
     def _tools(
@@ -7047,9 +7048,7 @@ class CompletionsDialect(ChatDialect):
     def _turn(self, context: ParseContext) -> Turn:
         prompts = self._prompts(context.fields)
         messages = [[Message("user", text_blocks(prompt))] for prompt in prompts]
-        form = self._format(context)
-        if context.fields.flag("echo"):
-            form = form._replace(echo=prompts)
+        form = self._format(context, echo=prompts if context.fields.flag("echo") else ())
         turn = self._new_turn(context, Prompt("", messages[0]), form)
         return turn._replace(choices=len(prompts), other_prompts=tuple(messages[1:]))
 
@@ -7801,9 +7800,9 @@ class ResponsesDialect(Dialect):
     def stores(self, turn: Turn) -> bool:
         return bool(turn.reply_format.is_stored)
 
-    def stored_system_messages(self, turn: Turn) -> list[Message]:
-        """Return the system messages of the input. `instructions` are for one response only."""
-        return list(turn.reply_format.opening)
+    def stored_input(self, turn: Turn) -> tuple[list[Message], list[Json]]:
+        # `instructions` are for one response only.
+        return turn.reply_format.opening, [stored_item(item) for item in turn.reply_format.items]
 
 
 #: Error codes, besides invalid_prompt, after which Codex does not retry.
@@ -14704,8 +14703,7 @@ def _store_conversation(
     blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
-        system = exchange.dialect.stored_system_messages(turn)
-        items = [stored_item(item) for item in turn.reply_format.items]
+        system, items = exchange.dialect.stored_input(turn)
         app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)
     if not turn.session_id:
         return

@@ -252,7 +252,7 @@ def test_a_request_that_is_all_instructions_asks_them() -> None:
     found = turn([{"role": "developer", "content": "Say hello."}])
 
     assert (found.system, conversation(found)) == ("", [("user", ["Say hello."])])
-    assert ocp.RESPONSES.stored_system_messages(found) == []
+    assert ocp.RESPONSES.stored_input(found)[0] == []
 
 
 def test_an_instruction_after_an_answer_is_there_to_be_answered() -> None:
@@ -260,12 +260,12 @@ def test_an_instruction_after_an_answer_is_there_to_be_answered() -> None:
                   {"role": "developer", "content": "Sum up."}], instructions="Be kind.")
 
     assert (found.system, conversation(found)[2:]) == ("Be kind.", [("user", ["Sum up."])])
-    assert ocp.RESPONSES.stored_system_messages(found) == []
+    assert ocp.RESPONSES.stored_input(found)[0] == []
 
 
 def test_messages_of_the_system_last_and_instructions_do_not() -> None:
     first = turn([{"role": "developer", "content": "Two."}, USER], instructions="One.")
-    told = ocp.RESPONSES.stored_system_messages(first)
+    told = ocp.RESPONSES.stored_input(first)[0]
     said = [*told, *first.messages, ocp.Message("assistant", [block("b")])]
     about = parsing(recall=lambda response_id: said)
 
@@ -277,7 +277,7 @@ def test_messages_of_the_system_last_and_instructions_do_not() -> None:
     assert conversation(second) == [
         ("user", ["Hello"]), ("assistant", ["b"]),
         ("user", ["<system-reminder>\nFour.\n</system-reminder>", "Hello"])]
-    told = ocp.RESPONSES.stored_system_messages(second)
+    told = ocp.RESPONSES.stored_input(second)[0]
     assert [each.content for each in told] == [[block("Two.")]]
 
 
