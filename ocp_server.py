@@ -31,11 +31,11 @@ Sections (search for "==== 8" to jump to the eighth):
     10. Patterns              regular expressions of clients, for JavaScript and for Python
     11. JSON Schema           schemas of clients, parsed into plain 2020-12
     12. Model schemas         schemas rewritten so that claude and the API accept them, and back
-    13. Request fields        typed access to JSON; messages become a prompt
+    13. Request fields        typed access to JSON; thinking and sampling
     14. Attachments           images and files of requests, and their limits
-    15. Tools and options     tools, output schemas, thinking and sampling
-    16. Dialects              what every wire format does: parse a body, render an answer
-    17. OpenAI content        tools, content parts and output formats of OpenAI's APIs
+    15. Content               parts and blocks of messages in the formats of all APIs
+    16. Tools                 tools, the choice among them, their calls, output schemas
+    17. Dialects              messages become a prompt; what every wire format does
     18. Chat completions      /v1/chat/completions and /v1/completions
     19. Messages              /v1/messages
     20. Response items        input items into messages, blocks into output items
@@ -1753,8 +1753,8 @@ class Turn(NamedTuple):
     ignored: tuple[str, ...] = ()
     #: Repairs of the request: (name, count).
     adjusted: tuple[tuple[str, int], ...] = ()
-    #: What the dialect needs to render the answer; private to the dialect.
-    wire: Mapping[str, Any] = MappingProxyType({})
+    #: What the dialect has to know of the request to write the answer; private to the dialect.
+    reply_format: Any = None
 
     @property
     def tools_for_model(self) -> tuple[tuple[Tool, ...], ToolChoice]:
@@ -4632,45 +4632,8 @@ class ClientJsonConverter:
 
 
 # ==== 13. Request fields =====================================================
-# Fields reads the JSON of a request with types and names the field that is invalid. The
-# functions after it, shared by all dialects, turn messages, tool calls and tool results of
-# clients into a prompt that the API accepts.
-
-
-class Limits(NamedTuple):
-    """The operator's limits for images and files in a request."""
-
-    image_allow_url: bool
-    max_image_bytes: int
-    max_images: int
-    max_image_total_bytes: int
-
-
-class ParseEnvironment(NamedTuple):
-    """What a dialect needs from the server to parse a body."""
-
-    models: Models
-    default_model: str
-    limits: Limits
-    #: Returns the messages of an earlier response of this caller by its id. Raises BadRequest.
-    recall: Callable[[str], list[Message]]
-    #: Returns an item of such a response by its id. Raises NotFound.
-    item: Callable[[str], Json]
-    #: Returns the messages of this caller's session by its id and the system prompt.
-    session: Callable[[str, str], list[Message]]
-    #: True if only the tokens are counted: the prompt may end with an assistant message then.
-    count_only: bool = False
-    #: True if a header requests the long context window.
-    long_context: bool = False
-
-    def model(self, fields: Fields) -> tuple[str, Model]:
-        """Return the name in the request, or the default one, and its model.
-
-        Raises UnknownModel.
-        """
-        name = fields.text("model") or self.default_model
-        return name, self.models.find(name, long_context=self.long_context)
-
+# Fields reads the JSON of a request with types and names the field that is invalid. The functions
+# after it read the options, thinking and sampling, and adapt them to the model.
 
 #: Larger token limits count as this one: no model writes that many.
 _MAX_TOKEN_LIMIT = 10**9
@@ -4727,11 +4690,9 @@ class Fields:
         return (*self._marked, *nested, *unread)
 
     def path_of(self, name: str) -> str:
-        """Return the full path of a field, for error messages."""
         return f"{self.path}.{name}" if self.path else name
 
     def invalid(self, name: str, what: str) -> BadRequest:
-        """Return the error that says what the field must be."""
         return BadRequest(f"{self.path_of(name)}: must be {what}.", param=self.path_of(name))
 
     def has(self, name: str) -> bool:
@@ -4739,7 +4700,6 @@ class Fields:
         return self.value(name) is not None
 
     def text(self, name: str) -> str | None:
-        """Return a string."""
         value = self.value(name)
         if value is not None and not isinstance(value, str):
             raise self.invalid(name, "a string")
@@ -4760,7 +4720,6 @@ class Fields:
         return bool(value)
 
     def number(self, name: str, minimum: float, maximum: float) -> float | None:
-        """Return a number within a range."""
         value = self.value(name)
         if value is None:
             return None
@@ -4792,19 +4751,12 @@ class Fields:
             return _MAX_TOKEN_LIMIT
         return self.integer(name, 0 if zero else 1)
 
-    def top_k(self) -> int | None:
-        """Return how many of the likeliest tokens to choose from; None for all (0 and -1)."""
-        return self.token_limit("top_k")
-
     def sampling_value(self, name: str, maximum: float) -> float | None:
         """Return a number from 0 to `maximum`; None also for -1, which some clients send for
         "not set"."""
-        if self.value(name) == -1:
-            return None
-        return self.number(name, 0, maximum)
+        return None if self.value(name) == -1 else self.number(name, 0, maximum)
 
     def items(self, name: str) -> list[object] | None:
-        """Return an array."""
         value = self.value(name)
         if value is not None and not isinstance(value, list):
             raise self.invalid(name, "an array")
@@ -4826,7 +4778,6 @@ class Fields:
         return tuple(items)
 
     def child(self, name: str) -> Fields | None:
-        """Return an object."""
         value = self.value(name)
         return None if value is None else Fields(value, self.path_of(name))
 
@@ -4858,799 +4809,6 @@ def text_blocks(text: str) -> list[Block]:
     return [{"type": "text", "text": text}] if text.strip() else []
 
 
-def text_of(blocks: Iterable[Block]) -> str:
-    """Return the text of the text blocks, separated by blank lines."""
-    return "\n\n".join(str(block["text"]) for block in blocks if block.get("type") == "text")
-
-
-#: A line that Claude Code, as a client, sends at the head of its system prompt. The claude behind
-#: this server would mistake a whole prompt that begins with it for such a line.
-_BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
-
-
-def system_text(blocks: Iterable[Block]) -> str:
-    """Return the text of a system prompt's blocks, without billing headers."""
-    texts = (_BILLING_HEADER.sub("", block["text"], count=1)
-             for block in blocks if block["type"] == "text")
-    return "\n\n".join(text for text in texts if text.strip())
-
-
-def merge_adjacent(messages: Iterable[Message]) -> list[Message]:
-    """Join adjacent messages of the same role, and drop empty ones; return the new list.
-
-    For the API this is the same; claude reads each message separately, which takes time.
-    """
-    result: list[Message] = []
-    for message in messages:
-        if result and result[-1].role == message.role:
-            result[-1].content.extend(message.content)
-        elif message.content:
-            result.append(Message(message.role, list(message.content)))
-    return result
-
-
-def plain_id(call_id: str) -> str:
-    """Return the letters and digits of a tool call's id.
-
-    Ids are sent to clients and compared in this form, because some clients drop the rest.
-    """
-    return re.sub(r"[^A-Za-z0-9]", "", call_id)
-
-
-@dataclasses.dataclass
-class ToolCall:
-    """One tool call of a history, with its results."""
-
-    #: The tool_use block, with an id that is unique in the history.
-    block: Block
-    message_index: int
-    results: list[Block] = dataclasses.field(default_factory=list)
-
-
-#: A key to find a call by: how the ids are compared, the id in the result, the tool's name or "".
-_CallKey = tuple[str, str, str]
-
-
-class ToolExchanges:
-    """Makes the ids of the tool calls of a history unique, and finds the call of each result.
-
-    Clients may repeat an id in every turn or even in one message, may send an empty id, and may
-    have dropped punctuation from it. A result therefore belongs to the first call with its id and
-    without a result in the newest message that has one; among calls of that message, the tool
-    that the result names wins. A result without an id matches calls with any id. If every call
-    has its result, it is appended to those of the newest call.
-
-    Calls and results may have two fields that are not the API's and are removed here: a call's
-    `item_id`, a second id that results may use, and a result's `name`.
-    """
-
-    def __init__(self, context: ParseContext, param: str) -> None:
-        self._context = context
-        self._param = param
-        self._calls: dict[int, list[ToolCall]] = {}
-        self._used_ids: set[str] = set()
-        #: The number of the last suffix that made an id unique, by id.
-        self._numbers: dict[str, int] = {}
-        #: Calls without a result by key: one queue for each message with such calls.
-        self._waiting: dict[_CallKey, list[collections.deque[ToolCall]]] = {}
-        self._newest: dict[_CallKey, ToolCall] = {}
-
-    def add_call(self, block: Block, message_index: int) -> Block:
-        """Add a tool_use block; return it with its unique id."""
-        unique = {name: value for name, value in block.items() if name != "item_id"}
-        call = ToolCall({**unique, "id": self._unique_id(str(block["id"]))}, message_index)
-        self._calls.setdefault(message_index, []).append(call)
-        ids = self._comparisons(str(block["id"]), any_id=True)
-        if block.get("item_id"):
-            ids.append(("item", str(block["item_id"])))
-        for compared_id, name in itertools.product(ids, ("", str(block["name"]))):
-            key = (*compared_id, name)
-            queues = self._waiting.setdefault(key, [])
-            if not queues or queues[-1][0].message_index != message_index:
-                queues.append(collections.deque())
-            queues[-1].append(call)
-            self._newest[key] = call
-        return call.block
-
-    def _unique_id(self, sent_id: str) -> str:
-        """Return a unique id that the API accepts: close to the client's, and the same in every
-        request that repeats the history up to here."""
-        plain = plain_id(sent_id) or "call"
-        if len(plain) > _CALL_ID_MAX_CHARS:
-            tail = hashlib.sha256(sent_id.encode("utf-8", "replace")).hexdigest()[:16]
-            plain = plain[: _CALL_ID_MAX_CHARS - len(tail)] + tail
-        unique, number = plain, self._numbers.get(plain, 1)
-        while unique in self._used_ids:
-            number += 1
-            unique = f"{plain}r{number}"
-        self._numbers[plain] = number
-        self._used_ids.add(unique)
-        return unique
-
-    def _comparisons(self, sent_id: str, *, any_id: bool) -> list[tuple[str, str]]:
-        """Return the first two parts of the keys for an id, the strictest comparison first."""
-        keys = [("sent", sent_id), ("plain", plain_id(sent_id))] if sent_id else []
-        return [*keys, ("any", "")] if any_id else keys
-
-    def add_result(self, block: Block, message_index: int) -> None:
-        """Add a tool_result block to its call. Raises BadRequest if there is no such call."""
-        sent_id = str(block["tool_use_id"])
-        ids = [*self._comparisons(sent_id, any_id=not sent_id), ("item", sent_id)]
-        call = self._call_for(ids, str(block.get("name") or ""))
-        if call is None:
-            raise BadRequest(
-                f"{self._param}: no tool was called with the id {one_line(sent_id, 80)!r} before "
-                "its result.", param=self._param,
-            )
-        if call.results:
-            self._context.adjust("repeated_tool_result")
-        elif message_index > call.message_index + 1:
-            self._context.adjust("late_tool_result")
-        call.results.append(block)
-
-    def _call_for(self, ids: list[tuple[str, str]], name: str) -> ToolCall | None:
-        for compared_id in ids:
-            for find in (self._first_waiting, self._newest.get):
-                call, named = (find((*compared_id, each)) for each in ("", name))
-                if call is not None:
-                    is_near = named is not None and named.message_index == call.message_index
-                    return named if is_near else call
-        return None
-
-    def _first_waiting(self, key: _CallKey) -> ToolCall | None:
-        queues = self._waiting.get(key, [])
-        while queues:
-            while queues[-1]:
-                if not queues[-1][0].results:
-                    return queues[-1][0]
-                queues[-1].popleft()
-            queues.pop()
-        return None
-
-    def results_after(self, message_index: int) -> list[Block]:
-        """Return one tool_result for each call of that message, in the order of the calls."""
-        return [self._result_of(call) for call in self._calls.get(message_index, ())]
-
-    def _result_of(self, call: ToolCall) -> Block:
-        if not call.results:
-            self._context.adjust("missing_tool_result")
-        content = [block for result in call.results for block in result["content"]]
-        joined: Block = {
-            "type": "tool_result", "tool_use_id": call.block["id"],
-            "content": content if call.results else text_blocks(_NO_RESULT),
-        }
-        failed = any(result.get("is_error") for result in call.results)
-        return {**joined, "is_error": True} if failed else joined
-
-
-#: Longer ids are shortened: some clients store kilobytes in them. With the number that makes it
-#: unique, an id stays below the API's limit of 64.
-_CALL_ID_MAX_CHARS = 48
-#: The result of a call for which the client sent none.
-_NO_RESULT = "No result was given."
-
-
-def with_paired_results(
-    messages: list[Message], context: ParseContext, param: str
-) -> list[Message]:
-    """Return the messages with exactly one tool result for each call, where the API requires it:
-    at the head of the user message after the call, in the order of the calls.
-
-    The roles of `messages` alternate. Raises BadRequest for a result without a call. See
-    ToolExchanges for the repairs.
-    """
-    exchanges = ToolExchanges(context, param)
-    rest: list[list[Block]] = []
-    for index, message in enumerate(messages):
-        rest.append([])
-        for block in message.content:
-            if block["type"] == "tool_result":
-                exchanges.add_result(block, index)
-            elif block["type"] == "tool_use":
-                rest[-1].append(exchanges.add_call(block, index))
-            else:
-                rest[-1].append(block)
-    return merge_adjacent(
-        Message(message.role, exchanges.results_after(index - 1) + rest[index])
-        for index, message in enumerate(messages)
-    )
-
-
-#: The field that names a session. The common name `session_id` is avoided: other programs only
-#: group requests by it, and the requests of a group must not see each other's messages.
-SESSION_FIELD = "ocp_session_id"
-
-
-def with_session_messages(
-    fields: Fields, parsing: ParseEnvironment, system: str, messages: list[Message]
-) -> list[Message]:
-    """Return the messages of the session that the request names, followed by `messages`.
-
-    A request that already contains assistant messages is returned as it is.
-    """
-    session_id = fields.text(SESSION_FIELD)
-    if session_id and not re.fullmatch(r"[\x20-\x7e]{1,256}", session_id):
-        raise fields.invalid(SESSION_FIELD, "up to 256 plain characters")
-    if not session_id or any(message.role == "assistant" for message in messages):
-        return messages
-    return [*parsing.session(session_id, system), *messages]
-
-
-def with_reminders(messages: list[Message]) -> list[Message]:
-    """Return the messages with system messages turned into reminders in user messages.
-
-    They keep their place: moved to the system prompt, they would change the head of the
-    conversation, and invalidate the prompt cache, at every step. System messages without a user
-    message beside them become plain user messages.
-    """
-    result: list[Message] = []
-    for _, group in itertools.groupby(messages, key=lambda each: each.role == "assistant"):
-        neighbours = list(group)
-        if all(message.role == "system" for message in neighbours):
-            texts = (system_text(message.content) for message in neighbours)
-            result += [Message("user", text_blocks(text)) for text in texts]
-        else:
-            result += _place_reminders(neighbours)
-    return result
-
-
-def _place_reminders(neighbours: list[Message]) -> list[Message]:
-    """Return the messages between two answers with each system message turned into a reminder.
-
-    Beside tool results it becomes a part of the last one, as Claude Code does: in the middle of a
-    turn claude reads nothing but tool results.
-    """
-    last_results = max((i for i, each in enumerate(neighbours) if each.has_results), default=-1)
-    reminders: dict[int, list[Block]] = {}
-    kept: dict[int, Message] = {}
-    results_before = -1
-    for index, message in enumerate(neighbours):
-        if message.role != "system":
-            kept[index] = message
-            results_before = index if message.content[-1]["type"] == "tool_result" else -1
-            continue
-        text = system_text(message.content)
-        if not text:
-            continue
-        reminder = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
-        if results_before >= 0:
-            reminders.setdefault(results_before, []).append(reminder)
-        elif last_results > index:
-            reminders.setdefault(last_results, []).append(reminder)
-        else:
-            kept[index] = Message("user", [reminder])
-    return [_with_reminders(each, reminders.get(index, [])) for index, each in kept.items()]
-
-
-def _with_reminders(message: Message, reminders: list[Block]) -> Message:
-    """Return the message with the reminders at the end of its last tool result."""
-    if not reminders:
-        return message
-    content = list(message.content)
-    last = max(i for i, block in enumerate(content) if block["type"] == "tool_result")
-    content[last] = {**content[last], "content": [*content[last]["content"], *reminders]}
-    return Message(message.role, content)
-
-
-class Prompt(NamedTuple):
-    """A system prompt and the messages after it."""
-
-    system: str
-    messages: list[Message]
-    #: The client's system messages that make up `system`.
-    opening: list[Message] = []
-
-
-#: The user message to add if a conversation ends with an assistant message: to continue it, to
-#: process a tool result that arrived late, or to put its content into the required form.
-_CONTINUE = "Continue exactly where your last message ends."
-_GO_ON = "The result of an earlier tool call is there now; go on with it."
-_REFORMAT = "Give the answer of this conversation in the required form."
-
-
-def build_prompt(
-    messages: list[Message], fields: Fields, parsing: ParseEnvironment, context: ParseContext,
-    param: str, *, instructions: str = "", after_assistant: str = "",
-) -> Prompt:
-    """Return the prompt of a request's messages, including system messages.
-
-    `after_assistant` is the user message to add if the last message is the assistant's. If it is
-    empty, such a request is refused, unless its tokens are only counted. Raises BadRequest also
-    if there is nothing to answer.
-    """
-    messages = [message for message in messages if message.content]
-    opening = list(itertools.takewhile(lambda each: each.role == "system", messages))
-    texts = [instructions, *(system_text(message.content) for message in opening)]
-    system = "\n\n".join(filter(None, texts))
-    later = with_session_messages(fields, parsing, system, with_reminders(messages[len(opening):]))
-    if not later and system:
-        # The API needs a user message, so instructions alone become one.
-        return Prompt("", [Message("user", text_blocks(system))])
-    if not later:
-        raise BadRequest(f"{param}: there is nothing to answer.", param=param)
-    later = _with_user_last(merge_adjacent(later), parsing, context, param, after_assistant)
-    later = with_paired_results(later, context, param)
-    # All tool results of the last message may have moved up to earlier calls.
-    later = _with_user_last(later, parsing, context, param, _GO_ON)
-    later = context.attachments.within_bounds(later, param, count_only=parsing.count_only)
-    return Prompt(system, later, opening)
-
-
-def _with_user_last(
-    messages: list[Message], parsing: ParseEnvironment, context: ParseContext, param: str,
-    after_assistant: str,
-) -> list[Message]:
-    """Return the messages with a user message at the end. Raises BadRequest if the last one is
-    the assistant's and `after_assistant` is empty."""
-    if messages[-1].role == "user" or parsing.count_only:
-        return messages
-    if not after_assistant:
-        raise BadRequest(
-            f"{param}: the last message must have the role user; prefilling an answer is not "
-            "supported.", param=param,
-        )
-    context.adjust("assistant_last")
-    return [*messages, Message("user", text_blocks(after_assistant))]
-
-
-# ==== 14. Attachments ========================================================
-# Images and files of requests become blocks that the API accepts. Their data decides about their
-# type. ParseContext collects what one request needs while it is parsed.
-
-#: Image types, and a pattern of their first bytes.
-_IMAGE_TYPES = {
-    "image/jpeg": rb"\xff\xd8\xff",
-    "image/png": rb"\x89PNG",
-    "image/gif": rb"GIF8",
-    "image/webp": rb"RIFF....WEBP",
-}
-_PDF = "application/pdf"
-#: The header of a PDF may be anywhere within its first bytes.
-_PDF_HEAD_BYTES = 1024
-#: Byte order marks of encodings other than UTF-8. UTF-32 precedes UTF-16, whose mark it contains.
-_BYTE_ORDER_MARKS = {
-    b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
-}
-#: Encodings that a file may name. Python's others take quadratic time or do not decode text.
-_CHARSET = re.compile(
-    "charset=[\"']?((?:utf|ascii|us-ascii|latin|iso|windows|cp|gb|big5|euc|shift|koi8|mac)[\\w.-]*)"
-)
-#: Control characters that only binary data has. Text may contain terminal sequences and the DOS
-#: end-of-file mark.
-_BINARY = re.compile("[\0-\x06\x0e-\x19\x1c-\x1f]")
-_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]{0,30}):")
-_FROM_URL_ALPHABET = str.maketrans("-_", "+/")
-
-
-def _exact_base64(data: str) -> bytes | None:
-    """Return the bytes of base64 data; None if it is empty or not exactly as it has to be.
-
-    The decoder is fast and skips invalid characters, which shows in the number of bytes.
-    """
-    try:
-        content = binascii.a2b_base64(data)
-    except (binascii.Error, ValueError):
-        return None
-    whole = len(data) % 4 == 0 and len(content) == base64_bytes(data)
-    return content if content and whole else None
-
-
-def base64_bytes(data: str) -> int:
-    """Return the decoded size of base64 data that is valid and padded."""
-    return len(data) // 4 * 3 - data[-2:].count("=")
-
-
-def normalized_base64(data: str) -> tuple[str, bytes]:
-    """Return base64 data in the form that the API accepts, and its bytes, empty if it is invalid.
-
-    White space, the URL-safe alphabet, percent-encoding and missing padding are accepted.
-    """
-    content = _exact_base64(data)
-    if content is None:
-        plain = urllib.parse.unquote(data) if "%" in data else data
-        plain = "".join(plain.split()).translate(_FROM_URL_ALPHABET).rstrip("=")
-        data = plain + "=" * (-len(plain) % 4)
-        content = _exact_base64(data)
-    return data, content or b""
-
-
-def _data_type(content: bytes, sent_type: str) -> str:
-    """Return the type of an image or PDF by its first bytes, not by the client's word; else ""."""
-    for media_type, first_bytes in _IMAGE_TYPES.items():
-        if re.match(first_bytes, content, re.DOTALL):
-            return media_type
-    head = content[:_PDF_HEAD_BYTES]
-    is_pdf = b"%PDF-" in head if sent_type == _PDF else head.lstrip().startswith(b"%PDF-")
-    return _PDF if is_pdf else ""
-
-
-def caption_blocks(labels: Mapping[str, str]) -> list[Block]:
-    """Return a client's labels of a file as a text to put before its content."""
-    return text_blocks("\n".join(f"{name.title()}: {text}" for name, text in labels.items()))
-
-
-class Attachment(NamedTuple):
-    """An image or a file as a request sends it."""
-
-    #: Base64 data, a data: URI, or an http(s) URL.
-    data: str
-    #: The path of that field.
-    param: str
-    #: The type that the client declares.
-    media_type: str = ""
-    #: The client's title and context.
-    labels: Mapping[str, str] = MappingProxyType({})
-    #: Whether files other than images and PDF are refused.
-    image_only: bool = False
-
-
-class Attachments:
-    """Turns the images and files of one request into blocks, and enforces their limits."""
-
-    def __init__(self, limits: Limits, adjust: Callable[[str], None]) -> None:
-        self._limits = limits
-        self._adjust = adjust
-        #: Every block and the path of its field, by the block's id(). The reference to the block
-        #: keeps that id valid.
-        self._paths: dict[int, tuple[Block, str]] = {}
-
-    def blocks(self, sent: Attachment) -> list[Block]:
-        """Return the blocks of an image or a file, whose data tells its type: an image, a PDF, or
-        text, which becomes a text block. Raises BadRequest, Unsupported."""
-        match = _SCHEME.match(sent.data)
-        scheme = match[1].lower() if match else "data"
-        if scheme not in ("data", "http", "https"):
-            raise BadRequest(
-                f"{sent.param}: must be a data: URI or an http(s) URL.",
-                param=sent.param, code="unsupported_url_scheme",
-            )
-        blocks = self._inline(sent) if scheme == "data" else [self._remote(sent)]
-        self._paths.update((id(block), (block, sent.param)) for block in attachments_of(blocks))
-        return blocks
-
-    def _remote(self, sent: Attachment) -> Block:
-        if not self._limits.image_allow_url:
-            raise BadRequest(
-                f"{sent.param}: this server does not accept URLs of images and files; send the "
-                "data as a data: URI, or have the operator set CLAUDE_IMAGE_ALLOW_URL=1.",
-                param=sent.param, code="remote_url_disabled",
-            )
-        source = {"type": "url", "url": sent.data.strip()}
-        if sent.image_only:
-            return {"type": "image", "source": source}
-        return {"type": "document", "source": source, **sent.labels}
-
-    def _inline(self, sent: Attachment) -> list[Block]:
-        head, comma, data = "", ",", sent.data
-        if _SCHEME.match(data):
-            head, comma, data = data.partition(",")
-        declared = (head.partition(":")[2] or sent.media_type).lower().split(";")
-        media_type, *parameters = map(str.strip, declared)
-        if head and comma and media_type.startswith("text/") and "base64" not in parameters:
-            content = urllib.parse.unquote_to_bytes(data)
-            return caption_blocks(sent.labels) + self._text(sent, content, media_type, parameters)
-        if not comma or (head and "base64" not in parameters):
-            raise BadRequest(
-                f"{sent.param}: must be a base64 data URI, data:image/png;base64,...",
-                param=sent.param, code="invalid_data_uri",
-            )
-        data, content = normalized_base64(data)
-        if not content:
-            raise BadRequest(
-                f"{sent.param}: the base64 data is invalid or empty.",
-                param=sent.param, code="invalid_data_uri",
-            )
-        actual_type = _data_type(content, media_type)
-        source = {"type": "base64", "media_type": actual_type, "data": data}
-        if actual_type == _PDF:
-            return [{"type": "document", "source": source, **sent.labels}]
-        if actual_type:
-            return [*caption_blocks(sent.labels), {"type": "image", "source": source}]
-        return caption_blocks(sent.labels) + self._text(sent, content, media_type, parameters)
-
-    def _text(
-        self, sent: Attachment, content: bytes, media_type: str, parameters: list[str]
-    ) -> list[Block]:
-        text = None if sent.image_only else self._decoded(content, media_type, parameters)
-        if text is None or _BINARY.search(text):
-            what = "images must be" if sent.image_only else "files must be text in UTF-8, PDF or"
-            is_other = media_type and media_type not in _IMAGE_TYPES
-            declared = f", not {one_line(media_type, 60)}" if is_other else ""
-            raise BadRequest(
-                f"{sent.param}: {what} one of {', '.join(_IMAGE_TYPES)}{declared}; "
-                "the data is none of these. Convert it first.",
-                param=sent.param,
-                code="unsupported_image_type" if sent.image_only else "unsupported_file_type",
-            )
-        return text_blocks(text)
-
-    def _decoded(self, content: bytes, media_type: str, parameters: list[str]) -> str | None:
-        """Return the text of a file, decoded by its byte order mark, its declared charset, UTF-8
-        or, for a declared text type, Windows-1252; None if it does not decode."""
-        marked = [name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)]
-        declared = [match[1] for match in map(_CHARSET.match, parameters) if match]
-        for encoding in marked[:1] or [*declared, "utf-8-sig"]:
-            with contextlib.suppress(UnicodeError, LookupError):
-                return content.decode(encoding)
-        if media_type.startswith("text/") and not marked:
-            with contextlib.suppress(UnicodeError):
-                text = content.decode("cp1252")
-                self._adjust("text_encoding_guessed")
-                return text
-        return None
-
-    def within_bounds(
-        self, messages: list[Message], param: str, *, count_only: bool
-    ) -> list[Message]:
-        """Return the messages, with the oldest attachments replaced by a text if there are too
-        many for a request.
-
-        Raises TooLarge if the last message alone has too many, unless `count_only`.
-        """
-        maximum = self._limits.max_image_bytes
-        sizes = [
-            [_size_bytes(block, maximum) for block in attachments_of(message.content)]
-            for message in messages
-        ]
-        if not count_only:
-            self._check_newest(messages[-1], sizes[-1], param)
-        dropped = surplus_attachments(sizes, self._limits)
-        for _ in dropped:
-            self._adjust("images_dropped")
-        return _without(messages, dropped) if dropped else messages
-
-    def _check_newest(self, message: Message, sizes: list[int | None], param: str) -> None:
-        total_bytes = 0
-        for number, (block, size_bytes) in enumerate(zip(attachments_of(message.content), sizes)):
-            total_bytes += size_bytes or 0
-            _, param = self._paths.get(id(block), (block, param))
-            if size_bytes is None:
-                raise TooLarge(
-                    f"{param}: an image may have at most {self._limits.max_image_bytes} bytes.",
-                    param=param, code="image_too_large",
-                )
-            if number >= self._limits.max_images:
-                raise TooLarge(
-                    f"{param}: a request may have at most {self._limits.max_images} images and "
-                    "files.", param=param, code="too_many_images",
-                )
-            if total_bytes > self._limits.max_image_total_bytes:
-                raise TooLarge(
-                    f"{param}: the images and files of a request may have at most "
-                    f"{self._limits.max_image_total_bytes} bytes in total.",
-                    param=param, code="images_too_large",
-                )
-
-
-def _size_bytes(block: Block, max_image_bytes: int) -> int | None:
-    """Return the decoded size of an attachment, 0 for a URL; None if an image is too large."""
-    size_bytes = base64_bytes(block["source"].get("data") or "")
-    too_large = block["type"] == "image" and size_bytes > max_image_bytes
-    return None if too_large else size_bytes
-
-
-def _max_attachments(model: Model) -> int:
-    """Return how many images and documents the API accepts in a request."""
-    return 100 if model.context_window <= 200_000 else 600
-
-
-def surplus_attachments(sizes: list[list[int | None]], limits: Limits) -> set[int]:
-    """Return the numbers of the attachments to drop, counted from 0 over all messages.
-
-    `sizes` has their bytes, message by message; None is always dropped. Over a limit the oldest
-    are dropped until four fifths of it are left, so that the head of a growing conversation, and
-    with it the prompt cache, changes only once in many messages. The result for one message
-    depends on later messages only through the one that exceeded the limit, whose own attachments
-    are dropped last.
-    """
-    maximum = (limits.max_images, limits.max_image_total_bytes)
-    kept: collections.deque[tuple[int, int]] = collections.deque()
-    dropped: set[int] = set()
-    numbers = itertools.count()
-    total_bytes = 0
-
-    def exceeds(fifths: int) -> bool:
-        totals = (len(kept), total_bytes)
-        return any(total * 5 > bound * fifths for total, bound in zip(totals, maximum))
-
-    for message_sizes in sizes:
-        earlier = len(kept)
-        for size_bytes, number in zip(message_sizes, numbers):
-            if size_bytes is None:
-                dropped.add(number)
-            else:
-                kept.append((number, size_bytes))
-                total_bytes += size_bytes
-        target_fifths = 4 if exceeds(5) else 5
-        while exceeds(target_fifths) and (earlier > 0 or exceeds(5)):
-            number, size_bytes = kept.popleft()
-            dropped.add(number)
-            total_bytes -= size_bytes
-            earlier -= 1
-    return dropped
-
-
-def _without(messages: list[Message], dropped: set[int]) -> list[Message]:
-    """Return the messages with a text in place of each dropped attachment."""
-    numbers = itertools.count()
-
-    def replaced(blocks: Iterable[Block]) -> Iterator[Block]:
-        for block in blocks:
-            if block["type"] == "tool_result":
-                yield {**block, "content": list(replaced(block["content"]))}
-            elif block["type"] in _ATTACHMENT_BLOCKS and next(numbers) in dropped:
-                yield {"type": "text", "text": f"[An older {block['type']} was left out here.]"}
-            else:
-                yield block
-
-    return [Message(message.role, list(replaced(message.content))) for message in messages]
-
-
-class ParseContext:
-    """The state of parsing one request: its attachments, and the fields that were ignored and the
-    repairs that were made, which the response headers report."""
-
-    def __init__(self, limits: Limits, model: Model) -> None:
-        max_images = min(limits.max_images, _max_attachments(model))
-        self.attachments = Attachments(limits._replace(max_images=max_images), self.adjust)
-        self._ignored: list[str] = []
-        self._adjusted: collections.Counter[str] = collections.Counter()
-
-    def ignore(self, *paths: str) -> None:
-        """Record the paths of fields that have no effect."""
-        self._ignored += paths
-
-    def adjust(self, repair: str, count: int = 1) -> None:
-        """Record a repair of the request by its name in docs/api.md."""
-        self._adjusted[repair] += count
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """The paths of ignored fields, in the order of the request."""
-        return tuple(self._ignored)
-
-    @property
-    def adjusted(self) -> tuple[tuple[str, int], ...]:
-        """The repairs and how often each was made."""
-        return tuple(self._adjusted.items())
-
-
-def labels_of(part: Fields, *names: str) -> dict[str, str]:
-    """Return the named fields of a document, such as its title, that are not empty."""
-    return {name: part.text(name) or "" for name in names if part.text(name)}
-
-
-def _refuse_stored(source: Fields, name: str) -> NoReturn:
-    """Raise Unsupported for a file that is referred to by an id."""
-    raise Unsupported(
-        f"{source.path_of(name)}: this server stores no files; send the file itself, as base64 "
-        "data.", param=source.path_of(name),
-    )
-
-
-def _source_blocks(source: Fields, context: ParseContext, sent: Attachment) -> list[Block]:
-    """Return the blocks of an Anthropic `source` object, which completes `sent`."""
-    kind = source.text("type") or ("url" if source.has("url") else "base64")
-    if kind == "file":
-        _refuse_stored(source, "file_id" if source.has("file_id") else "type")
-    if kind not in ("base64", "url"):
-        raise source.invalid(
-            "type", "base64 or url" + ("" if sent.image_only else ", text or content")
-        )
-    name = "url" if kind == "url" else "data"
-    return context.attachments.blocks(sent._replace(
-        data=source.required_text(name), param=source.path_of(name),
-        media_type=source.text("media_type") or "",
-    ))
-
-
-def image_blocks(part: Fields, context: ParseContext) -> list[Block]:
-    """Return the blocks of an image in the format of Anthropic or of MCP."""
-    source = part.child("source")
-    if source is None and part.has("data"):
-        media_type = part.text("mimeType") or part.text("mime_type") or ""
-        return context.attachments.blocks(
-            Attachment(part.required_text("data"), part.path_of("data"),
-                       media_type, image_only=True)
-        )
-    if source is None:
-        raise part.invalid("source", "an object with the image")
-    return _source_blocks(source, context, Attachment("", "", image_only=True))
-
-
-def document_blocks(
-    part: Fields, context: ParseContext, read: Callable[[Fields], list[Block]]
-) -> list[Block]:
-    """Return the blocks of a document in Anthropic's format. `read` returns the blocks of a
-    source with the type "content"."""
-    source = part.child("source")
-    if source is None:
-        raise part.invalid("source", "an object with the document")
-    labels = labels_of(part, "title", "context")
-    if source.text("type") == "text":
-        return caption_blocks(labels) + text_blocks(source.text("data") or "")
-    if source.text("type") == "content":
-        return caption_blocks(labels) + read(source)
-    return _source_blocks(source, context, Attachment("", "", labels=labels))
-
-
-# ==== 15. Tools and options ==================================================
-# The tools, output schema and options of a request, in the form that the model's API accepts.
-
-
-def tool_use_block(part: Fields) -> Block:
-    """Return the block of a tool call in Anthropic's format."""
-    return {
-        "type": "tool_use",
-        "id": part.text("id") or "",
-        "name": part.required_text("name"),
-        "input": parse_arguments(part.object.get("input")),
-    }
-
-
-def tool_result_block(part: Fields, content: list[Block]) -> Block:
-    """Return the block of a tool result in Anthropic's format, with the parsed content."""
-    call_id = part.text("tool_use_id") or ""
-    result: Block = {"type": "tool_result", "tool_use_id": call_id, "content": content}
-    return {**result, "is_error": True} if part.flag("is_error") else result
-
-
-#: Fields of a tool that have an effect, or that claude sets itself.
-_TOOL_FIELDS = (
-    "type", "name", "description", "parameters", "input_schema", "function", "cache_control"
-)
-
-
-def read_tool(entry: Fields, name: str, schema_field: str) -> Tool:
-    """Return a client's tool. Raises BadRequest for an invalid schema, because claude would
-    silently drop the tool, or all tools."""
-    value = entry.value(schema_field)
-    with contextlib.suppress(ValueError):
-        # Some clients send the schema as its JSON text.
-        value = from_json(value) if isinstance(value, str) and value else value
-    # PHP encodes an empty object as an empty array.
-    schema = Fields({} if value in (None, [], "") else value, entry.path_of(schema_field))
-    parsed = schema_for_model(schema.object, schema.path, is_tool=True)
-    description = entry.text("description") or ""
-    return Tool(name, description, parsed.schema, parsed.wrapped, parsed.renamed)
-
-
-def unsupported_tool_fields(tools: Iterable[Fields]) -> list[str]:
-    """Return the paths of fields of tools that have no effect and are not at their default."""
-    return list(dict.fromkeys(
-        f"tools[].{name}" for tool in tools for name, value in tool.object.items()
-        if name not in _TOOL_FIELDS and is_non_default(value)
-    ))
-
-
-def unique_tools(tools: Iterable[Tool], param: str) -> tuple[Tool, ...]:
-    """Return the tools without duplicates. Raises BadRequest if different tools share a name."""
-    by_name: dict[str, Tool] = {}
-    for tool in tools:
-        if by_name.setdefault(tool.name, tool) != tool:
-            raise BadRequest(f"{param}: two tools are named {tool.name!r}.", param=param)
-    return tuple(by_name.values())
-
-
-def checked_tool_choice(tools: tuple[Tool, ...], choice: ToolChoice, param: str) -> ToolChoice:
-    """Return the choice; without tools, the default one. Raises BadRequest if it requires a tool
-    that is not there."""
-    if not tools and choice.forces:
-        raise BadRequest(f"{param}: there are no tools to call.", param=param)
-    if choice.kind == "tool" and choice.name not in [tool.name for tool in tools]:
-        raise BadRequest(f"{param}: no tool is named {choice.name!r}.", param=param)
-    return choice if tools else ToolChoice()
-
-
-def read_output_schema(schema: Fields) -> OutputSchema:
-    """Return the output schema of a structured answer. Raises BadRequest if it is invalid."""
-    return OutputSchema(*schema_for_model(schema.object, schema.path, is_tool=False))
-
-
-_ANY_OBJECT = OutputSchema({"type": "object", "additionalProperties": True}, wrapped=False)
-
-
 #: Effort levels, lowest first, and the thinking budget in tokens for models that take a budget
 #: instead of a level. "minimal" is OpenAI's name for the lowest.
 EFFORT_BUDGETS = {
@@ -5662,6 +4820,8 @@ EFFORT_BUDGETS = {
     "max": 31_999,
 }
 _MIN_BUDGET_TOKENS = 1_024
+#: The effort if a client requests thinking without an effort or budget.
+_DEFAULT_EFFORT = "medium"
 
 
 def nearest_effort(model: Model, level: str) -> str | None:
@@ -5703,10 +4863,6 @@ class RequestedOptions(NamedTuple):
     thinking: Thinking = Thinking()
     #: Whether a tool call is forced: the API rejects that together with thinking.
     forces_tool: bool = False
-
-
-#: The effort if a client requests thinking without an effort or budget.
-_DEFAULT_EFFORT = "medium"
 
 
 def _thinking_tokens(model: Model, requested: RequestedOptions) -> int | None:
@@ -5863,186 +5019,837 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     return False
 
 
-# ==== 16. Dialects ===========================================================
-# Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
-# output, and does not depend on claude.
+# ==== 14. Attachments ========================================================
+# Images and files of requests become blocks that the API accepts. Their data decides about their
+# type. ParseContext holds what one request needs while it is parsed.
 
 
-class Dialect:
-    """A wire format: parses request bodies and renders answers. Error bodies here are OpenAI's."""
+class Limits(NamedTuple):
+    """The operator's limits for images and files in a request."""
 
-    #: The name in logs and metrics.
-    name = ""
-
-    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        """Return the Turn of a JSON body. Raise BadRequest, UnknownModel or TooLarge."""
-        raise NotImplementedError
-
-    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
-        """Return the body of an unstreamed answer; one Answer for each of `turn.choices`."""
-        raise NotImplementedError
-
-    def renderer(self, turn: Turn) -> Renderer:
-        """Return the renderer of a streamed answer."""
-        raise NotImplementedError
-
-    def stores(self, turn: Turn) -> bool:
-        """Return True if the client can refer to the answer later by its id."""
-        return False
-
-    def stored_system_messages(self, turn: Turn) -> list[Message]:
-        """Return the system messages to store with the conversation of a stored answer."""
-        return []
-
-    def error_body(self, error: OcpError, request_id: str) -> Json:
-        """Return the body of a failed request."""
-        return {
-            "error": {
-                "message": error.message,
-                "type": error.openai_type,
-                "param": error.param,
-                "code": error.error_code,
-                **error.details,
-            }
-        }
+    image_allow_url: bool
+    max_image_bytes: int
+    max_images: int
+    max_image_total_bytes: int
 
 
-class Renderer:
-    """The rendering of one streamed answer, event by event. Methods return the bytes to send.
+class ParseEnvironment(NamedTuple):
+    """What a dialect needs from the server to parse a body."""
 
-    Subclasses implement `_render`, and `_opening` and `end` if the stream has such frames.
-    """
-
-    def __init__(self, dialect: Dialect, turn: Turn) -> None:
-        self._dialect = dialect
-        self._turn = turn
-        self._began = False
-        #: The choices whose answer the client has begun to receive. Subclasses add to it.
-        #: Thinking does not count: it may be repeated.
-        self._answered: set[int] = set()
-        self._usages: list[Usage] = []
-        #: The complete answer, after its last event, in dialects that store it.
-        self.body: Json = {}
-
-    def event(self, index: int, event: Event) -> bytes:
-        """Return the frames of one event of choice `index`; never called with a Tick.
-
-        Return nothing before the first content: an error before it can still have its own HTTP
-        status. Raise UpstreamFailed if claude starts the answer again after content was sent,
-        because sent content cannot be taken back.
-        """
-        if isinstance(event, Restarted) and index in self._answered:
-            raise UpstreamFailed("The connection to the API broke in the middle of the answer.")
-        if isinstance(event, Finished):
-            self._usages.append(event.usage)
-        return self._render(index, event)
-
-    def _render(self, index: int, event: Event) -> bytes:
-        raise NotImplementedError
-
-    def _begin(self) -> bytes:
-        """Return the opening frames at the first call, nothing at later calls."""
-        opening = b"" if self._began else self._opening()
-        self._began = True
-        return opening
-
-    def _opening(self) -> bytes:
-        """Return the first frames of the stream, which come with the first content."""
-        return b""
-
-    def keepalive(self) -> bytes:
-        """Return a frame that clients skip, sent while there is nothing else to send."""
-        return b": keepalive\n\n"
-
-    def end(self) -> bytes:
-        """Return the last frames of a complete answer."""
-        return b""
-
-    def failure(self, error: OcpError, request_id: str) -> bytes:
-        """Return the last frame of a failed answer. No finish reason and no [DONE] follow it."""
-        return sse_event(self._dialect.error_body(error, request_id))
+    models: Models
+    default_model: str
+    limits: Limits
+    #: Returns the messages of an earlier response of this caller by its id. Raises BadRequest.
+    recall: Callable[[str], list[Message]]
+    #: Returns an item of such a response by its id. Raises NotFound.
+    item: Callable[[str], Json]
+    #: Returns the messages of this caller's session by its id and the system prompt.
+    session: Callable[[str, str], list[Message]]
+    #: True if only the tokens are counted: the prompt may end with an assistant message then.
+    count_only: bool = False
+    #: True if a header requests the long context window.
+    long_context: bool = False
 
 
-_LINE_ENDS = ("\u2028", "\u2029", "\x85")
-
-
-def sse_event(data: Json, name: str = "") -> bytes:
-    """Return one server-sent event."""
-    head = f"event: {name}\n".encode("ascii") if name else b""
-    text = to_json(data)
-    for character in _LINE_ENDS:
-        # Some clients split the stream at every Unicode line end, even inside the JSON.
-        text = text.replace(character.encode("utf-8"), b"\\u%04x" % ord(character))
-    return head + b"data: " + text + b"\n\n"
-
-
-#: OpenAI's finish reason for each stop reason of the API. Clients loop on unknown reasons.
-FINISH_REASONS = {
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "tool_use": "tool_calls",
-    "max_tokens": "length",
-    "model_context_window_exceeded": "length",
-    "refusal": "content_filter",
+#: Image types, and a pattern of their first bytes.
+_IMAGE_TYPES = {
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/png": rb"\x89PNG",
+    "image/gif": rb"GIF8",
+    "image/webp": rb"RIFF....WEBP",
 }
+_PDF = "application/pdf"
+#: The header of a PDF may be anywhere within its first bytes.
+_PDF_HEAD_BYTES = 1024
+#: Byte order marks of encodings other than UTF-8. UTF-32 precedes UTF-16, whose mark it contains.
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
+}
+#: Encodings that a file may name. Python's others take quadratic time or do not decode text.
+_CHARSET = re.compile(
+    "charset=[\"']?((?:utf|ascii|us-ascii|latin|iso|windows|cp|gb|big5|euc|shift|koi8|mac)[\\w.-]*)"
+)
+#: Control characters that only binary data has. Text may contain terminal sequences and the DOS
+#: end-of-file mark.
+_BINARY = re.compile("[\0-\x06\x0e-\x19\x1c-\x1f]")
+_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]{0,30}):")
+_FROM_URL_ALPHABET = str.maketrans("-_", "+/")
 
 
-def openai_usage(usages: Iterable[Usage], *, one_prompt: bool = True) -> Json:
-    """Return the usage object of chat and legacy completions, from the usage of each choice.
+def _exact_base64(data: str) -> bytes | None:
+    """Return the bytes of base64 data; None if it is empty or not exactly as it has to be.
 
-    With `one_prompt` all choices answer the same prompt, whose tokens are counted once.
+    The decoder is fast and skips invalid characters, which shows in the number of bytes.
     """
-    choices = list(usages)
-    prompts = [usage.prompt_tokens for usage in choices]
-    prompt_tokens = max(prompts) if one_prompt else sum(prompts)
-    output_tokens = sum(usage.output_tokens for usage in choices)
-    body: Json = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": output_tokens,
-        "total_tokens": prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": max(u.cache_read_tokens for u in choices)},
-    }
-    reasoning = [usage.reasoning_tokens for usage in choices if usage.reasoning_tokens is not None]
-    if reasoning:
-        body["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
-    return body
+    try:
+        content = binascii.a2b_base64(data)
+    except (binascii.Error, ValueError):
+        return None
+    whole = len(data) % 4 == 0 and len(content) == base64_bytes(data)
+    return content if content and whole else None
 
 
-# ==== 17. OpenAI content =====================================================
-# What the dialects of OpenAI have in common: tools, the choice of tools, content parts and output
-# formats. Messages uses some of it.
+def base64_bytes(data: str) -> int:
+    """Return the decoded size of base64 data that is valid and padded."""
+    return len(data) // 4 * 3 - data[-2:].count("=")
 
 
-def requested_options(
-    fields: Fields, max_tokens: int | None, stop_fields: tuple[str, ...], thinking: Thinking,
-    *, max_temperature: int = 2, forces_tool: bool = False,
-) -> RequestedOptions:
-    """Return the options of a request. The sampling fields have the same names in every API."""
-    return RequestedOptions(
-        max_tokens=max_tokens,
-        stop_sequences=stop_sequences(fields, *stop_fields),
-        temperature=fields.sampling_value("temperature", max_temperature),
-        top_p=fields.sampling_value("top_p", 1),
-        top_k=fields.top_k(),
-        thinking=thinking,
-        forces_tool=forces_tool,
-    )
+def normalized_base64(data: str) -> tuple[str, bytes]:
+    """Return base64 data in the form that the API accepts, and its bytes, empty if it is invalid.
+
+    White space, the URL-safe alphabet, percent-encoding and missing padding are accepted.
+    """
+    content = _exact_base64(data)
+    if content is None:
+        plain = urllib.parse.unquote(data) if "%" in data else data
+        plain = "".join(plain.split()).translate(_FROM_URL_ALPHABET).rstrip("=")
+        data = plain + "=" * (-len(plain) % 4)
+        content = _exact_base64(data)
+    return data, content or b""
 
 
-def refuse_parameters(fields: Fields, reasons: Mapping[str, str]) -> None:
-    """Raise Unsupported for the first field of `reasons` that requests something."""
-    for name, reason in reasons.items():
-        if is_non_default(fields.value(name)):
-            raise Unsupported(f"{name}: {reason}.", param=name)
+def _data_type(content: bytes, sent_type: str) -> str:
+    """Return the type of an image or PDF by its first bytes, not by the client's word; else ""."""
+    for media_type, first_bytes in _IMAGE_TYPES.items():
+        if re.match(first_bytes, content, re.DOTALL):
+            return media_type
+    head = content[:_PDF_HEAD_BYTES]
+    is_pdf = b"%PDF-" in head if sent_type == _PDF else head.lstrip().startswith(b"%PDF-")
+    return _PDF if is_pdf else ""
+
+
+def caption_blocks(labels: Mapping[str, str]) -> list[Block]:
+    """Return a client's labels of a file as a text to put before its content."""
+    return text_blocks("\n".join(f"{name.title()}: {text}" for name, text in labels.items()))
+
+
+class Attachment(NamedTuple):
+    """An image or a file as a request sends it."""
+
+    #: Base64 data, a data: URI, or an http(s) URL.
+    data: str
+    #: The path of that field.
+    param: str
+    #: The type that the client declares.
+    media_type: str = ""
+    #: The client's title and context.
+    labels: Mapping[str, str] = MappingProxyType({})
+    #: Whether files other than images and PDF are refused.
+    image_only: bool = False
+
+    def invalid(self, problem: str, code: str) -> BadRequest:
+        return BadRequest(f"{self.param}: {problem}", param=self.param, code=code)
+
+
+class Attachments:
+    """Turns the images and files of one request into blocks, and enforces their limits."""
+
+    def __init__(self, limits: Limits, adjust: Callable[[str], None]) -> None:
+        self._limits = limits
+        self._adjust = adjust
+        #: Every block and the path of its field, by the block's id(). The reference to the block
+        #: keeps that id valid.
+        self._paths: dict[int, tuple[Block, str]] = {}
+
+    def blocks(self, sent: Attachment) -> list[Block]:
+        """Return the blocks of an image or a file, whose data tells its type: an image, a PDF, or
+        text, which becomes a text block. Raises BadRequest, Unsupported."""
+        match = _SCHEME.match(sent.data)
+        scheme = match[1].lower() if match else "data"
+        if scheme not in ("data", "http", "https"):
+            raise sent.invalid("must be a data: URI or an http(s) URL.", "unsupported_url_scheme")
+        blocks = self._inline(sent) if scheme == "data" else [self._remote(sent)]
+        self._paths.update((id(block), (block, sent.param)) for block in attachments_of(blocks))
+        return blocks
+
+    def _remote(self, sent: Attachment) -> Block:
+        if not self._limits.image_allow_url:
+            raise sent.invalid(
+                "this server does not accept URLs of images and files; send the data as a data: "
+                "URI, or have the operator set CLAUDE_IMAGE_ALLOW_URL=1.", "remote_url_disabled",
+            )
+        source = {"type": "url", "url": sent.data.strip()}
+        if sent.image_only:
+            return {"type": "image", "source": source}
+        return {"type": "document", "source": source, **sent.labels}
+
+    def _inline(self, sent: Attachment) -> list[Block]:
+        head, comma, data = "", ",", sent.data
+        if _SCHEME.match(data):
+            head, comma, data = data.partition(",")
+        declared = (head.partition(":")[2] or sent.media_type).lower().split(";")
+        media_type, *parameters = map(str.strip, declared)
+        if head and comma and media_type.startswith("text/") and "base64" not in parameters:
+            content = urllib.parse.unquote_to_bytes(data)
+            return caption_blocks(sent.labels) + self._text(sent, content, media_type, parameters)
+        if not comma or (head and "base64" not in parameters):
+            raise sent.invalid(
+                "must be a base64 data URI, data:image/png;base64,...", "invalid_data_uri"
+            )
+        data, content = normalized_base64(data)
+        if not content:
+            raise sent.invalid("the base64 data is invalid or empty.", "invalid_data_uri")
+        actual_type = _data_type(content, media_type)
+        source = {"type": "base64", "media_type": actual_type, "data": data}
+        if actual_type == _PDF:
+            return [{"type": "document", "source": source, **sent.labels}]
+        if actual_type:
+            return [*caption_blocks(sent.labels), {"type": "image", "source": source}]
+        return caption_blocks(sent.labels) + self._text(sent, content, media_type, parameters)
+
+    def _text(
+        self, sent: Attachment, content: bytes, media_type: str, parameters: list[str]
+    ) -> list[Block]:
+        text = None if sent.image_only else self._decoded(content, media_type, parameters)
+        if text is None or _BINARY.search(text):
+            what = "images must be" if sent.image_only else "files must be text in UTF-8, PDF or"
+            is_other = media_type and media_type not in _IMAGE_TYPES
+            declared = f", not {one_line(media_type, 60)}" if is_other else ""
+            raise sent.invalid(
+                f"{what} one of {', '.join(_IMAGE_TYPES)}{declared}; the data is none of these. "
+                "Convert it first.",
+                "unsupported_image_type" if sent.image_only else "unsupported_file_type",
+            )
+        return text_blocks(text)
+
+    def _decoded(self, content: bytes, media_type: str, parameters: list[str]) -> str | None:
+        """Return the text of a file, decoded by its byte order mark, its declared charset, UTF-8
+        or, for a declared text type, Windows-1252; None if it does not decode."""
+        marked = [name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)]
+        declared = [match[1] for match in map(_CHARSET.match, parameters) if match]
+        for encoding in marked[:1] or [*declared, "utf-8-sig"]:
+            with contextlib.suppress(UnicodeError, LookupError):
+                return content.decode(encoding)
+        if media_type.startswith("text/") and not marked:
+            with contextlib.suppress(UnicodeError):
+                text = content.decode("cp1252")
+                self._adjust("text_encoding_guessed")
+                return text
+        return None
+
+    def within_bounds(
+        self, messages: list[Message], param: str, *, count_only: bool
+    ) -> list[Message]:
+        """Return the messages, with the oldest attachments replaced by a text if there are too
+        many for a request.
+
+        Raises TooLarge if the last message alone has too many, unless `count_only`.
+        """
+        maximum = self._limits.max_image_bytes
+        sizes = [
+            [_size_bytes(block, maximum) for block in attachments_of(message.content)]
+            for message in messages
+        ]
+        if not count_only:
+            self._check_newest(messages[-1], sizes[-1], param)
+        dropped = surplus_attachments(sizes, self._limits)
+        for _ in dropped:
+            self._adjust("images_dropped")
+        return _without(messages, dropped) if dropped else messages
+
+    def _check_newest(self, message: Message, sizes: list[int | None], param: str) -> None:
+        limits, total_bytes = self._limits, 0
+        for number, (block, size_bytes) in enumerate(zip(attachments_of(message.content), sizes)):
+            total_bytes += size_bytes or 0
+            checks = (
+                (size_bytes is None, "image_too_large",
+                 f"an image may have at most {limits.max_image_bytes} bytes"),
+                (number >= limits.max_images, "too_many_images",
+                 f"a request may have at most {limits.max_images} images and files"),
+                (total_bytes > limits.max_image_total_bytes, "images_too_large",
+                 "the images and files of a request may have at most "
+                 f"{limits.max_image_total_bytes} bytes in total"),
+            )
+            for is_over, code, problem in checks:
+                if is_over:
+                    _, param = self._paths.get(id(block), (block, param))
+                    raise TooLarge(f"{param}: {problem}.", param=param, code=code)
+
+
+def _size_bytes(block: Block, max_image_bytes: int) -> int | None:
+    """Return the decoded size of an attachment, 0 for a URL; None if an image is too large."""
+    size_bytes = base64_bytes(block["source"].get("data") or "")
+    too_large = block["type"] == "image" and size_bytes > max_image_bytes
+    return None if too_large else size_bytes
+
+
+def _max_attachments(model: Model) -> int:
+    """Return how many images and documents the API accepts in a request."""
+    return 100 if model.context_window <= 200_000 else 600
+
+
+def surplus_attachments(sizes: list[list[int | None]], limits: Limits) -> set[int]:
+    """Return the numbers of the attachments to drop, counted from 0 over all messages.
+
+    `sizes` has their bytes, message by message; None is always dropped. Over a limit the oldest
+    are dropped until four fifths of it are left, so that the head of a growing conversation, and
+    with it the prompt cache, changes only once in many messages. The result for one message
+    depends on later messages only through the one that exceeded the limit, whose own attachments
+    are dropped last.
+    """
+    maximum = (limits.max_images, limits.max_image_total_bytes)
+    kept: collections.deque[tuple[int, int]] = collections.deque()
+    dropped: set[int] = set()
+    numbers = itertools.count()
+    total_bytes = 0
+
+    def exceeds(fifths: int) -> bool:
+        totals = (len(kept), total_bytes)
+        return any(total * 5 > bound * fifths for total, bound in zip(totals, maximum))
+
+    for message_sizes in sizes:
+        earlier = len(kept)
+        for size_bytes, number in zip(message_sizes, numbers):
+            if size_bytes is None:
+                dropped.add(number)
+            else:
+                kept.append((number, size_bytes))
+                total_bytes += size_bytes
+        target_fifths = 4 if exceeds(5) else 5
+        while exceeds(target_fifths) and (earlier > 0 or exceeds(5)):
+            number, size_bytes = kept.popleft()
+            dropped.add(number)
+            total_bytes -= size_bytes
+            earlier -= 1
+    return dropped
+
+
+def _without(messages: list[Message], dropped: set[int]) -> list[Message]:
+    """Return the messages with a text in place of each dropped attachment."""
+    numbers = itertools.count()
+
+    def replaced(blocks: Iterable[Block]) -> Iterator[Block]:
+        for block in blocks:
+            if block["type"] == "tool_result":
+                yield {**block, "content": list(replaced(block["content"]))}
+            elif block["type"] in _ATTACHMENT_BLOCKS and next(numbers) in dropped:
+                yield {"type": "text", "text": f"[An older {block['type']} was left out here.]"}
+            else:
+                yield block
+
+    return [Message(message.role, list(replaced(message.content))) for message in messages]
+
+
+class ParseContext:
+    """The state of parsing one request: its fields and attachments, and the fields that were
+    ignored and the repairs that were made, which the response headers report."""
+
+    def __init__(self, body: object, parsing: ParseEnvironment) -> None:
+        """Raises BadRequest, UnknownModel."""
+        self.fields = Fields(body)
+        self.parsing = parsing
+        #: The name of the model in the request, or the default one.
+        self.model_name = self.fields.text("model") or parsing.default_model
+        self.model = parsing.models.find(self.model_name, long_context=parsing.long_context)
+        max_images = min(parsing.limits.max_images, _max_attachments(self.model))
+        limits = parsing.limits._replace(max_images=max_images)
+        self.attachments = Attachments(limits, self.adjust)
+        #: The paths of fields that have no effect, in the order of the request.
+        self.ignored: list[str] = []
+        #: The repairs by their names in docs/api.md, and how often each was made.
+        self.adjusted: collections.Counter[str] = collections.Counter()
+
+    def ignore(self, *paths: str) -> None:
+        self.ignored += paths
+
+    def adjust(self, repair: str) -> None:
+        self.adjusted[repair] += 1
+
+
+# ==== 15. Content ============================================================
+# The content of messages and of tool results in the formats of all APIs becomes blocks that the
+# Messages API accepts.
 
 
 def json_text(value: object) -> str:
-    """Return the JSON of a value as text."""
     return to_json(value).decode("utf-8")
 
 
+def json_block(value: object) -> list[Block]:
+    return text_blocks(json_text(value))
+
+
+def call_block(call_id: str, name: str, arguments: Json) -> Block:
+    return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
+
+
+def result_block(
+    call_id: str, content: list[Block], *, name: object = None, failed: bool = False
+) -> Block:
+    """Return the block of a tool's result. ToolExchanges removes the `name` of the tool."""
+    return {
+        "type": "tool_result", "tool_use_id": call_id, "content": content, "name": name,
+        "is_error": failed,
+    }
+
+
+_TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
+_IMAGE_URL_PARTS = ("image_url", "input_image")
+_FILE_PARTS = ("file", "input_file")
+#: Parts that hold an image or a file. Some clients send Anthropic's blocks, tools and system
+#: prompt to any model with "claude" in its name.
+_ATTACHMENT_PARTS = ("image", "document", *_IMAGE_URL_PARTS, *_FILE_PARTS)
+_AUDIO_PARTS = ("input_audio", "audio", "input_video", "video_url")
+_THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning")
+
+_IMAGE_FIELDS: dict[str, tuple[type, ...]] = {"image_url": (str, dict), "file_id": (str,)}
+_FILE_FIELDS: dict[str, tuple[type, ...]] = {
+    "file": (dict,), "file_data": (str,), "file_url": (str,), "file_id": (str,)
+}
+#: Parts in a tool's output: a part has at least one of these fields, with a value of these types.
+_PART_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    **{kind: {"text": (str,)} for kind in _TEXT_PARTS},
+    **{kind: {kind: (dict,), "data": (str,)} for kind in _AUDIO_PARTS},
+    **dict.fromkeys(_IMAGE_URL_PARTS, _IMAGE_FIELDS),
+    **dict.fromkeys(_FILE_PARTS, _FILE_FIELDS),
+    "refusal": {"refusal": (str,)},
+    "image": {"source": (dict,), "data": (str,)},
+    "document": {"source": (dict,)},
+}
+
+
+def is_content_part(value: object) -> bool:
+    """Return True if `value` has the type of a content part and a field of that type.
+
+    Tools also return plain data with a `type`.
+    """
+    if not isinstance(value, dict):
+        return False
+    fields = _PART_FIELDS.get(str(value.get("type")), {})
+    return any(isinstance(value.get(name), kinds) for name, kinds in fields.items())
+
+
+class ContentReader:
+    """Reads the content of messages and of tool results.
+
+    A place is where content stands: in a message of the role "system", "user" or "assistant", or
+    in the result of a "tool". Subclasses read the formats of one API: they add types to the table
+    of readers, and decide in `_part` what may stand in which place.
+    """
+
+    #: Types of parts that have content for the model, or are known to have none.
+    readable: ClassVar[tuple[str, ...]] = ()
+    #: Types of parts that are dropped: claude accepts no thinking from outside.
+    omitted: ClassVar[tuple[str, ...]] = ()
+    #: The types that are named to a client which sends none.
+    named_types: ClassVar[str] = ""
+
+    def __init__(self, context: ParseContext) -> None:
+        self._context = context
+        #: The method that reads a part, by the type of the part.
+        self._readers: dict[str, Callable[[Fields], list[Block]]] = {
+            "text": self._text, "image": self._image, "document": self._document,
+            "tool_use": self._tool_use, "tool_result": self._tool_result,
+        }
+
+    def blocks(self, entry: Fields, place: str, name: str = "content") -> list[Block]:
+        """Return the blocks of a field with content.
+
+        Parts that no model can read are recorded as ignored. Raises BadRequest if that leaves
+        nothing of a user's message: without it, the model would answer an earlier one.
+        """
+        content = entry.value(name)
+        if content is None:
+            return []
+        if isinstance(content, str):
+            return text_blocks(content)
+        blocks: list[Block] = []
+        parts: list[Fields] = []
+        for part in self._entries(entry, place, name):
+            if isinstance(part, Fields):
+                parts.append(part)
+                blocks += self.part(part, place)
+            else:
+                blocks += text_blocks(part)
+        for part in parts if place == "user" and not blocks else ():
+            if part.text("type") not in (None, *self.readable):
+                raise part.invalid(
+                    "type", "a type that a model can read: text, an image or a file"
+                )
+        return blocks
+
+    def _entries(self, entry: Fields, place: str, name: str) -> Iterator[Fields | str]:
+        """Yield the parts of content that is not a text, and texts that stand among them."""
+        raise NotImplementedError
+
+    def part(self, part: Fields, place: str) -> list[Block]:
+        kind = part.text("type")
+        if kind is None:
+            raise part.invalid("type", self.named_types)
+        if kind in self.omitted:
+            return []
+        if kind not in self._readers:
+            self._context.ignore(part.path)
+            return []
+        return self._readers[kind](part)
+
+    def _text(self, part: Fields) -> list[Block]:
+        text = part.text("text")
+        if text is None:
+            raise part.invalid("text", "a string")
+        return text_blocks(text)
+
+    def _tool_use(self, part: Fields) -> list[Block]:
+        name = part.required_text("name")
+        return [call_block(part.text("id") or "", name, parse_arguments(part.object.get("input")))]
+
+    def _tool_result(self, part: Fields) -> list[Block]:
+        call_id, content = part.text("tool_use_id") or "", self.blocks(part, "tool")
+        return [result_block(call_id, content, failed=part.flag("is_error"))]
+
+    # -- images and files ---------------------------------------------------------------------
+
+    def _image(self, part: Fields) -> list[Block]:
+        """Return the blocks of an image in the format of Anthropic or of MCP."""
+        source = part.child("source")
+        if source is not None:
+            return self._source(source, Attachment("", "", image_only=True))
+        if not part.has("data"):
+            raise part.invalid("source", "an object with the image")
+        media_type = part.text("mimeType") or part.text("mime_type") or ""
+        return self._context.attachments.blocks(Attachment(
+            part.required_text("data"), part.path_of("data"), media_type, image_only=True
+        ))
+
+    def _document(self, part: Fields) -> list[Block]:
+        source = part.child("source")
+        if source is None:
+            raise part.invalid("source", "an object with the document")
+        labels = self._labels(part, "title", "context")
+        if source.text("type") == "text":
+            return caption_blocks(labels) + text_blocks(source.text("data") or "")
+        if source.text("type") == "content":
+            return caption_blocks(labels) + self.blocks(source, "tool")
+        return self._source(source, Attachment("", "", labels=labels))
+
+    def _labels(self, part: Fields, *names: str) -> dict[str, str]:
+        return {name: part.text(name) or "" for name in names if part.text(name)}
+
+    def _source(self, source: Fields, sent: Attachment) -> list[Block]:
+        """Return the blocks of a `source` object, which completes `sent`."""
+        kind = source.text("type") or ("url" if source.has("url") else "base64")
+        if kind == "file":
+            raise self._not_stored(source, "file_id" if source.has("file_id") else "type")
+        if kind not in ("base64", "url"):
+            raise source.invalid(
+                "type", "base64 or url" + ("" if sent.image_only else ", text or content")
+            )
+        name = "url" if kind == "url" else "data"
+        return self._context.attachments.blocks(sent._replace(
+            data=source.required_text(name), param=source.path_of(name),
+            media_type=source.text("media_type") or "",
+        ))
+
+    def _not_stored(self, source: Fields, name: str) -> Unsupported:
+        return Unsupported(
+            f"{source.path_of(name)}: this server stores no files; send the file itself, as "
+            "base64 data.", param=source.path_of(name),
+        )
+
+
+class OpenAIContent(ContentReader):
+    """Reads the content parts of chat and of responses."""
+
+    omitted = _THINKING_PARTS
+    readable = (*_TEXT_PARTS, *_ATTACHMENT_PARTS, *_THINKING_PARTS, "refusal", "tool_result")
+    named_types = "text, image_url or file"
+    #: The places of parts that may not stand everywhere, by type.
+    places: ClassVar[dict[str, tuple[str, ...]]] = {
+        **dict.fromkeys(_ATTACHMENT_PARTS, ("user", "tool")),
+        **dict.fromkeys(_AUDIO_PARTS, ("user",)),
+        "tool_use": ("assistant",),
+        "tool_result": ("user",),
+    }
+
+    def __init__(self, context: ParseContext) -> None:
+        super().__init__(context)
+        self._readers.update({
+            **dict.fromkeys(_TEXT_PARTS, self._text),
+            **dict.fromkeys(_IMAGE_URL_PARTS, self._image_url),
+            **dict.fromkeys(_FILE_PARTS, self._file),
+            **dict.fromkeys(_AUDIO_PARTS, self._audio),
+            "refusal": self._refusal,
+        })
+
+    def _entries(self, entry: Fields, place: str, name: str) -> Iterator[Fields | str]:
+        content, path = entry.object[name], entry.path_of(name)
+        if place == "tool" and not self._has_parts(content):
+            # Some frameworks send the return value of a function unchanged.
+            yield json_text(content)
+        elif isinstance(content, dict) and "type" in content:
+            yield Fields(content, path)
+        elif not isinstance(content, list):
+            raise entry.invalid(name, "a string or an array of parts")
+        else:
+            for index, each in enumerate(content):
+                if isinstance(each, str):
+                    yield each
+                elif place == "tool" and not is_content_part(each):
+                    yield json_text(each)
+                else:
+                    yield Fields(each, f"{path}[{index}]")
+
+    def _has_parts(self, content: object) -> bool:
+        entries = content if isinstance(content, list) else [content]
+        return not entries or any(map(is_content_part, entries))
+
+    def part(self, part: Fields, place: str) -> list[Block]:
+        kind = part.text("type")
+        if kind is None and part.has("text"):
+            return self._text(part)
+        if place in self.places.get(kind or "", (place,)):
+            return super().part(part, place)
+        if kind in ("tool_use", "tool_result"):
+            raise part.invalid("type", self.named_types)
+        if kind in _ATTACHMENT_PARTS and place == "system":
+            raise BadRequest(
+                f"{part.path}: images and files belong in user messages.",
+                param=part.path, code="images_unsupported_in_system_messages",
+            )
+        self._context.ignore(part.path)
+        return []
+
+    def images(self, entry: Fields) -> list[Block]:
+        """Return the images in the field `images`, each base64 data or a content part."""
+        blocks: list[Block] = []
+        for index, each in enumerate(entry.items("images") or ()):
+            path = f"{entry.path_of('images')}[{index}]"
+            if isinstance(each, str):
+                sent = Attachment(each, path, image_only=True)
+                blocks += self._context.attachments.blocks(sent)
+            else:
+                blocks += self.part(Fields(each, path), "user")
+        return blocks
+
+    def _refusal(self, part: Fields) -> list[Block]:
+        return text_blocks(part.text("refusal") or "")
+
+    def _audio(self, part: Fields) -> list[Block]:
+        raise Unsupported(
+            f"{part.path}: {part.text('type')} is not supported; send its content as text.",
+            param=part.path_of("type"),
+        )
+
+    def _image_url(self, part: Fields) -> list[Block]:
+        value, path = part.object.get("image_url"), part.path_of("image_url")
+        url = Fields(value, path).text("url") if isinstance(value, dict) else value
+        if not url and part.has("file_id"):
+            raise self._not_stored(part, "file_id")
+        if not isinstance(url, str) or not url:
+            raise BadRequest(
+                f"{path}: must hold the address of an image.", param=path, code="invalid_image_url"
+            )
+        return self._context.attachments.blocks(Attachment(url, path, image_only=True))
+
+    def _file(self, part: Fields) -> list[Block]:
+        file = part.child("file") or part
+        title = file.text("filename")
+        labels = {"title": title} if title else {}
+        for name in ("file_data", "file_url"):
+            if file.has(name):
+                sent = Attachment(file.required_text(name), file.path_of(name), labels=labels)
+                return self._context.attachments.blocks(sent)
+        raise self._not_stored(file, "file_id" if file.has("file_id") else "file_data")
+
+
+#: Fields in the results of the API's own tools that mean nothing to a model.
+_API_ONLY_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
+
+
+def _without_api_fields(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: _without_api_fields(v) for k, v in value.items() if k not in _API_ONLY_FIELDS}
+    return [_without_api_fields(entry) for entry in value] if isinstance(value, list) else value
+
+
+class MessagesContent(ContentReader):
+    """Reads the blocks of Anthropic's API. claude accepts no results of the API's own tools in a
+    history: they are passed on as text, without the calls."""
+
+    omitted = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_use")
+    readable = (*omitted, "text", "image", "document", "search_result", "tool_result")
+    named_types = "text, image, document, tool_use or tool_result"
+    #: For each place its name in error messages and the types of blocks that it may not have.
+    places: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
+        "user": ("a user's message", ("tool_use",)),
+        "assistant": ("an assistant's message", ("tool_result", "image", "document")),
+        "system": ("a system prompt", ("tool_use", "tool_result", "image", "document")),
+        "tool": ("the result of a tool", ("tool_use", "tool_result")),
+    }
+
+    def __init__(self, context: ParseContext) -> None:
+        super().__init__(context)
+        self._readers.update({
+            "search_result": self._search_result, "tool_reference": self._tool_reference,
+            "compaction": self._compaction,
+        })
+
+    def _entries(self, entry: Fields, place: str, name: str) -> Iterator[Fields | str]:
+        if not isinstance(entry.object[name], list):
+            raise entry.invalid(name, "a string or an array of blocks")
+        for part in entry.objects(name):
+            is_plain = place == "tool" and not self._is_block(part.object)
+            yield json_text(part.object) if is_plain else part
+
+    def _is_block(self, value: Json) -> bool:
+        """Return False for an object in a tool's result that is plain data and happens to have a
+        `type`, such as an entry of a listing."""
+        kind = value.get("type")
+        if not isinstance(kind, str):
+            return True
+        if kind in _PART_FIELDS:
+            return is_content_part(value)
+        return kind in (*self.omitted, *self._readers) or kind.endswith("_tool_result")
+
+    def part(self, part: Fields, place: str) -> list[Block]:
+        kind = part.text("type") or ""
+        if kind.endswith("_tool_result"):
+            return self._server_tool_result(part)
+        blocks = super().part(part, place)
+        place_name, refused = self.places[place]
+        for block in blocks:
+            if block["type"] in refused:
+                raise BadRequest(
+                    f"{part.path}: {block['type']} blocks are not allowed in {place_name}; "
+                    "remove it.", param=part.path,
+                )
+        return blocks
+
+    def _search_result(self, part: Fields) -> list[Block]:
+        labels = self._labels(part, "title", "source")
+        return caption_blocks(labels) + self.blocks(part, "tool")
+
+    def _tool_reference(self, part: Fields) -> list[Block]:
+        # A result of the client's tool search; the tool itself is in `tools`.
+        return text_blocks(f"The tool {part.required_text('tool_name')} is loaded.")
+
+    def _compaction(self, part: Fields) -> list[Block]:
+        return text_blocks(part.text("content") or "")
+
+    def _server_tool_result(self, part: Fields) -> list[Block]:
+        content = _without_api_fields(part.object.get("content"))
+        entries = content if isinstance(content, list) else [None]
+        texts = [entry.get("text") if isinstance(entry, dict) else None for entry in entries]
+        if isinstance(content, str):
+            text = content
+        elif all(isinstance(each, str) for each in texts):
+            text = "\n".join(map(str, texts))
+        else:
+            text = json_text(content)
+        return text_blocks(f"[{part.text('type')}]\n{text}")
+
+
+# ==== 16. Tools ==============================================================
+# The tools, the choice among them and the output schema of a request, in the form that the model's
+# API accepts. In a history, each call gets exactly one result.
+
+#: Fields of a tool that have an effect, or that claude sets itself.
+_TOOL_FIELDS = (
+    "type", "name", "description", "parameters", "input_schema", "function", "cache_control"
+)
+
+
+def read_tool(entry: Fields, name: str, schema_field: str) -> Tool:
+    """Return a client's tool. Raises BadRequest for an invalid schema, because claude would
+    silently drop the tool, or all tools."""
+    value = entry.value(schema_field)
+    with contextlib.suppress(ValueError):
+        # Some clients send the schema as its JSON text.
+        value = from_json(value) if isinstance(value, str) and value else value
+    # PHP encodes an empty object as an empty array.
+    schema = Fields({} if value in (None, [], "") else value, entry.path_of(schema_field))
+    parsed = schema_for_model(schema.object, schema.path, is_tool=True)
+    description = entry.text("description") or ""
+    return Tool(name, description, parsed.schema, parsed.wrapped, parsed.renamed)
+
+
+class ToolReader:
+    """Collects the tools of a request, and reads the choice among them."""
+
+    def __init__(self, context: ParseContext) -> None:
+        self._context = context
+        self._tools: list[Tool] = []
+        self._entries: list[Fields] = []
+
+    def add(self, tool: Tool, *entries: Fields) -> None:
+        """Add a tool. Fields of `entries` that have no effect are recorded as ignored."""
+        self._tools.append(tool)
+        self._entries += entries
+
+    def chosen(
+        self, choice: ToolChoice, allowed: Mapping[str, str] | None = None
+    ) -> tuple[tuple[Tool, ...], ToolChoice]:
+        """Return the tools without duplicates, and the choice; without tools, the default one.
+
+        `allowed` maps the names of the allowed tools to their paths in the request; None allows
+        all. Raises BadRequest if different tools share a name, no allowed name is known, or the
+        choice requires a tool that is not there.
+        """
+        tools: dict[str, Tool] = {}
+        for tool in self._tools:
+            if tools.setdefault(tool.name, tool) != tool:
+                raise BadRequest(f"tools: two tools are named {tool.name!r}.", param="tools")
+        if allowed is not None:
+            tools = self._only(tools, allowed)
+        self._context.ignore(*dict.fromkeys(
+            f"tools[].{name}" for entry in self._entries for name, value in entry.object.items()
+            if name not in _TOOL_FIELDS and is_non_default(value)
+        ))
+        problem = ""
+        if not tools and choice.forces:
+            problem = "there are no tools to call"
+        elif choice.kind == "tool" and choice.name not in tools:
+            problem = f"no tool is named {choice.name!r}"
+        if problem:
+            raise BadRequest(f"tool_choice: {problem}.", param="tool_choice")
+        return tuple(tools.values()), choice if tools else ToolChoice()
+
+    def _only(self, tools: dict[str, Tool], allowed: Mapping[str, str]) -> dict[str, Tool]:
+        kept = {name: tool for name, tool in tools.items() if name in allowed}
+        unknown = {name: path for name, path in allowed.items() if name not in kept}
+        if unknown and not kept:
+            name, path = next(iter(unknown.items()))
+            raise BadRequest(f"{path}: no tool is called {one_line(name, 80)!r}.", param=path)
+        self._context.ignore(*unknown.values())
+        return kept
+
+
+def read_output_schema(schema: Fields) -> OutputSchema:
+    """Return the output schema of a structured answer. Raises BadRequest if it is invalid."""
+    return OutputSchema(*schema_for_model(schema.object, schema.path, is_tool=False))
+
+
+_ANY_OBJECT = OutputSchema({"type": "object", "additionalProperties": True}, wrapped=False)
+
+
+def schema_of_format(entry: Fields | None, schema_field: str = "schema") -> OutputSchema | None:
+    """Return the schema of an answer's format, as any of the APIs writes it; None for plain text.
+
+    Raises BadRequest, with the path of `schema_field`, if the schema is missing.
+    """
+    if entry is None:
+        return None
+    kind = entry.one_of("type", ("text", "json_object", "json_schema"))
+    schema = (entry.child("json_schema") or entry).child("schema")
+    if kind == "text" or (kind is None and schema is None):
+        return None
+    if schema is None and kind == "json_object":
+        return _ANY_OBJECT
+    if schema is None:
+        raise entry.invalid(schema_field, "a JSON schema")
+    return read_output_schema(schema)
+
+
+def chat_output_schema(fields: Fields) -> OutputSchema | None:
+    """Return the schema in `response_format`, or else in Anthropic's `output_config`."""
+    own = schema_of_format(fields.child("response_format"), "json_schema.schema")
+    output = fields.settings("output_config", foreign=True)
+    return own or schema_of_format(output.child("format"))
+
+
 def uses_functions(fields: Fields) -> bool:
-    """Return True for a chat request with `functions`, the form that preceded `tools`."""
+    """Return whether a chat request has `functions`, the form that preceded `tools`."""
     return bool(fields.value("functions")) and not fields.value("tools")
 
 
@@ -6091,37 +5898,17 @@ CLIENT_TOOLS = {
 }
 
 
+def qualified_name(space: str, name: str) -> str:
+    """Return a tool's name for the model; `space` is its namespace, empty if it has none."""
+    return f"{space.rstrip('_')}__{name}" if space else name
+
+
 def _tool_name(entry: Fields) -> str:
     """Return the tool's name in an entry of a tool choice; tools without a name have their type."""
     if entry.text("type") in CLIENT_TOOLS:
         return str(entry.text("type"))
     named = entry.child("function") or entry.child("custom") or entry
     return qualified_name(entry.text("namespace") or "", named.required_text("name"))
-
-
-def qualified_name(space: str, name: str) -> str:
-    """Return a tool's name for the model; `space` is its namespace, empty if it has none."""
-    return f"{space.rstrip('_')}__{name}" if space else name
-
-
-def only_allowed(
-    tools: tuple[Tool, ...], allowed: Mapping[str, str] | None, context: ParseContext
-) -> tuple[Tool, ...]:
-    """Return the tools whose names are in `allowed`, all of them if it is None.
-
-    `allowed` maps names to their paths in the request. An unknown name is ignored; raise
-    BadRequest if all names are unknown.
-    """
-    if allowed is None:
-        return tools
-    kept = tuple(tool for tool in tools if tool.name in allowed)
-    known = {tool.name for tool in kept}
-    unknown = {name: path for name, path in allowed.items() if name not in known}
-    if unknown and not kept:
-        name, path = next(iter(unknown.items()))
-        raise BadRequest(f"{path}: no tool is called {one_line(name, 80)!r}.", param=path)
-    context.ignore(*unknown.values())
-    return kept
 
 
 def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, dict[str, str] | None]:
@@ -6271,272 +6058,641 @@ def freeform_text(arguments: Json) -> str:
     return reader.feed(json_text(arguments)) + reader.close()
 
 
-def openai_content(
-    entry: Fields, context: ParseContext, role: str, name: str = "content"
-) -> list[Block]:
-    """Return the blocks of the content of a message or of a tool's output.
+def merge_adjacent(messages: Iterable[Message]) -> list[Message]:
+    """Join adjacent messages of the same role, and drop empty ones; return the new list.
 
-    `role` is "system", "user", "assistant" or "tool". Parts that no model can read are recorded
-    as ignored. Raise BadRequest if that leaves nothing of a user's message.
+    For the API this is the same; claude reads each message separately, which takes time.
     """
-    content = entry.value(name)
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return text_blocks(content)
-    if role == "tool" and not _has_content_parts(content):
-        # Some frameworks send the return value of a function unchanged.
-        return json_block(content)
-    if isinstance(content, dict) and "type" in content:
-        return _openai_part(Fields(content, entry.path_of(name)), context, role)
-    if not isinstance(content, list):
-        raise entry.invalid(name, "a string or an array of parts")
-    parts: list[Fields] = []
-    blocks: list[Block] = []
-    for index, each in enumerate(content):
-        if isinstance(each, str):
-            blocks += text_blocks(each)
-        elif role == "tool" and not is_content_part(each):
-            blocks += json_block(each)
+    result: list[Message] = []
+    for message in messages:
+        if result and result[-1].role == message.role:
+            result[-1].content.extend(message.content)
+        elif message.content:
+            result.append(Message(message.role, list(message.content)))
+    return result
+
+
+def plain_id(call_id: str) -> str:
+    """Return the letters and digits of a tool call's id.
+
+    Ids are sent to clients and compared in this form, because some clients drop the rest.
+    """
+    return re.sub(r"[^A-Za-z0-9]", "", call_id)
+
+
+@dataclasses.dataclass
+class ToolCall:
+    """One tool call of a history, with its results."""
+
+    #: The tool_use block, with an id that is unique in the history.
+    block: Block
+    message_index: int
+    results: list[Block] = dataclasses.field(default_factory=list)
+
+
+#: A key to find a call by: how the ids are compared, the id in the result, the tool's name or "".
+_CallKey = tuple[str, str, str]
+#: Longer ids are shortened: some clients store kilobytes in them. With the number that makes it
+#: unique, an id stays below the API's limit of 64.
+_CALL_ID_MAX_CHARS = 48
+#: The result of a call for which the client sent none.
+_NO_RESULT = "No result was given."
+
+
+class ToolExchanges:
+    """Makes the ids of the tool calls of a history unique, and finds the call of each result.
+
+    Clients may repeat an id in every turn or even in one message, may send an empty id, and may
+    have dropped punctuation from it. A result therefore belongs to the first call with its id and
+    without a result in the newest message that has one; among calls of that message, the tool
+    that the result names wins. A result without an id matches calls with any id. If every call
+    has its result, it is appended to those of the newest call.
+
+    Calls and results may have two fields that are not the API's and are removed here: a call's
+    `item_id`, a second id that results may use, and a result's `name`.
+    """
+
+    def __init__(self, context: ParseContext, param: str) -> None:
+        self._context = context
+        self._param = param
+        self._calls: dict[int, list[ToolCall]] = {}
+        self._used_ids: set[str] = set()
+        #: The number of the last suffix that made an id unique, by id.
+        self._numbers: dict[str, int] = {}
+        #: Calls without a result by key: one queue for each message with such calls.
+        self._waiting: dict[_CallKey, list[collections.deque[ToolCall]]] = {}
+        self._newest: dict[_CallKey, ToolCall] = {}
+
+    def add_call(self, block: Block, message_index: int) -> Block:
+        """Add a tool_use block; return it with its unique id."""
+        unique = {name: value for name, value in block.items() if name != "item_id"}
+        call = ToolCall({**unique, "id": self._unique_id(str(block["id"]))}, message_index)
+        self._calls.setdefault(message_index, []).append(call)
+        ids = self._comparisons(str(block["id"]), any_id=True)
+        if block.get("item_id"):
+            ids.append(("item", str(block["item_id"])))
+        for compared_id, name in itertools.product(ids, ("", str(block["name"]))):
+            key = (*compared_id, name)
+            queues = self._waiting.setdefault(key, [])
+            if not queues or queues[-1][0].message_index != message_index:
+                queues.append(collections.deque())
+            queues[-1].append(call)
+            self._newest[key] = call
+        return call.block
+
+    def _unique_id(self, sent_id: str) -> str:
+        """Return a unique id that the API accepts: close to the client's, and the same in every
+        request that repeats the history up to here."""
+        plain = plain_id(sent_id) or "call"
+        if len(plain) > _CALL_ID_MAX_CHARS:
+            tail = hashlib.sha256(sent_id.encode("utf-8", "replace")).hexdigest()[:16]
+            plain = plain[: _CALL_ID_MAX_CHARS - len(tail)] + tail
+        unique, number = plain, self._numbers.get(plain, 1)
+        while unique in self._used_ids:
+            number += 1
+            unique = f"{plain}r{number}"
+        self._numbers[plain] = number
+        self._used_ids.add(unique)
+        return unique
+
+    def _comparisons(self, sent_id: str, *, any_id: bool) -> list[tuple[str, str]]:
+        """Return the first two parts of the keys for an id, the strictest comparison first."""
+        keys = [("sent", sent_id), ("plain", plain_id(sent_id))] if sent_id else []
+        return [*keys, ("any", "")] if any_id else keys
+
+    def add_result(self, block: Block, message_index: int) -> None:
+        """Add a tool_result block to its call. Raises BadRequest if there is no such call."""
+        sent_id = str(block["tool_use_id"])
+        ids = [*self._comparisons(sent_id, any_id=not sent_id), ("item", sent_id)]
+        call = self._call_for(ids, str(block.get("name") or ""))
+        if call is None:
+            raise BadRequest(
+                f"{self._param}: no tool was called with the id {one_line(sent_id, 80)!r} before "
+                "its result.", param=self._param,
+            )
+        if call.results:
+            self._context.adjust("repeated_tool_result")
+        elif message_index > call.message_index + 1:
+            self._context.adjust("late_tool_result")
+        call.results.append(block)
+
+    def _call_for(self, ids: list[tuple[str, str]], name: str) -> ToolCall | None:
+        for compared_id in ids:
+            for find in (self._first_waiting, self._newest.get):
+                call, named = (find((*compared_id, each)) for each in ("", name))
+                if call is not None:
+                    is_near = named is not None and named.message_index == call.message_index
+                    return named if is_near else call
+        return None
+
+    def _first_waiting(self, key: _CallKey) -> ToolCall | None:
+        queues = self._waiting.get(key, [])
+        while queues:
+            while queues[-1]:
+                if not queues[-1][0].results:
+                    return queues[-1][0]
+                queues[-1].popleft()
+            queues.pop()
+        return None
+
+    def results_after(self, message_index: int) -> list[Block]:
+        """Return one tool_result for each call of that message, in the order of the calls."""
+        return [self._result_of(call) for call in self._calls.get(message_index, ())]
+
+    def _result_of(self, call: ToolCall) -> Block:
+        if not call.results:
+            self._context.adjust("missing_tool_result")
+        content = [block for result in call.results for block in result["content"]]
+        joined: Block = {
+            "type": "tool_result", "tool_use_id": call.block["id"],
+            "content": content if call.results else text_blocks(_NO_RESULT),
+        }
+        failed = any(result.get("is_error") for result in call.results)
+        return {**joined, "is_error": True} if failed else joined
+
+
+def with_paired_results(
+    messages: list[Message], context: ParseContext, param: str
+) -> list[Message]:
+    """Return the messages with exactly one tool result for each call, where the API requires it:
+    at the head of the user message after the call, in the order of the calls.
+
+    The roles of `messages` alternate. Raises BadRequest for a result without a call. See
+    ToolExchanges for the repairs.
+    """
+    exchanges = ToolExchanges(context, param)
+    rest: list[list[Block]] = []
+    for index, message in enumerate(messages):
+        rest.append([])
+        for block in message.content:
+            if block["type"] == "tool_result":
+                exchanges.add_result(block, index)
+            elif block["type"] == "tool_use":
+                rest[-1].append(exchanges.add_call(block, index))
+            else:
+                rest[-1].append(block)
+    return merge_adjacent(
+        Message(message.role, exchanges.results_after(index - 1) + rest[index])
+        for index, message in enumerate(messages)
+    )
+
+
+# ==== 17. Dialects ===========================================================
+# Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
+# output, and does not depend on claude. The first functions, shared by all dialects, turn the
+# messages of clients into a prompt that the API accepts.
+
+#: A line that Claude Code, as a client, sends at the head of its system prompt. The claude behind
+#: this server would mistake a whole prompt that begins with it for such a line.
+_BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
+
+
+#: OpenClaw puts its current context into a text block at the end of the conversation and moves this
+#: block there with each request. Earlier messages never contain it.
+_OPENCLAW_CONTEXT = re.compile(
+    r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
+)
+
+
+class ContextBlock(dict[str, Any]):
+    """A text block that is only in the message while that message is the last one."""
+
+
+def with_marked_context(message: Message) -> Message:
+    """Return the message with the context of a client in ContextBlocks."""
+    if message.role != "user":
+        return message
+    return Message("user", [
+        ContextBlock(block)
+        if block["type"] == "text" and _OPENCLAW_CONTEXT.fullmatch(block["text"]) else block
+        for block in message.content
+    ])
+
+
+def system_text(blocks: Iterable[Block]) -> str:
+    """Return the text of a system prompt's blocks, without billing headers."""
+    texts = (_BILLING_HEADER.sub("", block["text"], count=1)
+             for block in blocks if block["type"] == "text")
+    return "\n\n".join(text for text in texts if text.strip())
+
+
+#: The field that names a session. The common name `session_id` is avoided: other programs only
+#: group requests by it, and the requests of a group must not see each other's messages.
+SESSION_FIELD = "ocp_session_id"
+
+
+def _session_id(fields: Fields) -> str:
+    """Return the name of the session that continues, empty if there is none."""
+    session_id = fields.text(SESSION_FIELD) or ""
+    if session_id and not re.fullmatch(r"[\x20-\x7e]{1,256}", session_id):
+        raise fields.invalid(SESSION_FIELD, "up to 256 plain characters")
+    return session_id
+
+
+def with_reminders(messages: list[Message]) -> list[Message]:
+    """Return the messages with system messages turned into reminders in user messages.
+
+    They keep their place: moved to the system prompt, they would change the head of the
+    conversation, and invalidate the prompt cache, at every step. System messages without a user
+    message beside them become plain user messages.
+    """
+    result: list[Message] = []
+    for _, group in itertools.groupby(messages, key=lambda each: each.role == "assistant"):
+        neighbours = list(group)
+        if all(message.role == "system" for message in neighbours):
+            texts = (system_text(message.content) for message in neighbours)
+            result += [Message("user", text_blocks(text)) for text in texts]
         else:
-            parts.append(Fields(each, f"{entry.path_of(name)}[{index}]"))
-            blocks += _openai_part(parts[-1], context, role)
-    if role == "user" and not blocks:
-        refuse_unreadable(parts, _READABLE_PARTS)
-    return blocks
+            result += _place_reminders(neighbours)
+    return result
 
 
-def json_block(value: object) -> list[Block]:
-    """Return a text block with the JSON of a value."""
-    return text_blocks(json_text(value))
+def _place_reminders(neighbours: list[Message]) -> list[Message]:
+    """Return the messages between two answers with each system message turned into a reminder.
 
-
-def refuse_unreadable(parts: list[Fields], readable: Iterable[str]) -> None:
-    """Raise BadRequest for the first part whose type is not in `readable`.
-
-    Call it for a user's message with no other content: if the message were dropped, the model
-    would answer an earlier one.
+    Beside tool results it becomes a part of the last one, as Claude Code does: in the middle of a
+    turn claude reads nothing but tool results.
     """
-    for part in parts:
-        if part.text("type") not in (None, *readable):
-            raise part.invalid("type", "a type that a model can read: text, an image or a file")
+    last_results = max((i for i, each in enumerate(neighbours) if each.has_results), default=-1)
+    reminders: dict[int, list[Block]] = {}
+    kept: dict[int, Message] = {}
+    results_before = -1
+    for index, message in enumerate(neighbours):
+        if message.role != "system":
+            kept[index] = message
+            results_before = index if message.content[-1]["type"] == "tool_result" else -1
+            continue
+        text = system_text(message.content)
+        if not text:
+            continue
+        reminder = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+        if results_before >= 0:
+            reminders.setdefault(results_before, []).append(reminder)
+        elif last_results > index:
+            reminders.setdefault(last_results, []).append(reminder)
+        else:
+            kept[index] = Message("user", [reminder])
+    return [_with_reminders(each, reminders.get(index, [])) for index, each in kept.items()]
 
 
-def _has_content_parts(content: object) -> bool:
-    """Return True if a tool's output is a content part or an array with parts, not plain data."""
-    entries = content if isinstance(content, list) else [content]
-    return not entries or any(is_content_part(entry) for entry in entries)
+def _with_reminders(message: Message, reminders: list[Block]) -> Message:
+    """Return the message with the reminders at the end of its last tool result."""
+    if not reminders:
+        return message
+    content = list(message.content)
+    last = max(i for i, block in enumerate(content) if block["type"] == "tool_result")
+    content[last] = {**content[last], "content": [*content[last]["content"], *reminders]}
+    return Message(message.role, content)
 
 
-def is_content_part(value: object) -> bool:
-    """Return True if `value` has the type of a content part and a field of that type.
+class Prompt(NamedTuple):
+    """A system prompt and the messages after it."""
 
-    Tools also return plain data with a `type`.
+    system: str
+    messages: list[Message]
+    #: The client's system messages that make up `system`.
+    opening: list[Message] = []
+    #: The session to which the messages belong; empty = none.
+    session_id: str = ""
+
+
+#: The user message to add if a conversation ends with an assistant message: to continue it, to
+#: process a tool result that arrived late, or to put its content into the required form.
+_CONTINUE = "Continue exactly where your last message ends."
+_GO_ON = "The result of an earlier tool call is there now; go on with it."
+_REFORMAT = "Give the answer of this conversation in the required form."
+
+
+def build_prompt(
+    context: ParseContext, messages: list[Message], param: str, *, instructions: str = "",
+    after_assistant: str = "", has_session: bool = True,
+) -> Prompt:
+    """Return the prompt of a request's messages, including system messages.
+
+    `after_assistant` is the user message to add if the last message is the assistant's. If it is
+    empty, such a request is refused, unless its tokens are only counted. A request that already
+    contains assistant messages does not get the messages of its session. Raises BadRequest also
+    if there is nothing to answer.
     """
-    if not isinstance(value, dict):
+    messages = [message for message in messages if message.content]
+    opening = list(itertools.takewhile(lambda each: each.role == "system", messages))
+    texts = [instructions, *(system_text(message.content) for message in opening)]
+    system = "\n\n".join(filter(None, texts))
+    later = with_reminders(messages[len(opening):])
+    session_id = _session_id(context.fields) if has_session else ""
+    if session_id and not any(message.role == "assistant" for message in later):
+        later = [*context.parsing.session(session_id, system), *later]
+    if not later and system:
+        # The API needs a user message, so instructions alone become one.
+        return Prompt("", [Message("user", text_blocks(system))], session_id=session_id)
+    if not later:
+        raise BadRequest(f"{param}: there is nothing to answer.", param=param)
+    later = _with_user_last(context, merge_adjacent(later), param, after_assistant)
+    later = with_paired_results(later, context, param)
+    # All tool results of the last message may have moved up to earlier calls.
+    later = _with_user_last(context, later, param, _GO_ON)
+    later = context.attachments.within_bounds(
+        later, param, count_only=context.parsing.count_only
+    )
+    return Prompt(system, [*map(with_marked_context, later)], opening, session_id)
+
+
+def _with_user_last(
+    context: ParseContext, messages: list[Message], param: str, after_assistant: str
+) -> list[Message]:
+    """Return the messages with a user message at the end. Raises BadRequest if the last one is
+    the assistant's and `after_assistant` is empty."""
+    if messages[-1].role == "user" or context.parsing.count_only:
+        return messages
+    if not after_assistant:
+        raise BadRequest(
+            f"{param}: the last message must have the role user; prefilling an answer is not "
+            "supported.", param=param,
+        )
+    context.adjust("assistant_last")
+    return [*messages, Message("user", text_blocks(after_assistant))]
+
+
+class Dialect:
+    """A wire format: parses request bodies and renders answers. Error bodies here are OpenAI's."""
+
+    #: The name in logs and metrics.
+    name = ""
+    #: The fields with the limit of tokens, the preferred one first; whether 0 is a valid limit.
+    token_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)
+    zero_tokens: ClassVar[bool] = False
+    stop_fields: ClassVar[tuple[str, ...]] = ("stop",)
+    max_temperature: ClassVar[int] = 2
+    #: Unsupported parameters that would change the meaning of the answer, each with the reason.
+    unsupported: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    #: Unused parameters that do not change the meaning: not reported as ignored.
+    harmless: ClassVar[tuple[str, ...]] = ()
+
+    # -- parsing ------------------------------------------------------------------------------
+
+    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
+        """Return the Turn of a JSON body. Raises BadRequest, UnknownModel or TooLarge."""
+        context = ParseContext(body, parsing)
+        for name, reason in self.unsupported.items():
+            if is_non_default(context.fields.value(name)):
+                raise Unsupported(f"{name}: {reason}.", param=name)
+        return self._turn(context)
+
+    def _turn(self, context: ParseContext) -> Turn:
+        raise NotImplementedError
+
+    def _new_turn(
+        self, context: ParseContext, prompt: Prompt, reply_format: object, *,
+        tools: tuple[Tool, ...] = (), choice: ToolChoice | None = None,
+        output_schema: OutputSchema | None = None,
+    ) -> Turn:
+        """Return the Turn of a request whose other fields are read; read the options."""
+        fields = context.fields
+        limits = [fields.token_limit(name, zero=self.zero_tokens) for name in self.token_fields]
+        options, ignored = options_for(context.model, RequestedOptions(
+            max_tokens=next((limit for limit in limits if limit is not None), None),
+            stop_sequences=stop_sequences(fields, *self.stop_fields),
+            temperature=fields.sampling_value("temperature", self.max_temperature),
+            top_p=fields.sampling_value("top_p", 1),
+            # For "all tokens" clients send 0 or -1.
+            top_k=fields.token_limit("top_k"),
+            thinking=self._thinking(fields),
+            forces_tool=choice is not None and choice.forces,
+        ))
+        return Turn(
+            model=context.model,
+            system=prompt.system,
+            messages=prompt.messages,
+            options=options,
+            tools=tools,
+            tool_choice=choice or ToolChoice(),
+            output_schema=output_schema,
+            session_id=prompt.session_id,
+            stream=fields.flag("stream"),
+            ignored=(*ignored, *context.ignored, *fields.ignored_paths(self.harmless)),
+            adjusted=tuple(context.adjusted.items()),
+            reply_format=reply_format,
+        )
+
+    def _thinking(self, fields: Fields) -> Thinking:
+        return openai_thinking(fields)
+
+    # -- rendering ----------------------------------------------------------------------------
+
+    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
+        """Return the body of an unstreamed answer; one Answer for each of `turn.choices`."""
+        raise NotImplementedError
+
+    def renderer(self, turn: Turn) -> Renderer:
+        """Return the renderer of a streamed answer."""
+        raise NotImplementedError
+
+    def stores(self, turn: Turn) -> bool:
+        """Return whether the client can refer to the answer later by its id."""
         return False
-    fields = _PART_FIELDS.get(str(value.get("type")), {})
-    return any(isinstance(value.get(name), kinds) for name, kinds in fields.items())
+
+    def stored_input(self, turn: Turn) -> tuple[list[Message], list[Json]]:
+        """Return the system messages and the input items to store with an answer."""
+        return [], []
+
+    def error_body(self, error: OcpError, request_id: str) -> Json:
+        """Return the body of a failed request."""
+        return {
+            "error": {
+                "message": error.message,
+                "type": error.openai_type,
+                "param": error.param,
+                "code": error.error_code,
+                **error.details,
+            }
+        }
 
 
-_TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
-#: Parts that hold an image or a file. Some clients send Anthropic's blocks, tools and system
-#: prompt to any model with "claude" in its name.
-_ATTACHMENT_PARTS = ("image", "image_url", "input_image", "document", "file", "input_file")
-_THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning")
-_READABLE_PARTS = (*_TEXT_PARTS, *_ATTACHMENT_PARTS, *_THINKING_PARTS, "refusal", "tool_result")
-_AUDIO_PARTS = ("input_audio", "audio", "input_video", "video_url")
-_IMAGE_FIELDS: dict[str, tuple[type, ...]] = {"image_url": (str, dict), "file_id": (str,)}
-_FILE_FIELDS: dict[str, tuple[type, ...]] = {
-    "file": (dict,), "file_data": (str,), "file_url": (str,), "file_id": (str,)
-}
-#: Parts in a tool's output: a part has at least one of these fields, with a value of these types.
-_PART_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    **{kind: {"text": (str,)} for kind in _TEXT_PARTS},
-    **{kind: {kind: (dict,), "data": (str,)} for kind in _AUDIO_PARTS},
-    "refusal": {"refusal": (str,)},
-    "image": {"source": (dict,), "data": (str,)},
-    "document": {"source": (dict,)},
-    "image_url": _IMAGE_FIELDS, "input_image": _IMAGE_FIELDS,
-    "file": _FILE_FIELDS, "input_file": _FILE_FIELDS,
-}
+class Renderer:
+    """The rendering of one streamed answer, event by event. Methods return the bytes to send.
 
-
-def _openai_part(part: Fields, context: ParseContext, role: str) -> list[Block]:
-    kind = part.text("type")
-    if kind in _TEXT_PARTS or (kind is None and part.has("text")):
-        text = part.text("text")
-        if text is None:
-            raise part.invalid("text", "a string")
-        return text_blocks(text)
-    if kind == "refusal":
-        return text_blocks(part.text("refusal") or "")
-    if kind in _ATTACHMENT_PARTS and role in ("user", "tool"):
-        return _openai_attachment(part, context)
-    if kind in _ATTACHMENT_PARTS and role == "system":
-        raise BadRequest(
-            f"{part.path}: images and files belong in user messages.",
-            param=part.path, code="images_unsupported_in_system_messages",
-        )
-    if kind == "tool_use" and role == "assistant":
-        return [tool_use_block(part)]
-    if kind == "tool_result" and role == "user":
-        return [tool_result_block(part, openai_content(part, context, "tool"))]
-    if kind in _AUDIO_PARTS and role == "user":
-        raise Unsupported(
-            f"{part.path}: {kind} is not supported; send its content as text.",
-            param=part.path_of("type"),
-        )
-    if kind is None or kind in ("tool_use", "tool_result"):
-        raise part.invalid("type", "text, image_url or file")
-    if kind not in _THINKING_PARTS:
-        context.ignore(part.path)
-    return []
-
-
-def _openai_attachment(part: Fields, context: ParseContext) -> list[Block]:
-    kind = part.text("type")
-    if kind == "image":
-        return image_blocks(part, context)
-    if kind == "document":
-        return document_blocks(
-            part, context, lambda source: openai_content(source, context, "tool")
-        )
-    if kind in ("image_url", "input_image"):
-        return _openai_image(part, context)
-    file = part.child("file") or part
-    title = file.text("filename")
-    labels = {"title": title} if title else {}
-    for name in ("file_data", "file_url"):
-        if file.has(name):
-            sent = Attachment(file.required_text(name), file.path_of(name), labels=labels)
-            return context.attachments.blocks(sent)
-    _refuse_stored(file, "file_id" if file.has("file_id") else "file_data")
-
-
-def _openai_image(part: Fields, context: ParseContext) -> list[Block]:
-    value = part.object.get("image_url")
-    entry = Fields(value, part.path_of("image_url")) if isinstance(value, dict) else None
-    url = entry.text("url") if entry is not None else value
-    if not url and part.has("file_id"):
-        _refuse_stored(part, "file_id")
-    if not isinstance(url, str) or not url:
-        raise BadRequest(
-            f"{part.path_of('image_url')}: must hold the address of an image.",
-            param=part.path_of("image_url"), code="invalid_image_url",
-        )
-    return context.attachments.blocks(Attachment(url, part.path_of("image_url"), image_only=True))
-
-
-_NO_LOG_PROBABILITIES = "log probabilities are not supported"
-#: Unsupported parameters that would change the meaning of the answer, each with the reason.
-_UNSUPPORTED_CHAT_PARAMETERS = {
-    "logprobs": _NO_LOG_PROBABILITIES,
-    "top_logprobs": _NO_LOG_PROBABILITIES,
-    "audio": "audio output is not supported",
-}
-
-#: The largest `n` of a request.
-MAX_CHOICES = 8
-#: The largest number of answers to one legacy completions request.
-MAX_PROMPTS = 128
-
-
-def schema_of_format(entry: Fields | None, schema_field: str = "schema") -> OutputSchema | None:
-    """Return the schema of an answer's format, as any of the APIs writes it; None for plain text.
-
-    Raise BadRequest, with the path of `schema_field`, if the schema is missing.
+    Subclasses implement `_render`, and `_opening` and `end` if the stream has such frames.
     """
-    if entry is None:
-        return None
-    kind = entry.one_of("type", ("text", "json_object", "json_schema"))
-    schema = (entry.child("json_schema") or entry).child("schema")
-    if kind == "text" or (kind is None and schema is None):
-        return None
-    if schema is None and kind == "json_object":
-        return _ANY_OBJECT
-    if schema is None:
-        raise entry.invalid(schema_field, "a JSON schema")
-    return read_output_schema(schema)
+
+    def __init__(self, dialect: Dialect, turn: Turn) -> None:
+        self._dialect = dialect
+        self._turn = turn
+        self._began = False
+        #: The choices whose answer the client has begun to receive. Thinking does not count: it
+        #: may be repeated.
+        self._answered: set[int] = set()
+        self._usages: list[Usage] = []
+        #: The complete answer, after its last event, in dialects that store it.
+        self.body: Json = {}
+
+    def event(self, index: int, event: Event) -> bytes:
+        """Return the frames of one event of choice `index`; never called with a Tick.
+
+        Return nothing before the first content: an error before it can still have its own HTTP
+        status. Raise UpstreamFailed if claude starts the answer again after content was sent,
+        because sent content cannot be taken back.
+        """
+        if isinstance(event, Restarted) and index in self._answered:
+            raise UpstreamFailed("The connection to the API broke in the middle of the answer.")
+        if isinstance(event, Finished):
+            self._usages.append(event.usage)
+        elif self._is_answer(event):
+            self._answered.add(index)
+        return self._render(index, event)
+
+    def _is_answer(self, event: Event) -> bool:
+        """Return whether the client receives content other than thinking with an event."""
+        if isinstance(event, BlockStarted):
+            return "thinking" not in event.block["type"]
+        return isinstance(event, Delta) and event.kind in ("text", "arguments", "refusal")
+
+    def _render(self, index: int, event: Event) -> bytes:
+        raise NotImplementedError
+
+    def _begin(self) -> bytes:
+        """Return the opening frames at the first call, nothing at later calls."""
+        opening = b"" if self._began else self._opening()
+        self._began = True
+        return opening
+
+    def _opening(self) -> bytes:
+        """Return the first frames of the stream, which come with the first content."""
+        return b""
+
+    def keepalive(self) -> bytes:
+        """Return a frame that clients skip, sent while there is nothing else to send."""
+        return b": keepalive\n\n"
+
+    def end(self) -> bytes:
+        """Return the last frames of a complete answer."""
+        return b""
+
+    def failure(self, error: OcpError, request_id: str) -> bytes:
+        """Return the last frame of a failed answer. No finish reason and no [DONE] follow it."""
+        return sse_event(self._dialect.error_body(error, request_id))
 
 
-def chat_output_schema(fields: Fields) -> OutputSchema | None:
-    """Return the schema in `response_format`, or else in Anthropic's `output_config`."""
-    own = schema_of_format(fields.child("response_format"), "json_schema.schema")
-    output = fields.settings("output_config", foreign=True)
-    return own or schema_of_format(output.child("format"))
+_LINE_ENDS = ("\u2028", "\u2029", "\x85")
+
+
+def sse_event(data: Json, name: str = "") -> bytes:
+    head = f"event: {name}\n".encode("ascii") if name else b""
+    text = to_json(data)
+    for character in _LINE_ENDS:
+        # Some clients split the stream at every Unicode line end, even inside the JSON.
+        text = text.replace(character.encode("utf-8"), b"\\u%04x" % ord(character))
+    return head + b"data: " + text + b"\n\n"
+
+
+#: OpenAI's finish reason for each stop reason of the API. Clients loop on unknown reasons.
+FINISH_REASONS = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "tool_use": "tool_calls",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "refusal": "content_filter",
+}
+
+
+def finish_reason(stop_reason: str | None) -> str | None:
+    """Return OpenAI's reason for a stop reason of the API; None while the answer continues."""
+    return None if stop_reason is None else FINISH_REASONS.get(stop_reason, "stop")
 
 
 # ==== 18. Chat completions ===================================================
 # POST /v1/chat/completions, and the older POST /v1/completions: the same stream with text alone.
 
+_NO_LOG_PROBABILITIES = "log probabilities are not supported"
+#: The largest `n` of a request.
+MAX_CHOICES = 8
+#: The largest number of answers to one legacy completions request.
+MAX_PROMPTS = 128
 #: Fields of a message, besides `content`, that hold media.
 _MEDIA_FIELDS = ("images", "audio", "videos", "files", "attachments")
 
 
-def completion_head(fields: Fields, prefix: str, name: str) -> Json:
-    """Return the fields that all chunks of a completion repeat, and `include_usage`."""
-    stream_options = fields.child("stream_options") or Fields({})
-    return {
-        "id": new_id(prefix),
-        "created": int(time.time()),
-        "model": name,
-        "include_usage": stream_options.flag("include_usage"),
-    }
+class CompletionFormat(NamedTuple):
+    """What the answer to a chat or completions request repeats of it, and its form."""
+
+    id: str
+    created_s: int
+    model: str
+    #: Whether the stream ends with the usage.
+    include_usage: bool
+    #: Whether tools are called in the form that preceded `tools`.
+    has_functions: bool = False
+    #: The names of the tools whose input is a text.
+    custom_tools: frozenset[str] = frozenset()
+    #: The text at the head of each answer, in completions.
+    echo: tuple[str, ...] = ()
+
+
+def with_function_call(choice: Json, field: str) -> Json | None:
+    """Return a choice with `function_call` in place of `tool_calls`, for requests that have
+    `functions`. None for a piece of another call than the first: there is room for one."""
+    said, reason = dict(choice[field]), choice["finish_reason"]
+    calls = said.pop("tool_calls", ())
+    if calls and calls[0].get("index"):
+        return None
+    if calls:
+        said["function_call"] = calls[0]["function"]
+    reason = "function_call" if reason == "tool_calls" else reason
+    return {**choice, field: said, "finish_reason": reason}
 
 
 class ChatDialect(Dialect):
     """POST /v1/chat/completions."""
 
     name = "chat"
+    id_prefix: ClassVar[str] = "chatcmpl-"
+    #: The values of `object` in an answer and in a chunk, and another field that both have.
+    answer_kind: ClassVar[str] = "chat.completion"
+    chunk_kind: ClassVar[str] = "chat.completion.chunk"
+    fingerprint: ClassVar[Json] = {"system_fingerprint": None}
+    token_fields: ClassVar[tuple[str, ...]] = (
+        "max_completion_tokens", "max_tokens", "max_output_tokens"
+    )
+    stop_fields: ClassVar[tuple[str, ...]] = ("stop", "stop_sequences")
+    unsupported = MappingProxyType({
+        "logprobs": _NO_LOG_PROBABILITIES,
+        "top_logprobs": _NO_LOG_PROBABILITIES,
+        "audio": "audio output is not supported",
+    })
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        fields = Fields(body)
-        name, model = parsing.model(fields)
-        refuse_parameters(fields, _UNSUPPORTED_CHAT_PARAMETERS)
+    def _turn(self, context: ParseContext) -> Turn:
+        fields = context.fields
         if any(item != "text" for item in fields.items("modalities") or []):
             raise Unsupported("modalities: answers are text only.", param="modalities")
-        head = completion_head(fields, "chatcmpl-", name)
-        context = ParseContext(parsing.limits, model)
-        tools, choice, custom = self._tools(fields, context)
+        tools, choice, custom = self._tools(context)
         output_schema = chat_output_schema(fields)
         prompt = build_prompt(
-            self._messages(fields, context), fields, parsing, context, "messages",
+            context, self._messages(context), "messages",
             after_assistant=_REFORMAT if output_schema else _CONTINUE,
         )
-        options, ignored = options_for(model, self._requested_options(fields, choice))
-        return Turn(
-            model=model,
-            system=prompt.system,
-            messages=prompt.messages,
-            options=options,
-            tools=tools,
-            tool_choice=choice,
-            output_schema=output_schema,
-            choices=fields.integer("n", 1, MAX_CHOICES) or 1,
-            session_id=fields.text(SESSION_FIELD) or "",
-            stream=fields.flag("stream"),
-            ignored=(*ignored, *context.ignored, *fields.ignored_paths()),
-            adjusted=context.adjusted,
-            wire={**head, "legacy_functions": uses_functions(fields), "custom": custom},
+        form = self._format(
+            context, has_functions=uses_functions(fields), custom_tools=custom
         )
+        choices = fields.integer("n", 1, MAX_CHOICES) or 1
+        turn = self._new_turn(
+            context, prompt, form, tools=tools, choice=choice, output_schema=output_schema
+        )
+        return turn._replace(choices=choices)
 
-    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
-        names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-        limits = [fields.token_limit(name) for name in names]
-        return requested_options(
-            fields, next(filter(None, limits), None), ("stop", "stop_sequences"),
-            openai_thinking(fields), forces_tool=choice.forces,
+    def _format(self, context: ParseContext, **more: Any) -> CompletionFormat:
+        stream_options = context.fields.child("stream_options") or Fields({})
+        return CompletionFormat(
+            new_id(self.id_prefix), int(time.time()), context.model_name,
+            stream_options.flag("include_usage"), **more,
         )
 
     def _tools(
-        self, fields: Fields, context: ParseContext
+        self, context: ParseContext
     ) -> tuple[tuple[Tool, ...], ToolChoice, frozenset[str]]:
         """Return the tools, the tool choice, and the names of the custom tools."""
-        tools: list[Tool] = []
-        served: list[Fields] = []
+        fields, reader = context.fields, ToolReader(context)
         custom: set[str] = set()
         for entry in fields.objects("tools"):
             freeform = entry.child("custom")
@@ -6545,202 +6701,187 @@ class ChatDialect(Dialect):
             schema = "input_schema" if entry.has("input_schema") else "parameters"
             if entry.text("type") == "custom" and schema == "parameters":
                 freeform = freeform or entry
-                tools.append(freeform_tool(freeform, freeform.required_text("name")))
-                custom.add(tools[-1].name)
+                name = freeform.required_text("name")
+                reader.add(freeform_tool(freeform, name))
+                custom.add(name)
             elif entry.text("type") not in (None, "function") and schema == "parameters":
                 context.ignore(entry.path)
             elif definition is entry and not entry.has("name"):
                 raise entry.invalid("function", "an object")
             else:
-                tools.append(read_tool(definition, definition.required_text("name"), schema))
-                served += [entry] if definition is entry else [entry, definition]
+                tool = read_tool(definition, definition.required_text("name"), schema)
+                reader.add(tool, *([entry] if definition is entry else [entry, definition]))
         for entry in fields.objects("functions"):
-            tools.append(read_tool(entry, entry.required_text("name"), "parameters"))
+            reader.add(read_tool(entry, entry.required_text("name"), "parameters"))
         field = "tool_choice" if fields.has("tool_choice") else "function_call"
-        choice, allowed = openai_tool_choice(fields, field)
-        usable = only_allowed(unique_tools(tools, "tools"), allowed, context)
-        context.ignore(*unsupported_tool_fields(served))
-        return usable, checked_tool_choice(usable, choice, "tool_choice"), frozenset(custom)
+        return (*reader.chosen(*openai_tool_choice(fields, field)), frozenset(custom))
 
-    def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
+    def _messages(self, context: ParseContext) -> list[Message]:
+        fields, reader = context.fields, OpenAIContent(context)
         entries = fields.objects("messages")
         if not entries:
             raise fields.invalid("messages", "an array with at least one message")
-        messages = [Message("system", openai_content(fields, context, "system", "system"))]
+        messages = [Message("system", reader.blocks(fields, "system", "system"))]
         for entry in entries:
-            messages.append(self._parse_message(entry, context))
+            messages.append(self._message(entry, reader))
             context.ignore(*entry.ignored_paths(entry.object.keys() - set(_MEDIA_FIELDS)))
         return messages
 
-    def _parse_message(self, entry: Fields, context: ParseContext) -> Message:
+    def _message(self, entry: Fields, reader: OpenAIContent) -> Message:
         role = entry.text("role")
         if role in ("system", "developer"):
-            return Message("system", openai_content(entry, context, "system"))
+            return Message("system", reader.blocks(entry, "system"))
         if role == "user":
-            content = openai_content(entry, context, "user")
-            return Message("user", content + self._image_blocks(entry, context))
+            return Message("user", reader.blocks(entry, "user") + reader.images(entry))
         if role == "assistant":
-            content = openai_content(entry, context, "assistant")
+            content = reader.blocks(entry, "assistant")
             content += text_blocks(entry.text("refusal") or "")
-            return Message("assistant", content + self._call_blocks(entry, content))
+            return Message("assistant", content + self._calls(entry, content))
         if role not in ("tool", "function"):
             raise entry.invalid("role", "system, developer, user, assistant or tool")
-        result: Block = {
-            "type": "tool_result",
-            # The result of a function has no id: it belongs to the call before it.
-            "tool_use_id": entry.text("tool_call_id") or "",
-            "content": openai_content(entry, context, "tool"),
-            "name": entry.text("name"),
-        }
-        return Message("user", [result])
+        # The result of a function has no id: it belongs to the call before it.
+        call_id, content = entry.text("tool_call_id") or "", reader.blocks(entry, "tool")
+        return Message("user", [result_block(call_id, content, name=entry.text("name"))])
 
-    def _image_blocks(self, entry: Fields, context: ParseContext) -> list[Block]:
-        """Return the images in the field `images`, each base64 data or a content part."""
-        blocks: list[Block] = []
-        for index, each in enumerate(entry.items("images") or ()):
-            path = f"{entry.path_of('images')}[{index}]"
-            if isinstance(each, str):
-                blocks += context.attachments.blocks(Attachment(each, path, image_only=True))
-            else:
-                blocks += _openai_part(Fields(each, path), context, "user")
-        return blocks
-
-    def _call_blocks(self, entry: Fields, content: list[Block]) -> list[Block]:
+    def _calls(self, entry: Fields, content: list[Block]) -> list[Block]:
         """Return the tool calls of an assistant's message that are not in its `content`.
 
         Some clients send a call in both places. A call in `function_call` has no id.
         """
         in_content = [block for block in content if block["type"] == "tool_use"]
         known = {(plain_id(block["id"]), block["name"]) for block in in_content}
-        calls = [self._call_block(call) for call in entry.objects("tool_calls")]
+        calls = [self._call(call) for call in entry.objects("tool_calls")]
         calls = [each for each in calls if (plain_id(each["id"]), each["name"]) not in known]
         legacy = entry.child("function_call")
         if legacy is not None:
-            call = self._function_call_block("", legacy)
+            call = self._function_call("", legacy)
             if call["name"] not in [each["name"] for each in (*in_content, *calls)]:
                 calls.append(call)
         return calls
 
-    def _call_block(self, call: Fields) -> Block:
+    def _call(self, call: Fields) -> Block:
         call_id, custom = call.text("id") or "", call.child("custom")
         if custom is not None:
-            return {
-                "type": "tool_use", "id": call_id, "name": custom.required_text("name"),
-                "input": {"input": custom.text("input") or ""},
-            }
+            arguments = {"input": custom.text("input") or ""}
+            return call_block(call_id, custom.required_text("name"), arguments)
         function = call.child("function") or (call if call.has("name") else None)
         if function is None:
             raise call.invalid("function", "an object")
-        return self._function_call_block(call_id, function)
+        return self._function_call(call_id, function)
 
-    def _function_call_block(self, call_id: str, function: Fields) -> Block:
-        return {
-            "type": "tool_use", "id": call_id, "name": function.required_text("name"),
-            "input": parse_arguments(function.object.get("arguments")),
-        }
+    def _function_call(self, call_id: str, function: Fields) -> Block:
+        arguments = parse_arguments(function.object.get("arguments"))
+        return call_block(call_id, function.required_text("name"), arguments)
 
     # -- rendering ----------------------------------------------------------------------------
 
-    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
+    def body(self, turn: Turn, kind: str, **more: object) -> Json:
+        form: CompletionFormat = turn.reply_format
         return {
-            "id": turn.wire["id"],
-            "object": "chat.completion",
-            "created": turn.wire["created"],
-            "model": turn.wire["model"],
-            "choices": [
-                {
-                    "index": index,
-                    "message": self._message(turn, answer),
-                    "logprobs": None,
-                    "finish_reason": self.finish_reason(turn, answer.stop_reason),
-                }
-                for index, answer in enumerate(answers)
-            ],
-            "usage": openai_usage(answer.usage for answer in answers),
-            "system_fingerprint": None,
+            "id": form.id, "object": kind, "created": form.created_s, "model": form.model, **more
         }
 
-    def _message(self, turn: Turn, answer: Answer) -> Json:
-        text = answer.joined("text")
+    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
+        choices = [
+            self.choice(turn, index, "message", self._answer(turn, answer), answer.stop_reason)
+            for index, answer in enumerate(answers)
+        ]
+        usage = self.usage(turn, (answer.usage for answer in answers))
+        return self.body(
+            turn, self.answer_kind, choices=choices, usage=usage, **self.fingerprint
+        )
+
+    def chunk(self, turn: Turn, choices: list[Json]) -> Json:
+        return self.body(turn, self.chunk_kind, **self.fingerprint, choices=choices)
+
+    def usage(self, turn: Turn, usages: Iterable[Usage]) -> Json:
+        """Return the usage object from the usage of each choice. The tokens of a prompt that all
+        choices answer are counted once."""
+        choices = list(usages)
+        prompts = [usage.prompt_tokens for usage in choices]
+        prompt_tokens = sum(prompts) if turn.other_prompts else max(prompts)
+        output_tokens = sum(usage.output_tokens for usage in choices)
+        body: Json = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": output_tokens,
+            "total_tokens": prompt_tokens + output_tokens,
+            "prompt_tokens_details": {"cached_tokens": max(u.cache_read_tokens for u in choices)},
+        }
+        reasoning = [u.reasoning_tokens for u in choices if u.reasoning_tokens is not None]
+        if reasoning:
+            body["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
+        return body
+
+    def choice(
+        self, turn: Turn, index: int, field: str, said: Json, stop_reason: str | None
+    ) -> Json | None:
+        """Return a choice with a "message" or a "delta", None if it would hold nothing."""
+        choice = {
+            "index": index, field: said, "logprobs": None,
+            "finish_reason": finish_reason(stop_reason),
+        }
+        return with_function_call(choice, field) if turn.reply_format.has_functions else choice
+
+    def _answer(self, turn: Turn, answer: Answer) -> Json:
+        text, thinking = answer.joined("text"), answer.joined("thinking")
         message: Json = {
             "role": "assistant",
             "content": None if (answer.calls or answer.refusal) and not text else text,
             "refusal": answer.refusal or None,
         }
-        thinking = answer.joined("thinking")
         if thinking:
             message["reasoning_content"] = thinking
-        calls = [self._call(turn, call) for call in answer.calls]
-        if calls and turn.wire["legacy_functions"]:
-            message["function_call"] = calls[0]["function"]
-        elif calls:
-            message["tool_calls"] = calls
+        if answer.calls:
+            message["tool_calls"] = [self._written_call(turn, call) for call in answer.calls]
         return message
 
-    def _call(self, turn: Turn, call: Block) -> Json:
+    def _written_call(self, turn: Turn, call: Block) -> Json:
         name = call["name"]
-        if name in turn.wire["custom"]:
+        if name in turn.reply_format.custom_tools:
             custom = {"name": name, "input": freeform_text(call["input"])}
             return {"id": call["id"], "type": "custom", "custom": custom}
         function = {"name": name, "arguments": json_text(call["input"])}
         return {"id": call["id"], "type": "function", "function": function}
 
-    def finish_reason(self, turn: Turn, stop_reason: str) -> str:
-        """Return OpenAI's finish reason for a stop reason of the API."""
-        if stop_reason == "tool_use" and turn.wire["legacy_functions"]:
-            return "function_call"
-        return FINISH_REASONS.get(stop_reason, "stop")
-
     def renderer(self, turn: Turn) -> Renderer:
         return ChatRenderer(self, turn)
 
 
-class ChunkRenderer(Renderer):
-    """Base of the renderers of chat and legacy completions: streams that end with [DONE]."""
-
-    def _chunk(self, choices: list[Json]) -> Json:
-        """Return the body of a chunk with these choices."""
-        raise NotImplementedError
-
-    def end(self) -> bytes:
-        done = b"data: [DONE]\n\n"
-        if not self._turn.wire["include_usage"]:
-            return done
-        usage = openai_usage(self._usages, one_prompt=not self._turn.other_prompts)
-        return sse_event({**self._chunk([]), "usage": usage}) + done
-
-
-class ChatRenderer(ChunkRenderer):
+class ChatRenderer(Renderer):
     """Renderer of a streamed chat completion: one chunk for each delta."""
 
     def __init__(self, dialect: ChatDialect, turn: Turn) -> None:
         super().__init__(dialect, turn)
-        self._choices = [ChatChoice(dialect, turn) for _ in range(turn.choices)]
+        self._chat = dialect
+        self._choices = [ChatChoice(turn.reply_format) for _ in range(turn.choices)]
+        #: A field of all chunks but the last, if that has the usage.
+        self._no_usage: Json = {"usage": None} if turn.reply_format.include_usage else {}
+
+    def _is_answer(self, event: Event) -> bool:
+        # Nothing is sent when a text begins.
+        is_text = isinstance(event, BlockStarted) and event.block["type"] == "text"
+        return not is_text and super()._is_answer(event)
 
     def _render(self, index: int, event: Event) -> bytes:
-        choice = self._choices[index]
-        chunks = [
-            self._chunk([{
-                "index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason,
-            }])
-            for delta, finish_reason in choice.deltas(event)
-        ]
-        if choice.answered:
-            self._answered.add(index)
-        return b"".join(map(sse_event, chunks))
+        choices = (
+            self._chat.choice(self._turn, index, "delta", delta, stop_reason)
+            for delta, stop_reason in self._choices[index].deltas(event)
+        )
+        return b"".join(self._chunk(index, choice) for choice in choices if choice is not None)
 
-    def _chunk(self, choices: list[Json]) -> Json:
-        chunk: Json = {
-            "id": self._turn.wire["id"],
-            "object": "chat.completion.chunk",
-            "created": self._turn.wire["created"],
-            "model": self._turn.wire["model"],
-            "system_fingerprint": None,
-            "choices": choices,
-        }
-        if self._turn.wire["include_usage"]:
-            chunk["usage"] = None
-        return chunk
+    def _chunk(self, index: int, choice: Json) -> bytes:
+        return sse_event({**self._chat.chunk(self._turn, [choice]), **self._no_usage})
+
+    def end(self) -> bytes:
+        done = b"data: [DONE]\n\n"
+        if not self._turn.reply_format.include_usage:
+            return done
+        usage = self._chat.usage(self._turn, self._usages)
+        return sse_event({**self._chat.chunk(self._turn, []), "usage": usage}) + done
+
+
+#: The field of a chat chunk for each kind of Delta.
+_CHAT_FIELDS = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
 
 
 class ChatChoice:
@@ -6751,12 +6892,9 @@ class ChatChoice:
     with the stop reason "tool_use".
     """
 
-    def __init__(self, dialect: ChatDialect, turn: Turn) -> None:
-        self._dialect = dialect
-        self._turn = turn
+    def __init__(self, form: CompletionFormat) -> None:
+        self._custom_tools = form.custom_tools
         self._began = False
-        #: True once anything but thinking was sent.
-        self.answered = False
         #: The index of each tool call by its block, and the blocks of calls without arguments yet.
         self._calls: dict[int, int] = {}
         self._empty_calls: list[int] = []
@@ -6764,42 +6902,32 @@ class ChatChoice:
         self._readers: dict[int, FreeformReader] = {}
 
     def deltas(self, event: Event) -> Iterator[tuple[Json, str | None]]:
-        """Yield the deltas of an event with their finish reasons. The first has the role."""
-        for delta, finish_reason in self._deltas_for(event):
+        """Yield the deltas of an event, with the stop reason of the last. The first has the
+        role."""
+        for delta in self._deltas(event):
             if not self._began:
                 self._began = True
                 yield {"role": "assistant", "content": ""}, None
-            yield delta, finish_reason
+            yield delta, event.stop_reason if isinstance(event, Finished) and not delta else None
 
-    def _deltas_for(self, event: Event) -> Iterator[tuple[Json, str | None]]:
+    def _deltas(self, event: Event) -> Iterator[Json]:
         if isinstance(event, BlockStarted) and event.block.get("type") == "tool_use":
-            self.answered = True
-            if self._calls and self._turn.wire["legacy_functions"]:
-                # `function_call` has room for one call.
-                return
-            call = event.block
-            yield self._call_began(event.block_index, call["id"], call["name"]), None
+            yield self._call_started(event.block_index, event.block["id"], event.block["name"])
+        elif isinstance(event, Delta) and event.kind == "arguments":
+            yield from self._arguments(event)
+        elif isinstance(event, Delta) and event.kind in _CHAT_FIELDS:
+            if event.text or event.kind != "thinking":
+                yield {_CHAT_FIELDS[event.kind]: event.text}
         elif isinstance(event, Finished):
             for block_index in self._empty_calls if event.stop_reason == "tool_use" else ():
-                yield self._call(block_index, function={"arguments": "{}"}), None
+                yield self._call(block_index, function={"arguments": "{}"})
             for block_index, reader in self._readers.items():
                 yield from self._input(block_index, reader.close())
-            yield {}, self._dialect.finish_reason(self._turn, event.stop_reason)
-        elif isinstance(event, Delta):
-            self.answered = self.answered or event.kind in ("text", "arguments", "refusal")
-            if event.block_index in self._readers:
-                text = self._readers[event.block_index].feed(event.text)
-                yield from self._input(event.block_index, text)
-            elif event.kind == "arguments" and event.text and event.block_index in self._calls:
-                if event.block_index in self._empty_calls:
-                    self._empty_calls.remove(event.block_index)
-                yield self._call(event.block_index, function={"arguments": event.text}), None
-            if event.kind in _CHAT_FIELDS and (event.text or event.kind != "thinking"):
-                yield {_CHAT_FIELDS[event.kind]: event.text}, None
+            yield {}
 
-    def _call_began(self, block_index: int, call_id: str, name: str) -> Json:
+    def _call_started(self, block_index: int, call_id: str, name: str) -> Json:
         self._calls.setdefault(block_index, len(self._calls))
-        if name in self._turn.wire["custom"]:
+        if name in self._custom_tools:
             self._readers[block_index] = FreeformReader()
             custom = {"name": name, "input": ""}
             return self._call(block_index, id=call_id, type="custom", custom=custom)
@@ -6807,58 +6935,51 @@ class ChatChoice:
         function = {"name": name, "arguments": ""}
         return self._call(block_index, id=call_id, type="function", function=function)
 
-    def _input(self, block_index: int, text: str) -> Iterator[tuple[Json, str | None]]:
+    def _arguments(self, event: Delta) -> Iterator[Json]:
+        index = event.block_index
+        if index in self._readers:
+            yield from self._input(index, self._readers[index].feed(event.text))
+        elif event.text and index in self._calls:
+            if index in self._empty_calls:
+                self._empty_calls.remove(index)
+            yield self._call(index, function={"arguments": event.text})
+
+    def _input(self, block_index: int, text: str) -> Iterator[Json]:
         """Yield the delta of a custom tool's call, unless the text is empty."""
         if text:
-            yield self._call(block_index, custom={"input": text}), None
+            yield self._call(block_index, custom={"input": text})
 
     def _call(self, block_index: int, **fields: object) -> Json:
-        """Return the delta of a call, as `function_call` if the request has `functions`."""
-        if self._turn.wire["legacy_functions"]:
-            return {"function_call": fields["function"]}
         return {"tool_calls": [{"index": self._calls[block_index], **fields}]}
 
-
-#: The field of a chat chunk for each kind of Delta.
-_CHAT_FIELDS = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
 
 CHAT = ChatDialect()
 
 
-_UNSUPPORTED_COMPLETIONS_PARAMETERS = {
-    "suffix": "insertion before a suffix is not supported",
-    "logprobs": _NO_LOG_PROBABILITIES,
-}
-
-
-class CompletionsDialect(Dialect):
-    """POST /v1/completions: each prompt is the user's only message; each answer is a choice."""
+class CompletionsDialect(ChatDialect):
+    """POST /v1/completions: each prompt is the user's only message; each answer is a choice with
+    text alone."""
 
     name = "completions"
+    id_prefix = "cmpl-"
+    answer_kind = chunk_kind = "text_completion"
+    fingerprint: ClassVar[Json] = {}
+    token_fields = ("max_tokens",)
+    zero_tokens = True
+    stop_fields = ("stop",)
+    unsupported = MappingProxyType({
+        "suffix": "insertion before a suffix is not supported",
+        "logprobs": _NO_LOG_PROBABILITIES,
+    })
 
-    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        fields = Fields(body)
-        name, model = parsing.model(fields)
-        refuse_parameters(fields, _UNSUPPORTED_COMPLETIONS_PARAMETERS)
-        prompts = self._prompts(fields)
-        conversations = [[Message("user", text_blocks(prompt))] for prompt in prompts]
-        options, ignored = options_for(model, self._requested_options(fields))
-        wire = {
-            **completion_head(fields, "cmpl-", name),
-            "echo": prompts if fields.flag("echo") else [""] * len(prompts),
-        }
-        return Turn(
-            model=model,
-            messages=conversations[0],
-            other_prompts=tuple(conversations[1:]),
-            options=options,
-            choices=len(prompts),
-            stream=fields.flag("stream"),
-            ignored=(*ignored, *fields.ignored_paths()),
-            wire=wire,
-        )
+    def _turn(self, context: ParseContext) -> Turn:
+        prompts = self._prompts(context.fields)
+        messages = [[Message("user", text_blocks(prompt))] for prompt in prompts]
+        form = self._format(context, echo=prompts if context.fields.flag("echo") else ())
+        turn = self._new_turn(context, Prompt("", messages[0]), form)
+        return turn._replace(choices=len(prompts), other_prompts=tuple(messages[1:]))
 
-    def _prompts(self, fields: Fields) -> list[str]:
+    def _prompts(self, fields: Fields) -> tuple[str, ...]:
         """Return the prompt of each choice: every prompt `n` times."""
         prompts = fields.texts("prompt")
         each = fields.integer("n", 1, MAX_CHOICES) or 1
@@ -6866,170 +6987,68 @@ class CompletionsDialect(Dialect):
             raise fields.invalid(
                 "prompt", f"text, or an array of texts, with at most {MAX_PROMPTS} answers in all"
             )
-        return [prompt for prompt in prompts for _ in range(each)]
+        return tuple(prompt for prompt in prompts for _ in range(each))
 
-    def _requested_options(self, fields: Fields) -> RequestedOptions:
-        max_tokens = fields.token_limit("max_tokens", zero=True)
-        return requested_options(fields, max_tokens, ("stop",), openai_thinking(fields))
-
-    def body(self, turn: Turn, choices: list[Json]) -> Json:
-        """Return the body of an answer or of a chunk."""
+    def choice(
+        self, turn: Turn, index: int, field: str, said: Json, stop_reason: str | None
+    ) -> Json | None:
+        if stop_reason is None and ("role" in said or "content" not in said):
+            return None
+        echo = turn.reply_format.echo if field == "message" else ()
         return {
-            "id": turn.wire["id"],
-            "object": "text_completion",
-            "created": turn.wire["created"],
-            "model": turn.wire["model"],
-            "choices": choices,
+            "text": (echo[index] if echo else "") + (said.get("content") or ""), "index": index,
+            "logprobs": None, "finish_reason": finish_reason(stop_reason),
         }
-
-    def choice(self, index: int, text: str, stop_reason: str | None) -> Json:
-        """Return a choice, or a piece of one if `stop_reason` is None."""
-        reason = None if stop_reason is None else FINISH_REASONS.get(stop_reason, "stop")
-        return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
-
-    def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
-        choices = [
-            self.choice(index, turn.wire["echo"][index] + answer.joined("text"), answer.stop_reason)
-            for index, answer in enumerate(answers)
-        ]
-        usage = openai_usage(
-            (answer.usage for answer in answers), one_prompt=not turn.other_prompts
-        )
-        return {**self.body(turn, choices), "usage": usage}
 
     def renderer(self, turn: Turn) -> Renderer:
         return CompletionsRenderer(self, turn)
 
 
-class CompletionsRenderer(ChunkRenderer):
-    """Renderer of a streamed legacy completion."""
+class CompletionsRenderer(ChatRenderer):
+    """Renderer of a streamed legacy completion, which begins with the prompt to repeat."""
 
     def __init__(self, dialect: CompletionsDialect, turn: Turn) -> None:
         super().__init__(dialect, turn)
-        self._completions = dialect
-        self._echo = dict(enumerate(turn.wire["echo"]))
+        self._no_usage = {}
+        self._echo = dict(enumerate(turn.reply_format.echo))
 
-    def _render(self, index: int, event: Event) -> bytes:
-        text, reason = "", None
-        if isinstance(event, Delta) and event.kind == "text":
-            self._answered.add(index)
-            text = event.text
-        elif isinstance(event, Finished):
-            reason = event.stop_reason
-        else:
-            return b""
-        choice = self._completions.choice(index, self._echo.pop(index, "") + text, reason)
-        return sse_event(self._chunk([choice]))
-
-    def _chunk(self, choices: list[Json]) -> Json:
-        return self._completions.body(self._turn, choices)
+    def _chunk(self, index: int, choice: Json) -> bytes:
+        text = self._echo.pop(index, "") + choice["text"]
+        return super()._chunk(index, {**choice, "text": text})
 
 
 COMPLETIONS = CompletionsDialect()
 
 
-#: Blocks of a history that are dropped. claude accepts no thinking from outside; the results of
-#: the API's own tools are passed on without the calls.
-
-
 # ==== 19. Messages ===========================================================
 # POST /v1/messages. Its blocks are those of a Turn, so most of them pass as they are.
 
-_OMITTED_BLOCKS = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_use")
-#: Types of blocks that are read, whatever they hold.
-_READABLE_BLOCKS = (*_OMITTED_BLOCKS, "text", "image", "document", "search_result", "tool_result")
-
-
-def is_block_in_result(block: Json) -> bool:
-    """Return True if an object in a tool's result is a content block, False if it is plain data
-    that happens to have a `type`, such as an entry of a listing."""
-    kind = block.get("type")
-    if not isinstance(kind, str):
-        return True
-    if kind in _PART_FIELDS:
-        return is_content_part(block)
-    known = (*_READABLE_BLOCKS, "tool_use", "tool_reference", "compaction")
-    return kind in known or kind.endswith("_tool_result")
-
-
-#: Fields in the results of the API's own tools that mean nothing to a model.
-_API_ONLY_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
-
-
-def server_tool_result(block: Fields) -> list[Block]:
-    """Return the result of a tool that the API or another server ran as a text block, because
-    claude accepts no such blocks in a history."""
-    name = str(block.text("type"))
-    content = _without_api_fields(block.object.get("content"))
-    if isinstance(content, str):
-        text = content
-    elif isinstance(content, list) and all(is_text_block(entry) for entry in content):
-        text = "\n".join(entry["text"] for entry in content)
-    else:
-        text = json_text(content)
-    return text_blocks(f"[{name}]\n{text}")
-
-
-def is_text_block(value: object) -> bool:
-    """Return True if `value` is a text block of the API."""
-    return isinstance(value, dict) and isinstance(value.get("text"), str)
-
-
-def _without_api_fields(value: object) -> object:
-    if isinstance(value, dict):
-        return {k: _without_api_fields(v) for k, v in value.items() if k not in _API_ONLY_FIELDS}
-    return [_without_api_fields(entry) for entry in value] if isinstance(value, list) else value
-
-
-#: Places of blocks: a message's role, or a tool's result. For each its name in error messages and
-#: the types of blocks that are not allowed there.
-_PLACES = {
-    "user": ("a user's message", ("tool_use",)),
-    "assistant": ("an assistant's message", ("tool_result", "image", "document")),
-    "system": ("a system prompt", ("tool_use", "tool_result", "image", "document")),
-    "result": ("the result of a tool", ("tool_use", "tool_result")),
-}
-
-
-#: Unused parameters that do not change the meaning of the answer: not reported as ignored.
-_HARMLESS_MESSAGES_PARAMETERS = (
-    "anthropic_beta", "anthropic_version", "betas", "cache_control", "metadata", "service_tier",
-)
-
 
 class MessagesDialect(Dialect):
-    """POST /v1/messages: Anthropic's API."""
+    """POST /v1/messages: Anthropic's API. The reply_format of its turns is the message's id."""
 
     name = "messages"
+    zero_tokens = True
+    stop_fields = ("stop_sequences",)
+    max_temperature = 1
+    harmless = (
+        "anthropic_beta", "anthropic_version", "betas", "cache_control", "metadata",
+        "service_tier",
+    )
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        fields = Fields(body)
+    def _turn(self, context: ParseContext) -> Turn:
+        fields = context.fields
         self._refuse_thread(fields)
-        _, model = parsing.model(fields)
-        context = ParseContext(parsing.limits, model)
-        tools = self._tools(fields, context)
-        choice = checked_tool_choice(tools, self._tool_choice(fields), "tool_choice")
-        messages = self._messages(fields, context)
-        output_schema = self._output_schema(fields)
-        prompt = build_prompt(messages, fields, parsing, context, "messages")
-        options, ignored = options_for(model, self._requested_options(fields, choice))
-        return Turn(
-            model=model,
-            system=prompt.system,
-            messages=prompt.messages,
-            options=options,
-            tools=tools,
-            tool_choice=choice,
-            output_schema=output_schema,
-            session_id=fields.text(SESSION_FIELD) or "",
-            stream=fields.flag("stream"),
-            ignored=(
-                *ignored, *context.ignored, *fields.ignored_paths(_HARMLESS_MESSAGES_PARAMETERS)
-            ),
-            adjusted=context.adjusted,
-            wire={"id": new_id("msg_")},
+        tools, choice = self._tools(context)
+        messages = self._messages(context)
+        output = fields.settings("output_config")
+        older_schema = schema_of_format(fields.child("output_format"))
+        output_schema = schema_of_format(output.child("format")) or older_schema
+        return self._new_turn(
+            context, build_prompt(context, messages, "messages"), new_id("msg_"),
+            tools=tools, choice=choice, output_schema=output_schema,
         )
 
     def _refuse_thread(self, fields: Fields) -> None:
@@ -7043,12 +7062,6 @@ class MessagesDialect(Dialect):
                 "details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
             }
             raise error
-
-    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
-        return requested_options(
-            fields, fields.token_limit("max_tokens", zero=True), ("stop_sequences",),
-            self._thinking(fields), max_temperature=1, forces_tool=choice.forces,
-        )
 
     def _thinking(self, fields: Fields) -> Thinking:
         """Return the requested thinking, none by default: without `thinking`, clients expect the
@@ -7070,117 +7083,41 @@ class MessagesDialect(Dialect):
             raise thinking.invalid("type", "enabled, adaptive, between_tools or disabled")
         return Thinking(effort, 0)
 
-    def _output_schema(self, fields: Fields) -> OutputSchema | None:
-        output = fields.settings("output_config")
-        older = schema_of_format(fields.child("output_format"))
-        return schema_of_format(output.child("format")) or older
-
-    def _tools(self, fields: Fields, context: ParseContext) -> tuple[Tool, ...]:
+    def _tools(self, context: ParseContext) -> tuple[tuple[Tool, ...], ToolChoice]:
         """Return the client's own tools; those that Anthropic defines are recorded as ignored."""
-        tools: list[Tool] = []
-        served: list[Fields] = []
-        for entry in fields.objects("tools"):
-            if entry.text("type") not in (None, "custom"):
-                context.ignore(entry.path)
+        reader = ToolReader(context)
+        for entry in context.fields.objects("tools"):
+            if entry.text("type") in (None, "custom"):
+                name = entry.required_text("name")
+                reader.add(read_tool(entry, name, "input_schema"), entry)
             else:
-                tools.append(read_tool(entry, entry.required_text("name"), "input_schema"))
-                served.append(entry)
-        context.ignore(*unsupported_tool_fields(served))
-        return unique_tools(tools, "tools")
-
-    def _tool_choice(self, fields: Fields) -> ToolChoice:
-        entry = fields.child("tool_choice")
-        if entry is None:
-            return ToolChoice()
+                context.ignore(entry.path)
+        entry = context.fields.child("tool_choice") or Fields({})
         kind = entry.one_of("type", ("auto", "any", "tool", "none")) or "auto"
         name = entry.required_text("name") if kind == "tool" else ""
-        return ToolChoice(kind, name, parallel=not entry.flag("disable_parallel_tool_use"))
+        parallel = not entry.flag("disable_parallel_tool_use")
+        return reader.chosen(ToolChoice(kind, name, parallel))
 
-    def _messages(self, fields: Fields, context: ParseContext) -> list[Message]:
-        messages = [Message("system", self._blocks(fields, "system", context, "system"))]
-        for entry in fields.objects("messages"):
+    def _messages(self, context: ParseContext) -> list[Message]:
+        reader = MessagesContent(context)
+        messages = [Message("system", reader.blocks(context.fields, "system", "system"))]
+        for entry in context.fields.objects("messages"):
             role = entry.one_of("role", ("user", "assistant", "system"))
             if role is None:
                 raise entry.invalid("role", "user or assistant")
-            blocks = self._blocks(entry, "content", context, role)
-            if role == "user" and not blocks and isinstance(entry.object.get("content"), list):
-                refuse_unreadable(entry.objects("content"), _READABLE_BLOCKS)
-            messages.append(Message(role, blocks))
+            messages.append(Message(role, reader.blocks(entry, role)))
         return messages
-
-    def _blocks(
-        self, entry: Fields, name: str, context: ParseContext, place: str
-    ) -> list[Block]:
-        """Return the blocks of a string or an array; `place` is a key of _PLACES.
-
-        Raise BadRequest for a block that is not allowed in that place.
-        """
-        value = entry.value(name)
-        if value is None:
-            return []
-        if isinstance(value, str):
-            return text_blocks(value)
-        if not isinstance(value, list):
-            raise entry.invalid(name, "a string or an array of blocks")
-        blocks: list[Block] = []
-        place_name, refused_types = _PLACES[place]
-        for block in entry.objects(name):
-            parsed = self._block(block, context, place)
-            for kind in (each["type"] for each in parsed):
-                if kind in refused_types:
-                    raise BadRequest(
-                        f"{block.path}: {kind} blocks are not allowed in {place_name}; remove it.",
-                        param=block.path,
-                    )
-            blocks += parsed
-        return blocks
-
-    def _block(self, block: Fields, context: ParseContext, place: str) -> list[Block]:
-        kind = block.text("type")
-        if place == "result" and not is_block_in_result(block.object):
-            return json_block(block.object)
-        if kind == "text":
-            text = block.text("text")
-            if text is None:
-                raise block.invalid("text", "a string")
-            return text_blocks(text)
-        if kind == "image":
-            return image_blocks(block, context)
-        if kind == "document":
-            return document_blocks(
-                block, context, lambda source: self._blocks(source, "content", context, "result")
-            )
-        if kind == "search_result":
-            named = labels_of(block, "title", "source")
-            return caption_blocks(named) + self._blocks(block, "content", context, "result")
-        if kind == "tool_use":
-            return [tool_use_block(block)]
-        if kind == "tool_result":
-            return [tool_result_block(block, self._blocks(block, "content", context, "result"))]
-        if kind == "tool_reference":
-            # A result of the client's tool search; the tool itself is in `tools`.
-            return text_blocks(f"The tool {block.required_text('tool_name')} is loaded.")
-        if kind is not None and kind.endswith("_tool_result"):
-            return server_tool_result(block)
-        if kind == "compaction":
-            return text_blocks(block.text("content") or "")
-        if kind is None:
-            raise block.invalid("type", "text, image, document, tool_use or tool_result")
-        if kind not in _OMITTED_BLOCKS:
-            context.ignore(block.path)
-        return []
 
     # -- rendering ----------------------------------------------------------------------------
 
     def message(self, turn: Turn, model: str, **fields: object) -> Json:
         """Return the message object; an empty `model` stands for the turn's model."""
         return {
-            "id": turn.wire["id"], "type": "message", "role": "assistant",
+            "id": turn.reply_format, "type": "message", "role": "assistant",
             "model": model or turn.model.id, **fields,
         }
 
     def usage(self, usage: Usage) -> Json:
-        """Return the usage object."""
         thinking = usage.reasoning_tokens
         details: Json = {"output_tokens_details": {"thinking_tokens": thinking}}
         return {
@@ -7262,8 +7199,6 @@ class MessagesRenderer(Renderer):
 
     def _frames_of(self, event: Event) -> bytes:
         if isinstance(event, BlockStarted):
-            if "thinking" not in event.block["type"]:
-                self._answered.add(0)
             self._open = event.block_index + self._offset
             self._next = self._open + 1
             return self._frame("content_block_start", index=self._open, content_block=event.block)
@@ -7295,9 +7230,9 @@ class MessagesRenderer(Renderer):
         return self._frame("content_block_stop", index=index)
 
     def _finish(self, event: Finished) -> bytes:
-        reason = "refusal" if self._refused else event.stop_reason
         delta = {
-            "stop_reason": reason, "stop_sequence": event.stop_sequence,
+            "stop_reason": "refusal" if self._refused else event.stop_reason,
+            "stop_sequence": event.stop_sequence,
             **self._messages.stop_details(event.stop_details),
         }
         usage = self._messages.usage(event.usage)
@@ -7325,37 +7260,6 @@ MESSAGES = MessagesDialect()
 # output items.
 
 
-def input_items(fields: Fields, parsing: ParseEnvironment) -> list[Fields]:
-    """Return the items of a request, with references replaced by the stored items. A string is
-    one user message. Raise BadRequest or NotFound."""
-    value = fields.value("input")
-    if isinstance(value, str):
-        return [Fields({"role": "user", "content": value}, "input")]
-    return [
-        Fields(parsing.item(item.required_text("id")), item.path)
-        if item.text("type") == "item_reference" else item
-        for item in fields.objects("input")
-    ]
-
-
-def stored_item(item: Fields) -> Json:
-    """Return an input item as GET input_items lists it: with an id, and with content parts."""
-    kind = item.text("type") or "message"
-    form = _FORMS_BY_ITEM.get(kind)
-    prefix = "msg_" if kind == "message" else form.id_prefix if form else "item_"
-    stored: Json = {"status": "completed", **item.object, "type": kind}
-    own_id = item.object.get("id")
-    stored["id"] = own_id if own_id and isinstance(own_id, str) else new_id(prefix)
-    if kind == "message" and isinstance(stored.get("content"), str):
-        part = "output_text" if stored.get("role") == "assistant" else "input_text"
-        stored["content"] = [{"type": part, "text": stored["content"]}]
-    return stored
-
-
-#: Values in responses of unfinished streams, in place of the request's, which may be long.
-_OMITTED_UNTIL_END: Json = {"instructions": None, "tools": []}
-
-
 class CallForm(NamedTuple):
     """The item that represents calls of one kind of tool."""
 
@@ -7372,17 +7276,12 @@ class CallForm(NamedTuple):
     event: str = ""
 
     def block(self, item: Fields) -> Block:
-        """Return the tool_use block of a call item."""
-        space = item.text("namespace") or ""
+        item_id, space = item.text("id") or "", item.text("namespace") or ""
         name = self.tool or qualified_name(space, item.required_text("name"))
-        return {
-            "type": "tool_use",
-            "id": item.text("call_id") or item.text("id") or "",
-            "item_id": item.text("id") or "",
-            "name": name,
-            # Newer computer calls have `actions` instead of `action`.
-            "input": self.read(item.object.get(self.field, item.object.get(self.field + "s"))),
-        }
+        # Newer computer calls have `actions` instead of `action`.
+        value = item.object.get(self.field, item.object.get(self.field + "s"))
+        block = call_block(item.text("call_id") or item_id, name, self.read(value))
+        return {**block, "item_id": item_id}
 
     def new_item(self, call_id: str, name_fields: Json) -> Json:
         """Return the item of a new call, without arguments; `name_fields` name its tool."""
@@ -7391,9 +7290,11 @@ class CallForm(NamedTuple):
             self.field: "" if self.event else self.write({}), "call_id": call_id, **name_fields,
         }
 
+    def finished(self, item: Json, arguments: Json) -> Json:
+        return {**item, "status": "completed", self.field: self.write(arguments)}
+
 
 def _without_nulls(value: object) -> Json:
-    """Return the arguments in an action or operation, without null values."""
     return {key: each for key, each in parse_arguments(value).items() if each is not None}
 
 
@@ -7433,50 +7334,45 @@ _CALL_FORMS = {
 _FORMS_BY_ITEM = {form.item_type: form for form in _CALL_FORMS.values()}
 
 
-def _output_blocks(item: Fields, context: ParseContext) -> list[Block]:
-    return openai_content(item, context, "tool", "output")
+def input_items(fields: Fields, parsing: ParseEnvironment) -> list[Fields]:
+    """Return the items of a request, with references replaced by the stored items. A string is
+    one user message. Raise BadRequest or NotFound."""
+    value = fields.value("input")
+    if isinstance(value, str):
+        return [Fields({"role": "user", "content": value}, "input")]
+    return [
+        Fields(parsing.item(item.required_text("id")), item.path)
+        if item.text("type") == "item_reference" else item
+        for item in fields.objects("input")
+    ]
 
 
-def _patch_result_blocks(item: Fields, context: ParseContext) -> list[Block]:
-    return _output_blocks(item, context) or text_blocks(item.text("status") or "")
-
-
-def _screenshot_blocks(item: Fields, context: ParseContext) -> list[Block]:
-    output = item.object.get("output")
-    if not isinstance(output, dict) or not output.get("image_url"):
-        return _output_blocks(item, context)
-    image = Fields({**output, "type": "input_image"}, item.path_of("output"))
-    return _openai_part(image, context, "tool")
-
-
-def _found_tools_blocks(item: Fields, context: ParseContext) -> list[Block]:
-    return json_block(item.items("tools") or [])
-
-
-def _program_result_blocks(item: Fields, context: ParseContext) -> list[Block]:
-    return openai_content(item, context, "tool", "result")
+def stored_item(item: Fields) -> Json:
+    """Return an input item as GET input_items lists it: with an id, and with content parts."""
+    kind = item.text("type") or "message"
+    form = _FORMS_BY_ITEM.get(kind)
+    prefix = "msg_" if kind == "message" else form.id_prefix if form else "item_"
+    stored: Json = {"status": "completed", **item.object, "type": kind}
+    own_id = item.object.get("id")
+    stored["id"] = own_id if own_id and isinstance(own_id, str) else new_id(prefix)
+    if kind == "message" and isinstance(stored.get("content"), str):
+        part = "output_text" if stored.get("role") == "assistant" else "input_text"
+        stored["content"] = [{"type": part, "text": stored["content"]}]
+    return stored
 
 
 #: Content parts of the user that some clients send as items, without a message around them.
 _PARTS_AS_ITEMS = ("text", "input_text", "input_image", "input_file", "input_audio", "input_video")
-#: The functions that read results which clients send, by the type of the item.
-_RESULT_READERS: dict[str, Callable[[Fields, ParseContext], list[Block]]] = {
-    "function_call_output": _output_blocks,
-    "custom_tool_call_output": _output_blocks,
-    "local_shell_call_output": _output_blocks,
-    "shell_call_output": _output_blocks,
-    "apply_patch_call_output": _patch_result_blocks,
-    "computer_call_output": _screenshot_blocks,
-    "tool_search_output": _found_tools_blocks,
-    "program_output": _program_result_blocks,
-}
-
+#: The types of items with the result of a call, besides "program_output".
+_RESULTS = (
+    "function_call_output", "custom_tool_call_output", "local_shell_call_output",
+    "shell_call_output", "apply_patch_call_output", "computer_call_output", "tool_search_output",
+)
 #: Items of calls that another server ran: the fields with the arguments and with the results.
 _HOSTED_CALLS = {
     "mcp_call": ("arguments", ("output", "error")),
     "code_interpreter_call": ("code", ("outputs",)),
 }
-
 #: Items that become a text block: the role of the message, and the fields in the text.
 _ITEMS_AS_TEXT = {
     "web_search_call": ("assistant", ("action",)),
@@ -7487,36 +7383,80 @@ _ITEMS_AS_TEXT = {
 }
 
 
-def _result_message(
-    item: Fields, call_id: str, content: list[Block], *, failed: bool = False
-) -> Message:
-    result: Block = {
-        "type": "tool_result", "tool_use_id": call_id, "content": content,
-        "name": item.object.get("name"),
-    }
-    failed = failed or item.object.get("status") == "failed"
-    return Message("user", [{**result, "is_error": True} if failed else result])
+class ItemReader:
+    """Reads the input items of a request into messages."""
 
+    def __init__(self, context: ParseContext) -> None:
+        self._context = context
+        self._content = OpenAIContent(context)
 
-def hosted_call_messages(item: Fields, kind: str) -> list[Message]:
-    """Return the messages with the call and the result of a tool that another server ran."""
-    argument_field, result_fields = _HOSTED_CALLS[kind]
-    name, value = item.text("name") or kind[:-len("_call")], item.object.get(argument_field)
-    is_arguments = argument_field == "arguments"
-    call: Block = {
+    def messages(self, item: Fields) -> list[Message]:
+        """Return the messages of an item; items that mean nothing to a model are dropped."""
+        kind = item.text("type") or "message"
+        if kind in _PARTS_AS_ITEMS:
+            return [Message("user", self._content.part(item, "user"))]
+        if kind in _FORMS_BY_ITEM:
+            return [Message("assistant", [_FORMS_BY_ITEM[kind].block(item)])]
+        if kind in (*_RESULTS, "program_output"):
+            content = self._result_content(item, kind)
+            return [self._result(item, item.text("call_id") or item.text("id") or "", content)]
+        if kind in _HOSTED_CALLS:
+            return self._hosted_call(item, kind)
+        if kind in _ITEMS_AS_TEXT:
+            role, names = _ITEMS_AS_TEXT[kind]
+            values = {name: item.object[name] for name in names if item.has(name)}
+            return [Message(role, text_blocks(f"[{kind}]\n{json_text(values)}"))]
+        is_message = item.has("role") and item.has("content") and kind != "reasoning"
+        if kind == "message" or is_message:
+            return [self._message(item)]
+        summary = compaction_text(item) if kind in ("compaction", "compaction_summary") else ""
+        if not summary and kind != "reasoning":
+            self._context.ignore(item.path)
+        return [Message("user", text_blocks(summary))]
+
+    def _message(self, item: Fields) -> Message:
+        role = item.one_of("role", ("system", "developer", "user", "assistant"))
+        if role is None:
+            raise item.invalid("role", "system, developer, user or assistant")
+        role = "system" if role == "developer" else role
+        return Message(role, self._content.blocks(item, role))
+
+    def _result_content(self, item: Fields, kind: str) -> list[Block]:
+        if kind == "tool_search_output":
+            return json_block(item.items("tools") or [])
+        output = item.object.get("output")
+        if kind == "computer_call_output" and isinstance(output, dict) and output.get("image_url"):
+            image = Fields({**output, "type": "input_image"}, item.path_of("output"))
+            return self._content.part(image, "tool")
+        field = "result" if kind == "program_output" else "output"
+        content = self._content.blocks(item, "tool", field)
+        if kind == "apply_patch_call_output" and not content:
+            return text_blocks(item.text("status") or "")
+        return content
+
+    def _result(
+        self, item: Fields, call_id: str, content: list[Block], *, failed: bool = False
+    ) -> Message:
+        failed = failed or item.object.get("status") == "failed"
+        name = item.object.get("name")
+        return Message("user", [result_block(call_id, content, name=name, failed=failed)])
+
+    def _hosted_call(self, item: Fields, kind: str) -> list[Message]:
+        """Return the messages with the call and the result of a tool that another server ran."""
+        argument_field, result_fields = _HOSTED_CALLS[kind]
+        name, value = item.text("name") or kind[:-len("_call")], item.object.get(argument_field)
+        is_arguments = argument_field == "arguments"
         # Without an id, its result could be matched with another call.
-        "type": "tool_use", "id": item.text("id") or f"hosted {item.path}",
-        "name": qualified_name(item.text("server_label") or "", name),
-        "input": parse_arguments(value) if is_arguments else {argument_field: value},
-    }
-    results = [item.object[field] for field in result_fields if item.has(field)]
-    texts = [each if isinstance(each, str) else json_text(each) for each in results]
-    content = text_blocks("\n".join(texts))
-    failed = item.has("error")
-    return [
-        Message("assistant", [call]),
-        _result_message(item, str(call["id"]), content, failed=failed),
-    ]
+        call_id = item.text("id") or f"hosted {item.path}"
+        call = call_block(
+            call_id, qualified_name(item.text("server_label") or "", name),
+            parse_arguments(value) if is_arguments else {argument_field: value},
+        )
+        results = [item.object[field] for field in result_fields if item.has(field)]
+        texts = [each if isinstance(each, str) else json_text(each) for each in results]
+        content = text_blocks("\n".join(texts))
+        result = self._result(item, call_id, content, failed=item.has("error"))
+        return [Message("assistant", [call]), result]
 
 
 #: The start of the encrypted_content of compaction items that this server made.
@@ -7538,125 +7478,143 @@ def compaction_text(item: Fields) -> str:
     return ""
 
 
-def new_item(turn: Turn, block: Block) -> Json:
-    """Return the output item of a block that has just started."""
+def is_user_message(message: Message) -> bool:
+    """Return whether the user wrote a message; others hold tool results."""
+    return message.role == "user" and not message.has_results
+
+
+def user_message_item(message: Message) -> Json:
+    """Return the input item of a user's message, without its images."""
+    texts = [block["text"] for block in message.content if block["type"] == "text"]
+    parts = [{"type": "input_text", "text": text} for text in texts]
+    return {"id": new_id("msg_"), "type": "message", "role": "user", "content": parts}
+
+
+class PartForm(NamedTuple):
+    """How the text of one kind of block is written: as the only part of an item."""
+
+    #: The stem of the names of the text's events, and that of the part's events.
+    event: str
+    part_event: str
+    #: The field of the item that holds the part.
+    field: str
+    #: The part without its text, and the field of the text.
+    empty: Json
+    text_field: str
+    #: More fields of the events with the text.
+    more: Json
+
+    def part(self, text: str) -> Json:
+        return {**self.empty, self.text_field: text}
+
+    def finished(self, item: Json, text: str) -> Json:
+        status = {"status": "completed"} if "status" in item else {}
+        return {**item, **status, self.field: [self.part(text)]}
+
+
+_PART_FORMS = {
+    "text": PartForm(
+        "output_text", "content_part", "content",
+        {"type": "output_text", "text": "", "annotations": [], "logprobs": []}, "text",
+        {"logprobs": []},
+    ),
+    "refusal": PartForm(
+        "refusal", "content_part", "content", {"type": "refusal"}, "refusal", {}
+    ),
+    "thinking": PartForm(
+        "reasoning_summary_text", "reasoning_summary_part", "summary",
+        {"type": "summary_text"}, "text", {},
+    ),
+}
+
+
+def new_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
+    """Return the output item of a block that has just started. `forms` has the form of the calls
+    of each tool."""
     if block["type"] == "thinking":
         return {"id": new_id("rs_"), "type": "reasoning", "summary": []}
     if block["type"] == "tool_use":
         plain = (_CALL_FORMS["function"], {"name": block["name"]})
-        form, name_fields = turn.wire["forms"].get(block["name"], plain)
-        return dict(form.new_item(block["id"], name_fields))
+        form, name_fields = forms.get(block["name"], plain)
+        return form.new_item(block["id"], name_fields)
     return {
         "id": new_id("msg_"), "type": "message", "status": "in_progress", "role": "assistant",
         "content": [],
     }
 
 
-def content_part(kind: str, text: str) -> Json:
-    """Return the part of an item with the text of a block of this kind."""
-    if kind == "thinking":
-        return {"type": "summary_text", "text": text}
-    if kind == "refusal":
-        return {"type": "refusal", "refusal": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def finished_item(item: Json, block: Block) -> Json:
-    """Return the item of a complete block."""
-    kind = block["type"]
+def output_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
+    item, kind = new_item(forms, block), block["type"]
     if kind == "tool_use":
-        form = _FORMS_BY_ITEM[item["type"]]
-        return {**item, "status": "completed", form.field: form.write(block["input"])}
-    if kind == "thinking":
-        return {**item, "summary": [content_part(kind, block.get("thinking", ""))]}
-    return {**item, "status": "completed", "content": [content_part(kind, block["text"])]}
-
-
-#: For each kind of block the stem of its event names, and the field of the item that holds its
-#: part; calls have no part.
-_RESPONSES_EVENTS = {
-    "text": ("output_text", "content"),
-    "refusal": ("refusal", "content"),
-    "thinking": ("reasoning_summary_text", "summary"),
-    "tool_use": ("", ""),
-}
+        return _FORMS_BY_ITEM[item["type"]].finished(item, block["input"])
+    return _PART_FORMS[kind].finished(item, block.get(kind, ""))
 
 
 # ==== 21. Responses ==========================================================
 # POST /v1/responses and POST /v1/responses/compact.
 
-#: Unused parameters that do not change the meaning of the answer: not reported as ignored.
-_HARMLESS_RESPONSES_PARAMETERS = (
-    "client_metadata", "include", "stream_options", "truncation",
-)
+#: Values in responses of unfinished streams, in place of the request's, which may be long.
+_OMITTED_UNTIL_END: Json = {"instructions": None, "tools": []}
+_NOT_STORED_INPUT = "no {}s are stored here; send the items in input"
+
+
+class ResponseFormat(NamedTuple):
+    """What is kept of a request to write and to store its response."""
+
+    #: The response's id and time, and the fields of the request that it repeats.
+    echo: Json
+    is_stored: bool
+    #: Whether the output has the model's thinking.
+    has_summary: bool
+    #: For each tool's name how its calls are written: the form, and the fields that name the tool.
+    forms: Mapping[str, tuple[CallForm, Json]]
+    #: The system messages of the input.
+    opening: list[Message]
+    #: The input items to store.
+    items: list[Fields]
+    #: The user's messages that a compaction keeps.
+    user_items: list[Json] = []
 
 
 class ResponsesDialect(Dialect):
     """POST /v1/responses: OpenAI's API in which prompts and answers are lists of items."""
 
     name = "responses"
+    token_fields = ("max_output_tokens",)
+    unsupported = MappingProxyType({
+        name: _NOT_STORED_INPUT.format(name) for name in ("conversation", "prompt")
+    })
+    harmless = ("client_metadata", "include", "stream_options", "truncation")
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def parse(self, body: object, parsing: ParseEnvironment) -> Turn:
-        fields = Fields(body)
-        name, model = parsing.model(fields)
-        for field in ("conversation", "prompt"):
-            if fields.has(field):
-                raise Unsupported(
-                    f"{field}: no {field}s are stored here; send the items in input.", param=field
-                )
-        context = ParseContext(parsing.limits, model)
-        tools, choice, forms = self._tools(fields, context)
-        output_schema = self._output_schema(fields)
+    def _turn(self, context: ParseContext) -> Turn:
+        fields = context.fields
+        tools, choice, forms = self._tools(context)
+        schema = schema_of_format(fields.settings("text").child("format"))
+        schema = schema or chat_output_schema(fields)
         prompt = build_prompt(
-            self._messages(fields, parsing, context), Fields({}), parsing, context, "input",
+            context, self._messages(context), "input", has_session=False,
             instructions=fields.text("instructions") or "",
-            after_assistant=_REFORMAT if output_schema else _CONTINUE,
+            after_assistant=_REFORMAT if schema else _CONTINUE,
         )
-        wire = self._wire(fields, name, prompt, forms, parsing)
-        options, ignored = options_for(model, self._requested_options(fields, choice))
-        return Turn(
-            model=model,
-            system=prompt.system,
-            messages=prompt.messages,
-            options=options,
-            tools=tools,
-            tool_choice=choice,
-            output_schema=output_schema,
-            stream=fields.flag("stream"),
-            ignored=(
-                *ignored, *context.ignored, *fields.ignored_paths(_HARMLESS_RESPONSES_PARAMETERS)
-            ),
-            adjusted=context.adjusted,
-            wire=wire,
+        reasoning, is_stored = fields.settings("reasoning"), fields.value("store") is not False
+        form = ResponseFormat(
+            self._echo(context, reasoning), is_stored, is_non_default(reasoning.value("summary")),
+            forms, prompt.opening, input_items(fields, context.parsing) if is_stored else [],
+        )
+        return self._new_turn(
+            context, prompt, form, tools=tools, choice=choice, output_schema=schema
         )
 
-    def _wire(
-        self, fields: Fields, name: str, prompt: Prompt, forms: Mapping[str, object],
-        parsing: ParseEnvironment,
-    ) -> Json:
-        """Return the values of `Turn.wire`, used to render and to store the answer."""
-        reasoning = fields.settings("reasoning")
-        stored = fields.value("store") is not False
-        return {
-            "echo": self._echo(fields, name, reasoning),
-            "store": stored,
-            "summary": is_non_default(reasoning.value("summary")),
-            "forms": forms,
-            "opening": prompt.opening,
-            "items": input_items(fields, parsing) if stored else [],
-        }
-
-    def _echo(self, fields: Fields, name: str, reasoning: Fields) -> Json:
-        """Return the response's id and time, and the request's fields that it repeats."""
-        sent = fields.object
+    def _echo(self, context: ParseContext, reasoning: Fields) -> Json:
+        sent = context.fields.object
         text: Json = sent["text"] if isinstance(sent.get("text"), dict) else {}
         return {
             "id": new_id("resp_"),
             "object": "response",
             "created_at": int(time.time()),
-            "model": name,
+            "model": context.model_name,
             "instructions": sent.get("instructions"),
             "max_output_tokens": sent.get("max_output_tokens"),
             "metadata": sent.get("metadata") or {},
@@ -7675,23 +7633,11 @@ class ResponsesDialect(Dialect):
             "truncation": "disabled",
         }
 
-    def _requested_options(self, fields: Fields, choice: ToolChoice) -> RequestedOptions:
-        return requested_options(
-            fields, fields.token_limit("max_output_tokens"), ("stop",), openai_thinking(fields),
-            forces_tool=choice.forces,
-        )
-
-    def _output_schema(self, fields: Fields) -> OutputSchema | None:
-        own = schema_of_format(fields.settings("text").child("format"))
-        return own or chat_output_schema(fields)
-
     def _tools(
-        self, fields: Fields, context: ParseContext
+        self, context: ParseContext
     ) -> tuple[tuple[Tool, ...], ToolChoice, dict[str, tuple[CallForm, Json]]]:
-        """Return the tools, the tool choice, and for each tool's name how its calls are written:
-        the form, and the fields of the item that name the tool."""
-        tools: list[Tool] = []
-        served: list[Fields] = []
+        """Return the tools, the tool choice, and the call forms for ResponseFormat."""
+        fields, reader = context.fields, ToolReader(context)
         forms: dict[str, tuple[CallForm, Json]] = {}
         for entry, space in self._tool_entries(fields):
             kind = entry.text("type") or ""
@@ -7699,17 +7645,12 @@ class ResponsesDialect(Dialect):
             if tool is None:
                 context.ignore(entry.path)
                 continue
-            tools.append(tool)
-            if kind == "function":
-                served.append(entry)
+            reader.add(tool, *([entry] if kind == "function" else []))
             name_fields: Json = {} if kind in CLIENT_TOOLS else {"name": entry.text("name")}
             if space:
                 name_fields["namespace"] = space
             forms[tool.name] = (_CALL_FORMS[kind], name_fields)
-        choice, allowed = openai_tool_choice(fields, "tool_choice")
-        usable = only_allowed(unique_tools(tools, "tools"), allowed, context)
-        context.ignore(*unsupported_tool_fields(served))
-        return usable, checked_tool_choice(usable, choice, "tool_choice"), forms
+        return (*reader.chosen(*openai_tool_choice(fields, "tool_choice")), forms)
 
     def _tool(self, entry: Fields, kind: str, space: str) -> Tool | None:
         """Return the tool of an entry, None for a tool that only OpenAI can run."""
@@ -7733,51 +7674,21 @@ class ResponsesDialect(Dialect):
             else:
                 yield entry, ""
 
-    def _messages(
-        self, fields: Fields, parsing: ParseEnvironment, context: ParseContext
-    ) -> list[Message]:
+    def _messages(self, context: ParseContext) -> list[Message]:
         """Return the stored messages of the previous response, followed by the new ones."""
-        previous_id = fields.text("previous_response_id")
-        earlier = parsing.recall(previous_id) if previous_id else []
+        previous_id = context.fields.text("previous_response_id")
+        earlier = context.parsing.recall(previous_id) if previous_id else []
         messages = [Message(message.role, list(message.content)) for message in earlier]
-        for item in input_items(fields, parsing):
-            messages += self._item_messages(item, item.text("type") or "message", context)
+        reader = ItemReader(context)
+        for item in input_items(context.fields, context.parsing):
+            messages += reader.messages(item)
         return messages
-
-    def _item_messages(self, item: Fields, kind: str, context: ParseContext) -> list[Message]:
-        """Return the messages of an input item; items that mean nothing to a model are dropped."""
-        if kind == "message":
-            role = item.one_of("role", ("system", "developer", "user", "assistant"))
-            if role is None:
-                raise item.invalid("role", "system, developer, user or assistant")
-            role = "system" if role == "developer" else role
-            return [Message(role, openai_content(item, context, role))]
-        if kind in _PARTS_AS_ITEMS:
-            return [Message("user", _openai_part(item, context, "user"))]
-        if kind in _FORMS_BY_ITEM:
-            return [Message("assistant", [_FORMS_BY_ITEM[kind].block(item)])]
-        if kind in _RESULT_READERS:
-            content = _RESULT_READERS[kind](item, context)
-            return [_result_message(item, item.text("call_id") or item.text("id") or "", content)]
-        if kind in _HOSTED_CALLS:
-            return hosted_call_messages(item, kind)
-        if kind in _ITEMS_AS_TEXT:
-            role, names = _ITEMS_AS_TEXT[kind]
-            values = {name: item.object[name] for name in names if item.has(name)}
-            return [Message(role, text_blocks(f"[{kind}]\n{json_text(values)}"))]
-        if item.has("role") and item.has("content") and kind != "reasoning":
-            return self._item_messages(item, "message", context)
-        summary = compaction_text(item) if kind in ("compaction", "compaction_summary") else ""
-        if not summary and kind != "reasoning":
-            context.ignore(item.path)
-        return [Message("user", text_blocks(summary))]
 
     # -- rendering ----------------------------------------------------------------------------
 
     def body(self, turn: Turn, status: str, output: list[Json], **more: object) -> Json:
-        """Return the response object."""
         return {
-            **turn.wire["echo"], "status": status, "output": output, "usage": None,
+            **turn.reply_format.echo, "status": status, "output": output, "usage": None,
             "error": None, "incomplete_details": None, **more,
         }
 
@@ -7787,7 +7698,6 @@ class ResponsesDialect(Dialect):
         return self.body(turn, status, output, **{**_OMITTED_UNTIL_END, **more})
 
     def final_body(self, turn: Turn, output: list[Json], stop_reason: str, usage: Usage) -> Json:
-        """Return the response object of a finished answer."""
         reasons = {"length": "max_output_tokens", "content_filter": "content_filter"}
         reason = reasons.get(FINISH_REASONS.get(stop_reason, "stop"))
         counted = {
@@ -7803,27 +7713,23 @@ class ResponsesDialect(Dialect):
         )
 
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
-        answer = answers[0]
-        blocks = [
-            block
-            for block in answer.blocks
-            if block["type"] in ("text", "tool_use")
-            or (block["type"] == "thinking" and turn.wire["summary"])
-        ]
+        answer, form = answers[0], turn.reply_format
+        kinds = ("text", "tool_use", "thinking") if form.has_summary else ("text", "tool_use")
+        blocks = [block for block in answer.blocks if block["type"] in kinds]
         if answer.refusal:
-            blocks.append({"type": "refusal", "text": answer.refusal})
-        output = [finished_item(new_item(turn, block), block) for block in blocks]
+            blocks.append({"type": "refusal", "refusal": answer.refusal})
+        output = [output_item(form.forms, block) for block in blocks]
         return self.final_body(turn, output, answer.stop_reason, answer.usage)
 
     def renderer(self, turn: Turn) -> Renderer:
         return ResponsesRenderer(self, turn)
 
     def stores(self, turn: Turn) -> bool:
-        return bool(turn.wire["store"])
+        return bool(turn.reply_format.is_stored)
 
-    def stored_system_messages(self, turn: Turn) -> list[Message]:
-        """Return the system messages of the input. `instructions` are for one response only."""
-        return list(turn.wire["opening"])
+    def stored_input(self, turn: Turn) -> tuple[list[Message], list[Json]]:
+        # `instructions` are for one response only.
+        return turn.reply_format.opening, [stored_item(item) for item in turn.reply_format.items]
 
 
 #: Error codes, besides invalid_prompt, after which Codex does not retry.
@@ -7850,13 +7756,15 @@ class ResponsesRenderer(Renderer):
         self._responses = dialect
         self._sequence_number = 0
         self._output: list[Json] = []
-        #: The open item, its kind of block, and the pieces of its text or arguments.
+        #: The open item, and how it is written: one of the two forms.
         self._item: Json | None = None
-        self._kind = ""
-        self._pieces: list[str] = []
-        #: For the call of a custom tool: the reader of its input, and the pieces it returned.
+        self._part: PartForm | None = None
+        self._call: CallForm | None = None
+        #: For the call of a custom tool: the reader of its input.
         self._reader: FreeformReader | None = None
-        self._input_pieces: list[str] = []
+        #: The pieces of the open item, as they came and as they were sent.
+        self._pieces: list[str] = []
+        self._sent: list[str] = []
 
     def _frame(self, kind: str, **fields: object) -> bytes:
         number, self._sequence_number = self._sequence_number, self._sequence_number + 1
@@ -7873,100 +7781,84 @@ class ResponsesRenderer(Renderer):
         if isinstance(event, BlockStarted):
             return self._close(is_complete=True) + self._open(event.block)
         if isinstance(event, Delta):
-            return self._delta(event)
+            opened = self._open({"type": "refusal"}) if event.kind == "refusal" else b""
+            return opened + self._delta(event)
         return self._finish(event) if isinstance(event, Finished) else b""
 
-    def _position(self) -> Json:
-        """Return the fields of an event that refer to the open item and its part."""
+    def _open(self, block: Block) -> bytes:
+        kind, form = block["type"], self._turn.reply_format
+        is_hidden = kind == "thinking" and not form.has_summary
+        if is_hidden or kind not in ("tool_use", *_PART_FORMS):
+            return b""
+        item = new_item(form.forms, block)
+        self._item, self._pieces, self._sent = item, [], []
+        self._part = _PART_FORMS.get(kind)
+        self._call = None if self._part else _FORMS_BY_ITEM[item["type"]]
+        self._reader = FreeformReader() if self._call is _CALL_FORMS["custom"] else None
+        if self._call is not None and not self._call.event:
+            return self._begin()
+        return self._begin() + self._item_event("added", item) + self._part_event("added", "")
+
+    def _item_event(self, step: str, item: Json) -> bytes:
+        """Return the event of the open item. `step` is "added" or "done"."""
+        index = len(self._output)
+        return self._frame(f"response.output_item.{step}", output_index=index, item=item)
+
+    def _part_event(self, step: str, text: str) -> bytes:
+        """Return the event of the open item's part, nothing for a call."""
+        if self._part is None:
+            return b""
+        part = self._part.part(text)
+        return self._event(f"{self._part.part_event}.{step}", part=part)
+
+    def _event(self, stem: str, **fields: object) -> bytes:
+        """Return an event that refers to the open item and its part."""
         position: Json = {"output_index": len(self._output)}
         if self._item is not None:
             position["item_id"] = self._item["id"]
-        field = _RESPONSES_EVENTS[self._kind][1]
-        return {**position, f"{field}_index": 0} if field else position
-
-    def _open(self, block: Block) -> bytes:
-        kind = block["type"]
-        if kind not in _RESPONSES_EVENTS or (kind == "thinking" and not self._turn.wire["summary"]):
-            return b""
-        if kind != "thinking":
-            self._answered.add(0)
-        self._item, self._kind, self._pieces = new_item(self._turn, block), kind, []
-        custom = self._item["type"] == _CALL_FORMS["custom"].item_type
-        self._reader, self._input_pieces = FreeformReader() if custom else None, []
-        if kind == "tool_use" and not self._form_of(self._item).event:
-            return self._begin()
-        return self._begin() + self._item_added(self._item) + self._part_event("added", "")
-
-    def _item_added(self, item: Json) -> bytes:
-        index = len(self._output)
-        return self._frame("response.output_item.added", output_index=index, item=item)
-
-    def _form_of(self, item: Json) -> CallForm:
-        return _FORMS_BY_ITEM[item["type"]]
-
-    def _part_event(self, step: str, text: str) -> bytes:
-        """Return the event of the open item's part, nothing for a call. `step` is "added" or
-        "done"."""
-        field = _RESPONSES_EVENTS[self._kind][1]
-        if not field:
-            return b""
-        kind = "reasoning_summary_part" if field == "summary" else "content_part"
-        part = content_part(self._kind, text)
-        return self._frame(f"response.{kind}.{step}", **self._position(), part=part)
+        if self._part is not None:
+            position[f"{self._part.field}_index"] = 0
+        return self._frame(f"response.{stem}", **position, **fields)
 
     def _delta(self, event: Delta) -> bytes:
-        opened = b""
-        if event.kind == "refusal":
-            opened = self._open({"type": "refusal"})
         if self._item is None or event.kind == "signature" or not event.text:
-            return opened
-        self._pieces.append(event.text)
-        if self._kind == "tool_use":
-            return self._call_delta(self._item, event.text)
-        name = _RESPONSES_EVENTS[self._kind][0]
-        more: Json = {"logprobs": []} if self._kind == "text" else {}
-        return opened + self._frame(
-            f"response.{name}.delta", **self._position(), delta=event.text, **more
-        )
-
-    def _call_delta(self, item: Json, piece: str) -> bytes:
-        """Return the event of a piece of a call's arguments, or of the input text in it."""
-        text = piece if self._reader is None else self._reader.feed(piece)
-        self._input_pieces.append(text)
-        name = self._form_of(item).event
-        if not name or not text:
             return b""
-        return self._frame(f"response.{name}.delta", **self._position(), delta=text)
+        self._pieces.append(event.text)
+        return self._send(event.text if self._reader is None else self._reader.feed(event.text))
+
+    def _send(self, text: str) -> bytes:
+        """Return the event of a piece of text, arguments or input."""
+        form = self._part or self._call
+        if not text or form is None or not form.event:
+            return b""
+        self._sent.append(text)
+        more = self._part.more if self._part else {}
+        return self._event(f"{form.event}.delta", delta=text, **more)
 
     def _close(self, *, is_complete: bool = False) -> bytes:
         """Return the events that close the open item, none for a call that may be incomplete."""
         item, text = self._item, "".join(self._pieces)
-        is_call = self._kind == "tool_use"
-        if item is None or (is_call and not text and not is_complete):
+        if item is None:
             return b""
-        if is_call:
-            frames, done = self._end_call(item, text, is_complete)
+        done: Json | None = None
+        if self._part is not None:
+            frames, done = self._end_text(self._part, text), self._part.finished(item, text)
+        elif self._call is not None and (text or is_complete):
+            frames, done = self._end_call(item, self._call, text, is_complete)
         else:
-            frames, done = self._end_text(item, text)
+            return b""
         if done is not None:
-            frames += self._frame(
-                "response.output_item.done", output_index=len(self._output), item=done
-            )
+            frames += self._item_event("done", done)
             self._output.append(done)
         self._item = None
         return frames
 
-    def _end_text(self, item: Json, text: str) -> tuple[bytes, Json | None]:
-        """Return the events that end the part of an item, and the finished item."""
-        name = _RESPONSES_EVENTS[self._kind][0]
-        field = "refusal" if self._kind == "refusal" else "text"
-        more: Json = {"logprobs": []} if self._kind == "text" else {}
-        frames = self._frame(f"response.{name}.done", **self._position(), **{field: text}, **more)
-        frames += self._part_event("done", text)
-        return frames, finished_item(item, {"type": self._kind, "text": text, "thinking": text})
+    def _end_text(self, form: PartForm, text: str) -> bytes:
+        said = self._event(f"{form.event}.done", **{form.text_field: text}, **form.more)
+        return said + self._part_event("done", text)
 
     def _end_call(
-        self, item: Json, arguments: str, is_complete: bool
+        self, item: Json, form: CallForm, arguments: str, is_complete: bool
     ) -> tuple[bytes, Json | None]:
         """Return the events that end a call, and the finished item, None if it is incomplete.
 
@@ -7978,22 +7870,16 @@ class ResponsesRenderer(Renderer):
         except ValueError:
             if not is_complete:
                 return b"", None
-        block = {"type": "tool_use", "input": parse_arguments(arguments)}
-        done, form = finished_item(item, block), self._form_of(item)
+        done = form.finished(item, parse_arguments(arguments))
         if not form.event:
-            return self._item_added(item), done
+            return self._item_event("added", item), done
         frames, value = b"", arguments or "{}"
         if self._reader is not None:
-            rest = self._reader.close()
-            value = "".join(self._input_pieces) + rest
+            frames = self._send(self._reader.close())
+            value = "".join(self._sent)
             done = {**done, form.field: value}
-            if rest:
-                frames = self._frame(f"response.{form.event}.delta", **self._position(), delta=rest)
-        frames += self._frame(
-            f"response.{form.event}.done", **self._position(), name=item["name"],
-            **{form.field: value},
-        )
-        return frames, done
+        end = self._event(f"{form.event}.done", name=item["name"], **{form.field: value})
+        return frames + end, done
 
     def _finish(self, event: Finished) -> bytes:
         if event.stop_reason == "refusal":
@@ -8053,7 +7939,8 @@ class CompactionDialect(ResponsesDialect):
         earlier = parsing.recall(previous_id) if previous_id else []
         user_items = [*map(user_message_item, filter(is_user_message, earlier))]
         user_items += [stored_item(item) for item in items if item.text("role") == "user"]
-        return turn._replace(wire={**turn.wire, "user_items": user_items})
+        form = turn.reply_format._replace(user_items=user_items)
+        return turn._replace(reply_format=form)
 
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
         summary = answers[0].joined("text")
@@ -8066,20 +7953,8 @@ class CompactionDialect(ResponsesDialect):
         }
         return {
             "id": done["id"], "object": "response.compaction", "created_at": done["created_at"],
-            "output": [*turn.wire["user_items"], item], "usage": done["usage"],
+            "output": [*turn.reply_format.user_items, item], "usage": done["usage"],
         }
-
-
-def is_user_message(message: Message) -> bool:
-    """Return True for a message that the user wrote, not one with tool results."""
-    return message.role == "user" and not message.has_results
-
-
-def user_message_item(message: Message) -> Json:
-    """Return the input item of a user's message, without its images."""
-    texts = [block["text"] for block in message.content if block["type"] == "text"]
-    parts = [{"type": "input_text", "text": text} for text in texts]
-    return {"id": new_id("msg_"), "type": "message", "role": "user", "content": parts}
 
 
 COMPACTION = CompactionDialect()
@@ -10848,15 +10723,8 @@ def _normalized_blocks(blocks: Iterable[Block]) -> object:
     return [text, [_normalized_block(block) for block in found if block["type"] not in skipped]]
 
 
-#: OpenClaw puts its current context into a text block at the end of the conversation and moves this
-#: block there with each request. Earlier messages never contain it.
-_OPENCLAW_CONTEXT = re.compile(
-    r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
-)
-
-
 def _is_context(block: Block) -> bool:
-    return block["type"] == "text" and _OPENCLAW_CONTEXT.fullmatch(str(block["text"])) is not None
+    return isinstance(block, ContextBlock)
 
 
 def context_of(message: Message) -> str:
@@ -14576,8 +14444,7 @@ def _store_conversation(
     blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
     messages = [*turn.messages, Message("assistant", blocks)]
     if exchange.dialect.stores(turn) and body:
-        system = exchange.dialect.stored_system_messages(turn)
-        items = [stored_item(item) for item in turn.wire["items"]]
+        system, items = exchange.dialect.stored_input(turn)
         app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)
     if not turn.session_id:
         return

@@ -331,7 +331,7 @@ def test_values_that_stand_for_nothing_are_as_if_they_were_not_there(fields: Jso
 
     assert (found.options, found.ignored) == (plain.options, ())
     assert (found.tool_choice, found.output_schema) == (plain.tool_choice, None)
-    assert found.wire["legacy_functions"] is False
+    assert found.reply_format.has_functions is False
 
 
 def test_a_limit_that_is_none_leaves_room_for_the_older_one() -> None:
@@ -449,15 +449,15 @@ def test_an_answer_is_streamed_when_asked(stream: object, wanted: bool) -> None:
     [(None, False), ({}, False), ({"include_usage": True}, True), ({"include_usage": None}, False)],
 )
 def test_usage_in_a_stream_is_included_when_asked(options: object, wanted: bool) -> None:
-    assert turn(stream_options=options).wire["include_usage"] is wanted
+    assert turn(stream_options=options).reply_format.include_usage is wanted
 
 
 def test_the_answer_names_the_model_as_the_client_did() -> None:
-    assert turn(model="opus").wire["model"] == "opus"
+    assert turn(model="opus").reply_format.model == "opus"
 
 
 def test_every_answer_has_an_id_of_its_own() -> None:
-    first, second = turn().wire["id"], turn().wire["id"]
+    first, second = turn().reply_format.id, turn().reply_format.id
 
     assert first != second
     assert first.startswith("chatcmpl-") and first[len("chatcmpl-"):].isalnum()
@@ -977,13 +977,12 @@ ANSWERS = {
 def asked(name: str) -> Any:
     """The Turn that a golden answer belongs to, with nothing in it that changes."""
     found = turn(stream=name.startswith("stream"), n=2 if "choices" in name else 1)
-    wire = {
-        "id": "chatcmpl-1", "created": CREATED_S, "model": "sonnet",
-        "include_usage": name.endswith("-usage"), "legacy_functions": "legacy" in name,
-        "custom": frozenset(),
-    }
-    assert set(wire) == set(found.wire)
-    return found._replace(wire=wire)
+    form = ocp.CompletionFormat(
+        id="chatcmpl-1", created_s=CREATED_S, model="sonnet",
+        include_usage=name.endswith("-usage"), has_functions="legacy" in name,
+    )
+    assert type(found.reply_format) is type(form)
+    return found._replace(reply_format=form)
 
 
 def answer(name: str) -> bytes:

@@ -171,8 +171,8 @@ def asked(name: str) -> Any:
         ["Once", "Twice"] if "choices" in name else "Once", stream=name.startswith("stream"),
         echo="echo" in name, stream_options={"include_usage": name.endswith("usage")},
     )
-    fixed = {"id": "cmpl-1", "created": CREATED_S, "model": "sonnet"}
-    return found._replace(wire={**found.wire, **fixed})
+    form = found.reply_format._replace(id="cmpl-1", created_s=CREATED_S, model="sonnet")
+    return found._replace(reply_format=form)
 
 
 def answer(name: str) -> bytes:

@@ -59,8 +59,9 @@ def picture(data: str = "aaaa") -> Json:
 
 def context(text: str = "It is noon.") -> Json:
     """What OpenClaw keeps at the end of a conversation."""
-    return block("<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\n"
-                 f"{text}\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>")
+    return ocp.ContextBlock(block(
+        f"<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\n{text}\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
+    ))
 
 
 ADDRESS = {"type": "image", "source": {"type": "url", "url": "https://example.org/a.png"}}
@@ -207,7 +208,7 @@ def test_callers_and_the_operator_s_prompt_make_another_conversation() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"stream": True}, {"ignored": ("seed",)}, {"session_id": "s1"}, {"wire": {"id": "x"}},
+    [{"stream": True}, {"ignored": ("seed",)}, {"session_id": "s1"}, {"reply_format": "x"},
      {"choices": 2}],
     ids=str,
 )

@@ -90,7 +90,7 @@ def test_reasoning_has_an_effort_and_maybe_a_summary(
     found = turn(model="opus", reasoning=reasoning)
 
     assert (found.options.effort, found.options.thinking_tokens) == (effort, tokens)
-    assert found.wire["summary"] is summary
+    assert found.reply_format.has_summary is summary
 
 
 @pytest.mark.parametrize(("store", "kept"), [(None, True), (True, True), (False, False)])
@@ -100,7 +100,7 @@ def test_a_response_is_stored_unless_the_client_does_not_want_that(
     found = turn(store=store)
 
     assert ocp.RESPONSES.stores(found) is kept
-    assert found.wire["echo"]["store"] is kept
+    assert found.reply_format.echo["store"] is kept
 
 
 @pytest.mark.parametrize(
@@ -169,14 +169,14 @@ def test_what_would_have_to_be_stored_here_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("text", [{"verbosity": "low"}, {"verbosity": "low", "format": None}])
 def test_a_response_always_tells_the_form_of_its_text(text: Json) -> None:
-    echo = turn(text=text).wire["echo"]
+    echo = turn(text=text).reply_format.echo
 
     assert echo["text"] == {"verbosity": "low", "format": {"type": "text"}}
 
 
 def test_a_response_repeats_its_request() -> None:
     echo = turn(model="opus", instructions="Be brief.", tools=TOOLS, tool_choice="none",
-                metadata={"a": "b"}, top_p=0.5, parallel_tool_calls=False).wire["echo"]
+                metadata={"a": "b"}, top_p=0.5, parallel_tool_calls=False).reply_format.echo
 
     assert (echo["object"], echo["model"]) == ("response", "opus")
     assert (echo["instructions"], echo["tools"]) == ("Be brief.", TOOLS)
@@ -252,7 +252,7 @@ def test_a_request_that_is_all_instructions_asks_them() -> None:
     found = turn([{"role": "developer", "content": "Say hello."}])
 
     assert (found.system, conversation(found)) == ("", [("user", ["Say hello."])])
-    assert ocp.RESPONSES.stored_system_messages(found) == []
+    assert ocp.RESPONSES.stored_input(found)[0] == []
 
 
 def test_an_instruction_after_an_answer_is_there_to_be_answered() -> None:
@@ -260,12 +260,12 @@ def test_an_instruction_after_an_answer_is_there_to_be_answered() -> None:
                   {"role": "developer", "content": "Sum up."}], instructions="Be kind.")
 
     assert (found.system, conversation(found)[2:]) == ("Be kind.", [("user", ["Sum up."])])
-    assert ocp.RESPONSES.stored_system_messages(found) == []
+    assert ocp.RESPONSES.stored_input(found)[0] == []
 
 
 def test_messages_of_the_system_last_and_instructions_do_not() -> None:
     first = turn([{"role": "developer", "content": "Two."}, USER], instructions="One.")
-    told = ocp.RESPONSES.stored_system_messages(first)
+    told = ocp.RESPONSES.stored_input(first)[0]
     said = [*told, *first.messages, ocp.Message("assistant", [block("b")])]
     about = parsing(recall=lambda response_id: said)
 
@@ -277,7 +277,7 @@ def test_messages_of_the_system_last_and_instructions_do_not() -> None:
     assert conversation(second) == [
         ("user", ["Hello"]), ("assistant", ["b"]),
         ("user", ["<system-reminder>\nFour.\n</system-reminder>", "Hello"])]
-    told = ocp.RESPONSES.stored_system_messages(second)
+    told = ocp.RESPONSES.stored_input(second)[0]
     assert [each.content for each in told] == [[block("Two.")]]
 
 
@@ -588,7 +588,7 @@ def test_an_earlier_response_is_gone_on_from() -> None:
     found = ocp.RESPONSES.parse({"input": "Hello", "previous_response_id": "resp_1"}, about)
 
     assert conversation(found) == [("user", ["a"]), ("assistant", ["b"]), ("user", ["Hello"])]
-    assert found.wire["echo"]["previous_response_id"] == "resp_1"
+    assert found.reply_format.echo["previous_response_id"] == "resp_1"
     assert conversation(ocp.Turn(found.model, said, found.options)) == [
         ("user", ["a"]), ("assistant", ["b"]),
     ]
@@ -806,8 +806,8 @@ def asked(name: str) -> Any:
     """The Turn that a golden answer belongs to, with nothing in it that changes."""
     reasoning = {"summary": "auto"} if "summary" in name else None
     found = turn(stream=name.startswith("stream"), reasoning=reasoning)
-    echo = {**found.wire["echo"], "id": "resp_1", "created_at": CREATED_S}
-    return found._replace(wire={**found.wire, "echo": echo})
+    echo = {**found.reply_format.echo, "id": "resp_1", "created_at": CREATED_S}
+    return found._replace(reply_format=found.reply_format._replace(echo=echo))
 
 
 @pytest.fixture(autouse=True)
@@ -949,7 +949,7 @@ def test_an_earlier_response_is_compacted_too() -> None:
         {"previous_response_id": "resp_1"}, parsing(recall=lambda response_id: said))
 
     assert conversation(found)[:2] == [("user", ["a"]), ("assistant", ["b"])]
-    [kept] = found.wire["user_items"]
+    [kept] = found.reply_format.user_items
     assert kept["content"] == [{"type": "input_text", "text": "a"}]
 
 

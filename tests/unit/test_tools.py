@@ -107,7 +107,7 @@ def test_legacy_functions_are_tools_too() -> None:
     found = turn(functions=[{"name": "clock", "parameters": SCHEMA}])
 
     assert found.tools == (ocp.Tool("clock", "", SCHEMA),)
-    assert found.wire["legacy_functions"] is True
+    assert found.reply_format.has_functions is True
 
 
 @pytest.mark.parametrize("functions", [[], [{"name": "clock"}], [{"name": "other"}]], ids=str)
@@ -115,7 +115,7 @@ def test_beside_tools_functions_do_not_bring_the_old_shape_back(functions: Json)
     found = turn(tools=TOOLS, functions=functions)
 
     assert names(found)[:2] == ["weather", "clock"]
-    assert (found.wire["legacy_functions"], found.tool_choice.parallel) == (False, True)
+    assert (found.reply_format.has_functions, found.tool_choice.parallel) == (False, True)
 
 
 def test_two_tools_that_are_equal_are_one() -> None:
