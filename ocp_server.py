@@ -9380,8 +9380,9 @@ def check_history_result(line: Json) -> None:
 
 
 # ==== 24. Claude program =====================================================
-# The program on disk: where it is, its version, the folders that it runs in, and what the server
-# waits for while it runs.
+# The program on disk: where it is, its version, its environment and arguments, the folders that it
+# runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
+# that a killed server leaves.
 
 
 #: Variables of the server's environment that claude gets; a name can end in a star. Nothing else is
@@ -9591,17 +9592,17 @@ def cannot_start(problem: OSError) -> OcpError:
     )
 
 
-class ProbeResult(NamedTuple):
-    """The result of probing a program file, and until when it is valid."""
+_NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
+
+
+class Probe(NamedTuple):
+    """A program file, and what `claude --version` told of it."""
 
     command: tuple[str, ...]
+    #: Changes with the file.
     stamp: object
-    program: Program | None
-    error: OcpError | None
-    until_s: float
-
-
-_NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
+    found: Program | OcpError
+    valid_until_s: float
 
 
 class ClaudeProgram:
@@ -9619,23 +9620,22 @@ class ClaudeProgram:
         # Held while a version is read, so that only one thread reads it. The field below is
         # replaced as a whole and can be read without the lock.
         self._probe_lock = threading.Lock()
-        self._result: ProbeResult | None = None
+        self._probe: Probe | None = None
         #: When the program was last found.
         self._last_seen_s = -math.inf
 
     def resolve(self) -> Program:
         """Return the program. Raise ClaudeMissing, ClaudeAway or ClaudeTooOld. Blocks while `claude
         --version` runs if the file is new or the last failure has expired."""
-        result = self._known()
-        if result is None:
-            with self._probe_lock:
-                result = self._known() or self._probe()
-                self._result = result
-        if result.error is not None:
-            raise self.as_away_if_recent(result.error)
-        assert result.program is not None
+        try:
+            found = self._probed().found
+            if isinstance(found, OcpError):
+                # Without its last traceback, which would grow each time.
+                raise found.with_traceback(None)
+        except ClaudeMissing as error:
+            raise self.as_away_if_recent(error) from None
         self._last_seen_s = self._clock()
-        return result.program
+        return found
 
     def as_away_if_recent(self, error: OcpError) -> OcpError:
         """Return the error to raise: ClaudeAway instead of ClaudeMissing if the program was there
@@ -9654,49 +9654,58 @@ class ClaudeProgram:
         """Store the version that a process reports. A script that starts claude can stay the same
         while the file behind it is replaced."""
         with self._probe_lock:
-            result = self._result
-            if result is None or result.program in (None, Program(result.command, version)):
-                return
-            try:
-                _check_version(version)
-                program = Program(result.command, version)
-                self._result = result._replace(program=program)
-            except ClaudeTooOld as error:
-                until_s = self._clock() + _VERSION_RETRY_S
-                self._result = result._replace(program=None, error=error, until_s=until_s)
+            probe = self._probe
+            is_news = probe is not None and isinstance(probe.found, Program)
+            if probe is not None and is_news and probe.found != Program(probe.command, version):
+                self._probe = self._new_probe(probe.command, probe.stamp, version)
 
     def last_result(self) -> tuple[Program | None, OcpError | None]:
         """Return the known program, or the known error, or neither, without running anything."""
         try:
-            command = self._command or (self._path(),)
-            self._stamp_of(command)
+            self._file()
         except OcpError as error:
             return None, error
-        result = self._result
-        return (result.program, result.error) if result is not None else (None, None)
+        found = self._probe.found if self._probe is not None else None
+        return (None, found) if isinstance(found, OcpError) else (found, None)
 
-    def _known(self) -> ProbeResult | None:
-        """Return the last result while it is valid."""
-        result = self._result
-        if result is None or self._clock() >= result.until_s:
+    def _probed(self) -> Probe:
+        command, stamp = self._file()
+        probe = self._known(command, stamp)
+        if probe is None:
+            with self._probe_lock:
+                probe = self._known(command, stamp) or self._new_probe(command, stamp)
+                self._probe = probe
+        return probe
+
+    def _known(self, command: tuple[str, ...], stamp: object) -> Probe | None:
+        """Return the last result for a file while it is valid."""
+        probe = self._probe
+        if probe is None or self._clock() >= probe.valid_until_s:
             return None
-        with contextlib.suppress(OcpError):
-            return result if self._stamp_of(result.command) == result.stamp else None
-        return None
+        return probe if (probe.command, probe.stamp) == (command, stamp) else None
 
-    def _probe(self) -> ProbeResult:
-        command: tuple[str, ...] = ()
-        stamp: object = None
+    def _new_probe(
+        self, command: tuple[str, ...], stamp: object, version: Version | None = None
+    ) -> Probe:
+        """Return what is known of a file. Read its version if it is not given."""
         try:
-            command = self._command or (self._path(),)
-            stamp = self._stamp_of(command)
-            program = Program(command, self._read_version(command))
+            program = Program(command, version or self._read_version(command))
+            _check_version(program.version)
         except OcpError as error:
-            # A failure can be temporary. A missing program is searched again each time.
+            # It can be temporary.
             pause_s = _AWAY_RETRY_S if self._is_away() else _VERSION_RETRY_S
-            until_s = self._clock() + (pause_s if command else 0)
-            return ProbeResult(command, stamp, None, error, until_s)
-        return ProbeResult(command, stamp, program, None, math.inf)
+            return Probe(command, stamp, error, self._clock() + pause_s)
+        return Probe(command, stamp, program, math.inf)
+
+    def _file(self) -> tuple[tuple[str, ...], object]:
+        """Return the start of the command line, and a value that changes with the file. Raise
+        ClaudeMissing."""
+        command = self._command or (self._path(),)
+        try:
+            status = os.stat(command[0])
+        except OSError:
+            raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.") from None
+        return command, (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def _path(self) -> str:
         named = os.path.expanduser(self._config.claude_bin)
@@ -9713,13 +9722,6 @@ class ClaudeProgram:
             raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.")
         return os.path.abspath(found)
 
-    def _stamp_of(self, command: tuple[str, ...]) -> object:
-        try:
-            status = os.stat(command[0])
-        except OSError:
-            raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.") from None
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
     def _read_version(self, command: tuple[str, ...]) -> Version:
         try:
             output = self._output_of([*command, "--version"])
@@ -9734,7 +9736,6 @@ class ClaudeProgram:
             raise ClaudeMissing(
                 f"The claude program does not print its version: {INSTALL_ADVICE}."
             )
-        _check_version(version)
         return version
 
     def has_login(self, variables: Mapping[str, str]) -> bool:
@@ -9942,13 +9943,6 @@ for number in (signal.SIGINT, signal.SIGKILL):
 """
 
 
-# ==== 25. Claude process =====================================================
-# One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
-# waits for the pipes and for the client's socket in one selector, so that it notices output,
-# silence and a hang-up at once. Children have process groups of their own and end with the server,
-# even when the server is killed.
-
-
 class Watchdog:
     """A small process that outlives the server briefly and ends the children that are left. A
     claude that is answering does not notice that the server was killed; the watchdog does."""
@@ -10010,6 +10004,13 @@ class Watchdog:
         most."""
         with self._lock:
             self._end()
+
+
+# ==== 25. Claude process =====================================================
+# One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
+# waits for the pipes and for the client's socket in one selector, so that it notices output,
+# silence and a hang-up at once. Children have process groups of their own and end with the server,
+# even when the server is killed.
 
 
 #: The longest time for the reply to a control request, and the longest silence.
