@@ -41,7 +41,7 @@ Sections (search for "==== 8" to jump to the eighth):
     20. Response items        input items into messages, blocks into output items
     21. Responses             /v1/responses and /v1/responses/compact
     22. Claude protocol       lines written to claude; reports about the plan and failures
-    23. Claude answers        lines printed by claude during a turn: events of an answer
+    23. Claude answers        output of claude to lines; lines of a turn to events of an answer
     24. Claude program        the program on disk, how it is started, and its folders
     25. Claude process        one child process and its pipes
     26. Gate and spares       admission of requests; idle processes that wait for work
@@ -8808,7 +8808,73 @@ def upstream_error(
 
 
 # ==== 23. Claude answers =====================================================
-# The lines that claude prints during a turn become the events of an answer.
+# What claude prints becomes lines, and the lines of a turn become the events of an answer.
+
+
+#: The longest line that claude can print, and the most other output between two of its lines. Each
+#: meaningless line counts as some more bytes than it has.
+_MAX_CLAUDE_LINE_BYTES = 64 * 1024 * 1024
+_LINE_COST_BYTES = 100
+
+
+class LineBuffer:
+    """What a process has printed and nobody has parsed. Bounds the length of a line, and of all
+    output between two of claude's lines, which can be any program's."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        #: How many of these bytes contain no end of a line.
+        self._searched = 0
+        #: Bytes of other output since claude's last line.
+        self._noise_bytes = 0
+        #: Whether there was more output than claude can have printed.
+        self.is_flooded = False
+
+    def add(self, data: bytes) -> None:
+        """Append output. Raise UpstreamFailed when a line becomes too long."""
+        self._data += data
+        self._check(len(self._data))
+
+    def lines(self) -> Iterator[bytes]:
+        """Take the complete lines. Raise UpstreamFailed for a flood of them."""
+        while True:
+            end = self._data.find(b"\n", self._searched)
+            if end < 0:
+                self._searched = len(self._data)
+                return
+            line = bytes(self._data[:end]).strip()
+            del self._data[: end + 1]
+            self._searched = 0
+            self.count_noise(len(line) + _LINE_COST_BYTES)
+            yield line
+
+    def count_noise(self, size_bytes: int) -> None:
+        """Count output that may not be claude's. Raise UpstreamFailed for a flood of it."""
+        self._noise_bytes += size_bytes
+        self._check(self._noise_bytes)
+
+    def reset_noise(self) -> None:
+        """Start to count anew: claude itself has printed a line."""
+        self._noise_bytes = 0
+
+    def _check(self, size_bytes: int) -> None:
+        if size_bytes > _MAX_CLAUDE_LINE_BYTES:
+            self.is_flooded = True
+            self._data.clear()
+            self._searched = 0
+            raise UpstreamFailed("claude on the server printed too much foreign output.")
+
+
+def parse_line(raw: bytes) -> Json | None:
+    """Return a line of claude; None for a line that is no JSON object, such as a plugin's output.
+    Raise UpstreamFailed for broken JSON: a part of the answer is lost then."""
+    if not raw.startswith(b"{"):
+        return None
+    try:
+        line = from_json(raw)
+    except ValueError:
+        raise UpstreamFailed("claude printed a broken line of JSON.") from None
+    return line if isinstance(line, dict) else None
 
 
 def _count(usage: Json, name: str) -> int:
@@ -9383,7 +9449,6 @@ def check_history_result(line: Json) -> None:
 # The program on disk: where it is, its version, its environment and arguments, the folders that it
 # runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
 # that a killed server leaves.
-
 
 #: Variables of the server's environment that claude gets; a name can end in a star. Nothing else is
 #: passed on, so that no variable can point claude back at this server or leak a key.
@@ -10017,10 +10082,6 @@ class Watchdog:
 _REPLY_TIMEOUT_S = 20.0
 #: A longer limit for a claude that is still starting: many can start at once on a slow machine.
 _MAX_START_S = 60.0
-#: The longest line that claude can print, and the most other output between two of its lines. Each
-#: meaningless line counts as some more bytes than it has.
-_MAX_CLAUDE_LINE_BYTES = 64 * 1024 * 1024
-_LINE_COST_BYTES = 100
 _STDERR_TAIL_BYTES = 4096
 #: Types of lines of a running turn. They show that claude has read all earlier requests.
 _TURN_LINES = ("assistant", "result", "stream_event", "system", "user")
@@ -10097,6 +10158,10 @@ class HangDetector:
         self._last_line_s += span_s
         self._unanswered_since_s += span_s
 
+    def next_check_s(self) -> float:
+        """Return when to check again, unless claude prints a line before."""
+        return min(self.probe_at_s(), self.hung_at_s())
+
     def probe_at_s(self) -> float:
         """Return when to send the presence request; once for each silence."""
         return math.inf if self._probe_sent else self._last_line_s + _REPLY_TIMEOUT_S / 2
@@ -10108,72 +10173,67 @@ class HangDetector:
         return min(silent_s, unanswered_s) + _REPLY_TIMEOUT_S
 
 
-class LineBuffer:
-    """What a process has printed and nobody has parsed. Bounds the length of a line, and of all
-    output between two of claude's lines, which can be any program's."""
+class Liveness:
+    """Finds out whether one claude hangs, while somebody waits for its lines."""
 
-    def __init__(self) -> None:
-        self._data = bytearray()
-        #: How many of these bytes contain no end of a line.
-        self._searched = 0
-        #: Bytes of other output since claude's last line.
-        self._noise_bytes = 0
-        #: Whether there was more output than claude can have printed.
-        self.is_flooded = False
-
-    def add(self, data: bytes) -> None:
-        """Append output. Raise UpstreamFailed when a line becomes too long."""
-        self._data += data
-        self._check(len(self._data))
-
-    def lines(self) -> Iterator[bytes]:
-        """Take the complete lines. Raise UpstreamFailed for a flood of them."""
-        while True:
-            end = self._data.find(b"\n", self._searched)
-            if end < 0:
-                self._searched = len(self._data)
-                return
-            line = bytes(self._data[:end]).strip()
-            del self._data[: end + 1]
-            self._searched = 0
-            self.count_noise(len(line) + _LINE_COST_BYTES)
-            yield line
-
-    def count_noise(self, size_bytes: int) -> None:
-        """Count output that may not be claude's. Raise UpstreamFailed for a flood of it."""
-        self._noise_bytes += size_bytes
-        self._check(self._noise_bytes)
-
-    def reset_noise(self) -> None:
-        """Start to count anew: claude itself has printed a line."""
-        self._noise_bytes = 0
-
-    def _check(self, size_bytes: int) -> None:
-        if size_bytes > _MAX_CLAUDE_LINE_BYTES:
-            self.is_flooded = True
-            self._data.clear()
-            self._searched = 0
-            raise UpstreamFailed("claude on the server printed too much foreign output.")
-
-
-class StartupMonitor:
-    """Tells a slow start from a hang: a process that has printed nothing yet, but uses the
-    processor, gets more time."""
-
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, clock: Clock) -> None:
         self._pid = pid
+        self._clock = clock
+        self._born_s = clock()
+        self._detector = HangDetector(self._born_s)
+        #: Whether it is starting: it has printed nothing yet.
+        self._is_starting = True
         self._processor_s = 0.0
-        self.is_over = False
+        self.is_hung = False
 
-    def sample(self) -> None:
-        """Remember how much processor time the process has used."""
+    def start_wait(self) -> None:
+        """Begin anew: nobody has waited until now."""
+        self._detector = HangDetector(self._clock())
+
+    def record_sent(self, data: bytes) -> None:
+        """Expect the replies to the control requests in data that is sent."""
+        self._detector.record_sent(data, self._clock())
+
+    def record_line(self, line: Json) -> bool:
+        """Record a line. Return whether claude itself printed it."""
+        is_own = self._detector.record_line(line, self._clock())
+        self._is_starting = self._is_starting and not is_own
+        return is_own
+
+    def exclude_since(self, start_s: float) -> None:
+        """Exclude the time since then, in which nobody read claude's output."""
+        self._detector.exclude_time(self._clock() - start_s)
+
+    def next_check_s(self) -> float:
+        """Return until when to wait for output before the next check."""
+        return self._detector.next_check_s()
+
+    def needs_probe(self) -> bool:
+        """Return whether the presence request is to be sent now; counts it as sent. Raise
+        UpstreamFailed when claude hangs."""
+        now_s = self._clock()
+        if now_s < self._detector.next_check_s():
+            return False
+        if now_s >= self._detector.hung_at_s() and not self._is_slow_start():
+            self.is_hung = True
+            raise UpstreamFailed(
+                f"claude on the server hung: it gave no answer for {_REPLY_TIMEOUT_S:.0f} s."
+            )
+        if now_s < self._detector.probe_at_s():
+            return False
+        self._detector.record_probe()
         self._processor_s = processor_s(self._pid)
+        return True
 
-    def is_working(self) -> bool:
-        """Return whether the process has used the processor since the last sample."""
-        before_s = self._processor_s
-        self.sample()
-        return not self.is_over and self._processor_s > before_s
+    def _is_slow_start(self) -> bool:
+        """Return whether the process is young and has used the processor since the last look. It
+        gets more time then."""
+        before_s, self._processor_s = self._processor_s, processor_s(self._pid)
+        is_young = self._clock() - self._born_s < _MAX_START_S
+        if not (self._is_starting and is_young and self._processor_s > before_s):
+            return False
+        self._detector.exclude_time(_REPLY_TIMEOUT_S / 2)
+        return True
 
 
 class Child:
@@ -10187,6 +10247,8 @@ class Child:
         """Start it and add it to the watchdog. With `keeps_logs`, the logs of its folder are not
         removed after its end. Raise ClaudeMissing, UpstreamFailed."""
         self._watchdog = watchdog
+        #: Once it is to end: when to kill it.
+        self._kill_at_s: float | None = None
         self.popen = self._spawn(command, env, cwd)
         self.pid = self.popen.pid
         self._leftover_paths = leftover_paths(self.pid, env, cwd)
@@ -10222,21 +10284,46 @@ class Child:
         return self.popen.poll() is None
 
     def is_closed(self) -> bool:
-        """Return whether `close` was called."""
+        """Return whether it has ended and nothing of it is left."""
         return self.popen.stdout is None or self.popen.stdout.closed
-
-    def close_stdin(self) -> None:
-        """Tell it that no more input comes."""
-        if self.popen.stdin is not None:
-            with contextlib.suppress(OSError):
-                self.popen.stdin.close()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to it and to all processes that it started."""
         with contextlib.suppress(OSError):
             os.killpg(self.pid, number)
 
-    def close(self) -> None:
+    @property
+    def is_stopping(self) -> bool:
+        """Return whether `stop` was called."""
+        return self._kill_at_s is not None
+
+    def stop(self, now_s: float, *, graceful: bool) -> None:
+        """Start to end it and return at once; `reap` completes it.
+
+        With `graceful`, only close its input: claude ends by itself after a complete answer. Else
+        send SIGINT: claude then cancels its API request and sends no other. With SIGTERM it was
+        seen to send another request first, and SIGKILL leaves files behind.
+        """
+        if self._kill_at_s is not None:
+            return
+        self._kill_at_s = now_s + _END_GRACE_S
+        if not graceful:
+            self.signal(signal.SIGINT)
+        if self.popen.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.popen.stdin.close()
+
+    def reap(self, now_s: float) -> bool:
+        """Return whether it has ended, with its pipes and files removed. Kill it when its grace
+        time is over."""
+        if self.runs():
+            if self._kill_at_s is not None and now_s >= self._kill_at_s:
+                self.signal(signal.SIGKILL)
+            return False
+        self._close()
+        return True
+
+    def _close(self) -> None:
         """After its end: kill what it started, close its pipes, remove what it left behind."""
         self.signal(signal.SIGKILL)
         for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
@@ -10253,6 +10340,118 @@ class Child:
             self._watchdog.forget(self.pid)
 
 
+class ChildPipes:
+    """The pipes of a child: what is still to be written, and what it has printed."""
+
+    def __init__(self, child: Child) -> None:
+        self._child = child
+        self._unsent = bytearray()
+        #: Whether the selector waits for room in the input pipe.
+        self._waits_for_room = False
+        self._stderr_tail = bytearray()
+        self.output = LineBuffer()
+        #: Whether its output has ended.
+        self.ended = False
+
+    def send(self, data: bytes) -> None:
+        """Write data with the next `flush`."""
+        self._unsent += data
+
+    def selector(self, client: Client) -> selectors.BaseSelector:
+        """Return a selector that waits for output and for the client's hang-up. The data of each
+        key is the function to call with the selector."""
+        def check_client(selector: selectors.BaseSelector) -> None:
+            if client.gone():
+                raise ClientGone
+            if not client.can_detect_hangup():
+                # It sent more than the read-ahead buffer holds: its hang-up cannot be seen.
+                selector.unregister(client.fileno())
+
+        selector = selectors.DefaultSelector()
+        selector.register(self._child.stdout, selectors.EVENT_READ, self._read_stdout)
+        selector.register(self._child.stderr, selectors.EVENT_READ, self._read_stderr)
+        selector.register(client.fileno(), selectors.EVENT_READ, check_client)
+        self._waits_for_room = False
+        return selector
+
+    def flush(self, selector: selectors.BaseSelector) -> None:
+        """Write what the pipe takes. Register for room in the pipe only while data is left."""
+        if not self._unsent:
+            return
+        self.write()
+        is_left = bool(self._unsent)
+        if is_left and not self._waits_for_room:
+            selector.register(self._child.stdin, selectors.EVENT_WRITE, self.flush)
+        elif self._waits_for_room and not is_left:
+            selector.unregister(self._child.stdin)
+        self._waits_for_room = is_left
+
+    def write(self) -> None:
+        """Write what the pipe takes. Never blocks."""
+        try:
+            while self._unsent:
+                written = os.write(self._child.stdin, self._unsent[:262_144])
+                del self._unsent[:written]
+        except BlockingIOError:
+            return
+        except OSError:
+            # The process is ending. The other pipes have the reason.
+            self._unsent.clear()
+
+    def read(self) -> None:
+        """Read what there is. Never blocks. Raise UpstreamFailed for a flood."""
+        self._read_stderr(None)
+        self._read_stdout(None)
+
+    def _read_stdout(self, _selector: object) -> None:
+        piece = self._piece(self._child.stdout)
+        self.ended = self.ended or piece == b""
+        self.output.add(piece or b"")
+
+    def _read_stderr(self, selector: selectors.BaseSelector | None) -> None:
+        piece = self._piece(self._child.stderr)
+        if piece == b"" and selector is not None:
+            selector.unregister(self._child.stderr)
+        self._stderr_tail += piece or b""
+        del self._stderr_tail[:-_STDERR_TAIL_BYTES]
+        self.output.count_noise(len(piece or b""))
+
+    def _piece(self, descriptor: int) -> bytes | None:
+        """Return the available data: empty at the end, None when there is none yet."""
+        try:
+            return os.read(descriptor, 262_144)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def exit_error(self) -> OcpError:
+        """Return the error for a process that exited before its answer was complete."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.popen.wait(1)
+        self._stderr_tail += self._piece(self._child.stderr) or b""
+        output = self._stderr_tail.decode("utf-8", "replace").strip()
+        last = output.splitlines()[-1] if output else "no error output"
+        last = redact_paths(redact(one_line(last)))
+        if "unknown option" in last:
+            return ClaudeTooOld(f"claude on the server is too old, run `claude update`: {last}")
+        code = self._child.popen.returncode
+        how = "exiting" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
+        return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
+
+
+def _until_result(lines: Iterator[Json | None]) -> Iterator[Event]:
+    """Wait until claude has accepted a message of the history."""
+    for line in lines:
+        if line is None:
+            yield Tick()
+        elif line.get("type") == "control_response":
+            check_control_response(line)
+        elif line.get("type") == "result":
+            check_history_result(line)
+            return
+
+
 class ClaudeProcess:
     """One claude. It serves one caller, one conversation at a time, and is then stopped."""
 
@@ -10266,32 +10465,25 @@ class ClaudeProcess:
         self.version = version
         self.born_s = clock()
         self._child = child
+        self._pipes = ChildPipes(child)
+        self._liveness = Liveness(child.pid, clock)
         self._clock = clock
         self._on_report = on_report
-        #: The client's tools.
         self.tools = ToolServer(())
         #: Whether the process reports another version than it was started with.
         self.version_differs = False
-        #: How often the process was rewound.
         self.rewinds = 0
         #: How many messages of history the process got before its first question: other
         #: conversations can start with the same ones.
         self.history_messages = 0
-        self._output = LineBuffer()
-        self._startup = StartupMonitor(child.pid)
-        self._hang_detector = HangDetector(clock())
-        self._is_hung = False
-        self._unsent = bytearray()
-        self._stderr_tail = bytearray()
         #: When the client last got an event. A Tick is due `tick_s` later.
         self._last_event_s = 0.0
         #: Whether claude has printed the `result` of its last turn.
         self._turn_is_over = True
-        self._ended = False
-        self._kill_at_s: float | None = None
 
     def __repr__(self) -> str:
-        state = "stopping" if self._kill_at_s else "ended" if self._ended else "alive"
+        ended = "ended" if self._pipes.ended else "alive"
+        state = "stopping" if self._child.is_stopping else ended
         return f"<claude {self.model_id} pid={self.pid} {state}>"
 
     @property
@@ -10302,13 +10494,11 @@ class ClaudeProcess:
     @property
     def broken(self) -> bool:
         """Return whether it hangs or prints output that is not claude's. It is not used again."""
-        return self._is_hung or self._output.is_flooded
+        return self._liveness.is_hung or self._pipes.output.is_flooded
 
     def alive(self) -> bool:
         """Return whether the process runs and is not broken."""
         return not self.broken and self._child.runs()
-
-    # -- talking ------------------------------------------------------------------------------
 
     def converse(
         self, turn_input: TurnInput, limits: WaitLimits, reader: TurnReader
@@ -10320,33 +10510,41 @@ class ClaudeProcess:
         UpstreamTimeout at the deadline, ClientGone. A process that hangs is `broken` afterwards.
         """
         self._last_event_s = self._clock()
-        self._hang_detector = HangDetector(self._last_event_s)
+        events: list[Event] = []
         # A kept exception also keeps alive what its traceback refers to.
         with contextlib.closing(self._lines(limits)) as lines:
-            if not turn_input.results and not self._turn_is_over:
-                yield from self._until_result(lines)
-            for step in turn_input.steps[:-1]:
-                self._send(step)
-                yield from self._until_result(lines)
-            self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
-            self._turn_is_over = False
+            yield from self._send_turn(turn_input, lines)
             for line in lines:
                 events = [Tick()] if line is None else reader.events(line)
+                if reader.finished:
+                    break
                 if events:
                     yield from events
                     self._last_event_s = self._clock()
-                if reader.finished:
-                    return
+        # With the last of these events the process is parked, and another thread can take it. So
+        # nothing here may use the process from now on.
+        yield from events
+
+    def _send_turn(self, turn_input: TurnInput, lines: Iterator[Json | None]) -> Iterator[Event]:
+        """Send the steps of a turn, and yield Ticks while claude accepts all but the last."""
+        self._liveness.start_wait()
+        if not turn_input.results and not self._turn_is_over:
+            yield from _until_result(lines)
+        for step in turn_input.steps[:-1]:
+            self._send(step)
+            yield from _until_result(lines)
+        self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
+        self._turn_is_over = False
 
     def control(self, requests: list[bytes], limits: WaitLimits) -> list[Json]:
         """Send control requests and return the replies in the same order. Waits first until the
         last turn is over. Raise what `converse` raises."""
-        self._hang_detector = HangDetector(self._clock())
+        self._liveness.start_wait()
         answers: list[Json] = []
         with contextlib.closing(self._lines(limits)) as lines:
             if not self._turn_is_over:
                 # An answer can be complete before claude prints the `result` of its turn.
-                for _ in self._until_result(lines):
+                for _ in _until_result(lines):
                     pass
             self._send(b"".join(requests))
             for line in lines:
@@ -10358,19 +10556,8 @@ class ClaudeProcess:
         return answers
 
     def _send(self, data: bytes) -> None:
-        self._unsent += data
-        self._hang_detector.record_sent(data, self._clock())
-
-    def _until_result(self, lines: Iterator[Json | None]) -> Iterator[Event]:
-        """Wait until claude has accepted a message of the history."""
-        for line in lines:
-            if line is None:
-                yield Tick()
-            elif line.get("type") == "control_response":
-                check_control_response(line)
-            elif line.get("type") == "result":
-                check_history_result(line)
-                return
+        self._pipes.send(data)
+        self._liveness.record_sent(data)
 
     def _lines(self, limits: WaitLimits) -> Generator[Json | None, None, None]:
         """Yield each line of claude, and None whenever the client has had no event for `tick_s`.
@@ -10378,140 +10565,53 @@ class ClaudeProcess:
         if limits.client.gone():
             # A client that was cancelled earlier may show no event on its descriptor.
             raise ClientGone
-        with self._selector(limits.client) as selector:
+        with self._pipes.selector(limits.client) as selector:
             while True:
-                yield from self._visible_lines()
-                if self._ended:
+                for line in self._take_lines():
+                    if not _is_presence_reply(line):
+                        yield line
+                    # After the yield: the time that the client takes for a line is not claude's.
+                    if self._liveness.record_line(line):
+                        self._pipes.output.reset_noise()
+                if self._pipes.ended:
                     if limits.client.gone():
                         raise ClientGone
-                    raise self._exit_error()
-                until_s = min(limits.deadline_s, self._probe_if_silent())
-                self._flush(selector)
-                if limits.tick_s:
-                    until_s = min(until_s, self._last_event_s + limits.tick_s)
-                for key, _ in selector.select(max(0.0, until_s - self._clock())):
-                    key.data(selector)
-                now_s = self._clock()
-                if now_s >= limits.deadline_s:
-                    raise UpstreamTimeout("The answer took longer than CLAUDE_TIMEOUT allows.")
-                if limits.tick_s and now_s - self._last_event_s >= limits.tick_s:
-                    self._last_event_s = now_s
+                    raise self._pipes.exit_error()
+                if self._wait(selector, limits):
+                    paused_s = self._last_event_s = self._clock()
                     # A process that claude started can hold the pipes open after claude's end.
-                    self._ended = self._ended or not self.alive()
+                    self._pipes.ended = self._pipes.ended or not self.alive()
                     yield None
-                    self._hang_detector.exclude_time(self._clock() - now_s)
+                    self._liveness.exclude_since(paused_s)
 
-    def _visible_lines(self) -> Iterator[Json]:
-        """Yield the complete lines read so far, without replies to presence requests."""
-        for line in self._complete_lines():
-            if not _is_presence_reply(line):
-                yield line
-            # After the yield: the time that the client takes for a line is not claude's.
-            if self._hang_detector.record_line(line, self._clock()):
-                self._output.reset_noise()
-                self._startup.is_over = True
-
-    def _probe_if_silent(self) -> float:
-        """Return until when to wait for output. Send a presence request to a silent claude. Raise
-        UpstreamFailed when claude hangs."""
+    def _wait(self, selector: selectors.BaseSelector, limits: WaitLimits) -> bool:
+        """Write, read, or wait until one of these is possible. Return whether a Tick is due. Raise
+        ClientGone, UpstreamTimeout, and UpstreamFailed when claude hangs."""
+        if self._liveness.needs_probe():
+            self._pipes.send(presence_request())
+        self._pipes.flush(selector)
+        tick_at_s = self._last_event_s + (limits.tick_s or math.inf)
+        until_s = min(limits.deadline_s, tick_at_s, self._liveness.next_check_s())
+        for key, _ in selector.select(max(0.0, until_s - self._clock())):
+            key.data(selector)
         now_s = self._clock()
-        if now_s >= self._hang_detector.hung_at_s() and not self._is_still_starting():
-            self._is_hung = True
-            raise UpstreamFailed(
-                f"claude on the server hung: it gave no answer for {_REPLY_TIMEOUT_S:.0f} s."
-            )
-        if now_s >= self._hang_detector.probe_at_s():
-            self._unsent += presence_request()
-            self._hang_detector.record_probe()
-            self._startup.sample()
-        return min(self._hang_detector.probe_at_s(), self._hang_detector.hung_at_s())
+        if now_s >= limits.deadline_s:
+            raise UpstreamTimeout("The answer took longer than CLAUDE_TIMEOUT allows.")
+        return now_s >= tick_at_s
 
-    def _is_still_starting(self) -> bool:
-        """Return whether the process is young and works on its start. It gets more time then."""
-        is_young = self._clock() - self.born_s < _MAX_START_S
-        if not (self._startup.is_working() and is_young):
-            return False
-        self._hang_detector.exclude_time(_REPLY_TIMEOUT_S / 2)
-        return True
-
-    def _selector(self, client: Client) -> selectors.BaseSelector:
-        def check_client(selector: selectors.BaseSelector) -> None:
-            if client.gone():
-                raise ClientGone
-            if not client.can_detect_hangup():
-                # It sent more than the read-ahead buffer holds: its hang-up cannot be seen.
-                selector.unregister(client.fileno())
-
-        selector = selectors.DefaultSelector()
-        selector.register(self._child.stdout, selectors.EVENT_READ, self._read_stdout)
-        selector.register(self._child.stderr, selectors.EVENT_READ, self._read_stderr)
-        selector.register(client.fileno(), selectors.EVENT_READ, check_client)
-        return selector
-
-    def _read_stdout(self, _selector: object) -> None:
-        piece = self._read(self._child.stdout)
-        self._ended = self._ended or piece == b""
-        self._output.add(piece or b"")
-
-    def _read_stderr(self, selector: selectors.BaseSelector | None) -> None:
-        piece = self._read(self._child.stderr)
-        if piece == b"" and selector is not None:
-            selector.unregister(self._child.stderr)
-        self._stderr_tail += piece or b""
-        del self._stderr_tail[:-_STDERR_TAIL_BYTES]
-        self._output.count_noise(len(piece or b""))
-
-    def _read(self, descriptor: int) -> bytes | None:
-        """Return the available data: empty at the end, None when there is none yet."""
-        try:
-            return os.read(descriptor, 262_144)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
-
-    def _flush(self, selector: selectors.BaseSelector) -> None:
-        """Write what the pipe takes. Register for room in the pipe only while data is left."""
-        left = self._write_some()
-        waits = self._child.stdin in selector.get_map()
-        if left and not waits:
-            selector.register(self._child.stdin, selectors.EVENT_WRITE, self._flush)
-        elif waits and not left:
-            selector.unregister(self._child.stdin)
-
-    def _write_some(self) -> bool:
-        """Write what the pipe takes. Return whether data is left."""
-        try:
-            while self._unsent:
-                written = os.write(self._child.stdin, self._unsent[:262_144])
-                del self._unsent[:written]
-        except BlockingIOError:
-            return True
-        except OSError:
-            # The process is ending. The other pipes have the reason.
-            self._unsent.clear()
-        return False
-
-    def _complete_lines(self) -> Iterator[Json]:
-        """Yield the complete lines read so far, parsed. Skip a line that is no JSON object, such as
-        a plugin's output. Raise UpstreamFailed for broken JSON: a part of the answer is lost
-        then."""
-        for raw in self._output.lines():
-            if not raw.startswith(b"{"):
-                continue
-            try:
-                line = from_json(raw)
-            except ValueError:
-                raise UpstreamFailed("claude printed a broken line of JSON.") from None
-            if isinstance(line, dict):
+    def _take_lines(self) -> Iterator[Json]:
+        """Yield the complete lines read so far, and do what each requires whether or not a request
+        reads it."""
+        for raw in self._pipes.output.lines():
+            line = parse_line(raw)
+            if line is not None:
                 self._handle_line(line)
                 yield line
 
     def _handle_line(self, line: Json) -> None:
-        """Do what a line requires whether or not a request reads it."""
         kind = line.get("type")
         if kind == "control_request":
-            self._unsent += self.tools.reply(line)
+            self._pipes.send(self.tools.reply(line))
         self._turn_is_over = self._turn_is_over or kind == "result"
         # This line comes after the end of an answer, when no request reads any more.
         has_news = kind == "rate_limit_event"
@@ -10521,42 +10621,23 @@ class ClaudeProcess:
         if has_news and self._on_report is not None:
             self._on_report(line)
 
+    # -- idling and ending --------------------------------------------------------------------
+
     def drain_output(self) -> None:
-        """Read and answer what an idle claude prints, so that its pipes do not fill up. Never
-        blocks."""
-        self._drain_pipes()
-        self._write_some()
+        """Read and answer what an idle claude prints: its pipes must not fill up. Never blocks."""
+        self._read_idle()
+        self._pipes.write()
 
-    def _exit_error(self) -> OcpError:
-        """Return the error for a process that exited before its answer was complete."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.popen.wait(1)
-        rest = self._read(self._child.stderr)
-        self._stderr_tail += rest or b""
-        output = self._stderr_tail.decode("utf-8", "replace").strip()
-        last = output.splitlines()[-1] if output else "no error output"
-        last = redact_paths(redact(one_line(last)))
-        if "unknown option" in last:
-            return ClaudeTooOld(f"claude on the server is too old, run `claude update`: {last}")
-        code = self._child.popen.returncode
-        how = "exiting" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
-        return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
-
-    # -- ending -------------------------------------------------------------------------------
+    def _read_idle(self) -> None:
+        with contextlib.suppress(OcpError):
+            self._pipes.read()
+            for _ in self._take_lines():
+                pass
 
     def stop(self, *, graceful: bool) -> None:
-        """Start to end the process and return at once; `is_gone` completes it.
-
-        With `graceful`, only close its input; it has nothing left to do after a complete answer.
-        Else send SIGINT: claude then cancels its API request and sends no other. With SIGTERM it
-        was seen to send another request first, and SIGKILL leaves files behind.
-        """
-        if self._kill_at_s is not None:
-            return
-        self._kill_at_s = self._clock() + _END_GRACE_S
-        if not graceful:
-            self._child.signal(signal.SIGINT)
-        self._child.close_stdin()
+        """Start to end the process and return at once; `is_gone` completes it. `graceful` is for
+        a process that has nothing left to do."""
+        self._child.stop(self._clock(), graceful=graceful)
 
     def interrupt(self) -> None:
         """Make the process end, from a thread that does not own it. Its owner then gets the
@@ -10568,20 +10649,8 @@ class ClaudeProcess:
         grace time is over."""
         if self._child.is_closed():
             return True
-        self._drain_pipes()
-        if self._child.runs():
-            if self._kill_at_s is not None and self._clock() >= self._kill_at_s:
-                self._child.signal(signal.SIGKILL)
-            return False
-        self._child.close()
-        return True
-
-    def _drain_pipes(self) -> None:
-        with contextlib.suppress(OcpError):
-            self._read_stderr(None)
-            self._read_stdout(None)
-            for _ in self._complete_lines():
-                pass
+        self._read_idle()
+        return self._child.reap(self._clock())
 
 
 # ==== 26. Gate and spares ====================================================
