@@ -8810,7 +8810,6 @@ def upstream_error(
 # ==== 23. Claude answers =====================================================
 # What claude prints becomes lines, and the lines of a turn become the events of an answer.
 
-
 #: The longest line that claude can print, and the most other output between two of its lines. Each
 #: meaningless line counts as some more bytes than it has.
 _MAX_CLAUDE_LINE_BYTES = 64 * 1024 * 1024
@@ -8942,7 +8941,7 @@ def sum_usage(usages: Iterable[Usage]) -> Usage:
 # Transitions in which several take part. The first row that fits applies:
 #
 #    line                      state                effect
-#    message_start             Round TOOLS_RUN      no event: the answer goes on
+#    message_start             Round TOOLS_RUN      the answer goes on without an event
 #    message_start             Extent NOTHING       Started
 #    message_start             any                  Restarted and Started
 #    stop reason tool_use      Extent CALL          Finished

@@ -562,6 +562,16 @@ def test_tools_of_claude_s_own_are_never_told() -> None:
     assert blocks == ["text", "text"]
 
 
+def test_an_answer_that_begins_anew_in_a_later_round_begins_without_a_paragraph() -> None:
+    first = rounds("First.", "Second.")[:-3]
+    assert first[-1] == START
+
+    events = told(*first, START, TEXT, delta("Anew."), ending("end_turn"))
+
+    begun = events[events.index(ocp.Restarted()):]
+    assert words(begun) == "Anew."
+
+
 def test_only_the_last_round_is_told_where_the_operator_wants_that() -> None:
     events = told(*rounds("First.", "Second.", "Third."), final_only=True)
 
