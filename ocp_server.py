@@ -8918,6 +8918,55 @@ def sum_usage(usages: Iterable[Usage]) -> Usage:
     return added
 
 
+#: Tools whose name in claude's `init` line differs from the name that the model gets.
+_UNLISTED_NAMES = {"Task": "Agent"}
+
+
+def check_tools_offered(
+    line: Json, tools: Mapping[str, Tool], output_schema: OutputSchema | None
+) -> None:
+    """Check the `init` line, which claude prints before it calls the API. Raise BadRequest when
+    claude dropped a tool or the output schema, and UpstreamFailed when claude has not loaded the
+    client's tools. `tools` maps their names for claude to them."""
+    names, servers = line.get("tools"), line.get("mcp_servers")
+    if not isinstance(names, list):
+        return
+    listed = {_UNLISTED_NAMES.get(name, name) for name in names if isinstance(name, str)}
+    missing = [tool.name for name, tool in tools.items() if name not in {*names, *listed}]
+    found = servers if isinstance(servers, list) else []
+    states = [
+        _object(each).get("status") for each in found if _object(each).get("name") == TOOL_SERVER
+    ]
+    if missing and states not in ([], ["connected"]):
+        raise UpstreamFailed("claude did not load the client's tools; try again.")
+    if missing:
+        raise BadRequest(
+            f"tools: claude does not accept {', '.join(missing)}; simplify the schema.",
+            param="tools",
+        )
+    if output_schema is not None and STRUCTURED_OUTPUT not in names:
+        raise BadRequest(
+            "response_format: claude does not accept the schema of the answer; simplify it.",
+            param="response_format",
+        )
+
+
+def check_control_response(line: Json) -> None:
+    """Raise UpstreamFailed when claude refused a control request."""
+    found = line.get("response")
+    response = _object(found)
+    if response.get("subtype") == "error":
+        reason = redact_paths(redact(one_line(str(response.get("error")))))
+        raise UpstreamFailed(f"claude refused a control request: {reason}")
+
+
+def check_history_result(line: Json) -> None:
+    """Raise UpstreamFailed when claude did not accept a message of the history."""
+    if line.get("is_error"):
+        reason = redact_paths(redact(one_line(str(line.get("result")))))
+        raise UpstreamFailed(f"claude did not accept the conversation: {reason}")
+
+
 # How a turn is read. claude prints the API's stream events of one message or several, lines of its
 # own between them, and a `result` at the end. Three machines and a record of failures read these
 # lines. TurnReader gives each line to the one that it concerns, and makes the transitions in which
@@ -9000,8 +9049,8 @@ class StructuredAnswer:
         self.arguments: list[str] = []
         self.prose: list[str] = []
 
-    def step(self, name: str) -> None:
-        """Make a transition: "call", "stop", "accept" or "reject"."""
+    def step(self, name: Literal["call", "stop", "accept", "reject"]) -> None:
+        """Make a transition."""
         self.state = _STRUCTURED_STEPS.get((self.state, name), self.state)
 
     def start_message(self) -> None:
@@ -9057,6 +9106,12 @@ class ClientBlock(NamedTuple):
     converter: ClientJsonConverter | None = None
     #: Whether it is the call of a structured answer, which the client gets as a text.
     is_structured: bool = False
+
+
+def _converter(source: Tool | OutputSchema) -> ClientJsonConverter | None:
+    if not (source.wrapped or source.renamed):
+        return None
+    return ClientJsonConverter(wrapped=source.wrapped, renamed=source.renamed)
 
 
 class MessageReader:
@@ -9141,8 +9196,9 @@ class MessageReader:
             text = block.converter.feed(text)
         if not text and (block.is_structured or block.converter is not None):
             return None
-        is_content = bool(text) and kind in ("text", "arguments")
-        self.extent = max(self.extent, Extent.CONTENT if is_content else Extent.BEGUN)
+        if self.extent < Extent.CONTENT:
+            is_content = text and kind in ("text", "arguments")
+            self.extent = Extent.CONTENT if is_content else Extent.BEGUN
         self._line_ended = text.endswith("\n")
         return Delta(block.number, kind, text)
 
@@ -9155,12 +9211,6 @@ class MessageReader:
         kind = "text" if block.is_structured else "arguments"
         stopped = BlockStopped(block.number)
         return [Delta(block.number, kind, rest), stopped] if rest else [stopped]
-
-
-def _converter(source: Tool | OutputSchema) -> ClientJsonConverter | None:
-    if not (source.wrapped or source.renamed):
-        return None
-    return ClientJsonConverter(wrapped=source.wrapped, renamed=source.renamed)
 
 
 class Round(enum.Enum):
@@ -9393,55 +9443,6 @@ class TurnReader:
     ) -> list[Event]:
         self.finished = True
         return [Finished(reason, sequence, self._message.usage, details)]
-
-
-#: Tools whose name in claude's `init` line differs from the name that the model gets.
-_UNLISTED_NAMES = {"Task": "Agent"}
-
-
-def check_tools_offered(
-    line: Json, tools: Mapping[str, Tool], output_schema: OutputSchema | None
-) -> None:
-    """Check the `init` line, which claude prints before it calls the API. Raise BadRequest when
-    claude dropped a tool or the output schema, and UpstreamFailed when claude has not loaded the
-    client's tools. `tools` maps their names for claude to them."""
-    names, servers = line.get("tools"), line.get("mcp_servers")
-    if not isinstance(names, list):
-        return
-    listed = {_UNLISTED_NAMES.get(name, name) for name in names if isinstance(name, str)}
-    missing = [tool.name for name, tool in tools.items() if name not in {*names, *listed}]
-    found = servers if isinstance(servers, list) else []
-    states = [
-        _object(each).get("status") for each in found if _object(each).get("name") == TOOL_SERVER
-    ]
-    if missing and states not in ([], ["connected"]):
-        raise UpstreamFailed("claude did not load the client's tools; try again.")
-    if missing:
-        raise BadRequest(
-            f"tools: claude does not accept {', '.join(missing)}; simplify the schema.",
-            param="tools",
-        )
-    if output_schema is not None and STRUCTURED_OUTPUT not in names:
-        raise BadRequest(
-            "response_format: claude does not accept the schema of the answer; simplify it.",
-            param="response_format",
-        )
-
-
-def check_control_response(line: Json) -> None:
-    """Raise UpstreamFailed when claude refused a control request."""
-    found = line.get("response")
-    response = _object(found)
-    if response.get("subtype") == "error":
-        reason = redact_paths(redact(one_line(str(response.get("error")))))
-        raise UpstreamFailed(f"claude refused a control request: {reason}")
-
-
-def check_history_result(line: Json) -> None:
-    """Raise UpstreamFailed when claude did not accept a message of the history."""
-    if line.get("is_error"):
-        reason = redact_paths(redact(one_line(str(line.get("result")))))
-        raise UpstreamFailed(f"claude did not accept the conversation: {reason}")
 
 
 # ==== 24. Claude program =====================================================
