@@ -40,9 +40,9 @@ Sections (search for "==== 8" to jump to the eighth):
     19. Messages              /v1/messages
     20. Response items        input items into messages, blocks into output items
     21. Responses             /v1/responses and /v1/responses/compact
-    22. Claude protocol       lines written to claude; no input or output
-    23. Claude answers        lines printed by claude: events, plan reports, failures
-    24. Claude program        the program on disk and the folders that it runs in
+    22. Claude protocol       lines written to claude; reports about the plan and failures
+    23. Claude answers        output of claude to lines; lines of a turn to events of an answer
+    24. Claude program        the program on disk, how it is started, and its folders
     25. Claude process        one child process and its pipes
     26. Gate and spares       admission of requests; idle processes that wait for work
     27. Parking               processes and state kept for the next message of a conversation
@@ -5119,6 +5119,41 @@ def _data_type(content: bytes, sent_type: str) -> str:
     return _PDF if is_pdf else ""
 
 
+#: Where image formats store their sides: a pattern for the first bytes, two offsets, the width of
+#: each number in bytes, its byte order, and what to add to the number.
+_SIDE_FIELDS: tuple[tuple[bytes, tuple[int, int], int, Literal["big", "little"], int], ...] = (
+    (rb"\x89PNG", (16, 20), 4, "big", 0),
+    (rb"GIF8", (6, 8), 2, "little", 0),
+    (rb"RIFF....WEBPVP8X", (24, 27), 3, "little", 1),
+    (rb"RIFF....WEBPVP8 ", (26, 28), 2, "little", 0),
+)
+#: The markers of JPEG that begin a frame.
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def largest_side(head: bytes) -> int:
+    """Return the longer side of an image in pixels, read from its first bytes; 0 if unknown."""
+    if head.startswith(b"\xff\xd8"):
+        return _largest_jpeg_side(head)
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return max(bits & 0x3FFF, bits >> 14 & 0x3FFF) + 1
+    for magic, offsets, width, order, missing in _SIDE_FIELDS:
+        if re.match(magic, head, re.DOTALL):
+            return max(int.from_bytes(head[at: at + width], order) for at in offsets) + missing
+    return 0
+
+
+def _largest_jpeg_side(head: bytes) -> int:
+    at = 2
+    while at + 9 <= len(head) and head[at] == 0xFF:
+        if head[at + 1] in _JPEG_FRAMES:
+            return max(int.from_bytes(head[side: side + 2], "big") for side in (at + 5, at + 7))
+        # Fill bytes of value 0xFF can precede a marker.
+        at += 1 if head[at + 1] == 0xFF else 2 + int.from_bytes(head[at + 2: at + 4], "big")
+    return 0
+
+
 def caption_blocks(labels: Mapping[str, str]) -> list[Block]:
     """Return a client's labels of a file as a text to put before its content."""
     return text_blocks("\n".join(f"{name.title()}: {text}" for name, text in labels.items()))
@@ -7961,7 +7996,8 @@ COMPACTION = CompactionDialect()
 
 
 # ==== 22. Claude protocol ====================================================
-# The lines that are written to claude. No pipes and no processes here.
+# The lines that are written to claude, and the reports about the plan and about failures that it
+# prints. No pipes and no processes here.
 # Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
 # the newest).
 
@@ -7984,106 +8020,6 @@ _RESERVED_TOOL_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
 MAX_RESULT_CHARS = 400_000
 #: The name under which claude knows the client's tools.
 TOOL_SERVER = "client"
-
-#: Variables of the server's environment that claude gets; a name can end in a star. Nothing else is
-#: passed on, so that no variable can point claude back at this server or leak a key.
-CHILD_ENVIRONMENT = (
-    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM",
-    "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "CLAUDE_CONFIG_DIR",
-    "CLAUDE_CODE_OAUTH_TOKEN", "SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS",
-    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
-)
-
-#: Variables that every claude gets. They prevent it from reading files that a message names, from
-#: loading memory, from repeating API requests in its own way, from updating itself, and from
-#: logging content: it writes failed tool calls to logs below XDG_CACHE_HOME, and this path cannot
-#: be created.
-FIXED_ENVIRONMENT = {
-    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
-    # claude would refuse some 90 small images, because it estimates 2,000 tokens for each. The API
-    # enforces the real limit.
-    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000",
-    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
-    "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
-    "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
-    "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
-    "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
-    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
-    "CLAUDE_CODE_DISABLE_TERMINAL_TITLE": "1",
-    "DISABLE_AUTOUPDATER": "1",
-    "DISABLE_AUTO_COMPACT": "1",
-    "DISABLE_COMPACT": "1",
-    "ENABLE_MCP_LARGE_OUTPUT_FILES": "0",
-    "MAX_MCP_OUTPUT_TOKENS": "100000000",
-    "MAX_STRUCTURED_OUTPUT_RETRIES": "2",
-    "XDG_CACHE_HOME": "/dev/null/none",
-}
-#: Set outside agent mode: claude then does not open its socket for other sessions of the user.
-_RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1"}
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(
-        name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
-        for pattern in patterns
-    )
-
-
-def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, str]:
-    """Return the environment of a claude process: allowed variables of the server, variables that
-    the operator names, and fixed ones. A variable that holds one of the server's own keys is left
-    out unless the operator names it, because claude processes untrusted text."""
-    named = split_list(config.pass_env)
-    keys = {key for key in config.secrets if len(key) >= 8}
-    passed = {
-        name: value
-        for name, value in environ.items()
-        if _matches(name, named)
-        or (_matches(name, CHILD_ENVIRONMENT) and value not in keys and not has_key_format(value))
-    }
-    return {
-        **passed, **FIXED_ENVIRONMENT, **({} if config.is_agent else _RESTRICTED),
-        "CLAUDE_CODE_MAX_RETRIES": str(config.max_retries),
-    }
-
-
-def _tool_arguments(config: Config) -> list[str]:
-    """Return the arguments that select claude's tools: none of its own, or in agent mode those that
-    the operator allows."""
-    if not config.is_agent:
-        return ["--tools", "", "--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}"]
-    allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
-    if config.allowed_tools != "default":
-        allowed = split_list(config.allowed_tools)
-    arguments = ["--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}", *allowed]
-    if config.skip_permissions:
-        arguments.append("--dangerously-skip-permissions")
-    else:
-        arguments += ["--tools", ",".join(allowed)]
-    if config.mcp_config:
-        arguments += ["--mcp-config", os.path.expanduser(config.mcp_config)]
-    return arguments
-
-
-def claude_arguments(model_id: str, config: Config) -> list[str]:
-    """Return the arguments of a claude process that waits for input. Outside agent mode it has no
-    tools of its own. It never has user settings, slash commands or memory on disk."""
-    return [
-        "-p",
-        "--input-format", "stream-json",
-        "--output-format", "stream-json",
-        "--verbose",
-        "--include-partial-messages",
-        "--model", model_id,
-        "--setting-sources", "",
-        "--disable-slash-commands",
-        "--no-session-persistence",
-        "--thinking-display", "summarized",
-        *_tool_arguments(config),
-    ]
-
 
 def _line(value: Json) -> bytes:
     return to_json(value) + b"\n"
@@ -8257,39 +8193,6 @@ _MAX_UNSCALED_SIDE = 2_000
 _MAX_UNSCALED_BYTES = 3_932_160
 #: The base64 characters to decode of an image: its sides stand within them.
 _HEAD_CHARS = 349_524
-#: Where image formats store their sides: a pattern for the first bytes, two offsets, the width of
-#: each number in bytes, its byte order, and what to add to the number.
-_SIDE_FIELDS: tuple[tuple[bytes, tuple[int, int], int, Literal["big", "little"], int], ...] = (
-    (rb"\x89PNG", (16, 20), 4, "big", 0),
-    (rb"GIF8", (6, 8), 2, "little", 0),
-    (rb"RIFF....WEBPVP8X", (24, 27), 3, "little", 1),
-    (rb"RIFF....WEBPVP8 ", (26, 28), 2, "little", 0),
-)
-#: The markers of JPEG that begin a frame.
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-
-
-def largest_side(head: bytes) -> int:
-    """Return the longer side of an image in pixels, read from its first bytes; 0 if unknown."""
-    if head.startswith(b"\xff\xd8"):
-        return _largest_jpeg_side(head)
-    if head[12:16] == b"VP8L":
-        bits = int.from_bytes(head[21:25], "little")
-        return max(bits & 0x3FFF, bits >> 14 & 0x3FFF) + 1
-    for magic, offsets, width, order, missing in _SIDE_FIELDS:
-        if re.match(magic, head, re.DOTALL):
-            return max(int.from_bytes(head[at: at + width], order) for at in offsets) + missing
-    return 0
-
-
-def _largest_jpeg_side(head: bytes) -> int:
-    at = 2
-    while at + 9 <= len(head) and head[at] == 0xFF:
-        if head[at + 1] in _JPEG_FRAMES:
-            return max(int.from_bytes(head[side: side + 2], "big") for side in (at + 5, at + 7))
-        # Fill bytes of value 0xFF can precede a marker.
-        at += 1 if head[at + 1] == 0xFF else 2 + int.from_bytes(head[at + 2: at + 4], "big")
-    return 0
 
 
 def _needs_scaling(block: Block) -> bool:
@@ -8488,15 +8391,116 @@ def was_rewound(reply: Json) -> bool:
     return _object(_object(reply.get("response")).get("response")).get("rewound") is True
 
 
-# ==== 23. Claude answers =====================================================
-# The lines that claude prints: events of an answer, reports about the plan, and failures.
+#: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
+#: forbid it again.
+_MAY_READ_USAGE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": ""}
+_MUST_NOT_READ_USAGE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
 
 
-class ReportedWindow(NamedTuple):
-    """The state of the plan's limit that claude last reported."""
+def usage_lines() -> list[bytes]:
+    """Return three control requests that read the plan's usage from an idle process and leave the
+    process as it was. Each gets a reply; pass the second to `plan_report`."""
+    return [
+        control_line("apply_flag_settings", settings={"env": _MAY_READ_USAGE}),
+        control_line("get_usage", skip_behaviors=True),
+        control_line("apply_flag_settings", settings={"env": _MUST_NOT_READ_USAGE}),
+    ]
 
-    rejected: bool
-    resets_at_s: float | None
+
+#: The latest plausible reset, in epoch seconds.
+_LATEST_S = 10**11
+
+
+class PlanWindow(NamedTuple):
+    """A usage window of the plan. Each field can be unknown."""
+
+    #: The used share, 0 to 1.
+    utilization: float | None = None
+    resets_at_s: float | None = None
+    status: str | None = None
+    #: When the utilization was reported, once Account has the window.
+    observed_s: float | None = None
+
+
+class PlanReport(NamedTuple):
+    """The state of the plan as claude reports it at one time. Each part can be unknown."""
+
+    #: Keyed by the API's names: five_hour, seven_day, seven_day_opus, ...
+    windows: Mapping[str, PlanWindow]
+    #: The status, the name and the reset of the window that decides.
+    status: str | None = None
+    claim: str | None = None
+    resets_at_s: float | None = None
+    overage_status: str | None = None
+    overage_reason: str | None = None
+    subscription: str | None = None
+
+    @property
+    def is_limit_reached(self) -> bool:
+        """Return whether a limit of the plan is reached. A plain 429 is "rejected" too, but is no
+        limit of the plan and names no window."""
+        names_window = self.claim is not None or self.resets_at_s is not None
+        return self.status == "rejected" and names_window
+
+
+def _text_field(found: Json, name: str) -> str | None:
+    value = found.get(name)
+    return value if isinstance(value, str) else None
+
+
+def _reset_field(found: Json, name: str) -> float | None:
+    """Return a time in epoch seconds. The field holds epoch seconds or ISO 8601."""
+    value = found.get(name)
+    with contextlib.suppress(ValueError):
+        value = parse_time(value) if isinstance(value, str) else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if 0 < value < _LATEST_S else None
+
+
+def _share_field(found: Json, whole: float) -> float | None:
+    value = found.get("utilization")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    # More than 1 is possible where extra usage can be bought.
+    return round(value / whole, 4) if 0 <= value <= 10 * whole else None
+
+
+def plan_event(line: Json) -> PlanReport | None:
+    """Return the plan's state from a rate_limit_event; None for other lines. An event that names no
+    window, such as that of a plain 429, reports a status and no windows."""
+    found = line.get("rate_limit_info")
+    if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
+        return None
+    claim, status = _text_field(found, "rateLimitType"), _text_field(found, "status")
+    resets_at_s = _reset_field(found, "resetsAt")
+    windows = {}
+    if claim is not None:
+        windows = {
+            name: PlanWindow(
+                _share_field(entry, 1), _reset_field(entry, "resetsAt"),
+                _text_field(entry, "status"),
+            )
+            for name, entry in _object(found.get("unifiedWindows")).items()
+            if isinstance(entry, dict)
+        }
+        windows.setdefault(claim, PlanWindow(_share_field(found, 1), resets_at_s, status))
+    return PlanReport(
+        windows, status, claim, resets_at_s,
+        _text_field(found, "overageStatus"), _text_field(found, "overageDisabledReason"),
+    )
+
+
+def plan_report(reply: Json) -> PlanReport:
+    """Return the plan's state from the reply to get_usage. It is empty for a login by a bare
+    token."""
+    found = _object(_object(reply.get("response")).get("response"))
+    windows = {
+        name: PlanWindow(_share_field(entry, 100), _reset_field(entry, "resets_at"))
+        for name, entry in _object(found.get("rate_limits")).items()
+        if isinstance(entry, dict) and "resets_at" in entry
+    }
+    return PlanReport(windows, subscription=_text_field(found, "subscription_type"))
 
 
 class ReportedFailure(NamedTuple):
@@ -8568,7 +8572,7 @@ _OVERLOAD_PAUSE_S = 10.0
 
 
 def upstream_error(
-    failure: ReportedFailure, window: ReportedWindow | None, now_s: float
+    failure: ReportedFailure, plan: PlanReport | None, now_s: float
 ) -> OcpError:
     """Return the error for the client for a failure that claude reports. The class comes from the
     API's status, then from claude's name for the failure. The text gives the message, and the class
@@ -8583,10 +8587,10 @@ def upstream_error(
     if failure.status in _ACCOUNT_STATUSES:
         for pattern, account_error in _ACCOUNT_FAILURES:
             error_class = account_error if pattern.search(message) else error_class
-    if error_class is RateLimited and window is not None and window.rejected:
+    if error_class is RateLimited and plan is not None and plan.is_limit_reached:
         error_class = PlanLimit
     if error_class is PlanLimit:
-        resets_at_s = window.resets_at_s if window else None
+        resets_at_s = plan.resets_at_s if plan else None
         if resets_at_s is None:
             return PlanLimit(message)
         # Some clients show only the message.
@@ -8603,6 +8607,75 @@ def upstream_error(
         return UnknownModel(message, param="model")
     pauses = {RateLimited: _RATE_LIMIT_PAUSE_S, Overloaded: _OVERLOAD_PAUSE_S}
     return error_class(message, retry_after_s=pauses.get(error_class))
+
+
+# ==== 23. Claude answers =====================================================
+# What claude prints becomes lines, and the lines of a turn become the events of an answer.
+
+#: The longest line that claude can print, and the most other output between two of its lines. Each
+#: meaningless line counts as some more bytes than it has.
+_MAX_CLAUDE_LINE_BYTES = 64 * 1024 * 1024
+_LINE_COST_BYTES = 100
+
+
+class LineBuffer:
+    """What a process has printed and nobody has parsed. Bounds the length of a line, and of all
+    output between two of claude's lines, which can be any program's."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        #: How many of these bytes contain no end of a line.
+        self._searched = 0
+        #: Bytes of other output since claude's last line.
+        self._noise_bytes = 0
+        #: Whether there was more output than claude can have printed.
+        self.is_flooded = False
+
+    def add(self, data: bytes) -> None:
+        """Append output. Raise UpstreamFailed when a line becomes too long."""
+        self._data += data
+        self._check(len(self._data))
+
+    def lines(self) -> Iterator[bytes]:
+        """Take the complete lines. Raise UpstreamFailed for a flood of them."""
+        while True:
+            end = self._data.find(b"\n", self._searched)
+            if end < 0:
+                self._searched = len(self._data)
+                return
+            line = bytes(self._data[:end]).strip()
+            del self._data[: end + 1]
+            self._searched = 0
+            self.count_noise(len(line) + _LINE_COST_BYTES)
+            yield line
+
+    def count_noise(self, size_bytes: int) -> None:
+        """Count output that may not be claude's. Raise UpstreamFailed for a flood of it."""
+        self._noise_bytes += size_bytes
+        self._check(self._noise_bytes)
+
+    def reset_noise(self) -> None:
+        """Start to count anew: claude itself has printed a line."""
+        self._noise_bytes = 0
+
+    def _check(self, size_bytes: int) -> None:
+        if size_bytes > _MAX_CLAUDE_LINE_BYTES:
+            self.is_flooded = True
+            self._data.clear()
+            self._searched = 0
+            raise UpstreamFailed("claude on the server printed too much foreign output.")
+
+
+def parse_line(raw: bytes) -> Json | None:
+    """Return a line of claude; None for a line that is no JSON object, such as a plugin's output.
+    Raise UpstreamFailed for broken JSON: a part of the answer is lost then."""
+    if not raw.startswith(b"{"):
+        return None
+    try:
+        line = from_json(raw)
+    except ValueError:
+        raise UpstreamFailed("claude printed a broken line of JSON.") from None
+    return line if isinstance(line, dict) else None
 
 
 def _count(usage: Json, name: str) -> int:
@@ -8647,523 +8720,37 @@ def sum_usage(usages: Iterable[Usage]) -> Usage:
     return added
 
 
-#: The latest plausible reset, in epoch seconds.
-_LATEST_S = 10**11
-
-
-class PlanReport(NamedTuple):
-    """The state of the plan as claude reports it at one time. Each part can be unknown."""
-
-    #: Keyed by the API's names: five_hour, seven_day, seven_day_opus, ...
-    windows: Mapping[str, PlanWindow]
-    status: str | None = None
-    #: The name of the window that decides.
-    claim: str | None = None
-    overage_status: str | None = None
-    overage_reason: str | None = None
-    subscription: str | None = None
-
-
-class PlanWindow(NamedTuple):
-    """A usage window of the plan."""
-
-    #: The used share, 0 to 1.
-    utilization: float | None
-    resets_at_s: float | None
-    status: str | None
-
-
-def _text_field(found: Json, name: str) -> str | None:
-    value = found.get(name)
-    return value if isinstance(value, str) else None
-
-
-def _reset_field(found: Json, name: str) -> float | None:
-    """Return a time in epoch seconds. The field holds epoch seconds or ISO 8601."""
-    value = found.get(name)
-    with contextlib.suppress(ValueError):
-        value = parse_time(value) if isinstance(value, str) else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if 0 < value < _LATEST_S else None
-
-
-def _share_field(found: Json, whole: float) -> float | None:
-    value = found.get("utilization")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    # More than 1 is possible where extra usage can be bought.
-    return round(value / whole, 4) if 0 <= value <= 10 * whole else None
-
-
-def plan_window(line: Json) -> ReportedWindow | None:
-    """Return the limit that a rate_limit_event names as the deciding one; None for other lines."""
-    found = line.get("rate_limit_info")
-    if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
-        return None
-    resets_at_s = _reset_field(found, "resetsAt")
-    # A plain 429 is "rejected" too, but it is no limit of the plan and names no window.
-    names_window = "rateLimitType" in found or resets_at_s is not None
-    return ReportedWindow(found.get("status") == "rejected" and names_window, resets_at_s)
-
-
-def plan_event(line: Json) -> PlanReport | None:
-    """Return the plan's state from a rate_limit_event. Return None for other lines, and for an
-    event without a window, such as that of a plain 429."""
-    found = line.get("rate_limit_info")
-    if line.get("type") != "rate_limit_event" or not isinstance(found, dict):
-        return None
-    claim = _text_field(found, "rateLimitType")
-    if claim is None:
-        return None
-    reported = found.get("unifiedWindows")
-    windows = {
-        name: PlanWindow(
-            _share_field(entry, 1), _reset_field(entry, "resetsAt"), _text_field(entry, "status")
-        )
-        for name, entry in (reported.items() if isinstance(reported, dict) else ())
-        if isinstance(entry, dict)
-    }
-    status = _text_field(found, "status")
-    resets_at_s = _reset_field(found, "resetsAt")
-    windows.setdefault(claim, PlanWindow(_share_field(found, 1), resets_at_s, status))
-    return PlanReport(
-        windows, status, claim,
-        overage_status=_text_field(found, "overageStatus"),
-        overage_reason=_text_field(found, "overageDisabledReason"),
-    )
-
-
-#: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
-#: forbid it again.
-_MAY_READ_USAGE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": ""}
-_MUST_NOT_READ_USAGE = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-
-
-def usage_lines() -> list[bytes]:
-    """Return three control requests that read the plan's usage from an idle process and leave the
-    process as it was. Each gets a reply; pass the second to `plan_report`."""
-    return [
-        control_line("apply_flag_settings", settings={"env": _MAY_READ_USAGE}),
-        control_line("get_usage", skip_behaviors=True),
-        control_line("apply_flag_settings", settings={"env": _MUST_NOT_READ_USAGE}),
-    ]
-
-
-def plan_report(reply: Json) -> PlanReport:
-    """Return the plan's state from the reply to get_usage. It is empty for a login by a bare
-    token."""
-    found = _object(_object(reply.get("response")).get("response"))
-    limits = _object(found.get("rate_limits"))
-    windows = {
-        name: PlanWindow(_share_field(entry, 100), _reset_field(entry, "resets_at"), None)
-        for name, entry in limits.items()
-        if isinstance(entry, dict) and "resets_at" in entry
-    }
-    return PlanReport(windows, subscription=_text_field(found, "subscription_type"))
-
-
-#: Delta types of the API's stream, with the kind of our Delta and the field that holds the text.
-_DELTA_KINDS = {
-    "text_delta": ("text", "text"),
-    "thinking_delta": ("thinking", "thinking"),
-    "signature_delta": ("signature", "signature"),
-    "input_json_delta": ("arguments", "partial_json"),
-}
-#: Block types that clients get unchanged.
-_PLAIN_BLOCKS = ("text", "thinking", "redacted_thinking")
-
-
 #: Tools whose name in claude's `init` line differs from the name that the model gets.
 _UNLISTED_NAMES = {"Task": "Agent"}
 
 
-class StructuredAnswer:
-    """The state of an answer with an output schema, in one message. The answer is a call of
-    claude's own StructuredOutput tool, which claude accepts or rejects."""
-
-    def __init__(self, output_schema: OutputSchema | None) -> None:
-        self._exact = output_schema.exact if output_schema is not None else None
-        #: The block of the call, and its arguments in pieces.
-        self.block_index: int | None = None
-        self.pieces: list[str] = []
-        #: Whether the message ended with the call, and whether claude accepted the call. Either can
-        #: come first.
-        self.stopped = False
-        self.accepted = False
-
-    @property
-    def is_complete(self) -> bool:
-        """Return whether the message has ended with the call and claude has accepted it."""
-        return self.stopped and self.accepted
-
-    def check(self) -> None:
-        """Raise UpstreamFailed for an answer that claude accepted but that breaks the client's
-        schema."""
-        if self._exact is None:
-            return
-        try:
-            value = from_json("".join(self.pieces))
-            fit = fits(value, self._exact, self._exact.get("$defs", {}))
-        except (ValueError, RecursionError):
-            fit = False
-        if not fit:
-            raise UpstreamFailed("The model's answer does not fit the schema; ask again.")
-
-
-# A turn as claude prints it, and its states in TurnReader:
-#
-# - message: message_start, blocks, message_delta with a stop reason. A second message_start after
-#   the first delta means that claude repeated its API request: the client gets Restarted.
-# - internal rounds: when the model called only tools that claude runs itself, the stop reason is
-#   "tool_use" and the next message_start continues the same answer (_continues_internally).
-# - structured answer: complete when the message has stopped and claude has accepted the call.
-# - finished: at the API's stop reason, not at claude's `result`. In between claude can call the
-#   API again, for example after max_tokens; the client does not want that answer.
-#
-# Unknown types of lines are skipped, because new ones will come. Blocks get new numbers, without
-# a gap for hidden blocks.
-
-
-class BlockNumbers:
-    """The numbers under which the client gets the blocks of an answer. The API numbers those of
-    each message from 0; hidden blocks get no number."""
-
-    def __init__(self) -> None:
-        #: By the API's index, for the current message.
-        self._numbers: dict[int, int] = {}
-        self._next = 0
-
-    def add(self, index: int) -> int:
-        """Return the number of a block that starts now."""
-        number = self._numbers[index] = self._next
-        self._next += 1
-        return number
-
-    def find(self, index: int) -> int | None:
-        """Return the number of a block, None for a hidden one."""
-        return self._numbers.get(index)
-
-    def start_message(self) -> None:
-        """Forget the blocks of the last message. Those of the next one continue its numbers."""
-        self._numbers.clear()
-
-    def restart(self) -> None:
-        """Number the next blocks from 0 again."""
-        self._next = 0
-
-
-class TurnReader:
-    """Turns the lines of one running turn into events."""
-
-    def __init__(
-        self, tools: tuple[Tool, ...] = (), output_schema: OutputSchema | None = None, *,
-        final_only: bool = False, clock: Clock = time.time,
-    ) -> None:
-        """With `final_only`, return only the events of the last internal round."""
-        self._clock = clock
-        self._final_only = final_only
-        #: Events of the current round, held back because another round may follow.
-        self._round_events: list[Event] = []
-        self._tools = {wire_name(tool.name): tool for tool in tools}
-        self._output_schema = output_schema
-        self._structured = StructuredAnswer(output_schema)
-        self._usage = NO_USAGE
-        #: Usage of the messages before the current one.
-        self._usages: list[Usage] = []
-        self._block_numbers = BlockNumbers()
-        #: Whether the client got a part of the message: a new message then voids it. And whether it
-        #: got content, which thinking is not.
-        self._had_delta = False
-        self._had_content = False
-        #: Whether the model called one of the client's tools, and whether claude continues
-        #: internally because the model called only other tools: claude's own in agent mode, or
-        #: unknown ones.
-        self._client_tool_called = False
-        self._continues_internally = False
-        #: Whether the text of an earlier round ended in the middle of a line.
-        self._needs_paragraph_break = False
-        self._line_ended = False
-        #: Converters from the model's JSON to the client's form, for blocks in which the two
-        #: differ.
-        self._forms: dict[int, ClientJsonConverter] = {}
-        self._prose: list[str] = []
-        self._failure: ReportedFailure | None = None
-        self.window: ReportedWindow | None = None
-        self.finished = False
-        #: How often claude reported that it repeats its API request.
-        self.retries = 0
-
-    def events(self, line: Json) -> list[Event]:
-        """Return the events of this line. Raise the OcpError of a failure that the line reports."""
-        events = self._events_of_line(line)
-        if not self._final_only:
-            return events
-        self._round_events += events
-        if not self.finished:
-            return []
-        events, self._round_events = self._round_events, []
-        return events
-
-    @property
-    def spent(self) -> Usage:
-        """Return the usage that the API has reported so far, including abandoned messages."""
-        return sum_usage([*self._usages, self._usage])
-
-    def _events_of_line(self, line: Json) -> list[Event]:
-        kind = line.get("type")
-        if kind == "stream_event":
-            event = line.get("event")
-            return self._on_stream_event(event) if isinstance(event, dict) else []
-        if kind == "assistant":
-            self._record_synthetic_error(line)
-        elif kind == "user":
-            return self._on_tool_results(line.get("message"))
-        elif kind == "rate_limit_event":
-            self.window = plan_window(line) or self.window
-        elif kind == "system" and line.get("subtype") == "init":
-            self._check_tools_offered(line)
-        elif kind == "system" and line.get("subtype") == "api_retry":
-            self.retries += 1
-        elif kind == "control_response":
-            check_control_response(line)
-        elif kind == "result":
-            return self._on_result(line)
-        return []
-
-    def _on_stream_event(self, event: Json) -> list[Event]:
-        kind = event.get("type")
-        index = _count(event, "index")
-        if kind == "message_start":
-            return self._on_message_start(event.get("message"))
-        if kind == "content_block_start":
-            return self._on_block_start(index, event.get("content_block"))
-        if kind == "content_block_delta":
-            return self._on_block_delta(index, event.get("delta"))
-        if kind == "content_block_stop":
-            return self._on_block_stop(index)
-        if kind == "message_delta":
-            return self._on_message_delta(event)
-        return []
-
-    def _on_message_start(self, message: object) -> list[Event]:
-        found = _object(message)
-        self._usages.append(self._usage)
-        self._usage = usage_of(found.get("usage"))
-        self._block_numbers.start_message()
-        self._prose.clear()
-        self._structured = StructuredAnswer(self._output_schema)
-        self._forms.clear()
-        started = Started(str(found.get("id", "")), str(found.get("model", "")), self._usage)
-        if self._continues_internally:
-            self._continues_internally = False
-            return self._next_round(started)
-        restarts = self._had_delta
-        self._block_numbers.restart()
-        self._had_delta = self._had_content = self._client_tool_called = False
-        return [Restarted(), started] if restarts else [started]
-
-    def _next_round(self, started: Started) -> list[Event]:
-        """Start the next internal round, which continues the same message for the client."""
-        if self._final_only:
-            self._round_events.clear()
-            self._block_numbers.restart()
-            return [started]
-        return []
-
-    # -- blocks -------------------------------------------------------------------------------
-
-    def _on_block_start(self, index: int, block: object) -> list[Event]:
-        found = _object(block)
-        shown = self._client_block(index, found)
-        if shown is None:
-            return []
-        number = self._block_numbers.add(index)
-        began: list[Event] = [BlockStarted(number, shown)]
-        if shown["type"] == "text" and self._needs_paragraph_break:
-            # Separate the rounds of one answer by paragraphs.
-            began.append(Delta(number, "text", "\n\n"))
-        self._needs_paragraph_break = False
-        return began
-
-    def _client_block(self, index: int, block: Json) -> Block | None:
-        """Return the block as the client gets it; None for a hidden block."""
-        kind, name = block.get("type"), str(block.get("name"))
-        if kind == "tool_use" and self._output_schema is not None and name == STRUCTURED_OUTPUT:
-            self._structured.block_index = index
-            self._register_form(index, self._output_schema)
-            return {"type": "text", "text": ""}
-        if kind == "tool_use" and name in self._tools:
-            self._had_delta = self._had_content = self._client_tool_called = True
-            tool, call_id = self._tools[name], plain_id(str(block.get("id")))
-            self._register_form(index, tool)
-            return {"type": "tool_use", "id": call_id, "name": tool.name, "input": {}}
-        if kind == "text" and self._output_schema is not None:
-            # Text beside a structured answer; `_prose` keeps it for a refusal.
-            return None
-        return dict(block) if kind in _PLAIN_BLOCKS else None
-
-    def _register_form(self, index: int, source: Tool | OutputSchema) -> None:
-        if source.wrapped or source.renamed:
-            self._forms[index] = ClientJsonConverter(wrapped=source.wrapped, renamed=source.renamed)
-
-    def _on_block_delta(self, index: int, delta: object) -> list[Event]:
-        found = _object(delta)
-        kind, field = _DELTA_KINDS.get(str(found.get("type")), ("", ""))
-        text = found.get(field)
-        if not kind or not isinstance(text, str):
-            return []
-        number = self._block_numbers.find(index)
-        if number is None:
-            if kind == "text":
-                self._prose.append(text)
-            return []
-        is_structured = index == self._structured.block_index
-        if is_structured:
-            kind = "text"
-            self._structured.pieces.append(text)
-        if index in self._forms:
-            text = self._forms[index].feed(text)
-        if not text and (is_structured or index in self._forms):
-            return []
-        self._had_delta = True
-        self._had_content = self._had_content or (bool(text) and kind in ("text", "arguments"))
-        self._line_ended = text.endswith("\n")
-        return [Delta(number, kind, text)]
-
-    def _on_block_stop(self, index: int) -> list[Event]:
-        number = self._block_numbers.find(index)
-        if number is None:
-            return []
-        rest = self._forms[index].close() if index in self._forms else ""
-        kind = "text" if index == self._structured.block_index else "arguments"
-        stopped = BlockStopped(number)
-        return [Delta(number, kind, rest), stopped] if rest else [stopped]
-
-    # -- endings ------------------------------------------------------------------------------
-
-    def _on_message_delta(self, event: Json) -> list[Event]:
-        delta = _object(event.get("delta"))
-        self._usage = usage_of(event.get("usage"), self._usage)
-        reason = delta.get("stop_reason")
-        if not isinstance(reason, str):
-            return []
-        if reason == "tool_use" and self._client_tool_called:
-            return self._finish(reason)
-        if reason == "tool_use" and self._structured.block_index is not None:
-            self._structured.stopped = True
-            return self._finish_structured()
-        if reason == "tool_use":
-            # claude runs its own tools, or reports an unknown tool to the model, and calls the API
-            # again.
-            self._continues_internally = True
-            is_mid_line = self._had_content and not self._line_ended
-            self._needs_paragraph_break = is_mid_line and not self._final_only
-            return []
-        if reason == "end_turn" and not self._had_content:
-            # An empty answer: claude calls the API again, or its `result` line gives the reason.
-            return []
-        details = delta.get("stop_details")
-        return self._finish(
-            reason, _text_field(delta, "stop_sequence"),
-            details if isinstance(details, dict) else None,
+def check_tools_offered(
+    line: Json, tools: Mapping[str, Tool], output_schema: OutputSchema | None
+) -> None:
+    """Check the `init` line, which claude prints before it calls the API. Raise BadRequest when
+    claude dropped a tool or the output schema, and UpstreamFailed when claude has not loaded the
+    client's tools. `tools` maps their names for claude to them."""
+    names, servers = line.get("tools"), line.get("mcp_servers")
+    if not isinstance(names, list):
+        return
+    listed = {_UNLISTED_NAMES.get(name, name) for name in names if isinstance(name, str)}
+    missing = [tool.name for name, tool in tools.items() if name not in {*names, *listed}]
+    found = servers if isinstance(servers, list) else []
+    states = [
+        _object(each).get("status") for each in found if _object(each).get("name") == TOOL_SERVER
+    ]
+    if missing and states not in ([], ["connected"]):
+        raise UpstreamFailed("claude did not load the client's tools; try again.")
+    if missing:
+        raise BadRequest(
+            f"tools: claude does not accept {', '.join(missing)}; simplify the schema.",
+            param="tools",
         )
-
-    def _finish(
-        self, reason: str, sequence: str | None = None, details: Json | None = None
-    ) -> list[Event]:
-        self.finished = True
-        return [Finished(reason, sequence, self._usage, details)]
-
-    def _on_tool_results(self, message: object) -> list[Event]:
-        """Record whether claude accepted a structured answer. This line can come before or after
-        the stop reason."""
-        found = _object(message)
-        content = found.get("content")
-        for block in content if isinstance(content, list) else ():
-            if isinstance(block, dict) and block.get("type") == "tool_result":
-                called = self._structured.block_index is not None
-                self._structured.accepted = called and not block.get("is_error")
-        return self._finish_structured()
-
-    def _finish_structured(self) -> list[Event]:
-        if not self._structured.is_complete:
-            return []
-        self._structured.check()
-        return self._finish("end_turn")
-
-    def _check_tools_offered(self, line: Json) -> None:
-        """Check the `init` line, which claude prints before it calls the API. Raise BadRequest when
-        claude dropped a tool or the output schema, and UpstreamFailed when claude has not loaded
-        the client's tools."""
-        names, servers = line.get("tools"), line.get("mcp_servers")
-        if not isinstance(names, list):
-            return
-        listed = {_UNLISTED_NAMES.get(name, name) for name in names if isinstance(name, str)}
-        missing = [tool.name for name, tool in self._tools.items() if name not in {*names, *listed}]
-        found = servers if isinstance(servers, list) else []
-        states = [
-            _object(each).get("status") for each in found
-            if _object(each).get("name") == TOOL_SERVER
-        ]
-        if missing and states not in ([], ["connected"]):
-            raise UpstreamFailed("claude did not load the client's tools; try again.")
-        if missing:
-            raise BadRequest(
-                f"tools: claude does not accept {', '.join(missing)}; simplify the schema.",
-                param="tools",
-            )
-        if self._output_schema is not None and STRUCTURED_OUTPUT not in names:
-            raise BadRequest(
-                "response_format: claude does not accept the schema of the answer; simplify it.",
-                param="response_format",
-            )
-
-    def _record_synthetic_error(self, line: Json) -> None:
-        """Record a failure that claude prints as a message of a model named <synthetic>. Its text
-        is never content."""
-        message = _object(line.get("message"))
-        if message.get("model") != "<synthetic>" and not line.get("error"):
-            return
-        content = message.get("content")
-        blocks = content if isinstance(content, list) else [{"text": content}]
-        texts = [block.get("text") for block in blocks if isinstance(block, dict)]
-        status = line.get("api_error_status")
-        self._failure = ReportedFailure(
-            text=" ".join(text for text in texts if isinstance(text, str)),
-            kind=str(line.get("error") or ""),
-            status=status if isinstance(status, int) else None,
+    if output_schema is not None and STRUCTURED_OUTPUT not in names:
+        raise BadRequest(
+            "response_format: claude does not accept the schema of the answer; simplify it.",
+            param="response_format",
         )
-
-    def _on_result(self, line: Json) -> list[Event]:
-        """Handle a `result` line before the end of an answer. Return a refusal if the model did not
-        use the output schema; else raise the failure."""
-        failure = self._failure or ReportedFailure("", "", None)
-        status = line.get("api_error_status")
-        if isinstance(status, int):
-            failure = failure._replace(status=status)
-        unfit = not line.get("is_error") or "structured_output" in str(line.get("subtype"))
-        is_prose_only = unfit and not failure.text and failure.status is None
-        if self._output_schema is not None and is_prose_only:
-            return self._refuse()
-        if not failure.text and line.get("is_error"):
-            errors = line.get("errors")
-            reasons = errors if isinstance(errors, list) else []
-            text = str(line.get("result") or "; ".join(str(reason) for reason in reasons))
-            failure = failure._replace(text=text or f"claude ended: {line.get('subtype')}")
-        if failure.text or failure.status:
-            error = upstream_error(failure, self.window, self._clock())
-            status = failure.status or error.status
-            error.refused_upstream = status in (401, 429) or status >= 500
-            raise error
-        raise EmptyAnswer("The model ended its turn without an answer.")
-
-    def _refuse(self) -> list[Event]:
-        """Return what the model wrote instead of a structured answer, as a refusal."""
-        prose = "".join(self._prose).strip()
-        text = prose or "The model did not give an answer that fits the requested schema."
-        restarts: list[Event] = [Restarted()] if self._had_delta else []
-        return [*restarts, Delta(0, "refusal", text), *self._finish("end_turn")]
 
 
 def check_control_response(line: Json) -> None:
@@ -9182,9 +8769,587 @@ def check_history_result(line: Json) -> None:
         raise UpstreamFailed(f"claude did not accept the conversation: {reason}")
 
 
+# How a turn is read. claude prints the API's stream events of one message or several, lines of its
+# own between them, and a `result` at the end. Three machines and a record of failures read these
+# lines. TurnReader gives each line to the one that it concerns, and makes the transitions in which
+# several take part. A line of an unknown type changes nothing, because new types will come.
+#
+# 1. MessageReader, with the Extent of what the client has got of the answer:
+#
+#        NOTHING -> BEGUN -> CONTENT -> CALL     by deltas, and by a call of a client's tool
+#        any     -> NOTHING                      when claude repeats its API request
+#
+# 2. RoundReader, with the Round. claude runs some tools itself: its own in agent mode, and unknown
+#    ones, which it reports to the model. The client gets the messages around them as one.
+#
+#        WRITING    -> TOOLS_RUN     the message stops to call only such tools
+#        TOOLS_RUN  -> CONTINUING    message_start: the message continues the answer
+#        CONTINUING -> WRITING       the client gets the first block of the message
+#        CONTINUING -> WRITING       message_start: claude repeats its API request
+#
+# 3. StructuredAnswer, with a StructuredState. The table _STRUCTURED_STEPS has its transitions.
+#
+# Transitions in which several take part. The first row that fits applies:
+#
+#    line                      state                effect
+#    message_start             Round TOOLS_RUN      the answer goes on without an event
+#    message_start             Extent NOTHING       Started
+#    message_start             any                  Restarted and Started
+#    stop reason tool_use      Extent CALL          Finished
+#    stop reason tool_use      structured call      Finished when the call is COMPLETE
+#    stop reason tool_use      any                  Round TOOLS_RUN
+#    stop reason end_turn      Extent < CONTENT     none: claude repeats its request or gives up
+#    any other stop reason     any                  Finished
+#    user (tool results)       structured call      Finished when the call is COMPLETE
+#    result                    schema, no failure   a refusal and Finished
+#    result                    any                  the error is raised
+#
+# A turn is finished at the API's stop reason, not at claude's `result`. In between claude can call
+# the API again, for example after max_tokens; the client does not want that answer.
+
+#: Delta types of the API's stream, with the kind of our Delta and the field that holds the text.
+_DELTA_KINDS = {
+    "text_delta": ("text", "text"),
+    "thinking_delta": ("thinking", "thinking"),
+    "signature_delta": ("signature", "signature"),
+    "input_json_delta": ("arguments", "partial_json"),
+}
+#: Block types that clients get unchanged.
+_PLAIN_BLOCKS = ("text", "thinking", "redacted_thinking")
+
+
+class StructuredState(enum.Enum):
+    """How far the call of claude's StructuredOutput tool has come in the current message."""
+
+    OPEN = "not called"
+    CALLED = "called"
+    STOPPED = "called, and the message has stopped"
+    ACCEPTED = "accepted by claude"
+    COMPLETE = "accepted, and the message has stopped"
+
+
+#: What each step makes of a state. A step that is not listed changes nothing.
+_STRUCTURED_STEPS = {
+    (StructuredState.OPEN, "call"): StructuredState.CALLED,
+    (StructuredState.CALLED, "stop"): StructuredState.STOPPED,
+    (StructuredState.CALLED, "accept"): StructuredState.ACCEPTED,
+    (StructuredState.ACCEPTED, "reject"): StructuredState.CALLED,
+    (StructuredState.ACCEPTED, "stop"): StructuredState.COMPLETE,
+    (StructuredState.STOPPED, "accept"): StructuredState.COMPLETE,
+    (StructuredState.COMPLETE, "reject"): StructuredState.STOPPED,
+}
+
+
+class StructuredAnswer:
+    """An answer with an output schema, in one message. claude checks the model's call."""
+
+    def __init__(self, output_schema: OutputSchema | None) -> None:
+        #: None if the client wants no such answer.
+        self.schema = output_schema
+        self.state = StructuredState.OPEN
+        #: The arguments of the call, and the text beside it, which the client does not get.
+        self.arguments: list[str] = []
+        self.prose: list[str] = []
+
+    def step(self, name: Literal["call", "stop", "accept", "reject"]) -> None:
+        """Make a transition."""
+        self.state = _STRUCTURED_STEPS.get((self.state, name), self.state)
+
+    def start_message(self) -> None:
+        """Forget the last message."""
+        self.state = StructuredState.OPEN
+        self.arguments.clear()
+        self.prose.clear()
+
+    def record_results(self, message: Json) -> None:
+        """Read from the tool results of a `user` line whether claude accepted the call. The line
+        can come before or after the stop reason."""
+        content = message.get("content")
+        for block in content if isinstance(content, list) else ():
+            if isinstance(block, dict) and block.get("type") == "tool_result":
+                self.step("reject" if block.get("is_error") else "accept")
+
+    def check(self) -> None:
+        """Raise UpstreamFailed for an answer that claude accepted but that breaks the client's
+        schema."""
+        exact = self.schema.exact if self.schema is not None else None
+        if exact is None:
+            return
+        try:
+            fit = fits(from_json("".join(self.arguments)), exact, exact.get("$defs", {}))
+        except (ValueError, RecursionError):
+            fit = False
+        if not fit:
+            raise UpstreamFailed("The model's answer does not fit the schema; ask again.")
+
+    def refusal(self) -> str:
+        """Return what the model wrote instead of the call."""
+        prose = "".join(self.prose).strip()
+        return prose or "The model did not give an answer that fits the requested schema."
+
+
+class Extent(enum.IntEnum):
+    """How much of an answer the client has got."""
+
+    NOTHING = 0
+    #: Thinking, or a text that is empty so far.
+    BEGUN = 1
+    CONTENT = 2
+    #: A call of one of its tools.
+    CALL = 3
+
+
+class ClientBlock(NamedTuple):
+    """A block of the model that the client gets."""
+
+    #: Its number for the client.
+    number: int
+    #: Converts the model's JSON to the client's form, where the two differ.
+    converter: ClientJsonConverter | None = None
+    #: Whether it is the call of a structured answer, which the client gets as a text.
+    is_structured: bool = False
+
+
+def _converter(source: Tool | OutputSchema) -> ClientJsonConverter | None:
+    if not (source.wrapped or source.renamed):
+        return None
+    return ClientJsonConverter(wrapped=source.wrapped, renamed=source.renamed)
+
+
+class MessageReader:
+    """Turns the blocks of messages into those that the client gets. The API numbers the blocks of
+    each message from 0. The client gets other numbers: hidden blocks leave no gap, and the numbers
+    go on in a message that continues the answer."""
+
+    def __init__(self, tools: Mapping[str, Tool], structured: StructuredAnswer) -> None:
+        self._tools = tools
+        self._structured = structured
+        self.extent = Extent.NOTHING
+        #: The blocks of the current message that the client gets, by the API's index.
+        self._blocks: dict[int, ClientBlock] = {}
+        self._next_number = 0
+        self._line_ended = False
+        self.usage = NO_USAGE
+        self._earlier_usages: list[Usage] = []
+
+    @property
+    def spent(self) -> Usage:
+        """Return the usage of all messages, including abandoned ones."""
+        return sum_usage([*self._earlier_usages, self.usage])
+
+    @property
+    def is_mid_line(self) -> bool:
+        """Return whether the answer so far ends in the middle of a line."""
+        return self.extent >= Extent.CONTENT and not self._line_ended
+
+    def start(self, message: Json) -> Started:
+        """Begin a message."""
+        self._earlier_usages.append(self.usage)
+        self.usage = usage_of(message.get("usage"))
+        self._blocks.clear()
+        self._structured.start_message()
+        return Started(str(message.get("id", "")), str(message.get("model", "")), self.usage)
+
+    def restart(self) -> None:
+        """Begin the whole answer anew."""
+        self.extent = Extent.NOTHING
+        self.restart_numbers()
+
+    def restart_numbers(self) -> None:
+        """Number the next blocks from 0 again."""
+        self._next_number = 0
+
+    def start_block(self, index: int, block: Json) -> BlockStarted | None:
+        """Begin a block. Return None if the client does not get it."""
+        kind, name = block.get("type"), str(block.get("name"))
+        schema, number = self._structured.schema, self._next_number
+        if kind == "tool_use" and schema is not None and name == STRUCTURED_OUTPUT:
+            self._structured.step("call")
+            shown: Block = {"type": "text", "text": ""}
+            self._blocks[index] = ClientBlock(number, _converter(schema), is_structured=True)
+        elif kind == "tool_use" and name in self._tools:
+            self.extent, tool = Extent.CALL, self._tools[name]
+            call_id = plain_id(str(block.get("id")))
+            shown = {"type": "tool_use", "id": call_id, "name": tool.name, "input": {}}
+            self._blocks[index] = ClientBlock(number, _converter(tool))
+        elif kind not in _PLAIN_BLOCKS or (kind == "text" and schema is not None):
+            return None
+        else:
+            shown = dict(block)
+            self._blocks[index] = ClientBlock(number)
+        self._next_number += 1
+        return BlockStarted(number, shown)
+
+    def delta(self, index: int, delta: Json) -> Delta | None:
+        """Return a piece of a block; None if the client gets nothing."""
+        kind, field = _DELTA_KINDS.get(str(delta.get("type")), ("", ""))
+        text = delta.get(field)
+        if not kind or not isinstance(text, str):
+            return None
+        block = self._blocks.get(index)
+        if block is None:
+            if kind == "text":
+                self._structured.prose.append(text)
+            return None
+        if block.is_structured:
+            kind = "text"
+            self._structured.arguments.append(text)
+        if block.converter is not None:
+            text = block.converter.feed(text)
+        if not text and (block.is_structured or block.converter is not None):
+            return None
+        if self.extent < Extent.CONTENT:
+            is_content = text and kind in ("text", "arguments")
+            self.extent = Extent.CONTENT if is_content else Extent.BEGUN
+        self._line_ended = text.endswith("\n")
+        return Delta(block.number, kind, text)
+
+    def stop_block(self, index: int) -> list[Event]:
+        """End a block."""
+        block = self._blocks.get(index)
+        if block is None:
+            return []
+        rest = block.converter.close() if block.converter is not None else ""
+        kind = "text" if block.is_structured else "arguments"
+        stopped = BlockStopped(block.number)
+        return [Delta(block.number, kind, rest), stopped] if rest else [stopped]
+
+
+class Round(enum.Enum):
+    """What the current message is in an answer of several messages."""
+
+    WRITING = "the message goes to the client"
+    TOOLS_RUN = "it has stopped, and claude runs the tools that it called"
+    CONTINUING = "it continues the answer, and the client has no block of it yet"
+
+
+class RoundReader:
+    """The messages of one answer. With `final_only` the client gets only the last of them: events
+    are held back, because another message may follow."""
+
+    def __init__(self, *, final_only: bool) -> None:
+        self.final_only = final_only
+        self._state = Round.WRITING
+        self._held: list[Event] = []
+
+    def run_tools(self) -> None:
+        """Record that claude runs the tools that the message called."""
+        self._state = Round.TOOLS_RUN
+
+    def start_message(self) -> bool:
+        """Begin a message. Return whether it continues the answer."""
+        continues = self._state is Round.TOOLS_RUN
+        self._state = Round.CONTINUING if continues else Round.WRITING
+        return continues
+
+    def drop_held(self) -> None:
+        """Forget the events that are held back."""
+        self._held.clear()
+
+    def start_block(self) -> bool:
+        """Record a block that the client gets. Return whether it is its first one of a message
+        that continues the answer."""
+        continues = self._state is Round.CONTINUING
+        self._state = Round.WRITING
+        return continues
+
+    def release(self, events: list[Event], *, finished: bool) -> list[Event]:
+        """Return the events for the client out of these and those that were held back."""
+        if not self.final_only:
+            return events
+        self._held += events
+        if not finished:
+            return []
+        events, self._held = self._held, []
+        return events
+
+
+class FailureRecord:
+    """What claude reports of a failure: a message of a model named <synthetic>, whose text is never
+    content, and a `result`. And the plan's state, which explains a rate limit."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._failure = ReportedFailure("", "", None)
+        #: The latest report.
+        self.plan: PlanReport | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether neither a reason nor a status is known."""
+        return not self._failure.text and self._failure.status is None
+
+    def record_message(self, line: Json) -> None:
+        """Record a failure from an `assistant` line."""
+        message = _object(line.get("message"))
+        if message.get("model") != "<synthetic>" and not line.get("error"):
+            return
+        content = message.get("content")
+        blocks = content if isinstance(content, list) else [{"text": content}]
+        texts = [block.get("text") for block in blocks if isinstance(block, dict)]
+        text = " ".join(text for text in texts if isinstance(text, str))
+        self._failure = ReportedFailure(text, str(line.get("error") or ""), None)
+        self.record_status(line)
+
+    def record_status(self, line: Json) -> None:
+        """Record the API's status from a line that has one."""
+        status = line.get("api_error_status")
+        if isinstance(status, int):
+            self._failure = self._failure._replace(status=status)
+
+    def error(self, result: Json) -> OcpError:
+        """Return the error for a turn that ends with this `result` line."""
+        failure = self._failure
+        if not failure.text and result.get("is_error"):
+            errors = result.get("errors")
+            reasons = errors if isinstance(errors, list) else []
+            text = str(result.get("result") or "; ".join(str(reason) for reason in reasons))
+            failure = failure._replace(text=text or f"claude ended: {result.get('subtype')}")
+        if not failure.text and not failure.status:
+            return EmptyAnswer("The model ended its turn without an answer.")
+        error = upstream_error(failure, self.plan, self._clock())
+        status = failure.status or error.status
+        error.refused_upstream = status in (401, 429) or status >= 500
+        return error
+
+
+class TurnReader:
+    """Turns the lines of one running turn into events."""
+
+    def __init__(
+        self, tools: tuple[Tool, ...] = (), output_schema: OutputSchema | None = None, *,
+        final_only: bool = False, clock: Clock = time.time,
+    ) -> None:
+        """With `final_only`, return only the events of the answer's last message."""
+        self._tools = {wire_name(tool.name): tool for tool in tools}
+        self._structured = StructuredAnswer(output_schema)
+        self._message = MessageReader(self._tools, self._structured)
+        self._rounds = RoundReader(final_only=final_only)
+        self._failures = FailureRecord(clock)
+        self.finished = False
+        #: How often claude reported that it repeats its API request.
+        self.retries = 0
+
+    @property
+    def spent(self) -> Usage:
+        """Return the usage that the API has reported so far, including abandoned messages."""
+        return self._message.spent
+
+    @property
+    def plan(self) -> PlanReport | None:
+        """Return claude's latest report about the plan."""
+        return self._failures.plan
+
+    def events(self, line: Json) -> list[Event]:
+        """Return the events of this line. Raise the OcpError of a failure that the line reports."""
+        return self._rounds.release(self._events_of_line(line), finished=self.finished)
+
+    def _events_of_line(self, line: Json) -> list[Event]:
+        kind = line.get("type")
+        if kind == "stream_event":
+            return self._on_stream_event(_object(line.get("event")))
+        if kind == "assistant":
+            self._failures.record_message(line)
+        elif kind == "user":
+            self._structured.record_results(_object(line.get("message")))
+            return self._finish_structured()
+        elif kind == "rate_limit_event":
+            self._failures.plan = plan_event(line) or self.plan
+        elif kind == "system" and line.get("subtype") == "init":
+            check_tools_offered(line, self._tools, self._structured.schema)
+        elif kind == "system" and line.get("subtype") == "api_retry":
+            self.retries += 1
+        elif kind == "control_response":
+            check_control_response(line)
+        elif kind == "result":
+            return self._on_result(line)
+        return []
+
+    def _on_stream_event(self, event: Json) -> list[Event]:
+        kind = event.get("type")
+        if kind == "content_block_delta":
+            delta = self._message.delta(_count(event, "index"), _object(event.get("delta")))
+            return [] if delta is None else [delta]
+        if kind == "content_block_start":
+            return self._on_block_start(_count(event, "index"), _object(event.get("content_block")))
+        if kind == "content_block_stop":
+            return self._message.stop_block(_count(event, "index"))
+        if kind == "message_start":
+            return self._on_message_start(_object(event.get("message")))
+        if kind == "message_delta":
+            return self._on_message_delta(event)
+        return []
+
+    def _on_message_start(self, message: Json) -> list[Event]:
+        started = self._message.start(message)
+        if not self._rounds.start_message():
+            restarts = self._message.extent > Extent.NOTHING
+            self._message.restart()
+            return [Restarted(), started] if restarts else [started]
+        if not self._rounds.final_only:
+            return []
+        self._rounds.drop_held()
+        self._message.restart_numbers()
+        return [started]
+
+    def _on_block_start(self, index: int, block: Json) -> list[Event]:
+        is_mid_line = self._message.is_mid_line and not self._rounds.final_only
+        began = self._message.start_block(index, block)
+        if began is None:
+            return []
+        continues = self._rounds.start_block()
+        if continues and is_mid_line and began.block["type"] == "text":
+            # Separate the messages of one answer by paragraphs.
+            return [began, Delta(began.block_index, "text", "\n\n")]
+        return [began]
+
+    def _on_message_delta(self, event: Json) -> list[Event]:
+        delta, message = _object(event.get("delta")), self._message
+        message.usage = usage_of(event.get("usage"), message.usage)
+        reason = delta.get("stop_reason")
+        if not isinstance(reason, str):
+            return []
+        if reason == "tool_use" and message.extent < Extent.CALL:
+            if self._structured.state is StructuredState.OPEN:
+                self._rounds.run_tools()
+                return []
+            self._structured.step("stop")
+            return self._finish_structured()
+        if reason == "end_turn" and message.extent < Extent.CONTENT:
+            return []
+        details = delta.get("stop_details")
+        return self._finish(
+            reason, _text_field(delta, "stop_sequence"),
+            details if isinstance(details, dict) else None,
+        )
+
+    def _on_result(self, line: Json) -> list[Event]:
+        """Handle a `result` line before the end of an answer. Return a refusal if the model did not
+        use the output schema; else raise the failure."""
+        self._failures.record_status(line)
+        is_unfit = not line.get("is_error") or "structured_output" in str(line.get("subtype"))
+        if self._structured.schema is None or not is_unfit or not self._failures.is_empty:
+            raise self._failures.error(line)
+        restarts: list[Event] = [Restarted()] if self._message.extent > Extent.NOTHING else []
+        refusal = Delta(0, "refusal", self._structured.refusal())
+        return [*restarts, refusal, *self._finish("end_turn")]
+
+    def _finish_structured(self) -> list[Event]:
+        if self._structured.state is not StructuredState.COMPLETE:
+            return []
+        self._structured.check()
+        return self._finish("end_turn")
+
+    def _finish(
+        self, reason: str, sequence: str | None = None, details: Json | None = None
+    ) -> list[Event]:
+        self.finished = True
+        return [Finished(reason, sequence, self._message.usage, details)]
+
+
 # ==== 24. Claude program =====================================================
-# The program on disk: where it is, its version, the folders that it runs in, and what the server
-# waits for while it runs.
+# The program on disk: where it is, its version, its environment and arguments, the folders that it
+# runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
+# that a killed server leaves.
+
+#: Variables of the server's environment that claude gets; a name can end in a star. Nothing else is
+#: passed on, so that no variable can point claude back at this server or leak a key.
+CHILD_ENVIRONMENT = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM",
+    "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "CLAUDE_CONFIG_DIR",
+    "CLAUDE_CODE_OAUTH_TOKEN", "SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+)
+
+#: Variables that every claude gets. They prevent it from reading files that a message names, from
+#: loading memory, from repeating API requests in its own way, from updating itself, and from
+#: logging content: it writes failed tool calls to logs below XDG_CACHE_HOME, and this path cannot
+#: be created.
+FIXED_ENVIRONMENT = {
+    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    # claude would refuse some 90 small images, because it estimates 2,000 tokens for each. The API
+    # enforces the real limit.
+    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000",
+    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
+    "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
+    "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
+    "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
+    "CLAUDE_CODE_DISABLE_TERMINAL_TITLE": "1",
+    "DISABLE_AUTOUPDATER": "1",
+    "DISABLE_AUTO_COMPACT": "1",
+    "DISABLE_COMPACT": "1",
+    "ENABLE_MCP_LARGE_OUTPUT_FILES": "0",
+    "MAX_MCP_OUTPUT_TOKENS": "100000000",
+    "MAX_STRUCTURED_OUTPUT_RETRIES": "2",
+    "XDG_CACHE_HOME": "/dev/null/none",
+}
+#: Set outside agent mode: claude then does not open its socket for other sessions of the user.
+_RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1"}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(
+        name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
+        for pattern in patterns
+    )
+
+
+def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, str]:
+    """Return the environment of a claude process: allowed variables of the server, variables that
+    the operator names, and fixed ones. A variable that holds one of the server's own keys is left
+    out unless the operator names it, because claude processes untrusted text."""
+    named = split_list(config.pass_env)
+    keys = {key for key in config.secrets if len(key) >= 8}
+    passed = {
+        name: value
+        for name, value in environ.items()
+        if _matches(name, named)
+        or (_matches(name, CHILD_ENVIRONMENT) and value not in keys and not has_key_format(value))
+    }
+    return {
+        **passed, **FIXED_ENVIRONMENT, **({} if config.is_agent else _RESTRICTED),
+        "CLAUDE_CODE_MAX_RETRIES": str(config.max_retries),
+    }
+
+
+def _tool_arguments(config: Config) -> list[str]:
+    """Return the arguments that select claude's tools: none of its own, or in agent mode those that
+    the operator allows."""
+    if not config.is_agent:
+        return ["--tools", "", "--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}"]
+    allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
+    if config.allowed_tools != "default":
+        allowed = split_list(config.allowed_tools)
+    arguments = ["--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}", *allowed]
+    if config.skip_permissions:
+        arguments.append("--dangerously-skip-permissions")
+    else:
+        arguments += ["--tools", ",".join(allowed)]
+    if config.mcp_config:
+        arguments += ["--mcp-config", os.path.expanduser(config.mcp_config)]
+    return arguments
+
+
+def claude_arguments(model_id: str, config: Config) -> list[str]:
+    """Return the arguments of a claude process that waits for input. Outside agent mode it has no
+    tools of its own. It never has user settings, slash commands or memory on disk."""
+    return [
+        "-p",
+        "--input-format", "stream-json",
+        "--output-format", "stream-json",
+        "--verbose",
+        "--include-partial-messages",
+        "--model", model_id,
+        "--setting-sources", "",
+        "--disable-slash-commands",
+        "--no-session-persistence",
+        "--thinking-display", "summarized",
+        *_tool_arguments(config),
+    ]
 
 
 class Client(Protocol):
@@ -9294,17 +9459,17 @@ def cannot_start(problem: OSError) -> OcpError:
     )
 
 
-class ProbeResult(NamedTuple):
-    """The result of probing a program file, and until when it is valid."""
+_NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
+
+
+class Probe(NamedTuple):
+    """A program file, and what `claude --version` told of it."""
 
     command: tuple[str, ...]
+    #: Changes with the file.
     stamp: object
-    program: Program | None
-    error: OcpError | None
-    until_s: float
-
-
-_NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
+    found: Program | OcpError
+    valid_until_s: float
 
 
 class ClaudeProgram:
@@ -9322,23 +9487,22 @@ class ClaudeProgram:
         # Held while a version is read, so that only one thread reads it. The field below is
         # replaced as a whole and can be read without the lock.
         self._probe_lock = threading.Lock()
-        self._result: ProbeResult | None = None
+        self._probe: Probe | None = None
         #: When the program was last found.
         self._last_seen_s = -math.inf
 
     def resolve(self) -> Program:
         """Return the program. Raise ClaudeMissing, ClaudeAway or ClaudeTooOld. Blocks while `claude
         --version` runs if the file is new or the last failure has expired."""
-        result = self._known()
-        if result is None:
-            with self._probe_lock:
-                result = self._known() or self._probe()
-                self._result = result
-        if result.error is not None:
-            raise self.as_away_if_recent(result.error)
-        assert result.program is not None
+        try:
+            found = self._probed().found
+            if isinstance(found, OcpError):
+                # Without its last traceback, which would grow each time.
+                raise found.with_traceback(None)
+        except ClaudeMissing as error:
+            raise self.as_away_if_recent(error) from None
         self._last_seen_s = self._clock()
-        return result.program
+        return found
 
     def as_away_if_recent(self, error: OcpError) -> OcpError:
         """Return the error to raise: ClaudeAway instead of ClaudeMissing if the program was there
@@ -9357,49 +9521,58 @@ class ClaudeProgram:
         """Store the version that a process reports. A script that starts claude can stay the same
         while the file behind it is replaced."""
         with self._probe_lock:
-            result = self._result
-            if result is None or result.program in (None, Program(result.command, version)):
-                return
-            try:
-                _check_version(version)
-                program = Program(result.command, version)
-                self._result = result._replace(program=program)
-            except ClaudeTooOld as error:
-                until_s = self._clock() + _VERSION_RETRY_S
-                self._result = result._replace(program=None, error=error, until_s=until_s)
+            probe = self._probe
+            is_news = probe is not None and isinstance(probe.found, Program)
+            if probe is not None and is_news and probe.found != Program(probe.command, version):
+                self._probe = self._new_probe(probe.command, probe.stamp, version)
 
     def last_result(self) -> tuple[Program | None, OcpError | None]:
         """Return the known program, or the known error, or neither, without running anything."""
         try:
-            command = self._command or (self._path(),)
-            self._stamp_of(command)
+            self._file()
         except OcpError as error:
             return None, error
-        result = self._result
-        return (result.program, result.error) if result is not None else (None, None)
+        found = self._probe.found if self._probe is not None else None
+        return (None, found) if isinstance(found, OcpError) else (found, None)
 
-    def _known(self) -> ProbeResult | None:
-        """Return the last result while it is valid."""
-        result = self._result
-        if result is None or self._clock() >= result.until_s:
+    def _probed(self) -> Probe:
+        command, stamp = self._file()
+        probe = self._known(command, stamp)
+        if probe is None:
+            with self._probe_lock:
+                probe = self._known(command, stamp) or self._new_probe(command, stamp)
+                self._probe = probe
+        return probe
+
+    def _known(self, command: tuple[str, ...], stamp: object) -> Probe | None:
+        """Return the last result for a file while it is valid."""
+        probe = self._probe
+        if probe is None or self._clock() >= probe.valid_until_s:
             return None
-        with contextlib.suppress(OcpError):
-            return result if self._stamp_of(result.command) == result.stamp else None
-        return None
+        return probe if (probe.command, probe.stamp) == (command, stamp) else None
 
-    def _probe(self) -> ProbeResult:
-        command: tuple[str, ...] = ()
-        stamp: object = None
+    def _new_probe(
+        self, command: tuple[str, ...], stamp: object, version: Version | None = None
+    ) -> Probe:
+        """Return what is known of a file. Read its version if it is not given."""
         try:
-            command = self._command or (self._path(),)
-            stamp = self._stamp_of(command)
-            program = Program(command, self._read_version(command))
+            program = Program(command, version or self._read_version(command))
+            _check_version(program.version)
         except OcpError as error:
-            # A failure can be temporary. A missing program is searched again each time.
+            # It can be temporary.
             pause_s = _AWAY_RETRY_S if self._is_away() else _VERSION_RETRY_S
-            until_s = self._clock() + (pause_s if command else 0)
-            return ProbeResult(command, stamp, None, error, until_s)
-        return ProbeResult(command, stamp, program, None, math.inf)
+            return Probe(command, stamp, error, self._clock() + pause_s)
+        return Probe(command, stamp, program, math.inf)
+
+    def _file(self) -> tuple[tuple[str, ...], object]:
+        """Return the start of the command line, and a value that changes with the file. Raise
+        ClaudeMissing."""
+        command = self._command or (self._path(),)
+        try:
+            status = os.stat(command[0])
+        except OSError:
+            raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.") from None
+        return command, (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def _path(self) -> str:
         named = os.path.expanduser(self._config.claude_bin)
@@ -9416,13 +9589,6 @@ class ClaudeProgram:
             raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.")
         return os.path.abspath(found)
 
-    def _stamp_of(self, command: tuple[str, ...]) -> object:
-        try:
-            status = os.stat(command[0])
-        except OSError:
-            raise ClaudeMissing(f"The claude program was not found: {INSTALL_ADVICE}.") from None
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
     def _read_version(self, command: tuple[str, ...]) -> Version:
         try:
             output = self._output_of([*command, "--version"])
@@ -9437,7 +9603,6 @@ class ClaudeProgram:
             raise ClaudeMissing(
                 f"The claude program does not print its version: {INSTALL_ADVICE}."
             )
-        _check_version(version)
         return version
 
     def has_login(self, variables: Mapping[str, str]) -> bool:
@@ -9645,13 +9810,6 @@ for number in (signal.SIGINT, signal.SIGKILL):
 """
 
 
-# ==== 25. Claude process =====================================================
-# One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
-# waits for the pipes and for the client's socket in one selector, so that it notices output,
-# silence and a hang-up at once. Children have process groups of their own and end with the server,
-# even when the server is killed.
-
-
 class Watchdog:
     """A small process that outlives the server briefly and ends the children that are left. A
     claude that is answering does not notice that the server was killed; the watchdog does."""
@@ -9715,14 +9873,17 @@ class Watchdog:
             self._end()
 
 
+# ==== 25. Claude process =====================================================
+# One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
+# waits for the pipes and for the client's socket in one selector, so that it notices output,
+# silence and a hang-up at once. Children have process groups of their own and end with the server,
+# even when the server is killed.
+
+
 #: The longest time for the reply to a control request, and the longest silence.
 _REPLY_TIMEOUT_S = 20.0
 #: A longer limit for a claude that is still starting: many can start at once on a slow machine.
 _MAX_START_S = 60.0
-#: The longest line that claude can print, and the most other output between two of its lines. Each
-#: meaningless line counts as some more bytes than it has.
-_MAX_CLAUDE_LINE_BYTES = 64 * 1024 * 1024
-_LINE_COST_BYTES = 100
 _STDERR_TAIL_BYTES = 4096
 #: Types of lines of a running turn. They show that claude has read all earlier requests.
 _TURN_LINES = ("assistant", "result", "stream_event", "system", "user")
@@ -9799,6 +9960,10 @@ class HangDetector:
         self._last_line_s += span_s
         self._unanswered_since_s += span_s
 
+    def next_check_s(self) -> float:
+        """Return when to check again, unless claude prints a line before."""
+        return min(self.probe_at_s(), self.hung_at_s())
+
     def probe_at_s(self) -> float:
         """Return when to send the presence request; once for each silence."""
         return math.inf if self._probe_sent else self._last_line_s + _REPLY_TIMEOUT_S / 2
@@ -9810,72 +9975,67 @@ class HangDetector:
         return min(silent_s, unanswered_s) + _REPLY_TIMEOUT_S
 
 
-class LineBuffer:
-    """What a process has printed and nobody has parsed. Bounds the length of a line, and of all
-    output between two of claude's lines, which can be any program's."""
+class Liveness:
+    """Finds out whether one claude hangs, while somebody waits for its lines."""
 
-    def __init__(self) -> None:
-        self._data = bytearray()
-        #: How many of these bytes contain no end of a line.
-        self._searched = 0
-        #: Bytes of other output since claude's last line.
-        self._noise_bytes = 0
-        #: Whether there was more output than claude can have printed.
-        self.is_flooded = False
-
-    def add(self, data: bytes) -> None:
-        """Append output. Raise UpstreamFailed when a line becomes too long."""
-        self._data += data
-        self._check(len(self._data))
-
-    def lines(self) -> Iterator[bytes]:
-        """Take the complete lines. Raise UpstreamFailed for a flood of them."""
-        while True:
-            end = self._data.find(b"\n", self._searched)
-            if end < 0:
-                self._searched = len(self._data)
-                return
-            line = bytes(self._data[:end]).strip()
-            del self._data[: end + 1]
-            self._searched = 0
-            self.count_noise(len(line) + _LINE_COST_BYTES)
-            yield line
-
-    def count_noise(self, size_bytes: int) -> None:
-        """Count output that may not be claude's. Raise UpstreamFailed for a flood of it."""
-        self._noise_bytes += size_bytes
-        self._check(self._noise_bytes)
-
-    def reset_noise(self) -> None:
-        """Start to count anew: claude itself has printed a line."""
-        self._noise_bytes = 0
-
-    def _check(self, size_bytes: int) -> None:
-        if size_bytes > _MAX_CLAUDE_LINE_BYTES:
-            self.is_flooded = True
-            self._data.clear()
-            self._searched = 0
-            raise UpstreamFailed("claude on the server printed too much foreign output.")
-
-
-class StartupMonitor:
-    """Tells a slow start from a hang: a process that has printed nothing yet, but uses the
-    processor, gets more time."""
-
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, clock: Clock) -> None:
         self._pid = pid
+        self._clock = clock
+        self._born_s = clock()
+        self._detector = HangDetector(self._born_s)
+        #: Whether it is starting: it has printed nothing yet.
+        self._is_starting = True
         self._processor_s = 0.0
-        self.is_over = False
+        self.is_hung = False
 
-    def sample(self) -> None:
-        """Remember how much processor time the process has used."""
+    def start_wait(self) -> None:
+        """Begin anew: nobody has waited until now."""
+        self._detector = HangDetector(self._clock())
+
+    def record_sent(self, data: bytes) -> None:
+        """Expect the replies to the control requests in data that is sent."""
+        self._detector.record_sent(data, self._clock())
+
+    def record_line(self, line: Json) -> bool:
+        """Record a line. Return whether claude itself printed it."""
+        is_own = self._detector.record_line(line, self._clock())
+        self._is_starting = self._is_starting and not is_own
+        return is_own
+
+    def exclude_since(self, start_s: float) -> None:
+        """Exclude the time since then, in which nobody read claude's output."""
+        self._detector.exclude_time(self._clock() - start_s)
+
+    def next_check_s(self) -> float:
+        """Return until when to wait for output before the next check."""
+        return self._detector.next_check_s()
+
+    def needs_probe(self) -> bool:
+        """Return whether the presence request is to be sent now; counts it as sent. Raise
+        UpstreamFailed when claude hangs."""
+        now_s = self._clock()
+        if now_s < self._detector.next_check_s():
+            return False
+        if now_s >= self._detector.hung_at_s() and not self._is_slow_start():
+            self.is_hung = True
+            raise UpstreamFailed(
+                f"claude on the server hung: it gave no answer for {_REPLY_TIMEOUT_S:.0f} s."
+            )
+        if now_s < self._detector.probe_at_s():
+            return False
+        self._detector.record_probe()
         self._processor_s = processor_s(self._pid)
+        return True
 
-    def is_working(self) -> bool:
-        """Return whether the process has used the processor since the last sample."""
-        before_s = self._processor_s
-        self.sample()
-        return not self.is_over and self._processor_s > before_s
+    def _is_slow_start(self) -> bool:
+        """Return whether the process is young and has used the processor since the last look. It
+        gets more time then."""
+        before_s, self._processor_s = self._processor_s, processor_s(self._pid)
+        is_young = self._clock() - self._born_s < _MAX_START_S
+        if not (self._is_starting and is_young and self._processor_s > before_s):
+            return False
+        self._detector.exclude_time(_REPLY_TIMEOUT_S / 2)
+        return True
 
 
 class Child:
@@ -9889,6 +10049,8 @@ class Child:
         """Start it and add it to the watchdog. With `keeps_logs`, the logs of its folder are not
         removed after its end. Raise ClaudeMissing, UpstreamFailed."""
         self._watchdog = watchdog
+        #: Once it is to end: when to kill it.
+        self._kill_at_s: float | None = None
         self.popen = self._spawn(command, env, cwd)
         self.pid = self.popen.pid
         self._leftover_paths = leftover_paths(self.pid, env, cwd)
@@ -9924,21 +10086,46 @@ class Child:
         return self.popen.poll() is None
 
     def is_closed(self) -> bool:
-        """Return whether `close` was called."""
+        """Return whether it has ended and nothing of it is left."""
         return self.popen.stdout is None or self.popen.stdout.closed
-
-    def close_stdin(self) -> None:
-        """Tell it that no more input comes."""
-        if self.popen.stdin is not None:
-            with contextlib.suppress(OSError):
-                self.popen.stdin.close()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to it and to all processes that it started."""
         with contextlib.suppress(OSError):
             os.killpg(self.pid, number)
 
-    def close(self) -> None:
+    @property
+    def is_stopping(self) -> bool:
+        """Return whether `stop` was called."""
+        return self._kill_at_s is not None
+
+    def stop(self, now_s: float, *, graceful: bool) -> None:
+        """Start to end it and return at once; `reap` completes it.
+
+        With `graceful`, only close its input: claude ends by itself after a complete answer. Else
+        send SIGINT: claude then cancels its API request and sends no other. With SIGTERM it was
+        seen to send another request first, and SIGKILL leaves files behind.
+        """
+        if self._kill_at_s is not None:
+            return
+        self._kill_at_s = now_s + _END_GRACE_S
+        if not graceful:
+            self.signal(signal.SIGINT)
+        if self.popen.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.popen.stdin.close()
+
+    def reap(self, now_s: float) -> bool:
+        """Return whether it has ended, with its pipes and files removed. Kill it when its grace
+        time is over."""
+        if self.runs():
+            if self._kill_at_s is not None and now_s >= self._kill_at_s:
+                self.signal(signal.SIGKILL)
+            return False
+        self._close()
+        return True
+
+    def _close(self) -> None:
         """After its end: kill what it started, close its pipes, remove what it left behind."""
         self.signal(signal.SIGKILL)
         for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
@@ -9955,6 +10142,118 @@ class Child:
             self._watchdog.forget(self.pid)
 
 
+class ChildPipes:
+    """The pipes of a child: what is still to be written, and what it has printed."""
+
+    def __init__(self, child: Child) -> None:
+        self._child = child
+        self._unsent = bytearray()
+        #: Whether the selector waits for room in the input pipe.
+        self._waits_for_room = False
+        self._stderr_tail = bytearray()
+        self.output = LineBuffer()
+        #: Whether its output has ended.
+        self.ended = False
+
+    def send(self, data: bytes) -> None:
+        """Write data with the next `flush`."""
+        self._unsent += data
+
+    def selector(self, client: Client) -> selectors.BaseSelector:
+        """Return a selector that waits for output and for the client's hang-up. The data of each
+        key is the function to call with the selector."""
+        def check_client(selector: selectors.BaseSelector) -> None:
+            if client.gone():
+                raise ClientGone
+            if not client.can_detect_hangup():
+                # It sent more than the read-ahead buffer holds: its hang-up cannot be seen.
+                selector.unregister(client.fileno())
+
+        selector = selectors.DefaultSelector()
+        selector.register(self._child.stdout, selectors.EVENT_READ, self._read_stdout)
+        selector.register(self._child.stderr, selectors.EVENT_READ, self._read_stderr)
+        selector.register(client.fileno(), selectors.EVENT_READ, check_client)
+        self._waits_for_room = False
+        return selector
+
+    def flush(self, selector: selectors.BaseSelector) -> None:
+        """Write what the pipe takes. Register for room in the pipe only while data is left."""
+        if not self._unsent:
+            return
+        self.write()
+        is_left = bool(self._unsent)
+        if is_left and not self._waits_for_room:
+            selector.register(self._child.stdin, selectors.EVENT_WRITE, self.flush)
+        elif self._waits_for_room and not is_left:
+            selector.unregister(self._child.stdin)
+        self._waits_for_room = is_left
+
+    def write(self) -> None:
+        """Write what the pipe takes. Never blocks."""
+        try:
+            while self._unsent:
+                written = os.write(self._child.stdin, self._unsent[:262_144])
+                del self._unsent[:written]
+        except BlockingIOError:
+            return
+        except OSError:
+            # The process is ending. The other pipes have the reason.
+            self._unsent.clear()
+
+    def read(self) -> None:
+        """Read what there is. Never blocks. Raise UpstreamFailed for a flood."""
+        self._read_stderr(None)
+        self._read_stdout(None)
+
+    def _read_stdout(self, _selector: object) -> None:
+        piece = self._piece(self._child.stdout)
+        self.ended = self.ended or piece == b""
+        self.output.add(piece or b"")
+
+    def _read_stderr(self, selector: selectors.BaseSelector | None) -> None:
+        piece = self._piece(self._child.stderr)
+        if piece == b"" and selector is not None:
+            selector.unregister(self._child.stderr)
+        self._stderr_tail += piece or b""
+        del self._stderr_tail[:-_STDERR_TAIL_BYTES]
+        self.output.count_noise(len(piece or b""))
+
+    def _piece(self, descriptor: int) -> bytes | None:
+        """Return the available data: empty at the end, None when there is none yet."""
+        try:
+            return os.read(descriptor, 262_144)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def exit_error(self) -> OcpError:
+        """Return the error for a process that exited before its answer was complete."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.popen.wait(1)
+        self._stderr_tail += self._piece(self._child.stderr) or b""
+        output = self._stderr_tail.decode("utf-8", "replace").strip()
+        last = output.splitlines()[-1] if output else "no error output"
+        last = redact_paths(redact(one_line(last)))
+        if "unknown option" in last:
+            return ClaudeTooOld(f"claude on the server is too old, run `claude update`: {last}")
+        code = self._child.popen.returncode
+        how = "exiting" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
+        return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
+
+
+def _until_result(lines: Iterator[Json | None]) -> Iterator[Event]:
+    """Wait until claude has accepted a message of the history."""
+    for line in lines:
+        if line is None:
+            yield Tick()
+        elif line.get("type") == "control_response":
+            check_control_response(line)
+        elif line.get("type") == "result":
+            check_history_result(line)
+            return
+
+
 class ClaudeProcess:
     """One claude. It serves one caller, one conversation at a time, and is then stopped."""
 
@@ -9968,32 +10267,25 @@ class ClaudeProcess:
         self.version = version
         self.born_s = clock()
         self._child = child
+        self._pipes = ChildPipes(child)
+        self._liveness = Liveness(child.pid, clock)
         self._clock = clock
         self._on_report = on_report
-        #: The client's tools.
         self.tools = ToolServer(())
         #: Whether the process reports another version than it was started with.
         self.version_differs = False
-        #: How often the process was rewound.
         self.rewinds = 0
         #: How many messages of history the process got before its first question: other
         #: conversations can start with the same ones.
         self.history_messages = 0
-        self._output = LineBuffer()
-        self._startup = StartupMonitor(child.pid)
-        self._hang_detector = HangDetector(clock())
-        self._is_hung = False
-        self._unsent = bytearray()
-        self._stderr_tail = bytearray()
         #: When the client last got an event. A Tick is due `tick_s` later.
         self._last_event_s = 0.0
         #: Whether claude has printed the `result` of its last turn.
         self._turn_is_over = True
-        self._ended = False
-        self._kill_at_s: float | None = None
 
     def __repr__(self) -> str:
-        state = "stopping" if self._kill_at_s else "ended" if self._ended else "alive"
+        ended = "ended" if self._pipes.ended else "alive"
+        state = "stopping" if self._child.is_stopping else ended
         return f"<claude {self.model_id} pid={self.pid} {state}>"
 
     @property
@@ -10004,13 +10296,11 @@ class ClaudeProcess:
     @property
     def broken(self) -> bool:
         """Return whether it hangs or prints output that is not claude's. It is not used again."""
-        return self._is_hung or self._output.is_flooded
+        return self._liveness.is_hung or self._pipes.output.is_flooded
 
     def alive(self) -> bool:
         """Return whether the process runs and is not broken."""
         return not self.broken and self._child.runs()
-
-    # -- talking ------------------------------------------------------------------------------
 
     def converse(
         self, turn_input: TurnInput, limits: WaitLimits, reader: TurnReader
@@ -10022,33 +10312,41 @@ class ClaudeProcess:
         UpstreamTimeout at the deadline, ClientGone. A process that hangs is `broken` afterwards.
         """
         self._last_event_s = self._clock()
-        self._hang_detector = HangDetector(self._last_event_s)
+        events: list[Event] = []
         # A kept exception also keeps alive what its traceback refers to.
         with contextlib.closing(self._lines(limits)) as lines:
-            if not turn_input.results and not self._turn_is_over:
-                yield from self._until_result(lines)
-            for step in turn_input.steps[:-1]:
-                self._send(step)
-                yield from self._until_result(lines)
-            self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
-            self._turn_is_over = False
+            yield from self._send_turn(turn_input, lines)
             for line in lines:
                 events = [Tick()] if line is None else reader.events(line)
+                if reader.finished:
+                    break
                 if events:
                     yield from events
                     self._last_event_s = self._clock()
-                if reader.finished:
-                    return
+        # With the last of these events the process is parked, and another thread can take it. So
+        # nothing here may use the process from now on.
+        yield from events
+
+    def _send_turn(self, turn_input: TurnInput, lines: Iterator[Json | None]) -> Iterator[Event]:
+        """Send the steps of a turn, and yield Ticks while claude accepts all but the last."""
+        self._liveness.start_wait()
+        if not turn_input.results and not self._turn_is_over:
+            yield from _until_result(lines)
+        for step in turn_input.steps[:-1]:
+            self._send(step)
+            yield from _until_result(lines)
+        self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
+        self._turn_is_over = False
 
     def control(self, requests: list[bytes], limits: WaitLimits) -> list[Json]:
         """Send control requests and return the replies in the same order. Waits first until the
         last turn is over. Raise what `converse` raises."""
-        self._hang_detector = HangDetector(self._clock())
+        self._liveness.start_wait()
         answers: list[Json] = []
         with contextlib.closing(self._lines(limits)) as lines:
             if not self._turn_is_over:
                 # An answer can be complete before claude prints the `result` of its turn.
-                for _ in self._until_result(lines):
+                for _ in _until_result(lines):
                     pass
             self._send(b"".join(requests))
             for line in lines:
@@ -10060,19 +10358,8 @@ class ClaudeProcess:
         return answers
 
     def _send(self, data: bytes) -> None:
-        self._unsent += data
-        self._hang_detector.record_sent(data, self._clock())
-
-    def _until_result(self, lines: Iterator[Json | None]) -> Iterator[Event]:
-        """Wait until claude has accepted a message of the history."""
-        for line in lines:
-            if line is None:
-                yield Tick()
-            elif line.get("type") == "control_response":
-                check_control_response(line)
-            elif line.get("type") == "result":
-                check_history_result(line)
-                return
+        self._pipes.send(data)
+        self._liveness.record_sent(data)
 
     def _lines(self, limits: WaitLimits) -> Generator[Json | None, None, None]:
         """Yield each line of claude, and None whenever the client has had no event for `tick_s`.
@@ -10080,140 +10367,53 @@ class ClaudeProcess:
         if limits.client.gone():
             # A client that was cancelled earlier may show no event on its descriptor.
             raise ClientGone
-        with self._selector(limits.client) as selector:
+        with self._pipes.selector(limits.client) as selector:
             while True:
-                yield from self._visible_lines()
-                if self._ended:
+                for line in self._take_lines():
+                    if not _is_presence_reply(line):
+                        yield line
+                    # After the yield: the time that the client takes for a line is not claude's.
+                    if self._liveness.record_line(line):
+                        self._pipes.output.reset_noise()
+                if self._pipes.ended:
                     if limits.client.gone():
                         raise ClientGone
-                    raise self._exit_error()
-                until_s = min(limits.deadline_s, self._probe_if_silent())
-                self._flush(selector)
-                if limits.tick_s:
-                    until_s = min(until_s, self._last_event_s + limits.tick_s)
-                for key, _ in selector.select(max(0.0, until_s - self._clock())):
-                    key.data(selector)
-                now_s = self._clock()
-                if now_s >= limits.deadline_s:
-                    raise UpstreamTimeout("The answer took longer than CLAUDE_TIMEOUT allows.")
-                if limits.tick_s and now_s - self._last_event_s >= limits.tick_s:
-                    self._last_event_s = now_s
+                    raise self._pipes.exit_error()
+                if self._wait(selector, limits):
+                    paused_s = self._last_event_s = self._clock()
                     # A process that claude started can hold the pipes open after claude's end.
-                    self._ended = self._ended or not self.alive()
+                    self._pipes.ended = self._pipes.ended or not self.alive()
                     yield None
-                    self._hang_detector.exclude_time(self._clock() - now_s)
+                    self._liveness.exclude_since(paused_s)
 
-    def _visible_lines(self) -> Iterator[Json]:
-        """Yield the complete lines read so far, without replies to presence requests."""
-        for line in self._complete_lines():
-            if not _is_presence_reply(line):
-                yield line
-            # After the yield: the time that the client takes for a line is not claude's.
-            if self._hang_detector.record_line(line, self._clock()):
-                self._output.reset_noise()
-                self._startup.is_over = True
-
-    def _probe_if_silent(self) -> float:
-        """Return until when to wait for output. Send a presence request to a silent claude. Raise
-        UpstreamFailed when claude hangs."""
+    def _wait(self, selector: selectors.BaseSelector, limits: WaitLimits) -> bool:
+        """Write, read, or wait until one of these is possible. Return whether a Tick is due. Raise
+        ClientGone, UpstreamTimeout, and UpstreamFailed when claude hangs."""
+        if self._liveness.needs_probe():
+            self._pipes.send(presence_request())
+        self._pipes.flush(selector)
+        tick_at_s = self._last_event_s + (limits.tick_s or math.inf)
+        until_s = min(limits.deadline_s, tick_at_s, self._liveness.next_check_s())
+        for key, _ in selector.select(max(0.0, until_s - self._clock())):
+            key.data(selector)
         now_s = self._clock()
-        if now_s >= self._hang_detector.hung_at_s() and not self._is_still_starting():
-            self._is_hung = True
-            raise UpstreamFailed(
-                f"claude on the server hung: it gave no answer for {_REPLY_TIMEOUT_S:.0f} s."
-            )
-        if now_s >= self._hang_detector.probe_at_s():
-            self._unsent += presence_request()
-            self._hang_detector.record_probe()
-            self._startup.sample()
-        return min(self._hang_detector.probe_at_s(), self._hang_detector.hung_at_s())
+        if now_s >= limits.deadline_s:
+            raise UpstreamTimeout("The answer took longer than CLAUDE_TIMEOUT allows.")
+        return now_s >= tick_at_s
 
-    def _is_still_starting(self) -> bool:
-        """Return whether the process is young and works on its start. It gets more time then."""
-        is_young = self._clock() - self.born_s < _MAX_START_S
-        if not (self._startup.is_working() and is_young):
-            return False
-        self._hang_detector.exclude_time(_REPLY_TIMEOUT_S / 2)
-        return True
-
-    def _selector(self, client: Client) -> selectors.BaseSelector:
-        def check_client(selector: selectors.BaseSelector) -> None:
-            if client.gone():
-                raise ClientGone
-            if not client.can_detect_hangup():
-                # It sent more than the read-ahead buffer holds: its hang-up cannot be seen.
-                selector.unregister(client.fileno())
-
-        selector = selectors.DefaultSelector()
-        selector.register(self._child.stdout, selectors.EVENT_READ, self._read_stdout)
-        selector.register(self._child.stderr, selectors.EVENT_READ, self._read_stderr)
-        selector.register(client.fileno(), selectors.EVENT_READ, check_client)
-        return selector
-
-    def _read_stdout(self, _selector: object) -> None:
-        piece = self._read(self._child.stdout)
-        self._ended = self._ended or piece == b""
-        self._output.add(piece or b"")
-
-    def _read_stderr(self, selector: selectors.BaseSelector | None) -> None:
-        piece = self._read(self._child.stderr)
-        if piece == b"" and selector is not None:
-            selector.unregister(self._child.stderr)
-        self._stderr_tail += piece or b""
-        del self._stderr_tail[:-_STDERR_TAIL_BYTES]
-        self._output.count_noise(len(piece or b""))
-
-    def _read(self, descriptor: int) -> bytes | None:
-        """Return the available data: empty at the end, None when there is none yet."""
-        try:
-            return os.read(descriptor, 262_144)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
-
-    def _flush(self, selector: selectors.BaseSelector) -> None:
-        """Write what the pipe takes. Register for room in the pipe only while data is left."""
-        left = self._write_some()
-        waits = self._child.stdin in selector.get_map()
-        if left and not waits:
-            selector.register(self._child.stdin, selectors.EVENT_WRITE, self._flush)
-        elif waits and not left:
-            selector.unregister(self._child.stdin)
-
-    def _write_some(self) -> bool:
-        """Write what the pipe takes. Return whether data is left."""
-        try:
-            while self._unsent:
-                written = os.write(self._child.stdin, self._unsent[:262_144])
-                del self._unsent[:written]
-        except BlockingIOError:
-            return True
-        except OSError:
-            # The process is ending. The other pipes have the reason.
-            self._unsent.clear()
-        return False
-
-    def _complete_lines(self) -> Iterator[Json]:
-        """Yield the complete lines read so far, parsed. Skip a line that is no JSON object, such as
-        a plugin's output. Raise UpstreamFailed for broken JSON: a part of the answer is lost
-        then."""
-        for raw in self._output.lines():
-            if not raw.startswith(b"{"):
-                continue
-            try:
-                line = from_json(raw)
-            except ValueError:
-                raise UpstreamFailed("claude printed a broken line of JSON.") from None
-            if isinstance(line, dict):
+    def _take_lines(self) -> Iterator[Json]:
+        """Yield the complete lines read so far, and do what each requires whether or not a request
+        reads it."""
+        for raw in self._pipes.output.lines():
+            line = parse_line(raw)
+            if line is not None:
                 self._handle_line(line)
                 yield line
 
     def _handle_line(self, line: Json) -> None:
-        """Do what a line requires whether or not a request reads it."""
         kind = line.get("type")
         if kind == "control_request":
-            self._unsent += self.tools.reply(line)
+            self._pipes.send(self.tools.reply(line))
         self._turn_is_over = self._turn_is_over or kind == "result"
         # This line comes after the end of an answer, when no request reads any more.
         has_news = kind == "rate_limit_event"
@@ -10223,42 +10423,23 @@ class ClaudeProcess:
         if has_news and self._on_report is not None:
             self._on_report(line)
 
+    # -- idling and ending --------------------------------------------------------------------
+
     def drain_output(self) -> None:
-        """Read and answer what an idle claude prints, so that its pipes do not fill up. Never
-        blocks."""
-        self._drain_pipes()
-        self._write_some()
+        """Read and answer what an idle claude prints: its pipes must not fill up. Never blocks."""
+        self._read_idle()
+        self._pipes.write()
 
-    def _exit_error(self) -> OcpError:
-        """Return the error for a process that exited before its answer was complete."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.popen.wait(1)
-        rest = self._read(self._child.stderr)
-        self._stderr_tail += rest or b""
-        output = self._stderr_tail.decode("utf-8", "replace").strip()
-        last = output.splitlines()[-1] if output else "no error output"
-        last = redact_paths(redact(one_line(last)))
-        if "unknown option" in last:
-            return ClaudeTooOld(f"claude on the server is too old, run `claude update`: {last}")
-        code = self._child.popen.returncode
-        how = "exiting" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
-        return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
-
-    # -- ending -------------------------------------------------------------------------------
+    def _read_idle(self) -> None:
+        with contextlib.suppress(OcpError):
+            self._pipes.read()
+            for _ in self._take_lines():
+                pass
 
     def stop(self, *, graceful: bool) -> None:
-        """Start to end the process and return at once; `is_gone` completes it.
-
-        With `graceful`, only close its input; it has nothing left to do after a complete answer.
-        Else send SIGINT: claude then cancels its API request and sends no other. With SIGTERM it
-        was seen to send another request first, and SIGKILL leaves files behind.
-        """
-        if self._kill_at_s is not None:
-            return
-        self._kill_at_s = self._clock() + _END_GRACE_S
-        if not graceful:
-            self._child.signal(signal.SIGINT)
-        self._child.close_stdin()
+        """Start to end the process and return at once; `is_gone` completes it. `graceful` is for
+        a process that has nothing left to do."""
+        self._child.stop(self._clock(), graceful=graceful)
 
     def interrupt(self) -> None:
         """Make the process end, from a thread that does not own it. Its owner then gets the
@@ -10270,20 +10451,8 @@ class ClaudeProcess:
         grace time is over."""
         if self._child.is_closed():
             return True
-        self._drain_pipes()
-        if self._child.runs():
-            if self._kill_at_s is not None and self._clock() >= self._kill_at_s:
-                self._child.signal(signal.SIGKILL)
-            return False
-        self._child.close()
-        return True
-
-    def _drain_pipes(self) -> None:
-        with contextlib.suppress(OcpError):
-            self._read_stderr(None)
-            self._read_stdout(None)
-            for _ in self._complete_lines():
-                pass
+        self._read_idle()
+        return self._child.reap(self._clock())
 
 
 # ==== 26. Gate and spares ====================================================
@@ -11363,11 +11532,11 @@ _RESET_TOLERANCE_S = 60.0
 _PLAN_QUERY_INTERVAL_S = 60.0
 
 
-class ObservedWindow(NamedTuple):
-    """A plan window and the time when its utilization was last reported."""
-
-    window: PlanWindow
-    observed_s: float
+def _is_same_window(before: PlanWindow, now: PlanWindow) -> bool:
+    """Compare the reset times; some reports round them to whole seconds."""
+    if before.resets_at_s is None or now.resets_at_s is None:
+        return before.resets_at_s is now.resets_at_s
+    return abs(before.resets_at_s - now.resets_at_s) <= _RESET_TOLERANCE_S
 
 
 class Account:
@@ -11379,7 +11548,7 @@ class Account:
         self._lock = threading.Lock()
         self._logged_in: bool | None = None
         self._login_checked_s: float | None = None
-        self._windows: dict[str, ObservedWindow] = {}
+        self._windows: dict[str, PlanWindow] = {}
         self._last_report = PlanReport({})
         self._subscription: str | None = None
         self._windows_updated_s: float | None = None
@@ -11419,26 +11588,20 @@ class Account:
                 self._windows_updated_s = now_s
             self._subscription = report.subscription or self._subscription
             for name, window in report.windows.items():
-                self._windows[name] = self._merge(self._windows.get(name), window, now_s)
-            if report.status is not None:
+                window = window._replace(observed_s=now_s)
+                before = self._windows.get(name)
+                if before is not None and _is_same_window(before, window):
+                    window = self._completed(window, before)
+                self._windows[name] = window
+            # A reply to a query has no status, and a plain 429 has no windows.
+            if report.windows and report.status is not None:
                 self._last_report = report
 
-    def _merge(
-        self, before: ObservedWindow | None, window: PlanWindow, now_s: float
-    ) -> ObservedWindow:
-        if before is None or not self._is_same_window(before.window, window):
-            return ObservedWindow(window, now_s)
+    def _completed(self, window: PlanWindow, before: PlanWindow) -> PlanWindow:
+        """Return a window with what only an earlier report told."""
         if window.utilization is not None:
-            status = window.status or before.window.status
-            return ObservedWindow(window._replace(status=status), now_s)
-        utilization = before.window.utilization
-        return ObservedWindow(window._replace(utilization=utilization), before.observed_s)
-
-    def _is_same_window(self, before: PlanWindow, now: PlanWindow) -> bool:
-        """Compare the reset times; some reports round them to whole seconds."""
-        if before.resets_at_s is None or now.resets_at_s is None:
-            return before.resets_at_s is now.resets_at_s
-        return abs(before.resets_at_s - now.resets_at_s) <= _RESET_TOLERANCE_S
+            return window._replace(status=window.status or before.status)
+        return window._replace(utilization=before.utilization, observed_s=before.observed_s)
 
     def claim_plan_query(self) -> bool:
         """Return whether a plan query to claude is due, and count it as done if so."""
@@ -11453,18 +11616,22 @@ class Account:
         now_s = self._clock()
         with self._lock:
             return {
-                name: observed.window for name, observed in self._windows.items()
-                if observed.window.resets_at_s is None or observed.window.resets_at_s > now_s
+                name: window for name, window in self._windows.items()
+                if window.resets_at_s is None or window.resets_at_s > now_s
             }
 
     def plan(self) -> Json:
         """Return the plan for /usage; null = unknown, `observedAt` = time of the report."""
         known = self.windows()
         with self._lock:
-            report, observed = self._last_report, dict(self._windows)
-            subscription = self._subscription
+            report, subscription = self._last_report, self._subscription
+            # Of a window that has been reset, only the time of its last report is still true.
+            past = {
+                name: PlanWindow(observed_s=window.observed_s)
+                for name, window in self._windows.items()
+            }
         entries = {
-            name: self._window_entry(known.get(name), observed.get(name))
+            name: self._window_entry(known.get(name) or past.get(name) or PlanWindow())
             for name in (*_MAIN_WINDOWS, *known)
         }
         extra: Json = {"status": report.overage_status}
@@ -11482,8 +11649,7 @@ class Account:
             "subscription": subscription,
         }
 
-    def _window_entry(self, window: PlanWindow | None, observed: ObservedWindow | None) -> Json:
-        window = window or PlanWindow(None, None, None)
+    def _window_entry(self, window: PlanWindow) -> Json:
         share, resets_s = window.utilization, window.resets_at_s
         human = None
         if resets_s is not None:
@@ -11495,7 +11661,7 @@ class Account:
             "resetsAt": None if resets_s is None else iso_time(resets_s),
             "resetsAtHuman": human,
             "status": window.status,
-            "observedAt": None if observed is None else iso_time(observed.observed_s),
+            "observedAt": None if window.observed_s is None else iso_time(window.observed_s),
         }
 
     def report(self) -> Json:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from claude_lines import START, stream
 from clock import FakeClock
+from processes import descriptors
 from project import load_script
 
 ocp = load_script("ocp_server.py")
@@ -246,6 +248,73 @@ def test_a_program_that_prints_without_end_is_cut_off(
     installed.install("exec yes hello")
 
     assert isinstance(installed.failure(), ocp.ClaudeMissing)
+
+
+# -- after an answer ----------------------------------------------------------
+
+
+class Piped:
+    """A child without a process: its pipes hold what it prints."""
+
+    def __init__(self, *lines: Json) -> None:
+        self.pid = os.getpid()
+        self.is_stopping = False
+        self.input, self.stdin = os.pipe()
+        self.stdout, output = os.pipe()
+        self.stderr, self._errors = os.pipe()
+        self._silent, self._silence = os.pipe()
+        os.write(output, b"".join(ocp.to_json(line) + b"\n" for line in lines))
+        self._ends = [self.input, self.stdin, self.stdout, output, self.stderr, self._errors,
+                      self._silent, self._silence]
+        for end in self._ends:
+            os.set_blocking(end, False)
+
+    def runs(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        for end in self._ends:
+            os.close(end)
+
+    # It is its own client, which waits.
+
+    def fileno(self) -> int:
+        return self._silent
+
+    def gone(self) -> bool:
+        return False
+
+    def can_detect_hangup(self) -> bool:
+        return True
+
+
+def test_nothing_touches_a_process_once_the_last_event_of_its_answer_is_out() -> None:
+    call = {"type": "tool_use", "id": "toolu_1", "name": "weather"}
+    child = Piped(
+        START, stream("content_block_start", index=0, content_block=call),
+        stream("message_delta", delta={"stop_reason": "tool_use"}), {"type": "keep_alive"})
+    clock = FakeClock()
+    process = ocp.ClaudeProcess(child, "claude-x", clock=clock)
+    reader = ocp.TurnReader((ocp.Tool("weather", "", {}),))
+    limits = ocp.WaitLimits(child, clock() + 60, 0.0)
+    question = ocp.TurnInput([b"question\n"])
+    before = descriptors(os.getpid())
+    try:
+        events = process.converse(question, limits, reader)
+        for event in events:
+            if isinstance(event, ocp.Finished):
+                break
+        # Somebody else has it from now on.
+        state = dict(vars(process))
+        assert descriptors(os.getpid()) == before
+        clock.advance(5)
+
+        assert list(events) == []
+
+        assert vars(process) == state
+        assert os.read(child.input, 100) == b"question\n"
+    finally:
+        child.close()
 
 
 # -- what is left -------------------------------------------------------------

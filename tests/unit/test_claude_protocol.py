@@ -335,7 +335,7 @@ def test_garbage_raises_nothing_but_errors_that_a_client_can_be_told(seed: int) 
             continue
         try:
             reader.events(line)
-            ocp.plan_window(line)
+            ocp.plan_event(line)
             ocp.check_history_result(line)
         except ocp.OcpError as error:
             assert ocp.to_json(ocp.CHAT.error_body(error, "req_1"))
@@ -433,7 +433,7 @@ def test_the_latest_word_about_the_plan_is_kept() -> None:
 
     reader = reader_after(allowed, {**allowed, "rate_limit_info": rejected}, {"type": "system"})
 
-    assert reader.window == ocp.ReportedWindow(rejected=True, resets_at_s=5.0)
+    assert (reader.plan.is_limit_reached, reader.plan.resets_at_s) == (True, 5.0)
 
 
 def test_the_reason_of_a_result_without_a_complaint_before_it_is_told() -> None:
@@ -491,9 +491,9 @@ def test_a_finished_block_of_the_model_is_no_complaint() -> None:
     ],
 )
 def test_a_rate_limit_event_tells_about_the_plan(line: Json, window: tuple[bool, float]) -> None:
-    found = ocp.plan_window({"type": "rate_limit_event", "rate_limit_info": line})
+    found = ocp.plan_event({"type": "rate_limit_event", "rate_limit_info": line})
 
-    assert tuple(found) == window
+    assert (found.is_limit_reached, found.resets_at_s) == window
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ def test_a_rate_limit_event_tells_about_the_plan(line: Json, window: tuple[bool,
      {"type": "system", "rate_limit_info": {"status": "rejected"}}],
 )
 def test_no_other_line_tells_about_the_plan(line: Json) -> None:
-    assert ocp.plan_window(line) is None
+    assert ocp.plan_event(line) is None
 
 
 def test_a_history_that_was_taken_is_no_failure() -> None:
@@ -560,6 +560,16 @@ def test_tools_of_claude_s_own_are_never_told() -> None:
 
     blocks = [event.block["type"] for event in events if isinstance(event, ocp.BlockStarted)]
     assert blocks == ["text", "text"]
+
+
+def test_an_answer_that_begins_anew_in_a_later_round_begins_without_a_paragraph() -> None:
+    first = rounds("First.", "Second.")[:-3]
+    assert first[-1] == START
+
+    events = told(*first, START, TEXT, delta("Anew."), ending("end_turn"))
+
+    begun = events[events.index(ocp.Restarted()):]
+    assert words(begun) == "Anew."
 
 
 def test_only_the_last_round_is_told_where_the_operator_wants_that() -> None:

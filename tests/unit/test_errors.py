@@ -195,12 +195,12 @@ REPORTED = {
     (599, ""): "UpstreamFailed",
 }
 NOW_S = 1_000_000.0
-REJECTED = ocp.ReportedWindow(rejected=True, resets_at_s=NOW_S + 3600)
+REJECTED = ocp.PlanReport({}, "rejected", resets_at_s=NOW_S + 3600)
 
 
-def told(text: str, word: str = "", status: int | None = None, window: Any = None) -> Any:
+def told(text: str, word: str = "", status: int | None = None, plan: Any = None) -> Any:
     """The error for a complaint of claude's."""
-    return ocp.upstream_error(ocp.ReportedFailure(text, word, status), window, NOW_S)
+    return ocp.upstream_error(ocp.ReportedFailure(text, word, status), plan, NOW_S)
 
 
 def printed_combinations() -> set[tuple[int | None, str]]:
@@ -251,13 +251,13 @@ def test_a_used_up_plan_says_when_it_resets() -> None:
 
 
 def test_a_reset_that_has_passed_means_soon() -> None:
-    passed = ocp.ReportedWindow(rejected=True, resets_at_s=NOW_S - 60)
+    passed = ocp.PlanReport({}, "rejected", resets_at_s=NOW_S - 60)
 
     assert told("Limit", "rate_limit", 429, passed).headers()["Retry-After"] == "1"
 
 
 def test_a_rate_limit_within_the_plan_is_worth_a_retry() -> None:
-    allowed = ocp.ReportedWindow(rejected=False, resets_at_s=NOW_S + 3600)
+    allowed = ocp.PlanReport({}, "allowed", resets_at_s=NOW_S + 3600)
 
     error = told("Too many requests", "rate_limit", 429, allowed)
 

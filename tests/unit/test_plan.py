@@ -39,7 +39,7 @@ def test_the_old_claude_tells_the_reset_of_the_window_that_decides() -> None:
     news = news_of(OLD, "first")
 
     assert news == ocp.PlanReport(
-        {"five_hour": ocp.PlanWindow(None, FIVE_S, "allowed")}, "allowed", "five_hour",
+        {"five_hour": ocp.PlanWindow(None, FIVE_S, "allowed")}, "allowed", "five_hour", FIVE_S,
         overage_status="rejected", overage_reason="org_level_disabled")
 
 
@@ -48,7 +48,7 @@ def test_the_new_claude_tells_all_windows() -> None:
 
     assert news == ocp.PlanReport(
         {"five_hour": ocp.PlanWindow(0.21, FIVE_S, "allowed"),
-         "seven_day": ocp.PlanWindow(0.4, WEEK_S, "allowed")}, "allowed", "five_hour",
+         "seven_day": ocp.PlanWindow(0.4, WEEK_S, "allowed")}, "allowed", "five_hour", FIVE_S,
         overage_status="rejected", overage_reason="org_level_disabled")
 
 
@@ -82,18 +82,12 @@ def test_the_week_may_be_the_window_that_decides(version: str) -> None:
 
 
 @each_version
-@pytest.mark.parametrize("name", ["no headers", "plain 429"])
-def test_a_line_that_names_no_window_is_no_news(version: str, name: str) -> None:
-    assert ocp.plan_event(LINES[version]["events"][name]) is None
-
-
-@each_version
 def test_a_plain_429_is_no_limit_of_the_plan_and_a_rejection_is(version: str) -> None:
     events = LINES[version]["events"]
 
-    plain, rejected = (ocp.plan_window(events[name]) for name in ("plain 429", "rejected"))
+    plain, rejected = (ocp.plan_event(events[name]) for name in ("plain 429", "rejected"))
 
-    assert (plain.rejected, rejected.rejected) == (False, True)
+    assert (plain.is_limit_reached, rejected.is_limit_reached) == (False, True)
 
 
 # ---------------------------------------------------------------------------
@@ -191,7 +185,6 @@ def test_windows_that_are_none_are_left_out(value: Json) -> None:
 @pytest.mark.parametrize("line", [
     {}, {"type": "rate_limit_event"}, {"type": "rate_limit_event", "rate_limit_info": None},
     {"type": "rate_limit_event", "rate_limit_info": ["five_hour"]},
-    {"type": "rate_limit_event", "rate_limit_info": {"rateLimitType": 5}},
     {"type": "system", "rate_limit_info": {"rateLimitType": "five_hour"}}])
 def test_other_lines_are_no_news(line: Json) -> None:
     assert ocp.plan_event(line) is None
@@ -332,6 +325,28 @@ def test_a_reply_that_knows_nothing_takes_nothing_back(account: Any, version: st
         account.update_plan(ocp.plan_report(LINES[version]["replies"][name]))
 
     assert account.report() == before
+
+
+@each_version
+@pytest.mark.parametrize("name", ["no headers", "plain 429"])
+def test_a_line_that_names_no_window_changes_nothing(
+    account: Any, version: str, name: str
+) -> None:
+    account.update_plan(news_of(LINES[version], "first"))
+    before = account.report()
+
+    account.update_plan(news_of(LINES[version], name))
+
+    assert account.report() == before
+
+
+@pytest.mark.parametrize("claim", [5, None, ["five_hour"]])
+def test_a_window_whose_name_is_no_text_changes_nothing(account: Any, claim: Json) -> None:
+    info = {"status": "allowed", "rateLimitType": claim, "unifiedWindows": {"five_hour": {}}}
+
+    account.update_plan(ocp.plan_event({"type": "rate_limit_event", "rate_limit_info": info}))
+
+    assert account.report()["_raw"] == {} and account.report()["status"] is None
 
 
 def test_after_its_reset_a_window_is_unknown_and_says_since_when(
