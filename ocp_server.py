@@ -10888,8 +10888,8 @@ NO_CONVERSATION = Conversation(History("", ()))
 # puts it back or stops it. So requests never share a process, not even retries and branches of one
 # conversation. No parked process becomes a spare, so a process never changes its caller.
 #
-# The function `plan` alone decides which idle processes end and which spares are started. Only the
-# housekeeper's thread acts on it (`tend`, `refill`) and reaps; a request never waits for that.
+# The function `plan_pool` alone decides which idle processes end and which spares are started. Only
+# the housekeeper's thread acts on it (`tend`, `refill`) and reaps; a request never waits for that.
 # `drop` ends everything idle, because claude or its login has changed.
 
 
@@ -10935,7 +10935,7 @@ class PoolPlan(NamedTuple):
     start: list[str]
 
 
-def plan(
+def plan_pool(
     processes: list[PooledProcess], uses: Mapping[str, ModelUse], config: Config, now_s: float, *,
     may_start: bool = True,
 ) -> PoolPlan:
@@ -10950,6 +10950,8 @@ def plan(
     outdated = [p for p in idle if p not in kept]
     evicted = evicted_by_limit(kept, config.parked_processes)
     spares = [p for p in kept if p.state is ProcessState.SPARE]
+    oldest_s = now_s - max_idle_s[ProcessState.SPARE]
+    uses = {model_id: use for model_id, use in uses.items() if use.last_used_s >= oldest_s}
     due = [m for m, use in uses.items() if may_start and use.refill_at_s <= now_s]
     surplus, start = _plan_spares(spares, uses, due, config)
     return PoolPlan(outdated + evicted + surplus, start)
@@ -10999,7 +11001,7 @@ _MAX_REWINDS = 500
 
 
 class ProcessPool:
-    """The processes that no request is using. See the theory above."""
+    """The processes that no request is using; see above."""
 
     def __init__(
         self, start: Callable[[str], ClaudeProcess], clock: Clock = time.monotonic
@@ -11012,7 +11014,7 @@ class ProcessPool:
         self._lock = threading.Lock()
         #: Spares in the order in which they are taken, parked processes in the order of eviction.
         self._processes: list[PooledProcess] = []
-        #: The models that were used within `warm_idle_ms`.
+        #: The models that were used lately.
         self._uses: dict[str, ModelUse] = {}
         #: Nothing is started, and nothing is rewound, before these times.
         self._refills_from_s = -math.inf
@@ -11189,7 +11191,7 @@ class ProcessPool:
     # -- housekeeping, in one thread --------------------------------------------------------------
 
     def tend(self, config: Config) -> None:
-        """Drain the pipes of parked processes, stop what `plan` returns, and reap."""
+        """Drain the pipes of parked processes, stop what `plan_pool` returns, and reap."""
         now_s = self._clock()
         with self._lock:
             for pooled in self._in(ProcessState.PARKED):
@@ -11204,15 +11206,11 @@ class ProcessPool:
         self.reap()
 
     def refill(self, config: Config) -> None:
-        """Start the spares that `plan` returns. Raise the error of a start."""
+        """Start the spares that `plan_pool` returns. Raise the error of a start."""
         now_s = self._clock()
         with self._lock:
             to_start = self._plan(config, now_s).start
-            if now_s >= self._refills_from_s:
-                self._uses = {
-                    model_id: use if use.refill_at_s > now_s else ModelUse(use.last_used_s)
-                    for model_id, use in self._uses.items()
-                }
+            self._forget_refills(config, now_s)
         try:
             for model_id in to_start:
                 self.put_spare(self.start(model_id))
@@ -11221,12 +11219,19 @@ class ProcessPool:
                 self._refills_from_s = self._clock() + _FAILURE_PAUSE_S
             raise
 
+    def _forget_refills(self, config: Config, now_s: float) -> None:
+        """Forget the refills that were due and the models out of use. The caller holds the lock."""
+        oldest_s = now_s - config.warm_idle_ms / 1000
+        may_start = now_s >= self._refills_from_s
+        self._uses = {
+            model_id: ModelUse(use.last_used_s) if may_start and use.refill_at_s <= now_s else use
+            for model_id, use in self._uses.items() if use.last_used_s >= oldest_s
+        }
+
     def _plan(self, config: Config, now_s: float) -> PoolPlan:
         """Return the plan for this time. The caller holds the lock."""
         may_start = now_s >= self._refills_from_s
-        oldest_s = now_s - config.warm_idle_ms / 1000
-        self._uses = {m: use for m, use in self._uses.items() if use.last_used_s >= oldest_s}
-        return plan(self._processes, self._uses, config, now_s, may_start=may_start)
+        return plan_pool(self._processes, self._uses, config, now_s, may_start=may_start)
 
     def has_work_soon(self, config: Config) -> bool:
         """Return whether the housekeeper has work within a moment: a stopping process or a
