@@ -13518,7 +13518,8 @@ class App:
         self.started_s = clock()
         self.started_at_s = time.time()
         self.clock = clock
-        self._open_state(config, dict(environ))
+        environ = dict(environ)
+        self._open_state(config, environ)
         self.metrics = Metrics()
         self.refusals = Refusals(log)
         self.wrong_keys = WrongKeys(clock)
@@ -13532,8 +13533,7 @@ class App:
         #: What processes said about the plan, until somebody takes it to the account.
         self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._starter = ClaudeStarter(
-            self.program, self.claude_folder, self.settings, dict(environ), log,
-            self._notices.put, clock,
+            self.program, self.claude_folder, self.settings, environ, log, self._notices.put, clock
         )
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
@@ -13708,7 +13708,6 @@ class App:
     def close(self) -> None:
         """Stop every child and close the database and the log."""
         self.refusals.tend(at_once=True)
-        self.pool.drop()
         self.pool.close()
         self._starter.close()
         with contextlib.suppress(sqlite3.Error):

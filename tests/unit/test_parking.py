@@ -303,6 +303,40 @@ def test_waiting_calls_take_their_results_all_at_once_and_alone(
     assert takes(held, *CALLED, user(*content)) is taken
 
 
+def answer(*content: Any) -> Any:
+    """An answer of these blocks."""
+    blocks = assistant(*content).content
+    return ocp.Answer("msg", SONNET.id, blocks, "", "end_turn", None, ocp.NO_USAGE)
+
+
+def test_a_conversation_goes_on_with_its_answer() -> None:
+    point = ocp.rewind_point_of(turn(user("a")))
+    asked = ocp.Conversation(known(turn(user("a"))), rewind_point=point, messages_given=3)
+
+    held = asked.after(answer("b"), asked.history, is_dead_end=False)
+
+    assert held == asked._replace(history=known(turn(*SAID)))
+    assert takes(held, *SAID, user("c"))
+
+
+def test_after_calls_a_conversation_waits_for_their_results() -> None:
+    asked = ocp.Conversation(known(turn(user("a"))))
+
+    held = asked.after(answer(use("t1"), use("t2")), asked.history, is_dead_end=False)
+
+    assert held.awaiting == {"t1", "t2"}
+    assert takes(held, *CALLED, user(result("t1"), result("t2")))
+
+
+def test_nothing_goes_on_from_a_dead_end() -> None:
+    asked = ocp.Conversation(known(turn(user("a"))))
+
+    held = asked.after(answer("b"), asked.history, is_dead_end=True)
+
+    assert held.is_dead_end and not asked.is_dead_end
+    assert not takes(held, *SAID, user("c"))
+
+
 def test_context_is_told_with_a_result_unless_it_is_known() -> None:
     message = user(result("t1"), result("t2"), context("It is one."))
 
