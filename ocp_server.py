@@ -10972,12 +10972,12 @@ def _plan_spares(
     waiting: dict[str, list[PooledProcess]] = {model_id: [] for model_id in uses}
     for spare in spares:
         waiting.setdefault(spare.process.model_id, []).append(spare)
+    last_used_s = {model_id: use.last_used_s for model_id, use in uses.items()}
     surplus: list[PooledProcess] = []
     replaceable: list[PooledProcess] = []
     start: list[str] = []
     places = config.warm_total
-    never = ModelUse(0.0)
-    for model_id in sorted(waiting, key=lambda m: -uses.get(m, never).last_used_s):
+    for model_id in sorted(waiting, key=lambda m: -last_used_s.get(m, 0.0)):
         own = waiting[model_id]
         count = min(config.warm_processes, places)
         places -= count
