@@ -19,48 +19,50 @@ a request, start with the HTTP server.
 
 Sections (search for "==== 8" to jump to the eighth):
 
-     1. Small tools           compact JSON, ids, redaction, formatting of times and text
-     2. Settings              the table of settings, and reading them from the environment
-     3. Errors                every failure that is reported to a client
-     4. Log                   a rotated JSON file, the terminal, and recent events in memory
-     5. Models                the known models and what each one accepts
-     6. Turns and events      the internal form of a request and of an answer
-     7. Store                 the SQLite database, and the settings changed at run time
-     8. Keys and callers      authentication, access to routes, and the keys of devices
-     9. Usage and quotas      one row for each request, and the limits of keys
-    10. Patterns              regular expressions of clients, for JavaScript and for Python
-    11. JSON Schema           schemas of clients, parsed into plain 2020-12
-    12. Model schemas         schemas rewritten so that claude and the API accept them, and back
-    13. Request fields        typed access to JSON; thinking and sampling
-    14. Attachments           images and files of requests, and their limits
-    15. Content               parts and blocks of messages in the formats of all APIs
-    16. Tools                 tools, the choice among them, their calls, output schemas
-    17. Dialects              messages become a prompt; what every wire format does
-    18. Chat completions      /v1/chat/completions and /v1/completions
-    19. Messages              /v1/messages
-    20. Response items        input items into messages, blocks into output items
-    21. Responses             /v1/responses and /v1/responses/compact
-    22. Claude protocol       lines written to claude; reports about the plan and failures
-    23. Claude answers        output of claude to lines; lines of a turn to events of an answer
-    24. Claude program        the program on disk, how it is started, and its folders
-    25. Claude process        one child process and its pipes
-    26. Gate and spares       admission of requests; idle processes that wait for work
-    27. Parking               processes and state kept for the next message of a conversation
-    28. Cache                 stored answers, and answers shared while they are generated
-    29. Account               the state of login and plan, learned from answers
-    30. Metrics               counters and histograms since the start
-    31. Connections           client sockets, and limits on their number and memory
-    32. State folder          the database, the modes of files, the admin key
-    33. Answering             one request: quota, cache, claude, row of usage
-    34. App                   owns every long-lived object; the housekeeper
-    35. Routes                the choice of a route for a path and a method
-    36. HTTP server           sockets, bodies, one thread for each connection
-    37. Dashboard             the operator's page, and its content security policy
-    38. API endpoints         answers, stored responses, sessions, models
-    39. Management endpoints  health, logs, keys, usage, settings, pages, OpenAPI
-    40. Table of routes       path, access, dialect and endpoint of each route
-    41. Demo claude           the stand-in for claude behind --demo
-    42. Command line          arguments, signals, main
+     1. Small tools             compact JSON, ids, redaction, formatting of times and text
+     2. Settings                the table of settings, and reading them from the environment
+     3. Errors                  every failure that is reported to a client
+     4. Log                     a rotated JSON file, the terminal, and recent events in memory
+     5. Models                  the known models and what each one accepts
+     6. Turns and events        the internal form of a request and of an answer
+     7. Store                   the SQLite database, and the settings changed at run time
+     8. Keys and callers        authentication, access to routes, and the keys of devices
+     9. Usage and quotas        one row for each request, and the limits of keys
+    10. Patterns                regular expressions of clients, for JavaScript and for Python
+    11. JSON Schema             schemas of clients, parsed into plain 2020-12
+    12. Model schemas           schemas rewritten so that claude and the API accept them, and back
+    13. Request fields          typed access to JSON; thinking and sampling
+    14. Attachments             images and files of requests, and their limits
+    15. Content                 parts and blocks of messages in the formats of all APIs
+    16. Tools                   tools, the choice among them, their calls, output schemas
+    17. Dialects                messages become a prompt; what every wire format does
+    18. Chat completions        /v1/chat/completions and /v1/completions
+    19. Messages                /v1/messages
+    20. Response items          input items into messages, blocks into output items
+    21. Responses               /v1/responses and /v1/responses/compact
+    22. Claude protocol         lines written to claude; reports about the plan and failures
+    23. Claude answers          output of claude to lines; lines of a turn to events of an answer
+    24. Claude program          the program on disk, how it is started, and its folders
+    25. Claude process          one child process and its pipes
+    26. Gate                    admission of requests
+    27. Conversations           the identity of conversations; what an idle process can do with them
+    28. Process pool            spare, parked and stopping processes
+    29. Sessions and responses  what is remembered for clients that send only new messages
+    30. Cache                   stored answers, and answers shared while they are generated
+    31. Account                 the state of login and plan, learned from answers
+    32. Metrics                 counters and histograms since the start
+    33. Connections             client sockets, and limits on their number and memory
+    34. State folder            the database, the modes of files, the admin key
+    35. Answering               one request: quota, cache, claude, row of usage
+    36. App                     owns every long-lived object; the housekeeper
+    37. Routes                  the choice of a route for a path and a method
+    38. HTTP server             sockets, bodies, one thread for each connection
+    39. Dashboard               the operator's page, and its content security policy
+    40. API endpoints           answers, stored responses, sessions, models
+    41. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    42. Table of routes         path, access, dialect and endpoint of each route
+    43. Demo claude             the stand-in for claude behind --demo
+    44. Command line            arguments, signals, main
 """
 from __future__ import annotations
 
@@ -10275,9 +10277,6 @@ class ClaudeProcess:
         #: Whether the process reports another version than it was started with.
         self.version_differs = False
         self.rewinds = 0
-        #: How many messages of history the process got before its first question: other
-        #: conversations can start with the same ones.
-        self.history_messages = 0
         #: When the client last got an event. A Tick is due `tick_s` later.
         self._last_event_s = 0.0
         #: Whether claude has printed the `result` of its last turn.
@@ -10455,9 +10454,53 @@ class ClaudeProcess:
         return self._child.reap(self._clock())
 
 
-# ==== 26. Gate and spares ====================================================
-# Which requests may run, and idle processes that save the time of a start. Both classes decide
-# under their lock and act outside it. Neither depends on the content of a request.
+class ClaudeStarter:
+    """Starts claude in its working folder, with the settings of the moment."""
+
+    def __init__(
+        self, program: ClaudeProgram, folder: ClaudeFolder, settings: Settings,
+        environ: Mapping[str, str], log: Log, on_report: Callable[[Json], None], clock: Clock,
+    ) -> None:
+        """`on_report` is for ClaudeProcess."""
+        self._program = program
+        self._folder = folder
+        self._settings = settings
+        self._environ = environ
+        self._log = log
+        self._on_report = on_report
+        self._clock = clock
+        self._watchdog = Watchdog()
+        self._work_folder = work_folder(settings.config, environ)
+
+    def start(self, model_id: str) -> ClaudeProcess:
+        """Return a new process of this model. Raise ClaudeUnavailable, UpstreamFailed."""
+        config, program = self._settings.config, self._program.resolve()
+        with contextlib.suppress(OSError):
+            # Whoever cleans up temporary files may have taken it away.
+            os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
+        env = {**child_environment(self._environ, config), **self._folder.environment()}
+        try:
+            child = Child(
+                [*program.command, *claude_arguments(model_id, config)], env=env,
+                cwd=self._work_folder, watchdog=self._watchdog,
+                # In agent mode the owner can use the same folder, and so the same logs.
+                keeps_logs=config.is_agent,
+            )
+        except ClaudeMissing as error:
+            raise self._program.as_away_if_recent(error) from None
+        process = ClaudeProcess(
+            child, model_id, version=program.version, on_report=self._on_report, clock=self._clock
+        )
+        self._log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
+        return process
+
+    def close(self) -> None:
+        """End what is left of the processes. Blocks for two seconds at most."""
+        self._watchdog.close()
+
+
+# ==== 26. Gate ===============================================================
+# Which requests may run. The gate knows the callers and nothing of the content of their requests.
 
 #: How often a waiting request checks its client.
 _CLIENT_POLL_S = 0.2
@@ -10612,237 +10655,20 @@ class Slot:
             raise self.refusal
 
 
-#: The pause before a refill: the request that took the spare needs the machine first.
-_REFILL_PAUSE_S = 0.2
-#: The pause after a spare that ended within _YOUNG_S or could not be started.
-_FAILURE_PAUSE_S = 30.0
-_YOUNG_S = 5.0
-
-
-class Spares:
-    """Idle processes by model, for models that were used lately. `take` returns one at once. `tend`
-    starts new ones in the housekeeper's thread, and also completes the end of stopped processes."""
-
-    def __init__(
-        self, spawn: Callable[[str], ClaudeProcess], clock: Clock = time.monotonic
-    ) -> None:
-        self._spawn = spawn
-        self._clock = clock
-        # Guards the fields below. Never held while a process is started or ended.
-        self._lock = threading.Lock()
-        self._idle: dict[str, list[ClaudeProcess]] = {}
-        #: When a model was last used, and the earliest time to start a spare of it.
-        self._last_used_s: dict[str, float] = {}
-        self._refill_at_s: dict[str, float] = {}
-        self._stopping: list[ClaudeProcess] = []
-        #: Borrowed processes. `drop` clears the list, and `put_back` then stops them.
-        self._borrowed: list[ClaudeProcess] = []
-        self._pause_until_s = 0.0
-        self.spawned = 0
-
-    def __repr__(self) -> str:
-        idle = ", ".join(f"{model}={count}" for model, count in sorted(self.idle().items()))
-        return f"<spares {idle or 'none'} stopping={len(self._stopping)}>"
-
-    def idle(self) -> dict[str, int]:
-        """Return the number of idle processes by model."""
-        with self._lock:
-            return {model: len(waiting) for model, waiting in self._idle.items() if waiting}
-
-    def mark_used(self, model_id: str) -> None:
-        """Record that a model is in use, so that spares are kept for it."""
-        with self._lock:
-            now_s = self._clock()
-            self._last_used_s[model_id] = now_s
-            self._refill_at_s.setdefault(model_id, now_s + _REFILL_PAUSE_S)
-
-    def take(self, model_id: str) -> tuple[ClaudeProcess, bool]:
-        """Return a process of this model and whether it is a spare. Raise the error of its
-        start."""
-        while True:
-            with self._lock:
-                waiting = self._idle.get(model_id)
-                process = waiting.pop(0) if waiting else None
-            if process is None:
-                return self._start(model_id), False
-            if process.alive():
-                return process, True
-            self.stop(process, graceful=False)
-
-    def borrow(self) -> ClaudeProcess | None:
-        """Return any idle process, to be returned with `put_back`; None when there is none."""
-        with self._lock:
-            for waiting in self._idle.values():
-                if waiting:
-                    self._borrowed.append(waiting.pop())
-                    return self._borrowed[-1]
-        return None
-
-    def put_back(self, process: ClaudeProcess) -> None:
-        """Return a borrowed process. It is stopped if the spares were dropped meanwhile."""
-        with self._lock:
-            is_current = process in self._borrowed
-            if is_current:
-                self._borrowed.remove(process)
-                self._idle.setdefault(process.model_id, []).append(process)
-        if not is_current:
-            self.stop(process, graceful=True)
-
-    def _start(self, model_id: str) -> ClaudeProcess:
-        process = self._spawn(model_id)
-        with self._lock:
-            self.spawned += 1
-        return process
-
-    def stop(self, process: ClaudeProcess, *, graceful: bool) -> None:
-        """Stop a process without waiting for its end."""
-        process.stop(graceful=graceful)
-        with self._lock:
-            if process in self._borrowed:
-                self._borrowed.remove(process)
-            self._stopping.append(process)
-
-    def drop(self) -> None:
-        """Stop all idle processes, because the program or its login has changed."""
-        with self._lock:
-            dropped = [process for waiting in self._idle.values() for process in waiting]
-            self._idle.clear()
-            self._borrowed.clear()
-            for model_id in self._last_used_s:
-                self._refill_at_s.setdefault(model_id, self._clock() + _REFILL_PAUSE_S)
-        for process in dropped:
-            self.stop(process, graceful=True)
-
-    def plan(self, config: Config) -> tuple[list[ClaudeProcess], list[str]]:
-        """Return the processes to stop, already removed from the spares, and the models to start: a
-        model is listed once for each new process."""
-        now_s, idle_s = self._clock(), config.warm_idle_ms / 1000
-        with self._lock:
-            self._last_used_s = {
-                model_id: at for model_id, at in self._last_used_s.items() if now_s - at <= idle_s
-            }
-            refills = self._refill_at_s.items()
-            self._refill_at_s = {m: at for m, at in refills if m in self._last_used_s}
-            to_stop = self._take_outdated(now_s, idle_s) + self._take_surplus(config)
-            to_start: list[str] = []
-            if now_s < self._pause_until_s:
-                return to_stop, to_start
-            total = sum(len(waiting) for waiting in self._idle.values())
-            for model_id in sorted(self._last_used_s, key=lambda m: -self._last_used_s[m]):
-                missing = config.warm_processes - len(self._idle.get(model_id, ()))
-                if now_s < self._refill_at_s.get(model_id, math.inf):
-                    continue
-                for _ in range(missing):
-                    if total >= config.warm_total:
-                        evicted = self._evict_less_recent(model_id)
-                        if evicted is None:
-                            break
-                        to_stop.append(evicted)
-                        total -= 1
-                    to_start.append(model_id)
-                    total += 1
-                self._refill_at_s.pop(model_id, None)
-        return to_stop, to_start
-
-    def _take_outdated(self, now_s: float, idle_s: float) -> list[ClaudeProcess]:
-        """Remove and return the processes that have ended or waited too long."""
-        to_stop: list[ClaudeProcess] = []
-        for model_id, waiting in list(self._idle.items()):
-            ended = [process for process in waiting if not process.alive()]
-            if any(now_s - process.born_s < _YOUNG_S for process in ended):
-                self._pause_until_s = now_s + _FAILURE_PAUSE_S
-            old = [p for p in waiting if now_s - p.born_s > idle_s and p not in ended]
-            if (ended or old) and model_id in self._last_used_s:
-                self._refill_at_s.setdefault(model_id, now_s)
-            to_stop += ended + old
-            self._idle[model_id] = [p for p in waiting if p not in ended and p not in old]
-        return to_stop
-
-    def _take_surplus(self, config: Config) -> list[ClaudeProcess]:
-        """Remove and return the processes above the limits, which can change at any time."""
-        to_stop: list[ClaudeProcess] = []
-        for model_id, waiting in self._idle.items():
-            to_stop += waiting[config.warm_processes:]
-            self._idle[model_id] = waiting[:config.warm_processes]
-        by_use = sorted(self._idle, key=lambda m: self._last_used_s.get(m, 0.0))
-        left = sum(len(waiting) for waiting in self._idle.values())
-        for waiting in (self._idle[model_id] for model_id in by_use):
-            while waiting and left > config.warm_total:
-                to_stop.append(waiting.pop())
-                left -= 1
-        return to_stop
-
-    def _evict_less_recent(self, newer: str) -> ClaudeProcess | None:
-        """Remove and return a process of the least recently used model, if it was used before
-        `newer`."""
-        models = [model_id for model_id, waiting in self._idle.items() if waiting]
-        oldest = min(models, key=lambda m: self._last_used_s.get(m, 0.0), default=newer)
-        if self._last_used_s.get(oldest, 0.0) >= self._last_used_s[newer]:
-            return None
-        return self._idle[oldest].pop(0)
-
-    def tend(self, config: Config) -> None:
-        """Stop and start the processes that `plan` returns. Raise the error of a start."""
-        to_stop, to_start = self.plan(config)
-        for process in to_stop:
-            self.stop(process, graceful=False)
-        try:
-            for model_id in to_start:
-                process = self._start(model_id)
-                with self._lock:
-                    self._idle.setdefault(model_id, []).append(process)
-        except OcpError:
-            with self._lock:
-                self._pause_until_s = self._clock() + _FAILURE_PAUSE_S
-                for model_id in to_start:
-                    self._refill_at_s.setdefault(model_id, self._pause_until_s)
-            raise
-        finally:
-            self.reap()
-
-    def has_work_soon(self) -> bool:
-        """Return whether `tend` has work within a moment: a stopping process or a refill."""
-        with self._lock:
-            soon_s = self._clock() + 2 * _REFILL_PAUSE_S
-            refills = self._pause_until_s < soon_s
-            due = refills and any(at < soon_s for at in self._refill_at_s.values())
-            return due or bool(self._stopping)
-
-    def reap(self) -> int:
-        """Complete the end of stopping processes. Return how many are left."""
-        with self._lock:
-            stopping, self._stopping = self._stopping, []
-        stopping = [process for process in stopping if not process.is_gone()]
-        with self._lock:
-            self._stopping += stopping
-            return len(self._stopping)
-
-    def close(self) -> None:
-        """Stop all processes and wait for their end, a few seconds at most."""
-        self.drop()
-        deadline_s = self._clock() + 2 * _END_GRACE_S
-        while self.reap() and self._clock() < deadline_s:
-            time.sleep(0.01)
-
-
-# ==== 27. Parking ============================================================
-# What is kept of a conversation for its next message: sessions on disk, responses by their ids, and
-# processes that wait with the conversation they hold. Digests identify a conversation: one for
-# everything but the messages, and one for each message, in a form that does not depend on how a
-# client writes it. No answer depends on a parked process: without one, the conversation is rebuilt
-# from the client's own history.
-
-
-# How a request finds a parked process, best first:
+# ==== 27. Conversations ======================================================
+# The identity of a conversation, and what an idle process can do with the next request of one.
+# Digests identify it: one for everything but the messages, and one for each message, in a form that
+# does not depend on how a client writes it.
+#
+# A process that holds a conversation serves a request in one of two ways:
 #
 # - continued: the process holds the whole conversation but the last message, which alone is sent.
 #   If its last answer ended with tool calls, the message must hold exactly their results.
 # - rewound: the process answered another last message (RewindPoint). It drops that message and
 #   everything after it, and then gets the new one.
-# - rebuilt: a fresh process gets the whole conversation.
 #
-# A process is parked after its answer, taken by one request at a time, and stopped when its time
-# is over or newer ones need its place.
+# Else the conversation is rebuilt: a fresh process gets all of it from the client's own history. So
+# no answer depends on a process that holds a conversation.
 
 
 class History(NamedTuple):
@@ -10938,6 +10764,468 @@ def results_with_context(message: Message, known_context: str) -> list[Block]:
     return results
 
 
+#: Stands for the digest of an answer from which no conversation continues.
+_DEAD_END = ""
+
+
+class Conversation(NamedTuple):
+    """What an idle process holds of a conversation, including its last answer."""
+
+    history: History
+    #: The ids of the tool calls that wait for results.
+    awaiting: frozenset[str] = frozenset()
+    #: The last user message, if the process can be rewound to before it.
+    rewind_point: RewindPoint | None = None
+    #: How many messages the process got before its first question: other conversations can start
+    #: with the same ones.
+    messages_given: int = 0
+
+    def after(self, answer: Answer, history: History, *, is_dead_end: bool) -> Conversation:
+        """Return the conversation after an answer to the last message of `history`."""
+        last = _DEAD_END
+        if not is_dead_end:
+            last = message_digest(Message("assistant", answer.blocks))
+        digests = (*history.digests, last)
+        awaiting = frozenset(call["id"] for call in answer.calls)
+        return self._replace(history=history._replace(digests=digests), awaiting=awaiting)
+
+    @property
+    def is_dead_end(self) -> bool:
+        """Return whether no conversation can continue from here."""
+        return self.history.digests[-1:] == (_DEAD_END,)
+
+    def can_continue(self, history: History, message: Message) -> bool:
+        """Return whether `history` is this conversation plus `message`, its last one."""
+        length = len(self.history.digests)
+        if self.history.base != history.base or self.history.digests != history.digests[:length]:
+            return False
+        if len(history.digests) != length + 1:
+            return False
+        results = results_with_context(message, self.history.context)
+        if not self.awaiting:
+            return not results
+        fit = all(mcp_content(block["content"]) is not None for block in results)
+        ids = {block["tool_use_id"] for block in results}
+        other = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
+        return fit and ids == self.awaiting and len(results) == len(ids) and not other
+
+    def can_rewind_to(self, history: History, version: Version) -> bool:
+        """Return whether `history` is this conversation with another last user message, and a
+        claude of this version can be rewound to it."""
+        if self.rewind_point is None or self.awaiting or self.history.base != history.base:
+            return False
+        index = self.rewind_point.message_index
+        if len(history.digests) != index + 1:
+            return False
+        if index == 0:
+            return version >= REWINDS_ALL_SINCE
+        return self.history.digests[:index] == history.digests[:index]
+
+    def is_superseded_by(self, history: History) -> bool:
+        """Return whether `history` repeats or edits the last user message of this conversation:
+        they share more than the history that both started with."""
+        has_history = len(history.digests) > 1
+        return has_history and self.common_prefix(history) > self.messages_given
+
+    def common_prefix(self, history: History) -> int:
+        """Return how many messages at the start are the same."""
+        pairs = list(zip(self.history.digests, history.digests))
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
+#: What a process holds before its first turn. No history has this base.
+NO_CONVERSATION = Conversation(History("", ()))
+
+
+# ==== 28. Process pool =======================================================
+# All processes that no request is using. Each is in one of three states:
+#
+# - spare: it was started for a model that was used lately, and holds no conversation.
+# - parked: it holds a conversation of one caller and waits for that caller's next message.
+# - stopping: it was told to end, and is reaped once it has.
+#
+#     start -> spare -> (taken by a request) -> parked -> (taken by a request) -> parked -> ...
+#     from everywhere -> stopping -> gone
+#
+# A process that is taken is not in the pool. It belongs to the thread that took it, which parks it,
+# puts it back or stops it. So requests never share a process, not even retries and branches of one
+# conversation. No parked process becomes a spare, so a process never changes its caller.
+#
+# The function `plan_pool` alone decides which idle processes end and which spares are started. Only
+# the housekeeper's thread acts on it (`tend`, `refill`) and reaps; a request never waits for that.
+# `drop` ends everything idle, because claude or its login has changed.
+
+
+class ProcessState(enum.Enum):
+    """What a process of the pool waits for: any request, its caller's next message, or its end."""
+
+    SPARE = "spare"
+    PARKED = "parked"
+    STOPPING = "stopping"
+
+
+class PooledProcess(NamedTuple):
+    """A process in the pool."""
+
+    process: ClaudeProcess
+    state: ProcessState
+    #: When a spare was started, and when any other process got into its state.
+    since_s: float
+    #: What a parked process holds.
+    conversation: Conversation = NO_CONVERSATION
+
+
+class ModelUse(NamedTuple):
+    """The use of a model that spares are kept for."""
+
+    last_used_s: float
+    #: The earliest time to start a spare. -inf = at once: no use since the last refill.
+    refill_at_s: float = -math.inf
+
+    def with_refill_at(self, time_s: float) -> ModelUse:
+        """Return it with a refill at this time. A refill that is due earlier stays: later uses do
+        not postpone it."""
+        if self.refill_at_s > -math.inf:
+            time_s = min(time_s, self.refill_at_s)
+        return self._replace(refill_at_s=time_s)
+
+
+class PoolPlan(NamedTuple):
+    """What is to be done with the processes of the pool."""
+
+    stop: list[PooledProcess]
+    #: A model is listed once for each process to start.
+    start: list[str]
+
+
+def plan_pool(
+    processes: list[PooledProcess], uses: Mapping[str, ModelUse], config: Config, now_s: float, *,
+    may_start: bool = True,
+) -> PoolPlan:
+    """Return the idle processes to stop and the models to start: stop what has ended, has waited
+    too long or exceeds a limit, and start the missing spares of the models in use."""
+    max_idle_s = {
+        ProcessState.SPARE: config.warm_idle_ms / 1000,
+        ProcessState.PARKED: config.session_ttl_ms / 1000,
+    }
+    idle = [p for p in processes if p.state in max_idle_s]
+    kept = [p for p in idle if p.process.alive() and now_s - p.since_s <= max_idle_s[p.state]]
+    outdated = [p for p in idle if p not in kept]
+    evicted = evicted_by_limit(kept, config.parked_processes)
+    spares = [p for p in kept if p.state is ProcessState.SPARE]
+    oldest_s = now_s - max_idle_s[ProcessState.SPARE]
+    uses = {model_id: use for model_id, use in uses.items() if use.last_used_s >= oldest_s}
+    due = [m for m, use in uses.items() if may_start and use.refill_at_s <= now_s]
+    surplus, start = _plan_spares(spares, uses, due, config)
+    return PoolPlan(outdated + evicted + surplus, start)
+
+
+def evicted_by_limit(processes: list[PooledProcess], max_parked: int) -> list[PooledProcess]:
+    """Return the parked processes to stop when only `max_parked` may stay; they are listed in the
+    order of eviction."""
+    parked = [p for p in processes if p.state is ProcessState.PARKED]
+    return parked[: max(0, len(parked) - max_parked)]
+
+
+def _plan_spares(
+    spares: list[PooledProcess], uses: Mapping[str, ModelUse], due: list[str], config: Config
+) -> PoolPlan:
+    """Give the places for spares to the models that were used last. A spare beyond the place of its
+    model is stopped only when the limit requires it or another model's spare is started."""
+    waiting: dict[str, list[PooledProcess]] = {model_id: [] for model_id in uses}
+    for spare in spares:
+        waiting.setdefault(spare.process.model_id, []).append(spare)
+    last_used_s = {model_id: use.last_used_s for model_id, use in uses.items()}
+    surplus: list[PooledProcess] = []
+    replaceable: list[PooledProcess] = []
+    start: list[str] = []
+    places = config.warm_total
+    for model_id in sorted(waiting, key=lambda m: -last_used_s.get(m, 0.0)):
+        own = waiting[model_id]
+        count = min(config.warm_processes, places)
+        places -= count
+        surplus += own[config.warm_processes:]
+        # The least recently used model comes first.
+        replaceable = own[count:config.warm_processes] + replaceable
+        if model_id in due:
+            start += [model_id] * (count - len(own))
+    excess = len(spares) - len(surplus) + len(start) - config.warm_total
+    return PoolPlan(surplus + replaceable[: max(0, excess)], start)
+
+
+#: The pause before a refill: the request that took the spare needs the machine first.
+_REFILL_PAUSE_S = 0.2
+#: The pause after a spare that ended within _YOUNG_S or could not be started.
+_FAILURE_PAUSE_S = 30.0
+_YOUNG_S = 5.0
+#: The memory of a claude grows with each rewind: from 202 to 307 MB after this many messages of 20
+#: KB (2.1.330). Then another process replaces it.
+_MAX_REWINDS = 500
+
+
+class ProcessPool:
+    """The processes that no request is using; see above."""
+
+    def __init__(
+        self, start: Callable[[str], ClaudeProcess], clock: Clock = time.monotonic
+    ) -> None:
+        """`start` starts a process of a model."""
+        self._start = start
+        self._clock = clock
+        # Guards the fields below. Never held while a process is started or ended. It is held while
+        # pipes are read without blocking, so that a process is either here or in use, never both.
+        self._lock = threading.Lock()
+        #: Spares in the order in which they are taken, parked processes in the order of eviction.
+        self._processes: list[PooledProcess] = []
+        #: The models that were used lately.
+        self._uses: dict[str, ModelUse] = {}
+        #: Nothing is started, and nothing is rewound, before these times.
+        self._refills_from_s = -math.inf
+        self._rewinds_from_s = -math.inf
+        #: When all processes were dropped. A process that was started before is outdated.
+        self._dropped_s = -math.inf
+        self.spawned = 0
+
+    def __repr__(self) -> str:
+        spares = ", ".join(f"{model}={count}" for model, count in sorted(self.spares().items()))
+        return f"<pool {spares or 'no spares'} parked={self.parked} stopping={self.stopping}>"
+
+    def spares(self) -> dict[str, int]:
+        """Return the number of spares by model."""
+        with self._lock:
+            return dict(
+                collections.Counter(p.process.model_id for p in self._in(ProcessState.SPARE))
+            )
+
+    @property
+    def parked(self) -> int:
+        """Return the number of parked processes."""
+        with self._lock:
+            return len(self._in(ProcessState.PARKED))
+
+    @property
+    def stopping(self) -> int:
+        """Return the number of processes whose end is not complete."""
+        with self._lock:
+            return len(self._in(ProcessState.STOPPING))
+
+    def _in(self, *states: ProcessState) -> list[PooledProcess]:
+        """Return the processes in these states. The caller holds the lock."""
+        return [p for p in self._processes if p.state in states]
+
+    # -- taking: the process then belongs to the caller's thread ----------------------------------
+
+    def start(self, model_id: str) -> ClaudeProcess:
+        """Return a new process. Raise the error of its start."""
+        process = self._start(model_id)
+        with self._lock:
+            self.spawned += 1
+        return process
+
+    def mark_used(self, model_id: str) -> None:
+        """Record that a model is in use, so that spares are kept for it."""
+        now_s = self._clock()
+        with self._lock:
+            use = self._uses.get(model_id, ModelUse(now_s))._replace(last_used_s=now_s)
+            self._uses[model_id] = use.with_refill_at(now_s + _REFILL_PAUSE_S)
+
+    def take_spare(self, model_id: str) -> ClaudeProcess | None:
+        """Take a spare of this model."""
+        with self._lock:
+            spares = self._in(ProcessState.SPARE)
+            taken = self._take_first(p for p in spares if p.process.model_id == model_id)
+            return taken and taken.process
+
+    def take_any_spare(self, return_within_s: float) -> ClaudeProcess | None:
+        """Take a spare to put it back soon. Until then none is started in its place, unless its
+        model is used."""
+        with self._lock:
+            taken = self._take_first(self._in(ProcessState.SPARE))
+            if taken is None:
+                return None
+            model_id, refill_at_s = taken.process.model_id, self._clock() + return_within_s
+            if model_id in self._uses:
+                self._uses[model_id] = self._uses[model_id].with_refill_at(refill_at_s)
+            return taken.process
+
+    def take(self, history: History, message: Message) -> PooledProcess | None:
+        """Take the newest process that holds all messages but `message`, the last one."""
+        with self._lock:
+            return self._take_first(self._continuable(history, message))
+
+    def can_continue(self, history: History, message: Message) -> bool:
+        """Return whether `take` would return a process."""
+        with self._lock:
+            return any(p.process.alive() for p in self._continuable(history, message))
+
+    def common_prefix(self, history: History) -> int | None:
+        """Return the index of the first message that differs from the nearest conversation of the
+        same base; None if no conversation is near."""
+        with self._lock:
+            prefixes = [
+                p.conversation.common_prefix(history) for p in self._in(ProcessState.PARKED)
+                if p.conversation.history.base == history.base
+            ]
+        return max(prefixes, default=0) or None
+
+    def take_rewindable(
+        self, history: History, config: Config, running: int
+    ) -> PooledProcess | None:
+        """Take a process that can be rewound to this conversation. First choice is one whose last
+        user message is repeated or edited here. Else a process with the same base serves like a
+        spare, and faster. But its own conversation can still continue: it is taken only if it is a
+        dead end, or if it will be evicted anyway when the `running` requests, this one included,
+        have parked their processes."""
+        now_s = self._clock()
+        with self._lock:
+            if now_s < self._rewinds_from_s:
+                return None
+            parked = self._in(ProcessState.PARKED)
+            evicted = evicted_by_limit(parked, config.parked_processes - running)
+            candidates = [
+                p for p in parked
+                if p.conversation.can_rewind_to(history, p.process.version)
+                and p.process.rewinds < _MAX_REWINDS and not self._is_outdated(p.process)
+                and now_s - p.process.born_s <= config.session_ttl_ms / 1000
+            ]
+            superseded = [p for p in candidates if p.conversation.is_superseded_by(history)]
+            others = [p for p in candidates if p.conversation.is_dead_end or p in evicted]
+            return self._take_first([*reversed(superseded), *others])
+
+    def pause_rewinds(self, for_s: float) -> None:
+        """Let `take_rewindable` return None for so long, because a rewind has failed."""
+        with self._lock:
+            self._rewinds_from_s = self._clock() + for_s
+
+    def _continuable(self, history: History, message: Message) -> Iterator[PooledProcess]:
+        parked = reversed(self._in(ProcessState.PARKED))
+        return (p for p in parked if p.conversation.can_continue(history, message))
+
+    def _take_first(self, candidates: Iterable[PooledProcess]) -> PooledProcess | None:
+        """Remove and return the first that runs. The caller holds the lock."""
+        taken = next((p for p in candidates if p.process.alive()), None)
+        if taken is not None:
+            self._processes.remove(taken)
+        return taken
+
+    def _is_outdated(self, process: ClaudeProcess) -> bool:
+        """Return whether the process was started before all processes were dropped."""
+        return process.born_s <= self._dropped_s
+
+    # -- giving back a process that was taken or started ------------------------------------------
+
+    def park(self, process: ClaudeProcess, conversation: Conversation) -> None:
+        """Keep a process for the next message of its conversation."""
+        pooled = PooledProcess(process, ProcessState.PARKED, self._clock(), conversation)
+        with self._lock:
+            if conversation.is_dead_end:
+                # One dead end can take the place of a conversation; further ones evict each other.
+                self._processes.sort(key=lambda other: not other.conversation.is_dead_end)
+            self._processes.append(pooled)
+
+    def put_spare(self, process: ClaudeProcess) -> None:
+        """Keep a process that holds no conversation; stop it if it is outdated."""
+        with self._lock:
+            is_outdated = self._is_outdated(process)
+            if not is_outdated:
+                spare = PooledProcess(process, ProcessState.SPARE, process.born_s)
+                self._processes.append(spare)
+        if is_outdated:
+            self.stop(process, graceful=True)
+
+    def stop(self, process: ClaudeProcess, *, graceful: bool) -> None:
+        """Stop a process without waiting for its end."""
+        process.stop(graceful=graceful)
+        with self._lock:
+            pooled = PooledProcess(process, ProcessState.STOPPING, self._clock())
+            self._processes.append(pooled)
+
+    def drop(self) -> None:
+        """Stop all idle processes, because the program or its login has changed."""
+        with self._lock:
+            self._dropped_s = self._clock()
+            dropped = self._in(ProcessState.SPARE, ProcessState.PARKED)
+            self._processes = self._in(ProcessState.STOPPING)
+            refill_at_s = self._dropped_s + _REFILL_PAUSE_S
+            self._uses = {m: use.with_refill_at(refill_at_s) for m, use in self._uses.items()}
+        for pooled in dropped:
+            self.stop(pooled.process, graceful=pooled.state is ProcessState.SPARE)
+
+    # -- housekeeping, in one thread --------------------------------------------------------------
+
+    def tend(self, config: Config) -> None:
+        """Drain the pipes of parked processes, stop what `plan_pool` returns, and reap."""
+        now_s = self._clock()
+        with self._lock:
+            for pooled in self._in(ProcessState.PARKED):
+                pooled.process.drain_output()
+            spares = [p.process for p in self._in(ProcessState.SPARE)]
+            if any(now_s - p.born_s < _YOUNG_S and not p.alive() for p in spares):
+                self._refills_from_s = now_s + _FAILURE_PAUSE_S
+            to_stop = self._plan(config, now_s).stop
+            self._processes = [p for p in self._processes if p not in to_stop]
+        for pooled in to_stop:
+            self.stop(pooled.process, graceful=False)
+        self.reap()
+
+    def refill(self, config: Config) -> None:
+        """Start the spares that `plan_pool` returns. Raise the error of a start."""
+        now_s = self._clock()
+        with self._lock:
+            to_start = self._plan(config, now_s).start
+            self._forget_refills(config, now_s)
+        try:
+            for model_id in to_start:
+                self.put_spare(self.start(model_id))
+        except OcpError:
+            with self._lock:
+                self._refills_from_s = self._clock() + _FAILURE_PAUSE_S
+            raise
+
+    def _forget_refills(self, config: Config, now_s: float) -> None:
+        """Forget the refills that were due and the models out of use. The caller holds the lock."""
+        oldest_s = now_s - config.warm_idle_ms / 1000
+        may_start = now_s >= self._refills_from_s
+        self._uses = {
+            model_id: ModelUse(use.last_used_s) if may_start and use.refill_at_s <= now_s else use
+            for model_id, use in self._uses.items() if use.last_used_s >= oldest_s
+        }
+
+    def _plan(self, config: Config, now_s: float) -> PoolPlan:
+        """Return the plan for this time. The caller holds the lock."""
+        may_start = now_s >= self._refills_from_s
+        return plan_pool(self._processes, self._uses, config, now_s, may_start=may_start)
+
+    def has_work_soon(self, config: Config) -> bool:
+        """Return whether the housekeeper has work within a moment: a stopping process or a
+        refill."""
+        with self._lock:
+            soon = self._plan(config, self._clock() + 2 * _REFILL_PAUSE_S)
+            return bool(soon.start or self._in(ProcessState.STOPPING))
+
+    def reap(self) -> None:
+        """Complete the end of stopping processes."""
+        with self._lock:
+            stopping = self._in(ProcessState.STOPPING)
+        gone = [pooled for pooled in stopping if pooled.process.is_gone()]
+        with self._lock:
+            self._processes = [p for p in self._processes if p not in gone]
+
+    def close(self) -> None:
+        """Stop all processes and wait for their end, a few seconds at most."""
+        self.drop()
+        deadline_s = self._clock() + 2 * _END_GRACE_S
+        self.reap()
+        while self.stopping and self._clock() < deadline_s:
+            time.sleep(0.01)
+            self.reap()
+
+
+# ==== 29. Sessions and responses =============================================
+# Conversations that the server remembers for clients that send only new messages: sessions on disk,
+# and responses by their ids.
+
+
 class Sessions:
     """Conversations stored for clients that send only new messages. A session belongs to its caller
     and to one system prompt."""
@@ -11001,177 +11289,6 @@ class Sessions:
             return connection.execute(
                 "DELETE FROM sessions WHERE id = ?", (session_id,)
             ).rowcount
-
-
-#: The memory of a claude grows with each rewind: from 202 to 307 MB after this many messages of 20
-#: KB (2.1.330). Then another process replaces it.
-_MAX_REWINDS = 500
-#: Stands for the digest of an answer from which no conversation continues.
-_DEAD_END = ""
-
-
-class ParkedProcess(NamedTuple):
-    """A process and the conversation that it holds, including its last answer."""
-
-    process: ClaudeProcess
-    history: History
-    #: The ids of the tool calls that wait for results.
-    awaiting: frozenset[str]
-    since_s: float
-    #: The last user message, if the process can be rewound to before it.
-    rewind_point: RewindPoint | None = None
-
-    def can_continue(self, history: History, message: Message) -> bool:
-        """Return whether `history` is this conversation plus `message`, its last one."""
-        length = len(self.history.digests)
-        if self.history.base != history.base or self.history.digests != history.digests[:length]:
-            return False
-        if len(history.digests) != length + 1:
-            return False
-        results = results_with_context(message, self.history.context)
-        if not self.awaiting:
-            return not results
-        fit = all(mcp_content(block["content"]) is not None for block in results)
-        ids = {block["tool_use_id"] for block in results}
-        other = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
-        return fit and ids == self.awaiting and len(results) == len(ids) and not other
-
-    def can_rewind_to(self, history: History) -> bool:
-        """Return whether `history` is this conversation with another last user message."""
-        if self.rewind_point is None or self.awaiting or self.history.base != history.base:
-            return False
-        index = self.rewind_point.message_index
-        if len(history.digests) != index + 1 or self.process.rewinds >= _MAX_REWINDS:
-            return False
-        if index == 0:
-            return self.process.version >= REWINDS_ALL_SINCE
-        return self.history.digests[:index] == history.digests[:index]
-
-    def is_superseded_by(self, history: History) -> bool:
-        """Return whether `history` repeats or edits the last user message of this conversation:
-        they share more than the history that both started with."""
-        has_history = len(history.digests) > 1
-        return has_history and self.common_prefix(history) > self.process.history_messages
-
-    @property
-    def is_dead_end(self) -> bool:
-        """Return whether no conversation can continue from here."""
-        return self.history.digests[-1:] == (_DEAD_END,)
-
-    def common_prefix(self, history: History) -> int:
-        """Return how many messages at the start are the same."""
-        pairs = list(zip(self.history.digests, history.digests))
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-
-
-class Parking:
-    """The parked processes. Only one request can take a process, so that retries and branches of a
-    conversation run at the same time."""
-
-    def __init__(self, clock: Clock = time.monotonic) -> None:
-        self._clock = clock
-        # Guards the list. Held while pipes are read without blocking, so that a process is either
-        # in the list or in use, never both.
-        self._lock = threading.Lock()
-        self._parked: list[ParkedProcess] = []
-        #: No process is rewound before this time.
-        self._rewinds_from_s = -math.inf
-        #: When all processes were dropped. A process that was started before and in use then is
-        #: outdated.
-        self._dropped_s = -math.inf
-
-    def __repr__(self) -> str:
-        return f"<parking {len(self._parked)}>"
-
-    def __len__(self) -> int:
-        return len(self._parked)
-
-    def take(self, history: History, message: Message) -> tuple[ParkedProcess | None, int | None]:
-        """Take a process that holds all messages but `message`, the last one. If there is none,
-        return None and the index of the first message that differs from the nearest conversation;
-        None if no conversation is near."""
-        with self._lock:
-            parked = self._find(history, message)
-            if parked is not None:
-                self._parked.remove(parked)
-                return parked, None
-            prefixes = (
-                p.common_prefix(history) for p in self._parked if p.history.base == history.base
-            )
-            return None, max(prefixes, default=0) or None
-
-    def can_continue(self, history: History, message: Message) -> bool:
-        """Return whether a process holds all messages but `message`, the last one."""
-        with self._lock:
-            return self._find(history, message) is not None
-
-    def _find(self, history: History, message: Message) -> ParkedProcess | None:
-        """Return the newest such process. The caller holds the lock."""
-        candidates = (p for p in reversed(self._parked) if p.can_continue(history, message))
-        return next((parked for parked in candidates if parked.process.alive()), None)
-
-    def take_rewindable(
-        self, history: History, config: Config, running: int
-    ) -> ParkedProcess | None:
-        """Take a process that can be rewound to this conversation. First choice is one whose last
-        user message is repeated or edited here. Else a process with the same base serves like a
-        spare, and faster. But its own conversation can still continue: it is taken only if it is a
-        dead end, or if it will be evicted anyway when the `running` requests, this one included,
-        have parked their processes."""
-        now_s = self._clock()
-        with self._lock:
-            if now_s < self._rewinds_from_s:
-                return None
-            oldest_s = max(now_s - config.session_ttl_ms / 1000, self._dropped_s)
-            surplus = len(self._parked) + running - config.parked_processes
-            candidates = [
-                p for p in self._parked
-                if p.can_rewind_to(history) and p.process.born_s >= oldest_s and p.process.alive()
-            ]
-            superseded = [p for p in candidates if p.is_superseded_by(history)]
-            evicted = self._parked[: max(0, surplus)]
-            others = [p for p in candidates if p.is_dead_end or p in evicted]
-            parked = next(iter([*superseded[-1:], *others[:1]]), None)
-            if parked is not None:
-                self._parked.remove(parked)
-            return parked
-
-    def pause_rewinds(self, for_s: float) -> None:
-        """Rewind no process for so long, because a rewind has failed."""
-        with self._lock:
-            self._rewinds_from_s = self._clock() + for_s
-
-    def put(
-        self, process: ClaudeProcess, history: History, awaiting: frozenset[str],
-        rewind_point: RewindPoint | None = None,
-    ) -> None:
-        """Park a process."""
-        with self._lock:
-            parked = ParkedProcess(process, history, awaiting, self._clock(), rewind_point)
-            if parked.is_dead_end:
-                # One dead end can take the place of a conversation; further ones evict each other.
-                self._parked.sort(key=lambda other: not other.is_dead_end)
-            self._parked.append(parked)
-
-    def tend(self, config: Config) -> list[ClaudeProcess]:
-        """Drain the pipes of all processes. Remove and return the processes that have expired,
-        ended or exceed the limit."""
-        oldest_s = self._clock() - config.session_ttl_ms / 1000
-        with self._lock:
-            for parked in self._parked:
-                parked.process.drain_output()
-            alive = [p for p in self._parked if p.since_s >= oldest_s and p.process.alive()]
-            kept = alive[max(0, len(alive) - config.parked_processes):]
-            stopped = [parked.process for parked in self._parked if parked not in kept]
-            self._parked = kept
-        return stopped
-
-    def drop(self) -> list[ClaudeProcess]:
-        """Remove and return all processes."""
-        with self._lock:
-            self._dropped_s = self._clock()
-            parked, self._parked = self._parked, []
-        return [each.process for each in parked]
 
 
 class StoredResponse(NamedTuple):
@@ -11282,7 +11399,7 @@ class Responses:
             self._forget(response_id)
 
 
-# ==== 28. Cache ==============================================================
+# ==== 30. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -11520,7 +11637,7 @@ class Cache:
             }
 
 
-# ==== 29. Account ============================================================
+# ==== 31. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -11528,8 +11645,10 @@ class Cache:
 _MAIN_WINDOWS = ("five_hour", "seven_day")
 #: Reset times that are closer together than this belong to the same window.
 _RESET_TOLERANCE_S = 60.0
-#: Minimum time between two plan queries to claude.
+#: Minimum time between two plan queries to claude, and how long one may take; claude gives up
+#: itself before that.
 _PLAN_QUERY_INTERVAL_S = 60.0
+PLAN_QUERY_TIMEOUT_S = 8.0
 
 
 def _is_same_window(before: PlanWindow, now: PlanWindow) -> bool:
@@ -11602,6 +11721,23 @@ class Account:
         if window.utilization is not None:
             return window._replace(status=window.status or before.status)
         return window._replace(utilization=before.utilization, observed_s=before.observed_s)
+
+    def query_plan(self, pool: ProcessPool, limits: WaitLimits) -> None:
+        """Ask a spare how much of the plan is used, if there is one, at most once a minute. This
+        spends nothing. Raise what the question to claude raises."""
+        process = pool.take_any_spare(PLAN_QUERY_TIMEOUT_S)
+        if process is None:
+            return
+        replies = None
+        try:
+            if self.claim_plan_query():
+                replies = process.control(usage_lines(), limits)
+        except BaseException:
+            pool.stop(process, graceful=False)
+            raise
+        pool.put_spare(process)
+        if replies is not None:
+            self.update_plan(plan_report(replies[1]))
 
     def claim_plan_query(self) -> bool:
         """Return whether a plan query to claude is due, and count it as done if so."""
@@ -11676,7 +11812,7 @@ class Account:
             }
 
 
-# ==== 30. Metrics ============================================================
+# ==== 32. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -11813,7 +11949,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 31. Connections ========================================================
+# ==== 33. Connections ========================================================
 # Client sockets and their shared limits: how many connections stay open, and how much memory
 # request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -12206,7 +12342,7 @@ class Connections:
         )
 
 
-# ==== 32. State folder =======================================================
+# ==== 34. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -12364,7 +12500,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 33. Answering ==========================================================
+# ==== 35. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # and its `AnswerRecord`s hold what is known of them meanwhile.
@@ -12378,8 +12514,6 @@ class AnswerRecord:
         self.started_s = started_s
         #: The process that generates it, until that is parked or stopped.
         self.process: ClaudeProcess | None = None
-        #: The question of the process, if it can be rewound.
-        self.question: RewindPoint | None = None
         self.first_token_s: float | None = None
         #: Whether an idle process took it, and how the process got the conversation: "continued",
         #: "rewound" to another last question, "rebuilt" from its history, or "fresh": it has none.
@@ -12630,14 +12764,22 @@ def tick_s_of(config: Config, turn: Turn) -> float:
     return (config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000
 
 
+class Attempt(NamedTuple):
+    """A way to the answer, with a process that was taken for it."""
+
+    process: ClaudeProcess
+    #: What the process holds already, with the rewind point that the input sets.
+    conversation: Conversation
+    turn_input: TurnInput
+
+
 class TurnRunner:
     """Gets one answer from claude: waits for a place, takes a process, converses with it, and puts
     it away.
 
-    The ways to an answer are tried from the quickest to the slowest: a parked process that holds
-    the conversation is continued; one that holds another last question is rewound; else a fresh
-    process is given the whole conversation (rebuilt). A process that dies before any text was sent
-    is replaced by a fresh one.
+    The ways to an answer are tried from the quickest to the slowest: a parked process is continued
+    or rewound (see Conversations); else the conversation is rebuilt on a fresh process, and once
+    more if that process dies before any text was sent.
     """
 
     def __init__(self, app: App, request: Request, record: AnswerRecord, client: Client) -> None:
@@ -12645,6 +12787,7 @@ class TurnRunner:
         self._request = request
         self._record = record
         self._turn = record.turn
+        self._message = record.turn.messages[-1]
         config = self._config = app.config
         self._history = history_of(self._turn, request.caller.scope, config.system_prompt)
         self._limits = WaitLimits(
@@ -12704,99 +12847,108 @@ class TurnRunner:
 
     def _events(self, stack: contextlib.ExitStack) -> Iterator[Event]:
         app, record = self._app, self._record
-        if not app.parking.can_continue(self._history, self._turn.messages[-1]):
+        if not app.pool.can_continue(self._history, self._message):
             # A process that holds the conversation continues it also while claude is updated.
             app.check_program()
         slot = stack.enter_context(app.gate.slot(self._request.caller))
         yield from slot.wait(self._limits, app.clock)
         stack.callback(self._give_up)
-        for events in self._attempts():
+        attempts: list[Callable[[], Attempt | None]] = [
+            self._continue, self._rewind, self._rebuild, self._rebuild
+        ]
+        while attempts:
+            attempt = attempts.pop(0)()
+            if attempt is None:
+                continue
             try:
-                yield from events
+                yield from self._converse(attempt)
                 return
             except UpstreamFailed:
-                if record.first_token_s is not None or not record.lost_its_process:
+                may_retry = record.first_token_s is None and record.lost_its_process
+                if not (attempts and may_retry):
                     raise
-                self._give_up()
-                if record.has_output:
-                    record.add(Restarted(), app.clock())
-                    yield Restarted()
-        yield from self._rebuild()
+            self._give_up()
+            if record.has_output:
+                record.add(Restarted(), app.clock())
+                yield Restarted()
 
-    def _attempts(self) -> Iterator[Iterator[Event]]:
-        """Give the ways to the answer, the quickest first: the events of each."""
-        record, last = self._record, self._turn.messages[-1]
-        parked, record.parted_at = self._app.parking.take(self._history, last)
-        path = "continued"
-        if parked is None:
-            parked, path = self._take_rewound(), "rewound"
-        if parked is not None:
-            yield self._continue(parked, path)
-        yield self._rebuild()
+    def _continue(self) -> Attempt | None:
+        """Take a process that holds everything but the last message."""
+        pool = self._app.pool
+        pooled = pool.take(self._history, self._message)
+        if pooled is None:
+            self._record.parted_at = pool.common_prefix(self._history)
+            return None
+        return self._next_message(pooled, "continued")
 
-    def _take_rewound(self) -> ParkedProcess | None:
-        """Return a process that held the question of another turn and has forgotten it.
+    def _rewind(self) -> Attempt | None:
+        """Take a process that answered another last message, and make it drop that message.
 
-        Not in agent mode: what claude's own tools have begun would not be forgotten."""
+        Not in agent mode: what claude's own tools have begun would not be dropped."""
         app = self._app
-        if self._config.is_agent or self._turn.messages[-1].has_results:
+        if self._config.is_agent or self._message.has_results:
             return None
-        parked = app.parking.take_rewindable(self._history, self._config, app.gate.running)
-        if parked is None:
+        pooled = app.pool.take_rewindable(self._history, self._config, app.gate.running)
+        if pooled is None:
             return None
-        self._record.process = parked.process
-        if self._rewind(parked):
-            return parked
-        app.parking.pause_rewinds(_REWIND_PAUSE_S)
+        self._record.process = pooled.process
+        if self._drops_last_message(pooled):
+            return self._next_message(pooled, "rewound")
+        app.pool.pause_rewinds(_REWIND_PAUSE_S)
         self._give_up()
         return None
 
-    def _rewind(self, parked: ParkedProcess) -> bool:
-        """Make a process forget its last question; return whether it did. One that fails counts
-        as one that refuses: another process is used."""
-        if parked.rewind_point is None:
+    def _drops_last_message(self, pooled: PooledProcess) -> bool:
+        """Make a process drop the last message that it answered. Return whether it did; a failure
+        counts as a refusal."""
+        point = pooled.conversation.rewind_point
+        if point is None:
             return False
         deadline_s = self._app.clock() + _REWIND_TIMEOUT_S
         limits = self._limits._replace(deadline_s=deadline_s, tick_s=0.0)
         try:
-            (reply,) = parked.process.control([rewind_line(parked.rewind_point)], limits)
+            (reply,) = pooled.process.control([rewind_line(point)], limits)
         except (UpstreamFailed, UpstreamTimeout):
             return False
-        parked.process.rewinds += 1
+        pooled.process.rewinds += 1
         return was_rewound(reply)
 
-    # -- converse ---------------------------------------------------------------------------------
-
-    def _continue(self, parked: ParkedProcess, path: str) -> Iterator[Event]:
-        """Send a process the one message that it does not hold yet."""
-        record, process, message = self._record, parked.process, self._turn.messages[-1]
+    def _next_message(self, pooled: PooledProcess, path: str) -> Attempt:
+        """Return the attempt to send a process the one message that it does not hold yet."""
+        record, process = self._record, pooled.process
         record.process, record.warm, record.path = process, True, path
-        results, steps = results_with_context(message, parked.history.context), []
-        record.question = parked.rewind_point
-        if not results:
-            record.question = rewind_point_of(self._turn)
-            steps = [continuation_lines(self._turn, process.version, record.question)]
-        yield from self._converse(process, TurnInput(steps, results))
+        conversation = pooled.conversation
+        results = results_with_context(self._message, conversation.history.context)
+        if results:
+            return Attempt(process, conversation, TurnInput([], results))
+        point = rewind_point_of(self._turn)
+        steps = [continuation_lines(self._turn, process.version, point)]
+        return Attempt(process, conversation._replace(rewind_point=point), TurnInput(steps))
 
-    def _rebuild(self) -> Iterator[Event]:
-        """Send the whole conversation to a fresh process."""
+    def _rebuild(self) -> Attempt:
+        """Take a fresh process for the whole conversation."""
         app, record, turn = self._app, self._record, self._turn
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
-            app.spares.mark_used(turn.model.argument)
-        process, record.warm = app.spares.take(turn.model.argument)
-        record.process, record.question = process, rewind_point_of(turn)
+            app.pool.mark_used(turn.model.argument)
+        spare = app.pool.take_spare(turn.model.argument)
+        process = record.process = spare or app.pool.start(turn.model.argument)
+        record.warm = spare is not None
         app.wakeups.put("tend")
         process.tools = ToolServer(turn.tools)
-        process.history_messages = len(turn.messages) - 1
+        point = rewind_point_of(turn)
         steps = conversation_steps(
             turn, app.config.system_prompt, process.version, agent=app.config.is_agent,
-            rewind_point=record.question,
+            rewind_point=point,
         )
-        yield from self._converse(process, TurnInput(steps))
+        given = len(turn.messages) - 1
+        conversation = Conversation(self._history, rewind_point=point, messages_given=given)
+        return Attempt(process, conversation, TurnInput(steps))
 
-    def _converse(self, process: ClaudeProcess, given: TurnInput) -> Iterator[Event]:
+    # -- converse ---------------------------------------------------------------------------------
+
+    def _converse(self, attempt: Attempt) -> Iterator[Event]:
         """Give the events of the answer. The process is parked before the last of them is passed
         on, so that the client's next message finds it."""
         record, turn = self._record, self._turn
@@ -12805,58 +12957,64 @@ class TurnRunner:
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
         record.readers.append(reader)
         bounds = AnswerFilter(turn.options, turn.output_schema)
-        for heard in process.converse(given, self._limits, reader):
+        for heard in attempt.process.converse(attempt.turn_input, self._limits, reader):
             for event in bounds.events(heard):
                 if bounds.ended and isinstance(event, Finished):
                     event = event._replace(usage=record.usage)
                 record.add(event, self._app.clock())
                 if isinstance(event, Finished):
-                    self._put_away(process, event, is_cut=bounds.ended)
+                    self._put_away(attempt, event, is_cut=bounds.ended)
                 yield event
             if bounds.ended:
                 return
 
     # -- release ----------------------------------------------------------------------------------
 
-    def _put_away(self, process: ClaudeProcess, finished: Finished, *, is_cut: bool) -> None:
+    def _put_away(self, attempt: Attempt, finished: Finished, *, is_cut: bool) -> None:
         """Park the process of a complete answer if it can serve again, else stop it. `is_cut`
         means that claude still writes an answer that was ended here."""
-        app, record = self._app, self._record
+        app, process = self._app, attempt.process
         app.account.set_login(True)
-        app.spares.mark_used(process.model_id)
-        record.process = None
-        if finished.stop_reason in _PARKABLE and not is_cut and self._may_serve_again(process):
-            answer = record.answer()
-            last = message_digest(Message("assistant", answer.blocks))
-            if self._turn.output_schema is not None:
-                # It ended in a call of claude's own.
-                last = _DEAD_END
-            awaiting = frozenset(call["id"] for call in answer.calls)
-            history = self._history._replace(digests=(*self._history.digests, last))
-            app.parking.put(process, history, awaiting, record.question)
+        app.pool.mark_used(process.model_id)
+        conversation = None if is_cut else self._conversation_after(attempt, finished)
+        self._record.process = None
+        if conversation is not None:
+            app.pool.park(process, conversation)
         else:
             # With a call unanswered, or after a limit, claude would send another request on its
             # own.
             is_complete = finished.stop_reason in ("end_turn", "stop_sequence") and not is_cut
-            app.spares.stop(process, graceful=is_complete)
+            app.pool.stop(process, graceful=is_complete)
         app.wakeups.put("tend")
 
-    def _may_serve_again(self, process: ClaudeProcess) -> bool:
-        """Return whether a process is worth parking after a complete answer."""
-        if process.version_differs or not self._app.is_current(process):
+    def _conversation_after(self, attempt: Attempt, finished: Finished) -> Conversation | None:
+        """Return what the process holds after a complete answer; None if it cannot serve again."""
+        process = attempt.process
+        if finished.stop_reason not in _PARKABLE or not self._config.parked_processes:
+            return None
+        is_current = self._app.program_monitor.is_current(process.version)
+        if process.version_differs or not is_current:
+            return None
+        # A structured answer ended in a call of claude's own.
+        is_dead_end = self._turn.output_schema is not None
+        answer = self._record.answer()
+        conversation = attempt.conversation.after(answer, self._history, is_dead_end=is_dead_end)
+        if is_dead_end and not self._can_rewind(process, conversation):
+            return None
+        return conversation
+
+    def _can_rewind(self, process: ClaudeProcess, conversation: Conversation) -> bool:
+        """Return whether a process can be rewound to the start of a conversation. Tool results go
+        to a fresh process, and a call without its result cannot be rewound past."""
+        if conversation.rewind_point is None or conversation.awaiting:
             return False
-        if self._turn.output_schema is None or not self._config.parked_processes:
-            return self._config.parked_processes > 0
-        can_rewind = process.version >= REWINDS_ALL_SINCE and not self._config.is_agent
-        # Tool results go to a fresh process, and a call without its result cannot be rewound past.
-        is_rewindable = can_rewind and self._record.question is not None
-        return is_rewindable and not self._record.answer().calls
+        return process.version >= REWINDS_ALL_SINCE and not self._config.is_agent
 
     def _give_up(self) -> None:
         """Stop the process of an answer that is not complete."""
         process, self._record.process = self._record.process, None
         if process is not None:
-            self._app.spares.stop(process, graceful=False)
+            self._app.pool.stop(process, graceful=False)
             self._app.wakeups.put("tend")
 
 
@@ -13153,14 +13311,12 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 34. App ================================================================
+# ==== 36. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
 #: How often old rows of usage are deleted.
 _PRUNE_EVERY_S = 3600.0
-#: How long claude may take to say how much of the plan is used; it gives up itself before that.
-_USAGE_TIMEOUT_S = 8.0
 #: How often a login that was refused is looked at again, by asking claude for it.
 _LOGIN_LOOK_S = 45.0
 
@@ -13220,10 +13376,13 @@ class LargeBodies:
 
 
 class ProgramMonitor:
-    """The claude that processes are of, and the changes of it that the log has."""
+    """Notices a claude that was installed, updated or removed."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, program: ClaudeProgram, log: Log, on_change: Callable[[], None]) -> None:
+        """`on_change` is called when processes of the last claude must not be used any more."""
+        self._program = program
         self._log = log
+        self._on_change = on_change
         # Guards the fields below.
         self._lock = threading.Lock()
         self._seen: Program | None = None
@@ -13235,7 +13394,20 @@ class ProgramMonitor:
         seen = self._seen
         return seen is None or version == seen.version
 
-    def record(self, program: Program) -> bool:
+    def check(self) -> None:
+        """Look for another claude. Raise ClaudeUnavailable."""
+        try:
+            program = self._program.resolve()
+        except ClaudeAway:
+            # Running processes do not need the file to go on.
+            raise
+        except OcpError:
+            self._on_change()
+            raise
+        if self._record(program):
+            self._on_change()
+
+    def _record(self, program: Program) -> bool:
         """Record a claude that can be used. Return whether it replaces another one."""
         with self._lock:
             before, self._seen = self._seen, program
@@ -13293,8 +13465,8 @@ class App:
         self.started_s = clock()
         self.started_at_s = time.time()
         self.clock = clock
-        self._environ, self._work_folder = dict(environ), work_folder(config, environ)
-        self._open_state(config)
+        environ = dict(environ)
+        self._open_state(config, environ)
         self.metrics = Metrics()
         self.refusals = Refusals(log)
         self.wrong_keys = WrongKeys(clock)
@@ -13305,8 +13477,13 @@ class App:
         check_login = self.program.has_login if sys.platform == "darwin" else None
         folder = self.state_folder.path_of("claude")
         self.claude_folder = ClaudeFolder(folder, environ, log, check_login)
-        self.spares = Spares(self._spawn, clock)
-        self.parking = Parking(clock)
+        #: What processes said about the plan, until somebody takes it to the account.
+        self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
+        self._starter = ClaudeStarter(
+            self.program, self.claude_folder, self.settings, environ, log, self._notices.put, clock
+        )
+        self.pool = ProcessPool(self._starter.start, clock)
+        self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
         self.responses = Responses(clock)
         self.cache = Cache(clock)
         self.draining = False
@@ -13316,10 +13493,6 @@ class App:
         self.connections = Connections()
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
-        #: What processes said about the plan, until somebody takes it to the account.
-        self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
-        self._watchdog = Watchdog()
-        self._program_monitor = ProgramMonitor(log)
         self._login_monitor = LoginMonitor(self.claude_folder, clock)
 
     @property
@@ -13327,12 +13500,12 @@ class App:
         """Return the settings of this moment. Read them once where they have to be consistent."""
         return self.settings.config
 
-    def _open_state(self, config: Config) -> None:
+    def _open_state(self, config: Config, environ: Mapping[str, str]) -> None:
         """Open the database and read what the first request needs."""
         self.state_folder = StateFolder(config, self.log, self.clock, is_demo=self.demo)
         self.store = self.state_folder.store
         config = self.state_folder.with_admin_key(config)
-        self.settings = Settings(self.store, config, self._environ)
+        self.settings = Settings(self.store, config, environ)
         for name, why in self.settings.problems:
             self.log.event("warn", "stored_setting_ignored", setting=name, why=why)
         self.keys = Keys(self.store)
@@ -13351,53 +13524,25 @@ class App:
                 self.keys.write_last_use()
         self.state_folder.check()
 
-    def _spawn(self, model_id: str) -> ClaudeProcess:
-        program = self.program.resolve()
-        with contextlib.suppress(OSError):
-            # Whoever cleans up temporary files may have taken it away.
-            os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
-        env = {
-            **child_environment(self._environ, self.config), **self.claude_folder.environment()
-        }
-        try:
-            child = Child(
-                [*program.command, *claude_arguments(model_id, self.config)], env=env,
-                cwd=self._work_folder, watchdog=self._watchdog,
-                # In agent mode the owner can use the same folder, and so the same logs.
-                keeps_logs=self.config.is_agent,
-            )
-        except ClaudeMissing as error:
-            raise self.program.as_away_if_recent(error) from None
-        process = ClaudeProcess(
-            child, model_id, version=program.version, on_report=self._notices.put,
-            clock=self.clock,
-        )
-        self.log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
-        return process
-
     # -- claude -------------------------------------------------------------------------------
 
     def check_program(self) -> None:
         """Notice a claude that was installed, updated or removed. Raises ClaudeUnavailable."""
         self._take_notices()
-        self._watch_program()
-
-    def is_current(self, process: ClaudeProcess) -> bool:
-        """Return whether a process is of the claude that was seen last."""
-        return self._program_monitor.is_current(process.version)
+        self.program_monitor.check()
 
     def login_lost(self) -> None:
         """Stop using processes whose login the API has refused."""
         self.account.set_login(False)
         self._login_monitor.mark_checked()
         self.claude_folder.login_changed()
-        self._drop_idle()
+        self.pool.drop()
 
     # -- housekeeping -------------------------------------------------------------------------
 
     def run(self) -> None:
         """Do the housekeeping until a wakeup says stop. For the main thread."""
-        self.spares.mark_used(self.models.find(self.config.default_model).argument)
+        self.pool.mark_used(self.models.find(self.config.default_model).argument)
         wakeup = ""
         while wakeup != "stop":
             wait_s = self.tend()
@@ -13420,8 +13565,7 @@ class App:
     def tend(self) -> float:
         """Do what is due; return the seconds until the next call. Never raises."""
         try:
-            for process in self.parking.tend(self.config):
-                self.spares.stop(process, graceful=False)
+            self.pool.tend(self.config)
             self.requests.end_unwanted()
             self._tend_storage()
             self._take_notices()
@@ -13429,29 +13573,15 @@ class App:
             self._prune()
             self.refusals.tend()
             self._watch_login()
-            self._watch_program()
-            self.spares.tend(self.config)
+            self.program_monitor.check()
+            self.pool.refill(self.config)
         except OcpError as error:
-            self._program_monitor.log_failure(error)
+            self.program_monitor.log_failure(error)
             # Without claude no spares are started, but stopping processes have to be reaped.
-            return _TEND_SOON_S if self.spares.reap() else _TEND_EVERY_S
+            return _TEND_SOON_S if self.pool.stopping else _TEND_EVERY_S
         except Exception as error:
             self.log.event("error", "housekeeping_failed", error=format_failure(error))
-        return _TEND_SOON_S if self.spares.has_work_soon() else _TEND_EVERY_S
-
-    def _watch_program(self) -> None:
-        """Notice a claude that was installed, updated or removed, and stop offering processes of
-        another one. Raises ClaudeUnavailable."""
-        try:
-            program = self.program.resolve()
-        except ClaudeAway:
-            # Running processes do not need the file to go on.
-            raise
-        except OcpError:
-            self._drop_idle()
-            raise
-        if self._program_monitor.record(program):
-            self._drop_idle()
+        return _TEND_SOON_S if self.pool.has_work_soon(self.config) else _TEND_EVERY_S
 
     def _watch_login(self) -> None:
         if self.account.is_login_refused and self._login_monitor.is_due():
@@ -13462,7 +13592,7 @@ class App:
         if self.program.has_login(self.claude_folder.environment()):
             self.claude_folder.login_changed()
             # Idle processes may still hold the login that was refused.
-            self._drop_idle()
+            self.pool.drop()
             self.account.set_login(None)
             self.log.event("info", "login_found")
 
@@ -13491,27 +13621,13 @@ class App:
             self.log.event("error", "usage_not_pruned", error=str(problem))
 
     def learn_plan(self, client: Client) -> None:
-        """Refresh what is known about the plan, without spending anything: ask an idle process, if
-        there is one, at most once a minute. Raises ClientGone."""
+        """Refresh what is known about the plan. Raises ClientGone."""
         self._take_notices()
-        process = self.spares.borrow()
-        if process is None:
-            return
-        if not self.account.claim_plan_query():
-            self.spares.put_back(process)
-            return
+        limits = WaitLimits(client, self.clock() + PLAN_QUERY_TIMEOUT_S, 0.0)
         try:
-            watch = WaitLimits(client, self.clock() + _USAGE_TIMEOUT_S, 0.0)
-            answers = process.control(usage_lines(), watch)
+            self.account.query_plan(self.pool, limits)
         except OcpError as error:
             self.log.event("warn", "plan_not_learned", detail=error.message)
-        else:
-            self.spares.put_back(process)
-            process = None
-            self.account.update_plan(plan_report(answers[1]))
-        finally:
-            if process is not None:
-                self.spares.stop(process, graceful=False)
 
     def change_setting(self, name: str, value: object) -> object:
         """Change a setting for good; see Settings.change."""
@@ -13521,12 +13637,6 @@ class App:
         self.wakeups.put("tend")
         return value
 
-    def _drop_idle(self) -> None:
-        """Stop all idle processes: the program or its login has changed."""
-        self.spares.drop()
-        for process in self.parking.drop():
-            self.spares.stop(process, graceful=False)
-
     def drain(self) -> None:
         """Refuse new requests and wait, `drain_ms` at most, for those that run and for clients
         that have not read their answers yet."""
@@ -13534,7 +13644,7 @@ class App:
         self.state_folder.announce_stop()
         give_up_s = self.clock() + self.config.drain_ms / 1000
         while (self.requests or self.connections.is_any_unread()) and self.clock() < give_up_s:
-            self.spares.reap()
+            self.pool.reap()
             try:
                 if self.wakeups.get(timeout=0.02) == "stop":
                     # The second signal stops the server at once.
@@ -13545,16 +13655,15 @@ class App:
     def close(self) -> None:
         """Stop every child and close the database and the log."""
         self.refusals.tend(at_once=True)
-        self._drop_idle()
-        self.spares.close()
-        self._watchdog.close()
+        self.pool.close()
+        self._starter.close()
         with contextlib.suppress(sqlite3.Error):
             self.store.write_queued()
             self.keys.write_last_use()
         self.state_folder.close()
 
 
-# ==== 35. Routes =============================================================
+# ==== 37. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -13634,7 +13743,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 36. HTTP server ========================================================
+# ==== 38. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -14401,7 +14510,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 37. Dashboard ==========================================================
+# ==== 39. Dashboard ==========================================================
 # One static page, dashboard.html beside this file. The server writes no values into it: the page
 # fetches JSON and sets text. Its content security policy allows only its own style and script, by
 # their hashes.
@@ -14469,7 +14578,7 @@ def dashboard_page() -> Page:
         return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
 
 
-# ==== 38. API endpoints ======================================================
+# ==== 40. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -14788,7 +14897,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(found))
 
 
-# ==== 39. Management endpoints ===============================================
+# ==== 41. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -14817,7 +14926,7 @@ def _stats(app: App) -> Json:
         "activeRequests": app.gate.running,
         "queued": app.gate.waiting,
         "queueRejections": app.gate.refused,
-        "spawned": app.spares.spawned,
+        "spawned": app.pool.spawned,
         "errors": finished - not_failed,
         "timeouts": app.metrics.total("ocp_requests_total", outcome=str(UpstreamTimeout.code)),
         **{path: app.metrics.total("ocp_answers_total", path=path) for path in paths},
@@ -14856,8 +14965,8 @@ def snapshot(app: App) -> Json:
             "queued": stats["queued"],
             "queueRejections": stats["queueRejections"],
         },
-        "spares": app.spares.idle(),
-        "parked": len(app.parking),
+        "spares": app.pool.spares(),
+        "parked": app.pool.parked,
     }
 
 
@@ -15591,7 +15700,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 40. Table of routes ====================================================
+# ==== 42. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -15639,7 +15748,7 @@ ROUTES = (
 )
 
 
-# ==== 41. Demo claude ========================================================
+# ==== 43. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 
@@ -15717,7 +15826,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 42. Command line =======================================================
+# ==== 44. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"

@@ -223,7 +223,7 @@ def test_a_hanging_reply_holds_up_one_look_for_a_while_and_no_request(
 
         assert over == ["second look", "look"] and took_s > 3
         # It gives up by itself, and before OCP would.
-        assert eventually(lambda: tunnel.endured_s)[0] < ocp._USAGE_TIMEOUT_S
+        assert eventually(lambda: tunnel.endured_s)[0] < ocp.PLAN_QUERY_TIMEOUT_S
         assert usage(rig)["plan"]["subscription"] == "max"
         share = None if rig.is_old else 0.4
         # The answer's own news come behind it.

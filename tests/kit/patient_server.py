@@ -13,7 +13,7 @@ from project import load_script
 #: Constants of ocp_server.py, and what they are here, in seconds.
 PATIENCE_S = {
     "_REPLY_TIMEOUT_S": 60.0, "_END_GRACE_S": 30.0, "_FIRST_LOOK_S": 60.0,
-    "_REWIND_TIMEOUT_S": 30.0, "_USAGE_TIMEOUT_S": 45.0, "_VERSION_PROBE_TIMEOUT_S": 120.0,
+    "_REWIND_TIMEOUT_S": 30.0, "PLAN_QUERY_TIMEOUT_S": 45.0, "_VERSION_PROBE_TIMEOUT_S": 120.0,
 }
 
 

@@ -27,7 +27,7 @@ class FakeProcess:
         self.version = ocp.REWINDS_ALL_SINCE
         self.born_s = 0.0
         self.rewinds = 0
-        self.history_messages = 0
+        self.stops: list[bool] = []
 
     def __repr__(self) -> str:
         return f"<process {self.name}>"
@@ -39,6 +39,14 @@ class FakeProcess:
     def drain_output(self) -> None:
         """Counts how often it was looked after."""
         self.looks += 1
+
+    def stop(self, *, graceful: bool) -> None:
+        """Notes how it was asked to go."""
+        self.stops.append(graceful)
+
+    def is_gone(self) -> bool:
+        """It ends as soon as it was asked to."""
+        return bool(self.stops)
 
 
 def use(call_id: str = "t1", name: str = "weather", **arguments: object) -> Json:
@@ -230,8 +238,7 @@ def test_a_conversation_has_a_digest_of_each_message() -> None:
 
 def parked(*messages: Any, awaiting: tuple[str, ...] = (), **fields: Any) -> Any:
     """A parked conversation of these messages."""
-    held = known(turn(*messages, **fields))
-    return ocp.ParkedProcess(FakeProcess(), held, frozenset(awaiting), 0.0)
+    return ocp.Conversation(known(turn(*messages, **fields)), frozenset(awaiting))
 
 
 def takes(held: Any, *messages: Any, **fields: Any) -> bool:
@@ -297,6 +304,40 @@ def test_waiting_calls_take_their_results_all_at_once_and_alone(
     assert takes(held, *CALLED, user(*content)) is taken
 
 
+def answer(*content: Any) -> Any:
+    """An answer of these blocks."""
+    blocks = assistant(*content).content
+    return ocp.Answer("msg", SONNET.id, blocks, "", "end_turn", None, ocp.NO_USAGE)
+
+
+def test_a_conversation_goes_on_with_its_answer() -> None:
+    point = ocp.rewind_point_of(turn(user("a")))
+    asked = ocp.Conversation(known(turn(user("a"))), rewind_point=point, messages_given=3)
+
+    held = asked.after(answer("b"), asked.history, is_dead_end=False)
+
+    assert held == asked._replace(history=known(turn(*SAID)))
+    assert takes(held, *SAID, user("c"))
+
+
+def test_after_calls_a_conversation_waits_for_their_results() -> None:
+    asked = ocp.Conversation(known(turn(user("a"))))
+
+    held = asked.after(answer(use("t1"), use("t2")), asked.history, is_dead_end=False)
+
+    assert held.awaiting == {"t1", "t2"}
+    assert takes(held, *CALLED, user(result("t1"), result("t2")))
+
+
+def test_nothing_goes_on_from_a_dead_end() -> None:
+    asked = ocp.Conversation(known(turn(user("a"))))
+
+    held = asked.after(answer("b"), asked.history, is_dead_end=True)
+
+    assert held.is_dead_end and not asked.is_dead_end
+    assert not takes(held, *SAID, user("c"))
+
+
 def test_context_is_told_with_a_result_unless_it_is_known() -> None:
     message = user(result("t1"), result("t2"), context("It is one."))
 
@@ -330,48 +371,68 @@ def test_what_two_conversations_share_is_their_beginning(
 
 
 class Lot:
-    """A parking with a clock."""
+    """A pool with a clock, in which processes are parked."""
 
     def __init__(self, **settings: object) -> None:
         self.clock = FakeClock()
-        self.parking = ocp.Parking(self.clock)
+        self.pool = ocp.ProcessPool(FakeProcess, self.clock)
         self.config = dataclasses.replace(ocp.Config(), **settings)
+        #: Every process that was parked, in this order.
+        self.processes: list[FakeProcess] = []
 
     def put(self, *messages: Any, awaiting: tuple[str, ...] = (), name: str = "",
-            caller: str = "local", **fields: Any) -> FakeProcess:
+            caller: str = "local", given: int = 0, **fields: Any) -> FakeProcess:
         """Parks a process with this conversation, whose last question is the last but one."""
         process = FakeProcess(name)
         process.born_s = self.clock.now_s
         held = known(turn(*messages, **fields), caller)
         question = ocp.rewind_point_of(turn(*messages[:-1])) if messages[1:] else None
-        self.parking.put(process, held, frozenset(awaiting), question)
+        self.park(process, ocp.Conversation(held, frozenset(awaiting), question, given))
         return process
+
+    def put_dead_end(self, process: FakeProcess, asked: Any) -> None:
+        """Parks a process that has answered in a form from which nothing continues."""
+        held = asked._replace(digests=(*asked.digests, ""))
+        point = ocp.rewind_point_of(turn(user("a")))
+        self.park(process, ocp.Conversation(held, rewind_point=point))
+
+    def park(self, process: FakeProcess, conversation: Any) -> None:
+        self.processes.append(process)
+        self.pool.park(process, conversation)
 
     def take_rewindable(
         self, *messages: Any, caller: str = "local", running: int = 1, **fields: Any
     ) -> Any:
         """The process that would have to forget its last question for this conversation."""
         asked = known(turn(*messages, **fields), caller)
-        parked = self.parking.take_rewindable(asked, self.config, running)
-        return parked and parked.process
+        pooled = self.pool.take_rewindable(asked, self.config, running)
+        return pooled and pooled.process
 
     def take(self, *messages: Any, caller: str = "local", **fields: Any) -> Any:
         """The process for this conversation, or the index at which the nearest one parts."""
         asked = turn(*messages, **fields)
-        parked, parts_at = self.parking.take(known(asked, caller), asked.messages[-1])
-        return parked and parked.process, parts_at
+        history = known(asked, caller)
+        pooled = self.pool.take(history, asked.messages[-1])
+        return (pooled.process, None) if pooled else (None, self.pool.common_prefix(history))
 
-    def tend(self, after_s: float = 0.0) -> list[Any]:
+    def tend(self, after_s: float = 0.0) -> list[FakeProcess]:
         """Lets time pass; what leaves."""
         self.clock.advance(after_s)
-        gone: list[Any] = self.parking.tend(self.config)
-        return gone
+        before = self.stopped()
+        self.pool.tend(self.config)
+        return [process for process in self.stopped() if process not in before]
+
+    def stopped(self) -> list[FakeProcess]:
+        """The processes that were stopped. All of them were interrupted."""
+        stopped = [process for process in self.processes if process.stops]
+        assert all(process.stops == [False] for process in stopped)
+        return stopped
 
 
 def test_a_parking_begins_empty() -> None:
     lot = Lot()
 
-    assert (len(lot.parking), repr(lot.parking)) == (0, "<parking 0>")
+    assert (lot.pool.parked, repr(lot.pool)) == (0, "<pool no spares parked=0 stopping=0>")
     assert lot.take(*SAID, user("c")) == (None, None)
 
 
@@ -381,7 +442,7 @@ def test_a_process_is_taken_once() -> None:
 
     assert lot.take(*SAID, user("c")) == (process, None)
     assert lot.take(*SAID, user("c")) == (None, None)
-    assert len(lot.parking) == 0
+    assert lot.pool.parked == 0
 
 
 def test_of_two_processes_the_one_parked_last_is_taken_first() -> None:
@@ -404,7 +465,7 @@ def test_nobody_takes_another_caller_s_process() -> None:
     lot.put(*SAID, caller="somebody")
 
     assert lot.take(*SAID, user("c")) == (None, None)
-    assert len(lot.parking) == 1
+    assert lot.pool.parked == 1
 
 
 def test_the_place_where_the_nearest_conversation_parts_is_told() -> None:
@@ -433,7 +494,7 @@ def test_tending_looks_after_each_process_and_keeps_it() -> None:
 
     assert lot.tend(after_s=10) == []
     assert [process.looks for process in processes] == [1, 1]
-    assert len(lot.parking) == 2
+    assert lot.pool.parked == 2
 
 
 def test_a_process_whose_time_is_up_leaves() -> None:
@@ -443,7 +504,7 @@ def test_a_process_whose_time_is_up_leaves() -> None:
     lot.put(*SAID)
 
     assert (lot.tend(after_s=30), lot.tend(after_s=1)) == ([], [old])
-    assert len(lot.parking) == 1
+    assert lot.pool.parked == 1
 
 
 def test_a_process_that_died_leaves() -> None:
@@ -460,7 +521,7 @@ def test_of_too_many_the_oldest_leave(most: int) -> None:
     processes = [lot.put(*SAID) for _ in range(3)]
 
     assert lot.tend() == processes[: 3 - most]
-    assert len(lot.parking) == most
+    assert lot.pool.parked == most
 
 
 def test_the_dead_take_nobody_s_place() -> None:
@@ -486,7 +547,7 @@ def test_another_last_question_is_for_the_process_that_can_forget_its_own(
 
     assert lot.take(*messages)[0] is None
     assert lot.take_rewindable(*messages) is process
-    assert len(lot.parking) == 0
+    assert lot.pool.parked == 0
 
 
 @pytest.mark.parametrize(
@@ -546,9 +607,8 @@ def test_nobody_forgets_in_the_place_of_another_that_would_be_pushed_out() -> No
 def test_what_no_conversation_goes_on_from_forgets_at_once() -> None:
     lot = Lot(parked_processes=9)
     process = lot.put(user("a"), assistant("b"))
-    held = ocp.History(known(turn()).base, (known(turn(user("a"))).digests[0], ""))
     ended = FakeProcess()
-    lot.parking.put(ended, held, frozenset(), ocp.rewind_point_of(turn(user("a"))))
+    lot.put_dead_end(ended, known(turn(user("a"))))
 
     assert lot.take(*SAID, user("c"))[0] is process
     assert lot.take_rewindable(user("new")) is ended
@@ -565,9 +625,10 @@ def test_the_same_first_question_of_somebody_else_leaves_a_conversation_alone() 
 def test_what_was_at_work_when_all_were_dropped_forgets_nothing() -> None:
     lot = Lot()
     lot.clock.advance(1)
-    lot.parking.drop()
+    lot.pool.drop()
     old = lot.put(*LATER)
     old.born_s -= 1
+    assert lot.pool.parked == 1
 
     assert lot.take_rewindable(*SAID, user("e")) is None
     assert lot.take(*LATER, user("e"))[0] is old
@@ -575,16 +636,14 @@ def test_what_was_at_work_when_all_were_dropped_forgets_nothing() -> None:
 
 def test_conversations_that_begin_with_the_same_examples_do_not_take_from_each_other() -> None:
     lot = Lot(parked_processes=2)
-    process = lot.put(*LATER)
-    process.history_messages = len(SAID)
+    process = lot.put(*LATER, given=len(SAID))
 
     assert lot.take_rewindable(*SAID, user("e")) is None
     assert lot.take_rewindable(*SAID, user("e"), running=2) is process
-    lot.put(*LATER).history_messages = len(SAID)
+    lot.put(*LATER, given=len(SAID))
     # The same again, and another question behind one that was asked here, need no reason.
     assert lot.take_rewindable(*SAID, user("c")) is not None
-    longer = lot.put(*LATER, user("e"), assistant("f"))
-    longer.history_messages = len(SAID)
+    longer = lot.put(*LATER, user("e"), assistant("f"), given=len(SAID))
     assert lot.take_rewindable(*LATER, user("g")) is longer
 
 
@@ -594,9 +653,7 @@ def test_what_no_conversation_goes_on_from_pushes_out_one_conversation_at_most()
     ended = [FakeProcess(f"ended {number}") for number in range(4)]
     gone = []
     for process in ended:
-        asked = known(turn(user(process.name), system=process.name))
-        held = asked._replace(digests=(*asked.digests, ""))
-        lot.parking.put(process, held, frozenset(), ocp.rewind_point_of(turn(user("a"))))
+        lot.put_dead_end(process, known(turn(user(process.name), system=process.name)))
         gone += lot.tend()
 
     assert gone == [going_on[0], *ended[:3]]
@@ -623,7 +680,7 @@ def test_a_process_forgets_so_often_and_no_more() -> None:
 def test_after_one_that_could_not_forget_none_is_asked_to_for_a_while() -> None:
     lot = Lot()
     process = lot.put(*LATER)
-    lot.parking.pause_rewinds(60)
+    lot.pool.pause_rewinds(60)
 
     assert lot.take_rewindable(*SAID, user("e")) is None
     lot.clock.advance(61)
@@ -634,8 +691,10 @@ def test_dropping_lets_all_of_them_go() -> None:
     lot = Lot()
     processes = [lot.put(*SAID), lot.put(*SAID)]
 
-    assert lot.parking.drop() == processes
-    assert (len(lot.parking), lot.parking.drop()) == (0, [])
+    lot.pool.drop()
+    lot.pool.drop()
+
+    assert (lot.pool.parked, lot.stopped()) == (0, processes)
 
 
 # -- whatever is asked, a process only goes on with its own conversation ------
@@ -716,8 +775,9 @@ def checked_take(lot: Lot, holds: dict[FakeProcess, Asked], asked: Asked) -> boo
     request = turn(*map(message_of, asked.messages), **SETTINGS[asked.settings])
     history = known(request, asked.caller)
     before = copy.deepcopy(request.messages)
-    parked, parted_at = lot.parking.take(history, request.messages[-1])
-    process = parked and parked.process
+    process, parted_at = lot.take(
+        *request.messages, caller=asked.caller, **SETTINGS[asked.settings]
+    )
 
     fitting = [process for process, held in holds.items() if may_go_on(held, asked)]
     assert request.messages == before and history == known(request, asked.caller)
@@ -726,7 +786,7 @@ def checked_take(lot: Lot, holds: dict[FakeProcess, Asked], asked: Asked) -> boo
     if process is not None:
         assert process in fitting
         del holds[process]
-    assert len(lot.parking) == len(holds)
+    assert lot.pool.parked == len(holds)
     return process is not None
 
 

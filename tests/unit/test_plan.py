@@ -406,38 +406,67 @@ class Idle:
 
 
 @pytest.fixture
-def spares(clock: FakeClock) -> Any:
-    """Spares of which one waits."""
-    found = ocp.Spares(lambda model_id: Idle(model_id, clock()), clock)
+def pool(clock: FakeClock) -> Any:
+    """A pool in which one spare waits."""
+    found = ocp.ProcessPool(lambda model_id: Idle(model_id, clock()), clock)
     found.mark_used("sonnet")
     clock.advance(1)
-    found.tend(ocp.Config())
-    assert found.idle() == {"sonnet": 1}
+    tend(found)
+    assert found.spares() == {"sonnet": 1}
     return found
 
 
+def tend(pool: Any) -> None:
+    """What the housekeeper does."""
+    pool.tend(ocp.Config())
+    pool.refill(ocp.Config())
+
+
+def test_no_spare_is_started_for_one_that_is_asked(pool: Any, clock: FakeClock) -> None:
+    asked = pool.take_any_spare(8)
+    clock.advance(7)
+    tend(pool)
+    meanwhile = pool.spares()
+
+    pool.put_spare(asked)
+    clock.advance(2)
+    tend(pool)
+
+    assert (meanwhile, pool.spares(), pool.spawned) == ({}, {"sonnet": 1}, 1)
+
+
+def test_a_spare_that_does_not_come_back_is_replaced(pool: Any, clock: FakeClock) -> None:
+    pool.stop(pool.take_any_spare(8), graceful=False)
+    clock.advance(8)
+
+    tend(pool)
+
+    assert (pool.spares(), pool.spawned) == ({"sonnet": 1}, 2)
+
+
 def test_there_are_as_many_spares_as_before_when_one_was_asked(
-    spares: Any, clock: FakeClock
+    pool: Any, clock: FakeClock
 ) -> None:
-    asked = spares.borrow()
+    asked = pool.take_any_spare(8)
     # Meanwhile somebody has an answer of this model.
-    spares.mark_used("sonnet")
+    pool.mark_used("sonnet")
     clock.advance(1)
-    spares.tend(ocp.Config())
+    tend(pool)
+    assert pool.spares() == {"sonnet": 1}
 
-    spares.put_back(asked)
-    spares.tend(ocp.Config())
+    pool.put_spare(asked)
+    tend(pool)
 
-    assert spares.idle() == {"sonnet": 1}
+    assert pool.spares() == {"sonnet": 1}
 
 
 def test_a_spare_whose_kind_was_dropped_while_it_was_asked_does_not_come_back(
-    spares: Any,
+    pool: Any,
 ) -> None:
-    asked = spares.borrow()
+    asked = pool.take_any_spare(8)
 
     # The program or its login has changed.
-    spares.drop()
-    spares.put_back(asked)
+    pool.drop()
+    pool.put_spare(asked)
 
-    assert spares.idle() == {} and asked.is_dismissed
+    assert pool.spares() == {} and asked.is_dismissed
