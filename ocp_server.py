@@ -1701,25 +1701,196 @@ def load_models(folder: str) -> Models:
 Block = dict[str, Any]
 
 
-class Message(NamedTuple):
+#: The types of blocks that hold other data than text.
+_ATTACHMENT_BLOCKS = ("image", "document")
+
+
+def attachments_of(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Yield the images and documents in order, including those in tool results."""
+    for block in blocks:
+        if block["type"] == "tool_result":
+            yield from attachments_of(block["content"])
+        elif block["type"] in _ATTACHMENT_BLOCKS:
+            yield block
+
+
+def json_chars(value: object) -> int:
+    """Return the length of the value's compact JSON in characters."""
+    return len(_ENCODER.encode(value))
+
+
+def plain_id(call_id: str) -> str:
+    """Return the letters and digits of a tool call's id.
+
+    Ids are sent to clients and compared in this form, because some clients drop the rest.
+    """
+    return re.sub(r"[^A-Za-z0-9]", "", call_id)
+
+
+def _plain_number(text: str) -> float:
+    """Return a number with a decimal point as JavaScript reads it: 1.0 is the integer 1."""
+    return int(text[:-2]) if text.endswith(".0") else float(text)
+
+
+_SORTING_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
+
+def _canonical_json(value: object) -> str:
+    """Return the same ASCII text for equal JSON values, whatever the order of their keys."""
+    text = _SORTING_ENCODER.encode(value)
+    if ".0" in text:
+        text = _SORTING_ENCODER.encode(json.loads(text, parse_float=_plain_number))
+    return text
+
+
+def digest(value: object) -> str:
+    """Return the same digest for equal JSON values, whatever the order of their keys."""
+    return hashlib.sha256(_canonical_json(value).encode("ascii")).hexdigest()
+
+
+class DigestBuilder:
+    """Builds the digest of several parts. Long texts become a part of it as they are: to write them as
+    JSON first would take longer than the rest."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        #: The size of all parts.
+        self.size_bytes = 0
+
+    def add(self, text: str) -> None:
+        """Add a text. Its length is added too, so that the parts cannot run into each other."""
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError:
+            # The two halves of a character that came in two pieces are equal to the character.
+            joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+            data = joined.encode("utf-8", "surrogatepass")
+        self._hash.update(b"%d:" % len(data))
+        self._hash.update(data)
+        self.size_bytes += len(data)
+
+    def add_json(self, value: object) -> None:
+        """Add a JSON value; the order of its keys makes no difference."""
+        self.add(_canonical_json(value))
+
+    def digest(self) -> str:
+        """Return the digest of all parts."""
+        return self._hash.hexdigest()
+
+
+#: OpenClaw puts its current context into a text block at the end of the conversation and moves this
+#: block there with each request. Earlier messages never contain it.
+_OPENCLAW_CONTEXT = re.compile(
+    r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
+)
+
+
+def _is_context(block: Block) -> bool:
+    return block["type"] == "text" and _OPENCLAW_CONTEXT.fullmatch(str(block["text"])) is not None
+
+
+#: The types of blocks that a message is not compared by, or not one by one.
+_NOT_COMPARED = ("text", "thinking", "redacted_thinking")
+
+
+def _add_blocks(found: DigestBuilder, head: str, blocks: Iterable[Block]) -> None:
+    """Add blocks as they are compared, behind a head: their joined text, then the other blocks
+    without thinking."""
+    texts, others = [], []
+    for block in blocks:
+        if block["type"] == "text":
+            texts.append(str(block["text"]))
+        elif block["type"] not in _NOT_COMPARED:
+            others.append(block)
+    found.add(f"{head} {len(others)}")
+    found.add("".join(texts).strip())
+    for block in others:
+        _add_block(found, block)
+
+
+def _add_block(found: DigestBuilder, block: Block) -> None:
+    """Add a block without the parts that clients change or leave out."""
+    kind = block["type"]
+    if kind == "tool_use":
+        # Clients and some kinds of calls leave out arguments that are null.
+        arguments = {name: value for name, value in block["input"].items() if value is not None}
+        found.add_json([kind, plain_id(block["id"]), block["name"], arguments])
+    elif kind == "tool_result":
+        found.add(block["tool_use_id"])
+        _add_blocks(found, f"{kind} {bool(block.get('is_error'))}", block["content"])
+    else:
+        source = dict(block.get("source") or {})
+        data = str(source.pop("data", ""))
+        found.add_json([kind, source])
+        found.add(data)
+
+
+class _MessageFields(NamedTuple):
+    role: str
+    content: list[Block]
+
+
+class Message(_MessageFields):
     """One message of a conversation.
 
     `role` is "user" or "assistant"; in parsed requests and stored responses also "system", but
-    never in a Turn.
+    never in a Turn. What is computed from the content is computed once: a message that was
+    measured must not be changed.
     """
-
-    role: str
-    content: list[Block]
 
     @property
     def has_results(self) -> bool:
         """Whether it contains results of tool calls."""
         return any(block["type"] == "tool_result" for block in self.content)
 
+    @functools.cached_property
+    def chars(self) -> int:
+        """The size in characters; arguments count as JSON, images and documents as 0."""
+        chars, rest = 0, list(self.content)
+        while rest:
+            block = rest.pop()
+            if block["type"] == "text":
+                chars += len(block["text"])
+            elif block["type"] == "tool_result":
+                rest += block["content"]
+            elif block["type"] == "tool_use":
+                chars += len(block["name"]) + json_chars(block["input"])
+            elif block["type"] not in _ATTACHMENT_BLOCKS:
+                chars += json_chars(block)
+        return chars
 
-class Tool(NamedTuple):
-    """A tool that the client runs itself."""
+    @property
+    def digest(self) -> str:
+        """The same text for the same message, however a client writes it."""
+        return self._compared[0]
 
+    @property
+    def size_bytes(self) -> int:
+        """The size with images and documents, and without thinking."""
+        return self._compared[1]
+
+    @functools.cached_property
+    def _compared(self) -> tuple[str, int]:
+        content = self.content
+        if self.role == "user":
+            # Without the context that moves to the last message.
+            content = [block for block in content if not _is_context(block)]
+        # Chat clients send the text and the calls of an answer separately; all other content has an
+        # order, in which neighbours of one type count once.
+        kinds = itertools.groupby(block["type"] for block in content)
+        order = "" if self.role == "assistant" else " ".join(kind for kind, _ in kinds)
+        found = DigestBuilder()
+        _add_blocks(found, f"{self.role} {order}", content)
+        return found.digest(), found.size_bytes
+
+
+def context_of(message: Message) -> str:
+    """Return the context in a message that is only there while the message is the last one; empty
+    if there is none."""
+    return "\n".join(str(block["text"]) for block in message.content if _is_context(block))
+
+
+class _ToolFields(NamedTuple):
     name: str
     description: str
     #: The JSON schema of its arguments, as it is sent to claude.
@@ -1728,6 +1899,20 @@ class Tool(NamedTuple):
     wrapped: bool = False
     #: Properties that are renamed in that schema: (name there, the client's name).
     renamed: tuple[tuple[str, str], ...] = ()
+
+
+class Tool(_ToolFields):
+    """A tool that the client runs itself."""
+
+    @functools.cached_property
+    def chars(self) -> int:
+        """The size in characters."""
+        return len(self.name) + len(self.description) + json_chars(self.schema)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The same text for equal tools."""
+        return digest(list(self))
 
 
 class ToolChoice(NamedTuple):
@@ -2112,52 +2297,15 @@ def replay_events(answer: Answer) -> Iterator[Event]:
     )
 
 
-#: The types of blocks that hold other data than text.
-_ATTACHMENT_BLOCKS = ("image", "document")
-
-
-def attachments_of(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield the images and documents in order, including those in tool results."""
-    for block in blocks:
-        if block["type"] == "tool_result":
-            yield from attachments_of(block["content"])
-        elif block["type"] in _ATTACHMENT_BLOCKS:
-            yield block
-
-
-def json_chars(value: object) -> int:
-    """Return the length of the value's compact JSON in characters."""
-    return len(_ENCODER.encode(value))
-
-
-def message_chars(message: Message) -> int:
-    """Return the size of a message in characters; arguments count as JSON, images and documents
-    as 0."""
-    chars, rest = 0, list(message.content)
-    while rest:
-        block = rest.pop()
-        if block["type"] == "text":
-            chars += len(block["text"])
-        elif block["type"] == "tool_result":
-            rest += block["content"]
-        elif block["type"] == "tool_use":
-            chars += len(block["name"]) + json_chars(block["input"])
-        elif block["type"] not in _ATTACHMENT_BLOCKS:
-            chars += json_chars(block)
-    return chars
-
-
 def _fixed_chars(turn: Turn) -> int:
     """Return the size of system prompt, tools and output schema in characters."""
     schema_chars = json_chars(turn.output_schema.schema) if turn.output_schema is not None else 0
-    return len(turn.system) + schema_chars + sum(
-        len(tool.name) + len(tool.description) + json_chars(tool.schema) for tool in turn.tools
-    )
+    return len(turn.system) + schema_chars + sum(tool.chars for tool in turn.tools)
 
 
 def prompt_chars(turn: Turn) -> int:
     """Return the size of the whole prompt in characters."""
-    return _fixed_chars(turn) + sum(message_chars(message) for message in turn.messages)
+    return _fixed_chars(turn) + sum(message.chars for message in turn.messages)
 
 
 #: How many characters count as a token when a prompt is compared with a context window.
@@ -2201,7 +2349,7 @@ def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
     too long; agents recognise its message and shorten their history.
     """
     max_chars = max_chars or turn.model.context_window * BUDGET_CHARS_PER_TOKEN
-    newest = max(message_chars(turn.choice(index).messages[-1]) for index in range(turn.choices))
+    newest = max(turn.choice(index).messages[-1].chars for index in range(turn.choices))
     left = max_chars - _fixed_chars(turn) - newest
     if left < 0:
         raise ContextTooLong(
@@ -2209,7 +2357,7 @@ def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
             f"{max_chars // BUDGET_CHARS_PER_TOKEN} maximum",
             param="messages",
         )
-    sizes = [*map(message_chars, turn.messages[:-1]), newest]
+    sizes = [*(message.chars for message in turn.messages[:-1]), newest]
     first = _first_kept(turn.messages, sizes, left + newest)
     if sum(sizes[first:]) > left + newest:
         raise ContextTooLong(
@@ -4960,14 +5108,6 @@ def merge_adjacent(messages: Iterable[Message]) -> list[Message]:
         elif message.content:
             result.append(Message(message.role, list(message.content)))
     return result
-
-
-def plain_id(call_id: str) -> str:
-    """Return the letters and digits of a tool call's id.
-
-    Ids are sent to clients and compared in this form, because some clients drop the rest.
-    """
-    return re.sub(r"[^A-Za-z0-9]", "", call_id)
 
 
 @dataclasses.dataclass
@@ -10885,81 +11025,14 @@ class History(NamedTuple):
     context: str = ""
 
 
-def _plain_number(text: str) -> float:
-    """Return a number with a decimal point as JavaScript reads it: 1.0 is the integer 1."""
-    return int(text[:-2]) if text.endswith(".0") else float(text)
-
-
-def digest(value: object) -> str:
-    """Return the same digest for equal JSON values, whatever the order of their keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    if ".0" in text:
-        value = json.loads(text, parse_float=_plain_number)
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def _normalized_block(block: Block) -> object:
-    """Return a block without the parts that clients change or leave out."""
-    kind = block["type"]
-    if kind == "tool_use":
-        # Clients and some kinds of calls leave out arguments that are null.
-        arguments = {name: value for name, value in block["input"].items() if value is not None}
-        return [kind, plain_id(block["id"]), block["name"], arguments]
-    if kind == "tool_result":
-        content = _normalized_blocks(block["content"])
-        return [kind, block["tool_use_id"], bool(block.get("is_error")), content]
-    return [kind, block.get("source")]
-
-
-def _normalized_blocks(blocks: Iterable[Block]) -> object:
-    """Return blocks in a form to compare: the joined text, then the other blocks without
-    thinking."""
-    found = list(blocks)
-    text = "".join(str(block["text"]) for block in found if block["type"] == "text").strip()
-    skipped = ("text", "thinking", "redacted_thinking")
-    return [text, [_normalized_block(block) for block in found if block["type"] not in skipped]]
-
-
-#: OpenClaw puts its current context into a text block at the end of the conversation and moves this
-#: block there with each request. Earlier messages never contain it.
-_OPENCLAW_CONTEXT = re.compile(
-    r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
-)
-
-
-def _is_context(block: Block) -> bool:
-    return block["type"] == "text" and _OPENCLAW_CONTEXT.fullmatch(str(block["text"])) is not None
-
-
-def context_of(message: Message) -> str:
-    """Return the context in a message that is only there while the message is the last one; empty
-    if there is none."""
-    return "\n".join(str(block["text"]) for block in message.content if _is_context(block))
-
-
-def message_digest(message: Message) -> str:
-    """Return the digest of one message, without the context that moves to the last message."""
-    if message.role == "user":
-        message = Message("user", [b for b in message.content if not _is_context(b)])
-    # Chat clients send the text and the calls of an answer separately; all other content has an
-    # order.
-    order = [] if message.role == "assistant" else _kinds(message.content)
-    return digest([message.role, order, _normalized_blocks(message.content)])
-
-
-def _kinds(blocks: Iterable[Block]) -> list[str]:
-    """Return the types of the blocks in order; neighbours of one type count once."""
-    return [kind for kind, _ in itertools.groupby(block["type"] for block in blocks)]
-
-
 def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
     """Return the identity of this turn's conversation."""
     base = [
-        caller, turn.model.argument, turn.system, operator_prompt, list(turn.tools),
-        list(turn.tool_choice), list(turn.options), turn.output_schema,
+        caller, turn.model.argument, turn.system, operator_prompt,
+        [tool.digest for tool in turn.tools], list(turn.tool_choice), list(turn.options),
+        turn.output_schema,
     ]
-    digests = tuple(message_digest(message) for message in turn.messages)
+    digests = tuple(message.digest for message in turn.messages)
     return History(digest(base), digests, context_of(turn.messages[-1]))
 
 
@@ -11248,8 +11321,8 @@ class Responses:
     ) -> None:
         """Store a response, and delete expired responses and the oldest above the limit. `items`
         are the items of its own request; earlier items are shared with the previous response."""
-        contents = [message.content for message in messages]
-        size_bytes = sum(len(to_json(value)) for value in (contents, items, body))
+        size_bytes = sum(message.size_bytes for message in messages)
+        size_bytes += len(to_json(items)) + len(to_json(body))
         now_s, ttl_s = self._clock(), config.session_ttl_ms / 1000
         with contextlib.suppress(NotFound):
             before = self.get(caller, body.get("previous_response_id") or "")
@@ -11325,14 +11398,23 @@ class Responses:
 
 
 def cache_key(turn: Turn, caller: Caller, operator_prompt: str) -> str:
-    """Return a digest of everything that shapes an answer, equal for requests that can share
-    one."""
-    inputs = [
-        caller.scope, turn.model.argument, turn.system, operator_prompt,
-        [list(message) for message in turn.messages], list(turn.options), turn.output_schema,
-        turn.choices, [[list(message) for message in other] for other in turn.other_prompts],
-    ]
-    return digest(inputs)
+    """Return a digest of everything that shapes an answer, equal for requests that can share one.
+
+    Messages count exactly, not as a conversation compares them: an answer is stored for longer
+    than a process waits, and serves other conversations."""
+    found = DigestBuilder()
+    found.add_json([
+        caller.scope, turn.model.argument, turn.system, operator_prompt, list(turn.options),
+        turn.output_schema, turn.choices,
+    ])
+    for messages in (turn.messages, *turn.other_prompts):
+        found.add(f"{len(messages)}")
+        for message in messages:
+            found.add(f"{message.role} {len(message.content)}")
+            for block in message.content:
+                found.add(str(block.get("text", "")))
+                found.add_json({name: block[name] for name in block if name != "text"})
+    return found.digest()
 
 
 def is_cacheable(turn: Turn, config: Config) -> bool:
@@ -12879,7 +12961,7 @@ class TurnRunner:
         record.process = None
         if finished.stop_reason in _PARKABLE and not is_cut and self._may_serve_again(process):
             answer = record.answer()
-            last = message_digest(Message("assistant", answer.blocks))
+            last = Message("assistant", answer.blocks).digest
             if self._turn.output_schema is not None:
                 # It ended in a call of claude's own.
                 last = _DEAD_END

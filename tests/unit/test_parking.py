@@ -97,7 +97,7 @@ SAME = {
 def test_what_clients_write_differently_is_the_same_message(name: str) -> None:
     one, other = SAME[name]
 
-    assert ocp.message_digest(one) == ocp.message_digest(other)
+    assert one.digest == other.digest
 
 
 DIFFERENT = {
@@ -130,21 +130,21 @@ DIFFERENT = {
 def test_what_means_something_else_is_another_message(name: str) -> None:
     one, other = DIFFERENT[name]
 
-    assert ocp.message_digest(one) != ocp.message_digest(other)
+    assert one.digest != other.digest
 
 
 def test_a_digest_leaves_its_message_alone() -> None:
     message = assistant(THOUGHT, " a ", use("t_1", b=2, a=1))
     before = copy.deepcopy(message)
 
-    ocp.message_digest(message)
+    assert message.digest
 
     assert message == before
 
 
 @pytest.mark.parametrize("text", ["\ud83d", "\u00e9", "\u2028", "\x00"])
 def test_any_text_has_a_digest(text: str) -> None:
-    assert len(ocp.message_digest(user(text))) == 64
+    assert len(user(text).digest) == 64
 
 
 # -- what a conversation is known by ------------------------------------------
@@ -220,7 +220,7 @@ def test_a_conversation_has_a_digest_of_each_message() -> None:
 
     found = known(turn(*messages))
 
-    assert found.digests == tuple(ocp.message_digest(message) for message in messages)
+    assert found.digests == tuple(message.digest for message in messages)
     assert found.base == known(turn()).base
 
 
