@@ -10588,11 +10588,6 @@ class ClaudeProcess:
             self._child.signal(signal.SIGINT)
         self._child.close_stdin()
 
-    def interrupt(self) -> None:
-        """Make the process end, from a thread that does not own it. Its owner then gets the
-        error."""
-        self._child.signal(signal.SIGINT)
-
     def is_gone(self) -> bool:
         """Return whether the process has ended, with its pipes and files removed. Kill it when its
         grace time is over."""
@@ -12042,7 +12037,7 @@ class Connection:
         self._budget = budget
         self.unread = Hold(self.cut)
         # Guards the fields below and the socket: a TLS socket must not be read and written at the
-        # same time, and several choices of one answer watch one client.
+        # same time, and a sender thread may write while the client is watched.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         #: Bytes that were read while watching for a hang-up.
@@ -12494,7 +12489,7 @@ def _entries(folder: str) -> list[str]:
 # ==== 33. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
-# and its `AnswerRecord`s hold what is known of them meanwhile.
+# is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
 
 
 class AnswerRecord:
@@ -12599,35 +12594,30 @@ class AnswerRecord:
         }
 
 
-class Request(NamedTuple):
-    """A turn, its caller, and the connection that it came on."""
-
-    turn: Turn
-    caller: Caller
-    client: Client
-    request_id: str
-    #: The name of the dialect.
-    dialect: str
-
-
 class Job:
     """A request that is being answered, up to its one row of usage."""
 
     def __init__(
-        self, request: Request, now_s: float, reservation: Reservation, path: str | None = None
+        self, turn: Turn, caller: Caller, client: Client, request_id: str, dialect: str,
+        now_s: float,
     ) -> None:
-        """`path` is "cached" or "shared" for an answer that another request generated."""
-        self.request = request
+        """`dialect` is the name of the dialect."""
+        self.turn = turn
+        self.caller = caller
+        self.client = client
+        self.request_id = request_id
+        self.dialect = dialect
         self.started_s = now_s
-        self.reservation = reservation
-        self.path = path
+        self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
+        self.reservation = Reservation(None, 0)
+        #: What the cache did for it: "hit", "miss", "shared" or "bypass".
+        self.cache_status = "bypass"
+        #: "cached" or "shared" for an answer that another request generated.
+        self.path: str | None = None
         #: Why it was cancelled although its client waits.
         self.ended_by: OcpError | None = None
-        turn = request.turn
-        self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
-        # Guards the next field: the choices of one request finish in threads of their own.
-        self._lock = threading.Lock()
-        self._settled = False
+        #: Whether the row of usage is written, or is left to another job.
+        self.is_recorded = False
 
     @property
     def finished(self) -> bool:
@@ -12636,14 +12626,14 @@ class Job:
 
     def glance(self, now_s: float) -> Json:
         """Return what the operator sees of a running request."""
-        request, first = self.request, self.records[0]
+        first = self.records[0]
         first_s = first.first_token_s
         return {
-            "request_id": request.request_id,
-            "key_name": request.caller.name,
-            "model": request.turn.model.id,
-            "dialect": request.dialect,
-            "stream": request.turn.stream,
+            "request_id": self.request_id,
+            "key_name": self.caller.name,
+            "model": self.turn.model.id,
+            "dialect": self.dialect,
+            "stream": self.turn.stream,
             "state": "running" if first.path or self.path or first_s is not None else "queued",
             "path": self.path or first.path,
             "first_token_ms": None if first_s is None else round((first_s - self.started_s) * 1000),
@@ -12662,19 +12652,13 @@ class Job:
         """Return whether any part of it was sent to claude."""
         return any(record.readers for record in self.records)
 
-    def settles(self) -> bool:
-        """Return True exactly once; that caller writes the row of usage."""
-        with self._lock:
-            settled, self._settled = self._settled, True
-            return not settled
-
     def answers(self) -> tuple[Answer, ...]:
         """Return the whole answers. Raises UpstreamFailed when they are not complete."""
         return tuple(record.answer() for record in self.records)
 
     def row(self, word: str, status: int, at_s: float, now_s: float) -> UsageRow:
         """Return the row of usage for a request that ended like this."""
-        request, first = self.request, self.records[0]
+        first = self.records[0]
         usages = [NO_USAGE if self.path else record.spent for record in self.records]
         firsts = [
             record.first_token_s for record in self.records
@@ -12683,19 +12667,19 @@ class Job:
         ]
         return UsageRow(
             at_s=at_s,
-            request_id=request.request_id,
-            key_id=request.caller.key_id,
-            caller=request.caller.name,
-            model=request.turn.model.id,
-            dialect=request.dialect,
+            request_id=self.request_id,
+            key_id=self.caller.key_id,
+            caller=self.caller.name,
+            model=self.turn.model.id,
+            dialect=self.dialect,
             outcome=word,
             status=status,
             counted=self.counted,
             stop_reason=first.finished.stop_reason if first.finished else None,
-            stream=request.turn.stream,
+            stream=self.turn.stream,
             warm=first.warm,
             path=self.path or first.path,
-            prompt_chars=prompt_chars(request.turn),
+            prompt_chars=prompt_chars(self.turn),
             response_chars=sum(record.response_chars for record in self.records),
             input_tokens=sum(usage.input_tokens for usage in usages),
             output_tokens=sum(usage.output_tokens for usage in usages),
@@ -12704,44 +12688,6 @@ class Job:
             first_token_ms=round((min(firsts) - self.started_s) * 1000) if firsts else None,
             total_ms=round((now_s - self.started_s) * 1000),
         )
-
-
-class Answering(NamedTuple):
-    """A request that is being answered."""
-
-    job: Job
-    #: The events of all its answers, as they come.
-    events: Iterator[Choice]
-    #: What the cache did for it: "hit", "miss", "shared" or "bypass".
-    cache: str = "bypass"
-
-    def answers(self) -> tuple[Answer, ...]:
-        """Return the whole answers once the events are over. Raises UpstreamFailed."""
-        return self.job.answers()
-
-
-class CancellableClient:
-    """A Client that can be cancelled without its connection: one of several choices failed."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self.left = False
-
-    def fileno(self) -> int:
-        """See Client."""
-        return self._client.fileno()
-
-    def gone(self) -> bool:
-        """See Client."""
-        return self.left or self._client.gone()
-
-    def can_detect_hangup(self) -> bool:
-        """See Client."""
-        return self._client.can_detect_hangup()
-
-    def cancel(self) -> None:
-        """See Client."""
-        self.left = True
 
 
 #: Stop reasons after which claude waits for the client and does nothing by itself.
@@ -12767,15 +12713,15 @@ class TurnRunner:
     is replaced by a fresh one.
     """
 
-    def __init__(self, app: App, request: Request, record: AnswerRecord, client: Client) -> None:
+    def __init__(self, app: App, job: Job, record: AnswerRecord) -> None:
         self._app = app
-        self._request = request
+        self._job = job
         self._record = record
         self._turn = record.turn
         config = self._config = app.config
-        self._history = history_of(self._turn, request.caller.scope, config.system_prompt)
+        self._history = history_of(self._turn, job.caller.scope, config.system_prompt)
         self._limits = WaitLimits(
-            client=client,
+            client=job.client,
             deadline_s=record.started_s + config.timeout_ms / 1000,
             tick_s=tick_s_of(config, self._turn),
         )
@@ -12812,13 +12758,13 @@ class TurnRunner:
             yield event
 
     def _log(self, level: str, name: str, **more: object) -> None:
-        record, request = self._record, self._request
+        record, job = self._record, self._job
         if record.is_logged:
             return
         record.is_logged = True
         self._app.log.event(
-            level, name, request_id=request.request_id, caller=request.caller.name,
-            dialect=request.dialect, **record.fields(self._app.clock()), **more,
+            level, name, request_id=job.request_id, caller=job.caller.name,
+            dialect=job.dialect, **record.fields(self._app.clock()), **more,
         )
 
     def _other_models(self) -> str:
@@ -12834,7 +12780,7 @@ class TurnRunner:
         if not app.parking.can_continue(self._history, self._turn.messages[-1]):
             # A process that holds the conversation continues it also while claude is updated.
             app.check_program()
-        slot = stack.enter_context(app.gate.slot(self._request.caller))
+        slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
         stack.callback(self._give_up)
         for events in self._attempts():
@@ -13009,43 +12955,42 @@ class Requests:
         return len(self._jobs)
 
     @contextlib.contextmanager
-    def answering(self, request: Request) -> Iterator[Answering]:
-        """Give the answer to a request. Nothing but a place in the quotas is acquired before the
-        events are read; leaving the block frees everything, and by then the row of usage is
-        written."""
+    def answering(self, job: Job) -> Iterator[Iterator[Choice]]:
+        """Give the events of the answers to a request, as they come. Nothing but a place in the
+        quotas is acquired before they are read; leaving the block frees everything, and by then
+        the row of usage is written."""
         app = self._app
         app.metrics.add("ocp_requests_started_total")
-        job = Job(request, app.clock(), Reservation(None, 0))
         with self._lock:
             self._jobs.append(job)
         try:
-            if app.draining:
-                raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
-            # Only now that it can be seen among those that run: a key that ends now ends it.
-            app.keys.current(request.caller)
-            job.reservation = app.ledger.reserve(
-                request.caller, self._likely_tokens(request), requests=request.turn.choices,
-                bounded=request.turn.options.max_tokens is not None,
-            )
-            if is_cacheable(request.turn, app.config):
-                with self._from_cache(job) as answering:
-                    yield answering
-            else:
-                app.cache.count_bypass()
-                with self._produced(job) as choices:
-                    yield Answering(job, choices)
-        except ClientGone as left:
-            self._settle(job, job.ended_by or left)
-            if job.ended_by is not None:
-                raise job.ended_by from None
-            raise
-        except Exception as error:
-            self._settle(job, error if isinstance(error, OcpError) else OcpError(str(error)))
-            raise
+            with self._recording(job):
+                self._admit(job)
+                with self._choices(job) as choices:
+                    yield self._recorded(job, choices)
         finally:
-            app.ledger.release(job.reservation)
             with self._lock:
                 self._jobs.remove(job)
+
+    def _admit(self, job: Job) -> None:
+        """Reserve a place in the quotas of the job's key. Raises Draining, Unauthorized,
+        QuotaExceeded, QueueFull, sqlite3.Error."""
+        app, turn = self._app, job.turn
+        if app.draining:
+            raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
+        # Only now that it can be seen among those that run: a key that ends now ends it.
+        app.keys.current(job.caller)
+        job.reservation = app.ledger.reserve(
+            job.caller, self._likely_tokens(job), requests=turn.choices,
+            bounded=turn.options.max_tokens is not None,
+        )
+
+    def _choices(self, job: Job) -> contextlib.AbstractContextManager[Iterator[Choice]]:
+        """Return what gives the events: from the cache if that may be used, or from claude."""
+        if is_cacheable(job.turn, self._app.config):
+            return self._from_cache(job)
+        self._app.cache.count_bypass()
+        return self._produced(job)
 
     def end_unwanted(self) -> None:
         """End the requests whose keys were revoked or have expired, and tell their clients."""
@@ -13053,10 +12998,10 @@ class Requests:
             jobs = list(self._jobs)
         for job in jobs:
             try:
-                self._app.keys.current(job.request.caller)
+                self._app.keys.current(job.caller)
             except Unauthorized as ended:
                 job.ended_by = job.ended_by or ended
-                job.request.client.cancel()
+                job.client.cancel()
 
     def check_quota(self, caller: Caller, dialect: Dialect) -> None:
         """Refuse, before its body is read, a request whose quota is used up. Raises
@@ -13076,10 +13021,10 @@ class Requests:
             jobs = list(self._jobs)
         return [job.glance(self._app.clock()) for job in jobs]
 
-    def _likely_tokens(self, request: Request) -> int:
+    def _likely_tokens(self, job: Job) -> int:
         """Return the tokens that the request is likely to take of its key's quotas."""
-        turn = request.turn
-        if request.caller.key_id is None:
+        turn = job.turn
+        if job.caller.key_id is None:
             return 0
         maximum = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
         return sum(estimate_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
@@ -13087,46 +13032,44 @@ class Requests:
     # -- cached and shared answers ----------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _from_cache(self, job: Job) -> Iterator[Answering]:
+    def _from_cache(self, job: Job) -> Iterator[Iterator[Choice]]:
         """Give the cached answer, or the one that is on its way to all who sent the same."""
-        app, config, request = self._app, self._app.config, job.request
-        key = cache_key(request.turn, request.caller, config.system_prompt)
+        app, config = self._app, self._app.config
+        key = cache_key(job.turn, job.caller, config.system_prompt)
         try:
             place = app.cache.lookup(key, config.cache_ttl_ms / 1000)
         except OSError as problem:
             raise cannot_start(problem) from None
-        flight = place.flight
+        flight, job.cache_status = place.flight, place.status
         if flight is None:
             job.path = "cached"
             stored = enumerate(place.answers)
             events = ((index, event) for index, answer in stored for event in replay_events(answer))
-            yield Answering(job, self._recorded(job, events), place.status)
+            yield self._noted(job, events)
             return
         try:
             if place.status == "miss":
                 self._start_producer(job, flight, config)
             else:
                 job.path = "shared"
-            tick_s = tick_s_of(config, request.turn)
-            followed = flight.follow(request.client, tick_s, app.clock)
-            yield Answering(job, self._recorded(job, followed), place.status)
+            tick_s = tick_s_of(config, job.turn)
+            yield self._noted(job, flight.follow(job.client, tick_s, app.clock))
         finally:
             app.cache.unfollow(flight)
 
-    def _recorded(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
-        """Record events that another request's process made."""
+    def _noted(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
+        """Note events that another job's process made."""
         for index, event in choices:
             job.records[index].add(event, self._app.clock())
-            if isinstance(event, Finished) and job.finished:
-                self._settle(job)
             yield index, event
 
     def _start_producer(self, job: Job, flight: Flight, config: Config) -> None:
         """Start a thread that produces the answer, so that it outlives the client that sent the
         request first. The row of usage and the reservation are the producer's from now on."""
         produced = Job(
-            job.request._replace(client=flight.client), job.started_s, job.reservation
+            job.turn, job.caller, flight.client, job.request_id, job.dialect, job.started_s
         )
+        produced.reservation = job.reservation
         thread = threading.Thread(
             target=self._produce, args=(produced, flight, config), daemon=True
         )
@@ -13137,119 +13080,92 @@ class Requests:
             self._app.cache.settle(flight, (), config)
             flight.end(failure)
             raise failure from None
-        job.settles()
-        job.reservation = Reservation(None, 0)
+        job.is_recorded, job.reservation = True, Reservation(None, 0)
 
     def _produce(self, job: Job, flight: Flight, config: Config) -> None:
         app = self._app
         answers: tuple[Answer, ...] = ()
         failure: OcpError | None = OcpError("OCP failed; its log has the details.")
         try:
-            with self._produced(job) as choices:
-                for choice in choices:
+            with self._recording(job), self._produced(job) as choices:
+                for choice in self._recorded(job, choices):
                     if not isinstance(choice[1], Tick):
                         flight.add(choice)
             failure = None
             if all(a.stop_reason in _CACHEABLE and not a.refusal for a in job.answers()):
                 answers = job.answers()
-        except ClientGone as left:
-            self._settle(job, left)
+        except ClientGone:
+            # All followers have left.
+            pass
         except OcpError as error:
             failure = error
-            self._settle(job, error)
         except Exception as error:
-            self._settle(job, failure)
             app.log.event(
-                "error", "request_broke", request_id=job.request.request_id,
-                error=format_failure(error),
+                "error", "request_broke", request_id=job.request_id, error=format_failure(error)
             )
         finally:
             app.cache.settle(flight, answers, config)
             flight.end(failure)
-            app.ledger.release(job.reservation)
 
     # -- produced answers -------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _produced(self, job: Job) -> Iterator[Iterator[Choice]]:
-        """Give claude's answers, with the row of usage written before the last event."""
-        if len(job.records) > 1:
-            with contextlib.closing(self._side_by_side(job)) as choices:
-                yield choices
-            return
-        with self._answer(job, job.records[0], job.request.client) as events:
-            yield ((0, event) for event in events)
+        """Give the events of claude's answers, one answer after another."""
+        with contextlib.ExitStack() as running:
+            def choices() -> Iterator[Choice]:
+                for index, record in enumerate(job.records):
+                    record.started_s = self._app.clock()
+                    runner = TurnRunner(self._app, job, record)
+                    for event in running.enter_context(runner.answering()):
+                        yield index, event
+                    # The next answer, too, waits for its turn.
+                    running.close()
 
-    @contextlib.contextmanager
-    def _answer(
-        self, job: Job, record: AnswerRecord, client: Client
-    ) -> Iterator[Iterator[Event]]:
-        def settled(events: Iterator[Event]) -> Iterator[Event]:
-            for event in events:
-                if isinstance(event, Finished) and job.finished:
-                    self._settle(job)
-                yield event
-
-        runner = TurnRunner(self._app, job.request, record, client)
-        with runner.answering() as events:
-            yield settled(events)
-
-    def _side_by_side(self, job: Job) -> Generator[Choice, None, None]:
-        """Give the events of several answers, as they come. Each answer has a thread, a slot and
-        a process of its own; the first failure fails all of them and ends the others."""
-        arrivals: queue.SimpleQueue[tuple[int, Event | BaseException | None]] = queue.SimpleQueue()
-        leaving = CancellableClient(job.request.client)
-
-        def run(index: int, record: AnswerRecord) -> None:
-            try:
-                with self._answer(job, record, leaving) as events:
-                    for event in events:
-                        arrivals.put((index, event))
-                arrivals.put((index, None))
-            except BaseException as error:
-                arrivals.put((index, error))
-
-        waiting = enumerate(job.records)
-        running: set[int] = set()
-
-        def begin(count: int) -> None:
-            for index, record in itertools.islice(waiting, count):
-                running.add(index)
-                record.started_s = self._app.clock()
-                threading.Thread(target=run, args=(index, record), daemon=True).start()
-
-        try:
-            begin(MAX_CHOICES)
-            while running:
-                index, arrived = arrivals.get()
-                if isinstance(arrived, BaseException):
-                    raise arrived
-                if arrived is None:
-                    running.remove(index)
-                    begin(1)
-                elif index == min(running) or not isinstance(arrived, Tick):
-                    yield index, arrived
-        finally:
-            leaving.cancel()
-            for process in [record.process for record in job.records]:
-                if process is not None:
-                    process.interrupt()
+            yield choices()
 
     # -- usage ------------------------------------------------------------------------------------
 
-    def _settle(self, job: Job, error: OcpError | ClientGone | None = None) -> None:
+    @contextlib.contextmanager
+    def _recording(self, job: Job) -> Iterator[None]:
+        """Release the job's reservation at the end; write the row of usage if it failed."""
+        failure: OcpError | ClientGone | None = None
+        try:
+            yield
+        except ClientGone as left:
+            failure = job.ended_by or left
+            if job.ended_by is not None:
+                raise job.ended_by from None
+            raise
+        except Exception as error:
+            failure = error if isinstance(error, OcpError) else OcpError(str(error))
+            raise
+        finally:
+            if failure is not None:
+                self._record(job, failure)
+            self._app.ledger.release(job.reservation)
+
+    def _recorded(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
+        """Write the row of usage before the last event is passed on."""
+        for index, event in choices:
+            if isinstance(event, Finished) and job.finished:
+                self._record(job)
+            yield index, event
+
+    def _record(self, job: Job, error: OcpError | ClientGone | None = None) -> None:
         """Write the row of usage of a request that is over, once. One that was refused before
         any work is counted and logged only, or refusals could fill the disk."""
         app = self._app
-        if not job.settles():
+        if job.is_recorded:
             return
+        job.is_recorded = True
         word, status = "ok", 200
         if isinstance(error, OcpError):
             word, status = error.error_code or error.openai_type, error.status
         elif error is not None:
             word, status = error.outcome, error.status
         row = job.row(word, status, time.time(), app.clock())
-        self._count(row, known=job.request.turn.model.known)
+        self._count(row, known=job.turn.model.known)
         if job.path:
             app.log.event(
                 "info", "answer_reused", request_id=row.request_id, caller=row.caller,
@@ -14886,19 +14802,21 @@ def _set_turn_headers(exchange: Exchange, turn: Turn) -> None:
 def answer(app: App, exchange: Exchange) -> None:
     """Answer a request with a model."""
     dialect, turn = exchange.dialect, _read_turn(app, exchange)
-    request = Request(turn, exchange.caller, exchange.client, exchange.request_id, dialect.name)
-    with app.requests.answering(request) as answering:
+    job = Job(
+        turn, exchange.caller, exchange.client, exchange.request_id, dialect.name, app.clock()
+    )
+    with app.requests.answering(job) as events:
         def store(body: Json) -> None:
             # Before the last byte is sent: the client's next request may refer to this answer.
-            if answering.job.finished and (dialect.stores(turn) or turn.session_id):
-                _store_conversation(app, exchange, turn, answering.answers()[0], body)
+            if job.finished and (dialect.stores(turn) or turn.session_id):
+                _store_conversation(app, exchange, turn, job.answers()[0], body)
 
-        exchange.headers_out["X-OCP-Cache"] = answering.cache
+        exchange.headers_out["X-OCP-Cache"] = job.cache_status
         if turn.stream:
-            exchange.send_stream(dialect.renderer(turn), answering.events, store)
+            exchange.send_stream(dialect.renderer(turn), events, store)
         else:
-            exchange.keep_alive(answering.events, app.config.whole_silence_ms / 1000)
-            body = dialect.answer_body(turn, list(answering.answers()))
+            exchange.keep_alive(events, app.config.whole_silence_ms / 1000)
+            body = dialect.answer_body(turn, list(job.answers()))
             store(body)
             exchange.send_json(body)
 
