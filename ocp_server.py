@@ -2085,7 +2085,11 @@ class Tick(NamedTuple):
     """No other event occurred for one heartbeat interval."""
 
 
-Event = Union[Started, BlockStarted, Delta, BlockStopped, Restarted, Finished, Tick]
+class Pause(NamedTuple):
+    """The next event is not there yet: what came so far is to be sent."""
+
+
+Event = Union[Started, BlockStarted, Delta, BlockStopped, Restarted, Finished, Tick, Pause]
 #: The index of an answer to a turn, counted from 0, and one of its events.
 Choice = tuple[int, Event]
 
@@ -2214,7 +2218,7 @@ class AnswerFilter:
 
     def events(self, event: Event) -> list[Event]:
         """Return the events for the client: this one and those that were held back before it."""
-        if isinstance(event, Tick):
+        if isinstance(event, (Tick, Pause)):
             return [event]
         if self._is_empty and isinstance(event, BlockStarted):
             return self._end("max_tokens", None)
@@ -6128,7 +6132,7 @@ class Renderer:
         self.body: Json = {}
 
     def event(self, index: int, event: Event) -> bytes:
-        """Return the frames of one event of choice `index`; never called with a Tick.
+        """Return the frames of one event of choice `index`; never called with a Tick or a Pause.
 
         Return nothing before the first content: an error before it can still have its own HTTP
         status. Raise UpstreamFailed if claude starts the answer again after content was sent,
@@ -6173,7 +6177,7 @@ def sse_event(data: Json, name: str = "") -> bytes:
     """Return one server-sent event."""
     head = f"event: {name}\n".encode("ascii") if name else b""
     text = to_json(data)
-    for character in _LINE_ENDS:
+    for character in () if text.isascii() else _LINE_ENDS:
         # Some clients split the stream at every Unicode line end, even inside the JSON.
         text = text.replace(character.encode("utf-8"), b"\\u%04x" % ord(character))
     return head + b"data: " + text + b"\n\n"
@@ -10312,6 +10316,8 @@ class ClaudeProcess:
         self._hang_detector = HangDetector(clock())
         self._is_hung = False
         self._unsent = bytearray()
+        #: Whether the wait for output is also one for room in the pipe.
+        self._waits_for_room = False
         self._stderr_tail = bytearray()
         #: When the client last got an event. A Tick is due `tick_s` later.
         self._last_event_s = 0.0
@@ -10343,7 +10349,7 @@ class ClaudeProcess:
     def converse(
         self, turn_input: TurnInput, limits: WaitLimits, reader: TurnReader
     ) -> Iterator[Event]:
-        """Send one turn and yield the events of its answer, and Ticks.
+        """Send one turn and yield the events of its answer, with Pauses and Ticks.
 
         Tool results continue the turn that ended with the calls; no step is needed then. The
         iterator ends after Finished. Raise an error that claude reports or that its exit causes,
@@ -10361,7 +10367,10 @@ class ClaudeProcess:
             self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
             self._turn_is_over = False
             for line in lines:
-                events = [Tick()] if line is None else reader.events(line)
+                if not isinstance(line, dict):
+                    yield line
+                    continue
+                events = reader.events(line)
                 if events:
                     yield from events
                     self._last_event_s = self._clock()
@@ -10380,7 +10389,7 @@ class ClaudeProcess:
                     pass
             self._send(b"".join(requests))
             for line in lines:
-                if line is not None and line.get("type") == "control_response":
+                if isinstance(line, dict) and line.get("type") == "control_response":
                     check_control_response(line)
                     answers.append(line)
                 if len(answers) == len(requests):
@@ -10391,20 +10400,20 @@ class ClaudeProcess:
         self._unsent += data
         self._hang_detector.record_sent(data, self._clock())
 
-    def _until_result(self, lines: Iterator[Json | None]) -> Iterator[Event]:
+    def _until_result(self, lines: Iterator[Json | Tick | Pause]) -> Iterator[Event]:
         """Wait until claude has accepted a message of the history."""
         for line in lines:
-            if line is None:
-                yield Tick()
+            if not isinstance(line, dict):
+                yield line
             elif line.get("type") == "control_response":
                 check_control_response(line)
             elif line.get("type") == "result":
                 check_history_result(line)
                 return
 
-    def _lines(self, limits: WaitLimits) -> Generator[Json | None, None, None]:
-        """Yield each line of claude, and None whenever the client has had no event for `tick_s`.
-        Raise UpstreamFailed when claude hangs or exits."""
+    def _lines(self, limits: WaitLimits) -> Generator[Json | Tick | Pause, None, None]:
+        """Yield each line of claude, a Pause before each wait, and a Tick whenever the client has
+        had no event for `tick_s`. Raise UpstreamFailed when claude hangs or exits."""
         if limits.client.gone():
             # A client that was cancelled earlier may show no event on its descriptor.
             raise ClientGone
@@ -10415,6 +10424,7 @@ class ClaudeProcess:
                     if limits.client.gone():
                         raise ClientGone
                     raise self._exit_error()
+                yield Pause()
                 until_s = min(limits.deadline_s, self._probe_if_silent())
                 self._flush(selector)
                 if limits.tick_s:
@@ -10428,7 +10438,7 @@ class ClaudeProcess:
                     self._last_event_s = now_s
                     # A process that claude started can hold the pipes open after claude's end.
                     self._ended = self._ended or not self.alive()
-                    yield None
+                    yield Tick()
                     self._hang_detector.exclude_time(self._clock() - now_s)
 
     def _visible_lines(self) -> Iterator[Json]:
@@ -10472,6 +10482,7 @@ class ClaudeProcess:
                 # It sent more than the read-ahead buffer holds: its hang-up cannot be seen.
                 selector.unregister(client.fileno())
 
+        self._waits_for_room = False
         selector = selectors.DefaultSelector()
         selector.register(self._child.stdout, selectors.EVENT_READ, self._read_stdout)
         selector.register(self._child.stderr, selectors.EVENT_READ, self._read_stderr)
@@ -10503,11 +10514,11 @@ class ClaudeProcess:
     def _flush(self, selector: selectors.BaseSelector) -> None:
         """Write what the pipe takes. Register for room in the pipe only while data is left."""
         left = self._write_some()
-        waits = self._child.stdin in selector.get_map()
-        if left and not waits:
+        if left and not self._waits_for_room:
             selector.register(self._child.stdin, selectors.EVENT_WRITE, self._flush)
-        elif waits and not left:
+        elif self._waits_for_room and not left:
             selector.unregister(self._child.stdin)
+        self._waits_for_room = left
 
     def _write_some(self) -> bool:
         """Write what the pipe takes. Return whether data is left."""
@@ -11473,8 +11484,8 @@ class Flight:
             self._changed.notify_all()
 
     def follow(self, client: Client, tick_s: float, clock: Clock) -> Iterator[Choice]:
-        """Yield each event as it comes, and Ticks. A late follower does not get events that a
-        restart has voided. Raise the error of the answer, and ClientGone."""
+        """Yield each event as it comes, Pauses and Ticks. A late follower does not get events that
+        a restart has voided. Raise the error of the answer, and ClientGone."""
         position, last_event_s = 0, clock()
         polled_s = last_event_s
         with self._changed:
@@ -11487,6 +11498,8 @@ class Flight:
             for index, choice in enumerate(events, position):
                 if index >= restarted_at.get(choice[0], 0):
                     yield choice
+            if events:
+                yield 0, Pause()
             position += len(events)
             now_s = clock()
             if is_over and not events:
@@ -13089,7 +13102,7 @@ class Requests:
         try:
             with self._recording(job), self._produced(job) as choices:
                 for choice in self._recorded(job, choices):
-                    if not isinstance(choice[1], Tick):
+                    if not isinstance(choice[1], (Tick, Pause)):
                         flight.add(choice)
             failure = None
             if all(a.stop_reason in _CACHEABLE and not a.refusal for a in job.answers()):
@@ -14347,24 +14360,35 @@ class Exchange(BaseHTTPRequestHandler):
         """See Exchange. A keepalive is also due when events render to nothing for too long."""
         heartbeat_s = self.app.config.heartbeat_ms / 1000
         sent_s = time.monotonic()
-        for index, event in events:
-            is_tick = isinstance(event, Tick)
-            data = b"" if is_tick else renderer.event(index, event)
-            if isinstance(event, Finished):
-                finished(renderer.body)
-            now_s = time.monotonic()
-            if is_tick or (not data and heartbeat_s and now_s - sent_s >= heartbeat_s):
-                data = renderer.keepalive()
-            if not data:
-                continue
-            sent_s = now_s
-            if self._renderer is None:
-                # As late as possible: an error before this is sent with its own status.
-                self._renderer = renderer
-                self._begin_chunks(_STREAM_HEADERS)
-            self._send(data)
+        unsent = b""
+        try:
+            for index, event in events:
+                if not isinstance(event, (Tick, Pause)):
+                    unsent += renderer.event(index, event)
+                    if isinstance(event, Finished):
+                        finished(renderer.body)
+                    elif len(unsent) < _MAX_SENT_BYTES:
+                        continue
+                now_s = time.monotonic()
+                is_silent = heartbeat_s and now_s - sent_s >= heartbeat_s
+                if not unsent and (isinstance(event, Tick) or is_silent):
+                    unsent = renderer.keepalive()
+                if unsent:
+                    data, unsent, sent_s = unsent, b"", now_s
+                    self._send_frames(renderer, data)
+        except OcpError:
+            self._send_frames(renderer, unsent)
+            raise
         self._send(renderer.end())
         self._end_chunks()
+
+    def _send_frames(self, renderer: Renderer, data: bytes) -> None:
+        """Send a part of a stream. The first one begins the response, as late as possible: an
+        error before it is sent with its own status."""
+        if data and self._renderer is None:
+            self._renderer = renderer
+            self._begin_chunks(_STREAM_HEADERS)
+        self._send(data)
 
     def send_nothing(self, status: int) -> None:
         """See Exchange."""
