@@ -112,7 +112,7 @@ def request_body() -> bytes:
 
 def load_server(tree: Path) -> Json:
     """The module ocp_server.py of a version."""
-    spec = importlib.util.spec_from_file_location("ocp_server", tree / "ocp_server.py")
+    spec = importlib.util.spec_from_file_location("measured_server", tree / "ocp_server.py")
     if spec is None or spec.loader is None:
         raise common.BenchError(f"no ocp_server.py in {tree}")
     module = importlib.util.module_from_spec(spec)

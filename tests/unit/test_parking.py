@@ -87,6 +87,7 @@ SAME = {
     ),
     "context that moves to the end": (user("a", context()), user("a")),
     "another such context": (user("a", context("It is one.")), user(context(), "a")),
+    "the halves of a character": (user("\ud83d", "\ude00"), user("\U0001f600")),
     "fields that are for caching": (
         user({**block("a"), "cache_control": {"type": "ephemeral"}}), user("a"),
     ),
@@ -123,6 +124,9 @@ DIFFERENT = {
     "an image or none": (user("a", picture()), user("a")),
     "an image in a result": (user(result("t1", picture())), user(result("t1", picture("bb")))),
     "an address or data": (user(ADDRESS), user(picture())),
+    "where a result ends": (user(result("t1", block("a")), result("t2", block("b"))),
+                            user(result("t1", block("a"), result("t2", block("b"))))),
+    "text or a call that reads alike": (assistant("tool_use t1 weather {}"), assistant(use())),
 }
 
 
