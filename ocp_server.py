@@ -10316,8 +10316,6 @@ class ClaudeProcess:
         self._hang_detector = HangDetector(clock())
         self._is_hung = False
         self._unsent = bytearray()
-        #: Whether the wait for output is also one for room in the pipe.
-        self._waits_for_room = False
         self._stderr_tail = bytearray()
         #: When the client last got an event. A Tick is due `tick_s` later.
         self._last_event_s = 0.0
@@ -10482,7 +10480,6 @@ class ClaudeProcess:
                 # It sent more than the read-ahead buffer holds: its hang-up cannot be seen.
                 selector.unregister(client.fileno())
 
-        self._waits_for_room = False
         selector = selectors.DefaultSelector()
         selector.register(self._child.stdout, selectors.EVENT_READ, self._read_stdout)
         selector.register(self._child.stderr, selectors.EVENT_READ, self._read_stderr)
@@ -10514,11 +10511,11 @@ class ClaudeProcess:
     def _flush(self, selector: selectors.BaseSelector) -> None:
         """Write what the pipe takes. Register for room in the pipe only while data is left."""
         left = self._write_some()
-        if left and not self._waits_for_room:
+        waits = self._child.stdin in selector.get_map()
+        if left and not waits:
             selector.register(self._child.stdin, selectors.EVENT_WRITE, self._flush)
-        elif self._waits_for_room and not left:
+        elif waits and not left:
             selector.unregister(self._child.stdin)
-        self._waits_for_room = left
 
     def _write_some(self) -> bool:
         """Write what the pipe takes. Return whether data is left."""
