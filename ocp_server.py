@@ -1639,25 +1639,177 @@ def load_models(folder: str) -> Models:
 Block = dict[str, Any]
 
 
-class Message(NamedTuple):
+#: The types of blocks that hold other data than text.
+_ATTACHMENT_BLOCKS = ("image", "document")
+
+
+def attachments_of(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Yield the images and documents in order, including those in tool results."""
+    for block in blocks:
+        if block["type"] == "tool_result":
+            yield from attachments_of(block["content"])
+        elif block["type"] in _ATTACHMENT_BLOCKS:
+            yield block
+
+
+def plain_id(call_id: str) -> str:
+    """Return the letters and digits of a tool call's id.
+
+    Ids are sent to clients and compared in this form, because some clients drop the rest.
+    """
+    return re.sub(r"[^A-Za-z0-9]", "", call_id)
+
+
+def _plain_number(text: str) -> float:
+    """Return a number with a decimal point as JavaScript reads it: 1.0 is the integer 1."""
+    return int(text[:-2]) if text.endswith(".0") else float(text)
+
+
+_SORTING_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
+
+def canonical_json(value: object) -> str:
+    """Return the same ASCII text for equal JSON values, whatever the order of their keys."""
+    text = _SORTING_ENCODER.encode(value)
+    if ".0" in text:
+        text = _SORTING_ENCODER.encode(json.loads(text, parse_float=_plain_number))
+    return text
+
+
+def json_chars(value: object, text: str = "") -> int:
+    """Return the length of the value's compact JSON in characters. `text` is its canonical JSON, if
+    that is at hand."""
+    text = text or canonical_json(value)
+    # ASCII takes half the time to write; the length is the same unless characters are escaped.
+    return len(text) if "\\u" not in text else len(_ENCODER.encode(value))
+
+
+def _with_whole_characters(text: str) -> str:
+    """Return a text in which the two halves of a character, which a client can send as two pieces,
+    are the character."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
+def joined_parts(parts: list[str]) -> bytes:
+    """Return different bytes for different lists of texts: their lengths, then the texts."""
+    try:
+        return "".join([str(list(map(len, parts))), *parts]).encode("utf-8")
+    except UnicodeEncodeError:
+        parts = list(map(_with_whole_characters, parts))
+        text = "".join([str(list(map(len, parts))), *parts])
+        return text.encode("utf-8", "surrogatepass")
+
+
+def digest(parts: list[str]) -> str:
+    """Return the same digest for the same texts."""
+    return hashlib.sha256(joined_parts(parts)).hexdigest()
+
+
+class ContextBlock(dict[str, Any]):
+    """A text block that is only in the message while that message is the last one."""
+
+
+def _is_context(block: Block) -> bool:
+    return isinstance(block, ContextBlock)
+
+
+#: The types of blocks that are not compared, or not one by one.
+_NOT_COMPARED = ("text", "thinking", "redacted_thinking")
+
+
+def _compared_parts(head: str, blocks: Iterable[Block]) -> list[str]:
+    """Return what blocks are compared by, behind a head: their joined text, then the other blocks
+    without thinking."""
+    texts: list[str] = []
+    parts: list[str] = []
+    for block in blocks:
+        if block["type"] == "text":
+            texts.append(block["text"])
+        elif block["type"] not in _NOT_COMPARED:
+            parts += _parts_of_block(block)
+    return [f"{head} {len(parts)}", "".join(texts).strip(), *parts]
+
+
+def _parts_of_block(block: Block) -> list[str]:
+    """Return what a block is compared by, without what clients change or leave out."""
+    kind = block["type"]
+    if kind == "tool_use":
+        # Clients and some kinds of calls leave out arguments that are null.
+        arguments = {name: value for name, value in block["input"].items() if value is not None}
+        return [kind, plain_id(block["id"]), block["name"], canonical_json(arguments)]
+    if kind == "tool_result":
+        head = str(bool(block.get("is_error")))
+        return [kind, block["tool_use_id"], *_compared_parts(head, block["content"])]
+    source = dict(block.get("source") or {})
+    data = str(source.pop("data", ""))
+    return [kind, data, canonical_json(source)]
+
+
+class _MessageFields(NamedTuple):
+    role: str
+    content: list[Block]
+
+
+class Message(_MessageFields):
     """One message of a conversation.
 
     `role` is "user" or "assistant"; in parsed requests and stored responses also "system", but
-    never in a Turn.
+    never in a Turn. What is computed from the content is computed once: a message that was
+    measured must not be changed.
     """
-
-    role: str
-    content: list[Block]
 
     @property
     def has_results(self) -> bool:
         """Whether it contains results of tool calls."""
         return any(block["type"] == "tool_result" for block in self.content)
 
+    @functools.cached_property
+    def chars(self) -> int:
+        """The size in characters; arguments count as JSON, images and documents as 0."""
+        chars, rest = 0, list(self.content)
+        while rest:
+            block = rest.pop()
+            if block["type"] == "text":
+                chars += len(block["text"])
+            elif block["type"] == "tool_result":
+                rest += block["content"]
+            elif block["type"] == "tool_use":
+                chars += len(block["name"]) + json_chars(block["input"])
+            elif block["type"] not in _ATTACHMENT_BLOCKS:
+                chars += json_chars(block)
+        return chars
 
-class Tool(NamedTuple):
-    """A tool that the client runs itself."""
+    @property
+    def digest(self) -> str:
+        """The same text for the same message, however a client writes it."""
+        return self._digest_and_bytes[0]
 
+    @property
+    def size_bytes(self) -> int:
+        """The size with images and documents, and without thinking."""
+        return self._digest_and_bytes[1]
+
+    @functools.cached_property
+    def _digest_and_bytes(self) -> tuple[str, int]:
+        content = self.content
+        if self.role == "user":
+            # Without the context that moves to the last message.
+            content = [block for block in content if not _is_context(block)]
+        # Chat clients send the text and the calls of an answer separately; all other content has an
+        # order, in which neighbours of one type count once.
+        kinds = itertools.groupby(block["type"] for block in content)
+        order = "" if self.role == "assistant" else " ".join(kind for kind, _ in kinds)
+        data = joined_parts(_compared_parts(f"{self.role} {order}", content))
+        return hashlib.sha256(data).hexdigest(), len(data)
+
+
+def context_of(message: Message) -> str:
+    """Return the context in a message that is only there while the message is the last one; empty
+    if there is none."""
+    return "\n".join(str(block["text"]) for block in message.content if _is_context(block))
+
+
+class _ToolFields(NamedTuple):
     name: str
     description: str
     #: The JSON schema of its arguments, as it is sent to claude.
@@ -1666,6 +1818,26 @@ class Tool(NamedTuple):
     wrapped: bool = False
     #: Properties that are renamed in that schema: (name there, the client's name).
     renamed: tuple[tuple[str, str], ...] = ()
+
+
+class Tool(_ToolFields):
+    """A tool that the client runs itself."""
+
+    @functools.cached_property
+    def _schema_json(self) -> str:
+        return canonical_json(self.schema)
+
+    @property
+    def chars(self) -> int:
+        """The size in characters."""
+        schema_chars = json_chars(self.schema, self._schema_json)
+        return len(self.name) + len(self.description) + schema_chars
+
+    @property
+    def digest(self) -> str:
+        """The same text for equal tools."""
+        form = f"{self.wrapped} {self.renamed}"
+        return digest([self.name, self.description, self._schema_json, form])
 
 
 class ToolChoice(NamedTuple):
@@ -1848,7 +2020,11 @@ class Tick(NamedTuple):
     """No other event occurred for one heartbeat interval."""
 
 
-Event = Union[Started, BlockStarted, Delta, BlockStopped, Restarted, Finished, Tick]
+class Pause(NamedTuple):
+    """The next event is not there yet: what came so far is to be sent."""
+
+
+Event = Union[Started, BlockStarted, Delta, BlockStopped, Restarted, Finished, Tick, Pause]
 #: The index of an answer to a turn, counted from 0, and one of its events.
 Choice = tuple[int, Event]
 
@@ -1977,7 +2153,7 @@ class AnswerFilter:
 
     def events(self, event: Event) -> list[Event]:
         """Return the events for the client: this one and those that were held back before it."""
-        if isinstance(event, Tick):
+        if isinstance(event, (Tick, Pause)):
             return [event]
         if self._is_empty and isinstance(event, BlockStarted):
             return self._end("max_tokens", None)
@@ -2050,52 +2226,15 @@ def replay_events(answer: Answer) -> Iterator[Event]:
     )
 
 
-#: The types of blocks that hold other data than text.
-_ATTACHMENT_BLOCKS = ("image", "document")
-
-
-def attachments_of(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield the images and documents in order, including those in tool results."""
-    for block in blocks:
-        if block["type"] == "tool_result":
-            yield from attachments_of(block["content"])
-        elif block["type"] in _ATTACHMENT_BLOCKS:
-            yield block
-
-
-def json_chars(value: object) -> int:
-    """Return the length of the value's compact JSON in characters."""
-    return len(_ENCODER.encode(value))
-
-
-def message_chars(message: Message) -> int:
-    """Return the size of a message in characters; arguments count as JSON, images and documents
-    as 0."""
-    chars, rest = 0, list(message.content)
-    while rest:
-        block = rest.pop()
-        if block["type"] == "text":
-            chars += len(block["text"])
-        elif block["type"] == "tool_result":
-            rest += block["content"]
-        elif block["type"] == "tool_use":
-            chars += len(block["name"]) + json_chars(block["input"])
-        elif block["type"] not in _ATTACHMENT_BLOCKS:
-            chars += json_chars(block)
-    return chars
-
-
 def _fixed_chars(turn: Turn) -> int:
     """Return the size of system prompt, tools and output schema in characters."""
     schema_chars = json_chars(turn.output_schema.schema) if turn.output_schema is not None else 0
-    return len(turn.system) + schema_chars + sum(
-        len(tool.name) + len(tool.description) + json_chars(tool.schema) for tool in turn.tools
-    )
+    return len(turn.system) + schema_chars + sum(tool.chars for tool in turn.tools)
 
 
 def prompt_chars(turn: Turn) -> int:
     """Return the size of the whole prompt in characters."""
-    return _fixed_chars(turn) + sum(message_chars(message) for message in turn.messages)
+    return _fixed_chars(turn) + sum(message.chars for message in turn.messages)
 
 
 #: How many characters count as a token when a prompt is compared with a context window.
@@ -2139,7 +2278,7 @@ def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
     too long; agents recognise its message and shorten their history.
     """
     max_chars = max_chars or turn.model.context_window * BUDGET_CHARS_PER_TOKEN
-    newest = max(message_chars(turn.choice(index).messages[-1]) for index in range(turn.choices))
+    newest = max(turn.choice(index).messages[-1].chars for index in range(turn.choices))
     left = max_chars - _fixed_chars(turn) - newest
     if left < 0:
         raise ContextTooLong(
@@ -2147,7 +2286,7 @@ def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
             f"{max_chars // BUDGET_CHARS_PER_TOKEN} maximum",
             param="messages",
         )
-    sizes = [*map(message_chars, turn.messages[:-1]), newest]
+    sizes = [*(message.chars for message in turn.messages[:-1]), newest]
     first = _first_kept(turn.messages, sizes, left + newest)
     if sum(sizes[first:]) > left + newest:
         raise ContextTooLong(
@@ -6109,14 +6248,6 @@ def merge_adjacent(messages: Iterable[Message]) -> list[Message]:
     return result
 
 
-def plain_id(call_id: str) -> str:
-    """Return the letters and digits of a tool call's id.
-
-    Ids are sent to clients and compared in this form, because some clients drop the rest.
-    """
-    return re.sub(r"[^A-Za-z0-9]", "", call_id)
-
-
 @dataclasses.dataclass
 class ToolCall:
     """One tool call of a history, with its results."""
@@ -6289,10 +6420,6 @@ _BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
 _OPENCLAW_CONTEXT = re.compile(
     r"\s*<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*<<<END_OPENCLAW_INTERNAL_CONTEXT>>>\s*", re.DOTALL
 )
-
-
-class ContextBlock(dict[str, Any]):
-    """A text block that is only in the message while that message is the last one."""
 
 
 def with_marked_context(message: Message) -> Message:
@@ -6563,7 +6690,7 @@ class Renderer:
         self.body: Json = {}
 
     def event(self, index: int, event: Event) -> bytes:
-        """Return the frames of one event of choice `index`; never called with a Tick.
+        """Return the frames of one event of choice `index`; never called with a Tick or a Pause.
 
         Return nothing before the first content: an error before it can still have its own HTTP
         status. Raise UpstreamFailed if claude starts the answer again after content was sent,
@@ -10244,11 +10371,11 @@ class ChildPipes:
         return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
 
 
-def _until_result(lines: Iterator[Json | None]) -> Iterator[Event]:
+def _until_result(lines: Iterator[Json | Tick | Pause]) -> Iterator[Event]:
     """Wait until claude has accepted a message of the history."""
     for line in lines:
-        if line is None:
-            yield Tick()
+        if not isinstance(line, dict):
+            yield line
         elif line.get("type") == "control_response":
             check_control_response(line)
         elif line.get("type") == "result":
@@ -10304,7 +10431,7 @@ class ClaudeProcess:
     def converse(
         self, turn_input: TurnInput, limits: WaitLimits, reader: TurnReader
     ) -> Iterator[Event]:
-        """Send one turn and yield the events of its answer, and Ticks.
+        """Send one turn and yield the events of its answer, with Pauses and Ticks.
 
         Tool results continue the turn that ended with the calls; no step is needed then. The
         iterator ends after Finished. Raise an error that claude reports or that its exit causes,
@@ -10316,7 +10443,10 @@ class ClaudeProcess:
         with contextlib.closing(self._lines(limits)) as lines:
             yield from self._send_turn(turn_input, lines)
             for line in lines:
-                events = [Tick()] if line is None else reader.events(line)
+                if not isinstance(line, dict):
+                    yield line
+                    continue
+                events = reader.events(line)
                 if reader.finished:
                     break
                 if events:
@@ -10326,7 +10456,9 @@ class ClaudeProcess:
         # nothing here may use the process from now on.
         yield from events
 
-    def _send_turn(self, turn_input: TurnInput, lines: Iterator[Json | None]) -> Iterator[Event]:
+    def _send_turn(
+        self, turn_input: TurnInput, lines: Iterator[Json | Tick | Pause]
+    ) -> Iterator[Event]:
         """Send the steps of a turn, and yield Ticks while claude accepts all but the last."""
         self._liveness.start_wait()
         if not turn_input.results and not self._turn_is_over:
@@ -10349,7 +10481,7 @@ class ClaudeProcess:
                     pass
             self._send(b"".join(requests))
             for line in lines:
-                if line is not None and line.get("type") == "control_response":
+                if isinstance(line, dict) and line.get("type") == "control_response":
                     check_control_response(line)
                     answers.append(line)
                 if len(answers) == len(requests):
@@ -10360,9 +10492,9 @@ class ClaudeProcess:
         self._pipes.send(data)
         self._liveness.record_sent(data)
 
-    def _lines(self, limits: WaitLimits) -> Generator[Json | None, None, None]:
-        """Yield each line of claude, and None whenever the client has had no event for `tick_s`.
-        Raise UpstreamFailed when claude hangs or exits."""
+    def _lines(self, limits: WaitLimits) -> Generator[Json | Tick | Pause, None, None]:
+        """Yield each line of claude, a Pause before each wait, and a Tick whenever the client has
+        had no event for `tick_s`. Raise UpstreamFailed when claude hangs or exits."""
         if limits.client.gone():
             # A client that was cancelled earlier may show no event on its descriptor.
             raise ClientGone
@@ -10378,11 +10510,14 @@ class ClaudeProcess:
                     if limits.client.gone():
                         raise ClientGone
                     raise self._pipes.exit_error()
+                paused_s = self._clock()
+                yield Pause()
+                self._liveness.exclude_since(paused_s)
                 if self._wait(selector, limits):
                     paused_s = self._last_event_s = self._clock()
                     # A process that claude started can hold the pipes open after claude's end.
                     self._pipes.ended = self._pipes.ended or not self.alive()
-                    yield None
+                    yield Tick()
                     self._liveness.exclude_since(paused_s)
 
     def _wait(self, selector: selectors.BaseSelector, limits: WaitLimits) -> bool:
@@ -10439,11 +10574,6 @@ class ClaudeProcess:
         """Start to end the process and return at once; `is_gone` completes it. `graceful` is for
         a process that has nothing left to do."""
         self._child.stop(self._clock(), graceful=graceful)
-
-    def interrupt(self) -> None:
-        """Make the process end, from a thread that does not own it. Its owner then gets the
-        error."""
-        self._child.signal(signal.SIGINT)
 
     def is_gone(self) -> bool:
         """Return whether the process has ended, with its pipes and files removed. Kill it when its
@@ -10682,74 +10812,14 @@ class History(NamedTuple):
     context: str = ""
 
 
-def _plain_number(text: str) -> float:
-    """Return a number with a decimal point as JavaScript reads it: 1.0 is the integer 1."""
-    return int(text[:-2]) if text.endswith(".0") else float(text)
-
-
-def digest(value: object) -> str:
-    """Return the same digest for equal JSON values, whatever the order of their keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    if ".0" in text:
-        value = json.loads(text, parse_float=_plain_number)
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def _normalized_block(block: Block) -> object:
-    """Return a block without the parts that clients change or leave out."""
-    kind = block["type"]
-    if kind == "tool_use":
-        # Clients and some kinds of calls leave out arguments that are null.
-        arguments = {name: value for name, value in block["input"].items() if value is not None}
-        return [kind, plain_id(block["id"]), block["name"], arguments]
-    if kind == "tool_result":
-        content = _normalized_blocks(block["content"])
-        return [kind, block["tool_use_id"], bool(block.get("is_error")), content]
-    return [kind, block.get("source")]
-
-
-def _normalized_blocks(blocks: Iterable[Block]) -> object:
-    """Return blocks in a form to compare: the joined text, then the other blocks without
-    thinking."""
-    found = list(blocks)
-    text = "".join(str(block["text"]) for block in found if block["type"] == "text").strip()
-    skipped = ("text", "thinking", "redacted_thinking")
-    return [text, [_normalized_block(block) for block in found if block["type"] not in skipped]]
-
-
-def _is_context(block: Block) -> bool:
-    return isinstance(block, ContextBlock)
-
-
-def context_of(message: Message) -> str:
-    """Return the context in a message that is only there while the message is the last one; empty
-    if there is none."""
-    return "\n".join(str(block["text"]) for block in message.content if _is_context(block))
-
-
-def message_digest(message: Message) -> str:
-    """Return the digest of one message, without the context that moves to the last message."""
-    if message.role == "user":
-        message = Message("user", [b for b in message.content if not _is_context(b)])
-    # Chat clients send the text and the calls of an answer separately; all other content has an
-    # order.
-    order = [] if message.role == "assistant" else _kinds(message.content)
-    return digest([message.role, order, _normalized_blocks(message.content)])
-
-
-def _kinds(blocks: Iterable[Block]) -> list[str]:
-    """Return the types of the blocks in order; neighbours of one type count once."""
-    return [kind for kind, _ in itertools.groupby(block["type"] for block in blocks)]
-
-
 def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
     """Return the identity of this turn's conversation."""
     base = [
-        caller, turn.model.argument, turn.system, operator_prompt, list(turn.tools),
-        list(turn.tool_choice), list(turn.options), turn.output_schema,
+        caller, turn.model.argument, turn.system, operator_prompt, repr(turn.tool_choice),
+        canonical_json(list(turn.options)), canonical_json(turn.output_schema),
+        *(tool.digest for tool in turn.tools),
     ]
-    digests = tuple(message_digest(message) for message in turn.messages)
+    digests = tuple(message.digest for message in turn.messages)
     return History(digest(base), digests, context_of(turn.messages[-1]))
 
 
@@ -10784,7 +10854,7 @@ class Conversation(NamedTuple):
         """Return the conversation after an answer to the last message of `history`."""
         last = _DEAD_END
         if not is_dead_end:
-            last = message_digest(Message("assistant", answer.blocks))
+            last = Message("assistant", answer.blocks).digest
         digests = (*history.digests, last)
         awaiting = frozenset(call["id"] for call in answer.calls)
         return self._replace(history=history._replace(digests=digests), awaiting=awaiting)
@@ -11235,7 +11305,9 @@ class Sessions:
         self._clock = clock
 
     def _key(self, caller: str, session_id: str, system: str) -> str:
-        return digest([caller, session_id, system])
+        # Written as this text, because the keys of stored sessions are digests of it.
+        text = canonical_json([caller, session_id, system])
+        return hashlib.sha256(text.encode("ascii")).hexdigest()
 
     def messages(self, caller: str, session_id: str, system: str, ttl_s: float) -> list[Message]:
         """Return the messages so far; empty for a new or expired session."""
@@ -11329,8 +11401,8 @@ class Responses:
     ) -> None:
         """Store a response, and delete expired responses and the oldest above the limit. `items`
         are the items of its own request; earlier items are shared with the previous response."""
-        contents = [message.content for message in messages]
-        size_bytes = sum(len(to_json(value)) for value in (contents, items, body))
+        size_bytes = sum(message.size_bytes for message in messages)
+        size_bytes += len(to_json(items)) + len(to_json(body))
         now_s, ttl_s = self._clock(), config.session_ttl_ms / 1000
         with contextlib.suppress(NotFound):
             before = self.get(caller, body.get("previous_response_id") or "")
@@ -11406,14 +11478,24 @@ class Responses:
 
 
 def cache_key(turn: Turn, caller: Caller, operator_prompt: str) -> str:
-    """Return a digest of everything that shapes an answer, equal for requests that can share
-    one."""
-    inputs = [
+    """Return a digest of everything that shapes an answer, equal for requests that can share one.
+
+    Messages count exactly, not as a conversation compares them: an answer is stored for longer
+    than a process waits, and serves other conversations."""
+    parts = [
         caller.scope, turn.model.argument, turn.system, operator_prompt,
-        [list(message) for message in turn.messages], list(turn.options), turn.output_schema,
-        turn.choices, [[list(message) for message in other] for other in turn.other_prompts],
+        canonical_json(list(turn.options)), canonical_json(turn.output_schema), str(turn.choices),
     ]
-    return digest(inputs)
+    for messages in (turn.messages, *turn.other_prompts):
+        parts.append(str(len(messages)))
+        for message in messages:
+            plain = [block.keys() == {"type", "text"} for block in message.content]
+            parts.append(f"{message.role} {plain}")
+            parts += (
+                block["text"] if is_plain else canonical_json(block)
+                for is_plain, block in zip(plain, message.content)
+            )
+    return digest(parts)
 
 
 def is_cacheable(turn: Turn, config: Config) -> bool:
@@ -11484,8 +11566,8 @@ class Flight:
             self._changed.notify_all()
 
     def follow(self, client: Client, tick_s: float, clock: Clock) -> Iterator[Choice]:
-        """Yield each event as it comes, and Ticks. A late follower does not get events that a
-        restart has voided. Raise the error of the answer, and ClientGone."""
+        """Yield each event as it comes, Pauses and Ticks. A late follower does not get events that
+        a restart has voided. Raise the error of the answer, and ClientGone."""
         position, last_event_s = 0, clock()
         polled_s = last_event_s
         with self._changed:
@@ -11498,6 +11580,8 @@ class Flight:
             for index, choice in enumerate(events, position):
                 if index >= restarted_at.get(choice[0], 0):
                     yield choice
+            if events:
+                yield 0, Pause()
             position += len(events)
             now_s = clock()
             if is_over and not events:
@@ -12054,7 +12138,7 @@ class Connection:
         self._budget = budget
         self.unread = Hold(self.cut)
         # Guards the fields below and the socket: a TLS socket must not be read and written at the
-        # same time, and several choices of one answer watch one client.
+        # same time, and a sender thread may write while the client is watched.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         #: Bytes that were read while watching for a hang-up.
@@ -12503,7 +12587,7 @@ def _entries(folder: str) -> list[str]:
 # ==== 35. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
-# and its `AnswerRecord`s hold what is known of them meanwhile.
+# is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
 
 
 class AnswerRecord:
@@ -12606,35 +12690,30 @@ class AnswerRecord:
         }
 
 
-class Request(NamedTuple):
-    """A turn, its caller, and the connection that it came on."""
-
-    turn: Turn
-    caller: Caller
-    client: Client
-    request_id: str
-    #: The name of the dialect.
-    dialect: str
-
-
 class Job:
     """A request that is being answered, up to its one row of usage."""
 
     def __init__(
-        self, request: Request, now_s: float, reservation: Reservation, path: str | None = None
+        self, turn: Turn, caller: Caller, client: Client, request_id: str, dialect: str,
+        now_s: float,
     ) -> None:
-        """`path` is "cached" or "shared" for an answer that another request generated."""
-        self.request = request
+        """`dialect` is the name of the dialect."""
+        self.turn = turn
+        self.caller = caller
+        self.client = client
+        self.request_id = request_id
+        self.dialect = dialect
         self.started_s = now_s
-        self.reservation = reservation
-        self.path = path
+        self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
+        self.reservation = Reservation(None, 0)
+        #: What the cache did for it: "hit", "miss", "shared" or "bypass".
+        self.cache_status = "bypass"
+        #: "cached" or "shared" for an answer that another request generated.
+        self.path: str | None = None
         #: Why it was cancelled although its client waits.
         self.ended_by: OcpError | None = None
-        turn = request.turn
-        self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
-        # Guards the next field: the choices of one request finish in threads of their own.
-        self._lock = threading.Lock()
-        self._settled = False
+        #: Whether the row of usage is written, or is left to another job.
+        self.is_recorded = False
 
     @property
     def finished(self) -> bool:
@@ -12643,14 +12722,14 @@ class Job:
 
     def glance(self, now_s: float) -> Json:
         """Return what the operator sees of a running request."""
-        request, first = self.request, self.records[0]
+        first = self.records[0]
         first_s = first.first_token_s
         return {
-            "request_id": request.request_id,
-            "key_name": request.caller.name,
-            "model": request.turn.model.id,
-            "dialect": request.dialect,
-            "stream": request.turn.stream,
+            "request_id": self.request_id,
+            "key_name": self.caller.name,
+            "model": self.turn.model.id,
+            "dialect": self.dialect,
+            "stream": self.turn.stream,
             "state": "running" if first.path or self.path or first_s is not None else "queued",
             "path": self.path or first.path,
             "first_token_ms": None if first_s is None else round((first_s - self.started_s) * 1000),
@@ -12669,19 +12748,13 @@ class Job:
         """Return whether any part of it was sent to claude."""
         return any(record.readers for record in self.records)
 
-    def settles(self) -> bool:
-        """Return True exactly once; that caller writes the row of usage."""
-        with self._lock:
-            settled, self._settled = self._settled, True
-            return not settled
-
     def answers(self) -> tuple[Answer, ...]:
         """Return the whole answers. Raises UpstreamFailed when they are not complete."""
         return tuple(record.answer() for record in self.records)
 
     def row(self, word: str, status: int, at_s: float, now_s: float) -> UsageRow:
         """Return the row of usage for a request that ended like this."""
-        request, first = self.request, self.records[0]
+        first = self.records[0]
         usages = [NO_USAGE if self.path else record.spent for record in self.records]
         firsts = [
             record.first_token_s for record in self.records
@@ -12690,19 +12763,19 @@ class Job:
         ]
         return UsageRow(
             at_s=at_s,
-            request_id=request.request_id,
-            key_id=request.caller.key_id,
-            caller=request.caller.name,
-            model=request.turn.model.id,
-            dialect=request.dialect,
+            request_id=self.request_id,
+            key_id=self.caller.key_id,
+            caller=self.caller.name,
+            model=self.turn.model.id,
+            dialect=self.dialect,
             outcome=word,
             status=status,
             counted=self.counted,
             stop_reason=first.finished.stop_reason if first.finished else None,
-            stream=request.turn.stream,
+            stream=self.turn.stream,
             warm=first.warm,
             path=self.path or first.path,
-            prompt_chars=prompt_chars(request.turn),
+            prompt_chars=prompt_chars(self.turn),
             response_chars=sum(record.response_chars for record in self.records),
             input_tokens=sum(usage.input_tokens for usage in usages),
             output_tokens=sum(usage.output_tokens for usage in usages),
@@ -12711,44 +12784,6 @@ class Job:
             first_token_ms=round((min(firsts) - self.started_s) * 1000) if firsts else None,
             total_ms=round((now_s - self.started_s) * 1000),
         )
-
-
-class Answering(NamedTuple):
-    """A request that is being answered."""
-
-    job: Job
-    #: The events of all its answers, as they come.
-    events: Iterator[Choice]
-    #: What the cache did for it: "hit", "miss", "shared" or "bypass".
-    cache: str = "bypass"
-
-    def answers(self) -> tuple[Answer, ...]:
-        """Return the whole answers once the events are over. Raises UpstreamFailed."""
-        return self.job.answers()
-
-
-class CancellableClient:
-    """A Client that can be cancelled without its connection: one of several choices failed."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self.left = False
-
-    def fileno(self) -> int:
-        """See Client."""
-        return self._client.fileno()
-
-    def gone(self) -> bool:
-        """See Client."""
-        return self.left or self._client.gone()
-
-    def can_detect_hangup(self) -> bool:
-        """See Client."""
-        return self._client.can_detect_hangup()
-
-    def cancel(self) -> None:
-        """See Client."""
-        self.left = True
 
 
 #: Stop reasons after which claude waits for the client and does nothing by itself.
@@ -12782,16 +12817,16 @@ class TurnRunner:
     more if that process dies before any text was sent.
     """
 
-    def __init__(self, app: App, request: Request, record: AnswerRecord, client: Client) -> None:
+    def __init__(self, app: App, job: Job, record: AnswerRecord) -> None:
         self._app = app
-        self._request = request
+        self._job = job
         self._record = record
         self._turn = record.turn
         self._message = record.turn.messages[-1]
         config = self._config = app.config
-        self._history = history_of(self._turn, request.caller.scope, config.system_prompt)
+        self._history = history_of(self._turn, job.caller.scope, config.system_prompt)
         self._limits = WaitLimits(
-            client=client,
+            client=job.client,
             deadline_s=record.started_s + config.timeout_ms / 1000,
             tick_s=tick_s_of(config, self._turn),
         )
@@ -12828,13 +12863,13 @@ class TurnRunner:
             yield event
 
     def _log(self, level: str, name: str, **more: object) -> None:
-        record, request = self._record, self._request
+        record, job = self._record, self._job
         if record.is_logged:
             return
         record.is_logged = True
         self._app.log.event(
-            level, name, request_id=request.request_id, caller=request.caller.name,
-            dialect=request.dialect, **record.fields(self._app.clock()), **more,
+            level, name, request_id=job.request_id, caller=job.caller.name,
+            dialect=job.dialect, **record.fields(self._app.clock()), **more,
         )
 
     def _other_models(self) -> str:
@@ -12850,7 +12885,7 @@ class TurnRunner:
         if not app.pool.can_continue(self._history, self._message):
             # A process that holds the conversation continues it also while claude is updated.
             app.check_program()
-        slot = stack.enter_context(app.gate.slot(self._request.caller))
+        slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
         stack.callback(self._give_up)
         attempts: list[Callable[[], Attempt | None]] = [
@@ -13040,43 +13075,42 @@ class Requests:
         return len(self._jobs)
 
     @contextlib.contextmanager
-    def answering(self, request: Request) -> Iterator[Answering]:
-        """Give the answer to a request. Nothing but a place in the quotas is acquired before the
-        events are read; leaving the block frees everything, and by then the row of usage is
-        written."""
+    def answering(self, job: Job) -> Iterator[Iterator[Choice]]:
+        """Give the events of the answers to a request, as they come. Nothing but a place in the
+        quotas is acquired before they are read; leaving the block frees everything, and by then
+        the row of usage is written."""
         app = self._app
         app.metrics.add("ocp_requests_started_total")
-        job = Job(request, app.clock(), Reservation(None, 0))
         with self._lock:
             self._jobs.append(job)
         try:
-            if app.draining:
-                raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
-            # Only now that it can be seen among those that run: a key that ends now ends it.
-            app.keys.current(request.caller)
-            job.reservation = app.ledger.reserve(
-                request.caller, self._likely_tokens(request), requests=request.turn.choices,
-                bounded=request.turn.options.max_tokens is not None,
-            )
-            if is_cacheable(request.turn, app.config):
-                with self._from_cache(job) as answering:
-                    yield answering
-            else:
-                app.cache.count_bypass()
-                with self._produced(job) as choices:
-                    yield Answering(job, choices)
-        except ClientGone as left:
-            self._settle(job, job.ended_by or left)
-            if job.ended_by is not None:
-                raise job.ended_by from None
-            raise
-        except Exception as error:
-            self._settle(job, error if isinstance(error, OcpError) else OcpError(str(error)))
-            raise
+            with self._recording(job):
+                self._admit(job)
+                with self._choices(job) as choices:
+                    yield self._recorded(job, choices)
         finally:
-            app.ledger.release(job.reservation)
             with self._lock:
                 self._jobs.remove(job)
+
+    def _admit(self, job: Job) -> None:
+        """Reserve a place in the quotas of the job's key. Raises Draining, Unauthorized,
+        QuotaExceeded, QueueFull, sqlite3.Error."""
+        app, turn = self._app, job.turn
+        if app.draining:
+            raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
+        # Only now that it can be seen among those that run: a key that ends now ends it.
+        app.keys.current(job.caller)
+        job.reservation = app.ledger.reserve(
+            job.caller, self._likely_tokens(job), requests=turn.choices,
+            bounded=turn.options.max_tokens is not None,
+        )
+
+    def _choices(self, job: Job) -> contextlib.AbstractContextManager[Iterator[Choice]]:
+        """Return what gives the events: from the cache if that may be used, or from claude."""
+        if is_cacheable(job.turn, self._app.config):
+            return self._from_cache(job)
+        self._app.cache.count_bypass()
+        return self._produced(job)
 
     def end_unwanted(self) -> None:
         """End the requests whose keys were revoked or have expired, and tell their clients."""
@@ -13084,10 +13118,10 @@ class Requests:
             jobs = list(self._jobs)
         for job in jobs:
             try:
-                self._app.keys.current(job.request.caller)
+                self._app.keys.current(job.caller)
             except Unauthorized as ended:
                 job.ended_by = job.ended_by or ended
-                job.request.client.cancel()
+                job.client.cancel()
 
     def check_quota(self, caller: Caller, dialect: Dialect) -> None:
         """Refuse, before its body is read, a request whose quota is used up. Raises
@@ -13107,10 +13141,10 @@ class Requests:
             jobs = list(self._jobs)
         return [job.glance(self._app.clock()) for job in jobs]
 
-    def _likely_tokens(self, request: Request) -> int:
+    def _likely_tokens(self, job: Job) -> int:
         """Return the tokens that the request is likely to take of its key's quotas."""
-        turn = request.turn
-        if request.caller.key_id is None:
+        turn = job.turn
+        if job.caller.key_id is None:
             return 0
         maximum = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
         return sum(estimate_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
@@ -13118,46 +13152,44 @@ class Requests:
     # -- cached and shared answers ----------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _from_cache(self, job: Job) -> Iterator[Answering]:
+    def _from_cache(self, job: Job) -> Iterator[Iterator[Choice]]:
         """Give the cached answer, or the one that is on its way to all who sent the same."""
-        app, config, request = self._app, self._app.config, job.request
-        key = cache_key(request.turn, request.caller, config.system_prompt)
+        app, config = self._app, self._app.config
+        key = cache_key(job.turn, job.caller, config.system_prompt)
         try:
             place = app.cache.lookup(key, config.cache_ttl_ms / 1000)
         except OSError as problem:
             raise cannot_start(problem) from None
-        flight = place.flight
+        flight, job.cache_status = place.flight, place.status
         if flight is None:
             job.path = "cached"
             stored = enumerate(place.answers)
             events = ((index, event) for index, answer in stored for event in replay_events(answer))
-            yield Answering(job, self._recorded(job, events), place.status)
+            yield self._noted(job, events)
             return
         try:
             if place.status == "miss":
                 self._start_producer(job, flight, config)
             else:
                 job.path = "shared"
-            tick_s = tick_s_of(config, request.turn)
-            followed = flight.follow(request.client, tick_s, app.clock)
-            yield Answering(job, self._recorded(job, followed), place.status)
+            tick_s = tick_s_of(config, job.turn)
+            yield self._noted(job, flight.follow(job.client, tick_s, app.clock))
         finally:
             app.cache.unfollow(flight)
 
-    def _recorded(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
-        """Record events that another request's process made."""
+    def _noted(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
+        """Note events that another job's process made."""
         for index, event in choices:
             job.records[index].add(event, self._app.clock())
-            if isinstance(event, Finished) and job.finished:
-                self._settle(job)
             yield index, event
 
     def _start_producer(self, job: Job, flight: Flight, config: Config) -> None:
         """Start a thread that produces the answer, so that it outlives the client that sent the
         request first. The row of usage and the reservation are the producer's from now on."""
         produced = Job(
-            job.request._replace(client=flight.client), job.started_s, job.reservation
+            job.turn, job.caller, flight.client, job.request_id, job.dialect, job.started_s
         )
+        produced.reservation = job.reservation
         thread = threading.Thread(
             target=self._produce, args=(produced, flight, config), daemon=True
         )
@@ -13168,119 +13200,92 @@ class Requests:
             self._app.cache.settle(flight, (), config)
             flight.end(failure)
             raise failure from None
-        job.settles()
-        job.reservation = Reservation(None, 0)
+        job.is_recorded, job.reservation = True, Reservation(None, 0)
 
     def _produce(self, job: Job, flight: Flight, config: Config) -> None:
         app = self._app
         answers: tuple[Answer, ...] = ()
         failure: OcpError | None = OcpError("OCP failed; its log has the details.")
         try:
-            with self._produced(job) as choices:
-                for choice in choices:
-                    if not isinstance(choice[1], Tick):
+            with self._recording(job), self._produced(job) as choices:
+                for choice in self._recorded(job, choices):
+                    if not isinstance(choice[1], (Tick, Pause)):
                         flight.add(choice)
             failure = None
             if all(a.stop_reason in _CACHEABLE and not a.refusal for a in job.answers()):
                 answers = job.answers()
-        except ClientGone as left:
-            self._settle(job, left)
+        except ClientGone:
+            # All followers have left.
+            pass
         except OcpError as error:
             failure = error
-            self._settle(job, error)
         except Exception as error:
-            self._settle(job, failure)
             app.log.event(
-                "error", "request_broke", request_id=job.request.request_id,
-                error=format_failure(error),
+                "error", "request_broke", request_id=job.request_id, error=format_failure(error)
             )
         finally:
             app.cache.settle(flight, answers, config)
             flight.end(failure)
-            app.ledger.release(job.reservation)
 
     # -- produced answers -------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _produced(self, job: Job) -> Iterator[Iterator[Choice]]:
-        """Give claude's answers, with the row of usage written before the last event."""
-        if len(job.records) > 1:
-            with contextlib.closing(self._side_by_side(job)) as choices:
-                yield choices
-            return
-        with self._answer(job, job.records[0], job.request.client) as events:
-            yield ((0, event) for event in events)
+        """Give the events of claude's answers, one answer after another."""
+        with contextlib.ExitStack() as running:
+            def choices() -> Iterator[Choice]:
+                for index, record in enumerate(job.records):
+                    record.started_s = self._app.clock()
+                    runner = TurnRunner(self._app, job, record)
+                    for event in running.enter_context(runner.answering()):
+                        yield index, event
+                    # The next answer, too, waits for its turn.
+                    running.close()
 
-    @contextlib.contextmanager
-    def _answer(
-        self, job: Job, record: AnswerRecord, client: Client
-    ) -> Iterator[Iterator[Event]]:
-        def settled(events: Iterator[Event]) -> Iterator[Event]:
-            for event in events:
-                if isinstance(event, Finished) and job.finished:
-                    self._settle(job)
-                yield event
-
-        runner = TurnRunner(self._app, job.request, record, client)
-        with runner.answering() as events:
-            yield settled(events)
-
-    def _side_by_side(self, job: Job) -> Generator[Choice, None, None]:
-        """Give the events of several answers, as they come. Each answer has a thread, a slot and
-        a process of its own; the first failure fails all of them and ends the others."""
-        arrivals: queue.SimpleQueue[tuple[int, Event | BaseException | None]] = queue.SimpleQueue()
-        leaving = CancellableClient(job.request.client)
-
-        def run(index: int, record: AnswerRecord) -> None:
-            try:
-                with self._answer(job, record, leaving) as events:
-                    for event in events:
-                        arrivals.put((index, event))
-                arrivals.put((index, None))
-            except BaseException as error:
-                arrivals.put((index, error))
-
-        waiting = enumerate(job.records)
-        running: set[int] = set()
-
-        def begin(count: int) -> None:
-            for index, record in itertools.islice(waiting, count):
-                running.add(index)
-                record.started_s = self._app.clock()
-                threading.Thread(target=run, args=(index, record), daemon=True).start()
-
-        try:
-            begin(MAX_CHOICES)
-            while running:
-                index, arrived = arrivals.get()
-                if isinstance(arrived, BaseException):
-                    raise arrived
-                if arrived is None:
-                    running.remove(index)
-                    begin(1)
-                elif index == min(running) or not isinstance(arrived, Tick):
-                    yield index, arrived
-        finally:
-            leaving.cancel()
-            for process in [record.process for record in job.records]:
-                if process is not None:
-                    process.interrupt()
+            yield choices()
 
     # -- usage ------------------------------------------------------------------------------------
 
-    def _settle(self, job: Job, error: OcpError | ClientGone | None = None) -> None:
+    @contextlib.contextmanager
+    def _recording(self, job: Job) -> Iterator[None]:
+        """Release the job's reservation at the end; write the row of usage if it failed."""
+        failure: OcpError | ClientGone | None = None
+        try:
+            yield
+        except ClientGone as left:
+            failure = job.ended_by or left
+            if job.ended_by is not None:
+                raise job.ended_by from None
+            raise
+        except Exception as error:
+            failure = error if isinstance(error, OcpError) else OcpError(str(error))
+            raise
+        finally:
+            if failure is not None:
+                self._record(job, failure)
+            self._app.ledger.release(job.reservation)
+
+    def _recorded(self, job: Job, choices: Iterator[Choice]) -> Iterator[Choice]:
+        """Write the row of usage before the last event is passed on."""
+        for index, event in choices:
+            if isinstance(event, Finished) and job.finished:
+                self._record(job)
+            yield index, event
+
+    def _record(self, job: Job, error: OcpError | ClientGone | None = None) -> None:
         """Write the row of usage of a request that is over, once. One that was refused before
         any work is counted and logged only, or refusals could fill the disk."""
         app = self._app
-        if not job.settles():
+        if job.is_recorded:
             return
+        job.is_recorded = True
         word, status = "ok", 200
         if isinstance(error, OcpError):
             word, status = error.error_code or error.openai_type, error.status
         elif error is not None:
             word, status = error.outcome, error.status
         row = job.row(word, status, time.time(), app.clock())
-        self._count(row, known=job.request.turn.model.known)
+        self._count(row, known=job.turn.model.known)
         if job.path:
             app.log.event(
                 "info", "answer_reused", request_id=row.request_id, caller=row.caller,
@@ -13919,24 +13924,35 @@ class Response:
         """Send an answer as it comes. `finished` gets the complete body before the last event is
         sent. A keepalive is also due when events render to nothing for too long."""
         sent_s = time.monotonic()
-        for index, event in events:
-            is_tick = isinstance(event, Tick)
-            data = b"" if is_tick else renderer.event(index, event)
-            if isinstance(event, Finished):
-                finished(renderer.body)
-            now_s = time.monotonic()
-            if is_tick or (not data and heartbeat_s and now_s - sent_s >= heartbeat_s):
-                data = renderer.keepalive()
-            if not data:
-                continue
-            sent_s = now_s
-            if self._renderer is None:
-                # As late as possible: an error before this is sent with its own status.
-                self._renderer = renderer
-                self._begin_parts(_STREAM_HEADERS)
-            self._send(data)
+        unsent = b""
+        try:
+            for index, event in events:
+                if not isinstance(event, (Tick, Pause)):
+                    unsent += renderer.event(index, event)
+                    if isinstance(event, Finished):
+                        finished(renderer.body)
+                    elif len(unsent) < _MAX_SENT_BYTES:
+                        continue
+                now_s = time.monotonic()
+                is_silent = heartbeat_s and now_s - sent_s >= heartbeat_s
+                if not unsent and (isinstance(event, Tick) or is_silent):
+                    unsent = renderer.keepalive()
+                if unsent:
+                    data, unsent, sent_s = unsent, b"", now_s
+                    self._send_frames(renderer, data)
+        except OcpError:
+            self._send_frames(renderer, unsent)
+            raise
         self._send(renderer.end())
         self._end_parts()
+
+    def _send_frames(self, renderer: Renderer, data: bytes) -> None:
+        """Send a part of a stream. The first one begins the response, as late as possible: an
+        error before it is sent with its own status."""
+        if data and self._renderer is None:
+            self._renderer = renderer
+            self._begin_parts(_STREAM_HEADERS)
+        self._send(data)
 
     def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
         """Wait for all events of an answer; send white space before its JSON after each
@@ -14693,21 +14709,23 @@ def _set_turn_headers(exchange: Exchange, turn: Turn) -> None:
 def answer(app: App, exchange: Exchange) -> None:
     """Answer a request with a model."""
     dialect, turn = exchange.dialect, _read_turn(app, exchange)
-    request = Request(turn, exchange.caller, exchange.client, exchange.request_id, dialect.name)
-    with app.requests.answering(request) as answering:
+    job = Job(
+        turn, exchange.caller, exchange.client, exchange.request_id, dialect.name, app.clock()
+    )
+    with app.requests.answering(job) as events:
         def store(body: Json) -> None:
             # Before the last byte is sent: the client's next request may refer to this answer.
-            if answering.job.finished and (dialect.stores(turn) or turn.session_id):
-                _store_conversation(app, exchange, turn, answering.answers()[0], body)
+            if job.finished and (dialect.stores(turn) or turn.session_id):
+                _store_conversation(app, exchange, turn, job.answers()[0], body)
 
         config, response = app.config, exchange.response
-        response.headers["X-OCP-Cache"] = answering.cache
+        response.headers["X-OCP-Cache"] = job.cache_status
         if turn.stream:
             heartbeat_s = config.heartbeat_ms / 1000
-            response.send_stream(dialect.renderer(turn), answering.events, heartbeat_s, store)
+            response.send_stream(dialect.renderer(turn), events, heartbeat_s, store)
         else:
-            response.keep_alive(answering.events, config.whole_silence_ms / 1000)
-            body = dialect.answer_body(turn, list(answering.answers()))
+            response.keep_alive(events, config.whole_silence_ms / 1000)
+            body = dialect.answer_body(turn, list(job.answers()))
             store(body)
             response.send_json(body)
 

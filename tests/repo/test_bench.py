@@ -5,6 +5,7 @@ Nothing is measured here: speed is never asserted in a test."""
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -127,6 +128,44 @@ def test_throughput_bears_a_system_that_tells_no_memory() -> None:
 ])
 def test_memory_is_looked_at_up_to_the_last_answer(answers: int, points: list[int]) -> None:
     assert bench("throughput").memory_points(answers) == points
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+def test_cost_table_sets_the_versions_side_by_side() -> None:
+    module = bench("cost")
+    before = module.Cost({"parse": 0.002, "history": 0.005}, {"burst": 5e-5})
+    now = module.Cost({"parse": 0.002, "history": 0.001}, {"burst": 4e-5})
+
+    assert module.rows_of([before, now]) == [
+        ["parse, ms", "2.00", "2.00", "1.00"], ["history, ms", "5.00", "1.00", "0.20"],
+        ["a continued request, ms", "7.00", "3.00", "0.43"],
+        ["the same without parse, ms", "5.00", "1.00", "0.20"],
+        ["a piece in a burst, us", "50.00", "40.00", "0.80"]]
+    assert module.rows_of([now])[0] == ["parse, ms", "2.00"]
+
+
+def test_the_best_round_of_each_step_counts() -> None:
+    rounds = [{"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 3.0}]
+
+    assert bench("cost").best_of(rounds) == {"a": 1.0, "b": 3.0}
+
+
+def test_the_request_whose_cost_is_measured_is_as_large_as_the_table_says() -> None:
+    module = bench("cost")
+    body = json.loads(module.request_body())
+
+    assert len(body["messages"]) == module.MESSAGES and len(body["tools"]) == module.TOOLS
+    assert 600_000 < len(module.request_body()) < 660_000
+
+
+def test_every_step_of_a_request_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = bench("cost")
+    monkeypatch.setattr(module, "REPEATS", 1)
+    found = module.measure_request(REPO)
+
+    assert set(found) == {"parse", "truncate", "estimate", "history", "usage row"}
+    assert min(found.values()) > 0
 
 
 # -- what they share ---------------------------------------------------------------------------

@@ -268,16 +268,16 @@ def test_a_process_that_goes_on_after_its_answer_is_ended(common: Server) -> Non
     check_over(common, common.queries()[-1]["pid"])
 
 
-def test_a_choice_that_waited_does_not_go_on_when_another_has_failed(tmp_path: Path) -> None:
-    env = {**NO_IDLE, "CLAUDE_MAX_CONCURRENT": "1"}
+def test_no_choice_follows_one_that_has_failed(tmp_path: Path) -> None:
     turns = [[{"exit": 1}], [{"say": "for nobody"}, HANG]]
-    with running_server(tmp_path, {"turns": turns, "shared": True}, env=env) as server:
+    with running_server(tmp_path, {"turns": turns, "shared": True}, env=NO_IDLE) as server:
         # The client stays connected all the time.
         with RawConnection(server.port) as wire:
             wire.send(post(encoded(question(n=2))))
             assert wire.reply().status == 502
 
             assert eventually(lambda: at_rest(server), SOON_S)
+        assert len(server.queries()) == 1
 
 
 @pytest.mark.slow

@@ -75,6 +75,21 @@ def test_whatever_shapes_an_answer_gives_it_a_key_of_its_own() -> None:
     assert [names for names in by_key.values() if len(names) > 1] == []
 
 
+CONTEXT = ("<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nIt is {}.\n"
+           "<<<END_OPENCLAW_INTERNAL_CONTEXT>>>")
+
+
+@pytest.mark.parametrize("texts", [
+    [["hi", CONTEXT.format("noon")], ["hi", CONTEXT.format("one")]], [["hi"], ["hi "]],
+    [["h", "i"], ["hi"]],
+], ids=["context", "white space", "blocks"])
+def test_what_is_one_conversation_may_still_be_two_keys(texts: Json) -> None:
+    contents = [[{"type": "text", "text": text} for text in each] for each in texts]
+    keys = {key_of(plain(messages=[{"role": "user", "content": each}])) for each in contents}
+
+    assert len(keys) == 2
+
+
 def test_a_key_does_not_tell_what_was_asked() -> None:
     assert len(key_of(plain())) == 64 and set(key_of(plain())) <= set("0123456789abcdef")
 

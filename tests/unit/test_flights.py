@@ -78,7 +78,22 @@ def landed(flight: Any, events: Iterable[Any], error: Any = None) -> None:
 
 
 def followed(flight: Any, client: Any = None, tick_s: float = 0, step_s: float = 0) -> Any:
-    return flight.follow(client or Someone(), tick_s, FakeClock(step_s=step_s))
+    """What a follower gets, without the pauses."""
+    choices = flight.follow(client or Someone(), tick_s, FakeClock(step_s=step_s))
+    return (choice for choice in choices if not isinstance(choice[1], ocp.Pause))
+
+
+def test_a_pause_follows_the_events_that_came_together(flight: Any) -> None:
+    choices = flight.follow(Someone(), 0, FakeClock())
+
+    together = said("Hello ", "there.")
+    for choice in together:
+        flight.add(choice)
+    kinds = [type(next(choices)[1]) for _ in range(5)]
+
+    assert kinds == [*(type(event) for _, event in together), ocp.Pause]
+    landed(flight, [END])
+    assert [type(event) for _, event in choices] == [ocp.Finished, ocp.Pause]
 
 
 def test_a_follower_that_comes_late_gets_everything_from_the_start(flight: Any) -> None:
@@ -243,7 +258,7 @@ def test_any_number_of_threads_joins_and_leaves_without_a_lost_flight(cache: Any
                 threading.Thread(target=produce, args=(place.flight,)).start()
             time.sleep(pause_s)
             stays = pause_s * 4_000 % 1 < 0.7
-            if stays and list(place.flight.follow(Someone(), 0, time.monotonic))[-1:] != [END]:
+            if stays and END not in place.flight.follow(Someone(), 0, time.monotonic):
                 lost.append("an answer")
             cache.unfollow(place.flight)
 

@@ -96,6 +96,7 @@ SAME = {
     ),
     "context that moves to the end": (user("a", context()), user("a")),
     "another such context": (user("a", context("It is one.")), user(context(), "a")),
+    "the halves of a character": (user("\ud83d", "\ude00"), user("\U0001f600")),
     "fields that are for caching": (
         user({**block("a"), "cache_control": {"type": "ephemeral"}}), user("a"),
     ),
@@ -106,7 +107,7 @@ SAME = {
 def test_what_clients_write_differently_is_the_same_message(name: str) -> None:
     one, other = SAME[name]
 
-    assert ocp.message_digest(one) == ocp.message_digest(other)
+    assert one.digest == other.digest
 
 
 DIFFERENT = {
@@ -132,6 +133,9 @@ DIFFERENT = {
     "an image or none": (user("a", picture()), user("a")),
     "an image in a result": (user(result("t1", picture())), user(result("t1", picture("bb")))),
     "an address or data": (user(ADDRESS), user(picture())),
+    "where a result ends": (user(result("t1", block("a")), result("t2", block("b"))),
+                            user(result("t1", block("a"), result("t2", block("b"))))),
+    "text or a call that reads alike": (assistant("tool_use t1 weather {}"), assistant(use())),
 }
 
 
@@ -139,21 +143,21 @@ DIFFERENT = {
 def test_what_means_something_else_is_another_message(name: str) -> None:
     one, other = DIFFERENT[name]
 
-    assert ocp.message_digest(one) != ocp.message_digest(other)
+    assert one.digest != other.digest
 
 
 def test_a_digest_leaves_its_message_alone() -> None:
     message = assistant(THOUGHT, " a ", use("t_1", b=2, a=1))
     before = copy.deepcopy(message)
 
-    ocp.message_digest(message)
+    assert message.digest
 
     assert message == before
 
 
 @pytest.mark.parametrize("text", ["\ud83d", "\u00e9", "\u2028", "\x00"])
 def test_any_text_has_a_digest(text: str) -> None:
-    assert len(ocp.message_digest(user(text))) == 64
+    assert len(user(text).digest) == 64
 
 
 # -- what a conversation is known by ------------------------------------------
@@ -229,7 +233,7 @@ def test_a_conversation_has_a_digest_of_each_message() -> None:
 
     found = known(turn(*messages))
 
-    assert found.digests == tuple(ocp.message_digest(message) for message in messages)
+    assert found.digests == tuple(message.digest for message in messages)
     assert found.base == known(turn()).base
 
 
