@@ -150,3 +150,17 @@ def test_the_architecture_names_what_there_is() -> None:
         return found is not None and (not attribute or hasattr(found, attribute))
 
     assert [name for name in sorted(names) if not exists(name)] == []
+
+
+def test_the_walk_of_a_request_names_sections_that_there_are() -> None:
+    text = (DOCS / "architecture.md").read_text("utf-8")
+    walk = text.partition("### The walk of one")[2].partition("\n#")[0]
+    rows = re.findall(r"^\| [^|]+ \| [^|]*`[^|]* \| ([^|`]+) \|$", walk, re.M)
+    source = Path(REPO, "ocp_server.py").read_text("utf-8")
+    titles = re.findall(r"^# ==== \d+\. (.+?) =+$", source, re.M)
+
+    named = {name for row in rows for name in row.split(", ")}
+
+    assert len(named) > 10
+    # A title may be cut after its first words.
+    assert [name for name in sorted(named) if not any(t.startswith(name) for t in titles)] == []
