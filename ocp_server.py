@@ -10949,15 +10949,12 @@ class ModelUse(NamedTuple):
     """The use of a model that spares are kept for."""
 
     last_used_s: float
-    #: The earliest time to start a spare. -inf = at once: no use since the last refill.
-    refill_at_s: float = -math.inf
+    #: When to start missing spares; inf = only after the next use.
+    refill_at_s: float = math.inf
 
     def with_refill_at(self, time_s: float) -> ModelUse:
-        """Return it with a refill at this time. A refill that is due earlier stays: later uses do
-        not postpone it."""
-        if self.refill_at_s > -math.inf:
-            time_s = min(time_s, self.refill_at_s)
-        return self._replace(refill_at_s=time_s)
+        """Return it with a refill at this time, or earlier: later uses do not postpone a refill."""
+        return self._replace(refill_at_s=min(time_s, self.refill_at_s))
 
 
 class PoolPlan(NamedTuple):
@@ -11106,17 +11103,12 @@ class ProcessPool:
             taken = self._take_first(p for p in spares if p.process.model_id == model_id)
             return taken and taken.process
 
-    def take_any_spare(self, return_within_s: float) -> ClaudeProcess | None:
-        """Take a spare to put it back soon. Until then none is started in its place, unless its
-        model is used."""
+    def take_any_spare(self) -> ClaudeProcess | None:
+        """Take a spare to put it back soon. None is started in its place unless its model is
+        used."""
         with self._lock:
             taken = self._take_first(self._in(ProcessState.SPARE))
-            if taken is None:
-                return None
-            model_id, refill_at_s = taken.process.model_id, self._clock() + return_within_s
-            if model_id in self._uses:
-                self._uses[model_id] = self._uses[model_id].with_refill_at(refill_at_s)
-            return taken.process
+            return taken and taken.process
 
     def take(self, history: History, message: Message) -> PooledProcess | None:
         """Take the newest process that holds all messages but `message`, the last one."""
@@ -11216,8 +11208,7 @@ class ProcessPool:
             self._dropped_s = self._clock()
             dropped = self._in(ProcessState.SPARE, ProcessState.PARKED)
             self._processes = self._in(ProcessState.STOPPING)
-            refill_at_s = self._dropped_s + _REFILL_PAUSE_S
-            self._uses = {m: use.with_refill_at(refill_at_s) for m, use in self._uses.items()}
+            self._schedule_refill(self._uses, self._dropped_s + _REFILL_PAUSE_S)
         for pooled in dropped:
             self.stop(pooled.process, graceful=pooled.state is ProcessState.SPARE)
 
@@ -11229,11 +11220,13 @@ class ProcessPool:
         with self._lock:
             for pooled in self._in(ProcessState.PARKED):
                 pooled.process.drain_output()
-            spares = [p.process for p in self._in(ProcessState.SPARE)]
-            if any(now_s - p.born_s < _YOUNG_S and not p.alive() for p in spares):
-                self._refills_from_s = now_s + _FAILURE_PAUSE_S
+            for pooled in self._in(ProcessState.SPARE):
+                if now_s - pooled.since_s < _YOUNG_S and not pooled.process.alive():
+                    self._refills_from_s = now_s + _FAILURE_PAUSE_S
             to_stop = self._plan(config, now_s).stop
             self._processes = [p for p in self._processes if p not in to_stop]
+            spares = [p for p in to_stop if p.state is ProcessState.SPARE]
+            self._schedule_refill([p.process.model_id for p in spares], now_s)
         for pooled in to_stop:
             self.stop(pooled.process, graceful=False)
         self.reap()
@@ -11243,17 +11236,25 @@ class ProcessPool:
         now_s = self._clock()
         with self._lock:
             to_start = self._plan(config, now_s).start
-            self._forget_refills(config, now_s)
+            self._forget_due_refills(config, now_s)
         try:
             for model_id in to_start:
                 self.put_spare(self.start(model_id))
         except OcpError:
             with self._lock:
                 self._refills_from_s = self._clock() + _FAILURE_PAUSE_S
+                self._schedule_refill(to_start, self._refills_from_s)
             raise
 
-    def _forget_refills(self, config: Config, now_s: float) -> None:
-        """Forget the refills that were due and the models out of use. The caller holds the lock."""
+    def _schedule_refill(self, model_ids: Iterable[str], time_s: float) -> None:
+        """Have the missing spares of these models started, as far as the models are in use. The
+        caller holds the lock."""
+        for model_id in self._uses.keys() & set(model_ids):
+            self._uses[model_id] = self._uses[model_id].with_refill_at(time_s)
+
+    def _forget_due_refills(self, config: Config, now_s: float) -> None:
+        """Forget the refills that are due, and the models out of use. The caller holds the
+        lock."""
         oldest_s = now_s - config.warm_idle_ms / 1000
         may_start = now_s >= self._refills_from_s
         self._uses = {
@@ -11809,7 +11810,7 @@ class Account:
     def query_plan(self, pool: ProcessPool, limits: WaitLimits) -> None:
         """Ask a spare how much of the plan is used, if there is one, at most once a minute. This
         spends nothing. Raise what the question to claude raises."""
-        process = pool.take_any_spare(PLAN_QUERY_TIMEOUT_S)
+        process = pool.take_any_spare()
         if process is None:
             return
         replies = None

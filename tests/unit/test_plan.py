@@ -423,7 +423,7 @@ def tend(pool: Any) -> None:
 
 
 def test_no_spare_is_started_for_one_that_is_asked(pool: Any, clock: FakeClock) -> None:
-    asked = pool.take_any_spare(8)
+    asked = pool.take_any_spare()
     clock.advance(7)
     tend(pool)
     meanwhile = pool.spares()
@@ -435,9 +435,12 @@ def test_no_spare_is_started_for_one_that_is_asked(pool: Any, clock: FakeClock) 
     assert (meanwhile, pool.spares(), pool.spawned) == ({}, {"sonnet": 1}, 1)
 
 
-def test_a_spare_that_does_not_come_back_is_replaced(pool: Any, clock: FakeClock) -> None:
-    pool.stop(pool.take_any_spare(8), graceful=False)
-    clock.advance(8)
+def test_a_spare_that_does_not_come_back_is_replaced_after_the_next_use(
+    pool: Any, clock: FakeClock
+) -> None:
+    pool.stop(pool.take_any_spare(), graceful=False)
+    pool.mark_used("sonnet")
+    clock.advance(1)
 
     tend(pool)
 
@@ -447,7 +450,7 @@ def test_a_spare_that_does_not_come_back_is_replaced(pool: Any, clock: FakeClock
 def test_there_are_as_many_spares_as_before_when_one_was_asked(
     pool: Any, clock: FakeClock
 ) -> None:
-    asked = pool.take_any_spare(8)
+    asked = pool.take_any_spare()
     # Meanwhile somebody has an answer of this model.
     pool.mark_used("sonnet")
     clock.advance(1)
@@ -463,7 +466,7 @@ def test_there_are_as_many_spares_as_before_when_one_was_asked(
 def test_a_spare_whose_kind_was_dropped_while_it_was_asked_does_not_come_back(
     pool: Any,
 ) -> None:
-    asked = pool.take_any_spare(8)
+    asked = pool.take_any_spare()
 
     # The program or its login has changed.
     pool.drop()
