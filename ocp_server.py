@@ -5638,7 +5638,8 @@ class ContentReader:
                 blocks += self.part(part, place)
             else:
                 blocks += text_blocks(part)
-        for part in parts if place == "user" and not blocks else ():
+        must_hold = place == "user" and isinstance(content, list) and not blocks
+        for part in parts if must_hold else ():
             if part.text("type") not in (None, *self.readable):
                 raise part.invalid(
                     "type", "a type that a model can read: text, an image or a file"
@@ -5667,8 +5668,8 @@ class ContentReader:
         return text_blocks(text)
 
     def _tool_use(self, part: Fields) -> list[Block]:
-        name = part.required_text("name")
-        return [call_block(part.text("id") or "", name, parse_arguments(part.object.get("input")))]
+        call_id, name = part.text("id") or "", part.required_text("name")
+        return [call_block(call_id, name, parse_arguments(part.object.get("input")))]
 
     def _tool_result(self, part: Fields) -> list[Block]:
         call_id, content = part.text("tool_use_id") or "", self.blocks(part, "tool")
@@ -6413,8 +6414,6 @@ def with_paired_results(
 #: A line that Claude Code, as a client, sends at the head of its system prompt. The claude behind
 #: this server would mistake a whole prompt that begins with it for such a line.
 _BILLING_HEADER = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*\n?")
-
-
 #: OpenClaw puts its current context into a text block at the end of the conversation and moves this
 #: block there with each request. Earlier messages never contain it.
 _OPENCLAW_CONTEXT = re.compile(
