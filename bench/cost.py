@@ -103,9 +103,8 @@ def request_body() -> bytes:
         fields = {text_of(12, dice): {"type": "string", "description": text_of(60, dice)}
                   for _ in range(8)}
         schema = {"type": "object", "properties": fields}
-        function = {"name": f"tool_{number}", "description": text_of(400, dice),
-                    "parameters": schema}
-        tools.append({"type": "function", "function": function})
+        tools.append({"type": "function", "function": {
+            "name": f"tool_{number}", "description": text_of(400, dice), "parameters": schema}})
     body = {"model": MODEL, "stream": True, "messages": messages, "tools": tools}
     return json.dumps(body).encode("ascii")
 
