@@ -118,6 +118,7 @@ import unicodedata
 import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from http.server import ThreadingHTTPServer
 from types import MappingProxyType
 from typing import (
     Any,
@@ -13478,10 +13479,7 @@ class App:
         self.account = Account()
         self.gate = Gate(self.config)
         self.program = ClaudeProgram(config, environ, demo_command)
-        # Only on macOS the login can depend on the folder.
-        check_login = self.program.has_login if sys.platform == "darwin" else None
-        folder = self.state_folder.path_of("claude")
-        self.claude_folder = ClaudeFolder(folder, environ, log, check_login)
+        self.claude_folder = self._claude_folder(environ)
         #: What processes said about the plan, until somebody takes it to the account.
         self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._starter = ClaudeStarter(
@@ -13499,6 +13497,12 @@ class App:
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._login_monitor = LoginMonitor(self.claude_folder, clock)
+
+    def _claude_folder(self, environ: Mapping[str, str]) -> ClaudeFolder:
+        # Only on macOS the login can depend on the folder.
+        check_login = self.program.has_login if sys.platform == "darwin" else None
+        folder = self.state_folder.path_of("claude")
+        return ClaudeFolder(folder, environ, self.log, check_login)
 
     @property
     def config(self) -> Config:
@@ -14393,11 +14397,9 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     return context
 
 
-class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+class Server(ThreadingHTTPServer):
     """The listening socket, with one thread for each of a limited number of connections."""
 
-    allow_reuse_address = True
-    daemon_threads = True
     block_on_close = False
     #: As many newcomers at once are not made to try again a second later.
     request_queue_size = 1024
@@ -14429,7 +14431,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Bind the socket. The address :: accepts IPv4 too."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        super().server_bind()
+        # HTTPServer would look up the name of the address, which can take seconds.
+        socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[Any, Any]:
         """Return the next connection and its address. Raises OSError."""
