@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Hashable, Iterator, Optional
 
 import pytest
 
@@ -23,7 +23,7 @@ LONGEST = (
     "clients/test_agents", "scripts/test_install", "contract/test_life", "server/test_leaving",
     "contract/test_plan")
 #: Parameters that say how a test asks, and not what. OCP alone makes the difference.
-MANNERS = ("dialect", "streams", "package")
+MANNERS = ("dialect", "stream", "streams", "package")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,35 +45,45 @@ def is_left_out(item: pytest.Item) -> bool:
 
 
 def other_versions(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return the tests on an older claude of which the newest one tells as much."""
+    """Return the tests on an older claude of which others tell as much.
+
+    Those are the newest one's; and where versions differ, the one of the test's cases that is
+    kept for each older version."""
     versions = {item: version_of(item) for item in items}
     newest = max(filter(None, versions.values()), default=None)
-    return {item for item, version in versions.items() if version not in (None, newest)
-            and not item.get_closest_marker("differs_by_version")}
+    older = [item for item, version in versions.items() if version not in (None, newest)]
+    differing = [item for item in older if item.get_closest_marker("differs_by_version")]
+    return set(older) - one_of_each(differing, lambda item: versions[item])
 
 
 def other_manners(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return the tests on a claude that differ from another one only in the manner of asking.
+    """Return the tests on a claude that differ from another one only in the manner of asking."""
+    def what(item: pytest.Item) -> Hashable:
+        params = item.callspec.params  # type: ignore[attr-defined]
+        return tuple((name, repr(params[name])) for name in sorted(set(params) - set(MANNERS)))
 
-    Which manner is kept differs from test to test."""
-    groups: dict[tuple[object, ...], list[pytest.Item]] = {}
+    on_claude = [item for item in items if version_of(item) is not None]
+    return set(on_claude) - one_of_each(on_claude, what)
+
+
+def one_of_each(
+    items: list[pytest.Item], kind: Callable[[pytest.Item], Hashable]
+) -> set[pytest.Item]:
+    """Return one item of each test function and kind. Which one differs from test to test."""
+    groups: dict[Hashable, list[pytest.Item]] = {}
     for item in items:
-        if version_of(item) is not None:
-            indices = sorted(item.callspec.indices.items())  # type: ignore[attr-defined]
-            what = [pair for pair in indices if pair[0] not in MANNERS]
-            groups.setdefault((item.path, item.name.partition("[")[0], *what), []).append(item)
-    return {
-        item for (_, name, *_), group in groups.items()
-        for index, item in enumerate(group)
-        if index != zlib.crc32(str(name).encode()) % len(group)
-    }
+        name = item.name.partition("[")[0]
+        groups.setdefault((item.path, name, kind(item)), []).append(item)
+    return {group[zlib.crc32(group[0].name.partition("[")[0].encode()) % len(group)]
+            for group in groups.values()}
 
 
 def version_of(item: pytest.Item) -> Optional[tuple[int, ...]]:
-    """The version of the real claude that a test asks, None for one that asks none."""
+    """Return the version of the real claude that a test asks, None for one that asks none."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    version = getattr(params.get("claude"), "version", None)
-    return tuple(map(int, version.split("."))) if version else None
+    # The fake claude has a version too, but no program.
+    version, program = params.get("claude") or params.get("subject") or ("", None)
+    return tuple(map(int, version.split("."))) if program else None
 
 
 @pytest.fixture

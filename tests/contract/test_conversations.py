@@ -23,6 +23,7 @@ from conversation import (
     path_of,
     stats,
 )
+from depth import by_depth, rest
 from dialects import CHAT, MESSAGES, RESPONSES, Answer, Dialect, Result, Tool, dialect_name
 from rig import (
     ANSWER_S,
@@ -183,7 +184,7 @@ def test_context_that_moves_to_the_end_does_not_part_a_conversation(
     assert "Thanks." in told[-1]
 
 
-@pytest.mark.parametrize("form", ["parts", "cached", "padded"])
+@pytest.mark.parametrize("form", ["cached", *rest("parts", "padded")])
 def test_the_same_history_in_another_form_goes_on(rig: Rig, form: str) -> None:
     talk = Conversation(rig, CHAT)
     talk.ask("One?")
@@ -211,12 +212,14 @@ def test_a_history_that_was_edited_is_told_by_where_it_parts(rig: Rig) -> None:
         ["Question 0?"], ["Question CANARY?"], ["Question 2?"], ["And now?"]]
 
 
-@pytest.mark.differs_by_version
+STEPS = by_depth(8, 8, 14)
+
+
 def test_random_histories_arrive_once_and_in_order(rig: Rig) -> None:
     chance = random.Random(7)
     talks = [Conversation(rig, CHAT, system=f"Caller {number}.") for number in range(2)]
     said = [[] for _ in talks]  # type: list[list[str]]
-    for step in range(14):
+    for step in range(STEPS):
         which = chance.randrange(len(talks))
         talk, told = talks[which], said[which]
         if told and chance.random() < 0.3:
@@ -227,7 +230,7 @@ def test_random_histories_arrive_once_and_in_order(rig: Rig) -> None:
         body = rig.last_body()
         assert turns(body) == dialogue(*told)
         assert system_texts(body) == [talk.system]
-    assert len(rig.bodies()) == 14
+    assert len(rig.bodies()) == STEPS
 
 
 # ---------------------------------------------------------------------------
@@ -277,7 +280,6 @@ def test_another_last_question_is_put_to_the_same_process(rig: Rig, dialect: Dia
         dialogue("One?", "Two?"), dialogue("One?", "Three?"), dialogue("One?", "Three?", "Four?")]
 
 
-@pytest.mark.differs_by_version
 def test_questions_of_their_own_wear_out_no_process(rig: Rig) -> None:
     """Only the newer versions forget the only question they were asked."""
     started = set(claude_pids(rig.server))
@@ -294,7 +296,6 @@ def test_questions_of_their_own_wear_out_no_process(rig: Rig) -> None:
         assert len(set(claude_pids(rig.server)) - started) <= 7
 
 
-@pytest.mark.differs_by_version
 def test_a_forgotten_question_leaves_the_body_of_a_fresh_one(rig: Rig) -> None:
     for number in range(6):
         Conversation(rig, CHAT, system="Translate.").ask(f"Word {number}?")
@@ -305,6 +306,7 @@ def test_a_forgotten_question_leaves_the_body_of_a_fresh_one(rig: Rig) -> None:
     assert set(reused) == set(fresh)
 
 
+@pytest.mark.exhaustive
 def test_who_goes_on_finds_the_conversation_that_nobody_pushed_out(rig: Rig) -> None:
     """Nothing is forgotten that would have been kept."""
     talks = [Conversation(rig, CHAT, system="Translate.") for _ in range(3)]
@@ -313,6 +315,7 @@ def test_who_goes_on_finds_the_conversation_that_nobody_pushed_out(rig: Rig) -> 
     assert [path_of(rig, talk.ask("Sure?")) for talk in talks] == ["continued"] * 3
 
 
+@pytest.mark.exhaustive
 def test_callers_with_the_same_words_are_never_mixed(rig: Rig) -> None:
     callers = [Conversation(rig, CHAT, system=f"Keep CANARY-{number}.") for number in range(3)]
     for question in ("Hello?", "Tell me.", "Thanks."):
@@ -324,6 +327,7 @@ def test_callers_with_the_same_words_are_never_mixed(rig: Rig) -> None:
     assert len(rig.bodies()) == 9
 
 
+@pytest.mark.exhaustive
 def test_keys_and_the_server_itself_are_callers_of_their_own(
     claude: Claude, tmp_path: Path
 ) -> None:
@@ -398,6 +402,7 @@ def assert_forgotten(rig: Rig) -> None:
     assert turns(rig.last_body()) == dialogue("Deux?")
 
 
+@pytest.mark.exhaustive
 def test_a_session_belongs_to_its_system_prompt(rig: Rig) -> None:
     for system in ("Be kind.", "Be terse."):
         Conversation(rig, CHAT, system=system, ocp_session_id="prompts").ask("Hello?")
@@ -406,6 +411,7 @@ def test_a_session_belongs_to_its_system_prompt(rig: Rig) -> None:
     assert turns(rig.last_body()) == dialogue("Hello?", "Again?")
 
 
+@pytest.mark.exhaustive
 def test_a_request_with_answers_of_its_own_knows_better_than_its_session(rig: Rig) -> None:
     ask_session(rig, CHAT, "better", "One?")
     talk = Conversation(rig, CHAT, ocp_session_id="better")
@@ -417,6 +423,7 @@ def test_a_request_with_answers_of_its_own_knows_better_than_its_session(rig: Ri
     assert turns(rig.last_body()) == dialogue("Uno?", "Dos?", "Tres?")
 
 
+@pytest.mark.exhaustive
 def test_a_failed_turn_leaves_its_session_as_it_was(rig: Rig) -> None:
     ask_session(rig, CHAT, "failing", "One?")
     rig.script(then=stub.error(400, "no"))
@@ -458,6 +465,7 @@ def test_a_chain_goes_through_tool_calls(rig: Rig) -> None:
     assert len(rig.bodies()) == 2
 
 
+@pytest.mark.exhaustive
 def test_a_response_that_was_not_stored_or_was_deleted_is_unknown(rig: Rig) -> None:
     _, hidden = chained(rig, None, "One?", store=False)
     _, gone = chained(rig, None, "One?")
@@ -498,6 +506,7 @@ def test_the_oldest_messages_go_when_a_prompt_is_too_long(small: Rig) -> None:
     assert small.server.log_entries("prompt_truncated")[-1]["dropped_messages"] == 4
 
 
+@pytest.mark.exhaustive
 def test_a_tool_exchange_is_kept_or_dropped_whole(small: Rig) -> None:
     small.begin()
     tools = [Tool("weather")]
@@ -550,6 +559,7 @@ def test_three_answers_are_three_choices(rig: Rig, streams: bool) -> None:
     assert len(rig.bodies()) == 3
 
 
+@pytest.mark.exhaustive
 def test_one_choice_that_fails_is_the_failure_of_all(rig: Rig) -> None:
     before = rig.stub.aborted
     rig.script(*[stub.hang("Well", 600)] * 2, then=stub.error(400, "no"))
@@ -560,6 +570,7 @@ def test_one_choice_that_fails_is_the_failure_of_all(rig: Rig) -> None:
     rig.stub.wait_for_aborted(before + 2)
 
 
+@pytest.mark.exhaustive
 def test_a_choice_of_several_may_be_gone_on_from(rig: Rig) -> None:
     texts = iter(["Heads.", "Tails."])
     rig.stub.default = lambda body: stub.text(next(texts))
@@ -596,6 +607,7 @@ def test_pdfs_and_images_stay_in_the_history(rig: Rig, dialect: Dialect) -> None
         assert found[1:] == [("assistant", ["Re: What is it?"]), ("user", ["Sure?"])]
 
 
+@pytest.mark.exhaustive
 @EVERY_DIALECT
 def test_a_tool_may_answer_with_a_pdf(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.tool_calls([("weather", {})]), stub.text("Read."))
@@ -639,7 +651,7 @@ LEFT_OUT = "[An older image was left out here.]"
 
 
 @EVERY_DIALECT
-@pytest.mark.parametrize("count", [21, 100, 101])
+@pytest.mark.parametrize("count", [101, *rest(21, 100)])
 def test_a_history_of_many_images_arrives(rig: Rig, dialect: Dialect, count: int) -> None:
     talk = Conversation(rig, dialect, system=f"Look at {count} in {dialect.name}.")
     left = count - 1
@@ -693,6 +705,7 @@ def test_a_large_image_of_a_result_is_scaled_in_a_rebuilt_conversation_too(
     assert 1900 < int.from_bytes(head[16:20], "big") <= 2000
 
 
+@pytest.mark.exhaustive
 def test_addresses_go_to_the_api_where_the_operator_allows_it(
     claude: Claude, tmp_path: Path
 ) -> None:
@@ -712,7 +725,7 @@ def test_addresses_go_to_the_api_where_the_operator_allows_it(
     assert found[-1][1][0]["content"][:2] == [picture, paper]
 
 
-@pytest.mark.parametrize("bare", [True, False], ids=["last", "earlier"])
+@pytest.mark.parametrize("bare", [True, *rest(False)], ids=["last", "earlier"])
 def test_an_image_above_the_api_s_own_limit_is_scaled_wherever_it_is(rig: Rig, bare: bool) -> None:
     heavy = png(1990, 1990, 1990)
     assert len(heavy) > 5_242_880
@@ -738,7 +751,7 @@ def test_an_image_above_the_api_s_own_limit_is_scaled_wherever_it_is(rig: Rig, b
 BASH = ("Bash", {"command": "echo CANARY-$((40+2))", "description": "d"})
 
 
-@pytest.fixture(scope="module", params=["all", "final"])
+@pytest.fixture(scope="module", params=["all", *rest("final")])
 def agent(
     request: pytest.FixtureRequest, claude: Claude, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Rig, str]]:

@@ -87,6 +87,7 @@ def test_a_custom_tool_gets_its_text_and_the_conversation_goes_on(
         ("tool_use", {"input": PATCH}), ("tool_result", "Patched.")]
 
 
+@pytest.mark.exhaustive
 @EITHER
 def test_a_custom_tool_may_be_forced(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.tool_calls([("edit", {"input": "x"})]))
@@ -159,6 +160,7 @@ def test_a_shell_that_the_client_runs_is_called_by_its_own_item(
     assert path_of(rig, Answer(second)) == "continued"
 
 
+@pytest.mark.exhaustive
 def test_a_call_of_a_custom_tool_is_gone_on_from_by_the_id(rig: Rig) -> None:
     rig.script(stub.tool_calls([("edit", {"input": PATCH})]), stub.text("Done."))
     first = send(rig, RESPONSES, [{"role": "user", "content": "Edit it by the id."}])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import stub_api as stub
+from depth import by_depth, rest
 from dialects import CHAT, Answer
 from rig import Case, Claude, Outcome, Rig, running_rig
 
@@ -78,8 +79,12 @@ FAILURES = (
 )
 
 
-def each_mode(name: str) -> list[str]:
-    return [f"{name}, {mode}" for mode in MODES]
+CASES = [(failure, mode) for failure in FAILURES for mode in MODES]
+#: Each failure in one mode, now this one and now the other.
+IN_ONE_MODE = [CASES[2 * number + number % 2] for number in range(len(FAILURES))]
+CHECKED_CASES = by_depth(IN_ONE_MODE, IN_ONE_MODE, CASES)
+EACH_CASE = pytest.mark.parametrize(
+    ("failure", "mode"), CHECKED_CASES, ids=[f"{each.name}-{mode}" for each, mode in CHECKED_CASES])
 
 
 def outcomes(rig: Rig, replies: dict[str, Sequence[stub.Reply]]) -> dict[str, Outcome]:
@@ -105,12 +110,13 @@ def assert_failed(answer: Answer, status: int, kind: str, code: str | None) -> N
 
 @pytest.fixture(scope="module")
 def failure_outcomes(shared_rig: Rig) -> dict[str, Outcome]:
-    return outcomes(shared_rig, {each.name: [each.reply] * 9 for each in FAILURES})
+    shared_rig.begin()
+    return shared_rig.run({
+        f"{each.name}, {mode}": Case(streams=MODES[mode], replies=[each.reply] * 9)
+        for each, mode in CHECKED_CASES}, at_once=4)
 
 
-@pytest.mark.differs_by_version
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
+@EACH_CASE
 def test_a_failure_has_its_own_status_type_and_code(
     failure_outcomes: dict[str, Outcome], failure: Failure, mode: str
 ) -> None:
@@ -122,8 +128,7 @@ def test_a_failure_has_its_own_status_type_and_code(
     assert 1 <= len(bodies) <= failure.requests
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
+@EACH_CASE
 def test_a_failure_is_told_in_words_for_people(
     failure_outcomes: dict[str, Outcome], failure: Failure, mode: str
 ) -> None:
@@ -142,9 +147,8 @@ def test_a_lost_login_names_the_command_that_helps(failure_outcomes: dict[str, O
     assert "claude setup-token" in error["message"]
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize(
-    ("model", "resets_in_s"), [("claude-opus-4-6", 1800), ("claude-opus-4-7", 5 * 86_400)])
+    ("model", "resets_in_s"), [("claude-opus-4-6", 1800), *rest(("claude-opus-4-7", 5 * 86_400))])
 def test_a_used_up_plan_says_when_it_resets(
     rig: Rig, model: str, resets_in_s: int
 ) -> None:
@@ -164,7 +168,6 @@ def test_a_used_up_plan_says_when_it_resets(
     assert len(rig.bodies()) == 2
 
 
-@pytest.mark.differs_by_version
 def test_what_heals_within_claudes_retries_is_never_seen(rig: Rig) -> None:
     seen = outcomes(rig, {
         f"{status}": [stub.error(status, "For a moment"), stub.text("Fine.")]
@@ -203,7 +206,6 @@ def break_outcomes(shared_rig: Rig) -> dict[str, Outcome]:
     return outcomes(shared_rig, BREAKS)
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("name", ["overloaded", "broken", "cut", "cut once"])
 def test_a_broken_stream_ends_with_an_error_and_nothing_good(
     break_outcomes: dict[str, Outcome], name: str
@@ -216,7 +218,6 @@ def test_a_broken_stream_ends_with_an_error_and_nothing_good(
     assert len(bodies) <= 2
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["overloaded at once", "cut at once"])
 def test_a_stream_broken_before_its_first_word_has_a_status(
@@ -228,7 +229,6 @@ def test_a_stream_broken_before_its_first_word_has_a_status(
     assert len(bodies) <= 3
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("name", ["overloaded", "broken", "cut"])
 def test_half_an_answer_is_no_whole_answer(
     break_outcomes: dict[str, Outcome], shared_rig: Rig, name: str
@@ -241,7 +241,6 @@ def test_half_an_answer_is_no_whole_answer(
     assert len(bodies) <= 2
 
 
-@pytest.mark.differs_by_version
 def test_a_retry_replaces_what_a_cut_left(
     break_outcomes: dict[str, Outcome], shared_rig: Rig
 ) -> None:
@@ -281,6 +280,7 @@ class closed_port:
         self._socket.close()
 
 
+@pytest.mark.exhaustive
 def test_without_a_login_nothing_is_asked(claude: Claude, tmp_path: Path) -> None:
     with running_rig(
             tmp_path, claude, CLAUDE_CODE_OAUTH_TOKEN=None, OCP_WARM_PROCESSES="0") as rig:

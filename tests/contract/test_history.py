@@ -10,6 +10,7 @@ import pytest
 
 import stub_api as stub
 from conversation import EVERY_DIALECT, Conversation, is_continued, path_of
+from depth import rest
 from dialects import CHAT, MESSAGES, RESPONSES, Dialect, Result, Tool
 from rig import Rig
 from upstream import UpstreamBlock, upstream_messages
@@ -75,7 +76,8 @@ ROUNDS: dict[str, list[list[tuple[str, str]]]] = {
 
 @pytest.mark.differs_by_version
 @EVERY_DIALECT
-@pytest.mark.parametrize("rounds", ROUNDS.values(), ids=ROUNDS)
+@pytest.mark.parametrize(
+    "rounds", [*list(ROUNDS.values())[:2], *rest(*list(ROUNDS.values())[2:])], ids=ROUNDS)
 def test_whatever_the_ids_each_result_reaches_the_model_beside_its_call(
     rig: Rig, dialect: Dialect, rounds: list[list[tuple[str, str]]]
 ) -> None:
@@ -149,6 +151,7 @@ def test_a_history_that_ends_with_an_answer_is_continued(rig: Rig, dialect: Dial
         ("user", ["Tell me a story."]), ("assistant", ["Once upon"]), ("user", [GO_ON])]
 
 
+@pytest.mark.exhaustive
 def test_on_messages_a_history_that_ends_with_an_answer_is_refused(rig: Rig) -> None:
     rig.script(stub.text("Once upon"))
     talk = Conversation(rig, MESSAGES)

@@ -87,6 +87,7 @@ def test_the_first_answer_is_warm_and_the_spare_is_replaced(
         wait_until(lambda: spares(rig) == 1 and set(claude_pids(rig.server)) - waiting)
 
 
+@pytest.mark.exhaustive
 def test_a_spare_that_was_killed_is_not_missed(claude: Claude, tmp_path: Path) -> None:
     with running_rig(tmp_path, claude) as rig:
         wait_until(lambda: spares(rig) == 1)
@@ -97,6 +98,7 @@ def test_a_spare_that_was_killed_is_not_missed(claude: Claude, tmp_path: Path) -
         assert len(rig.bodies()) == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_claude_that_is_asked_whether_it_is_there_says_so_and_does_nothing_else(
     claude: Claude, tmp_path: Path
@@ -165,6 +167,7 @@ def roles_and_texts(body: Mapping[str, Json]) -> list[Json]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_a_conversation_goes_on_though_its_claude_was_killed(
     claude: Claude, tmp_path: Path
 ) -> None:
@@ -176,6 +179,7 @@ def test_a_conversation_goes_on_though_its_claude_was_killed(
             ("user", ["One?"]), ("assistant", ["Hello from the stub."]), ("user", ["Two?"])]
 
 
+@pytest.mark.exhaustive
 def test_branches_of_a_conversation_do_not_mix(rig: Rig) -> None:
     start = [user("One?"), assistant(rig.ask("One?").text)]
     for branch in ("Left?", "Right?"):

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 
 import stub_api as stub
+from depth import rest
 from dialects import CHAT, DIALECTS, MESSAGES, RESPONSES, Dialect, Result, Tool, dialect_name
 from rig import ANSWER_S, Case, Rig
 from waiting import eventually
 
 Json = Any
 
-RIG_SETTINGS = {"CLAUDE_MAX_RETRIES": "1", "OCP_WARM_PROCESSES": "0"}
+RIG_SETTINGS = {
+    "CLAUDE_MAX_RETRIES": "1", "OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "2"}
 
 
 def body_for(rig: Rig, model: str, dialect: Dialect = CHAT, **fields: Json) -> dict[str, Json]:
@@ -32,11 +34,12 @@ def body_for(rig: Rig, model: str, dialect: Dialect = CHAT, **fields: Json) -> d
 @pytest.mark.parametrize(
     ("name", "model"),
     [
-        ("claude-opus-4-5", "claude-opus-4-5-20251101"),
         ("anthropic/claude-sonnet-4.5", "claude-sonnet-4-5-20250929"),
-        ("claude-sonnet-4-20250514", "claude-sonnet-4-20250514"),
-        ("claude-opus-4-1-20250805", "claude-opus-4-1-20250805"),
         ("claude-haiku-4-5-20270101", "claude-haiku-4-5-20270101"),
+        *rest(
+            ("claude-opus-4-5", "claude-opus-4-5-20251101"),
+            ("claude-sonnet-4-20250514", "claude-sonnet-4-20250514"),
+            ("claude-opus-4-1-20250805", "claude-opus-4-1-20250805")),
     ],
 )
 def test_an_older_model_gets_its_temperature_and_no_budget_of_claude_s_own(
@@ -48,8 +51,7 @@ def test_an_older_model_gets_its_temperature_and_no_budget_of_claude_s_own(
     assert body["thinking"] == {"type": "disabled"} and body["max_tokens"] == 4_000
 
 
-@pytest.mark.differs_by_version
-@pytest.mark.parametrize("model", ["claude-opus-4-5", "claude-sonnet-4-5"])
+@pytest.mark.parametrize("model", ["claude-opus-4-5", *rest("claude-sonnet-4-5")])
 def test_a_budget_of_the_client_s_reaches_an_older_model_as_it_is(rig: Rig, model: str) -> None:
     body = body_for(
         rig, model, MESSAGES, max_tokens=4_096, thinking={"type": "enabled", "budget_tokens": 3_000}
@@ -60,7 +62,7 @@ def test_a_budget_of_the_client_s_reaches_an_older_model_as_it_is(rig: Rig, mode
 
 
 @pytest.mark.differs_by_version
-@pytest.mark.parametrize("way", ["suffix", "beta"])
+@pytest.mark.parametrize("way", ["suffix", *rest("beta")])
 def test_the_long_window_is_asked_for(rig: Rig, way: str) -> None:
     model = "claude-sonnet-4-6" + ("[1m]" if way == "suffix" else "")
     beta = {"anthropic-beta": "context-1m-2025-08-07"} if way == "beta" else {}
@@ -79,7 +81,8 @@ def test_the_long_window_is_asked_for(rig: Rig, way: str) -> None:
 @pytest.mark.differs_by_version
 @pytest.mark.parametrize(
     ("model", "top_p", "sent"),
-    [("claude-sonnet-4-6", 0.97, 0.97), ("claude-sonnet-4-6", 0.5, None), ("haiku", 0.5, None)],
+    [("claude-sonnet-4-6", 0.97, 0.97), ("claude-sonnet-4-6", 0.5, None),
+     *rest(("haiku", 0.5, None))],
 )
 def test_the_api_never_gets_a_temperature_beside_top_p(
     rig: Rig, model: str, top_p: float, sent: float | None
@@ -90,7 +93,6 @@ def test_the_api_never_gets_a_temperature_beside_top_p(
     assert sent is None or "temperature" not in body
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("dialect", DIALECTS, ids=dialect_name)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_an_answer_that_is_ended_here_is_ended_at_the_api(
@@ -180,7 +182,6 @@ ACCOUNT = {
 }
 
 
-@pytest.mark.differs_by_version
 def test_a_failure_of_the_account_is_final_and_no_fault_of_the_request(rig: Rig) -> None:
     rig.begin()
     found = rig.run({
@@ -192,7 +193,6 @@ def test_a_failure_of_the_account_is_final_and_no_fault_of_the_request(rig: Rig)
     assert told == {name: (status, "false") for name, (_, _, status) in ACCOUNT.items()}
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_the_details_of_a_refusal_and_of_the_cache_reach_the_client(rig: Rig, stream: bool) -> None:
     details = {"type": "refusal", "category": "cyber", "explanation": "No."}

@@ -96,7 +96,6 @@ def test_looking_at_the_plan_asked_the_api_nothing(bare: Rig) -> None:
     assert len(bare.stub.requests) == 1
 
 
-@pytest.mark.differs_by_version
 def test_a_plan_that_is_used_up_is_told_with_its_reset(claude: Claude, tmp_path: Path) -> None:
     with running_rig(tmp_path, claude) as rig:
         rig.script(then=stub.plan_limit(resets_in_s=7_200))
@@ -200,7 +199,6 @@ def plain_headers(request: Recorded) -> Mapping[str, str]:
             if name not in _CHANGING_HEADERS}
 
 
-@pytest.mark.differs_by_version
 def test_a_hanging_reply_holds_up_one_look_for_a_while_and_no_request(
     claude: Claude, tmp_path: Path
 ) -> None:

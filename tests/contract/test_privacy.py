@@ -11,6 +11,7 @@ import pytest
 
 import stub_api as stub
 from conversation import Conversation
+from depth import rest
 from dialects import CHAT, TOOL_DIALECTS, Dialect, Result, Tool
 from rig import MODEL, NEWEST_MODEL, Claude, Rig, running_rig, wait_until
 
@@ -59,7 +60,7 @@ def owned(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.mark.differs_by_version
-@pytest.mark.parametrize("model", [MODEL, NEWEST_MODEL])
+@pytest.mark.parametrize("model", [NEWEST_MODEL, *rest(MODEL)])
 @pytest.mark.parametrize("dialect", TOOL_DIALECTS, ids=lambda each: each.name)
 def test_no_prompt_says_who_the_owner_is(owned: Rig, dialect: Dialect, model: str) -> None:
     owned.begin()

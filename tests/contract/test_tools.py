@@ -21,6 +21,7 @@ from conversation import (
     path_of,
     stats,
 )
+from depth import rest
 from dialects import (
     CHAT,
     MESSAGES,
@@ -125,6 +126,7 @@ def health(rig: Rig) -> dict[str, Json]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_the_arguments_of_a_call_stream_as_they_come(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS, ROME], text="Look."))
     talk = Conversation(rig, CHAT, TOOLS, streams=True)
@@ -163,7 +165,7 @@ def test_what_a_tool_says_arrives_as_it_is(rig: Rig, text: str) -> None:
     assert found.content == text or (not text and found.content.endswith("with no output)"))
 
 
-@pytest.mark.parametrize("length", [60_000, 200_000])
+@pytest.mark.parametrize("length", [60_000, *rest(200_000)])
 def test_long_results_arrive_whole(rig: Rig, length: int) -> None:
     rig.script(stub.tool_calls([PARIS, NOON]))
     talk = Conversation(rig, CHAT, TOOLS, model="claude-sonnet-5")
@@ -189,6 +191,7 @@ def test_a_text_beside_the_results_comes_after_them(rig: Rig) -> None:
     assert len(rig.bodies()) == 2
 
 
+@pytest.mark.exhaustive
 def test_a_conversation_goes_on_after_its_loop(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS]), stub.text("Sunny."), stub.text("Bye."))
     talk = Conversation(rig, CHAT, TOOLS)
@@ -261,7 +264,8 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(
-    ("dialect", "change"), CHANGES, ids=[f"{each.name}-{how.__name__}" for each, how in CHANGES])
+    ("dialect", "change"), [*CHANGES[:-2], *rest(*CHANGES[-2:])],
+    ids=[f"{each.name}-{how.__name__}" for each, how in CHANGES])
 def test_what_was_changed_is_rebuilt(
     rig: Rig, dialect: Dialect, change: Callable[[Conversation], None]
 ) -> None:
@@ -307,7 +311,8 @@ def assert_rebuilt(rig: Rig, talk: Conversation, said: Answer) -> None:
         (tool.name, tool.description) for tool in talk.tools)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *rest(signal.SIGTERM)], ids=lambda each: each.name)
 def test_a_process_that_died_in_its_sleep_is_rebuilt(
     claude: Claude, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -324,6 +329,7 @@ def test_a_process_that_died_in_its_sleep_is_rebuilt(
         assert_rebuilt(rig, talk, said)
 
 
+@pytest.mark.exhaustive
 def test_evicted_and_expired_processes_are_rebuilt(claude: Claude, tmp_path: Path) -> None:
     settings = {"OCP_PARKED_PROCESSES": "1", "CLAUDE_SESSION_TTL": "2500"}
     with running_rig(tmp_path, claude, **settings) as rig:
@@ -344,6 +350,7 @@ def test_evicted_and_expired_processes_are_rebuilt(claude: Claude, tmp_path: Pat
         assert (after.finish, path_of(rig, after)) == ("stop", "rebuilt")
 
 
+@pytest.mark.exhaustive
 @EVERY_DIALECT
 def test_a_loop_survives_a_restart_of_the_server(
     claude: Claude, tmp_path: Path, dialect: Dialect
@@ -405,22 +412,29 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_a_choice_reaches_the_api(rig: Rig, name: str) -> None:
+def told_by(*names: str) -> list[tuple[str, Dialect]]:
+    """These choices, each in every dialect that has it."""
+    return [(name, dialect) for name in names for dialect in CHOICES[name].dialects]
+
+
+@pytest.mark.parametrize(("name", "dialect"), [
+    *told_by("none", "named", "one at a time"),
+    *rest(*told_by("left out", "auto", "required", "allowed"))],
+    ids=lambda value: value if isinstance(value, str) else value.name)
+def test_a_choice_reaches_the_api(rig: Rig, name: str, dialect: Dialect) -> None:
     chosen = CHOICES[name]
-    for dialect in chosen.dialects:
-        said = Conversation(rig, dialect, TOOLS, **chosen.fields(dialect)).ask("What is new?")
-        assert said.finish == "stop"
-        body = rig.last_body()
-        assert body.get("tool_choice") == chosen.wanted
-        assert sorted(tool["name"] for tool in body["tools"]) == sorted(
-            tool.name for tool in chosen.tools)
-        if chosen.forces:
-            # The API refuses the two together.
-            assert body.get("thinking", {}).get("type") in (None, "disabled")
-    assert len(rig.bodies()) == len(chosen.dialects)
+    said = Conversation(rig, dialect, TOOLS, **chosen.fields(dialect)).ask("What is new?")
+    assert said.finish == "stop"
+    body = rig.only_body()
+    assert body.get("tool_choice") == chosen.wanted
+    assert sorted(tool["name"] for tool in body["tools"]) == sorted(
+        tool.name for tool in chosen.tools)
+    if chosen.forces:
+        # The API refuses the two together.
+        assert body.get("thinking", {}).get("type") in (None, "disabled")
 
 
+@pytest.mark.exhaustive
 def test_a_budget_for_thinking_pauses_in_a_loop_that_is_told_anew(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS]), stub.text("Done."), stub.text("Bye."))
     thinking = {"type": "enabled", "budget_tokens": 1500}
@@ -435,6 +449,7 @@ def test_a_budget_for_thinking_pauses_in_a_loop_that_is_told_anew(rig: Rig) -> N
     assert budgets == [1500, None, 1500]
 
 
+@pytest.mark.exhaustive
 def test_another_choice_in_the_next_round_is_kept(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS]), stub.text("Done."))
     talk = Conversation(rig, CHAT, TOOLS)
@@ -474,6 +489,7 @@ def test_schemas_arrive_untouched(rig: Rig, dialect: Dialect) -> None:
     assert (said.call.name, said.call.input) == (LONG_NAME, {"where": {"x": None}, "kind": "now"})
 
 
+@pytest.mark.exhaustive
 def test_an_odd_schema_takes_no_other_tool_away(rig: Rig) -> None:
     odd = {"type": "object", "properties": {"any": True, "none": False}, "required": None}
     void_schema = {"properties": None}
@@ -484,8 +500,8 @@ def test_an_odd_schema_takes_no_other_tool_away(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("description", [
-    "", "Long. " * 3000 + "The end.", "\u00e9t\u00e9 \U0001f468\u200d\U0001f469 \u200b\n\n  - so"],
-    ids=["none", "long", "odd"])
+    *rest("", "Long. " * 3000 + "The end."),
+    "\u00e9t\u00e9 \U0001f468\u200d\U0001f469 \u200b\n\n  - so"], ids=["none", "long", "odd"])
 def test_descriptions_arrive_untouched(rig: Rig, description: str) -> None:
     Conversation(rig, CHAT, [WEATHER._replace(description=description)]).ask("Go.")
     (tool,) = rig.last_body()["tools"]
@@ -493,8 +509,8 @@ def test_descriptions_arrive_untouched(rig: Rig, description: str) -> None:
 
 
 @pytest.mark.parametrize(("dialect", "name"), [
-    *[(dialect, "my.tool/one") for dialect in TOOL_DIALECTS], (CHAT, "Bash"), (CHAT, "mcp__x__y"),
-    (MESSAGES, "\u00e9t\u00e9"), (RESPONSES, "StructuredOutput"), (CHAT, "n" * 80)])
+    *[(dialect, "my.tool/one") for dialect in TOOL_DIALECTS], (RESPONSES, "StructuredOutput"),
+    *rest((CHAT, "Bash"), (CHAT, "mcp__x__y"), (MESSAGES, "\u00e9t\u00e9"), (CHAT, "n" * 80))])
 def test_odd_names_come_back_as_they_were(rig: Rig, dialect: Dialect, name: str) -> None:
     def answer(body: Mapping[str, Json]) -> stub.Reply:
         (tool,) = body["tools"]
@@ -513,6 +529,7 @@ def test_odd_names_come_back_as_they_were(rig: Rig, dialect: Dialect, name: str)
         upstream_call(said.call)._replace(name=tool["name"])]
 
 
+@pytest.mark.exhaustive
 def test_arguments_that_break_the_schema_are_the_clients_to_judge(rig: Rig) -> None:
     rig.script(stub.tool_calls([("weather", {"city": 5, "more": True})]))
     talk = Conversation(rig, CHAT, [Tool("weather", NESTED)])
@@ -542,9 +559,10 @@ def test_a_call_of_a_tool_that_was_not_offered_is_not_forwarded(
     assert len(rig.bodies()) == 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("calls", [
-    [PARIS, ("Bash", {"command": "true"})], [("Bash", {"command": "true"}), PARIS]],
-    ids=["after", "before"])
+    [PARIS, ("Bash", {"command": "true"})],
+    *rest([("Bash", {"command": "true"}), PARIS])], ids=["after", "before"])
 @WHOLE_AND_STREAMED
 def test_a_call_that_was_not_offered_beside_one_that_was_is_left_out(
     rig: Rig, calls: Sequence[tuple[str, Json]], streams: bool
@@ -593,6 +611,7 @@ def test_an_answer_that_breaks_off_inside_a_call_is_a_failure(rig: Rig, streams:
     assert "tool_calls\"" not in reply.text.rpartition("finish_reason")[2]
 
 
+@pytest.mark.exhaustive
 def test_legacy_functions_go_round(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS], text="Look."), stub.text("Sunny."))
     functions = [{"name": "weather", "parameters": WEATHER.schema}]
@@ -617,6 +636,7 @@ def first_choice(rig: Rig, talk: Conversation) -> tuple[dict[str, Json], str]:
     return choice["message"], choice["finish_reason"]
 
 
+@pytest.mark.exhaustive
 @WHOLE_AND_STREAMED
 def test_legacy_functions_are_called_one_at_a_time(rig: Rig, streams: bool) -> None:
     rig.script(stub.tool_calls([PARIS, ROME]))
@@ -633,6 +653,7 @@ def test_legacy_functions_are_called_one_at_a_time(rig: Rig, streams: bool) -> N
     assert [call["name"] for call in calls if "name" in call] == ["weather"]
 
 
+@pytest.mark.exhaustive
 def test_many_loops_at_once_keep_to_themselves(rig: Rig) -> None:
     def answer(body: Mapping[str, Json]) -> stub.Reply:
         contents = [each for _, contents in upstream_messages(body) for each in contents]
