@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import stub_api as stub
+from depth import rest
 from processes import Ran, run_to_end
 from programs import find_client, how_to_install
 from project import clean_env
@@ -161,6 +162,7 @@ def run_codex(
         OCP_API_KEY="any")
 
 
+@pytest.mark.exhaustive
 def test_codex_prints_the_answer(desk: AgentDesk) -> None:
     ran = run_codex(desk)
 
@@ -206,6 +208,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.exhaustive
 def test_codex_calls_a_tool_of_an_mcp_server(desk: AgentDesk) -> None:
     desk.write("birds.py", MCP_SERVER)
     script_round(desk.rig, [("mcp__birds__find", {"bird": "cormorant"})])
@@ -257,6 +260,7 @@ def test_codex_edits_files_with_its_custom_tool(desk: AgentDesk) -> None:
     assert "Success" in results(second)[0]
 
 
+@pytest.mark.exhaustive
 def test_codex_goes_on_with_another_sandbox(desk: AgentDesk) -> None:
     run_codex(desk)
 
@@ -271,6 +275,7 @@ def test_codex_goes_on_with_another_sandbox(desk: AgentDesk) -> None:
     assert any("read-only" in str(each) for each in added), added
 
 
+@pytest.mark.exhaustive
 def test_codex_shows_a_plan_limit_without_asking_again(desk: AgentDesk) -> None:
     desk.rig.script(then=stub.plan_limit())
 
@@ -280,6 +285,7 @@ def test_codex_shows_a_plan_limit_without_asking_again(desk: AgentDesk) -> None:
     assert len(desk.served()) == 1
 
 
+@pytest.mark.exhaustive
 def test_codex_shows_a_refusal_and_not_a_complaint_about_itself(desk: AgentDesk) -> None:
     desk.rig.script(then=stub.text("I cannot", stop_reason="refusal"))
 
@@ -313,6 +319,7 @@ def run_opencode(desk: AgentDesk, package: str) -> Ran:
 
 
 # Only with the newest claude, because this agent takes seconds to start.
+@pytest.mark.exhaustive
 @with_newest_claude
 @pytest.mark.parametrize("package", [CHAT, MESSAGES, RESPONSES])
 def test_opencode_runs_two_tools_and_goes_on(desk: AgentDesk, package: str) -> None:
@@ -352,6 +359,7 @@ def script_claude_code_round(desk: AgentDesk) -> None:
         ("Read", {"file_path": str(desk.note)})])
 
 
+@pytest.mark.exhaustive
 def test_claude_code_prints_the_answer(desk: AgentDesk) -> None:
     ran = run_claude_code(desk)
 
@@ -360,7 +368,7 @@ def test_claude_code_prints_the_answer(desk: AgentDesk) -> None:
     assert QUESTION in turns(desk.rig.only_body())[-1][1]
 
 
-@pytest.mark.parametrize("model", [MODEL, NEWEST_MODEL])
+@pytest.mark.parametrize("model", [MODEL, *rest(NEWEST_MODEL)])
 def test_claude_code_runs_two_tools_and_goes_on(desk: AgentDesk, model: str) -> None:
     script_claude_code_round(desk)
 
@@ -394,6 +402,7 @@ def test_the_header_of_claude_code_does_not_swallow_its_system_prompt(
     assert "Speak like a pirate." in "".join(system_texts(claude_code_body))
 
 
+@pytest.mark.exhaustive
 @with_newest_claude
 def test_claude_code_loads_a_tool_whose_schema_it_held_back(desk: AgentDesk) -> None:
     replies = [stub.text(AFTER)]
@@ -414,6 +423,7 @@ def test_claude_code_loads_a_tool_whose_schema_it_held_back(desk: AgentDesk) -> 
     assert "WebFetch" in offered(desk.rig.last_body())
 
 
+@pytest.mark.exhaustive
 def test_claude_code_shows_a_plan_limit_without_asking_again(desk: AgentDesk) -> None:
     desk.rig.script(then=stub.plan_limit())
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from depth import rest
 from processes import Ran, kill_all, processes_with, run_to_end
 from programs import HOW_TO_INSTALL, client_folders, find_client, how_to_install, real_claudes
 from project import REPO, clean_env, load_script
@@ -103,7 +104,10 @@ def seed_aider(home: Path) -> None:
     (caches / "model_prices_and_context_window.json").write_text('{"none": {}}')
 
 
-@pytest.mark.parametrize("tool", sorted(CASES))
+EVERY_TOOL = pytest.mark.parametrize("tool", ["codex", *rest(*sorted({*CASES} - {"codex"}))])
+
+
+@EVERY_TOOL
 def test_a_program_answers_with_only_what_was_written(desk: ConnectDesk, tool: str) -> None:
     programs, command, env = CASES[tool]
     desk.install(*programs)
@@ -128,7 +132,7 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("tool", sorted(TAKEN))
+@pytest.mark.parametrize("tool", ["codex", *rest("opencode")])
 def test_a_program_finds_ocp_beside_a_provider_of_the_same_name(
     desk: ConnectDesk, tool: str
 ) -> None:
@@ -149,6 +153,7 @@ def test_a_program_finds_ocp_beside_a_provider_of_the_same_name(
 CODEX_MOST_TOKENS = 272_000
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["sonnet", "haiku"])
 def test_codex_takes_the_window_of_the_model(desk: ConnectDesk, family: str) -> None:
     desk.install(*CASES["codex"][0])
@@ -168,7 +173,7 @@ def test_codex_takes_the_window_of_the_model(desk: ConnectDesk, family: str) -> 
     assert f'"model_context_window":{used}' in log.read_text().replace(" ", "")
 
 
-@pytest.mark.parametrize("tool", sorted(CASES))
+@EVERY_TOOL
 def test_undo_leaves_nothing_of_ours_behind(desk: ConnectDesk, tool: str) -> None:
     desk.install(*CASES[tool][0])
     desk.connect("--only", tool)
@@ -214,7 +219,7 @@ def python_with(library: str) -> str:
     pytest.skip(how_to_install(library))
 
 
-@pytest.mark.parametrize("library", sorted(LIBRARIES))
+@pytest.mark.parametrize("library", ["openai", *rest("langchain_openai", "litellm")])
 def test_a_library_finds_the_server_in_a_new_shell(desk: ConnectDesk, library: str) -> None:
     python = python_with(library)
     desk.connect("--only", "shell")

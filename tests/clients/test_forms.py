@@ -219,8 +219,6 @@ class Program(NamedTuple):
     library: str
     names: str
     code: str
-    #: Whether it runs at the gate. The others want much the same.
-    is_quick: bool = False
 
 
 PROGRAMS = (
@@ -241,7 +239,7 @@ def ask(agent):
 
 show("agent", lambda: ask(create_agent(model, [temperature], response_format=Report)))
 show("old_agent", lambda: ask(create_react_agent(model, [temperature], response_format=Report)))
-''', is_quick=True),
+'''),
     Program("pydantic_ai", "tool native prompted responses", '''
 from pydantic_ai import Agent, NativeOutput, PromptedOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
@@ -259,7 +257,7 @@ show("tool", lambda: ask(chat, ToolOutput(Report)))
 show("native", lambda: ask(chat, NativeOutput(Report)))
 show("prompted", lambda: ask(chat, PromptedOutput(Report)))
 show("responses", lambda: ask(responses, NativeOutput(Report)))
-''', is_quick=True),
+'''),
     Program("agents", "chat responses", '''
 from agents import (
     Agent, AgentOutputSchema, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner,
@@ -382,9 +380,8 @@ def python_with(library: str) -> str:
     pytest.skip(how_to_install(library))
 
 
-@pytest.mark.parametrize("program", [
-    pytest.param(each, id=each.library, marks=[] if each.is_quick else pytest.mark.exhaustive)
-    for each in PROGRAMS])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.library)
 def test_a_framework_gets_the_form_that_it_wants_in_every_way(
     rig: Rig, tmp_path: Path, program: Program
 ) -> None:
@@ -394,6 +391,7 @@ def test_a_framework_gets_the_form_that_it_wants_in_every_way(
     assert shown == dict.fromkeys(program.names.split(), REPORT)
 
 
+@pytest.mark.exhaustive
 def test_the_vercel_sdk_gets_the_form_that_it_wants_in_every_way(
     rig: Rig, tmp_path: Path
 ) -> None:

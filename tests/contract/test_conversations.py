@@ -368,14 +368,14 @@ def test_a_session_remembers_for_its_client(rig: Rig, dialect: Dialect) -> None:
 
 def test_sessions_survive_a_restart_and_can_be_forgotten(claude: Claude, tmp_path: Path) -> None:
     tool = Tool("weather")
-    with running_rig(tmp_path, claude) as rig:
+    with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0") as rig:
         rig.stub.default = echo
         ask_session(rig, CHAT, "mine", "One?")
         ask_session(rig, CHAT, "other", "Un?")
         rig.script(stub.tool_calls([("weather", {"city": "Bern"})]))
         talk = Conversation(rig, CHAT, [tool], ocp_session_id="mine")
         call = talk.ask("Weather?").call
-    with running_rig(tmp_path, claude) as rig:
+    with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0") as rig:
         rig.script(stub.text("Warm."))
         talk = Conversation(rig, CHAT, [tool], ocp_session_id="mine")
         last = talk.send_results([(call.id, Result("20"))])
@@ -486,7 +486,8 @@ def test_a_response_that_was_not_stored_or_was_deleted_is_unknown(rig: Rig) -> N
 @pytest.fixture(scope="module")
 def small(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     with running_rig(
-        tmp_path_factory.mktemp("small"), claude, CLAUDE_MAX_PROMPT_CHARS="3000"
+        tmp_path_factory.mktemp("small"), claude, CLAUDE_MAX_PROMPT_CHARS="3000",
+        OCP_WARM_PROCESSES="0",
     ) as started:
         yield started
 
@@ -633,7 +634,7 @@ def png(width: int, height: int, noise: int = 0) -> str:
 
     dice = random.Random(width)
     lines = b"".join(
-        b"\0" + bytes(dice.getrandbits(8) for _ in range(noise)).ljust(width, b"\x80")
+        b"\0" + dice.randbytes(noise).ljust(width, b"\x80")
         for _ in range(height))
     sides = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     return base64.b64encode(
@@ -755,7 +756,8 @@ BASH = ("Bash", {"command": "echo CANARY-$((40+2))", "description": "d"})
 def agent(
     request: pytest.FixtureRequest, claude: Claude, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Rig, str]]:
-    env = {"CLAUDE_ALLOWED_TOOLS": "Bash", "OCP_AGENT_TEXT": request.param}
+    env = {"CLAUDE_ALLOWED_TOOLS": "Bash", "OCP_AGENT_TEXT": request.param,
+           "OCP_WARM_PROCESSES": "0"}
     with running_rig(tmp_path_factory.mktemp("agent"), claude, **env) as started:
         yield started, request.param
 

@@ -54,7 +54,8 @@ def owned(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("owned")
     home = logged_in_home(folder)
     ocp_home = home / ".ocp"
-    settings = {"HOME": str(home), "OCP_HOME": str(ocp_home), "CLAUDE_CODE_OAUTH_TOKEN": None}
+    settings = {"HOME": str(home), "OCP_HOME": str(ocp_home), "CLAUDE_CODE_OAUTH_TOKEN": None,
+                "OCP_WARM_PROCESSES": "0"}
     with running_rig(folder, claude, **settings) as rig:
         yield rig
 
@@ -93,7 +94,8 @@ def test_no_word_of_a_conversation_stays_on_disk(
     home = logged_in_home(tmp_path)
     words = ["zquestion", "zfailed", "zresult", "zanswer", "zaborted"]
     settings = {"HOME": str(home), "OCP_HOME": str(home / ".ocp"),
-                "XDG_CACHE_HOME": str(home / "caches"), "CLAUDE_CODE_OAUTH_TOKEN": None}
+                "XDG_CACHE_HOME": str(home / "caches"), "CLAUDE_CODE_OAUTH_TOKEN": None,
+                "OCP_WARM_PROCESSES": "0"}
     with running_rig(tmp_path, claude, **settings) as rig:
         rig.script(
             stub.tool_calls([("weather", {"city": "zresult"}), ("weather", {"city": "b"})]),

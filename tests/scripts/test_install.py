@@ -26,6 +26,7 @@ from typing import Any, Iterator, Mapping, Optional
 import pytest
 
 import fake_services
+from depth import rest
 from fake_services import FakeServices
 from http_client import http_call
 from ocp_command import Stream
@@ -376,14 +377,14 @@ def test_openclaw_is_told_and_the_uninstaller_takes_that_back(openclaw: InstallM
     assert not (openclaw.home / ".config/ocp").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_openclaw_may_be_left_out(openclaw: InstallMachine) -> None:
     done = openclaw.install("--skip-answer", "--no-openclaw")
     assert done.returncode == 0 and "OpenClaw" not in done.stdout
     assert openclaw.openclaw.read_text() == OPENCLAW
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_openclaw_is_told_the_shared_key_under_a_chosen_name(openclaw: InstallMachine) -> None:
     done = openclaw.install(
         "--skip-answer", "--auth-mode", "shared", "--provider-name", "my-claude")
@@ -394,7 +395,7 @@ def test_openclaw_is_told_the_shared_key_under_a_chosen_name(openclaw: InstallMa
     assert '"my-claude/claude-sonnet-5"' in openclaw.openclaw.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_with_keys_for_devices_the_commands_are_named(openclaw: InstallMachine) -> None:
     done = openclaw.install("--skip-answer", "--auth-mode", "multi")
     assert done.returncode == 0 and "ocp keys add openclaw" in done.stdout, done
@@ -402,7 +403,7 @@ def test_with_keys_for_devices_the_commands_are_named(openclaw: InstallMachine) 
     assert openclaw.openclaw.read_text() == OPENCLAW
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_openclaw_cannot_be_told_is_said_and_ends_nothing(openclaw: InstallMachine) -> None:
     openclaw.openclaw.write_text("{ broken")
     done = openclaw.install("--skip-answer")
@@ -410,7 +411,7 @@ def test_what_openclaw_cannot_be_told_is_said_and_ends_nothing(openclaw: Install
     assert openclaw.openclaw.read_text() == "{ broken"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_a_start_the_command_for_openclaw_is_named(openclaw: InstallMachine) -> None:
     done = openclaw.install("--no-start")
     assert f"ocp connect http://127.0.0.1:{openclaw.port} --only openclaw" in done.stdout
@@ -487,12 +488,13 @@ def test_a_no_on_the_terminal_changes_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("args, words", [
     (("--bind", "0.0.0.0"), ("--auth-mode shared", "--auth-mode multi", "--auth-mode none")),
-    (("--port", "70000"), ("CLAUDE_PROXY_PORT", "65535")),
     (("--port", "0"), ("CLAUDE_PROXY_PORT", "rely on")),
-    (("--port", "many"), ("CLAUDE_PROXY_PORT", "whole number")),
-    (("--auth-mode", "open"), ("CLAUDE_AUTH_MODE", "shared")),
-    (("--default-model", "gpt"), ("OCP_DEFAULT_MODEL",)),
     (("--default-model", "a\nb"), ("OCP_DEFAULT_MODEL", "line break")),
+    *rest(
+        (("--port", "70000"), ("CLAUDE_PROXY_PORT", "65535")),
+        (("--port", "many"), ("CLAUDE_PROXY_PORT", "whole number")),
+        (("--auth-mode", "open"), ("CLAUDE_AUTH_MODE", "shared")),
+        (("--default-model", "gpt"), ("OCP_DEFAULT_MODEL",))),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_done(
     args: tuple[str, ...], words: tuple[str, ...], linux: InstallMachine
@@ -607,7 +609,7 @@ def test_without_claude_all_is_installed_and_the_commands_are_named(linux: Insta
     assert http_call(linux.port, "GET", "/health").json()["claudeBinaryOk"] is False
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_lost_login_is_told_with_the_commands_that_mend_it(linux: InstallMachine) -> None:
     linux.services.set("run")
     refused = {"status": 401, "word": "authentication_failed", "text": "Please run /login"}
@@ -885,7 +887,7 @@ def test_an_agent_is_installed_started_and_taken_away(
     assert mac.files() == mac.before and not mac.services.get("active")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_agent_that_was_installed_over_ssh_alone_stays_where_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,9 +1,14 @@
-"""ocp_server.py alone: copied into an empty folder, on every Python there is, with nothing else."""
+"""ocp_server.py alone: copied into an empty folder, on every Python there is, with nothing else.
+
+What asks nothing of the start itself runs it compiled, since Python compiles a script each time.
+"""
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import os
+import py_compile
 import re
 import shlex
 import shutil
@@ -31,7 +36,7 @@ from waiting import eventually
 
 Json = Any
 
-#: Every test starts the script as it is, which Python compiles each time.
+#: Most tests start a server of their own, or several.
 pytestmark = pytest.mark.slow
 
 PYENV = Path.home() / ".pyenv" / "versions"
@@ -65,16 +70,28 @@ def chosen_pythons() -> list[Any]:
 each_python = pytest.mark.parametrize("python", chosen_pythons())
 
 
-class Alone:
-    """A folder with the script, beside an empty home."""
+@functools.cache
+def compiled_server() -> str:
+    """The server as Python keeps it once it is compiled."""
+    made = py_compile.compile(str(REPO / "ocp_server.py"), doraise=True)
+    assert made
+    return made
 
-    def __init__(self, folder: Path, python: str = sys.executable) -> None:
+
+class Alone:
+    """A folder with the script, beside an empty home. Another Python than this one gets the script
+    as it is, which is also what `compiled` says."""
+
+    def __init__(
+        self, folder: Path, python: str = sys.executable, compiled: bool = True
+    ) -> None:
         self.folder = folder
         self.home = folder / "home"
-        self.script = folder / "alone" / "ocp_server.py"
+        is_compiled = compiled and python == sys.executable
+        self.script = folder / "alone" / ("ocp_server.pyc" if is_compiled else "ocp_server.py")
         self.script.parent.mkdir(parents=True)
         self.home.mkdir()
-        shutil.copy(REPO / "ocp_server.py", self.script)
+        shutil.copy(compiled_server() if is_compiled else REPO / "ocp_server.py", self.script)
         self._python = python
 
     def command(self, *args: str) -> list[str]:
@@ -244,7 +261,8 @@ def test_a_killed_demo_leaves_no_process(alone: Alone) -> None:
         demo.process.returncode = 0
 
 
-def test_what_is_kept_lies_below_the_home_and_is_private(alone: Alone) -> None:
+def test_what_is_kept_lies_below_the_home_and_is_private(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, compiled=False)
     with alone.serving("--demo") as demo:
         demo.ask("hello")
 
@@ -283,7 +301,7 @@ def assert_told_what_is_needed(done: subprocess.CompletedProcess[str]) -> None:
 
 
 def test_an_older_python_is_told_what_is_needed(tmp_path: Path) -> None:
-    alone = Alone(tmp_path / "pretended")
+    alone = Alone(tmp_path / "pretended", compiled=False)
     assert_told_what_is_needed(subprocess.run(
         [sys.executable, "-c", PRETENDING, str(alone.script), "--version"], text=True,
         capture_output=True, timeout=120))

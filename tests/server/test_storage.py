@@ -428,6 +428,7 @@ def fill(database: Path, count: int) -> None:
                  for number in range(count)))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_heavy_reports_hold_nobody_up_and_are_bounded(tmp_path: Path) -> None:
     place = Place(tmp_path)
