@@ -16,12 +16,13 @@ from server import Server, running_server
 #: alone with a long one in the end. A wrong order costs time and nothing else; pytest's
 #: --durations=50 tells which tests take long.
 LONGEST = (
-    "clients/test_openclaw", "contract/test_tools", "contract/test_conversations",
-    "contract/test_chat", "contract/test_safety", "contract/test_history",
-    "clients/test_connect_agents", "clients/test_forms", "contract/test_schemas",
-    "contract/test_shapes", "contract/test_fake_claude", "contract/test_errors",
-    "clients/test_agents", "scripts/test_install", "contract/test_life", "server/test_leaving",
-    "contract/test_plan")
+    "contract/test_conversations", "contract/test_chat", "contract/test_tools",
+    "contract/test_fake_claude", "contract/test_safety", "clients/test_openclaw",
+    "contract/test_errors", "contract/test_life", "contract/test_plan", "contract/test_shapes",
+    "contract/test_options", "clients/test_dashboard", "server/test_hanging",
+    "server/test_storage", "server/test_usage", "scripts/test_install", "server/test_leaving",
+    "server/test_alone", "scripts/test_connect_run", "server/test_attacks",
+    "server/test_refusals", "server/test_routes_access")
 #: Parameters that say how a test asks, and not what. OCP alone makes the difference.
 MANNERS = ("dialect", "stream", "streams", "package")
 
@@ -48,10 +49,11 @@ def other_versions(items: list[pytest.Item]) -> set[pytest.Item]:
     """Return the tests on an older claude of which others tell as much.
 
     Those are the newest one's; and where versions differ, the one of the test's cases that is
-    kept for each older version."""
-    versions = {item: version_of(item) for item in items}
-    newest = max(filter(None, versions.values()), default=None)
-    older = [item for item, version in versions.items() if version not in (None, newest)]
+    kept for each older version. The fake claude plays two versions too."""
+    versions = {item: version_of(item) for item in items if version_of(item)}
+    newest = {is_real: max(each for each in versions.values() if each[0] == is_real)
+              for is_real in {each[0] for each in versions.values()}}
+    older = [item for item, version in versions.items() if version != newest[version[0]]]
     differing = [item for item in older if item.get_closest_marker("differs_by_version")]
     return set(older) - one_of_each(differing, lambda item: versions[item])
 
@@ -62,7 +64,7 @@ def other_manners(items: list[pytest.Item]) -> set[pytest.Item]:
         params = item.callspec.params  # type: ignore[attr-defined]
         return tuple((name, repr(params[name])) for name in sorted(set(params) - set(MANNERS)))
 
-    on_claude = [item for item in items if version_of(item) is not None]
+    on_claude = [item for item in items if version_of(item)]
     return set(on_claude) - one_of_each(on_claude, what)
 
 
@@ -78,12 +80,15 @@ def one_of_each(
             for group in groups.values()}
 
 
-def version_of(item: pytest.Item) -> Optional[tuple[int, ...]]:
-    """Return the version of the real claude that a test asks, None for one that asks none."""
+def version_of(item: pytest.Item) -> Optional[tuple[bool, tuple[int, ...]]]:
+    """Return whether the claude that a test asks is a real one, and its version; None if the test
+    is not for each version."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    # The fake claude has a version too, but no program.
-    version, program = params.get("claude") or params.get("subject") or ("", None)
-    return tuple(map(int, version.split("."))) if program else None
+    asked = params.get("claude") or params.get("subject")
+    if not asked:
+        return None
+    version, program = asked
+    return program is not None, tuple(map(int, version.split(".")))
 
 
 @pytest.fixture

@@ -243,6 +243,7 @@ PATCH = """*** Begin Patch
 """
 
 
+@pytest.mark.exhaustive
 def test_codex_edits_files_with_its_custom_tool(desk: AgentDesk) -> None:
     desk.write("models.json", json.dumps({"models": [CODEX_MODEL]}))
     catalog = json.dumps(str(desk.home / "models.json"))

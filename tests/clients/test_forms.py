@@ -158,6 +158,7 @@ def from_a_call(client: Any, form: Any) -> Any:
     return found.choices[0].message.tool_calls[0].function.parsed_arguments
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dialect", [from_chat, from_a_stream, from_responses, from_a_call])
 def test_the_openai_package_parses_an_answer_into_an_object_of_the_class_it_was_given(
     rig: Rig, client: Any, dialect: Callable[[Any, Any], Any]

@@ -114,7 +114,7 @@ def unmarked(value: Json) -> Json:
 
 
 @pytest.mark.differs_by_version
-@pytest.mark.parametrize("model", [MODEL, NEWEST_MODEL])
+@pytest.mark.parametrize("model", [NEWEST_MODEL, *rest(MODEL)])
 def test_a_rebuilt_conversation_has_the_turns_of_a_continued_one(rig: Rig, model: str) -> None:
     talk = Conversation(rig, CHAT, system="Be kind.", model=model)
     for number in range(3):
@@ -197,6 +197,7 @@ def test_the_same_history_in_another_form_goes_on(rig: Rig, form: str) -> None:
     assert turns(rig.last_body()) == dialogue("One?", "Two?")
 
 
+@pytest.mark.exhaustive
 def test_a_history_that_was_edited_is_told_by_where_it_parts(rig: Rig) -> None:
     talk = Conversation(rig, CHAT)
     for number in range(3):
@@ -356,6 +357,7 @@ def ask_session(rig: Rig, dialect: Dialect, name: str, content: Json, **fields: 
     return Conversation(rig, dialect, ocp_session_id=name, **fields).ask(content)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dialect", [CHAT, MESSAGES], ids=dialect_name)
 def test_a_session_remembers_for_its_client(rig: Rig, dialect: Dialect) -> None:
     name = f"session of {dialect.name}"
@@ -366,16 +368,20 @@ def test_a_session_remembers_for_its_client(rig: Rig, dialect: Dialect) -> None:
     assert turns(rig.last_body()) == dialogue("Four?")
 
 
+#: Each conversation takes the process of the one before, where that may be.
+FEW = {"OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "1"}
+
+
 def test_sessions_survive_a_restart_and_can_be_forgotten(claude: Claude, tmp_path: Path) -> None:
     tool = Tool("weather")
-    with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0") as rig:
+    with running_rig(tmp_path, claude, **FEW) as rig:
         rig.stub.default = echo
         ask_session(rig, CHAT, "mine", "One?")
         ask_session(rig, CHAT, "other", "Un?")
         rig.script(stub.tool_calls([("weather", {"city": "Bern"})]))
         talk = Conversation(rig, CHAT, [tool], ocp_session_id="mine")
         call = talk.ask("Weather?").call
-    with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0") as rig:
+    with running_rig(tmp_path, claude, **FEW) as rig:
         rig.script(stub.text("Warm."))
         talk = Conversation(rig, CHAT, [tool], ocp_session_id="mine")
         last = talk.send_results([(call.id, Result("20"))])
@@ -455,6 +461,7 @@ def test_responses_are_chained_by_their_ids(rig: Rig) -> None:
     assert turns(rig.last_body()) == dialogue("First?", "Four?")
 
 
+@pytest.mark.exhaustive
 def test_a_chain_goes_through_tool_calls(rig: Rig) -> None:
     rig.script(stub.tool_calls([("weather", {}), ("weather", {})]), stub.text("So."))
     tools = RESPONSES.tools([Tool("weather")])
@@ -726,7 +733,8 @@ def test_addresses_go_to_the_api_where_the_operator_allows_it(
     assert found[-1][1][0]["content"][:2] == [picture, paper]
 
 
-@pytest.mark.parametrize("bare", [True, *rest(False)], ids=["last", "earlier"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("bare", [True, False], ids=["last", "earlier"])
 def test_an_image_above_the_api_s_own_limit_is_scaled_wherever_it_is(rig: Rig, bare: bool) -> None:
     heavy = png(1990, 1990, 1990)
     assert len(heavy) > 5_242_880

@@ -171,7 +171,7 @@ def test_a_used_up_plan_says_when_it_resets(
 def test_what_heals_within_claudes_retries_is_never_seen(rig: Rig) -> None:
     seen = outcomes(rig, {
         f"{status}": [stub.error(status, "For a moment"), stub.text("Fine.")]
-        for status in (500, 529)})
+        for status in by_depth((529,), (529,), (500, 529))})
     for answer, bodies in seen.values():
         assert (answer.text, answer.finish) == ("Fine.", "stop")
         assert len(bodies) == 2

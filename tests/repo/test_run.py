@@ -20,7 +20,7 @@ install = load_script(".ci/install.py")
 HAS_XDIST = importlib.util.find_spec("xdist") is not None
 needs_xdist = pytest.mark.skipif(not HAS_XDIST, reason="no pytest-xdist")
 each_way = pytest.mark.parametrize("spread", [
-    pytest.param((), id="serial"),
+    pytest.param((), id="serial", marks=pytest.mark.exhaustive),
     pytest.param(("-n", "2", "--dist", "loadfile"), id="parallel", marks=needs_xdist)])
 
 
