@@ -252,6 +252,7 @@ def test_mode_none_needs_no_key(server: Server, free_home: Path) -> None:
     assert not (free_home / ".config/ocp/key").exists()
 
 
+@pytest.mark.slow
 def test_mode_shared_wants_the_key(tmp_path: Path, free_home: Path) -> None:
     with running_server(tmp_path / "server", env={"PROXY_API_KEY": SHARED_KEY}) as shared:
         without = piped(free_home, *at(shared, "--yes", "--only", "aider"))

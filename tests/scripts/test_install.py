@@ -910,6 +910,7 @@ def test_an_agent_that_was_installed_over_ssh_alone_stays_where_it_is(
     assert mac.files() == mac.before and not mac.services.get("active")
 
 
+@pytest.mark.slow
 def test_an_agent_of_the_original_gives_way_and_comes_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

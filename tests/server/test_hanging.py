@@ -150,6 +150,7 @@ def test_a_process_that_falls_ill_in_a_turn_is_given_up(
     check_broken(patient())
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_the_api_is_not_given_up(
     place: Place, patient: Callable[[], Patient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_flood_takes_a_bounded_memory(place: Place, patient: Callable[[], Pati
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
 
 
+@pytest.mark.slow
 def test_a_slow_start_is_no_hanging_one(
     place: Place, patient: Callable[[], Patient], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def test_thousands_of_refusals_push_nothing_out_of_the_log(tmp_path: Path) -> No
     assert "key_created" in audited(server)
 
 
+@pytest.mark.slow
 def test_a_flood_of_a_key_holder_pushes_out_nothing_that_the_operator_did(house: Server) -> None:
     made = new_key(house, name="flooder")
     bad = head("GET", "/v1/models?limit=x", f"Authorization: Bearer {made['key']}")

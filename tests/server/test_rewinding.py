@@ -169,6 +169,7 @@ def test_keys_never_share_a_process(tmp_path: Path) -> None:
         assert not set(pids[::2]) & set(pids[1::2])
 
 
+@pytest.mark.slow
 def test_a_hundred_at_once_get_their_own_answers(tmp_path: Path) -> None:
     with running_server(tmp_path, env={"CLAUDE_MAX_QUEUE": "100"}) as server:
         questions = [f"Number {number}." for number in range(100)]

@@ -181,6 +181,7 @@ def replace_database(home: Path) -> None:
     (home / "other.db").rename(home / "ocp.db")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("take_away", [delete_home, delete_database, replace_database])
 def test_a_database_that_is_taken_away_is_noticed_and_told_everywhere(
     tmp_path: Path, take_away: Callable[[Path], None]
@@ -198,6 +199,7 @@ def test_a_database_that_is_taken_away_is_noticed_and_told_everywhere(
         assert ask_as(server, key).status == 200
 
 
+@pytest.mark.slow
 def test_a_database_that_comes_back_is_well_again(tmp_path: Path) -> None:
     with running_server(tmp_path, env=MULTI) as server:
         server.ocp_home.rename(tmp_path / "aside")

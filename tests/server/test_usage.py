@@ -919,6 +919,7 @@ class Clients:
 
 
 # A reply that breaks off leaves its socket to the collector.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_killing_the_server_in_the_middle_loses_no_row_of_an_answer(tmp_path: Path) -> None:
     claude = ShellClaude(tmp_path)
