@@ -61,7 +61,7 @@ DEPTHS = {
         "without slow tests. Left to --all: {others}, slow tests, most of the repetitions"),
     "gate": Depth(
         ROOMS,
-        "each claim once. Left to --all: every manner on every claude, most of the repetitions"),
+        "each claim once. Left to --all: every manner, most cases and clients, most repetitions"),
     "all": Depth(ROOMS, "everything that this machine can run"),
 }
 

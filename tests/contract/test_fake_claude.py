@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import pytest
 
@@ -188,11 +188,18 @@ def said(role: str, *words: str) -> tuple[str, list[Json]]:
     return role, [{"type": "text", "text": each} for each in words]
 
 
+class Kind(NamedTuple):
+    """A claude to be asked."""
+    version: str
+    #: None for the fake one.
+    path: Optional[Path]
+
+
 SUBJECTS = [
-    pytest.param(("2.1.329", None), id="fake-2.1.329"),
-    pytest.param(("2.1.197", None), id="fake-2.1.197"),
+    pytest.param(Kind("2.1.329", None), id="fake-2.1.329"),
+    pytest.param(Kind("2.1.197", None), id="fake-2.1.197"),
 ]
-SUBJECTS += [pytest.param(found, id=f"real-{found[0]}") for found in real_claudes()] or [
+SUBJECTS += [pytest.param(Kind(*found), id=f"real-{found[0]}") for found in real_claudes()] or [
     pytest.param(None, id="real", marks=pytest.mark.skip(reason=HOW_TO_INSTALL))]
 
 
