@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
     left_out = set(filter(is_left_out, items))
     if DEPTH == "gate":
-        left_out |= other_versions(items)
-        left_out |= other_manners([item for item in items if item not in left_out])
+        for others in (other_versions, other_manners):
+            left_out |= others([item for item in items if item not in left_out])
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
 
@@ -61,7 +61,29 @@ def other_versions(items: list[pytest.Item]) -> set[pytest.Item]:
 def other_manners(items: list[pytest.Item]) -> set[pytest.Item]:
     """Return the tests on a claude that differ from another one only in the manner of asking."""
     def what(item: pytest.Item) -> Hashable:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
+        params = item.callspec.params  # type: ignore[attr-defined]
+        return tuple((name, repr(params[name])) for name in sorted(set(params) - set(MANNERS)))
+
+    on_claude = [item for item in items if version_of(item)]
+    return set(on_claude) - one_of_each(on_claude, what)
+
+
+def one_of_each(
+    items: list[pytest.Item], kind: Callable[[pytest.Item], Hashable]
+) -> set[pytest.Item]:
+    """Return one item of each test function and kind. Which one differs from test to test."""
+    groups: dict[Hashable, list[pytest.Item]] = {}
+    for item in items:
+        name = item.name.partition("[")[0]
+        groups.setdefault((item.path, name, kind(item)), []).append(item)
+    return {group[zlib.crc32(group[0].name.partition("[")[0].encode()) % len(group)]
+            for group in groups.values()}
+
+
+def version_of(item: pytest.Item) -> Optional[tuple[bool, tuple[int, ...]]]:
+    """Return whether the claude that a test asks is a real one, and its version; None if the test
+    is not for each version."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
     asked = params.get("claude") or params.get("subject")
     if not hasattr(asked, "version"):
         return None

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from project import REPO, clean_env, load_script
 
 run = load_script("tests/run.py")
 install = load_script(".ci/install.py")
+selection = load_script("tests/conftest.py")
 
 HAS_XDIST = importlib.util.find_spec("xdist") is not None
 needs_xdist = pytest.mark.skipif(not HAS_XDIST, reason="no pytest-xdist")
@@ -152,6 +155,50 @@ def test_every_room_has_tests_and_stands_in_the_readme() -> None:
     for room in run.ROOMS:
         assert list((REPO / "tests" / room).glob("test_*.py")), room
         assert f"| `{room}/`" in readme, room
+
+
+class Asking:
+    """A test as pytest has collected it, on a claude."""
+
+    def __init__(self, name: str, mark: str = "", **params: Any) -> None:
+        self.path = Path("test_some.py")
+        self.name = f"{name}[{params}]"
+        self.callspec = SimpleNamespace(params=params)
+        self._mark = mark
+
+    def get_closest_marker(self, name: str) -> bool:
+        return name == self._mark
+
+
+NEW, OLD = (SimpleNamespace(version=version, path=REPO) for version in ("2.1.332", "2.1.197"))
+PLAYED, PLAYED_OLD = (
+    SimpleNamespace(version=version, path=None) for version in ("2.1.329", "2.1.197"))
+
+
+def test_the_gate_asks_older_claudes_one_case_of_each_test_that_differs_by_version() -> None:
+    same = [Asking("same", claude=each) for each in (NEW, OLD)]
+    differing = [Asking("differs", "differs_by_version", claude=each, case=case)
+                 for each in (NEW, OLD) for case in range(3)]
+    fakes = [Asking("fake", subject=each) for each in (NEW, OLD, PLAYED, PLAYED_OLD)]
+    neither = Asking("neither", case=1)
+
+    left_out = selection.other_versions([*same, *differing, *fakes, neither])
+
+    assert {same[1], fakes[1], fakes[3]} < left_out
+    assert left_out < {same[1], *differing[3:], fakes[1], fakes[3]}
+    assert len(left_out & set(differing)) == 2
+
+
+def test_the_gate_asks_each_case_in_one_manner() -> None:
+    cases = [[Asking("some", claude=NEW, case=case, dialect=dialect, streams=streams)
+              for dialect in ("chat", "messages") for streams in (False, True)]
+             for case in ({"a": 1}, {"a": 2})]
+    neither = [Asking("neither", dialect=dialect) for dialect in ("chat", "messages")]
+
+    left_out = selection.other_manners([*cases[0], *cases[1], *neither])
+
+    assert [len(left_out & set(case)) for case in cases] == [3, 3]
+    assert not left_out & set(neither)
 
 
 # ---------------------------------------------------------------------------
