@@ -290,8 +290,8 @@ def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
             pid = asked_process(server)
             assert eventually(lambda: is_gone(pid))
             assert eventually(lambda: at_rest(server))
-
-        assert last_entry(server, "answer_abandoned")
+            # Its place may be free before that: a client that left meanwhile was not dropped.
+            assert last_entry(server, "answer_abandoned")
 
 
 def test_an_answer_that_nobody_reads_yet_frees_its_place_and_is_whole_when_it_is_read(
