@@ -138,6 +138,9 @@ KEY_FIELDS = (
     argument("--models", metavar="A,B", help="the models that the key may use; empty = all"),
     argument("--max-concurrent", metavar="N", type=whole_number,
              help="answers at the same time; 0 = no limit"),
+    argument("--effort", metavar="LEVEL",
+             help="effort of requests that ask for none: low, medium, high, xhigh, max, or none = "
+             "the server's default"),
     argument("--note", metavar="TEXT", help="a note for yourself"),
 )
 QUOTA_FIELDS = tuple(
@@ -1271,6 +1274,7 @@ def show_models(answer: Json, style: Style) -> str:
         number_column("Window", "context_window"), number_column("Answer", "max_output_tokens"),
         Column("Reasoning", lambda row, _: {True: "yes", False: "no"}.get(
             row.get("reasoning"), "-")),
+        Column("Aliases", lambda row, _: ", ".join(map(str, row.get("aliases") or []))),
     )
     return table(columns, answer.get("data") or [], style)
 
@@ -1519,7 +1523,8 @@ def show_key(answer: Json, style: Style) -> str:
         ("last used", age(answer.get("lastUsed"), style)),
         ("expires", local_time(answer["expiry"], style) if answer.get("expiry") else "never"),
         ("models", ", ".join(map(str, answer.get("models") or [])) or "all"),
-        ("at the same time", limit or "no limit of its own"), ("note", answer.get("note") or None),
+        ("at the same time", limit or "no limit of its own"),
+        ("effort", answer.get("effort") or None), ("note", answer.get("note") or None),
     ])
 
 
@@ -1560,6 +1565,8 @@ def _key_fields(args: argparse.Namespace) -> dict[str, object]:
         found["models"] = [name.strip() for name in args.models.split(",") if name.strip()]
     if args.max_concurrent is not None:
         found["maxConcurrent"] = args.max_concurrent
+    if args.effort is not None:
+        found["effort"] = None if args.effort == "none" else args.effort
     if args.note is not None:
         found["note"] = args.note
     return found

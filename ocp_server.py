@@ -428,6 +428,9 @@ def setting(
 
 _LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
 
+#: The levels of effort of the API, lowest first.
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+
 #: The meaning of CLAUDE_ALLOWED_TOOLS=default.
 DEFAULT_AGENT_TOOLS = (
     "Bash", "Read", "Write", "Edit", "Glob", "Grep", "WebSearch", "WebFetch", "Agent",
@@ -488,6 +491,17 @@ class Config:
     default_model: str = setting(
         "sonnet", "OCP_DEFAULT_MODEL",
         "model of a request that names none; kept warm from the start",
+    )
+    model_aliases: str = setting(
+        "", "OCP_MODEL_ALIASES",
+        "other names of models, comma separated, such as gpt-4o=sonnet,fast=haiku:low",
+        live="modelAliases",
+    )
+    default_effort: str = setting(
+        "", "OCP_DEFAULT_EFFORT",
+        "effort of a request that asks for none, for models that have levels of effort; empty = "
+        "the model's own",
+        choices=("", *EFFORTS), live="defaultEffort",
     )
     system_prompt: str = setting(
         "", "CLAUDE_SYSTEM_PROMPT", "text appended to the system prompt of every request"
@@ -684,6 +698,9 @@ _ORIGIN = re.compile(
     re.IGNORECASE,
 )
 
+#: An entry of OCP_MODEL_ALIASES.
+_MODEL_ALIAS = re.compile(r"[^=\s][^=]*=[^=]*[^=\s]")
+
 #: Rules across settings: (test that is true if the rule is broken, error message).
 CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
@@ -724,6 +741,10 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "OCP_ALLOWED_ORIGINS takes origins, such as https://app.example.org; a * may replace the "
         "subdomain, the port, or the name after a scheme other than http and https, as in "
         "https://*.example.org, http://localhost:*, vscode-webview://*",
+    ),
+    (
+        lambda config: not all(map(_MODEL_ALIAS.fullmatch, split_list(config.model_aliases))),
+        "OCP_MODEL_ALIASES takes entries such as gpt-4o=sonnet, separated by commas",
     ),
 )
 
@@ -830,6 +851,12 @@ def removed_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
 def split_list(text: str) -> tuple[str, ...]:
     """Return the items of a comma-separated setting."""
     return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def parse_aliases(text: str) -> dict[str, str]:
+    """Return what the names in a value of OCP_MODEL_ALIASES stand for, in lower case."""
+    pairs = (item.lower().split("=") for item in split_list(text))
+    return {name.strip(): target.strip() for name, target in pairs}
 
 
 def settings_markdown() -> str:
@@ -968,6 +995,11 @@ class NotFound(OcpError):
 class UnknownModel(NotFound):
     """No model has this name."""
     code = "model_not_found"
+
+
+class ModelNeedsNewerClaude(NotFound):
+    """The claude on the server is older than the model."""
+    code = "model_needs_newer_claude"
 
 
 class MethodNotAllowed(OcpError):
@@ -1305,93 +1337,203 @@ class Refusals:
 
 # ==== 5. Models ==============================================================
 # The models come from models.json beside this file. BUILTIN_MODELS is a copy of it, so that this
-# file works alone (a test compares the two). A model states what the API accepts for it: sampling
-# parameters, the kind of thinking, and the levels of effort. Older models are served by name but
-# not listed. Names are compared in a canonical form. An unlisted name of a Claude model gets the
-# properties of the listed model that is nearest by family and version.
+# file works alone (a test compares the two). A model states what the API accepts for it and what
+# it costs. Older models are served by name but not listed. Names are compared in a canonical form.
+# An unlisted name of a Claude model gets the properties of the listed model that is nearest by
+# family and version. claude knows better than the file which models its account has and which
+# ones the aliases stand for: each process reports them, and ModelCatalog keeps the last report.
 
 BUILTIN_MODELS: Json = {
-    "version": 1,
+    "version": 2,
     "models": [
         {
+            "id": "claude-opus-5-5", "displayName": "Claude Opus 5.5",
+            "openclawName": "Claude Opus 5.5 (via CLI)",
+            "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
+            "defaultMaxTokens": 128000, "firstCli": "2.1.280",
+            "thinking": "adaptive", "thinkingOff": "never", "forcedTools": False,
+            "sampling": False,
+            "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "medium",
+            "prices": {
+                "input": 4, "output": 20, "cacheWrite5m": 5, "cacheWrite1h": 8, "cacheRead": 0.2,
+            },
+        },
+        {
+            "id": "claude-sonnet-5-5", "displayName": "Claude Sonnet 5.5",
+            "openclawName": "Claude Sonnet 5.5 (via CLI)",
+            "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
+            "defaultMaxTokens": 128000, "firstCli": "2.1.284",
+            "thinking": "adaptive", "thinkingOff": "between_tools",
+            "thinkingOffMaxEffort": "high", "forcedTools": False, "sampling": False,
+            "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "medium",
+            "prices": {
+                "input": 2, "output": 10, "cacheWrite5m": 2.5, "cacheWrite1h": 4, "cacheRead": 0.1,
+            },
+        },
+        {
+            "id": "claude-fable-5-2", "displayName": "Claude Fable 5.2",
+            "openclawName": "Claude Fable 5.2 (via CLI)",
+            "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
+            "defaultMaxTokens": 128000, "firstCli": "2.1.290",
+            "thinking": "adaptive", "thinkingOff": "never", "forcedTools": False,
+            "sampling": False,
+            "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "medium",
+            "prices": {
+                "input": 8, "output": 40, "cacheWrite5m": 10, "cacheWrite1h": 16, "cacheRead": 0.2,
+            },
+        },
+        {
+            "id": "claude-haiku-5-5", "displayName": "Claude Haiku 5.5",
+            "openclawName": "Claude Haiku 5.5 (via CLI)",
+            "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
+            "defaultMaxTokens": 128000, "firstCli": "2.1.293",
+            "thinking": "adaptive", "thinkingOff": "disabled", "thinkingOffMaxEffort": "high",
+            "forcedTools": True, "sampling": False,
+            "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "medium",
+            "prices": {
+                "input": 0.1, "output": 0.5, "cacheWrite5m": 0.125, "cacheWrite1h": 0.2,
+                "cacheRead": 0.01,
+                "longPrompt": {
+                    "aboveTokens": 100000, "input": 0.5, "output": 2.5, "cacheWrite5m": 0.625,
+                    "cacheWrite1h": 1, "cacheRead": 0.05,
+                },
+            },
+        },
+        {
+            "id": "claude-fable-5-1", "displayName": "Claude Fable 5.1",
+            "openclawName": "Claude Fable 5.1 (via CLI)",
+            "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
+            "defaultMaxTokens": 64000, "firstCli": "2.1.251",
+            "thinking": "adaptive", "thinkingOff": "never", "forcedTools": False,
+            "sampling": False,
+            "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "high",
+            "prices": {
+                "input": 10, "output": 50, "cacheWrite5m": 12.5, "cacheWrite1h": 20,
+                "cacheRead": 0.25,
+            },
+        },
+        {
             "id": "claude-opus-5", "displayName": "Claude Opus 5",
-            "openclawName": "Claude Opus 5 (via CLI)", "reasoning": True,
-            "contextWindow": 1000000, "maxTokens": 64000, "thinking": "adaptive",
-            "sampling": False, "efforts": ["low", "medium", "high", "xhigh", "max"],
-        },
-        {
-            "id": "claude-opus-4-8", "displayName": "Claude Opus 4.8",
-            "openclawName": "Claude Opus 4.8 (via CLI)", "reasoning": True,
-            "contextWindow": 1000000, "maxTokens": 64000, "thinking": "adaptive",
-            "sampling": False, "efforts": ["low", "medium", "high", "xhigh", "max"],
-        },
-        {
-            "id": "claude-opus-4-7", "displayName": "Claude Opus 4.7",
-            "openclawName": "Claude Opus 4.7 (via CLI)", "reasoning": True,
-            "contextWindow": 1000000, "maxTokens": 64000, "thinking": "adaptive",
-            "sampling": False, "efforts": ["low", "medium", "high", "xhigh", "max"],
-        },
-        {
-            "id": "claude-opus-4-6", "displayName": "Claude Opus 4.6",
-            "openclawName": "Claude Opus 4.6 (via CLI)", "reasoning": True,
-            "contextWindow": 200000, "longContext": True, "maxTokens": 64000,
-            "thinking": "adaptive", "sampling": True, "efforts": ["low", "medium", "high", "max"],
+            "openclawName": "Claude Opus 5 (via CLI)",
+            "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
+            "defaultMaxTokens": 64000, "firstCli": "2.1.219",
+            "thinking": "adaptive", "thinkingOff": "disabled", "thinkingOffMaxEffort": "high",
+            "forcedTools": True, "sampling": False,
+            "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "high",
+            "prices": {
+                "input": 5, "output": 25, "cacheWrite5m": 6.25, "cacheWrite1h": 10,
+                "cacheRead": 0.5,
+            },
         },
         {
             "id": "claude-sonnet-5", "displayName": "Claude Sonnet 5",
-            "openclawName": "Claude Sonnet 5 (via CLI)", "reasoning": True,
-            "contextWindow": 1000000, "maxTokens": 64000, "thinking": "adaptive",
-            "sampling": False, "efforts": ["low", "medium", "high", "xhigh", "max"],
+            "openclawName": "Claude Sonnet 5 (via CLI)",
+            "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
+            "defaultMaxTokens": 64000,
+            "thinking": "adaptive", "thinkingOff": "disabled", "forcedTools": True,
+            "sampling": False,
+            "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "high",
+            "prices": {
+                "input": 2, "output": 10, "cacheWrite5m": 2.5, "cacheWrite1h": 4, "cacheRead": 0.2,
+            },
+        },
+        {
+            "id": "claude-fable-5", "displayName": "Claude Fable 5",
+            "openclawName": "Claude Fable 5 (via CLI)",
+            "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
+            "defaultMaxTokens": 64000,
+            "thinking": "adaptive", "thinkingOff": "never", "forcedTools": True, "sampling": False,
+            "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "high",
+            "prices": {
+                "input": 10, "output": 50, "cacheWrite5m": 12.5, "cacheWrite1h": 20,
+                "cacheRead": 1,
+            },
+        },
+        {
+            "id": "claude-opus-4-8", "displayName": "Claude Opus 4.8",
+            "openclawName": "Claude Opus 4.8 (via CLI)",
+            "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
+            "defaultMaxTokens": 64000,
+            "thinking": "adaptive", "thinkingOff": "disabled", "forcedTools": True,
+            "sampling": False,
+            "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "high",
+            "prices": {
+                "input": 5, "output": 25, "cacheWrite5m": 6.25, "cacheWrite1h": 10,
+                "cacheRead": 0.5,
+            },
+        },
+        {
+            "id": "claude-opus-4-7", "displayName": "Claude Opus 4.7",
+            "openclawName": "Claude Opus 4.7 (via CLI)",
+            "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
+            "defaultMaxTokens": 64000,
+            "thinking": "adaptive", "thinkingOff": "disabled", "forcedTools": True,
+            "sampling": False,
+            "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "xhigh",
+            "prices": {
+                "input": 5, "output": 25, "cacheWrite5m": 6.25, "cacheWrite1h": 10,
+                "cacheRead": 0.5,
+            },
         },
         {
             "id": "claude-sonnet-4-6", "displayName": "Claude Sonnet 4.6",
-            "openclawName": "Claude Sonnet 4.6 (via CLI)", "reasoning": True,
-            "contextWindow": 200000, "longContext": True, "maxTokens": 32000,
-            "thinking": "adaptive", "sampling": True, "efforts": ["low", "medium", "high", "max"],
+            "openclawName": "Claude Sonnet 4.6 (via CLI)",
+            "reasoning": True, "contextWindow": 200000, "longContext": True, "maxTokens": 128000,
+            "defaultMaxTokens": 32000,
+            "thinking": "adaptive", "thinkingOff": "disabled", "forcedTools": True,
+            "sampling": True,
+            "efforts": ["low", "medium", "high", "max"], "defaultEffort": "high",
+            "prices": {
+                "input": 3, "output": 15, "cacheWrite5m": 3.75, "cacheWrite1h": 6,
+                "cacheRead": 0.3,
+            },
+        },
+        {
+            "id": "claude-opus-4-6", "displayName": "Claude Opus 4.6",
+            "openclawName": "Claude Opus 4.6 (via CLI)",
+            "reasoning": True, "contextWindow": 200000, "longContext": True, "maxTokens": 128000,
+            "defaultMaxTokens": 64000,
+            "thinking": "adaptive", "thinkingOff": "disabled", "forcedTools": True,
+            "sampling": True,
+            "efforts": ["low", "medium", "high", "max"], "defaultEffort": "high",
+            "prices": {
+                "input": 5, "output": 25, "cacheWrite5m": 6.25, "cacheWrite1h": 10,
+                "cacheRead": 0.5,
+            },
         },
         {
             "id": "claude-haiku-4-5-20251001", "displayName": "Claude Haiku 4.5",
-            "openclawName": "Claude Haiku 4.5 (via CLI)", "reasoning": False,
-            "contextWindow": 200000, "maxTokens": 32000, "thinking": "budget",
-            "sampling": True, "efforts": [],
+            "openclawName": "Claude Haiku 4.5 (via CLI)",
+            "reasoning": False, "contextWindow": 200000, "maxTokens": 64000,
+            "defaultMaxTokens": 32000,
+            "thinking": "budget", "thinkingOff": "disabled", "forcedTools": True, "sampling": True,
+            "efforts": [],
+            "prices": {
+                "input": 1, "output": 5, "cacheWrite5m": 1.25, "cacheWrite1h": 2, "cacheRead": 0.1,
+            },
         },
     ],
     "olderModels": [
         {
             "id": "claude-opus-4-5-20251101", "displayName": "Claude Opus 4.5",
-            "openclawName": "Claude Opus 4.5 (via CLI)", "reasoning": False,
-            "contextWindow": 200000, "maxTokens": 32000, "thinking": "budget",
-            "sampling": True, "efforts": ["low", "medium", "high"],
-        },
-        {
-            "id": "claude-opus-4-1-20250805", "displayName": "Claude Opus 4.1",
-            "openclawName": "Claude Opus 4.1 (via CLI)", "reasoning": False,
-            "contextWindow": 200000, "maxTokens": 32000, "thinking": "budget",
-            "sampling": True, "efforts": [],
-        },
-        {
-            "id": "claude-opus-4-20250514", "displayName": "Claude Opus 4",
-            "openclawName": "Claude Opus 4 (via CLI)", "reasoning": False,
-            "contextWindow": 200000, "maxTokens": 32000, "thinking": "budget",
-            "sampling": True, "efforts": [],
-        },
-        {
-            "id": "claude-sonnet-4-5-20250929", "displayName": "Claude Sonnet 4.5",
-            "openclawName": "Claude Sonnet 4.5 (via CLI)", "reasoning": False,
-            "contextWindow": 200000, "longContext": True, "maxTokens": 32000,
-            "thinking": "budget", "sampling": True, "efforts": [],
-        },
-        {
-            "id": "claude-sonnet-4-20250514", "displayName": "Claude Sonnet 4",
-            "openclawName": "Claude Sonnet 4 (via CLI)", "reasoning": False,
-            "contextWindow": 200000, "longContext": True, "maxTokens": 32000,
-            "thinking": "budget", "sampling": True, "efforts": [],
+            "openclawName": "Claude Opus 4.5 (via CLI)",
+            "reasoning": False, "contextWindow": 200000, "maxTokens": 64000,
+            "defaultMaxTokens": 32000,
+            "thinking": "budget", "thinkingOff": "disabled", "forcedTools": True, "sampling": True,
+            "efforts": ["low", "medium", "high"],
+            "prices": {
+                "input": 5, "output": 25, "cacheWrite5m": 6.25, "cacheWrite1h": 10,
+                "cacheRead": 0.5,
+            },
         },
     ],
     "aliases": {
-        "opus": "claude-opus-5",
-        "sonnet": "claude-sonnet-5",
-        "haiku": "claude-haiku-4-5-20251001",
+        "opus": "claude-opus-5-5",
+        "sonnet": "claude-sonnet-5-5",
+        "haiku": "claude-haiku-5-5",
+        "fable": "claude-fable-5-2",
+        "best": "opus",
+        "default": "sonnet",
     },
     "legacyAliases": {
         "claude-opus-4": "claude-opus-4-7",
@@ -1399,6 +1541,16 @@ BUILTIN_MODELS: Json = {
         "claude-haiku-4-5": "claude-haiku-4-5-20251001",
     },
 }
+
+
+class Prices(NamedTuple):
+    """List prices of the API, in USD for a million tokens."""
+
+    input: float
+    output: float
+    cache_write_5m: float
+    cache_write_1h: float
+    cache_read: float
 
 
 class Model(NamedTuple):
@@ -1409,21 +1561,44 @@ class Model(NamedTuple):
     #: Whether it thinks by default.
     reasoning: bool
     context_window: int
+    #: The most tokens of an answer, and how many claude asks for if nobody sets a limit.
     max_tokens: int
+    default_max_tokens: int
     #: "adaptive" (the model decides, guided by the effort) or "budget" (a number of tokens).
     thinking: str
+    #: The value of the API's `thinking.type` that switches thinking off, or "never", and the
+    #: highest effort with which the API accepts it; empty = any.
+    thinking_off: str
+    thinking_off_max_effort: str
+    #: Whether the API accepts a tool choice that forces a call.
+    forced_tools: bool
     #: Whether the API accepts temperature and top_p.
     sampling: bool
     #: The accepted levels of effort, lowest first; empty = none.
     efforts: tuple[str, ...]
+    #: The level of effort without a wish; empty = it has none.
+    default_effort: str
+    #: None = unknown.
+    prices: Prices | None
+    #: The prices of a request whose prompt has more tokens than this; None = the same ones.
+    long_prompt_tokens: int = 0
+    long_prompt_prices: Prices | None = None
+    #: The first version of claude that knows it; empty = every one that OCP works with.
+    first_cli: tuple[int, ...] = ()
     #: Whether claude also offers it with a window of LONG_CONTEXT_TOKENS.
     long_context: bool = False
+    #: Whether claude can switch its thinking off by itself; None = claude has not said.
+    cli_thinking_off: bool | None = None
     #: Whether it is in the list of models that clients get.
     listed: bool = True
-    #: Whether its name is in models.json.
+    #: Whether its name is in models.json, or claude offers it.
     known: bool = True
     #: The model name passed to claude: the id, or a more specific name.
     argument: str = ""
+    #: The effort in the name that a client used; it counts like one in the request.
+    named_effort: str = ""
+    #: The operator's effort for requests that ask for none.
+    operator_effort: str = ""
 
     @property
     def lineage(self) -> tuple[str, tuple[int, ...]]:
@@ -1432,37 +1607,106 @@ class Model(NamedTuple):
 
 
 _THINKING = ("adaptive", "budget")
-_EFFORTS = ("low", "medium", "high", "xhigh", "max")
+_THINKING_OFF = ("disabled", "between_tools", "never")
 #: The fields of a model in models.json and their types.
 _MODEL_FIELDS: tuple[tuple[str, type], ...] = (
     ("id", str), ("displayName", str), ("reasoning", bool), ("contextWindow", int),
-    ("maxTokens", int), ("thinking", str), ("sampling", bool), ("efforts", list),
+    ("maxTokens", int), ("defaultMaxTokens", int), ("thinking", str), ("thinkingOff", str),
+    ("forcedTools", bool), ("sampling", bool), ("efforts", list), ("prices", dict),
 )
+#: The fields of `prices`, in the order of Prices.
+_PRICE_FIELDS = ("input", "output", "cacheWrite5m", "cacheWrite1h", "cacheRead")
+
+
+def _check_model_row(row: Json) -> None:
+    """Raise ValueError or KeyError if a row of models.json is invalid."""
+    for name, kind in _MODEL_FIELDS:
+        if type(row[name]) is not kind:
+            raise ValueError(f"{row.get('id')}: {name} is not of type {kind.__name__}")
+    levels = {row.get("defaultEffort", ""), row.get("thinkingOffMaxEffort", "")}
+    for name, values, allowed in (
+        ("thinking", {row["thinking"]}, _THINKING),
+        ("thinkingOff", {row["thinkingOff"]}, _THINKING_OFF),
+        ("efforts", {*row["efforts"]}, EFFORTS),
+        ("defaultEffort and thinkingOffMaxEffort", levels - {""}, tuple(row["efforts"])),
+    ):
+        if not values <= set(allowed):
+            raise ValueError(f"{row['id']}: {name} must be of {', '.join(allowed)}")
+
+
+def _prices(row: Json) -> Prices:
+    """Return the prices in a part of models.json. Raises ValueError, KeyError."""
+    values = [row[name] for name in _PRICE_FIELDS]
+    if not all(type(value) in (int, float) and value >= 0 for value in values):
+        raise ValueError(f"prices are numbers from 0 up, not {values}")
+    return Prices(*values)
 
 
 def _model(row: Json, *, listed: bool) -> Model:
     """Return the model of a row of models.json. Raises ValueError, KeyError, TypeError."""
-    for name, kind in _MODEL_FIELDS:
-        if type(row[name]) is not kind:
-            raise ValueError(f"{row.get('id')}: {name} is not of type {kind.__name__}")
-    if row["thinking"] not in _THINKING or not set(row["efforts"]) <= set(_EFFORTS):
-        raise ValueError(
-            f"{row['id']}: thinking must be one of {', '.join(_THINKING)}, "
-            f"and efforts a list of {', '.join(_EFFORTS)}"
-        )
+    _check_model_row(row)
+    long_prompt = row["prices"].get("longPrompt")
+    first_cli = row.get("firstCli", "")
     return Model(
         id=row["id"],
         display_name=row["displayName"],
         reasoning=row["reasoning"],
         context_window=row["contextWindow"],
         max_tokens=row["maxTokens"],
+        default_max_tokens=row["defaultMaxTokens"],
         thinking=row["thinking"],
+        thinking_off=row["thinkingOff"],
+        thinking_off_max_effort=row.get("thinkingOffMaxEffort", ""),
+        forced_tools=row["forcedTools"],
         sampling=row["sampling"],
         efforts=tuple(row["efforts"]),
+        default_effort=row.get("defaultEffort", ""),
+        prices=_prices(row["prices"]),
+        long_prompt_tokens=int(long_prompt["aboveTokens"]) if long_prompt else 0,
+        long_prompt_prices=_prices(long_prompt) if long_prompt else None,
+        first_cli=tuple(map(int, first_cli.split("."))) if first_cli else (),
         long_context=row.get("longContext") is True,
         listed=listed,
         argument=row["id"],
     )
+
+
+class OfferedModel(NamedTuple):
+    """A model that claude offers its account."""
+
+    #: An alias, or an id.
+    name: str
+    id: str
+    efforts: tuple[str, ...]
+    #: Whether claude can switch its thinking off by itself; None = it does not say.
+    cli_thinking_off: bool | None
+
+
+class ClaudeModels(NamedTuple):
+    """The claude in use, as far as models depend on it."""
+
+    #: Empty = unknown.
+    version: tuple[int, ...] = ()
+    #: Empty until a process has reported them.
+    offered: tuple[OfferedModel, ...] = ()
+
+
+def offered_models(rows: object) -> tuple[OfferedModel, ...]:
+    """Return the models in claude's answer to `initialize`. Rows of another form are left out."""
+    found: list[OfferedModel] = []
+    for row in rows if isinstance(rows, list) else ():
+        fields = row if isinstance(row, dict) else {}
+        name, model_id = (
+            str(fields.get(field)).lower().replace(LONG_CONTEXT_SUFFIX, "")
+            for field in ("value", "resolvedModel")
+        )
+        levels, stops = fields.get("supportedEffortLevels"), fields.get("supportsThinkingOff")
+        if _CLAUDE_ID.fullmatch(model_id):
+            efforts = tuple(e for e in EFFORTS if isinstance(levels, list) and e in levels)
+            found.append(OfferedModel(
+                name, model_id, efforts, stops if isinstance(stops, bool) else None
+            ))
+    return tuple(found)
 
 
 #: The suffix by which claude selects the long window of a model, and the size of that window.
@@ -1470,6 +1714,13 @@ LONG_CONTEXT_SUFFIX = "[1m]"
 LONG_CONTEXT_TOKENS = 1_000_000
 #: The forms of the suffix in names from clients; "thinking" may follow it.
 _LONG_CONTEXT = re.compile(r"(?:\[1m\]|[-_ ]1m)(?=(?:[-:]thinking)?$)")
+
+#: A level of effort at the end of a name; "thinking" may follow it.
+_NAMED_EFFORT = re.compile(
+    r"[:-](none|minimal|" + "|".join(EFFORTS) + r")(?=(?:[-:]thinking)?$)"
+)
+#: The ids that are passed on to claude although they are not in models.json.
+_CLAUDE_ID = re.compile(r"claude-[a-z0-9][a-z0-9.\-]{0,99}")
 
 _FAMILIES = "opus|sonnet|haiku|fable|mythos"
 #: From this major version on, the family precedes the version in a name.
@@ -1484,10 +1735,11 @@ _CANONICAL_FORMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"^.*/", ""),
         (r"^(?:[a-z-]+\.)?anthropic\.", ""),
         (r"-v\d+(?::\d+)?$", ""),
-        (r":(?:thinking|beta|free|online|latest)$", ""),
+        (r":(?:thinking|beta|free|online|latest|nitro|floor|extended|exacto)$", ""),
         (r"^\w+:", ""),
         (r"[\s_.@]+", "-"),
         (r"-(?:latest|default|thinking)$", ""),
+        (rf"\b({_FAMILIES})(?=\d)", r"\1-"),
         (rf"^(?=(?:{_FAMILIES})-\d)", "claude-"),
         (rf"^claude-([{_FAMILY_FIRST_SINCE}-9](?:-\d\d?)?)-({_FAMILIES})\b", r"claude-\2-\1"),
     )
@@ -1511,55 +1763,184 @@ def lineage_of(model_id: str) -> tuple[str, tuple[int, ...]]:
     return family, version
 
 
+class Spelling(NamedTuple):
+    """A name of a model as a client wrote it, taken apart."""
+
+    name: str
+    #: The effort in it; empty = none.
+    effort: str
+    wants_long_context: bool
+
+
+def _spelling(text: str) -> Spelling:
+    """Take the effort and the suffix of the long window, in either order, off a name."""
+    text, is_long = _LONG_CONTEXT.subn("", text)
+    effort = _NAMED_EFFORT.search(text)
+    if effort is not None:
+        text = text[:effort.start()] + text[effort.end():]
+        text, was_before = _LONG_CONTEXT.subn("", text)
+        is_long += was_before
+    return Spelling(text, effort[1] if effort else "", bool(is_long))
+
+
+def title_of(model_id: str) -> str:
+    """Return a name to show for an id that is not in models.json: "Claude Opus 6.1"."""
+    family, version = lineage_of(model_id)
+    words = ("Claude", family.title(), ".".join(map(str, version)))
+    return " ".join(words) if family and version else model_id
+
+
+_NO_CLAUDE = ClaudeModels()
+_NO_ALIASES: Mapping[str, str] = MappingProxyType({})
+
+
 class Models:
     """All models, found by name. Immutable."""
 
-    def __init__(self, source: Json) -> None:
+    def __init__(
+        self, source: Json, claude: ClaudeModels = _NO_CLAUDE,
+        operator_aliases: Mapping[str, str] = _NO_ALIASES,
+    ) -> None:
         """Read the content of models.json. Raises ValueError, KeyError or TypeError if it is
-        invalid."""
+        invalid. `operator_aliases` are other names of models, with an effort or a suffix."""
         listed = [_model(row, listed=True) for row in source["models"]]
         older = [_model(row, listed=False) for row in source.get("olderModels", ())]
+        if not listed:
+            raise ValueError("no models")
+        self.claude = claude
+        self._source = source
+        self._operator_aliases = operator_aliases
         self._by_id = {model.id: model for model in (*listed, *older)}
-        self._aliases: dict[str, str] = {**source["legacyAliases"], **source["aliases"]}
-        broken = [name for name, model_id in self._aliases.items() if model_id not in self._by_id]
-        if broken or not listed:
-            raise ValueError(f"aliases without a model: {broken}" if broken else "no models")
-        #: Ids by canonical name.
-        self._ids: dict[str, str] = {}
+        for offered in reversed(claude.offered):
+            self._add_offered(offered)
+        #: What the aliases stand for by models.json: an id, or another alias.
+        self._targets: dict[str, str] = {**source["legacyAliases"], **source["aliases"]}
+        new_names = [each.name for each in claude.offered if each.name not in self._by_id]
+        #: Ids by alias.
+        self._aliases = {name: self._resolve(name) for name in (*self._targets, *new_names)}
+        self._ids = self._canonical_ids()
+
+    def _add_offered(self, offered: OfferedModel) -> None:
+        """Complete a model, or add one, by what claude says of it."""
+        model = self._by_id.get(offered.id)
+        if model is None:
+            model = self._unlisted(offered.id)._replace(
+                display_name=title_of(offered.id), known=True, listed=True
+            )
+            # The file lists the newest model first, and this one is newer than the file.
+            self._by_id = {offered.id: model, **self._by_id}
+        self._by_id[offered.id] = model._replace(
+            efforts=offered.efforts or model.efforts, cli_thinking_off=offered.cli_thinking_off
+        )
+
+    def _resolve(self, alias: str) -> str:
+        """Return the id that an alias stands for: what claude says, or else the file. Raises
+        ValueError if there is no such model."""
+        offered = {each.name: each.id for each in reversed(self.claude.offered)}
+        name = alias
+        for _ in range(len(self._targets) + 1):
+            if name in offered:
+                return offered[name]
+            if name in self._by_id:
+                return self._newest_that_runs(self._by_id[name]).id
+            name = self._targets.get(name, name)
+        raise ValueError(f"the alias {alias} has no model")
+
+    def _newest_that_runs(self, model: Model) -> Model:
+        """Return the model, or the newest of its family if claude is too old for it."""
+        if self.can_run(model):
+            return model
+        family = (m for m in self.all() if m.listed and m.lineage[0] == model.lineage[0])
+        return next((each for each in family if self.can_run(each)), model)
+
+    def _canonical_ids(self) -> dict[str, str]:
+        """Return the ids by canonical name."""
+        ids: dict[str, str] = {}
         for model_id in self._by_id:
             undated = _DATE.sub("", model_id)
             major_only = len(lineage_of(model_id)[1]) == 1
             for name in (model_id, undated, undated + "-0" if major_only else undated):
-                self._ids[canonical_name(name)] = model_id
+                ids[canonical_name(name)] = model_id
         for name, model_id in self._aliases.items():
-            self._ids[canonical_name(name)] = model_id
-            self._ids.setdefault(canonical_name("claude-" + name), model_id)
+            ids[canonical_name(name)] = model_id
+            ids.setdefault(canonical_name("claude-" + name), model_id)
+        # The canonical form of "claude-default", which nobody means.
+        ids.pop("claude", None)
+        return ids
+
+    def with_claude(self, claude: ClaudeModels) -> Models:
+        """Return the models as they are with this claude."""
+        return Models(self._source, claude, self._operator_aliases)
+
+    def with_aliases(self, operator_aliases: Mapping[str, str]) -> Models:
+        """Return the models with these names of the operator's."""
+        return Models(self._source, self.claude, operator_aliases)
 
     def all(self) -> list[Model]:
         """Return every model, newest first, the unlisted ones last."""
         return list(self._by_id.values())
 
+    def can_run(self, model: Model) -> bool:
+        """Return whether the claude in use is new enough for a model, or its version unknown."""
+        return not self.claude.version or model.first_cli <= self.claude.version
+
+    def check_runs(self, model: Model) -> None:
+        """Raise ModelNeedsNewerClaude."""
+        if not self.can_run(model):
+            first, present = (
+                ".".join(map(str, each)) for each in (model.first_cli, self.claude.version)
+            )
+            raise ModelNeedsNewerClaude(
+                f"{model.id} needs claude {first} or newer, and the server has {present}: run "
+                "`claude update` there.", param="model",
+            )
+
+    def offered(self) -> list[Model]:
+        """Return the models that clients get in lists, newest first: those that the claude in use
+        knows, of the families that it offers its account. It offers the newest of each family."""
+        families = {lineage_of(each.id)[0] for each in self.claude.offered}
+        return [
+            model for model in self.all() if model.listed and self.can_run(model)
+            and (not families or model.lineage[0] in families)
+        ]
+
     def names(self) -> list[str]:
         """Return the ids and aliases that clients get in lists of models."""
-        return [*(model.id for model in self.all() if model.listed), *self._aliases]
+        aliases = [name for name, each in self._aliases.items() if self.can_run(self._by_id[each])]
+        return [*(model.id for model in self.offered()), *aliases, *self._operator_aliases]
+
+    def is_alias(self, name: str) -> bool:
+        """Return whether this is an alias, whose model can change with claude or the operator."""
+        return name in self._aliases or name in self._operator_aliases
+
+    def aliases_of(self, model: Model) -> list[str]:
+        """Return the aliases of a model, the operator's last."""
+        aliases = [name for name, model_id in self._aliases.items() if model_id == model.id]
+        return aliases + [
+            name for name in self._operator_aliases if self.resolve([name]) == {model.id}
+        ]
 
     def find(self, name: str, *, long_context: bool = False) -> Model:
         """Return the model of this name or alias in any spelling. Raises UnknownModel.
 
         An unknown name that starts with "claude-" gets the properties of the nearest model of its
-        family. The suffix [1m] or -1m, or `long_context`, selects the long window; a model that is
-        known to have none keeps its own window.
+        family. A level of effort at the end becomes `named_effort`. The suffix [1m] or -1m, or
+        `long_context`, selects the long window; a model that is known to have none keeps its own
+        window.
         """
-        text, wants_long = _LONG_CONTEXT.subn("", name.strip().lower())
-        model = self._lookup(canonical_name(text))
+        spelling = self._read(name)
+        model = self._lookup(canonical_name(spelling.name))
         if model is None:
             raise UnknownModel(
                 f"There is no model {one_line(name, 80)!r}. "
                 f"Use one of: {', '.join(self.names())}.",
                 param="model",
             )
+        if spelling.effort:
+            model = model._replace(named_effort=spelling.effort)
         # A model that is not in models.json may have a long window.
         has_long = model.long_context or not model.known
+        wants_long = spelling.wants_long_context
         if not (has_long and (wants_long or (long_context and model.long_context))):
             return model
         return model._replace(
@@ -1568,8 +1949,35 @@ class Models:
 
     def resolve(self, names: Iterable[str]) -> set[str]:
         """Return the ids of the models with these names; a name without a model stays as it is."""
-        pairs = ((name, self._lookup(canonical_name(name))) for name in names)
+        pairs = ((name, self._lookup(canonical_name(self._read(name).name))) for name in names)
         return {name if model is None else model.id for name, model in pairs}
+
+    def _read(self, name: str) -> Spelling:
+        """Take a name apart. An alias of the operator is replaced by its target; an effort that
+        the client adds wins over the target's."""
+        text = name.strip().lower()
+        target = self._target_of(text)
+        if target:
+            return self._take_apart(target)
+        spelling = self._take_apart(text)
+        target = self._target_of(spelling.name)
+        if not target:
+            return spelling
+        meant = self._take_apart(target)
+        is_long = spelling.wants_long_context or meant.wants_long_context
+        return Spelling(meant.name, spelling.effort or meant.effort, is_long)
+
+    def _target_of(self, name: str) -> str | None:
+        """Return what the operator's alias stands for, also with a provider before it."""
+        aliases = self._operator_aliases
+        return aliases.get(name) or aliases.get(name.rpartition("/")[2])
+
+    def _take_apart(self, text: str) -> Spelling:
+        """Take a name apart. What looks like an effort is a part of the name if a model has it."""
+        whole, is_long = _LONG_CONTEXT.subn("", text)
+        if canonical_name(whole) in self._ids:
+            return Spelling(whole, "", bool(is_long))
+        return _spelling(text)
 
     def _lookup(self, name: str) -> Model | None:
         """Return the model of a canonical name."""
@@ -1581,12 +1989,14 @@ class Models:
             # A model whose id has no date has no dated versions.
             is_other_version = _DATE.search(dated.id) is not None
             return dated._replace(argument=name, known=False) if is_other_version else dated
-        if re.fullmatch(r"claude-[a-z0-9][a-z0-9.\-]{0,99}", name):
-            nearest = self._nearest(*lineage_of(name))
-            return nearest._replace(
-                id=name, argument=name, display_name=name, known=False, listed=False
-            )
-        return None
+        return self._unlisted(name) if _CLAUDE_ID.fullmatch(name) else None
+
+    def _unlisted(self, name: str) -> Model:
+        """Return a model that the file does not know, with the properties of the nearest one."""
+        return self._nearest(*lineage_of(name))._replace(
+            id=name, argument=name, display_name=name, known=False, listed=False, first_cli=(),
+            prices=None, long_prompt_tokens=0, long_prompt_prices=None, cli_thinking_off=None,
+        )
 
     def _nearest(self, family: str, version: tuple[int, ...]) -> Model:
         """Return the model that a model of this family and version resembles most.
@@ -1628,6 +2038,58 @@ def load_models(folder: str) -> Models:
         return Models(BUILTIN_MODELS)
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise ConfigError(f"models.json cannot be used: {problem!r}") from problem
+
+
+class ModelCatalog:
+    """The models as they are known at the moment: models.json, completed by what the claude in use
+    reports and by the operator's aliases."""
+
+    def __init__(self, models: Models) -> None:
+        # Guards writers only: a reader takes the reference `models`, which is replaced as a whole.
+        self._lock = threading.Lock()
+        self.models = models
+
+    def set_aliases(self, text: str) -> None:
+        """Replace the operator's aliases; see `parse_aliases`."""
+        with self._lock:
+            self.models = self.models.with_aliases(parse_aliases(text))
+
+    def check_aliases(self, text: str) -> None:
+        """Raise ValueError if an alias stands for a model that does not exist."""
+        aliases = parse_aliases(text)
+        models = self.models.with_aliases(_NO_ALIASES)
+        try:
+            for target in aliases.values():
+                models.find(target)
+        except UnknownModel as problem:
+            raise ValueError(problem.message) from None
+
+    def set_version(self, version: tuple[int, ...]) -> None:
+        """Forget what another claude reported, and choose by this version until one reports."""
+        with self._lock:
+            if version != self.models.claude.version:
+                self.models = self.models.with_claude(ClaudeModels(version))
+
+    def add_report(
+        self, version: tuple[int, ...], argument: str, offered: tuple[OfferedModel, ...]
+    ) -> None:
+        """Record what a process of this version, started for the model `argument`, offers.
+
+        claude lists the model that it was started for by its id, whether or not the account has it,
+        and then leaves out the alias: what an earlier process said of that model stays.
+        """
+        own = argument.replace(LONG_CONTEXT_SUFFIX, "")
+        with self._lock:
+            known = self.models.claude
+            if known.version not in ((), version):
+                return
+            rows = [each for each in offered if each.name != own]
+            names = {each.name for each in rows}
+            rows += [each for each in known.offered
+                     if own in (each.name, each.id) and each.name not in names]
+            found = ClaudeModels(version, tuple(rows))
+            if found != known:
+                self.models = self.models.with_claude(found)
 
 
 # ==== 6. Turns and events ====================================================
@@ -2380,6 +2842,7 @@ MIGRATIONS = (
     "CREATE INDEX usage_by_time ON usage (at_s)",
     "CREATE INDEX usage_by_key ON usage (key_id, at_s)",
     "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "ALTER TABLE keys ADD COLUMN effort TEXT NOT NULL DEFAULT ''",
 )
 
 
@@ -2769,12 +3232,14 @@ class Caller(NamedTuple):
     is_admin: bool = False
     #: The id of the key in the database; None for callers without one.
     key_id: int | None = None
-    #: Ids of the allowed models; empty = all.
+    #: Ids and aliases of the allowed models; empty = all.
     models: tuple[str, ...] = ()
     #: How many answers may run at the same time; 0 = no limit of its own.
     max_concurrent: int = 0
     #: Limits by their names in QUOTAS; without an entry there is no limit.
     quota: Mapping[str, int] = MappingProxyType({})
+    #: The effort of its requests that ask for none; empty = the server's default.
+    effort: str = ""
 
     @property
     def scope(self) -> str:
@@ -2799,13 +3264,15 @@ class Key(NamedTuple):
     max_concurrent: int
     note: str
     quota: Mapping[str, int]
+    #: The effort of its requests that ask for none; empty = the server's default.
+    effort: str = ""
 
     @property
     def caller(self) -> Caller:
         """The caller that is authenticated by this key."""
         return Caller(
             self.name, key_id=self.id, models=self.models,
-            max_concurrent=self.max_concurrent, quota=self.quota,
+            max_concurrent=self.max_concurrent, quota=self.quota, effort=self.effort,
         )
 
     def expired(self, now_s: float) -> bool:
@@ -2894,7 +3361,7 @@ class Keys:
         columns = {
             "name": key_name(name or generated), "created_s": int(now_s),
             "expiry_s": None, "models": (), "max_concurrent": 0, "note": "", "quota": {},
-            **secret_columns, **fields,
+            "effort": "", **secret_columns, **fields,
         }
         names = ", ".join(columns)
         marks = ", ".join("?" * len(columns))
@@ -2960,8 +3427,8 @@ class Keys:
     def change(self, key: Key, fields: Mapping[str, object]) -> Key:
         """Change columns of a key and return the key.
 
-        The columns are name, expiry_s, models, max_concurrent, note and quota. Raises BadRequest,
-        Conflict, and StorageFailed if the change is in effect but not written yet.
+        The columns are name, expiry_s, models, max_concurrent, note, quota and effort. Raises
+        BadRequest, Conflict, and StorageFailed if the change is in effect but not written yet.
         """
         with self._lock:
             key = self._require_unrevoked(key)
@@ -5017,7 +5484,7 @@ def _thinking_tokens(model: Model, requested: RequestedOptions) -> int | None:
         return 0
     if model.thinking == "adaptive":
         return None
-    maximum = requested.max_tokens or model.max_tokens
+    maximum = requested.max_tokens or model.default_max_tokens
     if budget is not None and _MIN_BUDGET_TOKENS <= budget < maximum:
         return budget
     if budget is None and effort is None and not requested.thinking.enabled:
@@ -5039,8 +5506,12 @@ def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tup
     The API rejects thinking together with a temperature other than 1 or a low top_p, and a
     temperature together with top_p; without thinking claude always sends a temperature. The
     API's maximum temperature is 1, OpenAI's is 2. An effort or a budget takes precedence over
-    sampling; a temperature alone turns thinking off.
+    sampling; a temperature alone turns thinking off. An effort in the model's name counts like one
+    in the request; the operator's is used where thinking is left to the model.
     """
+    if requested.thinking.effort is None and requested.thinking.budget_tokens != 0:
+        named = requested.thinking._replace(effort=model.named_effort or None)
+        requested = requested._replace(thinking=named)
     values = {
         "temperature": requested.temperature, "top_p": requested.top_p, "top_k": requested.top_k
     }
@@ -5058,12 +5529,12 @@ def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tup
     budget = requested.thinking.budget_tokens
     if budget and thinking != budget:
         ignored.append(requested.thinking.budget_field)
-    effort = requested.thinking.effort
+    effort = requested.thinking.effort or (model.operator_effort if thinking != 0 else "")
     options = Options(
         max_tokens=requested.max_tokens,
         stop_sequences=requested.stop_sequences,
         sampling=tuple(sorted(sampling.items())),
-        effort=None if effort in (None, "none") else nearest_effort(model, str(effort)),
+        effort=None if effort in ("", "none") else nearest_effort(model, effort),
         thinking_tokens=thinking,
         hides_thinking=requested.thinking.hidden,
     )
@@ -5191,6 +5662,8 @@ class ParseEnvironment(NamedTuple):
     count_only: bool = False
     #: True if a header requests the long context window.
     long_context: bool = False
+    #: The effort that the key or the server sets for a request that asks for none.
+    default_effort: str = ""
 
 
 #: Image types, and a pattern of their first bytes.
@@ -5516,9 +5989,9 @@ class ParseContext:
         """Raises BadRequest, UnknownModel."""
         self.fields = Fields(body)
         self.parsing = parsing
-        #: The name of the model in the request, or the default one.
-        self.model_name = self.fields.text("model") or parsing.default_model
-        self.model = parsing.models.find(self.model_name, long_context=parsing.long_context)
+        name = self.fields.text("model") or parsing.default_model
+        found = parsing.models.find(name, long_context=parsing.long_context)
+        self.model = found._replace(operator_effort=parsing.default_effort)
         max_images = min(parsing.limits.max_images, _max_attachments(self.model))
         limits = parsing.limits._replace(max_images=max_images)
         self.attachments = Attachments(limits, self.adjust)
@@ -6848,7 +7321,7 @@ class ChatDialect(Dialect):
     def _format(self, context: ParseContext, **more: Any) -> CompletionFormat:
         stream_options = context.fields.child("stream_options") or Fields({})
         return CompletionFormat(
-            new_id(self.id_prefix), int(time.time()), context.model_name,
+            new_id(self.id_prefix), int(time.time()), context.model.id,
             stream_options.flag("include_usage"), **more,
         )
 
@@ -7778,7 +8251,7 @@ class ResponsesDialect(Dialect):
             "id": new_id("resp_"),
             "object": "response",
             "created_at": int(time.time()),
-            "model": context.model_name,
+            "model": context.model.id,
             "instructions": sent.get("instructions"),
             "max_output_tokens": sent.get("max_output_tokens"),
             "metadata": sent.get("metadata") or {},
@@ -10390,8 +10863,9 @@ class ClaudeProcess:
         self, child: Child, model_id: str, *, version: Version = OLDEST_CLAUDE,
         on_report: Callable[[Json], None] | None = None, clock: Clock = time.monotonic,
     ) -> None:
-        """`on_report` gets its lines about the plan, also after an answer, and its `init` line if
-        it reports another version than `version`. The callback must not block."""
+        """`on_report` gets its lines about the plan, also after an answer, its `init` line if it
+        reports another version than `version`, and the models that it offers. The callback must
+        not block."""
         self.model_id = model_id
         self.version = version
         self.born_s = clock()
@@ -10554,6 +11028,10 @@ class ClaudeProcess:
         if kind == "system" and line.get("subtype") == "init":
             reported = version_in(str(line.get("claude_code_version")))
             has_news = self.version_differs = reported not in (None, self.version)
+        offered = _object(_object(line.get("response")).get("response")).get("models")
+        if kind == "control_response" and offered and self._on_report is not None:
+            # The answer to `initialize` lists the models of the account.
+            self._on_report({"models": offered, "version": self.version, "model": self.model_id})
         if has_news and self._on_report is not None:
             self._on_report(line)
 
@@ -13400,8 +13878,8 @@ class ProgramMonitor:
         seen = self._seen
         return seen is None or version == seen.version
 
-    def check(self) -> None:
-        """Look for another claude. Raise ClaudeUnavailable."""
+    def check(self) -> Program:
+        """Look for another claude and return the one to use. Raise ClaudeUnavailable."""
         try:
             program = self._program.resolve()
         except ClaudeAway:
@@ -13412,6 +13890,7 @@ class ProgramMonitor:
             raise
         if self._record(program):
             self._on_change()
+        return program
 
     def _record(self, program: Program) -> bool:
         """Record a claude that can be used. Return whether it replaces another one."""
@@ -13466,13 +13945,14 @@ class App:
         """Create the state folder. `demo_command` starts the stand-in instead of claude. Raises
         HomeInUse."""
         self.log = log
-        self.models = models
+        self.catalog = ModelCatalog(models)
         self.demo = bool(demo_command)
         self.started_s = clock()
         self.started_at_s = time.time()
         self.clock = clock
         environ = dict(environ)
         self._open_state(config, environ)
+        self.catalog.set_aliases(self.config.model_aliases)
         self.metrics = Metrics()
         self.refusals = Refusals(log)
         self.wrong_keys = WrongKeys(clock)
@@ -13483,7 +13963,7 @@ class App:
         #: What processes said about the plan, until somebody takes it to the account.
         self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._starter = ClaudeStarter(
-            self.program, self.claude_folder, self.settings, environ, log, self._notices.put, clock
+            self.program, self.claude_folder, self.settings, environ, log, self._take_report, clock
         )
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
@@ -13509,6 +13989,11 @@ class App:
         """Return the settings of this moment. Read them once where they have to be consistent."""
         return self.settings.config
 
+    @property
+    def models(self) -> Models:
+        """Return the models as they are known at this moment."""
+        return self.catalog.models
+
     def _open_state(self, config: Config, environ: Mapping[str, str]) -> None:
         """Open the database and read what the first request needs."""
         self.state_folder = StateFolder(config, self.log, self.clock, is_demo=self.demo)
@@ -13533,12 +14018,20 @@ class App:
                 self.keys.write_last_use()
         self.state_folder.check()
 
+    def _take_report(self, report: Json) -> None:
+        """Take what a process reports. The next request already needs the models."""
+        if "models" in report:
+            offered = offered_models(report["models"])
+            self.catalog.add_report(report["version"], report["model"], offered)
+        else:
+            self._notices.put(report)
+
     # -- claude -------------------------------------------------------------------------------
 
     def check_program(self) -> None:
         """Notice a claude that was installed, updated or removed. Raises ClaudeUnavailable."""
         self._take_notices()
-        self.program_monitor.check()
+        self.catalog.set_version(self.program_monitor.check().version)
 
     def login_lost(self) -> None:
         """Stop using processes whose login the API has refused."""
@@ -13551,7 +14044,9 @@ class App:
 
     def run(self) -> None:
         """Do the housekeeping until a wakeup says stop. For the main thread."""
-        self.pool.mark_used(self.models.find(self.config.default_model).argument)
+        with contextlib.suppress(UnknownModel):
+            # The default model can be an alias of the operator, which was removed at run time.
+            self.pool.mark_used(self.models.find(self.config.default_model).argument)
         wakeup = ""
         while wakeup != "stop":
             wait_s = self.tend()
@@ -13569,7 +14064,7 @@ class App:
 
     def _look(self) -> None:
         with contextlib.suppress(OcpError):
-            self.program.resolve()
+            self.catalog.set_version(self.program.resolve().version)
 
     def tend(self) -> float:
         """Do what is due; return the seconds until the next call. Never raises."""
@@ -13577,12 +14072,11 @@ class App:
             self.pool.tend(self.config)
             self.requests.end_unwanted()
             self._tend_storage()
-            self._take_notices()
             self.cache.tend(self.config)
             self._prune()
             self.refusals.tend()
             self._watch_login()
-            self.program_monitor.check()
+            self.check_program()
             self.pool.refill(self.config)
         except OcpError as error:
             self.program_monitor.log_failure(error)
@@ -13639,8 +14133,12 @@ class App:
             self.log.event("warn", "plan_not_learned", detail=error.message)
 
     def change_setting(self, name: str, value: object) -> object:
-        """Change a setting for good; see Settings.change."""
+        """Change a setting for good; see Settings.change. Raises ValueError also for an alias whose
+        model does not exist."""
+        if name == "modelAliases" and isinstance(value, str):
+            self.catalog.check_aliases(value)
         value = self.settings.change(name, value)
+        self.catalog.set_aliases(self.config.model_aliases)
         self.gate.configure(self.config)
         self.cache.tend(self.config)
         self.wakeups.put("tend")
@@ -14660,6 +15158,7 @@ def _parse_environment(app: App, exchange: Exchange, *, counted: bool) -> ParseE
         ),
         count_only=counted,
         long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
+        default_effort=exchange.caller.effort or config.default_effort,
     )
 
 
@@ -14688,6 +15187,7 @@ def _parse_turn(app: App, exchange: Exchange, body: object, *, counted: bool) ->
         body.setdefault(SESSION_FIELD, session_id)
     turn = exchange.dialect.parse(body, _parse_environment(app, exchange, counted=counted))
     _check_model_allowed(app, exchange.caller, turn.model)
+    app.models.check_runs(turn.model)
     turn, dropped = (turn, 0) if counted else truncate_to_budget(turn, config.max_prompt_chars)
     if dropped:
         turn = turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
@@ -14856,8 +15356,9 @@ def no_embeddings(app: App, exchange: Exchange) -> None:
 _MODELS_CREATED_S = 1_750_000_000
 
 
-def _model_entry(model: Model) -> Json:
-    """Return the fields of OpenAI's and of Anthropic's model entries, and those of OCP."""
+def _model_entry(models: Models, model: Model) -> Json:
+    """Return the fields of OpenAI's and of Anthropic's model entries, those of other servers that
+    clients read (OpenRouter's context_length, vLLM's max_model_len), and those of OCP."""
     return {
         "id": model.id,
         "object": "model",
@@ -14870,9 +15371,13 @@ def _model_entry(model: Model) -> Json:
         "max_tokens": model.max_tokens,
         "lifecycle": "active",
         "context_window": model.context_window,
+        "context_length": model.context_window,
+        "max_model_len": model.context_window,
         "max_output_tokens": model.max_tokens,
         "reasoning": model.reasoning,
         "efforts": list(model.efforts),
+        "default_effort": model.default_effort or None,
+        "aliases": models.aliases_of(model),
     }
 
 
@@ -14900,10 +15405,13 @@ def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
 
 def get_models(app: App, exchange: Exchange) -> None:
     """GET /v1/models: list the models that the caller may use, or a page of them."""
-    allowed = app.models.resolve(exchange.caller.models)
-    models = [m for m in app.models.all() if (m.id in allowed if allowed else m.listed)]
+    known, models = app.models, app.models.offered()
+    allowed = known.resolve(exchange.caller.models)
+    if allowed:
+        # A key can name models that are not listed.
+        models = [model for model in known.all() if model.id in allowed and known.can_run(model)]
     page, has_more = _page(exchange.query, [model.id for model in models])
-    entries = [_model_entry(model) for model in models[page]]
+    entries = [_model_entry(known, model) for model in models[page]]
     ends = [entries[0]["id"], entries[-1]["id"]] if entries else [None, None]
     exchange.response.send_json({
         "object": "list", "data": entries, "has_more": has_more,
@@ -14913,9 +15421,11 @@ def get_models(app: App, exchange: Exchange) -> None:
 
 def get_model(app: App, exchange: Exchange, model: str) -> None:
     """GET /v1/models/{model}: return the model with this id or alias."""
-    found = app.models.find(model)
+    models = app.models
+    found = models.find(model)
     _check_model_allowed(app, exchange.caller, found)
-    exchange.response.send_json(_model_entry(found))
+    models.check_runs(found)
+    exchange.response.send_json(_model_entry(models, found))
 
 
 # ==== 41. Management endpoints ===============================================
@@ -15115,14 +15625,25 @@ def _expiry(fields: Fields) -> int | None:
 
 
 def _allowed_models(app: App, fields: Fields) -> list[str]:
-    """Return the ids of the models that a key may use; empty = all. Raises BadRequest."""
-    ids = []
+    """Return the aliases and ids of the models that a key may use; empty = all. An alias stays one,
+    so that the key may use what it stands for later. Raises BadRequest."""
+    names = []
     for name in fields.texts("models"):
         try:
-            ids.append(app.models.find(name).id)
+            found = app.models.find(name).id
         except UnknownModel as problem:
             raise BadRequest(problem.message, param="models") from None
-    return list(dict.fromkeys(ids))
+        plain = name.strip().lower()
+        names.append(plain if app.models.is_alias(plain) else found)
+    return list(dict.fromkeys(names))
+
+
+def _key_effort(fields: Fields) -> str:
+    """Return the effort of a key; empty = the server's default. Raises BadRequest."""
+    level = (fields.text("effort") or "").strip().lower()
+    if level not in ("", *EFFORTS):
+        raise fields.invalid("effort", "one of " + ", ".join(EFFORTS))
+    return level
 
 
 def _note(fields: Fields) -> str:
@@ -15160,6 +15681,10 @@ _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] 
         "note", "note", lambda app, fields: _note(fields),
         {"type": ["string", "null"], "maxLength": _MAX_KEY_NOTE_CHARS},
     ),
+    (
+        "effort", "effort", lambda app, fields: _key_effort(fields),
+        {"enum": ["", *EFFORTS, None]},
+    ),
 )
 _KEY_NAMES = tuple(name for name, *_ in _KEY_FIELDS)
 
@@ -15192,6 +15717,7 @@ def _key_entry(key: Key) -> Json:
         "models": list(key.models),
         "maxConcurrent": key.max_concurrent,
         "note": key.note,
+        "effort": key.effort or None,
         "lastUsed": iso(key.used_s),
         "createdAt": iso(key.created_s),
         "revokedAt": iso(key.revoked_s),
@@ -16008,6 +16534,20 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
     return 0
 
 
+def _models_of(config: Config, folder: str) -> Models:
+    """Return the models with the operator's aliases. Raises ConfigError."""
+    catalog = ModelCatalog(load_models(folder))
+    try:
+        catalog.check_aliases(config.model_aliases)
+        catalog.set_aliases(config.model_aliases)
+        catalog.models.find(config.default_model)
+    except ValueError as problem:
+        raise ConfigError(f"OCP_MODEL_ALIASES: {problem}") from None
+    except UnknownModel as problem:
+        raise ConfigError(f"OCP_DEFAULT_MODEL: {problem.message}") from None
+    return catalog.models
+
+
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     """Run the program; return the exit code: 0 = success, 1 = the port or the state folder is in
     use, 2 = wrong settings."""
@@ -16021,14 +16561,11 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
     try:
         config = load_config(environ)
-        models = load_models(os.path.dirname(here))
-        models.find(config.default_model)
+        models = _models_of(config, os.path.dirname(here))
         check_no_loop(config, environ)
         tls = tls_context(config)
     except ConfigError as problem:
         return _fail_start(problem)
-    except UnknownModel as problem:
-        return _fail_start(f"OCP_DEFAULT_MODEL: {problem.message}")
     if options.check:
         return check(config, environ, demo_command)
     log = Log(sys.stderr, config.log_level)

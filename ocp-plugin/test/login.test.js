@@ -5,7 +5,7 @@ import { ProxyError } from "../lib/client.js";
 import { createProvider } from "../lib/login.js";
 
 const HEALTH = { authMode: "none", claudeBinaryOk: true, version: "1" };
-const ROWS = ["claude-opus-5", "claude-sonnet-5"].map((id) => ({
+const ROWS = ["claude-opus-5-5", "claude-sonnet-5-5"].map((id) => ({
   id, display_name: id, context_window: 1000, max_output_tokens: 100, reasoning: true,
   efforts: ["low", "high"] }));
 const SETTINGS = { host: "127.0.0.1", port: 3456, models: [] };
@@ -36,7 +36,7 @@ test("signing in without a key writes the provider and fails closed", async () =
   assert.equal(provider.apiKey, "custom-local");
   assert.deepEqual(provider.models[0].compat.supportedReasoningEfforts, ["none", "low", "high"]);
   assert.deepEqual(result.configPatch.agents.defaults.model,
-    { primary: "ocp/claude-opus-5", fallbacks: [] });
+    { primary: "ocp/claude-opus-5-5", fallbacks: [] });
 });
 
 test("a key goes into OpenClaw's store, after a wrong one too", async () => {
@@ -56,11 +56,11 @@ test("a wrong address can be corrected; something else on the port is not taken"
 });
 
 test("the plugin's models are those that are offered, in its order", async () => {
-  const settings = { ...SETTINGS, models: ["claude-sonnet-5", "nonsense"] };
+  const settings = { ...SETTINGS, models: ["claude-sonnet-5-5", "nonsense"] };
   const result = await signingIn(HEALTH, user(["10.0.0.2", "4000"]), settings);
   assert.deepEqual(result.configPatch.models.providers.ocp.models.map((row) => row.id),
-    ["claude-sonnet-5"]);
-  assert.equal(result.defaultModel, "ocp/claude-sonnet-5");
+    ["claude-sonnet-5-5"]);
+  assert.equal(result.defaultModel, "ocp/claude-sonnet-5-5");
 });
 
 test("the https address of the plugin's settings is asked by https", async () => {

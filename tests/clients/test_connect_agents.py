@@ -244,7 +244,7 @@ def test_openclaw_validates_and_answers_one_prompt(desk: ConnectDesk) -> None:
     assert "config patch" in ran.stdout
     config = json.loads((desk.home / ".openclaw/openclaw.json").read_text())
     assert config["agents"]["defaults"]["model"] == {
-        "primary": "claude-local/claude-sonnet-5", "fallbacks": []}
+        "primary": "claude-local/claude-sonnet-5-5", "fallbacks": []}
     assert "models" not in config["agents"]["defaults"]
     assert "allow" not in config.get("plugins", {})
     valid = json.loads(desk.run("openclaw", "config", "validate", "--json").stdout)

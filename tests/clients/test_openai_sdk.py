@@ -66,7 +66,7 @@ def test_a_completion_is_parsed(client: Any) -> None:
 
     choice = found.choices[0]
     assert (choice.message.role, choice.message.content) == ("assistant", "You said: hello")
-    assert (choice.finish_reason, found.model) == ("stop", "sonnet")
+    assert (choice.finish_reason, found.model) == ("stop", "claude-sonnet-5-5")
     assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (18, 7)
     assert found.usage.total_tokens == 25
     assert found.usage.prompt_tokens_details.cached_tokens == 5
@@ -160,8 +160,8 @@ def test_every_option_of_the_package_that_has_a_meaning_is_taken(
 def test_models_are_listed_and_retrieved(client: Any) -> None:
     listed = client.models.list().data
 
-    assert "claude-sonnet-5" in [model.id for model in listed]
-    assert client.models.retrieve("sonnet").id == "claude-sonnet-5"
+    assert "claude-sonnet-5-5" in [model.id for model in listed]
+    assert client.models.retrieve("sonnet").id == "claude-sonnet-5-5"
 
 
 def test_many_threads_may_share_a_client(client: Any) -> None:

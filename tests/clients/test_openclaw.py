@@ -47,7 +47,7 @@ NODE = (find_client("node") or Path("/none")).resolve()
 PROGRAM = (find_client("openclaw") or Path("/none")).resolve()
 PLUGIN = REPO / "ocp-plugin"
 MODELS = json.loads((REPO / "models.json").read_text())["models"]
-SONNET, OPUS = "claude-sonnet-5", "claude-opus-5"
+SONNET, OPUS = "claude-sonnet-5-5", "claude-opus-5-5"
 #: Models that are there before us; the second one's provider listens.
 ELSEWHERE, ANOTHER = "anthropic/claude-opus-4-6", "bystander/any"
 

@@ -34,11 +34,10 @@ def body_for(rig: Rig, model: str, dialect: Dialect = CHAT, **fields: Json) -> d
 @pytest.mark.parametrize(
     ("name", "model"),
     [
-        ("anthropic/claude-sonnet-4.5", "claude-sonnet-4-5-20250929"),
+        ("claude-opus-4-5", "claude-opus-4-5-20251101"),
         ("claude-haiku-4-5-20270101", "claude-haiku-4-5-20270101"),
         *rest(
-            ("claude-opus-4-5", "claude-opus-4-5-20251101"),
-            ("claude-sonnet-4-20250514", "claude-sonnet-4-20250514"),
+            ("anthropic/claude-haiku-4.5", "claude-haiku-4-5-20251001"),
             ("claude-opus-4-1-20250805", "claude-opus-4-1-20250805")),
     ],
 )
@@ -51,7 +50,7 @@ def test_an_older_model_gets_its_temperature_and_no_budget_of_claude_s_own(
     assert body["thinking"] == {"type": "disabled"} and body["max_tokens"] == 4_000
 
 
-@pytest.mark.parametrize("model", ["claude-opus-4-5", *rest("claude-sonnet-4-5")])
+@pytest.mark.parametrize("model", ["claude-opus-4-5", *rest("claude-haiku-4-5")])
 def test_a_budget_of_the_client_s_reaches_an_older_model_as_it_is(rig: Rig, model: str) -> None:
     body = body_for(
         rig, model, MESSAGES, max_tokens=4_096, thinking={"type": "enabled", "budget_tokens": 3_000}
@@ -82,7 +81,7 @@ def test_the_long_window_is_asked_for(rig: Rig, way: str) -> None:
 @pytest.mark.parametrize(
     ("model", "top_p", "sent"),
     [("claude-sonnet-4-6", 0.97, 0.97), ("claude-sonnet-4-6", 0.5, None),
-     *rest(("haiku", 0.5, None))],
+     *rest(("claude-haiku-4-5", 0.5, None))],
 )
 def test_the_api_never_gets_a_temperature_beside_top_p(
     rig: Rig, model: str, top_p: float, sent: float | None

@@ -10,8 +10,8 @@ from project import load_script
 connect = load_script("ocp_connect")
 KEY = "ocp_" + "s3cret" * 5 + "42"
 MODELS = (
-    connect.Model("claude-opus-5", "Claude Opus 5", 1_000_000, 64_000, True),
-    connect.Model("claude-sonnet-5", "Claude Sonnet 5", 1_000_000, 64_000, True),
+    connect.Model("claude-opus-5-5", "Claude Opus 5.5", 1_000_000, 128_000, True),
+    connect.Model("claude-sonnet-5-5", "Claude Sonnet 5.5", 1_000_000, 128_000, True),
     connect.Model("claude-haiku-4-5", "Claude Haiku 4.5", 200_000, 32_000, False),
 )
 SERVER = connect.Server("http://192.0.2.7:3456", "1.2.3", MODELS, KEY)

@@ -17,6 +17,7 @@ Scenario file, read again whenever a turn begins; a new content starts at its fi
     notice          what --version prints in front of it
     logged_in       what `auth status` says, default true
     usage           fields for the answer to get_usage
+    models          what the answer to `initialize` lists, default nothing
     unsupported     control requests that are refused
     start_delay_ms  sleep before the first look at stdin
     startup         steps played before the first look at stdin, for instance an exit
@@ -789,7 +790,8 @@ def control_initialize(fake: FakeClaude, request: Step) -> Step:
         for server in request.get("sdkMcpServers") or []:
             fake.connect_tools(server)
     account = {"tokenSource": "CLAUDE_CODE_OAUTH_TOKEN", "apiProvider": "firstParty"}
-    return {"commands": [], "agents": [], "output_style": "default", "models": [],
+    return {"commands": [], "agents": [], "output_style": "default",
+            "models": fake.scenario.fields.get("models", []),
             "available_output_styles": ["default"], "account": account, "pid": os.getpid()}
 
 

@@ -45,7 +45,7 @@ HEALTH = {
     "claudeBinaryOk": True, "claudeVersion": "2.1.329", "fix": None,
     "stats": {"totalRequests": 18, "errors": 0, "timeouts": 0},
     "concurrency": {"maxConcurrent": 8, "maxQueue": 16, "inflight": 0, "queued": 0},
-    "spares": {"claude-sonnet-5": 1}, "parked": 2,
+    "spares": {"claude-sonnet-5-5": 1}, "parked": 2,
 }
 
 

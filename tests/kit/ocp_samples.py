@@ -30,7 +30,7 @@ USAGE: Json = {
     "proxy": {"totalRequests": 19, "activeRequests": 1, "errors": 1, "timeouts": 0,
               "uptime": "1h 3m"},
     "models": {
-        "claude-sonnet-5": {
+        "claude-sonnet-5-5": {
             "requests": 18, "successes": 17, "errors": 1, "timeouts": 0, "avgElapsed": 20_400,
             "maxElapsed": 45_000, "avgPromptChars": 36_000, "maxPromptChars": 56_200},
         "claude-haiku-4-5-20251001": {
@@ -52,7 +52,7 @@ API_USAGE: Json = {
     "scope": {"self": None, "all": True},
     "totals": {**COUNTS, "requests": 15, "output_tokens": 3_710},
     "byKey": [{"key_name": "laptop", **COUNTS}, {"key_name": "phone", **SMALL}],
-    "byModel": [{"model": "claude-sonnet-5", **COUNTS},
+    "byModel": [{"model": "claude-sonnet-5-5", **COUNTS},
                 {"model": "claude-haiku-4-5-20251001", **SMALL}],
     "timeline": [], "recent": [],
     "daily": [{"day": "2026-11-19", **SMALL}, {"day": "2026-11-20", **COUNTS}],
@@ -63,10 +63,12 @@ STATUS: Json = {
     "recentErrors": [{"time": "2026-11-20T14:40:00Z", "message": "claude ended early"}],
 }
 MODELS: Json = {"object": "list", "data": [
-    {"id": "claude-sonnet-5", "display_name": "Claude Sonnet 5", "context_window": 1_000_000,
-     "max_output_tokens": 64_000, "reasoning": True},
+    {"id": "claude-sonnet-5-5", "display_name": "Claude Sonnet 5.5",
+     "context_window": 1_000_000, "max_output_tokens": 128_000, "reasoning": True,
+     "aliases": ["sonnet", "default"]},
     {"id": "claude-haiku-4-5-20251001", "display_name": "Claude Haiku 4.5",
-     "context_window": 200_000, "max_output_tokens": 32_000, "reasoning": False}]}
+     "context_window": 200_000, "max_output_tokens": 64_000, "reasoning": False,
+     "aliases": []}]}
 SETTINGS: Json = {
     "timeout": {
         "value": 600_000, "type": "number", "min": 1_000, "max": 3_600_000, "unit": "ms",
@@ -81,16 +83,17 @@ SETTINGS: Json = {
 }
 LOGS: Json = {"count": 2, "level": "all", "entries": [
     {"ts": "2026-11-20T14:01:53.120Z", "level": "info", "event": "answer_finished",
-     "model": "claude-sonnet-5", "elapsed_ms": 4200},
+     "model": "claude-sonnet-5-5", "elapsed_ms": 4200},
     {"ts": "2026-11-20T14:02:10.004Z", "level": "error", "event": "claude_died", "code": 1}]}
 SESSIONS: Json = {"sessions": [
-    {"id": "chat-1", "caller": "laptop", "model": "claude-sonnet-5", "messages": 6,
+    {"id": "chat-1", "caller": "laptop", "model": "claude-sonnet-5-5", "messages": 6,
      "created": "2026-11-20T13:00:00Z", "lastUsed": "2026-11-20T14:48:00Z"}]}
 KEY: Json = {
     "id": 2, "keyPreview": "ocp_ygp2...1eD_", "name": "laptop",
     "created_at": "2026-11-18 15:00:00", "createdAt": "2026-11-18T15:00:00Z", "revoked": 0,
-    "expiry": "2026-12-20T15:00:00Z", "expired": False, "models": ["claude-sonnet-5"],
-    "maxConcurrent": 2, "note": "", "lastUsed": "2026-11-20T14:55:00Z", "revokedAt": None,
+    "expiry": "2026-12-20T15:00:00Z", "expired": False, "models": ["claude-sonnet-5-5"],
+    "maxConcurrent": 2, "note": "", "effort": "low",
+    "lastUsed": "2026-11-20T14:55:00Z", "revokedAt": None,
 }
 KEYS: Json = {"keys": [KEY, {
     "id": 1, "keyPreview": "ocp_8dQx...Zk3a", "name": "old phone",

@@ -34,8 +34,8 @@ Messages = Sequence[Mapping[str, Json]]
 ANSWER_S = 180.0
 #: A model as most are: it thinks by itself, and takes sampling parameters.
 MODEL = "claude-sonnet-4-6"
-#: A model of the newest kind: the newest claude speaks to it in another form.
-NEWEST_MODEL = "claude-opus-5"
+#: The newest model that every claude knows to which the newest one speaks in another form.
+NEWEST_MODEL = "claude-opus-4-8"
 BUDGET_MODEL = "claude-haiku-4-5"
 
 #: Where claude is slow, a sign of life would send the headers before there is a failure to tell.

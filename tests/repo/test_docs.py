@@ -1,6 +1,6 @@
 """The documents say what the code does: tables are the code's own, examples work as pasted.
 
-With OCP_UPDATE_DOCS=1 the tables in README.md are written anew instead of compared.
+With OCP_UPDATE_DOCS=1 the tables in README.md and docs/api.md are written anew instead of compared.
 """
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,21 +42,64 @@ def measured_tables() -> str:
     return found[1].strip("\n")
 
 
+def _thousands(tokens: int) -> str:
+    return "1M" if tokens == 1_000_000 else f"{tokens // 1_000}K"
+
+
+def _prices(prices: Any) -> str:
+    return ", ".join(f"{price:g}" for price in prices)
+
+
+def model_row(model: Any) -> str:
+    """A model as docs/api.md shows it."""
+    answer = _thousands(model.max_tokens)
+    if model.default_max_tokens != model.max_tokens:
+        answer += f"; {_thousands(model.default_max_tokens)} without a limit"
+    off = model.thinking_off
+    if model.thinking_off_max_effort:
+        off += f", up to {model.thinking_off_max_effort}"
+    default = f"; default {model.default_effort}" if model.default_effort else ""
+    prices = _prices(model.prices)
+    if model.long_prompt_prices:
+        prices += (f"; above {_thousands(model.long_prompt_tokens)} prompt tokens "
+                   f"{_prices(model.long_prompt_prices)}")
+    cells = (
+        f"`{model.id}`" + ("" if model.listed else ", not listed"),
+        _thousands(model.context_window) + (", 1M with `[1m]`" if model.long_context else ""),
+        answer, "yes" if model.sampling else "no", model.thinking, off,
+        "yes" if model.forced_tools else "no", (", ".join(model.efforts) or "none") + default,
+        ".".join(map(str, model.first_cli or ocp.OLDEST_CLAUDE)), prices,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def models_table() -> str:
+    """The models of models.json."""
+    heads = ("model", "window", "longest answer", "sampling", "thinking", "thinking off",
+             "forced tools", "effort", "claude from",
+             "USD per million tokens: input, output, cache write 5 min, 1 h, cache read")
+    rows = map(model_row, ocp.Models(ocp.BUILTIN_MODELS).all())
+    return "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *rows])
+
+
+#: The page and the content of each generated table.
 BLOCKS = {
-    "measured": measured_tables,
-    "settings": ocp.settings_markdown,
-    "routes": routes_table,
-    "removed": removed_table,
+    "measured": (README, measured_tables),
+    "settings": (README, ocp.settings_markdown),
+    "routes": (README, routes_table),
+    "removed": (README, removed_table),
+    "models": (DOCS / "api.md", models_table),
 }
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
-def test_a_table_of_the_readme_equals_the_table_of_the_code(name: str) -> None:
-    text = README.read_text("utf-8")
+def test_a_table_of_a_page_equals_the_table_of_the_code(name: str) -> None:
+    page, table = BLOCKS[name]
+    text = page.read_text("utf-8")
     pattern = re.compile(rf"(<!-- {name} -->\n)(.*?)(\n?<!-- end {name} -->)", re.S)
-    wanted = BLOCKS[name]()
+    wanted = table()
     if os.environ.get("OCP_UPDATE_DOCS"):
-        README.write_text(pattern.sub(lambda m: f"{m[1]}{wanted}\n<!-- end {name} -->", text))
+        page.write_text(pattern.sub(lambda m: f"{m[1]}{wanted}\n<!-- end {name} -->", text))
         return
     found = pattern.search(text)
     assert found is not None and found[2] == wanted

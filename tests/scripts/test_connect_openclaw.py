@@ -407,7 +407,7 @@ def test_the_plugin_says_the_same(bare: Lab, shared_server: Server) -> None:
 # ---------------------------------------------------------------------------
 
 BEFORE = {"primary": "anthropic/x", "fallbacks": ["openai/y"]}
-OURS = "claude-local/claude-sonnet-5"
+OURS = "claude-local/claude-sonnet-5-5"
 
 
 @pytest.mark.parametrize(("before", "more", "wanted"), [
@@ -518,7 +518,7 @@ def test_a_backup_follows_its_name(either: Lab, shared_server: Server) -> None:
 
     model = either.config()["agents"]["defaults"]["model"]
     assert model["primary"] == BEFORE["primary"]
-    assert model["fallbacks"] == ["openai/y", "plan/claude-sonnet-5"]
+    assert model["fallbacks"] == ["openai/y", "plan/claude-sonnet-5-5"]
 
 
 @pytest.mark.parametrize("entry", [

@@ -286,8 +286,8 @@ def test_a_key_with_few_models_brings_only_those(guarded: Server, free_home: Pat
 
     config = json.loads((free_home / ".config/opencode/opencode.json").read_text())
     assert ran.code == 0 and list(config["provider"]["ocp"]["models"]) == [
-        "claude-haiku-4-5-20251001"]
-    assert config["model"] == "ocp/claude-haiku-4-5-20251001"
+        "claude-haiku-5-5"]
+    assert config["model"] == "ocp/claude-haiku-5-5"
 
 
 def test_a_revoked_key_is_said(guarded: Server, free_home: Path) -> None:

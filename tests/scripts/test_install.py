@@ -365,7 +365,7 @@ def test_openclaw_is_told_and_the_uninstaller_takes_that_back(openclaw: InstallM
     assert "there is no fallback" in done.stdout and "every 30 minutes" in done.stdout
     text = openclaw.openclaw.read_text()
     assert "// mine" in text and f"http://127.0.0.1:{openclaw.port}/v1" in text
-    assert '"custom-local"' in text and '"claude-local/claude-sonnet-5"' in text
+    assert '"custom-local"' in text and '"claude-local/claude-sonnet-5-5"' in text
 
     again = openclaw.install("--skip-answer")
     assert again.returncode == 0 and "nothing to change" in again.stdout
@@ -392,7 +392,7 @@ def test_openclaw_is_told_the_shared_key_under_a_chosen_name(openclaw: InstallMa
     key = openclaw.settings()["PROXY_API_KEY"]
     assert key not in done.stdout + openclaw.openclaw.read_text()
     assert (openclaw.home / ".config/ocp/key").read_text() == key
-    assert '"my-claude/claude-sonnet-5"' in openclaw.openclaw.read_text()
+    assert '"my-claude/claude-sonnet-5-5"' in openclaw.openclaw.read_text()
 
 
 @pytest.mark.exhaustive

@@ -597,7 +597,7 @@ def test_commands_actions_options_and_choices_are_completed(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("words, asked, answer, names", [
     (["keys", "show", ""], "GET /api/keys", samples.KEYS, {"laptop"}),
-    (["ask", "--model", "claude-s"], "GET /v1/models", samples.MODELS, {"claude-sonnet-5"}),
+    (["ask", "--model", "claude-s"], "GET /v1/models", samples.MODELS, {"claude-sonnet-5-5"}),
     (["clear", ""], "GET /sessions", samples.SESSIONS, {"chat-1"}),
     (["settings", "t"], "GET /settings", samples.SETTINGS, {"timeout"}),
     (["settings", "--reset", "log"], "GET /settings", samples.SETTINGS, {"logLevel"}),

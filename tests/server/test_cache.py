@@ -315,10 +315,10 @@ def test_a_hit_is_an_answer_of_its_own(keeper: Server) -> None:
 def test_a_hit_tells_the_model_in_the_words_of_its_own_request(keeper: Server) -> None:
     first = ask(keeper, "By another name", model="sonnet")
 
-    second = ask(keeper, "By another name", model="claude-sonnet-5")
+    second = ask(keeper, "By another name", model="claude-sonnet-5-5")
 
     assert word_of(second) == "hit"
-    assert (first.json()["model"], second.json()["model"]) == ("sonnet", "claude-sonnet-5")
+    assert (first.json()["model"], second.json()["model"]) == ("claude-sonnet-5-5",) * 2
 
 
 def test_a_conversation_goes_on_from_a_hit(keeper: Server) -> None:
@@ -475,7 +475,7 @@ def test_a_hit_is_a_row_that_cost_nothing(keeper: Server) -> None:
         "stop_reason", "prompt_chars", "response_chars", "request_id")} == {
         "input_tokens": 0, "output_tokens": 0, "cache_read_tokens": 0, "cache_write_tokens": 0,
         "path": "cached", "outcome": "ok", "success": 1, "status": 200, "warm": None,
-        "model": "claude-sonnet-5", "dialect": "chat", "stream": 1, "stop_reason": "end_turn",
+        "model": "claude-sonnet-5-5", "dialect": "chat", "stream": 1, "stop_reason": "end_turn",
         "prompt_chars": 5, "response_chars": 6, "request_id": reply.headers["X-Request-Id"]}
 
 
@@ -486,7 +486,7 @@ def test_a_hit_is_one_line_in_the_log(keeper: Server) -> None:
              if e.get("request_id") == reply.headers["X-Request-Id"]]
 
     assert [(e["event"], e["path"], e["outcome"], e["model"]) for e in lines] == [
-        ("answer_reused", "cached", "ok", "claude-sonnet-5")]
+        ("answer_reused", "cached", "ok", "claude-sonnet-5-5")]
 
 
 # ---------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_a_whole_answer_has_every_field_of_the_api(chat: Server) -> None:
     assert reply.headers["Content-Type"] == "application/json"
     assert re.fullmatch(r"chatcmpl-[0-9A-Za-z]{20,}", body["id"])
     assert isinstance(body["created"], int)
-    assert (body["object"], body["model"]) == ("chat.completion", "sonnet")
+    assert (body["object"], body["model"]) == ("chat.completion", "claude-sonnet-5-5")
     assert body["choices"] == [{
         "index": 0, "logprobs": None, "finish_reason": "stop",
         "message": {"role": "assistant", "content": "You said: hello", "refusal": None},
@@ -332,7 +332,7 @@ def test_effort_none_turns_thinking_off(chat: Server) -> None:
 
 
 def test_what_a_model_does_not_take_is_left_out_and_named(chat: Server) -> None:
-    reply = ask(chat, model="claude-sonnet-5", temperature=0.5, top_p=0.9)
+    reply = ask(chat, model="claude-sonnet-5-5", temperature=0.5, top_p=0.9)
 
     assert reply.headers["X-OCP-Ignored-Params"] == "temperature, top_p"
     assert last_query(chat)["settings"] == {}
@@ -508,23 +508,24 @@ def model_asked(server: Server) -> str:
 
 
 @pytest.mark.parametrize(("name", "model_id"), [
-    ("sonnet", "claude-sonnet-5"), ("haiku", "claude-haiku-4-5-20251001"),
+    ("sonnet", "claude-sonnet-5-5"), ("haiku", "claude-haiku-5-5"), ("fable", "claude-fable-5-2"),
+    ("best", "claude-opus-5-5"), ("anthropic/claude-sonnet-5.5:low", "claude-sonnet-5-5"),
     ("claude-opus-4", "claude-opus-4-7"), ("claude-sonnet-4-6", "claude-sonnet-4-6"),
 ])
-def test_an_alias_is_echoed_and_its_model_is_asked(
+def test_an_alias_s_model_is_asked_and_named_in_the_answer(
     chat: Server, name: str, model_id: str
 ) -> None:
     reply = ask(chat, model=name)
 
-    assert reply.json()["model"] == name
+    assert reply.json()["model"] == model_id
     assert model_asked(chat) == model_id
 
 
 def test_a_request_without_a_model_gets_the_default(chat: Server) -> None:
     reply = chat.call("POST", CHAT_PATH, {"messages": [{"role": "user", "content": "hi"}]})
 
-    assert reply.json()["model"] == "sonnet"
-    assert model_asked(chat) == "claude-sonnet-5"
+    assert reply.json()["model"] == "claude-sonnet-5-5"
+    assert model_asked(chat) == "claude-sonnet-5-5"
 
 
 def test_an_unknown_model_is_not_found_and_claude_is_not_asked(chat: Server) -> None:
@@ -565,13 +566,17 @@ def test_models_are_listed_and_found_one_by_one(chat: Server) -> None:
         assert isinstance(entry["created"], int)
         row = next(row for row in MODEL_ROWS if row["id"] == entry["id"])
         assert entry["context_window"] == row["contextWindow"]
+        assert entry["context_length"] == entry["max_model_len"] == row["contextWindow"]
         assert entry["max_output_tokens"] == row["maxTokens"]
+        assert entry["default_effort"] == row.get("defaultEffort")
         assert (entry["reasoning"], entry["efforts"]) == (row["reasoning"], row["efforts"])
         assert chat.call("GET", f"/v1/models/{entry['id']}").json() == entry
 
 
 def test_an_alias_can_be_looked_up_as_a_model(chat: Server) -> None:
-    assert chat.call("GET", "/v1/models/opus").json()["id"] == "claude-opus-5"
+    entry = chat.call("GET", "/v1/models/opus").json()
+
+    assert (entry["id"], entry["aliases"]) == ("claude-opus-5-5", ["opus", "best"])
 
 
 def test_an_unknown_model_cannot_be_looked_up(chat: Server) -> None:

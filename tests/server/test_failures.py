@@ -581,7 +581,7 @@ def test_a_lost_login_shows_in_health_and_heals_with_the_next_answer(chat: Serve
 
 def test_processes_that_knew_the_lost_login_are_not_used_again(tmp_path: Path) -> None:
     with running_server(tmp_path) as server:
-        eventually(lambda: spares(server) == {"claude-sonnet-5": 1})
+        eventually(lambda: spares(server) == {"claude-sonnet-5-5": 1})
         before = eventually(lambda: {
             each["pid"] for each in server.fake_log("start") if each["argv"][:1] == ["-p"]})
         server.write_scenario([[FAILURES[1].step]])

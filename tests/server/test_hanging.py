@@ -32,7 +32,7 @@ from waiting import eventually, in_parallel, stays
 ocp = load_script("ocp_server.py")
 
 Json = Any
-SONNET = "claude-sonnet-5"
+SONNET = "claude-sonnet-5-5"
 #: What a claude may do instead of its work, in steps of the fake one.
 ILLS: dict[str, Json] = {
     "frozen": {"freeze": True},

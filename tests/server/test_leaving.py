@@ -51,7 +51,7 @@ from waiting import SOON_S, eventually, in_parallel, stays
 
 Json = Any
 
-SONNET = "claude-sonnet-5"
+SONNET = "claude-sonnet-5-5"
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_client_that_leaves_in_the_middle_ends_its_turn(common: Server, stream
     check_over(common, pid)
     (entry,) = eventually(lambda: [
         each for each in common.log_entries("answer_abandoned")[noted:]
-        if each["model"] == "claude-opus-5"])
+        if each["model"] == "claude-opus-5-5"])
     assert entry["stream"] is stream
 
 
@@ -670,7 +670,7 @@ def test_the_first_request_after_the_start_is_warm_and_the_spare_is_replaced(
 def test_a_model_that_was_asked_gets_a_spare_of_its_own(tmp_path: Path) -> None:
     with running_server(tmp_path) as server:
         ask(server, model="haiku")
-        wanted = {SONNET: 1, "claude-haiku-4-5-20251001": 1}
+        wanted = {SONNET: 1, "claude-haiku-5-5": 1}
         eventually(lambda: spares(server) == wanted)
         ask(server, model="haiku")
 
@@ -693,7 +693,7 @@ def test_the_model_that_was_wanted_last_gets_the_place_of_another(tmp_path: Path
         eventually(lambda: spares(server) == {SONNET: 1})
         ask(server, model="opus")
 
-        assert eventually(lambda: spares(server) == {"claude-opus-5": 1})
+        assert eventually(lambda: spares(server) == {"claude-opus-5-5": 1})
 
 
 def test_without_spares_every_answer_comes_from_a_new_process(tmp_path: Path) -> None:

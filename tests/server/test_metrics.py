@@ -29,7 +29,7 @@ ocp = load_script("ocp_server.py")
 
 Json = Any
 
-SONNET = "claude-sonnet-5"
+SONNET = "claude-sonnet-5-5"
 
 
 # ---------------------------------------------------------------------------
@@ -264,12 +264,12 @@ def test_a_known_series_of_requests_gives_known_numbers(tmp_path: Path) -> None:
         "ok": 5, "overloaded": 2, "timeout": 1, "abandoned": 1}
     assert {name: requests(dialect=name) for name in label_values(found, "dialect")} == {
         "chat": 5, "messages": 2, "responses": 1, "completions": 1}
-    assert requests(model="claude-opus-5", outcome="ok", dialect="chat") == 1
+    assert requests(model="claude-opus-5-5", outcome="ok", dialect="chat") == 1
     assert {kind: value(found, "ocp_tokens_total", kind=kind, model=SONNET)
             for kind in ("input", "cache_read", "cache_write")} == {
         # Of the two that were asked and said nothing, the prompts are estimated: 2 tokens each.
         "input": 21 + 10 + 2 + 2, "cache_read": 65 + 5, "cache_write": 87 + 3}
-    assert value(found, "ocp_tokens_total", kind="output", model="claude-opus-5") == 86
+    assert value(found, "ocp_tokens_total", kind="output", model="claude-opus-5-5") == 86
     assert {path: value(found, "ocp_answers_total", path=path)
             for path in label_values(found, "path")} == {"fresh": 6, "cached": 3}
     assert {word: value(found, "ocp_cache_requests_total", result=word)

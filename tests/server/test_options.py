@@ -267,13 +267,13 @@ def test_claude_is_started_with_the_name_that_it_knows(
 
     reply = ask(server, model=name)
 
-    assert (reply.status, reply.json()["model"]) == (200, name)
+    assert (reply.status, reply.json()["model"]) == (200, argument.partition("[")[0])
     assert model_asked(server) == argument
 
 
 @pytest.mark.parametrize(
     ("model", "argument"),
-    [("claude-sonnet-4-6", "claude-sonnet-4-6[1m]"), ("haiku", "claude-haiku-4-5-20251001")],
+    [("claude-sonnet-4-6", "claude-sonnet-4-6[1m]"), ("haiku", "claude-haiku-5-5")],
 )
 def test_the_beta_for_the_long_window_is_as_good_as_the_suffix(
     server: Server, model: str, argument: str
@@ -297,14 +297,15 @@ def test_the_long_window_holds_what_the_usual_one_does_not(server: Server) -> No
 
 
 def test_a_model_that_the_api_does_not_know_is_answered_with_others(server: Server) -> None:
-    failure = {"status": 404, "word": "model_not_found", "text": "model: claude-opus-5"}
+    failure = {"status": 404, "word": "model_not_found", "text": "model: claude-opus-5-5"}
     server.write_scenario([[{"api_error": failure}]])
 
     error = error_of(ask(server, model="opus"))
 
     assert error["code"] == "model_not_found"
     told = error["message"].partition("Use one of: ")[2]
-    assert "claude-sonnet-5" in told and "opus-5" not in told and "opus," not in told
+    assert "claude-sonnet-5-5" in told and "opus," not in told
+    assert "claude-opus-5-5" not in told and "best" not in told
 
 
 def test_a_list_of_models_has_pages(server: Server) -> None:
@@ -345,9 +346,10 @@ NAMES = {
     "claude-sonnet-4-6": (
         ["claude-sonnet-4.6", "anthropic/claude-sonnet-4-6", "claude-sonnet-4-6[1m]",
          "Claude Sonnet 4.6", "claude-sonnet-4-6@20250514"],
-        ["claude-sonnet-4-5", "sonnet", "claude-sonnet-5", "claude-opus-4-6[1m]"],
+        ["claude-sonnet-4-5", "sonnet", "claude-sonnet-5-5", "claude-opus-4-6[1m]"],
     ),
-    "haiku": (["claude-haiku-4-5", "claude-haiku-4-5-20270101"], ["claude-haiku-5-5"]),
+    "haiku": (["claude-haiku-5.5", "claude-haiku-5-5-20270101", "haiku:low"], ["claude-haiku-4-5"]),
+    "claude-haiku-4.5": (["claude-haiku-4-5-20251001", "claude-haiku-4-5-20270101"], ["haiku"]),
     "claude-opus-4-5": (["claude-opus-4-5-20251101", "claude-opus-4.5"], ["opus"]),
 }
 
@@ -441,7 +443,7 @@ def test_tables_of_counts_and_the_details_of_a_refusal_are_passed_on(
     cache = {"ephemeral_5m_input_tokens": 1, "ephemeral_1h_input_tokens": 2}
     details = {"type": "refusal", "category": "cyber", "explanation": "No."}
     delta = {"stop_reason": "refusal", "stop_sequence": None, "stop_details": details}
-    message = {"id": "msg_1", "model": "claude-sonnet-5", "usage": {"cache_creation": cache}}
+    message = {"id": "msg_1", "model": "claude-sonnet-5-5", "usage": {"cache_creation": cache}}
     tools = {"web_search_requests": 1, "web_fetch_requests": 0}
     server.write_scenario([[
         streamed("message_start", message=message),

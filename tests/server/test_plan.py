@@ -32,7 +32,7 @@ Json = Any
 # Over HTTP
 # ---------------------------------------------------------------------------
 
-SONNET = "claude-sonnet-5"
+SONNET = "claude-sonnet-5-5"
 REPLY = NEW["replies"]["login"]["response"]["response"]
 
 

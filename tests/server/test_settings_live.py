@@ -26,7 +26,8 @@ Json = Any
 
 ROWS = ocp.live_settings()
 FLAGS = sorted(name for name, row in ROWS.items() if isinstance(row.default, bool))
-NUMBERS = sorted(set(ROWS) - set(FLAGS))
+TEXTS = sorted(name for name, row in ROWS.items() if isinstance(row.default, str))
+NUMBERS = sorted(set(ROWS) - set(FLAGS) - set(TEXTS))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,8 @@ def test_every_setting_that_can_be_changed_is_described(server: Server) -> None:
     for name, row in ROWS.items():
         known = {each: told_[name][each] for each in told_[name] if each not in ("value", "source")}
         assert known == {
-            "type": "boolean" if name in FLAGS else "number", "min": row.metadata["minimum"],
+            "type": {bool: "boolean", int: "number", str: "string"}[type(row.default)],
+            "min": row.metadata["minimum"],
             "max": row.metadata["maximum"], "unit": row.metadata["unit"],
             "desc": row.metadata["help"], "default": row.default, "env": row.metadata["env"],
         }
@@ -532,7 +534,7 @@ def test_a_smaller_cache_forgets_at_once(server: Server) -> None:
 
 
 def test_answers_that_were_sampled_are_kept_or_not(server: Server) -> None:
-    fields = {"model": "haiku", "temperature": 0.7}
+    fields = {"model": "claude-haiku-4-5", "temperature": 0.7}
     set_to(server, cacheTTL=60_000)
     seen = [cache_words(server, "sampled?", 2, **fields)]
     set_to(server, cacheSampled=False)
@@ -587,10 +589,10 @@ def test_a_prompt_may_be_as_long_as_told(server: Server) -> None:
 def test_spares_are_kept_and_dropped_as_told(server: Server) -> None:
     set_to(server, warmTotal=2, warmProcesses=2)
     content_of(ask(server))
-    assert eventually(lambda: spares(server) == {"claude-sonnet-5": 2})
+    assert eventually(lambda: spares(server) == {"claude-sonnet-5-5": 2})
 
     set_to(server, warmProcesses=1)
-    assert eventually(lambda: spares(server) == {"claude-sonnet-5": 1})
+    assert eventually(lambda: spares(server) == {"claude-sonnet-5-5": 1})
 
     set_to(server, warmTotal=0)
     assert eventually(lambda: spares(server) == {})

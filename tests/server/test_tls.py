@@ -337,7 +337,7 @@ def test_a_client_that_half_speaks_is_not_taken_for_gone(secure: Secure, tmp_pat
         go.touch()
         first = heard(plain, tls, incoming, b"done")
         plain.sendall(record[20:])
-        second = heard(plain, tls, incoming, b"claude-sonnet-5")
+        second = heard(plain, tls, incoming, b"claude-sonnet-5-5")
 
     assert first.startswith(b"HTTP/1.1 200") and second.startswith(b"HTTP/1.1 200")
 

@@ -52,7 +52,7 @@ ocp = load_script("ocp_server.py")
 
 Json = Any
 
-SONNET = "claude-sonnet-5"
+SONNET = "claude-sonnet-5-5"
 SPENT = {"input_tokens": 21, "output_tokens": 43, "cache_read_input_tokens": 65,
          "cache_creation_input_tokens": 87}
 #: The columns for tokens, and what SPENT puts into them.
@@ -464,13 +464,13 @@ def test_a_new_key_of_an_old_name_does_not_see_the_old_rows(own: Server) -> None
 
 
 def test_models_are_told_apart_and_aliases_are_not(own: Server) -> None:
-    for model in ("sonnet", SONNET, "opus", "haiku", "claude-haiku-4-5"):
+    for model in ("sonnet", SONNET, "opus", "claude-haiku-4.5", "claude-haiku-4-5"):
         ask_as(own, ADMIN_KEY, model=model)
 
     report = usage(own, key=ADMIN_KEY)
 
     assert {row["model"]: row["requests"] for row in report["byModel"]} == {
-        SONNET: 2, "claude-opus-5": 1, "claude-haiku-4-5-20251001": 2}
+        SONNET: 2, "claude-opus-5-5": 1, "claude-haiku-4-5-20251001": 2}
 
 
 def test_a_span_of_time_begins_with_its_first_moment_and_ends_before_its_last(

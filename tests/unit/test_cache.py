@@ -100,8 +100,8 @@ def test_thinking_that_is_asked_for_otherwise_gives_another_key(thinking: Json) 
     budget = {"budget_tokens": 2_000} if (thinking or {}).get("type") == "enabled" else {}
     fields = {} if thinking is None else {"thinking": {**thinking, **budget}}
 
-    body = plain(max_tokens=9_000, model="haiku", **fields)
-    other = plain(max_tokens=9_000, model="haiku",
+    body = plain(max_tokens=9_000, model="claude-haiku-4-5", **fields)
+    other = plain(max_tokens=9_000, model="claude-haiku-4-5",
                   thinking={"type": "enabled", "budget_tokens": 3_000})
 
     assert key_of(body, ocp.MESSAGES) != key_of(other, ocp.MESSAGES)

@@ -252,8 +252,8 @@ def test_an_empty_answer_at_the_end_is_no_answer() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "model_id"),
-    [({}, "claude-sonnet-5"), ({"model": ""}, "claude-sonnet-5"), ({"model": None},
-     "claude-sonnet-5"), ({"model": "opus"}, "claude-opus-5"),
+    [({}, "claude-sonnet-5-5"), ({"model": ""}, "claude-sonnet-5-5"), ({"model": None},
+     "claude-sonnet-5-5"), ({"model": "opus"}, "claude-opus-5-5"),
      ({"model": "claude-of-2030"}, "claude-of-2030")],
 )
 def test_the_model_is_the_named_one_or_the_default(fields: Json, model_id: str) -> None:
@@ -327,7 +327,7 @@ def test_the_api_gets_the_stop_sequences_that_it_takes(
     ids=str,
 )
 def test_values_that_stand_for_nothing_are_as_if_they_were_not_there(fields: Json) -> None:
-    plain, found = turn(model="haiku"), turn(model="haiku", **fields)
+    plain, found = turn(model="claude-haiku-4-5"), turn(model="claude-haiku-4-5", **fields)
 
     assert (found.options, found.ignored) == (plain.options, ())
     assert (found.tool_choice, found.output_schema) == (plain.tool_choice, None)
@@ -367,7 +367,7 @@ def test_of_two_limits_the_newer_one_counts_and_neither_is_named() -> None:
 def test_thinking_is_asked_for_wherever_clients_say_it(
     fields: Json, tokens: int, ignored: tuple[str, ...]
 ) -> None:
-    found = turn(model="haiku", **fields)
+    found = turn(model="claude-haiku-4-5", **fields)
 
     assert (found.options.thinking_tokens, found.ignored) == (tokens, ignored)
 
@@ -393,7 +393,7 @@ def test_thinking_can_be_left_out_of_the_answer(fields: Json) -> None:
 def test_a_temperature_beyond_the_api_s_scale_is_named_as_ignored(
     asked: float, sent: Any, ignored: Any
 ) -> None:
-    found = turn(model="haiku", temperature=asked)
+    found = turn(model="claude-haiku-4-5", temperature=asked)
 
     assert (found.options.sampling, found.ignored) == (sent, ignored)
 
@@ -452,8 +452,8 @@ def test_usage_in_a_stream_is_included_when_asked(options: object, wanted: bool)
     assert turn(stream_options=options).reply_format.include_usage is wanted
 
 
-def test_the_answer_names_the_model_as_the_client_did() -> None:
-    assert turn(model="opus").reply_format.model == "opus"
+def test_the_answer_names_the_model_that_an_alias_stands_for() -> None:
+    assert turn(model="opus").reply_format.model == "claude-opus-5-5"
 
 
 def test_every_answer_has_an_id_of_its_own() -> None:
@@ -679,7 +679,7 @@ def test_settings_that_nobody_reads_are_named_by_their_path(fields: Json, ignore
     ids=str,
 )
 def test_thinking_is_asked_for_in_any_spelling(fields: Json, wanted: bool) -> None:
-    found = turn(model="haiku", **fields)
+    found = turn(model="claude-haiku-4-5", **fields)
 
     assert bool(found.options.thinking_tokens) == wanted
     assert found.ignored == ()

@@ -771,7 +771,7 @@ def thinking_of(lines: list[Json]) -> list[object]:
     return [found["max_thinking_tokens"] for found in requests if "max_thinking_tokens" in found]
 
 
-@pytest.mark.parametrize(("name", "in_loop"), [("haiku", [0]), ("sonnet", [2_048])])
+@pytest.mark.parametrize(("name", "in_loop"), [("claude-haiku-4-5", [0]), ("sonnet", [2_048])])
 def test_a_loop_is_not_told_anew_with_a_budget_for_thinking(
     name: str, in_loop: list[int]
 ) -> None:

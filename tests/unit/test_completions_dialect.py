@@ -47,7 +47,7 @@ def prompts_of(found: Any) -> list[str]:
 
 
 def test_the_prompt_is_the_user_s_message() -> None:
-    found = turn("Once upon", model="haiku", max_tokens=7, stop=["END"], temperature=0.5,
+    found = turn("Once upon", model="claude-haiku-4-5", max_tokens=7, stop=["END"], temperature=0.5,
                  stream=True)
 
     assert conversation(found) == [("user", ["Once upon"])]

@@ -27,6 +27,7 @@ CONTRACT = {
     "UpstreamForbidden": (403, "permission_error", "upstream_forbidden", False),
     "NotFound": (404, INVALID, None, False),
     "UnknownModel": (404, INVALID, "model_not_found", False),
+    "ModelNeedsNewerClaude": (404, INVALID, "model_needs_newer_claude", False),
     "MethodNotAllowed": (405, INVALID, None, False),
     "Conflict": (409, INVALID, "name_taken", False),
     "RequestTimeout": (408, INVALID, None, True),

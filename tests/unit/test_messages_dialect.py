@@ -65,7 +65,8 @@ def refusal(*messages: object, limits: Any = LIMITS, **fields: object) -> Any:
 
 
 def test_a_request_becomes_a_turn() -> None:
-    found = turn(model="haiku", system="Be brief.", stop_sequences=["END"], temperature=0.5,
+    found = turn(model="claude-haiku-4-5", system="Be brief.",
+                 stop_sequences=["END"], temperature=0.5,
                  top_k=5, stream=True, ocp_session_id="s1")
 
     assert found.model.id == "claude-haiku-4-5-20251001"
@@ -79,7 +80,7 @@ def test_a_request_becomes_a_turn() -> None:
 
 
 def test_without_a_model_the_default_answers() -> None:
-    assert turn().model.id == "claude-sonnet-5"
+    assert turn().model.id == "claude-sonnet-5-5"
 
 
 @pytest.mark.parametrize("field", ["container", "context_management", "mcp_servers", "x"])
@@ -125,7 +126,7 @@ def test_an_adaptive_model_thinks_when_the_client_expects_it(thinking: object, t
     ids=str,
 )
 def test_a_model_with_a_budget_gets_the_client_s(thinking: object, tokens: int) -> None:
-    found = turn(model="haiku", max_tokens=16_000, thinking=thinking)
+    found = turn(model="claude-haiku-4-5", max_tokens=16_000, thinking=thinking)
 
     assert found.options.thinking_tokens == tokens
 
@@ -133,7 +134,7 @@ def test_a_model_with_a_budget_gets_the_client_s(thinking: object, tokens: int) 
 def test_a_budget_that_leaves_no_room_for_an_answer_is_lowered_and_named() -> None:
     thinking = {"type": "enabled", "budget_tokens": 5_000}
 
-    found = turn(model="haiku", max_tokens=4_096, thinking=thinking)
+    found = turn(model="claude-haiku-4-5", max_tokens=4_096, thinking=thinking)
 
     assert (found.options.thinking_tokens, found.options.max_tokens) == (2_048, 4_096)
     assert found.ignored == ("thinking.budget_tokens",)
@@ -642,7 +643,7 @@ def test_the_answer_names_the_model_that_answered() -> None:
     unnamed = [ocp.Started("msg_1", "", ocp.Usage()), *TEXT, finished()]
 
     assert json.loads(answer("whole"))["model"] == "claude-sonnet-5"
-    assert whole(ocp.MESSAGES, turn(model="opus"), unnamed)["model"] == "claude-opus-5"
+    assert whole(ocp.MESSAGES, turn(model="opus"), unnamed)["model"] == "claude-opus-5-5"
 
 
 def test_every_answer_has_an_id_of_its_own() -> None:

@@ -47,8 +47,29 @@ def test_a_listed_model_is_described_in_words_that_the_server_knows(model: Any) 
     assert model.known
     assert model.thinking in ("adaptive", "budget")
     assert list(model.efforts) == [level for level in EFFORTS if level in model.efforts]
-    assert 0 < model.max_tokens < model.context_window
+    assert 0 < model.default_max_tokens <= model.max_tokens < model.context_window
     assert model.display_name
+    assert model.thinking_off in ("disabled", "between_tools", "never")
+    assert {model.default_effort, model.thinking_off_max_effort} <= {"", *model.efforts}
+    assert bool(model.default_effort) == (model.thinking == "adaptive")
+
+
+@pytest.mark.parametrize("model", LISTED, ids=name_of)
+def test_the_prices_of_a_model_have_the_api_s_proportions(model: Any) -> None:
+    for prices in filter(None, (model.prices, model.long_prompt_prices)):
+        assert prices.output == pytest.approx(5 * prices.input)
+        assert prices.cache_write_5m == pytest.approx(1.25 * prices.input)
+        assert prices.cache_write_1h == pytest.approx(2 * prices.input)
+        assert 0 < prices.cache_read <= 0.1 * prices.input
+    assert (model.long_prompt_prices is None) == (model.long_prompt_tokens == 0)
+
+
+def test_a_long_prompt_of_the_newest_haiku_costs_more() -> None:
+    haiku = MODELS.find("claude-haiku-5-5")
+
+    assert haiku.long_prompt_tokens == 100_000
+    assert haiku.long_prompt_prices == ocp.Prices(0.5, 2.5, 0.625, 1, 0.05)
+    assert haiku.prices == ocp.Prices(0.1, 0.5, 0.125, 0.2, 0.01)
 
 
 @pytest.mark.parametrize("model", LISTED, ids=name_of)
@@ -64,7 +85,8 @@ def test_a_model_is_found_by_its_id(model: Any) -> None:
 def test_an_alias_gives_the_listed_model_that_it_stands_for(alias: str, model_id: str) -> None:
     found = MODELS.find(alias)
 
-    assert (found.id, found.known) == (model_id, True)
+    assert (found.id, found.known) == (MODELS.find(model_id).id, True)
+    assert found.id == model_id or model_id in ocp.BUILTIN_MODELS["aliases"]
 
 
 def test_no_alias_hides_a_model_of_that_name() -> None:
@@ -90,20 +112,28 @@ SPELLINGS = {
         "anthropic:claude-sonnet-4-6", "claude-4.6-sonnet-thinking", "sonnet-4.6:online",
     ),
     "claude-haiku-4-5-20251001": (
-        "claude-haiku-4.5", "claude-haiku-4-5@20251001", "Haiku", "ocp/haiku",
-        "eu.anthropic.claude-haiku-4-5-20251001-v1:0", "claude-haiku-4-5-latest", "claude-haiku",
-        "Claude Haiku", "claude-haiku-latest", "haiku-latest", "anthropic:haiku",
+        "claude-haiku-4.5", "claude-haiku-4-5@20251001",
+        "eu.anthropic.claude-haiku-4-5-20251001-v1:0", "claude-haiku-4-5-latest",
     ),
+    "claude-haiku-5-5": (
+        "claude-haiku", "Claude Haiku", "claude-haiku-latest", "haiku-latest", "anthropic:haiku",
+        "Haiku", "ocp/haiku", "claude-haiku-5.5", "haiku5.5",
+    ),
+    "claude-fable-5-2": ("fable", "claude-fable", "Claude Fable 5.2", "anthropic/claude-fable-5.2"),
     "claude-opus-4-5-20251101": (
         "claude-opus-4-5", "claude-opus-4.5", "vertex_ai/claude-opus-4-5@20251101",
         "us.anthropic.claude-opus-4-5-20251101-v1:0",
     ),
-    "claude-opus-4-20250514": ("claude-opus-4-0", "claude-opus-4@20250514"),
-    "claude-opus-5": (
-        "opus", "OPUS", "claude-opus 5", "anthropic/opus", "Claude-opus-5", "claude-opus",
-        "claude-opus-5:latest", "claude-opus-latest",
+    "claude-opus-5": ("claude-opus 5", "Claude-opus-5", "claude-opus-5:latest", "claude-opus-5-0"),
+    "claude-opus-5-5": (
+        "opus", "OPUS", "anthropic/opus", "claude-opus", "claude-opus-latest", "best", "opus5.5",
+        "openrouter/anthropic/claude-opus-5.5:nitro", "claude-5.5-opus", "claude-opus-5-5-20260901",
+        "us.anthropic.claude-opus-5-5-v1:0", "claude-opus-5-5@20260901",
     ),
-    "claude-sonnet-5": ("claude-sonnet", "claude sonnet", "anthropic/claude-sonnet:thinking"),
+    "claude-sonnet-5-5": (
+        "claude-sonnet", "claude sonnet", "anthropic/claude-sonnet:thinking", "default",
+        "CLAUDE-SONNET-5.5", "sonnet-5.5", "ocp/claude-sonnet-5-5",
+    ),
 }
 
 
@@ -119,7 +149,7 @@ def test_a_model_is_found_in_every_spelling(model_id: str, name: str) -> None:
 def test_an_older_model_is_found_and_not_listed() -> None:
     older = [model for model in LISTED if not model.listed]
 
-    assert {"claude-opus-4-5-20251101", "claude-sonnet-4-5-20250929"} <= set(map(name_of, older))
+    assert list(map(name_of, older)) == ["claude-opus-4-5-20251101"]
     assert not set(map(name_of, older)) & set(MODELS.names())
 
 
@@ -135,10 +165,10 @@ def test_another_date_of_a_dated_model_is_that_model_by_another_name() -> None:
     [
         ("claude-sonnet-4-6[1m]", "claude-sonnet-4-6[1m]", 1_000_000),
         ("anthropic/claude-opus-4.6[1M]", "claude-opus-4-6[1m]", 1_000_000),
-        ("claude-sonnet-4-5[1m]", "claude-sonnet-4-5-20250929[1m]", 1_000_000),
-        ("sonnet[1m]", "claude-sonnet-5", 1_000_000),
+        ("sonnet[1m]", "claude-sonnet-5-5", 1_000_000),
+        ("fable[1m]", "claude-fable-5-2", 1_000_000),
         ("claude-x[1m]", "claude-x[1m]", 1_000_000),
-        ("haiku[1m]", "claude-haiku-4-5-20251001", 200_000),
+        ("claude-haiku-4-5[1m]", "claude-haiku-4-5-20251001", 200_000),
         ("claude-opus-4-5[1m]", "claude-opus-4-5-20251101", 200_000),
     ],
 )
@@ -150,13 +180,13 @@ def test_the_long_window_is_asked_for_by_a_suffix(name: str, argument: str, wind
 
 
 @pytest.mark.parametrize(
-    "name", ["claude-4-sonnet-1m", "claude-sonnet-4 1M", "claude-4-sonnet-1m-thinking",
-             "claude-sonnet-4[1m]:thinking"],
+    "name", ["claude-4.6-sonnet-1m", "claude-sonnet-4.6 1M", "claude-4.6-sonnet-1m-thinking",
+             "claude-sonnet-4-6[1m]:thinking"],
 )
 def test_other_ways_to_write_the_suffix_ask_for_the_long_window_too(name: str) -> None:
     found = MODELS.find(name)
 
-    assert (found.argument, found.known) == ("claude-sonnet-4-20250514[1m]", True)
+    assert (found.argument, found.known) == ("claude-sonnet-4-6[1m]", True)
     assert found.context_window == 1_000_000
 
 
@@ -164,8 +194,8 @@ def test_other_ways_to_write_the_suffix_ask_for_the_long_window_too(name: str) -
     ("name", "argument", "window"),
     [
         ("claude-sonnet-4-6", "claude-sonnet-4-6[1m]", 1_000_000),
-        ("haiku", "claude-haiku-4-5-20251001", 200_000),
-        ("opus", "claude-opus-5", 1_000_000),
+        ("claude-haiku-4-5", "claude-haiku-4-5-20251001", 200_000),
+        ("opus", "claude-opus-5-5", 1_000_000),
     ],
 )
 def test_the_long_window_may_be_asked_for_beside_the_name(
@@ -182,20 +212,22 @@ def test_the_long_window_may_be_asked_for_beside_the_name(
 @pytest.mark.parametrize(
     ("name", "like"),
     [
-        ("claude-opus-9", "claude-opus-5"),
+        ("claude-opus-9", "claude-opus-5-5"),
         ("claude-opus-4-9", "claude-opus-4-8"),
-        ("claude-opus-4-2-20250901", "claude-opus-4-1-20250805"),
+        ("claude-opus-4-1-20250805", "claude-opus-4-5-20251101"),
         ("claude-sonnet-4-7-20260801", "claude-sonnet-4-6"),
-        ("claude-sonnet-6", "claude-opus-5"),
-        ("claude-sonnet-5-5", "claude-sonnet-5"),
+        ("claude-sonnet-4-5-20250929", "claude-sonnet-4-6"),
+        ("claude-sonnet-6", "claude-sonnet-5-5"),
+        ("claude-sonnet-5-4", "claude-sonnet-5"),
         ("claude-haiku-4-6", "claude-haiku-4-5-20251001"),
-        ("claude-haiku-5-5", "claude-opus-5"),
-        ("claude-fable-5-2", "claude-opus-5"),
-        ("claude-mythos-preview", "claude-opus-5"),
-        ("claude-3-5-sonnet-20241022", "claude-sonnet-4-20250514"),
+        ("claude-haiku-5-6", "claude-haiku-5-5"),
+        ("claude-fable-5-3", "claude-fable-5-2"),
+        ("claude-mythos-5-2", "claude-opus-5-5"),
+        ("claude-mythos-preview", "claude-opus-5-5"),
+        ("claude-3-5-sonnet-20241022", "claude-sonnet-4-6"),
         ("claude-3-5-haiku-latest", "claude-haiku-4-5-20251001"),
-        ("claude-2.1", "claude-opus-4-20250514"),
-        ("claude-of-next-year", "claude-opus-5"),
+        ("claude-2.1", "claude-haiku-4-5-20251001"),
+        ("claude-of-next-year", "claude-opus-5-5"),
     ],
 )
 def test_an_unlisted_claude_behaves_as_the_nearest_of_its_family(name: str, like: str) -> None:
@@ -203,7 +235,8 @@ def test_an_unlisted_claude_behaves_as_the_nearest_of_its_family(name: str, like
     spelled = ocp.canonical_name(name)
 
     assert found == model._replace(
-        id=spelled, display_name=spelled, argument=spelled, known=False, listed=False
+        id=spelled, display_name=spelled, argument=spelled, known=False, listed=False,
+        first_cli=(), prices=None, long_prompt_tokens=0, long_prompt_prices=None,
     )
 
 
@@ -233,6 +266,293 @@ def test_an_unknown_name_is_repeated_on_one_short_line_only() -> None:
 
     assert "\n" not in caught.value.message
     assert len(caught.value.message) < 1000
+
+
+# -- efforts in names ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "model_id", "effort"),
+    [
+        ("sonnet:low", "claude-sonnet-5-5", "low"),
+        ("sonnet-low", "claude-sonnet-5-5", "low"),
+        ("anthropic/claude-opus-4.6:MAX", "claude-opus-4-6", "max"),
+        ("claude-4.6-opus-high-thinking", "claude-opus-4-6", "high"),
+        ("Claude Sonnet 4.6:none", "claude-sonnet-4-6", "none"),
+        ("haiku:xhigh[1m]", "claude-haiku-5-5", "xhigh"),
+        ("sonnet[1m]:medium", "claude-sonnet-5-5", "medium"),
+        ("claude-nova-9-high", "claude-nova-9", "high"),
+        ("claude-haiku-4-5-minimal", "claude-haiku-4-5-20251001", "minimal"),
+    ],
+)
+def test_a_name_may_end_with_an_effort(name: str, model_id: str, effort: str) -> None:
+    found = MODELS.find(name)
+
+    assert (found.id, found.named_effort) == (model_id, effort)
+
+
+def test_the_suffix_of_the_long_window_may_stand_on_both_sides_of_the_effort() -> None:
+    arguments = {MODELS.find(name).argument for name in (
+        "claude-sonnet-4-6[1m]:low", "claude-sonnet-4-6:low[1m]", "claude-sonnet-4-6-1m-low")}
+
+    assert arguments == {"claude-sonnet-4-6[1m]"}
+
+
+def test_an_id_that_ends_like_an_effort_is_an_id() -> None:
+    offered = ocp.OfferedModel("opus", "claude-opus-6-max", (), None)
+    models = MODELS.with_claude(ocp.ClaudeModels((2, 2, 0), (offered,)))
+
+    found = models.find("claude-opus-6-max")
+
+    assert (found.id, found.named_effort) == ("claude-opus-6-max", "")
+    assert models.find("claude-opus-6-max-low").named_effort == "low"
+
+
+@pytest.mark.parametrize("name", ["gpt-4o:low", "low", ":low", "-low", "sonnet:ultra", "x" + ":low"
+                                  * 5_000])
+def test_an_effort_does_not_make_a_name_of_any_word(name: str) -> None:
+    with pytest.raises(ocp.UnknownModel):
+        MODELS.find(name)
+
+
+def effort_of(model: Any, **wish: Any) -> Any:
+    return ocp.options_for(model, wanted(**wish))[0].effort
+
+
+def test_the_effort_is_that_of_the_request_then_of_the_name_then_of_the_operator() -> None:
+    named = MODELS.find("opus:low")
+    both = named._replace(operator_effort="max")
+    operators = MODELS.find("opus")._replace(operator_effort="max")
+
+    assert effort_of(both, effort="high") == "high"
+    assert effort_of(both) == "low"
+    assert effort_of(operators) == "max"
+    assert effort_of(MODELS.find("opus")) is None
+
+
+@pytest.mark.parametrize("model", LISTED, ids=name_of)
+def test_an_effort_in_the_name_counts_like_one_in_the_request(model: Any) -> None:
+    for level in ("none", *EFFORTS):
+        for wish in ({}, {"temperature": 0.3}, {"budget_tokens": 4_096}, {"forces_tool": True}):
+            named = ocp.options_for(model._replace(named_effort=level), wanted(**wish))
+
+            assert named == ocp.options_for(model, wanted(effort=level, **wish)), (level, wish)
+
+
+@pytest.mark.parametrize("model", LISTED, ids=name_of)
+def test_an_operator_s_effort_changes_nothing_but_the_effort(model: Any) -> None:
+    for level in ocp.EFFORTS:
+        for wish in ({}, {"temperature": 0.3}, {"effort": "none"}, {"forces_tool": True}):
+            plain, ignored = ocp.options_for(model, wanted(**wish))
+            found = ocp.options_for(model._replace(operator_effort=level), wanted(**wish))
+
+            effort = ocp.nearest_effort(model, level) if plain.thinking_tokens != 0 else None
+            assert found == (plain._replace(effort=effort), ignored), (level, wish)
+
+
+@pytest.mark.parametrize("model", ADAPTIVE, ids=name_of)
+def test_a_request_that_turns_thinking_off_wins_over_the_name(model: Any) -> None:
+    options, _ = ocp.options_for(model._replace(named_effort="high"), wanted(budget_tokens=0))
+
+    assert (options.thinking_tokens, options.effort) == (0, None)
+
+
+# -- the operator's aliases ---------------------------------------------------
+
+
+def with_aliases(text: str) -> Any:
+    return MODELS.with_aliases(ocp.parse_aliases(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "effort"),
+    [
+        ("gpt-4o", "claude-sonnet-5-5", ""),
+        ("GPT-4o ", "claude-sonnet-5-5", ""),
+        ("openai/gpt-4o", "claude-sonnet-5-5", ""),
+        ("gpt-4o:high", "claude-sonnet-5-5", "high"),
+        ("fast", "claude-haiku-5-5", "low"),
+        ("fast:max", "claude-haiku-5-5", "max"),
+        ("deep-low", "claude-opus-5-5", "max"),
+        ("wide", "claude-sonnet-4-6[1m]", ""),
+        ("llama3:8b", "claude-haiku-5-5", ""),
+        ("sonnet", "claude-sonnet-5-5", "low"),
+        ("claude-sonnet-5-5", "claude-sonnet-5-5", ""),
+    ],
+)
+def test_a_name_of_the_operator_s_leads_to_its_model(
+    name: str, argument: str, effort: str
+) -> None:
+    models = with_aliases(
+        "gpt-4o=claude-sonnet-5.5, fast=haiku:low, deep-low=opus:max, wide=claude-sonnet-4-6[1m],"
+        "llama3:8b=haiku, sonnet=sonnet:low")
+
+    found = models.find(name)
+
+    assert (found.argument, found.named_effort) == (argument, effort)
+
+
+def test_names_of_the_operator_s_are_told_and_may_limit_a_key() -> None:
+    models = with_aliases("gpt-4o=sonnet,fast=haiku:low")
+
+    assert models.names()[-2:] == ["gpt-4o", "fast"]
+    assert models.aliases_of(models.find("sonnet")) == ["sonnet", "default", "gpt-4o"]
+    assert models.resolve(["fast", "gpt-4o"]) == {"claude-haiku-5-5", "claude-sonnet-5-5"}
+    assert models.is_alias("fast") and models.is_alias("opus") and not models.is_alias("gpt-5")
+
+
+def test_an_alias_of_no_model_is_refused() -> None:
+    catalog = ocp.ModelCatalog(MODELS)
+
+    with pytest.raises(ValueError, match="There is no model 'gpt-5'"):
+        catalog.check_aliases("fast=haiku,slow=gpt-5")
+    catalog.check_aliases("fast=haiku:low,new=claude-nova-9")
+
+
+# -- the claude in use --------------------------------------------------------
+
+OLD, NEW_CLI = (2, 1, 197), (2, 1, 332)
+LEVELS = ["low", "medium", "high", "xhigh", "max"]
+
+
+def row_of(value: str, model_id: str, **fields: Any) -> dict[str, Any]:
+    """A row of what claude lists."""
+    return {"value": value, "resolvedModel": model_id, "displayName": value.title(), **fields}
+
+
+def as_reported(version: Any, *rows: dict[str, Any], argument: str = "claude-opus-5-5") -> Any:
+    """The models after a process has reported these rows."""
+    catalog = ocp.ModelCatalog(MODELS)
+    catalog.add_report(version, argument, ocp.offered_models(list(rows)))
+    return catalog.models
+
+
+def test_before_a_report_an_alias_is_the_newest_of_its_family_that_claude_knows() -> None:
+    catalog = ocp.ModelCatalog(MODELS)
+    aliases = ("opus", "sonnet", "haiku", "fable", "best", "default")
+
+    catalog.set_version(OLD)
+
+    assert [catalog.models.find(name).id for name in aliases] == [
+        "claude-opus-4-8", "claude-sonnet-5", "claude-haiku-4-5-20251001", "claude-fable-5",
+        "claude-opus-4-8", "claude-sonnet-5"]
+    catalog.set_version(NEW_CLI)
+    assert [catalog.models.find(name).id for name in aliases] == [
+        MODELS.find(name).id for name in aliases]
+
+
+def test_an_alias_is_what_claude_says() -> None:
+    models = as_reported(
+        NEW_CLI, row_of("default", "claude-opus-5-5"), row_of("opus[1m]", "claude-opus-4-6[1m]"),
+        row_of("sonnet", "claude-sonnet-5"))
+
+    found = [models.find(name).id for name in ("default", "opus", "best", "sonnet", "haiku")]
+
+    assert found == ["claude-opus-5-5", "claude-opus-4-6", "claude-opus-4-6", "claude-sonnet-5",
+                     "claude-haiku-5-5"]
+
+
+def test_a_model_that_claude_is_too_old_for_is_not_listed_and_says_what_it_needs() -> None:
+    models = MODELS.with_claude(ocp.ClaudeModels(OLD))
+
+    listed = [model.id for model in models.offered()]
+
+    assert listed == [model.id for model in LISTED if model.listed and model.first_cli <= OLD]
+    assert "claude-sonnet-5" in listed and "claude-sonnet-5-5" not in listed
+    assert not {"claude-opus-5-5", "claude-opus-5"} & set(models.names())
+    with pytest.raises(ocp.ModelNeedsNewerClaude) as caught:
+        models.check_runs(models.find("claude-sonnet-5-5"))
+    assert "2.1.284" in caught.value.message and "2.1.197" in caught.value.message
+    models.check_runs(models.find("claude-sonnet-5-6"))
+
+
+def test_families_that_the_account_does_not_get_are_not_listed() -> None:
+    models = as_reported(
+        NEW_CLI, row_of("sonnet", "claude-sonnet-5-5"), row_of("haiku", "claude-haiku-5-5"))
+
+    assert {model.lineage[0] for model in models.offered()} == {"sonnet", "haiku"}
+    assert models.find("fable").id == "claude-fable-5-2"
+
+
+def test_a_model_that_only_claude_knows_is_listed_first() -> None:
+    models = as_reported((2, 2, 0), row_of(
+        "opus", "claude-opus-6-1", supportedEffortLevels=["max", "low", "new"],
+        supportsThinkingOff=True))
+
+    found = models.find("opus")
+
+    assert models.offered()[0] == found == models.find("claude-opus-6-1")
+    assert (found.id, found.display_name, found.known) == (
+        "claude-opus-6-1", "Claude Opus 6.1", True)
+    assert (found.efforts, found.cli_thinking_off, found.prices) == (("low", "max"), True, None)
+    assert found.context_window == MODELS.find("claude-opus-5-5").context_window
+
+
+def test_claude_completes_what_the_file_says() -> None:
+    models = as_reported(NEW_CLI, row_of(
+        "sonnet", "claude-sonnet-5-5", supportedEffortLevels=["low", "high"],
+        supportsThinkingOff=False))
+
+    found = models.find("sonnet")
+
+    assert (found.efforts, found.cli_thinking_off) == (("low", "high"), False)
+    assert models.find("opus").cli_thinking_off is None
+
+
+def test_the_model_of_a_process_is_no_offer_of_the_account() -> None:
+    catalog = ocp.ModelCatalog(MODELS)
+    sonnet, nova = row_of("sonnet", "claude-sonnet-5-5"), row_of("claude-nova-9", "claude-nova-9")
+
+    catalog.add_report(NEW_CLI, "claude-nova-9", ocp.offered_models([sonnet, nova]))
+
+    assert "claude-nova-9" not in catalog.models.names()
+    catalog.add_report(NEW_CLI, "claude-sonnet-5-5", ocp.offered_models([sonnet, nova]))
+    assert "claude-nova-9" in catalog.models.names()
+    catalog.add_report(NEW_CLI, "claude-nova-9", ocp.offered_models([sonnet, nova]))
+    assert "claude-nova-9" in catalog.models.names()
+
+
+def test_an_alias_that_the_model_of_a_process_hides_stays() -> None:
+    catalog = ocp.ModelCatalog(MODELS)
+    sonnet, fable = row_of("sonnet", "claude-sonnet-5-5"), row_of("fable", "claude-fable-5-1")
+    own = row_of("claude-fable-5-1", "claude-fable-5-1")
+
+    catalog.add_report(NEW_CLI, "claude-sonnet-5-5", ocp.offered_models([sonnet, fable]))
+    catalog.add_report(NEW_CLI, "claude-fable-5-1", ocp.offered_models([sonnet, own]))
+
+    assert catalog.models.find("fable").id == "claude-fable-5-1"
+    assert {model.lineage[0] for model in catalog.models.offered()} == {"sonnet", "fable"}
+    moved = row_of("fable", "claude-fable-5-2")
+    catalog.add_report(NEW_CLI, "claude-fable-5-1", ocp.offered_models([sonnet, moved, own]))
+    assert catalog.models.find("fable").id == "claude-fable-5-2"
+
+
+def test_another_claude_is_not_believed_what_the_last_one_said() -> None:
+    catalog = ocp.ModelCatalog(MODELS)
+    catalog.add_report(NEW_CLI, "", ocp.offered_models([row_of("opus", "claude-opus-5")]))
+    assert catalog.models.find("opus").id == "claude-opus-5"
+
+    catalog.set_version(OLD)
+    assert catalog.models.find("opus").id == "claude-opus-4-8"
+    catalog.add_report(NEW_CLI, "", ocp.offered_models([row_of("opus", "claude-opus-5")]))
+    assert catalog.models.find("opus").id == "claude-opus-4-8"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [None, {}, "x", [None, 1, "x", []], [{}], [{"value": "opus"}], [row_of("opus", "gpt-4")],
+     [row_of("opus", "../x")], [{"value": "opus", "resolvedModel": 7}]],
+    ids=str,
+)
+def test_what_claude_lists_in_another_form_is_left_out(rows: Any) -> None:
+    assert ocp.offered_models(rows) == ()
+
+
+def test_odd_fields_of_a_listed_model_are_left_out() -> None:
+    (found,) = ocp.offered_models([row_of(
+        "opus", "claude-opus-5-5", supportedEffortLevels="low", supportsThinkingOff="no")])
+
+    assert found == ocp.OfferedModel("opus", "claude-opus-5-5", (), None)
 
 
 # -- the file -----------------------------------------------------------------
@@ -267,7 +587,10 @@ def test_a_file_that_cannot_be_used_stops_the_start(tmp_path: Path, text: str) -
 @pytest.mark.parametrize(
     "change",
     [{"efforts": ["low", "ultra"]}, {"efforts": "low"}, {"thinking": "deep"}, {"maxTokens": "many"},
-     {"sampling": "no"}, {"id": 7}, {"contextWindow": 1.5}, {"reasoning": 1}],
+     {"sampling": "no"}, {"id": 7}, {"contextWindow": 1.5}, {"reasoning": 1},
+     {"thinkingOff": "sometimes"}, {"defaultEffort": "ultra"}, {"firstCli": "new"}, {"prices": {}},
+     {"thinkingOffMaxEffort": "none"}, {"forcedTools": None},
+     {"prices": {**ocp.BUILTIN_MODELS["models"][0]["prices"], "input": "4"}}],
     ids=str,
 )
 def test_a_model_of_the_file_with_a_wrong_value_stops_the_start(
@@ -282,7 +605,8 @@ def test_a_model_of_the_file_with_a_wrong_value_stops_the_start(
 
 
 @pytest.mark.parametrize(
-    ("count", "aliases"), [(1, {"opus": "claude-gone"}), (0, {})], ids=["a dangling alias", "empty"]
+    ("count", "aliases"), [(1, {"opus": "claude-gone"}), (1, {"a": "b", "b": "a"}), (0, {})],
+    ids=["a dangling alias", "a circle of aliases", "empty"],
 )
 def test_a_file_without_what_it_names_stops_the_start(
     tmp_path: Path, count: int, aliases: dict[str, str]
@@ -344,7 +668,7 @@ REFUSALS: dict[str, Callable[[Any, Any], bool]] = {
         options.thinking_tokens is not None and 0 < options.thinking_tokens < 1_024
     ),
     "a budget that leaves no room for an answer": lambda model, options: (
-        (options.thinking_tokens or 0) >= (options.max_tokens or model.max_tokens)
+        (options.thinking_tokens or 0) >= (options.max_tokens or model.default_max_tokens)
     ),
     "a level of effort that the model does not know": lambda model, options: (
         options.effort is not None and options.effort not in model.efforts
@@ -428,7 +752,7 @@ def test_a_temperature_of_one_goes_with_thinking(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("model", "sent"),
-    [("claude-sonnet-4-6", {"top_p": 0.97}), ("haiku", {}), ("opus", {})],
+    [("claude-sonnet-4-6", {"top_p": 0.97}), ("claude-haiku-4-5", {}), ("opus", {})],
 )
 def test_a_high_top_p_goes_with_thinking_where_there_is_some(
     model: str, sent: dict[str, float]

@@ -61,7 +61,8 @@ def refusal(given: object = "Hello", **fields: object) -> Any:
 
 
 def test_a_request_becomes_a_turn() -> None:
-    found = turn(model="haiku", instructions="Be brief.", max_output_tokens=64, temperature=0.5,
+    found = turn(model="claude-haiku-4-5", instructions="Be brief.",
+                 max_output_tokens=64, temperature=0.5,
                  stream=True)
 
     assert (found.model.id, found.system) == ("claude-haiku-4-5-20251001", "Be brief.")
@@ -178,7 +179,7 @@ def test_a_response_repeats_its_request() -> None:
     echo = turn(model="opus", instructions="Be brief.", tools=TOOLS, tool_choice="none",
                 metadata={"a": "b"}, top_p=0.5, parallel_tool_calls=False).reply_format.echo
 
-    assert (echo["object"], echo["model"]) == ("response", "opus")
+    assert (echo["object"], echo["model"]) == ("response", "claude-opus-5-5")
     assert (echo["instructions"], echo["tools"]) == ("Be brief.", TOOLS)
     assert (echo["tool_choice"], echo["parallel_tool_calls"]) == ("none", False)
     assert (echo["metadata"], echo["top_p"], echo["temperature"]) == ({"a": "b"}, 0.5, None)

@@ -293,16 +293,16 @@ def test_the_list_tells_about_sessions_and_nothing_of_what_was_said(
     put(sessions, "s1", "secret", "secret", "secret")
 
     assert sessions.all(TTL_S) == [
-        {"id": "s1", "caller": "local", "model": "claude-sonnet-5", "messages": 3,
+        {"id": "s1", "caller": "local", "model": "claude-sonnet-5-5", "messages": 3,
          "created": "2023-11-14T22:13:20.000Z", "lastUsed": "2023-11-14T22:15:20.000Z"},
-        {"id": "s2", "caller": "shared", "model": "claude-sonnet-5", "messages": 1,
+        {"id": "s2", "caller": "shared", "model": "claude-sonnet-5-5", "messages": 1,
          "created": "2023-11-14T22:14:20.000Z", "lastUsed": "2023-11-14T22:14:20.000Z"},
     ]
 
 
 def test_the_model_of_the_last_message_is_told(sessions: Any) -> None:
     sessions.put("local", turn("s1"), SAID, TTL_S)
-    sessions.put("local", turn("s1", model="haiku"), SAID, TTL_S)
+    sessions.put("local", turn("s1", model="claude-haiku-4-5"), SAID, TTL_S)
 
     assert sessions.all(TTL_S)[0]["model"] == "claude-haiku-4-5-20251001"
 

@@ -149,8 +149,21 @@ def test_any_other_choice_is_refused_and_the_choices_are_named(name: str) -> Non
 @pytest.mark.parametrize("name", FREE_TEXTS)
 def test_a_text_is_taken_without_the_white_space_around_it(name: str) -> None:
     others = {"OCP_TLS_CERT": "/cert.pem", "OCP_TLS_KEY": "/key.pem"} if "TLS" in name else {}
+    text = "some=text" if name == "OCP_MODEL_ALIASES" else "some text"
 
-    assert value_of({**others, name: "  some text\n"}, name) == "some text"
+    assert value_of({**others, name: f"  {text}\n"}, name) == text
+
+
+@pytest.mark.parametrize("text", ["gpt-4o", "gpt-4o=", "=sonnet", "a=b=c", "a=b,c"])
+def test_an_alias_has_a_name_and_a_model(text: str) -> None:
+    [line] = complaints({"OCP_MODEL_ALIASES": text})
+
+    assert line.startswith("OCP_MODEL_ALIASES takes entries such as")
+
+
+def test_aliases_are_read_without_regard_to_case_and_spaces() -> None:
+    assert ocp.parse_aliases("GPT-4o = Sonnet:Low , fast=haiku") == {
+        "gpt-4o": "sonnet:low", "fast": "haiku"}
 
 
 def test_a_variable_that_is_no_setting_is_none_of_our_business() -> None:
