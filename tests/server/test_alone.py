@@ -447,7 +447,7 @@ def test_whoever_opens_the_server_to_all_is_warned(alone: Alone) -> None:
 
 
 def test_a_models_file_beside_the_script_is_used(alone: Alone) -> None:
-    text = (REPO / "models.json").read_text().replace("Claude Opus 5", "Claude Opus Five")
+    text = (REPO / "models.json").read_text().replace("Claude Opus 5.5", "Claude Opus Five")
     (alone.script.parent / "models.json").write_text(text)
 
     with alone.serving("--demo") as demo:
