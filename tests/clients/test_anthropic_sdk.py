@@ -124,7 +124,7 @@ def test_models_may_be_listed(client: Any) -> None:
     assert found.created_at.year == 2025
     told = found.model_dump()
     assert (told["max_input_tokens"], told["max_tokens"], told["lifecycle"]) == (
-        200_000, 32_000, "active")
+        200_000, 128_000, "active")
 
 
 # ---------------------------------------------------------------------------
