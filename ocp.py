@@ -1090,6 +1090,22 @@ def _window_line(name: str, window: Json, style: Style) -> str:
     return line.rstrip()
 
 
+def _extra_usage_words(extra: Json) -> str:
+    """Return whether extra usage is on, whether answers are billed as such, and how much is spent
+    of its limit."""
+    status, reason = extra.get("status"), extra.get("disabledReason")
+    if status is None and extra.get("enabled") is not None:
+        status = "allowed" if extra["enabled"] else "rejected"
+    words = {"allowed": "on", "rejected": "off", None: "not known yet"}.get(status, status)
+    parts = ["answers are billed as extra usage" if extra.get("inUse") else clean(words)]
+    if extra.get("used") is not None:
+        limit = extra.get("limit")
+        of_limit = f" of {limit:.2f}" if limit is not None else ""
+        currency = clean(extra.get("currency") or "")
+        parts.append(f"{extra['used']:.2f}{of_limit} {currency}".rstrip() + " used")
+    return ", ".join(parts) + (f" ({clean(reason)})" if reason else "")
+
+
 def show_plan(plan: Json, style: Style) -> str:
     """Return the limits of the plan."""
     plan = plan if isinstance(plan, dict) else {}
@@ -1100,10 +1116,7 @@ def show_plan(plan: Json, style: Style) -> str:
     lines.append(_window_line("Weekly (all models)", weekly.get("allModels"), style))
     for name in sorted(set(weekly) - {"allModels"}):
         lines.append(_window_line(f"Weekly ({clean(name)})", weekly[name], style))
-    status, reason = extra.get("status"), extra.get("disabledReason")
-    words = {"allowed": "on", "rejected": "off", None: "not known yet"}.get(status, status)
-    because = f" ({clean(reason)})" if reason else ""
-    lines.append(f"  {'Extra usage':<20} {clean(words)}{because}")
+    lines.append(f"  {'Extra usage':<20} {_extra_usage_words(extra)}")
     return "\n".join(lines)
 
 
@@ -1241,7 +1254,7 @@ def show_health(answer: Json, style: Style) -> str:
     """Return what the server says about itself to everybody."""
     auth, stats = answer.get("auth") or {}, answer.get("stats") or {}
     login = {True: "works", False: "refused", None: "not known before the first answer"}
-    load = answer.get("concurrency") or {}
+    load, extra_usage = answer.get("concurrency") or {}, answer.get("extraUsage")
     spares = [f"{model} {count}" for model, count in (answer.get("spares") or {}).items()]
     rows = [
         ("version", answer.get("version")),
@@ -1254,6 +1267,7 @@ def show_health(answer: Json, style: Style) -> str:
                     f"{short_number(load.get('maxConcurrent'))}, "
                     f"{short_number(load.get('queued'))} waiting"),
         ("spare processes", ", ".join(spares) or "none"), ("parked", answer.get("parked")),
+        ("extra usage", extra_usage if extra_usage != "none" else None),
         ("what to do", answer.get("fix")),
     ]
     return f"OCP is {_state_word(answer.get('status'), style)}\n" + field_list(rows)
@@ -2468,6 +2482,17 @@ def _check_service(facts: Facts) -> Finding:
     return Finding("PASS", f"OCP {health['version']} answers at {facts.url}")
 
 
+def _check_extra_usage(facts: Facts) -> Finding:
+    if not facts.health:
+        raise Unknown("the server does not run")
+    state = facts.health.get("extraUsage")
+    if state == "stopped":
+        return Finding("WARN", f"new requests are refused: {facts.health.get('fix') or ''}")
+    if state == "billed":
+        return Finding("WARN", "the plan is used up, and answers are billed as extra usage")
+    return Finding("PASS", "no answer is billed as extra usage, as far as claude has told")
+
+
 def _check_login(facts: Facts) -> Finding:
     if not facts.health:
         raise Unknown("the server does not run")
@@ -2548,6 +2573,13 @@ def _fix_database(facts: Facts) -> Fix:
     return Fix("fix_database", (str(facts.health.get("storageFix") or restore),))
 
 
+def _fix_extra_usage(facts: Facts) -> Fix:
+    if facts.health.get("extraUsage") == "stopped":
+        allow = "to go on: `ocp settings extraUsage allow`"
+        return Fix("extra_usage", ("wait until the plan's limit resets: see `ocp usage`", allow))
+    return Fix("extra_usage", ("to stop at the plan's limit: `ocp settings extraUsage stop`",))
+
+
 def _fix_login(facts: Facts) -> Fix:
     if (facts.health.get("auth") or {}).get("ok") is not False:
         return Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",))
@@ -2606,6 +2638,8 @@ CHECKS = (
           _check_unit, _fix_unit),
     Check("service_running", "Whether an OCP server answers", _check_service, _fix_service),
     Check("oauth_ok", "What the last answer told about the login", _check_login, _fix_login),
+    Check("extra_usage", "Whether answers are billed as extra usage, beyond the plan",
+          _check_extra_usage, _fix_extra_usage),
     Check("service_version_matches_tree", "Whether the installed version is the one that runs",
           _check_served_version, _fix_version),
     Check("linger", "Whether a service of a user outlives the login (systemd)", _check_linger,

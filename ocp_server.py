@@ -506,6 +506,12 @@ class Config:
     system_prompt: str = setting(
         "", "CLAUDE_SYSTEM_PROMPT", "text appended to the system prompt of every request"
     )
+    extra_usage: str = setting(
+        "allow", "OCP_EXTRA_USAGE",
+        "once the plan is used up and claude's answers are billed as extra usage: `allow` = go on, "
+        "`stop` = refuse new requests until the plan's window resets",
+        choices=("allow", "stop"), live="extraUsage",
+    )
     max_retries: int = setting(
         2, "CLAUDE_MAX_RETRIES", "how often claude itself retries a failed API call",
         minimum=0, maximum=10,
@@ -1054,6 +1060,11 @@ class PlanLimit(OcpError):
     """A limit of the plan is used up, until it resets."""
     status, openai_type, anthropic_type = 429, "insufficient_quota", _RATE_LIMIT
     code, retryable = "insufficient_quota", False
+
+
+class ExtraUsageStopped(PlanLimit):
+    """The answer would be billed as extra usage, which the operator does not want."""
+    rejected_before_work = True
 
 
 class HeadTooLarge(OcpError):
@@ -9024,6 +9035,17 @@ class PlanWindow(NamedTuple):
     observed_s: float | None = None
 
 
+class ExtraUsageBudget(NamedTuple):
+    """The extra usage of the billing period, in units of the currency. None = unknown, or no
+    limit."""
+
+    is_enabled: bool | None = None
+    used: float | None = None
+    limit: float | None = None
+    utilization: float | None = None
+    currency: str | None = None
+
+
 class PlanReport(NamedTuple):
     """The state of the plan as claude reports it at one time. Each part can be unknown."""
 
@@ -9036,13 +9058,29 @@ class PlanReport(NamedTuple):
     overage_status: str | None = None
     overage_reason: str | None = None
     subscription: str | None = None
+    #: Whether answers are billed as extra usage. The status is "rejected" then too.
+    is_overage: bool | None = None
+    overage_resets_at_s: float | None = None
+    #: Whether usage is refused for a reason that no reset ends.
+    is_final: bool = False
+    budget: ExtraUsageBudget | None = None
 
     @property
     def is_limit_reached(self) -> bool:
         """Return whether a limit of the plan is reached. A plain 429 is "rejected" too, but is no
         limit of the plan and names no window."""
         names_window = self.claim is not None or self.resets_at_s is not None
-        return self.status == "rejected" and names_window
+        is_reached = self.status == "rejected" and names_window and not self.is_overage
+        return is_reached or self.is_final
+
+    @property
+    def blocked_until_s(self) -> float | None:
+        """Return when a limit that is reached ends: at the reset of the window or of the extra
+        usage, whichever is earlier. None = never by itself, unknown, or no limit is reached."""
+        resets = [self.resets_at_s, self.overage_resets_at_s]
+        known = [reset_s for reset_s in resets if reset_s is not None]
+        is_known = bool(known) and self.is_limit_reached and not self.is_final
+        return min(known) if is_known else None
 
 
 def _text_field(found: Json, name: str) -> str | None:
@@ -9068,6 +9106,52 @@ def _share_field(found: Json, whole: float) -> float | None:
     return round(value / whole, 4) if 0 <= value <= 10 * whole else None
 
 
+#: Currencies that have no minor unit.
+_WHOLE_CURRENCIES = ("CLP", "ISK", "JPY", "KRW", "VND")
+#: The largest plausible amount, in minor units.
+_LARGEST_AMOUNT = 10**12
+
+
+def _amount_field(found: Json, name: str, currency: str | None) -> float | None:
+    """Return an amount in units of its currency. The field holds minor units, such as cents."""
+    value = found.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    units = 1 if currency in _WHOLE_CURRENCIES else 100
+    return round(value / units, 2) if 0 <= value <= _LARGEST_AMOUNT else None
+
+
+def _budget_field(limits: Json) -> ExtraUsageBudget | None:
+    found = limits.get("extra_usage")
+    if not isinstance(found, dict):
+        return None
+    currency = (_text_field(found, "currency") or "").upper()
+    known = currency if re.fullmatch("[A-Z]{3}", currency) else None
+    return ExtraUsageBudget(
+        found.get("is_enabled") is True, _amount_field(found, "used_credits", known),
+        _amount_field(found, "monthly_limit", known), _share_field(found, 100), known,
+    )
+
+
+#: The most windows of single models that are kept of one report.
+_MAX_MODEL_WINDOWS = 16
+
+
+def _model_windows(limits: Json) -> dict[str, PlanWindow]:
+    """Return the weekly windows of single models, named like those of Opus and Sonnet, which have
+    fields of their own: seven_day_opus."""
+    rows = limits.get("model_scoped")
+    windows = {}
+    for row in map(_object, rows[:_MAX_MODEL_WINDOWS] if isinstance(rows, list) else []):
+        label = (_text_field(row, "display_name") or "").lower()
+        name = re.sub("[^a-z0-9]+", "_", label[:40]).strip("_")
+        if name:
+            windows[f"seven_day_{name}"] = PlanWindow(
+                _share_field(row, 100), _reset_field(row, "resets_at")
+            )
+    return windows
+
+
 def plan_event(line: Json) -> PlanReport | None:
     """Return the plan's state from a rate_limit_event; None for other lines. An event that names no
     window, such as that of a plain 429, reports a status and no windows."""
@@ -9090,6 +9174,11 @@ def plan_event(line: Json) -> PlanReport | None:
     return PlanReport(
         windows, status, claim, resets_at_s,
         _text_field(found, "overageStatus"), _text_field(found, "overageDisabledReason"),
+        is_overage=found.get("isUsingOverage") is True or found.get("overageInUse") is True,
+        overage_resets_at_s=_reset_field(found, "overageResetsAt"),
+        is_final=(
+            found.get("dailyCapPaused") is True or found.get("errorCode") == "credits_required"
+        ),
     )
 
 
@@ -9097,12 +9186,16 @@ def plan_report(reply: Json) -> PlanReport:
     """Return the plan's state from the reply to get_usage. It is empty for a login by a bare
     token."""
     found = _object(_object(reply.get("response")).get("response"))
+    limits = _object(found.get("rate_limits"))
     windows = {
         name: PlanWindow(_share_field(entry, 100), _reset_field(entry, "resets_at"))
-        for name, entry in _object(found.get("rate_limits")).items()
+        for name, entry in limits.items()
         if isinstance(entry, dict) and "resets_at" in entry
     }
-    return PlanReport(windows, subscription=_text_field(found, "subscription_type"))
+    return PlanReport(
+        {**windows, **_model_windows(limits)}, budget=_budget_field(limits),
+        subscription=_text_field(found, "subscription_type"),
+    )
 
 
 class ReportedFailure(NamedTuple):
@@ -9137,6 +9230,8 @@ _ACCOUNT_FAILURES: tuple[tuple[re.Pattern[str], type[OcpError]], ...] = (
     (
         re.compile(
             r"out of (?:extra )?usage|(?:usage )?credits? (?:are |is )?required|credits_required"
+            r"|(?:requires?|needs?|runs on|add funds to continue with) usage credits"
+            r"|usage credits are (?:off|turned off|disabled)|usage is paused"
             r"|extra usage is required|credit balance is too low|spend(?:ing)?[ _]limit",
             re.IGNORECASE,
         ),
@@ -9144,13 +9239,18 @@ _ACCOUNT_FAILURES: tuple[tuple[re.Pattern[str], type[OcpError]], ...] = (
     ),
     (
         re.compile(
-            r"(?:organi[sz]ation|account|workspace) (?:has been|is|was) "
+            r"(?:organi[sz]ation|account|workspace)(?: has been| is| was|:)? "
             r"(?:disabled|suspended|deactivated|banned|on hold)"
             r"|disabled organi[sz]ation|account_on_hold|verification_required",
             re.IGNORECASE,
         ),
         UpstreamForbidden,
     ),
+)
+#: Vaguer patterns, for failures of which neither the status nor the kind tells the class.
+_LIKELY_ACCOUNT_FAILURES: tuple[tuple[re.Pattern[str], type[OcpError]], ...] = (
+    (re.compile(r"\bcredits?\b", re.IGNORECASE), PlanLimit),
+    (re.compile(r"\bon hold\b", re.IGNORECASE), UpstreamForbidden),
 )
 #: The statuses with which those patterns apply; None means no status.
 _ACCOUNT_STATUSES = (None, 400, 402, 403, 429)
@@ -9167,10 +9267,18 @@ _CLI_PROSE = re.compile(
     r"^(?:Failed to authenticate\. )?(?:API Error: )?(?:\d{3} )?"
     r"|\.? This is a server-side issue.*$|\.? Run --model to pick.*$"
 )
+#: What claude puts before a 429 that comes without a window, a spend limit too.
+_NOT_YOUR_LIMIT = re.compile(r"^Server is temporarily limiting requests \([^)]*\)\W*")
 #: A revoked login comes as a 403.
 _LOGIN_REVOKED = re.compile(r"token.*(?:revoked|expired)", re.IGNORECASE)
 _RATE_LIMIT_PAUSE_S = 20.0
 _OVERLOAD_PAUSE_S = 10.0
+
+
+def reset_sentence(resets_at_s: float) -> str:
+    """Return when a limit resets, for clients that show only the message of an error."""
+    resets = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(resets_at_s))
+    return f"The limit resets at {resets}."
 
 
 def upstream_error(
@@ -9187,17 +9295,17 @@ def upstream_error(
     message = redact_paths(redact(_CLI_PROSE.sub("", one_line(failure.text, 1000))))
     message = message or "claude reported a failure and gave no reason."
     if failure.status in _ACCOUNT_STATUSES:
-        for pattern, account_error in _ACCOUNT_FAILURES:
+        likely = _LIKELY_ACCOUNT_FAILURES if error_class is UpstreamFailed else ()
+        for pattern, account_error in (*likely, *_ACCOUNT_FAILURES):
             error_class = account_error if pattern.search(message) else error_class
     if error_class is RateLimited and plan is not None and plan.is_limit_reached:
         error_class = PlanLimit
     if error_class is PlanLimit:
-        resets_at_s = plan.resets_at_s if plan else None
+        message = _NOT_YOUR_LIMIT.sub("", message) or message
+        resets_at_s = plan.blocked_until_s if plan else None
         if resets_at_s is None:
             return PlanLimit(message)
-        # Some clients show only the message.
-        resets = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(resets_at_s))
-        message = f"{message.rstrip('.')}. The limit resets at {resets}."
+        message = f"{message.rstrip('.')}. {reset_sentence(resets_at_s)}"
         return PlanLimit(message, retry_after_s=resets_at_s - now_s)
     if error_class is UpstreamForbidden and _LOGIN_REVOKED.search(message):
         error_class = LoginLost
@@ -11033,7 +11141,7 @@ class ClaudeProcess:
             # The answer to `initialize` lists the models of the account.
             self._on_report({"models": offered, "version": self.version, "model": self.model_id})
         if has_news and self._on_report is not None:
-            self._on_report(line)
+            self._on_report({**line, "model": self.model_id})
 
     # -- idling and ending --------------------------------------------------------------------
 
@@ -11692,12 +11800,17 @@ class ProcessPool:
 
     # -- housekeeping, in one thread --------------------------------------------------------------
 
-    def tend(self, config: Config) -> None:
-        """Drain the pipes of parked processes, stop what `plan_pool` returns, and reap."""
-        now_s = self._clock()
+    def drain_parked(self) -> None:
+        """Read what parked processes have printed since their answers."""
         with self._lock:
             for pooled in self._in(ProcessState.PARKED):
                 pooled.process.drain_output()
+
+    def tend(self, config: Config) -> None:
+        """Drain the pipes of parked processes, stop what `plan_pool` returns, and reap."""
+        now_s = self._clock()
+        self.drain_parked()
+        with self._lock:
             for pooled in self._in(ProcessState.SPARE):
                 if now_s - pooled.since_s < _YOUNG_S and not pooled.process.alive():
                     self._refills_from_s = now_s + _FAILURE_PAUSE_S
@@ -12214,6 +12327,59 @@ _PLAN_QUERY_INTERVAL_S = 60.0
 PLAN_QUERY_TIMEOUT_S = 8.0
 
 
+#: How long a used-up window of which no reset is known counts as used up.
+_UNKNOWN_RESET_S = 5 * 3600.0
+
+
+class BilledWindow(NamedTuple):
+    """A window of the plan that is used up, while answers go on as extra usage."""
+
+    resets_at_s: float
+    #: The model whose answers are billed; None = every model.
+    model_id: str | None
+
+
+class BilledWindows:
+    """The windows for which claude has said that answers are billed as extra usage."""
+
+    def __init__(self) -> None:
+        # Guards the next field.
+        self._lock = threading.Lock()
+        self._windows: dict[str, BilledWindow] = {}
+
+    def record(self, report: PlanReport, model_id: str | None, now_s: float) -> None:
+        """Record a report that came with an answer of this model. One that names no window says
+        nothing about the end of extra usage."""
+        claim = report.claim or "unknown"
+        is_of_model = claim.startswith("seven_day_") and claim != "seven_day_oauth_apps"
+        with self._lock:
+            if report.is_overage:
+                resets_at_s = report.resets_at_s or now_s + _UNKNOWN_RESET_S
+                self._windows[claim] = BilledWindow(
+                    resets_at_s, model_id if is_of_model else None
+                )
+            elif report.is_overage is False and report.claim is not None:
+                self._windows = {
+                    name: window for name, window in self._windows.items()
+                    if name != claim and (is_of_model or window.model_id is not None)
+                }
+
+    def find(self, model_id: str | None, now_s: float) -> tuple[str, BilledWindow] | None:
+        """Return the used-up window that applies to this model and resets last, with its name.
+        Without a model, return one that applies to every model."""
+        with self._lock:
+            found = [
+                (name, window) for name, window in self._windows.items()
+                if window.resets_at_s > now_s and window.model_id in (None, model_id)
+            ]
+        return max(found, key=lambda each: each[1].resets_at_s) if found else None
+
+    def is_any(self, now_s: float) -> bool:
+        """Return whether answers of any model are billed as extra usage."""
+        with self._lock:
+            return any(window.resets_at_s > now_s for window in self._windows.values())
+
+
 def _is_same_window(before: PlanWindow, now: PlanWindow) -> bool:
     """Compare the reset times; some reports round them to whole seconds."""
     if before.resets_at_s is None or now.resets_at_s is None:
@@ -12232,6 +12398,8 @@ class Account:
         self._login_checked_s: float | None = None
         self._windows: dict[str, PlanWindow] = {}
         self._last_report = PlanReport({})
+        self._budget = ExtraUsageBudget()
+        self._billed = BilledWindows()
         self._subscription: str | None = None
         self._windows_updated_s: float | None = None
         self._last_query_s = -math.inf
@@ -12261,13 +12429,15 @@ class Account:
 
     # -- plan ---------------------------------------------------------------------------------
 
-    def update_plan(self, report: PlanReport) -> None:
-        """Merge a report. A window that comes without utilization keeps the known one until it
-        is reset."""
+    def update_plan(self, report: PlanReport, model_id: str | None = None) -> None:
+        """Merge a report, which came with an answer of this model if any. A window that comes
+        without utilization keeps the known one until it is reset."""
         now_s = self._clock()
+        self._billed.record(report, model_id, now_s)
         with self._lock:
             if report.windows:
                 self._windows_updated_s = now_s
+            self._budget = report.budget or self._budget
             self._subscription = report.subscription or self._subscription
             for name, window in report.windows.items():
                 window = window._replace(observed_s=now_s)
@@ -12333,9 +12503,6 @@ class Account:
             name: self._window_entry(known.get(name) or past.get(name) or PlanWindow())
             for name in (*_MAIN_WINDOWS, *known)
         }
-        extra: Json = {"status": report.overage_status}
-        if report.overage_reason:
-            extra["disabledReason"] = report.overage_reason
         others = {
             name.replace("seven_day_", ""): entries[name] for name in known
             if name not in _MAIN_WINDOWS
@@ -12343,10 +12510,47 @@ class Account:
         return {
             "currentSession": entries["five_hour"],
             "weeklyLimits": {"allModels": entries["seven_day"], **others},
-            "extraUsage": extra,
+            "extraUsage": self._extra_usage(report),
             "representativeClaim": report.claim,
             "subscription": subscription,
         }
+
+    def _extra_usage(self, report: PlanReport) -> Json:
+        budget = self._budget
+        reason = {"disabledReason": report.overage_reason} if report.overage_reason else {}
+        return {
+            "status": report.overage_status,
+            **reason,
+            "inUse": self.is_billed,
+            "enabled": budget.is_enabled,
+            "used": budget.used,
+            "limit": budget.limit,
+            "currency": budget.currency,
+            "utilization": budget.utilization,
+        }
+
+    @property
+    def is_billed(self) -> bool:
+        """Return whether claude has said that answers are billed as extra usage."""
+        return self._billed.is_any(self._clock())
+
+    @property
+    def budget(self) -> ExtraUsageBudget:
+        """Return the extra usage of the billing period, as last reported."""
+        return self._budget
+
+    def check_not_billed(self, model_id: str | None) -> None:
+        """Raise ExtraUsageStopped if answers of this model are billed as extra usage; without a
+        model, if those of every model are."""
+        found = self._billed.find(model_id, self._clock())
+        if found is not None:
+            name, window = found
+            raise ExtraUsageStopped(
+                f"The plan's limit ({name}) is used up: claude's answers are billed as extra "
+                f"usage, which this server is set to stop. {reset_sentence(window.resets_at_s)} "
+                "The operator can allow extra usage: `ocp settings extraUsage allow`.",
+                retry_after_s=window.resets_at_s - self._clock(),
+            )
 
     def _window_entry(self, window: PlanWindow) -> Json:
         share, resets_s = window.utilization, window.resets_at_s
@@ -12421,6 +12625,9 @@ METRICS = (
         "ocp_plan_utilization", "gauge", "Used share of a plan window, 0 to 1, as last reported."
     ),
     Metric("ocp_plan_resets_timestamp_seconds", "gauge", "When a plan window resets."),
+    Metric("ocp_extra_usage_in_use", "gauge", "1 = answers are billed as extra usage."),
+    Metric("ocp_extra_usage_spent", "gauge", "Extra usage of the billing period, by currency."),
+    Metric("ocp_extra_usage_limit", "gauge", "Limit of the extra usage, by currency."),
     Metric("ocp_logged_in", "gauge", "1 = the login works, 0 = it was refused; absent = unknown."),
 )
 
@@ -13366,6 +13573,7 @@ class TurnRunner:
             app.check_program()
         slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
+        app.check_extra_usage(self._turn.model.argument)
         stack.callback(self._give_up)
         attempts: list[Callable[[], Attempt | None]] = [
             self._continue, self._rewind, self._rebuild, self._rebuild
@@ -14033,6 +14241,15 @@ class App:
         self._take_notices()
         self.catalog.set_version(self.program_monitor.check().version)
 
+    def check_extra_usage(self, model_id: str | None) -> None:
+        """Raise ExtraUsageStopped if an answer of this model would be billed as extra usage and the
+        operator does not want that; see Account.check_not_billed."""
+        if self.config.extra_usage == "stop":
+            # claude says it after the answer, and the next request may come at once.
+            self.pool.drain_parked()
+            self._take_notices()
+            self.account.check_not_billed(model_id)
+
     def login_lost(self) -> None:
         """Stop using processes whose login the API has refused."""
         self.account.set_login(False)
@@ -14111,7 +14328,7 @@ class App:
             if version is not None:
                 self.program.correct_version(version)
             elif news is not None:
-                self.account.update_plan(news)
+                self.account.update_plan(news, _text_field(notice, "model"))
 
     def _prune(self) -> None:
         """Delete rows of usage that are too old, once an hour."""
@@ -15445,6 +15662,19 @@ def _status(app: App) -> tuple[str, str]:
     return ("degraded", advice) if advice else ("ok", "")
 
 
+def _extra_usage(app: App) -> tuple[str, str]:
+    """Return "none", "billed" or "stopped", and what the operator should know about it."""
+    if not app.account.is_billed:
+        return "none", ""
+    if app.config.extra_usage != "stop":
+        return "billed", ""
+    try:
+        app.account.check_not_billed(None)
+    except ExtraUsageStopped as stopped:
+        return "stopped", stopped.message
+    return "stopped", "Answers of some models are stopped, because they are billed as extra usage."
+
+
 def _stats(app: App) -> Json:
     """Return the counts of requests since the start."""
     finished = app.metrics.total("ocp_requests_total")
@@ -15470,6 +15700,7 @@ def snapshot(app: App) -> Json:
     config, stats, uptime_s = app.config, _stats(app), app.clock() - app.started_s
     program, problem = app.program.last_result()
     status, fix = _status(app)
+    extra_usage, advice = _extra_usage(app)
     return {
         "status": status,
         "version": VERSION,
@@ -15487,7 +15718,9 @@ def snapshot(app: App) -> Json:
         "storageFix": app.state_folder.status[1] or None,
         "claudeBinaryOk": problem is None,
         "claudeVersion": program.version_text if program is not None else None,
-        "fix": fix or None,
+        # Whether answers are billed as extra usage: "none", "billed", or "stopped" for that reason.
+        "extraUsage": extra_usage,
+        "fix": fix or advice or None,
         "stats": stats,
         "concurrency": {
             "maxConcurrent": config.max_concurrent,
@@ -15992,6 +16225,8 @@ _CACHE_RESULTS = {"hit": "hits", "miss": "misses", "shared": "shared", "bypass":
 def _gauges(app: App) -> dict[str, dict[Labels, float]]:
     """Return the metrics whose values other objects keep."""
     now, cache, windows = snapshot(app), app.cache.stats(), app.account.windows()
+    budget = app.account.budget
+    currency = (("currency", budget.currency or ""),)
     stats, logged_in = now["stats"], now["auth"]["ok"]
     return {
         "ocp_build_info": {(("version", VERSION), ("claude", now["claudeVersion"] or "")): 1},
@@ -16016,6 +16251,9 @@ def _gauges(app: App) -> dict[str, dict[Labels, float]]:
             (("window", name),): window.resets_at_s for name, window in windows.items()
             if window.resets_at_s is not None
         },
+        "ocp_extra_usage_in_use": {(): int(app.account.is_billed)},
+        "ocp_extra_usage_spent": {} if budget.used is None else {currency: budget.used},
+        "ocp_extra_usage_limit": {} if budget.limit is None else {currency: budget.limit},
         "ocp_logged_in": {} if logged_in is None else {(): int(logged_in)},
     }
 

@@ -213,7 +213,11 @@ def plan() -> dict[str, Json]:
     """What claude tells about the plan, its times counted from now."""
     return {"rate_limits_available": True, "subscription_type": "max", "rate_limits": {
         "five_hour": {"utilization": 37, "resets_at": in_hours(2.5)},
-        "seven_day": {"utilization": 81, "resets_at": in_hours(70)}}}
+        "seven_day": {"utilization": 81, "resets_at": in_hours(70)},
+        "model_scoped": [
+            {"display_name": "Fable", "utilization": 59, "resets_at": in_hours(70)}],
+        "extra_usage": {"is_enabled": True, "used_credits": 1234, "monthly_limit": 5000,
+                        "utilization": 24.7, "currency": "USD"}}}
 
 
 ANSWER = [[{"say": "Hello."}]]
@@ -267,6 +271,9 @@ def test_the_overview_shows_state_plan_and_usage(chrome: browser.Browser, busy: 
         assert f"attic, {ocp.VERSION}" in page.text("#version")
         page.sees("37 % used", "#plan")
         page.sees("81 % used", "#plan")
+        page.sees("7 days, fable", "#plan")
+        page.sees("59 % used", "#plan")
+        page.sees("Extra usage is on. 12.34 USD used of 50.00 USD.", "#plan")
         page.sees("Resets in 2 h 2", "#plan")
         page.sees("laptop", "#shares")
         for place, words in (

@@ -65,6 +65,23 @@ FAILURES = (
         "too many requests", stub.error(429, "Number of requests has exceeded your rate limit"),
         429, "rate_limit_error", "rate_limit_exceeded", retryable=True, waits=True),
     Failure(
+        "credits for a long context",
+        stub.error(429, "Extra usage is required for long context requests."),
+        429, "insufficient_quota", "insufficient_quota", requests=1),
+    Failure(
+        "credits for a model",
+        stub.error(429, "Usage credits are required for this model.",
+                   headers={"x-should-retry": "false"}),
+        429, "insufficient_quota", "insufficient_quota", requests=1),
+    Failure(
+        "an enforced spend limit",
+        stub.error(429, "You have reached your spend limit (enforced_spend_limit_reached).",
+                   headers={"x-should-retry": "false"}),
+        429, "insufficient_quota", "insufficient_quota", requests=1),
+    Failure(
+        "an account on hold", stub.error(403, "Your account is on hold."),
+        403, "permission_error", "upstream_forbidden", requests=1),
+    Failure(
         "a failure of the API", stub.error(500, "Internal server error"),
         502, "server_error", "upstream_failed", retryable=True),
     Failure(

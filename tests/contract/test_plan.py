@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import stub_api as stub
-from plan_lines import UNKNOWN
+from plan_lines import UNKNOWN, UNKNOWN_EXTRA
 from project import load_script
 from rig import Claude, Rig, claude_pids, running_rig, wait_until
 from server import Place
@@ -87,7 +87,7 @@ def test_a_bare_token_leaves_the_rest_unknown(bare: Rig) -> None:
 
     assert plan["subscription"] is None
     assert set(plan["weeklyLimits"]) == {"allModels"}
-    assert plan["extraUsage"] == {"status": "rejected"}
+    assert plan["extraUsage"] == {**UNKNOWN_EXTRA, "status": "rejected"}
 
 
 def test_looking_at_the_plan_asked_the_api_nothing(bare: Rig) -> None:
@@ -106,6 +106,42 @@ def test_a_plan_that_is_used_up_is_told_with_its_reset(claude: Claude, tmp_path:
     assert (answer.status, (answer.error or {})["code"]) == (429, "insufficient_quota")
     assert session["status"] == "rejected"
     assert re.fullmatch("2h 0m|1h 5[4-9]m", session["resetsIn"])
+
+
+# ---------------------------------------------------------------------------
+# Extra usage
+# ---------------------------------------------------------------------------
+
+def extra_usage(rig: Rig) -> Json:
+    return rig.server.call("GET", "/health").json()["extraUsage"]
+
+
+def test_extra_usage_is_told_stopped_and_allowed(claude: Claude, tmp_path: Path) -> None:
+    with running_rig(tmp_path, claude, OCP_EXTRA_USAGE="stop") as rig:
+        rig.script(then=stub.billed("Hello."))
+        first = rig.ask()
+        wait_until(lambda: extra_usage(rig) == "stopped")
+        asked = len(rig.stub.requests)
+        refused = rig.ask("Again")
+        told = usage(rig)["plan"]
+        rig.server.call("PATCH", "/settings", {"extraUsage": "allow"})
+        allowed = rig.ask("And again")
+
+    assert (first.status, first.text, allowed.status) == (200, "Hello.", 200)
+    assert (refused.status, (refused.error or {})["code"]) == (429, "insufficient_quota")
+    assert "ocp settings extraUsage allow" in (refused.error or {})["message"]
+    assert 2_900 < int(refused.headers["Retry-After"] or 0) <= 3_000
+    assert asked == 1
+    assert (told["extraUsage"]["inUse"], told["extraUsage"]["status"]) == (True, "allowed")
+
+
+def test_a_used_up_week_of_one_model_stops_that_model_only(claude: Claude, tmp_path: Path) -> None:
+    with running_rig(tmp_path, claude, OCP_EXTRA_USAGE="stop") as rig:
+        rig.script(then=stub.billed("Hello.", claim="seven_day_opus"))
+        assert rig.ask(model="opus").status == 200
+        wait_until(lambda: extra_usage(rig) == "stopped")
+
+        assert [rig.ask("Again", model=model).status for model in ("opus", "haiku")] == [429, 200]
 
 
 # ---------------------------------------------------------------------------

@@ -14,6 +14,10 @@ OLD, NEW = LINES["2.1.197"], LINES["2.1.329"]
 #: A window of which nothing was told.
 UNKNOWN = dict.fromkeys((
     "utilization", "percent", "resetsIn", "resetsAt", "resetsAtHuman", "status", "observedAt"))
+#: Extra usage of which nothing was told.
+UNKNOWN_EXTRA: dict[str, Json] = {
+    "status": None, "inUse": False,
+    **dict.fromkeys(("enabled", "used", "limit", "currency", "utilization"))}
 
 
 def shares(report: Json) -> list[Json]:

@@ -149,6 +149,16 @@ def plan_limit(resets_in_s: float = 3600.0, **options: Any) -> Reply:
     return error(429, message, headers=headers, **options)
 
 
+def billed(answer: str, claim: str = "five_hour", resets_in_s: float = 3000.0) -> Reply:
+    """An answer that is billed as extra usage, because the plan's window `claim` is used up."""
+    headers = rate_limit_headers(five_hour=1.0, rejected=True, resets_in_s=resets_in_s)
+    prefix = "anthropic-ratelimit-unified-"
+    headers[prefix + "representative-claim"] = claim
+    headers[prefix + "overage-status"] = "allowed"
+    headers[prefix + "overage-in-use"] = "true"
+    return text(answer, headers=headers)
+
+
 def stream_error(
     after: str = "",
     type: str = "overloaded_error",

@@ -38,7 +38,7 @@ SECTION_LINES = {
     "Messages": 240, "Response items": 300, "Responses": 410, "Claude protocol": 610,
     "Claude answers": 640, "Claude program": 630, "Claude process": 630, "Gate": 160,
     "Conversations": 120, "Process pool": 380, "Sessions and responses": 180, "Cache": 250,
-    "Account": 180, "Metrics": 140, "Connections": 390, "State folder": 160, "Answering": 730,
+    "Account": 260, "Metrics": 140, "Connections": 390, "State folder": 160, "Answering": 730,
     "App": 360, "Routes": 80, "HTTP server": 780, "Dashboard": 70, "API endpoints": 320,
     "Management endpoints": 800, "Table of routes": 50, "Demo claude": 80, "Command line": 200,
 }

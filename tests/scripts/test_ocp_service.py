@@ -389,6 +389,9 @@ ILL: tuple[tuple[str, Json, str, str], ...] = (
     ("oauth_ok", {"auth": {"ok": False, "message": "log in"}}, "FAIL", "fix_oauth"),
     ("oauth_ok", {"auth": {"ok": None}}, "INFO", ""),
     ("oauth_ok", {"auth": {"ok": True}, "ownerHidden": False}, "WARN", "read_log"),
+    ("extra_usage", {"extraUsage": "none"}, "PASS", ""),
+    ("extra_usage", {"extraUsage": "billed"}, "WARN", "extra_usage"),
+    ("extra_usage", {"extraUsage": "stopped", "fix": "wait"}, "WARN", "extra_usage"),
     ("service_version_matches_tree", {"version": "0.0.9"}, "WARN", "restart"),
 )
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chat import ask
+from chat import CHAT_PATH, NO_IDLE, ask, both_ways, error_of, pieces, question, stream_chat
 from keys import MULTI, as_admin
 from plan_lines import NEW, UNKNOWN, shares
 from processes import is_gone
@@ -214,6 +215,155 @@ def test_garbage_about_the_plan_harms_no_report(tmp_path: Path) -> None:
         assert [ocp.from_json(reply.body) is not None for reply in reports] == [True, True]
         assert shares(reports[0].json()) == [None, None]
         assert server.log_entries("housekeeping_failed") == []
+
+
+# ---------------------------------------------------------------------------
+# Extra usage
+# ---------------------------------------------------------------------------
+
+#: What claude says beside an answer that is billed as extra usage.
+BILLED = {"status": "rejected", "overageStatus": "allowed", "isUsingOverage": True}
+BILLED_ANSWER = [[{"say": "Hello."}, {"finish": "end_turn", "rate_limit_info": BILLED}]]
+ANSWER = [[{"say": "Hello."}, {"finish": "end_turn"}]]
+
+
+def extra_usage(server: Server) -> Json:
+    return server.call("GET", "/health").json()["extraUsage"]
+
+
+@contextmanager
+def billed_server(folder: Path, setting: str, turns: Json = BILLED_ANSWER) -> Iterator[Server]:
+    """A server that has given an answer which was billed as extra usage."""
+    env = {**NO_IDLE, "OCP_EXTRA_USAGE": setting}
+    with running_server(folder, {"turns": turns}, env=env) as server:
+        assert ask(server).status == 200
+        assert eventually(lambda: extra_usage(server) != "none")
+        yield server
+
+
+def test_billed_answers_go_on_and_are_told(tmp_path: Path) -> None:
+    with billed_server(tmp_path, "allow") as server:
+        assert ask(server, "Again").status == 200
+
+        health, plan = server.call("GET", "/health").json(), plan_of(server)["plan"]
+        metrics = server.call("GET", "/metrics").text
+
+    assert (health["extraUsage"], health["status"], health["fix"]) == ("billed", "ok", None)
+    assert (plan["extraUsage"]["inUse"], plan["extraUsage"]["status"]) == (True, "allowed")
+    assert "\nocp_extra_usage_in_use 1\n" in metrics
+
+
+@both_ways
+def test_billed_answers_are_stopped_if_the_operator_wants_that(
+    tmp_path: Path, stream: bool
+) -> None:
+    with billed_server(tmp_path, "stop") as server:
+        asked = len(server.queries())
+        reply = ask(server, "Again", stream=stream)
+        error, health = error_of(reply), server.call("GET", "/health").json()
+
+        assert (reply.status, error["type"], error["code"]) == (
+            429, "insufficient_quota", "insufficient_quota")
+        assert "`ocp settings extraUsage allow`" in error["message"]
+        assert reply.headers["x-should-retry"] == "false"
+        assert 2_900 < int(reply.headers["Retry-After"]) <= 3_000
+        assert len(server.queries()) == asked, "claude was asked although it bills the answer"
+        assert (health["extraUsage"], health["status"]) == ("stopped", "ok")
+        assert "ocp settings extraUsage allow" in health["fix"]
+
+
+def test_the_next_request_of_a_conversation_is_stopped_too(tmp_path: Path) -> None:
+    with running_server(
+        tmp_path, {"turns": BILLED_ANSWER}, env={"OCP_EXTRA_USAGE": "stop"}
+    ) as server:
+        opening = [{"role": "user", "content": "One"}]
+        first = server.call("POST", CHAT_PATH, question(messages=opening))
+        # claude is a process of its own, and says it behind the answer.
+        time.sleep(0.2)
+        going_on = [*opening, {"role": "assistant", "content": "Hello."},
+                    {"role": "user", "content": "Two"}]
+        second = server.call("POST", CHAT_PATH, question(messages=going_on))
+
+    assert (first.status, second.status) == (200, 429)
+
+
+def test_the_operator_can_allow_extra_usage_and_stop_it_again(tmp_path: Path) -> None:
+    with billed_server(tmp_path, "stop") as server:
+        statuses = []
+        for value in ("stop", "allow", "stop", None):
+            assert server.call("PATCH", "/settings", {"extraUsage": value}).status == 200
+            statuses.append((ask(server, f"With {value}").status, extra_usage(server)))
+
+    assert statuses == [
+        (429, "stopped"), (200, "billed"), (429, "stopped"), (429, "stopped")]
+
+
+def test_answers_within_the_plan_end_the_stop(tmp_path: Path) -> None:
+    with billed_server(tmp_path, "allow") as server:
+        server.write_scenario(ANSWER)
+        assert ask(server, "Within the plan").status == 200
+        assert eventually(lambda: extra_usage(server) == "none")
+        server.call("PATCH", "/settings", {"extraUsage": "stop"})
+
+        assert ask(server, "Again").status == 200
+
+
+def test_the_stop_ends_with_the_reset_of_the_window(tmp_path: Path) -> None:
+    info = {**BILLED, "resetsAt": time.time() + 3}
+    turns = [[{"say": "Hello."}, {"finish": "end_turn", "rate_limit_info": info}]]
+    with billed_server(tmp_path, "stop", turns) as server:
+        assert ask(server, "Again").status == 429
+        server.write_scenario(ANSWER)
+
+        assert eventually(lambda: ask(server, "And again").status == 200)
+
+
+def test_an_answer_that_runs_when_the_stop_comes_is_finished(tmp_path: Path) -> None:
+    held = tmp_path / "go"
+    slow = [{"say": "One"}, {"wait_for": str(held)}, {"say": " two."}, {"finish": "end_turn"}]
+    env = {**NO_IDLE, "OCP_EXTRA_USAGE": "stop"}
+    with running_server(tmp_path / "server", {"turns": [slow]}, env=env) as server:
+        with stream_chat(server, "Slow") as running:
+            events = iter(running)
+            next(events)
+            server.write_scenario(BILLED_ANSWER)
+            assert ask(server, "Quick").status == 200
+            assert eventually(lambda: extra_usage(server) == "stopped")
+            assert ask(server, "Refused").status == 429
+            held.touch()
+
+            assert "".join(pieces(list(events))).endswith(" two.")
+
+
+def test_cached_answers_are_given_while_new_ones_are_stopped(tmp_path: Path) -> None:
+    env = {**NO_IDLE, "OCP_EXTRA_USAGE": "stop", "CLAUDE_CACHE_TTL": "60000"}
+    with running_server(tmp_path, {"turns": BILLED_ANSWER}, env=env) as server:
+        assert ask(server, "Known").status == 200
+        assert eventually(lambda: extra_usage(server) == "stopped")
+
+        assert [ask(server, text).status for text in ("Known", "New")] == [200, 429]
+
+
+def test_the_budget_and_the_weeks_of_models_are_told(tmp_path: Path) -> None:
+    usage = later(REPLY)
+    usage["rate_limits"].update(
+        extra_usage={"is_enabled": True, "monthly_limit": 5_000, "used_credits": 1_234,
+                     "utilization": 24.68, "currency": "USD"},
+        model_scoped=[{"display_name": "Fable", "utilization": 55,
+                       "resets_at": ocp.iso_time(time.time() + 3_600)}])
+    with running_server(tmp_path, {"usage": usage}) as server:
+        eventually(lambda: has_spare(server))
+
+        plan = plan_of(server)["plan"]
+        metrics = server.call("GET", "/metrics").text
+
+    assert plan["weeklyLimits"]["fable"]["percent"] == "55%"
+    assert plan["extraUsage"] == {
+        "status": None, "inUse": False, "enabled": True, "used": 12.34, "limit": 50.0,
+        "currency": "USD", "utilization": 0.2468}
+    assert 'ocp_plan_utilization{window="seven_day_fable"} 0.55' in metrics
+    assert 'ocp_extra_usage_spent{currency="USD"} 12.34' in metrics
+    assert 'ocp_extra_usage_limit{currency="USD"} 50' in metrics
 
 
 def test_usage_has_the_shape_that_clients_know(spared: Server) -> None:

@@ -35,6 +35,7 @@ CONTRACT = {
     "QueueFull": (429, "rate_limit_error", "rate_limit_exceeded", True),
     "RateLimited": (429, "rate_limit_error", "rate_limit_exceeded", True),
     "QuotaExceeded": (429, "quota_exceeded", "insufficient_quota", False),
+    "ExtraUsageStopped": (429, "insufficient_quota", "insufficient_quota", False),
     "PlanLimit": (429, "insufficient_quota", "insufficient_quota", False),
     "HeadTooLarge": (431, INVALID, None, False),
     "UpstreamFailed": (502, "server_error", "upstream_failed", True),
@@ -255,6 +256,110 @@ def test_a_reset_that_has_passed_means_soon() -> None:
     passed = ocp.PlanReport({}, "rejected", resets_at_s=NOW_S - 60)
 
     assert told("Limit", "rate_limit", 429, passed).headers()["Retry-After"] == "1"
+
+
+#: Sentences of claude about usage, credits and spend limits, with the API's status.
+LIMIT_SENTENCES = (
+    (429, "API Error: Usage credits required for 1M context \u00b7 turn on usage credits at "
+          "https://claude.ai/settings/usage"),
+    (429, "Extra usage is required for long context requests."),
+    (429, "Usage credits are required for this model."),
+    (429, "You're out of usage credits \u00b7 /usage-credits to buy more"),
+    (429, "Fable 5 requires usage credits"),
+    (429, "Usage credits are off \u00b7 /usage-credits to turn them on"),
+    (429, "Your org is out of usage \u00b7 add funds to continue"),
+    (429, "You've hit your monthly spend limit."),
+    (429, "enforced_spend_limit_reached"),
+    (429, "contract_spend_limit_reached"),
+    (429, "Usage is paused for your organization. For help, please contact support."),
+    (400, "Your credit balance is too low to access the API."),
+    (402, "Payment required"),
+)
+HOLD_SENTENCES = (
+    (403, "Failed to authenticate. API Error: 403 Your account is on hold."),
+    (403, "Your account is on hold and can't use Claude Code. View details or appeal: "
+          "https://claude.ai/restricted"),
+    (None, "OAuth account is on hold"),
+    (400, "This organization has been disabled."),
+)
+
+
+@pytest.mark.parametrize("word", ["unknown", "rate_limit", "a_word_of_next_year"])
+@pytest.mark.parametrize(("status", "text"), LIMIT_SENTENCES)
+def test_no_retry_gets_past_missing_credits(status: int | None, text: str, word: str) -> None:
+    error = told(text, word, status)
+
+    assert (type(error), error.headers()) == (ocp.PlanLimit, {"x-should-retry": "false"})
+    assert error.message in text and len(error.message) > 8
+
+
+@pytest.mark.parametrize("word", ["unknown", "authentication_failed", "a_word_of_next_year"])
+@pytest.mark.parametrize(("status", "text"), HOLD_SENTENCES)
+def test_an_account_on_hold_is_forbidden(status: int | None, text: str, word: str) -> None:
+    error = told(text, word, status)
+
+    assert (type(error), error.headers()) == (ocp.UpstreamForbidden, {"x-should-retry": "false"})
+
+
+@pytest.mark.parametrize("word", ["unknown", "", "a_word_of_next_year"])
+@pytest.mark.parametrize(("text", "kind"), [
+    ("You have no credits left.", "PlanLimit"),
+    ("Access is on hold for this workspace.", "UpstreamForbidden")])
+def test_a_failure_without_a_class_is_judged_by_its_sentence(
+    text: str, kind: str, word: str
+) -> None:
+    assert type(told(text, word)).__name__ == kind
+
+
+@pytest.mark.parametrize(("word", "kind"), [
+    ("account_on_hold", "UpstreamForbidden"), ("verification_required", "UpstreamForbidden"),
+    ("cloud_credential_error", "UpstreamForbidden"), ("billing_error", "PlanLimit")])
+@pytest.mark.parametrize("status", [None, 401, 403, 429])
+def test_words_about_the_account_are_final(word: str, kind: str, status: int | None) -> None:
+    error = told("No.", word, status)
+
+    assert (type(error).__name__, error.retryable) == (kind, False)
+
+
+@pytest.mark.parametrize("text", [
+    "tools.0.name: 'credits' is no valid name", "messages.1: nothing is on hold here"])
+def test_a_bad_request_that_only_names_such_words_stays_one(text: str) -> None:
+    assert type(told(text, "invalid_request", 400)) is ocp.BadRequest
+
+
+@pytest.mark.parametrize("status", [500, 502])
+def test_a_failure_of_the_api_that_names_credits_stays_one(status: int) -> None:
+    assert type(told("The credits service failed.", "server_error", status)) is ocp.UpstreamFailed
+
+
+def test_missing_credits_do_not_promise_the_reset_of_a_window_that_is_open() -> None:
+    allowed = ocp.PlanReport({}, "allowed", "five_hour", NOW_S + 3600)
+
+    error = told("Usage credits are required for this model.", "rate_limit", 429, allowed)
+
+    assert error.headers() == {"x-should-retry": "false"} and "resets" not in error.message
+
+
+def test_a_spend_limit_is_not_told_as_a_pause_of_the_server() -> None:
+    text = ("API Error: Server is temporarily limiting requests (not your usage limit) \u00b7 "
+            "enforced_spend_limit_reached")
+
+    assert told(text, "rate_limit", 429).message == "enforced_spend_limit_reached"
+
+
+def test_a_plain_429_during_extra_usage_is_worth_a_retry() -> None:
+    billed = ocp.PlanReport({}, "rejected", "five_hour", NOW_S + 3600, is_overage=True)
+
+    assert type(told("Too many requests", "rate_limit", 429, billed)) is ocp.RateLimited
+
+
+@pytest.mark.parametrize("status", [429, None])
+def test_paused_usage_is_final_whatever_the_sentence_says(status: int | None) -> None:
+    paused = ocp.PlanReport({}, "rejected", "five_hour", NOW_S + 3600, is_final=True)
+
+    error = told("Please wait.", "rate_limit", status, paused)
+
+    assert (type(error), error.headers()) == (ocp.PlanLimit, {"x-should-retry": "false"})
 
 
 def test_a_rate_limit_within_the_plan_is_worth_a_retry() -> None:

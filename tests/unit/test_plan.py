@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from clock import FakeClock
-from plan_lines import LINES, NEW, OLD, UNKNOWN
+from plan_lines import LINES, NEW, OLD, UNKNOWN, UNKNOWN_EXTRA
 from project import load_script
 from time_zones import zone
 
@@ -40,7 +40,7 @@ def test_the_old_claude_tells_the_reset_of_the_window_that_decides() -> None:
 
     assert news == ocp.PlanReport(
         {"five_hour": ocp.PlanWindow(None, FIVE_S, "allowed")}, "allowed", "five_hour", FIVE_S,
-        overage_status="rejected", overage_reason="org_level_disabled")
+        overage_status="rejected", overage_reason="org_level_disabled", is_overage=False)
 
 
 def test_the_new_claude_tells_all_windows() -> None:
@@ -49,7 +49,7 @@ def test_the_new_claude_tells_all_windows() -> None:
     assert news == ocp.PlanReport(
         {"five_hour": ocp.PlanWindow(0.21, FIVE_S, "allowed"),
          "seven_day": ocp.PlanWindow(0.4, WEEK_S, "allowed")}, "allowed", "five_hour", FIVE_S,
-        overage_status="rejected", overage_reason="org_level_disabled")
+        overage_status="rejected", overage_reason="org_level_disabled", is_overage=False)
 
 
 #: The name of a line, and the window that decides: its share, or where the two versions differ
@@ -107,7 +107,8 @@ def test_a_full_login_knows_every_window_and_its_name(version: str) -> None:
     assert news == ocp.PlanReport({
         "five_hour": ocp.PlanWindow(0.21, 1_795_284_000.123456, None),
         "seven_day": ocp.PlanWindow(0.4, 1_795_597_200, None),
-        "seven_day_sonnet": ocp.PlanWindow(0.03, 1_795_597_200, None)}, subscription="max")
+        "seven_day_sonnet": ocp.PlanWindow(0.03, 1_795_597_200, None)}, subscription="max",
+        budget=ocp.ExtraUsageBudget(is_enabled=False))
 
 
 @each_version
@@ -224,7 +225,7 @@ def test_at_first_everything_is_unknown(account: Any) -> None:
     assert (report["status"], report["fetchedAt"]) == (None, None)
     assert report["plan"] == {
         "currentSession": UNKNOWN, "weeklyLimits": {"allModels": UNKNOWN},
-        "extraUsage": {"status": None}, "representativeClaim": None,
+        "extraUsage": UNKNOWN_EXTRA, "representativeClaim": None,
         "subscription": None}
 
 
@@ -238,7 +239,7 @@ def test_the_new_claudes_line_fills_the_plan(account: Any) -> None:
         "observedAt": "2026-11-21T12:34:13.000Z"}
     assert (week["utilization"], week["percent"], week["resetsIn"]) == (0.4, "40%", "1d 1h")
     assert account.plan()["extraUsage"] == {
-        "status": "rejected", "disabledReason": "org_level_disabled"}
+        **UNKNOWN_EXTRA, "status": "rejected", "disabledReason": "org_level_disabled"}
     assert account.report()["status"] == "allowed"
 
 
@@ -379,6 +380,177 @@ def test_it_is_asked_once_a_minute_at_most(account: Any, clock: FakeClock) -> No
         asked.append(account.claim_plan_query())
 
     assert asked == [True, False, False, True, False, True]
+
+
+# ---------------------------------------------------------------------------
+# Extra usage
+# ---------------------------------------------------------------------------
+
+def event(**fields: Json) -> Any:
+    """The report of an event whose five-hour window decides."""
+    info = {"status": "rejected", "rateLimitType": "five_hour", "resetsAt": FIVE_S,
+            "isUsingOverage": False, **fields}
+    return ocp.plan_event({"type": "rate_limit_event", "rate_limit_info": info})
+
+
+BILLED = {"overageStatus": "allowed", "isUsingOverage": True}
+
+
+@pytest.mark.parametrize("name", ["isUsingOverage", "overageInUse"])
+def test_an_answer_that_is_billed_as_extra_usage_is_no_limit(name: str) -> None:
+    report = event(**{name: True})
+
+    assert (report.is_overage, report.is_limit_reached, report.blocked_until_s) == (
+        True, False, None)
+
+
+@pytest.mark.parametrize("value", ["true", 1, None, {}])
+def test_only_a_true_says_that_answers_are_billed(value: Json) -> None:
+    assert event(isUsingOverage=value).is_overage is False
+
+
+@pytest.mark.parametrize(("fields", "until_s"), [
+    ({}, FIVE_S), ({"overageResetsAt": FIVE_S - 60}, FIVE_S - 60),
+    ({"overageResetsAt": WEEK_S}, FIVE_S), ({"resetsAt": None, "overageResetsAt": WEEK_S}, WEEK_S),
+    ({"dailyCapPaused": True}, None), ({"errorCode": "credits_required"}, None),
+    ({"status": "allowed"}, None)])
+def test_a_limit_ends_at_the_first_reset_unless_no_reset_ends_it(
+    fields: Json, until_s: float | None
+) -> None:
+    assert event(**fields).blocked_until_s == until_s
+
+
+@pytest.mark.parametrize("fields", [{"dailyCapPaused": True}, {"errorCode": "credits_required"}])
+def test_a_pause_or_missing_credits_are_a_limit_even_without_a_window(fields: Json) -> None:
+    assert event(rateLimitType=None, resetsAt=None, **fields).is_limit_reached
+
+
+def asked(**limits: Json) -> Any:
+    """The report of an answer to get_usage."""
+    return ocp.plan_report({"response": {"response": {"rate_limits": limits}}})
+
+
+@pytest.mark.parametrize(("currency", "used", "limit", "shown"), [
+    ("USD", 1_234, 5_000, (12.34, 50.0, "USD")), ("eur", 1_234.5, None, (12.35, None, "EUR")),
+    ("JPY", 1_234, 5_000, (1_234, 5_000, "JPY")), (None, 150, 200, (1.5, 2.0, None)),
+    ("$$", "1", True, (None, None, None)), (7, -1, 10**350, (None, None, None))])
+def test_the_budget_is_told_in_units_of_its_currency(
+    account: Any, currency: Json, used: Json, limit: Json, shown: Json
+) -> None:
+    account.update_plan(asked(extra_usage={
+        "is_enabled": True, "used_credits": used, "monthly_limit": limit, "utilization": 24.7,
+        "currency": currency}))
+
+    extra = account.plan()["extraUsage"]
+    assert (extra["used"], extra["limit"], extra["currency"]) == shown
+    assert (extra["enabled"], extra["utilization"]) == (True, 0.247)
+
+
+def test_a_reply_without_a_budget_keeps_the_known_one(account: Any) -> None:
+    account.update_plan(asked(extra_usage={"is_enabled": True, "used_credits": 100}))
+
+    account.update_plan(asked(extra_usage=None))
+    account.update_plan(event())
+
+    assert account.plan()["extraUsage"]["used"] == 1.0
+
+
+def test_the_week_of_a_single_model_stands_beside_that_of_all(account: Any) -> None:
+    resets_at = ocp.iso_time(WEEK_S)
+    account.update_plan(asked(
+        seven_day={"utilization": 40, "resets_at": resets_at},
+        seven_day_opus={"utilization": 93, "resets_at": resets_at},
+        model_scoped=[{"display_name": "Fable", "utilization": 55, "resets_at": resets_at},
+                      {"display_name": "Opus 5.5 (fast)", "utilization": None, "resets_at": None},
+                      {"display_name": "--", "utilization": 1, "resets_at": None}, 7, None]))
+
+    weekly = account.plan()["weeklyLimits"]
+    assert {name: window["percent"] for name, window in weekly.items()} == {
+        "allModels": "40%", "opus": "93%", "fable": "55%", "opus_5_5_fast": None}
+
+
+@pytest.mark.parametrize("rows", [None, 7, "x", {"a": 1}, [[]], [{"display_name": 7}]])
+def test_windows_of_models_that_are_none_are_left_out(rows: Json) -> None:
+    assert asked(model_scoped=rows).windows == {}
+
+
+def test_a_reply_has_windows_of_sixteen_models_at_most() -> None:
+    rows = [{"display_name": f"m{number}", "utilization": 1} for number in range(40)]
+
+    assert len(asked(model_scoped=rows).windows) == 16
+
+
+def is_stopped(account: Any, model: str | None = "sonnet") -> bool:
+    try:
+        account.check_not_billed(model)
+    except ocp.ExtraUsageStopped:
+        return True
+    return False
+
+
+def test_billed_answers_are_told_until_the_window_resets(account: Any, clock: FakeClock) -> None:
+    account.update_plan(event(**BILLED), "sonnet")
+    before = (account.plan()["extraUsage"]["inUse"], is_stopped(account), is_stopped(account, None))
+
+    clock.now_s = FIVE_S
+
+    assert before == (True, True, True)
+    assert (account.plan()["extraUsage"]["inUse"], is_stopped(account)) == (False, False)
+
+
+def test_a_stopped_request_is_told_why_until_when_and_how_to_go_on(account: Any) -> None:
+    account.update_plan(event(**BILLED), "sonnet")
+
+    with pytest.raises(ocp.ExtraUsageStopped) as stopped:
+        account.check_not_billed("sonnet")
+
+    message = stopped.value.message
+    assert "five_hour" in message and "2026-11-21 13:24 UTC" in message
+    assert "`ocp settings extraUsage allow`" in message
+    assert stopped.value.headers() == {"Retry-After": "3000", "x-should-retry": "false"}
+
+
+def test_without_a_known_reset_billed_answers_are_told_for_five_hours(
+    account: Any, clock: FakeClock
+) -> None:
+    account.update_plan(event(rateLimitType=None, resetsAt=None, **BILLED), "sonnet")
+
+    clock.advance(5 * 3_600 - 1)
+    before = is_stopped(account)
+    clock.advance(1)
+
+    assert (before, is_stopped(account)) == (True, False)
+
+
+@pytest.mark.parametrize(("later", "still"), [
+    ({"status": "allowed"}, False), ({"status": "allowed", "rateLimitType": "seven_day"}, False),
+    ({"status": "allowed", "rateLimitType": None, "resetsAt": None}, True),
+    ({"status": "allowed", "rateLimitType": "seven_day_opus"}, True)])
+def test_a_report_of_the_plan_ends_extra_usage_and_one_of_less_does_not(
+    account: Any, later: Json, still: bool
+) -> None:
+    account.update_plan(event(**BILLED), "sonnet")
+    account.update_plan(event(**later), "sonnet")
+
+    assert is_stopped(account) == still
+
+
+def test_the_answer_to_a_question_about_usage_ends_no_extra_usage(account: Any) -> None:
+    account.update_plan(event(**BILLED), "sonnet")
+    account.update_plan(asked(five_hour={"utilization": 100, "resets_at": ocp.iso_time(FIVE_S)}))
+
+    assert is_stopped(account)
+
+
+@pytest.mark.parametrize("claim", ["seven_day_opus", "seven_day_overage_included"])
+def test_the_week_of_one_model_stops_that_model_only(account: Any, claim: str) -> None:
+    account.update_plan(event(rateLimitType=claim, **BILLED), "opus")
+    account.update_plan(event(status="allowed"), "sonnet")
+
+    assert [is_stopped(account, model) for model in ("opus", "sonnet", None)] == [
+        True, False, False]
+    account.update_plan(event(status="allowed", rateLimitType=claim), "opus")
+    assert not is_stopped(account, "opus")
 
 
 # ---------------------------------------------------------------------------
