@@ -1399,7 +1399,7 @@ BUILTIN_MODELS: Json = {
             "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
             "defaultMaxTokens": 128000, "firstCli": "2.1.293",
             "thinking": "adaptive", "thinkingOff": "disabled", "thinkingOffMaxEffort": "high",
-            "forcedTools": True, "sampling": False,
+            "cliThinkingOff": False, "forcedTools": True, "sampling": False,
             "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "medium",
             "prices": {
                 "input": 0.1, "output": 0.5, "cacheWrite5m": 0.125, "cacheWrite1h": 0.2,
@@ -1598,7 +1598,7 @@ class Model(NamedTuple):
     first_cli: tuple[int, ...] = ()
     #: Whether claude also offers it with a window of LONG_CONTEXT_TOKENS.
     long_context: bool = False
-    #: Whether claude can switch its thinking off by itself; None = claude has not said.
+    #: Whether claude can switch its thinking off by itself; None = nobody has said.
     cli_thinking_off: bool | None = None
     #: Whether it is in the list of models that clients get.
     listed: bool = True
@@ -1615,6 +1615,18 @@ class Model(NamedTuple):
     def lineage(self) -> tuple[str, tuple[int, ...]]:
         """Family and version, see lineage_of."""
         return lineage_of(self.id)
+
+    @property
+    def can_stop_thinking(self) -> bool:
+        """Whether its thinking can be switched off."""
+        return self.thinking_off != "never"
+
+    @property
+    def sent_thinking_off(self) -> str:
+        """The `thinking.type` to send for no thinking; empty where claude sends it by itself, and
+        where the model always thinks."""
+        by_claude = self.thinking_off == "disabled" and self.cli_thinking_off is not False
+        return self.thinking_off if self.can_stop_thinking and not by_claude else ""
 
 
 _THINKING = ("adaptive", "budget")
@@ -1677,6 +1689,7 @@ def _model(row: Json, *, listed: bool) -> Model:
         long_prompt_prices=_prices(long_prompt) if long_prompt else None,
         first_cli=tuple(map(int, first_cli.split("."))) if first_cli else (),
         long_context=row.get("longContext") is True,
+        cli_thinking_off=False if row.get("cliThinkingOff") is False else None,
         listed=listed,
         argument=row["id"],
     )
@@ -1693,6 +1706,19 @@ class OfferedModel(NamedTuple):
     cli_thinking_off: bool | None
 
 
+class ModelRefusal(NamedTuple):
+    """A property of a model that the API's refusal of a request has shown."""
+
+    model_id: str
+    #: A field of Model and its value.
+    field: str
+    value: Any
+
+    def applied_to(self, model: Model) -> Model:
+        """Return the model as it is after this refusal; another model is unchanged."""
+        return model._replace(**{self.field: self.value}) if model.id == self.model_id else model
+
+
 class ClaudeModels(NamedTuple):
     """The claude in use, as far as models depend on it."""
 
@@ -1700,6 +1726,7 @@ class ClaudeModels(NamedTuple):
     version: tuple[int, ...] = ()
     #: Empty until a process has reported them.
     offered: tuple[OfferedModel, ...] = ()
+    refusals: frozenset[ModelRefusal] = frozenset()
 
 
 def offered_models(rows: object) -> tuple[OfferedModel, ...]:
@@ -1840,8 +1867,10 @@ class Models:
             )
             # The file lists the newest model first, and this one is newer than the file.
             self._by_id = {offered.id: model, **self._by_id}
+        stops = offered.cli_thinking_off
         self._by_id[offered.id] = model._replace(
-            efforts=offered.efforts or model.efforts, cli_thinking_off=offered.cli_thinking_off
+            efforts=offered.efforts or model.efforts,
+            cli_thinking_off=model.cli_thinking_off if stops is None else stops,
         )
 
     def _resolve(self, alias: str) -> str:
@@ -1949,6 +1978,8 @@ class Models:
             )
         if spelling.effort:
             model = model._replace(named_effort=spelling.effort)
+        for refusal in self.claude.refusals:
+            model = refusal.applied_to(model)
         # A model that is not in models.json may have a long window.
         has_long = model.long_context or not model.known
         wants_long = spelling.wants_long_context
@@ -2006,7 +2037,7 @@ class Models:
         """Return a model that the file does not know, with the properties of the nearest one."""
         return self._nearest(*lineage_of(name))._replace(
             id=name, argument=name, display_name=name, known=False, listed=False, first_cli=(),
-            prices=None, long_prompt_tokens=0, long_prompt_prices=None, cli_thinking_off=None,
+            prices=None, long_prompt_tokens=0, long_prompt_prices=None,
         )
 
     def _nearest(self, family: str, version: tuple[int, ...]) -> Model:
@@ -2098,9 +2129,16 @@ class ModelCatalog:
             names = {each.name for each in rows}
             rows += [each for each in known.offered
                      if own in (each.name, each.id) and each.name not in names]
-            found = ClaudeModels(version, tuple(rows))
+            found = known._replace(version=version, offered=tuple(rows))
             if found != known:
                 self.models = self.models.with_claude(found)
+
+    def add_refusal(self, refusal: ModelRefusal) -> None:
+        """Record what the API refused, until another claude is in use."""
+        with self._lock:
+            known = self.models.claude
+            refusals = known.refusals | {refusal}
+            self.models = self.models.with_claude(known._replace(refusals=refusals))
 
 
 # ==== 6. Turns and events ====================================================
@@ -2361,6 +2399,8 @@ class Options(NamedTuple):
     effort: str | None = None
     #: None = the model's default, 0 = no thinking, else a budget in tokens.
     thinking_tokens: int | None = None
+    #: The API's `thinking.type` for no thinking, where claude does not send it by itself.
+    thinking_type: str = ""
     #: Whether the text of the thinking is left out of the answer.
     hides_thinking: bool = False
 
@@ -2413,7 +2453,14 @@ class Turn(NamedTuple):
         """
         if self.output_schema is not None and self.tool_choice.kind == "none":
             return (), ToolChoice()
+        if self.must_be_told_to_call:
+            return self.tools, ToolChoice(parallel=self.tool_choice.parallel)
         return self.tools, self.tool_choice
+
+    @property
+    def must_be_told_to_call(self) -> bool:
+        """Whether a tool call is forced and the API does not accept that for the model."""
+        return self.tool_choice.forces and not self.model.forced_tools
 
     def choice(self, index: int) -> Turn:
         """Return the turn for answer number `index`, counted from 0."""
@@ -5461,6 +5508,8 @@ class Thinking(NamedTuple):
     budget_tokens: int | None = None
     #: The path of the field with the budget.
     budget_field: str = "thinking.budget_tokens"
+    #: The path of the field that switches thinking off; empty = no field does.
+    off_field: str = ""
     #: Whether thinking is switched on without an effort or budget.
     enabled: bool = False
     #: Whether the answer leaves out the text of the thinking.
@@ -5488,10 +5537,14 @@ class RequestedOptions(NamedTuple):
 def _thinking_tokens(model: Model, requested: RequestedOptions) -> int | None:
     """Return the value for Options.thinking_tokens, unless sampling options rule thinking out."""
     effort, budget = requested.thinking.effort, requested.thinking.budget_tokens
-    if requested.forces_tool or effort == "none" or budget == 0 or requested.max_tokens == 0:
+    is_forced = requested.forces_tool and model.forced_tools
+    if is_forced or effort == "none" or budget == 0 or requested.max_tokens == 0:
         return 0
-    if not model.known and (requested.max_tokens or math.inf) < 2 * _MIN_BUDGET_TOKENS:
-        # An unknown model may take a budget, which would not fit.
+    is_short = requested.max_tokens and requested.max_tokens < 2 * _MIN_BUDGET_TOKENS
+    # An unknown model may take a budget, which would not fit.
+    if is_short and not (model.known and requested.thinking.is_requested):
+        return 0
+    if effort == "minimal" and model.sent_thinking_off:
         return 0
     if model.thinking == "adaptive":
         return None
@@ -5511,6 +5564,39 @@ def _thinking_tokens(model: Model, requested: RequestedOptions) -> int | None:
 _MIN_TOP_P_WITH_THINKING = 0.95
 
 
+def _sampling(
+    model: Model, requested: RequestedOptions, *, thinks: bool
+) -> tuple[dict[str, float], list[str]]:
+    """Return the sampling parameters to send, and those that are ignored."""
+    values = {
+        "temperature": requested.temperature, "top_p": requested.top_p, "top_k": requested.top_k
+    }
+    # Both temperature and top_p default to 1; sent explicitly, one would rule out the other.
+    changed = {n: v for n, v in values.items() if v is not None and (v != 1 or n == "top_k")}
+    sampling = {n: v for n, v in changed.items() if n == "top_k" or (n == "temperature" and v < 1)}
+    takes_sampling = model.sampling and model.can_stop_thinking
+    if not takes_sampling or (requested.thinking.is_requested and thinks):
+        sampling = {}
+    thinks = thinks and not sampling
+    if takes_sampling and thinks and changed.get("top_p", 0) >= _MIN_TOP_P_WITH_THINKING:
+        sampling["top_p"] = changed["top_p"]
+    return sampling, [name for name in changed if name not in sampling]
+
+
+def least_thinking(model: Model, options: Options) -> Options:
+    """Return the options with thinking switched off. A model that always thinks gets its lowest
+    effort instead, unless the options have one."""
+    effort = options.effort
+    if not model.can_stop_thinking:
+        effort = effort or nearest_effort(model, "low")
+        return options._replace(thinking_tokens=None, thinking_type="", effort=effort)
+    if effort is not None and model.thinking_off_max_effort:
+        effort = min(effort, model.thinking_off_max_effort, key=EFFORTS.index)
+    return options._replace(
+        thinking_tokens=0, thinking_type=model.sent_thinking_off, effort=effort
+    )
+
+
 def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tuple[str, ...]]:
     """Return the options that the model's API accepts, and the parameters that are ignored.
 
@@ -5520,36 +5606,30 @@ def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tup
     sampling; a temperature alone turns thinking off. An effort in the model's name counts like one
     in the request; the operator's is used where thinking is left to the model.
     """
-    if requested.thinking.effort is None and requested.thinking.budget_tokens != 0:
-        named = requested.thinking._replace(effort=model.named_effort or None)
-        requested = requested._replace(thinking=named)
-    values = {
-        "temperature": requested.temperature, "top_p": requested.top_p, "top_k": requested.top_k
-    }
-    # Both temperature and top_p default to 1; sent explicitly, one would rule out the other.
-    changed = {n: v for n, v in values.items() if v is not None and (v != 1 or n == "top_k")}
-    sampling = {n: v for n, v in changed.items() if n == "top_k" or (n == "temperature" and v < 1)}
+    wish = requested.thinking
+    if wish.effort is None and wish.budget_tokens != 0:
+        wish = wish._replace(effort=model.named_effort or None)
+        requested = requested._replace(thinking=wish)
     thinking = _thinking_tokens(model, requested)
-    if not model.sampling or (requested.thinking.is_requested and thinking != 0):
-        sampling = {}
-    if sampling:
+    sampling, ignored = _sampling(model, requested, thinks=thinking != 0)
+    if set(sampling) - {"top_p"}:
         thinking = 0
-    if model.sampling and thinking != 0 and changed.get("top_p", 0) >= _MIN_TOP_P_WITH_THINKING:
-        sampling["top_p"] = changed["top_p"]
-    ignored = [name for name in changed if name not in sampling]
-    budget = requested.thinking.budget_tokens
-    if budget and thinking != budget:
-        ignored.append(requested.thinking.budget_field)
-    effort = requested.thinking.effort or (model.operator_effort if thinking != 0 else "")
+    if wish.budget_tokens and thinking != wish.budget_tokens:
+        ignored.append(wish.budget_field)
+    effort = wish.effort or (model.operator_effort if thinking != 0 else "")
     options = Options(
         max_tokens=requested.max_tokens,
         stop_sequences=requested.stop_sequences,
         sampling=tuple(sorted(sampling.items())),
         effort=None if effort in ("", "none") else nearest_effort(model, effort),
         thinking_tokens=thinking,
-        hides_thinking=requested.thinking.hidden,
+        hides_thinking=wish.hidden,
     )
-    return options, tuple(ignored)
+    if thinking != 0:
+        return options, tuple(ignored)
+    if wish.off_field and not model.can_stop_thinking:
+        ignored.append(wish.off_field)
+    return least_thinking(model, options), tuple(ignored)
 
 
 _MAX_STOP_SEQUENCES = 256
@@ -5584,38 +5664,47 @@ _THINKING_TYPES = {
 }
 
 
+def _first_set(values: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the path and the value of the first field that says something."""
+    return next(((field, value) for field, value in values.items() if value), ("", None))
+
+
 def openai_thinking(fields: Fields) -> Thinking:
     """Return the thinking that an OpenAI client requests, from OpenAI's own fields, OpenRouter's
     `reasoning`, or Anthropic's `thinking` and `output_config`."""
     reasoning, thinking, output = (
         fields.settings(name, foreign=True) for name in ("reasoning", "thinking", "output_config")
     )
-    efforts = [
-        _effort(fields, "reasoning_effort"), _effort(reasoning, "effort"), _effort(output, "effort")
-    ]
+    efforts = {
+        each.path_of(name): _effort(each, name)
+        for each, name in (
+            (fields, "reasoning_effort"), (reasoning, "effort"), (output, "effort")
+        )
+    }
     kind = (thinking.text("type") or "").lower()
     if kind not in ("", *_THINKING_TYPES):
         thinking.mark_ignored("type")
-    switches = [
-        each.flag("enabled") if each.has("enabled") else None for each in (reasoning, thinking)
-    ]
-    switches.append(_THINKING_TYPES.get(kind))
-    off = False in switches
+    switches = {
+        each.path_of("enabled"): each.flag("enabled") if each.has("enabled") else None
+        for each in (reasoning, thinking)
+    }
+    switches[thinking.path_of("type")] = _THINKING_TYPES.get(kind)
+    off = next((field for field, is_on in switches.items() if is_on is False), "")
     budgets = {
         each.path_of(name): each.token_limit(name)
         for each, name in ((reasoning, "max_tokens"), (thinking, "budget_tokens"))
     }
-    field, budget = next(
-        ((field, budget) for field, budget in budgets.items() if budget), ("", None)
-    )
+    budget_field, budget = _first_set(budgets)
     # Mark it as read: Responses request a summary with it, and chat always shows the thinking.
     reasoning.value("summary")
     hidden = [reasoning.flag("exclude"), thinking.text("display") == "omitted"]
+    effort_field, effort = _first_set({**efforts, off: "none" if off else None})
     return Thinking(
-        effort=next((each for each in efforts if each), "none" if off else None),
+        effort=effort,
         budget_tokens=budget,
-        budget_field=field,
-        enabled=not off and True in switches,
+        budget_field=budget_field,
+        off_field=effort_field if effort == "none" else "",
+        enabled=not off and True in switches.values(),
         hidden=any(hidden),
     )
 
@@ -7729,7 +7818,7 @@ class MessagesDialect(Dialect):
         # "between_tools" turns thinking before the answer off in the newest models.
         if kind not in ("disabled", "between_tools"):
             raise thinking.invalid("type", "enabled, adaptive, between_tools or disabled")
-        return Thinking(effort, 0)
+        return Thinking(effort, 0, off_field=fields.path_of("thinking") if is_set else "")
 
     def _tools(self, context: ParseContext) -> tuple[tuple[Tool, ...], ToolChoice]:
         """Return the client's own tools; those that Anthropic defines are recorded as ignored."""
@@ -8910,6 +8999,8 @@ def settings_lines(
     choice_body = _tool_choice_body(choice)
     if choice_body is not None:
         extra["tool_choice"] = choice_body
+    if options.thinking_type:
+        extra["thinking"] = {"type": options.thinking_type}
     env: dict[str, str] = {}
     if options.max_tokens is not None:
         env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(max(1, options.max_tokens))
@@ -8940,6 +9031,57 @@ def _rebuild_options(turn: Turn) -> Options:
     return turn.options
 
 
+def _told_call(turn: Turn) -> str:
+    """Return what the model is told in place of a forced tool call; empty if none is needed."""
+    if not turn.must_be_told_to_call:
+        return ""
+    name = turn.tool_choice.name
+    tool = f"the tool {wire_name(name)}" if name else "one of the tools"
+    return f"Call {tool} before anything else, and write nothing before the call."
+
+
+def with_reminder(turn: Turn) -> Turn:
+    """Return the turn whose last message tells once more to call a tool."""
+    *earlier, last = turn.messages
+    reminder = text_blocks("Your answer must begin with a tool call. " + _told_call(turn))
+    return turn._replace(messages=[*earlier, Message(last.role, [*last.content, *reminder])])
+
+
+#: What the API refuses for one model and accepts for others, by its words: the field of Model that
+#: says so, the value that it has, and the pattern. The first one that fits wins: the API may name
+#: thinking when it refuses a forced call.
+_MODEL_REFUSALS: tuple[tuple[str, Any, re.Pattern[str]], ...] = (
+    ("forced_tools", False, re.compile(r"tool_choice|forces? tool use", re.IGNORECASE)),
+    # Messages about a block of thinking, or a level of effort, say nothing about switching it off.
+    (
+        "thinking_off", "never",
+        re.compile(r"^(?!messages\.|output_config\.effort).*\bthinking\b", re.IGNORECASE),
+    ),
+)
+
+
+def refusal_of_model(turn: Turn, error: BadRequest) -> ModelRefusal | None:
+    """Return what an error of the API shows of the turn's model; None for another error, and where
+    the turn did not ask for it."""
+    options, (_, choice) = turn.options, turn.tools_for_model
+    asked = {
+        "forced_tools": choice.forces,
+        "thinking_off": options.thinking_tokens == 0 and turn.model.can_stop_thinking,
+    }
+    for field, value, pattern in _MODEL_REFUSALS:
+        if asked[field] and pattern.search(error.message):
+            return ModelRefusal(turn.model.id, field, value)
+    return None
+
+
+def after_refusal(turn: Turn, refusal: ModelRefusal) -> Turn:
+    """Return the turn without what the API has refused."""
+    model, options = refusal.applied_to(turn.model), turn.options
+    if not model.can_stop_thinking:
+        options = least_thinking(model, options._replace(sampling=()))
+    return turn._replace(model=model, options=options)
+
+
 #: The user message that is put before a conversation that starts with the assistant.
 _OPENING_TEXT = "(The user opens the conversation.)"
 
@@ -8952,7 +9094,8 @@ def conversation_steps(
     `result` line after each step but the last, which requests the answer. Each earlier step ends
     with one user message: without waiting, claude would lose the order of the messages. Assistant
     messages get no `result` of their own."""
-    system = "\n\n".join(text for text in (turn.system, operator_prompt.strip()) if text)
+    texts = (turn.system, operator_prompt.strip(), _told_call(turn))
+    system = "\n\n".join(text for text in texts if text)
     fields: Json = {"systemPrompt": [system] if system else [], "hooks": None}
     tools, choice = turn.tools_for_model
     if tools:
@@ -13396,6 +13539,8 @@ class Job:
         self.cache_status = "bypass"
         #: "cached" or "shared" for an answer that another request generated.
         self.path: str | None = None
+        #: Response headers that are known only when claude has answered.
+        self.headers: dict[str, str] = {}
         #: Why it was cancelled although its client waits.
         self.ended_by: OcpError | None = None
         #: Whether the row of usage is written, or is left to another job.
@@ -13472,6 +13617,52 @@ class Job:
         )
 
 
+class CallWatch:
+    """Holds an answer back until it calls the tool that the client forces, for a model that can
+    only be told to. An answer without the call is dropped once, to be asked for again."""
+
+    def __init__(self, choice: ToolChoice) -> None:
+        #: Empty = any tool.
+        self._name = choice.name
+        self._held: list[Event] = []
+        self._is_released = False
+        #: The usage of the answer that was dropped; None = there was none.
+        self._dropped: Usage | None = None
+        #: Whether the answer goes to the client without the call.
+        self.is_missing = False
+
+    def begin(self) -> None:
+        """Begin an attempt."""
+        self._held.clear()
+
+    def events(self, event: Event) -> list[Event]:
+        """Return the events for the client; none if `event` ends an answer that is dropped."""
+        if self._is_released or isinstance(event, (Tick, Pause)):
+            return [event]
+        if isinstance(event, Restarted):
+            self._held.clear()
+            return [Pause()]
+        self._held.append(event)
+        if isinstance(event, Finished):
+            # A limit or a refusal would be met again.
+            if self._dropped is None and event.stop_reason in ("end_turn", "tool_use"):
+                self._dropped = event.usage
+                return []
+            self.is_missing = True
+        elif not self._is_call(event):
+            return [Pause()]
+        self._is_released = True
+        return self._held
+
+    def _is_call(self, event: Event) -> bool:
+        block = event.block if isinstance(event, BlockStarted) else {}
+        return block.get("type") == "tool_use" and self._name in ("", block["name"])
+
+    def with_dropped(self, usage: Usage) -> Usage:
+        """Return the usage of an answer together with that of the dropped one."""
+        return usage if self._dropped is None else sum_usage([self._dropped, usage])
+
+
 #: Stop reasons after which claude waits for the client and does nothing by itself.
 _PARKABLE = ("end_turn", "stop_sequence", "tool_use")
 #: How long claude may take to rewind, which is a matter of milliseconds; and the pause after a
@@ -13500,22 +13691,29 @@ class TurnRunner:
 
     The ways to an answer are tried from the quickest to the slowest: a parked process is continued
     or rewound (see Conversations); else the conversation is rebuilt on a fresh process, and once
-    more if that process dies before any text was sent.
+    more if that process dies before any text was sent. It is also rebuilt, with another turn, when
+    the API refuses what other models accept, and when a tool call is missing.
     """
 
     def __init__(self, app: App, job: Job, record: AnswerRecord) -> None:
         self._app = app
         self._job = job
         self._record = record
-        self._turn = record.turn
-        self._message = record.turn.messages[-1]
         config = self._config = app.config
-        self._history = history_of(self._turn, job.caller.scope, config.system_prompt)
+        self._message = record.turn.messages[-1]
+        self._set_turn(record.turn)
         self._limits = WaitLimits(
             client=job.client,
             deadline_s=record.started_s + config.timeout_ms / 1000,
             tick_s=tick_s_of(config, self._turn),
         )
+
+    def _set_turn(self, turn: Turn) -> None:
+        self._turn = turn
+        self._history = history_of(turn, self._job.caller.scope, self._config.system_prompt)
+        # A structured answer is a tool call already.
+        is_watched = turn.must_be_told_to_call and turn.output_schema is None
+        self._watch = CallWatch(turn.tool_choice) if is_watched else None
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[Iterator[Event]]:
@@ -13584,15 +13782,38 @@ class TurnRunner:
                 continue
             try:
                 yield from self._converse(attempt)
-                return
+                if record.finished is not None:
+                    return
+                self._log_change("call_missing")
+                self._turn = with_reminder(self._turn)
+                attempts = [self._rebuild, self._rebuild]
             except UpstreamFailed:
                 may_retry = record.first_token_s is None and record.lost_its_process
                 if not (attempts and may_retry):
                     raise
+            except BadRequest as error:
+                self._adapt(error)
+                attempts = [self._rebuild, self._rebuild]
             self._give_up()
             if record.has_output:
                 record.add(Restarted(), app.clock())
                 yield Restarted()
+
+    def _adapt(self, error: BadRequest) -> None:
+        """Change the turn, and remember it for the model, if the API refused what it accepts for
+        other models; else raise the error."""
+        refusal = refusal_of_model(self._turn, error)
+        if refusal is None or self._record.has_output:
+            raise error
+        self._app.catalog.add_refusal(refusal)
+        self._log_change("model_refuses", refused=refusal.field, detail=error.message)
+        self._set_turn(after_refusal(self._turn, refusal))
+
+    def _log_change(self, name: str, **more: object) -> None:
+        """Log why the request is repeated in another form."""
+        self._app.log.event(
+            "warn", name, request_id=self._job.request_id, model=self._turn.model.id, **more
+        )
 
     def _continue(self) -> Attempt | None:
         """Take a process that holds everything but the last message."""
@@ -13679,16 +13900,29 @@ class TurnRunner:
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
         record.readers.append(reader)
         bounds = AnswerFilter(turn.options, turn.output_schema)
+        if self._watch is not None:
+            self._watch.begin()
         for heard in attempt.process.converse(attempt.turn_input, self._limits, reader):
-            for event in bounds.events(heard):
-                if bounds.ended and isinstance(event, Finished):
-                    event = event._replace(usage=record.usage)
+            for event in self._watched(bounds.events(heard)):
+                if isinstance(event, Finished):
+                    usage = record.usage if bounds.ended else event.usage
+                    if self._watch is not None:
+                        usage = self._watch.with_dropped(usage)
+                    event = event._replace(usage=usage)
                 record.add(event, self._app.clock())
                 if isinstance(event, Finished):
                     self._put_away(attempt, event, is_cut=bounds.ended)
                 yield event
             if bounds.ended:
                 return
+
+    def _watched(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Give the events that need not wait for a call, and tell the client if it is missing."""
+        for event in events:
+            for released in [event] if self._watch is None else self._watch.events(event):
+                if self._watch is not None and self._watch.is_missing:
+                    self._job.headers["X-OCP-Tool-Choice"] = "not-honoured"
+                yield released
 
     # -- release ----------------------------------------------------------------------------------
 
@@ -15438,13 +15672,18 @@ def answer(app: App, exchange: Exchange) -> None:
             if job.finished and (dialect.stores(turn) or turn.session_id):
                 _store_conversation(app, exchange, turn, job.answers()[0], body)
 
+        def with_headers() -> Iterator[Choice]:
+            for choice in events:
+                response.headers.update(job.headers)
+                yield choice
+
         config, response = app.config, exchange.response
         response.headers["X-OCP-Cache"] = job.cache_status
         if turn.stream:
             heartbeat_s = config.heartbeat_ms / 1000
-            response.send_stream(dialect.renderer(turn), events, heartbeat_s, store)
+            response.send_stream(dialect.renderer(turn), with_headers(), heartbeat_s, store)
         else:
-            response.keep_alive(events, config.whole_silence_ms / 1000)
+            response.keep_alive(with_headers(), config.whole_silence_ms / 1000)
             body = dialect.answer_body(turn, list(job.answers()))
             store(body)
             response.send_json(body)

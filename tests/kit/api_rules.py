@@ -561,6 +561,8 @@ def tool_choice(request: Request) -> Complaints:
 
 _IN_THOUGHT = "when thinking is enabled or in adaptive mode."
 _LEAST_BUDGET_TOKENS = 1024
+#: The types with which a model does not think before it answers.
+_WITHOUT_THINKING = ("disabled", "between_tools")
 #: How the API ends its refusal of a type.
 _INSTEAD = {
     "between_tools": 'Use "thinking.type.between_tools" for the lowest thinking setting, or '
@@ -643,7 +645,7 @@ def efforts(request: Request) -> Complaints:
     elif effort not in known:
         yield (f"This model does not support effort level '{effort}'. "
                f"Supported levels: {', '.join(known)}.")
-    elif request.thinking.get("type") == "disabled" and effort in ("xhigh", "max"):
+    elif request.thinking.get("type") in _WITHOUT_THINKING and effort in ("xhigh", "max"):
         yield (f"output_config.effort '{effort}' is not supported when thinking is disabled on "
                "this model. Use effort 'high' or below, or enable thinking.")
 

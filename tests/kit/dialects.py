@@ -142,7 +142,7 @@ class Dialect:
         """Return a request with one question. The same question and fields are the same turn in
         every dialect."""
         return {
-            "model": "sonnet", self.field: self.conversation(question), self.limit_field: 500,
+            "model": "sonnet", self.field: self.conversation(question), self.limit_field: 4_000,
             **self.defaults(fields), **fields}
 
     def conversation(self, question: str) -> Json:

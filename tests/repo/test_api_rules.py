@@ -318,6 +318,9 @@ CASES = {
             body(output_config={"effort": "xhigh"}),
         "output_config.effort 'max' is not supported when thinking is disabled": body(
             model=OPUS, thinking={"type": "disabled"}, output_config={"effort": "max"}),
+        "output_config.effort 'xhigh' is not supported when thinking is disabled": body(
+            model="claude-sonnet-5-5", thinking={"type": "between_tools"},
+            output_config={"effort": "xhigh"}),
     }, [body(output_config={"effort": "max"}), body(model=OPUS, output_config={"effort": "xhigh"}),
         body(output_config={})]),
     "images": Case({

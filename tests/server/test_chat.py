@@ -294,7 +294,7 @@ def test_options_reach_claude_and_never_the_next_request(chat: Server) -> None:
 def test_both_names_of_the_token_limit_work(chat: Server, fields: Json) -> None:
     ask(chat, **fields)
 
-    assert last_query(chat)["settings"]["env"] == {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "5"}
+    assert last_query(chat)["settings"]["env"]["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "5"
 
 
 def test_a_high_top_p_reaches_claude_together_with_thinking(chat: Server) -> None:
@@ -325,10 +325,17 @@ def test_effort_reaches_claude(chat: Server) -> None:
 
 
 def test_effort_none_turns_thinking_off(chat: Server) -> None:
-    ask(chat, reasoning_effort="none")
+    ask(chat, model=SAMPLING, reasoning_effort="none")
 
     query = last_query(chat)
     assert (query["thinking"], query["settings"]) == (0, {})
+
+
+def test_a_model_whose_thinking_claude_does_not_stop_is_told_in_the_body(chat: Server) -> None:
+    ask(chat, reasoning_effort="none")
+
+    query = last_query(chat)
+    assert (query["thinking"], extra_body(query)) == (0, {"thinking": {"type": "between_tools"}})
 
 
 def test_what_a_model_does_not_take_is_left_out_and_named(chat: Server) -> None:

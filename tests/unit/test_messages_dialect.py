@@ -110,7 +110,24 @@ def test_the_limit_is_passed_on_where_there_is_one(max_tokens: int) -> None:
     ids=str,
 )
 def test_an_adaptive_model_thinks_when_the_client_expects_it(thinking: object, tokens: int) -> None:
-    assert turn(model="opus", thinking=thinking).options.thinking_tokens == tokens
+    found = turn(model="claude-opus-4-8", thinking=thinking)
+
+    assert (found.options.thinking_tokens, found.ignored) == (
+        tokens, ("thinking.budget_tokens",) if "budget_tokens" in str(thinking) else ())
+
+
+@pytest.mark.parametrize(
+    ("thinking", "named"),
+    [(None, ()), ({"type": "disabled"}, ("thinking",)), ({"type": "between_tools"}, ("thinking",))],
+    ids=str,
+)
+def test_a_model_that_always_thinks_does_so_with_the_lowest_effort(
+    thinking: object, named: tuple[str, ...]
+) -> None:
+    found = turn(model="opus", thinking=thinking)
+
+    assert (found.options.thinking_tokens, found.options.effort, found.ignored) == (
+        None, "low", named)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +167,8 @@ def test_the_display_of_thinking_is_the_client_s(display: str | None, hides: boo
 
 
 def test_a_limit_of_no_tokens_is_one() -> None:
-    assert turn(max_tokens=0).options == ocp.Options(max_tokens=0, thinking_tokens=0)
+    assert turn(model="claude-opus-4-8", max_tokens=0).options == ocp.Options(
+        max_tokens=0, thinking_tokens=0)
 
 
 def test_an_effort_is_passed_on() -> None:

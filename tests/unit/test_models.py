@@ -21,6 +21,9 @@ NEW = MODELS.find("claude-of-next-year-1")
 ADAPTIVE = [model for model in LISTED if model.thinking == "adaptive"]
 BUDGET = [model for model in LISTED if model.thinking == "budget"]
 SAMPLING = [model for model in LISTED if model.sampling]
+#: Whether thinking can be switched off.
+STOPPABLE = [model for model in LISTED if model.thinking_off != "never"]
+ALWAYS = [model for model in ADAPTIVE if model.thinking_off == "never"]
 EFFORTS = ("minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -346,11 +349,12 @@ def test_an_operator_s_effort_changes_nothing_but_the_effort(model: Any) -> None
             plain, ignored = ocp.options_for(model, wanted(**wish))
             found = ocp.options_for(model._replace(operator_effort=level), wanted(**wish))
 
-            effort = ocp.nearest_effort(model, level) if plain.thinking_tokens != 0 else None
+            is_off = plain.thinking_tokens == 0 or plain.effort == "low"
+            effort = plain.effort if is_off else ocp.nearest_effort(model, level)
             assert found == (plain._replace(effort=effort), ignored), (level, wish)
 
 
-@pytest.mark.parametrize("model", ADAPTIVE, ids=name_of)
+@pytest.mark.parametrize("model", [m for m in ADAPTIVE if m in STOPPABLE], ids=name_of)
 def test_a_request_that_turns_thinking_off_wins_over_the_name(model: Any) -> None:
     options, _ = ocp.options_for(model._replace(named_effort="high"), wanted(budget_tokens=0))
 
@@ -720,11 +724,120 @@ def test_a_model_with_a_budget_thinks_only_when_asked(model: Any) -> None:
     assert options.thinking_tokens == 0
 
 
-@pytest.mark.parametrize("model", LISTED, ids=name_of)
+@pytest.mark.parametrize("model", STOPPABLE, ids=name_of)
 def test_the_effort_none_turns_thinking_off(model: Any) -> None:
     options, _ = ocp.options_for(model, wanted(effort="none"))
 
     assert (options.thinking_tokens, options.effort) == (0, None)
+
+
+#: How a client says that it wants no thinking.
+OFF: dict[str, dict[str, Any]] = {
+    "effort": {"effort": "none"}, "budget": {"budget_tokens": 0}, "limit": {"max_tokens": 2_047},
+    "no answer": {"max_tokens": 0},
+}
+
+
+@pytest.mark.parametrize("way", OFF)
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [("claude-sonnet-5-5", "between_tools"), ("claude-haiku-5-5", "disabled"),
+     ("claude-opus-5", ""), ("claude-sonnet-5", ""), ("claude-sonnet-4-6", ""),
+     ("claude-haiku-4-5", "")],
+)
+def test_thinking_is_switched_off_in_the_way_of_the_model(name: str, sent: str, way: str) -> None:
+    options, ignored = ocp.options_for(MODELS.find(name), wanted(**OFF[way]))
+
+    assert (options.thinking_tokens, options.thinking_type, ignored) == (0, sent, ())
+
+
+@pytest.mark.parametrize("way", OFF)
+@pytest.mark.parametrize("model", ALWAYS, ids=name_of)
+def test_a_model_that_always_thinks_gets_its_lowest_effort(model: Any, way: str) -> None:
+    options, ignored = ocp.options_for(model, wanted(**OFF[way]))
+
+    assert (options.thinking_tokens, options.thinking_type, options.effort) == (None, "", "low")
+    assert ignored == ()
+
+
+@pytest.mark.parametrize("model", ALWAYS, ids=name_of)
+def test_the_field_that_could_not_switch_thinking_off_is_named(model: Any) -> None:
+    wish = ocp.RequestedOptions(thinking=ocp.Thinking("high", 0, off_field="thinking"))
+
+    options, ignored = ocp.options_for(model, wish)
+
+    assert (options.effort, ignored) == ("high", ("thinking",))
+
+
+@pytest.mark.parametrize("model", ADAPTIVE, ids=name_of)
+def test_a_short_limit_leaves_no_room_for_thinking_unless_it_is_asked_for(model: Any) -> None:
+    short = ocp.options_for(model, wanted(max_tokens=100))[0]
+    asked = ocp.options_for(model, wanted(max_tokens=100, effort="high"))[0]
+    long = ocp.options_for(model, wanted(max_tokens=2_048))[0]
+
+    assert short.thinking_tokens == 0 or short.effort == "low"
+    assert (asked.thinking_tokens, asked.effort) == (None, "high")
+    assert (long.thinking_tokens, long.effort) == (None, None)
+
+
+@pytest.mark.parametrize("level", ["xhigh", "max"])
+@pytest.mark.parametrize(
+    ("name", "highest"),
+    [("claude-sonnet-5-5", "high"), ("claude-haiku-5-5", "high"), ("claude-opus-5", "high"),
+     ("claude-opus-4-8", None)],
+)
+def test_an_effort_is_lowered_to_what_goes_without_thinking(
+    name: str, highest: str | None, level: str
+) -> None:
+    options, _ = ocp.options_for(MODELS.find(name), wanted(effort=level, budget_tokens=0))
+
+    assert (options.thinking_tokens, options.effort) == (0, highest or level)
+
+
+@pytest.mark.parametrize(
+    ("name", "sent", "tokens"),
+    [("claude-sonnet-5-5", "between_tools", 0), ("claude-haiku-5-5", "disabled", 0),
+     ("claude-opus-5-5", "", None), ("claude-opus-4-8", "", None)],
+)
+def test_the_effort_minimal_is_low_and_no_thinking_in_models_that_claude_cannot_stop(
+    name: str, sent: str, tokens: int | None
+) -> None:
+    options, ignored = ocp.options_for(MODELS.find(name), wanted(effort="minimal"))
+
+    assert (options.effort, options.thinking_type, options.thinking_tokens) == ("low", sent, tokens)
+    assert ignored == ()
+
+
+def test_a_model_that_cannot_stop_thinking_is_sent_no_sampling() -> None:
+    model = MODELS.find("claude-sonnet-4-6")._replace(thinking_off="never")
+
+    options, ignored = ocp.options_for(model, wanted(temperature=0.3))
+
+    assert (options.sampling, options.thinking_tokens, ignored) == ((), None, ("temperature",))
+
+
+# -- what the API refuses ------------------------------------------------------
+
+def test_a_refusal_is_remembered_until_another_claude_is_in_use() -> None:
+    catalog = ocp.ModelCatalog(MODELS)
+    catalog.set_version((2, 1, 332))
+    catalog.add_refusal(ocp.ModelRefusal("claude-haiku-5-5", "thinking_off", "never"))
+    catalog.add_refusal(ocp.ModelRefusal("claude-haiku-5-5", "forced_tools", False))
+    catalog.add_report((2, 1, 332), "x", ocp.offered_models([row_of("haiku", "claude-haiku-5-5")]))
+    refused = catalog.models.find("haiku:high")
+    other = catalog.models.find("sonnet")
+    catalog.set_version((2, 1, 333))
+
+    assert (refused.thinking_off, refused.forced_tools) == ("never", False)
+    assert other == MODELS.find("sonnet")
+    assert catalog.models.find("haiku") == MODELS.find("haiku")
+
+
+def test_what_claude_does_not_say_leaves_what_the_file_says() -> None:
+    models = as_reported(NEW_CLI, row_of("haiku", "claude-haiku-5-5"))
+
+    assert models.find("haiku").cli_thinking_off is False
+    assert models.find("claude-haiku-5-9").sent_thinking_off == "disabled"
 
 
 @pytest.mark.parametrize("model", SAMPLING, ids=name_of)
@@ -791,12 +904,19 @@ def test_a_default_excludes_nothing(
     assert (sampling_of(options), ignored) == (sent, named)
 
 
-@pytest.mark.parametrize("model", LISTED, ids=name_of)
+@pytest.mark.parametrize("model", [m for m in STOPPABLE if m.forced_tools], ids=name_of)
 @pytest.mark.parametrize("wish", [{}, {"effort": "high"}, {"budget_tokens": 4_096}], ids=str)
 def test_a_forced_call_turns_thinking_off(model: Any, wish: dict[str, Any]) -> None:
     options, _ = ocp.options_for(model, wanted(forces_tool=True, **wish))
 
     assert options.thinking_tokens == 0
+
+
+@pytest.mark.parametrize("model", [m for m in LISTED if not m.forced_tools], ids=name_of)
+@pytest.mark.parametrize("wish", [{}, {"effort": "high"}, {"effort": "none"}], ids=str)
+def test_a_call_that_cannot_be_forced_changes_no_option(model: Any, wish: dict[str, Any]) -> None:
+    assert ocp.options_for(model, wanted(forces_tool=True, **wish)) == ocp.options_for(
+        model, wanted(**wish))
 
 
 @pytest.mark.parametrize("model", BUDGET, ids=name_of)
@@ -821,7 +941,7 @@ def test_an_adaptive_model_is_told_no_budget_but_none(model: Any) -> None:
         for tokens in (None, 1_024, 30_000, 0)
     ]
 
-    assert budgets == [None, None, None, 0]
+    assert budgets == [None, None, None, 0 if model in STOPPABLE else None]
 
 
 @pytest.mark.parametrize("model", BUDGET, ids=name_of)

@@ -191,6 +191,7 @@ CHANGES: dict[str, Json] = {
     "sampling": {"options": ocp.Options(sampling=(("temperature", 0.5),))},
     "the effort": {"options": ocp.Options(effort="low")},
     "thinking": {"options": ocp.Options(thinking_tokens=0)},
+    "no thinking in the body": {"options": ocp.Options(thinking_type="disabled")},
     "thinking that is not shown": {"options": ocp.Options(hides_thinking=True)},
 }
 

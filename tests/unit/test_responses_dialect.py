@@ -88,7 +88,7 @@ def test_a_request_becomes_a_turn() -> None:
 def test_reasoning_has_an_effort_and_maybe_a_summary(
     reasoning: object, effort: str, tokens: int, summary: bool
 ) -> None:
-    found = turn(model="opus", reasoning=reasoning)
+    found = turn(model="claude-opus-4-8", reasoning=reasoning)
 
     assert (found.options.effort, found.options.thinking_tokens) == (effort, tokens)
     assert found.reply_format.has_summary is summary

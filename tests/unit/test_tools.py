@@ -255,8 +255,9 @@ def test_a_choice_that_cannot_be_made_is_refused(fields: Json, param: str) -> No
 
 
 def test_a_forced_call_turns_thinking_off_for_the_api_refuses_both() -> None:
-    forced = turn(model="opus", tools=TOOLS, tool_choice="required", reasoning_effort="high")
-    free = turn(model="opus", tools=TOOLS, reasoning_effort="high")
+    model = "claude-opus-4-8"
+    forced = turn(model=model, tools=TOOLS, tool_choice="required", reasoning_effort="high")
+    free = turn(model=model, tools=TOOLS, reasoning_effort="high")
 
     assert (forced.options.thinking_tokens, free.options.thinking_tokens) == (0, None)
 
