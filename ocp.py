@@ -141,6 +141,8 @@ KEY_FIELDS = (
     argument("--effort", metavar="LEVEL",
              help="effort of requests that ask for none: low, medium, high, xhigh, max, or none = "
              "the server's default"),
+    argument("--web-search", metavar="ON|OFF", choices=("on", "off"),
+             help="whether its requests may let the model search the web: on or off"),
     argument("--note", metavar="TEXT", help="a note for yourself"),
 )
 QUOTA_FIELDS = tuple(
@@ -1155,6 +1157,7 @@ def _prompt_tokens(row: Json) -> str:
 TOKEN_COLUMNS = (
     Column("Prompt tokens", lambda row, style: _prompt_tokens(row), ">"),
     number_column("Answer tokens", "output_tokens"),
+    number_column("Searches", "web_search_requests"),
 )
 USAGE_COLUMNS = (
     number_column("Requests", "requests"), number_column("OK", "successes"),
@@ -1538,7 +1541,9 @@ def show_key(answer: Json, style: Style) -> str:
         ("expires", local_time(answer["expiry"], style) if answer.get("expiry") else "never"),
         ("models", ", ".join(map(str, answer.get("models") or [])) or "all"),
         ("at the same time", limit or "no limit of its own"),
-        ("effort", answer.get("effort") or None), ("note", answer.get("note") or None),
+        ("effort", answer.get("effort") or None),
+        ("web search", "on" if answer.get("webSearch") else None),
+        ("note", answer.get("note") or None),
     ])
 
 
@@ -1581,6 +1586,8 @@ def _key_fields(args: argparse.Namespace) -> dict[str, object]:
         found["maxConcurrent"] = args.max_concurrent
     if args.effort is not None:
         found["effort"] = None if args.effort == "none" else args.effort
+    if args.web_search is not None:
+        found["webSearch"] = args.web_search == "on"
     if args.note is not None:
         found["note"] = args.note
     return found

@@ -40,29 +40,30 @@ Sections (search for "==== 8" to jump to the eighth):
     19. Messages                /v1/messages
     20. Response items          input items into messages, blocks into output items
     21. Responses               /v1/responses and /v1/responses/compact
-    22. Claude protocol         lines written to claude; reports about the plan and failures
-    23. Claude answers          output of claude to lines; lines of a turn to events of an answer
-    24. Claude program          the program on disk, how it is started, and its folders
-    25. Claude process          one child process and its pipes
-    26. Gate                    admission of requests
-    27. Conversations           the identity of conversations; what an idle process can do with them
-    28. Process pool            spare, parked and stopping processes
-    29. Sessions and responses  what is remembered for clients that send only new messages
-    30. Cache                   stored answers, and answers shared while they are generated
-    31. Account                 the state of login and plan, learned from answers
-    32. Metrics                 counters and histograms since the start
-    33. Connections             client sockets, and limits on their number and memory
-    34. State folder            the database, the modes of files, the admin key
-    35. Answering               one request: quota, cache, claude, row of usage
-    36. App                     owns every long-lived object; the housekeeper
-    37. Routes                  the choice of a route for a path and a method
-    38. HTTP server             sockets, bodies, one thread for each connection
-    39. Dashboard               the operator's page, and its content security policy
-    40. API endpoints           answers, stored responses, sessions, models
-    41. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    42. Table of routes         path, access, dialect and endpoint of each route
-    43. Demo claude             the stand-in for claude behind --demo
-    44. Command line            arguments, signals, main
+    22. Claude protocol         lines written to claude; no input or output
+    23. Plan and failures       reports of claude about the plan; its failures as errors
+    24. Claude answers          output of claude to lines; lines of a turn to events of an answer
+    25. Claude program          the program on disk, how it is started, and its folders
+    26. Claude process          one child process and its pipes
+    27. Gate                    admission of requests
+    28. Conversations           the identity of conversations; what an idle process can do with them
+    29. Process pool            spare, parked and stopping processes
+    30. Sessions and responses  what is remembered for clients that send only new messages
+    31. Cache                   stored answers, and answers shared while they are generated
+    32. Account                 the state of login and plan, learned from answers
+    33. Metrics                 counters and histograms since the start
+    34. Connections             client sockets, and limits on their number and memory
+    35. State folder            the database, the modes of files, the admin key
+    36. Answering               one request: quota, cache, claude, row of usage
+    37. App                     owns every long-lived object; the housekeeper
+    38. Routes                  the choice of a route for a path and a method
+    39. HTTP server             sockets, bodies, one thread for each connection
+    40. Dashboard               the operator's page, and its content security policy
+    41. API endpoints           answers, stored responses, sessions, models
+    42. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    43. Table of routes         path, access, dialect and endpoint of each route
+    44. Demo claude             the stand-in for claude behind --demo
+    45. Command line            arguments, signals, main
 """
 from __future__ import annotations
 
@@ -502,6 +503,12 @@ class Config:
         "effort of a request that asks for none, for models that have levels of effort; empty = "
         "the model's own",
         choices=("", *EFFORTS), live="defaultEffort",
+    )
+    web_search: bool = setting(
+        True, "OCP_WEB_SEARCH",
+        "clients may let the model search the web, with the API's own tool; keys need the "
+        "permission too",
+        live="webSearch",
     )
     system_prompt: str = setting(
         "", "CLAUDE_SYSTEM_PROMPT", "text appended to the system prompt of every request"
@@ -2217,6 +2224,61 @@ def digest(parts: list[str]) -> str:
     return hashlib.sha256(joined_parts(parts)).hexdigest()
 
 
+#: The name of the API's own search tool.
+WEB_SEARCH = "web_search"
+#: The types of calls of tools that the API runs: its own, and the item of a client's history that
+#: stands for a search and its result.
+_SERVER_CALLS = ("server_tool_use", "web_search_call")
+#: Fields in the results of the API's own tools that mean nothing to a model.
+_API_ONLY_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
+
+
+def is_server_block(block: Block) -> bool:
+    """Return whether a block is a call or a result of a tool that the API runs itself."""
+    kind = str(block["type"])
+    return kind in _SERVER_CALLS or kind.endswith("_tool_result")
+
+
+def without_api_fields(value: object) -> object:
+    """Return content of a server tool's result without what only the API can read."""
+    if isinstance(value, dict):
+        return {k: without_api_fields(v) for k, v in value.items() if k not in _API_ONLY_FIELDS}
+    return [without_api_fields(entry) for entry in value] if isinstance(value, list) else value
+
+
+def server_block_text(block: Block) -> str:
+    """Return what a model is told of a server block in a history: its result as text, and nothing
+    of a call without one. claude accepts no such blocks in a history."""
+    kind = block["type"]
+    if kind == "server_tool_use":
+        return ""
+    if kind == "web_search_call":
+        action = {"action": block["action"]} if block.get("action") is not None else {}
+        return f"[{kind}]\n{to_json(action).decode('utf-8')}"
+    content = without_api_fields(block.get("content"))
+    entries = content if isinstance(content, list) else [None]
+    texts = [entry.get("text") if isinstance(entry, dict) else None for entry in entries]
+    if isinstance(content, str):
+        text = content
+    elif all(isinstance(each, str) for each in texts):
+        text = "\n".join(map(str, texts))
+    else:
+        text = to_json(content).decode("utf-8")
+    return f"[{kind}]\n{text}"
+
+
+def blocks_to_store(blocks: Iterable[Block]) -> list[Block]:
+    """Return what is stored of an answer: all but thinking, sources, and what only the API can
+    read."""
+    stored: list[Block] = []
+    for block in blocks:
+        if is_server_block(block):
+            stored.append({name: without_api_fields(value) for name, value in block.items()})
+        elif block["type"] in ("text", "tool_use"):
+            stored.append({name: each for name, each in block.items() if name != "citations"})
+    return stored
+
+
 class ContextBlock(dict[str, Any]):
     """A text block that is only in the message while that message is the last one."""
 
@@ -2231,13 +2293,13 @@ _NOT_COMPARED = ("text", "thinking", "redacted_thinking")
 
 def _compared_parts(head: str, blocks: Iterable[Block]) -> list[str]:
     """Return what blocks are compared by, behind a head: their joined text, then the other blocks
-    without thinking."""
+    without thinking and server blocks: clients leave those out, or change them."""
     texts: list[str] = []
     parts: list[str] = []
     for block in blocks:
         if block["type"] == "text":
             texts.append(block["text"])
-        elif block["type"] not in _NOT_COMPARED:
+        elif block["type"] not in _NOT_COMPARED and not is_server_block(block):
             parts += _parts_of_block(block)
     return [f"{head} {len(parts)}", "".join(texts).strip(), *parts]
 
@@ -2287,6 +2349,8 @@ class Message(_MessageFields):
                 rest += block["content"]
             elif block["type"] == "tool_use":
                 chars += len(block["name"]) + json_chars(block["input"])
+            elif is_server_block(block):
+                chars += len(server_block_text(block))
             elif block["type"] not in _ATTACHMENT_BLOCKS:
                 chars += json_chars(block)
         return chars
@@ -2427,6 +2491,8 @@ class Turn(NamedTuple):
     system: str = ""
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
+    #: The tools that the API runs itself, in its form.
+    server_tools: tuple[Json, ...] = ()
     #: None = an answer in plain text.
     output_schema: OutputSchema | None = None
     #: The number of answers, and the messages for answers 1, 2, ... if their prompts differ.
@@ -2462,6 +2528,12 @@ class Turn(NamedTuple):
         """Whether a tool call is forced and the API does not accept that for the model."""
         return self.tool_choice.forces and not self.model.forced_tools
 
+    @property
+    def server_tools_for_model(self) -> tuple[Json, ...]:
+        """The tools that the API runs itself; see `tools_for_model`."""
+        is_forbidden = self.output_schema is not None and self.tool_choice.kind == "none"
+        return () if is_forbidden else self.server_tools
+
     def choice(self, index: int) -> Turn:
         """Return the turn for answer number `index`, counted from 0."""
         if index and self.other_prompts:
@@ -2480,6 +2552,7 @@ class Usage(NamedTuple):
     reasoning_tokens: int | None = None
     #: The API's more detailed counts, unchanged: by lifetime in the cache, by server tool.
     tables: Mapping[str, Json] = MappingProxyType({})
+    web_search_requests: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -2507,12 +2580,20 @@ class BlockStarted(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """A piece of a block. `kind` is "text", "thinking", "signature", "arguments", or "refusal"
-    if the answer does not match its OutputSchema."""
+    """A piece of a block. `kind` is "text", "thinking", "signature", "arguments", "server_input"
+    (the arguments of a tool that the API runs), or "refusal" if the answer does not match its
+    OutputSchema."""
 
     block_index: int
     kind: str
     text: str
+
+
+class Citation(NamedTuple):
+    """A source of a text block, in the API's form."""
+
+    block_index: int
+    citation: Json
 
 
 class BlockStopped(NamedTuple):
@@ -2545,7 +2626,9 @@ class Pause(NamedTuple):
     """The next event is not there yet: what came so far is to be sent."""
 
 
-Event = Union[Started, BlockStarted, Delta, BlockStopped, Restarted, Finished, Tick, Pause]
+Event = Union[
+    Started, BlockStarted, Delta, Citation, BlockStopped, Restarted, Finished, Tick, Pause
+]
 #: The index of an answer to a turn, counted from 0, and one of its events.
 Choice = tuple[int, Event]
 
@@ -2555,7 +2638,7 @@ class Answer(NamedTuple):
 
     message_id: str
     model: str
-    #: Text, thinking and tool_use blocks in the model's order.
+    #: Text, thinking, tool_use and server blocks in the model's order.
     blocks: list[Block]
     #: The text of the model if it did not return an answer that matches its OutputSchema.
     refusal: str
@@ -2602,11 +2685,14 @@ class AnswerBuilder:
         self._started = Started("", "", NO_USAGE)
         self._blocks: dict[int, Block] = {}
         self._pieces: dict[tuple[int, str], list[str]] = {}
+        self._citations: dict[int, list[Json]] = {}
 
     def add(self, event: Event) -> None:
         """Add the next event."""
         if isinstance(event, Delta):
             self._pieces.setdefault((event.block_index, event.kind), []).append(event.text)
+        elif isinstance(event, Citation):
+            self._citations.setdefault(event.block_index, []).append(event.citation)
         elif isinstance(event, BlockStarted):
             self._blocks[event.block_index] = dict(event.block)
         elif isinstance(event, Started):
@@ -2614,6 +2700,7 @@ class AnswerBuilder:
         elif isinstance(event, Restarted):
             self._blocks.clear()
             self._pieces.clear()
+            self._citations.clear()
 
     def answer(self, finished: Finished) -> Answer:
         """Return the answer, without a tool call that was cut off: it must not run."""
@@ -2642,10 +2729,59 @@ class AnswerBuilder:
                 return {**block, "input": from_json(arguments)}
             return None
         filled = dict(block)
+        if block.get("type") == "server_tool_use":
+            pieces = self._pieces.get((index, "server_input"), ())
+            filled["input"] = parse_arguments("".join(pieces))
+        if index in self._citations:
+            filled["citations"] = self._citations[index]
         for kind, field in _BLOCK_FIELDS.items():
             if (index, kind) in self._pieces:
                 filled[field] = "".join(self._pieces[index, kind])
         return filled
+
+
+class CitedText:
+    """Where the cited pieces of a text stand that consists of the text blocks of an answer. Each
+    citation counts for the whole block that has it."""
+
+    def __init__(self) -> None:
+        self._chars = 0
+        self._block_begin = 0
+        #: The citations of the current block, by address.
+        self._citations: dict[str, Json] = {}
+
+    def add(self, event: Event) -> list[Json]:
+        """Add an event. Return the annotations that it completes, in OpenAI's form."""
+        if isinstance(event, BlockStarted):
+            self._block_begin = self._chars
+            self._citations = {}
+        elif isinstance(event, Delta) and event.kind == "text":
+            self._chars += len(event.text)
+        elif isinstance(event, Citation) and isinstance(event.citation.get("url"), str):
+            self._citations[event.citation["url"]] = event.citation
+        elif isinstance(event, BlockStopped):
+            citations, self._citations = self._citations, {}
+            return [
+                {
+                    "type": "url_citation", "start_index": self._block_begin,
+                    "end_index": self._chars, "title": citation.get("title") or "", "url": url,
+                }
+                for url, citation in citations.items()
+            ]
+        return []
+
+
+def text_annotations(blocks: Iterable[Block]) -> list[Json]:
+    """Return the annotations of the joined text of an answer's blocks."""
+    cited, annotations = CitedText(), []
+    for block in blocks:
+        if block["type"] == "text":
+            cited.add(BlockStarted(0, block))
+            cited.add(Delta(0, "text", block["text"]))
+            for citation in block.get("citations") or ():
+                cited.add(Citation(0, citation))
+            annotations += cited.add(BlockStopped(0))
+    return annotations
 
 
 # AnswerFilter holds back two things. A BlockStarted waits for the next event: if the process dies
@@ -2730,7 +2866,8 @@ _REPLAY_CHARS = 80
 
 
 def replay_events(answer: Answer) -> Iterator[Event]:
-    """Yield the events of a stored answer, which must have no tool calls and no refusal."""
+    """Yield the events of a stored answer, which must have no calls of any tool and no
+    refusal."""
     yield Started(answer.message_id, answer.model, answer.usage._replace(output_tokens=0))
     for index, block in enumerate(answer.blocks):
         kinds = [kind for kind, field in _BLOCK_FIELDS.items() if field in block]
@@ -2901,6 +3038,8 @@ MIGRATIONS = (
     "CREATE INDEX usage_by_key ON usage (key_id, at_s)",
     "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "ALTER TABLE keys ADD COLUMN effort TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE keys ADD COLUMN web_search INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE usage ADD COLUMN web_search_requests INTEGER NOT NULL DEFAULT 0",
 )
 
 
@@ -3298,6 +3437,8 @@ class Caller(NamedTuple):
     quota: Mapping[str, int] = MappingProxyType({})
     #: The effort of its requests that ask for none; empty = the server's default.
     effort: str = ""
+    #: Whether its requests may let the API search the web.
+    web_search: bool = True
 
     @property
     def scope(self) -> str:
@@ -3324,6 +3465,7 @@ class Key(NamedTuple):
     quota: Mapping[str, int]
     #: The effort of its requests that ask for none; empty = the server's default.
     effort: str = ""
+    web_search: bool = False
 
     @property
     def caller(self) -> Caller:
@@ -3331,6 +3473,7 @@ class Key(NamedTuple):
         return Caller(
             self.name, key_id=self.id, models=self.models,
             max_concurrent=self.max_concurrent, quota=self.quota, effort=self.effort,
+            web_search=self.web_search,
         )
 
     def expired(self, now_s: float) -> bool:
@@ -3360,7 +3503,8 @@ def key_name(name: str) -> str:
 def _key(row: sqlite3.Row) -> Key:
     fields = {name: row[name] for name in Key._fields}
     models, quota = json.loads(fields.pop("models")), json.loads(fields.pop("quota"))
-    return Key(**fields, models=tuple(models), quota=quota)
+    web_search = bool(fields.pop("web_search"))
+    return Key(**fields, models=tuple(models), quota=quota, web_search=web_search)
 
 
 def _column_value(value: object) -> object:
@@ -3419,7 +3563,7 @@ class Keys:
         columns = {
             "name": key_name(name or generated), "created_s": int(now_s),
             "expiry_s": None, "models": (), "max_concurrent": 0, "note": "", "quota": {},
-            "effort": "", **secret_columns, **fields,
+            "effort": "", "web_search": False, **secret_columns, **fields,
         }
         names = ", ".join(columns)
         marks = ", ".join("?" * len(columns))
@@ -3485,8 +3629,9 @@ class Keys:
     def change(self, key: Key, fields: Mapping[str, object]) -> Key:
         """Change columns of a key and return the key.
 
-        The columns are name, expiry_s, models, max_concurrent, note, quota and effort. Raises
-        BadRequest, Conflict, and StorageFailed if the change is in effect but not written yet.
+        The columns are name, expiry_s, models, max_concurrent, note, quota, effort and
+        web_search. Raises BadRequest, Conflict, and StorageFailed if the change is in effect but
+        not written yet.
         """
         with self._lock:
             key = self._require_unrevoked(key)
@@ -3721,7 +3866,7 @@ def _authenticate(config: Config, keys: Keys, key: str) -> Caller:
     if same_secret(key, config.admin_key):
         return Caller("admin", is_admin=True)
     if config.mode == "multi" and same_secret(key, config.anonymous_key):
-        return Caller("anonymous")
+        return Caller("anonymous", web_search=False)
     if config.mode == "multi":
         return keys.verify(key)
     if same_secret(key, config.api_key):
@@ -3831,6 +3976,7 @@ class UsageRow(NamedTuple):
     cache_write_tokens: int
     first_token_ms: int | None
     total_ms: int
+    web_search_requests: int = 0
 
     @property
     def tokens(self) -> int:
@@ -3852,6 +3998,7 @@ _SUMS = (
     ("output_tokens", "SUM(output_tokens)"),
     ("cache_read_tokens", "SUM(cache_read_tokens)"),
     ("cache_write_tokens", "SUM(cache_write_tokens)"),
+    ("web_search_requests", "SUM(web_search_requests)"),
     ("avg_elapsed_ms", "CAST(ROUND(AVG(total_ms)) AS INTEGER)"),
     ("avg_first_token_ms", "CAST(ROUND(AVG(first_token_ms)) AS INTEGER)"),
 )
@@ -5764,6 +5911,8 @@ class ParseEnvironment(NamedTuple):
     long_context: bool = False
     #: The effort that the key or the server sets for a request that asks for none.
     default_effort: str = ""
+    #: Whether the API may search the web for this caller.
+    web_search: bool = False
 
 
 #: Image types, and a pattern of their first bytes.
@@ -6097,6 +6246,8 @@ class ParseContext:
         self.attachments = Attachments(limits, self.adjust)
         #: The paths of fields that have no effect, in the order of the request.
         self.ignored: list[str] = []
+        #: The tools that the API runs itself, once ToolReader has read them.
+        self.server_tools: tuple[Json, ...] = ()
         #: The repairs by their names in docs/api.md, and how often each was made.
         self.adjusted: collections.Counter[str] = collections.Counter()
 
@@ -6404,19 +6555,8 @@ class OpenAIContent(ContentReader):
         raise self._not_stored(file, "file_id" if file.has("file_id") else "file_data")
 
 
-#: Fields in the results of the API's own tools that mean nothing to a model.
-_API_ONLY_FIELDS = ("encrypted_content", "encrypted_index", "encrypted_stdout", "cache_control")
-
-
-def _without_api_fields(value: object) -> object:
-    if isinstance(value, dict):
-        return {k: _without_api_fields(v) for k, v in value.items() if k not in _API_ONLY_FIELDS}
-    return [_without_api_fields(entry) for entry in value] if isinstance(value, list) else value
-
-
 class MessagesContent(ContentReader):
-    """Reads the blocks of Anthropic's API. claude accepts no results of the API's own tools in a
-    history: they are passed on as text, without the calls."""
+    """Reads the blocks of Anthropic's API."""
 
     omitted = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_use")
     readable = (*omitted, "text", "image", "document", "search_result", "tool_result")
@@ -6455,8 +6595,8 @@ class MessagesContent(ContentReader):
 
     def part(self, part: Fields, place: str) -> list[Block]:
         kind = part.text("type") or ""
-        if kind.endswith("_tool_result"):
-            return self._server_tool_result(part)
+        if kind == "server_tool_use" or kind.endswith("_tool_result"):
+            return self._server_block(part, place)
         blocks = super().part(part, place)
         place_name, refused = self.places[place]
         for block in blocks:
@@ -6478,17 +6618,13 @@ class MessagesContent(ContentReader):
     def _compaction(self, part: Fields) -> list[Block]:
         return text_blocks(part.text("content") or "")
 
-    def _server_tool_result(self, part: Fields) -> list[Block]:
-        content = _without_api_fields(part.object.get("content"))
-        entries = content if isinstance(content, list) else [None]
-        texts = [entry.get("text") if isinstance(entry, dict) else None for entry in entries]
-        if isinstance(content, str):
-            text = content
-        elif all(isinstance(each, str) for each in texts):
-            text = "\n".join(map(str, texts))
-        else:
-            text = json_text(content)
-        return text_blocks(f"[{part.text('type')}]\n{text}")
+    def _server_block(self, part: Fields, place: str) -> list[Block]:
+        """Return a call or a result of a tool that the API ran. It is a block of its own only in an
+        answer, where it is not compared."""
+        block: Block = {"type": part.text("type")}
+        if "content" in part.object:
+            block["content"] = without_api_fields(part.object["content"])
+        return [block] if place == "assistant" else text_blocks(server_block_text(block))
 
 
 # ==== 16. Tools ==============================================================
@@ -6515,6 +6651,42 @@ def read_tool(entry: Fields, name: str, schema_field: str) -> Tool:
     return Tool(name, description, parsed.schema, parsed.wrapped, parsed.renamed)
 
 
+#: The types of the API's search tool, which pass as they are, and OpenAI's for the same.
+_API_SEARCH = re.compile(r"web_search_\d{8}")
+_OPENAI_SEARCH = re.compile(r"web_search(?:_preview)?(?:_\d{4}_\d\d_\d\d)?")
+#: The form of the search tool for requests in OpenAI's form.
+_SEARCH_TYPE = "web_search_20250305"
+
+
+def is_web_search(kind: str | None) -> bool:
+    """Return whether a tool's type is that of a search of the web."""
+    return any(pattern.fullmatch(kind or "") for pattern in (_API_SEARCH, _OPENAI_SEARCH))
+
+
+def web_search_tool(entry: Fields) -> tuple[Json, tuple[str, ...]]:
+    """Return the API's search tool for an entry in its own form or in OpenAI's, and the paths of
+    fields that it cannot express."""
+    if _API_SEARCH.fullmatch(entry.text("type") or ""):
+        # claude sets `cache_control` itself.
+        own = {k: v for k, v in entry.object.items() if v is not None and k != "cache_control"}
+        return {**own, "name": WEB_SEARCH}, ()
+    tool: Json = {"type": _SEARCH_TYPE, "name": WEB_SEARCH}
+    filters = entry.settings("filters")
+    for name in ("allowed_domains", "blocked_domains"):
+        domains = filters.texts(name)
+        if domains:
+            tool[name] = list(domains)
+    location = entry.settings("user_location")
+    location.one_of("type", ("approximate",))
+    # Chat nests it one level deeper than responses.
+    place = location.settings("approximate") if location.has("approximate") else location
+    names = ("city", "region", "country", "timezone")
+    found = {name: place.text(name) for name in names if place.text(name)}
+    if found:
+        tool["user_location"] = {"type": "approximate", **found}
+    return tool, entry.ignored_paths()
+
+
 class ToolReader:
     """Collects the tools of a request, and reads the choice among them."""
 
@@ -6522,6 +6694,15 @@ class ToolReader:
         self._context = context
         self._tools: list[Tool] = []
         self._entries: list[Fields] = []
+        self._searches: list[Fields] = []
+
+    def add_web_search(self, entry: Fields) -> None:
+        """Add a search of the web by the API. It is recorded as ignored where the caller may not
+        use it; and by `chosen`, where the request has another tool of that name."""
+        if self._context.parsing.web_search:
+            self._searches.append(entry)
+        else:
+            self._context.ignore(entry.path)
 
     def add(self, tool: Tool, *entries: Fields) -> None:
         """Add a tool. Fields of `entries` that have no effect are recorded as ignored."""
@@ -6547,18 +6728,38 @@ class ToolReader:
             f"tools[].{name}" for entry in self._entries for name, value in entry.object.items()
             if name not in _TOOL_FIELDS and is_non_default(value)
         ))
+        names = {*tools, *self._offer_search(tools, allowed)}
+        if choice.name == WEB_SEARCH and WEB_SEARCH not in names:
+            self._context.ignore("tool_choice")
+            choice = ToolChoice(parallel=choice.parallel)
         problem = ""
-        if not tools and choice.forces:
+        if not names and choice.forces:
             problem = "there are no tools to call"
-        elif choice.kind == "tool" and choice.name not in tools:
+        elif choice.kind == "tool" and choice.name not in names:
             problem = f"no tool is named {choice.name!r}"
         if problem:
             raise BadRequest(f"tool_choice: {problem}.", param="tool_choice")
-        return tuple(tools.values()), choice if tools else ToolChoice()
+        return tuple(tools.values()), choice if names else ToolChoice()
+
+    def _offer_search(
+        self, tools: Mapping[str, Tool], allowed: Mapping[str, str] | None
+    ) -> tuple[str, ...]:
+        """Give the context the search tool of the API if the request may use it. Return the names
+        of the tools that were given."""
+        is_free = WEB_SEARCH not in tools and (allowed is None or WEB_SEARCH in allowed)
+        offered = self._searches[:1] if is_free else []
+        self._context.ignore(*(entry.path for entry in self._searches[len(offered):]))
+        for entry in offered:
+            tool, ignored = web_search_tool(entry)
+            self._context.server_tools = (tool,)
+            self._context.ignore(*ignored)
+        return (WEB_SEARCH,) if offered else ()
 
     def _only(self, tools: dict[str, Tool], allowed: Mapping[str, str]) -> dict[str, Tool]:
         kept = {name: tool for name, tool in tools.items() if name in allowed}
-        unknown = {name: path for name, path in allowed.items() if name not in kept}
+        unknown = {
+            name: path for name, path in allowed.items() if name not in (*kept, WEB_SEARCH)
+        }
         if unknown and not kept:
             name, path = next(iter(unknown.items()))
             raise BadRequest(f"{path}: no tool is called {one_line(name, 80)!r}.", param=path)
@@ -6656,6 +6857,8 @@ def qualified_name(space: str, name: str) -> str:
 
 def _tool_name(entry: Fields) -> str:
     """Return the tool's name in an entry of a tool choice; tools without a name have their type."""
+    if is_web_search(entry.text("type")):
+        return WEB_SEARCH
     if entry.text("type") in CLIENT_TOOLS:
         return str(entry.text("type"))
     named = entry.child("function") or entry.child("custom") or entry
@@ -6683,11 +6886,13 @@ def openai_tool_choice(fields: Fields, field: str) -> tuple[ToolChoice, dict[str
         allowed = entry.child("allowed_tools") or entry
         mode = allowed.one_of("mode", ("auto", "required")) or "auto"
         served = (None, "function", "custom", *CLIENT_TOOLS)
-        tools = [tool for tool in allowed.objects("tools") if tool.text("type") in served]
-        names = {_tool_name(tool): tool.path for tool in tools}
+        names = {
+            _tool_name(tool): tool.path for tool in allowed.objects("tools")
+            if tool.text("type") in served or is_web_search(tool.text("type"))
+        }
         return ToolChoice("any" if mode == "required" else "auto", parallel=parallel), names
     named_kinds = (None, "function", "tool", "custom", *CLIENT_TOOLS)
-    if not entry.has("name") and kind not in named_kinds:
+    if not entry.has("name") and kind not in named_kinds and not is_web_search(kind):
         # A tool that OpenAI runs.
         fields.mark_ignored(field)
         return ToolChoice(parallel=parallel), None
@@ -7141,6 +7346,9 @@ def _with_user_last(
     the assistant's and `after_assistant` is empty."""
     if messages[-1].role == "user" or context.parsing.count_only:
         return messages
+    if any(map(is_server_block, messages[-1].content)):
+        # The client sends an answer back that paused, so that it goes on.
+        after_assistant = after_assistant or _CONTINUE
     if not after_assistant:
         raise BadRequest(
             f"{param}: the last message must have the role user; prefilling an answer is not "
@@ -7203,6 +7411,7 @@ class Dialect:
             options=options,
             tools=tools,
             tool_choice=choice or ToolChoice(),
+            server_tools=context.server_tools,
             output_schema=output_schema,
             session_id=prompt.session_id,
             stream=fields.flag("stream"),
@@ -7327,6 +7536,8 @@ FINISH_REASONS = {
     "stop_sequence": "stop",
     "tool_use": "tool_calls",
     "max_tokens": "length",
+    # The API's own tools took too many steps: the answer is not complete.
+    "pause_turn": "length",
     "model_context_window_exceeded": "length",
     "refusal": "content_filter",
 }
@@ -7376,6 +7587,14 @@ def with_function_call(choice: Json, field: str) -> Json | None:
         said["function_call"] = calls[0]["function"]
     reason = "function_call" if reason == "tool_calls" else reason
     return {**choice, field: said, "finish_reason": reason}
+
+
+def chat_annotations(annotations: list[Json]) -> list[Json]:
+    """Return annotations in the form of chat, which nests their fields."""
+    return [
+        {"type": each["type"], each["type"]: {k: v for k, v in each.items() if k != "type"}}
+        for each in annotations
+    ]
 
 
 class ChatDialect(Dialect):
@@ -7441,6 +7660,8 @@ class ChatDialect(Dialect):
                 name = freeform.required_text("name")
                 reader.add(freeform_tool(freeform, name))
                 custom.add(name)
+            elif is_web_search(entry.text("type")) and schema == "parameters":
+                reader.add_web_search(entry)
             elif entry.text("type") not in (None, "function") and schema == "parameters":
                 context.ignore(entry.path)
             elif definition is entry and not entry.has("name"):
@@ -7450,6 +7671,9 @@ class ChatDialect(Dialect):
                 reader.add(tool, *([entry] if definition is entry else [entry, definition]))
         for entry in fields.objects("functions"):
             reader.add(read_tool(entry, entry.required_text("name"), "parameters"))
+        if isinstance(fields.object.get("web_search_options"), dict):
+            options = fields.value("web_search_options")
+            reader.add_web_search(Fields(options, "web_search_options"))
         field = "tool_choice" if fields.has("tool_choice") else "function_call"
         return (*reader.chosen(*openai_tool_choice(fields, field)), frozenset(custom))
 
@@ -7568,6 +7792,9 @@ class ChatDialect(Dialect):
         }
         if thinking:
             message["reasoning_content"] = thinking
+        annotations = text_annotations(answer.blocks)
+        if annotations:
+            message["annotations"] = chat_annotations(annotations)
         if answer.calls:
             message["tool_calls"] = [self._written_call(turn, call) for call in answer.calls]
         return message
@@ -7595,9 +7822,9 @@ class ChatRenderer(Renderer):
         self._no_usage: Json = {"usage": None} if turn.reply_format.include_usage else {}
 
     def _is_answer(self, event: Event) -> bool:
-        # Nothing is sent when a text begins.
-        is_text = isinstance(event, BlockStarted) and event.block["type"] == "text"
-        return not is_text and super()._is_answer(event)
+        # Nothing is sent when a text begins, and of server blocks.
+        is_call = not isinstance(event, BlockStarted) or event.block["type"] == "tool_use"
+        return is_call and super()._is_answer(event)
 
     def _render(self, index: int, event: Event) -> bytes:
         choices = (
@@ -7632,6 +7859,7 @@ class ChatChoice:
     def __init__(self, form: CompletionFormat) -> None:
         self._custom_tools = form.custom_tools
         self._began = False
+        self._cited = CitedText()
         #: The index of each tool call by its block, and the blocks of calls without arguments yet.
         self._calls: dict[int, int] = {}
         self._empty_calls: list[int] = []
@@ -7648,6 +7876,9 @@ class ChatChoice:
             yield delta, event.stop_reason if isinstance(event, Finished) and not delta else None
 
     def _deltas(self, event: Event) -> Iterator[Json]:
+        annotations = self._cited.add(event)
+        if annotations:
+            yield {"annotations": chat_annotations(annotations)}
         if isinstance(event, BlockStarted) and event.block.get("type") == "tool_use":
             yield self._call_started(event.block_index, event.block["id"], event.block["name"])
         elif isinstance(event, Delta) and event.kind == "arguments":
@@ -7821,12 +8052,15 @@ class MessagesDialect(Dialect):
         return Thinking(effort, 0, off_field=fields.path_of("thinking") if is_set else "")
 
     def _tools(self, context: ParseContext) -> tuple[tuple[Tool, ...], ToolChoice]:
-        """Return the client's own tools; those that Anthropic defines are recorded as ignored."""
+        """Return the client's own tools. Of those that Anthropic defines, the search of the web
+        goes to the context; the others are recorded as ignored."""
         reader = ToolReader(context)
         for entry in context.fields.objects("tools"):
             if entry.text("type") in (None, "custom"):
                 name = entry.required_text("name")
                 reader.add(read_tool(entry, name, "input_schema"), entry)
+            elif is_web_search(entry.text("type")):
+                reader.add_web_search(entry)
             else:
                 context.ignore(entry.path)
         entry = context.fields.child("tool_choice") or Fields({})
@@ -7896,6 +8130,7 @@ _MESSAGES_DELTAS = {
     "thinking": ("thinking_delta", "thinking"),
     "signature": ("signature_delta", "signature"),
     "arguments": ("input_json_delta", "partial_json"),
+    "server_input": ("input_json_delta", "partial_json"),
 }
 
 
@@ -7941,6 +8176,10 @@ class MessagesRenderer(Renderer):
             return self._frame("content_block_start", index=self._open, content_block=event.block)
         if isinstance(event, Delta):
             return self._delta(event)
+        if isinstance(event, Citation):
+            return self._delta_frame(
+                event.block_index, {"type": "citations_delta", "citation": event.citation}
+            )
         if isinstance(event, BlockStopped):
             return self._close_block()
         if isinstance(event, Finished):
@@ -7956,8 +8195,10 @@ class MessagesRenderer(Renderer):
         if event.kind == "thinking" and not event.text:
             return b""
         kind, field = _MESSAGES_DELTAS[event.kind]
-        index = self._open if self._open is not None else event.block_index + self._offset
-        delta = {"type": kind, field: event.text}
+        return self._delta_frame(event.block_index, {"type": kind, field: event.text})
+
+    def _delta_frame(self, block_index: int, delta: Json) -> bytes:
+        index = self._open if self._open is not None else block_index + self._offset
         return self._frame("content_block_delta", index=index, delta=delta)
 
     def _close_block(self) -> bytes:
@@ -8112,7 +8353,6 @@ _HOSTED_CALLS = {
 }
 #: Items that become a text block: the role of the message, and the fields in the text.
 _ITEMS_AS_TEXT = {
-    "web_search_call": ("assistant", ("action",)),
     "file_search_call": ("assistant", ("queries", "results")),
     "image_generation_call": ("assistant", ("revised_prompt", "error")),
     "mcp_approval_request": ("assistant", ("server_label", "name", "arguments")),
@@ -8139,6 +8379,8 @@ class ItemReader:
             return [self._result(item, item.text("call_id") or item.text("id") or "", content)]
         if kind in _HOSTED_CALLS:
             return self._hosted_call(item, kind)
+        if kind == "web_search_call":
+            return [Message("assistant", [{"type": kind, "action": item.object.get("action")}])]
         if kind in _ITEMS_AS_TEXT:
             role, names = _ITEMS_AS_TEXT[kind]
             values = {name: item.object[name] for name in names if item.has(name)}
@@ -8241,12 +8483,13 @@ class PartForm(NamedTuple):
     #: More fields of the events with the text.
     more: Json
 
-    def part(self, text: str) -> Json:
-        return {**self.empty, self.text_field: text}
+    def part(self, text: str, annotations: Iterable[Json] = ()) -> Json:
+        cited = {"annotations": list(annotations)} if annotations else {}
+        return {**self.empty, self.text_field: text, **cited}
 
-    def finished(self, item: Json, text: str) -> Json:
+    def finished(self, item: Json, text: str, annotations: Iterable[Json] = ()) -> Json:
         status = {"status": "completed"} if "status" in item else {}
-        return {**item, **status, self.field: [self.part(text)]}
+        return {**item, **status, self.field: [self.part(text, annotations)]}
 
 
 _PART_FORMS = {
@@ -8265,6 +8508,9 @@ _PART_FORMS = {
 }
 
 
+_TEXT_FORM = _PART_FORMS["text"]
+
+
 def new_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
     """Return the output item of a block that has just started. `forms` has the form of the calls
     of each tool."""
@@ -8280,11 +8526,47 @@ def new_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
     }
 
 
-def output_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
+def _output_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
     item, kind = new_item(forms, block), block["type"]
     if kind == "tool_use":
         return _FORMS_BY_ITEM[item["type"]].finished(item, block["input"])
     return _PART_FORMS[kind].finished(item, block.get(kind, ""))
+
+
+def new_search_item() -> Json:
+    """Return the item of a search that has just started."""
+    return {
+        "id": new_id("ws_"), "type": "web_search_call", "status": "in_progress",
+        "action": {"type": "search", "query": ""},
+    }
+
+
+def finished_search_item(item: Json, arguments: Json, result: Block | None) -> Json:
+    """Return the item of a search that is over. A result that is no list reports a failure."""
+    failed = result is not None and not isinstance(result.get("content"), list)
+    action = {**item["action"], "query": str(arguments.get("query") or "")}
+    return {**item, "status": "failed" if failed else "completed", "action": action}
+
+
+def output_items(
+    forms: Mapping[str, tuple[CallForm, Json]], blocks: list[Block], *, has_summary: bool
+) -> Iterator[Json]:
+    """Yield the output items of an answer. Neighbouring texts are one item: the API begins a block
+    with each cited piece. A search at the end has no result: the answer was cut off in it."""
+    results = {block["tool_use_id"]: block for block in blocks if "tool_use_id" in block}
+    for kind, group in itertools.groupby(blocks, key=lambda block: str(block["type"])):
+        found = list(group)
+        if kind == "text":
+            text = "".join(block["text"] for block in found)
+            item = new_item(forms, found[0])
+            yield _TEXT_FORM.finished(item, text, text_annotations(found))
+        elif kind == "server_tool_use":
+            for block in found:
+                if block["name"] == WEB_SEARCH and block is not blocks[-1]:
+                    result = results.get(block["id"])
+                    yield finished_search_item(new_search_item(), block["input"], result)
+        elif kind in ("tool_use", "refusal") or (kind == "thinking" and has_summary):
+            yield from (_output_item(forms, block) for block in found)
 
 
 # ==== 21. Responses ==========================================================
@@ -8378,6 +8660,9 @@ class ResponsesDialect(Dialect):
         forms: dict[str, tuple[CallForm, Json]] = {}
         for entry, space in self._tool_entries(fields):
             kind = entry.text("type") or ""
+            if is_web_search(kind):
+                reader.add_web_search(entry)
+                continue
             tool = self._tool(entry, kind, space)
             if tool is None:
                 context.ignore(entry.path)
@@ -8451,11 +8736,9 @@ class ResponsesDialect(Dialect):
 
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
         answer, form = answers[0], turn.reply_format
-        kinds = ("text", "tool_use", "thinking") if form.has_summary else ("text", "tool_use")
-        blocks = [block for block in answer.blocks if block["type"] in kinds]
-        if answer.refusal:
-            blocks.append({"type": "refusal", "refusal": answer.refusal})
-        output = [output_item(form.forms, block) for block in blocks]
+        refused = [{"type": "refusal", "refusal": answer.refusal}] if answer.refusal else []
+        blocks = [*answer.blocks, *refused]
+        output = list(output_items(form.forms, blocks, has_summary=form.has_summary))
         return self.final_body(turn, output, answer.stop_reason, answer.usage)
 
     def renderer(self, turn: Turn) -> Renderer:
@@ -8483,7 +8766,8 @@ class ResponsesRenderer(Renderer):
     At most one item is open. It is closed as late as possible:
 
     - BlockStopped does not close it: claude sends one also for a block cut off by the token limit.
-    - The next block, or a stop reason "tool_use", proves that the item is complete.
+    - The next block, or a stop reason "tool_use", proves that the item is complete. A text goes on
+      in a text block that follows it.
     - At any other end, a text is closed as it is; a call is closed only if its arguments are valid
       JSON and not empty. An incomplete call gets no output_item.done: Codex would run it.
     """
@@ -8497,6 +8781,11 @@ class ResponsesRenderer(Renderer):
         self._item: Json | None = None
         self._part: PartForm | None = None
         self._call: CallForm | None = None
+        #: Whether it is a search of the API, which has neither form.
+        self._is_search = False
+        #: The sources of a text: where they stand, and the annotations that were sent.
+        self._cited = CitedText()
+        self._annotations: list[Json] = []
         #: For the call of a custom tool: the reader of its input.
         self._reader: FreeformReader | None = None
         #: The pieces of the open item, as they came and as they were sent.
@@ -8515,20 +8804,65 @@ class ResponsesRenderer(Renderer):
     def _render(self, index: int, event: Event) -> bytes:
         if isinstance(event, Restarted):
             return self._close()
+        if isinstance(event, Finished):
+            return self._finish(event)
+        frames = b""
         if isinstance(event, BlockStarted):
-            return self._close(is_complete=True) + self._open(event.block)
-        if isinstance(event, Delta):
+            frames = self._start_block(event.block)
+        elif isinstance(event, Delta):
             opened = self._open({"type": "refusal"}) if event.kind == "refusal" else b""
-            return opened + self._delta(event)
-        return self._finish(event) if isinstance(event, Finished) else b""
+            frames = opened + self._delta(event)
+        elif isinstance(event, BlockStopped) and self._is_search:
+            frames = self._event("web_search_call.searching")
+        return frames + self._annotate(self._cited.add(event))
+
+    def _start_block(self, block: Block) -> bytes:
+        if block["type"] == "text" and self._item is not None and self._part is _TEXT_FORM:
+            return b""
+        if self._is_search:
+            return self._close_search(block) + self._open(block)
+        return self._close(is_complete=True) + self._open(block)
+
+    def _annotate(self, annotations: list[Json]) -> bytes:
+        """Return the events of new annotations of the open text."""
+        frames = b""
+        for each in annotations if self._item is not None else ():
+            index = len(self._annotations)
+            frames += self._event(
+                "output_text.annotation.added", annotation_index=index, annotation=each
+            )
+            self._annotations.append(each)
+        return frames
+
+    def _open_search(self) -> bytes:
+        self._item, self._part, self._call = new_search_item(), None, None
+        self._pieces, self._is_search = [], True
+        added = self._begin() + self._item_event("added", self._item)
+        return added + self._event("web_search_call.in_progress")
+
+    def _close_search(self, block: Block) -> bytes:
+        """Return the events that end the open search. `block` follows it: its result, or the next
+        of several searches."""
+        result = block if "tool_use_id" in block else None
+        arguments = parse_arguments("".join(self._pieces))
+        done = finished_search_item(self._item or {}, arguments, result)
+        is_over = done["status"] == "completed"
+        frames = self._event("web_search_call.completed") if is_over else b""
+        frames += self._item_event("done", done)
+        self._output.append(done)
+        self._item, self._is_search = None, False
+        return frames
 
     def _open(self, block: Block) -> bytes:
         kind, form = block["type"], self._turn.reply_format
+        if kind == "server_tool_use" and block["name"] == WEB_SEARCH:
+            return self._open_search()
         is_hidden = kind == "thinking" and not form.has_summary
         if is_hidden or kind not in ("tool_use", *_PART_FORMS):
             return b""
         item = new_item(form.forms, block)
         self._item, self._pieces, self._sent = item, [], []
+        self._cited, self._annotations = CitedText(), []
         self._part = _PART_FORMS.get(kind)
         self._call = None if self._part else _FORMS_BY_ITEM[item["type"]]
         self._reader = FreeformReader() if self._call is _CALL_FORMS["custom"] else None
@@ -8545,7 +8879,7 @@ class ResponsesRenderer(Renderer):
         """Return the event of the open item's part, nothing for a call."""
         if self._part is None:
             return b""
-        part = self._part.part(text)
+        part = self._part.part(text, self._annotations)
         return self._event(f"{self._part.part_event}.{step}", part=part)
 
     def _event(self, stem: str, **fields: object) -> bytes:
@@ -8579,7 +8913,8 @@ class ResponsesRenderer(Renderer):
             return b""
         done: Json | None = None
         if self._part is not None:
-            frames, done = self._end_text(self._part, text), self._part.finished(item, text)
+            frames = self._end_text(self._part, text)
+            done = self._part.finished(item, text, self._annotations)
         elif self._call is not None and (text or is_complete):
             frames, done = self._end_call(item, self._call, text, is_complete)
         else:
@@ -8698,8 +9033,7 @@ COMPACTION = CompactionDialect()
 
 
 # ==== 22. Claude protocol ====================================================
-# The lines that are written to claude, and the reports about the plan and about failures that it
-# prints. No pipes and no processes here.
+# The lines that are written to claude. No pipes and no processes here.
 # Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
 # the newest).
 
@@ -8969,13 +9303,29 @@ def _tool_choice_body(choice: ToolChoice) -> Json | None:
 _MAX_DESCRIPTION_CHARS = 2_000
 
 
-def tools_body(tools: tuple[Tool, ...]) -> list[Json]:
-    """Return the tools in the API's form if claude would change their descriptions; else an empty
-    list."""
+#: The words in which claude describes the tool for a structured answer.
+_STRUCTURED_DESCRIPTION = (
+    "Use this tool to return your final response in the requested structured format. You MUST call "
+    "this tool exactly once at the end of your response to provide the structured output."
+)
+
+
+def _structured_tool(schema: OutputSchema) -> Json:
+    """Return claude's tool for a structured answer in the API's form."""
+    return {
+        "name": STRUCTURED_OUTPUT, "description": _STRUCTURED_DESCRIPTION,
+        "input_schema": schema.schema,
+    }
+
+
+def tools_body(tools: tuple[Tool, ...], more: tuple[Json, ...] = ()) -> list[Json]:
+    """Return all tools in the API's form if claude would change their descriptions, or cannot
+    offer `more` tools; else an empty list. The list takes the place of claude's own."""
     texts = [tool.description for tool in tools]
-    if all(text.isascii() and len(text) <= _MAX_DESCRIPTION_CHARS for text in texts):
+    is_plain = all(text.isascii() and len(text) <= _MAX_DESCRIPTION_CHARS for text in texts)
+    if is_plain and not more:
         return []
-    return [
+    client_tools: list[Json] = [
         {
             "name": wire_name(tool.name),
             "description": tool.description,
@@ -8983,15 +9333,18 @@ def tools_body(tools: tuple[Tool, ...]) -> list[Json]:
         }
         for tool in sorted(tools, key=lambda tool: wire_name(tool.name))
     ]
+    return [*client_tools, *more]
 
 
 def settings_lines(
-    options: Options, choice: ToolChoice, tools: tuple[Tool, ...] = ()
+    options: Options, choice: ToolChoice, tools: tuple[Tool, ...] = (),
+    more_tools: tuple[Json, ...] = (),
 ) -> bytes:
     """Return the control requests that set the options of one request; empty when there are none.
-    Pass `tools` only when the model gets no others: they then go to the API unchanged."""
+    Pass `tools` only when the model gets no others but `more_tools`, which are in the API's form:
+    they then go to the API unchanged."""
     extra: Json = dict(options.sampling)
-    body = tools_body(tools)
+    body = tools_body(tools, more_tools)
     if body:
         extra["tools"] = body
     if options.api_stops:
@@ -9080,6 +9433,19 @@ def after_refusal(turn: Turn, refusal: ModelRefusal) -> Turn:
     if not model.can_stop_thinking:
         options = least_thinking(model, options._replace(sampling=()))
     return turn._replace(model=model, options=options)
+def _earlier_message(message: Message, tools: Mapping[str, Tool]) -> Message:
+    """Return a message of the history in a form that claude accepts. `tools` maps names to
+    tools."""
+    kept: list[Block] = []
+    for block in message.content:
+        if is_server_block(block):
+            kept += text_blocks(server_block_text(block))
+        elif block["type"] == "tool_use":
+            kept.append(earlier_call(block, tools))
+        elif "thinking" not in block["type"]:
+            # claude drops the thinking of earlier answers in any case.
+            kept.append(block)
+    return Message(message.role, kept)
 
 
 #: The user message that is put before a conversation that starts with the assistant.
@@ -9102,10 +9468,13 @@ def conversation_steps(
         fields["sdkMcpServers"] = [TOOL_SERVER]
     if turn.output_schema is not None:
         fields["jsonSchema"] = turn.output_schema.schema
-    alone = not agent and turn.output_schema is None
+    more_tools = turn.server_tools_for_model
+    if more_tools and turn.output_schema is not None:
+        more_tools = (_structured_tool(turn.output_schema), *more_tools)
+    alone = not agent and (turn.output_schema is None or bool(more_tools))
     pending = control_line("initialize", **fields)
     options = _rebuild_options(turn)
-    pending += settings_lines(options, choice, tools if alone else ())
+    pending += settings_lines(options, choice, tools if alone else (), more_tools)
     steps = []
     by_name = {tool.name: tool for tool in turn.tools}
     earlier = turn.messages[:-1]
@@ -9113,12 +9482,8 @@ def conversation_steps(
         # claude loses an answer that has no message before it.
         earlier = [Message("user", text_blocks(_OPENING_TEXT)), *earlier]
     for message in earlier:
-        # claude drops the thinking of earlier answers in any case.
-        kept = [
-            earlier_call(block, by_name) if block["type"] == "tool_use" else block
-            for block in message.content if "thinking" not in block["type"]
-        ]
-        pending += message_line(Message(message.role, kept), version, ask=False)
+        told = _earlier_message(message, by_name)
+        pending += message_line(told, version, ask=False) if told.content else b""
         if message.role == "user":
             steps.append(pending)
             pending = b""
@@ -9146,6 +9511,9 @@ def was_rewound(reply: Json) -> bool:
     """Return whether the reply to `rewind_line` reports success."""
     return _object(_object(reply.get("response")).get("response")).get("rewound") is True
 
+
+# ==== 23. Plan and failures ==================================================
+# What claude reports of the plan, and the errors that its failures become.
 
 #: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
 #: forbid it again.
@@ -9462,7 +9830,7 @@ def upstream_error(
     return error_class(message, retry_after_s=pauses.get(error_class))
 
 
-# ==== 23. Claude answers =====================================================
+# ==== 24. Claude answers =====================================================
 # What claude prints becomes lines, and the lines of a turn become the events of an answer.
 
 #: The longest line that claude can print, and the most other output between two of its lines. Each
@@ -9558,17 +9926,23 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
             **before.tables,
             **{name: found[name] for name in _USAGE_TABLES if isinstance(found.get(name), dict)},
         },
+        web_search_requests=(
+            _count(_object(found.get("server_tool_use")), "web_search_requests")
+            or before.web_search_requests
+        ),
     )
 
 
 def sum_usage(usages: Iterable[Usage]) -> Usage:
-    """Return the sum of several usages, in the four kinds of tokens that are counted."""
+    """Return the sum of several usages, in the four kinds of tokens and the searches that are
+    counted."""
     added = NO_USAGE
     for usage in usages:
         added = Usage(
             added.input_tokens + usage.input_tokens, added.output_tokens + usage.output_tokens,
             added.cache_read_tokens + usage.cache_read_tokens,
             added.cache_write_tokens + usage.cache_write_tokens,
+            web_search_requests=added.web_search_requests + usage.web_search_requests,
         )
     return added
 
@@ -9631,6 +10005,8 @@ def check_history_result(line: Json) -> None:
 #
 #        NOTHING -> BEGUN -> CONTENT -> CALL     by deltas, and by a call of a client's tool
 #        any     -> NOTHING                      when claude repeats its API request
+#
+#    Calls and results of tools that the API runs come within a message and pass as they are.
 #
 # 2. RoundReader, with the Round. claude runs some tools itself: its own in agent mode, and unknown
 #    ones, which it reports to the model. The client gets the messages around them as one.
@@ -9761,6 +10137,8 @@ class ClientBlock(NamedTuple):
     converter: ClientJsonConverter | None = None
     #: Whether it is the call of a structured answer, which the client gets as a text.
     is_structured: bool = False
+    #: Whether it is the call of a tool that the API runs.
+    is_server_call: bool = False
 
 
 def _converter(source: Tool | OutputSchema) -> ClientJsonConverter | None:
@@ -9825,6 +10203,9 @@ class MessageReader:
             call_id = plain_id(str(block.get("id")))
             shown = {"type": "tool_use", "id": call_id, "name": tool.name, "input": {}}
             self._blocks[index] = ClientBlock(number, _converter(tool))
+        elif is_server_block({"type": str(kind)}):
+            shown = dict(block)
+            self._blocks[index] = ClientBlock(number, is_server_call=kind == "server_tool_use")
         elif kind not in _PLAIN_BLOCKS or (kind == "text" and schema is not None):
             return None
         else:
@@ -9832,6 +10213,13 @@ class MessageReader:
             self._blocks[index] = ClientBlock(number)
         self._next_number += 1
         return BlockStarted(number, shown)
+
+    def citation(self, index: int, delta: Json) -> Citation | None:
+        """Return a source of a block; None if the client gets nothing."""
+        block, citation = self._blocks.get(index), delta.get("citation")
+        if block is None or not isinstance(citation, dict):
+            return None
+        return Citation(block.number, citation)
 
     def delta(self, index: int, delta: Json) -> Delta | None:
         """Return a piece of a block; None if the client gets nothing."""
@@ -9847,12 +10235,14 @@ class MessageReader:
         if block.is_structured:
             kind = "text"
             self._structured.arguments.append(text)
+        if block.is_server_call:
+            kind = "server_input"
         if block.converter is not None:
             text = block.converter.feed(text)
         if not text and (block.is_structured or block.converter is not None):
             return None
         if self.extent < Extent.CONTENT:
-            is_content = text and kind in ("text", "arguments")
+            is_content = text and kind in ("text", "arguments", "server_input")
             self.extent = Extent.CONTENT if is_content else Extent.BEGUN
         self._line_ended = text.endswith("\n")
         return Delta(block.number, kind, text)
@@ -10021,8 +10411,7 @@ class TurnReader:
     def _on_stream_event(self, event: Json) -> list[Event]:
         kind = event.get("type")
         if kind == "content_block_delta":
-            delta = self._message.delta(_count(event, "index"), _object(event.get("delta")))
-            return [] if delta is None else [delta]
+            return self._on_delta(_count(event, "index"), _object(event.get("delta")))
         if kind == "content_block_start":
             return self._on_block_start(_count(event, "index"), _object(event.get("content_block")))
         if kind == "content_block_stop":
@@ -10032,6 +10421,12 @@ class TurnReader:
         if kind == "message_delta":
             return self._on_message_delta(event)
         return []
+
+    def _on_delta(self, index: int, delta: Json) -> list[Event]:
+        is_citation = delta.get("type") == "citations_delta"
+        read = self._message.citation if is_citation else self._message.delta
+        event = read(index, delta)
+        return [] if event is None else [event]
 
     def _on_message_start(self, message: Json) -> list[Event]:
         started = self._message.start(message)
@@ -10100,7 +10495,7 @@ class TurnReader:
         return [Finished(reason, sequence, self._message.usage, details)]
 
 
-# ==== 24. Claude program =====================================================
+# ==== 25. Claude program =====================================================
 # The program on disk: where it is, its version, its environment and arguments, the folders that it
 # runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
 # that a killed server leaves.
@@ -10726,7 +11121,7 @@ class Watchdog:
             self._end()
 
 
-# ==== 25. Claude process =====================================================
+# ==== 26. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
 # silence and a hang-up at once. Children have process groups of their own and end with the server,
@@ -11358,7 +11753,7 @@ class ClaudeStarter:
         self._watchdog.close()
 
 
-# ==== 26. Gate ===============================================================
+# ==== 27. Gate ===============================================================
 # Which requests may run. The gate knows the callers and nothing of the content of their requests.
 
 #: How often a waiting request checks its client.
@@ -11514,7 +11909,7 @@ class Slot:
             raise self.refusal
 
 
-# ==== 27. Conversations ======================================================
+# ==== 28. Conversations ======================================================
 # The identity of a conversation, and what an idle process can do with the next request of one.
 # Digests identify it: one for everything but the messages, and one for each message, in a form that
 # does not depend on how a client writes it.
@@ -11546,6 +11941,7 @@ def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
     base = [
         caller, turn.model.argument, turn.system, operator_prompt, repr(turn.tool_choice),
         canonical_json(list(turn.options)), canonical_json(turn.output_schema),
+        canonical_json(list(turn.server_tools)),
         *(tool.digest for tool in turn.tools),
     ]
     digests = tuple(message.digest for message in turn.messages)
@@ -11636,7 +12032,7 @@ class Conversation(NamedTuple):
 NO_CONVERSATION = Conversation(History("", ()))
 
 
-# ==== 28. Process pool =======================================================
+# ==== 29. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
 # - spare: it was started for a model that was used lately, and holds no conversation.
@@ -12026,7 +12422,7 @@ class ProcessPool:
             self.reap()
 
 
-# ==== 29. Sessions and responses =============================================
+# ==== 30. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
 # and responses by their ids.
 
@@ -12206,7 +12602,7 @@ class Responses:
             self._forget(response_id)
 
 
-# ==== 30. Cache ==============================================================
+# ==== 31. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -12235,7 +12631,8 @@ def cache_key(turn: Turn, caller: Caller, operator_prompt: str) -> str:
 
 def is_cacheable(turn: Turn, config: Config) -> bool:
     """Return whether this turn can be answered from the cache."""
-    repeatable = not (turn.session_id or turn.tools or turn.bypass_cache or config.is_agent)
+    has_tools = bool(turn.tools or turn.server_tools)
+    repeatable = not (turn.session_id or has_tools or turn.bypass_cache or config.is_agent)
     return bool(config.cache_ttl_ms) and repeatable
 
 
@@ -12456,7 +12853,7 @@ class Cache:
             }
 
 
-# ==== 31. Account ============================================================
+# ==== 32. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -12722,7 +13119,7 @@ class Account:
             }
 
 
-# ==== 32. Metrics ============================================================
+# ==== 33. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -12745,6 +13142,7 @@ METRICS = (
     Metric("ocp_requests_started_total", "counter", "Model requests received."),
     Metric("ocp_requests_total", "counter", "Model requests finished, by outcome."),
     Metric("ocp_tokens_total", "counter", "Tokens charged to the plan, by kind."),
+    Metric("ocp_web_searches_total", "counter", "Searches of the web by the API."),
     Metric(
         "ocp_first_token_seconds", "histogram", "Time to the first token.", _FIRST_TOKEN_BOUNDS_S
     ),
@@ -12862,7 +13260,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 33. Connections ========================================================
+# ==== 34. Connections ========================================================
 # Client sockets and their shared limits: how many connections stay open, and how much memory
 # request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -13255,7 +13653,7 @@ class Connections:
         )
 
 
-# ==== 34. State folder =======================================================
+# ==== 35. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -13413,7 +13811,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 35. Answering ==========================================================
+# ==== 36. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -13614,6 +14012,7 @@ class Job:
             cache_write_tokens=sum(usage.cache_write_tokens for usage in usages),
             first_token_ms=round((min(firsts) - self.started_s) * 1000) if firsts else None,
             total_ms=round((now_s - self.started_s) * 1000),
+            web_search_requests=sum(usage.web_search_requests for usage in usages),
         )
 
 
@@ -13656,7 +14055,8 @@ class CallWatch:
 
     def _is_call(self, event: Event) -> bool:
         block = event.block if isinstance(event, BlockStarted) else {}
-        return block.get("type") == "tool_use" and self._name in ("", block["name"])
+        is_call = block.get("type") in ("tool_use", "server_tool_use")
+        return is_call and self._name in ("", block["name"])
 
     def with_dropped(self, usage: Usage) -> Usage:
         """Return the usage of an answer together with that of the dropped one."""
@@ -14233,11 +14633,13 @@ class Requests:
             count = getattr(row, f"{kind}_tokens")
             if count:
                 metrics.add("ocp_tokens_total", count, model=model, kind=kind)
+        if row.web_search_requests:
+            metrics.add("ocp_web_searches_total", row.web_search_requests, model=model)
         if row.path is not None:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 36. App ================================================================
+# ==== 37. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -14621,7 +15023,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 37. Routes =============================================================
+# ==== 38. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -14701,7 +15103,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 38. HTTP server ========================================================
+# ==== 39. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -15478,7 +15880,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 39. Dashboard ==========================================================
+# ==== 40. Dashboard ==========================================================
 # One static page, dashboard.html beside this file. The server writes no values into it: the page
 # fetches JSON and sets text. Its content security policy allows only its own style and script, by
 # their hashes.
@@ -15546,7 +15948,7 @@ def dashboard_page() -> Page:
         return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
 
 
-# ==== 40. API endpoints ======================================================
+# ==== 41. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -15610,6 +16012,7 @@ def _parse_environment(app: App, exchange: Exchange, *, counted: bool) -> ParseE
         count_only=counted,
         long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
         default_effort=exchange.caller.effort or config.default_effort,
+        web_search=config.web_search and exchange.caller.web_search and not config.is_agent,
     )
 
 
@@ -15693,8 +16096,7 @@ def _store_conversation(
     app: App, exchange: Exchange, turn: Turn, answer: Answer, body: Json
 ) -> None:
     """Store the conversation under its response id, its session id, or both."""
-    blocks = [block for block in answer.blocks if block["type"] in ("text", "tool_use")]
-    messages = [*turn.messages, Message("assistant", blocks)]
+    messages = [*turn.messages, Message("assistant", blocks_to_store(answer.blocks))]
     if exchange.dialect.stores(turn) and body:
         system, items = exchange.dialect.stored_input(turn)
         app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)
@@ -15884,7 +16286,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found))
 
 
-# ==== 41. Management endpoints ===============================================
+# ==== 42. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -16157,6 +16559,10 @@ _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] 
         "effort", "effort", lambda app, fields: _key_effort(fields),
         {"enum": ["", *EFFORTS, None]},
     ),
+    (
+        "webSearch", "web_search", lambda app, fields: fields.flag("webSearch"),
+        {"type": ["boolean", "null"]},
+    ),
 )
 _KEY_NAMES = tuple(name for name, *_ in _KEY_FIELDS)
 
@@ -16190,6 +16596,7 @@ def _key_entry(key: Key) -> Json:
         "maxConcurrent": key.max_concurrent,
         "note": key.note,
         "effort": key.effort or None,
+        "webSearch": key.web_search,
         "lastUsed": iso(key.used_s),
         "createdAt": iso(key.created_s),
         "revokedAt": iso(key.revoked_s),
@@ -16724,7 +17131,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 42. Table of routes ====================================================
+# ==== 43. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -16772,7 +17179,7 @@ ROUTES = (
 )
 
 
-# ==== 43. Demo claude ========================================================
+# ==== 44. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 
@@ -16850,7 +17257,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 44. Command line =======================================================
+# ==== 45. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"

@@ -266,3 +266,28 @@ def test_the_asynchronous_client_streams(server: Server) -> None:
 
     words = [f"word{number}" for number in range(5)]
     assert asyncio.run(all_of(words)) == [f"You said: {word}" for word in words]
+
+
+# ---------------------------------------------------------------------------
+# Searches of the web
+# ---------------------------------------------------------------------------
+
+def test_a_streamed_message_has_its_search_and_sources(server: Server, client: Any) -> None:
+    cited = {"type": "web_search_result_location", "cited_text": "It rains",
+             "url": "https://yr.no", "title": "Yr", "encrypted_index": "xx"}
+    found = [{"type": "web_search_result", "url": "https://yr.no", "title": "Yr",
+              "encrypted_content": "abc", "page_age": None}]
+    server.write_scenario([[{"search": "oslo", "found": found},
+                            {"cite": "It rains.", "citations": [cited]}]])
+    tools = [{"type": "web_search_20250305", "name": "web_search"}]
+
+    with client.messages.stream(
+        model=MODEL, max_tokens=2000, messages=HELLO, tools=tools
+    ) as stream:
+        called, result, text = stream.get_final_message().content
+
+    assert (called.type, called.input) == ("server_tool_use", {"query": "oslo"})
+    assert result.content[0].url == text.citations[0].url == "https://yr.no"
+    again = ask(client, [*HELLO, {"role": "assistant", "content": [called, result, text]}, *HELLO],
+                tools=tools)
+    assert again.content[-1].text == "It rains."

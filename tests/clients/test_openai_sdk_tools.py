@@ -397,3 +397,45 @@ def test_a_response_cannot_be_cancelled(client: Any) -> None:
 
     with pytest.raises(openai.BadRequestError):
         client.responses.cancel(found.id)
+
+
+# ---------------------------------------------------------------------------
+# Searches of the web
+# ---------------------------------------------------------------------------
+
+YR = {"type": "web_search_result_location", "cited_text": "It rains", "url": "https://yr.no",
+      "title": "Yr", "encrypted_index": "xx"}
+SEARCHED = [[
+    {"search": "oslo", "found": [{"type": "web_search_result", "url": "https://yr.no"}]},
+    {"say": "Well: "}, {"cite": "it rains.", "citations": [YR]}]]
+
+
+def test_a_chat_answer_has_its_sources(shared_server: Server, client: Any) -> None:
+    shared_server.write_scenario(SEARCHED)
+
+    found = client.chat.completions.create(model=MODEL, messages=ASKED, web_search_options={})
+
+    (annotation,) = found.choices[0].message.annotations
+    cited = annotation.url_citation
+    assert found.choices[0].message.content[cited.start_index:cited.end_index] == "it rains."
+    assert (cited.url, cited.title) == ("https://yr.no", "Yr")
+
+
+def test_a_streamed_response_has_its_search_and_sources(
+    shared_server: Server, client: Any
+) -> None:
+    shared_server.write_scenario(SEARCHED)
+
+    with client.responses.stream(
+        model=MODEL, input=ASKED, tools=[{"type": "web_search"}]
+    ) as stream:
+        kinds = [event.type for event in stream]
+        called, message = stream.get_final_response().output
+
+    assert (called.type, called.status, called.action.query) == (
+        "web_search_call", "completed", "oslo")
+    (annotation,) = message.content[0].annotations
+    assert (annotation.url, annotation.start_index, annotation.end_index) == (
+        "https://yr.no", 6, 15)
+    assert "response.web_search_call.searching" in kinds
+    assert "response.output_text.annotation.added" in kinds

@@ -456,6 +456,9 @@ def _streamed_blocks(events: Iterable[Mapping[str, Json]]) -> list[Json]:
             assert is_open and event["index"] == len(blocks) - 1
             fields = {k: v for k, v in event["delta"].items() if k != "type"}
             ((name, piece),) = fields.items()
+            if name == "citation":
+                blocks[-1].setdefault("citations", []).append(piece)
+                continue
             name = "_json" if name == "partial_json" else name
             blocks[-1][name] = blocks[-1].get(name, "") + piece
         else:
@@ -468,7 +471,7 @@ def _streamed_blocks(events: Iterable[Mapping[str, Json]]) -> list[Json]:
 
 def _close_block(block: dict[str, Json]) -> None:
     arguments = block.pop("_json")
-    if block["type"] == "tool_use" and arguments:
+    if block["type"] in ("tool_use", "server_tool_use") and arguments:
         try:
             block["input"] = json.loads(arguments)
         except ValueError:

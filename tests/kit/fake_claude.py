@@ -322,7 +322,7 @@ class Call:
 class Message:
     """One message of the model while it is streamed."""
 
-    def __init__(self, usage: dict[str, int]) -> None:
+    def __init__(self, usage: Step) -> None:
         self.id = "msg_" + os.urandom(6).hex()
         self.usage = usage
         self.content: list[Step] = []
@@ -373,7 +373,7 @@ class FakeClaude:
         self.failed = False
         self.queries = 0
         #: The usage of the message that is being scripted.
-        self.planned_usage: dict[str, int] = USAGE
+        self.planned_usage: Step = USAGE
         #: Tool servers of the client whose tools are not known yet.
         self.connecting = 0
         self.rate_limit_info: Step = {}
@@ -913,6 +913,33 @@ def step_tool(fake: FakeClaude, step: Step) -> None:
         fake.emit_user([tool_result(block["id"], "Structured output provided successfully")])
 
 
+def step_search(fake: FakeClaude, step: Step) -> None:
+    """{"search": query, "found": [...]}: a search that the API runs, and the blocks' content of
+    its result, or an object with the reason of a failure."""
+    given, search_id = {"query": step["search"]}, "srvtoolu_" + os.urandom(12).hex()
+    block = {"type": "server_tool_use", "id": search_id, "name": "web_search", "input": given}
+    message = fake.start_block(dict(block, input={}))
+    for piece in ["", *words_of(json.dumps(given), 2)]:
+        fake.emit_delta(message, "input_json_delta", "partial_json", piece)
+    fake.stop_block(message, block)
+    found = {"type": "web_search_tool_result", "tool_use_id": search_id, "content": step["found"]}
+    fake.stop_block(fake.start_block(found), found)
+    counted = message.usage.get("server_tool_use", {}).get("web_search_requests", 0) + 1
+    message.usage = {**message.usage, "server_tool_use": {"web_search_requests": counted}}
+
+
+def step_cite(fake: FakeClaude, step: Step) -> None:
+    """{"cite": text, "citations": [...]}: a whole text block with its sources."""
+    message = fake.start_block({"type": "text", "text": "", "citations": []})
+    for citation in step["citations"]:
+        fake.emit_event("content_block_delta", index=message.index,
+                        delta={"type": "citations_delta", "citation": citation})
+    for piece in words_of(step["cite"], 2):
+        fake.emit_delta(message, "text_delta", "text", piece)
+    block = {"type": "text", "text": step["cite"], "citations": step["citations"]}
+    fake.stop_block(message, block)
+
+
 def step_finish(fake: FakeClaude, step: Step) -> None:
     """{"finish": stop_reason, "usage": {...}, "stop_sequence": s, "rate_limit_info": {...}}:
     ends the message, and the turn too unless tools were called."""
@@ -937,8 +964,8 @@ def end_message(fake: FakeClaude, turn: Turn, message: Message, step: Step) -> N
     message.ended = True
     if message.content:
         fake.history.add("assistant", message.content)
-    for name, count in message.usage.items():
-        turn.usage[name] = turn.usage.get(name, 0) + count
+    for name in USAGE:
+        turn.usage[name] += message.usage[name]
     fake.emit_rate_limit(step.get("rate_limit_info", {}))
 
 
@@ -1102,6 +1129,8 @@ STEPS: dict[str, Callable[[FakeClaude, Step], None]] = {
     "say": step_say,
     "think": step_think,
     "tool": step_tool,
+    "search": step_search,
+    "cite": step_cite,
     "finish": step_finish,
     "whole": step_whole,
     "restart": step_restart,

@@ -42,11 +42,12 @@ USAGE: Json = {
 COUNTS: Json = {
     "requests": 12, "successes": 11, "errors": 1, "input_tokens": 1_200,
     "output_tokens": 3_400, "cache_read_tokens": 45_000, "cache_write_tokens": 800, "cached": 0,
+    "web_search_requests": 4,
     "avg_elapsed_ms": 4_200, "last_request": "2026-11-20T14:55:00Z",
 }
 SMALL: Json = {
     **COUNTS, "requests": 3, "successes": 3, "errors": 0, "input_tokens": 90,
-    "output_tokens": 310, "cache_read_tokens": 0, "avg_elapsed_ms": 840,
+    "output_tokens": 310, "cache_read_tokens": 0, "avg_elapsed_ms": 840, "web_search_requests": 0,
     "last_request": "2026-11-18T15:00:00Z",
 }
 API_USAGE: Json = {
@@ -94,7 +95,7 @@ KEY: Json = {
     "id": 2, "keyPreview": "ocp_ygp2...1eD_", "name": "laptop",
     "created_at": "2026-11-18 15:00:00", "createdAt": "2026-11-18T15:00:00Z", "revoked": 0,
     "expiry": "2026-12-20T15:00:00Z", "expired": False, "models": ["claude-sonnet-5-5"],
-    "maxConcurrent": 2, "note": "", "effort": "low",
+    "maxConcurrent": 2, "note": "", "effort": "low", "webSearch": True,
     "lastUsed": "2026-11-20T14:55:00Z", "revokedAt": None,
 }
 KEYS: Json = {"keys": [KEY, {

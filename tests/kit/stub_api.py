@@ -84,6 +84,8 @@ class Reply(NamedTuple):
     output_tokens: int = 7
     #: None leaves `output_tokens_details` out of the usage.
     thinking_tokens: Optional[int] = None
+    #: How many searches the usage counts; 0 leaves `server_tool_use` out of it.
+    web_search_requests: int = 0
     #: HTTP headers; they win over the rate-limit headers that every success carries.
     headers: Mapping[str, str] = {}
 
@@ -244,6 +246,8 @@ def _final_usage(reply: Reply) -> dict[str, Json]:
     usage = _usage(reply, reply.output_tokens)
     if reply.thinking_tokens is not None:
         usage["output_tokens_details"] = {"thinking_tokens": reply.thinking_tokens}
+    if reply.web_search_requests:
+        usage["server_tool_use"] = {"web_search_requests": reply.web_search_requests}
     return usage
 
 

@@ -1109,11 +1109,13 @@ def test_nothing_is_sent_before_the_first_content() -> None:
     assert renderer.event(0, STARTED) == renderer.event(0, ocp.Restarted()) == b""
 
 
-@pytest.mark.parametrize("reason", ["pause_turn", "a_word_of_next_year"])
-def test_a_stop_reason_that_nobody_knows_is_an_ordinary_end(reason: str) -> None:
+@pytest.mark.parametrize(
+    ("reason", "told"), [("a_word_of_next_year", "stop"), ("pause_turn", "length")]
+)
+def test_a_stop_reason_that_openai_does_not_know(reason: str, told: str) -> None:
     body = whole(ocp.CHAT, asked("whole"), [STARTED, *TEXT, finished(reason)])
 
-    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["choices"][0]["finish_reason"] == told
 
 
 @pytest.mark.parametrize("events", [[], [STARTED, *TEXT], [STARTED, *TEXT, ocp.Restarted()]])

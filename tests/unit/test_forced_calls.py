@@ -17,8 +17,8 @@ WORDS = [
 ENDED = ocp.Finished("end_turn", None, USAGE)
 
 
-def call(name: str = "clock") -> Any:
-    return ocp.BlockStarted(1, {"type": "tool_use", "id": "toolu_1", "name": name, "input": {}})
+def call(name: str = "clock", kind: str = "tool_use") -> Any:
+    return ocp.BlockStarted(1, {"type": kind, "id": "toolu_1", "name": name, "input": {}})
 
 
 def seen(watch: Any, *events: Any) -> list[list[Any]]:
@@ -40,6 +40,12 @@ def test_all_before_the_call_comes_with_it_and_the_rest_at_once(name: str) -> No
     assert found == [
         *[[ocp.Pause()]] * 4, [STARTED, *WORDS, call()], [delta], [ENDED]]
     assert (watch.is_missing, watch.with_dropped(USAGE)) == (False, USAGE)
+
+
+def test_a_search_that_is_forced_is_a_call() -> None:
+    search = call("web_search", "server_tool_use")
+
+    assert seen(watch_for("web_search"), STARTED, search)[-1] == [STARTED, search]
 
 
 def test_a_call_of_another_tool_is_held_back_like_words() -> None:

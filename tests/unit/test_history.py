@@ -323,8 +323,47 @@ def test_results_of_tools_that_the_api_ran_are_told_as_text(part: Json, told: st
 
     found = ocp.MESSAGES.parse({"messages": [USER, answer, USER]}, parsing())
 
-    assert conversation(found)[1] == ("assistant", [told, "So it is."])
+    assert told_answers(found) == [[told, "So it is."]]
     assert found.ignored == ()
+
+
+def told_answers(turn: Any) -> list[list[str]]:
+    """The texts of the answers that claude is given when a conversation is rebuilt."""
+    steps = ocp.conversation_steps(turn, "", ocp.OLDEST_CLAUDE)
+    lines = [json.loads(line) for line in b"".join(steps).splitlines()]
+    contents = [line["message"]["content"] for line in lines if line["type"] == "assistant"]
+    return [[part["text"] for part in content] for content in contents]
+
+
+def test_what_a_server_tool_found_counts_as_its_text_and_is_not_compared() -> None:
+    found = {"type": "web_search_tool_result", "tool_use_id": "s1", "content": FOUND}
+    called = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {"q": "a"}}
+    cited = {**block("So it is."), "citations": [{"url": "https://a"}]}
+    plain, searched = (
+        ocp.Message("assistant", content)
+        for content in ([block("So it is.")], [called, found, cited])
+    )
+
+    assert plain.digest == searched.digest
+    assert searched.chars == plain.chars + len(SERVER_BLOCKS[0][1])
+
+
+def test_an_answer_of_nothing_but_a_call_is_not_told() -> None:
+    called = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {"q": "a"}}
+    paused = {"role": "assistant", "content": [called]}
+
+    found = ocp.MESSAGES.parse({"messages": [USER, paused]}, parsing())
+
+    assert [message.role for message in found.messages] == ["user", "assistant", "user"]
+    assert (told_answers(found), found.adjusted) == ([], (("assistant_last", 1),))
+
+
+def test_a_result_that_is_in_no_answer_is_text() -> None:
+    part, told = SERVER_BLOCKS[0]
+
+    found = ocp.MESSAGES.parse({"messages": [{"role": "user", "content": [part]}]}, parsing())
+
+    assert conversation(found) == [("user", [told])]
 
 
 @pytest.mark.parametrize("kind", ["container_upload", "fallback", "quantum"])

@@ -549,9 +549,6 @@ def test_a_call_that_holds_its_result_is_told_with_it(item: Json, told: Any) -> 
 @pytest.mark.parametrize(
     ("item", "role", "text"),
     [
-        ({"type": "web_search_call", "id": "w", "status": "completed",
-          "action": {"type": "search", "query": "owls"}},
-         "assistant", '[web_search_call]\n{"action":{"type":"search","query":"owls"}}'),
         ({"type": "file_search_call", "id": "f", "queries": ["owls"], "results": [{"text": "x"}]},
          "assistant", '[file_search_call]\n{"queries":["owls"],"results":[{"text":"x"}]}'),
         ({"type": "image_generation_call", "id": "i", "result": "iVBO", "revised_prompt": "An owl"},
@@ -570,6 +567,21 @@ def test_what_has_no_result_is_told_as_text(item: Json, role: str, text: str) ->
 
     assert text in [part for told_by, parts in conversation(found) if told_by == role
                     for part in parts]
+
+
+def test_a_search_of_the_history_is_told_as_text_and_not_compared() -> None:
+    item = {"type": "web_search_call", "id": "w", "status": "completed",
+            "action": {"type": "search", "query": "owls"}}
+    said = {"role": "assistant", "content": "Hoot."}
+
+    found = turn([USER, item, said, USER])
+
+    plain = turn([USER, said, USER])
+    assert [each.digest for each in found.messages] == [each.digest for each in plain.messages]
+    lines = b"".join(ocp.conversation_steps(found, "", ocp.OLDEST_CLAUDE)).splitlines()
+    [answer] = [line["message"] for line in map(json.loads, lines) if line["type"] == "assistant"]
+    assert answer["content"] == [
+        block('[web_search_call]\n{"action":{"type":"search","query":"owls"}}'), block("Hoot.")]
 
 
 def test_a_compaction_that_was_made_here_is_told_as_its_summary() -> None:
