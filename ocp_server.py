@@ -11674,12 +11674,16 @@ class ClaudeProcess:
         if kind == "system" and line.get("subtype") == "init":
             reported = version_in(str(line.get("claude_code_version")))
             has_news = self.version_differs = reported not in (None, self.version)
-        offered = _object(_object(line.get("response")).get("response")).get("models")
-        if kind == "control_response" and offered and self._on_report is not None:
-            # The answer to `initialize` lists the models of the account.
-            self._on_report({"models": offered, "version": self.version, "model": self.model_id})
+        if kind == "control_response":
+            self._report_models(line)
         if has_news and self._on_report is not None:
             self._on_report({**line, "model": self.model_id})
+
+    def _report_models(self, line: Json) -> None:
+        """Pass on the models of the account, which the reply to `initialize` lists."""
+        offered = _object(_object(line.get("response")).get("response")).get("models")
+        if offered and self._on_report is not None:
+            self._on_report({"models": offered, "version": self.version, "model": self.model_id})
 
     # -- idling and ending --------------------------------------------------------------------
 
@@ -14303,7 +14307,10 @@ class TurnRunner:
         if self._watch is not None:
             self._watch.begin()
         for heard in attempt.process.converse(attempt.turn_input, self._limits, reader):
-            for event in self._watched(bounds.events(heard)):
+            if isinstance(heard, Pause):
+                yield heard
+                continue
+            for event in self._released(bounds.events(heard)):
                 if isinstance(event, Finished):
                     usage = record.usage if bounds.ended else event.usage
                     if self._watch is not None:
@@ -14316,13 +14323,15 @@ class TurnRunner:
             if bounds.ended:
                 return
 
-    def _watched(self, events: Iterable[Event]) -> Iterator[Event]:
-        """Give the events that need not wait for a call, and tell the client if it is missing."""
-        for event in events:
-            for released in [event] if self._watch is None else self._watch.events(event):
-                if self._watch is not None and self._watch.is_missing:
-                    self._job.headers["X-OCP-Tool-Choice"] = "not-honoured"
-                yield released
+    def _released(self, events: list[Event]) -> list[Event]:
+        """Return the events that need not wait for a call, and tell the client if it is missing."""
+        watch = self._watch
+        if watch is None:
+            return events
+        released = [each for event in events for each in watch.events(event)]
+        if watch.is_missing:
+            self._job.headers["X-OCP-Tool-Choice"] = "not-honoured"
+        return released
 
     # -- release ----------------------------------------------------------------------------------
 
