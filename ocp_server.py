@@ -9477,13 +9477,14 @@ def conversation_steps(
     pending += settings_lines(options, choice, tools if alone else (), more_tools)
     steps = []
     by_name = {tool.name: tool for tool in turn.tools}
-    earlier = turn.messages[:-1]
+    told = (_earlier_message(message, by_name) for message in turn.messages[:-1])
+    # claude answers no empty message, and waiting for a `result` would never end.
+    earlier = [message for message in told if message.content]
     if earlier and earlier[0].role == "assistant":
         # claude loses an answer that has no message before it.
         earlier = [Message("user", text_blocks(_OPENING_TEXT)), *earlier]
     for message in earlier:
-        told = _earlier_message(message, by_name)
-        pending += message_line(told, version, ask=False) if told.content else b""
+        pending += message_line(message, version, ask=False)
         if message.role == "user":
             steps.append(pending)
             pending = b""
@@ -10351,8 +10352,9 @@ class FailureRecord:
         if not failure.text and not failure.status:
             return EmptyAnswer("The model ended its turn without an answer.")
         error = upstream_error(failure, self.plan, self._clock())
-        status = failure.status or error.status
-        error.refused_upstream = status in (401, 429) or status >= 500
+        # The API reports missing credits as a 400 and a revoked login as a 403.
+        statuses = (failure.status or error.status, error.status)
+        error.refused_upstream = any(each in (401, 429) or each >= 500 for each in statuses)
         return error
 
 
@@ -14035,27 +14037,35 @@ class CallWatch:
         self.is_missing = False
 
     def begin(self) -> None:
-        """Begin an attempt."""
-        self._held.clear()
+        """Begin an answer: nothing of an earlier one counts."""
+        self._held = []
+        self._is_released = False
 
     def events(self, event: Event) -> list[Event]:
         """Return the events for the client; none if `event` ends an answer that is dropped."""
+        if isinstance(event, Restarted):
+            was_released = self._is_released
+            self.begin()
+            return [event] if was_released else [Pause()]
         if self._is_released or isinstance(event, (Tick, Pause)):
             return [event]
-        if isinstance(event, Restarted):
-            self._held.clear()
-            return [Pause()]
         self._held.append(event)
         if isinstance(event, Finished):
             # A limit or a refusal would be met again.
             if self._dropped is None and event.stop_reason in ("end_turn", "tool_use"):
                 self._dropped = event.usage
                 return []
-            self.is_missing = True
+            self.is_missing = self._had_room(event)
         elif not self._is_call(event):
             return [Pause()]
         self._is_released = True
         return self._held
+
+    def _had_room(self, finished: Finished) -> bool:
+        """Return whether the limit left room for a call: the model did more than think."""
+        blocks = (event.block for event in self._held if isinstance(event, BlockStarted))
+        has_content = any("thinking" not in block["type"] for block in blocks)
+        return has_content or finished.stop_reason != "max_tokens"
 
     def _is_call(self, event: Event) -> bool:
         block = event.block if isinstance(event, BlockStarted) else {}

@@ -820,6 +820,18 @@ def test_a_conversation_that_the_assistant_began_is_laid_down_too() -> None:
     ]
 
 
+def test_a_message_of_which_nothing_is_left_is_no_step() -> None:
+    turn = a_turn(("user", ""), ("assistant", "b"), ("assistant", ""), ("user", ""), ("user", "c"))
+    turn.messages[0].content[:] = [{"type": "server_tool_use", "id": "s", "name": "x", "input": {}}]
+    turn.messages[2].content[:] = [{"type": "thinking", "thinking": "Hm.", "signature": "s"}]
+    turn.messages[3].content[:] = []
+
+    assert [[brief(line) for line in step] for step in steps_of(turn)] == [
+        ["initialize", "user (The user opens the conversation.)"],
+        ["assistant b", "user c+"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("system", "operator", "sent"),
     [

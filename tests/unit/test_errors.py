@@ -466,6 +466,32 @@ def test_no_line_of_claude_s_tells_a_path_or_a_token(where: str) -> None:
     assert is_discreet(caught.value.message)
 
 
+@pytest.mark.parametrize(
+    ("status", "text", "is_refused"),
+    [
+        (400, "Your credit balance is too low", True),
+        (402, "Payment required", True),
+        (403, "OAuth token has been revoked.", True),
+        (529, "Overloaded", True),
+        (400, "messages: text content must be non-empty", False),
+        (403, "This model is not available to you.", False),
+    ],
+    ids=["no credits", "no payment", "login revoked", "overloaded", "bad request", "forbidden"],
+)
+def test_a_failure_of_the_account_counts_for_no_key_whatever_its_status(
+    status: int, text: str, is_refused: bool
+) -> None:
+    message = {"model": "<synthetic>", "content": [{"type": "text", "text": text}]}
+    reader = ocp.TurnReader()
+
+    with pytest.raises(ocp.OcpError) as caught:
+        reader.events({"type": "assistant", "message": message, "error": "unknown",
+                       "api_error_status": status})
+        reader.events({"type": "result", "is_error": True})
+
+    assert caught.value.refused_upstream is is_refused
+
+
 def test_a_refused_control_request_tells_no_path() -> None:
     response = {"subtype": "error", "error": f"cannot read {PATH}"}
 

@@ -70,8 +70,17 @@ def test_the_second_answer_without_the_call_is_given_and_both_are_counted() -> N
 def test_an_answer_that_would_end_like_that_again_is_given(reason: str) -> None:
     watch, ended = watch_for(), ocp.Finished(reason, None, USAGE)
 
-    assert seen(watch, STARTED, ended)[-1] == [STARTED, ended]
+    assert seen(watch, STARTED, *WORDS, ended)[-1] == [STARTED, *WORDS, ended]
     assert (watch.is_missing, watch.with_dropped(USAGE)) == (True, USAGE)
+
+
+@pytest.mark.parametrize("held", [[], [ocp.BlockStarted(0, {"type": "thinking", "thinking": ""})]],
+                         ids=["nothing", "thinking"])
+def test_no_call_is_missing_where_the_limit_left_no_room_for_one(held: list[Any]) -> None:
+    watch, ended = watch_for(), ocp.Finished("max_tokens", None, USAGE)
+
+    assert seen(watch, STARTED, *held, ended)[-1] == [STARTED, *held, ended]
+    assert not watch.is_missing
 
 
 def test_an_answer_that_begins_anew_forgets_what_was_held_back() -> None:
@@ -80,6 +89,23 @@ def test_an_answer_that_begins_anew_forgets_what_was_held_back() -> None:
     found = seen(watch, STARTED, *WORDS, ocp.Restarted(), STARTED, call(), ocp.Restarted())
 
     assert found[-3:] == [[ocp.Pause()], [STARTED, call()], [ocp.Restarted()]]
+
+
+def test_an_answer_that_begins_anew_after_its_call_is_held_back_again() -> None:
+    watch = watch_for()
+
+    found = seen(watch, STARTED, call(), ocp.Restarted(), STARTED, *WORDS, ENDED)
+
+    assert found[2:] == [[ocp.Restarted()], *[[ocp.Pause()]] * 4, []]
+
+
+def test_a_second_attempt_after_the_call_is_held_back_again() -> None:
+    watch = watch_for()
+    [*_, released] = seen(watch, STARTED, call())
+    watch.begin()
+
+    assert seen(watch, STARTED, *WORDS, call())[-1] == [STARTED, *WORDS, call()]
+    assert released == [STARTED, call()]
 
 
 def test_signs_of_life_are_never_held_back() -> None:
