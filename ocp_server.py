@@ -2379,6 +2379,11 @@ class Message(_MessageFields):
         return hashlib.sha256(data).hexdigest(), len(data)
 
 
+def is_user_message(message: Message) -> bool:
+    """Return whether the user wrote a message: other messages of the user hold results of tools."""
+    return message.role == "user" and not message.has_results
+
+
 def context_of(message: Message) -> str:
     """Return the context in a message that is only there while the message is the last one; empty
     if there is none."""
@@ -2511,13 +2516,17 @@ class Turn(NamedTuple):
     reply_format: Any = None
 
     @property
+    def _leaves_tools_out(self) -> bool:
+        return self.output_schema is not None and self.tool_choice.kind == "none"
+
+    @property
     def tools_for_model(self) -> tuple[tuple[Tool, ...], ToolChoice]:
         """The tools sent to the model, and the choice among them.
 
         The model returns structured output by a tool call, which the choice "none" would forbid:
         the tools are left out instead.
         """
-        if self.output_schema is not None and self.tool_choice.kind == "none":
+        if self._leaves_tools_out:
             return (), ToolChoice()
         if self.must_be_told_to_call:
             return self.tools, ToolChoice(parallel=self.tool_choice.parallel)
@@ -2531,8 +2540,7 @@ class Turn(NamedTuple):
     @property
     def server_tools_for_model(self) -> tuple[Json, ...]:
         """The tools that the API runs itself; see `tools_for_model`."""
-        is_forbidden = self.output_schema is not None and self.tool_choice.kind == "none"
-        return () if is_forbidden else self.server_tools
+        return () if self._leaves_tools_out else self.server_tools
 
     def choice(self, index: int) -> Turn:
         """Return the turn for answer number `index`, counted from 0."""
@@ -2740,50 +2748,6 @@ class AnswerBuilder:
         return filled
 
 
-class CitedText:
-    """Where the cited pieces of a text stand that consists of the text blocks of an answer. Each
-    citation counts for the whole block that has it."""
-
-    def __init__(self) -> None:
-        self._chars = 0
-        self._block_begin = 0
-        #: The citations of the current block, by address.
-        self._citations: dict[str, Json] = {}
-
-    def add(self, event: Event) -> list[Json]:
-        """Add an event. Return the annotations that it completes, in OpenAI's form."""
-        if isinstance(event, BlockStarted):
-            self._block_begin = self._chars
-            self._citations = {}
-        elif isinstance(event, Delta) and event.kind == "text":
-            self._chars += len(event.text)
-        elif isinstance(event, Citation) and isinstance(event.citation.get("url"), str):
-            self._citations[event.citation["url"]] = event.citation
-        elif isinstance(event, BlockStopped):
-            citations, self._citations = self._citations, {}
-            return [
-                {
-                    "type": "url_citation", "start_index": self._block_begin,
-                    "end_index": self._chars, "title": citation.get("title") or "", "url": url,
-                }
-                for url, citation in citations.items()
-            ]
-        return []
-
-
-def text_annotations(blocks: Iterable[Block]) -> list[Json]:
-    """Return the annotations of the joined text of an answer's blocks."""
-    cited, annotations = CitedText(), []
-    for block in blocks:
-        if block["type"] == "text":
-            cited.add(BlockStarted(0, block))
-            cited.add(Delta(0, "text", block["text"]))
-            for citation in block.get("citations") or ():
-                cited.add(Citation(0, citation))
-            annotations += cited.add(BlockStopped(0))
-    return annotations
-
-
 # AnswerFilter holds back two things. A BlockStarted waits for the next event: if the process dies
 # in between, the answer can be generated again without the client having seen the block. The end
 # of a text waits while it may be the beginning of a stop sequence, at most to the end of its block.
@@ -2899,10 +2863,6 @@ def prompt_chars(turn: Turn) -> int:
 BUDGET_CHARS_PER_TOKEN = 3
 
 
-def _can_start_conversation(message: Message) -> bool:
-    return message.role == "user" and not message.has_results
-
-
 def _first_kept(messages: list[Message], sizes: list[int], max_chars: int) -> int:
     """Return the index of the first message that is kept.
 
@@ -2915,7 +2875,7 @@ def _first_kept(messages: list[Message], sizes: list[int], max_chars: int) -> in
     chars_before: list[int] = []
     first = total = dropped = 0
     for index, (message, size) in enumerate(zip(messages, sizes)):
-        if _can_start_conversation(message):
+        if is_user_message(message):
             starts.append(index)
             chars_before.append(total)
         total += size
@@ -6695,10 +6655,13 @@ class ToolReader:
         self._tools: list[Tool] = []
         self._entries: list[Fields] = []
         self._searches: list[Fields] = []
+        #: Whether the request has a search of the web, even one that the caller may not use.
+        self._names_search = False
 
     def add_web_search(self, entry: Fields) -> None:
         """Add a search of the web by the API. It is recorded as ignored where the caller may not
         use it; and by `chosen`, where the request has another tool of that name."""
+        self._names_search = True
         if self._context.parsing.web_search:
             self._searches.append(entry)
         else:
@@ -6729,7 +6692,7 @@ class ToolReader:
             if name not in _TOOL_FIELDS and is_non_default(value)
         ))
         names = {*tools, *self._offer_search(tools, allowed)}
-        if choice.name == WEB_SEARCH and WEB_SEARCH not in names:
+        if choice.name == WEB_SEARCH and WEB_SEARCH not in names and self._names_search:
             self._context.ignore("tool_choice")
             choice = ToolChoice(parallel=choice.parallel)
         problem = ""
@@ -6757,10 +6720,9 @@ class ToolReader:
 
     def _only(self, tools: dict[str, Tool], allowed: Mapping[str, str]) -> dict[str, Tool]:
         kept = {name: tool for name, tool in tools.items() if name in allowed}
-        unknown = {
-            name: path for name, path in allowed.items() if name not in (*kept, WEB_SEARCH)
-        }
-        if unknown and not kept:
+        known = {*kept, WEB_SEARCH} if self._names_search else kept.keys()
+        unknown = {name: path for name, path in allowed.items() if name not in known}
+        if unknown and len(unknown) == len(allowed):
             name, path = next(iter(unknown.items()))
             raise BadRequest(f"{path}: no tool is called {one_line(name, 80)!r}.", param=path)
         self._context.ignore(*unknown.values())
@@ -7548,6 +7510,50 @@ def finish_reason(stop_reason: str | None) -> str | None:
     return None if stop_reason is None else FINISH_REASONS.get(stop_reason, "stop")
 
 
+class CitedText:
+    """Finds the positions of citations in the joined text of an answer. Each citation counts for
+    the whole of its block."""
+
+    def __init__(self) -> None:
+        self._chars = 0
+        self._block_begin = 0
+        #: The citations of the current block, by address.
+        self._citations: dict[str, Json] = {}
+
+    def add(self, event: Event) -> list[Json]:
+        """Add an event. Return the annotations that it completes, in OpenAI's form."""
+        if isinstance(event, BlockStarted):
+            self._block_begin = self._chars
+            self._citations = {}
+        elif isinstance(event, Delta) and event.kind == "text":
+            self._chars += len(event.text)
+        elif isinstance(event, Citation) and isinstance(event.citation.get("url"), str):
+            self._citations[event.citation["url"]] = event.citation
+        elif isinstance(event, BlockStopped):
+            citations, self._citations = self._citations, {}
+            return [
+                {
+                    "type": "url_citation", "start_index": self._block_begin,
+                    "end_index": self._chars, "title": citation.get("title") or "", "url": url,
+                }
+                for url, citation in citations.items()
+            ]
+        return []
+
+
+def text_annotations(blocks: Iterable[Block]) -> list[Json]:
+    """Return the annotations of the joined text of an answer's blocks."""
+    cited, annotations = CitedText(), []
+    for block in blocks:
+        if block["type"] == "text":
+            cited.add(BlockStarted(0, block))
+            cited.add(Delta(0, "text", block["text"]))
+            for citation in block.get("citations") or ():
+                cited.add(Citation(0, citation))
+            annotations += cited.add(BlockStopped(0))
+    return annotations
+
+
 # ==== 18. Chat completions ===================================================
 # POST /v1/chat/completions, and the older POST /v1/completions: the same stream with text alone.
 
@@ -7823,8 +7829,8 @@ class ChatRenderer(Renderer):
 
     def _is_answer(self, event: Event) -> bool:
         # Nothing is sent when a text begins, and of server blocks.
-        is_call = not isinstance(event, BlockStarted) or event.block["type"] == "tool_use"
-        return is_call and super()._is_answer(event)
+        is_sent = not isinstance(event, BlockStarted) or event.block["type"] == "tool_use"
+        return is_sent and super()._is_answer(event)
 
     def _render(self, index: int, event: Event) -> bytes:
         choices = (
@@ -8457,11 +8463,6 @@ def compaction_text(item: Fields) -> str:
     return ""
 
 
-def is_user_message(message: Message) -> bool:
-    """Return whether the user wrote a message; others hold tool results."""
-    return message.role == "user" and not message.has_results
-
-
 def user_message_item(message: Message) -> Json:
     """Return the input item of a user's message, without its images."""
     texts = [block["text"] for block in message.content if block["type"] == "text"]
@@ -8612,15 +8613,16 @@ class ResponsesDialect(Dialect):
         tools, choice, forms = self._tools(context)
         schema = schema_of_format(fields.settings("text").child("format"))
         schema = schema or chat_output_schema(fields)
+        items = input_items(fields, context.parsing)
         prompt = build_prompt(
-            context, self._messages(context), "input", has_session=False,
+            context, self._messages(context, items), "input", has_session=False,
             instructions=fields.text("instructions") or "",
             after_assistant=_REFORMAT if schema else _CONTINUE,
         )
         reasoning, is_stored = fields.settings("reasoning"), fields.value("store") is not False
         form = ResponseFormat(
             self._echo(context, reasoning), is_stored, is_non_default(reasoning.value("summary")),
-            forms, prompt.opening, input_items(fields, context.parsing) if is_stored else [],
+            forms, prompt.opening, items if is_stored else [],
         )
         return self._new_turn(
             context, prompt, form, tools=tools, choice=choice, output_schema=schema
@@ -8696,13 +8698,13 @@ class ResponsesDialect(Dialect):
             else:
                 yield entry, ""
 
-    def _messages(self, context: ParseContext) -> list[Message]:
-        """Return the stored messages of the previous response, followed by the new ones."""
+    def _messages(self, context: ParseContext, items: list[Fields]) -> list[Message]:
+        """Return the stored messages of the previous response, followed by those of the input."""
         previous_id = context.fields.text("previous_response_id")
         earlier = context.parsing.recall(previous_id) if previous_id else []
         messages = [Message(message.role, list(message.content)) for message in earlier]
         reader = ItemReader(context)
-        for item in input_items(context.fields, context.parsing):
+        for item in items:
             messages += reader.messages(item)
         return messages
 

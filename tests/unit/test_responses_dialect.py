@@ -630,13 +630,19 @@ def test_a_reference_stands_for_its_item() -> None:
     }
     given = [{"type": "item_reference", "id": item_id} for item_id in ("rs_1", "msg_1", "fc_1")]
 
-    found = ocp.RESPONSES.parse(
-        {"input": [USER, *given, RESULT]}, parsing(item=stored.__getitem__)
-    )
+    read: list[str] = []
+
+    def item(item_id: str) -> Json:
+        read.append(item_id)
+        return stored[item_id]
+
+    found = ocp.RESPONSES.parse({"input": [USER, *given, RESULT]}, parsing(item=item))
 
     assert conversation(found) == [
         ("user", ["Hello"]), ("assistant", ["I look.", "tool_use"]), ("user", ["tool_result"]),
     ]
+    # What the prompt and the stored items have is read once, and cannot differ.
+    assert read == ["rs_1", "msg_1", "fc_1"]
 
 
 def test_a_reference_to_what_is_not_there_is_not_found() -> None:

@@ -124,7 +124,7 @@ def test_two_tools_that_are_equal_are_one() -> None:
 
 @pytest.mark.parametrize(
     "choice",
-    [{"type": "web_search_preview"}, {"type": "file_search"}, {"type": "mcp", "server_label": "x"}],
+    [{"type": "file_search"}, {"type": "mcp", "server_label": "x"}],
     ids=str,
 )
 def test_a_choice_of_what_nobody_runs_here_is_auto_and_named(choice: Json) -> None:
@@ -237,6 +237,10 @@ def test_without_tools_there_is_nothing_to_choose(choice: object) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": function("clock")}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": function("gone")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": function("web_search")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto", "web_search", "gone")},
+         "tool_choice.allowed_tools.tools[0]"),
         ({"tools": TOOLS, "tool_choice": allowed("required", "gone")},
          "tool_choice.allowed_tools.tools[0]"),
         ({"tools": TOOLS, "tool_choice": "most"}, "tool_choice"),

@@ -123,6 +123,17 @@ def test_a_search_can_be_forced_and_be_one_of_the_allowed_tools() -> None:
     assert (without.server_tools, without.ignored) == ((), ("tools[0]",))
 
 
+@pytest.mark.parametrize("about", [ALLOWED, parsing()], ids=["allowed", "forbidden"])
+def test_allowed_tools_are_refused_only_if_all_of_their_names_are_unknown(about: Any) -> None:
+    choice = {"type": "allowed_tools", "mode": "auto",
+              "tools": [{"type": "function", "name": "gone"}, {"type": "web_search"}]}
+
+    found = turn(ocp.RESPONSES, about, tools=[{"type": "web_search"}], tool_choice=choice)
+
+    assert "tool_choice.tools[0]" in found.ignored
+    assert found.server_tools == ((SEARCH,) if about is ALLOWED else ())
+
+
 def test_a_search_that_is_not_allowed_cannot_be_forced() -> None:
     choice = {"type": "tool", "name": "web_search"}
 
