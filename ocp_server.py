@@ -711,8 +711,9 @@ _ORIGIN = re.compile(
     re.IGNORECASE,
 )
 
-#: An entry of OCP_MODEL_ALIASES.
+#: An entry of OCP_MODEL_ALIASES, and what to say of another one.
 _MODEL_ALIAS = re.compile(r"[^=\s][^=]*=[^=]*[^=\s]")
+_MODEL_ALIAS_HELP = "OCP_MODEL_ALIASES takes entries such as gpt-4o=sonnet, separated by commas"
 
 #: Rules across settings: (test that is true if the rule is broken, error message).
 CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
@@ -757,7 +758,7 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda config: not all(map(_MODEL_ALIAS.fullmatch, split_list(config.model_aliases))),
-        "OCP_MODEL_ALIASES takes entries such as gpt-4o=sonnet, separated by commas",
+        _MODEL_ALIAS_HELP,
     ),
 )
 
@@ -867,8 +868,12 @@ def split_list(text: str) -> tuple[str, ...]:
 
 
 def parse_aliases(text: str) -> dict[str, str]:
-    """Return what the names in a value of OCP_MODEL_ALIASES stand for, in lower case."""
-    pairs = (item.lower().split("=") for item in split_list(text))
+    """Return what the names in a value of OCP_MODEL_ALIASES stand for, in lower case. Raises
+    ValueError."""
+    items = split_list(text.lower())
+    if not all(map(_MODEL_ALIAS.fullmatch, items)):
+        raise ValueError(_MODEL_ALIAS_HELP)
+    pairs = (item.split("=") for item in items)
     return {name.strip(): target.strip() for name, target in pairs}
 
 
@@ -1742,11 +1747,11 @@ def offered_models(rows: object) -> tuple[OfferedModel, ...]:
     for row in rows if isinstance(rows, list) else ():
         fields = row if isinstance(row, dict) else {}
         name, model_id = (
-            str(fields.get(field)).lower().replace(LONG_CONTEXT_SUFFIX, "")
-            for field in ("value", "resolvedModel")
+            each.lower().replace(LONG_CONTEXT_SUFFIX, "") if isinstance(each, str) else ""
+            for each in (fields.get("value"), fields.get("resolvedModel"))
         )
         levels, stops = fields.get("supportedEffortLevels"), fields.get("supportsThinkingOff")
-        if _CLAUDE_ID.fullmatch(model_id):
+        if name and _CLAUDE_ID.fullmatch(model_id):
             efforts = tuple(e for e in EFFORTS if isinstance(levels, list) and e in levels)
             found.append(OfferedModel(
                 name, model_id, efforts, stops if isinstance(stops, bool) else None
@@ -1835,6 +1840,10 @@ def title_of(model_id: str) -> str:
     return " ".join(words) if family and version else model_id
 
 
+#: What to do about a name that clients use and no model has.
+_ALIAS_ADVICE = (
+    "The operator can give a model another name: `ocp settings modelAliases NAME=MODEL,...`."
+)
 _NO_CLAUDE = ClaudeModels()
 _NO_ALIASES: Mapping[str, str] = MappingProxyType({})
 
@@ -1919,9 +1928,18 @@ class Models:
         """Return the models as they are with this claude."""
         return Models(self._source, claude, self._operator_aliases)
 
-    def with_aliases(self, operator_aliases: Mapping[str, str]) -> Models:
-        """Return the models with these names of the operator's."""
-        return Models(self._source, self.claude, operator_aliases)
+    def with_aliases(self, text: str) -> Models:
+        """Return the models with the operator's aliases; see `parse_aliases`. A target need not
+        exist."""
+        return Models(self._source, self.claude, parse_aliases(text))
+
+    def check_aliases(self, text: str) -> None:
+        """Raise ValueError if an alias is malformed, or stands for a model that does not exist. The
+        operator's aliases do not stand for each other."""
+        plain = self.with_aliases("")
+        for target in parse_aliases(text).values():
+            if plain._named(target) is None:
+                raise ValueError(plain._missing(target))
 
     def all(self) -> list[Model]:
         """Return every model, newest first, the unlisted ones last."""
@@ -1953,8 +1971,13 @@ class Models:
 
     def names(self) -> list[str]:
         """Return the ids and aliases that clients get in lists of models."""
-        aliases = [name for name, each in self._aliases.items() if self.can_run(self._by_id[each])]
-        return [*(model.id for model in self.offered()), *aliases, *self._operator_aliases]
+        aliases = filter(self._is_usable, (*self._aliases, *self._operator_aliases))
+        return list(dict.fromkeys([*(model.id for model in self.offered()), *aliases]))
+
+    def _is_usable(self, alias: str) -> bool:
+        """Return whether the claude in use can run the model of an alias."""
+        model = self._named(alias)
+        return model is not None and self.can_run(model)
 
     def is_alias(self, name: str) -> bool:
         """Return whether this is an alias, whose model can change with claude or the operator."""
@@ -1978,11 +2001,7 @@ class Models:
         spelling = self._read(name)
         model = self._lookup(canonical_name(spelling.name))
         if model is None:
-            raise UnknownModel(
-                f"There is no model {one_line(name, 80)!r}. "
-                f"Use one of: {', '.join(self.names())}.",
-                param="model",
-            )
+            raise UnknownModel(f"{self._missing(name)} {_ALIAS_ADVICE}", param="model")
         if spelling.effort:
             model = model._replace(named_effort=spelling.effort)
         for refusal in self.claude.refusals:
@@ -1998,8 +2017,19 @@ class Models:
 
     def resolve(self, names: Iterable[str]) -> set[str]:
         """Return the ids of the models with these names; a name without a model stays as it is."""
-        pairs = ((name, self._lookup(canonical_name(self._read(name).name))) for name in names)
+        pairs = ((name, self._named(name)) for name in names)
         return {name if model is None else model.id for name, model in pairs}
+
+    def _missing(self, name: str) -> str:
+        """Return what to say of a name without a model."""
+        return (
+            f"There is no model {one_line(name, 80)!r}. Use one of: {', '.join(self.names())}."
+        )
+
+    def _named(self, name: str) -> Model | None:
+        """Return the model of this name without the effort and the window that the name asks
+        for."""
+        return self._lookup(canonical_name(self._read(name).name))
 
     def _read(self, name: str) -> Spelling:
         """Take a name apart. An alias of the operator is replaced by its target; an effort that
@@ -2101,17 +2131,7 @@ class ModelCatalog:
     def set_aliases(self, text: str) -> None:
         """Replace the operator's aliases; see `parse_aliases`."""
         with self._lock:
-            self.models = self.models.with_aliases(parse_aliases(text))
-
-    def check_aliases(self, text: str) -> None:
-        """Raise ValueError if an alias stands for a model that does not exist."""
-        aliases = parse_aliases(text)
-        models = self.models.with_aliases(_NO_ALIASES)
-        try:
-            for target in aliases.values():
-                models.find(target)
-        except UnknownModel as problem:
-            raise ValueError(problem.message) from None
+            self.models = self.models.with_aliases(text)
 
     def set_version(self, version: tuple[int, ...]) -> None:
         """Forget what another claude reported, and choose by this version until one reports."""
@@ -2125,14 +2145,16 @@ class ModelCatalog:
         """Record what a process of this version, started for the model `argument`, offers.
 
         claude lists the model that it was started for by its id, whether or not the account has it,
-        and then leaves out the alias: what an earlier process said of that model stays.
+        and then leaves out the alias: what an earlier process said of that model stays. Where there
+        was none, a model of models.json counts as offered until another process tells.
         """
         own = argument.replace(LONG_CONTEXT_SUFFIX, "")
         with self._lock:
             known = self.models.claude
             if known.version not in ((), version):
                 return
-            rows = [each for each in offered if each.name != own]
+            is_unsure = not known.offered and own in (model.id for model in self.models.all())
+            rows = [each for each in offered if is_unsure or each.name != own]
             names = {each.name for each in rows}
             rows += [each for each in known.offered
                      if own in (each.name, each.id) and each.name not in names]
@@ -15010,7 +15032,7 @@ class App:
         """Change a setting for good; see Settings.change. Raises ValueError also for an alias whose
         model does not exist."""
         if name == "modelAliases" and isinstance(value, str):
-            self.catalog.check_aliases(value)
+            self.models.check_aliases(value)
         value = self.settings.change(name, value)
         self.catalog.set_aliases(self.config.model_aliases)
         self.gate.configure(self.config)
@@ -16007,16 +16029,18 @@ def query_integer(query: Mapping[str, str], name: str, default: int, maximum: in
 _LONG_CONTEXT_BETA = "context-1m-"
 
 
-def _check_model_allowed(app: App, caller: Caller, model: Model) -> None:
+def _check_model_allowed(models: Models, caller: Caller, model: Model) -> None:
     """Raise Forbidden if the caller may not use this model."""
-    if caller.models and model.id not in app.models.resolve(caller.models):
+    if caller.models and model.id not in models.resolve(caller.models):
         raise Forbidden(
             f"This key may use {', '.join(caller.models)} only.",
             param="model", code="model_not_allowed",
         )
 
 
-def _parse_environment(app: App, exchange: Exchange, *, counted: bool) -> ParseEnvironment:
+def _parse_environment(
+    app: App, exchange: Exchange, models: Models, *, counted: bool
+) -> ParseEnvironment:
     """Return what a dialect needs from the server and the caller to parse a body."""
     config, scope = app.config, exchange.caller.scope
     limits = Limits(
@@ -16024,7 +16048,7 @@ def _parse_environment(app: App, exchange: Exchange, *, counted: bool) -> ParseE
         config.max_images, config.max_image_total_bytes,
     )
     return ParseEnvironment(
-        app.models, config.default_model, limits,
+        models, config.default_model, limits,
         recall=lambda response_id: app.responses.messages(scope, response_id),
         item=lambda item_id: app.responses.item(scope, item_id),
         session=lambda session_id, system: app.sessions.messages(
@@ -16056,13 +16080,15 @@ def _read_turn(app: App, exchange: Exchange, *, counted: bool = False) -> Turn:
 
 
 def _parse_turn(app: App, exchange: Exchange, body: object, *, counted: bool) -> Turn:
-    config = app.config
+    # Both are replaced while requests are parsed.
+    config, models = app.config, app.models
     if config.session_id and isinstance(body, dict):
         session_id = body.pop("session_id", None) or exchange.headers.get("X-Session-Id")
         body.setdefault(SESSION_FIELD, session_id)
-    turn = exchange.dialect.parse(body, _parse_environment(app, exchange, counted=counted))
-    _check_model_allowed(app, exchange.caller, turn.model)
-    app.models.check_runs(turn.model)
+    parsing = _parse_environment(app, exchange, models, counted=counted)
+    turn = exchange.dialect.parse(body, parsing)
+    _check_model_allowed(models, exchange.caller, turn.model)
+    models.check_runs(turn.model)
     turn, dropped = (turn, 0) if counted else truncate_to_budget(turn, config.max_prompt_chars)
     if dropped:
         turn = turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
@@ -16284,7 +16310,8 @@ def _page(query: Mapping[str, str], ids: list[str]) -> tuple[slice, bool]:
 
 def get_models(app: App, exchange: Exchange) -> None:
     """GET /v1/models: list the models that the caller may use, or a page of them."""
-    known, models = app.models, app.models.offered()
+    known = app.models
+    models = known.offered()
     allowed = known.resolve(exchange.caller.models)
     if allowed:
         # A key can name models that are not listed.
@@ -16302,7 +16329,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     """GET /v1/models/{model}: return the model with this id or alias."""
     models = app.models
     found = models.find(model)
-    _check_model_allowed(app, exchange.caller, found)
+    _check_model_allowed(models, exchange.caller, found)
     models.check_runs(found)
     exchange.response.send_json(_model_entry(models, found))
 
@@ -16522,14 +16549,14 @@ def _expiry(fields: Fields) -> int | None:
 def _allowed_models(app: App, fields: Fields) -> list[str]:
     """Return the aliases and ids of the models that a key may use; empty = all. An alias stays one,
     so that the key may use what it stands for later. Raises BadRequest."""
-    names = []
+    names, models = [], app.models
     for name in fields.texts("models"):
         try:
-            found = app.models.find(name).id
+            found = models.find(name).id
         except UnknownModel as problem:
             raise BadRequest(problem.message, param="models") from None
         plain = name.strip().lower()
-        names.append(plain if app.models.is_alias(plain) else found)
+        names.append(plain if models.is_alias(plain) else found)
     return list(dict.fromkeys(names))
 
 
@@ -16684,7 +16711,7 @@ def get_key(app: App, exchange: Exchange, key: str) -> None:
 
 
 def change_key(app: App, exchange: Exchange, key: str) -> None:
-    """PATCH /api/keys/{key}: change its name, expiry, models, maxConcurrent or note."""
+    """PATCH /api/keys/{key}: change fields of the key; the others stay."""
     found = app.keys.find(key)
     fields = _read_fields(exchange, _KEY_NAMES)
     columns = _key_columns(app, fields)
@@ -17440,17 +17467,17 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
 
 
 def _models_of(config: Config, folder: str) -> Models:
-    """Return the models with the operator's aliases. Raises ConfigError."""
-    catalog = ModelCatalog(load_models(folder))
+    """Return the models of `folder`, to which App gives the operator's aliases. Raises ConfigError,
+    also for an alias and a default model that do not exist."""
+    models = load_models(folder)
     try:
-        catalog.check_aliases(config.model_aliases)
-        catalog.set_aliases(config.model_aliases)
-        catalog.models.find(config.default_model)
+        models.check_aliases(config.model_aliases)
+        models.with_aliases(config.model_aliases).find(config.default_model)
     except ValueError as problem:
         raise ConfigError(f"OCP_MODEL_ALIASES: {problem}") from None
     except UnknownModel as problem:
         raise ConfigError(f"OCP_DEFAULT_MODEL: {problem.message}") from None
-    return catalog.models
+    return models
 
 
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:

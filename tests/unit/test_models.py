@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,6 +261,7 @@ def test_an_unknown_name_is_answered_with_the_names_that_there_are() -> None:
         MODELS.find("gpt-4o")
 
     assert "'gpt-4o'" in caught.value.message
+    assert caught.value.message.endswith("`ocp settings modelAliases NAME=MODEL,...`.")
     assert all(name in caught.value.message for name in MODELS.names())
 
 
@@ -365,7 +367,7 @@ def test_a_request_that_turns_thinking_off_wins_over_the_name(model: Any) -> Non
 
 
 def with_aliases(text: str) -> Any:
-    return MODELS.with_aliases(ocp.parse_aliases(text))
+    return MODELS.with_aliases(text)
 
 
 @pytest.mark.parametrize(
@@ -406,11 +408,11 @@ def test_names_of_the_operator_s_are_told_and_may_limit_a_key() -> None:
 
 
 def test_an_alias_of_no_model_is_refused() -> None:
-    catalog = ocp.ModelCatalog(MODELS)
-
     with pytest.raises(ValueError, match="There is no model 'gpt-5'"):
-        catalog.check_aliases("fast=haiku,slow=gpt-5")
-    catalog.check_aliases("fast=haiku:low,new=claude-nova-9")
+        MODELS.check_aliases("fast=haiku,slow=gpt-5")
+    with pytest.raises(ValueError, match="There is no model 'fast'"):
+        with_aliases("fast=haiku").check_aliases("fast=haiku,slow=fast")
+    MODELS.check_aliases("fast=haiku:low,new=claude-nova-9")
 
 
 # -- the claude in use --------------------------------------------------------
@@ -516,6 +518,32 @@ def test_the_model_of_a_process_is_no_offer_of_the_account() -> None:
     assert "claude-nova-9" in catalog.models.names()
 
 
+def test_the_model_of_the_first_process_is_listed_until_another_process_tells() -> None:
+    catalog = ocp.ModelCatalog(MODELS)
+    opus, haiku = row_of("opus", "claude-opus-5-5"), row_of("haiku", "claude-haiku-5-5")
+    own = row_of("claude-sonnet-5-5", "claude-sonnet-5-5")
+
+    def families() -> set[str]:
+        return {model.lineage[0] for model in catalog.models.offered()}
+
+    catalog.add_report(NEW_CLI, "claude-sonnet-5-5[1m]", ocp.offered_models([opus, haiku, own]))
+    first = families()
+    catalog.add_report(NEW_CLI, "claude-sonnet-5-5[1m]", ocp.offered_models([opus, haiku, own]))
+    again = families()
+    catalog.add_report(NEW_CLI, "claude-opus-5-5", ocp.offered_models([haiku]))
+
+    assert first == again == {"opus", "sonnet", "haiku"}
+    assert families() == {"opus", "haiku"}
+
+
+def test_an_alias_of_a_model_that_claude_is_too_old_for_is_not_told() -> None:
+    models = with_aliases("fast=claude-haiku-4-5,new=claude-opus-5-5:low,opus=sonnet")
+
+    told = models.with_claude(ocp.ClaudeModels(OLD)).names()
+
+    assert ("fast" in told, "new" in told, told.count("opus")) == (True, False, 1)
+
+
 def test_an_alias_that_the_model_of_a_process_hides_stays() -> None:
     catalog = ocp.ModelCatalog(MODELS)
     sonnet, fable = row_of("sonnet", "claude-sonnet-5-5"), row_of("fable", "claude-fable-5-1")
@@ -531,6 +559,28 @@ def test_an_alias_that_the_model_of_a_process_hides_stays() -> None:
     assert catalog.models.find("fable").id == "claude-fable-5-2"
 
 
+class ChangingApp:
+    """An app whose aliases change whenever somebody looks at its models."""
+
+    def __init__(self) -> None:
+        self.config = ocp.load_config({})
+        self._aliases = itertools.chain(["gpt-4o=haiku"], itertools.repeat("gpt-4o=opus"))
+
+    @property
+    def models(self) -> Any:
+        return with_aliases(next(self._aliases))
+
+
+def test_a_change_of_the_models_does_not_reach_a_request_that_is_being_parsed() -> None:
+    caller = ocp.Caller("device", models=("gpt-4o",))
+    exchange = SimpleNamespace(caller=caller, dialect=ocp.CHAT, headers={})
+    body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Hi"}]}
+
+    turn = ocp._parse_turn(ChangingApp(), exchange, body, counted=True)
+
+    assert turn.model.id == "claude-haiku-5-5"
+
+
 def test_another_claude_is_not_believed_what_the_last_one_said() -> None:
     catalog = ocp.ModelCatalog(MODELS)
     catalog.add_report(NEW_CLI, "", ocp.offered_models([row_of("opus", "claude-opus-5")]))
@@ -544,8 +594,9 @@ def test_another_claude_is_not_believed_what_the_last_one_said() -> None:
 
 @pytest.mark.parametrize(
     "rows",
-    [None, {}, "x", [None, 1, "x", []], [{}], [{"value": "opus"}], [row_of("opus", "gpt-4")],
-     [row_of("opus", "../x")], [{"value": "opus", "resolvedModel": 7}]],
+    [None, {}, "x", [None, 1, "x", []], [{}], [{"value": "opus"}],
+     [{"resolvedModel": "claude-opus-5-5"}], [{"value": 7, "resolvedModel": "claude-opus-5-5"}],
+     [row_of("opus", "gpt-4")], [row_of("opus", "../x")], [{"value": "opus", "resolvedModel": 7}]],
     ids=str,
 )
 def test_what_claude_lists_in_another_form_is_left_out(rows: Any) -> None:

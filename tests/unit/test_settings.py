@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,8 @@ def test_an_alias_has_a_name_and_a_model(text: str) -> None:
     [line] = complaints({"OCP_MODEL_ALIASES": text})
 
     assert line.startswith("OCP_MODEL_ALIASES takes entries such as")
+    with pytest.raises(ValueError, match=re.escape(line)):
+        ocp.parse_aliases(text)
 
 
 def test_aliases_are_read_without_regard_to_case_and_spaces() -> None:
