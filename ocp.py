@@ -1095,11 +1095,9 @@ def _window_line(name: str, window: Json, style: Style) -> str:
 def _extra_usage_words(extra: Json) -> str:
     """Return whether extra usage is on, whether answers are billed as such, and how much is spent
     of its limit."""
-    status, reason = extra.get("status"), extra.get("disabledReason")
-    if status is None and extra.get("enabled") is not None:
-        status = "allowed" if extra["enabled"] else "rejected"
-    words = {"allowed": "on", "rejected": "off", None: "not known yet"}.get(status, status)
-    parts = ["answers are billed as extra usage" if extra.get("inUse") else clean(words)]
+    state, reason = extra.get("state"), extra.get("disabledReason")
+    words = {"billed": "answers are billed as extra usage", None: "not known yet"}
+    parts = [clean(words.get(state, state))]
     if extra.get("used") is not None:
         limit = extra.get("limit")
         of_limit = f" of {limit:.2f}" if limit is not None else ""
@@ -2494,7 +2492,8 @@ def _check_extra_usage(facts: Facts) -> Finding:
         raise Unknown("the server does not run")
     state = facts.health.get("extraUsage")
     if state == "stopped":
-        return Finding("WARN", f"new requests are refused: {facts.health.get('fix') or ''}")
+        return Finding("WARN", "the plan is used up for all models or for some, whose requests are "
+                               "refused, because extra usage is set to stop")
     if state == "billed":
         return Finding("WARN", "the plan is used up, and answers are billed as extra usage")
     return Finding("PASS", "no answer is billed as extra usage, as far as claude has told")

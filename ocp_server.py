@@ -9958,16 +9958,31 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
     )
 
 
+def _sum_tables(first: Mapping[str, Json], second: Mapping[str, Json]) -> dict[str, Json]:
+    """Return tables with the sums of their counts. What is no count is that of the second."""
+    added = dict(first)
+    for name, table in second.items():
+        before = first.get(name, {})
+        sums = {
+            field: value + _count(before, field) for field, value in table.items()
+            if isinstance(value, int)
+        }
+        added[name] = {**before, **table, **sums}
+    return added
+
+
 def sum_usage(usages: Iterable[Usage]) -> Usage:
-    """Return the sum of several usages, in the four kinds of tokens and the searches that are
-    counted."""
+    """Return the sum of several usages. The reasoning is unknown if it is unknown in all."""
     added = NO_USAGE
     for usage in usages:
+        known = [each.reasoning_tokens for each in (added, usage)]
+        reasoning = [tokens for tokens in known if tokens is not None]
         added = Usage(
             added.input_tokens + usage.input_tokens, added.output_tokens + usage.output_tokens,
             added.cache_read_tokens + usage.cache_read_tokens,
             added.cache_write_tokens + usage.cache_write_tokens,
-            web_search_requests=added.web_search_requests + usage.web_search_requests,
+            sum(reasoning) if reasoning else None, _sum_tables(added.tables, usage.tables),
+            added.web_search_requests + usage.web_search_requests,
         )
     return added
 
@@ -12901,12 +12916,24 @@ PLAN_QUERY_TIMEOUT_S = 8.0
 _UNKNOWN_RESET_S = 5 * 3600.0
 
 
+#: What the operator can do about requests that are stopped.
+ALLOW_EXTRA_USAGE = "The operator can allow extra usage: `ocp settings extraUsage allow`."
+
+
 class BilledWindow(NamedTuple):
     """A window of the plan that is used up, while answers go on as extra usage."""
 
     resets_at_s: float
-    #: The model whose answers are billed; None = every model.
-    model_id: str | None
+    #: The id of the model whose answers are billed, or the family of several; None = every model.
+    scope: str | None
+
+
+def _model_scopes(model_id: str | None) -> tuple[str | None, str | None]:
+    """Return what a window of this model can be for: the model with any context window, or its
+    family."""
+    if model_id is None:
+        return None, None
+    return model_id.replace(LONG_CONTEXT_SUFFIX, ""), lineage_of(model_id)[0] or None
 
 
 class BilledWindows:
@@ -12922,25 +12949,26 @@ class BilledWindows:
         nothing about the end of extra usage."""
         claim = report.claim or "unknown"
         is_of_model = claim.startswith("seven_day_") and claim != "seven_day_oauth_apps"
+        model, family = _model_scopes(model_id)
+        of_model = family if claim == f"seven_day_{family}" else model
         with self._lock:
             if report.is_overage:
                 resets_at_s = report.resets_at_s or now_s + _UNKNOWN_RESET_S
-                self._windows[claim] = BilledWindow(
-                    resets_at_s, model_id if is_of_model else None
-                )
+                self._windows[claim] = BilledWindow(resets_at_s, of_model if is_of_model else None)
             elif report.is_overage is False and report.claim is not None:
                 self._windows = {
                     name: window for name, window in self._windows.items()
-                    if name != claim and (is_of_model or window.model_id is not None)
+                    if name != claim and (is_of_model or window.scope is not None)
                 }
 
     def find(self, model_id: str | None, now_s: float) -> tuple[str, BilledWindow] | None:
         """Return the used-up window that applies to this model and resets last, with its name.
         Without a model, return one that applies to every model."""
+        scopes = (None, *_model_scopes(model_id))
         with self._lock:
             found = [
                 (name, window) for name, window in self._windows.items()
-                if window.resets_at_s > now_s and window.model_id in (None, model_id)
+                if window.resets_at_s > now_s and window.scope in scopes
             ]
         return max(found, key=lambda each: each[1].resets_at_s) if found else None
 
@@ -13087,8 +13115,15 @@ class Account:
 
     def _extra_usage(self, report: PlanReport) -> Json:
         budget = self._budget
+        is_on = budget.is_enabled
+        if report.overage_status is not None:
+            # Extra usage that is enabled is refused when its own limit is spent.
+            is_on = report.overage_status != "rejected"
+        state = "billed" if self.is_billed else {None: None, True: "on", False: "off"}[is_on]
         reason = {"disabledReason": report.overage_reason} if report.overage_reason else {}
         return {
+            # What reports show: "billed" if answers are, "on", "off", or null = unknown.
+            "state": state,
             "status": report.overage_status,
             **reason,
             "inUse": self.is_billed,
@@ -13118,7 +13153,7 @@ class Account:
             raise ExtraUsageStopped(
                 f"The plan's limit ({name}) is used up: claude's answers are billed as extra "
                 f"usage, which this server is set to stop. {reset_sentence(window.resets_at_s)} "
-                "The operator can allow extra usage: `ocp settings extraUsage allow`.",
+                f"{ALLOW_EXTRA_USAGE}",
                 retry_after_s=window.resets_at_s - self._clock(),
             )
 
@@ -16361,7 +16396,10 @@ def _extra_usage(app: App) -> tuple[str, str]:
         app.account.check_not_billed(None)
     except ExtraUsageStopped as stopped:
         return "stopped", stopped.message
-    return "stopped", "Answers of some models are stopped, because they are billed as extra usage."
+    return "stopped", (
+        "Requests to some models are refused, because their answers are billed as extra usage. "
+        f"{ALLOW_EXTRA_USAGE}"
+    )
 
 
 def _stats(app: App) -> Json:

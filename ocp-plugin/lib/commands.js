@@ -36,7 +36,7 @@ export function showUsage(usage) {
     name.replace(/^claude-/, ""), each.requests, each.errors, duration(each.avgElapsed)]);
   const lines = [...planLines(usage.plan)];
   if (rows.length) lines.push("", ...table([["Model", "Reqs", "Err", "Avg"], ...rows], 18));
-  const extra = usage.plan.extraUsage?.status;
+  const extra = usage.plan.extraUsage?.state;
   lines.push("", ...(extra ? [`Extra usage: ${clip(extra, 40)}`] : []),
     clip(`Up ${usage.proxy.uptime}, ${usage.proxy.totalRequests} requests`, 60));
   return page("OCP usage", lines);

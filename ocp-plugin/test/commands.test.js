@@ -52,7 +52,7 @@ function fouled(value) {
 }
 
 const LIMIT_ROW = { utilization: 0.5, percent: "50%", resetsIn: "2h" };
-const PLAN = { currentSession: LIMIT_ROW, extraUsage: { status: "x" },
+const PLAN = { currentSession: LIMIT_ROW, extraUsage: { state: "x" },
   weeklyLimits: { allModels: LIMIT_ROW, opus: LIMIT_ROW } };
 const many = (row) => Array.from({ length: 40 }, () => row);
 const SHOWN = {
@@ -132,12 +132,12 @@ test("usage shows limits as bars and says what is not known", () => {
   const unknown = { utilization: null, percent: null };
   const usage = {
     plan: { currentSession: { utilization: 0.21, percent: "21%", resetsIn: "3h 12m" },
-      weeklyLimits: { allModels: unknown, opus: unknown }, extraUsage: { status: "rejected" } },
+      weeklyLimits: { allModels: unknown, opus: unknown }, extraUsage: { state: "off" } },
     proxy: { uptime: "1h 3m", totalRequests: 18 },
     models: { "claude-sonnet-5": { requests: 18, errors: 0, avgElapsed: 20_000 } },
   };
   assert.equal(showUsage(usage), ["**OCP usage**", "```", "Session  [##........] 21%  3h 12m", "",
-    "Model     Reqs  Err    Avg", "sonnet-5    18    0  20.0s", "", "Extra usage: rejected",
+    "Model     Reqs  Err    Avg", "sonnet-5    18    0  20.0s", "", "Extra usage: off",
     "Up 1h 3m, 18 requests", "```"].join("\n"));
 });
 

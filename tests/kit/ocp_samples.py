@@ -23,8 +23,8 @@ PLAN: Json = {
             "resetsAt": "2026-11-23T16:00:00Z", "resetsAtHuman": "Mon, Nov 23, 4:00 PM"},
         "opus": {"utilization": 0.93, "percent": "93%", "resetsIn": "3d 1h"}},
     "extraUsage": {
-        "status": "allowed", "inUse": False, "enabled": True, "used": 12.34, "limit": 50.0,
-        "currency": "USD", "utilization": 0.247},
+        "state": "on", "status": "allowed", "inUse": False, "enabled": True, "used": 12.34,
+        "limit": 50.0, "currency": "USD", "utilization": 0.247},
     "representativeClaim": "five_hour", "subscription": "max",
 }
 USAGE: Json = {

@@ -16,7 +16,7 @@ UNKNOWN = dict.fromkeys((
     "utilization", "percent", "resetsIn", "resetsAt", "resetsAtHuman", "status", "observedAt"))
 #: Extra usage of which nothing was told.
 UNKNOWN_EXTRA: dict[str, Json] = {
-    "status": None, "inUse": False,
+    "state": None, "status": None, "inUse": False,
     **dict.fromkeys(("enabled", "used", "limit", "currency", "utilization"))}
 
 

@@ -69,6 +69,15 @@ def test_json_is_printed_as_the_server_wrote_it(
     assert (found.code, found.stdout) == (0, odd + "\n")
 
 
+@pytest.mark.parametrize(("state", "words"), [
+    ("billed", "answers are billed as extra usage"), ("on", "on"), ("off", "off"),
+    (None, "not known yet")])
+def test_extra_usage_is_what_the_server_says_it_is(state: str | None, words: str) -> None:
+    extra = {"state": state, "status": "rejected", "enabled": True}
+
+    assert f"Extra usage          {words}" in ocp.show_plan({"extraUsage": extra}, PLAIN)
+
+
 @each_reading
 def test_a_pipe_gets_plain_text(
     tmp_path: Path, line: str, asked: str, answer: Json, show: Callable[..., str],

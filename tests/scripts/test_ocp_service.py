@@ -427,6 +427,18 @@ def test_a_node_under_which_npm_installs_an_old_claude_is_named(
         "npm install -g @anthropic-ai/claude-code@latest"]
 
 
+def test_requests_that_are_stopped_may_be_those_of_some_models(healthy: Manager) -> None:
+    # The fix is that of another problem.
+    health = {**HEALTH, "version": VERSION, "extraUsage": "stopped", "fix": "log in"}
+    healthy.server.answers["GET /health"] = (200, health)
+
+    answer = examined(healthy)
+
+    told = answer["messages"]["extra_usage"]
+    assert "for all models or for some" in told and "log in" not in told
+    assert any("extraUsage allow" in step for step in answer["next_action"]["human_required"])
+
+
 def test_files_that_others_may_read_are_named_with_their_fix(healthy: Manager) -> None:
     key = healthy.home / ".ocp" / "admin-key"
     key.chmod(0o644)

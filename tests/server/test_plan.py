@@ -272,6 +272,18 @@ def test_billed_answers_are_stopped_if_the_operator_wants_that(
         assert "ocp settings extraUsage allow" in health["fix"]
 
 
+def test_where_some_models_are_stopped_the_operator_is_told_what_to_do(tmp_path: Path) -> None:
+    info = {**BILLED, "rateLimitType": "seven_day_sonnet"}
+    turns = [[{"say": "Hello."}, {"finish": "end_turn", "rate_limit_info": info}]]
+    with billed_server(tmp_path, "stop", turns) as server:
+        statuses = [ask(server, model=model).status for model in ("sonnet", "haiku")]
+        health = server.call("GET", "/health").json()
+
+    assert (statuses, health["extraUsage"]) == ([429, 200], "stopped")
+    assert "some models" in health["fix"]
+    assert "`ocp settings extraUsage allow`" in health["fix"]
+
+
 def test_the_next_request_of_a_conversation_is_stopped_too(tmp_path: Path) -> None:
     with running_server(
         tmp_path, {"turns": BILLED_ANSWER}, env={"OCP_EXTRA_USAGE": "stop"}
@@ -359,8 +371,8 @@ def test_the_budget_and_the_weeks_of_models_are_told(tmp_path: Path) -> None:
 
     assert plan["weeklyLimits"]["fable"]["percent"] == "55%"
     assert plan["extraUsage"] == {
-        "status": None, "inUse": False, "enabled": True, "used": 12.34, "limit": 50.0,
-        "currency": "USD", "utilization": 0.2468}
+        "state": "on", "status": None, "inUse": False, "enabled": True, "used": 12.34,
+        "limit": 50.0, "currency": "USD", "utilization": 0.2468}
     assert 'ocp_plan_utilization{window="seven_day_fable"} 0.55' in metrics
     assert 'ocp_extra_usage_spent{currency="USD"} 12.34' in metrics
     assert 'ocp_extra_usage_limit{currency="USD"} 50' in metrics

@@ -616,6 +616,18 @@ def test_tables_of_counts_are_kept_as_the_api_gives_them() -> None:
     assert usage.tables == {"cache_creation": cache, "server_tool_use": tools}
 
 
+def test_a_repeated_answer_counts_for_all_that_the_api_counted() -> None:
+    cache = {"ephemeral_5m_input_tokens": 1, "ephemeral_1h_input_tokens": 2}
+    first = ocp.Usage(1, 2, 3, 4, 5, {"cache_creation": cache}, 6)
+    second = ocp.Usage(10, 20, 30, 40, None, {
+        "cache_creation": {"ephemeral_5m_input_tokens": 10}, "server_tool_use": {"a": 7}}, 60)
+
+    assert ocp.sum_usage([first, second]) == ocp.Usage(11, 22, 33, 44, 5, {
+        "cache_creation": {"ephemeral_5m_input_tokens": 11, "ephemeral_1h_input_tokens": 2},
+        "server_tool_use": {"a": 7}}, 66)
+    assert ocp.sum_usage([second]).reasoning_tokens is None
+
+
 def test_counts_that_are_left_out_are_those_of_before() -> None:
     before = ocp.Usage(1, 2, 3, 4, 5)
 

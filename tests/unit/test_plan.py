@@ -239,7 +239,8 @@ def test_the_new_claudes_line_fills_the_plan(account: Any) -> None:
         "observedAt": "2026-11-21T12:34:13.000Z"}
     assert (week["utilization"], week["percent"], week["resetsIn"]) == (0.4, "40%", "1d 1h")
     assert account.plan()["extraUsage"] == {
-        **UNKNOWN_EXTRA, "status": "rejected", "disabledReason": "org_level_disabled"}
+        **UNKNOWN_EXTRA, "state": "off", "status": "rejected",
+        "disabledReason": "org_level_disabled"}
     assert account.report()["status"] == "allowed"
 
 
@@ -480,6 +481,21 @@ def test_a_reply_has_windows_of_sixteen_models_at_most() -> None:
     assert len(asked(model_scoped=rows).windows) == 16
 
 
+@pytest.mark.parametrize(("told", "enabled", "state"), [
+    ({"overageStatus": "rejected"}, True, "off"), ({"overageStatus": "allowed"}, False, "on"),
+    ({"overageStatus": "allowed_warning"}, None, "on"), ({"overageStatus": None}, True, "on"),
+    ({"overageStatus": None}, False, "off"), ({"overageStatus": None}, None, None),
+    ({"overageStatus": "rejected", "isUsingOverage": True}, True, "billed")])
+def test_one_field_says_whether_there_is_extra_usage(
+    account: Any, told: Json, enabled: bool | None, state: str | None
+) -> None:
+    account.update_plan(event(**told))
+    if enabled is not None:
+        account.update_plan(asked(extra_usage={"is_enabled": enabled}))
+
+    assert account.plan()["extraUsage"]["state"] == state
+
+
 def is_stopped(account: Any, model: str | None = "sonnet") -> bool:
     try:
         account.check_not_billed(model)
@@ -551,6 +567,17 @@ def test_the_week_of_one_model_stops_that_model_only(account: Any, claim: str) -
         True, False, False]
     account.update_plan(event(status="allowed", rateLimitType=claim), "opus")
     assert not is_stopped(account, "opus")
+
+
+@pytest.mark.parametrize(("claim", "others"), [
+    ("seven_day_opus", True), ("seven_day_overage_included", False), ("seven_day_fast", False)])
+def test_the_week_of_a_family_stops_all_its_models_and_that_of_one_any_window_of_it(
+    account: Any, claim: str, others: bool
+) -> None:
+    account.update_plan(event(rateLimitType=claim, **BILLED), "claude-opus-5-5[1m]")
+
+    names = ("claude-opus-5-5", "claude-opus-5-5[1m]", "claude-opus-4-8", "claude-sonnet-5-5")
+    assert [is_stopped(account, name) for name in names] == [True, True, others, False]
 
 
 # ---------------------------------------------------------------------------
