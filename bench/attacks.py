@@ -146,13 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="all by default")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--before", type=Path, help="folder of the version to compare with")
-    common.clean_up_at_the_end()
-    try:
-        print(run(parser.parse_args(arguments)))
-    except common.BenchError as problem:
-        common.progress(f"attacks: {problem}")
-        return 1
-    return 0
+    options = parser.parse_args(arguments)
+    return common.report("attacks", lambda: run(options))
 
 
 if __name__ == "__main__":

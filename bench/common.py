@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -561,6 +561,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--delay-ms", type=float, default=0.0, metavar="MS",
         help="silence of the API before its first byte; default: 0, the hardest for OCP")
+
+
+def report(program: str, measure: Callable[[], str]) -> int:
+    """Prints what `measure` returns. The exit code of the program: 1 when it could not be
+    measured."""
+    clean_up_at_the_end()
+    try:
+        print(measure())
+    except (BenchError, Refused) as problem:
+        progress(f"{program}: {problem}")
+        return 1
+    return 0
 
 
 def progress(text: str) -> None:

@@ -203,12 +203,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; 1 when it could not be measured."""
     options = parser().parse_args(arguments)
-    try:
-        print(run(common.find_claude(options.claude), options.model, max(3, options.turns)))
-    except (common.BenchError, common.Refused) as problem:
-        common.progress(f"conversation: {problem}")
-        return 1
-    return 0
+    return common.report("conversation", lambda: run(
+        common.find_claude(options.claude), options.model, max(3, options.turns)))
 
 
 if __name__ == "__main__":

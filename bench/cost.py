@@ -283,17 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--before", type=Path, help="folder of the version to compare with")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    common.clean_up_at_the_end()
     options = parser.parse_args(arguments)
     if options.measure:
         print(json.dumps(measure_request(options.measure)))
         return 0
-    try:
-        print(run(options))
-    except common.BenchError as problem:
-        common.progress(f"cost: {problem}")
-        return 1
-    return 0
+    return common.report("cost", lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -219,13 +219,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; 1 when it could not be measured."""
     options = parser().parse_args(arguments)
-    common.clean_up_at_the_end()
-    try:
-        print(run(options))
-    except (common.BenchError, common.Refused) as problem:
-        common.progress(f"first_token: {problem}")
-        return 1
-    return 0
+    return common.report("first_token", lambda: run(options))
 
 
 if __name__ == "__main__":

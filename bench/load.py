@@ -687,13 +687,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.serve:
         serve_bare(*options.serve)
-    common.clean_up_at_the_end()
-    try:
-        print(run(options))
-    except (common.BenchError, common.Refused) as problem:
-        common.progress(f"load: {problem}")
-        return 1
-    return 0
+    return common.report("load", lambda: run(options))
 
 
 if __name__ == "__main__":

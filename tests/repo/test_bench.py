@@ -17,6 +17,7 @@ from project import REPO
 
 BENCH = REPO / "bench"
 PROGRAMS = ("first_token", "throughput")
+EVERY_PROGRAM = sorted(path.stem for path in BENCH.glob("*.py") if path.stem != "common")
 
 
 def bench(name: str) -> ModuleType:
@@ -185,6 +186,21 @@ def test_cold_claude_gets_its_question_before_any_option_that_takes_several_word
     assert command[1:] == ["-p", "Why?", "--tools", ""]
 
 
+@pytest.mark.parametrize("error", ["BenchError", "Refused"])
+def test_a_measurement_that_cannot_go_on_is_one_line_and_a_failure(
+    error: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = bench("common")
+    monkeypatch.setattr(common, "clean_up_at_the_end", lambda: None)
+
+    def fail() -> str:
+        raise getattr(common, error)("no claude")
+
+    assert (common.report("cost", fail), common.report("cost", lambda: "| 1 |")) == (1, 0)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("| 1 |\n", "cost: no claude\n")
+
+
 def test_only_a_piece_of_text_is_a_first_word() -> None:
     common = bench("common")
     assert common.is_first_word(b'{"event":{"delta":{"type":"text_delta","text":"Hi"}}}')
@@ -210,7 +226,7 @@ def test_a_claude_that_is_not_there_is_said_so(program: str) -> None:
     assert done.stdout == b""
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", EVERY_PROGRAM)
 def test_readme_has_a_place_for_the_table(program: str) -> None:
     assert f"<!-- table: {program} -->" in (BENCH / "README.md").read_text()
 
@@ -236,7 +252,3 @@ def test_attacks_that_go_on_together_exist() -> None:
     module = bench("attacks")
 
     assert set(module.TOGETHER) <= set(module.attackers.ATTACKS)
-
-
-def test_readme_has_a_place_for_the_table_of_attacks() -> None:
-    assert "<!-- table: attacks -->" in (BENCH / "README.md").read_text()
