@@ -87,7 +87,7 @@ def test_a_bare_token_leaves_the_rest_unknown(bare: Rig) -> None:
 
     assert plan["subscription"] is None
     assert set(plan["weeklyLimits"]) == {"allModels"}
-    assert plan["extraUsage"] == {**UNKNOWN_EXTRA, "status": "rejected"}
+    assert plan["extraUsage"] == {**UNKNOWN_EXTRA, "state": "off", "status": "rejected"}
 
 
 def test_looking_at_the_plan_asked_the_api_nothing(bare: Rig) -> None:

@@ -143,6 +143,17 @@ def test_the_second_answer_is_the_last(
     assert len(server.queries()) == before + 2
 
 
+@both_ways
+def test_where_no_answer_is_wanted_no_call_is_missing(server: Server, stream: bool) -> None:
+    server.write_scenario([WORDS], shared=True)
+    before = len(server.queries())
+
+    answer = asked(server, MESSAGES, stream=stream, max_tokens=0)
+
+    assert (answer.text, answer.calls, answer.headers[HEADER]) == ("", [], None)
+    assert len(server.queries()) == before + 1
+
+
 def test_an_answer_that_fits_a_schema_is_no_missing_call(server: Server) -> None:
     answers = {"tool": {"name": "StructuredOutput", "input": {"a": "b"}}}
     server.write_scenario([[answers]], shared=True)
