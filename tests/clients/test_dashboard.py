@@ -273,7 +273,8 @@ def test_the_overview_shows_state_plan_and_usage(chrome: browser.Browser, busy: 
         page.sees("81 % used", "#plan")
         page.sees("7 days, fable", "#plan")
         page.sees("59 % used", "#plan")
-        page.sees("Extra usage is on. 12.34 USD used of 50.00 USD.", "#plan")
+        # It is enabled, and claude refuses it beside each answer.
+        page.sees("Extra usage is off. 12.34 USD used of 50.00 USD.", "#plan")
         page.sees("Resets in 2 h 2", "#plan")
         page.sees("laptop", "#shares")
         for place, words in (
