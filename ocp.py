@@ -1152,8 +1152,14 @@ def _prompt_tokens(row: Json) -> str:
     return short_number(sum(row.get(name) or 0 for name in names))
 
 
+def _cached_share(row: Json) -> str:
+    share = row.get("cache_read_share")
+    return "-" if share is None else f"{share:.0%}"
+
+
 TOKEN_COLUMNS = (
     Column("Prompt tokens", lambda row, style: _prompt_tokens(row), ">"),
+    Column("Cached", lambda row, style: _cached_share(row), ">"),
     number_column("Answer tokens", "output_tokens"),
     number_column("Searches", "web_search_requests"),
 )
@@ -1180,8 +1186,8 @@ def show_usage_by_key(answer: Json, style: Style) -> str:
 
 
 def show_usage_days(answer: Json, style: Style) -> str:
-    """Return what each day and each model of the period used."""
-    days, models = answer.get("daily") or [], answer.get("byModel") or []
+    """Return what each day, each model and each way to a process used in the period."""
+    days = answer.get("daily") or []
     if not days:
         return f"{_since(answer, style)}\n  nothing"
     most = max(day.get("requests") or 0 for day in days) or 1
@@ -1192,8 +1198,9 @@ def show_usage_days(answer: Json, style: Style) -> str:
     totals = {"day": "Total", **(answer.get("totals") or {})}
     total = [str(column.text(totals, style)) for column in DAY_COLUMNS]
     parts = [table(columns, days, style, total)]
-    if models:
-        parts.append(table((text_column("Model", "model"), *USAGE_COLUMNS), models, style))
+    for title, name, part in (("Model", "model", "byModel"), ("Path", "path", "byPath")):
+        if answer.get(part):
+            parts.append(table((text_column(title, name), *USAGE_COLUMNS), answer[part], style))
     return "\n\n".join(parts)
 
 

@@ -3948,7 +3948,8 @@ class UsageRow(NamedTuple):
     stop_reason: str | None
     stream: bool
     warm: bool | None
-    #: "fresh", "rebuilt", "rewound" or "continued"; "cached" or "shared" if it cost no tokens.
+    #: "fresh", "rebuilt", "rewound" or "continued"; "cached" or "shared" if it cost no tokens. None
+    #: for a request that reached no process.
     path: str | None
     prompt_chars: int
     response_chars: int
@@ -3967,8 +3968,9 @@ class UsageRow(NamedTuple):
         return self.input_tokens + self.output_tokens + cached
 
 
-#: UsageRow.tokens in SQL.
-_TOKENS = "input_tokens + output_tokens + cache_read_tokens + cache_write_tokens"
+#: The tokens of a row's prompt, and UsageRow.tokens, in SQL.
+_PROMPT = "input_tokens + cache_read_tokens + cache_write_tokens"
+_TOKENS = f"{_PROMPT} + output_tokens"
 #: Columns that aggregate rows: (name, SQL). Names with total_ are those of the original OCP.
 _SUMS = (
     ("requests", "COUNT(*)"),
@@ -3980,6 +3982,7 @@ _SUMS = (
     ("output_tokens", "SUM(output_tokens)"),
     ("cache_read_tokens", "SUM(cache_read_tokens)"),
     ("cache_write_tokens", "SUM(cache_write_tokens)"),
+    ("cache_read_share", f"ROUND(TOTAL(cache_read_tokens) / NULLIF(TOTAL({_PROMPT}), 0), 4)"),
     ("web_search_requests", "SUM(web_search_requests)"),
     ("avg_elapsed_ms", "CAST(ROUND(AVG(total_ms)) AS INTEGER)"),
     ("avg_first_token_ms", "CAST(ROUND(AVG(first_token_ms)) AS INTEGER)"),
@@ -4242,6 +4245,7 @@ class Ledger:
                 "totals": rows.sums(_GROUP_SUMS)[0],
                 "byKey": rows.sums(_GROUP_SUMS, ("key_name", _CURRENT_NAME)),
                 "byModel": rows.sums(_GROUP_SUMS, ("model", "model")),
+                "byPath": rows.sums(_GROUP_SUMS, ("path", "COALESCE(path, 'none')")),
                 "timeline": rows.sums(_TIMELINE_SUMS, step),
                 "timelineUnit": unit,
                 "daily": rows.sums(_TIMELINE_SUMS, ("day", _DAY)),
@@ -14144,6 +14148,17 @@ _REWIND_TIMEOUT_S = 2.0
 _REWIND_PAUSE_S = 60.0
 
 
+#: The shortest prompt that the API caches for every model (Anthropic's docs, "Prompt caching").
+_MIN_CACHED_TOKENS = 4_096
+
+
+def missed_prompt_cache(usage: Usage) -> bool:
+    """Return whether the API read less than half of a prompt from its cache, although the prompt
+    is long enough for it."""
+    prompt_tokens = usage.prompt_tokens
+    return prompt_tokens >= _MIN_CACHED_TOKENS and 2 * usage.cache_read_tokens < prompt_tokens
+
+
 def tick_s_of(config: Config, turn: Turn) -> float:
     """Return the silence after which a client needs a sign of life; 0 = never."""
     return (config.heartbeat_ms if turn.stream else config.whole_silence_ms) / 1000
@@ -14217,6 +14232,8 @@ class TurnRunner:
         for event in events:
             if isinstance(event, Finished):
                 self._log("info", "answer_finished")
+                if self._record.path == "rebuilt" and missed_prompt_cache(event.usage):
+                    self._log_cache_miss(event.usage)
             yield event
 
     def _log(self, level: str, name: str, **more: object) -> None:
@@ -14227,6 +14244,15 @@ class TurnRunner:
         self._app.log.event(
             level, name, request_id=job.request_id, caller=job.caller.name,
             dialect=job.dialect, **record.fields(self._app.clock()), **more,
+        )
+
+    def _log_cache_miss(self, usage: Usage) -> None:
+        """Log that the API read most of a rebuilt conversation anew, which takes and costs more."""
+        self._app.log.event(
+            "info", "prompt_cache_missed", request_id=self._job.request_id,
+            caller=self._job.caller.name, model=self._turn.model.id,
+            prompt_tokens=usage.prompt_tokens, cached_tokens=usage.cache_read_tokens,
+            parted_at=self._record.parted_at,
         )
 
     def _other_models(self) -> str:

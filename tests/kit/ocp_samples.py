@@ -42,12 +42,14 @@ USAGE: Json = {
 COUNTS: Json = {
     "requests": 12, "successes": 11, "errors": 1, "input_tokens": 1_200,
     "output_tokens": 3_400, "cache_read_tokens": 45_000, "cache_write_tokens": 800, "cached": 0,
+    "cache_read_share": 0.9574,
     "web_search_requests": 4,
     "avg_elapsed_ms": 4_200, "last_request": "2026-11-20T14:55:00Z",
 }
 SMALL: Json = {
     **COUNTS, "requests": 3, "successes": 3, "errors": 0, "input_tokens": 90,
-    "output_tokens": 310, "cache_read_tokens": 0, "avg_elapsed_ms": 840, "web_search_requests": 0,
+    "output_tokens": 310, "cache_read_tokens": 0, "cache_read_share": 0.0,
+    "avg_elapsed_ms": 840, "web_search_requests": 0,
     "last_request": "2026-11-18T15:00:00Z",
 }
 API_USAGE: Json = {
@@ -57,6 +59,7 @@ API_USAGE: Json = {
     "byKey": [{"key_name": "laptop", **COUNTS}, {"key_name": "phone", **SMALL}],
     "byModel": [{"model": "claude-sonnet-5-5", **COUNTS},
                 {"model": "claude-haiku-4-5-20251001", **SMALL}],
+    "byPath": [{"path": "continued", **COUNTS}, {"path": "fresh", **SMALL}],
     "timeline": [], "recent": [],
     "daily": [{"day": "2026-11-19", **SMALL}, {"day": "2026-11-20", **COUNTS}],
 }

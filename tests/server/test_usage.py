@@ -604,8 +604,8 @@ def test_without_rows_the_sums_are_zero_and_the_averages_unknown(store: Any) -> 
     assert [totals[name] for name in ("requests", "successes", "input_tokens")] == [0, 0, 0]
     assert [totals[name] for name in ("avg_elapsed_ms", "avg_first_token_ms", "last_request")] == [
         None, None, None]
-    assert [report[name] for name in ("byKey", "byModel", "timeline", "daily", "recent")] == [
-        [], [], [], [], []]
+    assert [report[name] for name in ("byKey", "byModel", "byPath", "timeline", "daily",
+                                           "recent")] == [[], [], [], [], [], []]
 
 
 def test_a_group_has_every_field_that_older_clients_know(store: Any) -> None:
@@ -620,6 +620,41 @@ def test_a_group_has_every_field_that_older_clients_know(store: Any) -> None:
         "key_name": "local", "total_prompt_chars": 22, "total_response_chars": 26,
         "total_elapsed_ms": 401, "avg_elapsed_ms": 201, "avg_first_token_ms": 50,
         "first_request": "2026-11-17T12:00:00.000Z", "last_request": "2026-11-17T12:00:01.000Z"}
+
+
+def test_the_share_read_from_the_prompt_cache_is_that_of_all_prompt_tokens(store: Any) -> None:
+    cold = usage_row(NOON_S, path="rebuilt", input_tokens=10, cache_read_tokens=0,
+                     cache_write_tokens=90)
+    warm = cold._replace(path="continued", cache_read_tokens=270, cache_write_tokens=20)
+    empty = usage_row(NOON_S, path=None, input_tokens=0, cache_read_tokens=0, cache_write_tokens=0)
+
+    report = report_of(ledger_of(store, [cold, warm, empty]))
+
+    assert report["totals"]["cache_read_share"] == 0.675
+    assert {row["path"]: row["cache_read_share"] for row in report["byPath"]} == {
+        "continued": 0.9, "none": None, "rebuilt": 0.0}
+
+
+@pytest.mark.parametrize("share,is_logged", [(0.0, True), (0.49, True), (0.5, False)])
+def test_a_long_rebuilt_conversation_that_misses_the_prompt_cache_is_in_the_log(
+    books: Server, share: float, is_logged: bool
+) -> None:
+    cached = round(10_000 * share)
+    usage = {"input_tokens": 10_000 - cached, "cache_read_input_tokens": cached,
+             "cache_creation_input_tokens": 0}
+    books.write_scenario([[{"say": "Yes.", "usage": usage}]] * 2)
+    before = len(books.log_entries("prompt_cache_missed"))
+    # Only a conversation that claude has to get anew can miss; a first message has nothing there.
+    ask(books, f"Is {share} enough?")
+    history = [{"role": "user", "content": f"Is {share} much?"},
+               {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}]
+
+    reply = ask(books, messages=history)
+
+    entries = books.log_entries("prompt_cache_missed")[before:]
+    assert row_of(books, reply)["path"] == "rebuilt"
+    assert [(entry["prompt_tokens"], entry["cached_tokens"]) for entry in entries] == [
+        (10_000, cached)] * is_logged
 
 
 def test_hours_are_in_utc_and_empty_ones_are_left_out(store: Any) -> None:
