@@ -15347,6 +15347,8 @@ class Response:
         #: cannot be found then.
         self.has_unread_body = True
         self._renderer: Renderer | None = None
+        #: The head, until the first part of the body is sent with it.
+        self._unsent_head = b""
         self._is_chunked = False
         self._is_complete = False
 
@@ -15355,26 +15357,27 @@ class Response:
         if not self.status:
             self._send_body(status, to_json(value) + b"\n", {"Content-Type": "application/json"})
         else:
-            self._send(to_json(value))
-            self._end_parts()
+            self._end_parts(to_json(value))
 
     def send_text(self, text: str, content_type: str) -> None:
         self._send_body(200, text.encode("utf-8"), {"Content-Type": content_type})
 
     def send_nothing(self, status: int) -> None:
         """Send a response without a body."""
-        self._send_head(status, {})
+        self._begin(status, {})
+        self._write(b"")
         self._is_complete = True
 
     def send_events(self, frames: Iterator[bytes]) -> None:
         """Send server-sent events as they come; a HEAD request gets none."""
         self._begin_parts(_STREAM_HEADERS)
+        self._write(b"")
         if self.is_head:
             self._is_complete = True
             return
         for frame in frames:
             self._send(frame)
-        self._end_parts()
+        self._end_parts(b"")
 
     def send_stream(
         self, renderer: Renderer, events: Iterator[Choice], heartbeat_s: float,
@@ -15390,7 +15393,7 @@ class Response:
                     unsent += renderer.event(index, event)
                     if isinstance(event, Finished):
                         finished(renderer.body)
-                    elif len(unsent) < _MAX_SENT_BYTES:
+                    if len(unsent) < _MAX_SENT_BYTES:
                         continue
                 now_s = time.monotonic()
                 is_silent = heartbeat_s and now_s - sent_s >= heartbeat_s
@@ -15402,16 +15405,20 @@ class Response:
         except OcpError:
             self._send_frames(renderer, unsent)
             raise
-        self._send(renderer.end())
-        self._end_parts()
+        self._begin_stream(renderer)
+        self._end_parts(unsent + renderer.end())
 
     def _send_frames(self, renderer: Renderer, data: bytes) -> None:
         """Send a part of a stream. The first one begins the response, as late as possible: an
         error before it is sent with its own status."""
-        if data and self._renderer is None:
+        if data:
+            self._begin_stream(renderer)
+            self._send(data)
+
+    def _begin_stream(self, renderer: Renderer) -> None:
+        if self._renderer is None:
             self._renderer = renderer
             self._begin_parts(_STREAM_HEADERS)
-        self._send(data)
 
     def keep_alive(self, events: Iterator[Choice], silence_s: float) -> None:
         """Wait for all events of an answer; send white space before its JSON after each
@@ -15433,8 +15440,7 @@ class Response:
                 headers = {"Content-Type": "application/json", **error.headers()}
                 self._send_body(error.status, body, headers)
             elif self._renderer is not None and not self._is_complete:
-                self._send(self._renderer.failure(error, self.request_id))
-                self._end_parts()
+                self._end_parts(self._renderer.failure(error, self.request_id))
             else:
                 # The response is complete, or a JSON body has begun with status 200.
                 self.must_close = True
@@ -15451,9 +15457,8 @@ class Response:
             self._client.linger(_LINGER_S)
 
     def _send_body(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        self._send_head(status, {"Content-Length": str(len(body)), **headers})
-        if not self.is_head:
-            self._client.send(body)
+        self._begin(status, {"Content-Length": str(len(body)), **headers})
+        self._write(b"" if self.is_head else body)
         self._is_complete = True
 
     def _begin_parts(self, headers: Mapping[str, str]) -> None:
@@ -15461,21 +15466,28 @@ class Response:
         closes."""
         self._is_chunked = self.version == "HTTP/1.1"
         coding = {"Transfer-Encoding": "chunked"} if self._is_chunked else {}
-        self._send_head(200, {**headers, **coding})
+        self._begin(200, {**headers, **coding})
 
     def _send(self, data: bytes) -> None:
-        if not data:
-            return
-        if self._is_chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        self._client.send(data)
+        """Send a part of the body, if there is any."""
+        if data:
+            self._write(self._framed(data))
 
-    def _end_parts(self) -> None:
+    def _end_parts(self, data: bytes) -> None:
+        """Send the last part of the body."""
         self._is_complete = True
-        if self._is_chunked:
-            self._client.send(b"0\r\n\r\n")
+        self._write(self._framed(data) + (b"0\r\n\r\n" if self._is_chunked else b""))
 
-    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked and data else data
+
+    def _write(self, data: bytes) -> None:
+        """Send the head, unless that is done, and data."""
+        head, self._unsent_head = self._unsent_head, b""
+        self._client.send(head + data)
+
+    def _begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Make the head. It is sent with the first part of the body, in one system call."""
         if self.has_unread_body or self.version == "HTTP/1.0":
             self.must_close = True
         self.status = status
@@ -15490,7 +15502,7 @@ class Response:
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
         # A line break in a value would let it inject a header.
         lines += [f"{name}: {_UNSAFE_IN_HEADER.sub('?', text)}" for name, text in every.items()]
-        self._client.send("\r\n".join([*lines, "", ""]).encode("ascii"))
+        self._unsent_head = "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
 class BodyReader:
