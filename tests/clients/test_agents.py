@@ -345,7 +345,7 @@ def run_opencode(desk: AgentDesk, package: str) -> Ran:
 
 @contextmanager
 def opencode_server(desk: AgentDesk, package: str) -> Iterator[str]:
-    """Run OpenCode's own server, which takes what `opencode run` has no option for; give its URL."""
+    """Run OpenCode's server, which takes what `opencode run` has no option for; give its URL."""
     command = set_up_opencode(desk, package, SONNET)
     env = clean_env(HOME=str(desk.home), OCP_API_KEY="any", **OPENCODE_QUIET)
     with subprocess.Popen(
