@@ -92,8 +92,8 @@ def effort_timings(first_ms: float, thought_ms: float | None = None) -> list[obj
 
 
 def test_first_token_sets_the_efforts_side_by_side() -> None:
-    text = bench("first_token").effort_table(
-        {"low": effort_timings(80), "default": effort_timings(1090, 260)}, 10.0, 1000.0, "a machine")
+    timings = {"low": effort_timings(80), "default": effort_timings(1090, 260)}
+    text = bench("first_token").effort_table(timings, 10.0, 1000.0, "a machine")
     low, default = text.splitlines()[2:4]
 
     assert cells(low) == ["low", "none", "80.0", "2,416", "75.0", "10", "70.0"]
