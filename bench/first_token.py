@@ -40,8 +40,6 @@ NAMES = {
 MOST_OF_HAND = 1.3
 LEAST_OF_COLD = 8.0
 MOST_UPSTREAM_BYTES = 2_200
-
-
 #: Efforts that can be compared; the first one leaves the effort to the model.
 DEFAULT = "default"
 EFFORTS = (DEFAULT, "none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -202,22 +200,6 @@ def _ocp_with(
     return common.Ocp(place, claude, model, environ, {"OCP_PARKED_PROCESSES": parked})
 
 
-def run(options: argparse.Namespace) -> str:
-    """Everything from the start of the servers to their end; the Markdown."""
-    claude, model = common.find_claude(options.claude), options.model
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ocp-bench-")))
-        stub = stack.enter_context(common.Stub(folder, delay_ms=options.delay_ms, log=True))
-        environ = common.clean_environment(folder, stub.url)
-        spawn = common.record_spawn(folder, claude, model, environ)
-        ocp, keeping = (
-            stack.enter_context(_ocp_with(parked, folder, claude, model, environ))
-            for parked in ("0", "1"))
-        plain = common.plain_spawn(spawn, ocp.model_id, environ)
-        results = measure(Setting(ocp, keeping, stub, spawn, plain), max(1, options.rounds))
-    return table(results, options.delay_ms, common.machine(claude))
-
-
 # -- by effort ---------------------------------------------------------------------------------
 
 def ask_with_effort(ocp: common.Ocp, effort: str) -> common.Timing:
@@ -300,6 +282,24 @@ def read_efforts(text: str) -> list[str]:
 
 # -- the program -------------------------------------------------------------------------------
 
+def run(options: argparse.Namespace) -> str:
+    """Everything from the start of the servers to their end; the Markdown."""
+    if options.efforts:
+        return run_efforts(options)
+    claude, model = common.find_claude(options.claude), options.model
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ocp-bench-")))
+        stub = stack.enter_context(common.Stub(folder, delay_ms=options.delay_ms, log=True))
+        environ = common.clean_environment(folder, stub.url)
+        spawn = common.record_spawn(folder, claude, model, environ)
+        ocp, keeping = (
+            stack.enter_context(_ocp_with(parked, folder, claude, model, environ))
+            for parked in ("0", "1"))
+        plain = common.plain_spawn(spawn, ocp.model_id, environ)
+        results = measure(Setting(ocp, keeping, stub, spawn, plain), max(1, options.rounds))
+    return table(results, options.delay_ms, common.machine(claude))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     common.clean_up_at_the_end()
     try:
-        print(run_efforts(options) if options.efforts else run(options))
+        print(run(options))
     except (common.BenchError, common.Refused) as problem:
         common.progress(f"first_token: {problem}")
         return 1
