@@ -6541,6 +6541,11 @@ class OpenAIContent(ContentReader):
         raise self._not_stored(file, "file_id" if file.has("file_id") else "file_data")
 
 
+#: Blocks in messages of the system with which a tool is given to the model, and taken away again,
+#: in the middle of a conversation.
+TOOL_CHANGES = ("tool_addition", "tool_removal")
+
+
 class MessagesContent(ContentReader):
     """Reads the blocks of Anthropic's API."""
 
@@ -6583,6 +6588,9 @@ class MessagesContent(ContentReader):
         kind = part.text("type") or ""
         if kind == "server_tool_use" or kind.endswith("_tool_result"):
             return self._server_block(part, place)
+        if place == "system" and kind in TOOL_CHANGES:
+            # What it changes is read together with the tools.
+            return []
         blocks = super().part(part, place)
         place_name, refused = self.places[place]
         for block in blocks:
@@ -8087,7 +8095,7 @@ class MessagesDialect(Dialect):
         """Return the client's own tools. Of those that Anthropic defines, the search of the web
         goes to the context; the others are recorded as ignored."""
         reader = ToolReader(context)
-        for entry in context.fields.objects("tools"):
+        for entry in self._offered(context):
             if entry.text("type") in (None, "custom"):
                 name = entry.required_text("name")
                 reader.add(read_tool(entry, name, "input_schema"), entry)
@@ -8100,6 +8108,34 @@ class MessagesDialect(Dialect):
         name = entry.required_text("name") if kind == "tool" else ""
         parallel = not entry.flag("disable_parallel_tool_use")
         return reader.chosen(ToolChoice(kind, name, parallel))
+
+    def _offered(self, context: ParseContext) -> list[Fields]:
+        """Return the definitions of the tools that the model may use at the end of the
+        conversation. A change of what is no tool of the client is recorded as ignored."""
+        offered = list(context.fields.objects("tools"))
+        removed = set()
+        for change in self._tool_changes(context.fields):
+            tool = change.child("tool") or Fields({})
+            definition = tool.child("definition") or tool
+            name = definition.text("name")
+            if tool.text("type") not in ("tool_reference", "tool_definition") or name is None:
+                context.ignore(change.path)
+            elif change.text("type") == "tool_removal":
+                removed.add(name)
+            else:
+                removed.discard(name)
+                if definition is not tool:
+                    offered = [each for each in offered if each.text("name") != name]
+                    offered.append(definition)
+        return [each for each in offered if each.text("name") not in removed]
+
+    def _tool_changes(self, fields: Fields) -> Iterator[Fields]:
+        for entry in fields.objects("messages"):
+            is_listed = isinstance(entry.object.get("content"), list)
+            if entry.text("role") == "system" and is_listed:
+                for block in entry.objects("content"):
+                    if block.text("type") in TOOL_CHANGES:
+                        yield block
 
     def _messages(self, context: ParseContext) -> list[Message]:
         reader = MessagesContent(context)

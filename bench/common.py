@@ -52,6 +52,8 @@ class Timing(NamedTuple):
 
     first_s: float
     total_s: float
+    #: To the first piece of thinking that was streamed; None = none came before the text.
+    thought_s: float | None = None
 
 
 # ---------------------------------------------------------------------------
@@ -126,9 +128,13 @@ def line_within(process: subprocess.Popen[bytes], pattern: str, what: str) -> re
 class Stub:
     """tests/kit/stub_api.py as a process of its own; to be used in a `with`."""
 
-    def __init__(self, folder: Path, *, delay_ms: float = 0.0, log: bool = False) -> None:
-        """`delay_ms` is the silence of the API before its first byte; `log` keeps sizes."""
-        command = [sys.executable, str(STUB_API), "--delay-ms", str(delay_ms)]
+    def __init__(
+        self, folder: Path, *, delay_ms: float = 0.0, think_ms: float = 0.0, log: bool = False
+    ) -> None:
+        """`delay_ms` is the silence of the API before its first byte, `think_ms` how long it thinks
+        before the text at an effort above low; `log` keeps sizes."""
+        command = [
+            sys.executable, str(STUB_API), "--delay-ms", str(delay_ms), "--think-ms", str(think_ms)]
         self._log = folder / "stub.jsonl"
         if log:
             command += ["--log", str(self._log)]
@@ -271,22 +277,26 @@ class Client:
             if response.status != 200:
                 response.read()
                 raise Refused(f"status {response.status}")
-            first_s = self._first_word(response) - started_s
+            thought_at_s, first_at_s = self._first_pieces(response)
             rest = response.read()
         except (OSError, http.client.HTTPException) as problem:
             self.close()
             raise Refused(type(problem).__name__) from problem
         if not rest.endswith(b"data: [DONE]\n\n"):
             raise Refused("unfinished answer")
-        return Timing(first_s, time.perf_counter() - started_s)
+        thought_s = thought_at_s - started_s if thought_at_s else None
+        return Timing(first_at_s - started_s, time.perf_counter() - started_s, thought_s)
 
-    def _first_word(self, response: http.client.HTTPResponse) -> float:
-        """When the first piece of text was there, which the role alone is not."""
+    def _first_pieces(self, response: http.client.HTTPResponse) -> tuple[float | None, float]:
+        """When the first pieces of thinking and of text were there. The role alone is no text."""
+        thought_at_s = None
         for line in iter(response.readline, b""):
-            if line.startswith(b"data: {"):
-                choices = json.loads(line[6:]).get("choices")
-                if choices and choices[0]["delta"].get("content"):
-                    return time.perf_counter()
+            choices = json.loads(line[6:]).get("choices") if line.startswith(b"data: {") else None
+            delta = choices[0]["delta"] if choices else {}
+            if delta.get("content"):
+                return thought_at_s, time.perf_counter()
+            if delta.get("reasoning_content") and thought_at_s is None:
+                thought_at_s = time.perf_counter()
         raise Refused("no word")
 
 

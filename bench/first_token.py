@@ -2,10 +2,15 @@
 
     python3 bench/first_token.py --claude /path/to/claude [--rounds 15] [--model MODEL]
                                  [--delay-ms 0]
+    python3 bench/first_token.py --efforts none,low,medium,default --model sonnet
+                                 [--think-ms 1000]
 
 One run, one Markdown table on stdout. The contestants take turns, each round in another order,
 so that whatever else the machine does meets all of them alike. Each waits until the machine is
 at rest and, where it needs one, a claude process stands ready that is 1.5 s old.
+
+With --efforts the contestants are requests to OCP with these efforts, and the API thinks before
+its text at an effort above low, for a time that is made up.
 """
 
 from __future__ import annotations
@@ -35,6 +40,9 @@ NAMES = {
 MOST_OF_HAND = 1.3
 LEAST_OF_COLD = 8.0
 MOST_UPSTREAM_BYTES = 2_200
+#: Efforts that can be compared; the first one leaves the effort to the model.
+DEFAULT = "default"
+EFFORTS = (DEFAULT, "none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class Result(NamedTuple):
@@ -114,9 +122,9 @@ CONTESTANTS: dict[str, Callable[[Setting], common.Timing]] = {
 }
 
 
-def orders(rounds: int) -> list[list[str]]:
+def orders(rounds: int, names: Sequence[str] = tuple(CONTESTANTS)) -> list[list[str]]:
     """The order of each round: everybody comes first, second and last equally often."""
-    names = list(CONTESTANTS)
+    names = list(names)
     return [names[at % len(names):] + names[:at % len(names)] for at in range(rounds)]
 
 
@@ -192,8 +200,92 @@ def _ocp_with(
     return common.Ocp(place, claude, model, environ, {"OCP_PARKED_PROCESSES": parked})
 
 
+# -- by effort ---------------------------------------------------------------------------------
+
+def ask_with_effort(ocp: common.Ocp, effort: str) -> common.Timing:
+    """A new connection, one streamed answer."""
+    options = {} if effort == DEFAULT else {"reasoning_effort": effort}
+    ocp.wait_until_ready()
+    with contextlib.closing(common.Client(ocp.port)) as client:
+        return client.ask(ocp.model_id, common.QUESTION, **options)
+
+
+def measure_efforts(
+    ocp: common.Ocp, efforts: Sequence[str], rounds: int
+) -> dict[str, list[common.Timing]]:
+    """All rounds, after one answer that does not count."""
+    ask_with_effort(ocp, efforts[0])
+    timings: dict[str, list[common.Timing]] = {effort: [] for effort in efforts}
+    for number, order in enumerate(orders(rounds, efforts), 1):
+        for effort in order:
+            timings[effort].append(ask_with_effort(ocp, effort))
+        shown = ", ".join(
+            f"{effort} {common.shown_ms(timings[effort][-1].first_s)}" for effort in efforts)
+        common.progress(f"round {number} of {rounds}: {shown} ms")
+    return timings
+
+
+def effort_table(
+    timings: Mapping[str, Sequence[common.Timing]], delay_ms: float, think_ms: float, machine: str
+) -> str:
+    """The results as Markdown: the table, what was made up, and the machine."""
+    rows = [_effort_row(effort, found, delay_ms, think_ms) for effort, found in timings.items()]
+    head = ["effort", "first thinking, median ms", "first text, median ms", "p90 ms", "best ms",
+            "of it the API", "added by claude and OCP"]
+    rounds = len(next(iter(timings.values())))
+    about = (f"{rounds} rounds, {common.shown_delay(delay_ms)}, its {think_ms:g} ms of thinking "
+             f"made up; {machine}")
+    return "\n".join([common.markdown_table(head, rows), "", about])
+
+
+def _effort_row(
+    effort: str, timings: Sequence[common.Timing], delay_ms: float, think_ms: float
+) -> list[str]:
+    thoughts = [each.thought_s for each in timings if each.thought_s is not None]
+    texts = [each.first_s for each in timings]
+    api_ms = delay_ms + (think_ms if thoughts else 0)
+    middle_s = common.median(texts)
+    return [
+        effort,
+        common.shown_ms(common.median(thoughts)) if thoughts else "none",
+        common.shown_ms(middle_s),
+        common.shown_ms(common.percentile(texts, 0.9)),
+        common.shown_ms(min(texts)),
+        f"{api_ms:,g}",
+        common.shown_ms(middle_s - api_ms / 1000),
+    ]
+
+
+def run_efforts(options: argparse.Namespace) -> str:
+    """Everything from the start of the servers to their end; the Markdown."""
+    claude = common.find_claude(options.claude)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ocp-bench-")))
+        stub = stack.enter_context(common.Stub(
+            folder, delay_ms=options.delay_ms, think_ms=options.think_ms))
+        environ = common.clean_environment(folder, stub.url)
+        ocp = stack.enter_context(_ocp_with("0", folder, claude, options.model, environ))
+        timings = measure_efforts(ocp, options.efforts, max(1, options.rounds))
+    return effort_table(
+        timings, options.delay_ms, options.think_ms, common.machine(claude))
+
+
+def read_efforts(text: str) -> list[str]:
+    """The efforts in a value of --efforts. Raises ArgumentTypeError."""
+    efforts = [each.strip() for each in text.split(",")]
+    for effort in efforts:
+        if effort not in EFFORTS:
+            raise argparse.ArgumentTypeError(
+                f"there is no effort {effort!r}: take some of {','.join(EFFORTS)}")
+    return list(dict.fromkeys(efforts))
+
+
+# -- the program -------------------------------------------------------------------------------
+
 def run(options: argparse.Namespace) -> str:
     """Everything from the start of the servers to their end; the Markdown."""
+    if options.efforts:
+        return run_efforts(options)
     claude, model = common.find_claude(options.claude), options.model
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ocp-bench-")))
@@ -213,6 +305,12 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     common.add_arguments(options)
     options.add_argument("--rounds", type=int, default=15, help="default: 15")
+    options.add_argument(
+        "--efforts", type=read_efforts, metavar="LIST",
+        help="compare these efforts through OCP instead, such as low,medium,default")
+    options.add_argument(
+        "--think-ms", type=float, default=1000.0, metavar="MS",
+        help="with --efforts: how long the API thinks above effort low; default: 1000")
     return options
 
 

@@ -6,9 +6,12 @@ a client is the same program that the server drives.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 
 import stub_api as stub
 from depth import rest
-from processes import Ran, run_to_end
+from processes import Ran, kill_all, processes_with, run_to_end
 from programs import find_client, how_to_install
 from project import clean_env
 from rig import MODEL, NEWEST_MODEL, Rig, each_claude
@@ -32,6 +35,8 @@ RIG_SETTINGS = {"OCP_WARM_PROCESSES": "0"}
 #: An agent that has not ended by then never will.
 RUN_TIMEOUT_S = 300
 QUESTION = "What do these say?"
+#: A model that lets nobody force a call: the API refuses it. The name is the one that users write.
+SONNET = "sonnet"
 BEFORE, AFTER = "Let me look.", "They say what they say."
 
 with_newest_claude = pytest.mark.parametrize("claude", each_claude()[-1:], indirect=True)
@@ -151,11 +156,11 @@ UNGUARDED = ("--dangerously-bypass-approvals-and-sandbox",)
 
 def run_codex(
     desk: AgentDesk, more: str = "", *, first: str = "", sandbox: Sequence[str] = UNGUARDED,
-    resume: Sequence[str] = (),
+    resume: Sequence[str] = (), model: str = MODEL,
 ) -> Ran:
     """Run Codex with a question; `first` and `more` stand before and behind its settings."""
     command = program("codex")
-    settings = CODEX.format(model=MODEL, url=desk.rig.server.url)
+    settings = CODEX.format(model=model, url=desk.rig.server.url)
     desk.write(".codex/config.toml", f"{first}\n{settings}{more}")
     return desk.run(
         [command, "exec", "--skip-git-repo-check", *sandbox, *resume, QUESTION],
@@ -187,6 +192,19 @@ def test_codex_runs_two_tools_and_goes_on(desk: AgentDesk) -> None:
     assert {"exec_command", "write_stdin"} <= offered(first)
     one, note = results(second)
     assert "one-42" in one and "cormorant" in note
+
+
+@pytest.mark.exhaustive
+@with_newest_claude
+def test_codex_works_with_a_model_that_lets_no_call_be_forced(desk: AgentDesk) -> None:
+    script_round(desk.rig, [("exec_command", {"cmd": "cat note.txt"})])
+
+    ran = run_codex(desk, model=SONNET)
+
+    # It never forces a call itself.
+    assert (ran.code, ran.stdout.strip()) == (0, AFTER), ran
+    assert desk.paths(2) == ["fresh", "continued"]
+    assert "cormorant" in results(desk.rig.last_body())[0]
 
 
 #: A server of tools that Codex starts, with one tool.
@@ -308,15 +326,47 @@ OPENCODE_QUIET = {
     for name in ("AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "DEFAULT_PLUGINS")}
 
 
-def run_opencode(desk: AgentDesk, package: str) -> Ran:
+def set_up_opencode(desk: AgentDesk, package: str, model: str = MODEL) -> str:
+    """Write the settings; return the path of the program."""
     command = program("opencode")
-    model = {"name": MODEL, "limit": {"context": 200000, "output": 32000}}
+    models = {model: {"name": model, "limit": {"context": 200000, "output": 32000}}}
     provider = {
-        "npm": package, "name": "OCP", "models": {MODEL: model},
+        "npm": package, "name": "OCP", "models": models,
         "options": {"baseURL": f"{desk.rig.server.url}/v1", "apiKey": "{env:OCP_API_KEY}"}}
     desk.write(".config/opencode/opencode.json", json.dumps({
-        "model": f"ocp/{MODEL}", "small_model": f"ocp/{MODEL}", "provider": {"ocp": provider}}))
+        "model": f"ocp/{model}", "small_model": f"ocp/{model}", "provider": {"ocp": provider}}))
+    return command
+
+
+def run_opencode(desk: AgentDesk, package: str) -> Ran:
+    command = set_up_opencode(desk, package)
     return desk.run([command, "run", QUESTION], OCP_API_KEY="any", **OPENCODE_QUIET)
+
+
+@contextmanager
+def opencode_server(desk: AgentDesk, package: str) -> Iterator[str]:
+    """Run OpenCode's server, which takes what `opencode run` has no option for; give its URL."""
+    command = set_up_opencode(desk, package, SONNET)
+    env = clean_env(HOME=str(desk.home), OCP_API_KEY="any", **OPENCODE_QUIET)
+    with subprocess.Popen(
+        [command, "serve", "--port", "0"], cwd=desk.work, env=env, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as running:
+        assert running.stdout is not None
+        try:
+            urls = (re.search(r"http://\S+", line) for line in running.stdout)
+            yield next(found[0] for found in urls if found)
+        finally:
+            running.kill()
+            kill_all(sorted(processes_with(desk.home.parent)))
+
+
+def posted(url: str, body: Json) -> Json:
+    """Return the JSON that a server answers to a POST of JSON."""
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=RUN_TIMEOUT_S) as reply:
+        return json.load(reply)
 
 
 # Only with the newest claude, because this agent takes seconds to start.
@@ -340,6 +390,78 @@ def test_opencode_runs_two_tools_and_goes_on(desk: AgentDesk, package: str) -> N
     assert {"bash", "read", "edit"} <= offered(first)
     one, note = results(second)
     assert "one-42" in one and "cormorant" in note
+
+
+@pytest.mark.exhaustive
+@with_newest_claude
+@pytest.mark.parametrize("package", [CHAT, MESSAGES, RESPONSES])
+def test_opencode_gets_an_answer_of_a_form_by_a_call_that_it_forces(
+    desk: AgentDesk, package: str
+) -> None:
+    schema = {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
+
+    def answer(body: Body) -> stub.Reply:
+        names = [tool["name"] for tool in body["tools"]]
+        # claude has a tool of this name, so the model sees the client's under another one.
+        forced = [name for name in names if name.startswith("StructuredOutput")]
+        if not forced:
+            return stub.text("A title")
+        return stub.tool_calls([(forced[0], {"word": "cormorant"})])
+
+    desk.rig.stub.default = answer
+    with opencode_server(desk, package) as url:
+        session = posted(f"{url}/session", {})["id"]
+        said = posted(f"{url}/session/{session}/message", {
+            "parts": [{"type": "text", "text": QUESTION}],
+            "model": {"providerID": "ocp", "modelID": SONNET},
+            "format": {"type": "json_schema", "schema": schema}})
+
+    assert said["info"].get("structured") == {"word": "cormorant"}, said
+    (body,) = with_tools(desk.rig)
+    assert "tool_choice" not in body
+    assert "Call one of the tools before anything else" in system_texts(body)[-1]
+
+
+# ---------------------------------------------------------------------------
+# Continue
+# ---------------------------------------------------------------------------
+
+#: What is in `extraBodyProperties` becomes part of every request.
+CONTINUE = """name: OCP
+version: 0.0.1
+schema: v1
+models:
+  - name: OCP
+    provider: openai
+    model: {model}
+    apiBase: {url}/v1
+    apiKey: any
+    roles: [chat]
+    requestOptions:
+      extraBodyProperties:
+        tool_choice: required
+"""
+
+
+@pytest.mark.exhaustive
+@with_newest_claude
+def test_continue_forces_a_call_in_every_round(desk: AgentDesk) -> None:
+    command = program("cn")
+    settings = ".continue/config.yaml"
+    desk.write(settings, CONTINUE.format(model=SONNET, url=desk.rig.server.url))
+    read = stub.tool_calls([("Read", {"filepath": str(desk.note)})], text=BEFORE)
+    # The last two are for its second request, which forces a call too.
+    desk.rig.script(read, stub.text("They say it."), stub.text(AFTER))
+
+    ran = desk.run([command, "-p", QUESTION, "--config", str(desk.home / settings)])
+
+    assert (ran.code, ran.stdout.strip()) == (0, AFTER), ran
+    events = [entry["event"] for entry in desk.served(3)]
+    assert events == ["answer_finished", "call_missing", "answer_finished"]
+    first, second, third = desk.rig.bodies()
+    assert "Read" in offered(first) and not any("tool_choice" in each for each in desk.rig.bodies())
+    assert "cormorant" in results(second)[0]
+    assert "Your answer must begin with a tool call" in str(third["messages"])
 
 
 # ---------------------------------------------------------------------------

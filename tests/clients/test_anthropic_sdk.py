@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -194,6 +194,137 @@ def test_parse_gives_an_object(server: Server, client: Any) -> None:
         model=MODEL, max_tokens=99, messages=HELLO, output_format=City)
 
     assert found.parsed_output == City(city="Rome")
+
+
+def test_the_runner_gives_and_takes_tools_while_it_runs(server: Server, client: Any) -> None:
+    if not hasattr(client.beta.messages, "thread"):
+        pytest.skip("the tool runner of this anthropic package has no changes of tools")
+    # A claude that is asked with other tools is another process, which begins anew.
+    server.write_scenario([[call("Rome")]])
+
+    @anthropic.beta_tool  # type: ignore[untyped-decorator]
+    def weather(city: str) -> str:
+        """Tells how warm it is in a city."""
+        return "20"
+
+    @anthropic.beta_tool  # type: ignore[untyped-decorator]
+    def clock() -> str:
+        """Tells the time."""
+        return "noon"
+
+    offered = []
+    running = client.beta.messages.tool_runner(
+        model=MODEL, max_tokens=2000, messages=HELLO, tools=[weather], max_iterations=3)
+    for number, _ in enumerate(running):
+        offered.append({each["name"] for each in server.queries()[-1]["tools"]})
+        if number == 0:
+            running.add_tools(clock)
+        elif number == 1:
+            running.remove_tools("clock")
+
+    assert offered == [{"weather"}, {"weather", "clock"}, {"weather"}]
+
+
+# ---------------------------------------------------------------------------
+# What else the package can ask for
+# ---------------------------------------------------------------------------
+
+@pytest.fixture
+def threading_client(client: Any) -> Any:
+    if not hasattr(client.beta.messages, "thread"):
+        pytest.skip("this anthropic package has no threads")
+    return client
+
+
+def test_a_thread_is_refused_by_its_own_exception(threading_client: Any) -> None:
+    thread = threading_client.beta.messages.thread(model=MODEL, max_tokens=99)
+
+    with pytest.raises(anthropic.BadRequestError, match="send the messages") as found:
+        thread.send(*HELLO)
+    assert type(found.value).__name__ == "ThreadUnsupportedRequestError"
+
+
+def test_a_thread_that_may_do_without_the_server_is_a_conversation(
+    server: Server, threading_client: Any
+) -> None:
+    thread = threading_client.beta.messages.thread(
+        model=MODEL, max_tokens=99, unsupported_request_behavior="continue_unthreaded")
+    said = [thread.send(*HELLO).content[0].text,
+            thread.send({"role": "user", "content": "and again"}).content[0].text]
+    with thread.stream({"role": "user", "content": "the last"}) as stream:
+        said.append("".join(stream.text_stream))
+
+    assert said == ["You said: hello", "You said: and again", "You said: the last"]
+    assert (len(thread.messages), thread.previous_message_id) == (6, None)
+
+
+def test_the_beta_twins_answer_like_the_others(server: Server, client: Any) -> None:
+    beta = client.beta
+    asked: Json = {"model": MODEL, "max_tokens": 99, "messages": HELLO}
+
+    assert beta.messages.create(**asked).content[0].text == "You said: hello"
+    with beta.messages.stream(**asked) as stream:
+        assert stream.get_final_message().content[0].text == "You said: hello"
+    counted = {twin.messages.count_tokens(model=MODEL, messages=HELLO).input_tokens
+               for twin in (client, beta)}
+    assert len(counted) == 1
+    assert [each.id for each in beta.models.list()] == [each.id for each in client.models.list()]
+    assert beta.models.retrieve(MODEL).id == MODEL
+
+
+def test_models_come_page_by_page(client: Any) -> None:
+    assert [each.id for each in client.models.list(limit=2)] == [
+        each.id for each in client.models.list()]
+
+
+def test_a_streamed_form_becomes_an_object(server: Server, client: Any) -> None:
+    server.write_scenario([[{"tool": {"name": "StructuredOutput", "input": {"city": "Rome"}}}]])
+    with client.messages.stream(
+        model=MODEL, max_tokens=99, messages=HELLO, output_format=City
+    ) as stream:
+        assert stream.get_final_message().parsed_output == City(city="Rome")
+
+
+def test_fields_that_only_the_api_itself_can_honour_are_named(client: Any) -> None:
+    unknown: Json = {
+        "billing_policy": {"type": "plan"}, "compaction": {"type": "summarize"}, "container": "c",
+        "context_management": {"edits": []}, "fallbacks": [{"model": MODEL}],
+        "inference_geo": "us", "mcp_servers": [{"type": "url"}], "speed": "fast"}
+    answered = client.messages.with_raw_response.create(
+        model=MODEL, max_tokens=99, messages=HELLO, extra_body=unknown)
+
+    assert sorted(answered.headers["X-OCP-Ignored-Params"].split(", ")) == sorted(unknown)
+    assert answered.parse().content[0].text == "You said: hello"
+
+
+#: Methods whose routes the server does not have; the path that each asks for.
+ELSEWHERE: dict[str, Callable[[Any], object]] = {
+    "/v1/messages/batches": lambda client: client.messages.batches.create(requests=[]),
+    "/v1/messages/batches/b": lambda client: client.messages.batches.retrieve("b"),
+    "/v1/messages/batches/b/cancel": lambda client: client.messages.batches.cancel("b"),
+    "/v1/files": lambda client: client.beta.files.upload(file=("a.txt", b"hello")),
+    "/v1/files/f": lambda client: client.beta.files.retrieve_metadata("f"),
+    "/v1/files/f/content": lambda client: client.beta.files.download("f"),
+    "/v1/skills": lambda client: list(client.beta.skills.list()),
+    "/v1/agents": lambda client: list(client.beta.agents.list()),
+    "/v1/sessions": lambda client: list(client.beta.sessions.list()),
+    "/v1/vaults": lambda client: list(client.beta.vaults.list()),
+    "/v1/organizations/me": lambda client: client.organization.retrieve(),
+}
+
+
+@pytest.mark.parametrize("path", ELSEWHERE)
+def test_a_method_that_the_server_has_no_route_for_is_a_typed_error_that_names_the_path(
+    client: Any, path: str
+) -> None:
+    try:
+        with pytest.raises(anthropic.NotFoundError) as found:
+            ELSEWHERE[path](client)
+    except AttributeError:
+        pytest.skip("this anthropic package does not have the method")
+
+    assert found.value.body["error"]["type"] == "not_found_error"
+    assert f"There is no path {path};" in found.value.body["error"]["message"]
 
 
 # ---------------------------------------------------------------------------

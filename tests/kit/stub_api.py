@@ -705,6 +705,20 @@ def answer_by_words(body: Body) -> Reply:
     return hello(body)
 
 
+def thinks_first(body: Body) -> bool:
+    """Whether a model such as Sonnet 5.5 thinks before it answers this request: at effort low it
+    mostly does not, from medium up it almost always does."""
+    effort = body.get("output_config", {}).get("effort")
+    return body.get("thinking", {}).get("type") == "adaptive" and effort != "low"
+
+
+def think_for(thinking_s: float) -> Reply:
+    """A thought in equal steps, whose text begins after so many seconds."""
+    reply = thinking("Let me think about it.", "Thought over.")
+    deltas_before_text = len(reply.blocks[0].deltas)
+    return reply._replace(gap_s=thinking_s / (deltas_before_text + 1))
+
+
 def _log_to(stream: TextIO) -> Callable[[Recorded], None]:
     lock = threading.Lock()
 
@@ -719,11 +733,15 @@ def main(arguments: Optional[Iterable[str]] = None) -> int:
     parser = argparse.ArgumentParser(description="A stand-in for the Anthropic Messages API.")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--delay-ms", type=float, default=0, help="before the first byte")
+    parser.add_argument(
+        "--think-ms", type=float, default=0, help="thinking before the text, above effort low")
     parser.add_argument("--log", type=argparse.FileType("a"), help="append requests as JSON")
     options = parser.parse_args(None if arguments is None else list(arguments))
 
     def answer(body: Body) -> Reply:
-        return answer_by_words(body)._replace(delay_s=options.delay_ms / 1000)
+        thinks = options.think_ms and thinks_first(body)
+        reply = think_for(options.think_ms / 1000) if thinks else answer_by_words(body)
+        return reply._replace(delay_s=options.delay_ms / 1000)
 
     log = _log_to(options.log) if options.log else None
     with StubApi(answer, options.port, keep_requests=False, on_request=log) as stub:

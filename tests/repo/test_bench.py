@@ -86,6 +86,41 @@ def test_every_contestant_comes_first_in_turn() -> None:
     assert all(sorted(order) == sorted(first_token.CONTESTANTS) for order in orders)
 
 
+def effort_timings(first_ms: float, thought_ms: float | None = None) -> list[object]:
+    timing = bench("common").Timing
+    thought_s = None if thought_ms is None else thought_ms / 1000
+    return [timing(each / 1000, 2.0, thought_s) for each in (first_ms - 5, first_ms, 3000.0)]
+
+
+def test_first_token_sets_the_efforts_side_by_side() -> None:
+    timings = {"low": effort_timings(80), "default": effort_timings(1090, 260)}
+    text = bench("first_token").effort_table(timings, 10.0, 1000.0, "a machine")
+    low, default = text.splitlines()[2:4]
+
+    assert cells(low) == ["low", "none", "80.0", "2,416", "75.0", "10", "70.0"]
+    assert cells(default) == ["default", "260", "1,090", "2,618", "1,085", "1,010", "80.0"]
+    assert text.splitlines()[-1] == (
+        "3 rounds, API delayed by 10 ms, its 1000 ms of thinking made up; a machine")
+
+
+def test_first_token_knows_the_efforts() -> None:
+    first_token = bench("first_token")
+
+    assert first_token.parser().parse_args(["--efforts", "low, default,low"]).efforts == [
+        "low", "default"]
+    with pytest.raises(SystemExit):
+        first_token.parser().parse_args(["--efforts", "low,much"])
+
+
+def test_readme_has_a_place_for_the_table_by_effort() -> None:
+    assert "<!-- table: first_token by effort -->" in (BENCH / "README.md").read_text()
+
+
+def test_every_effort_comes_first_in_turn() -> None:
+    assert bench("first_token").orders(2, ["low", "default"]) == [
+        ["low", "default"], ["default", "low"]]
+
+
 # -- throughput --------------------------------------------------------------------------------
 
 def test_throughput_table_sets_the_two_side_by_side() -> None:

@@ -112,6 +112,25 @@ def test_thinking_comes_first_and_is_signed(stub: StubApi) -> None:
     assert parsed[-2]["usage"]["output_tokens_details"] == {"thinking_tokens": 4}
 
 
+@pytest.mark.parametrize(("kind", "effort", "thinks"), [
+    ("adaptive", "low", False), ("adaptive", "medium", True), ("adaptive", "max", True),
+    ("between_tools", "medium", False), ("disabled", "high", False),
+])
+def test_a_model_that_thinks_by_effort_is_played(kind: str, effort: str, thinks: bool) -> None:
+    body = {"thinking": {"type": kind}, "output_config": {"effort": effort}}
+
+    assert stub_api.thinks_first(body) == thinks
+    assert not stub_api.thinks_first({})
+
+
+def test_thought_takes_equal_steps_up_to_the_text() -> None:
+    reply = stub_api.think_for(1.0)
+
+    # Each delta waits for one step, and the next one after the thought is the first of the text.
+    assert [block.content["type"] for block in reply.blocks] == ["thinking", "text"]
+    assert (len(reply.blocks[0].deltas) + 1) * reply.gap_s == pytest.approx(1.0)
+
+
 def test_parallel_tool_calls_stream_their_input_in_pieces(stub: StubApi) -> None:
     stub.enqueue(tool_calls([("look", {"at": "sky"}), ("listen", {})], text="Let me see."))
     parsed = events(ask(stub.url)[1])

@@ -271,6 +271,61 @@ def test_a_tool_is_a_name_a_description_and_a_schema() -> None:
     assert clock == ocp.Tool("clock", "", {"type": "object", "properties": {}})
 
 
+def changed(*changes: Json) -> Json:
+    """A message of the system with these changes of the tools."""
+    return {"role": "system", "content": list(changes)}
+
+
+def added(name: str, **definition: object) -> Json:
+    """The change that gives a tool to the model; without a definition, one that it had before."""
+    tool = {"type": "tool_definition", "definition": {"name": name, **definition}} \
+        if definition else {"type": "tool_reference", "name": name}
+    return {"type": "tool_addition", "tool": tool}
+
+
+def removed(name: str) -> Json:
+    return {"type": "tool_removal", "tool": {"type": "tool_reference", "name": name}}
+
+
+@pytest.mark.parametrize(("changes", "names"), [
+    ([added("map", input_schema=SCHEMA)], ["weather", "clock", "map"]),
+    ([removed("weather")], ["clock"]),
+    ([removed("weather"), removed("clock"), added("weather")], ["weather"]),
+    ([added("map", input_schema=SCHEMA), removed("map")], ["weather", "clock"]),
+    ([added("weather", input_schema=SCHEMA)], ["clock", "weather"]),
+])
+def test_tools_may_come_and_go_in_the_middle_of_a_conversation(
+    changes: list[Json], names: list[str]
+) -> None:
+    together = turn(USER, changed(*changes), tools=TOOLS)
+    one_by_one = turn(*[part for each in changes for part in (changed(each), USER)], tools=TOOLS)
+
+    for found in (together, one_by_one):
+        assert [tool.name for tool in found.tools] == names
+        assert found.ignored == ()
+    assert conversation(together) == conversation(turn(USER))
+
+
+def test_a_tool_that_was_added_may_be_forced_and_one_that_was_removed_may_not() -> None:
+    change = changed(added("map", input_schema=SCHEMA), removed("clock"))
+
+    found = turn(USER, change, tools=TOOLS, tool_choice={"type": "tool", "name": "map"})
+    error = refusal(USER, change, tools=TOOLS, tool_choice={"type": "tool", "name": "clock"})
+
+    assert (found.tool_choice.kind, found.tool_choice.name) == ("tool", "map")
+    assert error.param == "tool_choice"
+
+
+@pytest.mark.parametrize("tool", [
+    {"type": "mcp_tool_reference", "server_name": "a", "name": "b"}, {"type": "tool_reference"},
+    None])
+def test_a_change_of_what_is_no_tool_of_the_client_is_named_as_ignored(tool: object) -> None:
+    found = turn(USER, changed({"type": "tool_removal", "tool": tool}), tools=TOOLS)
+
+    assert len(found.tools) == 2
+    assert found.ignored == ("messages[1].content[0]",)
+
+
 def test_tools_that_anthropic_would_run_are_named_as_ignored() -> None:
     found = turn(tools=[{"type": "web_search_20250305", "name": "web_search"}, *TOOLS])
 
