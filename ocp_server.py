@@ -10583,6 +10583,10 @@ FIXED_ENVIRONMENT = {
     "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
     "CLAUDE_CODE_DISABLE_TERMINAL_TITLE": "1",
+    # The pieces of an answer take a shorter way through claude, as the same lines. Older versions
+    # do not know these two.
+    "CLAUDE_CODE_PLAIN_DELTA_DIRECT_WRITE": "1",
+    "CLAUDE_CODE_PLAIN_DELTA_FAST_PATH": "1",
     "DISABLE_AUTOUPDATER": "1",
     "DISABLE_AUTO_COMPACT": "1",
     "DISABLE_COMPACT": "1",
