@@ -2898,7 +2898,7 @@ def prompt_chars(turn: Turn) -> int:
 #: How many characters count as a token when tokens are estimated.
 ESTIMATE_CHARS_PER_TOKEN = 3.5
 #: No text has as many characters for each token: English has 4 to 5, wide tables and rulers some
-#: more. A prompt beyond this is refused here, because claude would need seconds to send it.
+#: more. A longer prompt is refused here, which saves claude and the API megabytes of work.
 _MOST_CHARS_PER_TOKEN = 32
 
 
@@ -2943,7 +2943,8 @@ def _too_long(chars: int, max_tokens: int) -> ContextTooLong:
 def check_window(turn: Turn) -> None:
     """Raise ContextTooLong if the prompt is certainly too long for the model. Every other prompt
     goes to the API, which alone knows how many tokens it has."""
-    chars, window = prompt_chars(turn), turn.model.context_window
+    chars = max(prompt_chars(turn.choice(index)) for index in range(turn.choices))
+    window = turn.model.context_window
     if chars > window * _MOST_CHARS_PER_TOKEN:
         raise _too_long(chars, window)
 

@@ -145,6 +145,17 @@ def test_what_no_text_could_fit_into_the_window_is_refused_at_once() -> None:
     ocp.check_window(turn(*talk[1:], model=small))
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_each_of_several_prompts_has_to_fit_the_window(place: int) -> None:
+    small = SONNET._replace(context_window=80)
+    prompts = [[user("a")], [user("b")]]
+    ocp.check_window(turn(*prompts[0], model=small, choices=2, other_prompts=(prompts[1],)))
+
+    prompts[place] = [user("x" * 2_561)]
+    with pytest.raises(ocp.ContextTooLong):
+        ocp.check_window(turn(*prompts[0], model=small, choices=2, other_prompts=(prompts[1],)))
+
+
 def test_system_prompt_and_tools_count_for_the_window_too() -> None:
     small = SONNET._replace(context_window=80)
     tool = ocp.Tool("weather", "t" * 2_000, {"type": "object"})
