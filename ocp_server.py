@@ -577,8 +577,8 @@ class Config:
     )
     max_prompt_chars: int = setting(
         0, "CLAUDE_MAX_PROMPT_CHARS",
-        "longest prompt; the oldest messages beyond it are dropped; 0 = three characters for each "
-        "token of the model's window",
+        "longest prompt; the oldest messages beyond it are dropped; 0 = no limit but the model's, "
+        "which the API knows",
         unit="characters", minimum=0, maximum=100_000_000, live="maxPromptChars",
     )
     # -- cache --------------------------------------------------------------------------------
@@ -2881,8 +2881,11 @@ def prompt_chars(turn: Turn) -> int:
     return _fixed_chars(turn) + sum(message.chars for message in turn.messages)
 
 
-#: How many characters count as a token when a prompt is compared with a context window.
-BUDGET_CHARS_PER_TOKEN = 3
+#: How many characters count as a token when tokens are estimated.
+ESTIMATE_CHARS_PER_TOKEN = 3.5
+#: No text has as many characters for each token: English has 4 to 5, wide tables and rulers some
+#: more. A longer prompt is refused here, which saves claude and the API megabytes of work.
+_MOST_CHARS_PER_TOKEN = 32
 
 
 def _first_kept(messages: list[Message], sizes: list[int], max_chars: int) -> int:
@@ -2910,28 +2913,41 @@ def _first_kept(messages: list[Message], sizes: list[int], max_chars: int) -> in
     return first
 
 
-def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
-    """Return the turn without its oldest messages if it is too long, and how many were dropped.
+def _too_long(chars: int, max_tokens: int) -> ContextTooLong:
+    """Return the error in the API's words: agents know by them that they have to shorten their
+    history. The number of tokens is an estimate."""
+    tokens = math.ceil(chars / ESTIMATE_CHARS_PER_TOKEN)
+    return ContextTooLong(
+        f"prompt is too long: {tokens} tokens > {max_tokens} maximum", param="messages"
+    )
 
-    The system prompt and the newest message are kept, and a tool call is kept with its result. 0
-    for `max_chars` means the model's context window. Raises ContextTooLong if the rest is still
-    too long; agents recognise its message and shorten their history.
+
+def check_window(turn: Turn) -> None:
+    """Raise ContextTooLong if the prompt is certainly too long for the model. Every other prompt
+    goes to the API, which alone knows how many tokens it has."""
+    chars = max(prompt_chars(turn.choice(index)) for index in range(turn.choices))
+    window = turn.model.context_window
+    if chars > window * _MOST_CHARS_PER_TOKEN:
+        raise _too_long(chars, window)
+
+
+def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
+    """Return the turn without its oldest messages if it is longer than `max_chars`, and how many
+    were dropped.
+
+    The system prompt and the newest message are kept, and a tool call is kept with its result.
+    Raises ContextTooLong if the rest is still too long.
     """
-    max_chars = max_chars or turn.model.context_window * BUDGET_CHARS_PER_TOKEN
+    max_tokens = int(max_chars / ESTIMATE_CHARS_PER_TOKEN)
     newest = max(turn.choice(index).messages[-1].chars for index in range(turn.choices))
     left = max_chars - _fixed_chars(turn) - newest
     if left < 0:
-        raise ContextTooLong(
-            f"prompt is too long: {(max_chars - left) // BUDGET_CHARS_PER_TOKEN} tokens > "
-            f"{max_chars // BUDGET_CHARS_PER_TOKEN} maximum",
-            param="messages",
-        )
+        raise _too_long(max_chars - left, max_tokens)
     sizes = [*(message.chars for message in turn.messages[:-1]), newest]
     first = _first_kept(turn.messages, sizes, left + newest)
     if sum(sizes[first:]) > left + newest:
         raise ContextTooLong(
-            f"prompt is too long: its last tool exchange needs more than "
-            f"{max_chars // BUDGET_CHARS_PER_TOKEN} tokens",
+            f"prompt is too long: its last tool exchange needs more than {max_tokens} tokens",
             param="messages",
         )
     if not first:
@@ -2939,8 +2955,6 @@ def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
     return turn._replace(messages=turn.messages[first:]), first
 
 
-#: How many characters count as a token when tokens are estimated.
-ESTIMATE_CHARS_PER_TOKEN = 3.5
 #: The estimate for an image or a document.
 _ATTACHMENT_TOKENS = 1_500
 
@@ -9141,6 +9155,18 @@ def _reply_line(request_id: object, response: Json) -> bytes:
     return _line({"type": "control_response", "response": success})
 
 
+#: Makes claude tell, before it ends a turn that failed, what the API said. Its own message for some
+#: failures leaves that out: of a prompt that is too long it does not tell the number of tokens.
+_FAILURE_HOOKS = {"StopFailure": [{"hookCallbackIds": ["failure"]}]}
+
+
+def hook_reply(line: Json) -> bytes:
+    """Return the reply to claude's call of a hook; empty for another control request."""
+    if _object(line.get("request")).get("subtype") != "hook_callback":
+        return b""
+    return _reply_line(line.get("request_id"), {})
+
+
 def _refusal_line(request_id: object) -> bytes:
     """Return the reply to a control request of claude that is not supported here."""
     response = {"subtype": "error", "request_id": request_id, "error": "not supported"}
@@ -9526,7 +9552,7 @@ def conversation_steps(
     messages get no `result` of their own."""
     texts = (turn.system, operator_prompt.strip(), _told_call(turn))
     system = "\n\n".join(text for text in texts if text)
-    fields: Json = {"systemPrompt": [system] if system else [], "hooks": None}
+    fields: Json = {"systemPrompt": [system] if system else [], "hooks": _FAILURE_HOOKS}
     tools, choice = turn.tools_for_model
     if tools:
         fields["sdkMcpServers"] = [TOOL_SERVER]
@@ -9783,6 +9809,15 @@ class ReportedFailure(NamedTuple):
     status: int | None
 
 
+def api_message(details: str) -> str:
+    """Return the message of the API's error in claude's `error_details`, such as
+    `400 {"type":"error","error":{"type":"...","message":"..."}}`; empty if there is none."""
+    body: Json = {}
+    with contextlib.suppress(ValueError):
+        body = _object(from_json(details[details.find("{"):]))
+    return _text_field(_object(body.get("error")), "message") or ""
+
+
 LOGIN_ADVICE = (
     "claude on the server is not logged in: run `claude auth login` there, or on a machine "
     "without a browser `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN for the server."
@@ -9847,6 +9882,10 @@ _CLI_PROSE = re.compile(
 _NOT_YOUR_LIMIT = re.compile(r"^Server is temporarily limiting requests \([^)]*\)\W*")
 #: A revoked login comes as a 403.
 _LOGIN_REVOKED = re.compile(r"token.*(?:revoked|expired)", re.IGNORECASE)
+#: What the API and claude say of a prompt that does not fit the model, and how the API begins it,
+#: by which agents know it.
+_TOO_LONG = re.compile("(?:prompt|input) is too long|exceed context limit", re.IGNORECASE)
+_TOO_LONG_START = "prompt is too long"
 _RATE_LIMIT_PAUSE_S = 20.0
 _OVERLOAD_PAUSE_S = 10.0
 
@@ -9855,6 +9894,14 @@ def reset_sentence(resets_at_s: float) -> str:
     """Return when a limit resets, for clients that show only the message of an error."""
     resets = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(resets_at_s))
     return f"The limit resets at {resets}."
+
+
+def _too_long_upstream(message: str) -> ContextTooLong:
+    """Return the error for a prompt that the API or claude refuses for its length."""
+    start = len(_TOO_LONG_START)
+    is_usual = message[:start].lower() == _TOO_LONG_START
+    rest = message[start:] if is_usual else f": {message}"
+    return ContextTooLong(_TOO_LONG_START + rest, param="messages")
 
 
 def upstream_error(
@@ -9887,8 +9934,8 @@ def upstream_error(
         error_class = LoginLost
     if error_class is LoginLost:
         return LoginLost(f"{LOGIN_ADVICE} (claude reported: {message})")
-    if error_class is BadRequest and "prompt is too long" in message.lower():
-        return ContextTooLong(message, param="messages")
+    if error_class in (BadRequest, TooLarge) and _TOO_LONG.search(message):
+        return _too_long_upstream(message)
     if error_class is UnknownModel:
         return UnknownModel(message, param="model")
     pauses = {RateLimited: _RATE_LIMIT_PAUSE_S, Overloaded: _OVERLOAD_PAUSE_S}
@@ -10420,6 +10467,14 @@ class FailureRecord:
         if isinstance(status, int):
             self._failure = self._failure._replace(status=status)
 
+    def record_api_message(self, line: Json) -> None:
+        """Record the API's own message from the call of the hook for failures. claude replaces it
+        only for requests that it calls invalid; for other failures its text has more advice."""
+        hook = _object(_object(line.get("request")).get("input"))
+        if hook.get("error") == "invalid_request":
+            message = api_message(str(hook.get("error_details") or ""))
+            self._failure = self._failure._replace(text=message or self._failure.text)
+
     def error(self, result: Json) -> OcpError:
         """Return the error for a turn that ends with this `result` line."""
         failure = self._failure
@@ -10477,6 +10532,8 @@ class TurnReader:
         elif kind == "user":
             self._structured.record_results(_object(line.get("message")))
             return self._finish_structured()
+        elif kind == "control_request":
+            self._failures.record_api_message(line)
         elif kind == "rate_limit_event":
             self._failures.plan = plan_event(line) or self.plan
         elif kind == "system" and line.get("subtype") == "init":
@@ -10608,6 +10665,10 @@ FIXED_ENVIRONMENT = {
     "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
     "CLAUDE_CODE_DISABLE_TERMINAL_TITLE": "1",
+    # The pieces of an answer take a shorter way through claude, as the same lines. Older versions
+    # do not know these two.
+    "CLAUDE_CODE_PLAIN_DELTA_DIRECT_WRITE": "1",
+    "CLAUDE_CODE_PLAIN_DELTA_FAST_PATH": "1",
     "DISABLE_AUTOUPDATER": "1",
     "DISABLE_AUTO_COMPACT": "1",
     "DISABLE_COMPACT": "1",
@@ -11748,7 +11809,7 @@ class ClaudeProcess:
     def _handle_line(self, line: Json) -> None:
         kind = line.get("type")
         if kind == "control_request":
-            self._pipes.send(self.tools.reply(line))
+            self._pipes.send(hook_reply(line) or self.tools.reply(line))
         self._turn_is_over = self._turn_is_over or kind == "result"
         # This line comes after the end of an answer, when no request reads any more.
         has_news = kind == "rate_limit_event"
@@ -13939,8 +14000,10 @@ class AnswerRecord:
         self.finished: Finished | None = None
         #: The reader of each request to claude. There is more than one after a retry.
         self.readers: list[TurnReader] = []
-        #: Whether the API refused it before the answer began.
+        #: Whether the API refused it before the answer began, or because it is too long: then the
+        #: model has not read it.
         self.refused = False
+        self.is_unread = False
         self.response_chars = 0
         self._begun: Usage | None = None
         #: Whether the client got a block of it.
@@ -13986,7 +14049,7 @@ class AnswerRecord:
         if not self.readers or self.refused:
             return NO_USAGE
         spent = sum_usage(reader.spent for reader in self.readers)
-        if not spent.prompt_tokens:
+        if not spent.prompt_tokens and not self.is_unread:
             spent = spent._replace(input_tokens=estimate_tokens(self.turn))
         if not self.readers[-1].finished:
             estimate = round(self.response_chars / ESTIMATE_CHARS_PER_TOKEN)
@@ -13996,6 +14059,7 @@ class AnswerRecord:
     def fail(self, error: OcpError) -> None:
         """Record why there is no answer."""
         self.refused = error.refused_upstream and self._begun is None
+        self.is_unread = isinstance(error, ContextTooLong)
 
     def answer(self) -> Answer:
         """Return the whole answer. Raises UpstreamFailed when it is not complete."""
@@ -14608,7 +14672,9 @@ class Requests:
         if job.caller.key_id is None:
             return 0
         maximum = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
-        return sum(estimate_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
+        prompts = (estimate_tokens(turn.choice(index)) for index in range(turn.choices))
+        # Of a longer prompt than the window the model reads nothing.
+        return sum(min(prompt, turn.model.context_window) + maximum for prompt in prompts)
 
     # -- cached and shared answers ----------------------------------------------------------------
 
@@ -16198,16 +16264,27 @@ def _parse_turn(app: App, exchange: Exchange, body: object, *, counted: bool) ->
     turn = exchange.dialect.parse(body, parsing)
     _check_model_allowed(models, exchange.caller, turn.model)
     models.check_runs(turn.model)
-    turn, dropped = (turn, 0) if counted else truncate_to_budget(turn, config.max_prompt_chars)
-    if dropped:
-        turn = turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
-        app.log.event(
-            "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
-        )
+    if not counted:
+        turn = _fit_prompt(app, exchange, turn, config.max_prompt_chars)
     if config.cache_ttl_ms:
         bypass = wants_cache_bypass(body, sampled_too=config.cache_sampled)
         turn = turn._replace(bypass_cache=bypass)
     return turn
+
+
+def _fit_prompt(app: App, exchange: Exchange, turn: Turn, max_chars: int) -> Turn:
+    """Return the turn within the operator's limit of its length; 0 = none. Raises
+    ContextTooLong."""
+    if not max_chars:
+        check_window(turn)
+        return turn
+    turn, dropped = truncate_to_budget(turn, max_chars)
+    if not dropped:
+        return turn
+    app.log.event(
+        "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
+    )
+    return turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
 
 
 def _set_turn_headers(exchange: Exchange, turn: Turn) -> None:

@@ -58,8 +58,10 @@ def half(words: str, seconds: float) -> Answer:
     return Answer([{"say": words}, {"sleep_ms": seconds * 1000}], [stub.hang(words, seconds)])
 
 
-def refused(status: int, word: str, message: str, shown: str, tries: int = 1) -> Answer:
-    error = {"status": status, "word": word, "text": shown}
+def refused(
+    status: int, word: str, message: str, shown: str, tries: int = 1, details: Optional[str] = None
+) -> Answer:
+    error = {"status": status, "word": word, "text": shown, "details": details}
     steps = [{"api_error": error, "retries": tries - 1}]
     return Answer(steps, [stub.error(status, message)] * tries)
 
@@ -405,6 +407,30 @@ def test_get_usage_tells_the_session_and_that_no_limits_are_known(subject: Subje
 
 
 # -- errors --------------------------------------------------------------------
+
+@pytest.mark.differs_by_version
+def test_what_the_api_said_of_a_prompt_that_is_too_long_is_told_to_a_hook(
+    subject: Subject,
+) -> None:
+    said = "prompt is too long: 250123 tokens > 200000 maximum"
+    shown = "Prompt is too long"
+    subject.script(refused(400, "invalid_request", said, shown, details=said))
+    # Else it looks for something to compact, and its text speaks of that.
+    subject.env["DISABLE_COMPACT"] = "1"
+    with subject.start() as claude:
+        ready(claude, hooks={"StopFailure": [{"hookCallbackIds": ["failure"]}]})
+        lines = claude.turn("hi")
+        again = claude.turn("hi again")
+    assert shape(lines) == ["init", "status", "assistant", "result"]
+    # The hook is called before the turn ends, and its answer is not waited for.
+    assert [line["type"] for line in lines[-3:]] == ["assistant", "control_request", "result"]
+    (told,) = claude.hooks
+    assert (told["hook_event_name"], told["error"]) == ("StopFailure", "invalid_request")
+    assert told["last_assistant_message"] == shown == lines[-1]["result"]
+    status, _, failure = told["error_details"].partition(" ")
+    assert (status, json.loads(failure)["error"]["message"]) == ("400", said)
+    assert not again[-1]["is_error"]
+
 
 def test_an_api_error_is_a_synthetic_message_and_an_error_result(subject: Subject) -> None:
     shown = "Failed to authenticate. API Error: 403 No."

@@ -32,6 +32,8 @@ class ClaudeDriver:
     ) -> None:
         self.tools = tools
         self.calls: list[dict[str, Json]] = []
+        #: What hooks were told, each answered at once.
+        self.hooks: list[dict[str, Json]] = []
         #: Every line so far.
         self.lines: list[dict[str, Json]] = []
         self._unread = b""
@@ -123,6 +125,11 @@ class ClaudeDriver:
             "response": {"mcp_response": reply}}})
 
     def _take_request(self, line: dict[str, Json]) -> None:
+        if line["request"]["subtype"] == "hook_callback":
+            self.hooks.append(line["request"]["input"])
+            self.send({"type": "control_response", "response": {
+                "subtype": "success", "request_id": line["request_id"], "response": {}}})
+            return
         message = line["request"]["message"]
         method = message["method"]
         if method == "tools/call":

@@ -461,6 +461,22 @@ class FakeClaude:
         }
         self.emit("assistant", message=body, parent_tool_use_id=None, **fields)
 
+    def call_failure_hooks(
+        self, status: int, word: str, text: str, details: Optional[str]
+    ) -> None:
+        """Tell the client's hooks that a turn has failed. Nobody waits for their answers."""
+        told: Step = {"hook_event_name": "StopFailure", "error": word}
+        if details is not None:
+            failure = {"type": "error", "error": {"type": word + "_error", "message": details}}
+            told["error_details"] = f"{status} {json.dumps(failure, separators=(',', ':'))}"
+        told["last_assistant_message"] = text
+        hooks = (self.setup or {}).get("hooks") or {}
+        for hook in hooks.get("StopFailure", []):
+            for callback_id in hook["hookCallbackIds"]:
+                request = {"subtype": "hook_callback", "callback_id": callback_id, "input": told}
+                self.pipes.write_line(
+                    {"type": "control_request", "request_id": new_uuid(), "request": request})
+
     def emit_user(self, blocks: list[Step]) -> None:
         message = {"role": "user", "content": blocks}
         self.emit("user", message=message, parent_tool_use_id=None)
@@ -1000,8 +1016,9 @@ def step_restart(fake: FakeClaude, step: Step) -> None:
 
 
 def step_api_error(fake: FakeClaude, step: Step) -> None:
-    """{"api_error": {"status", "word", "text"}, "resets_at": epoch seconds, "retries": n}:
-    an error of the API as the program tells it. "resets_at" makes it a plan limit."""
+    """{"api_error": {"status", "word", "text", "details"}, "resets_at": epoch s, "retries": n}:
+    an error of the API as the program tells it. "resets_at" makes it a plan limit; "details" are
+    the API's own words, where the program tells them only to a hook."""
     error = step["api_error"]
     status, word, text = error["status"], error["word"], error["text"]
     retries = step.get("retries", 0)
@@ -1014,6 +1031,7 @@ def step_api_error(fake: FakeClaude, step: Step) -> None:
     if fake.scenario.is_recent:
         fields["api_error_status"] = status
     fake.emit_synthetic(text, **fields)
+    fake.call_failure_hooks(status, word, text, error.get("details"))
     fake.emit_result(text, is_error=True, api_error_status=status, stop_reason="stop_sequence",
                      terminal_reason="api_error" if fake.scenario.is_recent else "completed")
     if fake.turn:

@@ -107,7 +107,7 @@ ANSWERS = {
 FAILURES = {
     "cut": ("UpstreamFailed", "Connection to the API was lost"),
     "error_400": ("BadRequest", "text content must be non-empty"),
-    "error_400_too_long": ("ContextTooLong", "Prompt is too long"),
+    "error_400_too_long": ("ContextTooLong", "prompt is too long"),
     "error_401": ("LoginLost", "OAuth token has been revoked."),
     "error_403": ("UpstreamForbidden", "Your organization has disabled"),
     "error_404": ("UnknownModel", "There's an issue with the selected model"),
@@ -207,6 +207,65 @@ def test_a_recorded_failure_becomes_its_error(name: str) -> None:
 
     assert type(caught.value).__name__ == kind
     assert words in caught.value.message
+
+
+def hook_line(**told: Any) -> Json:
+    """The line by which claude calls the hook for failures."""
+    called = {"hook_event_name": "StopFailure", **told}
+    request = {"subtype": "hook_callback", "callback_id": "failure", "input": called}
+    return {"type": "control_request", "request_id": "h1", "request": request}
+
+
+def details(message: str) -> str:
+    return "400 " + json.dumps({"type": "error", "error": {"type": "x", "message": message}})
+
+
+TOO_LONG = "prompt is too long: 250123 tokens > 200000 maximum"
+
+
+def failure_after(*lines: Json, text: str = "Prompt is too long") -> Any:
+    """The error of a turn that fails with this text of claude's, after some more lines."""
+    said = {"model": "<synthetic>", "content": [{"type": "text", "text": text}]}
+    reader = ocp.TurnReader()
+    with pytest.raises(ocp.OcpError) as caught:
+        for line in (
+            {"type": "assistant", "message": said, "error": "invalid_request"}, *lines,
+            {**RESULT, "is_error": True, "api_error_status": 400, "result": text},
+        ):
+            assert reader.events(line) == []
+    return caught.value
+
+
+def test_the_api_s_own_words_take_the_place_of_claude_s() -> None:
+    hook = hook_line(error="invalid_request", error_details=details(TOO_LONG))
+
+    assert failure_after(hook).message == TOO_LONG
+    assert failure_after(hook, text="Image was too large.").message == TOO_LONG
+
+
+@pytest.mark.parametrize("told", [
+    {}, {"error": "invalid_request"}, {"error": "invalid_request", "error_details": 7},
+    {"error": "invalid_request", "error_details": "gone wrong"},
+    # The text of claude has more advice then.
+    {"error": "rate_limit", "error_details": details("No.")},
+], ids=repr)
+def test_without_them_the_words_of_claude_stay(told: Json) -> None:
+    assert failure_after(hook_line(**told), text="It broke.").message == "It broke."
+
+
+@pytest.mark.parametrize("request_", [None, 7, {}, {"subtype": "hook_callback", "input": 7}])
+def test_an_odd_call_of_a_hook_changes_nothing(request_: object) -> None:
+    line = {"type": "control_request", "request": request_}
+
+    assert failure_after(line, text="It broke.").message == "It broke."
+
+
+def test_a_call_of_a_hook_is_answered_and_other_requests_are_not_its_concern() -> None:
+    reply = json.loads(ocp.hook_reply(hook_line()))
+
+    assert reply["response"] == {"subtype": "success", "request_id": "h1", "response": {}}
+    assert ocp.hook_reply({"type": "control_request", "request": {"subtype": "mcp_message"}}) == b""
+    assert ocp.hook_reply({"type": "control_request"}) == b""
 
 
 @pytest.mark.parametrize("name", FAILED)
