@@ -405,11 +405,13 @@ def setting(
     choices: tuple[str, ...] = (),
     secret: bool = False,
     live: str = "",
+    from_memory: Callable[[int], int] | None = None,
 ) -> Any:
     """Return one row of the table. The type of the value is the type of `default`.
 
     `live` is the name under which the setting can be changed while the server runs; empty = the
-    setting is read only at the start.
+    setting is read only at the start. `from_memory` returns the default for a machine with so many
+    bytes of memory; `default` is then for a machine that does not tell.
     """
     return dataclasses.field(
         default=default,
@@ -422,9 +424,66 @@ def setting(
             "choices": choices,
             "secret": secret,
             "live": live,
+            "from_memory": from_memory,
         },
         repr=not secret,
     )
+
+
+#: The memory of an idle claude (2.1.332: 155 MB, 85 MB of them its own), the part of the machine's
+#: memory that all idle ones may take, and their most: there are few models to keep spares for, and
+#: each place for a parked process is filled by a start before a process is used again.
+_IDLE_CLAUDE_BYTES = 155_000_000
+_IDLE_MEMORY_PART = 8
+_MAX_SPARE_PLACES = 4
+_MAX_PARKED_PLACES = 8
+
+
+def spare_places(memory_bytes: int) -> int:
+    """Return how many spares a machine has room for: a third of its idle processes, 1 to 4."""
+    places = memory_bytes // _IDLE_MEMORY_PART // _IDLE_CLAUDE_BYTES
+    return min(_MAX_SPARE_PLACES, max(1, places // 3))
+
+
+def parked_places(memory_bytes: int) -> int:
+    """Return how many parked processes a machine has room for beside its spares, 1 to 8."""
+    places = memory_bytes // _IDLE_MEMORY_PART // _IDLE_CLAUDE_BYTES
+    return min(_MAX_PARKED_PLACES, max(1, places - spare_places(memory_bytes)))
+
+
+def control_group_limits(
+    listing: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
+) -> list[int]:
+    """Return the limits of memory of the control groups, of both versions, that this process is
+    in, in bytes. Inside of a container the root has the limit, whatever the listing says."""
+    try:
+        with open(listing, encoding="ascii", errors="replace") as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+    limits: list[int] = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            path = os.path.join(root, place, *parts[:depth], name)
+            # A group without a limit says "max", or has no such file.
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+                limits.append(int(file.read()))
+    return limits
+
+
+@functools.cache
+def machine_memory_bytes() -> int | None:
+    """Return the memory of this machine, or of the control group that this process may use. Return
+    None if the system does not tell."""
+    try:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+    return min([physical, *control_group_limits()]) if physical > 0 else None
 
 
 _LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
@@ -533,8 +592,10 @@ class Config:
         minimum=0, maximum=8, live="warmProcesses",
     )
     warm_total: int = setting(
-        4, "OCP_WARM_TOTAL", "idle claude processes of all models", minimum=0, maximum=32,
-        live="warmTotal",
+        4, "OCP_WARM_TOTAL",
+        "idle claude processes of all models; by default a third of those that an eighth of the "
+        "memory has room for, 1 to 4",
+        minimum=0, maximum=32, live="warmTotal", from_memory=spare_places,
     )
     warm_idle_ms: int = setting(
         900_000, "OCP_WARM_IDLE", "how long an idle process waits before it is dropped",
@@ -563,8 +624,9 @@ class Config:
     # -- conversations ------------------------------------------------------------------------
     parked_processes: int = setting(
         4, "OCP_PARKED_PROCESSES",
-        "processes that stay with their conversation and wait for its next message; 0 = none",
-        minimum=0, maximum=64, live="parkedProcesses",
+        "processes that stay with their conversation and wait for its next message; 0 = none; by "
+        "default the rest of those that an eighth of the memory has room for, 1 to 8",
+        minimum=0, maximum=64, live="parkedProcesses", from_memory=parked_places,
     )
     session_ttl_ms: int = setting(
         3_600_000, "CLAUDE_SESSION_TTL", "how long a conversation is kept for its next message",
@@ -829,14 +891,25 @@ def live_settings() -> dict[str, dataclasses.Field[Any]]:
     return {row.metadata["live"]: row for row in rows if row.metadata["live"]}
 
 
-def load_config(environ: Mapping[str, str]) -> Config:
-    """Return the settings of this environment. An empty variable counts as not set.
+def default_of(row: dataclasses.Field[Any], memory_bytes: int | None) -> int | str | bool:
+    """Return the default of this row on a machine with so much memory; None = it does not tell."""
+    from_memory = row.metadata["from_memory"]
+    default: Any = row.default
+    if from_memory is not None and memory_bytes is not None:
+        default = from_memory(memory_bytes)
+    return default  # type: ignore[no-any-return]  # a value of the row's type
+
+
+def load_config(environ: Mapping[str, str], memory_bytes: int | None = None) -> Config:
+    """Return the settings of this environment on a machine with so much memory. An empty variable
+    counts as not set.
 
     Raises ConfigError with all problems, not only the first one.
     """
     values: dict[str, int | str | bool] = {}
     problems: list[str] = []
     for row in dataclasses.fields(Config):
+        values[row.name] = default_of(row, memory_bytes)
         name = row.metadata["env"]
         text = environ.get(name, "")
         if not text.strip():
@@ -885,7 +958,7 @@ def settings_markdown() -> str:
         if isinstance(row.default, bool):
             default = "1" if row.default else "0"
         else:
-            default = str(row.default)
+            default = "follows memory" if row.metadata["from_memory"] else str(row.default)
         unit = f" {row.metadata['unit']}" if row.metadata["unit"] and default else ""
         shown = f"{default}{unit}" or "empty"
         live = f"`{row.metadata['live']}`" if row.metadata["live"] else ""
@@ -3376,17 +3449,19 @@ class Settings:
                 "max": row.metadata["maximum"],
                 "unit": row.metadata["unit"],
                 "desc": row.metadata["help"],
-                "source": self._source(name, row.metadata["env"]),
-                "default": row.default,
+                "source": self._source(name, row),
+                "default": default_of(row, machine_memory_bytes()),
                 "env": row.metadata["env"],
             }
             for name, row in live_settings().items()
         }
 
-    def _source(self, name: str, variable: str) -> str:
+    def _source(self, name: str, row: dataclasses.Field[Any]) -> str:
         if name in self._stored:
             return "stored"
-        return "environment" if self._environ.get(variable, "").strip() else "default"
+        if self._environ.get(row.metadata["env"], "").strip():
+            return "environment"
+        return "follows memory" if row.metadata["from_memory"] else "default"
 
 
 # ==== 8. Keys and callers ====================================================
@@ -11788,6 +11863,11 @@ class Gate:
         with self._lock:
             return sum(self._running.values())
 
+    def running_by_caller(self) -> dict[str, int]:
+        """Return the number of running requests by the scope of their callers."""
+        with self._lock:
+            return dict(self._running)
+
     @property
     def waiting(self) -> int:
         """Return the number of waiting requests."""
@@ -11938,6 +12018,8 @@ class History(NamedTuple):
     digests: tuple[str, ...]
     #: The context in the last message. No later request has it in this place.
     context: str = ""
+    #: The scope of the caller.
+    caller: str = ""
 
 
 def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
@@ -11949,7 +12031,7 @@ def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
         *(tool.digest for tool in turn.tools),
     ]
     digests = tuple(message.digest for message in turn.messages)
-    return History(digest(base), digests, context_of(turn.messages[-1]))
+    return History(digest(base), digests, context_of(turn.messages[-1]), caller)
 
 
 def results_with_context(message: Message, known_context: str) -> list[Block]:
@@ -12107,7 +12189,8 @@ def plan_pool(
     idle = [p for p in processes if p.state in max_idle_s]
     kept = [p for p in idle if p.process.alive() and now_s - p.since_s <= max_idle_s[p.state]]
     outdated = [p for p in idle if p not in kept]
-    evicted = evicted_by_limit(kept, config.parked_processes)
+    parked = [p for p in kept if p.state is ProcessState.PARKED]
+    evicted = evicted_by_limit(parked, config.parked_processes, now_s, running={})
     spares = [p for p in kept if p.state is ProcessState.SPARE]
     oldest_s = now_s - max_idle_s[ProcessState.SPARE]
     uses = {model_id: use for model_id, use in uses.items() if use.last_used_s >= oldest_s}
@@ -12116,11 +12199,38 @@ def plan_pool(
     return PoolPlan(outdated + evicted + surplus, start)
 
 
-def evicted_by_limit(processes: list[PooledProcess], max_parked: int) -> list[PooledProcess]:
-    """Return the parked processes to stop when only `max_parked` may stay; they are listed in the
-    order of eviction."""
-    parked = [p for p in processes if p.state is ProcessState.PARKED]
-    return parked[: max(0, len(parked) - max_parked)]
+#: How long a parked process is safe from other callers that have as few.
+_FRESH_S = 60.0
+
+
+def evicted_by_limit(
+    parked: list[PooledProcess], max_parked: int, now_s: float, *, running: Mapping[str, int]
+) -> list[PooledProcess]:
+    """Return the parked processes to stop when only `max_parked` may stay, in the order of
+    eviction. `running` is how many more each caller will park; they count as parked last.
+
+    The caller with the most gives up one, again and again: its dead ends, but for the one that was
+    parked last, and then its oldest. Among callers with as many, it is the one whose process has
+    waited longest, if that is longer than _FRESH_S. Else it is the one that parked last: when more
+    callers are at work than there are places, the others still find their processes.
+    """
+    # The caller that parked last comes first.
+    shares: dict[str, list[PooledProcess | None]] = {
+        caller: [None] * count for caller, count in running.items()
+    }
+    for pooled in reversed(parked):
+        shares.setdefault(pooled.conversation.history.caller, []).insert(0, pooled)
+    for share in filter(None, shares.values()):
+        last = share[-1]
+        share.sort(key=lambda p: p is last or p is None or not p.conversation.is_dead_end)
+
+    def precedence(share: list[PooledProcess | None]) -> tuple[int, float]:
+        waited_s = now_s - share[0].since_s if share[0] is not None else 0.0
+        return len(share), waited_s if waited_s > _FRESH_S else 0.0
+
+    excess = len(parked) + sum(running.values()) - max_parked
+    evicted = [max(filter(None, shares.values()), key=precedence).pop(0) for _ in range(excess)]
+    return [pooled for pooled in evicted if pooled is not None]
 
 
 def _plan_spares(
@@ -12171,7 +12281,7 @@ class ProcessPool:
         # Guards the fields below. Never held while a process is started or ended. It is held while
         # pipes are read without blocking, so that a process is either here or in use, never both.
         self._lock = threading.Lock()
-        #: Spares in the order in which they are taken, parked processes in the order of eviction.
+        #: In the order in which they came into their state.
         self._processes: list[PooledProcess] = []
         #: The models that were used lately.
         self._uses: dict[str, ModelUse] = {}
@@ -12260,19 +12370,19 @@ class ProcessPool:
         return max(prefixes, default=0) or None
 
     def take_rewindable(
-        self, history: History, config: Config, running: int
+        self, history: History, config: Config, running: Mapping[str, int]
     ) -> PooledProcess | None:
         """Take a process that can be rewound to this conversation. First choice is one whose last
         user message is repeated or edited here. Else a process with the same base serves like a
         spare, and faster. But its own conversation can still continue: it is taken only if it is a
-        dead end, or if it will be evicted anyway when the `running` requests, this one included,
-        have parked their processes."""
+        dead end, or if it will be evicted anyway when the `running` requests, counted by caller and
+        this one included, have parked their processes."""
         now_s = self._clock()
         with self._lock:
             if now_s < self._rewinds_from_s:
                 return None
             parked = self._in(ProcessState.PARKED)
-            evicted = evicted_by_limit(parked, config.parked_processes - running)
+            evicted = evicted_by_limit(parked, config.parked_processes, now_s, running=running)
             candidates = [
                 p for p in parked
                 if p.conversation.can_rewind_to(history, p.process.version)
@@ -12280,8 +12390,9 @@ class ProcessPool:
                 and now_s - p.process.born_s <= config.session_ttl_ms / 1000
             ]
             superseded = [p for p in candidates if p.conversation.is_superseded_by(history)]
-            others = [p for p in candidates if p.conversation.is_dead_end or p in evicted]
-            return self._take_first([*reversed(superseded), *others])
+            dead_ends = [p for p in candidates if p.conversation.is_dead_end]
+            others = [p for p in evicted if p in candidates]
+            return self._take_first([*reversed(superseded), *dead_ends, *others])
 
     def pause_rewinds(self, for_s: float) -> None:
         """Let `take_rewindable` return None for so long, because a rewind has failed."""
@@ -12309,9 +12420,6 @@ class ProcessPool:
         """Keep a process for the next message of its conversation."""
         pooled = PooledProcess(process, ProcessState.PARKED, self._clock(), conversation)
         with self._lock:
-            if conversation.is_dead_end:
-                # One dead end can take the place of a conversation; further ones evict each other.
-                self._processes.sort(key=lambda other: not other.conversation.is_dead_end)
             self._processes.append(pooled)
 
     def put_spare(self, process: ClaudeProcess) -> None:
@@ -14235,7 +14343,9 @@ class TurnRunner:
         app = self._app
         if self._config.is_agent or self._message.has_results:
             return None
-        pooled = app.pool.take_rewindable(self._history, self._config, app.gate.running)
+        pooled = app.pool.take_rewindable(
+            self._history, self._config, app.gate.running_by_caller()
+        )
         if pooled is None:
             return None
         self._record.process = pooled.process
@@ -17335,6 +17445,12 @@ def check(config: Config, environ: Mapping[str, str], demo_command: tuple[str, .
     print(f"writes its log to {os.path.join(config.home_path, 'logs')}")
     if config.tls_cert:
         print(f"serves https with {config.tls_cert}")
+    memory_bytes = machine_memory_bytes()
+    size = "an unknown size" if memory_bytes is None else f"{memory_bytes / 1e9:.1f} GB"
+    for row in dataclasses.fields(Config):
+        if row.metadata["from_memory"] and not environ.get(row.metadata["env"], "").strip():
+            name, value = row.metadata["env"], getattr(config, row.name)
+            print(f"{name} follows memory: {value} here, with {size}")
     for name, why in removed_settings(environ):
         print(f"{name} has no effect: {why}")
     try:
@@ -17453,7 +17569,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     here = os.path.abspath(__file__)
     demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
     try:
-        config = load_config(environ)
+        config = load_config(environ, machine_memory_bytes())
         models = _models_of(config, os.path.dirname(here))
         check_no_loop(config, environ)
         tls = tls_context(config)
