@@ -9119,6 +9119,9 @@ CLIENT_COMPOSED_SINCE = (2, 1, 329)
 #: The first tested version that can rewind to before the first user message. Older versions need an
 #: earlier answer in front of it.
 REWINDS_ALL_SINCE = (2, 1, 329)
+#: The first tested version whose interrupt can drop a message that it has not begun to answer
+#: (`cancel_queued`). A plain interrupt does nothing then, and the answer runs to its end.
+CANCELS_QUEUED_SINCE = (2, 1, 329)
 
 Version = tuple[int, ...]
 
@@ -9141,10 +9144,18 @@ def _object(value: object) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def control_line(subtype: str, **fields: object) -> bytes:
+def control_line(subtype: str, *, request_id: str = "", **fields: object) -> bytes:
     """Return a control request. claude answers each request by its id."""
     request = {"subtype": subtype, **fields}
-    return _line({"type": "control_request", "request_id": new_id("r"), "request": request})
+    request_id = request_id or new_id("r")
+    return _line({"type": "control_request", "request_id": request_id, "request": request})
+
+
+def control_reply(line: Json, request_id: str) -> Json | None:
+    """Return the reply to this control request, an error too; None for another line."""
+    response = _object(line.get("response"))
+    is_reply = line.get("type") == "control_response" and response.get("request_id") == request_id
+    return response if is_reply else None
 
 
 def _reply_line(request_id: object, response: Json) -> bytes:
@@ -9214,6 +9225,8 @@ class ToolServer:
             return _refusal_line(line.get("request_id"))
         if message.get("method") == "tools/call":
             return self._call(line.get("request_id"), message)
+        if message.get("method") == "notifications/cancelled":
+            self._forget_call(_object(message.get("params")).get("requestId"))
         result = self._mcp_result(message)
         answer: Json = {"jsonrpc": "2.0", "id": message.get("id", 0)}
         if result is None:
@@ -9250,6 +9263,10 @@ class ToolServer:
         call_id = plain_id(str(meta.get("claudecode/toolUseId", "")))
         self._calls[call_id] = (request_id, message.get("id"))
         return self._pending_replies()
+
+    def _forget_call(self, rpc_id: object) -> None:
+        """Forget a call whose turn was interrupted."""
+        self._calls = {call_id: call for call_id, call in self._calls.items() if call[1] != rpc_id}
 
     def deliver(self, results: Iterable[Block]) -> bytes:
         """Store the client's results. Return the replies to calls that have their results."""
@@ -9576,15 +9593,36 @@ def continuation_lines(
     return thinking + message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
 
 
-def rewind_line(rewind_point: RewindPoint) -> bytes:
+def rewind_line(rewind_point: RewindPoint, request_id: str = "") -> bytes:
     """Return the control request that makes an idle claude drop the user message and everything
     after it."""
-    return control_line("rewind_conversation", target_message_uuid=rewind_point.id)
+    return control_line(
+        "rewind_conversation", request_id=request_id, target_message_uuid=rewind_point.id
+    )
 
 
 def was_rewound(reply: Json) -> bool:
     """Return whether the reply to `rewind_line` reports success."""
     return _object(_object(reply.get("response")).get("response")).get("rewound") is True
+
+
+def interrupt_line(request_id: str) -> bytes:
+    """Return the control request that ends the running turn, or drops its user message if claude
+    has not begun to answer it. In the former case a `result` line follows."""
+    return control_line("interrupt", request_id=request_id, cancel_queued=True)
+
+
+def has_cancelled(reply: Json) -> bool:
+    """Return whether the reply to `interrupt_line` reports that the turn has not begun. There will
+    be no `result` line, and nothing to rewind."""
+    return bool(_object(reply.get("response")).get("cancelled"))
+
+
+def is_without(reply: Json) -> bool:
+    """Return whether the reply to `rewind_line` says that claude does not hold the user message,
+    whether or not it was dropped by this request."""
+    response = _object(reply.get("response"))
+    return response.get("rewound") is True or response.get("error") == "target not found"
 
 
 # ==== 23. Plan and failures ==================================================
@@ -10053,6 +10091,15 @@ def check_tools_offered(
             "response_format: claude does not accept the schema of the answer; simplify it.",
             param="response_format",
         )
+
+
+#: Stop reasons after which claude waits for the client and does nothing by itself.
+PARKABLE = ("end_turn", "stop_sequence", "tool_use")
+
+
+def stop_reason_of(line: Json) -> object:
+    """Return why the API ended a message; None for every other line."""
+    return _object(_object(line.get("event")).get("delta")).get("stop_reason")
 
 
 def check_control_response(line: Json) -> None:
@@ -10679,7 +10726,7 @@ class Client(Protocol):
     """The client of a request, for code that waits."""
 
     def fileno(self) -> int:
-        """Return the descriptor to wait on."""
+        """Return the descriptor to wait on; negative = there is none."""
 
     def gone(self) -> bool:
         """Return whether the client has hung up. Never blocks. Keeps data that it sent early."""
@@ -10689,6 +10736,25 @@ class Client(Protocol):
 
     def cancel(self) -> None:
         """Make `gone` return True from now on, as if the client had hung up."""
+
+
+class NoClient:
+    """Stands for a client that has left, where a process is still worth a wait."""
+
+    def fileno(self) -> int:
+        """Return that there is no descriptor."""
+        return -1
+
+    def gone(self) -> bool:
+        """Return False: nobody can leave."""
+        return False
+
+    def can_detect_hangup(self) -> bool:
+        """Return False: there is no hang-up to detect."""
+        return False
+
+    def cancel(self) -> None:
+        """Do nothing."""
 
 
 class WaitLimits(NamedTuple):
@@ -11495,7 +11561,8 @@ class ChildPipes:
         selector = selectors.DefaultSelector()
         selector.register(self._child.stdout, selectors.EVENT_READ, self._read_stdout)
         selector.register(self._child.stderr, selectors.EVENT_READ, self._read_stderr)
-        selector.register(client.fileno(), selectors.EVENT_READ, check_client)
+        if client.fileno() >= 0:
+            selector.register(client.fileno(), selectors.EVENT_READ, check_client)
         self._waits_for_room = False
         return selector
 
@@ -11603,6 +11670,8 @@ class ClaudeProcess:
         self._last_event_s = 0.0
         #: Whether claude has printed the `result` of its last turn.
         self._turn_is_over = True
+        #: Whether the last turn was sent to its end: with the question, not the history alone.
+        self.has_asked = False
 
     def __repr__(self) -> str:
         ended = "ended" if self._pipes.ended else "alive"
@@ -11655,6 +11724,7 @@ class ClaudeProcess:
         self, turn_input: TurnInput, lines: Iterator[Json | Tick | Pause]
     ) -> Iterator[Event]:
         """Send the steps of a turn, and yield Ticks while claude accepts all but the last."""
+        self.has_asked = False
         self._liveness.start_wait()
         if not turn_input.results and not self._turn_is_over:
             yield from _until_result(lines)
@@ -11662,7 +11732,7 @@ class ClaudeProcess:
             self._send(step)
             yield from _until_result(lines)
         self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
-        self._turn_is_over = False
+        self._turn_is_over, self.has_asked = False, True
 
     def control(self, requests: list[bytes], limits: WaitLimits) -> list[Json]:
         """Send control requests and return the replies in the same order. Waits first until the
@@ -11682,6 +11752,41 @@ class ClaudeProcess:
                 if len(answers) == len(requests):
                     break
         return answers
+
+    def take_back(self, rewind_point: RewindPoint, limits: WaitLimits) -> bool:
+        """Interrupt the turn that the user message at `rewind_point` began, and drop the message.
+        Return whether claude now waits for another one in its place. Raise what `converse`
+        raises."""
+        self._liveness.start_wait()
+        with contextlib.closing(self._lines(limits)) as lines:
+            if not self._interrupt(lines):
+                return False
+            request_id = new_id("r")
+            self._send(rewind_line(rewind_point, request_id))
+            replies = (control_reply(line, request_id) for line in lines if isinstance(line, dict))
+            self.rewinds += 1
+            return is_without(next(filter(None, replies), {}))
+
+    def _interrupt(self, lines: Iterator[Json | Tick | Pause]) -> bool:
+        """End the running turn. Return False if claude may ask the API once more, as it does by
+        itself after a stop at a limit; an interrupt does not prevent that."""
+        request_id = new_id("r")
+        self._send(interrupt_line(request_id))
+        is_answered = False
+        for line in lines:
+            if not isinstance(line, dict):
+                continue
+            reply = control_reply(line, request_id)
+            if reply is not None:
+                is_answered = reply.get("subtype") == "success"
+                self._turn_is_over = self._turn_is_over or has_cancelled(reply)
+                if not is_answered:
+                    return False
+            if stop_reason_of(line) not in (None, *PARKABLE):
+                return False
+            if is_answered and self._turn_is_over:
+                return True
+        return False
 
     def _send(self, data: bytes) -> None:
         self._pipes.send(data)
@@ -12070,6 +12175,12 @@ class Conversation(NamedTuple):
         awaiting = frozenset(call["id"] for call in answer.calls)
         return self._replace(history=history._replace(digests=digests), awaiting=awaiting)
 
+    def rewound(self) -> Conversation:
+        """Return what is left of it once the process was rewound to its rewind point."""
+        index = self.rewind_point.message_index if self.rewind_point is not None else None
+        history = self.history._replace(digests=self.history.digests[:index], context="")
+        return self._replace(history=history, awaiting=frozenset(), rewind_point=None)
+
     @property
     def is_dead_end(self) -> bool:
         """Return whether no conversation can continue from here."""
@@ -12266,7 +12377,7 @@ _FAILURE_PAUSE_S = 30.0
 _YOUNG_S = 5.0
 #: The memory of a claude grows with each rewind: from 202 to 307 MB after this many messages of 20
 #: KB (2.1.330). Then another process replaces it.
-_MAX_REWINDS = 500
+MAX_REWINDS = 500
 
 
 class ProcessPool:
@@ -12386,7 +12497,7 @@ class ProcessPool:
             candidates = [
                 p for p in parked
                 if p.conversation.can_rewind_to(history, p.process.version)
-                and p.process.rewinds < _MAX_REWINDS and not self._is_outdated(p.process)
+                and p.process.rewinds < MAX_REWINDS and not self._is_outdated(p.process)
                 and now_s - p.process.born_s <= config.session_ttl_ms / 1000
             ]
             superseded = [p for p in candidates if p.conversation.is_superseded_by(history)]
@@ -14175,12 +14286,13 @@ class CallWatch:
         return usage if self._dropped is None else sum_usage([self._dropped, usage])
 
 
-#: Stop reasons after which claude waits for the client and does nothing by itself.
-_PARKABLE = ("end_turn", "stop_sequence", "tool_use")
 #: How long claude may take to rewind, which is a matter of milliseconds; and the pause after a
 #: process that could not.
 _REWIND_TIMEOUT_S = 2.0
 _REWIND_PAUSE_S = 60.0
+#: How long claude may take to forget a question whose client has left. Its answer keeps its place
+#: among the running ones for so long.
+_TAKE_BACK_TIMEOUT_S = 1.0
 
 
 def tick_s_of(config: Config, turn: Turn) -> float:
@@ -14192,9 +14304,11 @@ class Attempt(NamedTuple):
     """A way to the answer, with a process that was taken for it."""
 
     process: ClaudeProcess
-    #: What the process holds already, with the rewind point that the input sets.
+    #: What the process holds already.
     conversation: Conversation
     turn_input: TurnInput
+    #: The rewind point that the input sets. It sets none if it has tool results.
+    rewind_point: RewindPoint | None = None
 
 
 class TurnRunner:
@@ -14213,6 +14327,10 @@ class TurnRunner:
         self._record = record
         config = self._config = app.config
         self._message = record.turn.messages[-1]
+        #: The attempt that is under way.
+        self._attempt: Attempt | None = None
+        #: Whether the process of an answer that nobody waits for serves again.
+        self._is_process_kept = False
         self._set_turn(record.turn)
         self._limits = WaitLimits(
             client=job.client,
@@ -14234,9 +14352,11 @@ class TurnRunner:
         record = self._record
         try:
             with contextlib.ExitStack() as stack:
-                yield self._logged(self._events(stack))
+                # The events are closed first: nothing else may read the process then.
+                with contextlib.closing(self._events(stack)) as events:
+                    yield self._logged(events)
         except ClientGone:
-            self._log("info", "answer_abandoned")
+            self._log("info", "answer_abandoned", process_kept=self._is_process_kept)
             raise
         except OcpError as error:
             record.fail(error)
@@ -14276,7 +14396,7 @@ class TurnRunner:
 
     # -- acquire ----------------------------------------------------------------------------------
 
-    def _events(self, stack: contextlib.ExitStack) -> Iterator[Event]:
+    def _events(self, stack: contextlib.ExitStack) -> Generator[Event, None, None]:
         app, record = self._app, self._record
         if not app.pool.can_continue(self._history, self._message):
             # A process that holds the conversation continues it also while claude is updated.
@@ -14284,7 +14404,7 @@ class TurnRunner:
         slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
         app.check_extra_usage(self._turn.model.argument)
-        stack.callback(self._give_up)
+        stack.push(self._release)
         attempts: list[Callable[[], Attempt | None]] = [
             self._continue, self._rewind, self._rebuild, self._rebuild
         ]
@@ -14350,7 +14470,8 @@ class TurnRunner:
             return None
         self._record.process = pooled.process
         if self._drops_last_message(pooled):
-            return self._next_message(pooled, "rewound")
+            left = pooled._replace(conversation=pooled.conversation.rewound())
+            return self._next_message(left, "rewound")
         app.pool.pause_rewinds(_REWIND_PAUSE_S)
         self._give_up()
         return None
@@ -14380,7 +14501,7 @@ class TurnRunner:
             return Attempt(process, conversation, TurnInput([], results))
         point = rewind_point_of(self._turn)
         steps = [continuation_lines(self._turn, process.version, point)]
-        return Attempt(process, conversation._replace(rewind_point=point), TurnInput(steps))
+        return Attempt(process, conversation, TurnInput(steps), point)
 
     def _rebuild(self) -> Attempt:
         """Take a fresh process for the whole conversation."""
@@ -14400,8 +14521,9 @@ class TurnRunner:
             rewind_point=point,
         )
         given = len(turn.messages) - 1
-        conversation = Conversation(self._history, rewind_point=point, messages_given=given)
-        return Attempt(process, conversation, TurnInput(steps))
+        history = self._history._replace(digests=self._history.digests[:-1], context="")
+        conversation = Conversation(history, messages_given=given)
+        return Attempt(process, conversation, TurnInput(steps), point)
 
     # -- converse ---------------------------------------------------------------------------------
 
@@ -14409,6 +14531,7 @@ class TurnRunner:
         """Give the events of the answer. The process is parked before the last of them is passed
         on, so that the client's next message finds it."""
         record, turn = self._record, self._turn
+        self._attempt = attempt
         final_only = self._config.is_agent and self._config.agent_text == "final"
         offered, _ = turn.tools_for_model
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
@@ -14465,18 +14588,21 @@ class TurnRunner:
     def _conversation_after(self, attempt: Attempt, finished: Finished) -> Conversation | None:
         """Return what the process holds after a complete answer; None if it cannot serve again."""
         process = attempt.process
-        if finished.stop_reason not in _PARKABLE or not self._config.parked_processes:
-            return None
-        is_current = self._app.program_monitor.is_current(process.version)
-        if process.version_differs or not is_current:
+        if finished.stop_reason not in PARKABLE or not self._can_park(process):
             return None
         # A structured answer ended in a call of claude's own.
         is_dead_end = self._turn.output_schema is not None
-        answer = self._record.answer()
-        conversation = attempt.conversation.after(answer, self._history, is_dead_end=is_dead_end)
+        answer, held = self._record.answer(), attempt.conversation
+        held = held._replace(rewind_point=attempt.rewind_point or held.rewind_point)
+        conversation = held.after(answer, self._history, is_dead_end=is_dead_end)
         if is_dead_end and not self._can_rewind(process, conversation):
             return None
         return conversation
+
+    def _can_park(self, process: ClaudeProcess) -> bool:
+        """Return whether processes are parked, and this one is of the claude in use."""
+        is_current = self._app.program_monitor.is_current(process.version)
+        return bool(self._config.parked_processes) and is_current and not process.version_differs
 
     def _can_rewind(self, process: ClaudeProcess, conversation: Conversation) -> bool:
         """Return whether a process can be rewound to the start of a conversation. Tool results go
@@ -14484,6 +14610,43 @@ class TurnRunner:
         if conversation.rewind_point is None or conversation.awaiting:
             return False
         return process.version >= REWINDS_ALL_SINCE and not self._config.is_agent
+
+    def _release(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Put away the process of an answer that is not complete. It serves again if only the
+        client has left. This thread alone may touch it, so it waits for that itself."""
+        attempt = self._attempt
+        if isinstance(error, ClientGone) and attempt is not None and self._takes_back(attempt):
+            self._record.process, self._is_process_kept = None, True
+            self._app.pool.park(attempt.process, attempt.conversation)
+            self._app.wakeups.put("tend")
+        self._give_up()
+
+    def _takes_back(self, attempt: Attempt) -> bool:
+        """Make the process of an answer that nobody waits for drop the question. Return whether it
+        did; a failure counts as a refusal."""
+        if attempt.rewind_point is None or not self._can_take_back(attempt.process):
+            return False
+        deadline_s = self._app.clock() + _TAKE_BACK_TIMEOUT_S
+        try:
+            return attempt.process.take_back(
+                attempt.rewind_point, WaitLimits(NoClient(), deadline_s, 0.0)
+            )
+        except (UpstreamFailed, UpstreamTimeout):
+            return False
+
+    def _can_take_back(self, process: ClaudeProcess) -> bool:
+        """Return whether a process can drop the question that it is answering, and somebody may
+        need it then. What claude's own tools have begun would not be dropped; a process that has
+        not got its whole history holds no conversation; after an answer that has stopped, claude
+        may be asking the API once more."""
+        app, config = self._app, self._config
+        is_wanted = self._job.ended_by is None and not app.draining and self._can_park(process)
+        is_answering = process is self._record.process and process.has_asked and (
+            not self._record.readers[-1].finished
+        )
+        return is_wanted and is_answering and not config.is_agent and (
+            process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
+        )
 
     def _give_up(self) -> None:
         """Stop the process of an answer that is not complete."""

@@ -668,6 +668,16 @@ def test_what_no_conversation_goes_on_from_pushes_out_one_conversation_at_most()
     assert gone == [going_on[0], *ended[:3]]
 
 
+def test_a_process_that_forgot_its_question_goes_on_from_what_was_before() -> None:
+    held = parked(*LATER)._replace(rewind_point=ocp.RewindPoint("q", 2), messages_given=1)
+    left = held.rewound()
+
+    assert takes(left, *SAID, user("e")) and not takes(left, *LATER, user("e"))
+    assert (left.rewind_point, left.awaiting, left.messages_given) == (None, frozenset(), 1)
+    nothing = parked(*SAID)._replace(rewind_point=ocp.RewindPoint("q", 0)).rewound()
+    assert takes(nothing, user("z")) and not takes(nothing, *SAID, user("z"))
+
+
 # -- one parking, many callers ------------------------------------------------
 
 
