@@ -405,11 +405,13 @@ def setting(
     choices: tuple[str, ...] = (),
     secret: bool = False,
     live: str = "",
+    from_memory: Callable[[int], int] | None = None,
 ) -> Any:
     """Return one row of the table. The type of the value is the type of `default`.
 
     `live` is the name under which the setting can be changed while the server runs; empty = the
-    setting is read only at the start.
+    setting is read only at the start. `from_memory` returns the default for a machine with so many
+    bytes of memory; `default` is then for a machine that does not tell.
     """
     return dataclasses.field(
         default=default,
@@ -422,9 +424,66 @@ def setting(
             "choices": choices,
             "secret": secret,
             "live": live,
+            "from_memory": from_memory,
         },
         repr=not secret,
     )
+
+
+#: The memory of an idle claude (2.1.332: 155 MB, 85 MB of them its own), the part of the machine's
+#: memory that all idle ones may take, and their most: there are few models to keep spares for, and
+#: each place for a parked process is filled by a start before a process is used again.
+_IDLE_CLAUDE_BYTES = 155_000_000
+_IDLE_MEMORY_PART = 8
+_MAX_SPARE_PLACES = 4
+_MAX_PARKED_PLACES = 8
+
+
+def spare_places(memory_bytes: int) -> int:
+    """Return how many spares a machine has room for: a third of its idle processes, 1 to 4."""
+    places = memory_bytes // _IDLE_MEMORY_PART // _IDLE_CLAUDE_BYTES
+    return min(_MAX_SPARE_PLACES, max(1, places // 3))
+
+
+def parked_places(memory_bytes: int) -> int:
+    """Return how many parked processes a machine has room for beside its spares, 1 to 8."""
+    places = memory_bytes // _IDLE_MEMORY_PART // _IDLE_CLAUDE_BYTES
+    return min(_MAX_PARKED_PLACES, max(1, places - spare_places(memory_bytes)))
+
+
+def control_group_limits(
+    listing: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
+) -> list[int]:
+    """Return the limits of memory of the control groups, of both versions, that this process is
+    in, in bytes. Inside of a container the root has the limit, whatever the listing says."""
+    try:
+        with open(listing, encoding="ascii", errors="replace") as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+    limits: list[int] = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            path = os.path.join(root, place, *parts[:depth], name)
+            # A group without a limit says "max", or has no such file.
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+                limits.append(int(file.read()))
+    return limits
+
+
+@functools.cache
+def machine_memory_bytes() -> int | None:
+    """Return the memory of this machine, or of the control group that this process may use. Return
+    None if the system does not tell."""
+    try:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+    return min([physical, *control_group_limits()]) if physical > 0 else None
 
 
 _LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
@@ -533,8 +592,10 @@ class Config:
         minimum=0, maximum=8, live="warmProcesses",
     )
     warm_total: int = setting(
-        4, "OCP_WARM_TOTAL", "idle claude processes of all models", minimum=0, maximum=32,
-        live="warmTotal",
+        4, "OCP_WARM_TOTAL",
+        "idle claude processes of all models; by default a third of those that an eighth of the "
+        "memory has room for, 1 to 4",
+        minimum=0, maximum=32, live="warmTotal", from_memory=spare_places,
     )
     warm_idle_ms: int = setting(
         900_000, "OCP_WARM_IDLE", "how long an idle process waits before it is dropped",
@@ -563,8 +624,9 @@ class Config:
     # -- conversations ------------------------------------------------------------------------
     parked_processes: int = setting(
         4, "OCP_PARKED_PROCESSES",
-        "processes that stay with their conversation and wait for its next message; 0 = none",
-        minimum=0, maximum=64, live="parkedProcesses",
+        "processes that stay with their conversation and wait for its next message; 0 = none; by "
+        "default the rest of those that an eighth of the memory has room for, 1 to 8",
+        minimum=0, maximum=64, live="parkedProcesses", from_memory=parked_places,
     )
     session_ttl_ms: int = setting(
         3_600_000, "CLAUDE_SESSION_TTL", "how long a conversation is kept for its next message",
@@ -830,14 +892,25 @@ def live_settings() -> dict[str, dataclasses.Field[Any]]:
     return {row.metadata["live"]: row for row in rows if row.metadata["live"]}
 
 
-def load_config(environ: Mapping[str, str]) -> Config:
-    """Return the settings of this environment. An empty variable counts as not set.
+def default_of(row: dataclasses.Field[Any], memory_bytes: int | None) -> int | str | bool:
+    """Return the default of this row on a machine with so much memory; None = it does not tell."""
+    from_memory = row.metadata["from_memory"]
+    default: Any = row.default
+    if from_memory is not None and memory_bytes is not None:
+        default = from_memory(memory_bytes)
+    return default  # type: ignore[no-any-return]  # a value of the row's type
+
+
+def load_config(environ: Mapping[str, str], memory_bytes: int | None = None) -> Config:
+    """Return the settings of this environment on a machine with so much memory. An empty variable
+    counts as not set.
 
     Raises ConfigError with all problems, not only the first one.
     """
     values: dict[str, int | str | bool] = {}
     problems: list[str] = []
     for row in dataclasses.fields(Config):
+        values[row.name] = default_of(row, memory_bytes)
         name = row.metadata["env"]
         text = environ.get(name, "")
         if not text.strip():
@@ -890,7 +963,7 @@ def settings_markdown() -> str:
         if isinstance(row.default, bool):
             default = "1" if row.default else "0"
         else:
-            default = str(row.default)
+            default = "follows memory" if row.metadata["from_memory"] else str(row.default)
         unit = f" {row.metadata['unit']}" if row.metadata["unit"] and default else ""
         shown = f"{default}{unit}" or "empty"
         live = f"`{row.metadata['live']}`" if row.metadata["live"] else ""
@@ -3372,17 +3445,19 @@ class Settings:
                 "max": row.metadata["maximum"],
                 "unit": row.metadata["unit"],
                 "desc": row.metadata["help"],
-                "source": self._source(name, row.metadata["env"]),
-                "default": row.default,
+                "source": self._source(name, row),
+                "default": default_of(row, machine_memory_bytes()),
                 "env": row.metadata["env"],
             }
             for name, row in live_settings().items()
         }
 
-    def _source(self, name: str, variable: str) -> str:
+    def _source(self, name: str, row: dataclasses.Field[Any]) -> str:
         if name in self._stored:
             return "stored"
-        return "environment" if self._environ.get(variable, "").strip() else "default"
+        if self._environ.get(row.metadata["env"], "").strip():
+            return "environment"
+        return "follows memory" if row.metadata["from_memory"] else "default"
 
 
 # ==== 8. Keys and callers ====================================================
@@ -9122,6 +9197,9 @@ CLIENT_COMPOSED_SINCE = (2, 1, 329)
 #: The first tested version that can rewind to before the first user message. Older versions need an
 #: earlier answer in front of it.
 REWINDS_ALL_SINCE = (2, 1, 329)
+#: The first tested version whose interrupt can drop a message that it has not begun to answer
+#: (`cancel_queued`). A plain interrupt does nothing then, and the answer runs to its end.
+CANCELS_QUEUED_SINCE = (2, 1, 329)
 
 Version = tuple[int, ...]
 
@@ -9144,10 +9222,18 @@ def _object(value: object) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def control_line(subtype: str, **fields: object) -> bytes:
+def control_line(subtype: str, *, request_id: str = "", **fields: object) -> bytes:
     """Return a control request. claude answers each request by its id."""
     request = {"subtype": subtype, **fields}
-    return _line({"type": "control_request", "request_id": new_id("r"), "request": request})
+    request_id = request_id or new_id("r")
+    return _line({"type": "control_request", "request_id": request_id, "request": request})
+
+
+def control_reply(line: Json, request_id: str) -> Json | None:
+    """Return the reply to this control request, an error too; None for another line."""
+    response = _object(line.get("response"))
+    is_reply = line.get("type") == "control_response" and response.get("request_id") == request_id
+    return response if is_reply else None
 
 
 def _reply_line(request_id: object, response: Json) -> bytes:
@@ -9229,6 +9315,8 @@ class ToolServer:
             return _refusal_line(line.get("request_id"))
         if message.get("method") == "tools/call":
             return self._call(line.get("request_id"), message)
+        if message.get("method") == "notifications/cancelled":
+            self._forget_call(_object(message.get("params")).get("requestId"))
         result = self._mcp_result(message)
         answer: Json = {"jsonrpc": "2.0", "id": message.get("id", 0)}
         if result is None:
@@ -9265,6 +9353,10 @@ class ToolServer:
         call_id = plain_id(str(meta.get("claudecode/toolUseId", "")))
         self._calls[call_id] = (request_id, message.get("id"))
         return self._pending_replies()
+
+    def _forget_call(self, rpc_id: object) -> None:
+        """Forget a call whose turn was interrupted."""
+        self._calls = {call_id: call for call_id, call in self._calls.items() if call[1] != rpc_id}
 
     def deliver(self, results: Iterable[Block]) -> bytes:
         """Store the client's results. Return the replies to calls that have their results."""
@@ -9592,15 +9684,36 @@ def continuation_lines(
     return thinking + message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
 
 
-def rewind_line(rewind_point: RewindPoint) -> bytes:
+def rewind_line(rewind_point: RewindPoint, request_id: str = "") -> bytes:
     """Return the control request that makes an idle claude drop the user message and everything
     after it."""
-    return control_line("rewind_conversation", target_message_uuid=rewind_point.id)
+    return control_line(
+        "rewind_conversation", request_id=request_id, target_message_uuid=rewind_point.id
+    )
 
 
 def was_rewound(reply: Json) -> bool:
     """Return whether the reply to `rewind_line` reports success."""
     return _object(_object(reply.get("response")).get("response")).get("rewound") is True
+
+
+def interrupt_line(request_id: str) -> bytes:
+    """Return the control request that ends the running turn, or drops its user message if claude
+    has not begun to answer it. In the former case a `result` line follows."""
+    return control_line("interrupt", request_id=request_id, cancel_queued=True)
+
+
+def has_cancelled(reply: Json) -> bool:
+    """Return whether the reply to `interrupt_line` reports that the turn has not begun. There will
+    be no `result` line, and nothing to rewind."""
+    return bool(_object(reply.get("response")).get("cancelled"))
+
+
+def is_without(reply: Json) -> bool:
+    """Return whether the reply to `rewind_line` says that claude does not hold the user message,
+    whether or not it was dropped by this request."""
+    response = _object(reply.get("response"))
+    return response.get("rewound") is True or response.get("error") == "target not found"
 
 
 # ==== 23. Plan and failures ==================================================
@@ -10105,6 +10218,15 @@ def check_tools_offered(
             "response_format: claude does not accept the schema of the answer; simplify it.",
             param="response_format",
         )
+
+
+#: Stop reasons after which claude waits for the client and does nothing by itself.
+PARKABLE = ("end_turn", "stop_sequence", "tool_use")
+
+
+def stop_reason_of(line: Json) -> object:
+    """Return why the API ended a message; None for every other line."""
+    return _object(_object(line.get("event")).get("delta")).get("stop_reason")
 
 
 def check_control_response(line: Json) -> None:
@@ -10746,7 +10868,7 @@ class Client(Protocol):
     """The client of a request, for code that waits."""
 
     def fileno(self) -> int:
-        """Return the descriptor to wait on."""
+        """Return the descriptor to wait on; negative = there is none."""
 
     def gone(self) -> bool:
         """Return whether the client has hung up. Never blocks. Keeps data that it sent early."""
@@ -10756,6 +10878,25 @@ class Client(Protocol):
 
     def cancel(self) -> None:
         """Make `gone` return True from now on, as if the client had hung up."""
+
+
+class NoClient:
+    """Stands for a client that has left, where a process is still worth a wait."""
+
+    def fileno(self) -> int:
+        """Return that there is no descriptor."""
+        return -1
+
+    def gone(self) -> bool:
+        """Return False: nobody can leave."""
+        return False
+
+    def can_detect_hangup(self) -> bool:
+        """Return False: there is no hang-up to detect."""
+        return False
+
+    def cancel(self) -> None:
+        """Do nothing."""
 
 
 class WaitLimits(NamedTuple):
@@ -11562,7 +11703,8 @@ class ChildPipes:
         selector = selectors.DefaultSelector()
         selector.register(self._child.stdout, selectors.EVENT_READ, self._read_stdout)
         selector.register(self._child.stderr, selectors.EVENT_READ, self._read_stderr)
-        selector.register(client.fileno(), selectors.EVENT_READ, check_client)
+        if client.fileno() >= 0:
+            selector.register(client.fileno(), selectors.EVENT_READ, check_client)
         self._waits_for_room = False
         return selector
 
@@ -11670,6 +11812,8 @@ class ClaudeProcess:
         self._last_event_s = 0.0
         #: Whether claude has printed the `result` of its last turn.
         self._turn_is_over = True
+        #: Whether the last turn was sent to its end: with the question, not the history alone.
+        self.has_asked = False
 
     def __repr__(self) -> str:
         ended = "ended" if self._pipes.ended else "alive"
@@ -11722,6 +11866,7 @@ class ClaudeProcess:
         self, turn_input: TurnInput, lines: Iterator[Json | Tick | Pause]
     ) -> Iterator[Event]:
         """Send the steps of a turn, and yield Ticks while claude accepts all but the last."""
+        self.has_asked = False
         self._liveness.start_wait()
         if not turn_input.results and not self._turn_is_over:
             yield from _until_result(lines)
@@ -11729,7 +11874,7 @@ class ClaudeProcess:
             self._send(step)
             yield from _until_result(lines)
         self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
-        self._turn_is_over = False
+        self._turn_is_over, self.has_asked = False, True
 
     def control(self, requests: list[bytes], limits: WaitLimits) -> list[Json]:
         """Send control requests and return the replies in the same order. Waits first until the
@@ -11749,6 +11894,41 @@ class ClaudeProcess:
                 if len(answers) == len(requests):
                     break
         return answers
+
+    def take_back(self, rewind_point: RewindPoint, limits: WaitLimits) -> bool:
+        """Interrupt the turn that the user message at `rewind_point` began, and drop the message.
+        Return whether claude now waits for another one in its place. Raise what `converse`
+        raises."""
+        self._liveness.start_wait()
+        with contextlib.closing(self._lines(limits)) as lines:
+            if not self._interrupt(lines):
+                return False
+            request_id = new_id("r")
+            self._send(rewind_line(rewind_point, request_id))
+            replies = (control_reply(line, request_id) for line in lines if isinstance(line, dict))
+            self.rewinds += 1
+            return is_without(next(filter(None, replies), {}))
+
+    def _interrupt(self, lines: Iterator[Json | Tick | Pause]) -> bool:
+        """End the running turn. Return False if claude may ask the API once more, as it does by
+        itself after a stop at a limit; an interrupt does not prevent that."""
+        request_id = new_id("r")
+        self._send(interrupt_line(request_id))
+        is_answered = False
+        for line in lines:
+            if not isinstance(line, dict):
+                continue
+            reply = control_reply(line, request_id)
+            if reply is not None:
+                is_answered = reply.get("subtype") == "success"
+                self._turn_is_over = self._turn_is_over or has_cancelled(reply)
+                if not is_answered:
+                    return False
+            if stop_reason_of(line) not in (None, *PARKABLE):
+                return False
+            if is_answered and self._turn_is_over:
+                return True
+        return False
 
     def _send(self, data: bytes) -> None:
         self._pipes.send(data)
@@ -11930,6 +12110,11 @@ class Gate:
         with self._lock:
             return sum(self._running.values())
 
+    def running_by_caller(self) -> dict[str, int]:
+        """Return the number of running requests by the scope of their callers."""
+        with self._lock:
+            return dict(self._running)
+
     @property
     def waiting(self) -> int:
         """Return the number of waiting requests."""
@@ -12080,6 +12265,8 @@ class History(NamedTuple):
     digests: tuple[str, ...]
     #: The context in the last message. No later request has it in this place.
     context: str = ""
+    #: The scope of the caller.
+    caller: str = ""
 
 
 def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
@@ -12091,7 +12278,7 @@ def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
         *(tool.digest for tool in turn.tools),
     ]
     digests = tuple(message.digest for message in turn.messages)
-    return History(digest(base), digests, context_of(turn.messages[-1]))
+    return History(digest(base), digests, context_of(turn.messages[-1]), caller)
 
 
 def results_with_context(message: Message, known_context: str) -> list[Block]:
@@ -12129,6 +12316,12 @@ class Conversation(NamedTuple):
         digests = (*history.digests, last)
         awaiting = frozenset(call["id"] for call in answer.calls)
         return self._replace(history=history._replace(digests=digests), awaiting=awaiting)
+
+    def rewound(self) -> Conversation:
+        """Return what is left of it once the process was rewound to its rewind point."""
+        index = self.rewind_point.message_index if self.rewind_point is not None else None
+        history = self.history._replace(digests=self.history.digests[:index], context="")
+        return self._replace(history=history, awaiting=frozenset(), rewind_point=None)
 
     @property
     def is_dead_end(self) -> bool:
@@ -12249,7 +12442,8 @@ def plan_pool(
     idle = [p for p in processes if p.state in max_idle_s]
     kept = [p for p in idle if p.process.alive() and now_s - p.since_s <= max_idle_s[p.state]]
     outdated = [p for p in idle if p not in kept]
-    evicted = evicted_by_limit(kept, config.parked_processes)
+    parked = [p for p in kept if p.state is ProcessState.PARKED]
+    evicted = evicted_by_limit(parked, config.parked_processes, now_s, running={})
     spares = [p for p in kept if p.state is ProcessState.SPARE]
     oldest_s = now_s - max_idle_s[ProcessState.SPARE]
     uses = {model_id: use for model_id, use in uses.items() if use.last_used_s >= oldest_s}
@@ -12258,11 +12452,38 @@ def plan_pool(
     return PoolPlan(outdated + evicted + surplus, start)
 
 
-def evicted_by_limit(processes: list[PooledProcess], max_parked: int) -> list[PooledProcess]:
-    """Return the parked processes to stop when only `max_parked` may stay; they are listed in the
-    order of eviction."""
-    parked = [p for p in processes if p.state is ProcessState.PARKED]
-    return parked[: max(0, len(parked) - max_parked)]
+#: How long a parked process is safe from other callers that have as few.
+_FRESH_S = 60.0
+
+
+def evicted_by_limit(
+    parked: list[PooledProcess], max_parked: int, now_s: float, *, running: Mapping[str, int]
+) -> list[PooledProcess]:
+    """Return the parked processes to stop when only `max_parked` may stay, in the order of
+    eviction. `running` is how many more each caller will park; they count as parked last.
+
+    The caller with the most gives up one, again and again: its dead ends, but for the one that was
+    parked last, and then its oldest. Among callers with as many, it is the one whose process has
+    waited longest, if that is longer than _FRESH_S. Else it is the one that parked last: when more
+    callers are at work than there are places, the others still find their processes.
+    """
+    # The caller that parked last comes first.
+    shares: dict[str, list[PooledProcess | None]] = {
+        caller: [None] * count for caller, count in running.items()
+    }
+    for pooled in reversed(parked):
+        shares.setdefault(pooled.conversation.history.caller, []).insert(0, pooled)
+    for share in filter(None, shares.values()):
+        last = share[-1]
+        share.sort(key=lambda p: p is last or p is None or not p.conversation.is_dead_end)
+
+    def precedence(share: list[PooledProcess | None]) -> tuple[int, float]:
+        waited_s = now_s - share[0].since_s if share[0] is not None else 0.0
+        return len(share), waited_s if waited_s > _FRESH_S else 0.0
+
+    excess = len(parked) + sum(running.values()) - max_parked
+    evicted = [max(filter(None, shares.values()), key=precedence).pop(0) for _ in range(excess)]
+    return [pooled for pooled in evicted if pooled is not None]
 
 
 def _plan_spares(
@@ -12298,7 +12519,7 @@ _FAILURE_PAUSE_S = 30.0
 _YOUNG_S = 5.0
 #: The memory of a claude grows with each rewind: from 202 to 307 MB after this many messages of 20
 #: KB (2.1.330). Then another process replaces it.
-_MAX_REWINDS = 500
+MAX_REWINDS = 500
 
 
 class ProcessPool:
@@ -12313,7 +12534,7 @@ class ProcessPool:
         # Guards the fields below. Never held while a process is started or ended. It is held while
         # pipes are read without blocking, so that a process is either here or in use, never both.
         self._lock = threading.Lock()
-        #: Spares in the order in which they are taken, parked processes in the order of eviction.
+        #: In the order in which they came into their state.
         self._processes: list[PooledProcess] = []
         #: The models that were used lately.
         self._uses: dict[str, ModelUse] = {}
@@ -12402,28 +12623,29 @@ class ProcessPool:
         return max(prefixes, default=0) or None
 
     def take_rewindable(
-        self, history: History, config: Config, running: int
+        self, history: History, config: Config, running: Mapping[str, int]
     ) -> PooledProcess | None:
         """Take a process that can be rewound to this conversation. First choice is one whose last
         user message is repeated or edited here. Else a process with the same base serves like a
         spare, and faster. But its own conversation can still continue: it is taken only if it is a
-        dead end, or if it will be evicted anyway when the `running` requests, this one included,
-        have parked their processes."""
+        dead end, or if it will be evicted anyway when the `running` requests, counted by caller and
+        this one included, have parked their processes."""
         now_s = self._clock()
         with self._lock:
             if now_s < self._rewinds_from_s:
                 return None
             parked = self._in(ProcessState.PARKED)
-            evicted = evicted_by_limit(parked, config.parked_processes - running)
+            evicted = evicted_by_limit(parked, config.parked_processes, now_s, running=running)
             candidates = [
                 p for p in parked
                 if p.conversation.can_rewind_to(history, p.process.version)
-                and p.process.rewinds < _MAX_REWINDS and not self._is_outdated(p.process)
+                and p.process.rewinds < MAX_REWINDS and not self._is_outdated(p.process)
                 and now_s - p.process.born_s <= config.session_ttl_ms / 1000
             ]
             superseded = [p for p in candidates if p.conversation.is_superseded_by(history)]
-            others = [p for p in candidates if p.conversation.is_dead_end or p in evicted]
-            return self._take_first([*reversed(superseded), *others])
+            dead_ends = [p for p in candidates if p.conversation.is_dead_end]
+            others = [p for p in evicted if p in candidates]
+            return self._take_first([*reversed(superseded), *dead_ends, *others])
 
     def pause_rewinds(self, for_s: float) -> None:
         """Let `take_rewindable` return None for so long, because a rewind has failed."""
@@ -12451,9 +12673,6 @@ class ProcessPool:
         """Keep a process for the next message of its conversation."""
         pooled = PooledProcess(process, ProcessState.PARKED, self._clock(), conversation)
         with self._lock:
-            if conversation.is_dead_end:
-                # One dead end can take the place of a conversation; further ones evict each other.
-                self._processes.sort(key=lambda other: not other.conversation.is_dead_end)
             self._processes.append(pooled)
 
     def put_spare(self, process: ClaudeProcess) -> None:
@@ -14240,12 +14459,13 @@ class CallWatch:
         return usage if self._dropped is None else sum_usage([self._dropped, usage])
 
 
-#: Stop reasons after which claude waits for the client and does nothing by itself.
-_PARKABLE = ("end_turn", "stop_sequence", "tool_use")
 #: How long claude may take to rewind, which is a matter of milliseconds; and the pause after a
 #: process that could not.
 _REWIND_TIMEOUT_S = 2.0
 _REWIND_PAUSE_S = 60.0
+#: How long claude may take to forget a question whose client has left. Its answer keeps its place
+#: among the running ones for so long.
+_TAKE_BACK_TIMEOUT_S = 1.0
 
 
 #: The shortest prompt that the API caches for every model (Anthropic's docs, "Prompt caching").
@@ -14268,9 +14488,11 @@ class Attempt(NamedTuple):
     """A way to the answer, with a process that was taken for it."""
 
     process: ClaudeProcess
-    #: What the process holds already, with the rewind point that the input sets.
+    #: What the process holds already.
     conversation: Conversation
     turn_input: TurnInput
+    #: The rewind point that the input sets. It sets none if it has tool results.
+    rewind_point: RewindPoint | None = None
 
 
 class TurnRunner:
@@ -14289,6 +14511,10 @@ class TurnRunner:
         self._record = record
         config = self._config = app.config
         self._message = record.turn.messages[-1]
+        #: The attempt that is under way.
+        self._attempt: Attempt | None = None
+        #: Whether the process of an answer that nobody waits for serves again.
+        self._is_process_kept = False
         self._set_turn(record.turn)
         self._limits = WaitLimits(
             client=job.client,
@@ -14310,9 +14536,11 @@ class TurnRunner:
         record = self._record
         try:
             with contextlib.ExitStack() as stack:
-                yield self._logged(self._events(stack))
+                # The events are closed first: nothing else may read the process then.
+                with contextlib.closing(self._events(stack)) as events:
+                    yield self._logged(events)
         except ClientGone:
-            self._log("info", "answer_abandoned")
+            self._log("info", "answer_abandoned", process_kept=self._is_process_kept)
             raise
         except OcpError as error:
             record.fail(error)
@@ -14363,7 +14591,7 @@ class TurnRunner:
 
     # -- acquire ----------------------------------------------------------------------------------
 
-    def _events(self, stack: contextlib.ExitStack) -> Iterator[Event]:
+    def _events(self, stack: contextlib.ExitStack) -> Generator[Event, None, None]:
         app, record = self._app, self._record
         if not app.pool.can_continue(self._history, self._message):
             # A process that holds the conversation continues it also while claude is updated.
@@ -14371,7 +14599,7 @@ class TurnRunner:
         slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
         app.check_extra_usage(self._turn.model.argument)
-        stack.callback(self._give_up)
+        stack.push(self._release)
         attempts: list[Callable[[], Attempt | None]] = [
             self._continue, self._rewind, self._rebuild, self._rebuild
         ]
@@ -14430,12 +14658,15 @@ class TurnRunner:
         app = self._app
         if self._config.is_agent or self._message.has_results:
             return None
-        pooled = app.pool.take_rewindable(self._history, self._config, app.gate.running)
+        pooled = app.pool.take_rewindable(
+            self._history, self._config, app.gate.running_by_caller()
+        )
         if pooled is None:
             return None
         self._record.process = pooled.process
         if self._drops_last_message(pooled):
-            return self._next_message(pooled, "rewound")
+            left = pooled._replace(conversation=pooled.conversation.rewound())
+            return self._next_message(left, "rewound")
         app.pool.pause_rewinds(_REWIND_PAUSE_S)
         self._give_up()
         return None
@@ -14465,7 +14696,7 @@ class TurnRunner:
             return Attempt(process, conversation, TurnInput([], results))
         point = rewind_point_of(self._turn)
         steps = [continuation_lines(self._turn, process.version, point)]
-        return Attempt(process, conversation._replace(rewind_point=point), TurnInput(steps))
+        return Attempt(process, conversation, TurnInput(steps), point)
 
     def _rebuild(self) -> Attempt:
         """Take a fresh process for the whole conversation."""
@@ -14485,8 +14716,9 @@ class TurnRunner:
             rewind_point=point,
         )
         given = len(turn.messages) - 1
-        conversation = Conversation(self._history, rewind_point=point, messages_given=given)
-        return Attempt(process, conversation, TurnInput(steps))
+        history = self._history._replace(digests=self._history.digests[:-1], context="")
+        conversation = Conversation(history, messages_given=given)
+        return Attempt(process, conversation, TurnInput(steps), point)
 
     # -- converse ---------------------------------------------------------------------------------
 
@@ -14494,6 +14726,7 @@ class TurnRunner:
         """Give the events of the answer. The process is parked before the last of them is passed
         on, so that the client's next message finds it."""
         record, turn = self._record, self._turn
+        self._attempt = attempt
         final_only = self._config.is_agent and self._config.agent_text == "final"
         offered, _ = turn.tools_for_model
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
@@ -14550,18 +14783,21 @@ class TurnRunner:
     def _conversation_after(self, attempt: Attempt, finished: Finished) -> Conversation | None:
         """Return what the process holds after a complete answer; None if it cannot serve again."""
         process = attempt.process
-        if finished.stop_reason not in _PARKABLE or not self._config.parked_processes:
-            return None
-        is_current = self._app.program_monitor.is_current(process.version)
-        if process.version_differs or not is_current:
+        if finished.stop_reason not in PARKABLE or not self._can_park(process):
             return None
         # A structured answer ended in a call of claude's own.
         is_dead_end = self._turn.output_schema is not None
-        answer = self._record.answer()
-        conversation = attempt.conversation.after(answer, self._history, is_dead_end=is_dead_end)
+        answer, held = self._record.answer(), attempt.conversation
+        held = held._replace(rewind_point=attempt.rewind_point or held.rewind_point)
+        conversation = held.after(answer, self._history, is_dead_end=is_dead_end)
         if is_dead_end and not self._can_rewind(process, conversation):
             return None
         return conversation
+
+    def _can_park(self, process: ClaudeProcess) -> bool:
+        """Return whether processes are parked, and this one is of the claude in use."""
+        is_current = self._app.program_monitor.is_current(process.version)
+        return bool(self._config.parked_processes) and is_current and not process.version_differs
 
     def _can_rewind(self, process: ClaudeProcess, conversation: Conversation) -> bool:
         """Return whether a process can be rewound to the start of a conversation. Tool results go
@@ -14569,6 +14805,43 @@ class TurnRunner:
         if conversation.rewind_point is None or conversation.awaiting:
             return False
         return process.version >= REWINDS_ALL_SINCE and not self._config.is_agent
+
+    def _release(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Put away the process of an answer that is not complete. It serves again if only the
+        client has left. This thread alone may touch it, so it waits for that itself."""
+        attempt = self._attempt
+        if isinstance(error, ClientGone) and attempt is not None and self._takes_back(attempt):
+            self._record.process, self._is_process_kept = None, True
+            self._app.pool.park(attempt.process, attempt.conversation)
+            self._app.wakeups.put("tend")
+        self._give_up()
+
+    def _takes_back(self, attempt: Attempt) -> bool:
+        """Make the process of an answer that nobody waits for drop the question. Return whether it
+        did; a failure counts as a refusal."""
+        if attempt.rewind_point is None or not self._can_take_back(attempt.process):
+            return False
+        deadline_s = self._app.clock() + _TAKE_BACK_TIMEOUT_S
+        try:
+            return attempt.process.take_back(
+                attempt.rewind_point, WaitLimits(NoClient(), deadline_s, 0.0)
+            )
+        except (UpstreamFailed, UpstreamTimeout):
+            return False
+
+    def _can_take_back(self, process: ClaudeProcess) -> bool:
+        """Return whether a process can drop the question that it is answering, and somebody may
+        need it then. What claude's own tools have begun would not be dropped; a process that has
+        not got its whole history holds no conversation; after an answer that has stopped, claude
+        may be asking the API once more."""
+        app, config = self._app, self._config
+        is_wanted = self._job.ended_by is None and not app.draining and self._can_park(process)
+        is_answering = process is self._record.process and process.has_asked and (
+            not self._record.readers[-1].finished
+        )
+        return is_wanted and is_answering and not config.is_agent and (
+            process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
+        )
 
     def _give_up(self) -> None:
         """Stop the process of an answer that is not complete."""
@@ -17563,6 +17836,12 @@ def check(config: Config, environ: Mapping[str, str], demo_command: tuple[str, .
     print(f"writes its log to {os.path.join(config.home_path, 'logs')}")
     if config.tls_cert:
         print(f"serves https with {config.tls_cert}")
+    memory_bytes = machine_memory_bytes()
+    size = "an unknown size" if memory_bytes is None else f"{memory_bytes / 1e9:.1f} GB"
+    for row in dataclasses.fields(Config):
+        if row.metadata["from_memory"] and not environ.get(row.metadata["env"], "").strip():
+            name, value = row.metadata["env"], getattr(config, row.name)
+            print(f"{name} follows memory: {value} here, with {size}")
     for name, why in removed_settings(environ):
         print(f"{name} has no effect: {why}")
     try:
@@ -17681,7 +17960,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     here = os.path.abspath(__file__)
     demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
     try:
-        config = load_config(environ)
+        config = load_config(environ, machine_memory_bytes())
         models = _models_of(config, os.path.dirname(here))
         check_no_loop(config, environ)
         tls = tls_context(config)

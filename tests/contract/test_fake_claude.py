@@ -13,6 +13,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import pytest
 
+import depth
 import stub_api as stub
 from claude_driver import CLAUDE_ARGS, ClaudeDriver
 from programs import HOW_TO_INSTALL, real_claude_env, real_claudes
@@ -625,6 +626,85 @@ def test_an_interrupt_ends_the_turn_and_the_process_stays_usable(subject: Subjec
     assert roles_and_texts == [
         ("user", ["hi"]), ("assistant", ["Half"]),
         ("user", ["[Request interrupted by user]", "again"])]
+
+
+def interrupted(claude: ClaudeDriver, number: int) -> Line:
+    """The reply to an interrupt that also drops a question that waits, once its turn is over."""
+    claude.send({"type": "control_request", "request_id": "stop",
+                 "request": {"subtype": "interrupt", "cancel_queued": True}})
+    is_over = any(line["type"] == "result" for line in claude.lines)
+    reply: Line = {}
+    while not reply or not (is_over or question_id(number) in reply.get("cancelled", ())):
+        line = claude.next_line(time.monotonic() + 60)
+        is_over = is_over or line["type"] == "result"
+        if line["type"] == "control_response" and line["response"]["request_id"] == "stop":
+            assert line["response"]["subtype"] == "success"
+            reply = {"is_there": True, **(line["response"].get("response") or {})}
+    return reply
+
+
+@pytest.mark.differs_by_version
+@pytest.mark.parametrize("pause_ms", [0, 3, *depth.rest(10, 30, 100)])
+def test_an_interrupt_behind_the_question_leaves_one_request_at_most_and_no_trace(
+    subject: Subject, pause_ms: int
+) -> None:
+    # Long enough for the interrupt, and for a second question that gets this answer.
+    subject.script(half("Half ", 2))
+    with subject.start() as claude:
+        ready(claude)
+        claude.send_user("one", uuid=question_id(1))
+        time.sleep(pause_ms / 1000)
+        reply = interrupted(claude, 1)
+        if subject.version == "2.1.197":
+            # It cannot forget its only question.
+            return
+        assert reply["still_queued"] == []
+        answer = forgets(claude, 1)
+        assert answer["rewound"] is True or answer["error"] == "target not found"
+        asked = len(subject.queries())
+        assert asked <= 1
+        claude.turn("two")
+    assert subject.queries()[asked]["messages"] == [said("user", "two")]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.differs_by_version
+def test_a_question_that_waits_for_tools_is_dropped_and_cannot_be_forgotten(
+    subject: Subject
+) -> None:
+    if subject.version == "2.1.197":
+        pytest.skip("it drops nothing that waits")
+    with subject.start() as claude:
+        # Nobody answers what it asks the server of the tools.
+        ready(claude, sdkMcpServers=["client"])
+        claude.send_user("one", uuid=question_id(1))
+        reply = interrupted(claude, 1)
+        assert forgets(claude, 1)["error"] == "turn running"
+    assert reply["cancelled"] == [question_id(1)]
+    assert subject.queries() == []
+
+
+@pytest.mark.differs_by_version
+def test_a_call_whose_turn_is_interrupted_is_taken_back(subject: Subject) -> None:
+    subject.script(text("eins"), calls(("zeta", {"q": 1}), ("alpha", {})), text("drei"))
+    with start_with_tools(subject) as claude:
+        claude.turn("one")
+        before = len(claude.lines)
+        claude.send_user("two", uuid=question_id(2))
+        claude.until(lambda line: bool(claude.calls))
+        claude.until_event("message_stop")
+        claude.control("interrupt", cancel_queued=True)
+        claude.until_result()
+        assert forgets(claude, 2)["rewound"] is True
+        claude.turn("three")
+    asked = [line["request"]["message"] for line in claude.lines[before:]
+             if line["type"] == "control_request"]
+    (call,) = (message["id"] for message in asked if message["method"] == "tools/call")
+    (taken_back,) = (message["params"]["requestId"] for message in asked
+                     if message["method"] == "notifications/cancelled")
+    assert taken_back == call
+    assert subject.queries()[2]["messages"] == [
+        said("user", "one"), said("assistant", "eins"), said("user", "three")]
 
 
 def test_an_interrupt_while_idle_changes_nothing(subject: Subject) -> None:

@@ -51,6 +51,8 @@ USAGE = {
 }
 #: The query's system prompt when `initialize` named none, or never came.
 AGENT_PROMPT = "(the long prompt of an interactive agent)"
+#: The JSON-RPC id of each tools/call: there is never more than one under way.
+CALL_ID = 2
 REJECTED_TOOL = "The user doesn't want to proceed with this tool use."
 LOST_TOOL = "The tool call was interrupted before a result was received."
 #: A forgotten process ends itself after this time, also in a stubborn hang.
@@ -384,7 +386,9 @@ class FakeClaude:
     def serve(self) -> NoReturn:
         while True:
             while self.user_lines:
-                self.take_user_line(self.user_lines.pop(0))
+                self.wait_for_tools()
+                if self.user_lines:
+                    self.take_user_line(self.user_lines.pop(0))
             if self.pipes.ended:
                 leave(int(self.failed), "end of stdin")
             self.pump(None)
@@ -542,7 +546,6 @@ class FakeClaude:
 
     def take_user_line(self, line: Step) -> None:
         self.scenario.refresh()
-        self.wait_for_tools()
         content = line["message"]["content"]
         command = self.command_in(line)
         if command:
@@ -626,6 +629,9 @@ class FakeClaude:
         if calls:
             note = "[Request interrupted by user for tool use]"
             for call in calls:
+                if call.asked and call.result is None:
+                    self.ask("client", {"method": "notifications/cancelled",
+                                        "params": {"requestId": CALL_ID}})
                 call.result = call.result or tool_result(call.block["id"], REJECTED_TOOL, True)
                 self.emit_user([call.result])
             self.history.add("user", [call.result for call in calls])
@@ -740,7 +746,7 @@ class FakeClaude:
 
         meta = {"claudecode/toolUseId": call.block["id"], "progressToken": 2}
         params = {"name": call.tool, "arguments": call.block["input"], "_meta": meta}
-        self.ask("client", {"method": "tools/call", "id": 2, "params": params}, answered)
+        self.ask("client", {"method": "tools/call", "id": CALL_ID, "params": params}, answered)
 
     def run_tools(self, turn: Turn, message: Message) -> None:
         """Get the results of the calls, one after the other, into the conversation."""
@@ -824,7 +830,13 @@ def control_thinking(fake: FakeClaude, request: Step) -> None:
 
 def control_interrupt(fake: FakeClaude, request: Step) -> Optional[Step]:
     fake.interrupted = fake.turn is not None
-    return {"still_queued": []} if fake.scenario.is_recent else None
+    if not fake.scenario.is_recent:
+        return None
+    waiting = [line.get("uuid") for line in fake.user_lines]
+    if not request.get("cancel_queued"):
+        return {"still_queued": waiting}
+    fake.user_lines.clear()
+    return {"still_queued": [], "cancelled": waiting}
 
 
 def control_usage(fake: FakeClaude, request: Step) -> Step:
@@ -837,7 +849,7 @@ def control_usage(fake: FakeClaude, request: Step) -> Step:
 def control_rewind(fake: FakeClaude, request: Step) -> Step:
     target = request["target_message_uuid"]
     answer = {"rewound": False, "prefillText": None, "precedingAssistantUuid": None}
-    if fake.turn is not None:
+    if fake.turn is not None or fake.connecting:
         return {**answer, "error": "turn running"}
     why_not = fake.history.forget(target, fake.scenario.is_recent)
     if why_not:
