@@ -48,7 +48,7 @@ Sections (search for "==== 8" to jump to the eighth):
     27. Gate                    admission of requests
     28. Conversations           the identity of conversations; what an idle process can do with them
     29. Process pool            spare, parked and stopping processes
-    30. Sessions and responses  what is remembered for clients that send only new messages
+    30. Sessions and responses  what is remembered of conversations: messages, and thinking
     31. Cache                   stored answers, and answers shared while they are generated
     32. Account                 the state of login and plan, learned from answers
     33. Metrics                 counters and histograms since the start
@@ -2317,6 +2317,11 @@ def joined_parts(parts: list[str]) -> bytes:
 def digest(parts: list[str]) -> str:
     """Return the same digest for the same texts."""
     return hashlib.sha256(joined_parts(parts)).hexdigest()
+
+
+def is_thinking(block: Block) -> bool:
+    """Return whether a block is the model's thinking, readable or not."""
+    return block["type"] in ("thinking", "redacted_thinking")
 
 
 #: The name of the API's own search tool.
@@ -6406,7 +6411,7 @@ class ContentReader:
 
     #: Types of parts that have content for the model, or are known to have none.
     readable: ClassVar[tuple[str, ...]] = ()
-    #: Types of parts that are dropped: claude accepts no thinking from outside.
+    #: Types of parts that are dropped. Thinking never comes from a client: see ThinkingMemory.
     omitted: ClassVar[tuple[str, ...]] = ()
     #: The types that are named to a client which sends none.
     named_types: ClassVar[str] = ""
@@ -9200,6 +9205,9 @@ REWINDS_ALL_SINCE = (2, 1, 329)
 #: The first tested version whose interrupt can drop a message that it has not begun to answer
 #: (`cancel_queued`). A plain interrupt does nothing then, and the answer runs to its end.
 CANCELS_QUEUED_SINCE = (2, 1, 329)
+#: The first tested version that puts its reminders (environment, model, date) beside the first
+#: message that asks. Older versions put them beside the first message of the conversation.
+REMINDS_WHERE_ASKED_SINCE = (2, 1, 329)
 
 Version = tuple[int, ...]
 
@@ -9212,6 +9220,12 @@ _RESERVED_TOOL_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
 MAX_RESULT_CHARS = 400_000
 #: The name under which claude knows the client's tools.
 TOOL_SERVER = "client"
+#: The variable with the number of tokens from which claude refuses a prompt by itself, without a
+#: request to the API: a value that no prompt reaches, and one that every prompt reaches.
+BLOCKING_LIMIT = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
+UNREACHED_LIMIT = "1000000000"
+_REACHED_LIMIT = "1"
+
 
 def _line(value: Json) -> bytes:
     return to_json(value) + b"\n"
@@ -9439,11 +9453,28 @@ def extract_large_images(content: list[Block]) -> list[Block]:
     return [*results, *extracted, *rest] if extracted else content
 
 
+def _api_call_id(call_id: str) -> str:
+    """Return the id of a call as the API wrote it: plain ids lack the mark in it."""
+    return re.sub(r"\Atoolu(?=[0-9])", "toolu_", call_id)
+
+
+def _with_api_names(block: Block) -> Block:
+    """Return a block of a history with the id and the name of its call as the API knows them."""
+    if block["type"] == "tool_use":
+        return {**block, "id": _api_call_id(block["id"]), "name": wire_name(block["name"])}
+    if block["type"] == "tool_result":
+        return {**block, "tool_use_id": _api_call_id(block["tool_use_id"])}
+    return block
+
+
 def message_line(
-    message: Message, version: Version, *, ask: bool, rewind_point: RewindPoint | None = None
+    message: Message, version: Version, *, ask: bool, rewind_point: RewindPoint | None = None,
+    model_id: str = "",
 ) -> bytes:
     """Return the line for one message of the conversation. With `ask` claude answers the message;
-    without it the message is history."""
+    without it the message is history. claude keeps the thinking of an earlier answer if it is said
+    to be from the model of the process, `model_id`; 2.1.197 compares the exact id, and no version
+    expects the mark of the long context window."""
     body: Json = {"role": message.role, "content": message.content}
     line: Json = {
         "type": message.role,
@@ -9454,10 +9485,8 @@ def message_line(
     if message.role == "assistant":
         # 2.1.197 merges answers without an id, even across the results between them.
         body["id"] = new_id("msg_")
-        body["content"] = [
-            {**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
-            for block in message.content
-        ]
+        if any(map(is_thinking, message.content)):
+            body["model"] = model_id
     else:
         body["content"] = escape_slash_command(extract_large_images(message.content), version)
         # Without this, newer versions run slash commands and read files named with an @.
@@ -9466,6 +9495,7 @@ def message_line(
             line["shouldQuery"] = False
         if rewind_point is not None:
             line["uuid"] = rewind_point.id
+    body["content"] = [_with_api_names(block) for block in body["content"]]
     return _line(line)
 
 
@@ -9559,11 +9589,14 @@ def _thinking_line(options: Options) -> bytes:
 
 def _rebuild_options(turn: Turn) -> Options:
     """Return the options for a conversation that is rebuilt. A model that thinks by budget needs
-    the thinking before a tool call back together with the result. The history cannot carry
-    thinking, so it is switched off in this case."""
-    if turn.messages[-1].has_results and turn.model.thinking == "budget":
-        return turn.options._replace(thinking_tokens=0)
-    return turn.options
+    the thinking before a tool call back together with the result. Where the history lacks it,
+    thinking is switched off."""
+    *earlier, last = turn.messages
+    if turn.model.thinking != "budget" or not last.has_results:
+        return turn.options
+    if earlier and is_thinking(earlier[-1].content[0]):
+        return turn.options
+    return turn.options._replace(thinking_tokens=0)
 
 
 def _told_call(turn: Turn) -> str:
@@ -9624,8 +9657,7 @@ def _earlier_message(message: Message, tools: Mapping[str, Tool]) -> Message:
             kept += text_blocks(server_block_text(block))
         elif block["type"] == "tool_use":
             kept.append(earlier_call(block, tools))
-        elif "thinking" not in block["type"]:
-            # claude drops the thinking of earlier answers in any case.
+        else:
             kept.append(block)
     return Message(message.role, kept)
 
@@ -9634,14 +9666,23 @@ def _earlier_message(message: Message, tools: Mapping[str, Tool]) -> Message:
 _OPENING_TEXT = "(The user opens the conversation.)"
 
 
+def _limit_line(tokens: str) -> bytes:
+    """Return the control request that sets the length from which claude refuses a prompt."""
+    return control_line("apply_flag_settings", settings={"env": {BLOCKING_LIMIT: tokens}})
+
+
 def conversation_steps(
     turn: Turn, operator_prompt: str, version: Version, *, agent: bool = False,
-    rewind_point: RewindPoint | None = None,
+    rewind_point: RewindPoint | None = None, pin: bool = False,
 ) -> list[bytes]:
     """Return the lines that give a fresh process the whole conversation, as steps. Wait for a
     `result` line after each step but the last, which requests the answer. Each earlier step ends
     with one user message: without waiting, claude would lose the order of the messages. Assistant
-    messages get no `result` of their own."""
+    messages get no `result` of their own.
+
+    With `pin` the first step asks, under a limit that makes claude refuse the question by itself
+    (see `is_pinned`). claude puts its reminders beside the first message that asks, so they stand
+    beside the first message of the conversation, as they do where it has grown turn by turn."""
     texts = (turn.system, operator_prompt.strip(), _told_call(turn))
     system = "\n\n".join(text for text in texts if text)
     fields: Json = {"systemPrompt": [system] if system else [], "hooks": _FAILURE_HOOKS}
@@ -9657,7 +9698,15 @@ def conversation_steps(
     pending = control_line("initialize", **fields)
     options = _rebuild_options(turn)
     pending += settings_lines(options, choice, tools if alone else (), more_tools)
-    steps = []
+    *steps, pending = _history_steps(turn, version, pending, pin=pin)
+    asked = message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
+    return [*steps, pending + asked]
+
+
+def _history_steps(turn: Turn, version: Version, pending: bytes, *, pin: bool) -> list[bytes]:
+    """Return the steps up to the last message, with `pending` in front. The last step is not
+    complete."""
+    steps: list[bytes] = []
     by_name = {tool.name: tool for tool in turn.tools}
     told = (_earlier_message(message, by_name) for message in turn.messages[:-1])
     # claude answers no empty message, and waiting for a `result` would never end.
@@ -9666,12 +9715,13 @@ def conversation_steps(
         # claude loses an answer that has no message before it.
         earlier = [Message("user", text_blocks(_OPENING_TEXT)), *earlier]
     for message in earlier:
-        pending += message_line(message, version, ask=False)
+        is_pinned = pin and not steps and message.role == "user"
+        pending += _limit_line(_REACHED_LIMIT) if is_pinned else b""
+        pending += message_line(message, version, ask=is_pinned, model_id=turn.model.id)
         if message.role == "user":
             steps.append(pending)
-            pending = b""
-    asked = message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
-    return [*steps, pending + asked]
+            pending = _limit_line(UNREACHED_LIMIT) if is_pinned else b""
+    return [*steps, pending]
 
 
 def continuation_lines(
@@ -10245,6 +10295,40 @@ def check_history_result(line: Json) -> None:
         raise UpstreamFailed(f"claude did not accept the conversation: {reason}")
 
 
+class NotPinned(Exception):
+    """claude did not refuse the first message of a history as it should; see `conversation_steps`.
+    The process is of no use."""
+
+    def __init__(self, line: Json, *, was_asked: bool) -> None:
+        """`line` shows it. `was_asked` means that claude has sent the message to the API."""
+        super().__init__(one_line(str(line.get("terminal_reason") or line.get("type"))))
+        self.line = line
+        self.was_asked = was_asked
+
+
+def is_pinned(line: Json) -> bool:
+    """Return whether claude has refused the first message of a history with this line, which is one
+    of those that come after it. Raise NotPinned when claude asks the API, or refuses something
+    else.
+
+    A refused message prints `init`, `status`, a message of the model <synthetic> and a `result`."""
+    kind = line.get("type")
+    is_result, is_error = kind == "result", bool(line.get("is_error"))
+    if is_result and is_error and line.get("terminal_reason") == "blocking_limit":
+        return True
+    is_synthetic = _object(line.get("message")).get("model") == "<synthetic>"
+    was_asked = (
+        kind in ("stream_event", "rate_limit_event")
+        or (kind == "assistant" and not is_synthetic)
+        or line.get("subtype") == "api_retry"
+        or (is_result and (not is_error or line.get("api_error_status") is not None))
+    )
+    is_refused = _object(line.get("response")).get("subtype") == "error"
+    if was_asked or is_result or is_refused:
+        raise NotPinned(line, was_asked=was_asked)
+    return False
+
+
 # How a turn is read. claude prints the API's stream events of one message or several, lines of its
 # own between them, and a `result` at the end. Three machines and a record of failures read these
 # lines. TurnReader gives each line to the one that it concerns, and makes the transitions in which
@@ -10777,7 +10861,7 @@ FIXED_ENVIRONMENT = {
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
     # claude would refuse some 90 small images, because it estimates 2,000 tokens for each. The API
     # enforces the real limit.
-    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000",
+    BLOCKING_LIMIT: UNREACHED_LIMIT,
     "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
     "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
@@ -10799,8 +10883,9 @@ FIXED_ENVIRONMENT = {
     "MAX_STRUCTURED_OUTPUT_RETRIES": "2",
     "XDG_CACHE_HOME": "/dev/null/none",
 }
-#: Set outside agent mode: claude then does not open its socket for other sessions of the user.
-_RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1"}
+#: Set outside agent mode. claude then does not open its socket for other sessions of the user; and
+#: it tells the model this shell rather than the owner's, alike however the server was started.
+_RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1", "SHELL": "/bin/bash"}
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -10915,6 +11000,8 @@ class TurnInput(NamedTuple):
 
     steps: list[bytes]
     results: Iterable[Block] = ()
+    #: Whether the first of several steps asks, so that claude refuses it.
+    pins: bool = False
 
 
 class Program(NamedTuple):
@@ -11774,6 +11861,15 @@ class ChildPipes:
         return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
 
 
+def _until_pinned(lines: Iterator[Json | Tick | Pause]) -> Iterator[Event]:
+    """Wait until claude has refused the first message of the history. Raise NotPinned."""
+    for line in lines:
+        if not isinstance(line, dict):
+            yield line
+        elif is_pinned(line):
+            return
+
+
 def _until_result(lines: Iterator[Json | Tick | Pause]) -> Iterator[Event]:
     """Wait until claude has accepted a message of the history."""
     for line in lines:
@@ -11841,7 +11937,8 @@ class ClaudeProcess:
 
         Tool results continue the turn that ended with the calls; no step is needed then. The
         iterator ends after Finished. Raise an error that claude reports or that its exit causes,
-        UpstreamTimeout at the deadline, ClientGone. A process that hangs is `broken` afterwards.
+        UpstreamTimeout at the deadline, ClientGone, NotPinned. A process that hangs is `broken`
+        afterwards.
         """
         self._last_event_s = self._clock()
         events: list[Event] = []
@@ -11870,9 +11967,10 @@ class ClaudeProcess:
         self._liveness.start_wait()
         if not turn_input.results and not self._turn_is_over:
             yield from _until_result(lines)
-        for step in turn_input.steps[:-1]:
+        for index, step in enumerate(turn_input.steps[:-1]):
             self._send(step)
-            yield from _until_result(lines)
+            is_pin = turn_input.pins and index == 0
+            yield from _until_pinned(lines) if is_pin else _until_result(lines)
         self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
         self._turn_is_over, self.has_asked = False, True
 
@@ -12789,7 +12887,7 @@ class ProcessPool:
 
 # ==== 30. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
-# and responses by their ids.
+# and responses by their ids. And the thinking of answers, for conversations that are rebuilt.
 
 
 class Sessions:
@@ -12965,6 +13063,75 @@ class Responses:
         self.get(caller, response_id)
         with self._lock:
             self._forget(response_id)
+
+
+#: The limit for all remembered answers together.
+_MAX_THINKING_BYTES = 32 * 1024 * 1024
+
+
+def _answer_places(turn: Turn, scope: str) -> Iterator[tuple[int, str]]:
+    """Yield the index of each answer in a turn's history, and the key under which its thinking is
+    remembered: one of the caller, of the model, and of whether thinking is switched off, since the
+    API may refuse thinking where it is. Ids of tool calls make an answer unique; any other one is
+    known by the whole conversation up to it. So no thinking gets into another conversation that
+    happens to have an answer of the same words."""
+    owner = [scope, turn.model.id, str(turn.options.thinking_tokens == 0)]
+    conversation = hashlib.sha256(joined_parts([*owner, turn.system]))
+    for index, message in enumerate(turn.messages):
+        conversation.update(message.digest.encode("ascii"))
+        if message.role == "assistant":
+            has_calls = any(block["type"] == "tool_use" for block in message.content)
+            key = digest([*owner, message.digest]) if has_calls else conversation.hexdigest()
+            yield index, key
+
+
+class ThinkingMemory:
+    """The latest answers with thinking. A conversation that goes to another process gets them back
+    as the model gave them: the API's prompt cache holds them like this, and a model that thinks by
+    budget needs its thinking in a tool loop. Clients lose it, and what they send of it counts for
+    nothing, so that nobody can make the API refuse a prompt by a signature that is not its own."""
+
+    def __init__(self, max_bytes: int = _MAX_THINKING_BYTES) -> None:
+        self._max_bytes = max_bytes
+        # Guards the fields below.
+        self._lock = threading.Lock()
+        #: The blocks of an answer as JSON, by its key; the least recently used first.
+        self._answers: dict[str, bytes] = {}
+        self._size_bytes = 0
+
+    def put(self, turn: Turn, scope: str, blocks: list[Block]) -> None:
+        """Remember the answer to a turn of this caller if it can be told again as it was: its
+        thinking is complete, and it has no blocks of the API's own tools."""
+        thinking = [block for block in blocks if is_thinking(block)]
+        is_whole = all(block.get("signature") or block.get("data") for block in thinking)
+        if not thinking or not is_whole or any(map(is_server_block, blocks)):
+            return
+        answered = turn._replace(messages=[*turn.messages, Message("assistant", blocks)])
+        *_, (_, key) = _answer_places(answered, scope)
+        data = to_json(blocks)
+        with self._lock:
+            self._size_bytes += len(data) - len(self._answers.pop(key, b""))
+            self._answers[key] = data
+            while self._size_bytes > self._max_bytes:
+                self._size_bytes -= len(self._answers.pop(next(iter(self._answers))))
+
+    def restored(self, turn: Turn, scope: str) -> Turn:
+        """Return the turn of this caller with the answers that are remembered, as they were."""
+        messages = list(turn.messages)
+        for index, key in _answer_places(turn, scope):
+            data = self._take(key)
+            if data:
+                blocks: list[Block] = json.loads(data)
+                messages[index] = Message("assistant", blocks)
+        return turn._replace(messages=messages)
+
+    def _take(self, key: str) -> bytes:
+        """Return a remembered answer, which is the last to be forgotten then."""
+        with self._lock:
+            data = self._answers.pop(key, b"")
+            if data:
+                self._answers[key] = data
+        return data
 
 
 # ==== 31. Cache ==============================================================
@@ -14515,6 +14682,8 @@ class TurnRunner:
         self._attempt: Attempt | None = None
         #: Whether the process of an answer that nobody waits for serves again.
         self._is_process_kept = False
+        #: Whether reminders may be pinned to the first message of the history.
+        self._can_pin = True
         self._set_turn(record.turn)
         self._limits = WaitLimits(
             client=job.client,
@@ -14621,6 +14790,9 @@ class TurnRunner:
             except BadRequest as error:
                 self._adapt(error)
                 attempts = [self._rebuild, self._rebuild]
+            except NotPinned as problem:
+                self._stop_pinning(attempt.process.version, problem)
+                attempts = [self._rebuild, self._rebuild]
             self._give_up()
             if record.has_output:
                 record.add(Restarted(), app.clock())
@@ -14635,6 +14807,16 @@ class TurnRunner:
         self._app.catalog.add_refusal(refusal)
         self._log_change("model_refuses", refused=refusal.field, detail=error.message)
         self._set_turn(after_refusal(self._turn, refusal))
+
+    def _stop_pinning(self, version: Version, problem: NotPinned) -> None:
+        """Give the rest of this request's attempts, and all later ones if claude has asked the API,
+        a history without a pin."""
+        self._can_pin = False
+        if problem.was_asked:
+            self._app.pinning.give_up(version, str(problem))
+        if problem.line.get("type") == "stream_event":
+            # What the API has counted until now.
+            self._record.readers[-1].events(problem.line)
 
     def _log_change(self, name: str, **more: object) -> None:
         """Log why the request is repeated in another form."""
@@ -14701,6 +14883,7 @@ class TurnRunner:
     def _rebuild(self) -> Attempt:
         """Take a fresh process for the whole conversation."""
         app, record, turn = self._app, self._record, self._turn
+        turn = app.thinking.restored(turn, self._job.caller.scope)
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
@@ -14711,14 +14894,17 @@ class TurnRunner:
         app.wakeups.put("tend")
         process.tools = ToolServer(turn.tools)
         point = rewind_point_of(turn)
+        is_agent = app.config.is_agent
+        # An agent that asked the API would run its tools.
+        pins = self._can_pin and not is_agent and app.pinning.is_used(process.version)
         steps = conversation_steps(
-            turn, app.config.system_prompt, process.version, agent=app.config.is_agent,
-            rewind_point=point,
+            turn, app.config.system_prompt, process.version, agent=is_agent,
+            rewind_point=point, pin=pins,
         )
         given = len(turn.messages) - 1
         history = self._history._replace(digests=self._history.digests[:-1], context="")
         conversation = Conversation(history, messages_given=given)
-        return Attempt(process, conversation, TurnInput(steps), point)
+        return Attempt(process, conversation, TurnInput(steps, pins=pins), point)
 
     # -- converse ---------------------------------------------------------------------------------
 
@@ -14732,12 +14918,15 @@ class TurnRunner:
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
         record.readers.append(reader)
         bounds = AnswerFilter(turn.options, turn.output_schema)
+        told = AnswerBuilder() if turn.options.hides_thinking else None
         if self._watch is not None:
             self._watch.begin()
         for heard in attempt.process.converse(attempt.turn_input, self._limits, reader):
             if isinstance(heard, Pause):
                 yield heard
                 continue
+            if told is not None:
+                told.add(heard)
             for event in self._released(bounds.events(heard)):
                 if isinstance(event, Finished):
                     usage = record.usage if bounds.ended else event.usage
@@ -14746,6 +14935,8 @@ class TurnRunner:
                     event = event._replace(usage=usage)
                 record.add(event, self._app.clock())
                 if isinstance(event, Finished):
+                    if not bounds.ended:
+                        self._remember_thinking(event, told)
                     self._put_away(attempt, event, is_cut=bounds.ended)
                 yield event
             if bounds.ended:
@@ -14760,6 +14951,16 @@ class TurnRunner:
         if watch.is_missing:
             self._job.headers["X-OCP-Tool-Choice"] = "not-honoured"
         return released
+
+    def _remember_thinking(self, finished: Finished, told: AnswerBuilder | None) -> None:
+        """Keep the thinking of an answer that is one message of the model. An agent's answer has
+        several, and a structured one was a call of claude's own. `told` has what the client does
+        not get of it."""
+        turn, scope = self._record.turn, self._job.caller.scope
+        is_message = not self._config.is_agent and turn.output_schema is None
+        if is_message and finished.stop_reason in PARKABLE:
+            answer = self._record.answer() if told is None else told.answer(finished)
+            self._app.thinking.put(turn, scope, answer.blocks)
 
     # -- release ----------------------------------------------------------------------------------
 
@@ -15235,6 +15436,40 @@ class ProgramMonitor:
             self._log.event(level, "claude_unavailable", detail=error.message)
 
 
+class Pinning:
+    """Which versions of claude put their reminders beside the first message of a rebuilt
+    conversation because OCP makes them, so that the API's prompt cache knows its beginning.
+
+    They are made to with an undocumented variable. A version that turned out to ignore it would ask
+    the API each time."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        # Guards the set.
+        self._lock = threading.Lock()
+        self._unpinned: set[Version | None] = set()
+
+    def is_used(self, version: Version) -> bool:
+        """Return whether conversations are pinned with this version. Older ones do not need it."""
+        return version >= REMINDS_WHERE_ASKED_SINCE and self.works(version)
+
+    def works(self, version: Version | None) -> bool:
+        """Return whether this version has not failed; None is a version that is not known."""
+        with self._lock:
+            return version not in self._unpinned
+
+    def give_up(self, version: Version, reason: str) -> None:
+        """Pin nothing with this version any more, and log that once."""
+        with self._lock:
+            is_news = version not in self._unpinned
+            self._unpinned.add(version)
+        if is_news:
+            self._log.event(
+                "warn", "prompt_cache_not_kept", claude=".".join(map(str, version)), reason=reason,
+                help="conversations that move to another claude miss the API's prompt cache",
+            )
+
+
 class LoginMonitor:
     """When to check a login again that was refused: when claude's credentials have changed, and
     from time to time, because they are not always in a file."""
@@ -15291,6 +15526,7 @@ class App:
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
         self.responses = Responses(clock)
+        self.pinning = Pinning(log)
         self.cache = Cache(clock)
         self.draining = False
         self.large_bodies = LargeBodies()
@@ -15330,6 +15566,7 @@ class App:
             self.log.event("error", "stored_key_ignored", id=key_id, why=why)
         self.ledger = Ledger(self.store)
         self.sessions = Sessions(self.store)
+        self.thinking = ThinkingMemory()
         self._prune_at_s = self._write_use_at_s = self.clock()
 
     def _tend_storage(self) -> None:
@@ -16869,6 +17106,8 @@ def snapshot(app: App) -> Json:
         "storageFix": app.state_folder.status[1] or None,
         "claudeBinaryOk": problem is None,
         "claudeVersion": program.version_text if program is not None else None,
+        # Whether conversations that move to another process keep the API's prompt cache.
+        "promptCacheKept": app.pinning.works(program.version if program is not None else None),
         # Whether answers are billed as extra usage: "none", "billed", or "stopped" for that reason.
         "extraUsage": extra_usage,
         "fix": fix or advice or None,

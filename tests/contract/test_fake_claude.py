@@ -80,7 +80,8 @@ class Subject:
         self.folder = folder
         self.env = clean_env(
             HOME=str(folder / "home"), CLAUDE_AGENT_SDK_MCP_NO_PREFIX="1",
-            CLAUDE_CODE_DISABLE_ATTACHMENTS="1", CLAUDE_CODE_MAX_RETRIES="1")
+            CLAUDE_CODE_DISABLE_ATTACHMENTS="1", CLAUDE_CODE_MAX_RETRIES="1",
+            DISABLE_AUTO_COMPACT="1", DISABLE_COMPACT="1")
         (folder / "home").mkdir()
         (folder / "work").mkdir()
 
@@ -128,6 +129,7 @@ class FakeSubject(Subject):
             "temperature": extra.get("temperature"),
             "effort": event["settings"].get("effortLevel", "high"),
             "thinks": event["thinking"] != 0,
+            "reminded": event["reminded"],
         }
 
 
@@ -154,7 +156,15 @@ class RealSubject(Subject):
             "temperature": body.get("temperature"),
             "effort": body["output_config"]["effort"],
             "thinks": body.get("thinking", {}).get("type", "disabled") != "disabled",
+            "reminded": reminded(body["messages"]),
         }
+
+
+def reminded(messages: Sequence[Mapping[str, Json]]) -> int:
+    """The number of the message with the program's reminders."""
+    (number,) = [number for number, message in enumerate(messages)
+                 if "<system-reminder>" in json.dumps(message["content"])]
+    return number
 
 
 def plain_messages(messages: Sequence[Mapping[str, Json]]) -> list[tuple[str, list[Json]]]:
@@ -335,6 +345,71 @@ def test_history_reaches_the_model_as_it_was_sent(subject: Subject) -> None:
     assert first["messages"] == history
     assert second["messages"] == [*history, answer, said("user", "three")]
     assert answer[0] == "assistant" and answer[1][0]["text"]
+
+
+@pytest.mark.differs_by_version
+def test_thinking_of_the_history_stays_if_it_is_said_to_be_of_the_same_model(
+    subject: Subject,
+) -> None:
+    thinking = [{"type": "thinking", "thinking": "hm", "signature": "c2ln"},
+                {"type": "redacted_thinking", "data": "c2VhbGVk"}]
+    words = [{"type": "text", "text": "eins"}]
+    named = ("claude-sonnet-4-6", "claude-sonnet-4-6-20260101", "claude-opus-4-8", None)
+    with subject.start() as claude:
+        ready(claude)
+        for model in named:
+            claude.past("one")
+            claude.send_assistant([*thinking, *words], **({"model": model} if model else {}))
+        claude.turn("two")
+    answers = [blocks for role, blocks in subject.queries()[0]["messages"] if role == "assistant"]
+    recent = subject.version != "2.1.197"
+    # 2.1.197 wants the exact id.
+    assert answers == [
+        [*thinking, *words], [*thinking, *words] if recent else words, words, words]
+
+
+def limit(claude: ClaudeDriver, tokens: str) -> None:
+    env = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": tokens}
+    assert claude.control("apply_flag_settings", settings={"env": env})["subtype"] == "success"
+
+
+@pytest.mark.differs_by_version
+def test_reminders_stand_beside_the_first_message_that_asks(subject: Subject) -> None:
+    recent = subject.version != "2.1.197"
+    for first_asks in (True, False):
+        with subject.start() as claude:
+            ready(claude)
+            claude.turn("one") if first_asks else claude.past("one")
+            if not first_asks:
+                claude.send_assistant([{"type": "text", "text": "eins"}])
+            claude.turn("two")
+            claude.turn("three")
+    assert [query["reminded"] for query in subject.queries()] == [
+        0, 0, 0, *([2, 2] if recent else [0, 0])]
+
+
+@pytest.mark.differs_by_version
+def test_a_question_beyond_the_limit_is_refused_without_asking_and_keeps_the_reminders(
+    subject: Subject,
+) -> None:
+    subject.script(text("zwei"), text("drei"))
+    with subject.start() as claude:
+        ready(claude)
+        limit(claude, "1")
+        lines = claude.turn("one")
+        assert subject.queries() == []
+        limit(claude, "1000000000")
+        claude.send_assistant([{"type": "text", "text": "eins"}])
+        claude.turn("two", uuid=question_id(2))
+        assert forgets(claude, 2)["rewound"] is True
+        claude.turn("three")
+    assert shape(lines) == ["init", "status", "assistant", "result"]
+    assert lines[-2]["message"]["model"] == "<synthetic>"
+    assert (lines[-1]["is_error"], lines[-1]["terminal_reason"]) == (True, "blocking_limit")
+    assert (lines[-1]["api_error_status"], lines[-1]["result"]) == (None, "Prompt is too long")
+    history = [said("user", "one"), said("assistant", "eins")]
+    assert [(query["messages"], query["reminded"]) for query in subject.queries()] == [
+        ([*history, said("user", "two")], 0), ([*history, said("user", "three")], 0)]
 
 
 def test_user_messages_in_a_row_become_one(subject: Subject) -> None:

@@ -78,8 +78,10 @@ class ClaudeDriver:
         self.send({"type": "user", "message": message, "parent_tool_use_id": None,
                    "session_id": "default", "client_composed": True, **fields})
 
-    def send_assistant(self, content: Json) -> None:
-        message = {"role": "assistant", "content": content, "id": f"msg_{os.urandom(8).hex()}"}
+    def send_assistant(self, content: Json, **fields: Json) -> None:
+        """Put an answer into the history; `fields` are of its message."""
+        message = {"role": "assistant", "content": content, "id": f"msg_{os.urandom(8).hex()}",
+                   **fields}
         self.send({"type": "assistant", "message": message, "parent_tool_use_id": None,
                    "session_id": "default"})
 

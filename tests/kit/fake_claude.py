@@ -9,7 +9,8 @@ Environment:
         {"event": "start", "pid", "argv", "env", "cwd"}
         {"event": "line",  "pid", "line"}       every line of stdin
         {"event": "query", "pid", "model", "system", "settings", "thinking", "schema",
-                           "tools", "messages"} every time the model would be asked
+                           "tools", "messages", "reminded"} every time the model would be asked;
+                           the program's own reminders are in the message of the last number
         {"event": "exit",  "pid", "why", "code"}
 
 Scenario file, read again whenever a turn begins; a new content starts at its first turn:
@@ -19,6 +20,7 @@ Scenario file, read again whenever a turn begins; a new content starts at its fi
     usage           fields for the answer to get_usage
     models          what the answer to `initialize` lists, default nothing
     unsupported     control requests that are refused
+    unlimited       true: BLOCKING_LIMIT is ignored
     start_delay_ms  sleep before the first look at stdin
     startup         steps played before the first look at stdin, for instance an exit
     turns           list of lists of steps: the n-th query of a process plays the n-th list
@@ -34,6 +36,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -49,6 +52,9 @@ USAGE = {
     "cache_creation_input_tokens": 3,
     "output_tokens": 7,
 }
+#: The number of tokens from which a prompt is refused without asking the model.
+BLOCKING_LIMIT = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
+TOO_LONG = "Prompt is too long"
 #: The query's system prompt when `initialize` named none, or never came.
 AGENT_PROMPT = "(the long prompt of an interactive agent)"
 #: The JSON-RPC id of each tools/call: there is never more than one under way.
@@ -232,6 +238,19 @@ def as_blocks(content: Json) -> list[Step]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
+THINKING = ("thinking", "redacted_thinking")
+
+
+def is_same_model(said: str, own: str, is_recent: bool) -> bool:
+    """Whether an answer of the history counts as one of the process's own model. The newer program
+    takes the id with a date for the same."""
+    own = own.replace("[1m]", "")
+    if not is_recent:
+        return said == own
+    names = [re.sub(r"-\d{8}$", "", name.replace("[1m]", "")) for name in (said, own)]
+    return names[0] == names[1]
+
+
 def new_uuid() -> str:
     digits = os.urandom(16).hex()
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
@@ -244,6 +263,8 @@ class History:
         resumed = options.get("--resume") or options.get("-r")
         self.session_id = resumed or options.get("--session-id") or new_uuid()
         self._messages: list[Step] = []
+        #: The message beside which the newer program put its reminders.
+        self._reminded: Optional[int] = None
         #: Where the user's lines are, by their UUIDs, in their order.
         self._places: dict[str, int] = {}
         self._path = None if "--no-session-persistence" in options else self._file()
@@ -286,18 +307,32 @@ class History:
         if not is_recent and all(m["role"] != "assistant" for m in self._messages[:place]):
             return "no preceding assistant"
         del self._messages[place:], self._places[line_id]
+        if self._reminded is not None and self._reminded >= place:
+            self._reminded = None
         return ""
 
+    def remind(self) -> None:
+        """Put the reminders beside the last message, unless they are somewhere already."""
+        if self._reminded is None:
+            self._reminded = len(self._messages) - 1
+
     def for_model(self) -> list[Step]:
-        """The messages as the API takes them: no thinking, neighbours of one role joined."""
+        """The messages as the API takes them: neighbours of one role joined."""
+        return self._joined(self._messages)
+
+    def reminded(self) -> int:
+        """The number of the message for the model with the reminders."""
+        before = self._messages[:(self._reminded or 0) + 1]
+        return len(self._joined(before)) - 1
+
+    def _joined(self, messages: list[Step]) -> list[Step]:
         joined: list[Step] = []
-        for message in self._messages:
-            blocks = [block for block in message["content"]
-                      if block.get("type") not in ("thinking", "redacted_thinking")]
+        for message in messages:
+            blocks = message["content"]
             if joined and joined[-1]["role"] == message["role"]:
                 joined[-1]["content"] += blocks
             elif blocks:
-                joined.append({"role": message["role"], "content": blocks})
+                joined.append({"role": message["role"], "content": list(blocks)})
         return joined
 
     def last_user_text(self) -> str:
@@ -423,7 +458,15 @@ class FakeClaude:
         elif kind == "user":
             self.user_lines.append(line)
         elif kind == "assistant":
-            self.history.add("assistant", line["message"]["content"])
+            self.take_answer(line["message"])
+
+    def take_answer(self, message: Step) -> None:
+        """Put an answer into the history, with its thinking only if it is said to be by the same
+        model."""
+        blocks = as_blocks(message["content"])
+        if not is_same_model(str(message.get("model")), self.model, self.scenario.is_recent):
+            blocks = [block for block in blocks if block.get("type") not in THINKING]
+        self.history.add("assistant", blocks)
 
     def sleep(self, seconds: float) -> None:
         """Pass the time; during a turn the client is heard meanwhile."""
@@ -558,7 +601,24 @@ class FakeClaude:
             self.emit_init()
             self.emit_result("", num_turns=0)
             return
+        if self.scenario.is_recent:
+            self.history.remind()
+        if self.is_too_long():
+            self.emit_init()
+            self.emit("system", subtype="status", status="requesting")
+            self.emit_synthetic(TOO_LONG, error="invalid_request")
+            self.emit_result(TOO_LONG, is_error=True, stop_reason="stop_sequence",
+                             terminal_reason="blocking_limit")
+            return
         self.take_turn()
+
+    def is_too_long(self) -> bool:
+        """Whether the program refuses the prompt by itself."""
+        env = self.settings.get("env", {})
+        limit = env.get(BLOCKING_LIMIT, os.environ.get(BLOCKING_LIMIT))
+        if not limit or self.scenario.fields.get("unlimited"):
+            return False
+        return len(json.dumps(self.history.for_model())) // 4 >= int(limit)
 
     def command_in(self, line: Step) -> str:
         """The slash command that the older program sees at the start of the last text."""
@@ -587,7 +647,8 @@ class FakeClaude:
         record(
             "query", model=self.model, system=setup.get("systemPrompt", [AGENT_PROMPT]),
             settings=self.settings, thinking=self.thinking, schema=setup.get("jsonSchema"),
-            tools=self.tools, messages=self.history.for_model())
+            tools=self.tools, messages=self.history.for_model(),
+            reminded=self.history.reminded())
         self.emit("system", subtype="status", status="requesting")
         steps = self.scenario.next_steps()
         if steps is None:

@@ -894,13 +894,126 @@ def test_a_conversation_that_the_assistant_began_is_laid_down_too() -> None:
 def test_a_message_of_which_nothing_is_left_is_no_step() -> None:
     turn = a_turn(("user", ""), ("assistant", "b"), ("assistant", ""), ("user", ""), ("user", "c"))
     turn.messages[0].content[:] = [{"type": "server_tool_use", "id": "s", "name": "x", "input": {}}]
-    turn.messages[2].content[:] = [{"type": "thinking", "thinking": "Hm.", "signature": "s"}]
+    turn.messages[2].content[:] = []
     turn.messages[3].content[:] = []
 
     assert [[brief(line) for line in step] for step in steps_of(turn)] == [
         ["initialize", "user (The user opens the conversation.)"],
         ["assistant b", "user c+"],
     ]
+
+
+def limits_of(step: list[Json]) -> list[str]:
+    """The lengths from which claude refuses a prompt, as a step sets them."""
+    settings = [line["request"].get("settings", {}) for line in step if "request" in line]
+    name = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
+    return [found["env"][name] for found in settings if name in found.get("env", {})]
+
+
+@pytest.mark.parametrize("opening", [(), ("assistant",)], ids=["user", "assistant"])
+def test_a_pinned_history_asks_its_first_message_under_a_limit_of_its_own(
+    opening: tuple[str, ...]
+) -> None:
+    begun = [("assistant", "Welcome!")] if opening else []
+    turn = a_turn(*begun, ("user", "a"), ("assistant", "b"), ("user", "c"), max_tokens=7)
+
+    steps = [lines_of(step) for step in ocp.conversation_steps(turn, "", NEW, pin=True)]
+
+    first, *later = [[brief(line) for line in step] for step in steps]
+    head = "(The user opens the conversation.)" if opening else "a"
+    assert first == ["initialize", *["apply_flag_settings"] * 2, f"user {head}+"]
+    assert later[0][0] == "apply_flag_settings"
+    assert [line for step in later for line in step[-1:]] == [
+        *(["user a"] if opening else []), "user c+"]
+    assert [limits_of(step) for step in steps[:2]] == [
+        ["1"], [ocp.FIXED_ENVIRONMENT["CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"]]]
+
+
+def test_a_single_question_needs_no_pin() -> None:
+    turn = a_turn(("user", "Hi"))
+
+    (step,) = ocp.conversation_steps(turn, "", NEW, pin=True)
+
+    assert [brief(line) for line in lines_of(step)] == ["initialize", "user Hi+"]
+
+
+SYNTHETIC = {"type": "assistant", "message": {"model": "<synthetic>", "content": []}}
+REFUSED = {"type": "result", "subtype": "success", "is_error": True,
+           "terminal_reason": "blocking_limit", "api_error_status": None}
+
+
+def test_a_message_counts_as_pinned_when_claude_has_refused_it_by_itself() -> None:
+    lines = [
+        {"type": "control_response", "response": {"subtype": "success"}},
+        {"type": "system", "subtype": "init"}, {"type": "system", "subtype": "status"},
+        {"type": "news"}, {"type": ["result"]}, SYNTHETIC, REFUSED]
+
+    assert [ocp.is_pinned(line) for line in lines] == [*[False] * 6, True]
+
+
+@pytest.mark.parametrize(("line", "was_asked"), [
+    (stream("message_start"), True),
+    ({"type": "assistant", "message": {"model": "claude-sonnet-4-6"}}, True),
+    ({"type": "assistant", "message": "odd"}, True),
+    ({"type": "system", "subtype": "api_retry"}, True),
+    ({"type": "rate_limit_event"}, True),
+    ({**REFUSED, "terminal_reason": "api_error", "api_error_status": 429}, True),
+    ({**REFUSED, "is_error": False}, True),
+    ({**REFUSED, "terminal_reason": "completed", "is_error": False}, True),
+    ({**REFUSED, "terminal_reason": "error"}, False),
+    ({"type": "result", "is_error": True}, False),
+    ({"type": "control_response", "response": {"subtype": "error", "error": "no"}}, False),
+])
+def test_anything_else_shows_that_the_first_message_is_not_pinned(
+    line: Json, was_asked: bool
+) -> None:
+    with pytest.raises(ocp.NotPinned) as raised:
+        ocp.is_pinned(line)
+
+    assert raised.value.was_asked is was_asked
+
+
+THINKING = {"type": "thinking", "thinking": "Hm.", "signature": "c2ln"}
+
+
+def test_an_answer_of_the_history_with_thinking_names_its_model() -> None:
+    turn = a_turn(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"),
+                  ("user", "e"))
+    turn.messages[1].content.insert(0, THINKING)
+    turn = turn._replace(model=MODELS.find("claude-sonnet-4-6")._replace(argument="x[1m]"))
+
+    answers = [line["message"] for step in steps_of(turn) for line in step
+               if line["type"] == "assistant"]
+
+    assert [answer.get("model") for answer in answers] == ["claude-sonnet-4-6", None]
+    assert answers[0]["content"] == [THINKING, text("b")]
+
+
+def test_a_loop_that_is_told_with_its_thinking_keeps_the_budget() -> None:
+    call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [text("Sunny.")]}
+    turn = a_turn(("user", "Hi"), ("assistant", ""), ("user", ""), thinking_tokens=2_048)
+    turn.messages[1].content[:] = [THINKING, call]
+    turn.messages[2].content[:] = [result]
+
+    (first, _) = steps_of(turn._replace(model=MODELS.find("claude-haiku-4-5")))
+
+    assert thinking_of(first) == [2_048]
+
+
+@pytest.mark.parametrize(("known", "told"), [
+    ("toolu01AbC", "toolu_01AbC"), ("toolu01AbCr2", "toolu_01AbCr2"), ("tooluAbC", "tooluAbC"),
+    ("call1", "call1"), ("xtoolu01", "xtoolu01")])
+def test_calls_are_told_by_the_ids_that_the_api_gave_them(known: str, told: str) -> None:
+    call = {"type": "tool_use", "id": known, "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": known, "content": [text("Sunny.")]}
+    lines = [
+        *lines_of(ocp.message_line(ocp.Message("assistant", [call]), NEW, ask=False)),
+        *lines_of(ocp.message_line(ocp.Message("user", [result]), NEW, ask=True))]
+
+    asked, answered = [line["message"]["content"][0] for line in lines]
+
+    assert (asked["id"], answered["tool_use_id"]) == (told, told)
 
 
 @pytest.mark.parametrize(
@@ -1096,7 +1209,8 @@ UNUSUAL = {
     "NODE_OPTIONS": "--require=/tmp/x.js", "LD_PRELOAD": "/tmp/x.so", "PATHS": "x", "path": "x",
 }
 FIXED = {
-    **ocp.FIXED_ENVIRONMENT, "CLAUDE_CODE_MAX_RETRIES": "2", "CLAUDE_CODE_RESTRICTED": "1"}
+    **ocp.FIXED_ENVIRONMENT, "CLAUDE_CODE_MAX_RETRIES": "2", "CLAUDE_CODE_RESTRICTED": "1",
+    "SHELL": "/bin/bash"}
 
 
 def child_env(environ: Json, **settings: str) -> dict[str, str]:
