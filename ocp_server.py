@@ -490,6 +490,8 @@ _LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
 
 #: The levels of effort of the API, lowest first.
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
+#: Lifetimes in the API's prompt cache, the longest first.
+CACHE_LIFETIMES = ("1h", "5m")
 
 #: The meaning of CLAUDE_ALLOWED_TOOLS=default.
 DEFAULT_AGENT_TOOLS = (
@@ -568,6 +570,19 @@ class Config:
         "clients may let the model search the web, with the API's own tool; keys need the "
         "permission too",
         live="webSearch",
+    )
+    fast_mode: bool = setting(
+        False, "OCP_FAST_MODE",
+        "clients may ask for fast mode, on models that have it; it is billed as usage credits, "
+        "beyond the plan",
+        live="fastMode",
+    )
+    cache_lifetime: str = setting(
+        "plan", "OCP_CACHE_LIFETIME",
+        "lifetime of the prompt in the API's cache: `plan` = as claude decides, `client` = the "
+        "longest `cache_control.ttl` of a request, or as claude decides if it has none; `5m` or "
+        "`1h` = for all requests",
+        choices=("plan", "client", *CACHE_LIFETIMES), live="cacheLifetime",
     )
     system_prompt: str = setting(
         "", "CLAUDE_SYSTEM_PROMPT", "text appended to the system prompt of every request"
@@ -1448,7 +1463,7 @@ BUILTIN_MODELS: Json = {
             "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
             "defaultMaxTokens": 128000, "firstCli": "2.1.280",
             "thinking": "adaptive", "thinkingOff": "never", "forcedTools": False,
-            "sampling": False,
+            "sampling": False, "fastMode": True,
             "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "medium",
             "prices": {
                 "input": 4, "output": 20, "cacheWrite5m": 5, "cacheWrite1h": 8, "cacheRead": 0.2,
@@ -1472,7 +1487,7 @@ BUILTIN_MODELS: Json = {
             "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
             "defaultMaxTokens": 128000, "firstCli": "2.1.290",
             "thinking": "adaptive", "thinkingOff": "never", "forcedTools": False,
-            "sampling": False,
+            "sampling": False, "fastMode": True,
             "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "medium",
             "prices": {
                 "input": 8, "output": 40, "cacheWrite5m": 10, "cacheWrite1h": 16, "cacheRead": 0.2,
@@ -1514,7 +1529,7 @@ BUILTIN_MODELS: Json = {
             "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
             "defaultMaxTokens": 64000, "firstCli": "2.1.219",
             "thinking": "adaptive", "thinkingOff": "disabled", "thinkingOffMaxEffort": "high",
-            "forcedTools": True, "sampling": False,
+            "forcedTools": True, "sampling": False, "fastMode": True,
             "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "high",
             "prices": {
                 "input": 5, "output": 25, "cacheWrite5m": 6.25, "cacheWrite1h": 10,
@@ -1685,6 +1700,8 @@ class Model(NamedTuple):
     long_context: bool = False
     #: Whether claude can switch its thinking off by itself; None = nobody has said.
     cli_thinking_off: bool | None = None
+    #: Whether the API answers faster for usage credits, if asked to.
+    fast_mode: bool = False
     #: Whether it is in the list of models that clients get.
     listed: bool = True
     #: Whether its name is in models.json, or claude offers it.
@@ -1775,6 +1792,7 @@ def _model(row: Json, *, listed: bool) -> Model:
         first_cli=tuple(map(int, first_cli.split("."))) if first_cli else (),
         long_context=row.get("longContext") is True,
         cli_thinking_off=False if row.get("cliThinkingOff") is False else None,
+        fast_mode=row.get("fastMode") is True,
         listed=listed,
         argument=row["id"],
     )
@@ -1789,6 +1807,8 @@ class OfferedModel(NamedTuple):
     efforts: tuple[str, ...]
     #: Whether claude can switch its thinking off by itself; None = it does not say.
     cli_thinking_off: bool | None
+    #: Whether it has fast mode; None = claude does not say.
+    fast_mode: bool | None = None
 
 
 class ModelRefusal(NamedTuple):
@@ -1823,11 +1843,13 @@ def offered_models(rows: object) -> tuple[OfferedModel, ...]:
             each.lower().replace(LONG_CONTEXT_SUFFIX, "") if isinstance(each, str) else ""
             for each in (fields.get("value"), fields.get("resolvedModel"))
         )
-        levels, stops = fields.get("supportedEffortLevels"), fields.get("supportsThinkingOff")
+        levels = fields.get("supportedEffortLevels")
+        switches = (fields.get(field) for field in ("supportsThinkingOff", "supportsFastMode"))
         if name and _CLAUDE_ID.fullmatch(model_id):
             efforts = tuple(e for e in EFFORTS if isinstance(levels, list) and e in levels)
             found.append(OfferedModel(
-                name, model_id, efforts, stops if isinstance(stops, bool) else None
+                name, model_id, efforts,
+                *(switch if isinstance(switch, bool) else None for switch in switches),
             ))
     return tuple(found)
 
@@ -1956,10 +1978,11 @@ class Models:
             )
             # The file lists the newest model first, and this one is newer than the file.
             self._by_id = {offered.id: model, **self._by_id}
-        stops = offered.cli_thinking_off
+        stops, is_fast = offered.cli_thinking_off, offered.fast_mode
         self._by_id[offered.id] = model._replace(
             efforts=offered.efforts or model.efforts,
             cli_thinking_off=model.cli_thinking_off if stops is None else stops,
+            fast_mode=model.fast_mode if is_fast is None else is_fast,
         )
 
     def _resolve(self, alias: str) -> str:
@@ -2147,7 +2170,7 @@ class Models:
         """Return a model that the file does not know, with the properties of the nearest one."""
         return self._nearest(*lineage_of(name))._replace(
             id=name, argument=name, display_name=name, known=False, listed=False, first_cli=(),
-            prices=None, long_prompt_tokens=0, long_prompt_prices=None,
+            prices=None, long_prompt_tokens=0, long_prompt_prices=None, fast_mode=False,
         )
 
     def _nearest(self, family: str, version: tuple[int, ...]) -> Model:
@@ -2572,6 +2595,7 @@ class Options(NamedTuple):
     thinking_type: str = ""
     #: Whether the text of the thinking is left out of the answer.
     hides_thinking: bool = False
+    fast_mode: bool = False
 
     @property
     def api_stops(self) -> tuple[str, ...]:
@@ -2598,6 +2622,9 @@ class Turn(NamedTuple):
     tool_choice: ToolChoice = ToolChoice()
     #: The tools that the API runs itself, in its form.
     server_tools: tuple[Json, ...] = ()
+    #: One of CACHE_LIFETIMES; empty = as claude decides. A conversation keeps its process when this
+    #: changes.
+    cache_lifetime: str = ""
     #: None = an answer in plain text.
     output_schema: OutputSchema | None = None
     #: The number of answers, and the messages for answers 1, 2, ... if their prompts differ.
@@ -2658,8 +2685,9 @@ class Usage(NamedTuple):
     cache_write_tokens: int = 0
     #: None = not known.
     reasoning_tokens: int | None = None
-    #: The API's more detailed counts, unchanged: by lifetime in the cache, by server tool.
-    tables: Mapping[str, Json] = MappingProxyType({})
+    #: What else the API says, unchanged: counts by lifetime in the cache and by server tool, the
+    #: service tier, the speed.
+    more: Mapping[str, Any] = MappingProxyType({})
     web_search_requests: int = 0
 
     @property
@@ -5759,6 +5787,8 @@ class RequestedOptions(NamedTuple):
     thinking: Thinking = Thinking()
     #: Whether a tool call is forced: the API rejects that together with thinking.
     forces_tool: bool = False
+    #: The field that asks for fast mode; empty = none does.
+    fast_mode_field: str = ""
 
 
 def _thinking_tokens(model: Model, requested: RequestedOptions) -> int | None:
@@ -5843,6 +5873,8 @@ def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tup
         thinking = 0
     if wish.budget_tokens and thinking != wish.budget_tokens:
         ignored.append(wish.budget_field)
+    if requested.fast_mode_field and not model.fast_mode:
+        ignored.append(requested.fast_mode_field)
     effort = wish.effort or (model.operator_effort if thinking != 0 else "")
     options = Options(
         max_tokens=requested.max_tokens,
@@ -5851,6 +5883,7 @@ def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tup
         effort=None if effort in ("", "none") else nearest_effort(model, effort),
         thinking_tokens=thinking,
         hides_thinking=wish.hidden,
+        fast_mode=bool(requested.fast_mode_field) and model.fast_mode,
     )
     if thinking != 0:
         return options, tuple(ignored)
@@ -5936,6 +5969,49 @@ def openai_thinking(fields: Fields) -> Thinking:
     )
 
 
+#: Fields of OpenAI clients that can ask for fast mode: OpenAI's own, and Anthropic's. For each, the
+#: values that ask for it, and those that mean the usual speed.
+_OPENAI_SPEEDS = (
+    ("service_tier", ("fast", "priority"), ("auto", "default")), ("speed", ("fast",), ("standard",))
+)
+
+
+def openai_fast_mode_field(fields: Fields) -> str:
+    """Return the field by which an OpenAI client asks for fast mode; empty if none does. Other
+    tiers are ignored."""
+    asking = ""
+    for name, fast, usual in _OPENAI_SPEEDS:
+        value = (fields.text(name) or "").lower()
+        if value in fast:
+            asking = asking or name
+        elif value and value not in usual:
+            fields.mark_ignored(name)
+    return asking
+
+
+def cache_controls(body: object) -> Iterator[object]:
+    """Yield what each `cache_control` in a body says, wherever it stands."""
+    pending = [body]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if "cache_control" in value:
+                yield value["cache_control"]
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+
+
+def cache_lifetime(body: object, setting: str) -> tuple[str, bool]:
+    """Return the lifetime in the API's prompt cache for a request, see Turn, and whether a
+    `cache_control.ttl` of it is ignored. `setting` is Config.cache_lifetime."""
+    ttls = [each.get("ttl") for each in cache_controls(body) if isinstance(each, dict)]
+    asked = next((lifetime for lifetime in CACHE_LIFETIMES if lifetime in ttls), "")
+    lifetime = {"plan": "", "client": asked}.get(setting, setting)
+    known = (None, *(CACHE_LIFETIMES if lifetime == asked else ()))
+    return lifetime, any(ttl not in known for ttl in ttls)
+
+
 def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     """Return whether a request must not be answered from the cache.
 
@@ -5947,16 +6023,7 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     temperature = body.get("temperature")
     if not sampled_too and isinstance(temperature, (int, float)) and temperature > 0:
         return True
-    pending: list[object] = [body]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            if "cache_control" in value:
-                return True
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
-    return False
+    return any(True for _ in cache_controls(body))
 
 
 # ==== 14. Attachments ========================================================
@@ -5993,6 +6060,10 @@ class ParseEnvironment(NamedTuple):
     default_effort: str = ""
     #: Whether the API may search the web for this caller.
     web_search: bool = False
+    #: Whether clients may ask for fast mode.
+    fast_mode: bool = False
+    #: See Config.cache_lifetime.
+    cache_lifetime: str = "plan"
 
 
 #: Image types, and a pattern of their first bytes.
@@ -6320,7 +6391,10 @@ class ParseContext:
         self.parsing = parsing
         name = self.fields.text("model") or parsing.default_model
         found = parsing.models.find(name, long_context=parsing.long_context)
-        self.model = found._replace(operator_effort=parsing.default_effort)
+        self.model = found._replace(
+            operator_effort=parsing.default_effort,
+            fast_mode=found.fast_mode and parsing.fast_mode,
+        )
         max_images = min(parsing.limits.max_images, _max_attachments(self.model))
         limits = parsing.limits._replace(max_images=max_images)
         self.attachments = Attachments(limits, self.adjust)
@@ -7493,7 +7567,11 @@ class Dialect:
             top_k=fields.token_limit("top_k"),
             thinking=self._thinking(fields),
             forces_tool=choice is not None and choice.forces,
+            fast_mode_field=self._fast_mode_field(fields),
         ))
+        lifetime, is_ignored = cache_lifetime(fields.object, context.parsing.cache_lifetime)
+        if is_ignored:
+            context.ignore("cache_control.ttl")
         return Turn(
             model=context.model,
             system=prompt.system,
@@ -7502,6 +7580,7 @@ class Dialect:
             tools=tools,
             tool_choice=choice or ToolChoice(),
             server_tools=context.server_tools,
+            cache_lifetime=lifetime,
             output_schema=output_schema,
             session_id=prompt.session_id,
             stream=fields.flag("stream"),
@@ -7512,6 +7591,10 @@ class Dialect:
 
     def _thinking(self, fields: Fields) -> Thinking:
         return openai_thinking(fields)
+
+    def _fast_mode_field(self, fields: Fields) -> str:
+        """Return the field that asks for fast mode; empty if none does."""
+        return openai_fast_mode_field(fields)
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -7633,6 +7716,15 @@ FINISH_REASONS = {
 }
 
 
+def service_tier(turn: Turn, usage: Usage) -> Json:
+    """Return OpenAI's field for the speed of an answer, if the request has that field too and the
+    API names the speed; else no field. OpenAI's answers call fast mode "priority"."""
+    speed = usage.more.get("speed")
+    if not turn.reply_format.tells_tier or speed is None:
+        return {}
+    return {"service_tier": "priority" if speed == "fast" else "default"}
+
+
 def finish_reason(stop_reason: str | None) -> str | None:
     """Return OpenAI's reason for a stop reason of the API; None while the answer continues."""
     return None if stop_reason is None else FINISH_REASONS.get(stop_reason, "stop")
@@ -7702,6 +7794,8 @@ class CompletionFormat(NamedTuple):
     model: str
     #: Whether the stream ends with the usage.
     include_usage: bool
+    #: Whether the answer names its service tier.
+    tells_tier: bool = False
     #: Whether tools are called in the form that preceded `tools`.
     has_functions: bool = False
     #: The names of the tools whose input is a text.
@@ -7744,6 +7838,7 @@ class ChatDialect(Dialect):
         "max_completion_tokens", "max_tokens", "max_output_tokens"
     )
     stop_fields: ClassVar[tuple[str, ...]] = ("stop", "stop_sequences")
+    harmless = ("cache_control",)
     unsupported = MappingProxyType({
         "logprobs": _NO_LOG_PROBABILITIES,
         "top_logprobs": _NO_LOG_PROBABILITIES,
@@ -7775,7 +7870,7 @@ class ChatDialect(Dialect):
         stream_options = context.fields.child("stream_options") or Fields({})
         return CompletionFormat(
             new_id(self.id_prefix), int(time.time()), context.model.id,
-            stream_options.flag("include_usage"), **more,
+            stream_options.flag("include_usage"), context.fields.has("service_tier"), **more,
         )
 
     def _tools(
@@ -7883,7 +7978,8 @@ class ChatDialect(Dialect):
         ]
         usage = self.usage(turn, (answer.usage for answer in answers))
         return self.body(
-            turn, self.answer_kind, choices=choices, usage=usage, **self.fingerprint
+            turn, self.answer_kind, choices=choices, usage=usage, **self.fingerprint,
+            **service_tier(turn, answers[0].usage),
         )
 
     def chunk(self, turn: Turn, choices: list[Json]) -> Json:
@@ -7954,6 +8050,8 @@ class ChatRenderer(Renderer):
         self._choices = [ChatChoice(turn.reply_format) for _ in range(turn.choices)]
         #: A field of all chunks but the last, if that has the usage.
         self._no_usage: Json = {"usage": None} if turn.reply_format.include_usage else {}
+        #: The field with the service tier, once the API has named the speed.
+        self._tier: Json = {}
 
     def _is_answer(self, event: Event) -> bool:
         # Nothing is sent when a text begins, and of server blocks.
@@ -7961,6 +8059,8 @@ class ChatRenderer(Renderer):
         return is_sent and super()._is_answer(event)
 
     def _render(self, index: int, event: Event) -> bytes:
+        if isinstance(event, Started):
+            self._tier = service_tier(self._turn, event.usage)
         choices = (
             self._chat.choice(self._turn, index, "delta", delta, stop_reason)
             for delta, stop_reason in self._choices[index].deltas(event)
@@ -7968,14 +8068,15 @@ class ChatRenderer(Renderer):
         return b"".join(self._chunk(index, choice) for choice in choices if choice is not None)
 
     def _chunk(self, index: int, choice: Json) -> bytes:
-        return sse_event({**self._chat.chunk(self._turn, [choice]), **self._no_usage})
+        chunk = self._chat.chunk(self._turn, [choice])
+        return sse_event({**chunk, **self._tier, **self._no_usage})
 
     def end(self) -> bytes:
         done = b"data: [DONE]\n\n"
         if not self._turn.reply_format.include_usage:
             return done
         usage = self._chat.usage(self._turn, self._usages)
-        return sse_event({**self._chat.chunk(self._turn, []), "usage": usage}) + done
+        return sse_event({**self._chat.chunk(self._turn, []), **self._tier, "usage": usage}) + done
 
 
 #: The field of a chat chunk for each kind of Delta.
@@ -8185,6 +8286,9 @@ class MessagesDialect(Dialect):
             raise thinking.invalid("type", "enabled, adaptive, between_tools or disabled")
         return Thinking(effort, 0, off_field=fields.path_of("thinking") if is_set else "")
 
+    def _fast_mode_field(self, fields: Fields) -> str:
+        return "speed" if fields.one_of("speed", ("fast", "standard")) == "fast" else ""
+
     def _tools(self, context: ParseContext) -> tuple[tuple[Tool, ...], ToolChoice]:
         """Return the client's own tools. Of those that Anthropic defines, the search of the web
         goes to the context; the others are recorded as ignored."""
@@ -8258,7 +8362,7 @@ class MessagesDialect(Dialect):
             "cache_creation_input_tokens": usage.cache_write_tokens,
             "cache_read_input_tokens": usage.cache_read_tokens,
             "output_tokens": usage.output_tokens,
-            **usage.tables,
+            **usage.more,
             **(details if thinking is not None else {}),
         }
 
@@ -8740,6 +8844,8 @@ class ResponseFormat(NamedTuple):
     #: The response's id and time, and the fields of the request that it repeats.
     echo: Json
     is_stored: bool
+    #: Whether the answer names its service tier.
+    tells_tier: bool
     #: Whether the output has the model's thinking.
     has_summary: bool
     #: For each tool's name how its calls are written: the form, and the fields that name the tool.
@@ -8760,7 +8866,7 @@ class ResponsesDialect(Dialect):
     unsupported = MappingProxyType({
         name: _NOT_STORED_INPUT.format(name) for name in ("conversation", "prompt")
     })
-    harmless = ("client_metadata", "include", "stream_options", "truncation")
+    harmless = ("cache_control", "client_metadata", "include", "stream_options", "truncation")
 
     # -- parsing ------------------------------------------------------------------------------
 
@@ -8777,8 +8883,9 @@ class ResponsesDialect(Dialect):
         )
         reasoning, is_stored = fields.settings("reasoning"), fields.value("store") is not False
         form = ResponseFormat(
-            self._echo(context, reasoning), is_stored, is_non_default(reasoning.value("summary")),
-            forms, prompt.opening, items if is_stored else [],
+            self._echo(context, reasoning), is_stored, fields.has("service_tier"),
+            is_non_default(reasoning.value("summary")), forms, prompt.opening,
+            items if is_stored else [],
         )
         return self._new_turn(
             context, prompt, form, tools=tools, choice=choice, output_schema=schema
@@ -8890,6 +8997,7 @@ class ResponsesDialect(Dialect):
         return self.body(
             turn, "incomplete" if reason else "completed", output, usage=counted,
             incomplete_details={"reason": reason} if reason else None,
+            **service_tier(turn, usage),
         )
 
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
@@ -9548,9 +9656,19 @@ def tools_body(tools: tuple[Tool, ...], more: tuple[Json, ...] = ()) -> list[Jso
     return [*client_tools, *more]
 
 
+def lifetime_environment(lifetime: str) -> dict[str, str]:
+    """Return the environment that makes claude ask for this lifetime in the API's prompt cache;
+    empty = as claude decides. Newer versions have CLAUDE_CODE_PROMPT_CACHE_TTL for that; these two
+    variables work in all."""
+    return {
+        "FORCE_PROMPT_CACHING_5M": "1" if lifetime == "5m" else "",
+        "ENABLE_PROMPT_CACHING_1H": "1" if lifetime == "1h" else "",
+    }
+
+
 def settings_lines(
     options: Options, choice: ToolChoice, tools: tuple[Tool, ...] = (),
-    more_tools: tuple[Json, ...] = (),
+    more_tools: tuple[Json, ...] = (), lifetime: str = "",
 ) -> bytes:
     """Return the control requests that set the options of one request; empty when there are none.
     Pass `tools` only when the model gets no others but `more_tools`, which are in the API's form:
@@ -9566,7 +9684,7 @@ def settings_lines(
         extra["tool_choice"] = choice_body
     if options.thinking_type:
         extra["thinking"] = {"type": options.thinking_type}
-    env: dict[str, str] = {}
+    env = lifetime_environment(lifetime) if lifetime else {}
     if options.max_tokens is not None:
         env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(max(1, options.max_tokens))
     if extra:
@@ -9576,6 +9694,8 @@ def settings_lines(
         settings["env"] = env
     if options.effort is not None:
         settings["effortLevel"] = options.effort
+    if options.fast_mode:
+        settings["fastMode"] = True
     lines = control_line("apply_flag_settings", settings=settings) if settings else b""
     if options.thinking_tokens is not None:
         lines += _thinking_line(options)
@@ -9625,6 +9745,10 @@ _MODEL_REFUSALS: tuple[tuple[str, Any, re.Pattern[str]], ...] = (
         "thinking_off", "never",
         re.compile(r"^(?!messages\.|output_config\.effort).*\bthinking\b", re.IGNORECASE),
     ),
+    (
+        "fast_mode", False,
+        re.compile(r"^(?!messages\.|tools\.).*(?:\bspeed\b|\bfast mode\b)", re.IGNORECASE),
+    ),
 )
 
 
@@ -9635,6 +9759,7 @@ def refusal_of_model(turn: Turn, error: BadRequest) -> ModelRefusal | None:
     asked = {
         "forced_tools": choice.forces,
         "thinking_off": options.thinking_tokens == 0 and turn.model.can_stop_thinking,
+        "fast_mode": options.fast_mode,
     }
     for field, value, pattern in _MODEL_REFUSALS:
         if asked[field] and pattern.search(error.message):
@@ -9645,9 +9770,10 @@ def refusal_of_model(turn: Turn, error: BadRequest) -> ModelRefusal | None:
 def after_refusal(turn: Turn, refusal: ModelRefusal) -> Turn:
     """Return the turn without what the API has refused."""
     model, options = refusal.applied_to(turn.model), turn.options
-    if not model.can_stop_thinking:
+    if refusal.field == "thinking_off":
         options = least_thinking(model, options._replace(sampling=()))
-    return turn._replace(model=model, options=options)
+    is_fast = options.fast_mode and model.fast_mode
+    return turn._replace(model=model, options=options._replace(fast_mode=is_fast))
 def _earlier_message(message: Message, tools: Mapping[str, Tool]) -> Message:
     """Return a message of the history in a form that claude accepts. `tools` maps names to
     tools."""
@@ -9697,7 +9823,9 @@ def conversation_steps(
     alone = not agent and (turn.output_schema is None or bool(more_tools))
     pending = control_line("initialize", **fields)
     options = _rebuild_options(turn)
-    pending += settings_lines(options, choice, tools if alone else (), more_tools)
+    pending += settings_lines(
+        options, choice, tools if alone else (), more_tools, turn.cache_lifetime
+    )
     *steps, pending = _history_steps(turn, version, pending, pin=pin)
     asked = message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
     return [*steps, pending + asked]
@@ -9722,6 +9850,12 @@ def _history_steps(turn: Turn, version: Version, pending: bytes, *, pin: bool) -
             steps.append(pending)
             pending = _limit_line(UNREACHED_LIMIT) if is_pinned else b""
     return [*steps, pending]
+
+
+def lifetime_line(lifetime: str) -> bytes:
+    """Return the control request that changes the lifetime in the API's prompt cache, also in the
+    middle of a turn."""
+    return control_line("apply_flag_settings", settings={"env": lifetime_environment(lifetime)})
 
 
 def continuation_lines(
@@ -10179,8 +10313,10 @@ def _count(usage: Json, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-#: Tables in the API's usage object that Anthropic clients get unchanged.
-_USAGE_TABLES = ("cache_creation", "server_tool_use")
+#: Fields of the API's usage object that Anthropic clients get unchanged, and their types.
+_USAGE_FIELDS = (
+    ("cache_creation", dict), ("server_tool_use", dict), ("service_tier", str), ("speed", str),
+)
 
 
 def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
@@ -10197,9 +10333,10 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
             _count(found, "cache_creation_input_tokens") or before.cache_write_tokens
         ),
         reasoning_tokens=thinking if isinstance(thinking, int) else before.reasoning_tokens,
-        tables={
-            **before.tables,
-            **{name: found[name] for name in _USAGE_TABLES if isinstance(found.get(name), dict)},
+        more={
+            **before.more,
+            **{name: found[name] for name, kind in _USAGE_FIELDS
+               if isinstance(found.get(name), kind)},
         },
         web_search_requests=(
             _count(_object(found.get("server_tool_use")), "web_search_requests")
@@ -10208,16 +10345,18 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
     )
 
 
-def _sum_tables(first: Mapping[str, Json], second: Mapping[str, Json]) -> dict[str, Json]:
-    """Return tables with the sums of their counts. What is no count is that of the second."""
+def _sum_more(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Usage.more` with the sums of their counts. What is no count is that of
+    the second."""
     added = dict(first)
-    for name, table in second.items():
-        before = first.get(name, {})
-        sums = {
-            field: value + _count(before, field) for field, value in table.items()
-            if isinstance(value, int)
-        }
-        added[name] = {**before, **table, **sums}
+    for name, value in second.items():
+        before = first.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            added[name] = _sum_more(before, value)
+        elif isinstance(value, int) and isinstance(before, int):
+            added[name] = before + value
+        else:
+            added[name] = value
     return added
 
 
@@ -10231,7 +10370,7 @@ def sum_usage(usages: Iterable[Usage]) -> Usage:
             added.input_tokens + usage.input_tokens, added.output_tokens + usage.output_tokens,
             added.cache_read_tokens + usage.cache_read_tokens,
             added.cache_write_tokens + usage.cache_write_tokens,
-            sum(reasoning) if reasoning else None, _sum_tables(added.tables, usage.tables),
+            sum(reasoning) if reasoning else None, _sum_more(added.more, usage.more),
             added.web_search_requests + usage.web_search_requests,
         )
     return added
@@ -10996,7 +11135,7 @@ class WaitLimits(NamedTuple):
 
 class TurnInput(NamedTuple):
     """The input of a process for one turn: lines to write in steps (see `conversation_steps`), and
-    the results of the tool calls of its last answer."""
+    after them the results of the tool calls of its last answer."""
 
     steps: list[bytes]
     results: Iterable[Block] = ()
@@ -11935,7 +12074,7 @@ class ClaudeProcess:
     ) -> Iterator[Event]:
         """Send one turn and yield the events of its answer, with Pauses and Ticks.
 
-        Tool results continue the turn that ended with the calls; no step is needed then. The
+        Tool results continue the turn that ended with the calls; no step need precede them. The
         iterator ends after Finished. Raise an error that claude reports or that its exit causes,
         UpstreamTimeout at the deadline, ClientGone, NotPinned. A process that hangs is `broken`
         afterwards.
@@ -11971,7 +12110,7 @@ class ClaudeProcess:
             self._send(step)
             is_pin = turn_input.pins and index == 0
             yield from _until_pinned(lines) if is_pin else _until_result(lines)
-        self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
+        self._send(b"".join(turn_input.steps[-1:]) + self.tools.deliver(turn_input.results))
         self._turn_is_over, self.has_asked = False, True
 
     def control(self, requests: list[bytes], limits: WaitLimits) -> list[Json]:
@@ -12405,6 +12544,8 @@ class Conversation(NamedTuple):
     #: How many messages the process got before its first question: other conversations can start
     #: with the same ones.
     messages_given: int = 0
+    #: The lifetime in the API's prompt cache that the process asks for; see Turn.
+    cache_lifetime: str = ""
 
     def after(self, answer: Answer, history: History, *, is_dead_end: bool) -> Conversation:
         """Return the conversation after an answer to the last message of `history`."""
@@ -14872,12 +15013,15 @@ class TurnRunner:
         """Return the attempt to send a process the one message that it does not hold yet."""
         record, process = self._record, pooled.process
         record.process, record.warm, record.path = process, True, path
-        conversation = pooled.conversation
+        lifetime = self._turn.cache_lifetime
+        is_same = lifetime == pooled.conversation.cache_lifetime
+        settings = b"" if is_same else lifetime_line(lifetime)
+        conversation = pooled.conversation._replace(cache_lifetime=lifetime)
         results = results_with_context(self._message, conversation.history.context)
         if results:
-            return Attempt(process, conversation, TurnInput([], results))
+            return Attempt(process, conversation, TurnInput([settings], results))
         point = rewind_point_of(self._turn)
-        steps = [continuation_lines(self._turn, process.version, point)]
+        steps = [settings + continuation_lines(self._turn, process.version, point)]
         return Attempt(process, conversation, TurnInput(steps), point)
 
     def _rebuild(self) -> Attempt:
@@ -14903,7 +15047,9 @@ class TurnRunner:
         )
         given = len(turn.messages) - 1
         history = self._history._replace(digests=self._history.digests[:-1], context="")
-        conversation = Conversation(history, messages_given=given)
+        conversation = Conversation(
+            history, messages_given=given, cache_lifetime=turn.cache_lifetime
+        )
         return Attempt(process, conversation, TurnInput(steps, pins=pins), point)
 
     # -- converse ---------------------------------------------------------------------------------
@@ -16743,6 +16889,8 @@ def _parse_environment(
         long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
         default_effort=exchange.caller.effort or config.default_effort,
         web_search=config.web_search and exchange.caller.web_search and not config.is_agent,
+        fast_mode=config.fast_mode,
+        cache_lifetime=config.cache_lifetime,
     )
 
 
@@ -17725,6 +17873,7 @@ _REQUEST_FIELDS: dict[str, Json] = {
     "tools": {"type": ["array", "null"], "items": {"type": "object"}},
     "reasoning_effort": {"enum": [None, "none", *EFFORT_BUDGETS]},
     "response_format": {"type": ["object", "null"]},
+    "service_tier": {"type": ["string", "null"]}, "speed": {"enum": [None, "fast", "standard"]},
     "stream": _FLAG, "store": _FLAG, "echo": _FLAG,
     "previous_response_id": {"type": ["string", "null"]},
     SESSION_FIELD: {"type": ["string", "null"], "maxLength": 256},
@@ -17733,15 +17882,15 @@ _REQUEST_FIELDS: dict[str, Json] = {
 _REQUESTS = {
     "answer_chat": (
         "messages", "model stream max_tokens max_completion_tokens temperature top_p stop n tools "
-        f"reasoning_effort response_format {SESSION_FIELD}",
+        f"reasoning_effort response_format service_tier {SESSION_FIELD}",
     ),
     "answer_messages": (
-        "messages max_tokens", "model system stream temperature top_p stop_sequences tools"
+        "messages max_tokens", "model system stream temperature top_p stop_sequences tools speed"
     ),
     "count_tokens": ("messages", "model system tools"),
     "answer_responses": (
         "input", "model instructions stream store max_output_tokens temperature top_p tools "
-        "previous_response_id",
+        "previous_response_id service_tier",
     ),
     "answer_compaction": ("input", "model instructions previous_response_id"),
     "count_input_tokens": ("input", "model instructions tools previous_response_id"),

@@ -302,6 +302,7 @@ def _opening(reply: Reply, body: Body, number: int) -> dict[str, Json]:
     fresh_tokens = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}
     usage["cache_creation"] = dict(fresh_tokens, ephemeral_1h_input_tokens=reply.cache_creation)
     usage["service_tier"] = "standard"
+    usage["speed"] = body.get("speed", "standard")
     return {"type": "message_start", "message": dict(_message(body, number), usage=usage)}
 
 

@@ -176,9 +176,9 @@ def test_a_recorded_answer_gives_its_usage(name: str) -> None:
     events, _ = replayed(name)
 
     usage = events[-1].usage
-    assert usage == ocp.Usage(10, 7, 5, 3, reasoning, usage.tables)
+    assert usage == ocp.Usage(10, 7, 5, 3, reasoning, usage.more)
     lasting = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 3}
-    assert usage.tables == {"cache_creation": lasting}
+    assert usage.more == {"cache_creation": lasting, "service_tier": "standard"}
 
 
 @pytest.mark.parametrize("name", ANSWERED)
@@ -658,21 +658,23 @@ def test_every_count_of_the_api_has_its_place() -> None:
     found = {
         "input_tokens": 1, "output_tokens": 2, "cache_read_input_tokens": 3,
         "cache_creation_input_tokens": 4, "output_tokens_details": {"thinking_tokens": 5},
-        "service_tier": "standard",
     }
 
     assert ocp.usage_of(found) == ocp.Usage(1, 2, 3, 4, 5)
 
 
-def test_tables_of_counts_are_kept_as_the_api_gives_them() -> None:
+def test_what_else_the_api_says_of_usage_is_kept_as_it_gives_it() -> None:
     cache = {"ephemeral_5m_input_tokens": 1, "ephemeral_1h_input_tokens": 2}
     tools = {"web_search_requests": 3}
 
     begun = ocp.usage_of({"cache_creation": cache, "server_tool_use": None, "speed": {"a": 1}})
-    usage = ocp.usage_of({"output_tokens": 4, "server_tool_use": tools}, begun)
+    usage = ocp.usage_of(
+        {"output_tokens": 4, "server_tool_use": tools, "service_tier": "standard", "speed": "fast"},
+        begun)
 
-    assert begun.tables == {"cache_creation": cache}
-    assert usage.tables == {"cache_creation": cache, "server_tool_use": tools}
+    assert begun.more == {"cache_creation": cache}
+    assert usage.more == {"cache_creation": cache, "server_tool_use": tools,
+                          "service_tier": "standard", "speed": "fast"}
 
 
 def test_a_repeated_answer_counts_for_all_that_the_api_counted() -> None:

@@ -195,6 +195,7 @@ CHANGES: dict[str, Json] = {
     "thinking": {"options": ocp.Options(thinking_tokens=0)},
     "no thinking in the body": {"options": ocp.Options(thinking_type="disabled")},
     "thinking that is not shown": {"options": ocp.Options(hides_thinking=True)},
+    "fast mode": {"options": ocp.Options(fast_mode=True)},
 }
 
 
@@ -224,7 +225,7 @@ def test_callers_and_the_operator_s_prompt_make_another_conversation() -> None:
 @pytest.mark.parametrize(
     "change",
     [{"stream": True}, {"ignored": ("seed",)}, {"session_id": "s1"}, {"reply_format": "x"},
-     {"choices": 2}],
+     {"choices": 2}, {"cache_lifetime": "5m"}],
     ids=str,
 )
 def test_how_an_answer_is_delivered_makes_no_difference(change: Json) -> None:
