@@ -15157,11 +15157,13 @@ class TurnRunner:
         """Put away the process of an answer that is not complete. It serves again if only the
         client has left. This thread alone may touch it, so it waits for that itself."""
         attempt = self._attempt
-        if isinstance(error, ClientGone) and attempt is not None and self._takes_back(attempt):
-            self._record.process, self._is_process_kept = None, True
-            self._app.pool.park(attempt.process, attempt.conversation)
-            self._app.wakeups.put("tend")
-        self._give_up()
+        try:
+            if isinstance(error, ClientGone) and attempt is not None and self._takes_back(attempt):
+                self._record.process, self._is_process_kept = None, True
+                self._app.pool.park(attempt.process, attempt.conversation)
+                self._app.wakeups.put("tend")
+        finally:
+            self._give_up()
 
     def _takes_back(self, attempt: Attempt) -> bool:
         """Make the process of an answer that nobody waits for drop the question. Return whether it
@@ -15173,7 +15175,7 @@ class TurnRunner:
             return attempt.process.take_back(
                 attempt.rewind_point, WaitLimits(NoClient(), deadline_s, 0.0)
             )
-        except (UpstreamFailed, UpstreamTimeout):
+        except OcpError:
             return False
 
     def _can_take_back(self, process: ClaudeProcess) -> bool:
@@ -15181,14 +15183,13 @@ class TurnRunner:
         need it then. What claude's own tools have begun would not be dropped; a process that has
         not got its whole history holds no conversation; after an answer that has stopped, claude
         may be asking the API once more."""
-        app, config = self._app, self._config
+        app, record = self._app, self._record
         is_wanted = self._job.ended_by is None and not app.draining and self._can_park(process)
-        is_answering = process is self._record.process and process.has_asked and (
-            not self._record.readers[-1].finished
-        )
-        return is_wanted and is_answering and not config.is_agent and (
-            process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
-        )
+        is_new_enough = process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
+        if not (is_wanted and is_new_enough) or self._config.is_agent:
+            return False
+        is_answering = process is record.process and process.has_asked
+        return is_answering and not record.readers[-1].finished
 
     def _give_up(self) -> None:
         """Stop the process of an answer that is not complete."""
