@@ -18,8 +18,9 @@ from server import Server, running_server
 LONGEST = (
     "contract/test_conversations", "contract/test_chat", "contract/test_tools",
     "contract/test_fake_claude", "contract/test_safety", "clients/test_openclaw",
-    "contract/test_errors", "contract/test_life", "contract/test_plan", "contract/test_shapes",
-    "contract/test_options", "clients/test_dashboard", "server/test_hanging",
+    "contract/test_errors", "contract/test_prompt_cache", "contract/test_life",
+    "contract/test_plan", "contract/test_shapes", "contract/test_options",
+    "clients/test_dashboard", "server/test_hanging",
     "server/test_storage", "server/test_usage", "scripts/test_install", "server/test_leaving",
     "server/test_alone", "scripts/test_connect_run", "server/test_attacks",
     "server/test_refusals", "server/test_routes_access")
