@@ -183,14 +183,17 @@ def pythons() -> list[str]:
     return sorted(set(works))
 
 
-@pytest.mark.parametrize("python", pythons())
-def test_every_python_here_runs_it_alone(server: Server, free_home: Path, python: str) -> None:
-    done = subprocess.run(
-        [python, "-I", "-S", str(SCRIPT), *at(server, "--all", "--yes")],
-        env=clean_env(HOME=str(free_home), PATH="/usr/bin:/bin"), capture_output=True, timeout=300,
-        stdin=subprocess.DEVNULL)
+def test_every_python_here_runs_it_alone(server: Server, tmp_path: Path) -> None:
+    for number, python in enumerate(pythons()):
+        home = tmp_path / str(number)
+        home.mkdir()
 
-    assert done.returncode == 0, done.stderr
+        done = subprocess.run(
+            [python, "-I", "-S", str(SCRIPT), *at(server, "--all", "--yes")],
+            env=clean_env(HOME=str(home), PATH="/usr/bin:/bin"), capture_output=True, timeout=300,
+            stdin=subprocess.DEVNULL)
+
+        assert done.returncode == 0, (python, done.stderr)
 
 
 def test_windows_is_refused_politely() -> None:
