@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -24,6 +25,12 @@ FAKE_CLAUDE = REPO / "tests" / "kit" / "fake_claude.py"
 Turns = Sequence[Sequence[Mapping[str, Json]]]
 #: A server's own process.
 Process = Union["subprocess.Popen[bytes]", Fork]
+
+
+@functools.cache
+def source() -> str:
+    """The server's own source."""
+    return (REPO / "ocp_server.py").read_text()
 
 
 class Place:
@@ -64,6 +71,8 @@ class Place:
 
     def env(self, more: Mapping[str, Optional[str]], pass_env: Sequence[str]) -> dict[str, str]:
         """The environment of the server; a None in `more` takes a variable away."""
+        unknown = [name for name in more if name.startswith("OCP_") and name not in source()]
+        assert not unknown, f"the server has no such settings: {unknown}"
         passed = ["FAKE_CLAUDE", "FAKE_CLAUDE_LOG", *pass_env]
         if more.get("OCP_PASS_ENV"):
             passed.append(str(more["OCP_PASS_ENV"]))

@@ -310,6 +310,7 @@ def test_an_answer_that_nobody_reads_yet_frees_its_place_and_is_whole_when_it_is
     assert body.count(b"x" * 90_000) >= 64 and body.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_slow_but_steady_gets_its_whole_answer(tmp_path: Path) -> None:
     large = {"say": "x" * 6_000_000, "chunks": 64}
     # Of the pauses none is as long as this, and all together are.

@@ -67,7 +67,8 @@ class Lock:
             self._other.close()
 
 
-@pytest.fixture(params=[*DISKS, Lock], ids=lambda kind: str(kind.__name__))
+@pytest.fixture(params=[*DISKS, pytest.param(Lock, marks=pytest.mark.slow)],
+                ids=lambda kind: str(kind.__name__))
 def trouble(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     """What keeps the database of tmp_path / "server" from being written, from `fill` to `free`."""
     (tmp_path / "server").mkdir()
