@@ -8,6 +8,7 @@ how a script is started, start it as people do.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import importlib
@@ -52,6 +53,10 @@ class Forker:
             self._process.stdin.flush()
             return json.loads(self._process.stdout.readline())
 
+    def close(self) -> None:
+        """Let the process end. Forks that still run go on."""
+        self._process.communicate()
+
     def fork(
         self, arguments: Sequence[str], env: Mapping[str, str], folder: Path, stdout: Path,
         stderr: Path,
@@ -78,7 +83,9 @@ class Forker:
 @functools.cache
 def forker(script: Path) -> Forker:
     """Return the forker of this script, which is started on the first call."""
-    return Forker(script)
+    started = Forker(script)
+    atexit.register(started.close)
+    return started
 
 
 class Fork:
