@@ -84,7 +84,7 @@ def version_of(item: pytest.Item) -> Optional[tuple[bool, tuple[int, ...]]]:
     """Return whether the claude that a test asks is a real one, and its version; None if the test
     is not for each version."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    asked = params.get("claude") or params.get("subject")
+    asked = params.get("claude") or params.get("kind")
     if not hasattr(asked, "version"):
         return None
     return asked.path is not None, tuple(map(int, asked.version.split(".")))
