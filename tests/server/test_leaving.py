@@ -588,7 +588,7 @@ def test_a_server_that_was_started_to_survive_hangups_does(tmp_path: Path) -> No
     # As nohup does it: what is ignored stays ignored in the program that is started.
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with running_server(tmp_path) as server:
+        with running_server(tmp_path, as_program=True) as server:
             os.kill(server.pid, signal.SIGHUP)
             reply = ask(server)
 
