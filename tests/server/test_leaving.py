@@ -325,6 +325,7 @@ def test_a_reader_that_is_slow_but_steady_gets_its_whole_answer(tmp_path: Path) 
     assert wire.said.count(b"x") >= 6_000_000
 
 
+@pytest.mark.slow
 def test_what_a_client_left_unread_is_given_back_when_it_leaves(tmp_path: Path) -> None:
     large = {"say": "x" * 40_000_000, "chunks": 64}
     with running_server(tmp_path, [[large]], env=NO_IDLE) as server:
