@@ -20,7 +20,7 @@ TESTS = REPO / "tests"
 ROOMS = ("unit", "server", "contract", "scripts", "clients", "repo")
 #: What a test in unit has no use for: it starts no process. A module, or a name in one.
 STARTS_PROCESSES = {
-    "subprocess", "multiprocessing", "pty", "server", "rig", "browser", "claude_driver",
+    "subprocess", "multiprocessing", "pty", "forks", "server", "rig", "browser", "claude_driver",
     "shell_claude", "processes.run_to_end", "os.fork", "os.posix_spawn", "os.system",
 }
 #: Fixtures of tests/conftest.py that start a server.
