@@ -2382,6 +2382,9 @@ def _check_claude_version(facts: Facts) -> Finding:
         raise Unknown("claude did not tell its version")
     if version_tuple(text) < version_tuple(OLDEST_CLAUDE):
         return Finding("FAIL", f"claude {text} is older than {OLDEST_CLAUDE}")
+    if facts.health.get("promptCacheKept") is False:
+        return Finding("WARN", f"with claude {text}, conversations that move to another process "
+                               "miss the API's prompt cache: see prompt_cache_not_kept in the log")
     return Finding("PASS", f"claude {text}")
 
 

@@ -48,7 +48,7 @@ Sections (search for "==== 8" to jump to the eighth):
     27. Gate                    admission of requests
     28. Conversations           the identity of conversations; what an idle process can do with them
     29. Process pool            spare, parked and stopping processes
-    30. Sessions and responses  what is remembered for clients that send only new messages
+    30. Sessions and responses  what is remembered of conversations: messages, and thinking
     31. Cache                   stored answers, and answers shared while they are generated
     32. Account                 the state of login and plan, learned from answers
     33. Metrics                 counters and histograms since the start
@@ -405,11 +405,13 @@ def setting(
     choices: tuple[str, ...] = (),
     secret: bool = False,
     live: str = "",
+    from_memory: Callable[[int], int] | None = None,
 ) -> Any:
     """Return one row of the table. The type of the value is the type of `default`.
 
     `live` is the name under which the setting can be changed while the server runs; empty = the
-    setting is read only at the start.
+    setting is read only at the start. `from_memory` returns the default for a machine with so many
+    bytes of memory; `default` is then for a machine that does not tell.
     """
     return dataclasses.field(
         default=default,
@@ -422,15 +424,74 @@ def setting(
             "choices": choices,
             "secret": secret,
             "live": live,
+            "from_memory": from_memory,
         },
         repr=not secret,
     )
+
+
+#: The memory of an idle claude (2.1.332: 155 MB, 85 MB of them its own), the part of the machine's
+#: memory that all idle ones may take, and their most: there are few models to keep spares for, and
+#: each place for a parked process is filled by a start before a process is used again.
+_IDLE_CLAUDE_BYTES = 155_000_000
+_IDLE_MEMORY_PART = 8
+_MAX_SPARE_PLACES = 4
+_MAX_PARKED_PLACES = 8
+
+
+def spare_places(memory_bytes: int) -> int:
+    """Return how many spares a machine has room for: a third of its idle processes, 1 to 4."""
+    places = memory_bytes // _IDLE_MEMORY_PART // _IDLE_CLAUDE_BYTES
+    return min(_MAX_SPARE_PLACES, max(1, places // 3))
+
+
+def parked_places(memory_bytes: int) -> int:
+    """Return how many parked processes a machine has room for beside its spares, 1 to 8."""
+    places = memory_bytes // _IDLE_MEMORY_PART // _IDLE_CLAUDE_BYTES
+    return min(_MAX_PARKED_PLACES, max(1, places - spare_places(memory_bytes)))
+
+
+def control_group_limits(
+    listing: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
+) -> list[int]:
+    """Return the limits of memory of the control groups, of both versions, that this process is
+    in, in bytes. Inside of a container the root has the limit, whatever the listing says."""
+    try:
+        with open(listing, encoding="ascii", errors="replace") as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+    limits: list[int] = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            path = os.path.join(root, place, *parts[:depth], name)
+            # A group without a limit says "max", or has no such file.
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+                limits.append(int(file.read()))
+    return limits
+
+
+@functools.cache
+def machine_memory_bytes() -> int | None:
+    """Return the memory of this machine, or of the control group that this process may use. Return
+    None if the system does not tell."""
+    try:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+    return min([physical, *control_group_limits()]) if physical > 0 else None
 
 
 _LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
 
 #: The levels of effort of the API, lowest first.
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
+#: Lifetimes in the API's prompt cache, the longest first.
+CACHE_LIFETIMES = ("1h", "5m")
 
 #: The meaning of CLAUDE_ALLOWED_TOOLS=default.
 DEFAULT_AGENT_TOOLS = (
@@ -510,6 +571,19 @@ class Config:
         "permission too",
         live="webSearch",
     )
+    fast_mode: bool = setting(
+        False, "OCP_FAST_MODE",
+        "clients may ask for fast mode, on models that have it; it is billed as usage credits, "
+        "beyond the plan",
+        live="fastMode",
+    )
+    cache_lifetime: str = setting(
+        "plan", "OCP_CACHE_LIFETIME",
+        "lifetime of the prompt in the API's cache: `plan` = as claude decides, `client` = the "
+        "longest `cache_control.ttl` of a request, or as claude decides if it has none; `5m` or "
+        "`1h` = for all requests",
+        choices=("plan", "client", *CACHE_LIFETIMES), live="cacheLifetime",
+    )
     system_prompt: str = setting(
         "", "CLAUDE_SYSTEM_PROMPT", "text appended to the system prompt of every request"
     )
@@ -533,8 +607,10 @@ class Config:
         minimum=0, maximum=8, live="warmProcesses",
     )
     warm_total: int = setting(
-        4, "OCP_WARM_TOTAL", "idle claude processes of all models", minimum=0, maximum=32,
-        live="warmTotal",
+        4, "OCP_WARM_TOTAL",
+        "idle claude processes of all models; by default a third of those that an eighth of the "
+        "memory has room for, 1 to 4",
+        minimum=0, maximum=32, live="warmTotal", from_memory=spare_places,
     )
     warm_idle_ms: int = setting(
         900_000, "OCP_WARM_IDLE", "how long an idle process waits before it is dropped",
@@ -563,8 +639,9 @@ class Config:
     # -- conversations ------------------------------------------------------------------------
     parked_processes: int = setting(
         4, "OCP_PARKED_PROCESSES",
-        "processes that stay with their conversation and wait for its next message; 0 = none",
-        minimum=0, maximum=64, live="parkedProcesses",
+        "processes that stay with their conversation and wait for its next message; 0 = none; by "
+        "default the rest of those that an eighth of the memory has room for, 1 to 8",
+        minimum=0, maximum=64, live="parkedProcesses", from_memory=parked_places,
     )
     session_ttl_ms: int = setting(
         3_600_000, "CLAUDE_SESSION_TTL", "how long a conversation is kept for its next message",
@@ -577,8 +654,8 @@ class Config:
     )
     max_prompt_chars: int = setting(
         0, "CLAUDE_MAX_PROMPT_CHARS",
-        "longest prompt; the oldest messages beyond it are dropped; 0 = three characters for each "
-        "token of the model's window",
+        "longest prompt; the oldest messages beyond it are dropped; 0 = no limit but the model's, "
+        "which the API knows",
         unit="characters", minimum=0, maximum=100_000_000, live="maxPromptChars",
     )
     # -- cache --------------------------------------------------------------------------------
@@ -830,14 +907,25 @@ def live_settings() -> dict[str, dataclasses.Field[Any]]:
     return {row.metadata["live"]: row for row in rows if row.metadata["live"]}
 
 
-def load_config(environ: Mapping[str, str]) -> Config:
-    """Return the settings of this environment. An empty variable counts as not set.
+def default_of(row: dataclasses.Field[Any], memory_bytes: int | None) -> int | str | bool:
+    """Return the default of this row on a machine with so much memory; None = it does not tell."""
+    from_memory = row.metadata["from_memory"]
+    default: Any = row.default
+    if from_memory is not None and memory_bytes is not None:
+        default = from_memory(memory_bytes)
+    return default  # type: ignore[no-any-return]  # a value of the row's type
+
+
+def load_config(environ: Mapping[str, str], memory_bytes: int | None = None) -> Config:
+    """Return the settings of this environment on a machine with so much memory. An empty variable
+    counts as not set.
 
     Raises ConfigError with all problems, not only the first one.
     """
     values: dict[str, int | str | bool] = {}
     problems: list[str] = []
     for row in dataclasses.fields(Config):
+        values[row.name] = default_of(row, memory_bytes)
         name = row.metadata["env"]
         text = environ.get(name, "")
         if not text.strip():
@@ -890,7 +978,7 @@ def settings_markdown() -> str:
         if isinstance(row.default, bool):
             default = "1" if row.default else "0"
         else:
-            default = str(row.default)
+            default = "follows memory" if row.metadata["from_memory"] else str(row.default)
         unit = f" {row.metadata['unit']}" if row.metadata["unit"] and default else ""
         shown = f"{default}{unit}" or "empty"
         live = f"`{row.metadata['live']}`" if row.metadata["live"] else ""
@@ -1375,7 +1463,7 @@ BUILTIN_MODELS: Json = {
             "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
             "defaultMaxTokens": 128000, "firstCli": "2.1.280",
             "thinking": "adaptive", "thinkingOff": "never", "forcedTools": False,
-            "sampling": False,
+            "sampling": False, "fastMode": True,
             "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "medium",
             "prices": {
                 "input": 4, "output": 20, "cacheWrite5m": 5, "cacheWrite1h": 8, "cacheRead": 0.2,
@@ -1399,7 +1487,7 @@ BUILTIN_MODELS: Json = {
             "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
             "defaultMaxTokens": 128000, "firstCli": "2.1.290",
             "thinking": "adaptive", "thinkingOff": "never", "forcedTools": False,
-            "sampling": False,
+            "sampling": False, "fastMode": True,
             "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "medium",
             "prices": {
                 "input": 8, "output": 40, "cacheWrite5m": 10, "cacheWrite1h": 16, "cacheRead": 0.2,
@@ -1441,7 +1529,7 @@ BUILTIN_MODELS: Json = {
             "reasoning": True, "contextWindow": 1000000, "maxTokens": 128000,
             "defaultMaxTokens": 64000, "firstCli": "2.1.219",
             "thinking": "adaptive", "thinkingOff": "disabled", "thinkingOffMaxEffort": "high",
-            "forcedTools": True, "sampling": False,
+            "forcedTools": True, "sampling": False, "fastMode": True,
             "efforts": ["low", "medium", "high", "xhigh", "max"], "defaultEffort": "high",
             "prices": {
                 "input": 5, "output": 25, "cacheWrite5m": 6.25, "cacheWrite1h": 10,
@@ -1612,6 +1700,8 @@ class Model(NamedTuple):
     long_context: bool = False
     #: Whether claude can switch its thinking off by itself; None = nobody has said.
     cli_thinking_off: bool | None = None
+    #: Whether the API answers faster for usage credits, if asked to.
+    fast_mode: bool = False
     #: Whether it is in the list of models that clients get.
     listed: bool = True
     #: Whether its name is in models.json, or claude offers it.
@@ -1702,6 +1792,7 @@ def _model(row: Json, *, listed: bool) -> Model:
         first_cli=tuple(map(int, first_cli.split("."))) if first_cli else (),
         long_context=row.get("longContext") is True,
         cli_thinking_off=False if row.get("cliThinkingOff") is False else None,
+        fast_mode=row.get("fastMode") is True,
         listed=listed,
         argument=row["id"],
     )
@@ -1716,6 +1807,8 @@ class OfferedModel(NamedTuple):
     efforts: tuple[str, ...]
     #: Whether claude can switch its thinking off by itself; None = it does not say.
     cli_thinking_off: bool | None
+    #: Whether it has fast mode; None = claude does not say.
+    fast_mode: bool | None = None
 
 
 class ModelRefusal(NamedTuple):
@@ -1750,11 +1843,13 @@ def offered_models(rows: object) -> tuple[OfferedModel, ...]:
             each.lower().replace(LONG_CONTEXT_SUFFIX, "") if isinstance(each, str) else ""
             for each in (fields.get("value"), fields.get("resolvedModel"))
         )
-        levels, stops = fields.get("supportedEffortLevels"), fields.get("supportsThinkingOff")
+        levels = fields.get("supportedEffortLevels")
+        switches = (fields.get(field) for field in ("supportsThinkingOff", "supportsFastMode"))
         if name and _CLAUDE_ID.fullmatch(model_id):
             efforts = tuple(e for e in EFFORTS if isinstance(levels, list) and e in levels)
             found.append(OfferedModel(
-                name, model_id, efforts, stops if isinstance(stops, bool) else None
+                name, model_id, efforts,
+                *(switch if isinstance(switch, bool) else None for switch in switches),
             ))
     return tuple(found)
 
@@ -1883,10 +1978,11 @@ class Models:
             )
             # The file lists the newest model first, and this one is newer than the file.
             self._by_id = {offered.id: model, **self._by_id}
-        stops = offered.cli_thinking_off
+        stops, is_fast = offered.cli_thinking_off, offered.fast_mode
         self._by_id[offered.id] = model._replace(
             efforts=offered.efforts or model.efforts,
             cli_thinking_off=model.cli_thinking_off if stops is None else stops,
+            fast_mode=model.fast_mode if is_fast is None else is_fast,
         )
 
     def _resolve(self, alias: str) -> str:
@@ -2074,7 +2170,7 @@ class Models:
         """Return a model that the file does not know, with the properties of the nearest one."""
         return self._nearest(*lineage_of(name))._replace(
             id=name, argument=name, display_name=name, known=False, listed=False, first_cli=(),
-            prices=None, long_prompt_tokens=0, long_prompt_prices=None,
+            prices=None, long_prompt_tokens=0, long_prompt_prices=None, fast_mode=False,
         )
 
     def _nearest(self, family: str, version: tuple[int, ...]) -> Model:
@@ -2244,6 +2340,11 @@ def joined_parts(parts: list[str]) -> bytes:
 def digest(parts: list[str]) -> str:
     """Return the same digest for the same texts."""
     return hashlib.sha256(joined_parts(parts)).hexdigest()
+
+
+def is_thinking(block: Block) -> bool:
+    """Return whether a block is the model's thinking, readable or not."""
+    return block["type"] in ("thinking", "redacted_thinking")
 
 
 #: The name of the API's own search tool.
@@ -2494,6 +2595,7 @@ class Options(NamedTuple):
     thinking_type: str = ""
     #: Whether the text of the thinking is left out of the answer.
     hides_thinking: bool = False
+    fast_mode: bool = False
 
     @property
     def api_stops(self) -> tuple[str, ...]:
@@ -2520,6 +2622,9 @@ class Turn(NamedTuple):
     tool_choice: ToolChoice = ToolChoice()
     #: The tools that the API runs itself, in its form.
     server_tools: tuple[Json, ...] = ()
+    #: One of CACHE_LIFETIMES; empty = as claude decides. A conversation keeps its process when this
+    #: changes.
+    cache_lifetime: str = ""
     #: None = an answer in plain text.
     output_schema: OutputSchema | None = None
     #: The number of answers, and the messages for answers 1, 2, ... if their prompts differ.
@@ -2580,8 +2685,9 @@ class Usage(NamedTuple):
     cache_write_tokens: int = 0
     #: None = not known.
     reasoning_tokens: int | None = None
-    #: The API's more detailed counts, unchanged: by lifetime in the cache, by server tool.
-    tables: Mapping[str, Json] = MappingProxyType({})
+    #: What else the API says, unchanged: counts by lifetime in the cache and by server tool, the
+    #: service tier, the speed.
+    more: Mapping[str, Any] = MappingProxyType({})
     web_search_requests: int = 0
 
     @property
@@ -2881,8 +2987,11 @@ def prompt_chars(turn: Turn) -> int:
     return _fixed_chars(turn) + sum(message.chars for message in turn.messages)
 
 
-#: How many characters count as a token when a prompt is compared with a context window.
-BUDGET_CHARS_PER_TOKEN = 3
+#: How many characters count as a token when tokens are estimated.
+ESTIMATE_CHARS_PER_TOKEN = 3.5
+#: No text has as many characters for each token: English has 4 to 5, wide tables and rulers some
+#: more. A longer prompt is refused here, which saves claude and the API megabytes of work.
+_MOST_CHARS_PER_TOKEN = 32
 
 
 def _first_kept(messages: list[Message], sizes: list[int], max_chars: int) -> int:
@@ -2910,28 +3019,41 @@ def _first_kept(messages: list[Message], sizes: list[int], max_chars: int) -> in
     return first
 
 
-def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
-    """Return the turn without its oldest messages if it is too long, and how many were dropped.
+def _too_long(chars: int, max_tokens: int) -> ContextTooLong:
+    """Return the error in the API's words: agents know by them that they have to shorten their
+    history. The number of tokens is an estimate."""
+    tokens = math.ceil(chars / ESTIMATE_CHARS_PER_TOKEN)
+    return ContextTooLong(
+        f"prompt is too long: {tokens} tokens > {max_tokens} maximum", param="messages"
+    )
 
-    The system prompt and the newest message are kept, and a tool call is kept with its result. 0
-    for `max_chars` means the model's context window. Raises ContextTooLong if the rest is still
-    too long; agents recognise its message and shorten their history.
+
+def check_window(turn: Turn) -> None:
+    """Raise ContextTooLong if the prompt is certainly too long for the model. Every other prompt
+    goes to the API, which alone knows how many tokens it has."""
+    chars = max(prompt_chars(turn.choice(index)) for index in range(turn.choices))
+    window = turn.model.context_window
+    if chars > window * _MOST_CHARS_PER_TOKEN:
+        raise _too_long(chars, window)
+
+
+def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
+    """Return the turn without its oldest messages if it is longer than `max_chars`, and how many
+    were dropped.
+
+    The system prompt and the newest message are kept, and a tool call is kept with its result.
+    Raises ContextTooLong if the rest is still too long.
     """
-    max_chars = max_chars or turn.model.context_window * BUDGET_CHARS_PER_TOKEN
+    max_tokens = int(max_chars / ESTIMATE_CHARS_PER_TOKEN)
     newest = max(turn.choice(index).messages[-1].chars for index in range(turn.choices))
     left = max_chars - _fixed_chars(turn) - newest
     if left < 0:
-        raise ContextTooLong(
-            f"prompt is too long: {(max_chars - left) // BUDGET_CHARS_PER_TOKEN} tokens > "
-            f"{max_chars // BUDGET_CHARS_PER_TOKEN} maximum",
-            param="messages",
-        )
+        raise _too_long(max_chars - left, max_tokens)
     sizes = [*(message.chars for message in turn.messages[:-1]), newest]
     first = _first_kept(turn.messages, sizes, left + newest)
     if sum(sizes[first:]) > left + newest:
         raise ContextTooLong(
-            f"prompt is too long: its last tool exchange needs more than "
-            f"{max_chars // BUDGET_CHARS_PER_TOKEN} tokens",
+            f"prompt is too long: its last tool exchange needs more than {max_tokens} tokens",
             param="messages",
         )
     if not first:
@@ -2939,8 +3061,6 @@ def truncate_to_budget(turn: Turn, max_chars: int) -> tuple[Turn, int]:
     return turn._replace(messages=turn.messages[first:]), first
 
 
-#: How many characters count as a token when tokens are estimated.
-ESTIMATE_CHARS_PER_TOKEN = 3.5
 #: The estimate for an image or a document.
 _ATTACHMENT_TOKENS = 1_500
 
@@ -3358,17 +3478,19 @@ class Settings:
                 "max": row.metadata["maximum"],
                 "unit": row.metadata["unit"],
                 "desc": row.metadata["help"],
-                "source": self._source(name, row.metadata["env"]),
-                "default": row.default,
+                "source": self._source(name, row),
+                "default": default_of(row, machine_memory_bytes()),
                 "env": row.metadata["env"],
             }
             for name, row in live_settings().items()
         }
 
-    def _source(self, name: str, variable: str) -> str:
+    def _source(self, name: str, row: dataclasses.Field[Any]) -> str:
         if name in self._stored:
             return "stored"
-        return "environment" if self._environ.get(variable, "").strip() else "default"
+        if self._environ.get(row.metadata["env"], "").strip():
+            return "environment"
+        return "follows memory" if row.metadata["from_memory"] else "default"
 
 
 # ==== 8. Keys and callers ====================================================
@@ -5665,6 +5787,8 @@ class RequestedOptions(NamedTuple):
     thinking: Thinking = Thinking()
     #: Whether a tool call is forced: the API rejects that together with thinking.
     forces_tool: bool = False
+    #: The field that asks for fast mode; empty = none does.
+    fast_mode_field: str = ""
 
 
 def _thinking_tokens(model: Model, requested: RequestedOptions) -> int | None:
@@ -5749,6 +5873,8 @@ def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tup
         thinking = 0
     if wish.budget_tokens and thinking != wish.budget_tokens:
         ignored.append(wish.budget_field)
+    if requested.fast_mode_field and not model.fast_mode:
+        ignored.append(requested.fast_mode_field)
     effort = wish.effort or (model.operator_effort if thinking != 0 else "")
     options = Options(
         max_tokens=requested.max_tokens,
@@ -5757,6 +5883,7 @@ def options_for(model: Model, requested: RequestedOptions) -> tuple[Options, tup
         effort=None if effort in ("", "none") else nearest_effort(model, effort),
         thinking_tokens=thinking,
         hides_thinking=wish.hidden,
+        fast_mode=bool(requested.fast_mode_field) and model.fast_mode,
     )
     if thinking != 0:
         return options, tuple(ignored)
@@ -5842,6 +5969,49 @@ def openai_thinking(fields: Fields) -> Thinking:
     )
 
 
+#: Fields of OpenAI clients that can ask for fast mode: OpenAI's own, and Anthropic's. For each, the
+#: values that ask for it, and those that mean the usual speed.
+_OPENAI_SPEEDS = (
+    ("service_tier", ("fast", "priority"), ("auto", "default")), ("speed", ("fast",), ("standard",))
+)
+
+
+def openai_fast_mode_field(fields: Fields) -> str:
+    """Return the field by which an OpenAI client asks for fast mode; empty if none does. Other
+    tiers are ignored."""
+    asking = ""
+    for name, fast, usual in _OPENAI_SPEEDS:
+        value = (fields.text(name) or "").lower()
+        if value in fast:
+            asking = asking or name
+        elif value and value not in usual:
+            fields.mark_ignored(name)
+    return asking
+
+
+def cache_controls(body: object) -> Iterator[object]:
+    """Yield what each `cache_control` in a body says, wherever it stands."""
+    pending = [body]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if "cache_control" in value:
+                yield value["cache_control"]
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+
+
+def cache_lifetime(body: object, setting: str) -> tuple[str, bool]:
+    """Return the lifetime in the API's prompt cache for a request, see Turn, and whether a
+    `cache_control.ttl` of it is ignored. `setting` is Config.cache_lifetime."""
+    ttls = [each.get("ttl") for each in cache_controls(body) if isinstance(each, dict)]
+    asked = next((lifetime for lifetime in CACHE_LIFETIMES if lifetime in ttls), "")
+    lifetime = {"plan": "", "client": asked}.get(setting, setting)
+    known = (None, *(CACHE_LIFETIMES if lifetime == asked else ()))
+    return lifetime, any(ttl not in known for ttl in ttls)
+
+
 def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     """Return whether a request must not be answered from the cache.
 
@@ -5853,16 +6023,7 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     temperature = body.get("temperature")
     if not sampled_too and isinstance(temperature, (int, float)) and temperature > 0:
         return True
-    pending: list[object] = [body]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            if "cache_control" in value:
-                return True
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
-    return False
+    return any(True for _ in cache_controls(body))
 
 
 # ==== 14. Attachments ========================================================
@@ -5899,6 +6060,10 @@ class ParseEnvironment(NamedTuple):
     default_effort: str = ""
     #: Whether the API may search the web for this caller.
     web_search: bool = False
+    #: Whether clients may ask for fast mode.
+    fast_mode: bool = False
+    #: See Config.cache_lifetime.
+    cache_lifetime: str = "plan"
 
 
 #: Image types, and a pattern of their first bytes.
@@ -6226,7 +6391,10 @@ class ParseContext:
         self.parsing = parsing
         name = self.fields.text("model") or parsing.default_model
         found = parsing.models.find(name, long_context=parsing.long_context)
-        self.model = found._replace(operator_effort=parsing.default_effort)
+        self.model = found._replace(
+            operator_effort=parsing.default_effort,
+            fast_mode=found.fast_mode and parsing.fast_mode,
+        )
         max_images = min(parsing.limits.max_images, _max_attachments(self.model))
         limits = parsing.limits._replace(max_images=max_images)
         self.attachments = Attachments(limits, self.adjust)
@@ -6317,7 +6485,7 @@ class ContentReader:
 
     #: Types of parts that have content for the model, or are known to have none.
     readable: ClassVar[tuple[str, ...]] = ()
-    #: Types of parts that are dropped: claude accepts no thinking from outside.
+    #: Types of parts that are dropped. Thinking never comes from a client: see ThinkingMemory.
     omitted: ClassVar[tuple[str, ...]] = ()
     #: The types that are named to a client which sends none.
     named_types: ClassVar[str] = ""
@@ -7399,7 +7567,11 @@ class Dialect:
             top_k=fields.token_limit("top_k"),
             thinking=self._thinking(fields),
             forces_tool=choice is not None and choice.forces,
+            fast_mode_field=self._fast_mode_field(fields),
         ))
+        lifetime, is_ignored = cache_lifetime(fields.object, context.parsing.cache_lifetime)
+        if is_ignored:
+            context.ignore("cache_control.ttl")
         return Turn(
             model=context.model,
             system=prompt.system,
@@ -7408,6 +7580,7 @@ class Dialect:
             tools=tools,
             tool_choice=choice or ToolChoice(),
             server_tools=context.server_tools,
+            cache_lifetime=lifetime,
             output_schema=output_schema,
             session_id=prompt.session_id,
             stream=fields.flag("stream"),
@@ -7418,6 +7591,10 @@ class Dialect:
 
     def _thinking(self, fields: Fields) -> Thinking:
         return openai_thinking(fields)
+
+    def _fast_mode_field(self, fields: Fields) -> str:
+        """Return the field that asks for fast mode; empty if none does."""
+        return openai_fast_mode_field(fields)
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -7539,6 +7716,15 @@ FINISH_REASONS = {
 }
 
 
+def service_tier(turn: Turn, usage: Usage) -> Json:
+    """Return OpenAI's field for the speed of an answer, if the request has that field too and the
+    API names the speed; else no field. OpenAI's answers call fast mode "priority"."""
+    speed = usage.more.get("speed")
+    if not turn.reply_format.tells_tier or speed is None:
+        return {}
+    return {"service_tier": "priority" if speed == "fast" else "default"}
+
+
 def finish_reason(stop_reason: str | None) -> str | None:
     """Return OpenAI's reason for a stop reason of the API; None while the answer continues."""
     return None if stop_reason is None else FINISH_REASONS.get(stop_reason, "stop")
@@ -7608,6 +7794,8 @@ class CompletionFormat(NamedTuple):
     model: str
     #: Whether the stream ends with the usage.
     include_usage: bool
+    #: Whether the answer names its service tier.
+    tells_tier: bool = False
     #: Whether tools are called in the form that preceded `tools`.
     has_functions: bool = False
     #: The names of the tools whose input is a text.
@@ -7650,6 +7838,7 @@ class ChatDialect(Dialect):
         "max_completion_tokens", "max_tokens", "max_output_tokens"
     )
     stop_fields: ClassVar[tuple[str, ...]] = ("stop", "stop_sequences")
+    harmless = ("cache_control",)
     unsupported = MappingProxyType({
         "logprobs": _NO_LOG_PROBABILITIES,
         "top_logprobs": _NO_LOG_PROBABILITIES,
@@ -7681,7 +7870,7 @@ class ChatDialect(Dialect):
         stream_options = context.fields.child("stream_options") or Fields({})
         return CompletionFormat(
             new_id(self.id_prefix), int(time.time()), context.model.id,
-            stream_options.flag("include_usage"), **more,
+            stream_options.flag("include_usage"), context.fields.has("service_tier"), **more,
         )
 
     def _tools(
@@ -7789,7 +7978,8 @@ class ChatDialect(Dialect):
         ]
         usage = self.usage(turn, (answer.usage for answer in answers))
         return self.body(
-            turn, self.answer_kind, choices=choices, usage=usage, **self.fingerprint
+            turn, self.answer_kind, choices=choices, usage=usage, **self.fingerprint,
+            **service_tier(turn, answers[0].usage),
         )
 
     def chunk(self, turn: Turn, choices: list[Json]) -> Json:
@@ -7860,6 +8050,8 @@ class ChatRenderer(Renderer):
         self._choices = [ChatChoice(turn.reply_format) for _ in range(turn.choices)]
         #: A field of all chunks but the last, if that has the usage.
         self._no_usage: Json = {"usage": None} if turn.reply_format.include_usage else {}
+        #: The field with the service tier, once the API has named the speed.
+        self._tier: Json = {}
 
     def _is_answer(self, event: Event) -> bool:
         # Nothing is sent when a text begins, and of server blocks.
@@ -7867,6 +8059,8 @@ class ChatRenderer(Renderer):
         return is_sent and super()._is_answer(event)
 
     def _render(self, index: int, event: Event) -> bytes:
+        if isinstance(event, Started):
+            self._tier = service_tier(self._turn, event.usage)
         choices = (
             self._chat.choice(self._turn, index, "delta", delta, stop_reason)
             for delta, stop_reason in self._choices[index].deltas(event)
@@ -7874,14 +8068,15 @@ class ChatRenderer(Renderer):
         return b"".join(self._chunk(index, choice) for choice in choices if choice is not None)
 
     def _chunk(self, index: int, choice: Json) -> bytes:
-        return sse_event({**self._chat.chunk(self._turn, [choice]), **self._no_usage})
+        chunk = self._chat.chunk(self._turn, [choice])
+        return sse_event({**chunk, **self._tier, **self._no_usage})
 
     def end(self) -> bytes:
         done = b"data: [DONE]\n\n"
         if not self._turn.reply_format.include_usage:
             return done
         usage = self._chat.usage(self._turn, self._usages)
-        return sse_event({**self._chat.chunk(self._turn, []), "usage": usage}) + done
+        return sse_event({**self._chat.chunk(self._turn, []), **self._tier, "usage": usage}) + done
 
 
 #: The field of a chat chunk for each kind of Delta.
@@ -8091,6 +8286,9 @@ class MessagesDialect(Dialect):
             raise thinking.invalid("type", "enabled, adaptive, between_tools or disabled")
         return Thinking(effort, 0, off_field=fields.path_of("thinking") if is_set else "")
 
+    def _fast_mode_field(self, fields: Fields) -> str:
+        return "speed" if fields.one_of("speed", ("fast", "standard")) == "fast" else ""
+
     def _tools(self, context: ParseContext) -> tuple[tuple[Tool, ...], ToolChoice]:
         """Return the client's own tools. Of those that Anthropic defines, the search of the web
         goes to the context; the others are recorded as ignored."""
@@ -8164,7 +8362,7 @@ class MessagesDialect(Dialect):
             "cache_creation_input_tokens": usage.cache_write_tokens,
             "cache_read_input_tokens": usage.cache_read_tokens,
             "output_tokens": usage.output_tokens,
-            **usage.tables,
+            **usage.more,
             **(details if thinking is not None else {}),
         }
 
@@ -8646,6 +8844,8 @@ class ResponseFormat(NamedTuple):
     #: The response's id and time, and the fields of the request that it repeats.
     echo: Json
     is_stored: bool
+    #: Whether the answer names its service tier.
+    tells_tier: bool
     #: Whether the output has the model's thinking.
     has_summary: bool
     #: For each tool's name how its calls are written: the form, and the fields that name the tool.
@@ -8666,7 +8866,7 @@ class ResponsesDialect(Dialect):
     unsupported = MappingProxyType({
         name: _NOT_STORED_INPUT.format(name) for name in ("conversation", "prompt")
     })
-    harmless = ("client_metadata", "include", "stream_options", "truncation")
+    harmless = ("cache_control", "client_metadata", "include", "stream_options", "truncation")
 
     # -- parsing ------------------------------------------------------------------------------
 
@@ -8683,8 +8883,9 @@ class ResponsesDialect(Dialect):
         )
         reasoning, is_stored = fields.settings("reasoning"), fields.value("store") is not False
         form = ResponseFormat(
-            self._echo(context, reasoning), is_stored, is_non_default(reasoning.value("summary")),
-            forms, prompt.opening, items if is_stored else [],
+            self._echo(context, reasoning), is_stored, fields.has("service_tier"),
+            is_non_default(reasoning.value("summary")), forms, prompt.opening,
+            items if is_stored else [],
         )
         return self._new_turn(
             context, prompt, form, tools=tools, choice=choice, output_schema=schema
@@ -8796,6 +8997,7 @@ class ResponsesDialect(Dialect):
         return self.body(
             turn, "incomplete" if reason else "completed", output, usage=counted,
             incomplete_details={"reason": reason} if reason else None,
+            **service_tier(turn, usage),
         )
 
     def answer_body(self, turn: Turn, answers: list[Answer]) -> Json:
@@ -9108,6 +9310,12 @@ CLIENT_COMPOSED_SINCE = (2, 1, 329)
 #: The first tested version that can rewind to before the first user message. Older versions need an
 #: earlier answer in front of it.
 REWINDS_ALL_SINCE = (2, 1, 329)
+#: The first tested version whose interrupt can drop a message that it has not begun to answer
+#: (`cancel_queued`). A plain interrupt does nothing then, and the answer runs to its end.
+CANCELS_QUEUED_SINCE = (2, 1, 329)
+#: The first tested version that puts its reminders (environment, model, date) beside the first
+#: message that asks. Older versions put them beside the first message of the conversation.
+REMINDS_WHERE_ASKED_SINCE = (2, 1, 329)
 
 Version = tuple[int, ...]
 
@@ -9120,6 +9328,12 @@ _RESERVED_TOOL_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
 MAX_RESULT_CHARS = 400_000
 #: The name under which claude knows the client's tools.
 TOOL_SERVER = "client"
+#: The variable with the number of tokens from which claude refuses a prompt by itself, without a
+#: request to the API: a value that no prompt reaches, and one that every prompt reaches.
+BLOCKING_LIMIT = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
+UNREACHED_LIMIT = "1000000000"
+_REACHED_LIMIT = "1"
+
 
 def _line(value: Json) -> bytes:
     return to_json(value) + b"\n"
@@ -9130,15 +9344,35 @@ def _object(value: object) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def control_line(subtype: str, **fields: object) -> bytes:
+def control_line(subtype: str, *, request_id: str = "", **fields: object) -> bytes:
     """Return a control request. claude answers each request by its id."""
     request = {"subtype": subtype, **fields}
-    return _line({"type": "control_request", "request_id": new_id("r"), "request": request})
+    request_id = request_id or new_id("r")
+    return _line({"type": "control_request", "request_id": request_id, "request": request})
+
+
+def control_reply(line: Json, request_id: str) -> Json | None:
+    """Return the reply to this control request, an error too; None for another line."""
+    response = _object(line.get("response"))
+    is_reply = line.get("type") == "control_response" and response.get("request_id") == request_id
+    return response if is_reply else None
 
 
 def _reply_line(request_id: object, response: Json) -> bytes:
     success = {"subtype": "success", "request_id": request_id, "response": response}
     return _line({"type": "control_response", "response": success})
+
+
+#: Makes claude tell, before it ends a turn that failed, what the API said. Its own message for some
+#: failures leaves that out: of a prompt that is too long it does not tell the number of tokens.
+_FAILURE_HOOKS = {"StopFailure": [{"hookCallbackIds": ["failure"]}]}
+
+
+def hook_reply(line: Json) -> bytes:
+    """Return the reply to claude's call of a hook; empty for another control request."""
+    if _object(line.get("request")).get("subtype") != "hook_callback":
+        return b""
+    return _reply_line(line.get("request_id"), {})
 
 
 def _refusal_line(request_id: object) -> bytes:
@@ -9203,6 +9437,8 @@ class ToolServer:
             return _refusal_line(line.get("request_id"))
         if message.get("method") == "tools/call":
             return self._call(line.get("request_id"), message)
+        if message.get("method") == "notifications/cancelled":
+            self._forget_call(_object(message.get("params")).get("requestId"))
         result = self._mcp_result(message)
         answer: Json = {"jsonrpc": "2.0", "id": message.get("id", 0)}
         if result is None:
@@ -9239,6 +9475,10 @@ class ToolServer:
         call_id = plain_id(str(meta.get("claudecode/toolUseId", "")))
         self._calls[call_id] = (request_id, message.get("id"))
         return self._pending_replies()
+
+    def _forget_call(self, rpc_id: object) -> None:
+        """Forget a call whose turn was interrupted."""
+        self._calls = {call_id: call for call_id, call in self._calls.items() if call[1] != rpc_id}
 
     def deliver(self, results: Iterable[Block]) -> bytes:
         """Store the client's results. Return the replies to calls that have their results."""
@@ -9321,11 +9561,28 @@ def extract_large_images(content: list[Block]) -> list[Block]:
     return [*results, *extracted, *rest] if extracted else content
 
 
+def _api_call_id(call_id: str) -> str:
+    """Return the id of a call as the API wrote it: plain ids lack the mark in it."""
+    return re.sub(r"\Atoolu(?=[0-9])", "toolu_", call_id)
+
+
+def _with_api_names(block: Block) -> Block:
+    """Return a block of a history with the id and the name of its call as the API knows them."""
+    if block["type"] == "tool_use":
+        return {**block, "id": _api_call_id(block["id"]), "name": wire_name(block["name"])}
+    if block["type"] == "tool_result":
+        return {**block, "tool_use_id": _api_call_id(block["tool_use_id"])}
+    return block
+
+
 def message_line(
-    message: Message, version: Version, *, ask: bool, rewind_point: RewindPoint | None = None
+    message: Message, version: Version, *, ask: bool, rewind_point: RewindPoint | None = None,
+    model_id: str = "",
 ) -> bytes:
     """Return the line for one message of the conversation. With `ask` claude answers the message;
-    without it the message is history."""
+    without it the message is history. claude keeps the thinking of an earlier answer if it is said
+    to be from the model of the process, `model_id`; 2.1.197 compares the exact id, and no version
+    expects the mark of the long context window."""
     body: Json = {"role": message.role, "content": message.content}
     line: Json = {
         "type": message.role,
@@ -9336,10 +9593,8 @@ def message_line(
     if message.role == "assistant":
         # 2.1.197 merges answers without an id, even across the results between them.
         body["id"] = new_id("msg_")
-        body["content"] = [
-            {**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
-            for block in message.content
-        ]
+        if any(map(is_thinking, message.content)):
+            body["model"] = model_id
     else:
         body["content"] = escape_slash_command(extract_large_images(message.content), version)
         # Without this, newer versions run slash commands and read files named with an @.
@@ -9348,6 +9603,7 @@ def message_line(
             line["shouldQuery"] = False
         if rewind_point is not None:
             line["uuid"] = rewind_point.id
+    body["content"] = [_with_api_names(block) for block in body["content"]]
     return _line(line)
 
 
@@ -9400,9 +9656,19 @@ def tools_body(tools: tuple[Tool, ...], more: tuple[Json, ...] = ()) -> list[Jso
     return [*client_tools, *more]
 
 
+def lifetime_environment(lifetime: str) -> dict[str, str]:
+    """Return the environment that makes claude ask for this lifetime in the API's prompt cache;
+    empty = as claude decides. Newer versions have CLAUDE_CODE_PROMPT_CACHE_TTL for that; these two
+    variables work in all."""
+    return {
+        "FORCE_PROMPT_CACHING_5M": "1" if lifetime == "5m" else "",
+        "ENABLE_PROMPT_CACHING_1H": "1" if lifetime == "1h" else "",
+    }
+
+
 def settings_lines(
     options: Options, choice: ToolChoice, tools: tuple[Tool, ...] = (),
-    more_tools: tuple[Json, ...] = (),
+    more_tools: tuple[Json, ...] = (), lifetime: str = "",
 ) -> bytes:
     """Return the control requests that set the options of one request; empty when there are none.
     Pass `tools` only when the model gets no others but `more_tools`, which are in the API's form:
@@ -9418,7 +9684,7 @@ def settings_lines(
         extra["tool_choice"] = choice_body
     if options.thinking_type:
         extra["thinking"] = {"type": options.thinking_type}
-    env: dict[str, str] = {}
+    env = lifetime_environment(lifetime) if lifetime else {}
     if options.max_tokens is not None:
         env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(max(1, options.max_tokens))
     if extra:
@@ -9428,6 +9694,8 @@ def settings_lines(
         settings["env"] = env
     if options.effort is not None:
         settings["effortLevel"] = options.effort
+    if options.fast_mode:
+        settings["fastMode"] = True
     lines = control_line("apply_flag_settings", settings=settings) if settings else b""
     if options.thinking_tokens is not None:
         lines += _thinking_line(options)
@@ -9441,11 +9709,14 @@ def _thinking_line(options: Options) -> bytes:
 
 def _rebuild_options(turn: Turn) -> Options:
     """Return the options for a conversation that is rebuilt. A model that thinks by budget needs
-    the thinking before a tool call back together with the result. The history cannot carry
-    thinking, so it is switched off in this case."""
-    if turn.messages[-1].has_results and turn.model.thinking == "budget":
-        return turn.options._replace(thinking_tokens=0)
-    return turn.options
+    the thinking before a tool call back together with the result. Where the history lacks it,
+    thinking is switched off."""
+    *earlier, last = turn.messages
+    if turn.model.thinking != "budget" or not last.has_results:
+        return turn.options
+    if earlier and is_thinking(earlier[-1].content[0]):
+        return turn.options
+    return turn.options._replace(thinking_tokens=0)
 
 
 def _told_call(turn: Turn) -> str:
@@ -9474,6 +9745,10 @@ _MODEL_REFUSALS: tuple[tuple[str, Any, re.Pattern[str]], ...] = (
         "thinking_off", "never",
         re.compile(r"^(?!messages\.|output_config\.effort).*\bthinking\b", re.IGNORECASE),
     ),
+    (
+        "fast_mode", False,
+        re.compile(r"^(?!messages\.|tools\.).*(?:\bspeed\b|\bfast mode\b)", re.IGNORECASE),
+    ),
 )
 
 
@@ -9484,6 +9759,7 @@ def refusal_of_model(turn: Turn, error: BadRequest) -> ModelRefusal | None:
     asked = {
         "forced_tools": choice.forces,
         "thinking_off": options.thinking_tokens == 0 and turn.model.can_stop_thinking,
+        "fast_mode": options.fast_mode,
     }
     for field, value, pattern in _MODEL_REFUSALS:
         if asked[field] and pattern.search(error.message):
@@ -9494,9 +9770,10 @@ def refusal_of_model(turn: Turn, error: BadRequest) -> ModelRefusal | None:
 def after_refusal(turn: Turn, refusal: ModelRefusal) -> Turn:
     """Return the turn without what the API has refused."""
     model, options = refusal.applied_to(turn.model), turn.options
-    if not model.can_stop_thinking:
+    if refusal.field == "thinking_off":
         options = least_thinking(model, options._replace(sampling=()))
-    return turn._replace(model=model, options=options)
+    is_fast = options.fast_mode and model.fast_mode
+    return turn._replace(model=model, options=options._replace(fast_mode=is_fast))
 def _earlier_message(message: Message, tools: Mapping[str, Tool]) -> Message:
     """Return a message of the history in a form that claude accepts. `tools` maps names to
     tools."""
@@ -9506,8 +9783,7 @@ def _earlier_message(message: Message, tools: Mapping[str, Tool]) -> Message:
             kept += text_blocks(server_block_text(block))
         elif block["type"] == "tool_use":
             kept.append(earlier_call(block, tools))
-        elif "thinking" not in block["type"]:
-            # claude drops the thinking of earlier answers in any case.
+        else:
             kept.append(block)
     return Message(message.role, kept)
 
@@ -9516,17 +9792,26 @@ def _earlier_message(message: Message, tools: Mapping[str, Tool]) -> Message:
 _OPENING_TEXT = "(The user opens the conversation.)"
 
 
+def _limit_line(tokens: str) -> bytes:
+    """Return the control request that sets the length from which claude refuses a prompt."""
+    return control_line("apply_flag_settings", settings={"env": {BLOCKING_LIMIT: tokens}})
+
+
 def conversation_steps(
     turn: Turn, operator_prompt: str, version: Version, *, agent: bool = False,
-    rewind_point: RewindPoint | None = None,
+    rewind_point: RewindPoint | None = None, pin: bool = False,
 ) -> list[bytes]:
     """Return the lines that give a fresh process the whole conversation, as steps. Wait for a
     `result` line after each step but the last, which requests the answer. Each earlier step ends
     with one user message: without waiting, claude would lose the order of the messages. Assistant
-    messages get no `result` of their own."""
+    messages get no `result` of their own.
+
+    With `pin` the first step asks, under a limit that makes claude refuse the question by itself
+    (see `is_pinned`). claude puts its reminders beside the first message that asks, so they stand
+    beside the first message of the conversation, as they do where it has grown turn by turn."""
     texts = (turn.system, operator_prompt.strip(), _told_call(turn))
     system = "\n\n".join(text for text in texts if text)
-    fields: Json = {"systemPrompt": [system] if system else [], "hooks": None}
+    fields: Json = {"systemPrompt": [system] if system else [], "hooks": _FAILURE_HOOKS}
     tools, choice = turn.tools_for_model
     if tools:
         fields["sdkMcpServers"] = [TOOL_SERVER]
@@ -9538,8 +9823,18 @@ def conversation_steps(
     alone = not agent and (turn.output_schema is None or bool(more_tools))
     pending = control_line("initialize", **fields)
     options = _rebuild_options(turn)
-    pending += settings_lines(options, choice, tools if alone else (), more_tools)
-    steps = []
+    pending += settings_lines(
+        options, choice, tools if alone else (), more_tools, turn.cache_lifetime
+    )
+    *steps, pending = _history_steps(turn, version, pending, pin=pin)
+    asked = message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
+    return [*steps, pending + asked]
+
+
+def _history_steps(turn: Turn, version: Version, pending: bytes, *, pin: bool) -> list[bytes]:
+    """Return the steps up to the last message, with `pending` in front. The last step is not
+    complete."""
+    steps: list[bytes] = []
     by_name = {tool.name: tool for tool in turn.tools}
     told = (_earlier_message(message, by_name) for message in turn.messages[:-1])
     # claude answers no empty message, and waiting for a `result` would never end.
@@ -9548,12 +9843,19 @@ def conversation_steps(
         # claude loses an answer that has no message before it.
         earlier = [Message("user", text_blocks(_OPENING_TEXT)), *earlier]
     for message in earlier:
-        pending += message_line(message, version, ask=False)
+        is_pinned = pin and not steps and message.role == "user"
+        pending += _limit_line(_REACHED_LIMIT) if is_pinned else b""
+        pending += message_line(message, version, ask=is_pinned, model_id=turn.model.id)
         if message.role == "user":
             steps.append(pending)
-            pending = b""
-    asked = message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
-    return [*steps, pending + asked]
+            pending = _limit_line(UNREACHED_LIMIT) if is_pinned else b""
+    return [*steps, pending]
+
+
+def lifetime_line(lifetime: str) -> bytes:
+    """Return the control request that changes the lifetime in the API's prompt cache, also in the
+    middle of a turn."""
+    return control_line("apply_flag_settings", settings={"env": lifetime_environment(lifetime)})
 
 
 def continuation_lines(
@@ -9566,15 +9868,36 @@ def continuation_lines(
     return thinking + message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
 
 
-def rewind_line(rewind_point: RewindPoint) -> bytes:
+def rewind_line(rewind_point: RewindPoint, request_id: str = "") -> bytes:
     """Return the control request that makes an idle claude drop the user message and everything
     after it."""
-    return control_line("rewind_conversation", target_message_uuid=rewind_point.id)
+    return control_line(
+        "rewind_conversation", request_id=request_id, target_message_uuid=rewind_point.id
+    )
 
 
 def was_rewound(reply: Json) -> bool:
     """Return whether the reply to `rewind_line` reports success."""
     return _object(_object(reply.get("response")).get("response")).get("rewound") is True
+
+
+def interrupt_line(request_id: str) -> bytes:
+    """Return the control request that ends the running turn, or drops its user message if claude
+    has not begun to answer it. In the former case a `result` line follows."""
+    return control_line("interrupt", request_id=request_id, cancel_queued=True)
+
+
+def has_cancelled(reply: Json) -> bool:
+    """Return whether the reply to `interrupt_line` reports that the turn has not begun. There will
+    be no `result` line, and nothing to rewind."""
+    return bool(_object(reply.get("response")).get("cancelled"))
+
+
+def is_without(reply: Json) -> bool:
+    """Return whether the reply to `rewind_line` says that claude does not hold the user message,
+    whether or not it was dropped by this request."""
+    response = _object(reply.get("response"))
+    return response.get("rewound") is True or response.get("error") == "target not found"
 
 
 # ==== 23. Plan and failures ==================================================
@@ -9783,6 +10106,15 @@ class ReportedFailure(NamedTuple):
     status: int | None
 
 
+def api_message(details: str) -> str:
+    """Return the message of the API's error in claude's `error_details`, such as
+    `400 {"type":"error","error":{"type":"...","message":"..."}}`; empty if there is none."""
+    body: Json = {}
+    with contextlib.suppress(ValueError):
+        body = _object(from_json(details[details.find("{"):]))
+    return _text_field(_object(body.get("error")), "message") or ""
+
+
 LOGIN_ADVICE = (
     "claude on the server is not logged in: run `claude auth login` there, or on a machine "
     "without a browser `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN for the server."
@@ -9847,6 +10179,10 @@ _CLI_PROSE = re.compile(
 _NOT_YOUR_LIMIT = re.compile(r"^Server is temporarily limiting requests \([^)]*\)\W*")
 #: A revoked login comes as a 403.
 _LOGIN_REVOKED = re.compile(r"token.*(?:revoked|expired)", re.IGNORECASE)
+#: What the API and claude say of a prompt that does not fit the model, and how the API begins it,
+#: by which agents know it.
+_TOO_LONG = re.compile("(?:prompt|input) is too long|exceed context limit", re.IGNORECASE)
+_TOO_LONG_START = "prompt is too long"
 _RATE_LIMIT_PAUSE_S = 20.0
 _OVERLOAD_PAUSE_S = 10.0
 
@@ -9855,6 +10191,14 @@ def reset_sentence(resets_at_s: float) -> str:
     """Return when a limit resets, for clients that show only the message of an error."""
     resets = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(resets_at_s))
     return f"The limit resets at {resets}."
+
+
+def _too_long_upstream(message: str) -> ContextTooLong:
+    """Return the error for a prompt that the API or claude refuses for its length."""
+    start = len(_TOO_LONG_START)
+    is_usual = message[:start].lower() == _TOO_LONG_START
+    rest = message[start:] if is_usual else f": {message}"
+    return ContextTooLong(_TOO_LONG_START + rest, param="messages")
 
 
 def upstream_error(
@@ -9887,8 +10231,8 @@ def upstream_error(
         error_class = LoginLost
     if error_class is LoginLost:
         return LoginLost(f"{LOGIN_ADVICE} (claude reported: {message})")
-    if error_class is BadRequest and "prompt is too long" in message.lower():
-        return ContextTooLong(message, param="messages")
+    if error_class in (BadRequest, TooLarge) and _TOO_LONG.search(message):
+        return _too_long_upstream(message)
     if error_class is UnknownModel:
         return UnknownModel(message, param="model")
     pauses = {RateLimited: _RATE_LIMIT_PAUSE_S, Overloaded: _OVERLOAD_PAUSE_S}
@@ -9969,8 +10313,10 @@ def _count(usage: Json, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-#: Tables in the API's usage object that Anthropic clients get unchanged.
-_USAGE_TABLES = ("cache_creation", "server_tool_use")
+#: Fields of the API's usage object that Anthropic clients get unchanged, and their types.
+_USAGE_FIELDS = (
+    ("cache_creation", dict), ("server_tool_use", dict), ("service_tier", str), ("speed", str),
+)
 
 
 def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
@@ -9987,9 +10333,10 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
             _count(found, "cache_creation_input_tokens") or before.cache_write_tokens
         ),
         reasoning_tokens=thinking if isinstance(thinking, int) else before.reasoning_tokens,
-        tables={
-            **before.tables,
-            **{name: found[name] for name in _USAGE_TABLES if isinstance(found.get(name), dict)},
+        more={
+            **before.more,
+            **{name: found[name] for name, kind in _USAGE_FIELDS
+               if isinstance(found.get(name), kind)},
         },
         web_search_requests=(
             _count(_object(found.get("server_tool_use")), "web_search_requests")
@@ -9998,16 +10345,18 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
     )
 
 
-def _sum_tables(first: Mapping[str, Json], second: Mapping[str, Json]) -> dict[str, Json]:
-    """Return tables with the sums of their counts. What is no count is that of the second."""
+def _sum_more(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Usage.more` with the sums of their counts. What is no count is that of
+    the second."""
     added = dict(first)
-    for name, table in second.items():
-        before = first.get(name, {})
-        sums = {
-            field: value + _count(before, field) for field, value in table.items()
-            if isinstance(value, int)
-        }
-        added[name] = {**before, **table, **sums}
+    for name, value in second.items():
+        before = first.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            added[name] = _sum_more(before, value)
+        elif isinstance(value, int) and isinstance(before, int):
+            added[name] = before + value
+        else:
+            added[name] = value
     return added
 
 
@@ -10021,7 +10370,7 @@ def sum_usage(usages: Iterable[Usage]) -> Usage:
             added.input_tokens + usage.input_tokens, added.output_tokens + usage.output_tokens,
             added.cache_read_tokens + usage.cache_read_tokens,
             added.cache_write_tokens + usage.cache_write_tokens,
-            sum(reasoning) if reasoning else None, _sum_tables(added.tables, usage.tables),
+            sum(reasoning) if reasoning else None, _sum_more(added.more, usage.more),
             added.web_search_requests + usage.web_search_requests,
         )
     return added
@@ -10060,6 +10409,15 @@ def check_tools_offered(
         )
 
 
+#: Stop reasons after which claude waits for the client and does nothing by itself.
+PARKABLE = ("end_turn", "stop_sequence", "tool_use")
+
+
+def stop_reason_of(line: Json) -> object:
+    """Return why the API ended a message; None for every other line."""
+    return _object(_object(line.get("event")).get("delta")).get("stop_reason")
+
+
 def check_control_response(line: Json) -> None:
     """Raise UpstreamFailed when claude refused a control request."""
     found = line.get("response")
@@ -10074,6 +10432,40 @@ def check_history_result(line: Json) -> None:
     if line.get("is_error"):
         reason = redact_paths(redact(one_line(str(line.get("result")))))
         raise UpstreamFailed(f"claude did not accept the conversation: {reason}")
+
+
+class NotPinned(Exception):
+    """claude did not refuse the first message of a history as it should; see `conversation_steps`.
+    The process is of no use."""
+
+    def __init__(self, line: Json, *, was_asked: bool) -> None:
+        """`line` shows it. `was_asked` means that claude has sent the message to the API."""
+        super().__init__(one_line(str(line.get("terminal_reason") or line.get("type"))))
+        self.line = line
+        self.was_asked = was_asked
+
+
+def is_pinned(line: Json) -> bool:
+    """Return whether claude has refused the first message of a history with this line, which is one
+    of those that come after it. Raise NotPinned when claude asks the API, or refuses something
+    else.
+
+    A refused message prints `init`, `status`, a message of the model <synthetic> and a `result`."""
+    kind = line.get("type")
+    is_result, is_error = kind == "result", bool(line.get("is_error"))
+    if is_result and is_error and line.get("terminal_reason") == "blocking_limit":
+        return True
+    is_synthetic = _object(line.get("message")).get("model") == "<synthetic>"
+    was_asked = (
+        kind in ("stream_event", "rate_limit_event")
+        or (kind == "assistant" and not is_synthetic)
+        or line.get("subtype") == "api_retry"
+        or (is_result and (not is_error or line.get("api_error_status") is not None))
+    )
+    is_refused = _object(line.get("response")).get("subtype") == "error"
+    if was_asked or is_result or is_refused:
+        raise NotPinned(line, was_asked=was_asked)
+    return False
 
 
 # How a turn is read. claude prints the API's stream events of one message or several, lines of its
@@ -10420,6 +10812,14 @@ class FailureRecord:
         if isinstance(status, int):
             self._failure = self._failure._replace(status=status)
 
+    def record_api_message(self, line: Json) -> None:
+        """Record the API's own message from the call of the hook for failures. claude replaces it
+        only for requests that it calls invalid; for other failures its text has more advice."""
+        hook = _object(_object(line.get("request")).get("input"))
+        if hook.get("error") == "invalid_request":
+            message = api_message(str(hook.get("error_details") or ""))
+            self._failure = self._failure._replace(text=message or self._failure.text)
+
     def error(self, result: Json) -> OcpError:
         """Return the error for a turn that ends with this `result` line."""
         failure = self._failure
@@ -10477,6 +10877,8 @@ class TurnReader:
         elif kind == "user":
             self._structured.record_results(_object(line.get("message")))
             return self._finish_structured()
+        elif kind == "control_request":
+            self._failures.record_api_message(line)
         elif kind == "rate_limit_event":
             self._failures.plan = plan_event(line) or self.plan
         elif kind == "system" and line.get("subtype") == "init":
@@ -10598,7 +11000,7 @@ FIXED_ENVIRONMENT = {
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
     # claude would refuse some 90 small images, because it estimates 2,000 tokens for each. The API
     # enforces the real limit.
-    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000",
+    BLOCKING_LIMIT: UNREACHED_LIMIT,
     "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
     "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
@@ -10608,6 +11010,10 @@ FIXED_ENVIRONMENT = {
     "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
     "CLAUDE_CODE_DISABLE_TERMINAL_TITLE": "1",
+    # The pieces of an answer take a shorter way through claude, as the same lines. Older versions
+    # do not know these two.
+    "CLAUDE_CODE_PLAIN_DELTA_DIRECT_WRITE": "1",
+    "CLAUDE_CODE_PLAIN_DELTA_FAST_PATH": "1",
     "DISABLE_AUTOUPDATER": "1",
     "DISABLE_AUTO_COMPACT": "1",
     "DISABLE_COMPACT": "1",
@@ -10616,8 +11022,9 @@ FIXED_ENVIRONMENT = {
     "MAX_STRUCTURED_OUTPUT_RETRIES": "2",
     "XDG_CACHE_HOME": "/dev/null/none",
 }
-#: Set outside agent mode: claude then does not open its socket for other sessions of the user.
-_RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1"}
+#: Set outside agent mode. claude then does not open its socket for other sessions of the user; and
+#: it tells the model this shell rather than the owner's, alike however the server was started.
+_RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1", "SHELL": "/bin/bash"}
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -10685,7 +11092,7 @@ class Client(Protocol):
     """The client of a request, for code that waits."""
 
     def fileno(self) -> int:
-        """Return the descriptor to wait on."""
+        """Return the descriptor to wait on; negative = there is none."""
 
     def gone(self) -> bool:
         """Return whether the client has hung up. Never blocks. Keeps data that it sent early."""
@@ -10695,6 +11102,25 @@ class Client(Protocol):
 
     def cancel(self) -> None:
         """Make `gone` return True from now on, as if the client had hung up."""
+
+
+class NoClient:
+    """Stands for a client that has left, where a process is still worth a wait."""
+
+    def fileno(self) -> int:
+        """Return that there is no descriptor."""
+        return -1
+
+    def gone(self) -> bool:
+        """Return False: nobody can leave."""
+        return False
+
+    def can_detect_hangup(self) -> bool:
+        """Return False: there is no hang-up to detect."""
+        return False
+
+    def cancel(self) -> None:
+        """Do nothing."""
 
 
 class WaitLimits(NamedTuple):
@@ -10709,10 +11135,12 @@ class WaitLimits(NamedTuple):
 
 class TurnInput(NamedTuple):
     """The input of a process for one turn: lines to write in steps (see `conversation_steps`), and
-    the results of the tool calls of its last answer."""
+    after them the results of the tool calls of its last answer."""
 
     steps: list[bytes]
     results: Iterable[Block] = ()
+    #: Whether the first of several steps asks, so that claude refuses it.
+    pins: bool = False
 
 
 class Program(NamedTuple):
@@ -11501,7 +11929,8 @@ class ChildPipes:
         selector = selectors.DefaultSelector()
         selector.register(self._child.stdout, selectors.EVENT_READ, self._read_stdout)
         selector.register(self._child.stderr, selectors.EVENT_READ, self._read_stderr)
-        selector.register(client.fileno(), selectors.EVENT_READ, check_client)
+        if client.fileno() >= 0:
+            selector.register(client.fileno(), selectors.EVENT_READ, check_client)
         self._waits_for_room = False
         return selector
 
@@ -11571,6 +12000,15 @@ class ChildPipes:
         return UpstreamFailed(f"claude ended before its answer was complete ({how}): {last}")
 
 
+def _until_pinned(lines: Iterator[Json | Tick | Pause]) -> Iterator[Event]:
+    """Wait until claude has refused the first message of the history. Raise NotPinned."""
+    for line in lines:
+        if not isinstance(line, dict):
+            yield line
+        elif is_pinned(line):
+            return
+
+
 def _until_result(lines: Iterator[Json | Tick | Pause]) -> Iterator[Event]:
     """Wait until claude has accepted a message of the history."""
     for line in lines:
@@ -11609,6 +12047,8 @@ class ClaudeProcess:
         self._last_event_s = 0.0
         #: Whether claude has printed the `result` of its last turn.
         self._turn_is_over = True
+        #: Whether the last turn was sent to its end: with the question, not the history alone.
+        self.has_asked = False
 
     def __repr__(self) -> str:
         ended = "ended" if self._pipes.ended else "alive"
@@ -11634,9 +12074,10 @@ class ClaudeProcess:
     ) -> Iterator[Event]:
         """Send one turn and yield the events of its answer, with Pauses and Ticks.
 
-        Tool results continue the turn that ended with the calls; no step is needed then. The
+        Tool results continue the turn that ended with the calls; no step need precede them. The
         iterator ends after Finished. Raise an error that claude reports or that its exit causes,
-        UpstreamTimeout at the deadline, ClientGone. A process that hangs is `broken` afterwards.
+        UpstreamTimeout at the deadline, ClientGone, NotPinned. A process that hangs is `broken`
+        afterwards.
         """
         self._last_event_s = self._clock()
         events: list[Event] = []
@@ -11661,14 +12102,16 @@ class ClaudeProcess:
         self, turn_input: TurnInput, lines: Iterator[Json | Tick | Pause]
     ) -> Iterator[Event]:
         """Send the steps of a turn, and yield Ticks while claude accepts all but the last."""
+        self.has_asked = False
         self._liveness.start_wait()
         if not turn_input.results and not self._turn_is_over:
             yield from _until_result(lines)
-        for step in turn_input.steps[:-1]:
+        for index, step in enumerate(turn_input.steps[:-1]):
             self._send(step)
-            yield from _until_result(lines)
-        self._send(self.tools.deliver(turn_input.results) + b"".join(turn_input.steps[-1:]))
-        self._turn_is_over = False
+            is_pin = turn_input.pins and index == 0
+            yield from _until_pinned(lines) if is_pin else _until_result(lines)
+        self._send(b"".join(turn_input.steps[-1:]) + self.tools.deliver(turn_input.results))
+        self._turn_is_over, self.has_asked = False, True
 
     def control(self, requests: list[bytes], limits: WaitLimits) -> list[Json]:
         """Send control requests and return the replies in the same order. Waits first until the
@@ -11688,6 +12131,41 @@ class ClaudeProcess:
                 if len(answers) == len(requests):
                     break
         return answers
+
+    def take_back(self, rewind_point: RewindPoint, limits: WaitLimits) -> bool:
+        """Interrupt the turn that the user message at `rewind_point` began, and drop the message.
+        Return whether claude now waits for another one in its place. Raise what `converse`
+        raises."""
+        self._liveness.start_wait()
+        with contextlib.closing(self._lines(limits)) as lines:
+            if not self._interrupt(lines):
+                return False
+            request_id = new_id("r")
+            self._send(rewind_line(rewind_point, request_id))
+            replies = (control_reply(line, request_id) for line in lines if isinstance(line, dict))
+            self.rewinds += 1
+            return is_without(next(filter(None, replies), {}))
+
+    def _interrupt(self, lines: Iterator[Json | Tick | Pause]) -> bool:
+        """End the running turn. Return False if claude may ask the API once more, as it does by
+        itself after a stop at a limit; an interrupt does not prevent that."""
+        request_id = new_id("r")
+        self._send(interrupt_line(request_id))
+        is_answered = False
+        for line in lines:
+            if not isinstance(line, dict):
+                continue
+            reply = control_reply(line, request_id)
+            if reply is not None:
+                is_answered = reply.get("subtype") == "success"
+                self._turn_is_over = self._turn_is_over or has_cancelled(reply)
+                if not is_answered:
+                    return False
+            if stop_reason_of(line) not in (None, *PARKABLE):
+                return False
+            if is_answered and self._turn_is_over:
+                return True
+        return False
 
     def _send(self, data: bytes) -> None:
         self._pipes.send(data)
@@ -11748,7 +12226,7 @@ class ClaudeProcess:
     def _handle_line(self, line: Json) -> None:
         kind = line.get("type")
         if kind == "control_request":
-            self._pipes.send(self.tools.reply(line))
+            self._pipes.send(hook_reply(line) or self.tools.reply(line))
         self._turn_is_over = self._turn_is_over or kind == "result"
         # This line comes after the end of an answer, when no request reads any more.
         has_news = kind == "rate_limit_event"
@@ -11868,6 +12346,11 @@ class Gate:
         """Return the number of running requests."""
         with self._lock:
             return sum(self._running.values())
+
+    def running_by_caller(self) -> dict[str, int]:
+        """Return the number of running requests by the scope of their callers."""
+        with self._lock:
+            return dict(self._running)
 
     @property
     def waiting(self) -> int:
@@ -12019,6 +12502,8 @@ class History(NamedTuple):
     digests: tuple[str, ...]
     #: The context in the last message. No later request has it in this place.
     context: str = ""
+    #: The scope of the caller.
+    caller: str = ""
 
 
 def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
@@ -12030,7 +12515,7 @@ def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
         *(tool.digest for tool in turn.tools),
     ]
     digests = tuple(message.digest for message in turn.messages)
-    return History(digest(base), digests, context_of(turn.messages[-1]))
+    return History(digest(base), digests, context_of(turn.messages[-1]), caller)
 
 
 def results_with_context(message: Message, known_context: str) -> list[Block]:
@@ -12059,6 +12544,8 @@ class Conversation(NamedTuple):
     #: How many messages the process got before its first question: other conversations can start
     #: with the same ones.
     messages_given: int = 0
+    #: The lifetime in the API's prompt cache that the process asks for; see Turn.
+    cache_lifetime: str = ""
 
     def after(self, answer: Answer, history: History, *, is_dead_end: bool) -> Conversation:
         """Return the conversation after an answer to the last message of `history`."""
@@ -12068,6 +12555,12 @@ class Conversation(NamedTuple):
         digests = (*history.digests, last)
         awaiting = frozenset(call["id"] for call in answer.calls)
         return self._replace(history=history._replace(digests=digests), awaiting=awaiting)
+
+    def rewound(self) -> Conversation:
+        """Return what is left of it once the process was rewound to its rewind point."""
+        index = self.rewind_point.message_index if self.rewind_point is not None else None
+        history = self.history._replace(digests=self.history.digests[:index], context="")
+        return self._replace(history=history, awaiting=frozenset(), rewind_point=None)
 
     @property
     def is_dead_end(self) -> bool:
@@ -12188,7 +12681,8 @@ def plan_pool(
     idle = [p for p in processes if p.state in max_idle_s]
     kept = [p for p in idle if p.process.alive() and now_s - p.since_s <= max_idle_s[p.state]]
     outdated = [p for p in idle if p not in kept]
-    evicted = evicted_by_limit(kept, config.parked_processes)
+    parked = [p for p in kept if p.state is ProcessState.PARKED]
+    evicted = evicted_by_limit(parked, config.parked_processes, now_s, running={})
     spares = [p for p in kept if p.state is ProcessState.SPARE]
     oldest_s = now_s - max_idle_s[ProcessState.SPARE]
     uses = {model_id: use for model_id, use in uses.items() if use.last_used_s >= oldest_s}
@@ -12197,11 +12691,38 @@ def plan_pool(
     return PoolPlan(outdated + evicted + surplus, start)
 
 
-def evicted_by_limit(processes: list[PooledProcess], max_parked: int) -> list[PooledProcess]:
-    """Return the parked processes to stop when only `max_parked` may stay; they are listed in the
-    order of eviction."""
-    parked = [p for p in processes if p.state is ProcessState.PARKED]
-    return parked[: max(0, len(parked) - max_parked)]
+#: How long a parked process is safe from other callers that have as few.
+_FRESH_S = 60.0
+
+
+def evicted_by_limit(
+    parked: list[PooledProcess], max_parked: int, now_s: float, *, running: Mapping[str, int]
+) -> list[PooledProcess]:
+    """Return the parked processes to stop when only `max_parked` may stay, in the order of
+    eviction. `running` is how many more each caller will park; they count as parked last.
+
+    The caller with the most gives up one, again and again: its dead ends, but for the one that was
+    parked last, and then its oldest. Among callers with as many, it is the one whose process has
+    waited longest, if that is longer than _FRESH_S. Else it is the one that parked last: when more
+    callers are at work than there are places, the others still find their processes.
+    """
+    # The caller that parked last comes first.
+    shares: dict[str, list[PooledProcess | None]] = {
+        caller: [None] * count for caller, count in running.items()
+    }
+    for pooled in reversed(parked):
+        shares.setdefault(pooled.conversation.history.caller, []).insert(0, pooled)
+    for share in filter(None, shares.values()):
+        last = share[-1]
+        share.sort(key=lambda p: p is last or p is None or not p.conversation.is_dead_end)
+
+    def precedence(share: list[PooledProcess | None]) -> tuple[int, float]:
+        waited_s = now_s - share[0].since_s if share[0] is not None else 0.0
+        return len(share), waited_s if waited_s > _FRESH_S else 0.0
+
+    excess = len(parked) + sum(running.values()) - max_parked
+    evicted = [max(filter(None, shares.values()), key=precedence).pop(0) for _ in range(excess)]
+    return [pooled for pooled in evicted if pooled is not None]
 
 
 def _plan_spares(
@@ -12237,7 +12758,7 @@ _FAILURE_PAUSE_S = 30.0
 _YOUNG_S = 5.0
 #: The memory of a claude grows with each rewind: from 202 to 307 MB after this many messages of 20
 #: KB (2.1.330). Then another process replaces it.
-_MAX_REWINDS = 500
+MAX_REWINDS = 500
 
 
 class ProcessPool:
@@ -12252,7 +12773,7 @@ class ProcessPool:
         # Guards the fields below. Never held while a process is started or ended. It is held while
         # pipes are read without blocking, so that a process is either here or in use, never both.
         self._lock = threading.Lock()
-        #: Spares in the order in which they are taken, parked processes in the order of eviction.
+        #: In the order in which they came into their state.
         self._processes: list[PooledProcess] = []
         #: The models that were used lately.
         self._uses: dict[str, ModelUse] = {}
@@ -12341,28 +12862,29 @@ class ProcessPool:
         return max(prefixes, default=0) or None
 
     def take_rewindable(
-        self, history: History, config: Config, running: int
+        self, history: History, config: Config, running: Mapping[str, int]
     ) -> PooledProcess | None:
         """Take a process that can be rewound to this conversation. First choice is one whose last
         user message is repeated or edited here. Else a process with the same base serves like a
         spare, and faster. But its own conversation can still continue: it is taken only if it is a
-        dead end, or if it will be evicted anyway when the `running` requests, this one included,
-        have parked their processes."""
+        dead end, or if it will be evicted anyway when the `running` requests, counted by caller and
+        this one included, have parked their processes."""
         now_s = self._clock()
         with self._lock:
             if now_s < self._rewinds_from_s:
                 return None
             parked = self._in(ProcessState.PARKED)
-            evicted = evicted_by_limit(parked, config.parked_processes - running)
+            evicted = evicted_by_limit(parked, config.parked_processes, now_s, running=running)
             candidates = [
                 p for p in parked
                 if p.conversation.can_rewind_to(history, p.process.version)
-                and p.process.rewinds < _MAX_REWINDS and not self._is_outdated(p.process)
+                and p.process.rewinds < MAX_REWINDS and not self._is_outdated(p.process)
                 and now_s - p.process.born_s <= config.session_ttl_ms / 1000
             ]
             superseded = [p for p in candidates if p.conversation.is_superseded_by(history)]
-            others = [p for p in candidates if p.conversation.is_dead_end or p in evicted]
-            return self._take_first([*reversed(superseded), *others])
+            dead_ends = [p for p in candidates if p.conversation.is_dead_end]
+            others = [p for p in evicted if p in candidates]
+            return self._take_first([*reversed(superseded), *dead_ends, *others])
 
     def pause_rewinds(self, for_s: float) -> None:
         """Let `take_rewindable` return None for so long, because a rewind has failed."""
@@ -12390,9 +12912,6 @@ class ProcessPool:
         """Keep a process for the next message of its conversation."""
         pooled = PooledProcess(process, ProcessState.PARKED, self._clock(), conversation)
         with self._lock:
-            if conversation.is_dead_end:
-                # One dead end can take the place of a conversation; further ones evict each other.
-                self._processes.sort(key=lambda other: not other.conversation.is_dead_end)
             self._processes.append(pooled)
 
     def put_spare(self, process: ClaudeProcess) -> None:
@@ -12509,7 +13028,7 @@ class ProcessPool:
 
 # ==== 30. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
-# and responses by their ids.
+# and responses by their ids. And the thinking of answers, for conversations that are rebuilt.
 
 
 class Sessions:
@@ -12685,6 +13204,75 @@ class Responses:
         self.get(caller, response_id)
         with self._lock:
             self._forget(response_id)
+
+
+#: The limit for all remembered answers together.
+_MAX_THINKING_BYTES = 32 * 1024 * 1024
+
+
+def _answer_places(turn: Turn, scope: str) -> Iterator[tuple[int, str]]:
+    """Yield the index of each answer in a turn's history, and the key under which its thinking is
+    remembered: one of the caller, of the model, and of whether thinking is switched off, since the
+    API may refuse thinking where it is. Ids of tool calls make an answer unique; any other one is
+    known by the whole conversation up to it. So no thinking gets into another conversation that
+    happens to have an answer of the same words."""
+    owner = [scope, turn.model.id, str(turn.options.thinking_tokens == 0)]
+    conversation = hashlib.sha256(joined_parts([*owner, turn.system]))
+    for index, message in enumerate(turn.messages):
+        conversation.update(message.digest.encode("ascii"))
+        if message.role == "assistant":
+            has_calls = any(block["type"] == "tool_use" for block in message.content)
+            key = digest([*owner, message.digest]) if has_calls else conversation.hexdigest()
+            yield index, key
+
+
+class ThinkingMemory:
+    """The latest answers with thinking. A conversation that goes to another process gets them back
+    as the model gave them: the API's prompt cache holds them like this, and a model that thinks by
+    budget needs its thinking in a tool loop. Clients lose it, and what they send of it counts for
+    nothing, so that nobody can make the API refuse a prompt by a signature that is not its own."""
+
+    def __init__(self, max_bytes: int = _MAX_THINKING_BYTES) -> None:
+        self._max_bytes = max_bytes
+        # Guards the fields below.
+        self._lock = threading.Lock()
+        #: The blocks of an answer as JSON, by its key; the least recently used first.
+        self._answers: dict[str, bytes] = {}
+        self._size_bytes = 0
+
+    def put(self, turn: Turn, scope: str, blocks: list[Block]) -> None:
+        """Remember the answer to a turn of this caller if it can be told again as it was: its
+        thinking is complete, and it has no blocks of the API's own tools."""
+        thinking = [block for block in blocks if is_thinking(block)]
+        is_whole = all(block.get("signature") or block.get("data") for block in thinking)
+        if not thinking or not is_whole or any(map(is_server_block, blocks)):
+            return
+        answered = turn._replace(messages=[*turn.messages, Message("assistant", blocks)])
+        *_, (_, key) = _answer_places(answered, scope)
+        data = to_json(blocks)
+        with self._lock:
+            self._size_bytes += len(data) - len(self._answers.pop(key, b""))
+            self._answers[key] = data
+            while self._size_bytes > self._max_bytes:
+                self._size_bytes -= len(self._answers.pop(next(iter(self._answers))))
+
+    def restored(self, turn: Turn, scope: str) -> Turn:
+        """Return the turn of this caller with the answers that are remembered, as they were."""
+        messages = list(turn.messages)
+        for index, key in _answer_places(turn, scope):
+            data = self._take(key)
+            if data:
+                blocks: list[Block] = json.loads(data)
+                messages[index] = Message("assistant", blocks)
+        return turn._replace(messages=messages)
+
+    def _take(self, key: str) -> bytes:
+        """Return a remembered answer, which is the last to be forgotten then."""
+        with self._lock:
+            data = self._answers.pop(key, b"")
+            if data:
+                self._answers[key] = data
+        return data
 
 
 # ==== 31. Cache ==============================================================
@@ -13939,8 +14527,10 @@ class AnswerRecord:
         self.finished: Finished | None = None
         #: The reader of each request to claude. There is more than one after a retry.
         self.readers: list[TurnReader] = []
-        #: Whether the API refused it before the answer began.
+        #: Whether the API refused it before the answer began, or because it is too long: then the
+        #: model has not read it.
         self.refused = False
+        self.is_unread = False
         self.response_chars = 0
         self._begun: Usage | None = None
         #: Whether the client got a block of it.
@@ -13986,7 +14576,7 @@ class AnswerRecord:
         if not self.readers or self.refused:
             return NO_USAGE
         spent = sum_usage(reader.spent for reader in self.readers)
-        if not spent.prompt_tokens:
+        if not spent.prompt_tokens and not self.is_unread:
             spent = spent._replace(input_tokens=estimate_tokens(self.turn))
         if not self.readers[-1].finished:
             estimate = round(self.response_chars / ESTIMATE_CHARS_PER_TOKEN)
@@ -13996,6 +14586,7 @@ class AnswerRecord:
     def fail(self, error: OcpError) -> None:
         """Record why there is no answer."""
         self.refused = error.refused_upstream and self._begun is None
+        self.is_unread = isinstance(error, ContextTooLong)
 
     def answer(self) -> Answer:
         """Return the whole answer. Raises UpstreamFailed when it is not complete."""
@@ -14176,12 +14767,13 @@ class CallWatch:
         return usage if self._dropped is None else sum_usage([self._dropped, usage])
 
 
-#: Stop reasons after which claude waits for the client and does nothing by itself.
-_PARKABLE = ("end_turn", "stop_sequence", "tool_use")
 #: How long claude may take to rewind, which is a matter of milliseconds; and the pause after a
 #: process that could not.
 _REWIND_TIMEOUT_S = 2.0
 _REWIND_PAUSE_S = 60.0
+#: How long claude may take to forget a question whose client has left. Its answer keeps its place
+#: among the running ones for so long.
+_TAKE_BACK_TIMEOUT_S = 1.0
 
 
 #: The shortest prompt that the API caches for every model (Anthropic's docs, "Prompt caching").
@@ -14204,9 +14796,11 @@ class Attempt(NamedTuple):
     """A way to the answer, with a process that was taken for it."""
 
     process: ClaudeProcess
-    #: What the process holds already, with the rewind point that the input sets.
+    #: What the process holds already.
     conversation: Conversation
     turn_input: TurnInput
+    #: The rewind point that the input sets. It sets none if it has tool results.
+    rewind_point: RewindPoint | None = None
 
 
 class TurnRunner:
@@ -14225,6 +14819,12 @@ class TurnRunner:
         self._record = record
         config = self._config = app.config
         self._message = record.turn.messages[-1]
+        #: The attempt that is under way.
+        self._attempt: Attempt | None = None
+        #: Whether the process of an answer that nobody waits for serves again.
+        self._is_process_kept = False
+        #: Whether reminders may be pinned to the first message of the history.
+        self._can_pin = True
         self._set_turn(record.turn)
         self._limits = WaitLimits(
             client=job.client,
@@ -14246,9 +14846,11 @@ class TurnRunner:
         record = self._record
         try:
             with contextlib.ExitStack() as stack:
-                yield self._logged(self._events(stack))
+                # The events are closed first: nothing else may read the process then.
+                with contextlib.closing(self._events(stack)) as events:
+                    yield self._logged(events)
         except ClientGone:
-            self._log("info", "answer_abandoned")
+            self._log("info", "answer_abandoned", process_kept=self._is_process_kept)
             raise
         except OcpError as error:
             record.fail(error)
@@ -14299,7 +14901,7 @@ class TurnRunner:
 
     # -- acquire ----------------------------------------------------------------------------------
 
-    def _events(self, stack: contextlib.ExitStack) -> Iterator[Event]:
+    def _events(self, stack: contextlib.ExitStack) -> Generator[Event, None, None]:
         app, record = self._app, self._record
         if not app.pool.can_continue(self._history, self._message):
             # A process that holds the conversation continues it also while claude is updated.
@@ -14307,7 +14909,7 @@ class TurnRunner:
         slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
         app.check_extra_usage(self._turn.model.argument)
-        stack.callback(self._give_up)
+        stack.push(self._release)
         attempts: list[Callable[[], Attempt | None]] = [
             self._continue, self._rewind, self._rebuild, self._rebuild
         ]
@@ -14329,6 +14931,9 @@ class TurnRunner:
             except BadRequest as error:
                 self._adapt(error)
                 attempts = [self._rebuild, self._rebuild]
+            except NotPinned as problem:
+                self._stop_pinning(attempt.process.version, problem)
+                attempts = [self._rebuild, self._rebuild]
             self._give_up()
             if record.has_output:
                 record.add(Restarted(), app.clock())
@@ -14343,6 +14948,16 @@ class TurnRunner:
         self._app.catalog.add_refusal(refusal)
         self._log_change("model_refuses", refused=refusal.field, detail=error.message)
         self._set_turn(after_refusal(self._turn, refusal))
+
+    def _stop_pinning(self, version: Version, problem: NotPinned) -> None:
+        """Give the rest of this request's attempts, and all later ones if claude has asked the API,
+        a history without a pin."""
+        self._can_pin = False
+        if problem.was_asked:
+            self._app.pinning.give_up(version, str(problem))
+        if problem.line.get("type") == "stream_event":
+            # What the API has counted until now.
+            self._record.readers[-1].events(problem.line)
 
     def _log_change(self, name: str, **more: object) -> None:
         """Log why the request is repeated in another form."""
@@ -14366,12 +14981,15 @@ class TurnRunner:
         app = self._app
         if self._config.is_agent or self._message.has_results:
             return None
-        pooled = app.pool.take_rewindable(self._history, self._config, app.gate.running)
+        pooled = app.pool.take_rewindable(
+            self._history, self._config, app.gate.running_by_caller()
+        )
         if pooled is None:
             return None
         self._record.process = pooled.process
         if self._drops_last_message(pooled):
-            return self._next_message(pooled, "rewound")
+            left = pooled._replace(conversation=pooled.conversation.rewound())
+            return self._next_message(left, "rewound")
         app.pool.pause_rewinds(_REWIND_PAUSE_S)
         self._give_up()
         return None
@@ -14395,17 +15013,21 @@ class TurnRunner:
         """Return the attempt to send a process the one message that it does not hold yet."""
         record, process = self._record, pooled.process
         record.process, record.warm, record.path = process, True, path
-        conversation = pooled.conversation
+        lifetime = self._turn.cache_lifetime
+        is_same = lifetime == pooled.conversation.cache_lifetime
+        settings = b"" if is_same else lifetime_line(lifetime)
+        conversation = pooled.conversation._replace(cache_lifetime=lifetime)
         results = results_with_context(self._message, conversation.history.context)
         if results:
-            return Attempt(process, conversation, TurnInput([], results))
+            return Attempt(process, conversation, TurnInput([settings], results))
         point = rewind_point_of(self._turn)
-        steps = [continuation_lines(self._turn, process.version, point)]
-        return Attempt(process, conversation._replace(rewind_point=point), TurnInput(steps))
+        steps = [settings + continuation_lines(self._turn, process.version, point)]
+        return Attempt(process, conversation, TurnInput(steps), point)
 
     def _rebuild(self) -> Attempt:
         """Take a fresh process for the whole conversation."""
         app, record, turn = self._app, self._record, self._turn
+        turn = app.thinking.restored(turn, self._job.caller.scope)
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
@@ -14416,13 +15038,19 @@ class TurnRunner:
         app.wakeups.put("tend")
         process.tools = ToolServer(turn.tools)
         point = rewind_point_of(turn)
+        is_agent = app.config.is_agent
+        # An agent that asked the API would run its tools.
+        pins = self._can_pin and not is_agent and app.pinning.is_used(process.version)
         steps = conversation_steps(
-            turn, app.config.system_prompt, process.version, agent=app.config.is_agent,
-            rewind_point=point,
+            turn, app.config.system_prompt, process.version, agent=is_agent,
+            rewind_point=point, pin=pins,
         )
         given = len(turn.messages) - 1
-        conversation = Conversation(self._history, rewind_point=point, messages_given=given)
-        return Attempt(process, conversation, TurnInput(steps))
+        history = self._history._replace(digests=self._history.digests[:-1], context="")
+        conversation = Conversation(
+            history, messages_given=given, cache_lifetime=turn.cache_lifetime
+        )
+        return Attempt(process, conversation, TurnInput(steps, pins=pins), point)
 
     # -- converse ---------------------------------------------------------------------------------
 
@@ -14430,17 +15058,21 @@ class TurnRunner:
         """Give the events of the answer. The process is parked before the last of them is passed
         on, so that the client's next message finds it."""
         record, turn = self._record, self._turn
+        self._attempt = attempt
         final_only = self._config.is_agent and self._config.agent_text == "final"
         offered, _ = turn.tools_for_model
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
         record.readers.append(reader)
         bounds = AnswerFilter(turn.options, turn.output_schema)
+        told = AnswerBuilder() if turn.options.hides_thinking else None
         if self._watch is not None:
             self._watch.begin()
         for heard in attempt.process.converse(attempt.turn_input, self._limits, reader):
             if isinstance(heard, Pause):
                 yield heard
                 continue
+            if told is not None:
+                told.add(heard)
             for event in self._released(bounds.events(heard)):
                 if isinstance(event, Finished):
                     usage = record.usage if bounds.ended else event.usage
@@ -14449,6 +15081,8 @@ class TurnRunner:
                     event = event._replace(usage=usage)
                 record.add(event, self._app.clock())
                 if isinstance(event, Finished):
+                    if not bounds.ended:
+                        self._remember_thinking(event, told)
                     self._put_away(attempt, event, is_cut=bounds.ended)
                 yield event
             if bounds.ended:
@@ -14463,6 +15097,16 @@ class TurnRunner:
         if watch.is_missing:
             self._job.headers["X-OCP-Tool-Choice"] = "not-honoured"
         return released
+
+    def _remember_thinking(self, finished: Finished, told: AnswerBuilder | None) -> None:
+        """Keep the thinking of an answer that is one message of the model. An agent's answer has
+        several, and a structured one was a call of claude's own. `told` has what the client does
+        not get of it."""
+        turn, scope = self._record.turn, self._job.caller.scope
+        is_message = not self._config.is_agent and turn.output_schema is None
+        if is_message and finished.stop_reason in PARKABLE:
+            answer = self._record.answer() if told is None else told.answer(finished)
+            self._app.thinking.put(turn, scope, answer.blocks)
 
     # -- release ----------------------------------------------------------------------------------
 
@@ -14486,18 +15130,21 @@ class TurnRunner:
     def _conversation_after(self, attempt: Attempt, finished: Finished) -> Conversation | None:
         """Return what the process holds after a complete answer; None if it cannot serve again."""
         process = attempt.process
-        if finished.stop_reason not in _PARKABLE or not self._config.parked_processes:
-            return None
-        is_current = self._app.program_monitor.is_current(process.version)
-        if process.version_differs or not is_current:
+        if finished.stop_reason not in PARKABLE or not self._can_park(process):
             return None
         # A structured answer ended in a call of claude's own.
         is_dead_end = self._turn.output_schema is not None
-        answer = self._record.answer()
-        conversation = attempt.conversation.after(answer, self._history, is_dead_end=is_dead_end)
+        answer, held = self._record.answer(), attempt.conversation
+        held = held._replace(rewind_point=attempt.rewind_point or held.rewind_point)
+        conversation = held.after(answer, self._history, is_dead_end=is_dead_end)
         if is_dead_end and not self._can_rewind(process, conversation):
             return None
         return conversation
+
+    def _can_park(self, process: ClaudeProcess) -> bool:
+        """Return whether processes are parked, and this one is of the claude in use."""
+        is_current = self._app.program_monitor.is_current(process.version)
+        return bool(self._config.parked_processes) and is_current and not process.version_differs
 
     def _can_rewind(self, process: ClaudeProcess, conversation: Conversation) -> bool:
         """Return whether a process can be rewound to the start of a conversation. Tool results go
@@ -14505,6 +15152,43 @@ class TurnRunner:
         if conversation.rewind_point is None or conversation.awaiting:
             return False
         return process.version >= REWINDS_ALL_SINCE and not self._config.is_agent
+
+    def _release(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Put away the process of an answer that is not complete. It serves again if only the
+        client has left. This thread alone may touch it, so it waits for that itself."""
+        attempt = self._attempt
+        if isinstance(error, ClientGone) and attempt is not None and self._takes_back(attempt):
+            self._record.process, self._is_process_kept = None, True
+            self._app.pool.park(attempt.process, attempt.conversation)
+            self._app.wakeups.put("tend")
+        self._give_up()
+
+    def _takes_back(self, attempt: Attempt) -> bool:
+        """Make the process of an answer that nobody waits for drop the question. Return whether it
+        did; a failure counts as a refusal."""
+        if attempt.rewind_point is None or not self._can_take_back(attempt.process):
+            return False
+        deadline_s = self._app.clock() + _TAKE_BACK_TIMEOUT_S
+        try:
+            return attempt.process.take_back(
+                attempt.rewind_point, WaitLimits(NoClient(), deadline_s, 0.0)
+            )
+        except (UpstreamFailed, UpstreamTimeout):
+            return False
+
+    def _can_take_back(self, process: ClaudeProcess) -> bool:
+        """Return whether a process can drop the question that it is answering, and somebody may
+        need it then. What claude's own tools have begun would not be dropped; a process that has
+        not got its whole history holds no conversation; after an answer that has stopped, claude
+        may be asking the API once more."""
+        app, config = self._app, self._config
+        is_wanted = self._job.ended_by is None and not app.draining and self._can_park(process)
+        is_answering = process is self._record.process and process.has_asked and (
+            not self._record.readers[-1].finished
+        )
+        return is_wanted and is_answering and not config.is_agent and (
+            process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
+        )
 
     def _give_up(self) -> None:
         """Stop the process of an answer that is not complete."""
@@ -14608,7 +15292,9 @@ class Requests:
         if job.caller.key_id is None:
             return 0
         maximum = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
-        return sum(estimate_tokens(turn.choice(i)) + maximum for i in range(turn.choices))
+        prompts = (estimate_tokens(turn.choice(index)) for index in range(turn.choices))
+        # Of a longer prompt than the window the model reads nothing.
+        return sum(min(prompt, turn.model.context_window) + maximum for prompt in prompts)
 
     # -- cached and shared answers ----------------------------------------------------------------
 
@@ -14896,6 +15582,40 @@ class ProgramMonitor:
             self._log.event(level, "claude_unavailable", detail=error.message)
 
 
+class Pinning:
+    """Which versions of claude put their reminders beside the first message of a rebuilt
+    conversation because OCP makes them, so that the API's prompt cache knows its beginning.
+
+    They are made to with an undocumented variable. A version that turned out to ignore it would ask
+    the API each time."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        # Guards the set.
+        self._lock = threading.Lock()
+        self._unpinned: set[Version | None] = set()
+
+    def is_used(self, version: Version) -> bool:
+        """Return whether conversations are pinned with this version. Older ones do not need it."""
+        return version >= REMINDS_WHERE_ASKED_SINCE and self.works(version)
+
+    def works(self, version: Version | None) -> bool:
+        """Return whether this version has not failed; None is a version that is not known."""
+        with self._lock:
+            return version not in self._unpinned
+
+    def give_up(self, version: Version, reason: str) -> None:
+        """Pin nothing with this version any more, and log that once."""
+        with self._lock:
+            is_news = version not in self._unpinned
+            self._unpinned.add(version)
+        if is_news:
+            self._log.event(
+                "warn", "prompt_cache_not_kept", claude=".".join(map(str, version)), reason=reason,
+                help="conversations that move to another claude miss the API's prompt cache",
+            )
+
+
 class LoginMonitor:
     """When to check a login again that was refused: when claude's credentials have changed, and
     from time to time, because they are not always in a file."""
@@ -14952,6 +15672,7 @@ class App:
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
         self.responses = Responses(clock)
+        self.pinning = Pinning(log)
         self.cache = Cache(clock)
         self.draining = False
         self.large_bodies = LargeBodies()
@@ -14991,6 +15712,7 @@ class App:
             self.log.event("error", "stored_key_ignored", id=key_id, why=why)
         self.ledger = Ledger(self.store)
         self.sessions = Sessions(self.store)
+        self.thinking = ThinkingMemory()
         self._prune_at_s = self._write_use_at_s = self.clock()
 
     def _tend_storage(self) -> None:
@@ -16167,6 +16889,8 @@ def _parse_environment(
         long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
         default_effort=exchange.caller.effort or config.default_effort,
         web_search=config.web_search and exchange.caller.web_search and not config.is_agent,
+        fast_mode=config.fast_mode,
+        cache_lifetime=config.cache_lifetime,
     )
 
 
@@ -16198,16 +16922,27 @@ def _parse_turn(app: App, exchange: Exchange, body: object, *, counted: bool) ->
     turn = exchange.dialect.parse(body, parsing)
     _check_model_allowed(models, exchange.caller, turn.model)
     models.check_runs(turn.model)
-    turn, dropped = (turn, 0) if counted else truncate_to_budget(turn, config.max_prompt_chars)
-    if dropped:
-        turn = turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
-        app.log.event(
-            "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
-        )
+    if not counted:
+        turn = _fit_prompt(app, exchange, turn, config.max_prompt_chars)
     if config.cache_ttl_ms:
         bypass = wants_cache_bypass(body, sampled_too=config.cache_sampled)
         turn = turn._replace(bypass_cache=bypass)
     return turn
+
+
+def _fit_prompt(app: App, exchange: Exchange, turn: Turn, max_chars: int) -> Turn:
+    """Return the turn within the operator's limit of its length; 0 = none. Raises
+    ContextTooLong."""
+    if not max_chars:
+        check_window(turn)
+        return turn
+    turn, dropped = truncate_to_budget(turn, max_chars)
+    if not dropped:
+        return turn
+    app.log.event(
+        "warn", "prompt_truncated", dropped_messages=dropped, request_id=exchange.request_id
+    )
+    return turn._replace(adjusted=(*turn.adjusted, ("messages_dropped", dropped)))
 
 
 def _set_turn_headers(exchange: Exchange, turn: Turn) -> None:
@@ -16519,6 +17254,8 @@ def snapshot(app: App) -> Json:
         "storageFix": app.state_folder.status[1] or None,
         "claudeBinaryOk": problem is None,
         "claudeVersion": program.version_text if program is not None else None,
+        # Whether conversations that move to another process keep the API's prompt cache.
+        "promptCacheKept": app.pinning.works(program.version if program is not None else None),
         # Whether answers are billed as extra usage: "none", "billed", or "stopped" for that reason.
         "extraUsage": extra_usage,
         "fix": fix or advice or None,
@@ -17136,6 +17873,7 @@ _REQUEST_FIELDS: dict[str, Json] = {
     "tools": {"type": ["array", "null"], "items": {"type": "object"}},
     "reasoning_effort": {"enum": [None, "none", *EFFORT_BUDGETS]},
     "response_format": {"type": ["object", "null"]},
+    "service_tier": {"type": ["string", "null"]}, "speed": {"enum": [None, "fast", "standard"]},
     "stream": _FLAG, "store": _FLAG, "echo": _FLAG,
     "previous_response_id": {"type": ["string", "null"]},
     SESSION_FIELD: {"type": ["string", "null"], "maxLength": 256},
@@ -17144,15 +17882,15 @@ _REQUEST_FIELDS: dict[str, Json] = {
 _REQUESTS = {
     "answer_chat": (
         "messages", "model stream max_tokens max_completion_tokens temperature top_p stop n tools "
-        f"reasoning_effort response_format {SESSION_FIELD}",
+        f"reasoning_effort response_format service_tier {SESSION_FIELD}",
     ),
     "answer_messages": (
-        "messages max_tokens", "model system stream temperature top_p stop_sequences tools"
+        "messages max_tokens", "model system stream temperature top_p stop_sequences tools speed"
     ),
     "count_tokens": ("messages", "model system tools"),
     "answer_responses": (
         "input", "model instructions stream store max_output_tokens temperature top_p tools "
-        "previous_response_id",
+        "previous_response_id service_tier",
     ),
     "answer_compaction": ("input", "model instructions previous_response_id"),
     "count_input_tokens": ("input", "model instructions tools previous_response_id"),
@@ -17486,6 +18224,12 @@ def check(config: Config, environ: Mapping[str, str], demo_command: tuple[str, .
     print(f"writes its log to {os.path.join(config.home_path, 'logs')}")
     if config.tls_cert:
         print(f"serves https with {config.tls_cert}")
+    memory_bytes = machine_memory_bytes()
+    size = "an unknown size" if memory_bytes is None else f"{memory_bytes / 1e9:.1f} GB"
+    for row in dataclasses.fields(Config):
+        if row.metadata["from_memory"] and not environ.get(row.metadata["env"], "").strip():
+            name, value = row.metadata["env"], getattr(config, row.name)
+            print(f"{name} follows memory: {value} here, with {size}")
     for name, why in removed_settings(environ):
         print(f"{name} has no effect: {why}")
     try:
@@ -17604,7 +18348,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     here = os.path.abspath(__file__)
     demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
     try:
-        config = load_config(environ)
+        config = load_config(environ, machine_memory_bytes())
         models = _models_of(config, os.path.dirname(here))
         check_no_loop(config, environ)
         tls = tls_context(config)

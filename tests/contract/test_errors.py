@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 
 import stub_api as stub
+from conversation import EVERY_DIALECT, WHOLE_AND_STREAMED, Conversation
 from depth import by_depth, rest
-from dialects import CHAT, Answer
-from rig import Case, Claude, Outcome, Rig, running_rig
+from dialects import CHAT, MESSAGES, Answer, Dialect
+from rig import MODEL, Case, Claude, Outcome, Rig, assistant, running_rig, user
+from upstream import turns
 
 Json = Any
 
@@ -162,6 +164,45 @@ def test_a_lost_login_names_the_command_that_helps(failure_outcomes: dict[str, O
     assert error is not None
     assert "claude auth login" in error["message"]
     assert "claude setup-token" in error["message"]
+
+
+TOO_LONG = "prompt is too long: 250123 tokens > 200000 maximum"
+
+
+@pytest.mark.differs_by_version
+@EVERY_DIALECT
+@WHOLE_AND_STREAMED
+def test_a_prompt_that_is_too_long_is_one_request_and_told_in_the_apis_words(
+    rig: Rig, dialect: Dialect, streams: bool
+) -> None:
+    rig.script(then=stub.error(400, TOO_LONG))
+    talk = Conversation(rig, dialect, streams=streams)
+    # With a conversation, of which claude could think that it has to be made shorter.
+    talk.messages += [user("One? " * 100), assistant("Yes. " * 100)] * 3
+    reply = talk.ask("Two?").reply
+    error = reply.json()["error"]
+    assert (reply.status, error["message"]) == (400, TOO_LONG)
+    assert dialect is MESSAGES or error["code"] == "context_length_exceeded"
+    rig.settle()
+    assert len(rig.bodies()) == 1
+
+
+@pytest.mark.parametrize("suffix", ["", *rest("[1m]")])
+def test_what_claude_would_find_too_long_is_for_the_api_to_decide(rig: Rig, suffix: str) -> None:
+    # By claude's guess, of four characters a token, more than twice the window.
+    words = "word " * 350_000
+    rig.script(stub.text("Read."))
+    assert rig.ask(words, MODEL + suffix).text == "Read."
+    assert turns(rig.only_body()) == [("user", [words])]
+
+
+def test_claudes_own_words_for_what_is_too_large_are_replaced_by_the_apis(rig: Rig) -> None:
+    found = {413: "Request exceeds the maximum size", 400: (
+        "messages.0.content.0.image.source.base64: image exceeds 5 MB maximum")}
+    for status, message in found.items():
+        rig.script(then=stub.error(status, message))
+        answer = rig.ask()
+        assert answer.error and (answer.status, answer.error["message"]) == (status, message)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import pytest
 
+import depth
 import stub_api as stub
 from claude_driver import CLAUDE_ARGS, ClaudeDriver
 from programs import HOW_TO_INSTALL, real_claude_env, real_claudes
@@ -58,8 +59,10 @@ def half(words: str, seconds: float) -> Answer:
     return Answer([{"say": words}, {"sleep_ms": seconds * 1000}], [stub.hang(words, seconds)])
 
 
-def refused(status: int, word: str, message: str, shown: str, tries: int = 1) -> Answer:
-    error = {"status": status, "word": word, "text": shown}
+def refused(
+    status: int, word: str, message: str, shown: str, tries: int = 1, details: Optional[str] = None
+) -> Answer:
+    error = {"status": status, "word": word, "text": shown, "details": details}
     steps = [{"api_error": error, "retries": tries - 1}]
     return Answer(steps, [stub.error(status, message)] * tries)
 
@@ -77,7 +80,8 @@ class Subject:
         self.folder = folder
         self.env = clean_env(
             HOME=str(folder / "home"), CLAUDE_AGENT_SDK_MCP_NO_PREFIX="1",
-            CLAUDE_CODE_DISABLE_ATTACHMENTS="1", CLAUDE_CODE_MAX_RETRIES="1")
+            CLAUDE_CODE_DISABLE_ATTACHMENTS="1", CLAUDE_CODE_MAX_RETRIES="1",
+            DISABLE_AUTO_COMPACT="1", DISABLE_COMPACT="1")
         (folder / "home").mkdir()
         (folder / "work").mkdir()
 
@@ -125,6 +129,7 @@ class FakeSubject(Subject):
             "temperature": extra.get("temperature"),
             "effort": event["settings"].get("effortLevel", "high"),
             "thinks": event["thinking"] != 0,
+            "reminded": event["reminded"],
         }
 
 
@@ -151,7 +156,15 @@ class RealSubject(Subject):
             "temperature": body.get("temperature"),
             "effort": body["output_config"]["effort"],
             "thinks": body.get("thinking", {}).get("type", "disabled") != "disabled",
+            "reminded": reminded(body["messages"]),
         }
+
+
+def reminded(messages: Sequence[Mapping[str, Json]]) -> int:
+    """The number of the message with the program's reminders."""
+    (number,) = [number for number, message in enumerate(messages)
+                 if "<system-reminder>" in json.dumps(message["content"])]
+    return number
 
 
 def plain_messages(messages: Sequence[Mapping[str, Json]]) -> list[tuple[str, list[Json]]]:
@@ -334,6 +347,71 @@ def test_history_reaches_the_model_as_it_was_sent(subject: Subject) -> None:
     assert answer[0] == "assistant" and answer[1][0]["text"]
 
 
+@pytest.mark.differs_by_version
+def test_thinking_of_the_history_stays_if_it_is_said_to_be_of_the_same_model(
+    subject: Subject,
+) -> None:
+    thinking = [{"type": "thinking", "thinking": "hm", "signature": "c2ln"},
+                {"type": "redacted_thinking", "data": "c2VhbGVk"}]
+    words = [{"type": "text", "text": "eins"}]
+    named = ("claude-sonnet-4-6", "claude-sonnet-4-6-20260101", "claude-opus-4-8", None)
+    with subject.start() as claude:
+        ready(claude)
+        for model in named:
+            claude.past("one")
+            claude.send_assistant([*thinking, *words], **({"model": model} if model else {}))
+        claude.turn("two")
+    answers = [blocks for role, blocks in subject.queries()[0]["messages"] if role == "assistant"]
+    recent = subject.version != "2.1.197"
+    # 2.1.197 wants the exact id.
+    assert answers == [
+        [*thinking, *words], [*thinking, *words] if recent else words, words, words]
+
+
+def limit(claude: ClaudeDriver, tokens: str) -> None:
+    env = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": tokens}
+    assert claude.control("apply_flag_settings", settings={"env": env})["subtype"] == "success"
+
+
+@pytest.mark.differs_by_version
+def test_reminders_stand_beside_the_first_message_that_asks(subject: Subject) -> None:
+    recent = subject.version != "2.1.197"
+    for first_asks in (True, False):
+        with subject.start() as claude:
+            ready(claude)
+            claude.turn("one") if first_asks else claude.past("one")
+            if not first_asks:
+                claude.send_assistant([{"type": "text", "text": "eins"}])
+            claude.turn("two")
+            claude.turn("three")
+    assert [query["reminded"] for query in subject.queries()] == [
+        0, 0, 0, *([2, 2] if recent else [0, 0])]
+
+
+@pytest.mark.differs_by_version
+def test_a_question_beyond_the_limit_is_refused_without_asking_and_keeps_the_reminders(
+    subject: Subject,
+) -> None:
+    subject.script(text("zwei"), text("drei"))
+    with subject.start() as claude:
+        ready(claude)
+        limit(claude, "1")
+        lines = claude.turn("one")
+        assert subject.queries() == []
+        limit(claude, "1000000000")
+        claude.send_assistant([{"type": "text", "text": "eins"}])
+        claude.turn("two", uuid=question_id(2))
+        assert forgets(claude, 2)["rewound"] is True
+        claude.turn("three")
+    assert shape(lines) == ["init", "status", "assistant", "result"]
+    assert lines[-2]["message"]["model"] == "<synthetic>"
+    assert (lines[-1]["is_error"], lines[-1]["terminal_reason"]) == (True, "blocking_limit")
+    assert (lines[-1]["api_error_status"], lines[-1]["result"]) == (None, "Prompt is too long")
+    history = [said("user", "one"), said("assistant", "eins")]
+    assert [(query["messages"], query["reminded"]) for query in subject.queries()] == [
+        ([*history, said("user", "two")], 0), ([*history, said("user", "three")], 0)]
+
+
 def test_user_messages_in_a_row_become_one(subject: Subject) -> None:
     with subject.start() as claude:
         ready(claude)
@@ -405,6 +483,30 @@ def test_get_usage_tells_the_session_and_that_no_limits_are_known(subject: Subje
 
 
 # -- errors --------------------------------------------------------------------
+
+@pytest.mark.differs_by_version
+def test_what_the_api_said_of_a_prompt_that_is_too_long_is_told_to_a_hook(
+    subject: Subject,
+) -> None:
+    said = "prompt is too long: 250123 tokens > 200000 maximum"
+    shown = "Prompt is too long"
+    subject.script(refused(400, "invalid_request", said, shown, details=said))
+    # Else it looks for something to compact, and its text speaks of that.
+    subject.env["DISABLE_COMPACT"] = "1"
+    with subject.start() as claude:
+        ready(claude, hooks={"StopFailure": [{"hookCallbackIds": ["failure"]}]})
+        lines = claude.turn("hi")
+        again = claude.turn("hi again")
+    assert shape(lines) == ["init", "status", "assistant", "result"]
+    # The hook is called before the turn ends, and its answer is not waited for.
+    assert [line["type"] for line in lines[-3:]] == ["assistant", "control_request", "result"]
+    (told,) = claude.hooks
+    assert (told["hook_event_name"], told["error"]) == ("StopFailure", "invalid_request")
+    assert told["last_assistant_message"] == shown == lines[-1]["result"]
+    status, _, failure = told["error_details"].partition(" ")
+    assert (status, json.loads(failure)["error"]["message"]) == ("400", said)
+    assert not again[-1]["is_error"]
+
 
 def test_an_api_error_is_a_synthetic_message_and_an_error_result(subject: Subject) -> None:
     shown = "Failed to authenticate. API Error: 403 No."
@@ -599,6 +701,85 @@ def test_an_interrupt_ends_the_turn_and_the_process_stays_usable(subject: Subjec
     assert roles_and_texts == [
         ("user", ["hi"]), ("assistant", ["Half"]),
         ("user", ["[Request interrupted by user]", "again"])]
+
+
+def interrupted(claude: ClaudeDriver, number: int) -> Line:
+    """The reply to an interrupt that also drops a question that waits, once its turn is over."""
+    claude.send({"type": "control_request", "request_id": "stop",
+                 "request": {"subtype": "interrupt", "cancel_queued": True}})
+    is_over = any(line["type"] == "result" for line in claude.lines)
+    reply: Line = {}
+    while not reply or not (is_over or question_id(number) in reply.get("cancelled", ())):
+        line = claude.next_line(time.monotonic() + 60)
+        is_over = is_over or line["type"] == "result"
+        if line["type"] == "control_response" and line["response"]["request_id"] == "stop":
+            assert line["response"]["subtype"] == "success"
+            reply = {"is_there": True, **(line["response"].get("response") or {})}
+    return reply
+
+
+@pytest.mark.differs_by_version
+@pytest.mark.parametrize("pause_ms", [0, 3, *depth.rest(10, 30, 100)])
+def test_an_interrupt_behind_the_question_leaves_one_request_at_most_and_no_trace(
+    subject: Subject, pause_ms: int
+) -> None:
+    # Long enough for the interrupt, and for a second question that gets this answer.
+    subject.script(half("Half ", 2))
+    with subject.start() as claude:
+        ready(claude)
+        claude.send_user("one", uuid=question_id(1))
+        time.sleep(pause_ms / 1000)
+        reply = interrupted(claude, 1)
+        if subject.version == "2.1.197":
+            # It cannot forget its only question.
+            return
+        assert reply["still_queued"] == []
+        answer = forgets(claude, 1)
+        assert answer["rewound"] is True or answer["error"] == "target not found"
+        asked = len(subject.queries())
+        assert asked <= 1
+        claude.turn("two")
+    assert subject.queries()[asked]["messages"] == [said("user", "two")]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.differs_by_version
+def test_a_question_that_waits_for_tools_is_dropped_and_cannot_be_forgotten(
+    subject: Subject
+) -> None:
+    if subject.version == "2.1.197":
+        pytest.skip("it drops nothing that waits")
+    with subject.start() as claude:
+        # Nobody answers what it asks the server of the tools.
+        ready(claude, sdkMcpServers=["client"])
+        claude.send_user("one", uuid=question_id(1))
+        reply = interrupted(claude, 1)
+        assert forgets(claude, 1)["error"] == "turn running"
+    assert reply["cancelled"] == [question_id(1)]
+    assert subject.queries() == []
+
+
+@pytest.mark.differs_by_version
+def test_a_call_whose_turn_is_interrupted_is_taken_back(subject: Subject) -> None:
+    subject.script(text("eins"), calls(("zeta", {"q": 1}), ("alpha", {})), text("drei"))
+    with start_with_tools(subject) as claude:
+        claude.turn("one")
+        before = len(claude.lines)
+        claude.send_user("two", uuid=question_id(2))
+        claude.until(lambda line: bool(claude.calls))
+        claude.until_event("message_stop")
+        claude.control("interrupt", cancel_queued=True)
+        claude.until_result()
+        assert forgets(claude, 2)["rewound"] is True
+        claude.turn("three")
+    asked = [line["request"]["message"] for line in claude.lines[before:]
+             if line["type"] == "control_request"]
+    (call,) = (message["id"] for message in asked if message["method"] == "tools/call")
+    (taken_back,) = (message["params"]["requestId"] for message in asked
+                     if message["method"] == "notifications/cancelled")
+    assert taken_back == call
+    assert subject.queries()[2]["messages"] == [
+        said("user", "one"), said("assistant", "eins"), said("user", "three")]
 
 
 def test_an_interrupt_while_idle_changes_nothing(subject: Subject) -> None:

@@ -65,6 +65,8 @@ def test_claude_lists_the_models_of_its_account(claude: Claude) -> None:
     switches = {each.cli_thinking_off for each in found.values()}
     assert switches == ({None} if is_old else {False, True})
     assert found["claude-sonnet-4-6"].cli_thinking_off is (None if is_old else True)
+    fast = {name for name, each in found.items() if each.fast_mode}
+    assert fast == ({"opus"} if is_old else {"opus", "fable"})
 
 
 @pytest.mark.differs_by_version
@@ -227,6 +229,14 @@ def test_prices_are_those_of_claude_s_catalogue(catalogue: dict[str, Json], mode
     if long_prompt:
         prices = {name: long_prompt[name] for name in ocp.Prices._fields}
         assert prices == model.long_prompt_prices._asdict()
+
+
+def test_fast_mode_is_that_of_claude_s_catalogue(catalogue: dict[str, Json]) -> None:
+    fast = {row["provider_ids"]["first_party"] for row in catalogue["models"]
+            if "fast_mode" in row["capabilities"] and "mythos" not in row["id"]}
+
+    # The API documents that Opus 4.8 has it until the end of November 2026.
+    assert {each.id for each in MODELS.all() if each.fast_mode} == fast - {"claude-opus-4-8"}
 
 
 def test_the_file_has_the_aliases_of_claude_s_catalogue(catalogue: dict[str, Json]) -> None:

@@ -29,7 +29,7 @@ OWNER = {
     "billingType": "stripe_subscription",
     "hasExtraUsageEnabled": False,
 }
-WORDS = ("owner.secret", "Olga", "Ownerova", "ownerhome")
+WORDS = ("owner.secret", "Olga", "Ownerova", "ownerhome", "xonsh")
 
 
 def logged_in_home(folder: Path) -> Path:
@@ -55,7 +55,7 @@ def owned(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     home = logged_in_home(folder)
     ocp_home = home / ".ocp"
     settings = {"HOME": str(home), "OCP_HOME": str(ocp_home), "CLAUDE_CODE_OAUTH_TOKEN": None,
-                "OCP_WARM_PROCESSES": "0"}
+                "OCP_WARM_PROCESSES": "0", "SHELL": "/opt/ownerhome/xonsh"}
     with running_rig(folder, claude, **settings) as rig:
         yield rig
 

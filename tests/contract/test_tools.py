@@ -446,7 +446,7 @@ def test_a_budget_for_thinking_pauses_in_a_loop_that_is_told_anew(rig: Rig) -> N
     last = talk.ask("Thanks.")
     assert (last.text, path_of(rig, last)) == ("Bye.", "continued")
     budgets = [body["thinking"].get("budget_tokens") for body in rig.bodies()]
-    # With one, the API wants to see the thinking before the call, which nobody can tell claude.
+    # With one, the API wants to see thinking before the call, and there was none.
     assert budgets == [1500, None, 1500]
 
 

@@ -32,6 +32,8 @@ class ClaudeDriver:
     ) -> None:
         self.tools = tools
         self.calls: list[dict[str, Json]] = []
+        #: What hooks were told, each answered at once.
+        self.hooks: list[dict[str, Json]] = []
         #: Every line so far.
         self.lines: list[dict[str, Json]] = []
         self._unread = b""
@@ -76,8 +78,10 @@ class ClaudeDriver:
         self.send({"type": "user", "message": message, "parent_tool_use_id": None,
                    "session_id": "default", "client_composed": True, **fields})
 
-    def send_assistant(self, content: Json) -> None:
-        message = {"role": "assistant", "content": content, "id": f"msg_{os.urandom(8).hex()}"}
+    def send_assistant(self, content: Json, **fields: Json) -> None:
+        """Put an answer into the history; `fields` are of its message."""
+        message = {"role": "assistant", "content": content, "id": f"msg_{os.urandom(8).hex()}",
+                   **fields}
         self.send({"type": "assistant", "message": message, "parent_tool_use_id": None,
                    "session_id": "default"})
 
@@ -123,6 +127,11 @@ class ClaudeDriver:
             "response": {"mcp_response": reply}}})
 
     def _take_request(self, line: dict[str, Json]) -> None:
+        if line["request"]["subtype"] == "hook_callback":
+            self.hooks.append(line["request"]["input"])
+            self.send({"type": "control_response", "response": {
+                "subtype": "success", "request_id": line["request_id"], "response": {}}})
+            return
         message = line["request"]["message"]
         method = message["method"]
         if method == "tools/call":

@@ -9,7 +9,8 @@ Environment:
         {"event": "start", "pid", "argv", "env", "cwd"}
         {"event": "line",  "pid", "line"}       every line of stdin
         {"event": "query", "pid", "model", "system", "settings", "thinking", "schema",
-                           "tools", "messages"} every time the model would be asked
+                           "tools", "messages", "reminded"} every time the model would be asked;
+                           the program's own reminders are in the message of the last number
         {"event": "exit",  "pid", "why", "code"}
 
 Scenario file, read again whenever a turn begins; a new content starts at its first turn:
@@ -19,6 +20,7 @@ Scenario file, read again whenever a turn begins; a new content starts at its fi
     usage           fields for the answer to get_usage
     models          what the answer to `initialize` lists, default nothing
     unsupported     control requests that are refused
+    unlimited       true: BLOCKING_LIMIT is ignored
     start_delay_ms  sleep before the first look at stdin
     startup         steps played before the first look at stdin, for instance an exit
     turns           list of lists of steps: the n-th query of a process plays the n-th list
@@ -34,6 +36,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -49,8 +52,13 @@ USAGE = {
     "cache_creation_input_tokens": 3,
     "output_tokens": 7,
 }
+#: The number of tokens from which a prompt is refused without asking the model.
+BLOCKING_LIMIT = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
+TOO_LONG = "Prompt is too long"
 #: The query's system prompt when `initialize` named none, or never came.
 AGENT_PROMPT = "(the long prompt of an interactive agent)"
+#: The JSON-RPC id of each tools/call: there is never more than one under way.
+CALL_ID = 2
 REJECTED_TOOL = "The user doesn't want to proceed with this tool use."
 LOST_TOOL = "The tool call was interrupted before a result was received."
 #: A forgotten process ends itself after this time, also in a stubborn hang.
@@ -230,6 +238,19 @@ def as_blocks(content: Json) -> list[Step]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
+THINKING = ("thinking", "redacted_thinking")
+
+
+def is_same_model(said: str, own: str, is_recent: bool) -> bool:
+    """Whether an answer of the history counts as one of the process's own model. The newer program
+    takes the id with a date for the same."""
+    own = own.replace("[1m]", "")
+    if not is_recent:
+        return said == own
+    names = [re.sub(r"-\d{8}$", "", name.replace("[1m]", "")) for name in (said, own)]
+    return names[0] == names[1]
+
+
 def new_uuid() -> str:
     digits = os.urandom(16).hex()
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
@@ -242,6 +263,8 @@ class History:
         resumed = options.get("--resume") or options.get("-r")
         self.session_id = resumed or options.get("--session-id") or new_uuid()
         self._messages: list[Step] = []
+        #: The message beside which the newer program put its reminders.
+        self._reminded: Optional[int] = None
         #: Where the user's lines are, by their UUIDs, in their order.
         self._places: dict[str, int] = {}
         self._path = None if "--no-session-persistence" in options else self._file()
@@ -284,18 +307,32 @@ class History:
         if not is_recent and all(m["role"] != "assistant" for m in self._messages[:place]):
             return "no preceding assistant"
         del self._messages[place:], self._places[line_id]
+        if self._reminded is not None and self._reminded >= place:
+            self._reminded = None
         return ""
 
+    def remind(self) -> None:
+        """Put the reminders beside the last message, unless they are somewhere already."""
+        if self._reminded is None:
+            self._reminded = len(self._messages) - 1
+
     def for_model(self) -> list[Step]:
-        """The messages as the API takes them: no thinking, neighbours of one role joined."""
+        """The messages as the API takes them: neighbours of one role joined."""
+        return self._joined(self._messages)
+
+    def reminded(self) -> int:
+        """The number of the message for the model with the reminders."""
+        before = self._messages[:(self._reminded or 0) + 1]
+        return len(self._joined(before)) - 1
+
+    def _joined(self, messages: list[Step]) -> list[Step]:
         joined: list[Step] = []
-        for message in self._messages:
-            blocks = [block for block in message["content"]
-                      if block.get("type") not in ("thinking", "redacted_thinking")]
+        for message in messages:
+            blocks = message["content"]
             if joined and joined[-1]["role"] == message["role"]:
                 joined[-1]["content"] += blocks
             elif blocks:
-                joined.append({"role": message["role"], "content": blocks})
+                joined.append({"role": message["role"], "content": list(blocks)})
         return joined
 
     def last_user_text(self) -> str:
@@ -384,7 +421,9 @@ class FakeClaude:
     def serve(self) -> NoReturn:
         while True:
             while self.user_lines:
-                self.take_user_line(self.user_lines.pop(0))
+                self.wait_for_tools()
+                if self.user_lines:
+                    self.take_user_line(self.user_lines.pop(0))
             if self.pipes.ended:
                 leave(int(self.failed), "end of stdin")
             self.pump(None)
@@ -419,7 +458,15 @@ class FakeClaude:
         elif kind == "user":
             self.user_lines.append(line)
         elif kind == "assistant":
-            self.history.add("assistant", line["message"]["content"])
+            self.take_answer(line["message"])
+
+    def take_answer(self, message: Step) -> None:
+        """Put an answer into the history, with its thinking only if it is said to be by the same
+        model."""
+        blocks = as_blocks(message["content"])
+        if not is_same_model(str(message.get("model")), self.model, self.scenario.is_recent):
+            blocks = [block for block in blocks if block.get("type") not in THINKING]
+        self.history.add("assistant", blocks)
 
     def sleep(self, seconds: float) -> None:
         """Pass the time; during a turn the client is heard meanwhile."""
@@ -460,6 +507,22 @@ class FakeClaude:
             "usage": dict.fromkeys(USAGE, 0), "context_management": None,
         }
         self.emit("assistant", message=body, parent_tool_use_id=None, **fields)
+
+    def call_failure_hooks(
+        self, status: int, word: str, text: str, details: Optional[str]
+    ) -> None:
+        """Tell the client's hooks that a turn has failed. Nobody waits for their answers."""
+        told: Step = {"hook_event_name": "StopFailure", "error": word}
+        if details is not None:
+            failure = {"type": "error", "error": {"type": word + "_error", "message": details}}
+            told["error_details"] = f"{status} {json.dumps(failure, separators=(',', ':'))}"
+        told["last_assistant_message"] = text
+        hooks = (self.setup or {}).get("hooks") or {}
+        for hook in hooks.get("StopFailure", []):
+            for callback_id in hook["hookCallbackIds"]:
+                request = {"subtype": "hook_callback", "callback_id": callback_id, "input": told}
+                self.pipes.write_line(
+                    {"type": "control_request", "request_id": new_uuid(), "request": request})
 
     def emit_user(self, blocks: list[Step]) -> None:
         message = {"role": "user", "content": blocks}
@@ -526,7 +589,6 @@ class FakeClaude:
 
     def take_user_line(self, line: Step) -> None:
         self.scenario.refresh()
-        self.wait_for_tools()
         content = line["message"]["content"]
         command = self.command_in(line)
         if command:
@@ -539,7 +601,24 @@ class FakeClaude:
             self.emit_init()
             self.emit_result("", num_turns=0)
             return
+        if self.scenario.is_recent:
+            self.history.remind()
+        if self.is_too_long():
+            self.emit_init()
+            self.emit("system", subtype="status", status="requesting")
+            self.emit_synthetic(TOO_LONG, error="invalid_request")
+            self.emit_result(TOO_LONG, is_error=True, stop_reason="stop_sequence",
+                             terminal_reason="blocking_limit")
+            return
         self.take_turn()
+
+    def is_too_long(self) -> bool:
+        """Whether the program refuses the prompt by itself."""
+        env = self.settings.get("env", {})
+        limit = env.get(BLOCKING_LIMIT, os.environ.get(BLOCKING_LIMIT))
+        if not limit or self.scenario.fields.get("unlimited"):
+            return False
+        return len(json.dumps(self.history.for_model())) // 4 >= int(limit)
 
     def command_in(self, line: Step) -> str:
         """The slash command that the older program sees at the start of the last text."""
@@ -568,7 +647,8 @@ class FakeClaude:
         record(
             "query", model=self.model, system=setup.get("systemPrompt", [AGENT_PROMPT]),
             settings=self.settings, thinking=self.thinking, schema=setup.get("jsonSchema"),
-            tools=self.tools, messages=self.history.for_model())
+            tools=self.tools, messages=self.history.for_model(),
+            reminded=self.history.reminded())
         self.emit("system", subtype="status", status="requesting")
         steps = self.scenario.next_steps()
         if steps is None:
@@ -610,6 +690,9 @@ class FakeClaude:
         if calls:
             note = "[Request interrupted by user for tool use]"
             for call in calls:
+                if call.asked and call.result is None:
+                    self.ask("client", {"method": "notifications/cancelled",
+                                        "params": {"requestId": CALL_ID}})
                 call.result = call.result or tool_result(call.block["id"], REJECTED_TOOL, True)
                 self.emit_user([call.result])
             self.history.add("user", [call.result for call in calls])
@@ -724,7 +807,7 @@ class FakeClaude:
 
         meta = {"claudecode/toolUseId": call.block["id"], "progressToken": 2}
         params = {"name": call.tool, "arguments": call.block["input"], "_meta": meta}
-        self.ask("client", {"method": "tools/call", "id": 2, "params": params}, answered)
+        self.ask("client", {"method": "tools/call", "id": CALL_ID, "params": params}, answered)
 
     def run_tools(self, turn: Turn, message: Message) -> None:
         """Get the results of the calls, one after the other, into the conversation."""
@@ -808,7 +891,13 @@ def control_thinking(fake: FakeClaude, request: Step) -> None:
 
 def control_interrupt(fake: FakeClaude, request: Step) -> Optional[Step]:
     fake.interrupted = fake.turn is not None
-    return {"still_queued": []} if fake.scenario.is_recent else None
+    if not fake.scenario.is_recent:
+        return None
+    waiting = [line.get("uuid") for line in fake.user_lines]
+    if not request.get("cancel_queued"):
+        return {"still_queued": waiting}
+    fake.user_lines.clear()
+    return {"still_queued": [], "cancelled": waiting}
 
 
 def control_usage(fake: FakeClaude, request: Step) -> Step:
@@ -821,7 +910,7 @@ def control_usage(fake: FakeClaude, request: Step) -> Step:
 def control_rewind(fake: FakeClaude, request: Step) -> Step:
     target = request["target_message_uuid"]
     answer = {"rewound": False, "prefillText": None, "precedingAssistantUuid": None}
-    if fake.turn is not None:
+    if fake.turn is not None or fake.connecting:
         return {**answer, "error": "turn running"}
     why_not = fake.history.forget(target, fake.scenario.is_recent)
     if why_not:
@@ -1000,8 +1089,9 @@ def step_restart(fake: FakeClaude, step: Step) -> None:
 
 
 def step_api_error(fake: FakeClaude, step: Step) -> None:
-    """{"api_error": {"status", "word", "text"}, "resets_at": epoch seconds, "retries": n}:
-    an error of the API as the program tells it. "resets_at" makes it a plan limit."""
+    """{"api_error": {"status", "word", "text", "details"}, "resets_at": epoch s, "retries": n}:
+    an error of the API as the program tells it. "resets_at" makes it a plan limit; "details" are
+    the API's own words, where the program tells them only to a hook."""
     error = step["api_error"]
     status, word, text = error["status"], error["word"], error["text"]
     retries = step.get("retries", 0)
@@ -1014,6 +1104,7 @@ def step_api_error(fake: FakeClaude, step: Step) -> None:
     if fake.scenario.is_recent:
         fields["api_error_status"] = status
     fake.emit_synthetic(text, **fields)
+    fake.call_failure_hooks(status, word, text, error.get("details"))
     fake.emit_result(text, is_error=True, api_error_status=status, stop_reason="stop_sequence",
                      terminal_reason="api_error" if fake.scenario.is_recent else "completed")
     if fake.turn:

@@ -41,6 +41,9 @@ BUDGET_MODEL = "claude-haiku-4-5"
 #: Where claude is slow, a sign of life would send the headers before there is a failure to tell.
 NO_HEARTBEATS = {"CLAUDE_HEARTBEAT_INTERVAL": "0", "OCP_WHOLE_SILENCE": "0"}
 
+#: What would follow the memory of the machine.
+SAME_EVERYWHERE = {"OCP_PARKED_PROCESSES": "4", "OCP_WARM_TOTAL": "4"}
+
 
 # ---------------------------------------------------------------------------
 # 1 The rig
@@ -200,7 +203,8 @@ class Rig:
 def running_rig(folder: Path, claude: Claude, **settings: str | None) -> Iterator[Rig]:
     """Start a rig in this folder. Settings are more of the server's environment."""
     with StubApi(strict=True) as stub:
-        env = {**real_claude_env(stub.url), "OCP_DEFAULT_MODEL": MODEL, **NO_HEARTBEATS, **settings}
+        env = {**real_claude_env(stub.url), "OCP_DEFAULT_MODEL": MODEL, **NO_HEARTBEATS,
+               **SAME_EVERYWHERE, **settings}
         with running_server(
             folder, claude=claude.path, env=env, pass_env=["ANTHROPIC_BASE_URL"],
             script=Path(patient_server.__file__),

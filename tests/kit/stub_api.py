@@ -124,8 +124,8 @@ def tool_calls(
 ) -> Reply:
     """Parallel tool calls, (name, input) each, after an optional text.
 
-    The ids are given out when the reply is sent, toolu_stub_REQUEST_BLOCK, because a client
-    may not see the same id twice."""
+    The ids are given out when the reply is sent, toolu_01stubREQUESTxBLOCK, because a client
+    may not see the same id twice. They have the form of the API's."""
     blocks = [_text_block(text, 3)] if text else []
     blocks += [_tool_block(name, arguments) for name, arguments in calls]
     return Reply(blocks=tuple(blocks), stop_reason="tool_use")._replace(**options)
@@ -270,7 +270,7 @@ def _contents(reply: Reply, number: int) -> list[dict[str, Json]]:
     for index, block in enumerate(reply.blocks):
         content = dict(block.content)
         if content["type"] == "tool_use":
-            content["id"] = f"toolu_stub_{number:04d}_{index}"
+            content["id"] = f"toolu_01stub{number:04d}x{index}"
         contents.append(content)
     return contents
 
@@ -302,6 +302,7 @@ def _opening(reply: Reply, body: Body, number: int) -> dict[str, Json]:
     fresh_tokens = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}
     usage["cache_creation"] = dict(fresh_tokens, ephemeral_1h_input_tokens=reply.cache_creation)
     usage["service_tier"] = "standard"
+    usage["speed"] = body.get("speed", "standard")
     return {"type": "message_start", "message": dict(_message(body, number), usage=usage)}
 
 

@@ -67,7 +67,8 @@ def model_row(model: Any) -> str:
         f"`{model.id}`" + ("" if model.listed else ", not listed"),
         _thousands(model.context_window) + (", 1M with `[1m]`" if model.long_context else ""),
         answer, "yes" if model.sampling else "no", model.thinking, off,
-        "yes" if model.forced_tools else "no", (", ".join(model.efforts) or "none") + default,
+        "yes" if model.forced_tools else "no", "yes" if model.fast_mode else "no",
+        (", ".join(model.efforts) or "none") + default,
         ".".join(map(str, model.first_cli or ocp.OLDEST_CLAUDE)), prices,
     )
     return f"| {' | '.join(cells)} |"
@@ -76,7 +77,7 @@ def model_row(model: Any) -> str:
 def models_table() -> str:
     """The models of models.json."""
     heads = ("model", "window", "longest answer", "sampling", "thinking", "thinking off",
-             "forced tools", "effort", "claude from",
+             "forced tools", "fast mode", "effort", "claude from",
              "USD per million tokens: input, output, cache write 5 min, 1 h, cache read")
     rows = map(model_row, ocp.Models(ocp.BUILTIN_MODELS).all())
     return "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *rows])

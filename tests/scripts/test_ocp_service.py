@@ -386,6 +386,9 @@ def test_a_server_that_is_down_is_started_by_the_platforms_own_command(healthy: 
 ILL: tuple[tuple[str, Json, str, str], ...] = (
     ("claude_found", {"claudeBinaryOk": False, "fix": "install it"}, "FAIL", "fix_claude"),
     ("claude_version", {"claudeVersion": "2.1.100"}, "FAIL", "fix_claude"),
+    ("claude_version", {"claudeVersion": "2.1.400", "promptCacheKept": False}, "WARN",
+     "fix_claude"),
+    ("claude_version", {"claudeVersion": "2.1.400", "promptCacheKept": True}, "PASS", ""),
     ("oauth_ok", {"auth": {"ok": False, "message": "log in"}}, "FAIL", "fix_oauth"),
     ("oauth_ok", {"auth": {"ok": None}}, "INFO", ""),
     ("oauth_ok", {"auth": {"ok": True}, "ownerHidden": False}, "WARN", "read_log"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from chat import (
     question,
     stream_error,
 )
+from dialects import DIALECTS, MESSAGES, Dialect, dialect_name
 from http_client import Reply
 from processes import is_gone, kill_all, processes_with
 from project import TRANSCRIPTS, load_script
@@ -152,15 +154,56 @@ def test_a_limit_of_the_plan_says_when_it_ends(chat: Server, stream: bool) -> No
     assert reply.headers["x-should-retry"] == "false"
 
 
-def test_a_prompt_that_is_too_long_has_a_code_that_agents_know(chat: Server) -> None:
-    text = "Prompt is too long: 210000 tokens > 200000 maximum"
-    error = {"status": 400, "word": "invalid_request", "text": text}
-    chat.write_scenario([[{"api_error": error}]])
+#: A prompt that is too long: the API's words, which claude tells to a hook only.
+TOO_LONG = "prompt is too long: 250123 tokens > 200000 maximum"
+TOO_LONG_STEP = {"api_error": {
+    "status": 400, "word": "invalid_request", "text": "Prompt is too long", "details": TOO_LONG}}
 
-    found = error_of(ask(chat))
 
-    assert (found["code"], found["param"]) == ("context_length_exceeded", "messages")
-    assert "too long" in found["message"]
+@both_ways
+@pytest.mark.parametrize("dialect", DIALECTS, ids=dialect_name)
+def test_a_prompt_that_is_too_long_is_told_in_the_api_s_words(
+    chat: Server, dialect: Dialect, stream: bool
+) -> None:
+    chat.write_scenario([[TOO_LONG_STEP]])
+    count = len(chat.queries())
+
+    reply = chat.call("POST", dialect.path, dialect.body("Long?", stream=stream))
+
+    found = reply.json()["error"]
+    assert (reply.status, found["type"]) == (400, "invalid_request_error")
+    assert found["message"] == TOO_LONG
+    assert dialect is MESSAGES or (found["code"], found["param"]) == (
+        "context_length_exceeded", "messages")
+    assert reply.headers["x-should-retry"] == "false"
+    assert len(chat.queries()) - count == 1
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=dialect_name)
+def test_a_prompt_that_no_window_could_hold_is_refused_without_claude(
+    chat: Server, dialect: Dialect
+) -> None:
+    count = len(chat.queries())
+
+    # The window of this model has 200,000 tokens.
+    body = dialect.body("word " * 1_300_000, model="claude-haiku-4-5")
+    reply = chat.call("POST", dialect.path, body)
+
+    found = reply.json()["error"]
+    assert (reply.status, found["type"]) == (400, "invalid_request_error")
+    assert re.fullmatch(r"prompt is too long: \d{7} tokens > 200000 maximum", found["message"])
+    assert dialect is MESSAGES or found["code"] == "context_length_exceeded"
+    assert len(chat.queries()) == count
+
+
+def test_what_the_api_might_take_is_passed_on_whole(chat: Server) -> None:
+    chat.write_scenario([[{"say": "Read."}]])
+    words = "word " * 300_000
+
+    reply = ask(chat, words, model="claude-haiku-4-5")
+
+    assert reply.status == 200 and reply.headers["X-OCP-Adjusted"] is None
+    assert chat.queries()[-1]["messages"][-1]["content"][0]["text"] == words
 
 
 def test_claude_retries_and_the_client_gets_the_answer(chat: Server) -> None:

@@ -239,6 +239,28 @@ def test_a_failure_counts_once_claude_was_asked(house: Server, name: str, stream
     assert requests == 2 and tokens > 0
 
 
+def test_a_prompt_that_the_api_finds_too_long_is_a_request_without_tokens(house: Server) -> None:
+    made = new_key(house, quota={"daily": 9, "tokensDaily": 100})
+    too_long = {"status": 400, "word": "invalid_request", "text": "Prompt is too long"}
+    house.write_scenario([[{"api_error": too_long}]])
+
+    statuses = [ask_as(house, made["key"], "x" * 140, max_tokens=9).status for _ in range(4)]
+
+    assert statuses == [400] * 4
+    assert used_of(house, made) == (4, 0)
+
+
+def test_of_a_prompt_no_more_is_reserved_than_the_model_can_read(house: Server) -> None:
+    made = new_key(house, quota={"tokensDaily": 210_000})
+    house.write_scenario([])
+
+    # By the estimate the first one has 285,714 tokens.
+    replies = [ask_as(house, made["key"], "x" * chars, model="claude-haiku-4-5", max_tokens=9)
+               for chars in (1_000_000, 700)]
+
+    assert [reply.status for reply in replies] == [200, 200]
+
+
 def test_failing_requests_use_up_a_quota_of_tokens_too(house: Server) -> None:
     made = new_key(house, quota={"tokensDaily": 100})
     house.write_scenario([[{"exit": 1}]])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from chat import ask, content_of
-from keys import MULTI, ask_as, new_key
+from keys import MULTI, as_admin, ask_as, new_key
 from server import Server, at_rest, running_server
 from shell_claude import ShellClaude, lines_of_an_answer
 from waiting import eventually
@@ -167,6 +167,25 @@ def test_keys_never_share_a_process(tmp_path: Path) -> None:
 
         pids = [query["pid"] for query in server.queries()]
         assert not set(pids[::2]) & set(pids[1::2])
+
+
+def test_a_busy_key_pushes_out_its_own_processes_only(tmp_path: Path) -> None:
+    with running_server(tmp_path, env={**MULTI, "OCP_PARKED_PROCESSES": "3"}) as server:
+        ann, bob, cid = (new_key(server, name=name)["key"] for name in ("ann", "bob", "cid"))
+        answers = {key: content_of(ask_as(server, key, "One")) for key in (ann, bob)}
+        eventually(lambda: at_rest(server))
+        # The settings differ, so none of these can be rewound to another.
+        for number in range(8):
+            assert ask_as(server, cid, "Hi", max_tokens=100 + number).status == 200
+        later = [
+            ask_as(server, key, messages=[
+                said("user", "One"), said("assistant", answers[key]), said("user", "And?")])
+            for key in (ann, bob)]
+
+        # The newest rows come first.
+        rows = as_admin(server, "GET", "/api/usage?limit=2&all=true").json()["recent"]
+        assert [reply.status for reply in later] == [200, 200]
+        assert [row["path"] for row in rows] == ["continued", "continued"]
 
 
 @pytest.mark.slow

@@ -92,7 +92,8 @@ def test_every_setting_that_can_be_changed_is_described(server: Server) -> None:
             "type": {bool: "boolean", int: "number", str: "string"}[type(row.default)],
             "min": row.metadata["minimum"],
             "max": row.metadata["maximum"], "unit": row.metadata["unit"],
-            "desc": row.metadata["help"], "default": row.default, "env": row.metadata["env"],
+            "desc": row.metadata["help"],
+            "default": ocp.default_of(row, ocp.machine_memory_bytes()), "env": row.metadata["env"],
         }
 
 
@@ -323,7 +324,8 @@ def test_what_is_stored_and_of_no_use_is_ignored_with_a_warning(tmp_path: Path) 
     assert {entry["level"] for entry in warned.values()} == {"warn"}
     assert seen == {
         "timeout": (600_000, "default"), "maxQueue": (8, "environment"),
-        "cacheSampled": (True, "default"), "warmTotal": (4, "default"),
+        "cacheSampled": (True, "default"),
+        "warmTotal": (ocp.spare_places(ocp.machine_memory_bytes()), "follows memory"),
         "maxConcurrent": (3, "stored")}
 
 

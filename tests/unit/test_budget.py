@@ -126,11 +126,42 @@ def test_the_system_prompt_counts_and_stays() -> None:
     assert fitted(turn(*TALK, system=system), most + 100)[1] == 2
 
 
-def test_without_a_limit_of_the_operator_s_the_model_s_window_counts() -> None:
+def test_what_may_fit_the_model_s_window_is_for_the_api_to_decide() -> None:
     small = SONNET._replace(context_window=80)
 
-    assert fitted(turn(*TALK, model=small), 0)[1] == 2
-    assert fitted(turn(*TALK), 0)[1] == 0
+    for chars in (80, 80 * 5, 80 * 32):
+        ocp.check_window(turn(user("x" * chars), model=small))
+
+
+def test_what_no_text_could_fit_into_the_window_is_refused_at_once() -> None:
+    small = SONNET._replace(context_window=80)
+    talk = [user("x" * 2_000), assistant("y" * 500), user("z" * 61)]
+
+    with pytest.raises(ocp.ContextTooLong) as caught:
+        ocp.check_window(turn(*talk, model=small))
+
+    assert caught.value.message == "prompt is too long: 732 tokens > 80 maximum"
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+    ocp.check_window(turn(*talk[1:], model=small))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_each_of_several_prompts_has_to_fit_the_window(place: int) -> None:
+    small = SONNET._replace(context_window=80)
+    prompts = [[user("a")], [user("b")]]
+    ocp.check_window(turn(*prompts[0], model=small, choices=2, other_prompts=(prompts[1],)))
+
+    prompts[place] = [user("x" * 2_561)]
+    with pytest.raises(ocp.ContextTooLong):
+        ocp.check_window(turn(*prompts[0], model=small, choices=2, other_prompts=(prompts[1],)))
+
+
+def test_system_prompt_and_tools_count_for_the_window_too() -> None:
+    small = SONNET._replace(context_window=80)
+    tool = ocp.Tool("weather", "t" * 2_000, {"type": "object"})
+
+    with pytest.raises(ocp.ContextTooLong):
+        ocp.check_window(turn(user("a"), system="s" * 600, tools=(tool,), model=small))
 
 
 @pytest.mark.parametrize("part", [PICTURE, PAPER], ids=["image", "document"])
@@ -253,16 +284,19 @@ def test_a_newest_message_that_does_not_fit_is_too_long() -> None:
 
 
 def test_agents_know_by_the_words_that_they_have_to_shorten_their_history() -> None:
-    newest = user("x" * 3_000)
-    tokens = weight(newest) // 3
-
-    assert refusal(turn(newest), 300).message == (
-        f"prompt is too long: {tokens} tokens > 100 maximum"
+    assert refusal(turn(user("x" * 3_500)), 350).message == (
+        "prompt is too long: 1000 tokens > 100 maximum"
     )
 
 
+@pytest.mark.parametrize("most", range(20, 40))
+def test_the_number_in_these_words_is_always_over_the_maximum(most: int) -> None:
+    words = refusal(turn(user("x" * (most + 1))), most).message.split()
+    assert int(words[4]) > int(words[7])
+
+
 def test_the_system_prompt_alone_may_be_too_long() -> None:
-    assert refusal(turn(user("a"), system="s" * 500), 300).message.endswith(" > 100 maximum")
+    assert refusal(turn(user("a"), system="s" * 500), 350).message.endswith(" > 100 maximum")
 
 
 def test_both_ends_of_the_limit() -> None:

@@ -470,7 +470,7 @@ def test_every_answer_has_an_id_of_its_own() -> None:
     ("name", "value"),
     [("seed", 7), ("user", "me"), ("presence_penalty", 0.5), ("frequency_penalty", -1),
      ("logit_bias", {"1": 2}), ("store", True), ("metadata", {"a": "b"}),
-     ("service_tier", "auto"), ("prediction", {"type": "content"}), ("verbosity", "low"),
+     ("service_tier", "flex"), ("prediction", {"type": "content"}), ("verbosity", "low"),
      ("prompt_cache_key", "k"), ("safety_identifier", "i"), ("web_search_options", {"a": 1}),
      ("prompt_cache_retention", "24h")],
 )

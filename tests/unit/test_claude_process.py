@@ -1,6 +1,8 @@
 """What is known of a claude from outside: how long to wait, its version, what it leaves."""
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -315,6 +317,81 @@ def test_nothing_touches_a_process_once_the_last_event_of_its_answer_is_out() ->
         assert os.read(child.input, 100) == b"question\n"
     finally:
         child.close()
+
+
+# -- a question that is taken back --------------------------------------------
+
+
+def reply(request_id: str, **response: Json) -> Json:
+    """The successful reply to a control request."""
+    return {"type": "control_response", "response": {
+        "subtype": "success", "request_id": request_id, "response": response}}
+
+
+def refusal(request_id: str) -> Json:
+    """The reply to a control request that claude does not know."""
+    return {"type": "control_response", "response": {
+        "subtype": "error", "request_id": request_id, "error": "Unsupported"}}
+
+
+STOPPED = reply("stop", still_queued=[], cancelled=[])
+DROPPED = reply("stop", still_queued=[], cancelled=["q"])
+REWOUND = reply("rewind", rewound=True)
+NOT_FOUND = reply("rewind", rewound=False, error="target not found")
+RESULT = {"type": "result", "subtype": "error_during_execution", "is_error": True}
+
+#: What claude says, and whether it may serve again.
+TAKEN_BACK = {
+    "interrupted": ([STOPPED, RESULT, REWOUND], True),
+    "not begun": ([DROPPED, NOT_FOUND], True),
+    "its end came first": ([RESULT, STOPPED, REWOUND], True),
+    "interrupted before it was recorded": ([STOPPED, RESULT, NOT_FOUND], True),
+    "replies to what was sent before": ([reply("r1"), STOPPED, RESULT, reply("r2"), REWOUND], True),
+    "more of the answer": ([
+        stream("content_block_delta", delta={"type": "text_delta", "text": "max_tokens"}),
+        STOPPED, stream("message_delta", delta={"stop_reason": None}), RESULT, REWOUND], True),
+    "a complete answer": ([
+        stream("message_delta", delta={"stop_reason": "end_turn"}), RESULT, STOPPED, REWOUND],
+        True),
+    "an answer that was cut": ([
+        stream("message_delta", delta={"stop_reason": "max_tokens"}), STOPPED, RESULT, REWOUND],
+        False),
+    "an answer that was cut later": ([
+        STOPPED, stream("message_delta", delta={"stop_reason": "pause_turn"}), RESULT, REWOUND],
+        False),
+    "no interrupt": ([refusal("stop"), RESULT, REWOUND], False),
+    "no rewind": ([STOPPED, RESULT, refusal("rewind")], False),
+    "still running": ([
+        DROPPED, reply("rewind", rewound=False, error="turn running")], False),
+    "not the last one": ([
+        STOPPED, RESULT, reply("rewind", rewound=False, error="stale target")], False),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_BACK)
+def test_only_a_claude_that_says_so_has_forgotten_the_question(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, expected = TAKEN_BACK[name]
+    ids = iter(["stop", "rewind"])
+    monkeypatch.setattr(ocp, "new_id", lambda prefix: next(ids))
+    child = Piped(START, *lines)
+    clock = FakeClock()
+    process = ocp.ClaudeProcess(child, "claude-x", clock=clock)
+    limits = ocp.WaitLimits(ocp.NoClient(), clock() + 60, 0.0)
+    try:
+        # As after a question.
+        with contextlib.closing(process.converse(
+                ocp.TurnInput([b"question\n"]), limits, ocp.TurnReader())) as events:
+            next(events)
+        assert process.has_asked
+
+        assert process.take_back(ocp.RewindPoint("q", 0), limits) is expected
+        sent = [json.loads(line) for line in os.read(child.input, 9_000).splitlines()[1:]]
+    finally:
+        child.close()
+    assert sent[0]["request"] == {"subtype": "interrupt", "cancel_queued": True}
+    assert all(each["request"]["target_message_uuid"] == "q" for each in sent[1:])
 
 
 # -- what is left -------------------------------------------------------------

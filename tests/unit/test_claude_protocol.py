@@ -107,7 +107,7 @@ ANSWERS = {
 FAILURES = {
     "cut": ("UpstreamFailed", "Connection to the API was lost"),
     "error_400": ("BadRequest", "text content must be non-empty"),
-    "error_400_too_long": ("ContextTooLong", "Prompt is too long"),
+    "error_400_too_long": ("ContextTooLong", "prompt is too long"),
     "error_401": ("LoginLost", "OAuth token has been revoked."),
     "error_403": ("UpstreamForbidden", "Your organization has disabled"),
     "error_404": ("UnknownModel", "There's an issue with the selected model"),
@@ -176,9 +176,9 @@ def test_a_recorded_answer_gives_its_usage(name: str) -> None:
     events, _ = replayed(name)
 
     usage = events[-1].usage
-    assert usage == ocp.Usage(10, 7, 5, 3, reasoning, usage.tables)
+    assert usage == ocp.Usage(10, 7, 5, 3, reasoning, usage.more)
     lasting = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 3}
-    assert usage.tables == {"cache_creation": lasting}
+    assert usage.more == {"cache_creation": lasting, "service_tier": "standard"}
 
 
 @pytest.mark.parametrize("name", ANSWERED)
@@ -207,6 +207,65 @@ def test_a_recorded_failure_becomes_its_error(name: str) -> None:
 
     assert type(caught.value).__name__ == kind
     assert words in caught.value.message
+
+
+def hook_line(**told: Any) -> Json:
+    """The line by which claude calls the hook for failures."""
+    called = {"hook_event_name": "StopFailure", **told}
+    request = {"subtype": "hook_callback", "callback_id": "failure", "input": called}
+    return {"type": "control_request", "request_id": "h1", "request": request}
+
+
+def details(message: str) -> str:
+    return "400 " + json.dumps({"type": "error", "error": {"type": "x", "message": message}})
+
+
+TOO_LONG = "prompt is too long: 250123 tokens > 200000 maximum"
+
+
+def failure_after(*lines: Json, text: str = "Prompt is too long") -> Any:
+    """The error of a turn that fails with this text of claude's, after some more lines."""
+    said = {"model": "<synthetic>", "content": [{"type": "text", "text": text}]}
+    reader = ocp.TurnReader()
+    with pytest.raises(ocp.OcpError) as caught:
+        for line in (
+            {"type": "assistant", "message": said, "error": "invalid_request"}, *lines,
+            {**RESULT, "is_error": True, "api_error_status": 400, "result": text},
+        ):
+            assert reader.events(line) == []
+    return caught.value
+
+
+def test_the_api_s_own_words_take_the_place_of_claude_s() -> None:
+    hook = hook_line(error="invalid_request", error_details=details(TOO_LONG))
+
+    assert failure_after(hook).message == TOO_LONG
+    assert failure_after(hook, text="Image was too large.").message == TOO_LONG
+
+
+@pytest.mark.parametrize("told", [
+    {}, {"error": "invalid_request"}, {"error": "invalid_request", "error_details": 7},
+    {"error": "invalid_request", "error_details": "gone wrong"},
+    # The text of claude has more advice then.
+    {"error": "rate_limit", "error_details": details("No.")},
+], ids=repr)
+def test_without_them_the_words_of_claude_stay(told: Json) -> None:
+    assert failure_after(hook_line(**told), text="It broke.").message == "It broke."
+
+
+@pytest.mark.parametrize("request_", [None, 7, {}, {"subtype": "hook_callback", "input": 7}])
+def test_an_odd_call_of_a_hook_changes_nothing(request_: object) -> None:
+    line = {"type": "control_request", "request": request_}
+
+    assert failure_after(line, text="It broke.").message == "It broke."
+
+
+def test_a_call_of_a_hook_is_answered_and_other_requests_are_not_its_concern() -> None:
+    reply = json.loads(ocp.hook_reply(hook_line()))
+
+    assert reply["response"] == {"subtype": "success", "request_id": "h1", "response": {}}
+    assert ocp.hook_reply({"type": "control_request", "request": {"subtype": "mcp_message"}}) == b""
+    assert ocp.hook_reply({"type": "control_request"}) == b""
 
 
 @pytest.mark.parametrize("name", FAILED)
@@ -599,21 +658,23 @@ def test_every_count_of_the_api_has_its_place() -> None:
     found = {
         "input_tokens": 1, "output_tokens": 2, "cache_read_input_tokens": 3,
         "cache_creation_input_tokens": 4, "output_tokens_details": {"thinking_tokens": 5},
-        "service_tier": "standard",
     }
 
     assert ocp.usage_of(found) == ocp.Usage(1, 2, 3, 4, 5)
 
 
-def test_tables_of_counts_are_kept_as_the_api_gives_them() -> None:
+def test_what_else_the_api_says_of_usage_is_kept_as_it_gives_it() -> None:
     cache = {"ephemeral_5m_input_tokens": 1, "ephemeral_1h_input_tokens": 2}
     tools = {"web_search_requests": 3}
 
     begun = ocp.usage_of({"cache_creation": cache, "server_tool_use": None, "speed": {"a": 1}})
-    usage = ocp.usage_of({"output_tokens": 4, "server_tool_use": tools}, begun)
+    usage = ocp.usage_of(
+        {"output_tokens": 4, "server_tool_use": tools, "service_tier": "standard", "speed": "fast"},
+        begun)
 
-    assert begun.tables == {"cache_creation": cache}
-    assert usage.tables == {"cache_creation": cache, "server_tool_use": tools}
+    assert begun.more == {"cache_creation": cache}
+    assert usage.more == {"cache_creation": cache, "server_tool_use": tools,
+                          "service_tier": "standard", "speed": "fast"}
 
 
 def test_a_repeated_answer_counts_for_all_that_the_api_counted() -> None:
@@ -835,13 +896,126 @@ def test_a_conversation_that_the_assistant_began_is_laid_down_too() -> None:
 def test_a_message_of_which_nothing_is_left_is_no_step() -> None:
     turn = a_turn(("user", ""), ("assistant", "b"), ("assistant", ""), ("user", ""), ("user", "c"))
     turn.messages[0].content[:] = [{"type": "server_tool_use", "id": "s", "name": "x", "input": {}}]
-    turn.messages[2].content[:] = [{"type": "thinking", "thinking": "Hm.", "signature": "s"}]
+    turn.messages[2].content[:] = []
     turn.messages[3].content[:] = []
 
     assert [[brief(line) for line in step] for step in steps_of(turn)] == [
         ["initialize", "user (The user opens the conversation.)"],
         ["assistant b", "user c+"],
     ]
+
+
+def limits_of(step: list[Json]) -> list[str]:
+    """The lengths from which claude refuses a prompt, as a step sets them."""
+    settings = [line["request"].get("settings", {}) for line in step if "request" in line]
+    name = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
+    return [found["env"][name] for found in settings if name in found.get("env", {})]
+
+
+@pytest.mark.parametrize("opening", [(), ("assistant",)], ids=["user", "assistant"])
+def test_a_pinned_history_asks_its_first_message_under_a_limit_of_its_own(
+    opening: tuple[str, ...]
+) -> None:
+    begun = [("assistant", "Welcome!")] if opening else []
+    turn = a_turn(*begun, ("user", "a"), ("assistant", "b"), ("user", "c"), max_tokens=7)
+
+    steps = [lines_of(step) for step in ocp.conversation_steps(turn, "", NEW, pin=True)]
+
+    first, *later = [[brief(line) for line in step] for step in steps]
+    head = "(The user opens the conversation.)" if opening else "a"
+    assert first == ["initialize", *["apply_flag_settings"] * 2, f"user {head}+"]
+    assert later[0][0] == "apply_flag_settings"
+    assert [line for step in later for line in step[-1:]] == [
+        *(["user a"] if opening else []), "user c+"]
+    assert [limits_of(step) for step in steps[:2]] == [
+        ["1"], [ocp.FIXED_ENVIRONMENT["CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"]]]
+
+
+def test_a_single_question_needs_no_pin() -> None:
+    turn = a_turn(("user", "Hi"))
+
+    (step,) = ocp.conversation_steps(turn, "", NEW, pin=True)
+
+    assert [brief(line) for line in lines_of(step)] == ["initialize", "user Hi+"]
+
+
+SYNTHETIC = {"type": "assistant", "message": {"model": "<synthetic>", "content": []}}
+REFUSED = {"type": "result", "subtype": "success", "is_error": True,
+           "terminal_reason": "blocking_limit", "api_error_status": None}
+
+
+def test_a_message_counts_as_pinned_when_claude_has_refused_it_by_itself() -> None:
+    lines = [
+        {"type": "control_response", "response": {"subtype": "success"}},
+        {"type": "system", "subtype": "init"}, {"type": "system", "subtype": "status"},
+        {"type": "news"}, {"type": ["result"]}, SYNTHETIC, REFUSED]
+
+    assert [ocp.is_pinned(line) for line in lines] == [*[False] * 6, True]
+
+
+@pytest.mark.parametrize(("line", "was_asked"), [
+    (stream("message_start"), True),
+    ({"type": "assistant", "message": {"model": "claude-sonnet-4-6"}}, True),
+    ({"type": "assistant", "message": "odd"}, True),
+    ({"type": "system", "subtype": "api_retry"}, True),
+    ({"type": "rate_limit_event"}, True),
+    ({**REFUSED, "terminal_reason": "api_error", "api_error_status": 429}, True),
+    ({**REFUSED, "is_error": False}, True),
+    ({**REFUSED, "terminal_reason": "completed", "is_error": False}, True),
+    ({**REFUSED, "terminal_reason": "error"}, False),
+    ({"type": "result", "is_error": True}, False),
+    ({"type": "control_response", "response": {"subtype": "error", "error": "no"}}, False),
+])
+def test_anything_else_shows_that_the_first_message_is_not_pinned(
+    line: Json, was_asked: bool
+) -> None:
+    with pytest.raises(ocp.NotPinned) as raised:
+        ocp.is_pinned(line)
+
+    assert raised.value.was_asked is was_asked
+
+
+THINKING = {"type": "thinking", "thinking": "Hm.", "signature": "c2ln"}
+
+
+def test_an_answer_of_the_history_with_thinking_names_its_model() -> None:
+    turn = a_turn(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"),
+                  ("user", "e"))
+    turn.messages[1].content.insert(0, THINKING)
+    turn = turn._replace(model=MODELS.find("claude-sonnet-4-6")._replace(argument="x[1m]"))
+
+    answers = [line["message"] for step in steps_of(turn) for line in step
+               if line["type"] == "assistant"]
+
+    assert [answer.get("model") for answer in answers] == ["claude-sonnet-4-6", None]
+    assert answers[0]["content"] == [THINKING, text("b")]
+
+
+def test_a_loop_that_is_told_with_its_thinking_keeps_the_budget() -> None:
+    call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [text("Sunny.")]}
+    turn = a_turn(("user", "Hi"), ("assistant", ""), ("user", ""), thinking_tokens=2_048)
+    turn.messages[1].content[:] = [THINKING, call]
+    turn.messages[2].content[:] = [result]
+
+    (first, _) = steps_of(turn._replace(model=MODELS.find("claude-haiku-4-5")))
+
+    assert thinking_of(first) == [2_048]
+
+
+@pytest.mark.parametrize(("known", "told"), [
+    ("toolu01AbC", "toolu_01AbC"), ("toolu01AbCr2", "toolu_01AbCr2"), ("tooluAbC", "tooluAbC"),
+    ("call1", "call1"), ("xtoolu01", "xtoolu01")])
+def test_calls_are_told_by_the_ids_that_the_api_gave_them(known: str, told: str) -> None:
+    call = {"type": "tool_use", "id": known, "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": known, "content": [text("Sunny.")]}
+    lines = [
+        *lines_of(ocp.message_line(ocp.Message("assistant", [call]), NEW, ask=False)),
+        *lines_of(ocp.message_line(ocp.Message("user", [result]), NEW, ask=True))]
+
+    asked, answered = [line["message"]["content"][0] for line in lines]
+
+    assert (asked["id"], answered["tool_use_id"]) == (told, told)
 
 
 @pytest.mark.parametrize(
@@ -1037,7 +1211,8 @@ UNUSUAL = {
     "NODE_OPTIONS": "--require=/tmp/x.js", "LD_PRELOAD": "/tmp/x.so", "PATHS": "x", "path": "x",
 }
 FIXED = {
-    **ocp.FIXED_ENVIRONMENT, "CLAUDE_CODE_MAX_RETRIES": "2", "CLAUDE_CODE_RESTRICTED": "1"}
+    **ocp.FIXED_ENVIRONMENT, "CLAUDE_CODE_MAX_RETRIES": "2", "CLAUDE_CODE_RESTRICTED": "1",
+    "SHELL": "/bin/bash"}
 
 
 def child_env(environ: Json, **settings: str) -> dict[str, str]:

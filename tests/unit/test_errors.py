@@ -238,7 +238,55 @@ def test_a_prompt_that_is_too_long_has_the_code_that_makes_agents_compact(
     error = told("Prompt is too long", "invalid_request", status)
 
     assert (error.status, error.error_code) == (400, "context_length_exceeded")
-    assert error.param == "messages"
+    assert (error.message, error.param) == ("prompt is too long", "messages")
+
+
+#: What the API and claude say of prompts that do not fit, and what clients read.
+TOO_LONG = {
+    "prompt is too long: 250123 tokens > 200000 maximum":
+        "prompt is too long: 250123 tokens > 200000 maximum",
+    "API Error: 400 prompt is too long: 1200000 tokens > 1000000 maximum":
+        "prompt is too long: 1200000 tokens > 1000000 maximum",
+    "Prompt is too long \u00b7 the request is ~250123 tokens (limit 200000)":
+        "prompt is too long \u00b7 the request is ~250123 tokens (limit 200000)",
+    "input is too long for requested model":
+        "prompt is too long: input is too long for requested model",
+    "input length and `max_tokens` exceed context limit: 190000 + 32000 > 200000":
+        "prompt is too long: input length and `max_tokens` exceed context limit: "
+        "190000 + 32000 > 200000",
+}
+
+
+@pytest.mark.parametrize("status", [400, 413, None])
+@pytest.mark.parametrize("text", TOO_LONG)
+def test_a_prompt_that_is_too_long_is_told_in_the_words_that_agents_know(
+    text: str, status: int | None
+) -> None:
+    error = told(text, "invalid_request", status)
+
+    assert (type(error), error.message) == (ocp.ContextTooLong, TOO_LONG[text])
+
+
+@pytest.mark.parametrize("text", ["Request exceeds the maximum size", "image exceeds 5 MB maximum"])
+def test_what_is_too_large_in_bytes_is_no_prompt_that_is_too_long(text: str) -> None:
+    assert type(told(text, "invalid_request", 413)) is ocp.TooLarge
+    assert type(told(text, "invalid_request", 400)) is ocp.BadRequest
+
+
+#: Details of a failure as claude gives them to a hook, and the API's message in them.
+DETAILS = {
+    '400 {"type":"error","error":{"type":"x","message":"No {good}."},"request_id":"r"}':
+        "No {good}.",
+    'request_too_large: 413 {"error":{"message":"Too big."}}': "Too big.",
+    '{"error":{"message":"Bare."}}': "Bare.",
+    "": "", "400": "", "400 {": "", "400 {}": "", "400 []": "", '400 {"error":"no"}': "",
+    '400 {"error":{"message":7}}': "", '400 {"error":{}} {': "",
+}
+
+
+@pytest.mark.parametrize("details", DETAILS)
+def test_the_api_s_own_message_is_found_in_the_details(details: str) -> None:
+    assert ocp.api_message(details) == DETAILS[details]
 
 
 def test_an_unknown_model_of_the_api_names_the_field() -> None:

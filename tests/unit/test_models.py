@@ -240,7 +240,7 @@ def test_an_unlisted_claude_behaves_as_the_nearest_of_its_family(name: str, like
 
     assert found == model._replace(
         id=spelled, display_name=spelled, argument=spelled, known=False, listed=False,
-        first_cli=(), prices=None, long_prompt_tokens=0, long_prompt_prices=None,
+        first_cli=(), prices=None, long_prompt_tokens=0, long_prompt_prices=None, fast_mode=False,
     )
 
 
@@ -497,11 +497,12 @@ def test_a_model_that_only_claude_knows_is_listed_first() -> None:
 def test_claude_completes_what_the_file_says() -> None:
     models = as_reported(NEW_CLI, row_of(
         "sonnet", "claude-sonnet-5-5", supportedEffortLevels=["low", "high"],
-        supportsThinkingOff=False))
+        supportsThinkingOff=False, supportsFastMode=True))
 
     found = models.find("sonnet")
 
     assert (found.efforts, found.cli_thinking_off) == (("low", "high"), False)
+    assert (found.fast_mode, MODELS.find("sonnet").fast_mode) == (True, False)
     assert models.find("opus").cli_thinking_off is None
 
 
@@ -605,7 +606,8 @@ def test_what_claude_lists_in_another_form_is_left_out(rows: Any) -> None:
 
 def test_odd_fields_of_a_listed_model_are_left_out() -> None:
     (found,) = ocp.offered_models([row_of(
-        "opus", "claude-opus-5-5", supportedEffortLevels="low", supportsThinkingOff="no")])
+        "opus", "claude-opus-5-5", supportedEffortLevels="low", supportsThinkingOff="no",
+        supportsFastMode=1)])
 
     assert found == ocp.OfferedModel("opus", "claude-opus-5-5", (), None)
 

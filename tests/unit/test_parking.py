@@ -4,6 +4,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -193,6 +195,7 @@ CHANGES: dict[str, Json] = {
     "thinking": {"options": ocp.Options(thinking_tokens=0)},
     "no thinking in the body": {"options": ocp.Options(thinking_type="disabled")},
     "thinking that is not shown": {"options": ocp.Options(hides_thinking=True)},
+    "fast mode": {"options": ocp.Options(fast_mode=True)},
 }
 
 
@@ -222,7 +225,7 @@ def test_callers_and_the_operator_s_prompt_make_another_conversation() -> None:
 @pytest.mark.parametrize(
     "change",
     [{"stream": True}, {"ignored": ("seed",)}, {"session_id": "s1"}, {"reply_format": "x"},
-     {"choices": 2}],
+     {"choices": 2}, {"cache_lifetime": "5m"}],
     ids=str,
 )
 def test_how_an_answer_is_delivered_makes_no_difference(change: Json) -> None:
@@ -406,11 +409,13 @@ class Lot:
         self.pool.park(process, conversation)
 
     def take_rewindable(
-        self, *messages: Any, caller: str = "local", running: int = 1, **fields: Any
+        self, *messages: Any, caller: str = "local", running: int = 1,
+        others: Mapping[str, int] = MappingProxyType({}), **fields: Any
     ) -> Any:
-        """The process that would have to forget its last question for this conversation."""
+        """The process that would have to forget its last question for this conversation, while so
+        many requests of its caller run, itself included, and those of others."""
         asked = known(turn(*messages, **fields), caller)
-        pooled = self.pool.take_rewindable(asked, self.config, running)
+        pooled = self.pool.take_rewindable(asked, self.config, {**others, caller: running})
         return pooled and pooled.process
 
     def take(self, *messages: Any, caller: str = "local", **fields: Any) -> Any:
@@ -662,6 +667,147 @@ def test_what_no_conversation_goes_on_from_pushes_out_one_conversation_at_most()
         gone += lot.tend()
 
     assert gone == [going_on[0], *ended[:3]]
+
+
+def test_a_process_that_forgot_its_question_goes_on_from_what_was_before() -> None:
+    held = parked(*LATER)._replace(rewind_point=ocp.RewindPoint("q", 2), messages_given=1)
+    left = held.rewound()
+
+    assert takes(left, *SAID, user("e")) and not takes(left, *LATER, user("e"))
+    assert (left.rewind_point, left.awaiting, left.messages_given) == (None, frozenset(), 1)
+    nothing = parked(*SAID)._replace(rewind_point=ocp.RewindPoint("q", 0)).rewound()
+    assert takes(nothing, user("z")) and not takes(nothing, *SAID, user("z"))
+
+
+# -- one parking, many callers ------------------------------------------------
+
+
+class Parked(NamedTuple):
+    """What is parked, what is at work, and who has to leave."""
+
+    #: In the order in which they were parked: a letter for the caller, then a number; `!` = a dead
+    #: end; and how long ago in seconds, if it is not 1.
+    parked: str
+    most: int
+    leave: str
+    #: A letter for each request that will park a process.
+    running: str = ""
+
+
+SHARES = {
+    "all fit": Parked("a1 b1 c1", 3, ""),
+    "one caller may have all places": Parked("a1 a2 a3 a4", 4, ""),
+    "the oldest of an only caller": Parked("a1 a2 a3 a4", 2, "a1 a2"),
+    "the oldest of who has the most": Parked("b1 a1 a2 a3", 3, "a1"),
+    "a busy caller never pushes out another": Parked("b1 c1 a1 a2 a3 a4 a5", 4, "a1 a2 a3"),
+    "down to equal shares, then the last ones": Parked("a1 a2 a3 b1 b2 c1", 3, "a1 b1 a2"),
+    "none may stay": Parked("a1 b1 c1", 0, "c1 b1 a1"),
+    "dead ends first": Parked("a1 a2! a3", 2, "a2!"),
+    "the last dead end may stay": Parked("a1 a2! a3!", 2, "a2!"),
+    "a dead end of another is safe": Parked("b1! a1 a2", 2, "a1"),
+    "of those with as many, the one that came last": Parked("a1 b1 c1 d1 e1", 4, "e1"),
+    "of those with as many, the one that is away": Parked("b1:90 c1:70 a1:9 d1 e1", 4, "b1"),
+    "who is away the longest goes first": Parked("b1:90 a1:70 c1 d1", 2, "b1 a1"),
+    "away or not, the most first": Parked("a1:90 b1 b2", 2, "b1"),
+    "its own, for who comes back": Parked("a1 b1", 2, "a1", running="a"),
+    "its own, though another has as many": Parked("a1 b1 b2", 3, "a1", running="a"),
+    "nobody's, while there is room": Parked("a1 b1", 3, "", running="a"),
+    "a caller at work pushes out nobody": Parked("a1 b1", 2, "", running="c"),
+    "many at work push out none but their own": Parked("a1 b1 c1", 3, "c1", running="cccccccc"),
+    "who is away makes room for who is at work": Parked("a1:90 b1", 2, "a1", running="c"),
+    "everybody at work": Parked("a1 b1 c1 d1", 4, "a1 b1 c1 d1", running="abcd"),
+}
+
+
+def lot_of(words: str) -> dict[str, Any]:
+    """Parked processes by their short names; the time is 1000."""
+    found = {}
+    for word in words.split():
+        name, _, age_s = word.partition(":")
+        last = "" if "!" in name else "answer"
+        held = ocp.History("base", ("question", last), "", name[0])
+        found[name] = ocp.PooledProcess(
+            FakeProcess(name), ocp.ProcessState.PARKED, 1000.0 - float(age_s or 1),
+            ocp.Conversation(held))
+    return found
+
+
+def leaving(case: Parked) -> list[str]:
+    """The names of those that leave, in their order."""
+    parked, running = lot_of(case.parked), {each: case.running.count(each) for each in case.running}
+    found = ocp.evicted_by_limit(list(parked.values()), case.most, 1000.0, running=running)
+    return [pooled.process.name for pooled in found]
+
+
+@pytest.mark.parametrize("case", SHARES.values(), ids=SHARES)
+def test_the_shares_of_callers(case: Parked) -> None:
+    assert leaving(case) == case.leave.split()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_parked_the_shares_are_fair(seed: int) -> None:
+    source = random.Random(seed)
+    for _ in range(50):
+        callers = "abcdefgh"[:source.randint(1, 8)]
+        words = [f"{source.choice(callers)}{number}{source.choice(['', '', '!'])}"
+                 for number in range(source.randint(0, 20))]
+        most = source.randint(0, 12)
+
+        left = leaving(Parked(" ".join(words), most, ""))
+
+        stay = [word for word in words if word not in left]
+        counts = {caller: sum(word[0] == caller for word in stay) for caller in callers}
+        assert len(stay) == min(most, len(words))
+        # Nobody had to leave whose caller has less than one that kept all it has.
+        assert all(counts[word[0]] >= max(counts.values()) - 1 for word in left)
+
+
+def test_one_busy_caller_leaves_the_conversations_of_all_others_alone() -> None:
+    lot = Lot(parked_processes=4)
+    quiet = {name: lot.put(*SAID, caller=name) for name in ("ann", "bob", "cid")}
+    gone: list[FakeProcess] = []
+    for number in range(20):
+        lot.put(user(f"{number}"), assistant("ok"), caller="busy")
+        gone += lot.tend(after_s=0.1)
+
+    assert len(gone) == 19 and not set(gone) & set(quiet.values())
+    for name, process in quiet.items():
+        assert lot.take(*SAID, user("c"), caller=name)[0] is process
+
+
+def test_with_more_callers_than_places_those_that_have_one_go_on() -> None:
+    lot = Lot(parked_processes=4)
+    continued = 0
+    for _ in range(10):
+        for caller in ("ann", "bob", "cid", "dan", "eve"):
+            continued += lot.take(*SAID, user("c"), caller=caller)[0] is not None
+            lot.put(*SAID, caller=caller)
+            lot.tend(after_s=1)
+
+    assert continued == 4 * 9
+
+
+def test_who_is_away_loses_the_place_to_who_is_not() -> None:
+    lot = Lot(parked_processes=1)
+    away = lot.put(*SAID, caller="ann")
+    first = lot.put(*SAID, caller="bob")
+    gone = lot.tend()
+    lot.clock.advance(61)
+    lot.put(*SAID, caller="bob")
+
+    assert (gone, lot.tend()) == ([first], [away])
+
+
+def test_a_full_parking_makes_a_caller_s_own_process_forget_and_nobody_else_s() -> None:
+    lot = Lot(parked_processes=4)
+    processes = {name: lot.put(user("x"), assistant("ok"), caller=name) for name in "abcd"}
+
+    assert lot.take_rewindable(user("new"), caller="e", others=dict.fromkeys("abcd", 1)) is None
+    assert lot.take_rewindable(user("new"), caller="b") is processes["b"]
+    # There is room for both of b's from here on.
+    lot.put(user("x"), assistant("ok"), caller="b")
+    lot.config = dataclasses.replace(lot.config, parked_processes=5)
+    assert lot.take_rewindable(user("new"), caller="b") is None
 
 
 def test_old_processes_and_old_versions_do_not_forget_everything() -> None:

@@ -107,7 +107,7 @@ def test_a_response_is_stored_unless_the_client_does_not_want_that(
 @pytest.mark.parametrize(
     ("name", "value"),
     [("background", True), ("max_tool_calls", 3), ("top_logprobs", 2), ("metadata", {"a": "b"}),
-     ("user", "me"), ("service_tier", "auto"), ("prompt_cache_key", "k")],
+     ("user", "me"), ("service_tier", "flex"), ("prompt_cache_key", "k")],
 )
 def test_a_harmless_parameter_is_named_as_ignored(name: str, value: object) -> None:
     assert turn(**{name: value}).ignored == (name,)

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
@@ -375,6 +375,8 @@ def test_the_readme_table_has_one_line_of_five_cells_for_every_row() -> None:
         ("CLAUDE_IMAGE_ALLOW_URL", "0", ""),
         ("PROXY_API_KEY", "empty", ""),
         ("CLAUDE_BIND", "127.0.0.1", ""),
+        ("OCP_WARM_TOTAL", "follows memory", "0 to 32"),
+        ("OCP_PARKED_PROCESSES", "follows memory", "0 to 64"),
     ],
 )
 def test_the_readme_table_shows_defaults_units_and_ranges(
@@ -394,3 +396,96 @@ def test_a_comma_separated_setting_is_read_without_its_blanks(
     text: str, items: tuple[str, ...]
 ) -> None:
     assert ocp.split_list(text) == items
+
+
+# -- defaults that follow the memory ------------------------------------------
+
+GB = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "spares", "parked"),
+    [(0.1, 1, 1), (1, 1, 1), (2, 1, 1), (4, 1, 2), (8, 2, 4), (16, 4, 8), (25, 4, 8),
+     (1_000, 4, 8)],
+)
+def test_idle_processes_take_an_eighth_of_the_memory(
+    memory_gb: float, spares: int, parked: int
+) -> None:
+    memory_bytes = int(memory_gb * GB)
+
+    found = ocp.load_config({}, memory_bytes)
+
+    assert (found.warm_total, found.parked_processes) == (spares, parked)
+    assert spares + parked <= max(2, memory_bytes / 8 / 155_000_000)
+    assert dataclasses.replace(found, warm_total=4, parked_processes=4) == ocp.Config()
+
+
+@pytest.mark.parametrize("memory_bytes", [None, GB, 100 * GB])
+def test_what_the_owner_has_set_follows_nothing(memory_bytes: Optional[int]) -> None:
+    found = ocp.load_config({"OCP_PARKED_PROCESSES": "7", "OCP_WARM_TOTAL": "0"}, memory_bytes)
+
+    assert (found.parked_processes, found.warm_total) == (7, 0)
+
+
+def test_a_machine_that_does_not_tell_its_memory_has_the_plain_defaults() -> None:
+    assert ocp.load_config({}, None) == ocp.Config()
+
+
+#: Listings of control groups, the files below their root, and the limits that hold.
+GROUPS = {
+    "none": ("0::/\n", {}, []),
+    "no limit": ("0::/a.slice/b\n", {"a.slice/b/memory.max": "max\n"}, []),
+    "the service and its slice": (
+        "0::/a.slice/b.service\n",
+        {"a.slice/memory.max": "900\n", "a.slice/b.service/memory.max": "700\n"}, [900, 700]),
+    "a container": ("0::/\n", {"memory.max": "500\n"}, [500]),
+    "a container that sees its place outside": (
+        "0::/../../docker/x\n", {"memory.max": "500\n"}, [500]),
+    "the first version": (
+        "12:cpu,cpuacct:/x\n5:memory:/docker/x\n",
+        {"memory/memory.limit_in_bytes": "400\n", "cpu/memory.max": "1\n"}, [400]),
+    "both versions": (
+        "5:memory:/x\n0::/y\n",
+        {"memory/x/memory.limit_in_bytes": "300\n", "y/memory.max": "200\n"}, [300, 200]),
+    "what cannot be read": ("nonsense\n0::/a\n", {"a/memory.max": "much\n"}, []),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_limits_of_control_groups_are_found(name: str, tmp_path: Path) -> None:
+    text, files, limits = GROUPS[name]
+    listing, root = tmp_path / "listing", tmp_path / "root"
+    listing.write_text(text)
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(content)
+
+    assert ocp.control_group_limits(str(listing), str(root)) == limits
+
+
+def test_a_system_without_control_groups_has_no_limits(tmp_path: Path) -> None:
+    assert ocp.control_group_limits(str(tmp_path / "none"), str(tmp_path)) == []
+
+
+def test_the_memory_is_that_of_the_machine_or_of_its_control_group(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
+    monkeypatch.setattr(ocp.os, "sysconf", sizes.__getitem__)
+    found = []
+    for limits in ([], [2**62], [900_000, 800_000]):
+        monkeypatch.setattr(ocp, "control_group_limits", lambda limits=limits: limits)
+        found.append(ocp.machine_memory_bytes.__wrapped__())
+
+    assert found == [4_096_000, 4_096_000, 800_000]
+
+
+def test_a_system_that_does_not_know_its_pages_does_not_tell(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(name: str) -> int:
+        raise ValueError(name)
+
+    monkeypatch.setattr(ocp.os, "sysconf", unknown)
+
+    assert ocp.machine_memory_bytes.__wrapped__() is None

@@ -669,6 +669,15 @@ def test_a_result_is_given_once() -> None:
     assert tools.deliver([]) == tools.reply(asked("toolu_1", 2)) == b""
 
 
+def test_a_call_that_claude_takes_back_gets_no_result() -> None:
+    tools = server("weather")
+    tools.reply(asked("toolu_1", 1))
+    cancelled = mcp("notifications/cancelled", params={"requestId": 1})
+
+    assert [reply["result"] for _, reply in replies(tools.reply(cancelled))] == [{}]
+    assert tools.deliver([tool_result("toolu1", block("1"))]) == b""
+
+
 def test_a_failed_tool_is_told_as_one() -> None:
     tools = server("weather")
     tools.reply(asked("toolu_1", 1))

@@ -1,0 +1,207 @@
+"""What the API's prompt cache sees of a conversation that goes to another claude: the same as of
+one that went on in its process, to the byte."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stub_api as stub
+from conversation import EVERY_DIALECT, Conversation, path_of
+from depth import rest
+from dialects import CHAT, MESSAGES, RESPONSES, Answer, Dialect, Result, Tool
+from rig import BUDGET_MODEL, MODEL, NEWEST_MODEL, Claude, Rig, running_rig
+from upstream import turns
+
+Json = Any
+Body = dict[str, Json]
+
+BLACK = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+PDF = base64.b64encode(
+    b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n").decode()
+WEATHER = Tool("weather")
+
+
+def cached_part(body: Body) -> Body:
+    """What the cache compares of a request: all of it but the marks and the session's id."""
+    found: Body = unmarked(body)
+    del found["metadata"]
+    return found
+
+
+def unmarked(value: Json) -> Json:
+    """The value without cache_control; a text is a list of blocks, which are the same there."""
+    if isinstance(value, list):
+        return [unmarked(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: unmarked(each) for name, each in value.items() if name != "cache_control"}
+    if isinstance(found.get("content"), str) and "role" in found:
+        found["content"] = [{"type": "text", "text": found["content"]}]
+    return found
+
+
+def thinking_fields(dialect: Dialect, model: str) -> dict[str, Json]:
+    """The fields that ask a model to think."""
+    if dialect is MESSAGES and model == BUDGET_MODEL:
+        return {"thinking": {"type": "enabled", "budget_tokens": 2000}}
+    return {
+        MESSAGES.name: {"thinking": {"type": "adaptive"}}, CHAT.name: {"reasoning_effort": "low"},
+        RESPONSES.name: {"reasoning": {"effort": "low"}},
+    }[dialect.name]
+
+
+def thoughtful(reply: stub.Reply) -> stub.Reply:
+    """The reply with thinking in front."""
+    return reply._replace(blocks=(*stub.thinking("Hm, let me see.", "").blocks[:1], *reply.blocks))
+
+
+def rebuilt(rig: Rig, talk: Conversation) -> Answer:
+    """The answer to what was just asked, from a claude that did not know the conversation."""
+    rig.end_parked()
+    said = talk.send()
+    assert path_of(rig, said) == "rebuilt"
+    return said
+
+
+def assert_same(rig: Rig, talk: Conversation, *results: tuple[str, Result]) -> Answer:
+    """Send results, or a question, to the process that knows the conversation, and to another one.
+    Both requests to the API are the same. Return the second answer; `talk` goes on from it."""
+    talk.messages += (
+        talk.dialect.results(results) if results else [{"role": "user", "content": "Sure?"}])
+    before, other = len(rig.bodies()), talk.branch()
+    assert path_of(rig, other.send()) == "continued"
+    said = rebuilt(rig, talk)
+    first, second = map(cached_part, rig.bodies()[before:])
+    assert second == first
+    return said
+
+
+@pytest.mark.differs_by_version
+@EVERY_DIALECT
+@pytest.mark.parametrize("model", [BUDGET_MODEL, NEWEST_MODEL, *rest(MODEL)])
+def test_a_conversation_with_tools_and_thinking_is_the_same_elsewhere(
+    rig: Rig, dialect: Dialect, model: str
+) -> None:
+    call = thoughtful(stub.tool_calls([("weather", {"city": "Bern"})], text="I look."))
+    rig.script(
+        stub.thinking("Hm.", " So. "),
+        thoughtful(stub.tool_calls([("weather", {"city": "Rome"}), ("weather", {"city": "Oslo"})])),
+        call, call, stub.thinking("Ah.", "Warm."), then=stub.text("Bye."))
+    talk = Conversation(
+        rig, dialect, [WEATHER], f"Be {dialect.name} and {model}.", model=model,
+        **thinking_fields(dialect, model))
+    talk.ask("Hello?")
+    first, second = talk.ask("Weather?").calls
+    # In the middle of the loop, where the last message has nothing but results.
+    asked = assert_same(rig, talk, (first.id, Result("Sun.")), (second.id, Result("Snow.")))
+    talk.send_results([(asked.call.id, Result("Rain."))])
+    assert_same(rig, talk)
+    answers = [contents for role, contents in turns(rig.last_body()) if role == "assistant"]
+    assert [contents[0]["type"] for contents in answers] == ["thinking"] * 4
+    assert rig.last_body()["thinking"]["type"] != "disabled"
+
+
+FIRST_MESSAGES: Mapping[str, Json] = {
+    "image": [MESSAGES.text("What is it?"), MESSAGES.image(BLACK)],
+    "document": [MESSAGES.pdf(PDF), MESSAGES.text("What is it?")],
+    "command": "/cost", "file": "@/etc/hostname what is in it?", "hash": "# Remember this.",
+    "shell": "!ls", "long": "word " * 40_000, "two": [MESSAGES.text("One."), MESSAGES.text("Two.")],
+    "only an image": [MESSAGES.image(BLACK)], "spaces": "  Hello?  ",
+}
+
+
+@pytest.mark.parametrize("model", [NEWEST_MODEL, *rest(MODEL)])
+@pytest.mark.parametrize("name", ["image", *rest(*list(FIRST_MESSAGES)[1:])])
+def test_whatever_a_conversation_begins_with_it_is_the_same_elsewhere(
+    rig: Rig, name: str, model: str
+) -> None:
+    rig.script(then=stub.text("Yes."))
+    talk = Conversation(rig, MESSAGES, system=f"First {name}.", model=model)
+    talk.ask(FIRST_MESSAGES[name])
+    assert_same(rig, talk)
+    assert len(rig.bodies()) == 3
+
+
+def test_an_assistant_may_begin_the_conversation(rig: Rig) -> None:
+    rig.script(then=stub.text("Yes."))
+    talk = Conversation(rig, CHAT, system="Begin.")
+    talk.messages = [{"role": "assistant", "content": "Welcome!"}]
+    talk.ask("Hello?")
+    assert_same(rig, talk)
+    assert len(rig.bodies()) == 3
+
+
+def test_what_stands_before_an_edit_is_the_same(rig: Rig) -> None:
+    rig.script(then=stub.thinking("Hm.", "Yes."))
+    talk = Conversation(rig, CHAT, system="Edit.")
+    for number in range(3):
+        talk.ask(f"Question {number}?")
+    known = cached_part(rig.last_body())["messages"]
+    edited = talk.branch()
+    del edited.messages[3:]
+    edited.messages[2]["content"] = "Another?"
+    rebuilt(rig, edited)
+    found = cached_part(rig.last_body())["messages"]
+    assert found[:2] == known[:2] and found[2] != known[2]
+    # A last question of such a conversation can be forgotten, as of any other.
+    paths = []
+    for question in ("More?", "Or this?"):
+        later = edited.branch()
+        paths.append(path_of(rig, later.ask(question)))
+        assert cached_part(rig.last_body())["messages"][:2] == known[:2]
+    assert paths == ["continued", "rewound"]
+    assert len(rig.bodies()) == 6
+
+
+def test_an_answer_of_a_given_shape_in_a_conversation_costs_one_request(rig: Rig) -> None:
+    rig.script(stub.text("Hi."), stub.tool_calls([("StructuredOutput", {"a": 1})]))
+    schema = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}
+    talk = Conversation(rig, CHAT, system="Shape.")
+    talk.ask("Hello?")
+    said = talk.ask("And now?", response_format={
+        "type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
+    assert (said.text, path_of(rig, said)) == ('{"a": 1}', "rebuilt")
+    first, second = (cached_part(body)["messages"] for body in rig.bodies())
+    assert second[:len(first)] == first
+
+
+#: A claude that does not know the variable with which OCP makes it refuse a message.
+_FORGETFUL = """#!/bin/sh
+unset CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE
+sed -u s/CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE/UNKNOWN/g | {claude} "$@"
+"""
+
+
+def test_a_claude_that_ignores_the_limit_answers_all_the_same(
+    claude: Claude, tmp_path: Path
+) -> None:
+    program = tmp_path / "claude"
+    program.write_text(_FORGETFUL.format(claude=shlex.quote(str(claude.path))))
+    program.chmod(0o755)
+    other = Claude(claude.version, program)
+    with running_rig(tmp_path / "rig", other, OCP_WARM_PROCESSES="0") as rig:
+        def answer(body: Mapping[str, Json]) -> stub.Reply:
+            # Slow enough to be stopped before it is complete.
+            alone = stub.text(["Nobody ", "reads ", "this."], gap_s=5.0)
+            return alone if len(turns(body)) == 1 else stub.text("Yes.")
+
+        rig.stub.default = answer
+        talk = Conversation(rig, CHAT)
+        talk.messages = [{"role": "user", "content": "One?"},
+                         {"role": "assistant", "content": "Eins."}]
+        assert [talk.branch().ask(each).text for each in ("Two?", "Three?")] == ["Yes."] * 2
+        is_kept = rig.server.call("GET", "/health").json()["promptCacheKept"]
+        # Only newer ones are made to refuse the message.
+        stopped = [] if rig.is_old else [[("user", ["One?"])]]
+        *asked, second, third = map(turns, rig.bodies())
+        assert (asked, len(second), len(third)) == (stopped, 3, 3)
+        rig.stub.wait_for_aborted(len(stopped))
+        assert (is_kept, len(rig.server.log_entries("prompt_cache_not_kept"))) == (
+            rig.is_old, len(stopped))
