@@ -1,7 +1,7 @@
 """What the API has to read anew: scripted days over a stand-in that keeps a prompt cache.
 
     python3 bench/prompt_cache.py [--claude PATH]... [--model MODEL]... [--script NAME]...
-        [--original PATH] [--explain]
+        [--before FOLDER] [--original PATH] [--explain]
 
 One run, Markdown on stdout. The API is tests/kit/stub_api.py with the cache of
 tests/kit/api_cache.py. Each script is played by OCP with its defaults, and by one claude for each
@@ -60,7 +60,7 @@ TWO_CALLS_EVERY = 5
 #: After which question of the chat which one is edited: so many back.
 EDITS = {4: 1, 8: 3, 12: 8}
 PATHS = ("fresh", "continued", "rewound", "rebuilt")
-OCP, HAND, ORIGINAL = "OCP", "by hand", "original"
+OCP, BEFORE, HAND, ORIGINAL = "OCP", "before", "by hand", "original"
 
 
 # ---------------------------------------------------------------------------
@@ -125,9 +125,9 @@ def place_of(body: Mapping[str, Json]) -> Place:
     return Place("", 0, done)
 
 
-def reply_to(body: Mapping[str, Json]) -> stub_api.Reply:
-    """Calls until there were enough rounds, and then a text; a thought before it where the request
-    lets the model think."""
+def reply_to(body: Mapping[str, Json], *, thinks: bool) -> stub_api.Reply:
+    """Calls until there were enough rounds, and then a text; a thought before it if the model
+    `thinks` and the request lets it."""
     place = place_of(body)
     if place.done < place.rounds:
         count = 2 if place.done % TWO_CALLS_EVERY == TWO_CALLS_EVERY - 1 else 1
@@ -136,7 +136,7 @@ def reply_to(body: Mapping[str, Json]) -> stub_api.Reply:
             for at in range(count)])
     else:
         reply = stub_api.text(prose(f"answer {place.name}", ANSWER_CHARS))
-    if body.get("thinking", {}).get("type") in ("adaptive", "enabled"):
+    if thinks and body.get("thinking", {}).get("type") in ("adaptive", "enabled"):
         thought = stub_api.thinking(prose(f"thought {place.name}", THOUGHT_CHARS), "").blocks[0]
         reply = reply._replace(blocks=(thought, *reply.blocks))
     return reply
@@ -157,7 +157,8 @@ class Seen(NamedTuple):
 class Day:
     """One script, played by one contestant."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, thinks: bool) -> None:
+        self._thinks = thinks
         self.cache = api_cache.PromptCache()
         #: How often OCP came to a conversation in which way.
         self.paths: Mapping[str, int] = {}
@@ -169,7 +170,7 @@ class Day:
         usage = self.cache.take(body)
         with self._lock:
             self._seen.append(Seen(place_of(body), usage, body))
-        return reply_to(body)._replace(**usage._asdict())
+        return reply_to(body, thinks=self._thinks)._replace(**usage._asdict())
 
     @property
     def seen(self) -> Sequence[Seen]:
@@ -214,15 +215,18 @@ class Side(Protocol):
         """How often a conversation was continued, rebuilt and so on; empty = nobody tells."""
 
 
-class OcpTalk:
-    """A client of OCP's Messages API, which sends back what it was given."""
+#: Sends a body to a path, and returns the body of the answer.
+Post = Callable[[str, Json], Json]
 
-    def __init__(self, post: Callable[[Json], Json], *, with_tools: bool) -> None:
+
+class AgentTalk:
+    """A client of the Messages API, which sends back all that it was given."""
+
+    def __init__(self, post: Post) -> None:
         self._post = post
         self._fixed: Json = {
-            "max_tokens": 8_000, "system": SYSTEM, "thinking": {"type": "adaptive"}}
-        if with_tools:
-            self._fixed["tools"] = TOOLS
+            "max_tokens": 8_000, "system": SYSTEM, "thinking": {"type": "adaptive"},
+            "tools": TOOLS}
         self._messages: list[Json] = []
 
     def ask(self, text: str) -> int:
@@ -239,26 +243,51 @@ class OcpTalk:
 
     def edit(self, back: int, text: str) -> int:
         """See Talk."""
-        asked = [at for at, message in enumerate(self._messages)
-                 if message["role"] == "user" and message["content"][0]["type"] == "text"]
-        del self._messages[asked[-back]:]
-        return self.ask(text)
+        raise common.BenchError("no script edits what an agent was asked")
 
     def _send(self, content: Json) -> int:
         self._messages.append({"role": "user", "content": content})
-        answer = self._post({**self._fixed, "messages": self._messages})["content"]
+        body = {**self._fixed, "messages": self._messages}
+        answer = self._post("/v1/messages", body)["content"]
         self._messages.append({"role": "assistant", "content": answer})
         return sum(block["type"] == "tool_use" for block in answer)
+
+
+class ChatTalk:
+    """A client of chat completions, which keeps nothing of an answer but its text."""
+
+    def __init__(self, post: Post) -> None:
+        self._post = post
+        self._messages = [{"role": "system", "content": SYSTEM}]
+
+    def ask(self, text: str) -> int:
+        """See Talk."""
+        self._messages.append({"role": "user", "content": text})
+        answer = self._post("/v1/chat/completions", {"messages": self._messages})
+        content = answer["choices"][0]["message"]["content"]
+        self._messages.append({"role": "assistant", "content": content})
+        return 0
+
+    def give(self, texts: Sequence[str]) -> int:
+        """See Talk."""
+        raise common.BenchError("no script gives a chat tools")
+
+    def edit(self, back: int, text: str) -> int:
+        """See Talk."""
+        del self._messages[-2 * back:]
+        return self.ask(text)
 
 
 class OcpSide:
     """OCP with its defaults, and a key for each conversation; to be used in a `with`."""
 
-    def __init__(self, folder: Path, claude: Path, model: str, api_url: str) -> None:
+    def __init__(
+        self, folder: Path, claude: Path, model: str, api_url: str, tree: Path = common.REPO
+    ) -> None:
         folder.mkdir()
         environ = common.clean_environment(folder, api_url)
         self._start: Callable[[], common.KeyedOcp] = lambda: common.KeyedOcp(
-            folder, claude, model, environ)
+            folder, claude, model, environ, tree=tree)
         self._ocp = self._start()
 
     def __enter__(self) -> OcpSide:
@@ -270,14 +299,13 @@ class OcpSide:
     ) -> None:
         self._ocp.__exit__(kind, error, trace)
 
-    def talk(self, name: str, *, with_tools: bool) -> OcpTalk:
+    def talk(self, name: str, *, with_tools: bool) -> Talk:
         """See Side."""
         key = self._ocp.new_key(name)
 
-        def post(body: Json) -> Json:
-            named = {"model": self._ocp.model_id, **body}
-            return self._ocp.call("POST", "/v1/messages", named, key)
-        return OcpTalk(post, with_tools=with_tools)
+        def post(path: str, body: Json) -> Json:
+            return self._ocp.call("POST", path, {"model": self._ocp.model_id, **body}, key)
+        return AgentTalk(post) if with_tools else ChatTalk(post)
 
     def restart(self) -> None:
         """See Side."""
@@ -349,7 +377,7 @@ class HandSide:
     ) -> None:
         self._stack.close()
 
-    def talk(self, name: str, *, with_tools: bool) -> HandTalk:
+    def talk(self, name: str, *, with_tools: bool) -> Talk:
         """See Side."""
         command = [str(self._spawn.claude), *self._spawn.arguments]
         tools = [
@@ -368,30 +396,6 @@ class HandSide:
     def paths(self) -> Mapping[str, int]:
         """See Side."""
         return {}
-
-
-class OriginalTalk:
-    """A client of the original program's chat completions, which know no tools."""
-
-    def __init__(self, post: Callable[[Json], Json]) -> None:
-        self._post = post
-        self._messages = [{"role": "system", "content": SYSTEM}]
-
-    def ask(self, text: str) -> int:
-        """See Talk."""
-        self._messages.append({"role": "user", "content": text})
-        answer = self._post({"messages": self._messages})["choices"][0]["message"]["content"]
-        self._messages.append({"role": "assistant", "content": answer})
-        return 0
-
-    def give(self, texts: Sequence[str]) -> int:
-        """See Talk."""
-        raise common.BenchError("the original program knows no tools")
-
-    def edit(self, back: int, text: str) -> int:
-        """See Talk."""
-        del self._messages[-2 * back:]
-        return self.ask(text)
 
 
 class OriginalSide:
@@ -441,16 +445,16 @@ class OriginalSide:
         self._process.terminate()
         common.end(self._process)
 
-    def talk(self, name: str, *, with_tools: bool) -> OriginalTalk:
-        """See Side."""
-        return OriginalTalk(self._post)
+    def talk(self, name: str, *, with_tools: bool) -> Talk:
+        """See Side. It knows no tools."""
+        return ChatTalk(self._post)
 
-    def _post(self, body: Json) -> Json:
+    def _post(self, path: str, body: Json) -> Json:
         content = json.dumps({"model": self._model_id, **body}).encode("utf-8")
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=common.PATIENCE_S)
         with contextlib.closing(connection):
             headers = {"Content-Type": "application/json"}
-            connection.request("POST", "/v1/chat/completions", content, headers)
+            connection.request("POST", path, content, headers)
             response = connection.getresponse()
             found = json.loads(response.read())
         if response.status != 200:
@@ -545,14 +549,19 @@ class Script(NamedTuple):
     title: str
     play: Callable[[Stage], None]
     with_tools: bool = False
+    thinks: bool = True
 
 
 SCRIPTS: Mapping[str, Script] = {
-    "agent": Script("agent, 60 rounds", agent, True),
+    "agent": Script("agent, 60 rounds", agent, with_tools=True),
     "edits": Script("chat, three edits", edits),
-    "restart": Script("chat, two restarts", restart),
-    "loop": Script("agent, restart in its loop", restart_in_a_loop, True),
     "keys": Script("five keys at once", keys),
+    "restart": Script("chat, two restarts, no thinking", restart, thinks=False),
+    "loop": Script(
+        "agent, restart in its loop, no thinking", restart_in_a_loop, with_tools=True,
+        thinks=False),
+    "restart_thinking": Script("chat, two restarts", restart),
+    "loop_thinking": Script("agent, restart in its loop", restart_in_a_loop, with_tools=True),
 }
 
 
@@ -562,7 +571,7 @@ Begin = Callable[[str], AbstractContextManager[Side]]
 
 def play(script: Script, begin: Begin) -> Day:
     """What the API saw of a script."""
-    day = Day()
+    day = Day(thinks=script.thinks)
     with stub_api.StubApi(day.answer, keep_requests=False, strict=True) as stub:
         with begin(stub.url) as side:
             script.play(Stage(side, day))
@@ -650,18 +659,19 @@ def rows_of(title: str, days: Days) -> list[list[str]]:
             title if side == OCP else "", side, str(len(day.seen)), f"{usage.prompt_tokens:,}",
             f"{share:.1%}", f"{usage.fresh_tokens:,}",
             "" if side == HAND else f"{ratio(days, side):.3f}",
-            *(str(day.paths.get(path, 0)) if side == OCP else "" for path in PATHS)])
+            *(str(day.paths.get(path, 0)) if day.paths else "" for path in PATHS)])
     return rows
 
 
 def table(results: Mapping[str, Days], about: str) -> str:
     """One claude's scripts as Markdown."""
     rows = [row for name, days in results.items() for row in rows_of(SCRIPTS[name].title, days)]
-    worst = max(ratio(days, OCP) for days in results.values())
-    return "\n".join([
-        common.markdown_table(HEAD, rows), "",
-        common.verdict("fresh tokens, OCP / by hand, the worst script", worst,
-                       f"at most {MOST_OF_HAND}", worst <= MOST_OF_HAND), "", about])
+    name, worst = max(
+        ((name, ratio(days, OCP)) for name, days in results.items()), key=lambda pair: pair[1])
+    verdict = common.verdict(
+        f"fresh tokens, OCP / by hand, at worst ({SCRIPTS[name].title})", worst,
+        f"at most {MOST_OF_HAND}", worst <= MOST_OF_HAND)
+    return "\n".join([common.markdown_table(HEAD, rows), "", verdict, "", about])
 
 
 def contestants(
@@ -671,9 +681,11 @@ def contestants(
     folder.mkdir()
     model_id = spawn.arguments[list(spawn.arguments).index("--model") + 1]
     found: dict[str, Begin] = {
-        OCP: lambda url: OcpSide(folder / "ocp", spawn.claude, model_id, url),
-        HAND: lambda url: HandSide(spawn, url),
-    }
+        OCP: lambda url: OcpSide(folder / "ocp", spawn.claude, model_id, url)}
+    if options.before:
+        found[BEFORE] = lambda url: OcpSide(
+            folder / "before", spawn.claude, model_id, url, options.before)
+    found[HAND] = lambda url: HandSide(spawn, url)
     if options.original and not script.with_tools:
         found[ORIGINAL] = lambda url: OriginalSide(
             folder / "original", options.original, spawn.claude, model_id, url)
@@ -716,6 +728,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--model", action="append", help="may be repeated; default: sonnet")
     options.add_argument(
         "--script", action="append", choices=list(SCRIPTS), help="may be repeated; default: all")
+    options.add_argument(
+        "--before", type=Path, metavar="FOLDER", help="another version of OCP to compare with")
     options.add_argument(
         "--original", type=os.path.abspath, metavar="PATH",
         help="the server.mjs of the original program, for the scripts without tools")
