@@ -9326,6 +9326,10 @@ STRUCTURED_OUTPUT = "StructuredOutput"
 _RESERVED_TOOL_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
 #: The longest tool result that claude passes on whole; of a longer one it keeps a preview.
 MAX_RESULT_CHARS = 400_000
+#: claude passes on the text of a failed call, of a longer one the two ends, and no images.
+_MAX_FAILURE_CHARS = 10_000
+#: What the model is told of a result without content. claude would choose words of its own.
+_NO_OUTPUT = "(no output)"
 #: The name under which claude knows the client's tools.
 TOOL_SERVER = "client"
 #: The variable with the number of tokens from which claude refuses a prompt by itself, without a
@@ -9400,9 +9404,23 @@ def earlier_call(block: Block, tools: Mapping[str, Tool]) -> Block:
     return {**block, "input": {WRAPPER_NAME: arguments} if tool.wrapped else arguments}
 
 
-def mcp_content(blocks: list[Block]) -> list[Json] | None:
+def failure_text(result: Block) -> str | None:
+    """Return the text that claude makes of the result of a failed call, or would make if it were
+    told. None if it would leave out a part."""
+    texts = [block["text"] for block in result["content"] if block["type"] == "text"]
+    text = "\n".join(texts).strip() or _NO_OUTPUT
+    chars = len(text.encode("utf-16-le", "surrogatepass")) // 2
+    is_whole = len(texts) == len(result["content"]) and chars <= _MAX_FAILURE_CHARS
+    return text if is_whole else None
+
+
+def mcp_content(result: Block) -> list[Json] | None:
     """Return the content of a tool result in MCP's form; None when MCP has no form for it or when
     it is too long."""
+    if result.get("is_error"):
+        text = failure_text(result)
+        return None if text is None else text_blocks(text)
+    blocks = result["content"] or text_blocks(_NO_OUTPUT)
     content: list[Json] = []
     if sum(len(str(block.get("text", ""))) for block in blocks) > MAX_RESULT_CHARS:
         return None
@@ -9483,7 +9501,7 @@ class ToolServer:
     def deliver(self, results: Iterable[Block]) -> bytes:
         """Store the client's results. Return the replies to calls that have their results."""
         for block in results:
-            content = mcp_content(block["content"]) or []
+            content = mcp_content(block) or []
             result = {"content": content, "isError": bool(block.get("is_error"))}
             self._results[block["tool_use_id"]] = result
         return self._pending_replies()
@@ -9566,13 +9584,20 @@ def _api_call_id(call_id: str) -> str:
     return re.sub(r"\Atoolu(?=[0-9])", "toolu_", call_id)
 
 
-def _with_api_names(block: Block) -> Block:
-    """Return a block of a history with the id and the name of its call as the API knows them."""
+def _as_claude_writes(block: Block) -> Block:
+    """Return a block of a history as claude itself would have written it: with the id and the name
+    of its call as the API knows them, and a result in the form that it gets when it is given to the
+    call, down to the order of its fields."""
     if block["type"] == "tool_use":
         return {**block, "id": _api_call_id(block["id"]), "name": wire_name(block["name"])}
-    if block["type"] == "tool_result":
-        return {**block, "tool_use_id": _api_call_id(block["tool_use_id"])}
-    return block
+    if block["type"] != "tool_result":
+        return block
+    call = {"tool_use_id": _api_call_id(block["tool_use_id"])}
+    text = failure_text(block) if block.get("is_error") else None
+    if text is not None:
+        return {"type": "tool_result", "content": text, "is_error": True, **call}
+    content = block["content"] or text_blocks(_NO_OUTPUT)
+    return {**call, **block, **call, "content": content}
 
 
 def message_line(
@@ -9603,7 +9628,7 @@ def message_line(
             line["shouldQuery"] = False
         if rewind_point is not None:
             line["uuid"] = rewind_point.id
-    body["content"] = [_with_api_names(block) for block in body["content"]]
+    body["content"] = [_as_claude_writes(block) for block in body["content"]]
     return _line(line)
 
 
@@ -12577,7 +12602,7 @@ class Conversation(NamedTuple):
         results = results_with_context(message, self.history.context)
         if not self.awaiting:
             return not results
-        fit = all(mcp_content(block["content"]) is not None for block in results)
+        fit = all(mcp_content(block) is not None for block in results)
         ids = {block["tool_use_id"] for block in results}
         other = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
         return fit and ids == self.awaiting and len(results) == len(ids) and not other
@@ -15157,11 +15182,13 @@ class TurnRunner:
         """Put away the process of an answer that is not complete. It serves again if only the
         client has left. This thread alone may touch it, so it waits for that itself."""
         attempt = self._attempt
-        if isinstance(error, ClientGone) and attempt is not None and self._takes_back(attempt):
-            self._record.process, self._is_process_kept = None, True
-            self._app.pool.park(attempt.process, attempt.conversation)
-            self._app.wakeups.put("tend")
-        self._give_up()
+        try:
+            if isinstance(error, ClientGone) and attempt is not None and self._takes_back(attempt):
+                self._record.process, self._is_process_kept = None, True
+                self._app.pool.park(attempt.process, attempt.conversation)
+                self._app.wakeups.put("tend")
+        finally:
+            self._give_up()
 
     def _takes_back(self, attempt: Attempt) -> bool:
         """Make the process of an answer that nobody waits for drop the question. Return whether it
@@ -15173,7 +15200,7 @@ class TurnRunner:
             return attempt.process.take_back(
                 attempt.rewind_point, WaitLimits(NoClient(), deadline_s, 0.0)
             )
-        except (UpstreamFailed, UpstreamTimeout):
+        except OcpError:
             return False
 
     def _can_take_back(self, process: ClaudeProcess) -> bool:
@@ -15181,14 +15208,13 @@ class TurnRunner:
         need it then. What claude's own tools have begun would not be dropped; a process that has
         not got its whole history holds no conversation; after an answer that has stopped, claude
         may be asking the API once more."""
-        app, config = self._app, self._config
+        app, record = self._app, self._record
         is_wanted = self._job.ended_by is None and not app.draining and self._can_park(process)
-        is_answering = process is self._record.process and process.has_asked and (
-            not self._record.readers[-1].finished
-        )
-        return is_wanted and is_answering and not config.is_agent and (
-            process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
-        )
+        is_new_enough = process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
+        if not (is_wanted and is_new_enough) or self._config.is_agent:
+            return False
+        is_answering = process is record.process and process.has_asked
+        return is_answering and not record.readers[-1].finished
 
     def _give_up(self) -> None:
         """Stop the process of an answer that is not complete."""

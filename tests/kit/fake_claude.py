@@ -845,7 +845,11 @@ def call_result(call_id: str, response: Step) -> Step:
         reply = (response.get("response") or {}).get("mcp_response") or {}
         failure = (reply.get("error") or {}).get("message") or response.get("error")
         return tool_result(call_id, str(failure), True)
-    return tool_result(call_id, result.get("content"), bool(result.get("isError")))
+    content = result.get("content")
+    if result.get("isError"):
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        return tool_result(call_id, "\n".join(texts).strip() or "Unknown error", True)
+    return tool_result(call_id, content)
 
 
 # ---------------------------------------------------------------------------
