@@ -4,7 +4,7 @@
         [--before FOLDER] [--original PATH] [--explain]
 
 One run, Markdown on stdout. The API is tests/kit/stub_api.py with the cache of
-tests/kit/api_cache.py. Each script is played by OCP with its defaults, and by one claude for each
+tests/kit/api_cache.py. Each script is played by OCP, and by one claude for each
 conversation, which the benchmark drives by hand and never restarts. Fresh tokens are those that the
 API read anew: its input_tokens and cache_creation_input_tokens. Time between requests is made up.
 --explain shows on stderr where a request of OCP that read too much parts from the earlier ones.
@@ -49,8 +49,9 @@ Json = Any
 
 #: Fresh tokens of OCP, at most so many times those of the claude by hand.
 MOST_OF_HAND = 1.05
-#: Made-up time: before a question, and before the results of a round.
-QUESTION_S, ROUND_S = 600.0, 20.0
+#: Made-up time: before a question, and before the results of a round. An entry of five minutes is
+#: gone at the next question; one of an hour is there when an early question is edited.
+QUESTION_S, ROUND_S = 330.0, 20.0
 #: Characters of what is said.
 SYSTEM_CHARS, QUESTION_CHARS, THOUGHT_CHARS = 9_000, 300, 400
 ANSWER_CHARS, RESULT_CHARS = 1_500, 900
@@ -58,7 +59,7 @@ TOOL_COUNT = 12
 #: Each so many rounds has two calls.
 TWO_CALLS_EVERY = 5
 #: After which question of the chat which one is edited: so many back.
-EDITS = {4: 1, 8: 3, 12: 8}
+EDITS = {4: 1, 8: 3, 12: 6}
 PATHS = ("fresh", "continued", "rewound", "rebuilt")
 OCP, BEFORE, HAND, ORIGINAL = "OCP", "before", "by hand", "original"
 
@@ -279,15 +280,16 @@ class ChatTalk:
 
 
 class OcpSide:
-    """OCP with its defaults, and a key for each conversation; to be used in a `with`."""
+    """OCP, and a key for each conversation; to be used in a `with`."""
 
     def __init__(
-        self, folder: Path, claude: Path, model: str, api_url: str, tree: Path = common.REPO
+        self, folder: Path, claude: Path, model: str, api_url: str,
+        settings: Mapping[str, str], tree: Path = common.REPO,
     ) -> None:
         folder.mkdir()
         environ = common.clean_environment(folder, api_url)
         self._start: Callable[[], common.KeyedOcp] = lambda: common.KeyedOcp(
-            folder, claude, model, environ, tree=tree)
+            folder, claude, model, environ, settings, tree)
         self._ocp = self._start()
 
     def __enter__(self) -> OcpSide:
@@ -507,7 +509,7 @@ def agent(stage: Stage) -> None:
 
 
 def edits(stage: Stage) -> None:
-    """The last question is edited, then the third-last, then one near the beginning."""
+    """The last question is edited, later the third-last, later the sixth-last."""
     talk = stage.side.talk("chat", with_tools=False)
     for number in range(1, 13):
         stage.converse(talk, "chat", number)
@@ -550,12 +552,14 @@ class Script(NamedTuple):
     play: Callable[[Stage], None]
     with_tools: bool = False
     thinks: bool = True
+    #: Of OCP, beyond its defaults.
+    settings: Mapping[str, str] = {}
 
 
 SCRIPTS: Mapping[str, Script] = {
     "agent": Script("agent, 60 rounds", agent, with_tools=True),
     "edits": Script("chat, three edits", edits),
-    "keys": Script("five keys at once", keys),
+    "keys": Script("five keys at once", keys, settings={"OCP_PARKED_PROCESSES": "4"}),
     "restart": Script("chat, two restarts, no thinking", restart, thinks=False),
     "loop": Script(
         "agent, restart in its loop, no thinking", restart_in_a_loop, with_tools=True,
@@ -681,10 +685,10 @@ def contestants(
     folder.mkdir()
     model_id = spawn.arguments[list(spawn.arguments).index("--model") + 1]
     found: dict[str, Begin] = {
-        OCP: lambda url: OcpSide(folder / "ocp", spawn.claude, model_id, url)}
+        OCP: lambda url: OcpSide(folder / "ocp", spawn.claude, model_id, url, script.settings)}
     if options.before:
         found[BEFORE] = lambda url: OcpSide(
-            folder / "before", spawn.claude, model_id, url, options.before)
+            folder / "before", spawn.claude, model_id, url, script.settings, options.before)
     found[HAND] = lambda url: HandSide(spawn, url)
     if options.original and not script.with_tools:
         found[ORIGINAL] = lambda url: OriginalSide(
