@@ -12,14 +12,14 @@ both kinds from it: one file, Python 3.9 or later, nothing to install.
 The life of a request: the HTTP server finds its route and authorizes its caller, a dialect parses
 the body into a Turn, the gate admits it, a claude process answers it with a stream of Events, and
 the dialect renders these events. Wire formats exist only in the dialects; the claude protocol
-exists only in its own two sections.
+exists only in its own sections.
 
 Each section uses only names from the sections above it, so the file reads bottom-up: to follow
 a request, start with the HTTP server.
 
 Sections (search for "==== 8" to jump to the eighth):
 
-     1. Small tools             compact JSON, ids, redaction, formatting of times and text
+     1. Small tools             compact JSON, ids, redaction, times and text, the machine's memory
      2. Settings                the table of settings, and reading them from the environment
      3. Errors                  every failure that is reported to a client
      4. Log                     a rotated JSON file, the terminal, and recent events in memory
@@ -40,30 +40,31 @@ Sections (search for "==== 8" to jump to the eighth):
     19. Messages                /v1/messages
     20. Response items          input items into messages, blocks into output items
     21. Responses               /v1/responses and /v1/responses/compact
-    22. Claude protocol         lines written to claude; no input or output
-    23. Plan and failures       reports of claude about the plan; its failures as errors
-    24. Claude answers          output of claude to lines; lines of a turn to events of an answer
-    25. Claude program          the program on disk, how it is started, and its folders
-    26. Claude process          one child process and its pipes
-    27. Gate                    admission of requests
-    28. Conversations           the identity of conversations; what an idle process can do with them
-    29. Process pool            spare, parked and stopping processes
-    30. Sessions and responses  what is remembered of conversations: messages, and thinking
-    31. Cache                   stored answers, and answers shared while they are generated
-    32. Account                 the state of login and plan, learned from answers
-    33. Metrics                 counters and histograms since the start
-    34. Connections             client sockets, and limits on their number and memory
-    35. State folder            the database, the modes of files, the admin key
-    36. Answering               one request: quota, cache, claude, row of usage
-    37. App                     owns every long-lived object; the housekeeper
-    38. Routes                  the choice of a route for a path and a method
-    39. HTTP server             sockets, bodies, one thread for each connection
-    40. Dashboard               the operator's page, and its content security policy
-    41. API endpoints           answers, stored responses, sessions, models
-    42. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    43. Table of routes         path, access, dialect and endpoint of each route
-    44. Demo claude             the stand-in for claude behind --demo
-    45. Command line            arguments, signals, main
+    22. Claude protocol         control requests and replies, the client's tools; no I/O
+    23. Claude input            messages, options and histories as lines for claude
+    24. Plan and failures       reports of claude about the plan; its failures as errors
+    25. Claude answers          output of claude to lines; lines of a turn to events of an answer
+    26. Claude program          the program on disk, how it is started, and its folders
+    27. Claude process          one child process and its pipes
+    28. Gate                    admission of requests
+    29. Conversations           the identity of conversations; what an idle process can do with them
+    30. Process pool            spare, parked and stopping processes
+    31. Sessions and responses  what is remembered of conversations: messages, and thinking
+    32. Cache                   stored answers, and answers shared while they are generated
+    33. Account                 the state of login and plan, learned from answers
+    34. Metrics                 counters and histograms since the start
+    35. Connections             client sockets, and limits on their number and memory
+    36. State folder            the database, the modes of files, the admin key
+    37. Answering               one request: quota, cache, claude, row of usage
+    38. App                     owns every long-lived object; the housekeeper
+    39. Routes                  the choice of a route for a path and a method
+    40. HTTP server             sockets, bodies, one thread for each connection
+    41. Dashboard               the operator's page, and its content security policy
+    42. API endpoints           answers, stored responses, sessions, models
+    43. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    44. Table of routes         path, access, dialect and endpoint of each route
+    45. Demo claude             the stand-in for claude behind --demo
+    46. Command line            arguments, signals, main
 """
 from __future__ import annotations
 
@@ -387,6 +388,41 @@ def write_private(path: str, text: str) -> None:
         raise
 
 
+def control_group_limits(
+    listing: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
+) -> list[int]:
+    """Return the limits of memory of the control groups, of both versions, that this process is
+    in, in bytes. Inside of a container the root has the limit, whatever the listing says."""
+    try:
+        with open(listing, encoding="ascii", errors="replace") as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+    limits: list[int] = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            path = os.path.join(root, place, *parts[:depth], name)
+            # A group without a limit says "max", or has no such file.
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+                limits.append(int(file.read()))
+    return limits
+
+
+@functools.cache
+def machine_memory_bytes() -> int | None:
+    """Return the memory of this machine, or of the control group that this process may use. Return
+    None if the system does not tell."""
+    try:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+    return min([physical, *control_group_limits()]) if physical > 0 else None
+
+
 # ==== 2. Settings ============================================================
 # The class body of Config is the table of settings. A row holds the attribute, default,
 # environment variable, range, unit and help text; the parser, the reports and the documentation
@@ -449,41 +485,6 @@ def parked_places(memory_bytes: int) -> int:
     """Return how many parked processes a machine has room for beside its spares, 1 to 8."""
     places = memory_bytes // _IDLE_MEMORY_PART // _IDLE_CLAUDE_BYTES
     return min(_MAX_PARKED_PLACES, max(1, places - spare_places(memory_bytes)))
-
-
-def control_group_limits(
-    listing: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
-) -> list[int]:
-    """Return the limits of memory of the control groups, of both versions, that this process is
-    in, in bytes. Inside of a container the root has the limit, whatever the listing says."""
-    try:
-        with open(listing, encoding="ascii", errors="replace") as file:
-            lines = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        return []
-    limits: list[int] = []
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        place, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for depth in range(len(parts) + 1):
-            path = os.path.join(root, place, *parts[:depth], name)
-            # A group without a limit says "max", or has no such file.
-            with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
-                limits.append(int(file.read()))
-    return limits
-
-
-@functools.cache
-def machine_memory_bytes() -> int | None:
-    """Return the memory of this machine, or of the control group that this process may use. Return
-    None if the system does not tell."""
-    try:
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        return None
-    return min([physical, *control_group_limits()]) if physical > 0 else None
 
 
 _LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
@@ -9299,7 +9300,8 @@ COMPACTION = CompactionDialect()
 
 
 # ==== 22. Claude protocol ====================================================
-# The lines that are written to claude. No pipes and no processes here.
+# Control requests and their replies, and the tools of the client, which claude calls by such
+# requests. No pipes and no processes here, nor in the next section.
 # Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
 # the newest).
 
@@ -9514,6 +9516,11 @@ class ToolServer:
             response = {"jsonrpc": "2.0", "id": rpc_id, "result": result}
             lines += _reply_line(request_id, {"mcp_response": response})
         return lines
+
+
+# ==== 23. Claude input =======================================================
+# What a request becomes on claude's standard input: messages, options, a history in steps; and how
+# claude drops a question again.
 
 
 def escape_slash_command(content: list[Block], version: Version) -> list[Block]:
@@ -9925,7 +9932,7 @@ def is_without(reply: Json) -> bool:
     return response.get("rewound") is True or response.get("error") == "target not found"
 
 
-# ==== 23. Plan and failures ==================================================
+# ==== 24. Plan and failures ==================================================
 # What claude reports of the plan, and the errors that its failures become.
 
 #: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
@@ -10264,7 +10271,7 @@ def upstream_error(
     return error_class(message, retry_after_s=pauses.get(error_class))
 
 
-# ==== 24. Claude answers =====================================================
+# ==== 25. Claude answers =====================================================
 # What claude prints becomes lines, and the lines of a turn become the events of an answer.
 
 #: The longest line that claude can print, and the most other output between two of its lines. Each
@@ -11003,7 +11010,7 @@ class TurnReader:
         return [Finished(reason, sequence, self._message.usage, details)]
 
 
-# ==== 25. Claude program =====================================================
+# ==== 26. Claude program =====================================================
 # The program on disk: where it is, its version, its environment and arguments, the folders that it
 # runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
 # that a killed server leaves.
@@ -11655,7 +11662,7 @@ class Watchdog:
             self._end()
 
 
-# ==== 26. Claude process =====================================================
+# ==== 27. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
 # silence and a hang-up at once. Children have process groups of their own and end with the server,
@@ -12341,7 +12348,7 @@ class ClaudeStarter:
         self._watchdog.close()
 
 
-# ==== 27. Gate ===============================================================
+# ==== 28. Gate ===============================================================
 # Which requests may run. The gate knows the callers and nothing of the content of their requests.
 
 #: How often a waiting request checks its client.
@@ -12502,7 +12509,7 @@ class Slot:
             raise self.refusal
 
 
-# ==== 28. Conversations ======================================================
+# ==== 29. Conversations ======================================================
 # The identity of a conversation, and what an idle process can do with the next request of one.
 # Digests identify it: one for everything but the messages, and one for each message, in a form that
 # does not depend on how a client writes it.
@@ -12635,7 +12642,7 @@ class Conversation(NamedTuple):
 NO_CONVERSATION = Conversation(History("", ()))
 
 
-# ==== 29. Process pool =======================================================
+# ==== 30. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
 # - spare: it was started for a model that was used lately, and holds no conversation.
@@ -13051,7 +13058,7 @@ class ProcessPool:
             self.reap()
 
 
-# ==== 30. Sessions and responses =============================================
+# ==== 31. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
 # and responses by their ids. And the thinking of answers, for conversations that are rebuilt.
 
@@ -13300,7 +13307,7 @@ class ThinkingMemory:
         return data
 
 
-# ==== 31. Cache ==============================================================
+# ==== 32. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -13551,7 +13558,7 @@ class Cache:
             }
 
 
-# ==== 32. Account ============================================================
+# ==== 33. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -13837,7 +13844,7 @@ class Account:
             }
 
 
-# ==== 33. Metrics ============================================================
+# ==== 34. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -13978,7 +13985,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 34. Connections ========================================================
+# ==== 35. Connections ========================================================
 # Client sockets and their shared limits: how many connections stay open, and how much memory
 # request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -14371,7 +14378,7 @@ class Connections:
         )
 
 
-# ==== 35. State folder =======================================================
+# ==== 36. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -14529,7 +14536,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 36. Answering ==========================================================
+# ==== 37. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -15491,7 +15498,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 37. App ================================================================
+# ==== 38. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -15911,7 +15918,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 38. Routes =============================================================
+# ==== 39. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -15991,7 +15998,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 39. HTTP server ========================================================
+# ==== 40. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -16780,7 +16787,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 40. Dashboard ==========================================================
+# ==== 41. Dashboard ==========================================================
 # One static page, dashboard.html beside this file. The server writes no values into it: the page
 # fetches JSON and sets text. Its content security policy allows only its own style and script, by
 # their hashes.
@@ -16848,7 +16855,7 @@ def dashboard_page() -> Page:
         return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
 
 
-# ==== 41. API endpoints ======================================================
+# ==== 42. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -17204,7 +17211,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found))
 
 
-# ==== 42. Management endpoints ===============================================
+# ==== 43. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -18055,7 +18062,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 43. Table of routes ====================================================
+# ==== 44. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -18103,7 +18110,7 @@ ROUTES = (
 )
 
 
-# ==== 44. Demo claude ========================================================
+# ==== 45. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 
@@ -18181,7 +18188,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 45. Command line =======================================================
+# ==== 46. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"

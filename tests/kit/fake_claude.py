@@ -34,17 +34,23 @@ or "tool_use" if there are calls. After a message with tool calls the next list 
 
 from __future__ import annotations
 
-import json
+# Every test of a server starts this program, so it imports nothing that takes long: not signal,
+# which imports enum, nor typing.
+import _signal as signal
 import os
 import re
 import select
-import signal
 import sys
 import time
-from typing import Any, Callable, Iterator, NoReturn, Optional
 
-Json = Any
-Step = dict[str, Json]
+from quick_json import json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Iterator, NoReturn, Optional
+
+    Json = Any
+    Step = dict[str, Json]
 
 USAGE = {
     "input_tokens": 10,

@@ -462,6 +462,7 @@ def test_an_expiry_that_is_none_or_has_passed_is_refused(house: Server, expiry: 
     assert shown(house, made["id"])["expiry"] == made["expiry"]
 
 
+@pytest.mark.slow
 def test_a_key_ends_when_its_time_is_up_and_lives_again_with_more(house: Server) -> None:
     made = new_key(house, expiry=in_days(4 / 86_400) + "Z")
 
