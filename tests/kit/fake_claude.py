@@ -38,7 +38,6 @@ from __future__ import annotations
 # which imports enum, nor typing.
 import _signal as signal
 import os
-import re
 import select
 import sys
 import time
@@ -253,8 +252,13 @@ def is_same_model(said: str, own: str, is_recent: bool) -> bool:
     own = own.replace("[1m]", "")
     if not is_recent:
         return said == own
-    names = [re.sub(r"-\d{8}$", "", name.replace("[1m]", "")) for name in (said, own)]
-    return names[0] == names[1]
+    return undated(said.replace("[1m]", "")) == undated(own)
+
+
+def undated(model_id: str) -> str:
+    """A model's id without the day at its end."""
+    rest, _, day = model_id.rpartition("-")
+    return rest if len(day) == 8 and day.isdigit() else model_id
 
 
 def new_uuid() -> str:
