@@ -4,10 +4,10 @@
         [--before FOLDER] [--original PATH] [--explain]
 
 One run, Markdown on stdout. The API is tests/kit/stub_api.py with the cache of
-tests/kit/api_cache.py. Each script is played by OCP, and by one claude for each
-conversation, which the benchmark drives by hand and never restarts. Fresh tokens are those that the
-API read anew: its input_tokens and cache_creation_input_tokens. Time between requests is made up.
---explain shows on stderr where a request of OCP that read too much parts from the earlier ones.
+tests/kit/api_cache.py. Each script is played by OCP, and by one claude for each conversation, which
+the benchmark drives by hand and never restarts. Fresh tokens are those that the API read anew: its
+input_tokens and cache_creation_input_tokens. Time between requests is made up. --explain shows on
+stderr where a request of OCP that read too much parts from the earlier ones.
 """
 
 from __future__ import annotations
