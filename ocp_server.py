@@ -9534,21 +9534,13 @@ def escape_slash_command(content: list[Block], version: Version) -> list[Block]:
 
 
 class RewindPoint(NamedTuple):
-    """The last user message that a claude process answered. The process can be rewound to the state
-    before it."""
+    """A user message that a claude process holds. The process can be rewound to the state before
+    it, once it is the last one."""
 
     #: The UUID of the line that sent the user message.
     id: str
     #: The number of messages before the user message.
     message_index: int
-
-
-def rewind_point_of(turn: Turn) -> RewindPoint | None:
-    """Return a new rewind point for the last message of a turn. Return None when the message has
-    tool results: claude cannot rewind to before them."""
-    if turn.messages[-1].has_results:
-        return None
-    return RewindPoint(str(uuid.uuid4()), len(turn.messages) - 1)
 
 
 #: claude scales down an image with a longer side or more bytes than these, except in results of the
@@ -9608,13 +9600,12 @@ def _as_claude_writes(block: Block) -> Block:
 
 
 def message_line(
-    message: Message, version: Version, *, ask: bool, rewind_point: RewindPoint | None = None,
-    model_id: str = "",
+    message: Message, version: Version, *, ask: bool, line_id: str = "", model_id: str = "",
 ) -> bytes:
     """Return the line for one message of the conversation. With `ask` claude answers the message;
-    without it the message is history. claude keeps the thinking of an earlier answer if it is said
-    to be from the model of the process, `model_id`; 2.1.197 compares the exact id, and no version
-    expects the mark of the long context window."""
+    without it the message is history. `line_id` is the UUID of a user message. claude keeps the
+    thinking of an earlier answer if it is said to be from the model of the process, `model_id`;
+    2.1.197 compares the exact id, and no version expects the mark of the long context window."""
     body: Json = {"role": message.role, "content": message.content}
     line: Json = {
         "type": message.role,
@@ -9633,8 +9624,8 @@ def message_line(
         line["client_composed"] = True
         if not ask:
             line["shouldQuery"] = False
-        if rewind_point is not None:
-            line["uuid"] = rewind_point.id
+        if line_id:
+            line["uuid"] = line_id
     body["content"] = [_as_claude_writes(block) for block in body["content"]]
     return _line(line)
 
@@ -9829,18 +9820,8 @@ def _limit_line(tokens: str) -> bytes:
     return control_line("apply_flag_settings", settings={"env": {BLOCKING_LIMIT: tokens}})
 
 
-def conversation_steps(
-    turn: Turn, operator_prompt: str, version: Version, *, agent: bool = False,
-    rewind_point: RewindPoint | None = None, pin: bool = False,
-) -> list[bytes]:
-    """Return the lines that give a fresh process the whole conversation, as steps. Wait for a
-    `result` line after each step but the last, which requests the answer. Each earlier step ends
-    with one user message: without waiting, claude would lose the order of the messages. Assistant
-    messages get no `result` of their own.
-
-    With `pin` the first step asks, under a limit that makes claude refuse the question by itself
-    (see `is_pinned`). claude puts its reminders beside the first message that asks, so they stand
-    beside the first message of the conversation, as they do where it has grown turn by turn."""
+def setup_lines(turn: Turn, operator_prompt: str, *, agent: bool = False) -> bytes:
+    """Return the lines that make a fresh process ready for a conversation."""
     texts = (turn.system, operator_prompt.strip(), _told_call(turn))
     system = "\n\n".join(text for text in texts if text)
     fields: Json = {"systemPrompt": [system] if system else [], "hooks": _FAILURE_HOOKS}
@@ -9853,35 +9834,62 @@ def conversation_steps(
     if more_tools and turn.output_schema is not None:
         more_tools = (_structured_tool(turn.output_schema), *more_tools)
     alone = not agent and (turn.output_schema is None or bool(more_tools))
-    pending = control_line("initialize", **fields)
-    options = _rebuild_options(turn)
-    pending += settings_lines(
-        options, choice, tools if alone else (), more_tools, turn.cache_lifetime
+    return control_line("initialize", **fields) + settings_lines(
+        _rebuild_options(turn), choice, tools if alone else (), more_tools, turn.cache_lifetime
     )
-    *steps, pending = _history_steps(turn, version, pending, pin=pin)
-    asked = message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
-    return [*steps, pending + asked]
 
 
-def _history_steps(turn: Turn, version: Version, pending: bytes, *, pin: bool) -> list[bytes]:
-    """Return the steps up to the last message, with `pending` in front. The last step is not
-    complete."""
+def message_steps(
+    turn: Turn, version: Version, setup: bytes, *, start: int = 0, pin: bool = False
+) -> tuple[list[bytes], tuple[RewindPoint, ...]]:
+    """Return the lines that give a process the messages from the index `start` on, as steps with
+    `setup` in front, and where it can be rewound to. Wait for a `result` line after each step but
+    the last, which requests the answer. Each earlier step ends with one user message: without
+    waiting, claude would lose the order of the messages. Assistant messages get no `result` of
+    their own.
+
+    With `pin` the first step asks, under a limit that makes claude refuse the question by itself
+    (see `is_pinned`). claude puts its reminders beside the first message that asks, so they stand
+    beside the first message of the conversation, as they do where it has grown turn by turn."""
     steps: list[bytes] = []
-    by_name = {tool.name: tool for tool in turn.tools}
-    told = (_earlier_message(message, by_name) for message in turn.messages[:-1])
-    # claude answers no empty message, and waiting for a `result` would never end.
-    earlier = [message for message in told if message.content]
-    if earlier and earlier[0].role == "assistant":
-        # claude loses an answer that has no message before it.
-        earlier = [Message("user", text_blocks(_OPENING_TEXT)), *earlier]
-    for message in earlier:
+    points: list[RewindPoint] = []
+    pending = setup
+    *earlier, last = _told_messages(turn, start)
+    for index, message in earlier:
         is_pinned = pin and not steps and message.role == "user"
         pending += _limit_line(_REACHED_LIMIT) if is_pinned else b""
-        pending += message_line(message, version, ask=is_pinned, model_id=turn.model.id)
+        line_id = _new_point(points, index, message)
+        pending += message_line(
+            message, version, ask=is_pinned, line_id=line_id, model_id=turn.model.id
+        )
         if message.role == "user":
             steps.append(pending)
             pending = _limit_line(UNREACHED_LIMIT) if is_pinned else b""
-    return [*steps, pending]
+    line_id = _new_point(points, *last)
+    steps.append(pending + message_line(last[1], version, ask=True, line_id=line_id))
+    return steps, tuple(points)
+
+
+def _told_messages(turn: Turn, start: int) -> list[tuple[int, Message]]:
+    """Return the messages to tell from the index `start` on, with their indexes."""
+    by_name = {tool.name: tool for tool in turn.tools}
+    last = len(turn.messages) - 1
+    told = [(i, _earlier_message(turn.messages[i], by_name)) for i in range(start, last)]
+    # claude answers no empty message, and waiting for a `result` would never end.
+    told = [(index, message) for index, message in told if message.content]
+    if start == 0 and told and told[0][1].role == "assistant":
+        # claude loses an answer that has no message before it.
+        told.insert(0, (0, Message("user", text_blocks(_OPENING_TEXT))))
+    return [*told, (last, turn.messages[last])]
+
+
+def _new_point(points: list[RewindPoint], index: int, message: Message) -> str:
+    """Add a rewind point for a user message and return the UUID for its line. Return nothing for
+    other messages, and for tool results: claude cannot rewind to before them."""
+    if message.role != "user" or message.has_results:
+        return ""
+    points.append(RewindPoint(str(uuid.uuid4()), index))
+    return points[-1].id
 
 
 def lifetime_line(lifetime: str) -> bytes:
@@ -9890,19 +9898,18 @@ def lifetime_line(lifetime: str) -> bytes:
     return control_line("apply_flag_settings", settings={"env": lifetime_environment(lifetime)})
 
 
-def continuation_lines(
-    turn: Turn, version: Version, rewind_point: RewindPoint | None = None
-) -> bytes:
-    """Return the lines for a process that holds everything but the last message. The thinking
-    budget is set again, because a conversation that was rebuilt in a tool loop has none."""
-    thinks = turn.model.thinking == "budget" and turn.options.thinking_tokens
-    thinking = _thinking_line(turn.options) if thinks else b""
-    return thinking + message_line(turn.messages[-1], version, ask=True, rewind_point=rewind_point)
+def thinking_again(turn: Turn) -> bytes:
+    """Return the control request that sets the thinking budget of this turn for a process that has
+    served the conversation before; empty if all turns have the same. A turn that was rebuilt in a
+    tool loop has none."""
+    options = _rebuild_options(turn)
+    can_differ = turn.model.thinking == "budget" and turn.options.thinking_tokens
+    return _thinking_line(options) if can_differ or options != turn.options else b""
 
 
 def rewind_line(rewind_point: RewindPoint, request_id: str = "") -> bytes:
     """Return the control request that makes an idle claude drop the user message and everything
-    after it."""
+    after it. Another message of the user must not stand behind it: it is to be dropped first."""
     return control_line(
         "rewind_conversation", request_id=request_id, target_message_uuid=rewind_point.id
     )
@@ -10467,7 +10474,7 @@ def check_history_result(line: Json) -> None:
 
 
 class NotPinned(Exception):
-    """claude did not refuse the first message of a history as it should; see `conversation_steps`.
+    """claude did not refuse the first message of a history as it should; see `message_steps`.
     The process is of no use."""
 
     def __init__(self, line: Json, *, was_asked: bool) -> None:
@@ -11166,7 +11173,7 @@ class WaitLimits(NamedTuple):
 
 
 class TurnInput(NamedTuple):
-    """The input of a process for one turn: lines to write in steps (see `conversation_steps`), and
+    """The input of a process for one turn: lines to write in steps (see `message_steps`), and
     after them the results of the tool calls of its last answer."""
 
     steps: list[bytes]
@@ -12518,8 +12525,8 @@ class Slot:
 #
 # - continued: the process holds the whole conversation but the last message, which alone is sent.
 #   If its last answer ended with tool calls, the message must hold exactly their results.
-# - rewound: the process answered another last message (RewindPoint). It drops that message and
-#   everything after it, and then gets the new one.
+# - rewound: the process holds a beginning of the conversation and then other messages. It drops
+#   these, one user message after the other (RewindPoint), and gets the rest of the conversation.
 #
 # Else the conversation is rebuilt: a fresh process gets all of it from the client's own history. So
 # no answer depends on a process that holds a conversation.
@@ -12563,6 +12570,9 @@ def results_with_context(message: Message, known_context: str) -> list[Block]:
 
 #: Stands for the digest of an answer from which no conversation continues.
 _DEAD_END = ""
+#: The most user messages to drop for another conversation. Each takes claude 1 to 5 ms, and what
+#: has come further is worth more as it stands.
+_MAX_DROPPED = 8
 
 
 class Conversation(NamedTuple):
@@ -12571,8 +12581,8 @@ class Conversation(NamedTuple):
     history: History
     #: The ids of the tool calls that wait for results.
     awaiting: frozenset[str] = frozenset()
-    #: The last user message, if the process can be rewound to before it.
-    rewind_point: RewindPoint | None = None
+    #: The user messages that the process holds, but for those with tool results.
+    rewind_points: tuple[RewindPoint, ...] = ()
     #: How many messages the process got before its first question: other conversations can start
     #: with the same ones.
     messages_given: int = 0
@@ -12588,11 +12598,31 @@ class Conversation(NamedTuple):
         awaiting = frozenset(call["id"] for call in answer.calls)
         return self._replace(history=history._replace(digests=digests), awaiting=awaiting)
 
-    def rewound(self) -> Conversation:
-        """Return what is left of it once the process was rewound to its rewind point."""
-        index = self.rewind_point.message_index if self.rewind_point is not None else None
-        history = self.history._replace(digests=self.history.digests[:index], context="")
-        return self._replace(history=history, awaiting=frozenset(), rewind_point=None)
+    def rewound(self, dropped: tuple[RewindPoint, ...]) -> Conversation:
+        """Return what is left of it once the process has dropped these user messages, the last
+        ones, with all that came after them."""
+        if not dropped:
+            return self
+        digests = self.history.digests[:dropped[-1].message_index]
+        return self._replace(
+            history=self.history._replace(digests=digests, context=""),
+            awaiting=frozenset(), rewind_points=self.rewind_points[:-len(dropped)],
+        )
+
+    def with_history_of(
+        self, history: History, points: tuple[RewindPoint, ...], lifetime: str
+    ) -> Conversation:
+        """Return it with the rest of `history` up to the last message, told to a process that holds
+        the beginning; `points` are those of the rest."""
+        held, given = len(self.history.digests), len(history.digests) - 1
+        context = self.history.context if held == given else ""
+        return self._replace(
+            history=history._replace(digests=history.digests[:-1], context=context),
+            rewind_points=self.rewind_points + points,
+            # What is left of the first questions still tells it from other conversations.
+            messages_given=self.messages_given if held > self.messages_given else given,
+            cache_lifetime=lifetime,
+        )
 
     @property
     def is_dead_end(self) -> bool:
@@ -12614,23 +12644,32 @@ class Conversation(NamedTuple):
         other = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
         return fit and ids == self.awaiting and len(results) == len(ids) and not other
 
-    def can_rewind_to(self, history: History, version: Version) -> bool:
-        """Return whether `history` is this conversation with another last user message, and a
-        claude of this version can be rewound to it."""
-        if self.rewind_point is None or self.awaiting or self.history.base != history.base:
-            return False
-        index = self.rewind_point.message_index
-        if len(history.digests) != index + 1:
-            return False
-        if index == 0:
-            return version >= REWINDS_ALL_SINCE
-        return self.history.digests[:index] == history.digests[:index]
+    def dropped_for(
+        self, history: History, version: Version
+    ) -> tuple[RewindPoint, ...] | None:
+        """Return the user messages to drop, the last one first, so that a claude of this version
+        holds a beginning of `history`. Return None if it cannot, or has to drop too many."""
+        if self.awaiting or self.history.base != history.base:
+            return None
+        shared = min(self.common_prefix(history), len(history.digests) - 1)
+        if shared == len(self.history.digests):
+            return ()
+        count = sum(point.message_index <= shared for point in self.rewind_points)
+        dropped = self.rewind_points[count - 1:][::-1] if count else ()
+        if not dropped or len(dropped) > _MAX_DROPPED:
+            return None
+        can_drop = dropped[-1].message_index > 0 or version >= REWINDS_ALL_SINCE
+        return dropped if can_drop else None
 
     def is_superseded_by(self, history: History) -> bool:
-        """Return whether `history` repeats or edits the last user message of this conversation:
-        they share more than the history that both started with."""
-        has_history = len(history.digests) > 1
-        return has_history and self.common_prefix(history) > self.messages_given
+        """Return whether `history` repeats or edits a user message of this conversation: they share
+        more than the history that both started with. A question does not count if the answers to it
+        differ: many conversations have the same first one."""
+        shared, length = self.common_prefix(history), len(history.digests)
+        if shared not in (length, len(self.history.digests)):
+            indexes = (point.message_index for point in self.rewind_points)
+            shared = max((index for index in indexes if index <= shared), default=0)
+        return length > 1 and shared > self.messages_given
 
     def common_prefix(self, history: History) -> int:
         """Return how many messages at the start are the same."""
@@ -12896,11 +12935,12 @@ class ProcessPool:
     def take_rewindable(
         self, history: History, config: Config, running: Mapping[str, int]
     ) -> PooledProcess | None:
-        """Take a process that can be rewound to this conversation. First choice is one whose last
+        """Take a process that can be rewound to this conversation. First choice is one of which a
         user message is repeated or edited here. Else a process with the same base serves like a
         spare, and faster. But its own conversation can still continue: it is taken only if it is a
         dead end, or if it will be evicted anyway when the `running` requests, counted by caller and
-        this one included, have parked their processes."""
+        this one included, have parked their processes. Of several, take the one that holds most of
+        this conversation."""
         now_s = self._clock()
         with self._lock:
             if now_s < self._rewinds_from_s:
@@ -12909,14 +12949,18 @@ class ProcessPool:
             evicted = evicted_by_limit(parked, config.parked_processes, now_s, running=running)
             candidates = [
                 p for p in parked
-                if p.conversation.can_rewind_to(history, p.process.version)
+                if p.conversation.dropped_for(history, p.process.version) is not None
                 and p.process.rewinds < MAX_REWINDS and not self._is_outdated(p.process)
                 and now_s - p.process.born_s <= config.session_ttl_ms / 1000
             ]
-            superseded = [p for p in candidates if p.conversation.is_superseded_by(history)]
+            superseded = [
+                p for p in reversed(candidates) if p.conversation.is_superseded_by(history)
+            ]
             dead_ends = [p for p in candidates if p.conversation.is_dead_end]
             others = [p for p in evicted if p in candidates]
-            return self._take_first([*reversed(superseded), *dead_ends, *others])
+            for choice in (superseded, dead_ends, others):
+                choice.sort(key=lambda p: -p.conversation.common_prefix(history))
+            return self._take_first([*superseded, *dead_ends, *others])
 
     def pause_rewinds(self, for_s: float) -> None:
         """Let `take_rewindable` return None for so long, because a rewind has failed."""
@@ -14828,11 +14872,11 @@ class Attempt(NamedTuple):
     """A way to the answer, with a process that was taken for it."""
 
     process: ClaudeProcess
-    #: What the process holds already.
+    #: What the process holds before the last message, once it has the input.
     conversation: Conversation
     turn_input: TurnInput
-    #: The rewind point that the input sets. It sets none if it has tool results.
-    rewind_point: RewindPoint | None = None
+    #: The rewind point of the last message, in a tuple; empty if that has tool results.
+    question: tuple[RewindPoint, ...] = ()
 
 
 class TurnRunner:
@@ -15004,62 +15048,80 @@ class TurnRunner:
         if pooled is None:
             self._record.parted_at = pool.common_prefix(self._history)
             return None
-        return self._next_message(pooled, "continued")
+        return self._next_messages(pooled.process, pooled.conversation, "continued")
 
     def _rewind(self) -> Attempt | None:
-        """Take a process that answered another last message, and make it drop that message.
+        """Take a process that holds a beginning of the conversation and other messages, and make it
+        drop these.
 
         Not in agent mode: what claude's own tools have begun would not be dropped."""
         app = self._app
-        if self._config.is_agent or self._message.has_results:
+        if self._config.is_agent:
             return None
         pooled = app.pool.take_rewindable(
             self._history, self._config, app.gate.running_by_caller()
         )
         if pooled is None:
             return None
-        self._record.process = pooled.process
-        if self._drops_last_message(pooled):
-            left = pooled._replace(conversation=pooled.conversation.rewound())
-            return self._next_message(left, "rewound")
+        process, held = pooled.process, pooled.conversation
+        self._record.process = process
+        dropped = held.dropped_for(self._history, process.version)
+        if dropped is not None and self._drops(process, dropped):
+            return self._next_messages(process, held.rewound(dropped), "rewound")
         app.pool.pause_rewinds(_REWIND_PAUSE_S)
         self._give_up()
         return None
 
-    def _drops_last_message(self, pooled: PooledProcess) -> bool:
-        """Make a process drop the last message that it answered. Return whether it did; a failure
-        counts as a refusal."""
-        point = pooled.conversation.rewind_point
-        if point is None:
-            return False
+    def _drops(self, process: ClaudeProcess, dropped: tuple[RewindPoint, ...]) -> bool:
+        """Make a process drop its last user messages. Return whether it did; a failure counts as a
+        refusal."""
         deadline_s = self._app.clock() + _REWIND_TIMEOUT_S
         limits = self._limits._replace(deadline_s=deadline_s, tick_s=0.0)
         try:
-            (reply,) = pooled.process.control([rewind_line(point)], limits)
+            replies = process.control([rewind_line(point) for point in dropped], limits)
         except (UpstreamFailed, UpstreamTimeout):
             return False
-        pooled.process.rewinds += 1
-        return was_rewound(reply)
+        process.rewinds += len(dropped)
+        return all(map(was_rewound, replies))
 
-    def _next_message(self, pooled: PooledProcess, path: str) -> Attempt:
-        """Return the attempt to send a process the one message that it does not hold yet."""
-        record, process = self._record, pooled.process
+    def _next_messages(
+        self, process: ClaudeProcess, held: Conversation, path: str
+    ) -> Attempt:
+        """Return the attempt to send a process the messages that it does not hold yet."""
+        record, turn = self._record, self._turn
         record.process, record.warm, record.path = process, True, path
-        lifetime = self._turn.cache_lifetime
-        is_same = lifetime == pooled.conversation.cache_lifetime
-        settings = b"" if is_same else lifetime_line(lifetime)
-        conversation = pooled.conversation._replace(cache_lifetime=lifetime)
-        results = results_with_context(self._message, conversation.history.context)
-        if results:
-            return Attempt(process, conversation, TurnInput([settings], results))
-        point = rewind_point_of(self._turn)
-        steps = [settings + continuation_lines(self._turn, process.version, point)]
-        return Attempt(process, conversation, TurnInput(steps), point)
+        lifetime = turn.cache_lifetime
+        settings = b"" if lifetime == held.cache_lifetime else lifetime_line(lifetime)
+        if held.awaiting:
+            results = results_with_context(self._message, held.history.context)
+            held = held._replace(cache_lifetime=lifetime)
+            return Attempt(process, held, TurnInput([settings], results))
+        if len(held.history.digests) < len(turn.messages) - 1:
+            turn = self._with_thinking()
+        return self._attempt_with(process, held, turn, settings + thinking_again(turn))
+
+    def _with_thinking(self) -> Turn:
+        """Return the turn with the thinking that its client does not send."""
+        return self._app.thinking.restored(self._turn, self._job.caller.scope)
+
+    def _attempt_with(
+        self, process: ClaudeProcess, held: Conversation, turn: Turn, setup: bytes
+    ) -> Attempt:
+        """Return the attempt to send a process the messages that it does not hold yet, with `setup`
+        in front."""
+        start = len(held.history.digests)
+        # An agent that asked the API would run its tools.
+        pins = start == 0 and self._can_pin and not self._config.is_agent and (
+            self._app.pinning.is_used(process.version)
+        )
+        steps, points = message_steps(turn, process.version, setup, start=start, pin=pins)
+        count = len(points) - (not turn.messages[-1].has_results)
+        held = held.with_history_of(self._history, points[:count], turn.cache_lifetime)
+        return Attempt(process, held, TurnInput(steps, pins=pins), points[count:])
 
     def _rebuild(self) -> Attempt:
         """Take a fresh process for the whole conversation."""
-        app, record, turn = self._app, self._record, self._turn
-        turn = app.thinking.restored(turn, self._job.caller.scope)
+        app, record, turn = self._app, self._record, self._with_thinking()
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
@@ -15069,20 +15131,9 @@ class TurnRunner:
         record.warm = spare is not None
         app.wakeups.put("tend")
         process.tools = ToolServer(turn.tools)
-        point = rewind_point_of(turn)
-        is_agent = app.config.is_agent
-        # An agent that asked the API would run its tools.
-        pins = self._can_pin and not is_agent and app.pinning.is_used(process.version)
-        steps = conversation_steps(
-            turn, app.config.system_prompt, process.version, agent=is_agent,
-            rewind_point=point, pin=pins,
-        )
-        given = len(turn.messages) - 1
-        history = self._history._replace(digests=self._history.digests[:-1], context="")
-        conversation = Conversation(
-            history, messages_given=given, cache_lifetime=turn.cache_lifetime
-        )
-        return Attempt(process, conversation, TurnInput(steps, pins=pins), point)
+        config = app.config
+        setup = setup_lines(turn, config.system_prompt, agent=config.is_agent)
+        return self._attempt_with(process, NO_CONVERSATION, turn, setup)
 
     # -- converse ---------------------------------------------------------------------------------
 
@@ -15167,7 +15218,7 @@ class TurnRunner:
         # A structured answer ended in a call of claude's own.
         is_dead_end = self._turn.output_schema is not None
         answer, held = self._record.answer(), attempt.conversation
-        held = held._replace(rewind_point=attempt.rewind_point or held.rewind_point)
+        held = held._replace(rewind_points=held.rewind_points + attempt.question)
         conversation = held.after(answer, self._history, is_dead_end=is_dead_end)
         if is_dead_end and not self._can_rewind(process, conversation):
             return None
@@ -15181,7 +15232,7 @@ class TurnRunner:
     def _can_rewind(self, process: ClaudeProcess, conversation: Conversation) -> bool:
         """Return whether a process can be rewound to the start of a conversation. Tool results go
         to a fresh process, and a call without its result cannot be rewound past."""
-        if conversation.rewind_point is None or conversation.awaiting:
+        if not conversation.rewind_points or conversation.awaiting:
             return False
         return process.version >= REWINDS_ALL_SINCE and not self._config.is_agent
 
@@ -15200,12 +15251,12 @@ class TurnRunner:
     def _takes_back(self, attempt: Attempt) -> bool:
         """Make the process of an answer that nobody waits for drop the question. Return whether it
         did; a failure counts as a refusal."""
-        if attempt.rewind_point is None or not self._can_take_back(attempt.process):
+        if not attempt.question or not self._can_take_back(attempt.process):
             return False
         deadline_s = self._app.clock() + _TAKE_BACK_TIMEOUT_S
         try:
             return attempt.process.take_back(
-                attempt.rewind_point, WaitLimits(NoClient(), deadline_s, 0.0)
+                attempt.question[-1], WaitLimits(NoClient(), deadline_s, 0.0)
             )
         except OcpError:
             return False

@@ -204,7 +204,7 @@ def test_a_history_that_was_edited_is_told_by_where_it_parts(rig: Rig) -> None:
         talk.ask(f"Question {number}?")
     talk.messages[2]["content"] = "Question CANARY?"
     last = talk.ask("And now?")
-    assert path_of(rig, last) == "rebuilt"
+    assert path_of(rig, last) == "rewound"
     (entry,) = [entry for entry in rig.server.log_entries("answer_finished")
                 if entry["request_id"] == last.request_id]
     assert entry["parted_at"] == 2
@@ -253,7 +253,9 @@ def test_two_retries_and_two_branches_run_side_by_side(rig: Rig) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda each: each[0].ask(each[1]), zip(branches, questions)))
     assert [said.text for said in answers] == [f"Re: {question}" for question in questions]
-    assert sorted(path_of(rig, said) for said in answers) == ["continued", *["rebuilt"] * 3]
+    # Processes that are given up may serve again for the others.
+    paths = [path_of(rig, said) for said in answers]
+    assert paths.count("continued") == 1 and set(paths) <= {"continued", "rebuilt", "rewound"}
     assert sorted(map(str, map(turns, rig.bodies()[1:]))) == sorted(
         str(dialogue("One?", question)) for question in questions)
     rig.stub.default = echo
@@ -457,7 +459,7 @@ def test_responses_are_chained_by_their_ids(rig: Rig) -> None:
         "fresh", "continued", "continued"]
     assert turns(rig.last_body()) == dialogue("First?", "Two?", "Three?")
     branch, _ = chained(rig, one, "Four?")
-    assert path_of(rig, branch) == "rebuilt"
+    assert path_of(rig, branch) == "rewound"
     assert turns(rig.last_body()) == dialogue("First?", "Four?")
 
 
@@ -623,7 +625,7 @@ def test_a_tool_may_answer_with_a_pdf(rig: Rig, dialect: Dialect) -> None:
         json.dumps(dialect.image(BLACK)), json.dumps(dialect.pdf(PDF))))
     talk.messages.append(filled)
     last = talk.send()
-    assert (last.text, path_of(rig, last)) == ("Read.", "rebuilt")
+    assert last.text == "Read." and path_of(rig, last) in ("rebuilt", "rewound")
     (_, contents) = turns(rig.last_body())[-1]
     kinds = [part["type"] for part in contents[0]["content"]]
     assert kinds[:2] == ["text", "document"]

@@ -681,6 +681,29 @@ def test_only_the_last_question_can_be_forgotten(subject: Subject) -> None:
     assert len(subject.queries()[3]["messages"]) == 7
 
 
+@pytest.mark.differs_by_version
+def test_questions_are_forgotten_one_after_the_other_also_told_ones(subject: Subject) -> None:
+    call = {"type": "tool_use", "id": "toolu_9", "name": "zeta", "input": {"q": 1}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_9", "content": "nine"}
+    with subject.start() as claude:
+        ready(claude)
+        for number in (1, 2):
+            claude.send_user("told", uuid=question_id(number), shouldQuery=False)
+            claude.until_result()
+            claude.send_assistant([{**call, "id": f"toolu_{number}"}])
+            claude.past([{**result, "tool_use_id": f"toolu_{number}"}])
+            claude.send_assistant([{"type": "text", "text": "So."}])
+        for number in (3, 4):
+            claude.turn("asked", uuid=question_id(number))
+        answers = [forgets(claude, number) for number in (2, 4, 3, 2, 1)]
+        claude.turn("last")
+    recent = subject.version != "2.1.197"
+    assert [answer["rewound"] for answer in answers] == [False, True, True, True, recent]
+    first = [said("user", "told"), ("assistant", [{**call, "id": "toolu_1"}]),
+             ("user", [{**result, "tool_use_id": "toolu_1"}]), said("assistant", "So.")]
+    assert subject.queries()[-1]["messages"] == [*([] if recent else first), said("user", "last")]
+
+
 def test_a_question_is_forgotten_with_the_calls_that_it_led_to(subject: Subject) -> None:
     subject.script(text("eins"), calls(("zeta", {"q": 1})), text("zwei"), text("drei"))
     with subject.start(tools=TOOLS) as claude:

@@ -170,22 +170,79 @@ def test_an_assistant_may_begin_the_conversation(rig: Rig) -> None:
     assert len(rig.bodies()) == 3
 
 
+def edited(talk: Conversation, place: int, *, keeps: bool = False) -> Conversation:
+    """A client that has edited this message of the conversation. It keeps what comes after it, or
+    asks at once."""
+    other = talk.branch()
+    if not keeps:
+        del other.messages[place + 1:]
+    other.messages[place]["content"] = f"Not {other.messages[place]['content']}"
+    return other
+
+
+def sent(rig: Rig, talk: Conversation, path: str) -> tuple[Conversation, Body]:
+    """The conversation before its next answer, which came by this path, and what the API got."""
+    before = talk.branch()
+    assert path_of(rig, talk.send()) == path
+    return before, cached_part(rig.last_body())
+
+
+@pytest.mark.differs_by_version
+@pytest.mark.parametrize("model", [NEWEST_MODEL, *rest(MODEL)])
+def test_a_process_that_drops_questions_sends_what_another_one_would(
+    rig: Rig, model: str
+) -> None:
+    call = thoughtful(stub.tool_calls([("weather", {"city": "Bern"})], text="I look."))
+    rig.script(
+        stub.thinking("Hm.", "Yes."), stub.text("No."), call, then=stub.thinking("Ah.", "Fine."))
+    talk = Conversation(
+        rig, MESSAGES, [WEATHER], "Drop.", model=model, thinking={"type": "adaptive"})
+    for words in ("One?", "Two?"):
+        talk.ask(words)
+    talk.send_results([(talk.ask("Weather?").call.id, Result("Sun."))])
+    for words in ("Four?", "Five?"):
+        talk.ask(words)
+
+    talk = edited(talk, 4)
+    found = [sent(rig, talk, "rewound")]
+    talk.messages.append({"role": "user", "content": "And then?"})
+    found.append(sent(rig, talk, "continued"))
+    # All but the first question are dropped, and what comes after the edit is told anew.
+    talk.messages.append({"role": "user", "content": "And now?"})
+    talk = edited(talk, 2, keeps=True)
+    found.append(sent(rig, talk, "rewound"))
+    talk = edited(talk, 6)
+    found.append(sent(rig, talk, "rewound"))
+
+    for again, body in found[1:]:
+        rebuilt(rig, again)
+        assert cached_part(rig.last_body()) == body
+    # The process of the last one has been told all of it. Where it is the only one that may be
+    # kept, other conversations get it.
+    rig.server.call("PATCH", "/settings", {"parkedProcesses": 1})
+    asks = [edited(talk, 4, keeps=True)] + ([] if rig.is_old else [edited(talk, 0, keeps=True)])
+    for other in asks:
+        other.messages.append({"role": "user", "content": "Sure?"})
+    found = [sent(rig, other, "rewound") for other in asks]
+    for again, body in found:
+        rebuilt(rig, again)
+        assert cached_part(rig.last_body()) == body
+
+
 def test_what_stands_before_an_edit_is_the_same(rig: Rig) -> None:
     rig.script(then=stub.thinking("Hm.", "Yes."))
     talk = Conversation(rig, CHAT, system="Edit.")
     for number in range(3):
         talk.ask(f"Question {number}?")
     known = cached_part(rig.last_body())["messages"]
-    edited = talk.branch()
-    del edited.messages[3:]
-    edited.messages[2]["content"] = "Another?"
-    rebuilt(rig, edited)
+    talk = edited(talk, 2)
+    rebuilt(rig, talk)
     found = cached_part(rig.last_body())["messages"]
     assert found[:2] == known[:2] and found[2] != known[2]
     # A last question of such a conversation can be forgotten, as of any other.
     paths = []
     for question in ("More?", "Or this?"):
-        later = edited.branch()
+        later = talk.branch()
         paths.append(path_of(rig, later.ask(question)))
         assert cached_part(rig.last_body())["messages"][:2] == known[:2]
     assert paths == ["continued", "rewound"]

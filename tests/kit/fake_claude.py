@@ -303,7 +303,7 @@ class History:
         self._messages: list[Step] = []
         #: The message beside which the newer program put its reminders.
         self._reminded: Optional[int] = None
-        #: Where the user's lines are, by their UUIDs, in their order.
+        #: Where the user's lines are, by their UUIDs, but for those with results of tools.
         self._places: dict[str, int] = {}
         self._path = None if "--no-session-persistence" in options else self._file()
         if self._path and resumed:
@@ -634,7 +634,9 @@ class FakeClaude:
             self.emit_synthetic(f"Unknown command: {command}")
             self.emit_result(f"Unknown command: {command}", num_turns=0)
             return
-        self.history.add("user", content, line.get("uuid") or new_uuid())
+        is_result = any(block.get("type") == "tool_result" for block in as_blocks(content))
+        line_id = None if is_result else line.get("uuid") or new_uuid()
+        self.history.add("user", content, line_id)
         if line.get("shouldQuery") is False:
             self.emit_init()
             self.emit_result("", num_turns=0)

@@ -64,6 +64,15 @@ def block(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
+def steps_for(
+    turn: Any, operator_prompt: str = "", version: Any = (2, 1, 332), **fields: Any
+) -> list[bytes]:
+    """What a fresh claude is sent for a turn, step by step."""
+    setup = ocp.setup_lines(turn, operator_prompt)
+    steps: list[bytes] = ocp.message_steps(turn, version, setup, **fields)[0]
+    return steps
+
+
 def user(*content: Any) -> Any:
     """A message of the user's with these blocks; a text is one of text."""
     return ocp.Message("user", [block(part) if isinstance(part, str) else part for part in content])

@@ -71,6 +71,46 @@ def test_an_edited_question_finds_the_process_that_knows_what_came_before(
     assert len({query["pid"] for query in one_parked.queries()}) == 1
 
 
+def test_an_edit_anywhere_finds_the_process_that_knows_what_came_before(server: Server) -> None:
+    talk: list[Json] = []
+    for number in range(5):
+        talk.append(said("user", f"Number {number}"))
+        talk.append(said("assistant", content_of(ask(server, messages=talk))))
+    edits = [[*talk[:4], said("user", "Third")], [*talk[:2], said("user", "Second"), *talk[3:7]]]
+    replies = [ask(server, messages=messages) for messages in edits]
+    later = [*edits[1], said("assistant", content_of(replies[1])), said("user", "And?")]
+
+    assert [path_of(server, reply) for reply in replies] == ["rewound"] * 2
+    assert path_of(server, ask(server, messages=later)) == "continued"
+    assert len({query["pid"] for query in server.queries()}) == 1
+    assert [words(query) for query in server.queries()[5:]] == [
+        [message["content"] for message in messages] for messages in (*edits, later)]
+
+
+def test_a_conversation_that_went_on_elsewhere_is_told_the_rest(server: Server) -> None:
+    talk = [said("user", "One"), said("assistant", content_of(ask(server, "One")))]
+    talk += [said("user", "Two"), said("assistant", "Zwei"), said("user", "Three")]
+
+    assert path_of(server, ask(server, messages=talk)) == "rewound"
+    assert words(server.queries()[1]) == [message["content"] for message in talk]
+    assert len({query["pid"] for query in server.queries()}) == 1
+
+
+def test_one_process_has_one_conversation_after_the_other(one_parked: Server) -> None:
+    for name in ("Ann", "Bob"):
+        talk = [said("user", f"I am {name}")]
+        for number in range(3):
+            talk.append(said("assistant", content_of(ask(one_parked, messages=talk))))
+            talk.append(said("user", f"Number {number}"))
+            eventually(lambda: at_rest(one_parked))
+    first, second = (words(query) for query in one_parked.queries()[2::3])
+
+    assert len({query["pid"] for query in one_parked.queries()}) == 1
+    assert (first[0], second[0], len(first), len(second)) == ("I am Ann", "I am Bob", 5, 5)
+    # What claude adds to a conversation stands at the start of each.
+    assert {query["reminded"] for query in one_parked.queries()} == {0}
+
+
 def test_a_greeting_that_many_begin_with_makes_nobody_lose_the_conversation(tmp_path: Path) -> None:
     greeting = said("assistant", "Welcome!")
     with running_server(tmp_path) as server:
@@ -82,7 +122,7 @@ def test_a_greeting_that_many_begin_with_makes_nobody_lose_the_conversation(tmp_
         assert [path_of(server, reply) for reply in replies] == ["continued"] * 2
 
 
-def test_answers_of_a_shape_come_from_one_process_and_are_never_gone_on_from(
+def test_answers_of_a_shape_come_from_one_process_which_never_goes_on_from_them(
     one_parked: Server
 ) -> None:
     shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
@@ -91,13 +131,13 @@ def test_answers_of_a_shape_come_from_one_process_and_are_never_gone_on_from(
         reply = ask(one_parked, f"Number {number}", response_format=shape)
         assert content_of(reply) == '{"a": 1}'
         eventually(lambda: at_rest(one_parked))
-    ask(one_parked, response_format=shape, messages=[
+    later = ask(one_parked, response_format=shape, messages=[
         said("user", "Number 2"), said("assistant", '{"a": 1}'), said("user", "And now?")])
 
+    assert path_of(one_parked, later) == "rewound"
     assert [words(query) for query in one_parked.queries()] == [
         ["Number 0"], ["Number 1"], ["Number 2"], ["Number 2", '{"a": 1}', "And now?"]]
-    first, second, third, other = (query["pid"] for query in one_parked.queries())
-    assert first == second == third != other
+    assert len({query["pid"] for query in one_parked.queries()}) == 1
 
 
 def test_nobody_waits_with_a_call_of_the_client_s_and_a_shape(one_parked: Server) -> None:

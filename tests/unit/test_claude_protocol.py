@@ -14,7 +14,7 @@ import pytest
 from claude_lines import RESULT, START, lines_of, stream
 from depth import by_depth
 from project import TRANSCRIPTS, load_script
-from rendering import MODELS, SONNET
+from rendering import MODELS, SONNET, steps_for
 
 ocp = load_script("ocp_server.py")
 
@@ -828,7 +828,7 @@ def a_turn(*messages: tuple[str, str], system: str = "", **options: Any) -> Any:
 
 def steps_of(turn: Any, operator_prompt: str = "", version: Any = NEW) -> list[list[Json]]:
     """The lines of each step of a conversation."""
-    return [lines_of(step) for step in ocp.conversation_steps(turn, operator_prompt, version)]
+    return [lines_of(step) for step in steps_for(turn, operator_prompt, version)]
 
 
 def brief(line: Json) -> str:
@@ -859,9 +859,9 @@ def test_a_loop_is_not_told_anew_with_a_budget_for_thinking(
     asked.messages[2].content[:] = [result, text("So?")]
     assert thinking_of(steps_of(asked)[0]) == in_loop
     assert thinking_of(steps_of(question)[0]) == [2_048]
-    *before, line = lines_of(ocp.continuation_lines(question, NEW))
-    assert brief(line) == "user So?+"
-    assert thinking_of(before) == ([2_048] if in_loop == [0] else [])
+    for turn, budget in ((question, 2_048), (asked, 0)):
+        again = lines_of(ocp.thinking_again(turn))
+        assert thinking_of(again) == ([budget] if in_loop == [0] else [])
 
 
 def test_a_single_question_is_one_step() -> None:
@@ -920,7 +920,7 @@ def test_a_pinned_history_asks_its_first_message_under_a_limit_of_its_own(
     begun = [("assistant", "Welcome!")] if opening else []
     turn = a_turn(*begun, ("user", "a"), ("assistant", "b"), ("user", "c"), max_tokens=7)
 
-    steps = [lines_of(step) for step in ocp.conversation_steps(turn, "", NEW, pin=True)]
+    steps = [lines_of(step) for step in steps_for(turn, "", NEW, pin=True)]
 
     first, *later = [[brief(line) for line in step] for step in steps]
     head = "(The user opens the conversation.)" if opening else "a"
@@ -935,7 +935,7 @@ def test_a_pinned_history_asks_its_first_message_under_a_limit_of_its_own(
 def test_a_single_question_needs_no_pin() -> None:
     turn = a_turn(("user", "Hi"))
 
-    (step,) = ocp.conversation_steps(turn, "", NEW, pin=True)
+    (step,) = steps_for(turn, "", NEW, pin=True)
 
     assert [brief(line) for line in lines_of(step)] == ["initialize", "user Hi+"]
 

@@ -142,7 +142,7 @@ def test_a_choice_that_the_model_refuses_becomes_auto(model: str, choice: Any, s
 def test_the_model_is_told_the_name_that_it_knows(name: str) -> None:
     turn = turn_of("claude-opus-5-5", tool_choice=ocp.ToolChoice("tool", name), system="Be brief.")
 
-    first = ocp.conversation_steps(turn, "Be kind.", (2, 1, 332))[0].decode()
+    first = ocp.setup_lines(turn, "Be kind.").decode()
 
     assert f"Be kind.\\n\\nCall the tool {ocp.wire_name(name)} before anything else" in first
 

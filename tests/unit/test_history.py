@@ -11,7 +11,7 @@ import pytest
 
 from depth import by_depth
 from project import load_script
-from rendering import USER, block, conversation, parsing
+from rendering import USER, block, conversation, parsing, steps_for
 
 ocp = load_script("ocp_server.py")
 
@@ -330,7 +330,7 @@ def test_results_of_tools_that_the_api_ran_are_told_as_text(part: Json, told: st
 
 def told_answers(turn: Any) -> list[list[str]]:
     """The texts of the answers that claude is given when a conversation is rebuilt."""
-    steps = ocp.conversation_steps(turn, "", ocp.OLDEST_CLAUDE)
+    steps = steps_for(turn, "", ocp.OLDEST_CLAUDE)
     lines = [json.loads(line) for line in b"".join(steps).splitlines()]
     contents = [line["message"]["content"] for line in lines if line["type"] == "assistant"]
     return [[part["text"] for part in content] for content in contents]

@@ -244,6 +244,12 @@ def test_a_conversation_has_a_digest_of_each_message() -> None:
 # -- whether a parked process takes a message ---------------------------------
 
 
+def points_of(*messages: Any) -> Any:
+    """Where a process that was told these messages can be rewound to."""
+    told = ocp.message_steps(turn(*messages, user("")), ocp.REWINDS_ALL_SINCE, b"")
+    return told[1][:-1]
+
+
 def parked(*messages: Any, awaiting: tuple[str, ...] = (), **fields: Any) -> Any:
     """A parked conversation of these messages."""
     return ocp.Conversation(known(turn(*messages, **fields)), frozenset(awaiting))
@@ -319,8 +325,8 @@ def answer(*content: Any) -> Any:
 
 
 def test_a_conversation_goes_on_with_its_answer() -> None:
-    point = ocp.rewind_point_of(turn(user("a")))
-    asked = ocp.Conversation(known(turn(user("a"))), rewind_point=point, messages_given=3)
+    points = points_of(user("a"))
+    asked = ocp.Conversation(known(turn(user("a"))), rewind_points=points, messages_given=3)
 
     held = asked.after(answer("b"), asked.history, is_dead_end=False)
 
@@ -390,19 +396,18 @@ class Lot:
 
     def put(self, *messages: Any, awaiting: tuple[str, ...] = (), name: str = "",
             caller: str = "local", given: int = 0, **fields: Any) -> FakeProcess:
-        """Parks a process with this conversation, whose last question is the last but one."""
+        """Parks a process with this conversation."""
         process = FakeProcess(name)
         process.born_s = self.clock.now_s
         held = known(turn(*messages, **fields), caller)
-        question = ocp.rewind_point_of(turn(*messages[:-1])) if messages[1:] else None
-        self.park(process, ocp.Conversation(held, frozenset(awaiting), question, given))
+        points = points_of(*messages)
+        self.park(process, ocp.Conversation(held, frozenset(awaiting), points, given))
         return process
 
     def put_dead_end(self, process: FakeProcess, asked: Any) -> None:
         """Parks a process that has answered in a form from which nothing continues."""
         held = asked._replace(digests=(*asked.digests, ""))
-        point = ocp.rewind_point_of(turn(user("a")))
-        self.park(process, ocp.Conversation(held, rewind_point=point))
+        self.park(process, ocp.Conversation(held, rewind_points=points_of(user("a"))))
 
     def park(self, process: FakeProcess, conversation: Any) -> None:
         self.processes.append(process)
@@ -560,26 +565,82 @@ def test_another_last_question_is_for_the_process_that_can_forget_its_own(
     assert lot.pool.parked == 0
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [(user("a"), assistant("B"), user("c")), (*LATER, user("e")), (user("a"), user("c")),
-     (*SAID, user("c"), assistant("D"), user("e"))],
-    ids=["another answer", "one that goes on", "without the answer", "more than the last"])
-def test_nothing_else_makes_a_process_forget(messages: tuple[Any, ...]) -> None:
-    lot = Lot(parked_processes=0)
-    lot.put(*LATER)
+def talk(*names: str) -> tuple[Any, ...]:
+    """A conversation of questions and answers; the last question has none."""
+    told = [each for name in names for each in (user(f"q {name}"), assistant(f"a {name}"))]
+    return tuple(told[:-1])
 
-    assert lot.take_rewindable(*messages) is None
+
+FIVE = (*talk(*"12345"), assistant("a 5"))
+#: What somebody asks whose conversation was these five questions, and how many are dropped.
+EDITS: dict[str, tuple[tuple[Any, ...], int]] = {
+    "the last one": (talk(*"1234x"), 1),
+    "the last one again": (talk(*"12345"), 1),
+    "the third one": (talk(*"12x"), 3),
+    "the third one of all": (talk(*"12x456"), 3),
+    "the third answer": ((*talk(*"123"), assistant("x"), *talk(*"45")), 3),
+    "the first one of all": (talk(*"x23456"), 5),
+    "another conversation": (talk("x"), 5),
+    "the beginning": (talk("1"), 5),
+    "a question without its answer": ((user("q 1"), user("x")), 5),
+    "it went on elsewhere": (talk(*"1234567"), 0),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_process_drops_the_questions_from_an_edit_on_the_last_one_first(name: str) -> None:
+    messages, count = EDITS[name]
+    held, asked = parked(*FIVE), known(turn(*messages))
+    held = held._replace(rewind_points=points_of(*FIVE))
+
+    dropped = held.dropped_for(asked, ocp.REWINDS_ALL_SINCE)
+    assert dropped == held.rewind_points[::-1][:count]
+    # An older claude keeps the first question.
+    expected = dropped if count < 5 else None
+    assert held.dropped_for(asked, ocp.OLDEST_CLAUDE) == expected
+    left = held.rewound(dropped)
+    assert left.rewind_points == held.rewind_points[:5 - count]
+    assert left.history.digests == asked.digests[:10 - 2 * count]
+
+
+def test_a_process_drops_eight_questions_and_no_more() -> None:
+    for count in (8, 9):
+        names = [str(number) for number in range(count)]
+        lot = Lot(parked_processes=0)
+        process = lot.put(*talk(*names), assistant("x"))
+        assert lot.take_rewindable(user("b")) is (process if count == 8 else None)
+
+
+def test_of_several_that_can_drop_questions_the_one_that_keeps_most_is_taken() -> None:
+    for size, given in ((9, 0), (0, 9)):
+        lot = Lot(parked_processes=size)
+        processes = [
+            lot.put(*talk(*names), assistant("x"), given=given) for names in ("1yz", "123", "12x")]
+        lot.put(*talk(*"12xyz"), assistant("x"), caller="somebody", given=given)
+
+        assert lot.take_rewindable(*talk(*"1234")) is processes[1]
+        assert lot.take_rewindable(*talk(*"1234")) is processes[2]
+
+
+def test_an_opening_that_was_put_before_a_greeting_is_dropped_with_it() -> None:
+    lot = Lot(parked_processes=0)
+    process = lot.put(assistant("Welcome!"), user("a"), assistant("b"))
+
+    assert [point.message_index for point in points_of(assistant("Welcome!"), user("a"))] == [0, 1]
+    assert lot.take_rewindable(user("z")) is process
 
 
 def test_waiting_calls_and_told_results_are_never_forgotten() -> None:
     lot = Lot(parked_processes=0)
     lot.put(*CALLED, awaiting=("t1", "t2"))
-    lot.put(*CALLED, user(result("t1"), result("t2")), assistant("Sunny."))
 
     assert lot.take_rewindable(user("b")) is None
     assert lot.take_rewindable(*CALLED, user("Never mind.")) is None
-    assert ocp.rewind_point_of(turn(*CALLED, user(result("t1"), result("t2"), "And?"))) is None
+    told = (*CALLED, user(result("t1"), result("t2"), "And?"), assistant("Sunny."))
+    process = lot.put(*told)
+    # No question is where the results are: the one that led to them is dropped too.
+    assert [point.message_index for point in points_of(*told)] == [0]
+    assert lot.take_rewindable(*CALLED, user("Never mind.")) is process
 
 
 def test_a_process_forgets_for_its_caller_and_its_settings_only() -> None:
@@ -607,7 +668,7 @@ def test_for_a_conversation_of_its_own_only_who_would_be_pushed_out_forgets(
 
 def test_nobody_forgets_in_the_place_of_another_that_would_be_pushed_out() -> None:
     lot = Lot(parked_processes=3)
-    lot.put(user("x"), assistant("ok"), user("y"), assistant("ok"))
+    lot.put(user("x"), assistant("ok"), awaiting=("t1",))
     processes = [lot.put(user(name), assistant("ok")) for name in "xy"]
 
     assert lot.take_rewindable(user("new")) is None
@@ -630,6 +691,16 @@ def test_the_same_first_question_of_somebody_else_leaves_a_conversation_alone() 
 
     assert lot.take_rewindable(user("z")) is None
     assert lot.take_rewindable(user("z"), running=2) is processes[0]
+
+
+def test_another_answer_to_the_same_first_question_leaves_a_conversation_alone() -> None:
+    lot = Lot()
+    process = lot.put(*FIVE)
+    other = (user("q 1"), assistant("x"), user("q 2"))
+
+    assert lot.take_rewindable(*other) is None
+    # An answer that was edited later tells which conversation it is.
+    assert lot.take_rewindable(*talk("1"), assistant("a 1"), user("q 2"), *other[1:]) is process
 
 
 def test_what_was_at_work_when_all_were_dropped_forgets_nothing() -> None:
@@ -670,13 +741,31 @@ def test_what_no_conversation_goes_on_from_pushes_out_one_conversation_at_most()
 
 
 def test_a_process_that_forgot_its_question_goes_on_from_what_was_before() -> None:
-    held = parked(*LATER)._replace(rewind_point=ocp.RewindPoint("q", 2), messages_given=1)
-    left = held.rewound()
+    points = (ocp.RewindPoint("p", 0), ocp.RewindPoint("q", 2))
+    held = parked(*LATER)._replace(rewind_points=points, messages_given=1)
+    left = held.rewound(points[1:])
 
     assert takes(left, *SAID, user("e")) and not takes(left, *LATER, user("e"))
-    assert (left.rewind_point, left.awaiting, left.messages_given) == (None, frozenset(), 1)
-    nothing = parked(*SAID)._replace(rewind_point=ocp.RewindPoint("q", 0)).rewound()
+    assert (left.rewind_points, left.awaiting, left.messages_given) == (
+        points[:1], frozenset(), 1)
+    nothing = held.rewound(points[::-1])
     assert takes(nothing, user("z")) and not takes(nothing, *SAID, user("z"))
+    assert nothing.rewind_points == () and held.rewound(()) is held
+
+
+@pytest.mark.parametrize(("given", "later"), [(0, 0), (1, 1), (2, 6), (3, 6)])
+def test_what_is_told_anew_counts_as_given_unless_a_first_question_is_left(
+    given: int, later: int
+) -> None:
+    left = parked(*SAID)._replace(rewind_points=points_of(*SAID), messages_given=given)
+    asked = known(turn(*LATER, user("e"), assistant("f"), user("g")))
+    more = (ocp.RewindPoint("c", 2), ocp.RewindPoint("e", 4))
+
+    held = left.with_history_of(asked, more, "5m")
+
+    assert held.history.digests == asked.digests[:-1]
+    assert held.rewind_points == (*left.rewind_points, *more)
+    assert (held.messages_given, held.cache_lifetime) == (later, "5m")
 
 
 # -- one parking, many callers ------------------------------------------------

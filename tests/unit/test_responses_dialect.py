@@ -33,6 +33,7 @@ from rendering import (
     numbered,
     parsing,
     refusal_of,
+    steps_for,
     stream_bytes,
     whole,
     whole_bytes,
@@ -578,7 +579,7 @@ def test_a_search_of_the_history_is_told_as_text_and_not_compared() -> None:
 
     plain = turn([USER, said, USER])
     assert [each.digest for each in found.messages] == [each.digest for each in plain.messages]
-    lines = b"".join(ocp.conversation_steps(found, "", ocp.OLDEST_CLAUDE)).splitlines()
+    lines = b"".join(steps_for(found, "", ocp.OLDEST_CLAUDE)).splitlines()
     [answer] = [line["message"] for line in map(json.loads, lines) if line["type"] == "assistant"]
     assert answer["content"] == [
         block('[web_search_call]\n{"action":{"type":"search","query":"owls"}}'), block("Hoot.")]

@@ -18,6 +18,7 @@ from rendering import (
     frames,
     parsing,
     refusal_of,
+    steps_for,
     stream_bytes,
     whole,
 )
@@ -45,7 +46,7 @@ def turn(dialect: Any = ocp.CHAT, about: Any = FAST, **fields: object) -> Any:
 
 def settings_of(found: Any) -> list[Json]:
     """The settings that claude is told for a fresh conversation."""
-    (step,) = ocp.conversation_steps(found, "", (2, 1, 332))
+    (step,) = steps_for(found)
     requests = [json.loads(line).get("request", {}) for line in step.splitlines()]
     return [each["settings"] for each in requests if each.get("subtype") == "apply_flag_settings"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from claude_lines import RESULT, stream
 from project import TRANSCRIPTS, load_script
-from rendering import USER, parsing, refusal_of, whole
+from rendering import USER, parsing, refusal_of, steps_for, whole
 
 ocp = load_script("ocp_server.py")
 
@@ -170,7 +170,7 @@ def test_a_schema_that_is_wrong_is_refused_with_its_path(
 def test_claude_is_told_the_schema() -> None:
     turn = parse(ocp.CHAT, response_format={"type": "json_schema", "json_schema": NAMED})
 
-    [step] = ocp.conversation_steps(turn, "", (2, 1, 329))
+    [step] = steps_for(turn, "", (2, 1, 329))
 
     request = json.loads(step.splitlines()[0])["request"]
     assert request["jsonSchema"] == CITY

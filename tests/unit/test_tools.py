@@ -8,7 +8,7 @@ import pytest
 
 from claude_lines import START, lines_of, stream
 from project import TRANSCRIPTS, load_script
-from rendering import PNG, USER, block, parsing, refusal_of, stream_bytes, whole
+from rendering import PNG, USER, block, parsing, refusal_of, steps_for, stream_bytes, whole
 
 ocp = load_script("ocp_server.py")
 
@@ -750,7 +750,7 @@ def test_a_choice_is_told_to_the_api(choice: tuple[str, str, bool], body: Json) 
 
 def test_the_server_is_announced_only_where_there_are_tools() -> None:
     [first], [second] = (
-        ocp.conversation_steps(turn(**fields), "", (2, 1, 329)) for fields in ({"tools": TOOLS}, {})
+        steps_for(turn(**fields), "", (2, 1, 329)) for fields in ({"tools": TOOLS}, {})
     )
 
     assert lines_of(first)[0]["request"]["sdkMcpServers"] == ["client"]

@@ -14,6 +14,7 @@ from rendering import (
     gathered,
     parsing,
     refusal_of,
+    steps_for,
     stream_bytes,
     whole,
 )
@@ -151,7 +152,7 @@ def test_no_other_tool_of_the_api_is_offered(kind: str) -> None:
 
 def extra_body(found: Any) -> Json:
     """What claude is told to add to its request."""
-    lines = b"".join(ocp.conversation_steps(found, "", ocp.OLDEST_CLAUDE)).splitlines()
+    lines = b"".join(steps_for(found, "", ocp.OLDEST_CLAUDE)).splitlines()
     [settings] = [line["request"]["settings"] for line in map(ocp.from_json, lines)
                   if line.get("request", {}).get("subtype") == "apply_flag_settings"]
     extra: Json = ocp.from_json(settings["env"]["CLAUDE_CODE_EXTRA_BODY"])
