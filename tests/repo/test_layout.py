@@ -38,7 +38,7 @@ SECTION_LINES = {
     "Messages": 240, "Response items": 300, "Responses": 460, "Claude protocol": 220,
     "Claude input": 410,
     "Plan and failures": 320, "Claude answers": 640, "Claude program": 630, "Claude process": 630,
-    "Gate": 160, "Conversations": 120, "Process pool": 380, "Sessions and responses": 250,
+    "Gate": 160, "Conversations": 160, "Process pool": 380, "Sessions and responses": 250,
     "Cache": 250, "Account": 260, "Metrics": 140, "Connections": 390, "State folder": 160,
     "Answering": 830, "App": 360, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
     "API endpoints": 320, "Management endpoints": 800, "Table of routes": 50, "Demo claude": 80,
