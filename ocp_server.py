@@ -12,14 +12,14 @@ both kinds from it: one file, Python 3.9 or later, nothing to install.
 The life of a request: the HTTP server finds its route and authorizes its caller, a dialect parses
 the body into a Turn, the gate admits it, a claude process answers it with a stream of Events, and
 the dialect renders these events. Wire formats exist only in the dialects; the claude protocol
-exists only in its own two sections.
+exists only in its own sections.
 
 Each section uses only names from the sections above it, so the file reads bottom-up: to follow
 a request, start with the HTTP server.
 
 Sections (search for "==== 8" to jump to the eighth):
 
-     1. Small tools             compact JSON, ids, redaction, formatting of times and text
+     1. Small tools             compact JSON, ids, redaction, times and text, the machine's memory
      2. Settings                the table of settings, and reading them from the environment
      3. Errors                  every failure that is reported to a client
      4. Log                     a rotated JSON file, the terminal, and recent events in memory
@@ -40,30 +40,31 @@ Sections (search for "==== 8" to jump to the eighth):
     19. Messages                /v1/messages
     20. Response items          input items into messages, blocks into output items
     21. Responses               /v1/responses and /v1/responses/compact
-    22. Claude protocol         lines written to claude; no input or output
-    23. Plan and failures       reports of claude about the plan; its failures as errors
-    24. Claude answers          output of claude to lines; lines of a turn to events of an answer
-    25. Claude program          the program on disk, how it is started, and its folders
-    26. Claude process          one child process and its pipes
-    27. Gate                    admission of requests
-    28. Conversations           the identity of conversations; what an idle process can do with them
-    29. Process pool            spare, parked and stopping processes
-    30. Sessions and responses  what is remembered of conversations: messages, and thinking
-    31. Cache                   stored answers, and answers shared while they are generated
-    32. Account                 the state of login and plan, learned from answers
-    33. Metrics                 counters and histograms since the start
-    34. Connections             client sockets, and limits on their number and memory
-    35. State folder            the database, the modes of files, the admin key
-    36. Answering               one request: quota, cache, claude, row of usage
-    37. App                     owns every long-lived object; the housekeeper
-    38. Routes                  the choice of a route for a path and a method
-    39. HTTP server             sockets, bodies, one thread for each connection
-    40. Dashboard               the operator's page, and its content security policy
-    41. API endpoints           answers, stored responses, sessions, models
-    42. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    43. Table of routes         path, access, dialect and endpoint of each route
-    44. Demo claude             the stand-in for claude behind --demo
-    45. Command line            arguments, signals, main
+    22. Claude protocol         control requests and replies, the client's tools; no I/O
+    23. Claude input            messages, options and histories as lines for claude
+    24. Plan and failures       reports of claude about the plan; its failures as errors
+    25. Claude answers          output of claude to lines; lines of a turn to events of an answer
+    26. Claude program          the program on disk, how it is started, and its folders
+    27. Claude process          one child process and its pipes
+    28. Gate                    admission of requests
+    29. Conversations           the identity of conversations; what an idle process can do with them
+    30. Process pool            spare, parked and stopping processes
+    31. Sessions and responses  what is remembered of conversations: messages, and thinking
+    32. Cache                   stored answers, and answers shared while they are generated
+    33. Account                 the state of login and plan, learned from answers
+    34. Metrics                 counters and histograms since the start
+    35. Connections             client sockets, and limits on their number and memory
+    36. State folder            the database, the modes of files, the admin key
+    37. Answering               one request: quota, cache, claude, row of usage
+    38. App                     owns every long-lived object; the housekeeper
+    39. Routes                  the choice of a route for a path and a method
+    40. HTTP server             sockets, bodies, one thread for each connection
+    41. Dashboard               the operator's page, and its content security policy
+    42. API endpoints           answers, stored responses, sessions, models
+    43. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    44. Table of routes         path, access, dialect and endpoint of each route
+    45. Demo claude             the stand-in for claude behind --demo
+    46. Command line            arguments, signals, main
 """
 from __future__ import annotations
 
@@ -387,6 +388,41 @@ def write_private(path: str, text: str) -> None:
         raise
 
 
+def control_group_limits(
+    listing: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
+) -> list[int]:
+    """Return the limits of memory of the control groups, of both versions, that this process is
+    in, in bytes. Inside of a container the root has the limit, whatever the listing says."""
+    try:
+        with open(listing, encoding="ascii", errors="replace") as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+    limits: list[int] = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            path = os.path.join(root, place, *parts[:depth], name)
+            # A group without a limit says "max", or has no such file.
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+                limits.append(int(file.read()))
+    return limits
+
+
+@functools.cache
+def machine_memory_bytes() -> int | None:
+    """Return the memory of this machine, or of the control group that this process may use. Return
+    None if the system does not tell."""
+    try:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+    return min([physical, *control_group_limits()]) if physical > 0 else None
+
+
 # ==== 2. Settings ============================================================
 # The class body of Config is the table of settings. A row holds the attribute, default,
 # environment variable, range, unit and help text; the parser, the reports and the documentation
@@ -449,41 +485,6 @@ def parked_places(memory_bytes: int) -> int:
     """Return how many parked processes a machine has room for beside its spares, 1 to 8."""
     places = memory_bytes // _IDLE_MEMORY_PART // _IDLE_CLAUDE_BYTES
     return min(_MAX_PARKED_PLACES, max(1, places - spare_places(memory_bytes)))
-
-
-def control_group_limits(
-    listing: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
-) -> list[int]:
-    """Return the limits of memory of the control groups, of both versions, that this process is
-    in, in bytes. Inside of a container the root has the limit, whatever the listing says."""
-    try:
-        with open(listing, encoding="ascii", errors="replace") as file:
-            lines = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        return []
-    limits: list[int] = []
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        place, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for depth in range(len(parts) + 1):
-            path = os.path.join(root, place, *parts[:depth], name)
-            # A group without a limit says "max", or has no such file.
-            with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
-                limits.append(int(file.read()))
-    return limits
-
-
-@functools.cache
-def machine_memory_bytes() -> int | None:
-    """Return the memory of this machine, or of the control group that this process may use. Return
-    None if the system does not tell."""
-    try:
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        return None
-    return min([physical, *control_group_limits()]) if physical > 0 else None
 
 
 _LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
@@ -9299,7 +9300,8 @@ COMPACTION = CompactionDialect()
 
 
 # ==== 22. Claude protocol ====================================================
-# The lines that are written to claude. No pipes and no processes here.
+# Control requests and their replies, and the tools of the client, which claude calls by such
+# requests. No pipes and no processes here, nor in the next section.
 # Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
 # the newest).
 
@@ -9326,6 +9328,10 @@ STRUCTURED_OUTPUT = "StructuredOutput"
 _RESERVED_TOOL_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
 #: The longest tool result that claude passes on whole; of a longer one it keeps a preview.
 MAX_RESULT_CHARS = 400_000
+#: claude passes on the text of a failed call, of a longer one the two ends, and no images.
+_MAX_FAILURE_CHARS = 10_000
+#: What the model is told of a result without content. claude would choose words of its own.
+_NO_OUTPUT = "(no output)"
 #: The name under which claude knows the client's tools.
 TOOL_SERVER = "client"
 #: The variable with the number of tokens from which claude refuses a prompt by itself, without a
@@ -9400,9 +9406,23 @@ def earlier_call(block: Block, tools: Mapping[str, Tool]) -> Block:
     return {**block, "input": {WRAPPER_NAME: arguments} if tool.wrapped else arguments}
 
 
-def mcp_content(blocks: list[Block]) -> list[Json] | None:
+def failure_text(result: Block) -> str | None:
+    """Return the text that claude makes of the result of a failed call, or would make if it were
+    told. None if it would leave out a part."""
+    texts = [block["text"] for block in result["content"] if block["type"] == "text"]
+    text = "\n".join(texts).strip() or _NO_OUTPUT
+    chars = len(text.encode("utf-16-le", "surrogatepass")) // 2
+    is_whole = len(texts) == len(result["content"]) and chars <= _MAX_FAILURE_CHARS
+    return text if is_whole else None
+
+
+def mcp_content(result: Block) -> list[Json] | None:
     """Return the content of a tool result in MCP's form; None when MCP has no form for it or when
     it is too long."""
+    if result.get("is_error"):
+        text = failure_text(result)
+        return None if text is None else text_blocks(text)
+    blocks = result["content"] or text_blocks(_NO_OUTPUT)
     content: list[Json] = []
     if sum(len(str(block.get("text", ""))) for block in blocks) > MAX_RESULT_CHARS:
         return None
@@ -9483,7 +9503,7 @@ class ToolServer:
     def deliver(self, results: Iterable[Block]) -> bytes:
         """Store the client's results. Return the replies to calls that have their results."""
         for block in results:
-            content = mcp_content(block["content"]) or []
+            content = mcp_content(block) or []
             result = {"content": content, "isError": bool(block.get("is_error"))}
             self._results[block["tool_use_id"]] = result
         return self._pending_replies()
@@ -9496,6 +9516,11 @@ class ToolServer:
             response = {"jsonrpc": "2.0", "id": rpc_id, "result": result}
             lines += _reply_line(request_id, {"mcp_response": response})
         return lines
+
+
+# ==== 23. Claude input =======================================================
+# What a request becomes on claude's standard input: messages, options, a history in steps; and how
+# claude drops a question again.
 
 
 def escape_slash_command(content: list[Block], version: Version) -> list[Block]:
@@ -9558,13 +9583,20 @@ def _api_call_id(call_id: str) -> str:
     return re.sub(r"\Atoolu(?=[0-9])", "toolu_", call_id)
 
 
-def _with_api_names(block: Block) -> Block:
-    """Return a block of a history with the id and the name of its call as the API knows them."""
+def _as_claude_writes(block: Block) -> Block:
+    """Return a block of a history as claude itself would have written it: with the id and the name
+    of its call as the API knows them, and a result in the form that it gets when it is given to the
+    call, down to the order of its fields."""
     if block["type"] == "tool_use":
         return {**block, "id": _api_call_id(block["id"]), "name": wire_name(block["name"])}
-    if block["type"] == "tool_result":
-        return {**block, "tool_use_id": _api_call_id(block["tool_use_id"])}
-    return block
+    if block["type"] != "tool_result":
+        return block
+    call = {"tool_use_id": _api_call_id(block["tool_use_id"])}
+    text = failure_text(block) if block.get("is_error") else None
+    if text is not None:
+        return {"type": "tool_result", "content": text, "is_error": True, **call}
+    content = block["content"] or text_blocks(_NO_OUTPUT)
+    return {**call, **block, **call, "content": content}
 
 
 def message_line(
@@ -9594,7 +9626,7 @@ def message_line(
             line["shouldQuery"] = False
         if line_id:
             line["uuid"] = line_id
-    body["content"] = [_with_api_names(block) for block in body["content"]]
+    body["content"] = [_as_claude_writes(block) for block in body["content"]]
     return _line(line)
 
 
@@ -9907,7 +9939,7 @@ def is_without(reply: Json) -> bool:
     return response.get("rewound") is True or response.get("error") == "target not found"
 
 
-# ==== 23. Plan and failures ==================================================
+# ==== 24. Plan and failures ==================================================
 # What claude reports of the plan, and the errors that its failures become.
 
 #: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
@@ -10246,7 +10278,7 @@ def upstream_error(
     return error_class(message, retry_after_s=pauses.get(error_class))
 
 
-# ==== 24. Claude answers =====================================================
+# ==== 25. Claude answers =====================================================
 # What claude prints becomes lines, and the lines of a turn become the events of an answer.
 
 #: The longest line that claude can print, and the most other output between two of its lines. Each
@@ -10985,7 +11017,7 @@ class TurnReader:
         return [Finished(reason, sequence, self._message.usage, details)]
 
 
-# ==== 25. Claude program =====================================================
+# ==== 26. Claude program =====================================================
 # The program on disk: where it is, its version, its environment and arguments, the folders that it
 # runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
 # that a killed server leaves.
@@ -11637,7 +11669,7 @@ class Watchdog:
             self._end()
 
 
-# ==== 26. Claude process =====================================================
+# ==== 27. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
 # silence and a hang-up at once. Children have process groups of their own and end with the server,
@@ -12323,7 +12355,7 @@ class ClaudeStarter:
         self._watchdog.close()
 
 
-# ==== 27. Gate ===============================================================
+# ==== 28. Gate ===============================================================
 # Which requests may run. The gate knows the callers and nothing of the content of their requests.
 
 #: How often a waiting request checks its client.
@@ -12484,7 +12516,7 @@ class Slot:
             raise self.refusal
 
 
-# ==== 28. Conversations ======================================================
+# ==== 29. Conversations ======================================================
 # The identity of a conversation, and what an idle process can do with the next request of one.
 # Digests identify it: one for everything but the messages, and one for each message, in a form that
 # does not depend on how a client writes it.
@@ -12607,7 +12639,7 @@ class Conversation(NamedTuple):
         results = results_with_context(message, self.history.context)
         if not self.awaiting:
             return not results
-        fit = all(mcp_content(block["content"]) is not None for block in results)
+        fit = all(mcp_content(block) is not None for block in results)
         ids = {block["tool_use_id"] for block in results}
         other = [b for b in message.content if b["type"] != "tool_result" and not _is_context(b)]
         return fit and ids == self.awaiting and len(results) == len(ids) and not other
@@ -12649,7 +12681,7 @@ class Conversation(NamedTuple):
 NO_CONVERSATION = Conversation(History("", ()))
 
 
-# ==== 29. Process pool =======================================================
+# ==== 30. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
 # - spare: it was started for a model that was used lately, and holds no conversation.
@@ -13070,7 +13102,7 @@ class ProcessPool:
             self.reap()
 
 
-# ==== 30. Sessions and responses =============================================
+# ==== 31. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
 # and responses by their ids. And the thinking of answers, for conversations that are rebuilt.
 
@@ -13319,7 +13351,7 @@ class ThinkingMemory:
         return data
 
 
-# ==== 31. Cache ==============================================================
+# ==== 32. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -13570,7 +13602,7 @@ class Cache:
             }
 
 
-# ==== 32. Account ============================================================
+# ==== 33. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -13856,7 +13888,7 @@ class Account:
             }
 
 
-# ==== 33. Metrics ============================================================
+# ==== 34. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -13997,7 +14029,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 34. Connections ========================================================
+# ==== 35. Connections ========================================================
 # Client sockets and their shared limits: how many connections stay open, and how much memory
 # request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -14390,7 +14422,7 @@ class Connections:
         )
 
 
-# ==== 35. State folder =======================================================
+# ==== 36. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -14548,7 +14580,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 36. Answering ==========================================================
+# ==== 37. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -15033,8 +15065,8 @@ class TurnRunner:
             return None
         process, held = pooled.process, pooled.conversation
         self._record.process = process
-        dropped = held.dropped_for(self._history, process.version)
-        if dropped is not None and self._drops(process, dropped):
+        dropped = held.dropped_for(self._history, process.version) or ()
+        if self._drops(process, dropped):
             return self._next_messages(process, held.rewound(dropped), "rewound")
         app.pool.pause_rewinds(_REWIND_PAUSE_S)
         self._give_up()
@@ -15043,6 +15075,8 @@ class TurnRunner:
     def _drops(self, process: ClaudeProcess, dropped: tuple[RewindPoint, ...]) -> bool:
         """Make a process drop its last user messages. Return whether it did; a failure counts as a
         refusal."""
+        if not dropped:
+            return True
         deadline_s = self._app.clock() + _REWIND_TIMEOUT_S
         limits = self._limits._replace(deadline_s=deadline_s, tick_s=0.0)
         try:
@@ -15052,9 +15086,7 @@ class TurnRunner:
         process.rewinds += len(dropped)
         return all(map(was_rewound, replies))
 
-    def _next_messages(
-        self, process: ClaudeProcess, held: Conversation, path: str
-    ) -> Attempt:
+    def _next_messages(self, process: ClaudeProcess, held: Conversation, path: str) -> Attempt:
         """Return the attempt to send a process the messages that it does not hold yet."""
         record, turn = self._record, self._turn
         record.process, record.warm, record.path = process, True, path
@@ -15208,11 +15240,13 @@ class TurnRunner:
         """Put away the process of an answer that is not complete. It serves again if only the
         client has left. This thread alone may touch it, so it waits for that itself."""
         attempt = self._attempt
-        if isinstance(error, ClientGone) and attempt is not None and self._takes_back(attempt):
-            self._record.process, self._is_process_kept = None, True
-            self._app.pool.park(attempt.process, attempt.conversation)
-            self._app.wakeups.put("tend")
-        self._give_up()
+        try:
+            if isinstance(error, ClientGone) and attempt is not None and self._takes_back(attempt):
+                self._record.process, self._is_process_kept = None, True
+                self._app.pool.park(attempt.process, attempt.conversation)
+                self._app.wakeups.put("tend")
+        finally:
+            self._give_up()
 
     def _takes_back(self, attempt: Attempt) -> bool:
         """Make the process of an answer that nobody waits for drop the question. Return whether it
@@ -15224,7 +15258,7 @@ class TurnRunner:
             return attempt.process.take_back(
                 attempt.question[-1], WaitLimits(NoClient(), deadline_s, 0.0)
             )
-        except (UpstreamFailed, UpstreamTimeout):
+        except OcpError:
             return False
 
     def _can_take_back(self, process: ClaudeProcess) -> bool:
@@ -15232,14 +15266,13 @@ class TurnRunner:
         need it then. What claude's own tools have begun would not be dropped; a process that has
         not got its whole history holds no conversation; after an answer that has stopped, claude
         may be asking the API once more."""
-        app, config = self._app, self._config
+        app, record = self._app, self._record
         is_wanted = self._job.ended_by is None and not app.draining and self._can_park(process)
-        is_answering = process is self._record.process and process.has_asked and (
-            not self._record.readers[-1].finished
-        )
-        return is_wanted and is_answering and not config.is_agent and (
-            process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
-        )
+        is_new_enough = process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
+        if not (is_wanted and is_new_enough) or self._config.is_agent:
+            return False
+        is_answering = process is record.process and process.has_asked
+        return is_answering and not record.readers[-1].finished
 
     def _give_up(self) -> None:
         """Stop the process of an answer that is not complete."""
@@ -15516,7 +15549,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 37. App ================================================================
+# ==== 38. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -15936,7 +15969,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 38. Routes =============================================================
+# ==== 39. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -16016,7 +16049,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 39. HTTP server ========================================================
+# ==== 40. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -16805,7 +16838,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 40. Dashboard ==========================================================
+# ==== 41. Dashboard ==========================================================
 # One static page, dashboard.html beside this file. The server writes no values into it: the page
 # fetches JSON and sets text. Its content security policy allows only its own style and script, by
 # their hashes.
@@ -16873,7 +16906,7 @@ def dashboard_page() -> Page:
         return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
 
 
-# ==== 41. API endpoints ======================================================
+# ==== 42. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -17229,7 +17262,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found))
 
 
-# ==== 42. Management endpoints ===============================================
+# ==== 43. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -18080,7 +18113,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 43. Table of routes ====================================================
+# ==== 44. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -18128,7 +18161,7 @@ ROUTES = (
 )
 
 
-# ==== 44. Demo claude ========================================================
+# ==== 45. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 
@@ -18206,7 +18239,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 45. Command line =======================================================
+# ==== 46. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"

@@ -71,7 +71,7 @@ def find_claude(named: str) -> Path:
 def write_fake_claude(folder: Path) -> Path:
     """A program in `folder` that starts the tests' fake claude: it answers without any API."""
     program = folder / "fake-claude"
-    words = " ".join(shlex.quote(word) for word in (sys.executable, "-I", "-S", str(FAKE_CLAUDE)))
+    words = " ".join(shlex.quote(word) for word in (sys.executable, "-E", "-S", str(FAKE_CLAUDE)))
     program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
     program.chmod(0o755)
     return program

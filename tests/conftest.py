@@ -18,11 +18,14 @@ from server import Server, running_server
 LONGEST = (
     "contract/test_conversations", "contract/test_chat", "contract/test_tools",
     "contract/test_fake_claude", "contract/test_safety", "clients/test_openclaw",
-    "contract/test_errors", "contract/test_life", "contract/test_plan", "contract/test_shapes",
-    "contract/test_options", "clients/test_dashboard", "server/test_hanging",
-    "server/test_storage", "server/test_usage", "scripts/test_install", "server/test_leaving",
-    "server/test_alone", "scripts/test_connect_run", "server/test_attacks",
-    "server/test_refusals", "server/test_routes_access")
+    "contract/test_errors", "contract/test_prompt_cache", "contract/test_life",
+    "contract/test_plan", "contract/test_shapes", "contract/test_options",
+    "clients/test_dashboard", "server/test_hanging",
+    "server/test_storage", "server/test_leaving", "scripts/test_install", "server/test_usage",
+    "server/test_alone", "server/test_attacks", "server/test_refusals", "server/test_failures",
+    "server/test_settings_live", "server/test_routes_access", "server/test_keys",
+    "server/test_plan", "scripts/test_ocp_service", "server/test_metrics", "server/test_flights",
+    "scripts/test_ocp", "scripts/test_connect_openclaw", "scripts/test_connect_run")
 #: Parameters that say how a test asks, and not what. OCP alone makes the difference.
 MANNERS = ("dialect", "stream", "streams", "package")
 
@@ -84,7 +87,7 @@ def version_of(item: pytest.Item) -> Optional[tuple[bool, tuple[int, ...]]]:
     """Return whether the claude that a test asks is a real one, and its version; None if the test
     is not for each version."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    asked = params.get("claude") or params.get("subject")
+    asked = params.get("claude") or params.get("kind")
     if not hasattr(asked, "version"):
         return None
     return asked.path is not None, tuple(map(int, asked.version.split(".")))

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from libraries import library
 from server import Server, running_server
 
-anthropic = pytest.importorskip("anthropic", reason="the anthropic package is not installed")
+anthropic = library("anthropic")
 pydantic = pytest.importorskip("pydantic", reason="the pydantic package is not installed")
 
 Json = Any

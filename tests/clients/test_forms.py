@@ -16,13 +16,14 @@ from typing import Annotated, Any, Callable, Literal, NamedTuple, Optional, Unio
 import pytest
 
 import stub_api as stub
+from libraries import library
 from processes import run_to_end
 from programs import client_folders, how_to_install
 from project import clean_env
 from rig import ANSWER_S, MODEL, Rig
 from upstream import turns
 
-openai = pytest.importorskip("openai", reason="the openai package is not installed")
+openai = library("openai")
 pydantic = pytest.importorskip("pydantic", reason="the pydantic package is not installed")
 
 Json = Any

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from libraries import library
 from server import Server, at_rest, running_server
 from waiting import eventually, in_parallel
 
-openai = pytest.importorskip("openai", reason="the openai package is not installed")
+openai = library("openai")
 
 Json = Any
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from libraries import library
 from server import Server
 
-openai = pytest.importorskip("openai", reason="the openai package is not installed")
+openai = library("openai")
 pydantic = pytest.importorskip("pydantic", reason="the pydantic package is not installed")
 
 Json = Any

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
@@ -29,6 +30,7 @@ TOOLS = [
 ]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}
 
+GREETING = "Hello to you"
 TEXT_MESSAGE = [
     "status", "message_start", "content_block_start", "content_block_delta", "assistant",
     "content_block_stop", "message_delta", "message_stop",
@@ -216,14 +218,42 @@ SUBJECTS += [pytest.param(Kind(*found), id=f"real-{found[0]}") for found in real
     pytest.param(None, id="real", marks=pytest.mark.skip(reason=HOW_TO_INSTALL))]
 
 
-@pytest.fixture(params=SUBJECTS)
-def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
-    version, path = request.param
-    if path is None:
-        yield FakeSubject(version, tmp_path)
+@contextmanager
+def subject_of(kind: Kind, folder: Path) -> Iterator[Subject]:
+    if kind.path is None:
+        yield FakeSubject(kind.version, folder)
         return
     with stub.StubApi() as api:
-        yield RealSubject(version, path, tmp_path, api)
+        yield RealSubject(kind.version, kind.path, folder, api)
+
+
+@pytest.fixture(scope="module", params=SUBJECTS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    found: Kind = request.param
+    return found
+
+
+@pytest.fixture
+def subject(kind: Kind, tmp_path: Path) -> Iterator[Subject]:
+    """A claude for one test, which starts as many processes as it needs."""
+    with subject_of(kind, tmp_path) as found:
+        yield found
+
+
+class Greeted(NamedTuple):
+    """A process that has answered its first question, and the lines that came with the answer."""
+    claude: ClaudeDriver
+    lines: list[Line]
+
+
+@pytest.fixture(scope="module")
+def greeted(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Greeted]:
+    """One process for the tests of what a process says at any time, or of its first answer."""
+    with subject_of(kind, tmp_path_factory.mktemp("greeted")) as subject:
+        subject.script(text(GREETING))
+        with subject.start() as claude:
+            ready(claude)
+            yield Greeted(claude, claude.turn("hi"))
 
 
 def ready(claude: ClaudeDriver, **fields: Json) -> None:
@@ -260,33 +290,24 @@ def test_version_is_the_first_word_of_version(subject: Subject) -> None:
         assert claude.wait()[0] == 0
 
 
-def test_a_turn_has_its_lines_in_this_order(subject: Subject) -> None:
-    subject.script(text("Hello to you"))
-    with subject.start() as claude:
-        ready(claude)
-        lines = claude.turn("hi")
-    assert shape(lines) == ["init", *TEXT_MESSAGE, "rate_limit_event", "result"]
+def test_a_turn_has_its_lines_in_this_order(greeted: Greeted) -> None:
+    assert shape(greeted.lines) == ["init", *TEXT_MESSAGE, "rate_limit_event", "result"]
 
 
-def test_deltas_blocks_and_result_tell_the_same_text(subject: Subject) -> None:
-    subject.script(text("Hello to you"))
-    with subject.start() as claude:
-        ready(claude)
-        lines = claude.turn("hi")
+def test_deltas_blocks_and_result_tell_the_same_text(greeted: Greeted) -> None:
+    lines = greeted.lines
     deltas = [line["event"]["delta"] for line in lines if line["type"] == "stream_event"
               and line["event"]["type"] == "content_block_delta"]
     finished = next(line for line in lines if line["type"] == "assistant")
-    assert "".join(delta["text"] for delta in deltas) == "Hello to you"
-    assert finished["message"]["content"] == [{"type": "text", "text": "Hello to you"}]
+    assert "".join(delta["text"] for delta in deltas) == GREETING
+    assert finished["message"]["content"] == [{"type": "text", "text": GREETING}]
     result = lines[-1]
-    assert (result["result"], result["subtype"]) == ("Hello to you", "success")
+    assert (result["result"], result["subtype"]) == (GREETING, "success")
     assert (result["is_error"], result["stop_reason"]) == (False, "end_turn")
 
 
-def test_usage_is_in_the_stream_and_in_the_result(subject: Subject) -> None:
-    with subject.start() as claude:
-        ready(claude)
-        lines = claude.turn("hi")
+def test_usage_is_in_the_stream_and_in_the_result(greeted: Greeted) -> None:
+    lines = greeted.lines
     events = [line["event"] for line in lines if line["type"] == "stream_event"]
     start = next(event["message"]["usage"] for event in events if "message" in event)
     final = next(event["usage"] for event in events if event["type"] == "message_delta")
@@ -312,14 +333,12 @@ def test_thinking_is_a_block_of_its_own_with_a_signature(subject: Subject) -> No
 
 
 @pytest.mark.differs_by_version
-def test_plan_usage_is_told(subject: Subject) -> None:
-    with subject.start() as claude:
-        ready(claude)
-        lines = claude.turn("hi")
-    info = next(line["rate_limit_info"] for line in lines if line["type"] == "rate_limit_event")
+def test_plan_usage_is_told(greeted: Greeted, kind: Kind) -> None:
+    info = next(line["rate_limit_info"] for line in greeted.lines
+                if line["type"] == "rate_limit_event")
     assert (info["status"], info["rateLimitType"]) == ("allowed", "five_hour")
     assert time.time() < info["resetsAt"] < time.time() + 6000
-    assert ("unifiedWindows" in info) == (subject.version != "2.1.197")
+    assert ("unifiedWindows" in info) == (kind.version != "2.1.197")
 
 
 def test_history_reaches_the_model_as_it_was_sent(subject: Subject) -> None:
@@ -463,11 +482,9 @@ def test_settings_reach_the_next_request(subject: Subject) -> None:
     assert restored["thinks"]
 
 
-def test_an_unknown_control_request_is_an_error_and_no_end(subject: Subject) -> None:
-    with subject.start() as claude:
-        ready(claude)
-        answer = claude.control("nonsense")
-        result = claude.turn("hi")[-1]
+def test_an_unknown_control_request_is_an_error_and_no_end(greeted: Greeted) -> None:
+    answer = greeted.claude.control("nonsense")
+    result = greeted.claude.turn("hi")[-1]
     assert (answer["subtype"], answer["error"]) == (
         "error", "Unsupported control request subtype: nonsense")
     assert not result["is_error"]
@@ -805,11 +822,9 @@ def test_a_call_whose_turn_is_interrupted_is_taken_back(subject: Subject) -> Non
         said("user", "one"), said("assistant", "eins"), said("user", "three")]
 
 
-def test_an_interrupt_while_idle_changes_nothing(subject: Subject) -> None:
-    with subject.start() as claude:
-        ready(claude)
-        assert claude.control("interrupt")["subtype"] == "success"
-        assert not claude.turn("hi")[-1]["is_error"]
+def test_an_interrupt_while_idle_changes_nothing(greeted: Greeted) -> None:
+    assert greeted.claude.control("interrupt")["subtype"] == "success"
+    assert not greeted.claude.turn("hi")[-1]["is_error"]
 
 
 def test_the_end_of_stdin_is_the_end(subject: Subject) -> None:

@@ -4,8 +4,9 @@ one that went on in its process, to the byte."""
 from __future__ import annotations
 
 import base64
+import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def cached_part(body: Body) -> Body:
     found: Body = unmarked(body)
     del found["metadata"]
     return found
+
+
+def text_of(body: Body) -> str:
+    """The same as text, so that the order of fields counts too."""
+    return json.dumps(cached_part(body), indent=1)
 
 
 def unmarked(value: Json) -> Json:
@@ -71,14 +77,17 @@ def rebuilt(rig: Rig, talk: Conversation) -> Answer:
 
 
 def assert_same(rig: Rig, talk: Conversation, *results: tuple[str, Result]) -> Answer:
-    """Send results, or a question, to the process that knows the conversation, and to another one.
-    Both requests to the API are the same. Return the second answer; `talk` goes on from it."""
-    talk.messages += (
-        talk.dialect.results(results) if results else [{"role": "user", "content": "Sure?"}])
+    """Send results, or a question if it is the user's turn, to the process that knows the
+    conversation, and to another one. Both requests to the API are the same. Return the second
+    answer; `talk` goes on from it."""
+    if results:
+        talk.messages += talk.dialect.results(results)
+    elif talk.messages[-1].get("role") != "user":
+        talk.messages.append({"role": "user", "content": "Sure?"})
     before, other = len(rig.bodies()), talk.branch()
     assert path_of(rig, other.send()) == "continued"
     said = rebuilt(rig, talk)
-    first, second = map(cached_part, rig.bodies()[before:])
+    first, second = map(text_of, rig.bodies()[before:])
     assert second == first
     return said
 
@@ -100,12 +109,35 @@ def test_a_conversation_with_tools_and_thinking_is_the_same_elsewhere(
     talk.ask("Hello?")
     first, second = talk.ask("Weather?").calls
     # In the middle of the loop, where the last message has nothing but results.
-    asked = assert_same(rig, talk, (first.id, Result("Sun.")), (second.id, Result("Snow.")))
+    failed = Result("No snow.", is_error=dialect is MESSAGES)
+    asked = assert_same(rig, talk, (first.id, Result("Sun.")), (second.id, failed))
     talk.send_results([(asked.call.id, Result("Rain."))])
     assert_same(rig, talk)
     answers = [contents for role, contents in turns(rig.last_body()) if role == "assistant"]
     assert [contents[0]["type"] for contents in answers] == ["thinking"] * 4
     assert rig.last_body()["thinking"]["type"] != "disabled"
+
+
+#: The contents of results, and whether the call failed. claude is told others by another process.
+RESULTS: Sequence[tuple[Json, bool]] = (
+    ("Sun.", False), ([MESSAGES.text("Sun."), MESSAGES.text(" Snow.\n")], False), ("", False),
+    ([MESSAGES.text("Look:"), MESSAGES.image(BLACK)], False), ("\u2028\U0001f642 " * 900, False),
+    ("No snow.", True), ([MESSAGES.text(" No sun.\n"), MESSAGES.text("No snow. ")], True),
+    ("", True), ("x" * 9_999, True),
+)
+
+
+@pytest.mark.differs_by_version
+def test_every_kind_of_result_is_the_same_elsewhere(rig: Rig) -> None:
+    rig.script(
+        stub.tool_calls([("weather", {"z": 1, "a": [None, {"y": 0.5}]})] * len(RESULTS)),
+        then=stub.text("Bye."))
+    talk = Conversation(rig, MESSAGES, [WEATHER], "Results.")
+    calls = talk.ask("Weather?").calls
+    talk.messages.append({"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": call.id, "content": content, "is_error": failed}
+        for call, (content, failed) in zip(calls, RESULTS)]})
+    assert_same(rig, talk)
 
 
 FIRST_MESSAGES: Mapping[str, Json] = {

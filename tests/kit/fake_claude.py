@@ -34,17 +34,22 @@ or "tool_use" if there are calls. After a message with tool calls the next list 
 
 from __future__ import annotations
 
-import json
+# Every test of a server starts this program, so it imports nothing that takes long: not signal,
+# which imports enum, nor typing.
+import _signal as signal
 import os
-import re
 import select
-import signal
 import sys
 import time
-from typing import Any, Callable, Iterator, NoReturn, Optional
 
-Json = Any
-Step = dict[str, Json]
+from quick_json import json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Iterator, NoReturn, Optional
+
+    Json = Any
+    Step = dict[str, Json]
 
 USAGE = {
     "input_tokens": 10,
@@ -247,8 +252,13 @@ def is_same_model(said: str, own: str, is_recent: bool) -> bool:
     own = own.replace("[1m]", "")
     if not is_recent:
         return said == own
-    names = [re.sub(r"-\d{8}$", "", name.replace("[1m]", "")) for name in (said, own)]
-    return names[0] == names[1]
+    return undated(said.replace("[1m]", "")) == undated(own)
+
+
+def undated(model_id: str) -> str:
+    """A model's id without the day at its end."""
+    rest, _, day = model_id.rpartition("-")
+    return rest if len(day) == 8 and day.isdigit() else model_id
 
 
 def new_uuid() -> str:
@@ -847,7 +857,11 @@ def call_result(call_id: str, response: Step) -> Step:
         reply = (response.get("response") or {}).get("mcp_response") or {}
         failure = (reply.get("error") or {}).get("message") or response.get("error")
         return tool_result(call_id, str(failure), True)
-    return tool_result(call_id, result.get("content"), bool(result.get("isError")))
+    content = result.get("content")
+    if result.get("isError"):
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        return tool_result(call_id, "\n".join(texts).strip() or "Unknown error", True)
+    return tool_result(call_id, content)
 
 
 # ---------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Union
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence, Union
 
 from clock import SkippingClock
+from forks import forker
 from processes import Ran
 from project import REPO, load_script
 
@@ -124,6 +125,14 @@ class Stream(io.StringIO):
         return self.terminal
 
 
+def run_program(command: Sequence[str], environ: Mapping[str, str], **more: Any) -> Any:
+    """What ocp.run_program does, but quicker for ocp_connect.py."""
+    script = REPO / "ocp_connect.py"
+    if list(command[:2]) != [sys.executable, str(script)] or more.get("attached"):
+        return ocp.run_program(command, environ, **more)
+    return ocp.Completed(*forker(script).run(command[2:], environ, Path.cwd(), 180))
+
+
 def ocp_env(
     home: Path, *argv: str, environ: Optional[Mapping[str, str]] = None, terminal: bool = False,
     stdin: str = "", tree: Path = REPO, clock: Optional[SkippingClock] = None, **more: Any,
@@ -134,7 +143,8 @@ def ocp_env(
     return ocp.Env(
         list(argv), surroundings, Stream(stdin, terminal), Stream(terminal=terminal),
         Stream(terminal=terminal), str(home), str(tree),
-        **{"clock": clock.time, "sleep": clock.sleep, "platform": "linux", **more},
+        **{"clock": clock.time, "sleep": clock.sleep, "platform": "linux", "run": run_program,
+           **more},
     )
 
 

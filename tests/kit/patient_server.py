@@ -5,10 +5,11 @@ claude does a thing at all, and that must not depend on what else the machine is
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Mapping
 
 from project import load_script
+
+server = load_script("ocp_server")
 
 #: Constants of ocp_server.py, and what they are here, in seconds.
 PATIENCE_S = {
@@ -17,14 +18,9 @@ PATIENCE_S = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     """Run the server like this; its exit code."""
-    server = load_script("ocp_server")
     for name, seconds in PATIENCE_S.items():
         assert getattr(server, name) < seconds
         setattr(server, name, seconds)
-    return int(server.main(sys.argv[1:], os.environ))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return int(server.main(arguments, environ))

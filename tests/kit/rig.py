@@ -20,6 +20,7 @@ import programs
 import stub_api
 from dialects import CHAT, Answer
 from http_client import Stream
+from processes import of_process
 from programs import HOW_TO_INSTALL, real_claude_env
 from server import Server, running_server
 from stub_api import StubApi
@@ -251,20 +252,13 @@ def claude_pids(server: Server) -> list[int]:
 
 
 def command_line(pid: int) -> bytes:
-    return _of_process(pid, "cmdline")
+    return of_process(pid, "cmdline")
 
 
 def environment(pid: int) -> dict[str, str]:
     """Return the environment that a process was started with."""
-    pairs = _of_process(pid, "environ").decode().split("\0")
+    pairs = of_process(pid, "environ").decode().split("\0")
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-
-
-def _of_process(pid: int, name: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:
-        return b""  # It ended meanwhile.
 
 
 def wait_until(check: Callable[[], Any], timeout_s: float = 30) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -13,14 +14,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional, Sequence, Union
 
+from forks import Fork, forker
 from http_client import Body, Reply, Stream, http_call, http_request
-from processes import descendants, kill_all, processes_with
+from processes import Ran, descendants, kill_all, processes_with
 from project import REPO, clean_env, read_json_lines, run_compiled
 from waiting import eventually
 
 Json = Any
 FAKE_CLAUDE = REPO / "tests" / "kit" / "fake_claude.py"
 Turns = Sequence[Sequence[Mapping[str, Json]]]
+#: A server's own process.
+Process = Union["subprocess.Popen[bytes]", Fork]
+
+
+@functools.cache
+def source() -> str:
+    """The server's own source."""
+    return (REPO / "ocp_server.py").read_text()
 
 
 class Place:
@@ -61,6 +71,8 @@ class Place:
 
     def env(self, more: Mapping[str, Optional[str]], pass_env: Sequence[str]) -> dict[str, str]:
         """The environment of the server; a None in `more` takes a variable away."""
+        unknown = [name for name in more if name.startswith("OCP_") and name not in source()]
+        assert not unknown, f"the server has no such settings: {unknown}"
         passed = ["FAKE_CLAUDE", "FAKE_CLAUDE_LOG", *pass_env]
         if more.get("OCP_PASS_ENV"):
             passed.append(str(more["OCP_PASS_ENV"]))
@@ -77,7 +89,7 @@ class Place:
 class Server:
     """A running ocp_server.py, from running_server()."""
 
-    def __init__(self, place: Place, process: subprocess.Popen[bytes], port: int) -> None:
+    def __init__(self, place: Place, process: Process, port: int) -> None:
         self.place = place
         self.process = process
         self.port = port
@@ -185,7 +197,7 @@ def running_server(
     claude     another program instead of the fake
     env        more variables; None takes one away
     pass_env   names for OCP_PASS_ENV, beside those of the fake
-    as_program start the script as people do, for who looks at its command line
+    as_program start the script as people do, for who looks at its command line; see forks.py
 
     A claude that outlives the server fails the test, and so does a ResourceWarning."""
     place = Place(folder)
@@ -195,8 +207,8 @@ def running_server(
     elif scenario is not None:
         place.write_scenario(scenario)
     more = {**({"CLAUDE_BIN": str(claude)} if claude else {}), **(env or {})}
-    program = [str(script)] if as_program or script.parent != REPO else run_compiled(script)
-    process = start_script(place, [*program, *args], place.env(more, pass_env))
+    start = start_program if as_program else start_fork
+    process = start(place, script, args, place.env(more, pass_env))
     try:
         server = Server(place, process, wait_for_port(place, process))
         yield server
@@ -209,17 +221,25 @@ def running_server(
         kill_all(sorted(processes_with(place.folder)))
 
 
-def start_script(
-    place: Place, arguments: Sequence[str], env: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-W", "error::ResourceWarning", *arguments]
+def start_program(
+    place: Place, script: Path, arguments: Sequence[str], env: Mapping[str, str]
+) -> Process:
+    command = [sys.executable, "-W", "error::ResourceWarning", str(script), *arguments]
     with open(place.stdout, "wb") as stdout, open(place.stderr, "wb") as stderr:
         return subprocess.Popen(
             command, env=dict(env), cwd=place.folder, stdin=subprocess.DEVNULL, stdout=stdout,
             stderr=stderr, start_new_session=True)
 
 
-def wait_for_port(place: Place, process: subprocess.Popen[bytes], timeout_s: float = 120) -> int:
+def start_fork(
+    place: Place, script: Path, arguments: Sequence[str], env: Mapping[str, str]
+) -> Process:
+    for output in (place.stdout, place.stderr):
+        output.write_bytes(b"")
+    return forker(script).fork(arguments, env, place.folder, place.stdout, place.stderr)
+
+
+def wait_for_port(place: Place, process: Process, timeout_s: float = 120) -> int:
     """The port in the line that the server prints when it is ready."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
@@ -244,17 +264,14 @@ def assert_clean_end(server: Server) -> None:
     assert "ResourceWarning" not in server.output, server.output
 
 
-def run_script(
-    folder: Path, name: str, *args: str, env: Optional[Mapping[str, Optional[str]]] = None,
-    stdin: bytes = b"", timeout_s: float = 120,
-) -> subprocess.CompletedProcess[bytes]:
-    """Run a top-level script to its end in the same surroundings as a server's."""
+def run_server(
+    folder: Path, *args: str, env: Optional[Mapping[str, Optional[str]]] = None
+) -> Ran:
+    """Run ocp_server.py to its end in the same surroundings as those of a running server."""
     place = Place(folder)
     place.prepare()
-    return subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", *run_compiled(REPO / name), *args],
-        input=stdin,
-        env=place.env(env or {}, ()), cwd=place.folder, capture_output=True, timeout=timeout_s)
+    process = start_fork(place, REPO / "ocp_server.py", args, place.env(env or {}, ()))
+    return Ran(process.wait(120), place.stdout.read_text(), place.stderr.read_text())
 
 
 def health(server: Server) -> dict[str, Json]:

@@ -675,6 +675,7 @@ WORDS: Sequence[tuple[str, Callable[[re.Match[str]], Reply]]] = (
     (r"\bLIMIT\b",          lambda found: plan_limit()),
     (r"\bLONG (\d+)\b",     lambda found: _long(int(found[1]))),
     (r"\bSLOW\b",           lambda found: text("Hello from the slow stub.", 10, gap_s=0.5)),
+    (r"\bTOOL\b",           lambda found: tool_calls([("look", {})])),
     (r"\bTHINK\b",          lambda found: thinking("Let me think about it.", "Thought over.")),
     (r"\bMAXTOKENS\b",      lambda found: text("Half an ans", stop_reason="max_tokens")),
     (r"\bREFUSE\b",         lambda found: text("I", stop_reason="refusal")),

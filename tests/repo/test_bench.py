@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -287,3 +288,49 @@ def test_attacks_that_go_on_together_exist() -> None:
     module = bench("attacks")
 
     assert set(module.TOGETHER) <= set(module.attackers.ATTACKS)
+
+
+# -- callers -------------------------------------------------------------------------------------
+
+def served(*rates: float) -> dict[str, list[object]]:
+    """What each version did in each case."""
+    module = bench("callers")
+    return {case.label: [module.Served(rate, 0.05, 0.875, 3) for rate in rates]
+            for case in module.CASES}
+
+
+def test_callers_table_sets_the_versions_side_by_side() -> None:
+    module = bench("callers")
+    lines = module.case_table(served(4.0, 20.0)).splitlines()
+
+    assert len(lines) == 2 + len(module.CASES)
+    assert cells(lines[0])[1:] == [
+        "before: answers/s", "processor ms", "kept", "started",
+        "now: answers/s", "processor ms", "kept", "started"]
+    assert cells(lines[3])[1:] == ["4.0", "50.0", "88%", "3", "20.0", "50.0", "88%", "3"]
+    assert cells(module.case_table(served(4.0)).splitlines()[0])[1] == "now: answers/s"
+
+
+def test_callers_says_whether_several_keys_get_what_one_gets() -> None:
+    module = bench("callers")
+    results = served(10.0)
+    for case, rate in zip(module.CASES, (10.0, 8.0, 7.9)):
+        results[case.label] = [module.Served(rate, 0.0, 1.0, 0)]
+
+    assert [line.rpartition(" ")[2] for line in module.targets(results)] == ["reached", "MISSED"]
+
+
+def test_callers_table_has_what_a_cancelled_turn_costs() -> None:
+    module = bench("callers")
+    lines = module.left_table([module.Left(0.9, 0.8, 4), module.Left(0.05, 0.1, 0)]).splitlines()
+
+    assert [cells(line)[1:] for line in lines[2:]] == [
+        ["900", "50.0"], ["800", "100"], ["4", "0"]]
+
+
+def test_callers_counts_the_processor_time_of_ended_processes_too() -> None:
+    burn = "for _ in range(4_000_000): pass"
+    before_s = bench("callers").processor_s(os.getpid())
+    subprocess.run([sys.executable, "-I", "-S", "-c", burn], check=True)
+
+    assert bench("callers").processor_s(os.getpid()) - before_s >= 0.03

@@ -20,7 +20,7 @@ TESTS = REPO / "tests"
 ROOMS = ("unit", "server", "contract", "scripts", "clients", "repo")
 #: What a test in unit has no use for: it starts no process. A module, or a name in one.
 STARTS_PROCESSES = {
-    "subprocess", "multiprocessing", "pty", "server", "rig", "browser", "claude_driver",
+    "subprocess", "multiprocessing", "pty", "forks", "server", "rig", "browser", "claude_driver",
     "shell_claude", "processes.run_to_end", "os.fork", "os.posix_spawn", "os.system",
 }
 #: Fixtures of tests/conftest.py that start a server.
@@ -35,9 +35,10 @@ SECTION_LINES = {
     "Turns and events": 820, "Store": 420, "Keys and callers": 540, "Usage and quotas": 380,
     "Patterns": 100, "JSON Schema": 580, "Model schemas": 440, "Request fields": 390,
     "Attachments": 370, "Content": 380, "Tools": 560, "Dialects": 360, "Chat completions": 420,
-    "Messages": 240, "Response items": 300, "Responses": 460, "Claude protocol": 480,
+    "Messages": 240, "Response items": 300, "Responses": 460, "Claude protocol": 220,
+    "Claude input": 410,
     "Plan and failures": 320, "Claude answers": 640, "Claude program": 630, "Claude process": 630,
-    "Gate": 160, "Conversations": 120, "Process pool": 380, "Sessions and responses": 250,
+    "Gate": 160, "Conversations": 160, "Process pool": 380, "Sessions and responses": 250,
     "Cache": 250, "Account": 260, "Metrics": 140, "Connections": 390, "State folder": 160,
     "Answering": 830, "App": 360, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
     "API endpoints": 320, "Management endpoints": 800, "Table of routes": 50, "Demo claude": 80,

@@ -179,7 +179,7 @@ def test_the_gate_asks_older_claudes_one_case_of_each_test_that_differs_by_versi
     same = [Asking("same", claude=each) for each in (NEW, OLD)]
     differing = [Asking("differs", "differs_by_version", claude=each, case=case)
                  for each in (NEW, OLD) for case in range(3)]
-    fakes = [Asking("fake", subject=each) for each in (NEW, OLD, PLAYED, PLAYED_OLD)]
+    fakes = [Asking("fake", kind=each) for each in (NEW, OLD, PLAYED, PLAYED_OLD)]
     neither = Asking("neither", case=1)
 
     left_out = selection.other_versions([*same, *differing, *fakes, neither])

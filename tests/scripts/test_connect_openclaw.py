@@ -6,6 +6,8 @@ edited.
 """
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -14,7 +16,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,30 @@ else:
 '''
 
 
+PROGRAM = f"#!{sys.executable} -IS\n{FAKE_OPENCLAW}"
+CODE = compile(FAKE_OPENCLAW, "openclaw", "exec")
+RUN_COMMAND = connect.run_command
+
+
+def run_command(
+    command: Sequence[str], environ: Mapping[str, str], stdin: str = "", timeout_s: float = 60
+) -> Any:
+    """What connect.run_command does, with the program above in this process."""
+    program = shutil.which(command[0], path=environ["PATH"])
+    if not program or Path(program).read_bytes() != PROGRAM.encode():
+        return RUN_COMMAND(command, environ, stdin, timeout_s)
+    code, error, output = 0, "", io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", dict(environ))
+        patch.setattr(sys, "argv", [program, *command[1:]])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            exec(CODE, {"__file__": program})
+        except SystemExit as end:
+            code, error = 1, f"{end}\n"
+    return connect.Ran(code, output.getvalue(), error)
+
+
 class Lab(Home):
     """A home in which there is OpenClaw, or at least its file."""
 
@@ -114,7 +140,7 @@ class Lab(Home):
 
     def install(self) -> None:
         """Puts OpenClaw on the PATH."""
-        self.put("bin/openclaw", f"#!{sys.executable} -IS\n{FAKE_OPENCLAW}").chmod(0o755)
+        self.put("bin/openclaw", PROGRAM).chmod(0o755)
 
     def complain(self, words: str) -> None:
         """Makes OpenClaw refuse every change with these words."""
@@ -152,8 +178,11 @@ class Lab(Home):
 
 
 @pytest.fixture
-def bare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Lab:
+def bare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Lab:
     """A home without the program."""
+    monkeypatch.setattr(connect, "run_command", run_command)
     return Lab(tmp_path / "home", capsys)
 
 
@@ -170,6 +199,20 @@ def either(request: pytest.FixtureRequest, bare: Lab) -> Lab:
     if request.param == "program":
         bare.install()
     return bare
+
+
+@pytest.mark.parametrize(("words", "stdin"), [
+    (("config", "file"), ""), (("config", "patch", "--stdin"), '{"a": {"b": 1}}'),
+    (("config", "patch", "--stdin"), '{"list": [{"id": "b"}]}'), (("nonsense",), "")])
+def test_openclaw_says_here_what_it_says_as_a_program(
+    lab: Lab, words: tuple[str, ...], stdin: str
+) -> None:
+    ran = []
+    for run in (run_command, RUN_COMMAND):
+        lab.has({"list": [{"id": "a"}]})
+        ran.append((run(("openclaw", *words), lab.machine.environ, stdin), lab.file.read_bytes()))
+
+    assert ran[0] == ran[1]
 
 
 # ---------------------------------------------------------------------------

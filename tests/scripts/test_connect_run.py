@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from depth import by_depth
+from forks import forker
 from processes import Ran
 from project import REPO, clean_env, load_script
 from server import Server, running_server
@@ -61,6 +62,14 @@ def piped(home: Path, *args: str, script: bytes = SOURCE, **env: str) -> Ran:
         capture_output=True, timeout=300, start_new_session=True)
     ran = Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
     assert "Traceback" not in ran.stderr or script != SOURCE, ran.stderr
+    return ran
+
+
+def connected(home: Path, *args: str, **env: str) -> Ran:
+    """The same from a file, for what does not depend on the pipe."""
+    ran = forker(SCRIPT).run(args, clean_env(HOME=str(home), SHELL="/bin/bash",
+                             **{"PATH": "/usr/bin:/bin", **env}), home, 300)
+    assert "Traceback" not in ran.stderr, ran.stderr
     return ran
 
 
@@ -174,14 +183,18 @@ def pythons() -> list[str]:
     return sorted(set(works))
 
 
-@pytest.mark.parametrize("python", pythons())
-def test_every_python_here_runs_it_alone(server: Server, free_home: Path, python: str) -> None:
-    done = subprocess.run(
-        [python, "-I", "-S", str(SCRIPT), *at(server, "--all", "--yes")],
-        env=clean_env(HOME=str(free_home), PATH="/usr/bin:/bin"), capture_output=True, timeout=300,
-        stdin=subprocess.DEVNULL)
+@pytest.mark.slow
+def test_every_python_here_runs_it_alone(server: Server, tmp_path: Path) -> None:
+    for number, python in enumerate(pythons()):
+        home = tmp_path / str(number)
+        home.mkdir()
 
-    assert done.returncode == 0, done.stderr
+        done = subprocess.run(
+            [python, "-I", "-S", str(SCRIPT), *at(server, "--all", "--yes")],
+            env=clean_env(HOME=str(home), PATH="/usr/bin:/bin"), capture_output=True, timeout=300,
+            stdin=subprocess.DEVNULL)
+
+        assert done.returncode == 0, (python, done.stderr)
 
 
 def test_windows_is_refused_politely() -> None:
@@ -197,7 +210,7 @@ def test_windows_is_refused_politely() -> None:
 # ---------------------------------------------------------------------------
 
 def test_nobody_there_is_one_sentence(free_home: Path) -> None:
-    ran = piped(free_home, "127.0.0.1", "--port", "9", "--yes")
+    ran = connected(free_home, "127.0.0.1", "--port", "9", "--yes")
 
     assert ran.code == 3 and "Cannot reach http://127.0.0.1:9" in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1 and not list(free_home.iterdir())
@@ -220,7 +233,7 @@ def test_something_else_there_is_one_sentence(free_home: Path, answer: bytes) ->
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
-        ran = piped(free_home, "127.0.0.1", "--port", str(listener.getsockname()[1]), "--yes")
+        ran = connected(free_home, "127.0.0.1", "--port", str(listener.getsockname()[1]), "--yes")
         thread.join()
 
     assert ran.code == 3 and re.search("not an OCP|Cannot reach", ran.stderr), ran
@@ -233,12 +246,12 @@ def test_something_else_there_is_one_sentence(free_home: Path, answer: bytes) ->
     ("h", "--key", ""), ("h", "--key", "a b"), ("--undo", "--only", ""), ("h", "--only", " ,"),
 ])
 def test_wrong_usage_is_2(free_home: Path, args: tuple[str, ...]) -> None:
-    assert piped(free_home, *args, "--yes").code == 2
+    assert connected(free_home, *args, "--yes").code == 2
     assert not list(free_home.iterdir())
 
 
 def test_a_misspelt_tool_is_named_with_a_better_one(free_home: Path) -> None:
-    assert "did you mean codex?" in piped(free_home, "h", "--only", "codx").stderr
+    assert "did you mean codex?" in connected(free_home, "h", "--only", "codx").stderr
 
 
 # ---------------------------------------------------------------------------
@@ -246,7 +259,7 @@ def test_a_misspelt_tool_is_named_with_a_better_one(free_home: Path) -> None:
 # ---------------------------------------------------------------------------
 
 def test_mode_none_needs_no_key(server: Server, free_home: Path) -> None:
-    ran = piped(free_home, *at(server, "--only", "aider", "--yes"))
+    ran = connected(free_home, *at(server, "--only", "aider", "--yes"))
 
     assert ran.code == 0 and "no key needed" in ran.stdout
     assert not (free_home / ".config/ocp/key").exists()
@@ -255,11 +268,11 @@ def test_mode_none_needs_no_key(server: Server, free_home: Path) -> None:
 @pytest.mark.slow
 def test_mode_shared_wants_the_key(tmp_path: Path, free_home: Path) -> None:
     with running_server(tmp_path / "server", env={"PROXY_API_KEY": SHARED_KEY}) as shared:
-        without = piped(free_home, *at(shared, "--yes", "--only", "aider"))
-        wrong = piped(free_home, *at(shared, "--yes", "--only", "aider", "--key", "nonsense"))
+        without = connected(free_home, *at(shared, "--yes", "--only", "aider"))
+        wrong = connected(free_home, *at(shared, "--yes", "--only", "aider", "--key", "nonsense"))
         assert not list(free_home.iterdir())
-        right = piped(free_home, *at(shared, "--yes", "--only", "aider", "--key", SHARED_KEY))
-        again = piped(free_home, *at(shared, "--yes", "--only", "aider"))
+        right = connected(free_home, *at(shared, "--yes", "--only", "aider", "--key", SHARED_KEY))
+        again = connected(free_home, *at(shared, "--yes", "--only", "aider"))
 
     assert without.code == 2 and "--key" in without.stderr
     assert wrong.code == 4 and "refused" in wrong.stderr
@@ -274,7 +287,7 @@ def test_mode_multi_takes_a_devices_key_from_the_environment(
 ) -> None:
     key = made_key(guarded, "laptop")
 
-    ran = piped(free_home, *at(guarded, "--yes", "--only", "codex"), OCP_CONNECT_KEY=key)
+    ran = connected(free_home, *at(guarded, "--yes", "--only", "codex"), OCP_CONNECT_KEY=key)
 
     assert ran.code == 0 and key in (free_home / ".codex/config.toml").read_text()
 
@@ -282,7 +295,7 @@ def test_mode_multi_takes_a_devices_key_from_the_environment(
 def test_a_key_with_few_models_brings_only_those(guarded: Server, free_home: Path) -> None:
     key = made_key(guarded, "narrow", models=["haiku"])
 
-    ran = piped(free_home, *at(guarded, "--yes", "--only", "opencode", "--key", key))
+    ran = connected(free_home, *at(guarded, "--yes", "--only", "opencode", "--key", key))
 
     config = json.loads((free_home / ".config/opencode/opencode.json").read_text())
     assert ran.code == 0 and list(config["provider"]["ocp"]["models"]) == [
@@ -295,7 +308,7 @@ def test_a_revoked_key_is_said(guarded: Server, free_home: Path) -> None:
     admin = (guarded.ocp_home / "admin-key").read_text().strip()
     guarded.call("DELETE", "/api/keys/lost", None, {"Authorization": f"Bearer {admin}"})
 
-    ran = piped(free_home, *at(guarded, "--yes", "--key", key))
+    ran = connected(free_home, *at(guarded, "--yes", "--key", key))
 
     assert ran.code == 4 and "revoked" in ran.stderr and not list(free_home.iterdir())
 
@@ -304,7 +317,7 @@ def test_an_advertised_anonymous_key_is_used(tmp_path: Path, free_home: Path) ->
     settings = {"CLAUDE_AUTH_MODE": "multi", "PROXY_ANONYMOUS_KEY": "everybody-here",
                 "PROXY_ADVERTISE_ANON_KEY": "1"}
     with running_server(tmp_path / "server", env=settings) as running:
-        ran = piped(free_home, *at(running, "--yes", "--only", "aider"))
+        ran = connected(free_home, *at(running, "--yes", "--only", "aider"))
 
     assert ran.code == 0, ran
     assert "everybody-here" in (free_home / ".aider.conf.yml").read_text()
@@ -314,9 +327,9 @@ def test_the_key_of_one_server_is_not_sent_to_another(
     guarded: Server, tmp_path: Path, free_home: Path
 ) -> None:
     key = made_key(guarded, "mine")
-    piped(free_home, *at(guarded, "--yes", "--only", "aider", "--key", key))
+    connected(free_home, *at(guarded, "--yes", "--only", "aider", "--key", key))
     with running_server(tmp_path / "other", env={"PROXY_API_KEY": SHARED_KEY}) as other:
-        ran = piped(free_home, *at(other, "--yes", "--only", "aider"))
+        ran = connected(free_home, *at(other, "--yes", "--only", "aider"))
         assert ran.code == 2 and "--key" in ran.stderr
 
 
@@ -327,7 +340,7 @@ def test_the_key_of_one_server_is_not_sent_to_another(
 def test_without_a_terminal_it_names_the_flag_and_changes_nothing(
     server: Server, free_home: Path
 ) -> None:
-    ran = piped(free_home, *at(server, "--all"))
+    ran = connected(free_home, *at(server, "--all"))
 
     assert ran.code == 2 and "--yes" in ran.stderr and not list(free_home.iterdir())
 
@@ -406,7 +419,7 @@ def log_in(home: Path) -> None:
 def test_anthropic_is_refused_where_the_server_runs(server: Server, free_home: Path) -> None:
     log_in(free_home)
 
-    ran = piped(free_home, *at(server, "--all", "--yes", "--anthropic"))
+    ran = connected(free_home, *at(server, "--all", "--yes", "--anthropic"))
 
     assert ran.code == 1 and "drives it" in ran.stderr
     assert list(tree(free_home)) == [".claude/.credentials.json"]
@@ -417,7 +430,7 @@ def test_without_anthropic_nothing_of_anthropics_is_written(
 ) -> None:
     log_in(free_home)
 
-    assert piped(free_home, *at(server, "--all", "--yes")).code == 0
+    assert connected(free_home, *at(server, "--all", "--yes")).code == 0
 
     assert not [name for name, content in tree(free_home).items() if b"ANTHROPIC_" in content]
 
@@ -425,7 +438,7 @@ def test_without_anthropic_nothing_of_anthropics_is_written(
 def test_with_anthropic_elsewhere_claude_code_and_shells_are_set(
     server: Server, free_home: Path
 ) -> None:
-    ran = piped(free_home, *at(server, "--only", "claude-code,shell", "--yes", "--anthropic"))
+    ran = connected(free_home, *at(server, "--only", "claude-code,shell", "--yes", "--anthropic"))
 
     settings = json.loads((free_home / ".claude/settings.json").read_text())
     assert ran.code == 0 and settings["env"]["ANTHROPIC_BASE_URL"] == server.url
@@ -437,7 +450,7 @@ def test_a_loop_that_is_there_already_is_said(server: Server, free_home: Path) -
     (free_home / ".claude/settings.json").write_text(
         json.dumps({"env": {"ANTHROPIC_BASE_URL": f"http://localhost:{server.port}"}}))
 
-    ran = piped(free_home, *at(server, "--only", "aider", "--yes"))
+    ran = connected(free_home, *at(server, "--only", "aider", "--yes"))
 
     assert ran.code == 0 and "round through the server" in ran.stdout
 
@@ -445,7 +458,7 @@ def test_a_loop_that_is_there_already_is_said(server: Server, free_home: Path) -
 def test_an_address_of_anthropics_that_is_none_leads_nowhere(
     server: Server, free_home: Path
 ) -> None:
-    ran = piped(free_home, *at(server, "--only", "aider", "--yes"),
+    ran = connected(free_home, *at(server, "--only", "aider", "--yes"),
                 ANTHROPIC_BASE_URL="http://[::1")
 
     assert ran.code == 0 and "round through the server" not in ran.stdout
@@ -456,17 +469,17 @@ def test_an_address_of_anthropics_that_is_none_leads_nowhere(
 # ---------------------------------------------------------------------------
 
 def test_a_dry_run_writes_nothing_and_shows_all(server: Server, free_home: Path) -> None:
-    ran = piped(free_home, *at(server, "--all", "--dry-run"))
+    ran = connected(free_home, *at(server, "--all", "--dry-run"))
 
     assert ran.code == 0 and "more lines" not in ran.stdout
     assert not list(free_home.iterdir())
 
 
 def test_json_is_one_value(server: Server, free_home: Path) -> None:
-    plan = json.loads(piped(free_home, *at(server, "--all", "--dry-run", "--json")).stdout)
-    done = json.loads(piped(free_home, *at(server, "--all", "--yes", "--json")).stdout)
-    listed = json.loads(piped(free_home, "--list", "--json").stdout)
-    undone = json.loads(piped(free_home, "--undo", "--yes", "--json").stdout)
+    plan = json.loads(connected(free_home, *at(server, "--all", "--dry-run", "--json")).stdout)
+    done = json.loads(connected(free_home, *at(server, "--all", "--yes", "--json")).stdout)
+    listed = json.loads(connected(free_home, "--list", "--json").stdout)
+    undone = json.loads(connected(free_home, "--undo", "--yes", "--json").stdout)
 
     assert plan["edits"] == done["edits"] and plan["server"] == server.url
     assert done["verified"] is True and len(done["written"]) == len(plan["edits"])
@@ -480,7 +493,7 @@ def test_a_server_that_cannot_answer_is_said_and_is_no_success(
 ) -> None:
     words = {"status": 529, "word": "overloaded", "text": "API Error: 529 Overloaded"}
     with running_server(tmp_path / "server", {"turns": [[{"api_error": words}]]}) as broken:
-        ran = piped(free_home, *at(broken, "--only", "aider", "--yes"))
+        ran = connected(free_home, *at(broken, "--only", "aider", "--yes"))
 
     assert ran.code == 1 and "does not answer: " in ran.stdout, ran
     assert (free_home / ".aider.conf.yml").exists()
@@ -498,14 +511,14 @@ def test_what_a_terminal_cannot_show_is_no_failure(server: Server, free_home: Pa
 def test_a_file_that_is_left_to_the_user_is_no_success(server: Server, free_home: Path) -> None:
     (free_home / ".aider.conf.yml").write_text("{flow: true}\n")
 
-    ran = piped(free_home, *at(server, "--only", "aider", "--yes"))
+    ran = connected(free_home, *at(server, "--only", "aider", "--yes"))
 
     assert ran.code == 1 and "Add this by hand:" in ran.stdout
     assert (free_home / ".aider.conf.yml").read_text() == "{flow: true}\n"
 
 
 def test_undo_with_nothing_to_undo_is_fine(free_home: Path) -> None:
-    ran = piped(free_home, "--undo")
+    ran = connected(free_home, "--undo")
 
     assert ran.code == 0 and "nothing to undo" in ran.stdout
 

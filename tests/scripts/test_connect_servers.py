@@ -158,7 +158,7 @@ NO_MODELS = {
     "a window that is true": (window(b"true"), "context_window of claude-x is true"),
     "an answer that is a list": (window(b"[1]"), "context_window of claude-x is [1]"),
     "too many models": (
-        listing(*({"id": f"m{number}"} for number in range(100_000))), "more than 500 models"),
+        listing(*({"id": f"m{number}"} for number in range(10_000))), "more than 500 models"),
     "deep JSON": (http(DEEP), "nested too deeply"),
     "html": (http(HTML), "the answer is not JSON"),
     "a redirect": (ELSEWHERE, "redirects to another address (302)"),

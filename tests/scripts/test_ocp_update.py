@@ -571,7 +571,7 @@ def test_a_power_cut_between_any_two_steps_is_recovered_from(
                 machine.ocp(*FORWARD)
                 machine.check("0.2.0")
         steps += STRIDE
-    assert steps > 12
+    assert steps >= 12
 
 
 @pytest.mark.slow
@@ -587,7 +587,7 @@ def test_a_power_cut_on_the_way_back_is_recovered_from(
             machine.check("0.1.0")
             assert machine.notes() == ["kept"], steps
         steps += STRIDE
-    assert steps > 22
+    assert steps >= 21
 
 
 def test_a_checkout_that_was_torn_is_undone(machine: UpdateMachine) -> None:

@@ -34,9 +34,8 @@ from dialects import (
     dialect_name,
 )
 from keys import ADMIN_KEY, ANONYMOUS_KEY, MULTI, as_admin, ask_as, new_key
-from processes import is_gone
 from raw_http import RawConnection, post
-from server import Server, last_entry, running_server
+from server import Server, at_rest, last_entry, running_server
 from waiting import eventually
 
 Json = Any
@@ -400,8 +399,8 @@ def test_an_answer_that_nobody_waited_for_is_not_kept(keeper: Server) -> None:
     asked = len(keeper.queries())
     with RawConnection(keeper.port) as wire:
         wire.send(post(encoded(question("Abandoned", stream=True))))
-        pid = int(eventually(lambda: keeper.queries()[asked:])[0]["pid"])
-    assert eventually(lambda: is_gone(pid))
+        eventually(lambda: keeper.queries()[asked:])
+    assert eventually(lambda: at_rest(keeper))
     keeper.write_scenario([[{"say": "Good."}]])
 
     reply = ask(keeper, "Abandoned")

@@ -18,7 +18,7 @@ from keys import MULTI, as_admin, new_key
 from processes import is_gone
 from raw_http import RawConnection, post
 from server import Server, asked_process, at_rest, health, last_entry, running_server
-from shell_claude import ShellClaude
+from shell_claude import ShellClaude, lines_of_an_answer
 from waiting import SOON_S, eventually, in_parallel
 
 Json = Any
@@ -273,6 +273,22 @@ def test_a_claude_that_says_nothing_more_is_ended_after_a_second(tmp_path: Path)
         assert eventually(lambda: at_rest(server), SOON_S)
         assert not is_kept(server)
         assert health(server)["parked"] == 0
+
+
+def test_a_claude_that_dies_of_the_interrupt_leaves_nothing_and_nobody_without_an_answer(
+    tmp_path: Path
+) -> None:
+    player = ShellClaude(tmp_path)
+    player.play(lines_of_an_answer("Hi.")[:3], "read -r line; echo unknown option >&2; exit 1")
+    with running_server(tmp_path / "server", claude=player.program, env=NO_SPARES) as server:
+        with RawConnection(server.port) as wire:
+            wire.send(post(encoded(question())))
+            (pid,) = eventually(player.asked)
+        eventually(lambda: at_rest(server))
+        assert not is_kept(server)
+        assert eventually(lambda: is_gone(pid), SOON_S)
+        player.play(lines_of_an_answer("Hi."))
+        assert content_of(ask(server)) == "Hi."
 
 
 def test_the_process_of_a_key_that_is_revoked_is_ended(tmp_path: Path) -> None:

@@ -310,6 +310,7 @@ def test_an_answer_that_nobody_reads_yet_frees_its_place_and_is_whole_when_it_is
     assert body.count(b"x" * 90_000) >= 64 and body.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_slow_but_steady_gets_its_whole_answer(tmp_path: Path) -> None:
     large = {"say": "x" * 6_000_000, "chunks": 64}
     # Of the pauses none is as long as this, and all together are.
@@ -324,6 +325,7 @@ def test_a_reader_that_is_slow_but_steady_gets_its_whole_answer(tmp_path: Path) 
     assert wire.said.count(b"x") >= 6_000_000
 
 
+@pytest.mark.slow
 def test_what_a_client_left_unread_is_given_back_when_it_leaves(tmp_path: Path) -> None:
     large = {"say": "x" * 40_000_000, "chunks": 64}
     with running_server(tmp_path, [[large]], env=NO_IDLE) as server:
@@ -589,7 +591,7 @@ def test_a_server_that_was_started_to_survive_hangups_does(tmp_path: Path) -> No
     # As nohup does it: what is ignored stays ignored in the program that is started.
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with running_server(tmp_path) as server:
+        with running_server(tmp_path, as_program=True) as server:
             os.kill(server.pid, signal.SIGHUP)
             reply = ask(server)
 

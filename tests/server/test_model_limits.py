@@ -49,7 +49,7 @@ def server(shared_server: Server) -> Server:
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[Server]:
     """A server that has learned nothing."""
-    with running_server(tmp_path, env={"OCP_HEARTBEAT_INTERVAL": "50"}) as running:
+    with running_server(tmp_path, env={"CLAUDE_HEARTBEAT_INTERVAL": "50"}) as running:
         yield running
 
 

@@ -320,6 +320,7 @@ def test_answers_within_the_plan_end_the_stop(tmp_path: Path) -> None:
         assert ask(server, "Again").status == 200
 
 
+@pytest.mark.slow
 def test_the_stop_ends_with_the_reset_of_the_window(tmp_path: Path) -> None:
     info = {**BILLED, "resetsAt": time.time() + 3}
     turns = [[{"say": "Hello."}, {"finish": "end_turn", "rate_limit_info": info}]]

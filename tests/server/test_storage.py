@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import signal
 import sqlite3
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +22,14 @@ from project import REPO, load_script
 from raw_http import RawConnection, post
 from server import (
     Place,
+    Process,
     Server,
     asked_process,
     at_rest,
     health,
     output_of,
     running_server,
-    start_script,
+    start_fork,
 )
 from waiting import eventually, in_parallel
 
@@ -67,7 +67,8 @@ class Lock:
             self._other.close()
 
 
-@pytest.fixture(params=[*DISKS, Lock], ids=lambda kind: str(kind.__name__))
+@pytest.fixture(params=[*DISKS, pytest.param(Lock, marks=pytest.mark.slow)],
+                ids=lambda kind: str(kind.__name__))
 def trouble(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     """What keeps the database of tmp_path / "server" from being written, from `fill` to `free`."""
     (tmp_path / "server").mkdir()
@@ -245,12 +246,12 @@ def test_a_server_that_keeps_all_in_memory_never_says_that_it_is_well(
 # One server to a home
 # ---------------------------------------------------------------------------
 
-def start_again(place: Place, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start_again(place: Place, folder: Path, *arguments: str) -> Process:
     """Another server with the home of the first, and with output of its own."""
     second = Place(folder)
     second.prepare()
     env = {**place.env(MULTI, ()), "CLAUDE_PROXY_PORT": "0"}
-    return start_script(second, [str(REPO / "ocp_server.py"), *arguments], env)
+    return start_fork(second, REPO / "ocp_server.py", arguments, env)
 
 
 def test_a_second_server_on_one_home_says_so_and_ends(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from http_client import Body, Reply, Stream
 from processes import is_gone
 from project import load_script
 from raw_http import RawConnection, head, post, raw_http
-from server import Place, Server, asked_process, run_script, running_server
+from server import Place, Server, asked_process, run_server, running_server
 from tls_files import CERT, KEY, write_tls_files
 from waiting import SOON_S, eventually
 
@@ -498,11 +498,10 @@ def test_a_client_that_trusts_nobody_here_is_told_so_by_its_own_library(secure: 
 
 def refused(folder: Path, env: dict[str, str], *args: str) -> str:
     """What a start says that is refused."""
-    done = run_script(folder, "ocp_server.py", *args, env=env)
-    assert (done.returncode, done.stdout) == (2, b"")
-    said = done.stderr.decode()
-    assert all(line.startswith("ocp: ") for line in said.splitlines()), said
-    return said
+    done = run_server(folder, *args, env=env)
+    assert (done.code, done.stdout) == (2, "")
+    assert all(line.startswith("ocp: ") for line in done.stderr.splitlines()), done.stderr
+    return done.stderr
 
 
 #: Files that cannot be used: certificate, key, and the setting that is to blame.
@@ -562,10 +561,10 @@ def test_a_certificate_and_a_key_belong_together(tmp_path: Path, alone: str) -> 
 
 
 def test_a_check_says_that_https_will_be_served(tmp_path: Path) -> None:
-    done = run_script(tmp_path, "ocp_server.py", "--check", env=write_tls_files(tmp_path))
+    done = run_server(tmp_path, "--check", env=write_tls_files(tmp_path))
 
-    assert done.returncode == 0, done
-    assert f"serves https with {tmp_path / 'cert.pem'}" in done.stdout.decode()
+    assert done.code == 0, done
+    assert f"serves https with {tmp_path / 'cert.pem'}" in done.stdout
 
 
 def test_files_may_be_named_from_the_home_folder(tmp_path: Path) -> None:

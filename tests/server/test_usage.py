@@ -40,7 +40,6 @@ from dialects import DIALECTS, MESSAGES, Dialect, dialect_name
 from disks import DISKS, SmallDisk, may_mount
 from http_client import http_call
 from keys import ADMIN_KEY, ANONYMOUS_KEY, MULTI, as_admin, ask_as, bearer, new_key
-from processes import is_gone
 from project import REPO, load_script, read_json_lines
 from raw_http import RawConnection, post
 from server import Place, Server, asked_process, running, running_server
@@ -304,10 +303,9 @@ def test_an_abandoned_answer_is_a_row(books: Server, spoke: bool) -> None:
 
     with RawConnection(books.port) as wire:
         wire.send(post(encoded(question("Leaves", stream=True))))
-        pid = asked_process(books, count + 1)
+        asked_process(books, count + 1)
         if spoke:
             wire.hear(b"x" * 400)
-    assert eventually(lambda: is_gone(pid))
 
     (row,) = eventually(lambda: [
         row for row in usage(books, "limit=3")["recent"] if row["request_id"] not in before])
@@ -646,7 +644,7 @@ def test_a_long_rebuilt_conversation_that_misses_the_prompt_cache_is_in_the_log(
     before = len(books.log_entries("prompt_cache_missed"))
     # Only a conversation that claude has to get anew can miss; a first message has nothing there.
     ask(books, f"Is {share} enough?")
-    history = [{"role": "user", "content": f"Is {share} much?"},
+    history = [{"role": "system", "content": f"Be {share}."}, {"role": "user", "content": f"Is {share} much?"},
                {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}]
 
     reply = ask(books, messages=history)

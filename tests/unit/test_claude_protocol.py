@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from claude_lines import RESULT, START, lines_of, stream
+from depth import by_depth
 from project import TRANSCRIPTS, load_script
 from rendering import MODELS, SONNET, steps_for
 
@@ -384,7 +385,7 @@ def garbage(source: random.Random, depth: int = 0) -> Any:
     return {**found, "type": source.choice(WORDS), "content": [garbage(source, depth + 1)]}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(by_depth(5, 20, 20)))
 def test_garbage_raises_nothing_but_errors_that_a_client_can_be_told(seed: int) -> None:
     source = random.Random(seed)
     reader = ocp.TurnReader()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from depth import by_depth
 from project import load_script
 from schemas import Answerer, Sample, corpus, made_up, refusals, spoiled
 
@@ -16,7 +17,8 @@ ocp = load_script("ocp_server.py")
 Json = Any
 #: The samples one by one, and those that are made up in groups.
 GROUPS = [[sample] for sample in corpus()]
-GROUPS += [made_up(300)[start:start + 50] for start in range(0, 300, 50)]
+MADE_UP = made_up(by_depth(100, 300, 300))
+GROUPS += [MADE_UP[start:start + 50] for start in range(0, len(MADE_UP), 50)]
 EVERY_GROUP = pytest.mark.parametrize("group", GROUPS, ids=lambda group: str(group[0].name))
 USES = pytest.mark.parametrize("is_tool", [True, False], ids=["tool", "answer"])
 #: The validator of a draft.

@@ -684,7 +684,7 @@ def test_a_failed_tool_is_told_as_one() -> None:
 
     [(_, reply)] = replies(tools.deliver([{**tool_result("toolu1"), "is_error": True}]))
 
-    assert reply["result"] == {"content": [], "isError": True}
+    assert reply["result"] == {"content": [block("(no output)")], "isError": True}
 
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aaaa"}}
@@ -693,7 +693,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
 @pytest.mark.parametrize(
     ("blocks", "content"),
     [
-        ([], []),
+        ([], [block("(no output)")]),
         ([block("a"), block("b")], [block("a"), block("b")]),
         ([IMAGE], [{"type": "image", "data": "aaaa", "mimeType": "image/png"}]),
         ([{"type": "image", "source": {"type": "url", "url": "https://a"}}], None),
@@ -701,7 +701,25 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
     ],
 )
 def test_a_result_has_its_form_in_mcp_or_none(blocks: list[Json], content: Any) -> None:
-    assert ocp.mcp_content(blocks) == content
+    assert ocp.mcp_content(tool_result("c1", *blocks)) == content
+
+
+@pytest.mark.parametrize(("blocks", "told"), [
+    ([block(" a\n")], "a"), ([block("a"), block("b")], "a\nb"), ([], "(no output)"),
+    ([block("x" * 10_000)], "x" * 10_000), ([block("x" * 10_001)], None),
+    ([block("\U0001f642" * 5_001)], None), ([block("a"), IMAGE], None)])
+def test_a_failed_call_is_given_or_told_the_one_text_that_claude_makes_of_it(
+    blocks: list[Json], told: str | None
+) -> None:
+    failed = {**tool_result("toolu01a", *blocks), "is_error": True}
+    [line] = lines_of(ocp.message_line(ocp.Message("user", [failed]), (2, 1, 329), ask=True))
+    [found] = line["message"]["content"]
+
+    assert ocp.mcp_content(failed) == (None if told is None else [block(told)])
+    # What claude would shorten is told whole, which another process can be.
+    assert (found["content"], found["is_error"], found["tool_use_id"]) == (
+        blocks if told is None else told, True, "toolu_01a")
+
 
 
 # -- what is written about tools ----------------------------------------------
