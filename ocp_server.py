@@ -15097,12 +15097,8 @@ class TurnRunner:
             held = held._replace(cache_lifetime=lifetime)
             return Attempt(process, held, TurnInput([settings], results))
         if len(held.history.digests) < len(turn.messages) - 1:
-            turn = self._with_thinking()
+            turn = self._app.thinking.restored(turn, self._job.caller.scope)
         return self._attempt_with(process, held, turn, settings + thinking_again(turn))
-
-    def _with_thinking(self) -> Turn:
-        """Return the turn with the thinking that its client does not send."""
-        return self._app.thinking.restored(self._turn, self._job.caller.scope)
 
     def _attempt_with(
         self, process: ClaudeProcess, held: Conversation, turn: Turn, setup: bytes
@@ -15121,7 +15117,8 @@ class TurnRunner:
 
     def _rebuild(self) -> Attempt:
         """Take a fresh process for the whole conversation."""
-        app, record, turn = self._app, self._record, self._with_thinking()
+        app, record = self._app, self._record
+        turn = app.thinking.restored(self._turn, self._job.caller.scope)
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
