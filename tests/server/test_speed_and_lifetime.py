@@ -80,7 +80,7 @@ def test_no_process_takes_fast_mode_into_a_request_that_did_not_ask(server: Serv
     first = ask(server, model=OPUS, service_tier="fast")
     assert settings_in_use(server)["fastMode"] is True
     ask(server, messages=said_twice(first), model=OPUS)
-    assert (path_of(server), settings_in_use(server).get("fastMode")) == ("rebuilt", None)
+    assert path_of(server) != "continued" and "fastMode" not in settings_in_use(server)
     ask(server, messages=said_twice(first), model=OPUS, service_tier="fast")
     assert (path_of(server), settings_in_use(server)["fastMode"]) == ("continued", True)
     change(server, fastMode=None)
