@@ -644,7 +644,8 @@ def test_a_long_rebuilt_conversation_that_misses_the_prompt_cache_is_in_the_log(
     before = len(books.log_entries("prompt_cache_missed"))
     # Only a conversation that claude has to get anew can miss; a first message has nothing there.
     ask(books, f"Is {share} enough?")
-    history = [{"role": "system", "content": f"Be {share}."}, {"role": "user", "content": f"Is {share} much?"},
+    history = [{"role": "system", "content": f"Be {share}."},
+               {"role": "user", "content": f"Is {share} much?"},
                {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}]
 
     reply = ask(books, messages=history)
