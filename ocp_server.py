@@ -9820,23 +9820,62 @@ def _limit_line(tokens: str) -> bytes:
     return control_line("apply_flag_settings", settings={"env": {BLOCKING_LIMIT: tokens}})
 
 
-def setup_lines(turn: Turn, operator_prompt: str, *, agent: bool = False) -> bytes:
-    """Return the lines that make a fresh process ready for a conversation."""
+def setup_lines(
+    turn: Turn, operator_prompt: str, *, agent: bool = False, primed_model: str = ""
+) -> bytes:
+    """Return the lines that make a fresh process ready for a conversation. `primed_model` is the
+    model that a primed process was started with; see `priming_steps`."""
     texts = (turn.system, operator_prompt.strip(), _told_call(turn))
     system = "\n\n".join(text for text in texts if text)
-    fields: Json = {"systemPrompt": [system] if system else [], "hooks": _FAILURE_HOOKS}
     tools, choice = turn.tools_for_model
-    if tools:
-        fields["sdkMcpServers"] = [TOOL_SERVER]
-    if turn.output_schema is not None:
-        fields["jsonSchema"] = turn.output_schema.schema
     more_tools = turn.server_tools_for_model
     if more_tools and turn.output_schema is not None:
         more_tools = (_structured_tool(turn.output_schema), *more_tools)
     alone = not agent and (turn.output_schema is None or bool(more_tools))
-    return control_line("initialize", **fields) + settings_lines(
+    if primed_model:
+        setup = _primed_setup(primed_model, system, has_tools=bool(tools))
+    else:
+        setup = _first_setup(system, turn.output_schema, has_tools=bool(tools))
+    return setup + settings_lines(
         _rebuild_options(turn), choice, tools if alone else (), more_tools, turn.cache_lifetime
     )
+
+
+def _first_setup(system: str, output_schema: OutputSchema | None, *, has_tools: bool) -> bytes:
+    fields: Json = {"systemPrompt": [system] if system else [], "hooks": _FAILURE_HOOKS}
+    if has_tools:
+        fields["sdkMcpServers"] = [TOOL_SERVER]
+    if output_schema is not None:
+        fields["jsonSchema"] = output_schema.schema
+    return control_line("initialize", **fields)
+
+
+def _primed_setup(model_id: str, system: str, *, has_tools: bool) -> bytes:
+    """Return the lines for what claude takes from the first `initialize` alone, which a primed
+    process has got already. It takes an output schema from nothing else."""
+    lines = b""
+    if system:
+        # Without the last field claude asks the API to try the model. With it the model has to be
+        # named as at the start.
+        lines += control_line(
+            "set_model", model=model_id, system_prompt=system, only_if_model_is_current=True
+        )
+    if has_tools:
+        server = {"type": "sdk", "name": TOOL_SERVER}
+        lines += control_line("mcp_set_servers", servers={TOOL_SERVER: server})
+    return lines
+
+
+def priming_steps() -> tuple[bytes, list[bytes]]:
+    """Return the lines that make a process run once what its first question needs, which takes
+    longer the first time. claude refuses the question by itself (see `is_pinned`), and then drops
+    it: send the first lines, wait for that, then send the control requests of the second part, the
+    first of which has to rewind."""
+    point = RewindPoint(str(uuid.uuid4()), 0)
+    message = Message("user", text_blocks("Hi"))
+    first = _first_setup("", None, has_tools=False) + _limit_line(_REACHED_LIMIT)
+    first += message_line(message, REWINDS_ALL_SINCE, ask=True, line_id=point.id)
+    return first, [rewind_line(point), _limit_line(UNREACHED_LIMIT)]
 
 
 def message_steps(
@@ -12082,6 +12121,8 @@ class ClaudeProcess:
         #: Whether the process reports another version than it was started with.
         self.version_differs = False
         self.rewinds = 0
+        #: Whether it has run what a first question needs; see `prime`.
+        self.is_primed = False
         #: When the client last got an event. A Tick is due `tick_s` later.
         self._last_event_s = 0.0
         #: Whether claude has printed the `result` of its last turn.
@@ -12170,6 +12211,19 @@ class ClaudeProcess:
                 if len(answers) == len(requests):
                     break
         return answers
+
+    def prime(self, limits: WaitLimits) -> None:
+        """Make a process that holds nothing quicker at its first question, which then must not have
+        an output schema. Raise what `converse` raises."""
+        first, requests = priming_steps()
+        self._liveness.start_wait()
+        with contextlib.closing(self._lines(limits)) as lines:
+            self._send(first)
+            for _ in _until_pinned(lines):
+                pass
+        if not was_rewound(self.control(requests, limits)[0]):
+            raise UpstreamFailed("claude did not drop the question that it was primed with.")
+        self.is_primed = True
 
     def take_back(self, rewind_point: RewindPoint, limits: WaitLimits) -> bool:
         """Interrupt the turn that the user message at `rewind_point` began, and drop the message.
@@ -12684,7 +12738,9 @@ NO_CONVERSATION = Conversation(History("", ()))
 # ==== 30. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
-# - spare: it was started for a model that was used lately, and holds no conversation.
+# - spare: it was started for a model that was used lately, and holds no conversation. After a
+#   moment it is primed: it then answers a first question in half the time, but takes no output
+#   schema any more. So the spares of a model that was lately used with one stay as they are.
 # - parked: it holds a conversation of one caller and waits for that caller's next message.
 # - stopping: it was told to end, and is reaped once it has.
 #
@@ -12725,6 +12781,8 @@ class ModelUse(NamedTuple):
     last_used_s: float
     #: When to start missing spares; inf = only after the next use.
     refill_at_s: float = math.inf
+    #: The last use with an output schema, for which a primed spare is of no use.
+    last_schema_s: float = -math.inf
 
     def with_refill_at(self, time_s: float) -> ModelUse:
         """Return it with a refill at this time, or earlier: later uses do not postpone a refill."""
@@ -12751,15 +12809,23 @@ def plan_pool(
     }
     idle = [p for p in processes if p.state in max_idle_s]
     kept = [p for p in idle if p.process.alive() and now_s - p.since_s <= max_idle_s[p.state]]
+    oldest_s = now_s - max_idle_s[ProcessState.SPARE]
+    primed = [p for p in kept if p.state is ProcessState.SPARE and p.process.is_primed]
+    useless = [p for p in primed if _has_schemas(uses, p.process.model_id, oldest_s)]
+    kept = [p for p in kept if p not in useless]
     outdated = [p for p in idle if p not in kept]
     parked = [p for p in kept if p.state is ProcessState.PARKED]
     evicted = evicted_by_limit(parked, config.parked_processes, now_s, running={})
     spares = [p for p in kept if p.state is ProcessState.SPARE]
-    oldest_s = now_s - max_idle_s[ProcessState.SPARE]
     uses = {model_id: use for model_id, use in uses.items() if use.last_used_s >= oldest_s}
     due = [m for m, use in uses.items() if may_start and use.refill_at_s <= now_s]
     surplus, start = _plan_spares(spares, uses, due, config)
     return PoolPlan(outdated + evicted + surplus, start)
+
+
+def _has_schemas(uses: Mapping[str, ModelUse], model_id: str, since_s: float) -> bool:
+    """Return whether a model was used with an output schema since then."""
+    return model_id in uses and uses[model_id].last_schema_s >= since_s
 
 
 #: How long a parked process is safe from other callers that have as few.
@@ -12824,6 +12890,10 @@ def _plan_spares(
 
 #: The pause before a refill: the request that took the spare needs the machine first.
 _REFILL_PAUSE_S = 0.2
+#: When a spare is primed: it has started by then, and the request that took its predecessor has had
+#: the machine to itself. And the pause after a spare that could not be primed.
+_PRIMING_AGE_S = 1.0
+_PRIMING_PAUSE_S = 600.0
 #: The pause after a spare that ended within _YOUNG_S or could not be started.
 _FAILURE_PAUSE_S = 30.0
 _YOUNG_S = 5.0
@@ -12848,9 +12918,10 @@ class ProcessPool:
         self._processes: list[PooledProcess] = []
         #: The models that were used lately.
         self._uses: dict[str, ModelUse] = {}
-        #: Nothing is started, and nothing is rewound, before these times.
+        #: Nothing is started, nothing is rewound, and nothing is primed before these times.
         self._refills_from_s = -math.inf
         self._rewinds_from_s = -math.inf
+        self._primings_from_s = -math.inf
         #: When all processes were dropped. A process that was started before is outdated.
         self._dropped_s = -math.inf
         self.spawned = 0
@@ -12891,18 +12962,40 @@ class ProcessPool:
             self.spawned += 1
         return process
 
-    def mark_used(self, model_id: str) -> None:
-        """Record that a model is in use, so that spares are kept for it."""
+    def mark_used(self, model_id: str, *, has_schema: bool = False) -> None:
+        """Record that a model is in use, so that spares are kept for it: such that can be used with
+        an output schema if this request has one."""
         now_s = self._clock()
         with self._lock:
             use = self._uses.get(model_id, ModelUse(now_s))._replace(last_used_s=now_s)
+            if has_schema:
+                use = use._replace(last_schema_s=now_s)
             self._uses[model_id] = use.with_refill_at(now_s + _REFILL_PAUSE_S)
 
-    def take_spare(self, model_id: str) -> ClaudeProcess | None:
-        """Take a spare of this model."""
+    def take_spare(self, model_id: str, *, has_schema: bool = False) -> ClaudeProcess | None:
+        """Take a spare of this model, a primed one first. One that is primed does not take an
+        output schema."""
         with self._lock:
-            spares = self._in(ProcessState.SPARE)
-            taken = self._take_first(p for p in spares if p.process.model_id == model_id)
+            spares = [p for p in self._in(ProcessState.SPARE) if p.process.model_id == model_id]
+            primed = [p for p in spares if p.process.is_primed and not has_schema]
+            taken = self._take_first([*primed, *(p for p in spares if not p.process.is_primed)])
+            return taken and taken.process
+
+    def take_to_prime(
+        self, config: Config, can_prime: Callable[[Version], bool]
+    ) -> ClaudeProcess | None:
+        """Take a spare that is to be primed, and then put back."""
+        now_s = self._clock()
+        oldest_s = now_s - config.warm_idle_ms / 1000
+        with self._lock:
+            if now_s < self._primings_from_s:
+                return None
+            taken = self._take_first(
+                p for p in self._in(ProcessState.SPARE)
+                if not p.process.is_primed and now_s - p.since_s >= _PRIMING_AGE_S
+                and can_prime(p.process.version)
+                and not _has_schemas(self._uses, p.process.model_id, oldest_s)
+            )
             return taken and taken.process
 
     def take_any_spare(self) -> ClaudeProcess | None:
@@ -13000,6 +13093,14 @@ class ProcessPool:
         if is_outdated:
             self.stop(process, graceful=True)
 
+    def stop_unprimed(self, process: ClaudeProcess) -> None:
+        """Stop a spare that could not be primed, have another one started, and let `take_to_prime`
+        return None for a while."""
+        with self._lock:
+            self._primings_from_s = self._clock() + _PRIMING_PAUSE_S
+            self._schedule_refill([process.model_id], self._clock() + _REFILL_PAUSE_S)
+        self.stop(process, graceful=False)
+
     def stop(self, process: ClaudeProcess, *, graceful: bool) -> None:
         """Stop a process without waiting for its end."""
         process.stop(graceful=graceful)
@@ -13068,7 +13169,8 @@ class ProcessPool:
         oldest_s = now_s - config.warm_idle_ms / 1000
         may_start = now_s >= self._refills_from_s
         self._uses = {
-            model_id: ModelUse(use.last_used_s) if may_start and use.refill_at_s <= now_s else use
+            model_id: use._replace(refill_at_s=math.inf)
+            if may_start and use.refill_at_s <= now_s else use
             for model_id, use in self._uses.items() if use.last_used_s >= oldest_s
         }
 
@@ -14929,8 +15031,8 @@ class AttemptSource:
             return None
         process, held = pooled.process, pooled.conversation
         self._record.process = process
-        dropped = held.dropped_for(self.history, process.version)
-        if dropped is not None and self._drops(process, dropped):
+        dropped = held.dropped_for(self.history, process.version) or ()
+        if self._drops(process, dropped):
             return self._next_messages(process, held.rewound(dropped), "rewound")
         app.pool.pause_rewinds(_REWIND_PAUSE_S)
         self.give_up()
@@ -14939,6 +15041,8 @@ class AttemptSource:
     def _drops(self, process: ClaudeProcess, dropped: tuple[RewindPoint, ...]) -> bool:
         """Make a process drop its last user messages. Return whether it did; a failure counts as a
         refusal."""
+        if not dropped:
+            return True
         deadline_s = self._app.clock() + _REWIND_TIMEOUT_S
         limits = self._limits._replace(deadline_s=deadline_s, tick_s=0.0)
         try:
@@ -14987,16 +15091,20 @@ class AttemptSource:
         """Take a fresh process for the whole conversation."""
         app, record, turn = self._app, self._record, self._with_thinking()
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
+        has_schema = turn.output_schema is not None
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
-            app.pool.mark_used(turn.model.argument)
-        spare = app.pool.take_spare(turn.model.argument)
+            app.pool.mark_used(turn.model.argument, has_schema=has_schema)
+        spare = app.pool.take_spare(turn.model.argument, has_schema=has_schema)
         process = record.process = spare or app.pool.start(turn.model.argument)
         record.warm = spare is not None
         app.wakeups.put("tend")
         process.tools = ToolServer(turn.tools)
         config = app.config
-        setup = setup_lines(turn, config.system_prompt, agent=config.is_agent)
+        setup = setup_lines(
+            turn, config.system_prompt, agent=config.is_agent,
+            primed_model=process.model_id if process.is_primed else "",
+        )
         return self._attempt_with(process, NO_CONVERSATION, turn, setup)
 
     def give_up(self) -> None:
@@ -15590,6 +15698,8 @@ _LARGE_BODY_BYTES = 262_144
 
 #: How often the housekeeper looks around, and how often while something is due.
 _TEND_EVERY_S = 1.0
+#: How long claude may take to be primed. The housekeeper waits for it.
+_PRIMING_TIMEOUT_S = 3.0
 _TEND_SOON_S = 0.05
 
 
@@ -15901,6 +16011,7 @@ class App:
             self._watch_login()
             self.check_program()
             self.pool.refill(self.config)
+            self._prime_spare()
         except OcpError as error:
             self.program_monitor.log_failure(error)
             # Without claude no spares are started, but stopping processes have to be reaped.
@@ -15908,6 +16019,25 @@ class App:
         except Exception as error:
             self.log.event("error", "housekeeping_failed", error=format_failure(error))
         return _TEND_SOON_S if self.pool.has_work_soon(self.config) else _TEND_EVERY_S
+
+    def _prime_spare(self) -> None:
+        """Prime one of the spares that have started. That takes a tenth of a second. Agents would
+        show their tools, and are not made quicker."""
+        if self.config.is_agent or self.draining:
+            return
+        process = self.pool.take_to_prime(self.config, self.pinning.is_used)
+        if process is None:
+            return
+        try:
+            process.prime(WaitLimits(NoClient(), self.clock() + _PRIMING_TIMEOUT_S, 0.0))
+        except (NotPinned, OcpError) as problem:
+            if isinstance(problem, NotPinned) and problem.was_asked:
+                self.pinning.give_up(process.version, str(problem))
+            self.log.event("warn", "spare_not_primed", model=process.model_id, reason=str(problem))
+            self.pool.stop_unprimed(process)
+        else:
+            self.log.event("debug", "spare_primed", pid=process.pid, model=process.model_id)
+            self.pool.put_spare(process)
 
     def _watch_login(self) -> None:
         if self.account.is_login_refused and self._login_monitor.is_due():
@@ -18199,6 +18329,7 @@ class DemoClaude:
         self._model_id = model_id
         self._write = write
         self._max_tokens = 10**9
+        self._limit = UNREACHED_LIMIT
 
     def read(self, line: Json) -> None:
         """Answer one line of input."""
@@ -18206,11 +18337,14 @@ class DemoClaude:
             settings = line.get("request", {}).get("settings", {})
             limit = settings.get("env", {}).get("CLAUDE_CODE_MAX_OUTPUT_TOKENS")
             self._max_tokens = int(limit) if limit else self._max_tokens
+            self._limit = settings.get("env", {}).get(BLOCKING_LIMIT, self._limit)
             response = {"subtype": "success", "request_id": line.get("request_id")}
             # The demo keeps no conversation, so every rewind succeeds.
             self._print("control_response", response={**response, "response": {"rewound": True}})
         elif line.get("type") == "user" and line.get("shouldQuery") is False:
             self._print_result(num_turns=0)
+        elif line.get("type") == "user" and self._limit != UNREACHED_LIMIT:
+            self._print("result", is_error=True, terminal_reason="blocking_limit")
         elif line.get("type") == "user":
             self._answer(line.get("message", {}).get("content"))
 

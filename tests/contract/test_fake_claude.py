@@ -704,6 +704,29 @@ def test_questions_are_forgotten_one_after_the_other_also_told_ones(subject: Sub
     assert subject.queries()[-1]["messages"] == [*([] if recent else first), said("user", "last")]
 
 
+def test_a_process_that_was_initialized_takes_a_prompt_and_tools_later(subject: Subject) -> None:
+    if subject.version == "2.1.197":
+        return  # It has neither.
+    limit = {"env": {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}}
+    with subject.start(tools=TOOLS) as claude:
+        ready(claude, systemPrompt=[])
+        claude.control("apply_flag_settings", settings=limit)
+        lines = claude.turn("one", uuid=question_id(1))
+        assert lines[-1]["terminal_reason"] == "blocking_limit" and forgets(claude, 1)["rewound"]
+        limit["env"]["CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"] = "1000000000"
+        claude.control("apply_flag_settings", settings=limit)
+        answers = [claude.control(
+            "set_model", model=model, system_prompt="Be kind.", only_if_model_is_current=True
+        )["subtype"] for model in ("claude-sonnet-4-6", "claude-opus-5-5")]
+        server = {"type": "sdk", "name": "client"}
+        claude.control("mcp_set_servers", servers={"client": server})
+        claude.turn("two")
+    (query,) = subject.queries()
+    assert answers == ["success", "error"]
+    assert (query["system"], query["tools"]) == (["Be kind."], ["alpha", "zeta"])
+    assert query["messages"] == [said("user", "two")]
+
+
 def test_a_question_is_forgotten_with_the_calls_that_it_led_to(subject: Subject) -> None:
     subject.script(text("eins"), calls(("zeta", {"q": 1})), text("zwei"), text("drei"))
     with subject.start(tools=TOOLS) as claude:

@@ -116,6 +116,10 @@ OPTIONS = frozenset((
 ))
 
 
+class Refused(Exception):
+    """A control request is answered with an error."""
+
+
 class Interrupted(Exception):
     """The client has ended the running turn."""
 
@@ -905,9 +909,13 @@ def answer_control(fake: FakeClaude, line: Step) -> None:
     if handler is None:
         response.update(subtype="error", error=f"Unsupported control request subtype: {subtype}")
     else:
-        answer = handler(fake, request)
-        if answer is not None:
-            response["response"] = answer
+        try:
+            answer = handler(fake, request)
+        except Refused as problem:
+            response.update(subtype="error", error=str(problem))
+        else:
+            if answer is not None:
+                response["response"] = answer
     fake.pipes.write_line({"type": "control_response", "response": response})
 
 
@@ -962,12 +970,26 @@ def control_rewind(fake: FakeClaude, request: Step) -> Step:
     return {**answer, "rewound": True, "targetMessageUuid": target}
 
 
+def control_model(fake: FakeClaude, request: Step) -> Step:
+    """Change the system prompt, as the newer program does if the model named is its own."""
+    if not fake.scenario.is_recent:
+        return {}
+    if request.get("only_if_model_is_current") and request.get("model") != fake.model:
+        raise Refused("set_model: only_if_model_is_current is true, and the session cannot "
+                      "confirm that it runs the model named.")
+    if "system_prompt" in request:
+        fake.setup = {**(fake.setup or {}), "systemPrompt": [request["system_prompt"]]}
+    return {"model": fake.model}
+
+
+def control_servers(fake: FakeClaude, request: Step) -> Step:
+    for server in request["servers"]:
+        fake.connect_tools(server)
+    return {"added": list(request["servers"]), "removed": [], "errors": {}}
+
+
 def control_status(fake: FakeClaude, request: Step) -> Step:
     return {"mcpServers": []}
-
-
-def control_nothing(fake: FakeClaude, request: Step) -> None:
-    """A request that is accepted and changes nothing here."""
 
 
 CONTROLS: dict[Optional[str], Callable[[FakeClaude, Step], Optional[Step]]] = {
@@ -977,7 +999,8 @@ CONTROLS: dict[Optional[str], Callable[[FakeClaude, Step], Optional[Step]]] = {
     "interrupt": control_interrupt,
     "get_usage": control_usage,
     "rewind_conversation": control_rewind,
-    "set_model": control_nothing,
+    "set_model": control_model,
+    "mcp_set_servers": control_servers,
     "mcp_status": control_status,
 }
 

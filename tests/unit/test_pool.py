@@ -35,6 +35,8 @@ class FakeProcess:
         #: Whether its end has come, once it was stopped.
         self.ends = True
         self.stops: list[bool] = []
+        self.is_primed = False
+        self.version = ocp.REWINDS_ALL_SINCE
 
     def __repr__(self) -> str:
         return f"<{self.model_id}>"
@@ -519,3 +521,65 @@ def test_closing_ends_everything() -> None:
 
     assert repr(stable) == "<pool no spares parked=0 stopping=0>"
     assert all(process.stops for process in stable.started)
+
+
+# -- priming ------------------------------------------------------------------
+
+
+def to_prime(stable: Stable, *, can_prime: bool = True) -> Any:
+    return stable.pool.take_to_prime(stable.config, lambda version: can_prime)
+
+
+def test_a_spare_is_primed_a_second_after_its_start_and_once() -> None:
+    stable = warm("a")
+    assert to_prime(stable) is None
+    stable.clock.advance(1)
+
+    assert to_prime(stable, can_prime=False) is None
+    process = to_prime(stable)
+    assert process is stable.started[0] and stable.pool.spares() == {}
+    process.is_primed = True
+    stable.pool.put_spare(process)
+    assert to_prime(stable) is None
+    assert stable.pool.take_spare("a") is process
+
+
+def test_a_primed_spare_is_taken_first_but_never_for_an_output_schema() -> None:
+    stable = warm("a", warm_processes=2)
+    plain, primed = stable.started
+    primed.is_primed = True
+
+    assert stable.pool.take_spare("a", has_schema=True) is plain
+    assert stable.pool.take_spare("a", has_schema=True) is None
+    stable.pool.put_spare(plain)
+    assert stable.pool.take_spare("a") is primed
+    assert stable.pool.take_spare("a") is plain
+
+
+def test_a_model_that_was_used_with_an_output_schema_gets_spares_that_stay_as_they_are() -> None:
+    stable = warm("a", "b", warm_idle_ms=60_000)
+    other, primed = stable.started
+    primed.is_primed = other.is_primed = True
+    stable.pool.mark_used("a", has_schema=True)
+    stable.tend()
+
+    assert primed.stops and not other.stops
+    assert stable.pool.spares() == {"a": 1, "b": 1}
+    stable.clock.advance(30)
+    assert to_prime(stable) is None
+    # Uses without one keep the model in use.
+    stable.pool.mark_used("a")
+    stable.clock.advance(31)
+    assert to_prime(stable) is stable.started[2]
+
+
+def test_after_one_that_could_not_be_primed_none_is_for_a_while() -> None:
+    stable = warm("a", warm_idle_ms=3_600_000)
+    stable.clock.advance(1)
+    stable.pool.stop_unprimed(to_prime(stable))
+
+    assert stable.starts(after_s=1) == 1
+    stable.clock.advance(590)
+    assert to_prime(stable) is None
+    stable.clock.advance(10)
+    assert to_prime(stable) is stable.started[1]
