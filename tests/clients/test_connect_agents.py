@@ -267,7 +267,8 @@ def test_openclaw_twice_changes_nothing_and_undo_gives_the_bytes_back(desk: Conn
     after = config.read_bytes()
     again = desk.connect("--only", "openclaw")
 
-    assert config.read_bytes() == after and "as it should be" in again.stdout
+    assert config.read_bytes() == after
+    assert "Everything is up to date" in again.stdout
     undone = desk.run(sys.executable, str(REPO / "ocp_connect.py"), "--undo", "--yes")
     assert undone.code == 0 and config.read_bytes() == before
 

@@ -230,7 +230,7 @@ class ParameterCase(NamedTuple):
 
 
 PARAMETER_CASES = (
-    ParameterCase(MODEL, {"max_tokens": 77}, {"max_tokens": 77, "thinking": BY_ITSELF}),
+    ParameterCase(MODEL, {"max_tokens": 77}, {"max_tokens": 77, "thinking": NO_THINKING}),
     ParameterCase(MODEL, {"max_tokens": 5, "max_completion_tokens": 78}, {"max_tokens": 78}),
     ParameterCase(MODEL, {"stop": "END"}, {"stop_sequences": ["END"], "thinking": BY_ITSELF}),
     ParameterCase(MODEL, {"temperature": 0.3}, {"temperature": 0.3, "thinking": NO_THINKING}),

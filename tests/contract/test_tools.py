@@ -275,7 +275,8 @@ def test_what_was_changed_is_rebuilt(
     said = talk.ask("What is new?")
     change(talk)
     last = talk.send_results([answered(call) for call in said.calls])
-    assert (last.text, path_of(rig, last)) == ("Done.", "rebuilt")
+    # A process of an earlier case may hold the beginning, and drop the rest.
+    assert last.text == "Done." and path_of(rig, last) in ("rebuilt", "rewound")
     assert len(rig.bodies()) == 2
     assert_rebuilt(rig, talk, said)
 
@@ -345,7 +346,9 @@ def test_evicted_and_expired_processes_are_rebuilt(claude: Claude, tmp_path: Pat
         # The younger one had to go for it in turn, a moment behind the answer.
         wait_until(lambda: health(rig)["parked"] == 1)
         last = new.send_results([answered(other.call)])
-        assert paths(rig, evicted, last) == ["rebuilt", "rebuilt"]
+        # The process of the other one may drop what it has of its own, and serve this one.
+        first, second = paths(rig, evicted, last)
+        assert first == "rebuilt" and second in ("rebuilt", "rewound")
         assert_rebuilt(rig, new, other)
         wait_until(lambda: health(rig)["parked"] == 0)
         after = new.ask("And now?")
