@@ -40,7 +40,7 @@ QUESTION = "What is the capital of France?"
 #: No step of a benchmark takes longer, not even on a busy machine.
 PATIENCE_S = 60.0
 #: The age from which a claude process counts as started, also on a busy machine.
-SETTLED_S = 1.5
+SETTLED_S = 3.0
 
 
 class BenchError(Exception):
