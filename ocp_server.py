@@ -14981,14 +14981,147 @@ class Attempt(NamedTuple):
     question: tuple[RewindPoint, ...] = ()
 
 
+class AttemptSource:
+    """Takes processes for the attempts to get one answer: continued, rewound or rebuilt, see
+    Conversations."""
+
+    def __init__(
+        self, app: App, job: Job, record: AnswerRecord, turn: Turn, limits: WaitLimits
+    ) -> None:
+        self._app = app
+        self._job = job
+        self._record = record
+        self._config = app.config
+        self._limits = limits
+        self._message = turn.messages[-1]
+        #: Whether reminders may be pinned to the first message of the history.
+        self.can_pin = True
+        self.set_turn(turn)
+
+    def set_turn(self, turn: Turn) -> None:
+        """Get the answer to another form of the same request from now on."""
+        self.turn = turn
+        self.history = history_of(turn, self._job.caller.scope, self._config.system_prompt)
+
+    def can_continue(self) -> bool:
+        """Return whether `continued` would return an attempt."""
+        return self._app.pool.can_continue(self.history, self._message)
+
+    def continued(self) -> Attempt | None:
+        """Take a process that holds everything but the last message."""
+        pool = self._app.pool
+        pooled = pool.take(self.history, self._message)
+        if pooled is None:
+            self._record.parted_at = pool.common_prefix(self.history)
+            return None
+        return self._next_messages(pooled.process, pooled.conversation, "continued")
+
+    def rewound(self) -> Attempt | None:
+        """Take a process that holds a beginning of the conversation and other messages, and make it
+        drop these.
+
+        Not in agent mode: what claude's own tools have begun would not be dropped."""
+        app = self._app
+        if self._config.is_agent:
+            return None
+        pooled = app.pool.take_rewindable(
+            self.history, self._config, app.gate.running_by_caller()
+        )
+        if pooled is None:
+            return None
+        process, held = pooled.process, pooled.conversation
+        self._record.process = process
+        dropped = held.dropped_for(self.history, process.version) or ()
+        if self._drops(process, dropped):
+            return self._next_messages(process, held.rewound(dropped), "rewound")
+        app.pool.pause_rewinds(_REWIND_PAUSE_S)
+        self.give_up()
+        return None
+
+    def _drops(self, process: ClaudeProcess, dropped: tuple[RewindPoint, ...]) -> bool:
+        """Make a process drop its last user messages. Return whether it did; a failure counts as a
+        refusal."""
+        if not dropped:
+            return True
+        deadline_s = self._app.clock() + _REWIND_TIMEOUT_S
+        limits = self._limits._replace(deadline_s=deadline_s, tick_s=0.0)
+        try:
+            replies = process.control([rewind_line(point) for point in dropped], limits)
+        except (UpstreamFailed, UpstreamTimeout):
+            return False
+        process.rewinds += len(dropped)
+        return all(map(was_rewound, replies))
+
+    def _next_messages(
+        self, process: ClaudeProcess, held: Conversation, path: str
+    ) -> Attempt:
+        """Return the attempt to send a process the messages that it does not hold yet."""
+        record, turn = self._record, self.turn
+        record.process, record.warm, record.path = process, True, path
+        lifetime = turn.cache_lifetime
+        settings = b"" if lifetime == held.cache_lifetime else lifetime_line(lifetime)
+        if held.awaiting:
+            results = results_with_context(self._message, held.history.context)
+            held = held._replace(cache_lifetime=lifetime)
+            return Attempt(process, held, TurnInput([settings], results))
+        if len(held.history.digests) < len(turn.messages) - 1:
+            turn = self._with_thinking()
+        return self._attempt_with(process, held, turn, settings + thinking_again(turn))
+
+    def _with_thinking(self) -> Turn:
+        """Return the turn with the thinking that its client does not send."""
+        return self._app.thinking.restored(self.turn, self._job.caller.scope)
+
+    def _attempt_with(
+        self, process: ClaudeProcess, held: Conversation, turn: Turn, setup: bytes
+    ) -> Attempt:
+        """Return the attempt to send a process the messages that it does not hold yet, with `setup`
+        in front."""
+        start = len(held.history.digests)
+        # An agent that asked the API would run its tools.
+        pins = start == 0 and self.can_pin and not self._config.is_agent and (
+            self._app.pinning.is_used(process.version)
+        )
+        steps, points = message_steps(turn, process.version, setup, start=start, pin=pins)
+        count = len(points) - (not turn.messages[-1].has_results)
+        held = held.with_history_of(self.history, points[:count], turn.cache_lifetime)
+        return Attempt(process, held, TurnInput(steps, pins=pins), points[count:])
+
+    def rebuilt(self) -> Attempt:
+        """Take a fresh process for the whole conversation."""
+        app, record, turn = self._app, self._record, self._with_thinking()
+        record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
+        has_schema = turn.output_schema is not None
+        if turn.model.known:
+            # Other models have to prove that they exist before processes wait for them.
+            app.pool.mark_used(turn.model.argument, has_schema=has_schema)
+        spare = app.pool.take_spare(turn.model.argument, has_schema=has_schema)
+        process = record.process = spare or app.pool.start(turn.model.argument)
+        record.warm = spare is not None
+        app.wakeups.put("tend")
+        process.tools = ToolServer(turn.tools)
+        config = app.config
+        setup = setup_lines(
+            turn, config.system_prompt, agent=config.is_agent, is_primed=process.is_primed
+        )
+        return self._attempt_with(process, NO_CONVERSATION, turn, setup)
+
+    def give_up(self) -> None:
+        """Stop the process of an answer that is not complete."""
+        process, self._record.process = self._record.process, None
+        if process is not None:
+            self._app.pool.stop(process, graceful=False)
+            self._app.wakeups.put("tend")
+
+
 class TurnRunner:
     """Gets one answer from claude: waits for a place, takes a process, converses with it, and puts
     it away.
 
     The ways to an answer are tried from the quickest to the slowest: a parked process is continued
-    or rewound (see Conversations); else the conversation is rebuilt on a fresh process, and once
-    more if that process dies before any text was sent. It is also rebuilt, with another turn, when
-    the API refuses what other models accept, and when a tool call is missing.
+    or rewound; else the conversation is rebuilt on a fresh process, and once more if that process
+    dies before any text was sent. It is also rebuilt, with another turn, when the API refuses what
+    other models accept, and when a tool call is missing.
     """
 
     def __init__(self, app: App, job: Job, record: AnswerRecord) -> None:
@@ -14996,26 +15129,22 @@ class TurnRunner:
         self._job = job
         self._record = record
         config = self._config = app.config
-        self._message = record.turn.messages[-1]
         #: The attempt that is under way.
         self._attempt: Attempt | None = None
         #: Whether the process of an answer that nobody waits for serves again.
         self._is_process_kept = False
-        #: Whether reminders may be pinned to the first message of the history.
-        self._can_pin = True
-        self._set_turn(record.turn)
         self._limits = WaitLimits(
             client=job.client,
             deadline_s=record.started_s + config.timeout_ms / 1000,
-            tick_s=tick_s_of(config, self._turn),
+            tick_s=tick_s_of(config, record.turn),
         )
+        self._source = AttemptSource(app, job, record, record.turn, self._limits)
+        self._watch = self._watch_for(record.turn)
 
-    def _set_turn(self, turn: Turn) -> None:
-        self._turn = turn
-        self._history = history_of(turn, self._job.caller.scope, self._config.system_prompt)
+    def _watch_for(self, turn: Turn) -> CallWatch | None:
         # A structured answer is a tool call already.
         is_watched = turn.must_be_told_to_call and turn.output_schema is None
-        self._watch = CallWatch(turn.tool_choice) if is_watched else None
+        return CallWatch(turn.tool_choice) if is_watched else None
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[Iterator[Event]]:
@@ -15066,7 +15195,7 @@ class TurnRunner:
         """Log that the API read most of a rebuilt conversation anew, which takes and costs more."""
         self._app.log.event(
             "info", "prompt_cache_missed", request_id=self._job.request_id,
-            caller=self._job.caller.name, model=self._turn.model.id,
+            caller=self._job.caller.name, model=self._source.turn.model.id,
             prompt_tokens=usage.prompt_tokens, cached_tokens=usage.cache_read_tokens,
             parted_at=self._record.parted_at,
         )
@@ -15074,22 +15203,21 @@ class TurnRunner:
     def _other_models(self) -> str:
         """Return what to tell a client whose model the API does not know."""
         models = self._app.models
-        others = [name for name in models.names() if models.find(name).id != self._turn.model.id]
+        own = self._source.turn.model.id
+        others = [name for name in models.names() if models.find(name).id != own]
         return f" Use one of: {', '.join(others)}." if others else ""
 
-    # -- acquire ----------------------------------------------------------------------------------
-
     def _events(self, stack: contextlib.ExitStack) -> Generator[Event, None, None]:
-        app, record = self._app, self._record
-        if not app.pool.can_continue(self._history, self._message):
+        app, record, source = self._app, self._record, self._source
+        if not source.can_continue():
             # A process that holds the conversation continues it also while claude is updated.
             app.check_program()
         slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
-        app.check_extra_usage(self._turn.model.argument)
+        app.check_extra_usage(source.turn.model.argument)
         stack.push(self._release)
         attempts: list[Callable[[], Attempt | None]] = [
-            self._continue, self._rewind, self._rebuild, self._rebuild
+            source.continued, source.rewound, source.rebuilt, source.rebuilt
         ]
         while attempts:
             attempt = attempts.pop(0)()
@@ -15100,19 +15228,19 @@ class TurnRunner:
                 if record.finished is not None:
                     return
                 self._log_change("call_missing")
-                self._turn = with_reminder(self._turn)
-                attempts = [self._rebuild, self._rebuild]
+                source.turn = with_reminder(source.turn)
+                attempts = [source.rebuilt, source.rebuilt]
             except UpstreamFailed:
                 may_retry = record.first_token_s is None and record.lost_its_process
                 if not (attempts and may_retry):
                     raise
             except BadRequest as error:
                 self._adapt(error)
-                attempts = [self._rebuild, self._rebuild]
+                attempts = [source.rebuilt, source.rebuilt]
             except NotPinned as problem:
                 self._stop_pinning(attempt.process.version, problem)
-                attempts = [self._rebuild, self._rebuild]
-            self._give_up()
+                attempts = [source.rebuilt, source.rebuilt]
+            source.give_up()
             if record.has_output:
                 record.add(Restarted(), app.clock())
                 yield Restarted()
@@ -15120,17 +15248,19 @@ class TurnRunner:
     def _adapt(self, error: BadRequest) -> None:
         """Change the turn, and remember it for the model, if the API refused what it accepts for
         other models; else raise the error."""
-        refusal = refusal_of_model(self._turn, error)
+        refusal = refusal_of_model(self._source.turn, error)
         if refusal is None or self._record.has_output:
             raise error
         self._app.catalog.add_refusal(refusal)
         self._log_change("model_refuses", refused=refusal.field, detail=error.message)
-        self._set_turn(after_refusal(self._turn, refusal))
+        turn = after_refusal(self._source.turn, refusal)
+        self._source.set_turn(turn)
+        self._watch = self._watch_for(turn)
 
     def _stop_pinning(self, version: Version, problem: NotPinned) -> None:
         """Give the rest of this request's attempts, and all later ones if claude has asked the API,
         a history without a pin."""
-        self._can_pin = False
+        self._source.can_pin = False
         if problem.was_asked:
             self._app.pinning.give_up(version, str(problem))
         if problem.line.get("type") == "stream_event":
@@ -15140,108 +15270,15 @@ class TurnRunner:
     def _log_change(self, name: str, **more: object) -> None:
         """Log why the request is repeated in another form."""
         self._app.log.event(
-            "warn", name, request_id=self._job.request_id, model=self._turn.model.id, **more
+            "warn", name, request_id=self._job.request_id, model=self._source.turn.model.id, **more
         )
-
-    def _continue(self) -> Attempt | None:
-        """Take a process that holds everything but the last message."""
-        pool = self._app.pool
-        pooled = pool.take(self._history, self._message)
-        if pooled is None:
-            self._record.parted_at = pool.common_prefix(self._history)
-            return None
-        return self._next_messages(pooled.process, pooled.conversation, "continued")
-
-    def _rewind(self) -> Attempt | None:
-        """Take a process that holds a beginning of the conversation and other messages, and make it
-        drop these.
-
-        Not in agent mode: what claude's own tools have begun would not be dropped."""
-        app = self._app
-        if self._config.is_agent:
-            return None
-        running = app.gate.running_by_caller()
-        pooled = app.pool.take_rewindable(self._history, self._config, running)
-        if pooled is None:
-            return None
-        process, held = pooled.process, pooled.conversation
-        self._record.process = process
-        dropped = held.dropped_for(self._history, process.version) or ()
-        if self._drops(process, dropped):
-            return self._next_messages(process, held.rewound(dropped), "rewound")
-        app.pool.pause_rewinds(_REWIND_PAUSE_S)
-        self._give_up()
-        return None
-
-    def _drops(self, process: ClaudeProcess, dropped: tuple[RewindPoint, ...]) -> bool:
-        """Make a process drop its last user messages. Return whether it did; a failure counts as a
-        refusal."""
-        if not dropped:
-            return True
-        deadline_s = self._app.clock() + _REWIND_TIMEOUT_S
-        limits = self._limits._replace(deadline_s=deadline_s, tick_s=0.0)
-        try:
-            replies = process.control([rewind_line(point) for point in dropped], limits)
-        except (UpstreamFailed, UpstreamTimeout):
-            return False
-        process.rewinds += len(dropped)
-        return all(map(was_rewound, replies))
-
-    def _next_messages(self, process: ClaudeProcess, held: Conversation, path: str) -> Attempt:
-        """Return the attempt to send a process the messages that it does not hold yet."""
-        record, turn = self._record, self._turn
-        record.process, record.warm, record.path = process, True, path
-        lifetime = turn.cache_lifetime
-        settings = b"" if lifetime == held.cache_lifetime else lifetime_line(lifetime)
-        if held.awaiting:
-            results = results_with_context(self._message, held.history.context)
-            held = held._replace(cache_lifetime=lifetime)
-            return Attempt(process, held, TurnInput([settings], results))
-        if len(held.history.digests) < len(turn.messages) - 1:
-            turn = self._app.thinking.restored(turn, self._job.caller.scope)
-        return self._attempt_with(process, held, turn, settings + thinking_again(turn))
-
-    def _attempt_with(
-        self, process: ClaudeProcess, held: Conversation, turn: Turn, setup: bytes
-    ) -> Attempt:
-        """Return the attempt to send a process the messages that it does not hold yet, with `setup`
-        in front."""
-        start = len(held.history.digests)
-        # An agent that asked the API would run its tools.
-        pins = start == 0 and self._can_pin and not self._config.is_agent and (
-            self._app.pinning.is_used(process.version)
-        )
-        steps, points = message_steps(turn, process.version, setup, start=start, pin=pins)
-        count = len(points) - (not turn.messages[-1].has_results)
-        held = held.with_history_of(self._history, points[:count], turn.cache_lifetime)
-        return Attempt(process, held, TurnInput(steps, pins=pins), points[count:])
-
-    def _rebuild(self) -> Attempt:
-        """Take a fresh process for the whole conversation."""
-        app, record = self._app, self._record
-        turn = app.thinking.restored(self._turn, self._job.caller.scope)
-        record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
-        has_schema = turn.output_schema is not None
-        if turn.model.known:
-            # Other models have to prove that they exist before processes wait for them.
-            app.pool.mark_used(turn.model.argument, has_schema=has_schema)
-        spare = app.pool.take_spare(turn.model.argument, has_schema=has_schema)
-        process = record.process = spare or app.pool.start(turn.model.argument)
-        record.warm = spare is not None
-        app.wakeups.put("tend")
-        process.tools = ToolServer(turn.tools)
-        setup = setup_lines(
-            turn, self._config.system_prompt, agent=self._config.is_agent,
-            is_primed=process.is_primed,
-        )
-        return self._attempt_with(process, NO_CONVERSATION, turn, setup)
 
     # -- converse ---------------------------------------------------------------------------------
 
     def _converse(self, attempt: Attempt) -> Iterator[Event]:
         """Give the events of the answer. The process is parked before the last of them is passed
         on, so that the client's next message finds it."""
-        record, turn = self._record, self._turn
+        record, turn = self._record, self._source.turn
         self._attempt = attempt
         final_only = self._config.is_agent and self._config.agent_text == "final"
         offered, _ = turn.tools_for_model
@@ -15317,10 +15354,10 @@ class TurnRunner:
         if finished.stop_reason not in PARKABLE or not self._can_park(process):
             return None
         # A structured answer ended in a call of claude's own.
-        is_dead_end = self._turn.output_schema is not None
+        is_dead_end = self._source.turn.output_schema is not None
         answer, held = self._record.answer(), attempt.conversation
         held = held._replace(rewind_points=held.rewind_points + attempt.question)
-        conversation = held.after(answer, self._history, is_dead_end=is_dead_end)
+        conversation = held.after(answer, self._source.history, is_dead_end=is_dead_end)
         if is_dead_end and not self._can_rewind(process, conversation):
             return None
         return conversation
@@ -15347,7 +15384,7 @@ class TurnRunner:
                 self._app.pool.park(attempt.process, attempt.conversation)
                 self._app.wakeups.put("tend")
         finally:
-            self._give_up()
+            self._source.give_up()
 
     def _takes_back(self, attempt: Attempt) -> bool:
         """Make the process of an answer that nobody waits for drop the question. Return whether it
@@ -15374,13 +15411,6 @@ class TurnRunner:
             return False
         is_answering = process is record.process and process.has_asked
         return is_answering and not record.readers[-1].finished
-
-    def _give_up(self) -> None:
-        """Stop the process of an answer that is not complete."""
-        process, self._record.process = self._record.process, None
-        if process is not None:
-            self._app.pool.stop(process, graceful=False)
-            self._app.wakeups.put("tend")
 
 
 # -- all requests ---------------------------------------------------------------------------------

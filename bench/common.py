@@ -39,6 +39,7 @@ STUB_API = REPO / "tests" / "kit" / "stub_api.py"
 QUESTION = "What is the capital of France?"
 #: No step of a benchmark takes longer, not even on a busy machine.
 PATIENCE_S = 60.0
+ADMIN_KEY = "the-admin-key-of-the-benchmark"
 #: The age from which a claude process counts as started, also on a busy machine.
 SETTLED_S = 3.0
 
@@ -246,6 +247,39 @@ class Ocp:
                 return
             time.sleep(0.05 if seen is None else age_s / 3)
         raise BenchError("OCP keeps no spare ready: see ocp.stderr, or is the machine too busy?")
+
+
+class KeyedOcp(Ocp):
+    """OCP in mode multi; what is asked here is asked by the operator."""
+
+    def __init__(
+        self, folder: Path, claude: Path, model: str, environ: Mapping[str, str],
+        settings: Mapping[str, str] | None = None, tree: Path = REPO,
+    ) -> None:
+        """See Ocp."""
+        keyed = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY, **(settings or {})}
+        super().__init__(folder, claude, model, environ, keyed, tree)
+
+    def call(self, method: str, path: str, body: Json = None, key: str = ADMIN_KEY) -> Json:
+        """The JSON of an answer. Raises BenchError when OCP refuses."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        with contextlib.closing(connection):
+            content = None if body is None else json.dumps(body).encode("utf-8")
+            connection.request(method, path, content, {"Authorization": f"Bearer {key}"})
+            response = connection.getresponse()
+            found = json.loads(response.read())
+        if response.status >= 300:
+            raise BenchError(f"OCP answers {path} with {response.status}: {found}")
+        return found
+
+    def get(self, path: str) -> dict[str, Json]:
+        """See Ocp."""
+        found: dict[str, Json] = self.call("GET", path)
+        return found
+
+    def new_key(self, name: str) -> str:
+        """A key for clients."""
+        return str(self.call("POST", "/api/keys", {"name": name})["key"])
 
 
 # ---------------------------------------------------------------------------

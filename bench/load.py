@@ -49,7 +49,6 @@ RAMP_S, RAMP_PART = 5.0, 0.25
 LEAST_HIT_RATIO = 0.5
 #: How long what has no answer yet gets one after the end.
 GRACE_S = 120.0
-ADMIN_KEY = "the-admin-key-of-the-benchmark"
 MODEL = "claude-haiku-4-5"
 
 
@@ -57,42 +56,18 @@ MODEL = "claude-haiku-4-5"
 # OCP with keys
 # ---------------------------------------------------------------------------
 
-class KeyedOcp(common.Ocp):
-    """OCP in mode multi; what is asked here is asked by the operator."""
+class KeyedOcp(common.KeyedOcp):
+    """OCP over the tests' fake claude, with few places."""
 
     def __init__(
         self, folder: Path, settings: Mapping[str, str], tree: Path = common.REPO
     ) -> None:
         """See common.Ocp."""
-        given = {
-            "CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY,
-            "CLAUDE_MAX_CONCURRENT": str(SLOTS), "CLAUDE_QUEUE_RETRY_AFTER": "1",
-        }
+        given = {"CLAUDE_MAX_CONCURRENT": str(SLOTS), "CLAUDE_QUEUE_RETRY_AFTER": "1"}
         # No API is behind the stand-in.
         environ = common.clean_environment(folder, "http://127.0.0.1:9")
         program = common.write_fake_claude(folder)
         super().__init__(folder, program, MODEL, environ, {**given, **settings}, tree)
-
-    def call(self, method: str, path: str, body: Json = None) -> Json:
-        """The JSON of an answer. Raises BenchError when OCP refuses."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=common.PATIENCE_S)
-        with contextlib.closing(connection):
-            content = None if body is None else json.dumps(body).encode("utf-8")
-            connection.request(method, path, content, {"Authorization": f"Bearer {ADMIN_KEY}"})
-            response = connection.getresponse()
-            found = json.loads(response.read())
-        if response.status >= 300:
-            raise common.BenchError(f"OCP answers {path} with {response.status}: {found}")
-        return found
-
-    def get(self, path: str) -> dict[str, Json]:
-        """See common.Ocp."""
-        found: dict[str, Json] = self.call("GET", path)
-        return found
-
-    def new_key(self, name: str) -> str:
-        """A key for clients."""
-        return str(self.call("POST", "/api/keys", {"name": name})["key"])
 
 
 class Holdings(NamedTuple):

@@ -9,11 +9,14 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from api_rules import as_blocks
 from project import REPO
 
 BENCH = REPO / "bench"
@@ -203,6 +206,119 @@ def test_every_step_of_a_request_can_be_measured(monkeypatch: pytest.MonkeyPatch
 
     assert set(found) == {"parse", "truncate", "estimate", "history", "usage row"}
     assert min(found.values()) > 0
+
+
+# -- prompt_cache ------------------------------------------------------------------------------
+
+class DirectSide:
+    """A contestant that asks the API itself, and marks the last block of each request."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.restarts = 0
+
+    def __enter__(self) -> DirectSide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """There is nothing to end."""
+
+    def _post(self, path: str, body: Any) -> Any:
+        system, messages = body.get("system"), [dict(each) for each in body["messages"]]
+        is_chat = system is None
+        if is_chat:
+            system = messages.pop(0)["content"]
+        *blocks, last = as_blocks(messages[-1]["content"])
+        mark = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+        messages[-1]["content"] = [*blocks, {**last, **mark}]
+        asked = {"model": "claude-sonnet-5", "max_tokens": 9, **body, "system": system,
+                 "messages": messages}
+        request = urllib.request.Request(self._url + "/v1/messages", json.dumps(asked).encode())
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.loads(response.read())
+        if not is_chat:
+            return answer
+        return {"choices": [{"message": {"content": answer["content"][-1]["text"]}}]}
+
+    def talk(self, name: str, *, with_tools: bool) -> Any:
+        module = bench("prompt_cache")
+        return (module.AgentTalk if with_tools else module.ChatTalk)(self._post)
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+    def paths(self) -> dict[str, int]:
+        return {"rebuilt": self.restarts}
+
+
+@pytest.mark.parametrize("name, requests, restarts", [
+    ("agent", 61, 0), ("edits", 15, 0), ("keys", 30, 0), ("restart", 12, 2),
+    ("restart_thinking", 12, 2), ("loop", 29, 1), ("loop_thinking", 29, 1)])
+def test_each_script_of_prompt_cache_goes_to_its_end(
+    name: str, requests: int, restarts: int
+) -> None:
+    module = bench("prompt_cache")
+    day = module.play(module.SCRIPTS[name], DirectSide)
+
+    assert (len(day.seen), day.paths["rebuilt"]) == (requests, restarts)
+    assert day.usage.prompt_tokens > day.usage.cache_read > 0
+    # Each place is asked once, and each but the first requests reads what was there before.
+    assert len(module.fresh_by_place(day)) == requests
+    assert max(each.usage.fresh_tokens for each in day.seen[5:]) < 1_500
+
+
+def test_prompt_cache_reads_from_a_request_where_its_conversation_stands() -> None:
+    module = bench("prompt_cache")
+    results = {"role": "user", "content": [{"type": "tool_result"}, {"type": "tool_result"}]}
+    asked = [{"role": "user", "content": module.question("agent", number, 7)} for number in (1, 2)]
+
+    place = module.place_of({"messages": [*asked, {"role": "assistant", "content": []}, results]})
+
+    assert place == ("agent 2", 7, 1) and place.name == "agent 2.1"
+    assert module.place_of({"messages": [{"role": "user", "content": "Hi"}]}).name == ".0"
+
+
+def played(texts: Sequence[str]) -> Any:
+    """A day of two requests, the second with one more block than the first."""
+    day = bench("prompt_cache").Day(thinks=False)
+    day.cache = bench("api_cache").PromptCache(shortest_tokens=0)
+    mark = {"cache_control": {"type": "ephemeral"}}
+    first, then = ({"type": "text", "text": text} for text in texts)
+    for blocks in ([{**first, **mark}], [first, {**then, **mark}]):
+        day.answer({"model": "m", "messages": [{"role": "user", "content": blocks}]})
+    return day
+
+
+def test_prompt_cache_table_compares_with_the_claude_by_hand() -> None:
+    module = bench("prompt_cache")
+    ocp, by_hand = played(["[chat 1]", "[chat 2]"]), played(["[chat 1]", "[chat 2]"])
+    ocp.paths = {"fresh": 1, "rebuilt": 2}
+    tokens = by_hand.usage
+
+    lines = module.table({"edits": {"OCP": ocp, "by hand": by_hand}}, "a machine").splitlines()
+
+    share = f"{tokens.cache_read / tokens.prompt_tokens:.1%}"
+    counts = ["2", str(tokens.prompt_tokens), share, str(tokens.fresh_tokens)]
+    assert cells(lines[2]) == ["chat, three edits", "OCP", *counts, "1.000", "1", "0", "0", "2"]
+    assert cells(lines[3]) == ["", "by hand", *counts, "", "", "", "", ""]
+    assert lines[5].endswith("1.00 (to reach: at most 1.05): reached")
+    by_hand.answer({"model": "m", "messages": []})
+    worse = {"OCP": played(["[chat 1] and more of it", "[chat 2]"]), "by hand": by_hand}
+    assert module.table({"edits": worse}, "a machine").splitlines()[5].endswith("MISSED")
+
+
+def test_prompt_cache_explains_where_a_request_parts_from_the_earlier_ones() -> None:
+    module = bench("prompt_cache")
+    day, ideal = played(["[chat 1]", "[chat 2]"]), played(["[chat 1]", "[chat 2]"])
+    assert module.explanation(day, ideal) == []
+
+    day.answer({"model": "m", "messages": [
+        {"role": "user", "content": "[chat 1]"}, {"role": "user", "content": "[other 1]"}]})
+
+    found = module.explanation(day, ideal)
+    assert found[0].startswith("other 1.0: read 0 of ")
+    assert "messages.0.content.1 was " in found[2] and "[chat 2]" in found[2]
+    assert "messages.1.content.0 is  " in found[3] and "[other 1]" in found[3]
 
 
 # -- what they share ---------------------------------------------------------------------------

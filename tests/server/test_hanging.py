@@ -195,7 +195,7 @@ def test_a_slow_start_is_no_hanging_one(
     monkeypatch.setattr(ocp, "_MAX_START_S", 60.0)
     busy = "import time\nend_s = time.monotonic() + 4\nwhile time.monotonic() < end_s: pass\n"
     slow = place.folder / "slow.py"
-    slow.write_text(f"{busy}exec(open({str(FAKE_CLAUDE)!r}).read())\n")
+    slow.write_text(busy + run_compiled(FAKE_CLAUDE)[1])
     monkeypatch.setattr(sys.modules[__name__], "run_compiled", lambda script: [str(slow)])
 
     assert patient().answer()

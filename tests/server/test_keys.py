@@ -808,8 +808,8 @@ def test_keys_outlive_a_server_that_is_killed(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of mode multi that parks processes."""
-    env = {**MULTI, "OCP_PARKED_PROCESSES": "8"}
+    """A server of mode multi with a place for the process of every key that the tests make."""
+    env = {**MULTI, "OCP_PARKED_PROCESSES": "64"}
     with running_server(tmp_path_factory.mktemp("memory"), env=env) as server:
         yield server
 

@@ -282,10 +282,11 @@ def test_no_choice_follows_one_that_has_failed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
-    large = {"say": "x" * 16_000_000, "chunks": 64}
+    half = {"say": "x" * 8_000_000, "chunks": 32}
     env = {**NO_IDLE, "OCP_WRITE_TIMEOUT": "300"}
 
-    with running_server(tmp_path, [[large]], env=env) as server:
+    # A client that has not read is dropped when there is more for it.
+    with running_server(tmp_path, [[half, {"sleep_ms": 1_500}, half]], env=env) as server:
         with waiter(server, stream=True):
             pid = asked_process(server)
             assert eventually(lambda: is_gone(pid))

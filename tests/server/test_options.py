@@ -288,7 +288,7 @@ def test_the_beta_for_the_long_window_is_as_good_as_the_suffix(
 
 def test_the_long_window_holds_what_the_usual_one_does_not(server: Server) -> None:
     server.write_scenario([[{"say": "Read."}]])
-    long_text = "word " * 150_000
+    long_text = "word " * 1_400_000
 
     short, long = (ask(server, long_text, model=name)
                    for name in ("claude-sonnet-4-6", "claude-sonnet-4-6[1m]"))
