@@ -9821,10 +9821,10 @@ def _limit_line(tokens: str) -> bytes:
 
 
 def setup_lines(
-    turn: Turn, operator_prompt: str, *, agent: bool = False, primed_model: str = ""
+    turn: Turn, operator_prompt: str, *, agent: bool = False, is_primed: bool = False
 ) -> bytes:
-    """Return the lines that make a fresh process ready for a conversation. `primed_model` is the
-    model that a primed process was started with; see `priming_steps`."""
+    """Return the lines that make a fresh process, or one that was primed (see `priming_steps`),
+    ready for a conversation."""
     texts = (turn.system, operator_prompt.strip(), _told_call(turn))
     system = "\n\n".join(text for text in texts if text)
     tools, choice = turn.tools_for_model
@@ -9832,8 +9832,8 @@ def setup_lines(
     if more_tools and turn.output_schema is not None:
         more_tools = (_structured_tool(turn.output_schema), *more_tools)
     alone = not agent and (turn.output_schema is None or bool(more_tools))
-    if primed_model:
-        setup = _primed_setup(primed_model, system, has_tools=bool(tools))
+    if is_primed:
+        setup = _primed_setup(turn.model.argument, system, has_tools=bool(tools))
     else:
         setup = _first_setup(system, turn.output_schema, has_tools=bool(tools))
     return setup + settings_lines(
@@ -15102,8 +15102,7 @@ class AttemptSource:
         process.tools = ToolServer(turn.tools)
         config = app.config
         setup = setup_lines(
-            turn, config.system_prompt, agent=config.is_agent,
-            primed_model=process.model_id if process.is_primed else "",
+            turn, config.system_prompt, agent=config.is_agent, is_primed=process.is_primed
         )
         return self._attempt_with(process, NO_CONVERSATION, turn, setup)
 
@@ -15699,7 +15698,7 @@ _LARGE_BODY_BYTES = 262_144
 #: How often the housekeeper looks around, and how often while something is due.
 _TEND_EVERY_S = 1.0
 #: How long claude may take to be primed. The housekeeper waits for it.
-_PRIMING_TIMEOUT_S = 3.0
+_PRIMING_TIMEOUT_S = 5.0
 _TEND_SOON_S = 0.05
 
 

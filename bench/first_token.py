@@ -7,7 +7,7 @@
 
 One run, one Markdown table on stdout. The contestants take turns, each round in another order,
 so that whatever else the machine does meets all of them alike. Each waits until the machine is
-at rest and, where it needs one, a claude process stands ready that is 1.5 s old.
+at rest and, where it needs one, a claude process stands ready that is 3 s old.
 
 With --efforts the contestants are requests to OCP with these efforts, and the API thinks before
 its text at an effort above low, for a time that is made up.

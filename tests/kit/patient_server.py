@@ -15,6 +15,7 @@ server = load_script("ocp_server")
 PATIENCE_S = {
     "_REPLY_TIMEOUT_S": 60.0, "_END_GRACE_S": 30.0, "_FIRST_LOOK_S": 60.0,
     "_REWIND_TIMEOUT_S": 30.0, "PLAN_QUERY_TIMEOUT_S": 45.0, "_VERSION_PROBE_TIMEOUT_S": 120.0,
+    "_PRIMING_TIMEOUT_S": 60.0,
 }
 
 

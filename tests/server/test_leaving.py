@@ -780,6 +780,10 @@ def test_a_claude_that_was_updated_replaces_the_spares(tmp_path: Path) -> None:
 def test_a_server_without_requests_does_nothing(tmp_path: Path) -> None:
     with running_server(tmp_path) as server:
         ready_spare(server)
+        # The spare is primed first.
+        eventually(lambda: "rewind_conversation" in [
+            line["request"]["subtype"] for line in server.lines("control_request")])
+        stays(lambda: len(server.fake_log()), 0.3)
         before = len(server.fake_log()), cpu_s(server.pid)
 
         assert stays(lambda: len(server.fake_log()), 1.2) == before[0]
