@@ -590,6 +590,7 @@ class Idle:
     def __init__(self, model_id: str, born_s: float) -> None:
         self.model_id = model_id
         self.born_s = born_s
+        self.is_primed = False
         self.is_dismissed = False
 
     def alive(self) -> bool:
