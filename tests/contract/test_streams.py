@@ -107,6 +107,12 @@ def kinds_of(answers: Sequence[Sequence[Json]]) -> set[str]:
     return {event["delta"]["type"] for event in events if event["type"] == "content_block_delta"}
 
 
+def in_order(lines: Sequence[Json]) -> list[Json]:
+    """Return the lines with the events of the stream first. claude runs its own tool for a shape
+    while the message still ends, so either may be told first."""
+    return sorted(lines, key=lambda line: line["type"] != "stream_event")
+
+
 def test_the_lines_are_the_same_on_the_short_way(claude: Claude, tmp_path: Path) -> None:
     for play in (conversation, structured):
         found = []
@@ -116,6 +122,6 @@ def test_the_lines_are_the_same_on_the_short_way(claude: Claude, tmp_path: Path)
                     found.append(list(play(process, api)))
         short, usual = found
         for answer, expected in zip(short, usual):
-            assert answer == expected
+            assert in_order(answer) == in_order(expected)
         assert len(short) == len(usual)
         assert kinds_of(short) >= KINDS[play]
