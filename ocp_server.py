@@ -12963,8 +12963,8 @@ class ProcessPool:
         return process
 
     def mark_used(self, model_id: str, *, has_schema: bool = False) -> None:
-        """Record that a model is in use, so that spares are kept for it: such that can be used with
-        an output schema if this request has one."""
+        """Record that a model is in use, so that spares are kept for it: unprimed ones if
+        this request has an output schema."""
         now_s = self._clock()
         with self._lock:
             use = self._uses.get(model_id, ModelUse(now_s))._replace(last_used_s=now_s)
@@ -15031,16 +15031,16 @@ class AttemptSource:
             return None
         process, held = pooled.process, pooled.conversation
         self._record.process = process
-        dropped = held.dropped_for(self.history, process.version) or ()
-        if self._drops(process, dropped):
+        dropped = held.dropped_for(self.history, process.version)
+        if dropped is not None and self._drops(process, dropped):
             return self._next_messages(process, held.rewound(dropped), "rewound")
         app.pool.pause_rewinds(_REWIND_PAUSE_S)
         self.give_up()
         return None
 
     def _drops(self, process: ClaudeProcess, dropped: tuple[RewindPoint, ...]) -> bool:
-        """Make a process drop its last user messages. Return whether it did; a failure counts as a
-        refusal."""
+        """Make a process drop its last user messages, if any. Return whether it did; a failure
+        counts as a refusal."""
         if not dropped:
             return True
         deadline_s = self._app.clock() + _REWIND_TIMEOUT_S

@@ -36,7 +36,14 @@ from rig import (
     wait_until,
 )
 from server import Place, output_of, running_server
-from upstream import system_texts, turns, upstream_call, upstream_messages, upstream_result
+from upstream import (
+    system_texts,
+    turns,
+    unmarked,
+    upstream_call,
+    upstream_messages,
+    upstream_result,
+)
 
 Json = Any
 
@@ -99,18 +106,6 @@ def assert_stable(bodies: Sequence[Mapping[str, Json]]) -> None:
         assert unmarked(after["tools"]) == unmarked(before["tools"])
         sooner, later = (unmarked(body["messages"]) for body in (before, after))
         assert later[:len(sooner)] == sooner
-
-
-def unmarked(value: Json) -> Json:
-    """The value without cache_control; texts are lists of blocks, which are the same there."""
-    if isinstance(value, list):
-        return [unmarked(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    found = {name: unmarked(each) for name, each in value.items() if name != "cache_control"}
-    if isinstance(found.get("content"), str) and "role" in found:
-        found["content"] = [{"type": "text", "text": found["content"]}]
-    return found
 
 
 @pytest.mark.differs_by_version

@@ -17,7 +17,7 @@ from conversation import EVERY_DIALECT, Conversation, path_of
 from depth import rest
 from dialects import CHAT, MESSAGES, RESPONSES, Answer, Dialect, Result, Tool
 from rig import BUDGET_MODEL, MODEL, NEWEST_MODEL, Claude, Rig, running_rig
-from upstream import turns
+from upstream import turns, unmarked
 
 Json = Any
 Body = dict[str, Json]
@@ -39,18 +39,6 @@ def cached_part(body: Body) -> Body:
 def text_of(body: Body) -> str:
     """The same as text, so that the order of fields counts too."""
     return json.dumps(cached_part(body), indent=1)
-
-
-def unmarked(value: Json) -> Json:
-    """The value without cache_control; a text is a list of blocks, which are the same there."""
-    if isinstance(value, list):
-        return [unmarked(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    found = {name: unmarked(each) for name, each in value.items() if name != "cache_control"}
-    if isinstance(found.get("content"), str) and "role" in found:
-        found["content"] = [{"type": "text", "text": found["content"]}]
-    return found
 
 
 def thinking_fields(dialect: Dialect, model: str) -> dict[str, Json]:

@@ -49,6 +49,18 @@ def _without_own_words(contents: list[Json]) -> list[Json]:
     return contents
 
 
+def unmarked(value: Json) -> Json:
+    """The value without cache_control; texts are lists of blocks, which are the same there."""
+    if isinstance(value, list):
+        return [unmarked(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: unmarked(each) for name, each in value.items() if name != "cache_control"}
+    if isinstance(found.get("content"), str) and "role" in found:
+        found["content"] = [{"type": "text", "text": found["content"]}]
+    return found
+
+
 def system_texts(body: Body) -> list[str]:
     """Return the system prompt without the two blocks that claude puts in front."""
     texts = [block["text"] for block in body["system"]]
