@@ -40,6 +40,9 @@ class Forker:
     def __init__(self, script: Path) -> None:
         # Guards the pipes. Held for one request and its reply.
         self._lock = threading.Lock()
+        # Whoever compiles a script keeps 40 MB of what that takes, and so would every fork.
+        subprocess.run([sys.executable, "-m", "py_compile", str(script)], env=clean_env(),
+                       check=True)
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error::ResourceWarning", __file__, str(script)],
             env=clean_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
