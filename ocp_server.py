@@ -328,9 +328,12 @@ def format_failure(error: BaseException) -> str:
 
 
 def format_uptime(seconds: float) -> str:
-    """Return a duration in hours and minutes, rounded down: "0h 4m"."""
+    """Return a duration rounded down to minutes, or to seconds if it is short: "3h 4m", "4m",
+    "12s"."""
     minutes = int(seconds // 60)
-    return f"{minutes // 60}h {minutes % 60}m"
+    if minutes < 1:
+        return f"{int(seconds)}s"
+    return f"{minutes // 60}h {minutes % 60}m" if minutes >= 60 else f"{minutes}m"
 
 
 def format_span(seconds: float) -> str:
@@ -17342,9 +17345,10 @@ def no_embeddings(app: App, exchange: Exchange) -> None:
 _MODELS_CREATED_S = 1_750_000_000
 
 
-def _model_entry(models: Models, model: Model) -> Json:
+def _model_entry(models: Models, model: Model, default_name: str) -> Json:
     """Return the fields of OpenAI's and of Anthropic's model entries, those of other servers that
     clients read (OpenRouter's context_length, vLLM's max_model_len), and those of OCP."""
+    is_default = models.resolve([default_name]) == {model.id}
     return {
         "id": model.id,
         "object": "model",
@@ -17364,6 +17368,7 @@ def _model_entry(models: Models, model: Model) -> Json:
         "efforts": list(model.efforts),
         "default_effort": model.default_effort or None,
         "aliases": models.aliases_of(model),
+        "default": is_default,
     }
 
 
@@ -17398,7 +17403,8 @@ def get_models(app: App, exchange: Exchange) -> None:
         # A key can name models that are not listed.
         models = [model for model in known.all() if model.id in allowed and known.can_run(model)]
     page, has_more = _page(exchange.query, [model.id for model in models])
-    entries = [_model_entry(known, model) for model in models[page]]
+    default_name = app.config.default_model
+    entries = [_model_entry(known, model, default_name) for model in models[page]]
     ends = [entries[0]["id"], entries[-1]["id"]] if entries else [None, None]
     exchange.response.send_json({
         "object": "list", "data": entries, "has_more": has_more,
@@ -17412,7 +17418,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     found = models.find(model)
     _check_model_allowed(models, exchange.caller, found)
     models.check_runs(found)
-    exchange.response.send_json(_model_entry(models, found))
+    exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
 # ==== 43. Management endpoints ===============================================
@@ -17902,6 +17908,9 @@ _MODEL_NUMBERS = (
     ("requests", "requests"), ("successes", "successes"), ("errors", "errors"),
     ("timeouts", "timeouts"), ("avgElapsed", "avg_elapsed_ms"), ("maxElapsed", "max_elapsed_ms"),
     ("avgPromptChars", "avg_prompt_chars"), ("maxPromptChars", "max_prompt_chars"),
+    ("inputTokens", "input_tokens"), ("outputTokens", "output_tokens"),
+    ("cacheReadTokens", "cache_read_tokens"), ("cacheWriteTokens", "cache_write_tokens"),
+    ("cacheReadShare", "cache_read_share"),
 )
 
 
@@ -17927,12 +17936,12 @@ def get_status(app: App, exchange: Exchange) -> None:
     app.learn_plan(exchange.client)
     now = snapshot(app)
     login, stats = now["auth"], now["stats"]
-    login_words = {True: "ok", None: "unknown", False: login["message"]}
+    login_words = {True: "logged in", None: "not known yet", False: "not logged in"}
     failures = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURE_EVENTS]
     exchange.response.send_json({
         "proxy": {
             "status": now["status"], "version": now["version"], "uptime": now["uptimeHuman"],
-            "auth": login_words[login["ok"]],
+            "auth": login_words[login["ok"]], "fix": now["fix"],
         },
         "requests": {
             "total": stats["totalRequests"], "active": stats["activeRequests"],
