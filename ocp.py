@@ -1232,7 +1232,7 @@ def show_plan(plan: Json, style: Style) -> str:
     lines.append(f"  {'Extra usage':<20} {_extra_usage_words(extra)}")
     if not any((window or {}).get("observedAt") or (window or {}).get("percent")
                for window in (plan.get("currentSession"), *weekly.values())):
-        lines.append("  (claude reports the limits with its answers; none has come yet)")
+        lines.append("  (claude reports the limits of a plan with its answers)")
     return "\n".join(lines)
 
 
@@ -1418,6 +1418,7 @@ def show_health(answer: Json, style: Style) -> str:
     spares = [f"{model} {count}" for model, count in (answer.get("spares") or {}).items()]
     rows = [
         ("version", answer.get("version")),
+        ("demo", "no model is asked" if answer.get("demo") else None),
         ("instance", answer.get("instanceName") or None), ("up", answer.get("uptimeHuman")),
         ("access mode", answer.get("authMode")), ("login", login.get(auth.get("ok"), "?")),
         ("claude", answer.get("claudeVersion") or "not usable"),
@@ -1442,8 +1443,8 @@ def cmd_health(env: Env, args: argparse.Namespace) -> Exit:
 
 
 MODEL_LIST_COLUMNS = (
-    text_column("Model", "id"), text_column("Name", "display_name"),
-    number_column("Window", "context_window"), number_column("Max output", "max_output_tokens"),
+    text_column("Model", "id"), number_column("Window", "context_window"),
+    number_column("Max output", "max_output_tokens"),
     Column("Reasoning", lambda row, _: {True: "yes", False: "no"}.get(row.get("reasoning"), "-")),
     Column("Aliases", lambda row, _: ", ".join(map(str, row.get("aliases") or []))),
 )
@@ -1465,7 +1466,14 @@ def _setting_value(value: object, row: Json) -> str:
     """Return a value of a setting as people write it: 10m, on, 8."""
     if row.get("unit") == "ms" and isinstance(value, int) and not isinstance(value, bool):
         return span(value) if value else "0"
+    if row.get("unit") == "bytes" and isinstance(value, int) and value and value % 2**20 == 0:
+        return f"{value // 2**20} MiB"
     return f"{on_off(value)} {row.get('unit') or ''}".rstrip()
+
+
+def is_changed(row: Json) -> bool:
+    """Return whether somebody has set a setting."""
+    return row.get("source") in ("stored", "environment")
 
 
 def _range(row: Json) -> str:
@@ -1481,7 +1489,7 @@ def _range(row: Json) -> str:
 SETTING_COLUMNS = (
     text_column("Setting", "name"),
     Column("Value", lambda row, _: _setting_value(row.get("value"), row), ">"),
-    Column("From", lambda row, _: row.get("source") or ""),
+    Column("From", lambda row, _: row.get("source") if is_changed(row) else ""),
     Column("What it is", lambda row, _: row.get("desc") or ""),
 )
 
@@ -1489,12 +1497,10 @@ SETTING_COLUMNS = (
 def show_settings(answer: Json, style: Style) -> str:
     """Return every setting with its value and where the value comes from."""
     rows = [{**row, "name": name} for name, row in answer.items()]
-    return table(SETTING_COLUMNS, rows, style) if rows else "every setting is at its default"
-
-
-def is_changed(row: Json) -> bool:
-    """Return whether somebody has set a setting."""
-    return row.get("source") in ("stored", "environment")
+    if not rows:
+        return "every setting is at its default"
+    return table(SETTING_COLUMNS, rows, style) + (
+        "\n\n  ocp settings SETTING shows one in full" if style.width else "")
 
 
 def show_setting(name: str, row: Json, style: Style) -> str:
@@ -1549,10 +1555,10 @@ def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
     for field, variable in at_start.items():
         if name == variable or plain == field.replace("_", ""):
             record = installation(env)
-            file = (record.env_file if record else "") or "the environment of the server"
-            raise Problem(
-                Exit.USAGE, f"{clean(name)} is read at the start of the server only. Set "
-                f"{variable} in {file}, and restart with `ocp restart`.")
+            how = (f"in {record.env_file}, and restart with `ocp restart`."
+                   if record and record.env_file else "in its environment, and start it again.")
+            raise Problem(Exit.USAGE, f"{clean(name)} is read at the start of the server only. "
+                                      f"Set {variable} {how}")
     hint = did_you_mean(name, settings) or did_you_mean(name, at_start) or (
         " `ocp settings` lists them.")
     raise Problem(Exit.USAGE, f"There is no setting {clean(name)!r}.{hint}")
@@ -1845,6 +1851,11 @@ QUOTA_COLUMNS = (
 )
 
 
+def show_key_and_quota(answer: Json, style: Style) -> str:
+    """Return everything about one key, with its quotas."""
+    return f"{show_key(answer, style)}\n\n{show_quota(answer, style)}"
+
+
 def show_quota(answer: Json, style: Style) -> str:
     """Return what a key may use and has used, for each period."""
     quota = answer.get("quota") or {}
@@ -1953,9 +1964,8 @@ def cmd_keys_rotate(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def cmd_keys_show(env: Env, args: argparse.Namespace) -> Exit:
-    """Show one key, and for people its quotas too."""
-    code = read(env, args, _key_path(args.key), show_key)
-    return code if args.json else read(env, args, _key_path(args.key) + "/quota", show_quota)
+    """Show one key and its quotas."""
+    return read(env, args, _key_path(args.key), show_key_and_quota)
 
 
 def cmd_keys_quota(env: Env, args: argparse.Namespace) -> Exit:
@@ -2021,10 +2031,10 @@ class StreamEnd(NamedTuple):
     answer_tokens: int | None = None
 
 
-def print_stream(env: Env, events: Iterable[str]) -> StreamEnd:
+def print_stream(env: Env, events: Iterable[str], started_s: float) -> StreamEnd:
     """Print the text of a streamed answer as it comes, and end its line. Raises Problem for an
-    error in it."""
-    started_s, end, terminal = env.clock(), StreamEnd(), env.stdout.isatty()
+    error in it. `started_s` is when it was asked for."""
+    end, terminal = StreamEnd(), env.stdout.isatty()
     try:
         for data in events:
             if data == "[DONE]":
@@ -2108,9 +2118,10 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
     if args.json:
         return _ask_in_json(server, body)
     body.update(stream=True, stream_options={"include_usage": True})
+    started_s = env.clock()
     try:
         with server.open("POST", path, body, _ANSWER_TIMEOUT_S) as response:
-            end = print_stream(env, sse_data(_stream_lines(response)))
+            end = print_stream(env, sse_data(_stream_lines(response)), started_s)
     except ValueError:
         raise Problem(
             Exit.FAILED, f"{server.url}{path} sent something that is no answer.") from None

@@ -17798,8 +17798,10 @@ def create_key(app: App, exchange: Exchange) -> None:
 
 
 def get_key(app: App, exchange: Exchange, key: str) -> None:
-    """GET /api/keys/{key}: return the key with this id or name."""
-    exchange.response.send_json(_key_entry(app.keys.find(key)))
+    """GET /api/keys/{key}: return the key with this id or name, with the use of its quotas."""
+    found = app.keys.find(key)
+    report = app.ledger.quota_report(found)
+    exchange.response.send_json({**_key_entry(found), "quota": report})
 
 
 def change_key(app: App, exchange: Exchange, key: str) -> None:

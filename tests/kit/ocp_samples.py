@@ -99,21 +99,6 @@ LOGS: Json = {"count": 2, "level": "all", "entries": [
 SESSIONS: Json = {"sessions": [
     {"id": "chat-1", "caller": "laptop", "model": "claude-sonnet-5-5", "messages": 6,
      "created": "2026-11-20T13:00:00Z", "lastUsed": "2026-11-20T14:48:00Z"}]}
-KEY: Json = {
-    "id": 2, "keyPreview": "ocp_ygp2...1eD_", "name": "laptop",
-    "created_at": "2026-11-18 15:00:00", "createdAt": "2026-11-18T15:00:00Z", "revoked": 0,
-    "expiry": "2026-12-20T15:00:00Z", "expired": False, "models": ["claude-sonnet-5-5"],
-    "maxConcurrent": 2, "note": "", "effort": "low", "webSearch": True,
-    "lastUsed": "2026-11-20T14:55:00Z", "revokedAt": None,
-    "quota": {
-        "daily": {"limit": 50, "used": 12, "inFlight": 0, "resetsIn": "9h 57m"},
-        "weekly": {"limit": None, "used": 34, "inFlight": 0, "resetsIn": "2d 9h"},
-        "tokensDaily": {"limit": 1_000_000, "used": 50_400, "inFlight": 0, "resetsIn": "9h 57m"}},
-}
-KEYS: Json = {"keys": [KEY, {
-    "id": 1, "keyPreview": "ocp_8dQx...Zk3a", "name": "old phone",
-    "created_at": "2026-10-01 08:00:00", "revoked": 1, "expiry": None, "expired": False,
-    "models": [], "maxConcurrent": 0, "note": "", "lastUsed": None}]}
 QUOTA: Json = {"keyId": 2, "name": "laptop", "quota": {
     "daily": {"limit": 50, "used": 12, "inFlight": 0, "resetsIn": "9h 57m"},
     "weekly": {"limit": None, "used": 34, "inFlight": 0, "resetsIn": "2d 9h"},
@@ -121,6 +106,18 @@ QUOTA: Json = {"keyId": 2, "name": "laptop", "quota": {
     "tokensDaily": {"limit": 1_000_000, "used": 50_400, "inFlight": 0, "resetsIn": "9h 57m"},
     "tokensWeekly": {"limit": None, "used": 150_000, "inFlight": 0, "resetsIn": "2d 9h"},
     "tokensMonthly": {"limit": None, "used": 400_000, "inFlight": 0, "resetsIn": "10d 9h"}}}
+KEY: Json = {
+    "id": 2, "keyPreview": "ocp_ygp2...1eD_", "name": "laptop",
+    "created_at": "2026-11-18 15:00:00", "createdAt": "2026-11-18T15:00:00Z", "revoked": 0,
+    "expiry": "2026-12-20T15:00:00Z", "expired": False, "models": ["claude-sonnet-5-5"],
+    "maxConcurrent": 2, "note": "", "effort": "low", "webSearch": True,
+    "lastUsed": "2026-11-20T14:55:00Z", "revokedAt": None,
+    "quota": QUOTA["quota"],
+}
+KEYS: Json = {"keys": [KEY, {
+    "id": 1, "keyPreview": "ocp_8dQx...Zk3a", "name": "old phone",
+    "created_at": "2026-10-01 08:00:00", "revoked": 1, "expiry": None, "expired": False,
+    "models": [], "maxConcurrent": 0, "note": "", "lastUsed": None}]}
 CACHE: Json = {
     "entries": 31, "totalHits": 12, "sizeBytes": 84_200, "inflight": 0, "requesters": 0,
     "hits": 12, "misses": 36, "shared": 2, "bypassed": 5, "maxBytes": 33_554_432,

@@ -46,7 +46,7 @@ READING: tuple[tuple[str, str, Json, Callable[..., str]], ...] = (
     ("keys list", "GET /api/keys", samples.KEYS, ocp.show_keys),
     ("keys list --all", "GET /api/keys", samples.KEYS, ocp.show_all_keys),
     ("cache", "GET /cache/stats", samples.CACHE, ocp.show_cache),
-    ("keys show laptop", "GET /api/keys/laptop", samples.KEY, ocp.show_key),
+    ("keys show laptop", "GET /api/keys/laptop", samples.KEY, ocp.show_key_and_quota),
     ("keys quota laptop", "GET /api/keys/laptop/quota", samples.QUOTA, ocp.show_quota),
 )
 each_reading = pytest.mark.parametrize("line, asked, answer, show", READING, ids=lambda v: (
@@ -89,8 +89,7 @@ def test_extra_usage_is_what_the_server_says_it_is(state: str | None, words: str
 def test_a_pipe_gets_plain_text(
     tmp_path: Path, line: str, asked: str, answer: Json, show: Callable[..., str],
 ) -> None:
-    quota = {"GET /api/keys/laptop/quota": (200, samples.QUOTA)}
-    with stub_server({asked: (200, answer), **quota}) as server:
+    with stub_server({asked: (200, answer)}) as server:
         found = run(tmp_path, server.url, *line.split())
     assert (found.code, found.stderr) == (0, "")
     assert "\x1b" not in found.stdout and "[#" not in found.stdout
@@ -168,7 +167,7 @@ def test_unknown_plan_is_said_to_be_unknown() -> None:
     plan = {"currentSession": {"utilization": None, "percent": None}, "weeklyLimits": {}}
     shown = ocp.show_usage({"plan": plan, "proxy": {}, "models": {}}, PLAIN)
     assert shown.count("not known yet") == 3 and "0%" not in shown
-    assert "claude reports the limits with its answers" in shown
+    assert "claude reports the limits of a plan with its answers" in shown
 
 
 def test_health_of_a_server_that_is_not_well_is_a_failure(tmp_path: Path) -> None:
@@ -335,10 +334,12 @@ def test_changed_settings_are_those_that_somebody_has_set(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("columns", [40, 80, 100])
 def test_words_of_the_last_column_are_cut_to_the_terminal(columns: int) -> None:
-    row = {**samples.SETTINGS["timeout"], "desc": "long " * 40}
-    shown = ocp.show_settings({"timeout": row}, TERMINAL._replace(width=columns, color=False))
+    row = {"name": "timeout", **samples.SETTINGS["timeout"], "desc": "long " * 40}
+    style = TERMINAL._replace(width=columns, color=False)
+    shown = ocp.table(ocp.SETTING_COLUMNS, [row], style)
     assert max(map(len, shown.split("\n"))) == columns and shown.endswith("...")
     assert "..." not in ocp.show_settings({"timeout": row}, PLAIN)
+    assert "ocp settings SETTING shows one in full" in ocp.show_settings({"timeout": row}, style)
 
 
 @pytest.mark.parametrize("text, ms", [
