@@ -884,6 +884,13 @@ class Server(NamedTuple):
             with self.open(method, path, body, timeout_s) as response, reading():
                 return Answer(self.url, response.read().decode("utf-8", "replace"))
 
+    def health(self) -> Answer:
+        """Return the answer of /health. Raises Problem, also for another program's."""
+        answer = self.ask("GET", "/health", timeout_s=5.0)
+        if "version" not in answer.value or "status" not in answer.value:
+            raise not_ocp(self.url)
+        return answer
+
     @contextlib.contextmanager
     def open(
         self, method: str, path: str, body: object, timeout_s: float
@@ -899,7 +906,8 @@ class Server(NamedTuple):
     def _explained(self, problem: HttpProblem) -> Problem:
         """Return the same problem in the user's terms, with advice."""
         message, url = clean(problem).rstrip("."), self.url
-        if problem.kind != "unreachable" and problem.body is None and not is_ocp_server(url):
+        is_ocp_error = isinstance(problem.body, dict) and "error" in problem.body
+        if problem.kind != "unreachable" and not is_ocp_error and not is_ocp_server(url):
             return not_ocp(url, problem.status)
         if "CERTIFICATE_VERIFY_FAILED" in message:
             return Problem(
@@ -1436,7 +1444,7 @@ def show_health(answer: Json, style: Style) -> str:
 
 def cmd_health(env: Env, args: argparse.Namespace) -> Exit:
     """Show the state of the server. FAILED when it is not well, for scripts."""
-    answer = find_server(env).ask("GET", "/health")
+    answer = find_server(env).health()
     is_ok = answer.value.get("status") == "ok"
     print_answer(env, args, answer, show_health)
     return Exit.OK if is_ok else Exit.FAILED
@@ -2120,7 +2128,10 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
     body.update(stream=True, stream_options={"include_usage": True})
     started_s = env.clock()
     try:
-        with server.open("POST", path, body, _ANSWER_TIMEOUT_S) as response:
+        with contextlib.ExitStack() as stack:
+            with progress(env, f"waiting for {server.url}"):
+                response = stack.enter_context(
+                    server.open("POST", path, body, _ANSWER_TIMEOUT_S))
             end = print_stream(env, sse_data(_stream_lines(response)), started_s)
     except ValueError:
         raise Problem(
@@ -2162,7 +2173,7 @@ def _dashboard_key(env: Env, url: str, mode: object) -> str:
 def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
     """Show the address of the dashboard and how to get in, and open it if asked to."""
     server = find_server(env)
-    health = server.ask("GET", "/health", timeout_s=5.0).value
+    health = server.health().value
     mode, device = health.get("authMode"), device_url(env, server.url)
     found = {"url": f"{server.url}/dashboard", "key": _dashboard_key(env, server.url, mode)}
     if device != server.url and mode != "none":
@@ -2192,7 +2203,7 @@ def show_lan(answer: Json, style: Style) -> str:
 def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
     """Show the address for other devices. FAILED when they cannot reach it."""
     server = find_server(env)
-    health = server.ask("GET", "/health", timeout_s=5.0).value
+    health = server.health().value
     url = lan_url(env, server.url)
     if not url:
         raise Problem(Exit.FAILED, "This machine has no address in a network.")
@@ -2212,6 +2223,15 @@ def connect_command(env: Env, *words: str) -> list[str]:
             Exit.FAILED, f"{script} is not there. Copy ocp_connect.py from the server's checkout "
             "of OCP beside this ocp.py, or run it alone: python3 ocp_connect.py HOST")
     return [sys.executable, script, *words]
+
+
+def connect_options(env: Env) -> list[str]:
+    """Return the long options of ocp_connect.py, none if it is not there."""
+    try:
+        with open(env.beside("ocp_connect.py"), encoding="utf-8") as file:
+            return re.findall(r'\b(?:flag|add|add_argument)\("(--[a-z-]+)"', file.read())
+    except (OSError, ValueError):
+        return []
 
 
 def _run_attached(env: Env, command: Sequence[str]) -> Exit:
@@ -2387,11 +2407,16 @@ def _manual_command(env: Env, verb: str, owner: Owner) -> str:
     return f"kill {owner.pid}" + (f", and then {again}" if verb == "restart" else "")
 
 
+def _refuse_elsewhere(env: Env, record: Record | None, verb: str) -> None:
+    """Raise Problem if the server that is named runs on another machine."""
+    url = server_url(env)
+    if not is_loopback(url) and (record is None or url != record.url):
+        raise Problem(Exit.FAILED, f"{url} is another machine: run `ocp {verb}` there.")
+
+
 def _without_service(env: Env, verb: str) -> Exit:
     """Explain how to start, stop or restart a server that is not an installed service."""
     url = server_url(env)
-    if not is_loopback(url):
-        raise Problem(Exit.FAILED, f"{url} is another machine: run `ocp {verb}` there.")
     port = port_of(url)
     try:
         owner = port_owner(env, port)
@@ -2484,6 +2509,7 @@ def _owner_sentence(env: Env, url: str) -> str:
 def _start(env: Env, verb: str) -> Exit:
     """Start or restart the service and wait until the server answers."""
     record = service_of(env)
+    _refuse_elsewhere(env, record, verb)
     if record is None:
         return _without_service(env, verb)
     since_s = env.clock() if verb == "restart" else None
@@ -2508,6 +2534,7 @@ def cmd_start(env: Env, args: argparse.Namespace) -> Exit:
 def cmd_stop(env: Env, args: argparse.Namespace) -> Exit:
     """Stop the service and wait until nobody answers."""
     record = service_of(env)
+    _refuse_elsewhere(env, record, "stop")
     if record is None:
         return _without_service(env, "stop")
     complaint = run_service(env, record, "stop")
@@ -3899,12 +3926,16 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
         # The options behind it, --help too, are another program's.
         words = [*words[:len(words) - len(command)], "connect", "--", *command[1:]]
     args, more = parser(env).parse_known_args(list(words))
+    row = find_command(command)[0]
+    options = [name for each in (*row.arguments, *EVERYWHERE) for name in each.names
+               if name.startswith("--")]
     if more and hasattr(args, "words") and not any(word.startswith("-") for word in more):
         # Words that an option divides, which argparse does not put together.
         args.words += more
     elif more:
-        args.parser.error(f"unrecognized arguments: {' '.join(map(clean, more))}")
-    takes_json = any(JSON.names == each.names for each in find_command(command)[0].arguments)
+        hint = did_you_mean(more[0], options)
+        args.parser.error(f"unrecognized arguments: {' '.join(map(clean, more))}.{hint}")
+    takes_json = JSON.names[0] in options
     if hasattr(args, "json") and args.run and not takes_json:
         args.parser.error("there is no --json here")
     return argparse.Namespace(**{"json": False, **vars(args)})
@@ -3933,6 +3964,9 @@ def _server_names(env: Env, metavar: str) -> list[str]:
 def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield what may be an argument of a command after the words `before`, each with its help."""
     last = before[-1] if before else ""
+    if command.name == "connect":
+        yield from ((name, "") for name in connect_options(env))
+        return
     expecting = [each for each in command.arguments
                  if last in each.names and "metavar" in each.options]
     for each in expecting or (*command.arguments, *EVERYWHERE):

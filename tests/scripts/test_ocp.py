@@ -20,7 +20,17 @@ from typing import Any, Callable
 import pytest
 
 import ocp_samples as samples
-from ocp_command import DEAD_URL, HEALTH, Request, ocp, ocp_env, run, run_env, stub_server
+from ocp_command import (
+    DEAD_URL,
+    HEALTH,
+    Request,
+    ocp,
+    ocp_env,
+    run,
+    run_env,
+    stub_server,
+    write_record,
+)
 from project import REPO, clean_env, load_script
 from server import running_server
 from tls_files import write_tls_files
@@ -685,18 +695,47 @@ def test_an_odd_answer_to_clear_is_no_traceback(tmp_path: Path) -> None:
     assert found.code == 1 and "is not an OCP server" in found.stderr
 
 
-@pytest.mark.parametrize("status", [200, 302, 403, 404, 405, 501, 502])
+@pytest.mark.parametrize("status, page", [
+    *((status, "<html>It works!</html>") for status in (200, 302, 403, 404, 405, 501, 502)),
+    *((status, '{"detail": "html"}') for status in (404, 502))])
 @pytest.mark.parametrize("line", [
     "status", "status --json", "keys add x", "ask hi", "ask hi --json", "lan", "dashboard",
     "health", "clear --yes", "logs --since 1h"])
-def test_another_program_is_named_as_such(tmp_path: Path, line: str, status: int) -> None:
-    page = (status, "<html>It works!</html>")
+def test_another_program_is_named_as_such(
+    tmp_path: Path, line: str, status: int, page: str,
+) -> None:
     asked = ("GET /health", "GET /status", "GET /logs", "DELETE /sessions", "POST /api/keys",
              "POST /v1/chat/completions")
-    with stub_server(dict.fromkeys(asked, page)) as server:
+    with stub_server(dict.fromkeys(asked, (status, page))) as server:
         found = run(tmp_path, server.url, *line.split())
     assert found.code == 1 and "not an OCP server" in found.stderr, found
     assert "html" not in found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("line", ["health", "lan", "dashboard", "keys add x", "ask hi --json"])
+def test_another_program_that_answers_in_json_is_found_out(tmp_path: Path, line: str) -> None:
+    asked = ("GET /health", "POST /api/keys", "POST /v1/chat/completions")
+    with stub_server(dict.fromkeys(asked, (200, {"detail": "html"}))) as server:
+        found = run(tmp_path, server.url, *line.split())
+    assert found.code == 1 and "not an OCP server" in found.stderr
+
+
+@pytest.mark.parametrize("words, hint", [
+    (["health", "--jsn"], "--json"), (["logs", "--sinse", "1h"], "--since")])
+def test_an_unknown_option_comes_with_the_most_similar_one(
+    tmp_path: Path, words: list[str], hint: str,
+) -> None:
+    found = run(tmp_path, DEAD_URL, *words)
+    assert found.code == ocp.Exit.USAGE and f"Did you mean {hint}?" in found.stderr
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "restart"])
+def test_the_service_here_is_left_alone_when_another_machine_is_named(
+    tmp_path: Path, verb: str,
+) -> None:
+    write_record(tmp_path, "http://127.0.0.1:3456")
+    found = run_env(ocp_env(tmp_path, verb, "--url", "192.0.2.9"))
+    assert found.code == 1 and f"run `ocp {verb}` there" in found.stderr
 
 
 def test_failures_of_ask_are_told_apart(tmp_path: Path) -> None:
@@ -883,7 +922,8 @@ def test_commands_actions_options_and_choices_are_completed(tmp_path: Path) -> N
     assert completed(tmp_path, DEAD_URL, "logs", "--level", "") == set(ocp.LOG_WORDS)
     assert "clear" in completed(tmp_path, DEAD_URL, "--url", "box", "--json", "cache", "")
     assert completed(tmp_path, DEAD_URL, "status", "--u") == {"--url"}
-    assert "--dashboard" not in completed(tmp_path, DEAD_URL, "dashboard", "--")
+    offered = completed(tmp_path, DEAD_URL, "connect", "box", "--")
+    assert {"--undo", "--provider-name", "--primary"} <= offered and "--url" not in offered
     assert completed(tmp_path, DEAD_URL, "completion", "z") == {"zsh"}
     assert completed(tmp_path, DEAD_URL, "logs", "e") == {"error"}
     assert completed(tmp_path, DEAD_URL, "help", "keys", "re") == {"rename", "revoke"}
