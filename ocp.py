@@ -187,7 +187,8 @@ QUOTA_FIELDS = tuple(
 
 ALL_KEYS = flag("--all", help="the revoked ones too")
 KEY_ACTIONS = (
-    Command("list", "list the keys, newest first", (ALL_KEYS, JSON)),
+    Command("list", "list the keys, newest first", (ALL_KEYS, JSON),
+            examples=("keys list", "keys list --all")),
     Command("add", "create a key; its secret is shown only once",
             (argument("name", metavar="NAME", help="what it is for"),
              *KEY_FIELDS, *QUOTA_FIELDS, JSON),
@@ -222,8 +223,9 @@ COMMANDS = (
     Command("dashboard", "show the address of the dashboard, and how to get in",
             (flag("--open", help="open it in the browser of this machine"), JSON),
             examples=("dashboard", "dashboard --open")),
-    Command("health", "show the state of the server; exit code 1 when it is not well", (JSON,)),
-    Command("models", "list the models that the server offers", (JSON,)),
+    Command("health", "show the state of the server; exit code 1 when it is not well", (JSON,),
+            examples=("health",)),
+    Command("models", "list the models that the server offers", (JSON,), examples=("models",)),
     Command("settings", "show, change or reset settings", (
         argument("key", nargs="?", metavar="SETTING", help="a setting"),
         argument("value", nargs="?", metavar="VALUE",
@@ -243,21 +245,25 @@ COMMANDS = (
     ), examples=("logs", "logs -n 50 --level warn", "logs --level error --since 1h",
                  "logs --follow")),
     Command("sessions", "list the conversations that the server remembers", (JSON,), (
-        Command("clear", "forget all sessions, or one", (SESSION, YES, JSON)),)),
+        Command("clear", "forget all sessions, or one", (SESSION, YES, JSON),
+                examples=("sessions clear", "sessions clear chat-1")),
+    ), ("sessions", "sessions clear")),
     Command("clear", "forget all sessions, or one: the same as `sessions clear`",
-            (SESSION, YES, JSON)),
+            (SESSION, YES, JSON), examples=("clear", "clear chat-1")),
     Command("cache", "show how the cache of answers does", (JSON,), (
-        Command("clear", "forget all cached answers", (JSON,)),)),
+        Command("clear", "forget all cached answers", (JSON,), examples=("cache clear",)),
+    ), ("cache", "cache clear")),
     Command("keys", "list, create and change the keys of your devices", (ALL_KEYS, JSON),
             KEY_ACTIONS, ("keys", "keys add laptop --expiry 90d --daily 200",
                           "keys quota laptop --tokens-weekly 5000000", "keys revoke laptop")),
-    Command("lan", "show the address for other devices, and test it", (JSON,)),
+    Command("lan", "show the address for other devices, and test it", (JSON,), examples=("lan",)),
     Command("connect", "set up this machine's tools for a server", (
         argument("rest", nargs="+", metavar="HOST",
                  help="HOST and the other arguments of ocp_connect.py, such as --list and --undo"),
     )),
     Command("sync", "update the list of models in OpenClaw",
-            (flag("--dry-run", help="only show what would change"), REPORT)),
+            (flag("--dry-run", help="only show what would change"), REPORT),
+            examples=("sync --dry-run", "sync")),
     Command("ask", "ask one question: the quickest proof that everything works", (
         argument("words", nargs="*", metavar="QUESTION",
                  help="the question; what comes through a pipe is put before it"),
@@ -266,23 +272,27 @@ COMMANDS = (
     ), examples=("ask why is the sky blue", "ask -m haiku 'Is 91 a prime?'",
                  "ask -s 'Answer in one word.' the capital of Peru",
                  "ask summarise this < notes.txt")),
-    Command("start", "start the service"),
-    Command("stop", "stop the service"),
+    Command("start", "start the service", examples=("start",)),
+    Command("stop", "stop the service", examples=("stop",)),
     Command("restart", "restart the service, or OpenClaw's gateway",
             (argument("what", nargs="?", choices=("gateway",), metavar="gateway",
-                      help="restart OpenClaw's gateway instead"),)),
-    Command("doctor", "examine the installation and say what to do", (REPORT,)),
+                      help="restart OpenClaw's gateway instead"),),
+            examples=("restart", "restart gateway")),
+    Command("doctor", "examine the installation and say what to do", (REPORT,),
+            examples=("doctor",)),
     Command("update", "update a git checkout to a release, or roll back", (
         flag("--check", help="only say whether there is a newer release"),
         flag("--dry-run", help="only say what would be done"),
         argument("--target", metavar="VERSION", help="another release than the newest"),
         flag("--rollback", help="return to the version before the last update"),
         flag("--list", help="with --rollback: list the snapshots"), YES,
-    )),
-    Command("version", "show the installed version, the running one and claude's", (REPORT,)),
+    ), examples=("update --check", "update", "update --rollback")),
+    Command("version", "show the installed version, the running one and claude's", (REPORT,),
+            examples=("version", "--version")),
     Command("completion", "print a completion script: bash, zsh or fish",
             (argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL",
-                      help="bash, zsh or fish"),)),
+                      help="bash, zsh or fish"),),
+            examples=("completion bash", "completion zsh", "completion fish")),
     Command("help", "show this help, or that of a command",
             (argument("words", nargs="*", metavar="COMMAND",
                       help="a command; `environment` = variables and exit codes"),),
@@ -1470,10 +1480,14 @@ def show_models(answer: Json, style: Style) -> str:
 cmd_models = reader("/v1/models", show_models)
 
 
+#: Units of settings that are times.
+TIME_UNITS_MS = {**SPAN_UNITS_MS, "days": 86_400_000}
+
+
 def _setting_value(value: object, row: Json) -> str:
     """Return a value of a setting as people write it: 10m, on, 8."""
-    if row.get("unit") == "ms" and isinstance(value, int) and not isinstance(value, bool):
-        return span(value) if value else "0"
+    if row.get("unit") in TIME_UNITS_MS and isinstance(value, int):
+        return span(value * TIME_UNITS_MS[row["unit"]]) if value else "0"
     if row.get("unit") == "bytes" and isinstance(value, int) and value and value % 2**20 == 0:
         return f"{value // 2**20} MiB"
     return f"{on_off(value)} {row.get('unit') or ''}".rstrip()
@@ -1489,7 +1503,7 @@ def _range(row: Json) -> str:
     ends = [row.get("min"), row.get("max")]
     if ends == [None, None]:
         return ""
-    is_time = row.get("unit") == "ms"
+    is_time = row.get("unit") in TIME_UNITS_MS
     words = ["" if end is None else _setting_value(end, row if is_time else {}) for end in ends]
     return "..".join(words) + ("" if is_time else f" {row.get('unit') or ''}".rstrip())
 
@@ -1532,13 +1546,13 @@ def parse_value(name: str, row: Json, text: str) -> object:
         return int(text)
     if kind == "number" and re.fullmatch(r"[+-]?[0-9]{1,18}\.[0-9]{1,9}", text):
         return float(text)
-    if row.get("unit") in SPAN_UNITS_MS:
+    if row.get("unit") in TIME_UNITS_MS:
         with contextlib.suppress(ValueError):
-            ms, unit_ms = span_ms(text), SPAN_UNITS_MS[row["unit"]]
+            ms, unit_ms = span_ms(text), TIME_UNITS_MS[row["unit"]]
             return ms // unit_ms if ms % unit_ms == 0 else ms / unit_ms
     if kind in ("boolean", "number"):
         unit = f" of {row['unit']}" if row.get("unit") else ""
-        unit += ", or a time such as 90s or 1h" if row.get("unit") in SPAN_UNITS_MS else ""
+        unit += ", or a time such as 90s or 1h" if row.get("unit") in TIME_UNITS_MS else ""
         wanted = "on or off" if kind == "boolean" else f"a number{unit}"
         raise Problem(Exit.USAGE, f"{name} takes {wanted}, not {clean(text)!r}.")
     return text
@@ -1915,22 +1929,31 @@ def cmd_keys(env: Env, args: argparse.Namespace) -> Exit:
 cmd_keys_list = cmd_keys
 
 
-def key_advice(env: Env, url: str, secret: str) -> Iterator[str]:
-    """Yield what to do with a new key, or why it is of no use at this server."""
+def _reach_of(env: Env, answer: Answer) -> tuple[str, str]:
+    """Return the address by which devices reach the server, and what is to be said about it."""
+    if "connectUrl" in answer.value:
+        return answer.value["connectUrl"] or "", answer.value.get("connectNote") or ""
     health: Json = {}
     with contextlib.suppress(Problem):
-        health = health_of(url) or {}
-    mode = health.get("authMode", "multi")
-    if mode != "multi":
-        yield (f"ATTENTION: the access mode of this server is {clean(mode)}, in which keys of "
-               "devices change nothing: start it with CLAUDE_AUTH_MODE=multi.")
-    found = device_url(env, url)
+        health = health_of(answer.url) or {}
+    mode, found = health.get("authMode", "multi"), device_url(env, answer.url)
+    notes = []
     if is_loopback(found):
-        yield ("Other devices cannot reach this server: `ocp lan` says how to change that. For a "
-               "tool on this machine:")
-    else:
-        yield f"On its device run\n  {connect_line(found)}\nwhich asks for it; or, for one tool:"
-    yield f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={found}/v1"
+        notes.append("Other devices cannot reach this server: `ocp lan` says how to change that.")
+    if mode != "multi":
+        notes.append(f"In mode {mode} keys of devices change nothing: set CLAUDE_AUTH_MODE=multi "
+                     "and restart the server.")
+    return "" if is_loopback(found) else found, " ".join(notes)
+
+
+def key_advice(env: Env, answer: Answer, secret: str) -> Iterator[str]:
+    """Yield what to do with a new key, and why it may be of no use."""
+    url, note = _reach_of(env, answer)
+    if note:
+        yield f"ATTENTION: {clean(note)}"
+    where = f"On its device run\n  {connect_line(url)}\nwhich asks for it; or, for one tool:"
+    yield where if url else "For one tool on this machine:"
+    yield f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url or answer.url}/v1"
 
 
 def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
@@ -1950,7 +1973,7 @@ def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
     if answer.value.get("warning"):
         env.note(f"ATTENTION: {clean(answer.value['warning'])}")
     env.note(f"This is the key {clean(name)!r}. It is shown only now.")
-    for line in key_advice(env, answer.url, secret):
+    for line in key_advice(env, answer, secret):
         env.note(line)
     return Exit.OK
 

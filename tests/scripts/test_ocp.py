@@ -834,8 +834,13 @@ def all_examples() -> list[str]:
 @pytest.mark.parametrize("example", all_examples())
 def test_every_example_is_a_command_line_that_is_understood(tmp_path: Path, example: str) -> None:
     words = shlex.split(example.partition(" < ")[0])
-    if words[0] != "help":
+    if words[0] not in ("help", "--version"):
         assert ocp.parse(ocp_env(tmp_path), words).run is not None
+
+
+def test_every_command_has_an_example() -> None:
+    rows = [row for command in ocp.COMMANDS for row in (command, *command.actions)]
+    assert [row.name for row in rows if not row.examples] == ["connect"], "its script has its own"
 
 
 @pytest.mark.parametrize("words", [
@@ -1028,8 +1033,24 @@ def test_a_new_key_says_why_it_is_of_no_use_elsewhere(
         # The stub listens on 127.0.0.1 and so not on 127.0.0.77.
         found = run(tmp_path, server.url, "keys", "add", "laptop", addresses=lambda: addresses)
     assert "Other devices cannot reach this server: `ocp lan`" in found.stderr
+    assert "For one tool on this machine" in found.stderr
     assert "curl" not in found.stderr and f"OPENAI_BASE_URL={server.url}/v1" in found.stderr
     assert ("keys of devices change nothing" in found.stderr) is (mode != "multi")
+
+
+@pytest.mark.parametrize("url, note", [
+    ("https://ocp.example", None), (None, "This machine is in no network."),
+    ("http://192.0.2.7:3456", "In mode none keys have no effect.")])
+def test_what_the_server_knows_of_its_address_is_told_with_a_new_key(
+    tmp_path: Path, url: str | None, note: str | None,
+) -> None:
+    made = {"key": "ocp_secret", "name": "x", "connectUrl": url, "connectNote": note}
+    with stub_server({"POST /api/keys": (201, made)}) as server:
+        found = run(tmp_path, server.url, "keys", "add", "x")
+        assert len(server.requests) == 1
+    assert (f"curl -fsSL {url}/connect" in found.stderr) is bool(url)
+    assert f"OPENAI_BASE_URL={url or server.url}/v1" in found.stderr
+    assert (f"ATTENTION: {note}" in found.stderr) is bool(note)
 
 
 @pytest.mark.parametrize("mode, environ, key", [
@@ -1148,7 +1169,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (["health"], "OCP is ok"), (["models"], "claude-opus-5"), (["logs", "5"], "server_started"),
     (["sessions"], "no sessions"), (["clear", "--yes"], "cleared 0 sessions"),
     (["cache"], "hits"), (["cache", "clear"], "cleared 0 answers"),
-    (["settings", "queueRetryAfter", "1m"], "queueRetryAfter = 60 s"),
+    (["settings", "queueRetryAfter", "60"], "queueRetryAfter = 1m"),
+    (["settings", "usageDays", "30d"], "usageDays = 30d"),
     (["settings", "sessionTTL", "2h"], "sessionTTL = 2h"),
     (["models"], "claude-sonnet-5-5 *"), (["usage", "--by", "day"], "Since"),
     (["dashboard"], "/dashboard"),
