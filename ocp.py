@@ -1589,7 +1589,7 @@ def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a sentence that names the most similar known word, empty if there is none."""
     lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), lowered, 1, 0.5)
+    near = difflib.get_close_matches(word.lower(), lowered, 1, 0.6)
     return f" Did you mean {lowered[near[0]]}?" if near else ""
 
 
@@ -3880,7 +3880,8 @@ def _add_commands(
         examples = "".join(f"\n  ocp {example}" for example in command.examples)
         added = below.add_parser(
             command.name, help=command.help, description=f"{command.summary}.", allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=functools.partial(
+                argparse.RawDescriptionHelpFormatter, max_help_position=28),
             epilog=f"examples:{examples}" if examples else None)
         for each in (*command.arguments, *EVERYWHERE):
             added.add_argument(*each.names, **each.options)
