@@ -297,6 +297,19 @@ def peer_group(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
+def network_address() -> str:
+    """Return the address by which this machine reaches others, IPv4 if it has one; empty if there
+    is no network. Sends nothing."""
+    # Documentation addresses: connecting a UDP socket only chooses the route.
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            address = str(probe.getsockname()[0])
+            if not is_loopback(address):
+                return address
+    return ""
+
+
 #: The length of a header that lists names. Clients reject very long headers.
 _HEADER_LIST_MAX_CHARS = 1_000
 
@@ -517,6 +530,11 @@ class Config:
     allowed_hosts: str = setting(
         "", "OCP_ALLOWED_HOSTS",
         "host names, besides local ones, under which the server may be called, comma separated",
+    )
+    public_url: str = setting(
+        "", "OCP_PUBLIC_URL",
+        "address that other devices use, such as https://ocp.example.org; empty = the one of the "
+        "network; `none` = it is not known, as in a container",
     )
     tls_cert: str = setting("", "OCP_TLS_CERT", "certificate chain (PEM) to serve https with")
     tls_key: str = setting("", "OCP_TLS_KEY", "private key (PEM) of the certificate")
@@ -778,6 +796,12 @@ class Config:
         return frozenset({self.api_key, self.admin_key, self.anonymous_key} - {""})
 
     @property
+    def own_names(self) -> frozenset[str]:
+        """Host names of this server that the operator has set, in lower case."""
+        public = urllib.parse.urlsplit(self.public_url).hostname or ""
+        return frozenset(name.lower() for name in (*split_list(self.allowed_hosts), public)) - {""}
+
+    @property
     def home_path(self) -> str:
         """The state folder as an absolute path."""
         return os.path.abspath(os.path.expanduser(self.home))
@@ -788,6 +812,9 @@ _ORIGIN = re.compile(
     r"[^*]*|https?://(\*\.)?[^*/:]+(:(\*|\d+))?/?|(?!https?:)[a-z][a-z0-9+.-]*://[^/]*/?",
     re.IGNORECASE,
 )
+
+#: A value of OCP_PUBLIC_URL.
+_PUBLIC_URL = re.compile(r"(none|https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?(/[\w./~-]*)?)?")
 
 #: An entry of OCP_MODEL_ALIASES, and what to say of another one.
 _MODEL_ALIAS = re.compile(r"[^=\s][^=]*=[^=]*[^=\s]")
@@ -837,6 +864,11 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda config: not all(map(_MODEL_ALIAS.fullmatch, split_list(config.model_aliases))),
         _MODEL_ALIAS_HELP,
+    ),
+    (
+        lambda config: not _PUBLIC_URL.fullmatch(config.public_url),
+        "OCP_PUBLIC_URL takes an address such as https://ocp.example.org or "
+        "http://192.168.1.10:3456, or none",
     ),
 )
 
@@ -4005,7 +4037,7 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
     rights, names of the local network are rejected too: any device in it may announce them.
     """
     name = host_name(host)
-    if name in machine_names() or name in (own.lower() for own in split_list(config.allowed_hosts)):
+    if name in machine_names() or name in config.own_names:
         return True
     if name == "localhost" or name.endswith(".localhost") or is_loopback(name):
         return True
@@ -14132,9 +14164,11 @@ class Metrics:
 
 
 # ==== 35. Connections ========================================================
-# Client sockets and their shared limits: how many connections stay open, and how much memory
-# request bodies and unread answers use together. Nothing here knows HTTP.
+# The server's address; client sockets and their shared limits: how many connections stay open, and
+# how much memory request bodies and unread answers use together. Nothing here knows HTTP.
 
+#: Bound to one of these, the server listens on all addresses.
+_ALL_ADDRESSES = ("0.0.0.0", "::")
 #: How long a client that is refused early may go on sending before its connection is closed, so
 #: that it reads the refusal instead of a connection reset.
 _LINGER_S = 2.0
@@ -14148,6 +14182,40 @@ _MAX_READ_BYTES = 262_144
 _MAX_SENT_BYTES = 16_384
 #: What a non-blocking socket raises when it is not ready.
 _WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class ServerAddress(NamedTuple):
+    """Where the server listens, and under which addresses it is reached."""
+
+    config: Config
+    #: The address that the socket is bound to, and its port.
+    host: str
+    port: int
+
+    def _url(self, host: str) -> str:
+        scheme = "https" if self.config.tls_cert else "http"
+        host = f"[{host}]" if ":" in host else host
+        return f"{scheme}://{host}:{self.port}"
+
+    @property
+    def local_url(self) -> str:
+        """The address for programs on this machine."""
+        return self._url("127.0.0.1" if self.host in _ALL_ADDRESSES else self.host)
+
+    def for_devices(self) -> tuple[str, str]:
+        """Return the address for other devices and an empty string; or an empty string and why
+        there is none."""
+        if self.config.public_url == "none":
+            return "", "Use the address and the port under which this machine publishes the server."
+        if self.config.public_url:
+            return self.config.public_url.rstrip("/"), ""
+        if is_loopback(self.host):
+            return "", (
+                f"Only this machine can reach the server, because it listens on {self.host}: "
+                "`ocp lan` says how to open it to other devices."
+            )
+        host = network_address() if self.host in _ALL_ADDRESSES else self.host
+        return (self._url(host), "") if host else ("", "This machine is in no network.")
 
 
 class Hold:
@@ -15896,6 +15964,8 @@ class App:
         self.requests = Requests(self)
         self.intervals = Intervals(clock)
         self.connections = Connections()
+        #: With the port that was chosen, once the server listens.
+        self.address = ServerAddress(config, config.bind, config.port)
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._login_monitor = LoginMonitor(self.claude_folder, clock)
@@ -16880,14 +16950,13 @@ class Server(ThreadingHTTPServer):
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, app.config.port), ConnectionHandler)
+        bound, port = self.server_address[:2]
+        app.address = ServerAddress(app.config, str(bound), int(port))
 
     @property
     def url(self) -> str:
         """Return the address for clients on this machine."""
-        address, port = self.server_address[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(str(address), str(address))
-        scheme = "http" if self._tls is None else "https"
-        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        return self.app.address.local_url
 
     def server_bind(self) -> None:
         """Bind the socket. The address :: accepts IPv4 too."""
@@ -17742,13 +17811,25 @@ def _audit(app: App, exchange: Exchange, event: str, **fields: object) -> None:
     app.log.audit(event, **fields, by=exchange.caller.name, peer=exchange.peer)
 
 
+def _connect_fields(app: App) -> Json:
+    """Return where a device with a key reaches this server; null with the reason if it cannot."""
+    url, note = app.address.for_devices()
+    if app.config.mode != "multi":
+        note += (
+            f" In mode {app.config.mode} keys of devices have no effect: set "
+            "CLAUDE_AUTH_MODE=multi and restart the server."
+        )
+    return {"connectUrl": url or None, "connectNote": note.strip() or None}
+
+
 def get_keys(app: App, exchange: Exchange) -> None:
     """GET /api/keys: list all keys, newest first, with the use of their quotas but without their
-    secrets; revoked keys are included."""
+    secrets; revoked keys are included. `connectUrl` is the address that devices reach, or null,
+    and `connectNote` says why."""
     keys = app.keys.all()
     reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
     entries = [{**_key_entry(key), "quota": report} for key, report in zip(keys, reports)]
-    exchange.response.send_json({"keys": entries})
+    exchange.response.send_json({"keys": entries, **_connect_fields(app)})
 
 
 def _with_storage_warning(app: App, body: Json) -> Json:
@@ -17787,7 +17868,7 @@ def create_key(app: App, exchange: Exchange) -> None:
         columns["quota"] = {name: limit for name, limit in limits.items() if limit is not None}
     key, secret = app.keys.create(str(columns.pop("name", "")), columns)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
-    body = {"id": key.id, "key": secret, **_key_entry(key)}
+    body = {"id": key.id, "key": secret, **_key_entry(key), **_connect_fields(app)}
     exchange.response.send_json(_with_storage_warning(app, body), status=201)
 
 
@@ -17823,7 +17904,7 @@ def rotate_key(app: App, exchange: Exchange, key: str) -> None:
     found = app.keys.find(key)
     secret = app.keys.rotate(found)
     _audit(app, exchange, "key_rotated", key=found.name, id=found.id)
-    body = {"id": found.id, "name": found.name, "key": secret}
+    body = {"id": found.id, "name": found.name, "key": secret, **_connect_fields(app)}
     exchange.response.send_json(_with_storage_warning(app, body))
 
 

@@ -181,9 +181,35 @@ def test_a_new_key_is_told_with_its_secret_and_all_that_is_known_of_it(house: Se
 
     secret = made.pop("key")
     assert ocp.has_key_format(secret)
-    assert made == shown(house, made["id"])
+    assert {**made, **shown(house, made["id"])} == made
     assert (made["name"], made["note"], made["maxConcurrent"]) == ("Desk 1", "under the desk", 2)
     assert made["keyPreview"] == f"{secret[:8]}...{secret[-4:]}"
+
+
+def test_a_new_key_says_why_its_device_cannot_reach_the_server(house: Server) -> None:
+    made = new_key(house, name="far away")
+    listing = as_admin(house, "GET", "/api/keys").json()
+    rotated = rotate(house, made["id"]).json()
+
+    for told in (made, listing, rotated):
+        assert told["connectUrl"] is None
+        assert "listens on 127.0.0.1" in told["connectNote"] and "ocp lan" in told["connectNote"]
+
+
+def test_a_new_key_says_where_its_device_reaches_the_server(tmp_path: Path) -> None:
+    open_to_all = {**MULTI, "OCP_PUBLIC_URL": "https://ocp.example.org/"}
+    with running_server(tmp_path, env=open_to_all) as server:
+        made = new_key(server, name="far away")
+
+        assert (made["connectUrl"], made["connectNote"]) == ("https://ocp.example.org", None)
+        assert server.call("GET", "/health", headers={"Host": "ocp.example.org"}).status == 200
+
+
+def test_a_key_that_nobody_asks_for_says_so(tmp_path: Path) -> None:
+    with running_server(tmp_path) as server:
+        made = new_key(server, name="idle")
+
+        assert "In mode none keys of devices have no effect" in made["connectNote"]
 
 
 def test_a_new_key_has_no_limits_and_no_past(house: Server) -> None:

@@ -150,7 +150,8 @@ def test_any_other_choice_is_refused_and_the_choices_are_named(name: str) -> Non
 @pytest.mark.parametrize("name", FREE_TEXTS)
 def test_a_text_is_taken_without_the_white_space_around_it(name: str) -> None:
     others = {"OCP_TLS_CERT": "/cert.pem", "OCP_TLS_KEY": "/key.pem"} if "TLS" in name else {}
-    text = "some=text" if name == "OCP_MODEL_ALIASES" else "some text"
+    of_a_form = {"OCP_MODEL_ALIASES": "some=text", "OCP_PUBLIC_URL": "http://some.text"}
+    text = of_a_form.get(name, "some text")
 
     assert value_of({**others, name: f"  {text}\n"}, name) == text
 
@@ -267,11 +268,13 @@ def test_the_access_mode_follows_from_the_key_unless_it_is_named(
         ({"CLAUDE_ALLOWED_TOOLS": "Read", "CLAUDE_BIND": "0.0.0.0"}, ("PROXY_API_KEY",)),
         ({"CLAUDE_SKIP_PERMISSIONS": "1", "CLAUDE_BIND": "::"}, ("PROXY_API_KEY",)),
         ({"CLAUDE_MCP_CONFIG": "/m.json", "CLAUDE_BIND": "10.0.0.1"}, ("127.0.0.1",)),
+        ({"OCP_PUBLIC_URL": "ocp.example.org"}, ("OCP_PUBLIC_URL", "https://")),
     ],
     ids=["shared without a key", "a key that none ignores", "a key that multi ignores",
          "anonymous in shared", "anonymous admins", "half a certificate",
          "tools for whoever asks", "one key for two",
-         "any origin", "open with tools", "open without permissions", "open with servers"],
+         "any origin", "open with tools", "open without permissions", "open with servers",
+         "an address without its scheme"],
 )
 def test_settings_that_contradict_each_other_are_refused_by_name(
     environ: dict[str, str], variables: tuple[str, ...]
