@@ -30,7 +30,7 @@ Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server a
 #     12. Update           from release to release, and back
 #     13. Command line     parser, help, version, completion
 #     14. Main             errors become messages and exit codes
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import sys
 

@@ -66,7 +66,7 @@ Sections (search for "==== 8" to jump to the eighth):
     45. Demo claude             the stand-in for claude behind --demo
     46. Command line            arguments, signals, main
 """
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import sys
 
@@ -82,6 +82,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import email.utils
 import enum
 import errno
@@ -100,11 +101,13 @@ import logging.handlers
 import math
 import os
 import queue
+import random
 import re
 import resource
 import secrets
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -256,6 +259,14 @@ def one_line(text: str, max_chars: int = 300) -> str:
     """Return `text` on one line, with white space collapsed, cut to `max_chars`."""
     line = " ".join(text.split())
     return line if len(line) <= max_chars else line[: max_chars - 3] + "..."
+
+
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a name is one of these; a pattern can end in a star."""
+    return any(
+        name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
+        for pattern in patterns
+    )
 
 
 def printable(text: str) -> str:
@@ -979,8 +990,130 @@ def removed_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the variables of this environment that are in REMOVED_SETTINGS: (name, why)."""
     return [
         (name, why) for name in sorted(environ) for pattern, why in REMOVED_SETTINGS
-        if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
+        if matches_any(name, (pattern,))
     ]
+
+
+#: Variables of claude, of the other scripts of OCP and of what surrounds it, whose names look like
+#: those of settings.
+_OTHER_VARIABLES = (
+    "CLAUDE_CODE_*", "CLAUDE_CONFIG_DIR", "CLAUDE_SESSION_ID", "CLAUDE_API_KEY", "OCP_URL",
+    "OCP_API_KEY", "OCP_CONNECT_KEY", "OCP_DIR_OVERRIDE", "OCP_UPDATE_DOCS", "OCP_TEST_*",
+)
+_SETTING_PREFIX = re.compile("CLAUDE_PROXY_|CLAUDE_|OCP_|PROXY_")
+#: Only OCP has variables that begin like this. Of the others, those of claude and of other programs
+#: cannot be told from typing errors, except by their likeness to a setting.
+_OWN_PREFIXES = ("OCP_*", "CLAUDE_PROXY_*")
+
+
+def unknown_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the variables that are meant as settings but are none: (name, the setting that is
+    probably meant, or an empty string). An empty variable counts as not set."""
+    rows = [row.metadata["env"] for row in dataclasses.fields(Config)]
+    known = {_SETTING_PREFIX.sub("", name, 1): name for name in rows}
+    others = (
+        *rows, *_OTHER_VARIABLES, *(pattern for pattern, _ in REMOVED_SETTINGS),
+        *split_list(environ.get("OCP_PASS_ENV", "")),
+    )
+    found = []
+    for name in sorted(environ):
+        prefix = _SETTING_PREFIX.match(name)
+        if not prefix or not environ[name].strip() or matches_any(name, others):
+            continue
+        near = difflib.get_close_matches(name[prefix.end():], known, 1, 0.75)
+        if near or matches_any(name, _OWN_PREFIXES):
+            found.append((name, known[near[0]] if near else ""))
+    return found
+
+
+# --- shared: env_file
+_ASSIGNMENT = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+
+
+def unquoted(text: str) -> str:
+    """Return the value that `text`, what follows the = of a line, means to systemd and sh."""
+    found = []
+    quote = ""
+    characters = iter(text.strip())
+    for character in characters:
+        if character == quote:
+            quote = ""
+        elif quote == "'":
+            found.append(character)
+        elif character == "\\":
+            following = next(characters, "")
+            is_kept = quote == '"' and following not in ('"', "\\", "$", "`")
+            found.append("\\" + following if is_kept else following)
+        elif not quote and character in "'\"":
+            quote = character
+        else:
+            found.append(character)
+    return "".join(found)
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """Return the settings in the text of an environment file, such as ocp.env."""
+    matches = (_ASSIGNMENT.fullmatch(line) for line in text.split("\n"))
+    return {match[1]: unquoted(match[2]) for match in matches if match}
+# --- end shared
+
+
+#: The settings file in OCP_HOME. The installer writes it.
+SETTINGS_FILE = "ocp.env"
+
+
+class Environment(NamedTuple):
+    """The variables that the server runs with."""
+
+    variables: dict[str, str]
+    #: The path of the settings file; empty = there is none.
+    file: str
+    #: Where the variables come from that are not in the environment of the process.
+    sources: Mapping[str, str]
+
+    def source(self, name: str) -> str:
+        """Return where a variable comes from: an option, a file, or "environment"."""
+        return self.sources.get(name, "environment")
+
+
+def read_environment(
+    environ: Mapping[str, str], options: Mapping[str, tuple[str, str]]
+) -> Environment:
+    """Return the variables of the command line, else of `environ`, else of the settings file in
+    OCP_HOME. `options` are values and options by variable. An empty variable counts as not set.
+    Raises ConfigError if the file cannot be read."""
+    given = {name: value for name, value in environ.items() if value.strip()}
+    home = Config(home=given.get("OCP_HOME", "~/.ocp").strip()).home_path
+    path, text = os.path.join(home, SETTINGS_FILE), ""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        path = ""
+    except OSError as problem:
+        # Without its settings the server could be open to everybody.
+        raise ConfigError(f"{path} cannot be read: {problem.strerror}") from None
+    stored = settings_of(text)
+    sources = dict.fromkeys(stored.keys() - given.keys(), path)
+    sources.update({name: option for name, (_, option) in options.items()})
+    values = {name: value for name, (value, _) in options.items()}
+    return Environment({**environ, **stored, **given, **values}, path, sources)
+
+
+def settings_in_use(config: Config, environment: Environment) -> list[tuple[str, str, str]]:
+    """Return the settings that are not the default: (variable, value, where it comes from). The
+    values of secrets are not shown."""
+    memory_bytes, found = machine_memory_bytes(), []
+    for row in dataclasses.fields(Config):
+        name, value = row.metadata["env"], getattr(config, row.name)
+        if environment.variables.get(name, "").strip():
+            shown = int(value) if isinstance(value, bool) else value
+            text = "(secret)" if row.metadata["secret"] else str(shown)
+            found.append((name, text, environment.source(name)))
+        elif row.metadata["from_memory"]:
+            size = f"{memory_bytes / 1e9:.1f} GB" if memory_bytes else "of unknown size"
+            found.append((name, str(value), f"memory, {size}"))
+    return found
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -3375,6 +3508,10 @@ class Store:
             if self._queue or self.failure is not None:
                 with self.transaction():
                     pass
+
+    @property
+    def is_in_memory(self) -> bool:
+        return self._path is None
 
     def is_in_place(self) -> bool:
         """Return whether the path still names the opened file. Always true in memory."""
@@ -11137,13 +11274,6 @@ FIXED_ENVIRONMENT = {
 _RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1", "SHELL": "/bin/bash"}
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(
-        name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
-        for pattern in patterns
-    )
-
-
 def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, str]:
     """Return the environment of a claude process: allowed variables of the server, variables that
     the operator names, and fixed ones. A variable that holds one of the server's own keys is left
@@ -11153,8 +11283,10 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
     passed = {
         name: value
         for name, value in environ.items()
-        if _matches(name, named)
-        or (_matches(name, CHILD_ENVIRONMENT) and value not in keys and not has_key_format(value))
+        if matches_any(name, named) or (
+            matches_any(name, CHILD_ENVIRONMENT)
+            and value not in keys and not has_key_format(value)
+        )
     }
     return {
         **passed, **FIXED_ENVIRONMENT, **({} if config.is_agent else _RESTRICTED),
@@ -11475,10 +11607,16 @@ class ClaudeProgram:
     def has_login(self, variables: Mapping[str, str]) -> bool:
         """Return whether claude reports a login when it runs with these extra variables. Blocks
         while `claude auth status` runs. Return False when that fails."""
+        return self.login_state(variables) is True
+
+    def login_state(self, variables: Mapping[str, str]) -> bool | None:
+        """Return what claude reports of its login, as `has_login` does; None if it does not tell.
+        Nothing is asked of the API."""
         with contextlib.suppress(OcpError, OSError, subprocess.TimeoutExpired, ValueError):
             command = [*self.resolve().command, "auth", "status"]
-            return _object(from_json(self._output_of(command, variables))).get("loggedIn") is True
-        return False
+            state = _object(from_json(self._output_of(command, variables))).get("loggedIn")
+            return state if isinstance(state, bool) else None
+        return None
 
     def _output_of(self, command: list[str], variables: Mapping[str, str] = _NO_VARIABLES) -> bytes:
         """Return the output of a command, cut at a limit. Raise OSError, and TimeoutExpired when it
@@ -11567,6 +11705,13 @@ _ACCOUNT_FIELDS = (
 _FETCHED_IN_2100_MS = 4_102_444_800_000
 
 
+def folder_variables(path: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that give claude this configuration folder, with the login of its
+    owner's."""
+    own = environ.get("CLAUDE_CONFIG_DIR", "")
+    return {"CLAUDE_CONFIG_DIR": path, "CLAUDE_SECURESTORAGE_CONFIG_DIR": own}
+
+
 class ClaudeFolder:
     """The configuration folder of the claudes that the server starts.
 
@@ -11594,7 +11739,7 @@ class ClaudeFolder:
         self._credentials = os.path.join(
             own or os.path.join(home, ".claude"), ".credentials.json"
         )
-        self._variables = {"CLAUDE_CONFIG_DIR": path, "CLAUDE_SECURESTORAGE_CONFIG_DIR": own}
+        self._variables = folder_variables(path, environ)
         # Guards the two fields below and the file. Held while claude checks its login, once.
         self._lock = threading.Lock()
         self._login_checked = logged_in is None
@@ -14615,14 +14760,16 @@ class StateFolder:
     """The folder of the database, the log and the admin key."""
 
     def __init__(self, config: Config, log: Log, clock: Clock, *, is_demo: bool) -> None:
-        """Open the database; the log goes to the folder from now on. A demo beside a server keeps
-        everything in memory. Raises HomeInUse."""
+        """Open the database; the log goes to the folder from now on. A demo keeps everything in
+        memory, so that several can run. Raises HomeInUse."""
         self._path = config.home_path
         self._log = log
         self._clock = clock
         self._lock: HomeLock | None = None
         #: What to do about a folder that cannot be used; empty when it can be.
         self._memory_fix = ""
+        #: Whether the file admin-key has the admin key.
+        self.has_admin_key_file = False
         #: Whether the database is not where it was.
         self._is_lost = False
         self.store = self._open_store(config, is_demo)
@@ -14636,7 +14783,7 @@ class StateFolder:
         "disk"; "memory" without a usable folder; "lost" when the database was taken away;
         "damaged"; "behind" while writes wait for a database that is full or locked.
         """
-        if self._memory_fix or self._lock is None:
+        if self.store.is_in_memory:
             return "memory", self._memory_fix
         if self._is_lost:
             return "lost", _RETURN_DATABASE
@@ -14673,10 +14820,12 @@ class StateFolder:
         except (OSError, ValueError):
             found = ""
         key = found or "ocp_admin_" + secrets.token_urlsafe(24)
+        self.has_admin_key_file = bool(found)
         if not found:
             try:
                 write_private(path, key + "\n")
                 self._log.audit("admin_key_made", path=path)
+                self.has_admin_key_file = True
             except OSError as problem:
                 self._log.event(
                     "error", "admin_key_not_kept", error=str(problem),
@@ -14699,12 +14848,13 @@ class StateFolder:
     def _open_store(self, config: Config, is_demo: bool) -> Store:
         path = self.path_of("ocp.db")
         try:
-            os.makedirs(self._path, mode=0o700, exist_ok=True)
+            for folder in (os.path.dirname(self._path), self._path) if is_demo else (self._path,):
+                os.makedirs(folder, mode=0o700, exist_ok=True)
             self._lock = HomeLock(self._path, config.drain_ms / 1000 + _STOP_PATIENCE_S)
             logs = self.path_of("logs")
             self._log.to_file(os.path.join(logs, "ocp.log"))
             self._make_private(self._path, *_entries(self._path), *_entries(logs))
-            return Store(path)
+            return Store(":memory:" if is_demo else path)
         except HomeInUse:
             if not is_demo:
                 raise
@@ -15936,8 +16086,7 @@ class App:
         self.log = log
         self.catalog = ModelCatalog(models)
         self.demo = bool(demo_command)
-        self.started_s = clock()
-        self.started_at_s = time.time()
+        self.started_s, self.started_at_s = clock(), time.time()
         self.clock = clock
         environ = dict(environ)
         self._open_state(config, environ)
@@ -15964,7 +16113,6 @@ class App:
         self.requests = Requests(self)
         self.intervals = Intervals(clock)
         self.connections = Connections()
-        #: With the port that was chosen, once the server listens.
         self.address = ServerAddress(config, config.bind, config.port)
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -16429,7 +16577,8 @@ class Response:
 
     def send_nothing(self, status: int) -> None:
         """Send a response without a body."""
-        self._begin(status, {})
+        # By HTTP, 204 and 304 never have one; of others the client has to be told.
+        self._begin(status, {} if status in (204, 304) else {"Content-Length": "0"})
         self._write(b"")
         self._is_complete = True
 
@@ -18128,6 +18277,22 @@ def get_metrics(app: App, exchange: Exchange) -> None:
 # -- pages --------------------------------------------------------------------------------------
 
 
+def get_root(app: App, exchange: Exchange) -> None:
+    """GET /: lead a browser to the dashboard, and tell a program in three lines what is here."""
+    if "text/html" in exchange.headers.get("Accept", ""):
+        # Relative, because a reverse proxy may serve this server below a path.
+        exchange.response.headers.update({"Location": "dashboard", "Vary": "Accept"})
+        exchange.response.send_nothing(302)
+        return
+    exchange.response.headers["Vary"] = "Accept"
+    exchange.response.send_text(
+        "OCP: a Claude plan as an API, for OpenAI clients at /v1, for Anthropic clients here.\n"
+        "State: /health. Every path: /openapi.json. For a browser: /dashboard.\n"
+        "To set up this machine's tools: GET /connect returns a script for python3.\n",
+        "text/plain; charset=utf-8",
+    )
+
+
 def get_dashboard(app: App, exchange: Exchange) -> None:
     """GET /dashboard: return the operator's page, which fetches its data with the admin key."""
     page = dashboard_page()
@@ -18277,7 +18442,7 @@ _STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
 #: Media types of responses, by operation; otherwise JSON.
 _MEDIA_TYPES = {
     "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
-    "get_connect": "text/plain",
+    "get_connect": "text/plain", "get_root": "text/plain",
 }
 
 
@@ -18387,6 +18552,7 @@ ROUTES = (
     Route("DELETE", "/cache",                    Access.ADMIN,  CHAT,        clear_cache),
     Route("GET",    "/logs",                     Access.ADMIN,  CHAT,        get_logs),
     Route("GET",    "/metrics",                  Access.ADMIN,  CHAT,        get_metrics),
+    Route("GET",    "/",                         Access.PUBLIC, CHAT,        get_root),
     Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
     Route("GET",    "/ready",                    Access.PUBLIC, CHAT,        get_ready),
     Route("GET",    "/dashboard",                Access.PUBLIC, CHAT,        get_dashboard),
@@ -18398,6 +18564,7 @@ ROUTES = (
 # ==== 45. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
+# The history of some made-up devices gives the dashboard something to show.
 
 _DEMO_WORD_PAUSE_S = 0.03
 
@@ -18462,6 +18629,116 @@ class DemoClaude:
         self._write(to_json({"type": kind, **fields}) + b"\n")
 
 
+class DemoDevice(NamedTuple):
+    """A made-up device: its key, and how it uses the server."""
+
+    name: str
+    note: str
+    dialect: Dialect
+    #: What it asks for, from often to seldom.
+    models: tuple[str, ...]
+    requests_per_day: int
+    #: The hours of the day in which it asks.
+    hours: range
+    prompt_tokens: int
+    answer_tokens: int
+    quota: Mapping[str, int] = MappingProxyType({})
+
+
+_DEMO_DEVICES = (
+    DemoDevice("laptop", "Codex and an editor", RESPONSES, ("sonnet", "opus"), 34, range(8, 19),
+               24_000, 700),
+    DemoDevice("desktop", "Claude Code", MESSAGES, ("opus", "sonnet", "haiku"), 26, range(9, 23),
+               38_000, 900),
+    DemoDevice("kitchen tablet", "chat in a browser", CHAT, ("haiku", "sonnet"), 9, range(7, 22),
+               900, 350, {"daily": 40}),
+    DemoDevice("night jobs", "summaries of news", CHAT, ("haiku",), 12, range(2, 5), 6_000, 450,
+               {"tokensDaily": 400_000}),
+)
+_DEMO_DAYS = 30
+#: What became of requests: status, outcome, and how many of a thousand.
+_DEMO_OUTCOMES = (
+    (200, "ok", 962), (499, "abandoned", 12), (529, "overloaded", 10), (504, "timeout", 6),
+    (502, "upstream_failed", 5), (400, "context_length_exceeded", 5),
+)
+#: How answers came about, and how many of a hundred.
+_DEMO_PATHS = {"continued": 58, "fresh": 22, "rewound": 8, "rebuilt": 7, "cached": 5}
+
+
+def _demo_row(
+    device: DemoDevice, key: Key, at_s: float, models: Models, chance: random.Random
+) -> UsageRow:
+    """Return the row of one made-up request."""
+    status, outcome, _ = chance.choices(_DEMO_OUTCOMES, [each[2] for each in _DEMO_OUTCOMES])[0]
+    (path,) = chance.choices(list(_DEMO_PATHS), list(_DEMO_PATHS.values()))
+    # The first model is asked for twice as often as the second one, and so on.
+    weights = [2.0 ** -rank for rank in range(len(device.models))]
+    model = models.find(chance.choices(device.models, weights)[0]).id
+    prompt = round(device.prompt_tokens * chance.lognormvariate(0, 0.6))
+    answer = round(device.answer_tokens * chance.lognormvariate(0, 0.6)) if status == 200 else 0
+    is_asked = status in (200, 499) and path != "cached"
+    cached = round(prompt * 0.85) if path == "continued" else 0
+    first_ms = 40 if path == "cached" else round(700 * chance.lognormvariate(0, 0.4))
+    return UsageRow(
+        at_s, new_id("req_"), key.id, key.name, model, device.dialect.name, outcome, status,
+        counted=int(is_asked), stop_reason="end_turn" if status == 200 else None, stream=True,
+        warm=path != "rebuilt", path=path if status in (200, 499) else None,
+        prompt_chars=prompt * 4, response_chars=answer * 4,
+        input_tokens=prompt - cached if is_asked else 0, output_tokens=answer if is_asked else 0,
+        cache_read_tokens=cached if is_asked else 0, cache_write_tokens=0,
+        first_token_ms=first_ms if status == 200 else None, total_ms=first_ms + answer * 12,
+    )
+
+
+def _demo_times(device: DemoDevice, now_s: float, chance: random.Random) -> list[float]:
+    """Return when a device asked in the last days; fewer times at weekends."""
+    times = []
+    for days_ago in range(_DEMO_DAYS):
+        day = datetime.datetime.fromtimestamp(now_s - days_ago * 86_400).replace(
+            hour=0, minute=0, second=0, microsecond=0
+        )
+        share = chance.uniform(0.5, 1.3) * (0.4 if day.weekday() >= 5 else 1.0)
+        times += [
+            day.timestamp() + chance.choice(device.hours) * 3600 + chance.uniform(0, 3600)
+            for _ in range(round(device.requests_per_day * share))
+        ]
+    return sorted(at_s for at_s in times if at_s < now_s)
+
+
+def _demo_plan(now_s: float) -> PlanReport:
+    """Return a made-up report about the plan."""
+    windows = {
+        "five_hour": PlanWindow(0.38, now_s + 2.2 * 3600, "allowed"),
+        "seven_day": PlanWindow(0.61, now_s + 3.4 * 86_400, "allowed"),
+        "seven_day_opus": PlanWindow(0.24, now_s + 3.4 * 86_400, "allowed"),
+    }
+    return PlanReport(
+        windows, status="allowed", claim="five_hour", resets_at_s=now_s + 2.2 * 3600,
+        subscription="max", is_overage=False,
+    )
+
+
+def fill_demo(app: App) -> None:
+    """Fill the empty database of a demo with keys and usage, and report a plan, so that the
+    dashboard and the reports have something to show."""
+    now_s, chance = time.time(), random.Random(1)
+    rows: list[UsageRow] = []
+    for device in _DEMO_DEVICES:
+        times = _demo_times(device, now_s, chance)
+        key, _ = app.keys.create(device.name, {
+            "note": device.note, "quota": dict(device.quota), "used_s": int(times[-1]),
+            "created_s": int(now_s - _DEMO_DAYS * 86_400),
+        })
+        rows += [_demo_row(device, key, at_s, app.models, chance) for at_s in times]
+    rows.sort(key=lambda row: row.at_s)
+    marks = ", ".join("?" * len(UsageRow._fields))
+    with app.store.transaction() as connection:
+        connection.executemany(
+            f"INSERT INTO usage ({', '.join(UsageRow._fields)}) VALUES ({marks})", rows
+        )
+    app.account.update_plan(_demo_plan(now_s))
+
+
 def demo_claude(arguments: list[str]) -> int:
     """Run the demo process, the `claude` of a server that was started with --demo."""
     if "--version" in arguments:
@@ -18482,13 +18759,20 @@ def demo_claude(arguments: list[str]) -> int:
 
 _DEMO_FLAG = "--demo-claude"
 
+#: Settings with an option of their own: the variable, and the placeholder and the help text of the
+#: option.
+_OPTIONS = {
+    "--port": ("CLAUDE_PROXY_PORT", "N", "TCP port to listen on"),
+    "--host": ("CLAUDE_BIND", "ADDR", "address to listen on; 0.0.0.0 = all"),
+}
+
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ocp_server.py",
         description="Serves your Claude plan, through the official claude program, to tools "
-        "that speak the OpenAI or the Anthropic API. Settings are environment variables: see "
-        "--print-settings.",
+        "that speak the OpenAI or the Anthropic API. Settings are environment variables, or lines "
+        "NAME=VALUE in the file ocp.env of OCP_HOME (~/.ocp by default): see --print-settings.",
     )
     parser.add_argument(
         "--demo", action="store_true", help="answer from a stand-in, without an account"
@@ -18497,8 +18781,13 @@ def argument_parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="validate settings and environment; exit 0 or 2"
     )
     parser.add_argument(
-        "--print-settings", action="store_true", help="print the settings table as Markdown"
+        "--print-settings", action="store_true",
+        help="print the settings table as Markdown, and which settings are in use",
     )
+    for option, (name, placeholder, text) in _OPTIONS.items():
+        parser.add_argument(
+            option, metavar=placeholder, help=f"{text}; wins over {name}", default=""
+        )
     parser.add_argument("--version", action="version", version=f"ocp {VERSION}")
     return parser
 
@@ -18539,46 +18828,125 @@ def _fail_start(problem: object) -> int:
     return 2
 
 
-def check(config: Config, environ: Mapping[str, str], demo_command: tuple[str, ...]) -> int:
+def environment_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Environment:
+    """Return the variables of a start with these options. Raises ConfigError.
+
+    A demo reads no settings file, and has a folder of its own: it never touches real data."""
+    given = {
+        name: (getattr(options, option[2:]), option) for option, (name, *_) in _OPTIONS.items()
+        if getattr(options, option[2:])
+    }
+    if not options.demo:
+        return read_environment(environ, given)
+    home = Config(home=environ.get("OCP_HOME", "").strip() or "~/.ocp").home_path
+    given["OCP_HOME"] = (os.path.join(home, "demo"), "--demo")
+    values = {name: value for name, (value, _) in given.items()}
+    sources = {name: option for name, (_, option) in given.items()}
+    return Environment({**environ, **values}, "", sources)
+
+
+def print_settings_in_use(config: Config, environment: Environment) -> None:
+    """Print the settings that are not the default, as Markdown."""
+    found = settings_in_use(config, environment)
+    print("\nIn use here:\n" if found else "\nAll have their defaults here.")
+    for name, value, source in found:
+        print(f"- `{name}={printable(value)}` from {source}")
+
+
+def advice_on_settings(environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each variable that looks like a setting and has no effect."""
+    for name, why in removed_settings(environ):
+        yield f"{name} has no effect: {why}"
+    for name, meant in unknown_settings(environ):
+        yield f"{name} is not a setting." + (f" Did you mean {meant}?" if meant else "")
+
+
+def _login_words(program: ClaudeProgram, environ: Mapping[str, str]) -> str:
+    """Return what is known of the login of claude. Nothing is asked of the API."""
+    with tempfile.TemporaryDirectory(prefix="ocp-check-") as folder:
+        state = program.login_state(folder_variables(folder, environ))
+        if not state and sys.platform == "darwin":
+            # The keychain may give the login only to the owner's own folder.
+            state = program.login_state({}) or state
+    return {
+        True: "logged in", False: "not logged in: run `claude auth login` as this user",
+        None: "not known yet: the first answer tells",
+    }[state]
+
+
+def check(config: Config, environment: Environment, demo_command: tuple[str, ...]) -> int:
     """Print what a start would use; return the exit code: 0 = it would work, 2 = it would not."""
+    environ = environment.variables
     print(f"ocp {VERSION}, Python {sys.version.split()[0]}")
     print(f"listens on {config.bind} port {config.port}, access mode {config.mode}")
     print(f"writes its log to {os.path.join(config.home_path, 'logs')}")
     if config.tls_cert:
         print(f"serves https with {config.tls_cert}")
-    memory_bytes = machine_memory_bytes()
-    size = "an unknown size" if memory_bytes is None else f"{memory_bytes / 1e9:.1f} GB"
-    for row in dataclasses.fields(Config):
-        if row.metadata["from_memory"] and not environ.get(row.metadata["env"], "").strip():
-            name, value = row.metadata["env"], getattr(config, row.name)
-            print(f"{name} follows memory: {value} here, with {size}")
-    for name, why in removed_settings(environ):
-        print(f"{name} has no effect: {why}")
+    for name, value, source in settings_in_use(config, environment):
+        print(f"{name}={printable(value)} (from {source})")
+    for sentence in advice_on_settings(environ):
+        print(f"ATTENTION: {sentence}")
+    program = ClaudeProgram(config, environ, demo_command)
     try:
-        program = ClaudeProgram(config, environ, demo_command).resolve()
+        found = program.resolve()
     except OcpError as error:
         return _fail_start(error.message)
-    print(f"uses claude {program.version_text}: {' '.join(program.command)}")
-    print("all good")
+    print(f"uses claude {found.version_text}: {' '.join(found.command)}")
+    login = "none needed" if demo_command else _login_words(program, environ)
+    print(f"login: {login}")
+    print("all good, but for the login" if login.startswith("not logged in") else "all good")
     return 0
+
+
+def _try_it(app: App) -> str:
+    """Return a command that gets an answer, in the shell of this user; empty if there is none."""
+    if app.program.last_result()[1] is not None:
+        return ""
+    words = ["curl"]
+    if app.config.tls_cert:
+        # The certificate seldom names the address of loopback.
+        words.append("--insecure")
+    if app.config.mode != "none":
+        path = app.state_folder.path_of("admin-key")
+        if not app.state_folder.has_admin_key_file:
+            return ""
+        words.append(f'-H "Authorization: Bearer $(cat {shlex.quote(path)})"')
+    body = '{"messages": [{"role": "user", "content": "Hello"}]}'
+    url = f"{app.address.local_url}/v1/chat/completions"
+    return " ".join([*words, url, "-d", shlex.quote(body)])
+
+
+def _addresses(app: App) -> Iterator[str]:
+    """Yield the lines of the banner that say where the server is reached."""
+    url, reason = app.address.for_devices()
+    if url or not is_loopback(app.address.host):
+        yield f"Other devices: {url}/v1" if url else f"Other devices: {reason}"
+    key = ""
+    if app.config.mode != "none":
+        path = app.state_folder.path_of("admin-key")
+        key = f", with the key in {path}" if app.state_folder.has_admin_key_file else (
+            ", with OCP_ADMIN_KEY")
+    yield f"Dashboard: {app.address.local_url}/dashboard{key}"
 
 
 def _banner(server: Server) -> str:
     app = server.app
-    lines = [f"OCP {VERSION} serves {server.url}/v1"]
+    problem = app.program.last_result()[1]
+    lines = [f"OCP {VERSION} serves {server.url}/v1", *_addresses(app)]
     if app.demo:
-        lines.append("DEMO: answers come from a stand-in; no account and no model is used")
+        lines.append(
+            "DEMO: answers, plan and history are made up; no account, no model and none of your "
+            "data is used"
+        )
     if app.config.is_agent:
         lines.append("AGENT MODE: claude uses its own tools on this machine")
     if app.config.is_usable_without_key:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")
-    lines += [
-        "Try it:",
-        f"  curl {server.url}/v1/chat/completions -d "
-        '\'{"messages": [{"role": "user", "content": "Hello"}]}\'',
-    ]
-    return "\n".join(lines)
+    if problem is not None:
+        lines.append(f"ATTENTION: {problem.message}")
+    command = _try_it(app)
+    return "\n".join([*lines, *(["Try it:", f"  {command}"] if command else [])])
 
 
 #: M_MMAP_THRESHOLD of glibc's malloc.h, and the size from which blocks are mapped by themselves.
@@ -18616,7 +18984,7 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
         app.close()
         print(
             f"ocp: cannot listen on {app.config.bind} port {app.config.port}: {problem.strerror}. "
-            "Is OCP running already? CLAUDE_PROXY_PORT sets another port.",
+            "Is OCP running already? --port N, or CLAUDE_PROXY_PORT, sets another port.",
             file=sys.stderr,
         )
         return 1
@@ -18666,26 +19034,34 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     options = argument_parser().parse_args(arguments)
     if options.print_settings:
         print(settings_markdown())
-        return 0
     here = os.path.abspath(__file__)
     demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
     try:
+        environment = environment_of(options, environ)
+        environ = environment.variables
         config = load_config(environ, machine_memory_bytes())
+        if options.print_settings:
+            print_settings_in_use(config, environment)
+            return 0
         models = _models_of(config, os.path.dirname(here))
         check_no_loop(config, environ)
         tls = tls_context(config)
     except ConfigError as problem:
         return _fail_start(problem)
     if options.check:
-        return check(config, environ, demo_command)
+        return check(config, environment, demo_command)
     log = Log(sys.stderr, config.log_level)
     for name, why in removed_settings(environ):
         log.event("warn", "setting_removed", setting=name, why=why)
+    for name, meant in unknown_settings(environ):
+        log.event("warn", "setting_unknown", setting=name, did_you_mean=meant or None)
     try:
         app = App(config, environ=environ, log=log, models=models, demo_command=demo_command)
     except HomeInUse as problem:
         print(f"ocp: {problem}", file=sys.stderr)
         return 1
+    if app.demo:
+        fill_demo(app)
     return serve(app, tls)
 
 

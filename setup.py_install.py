@@ -27,7 +27,7 @@ Sections (search for "==== 8" to jump to the eighth):
     11. OpenClaw          told about the service, by ocp_connect.py
     12. Command line      arguments, the order of the phases, exit codes
 """
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import os
 import sys

@@ -341,6 +341,49 @@ def test_removed_settings_are_listed_in_order_of_their_names() -> None:
     assert found == ["CLAUDE_NO_CONTEXT", "CLAUDE_TUI_ROWS", "OCP_LOCAL_TOOLS"]
 
 
+@pytest.mark.parametrize(("name", "meant"), [
+    ("CLAUDE_MAX_CONCURENT", "CLAUDE_MAX_CONCURRENT"), ("OCP_WARM_PROCESES", "OCP_WARM_PROCESSES"),
+    ("CLAUDE_PROXY_PROT", "CLAUDE_PROXY_PORT"), ("PROXY_API_KYE", "PROXY_API_KEY"),
+    ("OCP_BIND", "CLAUDE_BIND"), ("CLAUDE_TIMEOUT_MS", "CLAUDE_TIMEOUT"), ("OCP_FOO", ""),
+    ("CLAUDE_PROXY_FOO", ""),
+])
+def test_a_variable_that_is_no_setting_is_told_with_the_nearest_one(name: str, meant: str) -> None:
+    assert ocp.unknown_settings({name: "1", "PATH": "/bin"}) == [(name, meant)]
+    assert ocp.unknown_settings({name: " "}) == []
+
+
+@pytest.mark.parametrize("name", [
+    *ROWS, "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_MAX_RETRIES", "CLAUDE_CONFIG_DIR", "CLAUDECODE",
+    "CLAUDE_AGENT_SDK_VERSION", "CLAUDE_STREAM_IDLE_TIMEOUT_MS", "OCP_URL", "OCP_CONNECT_KEY",
+    "CLAUDE_TUI_MODE", "PROXY_HOST", "HTTP_PROXY",
+])
+def test_a_variable_that_others_know_is_none_of_our_business_either(name: str) -> None:
+    assert ocp.unknown_settings({name: "1"}) == []
+
+
+def test_a_variable_that_is_passed_to_claude_is_known() -> None:
+    assert ocp.unknown_settings({"OCP_MINE": "1", "OCP_PASS_ENV": "A,OCP_M*"}) == []
+
+
+def test_the_settings_file_counts_less_than_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "ocp.env").write_text("A=1\nB='two  words'\nC=3\nD=4\nnot a line\n")
+    environ = {"OCP_HOME": str(tmp_path), "A": "mine", "C": " ", "D": "4"}
+
+    found = ocp.read_environment(environ, {"D": ("5", "--dee")})
+
+    assert found.file == str(tmp_path / "ocp.env")
+    assert {name: found.variables[name] for name in "ABCD"} == {
+        "A": "mine", "B": "two  words", "C": "3", "D": "5"}
+    assert [found.source(name) for name in "ABCD"] == [
+        "environment", found.file, found.file, "--dee"]
+
+
+def test_without_a_settings_file_there_is_the_environment(tmp_path: Path) -> None:
+    found = ocp.read_environment({"OCP_HOME": str(tmp_path)}, {})
+
+    assert (found.file, found.variables) == ("", {"OCP_HOME": str(tmp_path)})
+
+
 def test_no_setting_is_called_removed() -> None:
     assert ocp.removed_settings(dict.fromkeys(ROWS, "1")) == []
 
