@@ -1993,13 +1993,28 @@ def _systemd_unit(pid: int) -> tuple[str, str] | None:
     return None
 
 
+def command_by_hand(env: Env) -> str:
+    """Return the line that starts the server in a shell, as the installer prints it. The server
+    itself reads the settings in its folder."""
+    record = None
+    with contextlib.suppress(Problem):
+        record = installation(env)
+    python = (record.python if record else "") or sys.executable
+    server = (record.server_path if record else "") or env.beside("ocp_server.py")
+    line = shlex.join([python, server])
+    folder = (record.data_dir if record else "") or env.ocp_home
+    if folder == os.path.join(env.home, ".ocp"):
+        return line
+    return f"OCP_HOME={shlex.quote(folder)} {line}"
+
+
 def _manual_command(env: Env, verb: str, owner: Owner) -> str:
     """Return the command that stops or restarts a server that the installer does not know."""
     unit = _systemd_unit(owner.pid) if owner.pid else None
     if unit:
         return f"systemctl {unit[0]}{verb} {unit[1]}"
-    again = shlex.join([sys.executable, env.beside("ocp_server.py")])
-    return f"kill {owner.pid}" + (f", and then {again}" if verb == "restart" else "")
+    again = f", and then {command_by_hand(env)}" if verb == "restart" else ""
+    return f"kill {owner.pid}{again}"
 
 
 def _without_service(env: Env, verb: str) -> Exit:
@@ -2018,11 +2033,10 @@ def _without_service(env: Env, verb: str) -> Exit:
         env.say(f"Nothing listens on port {port}.")
         return Exit.OK
     if owner is None:
-        by_hand, install = ([sys.executable, env.beside(name)] for name in (
-            "ocp_server.py", "setup.py_install.py"))
+        install = [sys.executable, env.beside("setup.py_install.py")]
         raise Problem(
-            Exit.FAILED, f"No service is installed. Run the server by hand: {shlex.join(by_hand)}\n"
-            f"or make it a service: {shlex.join(install)}")
+            Exit.FAILED, "No service is installed. Run the server by hand: "
+            f"{command_by_hand(env)}\nor make it a service: {shlex.join(install)}")
     if not owner.is_ocp:
         kind = "is not an OCP server" if owner.command else "cannot be identified"
         raise Problem(
@@ -2606,14 +2620,15 @@ def _fix_service(facts: Facts) -> Fix:
     record = facts.service
     if record:
         return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
-    by_hand = f"run it by hand: {facts.script('ocp_server.py')}"
+    by_hand = f"run it by hand: {command_by_hand(facts.env)}"
     return Fix("fix_service", (by_hand,), _fix_install(facts).commands)
 
 
 def _fix_version(facts: Facts) -> Fix:
     record = facts.service
     if record is None:
-        return Fix("restart", ("end the server and start it again, as you started it",))
+        again = f"end the server and start it again: {command_by_hand(facts.env)}"
+        return Fix("restart", (again,))
     return Fix("restart", (), tuple(service_lines(facts.env, record, "restart")))
 
 

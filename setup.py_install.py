@@ -851,6 +851,17 @@ def command_with_settings(install: Installation) -> list[str]:
     return [*shell, install.env_file, install.python, install.server_path]
 
 
+def command_by_hand(install: Installation) -> str:
+    """Return the line that starts the server in a shell. The server itself reads the settings in
+    its folder."""
+    if install.env_file != os.path.join(install.data_dir, "ocp.env"):
+        return shlex.join(command_with_settings(install))
+    line = shlex.join([install.python, install.server_path])
+    if install.data_dir == os.path.join(install.home, ".ocp"):
+        return line
+    return f"OCP_HOME={shlex.quote(install.data_dir)} {line}"
+
+
 def launchd_plist(install: Installation) -> bytes:
     """Return the agent for launchd."""
     # Without this, an agent can be loaded into the graphical session only.
@@ -1887,7 +1898,7 @@ def next_steps(job: Job) -> Iterator[str]:
     if values.get(AUTH_MODE) == "multi":
         yield "Create a key for each client with: ocp keys add NAME"
     if install.service.platform == "none":
-        yield f"Start it by hand: {shlex.join(command_with_settings(install))}"
+        yield f"Start it by hand: {command_by_hand(install)}"
     elif not job.situation.should_start:
         yield f"It is not started now. Start it with: {shlex.join(install.service.start)}"
     else:
