@@ -367,6 +367,25 @@ def format_span(seconds: float) -> str:
     return f"{minutes // 60}h {minutes % 60}m" if minutes >= 60 else f"{minutes}m"
 
 
+#: The milliseconds of the units of durations, the longest first.
+_DURATION_UNITS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
+_DURATION = re.compile(r"([0-9]{1,12})\s*(d|h|m|s|ms)", re.IGNORECASE)
+
+
+def parse_duration_ms(text: str) -> int | None:
+    """Return the milliseconds of a duration such as 30s, 90m, 1h or 7d; None for other text."""
+    match = _DURATION.fullmatch(text.strip())
+    return None if match is None else int(match[1]) * _DURATION_UNITS[match[2].lower()]
+
+
+def format_duration(duration_ms: int) -> str:
+    """Return a duration with the longest unit in which it is a whole number: "90m", "1h", "0s"."""
+    if duration_ms == 0:
+        return "0s"
+    unit = next(unit for unit, size in _DURATION_UNITS.items() if duration_ms % size == 0)
+    return f"{duration_ms // _DURATION_UNITS[unit]}{unit}"
+
+
 def iso_time(epoch_s: float) -> str:
     """Return epoch seconds as ISO 8601 in UTC with milliseconds."""
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
@@ -908,13 +927,41 @@ class ConfigError(Exception):
     """Invalid settings. `args[0]` has one line for each problem."""
 
 
+#: The milliseconds of the units of settings that are durations.
+_UNIT_MS = {"ms": 1, "s": 1_000, "days": 86_400_000}
+
+
+def is_duration(row: dataclasses.Field[Any]) -> bool:
+    """Return whether this setting is a duration: its value can be written as 30s or 1h too."""
+    return row.metadata["unit"] in _UNIT_MS
+
+
+def _in_unit(row: dataclasses.Field[Any], text: str) -> int | None:
+    """Return the number of a row's units that a duration has, rounded down; None if there is no
+    duration in `text`, or the row is none."""
+    duration_ms = parse_duration_ms(text) if is_duration(row) else None
+    return None if duration_ms is None else duration_ms // _UNIT_MS[row.metadata["unit"]]
+
+
+def setting_text(row: dataclasses.Field[Any], value: int | str | bool) -> str:
+    """Return a value as people write it: a duration as 1h, a number with its unit."""
+    unit = row.metadata["unit"]
+    if is_duration(row) and value:
+        return format_duration(int(value) * _UNIT_MS[unit])
+    return f"{int(value) if isinstance(value, bool) else value} {unit}".strip()
+
+
 def _parse_integer(row: dataclasses.Field[Any], text: str) -> int:
-    value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,400}", text) else None
+    value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,400}", text) else _in_unit(row, text)
     minimum, maximum = row.metadata["minimum"], row.metadata["maximum"]
     if value is None:
-        raise ValueError("is not a whole number")
+        more = ", nor a duration such as 30s, 90m or 1h" if is_duration(row) else ""
+        raise ValueError(f"is not a whole number{more}")
     if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
         span = f"{minimum} or more" if maximum is None else f"from {minimum} to {maximum}"
+        if is_duration(row):
+            ends = (setting_text(row, minimum), setting_text(row, maximum))
+            span += f" {row.metadata['unit']} ({ends[0]} to {ends[1]})"
         raise ValueError(f"is out of range: must be {span}")
     return value
 
@@ -939,9 +986,12 @@ def setting_from_json(row: dataclasses.Field[Any], value: object) -> int | str |
     kind = type(row.default)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
+    if is_duration(row) and isinstance(value, str) and _in_unit(row, value) is not None:
+        return parse_setting(row, value)
     if type(value) is not kind:
         words = {int: "a whole number", bool: "true or false", str: "a string"}
-        raise ValueError(f"must be {words[kind]}")
+        more = " or a duration such as \"1h\"" if is_duration(row) else ""
+        raise ValueError(f"must be {words[kind]}{more}")
     return parse_setting(row, str(value))
 
 
@@ -1147,6 +1197,8 @@ def settings_markdown() -> str:
             default = "follows memory" if row.metadata["from_memory"] else str(row.default)
         unit = f" {row.metadata['unit']}" if row.metadata["unit"] and default else ""
         shown = f"{default}{unit}" or "empty"
+        if is_duration(row) and row.default:
+            shown += f" ({setting_text(row, row.default)})"
         live = f"`{row.metadata['live']}`" if row.metadata["live"] else ""
         cells = (f"`{row.metadata['env']}`", shown, span, live, row.metadata["help"])
         lines.append(f"| {' | '.join(cells)} |")
@@ -3643,6 +3695,7 @@ class Settings:
         return {
             name: {
                 "value": getattr(self.config, row.name),
+                "text": setting_text(row, getattr(self.config, row.name)),
                 "type": kinds[type(row.default)],
                 "min": row.metadata["minimum"],
                 "max": row.metadata["maximum"],
@@ -18413,7 +18466,9 @@ _BODIES: dict[str, Json] = {
     "change_key": _closed(_KEY_PROPERTIES),
     "change_quota": {**_QUOTA_BODY, "minProperties": 1},
     "change_settings": _closed({
-        name: {"type": [_JSON_TYPES[type(row.default)], "null"]}
+        name: {"type": [
+            _JSON_TYPES[type(row.default)], *(["string"] if is_duration(row) else []), "null",
+        ]}
         for name, row in live_settings().items()
     }),
 }

@@ -96,16 +96,49 @@ def test_a_number_above_the_range_is_refused_by_name_and_told_the_range() -> Non
 
     told = {name: complaints({name: str(most + 1)}) for name, (_, most) in ranges.items()}
 
-    assert told == {
-        name: [f"{name}: '{most + 1}' is out of range: must be from {least} to {most}"]
-        for name, (least, most) in ranges.items()}
+    begun = {name: f"{name}: '{most + 1}' is out of range: must be from {least} to {most}"
+             for name, (least, most) in ranges.items()}
+    assert {name: line[:len(begun[name])] for name, [line] in told.items()} == begun
 
 
 @pytest.mark.parametrize("garbage", NOT_NUMBERS)
 def test_what_is_no_number_is_refused_by_name(garbage: str) -> None:
     told = {name: complaints({name: garbage}) for name in NUMBERS}
 
-    assert told == {name: [f"{name}: {garbage!r} is not a whole number"] for name in NUMBERS}
+    begun = {name: f"{name}: {garbage!r} is not a whole number" for name in NUMBERS}
+    assert {name: line[:len(begun[name])] for name, [line] in told.items()} == begun
+
+
+@pytest.mark.parametrize(("name", "text", "value"), [
+    ("CLAUDE_TIMEOUT", "90s", 90_000), ("CLAUDE_TIMEOUT", "1h", 3_600_000),
+    ("CLAUDE_TIMEOUT", " 2 M ", 120_000), ("CLAUDE_TIMEOUT", "90000", 90_000),
+    ("CLAUDE_SESSION_TTL", "1d", 86_400_000), ("CLAUDE_HEARTBEAT_INTERVAL", "500ms", 500),
+    ("CLAUDE_QUEUE_RETRY_AFTER", "1m", 60), ("CLAUDE_QUEUE_RETRY_AFTER", "7", 7),
+    ("OCP_USAGE_DAYS", "30d", 30), ("CLAUDE_CACHE_TTL", "0s", 0),
+])
+def test_a_duration_may_be_written_with_its_unit(name: str, text: str, value: int) -> None:
+    assert value_of({name: text}, name) == value
+
+
+@pytest.mark.parametrize(("name", "text", "words"), [
+    ("CLAUDE_TIMEOUT", "2h", "from 1000 to 3600000 ms (1s to 1h)"),
+    ("CLAUDE_TIMEOUT", "soon", "nor a duration such as 30s, 90m or 1h"),
+    ("CLAUDE_TIMEOUT", "1.5h", "nor a duration"), ("CLAUDE_TIMEOUT", "1h30m", "nor a duration"),
+    ("CLAUDE_MAX_QUEUE", "1m", "is not a whole number"),
+])
+def test_a_duration_that_cannot_be_used_is_refused(name: str, text: str, words: str) -> None:
+    [line] = complaints({name: text})
+
+    assert line.startswith(f"{name}: {text!r}") and words in line
+
+
+@pytest.mark.parametrize(("duration_ms", "text"), [
+    (0, "0s"), (1, "1ms"), (1500, "1500ms"), (90_000, "90s"), (120_000, "2m"), (5_400_000, "90m"),
+    (3_600_000, "1h"), (86_400_000, "1d"), (34_560_000_000, "400d"),
+])
+def test_a_duration_is_shown_in_its_longest_unit(duration_ms: int, text: str) -> None:
+    assert ocp.format_duration(duration_ms) == text
+    assert ocp.parse_duration_ms(text) == duration_ms
 
 
 def test_a_number_beyond_all_measure_is_refused_by_name() -> None:
@@ -416,7 +449,7 @@ def test_the_readme_table_has_one_line_of_five_cells_for_every_row() -> None:
     ("name", "default", "span"),
     [
         ("CLAUDE_PROXY_PORT", "3456", "0 to 65535"),
-        ("CLAUDE_TIMEOUT", "600000 ms", "1000 to 3600000"),
+        ("CLAUDE_TIMEOUT", "600000 ms (10m)", "1000 to 3600000"),
         ("CLAUDE_MAX_IMAGES", "600", "0 up"),
         ("CLAUDE_IMAGE_ALLOW_URL", "0", ""),
         ("PROXY_API_KEY", "empty", ""),
