@@ -1198,7 +1198,7 @@ def settings_markdown() -> str:
         unit = f" {row.metadata['unit']}" if row.metadata["unit"] and default else ""
         shown = f"{default}{unit}" or "empty"
         if is_duration(row) and row.default:
-            shown += f" ({setting_text(row, row.default)})"
+            shown += f" ({setting_text(row, default_of(row, None))})"
         live = f"`{row.metadata['live']}`" if row.metadata["live"] else ""
         cells = (f"`{row.metadata['env']}`", shown, span, live, row.metadata["help"])
         lines.append(f"| {' | '.join(cells)} |")
@@ -3360,6 +3360,14 @@ MIGRATIONS = (
     "ALTER TABLE keys ADD COLUMN effort TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE keys ADD COLUMN web_search INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE usage ADD COLUMN web_search_requests INTEGER NOT NULL DEFAULT 0",
+    """
+    CREATE TABLE old_secrets (
+        key_id INTEGER PRIMARY KEY,
+        hash TEXT NOT NULL,
+        preview TEXT NOT NULL,
+        until_s INTEGER NOT NULL
+    )
+    """,
 )
 
 
@@ -3807,24 +3815,44 @@ class Key(NamedTuple):
         return self.expiry_s is not None and now_s >= self.expiry_s
 
 
+class OldSecret(NamedTuple):
+    """A secret that still works for some time after it was replaced by a new one."""
+
+    key_id: int
+    hash: str
+    preview: str
+    until_s: int
+
+
 #: Names of callers that have no key in the database.
 _RESERVED_NAMES = ("admin", "anonymous", "local", "public", "remote", "shared")
 #: How often the time of a key's last use is updated and written.
 _LAST_USE_EVERY_S = 60.0
+_MAX_KEY_NAME_CHARS = 64
 
 
 def key_name(name: str) -> str:
-    """Return the name if it is valid for a key. Raises BadRequest."""
-    if not re.fullmatch(r"[A-Za-z0-9 ._-]{1,64}", name) or name != name.strip():
+    """Return the name of a key in its usual Unicode form (NFC). Raises BadRequest if it is not
+    valid: every character must be visible, and none may separate parts of a path."""
+    name = unicodedata.normalize("NFC", name)
+    is_path = bool(re.search(r"[/\\]", name)) or name in (".", "..")
+    if not 0 < len(name) <= _MAX_KEY_NAME_CHARS or not name.isprintable() or is_path or (
+        name != name.strip()
+    ):
         raise BadRequest(
-            "name: takes 1 to 64 letters, digits, spaces, dots, underscores and hyphens.",
-            param="name",
+            f"name: takes 1 to {_MAX_KEY_NAME_CHARS} visible characters, spaces only between "
+            "them, and no slash or backslash.", param="name",
         )
     if name.isdigit() or name.lower() in _RESERVED_NAMES:
         raise BadRequest(
             f"name: must not be a number, nor one of {', '.join(_RESERVED_NAMES)}.", param="name"
         )
     return name
+
+
+def _folded(name: str) -> str:
+    """Return a name as names are compared: without regard to case and Unicode form."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _key(row: sqlite3.Row) -> Key:
@@ -3852,7 +3880,8 @@ _NEEDS_KEY = "This server requires its key: send `Authorization: Bearer KEY` or 
 # A lookup of a key needs no file: all keys are in memory. Changes differ in when they are written.
 # A change of a key, such as its revocation, takes effect in memory first, and is queued if the
 # database cannot be written. A new key or a new secret is written first and takes effect only if
-# that succeeds, because the secret is handed out and must survive a restart.
+# that succeeds, because the secret is handed out and must survive a restart. The old secret stays
+# valid for the time that the operator gives it: one for each key, kept beside the keys.
 
 
 class Keys:
@@ -3870,6 +3899,11 @@ class Keys:
         #: Times of last use by id, and those of them that are not in the database yet.
         self._used_s: dict[int, int] = {}
         self._unwritten: dict[int, int] = {}
+        #: Old secrets that may still be valid, by key id.
+        self._old_secrets: dict[int, OldSecret] = {
+            row["key_id"]: OldSecret(*row)
+            for row in store.rows("SELECT key_id, hash, preview, until_s FROM old_secrets")
+        }
         #: Stored keys that are invalid and ignored: (id, reason).
         self.problems: list[tuple[int, str]] = []
         for row in store.rows("SELECT * FROM keys"):
@@ -3916,7 +3950,7 @@ class Keys:
     def _check_free(self, name: str, key_id: int | None) -> None:
         """Raise Conflict if another key that is not revoked has this name."""
         if any(
-            key.revoked_s is None and key.id != key_id and key.name.lower() == name.lower()
+            key.revoked_s is None and key.id != key_id and _folded(key.name) == _folded(name)
             for key in self._keys.values()
         ):
             raise Conflict(
@@ -3947,7 +3981,7 @@ class Keys:
         if re.fullmatch("[0-9]{1,15}", id_or_name):
             matches = [key for key in self.all() if key.id == int(id_or_name)]
         else:
-            matches = [key for key in self.all() if key.name.lower() == id_or_name.lower()]
+            matches = [key for key in self.all() if _folded(key.name) == _folded(id_or_name)]
             matches.sort(key=lambda key: key.revoked_s is not None)
         if not matches:
             raise NotFound(f"There is no key {one_line(id_or_name, 80)!r}.")
@@ -3989,14 +4023,16 @@ class Keys:
         except sqlite3.Error as problem:
             raise storage_failure(problem, _IN_MEMORY_ONLY) from None
 
-    def rotate(self, key: Key) -> str:
-        """Replace the secret of the key and return the new one.
+    def rotate(self, key: Key, grace_s: int = 0) -> str:
+        """Replace the secret of the key and return the new one. The old one is valid for `grace_s`
+        more; one that was replaced before ends at once.
 
         Raises BadRequest, and StorageFailed, after which the old secret is still valid.
         """
         secret, secret_columns = self._new_secret()
         with self._lock:
             key = self._require_unrevoked(key)
+            self._keep_old_secret(key, grace_s)
             statement = "UPDATE keys SET hash = ?, preview = ? WHERE id = ?"
             self._write(statement, secret_columns["hash"], secret_columns["preview"], key.id)
             self._ids = {
@@ -4005,6 +4041,54 @@ class Keys:
             }
             self._keys[key.id] = key._replace(preview=secret_columns["preview"])
         return secret
+
+    def _keep_old_secret(self, key: Key, grace_s: int) -> None:
+        """Keep the secret that is about to be replaced for some time, or forget the one that is
+        kept. Raises StorageFailed."""
+        if not grace_s:
+            self._forget_old_secret(key.id)
+            return
+        (present,) = (known for known, key_id in self._ids.items() if key_id == key.id)
+        old = OldSecret(key.id, present, key.preview, int(self._clock()) + grace_s)
+        self._write("INSERT OR REPLACE INTO old_secrets VALUES (?, ?, ?, ?)", *old)
+        self._old_secrets = {**self._old_secrets, key.id: old}
+
+    def _forget_old_secret(self, key_id: int) -> None:
+        """Raises StorageFailed if that is in effect but not written yet."""
+        if self._old_secrets.get(key_id) is None:
+            return
+        self._old_secrets = {
+            known: old for known, old in self._old_secrets.items() if known != key_id
+        }
+        try:
+            self._store.write_or_queue("DELETE FROM old_secrets WHERE key_id = ?", key_id)
+        except sqlite3.Error as problem:
+            raise storage_failure(problem, _IN_MEMORY_ONLY) from None
+
+    def old_secret(self, key: Key) -> OldSecret | None:
+        """Return the replaced secret of a key that is still valid, if there is one."""
+        old = self._old_secrets.get(key.id)
+        is_valid = old is not None and key.revoked_s is None and self._clock() < old.until_s
+        return old if is_valid else None
+
+    def end_grace(self, key: Key) -> bool:
+        """Make the replaced secret of a key invalid now; return False if there was none. Raises
+        StorageFailed if that is in effect but not written yet."""
+        with self._lock:
+            was_valid = self.old_secret(key) is not None
+            self._forget_old_secret(key.id)
+        return was_valid
+
+    def _id_of(self, secret: str) -> int:
+        """Return the id of the key with this secret, also an old one that is valid; 0 = none."""
+        hashed, now_s = self._hash(secret), self._clock()
+        found = self._ids.get(hashed)
+        if found is not None:
+            return found
+        return next(
+            (old.key_id for old in self._old_secrets.values()
+             if old.hash == hashed and now_s < old.until_s), 0
+        )
 
     def revoke(self, key: Key) -> bool:
         """Revoke the key; return False if it was revoked already.
@@ -4022,7 +4106,7 @@ class Keys:
 
     def verify(self, secret: str) -> Caller:
         """Return the caller with this secret. Raises Unauthorized."""
-        key = self._require_valid(self._keys.get(self._ids.get(self._hash(secret), 0)))
+        key = self._require_valid(self._keys.get(self._id_of(secret)))
         now_s = int(self._clock())
         if now_s - (self._with_last_use(key).used_s or 0) >= _LAST_USE_EVERY_S:
             self._used_s[key.id] = self._unwritten[key.id] = now_s
@@ -17941,7 +18025,10 @@ def _quota_limits(fields: Fields) -> dict[str, int | None]:
 _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] = (
     (
         "name", "name", lambda app, fields: fields.required_text("name"),
-        {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9 ._-]{0,62}[A-Za-z0-9._-]$"},
+        {
+            "type": "string", "minLength": 1, "maxLength": 64,
+            "description": "visible characters, no slash; not a number",
+        },
     ),
     (
         "expiry", "expiry_s", lambda app, fields: _expiry(fields),
@@ -17980,10 +18067,11 @@ def _key_columns(app: App, fields: Fields) -> dict[str, object]:
     }
 
 
-def _key_entry(key: Key) -> Json:
+def _key_entry(app: App, key: Key) -> Json:
     def iso(epoch_s: int | None) -> str | None:
         return None if epoch_s is None else iso_time(epoch_s)
 
+    old = app.keys.old_secret(key)
     limits = {
         "quota_" + re.sub("([A-Z])", r"_\1", name).lower(): key.quota.get(name)
         for name in _QUOTA_NAMES
@@ -18005,6 +18093,8 @@ def _key_entry(key: Key) -> Json:
         "lastUsed": iso(key.used_s),
         "createdAt": iso(key.created_s),
         "revokedAt": iso(key.revoked_s),
+        # The secret before the last rotation, while it is still valid.
+        "oldSecret": old and {"keyPreview": old.preview, "until": iso(old.until_s)},
     }
 
 
@@ -18030,7 +18120,7 @@ def get_keys(app: App, exchange: Exchange) -> None:
     and `connectNote` says why."""
     keys = app.keys.all()
     reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
-    entries = [{**_key_entry(key), "quota": report} for key, report in zip(keys, reports)]
+    entries = [{**_key_entry(app, key), "quota": report} for key, report in zip(keys, reports)]
     exchange.response.send_json({"keys": entries, **_connect_fields(app)})
 
 
@@ -18070,13 +18160,13 @@ def create_key(app: App, exchange: Exchange) -> None:
         columns["quota"] = {name: limit for name, limit in limits.items() if limit is not None}
     key, secret = app.keys.create(str(columns.pop("name", "")), columns)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
-    body = {"id": key.id, "key": secret, **_key_entry(key), **_connect_fields(app)}
+    body = {"id": key.id, "key": secret, **_key_entry(app, key), **_connect_fields(app)}
     exchange.response.send_json(_with_storage_warning(app, body), status=201)
 
 
 def get_key(app: App, exchange: Exchange, key: str) -> None:
     """GET /api/keys/{key}: return the key with this id or name."""
-    exchange.response.send_json(_key_entry(app.keys.find(key)))
+    exchange.response.send_json(_key_entry(app, app.keys.find(key)))
 
 
 def change_key(app: App, exchange: Exchange, key: str) -> None:
@@ -18086,7 +18176,7 @@ def change_key(app: App, exchange: Exchange, key: str) -> None:
     columns = _key_columns(app, fields)
     with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
         app.keys.change(found, columns)
-    entry = _key_entry(app.keys.find(str(found.id)))
+    entry = _key_entry(app, app.keys.find(str(found.id)))
     exchange.response.send_json(_with_storage_warning(app, entry))
 
 
@@ -18102,12 +18192,39 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
 
 
 def rotate_key(app: App, exchange: Exchange, key: str) -> None:
-    """POST /api/keys/{key}/rotate: replace the key's secret; the old one stops working at once."""
+    """POST /api/keys/{key}/rotate {"grace": "24h"}: replace the key's secret; the old one works
+    until the end of `grace`, or without it stops working at once."""
     found = app.keys.find(key)
-    secret = app.keys.rotate(found)
-    _audit(app, exchange, "key_rotated", key=found.name, id=found.id)
-    body = {"id": found.id, "name": found.name, "key": secret, **_connect_fields(app)}
-    exchange.response.send_json(_with_storage_warning(app, body))
+    raw = exchange.body()
+    fields = _with_known_fields(Fields(parse_json_body(raw) if raw else {}), ("grace",))
+    grace_s = _grace_s(fields)
+    secret = app.keys.rotate(found, grace_s)
+    _audit(app, exchange, "key_rotated", key=found.name, id=found.id, grace_s=grace_s or None)
+    old = _key_entry(app, app.keys.find(str(found.id)))["oldSecret"]
+    body = {"id": found.id, "name": found.name, "key": secret, "oldSecret": old}
+    exchange.response.send_json(_with_storage_warning(app, {**body, **_connect_fields(app)}))
+
+
+#: The longest time for which a replaced secret can stay valid.
+_MAX_GRACE_S = 30 * 86_400
+
+
+def _grace_s(fields: Fields) -> int:
+    """Return how long the old secret of a rotated key is valid; 0 = not at all. Raises
+    BadRequest."""
+    text = fields.text("grace")
+    duration_ms = 0 if text is None else parse_duration_ms(text)
+    if duration_ms is None or duration_ms > _MAX_GRACE_S * 1000:
+        raise fields.invalid("grace", "a duration up to 30d, such as 24h")
+    return duration_ms // 1000
+
+
+def end_grace(app: App, exchange: Exchange, key: str) -> None:
+    """DELETE /api/keys/{key}/grace: make the secret before the last rotation invalid now."""
+    found = app.keys.find(key)
+    with _audited_change(app, exchange, "key_grace_ended", found):
+        ended = app.keys.end_grace(found)
+    exchange.response.send_json(_with_storage_warning(app, {"ended": ended, "name": found.name}))
 
 
 def get_quota(app: App, exchange: Exchange, key: str) -> None:
@@ -18464,6 +18581,7 @@ _BODIES: dict[str, Json] = {
     },
     "create_key": _closed({**_KEY_PROPERTIES, "quota": _QUOTA_BODY}),
     "change_key": _closed(_KEY_PROPERTIES),
+    "rotate_key": _closed({"grace": {"type": ["string", "null"], "description": "24h, 90m, 7d"}}),
     "change_quota": {**_QUOTA_BODY, "minProperties": 1},
     "change_settings": _closed({
         name: {"type": [
@@ -18493,7 +18611,9 @@ _QUERIES: dict[str, dict[str, Json]] = {
     },
 }
 #: Status codes of responses that are not in the error format, by operation; otherwise 200.
-_STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
+_STATUSES = {
+    "create_key": ("201",), "change_settings": ("200", "207", "400"), "get_root": ("200", "302"),
+}
 #: Media types of responses, by operation; otherwise JSON.
 _MEDIA_TYPES = {
     "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
@@ -18532,7 +18652,7 @@ def _operation(route: Route) -> Json:
     }
     if name in _BODIES:
         body = {"application/json": {"schema": _BODIES[name]}}
-        operation["requestBody"] = {"required": True, "content": body}
+        operation["requestBody"] = {"required": name != "rotate_key", "content": body}
     if name in _REQUESTS and route.dialect is not None:
         operation["externalDocs"] = {"url": _REFERENCES[route.dialect.name]}
     return operation
@@ -18595,6 +18715,7 @@ ROUTES = (
     Route("PATCH",  "/api/keys/{key}",           Access.ADMIN,  CHAT,        change_key),
     Route("DELETE", "/api/keys/{key}",           Access.ADMIN,  CHAT,        revoke_key),
     Route("POST",   "/api/keys/{key}/rotate",    Access.ADMIN,  CHAT,        rotate_key),
+    Route("DELETE", "/api/keys/{key}/grace",     Access.ADMIN,  CHAT,        end_grace),
     Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
     Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
     Route("GET",    "/api/usage",                Access.CALLER, CHAT,        get_api_usage),

@@ -350,7 +350,9 @@ def test_a_wrong_quota_at_birth_is_named_by_its_path(
 # ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["x", "x" * 64, "My laptop", "a.b_c-d", "9 lives", "-", "1.5",
-                                  "quota", "Admin1", "localhost"])
+                                  "quota", "Admin1", "localhost", "K\u00fcche", "mum's ipad",
+                                  "\u4e66\u623f", "caf\u00e9 #1 \U0001f4bb", "\u00fc" * 64, "a%2Fb?",
+                                  "a;b", 'say "hi"'])
 def test_this_name_may_be_had(house: Server, name: str) -> None:
     made = new_key(house, name=name)
 
@@ -358,7 +360,8 @@ def test_this_name_may_be_had(house: Server, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "", " ", " a", "a ", "x" * 65, "a/b", "a\nb", "a\n", "a\tb", "caf\u00e9", "a'b", "a;b",
+    "", " ", " a", "a ", "x" * 65, "a/b", "a\\b", ".", "..", "a\nb", "a\n", "a\tb", "a\x85b",
+    "a\u00a0b", "a\u202eb", "a\u200fb", "a\u2066b", "a\u200bb", "a\ud800b", "a\ufeff",
     "\u0661", "1", "007", 5, True, [], ["a"], {}, 1.5,
     "admin", "anonymous", "local", "public", "remote", "shared", "ADMIN", "Anonymous",
 ])
@@ -370,6 +373,34 @@ def test_this_name_may_not_be_had(house: Server, name: Json) -> None:
 
     assert [param_of(reply) for reply in replies] == ["name"] * 2
     assert shown(house, made["id"])["name"] == made["name"]
+
+
+def test_a_name_is_the_same_in_every_form_of_unicode_and_every_case(house: Server) -> None:
+    made = new_key(house, name="Gru\u0308ne Stube")
+    again = as_admin(house, "POST", "/api/keys", {"name": "GR\u00dcNE STUBE"})
+
+    assert made["name"] == "Gr\u00fcne Stube"
+    assert (again.status, error_of(again)["code"]) == (409, "name_taken")
+    for form in ("gr\u00fcne stube", "Gru\u0308ne Stube", str(made["id"])):
+        assert shown(house, form)["id"] == made["id"]
+
+
+@pytest.mark.parametrize("name", ["B\u00fcro", "dad's phone", "50% \u2615"])
+def test_a_key_with_any_name_works_in_every_route(house: Server, name: str) -> None:
+    made = new_key(house, name=name)
+    path = f"/api/keys/{quote(name, safe='')}"
+
+    assert changed(house, name, note="here")["note"] == "here"
+    assert as_admin(house, "PATCH", f"{path}/quota", {"daily": 5}).status == 200
+    assert as_admin(house, "GET", f"{path}/quota").json()["name"] == name
+    key = rotate(house, name).json()["key"]
+    assert ask_as(house, key).status == 200
+    usage = as_admin(house, "GET", "/api/usage?all=true").json()
+    assert name in [row["key_name"] for row in usage["byKey"]]
+    assert as_admin(house, "GET", "/metrics").status == 200
+    assert name in [entry.get("key") for entry in house.log_entries("key_rotated")]
+    assert revoke(house, name)["revoked"] is True
+    assert shown(house, made["id"])["revoked"] == 1
 
 
 @pytest.mark.parametrize("again", ["Kitchen", "kitchen", "KITCHEN"])
