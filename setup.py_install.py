@@ -1612,7 +1612,7 @@ def ask(install: Installation, values: Mapping[str, str]) -> Answer:
     except HttpProblem as problem:
         error = problem.body.get("error") if isinstance(problem.body, dict) else None
         code = str(error.get("code") or "") if isinstance(error, dict) else ""
-        if code == "invalid_api_key":
+        if code.endswith("_api_key"):
             return Answer(None, "No question was asked: no key is known here that the API accepts.")
         return Answer(False, f"The question failed: {problem}", code)
     except (KeyError, IndexError, TypeError):
