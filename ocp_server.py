@@ -1340,8 +1340,8 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
         "Give the client a key: `ocp keys add NAME` creates one, `ocp connect` sets up tools."
     ),
     "invalid_api_key": (
-        "Compare the preview with those of `ocp keys list` and copy the key again, or create "
-        "another with `ocp keys rotate KEY`."
+        "Give the client a key of this server: compare the preview with those of "
+        "`ocp keys list`, or create a key with `ocp keys add NAME`."
     ),
     "replaced_api_key": (
         "Put the newer key of KEY into the client, or create another with `ocp keys rotate KEY`."
@@ -1683,18 +1683,19 @@ class RefusedRequests:
             collections.OrderedDict()
         )
 
-    def add(self, refused: Refused) -> None:
-        """Keep a refusal. Texts that the client wrote are bounded and printable in it."""
+    def add(self, refused: Refused, at_s: float | None = None) -> None:
+        """Keep a refusal of now, or of an earlier time that is not before the last one. Texts that
+        the client wrote are bounded and printable in it."""
         refused = refused._replace(
             message=safe_text(refused.message, 500), path=safe_text(refused.path, 100),
             user_agent=safe_text(refused.user_agent, 120),
         )
-        now_s = self._clock()
+        at_s = self._clock() if at_s is None else at_s
         with self._lock:
             groups = self._known if refused.key else self._strangers
             place = self._place(refused)
-            group = groups.pop(place, None) or RefusedGroup(now_s)
-            group.add(now_s, refused)
+            group = groups.pop(place, None) or RefusedGroup(at_s)
+            group.add(at_s, refused)
             groups[place] = group
             while len(groups) > _MAX_REFUSED_GROUPS:
                 groups.popitem(last=False)
@@ -1716,6 +1717,24 @@ class RefusedRequests:
         return sorted(copies, key=lambda group: group.last_s, reverse=True)
 
 
+_REFUSED_EVENT = "request_refused"
+
+
+def _refused_of(entry: Json) -> Refused | None:
+    """Return the refusal that an event of the log tells; None if it tells none."""
+    caller = entry.get("caller")
+    fields = {
+        **entry, "key": entry.get("key") or ("" if caller == "public" else caller),
+    }
+    texts = [fields.get(name, "") for name in Refused._fields if name != "status"]
+    is_whole = isinstance(entry.get("status"), int) and "kind" in entry
+    if entry["event"] != _REFUSED_EVENT or not is_whole:
+        return None
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return Refused(**{name: fields[name] for name in Refused._fields if name in fields})
+
+
 #: How many refusals of one peer are logged one by one in a period, how many peers are counted
 #: separately, and how long a period lasts.
 _MAX_LOGGED_REFUSALS = 5
@@ -1733,8 +1752,13 @@ class Refusals:
         # Guards the next fields; never held while an event is logged.
         self._lock = threading.Lock()
         self._since_s = clock()
-        #: The latest ones, for the operator.
+        #: The latest ones, for the operator, with those that the log has from before the start.
         self.kept = RefusedRequests()
+        for entry in log.recent(_RING_EVENTS, "all"):
+            refused = _refused_of(entry)
+            if refused is not None:
+                with contextlib.suppress(ValueError):
+                    self.kept.add(refused, parse_time(entry["ts"]))
         #: Number of refusals in this period by peer and status; all further peers are "others".
         self._counts: dict[str, collections.Counter[int]] = {}
 
@@ -1749,7 +1773,7 @@ class Refusals:
             is_logged = is_listed and sum(counts.values()) < _MAX_LOGGED_REFUSALS
             counts[status] += 1
         if is_logged:
-            self._log.event("info", "request_refused", peer=peer, status=status, **fields)
+            self._log.event("info", _REFUSED_EVENT, peer=peer, status=status, **fields)
 
     def tend(self, *, at_once: bool = False) -> None:
         """Log the counts if the period is over, or `at_once`, and begin a new period."""
@@ -4848,8 +4872,9 @@ class Ledger:
             ).fetchall()
             # Columns beside MAX() are those of the row with the maximum.
             kinds = connection.execute(
-                "SELECT outcome AS kind, COUNT(*) AS count, MAX(at_s) AS last_s, message, "
-                f"status FROM usage WHERE {where} GROUP BY outcome", values,
+                "SELECT outcome AS kind, COUNT(*) AS count, MAX(at_s) AS last_s, message, status, "
+                f"key_id, {_CURRENT_NAME} AS key_name FROM usage WHERE {where} GROUP BY outcome",
+                values,
             ).fetchall()
         return [dict(row) for row in newest], [dict(row) for row in kinds]
 
@@ -18462,15 +18487,15 @@ def _failure_entry(row: Json, paths: Mapping[str, str]) -> Json:
         "status": row["status"],
         "kind": row["outcome"],
         "message": row["message"] or "",
-        "action": action_for(row["outcome"], _name_in_action(row["key_id"], row["key_name"])),
+        "action": _action(row["outcome"], row),
         "userAgent": row["user_agent"],
         "totalMs": row["total_ms"],
     }
 
 
-def _name_in_action(key_id: int | None, name: str) -> str:
-    """Return the name of a key for commands; "" for a caller without one in the database."""
-    return name if key_id is not None else ""
+def _action(kind: str, row: Json) -> str:
+    """Return what to do about a failure of the row's caller, which may have no key."""
+    return action_for(kind, "" if row["key_id"] is None else row["key_name"])
 
 
 def _refusal_entry(group: RefusedGroup, since_s: float, request_id: str) -> Json:
@@ -18495,10 +18520,14 @@ def _refusal_entry(group: RefusedGroup, since_s: float, request_id: str) -> Json
 
 
 def _by_kind(kinds: list[Json], refusals: list[Json]) -> list[Json]:
-    """Return the count, the last time and the newest message of each kind, most frequent first."""
+    """Return for each kind its count and the newest failure's time, message and action; the most
+    frequent kind first."""
     sums: dict[str, Json] = {}
     entries = [
-        {**each, "lastAt": iso_time(each["last_s"]), "message": each["message"] or ""}
+        {
+            **each, "lastAt": iso_time(each["last_s"]), "message": each["message"] or "",
+            "action": _action(each["kind"], each),
+        }
         for each in kinds
     ]
     for entry in (*entries, *refusals):
@@ -18507,7 +18536,7 @@ def _by_kind(kinds: list[Json], refusals: list[Json]) -> list[Json]:
         newest = max(known, entry, key=lambda each: str(each["lastAt"]))
         sums[kind] = {
             "kind": kind, "status": newest["status"], "count": known["count"] + entry["count"],
-            "lastAt": newest["lastAt"], "message": newest["message"], "action": action_for(kind),
+            "lastAt": newest["lastAt"], "message": newest["message"], "action": newest["action"],
         }
     return sorted(sums.values(), key=lambda each: int(each["count"]), reverse=True)
 
