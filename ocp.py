@@ -161,7 +161,10 @@ KEY_ACTIONS = (
     Command("edit", "change what a key may do", (KEY, *KEY_FIELDS, JSON)),
     Command("rename", "give a key another name",
             (KEY, argument("name", metavar="NAME", help="the new name"), JSON)),
-    Command("rotate", "give a key a new secret; the old one stops working at once", (KEY, JSON)),
+    Command("rotate", "give a key a new secret; the old one stops working at once", (
+        KEY, argument("--grace", metavar="TIME",
+                      help="how long the old secret still works, such as 24h; none ends it now, "
+                      "without a new secret"), JSON)),
     Command("revoke", "end a key", (KEY, JSON)),
 )
 
@@ -183,7 +186,16 @@ COMMANDS = (
     Command("logs", "show the newest events, by default 20", (
         argument("words", nargs="*", metavar="N|LEVEL",
                  help="how many, and the least level: " + ", ".join(LOG_WORDS)),
-        flag("--follow", "-f", help="print new events as they come, until Ctrl-C"), JSON,
+        flag("--follow", "-f", help="print new events as they come, until Ctrl-C"),
+        argument("--key", metavar="KEY", help="only events of this key"),
+        argument("--request", metavar="ID", help="only events of this request"), JSON,
+    )),
+    Command("errors", "show failed and refused requests, and what to do about them", (
+        argument("about", nargs="?", metavar="KEY|REQUEST",
+                 help="only those of a key, or one request, whose id is in its response"),
+        argument("--since", metavar="WHEN", help="a time, or a period before now: 30m, 2h, 7d"),
+        argument("-n", dest="count", metavar="N", type=whole_number, default=20,
+                 help="how many, by default 20"), JSON,
     )),
     Command("sessions", "list the conversations that the server remembers", (JSON,)),
     Command("clear", "forget all sessions, or one",
@@ -420,9 +432,12 @@ class HttpProblem(Exception):
     """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
     403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
 
-    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
+    def __init__(
+        self, kind: str, message: str, status: int = 0, body: Any = None, request_id: str = ""
+    ) -> None:
         super().__init__(message)
         self.kind, self.status, self.body = kind, status, body
+        self.request_id = request_id
 
 
 @contextlib.contextmanager
@@ -451,11 +466,11 @@ def http_open(
             raise HttpProblem("unreachable", reason) from None
         with contextlib.closing(answer):
             if answer.status >= 300:
-                raise http_problem(answer.status, text)
+                raise http_problem(answer.status, text, answer.headers.get("X-Request-Id", ""))
             yield answer
 
 
-def http_problem(status: int, text: bytes) -> HttpProblem:
+def http_problem(status: int, text: bytes, request_id: str) -> HttpProblem:
     """The problem that an answer with such a status stands for."""
     kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
     body, message = None, text[:200].decode("utf-8", "replace").strip()
@@ -463,7 +478,7 @@ def http_problem(status: int, text: bytes) -> HttpProblem:
         body = json.loads(text)
     error = body.get("error") if isinstance(body, dict) else None
     told = error.get("message") if isinstance(error, dict) else error
-    return HttpProblem(kind, str(told or message), status, body)
+    return HttpProblem(kind, str(told or message), status, body, request_id)
 
 
 def http_json(
@@ -746,6 +761,12 @@ def admin_key(env: Env, url: str) -> str:
     return key
 
 
+def errors_hint(request_id: str) -> str:
+    """Return a further line of an error message: the command that tells more about it."""
+    command = f"ocp errors {clean(request_id)}".rstrip()
+    return f"\nMore: `{command}`"
+
+
 class Answer(NamedTuple):
     """What the server answered."""
 
@@ -804,6 +825,8 @@ class Server(NamedTuple):
             return Problem(
                 Exit.UNREACHABLE, f"The certificate of {url} is not trusted here: name the file "
                 "of its authority in SSL_CERT_FILE.")
+        has_failed = problem.status == 429 or problem.status >= 500
+        hint = errors_hint(problem.request_id) if has_failed else ""
         code, text = {
             "unreachable": (
                 Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\nStart the server with "
@@ -811,8 +834,8 @@ class Server(NamedTuple):
             "denied": (Exit.DENIED, f"{url} refused: {message}.\n{self._key_advice()}"),
             "upstream": (
                 Exit.FAILED, f"{url} is running but has upstream trouble ({problem.status}): "
-                f"{message}.\nSee `ocp logs 20 error`."),
-        }.get(problem.kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}."))
+                f"{message}.{hint}"),
+        }.get(problem.kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}.{hint}"))
         return Problem(code, text, problem.body)
 
     def _key_advice(self) -> str:
@@ -1233,8 +1256,11 @@ def show_status(answer: Json, style: Style) -> str:
     if errors:
         lines += ["", style.paint("bold", "Recent Errors")]
     for error in errors:
-        moment = local_time(error.get("time"), style)
-        lines.append(f"  {moment}  {clean(error.get('message'))}")
+        about = [local_time(error.get("time"), style), error.get("key"), error.get("kind"),
+                 error.get("message")]
+        lines.append("  " + clean("  ".join(str(each) for each in about if each)))
+    if errors:
+        lines.append("  More: `ocp errors`")
     return "\n".join(lines)
 
 
@@ -1457,12 +1483,19 @@ def _log_arguments(words: Sequence[str]) -> tuple[int, str]:
 _FOLLOW_EVERY_S = 1.0
 
 
+def _logs_path(args: argparse.Namespace, count: int, level: str) -> str:
+    """Return the path of the events that the user wants to see."""
+    wanted = {"n": count, "level": level, "key": args.key, "request": args.request}
+    return "/logs?" + urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
+
+
 def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> NoReturn:
     """Print events as they come, for ever, also across a restart of the server."""
     server, seen, was_there = find_server(env), None, True
     while True:
         try:
-            entries = server.ask("GET", f"/logs?n=1000&level={level}").value.get("entries") or []
+            path = _logs_path(args, 1000, level)
+            entries = server.ask("GET", path).value.get("entries") or []
             for entry in entries[-count:] if seen is None else new_entries(seen, entries):
                 shown = json.dumps(entry) if args.json else show_log_entry(entry, style_of(env))
                 env.say(shown)
@@ -1481,7 +1514,72 @@ def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
     count, level = _log_arguments(args.words)
     if args.follow:
         _follow_logs(env, args, count, level)
-    return read(env, args, f"/logs?n={count}&level={level}", show_logs)
+    return read(env, args, _logs_path(args, count, level), show_logs)
+
+
+ERROR_COLUMNS = (
+    age_column("When", "lastAt"),
+    Column("Who", lambda row, style: row.get("key") or row.get("preview") or row.get("peer")),
+    text_column("Status", "status"), text_column("Kind", "kind"),
+    Column("Times", lambda row, style: row.get("count") or 1, ">"), text_column("Request", "id"),
+)
+
+
+def _all_errors(answer: Json) -> list[Json]:
+    """Return failed and refused requests in one list, newest first."""
+    failed = [{**row, "lastAt": row.get("at")} for row in answer.get("errors") or []]
+    rows = [*failed, *(answer.get("refusals") or [])]
+    return sorted(rows, key=lambda row: str(row.get("lastAt")), reverse=True)
+
+
+def show_errors(answer: Json, style: Style) -> str:
+    """Return failed and refused requests, and for each kind the newest message and what to do."""
+    rows = _all_errors(answer)
+    if not rows:
+        return "no failed requests"
+    lines = [table(ERROR_COLUMNS, rows, style), "", style.paint("bold", "What to do")]
+    for kind in answer.get("byKind") or []:
+        lines += [
+            f"  {clean(kind.get('kind'))} ({clean(kind.get('count'))}, the last one "
+            f"{age(kind.get('lastAt'), style)})",
+            f"    {clean(kind.get('message') or '')}", f"    {clean(kind.get('action') or '')}",
+        ]
+    return "\n".join(line for line in lines if line.strip() or not line)
+
+
+def show_error(row: Json, style: Style) -> str:
+    """Return one failed or refused request in full, with what to do."""
+    count = row.get("count")
+    return field_list((
+        ("request", row.get("id")),
+        ("when", f"{local_time(row.get('lastAt'), style)} ({age(row.get('lastAt'), style)})"),
+        ("times", f"{count}, since {local_time(row.get('at'), style)}" if count else None),
+        ("key", row.get("key")), ("key shown", row.get("preview")),
+        ("from", row.get("peer")), ("program", row.get("userAgent")),
+        ("path", row.get("path")), ("model", row.get("model")),
+        ("status", row.get("status")), ("kind", row.get("kind")),
+        ("took", duration(row["totalMs"]) if row.get("totalMs") is not None else None),
+        ("message", row.get("message") or None), ("what to do", row.get("action") or None),
+        ("its log", f"ocp logs --request {row.get('id')}"),
+    ))
+
+
+def cmd_errors(env: Env, args: argparse.Namespace) -> Exit:
+    """Show failed and refused requests, or one of them in full."""
+    request = args.about if re.fullmatch(r"req_\w+", args.about or "") else None
+    wanted = {"limit": args.count, "since": args.since, "request": request,
+              "key": None if request else args.about}
+    query = urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
+    answer = find_server(env).ask("GET", f"/api/errors?{query}")
+    if request is None or args.json:
+        return print_answer(env, args, answer, show_errors)
+    rows = _all_errors(answer.value)
+    if not rows:
+        raise Problem(
+            Exit.FAILED, f"No failure of {request} is known: it succeeded, or it was refused "
+            f"before the server's last start.\nMore: `ocp logs 1000 --request {request}`")
+    env.say("\n\n".join(show_error(row, style_of(env)) for row in rows))
+    return Exit.OK
 
 
 SESSION_COLUMNS = (
@@ -1538,9 +1636,11 @@ def show_keys(answer: Json, style: Style) -> str:
 
 def show_key(answer: Json, style: Style) -> str:
     """Return everything about one key."""
-    limit = answer.get("maxConcurrent") or 0
+    limit, old = answer.get("maxConcurrent") or 0, answer.get("oldSecret")
     return style.paint("bold", clean(answer.get("name"))) + "\n" + field_list([
         ("id", answer.get("id")), ("key", answer.get("keyPreview")), ("state", _key_state(answer)),
+        ("old key", old and f"{old.get('keyPreview')}, works until "
+         f"{local_time(old.get('until'), style)}"),
         ("created", local_time(_created(answer), style)),
         ("last used", age(answer.get("lastUsed"), style)),
         ("expires", local_time(answer["expiry"], style) if answer.get("expiry") else "never"),
@@ -1645,10 +1745,26 @@ def cmd_keys_add(env: Env, args: argparse.Namespace) -> Exit:
     return _print_secret(env, args, find_server(env).ask("POST", "/api/keys", body))
 
 
+def show_grace(answer: Json, style: Style) -> str:
+    """Return what became of a key's old secret."""
+    name = clean(answer.get("name"))
+    return (f"The old secret of {name!r} stopped working." if answer.get("ended")
+            else f"{name!r} has no old secret that works.")
+
+
 def cmd_keys_rotate(env: Env, args: argparse.Namespace) -> Exit:
-    """Give a key a new secret; the old one stops working at once."""
-    path = _key_path(args.key) + "/rotate"
-    return _print_secret(env, args, find_server(env).ask("POST", path))
+    """Give a key a new secret; the old one stops working at once, or after --grace."""
+    path = _key_path(args.key)
+    if args.grace == "none":
+        return print_answer(env, args, find_server(env).ask("DELETE", path + "/grace"), show_grace)
+    body = {"grace": args.grace} if args.grace else None
+    answer = find_server(env).ask("POST", path + "/rotate", body)
+    code = _print_secret(env, args, answer)
+    old = answer.value.get("oldSecret")
+    if old and not args.json:
+        env.note(f"The old secret {clean(old.get('keyPreview'))} works until "
+                 f"{local_time(old.get('until'), style_of(env))}.")
+    return code
 
 
 def cmd_keys_show(env: Env, args: argparse.Namespace) -> Exit:
@@ -1718,15 +1834,17 @@ class StreamEnd(NamedTuple):
     answer_tokens: int | None = None
 
 
-def print_stream(env: Env, events: Iterable[str]) -> StreamEnd:
-    """Print the text of a streamed answer as it comes. Raises Problem for an error in it."""
+def print_stream(env: Env, events: Iterable[str], hint: str = "") -> StreamEnd:
+    """Print the text of a streamed answer as it comes. Raises Problem for an error in it, with
+    `hint` behind its message."""
     started_s, end, terminal = env.clock(), StreamEnd(), env.stdout.isatty()
     for data in events:
         if data == "[DONE]":
             break
         chunk = json.loads(data)
         if "error" in chunk:
-            raise Problem(Exit.FAILED, f"The answer failed: {clean(chunk['error'].get('message'))}")
+            raise Problem(
+                Exit.FAILED, f"The answer failed: {clean(chunk['error'].get('message'))}{hint}")
         tokens = (chunk.get("usage") or {}).get("completion_tokens")
         end = end._replace(
             model=chunk.get("model") or end.model, answer_tokens=tokens or end.answer_tokens)
@@ -1773,7 +1891,8 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
     server, path = find_server(env), "/v1/chat/completions"
     try:
         with server.open("POST", path, body, _ANSWER_TIMEOUT_S) as response:
-            end = print_stream(env, sse_data(_stream_lines(response)))
+            hint = errors_hint(response.headers.get("X-Request-Id", ""))
+            end = print_stream(env, sse_data(_stream_lines(response)), hint)
     except ValueError:
         raise Problem(
             Exit.FAILED, f"{server.url}{path} sent something that is no answer.") from None
@@ -2293,6 +2412,15 @@ class Facts:
         """Return the answer of /health, {} if there is none."""
         return self.answer[0]
 
+    @functools.cached_property
+    def failures(self) -> list[Json]:
+        """Return the kinds of failures in the last hour, each with count and action. Raises
+        Unknown, Problem."""
+        if not self.health:
+            raise Unknown("the server does not run")
+        answer = find_server(self.env).ask("GET", "/api/errors?since=1h&limit=0", timeout_s=3.0)
+        return list(answer.value.get("byKind") or [])
+
     @property
     def server_path(self) -> str:
         """Return the path of the server that should be running."""
@@ -2523,6 +2651,19 @@ def _check_extra_usage(facts: Facts) -> Finding:
     return Finding("PASS", "no answer is billed as extra usage, as far as claude has told")
 
 
+def _check_failures(facts: Facts) -> Finding:
+    kinds = facts.failures
+    if not kinds:
+        return Finding("PASS", "no request failed in the last hour")
+    # Wrong keys and requests are matters of clients; those of claude and the account are not.
+    is_ours = any(
+        int(kind.get("status") or 0) >= 500 or str(kind.get("kind")).startswith("upstream_")
+        for kind in kinds)
+    counts = ", ".join(f"{kind.get('count')} {kind.get('kind')}" for kind in kinds)
+    return Finding("WARN" if is_ours else "INFO",
+                   f"failed in the last hour: {counts}; see `ocp errors --since 1h`")
+
+
 def _check_login(facts: Facts) -> Finding:
     if not facts.health:
         raise Unknown("the server does not run")
@@ -2610,6 +2751,11 @@ def _fix_extra_usage(facts: Facts) -> Fix:
     return Fix("extra_usage", ("to stop at the plan's limit: `ocp settings extraUsage stop`",))
 
 
+def _fix_failures(facts: Facts) -> Fix:
+    actions = (f"{kind.get('kind')}: {kind.get('action')}" for kind in facts.failures)
+    return Fix("recent_failures", tuple(clean(action) for action in actions))
+
+
 def _fix_login(facts: Facts) -> Fix:
     if (facts.health.get("auth") or {}).get("ok") is not False:
         return Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",))
@@ -2671,6 +2817,8 @@ CHECKS = (
     Check("oauth_ok", "What the last answer told about the login", _check_login, _fix_login),
     Check("extra_usage", "Whether answers are billed as extra usage, beyond the plan",
           _check_extra_usage, _fix_extra_usage),
+    Check("recent_failures", "Which requests failed in the last hour, and why",
+          _check_failures, _fix_failures),
     Check("service_version_matches_tree", "Whether the installed version is the one that runs",
           _check_served_version, _fix_version),
     Check("linger", "Whether a service of a user outlives the login (systemd)", _check_linger,
@@ -3456,6 +3604,7 @@ VALUES = {
 
 def _server_names(env: Env, metavar: str) -> list[str]:
     """Return names of the server for a metavar; none if they cannot be had quickly."""
+    metavar = metavar.partition("|")[0]
     if metavar not in VALUES:
         return []
     path, rows, field = VALUES[metavar]

@@ -279,6 +279,12 @@ def printable(text: str) -> str:
     )
 
 
+def safe_text(text: str, max_chars: int) -> str:
+    """Return `text` as it may be logged and kept: without secrets and invisible characters, on one
+    line, cut to `max_chars`."""
+    return printable(one_line(redact(text), max_chars))
+
+
 def _parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """Return an IP address, an IPv4-mapped one as IPv4; None if `text` is no address."""
     try:
@@ -1210,6 +1216,8 @@ def settings_markdown() -> str:
 # a table. An instance adds the message, which says what to do next, and, where the time is known,
 # `retry_after_s`. `Response.send_error` is the only place that sends one. ClientGone is separate
 # because it is never sent, and ConfigError (see Settings) because only the operator sees it.
+# An error has one name everywhere, its `kind`: in the log, in rows of usage, in /api/errors and in
+# the documents. ACTIONS says for each kind what the operator can do.
 
 # Error types of both APIs.
 _INVALID = "invalid_request_error"
@@ -1247,10 +1255,20 @@ class OcpError(Exception):
         self.retry_after_s = retry_after_s
         #: Additional JSON fields for programs that read the error.
         self.details: Json = {}
-        #: Whether the error is in the log already.
+        #: Whether the error is in the log already, and whether a row of usage has it.
         self.logged = False
+        self.has_row = False
+        #: For the log, of a caller that was not let in: a little of the key that came, and whose
+        #: key it is or was, if that is known exactly.
+        self.preview = ""
+        self.key_name = ""
         #: Whether the API itself rejected the request: quotas do not count such requests.
         self.refused_upstream = False
+
+    @property
+    def kind(self) -> str:
+        """The one name of this failure: its code, or its type if it has no code."""
+        return self.error_code or self.openai_type
 
     def headers(self) -> dict[str, str]:
         """Return the response headers for this error."""
@@ -1284,13 +1302,33 @@ class EmptyAnswer(BadRequest):
 
 
 class Unauthorized(OcpError):
-    """The key is missing or wrong."""
+    """The key is none that this server ever gave out."""
     status, openai_type, anthropic_type = 401, _AUTHENTICATION, _AUTHENTICATION
     code, retryable, rejected_before_work = "invalid_api_key", False, True
 
     def headers(self) -> dict[str, str]:
         """Return the headers, with the authentication scheme that HTTP requires for a 401."""
         return {**super().headers(), "WWW-Authenticate": 'Bearer realm="ocp"'}
+
+
+class MissingKey(Unauthorized):
+    """No key came."""
+    code = "missing_api_key"
+
+
+class ReplacedKey(Unauthorized):
+    """The key was replaced by a newer one."""
+    code = "replaced_api_key"
+
+
+class ExpiredKey(Unauthorized):
+    """The key has expired."""
+    code = "expired_api_key"
+
+
+class RevokedKey(Unauthorized):
+    """The key was revoked."""
+    code = "revoked_api_key"
 
 
 class LoginLost(OcpError):
@@ -1305,6 +1343,31 @@ class Forbidden(OcpError):
     retryable = False
 
 
+class AdminKeyRequired(Forbidden):
+    """Only the operator may do this."""
+    code = "admin_key_required"
+
+
+class LocalOnly(Forbidden):
+    """Without keys, only the server's own machine may do this."""
+    code = "local_only"
+
+
+class HostNotAllowed(Forbidden):
+    """The server was called under a name that is not its own."""
+    code = "host_not_allowed"
+
+
+class OriginNotAllowed(Forbidden):
+    """A web page of another origin called the server."""
+    code = "origin_not_allowed"
+
+
+class ModelNotAllowed(Forbidden):
+    """The key may not use this model."""
+    code = "model_not_allowed"
+
+
 class UpstreamForbidden(Forbidden):
     """The API rejected this account, or does not give it this model."""
     code = "upstream_forbidden"
@@ -1313,7 +1376,7 @@ class UpstreamForbidden(Forbidden):
 class NotFound(OcpError):
     """The requested object or path does not exist."""
     status, openai_type, anthropic_type = 404, _INVALID, "not_found_error"
-    retryable = False
+    code, retryable = "not_found", False
 
 
 class UnknownModel(NotFound):
@@ -1329,7 +1392,7 @@ class ModelNeedsNewerClaude(NotFound):
 class MethodNotAllowed(OcpError):
     """The path exists, but not for this method."""
     status, openai_type, anthropic_type = 405, _INVALID, _INVALID
-    retryable = False
+    code, retryable = "method_not_allowed", False
 
     def __init__(self, message: str, allowed: Iterable[str]) -> None:
         super().__init__(message)
@@ -1343,6 +1406,7 @@ class MethodNotAllowed(OcpError):
 class RequestTimeout(OcpError):
     """The request did not arrive in time."""
     status, openai_type, anthropic_type = 408, _INVALID, _INVALID
+    code = "request_timeout"
 
 
 class Conflict(OcpError):
@@ -1354,7 +1418,7 @@ class Conflict(OcpError):
 class TooLarge(OcpError):
     """The body, or an image in it, is larger than this server accepts."""
     status, openai_type, anthropic_type = 413, _INVALID, "request_too_large"
-    retryable = False
+    code, retryable = "request_too_large", False
 
 
 class QueueFull(OcpError):
@@ -1373,6 +1437,11 @@ class QuotaExceeded(OcpError):
     status, openai_type, anthropic_type = 429, "quota_exceeded", _RATE_LIMIT
     code, retryable, rejected_before_work = "insufficient_quota", False, True
 
+    @property
+    def kind(self) -> str:
+        """The type: it shares its code, which OpenAI's clients know, with the plan's limit."""
+        return self.openai_type
+
 
 class PlanLimit(OcpError):
     """A limit of the plan is used up, until it resets."""
@@ -1388,7 +1457,7 @@ class ExtraUsageStopped(PlanLimit):
 class HeadTooLarge(OcpError):
     """The request line or a header is longer than this server accepts."""
     status, openai_type, anthropic_type = 431, _INVALID, _INVALID
-    retryable = False
+    code, retryable = "head_too_large", False
 
 
 class UpstreamFailed(OcpError):
@@ -1469,6 +1538,86 @@ class ClientGone(Exception):
     outcome: ClassVar[str] = "abandoned"
 
 
+_LOOK_AT_REQUEST = "Correct the request in the client; the message names the field."
+_LET_FINISH = "Nothing, if it is rare: the client retries."
+#: What the operator can do about each kind of failure. KEY stands for the name of a key.
+ACTIONS: Mapping[str, str] = MappingProxyType({
+    "server_error": "Look at the server's log with `ocp logs --request ID`, and report the error.",
+    "invalid_request_error": _LOOK_AT_REQUEST,
+    "unsupported_parameter": _LOOK_AT_REQUEST,
+    "context_length_exceeded": (
+        "Begin a new conversation, or choose a model with a longer window: `ocp models`."
+    ),
+    "empty_answer": "Ask in another way, or raise the client's max_tokens.",
+    "content_filter": "Ask in another way: the model declined.",
+    "images_unsupported_in_system_messages": _LOOK_AT_REQUEST,
+    "invalid_image_url": _LOOK_AT_REQUEST,
+    "missing_api_key": (
+        "Give the client a key: `ocp keys add NAME` creates one, `ocp connect` sets up tools."
+    ),
+    "invalid_api_key": (
+        "Give the client a key of this server: compare the preview with those of "
+        "`ocp keys list`, or create a key with `ocp keys add NAME`."
+    ),
+    "replaced_api_key": (
+        "Put the newer key of KEY into the client, or create another with `ocp keys rotate KEY`."
+    ),
+    "expired_api_key": "Give the key more time: `ocp keys edit KEY --expiry 90d`.",
+    "revoked_api_key": (
+        "If the device may use the server again, create a key with `ocp keys add NAME`; "
+        "otherwise remove the key from the device."
+    ),
+    "upstream_login_required": "Log in on the server: `claude auth login`.",
+    "permission_error": "Use a key that is allowed to do this.",
+    "admin_key_required": (
+        "Send the admin key, which is in the file admin-key of OCP_HOME or in OCP_ADMIN_KEY."
+    ),
+    "local_only": "Call this route on the server's own machine, or set CLAUDE_AUTH_MODE=multi.",
+    "host_not_allowed": "Add the name to OCP_ALLOWED_HOSTS, if you gave it to this server.",
+    "origin_not_allowed": "Add the origin to OCP_ALLOWED_ORIGINS, if you trust this web page.",
+    "model_not_allowed": "Allow the key this model with `ocp keys edit KEY --models`.",
+    "upstream_forbidden": (
+        "Look at the account on claude.ai: it may not use this model, or is on hold."
+    ),
+    "not_found": "Correct the address in the client; `/openapi.json` lists all paths.",
+    "previous_response_not_found": (
+        "Begin the conversation again: stored responses end after a time and at a restart."
+    ),
+    "model_not_found": "Choose a model of `ocp models`, or add an alias to modelAliases.",
+    "model_needs_newer_claude": "Update claude on the server.",
+    "method_not_allowed": "Correct the method in the client; `/openapi.json` lists all paths.",
+    "request_timeout": "Look at the network of the client: its request came too slowly.",
+    "name_taken": "Choose another name, or revoke the other key: `ocp keys list`.",
+    "request_too_large": "Send less, or raise the limit that the message names.",
+    "rate_limit_exceeded": (
+        "Nothing, if it is rare: the client retries. Else let fewer requests run at a time."
+    ),
+    "quota_exceeded": (
+        "Wait for the reset, or raise the quota: `ocp keys quota KEY` shows it."
+    ),
+    "insufficient_quota": "Wait for the reset of the plan's window: `ocp usage` shows it.",
+    "head_too_large": "Send shorter headers.",
+    "upstream_failed": "Retry. If it stays so, run `ocp doctor` and update claude.",
+    "claude_unavailable": "Run `ocp doctor`: it says how to install or update claude.",
+    "too_many_connections": "Close idle clients, or raise OCP_MAX_CONNECTIONS.",
+    "memory_full": "Send fewer large requests at a time.",
+    "shutting_down": _LET_FINISH,
+    "not_ready": "Run `ocp doctor`: it says what is missing.",
+    "database_failed": "Run `ocp doctor`: it says what is wrong with the database.",
+    "database_locked": "End the other program that uses ocp.db.",
+    "disk_full": "Free space on the disk of OCP_HOME.",
+    "timeout": "Ask for less in one request, or raise CLAUDE_TIMEOUT.",
+    "overloaded": "Nothing: the API is overloaded, and clients retry.",
+})
+
+
+def action_for(kind: str, key_name: str = "") -> str:
+    """Return what the operator can do about a kind of failure, "" if nothing is known. `key_name`
+    is the name of a key, if there is one."""
+    action = ACTIONS.get(kind, "")
+    return re.sub(r"\bKEY\b", lambda _: shlex.quote(key_name), action) if key_name else action
+
+
 # ==== 4. Log =================================================================
 # An event is one flat record with a fixed name in the past tense. It is written as a JSON line to
 # a rotated file and as a plain line to the terminal, and kept in a ring buffer for GET /logs. No
@@ -1495,6 +1644,30 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         """Ignore the error: a full disk must not stop an answer."""
 
 
+#: How much of the end of a log file is read at the start.
+_TAIL_BYTES = 500_000
+
+
+def _file_tail(path: str, count: int) -> list[Json]:
+    """Return the last events of a log file, at most `count`, oldest first. Lines that are no
+    events are skipped. Empty if the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()[-count:]
+    except OSError:
+        return []
+    entries = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            entry = from_json(line)
+            if isinstance(entry, dict) and entry.get("level") in LEVELS and all(
+                isinstance(entry.get(name), str) for name in ("ts", "event")
+            ):
+                entries.append(entry)
+    return entries
+
+
 def _log_value(value: object) -> object:
     """Return a value for the log, with text redacted, shortened, printable and on one line."""
     if isinstance(value, (bool, int, float)) or value is None:
@@ -1503,7 +1676,7 @@ def _log_value(value: object) -> object:
         return {str(_log_value(str(key))): _log_value(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_log_value(each) for each in value]
-    return printable(one_line(redact(str(value)), 500))
+    return safe_text(str(value), 500)
 
 
 class Log:
@@ -1525,19 +1698,46 @@ class Log:
         self._audit_file: _LogFile | None = None
 
     def to_file(self, path: str) -> None:
-        """Write later events to `path` too, and audit events to audit.log beside it.
+        """Write later events to `path` too, and audit events to audit.log beside it. The rings get
+        the last events that the files have.
 
         The files are rotated at 10 MB and 1 MB, with three backups each. Raises OSError.
         """
         folder = os.path.dirname(path)
         os.makedirs(folder, mode=0o700, exist_ok=True)
+        audit_path = os.path.join(folder, "audit.log")
+        self._load(path, audit_path)
         handler = _LogFile(path, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
         audits = _LogFile(
-            os.path.join(folder, "audit.log"), maxBytes=1_000_000, backupCount=3,
-            encoding="utf-8", delay=True,
+            audit_path, maxBytes=1_000_000, backupCount=3, encoding="utf-8", delay=True,
         )
         with self._lock:
             self._file, self._audit_file = handler, audits
+
+    def _load(self, path: str, audit_path: str) -> None:
+        """Put the ends of the files, and of their newest backups, before the events in memory."""
+        audits, events = (
+            [*_file_tail(f"{name}.1", maximum), *_file_tail(name, maximum)][-maximum:]
+            for name, maximum in ((audit_path, _RING_AUDITS), (path, _RING_EVENTS))
+        )
+        # The log has audit events too.
+        audited = {(entry["ts"], entry["event"]) for entry in audits}
+        events = [entry for entry in events if (entry["ts"], entry["event"]) not in audited]
+        numbered = sorted(
+            [(entry, ring) for ring, entries in ((self._audits, audits), (self._ring, events))
+             for entry in entries],
+            key=lambda pair: str(pair[0]["ts"]),
+        )
+        with self._lock:
+            rings = (self._audits, self._ring)
+            present = [[(number + len(numbered), e) for number, e in ring] for ring in rings]
+            for ring in rings:
+                ring.clear()
+            for number, (entry, ring) in enumerate(numbered):
+                ring.append((number, entry))
+            for ring, entries in zip(rings, present):
+                ring.extend(entries)
+            self._count += len(numbered)
 
     def event(self, level: str, name: str, **fields: object) -> None:
         """Log one event, if its level is logged. Fields that are None are left out."""
@@ -1585,13 +1785,18 @@ class Log:
         ready.register(descriptor, select.POLLOUT)
         return bool(ready.poll(0))
 
-    def recent(self, count: int, level: str) -> list[Json]:
-        """Return the newest `count` events of at least this level, oldest first; "all" = every
-        level, "audit" = audit events only."""
+    def recent(
+        self, count: int, level: str, matches: Callable[[Json], bool] = lambda entry: True
+    ) -> list[Json]:
+        """Return the newest `count` events of at least this level that match, oldest first;
+        "all" = every level, "audit" = audit events only."""
         minimum = LEVELS.index(level) if level in LEVELS else 0
         with self._lock:
             numbered = list(self._audits) if level == "audit" else self._numbered_events()
-        entries = [entry for _, entry in numbered if LEVELS.index(entry["level"]) >= minimum]
+        entries = [
+            entry for _, entry in numbered
+            if LEVELS.index(entry["level"]) >= minimum and matches(entry)
+        ]
         return entries[-count:] if count else []
 
     def _numbered_events(self) -> list[tuple[int, Json]]:
@@ -1616,6 +1821,136 @@ class Log:
                 handler.close()
 
 
+class Refused(NamedTuple):
+    """A request that was refused before any work: it has no row of usage."""
+
+    peer: str
+    status: int
+    kind: str
+    message: str
+    #: The name of the key, or of the caller; "" if it is not known.
+    key: str = ""
+    #: A little of the wrong key that came; "" if none did.
+    preview: str = ""
+    path: str = ""
+    request_id: str = ""
+    user_agent: str = ""
+
+
+class RefusedGroup:
+    """Refusals with the same peer, key, preview and kind."""
+
+    def __init__(self, at_s: float) -> None:
+        self.at_s = at_s
+        self.count = 0
+        #: The latest ones, oldest first, with their times.
+        self.latest: collections.deque[tuple[float, Refused]] = collections.deque(
+            maxlen=_LATEST_REFUSALS
+        )
+
+    def add(self, at_s: float, refused: Refused) -> None:
+        self.count += 1
+        self.latest.append((at_s, refused))
+
+    def copy(self) -> RefusedGroup:
+        copied = RefusedGroup(self.at_s)
+        copied.count, copied.latest = self.count, self.latest.copy()
+        return copied
+
+    @property
+    def last_s(self) -> float:
+        return self.latest[-1][0]
+
+    @property
+    def newest(self) -> Refused:
+        return self.latest[-1][1]
+
+    def count_since(self, since_s: float) -> int:
+        """Return how many came since then; of a longer list at least the latest ones."""
+        if self.at_s >= since_s:
+            return self.count
+        return sum(at_s >= since_s for at_s, _ in self.latest)
+
+    def with_id(self, request_id: str) -> Refused | None:
+        """Return the refusal of this request; None if it is not among the latest ones."""
+        found = (each for _, each in self.latest if each.request_id == request_id)
+        return next(found, None)
+
+
+#: How many groups are kept, of callers with a key and of strangers; how many of the latter may be
+#: of one peer, and how many refusals of a group are kept one by one.
+_MAX_REFUSED_GROUPS = 200
+_MAX_REFUSED_GROUPS_OF_PEER = 20
+_LATEST_REFUSALS = 50
+
+
+class RefusedRequests:
+    """The latest refusals for /api/errors, in memory. Strangers displace only strangers."""
+
+    def __init__(self, clock: Clock = time.time) -> None:
+        self._clock = clock
+        # Guards the two dicts and the groups in them.
+        self._lock = threading.Lock()
+        #: Groups of callers with a key, and of strangers; least recent first.
+        self._known: collections.OrderedDict[tuple[str, ...], RefusedGroup] = (
+            collections.OrderedDict()
+        )
+        self._strangers: collections.OrderedDict[tuple[str, ...], RefusedGroup] = (
+            collections.OrderedDict()
+        )
+
+    def add(self, refused: Refused, at_s: float | None = None) -> None:
+        """Keep a refusal of now, or of an earlier time that is not before the last one. Texts that
+        the client wrote are bounded and printable in it."""
+        refused = refused._replace(
+            message=safe_text(refused.message, 500), path=safe_text(refused.path, 100),
+            user_agent=safe_text(refused.user_agent, 120),
+        )
+        at_s = self._clock() if at_s is None else at_s
+        with self._lock:
+            groups = self._known if refused.key else self._strangers
+            place = self._place(refused)
+            group = groups.pop(place, None) or RefusedGroup(at_s)
+            group.add(at_s, refused)
+            groups[place] = group
+            while len(groups) > _MAX_REFUSED_GROUPS:
+                groups.popitem(last=False)
+
+    def _place(self, refused: Refused) -> tuple[str, ...]:
+        """Return what its group has in common. The caller holds the lock."""
+        peer = peer_group(refused.peer)
+        place = (peer, refused.key, refused.preview, refused.kind)
+        if not refused.key and place not in self._strangers:
+            if sum(p == peer for p, *_ in self._strangers) >= _MAX_REFUSED_GROUPS_OF_PEER:
+                return (peer, "", "others", refused.kind)
+        return place
+
+    def groups(self) -> list[RefusedGroup]:
+        """Return copies of all groups, the latest first."""
+        with self._lock:
+            groups = [*self._known.values(), *self._strangers.values()]
+            copies = [group.copy() for group in groups]
+        return sorted(copies, key=lambda group: group.last_s, reverse=True)
+
+
+_REFUSED_EVENT = "request_refused"
+
+
+def _refused_of(entry: Json) -> Refused | None:
+    """Return the refusal that an event of the log tells; None if it tells none."""
+    caller = entry.get("caller")
+    fields = {
+        **entry, "key": entry.get("key") or ("" if caller == "public" else caller),
+    }
+    texts = [fields.get(name, "") for name in Refused._fields if name != "status"]
+    is_whole = isinstance(entry.get("status"), int) and "kind" in entry
+    if entry["event"] != _REFUSED_EVENT or not is_whole:
+        return None
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return Refused(**{name: fields[name] for name in Refused._fields if name in fields})
+
+
 #: How many refusals of one peer are logged one by one in a period, how many peers are counted
 #: separately, and how long a period lasts.
 _MAX_LOGGED_REFUSALS = 5
@@ -1624,8 +1959,8 @@ _REFUSALS_PERIOD_S = 60.0
 
 
 class Refusals:
-    """Logs refused requests, so that nobody without a key can fill the log: a few events for each
-    peer and minute, then one event with the counts."""
+    """Keeps refused requests, and logs them so that nobody without a key can fill the log: a few
+    events for each peer and minute, then one event with the counts."""
 
     def __init__(self, log: Log, clock: Clock = time.monotonic) -> None:
         self._log = log
@@ -1633,6 +1968,13 @@ class Refusals:
         # Guards the next fields; never held while an event is logged.
         self._lock = threading.Lock()
         self._since_s = clock()
+        #: The latest ones, for the operator, with those that the log has from before the start.
+        self.kept = RefusedRequests()
+        for entry in log.recent(_RING_EVENTS, "all"):
+            refused = _refused_of(entry)
+            if refused is not None:
+                with contextlib.suppress(ValueError):
+                    self.kept.add(refused, parse_time(entry["ts"]))
         #: Number of refusals in this period by peer and status; all further peers are "others".
         self._counts: dict[str, collections.Counter[int]] = {}
 
@@ -1647,7 +1989,7 @@ class Refusals:
             is_logged = is_listed and sum(counts.values()) < _MAX_LOGGED_REFUSALS
             counts[status] += 1
         if is_logged:
-            self._log.event("info", "request_refused", peer=peer, status=status, **fields)
+            self._log.event("info", _REFUSED_EVENT, peer=peer, status=status, **fields)
 
     def tend(self, *, at_once: bool = False) -> None:
         """Log the counts if the period is over, or `at_once`, and begin a new period."""
@@ -3360,14 +3702,19 @@ MIGRATIONS = (
     "ALTER TABLE keys ADD COLUMN effort TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE keys ADD COLUMN web_search INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE usage ADD COLUMN web_search_requests INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE usage ADD COLUMN message TEXT",
+    "ALTER TABLE usage ADD COLUMN peer TEXT",
+    "ALTER TABLE usage ADD COLUMN user_agent TEXT",
+    "CREATE INDEX usage_failed ON usage (at_s) WHERE outcome NOT IN ('ok', 'abandoned')",
     """
-    CREATE TABLE old_secrets (
-        key_id INTEGER PRIMARY KEY,
-        hash TEXT NOT NULL,
-        preview TEXT NOT NULL,
-        until_s INTEGER NOT NULL
+    CREATE TABLE replaced_secrets (
+        hash TEXT PRIMARY KEY,
+        key_id INTEGER NOT NULL,
+        replaced_s INTEGER NOT NULL
     )
     """,
+    "ALTER TABLE replaced_secrets ADD COLUMN valid_until_s INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE replaced_secrets ADD COLUMN preview TEXT NOT NULL DEFAULT ''",
 )
 
 
@@ -3815,15 +4162,6 @@ class Key(NamedTuple):
         return self.expiry_s is not None and now_s >= self.expiry_s
 
 
-class OldSecret(NamedTuple):
-    """A secret that still works for some time after it was replaced by a new one."""
-
-    key_id: int
-    hash: str
-    preview: str
-    until_s: int
-
-
 #: Names of callers that have no key in the database.
 _RESERVED_NAMES = ("admin", "anonymous", "local", "public", "remote", "shared")
 #: How often the time of a key's last use is updated and written.
@@ -3867,6 +4205,9 @@ def _column_value(value: object) -> object:
     return json.dumps(value) if isinstance(value, (dict, tuple, list)) else value
 
 
+#: Makes replaced secrets of a key invalid.
+_END_GRACE = "UPDATE replaced_secrets SET valid_until_s = 0 WHERE key_id = ?"
+
 #: The consequences of a failed write, for error messages.
 _IN_MEMORY_ONLY = (
     "The change is in effect in memory and will be written as soon as possible; until then a "
@@ -3874,14 +4215,77 @@ _IN_MEMORY_ONLY = (
 )
 _NOTHING_CHANGED = "Nothing was changed; try again when the problem is solved."
 
-_NEEDS_KEY = "This server requires its key: send `Authorization: Bearer KEY` or `x-api-key`."
+#: The length of a key that this server creates.
+_KEY_CHARS = 36
+#: Keys of other services by their prefixes, the longest first where one begins like another.
+_VENDOR_PREFIXES = (
+    ("sk-ant-", "Anthropic"), ("sk-or-", "OpenRouter"), ("sk-proj-", "OpenAI"), ("sk-", "OpenAI"),
+    ("AIza", "Google"), ("gsk_", "Groq"), ("xai-", "xAI"), ("hf_", "Hugging Face"),
+    ("github_pat_", "GitHub"), ("ghp_", "GitHub"),
+)
+
+
+def key_preview(secret: str) -> str:
+    """Return a little of a wrong key that came, for its sender and for the log.
+
+    A key of this server is shown as in the list of keys. Of anything else, which may be a password
+    or the key of another service, no more than a public prefix or two characters are shown.
+    """
+    for prefix, _ in _VENDOR_PREFIXES:
+        if secret.startswith(prefix):
+            return f"{prefix}..."
+    if secret.startswith("ocp_") and len(secret) >= 20:
+        return safe_text(f"{secret[:8]}...{secret[-4:]}", 60)
+    return safe_text(f"{secret[:2]}..." if len(secret) >= 8 else f"({len(secret)} characters)", 60)
+
+
+def _unknown_key(secret: str, *, is_multi: bool) -> Unauthorized:
+    """Return the error for a key that never was one of this server. `is_multi` says whether keys
+    have the form that the server gives them."""
+    if not secret:
+        return MissingKey(
+            "No key came with the request. This server requires its key: send "
+            "`Authorization: Bearer KEY` or `x-api-key`."
+        )
+    preview = key_preview(secret)
+    vendor = next((name for start, name in _VENDOR_PREFIXES if secret.startswith(start)), "")
+    advice = "compare it with the one that you got from the operator, or ask for a new one"
+    if vendor:
+        reason = f"looks like one of {vendor}: send a key of this server"
+    elif is_multi and secret.startswith("ocp_") and len(secret) < _KEY_CHARS:
+        reason = (
+            f"looks cut off: it has {len(secret)} characters and should have {_KEY_CHARS}; "
+            "copy it again"
+        )
+    elif is_multi and not secret.startswith("ocp_"):
+        reason = f"has the wrong prefix (keys of this server begin with ocp_): {advice}"
+    else:
+        reason = f"is unknown to this server: {advice}"
+    error = Unauthorized(f"The key {preview} {reason}.")
+    error.preview = preview
+    return error
+
+
+class ReplacedSecret(NamedTuple):
+    """A secret that was the one of a key before the key was rotated."""
+
+    key_id: int
+    replaced_s: int
+    #: How long it works nevertheless; 0 = not at all.
+    valid_until_s: int = 0
+    preview: str = ""
+
+
+def _day_of(at_s: float) -> str:
+    """Return the day in the machine's time zone."""
+    return time.strftime("%Y-%m-%d", time.localtime(at_s))
 
 
 # A lookup of a key needs no file: all keys are in memory. Changes differ in when they are written.
 # A change of a key, such as its revocation, takes effect in memory first, and is queued if the
 # database cannot be written. A new key or a new secret is written first and takes effect only if
 # that succeeds, because the secret is handed out and must survive a restart. The old secret stays
-# valid for the time that the operator gives it: one for each key, kept beside the keys.
+# valid for the time of grace that the operator sets; of each key, one at most.
 
 
 class Keys:
@@ -3896,14 +4300,15 @@ class Keys:
         self._keys: dict[int, Key] = {}
         #: Ids by hash of the secret.
         self._ids: dict[str, int] = {}
+        #: Former secrets by their hashes. They explain a refusal, and give access only during the
+        #: time of grace that the operator has set.
+        self._replaced: dict[str, ReplacedSecret] = {
+            row["hash"]: ReplacedSecret(*(row[name] for name in ReplacedSecret._fields))
+            for row in store.rows("SELECT * FROM replaced_secrets")
+        }
         #: Times of last use by id, and those of them that are not in the database yet.
         self._used_s: dict[int, int] = {}
         self._unwritten: dict[int, int] = {}
-        #: Old secrets that may still be valid, by key id.
-        self._old_secrets: dict[int, OldSecret] = {
-            row["key_id"]: OldSecret(*row)
-            for row in store.rows("SELECT key_id, hash, preview, until_s FROM old_secrets")
-        }
         #: Stored keys that are invalid and ignored: (id, reason).
         self.problems: list[tuple[int, str]] = []
         for row in store.rows("SELECT * FROM keys"):
@@ -4032,63 +4437,62 @@ class Keys:
         secret, secret_columns = self._new_secret()
         with self._lock:
             key = self._require_unrevoked(key)
-            self._keep_old_secret(key, grace_s)
-            statement = "UPDATE keys SET hash = ?, preview = ? WHERE id = ?"
-            self._write(statement, secret_columns["hash"], secret_columns["preview"], key.id)
+            former = {known for known, key_id in self._ids.items() if key_id == key.id}
+            now_s = int(self._clock())
+            replaced = ReplacedSecret(key.id, now_s, now_s + grace_s if grace_s else 0, key.preview)
+            try:
+                with self._store.transaction() as connection:
+                    connection.execute(
+                        "UPDATE keys SET hash = :hash, preview = :preview WHERE id = :id",
+                        {**secret_columns, "id": key.id},
+                    )
+                    connection.execute(_END_GRACE, (key.id,))
+                    connection.executemany(
+                        "INSERT OR REPLACE INTO replaced_secrets VALUES (?, ?, ?, ?, ?)",
+                        [(known, *replaced) for known in former],
+                    )
+            except sqlite3.Error as problem:
+                raise storage_failure(problem, _NOTHING_CHANGED) from None
+            self._end_grace_in_memory(key.id)
+            self._replaced.update(dict.fromkeys(former, replaced))
             self._ids = {
-                **{known: key_id for known, key_id in self._ids.items() if key_id != key.id},
+                **{known: key_id for known, key_id in self._ids.items() if known not in former},
                 secret_columns["hash"]: key.id,
             }
             self._keys[key.id] = key._replace(preview=secret_columns["preview"])
         return secret
 
-    def _keep_old_secret(self, key: Key, grace_s: int) -> None:
-        """Keep the secret that is about to be replaced for some time, or forget the one that is
-        kept. Raises StorageFailed."""
-        if not grace_s:
-            self._forget_old_secret(key.id)
-            return
-        (present,) = (known for known, key_id in self._ids.items() if key_id == key.id)
-        old = OldSecret(key.id, present, key.preview, int(self._clock()) + grace_s)
-        self._write("INSERT OR REPLACE INTO old_secrets VALUES (?, ?, ?, ?)", *old)
-        self._old_secrets = {**self._old_secrets, key.id: old}
+    def _end_grace_in_memory(self, key_id: int) -> None:
+        for hashed, each in self._replaced.copy().items():
+            if each.key_id == key_id and each.valid_until_s:
+                self._replaced[hashed] = each._replace(valid_until_s=0)
 
-    def _forget_old_secret(self, key_id: int) -> None:
-        """Raises StorageFailed if that is in effect but not written yet."""
-        if self._old_secrets.get(key_id) is None:
-            return
-        self._old_secrets = {
-            known: old for known, old in self._old_secrets.items() if known != key_id
-        }
-        try:
-            self._store.write_or_queue("DELETE FROM old_secrets WHERE key_id = ?", key_id)
-        except sqlite3.Error as problem:
-            raise storage_failure(problem, _IN_MEMORY_ONLY) from None
+    def in_grace(self, key: Key) -> ReplacedSecret | None:
+        """Return the secret before the last rotation, if it is still valid."""
+        now_s = self._clock()
+        return next(
+            (each for each in self._replaced.copy().values()
+             if each.key_id == key.id and each.valid_until_s > now_s and key.revoked_s is None),
+            None,
+        )
 
-    def old_secret(self, key: Key) -> OldSecret | None:
-        """Return the replaced secret of a key that is still valid, if there is one."""
-        old = self._old_secrets.get(key.id)
-        is_valid = old is not None and key.revoked_s is None and self._clock() < old.until_s
-        return old if is_valid else None
+    def _id_in_grace(self, hashed: str) -> int:
+        """Return the id of the key whose replaced secret has this hash and is still valid; 0 =
+        none."""
+        found = self._replaced.get(hashed)
+        return found.key_id if found is not None and found.valid_until_s > self._clock() else 0
 
     def end_grace(self, key: Key) -> bool:
         """Make the replaced secret of a key invalid now; return False if there was none. Raises
         StorageFailed if that is in effect but not written yet."""
         with self._lock:
-            was_valid = self.old_secret(key) is not None
-            self._forget_old_secret(key.id)
+            was_valid = self.in_grace(key) is not None
+            self._end_grace_in_memory(key.id)
+            try:
+                self._store.write_or_queue(_END_GRACE, key.id)
+            except sqlite3.Error as problem:
+                raise storage_failure(problem, _IN_MEMORY_ONLY) from None
         return was_valid
-
-    def _id_of(self, secret: str) -> int:
-        """Return the id of the key with this secret, also an old one that is valid; 0 = none."""
-        hashed, now_s = self._hash(secret), self._clock()
-        found = self._ids.get(hashed)
-        if found is not None:
-            return found
-        return next(
-            (old.key_id for old in self._old_secrets.values()
-             if old.hash == hashed and now_s < old.until_s), 0
-        )
 
     def revoke(self, key: Key) -> bool:
         """Revoke the key; return False if it was revoked already.
@@ -4106,7 +4510,11 @@ class Keys:
 
     def verify(self, secret: str) -> Caller:
         """Return the caller with this secret. Raises Unauthorized."""
-        key = self._require_valid(self._keys.get(self._id_of(secret)))
+        hashed = self._hash(secret)
+        key = self._keys.get(self._ids.get(hashed) or self._id_in_grace(hashed))
+        if key is None:
+            raise self._not_a_key(secret, self._replaced.get(hashed))
+        self._require_valid(key, key.preview)
         now_s = int(self._clock())
         if now_s - (self._with_last_use(key).used_s or 0) >= _LAST_USE_EVERY_S:
             self._used_s[key.id] = self._unwritten[key.id] = now_s
@@ -4117,15 +4525,49 @@ class Keys:
         not valid any more."""
         if caller.key_id is None:
             return caller
-        return self._require_valid(self._keys.get(caller.key_id)).caller
+        key = self._keys[caller.key_id]
+        # The request may have come with a secret that was replaced since.
+        self._require_valid(key, "of this request")
+        return key.caller
 
-    def _require_valid(self, key: Key | None) -> Key:
-        if key is None:
-            raise Unauthorized(_NEEDS_KEY)
-        if key.revoked_s is not None or key.expired(self._clock()):
-            reason = "was revoked" if key.revoked_s is not None else "has expired"
-            raise Unauthorized(f"This key {reason}: ask the operator of this server for a new one.")
-        return key
+    def _require_valid(self, key: Key, shown: str) -> None:
+        """Raise Unauthorized if a key was revoked or has expired. `shown` is its name for the
+        client."""
+        if key.revoked_s is not None:
+            kind: type[Unauthorized] = RevokedKey
+            reason = f"was revoked on {_day_of(key.revoked_s)}"
+        elif key.expiry_s is not None and key.expired(self._clock()):
+            kind, reason = ExpiredKey, f"expired on {_day_of(key.expiry_s)}"
+        else:
+            return
+        error = kind(f"The key {shown} {reason}: ask the operator of this server for a new one.")
+        error.preview, error.key_name = key.preview, key.name
+        raise error
+
+    def _not_a_key(self, secret: str, replaced: ReplacedSecret | None) -> Unauthorized:
+        """Return the error for a secret that is none of a key, but may have been one."""
+        owner = None if replaced is None else self._keys.get(replaced.key_id)
+        if replaced is None or owner is None:
+            return _unknown_key(secret, is_multi=True)
+        preview = key_preview(secret)
+        error = ReplacedKey(
+            f"The key {preview} was replaced on {_day_of(replaced.replaced_s)}: use the newer one, "
+            "or ask the operator of this server for it."
+        )
+        error.preview, error.key_name = preview, owner.name
+        return error
+
+    def prune(self, days: int) -> None:
+        """Forget former secrets that were replaced longer ago. Raises sqlite3.Error."""
+        before_s = self._clock() - days * 86_400
+        with self._lock, self._store.transaction() as connection:
+            connection.execute(
+                "DELETE FROM replaced_secrets WHERE MAX(replaced_s, valid_until_s) < ?", (before_s,)
+            )
+            self._replaced = {
+                hashed: each for hashed, each in self._replaced.items()
+                if max(each.replaced_s, each.valid_until_s) >= before_s
+            }
 
     def write_last_use(self) -> None:
         """Write the times at which keys were last used. Raises sqlite3.Error."""
@@ -4246,14 +4688,16 @@ def authorize(config: Config, keys: Keys, access: Access, headers: Headers, peer
         # Behind a reverse proxy on this machine every request has a loopback address.
         is_local = is_loopback(peer) and not is_forwarded(headers)
         if access is Access.ADMIN and not is_local:
-            raise Forbidden("This route can be used only on the machine that runs the server.")
+            raise LocalOnly("This route can be used only on the machine that runs the server.")
         return Caller("local" if is_local else "remote", is_admin=is_local)
     caller = _authenticate_any(config, keys, headers, access)
     if access is Access.ADMIN and not caller.is_admin:
-        raise Forbidden(
+        error = AdminKeyRequired(
             "This route requires the admin key: OCP_ADMIN_KEY of the server, or the content of its "
             "file admin-key."
         )
+        error.key_name = caller.name
+        raise error
     return caller
 
 
@@ -4268,7 +4712,8 @@ def _authenticate_any(config: Config, keys: Keys, headers: Headers, access: Acce
         except Unauthorized as failure:
             failures.append(failure)
     if not callers:
-        raise failures[0]
+        # What is known of a key tells more than that another one is unknown.
+        raise next((failure for failure in failures if failure.key_name), failures[0])
     return next((c for c in callers if c.is_admin and access is Access.ADMIN), callers[0])
 
 
@@ -4282,7 +4727,7 @@ def _authenticate(config: Config, keys: Keys, key: str) -> Caller:
         return keys.verify(key)
     if same_secret(key, config.api_key):
         return Caller("shared")
-    raise Unauthorized(_NEEDS_KEY)
+    raise _unknown_key(key, is_multi=False)
 
 
 _LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")
@@ -4326,7 +4771,7 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
 def check_origin(config: Config, origin: str, host: str, content_type: str, peer: str) -> None:
     """Reject requests from web pages of other origins. Raises Forbidden, BadRequest."""
     if host and not is_own_host(config, host, peer):
-        raise Forbidden(
+        raise HostNotAllowed(
             f"{one_line(host, 80)!r} is not a host name of this server: use localhost, or add the "
             "name to OCP_ALLOWED_HOSTS."
         )
@@ -4334,10 +4779,10 @@ def check_origin(config: Config, origin: str, host: str, content_type: str, peer
         return
     # Requests that a browser sends without a CORS preflight, such as forms, are never JSON.
     if content_type and content_type.partition(";")[0].strip().lower() != "application/json":
-        raise Forbidden("Web pages must send application/json.")
+        raise OriginNotAllowed("Web pages must send application/json.")
     if is_allowed_origin(config, origin) or origin in (f"http://{host}", f"https://{host}"):
         return
-    raise Forbidden(
+    raise OriginNotAllowed(
         f"Web pages of {one_line(origin, 80)!r} may not call this server: "
         "add the origin to OCP_ALLOWED_ORIGINS."
     )
@@ -4368,7 +4813,7 @@ class UsageRow(NamedTuple):
     caller: str
     model: str
     dialect: str
-    #: "ok", "abandoned" if the client disconnected, else the code or the type of the error.
+    #: "ok", "abandoned" if the client disconnected, else the kind of the error.
     outcome: str
     status: int
     #: How many requests it counts as for quotas: one for each answer that was requested from
@@ -4389,6 +4834,10 @@ class UsageRow(NamedTuple):
     first_token_ms: int | None
     total_ms: int
     web_search_requests: int = 0
+    #: Of a failed request only: what the client was told, its address, and its User-Agent.
+    message: str | None = None
+    peer: str | None = None
+    user_agent: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -4400,12 +4849,14 @@ class UsageRow(NamedTuple):
 #: The tokens of a row's prompt, and UsageRow.tokens, in SQL.
 _PROMPT = "input_tokens + cache_read_tokens + cache_write_tokens"
 _TOKENS = f"{_PROMPT} + output_tokens"
+#: The condition for failed requests, in the words of the index usage_failed.
+_FAILED = "outcome NOT IN ('ok', 'abandoned')"
 #: Columns that aggregate rows: (name, SQL). Names with total_ are those of the original OCP.
 _SUMS = (
     ("requests", "COUNT(*)"),
     ("successes", "SUM(outcome = 'ok')"),
     ("abandoned", "SUM(outcome = 'abandoned')"),
-    ("errors", "SUM(outcome NOT IN ('ok', 'abandoned'))"),
+    ("errors", f"SUM({_FAILED})"),
     ("cached", "SUM(path IN ('cached', 'shared'))"),
     ("input_tokens", "SUM(input_tokens)"),
     ("output_tokens", "SUM(output_tokens)"),
@@ -4690,6 +5141,53 @@ class Ledger:
             return Rows(connection, "at_s >= ?", [since_s]).sums(columns, ("model", "model"))
 
 
+    def failures(self, wanted: FailureFilter, limit: int) -> tuple[list[Json], list[Json]]:
+        """Return the newest `limit` failed requests, newest first, and for each kind of failure
+        the count and the newest of all that match. Raises as `report` does."""
+        where, values = wanted.condition()
+        with self._store.read_transaction() as connection:
+            newest = connection.execute(
+                f"SELECT *, {_CURRENT_NAME} AS key_name FROM usage WHERE {where} "
+                "ORDER BY at_s DESC LIMIT ?", (*values, limit),
+            ).fetchall()
+            # Columns beside MAX() are those of the row with the maximum.
+            kinds = connection.execute(
+                "SELECT outcome AS kind, COUNT(*) AS count, MAX(at_s) AS last_s, message, status, "
+                f"key_id, {_CURRENT_NAME} AS key_name FROM usage WHERE {where} GROUP BY outcome",
+                values,
+            ).fetchall()
+        return [dict(row) for row in newest], [dict(row) for row in kinds]
+
+
+class FailureFilter(NamedTuple):
+    """Which failures are asked for. Empty = any."""
+
+    since_s: float = 0.0
+    #: The name of a key or a caller, and the id of the key if it has one.
+    key: str = ""
+    key_id: int | None = None
+    request_id: str = ""
+    kind: str = ""
+
+    def condition(self) -> tuple[str, list[object]]:
+        """Return the condition in SQL for rows of usage, and its values."""
+        parts: list[tuple[str, list[object]]] = [(_FAILED, []), ("at_s >= ?", [self.since_s])]
+        if self.key_id is not None:
+            parts.append(("key_id = ?", [self.key_id]))
+        elif self.key:
+            parts.append(("key_id IS NULL AND caller = ?", [self.key]))
+        if self.request_id:
+            parts.append(("request_id = ?", [self.request_id]))
+        if self.kind:
+            parts.append(("outcome = ?", [self.kind]))
+        return " AND ".join(sql for sql, _ in parts), [v for _, values in parts for v in values]
+
+    def takes(self, refused: Refused) -> bool:
+        """Return whether a refusal matches in key and kind."""
+        is_of_key = not self.key or refused.key.lower() == self.key.lower()
+        return is_of_key and self.kind in ("", refused.kind)
+
+
 class Rows:
     """The rows of usage that match a condition, for a report."""
 
@@ -4733,7 +5231,7 @@ class Rows:
         )
         entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in results]
         for entry in entries:
-            for name in ("id", "at_s", "key_id", "caller", "total_ms"):
+            for name in ("id", "at_s", "key_id", "caller", "total_ms", "peer", "user_agent"):
                 del entry[name]
         return entries
 
@@ -15151,14 +15649,17 @@ class Job:
 
     def __init__(
         self, turn: Turn, caller: Caller, client: Client, request_id: str, dialect: str,
-        now_s: float,
+        now_s: float, *, peer: str = "", user_agent: str = "",
     ) -> None:
-        """`dialect` is the name of the dialect."""
+        """`dialect` is the name of the dialect; `peer` and `user_agent` tell the operator who
+        sent a request that fails."""
         self.turn = turn
         self.caller = caller
         self.client = client
         self.request_id = request_id
         self.dialect = dialect
+        self.peer = peer
+        self.user_agent = user_agent
         self.started_s = now_s
         self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
         self.reservation = Reservation(None, 0)
@@ -15521,10 +16022,9 @@ class TurnRunner:
             if isinstance(error, LoginLost):
                 self._app.login_lost()
             error.logged = True
-            detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
             self._log(
-                "warn", "answer_failed", status=error.status, error=type(error).__name__,
-                detail=detail,
+                "warn", "answer_failed", status=error.status, kind=error.kind,
+                message=error.message,
             )
             raise
 
@@ -15846,8 +16346,9 @@ class Requests:
             self._app.ledger.check(caller)
         except OcpError as error:
             metrics.add("ocp_requests_started_total")
-            word = error.error_code or error.openai_type
-            metrics.add("ocp_requests_total", dialect=dialect.name, model="other", outcome=word)
+            metrics.add(
+                "ocp_requests_total", dialect=dialect.name, model="other", outcome=error.kind
+            )
             raise
 
     def running(self) -> list[Json]:
@@ -15904,7 +16405,8 @@ class Requests:
         """Start a thread that produces the answer, so that it outlives the client that sent the
         request first. The row of usage and the reservation are the producer's from now on."""
         produced = Job(
-            job.turn, job.caller, flight.client, job.request_id, job.dialect, job.started_s
+            job.turn, job.caller, flight.client, job.request_id, job.dialect, job.started_s,
+            peer=job.peer, user_agent=job.user_agent,
         )
         produced.reservation = job.reservation
         thread = threading.Thread(
@@ -15975,7 +16477,8 @@ class Requests:
                 raise job.ended_by from None
             raise
         except Exception as error:
-            failure = error if isinstance(error, OcpError) else OcpError(str(error))
+            broke = OcpError(f"OCP failed: {redact_paths(repr(error))}")
+            failure = error if isinstance(error, OcpError) else broke
             raise
         finally:
             if failure is not None:
@@ -15998,10 +16501,15 @@ class Requests:
         job.is_recorded = True
         word, status = "ok", 200
         if isinstance(error, OcpError):
-            word, status = error.error_code or error.openai_type, error.status
+            word, status = error.kind, error.status
         elif error is not None:
             word, status = error.outcome, error.status
         row = job.row(word, status, time.time(), app.clock())
+        if isinstance(error, OcpError):
+            row = row._replace(
+                message=safe_text(error.message, 500), peer=job.peer,
+                user_agent=safe_text(job.user_agent, 120),
+            )
         self._count(row, known=job.turn.model.known)
         if job.path:
             app.log.event(
@@ -16009,8 +16517,10 @@ class Requests:
                 dialect=row.dialect, path=job.path, model=row.model, stream=row.stream,
                 total_ms=row.total_ms, outcome=word,
             )
-        if isinstance(error, OcpError) and error.rejected_before_work and not job.was_asked:
-            return
+        if isinstance(error, OcpError):
+            if error.rejected_before_work and not job.was_asked:
+                return
+            error.has_row = True
         try:
             app.ledger.record(row, job.reservation)
         except sqlite3.Error as problem:
@@ -16427,6 +16937,7 @@ class App:
         self._prune_at_s = self.clock() + _PRUNE_EVERY_S
         try:
             self.ledger.prune(self.config.usage_days)
+            self.keys.prune(self.config.usage_days)
         except sqlite3.Error as problem:
             self.log.event("error", "usage_not_pruned", error=str(problem))
 
@@ -16995,6 +17506,14 @@ class Exchange:
         """The name under which the memory of the request is counted."""
         return self.peer if self.caller.key_id is None else self.caller.scope
 
+    def refused(self, error: OcpError) -> Refused:
+        """Return what the operator is told when the request is refused with this error."""
+        caller = "" if self.caller.name == "public" else self.caller.name
+        return Refused(
+            self.peer, error.status, error.kind, error.message, caller or error.key_name,
+            error.preview, self.path, self.request_id, self.headers.get("User-Agent", ""),
+        )
+
     def body(self) -> bytearray:
         """Return the body. Raises BadRequest, TooLarge, RequestTimeout, MemoryFull, ClientGone."""
         if self._length is not None:
@@ -17104,7 +17623,8 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
                 method=exchange.method, error=format_failure(problem),
             )
             failure = OcpError(f"OCP failed; its log has the details under {exchange.request_id}.")
-            exchange.response.send_error(failure, exchange.dialect)
+            failure.logged = True
+            self._refuse(exchange, failure)
 
     def _call_endpoint(self, exchange: Exchange) -> None:
         """Find the route of a request, authorize its caller, and call the endpoint."""
@@ -17175,16 +17695,23 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
     # -- errors -----------------------------------------------------------------------------------
 
     def _refuse(self, exchange: Exchange, error: OcpError) -> None:
-        """Send an error and log it, unless it was logged as the failure of a turn. Refusals of
-        callers without a key are summed up when there are many."""
+        """Send an error, keep it for /api/errors if no row of usage has it, and log it, unless it
+        was logged as the failure of a turn. Refusals of callers without a key are summed up when
+        there are many."""
+        refused = exchange.refused(error)
+        if not error.has_row:
+            # First, so that the operator finds what a client complains of.
+            self._app.refusals.kept.add(refused)
         exchange.response.send_error(error, exchange.dialect)
         if error.logged:
             return
         fields = {
             "request_id": exchange.request_id, "method": exchange.method, "path": exchange.path,
-            "caller": exchange.caller.name, "error": type(error).__name__, "param": error.param,
+            "caller": exchange.caller.name, "kind": error.kind, "param": error.param,
+            "preview": refused.preview or None, "message": error.message,
         }
         if exchange.caller.name == "public":
+            fields["key"] = refused.key or None
             self._app.refusals.record(exchange.peer, error.status, **fields)
         else:
             self._app.log.event(
@@ -17310,6 +17837,10 @@ class Server(ThreadingHTTPServer):
     def _refuse(self, connection: Connection, error: OcpError) -> None:
         """Answer a connection before anything was read from it."""
         response = Response(connection)
+        self.app.refusals.kept.add(Refused(
+            connection.peer, error.status, error.kind, error.message,
+            request_id=response.request_id,
+        ))
         response.send_error(error, CHAT)
         response.finish()
 
@@ -17455,9 +17986,8 @@ _LONG_CONTEXT_BETA = "context-1m-"
 def _check_model_allowed(models: Models, caller: Caller, model: Model) -> None:
     """Raise Forbidden if the caller may not use this model."""
     if caller.models and model.id not in models.resolve(caller.models):
-        raise Forbidden(
-            f"This key may use {', '.join(caller.models)} only.",
-            param="model", code="model_not_allowed",
+        raise ModelNotAllowed(
+            f"This key may use {', '.join(caller.models)} only.", param="model"
         )
 
 
@@ -17550,7 +18080,8 @@ def answer(app: App, exchange: Exchange) -> None:
     """Answer a request with a model."""
     dialect, turn = exchange.dialect, _read_turn(app, exchange)
     job = Job(
-        turn, exchange.caller, exchange.client, exchange.request_id, dialect.name, app.clock()
+        turn, exchange.caller, exchange.client, exchange.request_id, dialect.name, app.clock(),
+        peer=exchange.peer, user_agent=exchange.headers.get("User-Agent", ""),
     )
     with app.requests.answering(job) as events:
         def store(body: Json) -> None:
@@ -17931,15 +18462,54 @@ def _live_state(app: App) -> Json:
 _MAX_LOG_LINES = 1000
 
 
+_SPAN = re.compile(r"([0-9]{1,6})([mhd])")
+_SPAN_S = {"m": 60, "h": 3600, "d": 86_400}
+
+
+def _query_time(query: Mapping[str, str], name: str, default_s: float) -> float:
+    """Return a time of the query string in epoch seconds; it is ISO 8601, epoch seconds, or a span
+    before now such as 2h. Raises BadRequest."""
+    text = query.get(name, "")
+    span = _SPAN.fullmatch(text)
+    try:
+        if span is not None:
+            return max(0.0, time.time() - int(span[1]) * _SPAN_S[span[2]])
+        if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
+            return float(text)
+        # In a query string the plus of a time zone arrives as a space.
+        return parse_time(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
+    except (ValueError, OverflowError, OSError):
+        raise BadRequest(
+            f"{name}: must be a time such as 2026-11-20T14:00:00Z, a span such as 30m, 2h or 7d, "
+            "or epoch seconds.", param=name,
+        ) from None
+
+
+def _log_filter(query: Mapping[str, str]) -> Callable[[Json], bool]:
+    """Return what tells whether a log event is of the key and the request that the query names,
+    and not older than it says. Raises BadRequest."""
+    key, request_id = query.get("key", "").lower(), query.get("request", "")
+    since_s = _query_time(query, "since", 0.0)
+    since = iso_time(since_s) if since_s else ""
+
+    def matches(entry: Json) -> bool:
+        names = (str(entry.get(field, "")).lower() for field in ("key", "caller"))
+        is_of_request = not request_id or entry.get("request_id") == request_id
+        return is_of_request and (not key or key in names) and str(entry["ts"]) >= since
+
+    return matches
+
+
 def get_logs(app: App, exchange: Exchange) -> None:
-    """GET /logs?n=30&level=all: list the newest log events of this level or above, oldest first;
-    level=audit lists the operator's changes."""
+    """GET /logs?n=30&level=all&key=&request=&since=: list the newest log events of this level or
+    above, oldest first, of one key or request if they are named; level=audit lists the operator's
+    changes."""
     level = exchange.query.get("level", "all").lower()
     level = "warn" if level == "warning" else level
     if level not in ("all", "audit", *LEVELS):
         raise BadRequest(f"level: must be one of all, audit, {', '.join(LEVELS)}.", param="level")
     count = query_integer(exchange.query, "n", 30, _MAX_LOG_LINES)
-    entries = app.log.recent(count, level)
+    entries = app.log.recent(count, level, _log_filter(exchange.query))
     exchange.response.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
@@ -17965,10 +18535,6 @@ def _with_known_fields(fields: Fields, known: tuple[str, ...]) -> Fields:
 def _read_fields(exchange: Exchange, known: tuple[str, ...]) -> Fields:
     """Return the fields of the body. Raises BadRequest, also for unknown fields."""
     return _with_known_fields(Fields(parse_json_body(exchange.body())), known)
-
-
-_SPAN = re.compile(r"([0-9]{1,6})([mhd])")
-_SPAN_S = {"m": 60, "h": 3600, "d": 86_400}
 
 
 def _expiry(fields: Fields) -> int | None:
@@ -18071,7 +18637,7 @@ def _key_entry(app: App, key: Key) -> Json:
     def iso(epoch_s: int | None) -> str | None:
         return None if epoch_s is None else iso_time(epoch_s)
 
-    old = app.keys.old_secret(key)
+    old = app.keys.in_grace(key)
     limits = {
         "quota_" + re.sub("([A-Z])", r"_\1", name).lower(): key.quota.get(name)
         for name in _QUOTA_NAMES
@@ -18094,7 +18660,7 @@ def _key_entry(app: App, key: Key) -> Json:
         "createdAt": iso(key.created_s),
         "revokedAt": iso(key.revoked_s),
         # The secret before the last rotation, while it is still valid.
-        "oldSecret": old and {"keyPreview": old.preview, "until": iso(old.until_s)},
+        "oldSecret": old and {"keyPreview": old.preview, "until": iso(old.valid_until_s)},
     }
 
 
@@ -18256,21 +18822,6 @@ _USAGE_AUDIT_INTERVAL_S = 60.0
 _MAX_HOURS = 24 * 400
 
 
-def _query_time(query: Mapping[str, str], name: str, default_s: float) -> float:
-    """Return a time of the query string in epoch seconds; it is ISO 8601 or epoch seconds. Raises
-    BadRequest."""
-    text = query.get(name, "")
-    try:
-        if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
-            return float(text)
-        # In a query string the plus of a time zone arrives as a space.
-        return parse_time(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
-    except (ValueError, OverflowError, OSError):
-        raise BadRequest(
-            f"{name}: must be a time such as 2026-11-20T14:00:00Z, or epoch seconds.", param=name
-        ) from None
-
-
 def get_api_usage(app: App, exchange: Exchange) -> None:
     """GET /api/usage?since=&until=&hours=24&limit=50&all=true: return the caller's own usage, or
     with `all` that of all callers, for the operator only."""
@@ -18293,6 +18844,113 @@ def get_api_usage(app: App, exchange: Exchange) -> None:
             **report,
         }
     )
+
+
+# -- failures ---------------------------------------------------------------------------------
+
+
+def _failure_entry(row: Json, paths: Mapping[str, str]) -> Json:
+    """Return a failed request, from its row of usage. `paths` are those of the dialects."""
+    return {
+        "id": row["request_id"],
+        "at": iso_time(row["at_s"]),
+        "key": row["key_name"],
+        "peer": row["peer"],
+        "path": paths.get(row["dialect"]),
+        "model": row["model"],
+        "status": row["status"],
+        "kind": row["outcome"],
+        "message": row["message"] or "",
+        "action": _action(row["outcome"], row),
+        "userAgent": row["user_agent"],
+        "totalMs": row["total_ms"],
+    }
+
+
+def _action(kind: str, row: Json) -> str:
+    """Return what to do about a failure of the row's caller, which may have no key."""
+    return action_for(kind, "" if row["key_id"] is None else row["key_name"])
+
+
+def _refusal_entry(group: RefusedGroup, since_s: float, request_id: str) -> Json:
+    """Return a group of refusals, with the last one, or the one of this request, as an example."""
+    shown = group.with_id(request_id) or group.newest
+    key_name = "" if shown.key.lower() in _RESERVED_NAMES else shown.key
+    return {
+        "id": shown.request_id,
+        "at": iso_time(group.at_s),
+        "lastAt": iso_time(group.last_s),
+        "count": group.count_since(since_s),
+        "peer": shown.peer,
+        "path": shown.path or None,
+        "status": shown.status,
+        "kind": shown.kind,
+        "preview": shown.preview or None,
+        "key": shown.key or None,
+        "message": shown.message,
+        "action": action_for(shown.kind, key_name),
+        "userAgent": shown.user_agent or None,
+    }
+
+
+def _by_kind(kinds: list[Json], refusals: list[Json]) -> list[Json]:
+    """Return for each kind its count and the newest failure's time, message and action; the most
+    frequent kind first."""
+    sums: dict[str, Json] = {}
+    entries = [
+        {
+            **each, "lastAt": iso_time(each["last_s"]), "message": each["message"] or "",
+            "action": _action(each["kind"], each),
+        }
+        for each in kinds
+    ]
+    for entry in (*entries, *refusals):
+        kind = entry["kind"]
+        known = sums.get(kind, {"count": 0, "lastAt": ""})
+        newest = max(known, entry, key=lambda each: str(each["lastAt"]))
+        sums[kind] = {
+            "kind": kind, "status": newest["status"], "count": known["count"] + entry["count"],
+            "lastAt": newest["lastAt"], "message": newest["message"], "action": newest["action"],
+        }
+    return sorted(sums.values(), key=lambda each: int(each["count"]), reverse=True)
+
+
+def _failure_filter(app: App, query: Mapping[str, str]) -> FailureFilter:
+    """Return which failures the query string asks for. Raises BadRequest, NotFound."""
+    name, key_id = query.get("key", "").strip(), None
+    if name and name.lower() not in _RESERVED_NAMES:
+        key = app.keys.find(name)
+        name, key_id = key.name, key.id
+    return FailureFilter(
+        since_s=_query_time(query, "since", 0.0), key=name, key_id=key_id,
+        request_id=query.get("request", "").strip(), kind=query.get("kind", "").strip(),
+    )
+
+
+_MAX_FAILURES = 500
+
+
+def get_errors(app: App, exchange: Exchange) -> None:
+    """GET /api/errors?key=&request=&kind=&since=&limit=50: list failed requests, refusals, and the
+    sums by kind, newest first, with what to do about each. Refusals are kept since the start."""
+    limit = query_integer(exchange.query, "limit", 50, _MAX_FAILURES)
+    wanted = _failure_filter(app, exchange.query)
+    rows, kinds = app.ledger.failures(wanted, limit)
+    paths = {
+        route.dialect.name: route.path for route in reversed(exchange.routes)
+        if route.dialect is not None and route.method == "POST"
+    }
+    refusals = [
+        _refusal_entry(group, wanted.since_s, wanted.request_id)
+        for group in app.refusals.kept.groups()
+        if group.last_s >= wanted.since_s and wanted.takes(group.newest)
+        and (not wanted.request_id or group.with_id(wanted.request_id) is not None)
+    ]
+    exchange.response.send_json({
+        "errors": [_failure_entry(row, paths) for row in rows],
+        "refusals": refusals[:limit],
+        "byKind": _by_kind(kinds, refusals),
+    })
 
 
 #: The counts of requests in /usage.
@@ -18318,8 +18976,9 @@ def get_usage(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({**app.account.report(), "proxy": proxy, "models": models})
 
 
-#: Log events of failed requests.
-_FAILURE_EVENTS = ("answer_failed", "request_broke")
+#: How many failed requests /status shows, and how old they may be.
+_STATUS_FAILURES = 3
+_STATUS_FAILURES_S = 86_400.0
 
 
 def get_status(app: App, exchange: Exchange) -> None:
@@ -18328,7 +18987,8 @@ def get_status(app: App, exchange: Exchange) -> None:
     now = snapshot(app)
     login, stats = now["auth"], now["stats"]
     login_words = {True: "ok", None: "unknown", False: login["message"]}
-    failures = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURE_EVENTS]
+    recent = FailureFilter(since_s=time.time() - _STATUS_FAILURES_S)
+    failures, _ = app.ledger.failures(recent, _STATUS_FAILURES)
     exchange.response.send_json({
         "proxy": {
             "status": now["status"], "version": now["version"], "uptime": now["uptimeHuman"],
@@ -18340,8 +19000,12 @@ def get_status(app: App, exchange: Exchange) -> None:
         },
         "plan": app.account.plan(),
         "recentErrors": [
-            {"time": e["ts"], "message": redact_paths(str(e.get("detail") or e.get("error")))}
-            for e in failures[-3:]
+            {
+                "time": iso_time(row["at_s"]), "id": row["request_id"], "key": row["key_name"],
+                "model": row["model"], "kind": row["outcome"],
+                "message": row["message"] or row["outcome"],
+            }
+            for row in reversed(failures)
         ],
     })
 
@@ -18599,7 +19263,14 @@ def _up_to(maximum: int, minimum: int = 0) -> Json:
 #: Schemas of query parameters, by operation.
 _QUERIES: dict[str, dict[str, Json]] = {
     "get_models": {"limit": _up_to(_MAX_PAGE), "after_id": _TEXT, "before_id": _TEXT},
-    "get_logs": {"n": _up_to(_MAX_LOG_LINES), "level": {"enum": ["all", "audit", *LEVELS]}},
+    "get_logs": {
+        "n": _up_to(_MAX_LOG_LINES), "level": {"enum": ["all", "audit", *LEVELS]},
+        "key": _TEXT, "request": _TEXT, "since": {"type": "string", "format": "date-time"},
+    },
+    "get_errors": {
+        "key": _TEXT, "request": _TEXT, "kind": _TEXT,
+        "since": {"type": "string", "format": "date-time"}, "limit": _up_to(_MAX_FAILURES),
+    },
     "get_response": {"stream": {"type": "boolean"}},
     "get_input_items": {
         "limit": _up_to(_MAX_ITEMS, 1), "order": {"enum": ["asc", "desc"]}, "after": _NAME,
@@ -18719,6 +19390,7 @@ ROUTES = (
     Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
     Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
     Route("GET",    "/api/usage",                Access.CALLER, CHAT,        get_api_usage),
+    Route("GET",    "/api/errors",               Access.ADMIN,  CHAT,        get_errors),
     Route("GET",    "/api/events",               Access.ADMIN,  CHAT,        get_events),
     Route("GET",    "/usage",                    Access.ADMIN,  CHAT,        get_usage),
     Route("GET",    "/status",                   Access.ADMIN,  CHAT,        get_status),

@@ -271,9 +271,12 @@ class HttpProblem(Exception):
     """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
     403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
 
-    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
+    def __init__(
+        self, kind: str, message: str, status: int = 0, body: Any = None, request_id: str = ""
+    ) -> None:
         super().__init__(message)
         self.kind, self.status, self.body = kind, status, body
+        self.request_id = request_id
 
 
 @contextlib.contextmanager
@@ -302,11 +305,11 @@ def http_open(
             raise HttpProblem("unreachable", reason) from None
         with contextlib.closing(answer):
             if answer.status >= 300:
-                raise http_problem(answer.status, text)
+                raise http_problem(answer.status, text, answer.headers.get("X-Request-Id", ""))
             yield answer
 
 
-def http_problem(status: int, text: bytes) -> HttpProblem:
+def http_problem(status: int, text: bytes, request_id: str) -> HttpProblem:
     """The problem that an answer with such a status stands for."""
     kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
     body, message = None, text[:200].decode("utf-8", "replace").strip()
@@ -314,7 +317,7 @@ def http_problem(status: int, text: bytes) -> HttpProblem:
         body = json.loads(text)
     error = body.get("error") if isinstance(body, dict) else None
     told = error.get("message") if isinstance(error, dict) else error
-    return HttpProblem(kind, str(told or message), status, body)
+    return HttpProblem(kind, str(told or message), status, body, request_id)
 
 
 def http_json(
@@ -1623,9 +1626,10 @@ def ask(install: Installation, values: Mapping[str, str]) -> Answer:
     except HttpProblem as problem:
         error = problem.body.get("error") if isinstance(problem.body, dict) else None
         code = str(error.get("code") or "") if isinstance(error, dict) else ""
-        if code == "invalid_api_key":
+        if code.endswith("_api_key"):
             return Answer(None, "No question was asked: no key is known here that the API accepts.")
-        return Answer(False, f"The question failed: {problem}", code)
+        more = f" More: `ocp errors {problem.request_id}`" if problem.request_id else ""
+        return Answer(False, f"The question failed: {problem}{more}", code)
     except (KeyError, IndexError, TypeError):
         return Answer(False, "The question failed: the answer is not one of OCP.")
     took_s = time.monotonic() - began_s

@@ -266,6 +266,9 @@ def test_a_new_key_is_not_lost_in_an_answer_that_is_not_understood(tmp_path: Pat
     (["rename", "a/b", "c"], ("PATCH", "/api/keys/a%2Fb", {"name": "c"})),
     (["edit", "1", "--expiry", "never"], ("PATCH", "/api/keys/1", {"expiry": None})),
     (["rotate", "1"], ("POST", "/api/keys/1/rotate", None)),
+    (["rotate", "1", "--grace", "24h"], ("POST", "/api/keys/1/rotate", {"grace": "24h"})),
+    (["rotate", "K\u00fcche", "--grace", "none"],
+     ("DELETE", "/api/keys/K%C3%BCche/grace", None)),
     (["revoke", "lap top"], ("DELETE", "/api/keys/lap%20top", None)),
     (["quota", "1", "--daily", "0"], ("PATCH", "/api/keys/1/quota", {"daily": 0})),
 ])
@@ -274,6 +277,7 @@ def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Jso
         "PATCH /api/keys/a%2Fb": (200, samples.KEY), "PATCH /api/keys/1": (200, samples.KEY),
         "POST /api/keys/1/rotate": (200, {"id": 1, "name": "x", "key": "ocp_new"}),
         "DELETE /api/keys/lap%20top": (200, {"revoked": True, "idOrName": "lap top"}),
+        "DELETE /api/keys/K%C3%BCche/grace": (200, {"ended": True, "name": "K\u00fcche"}),
         "PATCH /api/keys/1/quota": (200, {"ok": True}),
         "GET /api/keys/1/quota": (200, samples.QUOTA)}
     with stub_server(answers) as server:
@@ -281,6 +285,20 @@ def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Jso
         changes = [r for r in server.requests if r.method != "GET"]
     assert found.code == 0, found
     assert [(r.method, r.path, r.body) for r in changes] == [sent]
+
+
+def test_an_old_secret_with_grace_is_shown(tmp_path: Path) -> None:
+    old = {"keyPreview": "ocp_aaaa...zzzz", "until": "2027-01-31T12:00:00.000Z"}
+    answers = {
+        "POST /api/keys/x/rotate": (200, {"id": 1, "name": "x", "key": "ocp_n", "oldSecret": old}),
+        "GET /api/keys/x": (200, {**samples.KEY, "oldSecret": old}),
+        "GET /api/keys/x/quota": (200, samples.QUOTA)}
+    with stub_server(answers) as server:
+        rotated = run(tmp_path, server.url, "keys", "rotate", "x", "--grace", "24h")
+        shown = run(tmp_path, server.url, "keys", "show", "x")
+    assert rotated.stdout == "ocp_n\n"
+    assert "The old secret ocp_aaaa...zzzz works until 2027-01-" in rotated.stderr
+    assert "ocp_aaaa...zzzz, works until 2027-01-" in shown.stdout
 
 
 def test_revoking_nothing_is_a_failure(tmp_path: Path) -> None:

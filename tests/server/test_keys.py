@@ -72,8 +72,8 @@ def revoke(server: Server, id_or_name: object) -> Json:
     return reply.json()
 
 
-def rotate(server: Server, id_or_name: object) -> Reply:
-    return as_admin(server, "POST", f"/api/keys/{quote(str(id_or_name))}/rotate", {})
+def rotate(server: Server, id_or_name: object, **fields: Json) -> Reply:
+    return as_admin(server, "POST", f"/api/keys/{quote(str(id_or_name))}/rotate", fields)
 
 
 def param_of(reply: Reply) -> Json:
@@ -351,7 +351,8 @@ def test_a_wrong_quota_at_birth_is_named_by_its_path(
 
 @pytest.mark.parametrize("name", ["x", "x" * 64, "My laptop", "a.b_c-d", "9 lives", "-", "1.5",
                                   "quota", "Admin1", "localhost", "K\u00fcche", "mum's ipad",
-                                  "\u4e66\u623f", "caf\u00e9 #1 \U0001f4bb", "\u00fc" * 64, "a%2Fb?",
+                                  "\u4e66\u623f", "caf\u00e9 #1 \U0001f4bb", "\u00fc" * 64,
+                                  "a%2Fb?",
                                   "a;b", 'say "hi"'])
 def test_this_name_may_be_had(house: Server, name: str) -> None:
     made = new_key(house, name=name)
@@ -786,10 +787,64 @@ def test_a_rotated_key_has_a_new_secret_and_is_the_same_otherwise(house: Server)
     told = rotate(house, "wheel").json()
 
     assert (told["id"], told["name"]) == (made["id"], "wheel")
-    assert ocp.has_key_format(told["key"]) and set(told) == {"id", "name", "key"}
+    assert ocp.has_key_format(told["key"]) and told["oldSecret"] is None
     assert (is_good(house, made["key"]), is_good(house, told["key"])) == (False, True)
     preview = f"{told['key'][:8]}...{told['key'][-4:]}"
     assert shown(house, "wheel") == {**before, "keyPreview": preview}
+
+
+def test_an_old_secret_works_for_the_time_that_it_is_given(house: Server) -> None:
+    made = new_key(house, name="roaming")
+    told = rotate(house, "roaming", grace="24h").json()
+
+    assert (is_good(house, made["key"]), is_good(house, told["key"])) == (True, True)
+    assert told["oldSecret"] == shown(house, "roaming")["oldSecret"]
+    assert told["oldSecret"]["keyPreview"] == made["keyPreview"]
+    assert abs(ocp.parse_time(told["oldSecret"]["until"]) - time.time() - 86_400) < 60
+    ended = as_admin(house, "DELETE", "/api/keys/roaming/grace").json()
+    assert (ended["ended"], shown(house, "roaming")["oldSecret"]) == (True, None)
+    assert (is_good(house, made["key"]), is_good(house, told["key"])) == (False, True)
+    assert as_admin(house, "DELETE", "/api/keys/roaming/grace").json()["ended"] is False
+
+
+@pytest.mark.parametrize("fields", [{}, {"grace": "1h"}], ids=["at once", "with grace"])
+def test_only_the_last_of_the_old_secrets_has_grace(house: Server, fields: Json) -> None:
+    first = new_key(house)
+    second = rotate(house, first["id"], grace="1h").json()
+
+    third = rotate(house, first["id"], **fields).json()
+
+    good = [is_good(house, each["key"]) for each in (first, second, third)]
+    assert good == [False, bool(fields), True]
+
+
+def test_a_revoked_key_gives_no_grace_to_its_old_secret(house: Server) -> None:
+    made = new_key(house)
+    rotate(house, made["id"], grace="1h")
+
+    revoke(house, made["id"])
+
+    assert not is_good(house, made["key"])
+    assert shown(house, made["id"])["oldSecret"] is None
+
+
+def test_the_time_of_an_old_secret_ends_also_over_a_restart(tmp_path: Path) -> None:
+    with running_server(tmp_path, env=MULTI) as server:
+        short, long = (new_key(server, name=name) for name in ("short", "long"))
+        rotate(server, "short", grace="2s")
+        rotate(server, "long", grace="1h")
+    with running_server(tmp_path, env=MULTI) as server:
+        assert is_good(server, long["key"])
+        eventually(lambda: not is_good(server, short["key"]))
+        assert shown(server, "short")["oldSecret"] is None
+
+
+@pytest.mark.parametrize("grace", ["soon", "31d", 24, "-1h", ["1h"]])
+def test_a_grace_that_is_none_is_refused_and_nothing_is_rotated(house: Server, grace: Json) -> None:
+    made = new_key(house)
+
+    assert param_of(rotate(house, made["id"], grace=grace)) == "grace"
+    assert is_good(house, made["key"])
 
 
 def test_a_rotated_key_has_used_what_it_had_used(house: Server) -> None:
