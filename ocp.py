@@ -28,7 +28,7 @@ Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server a
 #     12. Update           from release to release, and back
 #     13. Command line     parser, help, version, completion
 #     14. Main             errors become messages and exit codes
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import sys
 
@@ -202,7 +202,10 @@ KEY_ACTIONS = (
             (KEY, argument("name", metavar="NAME", help="the new name"), JSON),
             examples=("keys rename laptop 'old laptop'",)),
     Command("rotate", "give a key a new secret; the old one stops working at once",
-            (KEY, YES, JSON), examples=("keys rotate laptop",)),
+            (KEY, argument("--grace", metavar="TIME",
+                           help="how long the old secret still works, such as 24h; none ends it "
+                           "now, without a new secret"), YES, JSON),
+            examples=("keys rotate laptop", "keys rotate laptop --grace 24h")),
     Command("revoke", "end a key", (KEY, YES, JSON), examples=("keys revoke laptop",)),
 )
 SESSION = argument("session", nargs="?", metavar="SESSION", help="a session's id; none = all")
@@ -241,9 +244,18 @@ COMMANDS = (
                  help="the least level: " + ", ".join(LOG_WORDS)),
         argument("--since", metavar="PERIOD", type=period,
                  help="only events of the last 30m, 2h or 7d"),
-        flag("--follow", "-f", help="print new events as they come, until Ctrl-C"), JSON,
+        flag("--follow", "-f", help="print new events as they come, until Ctrl-C"),
+        argument("--key", metavar="KEY", help="only events of this key"),
+        argument("--request", metavar="ID", help="only events of this request"), JSON,
     ), examples=("logs", "logs -n 50 --level warn", "logs --level error --since 1h",
                  "logs --follow")),
+    Command("errors", "show failed and refused requests, and what to do about them", (
+        argument("about", nargs="?", metavar="KEY|REQUEST",
+                 help="only those of a key, or one request, whose id is in its response"),
+        argument("--since", metavar="WHEN", help="a time, or a period before now: 30m, 2h, 7d"),
+        argument("-n", dest="count", metavar="N", type=whole_number, default=20,
+                 help="how many, by default 20"), JSON,
+    ), examples=("errors", "errors laptop --since 1h")),
     Command("sessions", "list the conversations that the server remembers", (JSON,), (
         Command("clear", "forget all sessions, or one", (SESSION, YES, JSON),
                 examples=("sessions clear", "sessions clear chat-1")),
@@ -505,9 +517,12 @@ class HttpProblem(Exception):
     """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
     403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
 
-    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
+    def __init__(
+        self, kind: str, message: str, status: int = 0, body: Any = None, request_id: str = ""
+    ) -> None:
         super().__init__(message)
         self.kind, self.status, self.body = kind, status, body
+        self.request_id = request_id
 
 
 @contextlib.contextmanager
@@ -536,11 +551,11 @@ def http_open(
             raise HttpProblem("unreachable", reason) from None
         with contextlib.closing(answer):
             if answer.status >= 300:
-                raise http_problem(answer.status, text)
+                raise http_problem(answer.status, text, answer.headers.get("X-Request-Id", ""))
             yield answer
 
 
-def http_problem(status: int, text: bytes) -> HttpProblem:
+def http_problem(status: int, text: bytes, request_id: str) -> HttpProblem:
     """The problem that an answer with such a status stands for."""
     kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
     body, message = None, text[:200].decode("utf-8", "replace").strip()
@@ -548,7 +563,7 @@ def http_problem(status: int, text: bytes) -> HttpProblem:
         body = json.loads(text)
     error = body.get("error") if isinstance(body, dict) else None
     told = error.get("message") if isinstance(error, dict) else error
-    return HttpProblem(kind, str(told or message), status, body)
+    return HttpProblem(kind, str(told or message), status, body, request_id)
 
 
 def http_json(
@@ -855,6 +870,12 @@ def not_ocp(url: str, status: int = 0) -> Problem:
         f"--url or OCP_URL, or find out who owns port {port_of(url)} with `ocp doctor`.")
 
 
+def errors_hint(request_id: str) -> str:
+    """Return a further line of an error message: the command that tells more about it."""
+    command = f"ocp errors {clean(request_id)}".rstrip()
+    return f"\nMore: `{command}`"
+
+
 class Answer(NamedTuple):
     """What the server answered."""
 
@@ -923,6 +944,8 @@ class Server(NamedTuple):
             return Problem(
                 Exit.UNREACHABLE, f"The certificate of {url} is not trusted here: name the file "
                 "of its authority in SSL_CERT_FILE.")
+        has_failed = problem.status == 429 or problem.status >= 500
+        hint = errors_hint(problem.request_id) if has_failed else ""
         code, text = {
             "unreachable": (
                 Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\nStart the server with "
@@ -930,8 +953,8 @@ class Server(NamedTuple):
             "denied": (Exit.DENIED, f"{url} refused: {message}.\n{self._key_advice()}"),
             "upstream": (
                 Exit.FAILED, f"{url} is running but has upstream trouble ({problem.status}): "
-                f"{message}.\nSee `ocp logs 20 error`."),
-        }.get(problem.kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}."))
+                f"{message}.{hint}"),
+        }.get(problem.kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}.{hint}"))
         return Problem(code, text, problem.body)
 
     def _key_advice(self) -> str:
@@ -1403,8 +1426,11 @@ def show_status(answer: Json, style: Style) -> str:
     if errors:
         lines += ["", style.paint("bold", "Recent Errors")]
     for error in errors:
-        moment = local_time(error.get("time"), style)
-        lines.append(f"  {moment}  {clean(error.get('message'))}")
+        about = [local_time(error.get("time"), style), error.get("key"), error.get("kind"),
+                 error.get("message")]
+        lines.append("  " + clean("  ".join(str(each) for each in about if each)))
+    if errors:
+        lines.append("  More: `ocp errors`")
     return "\n".join(lines)
 
 
@@ -1696,13 +1722,19 @@ def _events_since(entries: Iterable[Json], since_s: float) -> list[Json]:
     return [entry for entry in entries if (parse_time(entry.get("ts")) or since_s) >= since_s]
 
 
+def _logs_path(args: argparse.Namespace, count: int, level: str) -> str:
+    """Return the path of the events that the user wants to see."""
+    wanted = {"n": count, "level": level, "key": args.key, "request": args.request}
+    return "/logs?" + urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
+
+
 def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> NoReturn:
     """Print events as they come, for ever, also across a restart of the server."""
     server, seen, was_there = find_server(env), None, True
     since_s = env.clock() - args.since if args.since else 0.0
     while True:
         try:
-            answer = server.ask("GET", f"/logs?n={_MOST_EVENTS}&level={level}").value
+            answer = server.ask("GET", _logs_path(args, _MOST_EVENTS, level)).value
             entries = _events_since(answer.get("entries") or [], since_s)
             for entry in entries[-count:] if seen is None else new_entries(seen, entries):
                 shown = json.dumps(entry) if args.json else show_log_entry(entry, style_of(env))
@@ -1722,12 +1754,77 @@ def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
     count, level = _log_arguments(args)
     if args.follow:
         _follow_logs(env, args, count, level)
-    answer = find_server(env).ask("GET", f"/logs?n={count}&level={level}")
+    answer = find_server(env).ask("GET", _logs_path(args, count, level))
     if args.since:
         value = answer.value
         kept = _events_since(value.get("entries") or [], env.clock() - args.since)
         answer = Answer(answer.url, json.dumps({**value, "count": len(kept), "entries": kept}))
     return print_answer(env, args, answer, show_logs)
+
+
+ERROR_COLUMNS = (
+    age_column("When", "lastAt"),
+    Column("Who", lambda row, style: row.get("key") or row.get("preview") or row.get("peer")),
+    text_column("Status", "status"), text_column("Kind", "kind"),
+    Column("Times", lambda row, style: row.get("count") or 1, ">"), text_column("Request", "id"),
+)
+
+
+def _all_errors(answer: Json) -> list[Json]:
+    """Return failed and refused requests in one list, newest first."""
+    failed = [{**row, "lastAt": row.get("at")} for row in answer.get("errors") or []]
+    rows = [*failed, *(answer.get("refusals") or [])]
+    return sorted(rows, key=lambda row: str(row.get("lastAt")), reverse=True)
+
+
+def show_errors(answer: Json, style: Style) -> str:
+    """Return failed and refused requests, and for each kind the newest message and what to do."""
+    rows = _all_errors(answer)
+    if not rows:
+        return "no failed requests"
+    lines = [table(ERROR_COLUMNS, rows, style), "", style.paint("bold", "What to do")]
+    for kind in answer.get("byKind") or []:
+        lines += [
+            f"  {clean(kind.get('kind'))} ({clean(kind.get('count'))}, the last one "
+            f"{age(kind.get('lastAt'), style)})",
+            f"    {clean(kind.get('message') or '')}", f"    {clean(kind.get('action') or '')}",
+        ]
+    return "\n".join(line for line in lines if line.strip() or not line)
+
+
+def show_error(row: Json, style: Style) -> str:
+    """Return one failed or refused request in full, with what to do."""
+    count = row.get("count")
+    return field_list((
+        ("request", row.get("id")),
+        ("when", f"{local_time(row.get('lastAt'), style)} ({age(row.get('lastAt'), style)})"),
+        ("times", f"{count}, since {local_time(row.get('at'), style)}" if count else None),
+        ("key", row.get("key")), ("key shown", row.get("preview")),
+        ("from", row.get("peer")), ("program", row.get("userAgent")),
+        ("path", row.get("path")), ("model", row.get("model")),
+        ("status", row.get("status")), ("kind", row.get("kind")),
+        ("took", duration(row["totalMs"]) if row.get("totalMs") is not None else None),
+        ("message", row.get("message") or None), ("what to do", row.get("action") or None),
+        ("its log", f"ocp logs --request {row.get('id')}"),
+    ))
+
+
+def cmd_errors(env: Env, args: argparse.Namespace) -> Exit:
+    """Show failed and refused requests, or one of them in full."""
+    request = args.about if re.fullmatch(r"req_\w+", args.about or "") else None
+    wanted = {"limit": args.count, "since": args.since, "request": request,
+              "key": None if request else args.about}
+    query = urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
+    answer = find_server(env).ask("GET", f"/api/errors?{query}")
+    if request is None or args.json:
+        return print_answer(env, args, answer, show_errors)
+    rows = _all_errors(answer.value)
+    if not rows:
+        raise Problem(
+            Exit.FAILED, f"No failure of {request} is known: it succeeded, or it was refused "
+            f"before the server's last start.\nMore: `ocp logs 1000 --request {request}`")
+    env.say("\n\n".join(show_error(row, style_of(env)) for row in rows))
+    return Exit.OK
 
 
 SESSION_COLUMNS = (
@@ -1842,9 +1939,11 @@ def show_keys(answer: Json, style: Style) -> str:
 
 def show_key(answer: Json, style: Style) -> str:
     """Return everything about one key."""
-    limit = answer.get("maxConcurrent") or 0
+    limit, old = answer.get("maxConcurrent") or 0, answer.get("oldSecret")
     return style.paint("bold", clean(answer.get("name"))) + "\n" + field_list([
         ("id", answer.get("id")), ("key", answer.get("keyPreview")), ("state", _key_state(answer)),
+        ("old key", old and f"{old.get('keyPreview')}, works until "
+         f"{local_time(old.get('until'), style)}"),
         ("created", local_time(_created(answer), style)),
         ("last used", age(answer.get("lastUsed"), style)),
         ("expires", local_time(answer["expiry"], style) if answer.get("expiry") else "never"),
@@ -1929,26 +2028,9 @@ def cmd_keys(env: Env, args: argparse.Namespace) -> Exit:
 cmd_keys_list = cmd_keys
 
 
-def _reach_of(env: Env, answer: Answer) -> tuple[str, str]:
-    """Return the address by which devices reach the server, and what is to be said about it."""
-    if "connectUrl" in answer.value:
-        return answer.value["connectUrl"] or "", answer.value.get("connectNote") or ""
-    health: Json = {}
-    with contextlib.suppress(Problem):
-        health = health_of(answer.url) or {}
-    mode, found = health.get("authMode", "multi"), device_url(env, answer.url)
-    notes = []
-    if is_loopback(found):
-        notes.append("Other devices cannot reach this server: `ocp lan` says how to change that.")
-    if mode != "multi":
-        notes.append(f"In mode {mode} keys of devices change nothing: set CLAUDE_AUTH_MODE=multi "
-                     "and restart the server.")
-    return "" if is_loopback(found) else found, " ".join(notes)
-
-
-def key_advice(env: Env, answer: Answer, secret: str) -> Iterator[str]:
+def key_advice(answer: Answer, secret: str) -> Iterator[str]:
     """Yield what to do with a new key, and why it may be of no use."""
-    url, note = _reach_of(env, answer)
+    url, note = clean(answer.value.get("connectUrl") or ""), answer.value.get("connectNote")
     if note:
         yield f"ATTENTION: {clean(note)}"
     where = f"On its device run\n  {connect_line(url)}\nwhich asks for it; or, for one tool:"
@@ -1973,7 +2055,7 @@ def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
     if answer.value.get("warning"):
         env.note(f"ATTENTION: {clean(answer.value['warning'])}")
     env.note(f"This is the key {clean(name)!r}. It is shown only now.")
-    for line in key_advice(env, answer, secret):
+    for line in key_advice(answer, secret):
         env.note(line)
     return Exit.OK
 
@@ -1987,11 +2069,29 @@ def cmd_keys_add(env: Env, args: argparse.Namespace) -> Exit:
     return _print_secret(env, args, find_server(env).ask("POST", "/api/keys", body))
 
 
+def show_grace(answer: Json, style: Style) -> str:
+    """Return what became of a key's old secret."""
+    name = clean(answer.get("name"))
+    return (f"The old secret of {name!r} stopped working." if answer.get("ended")
+            else f"{name!r} has no old secret that works.")
+
+
 def cmd_keys_rotate(env: Env, args: argparse.Namespace) -> Exit:
-    """Give a key a new secret; the old one stops working at once."""
-    server = find_server(env)
-    ask_first(env, args, f"Give {clean(args.key)} a new secret? The old one stops working at once.")
-    return _print_secret(env, args, server.ask("POST", _key_path(args.key) + "/rotate"))
+    """Give a key a new secret; the old one stops working at once, or after --grace."""
+    path, server = _key_path(args.key), find_server(env)
+    if args.grace == "none":
+        return print_answer(env, args, server.ask("DELETE", path + "/grace"), show_grace)
+    if not args.grace:
+        ask_first(
+            env, args, f"Give {clean(args.key)} a new secret? The old one stops working at once.")
+    body = {"grace": args.grace} if args.grace else None
+    answer = server.ask("POST", path + "/rotate", body)
+    code = _print_secret(env, args, answer)
+    old = answer.value.get("oldSecret")
+    if old and not args.json:
+        env.note(f"The old secret {clean(old.get('keyPreview'))} works until "
+                 f"{local_time(old.get('until'), style_of(env))}.")
+    return code
 
 
 def cmd_keys_show(env: Env, args: argparse.Namespace) -> Exit:
@@ -2062,9 +2162,11 @@ class StreamEnd(NamedTuple):
     answer_tokens: int | None = None
 
 
-def print_stream(env: Env, events: Iterable[str], started_s: float) -> StreamEnd:
+def print_stream(
+    env: Env, events: Iterable[str], started_s: float, hint: str = "",
+) -> StreamEnd:
     """Print the text of a streamed answer as it comes, and end its line. Raises Problem for an
-    error in it. `started_s` is when it was asked for."""
+    error in it, with `hint` behind its message. `started_s` is when it was asked for."""
     end, terminal = StreamEnd(), env.stdout.isatty()
     try:
         for data in events:
@@ -2072,8 +2174,8 @@ def print_stream(env: Env, events: Iterable[str], started_s: float) -> StreamEnd
                 break
             chunk = json.loads(data)
             if "error" in chunk:
-                raise Problem(
-                    Exit.FAILED, f"The answer failed: {clean(chunk['error'].get('message'))}")
+                message = clean(chunk["error"].get("message"))
+                raise Problem(Exit.FAILED, f"The answer failed: {message}{hint}")
             tokens = (chunk.get("usage") or {}).get("completion_tokens")
             end = end._replace(
                 model=chunk.get("model") or end.model, answer_tokens=tokens or end.answer_tokens)
@@ -2155,7 +2257,8 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
             with progress(env, f"waiting for {server.url}"):
                 response = stack.enter_context(
                     server.open("POST", path, body, _ANSWER_TIMEOUT_S))
-            end = print_stream(env, sse_data(_stream_lines(response)), started_s)
+            hint = errors_hint(response.headers.get("X-Request-Id", ""))
+            end = print_stream(env, sse_data(_stream_lines(response)), started_s, hint)
     except ValueError:
         raise Problem(
             Exit.FAILED, f"{server.url}{path} sent something that is no answer.") from None
@@ -2421,13 +2524,28 @@ def _systemd_unit(pid: int) -> tuple[str, str] | None:
     return None
 
 
+def command_by_hand(env: Env) -> str:
+    """Return the line that starts the server in a shell, as the installer prints it. The server
+    itself reads the settings in its folder."""
+    record = None
+    with contextlib.suppress(Problem):
+        record = installation(env)
+    python = (record.python if record else "") or sys.executable
+    server = (record.server_path if record else "") or env.beside("ocp_server.py")
+    line = shlex.join([python, server])
+    folder = (record.data_dir if record else "") or env.ocp_home
+    if folder == os.path.join(env.home, ".ocp"):
+        return line
+    return f"OCP_HOME={shlex.quote(folder)} {line}"
+
+
 def _manual_command(env: Env, verb: str, owner: Owner) -> str:
     """Return the command that stops or restarts a server that the installer does not know."""
     unit = _systemd_unit(owner.pid) if owner.pid else None
     if unit:
         return f"systemctl {unit[0]}{verb} {unit[1]}"
-    again = shlex.join([sys.executable, env.beside("ocp_server.py")])
-    return f"kill {owner.pid}" + (f", and then {again}" if verb == "restart" else "")
+    again = f", and then {command_by_hand(env)}" if verb == "restart" else ""
+    return f"kill {owner.pid}{again}"
 
 
 def _refuse_elsewhere(env: Env, record: Record | None, verb: str) -> None:
@@ -2451,11 +2569,10 @@ def _without_service(env: Env, verb: str) -> Exit:
         env.say(f"Nothing listens on port {port}.")
         return Exit.OK
     if owner is None:
-        by_hand, install = ([sys.executable, env.beside(name)] for name in (
-            "ocp_server.py", "setup.py_install.py"))
+        install = [sys.executable, env.beside("setup.py_install.py")]
         raise Problem(
-            Exit.FAILED, f"No service is installed. Run the server by hand: {shlex.join(by_hand)}\n"
-            f"or make it a service: {shlex.join(install)}")
+            Exit.FAILED, "No service is installed. Run the server by hand: "
+            f"{command_by_hand(env)}\nor make it a service: {shlex.join(install)}")
     if not owner.is_ocp:
         kind = "is not an OCP server" if owner.command else "cannot be identified"
         raise Problem(
@@ -2714,6 +2831,15 @@ class Facts:
         """Return the answer of /health, {} if there is none."""
         return self.answer[0]
 
+    @functools.cached_property
+    def failures(self) -> list[Json]:
+        """Return the kinds of failures in the last hour, each with count and action. Raises
+        Unknown, Problem."""
+        if not self.health:
+            raise Unknown("the server does not run")
+        answer = find_server(self.env).ask("GET", "/api/errors?since=1h&limit=0", timeout_s=3.0)
+        return list(answer.value.get("byKind") or [])
+
     @property
     def server_path(self) -> str:
         """Return the path of the server that should be running."""
@@ -2944,6 +3070,19 @@ def _check_extra_usage(facts: Facts) -> Finding:
     return Finding("PASS", "no answer is billed as extra usage, as far as claude has told")
 
 
+def _check_failures(facts: Facts) -> Finding:
+    kinds = facts.failures
+    if not kinds:
+        return Finding("PASS", "no request failed in the last hour")
+    # Wrong keys and requests are matters of clients; those of claude and the account are not.
+    is_ours = any(
+        int(kind.get("status") or 0) >= 500 or str(kind.get("kind")).startswith("upstream_")
+        for kind in kinds)
+    counts = ", ".join(f"{kind.get('count')} {kind.get('kind')}" for kind in kinds)
+    return Finding("WARN" if is_ours else "INFO",
+                   f"failed in the last hour: {counts}; see `ocp errors --since 1h`")
+
+
 def _check_login(facts: Facts) -> Finding:
     if not facts.health:
         raise Unknown("the server does not run")
@@ -3031,6 +3170,11 @@ def _fix_extra_usage(facts: Facts) -> Fix:
     return Fix("extra_usage", ("to stop at the plan's limit: `ocp settings extraUsage stop`",))
 
 
+def _fix_failures(facts: Facts) -> Fix:
+    actions = (f"{kind.get('kind')}: {kind.get('action')}" for kind in facts.failures)
+    return Fix("recent_failures", tuple(clean(action) for action in actions))
+
+
 def _fix_login(facts: Facts) -> Fix:
     if (facts.health.get("auth") or {}).get("ok") is not False:
         return Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",))
@@ -3041,14 +3185,15 @@ def _fix_service(facts: Facts) -> Fix:
     record = facts.service
     if record:
         return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
-    by_hand = f"run it by hand: {facts.script('ocp_server.py')}"
+    by_hand = f"run it by hand: {command_by_hand(facts.env)}"
     return Fix("fix_service", (by_hand,), _fix_install(facts).commands)
 
 
 def _fix_version(facts: Facts) -> Fix:
     record = facts.service
     if record is None:
-        return Fix("restart", ("end the server and start it again, as you started it",))
+        again = f"end the server and start it again: {command_by_hand(facts.env)}"
+        return Fix("restart", (again,))
     return Fix("restart", (), tuple(service_lines(facts.env, record, "restart")))
 
 
@@ -3091,6 +3236,8 @@ CHECKS = (
     Check("oauth_ok", "What the last answer told about the login", _check_login, _fix_login),
     Check("extra_usage", "Whether answers are billed as extra usage, beyond the plan",
           _check_extra_usage, _fix_extra_usage),
+    Check("recent_failures", "Which requests failed in the last hour, and why",
+          _check_failures, _fix_failures),
     Check("service_version_matches_tree", "Whether the installed version is the one that runs",
           _check_served_version, _fix_version),
     Check("linger", "Whether a service of a user outlives the login (systemd)", _check_linger,
@@ -3975,6 +4122,7 @@ VALUES = {
 
 def _server_names(env: Env, metavar: str) -> list[str]:
     """Return names of the server for a metavar; none if they cannot be had quickly."""
+    metavar = metavar.partition("|")[0]
     if metavar not in VALUES:
         return []
     path, rows, field = VALUES[metavar]

@@ -27,7 +27,7 @@ Sections (search for "==== 8" to jump to the eighth):
     11. OpenClaw          told about the service, by ocp_connect.py
     12. Command line      arguments, the order of the phases, exit codes
 """
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import os
 import sys
@@ -271,9 +271,12 @@ class HttpProblem(Exception):
     """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
     403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
 
-    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
+    def __init__(
+        self, kind: str, message: str, status: int = 0, body: Any = None, request_id: str = ""
+    ) -> None:
         super().__init__(message)
         self.kind, self.status, self.body = kind, status, body
+        self.request_id = request_id
 
 
 @contextlib.contextmanager
@@ -302,11 +305,11 @@ def http_open(
             raise HttpProblem("unreachable", reason) from None
         with contextlib.closing(answer):
             if answer.status >= 300:
-                raise http_problem(answer.status, text)
+                raise http_problem(answer.status, text, answer.headers.get("X-Request-Id", ""))
             yield answer
 
 
-def http_problem(status: int, text: bytes) -> HttpProblem:
+def http_problem(status: int, text: bytes, request_id: str) -> HttpProblem:
     """The problem that an answer with such a status stands for."""
     kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
     body, message = None, text[:200].decode("utf-8", "replace").strip()
@@ -314,7 +317,7 @@ def http_problem(status: int, text: bytes) -> HttpProblem:
         body = json.loads(text)
     error = body.get("error") if isinstance(body, dict) else None
     told = error.get("message") if isinstance(error, dict) else error
-    return HttpProblem(kind, str(told or message), status, body)
+    return HttpProblem(kind, str(told or message), status, body, request_id)
 
 
 def http_json(
@@ -849,6 +852,17 @@ def command_with_settings(install: Installation) -> list[str]:
     """Return the command that starts the server with its settings, without systemd."""
     shell = ["/bin/sh", "-c", _WITH_SETTINGS, "ocp"]
     return [*shell, install.env_file, install.python, install.server_path]
+
+
+def command_by_hand(install: Installation) -> str:
+    """Return the line that starts the server in a shell. The server itself reads the settings in
+    its folder."""
+    if install.env_file != os.path.join(install.data_dir, "ocp.env"):
+        return shlex.join(command_with_settings(install))
+    line = shlex.join([install.python, install.server_path])
+    if install.data_dir == os.path.join(install.home, ".ocp"):
+        return line
+    return f"OCP_HOME={shlex.quote(install.data_dir)} {line}"
 
 
 def launchd_plist(install: Installation) -> bytes:
@@ -1612,9 +1626,10 @@ def ask(install: Installation, values: Mapping[str, str]) -> Answer:
     except HttpProblem as problem:
         error = problem.body.get("error") if isinstance(problem.body, dict) else None
         code = str(error.get("code") or "") if isinstance(error, dict) else ""
-        if code == "invalid_api_key":
+        if code.endswith("_api_key"):
             return Answer(None, "No question was asked: no key is known here that the API accepts.")
-        return Answer(False, f"The question failed: {problem}", code)
+        more = f" More: `ocp errors {problem.request_id}`" if problem.request_id else ""
+        return Answer(False, f"The question failed: {problem}{more}", code)
     except (KeyError, IndexError, TypeError):
         return Answer(False, "The question failed: the answer is not one of OCP.")
     took_s = time.monotonic() - began_s
@@ -1887,7 +1902,7 @@ def next_steps(job: Job) -> Iterator[str]:
     if values.get(AUTH_MODE) == "multi":
         yield "Create a key for each client with: ocp keys add NAME"
     if install.service.platform == "none":
-        yield f"Start it by hand: {shlex.join(command_with_settings(install))}"
+        yield f"Start it by hand: {command_by_hand(install)}"
     elif not job.situation.should_start:
         yield f"It is not started now. Start it with: {shlex.join(install.service.start)}"
     else:

@@ -390,6 +390,9 @@ def test_a_new_key_is_not_lost_in_an_answer_that_is_not_understood(tmp_path: Pat
     (["rename", "a/b", "c"], ("PATCH", "/api/keys/a%2Fb", {"name": "c"})),
     (["edit", "1", "--expiry", "never"], ("PATCH", "/api/keys/1", {"expiry": None})),
     (["rotate", "1", "--yes"], ("POST", "/api/keys/1/rotate", None)),
+    (["rotate", "1", "--grace", "24h"], ("POST", "/api/keys/1/rotate", {"grace": "24h"})),
+    (["rotate", "K\u00fcche", "--grace", "none"],
+     ("DELETE", "/api/keys/K%C3%BCche/grace", None)),
     (["revoke", "lap top", "-y"], ("DELETE", "/api/keys/lap%20top", None)),
     (["quota", "1", "--daily", "0"], ("PATCH", "/api/keys/1/quota", {"daily": 0})),
 ])
@@ -398,6 +401,7 @@ def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Jso
         "PATCH /api/keys/a%2Fb": (200, samples.KEY), "PATCH /api/keys/1": (200, samples.KEY),
         "POST /api/keys/1/rotate": (200, {"id": 1, "name": "x", "key": "ocp_new"}),
         "DELETE /api/keys/lap%20top": (200, {"revoked": True, "idOrName": "lap top"}),
+        "DELETE /api/keys/K%C3%BCche/grace": (200, {"ended": True, "name": "K\u00fcche"}),
         "PATCH /api/keys/1/quota": (200, {"ok": True}),
         "GET /api/keys/1/quota": (200, samples.QUOTA)}
     with stub_server(answers) as server:
@@ -405,6 +409,20 @@ def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Jso
         changes = [r for r in server.requests if r.method != "GET"]
     assert found.code == 0, found
     assert [(r.method, r.path, r.body) for r in changes] == [sent]
+
+
+def test_an_old_secret_with_grace_is_shown(tmp_path: Path) -> None:
+    old = {"keyPreview": "ocp_aaaa...zzzz", "until": "2027-01-31T12:00:00.000Z"}
+    answers = {
+        "POST /api/keys/x/rotate": (200, {"id": 1, "name": "x", "key": "ocp_n", "oldSecret": old}),
+        "GET /api/keys/x": (200, {**samples.KEY, "oldSecret": old}),
+        "GET /api/keys/x/quota": (200, samples.QUOTA)}
+    with stub_server(answers) as server:
+        rotated = run(tmp_path, server.url, "keys", "rotate", "x", "--grace", "24h")
+        shown = run(tmp_path, server.url, "keys", "show", "x")
+    assert rotated.stdout == "ocp_n\n"
+    assert "The old secret ocp_aaaa...zzzz works until 2027-01-" in rotated.stderr
+    assert "ocp_aaaa...zzzz, works until 2027-01-" in shown.stdout
 
 
 def test_revoking_nothing_is_a_failure(tmp_path: Path) -> None:
@@ -1007,35 +1025,6 @@ def test_connect_runs_its_script_with_the_arguments(tmp_path: Path) -> None:
         cwd=tmp_path, env=clean_env(HOME=str(tmp_path)), check=False)
     assert ran.returncode == 4
     assert (tmp_path / "seen").read_text() == "['box.lan', '--key', 'k', '--dry-run']"
-
-
-def test_a_new_key_comes_with_the_command_for_its_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answer = {"POST /api/keys": (201, {"key": "ocp_secret", "name": "laptop"})}
-    with stub_server(answer) as server:
-        # What is asked is loopback, and taken for another machine.
-        monkeypatch.setattr(ocp, "is_loopback", lambda url: False)
-        found = run(tmp_path, server.url, "keys", "add", "laptop")
-    command = f"curl -fsSL {server.url}/connect | python3 - {server.url}"
-    assert found.stdout == "ocp_secret\n" and command in found.stderr
-    assert "ATTENTION" not in found.stderr
-
-
-@pytest.mark.parametrize("addresses", [[], ["127.0.0.77"]])
-@pytest.mark.parametrize("mode", ["none", "shared", "multi"])
-def test_a_new_key_says_why_it_is_of_no_use_elsewhere(
-    tmp_path: Path, mode: str, addresses: list[str],
-) -> None:
-    answer = {"POST /api/keys": (201, {"key": "ocp_secret", "name": "laptop"}),
-              "GET /health": (200, {**HEALTH, "authMode": mode})}
-    with stub_server(answer) as server:
-        # The stub listens on 127.0.0.1 and so not on 127.0.0.77.
-        found = run(tmp_path, server.url, "keys", "add", "laptop", addresses=lambda: addresses)
-    assert "Other devices cannot reach this server: `ocp lan`" in found.stderr
-    assert "For one tool on this machine" in found.stderr
-    assert "curl" not in found.stderr and f"OPENAI_BASE_URL={server.url}/v1" in found.stderr
-    assert ("keys of devices change nothing" in found.stderr) is (mode != "multi")
 
 
 @pytest.mark.parametrize("url, note", [
