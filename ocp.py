@@ -1054,6 +1054,8 @@ class Column(NamedTuple):
     head: str
     text: Callable[[Json, Style], object]
     side: str = "<"
+    #: Whether it is cut at the end of the terminal's line. Only for the last column.
+    is_prose: bool = False
 
 
 def text_column(head: str, name: str) -> Column:
@@ -1079,10 +1081,7 @@ def age_column(head: str, name: str, side: str = "<") -> Column:
 def table(
     columns: Sequence[Column], rows: Iterable[Json], style: Style, total: Sequence[str] = (),
 ) -> str:
-    """Return rows as aligned lines below their heads. `total`: the first cells of a last line.
-
-    Words in the last column are cut where they would not fit on the terminal.
-    """
+    """Return rows as aligned lines below their heads. `total`: the first cells of a last line."""
     cells = [[column.head for column in columns]]
     cells += [[clean(column.text(row, style)) for column in columns] for row in rows]
     if total:
@@ -1093,7 +1092,7 @@ def table(
         padded = [f"{cell:{column.side}{width}}" for cell, column, width in zip(
             line, columns, widths)]
         text = ("  " + "  ".join(padded)).rstrip()
-        is_cut = columns[-1].side == "<" and 0 < style.width < len(text)
+        is_cut = columns[-1].is_prose and 0 < style.width < len(text)
         lines.append(text[:style.width - 3] + "..." if is_cut else text)
     return "\n".join([style.paint("bold", lines[0]), *lines[1:]])
 
@@ -1299,7 +1298,6 @@ TOKEN_COLUMNS = (
     Column("Cached", lambda row, style: _cached_share(row), ">"),
     number_column("Tokens out", "output_tokens"),
 )
-SEARCHES = number_column("Searches", "web_search_requests")
 #: Within 80 columns.
 MODEL_COLUMNS = (
     text_column("Model", "name"), number_column("Requests", "requests"),
@@ -1325,12 +1323,13 @@ def show_usage(answer: Json, style: Style) -> str:
 
 USAGE_COLUMNS = (
     number_column("Requests", "requests"), number_column("OK", "successes"),
-    number_column("Err", "errors"), *TOKEN_COLUMNS, SEARCHES,
+    number_column("Err", "errors"), *TOKEN_COLUMNS,
+    number_column("Searches", "web_search_requests"),
     duration_column("Avg time", "avg_elapsed_ms"), age_column("Last", "last_request", ">"),
 )
 DAY_COLUMNS = (
     text_column("Day", "day"), number_column("Requests", "requests"),
-    number_column("Err", "errors"), *TOKEN_COLUMNS, SEARCHES,
+    number_column("Err", "errors"), *TOKEN_COLUMNS,
 )
 
 
@@ -1538,7 +1537,7 @@ SETTING_COLUMNS = (
     text_column("Setting", "name"),
     Column("Value", lambda row, _: _setting_value(row.get("value"), row), ">"),
     Column("From", lambda row, _: row.get("source") if is_changed(row) else ""),
-    Column("What it is", lambda row, _: row.get("desc") or ""),
+    Column("What it is", lambda row, _: row.get("desc") or "", is_prose=True),
 )
 
 
@@ -1603,10 +1602,10 @@ def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
     for field, variable in at_start.items():
         if name == variable or plain == field.replace("_", ""):
             record = installation(env)
-            how = (f"in {record.env_file}, and restart with `ocp restart`."
-                   if record and record.env_file else "in its environment, and start it again.")
-            raise Problem(Exit.USAGE, f"{clean(name)} is read at the start of the server only. "
-                                      f"Set {variable} {how}")
+            file = (record.env_file if record else "") or os.path.join(env.ocp_home, "ocp.env")
+            raise Problem(
+                Exit.USAGE, f"{clean(name)} is read at the start of the server only. Set "
+                f"{variable} in {file}, and restart with `ocp restart`.")
     hint = did_you_mean(name, settings) or did_you_mean(name, at_start) or (
         " `ocp settings` lists them.")
     raise Problem(Exit.USAGE, f"There is no setting {clean(name)!r}.{hint}")

@@ -318,7 +318,7 @@ def test_a_setting_of_the_start_says_where_it_is_set(tmp_path: Path) -> None:
         for name in ("bind", "CLAUDE_BIND", "authMode", "api_key"):
             found = run(tmp_path, server.url, "settings", name, "x")
             assert found.code == ocp.Exit.USAGE and "at the start of the server" in found.stderr
-        assert "Set PROXY_API_KEY in" in found.stderr
+        assert f"Set PROXY_API_KEY in {tmp_path}/.ocp/ocp.env" in found.stderr
         record = {"version": 1, "actions": [], "url": server.url, "env_file": "/etc/ocp.env"}
         (tmp_path / ".ocp").mkdir()
         (tmp_path / ".ocp" / "install.json").write_text(json.dumps(record))
