@@ -311,6 +311,11 @@ COMMANDS = (
             examples=("help keys add", "help environment")),
 )
 
+#: The command line without a command.
+ROOT = Command("", "", (
+    JSON, flag("--version", "-V", help="print the version, and ask no server"),
+), COMMANDS)
+
 #: How the help groups the commands; what is named in none comes last.
 GROUPS = (
     ("Everyday", ("status", "usage", "ask", "dashboard", "models", "logs", "errors")),
@@ -3937,15 +3942,17 @@ def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
 
 def cmd_version(env: Env, args: argparse.Namespace) -> Exit:
     """Show the versions: installed, running, and claude's."""
-    installed = version_of(env.beside("ocp_server.py")) or None
+    installed, nobody = version_of(env.beside("ocp_server.py")) or None, "no server answers"
     health: Json = {}
-    with contextlib.suppress(Problem):
+    try:
         health = health_of(server_url(env)) or {}
+    except Problem:
+        nobody = "another program answers, no OCP server"
     found = {"installed": installed, "served": health.get("version"),
              "claude": health.get("claudeVersion")}
     env.say(json.dumps(found) if args.json else field_list([
         ("installed", installed or "no ocp_server.py beside ocp.py"),
-        ("served", found["served"] or "no server answers"),
+        ("served", found["served"] or nobody),
         ("claude", found["claude"] or "unknown"),
     ]))
     return Exit.OK
@@ -3968,18 +3975,16 @@ def help_text() -> str:
     """Return the help of the whole."""
     first = (__doc__ or "").partition("\n")[0]
     options = field_list([
-        ("--json", "print JSON, where a command has it"), *(
-            (" ".join([each.names[0], *filter(None, [each.options.get("metavar")])]),
-             each.options["help"]) for each in EVERYWHERE),
-        ("-V, --version", "print the version, and ask no server"), ("-h, --help", "show this help"),
-    ])
+        (" ".join([", ".join(each.names), each.options.get("metavar", "")]), each.options["help"])
+        for each in (*ROOT.arguments, *EVERYWHERE)
+    ] + [("--help, -h", "show this help, or that of a command")])
     return f"""{first}
 
 Usage: ocp COMMAND [ARGUMENTS]
 
 {commands_text()}
 
-Options, before or after the command:
+Options (--json, --url and --debug also after the command):
 {options}
 
 Examples:
@@ -4050,8 +4055,7 @@ def parser(env: Env) -> argparse.ArgumentParser:
             return "ocp COMMAND [ARGUMENTS]"
 
     whole = Whole(prog="ocp", allow_abbrev=False)
-    whole.add_argument("--version", "-V", action="store_true")
-    for each in (JSON, *EVERYWHERE):
+    for each in (*ROOT.arguments, *EVERYWHERE):
         whole.add_argument(*each.names, **each.options)
     whole.set_defaults(run=None, url=None, debug=False, parser=whole)
     _add_commands(whole, COMMANDS, Here, "cmd_")
@@ -4068,7 +4072,7 @@ def behind_options(words: Sequence[str]) -> Sequence[str]:
 
 def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
     """Return the row that the words name, and the words behind its name."""
-    row = Command("", "", actions=COMMANDS)
+    row = ROOT
     for at, word in enumerate(words):
         found = next((each for each in row.actions if each.name == word), None)
         if found is None:
@@ -4138,9 +4142,10 @@ def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterat
     if command.name == "connect":
         yield from ((name, "") for name in connect_options(env))
         return
-    expecting = [each for each in command.arguments
+    arguments = (*command.arguments, *EVERYWHERE)
+    expecting = [each for each in arguments
                  if last in each.names and "metavar" in each.options]
-    for each in expecting or (*command.arguments, *EVERYWHERE):
+    for each in expecting or arguments:
         if each.names[0].startswith("-") and not expecting:
             yield from ((name, each.options["help"]) for name in each.names if name[:2] == "--")
             continue

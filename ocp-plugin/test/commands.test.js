@@ -93,6 +93,13 @@ for (const [name, [show, value]] of Object.entries(SHOWN)) {
   });
 }
 
+test("the login has the same words everywhere", () => {
+  for (const [ok, words] of [[null, "not known yet"], [true, "logged in"], [false, "not logged in"]]) {
+    const [show, health] = SHOWN.health;
+    assert.match(show({ ...health, auth: { ok } }), new RegExp(`^Login +${words}$`, "m"));
+  }
+});
+
 test("the list of settings is whole, and may be longer", () => {
   const names = Array.from({ length: 24 }, (_, at) => `setting${at}`);
   const shown = showSettings(Object.fromEntries(names.map((name) => [name, SETTING])));

@@ -926,6 +926,8 @@ def test_version_names_all_three(tmp_path: Path) -> None:
     assert json.loads(found.stdout) == {
         "installed": installed, "served": "0.1.0", "claude": "2.1.329"}
     assert "no server answers" in run(tmp_path, DEAD_URL, "version").stdout
+    with stub_server({"GET /health": (200, "<html>")}) as server:
+        assert "another program answers" in run(tmp_path, server.url, "version").stdout
 
 
 def completed(tmp_path: Path, url: str, *words: str) -> set[str]:
@@ -950,7 +952,9 @@ def test_commands_actions_options_and_choices_are_completed(tmp_path: Path) -> N
     assert completed(tmp_path, DEAD_URL, "completion", "z") == {"zsh"}
     assert completed(tmp_path, DEAD_URL, "logs", "e") == {"error"}
     assert completed(tmp_path, DEAD_URL, "help", "keys", "re") == {"rename", "revoke"}
-    assert completed(tmp_path, DEAD_URL, "nonsense", "") == {"--help", "--url", "--debug"}
+    assert completed(tmp_path, DEAD_URL, "nonsense", "") == completed(tmp_path, DEAD_URL, "--") == {
+        "--help", "--url", "--debug", "--json", "--version"}
+    assert completed(tmp_path, DEAD_URL, "status", "--url", "") == set()
     assert completed(tmp_path, DEAD_URL) >= {command.name for command in ocp.COMMANDS}
 
 
