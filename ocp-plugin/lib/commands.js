@@ -55,7 +55,8 @@ export function showStatus(status) {
   ];
   const errors = status.recentErrors.map((each) => (
     `${each.time.slice(11, 19)} ${clip(each.message, 70)}`));
-  return page("OCP status", errors.length ? [...lines, "", ...errors] : lines);
+  return page("OCP status", errors.length ? [...lines, "", ...errors] : lines,
+    proxy.fix ? `To do: ${code(proxy.fix, 200)}` : "");
 }
 
 const LOGIN = new Map([[null, "not known yet"], [true, "logged in"], [false, "not logged in"]]);
