@@ -1264,12 +1264,25 @@ def _extra_usage_words(extra: Json) -> str:
     return ", ".join(parts) + (f" ({clean(reason)})" if reason else "")
 
 
+#: Numbers of the plan that are older than this are shown with their age.
+_PLAN_IS_OLD_S = 600.0
+
+
+def _plan_age(plan: Json, style: Style) -> str:
+    """Return how old the newest number of the plan is, empty if it is fresh or there is none."""
+    windows = [plan.get("currentSession"), *(plan.get("weeklyLimits") or {}).values()]
+    told = max((str((window or {}).get("observedAt") or "") for window in windows), default="")
+    told_s = parse_time(told)
+    is_old = told_s is not None and style.now_s - told_s > _PLAN_IS_OLD_S
+    return f"  as of {age(told, style)}" if is_old else ""
+
+
 def show_plan(plan: Json, style: Style) -> str:
     """Return the limits of the plan."""
     plan = plan if isinstance(plan, dict) else {}
     weekly = plan.get("weeklyLimits") or {}
     extra = plan.get("extraUsage") or {}
-    lines = [style.paint("bold", "Plan Usage Limits")]
+    lines = [style.paint("bold", "Plan Usage Limits") + _plan_age(plan, style)]
     lines.append(_window_line("Current session", plan.get("currentSession"), style))
     lines.append(_window_line("Weekly (all models)", weekly.get("allModels"), style))
     for name in sorted(set(weekly) - {"allModels"}):

@@ -3718,6 +3718,7 @@ MIGRATIONS = (
     """,
     "ALTER TABLE replaced_secrets ADD COLUMN valid_until_s INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE replaced_secrets ADD COLUMN preview TEXT NOT NULL DEFAULT ''",
+    "CREATE TABLE plan (id INTEGER PRIMARY KEY CHECK (id = 1), state TEXT NOT NULL)",
 )
 
 
@@ -14668,6 +14669,32 @@ class Account:
             if report.windows and report.status is not None:
                 self._last_report = report
 
+    def state(self) -> str:
+        """Return what is known of the plan as JSON, for `restore`; empty if nothing is known."""
+        with self._lock:
+            if self._windows_updated_s is None:
+                return ""
+            return json.dumps({
+                "windows": {name: list(window) for name, window in self._windows.items()},
+                "budget": list(self._budget),
+                "subscription": self._subscription,
+                "updated_s": self._windows_updated_s,
+            })
+
+    def restore(self, state: str) -> None:
+        """Set what an earlier server knew of the plan; each number keeps the time of its report.
+        Raises ValueError, TypeError, KeyError if `state` is not from `state`."""
+        stored = json.loads(state)
+        windows = {str(name): PlanWindow(*each) for name, each in stored["windows"].items()}
+        if not all(isinstance(each, (int, float, type(None))) for window in windows.values()
+                   for each in (window.utilization, window.resets_at_s, window.observed_s)):
+            raise ValueError("a window has no numbers")
+        with self._lock:
+            self._windows = windows
+            self._budget = ExtraUsageBudget(*stored["budget"])
+            self._subscription = stored["subscription"]
+            self._windows_updated_s = float(stored["updated_s"])
+
     def _completed(self, window: PlanWindow, before: PlanWindow) -> PlanWindow:
         """Return a window with what only an earlier report told."""
         if window.utilization is not None:
@@ -14803,6 +14830,31 @@ class Account:
                 "fetchedAt": None if updated_s is None else iso_time(updated_s),
                 "plan": plan,
             }
+
+
+class PlanRecord:
+    """Keeps what is known of the plan in the database, so that a restart does not forget it."""
+
+    def __init__(self, store: Store, account: Account, log: Log) -> None:
+        """Read what an earlier server knew."""
+        self._store = store
+        self._account = account
+        self._written = ""
+        rows = store.rows("SELECT state FROM plan")
+        try:
+            if rows:
+                account.restore(rows[0]["state"])
+                self._written = account.state()
+        except (ValueError, TypeError, KeyError, AttributeError) as problem:
+            log.event("warn", "stored_plan_ignored", error=repr(problem))
+
+    def write(self) -> None:
+        """Write what has changed. Raises sqlite3.Error."""
+        state = self._account.state()
+        if state != self._written:
+            with self._store.transaction() as connection:
+                connection.execute("INSERT OR REPLACE INTO plan VALUES (1, ?)", (state,))
+            self._written = state
 
 
 # ==== 34. Metrics ============================================================
@@ -16744,7 +16796,6 @@ class App:
         self.metrics = Metrics()
         self.refusals = Refusals(log)
         self.wrong_keys = WrongKeys(clock)
-        self.account = Account()
         self.gate = Gate(self.config)
         self.program = ClaudeProgram(config, environ, demo_command)
         self.claude_folder = self._claude_folder(environ)
@@ -16798,6 +16849,8 @@ class App:
         self.ledger = Ledger(self.store)
         self.sessions = Sessions(self.store)
         self.thinking = ThinkingMemory()
+        self.account = Account()
+        self._plan_record = PlanRecord(self.store, self.account, self.log)
         self._prune_at_s = self._write_use_at_s = self.clock()
 
     def _tend_storage(self) -> None:
@@ -16807,6 +16860,7 @@ class App:
             if self.clock() >= self._write_use_at_s:
                 self._write_use_at_s = self.clock() + _LAST_USE_EVERY_S
                 self.keys.write_last_use()
+                self._plan_record.write()
         self.state_folder.check()
 
     def _take_report(self, report: Json) -> None:
@@ -16988,6 +17042,7 @@ class App:
         with contextlib.suppress(sqlite3.Error):
             self.store.write_queued()
             self.keys.write_last_use()
+            self._plan_record.write()
         self.state_folder.close()
 
 

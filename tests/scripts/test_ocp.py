@@ -180,6 +180,13 @@ def test_unknown_plan_is_said_to_be_unknown() -> None:
     assert "claude reports the limits of a plan with its answers" in shown
 
 
+@pytest.mark.parametrize(("later_s", "words"), [(60, ""), (7200, "  as of 2h ago")])
+def test_an_old_plan_is_shown_with_its_age(later_s: int, words: str) -> None:
+    style = PLAIN._replace(now_s=samples.NOW_S + later_s)
+
+    assert ocp.show_plan(samples.PLAN, style).splitlines()[0] == f"Plan Usage Limits{words}"
+
+
 def test_health_of_a_server_that_is_not_well_is_a_failure(tmp_path: Path) -> None:
     ill = {**HEALTH, "status": "degraded", "fix": "log in again"}
     with stub_server({"GET /health": (200, ill)}) as server:
