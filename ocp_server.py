@@ -1504,14 +1504,12 @@ class Log:
             [*_file_tail(f"{name}.1", maximum), *_file_tail(name, maximum)][-maximum:]
             for name, maximum in ((audit_path, _RING_AUDITS), (path, _RING_EVENTS))
         )
-        # The log has audit events too.
-        audited = {(entry["ts"], entry["event"]) for entry in audits}
-        events = [entry for entry in events if (entry["ts"], entry["event"]) not in audited]
-        numbered = sorted(
-            [(entry, ring) for ring, entries in ((self._audits, audits), (self._ring, events))
-             for entry in entries],
-            key=lambda pair: str(pair[0]["ts"]),
-        )
+        # The log has the later ones of the audit events too.
+        audited, logged = ({(e["ts"], e["event"]) for e in each} for each in (audits, events))
+        numbered = [(e, self._audits) for e in audits if (e["ts"], e["event"]) not in logged]
+        numbered += [
+            (e, self._audits if (e["ts"], e["event"]) in audited else self._ring) for e in events
+        ]
         with self._lock:
             rings = (self._audits, self._ring)
             present = [[(number + len(numbered), e) for number, e in ring] for ring in rings]
