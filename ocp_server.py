@@ -22,7 +22,7 @@ Sections (search for "==== 8" to jump to the eighth):
      1. Small tools             compact JSON, ids, redaction, times and text, the machine's memory
      2. Settings                the table of settings, and reading them from the environment
      3. Errors                  every failure that is reported to a client
-     4. Log                     a rotated JSON file, the terminal, and recent events in memory
+     4. Log                     a rotated file, the terminal, recent events, refused requests
      5. Models                  the known models and what each one accepts
      6. Turns and events        the internal form of a request and of an answer
      7. Store                   the SQLite database, and the settings changed at run time
@@ -1359,7 +1359,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "local_only": "Call this route on the server's own machine, or set CLAUDE_AUTH_MODE=multi.",
     "host_not_allowed": "Add the name to OCP_ALLOWED_HOSTS, if you gave it to this server.",
     "origin_not_allowed": "Add the origin to OCP_ALLOWED_ORIGINS, if you trust this web page.",
-    "model_not_allowed": "Allow the key this model with `ocp keys edit KEY --models`.",
+    "model_not_allowed": "Allow the key this model with `ocp keys edit KEY --models A,B`.",
     "upstream_forbidden": (
         "Look at the account on claude.ai: it may not use this model, or is on hold."
     ),
@@ -1407,7 +1407,8 @@ def action_for(kind: str, key_name: str = "") -> str:
 # a rotated file and as a plain line to the terminal, and kept in a ring buffer for GET /logs. No
 # prompts and no secrets: callers pass names, counts and durations, and text is redacted here.
 # Changes by the operator are audit events: they have a ring and a file of their own, so that
-# other events cannot displace them.
+# other events cannot displace them. What was refused before any work has no row of usage: it is
+# summed in memory, so that nobody without a key can fill the log or the disk.
 
 LEVELS = ("debug", "info", "warn", "error")
 #: How many events are kept in memory for GET /logs, and how many audit events.
