@@ -155,6 +155,6 @@ DOCTOR: Json = {
 }
 
 __all__ = [
-    "API_USAGE", "DOCTOR", "ERROR", "ERRORS", "HEALTH", "KEY", "KEYS", "LAN", "LOGS", "MODELS", "NOW_S", "PLAN",
-    "QUOTA", "REFUSAL", "SESSIONS", "SETTINGS", "STATUS", "USAGE",
+    "API_USAGE", "DOCTOR", "ERROR", "ERRORS", "HEALTH", "KEY", "KEYS", "LAN", "LOGS", "MODELS",
+    "NOW_S", "PLAN", "QUOTA", "REFUSAL", "SESSIONS", "SETTINGS", "STATUS", "USAGE",
 ]
