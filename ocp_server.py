@@ -1322,20 +1322,17 @@ class ClientGone(Exception):
     outcome: ClassVar[str] = "abandoned"
 
 
-_LOOK_AT_REQUEST = "Correct the request in the client; the message names the field."
-_LET_FINISH = "Nothing, if it is rare: the client retries."
-#: What the operator can do about each kind of failure. KEY stands for the name of a key.
+#: What the operator can do about each kind of failure. KEY stands for the name of a key. Kinds that
+#: are not listed are faults of a single request, such as `too_many_images`.
+_CORRECT_REQUEST = "Correct the request in the client; the message says what is wrong."
 ACTIONS: Mapping[str, str] = MappingProxyType({
     "server_error": "Look at the server's log with `ocp logs --request ID`, and report the error.",
-    "invalid_request_error": _LOOK_AT_REQUEST,
-    "unsupported_parameter": _LOOK_AT_REQUEST,
+    "invalid_request_error": _CORRECT_REQUEST,
     "context_length_exceeded": (
         "Begin a new conversation, or choose a model with a longer window: `ocp models`."
     ),
     "empty_answer": "Ask in another way, or raise the client's max_tokens.",
     "content_filter": "Ask in another way: the model declined.",
-    "images_unsupported_in_system_messages": _LOOK_AT_REQUEST,
-    "invalid_image_url": _LOOK_AT_REQUEST,
     "missing_api_key": (
         "Give the client a key: `ocp keys add NAME` creates one, `ocp connect` sets up tools."
     ),
@@ -1385,7 +1382,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "claude_unavailable": "Run `ocp doctor`: it says how to install or update claude.",
     "too_many_connections": "Close idle clients, or raise OCP_MAX_CONNECTIONS.",
     "memory_full": "Send fewer large requests at a time.",
-    "shutting_down": _LET_FINISH,
+    "shutting_down": "Nothing: clients retry, and the next server answers.",
     "not_ready": "Run `ocp doctor`: it says what is missing.",
     "database_failed": "Run `ocp doctor`: it says what is wrong with the database.",
     "database_locked": "End the other program that uses ocp.db.",
@@ -1396,9 +1393,9 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
 
 
 def action_for(kind: str, key_name: str = "") -> str:
-    """Return what the operator can do about a kind of failure, "" if nothing is known. `key_name`
-    is the name of a key, if there is one."""
-    action = ACTIONS.get(kind, "")
+    """Return what the operator can do about a kind of failure. `key_name` is the name of a key, if
+    there is one."""
+    action = ACTIONS.get(kind, _CORRECT_REQUEST)
     return re.sub(r"\bKEY\b", lambda _: shlex.quote(key_name), action) if key_name else action
 
 

@@ -149,7 +149,10 @@ def test_the_text_of_a_failure_is_its_message(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_each_kind_of_failure_says_what_the_operator_can_do(name: str) -> None:
-    assert ocp.action_for(raised(name).kind).endswith((".", ":"))
+    kind = raised(name).kind
+
+    assert ocp.action_for(kind).endswith(".")
+    assert kind in ocp.ACTIONS or issubclass(KINDS[name], ocp.BadRequest)
 
 
 def test_no_action_is_for_a_failure_that_does_not_exist() -> None:
