@@ -1658,10 +1658,11 @@ class RefusedGroup:
 
 
 #: How many groups are kept, of callers with a key and of strangers; how many of the latter may be
-#: of one peer, and how many refusals of a group are kept one by one.
-_MAX_REFUSED_GROUPS = 200
+#: of one peer, and how many refusals of a group are kept one by one. Together they take at most
+#: some 5 MB.
+_MAX_REFUSED_GROUPS = 100
 _MAX_REFUSED_GROUPS_OF_PEER = 20
-_LATEST_REFUSALS = 50
+_LATEST_REFUSALS = 20
 
 
 class RefusedRequests:
@@ -1718,17 +1719,14 @@ _REFUSED_EVENT = "request_refused"
 
 def _refused_of(entry: Json) -> Refused | None:
     """Return the refusal that an event of the log tells; None if it tells none."""
-    caller = entry.get("caller")
-    fields = {
-        **entry, "key": entry.get("key") or ("" if caller == "public" else caller),
-    }
-    texts = [fields.get(name, "") for name in Refused._fields if name != "status"]
-    is_whole = isinstance(entry.get("status"), int) and "kind" in entry
-    if entry["event"] != _REFUSED_EVENT or not is_whole:
+    texts = {name: entry.get(name, "") for name in Refused._fields if name != "status"}
+    if entry.get("caller") != "public":
+        texts["key"] = texts["key"] or entry.get("caller", "")
+    status = entry.get("status")
+    if entry["event"] != _REFUSED_EVENT or not isinstance(status, int) or not texts["kind"]:
         return None
-    if not all(isinstance(text, str) for text in texts):
-        return None
-    return Refused(**{name: fields[name] for name in Refused._fields if name in fields})
+    is_whole = all(isinstance(text, str) for text in texts.values())
+    return Refused(status=status, **texts) if is_whole else None
 
 
 #: How many refusals of one peer are logged one by one in a period, how many peers are counted
@@ -17381,7 +17379,7 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
             self._app.refusals.record(exchange.peer, error.status, **fields)
         else:
             self._app.log.event(
-                "info", "request_refused", peer=exchange.peer, status=error.status, **fields
+                "info", _REFUSED_EVENT, peer=exchange.peer, status=error.status, **fields
             )
 
 

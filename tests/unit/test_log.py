@@ -390,7 +390,7 @@ def test_strangers_displace_only_strangers_and_one_of_them_only_its_own() -> Non
     for number in range(1_000):
         book.add(f"peer {number}")
     groups = book.kept.groups()
-    assert len(groups) == 200 + 1 and "phone" in {group.newest.key for group in groups}
+    assert len(groups) == 100 + 1 and "phone" in {group.newest.key for group in groups}
 
 
 def test_what_a_client_wrote_is_kept_short_and_without_secrets() -> None:
@@ -402,6 +402,48 @@ def test_what_a_client_wrote_is_kept_short_and_without_secrets() -> None:
     assert "AbCdEf" not in group.newest.message and group.newest.message.isprintable()
     assert len(group.newest.message) <= 510
     assert len(group.newest.path) == 100 and len(group.newest.user_agent) <= 120
+
+
+REFUSED_LINE = {
+    "ts": "2026-11-20T14:00:00.000Z", "level": "info", "event": "request_refused",
+    "peer": "10.0.0.7", "status": 401, "kind": "invalid_api_key", "message": "No.",
+    "caller": "public", "request_id": "req_1", "preview": "ocp_a...b",
+}
+
+
+@pytest.mark.parametrize(("fields", "key"), [
+    ({}, ""), ({"key": "phone"}, "phone"), ({"caller": "tablet"}, "tablet"),
+])
+def test_a_start_takes_refusals_from_the_log(
+    tmp_path: Path, fields: dict[str, Any], key: str
+) -> None:
+    notebook = Notebook(tmp_path)
+    notebook.path.parent.mkdir()
+    notebook.path.write_text(json.dumps({**REFUSED_LINE, **fields}) + "\n")
+    notebook.log.to_file(str(notebook.path))
+    notebook.log.close()
+
+    (group,) = ocp.Refusals(notebook.log).kept.groups()
+
+    assert ocp.iso_time(group.at_s) == REFUSED_LINE["ts"]
+    assert (group.newest.key, group.newest.preview) == (key, "ocp_a...b")
+    assert group.with_id("req_1") == group.newest and group.with_id("req_2") is None
+
+
+@pytest.mark.parametrize("fields", [
+    {"event": "answer_finished"}, {"status": "401"}, {"kind": None}, {"kind": ""}, {"peer": 7},
+    {"ts": "yesterday"}, {"message": ["No."]},
+], ids=str)
+def test_a_line_that_tells_no_refusal_is_passed_over(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    notebook = Notebook(tmp_path)
+    notebook.path.parent.mkdir()
+    notebook.path.write_text(json.dumps({**REFUSED_LINE, **fields}) + "\n")
+    notebook.log.to_file(str(notebook.path))
+    notebook.log.close()
+
+    assert ocp.Refusals(notebook.log).kept.groups() == []
 
 
 # -- refusals -----------------------------------------------------------------
