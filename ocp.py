@@ -2399,6 +2399,16 @@ def read_certificate(path: str) -> Certificate | None:
         raise Problem(Exit.FAILED, f"{path} is not a certificate: move it away.") from None
 
 
+def is_pair(files: TlsFiles) -> bool:
+    """Return whether a server can use these files: the certificate is for the key."""
+    try:
+        # Without a function for the password, it would be asked for on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files, password=lambda: "")
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def interface_addresses(env: Env) -> list[str]:
     """Return the IPv4 addresses of this machine, without those that reach nobody else."""
     path = env.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
@@ -2459,11 +2469,7 @@ def _drafted(env: Env, folder: str, key: str, names: Sequence[str]) -> bytes:
         file.write(_OPENSSL_SETTINGS.format(title=title) + "".join(lines))
     _openssl(env, "req", "-x509", "-new", "-sha256", "-key", key, "-days", str(_VALID_DAYS),
              "-config", settings, "-out", draft)
-    made = read_certificate(draft)
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(draft, key)
-    except OSError:
-        made = None
+    made = read_certificate(draft) if is_pair(TlsFiles(draft, key)) else None
     if made is None or made.is_authority or set(made.names) != set(names):
         version = env.command("openssl", "version").output.strip() or "this openssl"
         raise Problem(
@@ -2505,7 +2511,7 @@ def renew_certificate(env: Env, files: TlsFiles, more: Sequence[str]) -> tuple[C
     before it expires. Names of the one that is there are kept.
     """
     there, names = read_certificate(files.cert), [*machine_names(env), *_named(more)]
-    if there is not None and os.path.exists(files.key):
+    if there is not None and is_pair(files):
         is_fresh = (there.expires_s - env.clock()) / 86_400 > RENEW_DAYS
         if is_fresh and not there.is_authority and set(names) <= set(there.names):
             return there, False
@@ -2541,14 +2547,13 @@ def _write_settings(env: Env, record: Record, values: Mapping[str, str]) -> str:
     with open(record.env_file, encoding="utf-8", errors="surrogateescape", newline="") as file:
         text = file.read()
     present = {name: value for name, value in settings_of(text).items() if name in _TLS_SETTINGS}
+    copy = ""
+    if present != values:
+        copy = record.env_file + utc_time(env.clock()).strftime(".ocp-%Y%m%d-%H%M%S")
+        write_whole(copy, text.encode("utf-8", "surrogateescape"))
+        changed = edited_settings(text, values, _TLS_SETTINGS)
+        write_whole(record.env_file, changed.encode("utf-8", "surrogateescape"))
     _record_scheme(env, record, "https" if values else "http")
-    if present == values:
-        return ""
-    stamp = utc_time(env.clock()).strftime("%Y%m%d-%H%M%S")
-    copy = f"{record.env_file}.ocp-{stamp}"
-    write_whole(copy, text.encode("utf-8", "surrogateescape"))
-    changed = edited_settings(text, values, _TLS_SETTINGS).encode("utf-8", "surrogateescape")
-    write_whole(record.env_file, changed)
     return copy
 
 

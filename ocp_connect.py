@@ -1489,7 +1489,7 @@ def pinned_certificate(url: str, fingerprint: str) -> str:
             Exit.FAILED,
             f"What answers at {url} has the fingerprint {found}, not {fingerprint}. Nothing was "
             "sent to it. Compare with `ocp tls --show` on the server's machine: either its key is "
-            "a new one, or something else answers in its place.")
+            "a new one, which --fingerprint tells, or something else answers in its place.")
     return ssl.DER_cert_to_PEM_cert(certificate)
 
 
@@ -2846,8 +2846,8 @@ class Plan:
 
 def make_plan(context: Context, tools: Sequence[Tool], record: Record) -> Plan:
     """Return what the tools need and do not have yet."""
-    server, steps = context.server, list[tuple[str, Step]]()
-    shell = TOOLS[0]
+    server, shell = context.server, TOOLS[0]
+    steps: list[tuple[str, Step]] = []
     if server.certificate:
         steps += [(OWN_FILES, step) for step in certificate_steps(context)]
     if server.certificate and shell not in tools and any(tool.needs_variables for tool in tools):
@@ -3467,14 +3467,17 @@ def tool_list(text: str) -> list[str]:
     return names
 
 
+HOST_HELP = (
+    "the server: a name, an address, HOST:PORT, http://HOST:PORT or https://HOST (port 443), with "
+    "or without a path; or one of the words undo and list")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ocp_connect", description="Configure the tools of this machine to use an OCP server.",
         epilog="tools: " + ", ".join(TOOL_NAMES))
     add, flag = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
-    add("host", nargs="?",
-        help="the server: a name, an address, HOST:PORT, http://HOST:PORT or https://HOST (port "
-             "443), with or without a path; or `undo` or `list`, as --undo and --list")
+    add("host", nargs="?", help=HOST_HELP)
     add("--key", help="the key that the operator of the server gave you")
     add("--port", type=port_number, help=f"the port of the server (default {DEFAULT_PORT})")
     flag("--https", help="connect to the server with https")

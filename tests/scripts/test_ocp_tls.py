@@ -86,6 +86,17 @@ def test_a_certificate_in_order_stays_as_it_is(tmp_path: Path) -> None:
     assert first["made"] and not again["made"] and cert_path(tmp_path).read_bytes() == before
 
 
+def test_a_certificate_whose_key_is_another_one_is_made_again(tmp_path: Path) -> None:
+    first = made(tmp_path)
+    other = made(tmp_path / "other")
+    Path(first["key"]).write_bytes(Path(other["key"]).read_bytes())
+
+    again = made(tmp_path)
+
+    assert again["made"] and again["fingerprint"] == other["fingerprint"]
+    assert ocp.is_pair(ocp.TlsFiles(again["certificate"], again["key"]))
+
+
 @pytest.mark.parametrize("reason", ["a new address", "a new name", "soon expired"])
 def test_a_certificate_is_made_again_with_the_same_key(tmp_path: Path, reason: str) -> None:
     first = made(tmp_path, "--name", "box.home")
