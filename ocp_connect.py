@@ -3645,7 +3645,7 @@ class Run:
             self.say("Everything is up to date; nothing was changed.")
         self.say(show_hints(plan.hints))
         if writer.written:
-            self.say("To undo this: ocp_connect.py undo, or `| python3 - undo` behind curl.")
+            self.say("To undo this, run it again with `undo` or --undo in the place of the host.")
         self.print_json({
             **shown, "written": writer.written, "failures": writer.failures,
             "notes": writer.notes, "verified": not complaint and not self.args.skip_answer,

@@ -17794,6 +17794,76 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     return context
 
 
+# --- shared: certificate
+class DerValue(NamedTuple):
+    """One value of DER, the encoding of certificates."""
+
+    tag: int
+    content: bytes
+    #: With its tag and its length.
+    whole: bytes
+
+
+def der_values(text: bytes) -> list[DerValue]:
+    """Return the values that stand one after the other. Raises ValueError for what is no DER."""
+    found, start = [], 0
+    while start < len(text):
+        length_at = start + 1
+        size, at = int.from_bytes(text[length_at:length_at + 1], "big"), length_at + 1
+        if size & 0x80:
+            at += size & 0x7F
+            size = int.from_bytes(text[length_at + 1:at], "big")
+        if at + size > len(text):
+            raise ValueError("not a certificate")
+        found.append(DerValue(text[start], text[at:at + size], text[start:at + size]))
+        start = at + size
+    return found
+
+
+def certificate_fields(certificate: bytes) -> list[DerValue]:
+    """Return serial number, algorithm, issuer, validity, subject, public key, and extensions.
+
+    Takes a certificate in DER. Raises ValueError for anything else.
+    """
+    try:
+        fields = der_values(der_values(der_values(certificate)[0].content)[0].content)
+        fields = fields[1:] if fields[0].tag == 0xA0 else fields
+        if len(fields) >= 6 and fields[5].tag == 0x30:
+            return fields
+    except IndexError:
+        pass
+    raise ValueError("not a certificate")
+
+
+def fingerprint_of(certificate: bytes) -> str:
+    """Return the fingerprint of the public key in a certificate (DER). Raises ValueError.
+
+    It is SHA256: and the base64 of the digest that curl's --pinnedpubkey takes. A certificate
+    that is renewed with the same key has the same.
+    """
+    key = certificate_fields(certificate)[5].whole
+    return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode()
+# --- end shared
+
+
+@functools.cache
+def certificate_pin(path: str) -> str | None:
+    """Return the fingerprint by which devices know the server with this certificate file.
+
+    None for a certificate that somebody else vouches for, and for a file without one. It is read
+    once, as the server reads it.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.expanduser(path), encoding="ascii") as file:
+            text = file.read(1_000_000)
+        end = "-----END CERTIFICATE-----"
+        start = text.index("-----BEGIN CERTIFICATE-----")
+        certificate = ssl.PEM_cert_to_DER_cert(text[start:text.index(end, start) + len(end)])
+        issuer, subject = (certificate_fields(certificate)[place].whole for place in (2, 4))
+        return fingerprint_of(certificate) if issuer == subject else None
+    return None
+
+
 class Server(ThreadingHTTPServer):
     """The listening socket, with one thread for each of a limited number of connections."""
 
@@ -18408,6 +18478,11 @@ def _stats(app: App) -> Json:
     }
 
 
+def _tls_state(config: Config) -> Json:
+    """Return whether the server speaks https, and what devices have to know of its certificate."""
+    return {"tls": bool(config.tls_cert), "tlsFingerprint": certificate_pin(config.tls_cert)}
+
+
 def snapshot(app: App) -> Json:
     """Return the state and the numbers of the server, from which all reports pick. /health shows
     it to everybody, so it contains no path, no prompt and no error text."""
@@ -18423,7 +18498,7 @@ def snapshot(app: App) -> Json:
         "uptime": round(uptime_s * 1000),
         "uptimeHuman": format_uptime(uptime_s),
         "authMode": config.mode,
-        "tls": bool(config.tls_cert),
+        **_tls_state(config),
         "auth": app.account.login_report(),
         # Whether claude's system prompt leaves out the account's identity.
         "ownerHidden": app.claude_folder.is_private,

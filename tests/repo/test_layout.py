@@ -93,7 +93,7 @@ SHARED = {
     "shown_path": ["setup.py_install.py", "uninstall.py"],
     "http_json": ["ocp.py", "setup.py_install.py"],
     "any_certificate": ["ocp.py", "setup.py_install.py"],
-    "certificate": ["ocp.py", "ocp_connect.py"],
+    "certificate": ["ocp.py", "ocp_connect.py", "ocp_server.py"],
 }
 
 
