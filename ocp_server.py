@@ -967,7 +967,7 @@ def parse_aliases(text: str) -> dict[str, str]:
 
 
 def settings_markdown() -> str:
-    """Return the settings table of the README."""
+    """Return the table of docs/settings.md."""
     lines = [
         "| variable | default | range | at run time | what it is |",
         "| --- | --- | --- | --- | --- |",
@@ -3501,11 +3501,11 @@ class Settings:
 
 
 class Access(enum.Enum):
-    """Who may use a route."""
+    """What a caller has to show to use a route; in mode none the API asks for nothing."""
 
-    PUBLIC = "anybody"
-    CALLER = "whoever may use the API"
-    ADMIN = "the operator"
+    PUBLIC = "public"
+    CALLER = "API key"
+    ADMIN = "admin key"
 
 
 class Quota(NamedTuple):
