@@ -35,6 +35,10 @@ def removed_table() -> str:
     return "\n".join([lead, "", "| variable | why |", "| --- | --- |", *rows])
 
 
+#: A claude that is started for the question, in the table of the benchmark.
+COLD = "cold `claude -p`, OCP's arguments"
+
+
 def measured_sentence() -> str:
     """The first table of the benchmark of the first token, the newest claude's, in a sentence."""
     text = Path(REPO, "bench", "README.md").read_text("utf-8")
@@ -47,11 +51,10 @@ def measured_sentence() -> str:
         return f"{float(median[line].replace(',', '')):.0f} ms"
 
     return "\n".join([
-        f"Measured with claude {machine[2]} on {machine[1]} cores and a local stand-in for the API: "
-        "the first token took",
-        f"{took('OCP, after another question')} from a process that had answered before, "
-        f"{took('OCP, spare ready')} from a new one, and "
-        f"{took('cold `claude -p`, OCP' + chr(39) + 's arguments')}",
+        f"Measured with claude {machine[2]} on {machine[1]} cores and a local stand-in for the API:",
+        f"the first token took {took('OCP, after another question')} from a process that had answered "
+        "before,",
+        f"{took('OCP, spare ready')} from a new one, and {took(COLD)}",
         "from a `claude -p` started for the question ([bench/README.md](bench/README.md)).",
     ])
 
@@ -221,6 +224,17 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
         page_of_target = source.parent / target if target else source
         assert page_of_target.exists(), target
         assert not anchor or anchor in anchors(page_of_target), f"{target}#{anchor}"
+
+
+def test_the_versions_that_tools_were_tried_with_are_those_that_the_tests_use() -> None:
+    page = (DOCS / "clients.md").read_text("utf-8")
+    tables = page.partition("## Which tools")[2].partition("\n## ")[0]
+    tried = re.findall(r"`([^`]+)` (\d[\d.]*\d)", tables)
+    used = Path(REPO, ".ci", "versions.txt").read_text("utf-8").split()
+
+    assert len(tried) > 20
+    assert [f"{name} {version}" for name, version in tried
+            if not {f"{name}@{version}", f"{name}=={version}"} & set(used)] == []
 
 
 def test_every_page_stands_in_the_list_of_pages() -> None:
