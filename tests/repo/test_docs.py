@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,12 @@ def measured_sentence() -> str:
     def took(line: str) -> str:
         return f"{float(median[line].replace(',', '')):.0f} ms"
 
-    return "\n".join([
-        f"Measured with claude {machine[2]} on {machine[1]} cores and a local stand-in for the API:",
-        f"the first token took {took('OCP, after another question')} from a process that had answered "
-        "before,",
-        f"{took('OCP, spare ready')} from a new one, and {took(COLD)}",
-        "from a `claude -p` started for the question ([bench/README.md](bench/README.md)).",
-    ])
+    return textwrap.fill(
+        f"Measured with claude {machine[2]} on {machine[1]} cores, with a local stand-in for the "
+        f"API: the first token took {took('OCP, after another question')} from a process that had "
+        f"answered before, {took('OCP, spare ready')} from a new one, and {took(COLD)} from a "
+        "`claude -p` started for the question ([bench/README.md](bench/README.md)).",
+        width=118, break_on_hyphens=False)
 
 
 def _thousands(tokens: int) -> str:
