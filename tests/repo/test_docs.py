@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from project import REPO, clean_env, load_script
+from prose import wrapped
 from server import running_server
 
 ocp = load_script("ocp_server")
@@ -206,6 +207,10 @@ PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "bench/README.md", "test
          *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
 
 
+#: Pages whose prose is not wrapped.
+WIDE_PAGES = ("bench/README.md", "tests/README.md", "docs/ocp-command.md")
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     found = set()
@@ -235,6 +240,28 @@ def test_the_versions_that_tools_were_tried_with_are_those_that_the_tests_use() 
     assert len(tried) > 20
     assert [f"{name} {version}" for name, version in tried
             if not {f"{name}@{version}", f"{name}=={version}"} & set(used)] == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in WIDE_PAGES])
+def test_the_prose_of_a_page_fits_an_editor(page: str) -> None:
+    """Links, tables and code may be as long as they have to be."""
+    source = Path(REPO, page)
+    if os.environ.get("OCP_UPDATE_DOCS"):
+        source.write_text(wrapped(source.read_text("utf-8")), "utf-8")
+    text = source.read_text("utf-8")
+    prose = re.sub(r"^```.*?^```|^ *\|.*?$|^    .*?$", "", text, flags=re.S | re.M)
+    assert [line for line in prose.splitlines() if len(line) > 120 and "](" not in line] == []
+
+
+def test_wrapping_prose_changes_nothing_but_the_ends_of_lines() -> None:
+    prose = "word " * 40
+    kept = [f"# {prose}", f"| {prose} |", f"code {prose}", f"    {prose}"]
+    page = [kept[0], "", prose, f"- {prose}1. - {prose}", kept[1], "```sh", kept[2], "```", kept[3]]
+
+    done = wrapped("\n".join(page))
+
+    assert done.split() == " ".join(page).split() and wrapped(done) == done
+    assert [line for line in done.splitlines() if len(line) > 120] == kept
 
 
 def test_every_page_stands_in_the_list_of_pages() -> None:
