@@ -20,6 +20,7 @@ from prose import wrapped
 from server import running_server
 
 ocp = load_script("ocp_server")
+manager = load_script("ocp")
 README = Path(REPO, "README.md")
 DOCS = Path(REPO, "docs")
 
@@ -201,6 +202,53 @@ def test_the_command_for_tools_works_as_pasted(tmp_path: Path, free_home: Path) 
             timeout=300, check=True, env=clean_env(HOME=str(free_home)))
     assert "answers: This is the demo" in done.stdout and "--undo" in done.stdout
     assert server.url in (free_home / ".codex/config.toml").read_text()
+
+
+def connect_parser() -> str:
+    """The help of ocp_connect.py."""
+    return str(load_script("ocp_connect").build_parser().format_help())
+
+
+def install_parser() -> str:
+    """The help of the installer."""
+    return str(load_script("setup.py_install").argument_parser().format_help())
+
+
+def code_of(page: str) -> str:
+    """All that a page shows as code."""
+    text = Path(REPO, page).read_text("utf-8")
+    return "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.S)
+                     + re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)))
+
+
+#: Pages that tell people and programs what to type.
+PAGES_TO_FOLLOW = ("README.md", *(f"docs/{name}.md" for name in (
+    "ask-your-ai", "clients", "errors", "install", "operating", "settings", "troubleshooting",
+    "upgrading")))
+
+
+@pytest.mark.parametrize("page", PAGES_TO_FOLLOW)
+def test_the_commands_that_a_page_tells_to_type_exist(page: str) -> None:
+    code = code_of(page).replace("docker compose exec ocp ", "")
+    words = re.findall(r"(?<![\w/.-])(?:ocp|ocp\.py) ([a-z]+)(?![\w/:.])", code)
+    options = {"ocp_connect": connect_parser(), "setup.py_install": install_parser()}
+    known = {command.name for command in manager.COMMANDS}
+
+    assert [word for word in words if word not in known] == []
+    for script, text in options.items():
+        for line in code.splitlines():
+            if f"{script}.py" in line or (script == "ocp_connect" and "/connect |" in line):
+                asked = re.findall(r"(?<=\s)--[a-z-]+", line)
+                assert [option for option in asked if option not in text] == [], line
+
+
+@pytest.mark.parametrize("page", PAGES_TO_FOLLOW)
+def test_the_variables_that_a_page_names_mean_something(page: str) -> None:
+    names = re.findall(r"\b(?:OCP|CLAUDE|PROXY)_[A-Z_]+\b(?!\*)", code_of(page))
+    source = "".join(Path(REPO, name).read_text("utf-8") for name in (
+        "ocp_server.py", "ocp.py", "ocp_connect.py", "setup.py_install.py", "compose.yaml",
+        "Dockerfile"))
+    assert [name for name in set(names) if name not in source] == []
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "bench/README.md", "tests/README.md",
