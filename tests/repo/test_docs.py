@@ -328,7 +328,7 @@ def test_the_openapi_document_is_the_one_that_the_server_serves() -> None:
 
 def test_the_architecture_names_what_there_is() -> None:
     text = (DOCS / "architecture.md").read_text("utf-8")
-    tables = text.partition("### The walk of one")[2].partition("\n## ")[0]
+    tables = text.partition("### The path of one")[2].partition("\n## ")[0]
     # ClassNames, ClassName.method, and methods of Dialect.
     names = set(re.findall(r"`([A-Z]\w*[a-z]\w*(?:\.\w+)?)`", tables))
     methods = re.search(r"subclass of `Dialect` \(([^)]*)\)", tables)
@@ -343,10 +343,10 @@ def test_the_architecture_names_what_there_is() -> None:
     assert [name for name in sorted(names) if not exists(name)] == []
 
 
-def test_the_walk_of_a_request_names_sections_that_there_are() -> None:
+def test_the_path_of_a_request_names_sections_that_there_are() -> None:
     text = (DOCS / "architecture.md").read_text("utf-8")
-    walk = text.partition("### The walk of one")[2].partition("\n#")[0]
-    rows = re.findall(r"^\| [^|]+ \| [^|]*`[^|]* \| ([^|`]+) \|$", walk, re.M)
+    path = text.partition("### The path of one")[2].partition("\n#")[0]
+    rows = re.findall(r"^\| [^|]+ \| [^|]*`[^|]* \| ([^|`]+) \|$", path, re.M)
     source = Path(REPO, "ocp_server.py").read_text("utf-8")
     titles = re.findall(r"^# ==== \d+\. (.+?) =+$", source, re.M)
 
