@@ -666,8 +666,8 @@ class Config:
     )
     warm_total: int = setting(
         4, "OCP_WARM_TOTAL",
-        "idle claude processes of all models; by default a third of those that an eighth of the "
-        "memory has room for, 1 to 4",
+        "idle claude processes of all models; by default a third of the processes that fit into "
+        "an eighth of the memory, 1 to 4",
         minimum=0, maximum=32, live="warmTotal", from_memory=spare_places,
     )
     warm_idle_ms: int = setting(
@@ -677,7 +677,7 @@ class Config:
     # -- agent mode ---------------------------------------------------------------------------
     allowed_tools: str = setting(
         "", "CLAUDE_ALLOWED_TOOLS",
-        "agent mode: tools that claude may use on the server by itself, comma separated; "
+        "agent mode: tools of its own that claude may use on the server, comma separated; "
         "`default` = " + ", ".join(DEFAULT_AGENT_TOOLS),
     )
     skip_permissions: bool = setting(
@@ -698,7 +698,7 @@ class Config:
     parked_processes: int = setting(
         4, "OCP_PARKED_PROCESSES",
         "processes that stay with their conversation and wait for its next message; 0 = none; by "
-        "default the rest of those that an eighth of the memory has room for, 1 to 8",
+        "default the rest of the processes that fit into an eighth of the memory, 1 to 8",
         minimum=0, maximum=64, live="parkedProcesses", from_memory=parked_places,
     )
     session_ttl_ms: int = setting(
@@ -712,8 +712,8 @@ class Config:
     )
     max_prompt_chars: int = setting(
         0, "CLAUDE_MAX_PROMPT_CHARS",
-        "longest prompt; the oldest messages beyond it are dropped; 0 = no limit but the model's, "
-        "which the API knows",
+        "maximum length of a prompt; beyond it the oldest messages are dropped; 0 = only the "
+        "model's own limit",
         unit="characters", minimum=0, maximum=100_000_000, live="maxPromptChars",
     )
     # -- cache --------------------------------------------------------------------------------
@@ -772,12 +772,14 @@ class Config:
         unit="ms", minimum=1_000, maximum=3_600_000, live="timeout",
     )
     heartbeat_ms: int = setting(
-        15_000, "CLAUDE_HEARTBEAT_INTERVAL", "silence before a comment in a stream; 0 = never",
+        15_000, "CLAUDE_HEARTBEAT_INTERVAL",
+        "a stream that is silent for this long gets a keep-alive comment; 0 = never",
         unit="ms", minimum=0, maximum=600_000, live="heartbeatInterval",
     )
     whole_silence_ms: int = setting(
         120_000, "OCP_WHOLE_SILENCE",
-        "silence before an answer that is not streamed gets its headers and white space; 0 = never",
+        "an answer that is not streamed and not ready after this long gets its headers, and then "
+        "white space, to keep the connection open; 0 = never",
         unit="ms", minimum=0, maximum=600_000, live="wholeSilence",
     )
     header_timeout_ms: int = setting(
@@ -1191,7 +1193,7 @@ def parse_aliases(text: str) -> dict[str, str]:
 
 
 def settings_markdown() -> str:
-    """Return the settings table of the README."""
+    """Return the table of docs/settings.md."""
     lines = [
         "| variable | default | range | at run time | what it is |",
         "| --- | --- | --- | --- | --- |",
@@ -4076,11 +4078,11 @@ class Settings:
 
 
 class Access(enum.Enum):
-    """Who may use a route."""
+    """What a caller has to show to use a route; in mode none the API asks for nothing."""
 
-    PUBLIC = "anybody"
-    CALLER = "whoever may use the API"
-    ADMIN = "the operator"
+    PUBLIC = "public"
+    CALLER = "API key"
+    ADMIN = "admin key"
 
 
 class Quota(NamedTuple):

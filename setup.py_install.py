@@ -449,7 +449,7 @@ def iso_now() -> str:
 # file, the unit that is there, or this shell. No range is known here: the server checks values.
 
 SETTINGS_HEADER = """\
-# Settings of the OCP service, one NAME=value in a line; README.md lists them all.
+# Settings of the OCP service, one NAME=value in a line; docs/settings.md lists them.
 # A value with spaces or other special characters stands in "double quotes".
 # The service reads this file when it starts. Keep it to yourself: there are keys in it.
 """

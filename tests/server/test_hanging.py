@@ -407,6 +407,25 @@ def test_a_login_that_is_regained_is_seen_without_a_request(tmp_path: Path) -> N
         assert health(server)["auth"]["ok"] is None
 
 
+def test_the_credentials_of_claude_are_looked_at_but_never_opened(tmp_path: Path) -> None:
+    credentials = Place(tmp_path).home / ".claude" / ".credentials.json"
+    credentials.parent.mkdir(parents=True)
+    # Whoever opens it waits for a writer, and is there when one comes.
+    os.mkfifo(credentials)
+    error = {"status": 401, "word": "authentication_failed", "text": "no"}
+    with running_server(tmp_path, [[{"api_error": error}]]) as server:
+        ask(server)
+        lost = server.call("GET", "/ready").status
+        server.write_scenario([])
+        os.utime(credentials)
+
+        assert lost == 503
+        assert eventually(lambda: server.call("GET", "/ready").status == 200)
+        assert content_of(ask(server))
+        with pytest.raises(OSError, match="No such device or address"):
+            os.open(credentials, os.O_WRONLY | os.O_NONBLOCK)
+
+
 def test_credentials_that_are_no_login_change_nothing(tmp_path: Path) -> None:
     error = {"status": 401, "word": "authentication_failed", "text": "no"}
     with running_server(tmp_path, [[{"api_error": error}]]) as server:
