@@ -1532,8 +1532,8 @@ def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
 
 ERROR_COLUMNS = (
     age_column("When", "lastAt"),
-    Column("Who", lambda row, style: row.get("key") or row.get("preview") or row.get("peer")),
-    text_column("Status", "status"), text_column("Kind", "kind"),
+    Column("Who", lambda row, style: row.get("key") or row.get("preview") or "-"),
+    text_column("From", "peer"), text_column("Kind", "kind"),
     Column("Times", lambda row, style: row.get("count") or 1, ">"), text_column("Request", "id"),
 )
 
@@ -1573,7 +1573,8 @@ def show_error(row: Json, style: Style) -> str:
         ("status", row.get("status")), ("kind", row.get("kind")),
         ("took", duration(row["totalMs"]) if row.get("totalMs") is not None else None),
         ("message", row.get("message") or None), ("what to do", row.get("action") or None),
-        ("its log", f"ocp logs --request {row.get('id')}"),
+        # Of many refusals only the first ones have a line each.
+        ("its log", f"ocp logs --request {row.get('id')}" if not count else None),
     ))
 
 

@@ -22,7 +22,7 @@ Sections (search for "==== 8" to jump to the eighth):
      1. Small tools             compact JSON, ids, redaction, times and text, the machine's memory
      2. Settings                the table of settings, and reading them from the environment
      3. Errors                  every failure that is reported to a client
-     4. Log                     a rotated JSON file, the terminal, and recent events in memory
+     4. Log                     a rotated file, the terminal, recent events, refused requests
      5. Models                  the known models and what each one accepts
      6. Turns and events        the internal form of a request and of an answer
      7. Store                   the SQLite database, and the settings changed at run time
@@ -1538,20 +1538,17 @@ class ClientGone(Exception):
     outcome: ClassVar[str] = "abandoned"
 
 
-_LOOK_AT_REQUEST = "Correct the request in the client; the message names the field."
-_LET_FINISH = "Nothing, if it is rare: the client retries."
-#: What the operator can do about each kind of failure. KEY stands for the name of a key.
+#: What the operator can do about each kind of failure. KEY stands for the name of a key. Kinds that
+#: are not listed are faults of a single request, such as `too_many_images`.
+_CORRECT_REQUEST = "Correct the request in the client; the message says what is wrong."
 ACTIONS: Mapping[str, str] = MappingProxyType({
     "server_error": "Look at the server's log with `ocp logs --request ID`, and report the error.",
-    "invalid_request_error": _LOOK_AT_REQUEST,
-    "unsupported_parameter": _LOOK_AT_REQUEST,
+    "invalid_request_error": _CORRECT_REQUEST,
     "context_length_exceeded": (
         "Begin a new conversation, or choose a model with a longer window: `ocp models`."
     ),
     "empty_answer": "Ask in another way, or raise the client's max_tokens.",
     "content_filter": "Ask in another way: the model declined.",
-    "images_unsupported_in_system_messages": _LOOK_AT_REQUEST,
-    "invalid_image_url": _LOOK_AT_REQUEST,
     "missing_api_key": (
         "Give the client a key: `ocp keys add NAME` creates one, `ocp connect` sets up tools."
     ),
@@ -1575,7 +1572,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "local_only": "Call this route on the server's own machine, or set CLAUDE_AUTH_MODE=multi.",
     "host_not_allowed": "Add the name to OCP_ALLOWED_HOSTS, if you gave it to this server.",
     "origin_not_allowed": "Add the origin to OCP_ALLOWED_ORIGINS, if you trust this web page.",
-    "model_not_allowed": "Allow the key this model with `ocp keys edit KEY --models`.",
+    "model_not_allowed": "Allow the key this model with `ocp keys edit KEY --models A,B`.",
     "upstream_forbidden": (
         "Look at the account on claude.ai: it may not use this model, or is on hold."
     ),
@@ -1601,7 +1598,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "claude_unavailable": "Run `ocp doctor`: it says how to install or update claude.",
     "too_many_connections": "Close idle clients, or raise OCP_MAX_CONNECTIONS.",
     "memory_full": "Send fewer large requests at a time.",
-    "shutting_down": _LET_FINISH,
+    "shutting_down": "Nothing: clients retry, and the next server answers.",
     "not_ready": "Run `ocp doctor`: it says what is missing.",
     "database_failed": "Run `ocp doctor`: it says what is wrong with the database.",
     "database_locked": "End the other program that uses ocp.db.",
@@ -1612,9 +1609,9 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
 
 
 def action_for(kind: str, key_name: str = "") -> str:
-    """Return what the operator can do about a kind of failure, "" if nothing is known. `key_name`
-    is the name of a key, if there is one."""
-    action = ACTIONS.get(kind, "")
+    """Return what the operator can do about a kind of failure. `key_name` is the name of a key, if
+    there is one."""
+    action = ACTIONS.get(kind, _CORRECT_REQUEST)
     return re.sub(r"\bKEY\b", lambda _: shlex.quote(key_name), action) if key_name else action
 
 
@@ -1623,7 +1620,8 @@ def action_for(kind: str, key_name: str = "") -> str:
 # a rotated file and as a plain line to the terminal, and kept in a ring buffer for GET /logs. No
 # prompts and no secrets: callers pass names, counts and durations, and text is redacted here.
 # Changes by the operator are audit events: they have a ring and a file of their own, so that
-# other events cannot displace them.
+# other events cannot displace them. What was refused before any work has no row of usage: it is
+# summed in memory, so that nobody without a key can fill the log or the disk.
 
 LEVELS = ("debug", "info", "warn", "error")
 #: How many events are kept in memory for GET /logs, and how many audit events.
@@ -1720,14 +1718,12 @@ class Log:
             [*_file_tail(f"{name}.1", maximum), *_file_tail(name, maximum)][-maximum:]
             for name, maximum in ((audit_path, _RING_AUDITS), (path, _RING_EVENTS))
         )
-        # The log has audit events too.
-        audited = {(entry["ts"], entry["event"]) for entry in audits}
-        events = [entry for entry in events if (entry["ts"], entry["event"]) not in audited]
-        numbered = sorted(
-            [(entry, ring) for ring, entries in ((self._audits, audits), (self._ring, events))
-             for entry in entries],
-            key=lambda pair: str(pair[0]["ts"]),
-        )
+        # The log has the later ones of the audit events too.
+        audited, logged = ({(e["ts"], e["event"]) for e in each} for each in (audits, events))
+        numbered = [(e, self._audits) for e in audits if (e["ts"], e["event"]) not in logged]
+        numbered += [
+            (e, self._audits if (e["ts"], e["event"]) in audited else self._ring) for e in events
+        ]
         with self._lock:
             rings = (self._audits, self._ring)
             present = [[(number + len(numbered), e) for number, e in ring] for ring in rings]
@@ -1878,10 +1874,11 @@ class RefusedGroup:
 
 
 #: How many groups are kept, of callers with a key and of strangers; how many of the latter may be
-#: of one peer, and how many refusals of a group are kept one by one.
-_MAX_REFUSED_GROUPS = 200
+#: of one peer, and how many refusals of a group are kept one by one. Together they take at most
+#: some 5 MB.
+_MAX_REFUSED_GROUPS = 100
 _MAX_REFUSED_GROUPS_OF_PEER = 20
-_LATEST_REFUSALS = 50
+_LATEST_REFUSALS = 20
 
 
 class RefusedRequests:
@@ -1938,17 +1935,14 @@ _REFUSED_EVENT = "request_refused"
 
 def _refused_of(entry: Json) -> Refused | None:
     """Return the refusal that an event of the log tells; None if it tells none."""
-    caller = entry.get("caller")
-    fields = {
-        **entry, "key": entry.get("key") or ("" if caller == "public" else caller),
-    }
-    texts = [fields.get(name, "") for name in Refused._fields if name != "status"]
-    is_whole = isinstance(entry.get("status"), int) and "kind" in entry
-    if entry["event"] != _REFUSED_EVENT or not is_whole:
+    texts = {name: entry.get(name, "") for name in Refused._fields if name != "status"}
+    if entry.get("caller") != "public":
+        texts["key"] = texts["key"] or entry.get("caller", "")
+    status = entry.get("status")
+    if entry["event"] != _REFUSED_EVENT or not isinstance(status, int) or not texts["kind"]:
         return None
-    if not all(isinstance(text, str) for text in texts):
-        return None
-    return Refused(**{name: fields[name] for name in Refused._fields if name in fields})
+    is_whole = all(isinstance(text, str) for text in texts.values())
+    return Refused(status=status, **texts) if is_whole else None
 
 
 #: How many refusals of one peer are logged one by one in a period, how many peers are counted
@@ -17770,7 +17764,7 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
             self._app.refusals.record(exchange.peer, error.status, **fields)
         else:
             self._app.log.event(
-                "info", "request_refused", peer=exchange.peer, status=error.status, **fields
+                "info", _REFUSED_EVENT, peer=exchange.peer, status=error.status, **fields
             )
 
 
@@ -18517,18 +18511,14 @@ def _live_state(app: App) -> Json:
 _MAX_LOG_LINES = 1000
 
 
-_SPAN = re.compile(r"([0-9]{1,6})([mhd])")
-_SPAN_S = {"m": 60, "h": 3600, "d": 86_400}
-
-
 def _query_time(query: Mapping[str, str], name: str, default_s: float) -> float:
     """Return a time of the query string in epoch seconds; it is ISO 8601, epoch seconds, or a span
     before now such as 2h. Raises BadRequest."""
     text = query.get(name, "")
-    span = _SPAN.fullmatch(text)
+    back_ms = parse_duration_ms(text)
     try:
-        if span is not None:
-            return max(0.0, time.time() - int(span[1]) * _SPAN_S[span[2]])
+        if back_ms is not None:
+            return max(0.0, time.time() - back_ms / 1000)
         if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
             return float(text)
         # In a query string the plus of a time zone arrives as a space.
@@ -18597,9 +18587,11 @@ def _expiry(fields: Fields) -> int | None:
     text = fields.text("expiry")
     if text is None:
         return None
-    span = _SPAN.fullmatch(text.strip())
+    span_ms = parse_duration_ms(text)
     try:
-        at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else parse_time(text)
+        at_s = parse_time(text) if span_ms is None else time.time() + span_ms / 1000
+        # Raises ValueError after the year 9999.
+        datetime.datetime.fromtimestamp(at_s)
     except (ValueError, OverflowError, OSError):
         allowed = "a time such as 2027-01-31 or 2027-01-31T12:00:00Z, or a span such as 30d or 12h"
         raise fields.invalid("expiry", allowed) from None

@@ -36,6 +36,7 @@ READING: tuple[tuple[str, str, Json, Callable[..., str]], ...] = (
     ("models", "GET /v1/models", samples.MODELS, ocp.show_models),
     ("settings", "GET /settings", samples.SETTINGS, ocp.show_settings),
     ("logs", "GET /logs", samples.LOGS, ocp.show_logs),
+    ("errors", "GET /api/errors", samples.ERRORS, ocp.show_errors),
     ("sessions", "GET /sessions", samples.SESSIONS, ocp.show_sessions),
     ("keys", "GET /api/keys", samples.KEYS, ocp.show_keys),
     ("keys list", "GET /api/keys", samples.KEYS, ocp.show_keys),
@@ -167,6 +168,53 @@ def test_logs_take_number_and_level_in_any_order(
     with stub_server({"GET /logs": (200, samples.LOGS)}) as server:
         run(tmp_path, server.url, "logs", *words)
         assert server.requests[-1].path == f"/logs?{query}"
+
+
+def test_logs_of_a_key_and_of_a_request_are_asked_for(tmp_path: Path) -> None:
+    with stub_server({"GET /logs": (200, samples.LOGS)}) as server:
+        run(tmp_path, server.url, "logs", "--key", "mum's pad", "--request", "req_1", "warn")
+        assert server.requests[-1].path == "/logs?n=20&level=warn&key=mum%27s+pad&request=req_1"
+
+
+@pytest.mark.parametrize("words, query", [
+    ([], "limit=20"), (["phone"], "limit=20&key=phone"),
+    (["-n", "5", "--since", "2h"], "limit=5&since=2h"), (["req_ab12"], "limit=20&request=req_ab12"),
+    (["req phone"], "limit=20&key=req+phone"),
+])
+def test_errors_are_asked_for_by_key_by_request_and_by_time(
+    tmp_path: Path, words: list[str], query: str,
+) -> None:
+    with stub_server({"GET /api/errors": (200, samples.ERRORS)}) as server:
+        assert run(tmp_path, server.url, "errors", *words).code == 0
+        assert server.requests[-1].path == f"/api/errors?{query}"
+
+
+def test_one_request_is_shown_in_full_with_what_to_do(tmp_path: Path) -> None:
+    answer = {"errors": [samples.ERROR], "refusals": [], "byKind": []}
+    with stub_server({"GET /api/errors": (200, answer)}) as server:
+        found = run(tmp_path, server.url, "errors", samples.ERROR["id"])
+    for name in ("id", "key", "peer", "path", "model", "status", "kind", "message", "action",
+                 "userAgent"):
+        assert str(samples.ERROR[name]) in found.stdout
+    assert f"ocp logs --request {samples.ERROR['id']}" in found.stdout
+
+
+def test_a_request_that_did_not_fail_is_told_as_such(tmp_path: Path) -> None:
+    answer = {"errors": [], "refusals": [], "byKind": []}
+    with stub_server({"GET /api/errors": (200, answer)}) as server:
+        found = run(tmp_path, server.url, "errors", "req_1")
+        none = run(tmp_path, server.url, "errors")
+    assert (found.code, none.code, none.stdout) == (1, 0, "no failed requests\n")
+    assert "No failure of req_1 is known" in found.stderr
+
+
+@pytest.mark.parametrize("status", [429, 502, 529])
+def test_a_failed_question_names_the_command_that_tells_more(tmp_path: Path, status: int) -> None:
+    answer = {"error": {"message": "Not now."}}
+    with stub_server({"POST /v1/chat/completions": (status, answer)}) as server:
+        found = run(tmp_path, server.url, "ask", "hi")
+    assert found.code == 1
+    assert "Not now." in found.stderr and found.stderr.endswith("More: `ocp errors`\n")
 
 
 def test_following_prints_every_event_once(tmp_path: Path) -> None:
@@ -864,6 +912,7 @@ SHOWN: dict[str, Callable[[], str]] = {
        for line, _, answer, show in READING if line != "keys list"},
     "settings timeout": lambda: str(
         ocp.show_setting("timeout", samples.SETTINGS["timeout"], PLAIN)),
+    f"errors {samples.REFUSAL['id']}": lambda: str(ocp.show_error(samples.REFUSAL, PLAIN)),
     "lan": lambda: str(ocp.show_lan(samples.LAN, PLAIN)),
     "doctor": doctor_sample,
     "help": lambda: str(ocp.commands_text()),
