@@ -232,6 +232,9 @@ def test_the_demo_has_a_history_and_a_plan_to_look_at(demo: Serving) -> None:
     assert 0 < usage["totals"]["errors"] < usage["totals"]["requests"] / 10
     assert plan["currentSession"]["utilization"] and plan["weeklyLimits"]["allModels"]["resetsAt"]
     assert {key["name"] for key in demo.get("/api/keys")["keys"]} >= {"laptop", "desktop"}
+    errors = demo.get("/api/errors?since=30d")
+    assert len(errors["byKind"]) >= 4 and all(row["action"] for row in errors["byKind"])
+    assert all("made up" in row["message"] for row in errors["errors"])
 
 
 def test_a_browser_is_led_to_the_dashboard_and_a_program_told_what_is_here(demo: Serving) -> None:

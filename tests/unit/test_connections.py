@@ -285,7 +285,9 @@ def test_nobody_makes_room_while_all_are_answered() -> None:
 @pytest.fixture
 def listening() -> Iterator[Any]:
     """A server that listens and accepts nothing."""
-    app = types.SimpleNamespace(config=ocp.Config(port=0), connections=ocp.Connections())
+    app = types.SimpleNamespace(
+        config=ocp.Config(port=0), connections=ocp.Connections(),
+        refusals=ocp.Refusals(types.SimpleNamespace(event=lambda *args, **fields: None)))
     with ocp.Server(app, ()) as server:
         yield server
 
