@@ -2906,6 +2906,18 @@ def is_thinking(block: Block) -> bool:
     return block["type"] in ("thinking", "redacted_thinking")
 
 
+def thinking_sent_back(sent: Mapping[str, Any]) -> list[Block]:
+    """Return the block of thinking that a client sends back, in the API's form; nothing if it has
+    neither a signature nor sealed data."""
+    kind, text = sent.get("type"), sent.get("thinking") or ""
+    seal = sent.get("data" if kind == "redacted_thinking" else "signature")
+    if not isinstance(text, str) or not isinstance(seal, str) or not seal:
+        return []
+    if kind == "redacted_thinking":
+        return [{"type": kind, "data": seal}]
+    return [{"type": kind, "thinking": text, "signature": seal}] if kind == "thinking" else []
+
+
 #: The name of the API's own search tool.
 WEB_SEARCH = "web_search"
 #: The types of calls of tools that the API runs: its own, and the item of a client's history that
@@ -3021,7 +3033,8 @@ class Message(_MessageFields):
 
     @functools.cached_property
     def chars(self) -> int:
-        """The size in characters; arguments count as JSON, images and documents as 0."""
+        """The size in characters; arguments count as JSON, images and documents as 0. So does
+        thinking: clients send it back, and claude gets it only if it is known."""
         chars, rest = 0, list(self.content)
         while rest:
             block = rest.pop()
@@ -3033,7 +3046,7 @@ class Message(_MessageFields):
                 chars += len(block["name"]) + json_chars(block["input"])
             elif is_server_block(block):
                 chars += len(server_block_text(block))
-            elif block["type"] not in _ATTACHMENT_BLOCKS:
+            elif block["type"] not in _ATTACHMENT_BLOCKS and not is_thinking(block):
                 chars += json_chars(block)
         return chars
 
@@ -3059,6 +3072,12 @@ class Message(_MessageFields):
         order = "" if self.role == "assistant" else " ".join(kind for kind, _ in kinds)
         data = joined_parts(_compared_parts(f"{self.role} {order}", content))
         return hashlib.sha256(data).hexdigest(), len(data)
+
+
+def without_thinking(message: Message) -> Message:
+    """Return the message without thinking."""
+    kept = [block for block in message.content if not is_thinking(block)]
+    return message if len(kept) == len(message.content) else Message(message.role, kept)
 
 
 def is_user_message(message: Message) -> bool:
@@ -3171,7 +3190,7 @@ class Options(NamedTuple):
 
 class Turn(NamedTuple):
     """One request to a model. The last message is the user's, except in requests that only count
-    tokens."""
+    tokens. Thinking in it is what the client sent: ThinkingMemory says what claude gets."""
 
     model: Model
     messages: list[Message]
@@ -3715,6 +3734,13 @@ MIGRATIONS = (
     "ALTER TABLE replaced_secrets ADD COLUMN valid_until_s INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE replaced_secrets ADD COLUMN preview TEXT NOT NULL DEFAULT ''",
     "CREATE TABLE plan (id INTEGER PRIMARY KEY CHECK (id = 1), state TEXT NOT NULL)",
+    """
+    CREATE TABLE thinking (
+        id INTEGER PRIMARY KEY,
+        digest BLOB NOT NULL UNIQUE,
+        at_s INTEGER NOT NULL
+    )
+    """,
 )
 
 
@@ -3908,6 +3934,12 @@ class Store:
                 if must or len(self._queue) < _MAX_QUEUED_WRITES:
                     self._queue.append((statement, values))
                 raise
+
+    def write_later(self, statement: str, *values: object) -> None:
+        """Write with the next transaction. The write is dropped if the queue is full."""
+        with self._lock:
+            if len(self._queue) < _MAX_QUEUED_WRITES:
+                self._queue.append((statement, values))
 
     def write_queued(self) -> None:
         """Execute the queued writes, if any. Raises sqlite3.Error if that is still impossible."""
@@ -7290,7 +7322,7 @@ class ContentReader:
 
     #: Types of parts that have content for the model, or are known to have none.
     readable: ClassVar[tuple[str, ...]] = ()
-    #: Types of parts that are dropped. Thinking never comes from a client: see ThinkingMemory.
+    #: Types of parts that are dropped.
     omitted: ClassVar[tuple[str, ...]] = ()
     #: The types that are named to a client which sends none.
     named_types: ClassVar[str] = ""
@@ -7561,6 +7593,8 @@ class MessagesContent(ContentReader):
         kind = part.text("type") or ""
         if kind == "server_tool_use" or kind.endswith("_tool_result"):
             return self._server_block(part, place)
+        if place == "assistant" and kind in ("thinking", "redacted_thinking"):
+            return thinking_sent_back(part.object)
         if place == "system" and kind in TOOL_CHANGES:
             # What it changes is read together with the tools.
             return []
@@ -8256,6 +8290,22 @@ def _with_reminders(message: Message, reminders: list[Block]) -> Message:
     return Message(message.role, content)
 
 
+def _with_thinking_joined(messages: Iterable[Message]) -> list[Message]:
+    """Return the messages with thinking in the answer that follows it, and without thinking that no
+    answer follows, and empty messages: the API accepts neither."""
+    result: list[Message] = []
+    thinking: list[Block] = []
+    for message in messages:
+        if all(map(is_thinking, message.content)):
+            thinking += message.content
+            continue
+        if thinking and message.role == "assistant":
+            message = Message("assistant", [*thinking, *message.content])
+        thinking = []
+        result.append(message)
+    return result
+
+
 class Prompt(NamedTuple):
     """A system prompt and the messages after it."""
 
@@ -8285,7 +8335,7 @@ def build_prompt(
     contains assistant messages does not get the messages of its session. Raises BadRequest also
     if there is nothing to answer.
     """
-    messages = [message for message in messages if message.content]
+    messages = _with_thinking_joined(messages)
     opening = list(itertools.takewhile(lambda each: each.role == "system", messages))
     texts = [instructions, *(system_text(message.content) for message in opening)]
     system = "\n\n".join(filter(None, texts))
@@ -9459,8 +9509,10 @@ class ItemReader:
         is_message = item.has("role") and item.has("content") and kind != "reasoning"
         if kind == "message" or is_message:
             return [self._message(item)]
+        if kind == "reasoning":
+            return [Message("assistant", unsealed_thinking(item.text("encrypted_content")))]
         summary = compaction_text(item) if kind in ("compaction", "compaction_summary") else ""
-        if not summary and kind != "reasoning":
+        if not summary:
             self._context.ignore(item.path)
         return [Message("user", text_blocks(summary))]
 
@@ -9509,23 +9561,44 @@ class ItemReader:
         return [Message("assistant", [call]), result]
 
 
-#: The start of the encrypted_content of compaction items that this server made.
-_SUMMARY_MARK = "ocp1."
+#: The start of every encrypted_content that this server made.
+_CONTENT_MARK = "ocp1."
 
 
-def encoded_summary(summary: str) -> str:
-    """Return the encrypted_content of a compaction item with this summary."""
-    return _SUMMARY_MARK + base64.b64encode(summary.encode("utf-8", "replace")).decode("ascii")
+def encoded_content(text: str) -> str:
+    """Return the encrypted_content of an item that brings this text back."""
+    return _CONTENT_MARK + base64.b64encode(text.encode("utf-8", "replace")).decode("ascii")
+
+
+def decoded_content(content: str | None) -> str:
+    """Return the text of an encrypted_content, "" if another server made it."""
+    mark, _, data = (content or "").partition(".")
+    with contextlib.suppress(ValueError):
+        if mark + "." == _CONTENT_MARK:
+            return base64.b64decode(data, validate=True).decode("utf-8")
+    return ""
 
 
 def compaction_text(item: Fields) -> str:
     """Return the text of a compaction item for the model, "" if another server made the item."""
-    mark, _, content = (item.text("encrypted_content") or "").partition(".")
+    summary = decoded_content(item.text("encrypted_content"))
+    return f"[Summary of the conversation up to here]\n{summary}" if summary else ""
+
+
+def sealed_thinking(block: Block) -> Json:
+    """Return the field of a reasoning item with which the client can send a block of thinking back;
+    no field for other blocks, and for thinking that was cut off."""
+    whole = thinking_sent_back(block)
+    return {"encrypted_content": encoded_content(json_text(whole[0]))} if whole else {}
+
+
+def unsealed_thinking(content: str | None) -> list[Block]:
+    """Return the block of thinking in the encrypted_content of a reasoning item, nothing if another
+    server made it."""
     with contextlib.suppress(ValueError):
-        if mark + "." == _SUMMARY_MARK:
-            summary = base64.b64decode(content, validate=True).decode("utf-8")
-            return f"[Summary of the conversation up to here]\n{summary}"
-    return ""
+        sent = from_json(decoded_content(content))
+        return thinking_sent_back(sent) if isinstance(sent, dict) else []
+    return []
 
 
 def user_message_item(message: Message) -> Json:
@@ -9580,7 +9653,7 @@ _TEXT_FORM = _PART_FORMS["text"]
 def new_item(forms: Mapping[str, tuple[CallForm, Json]], block: Block) -> Json:
     """Return the output item of a block that has just started. `forms` has the form of the calls
     of each tool."""
-    if block["type"] == "thinking":
+    if is_thinking(block):
         return {"id": new_id("rs_"), "type": "reasoning", "summary": []}
     if block["type"] == "tool_use":
         plain = (_CALL_FORMS["function"], {"name": block["name"]})
@@ -9615,7 +9688,8 @@ def finished_search_item(item: Json, arguments: Json, result: Block | None) -> J
 
 
 def output_items(
-    forms: Mapping[str, tuple[CallForm, Json]], blocks: list[Block], *, has_summary: bool
+    forms: Mapping[str, tuple[CallForm, Json]], blocks: list[Block], *, has_summary: bool,
+    is_sealed: bool,
 ) -> Iterator[Json]:
     """Yield the output items of an answer. Neighbouring texts are one item: the API begins a block
     with each cited piece. A search at the end has no result: the answer was cut off in it."""
@@ -9632,7 +9706,11 @@ def output_items(
                     result = results.get(block["id"])
                     yield finished_search_item(new_search_item(), block["input"], result)
         elif kind in ("tool_use", "refusal") or (kind == "thinking" and has_summary):
-            yield from (_output_item(forms, block) for block in found)
+            for block in found:
+                sealed = sealed_thinking(block) if is_sealed else {}
+                yield {**_output_item(forms, block), **sealed}
+        elif is_thinking(found[0]) and is_sealed:
+            yield from ({**new_item(forms, block), **sealed_thinking(block)} for block in found)
 
 
 # ==== 21. Responses ==========================================================
@@ -9651,8 +9729,9 @@ class ResponseFormat(NamedTuple):
     is_stored: bool
     #: Whether the answer names its service tier.
     tells_tier: bool
-    #: Whether the output has the model's thinking.
+    #: Whether the output has the model's thinking: as text, and sealed for the client to send back.
     has_summary: bool
+    has_sealed_thinking: bool
     #: For each tool's name how its calls are written: the form, and the fields that name the tool.
     forms: Mapping[str, tuple[CallForm, Json]]
     #: The system messages of the input.
@@ -9687,10 +9766,12 @@ class ResponsesDialect(Dialect):
             after_assistant=_REFORMAT if schema else _CONTINUE,
         )
         reasoning, is_stored = fields.settings("reasoning"), fields.value("store") is not False
+        include = fields.value("include")
         form = ResponseFormat(
             self._echo(context, reasoning), is_stored, fields.has("service_tier"),
-            is_non_default(reasoning.value("summary")), forms, prompt.opening,
-            items if is_stored else [],
+            is_non_default(reasoning.value("summary")),
+            isinstance(include, list) and "reasoning.encrypted_content" in include,
+            forms, prompt.opening, items if is_stored else [],
         )
         return self._new_turn(
             context, prompt, form, tools=tools, choice=choice, output_schema=schema
@@ -9809,7 +9890,9 @@ class ResponsesDialect(Dialect):
         answer, form = answers[0], turn.reply_format
         refused = [{"type": "refusal", "refusal": answer.refusal}] if answer.refusal else []
         blocks = [*answer.blocks, *refused]
-        output = list(output_items(form.forms, blocks, has_summary=form.has_summary))
+        output = list(output_items(
+            form.forms, blocks, has_summary=form.has_summary, is_sealed=form.has_sealed_thinking
+        ))
         return self.final_body(turn, output, answer.stop_reason, answer.usage)
 
     def renderer(self, turn: Turn) -> Renderer:
@@ -9852,6 +9935,8 @@ class ResponsesRenderer(Renderer):
         self._item: Json | None = None
         self._part: PartForm | None = None
         self._call: CallForm | None = None
+        #: The block of thinking that the item brings back, without its text; None = it does not.
+        self._sealed: Block | None = None
         #: Whether it is a search of the API, which has neither form.
         self._is_search = False
         #: The sources of a text: where they stand, and the annotations that were sent.
@@ -9926,16 +10011,18 @@ class ResponsesRenderer(Renderer):
 
     def _open(self, block: Block) -> bytes:
         kind, form = block["type"], self._turn.reply_format
+        self._sealed = dict(block) if is_thinking(block) and form.has_sealed_thinking else None
         if kind == "server_tool_use" and block["name"] == WEB_SEARCH:
             return self._open_search()
         is_hidden = kind == "thinking" and not form.has_summary
-        if is_hidden or kind not in ("tool_use", *_PART_FORMS):
+        has_form = kind in ("tool_use", *_PART_FORMS) and not is_hidden
+        if not has_form and self._sealed is None:
             return b""
         item = new_item(form.forms, block)
         self._item, self._pieces, self._sent = item, [], []
         self._cited, self._annotations = CitedText(), []
-        self._part = _PART_FORMS.get(kind)
-        self._call = None if self._part else _FORMS_BY_ITEM[item["type"]]
+        self._part = None if is_hidden else _PART_FORMS.get(kind)
+        self._call = _FORMS_BY_ITEM.get(item["type"])
         self._reader = FreeformReader() if self._call is _CALL_FORMS["custom"] else None
         if self._call is not None and not self._call.event:
             return self._begin()
@@ -9963,6 +10050,9 @@ class ResponsesRenderer(Renderer):
         return self._frame(f"response.{stem}", **position, **fields)
 
     def _delta(self, event: Delta) -> bytes:
+        if event.kind == "signature" and self._sealed is not None:
+            signature = self._sealed.get("signature", "")
+            self._sealed["signature"] = signature + event.text
         if self._item is None or event.kind == "signature" or not event.text:
             return b""
         self._pieces.append(event.text)
@@ -9986,10 +10076,14 @@ class ResponsesRenderer(Renderer):
         if self._part is not None:
             frames = self._end_text(self._part, text)
             done = self._part.finished(item, text, self._annotations)
+        elif self._sealed is not None:
+            frames, done = b"", item
         elif self._call is not None and (text or is_complete):
             frames, done = self._end_call(item, self._call, text, is_complete)
         else:
             return b""
+        if done is not None and self._sealed is not None:
+            done = {**done, **sealed_thinking({**self._sealed, "thinking": text})}
         if done is not None:
             frames += self._item_event("done", done)
             self._output.append(done)
@@ -10092,7 +10186,7 @@ class CompactionDialect(ResponsesDialect):
         done = super().answer_body(turn, answers)
         item: Json = {
             "id": new_id("cmp_"), "type": "compaction",
-            "encrypted_content": encoded_summary(summary),
+            "encrypted_content": encoded_content(summary),
         }
         return {
             "id": done["id"], "object": "response.compaction", "created_at": done["created_at"],
@@ -14198,15 +14292,23 @@ class Responses:
 
 #: The limit for all remembered answers together.
 _MAX_THINKING_BYTES = 32 * 1024 * 1024
+#: How many digests of thinking are kept on disk, and how long.
+_MAX_THINKING_DIGESTS = 100_000
+_THINKING_DIGEST_S = 90 * 86_400
+
+
+def _owner_of_thinking(turn: Turn, scope: str) -> list[str]:
+    """Return what else thinking is known by: the caller, the model, and whether thinking is
+    switched off, since the API may refuse thinking where it is."""
+    return [scope, turn.model.id, str(turn.options.thinking_tokens == 0)]
 
 
 def _answer_places(turn: Turn, scope: str) -> Iterator[tuple[int, str]]:
     """Yield the index of each answer in a turn's history, and the key under which its thinking is
-    remembered: one of the caller, of the model, and of whether thinking is switched off, since the
-    API may refuse thinking where it is. Ids of tool calls make an answer unique; any other one is
-    known by the whole conversation up to it. So no thinking gets into another conversation that
-    happens to have an answer of the same words."""
-    owner = [scope, turn.model.id, str(turn.options.thinking_tokens == 0)]
+    remembered. Ids of tool calls make an answer unique; any other one is known by the whole
+    conversation up to it. So no thinking gets into another conversation that happens to have an
+    answer of the same words."""
+    owner = _owner_of_thinking(turn, scope)
     conversation = hashlib.sha256(joined_parts([*owner, turn.system]))
     for index, message in enumerate(turn.messages):
         conversation.update(message.digest.encode("ascii"))
@@ -14216,13 +14318,34 @@ def _answer_places(turn: Turn, scope: str) -> Iterator[tuple[int, str]]:
             yield index, key
 
 
+def _thinking_digest(owner: list[str], blocks: list[Block]) -> bytes:
+    """Return the digest by which the thinking of an answer is recognized when a client sends it
+    back: of all its thinking and its calls, in their order."""
+    parts = list(owner)
+    for block in blocks:
+        if is_thinking(block):
+            seal = block.get("signature") or block.get("data") or ""
+            parts += [block["type"], block.get("thinking", ""), seal]
+        elif block["type"] == "tool_use":
+            parts += [block["type"], plain_id(block["id"])]
+    return hashlib.sha256(joined_parts(parts)).digest()[:16]
+
+
 class ThinkingMemory:
     """The latest answers with thinking. A conversation that goes to another process gets them back
     as the model gave them: the API's prompt cache holds them like this, and a model that thinks by
-    budget needs its thinking in a tool loop. Clients lose it, and what they send of it counts for
-    nothing, so that nobody can make the API refuse a prompt by a signature that is not its own."""
+    budget needs its thinking in a tool loop.
 
-    def __init__(self, max_bytes: int = _MAX_THINKING_BYTES) -> None:
+    Answers are kept in memory. Of those that memory has lost, the client's own copy is taken if it
+    is what this server has sent: the database has digests for that, and no text. All other thinking
+    of clients is left out, so that nobody can make the API refuse a prompt by a signature that is
+    not its own."""
+
+    def __init__(
+        self, store: Store, clock: Clock = time.time, max_bytes: int = _MAX_THINKING_BYTES
+    ) -> None:
+        self._store = store
+        self._clock = clock
         self._max_bytes = max_bytes
         # Guards the fields below.
         self._lock = threading.Lock()
@@ -14245,15 +14368,26 @@ class ThinkingMemory:
             self._answers[key] = data
             while self._size_bytes > self._max_bytes:
                 self._size_bytes -= len(self._answers.pop(next(iter(self._answers))))
+        hidden = {"thinking": ""} if turn.options.hides_thinking else {}
+        sent = _thinking_digest(
+            _owner_of_thinking(turn, scope), [{**block, **hidden} for block in blocks]
+        )
+        # The row of usage, which comes next, takes it along.
+        self._store.write_later(
+            "INSERT OR REPLACE INTO thinking (digest, at_s) VALUES (?, ?)",
+            sent, int(self._clock()),
+        )
 
     def restored(self, turn: Turn, scope: str) -> Turn:
-        """Return the turn of this caller with the answers that are remembered, as they were."""
-        messages = list(turn.messages)
+        """Return the turn of this caller with the thinking that is known, and no other."""
+        owner, messages = _owner_of_thinking(turn, scope), list(turn.messages)
         for index, key in _answer_places(turn, scope):
             data = self._take(key)
             if data:
                 blocks: list[Block] = json.loads(data)
                 messages[index] = Message("assistant", blocks)
+            elif not self._was_sent(owner, messages[index].content):
+                messages[index] = without_thinking(messages[index])
         return turn._replace(messages=messages)
 
     def _take(self, key: str) -> bytes:
@@ -14263,6 +14397,24 @@ class ThinkingMemory:
             if data:
                 self._answers[key] = data
         return data
+
+    def _was_sent(self, owner: list[str], blocks: list[Block]) -> bool:
+        """Return whether the thinking in an answer is what this server has sent. It is not if the
+        database cannot be read."""
+        if not any(map(is_thinking, blocks)):
+            return False
+        with contextlib.suppress(sqlite3.Error):
+            query = "SELECT 1 FROM thinking WHERE digest = ?"
+            return bool(self._store.rows(query, _thinking_digest(owner, blocks)))
+        return False
+
+    def prune(self) -> None:
+        """Delete digests that are too old or too many. Raises sqlite3.Error."""
+        with self._store.transaction() as connection:
+            connection.execute(
+                "DELETE FROM thinking WHERE at_s < ? OR id <= (SELECT MAX(id) FROM thinking) - ?",
+                (int(self._clock()) - _THINKING_DIGEST_S, _MAX_THINKING_DIGESTS),
+            )
 
 
 # ==== 32. Cache ==============================================================
@@ -16844,7 +16996,7 @@ class App:
             self.log.event("error", "stored_key_ignored", id=key_id, why=why)
         self.ledger = Ledger(self.store)
         self.sessions = Sessions(self.store)
-        self.thinking = ThinkingMemory()
+        self.thinking = ThinkingMemory(self.store)
         self.account = Account()
         self._plan_record = PlanRecord(self.store, self.account, self.log)
         self._prune_at_s = self._write_use_at_s = self.clock()
@@ -16984,13 +17136,14 @@ class App:
                 self.account.update_plan(news, _text_field(notice, "model"))
 
     def _prune(self) -> None:
-        """Delete rows of usage that are too old, once an hour."""
+        """Delete rows of usage, and digests of thinking, that are too old, once an hour."""
         if self.clock() < self._prune_at_s:
             return
         self._prune_at_s = self.clock() + _PRUNE_EVERY_S
         try:
             self.ledger.prune(self.config.usage_days)
             self.keys.prune(self.config.usage_days)
+            self.thinking.prune()
         except sqlite3.Error as problem:
             self.log.event("error", "usage_not_pruned", error=str(problem))
 
@@ -18234,7 +18387,8 @@ def _store_conversation(
     app: App, exchange: Exchange, turn: Turn, answer: Answer, body: Json
 ) -> None:
     """Store the conversation under its response id, its session id, or both."""
-    messages = [*turn.messages, Message("assistant", blocks_to_store(answer.blocks))]
+    answered = Message("assistant", blocks_to_store(answer.blocks))
+    messages = [*map(without_thinking, turn.messages), answered]
     if exchange.dialect.stores(turn) and body:
         system, items = exchange.dialect.stored_input(turn)
         app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)

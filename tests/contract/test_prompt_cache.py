@@ -15,7 +15,7 @@ import pytest
 import stub_api as stub
 from conversation import EVERY_DIALECT, Conversation, path_of
 from depth import rest
-from dialects import CHAT, MESSAGES, RESPONSES, Answer, Dialect, Result, Tool
+from dialects import CHAT, MESSAGES, RESPONSES, Answer, Dialect, Result, Tool, dialect_name
 from rig import BUDGET_MODEL, MODEL, NEWEST_MODEL, Claude, Rig, running_rig
 from upstream import turns, unmarked
 
@@ -54,6 +54,12 @@ def thinking_fields(dialect: Dialect, model: str) -> dict[str, Json]:
 def thoughtful(reply: stub.Reply) -> stub.Reply:
     """The reply with thinking in front."""
     return reply._replace(blocks=(*stub.thinking("Hm, let me see.", "").blocks[:1], *reply.blocks))
+
+
+def sealed(reply: stub.Reply) -> stub.Reply:
+    """The reply with thinking in front that nobody can read."""
+    thought = stub.Block({"type": "redacted_thinking", "data": "c2VhbGVk"}, ())
+    return reply._replace(blocks=(thought, *reply.blocks))
 
 
 def rebuilt(rig: Rig, talk: Conversation) -> Answer:
@@ -104,6 +110,52 @@ def test_a_conversation_with_tools_and_thinking_is_the_same_elsewhere(
     answers = [contents for role, contents in turns(rig.last_body()) if role == "assistant"]
     assert [contents[0]["type"] for contents in answers] == ["thinking"] * 4
     assert rig.last_body()["thinking"]["type"] != "disabled"
+
+
+@pytest.mark.differs_by_version
+@pytest.mark.parametrize("dialect", [MESSAGES, RESPONSES], ids=dialect_name)
+@pytest.mark.parametrize("model", [BUDGET_MODEL, *rest(NEWEST_MODEL)])
+def test_a_loop_with_thinking_is_the_same_after_a_restart(
+    claude: Claude, tmp_path: Path, dialect: Dialect, model: str
+) -> None:
+    fields = thinking_fields(dialect, model)
+    if dialect is RESPONSES:
+        fields["include"] = ["reasoning.encrypted_content"]
+    with running_rig(tmp_path, claude) as rig:
+        rig.script(
+            stub.thinking("Hm.", " So. "),
+            thoughtful(stub.tool_calls([("weather", {"city": "Rome"}), ("news", {})], text="Two.")),
+            sealed(stub.tool_calls([("weather", {"city": "Bern"})])), then=stub.text("Bye."))
+        talk = Conversation(
+            rig, dialect, [WEATHER, Tool("news")], f"Be {dialect.name}.", model=model, **fields)
+        talk.ask("Hello?")
+        first, second = talk.ask("What is new?").calls
+        said = talk.send_results([(first.id, Result("Sun.")), (second.id, Result("No."))])
+        talk.messages += dialect.results([(said.call.id, Result("Rain."))])
+        assert path_of(rig, talk.branch().send()) == "continued"
+        known = text_of(rig.last_body())
+    with running_rig(tmp_path, claude) as rig:
+        rig.script(then=stub.text("Bye."))
+        talk.rig = rig
+        assert path_of(rig, talk.send()) == "rebuilt"
+        body = rig.last_body()
+    assert text_of(body) == known
+    firsts = [contents[0] for role, contents in turns(body) if role == "assistant"]
+    assert [first["type"] for first in firsts] == ["thinking", "thinking", "redacted_thinking"]
+    assert body["thinking"]["type"] != "disabled"
+
+
+def test_hidden_thinking_comes_back_sealed_after_a_restart(claude: Claude, tmp_path: Path) -> None:
+    thinking = {"type": "adaptive", "display": "omitted"}
+    with running_rig(tmp_path, claude) as rig:
+        rig.script(thoughtful(stub.tool_calls([("weather", {"city": "Rome"})])))
+        talk = Conversation(rig, MESSAGES, [WEATHER], thinking=thinking)
+        call = talk.ask("Weather?").call
+    with running_rig(tmp_path, claude) as rig:
+        talk.rig = rig
+        talk.send_results([(call.id, Result("Sun."))])
+        _, (_, (thought, _)), _ = turns(rig.last_body())
+    assert thought == {**stub.thinking("", "").blocks[0].content, "thinking": ""}
 
 
 #: The contents of results, and whether the call failed. claude is told others by another process.

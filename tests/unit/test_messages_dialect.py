@@ -407,6 +407,37 @@ def test_a_block_becomes_what_claude_takes(sent: Json, kept: list[Json]) -> None
     assert message.content == [*kept, block("last")]
 
 
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ({"type": "thinking", "thinking": "Hm.", "signature": "s", "cache_control": {}},
+         [{"type": "thinking", "thinking": "Hm.", "signature": "s"}]),
+        ({"type": "thinking", "signature": "s"},
+         [{"type": "thinking", "thinking": "", "signature": "s"}]),
+        ({"type": "redacted_thinking", "data": "x"}, [{"type": "redacted_thinking", "data": "x"}]),
+        ({"type": "thinking", "thinking": "Hm."}, []),
+        ({"type": "thinking", "thinking": "Hm.", "signature": ""}, []),
+        ({"type": "thinking", "thinking": ["Hm."], "signature": "s"}, []),
+        ({"type": "thinking", "thinking": "Hm.", "signature": 7}, []),
+        ({"type": "redacted_thinking", "signature": "s"}, []),
+    ],
+    ids=str,
+)
+def test_signed_thinking_of_an_answer_is_read(sent: Json, kept: list[Json]) -> None:
+    found = turn(USER, {"role": "assistant", "content": [sent, block("Hi.")]}, USER)
+
+    assert found.messages[1].content == [*kept, block("Hi.")]
+    assert found.messages[1].chars == len("Hi.")
+
+
+def test_thinking_without_an_answer_is_left_out() -> None:
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": "s"}
+
+    found = turn(USER, {"role": "assistant", "content": [thought]}, USER)
+
+    assert [message.role for message in found.messages] == ["user"]
+
+
 def test_an_image_s_address_is_passed_on_where_the_operator_allows_it() -> None:
     body = {"messages": [{"role": "user", "content": [{"type": "image", "source": ADDRESS}]}]}
 

@@ -431,6 +431,39 @@ def test_reasoning_is_left_to_claude() -> None:
     assert (conversation(found), found.ignored) == ([("user", ["Hello"])], ())
 
 
+THOUGHT = {"type": "thinking", "thinking": "Hm: \u00fc.", "signature": "c2ln"}
+SEALED = {"type": "redacted_thinking", "data": "c2VhbGVk"}
+
+
+def reasoning_item(thought: Json) -> Json:
+    return {"type": "reasoning", "id": "rs_1", "summary": [], **ocp.sealed_thinking(thought)}
+
+
+def test_thinking_that_was_sealed_here_belongs_to_the_answer_behind_it() -> None:
+    said = {"type": "message", "role": "assistant", "content": "I look."}
+
+    found = turn([USER, reasoning_item(THOUGHT), said, reasoning_item(SEALED), CALLED, RESULT])
+
+    assert [message.role for message in found.messages] == ["user", "assistant", "user"]
+    thought, text, sealed, call = found.messages[1].content
+    assert (thought, text, sealed) == (THOUGHT, block("I look."), SEALED)
+    assert call["type"] == "tool_use"
+
+
+@pytest.mark.parametrize("content", [
+    None, "", "gAAAAAB", "ocp1.", "ocp1.!", "ocp1.bm90IEpTT04=", ocp.encoded_content("[]"),
+    ocp.encoded_content('{"type":"text","text":"a","signature":"s"}'),
+    ocp.encoded_content('{"type":"thinking","thinking":"a"}'), ocp.encoded_content("A summary."),
+])
+def test_what_seals_no_thinking_is_left_out(content: object) -> None:
+    reasoning = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": content}
+    said = {"type": "message", "role": "assistant", "content": "Hi."}
+
+    found = turn([USER, reasoning, said, USER])
+
+    assert (conversation(found)[1], found.ignored) == (("assistant", ["Hi."]), ())
+
+
 @pytest.mark.parametrize(
     "item",
     [
@@ -586,7 +619,7 @@ def test_a_search_of_the_history_is_told_as_text_and_not_compared() -> None:
 
 
 def test_a_compaction_that_was_made_here_is_told_as_its_summary() -> None:
-    sealed = ocp.encoded_summary("Owls: \u00fc, \U0001f989.")
+    sealed = ocp.encoded_content("Owls: \u00fc, \U0001f989.")
 
     found = turn([USER, {"type": "compaction", "encrypted_content": sealed}, USER])
 
@@ -1005,6 +1038,56 @@ def test_silence_is_an_event_and_never_the_first_one() -> None:
 def test_thinking_is_told_as_a_summary_and_only_when_asked() -> None:
     assert b"greets" not in answer("stream-thinking") + answer("whole-thinking")
     assert b"Someone greets." in answer("whole-summary")
+
+
+ALL_THINKING = [
+    *THINKING, ocp.BlockStarted(0, SEALED), ocp.BlockStopped(0),
+]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("summary", [None, "auto"])
+def test_thinking_is_sealed_for_a_client_that_asks_for_it(
+    is_streamed: bool, summary: str | None
+) -> None:
+    asked = turn(stream=is_streamed, reasoning={"summary": summary},
+                 include=["reasoning.encrypted_content"])
+    events = numbered([STARTED, *ALL_THINKING, *TEXT, finished()])
+    render = stream_bytes if is_streamed else whole_bytes
+    sent = render(ocp.RESPONSES, asked, events)
+    if is_streamed:
+        done = [data["item"] for kind, data in frames(sent) if kind.endswith("output_item.done")]
+        output = frames(sent)[-1][1]["response"]["output"]
+        assert done == output
+    else:
+        output = json.loads(sent)["output"]
+
+    thought, sealed, message = output
+    assert [item["type"] for item in output] == ["reasoning", "reasoning", "message"]
+    texts = [part["text"] for part in thought["summary"]]
+    assert texts == (["Someone greets."] if summary else [])
+    again = turn([USER, thought, sealed, message, USER]).messages[1].content
+    assert again[0]["thinking"] == "Someone greets." and again[0]["signature"]
+    assert again[1] == SEALED
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_thinking_that_was_cut_off_is_not_sealed(is_streamed: bool) -> None:
+    asked = turn(stream=is_streamed, include=["reasoning.encrypted_content"])
+    render = stream_bytes if is_streamed else whole_bytes
+
+    sent = render(ocp.RESPONSES, asked, numbered([STARTED, *THINKING[:2], finished("max_tokens")]))
+
+    assert b'"reasoning"' in sent and b"encrypted_content" not in sent
+
+
+@pytest.mark.parametrize("include", [None, [], "reasoning.encrypted_content", {"a": 1}, [7]])
+def test_thinking_is_not_sealed_for_others(include: object) -> None:
+    asked = turn(include=include)
+
+    sent = whole_bytes(ocp.RESPONSES, asked, numbered([STARTED, *THINKING, *TEXT, finished()]))
+
+    assert b'"rs_' not in sent and asked.ignored == ()
 
 
 def test_an_item_that_a_failure_cut_off_is_never_done() -> None:
