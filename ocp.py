@@ -1,4 +1,7 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
 """ocp shows and manages an OCP server: its usage, its state, its keys, its service, its updates.
 
     ocp COMMAND [ARGUMENTS]        ocp COMMAND --help says more about one command
@@ -48,6 +51,7 @@ import email.utils
 import enum
 import fcntl
 import functools
+import hashlib
 import http.client
 import ipaddress
 import json
@@ -3443,6 +3447,53 @@ def refuse_local_work(env: Env, plan: Journal) -> None:
             f"was changed.\nMerge the release yourself: git -C {tree} merge v{plan.to_version}")
 
 
+#: In a checkout: who may sign releases, in the form of ssh-keygen. The file of the version that is
+#: installed counts, never that of the new one.
+SIGNERS = os.path.join("tools", "allowed_signers")
+#: The first git that verifies such signatures.
+_VERIFYING_GIT = (2, 34)
+
+
+def verify_tag(env: Env, plan: Journal) -> str:
+    """Return in words whether the fetched tag is signed. Raises Problem if it must not be taken."""
+    name, tree = f"v{plan.to_version}", plan.tree
+    if git(env, tree, "rev-parse", f"refs/tags/{name}^{{commit}}") != plan.to_commit:
+        raise Problem(Exit.FAILED, f"{name} has changed while it was fetched: update once more.")
+    if not os.path.exists(os.path.join(tree, SIGNERS)):
+        return f"{name}: no signature to verify, because this version names no signers ({SIGNERS})"
+    found = re.search(r"(\d+)\.(\d+)", git(env, tree, "version"))
+    if not found or (int(found[1]), int(found[2])) < _VERIFYING_GIT:
+        return f"{name}: its signature was not verified, because git is older than 2.34"
+    try:
+        # Only keys of that file count: none of the user's own for other kinds of signatures.
+        git(env, tree, "-c", f"gpg.ssh.allowedSignersFile={os.path.join(tree, SIGNERS)}",
+            "-c", "gpg.program=false", "-c", "gpg.x509.program=false", "verify-tag",
+            f"refs/tags/{name}")
+    except Problem:
+        raise Problem(
+            Exit.FAILED, f"{name} is not signed by any key of {os.path.join(tree, SIGNERS)}, so it "
+            "was not installed, and nothing was changed.") from None
+    # A signed tag could be offered again under the name of another release.
+    if f"\ntag {name}\n" not in git(env, tree, "cat-file", "tag", f"refs/tags/{name}"):
+        raise Problem(Exit.FAILED, f"What is offered as {name} was signed as another release.")
+    return f"{name} is signed by a key of {SIGNERS}"
+
+
+def compare_sums(env: Env, plan: Journal, folder: str) -> str:
+    """Return in words whether files have the SHA-256 sums in the tag's message. Raises Problem."""
+    told = git(env, plan.tree, "for-each-ref", "--format=%(contents)",
+               f"refs/tags/v{plan.to_version}")
+    compared = 0
+    for wanted, name in re.findall(r"(?m)^([0-9a-f]{64})  ([\w.-]+)$", told):
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name), "rb") as file:
+            if hashlib.sha256(file.read()).hexdigest() != wanted:
+                raise Problem(Exit.FAILED, f"{name} does not have the sum that the tag names.")
+            compared += 1
+    if not compared:
+        return f"v{plan.to_version} names no sums: its files are taken as git fetched them"
+    return f"{counted(compared, 'file')} of v{plan.to_version} compared with the sums in its tag"
+
+
 def show_update_plan(plan: Journal, record: Record | None) -> str:
     """Return what an update is going to do."""
     restart = f"restart {record.label} and ask its version" if record else (
@@ -3465,8 +3516,10 @@ def remove_worktree(env: Env, snapshot: Snapshot) -> None:
 def check_new_version(env: Env, snapshot: Snapshot, record: Record | None) -> None:
     """Raise Problem unless the new version says that it would start here."""
     plan, folder = snapshot.journal, snapshot.path("tree")
-    git(env, plan.tree, "worktree", "add", "--quiet", "--detach", folder, plan.to_commit)
+    git(env, plan.tree, "-c", "core.autocrlf=false", "worktree", "add", "--quiet", "--detach",
+        folder, plan.to_commit)
     try:
+        env.say(compare_sums(env, plan, folder))
         server = os.path.join(folder, "ocp_server.py")
         found = version_of(server)
         if found != plan.to_version:
@@ -3708,6 +3761,7 @@ def _update(env: Env, args: argparse.Namespace) -> Exit:
     confirm("Do this?", args.yes, env.stdin, env.stdout)
     tag = f"refs/tags/v{plan.to_version}"
     git(env, tree, "fetch", "--quiet", "--no-tags", "origin", f"{tag}:{tag}", timeout_s=300)
+    env.say(verify_tag(env, plan))
     snapshot = take_snapshot(env, plan)
     env.say(f"saved {snapshot.folder}")
     return switch(env, snapshot, record)
