@@ -39,7 +39,7 @@ is missing or refused; 130 interrupted.
 #     13. Writing           the only section that changes anything
 #     14. Output            plans, tools and results as text and as JSON
 #     15. Command line      arguments, questions, main
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import sys
 

@@ -27,7 +27,7 @@ Sections (search for "==== 8" to jump to the eighth):
     11. OpenClaw          told about the service, by ocp_connect.py
     12. Command line      arguments, the order of the phases, exit codes
 """
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import os
 import sys
@@ -242,6 +242,18 @@ def settings_of(text: str) -> dict[str, str]:
 # --- end shared
 
 
+# --- shared: drain
+def drain_s(text: str) -> float:
+    """Return the seconds of OCP_DRAIN; the server's default where it is no duration.
+
+    A bare number is milliseconds, as for the server.
+    """
+    units = {"": 0.001, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+    found = re.fullmatch(r"([0-9]{1,9}) ?(ms|s|m|h|d|)", text.strip().lower())
+    return int(found[1]) * units[found[2]] if found else 20.0
+# --- end shared
+
+
 # --- shared: confirm
 def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> None:
     """Ask before something is changed, unless the user said --yes.
@@ -272,9 +284,12 @@ class HttpProblem(Exception):
     """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
     403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
 
-    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
+    def __init__(
+        self, kind: str, message: str, status: int = 0, body: Any = None, request_id: str = ""
+    ) -> None:
         super().__init__(message)
         self.kind, self.status, self.body = kind, status, body
+        self.request_id = request_id
 
 
 @contextlib.contextmanager
@@ -303,11 +318,11 @@ def http_open(
             raise HttpProblem("unreachable", reason) from None
         with contextlib.closing(answer):
             if answer.status >= 300:
-                raise http_problem(answer.status, text)
+                raise http_problem(answer.status, text, answer.headers.get("X-Request-Id", ""))
             yield answer
 
 
-def http_problem(status: int, text: bytes) -> HttpProblem:
+def http_problem(status: int, text: bytes, request_id: str) -> HttpProblem:
     """The problem that an answer with such a status stands for."""
     kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
     body, message = None, text[:200].decode("utf-8", "replace").strip()
@@ -315,7 +330,7 @@ def http_problem(status: int, text: bytes) -> HttpProblem:
         body = json.loads(text)
     error = body.get("error") if isinstance(body, dict) else None
     told = error.get("message") if isinstance(error, dict) else error
-    return HttpProblem(kind, str(told or message), status, body)
+    return HttpProblem(kind, str(told or message), status, body, request_id)
 
 
 def http_json(
@@ -859,6 +874,17 @@ def command_with_settings(install: Installation) -> list[str]:
     return [*shell, install.env_file, install.python, install.server_path]
 
 
+def command_by_hand(install: Installation) -> str:
+    """Return the line that starts the server in a shell. The server itself reads the settings in
+    its folder."""
+    if install.env_file != os.path.join(install.data_dir, "ocp.env"):
+        return shlex.join(command_with_settings(install))
+    line = shlex.join([install.python, install.server_path])
+    if install.data_dir == os.path.join(install.home, ".ocp"):
+        return line
+    return f"OCP_HOME={shlex.quote(install.data_dir)} {line}"
+
+
 def launchd_plist(install: Installation) -> bytes:
     """Return the agent for launchd."""
     # Without this, an agent can be loaded into the graphical session only.
@@ -1211,12 +1237,11 @@ def with_address(install: Installation, values: Mapping[str, str]) -> Installati
     text = values[PORT]
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) == 0:
         raise refused(f"{PORT}={text}: a service needs a port that clients can rely on.")
-    # What the server does not take as a number, it refuses before anything is installed.
-    drain_ms = values.get("OCP_DRAIN", "")
-    drain_s = math.ceil(int(drain_ms) / 1000) if drain_ms.isdigit() else install.drain_s
+    # What the server does not take as a duration, it refuses before anything is installed.
+    drain = math.ceil(drain_s(values.get("OCP_DRAIN", "")))
     return install._replace(
         port=int(text), bind=values[BIND], is_secure=bool(values.get("OCP_TLS_CERT")),
-        drain_s=drain_s)
+        drain_s=drain)
 
 
 def path_for(host: Host, install: Installation, values: Mapping[str, str]) -> str:
@@ -1659,9 +1684,10 @@ def ask(install: Installation, values: Mapping[str, str]) -> Answer:
     except HttpProblem as problem:
         error = problem.body.get("error") if isinstance(problem.body, dict) else None
         code = str(error.get("code") or "") if isinstance(error, dict) else ""
-        if code == "invalid_api_key":
+        if code.endswith("_api_key"):
             return Answer(None, "No question was asked: no key is known here that the API accepts.")
-        return Answer(False, f"The question failed: {problem}", code)
+        more = f" More: `ocp errors {problem.request_id}`" if problem.request_id else ""
+        return Answer(False, f"The question failed: {problem}{more}", code)
     except (KeyError, IndexError, TypeError):
         return Answer(False, "The question failed: the answer is not one of OCP.")
     took_s = time.monotonic() - began_s
@@ -1934,7 +1960,7 @@ def next_steps(job: Job) -> Iterator[str]:
     if values.get(AUTH_MODE) == "multi":
         yield "Create a key for each client with: ocp keys add NAME"
     if install.service.platform == "none":
-        yield f"Start it by hand: {shlex.join(command_with_settings(install))}"
+        yield f"Start it by hand: {command_by_hand(install)}"
     elif not job.situation.should_start:
         yield f"It is not started now. Start it with: {shlex.join(install.service.start)}"
     else:

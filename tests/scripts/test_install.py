@@ -659,16 +659,22 @@ def test_an_unreachable_systemd_is_told_and_files_are_installed_all_the_same(
 
 @pytest.mark.slow
 def test_without_a_service_manager_the_command_to_start_by_hand_works(bare: InstallMachine) -> None:
-    done = bare.install()
+    done = bare.install("--auth-mode", "multi", "--bind", "0.0.0.0")
     assert done.returncode == 0, done.stderr
     command = re.search(r"Start it by hand: (.*)", done.stdout)
     assert command
+    again = subprocess.run(
+        [sys.executable, str(REPO / "ocp.py"), "start"], env={"HOME": str(bare.home)}, text=True,
+        capture_output=True, timeout=120)
+    assert f"by hand: {command[1]}\n" in again.stderr
     with open(bare.folder / "output.txt", "wb") as output:
         process = subprocess.Popen(
             ["/bin/sh", "-c", f"exec {command[1]}"], stdout=output, stderr=output,
             env={"HOME": str(bare.home)}, start_new_session=True)
     try:
         eventually(lambda: is_up(bare.port))
+        assert http_call(bare.port, "GET", "/health").json()["authMode"] == "multi"
+        eventually(lambda: "Other devices: " in (bare.folder / "output.txt").read_text())
     finally:
         process.terminate()
         process.wait(120)
@@ -1006,7 +1012,8 @@ def test_the_refusal_of_a_folder_that_others_may_write_says_how_to_mend_it(
     assert setup.python_for(str(tmp_path), is_system=False)
 
 
-@pytest.mark.parametrize("drain, stop_s", [("", 45), ("120000", 145), ("1", 26), ("600000", 625)])
+@pytest.mark.parametrize("drain, stop_s", [
+    ("", 45), ("120000", 145), ("1", 26), ("600000", 625), ("2m", 145), ("90 S", 115)])
 def test_the_service_manager_waits_as_long_as_answers_may_take(
     drain: str, stop_s: int, tmp_path: Path
 ) -> None:

@@ -495,6 +495,7 @@ def unit_of(manager: Manager) -> Path:
 
 @pytest.mark.parametrize("drain, unit, level", [
     (None, "TimeoutStopSec=45", "PASS"), ("120000", "TimeoutStopSec=45", "WARN"),
+    ("2m", "TimeoutStopSec=45", "WARN"), ("30s", "TimeoutStopSec=45", "PASS"),
     ("120000", "TimeoutStopSec=145", "PASS"), ("120000", "TimeoutStopSec=infinity", "PASS"),
     ("85000", "", "WARN"), ("20000", "", "PASS"), ("20000", "TimeoutStopSec=2min", "INFO")])
 def test_answers_get_the_time_to_end_that_the_setting_promises(
