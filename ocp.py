@@ -72,6 +72,9 @@ import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO, Union
 
+#: The version of this script, which may be copied alone: a test holds it to the server's.
+VERSION = "0.1.0"
+
 #: A JSON value.
 Json = Any
 
@@ -3218,6 +3221,9 @@ def _check_latest(facts: Facts) -> Finding:
 
 def _fix_install(facts: Facts) -> Fix:
     record, script = facts.readable_record, "setup.py_install.py"
+    if not os.path.exists(facts.env.beside(script)):
+        return Fix("fix_install", (
+            f"get the whole of OCP {VERSION}, and run {script} there: this ocp.py is alone",))
     if record is None or not record.needs_root:
         return Fix("fix_install", commands=(facts.script(script, "--yes"),))
     sudo = "sudo " if facts.env.user_id != 0 else ""
@@ -3762,8 +3768,9 @@ def git_tree(env: Env) -> str:
         top, reason = "", str(problem)
     if not top or os.path.realpath(top) != tree:
         raise Problem(
-            Exit.FAILED, f"{tree} is not a git checkout of OCP ({reason}), so it has to be updated "
-            "by hand:\nput the files of the new release in its place, then run\n"
+            Exit.FAILED, f"{tree} is not a git checkout of OCP ({reason}), so no release can be "
+            "looked for.\nUpdate it by hand: compare the new release with its SHA256SUMS, put its "
+            "files in the place of the old ones, then run\n"
             f"  python3 {shlex.quote(os.path.join(tree, 'ocp_server.py'))} --check && ocp restart")
     return tree
 
@@ -4656,8 +4663,7 @@ def program(env: Env) -> Exit:
         return Exit.OK
     args = parse(env, words)
     if args.version:
-        version = version_of(env.beside("ocp_server.py"))
-        env.say(f"ocp {version}" if version else "ocp of an unknown version: no ocp_server.py here")
+        env.say(f"ocp {VERSION}")
         return Exit.OK
     if args.run is None:
         args.parser.print_help()

@@ -201,7 +201,11 @@ def release(folder: Path, options: argparse.Namespace) -> None:
     if assets(committed(folder), version, date) != built:
         raise Refused("The commit is not what was planned. Look at it, then: git reset HEAD~1")
     write_assets(built, options.output)
-    tag(folder, version, message, options.sign)
+    try:
+        tag(folder, version, message, options.sign)
+    except Refused as refused:
+        raise Refused(f"{refused}\nThe release is committed and not tagged. Take the commit back "
+                      "with: git reset --hard HEAD~1") from None
     branch = git(folder, "rev-parse", "--abbrev-ref", "HEAD").decode().strip()
     print(f"{sums}\nv{version} is tagged, and its files are in {options.output}. What remains:\n"
           f"  git push origin {branch} v{version}\n"
