@@ -228,6 +228,20 @@ def test_already_there(machine: UpdateMachine) -> None:
     assert machine.states() == ["done"] and len(machine.calls) == 1
 
 
+def test_what_is_wrong_before_an_update_does_not_forbid_it(machine: UpdateMachine) -> None:
+    broken = machine.run
+
+    def run(command: Sequence[str], **options: Any) -> Any:
+        if "--check" in command:
+            return ocp.Completed(2, "", "ocp: The claude program was not found")
+        return broken(command, **options)
+
+    found = run_env(ocp_env(machine.home, *FORWARD, tree=machine.tree, run=run))
+
+    assert found.code == 0 and "The claude program was not found" in found.stderr, found
+    machine.check("0.2.0")
+
+
 # -- what a release is verified with ------------------------------------------
 
 def tagged_machine(folder: Path, url: str, signers: str, *tag: str) -> UpdateMachine:
@@ -542,7 +556,7 @@ def test_a_database_that_cannot_be_saved_stops_it_all(machine: UpdateMachine) ->
 def test_what_is_no_checkout_is_explained(tmp_path: Path) -> None:
     (tmp_path / "ocp_server.py").write_text('VERSION = "0.1.0"\n')
     found = run_env(ocp_env(tmp_path, "update", "--yes", tree=tmp_path))
-    assert found.code == 1 and "updated by hand" in found.stderr
+    assert found.code == 1 and "Update it by hand" in found.stderr
 
 
 def test_a_remote_that_cannot_be_asked_is_not_up_to_date(machine: UpdateMachine) -> None:
