@@ -1164,7 +1164,7 @@ def settings_in_use(config: Config, environment: Environment) -> list[tuple[str,
         name, value = row.metadata["env"], getattr(config, row.name)
         if environment.variables.get(name, "").strip():
             shown = int(value) if isinstance(value, bool) else value
-            text = "(secret)" if row.metadata["secret"] else str(shown)
+            text = "(secret)" if row.metadata["secret"] else one_line(str(shown), 200)
             found.append((name, text, environment.source(name)))
         elif row.metadata["from_memory"]:
             size = f"{memory_bytes / 1e9:.1f} GB" if memory_bytes else "of unknown size"
