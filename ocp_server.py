@@ -1172,7 +1172,7 @@ def settings_in_use(config: Config, environment: Environment) -> list[tuple[str,
         name, value = row.metadata["env"], getattr(config, row.name)
         if environment.variables.get(name, "").strip():
             shown = int(value) if isinstance(value, bool) else value
-            text = "(secret)" if row.metadata["secret"] else str(shown)
+            text = "(secret)" if row.metadata["secret"] else one_line(str(shown), 200)
             found.append((name, text, environment.source(name)))
         elif row.metadata["from_memory"]:
             size = f"{memory_bytes / 1e9:.1f} GB" if memory_bytes else "of unknown size"
@@ -20026,6 +20026,8 @@ def check(config: Config, environment: Environment, demo_command: tuple[str, ...
     print(f"ocp {VERSION}, Python {sys.version.split()[0]}")
     print(f"listens on {config.bind} port {config.port}, access mode {config.mode}")
     print(f"writes its log to {os.path.join(config.home_path, 'logs')}")
+    if environment.file:
+        print(f"reads settings from {environment.file}")
     if config.tls_cert:
         print(f"serves https with {config.tls_cert}")
     for name, value, source in settings_in_use(config, environment):
@@ -20182,6 +20184,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         print(settings_markdown())
     here = os.path.abspath(__file__)
     demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
+    environment = Environment({}, "", {})
     try:
         environment = environment_of(options, environ)
         environ = environment.variables
@@ -20193,7 +20196,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         check_no_loop(config, environ)
         tls = tls_context(config)
     except ConfigError as problem:
-        return _fail_start(problem)
+        hint = f"\nSettings were read from {environment.file} too." if environment.file else ""
+        return _fail_start(f"{problem}{hint}")
     if options.check:
         return check(config, environment, demo_command)
     log = Log(sys.stderr, config.log_level)
