@@ -1,4 +1,7 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
 """ocp shows and manages an OCP server: its usage, keys, service and updates.
 
 The address of the server is --url, or OCP_URL, or this machine with the port CLAUDE_PROXY_PORT, or
@@ -53,6 +56,8 @@ import http.client
 import ipaddress
 import json
 import os
+import platform
+import plistlib
 import re
 import shlex
 import shutil
@@ -69,6 +74,9 @@ import urllib.parse
 import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO, Union
+
+#: The version of this script, which may be copied alone: a test holds it to the server's.
+VERSION = "0.1.0"
 
 #: A JSON value.
 Json = Any
@@ -300,8 +308,10 @@ COMMANDS = (
             (argument("what", nargs="?", choices=("gateway",), metavar="gateway",
                       help="restart OpenClaw's gateway instead"),),
             examples=("restart", "restart gateway")),
-    Command("doctor", "examine the installation and say what to do", (REPORT,),
-            examples=("doctor",)),
+    Command("doctor", "examine the installation and say what to do", (
+        flag("--fix", help="do what is safe: see the page of this command; asks nothing"),
+        flag("--report", help="write a file for an issue, without keys, names and addresses"),
+        REPORT), examples=("doctor", "doctor --fix", "doctor --report")),
     Command("update", "update a git checkout to a release, or roll back", (
         flag("--check", help="only say whether there is a newer release"),
         flag("--dry-run", help="only say what would be done"),
@@ -506,6 +516,18 @@ def settings_of(text: str) -> dict[str, str]:
     """Return the settings in the text of an environment file, such as ocp.env."""
     matches = (_ASSIGNMENT.fullmatch(line) for line in text.split("\n"))
     return {match[1]: unquoted(match[2]) for match in matches if match}
+# --- end shared
+
+
+# --- shared: drain
+def drain_s(text: str) -> float:
+    """Return the seconds of OCP_DRAIN; the server's default where it is no duration.
+
+    A bare number is milliseconds, as for the server.
+    """
+    units = {"": 0.001, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+    found = re.fullmatch(r"([0-9]{1,9}) ?(ms|s|m|h|d|)", text.strip().lower())
+    return int(found[1]) * units[found[2]] if found else 20.0
 # --- end shared
 
 
@@ -2622,6 +2644,30 @@ def service_of(env: Env) -> Record | None:
     return record
 
 
+def service_environ(env: Env, record: Record | None) -> dict[str, str]:
+    """Return the environment of the server, as far as the installer and ocp.env tell it."""
+    if record is None:
+        return dict(env.environ)
+    ours = ("CLAUDE_", "OCP_", "PROXY_")
+    inherited = {name: text for name, text in env.environ.items() if not name.startswith(ours)}
+    known = {"CLAUDE_PROXY_PORT": str(record.port), "CLAUDE_BIND": record.bind,
+             "OCP_HOME": record.data_dir}
+    settings: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        with open(record.env_file, encoding="utf-8") as file:
+            settings = settings_of(file.read())
+    return {**inherited, **{name: text for name, text in known.items() if text}, **settings}
+
+
+#: How long the server may take to end after it has drained.
+_END_S = 10.0
+
+
+def drain_of(env: Env, record: Record | None) -> float:
+    """Return how many seconds the server lets running answers finish when it is stopped."""
+    return drain_s(service_environ(env, record).get("OCP_DRAIN", ""))
+
+
 def service_lines(env: Env, record: Record, verb: str) -> list[str]:
     """Return the commands that start, stop, restart or enable the service, for a shell."""
     sudo = "sudo " if record.needs_root and env.user_id != 0 else ""
@@ -2636,11 +2682,13 @@ def run_service(env: Env, record: Record, verb: str) -> str:
     if record.needs_root and env.user_id != 0:
         line = service_lines(env, record, verb)[0]
         raise Problem(Exit.DENIED, f"The service belongs to the system. Run: {line}")
+    timeout_s = 70 + drain_of(env, record)
     for step in record.commands.get(verb, []):
         for attempt in range(step.tries):
             # launchd refuses for a while after it has stopped a service.
             env.sleep(float(attempt))
-            done = env.command(*step.command, timeout_s=90, more=with_user_bus(env.environ))
+            done = env.command(
+                *step.command, timeout_s=timeout_s, more=with_user_bus(env.environ))
             if done.code == 0:
                 break
         if done.code != 0 and not step.may_fail:
@@ -3288,6 +3336,8 @@ class Finding(NamedTuple):
 
     level: str
     message: str
+    #: Whether the check could be made at all.
+    is_known: bool = True
 
 
 class Fix(NamedTuple):
@@ -3305,25 +3355,15 @@ class Check(NamedTuple):
     """One row of the table."""
 
     id: str
+    #: What people call it.
+    title: str
     #: What it looks at, for the documentation.
     about: str
     probe: Callable[[Facts], Finding]
     fix: Union[Fix, Callable[[Facts], Fix]]
-
-
-def service_environ(env: Env, record: Record | None) -> dict[str, str]:
-    """Return the environment of the server, as far as the installer and ocp.env tell it."""
-    if record is None:
-        return dict(env.environ)
-    ours = ("CLAUDE_", "OCP_", "PROXY_")
-    inherited = {name: text for name, text in env.environ.items() if not name.startswith(ours)}
-    known = {"CLAUDE_PROXY_PORT": str(record.port), "CLAUDE_BIND": record.bind,
-             "OCP_HOME": record.data_dir}
-    settings: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        with open(record.env_file, encoding="utf-8") as file:
-            settings = settings_of(file.read())
-    return {**inherited, **{name: text for name, text in known.items() if text}, **settings}
+    #: Carries the fix out. Only where that interrupts no answer and changes nothing but this
+    #: user's own files and service. Raises Problem, OSError.
+    mend: Union[Callable[[Facts], None], None] = None
 
 
 class Facts:
@@ -3419,7 +3459,7 @@ class Facts:
             tags = remote_tags(self.env, git_tree(self.env))
         except Problem as problem:
             return "", str(problem)
-        return max(tags, key=version_tuple, default=""), "the remote has no release"
+        return max(tags, key=version_tuple, default=""), NO_RELEASE
 
     @functools.cached_property
     def claude(self) -> str | None:
@@ -3603,6 +3643,36 @@ def _check_unit(facts: Facts) -> Finding:
     return Finding("WARN", f"{record.label} is {clean(done.output.strip()) or 'not loaded'}")
 
 
+def _stop_timeout_s(record: Record) -> float:
+    """Return how long the service manager lets the server end. Raises Unknown, OSError."""
+    if record.platform == "launchd":
+        with open(record.unit_path, "rb") as file:
+            try:
+                return float(plistlib.load(file).get("ExitTimeOut", 20))
+            except (ValueError, AttributeError, plistlib.InvalidFileException) as error:
+                raise Unknown(f"{record.unit_path}: {error}") from None
+    with open(record.unit_path, encoding="utf-8", errors="replace") as file:
+        told = re.findall(r"(?m)^TimeoutStopSec=(.*)$", file.read())
+    text = told[-1].strip() if told else "90"
+    if text == "infinity":
+        return float("inf")
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise Unknown(f"TimeoutStopSec={clean(text)} in {record.unit_path}")
+    return float(text)
+
+
+def _check_stop_timeout(facts: Facts) -> Finding:
+    record = facts.service
+    if record is None or not record.unit_path:
+        return Finding("INFO", "no service is installed")
+    drain, allowed = drain_of(facts.env, record), _stop_timeout_s(record)
+    if allowed < drain + _END_S:
+        return Finding(
+            "WARN", f"running answers may take {drain:.0f} s at a stop (OCP_DRAIN), but the "
+            f"service ends the server after {allowed:.0f} s")
+    return Finding("PASS", f"running answers get {drain:.0f} s at a stop")
+
+
 def _check_service(facts: Facts) -> Finding:
     health, _, wrong = facts.answer
     if wrong:
@@ -3642,12 +3712,12 @@ def _check_login(facts: Facts) -> Finding:
         raise Unknown("the server does not run")
     auth = facts.health.get("auth") or {}
     if auth.get("ok") is False:
-        return Finding("FAIL", f"the login was refused: {auth.get('message') or ''}".rstrip(": "))
+        return Finding("FAIL", f"not logged in: {auth.get('message') or ''}".rstrip(": "))
     if facts.health.get("ownerHidden") is False:
         return Finding("WARN", "claude tells its models the owner's e-mail address: see the log")
     if auth.get("ok") is True:
-        return Finding("PASS", "the last answer proved the login")
-    return Finding("INFO", "not known before the first answer; `ocp ask hello` gets one")
+        return Finding("PASS", "logged in: the last answer proved it")
+    return Finding("INFO", "not known yet: the first answer tells; `ocp ask hello` gets one")
 
 
 def _check_served_version(facts: Facts) -> Finding:
@@ -3727,6 +3797,9 @@ def _check_latest(facts: Facts) -> Finding:
 
 def _fix_install(facts: Facts) -> Fix:
     record, script = facts.readable_record, "setup.py_install.py"
+    if not os.path.exists(facts.env.beside(script)):
+        return Fix("fix_install", (
+            f"get the whole of OCP {VERSION}, and run {script} there: this ocp.py is alone",))
     if record is None or not record.needs_root:
         return Fix("fix_install", commands=(facts.script(script, "--yes"),))
     sudo = "sudo " if facts.env.user_id != 0 else ""
@@ -3761,8 +3834,8 @@ def _fix_service(facts: Facts) -> Fix:
     record = facts.service
     if record:
         return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
-    by_hand = f"run it by hand: {command_by_hand(facts.env)}"
-    return Fix("fix_service", (by_hand,), _fix_install(facts).commands)
+    by_hand = f"or run it by hand: {command_by_hand(facts.env)}"
+    return Fix("fix_install", (by_hand,), _fix_install(facts).commands)
 
 
 def _fix_version(facts: Facts) -> Fix:
@@ -3785,48 +3858,114 @@ def _fix_unit(facts: Facts) -> Fix:
     return Fix("fix_unit", (), tuple(service_lines(facts.env, record, "enable")))
 
 
+def _complain(complaint: str) -> None:
+    """Raise Problem with the complaint of a command, if there is one."""
+    if complaint:
+        raise Problem(Exit.FAILED, complaint)
+
+
+def _mend_modes(facts: Facts) -> None:
+    for path, mode in _loose_paths(facts):
+        # A link may lead to a file of somebody else.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if os.fstat(descriptor).st_uid != facts.env.user_id:
+                raise Problem(Exit.DENIED, f"{path} belongs to another user")
+            os.fchmod(descriptor, mode)
+        finally:
+            os.close(descriptor)
+
+
+def _mend_unit(facts: Facts) -> None:
+    if facts.service:
+        _complain(run_service(facts.env, facts.service, "enable"))
+
+
+def _mend_service(facts: Facts) -> None:
+    if facts.health:
+        raise Problem(Exit.FAILED, "it is shutting down: wait until it has ended")
+    owner = None
+    with contextlib.suppress(OSError):
+        owner = port_owner(facts.env, port_of(facts.url))
+    if owner and owner.command and not owner.is_ocp:
+        raise Problem(Exit.FAILED, f"its port belongs to {owner.words}")
+    if facts.service:
+        since_s = facts.env.clock()
+        complaint = run_service(facts.env, facts.service, "restart")
+        wrong = wait_for_server(facts.env, facts.service.url, facts.version, since_s)
+        _complain(f"{wrong} {complaint}".rstrip() if wrong else "")
+
+
+def _mend_linger(facts: Facts) -> None:
+    done = facts.env.command("loginctl", "enable-linger")
+    _complain("" if done.code == 0 else done.complaint)
+
+
 _INSTALL_CLAUDE = ("npm install -g @anthropic-ai/claude-code@latest",)
 
 CHECKS = (
-    Check("python", "The Python that runs this, and the one of the service",
-          _check_python, _fix_install),
-    Check("install_dir", "The installer's record and the server that it names",
-          _check_record, _fix_install),
-    Check("claude_found", "Whether the server finds the claude program", _check_claude,
+    Check("python", "Python",
+          "The Python that runs this, and the one of the service", _check_python, _fix_install),
+    Check("install_dir", "Installation",
+          "The installer's record and the server that it names", _check_record, _fix_install),
+    Check("claude_found", "claude",
+          "Whether the server finds the claude program", _check_claude,
           Fix("fix_claude", ("then log in: run `claude auth login`",), _INSTALL_CLAUDE)),
-    Check("claude_version", "Whether claude is new enough", _check_claude_version,
+    Check("claude_version", "Version of claude",
+          "Whether claude is new enough", _check_claude_version,
           Fix("fix_claude", (), ("{claude} update",))),
-    Check("node", "Whether Node is too old for npm to install a new claude", _check_node,
+    Check("node", "Node",
+          "Whether Node is too old for npm to install a new claude", _check_node,
           Fix("fix_claude", ("or install Node 22 or later",), _INSTALL_CLAUDE)),
-    Check("disk_space", "How much room is left for the server's files", _check_disk,
+    Check("disk_space", "Disk",
+          "How much room is left for the server's files", _check_disk,
           Fix("fix_disk", ("make room on the disk of {data_dir}",))),
-    Check("database", "Whether the server writes to its database, and whether that is in order",
+    Check("database", "Database",
+          "Whether the server writes to its database, and whether that is in order",
           _check_database, _fix_database),
-    Check("file_modes", "Whether others may read the database, the keys or the settings file",
-          _check_modes, _fix_modes),
-    Check("port_owner", "Which process owns the server's port", _check_port,
+    Check("file_modes", "Private files",
+          "Whether others may read the database, the keys or the settings file",
+          _check_modes, _fix_modes, _mend_modes),
+    Check("port_owner", "Port",
+          "Which process owns the server's port", _check_port,
           Fix("fix_port", ("end the other program, or install again with another --port",))),
-    Check("service_unit", "Whether the service is there and starts by itself",
-          _check_unit, _fix_unit),
-    Check("service_running", "Whether an OCP server answers", _check_service, _fix_service),
-    Check("oauth_ok", "What the last answer told about the login", _check_login, _fix_login),
-    Check("extra_usage", "Whether answers are billed as extra usage, beyond the plan",
+    Check("service_unit", "Service",
+          "Whether the service is there and starts by itself",
+          _check_unit, _fix_unit, _mend_unit),
+    Check("stop_timeout", "Time to stop",
+          "Whether the service gives running answers the time that OCP_DRAIN promises",
+          _check_stop_timeout, _fix_install),
+    Check("service_running", "Server",
+          "Whether an OCP server answers", _check_service, _fix_service, _mend_service),
+    Check("oauth_ok", "Login",
+          "What the last answer told about the login", _check_login, _fix_login),
+    Check("extra_usage", "Extra usage",
+          "Whether answers are billed as extra usage, beyond the plan",
           _check_extra_usage, _fix_extra_usage),
-    Check("recent_failures", "Which requests failed in the last hour, and why",
-          _check_failures, _fix_failures),
-    Check("service_version_matches_tree", "Whether the installed version is the one that runs",
+    Check("recent_failures", "Failed requests",
+          "Which requests failed in the last hour, and why", _check_failures, _fix_failures),
+    Check("service_version_matches_tree", "Running version",
+          "Whether the installed version is the one that runs",
           _check_served_version, _fix_version),
-    Check("linger", "Whether a service of a user outlives the login (systemd)", _check_linger,
-          Fix("fix_linger", (), ("loginctl enable-linger",))),
-    Check("certificate", "Whether devices can take the server's certificate, and how long",
+    Check("linger", "Running without you",
+          "Whether a service of a user outlives the login (systemd)", _check_linger,
+          Fix("fix_linger", (), ("loginctl enable-linger",)), _mend_linger),
+    Check("certificate", "Certificate",
+          "Whether devices can take the server's certificate, and how long",
           _check_certificate, _fix_certificate),
-    Check("clock", "Whether the server's clock and this one agree", _check_clock,
+    Check("clock", "Clock",
+          "Whether the server's clock and this one agree", _check_clock,
           Fix("fix_clock", ("let both machines set their clocks from the network",))),
-    Check("openclaw_models", "Whether OpenClaw, if it is here, knows the same models",
+    Check("openclaw_models", "OpenClaw",
+          "Whether OpenClaw, if it is here, knows the same models",
           _check_openclaw, Fix("fix_openclaw", (), ("{ocp} sync",))),
-    Check("current_version", "Whether there is a newer release", _check_latest,
+    Check("current_version", "Release",
+          "Whether there is a newer release", _check_latest,
           Fix("update", (), ("{ocp} update --yes",))),
 )
+
+#: What a check and its finding are, in the order of CHECKS.
+Findings = Sequence[tuple[Check, Finding]]
 
 
 def run_check(check: Check, facts: Facts) -> Finding:
@@ -3834,25 +3973,35 @@ def run_check(check: Check, facts: Facts) -> Finding:
     try:
         return check.probe(facts)
     except (Unknown, Problem, OSError) as error:
-        return Finding("INFO", f"could not check: {error}".splitlines()[0])
+        reason = str(error)
+    except Exception as error:
+        # One answer that nobody foresaw must not hide what the other checks find.
+        reason = f"{type(error).__name__}: {error}"
+    return Finding("INFO", f"could not check: {reason}".splitlines()[0], is_known=False)
 
 
-def next_action(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Json:
+def fix_of(check: Check, facts: Facts) -> Fix:
+    """Return what to do about the finding of a check."""
+    if not isinstance(check.fix, Fix):
+        return check.fix(facts)
+    human, commands = (tuple(text.format_map(facts.names) for text in texts)
+                       for texts in (check.fix.human, check.fix.commands))
+    return Fix(check.fix.kind, human, commands)
+
+
+def is_safe(check: Check, fix: Fix) -> bool:
+    """Return whether `ocp doctor --fix` carries this fix out."""
+    is_whole = fix.kind == "fix_install" or any(each.startswith("sudo ") for each in fix.commands)
+    return check.mend is not None and not is_whole
+
+
+def next_action(facts: Facts, findings: Findings) -> Json:
     """Return what to do about the first failure, else about the first warning, else nothing."""
-    kind, human, commands = "noop", [], []
     found = [check for level in ("FAIL", "WARN") for check, finding in findings
              if finding.level == level]
-    if found:
-        fix = found[0].fix
-        if isinstance(fix, Fix):
-            human = [text.format_map(facts.names) for text in fix.human]
-            commands = [text.format_map(facts.names) for text in fix.commands]
-        else:
-            fix = fix(facts)
-            human, commands = list(fix.human), list(fix.commands)
-        kind = fix.kind
-    return {"kind": kind, "human_required": human, "ai_executable": commands,
-            "verify": facts.script("ocp.py", "doctor")}
+    fix = fix_of(found[0], facts) if found else Fix("noop")
+    return {"kind": fix.kind, "human_required": list(fix.human),
+            "ai_executable": list(fix.commands), "verify": facts.script("ocp.py", "doctor")}
 
 
 def _units(facts: Facts) -> list[Json] | None:
@@ -3868,7 +4017,18 @@ def _units(facts: Facts) -> list[Json] | None:
     }]
 
 
-def doctor_report(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Json:
+def _check_row(check: Check, finding: Finding, facts: Facts) -> Json:
+    """Return a check and what it found as JSON, with its fix if it needs one."""
+    row = {"id": check.id, "title": check.title, "level": finding.level,
+           "message": clean(finding.message), "checked": finding.is_known}
+    if finding.level in ("FAIL", "WARN"):
+        fix = fix_of(check, facts)
+        row["fix"] = {"kind": fix.kind, "human_required": list(fix.human),
+                      "ai_executable": list(fix.commands), "safe": is_safe(check, fix)}
+    return row
+
+
+def doctor_report(facts: Facts, findings: Findings) -> Json:
     """Return the whole examination as JSON."""
     levels = [finding.level for _, finding in findings]
     current = facts.version
@@ -3886,10 +4046,8 @@ def doctor_report(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Js
         "latest_version": latest if current else None,
         "from_version_supported": bool(current), "units": _units(facts),
         "fail_count": levels.count("FAIL"), "warn_count": levels.count("WARN"),
-        "checks": [
-            {"id": check.id, "level": finding.level, "message": clean(finding.message)}
-            for check, finding in findings
-        ],
+        "unknown_count": sum(not finding.is_known for _, finding in findings),
+        "checks": [_check_row(check, finding, facts) for check, finding in findings],
         "next_action": next_action(facts, findings),
     }
 
@@ -3897,27 +4055,255 @@ def doctor_report(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Js
 _LEVEL_COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red", "INFO": "dim"}
 
 
+def _doctor_advice(answer: Json) -> Iterator[str]:
+    """Yield what to do next, in lines."""
+    unknown = answer["unknown_count"]
+    yield f"{answer['fail_count']} failed, {counted(answer['warn_count'], 'warning')}" + (
+        f", {unknown} could not be checked" if unknown else "")
+    safe = [row["title"] for row in answer["checks"] if row.get("fix", {}).get("safe")]
+    if safe:
+        yield f"`ocp doctor --fix` does what is safe: {', '.join(safe)}."
+    if answer["next_action"]["kind"] != "noop":
+        yield f"Failures first, from the top down. Then again: {answer['next_action']['verify']}"
+
+
 def show_doctor(answer: Json, style: Style) -> str:
-    """Return the examination for people."""
+    """Return the examination for people, with the fix under each row that needs one."""
     current, latest = answer["current_version"] or "unknown", answer["latest_version"] or "unknown"
     lines = [style.paint("bold", f"OCP {current}") + (
         "" if latest == current else f" -> {latest} is available")]
-    for check in answer["checks"]:
-        level = style.paint(_LEVEL_COLOURS[check["level"]], f"[{check['level']}]")
-        lines.append(f"  {level} {check['id']}: {check['message']}")
-    lines += ["", f"{answer['fail_count']} failed, {answer['warn_count']} warnings"]
-    action = answer["next_action"]
-    if action["kind"] != "noop":
-        lines.append(style.paint("bold", f"What to do next ({action['kind']}):"))
-        lines += [f"  {line}" for line in [*action["ai_executable"], *action["human_required"]]]
-        lines.append(f"and then: {action['verify']}")
-    return "\n".join(lines)
+    for row in answer["checks"]:
+        word = row["level"] if row["checked"] else "SKIP"
+        level = style.paint(_LEVEL_COLOURS[row["level"]], f"[{word}]")
+        lines.append(f"  {level} {row['title']} ({row['id']}): {row['message']}")
+        fix = row.get("fix", {"ai_executable": [], "human_required": []})
+        steps = [*fix["ai_executable"], *fix["human_required"]]
+        lines += [f"         {'    ' if at else 'fix:'} {clean(step)}"
+                  for at, step in enumerate(steps)]
+    return "\n".join([*lines, "", *_doctor_advice(answer)])
+
+
+def mend(env: Env, facts: Facts, findings: Findings) -> list[Json]:
+    """Carry the safe fixes out, and say so. Returns what was done and what failed.
+
+    No terminal is given to what runs here, so nothing can ask.
+    """
+    done = []
+    for check, finding in findings:
+        fix = fix_of(check, facts) if finding.level in ("FAIL", "WARN") else Fix("noop")
+        if check.mend is None or fix.kind == "noop" or not is_safe(check, fix):
+            continue
+        words = f"{check.title}: {clean(' && '.join(fix.commands))}"
+        try:
+            check.mend(facts)
+            failure = ""
+        except (Problem, OSError) as error:
+            failure = clean(error)
+        env.note(f"{words}: {'failed: ' + failure if failure else 'done'}")
+        done.append({"id": check.id, "commands": list(fix.commands), "ok": not failure,
+                     "message": failure})
+    if not done:
+        env.note("There is nothing that can be fixed safely without you.")
+    return done
+
+
+#: How much of the log goes into a report.
+_REPORT_LOG_LINES = 60
+#: Fields of the log whose words tell what happened. The words of all others may be names.
+_TELLING_FIELDS = frozenset((
+    "adjusted", "claude", "detail", "dialect", "error", "help", "kind", "message", "method", "mode",
+    "model", "outcome", "path", "reason", "request_id", "setting", "status", "stop_reason",
+    "storage", "version", "why"))
+#: Names of a user or a machine that tell nothing of their owner.
+_COMMON_NAMES = frozenset(("root", "ocp", "claude", "user", "localhost", "ubuntu", "debian", "pi"))
+_TOKEN = re.compile(
+    r"(?:sk-|ocp_|Bearer )[\w.-]{6,}|(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{24,}")
+
+
+#: Variables whose values are names.
+_NAMING = ("USER", "LOGNAME", "OCP_INSTANCE_NAME", "OCP_ALLOWED_HOSTS")
+
+
+class Redactor:
+    """Takes out of a text what lets others in and what tells who the owner is.
+
+    Known secrets and names are found wherever they stand; unknown ones by their form.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        env = facts.env
+        environ = {**env.environ, **service_environ(env, facts.readable_record)}
+        self._secrets = [text for name, text in environ.items()
+                         if re.search("KEY|TOKEN|SECRET|PASSW", name) and len(text) > 3]
+        with contextlib.suppress(Problem):
+            self._secrets += filter(None, [admin_key(env, facts.url)])
+        self._home = env.home
+        machine = socket.gethostname()
+        names = {machine, machine.partition(".")[0], os.path.basename(env.home),
+                 *(part for name in _NAMING for part in environ.get(name, "").split(",")),
+                 str(facts.health.get("instanceName", "")), *_key_names(facts)}
+        self._names = sorted((name for name in names if len(name) > 2
+                              and name.lower() not in _COMMON_NAMES), key=len, reverse=True)
+
+    def text(self, text: object) -> str:
+        """Return a text without secrets, names, addresses and home folders."""
+        found = clean(text)
+        for secret in sorted(self._secrets, key=len, reverse=True):
+            found = found.replace(secret, "<secret>")
+        found = re.sub(r"[\w.+-]+@[\w-]+\.[\w.-]+", "<e-mail>", found)
+        found = found.replace(self._home, "~") if len(self._home) > 1 else found
+        found = re.sub(r"/(?:home|Users)/[^/\s'\"]+", "~", found)
+        found = re.sub(r"(?<=://)\[?[\w.:%-]+\]?", self._host, found)
+        found = re.sub(r"[0-9A-Fa-f.:]{3,}", self._address, found)
+        for name in self._names:
+            found = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<name>", found, flags=re.I)
+        return _TOKEN.sub("<secret>", found)
+
+    @staticmethod
+    def _host(found: re.Match[str]) -> str:
+        host, colon, port = found[0].rpartition(":")
+        host, port = (host, colon + port) if port.isdigit() else (found[0], "")
+        is_known = is_loopback(f"http://{host}") or host.endswith(("anthropic.com", "github.com"))
+        return found[0] if is_known else f"<host>{port}"
+
+    @staticmethod
+    def _address(found: re.Match[str]) -> str:
+        text = found[0].strip(".:") if "::" not in found[0] else found[0].rstrip(".")
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:
+            return found[0]
+        is_plain = address.is_loopback or address.is_unspecified
+        return found[0] if is_plain else found[0].replace(text, "<address>")
+
+    def log_line(self, entry: Json) -> str:
+        """Return one event of the log: numbers, and the words of fields that tell no names."""
+        if not isinstance(entry, dict) or "event" not in entry:
+            return "(a line that is no event)"
+        words = [str(entry.get(name, "")) for name in ("ts", "level", "event")]
+        for name, value in entry.items():
+            if name in ("ts", "level", "event"):
+                continue
+            is_told = is_number(value) or isinstance(value, bool) or (
+                isinstance(value, str) and name in _TELLING_FIELDS)
+            words.append(f"{name}={self.text(value)[:300] if is_told else '...'}")
+        return clean(" ".join(words))
+
+
+def _key_names(facts: Facts) -> list[str]:
+    """Return the names of all keys, from the server or its database, as far as they can be had."""
+    with contextlib.suppress(Problem, KeyError, TypeError):
+        keys = find_server(facts.env).ask("GET", "/api/keys", timeout_s=3.0).value["keys"]
+        return [str(key["name"]) for key in keys]
+    path = os.path.join(facts.data_dir, "ocp.db")
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(open_database(path, "ro")) as base:
+        return [str(name) for (name,) in base.execute("SELECT name FROM keys")]
+    return []
+
+
+def _system_name() -> str:
+    """Return the operating system and the processor's kind, without the machine's name."""
+    name = platform.system()
+    with contextlib.suppress(OSError), open("/etc/os-release", encoding="utf-8") as file:
+        name = settings_of(file.read()).get("PRETTY_NAME", name)
+    return f"{name}, {platform.system()} {platform.release()}, {platform.machine()}"
+
+
+def _bundle_versions(facts: Facts, answer: Json) -> Iterator[str]:
+    health, record = facts.health, facts.readable_record
+    yield (f"installed {answer['current_version'] or 'unknown'}, "
+           f"runs {health.get('version') or 'no server'}")
+    with contextlib.suppress(Problem):
+        yield f"commit {git(facts.env, git_tree(facts.env), 'rev-parse', '--short', 'HEAD')}"
+    yield f"python {sys.version.split()[0]}, sqlite {sqlite3.sqlite_version}, {ssl.OPENSSL_VERSION}"
+    yield _system_name()
+    yield f"claude {facts.claude_version or 'unknown'} at {facts.claude or 'unknown'}"
+    yield f"service {record.platform if record and record.label else 'none'}"
+    for part in ("status", "authMode", "storage", "stats", "concurrency"):
+        if part in health:
+            yield f"{part} {json.dumps(health[part])}"
+
+
+def _bundle_settings(facts: Facts) -> Iterator[str]:
+    """Yield settings: numbers, switches and words of a choice; of all others, that they are set."""
+    for name, text in sorted(service_environ(facts.env, facts.readable_record).items()):
+        if name.startswith(("CLAUDE_", "OCP_", "PROXY_")) and text:
+            yield f"{name}={text if re.fullmatch('[0-9.]{1,12}', text) else '(set)'}"
+    with contextlib.suppress(Problem):
+        for name, row in find_server(facts.env).ask("GET", "/settings").value.items():
+            value = row.get("value")
+            is_word = isinstance(value, str) and re.fullmatch("[a-z0-9]{0,8}", value)
+            shown = json.dumps(value) if is_word or not isinstance(value, str) else "(set)"
+            yield f"{name} = {shown}, from {row.get('source')}"
+
+
+def _bundle_errors(facts: Facts) -> Iterator[str]:
+    with contextlib.suppress(Problem):
+        for row in find_server(facts.env).ask("GET", "/api/errors").value.get("byKind") or []:
+            yield f"{row.get('kind')}: {row.get('count')}, last at {row.get('lastAt')}"
+
+
+def _log_entries(facts: Facts) -> list[Json]:
+    """Return the newest events of the log, from the server, or from its file if it is down."""
+    with contextlib.suppress(Problem):
+        answer = find_server(facts.env).ask("GET", f"/logs?n={_REPORT_LOG_LINES}&level=all")
+        return list(answer.value.get("entries") or [])
+    entries = []
+    path = os.path.join(facts.data_dir, "logs", "ocp.log")
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file.readlines()[-_REPORT_LOG_LINES:]:
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+    return entries
+
+
+def bundle(facts: Facts, answer: Json) -> str:
+    """Return the text of a report for an issue: versions, checks, settings, errors, log."""
+    redactor = Redactor(facts)
+    checks = [f"[{row['level']}] {row['id']}: {row['message']}" for row in answer["checks"]]
+    parts = (
+        ("Versions", _bundle_versions(facts, answer)), ("Checks", checks),
+        ("Settings", _bundle_settings(facts)), ("Errors by kind", _bundle_errors(facts)),
+    )
+    lines = [f"OCP report of {answer['timestamp']}"]
+    for title, rows in parts:
+        lines += ["", f"{title}:", *(f"  {redactor.text(row)}" for row in rows)]
+    lines += ["", "Log:", *(f"  {redactor.log_line(entry)}" for entry in _log_entries(facts))]
+    return "\n".join(lines) + "\n"
+
+
+def write_bundle(facts: Facts, answer: Json) -> str:
+    """Write a report for an issue, which only its owner can read. Returns its path."""
+    name = utc_time(facts.env.clock()).strftime("report-%Y%m%dT%H%M%SZ.txt")
+    path = os.path.join(facts.env.ocp_home, "logs", name)
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        write_whole(path, bundle(facts, answer).encode("utf-8", "replace"))
+    except OSError as error:
+        raise Problem(Exit.FAILED, f"{path} cannot be written: {error.strerror}.") from None
+    return path
+
+
+def examine(env: Env) -> tuple[Facts, Findings]:
+    """Make all checks."""
+    facts = Facts(env)
+    return facts, [(check, run_check(check, facts)) for check in CHECKS]
 
 
 def cmd_doctor(env: Env, args: argparse.Namespace) -> Exit:
-    """Examine the installation. FAILED when a check fails."""
-    facts = Facts(env)
-    answer = doctor_report(facts, [(check, run_check(check, facts)) for check in CHECKS])
+    """Examine the installation, and mend it if told to. FAILED when a check fails."""
+    facts, findings = examine(env)
+    fixes: dict[str, Json] = {}
+    if args.fix:
+        fixes = {"fixes": mend(env, facts, findings)}
+        facts, findings = examine(env)
+    answer = {**doctor_report(facts, findings), **fixes}
+    if args.report:
+        path = write_bundle(facts, answer)
+        env.say(json.dumps({"report": path}) if args.json else path)
+        env.note("Read it before you pass it on: keys, names and addresses are left out as far as "
+                 "a program can know them.")
+        return Exit.OK
     env.say(json.dumps(answer, indent=2) if args.json else show_doctor(answer, style_of(env)))
     return Exit.FAILED if answer["fail_count"] else Exit.OK
 
@@ -3927,6 +4313,8 @@ def cmd_doctor(env: Env, args: argparse.Namespace) -> Exit:
 # and of this program; and a journal, written before each step, from which the next call knows how
 # far an interrupted one had come.
 
+#: Why there is nothing to compare an installation with.
+NO_RELEASE = "the remote has no release yet: no tag such as v1.2.3"
 _RELEASE = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
 
 
@@ -3959,8 +4347,9 @@ def git_tree(env: Env) -> str:
         top, reason = "", str(problem)
     if not top or os.path.realpath(top) != tree:
         raise Problem(
-            Exit.FAILED, f"{tree} is not a git checkout of OCP ({reason}), so it has to be updated "
-            "by hand:\nput the files of the new release in its place, then run\n"
+            Exit.FAILED, f"{tree} is not a git checkout of OCP ({reason}), so no release can be "
+            "looked for.\nUpdate it by hand: compare the new release with its SHA256SUMS, put its "
+            "files in the place of the old ones, then run\n"
             f"  python3 {shlex.quote(os.path.join(tree, 'ocp_server.py'))} --check && ocp restart")
     return tree
 
@@ -3982,6 +4371,10 @@ def remote_tags(env: Env, tree: str) -> dict[str, str]:
 
     The remote is asked each time: a release that was withdrawn must not be offered.
     """
+    if "origin" not in git(env, tree, "remote").splitlines():
+        raise Problem(
+            Exit.FAILED, f"{tree} has no remote named origin, so no release can be looked for. "
+            f"Name it: git -C {shlex.quote(tree)} remote add origin ADDRESS")
     listed = git(env, tree, "ls-remote", "--tags", "origin", timeout_s=15)
     found: dict[str, str] = {}
     for line in listed.splitlines():
@@ -4225,6 +4618,53 @@ def refuse_local_work(env: Env, plan: Journal) -> None:
             f"was changed.\nMerge the release yourself: git -C {tree} merge v{plan.to_version}")
 
 
+#: In a checkout: who may sign releases, in the form of ssh-keygen. The file of the version that is
+#: installed counts, never that of the new one.
+SIGNERS = os.path.join("tools", "allowed_signers")
+#: The first git that verifies such signatures.
+_VERIFYING_GIT = (2, 34)
+
+
+def verify_tag(env: Env, plan: Journal) -> str:
+    """Return in words whether the fetched tag is signed. Raises Problem if it must not be taken."""
+    name, tree = f"v{plan.to_version}", plan.tree
+    if git(env, tree, "rev-parse", f"refs/tags/{name}^{{commit}}") != plan.to_commit:
+        raise Problem(Exit.FAILED, f"{name} has changed while it was fetched: update once more.")
+    if not os.path.exists(os.path.join(tree, SIGNERS)):
+        return f"{name}: no signature to verify, because this version names no signers ({SIGNERS})"
+    found = re.search(r"(\d+)\.(\d+)", git(env, tree, "version"))
+    if not found or (int(found[1]), int(found[2])) < _VERIFYING_GIT:
+        return f"{name}: its signature was not verified, because git is older than 2.34"
+    try:
+        # Only keys of that file count: none of the user's own for other kinds of signatures.
+        git(env, tree, "-c", f"gpg.ssh.allowedSignersFile={os.path.join(tree, SIGNERS)}",
+            "-c", "gpg.program=false", "-c", "gpg.x509.program=false", "verify-tag",
+            f"refs/tags/{name}")
+    except Problem:
+        raise Problem(
+            Exit.FAILED, f"{name} is not signed by any key of {os.path.join(tree, SIGNERS)}, so it "
+            "was not installed, and nothing was changed.") from None
+    # A signed tag could be offered again under the name of another release.
+    if f"\ntag {name}\n" not in git(env, tree, "cat-file", "tag", f"refs/tags/{name}"):
+        raise Problem(Exit.FAILED, f"What is offered as {name} was signed as another release.")
+    return f"{name} is signed by a key of {SIGNERS}"
+
+
+def compare_sums(env: Env, plan: Journal, folder: str) -> str:
+    """Return in words whether files have the SHA-256 sums in the tag's message. Raises Problem."""
+    told = git(env, plan.tree, "for-each-ref", "--format=%(contents)",
+               f"refs/tags/v{plan.to_version}")
+    compared = 0
+    for wanted, name in re.findall(r"(?m)^([0-9a-f]{64})  ([\w.-]+)$", told):
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name), "rb") as file:
+            if hashlib.sha256(file.read()).hexdigest() != wanted:
+                raise Problem(Exit.FAILED, f"{name} does not have the sum that the tag names.")
+            compared += 1
+    if not compared:
+        return f"v{plan.to_version} names no sums: its files are taken as git fetched them"
+    return f"{counted(compared, 'file')} of v{plan.to_version} compared with the sums in its tag"
+
+
 def show_update_plan(plan: Journal, record: Record | None) -> str:
     """Return what an update is going to do."""
     restart = f"restart {record.label} and ask its version" if record else (
@@ -4244,21 +4684,32 @@ def remove_worktree(env: Env, snapshot: Snapshot) -> None:
     git(env, snapshot.journal.tree, "worktree", "prune")
 
 
+def _checked(env: Env, server_path: str, record: Record | None) -> Completed:
+    """Ask a version whether it would start here."""
+    python = (record.python if record else "") or sys.executable
+    with progress(env, "testing the new version"):
+        return env.run([python, "-B", server_path, "--check"], timeout_s=60,
+                       environ=service_environ(env, record))
+
+
 def check_new_version(env: Env, snapshot: Snapshot, record: Record | None) -> None:
     """Raise Problem unless the new version says that it would start here."""
     plan, folder = snapshot.journal, snapshot.path("tree")
-    git(env, plan.tree, "worktree", "add", "--quiet", "--detach", folder, plan.to_commit)
+    git(env, plan.tree, "-c", "core.autocrlf=false", "worktree", "add", "--quiet", "--detach",
+        folder, plan.to_commit)
     try:
+        env.say(compare_sums(env, plan, folder))
         server = os.path.join(folder, "ocp_server.py")
         found = version_of(server)
         if found != plan.to_version:
             raise Problem(Exit.FAILED, f"The release holds version {found or '?'} instead.")
-        python = (record.python if record else "") or sys.executable
-        with progress(env, "testing the new version"):
-            done = env.run([python, "-B", server, "--check"], timeout_s=60,
-                           environ=service_environ(env, record))
+        done = _checked(env, server, record)
         if done.code != 0:
-            raise Problem(Exit.FAILED, f"It would not start here: {done.complaint}")
+            present = _checked(env, os.path.join(plan.tree, "ocp_server.py"), record)
+            if present.code == 0:
+                raise Problem(Exit.FAILED, f"It would not start here: {done.complaint}")
+            # What is wrong already, such as a claude that is not there, is no reason against it.
+            env.note(f"Not all is well here, before and after the update: {done.complaint}")
     finally:
         remove_worktree(env, snapshot)
 
@@ -4459,11 +4910,20 @@ def _rollback(env: Env, args: argparse.Namespace) -> Exit:
     return roll_back(env, done, record)
 
 
+def _nothing_newer(env: Env, tree: str) -> str:
+    """Return why there is no update: no release at all, or this is the newest. Raises Problem."""
+    newest = max(remote_tags(env, tree), key=version_tuple, default="")
+    version = version_of(os.path.join(tree, "ocp_server.py"))
+    if not newest:
+        return f"v{version} is installed; {NO_RELEASE}"
+    return f"v{version} is installed, and there is nothing newer: the newest release is {newest}"
+
+
 def _check_for_update(env: Env, args: argparse.Namespace) -> Exit:
-    plan = plan_update(env, git_tree(env), args.target)
-    current = version_of(env.beside("ocp_server.py"))
-    newest = f"v{plan.to_version} is available" if plan else "the newest"
-    env.say(f"installed v{current}, {newest}")
+    tree = git_tree(env)
+    plan = plan_update(env, tree, args.target)
+    env.say(f"installed v{plan.from_version}, v{plan.to_version} is available" if plan
+            else _nothing_newer(env, tree))
     return Exit.OK
 
 
@@ -4471,8 +4931,7 @@ def _update(env: Env, args: argparse.Namespace) -> Exit:
     tree = git_tree(env)
     plan = plan_update(env, tree, args.target)
     if plan is None:
-        version = version_of(os.path.join(tree, "ocp_server.py"))
-        env.say(f"v{version} is installed, and there is nothing newer")
+        env.say(_nothing_newer(env, tree))
         return Exit.OK
     refuse_local_work(env, plan)
     record = service_to_update(env, tree)
@@ -4482,6 +4941,7 @@ def _update(env: Env, args: argparse.Namespace) -> Exit:
     confirm("Do this?", args.yes, env.stdin, env.stdout)
     tag = f"refs/tags/v{plan.to_version}"
     git(env, tree, "fetch", "--quiet", "--no-tags", "origin", f"{tag}:{tag}", timeout_s=300)
+    env.say(verify_tag(env, plan))
     snapshot = take_snapshot(env, plan)
     env.say(f"saved {snapshot.folder}")
     return switch(env, snapshot, record)
@@ -4791,8 +5251,7 @@ def program(env: Env) -> Exit:
         return Exit.OK
     args = parse(env, words)
     if args.version:
-        version = version_of(env.beside("ocp_server.py"))
-        env.say(f"ocp {version}" if version else "ocp of an unknown version: no ocp_server.py here")
+        env.say(f"ocp {VERSION}")
         return Exit.OK
     if args.run is None:
         args.parser.print_help()

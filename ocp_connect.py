@@ -1,4 +1,7 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
 """ocp_connect configures the tools of this machine to use an OCP server, and can undo it.
 
     curl -fsSL http://HOST:3456/connect | python3 - HOST

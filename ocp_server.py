@@ -1,4 +1,7 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
 """OCP serves your Claude plan to the tools that speak the OpenAI or the Anthropic API.
 
 It drives the official `claude` program, installed and logged in by you, and answers requests of

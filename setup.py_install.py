@@ -45,6 +45,7 @@ import hashlib
 import http.client
 import ipaddress
 import json
+import math
 import platform
 import plistlib
 import pwd
@@ -59,7 +60,7 @@ import subprocess
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional, TextIO, Union
 
 #: A JSON object as the record has it.
@@ -238,6 +239,18 @@ def settings_of(text: str) -> dict[str, str]:
     """Return the settings in the text of an environment file, such as ocp.env."""
     matches = (_ASSIGNMENT.fullmatch(line) for line in text.split("\n"))
     return {match[1]: unquoted(match[2]) for match in matches if match}
+# --- end shared
+
+
+# --- shared: drain
+def drain_s(text: str) -> float:
+    """Return the seconds of OCP_DRAIN; the server's default where it is no duration.
+
+    A bare number is milliseconds, as for the server.
+    """
+    units = {"": 0.001, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+    found = re.fullmatch(r"([0-9]{1,9}) ?(ms|s|m|h|d|)", text.strip().lower())
+    return int(found[1]) * units[found[2]] if found else 20.0
 # --- end shared
 
 
@@ -747,6 +760,8 @@ class Installation(NamedTuple):
     bind: str
     #: Whether it serves https.
     is_secure: bool = False
+    #: How long running answers get to finish when the service is stopped.
+    drain_s: int = 20
 
     @property
     def server_path(self) -> str:
@@ -764,6 +779,11 @@ class Installation(NamedTuple):
     def is_system(self) -> bool:
         """Return whether it is a service of the machine rather than of a user."""
         return self.service.platform == "systemd-system"
+
+    @property
+    def stop_timeout_s(self) -> int:
+        """Return how long the service manager waits before it kills the server."""
+        return self.drain_s + 25
 
     @property
     def log_path(self) -> str:
@@ -835,7 +855,7 @@ def systemd_unit(install: Installation) -> str:
         "RestartPreventExitStatus=2\n"
         # The server ends its answers and its children by itself.
         "KillMode=mixed\n"
-        "TimeoutStopSec=45\n"
+        f"TimeoutStopSec={install.stop_timeout_s}\n"
         "UMask=0077\n"
         f"{own_user if install.is_system else ''}"
         "\n[Install]\n"
@@ -876,7 +896,7 @@ def launchd_plist(install: Installation) -> bytes:
         "RunAtLoad": True,
         "KeepAlive": True,
         "ThrottleInterval": 10,
-        "ExitTimeOut": 45,
+        "ExitTimeOut": install.stop_timeout_s,
         "Umask": 0o077,
         "StandardOutPath": install.log_path,
         "StandardErrorPath": install.log_path,
@@ -1114,6 +1134,39 @@ def is_readable_by_all(path: str) -> bool:
         folder = os.path.dirname(folder)
 
 
+def writable_by_others(here: str, owners: Collection[int] = (0,)) -> str:
+    """Return a file or folder that users other than `owners` may change; "" if there is none.
+
+    Looked at are the folder, those above it, and what is directly in it: what root runs from
+    there with `sudo ocp`, and git's settings for `sudo ocp update`.
+    """
+    above = here = os.path.realpath(here)
+    paths = [os.path.join(here, ".git", "config"), *(entry.path for entry in os.scandir(here))]
+    while above != os.path.dirname(above):
+        paths.append(above)
+        above = os.path.dirname(above)
+    for path in reversed(paths):
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(path)
+            bits = stat.S_IWOTH | (0 if found.st_gid == 0 else stat.S_IWGRP)
+            # In a sticky folder nobody can replace the files of another user.
+            is_open = found.st_mode & bits and not found.st_mode & stat.S_ISVTX
+            if is_open or found.st_uid not in owners:
+                return path
+    return ""
+
+
+def check_owner(here: str) -> None:
+    """Raise Problem if root would run what another user may change."""
+    path = writable_by_others(here)
+    if path:
+        folder = shlex.quote(here)
+        raise refused(
+            f"Users other than root may write to {path}, and root would run what is there. Run\n"
+            f"  sudo chown -R root:root {folder} && sudo chmod -R go-w {folder}\n"
+            "or, if that is not enough, move the folder to /opt/ocp.")
+
+
 def python_for(here: str, *, is_system: bool) -> str:
     """Return the interpreter that the service runs on. Raises Problem."""
     python = stable_python()
@@ -1127,6 +1180,8 @@ def python_for(here: str, *, is_system: bool) -> str:
             f"A service of the machine cannot run {python}. Use the system's own: "
             "sudo /usr/bin/python3 setup.py_install.py --system"
         )
+    if is_system:
+        check_owner(here)
     # systemd takes the first word of a command as it stands: there is no way to write a dollar.
     if is_unwritable(python + here) or "$" in python:
         raise refused(f"No unit can name {python!r} or {here!r}: move them to a plainer path.")
@@ -1178,12 +1233,15 @@ def planned_installation(host: Host, options: argparse.Namespace, service: Servi
 
 
 def with_address(install: Installation, values: Mapping[str, str]) -> Installation:
-    """Return the installation with its address. Raises Problem."""
+    """Return the installation with what its unit needs of the settings. Raises Problem."""
     text = values[PORT]
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) == 0:
         raise refused(f"{PORT}={text}: a service needs a port that clients can rely on.")
+    # What the server does not take as a duration, it refuses before anything is installed.
+    drain = math.ceil(drain_s(values.get("OCP_DRAIN", "")))
     return install._replace(
-        port=int(text), bind=values[BIND], is_secure=bool(values.get("OCP_TLS_CERT")))
+        port=int(text), bind=values[BIND], is_secure=bool(values.get("OCP_TLS_CERT")),
+        drain_s=drain)
 
 
 def path_for(host: Host, install: Installation, values: Mapping[str, str]) -> str:

@@ -87,6 +87,7 @@ def tree_of(path: Path) -> ast.Module:
 _OF_THE_SERVICE = ["ocp.py", "setup.py_install.py", "uninstall.py"]
 #: Scripts that have to work alone, and therefore hold copies of a few functions.
 SHARED = {
+    "drain": ["ocp.py", "setup.py_install.py"],
     "exit": _OF_THE_SERVICE, "run_program": _OF_THE_SERVICE, "write_whole": _OF_THE_SERVICE,
     "read_record": _OF_THE_SERVICE, "confirm": _OF_THE_SERVICE,
     "env_file": ["ocp.py", "ocp_server.py", "setup.py_install.py"],

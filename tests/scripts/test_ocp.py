@@ -1304,8 +1304,10 @@ def test_the_samples_of_the_page_are_what_is_shown() -> None:
 
 
 def test_the_page_lists_the_checks_of_the_doctor() -> None:
-    rows = [f"| `{check.id}` | {check.about} |" for check in ocp.CHECKS]
-    wanted = "\n".join(["| check | what it looks at |", "| --- | --- |", *rows])
+    rows = [f"| `{check.id}` | {check.title} | {check.about} | {'yes' if check.mend else ''} |"
+            for check in ocp.CHECKS]
+    wanted = "\n".join(["| check | title | what it looks at | `--fix` mends it |",
+                        "| --- | --- | --- | --- |", *rows])
     pattern = re.compile(r"(<!-- checks -->\n)(.*?)(\n?<!-- end checks -->)", re.S)
     text = DOCS.read_text("utf-8")
     if os.environ.get("OCP_UPDATE_DOCS"):
