@@ -2327,7 +2327,8 @@ def cmd_keys_revoke(env: Env, args: argparse.Namespace) -> Exit:
     ask_first(env, args, f"Revoke {clean(args.key)}? Its device is refused at once, for good.")
     answer = server.ask("DELETE", _key_path(args.key))
     if not answer.value.get("revoked"):
-        raise Problem(Exit.FAILED, f"No active key has the name or id {clean(args.key)!r}.")
+        hint = did_you_mean(args.key, _server_names(env, "KEY"))
+        raise Problem(Exit.FAILED, f"No active key has the name or id {clean(args.key)!r}.{hint}")
     return print_answer(env, args, answer, lambda value, style: f"revoked {clean(args.key)}")
 
 
@@ -2514,7 +2515,9 @@ def show_lan(answer: Json, style: Style) -> str:
         ("reachable", "yes" if answer["reachable"] else "no"),
     ]
     if not answer["reachable"]:
-        rows.append(("to change that", "install again with --bind 0.0.0.0 and --auth-mode multi"))
+        rows += [("to change that", "install again with --bind 0.0.0.0 and --auth-mode multi"),
+                 ("without a service", "set CLAUDE_BIND=0.0.0.0 and CLAUDE_AUTH_MODE=multi in "
+                  "~/.ocp/ocp.env, and start it again")]
     elif answer.get("authMode") == "none":
         rows.append(("attention", "whoever can connect may use your plan: set --auth-mode multi"))
     else:

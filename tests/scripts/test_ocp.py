@@ -481,9 +481,12 @@ def test_an_old_secret_with_grace_is_shown(tmp_path: Path) -> None:
 
 
 def test_revoking_nothing_is_a_failure(tmp_path: Path) -> None:
-    with stub_server({"DELETE /api/keys/nobody": (200, {"revoked": False})}) as server:
-        found = run(tmp_path, server.url, "keys", "revoke", "nobody", "--yes")
+    answers = {"DELETE /api/keys/labtop": (200, {"revoked": False}),
+               "GET /api/keys": (200, samples.KEYS)}
+    with stub_server(answers) as server:
+        found = run(tmp_path, server.url, "keys", "revoke", "labtop", "--yes")
     assert found.code == 1 and "No active key" in found.stderr
+    assert "Did you mean laptop?" in found.stderr
 
 
 LOSING: dict[str, tuple[int, Json]] = {
