@@ -19,7 +19,9 @@ RUN npm install --global --no-audit --no-fund "@anthropic-ai/claude-code@${CLAUD
 RUN mkdir --mode=0700 /login /data && chown node:node /login /data
 
 COPY . /opt/ocp/
-RUN chmod -R a+rX /opt/ocp
+RUN chmod -R a+rX /opt/ocp \
+    && printf '#!/bin/sh\nexec python3 /opt/ocp/ocp.py "$@"\n' > /usr/local/bin/ocp \
+    && chmod 0755 /usr/local/bin/ocp
 
 # In the container the server has to listen on all addresses. What of that is reachable, compose
 # or `docker run --publish` decides; a key is asked for in any case.
@@ -36,7 +38,8 @@ WORKDIR /data
 VOLUME ["/login", "/data"]
 EXPOSE 3456
 
-HEALTHCHECK --interval=30s --timeout=5s --start-period=20s --retries=3 \
-    CMD ["python3", "-I", "-c", "import http.client, os, sys; server = http.client.HTTPConnection('127.0.0.1', int(os.environ['CLAUDE_PROXY_PORT']), timeout=4); server.request('GET', '/health'); sys.exit(server.getresponse().status != 200)"]
+# A server that speaks https refuses the first question, which is http, and answers the second one.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=20s --retries=3 \
+    CMD ["python3", "-I", "-c", "import http.client as http, os, ssl, sys; port = int(os.environ['CLAUDE_PROXY_PORT']); ask = lambda link: link.request('GET', '/health') or link.getresponse().status == 200; sys.exit(not (ask(http.HTTPConnection('127.0.0.1', port, timeout=4)) or ask(http.HTTPSConnection('127.0.0.1', port, timeout=4, context=ssl._create_unverified_context()))))"]
 
 ENTRYPOINT ["python3", "/opt/ocp/ocp_server.py"]

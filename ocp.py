@@ -26,11 +26,12 @@ Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server a
 #      7. Keys             the keys of client devices
 #      8. Clients          ask, lan, connect, sync
 #      9. Service          start, stop, restart; who owns the port
-#     10. Doctor           a table of checks, each with its fix
-#     11. Snapshots        git, and what an update saves: database, program, journal
-#     12. Update           from release to release, and back
-#     13. Command line     parser, help, version, completion
-#     14. Main             errors become messages and exit codes
+#     10. Https            the server's own certificate
+#     11. Doctor           a table of checks, each with its fix
+#     12. Snapshots        git, and what an update saves: database, program, journal
+#     13. Update           from release to release, and back
+#     14. Command line     parser, help, version, completion
+#     15. Main             errors become messages and exit codes
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import sys
@@ -41,6 +42,7 @@ if sys.platform == "win32":
     sys.exit("ocp runs on Linux and macOS; on Windows, run it in WSL.")
 
 import argparse
+import base64
 import contextlib
 import dataclasses
 import datetime
@@ -64,6 +66,7 @@ import sqlite3
 import ssl
 import stat
 import subprocess
+import tempfile
 import threading
 import time
 import traceback
@@ -278,6 +281,12 @@ COMMANDS = (
             KEY_ACTIONS, ("keys", "keys add laptop --expiry 90d --daily 200",
                           "keys quota laptop --tokens-weekly 5000000", "keys revoke laptop")),
     Command("lan", "show the address for other devices, and test it", (JSON,), examples=("lan",)),
+    Command("tls", "make a certificate, and let the server speak https", (
+        argument("--name", metavar="NAME", action="append", default=[],
+                 help="one more name or address of the server; may be repeated"),
+        flag("--show", help="only show the certificate"),
+        flag("--off", help="let the server speak http again"), REPORT,
+    ), examples=("tls", "tls --name ocp.lan", "tls --show", "tls --off")),
     Command("connect", "set up this machine's tools for a server", (
         argument("rest", nargs="+", metavar="HOST",
                  help="HOST and the other arguments of ocp_connect.py, such as --list and --undo"),
@@ -321,6 +330,11 @@ COMMANDS = (
                       help="a command; `environment` = variables and exit codes"),),
             examples=("help keys add", "help environment")),
 )
+
+#: The command line without a command.
+ROOT = Command("", "", (
+    JSON, flag("--version", "-V", help="print the version, and ask no server"),
+), COMMANDS)
 
 #: How the help groups the commands; what is named in none comes last.
 GROUPS = (
@@ -532,6 +546,58 @@ def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> N
     stdout.flush()
     if stdin.readline().strip().lower() not in ("y", "yes"):
         raise Problem(Exit.FAILED, "Nothing was changed.")
+# --- end shared
+
+
+# --- shared: certificate
+class DerValue(NamedTuple):
+    """One value of DER, the encoding of certificates."""
+
+    tag: int
+    content: bytes
+    #: With its tag and its length.
+    whole: bytes
+
+
+def der_values(text: bytes) -> list[DerValue]:
+    """Return the values that stand one after the other. Raises ValueError for what is no DER."""
+    found, start = [], 0
+    while start < len(text):
+        length_at = start + 1
+        size, at = int.from_bytes(text[length_at:length_at + 1], "big"), length_at + 1
+        if size & 0x80:
+            at += size & 0x7F
+            size = int.from_bytes(text[length_at + 1:at], "big")
+        if at + size > len(text):
+            raise ValueError("not a certificate")
+        found.append(DerValue(text[start], text[at:at + size], text[start:at + size]))
+        start = at + size
+    return found
+
+
+def certificate_fields(certificate: bytes) -> list[DerValue]:
+    """Return serial number, algorithm, issuer, validity, subject, public key, and extensions.
+
+    Takes a certificate in DER. Raises ValueError for anything else.
+    """
+    try:
+        fields = der_values(der_values(der_values(certificate)[0].content)[0].content)
+        fields = fields[1:] if fields[0].tag == 0xA0 else fields
+        if len(fields) >= 6 and fields[5].tag == 0x30:
+            return fields
+    except IndexError:
+        pass
+    raise ValueError("not a certificate")
+
+
+def fingerprint_of(certificate: bytes) -> str:
+    """Return the fingerprint of the public key in a certificate (DER). Raises ValueError.
+
+    It is SHA256: and the base64 of the digest that curl's --pinnedpubkey takes. A certificate
+    that is renewed with the same key has the same.
+    """
+    key = certificate_fields(certificate)[5].whole
+    return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode()
 # --- end shared
 
 
@@ -1030,11 +1096,102 @@ def with_port(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rstrip(':')}{port}{parts.path}"
 
 
-def connect_line(url: str) -> str:
-    """Return the command that sets up the tools of another machine."""
+class Certificate(NamedTuple):
+    """What a certificate of a server says."""
+
+    fingerprint: str
+    #: Host names in lower case, and addresses.
+    names: tuple[str, ...]
+    #: Whether it claims to be an authority, which some clients take from no server.
+    is_authority: bool
+    #: Whether nobody else vouches for it.
+    is_self_signed: bool
+    expires_s: float
+
+    def covers(self, host: str) -> bool:
+        """Return whether it is for this host name or address."""
+        host = plain_host(host)
+        return host in self.names or f"*.{host.partition('.')[2]}" in self.names
+
+
+def plain_host(host: str) -> str:
+    """Return a host name or address in the form that two of them can be compared in."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).compressed
+    except ValueError:
+        return host.lower().rstrip(".")
+
+
+#: Extensions of a certificate, by the content of their object identifier.
+_ALTERNATIVE_NAMES, _BASIC_CONSTRAINTS = b"\x55\x1d\x11", b"\x55\x1d\x13"
+
+
+def certificate_of(text: bytes) -> Certificate:
+    """Return what a certificate in DER says. Raises ValueError for anything else."""
+    fields = certificate_fields(text)
+    rows = [der_values(each.content) for field in fields[6:] if field.tag == 0xA3
+            for row in der_values(field.content) for each in der_values(row.content)]
+    extensions = {row[0].content: der_values(row[-1].content)[0].content for row in rows}
+    names = der_values(extensions.get(_ALTERNATIVE_NAMES, b""))
+    return Certificate(
+        fingerprint_of(text), tuple(filter(None, map(_name_of, names))),
+        any(each.tag == 1 and each.content != b"\0"
+            for each in der_values(extensions.get(_BASIC_CONSTRAINTS, b""))),
+        fields[2].whole == fields[4].whole, _der_time_s(der_values(fields[3].content)[1]))
+
+
+def _name_of(value: DerValue) -> str:
+    """Return the host name or address of a subjectAltName, empty for what is neither."""
+    if value.tag == 0x82:
+        return plain_host(value.content.decode("ascii", "replace"))
+    is_address = value.tag == 0x87 and len(value.content) in (4, 16)
+    return ipaddress.ip_address(value.content).compressed if is_address else ""
+
+
+def _der_time_s(value: DerValue) -> float:
+    """Return a time of DER in epoch seconds. Raises ValueError."""
+    text = value.content.decode("ascii", "replace")
+    if value.tag == 0x17:
+        # A UTCTime has two digits of a year from 1950 to 2049.
+        text = ("19" if text[:2] >= "50" else "20") + text
+    found = datetime.datetime.strptime(text, "%Y%m%d%H%M%SZ")
+    return found.replace(tzinfo=datetime.timezone.utc).timestamp()
+
+
+def served_certificate(url: str, timeout_s: float = 3.0) -> Certificate | None:
+    """Return the certificate of the server at an https address, None if none can be had."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    if not url.startswith("https://"):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        with socket.create_connection((host, port_of(url)), timeout_s) as link:
+            with any_certificate().wrap_socket(link, server_hostname=host) as secure:
+                return certificate_of(secure.getpeercert(True) or b"")
+    return None
+
+
+def pin_of(url: str) -> str:
+    """Return the fingerprint by which devices can know the server at this address.
+
+    Empty where they need none: for http, and for a certificate of an authority.
+    """
+    found = served_certificate(url)
+    return found.fingerprint if found and found.is_self_signed else ""
+
+
+def connect_line(url: str, fingerprint: str = "") -> str:
+    """Return the command that sets up the tools of another machine.
+
+    With a fingerprint, curl takes the script from the server with that key only: --insecure
+    leaves out who vouches for the certificate, and the pin says which one it has to be.
+    """
     is_default = url.startswith("http://") and url.endswith(f":{DEFAULT_PORT}")
     host = url[len("http://"):-len(f":{DEFAULT_PORT}")] if is_default else with_port(url)
-    return f"curl -fsSL {url}/connect | python3 - {host}"
+    if not fingerprint:
+        return f"curl -fsSL {url}/connect | python3 - {host}"
+    pin = fingerprint.replace("SHA256:", "sha256//", 1)
+    return (f"curl -fsS --insecure --pinnedpubkey {pin} {url}/connect "
+            f"| python3 - {host} --fingerprint {fingerprint}")
 
 
 # ==== 5. Formatting ==========================================================
@@ -1282,12 +1439,25 @@ def _extra_usage_words(extra: Json) -> str:
     return ", ".join(parts) + (f" ({clean(reason)})" if reason else "")
 
 
+#: Numbers of the plan that are older than this are shown with their age.
+_PLAN_IS_OLD_S = 600.0
+
+
+def _plan_age(plan: Json, style: Style) -> str:
+    """Return how old the newest number of the plan is, empty if it is fresh or there is none."""
+    windows = [plan.get("currentSession"), *(plan.get("weeklyLimits") or {}).values()]
+    told = max((str((window or {}).get("observedAt") or "") for window in windows), default="")
+    told_s = parse_time(told)
+    is_old = told_s is not None and style.now_s - told_s > _PLAN_IS_OLD_S
+    return f"  as of {age(told, style)}" if is_old else ""
+
+
 def show_plan(plan: Json, style: Style) -> str:
     """Return the limits of the plan."""
     plan = plan if isinstance(plan, dict) else {}
     weekly = plan.get("weeklyLimits") or {}
     extra = plan.get("extraUsage") or {}
-    lines = [style.paint("bold", "Plan Usage Limits")]
+    lines = [style.paint("bold", "Plan Usage Limits") + _plan_age(plan, style)]
     lines.append(_window_line("Current session", plan.get("currentSession"), style))
     lines.append(_window_line("Weekly (all models)", weekly.get("allModels"), style))
     for name in sorted(set(weekly) - {"allModels"}):
@@ -1786,8 +1956,8 @@ def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
 
 ERROR_COLUMNS = (
     age_column("When", "lastAt"),
-    Column("Who", lambda row, style: row.get("key") or row.get("preview") or row.get("peer")),
-    text_column("Status", "status"), text_column("Kind", "kind"),
+    Column("Who", lambda row, style: row.get("key") or row.get("preview") or "-"),
+    text_column("From", "peer"), text_column("Kind", "kind"),
     Column("Times", lambda row, style: row.get("count") or 1, ">"), text_column("Request", "id"),
 )
 
@@ -1827,7 +1997,8 @@ def show_error(row: Json, style: Style) -> str:
         ("status", row.get("status")), ("kind", row.get("kind")),
         ("took", duration(row["totalMs"]) if row.get("totalMs") is not None else None),
         ("message", row.get("message") or None), ("what to do", row.get("action") or None),
-        ("its log", f"ocp logs --request {row.get('id')}"),
+        # Of many refusals only the first ones have a line each.
+        ("its log", f"ocp logs --request {row.get('id')}" if not count else None),
     ))
 
 
@@ -2055,8 +2226,11 @@ def key_advice(answer: Answer, secret: str) -> Iterator[str]:
     url, note = clean(answer.value.get("connectUrl") or ""), answer.value.get("connectNote")
     if note:
         yield f"ATTENTION: {clean(note)}"
-    where = f"On its device run\n  {connect_line(url)}\nwhich asks for it; or, for one tool:"
-    yield where if url else "For one tool on this machine:"
+    if url:
+        line = connect_line(url, pin_of(url))
+        yield f"On its device run\n  {line}\nwhich asks for it; or, for one tool:"
+    else:
+        yield "For one tool on this machine:"
     yield f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url or answer.url}/v1"
 
 
@@ -2153,7 +2327,8 @@ def cmd_keys_revoke(env: Env, args: argparse.Namespace) -> Exit:
     ask_first(env, args, f"Revoke {clean(args.key)}? Its device is refused at once, for good.")
     answer = server.ask("DELETE", _key_path(args.key))
     if not answer.value.get("revoked"):
-        raise Problem(Exit.FAILED, f"No active key has the name or id {clean(args.key)!r}.")
+        hint = did_you_mean(args.key, _server_names(env, "KEY"))
+        raise Problem(Exit.FAILED, f"No active key has the name or id {clean(args.key)!r}.{hint}")
     return print_answer(env, args, answer, lambda value, style: f"revoked {clean(args.key)}")
 
 
@@ -2340,12 +2515,43 @@ def show_lan(answer: Json, style: Style) -> str:
         ("reachable", "yes" if answer["reachable"] else "no"),
     ]
     if not answer["reachable"]:
-        rows.append(("to change that", "install again with --bind 0.0.0.0 and --auth-mode multi"))
+        rows += [("to change that", "install again with --bind 0.0.0.0 and --auth-mode multi"),
+                 ("without a service", "set CLAUDE_BIND=0.0.0.0 and CLAUDE_AUTH_MODE=multi in "
+                  "~/.ocp/ocp.env, and start it again")]
     elif answer.get("authMode") == "none":
         rows.append(("attention", "whoever can connect may use your plan: set --auth-mode multi"))
     else:
-        rows.append(("on a device", connect_line(answer["url"])))
+        rows.append(("on a device", connect_line(answer["url"], answer.get("fingerprint") or "")))
+    for fault in answer.get("certificateFaults") or []:
+        rows.append(("certificate", f"{fault}: run `ocp tls`"))
     return field_list(rows)
+
+
+#: A certificate of our own is renewed when no more than this is left of its life. Authorities
+#: renew theirs by themselves, but later.
+RENEW_DAYS, AUTHORITY_RENEW_DAYS = 60, 7
+
+
+def faults_of(certificate: Certificate, host: str, now_s: float) -> list[str]:
+    """Return what keeps clients from taking this certificate from a host, or soon will."""
+    days = (certificate.expires_s - now_s) / 86_400
+    soon_days = RENEW_DAYS if certificate.is_self_signed else AUTHORITY_RENEW_DAYS
+    return [text for is_so, text in (
+        (days <= 0, "it has expired"),
+        (0 < days <= soon_days, f"it expires in {days:.0f} days"),
+        (not certificate.covers(host), f"it is not for {host}"),
+        (certificate.is_authority,
+         "it says CA:TRUE, and Codex and others take no such certificate from a server"),
+    ) if is_so]
+
+
+def certificate_faults(env: Env, url: str) -> list[str]:
+    """Return what is wrong with the certificate at an address for others; nothing for http."""
+    if not url.startswith("https://"):
+        return []
+    found = served_certificate(url)
+    host = urllib.parse.urlsplit(url).hostname or ""
+    return faults_of(found, host, env.clock()) if found else ["it cannot be read"]
 
 
 def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
@@ -2355,12 +2561,16 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
     url = lan_url(env, server.url)
     if not url:
         raise Problem(Exit.FAILED, "This machine has no address in a network.")
+    is_reachable = is_ocp_server(url)
     found = {
         "host": urllib.parse.urlsplit(url).hostname, "url": url,
-        "authMode": health.get("authMode"), "reachable": is_ocp_server(url),
+        "authMode": health.get("authMode"), "reachable": is_reachable,
+        "fingerprint": pin_of(url),
+        "certificateFaults": certificate_faults(env, url) if is_reachable else [],
     }
     print_answer(env, args, Answer(url, json.dumps(found)), show_lan)
-    return Exit.OK if found["reachable"] else Exit.FAILED
+    is_good = found["reachable"] and not found["certificateFaults"]
+    return Exit.OK if is_good else Exit.FAILED
 
 
 def connect_command(env: Env, *words: str) -> list[str]:
@@ -2755,7 +2965,354 @@ def cmd_restart(env: Env, args: argparse.Namespace) -> Exit:
     return _restart_gateway(env) if args.what == "gateway" else _start(env, "restart")
 
 
-# ==== 10. Doctor =============================================================
+# ==== 10. Https ==============================================================
+# The server's own certificate: made by the program openssl, whole or not at all, and named in the
+# settings of the service. Its key stays when it is renewed, so a device that knows the key's
+# fingerprint knows the next certificate too.
+
+#: Programs of Apple take no certificate that is valid for more than 825 days.
+_VALID_DAYS = 820
+_HOST_NAME = re.compile(r"(?:\*\.)?[a-z0-9_](?:[a-z0-9_.-]{0,251}[a-z0-9_])?")
+_TLS_SETTINGS = ("OCP_TLS_CERT", "OCP_TLS_KEY")
+# Without keyUsage: a client that is built with BoringSSL, such as OpenCode, trusts no certificate
+# whose key may not sign certificates, and that of a server must not say that it may.
+_OPENSSL_SETTINGS = """\
+[req]
+distinguished_name = subject
+prompt = no
+x509_extensions = extensions
+[subject]
+CN = {title}
+[extensions]
+basicConstraints = critical,CA:FALSE
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+subjectAltName = @names
+[names]
+"""
+
+
+class TlsFiles(NamedTuple):
+    """Where `ocp tls` keeps the certificate and its private key."""
+
+    cert: str
+    key: str
+
+
+def tls_files(env: Env) -> TlsFiles:
+    """Return the paths of the certificate and the key, which may not be there. Raises Problem."""
+    record = installation(env)
+    folder = os.path.join((record.data_dir if record else "") or env.ocp_home, "tls")
+    return TlsFiles(os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem"))
+
+
+def read_certificate(path: str) -> Certificate | None:
+    """Return the first certificate in a PEM file, None if there is none. Raises Problem."""
+    try:
+        with open(path, encoding="ascii") as file:
+            text = file.read(1_000_000)
+        end = "-----END CERTIFICATE-----"
+        start = text.index("-----BEGIN CERTIFICATE-----")
+        pem = text[start:text.index(end, start) + len(end)]
+        return certificate_of(ssl.PEM_cert_to_DER_cert(pem))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Problem(Exit.FAILED, f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise Problem(Exit.FAILED, f"{path} is not a certificate: move it away.") from None
+
+
+def is_pair(files: TlsFiles) -> bool:
+    """Return whether a server can use these files: the certificate is for the key."""
+    try:
+        # Without a function for the password, it would be asked for on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files, password=lambda: "")
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def interface_addresses(env: Env) -> list[str]:
+    """Return the IPv4 addresses of this machine, without those that reach nobody else."""
+    path = env.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    found = list(env.addresses())
+    for words in (("ip", "-o", "-4", "addr"), ("ifconfig", "-a")):
+        done = env.command(*words, more={"PATH": path})
+        if done.code == 0:
+            found += re.findall(r"\binet (?:addr:)?(\d+\.\d+\.\d+\.\d+)", done.output)
+            break
+    usable = [each for each in found if not (
+        ipaddress.ip_address(each).is_loopback or ipaddress.ip_address(each).is_link_local)]
+    return list(dict.fromkeys(usable))
+
+
+def machine_names(env: Env) -> list[str]:
+    """Return the names and addresses by which this machine's server is asked."""
+    host = plain_host(socket.gethostname())
+    first = host.partition(".")[0]
+    names = ["localhost", "127.0.0.1", "::1", host, f"{first}.local", *interface_addresses(env)]
+    return list(dict.fromkeys(name for name in names if is_server_name(name)))
+
+
+def is_server_name(text: str) -> bool:
+    """Return whether a certificate can be for this name or address, given in plain form."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(text)
+        return True
+    return bool(_HOST_NAME.fullmatch(text)) and ".." not in text
+
+
+def _named(texts: Iterable[str]) -> list[str]:
+    """Return the names that the user gave, in plain form. Raises Problem."""
+    for text in texts:
+        if not is_server_name(plain_host(text)):
+            raise Problem(Exit.USAGE, f"--name: {clean(text)!r} is not a host name or address.")
+    return [plain_host(text) for text in texts]
+
+
+def _openssl(env: Env, *words: str) -> None:
+    """Run the program openssl. Raises Problem."""
+    done = env.command("openssl", *words, timeout_s=60)
+    if done.code is None:
+        raise Problem(
+            Exit.FAILED, f"A certificate is made by the program openssl: {done.complaint}. Install "
+            "it (for example `sudo apt-get install openssl`), and run this again.")
+    if done.code != 0:
+        raise Problem(Exit.FAILED, f"openssl {words[0]} failed: {done.complaint}.")
+
+
+def _drafted(env: Env, folder: str, key: str, names: Sequence[str]) -> bytes:
+    """Return a certificate for this key file, made with the help of a folder. Raises Problem."""
+    settings, draft = os.path.join(folder, "settings"), os.path.join(folder, "cert.pem")
+    title = "OCP on " + re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:50]
+    addresses = [each for each in names if ":" in each or each.rpartition(".")[2].isdigit()]
+    lines = [f"{'IP' if name in addresses else 'DNS'}.{number} = {name}\n"
+             for number, name in enumerate(names, 1)]
+    with open(settings, "w", encoding="ascii") as file:
+        file.write(_OPENSSL_SETTINGS.format(title=title) + "".join(lines))
+    _openssl(env, "req", "-x509", "-new", "-sha256", "-key", key, "-days", str(_VALID_DAYS),
+             "-config", settings, "-out", draft)
+    made = read_certificate(draft) if is_pair(TlsFiles(draft, key)) else None
+    if made is None or made.is_authority or set(made.names) != set(names):
+        version = env.command("openssl", "version").output.strip() or "this openssl"
+        raise Problem(
+            Exit.FAILED, f"{clean(version)} did not make the certificate that was asked for: it is "
+            "too old. Install OpenSSL 1.1 or LibreSSL 3.3, or a later one.")
+    with open(draft, "rb") as file:
+        return file.read()
+
+
+def make_certificate(env: Env, files: TlsFiles, names: Sequence[str]) -> None:
+    """Write a certificate for these names, with the key that is there or a new one.
+
+    Raises Problem, OSError.
+    """
+    folder = os.path.dirname(files.cert)
+    os.makedirs(os.path.dirname(folder), 0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder), prefix=".ocp-tls-") as drafts:
+        key = files.key
+        is_new = not os.path.exists(key)
+        if is_new:
+            key = os.path.join(drafts, "key.pem")
+            _openssl(env, "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
+        cert = _drafted(env, drafts, key, names)
+        if not os.path.isdir(folder):
+            os.mkdir(folder, 0o700)
+            if env.user_id == 0:
+                owner = os.stat(os.path.dirname(folder))
+                os.chown(folder, owner.st_uid, owner.st_gid)
+        if is_new:
+            with open(key, "rb") as file:
+                write_whole(files.key, file.read())
+        write_whole(files.cert, cert, 0o644)
+
+
+def renew_certificate(env: Env, files: TlsFiles, more: Sequence[str]) -> tuple[Certificate, bool]:
+    """Return the certificate, and whether it was made anew. Raises Problem, OSError.
+
+    It is made where there is none, where a name of this machine or of `more` is missing, and
+    before it expires. Names of the one that is there are kept.
+    """
+    there, names = read_certificate(files.cert), [*machine_names(env), *_named(more)]
+    if there is not None and is_pair(files):
+        is_fresh = (there.expires_s - env.clock()) / 86_400 > RENEW_DAYS
+        if is_fresh and not there.is_authority and set(names) <= set(there.names):
+            return there, False
+        names += there.names
+    make_certificate(env, files, list(dict.fromkeys(names)))
+    made = read_certificate(files.cert)
+    assert made is not None
+    return made, True
+
+
+def edited_settings(text: str, values: Mapping[str, str], gone: Iterable[str]) -> str:
+    """Return the text of ocp.env with these settings, and without those that are `gone`.
+
+    All other lines stay as they are.
+    """
+    names = {*values, *gone}
+    found = ((line, _ASSIGNMENT.fullmatch(line)) for line in text.split("\n"))
+    lines = [line for line, match in found if not match or match[1] not in names]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    plain = re.compile(r"[A-Za-z0-9_@%+=:,./-]*")
+    for name, value in values.items():
+        escaped = re.sub(r'(["\\$`])', r"\\\1", value)
+        lines.append(f"{name}={value}" if plain.fullmatch(value) else f'{name}="{escaped}"')
+    return "\n".join(lines) + "\n"
+
+
+def _write_settings(env: Env, record: Record, values: Mapping[str, str]) -> str:
+    """Set OCP_TLS_CERT and OCP_TLS_KEY for the service, or take them back with no values.
+
+    Returns the copy of the settings file as it was, empty if nothing had to change. Raises OSError.
+    """
+    with open(record.env_file, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        text = file.read()
+    present = {name: value for name, value in settings_of(text).items() if name in _TLS_SETTINGS}
+    copy = ""
+    if present != values:
+        copy = record.env_file + utc_time(env.clock()).strftime(".ocp-%Y%m%d-%H%M%S")
+        write_whole(copy, text.encode("utf-8", "surrogateescape"))
+        changed = edited_settings(text, values, _TLS_SETTINGS)
+        write_whole(record.env_file, changed.encode("utf-8", "surrogateescape"))
+    _record_scheme(env, record, "https" if values else "http")
+    return copy
+
+
+def _record_scheme(env: Env, record: Record, scheme: str) -> None:
+    """Let install.json say whether the server speaks https. Raises OSError."""
+    url = f"{scheme}://{record.url.partition('://')[2]}"
+    found = read_record(record_path(env))
+    if found is not None and url != record.url:
+        write_whole(record_path(env), json.dumps({**found, "url": url}, indent=2).encode() + b"\n")
+
+
+def _service_settings(env: Env) -> Record | None:
+    """Return the installation if it has a settings file that this user may change.
+
+    Raises Problem if somebody else owns it.
+    """
+    record = installation(env)
+    if record is None or not record.env_file:
+        return None
+    if record.needs_root and env.user_id != 0:
+        raise Problem(Exit.DENIED, "The service belongs to the system. Run: sudo ocp tls")
+    return record if os.path.exists(record.env_file) else None
+
+
+def _refuse_other_certificate(env: Env, files: TlsFiles) -> None:
+    """Raise Problem if the server has a certificate of the user's own."""
+    named = service_environ(env, installation(env)).get("OCP_TLS_CERT", "")
+    if named and os.path.expanduser(named) != files.cert:
+        raise Problem(
+            Exit.FAILED, f"OCP_TLS_CERT names a certificate of your own, {clean(named)}, which "
+            "stays. To have another one made, remove OCP_TLS_CERT and OCP_TLS_KEY first.")
+
+
+def _secure_url(env: Env) -> str:
+    """Return the server's address once it speaks https. Raises Problem."""
+    return "https://" + with_port(server_url(env)).partition("://")[2]
+
+
+def _tls_report(env: Env, certificate: Certificate, files: TlsFiles, **more: Json) -> Json:
+    """Return what `ocp tls` prints as JSON."""
+    here = _secure_url(env)
+    url, served = lan_url(env, here) or here, served_certificate(here)
+    return {
+        "certificate": files.cert, "key": files.key, "names": list(certificate.names),
+        "fingerprint": certificate.fingerprint, "expires": iso_time(certificate.expires_s),
+        "url": url, "served": bool(served and served == certificate),
+        "faults": faults_of(certificate, urllib.parse.urlsplit(url).hostname or "", env.clock()),
+        **more,
+    }
+
+
+def _next_steps(found: Json, start: Sequence[str]) -> list[str]:
+    """Return what is left to do until devices use https; `start` lets the server use it."""
+    line = connect_line(found["url"], found["fingerprint"])
+    steps = [] if found["served"] else list(start)
+    return [*steps, "on each device, and on this machine for its own tools:", line]
+
+
+def _start_by_hand(env: Env, files: TlsFiles) -> list[str]:
+    """Return the commands that make a server use the certificate that no installer knows."""
+    values = [f"{name}={path}" for name, path in zip(_TLS_SETTINGS, files)]
+    return [shlex.join(["env", *values, "python3", "ocp_server.py"]),
+            f"export OCP_URL={_secure_url(env)}"]
+
+
+def show_tls(found: Json, style: Style) -> str:
+    """Return the certificate, and what to do next."""
+    made = {True: "made anew", False: "in order, and kept"}.get(found.get("made"))
+    text = field_list([
+        ("certificate", found["certificate"] + (f" ({made})" if made else "")),
+        ("for", ", ".join(found["names"])), ("fingerprint", found["fingerprint"]),
+        ("expires", local_time(found["expires"], style)),
+        ("in use", "yes" if found["served"] else "not yet"),
+        ("settings", found.get("settings") or None),
+        ("copy of them", found.get("settingsCopy") or None),
+        *(("attention", f"{fault}: run `ocp tls`") for fault in found["faults"]),
+    ])
+    steps = [f"  {line}" for line in found.get("next") or []]
+    return "\n".join([text, *(["What to do next:", *steps] if steps else [])])
+
+
+def _print_tls(env: Env, args: argparse.Namespace, found: Json) -> Exit:
+    return print_answer(env, args, Answer("", json.dumps(found)), show_tls)
+
+
+def _show_certificate(env: Env, args: argparse.Namespace, files: TlsFiles) -> Exit:
+    """Show the certificate that the server has. FAILED if it has a fault."""
+    named = service_environ(env, installation(env)).get("OCP_TLS_CERT", "")
+    cert = os.path.expanduser(named) or files.cert
+    certificate = read_certificate(cert)
+    if certificate is None:
+        raise Problem(Exit.FAILED, f"There is no certificate in {cert}: `ocp tls` makes one.")
+    found = _tls_report(env, certificate, files._replace(cert=cert))
+    start = ["ocp restart"] if named else ["ocp tls"]
+    steps = _next_steps(found, start) if certificate.is_self_signed else []
+    _print_tls(env, args, {**found, "next": steps})
+    return Exit.FAILED if found["faults"] else Exit.OK
+
+
+def _end_tls(env: Env) -> Exit:
+    """Let the server speak http again. The certificate stays where it is."""
+    record = _service_settings(env)
+    if record is None:
+        raise Problem(
+            Exit.FAILED, "No service is installed: start the server without OCP_TLS_CERT and "
+            "OCP_TLS_KEY.")
+    copy = _write_settings(env, record, {})
+    env.say(f"{record.env_file} has no certificate any more; a copy of it as it was is {copy}.\n"
+            "What to do next: ocp restart" if copy else f"{record.env_file} has no certificate.")
+    return Exit.OK
+
+
+def cmd_tls(env: Env, args: argparse.Namespace) -> Exit:
+    """Make or renew the certificate, and name it in the settings of the service."""
+    files = tls_files(env)
+    try:
+        if args.show:
+            return _show_certificate(env, args, files)
+        if args.off:
+            return _end_tls(env)
+        _refuse_other_certificate(env, files)
+        record = _service_settings(env)
+        certificate, is_new = renew_certificate(env, files, args.name)
+        copy = _write_settings(
+            env, record, dict(zip(_TLS_SETTINGS, files))) if record else ""
+    except OSError as error:
+        raise Problem(Exit.FAILED, f"{error.filename}: {error.strerror}.") from None
+    found = _tls_report(
+        env, certificate, files, made=is_new, settings=record.env_file if record else None,
+        settingsCopy=copy or None)
+    start = ["ocp restart"] if record else _start_by_hand(env, files)
+    return _print_tls(env, args, {**found, "next": _next_steps(found, start)})
+
+
+# ==== 11. Doctor =============================================================
 # A table of checks. Each probe looks at one thing and returns PASS, WARN, FAIL or INFO. A probe
 # that cannot look raises Unknown, which is INFO and never a failure. The first failed check gives
 # the next action, so the order of the table is the order of repairs.
@@ -3037,7 +3594,7 @@ def _check_database(facts: Facts) -> Finding:
 def _private_paths(facts: Facts) -> Iterator[tuple[str, int]]:
     """Yield everything that nobody else may read, with its right mode."""
     folder, record = facts.data_dir, facts.readable_record
-    names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key")
+    names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key", "tls/key.pem")
     files = [os.path.join(folder, name) for name in names]
     if record and record.env_file:
         files.append(record.env_file)
@@ -3188,6 +3745,28 @@ def _check_linger(facts: Facts) -> Finding:
     if state == "no":
         return Finding("WARN", "the server stops when you log out, and does not start at boot")
     return Finding("PASS", "the server runs without a login session")
+
+
+def _check_certificate(facts: Facts) -> Finding:
+    if not facts.health:
+        raise Unknown("no server answers")
+    if not facts.url.startswith("https://"):
+        return Finding("INFO", "the server speaks http; `ocp tls` changes that")
+    url = device_url(facts.env, facts.url)
+    faults = certificate_faults(facts.env, url)
+    if faults:
+        is_soon = faults[0].startswith("it expires in") and len(faults) == 1
+        return Finding("WARN" if is_soon else "FAIL", "the certificate: " + "; ".join(faults))
+    return Finding("PASS", f"the certificate is for {urllib.parse.urlsplit(url).hostname}")
+
+
+def _fix_certificate(facts: Facts) -> Fix:
+    own = tls_files(facts.env)
+    named = service_environ(facts.env, facts.readable_record).get("OCP_TLS_CERT", own.cert)
+    if os.path.expanduser(named) != own.cert:
+        return Fix("fix_certificate", (f"replace {named} and its key, and restart the server",))
+    return Fix("fix_certificate", ("then the command that it shows, on each device",),
+               (facts.script("ocp.py", "tls"), facts.script("ocp.py", "restart")))
 
 
 def _check_clock(facts: Facts) -> Finding:
@@ -3374,6 +3953,9 @@ CHECKS = (
     Check("linger", "Running without you",
           "Whether a service of a user outlives the login (systemd)", _check_linger,
           Fix("fix_linger", (), ("loginctl enable-linger",)), _mend_linger),
+    Check("certificate", "Certificate",
+          "Whether devices can take the server's certificate, and how long",
+          _check_certificate, _fix_certificate),
     Check("clock", "Clock",
           "Whether the server's clock and this one agree", _check_clock,
           Fix("fix_clock", ("let both machines set their clocks from the network",))),
@@ -3729,7 +4311,7 @@ def cmd_doctor(env: Env, args: argparse.Namespace) -> Exit:
     return Exit.FAILED if answer["fail_count"] else Exit.OK
 
 
-# ==== 11. Snapshots ==========================================================
+# ==== 12. Snapshots ==========================================================
 # What an update stands on: git, asked without hooks and without questions; a copy of the database
 # and of this program; and a journal, written before each step, from which the next call knows how
 # far an interrupted one had come.
@@ -3955,7 +4537,7 @@ def put_back_database(snapshot: Snapshot) -> None:
             write_whole(database, file.read())
 
 
-# ==== 12. Update =============================================================
+# ==== 13. Update =============================================================
 # From one release to another and back. The order is the safety: save, test the new version where
 # it harms nobody, switch, restart, ask what is served. Whatever fails after the switch is rolled
 # back; whatever is interrupted is finished or undone by the next call.
@@ -4391,21 +4973,23 @@ def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
         return _rollback(env, args) if args.rollback else _update(env, args)
 
 
-# ==== 13. Command line =======================================================
+# ==== 14. Command line =======================================================
 # Parser, help texts and completion, all made from the table of commands.
 
 
 def cmd_version(env: Env, args: argparse.Namespace) -> Exit:
     """Show the versions: installed, running, and claude's."""
-    installed = version_of(env.beside("ocp_server.py")) or None
+    installed, nobody = version_of(env.beside("ocp_server.py")) or None, "no server answers"
     health: Json = {}
-    with contextlib.suppress(Problem):
+    try:
         health = health_of(server_url(env)) or {}
+    except Problem:
+        nobody = "another program answers, no OCP server"
     found = {"installed": installed, "served": health.get("version"),
              "claude": health.get("claudeVersion")}
     env.say(json.dumps(found) if args.json else field_list([
         ("installed", installed or "no ocp_server.py beside ocp.py"),
-        ("served", found["served"] or "no server answers"),
+        ("served", found["served"] or nobody),
         ("claude", found["claude"] or "unknown"),
     ]))
     return Exit.OK
@@ -4428,18 +5012,16 @@ def help_text() -> str:
     """Return the help of the whole."""
     first = (__doc__ or "").partition("\n")[0]
     options = field_list([
-        ("--json", "print JSON, where a command has it"), *(
-            (" ".join([each.names[0], *filter(None, [each.options.get("metavar")])]),
-             each.options["help"]) for each in EVERYWHERE),
-        ("-V, --version", "print the version, and ask no server"), ("-h, --help", "show this help"),
-    ])
+        (" ".join([", ".join(each.names), each.options.get("metavar", "")]), each.options["help"])
+        for each in (*ROOT.arguments, *EVERYWHERE)
+    ] + [("--help, -h", "show this help, or that of a command")])
     return f"""{first}
 
 Usage: ocp COMMAND [ARGUMENTS]
 
 {commands_text()}
 
-Options, before or after the command:
+Options (--json, --url and --debug also after the command):
 {options}
 
 Examples:
@@ -4510,8 +5092,7 @@ def parser(env: Env) -> argparse.ArgumentParser:
             return "ocp COMMAND [ARGUMENTS]"
 
     whole = Whole(prog="ocp", allow_abbrev=False)
-    whole.add_argument("--version", "-V", action="store_true")
-    for each in (JSON, *EVERYWHERE):
+    for each in (*ROOT.arguments, *EVERYWHERE):
         whole.add_argument(*each.names, **each.options)
     whole.set_defaults(run=None, url=None, debug=False, parser=whole)
     _add_commands(whole, COMMANDS, Here, "cmd_")
@@ -4528,7 +5109,7 @@ def behind_options(words: Sequence[str]) -> Sequence[str]:
 
 def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
     """Return the row that the words name, and the words behind its name."""
-    row = Command("", "", actions=COMMANDS)
+    row = ROOT
     for at, word in enumerate(words):
         found = next((each for each in row.actions if each.name == word), None)
         if found is None:
@@ -4598,9 +5179,10 @@ def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterat
     if command.name == "connect":
         yield from ((name, "") for name in connect_options(env))
         return
-    expecting = [each for each in command.arguments
+    arguments = (*command.arguments, *EVERYWHERE)
+    expecting = [each for each in arguments
                  if last in each.names and "metavar" in each.options]
-    for each in expecting or (*command.arguments, *EVERYWHERE):
+    for each in expecting or arguments:
         if each.names[0].startswith("-") and not expecting:
             yield from ((name, each.options["help"]) for name in each.names if name[:2] == "--")
             continue
@@ -4659,7 +5241,7 @@ def cmd_completion(env: Env, args: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
-# ==== 14. Main ===============================================================
+# ==== 15. Main ===============================================================
 # The program, and the program with its errors turned into messages and exit codes.
 
 

@@ -6,15 +6,18 @@
 
     curl -fsSL http://HOST:3456/connect | python3 - HOST
     python3 ocp_connect.py HOST [--key KEY] [--only TOOL,...] [--primary | --backup] [--dry-run]
-    python3 ocp_connect.py --list        list the tools, and where they are found here
-    python3 ocp_connect.py --undo        restore every file
+    python3 ocp_connect.py list          list the tools, and where they are found here
+    python3 ocp_connect.py undo          restore every file
     python3 ocp_connect.py --sync HOST   update the list of models in OpenClaw
 
 It asks the server for its version and models, shows each file that would change and why, and asks
 before it writes. Your comments, order and settings are kept. Where a file cannot be edited safely,
 the lines are printed for you to add. A record of the changes and a copy of each original file are
-in ~/.config/ocp. --undo restores them byte for byte; in a file that you have edited since, it only
+in ~/.config/ocp. `undo` restores them byte for byte; in a file that you have edited since, it only
 removes what was added.
+
+A server with a certificate of its own is known by --fingerprint: its operator's `ocp tls --show`
+prints the whole command. The certificate is saved here, and your tools are told to trust it.
 
 The key is taken from --key, then OCP_CONNECT_KEY in the environment, then the key saved for this
 server, then the server's anonymous key. Otherwise you are asked.
@@ -52,6 +55,7 @@ if sys.platform == "win32":
     )
 
 import argparse
+import base64
 import contextlib
 import copy
 import dataclasses
@@ -71,6 +75,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import tempfile
@@ -248,6 +253,16 @@ class Machine:
     @property
     def key_file(self) -> str:
         return os.path.join(self.state_folder, "key")
+
+    @property
+    def certificate_file(self) -> str:
+        """Return the file of the server's certificate."""
+        return os.path.join(self.state_folder, "server.pem")
+
+    @property
+    def bundle_file(self) -> str:
+        """Return the file of the system's certificates and the server's."""
+        return os.path.join(self.state_folder, "ca-bundle.pem")
 
     @property
     def shell(self) -> str:
@@ -1240,6 +1255,8 @@ class Server(NamedTuple):
     version: str
     models: tuple[Model, ...]
     key: str
+    #: The certificate (PEM) that tools have to trust, empty where they need none.
+    certificate: str = ""
 
     @property
     def api(self) -> str:
@@ -1266,8 +1283,11 @@ class Server(NamedTuple):
 
 
 def server_address(host: str, port: int | None, https: bool) -> str:
-    """Return the address of a server given as a name, HOST:PORT or an address. Raise Problem."""
+    """Return the address of a server given as a name, HOST:PORT or an address, which may go on with
+    a path. Raise Problem."""
     text = host.strip()
+    # An https address without a port means what it means in a browser.
+    default_port = 443 if text.startswith("https://") else DEFAULT_PORT
     if "://" not in text:
         text = f"[{text}]" if text.count(":") > 1 and not text.startswith("[") else text
         text = f"{'https' if https else 'http'}://{text}"
@@ -1277,14 +1297,20 @@ def server_address(host: str, port: int | None, https: bool) -> str:
         # A name that no name server can be asked for, such as a..b, is a ValueError too.
         name.encode("idna")
     except ValueError:
-        name, given_port = "", None
+        parts, name, given_port = urllib.parse.urlsplit(""), "", None
     usable = re.fullmatch(r"\w[\w.-]*|[0-9A-Fa-f:.]+(?:%\w+)?", name, re.A)
     if not usable or parts.scheme not in ("http", "https") or "@" in parts.netloc or (
-            parts.path.rstrip("/") not in ("", "/v1")):
+            not re.fullmatch(r"(?:/[\w.~-]+)*/?", parts.path, re.A) or parts.query):
         raise Problem(Exit.USAGE, f"{clean(host)!r} is not a host name or address.")
     scheme = "https" if https else parts.scheme
     shown = f"[{name}]" if ":" in name else name
-    return f"{scheme}://{shown}:{port or given_port or DEFAULT_PORT}"
+    return f"{scheme}://{shown}:{port or given_port or default_port}{path_prefix(parts.path)}"
+
+
+def path_prefix(path: str) -> str:
+    """Return the path of a server's address without /v1 and a slash at its end."""
+    path = path.rstrip("/")
+    return path[:-len("/v1")] if path.endswith("/v1") else path
 
 
 def checked_key(key: str, source: str) -> str:
@@ -1333,13 +1359,15 @@ def time_limit(limit_s: float) -> Iterator[None]:
 
 
 def fetch_json(
-    method: str, url: str, timeout_s: float, key: str = "", body: object = None
+    method: str, url: str, timeout_s: float, key: str = "", body: object = None,
+    certificate: str = "",
 ) -> Json:
     """Return the JSON value that a server answers, within this time and MAX_ANSWER_BYTES. No
-    redirect is followed, so that the key reaches this address only. Raise HttpProblem."""
+    redirect is followed, so that the key reaches this address only. With a certificate (PEM) the
+    server has to have that one. Raise HttpProblem."""
     try:
         with time_limit(timeout_s):
-            status, text = _exchange(method, url, timeout_s, key, body)
+            status, text = _exchange(method, url, timeout_s, key, body, certificate)
     except OutOfTime:
         reason = f"no complete answer came within {timeout_s:.0f} s"
         raise HttpProblem("unreachable", reason) from None
@@ -1360,13 +1388,15 @@ def fetch_json(
 
 
 def _exchange(
-    method: str, url: str, timeout_s: float, key: str, body: object
+    method: str, url: str, timeout_s: float, key: str, body: object, certificate: str
 ) -> tuple[int, bytes]:
     """Return the status and the body of an answer; a body above the limit is not read to its end.
     Raise OSError, HTTPException or ValueError."""
     parts = urllib.parse.urlsplit(url)
-    is_secure = parts.scheme == "https"
-    connect = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+    connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+    if parts.scheme == "https":
+        tls = ssl.create_default_context(cadata=certificate or None)
+        connect = functools.partial(http.client.HTTPSConnection, context=tls)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     content = None
     if body is not None:
@@ -1380,6 +1410,99 @@ def _exchange(
                 piece = answer.read1(1_000_000)
                 text += piece
             return answer.status, bytes(text)
+
+
+# --- shared: certificate
+class DerValue(NamedTuple):
+    """One value of DER, the encoding of certificates."""
+
+    tag: int
+    content: bytes
+    #: With its tag and its length.
+    whole: bytes
+
+
+def der_values(text: bytes) -> list[DerValue]:
+    """Return the values that stand one after the other. Raises ValueError for what is no DER."""
+    found, start = [], 0
+    while start < len(text):
+        length_at = start + 1
+        size, at = int.from_bytes(text[length_at:length_at + 1], "big"), length_at + 1
+        if size & 0x80:
+            at += size & 0x7F
+            size = int.from_bytes(text[length_at + 1:at], "big")
+        if at + size > len(text):
+            raise ValueError("not a certificate")
+        found.append(DerValue(text[start], text[at:at + size], text[start:at + size]))
+        start = at + size
+    return found
+
+
+def certificate_fields(certificate: bytes) -> list[DerValue]:
+    """Return serial number, algorithm, issuer, validity, subject, public key, and extensions.
+
+    Takes a certificate in DER. Raises ValueError for anything else.
+    """
+    try:
+        fields = der_values(der_values(der_values(certificate)[0].content)[0].content)
+        fields = fields[1:] if fields[0].tag == 0xA0 else fields
+        if len(fields) >= 6 and fields[5].tag == 0x30:
+            return fields
+    except IndexError:
+        pass
+    raise ValueError("not a certificate")
+
+
+def fingerprint_of(certificate: bytes) -> str:
+    """Return the fingerprint of the public key in a certificate (DER). Raises ValueError.
+
+    It is SHA256: and the base64 of the digest that curl's --pinnedpubkey takes. A certificate
+    that is renewed with the same key has the same.
+    """
+    key = certificate_fields(certificate)[5].whole
+    return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode()
+# --- end shared
+
+
+#: One certificate in PEM.
+_PEM = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
+
+
+def pinned_certificate(url: str, fingerprint: str) -> str:
+    """Return the certificate (PEM) of a server, whose key has to have this fingerprint. Raise
+    Problem."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "https":
+        raise Problem(Exit.USAGE, f"{url} has no certificate: write https:// in front of the host.")
+    unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    try:
+        with time_limit(FETCH_TIMEOUT_S), socket.create_connection(
+                (parts.hostname or "", parts.port or 443)) as link:
+            with unverified.wrap_socket(link, server_hostname=parts.hostname) as secure:
+                certificate = secure.getpeercert(True) or b""
+        found = fingerprint_of(certificate)
+    except OutOfTime:
+        raise Problem(Exit.UNREACHABLE, f"{url} does not answer.") from None
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise Problem(Exit.UNREACHABLE, f"Cannot reach {url} by https: {quoted(reason)}.") from None
+    if found != fingerprint:
+        raise Problem(
+            Exit.FAILED,
+            f"What answers at {url} has the fingerprint {found}, not {fingerprint}. Nothing was "
+            "sent to it. Compare with `ocp tls --show` on the server's machine: either its key is "
+            "a new one, which --fingerprint tells, or something else answers in its place.")
+    return ssl.DER_cert_to_PEM_cert(certificate)
+
+
+def fingerprint(text: str) -> str:
+    """Return a fingerprint as fingerprint_of does, from that or from what curl takes."""
+    match = re.fullmatch(r"(?:SHA256:|sha256//)([A-Za-z0-9+/]{43})=?", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no fingerprint: it is SHA256: and 44 characters, see `ocp tls --show`")
+    return f"SHA256:{match[1]}="
 
 
 def _refusal(status: int, text: bytes) -> HttpProblem:
@@ -1400,18 +1523,14 @@ def _bounded_number(digits: str) -> int | float:
     return int(digits) if len(digits) <= 18 else float(digits)
 
 
-def ask_health(url: str) -> Mapping[str, Json]:
+def ask_health(url: str, certificate: str = "") -> Mapping[str, Json]:
     """Return what GET /health says. Raise Problem."""
     reason = "its /health is not that of OCP"
     try:
-        health = fetch_json("GET", f"{url}/health", FETCH_TIMEOUT_S)
+        health = fetch_json("GET", f"{url}/health", FETCH_TIMEOUT_S, certificate=certificate)
     except HttpProblem as problem:
         if "CERTIFICATE_VERIFY_FAILED" in str(problem):
-            raise Problem(
-                Exit.UNREACHABLE,
-                f"The certificate of {url} is not trusted here: set SSL_CERT_FILE to the file of "
-                "its authority, for this script and for your tools.",
-            ) from None
+            raise untrusted(url, str(problem), certificate) from None
         if problem.kind == "unreachable":
             raise Problem(
                 Exit.UNREACHABLE,
@@ -1427,9 +1546,24 @@ def ask_health(url: str) -> Mapping[str, Json]:
     return health
 
 
-def ask_models(url: str, key: str) -> tuple[Model, ...]:
+def untrusted(url: str, reason: str, certificate: str) -> Problem:
+    """Return the problem that a certificate is not accepted, with what to do."""
+    host = urllib.parse.urlsplit(url).hostname
+    if "mismatch" in reason:
+        advice = f"is not for {host}: on the server's machine run `ocp tls --name {host}`"
+    elif certificate:
+        advice = f"cannot be used ({quoted(reason)}): on the server's machine run `ocp tls`"
+    else:
+        advice = ("is not trusted here: run the command that `ocp tls --show` prints on the "
+                  "server's machine, which has its --fingerprint; or set SSL_CERT_FILE to the file "
+                  "of its authority, for this script and for your tools")
+    return Problem(Exit.UNREACHABLE, f"The certificate of {url} {advice}.")
+
+
+def ask_models(url: str, key: str, certificate: str = "") -> tuple[Model, ...]:
     """Return the models that a key may use. Raise HttpProblem."""
-    listed = fetch_json("GET", f"{url}/v1/models", FETCH_TIMEOUT_S, key)
+    listed = fetch_json(
+        "GET", f"{url}/v1/models", FETCH_TIMEOUT_S, key, certificate=certificate)
     rows = listed.get("data") if isinstance(listed, dict) else None
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     if len(rows) > MAX_MODELS:
@@ -1486,16 +1620,18 @@ def models_in(path: str) -> tuple[Model, ...] | None:
 
 
 def probe(
-    url: str, key: str, saved_key: str, ask_key: Callable[[str], str | None]
+    url: str, key: str, saved_key: str, ask_key: Callable[[str], str | None],
+    certificate: str = "",
 ) -> tuple[Server, Mapping[str, Json]]:
     """Return the server and what its /health says. `key` is the one on the command line; without
     one `saved_key` is tried, then others, then `ask_key` asks the user. Raise Problem."""
-    health = ask_health(url)
+    health = ask_health(url, certificate)
     keys = [key] if key else [saved_key, anonymous_key(url, health), ""]
     refused = ""
     for each in dict.fromkeys(keys):
         try:
-            return Server(url, quoted(health["version"]), ask_models(url, each), each), health
+            models = ask_models(url, each, certificate)
+            return Server(url, quoted(health["version"]), models, each, certificate), health
         except HttpProblem as problem:
             if problem.kind != "denied":
                 raise Problem(
@@ -1509,7 +1645,7 @@ def probe(
         raise Problem(Exit.USAGE, f"{url} needs a key: add --key KEY.")
     if not entered.strip():
         raise Problem(Exit.DENIED, f"{url} needs a key, and none was given.")
-    return probe(url, checked_key(entered, "That key"), "", ask_key)
+    return probe(url, checked_key(entered, "That key"), "", ask_key, certificate)
 
 
 def anonymous_key(url: str, health: Mapping[str, Json]) -> str:
@@ -1530,7 +1666,8 @@ def try_request(server: Server) -> str:
         "messages": [{"role": "user", "content": "Reply with the word OK."}],
     }
     answer = fetch_json(
-        "POST", f"{server.api}/chat/completions", TRIAL_TIMEOUT_S, server.key, body)
+        "POST", f"{server.api}/chat/completions", TRIAL_TIMEOUT_S, server.key, body,
+        server.certificate)
     try:
         return str(answer["choices"][0]["message"]["content"])
     except (TypeError, KeyError, IndexError):
@@ -1593,6 +1730,10 @@ class Context:
     #: with_name sets both for one tool.
     provider: str = ""
     earlier: str = ""
+    #: The tools that the user named.
+    asked: Sequence[str] = ()
+    #: Whether shells get nothing new but the certificate.
+    certificate_only: bool = False
 
     @property
     def key_words(self) -> str:
@@ -1673,8 +1814,9 @@ def same_server(url: str, other: str) -> bool:
     except ValueError:
         return False
     hosts = [side.hostname or "" for side in sides]
+    paths = [path_prefix(side.path) for side in sides]
     # Names are looked up last: most providers are elsewhere, and name servers need not learn them.
-    return ports[0] == ports[1] and all(hosts) and (
+    return ports[0] == ports[1] and paths[0] == paths[1] and all(hosts) and (
         hosts[0] == hosts[1] or all(map(is_this_machine, hosts)))
 
 
@@ -1683,17 +1825,54 @@ VARIABLES = {
     "OPENAI_BASE_URL": "api", "OPENAI_API_BASE": "api", "OPENAI_API_KEY": "key_or_any",
     "OCP_API_KEY": "key_or_any", "ANTHROPIC_BASE_URL": "url", "ANTHROPIC_AUTH_TOKEN": "key_or_any",
 }
+#: Those that say which certificates programs trust, each with the property of Machine that it gets.
+#: Node adds that file to what it trusts; OpenSSL, Python and Rust trust that file instead.
+CERTIFICATE_VARIABLES = {"NODE_EXTRA_CA_CERTS": "certificate_file", "SSL_CERT_FILE": "bundle_file"}
+#: Where systems keep the certificates that they trust: Debian, Red Hat, SUSE, macOS and Alpine.
+SYSTEM_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem",
+)
+
+
+def system_certificates() -> str:
+    """Return the certificates (PEM) that this system trusts, empty if they are not found."""
+    for path in SYSTEM_BUNDLES:
+        with contextlib.suppress(UnsafeEdit):
+            found = _PEM.findall((read_bytes(path) or b"").decode("utf-8", "replace"))
+            if found:
+                return "".join(f"{each}\n" for each in found)
+    return ""
+
+
+def certificate_steps(context: Context) -> list[Step]:
+    """Save the server's certificate, alone and with those of the system."""
+    machine, own, others = context.machine, context.server.certificate, system_certificates()
+    steps: list[Step] = [FileStep(
+        machine.certificate_file, "lines", (WholeFile(own),), "the certificate of the server")]
+    if not others:
+        return [*steps, Hint(
+            "The certificates of this system were not found: programs other than Node's do not "
+            f"trust the server until you name {machine.shown_path(machine.certificate_file)} to "
+            "them.")]
+    return [*steps, FileStep(machine.bundle_file, "lines", (WholeFile(others + own),),
+                             "the certificates of this system, and the server's")]
 
 
 def variables(context: Context) -> dict[str, str]:
     """Return the variables to set, with their values."""
-    return {name: getattr(context.server, value) for name, value in VARIABLES.items()
-            if context.anthropic or not name.startswith("ANTHROPIC_")}
+    found = {name: getattr(context.server, value) for name, value in VARIABLES.items()
+             if context.anthropic or not name.startswith("ANTHROPIC_")}
+    if context.server.certificate:
+        names = list(CERTIFICATE_VARIABLES)[:2 if system_certificates() else 1]
+        found.update((name, getattr(context.machine, CERTIFICATE_VARIABLES[name]))
+                     for name in names)
+    return found
 
 
 _SETTING = re.compile(
-    rf"[ \t]*(?:(?:export|setenv|typeset|declare|set)[ \t]+)?(?:-\w+[ \t]+)*({'|'.join(VARIABLES)})"
-    r"(?![\w])[ \t]*[= \t]")
+    r"[ \t]*(?:(?:export|setenv|typeset|declare|set)[ \t]+)?(?:-\w+[ \t]+)*"
+    rf"({'|'.join([*VARIABLES, *CERTIFICATE_VARIABLES])})(?![\w])[ \t]*[= \t]")
 
 
 class Shell(NamedTuple):
@@ -1706,6 +1885,21 @@ class Shell(NamedTuple):
     reads: str = ""
     start_files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    #: Start files that are not changed.
+    others: tuple[str, ...] = ()
+
+    def line(self, name: str, value: str) -> str:
+        """Return the line that sets a variable."""
+        return self.setting.format(name, self.quoted(value))
+
+    def sets(self, name: str, value: str | None = None) -> bool:
+        """Return whether the script, as it is, sets a variable; with a value, to that."""
+        with contextlib.suppress(UnsafeEdit):
+            lines = read_text(self.script).splitlines()
+            start = self.setting.partition("{}")[0] + name
+            return any(line.startswith(start) if value is None else line == self.line(name, value)
+                       for line in lines)
+        return False
 
 
 def shells(machine: Machine) -> list[Shell]:
@@ -1718,8 +1912,9 @@ def shells(machine: Machine) -> list[Shell]:
                            csh_quoted, "if ( -r {0} ) source {0}", tuple(csh)))
     fish = os.path.join(machine.config_home, "fish")
     if machine.shell == "fish" or os.path.isdir(fish):
+        # fish reads its own file last.
         found.append(Shell(os.path.join(fish, "conf.d", "ocp.fish"), "set -gx {} {}", fish_quoted,
-                           notes=tuple(fish_notes(os.path.join(fish, "config.fish")))))
+                           others=(os.path.join(fish, "config.fish"),)))
     nushell = nushell_folder(machine)
     if machine.shell == "nu" or os.path.isdir(nushell):
         found.append(Shell(os.path.join(nushell, "autoload", "ocp.nu"), "$env.{} = {}", json.dumps,
@@ -1782,36 +1977,97 @@ def nushell_folder(machine: Machine) -> str:
     return support_folder(machine, "nushell")
 
 
+def users_variables(
+    context: Context, found: Sequence[Shell], names: Mapping[str, str]
+) -> dict[str, str]:
+    """Return where the user has set variables of these names to something of their own."""
+    machine = context.machine
+    places: dict[str, str] = {}
+    for path in [path for shell in found for path in (*shell.start_files, *shell.others)]:
+        with contextlib.suppress(UnsafeEdit):
+            for number, name in variable_lines(context.original_text(path)):
+                places.setdefault(name, f"line {number} of {machine.shown_path(path)}")
+    for name, value in names.items():
+        told = machine.environ.get(name, "")
+        if told not in ("", value) and not any(shell.sets(name, told) for shell in found):
+            places.setdefault(name, "in your environment")
+    return {name: place for name, place in places.items() if name in names}
+
+
+def shell_variables(
+    context: Context, found: Sequence[Shell]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the variables to set in shells, and notes about those that the user has. Nothing of
+    the user's is hidden unless that was asked for, and certificates never are."""
+    names = variables(context)
+    own = users_variables(context, found, names)
+    openai = [name for name in names if name.startswith("OPENAI_")]
+    left_out = {name for name in CERTIFICATE_VARIABLES if name in own}
+    shown = {name: f"your {name} ({place})" for name, place in own.items()}
+    notes: list[str] = []
+    if context.certificate_only:
+        left_out |= {name for name in VARIABLES if not found[0].sets(name)}
+    elif context.role is Role.BACKUP:
+        left_out |= set(openai)
+        notes.append("with --backup, programs of OpenAI are not pointed at OCP")
+    elif context.role is Role.AUTO and "shell" not in context.asked and set(openai) & set(own):
+        left_out |= set(openai)
+        kept = ", ".join(shown.pop(name) for name in openai if name in own)
+        notes.append(f"{kept} stays, so programs of OpenAI do not use OCP; --primary or --only "
+                     "shell changes that")
+    notes += [f"hides {text}" for name, text in shown.items() if name not in left_out]
+    return {name: value for name, value in names.items() if name not in left_out}, tuple(notes)
+
+
+def own_certificate_hints(context: Context, found: Sequence[Shell]) -> list[Step]:
+    """Say what to do where the user has a file of certificates of their own."""
+    machine = context.machine
+    names = {name: value for name, value in variables(context).items()
+             if name in CERTIFICATE_VARIABLES}
+    source = shlex.quote(machine.certificate_file)
+    return [Hint(f"Your {name} ({place}) is kept. So that programs which read it trust the server, "
+                 f"add its certificate: cat {source} >> "
+                 f"{shlex.quote(machine.environ.get(name) or 'the file that it names')}")
+            for name, place in users_variables(context, found, names).items()]
+
+
 def shell_steps(context: Context) -> list[Step]:
     """Set the variables for shells and for desktop programs."""
-    machine, names, found = context.machine, variables(context), shells(context.machine)
-    steps: list[Step] = []
+    machine, found = context.machine, shells(context.machine)
+    names, notes = shell_variables(context, found)
+    steps = own_certificate_hints(context, found)
+    if not names:
+        return steps
     for shell in found:
-        sets = tuple(shell.setting.format(name, shell.quoted(value))
-                     for name, value in names.items())
+        sets = tuple(shell.line(name, value) for name, value in names.items())
         why = "the variables" if shell.reads else "new shells have the variables"
-        steps.append(FileStep(shell.script, "lines", (Block(sets),), why, notes=shell.notes))
+        more = [note for path in shell.others for note in overriding_notes(path, names)]
+        steps.append(FileStep(shell.script, "lines", (Block(sets),), why,
+                              notes=(*notes, *shell.notes, *more)))
         line = shell.reads.format(shell.quoted(shell.script))
-        steps += [start_file_step(path, line) for path in shell.start_files]
-    if machine.shell in OTHER_SHELLS and len(steps) == 1:
+        steps += [start_file_step(path, line, names) for path in shell.start_files]
+    if machine.shell in OTHER_SHELLS and not any(shell.start_files for shell in found):
         steps.append(Hint(f"{machine.shell} reads no file that is written here: set the variables "
                           f"of {machine.shown_path(found[0].script)} in its own start file."))
     return steps + session_steps(machine, names)
 
 
-def start_file_step(path: str, line: str) -> FileStep:
+def start_file_step(path: str, line: str, names: Mapping[str, str]) -> FileStep:
     """Return the step that makes a start file of the user's read a script of OCP."""
     change, notes = Block((line,), in_shell=True), []
     with contextlib.suppress(UnsafeEdit):
         text = put_block(read_text(path), change, "\n")
         block = block_of(text)
         assert block is not None
-        notes = start_file_notes(path, text, text[:block.end()].count("\n"))
+        notes = start_file_notes(path, text, text[:block.end()].count("\n"), names)
     return FileStep(path, "lines", (change,), "new shells read the variables", notes=tuple(notes))
 
 
-def start_file_notes(path: str, text: str, last_line: int) -> list[str]:
-    """Return what is wrong with a start file in which OCP's block ends with this line."""
+def start_file_notes(
+    path: str, text: str, last_line: int, names: Mapping[str, str]
+) -> list[str]:
+    """Return what is wrong with a start file in which OCP's block ends with this line and sets
+    these variables."""
     found = []
     if "\r\n" in text:
         found.append("it has lines that end with CR LF, which shells do not read correctly: OCP's "
@@ -1819,19 +2075,22 @@ def start_file_notes(path: str, text: str, last_line: int) -> list[str]:
                      f"`perl -pi -e 's/\\r$//' {shlex.quote(path)}`")
     if "# OCP LAN (added by ocp connect)" in text:
         found.append("it has an older block of OCP's (# OCP LAN): remove it")
-    return found + overriding_lines(text, last_line)
+    return found + overriding_lines(text, names, last_line)
 
 
-def overriding_lines(text: str, last_line: int = 0, place: str = "") -> list[str]:
+def overriding_lines(
+    text: str, names: Mapping[str, str], last_line: int = 0, place: str = ""
+) -> list[str]:
     """Return a sentence for each setting after this line of a text, which `place` names."""
     return [f"line {number}{place} sets {variable} after OCP's lines and overrides them: remove it"
-            for number, variable in variable_lines(text) if number > last_line]
+            for number, variable in variable_lines(text)
+            if number > last_line and variable in names]
 
 
-def fish_notes(path: str) -> list[str]:
-    """Return what overrides OCP's file in the user's own file, which fish reads last."""
+def overriding_notes(path: str, names: Mapping[str, str]) -> list[str]:
+    """Return what overrides OCP's variables in a file that is read after OCP's."""
     with contextlib.suppress(UnsafeEdit):
-        return overriding_lines(read_text(path), place=" of config.fish")
+        return overriding_lines(read_text(path), names, place=f" of {os.path.basename(path)}")
     return []
 
 
@@ -1871,6 +2130,8 @@ def continue_steps(context: Context) -> list[Step]:
     folder = machine.folder_from("CONTINUE_GLOBAL_DIR", ".continue")
     path, old = os.path.join(folder, "config.yaml"), os.path.join(folder, "config.json")
     lines: list[str] = []
+    trust = ["  requestOptions:", f"    caBundlePath: {json.dumps(machine.certificate_file)}"]
+    trust = trust if server.certificate else []
     for model in sorted(server.models, key=lambda each: each is not server.main):
         lines += [
             f"- name: {json.dumps(model.name + ' (OCP)')}",
@@ -1878,6 +2139,7 @@ def continue_steps(context: Context) -> list[Step]:
             f"  model: {model.id}",
             f"  apiBase: {json.dumps(server.api)}",
             f"  apiKey: {json.dumps(server.key_or_any)}",
+            *trust,
             "  roles: [chat, edit, apply]",
             "  capabilities: [tool_use, image_input]",
             "  defaultCompletionOptions:",
@@ -2023,10 +2285,15 @@ def claude_code_steps(context: Context) -> list[Step]:
     if not context.anthropic:
         return [Hint("Claude Code is not changed. On a machine other than the server's, "
                      "--anthropic points it at OCP.")]
-    return [FileStep(claude_code_file(context.machine), "json", (
-        SetValue(("env", "ANTHROPIC_BASE_URL"), context.server.url),
-        SetValue(("env", "ANTHROPIC_AUTH_TOKEN"), context.server.key_or_any),
-    ), "address and key for Claude Code")]
+    values = {"ANTHROPIC_BASE_URL": context.server.url,
+              "ANTHROPIC_AUTH_TOKEN": context.server.key_or_any}
+    changes = [SetValue(("env", name), value) for name, value in values.items()]
+    if context.server.certificate:
+        # Where the user has a file of certificates there, it stays.
+        changes.append(SetValue(("env", "NODE_EXTRA_CA_CERTS"), context.machine.certificate_file,
+                                if_missing=True))
+    return [FileStep(claude_code_file(context.machine), "json", tuple(changes),
+                     "address and key for Claude Code")]
 
 
 def zed_steps(context: Context) -> list[Step]:
@@ -2186,6 +2453,8 @@ def openclaw_provider(context: Context, secret: str, present: Json) -> list[Chan
     entry = {"baseUrl": server.api, "apiKey": key, "api": "openai-completions",
              "timeoutSeconds": OPENCLAW_TIMEOUT_S,
              "models": openclaw_list(present, server.models)}
+    if server.certificate:
+        entry["request"] = {"tls": {"ca": server.certificate}}
     return [*changes, SetValue((*_OPENCLAW_PROVIDERS, context.provider), entry, owned=True)]
 
 
@@ -2343,6 +2612,8 @@ class Tool(NamedTuple):
     #: A command of the tool that fails when it cannot read its configuration. It is not needed
     #: where the tool's own command writes the file.
     check: tuple[str, ...] = ()
+    #: Whether it learns of the server's certificate by variables of its environment.
+    needs_variables: bool = False
 
     def is_here(self, machine: Machine) -> bool:
         """Return whether it seems to be installed."""
@@ -2362,20 +2633,21 @@ TOOLS = (
     Tool("openclaw", "OpenClaw", ("openclaw",), (".openclaw/openclaw.json",), openclaw_steps,
          "a running gateway loads the change by itself"),
     Tool("opencode", "OpenCode", ("opencode",), (".config/opencode", ".opencode/bin/opencode"),
-         opencode_steps, "restart OpenCode", ("opencode", "debug", "config")),
+         opencode_steps, "restart OpenCode", ("opencode", "debug", "config"), True),
     Tool("codex", "Codex", ("codex",), (".codex",), codex_steps, "restart Codex",
-         ("codex", "features", "list")),
+         ("codex", "features", "list"), True),
     Tool("continue", "Continue", ("cn",),
          (".continue", ".vscode/extensions/continue.continue-*"), continue_steps,
          "reload the editor's window, and choose a model of OCP"),
     Tool("aider", "Aider", ("aider",), (".aider.conf.yml", ".aider"), aider_steps,
-         "restart Aider"),
-    Tool("cline", "Cline (command line)", ("cline",), (".cline",), cline_steps, "restart Cline"),
+         "restart Aider", needs_variables=True),
+    Tool("cline", "Cline (command line)", ("cline",), (".cline",), cline_steps, "restart Cline",
+         needs_variables=True),
     Tool("llm", "llm", ("llm",),
          (".config/io.datasette.llm", "Library/Application Support/io.datasette.llm"),
-         llm_steps, "", ("llm", "models", "list")),
+         llm_steps, "", ("llm", "models", "list"), True),
     Tool("zed", "Zed", ("zed", "zeditor"), (".config/zed",), zed_steps,
-         "it loads the change by itself"),
+         "it loads the change by itself", needs_variables=True),
     Tool("claude-code", "Claude Code", ("claude",), (".claude",), claude_code_steps,
          "restart Claude Code"),
     Tool("cursor", "Cursor", ("cursor",), (".cursor", "../../Applications/Cursor.app"), hint_steps(
@@ -2565,6 +2837,8 @@ class Plan:
     hints: list[str] = dataclasses.field(default_factory=list)
     #: Tools and files that are up to date.
     settled: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    #: Tools and files that keep what the user has, and why.
+    kept: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     tools: list[Tool] = dataclasses.field(default_factory=list)
 
     @property
@@ -2575,8 +2849,13 @@ class Plan:
 
 def make_plan(context: Context, tools: Sequence[Tool], record: Record) -> Plan:
     """Return what the tools need and do not have yet."""
-    plan, server = Plan(tools=list(tools)), context.server
+    server, shell = context.server, TOOLS[0]
     steps: list[tuple[str, Step]] = []
+    if server.certificate:
+        steps += [(OWN_FILES, step) for step in certificate_steps(context)]
+    if server.certificate and shell not in tools and any(tool.needs_variables for tool in tools):
+        context, tools = dataclasses.replace(context, certificate_only=True), [shell, *tools]
+    plan = Plan(tools=list(tools))
     if server.key:
         key = (WholeFile(server.key),)
         path = context.machine.key_file
@@ -2597,7 +2876,8 @@ def make_plan(context: Context, tools: Sequence[Tool], record: Record) -> Plan:
 def _plan_file(plan: Plan, context: Context, tool: str, step: FileStep, record: Record) -> None:
     """Add what one file needs to a plan."""
     try:
-        edit = plan_edit(step, tool, context, record)
+        reason = why_unchanged(step, context, record)
+        edit = None if reason else plan_edit(step, tool, context, record)
     except UnsafeEdit as problem:
         try:
             snippet = apply_changes("", step.kind, step.changes)
@@ -2605,10 +2885,22 @@ def _plan_file(plan: Plan, context: Context, tool: str, step: FileStep, record: 
             snippet = ""
         plan.manual.append(ManualEdit(tool, step.path, str(problem), snippet))
         return
-    if edit is None:
+    if reason:
+        plan.kept.append((tool, step.path, reason))
+    elif edit is None:
         plan.settled.append((tool, step.path))
     else:
         plan.edits.append(edit)
+
+
+def why_unchanged(step: FileStep, context: Context, record: Record) -> str:
+    """Return why a file gets nothing of OCP, empty if it gets something. Raise UnsafeEdit."""
+    content = read_bytes(step.path)
+    changes, note = wanted_changes(
+        step, decoded(content), content, record.files.get(step.path), context.role)
+    if changes:
+        return ""
+    return note or "it has nothing but defaults, which --backup leaves alone"
 
 
 def plan_edit(step: FileStep, tool: str, context: Context, record: Record) -> Edit | None:
@@ -2804,6 +3096,8 @@ class Writer:
         self._key = key
         #: Sentences about what could not be done.
         self.failures: list[str] = []
+        #: Sentences about what was done otherwise.
+        self.notes: list[str] = []
         #: The files that were changed.
         self.written: list[str] = []
         #: The entries of the record before this run.
@@ -2815,12 +3109,19 @@ class Writer:
         """Make every change of a plan."""
         self._record.url = url
         self._record.key_url = url if self._key else self._record.key_url
+        edits = {tool: [each for each in plan.edits if each.tool == tool.name]
+                 for tool in plan.tools}
+        broken = {tool: self._complaint(tool) for tool in plan.tools if edits[tool]}
         for edit in plan.edits:
             self._attempt(edit, self._change)
         for step in plan.session:
             self._set_variable(step)
         for tool in plan.tools:
-            self._check(tool, [each for each in plan.edits if each.tool == tool.name])
+            if broken.get(tool):
+                self.notes.append(f"{tool.title} failed before the change too, so it was not asked "
+                                  f"whether it accepts it: {broken[tool]}")
+            else:
+                self._check(tool, edits[tool])
 
     def sync(self, edit: Edit, stamp: str) -> str:
         """Make one change that is not recorded. Return the path of the copy of the original, empty
@@ -2903,7 +3204,7 @@ class Writer:
         # A file that belongs to OCP may get a key for the first time.
         if edit.before is not None and not (has_key and edit.base is None):
             return stat.S_IMODE(os.stat(edit.path).st_mode)
-        return 0o600 if has_key or edit.tool == OWN_FILES else 0o644
+        return 0o600 if has_key else 0o644
 
     def _run_tool(self, edit: Edit) -> None:
         """Let the tool make the change. Raise UnsafeEdit."""
@@ -2928,13 +3229,18 @@ class Writer:
             self._record.session[step.name] = (step.value, was)
             self._record.save()
 
-    def _check(self, tool: Tool, edits: Sequence[Edit]) -> None:
-        """Ask a tool whether it can read its configuration; if not, restore the files."""
-        done = [edit for edit in edits if edit.path in self.written]
-        if not done or not tool.check or not self._machine.program(tool.check[0]):
-            return
+    def _complaint(self, tool: Tool) -> str:
+        """Ask a tool whether it can read its configuration; return what it says if not."""
+        if not tool.check or not self._machine.program(tool.check[0]):
+            return ""
         ran = self._machine.run(*tool.check)
-        if ran.code in (0, None):
+        return "" if ran.code in (0, None) else ran.complaint
+
+    def _check(self, tool: Tool, edits: Sequence[Edit]) -> None:
+        """Restore the files of a tool that cannot read its configuration."""
+        done = [edit for edit in edits if edit.path in self.written]
+        complaint = self._complaint(tool) if done else ""
+        if not complaint:
             return
         for edit in done:
             earlier = self._earlier[edit.path]
@@ -2943,7 +3249,7 @@ class Writer:
                 self._record.set(edit.path, earlier)
             self.written = [path for path in self.written if path != edit.path]
         self.failures.append(
-            f"{tool.title} does not accept the change, which was undone: {ran.complaint}")
+            f"{tool.title} does not accept the change, which was undone: {complaint}")
 
     def _restore(self, edit: Edit) -> None:
         """Write the original of a file and remove its entry from the record. Raise OSError."""
@@ -3030,14 +3336,28 @@ def show_edit(edit: Edit, machine: Machine, key: str, limit: int) -> str:
     return "\n".join(lines)
 
 
+def show_summary(plan: Plan) -> list[str]:
+    """Return a plan in a few lines: what happens to which tools."""
+    rows = (
+        ("to change", [edit.tool for edit in plan.edits]),
+        ("up to date", [tool for tool, _ in plan.settled]),
+        ("kept as it is", [tool for tool, _, _ in plan.kept]),
+        ("by hand", [each.tool for each in plan.manual]),
+    )
+    return [f"  {word}: {', '.join(dict.fromkeys(map(tool_title, names)))}"
+            for word, names in rows if names]
+
+
 def show_plan(plan: Plan, machine: Machine, key: str, all_lines: bool) -> str:
-    """Return a plan as text."""
+    """Return a plan as text, the summary first."""
     limit = 10_000 if all_lines else SHOWN_LINES
-    parts = [show_edit(edit, machine, key, limit) for edit in plan.edits]
+    parts = show_summary(plan) + [show_edit(edit, machine, key, limit) for edit in plan.edits]
     if plan.session:
         parts.append("  launchctl: " + " ".join(step.name for step in plan.session))
     for tool, path in plan.settled:
         parts.append(f"  {machine.shown_path(path)}  ({tool_title(tool)}; up to date)")
+    for tool, path, reason in plan.kept:
+        parts.append(f"  {machine.shown_path(path)}  ({tool_title(tool)}; unchanged) {reason}")
     for each in plan.manual:
         parts.append(f"  {machine.shown_path(each.path)}  ({tool_title(each.tool)}) "
                      f"is not changed: it {each.reason}.")
@@ -3061,6 +3381,8 @@ def plan_json(plan: Plan, machine: Machine, key: str) -> dict[str, Json]:
         } for edit in plan.edits],
         "session": [step.name for step in plan.session],
         "settled": [{"tool": tool, "path": path} for tool, path in plan.settled],
+        "kept": [{"tool": tool, "path": path, "reason": reason}
+                 for tool, path, reason in plan.kept],
         "byHand": [{"tool": each.tool, "path": each.path, "reason": each.reason,
                     "snippet": masked(each.snippet, key)} for each in plan.manual],
         "hints": plan.hints,
@@ -3148,16 +3470,24 @@ def tool_list(text: str) -> list[str]:
     return names
 
 
+HOST_HELP = (
+    "the server: a name, an address, HOST:PORT, http://HOST:PORT or https://HOST (port 443), with "
+    "or without a path; or one of the words undo and list")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ocp_connect", description="Configure the tools of this machine to use an OCP server.",
         epilog="tools: " + ", ".join(TOOL_NAMES))
     add, flag = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
-    add("host", nargs="?", help="the server: a name, an address, HOST:PORT or http://HOST:PORT")
+    add("host", nargs="?", help=HOST_HELP)
     add("--key", help="the key that the operator of the server gave you")
     add("--port", type=port_number, help=f"the port of the server (default {DEFAULT_PORT})")
     flag("--https", help="connect to the server with https")
+    add("--fingerprint", metavar="SHA256:...", type=fingerprint,
+        help="the fingerprint of the server's certificate, which `ocp tls --show` prints")
     add("--only", metavar="TOOL,...", type=tool_list, default=[], help="only these tools")
+    add("--skip", metavar="TOOL,...", type=tool_list, default=[], help="all but these tools")
     flag("--all", help="all tools, also those that are not found here")
     role = parser.add_mutually_exclusive_group()
     role.add_argument("--primary", dest="role", action="store_const", const=Role.PRIMARY,
@@ -3287,7 +3617,7 @@ class Run:
         if args.anthropic:
             refuse_loop(machine, server)
         context = Context(machine, server, args.role, args.allow_fallback, args.anthropic,
-                          self._original_text, args.provider_name or "")
+                          self._original_text, args.provider_name or "", asked=args.only)
         plan = make_plan(context, self._tools(), self.record)
         shown = {**plan_json(plan, machine, server.key), "server": url}
         self.say(show_plan(plan, machine, server.key, args.dry_run))
@@ -3318,13 +3648,16 @@ class Run:
             self.say("Everything is up to date; nothing was changed.")
         self.say(show_hints(plan.hints))
         if writer.written:
-            self.say("To undo this, run it again with --undo.")
+            self.say("To undo this, run it again with `undo` or --undo in the place of the host.")
         self.print_json({
             **shown, "written": writer.written, "failures": writer.failures,
-            "verified": not complaint and not self.args.skip_answer, "answer": complaint or "ok"})
+            "notes": writer.notes, "verified": not complaint and not self.args.skip_answer,
+            "answer": complaint or "ok"})
         return Exit.FAILED if writer.failures or complaint or plan.manual else Exit.OK
 
     def _say_failures(self, writer: Writer) -> None:
+        for note in writer.notes:
+            self.say(f"Note: {note}")
         for failure in writer.failures:
             self.say(f"FAILED: {failure}")
 
@@ -3349,13 +3682,26 @@ class Run:
         Problem."""
         saved = self.machine.saved_key() if self.record.key_url == url else ""
         saved = saved if KEY_PATTERN.fullmatch(saved) else ""
-        return probe(url, self._given_key(), saved, self.terminal.ask_secret)
+        known = self.args.fingerprint or self._saved_fingerprint(url)
+        certificate = pinned_certificate(url, known) if known else ""
+        return probe(url, self._given_key(), saved, self.terminal.ask_secret, certificate)
+
+    def _saved_fingerprint(self, url: str) -> str:
+        """Return the fingerprint of the certificate that was saved for this server, empty if none
+        was."""
+        path = self.machine.certificate_file
+        if self.record.url != url or path not in self.record.files:
+            return ""
+        try:
+            return fingerprint_of(ssl.PEM_cert_to_DER_cert(read_text(path)))
+        except (UnsafeEdit, ValueError):
+            return ""
 
     def _tools(self) -> list[Tool]:
         """Return the tools to configure."""
-        if self.args.only:
-            return [tool for tool in TOOLS if tool.name in self.args.only]
-        return [tool for tool in TOOLS if self.args.all or tool.is_here(self.machine)]
+        only, skipped = self.args.only, self.args.skip
+        return [tool for tool in TOOLS if tool.name not in skipped and (
+            tool.name in only if only else self.args.all or tool.is_here(self.machine))]
 
     def _original_text(self, path: str) -> str:
         """Return a file's text without OCP's changes. Raise UnsafeEdit."""
@@ -3367,6 +3713,8 @@ class Run:
 def program(argv: Sequence[str], machine: Machine, terminal: Terminal) -> Exit:
     """Do what the arguments ask for. Raise Problem."""
     args = build_parser().parse_args(argv)
+    if args.host in ("undo", "list"):
+        setattr(args, args.host, True)
     run = Run(args, machine, terminal)
     if args.list:
         return run.list_tools()

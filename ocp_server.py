@@ -25,7 +25,7 @@ Sections (search for "==== 8" to jump to the eighth):
      1. Small tools             compact JSON, ids, redaction, times and text, the machine's memory
      2. Settings                the table of settings, and reading them from the environment
      3. Errors                  every failure that is reported to a client
-     4. Log                     a rotated JSON file, the terminal, and recent events in memory
+     4. Log                     a rotated file, the terminal, recent events, refused requests
      5. Models                  the known models and what each one accepts
      6. Turns and events        the internal form of a request and of an answer
      7. Store                   the SQLite database, and the settings changed at run time
@@ -1544,20 +1544,17 @@ class ClientGone(Exception):
     outcome: ClassVar[str] = "abandoned"
 
 
-_LOOK_AT_REQUEST = "Correct the request in the client; the message names the field."
-_LET_FINISH = "Nothing, if it is rare: the client retries."
-#: What the operator can do about each kind of failure. KEY stands for the name of a key.
+#: What the operator can do about each kind of failure. KEY stands for the name of a key. Kinds that
+#: are not listed are faults of a single request, such as `too_many_images`.
+_CORRECT_REQUEST = "Correct the request in the client; the message says what is wrong."
 ACTIONS: Mapping[str, str] = MappingProxyType({
     "server_error": "Look at the server's log with `ocp logs --request ID`, and report the error.",
-    "invalid_request_error": _LOOK_AT_REQUEST,
-    "unsupported_parameter": _LOOK_AT_REQUEST,
+    "invalid_request_error": _CORRECT_REQUEST,
     "context_length_exceeded": (
         "Begin a new conversation, or choose a model with a longer window: `ocp models`."
     ),
     "empty_answer": "Ask in another way, or raise the client's max_tokens.",
     "content_filter": "Ask in another way: the model declined.",
-    "images_unsupported_in_system_messages": _LOOK_AT_REQUEST,
-    "invalid_image_url": _LOOK_AT_REQUEST,
     "missing_api_key": (
         "Give the client a key: `ocp keys add NAME` creates one, `ocp connect` sets up tools."
     ),
@@ -1581,7 +1578,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "local_only": "Call this route on the server's own machine, or set CLAUDE_AUTH_MODE=multi.",
     "host_not_allowed": "Add the name to OCP_ALLOWED_HOSTS, if you gave it to this server.",
     "origin_not_allowed": "Add the origin to OCP_ALLOWED_ORIGINS, if you trust this web page.",
-    "model_not_allowed": "Allow the key this model with `ocp keys edit KEY --models`.",
+    "model_not_allowed": "Allow the key this model with `ocp keys edit KEY --models A,B`.",
     "upstream_forbidden": (
         "Look at the account on claude.ai: it may not use this model, or is on hold."
     ),
@@ -1607,7 +1604,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "claude_unavailable": "Run `ocp doctor`: it says how to install or update claude.",
     "too_many_connections": "Close idle clients, or raise OCP_MAX_CONNECTIONS.",
     "memory_full": "Send fewer large requests at a time.",
-    "shutting_down": _LET_FINISH,
+    "shutting_down": "Nothing: clients retry, and the next server answers.",
     "not_ready": "Run `ocp doctor`: it says what is missing.",
     "database_failed": "Run `ocp doctor`: it says what is wrong with the database.",
     "database_locked": "End the other program that uses ocp.db.",
@@ -1618,9 +1615,9 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
 
 
 def action_for(kind: str, key_name: str = "") -> str:
-    """Return what the operator can do about a kind of failure, "" if nothing is known. `key_name`
-    is the name of a key, if there is one."""
-    action = ACTIONS.get(kind, "")
+    """Return what the operator can do about a kind of failure. `key_name` is the name of a key, if
+    there is one."""
+    action = ACTIONS.get(kind, _CORRECT_REQUEST)
     return re.sub(r"\bKEY\b", lambda _: shlex.quote(key_name), action) if key_name else action
 
 
@@ -1629,7 +1626,8 @@ def action_for(kind: str, key_name: str = "") -> str:
 # a rotated file and as a plain line to the terminal, and kept in a ring buffer for GET /logs. No
 # prompts and no secrets: callers pass names, counts and durations, and text is redacted here.
 # Changes by the operator are audit events: they have a ring and a file of their own, so that
-# other events cannot displace them.
+# other events cannot displace them. What was refused before any work has no row of usage: it is
+# summed in memory, so that nobody without a key can fill the log or the disk.
 
 LEVELS = ("debug", "info", "warn", "error")
 #: How many events are kept in memory for GET /logs, and how many audit events.
@@ -1726,14 +1724,12 @@ class Log:
             [*_file_tail(f"{name}.1", maximum), *_file_tail(name, maximum)][-maximum:]
             for name, maximum in ((audit_path, _RING_AUDITS), (path, _RING_EVENTS))
         )
-        # The log has audit events too.
-        audited = {(entry["ts"], entry["event"]) for entry in audits}
-        events = [entry for entry in events if (entry["ts"], entry["event"]) not in audited]
-        numbered = sorted(
-            [(entry, ring) for ring, entries in ((self._audits, audits), (self._ring, events))
-             for entry in entries],
-            key=lambda pair: str(pair[0]["ts"]),
-        )
+        # The log has the later ones of the audit events too.
+        audited, logged = ({(e["ts"], e["event"]) for e in each} for each in (audits, events))
+        numbered = [(e, self._audits) for e in audits if (e["ts"], e["event"]) not in logged]
+        numbered += [
+            (e, self._audits if (e["ts"], e["event"]) in audited else self._ring) for e in events
+        ]
         with self._lock:
             rings = (self._audits, self._ring)
             present = [[(number + len(numbered), e) for number, e in ring] for ring in rings]
@@ -1884,10 +1880,11 @@ class RefusedGroup:
 
 
 #: How many groups are kept, of callers with a key and of strangers; how many of the latter may be
-#: of one peer, and how many refusals of a group are kept one by one.
-_MAX_REFUSED_GROUPS = 200
+#: of one peer, and how many refusals of a group are kept one by one. Together they take at most
+#: some 5 MB.
+_MAX_REFUSED_GROUPS = 100
 _MAX_REFUSED_GROUPS_OF_PEER = 20
-_LATEST_REFUSALS = 50
+_LATEST_REFUSALS = 20
 
 
 class RefusedRequests:
@@ -1944,17 +1941,14 @@ _REFUSED_EVENT = "request_refused"
 
 def _refused_of(entry: Json) -> Refused | None:
     """Return the refusal that an event of the log tells; None if it tells none."""
-    caller = entry.get("caller")
-    fields = {
-        **entry, "key": entry.get("key") or ("" if caller == "public" else caller),
-    }
-    texts = [fields.get(name, "") for name in Refused._fields if name != "status"]
-    is_whole = isinstance(entry.get("status"), int) and "kind" in entry
-    if entry["event"] != _REFUSED_EVENT or not is_whole:
+    texts = {name: entry.get(name, "") for name in Refused._fields if name != "status"}
+    if entry.get("caller") != "public":
+        texts["key"] = texts["key"] or entry.get("caller", "")
+    status = entry.get("status")
+    if entry["event"] != _REFUSED_EVENT or not isinstance(status, int) or not texts["kind"]:
         return None
-    if not all(isinstance(text, str) for text in texts):
-        return None
-    return Refused(**{name: fields[name] for name in Refused._fields if name in fields})
+    is_whole = all(isinstance(text, str) for text in texts.values())
+    return Refused(status=status, **texts) if is_whole else None
 
 
 #: How many refusals of one peer are logged one by one in a period, how many peers are counted
@@ -3721,6 +3715,7 @@ MIGRATIONS = (
     """,
     "ALTER TABLE replaced_secrets ADD COLUMN valid_until_s INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE replaced_secrets ADD COLUMN preview TEXT NOT NULL DEFAULT ''",
+    "CREATE TABLE plan (id INTEGER PRIMARY KEY CHECK (id = 1), state TEXT NOT NULL)",
 )
 
 
@@ -14671,6 +14666,32 @@ class Account:
             if report.windows and report.status is not None:
                 self._last_report = report
 
+    def state(self) -> str:
+        """Return what is known of the plan as JSON, for `restore`; empty if nothing is known."""
+        with self._lock:
+            if self._windows_updated_s is None:
+                return ""
+            return json.dumps({
+                "windows": {name: list(window) for name, window in self._windows.items()},
+                "budget": list(self._budget),
+                "subscription": self._subscription,
+                "updated_s": self._windows_updated_s,
+            })
+
+    def restore(self, state: str) -> None:
+        """Set what an earlier server knew of the plan; each number keeps the time of its report.
+        Raises ValueError, TypeError, KeyError if `state` is not from `state`."""
+        stored = json.loads(state)
+        windows = {str(name): PlanWindow(*each) for name, each in stored["windows"].items()}
+        if not all(isinstance(each, (int, float, type(None))) for window in windows.values()
+                   for each in (window.utilization, window.resets_at_s, window.observed_s)):
+            raise ValueError("a window has no numbers")
+        with self._lock:
+            self._windows = windows
+            self._budget = ExtraUsageBudget(*stored["budget"])
+            self._subscription = stored["subscription"]
+            self._windows_updated_s = float(stored["updated_s"])
+
     def _completed(self, window: PlanWindow, before: PlanWindow) -> PlanWindow:
         """Return a window with what only an earlier report told."""
         if window.utilization is not None:
@@ -14806,6 +14827,31 @@ class Account:
                 "fetchedAt": None if updated_s is None else iso_time(updated_s),
                 "plan": plan,
             }
+
+
+class PlanRecord:
+    """Keeps what is known of the plan in the database, so that a restart does not forget it."""
+
+    def __init__(self, store: Store, account: Account, log: Log) -> None:
+        """Read what an earlier server knew."""
+        self._store = store
+        self._account = account
+        self._written = ""
+        rows = store.rows("SELECT state FROM plan")
+        try:
+            if rows:
+                account.restore(rows[0]["state"])
+                self._written = account.state()
+        except (ValueError, TypeError, KeyError, AttributeError) as problem:
+            log.event("warn", "stored_plan_ignored", error=repr(problem))
+
+    def write(self) -> None:
+        """Write what has changed. Raises sqlite3.Error."""
+        state = self._account.state()
+        if state != self._written:
+            with self._store.transaction() as connection:
+                connection.execute("INSERT OR REPLACE INTO plan VALUES (1, ?)", (state,))
+            self._written = state
 
 
 # ==== 34. Metrics ============================================================
@@ -16747,7 +16793,6 @@ class App:
         self.metrics = Metrics()
         self.refusals = Refusals(log)
         self.wrong_keys = WrongKeys(clock)
-        self.account = Account()
         self.gate = Gate(self.config)
         self.program = ClaudeProgram(config, environ, demo_command)
         self.claude_folder = self._claude_folder(environ)
@@ -16801,6 +16846,8 @@ class App:
         self.ledger = Ledger(self.store)
         self.sessions = Sessions(self.store)
         self.thinking = ThinkingMemory()
+        self.account = Account()
+        self._plan_record = PlanRecord(self.store, self.account, self.log)
         self._prune_at_s = self._write_use_at_s = self.clock()
 
     def _tend_storage(self) -> None:
@@ -16810,6 +16857,7 @@ class App:
             if self.clock() >= self._write_use_at_s:
                 self._write_use_at_s = self.clock() + _LAST_USE_EVERY_S
                 self.keys.write_last_use()
+                self._plan_record.write()
         self.state_folder.check()
 
     def _take_report(self, report: Json) -> None:
@@ -16991,6 +17039,7 @@ class App:
         with contextlib.suppress(sqlite3.Error):
             self.store.write_queued()
             self.keys.write_last_use()
+            self._plan_record.write()
         self.state_folder.close()
 
 
@@ -17721,7 +17770,7 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
             self._app.refusals.record(exchange.peer, error.status, **fields)
         else:
             self._app.log.event(
-                "info", "request_refused", peer=exchange.peer, status=error.status, **fields
+                "info", _REFUSED_EVENT, peer=exchange.peer, status=error.status, **fields
             )
 
 
@@ -17746,6 +17795,76 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
             "files, and the key must have no password"
         ) from None
     return context
+
+
+# --- shared: certificate
+class DerValue(NamedTuple):
+    """One value of DER, the encoding of certificates."""
+
+    tag: int
+    content: bytes
+    #: With its tag and its length.
+    whole: bytes
+
+
+def der_values(text: bytes) -> list[DerValue]:
+    """Return the values that stand one after the other. Raises ValueError for what is no DER."""
+    found, start = [], 0
+    while start < len(text):
+        length_at = start + 1
+        size, at = int.from_bytes(text[length_at:length_at + 1], "big"), length_at + 1
+        if size & 0x80:
+            at += size & 0x7F
+            size = int.from_bytes(text[length_at + 1:at], "big")
+        if at + size > len(text):
+            raise ValueError("not a certificate")
+        found.append(DerValue(text[start], text[at:at + size], text[start:at + size]))
+        start = at + size
+    return found
+
+
+def certificate_fields(certificate: bytes) -> list[DerValue]:
+    """Return serial number, algorithm, issuer, validity, subject, public key, and extensions.
+
+    Takes a certificate in DER. Raises ValueError for anything else.
+    """
+    try:
+        fields = der_values(der_values(der_values(certificate)[0].content)[0].content)
+        fields = fields[1:] if fields[0].tag == 0xA0 else fields
+        if len(fields) >= 6 and fields[5].tag == 0x30:
+            return fields
+    except IndexError:
+        pass
+    raise ValueError("not a certificate")
+
+
+def fingerprint_of(certificate: bytes) -> str:
+    """Return the fingerprint of the public key in a certificate (DER). Raises ValueError.
+
+    It is SHA256: and the base64 of the digest that curl's --pinnedpubkey takes. A certificate
+    that is renewed with the same key has the same.
+    """
+    key = certificate_fields(certificate)[5].whole
+    return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode()
+# --- end shared
+
+
+@functools.cache
+def certificate_pin(path: str) -> str | None:
+    """Return the fingerprint by which devices know the server with this certificate file.
+
+    None for a certificate that somebody else vouches for, and for a file without one. It is read
+    once, as the server reads it.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.expanduser(path), encoding="ascii") as file:
+            text = file.read(1_000_000)
+        end = "-----END CERTIFICATE-----"
+        start = text.index("-----BEGIN CERTIFICATE-----")
+        certificate = ssl.PEM_cert_to_DER_cert(text[start:text.index(end, start) + len(end)])
+        issuer, subject = (certificate_fields(certificate)[place].whole for place in (2, 4))
+        return fingerprint_of(certificate) if issuer == subject else None
+    return None
 
 
 class Server(ThreadingHTTPServer):
@@ -18362,6 +18481,11 @@ def _stats(app: App) -> Json:
     }
 
 
+def _tls_state(config: Config) -> Json:
+    """Return whether the server speaks https, and what devices have to know of its certificate."""
+    return {"tls": bool(config.tls_cert), "tlsFingerprint": certificate_pin(config.tls_cert)}
+
+
 def snapshot(app: App) -> Json:
     """Return the state and the numbers of the server, from which all reports pick. /health shows
     it to everybody, so it contains no path, no prompt and no error text."""
@@ -18377,7 +18501,7 @@ def snapshot(app: App) -> Json:
         "uptime": round(uptime_s * 1000),
         "uptimeHuman": format_uptime(uptime_s),
         "authMode": config.mode,
-        "tls": bool(config.tls_cert),
+        **_tls_state(config),
         "auth": app.account.login_report(),
         # Whether claude's system prompt leaves out the account's identity.
         "ownerHidden": app.claude_folder.is_private,

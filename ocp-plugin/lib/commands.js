@@ -5,7 +5,7 @@
 import { readFileSync } from "node:fs";
 
 import { createClient, ProxyError } from "./client.js";
-import { age, bar, clip, code, duration, page, table, tokens, wrap } from "./format.js";
+import { age, bar, clip, code, counted, duration, page, table, tokens, wrap } from "./format.js";
 
 const { version: PLUGIN_VERSION } = JSON.parse(
   readFileSync(new URL("../package.json", import.meta.url), "utf8"));
@@ -38,7 +38,7 @@ export function showUsage(usage) {
   if (rows.length) lines.push("", ...table([["Model", "Reqs", "Err", "Avg"], ...rows], 18));
   const extra = usage.plan.extraUsage?.state;
   lines.push("", ...(extra ? [`Extra usage: ${clip(extra, 40)}`] : []),
-    clip(`Up ${usage.proxy.uptime}, ${usage.proxy.totalRequests} requests`, 60));
+    clip(`Up ${usage.proxy.uptime}, ${counted(usage.proxy.totalRequests, "request")}`, 60));
   return page("OCP usage", lines);
 }
 
@@ -49,13 +49,14 @@ export function showStatus(status) {
       ["Proxy", `${proxy.status}, ${proxy.version}, up ${proxy.uptime}`],
       ["Login", clip(proxy.auth, 60)],
       ["Requests", `${requests.total}, ${requests.active} active`],
-      ["Errors", `${requests.errors}, ${requests.timeouts} timeouts`],
+      ["Errors", `${requests.errors}, ${counted(requests.timeouts, "timeout")}`],
     ], 60),
     "", ...planLines(status.plan),
   ];
   const errors = status.recentErrors.map((each) => (
     `${each.time.slice(11, 19)} ${clip(each.message, 70)}`));
-  return page("OCP status", errors.length ? [...lines, "", ...errors] : lines);
+  return page("OCP status", errors.length ? [...lines, "", ...errors] : lines,
+    proxy.fix ? `To do: ${code(proxy.fix, 200)}` : "");
 }
 
 const LOGIN = new Map([[null, "not known yet"], [true, "logged in"], [false, "not logged in"]]);
@@ -205,8 +206,8 @@ async function runSettings({ client, ctx }, [name, ...words]) {
 }
 
 const CLEARED = {
-  sessions: ["/sessions", "remembered conversations"],
-  cache: ["/cache", "cached answers"],
+  sessions: ["/sessions", "remembered conversation"],
+  cache: ["/cache", "cached answer"],
 };
 
 async function runClear({ client, ctx }, [what = "sessions"]) {
@@ -214,7 +215,7 @@ async function runClear({ client, ctx }, [what = "sessions"]) {
   refuseReaders(ctx);
   const [path, noun] = CLEARED[what];
   const { cleared } = await client.delete(path);
-  return `Cleared ${Number(cleared)} ${noun}.`;
+  return `Cleared ${counted(cleared, noun)}.`;
 }
 
 /** Refuse a client of the gateway that may only read. Chats have no scopes. */

@@ -97,3 +97,8 @@ export function age(iso, nowMs) {
     .find(([span]) => seconds >= span) ?? [1, "s"];
   return `${Math.floor(seconds / size)}${unit}`;
 }
+
+/** Return a count with its noun, in the plural where it needs one. */
+export function counted(count, noun) {
+  return `${Number(count)} ${noun}${Number(count) === 1 ? "" : "s"}`;
+}

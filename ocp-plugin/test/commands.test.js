@@ -59,7 +59,7 @@ const SHOWN = {
   usage: [showUsage, { plan: PLAN, proxy: { uptime: "1h", totalRequests: 2 },
     models: Object.fromEntries(many(0).map((_, at) => [`m${at}`, { requests: 1, errors: 0 }])) }],
   status: [showStatus, { plan: PLAN, recentErrors: many({ time: "2026", message: "m" }),
-    proxy: { status: "ok", version: "1", uptime: "1h", auth: "a" },
+    proxy: { status: "ok", version: "1", uptime: "1h", auth: "a", fix: "f" },
     requests: { total: 1, active: 0, errors: 0, timeouts: 0 } }],
   health: [showHealth, { status: "ok", version: "1", claudeBinaryOk: true, claudeVersion: "2",
     auth: { ok: true }, authMode: "none", tls: false, parked: 0, spares: { m: 1 }, fix: "f",
@@ -92,6 +92,14 @@ for (const [name, [show, value]] of Object.entries(SHOWN)) {
     }
   });
 }
+
+test("the login has the same words everywhere", () => {
+  const [show, health] = SHOWN.health;
+  const words = new Map([[null, "not known yet"], [true, "logged in"], [false, "not logged in"]]);
+  for (const [ok, login] of words) {
+    assert.match(show({ ...health, auth: { ok } }), new RegExp(`^Login +${login}$`, "m"));
+  }
+});
 
 test("the list of settings is whole, and may be longer", () => {
   const names = Array.from({ length: 24 }, (_, at) => `setting${at}`);

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import {
-  age, bar, clip, code, duration, fence, MOST_CHARS, MOST_LINES, page, table, tokens, wrap,
+  age, bar, clip, code, counted, duration, fence, MOST_CHARS, MOST_LINES, page, table, tokens, wrap,
 } from "../lib/format.js";
 
 test("text of others cannot leave its line or its fence", () => {
@@ -50,4 +50,9 @@ test("bars, durations, tokens and ages are short", () => {
   assert.deepEqual([7, 64_000, 1_000_000].map(tokens), ["7", "64k", "1M"]);
   assert.equal(age("2026-11-20T14:00:00Z", Date.parse("2026-11-20T17:10:00Z")), "3h");
   assert.equal(age(null, 0), "never");
+});
+
+test("a count has its plural", () => {
+  assert.deepEqual([0, 1, 2, "1"].map((count) => counted(count, "error")),
+    ["0 errors", "1 error", "2 errors", "1 error"]);
 });

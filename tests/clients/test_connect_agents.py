@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -43,11 +46,33 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+class SecureServer(NamedTuple):
+    server: Server
+    fingerprint: str
+
+
+@pytest.fixture(scope="module")
+def secure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureServer]:
+    """The same behind the certificate that `ocp tls` makes."""
+    operator = tmp_path_factory.mktemp("operator")
+    done = subprocess.run(
+        [sys.executable, str(REPO / "ocp.py"), "tls", "--json"], env=clean_env(HOME=str(operator)),
+        stdout=subprocess.PIPE, check=True)
+    made = json.loads(done.stdout)
+    settings = {"PROXY_API_KEY": KEY, "OCP_TLS_CERT": made["certificate"],
+                "OCP_TLS_KEY": made["key"]}
+    with running_server(
+        tmp_path_factory.mktemp("secure"), {"turns": [[{"say": ANSWER}]]}, env=settings
+    ) as running:
+        yield SecureServer(running, made["fingerprint"])
+
+
 class ConnectDesk:
     """A home with nothing in it, and a PATH with the programs of one tool."""
 
-    def __init__(self, server: Server, folder: Path) -> None:
+    def __init__(self, server: Server, folder: Path, fingerprint: str = "") -> None:
         self.server = server
+        self.fingerprint = fingerprint
         self.home, self.work, self.bin = (folder / name for name in ("home", "work", "bin"))
         for each in (self.home, self.work, self.bin):
             each.mkdir()
@@ -65,16 +90,28 @@ class ConnectDesk:
 
     def connect(self, *more: str) -> Ran:
         """ocp_connect as a file; it has to succeed."""
+        pin = ["--https", "--fingerprint", self.fingerprint] if self.fingerprint else []
         ran = self.run(sys.executable, str(REPO / "ocp_connect.py"), "127.0.0.1", "--port",
-                       str(self.server.port), "--key", KEY, "--yes", *more)
+                       str(self.server.port), *pin, "--key", KEY, "--yes", *more)
         assert ran.code == 0, ran
         return ran
+
+    def in_new_shell(self, *command: str, **env: str) -> Ran:
+        """A program that a new shell starts, with the variables that were written for it."""
+        line = f". ~/.profile; exec {shlex.join(command)}"
+        return self.run("sh", "-c", line, SHELL="/bin/sh", **env)
 
 
 @pytest.fixture
 def desk(server: Server, tmp_path: Path) -> Iterator[ConnectDesk]:
     yield ConnectDesk(server, tmp_path)
     # Cline leaves a daemon behind, in a session of its own.
+    kill_all(sorted(processes_with(tmp_path)))
+
+
+@pytest.fixture
+def secure_desk(secure_server: SecureServer, tmp_path: Path) -> Iterator[ConnectDesk]:
+    yield ConnectDesk(secure_server.server, tmp_path, secure_server.fingerprint)
     kill_all(sorted(processes_with(tmp_path)))
 
 
@@ -121,6 +158,26 @@ def test_a_program_answers_with_only_what_was_written(desk: ConnectDesk, tool: s
     assert ran.code == 0 and ANSWER in ran.stdout, ran
     assert len(desk.server.queries()) > asked_before
     assert "[ERROR]" not in ran.stderr
+
+
+@EVERY_TOOL
+def test_a_program_trusts_the_certificate_by_only_what_was_written(
+    secure_desk: ConnectDesk, tool: str
+) -> None:
+    programs, command, env = CASES[tool]
+    secure_desk.install(*programs)
+    secure_desk.connect("--only", tool)
+    if tool == "aider":
+        seed_aider(secure_desk.home)
+    # Continue has a setting of its own, and so no shell was changed.
+    start = secure_desk.run if tool == "continue" else secure_desk.in_new_shell
+
+    ran = start(*command, **env)
+
+    assert ran.code == 0 and ANSWER in ran.stdout, ran
+    undone = secure_desk.run(sys.executable, str(REPO / "ocp_connect.py"), "undo", "--yes")
+    assert undone.code == 0 and not (secure_desk.home / ".config/ocp").exists()
+    assert not (secure_desk.home / ".profile").exists()
 
 
 #: A provider of the user's own that has OCP's name, and leads where nobody answers.
@@ -231,6 +288,41 @@ def test_a_library_finds_the_server_in_a_new_shell(desk: ConnectDesk, library: s
     assert ran.stdout.strip() == ANSWER, ran
 
 
+SECURE_LIBRARIES = {**LIBRARIES, "anthropic": f"""
+import anthropic
+answer = anthropic.Anthropic().messages.create(model="haiku", max_tokens=9, messages={MESSAGES})
+print(answer.content[0].text)
+"""}
+
+
+@pytest.mark.parametrize(
+    "library", ["openai", *rest("anthropic", "langchain_openai", "litellm")])
+def test_a_library_trusts_the_certificate_in_a_new_shell(
+    secure_desk: ConnectDesk, library: str
+) -> None:
+    python = python_with(library)
+    secure_desk.connect("--only", "shell", "--anthropic")
+    (secure_desk.work / "ask.py").write_text(SECURE_LIBRARIES[library])
+
+    ran = secure_desk.in_new_shell(python, "ask.py", LITELLM_LOCAL_MODEL_COST_MAP="True")
+
+    assert ran.stdout.strip() == ANSWER, ran
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl: apt-get install curl")
+def test_curl_trusts_the_certificate_and_the_systems_in_a_new_shell(
+    secure_desk: ConnectDesk
+) -> None:
+    secure_desk.connect("--only", "shell")
+
+    ran = secure_desk.in_new_shell(
+        "curl", "-fsS", f"https://127.0.0.1:{secure_desk.server.port}/health")
+
+    assert json.loads(ran.stdout)["status"] == "ok", ran
+    bundle = (secure_desk.home / ".config/ocp/ca-bundle.pem").read_text()
+    assert bundle.count("BEGIN CERTIFICATE") > 10
+
+
 # ---------------------------------------------------------------------------
 # OpenClaw
 # ---------------------------------------------------------------------------
@@ -252,6 +344,18 @@ def test_openclaw_validates_and_answers_one_prompt(desk: ConnectDesk) -> None:
     answer = desk.run(
         "openclaw", "infer", "model", "run", "--local", "--model",
         "claude-local/claude-haiku-4-5-20251001", "--prompt", QUESTION, "--json")
+    assert answer.code == 0 and ANSWER in answer.stdout, answer
+
+
+@pytest.mark.exhaustive
+def test_openclaw_trusts_the_certificate_in_its_configuration(secure_desk: ConnectDesk) -> None:
+    secure_desk.install("openclaw", "node")
+    secure_desk.connect("--only", "openclaw")
+
+    answer = secure_desk.run(
+        "openclaw", "infer", "model", "run", "--local", "--model",
+        "claude-local/claude-haiku-4-5-20251001", "--prompt", QUESTION, "--json")
+
     assert answer.code == 0 and ANSWER in answer.stdout, answer
 
 
@@ -286,5 +390,19 @@ def test_claude_code_answers_on_a_machine_where_it_is_not_logged_in(desk: Connec
     desk.connect("--only", "claude-code", "--anthropic")
     ran = desk.run("claude", "-p", "--model", "haiku", "--", QUESTION,
                    CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", DISABLE_AUTOUPDATER="1")
+
+    assert (ran.code, ran.stdout.strip()) == (0, ANSWER), ran
+
+
+@pytest.mark.exhaustive
+def test_claude_code_trusts_the_certificate_in_its_settings(secure_desk: ConnectDesk) -> None:
+    found = real_claudes()
+    if not found:
+        pytest.skip(HOW_TO_INSTALL)
+    (secure_desk.bin / "claude").symlink_to(found[-1][1].resolve())
+    secure_desk.connect("--only", "claude-code", "--anthropic")
+
+    ran = secure_desk.run("claude", "-p", "--model", "haiku", "--", QUESTION,
+                          CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", DISABLE_AUTOUPDATER="1")
 
     assert (ran.code, ran.stdout.strip()) == (0, ANSWER), ran

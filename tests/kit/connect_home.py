@@ -43,13 +43,15 @@ class Home:
     def plan(self, *tools: str, **more: Any) -> Any:
         record = connect.load_record(self.machine.state_folder)
         chosen = [tool for tool in connect.TOOLS if tool.name in tools]
-        return connect.make_plan(self.context(record, **more), chosen, record)
+        context = self.context(record, **{"asked": tools, **more})
+        return connect.make_plan(context, chosen, record)
 
     def connect(self, *tools: str, **more: Any) -> Any:
         """Plans and writes; nothing may fail."""
         record = connect.load_record(self.machine.state_folder)
         chosen = [tool for tool in connect.TOOLS if tool.name in tools]
-        plan = connect.make_plan(self.context(record, **more), chosen, record)
+        context = self.context(record, **{"asked": tools, **more})
+        plan = connect.make_plan(context, chosen, record)
         writer = connect.Writer(self.machine, record, KEY)
         writer.connect(plan, "url")
         assert not writer.failures

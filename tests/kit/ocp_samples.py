@@ -71,7 +71,10 @@ STATUS: Json = {
     "proxy": {"status": "ok", "version": "0.1.0", "uptime": "1h 3m", "auth": "logged in",
               "fix": None},
     "requests": {"total": 19, "active": 1, "errors": 1, "timeouts": 0}, "plan": PLAN,
-    "recentErrors": [{"time": "2026-11-20T14:40:00Z", "message": "claude ended early"}],
+    "recentErrors": [
+        {"time": "2026-11-20T14:40:00Z", "id": "req_4f2a90c1b7d3e5a86c0f1e2d", "key": "laptop",
+         "model": "claude-sonnet-5-5", "kind": "upstream_failed",
+         "message": "claude ended early"}],
 }
 MODELS: Json = {"object": "list", "data": [
     {"id": "claude-sonnet-5-5", "display_name": "Claude Sonnet 5.5",
@@ -96,6 +99,26 @@ LOGS: Json = {"count": 2, "level": "all", "entries": [
     {"ts": "2026-11-20T14:01:53.120Z", "level": "info", "event": "answer_finished",
      "model": "claude-sonnet-5-5", "elapsed_ms": 4200},
     {"ts": "2026-11-20T14:02:10.004Z", "level": "error", "event": "claude_died", "code": 1}]}
+ERROR: Json = {
+    "id": "req_4f2a90c1b7d3e5a86c0f1e2d", "at": "2026-11-20T14:40:00Z", "key": "laptop",
+    "peer": "192.0.2.21", "path": "/v1/chat/completions", "model": "claude-sonnet-5-5",
+    "status": 502, "kind": "upstream_failed", "message": "claude ended early",
+    "action": "Retry. If it stays so, run `ocp doctor` and update claude.",
+    "userAgent": "OpenAI/Python 3.57.0", "totalMs": 4200}
+REFUSAL: Json = {
+    "id": "req_9b1d03e57ac24f6880d2c4a1", "at": "2026-11-20T13:10:00Z",
+    "lastAt": "2026-11-20T14:57:00Z", "count": 31, "peer": "192.0.2.9",
+    "path": "/v1/chat/completions", "status": 401, "kind": "replaced_api_key",
+    "preview": "ocp_-135...oiwb", "key": "phone",
+    "message": "The key ocp_-135...oiwb was replaced on 2026-11-20: use the newer one, or ask the "
+    "operator of this server for it.",
+    "action": "Put the newer key of phone into the client, or create another with "
+    "`ocp keys rotate phone`.", "userAgent": "curl/8.9.1"}
+ERRORS: Json = {"errors": [ERROR], "refusals": [REFUSAL], "byKind": [
+    {"kind": "replaced_api_key", "status": 401, "count": 31, "lastAt": REFUSAL["lastAt"],
+     "message": REFUSAL["message"], "action": REFUSAL["action"]},
+    {"kind": "upstream_failed", "status": 502, "count": 1, "lastAt": ERROR["at"],
+     "message": ERROR["message"], "action": ERROR["action"]}]}
 SESSIONS: Json = {"sessions": [
     {"id": "chat-1", "caller": "laptop", "model": "claude-sonnet-5-5", "messages": 6,
      "created": "2026-11-20T13:00:00Z", "lastUsed": "2026-11-20T14:48:00Z"}]}
@@ -156,6 +179,7 @@ DOCTOR: Json = {
 }
 
 __all__ = [
-    "API_USAGE", "CACHE", "DASHBOARD", "DOCTOR", "HEALTH", "KEY", "KEYS", "LAN", "LOGS", "MODELS",
-    "NOW_S", "PLAN", "QUOTA", "SESSIONS", "SETTINGS", "STATUS", "USAGE",
+    "API_USAGE", "CACHE", "DASHBOARD", "DOCTOR", "ERROR", "ERRORS", "HEALTH", "KEY", "KEYS", "LAN",
+    "LOGS", "MODELS", "NOW_S", "PLAN", "QUOTA", "REFUSAL", "SESSIONS", "SETTINGS", "STATUS",
+    "USAGE",
 ]

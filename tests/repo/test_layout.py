@@ -39,7 +39,7 @@ SECTION_LINES = {
     "Claude input": 410,
     "Plan and failures": 320, "Claude answers": 640, "Claude program": 630, "Claude process": 630,
     "Gate": 160, "Conversations": 160, "Process pool": 380, "Sessions and responses": 250,
-    "Cache": 250, "Account": 260, "Metrics": 140, "Connections": 390, "State folder": 160,
+    "Cache": 250, "Account": 290, "Metrics": 140, "Connections": 390, "State folder": 160,
     "Answering": 830, "App": 360, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
     "API endpoints": 320, "Management endpoints": 880, "Table of routes": 50, "Demo claude": 190,
     "Command line": 290,
@@ -94,6 +94,7 @@ SHARED = {
     "shown_path": ["setup.py_install.py", "uninstall.py"],
     "http_json": ["ocp.py", "setup.py_install.py"],
     "any_certificate": ["ocp.py", "setup.py_install.py"],
+    "certificate": ["ocp.py", "ocp_connect.py", "ocp_server.py"],
 }
 
 

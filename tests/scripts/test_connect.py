@@ -410,6 +410,10 @@ def test_a_file_that_changes_between_plan_and_write_is_not_touched(home: Home) -
     assert path.read_text() == "dark-mode: false\n" and len(writer.failures) == 1
 
 
+#: The programs of a Home have no PATH but its own.
+GREP = shutil.which("grep")
+
+
 def refusing(home: Home, name: str, script: str) -> Any:
     """What a writer says when a program of the tool answers like this script."""
     home.put(f"bin/{name}", f"#!/bin/sh\n{script}\n").chmod(0o755)
@@ -422,11 +426,23 @@ def refusing(home: Home, name: str, script: str) -> Any:
 def test_a_change_that_the_tool_does_not_accept_is_taken_back(home: Home) -> None:
     path = home.put(".codex/config.toml", "a = 1\n")
 
-    writer = refusing(home, "codex", "echo 'bad config' >&2; exit 1")
+    script = f"{GREP} -q ocp {path} || exit 0; echo 'bad config' >&2; exit 1"
+    writer = refusing(home, "codex", script)
 
     assert path.read_text() == "a = 1\n" and str(path) not in writer.written
     assert "Codex does not accept the change" in writer.failures[0]
     assert "bad config" in writer.failures[0]
+
+
+def test_a_tool_that_failed_before_the_change_is_a_note_and_the_change_stays(home: Home) -> None:
+    path = home.put(".codex/config.toml", "a = 1\n")
+
+    writer = refusing(home, "codex", "echo 'plugin x is broken' >&2; exit 1")
+
+    assert "model_providers.ocp" in path.read_text() and not writer.failures
+    assert "failed before the change too" in writer.notes[0] and "plugin x" in writer.notes[0]
+    home.undo()
+    assert path.read_text() == "a = 1\n"
 
 
 def test_a_tool_is_found_by_its_program_or_its_files(home: Home) -> None:
@@ -448,7 +464,7 @@ def test_a_second_run_that_the_tool_refuses_keeps_what_the_first_did(home: Home)
     home.connect("codex")
     first = path.read_text()
 
-    home.put("bin/codex", "#!/bin/sh\nexit 1\n").chmod(0o755)
+    home.put("bin/codex", f"#!/bin/sh\n! {GREP} -q 192.0.2.8 {path}\n").chmod(0o755)
     record = connect.load_record(home.machine.state_folder)
     writer = connect.Writer(home.machine, record, KEY)
     writer.connect(home.plan("codex", server=OTHER), "url")
@@ -533,6 +549,78 @@ def test_backup_makes_no_default(home: Home, tool: str) -> None:
              "lastUsedProvider")
     assert not [word for word in words if word in text]
     assert "default_model.txt" not in str(list(home.files()))
+
+
+def test_backup_says_of_a_tool_without_a_choice_that_it_is_left_alone(home: Home) -> None:
+    """Aider has one place for a provider, which is its default."""
+    home.put(".aider.conf.yml", "dark-mode: true\n")
+
+    plan = home.connect("aider", role=connect.Role.BACKUP)
+
+    (kept,) = plan.kept
+    assert kept[0] == "aider" and "--backup" in kept[2] and not plan.settled
+    shown = connect.show_plan(plan, home.machine, KEY, False)
+    assert "kept as it is: Aider" in shown and "up to date" not in shown
+
+
+def shell_lines(home: Home) -> list[str]:
+    path = home.folder / ".config/ocp/env.sh"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def openai_lines(home: Home) -> list[str]:
+    return [line for line in shell_lines(home) if line.startswith("export OPENAI_")]
+
+
+def with_environ(home: Home, **environ: str) -> Home:
+    home.machine = connect.dataclasses.replace(
+        home.machine, environ={**home.machine.environ, **environ})
+    return home
+
+
+@pytest.mark.parametrize("start, environ, place", [
+    ("export OPENAI_API_KEY=sk-mine\n", {}, "line 1 of ~/.bashrc"),
+    ("", {"OPENAI_API_KEY": "sk-mine"}, "in your environment"),
+    ("", {"OPENAI_BASE_URL": "https://api.openai.com/v1"}, "in your environment"),
+])
+def test_a_key_of_the_users_is_not_hidden_unless_that_was_asked_for(
+    home: Home, start: str, environ: dict[str, str], place: str
+) -> None:
+    home.put(".bashrc", start)
+    with_environ(home, **environ)
+
+    plan = home.connect("shell", asked=())
+    assert not openai_lines(home) and "export OCP_API_KEY" in "".join(shell_lines(home))
+    shown = connect.show_plan(plan, home.machine, KEY, False)
+    assert f"({place}) stays" in shown and "sk-mine" not in shown
+
+    for asked, role in (((), connect.Role.PRIMARY), (("shell",), connect.Role.AUTO)):
+        plan = home.connect("shell", asked=asked, role=role)
+        assert len(openai_lines(home)) == 3
+        home.undo()
+        assert home.files() == {".bashrc": start.encode()}
+    assert f"hides your {'OPENAI_BASE_URL' if 'OPENAI_BASE_URL' in environ else 'OPENAI_API_KEY'} "\
+        f"({place})" in connect.show_plan(plan, home.machine, KEY, False)
+
+
+def test_backup_points_no_program_of_openai_at_ocp(home: Home) -> None:
+    home.put(".bashrc", "")
+
+    plan = home.connect("shell", role=connect.Role.BACKUP)
+
+    assert not openai_lines(home) and "export OCP_API_KEY" in "".join(shell_lines(home))
+    assert "with --backup" in connect.show_plan(plan, home.machine, KEY, False)
+
+
+def test_what_an_earlier_run_has_set_is_not_taken_for_the_users(home: Home) -> None:
+    """A new shell has OCP's own variables, also those of another server."""
+    home.connect("shell", asked=())
+    with_environ(home, OPENAI_BASE_URL=SERVER.api, OPENAI_API_KEY=KEY)
+
+    assert home.plan("shell", asked=()).is_empty
+    home.connect("shell", asked=(), server=OTHER)
+
+    assert any(OTHER.api in line for line in openai_lines(home))
 
 
 # ---------------------------------------------------------------------------
@@ -1156,7 +1244,10 @@ def test_keys_are_masked_and_nothing_else(text: str, wanted: str) -> None:
     ("mac.local", None, False, "http://mac.local:3456"),
     ("10.0.0.7:8080", None, False, "http://10.0.0.7:8080"),
     ("10.0.0.7", 99, True, "https://10.0.0.7:99"),
-    ("https://x.example/", None, False, "https://x.example:3456"),
+    ("https://x.example/", None, False, "https://x.example:443"),
+    ("x.example", None, True, "https://x.example:3456"),
+    ("https://x.example/ai/ocp/v1", None, False, "https://x.example:443/ai/ocp"),
+    ("x.example/ocp/", None, False, "http://x.example:3456/ocp"),
     ("::1", None, False, "http://[::1]:3456"),
     ("[::1]:80", None, False, "http://[::1]:80"),
     ("http://10.0.0.7:8080/v1/", None, False, "http://10.0.0.7:8080"),
@@ -1168,7 +1259,8 @@ def test_the_address_of_the_server(
 
 
 @pytest.mark.parametrize("host", [
-    "", "a b", "user@host", "ftp://x", "a/b:c", "x:99999", "-\n", "a..b", "a" * 70, "x/v2"])
+    "", "a b", "user@host", "ftp://x", "a/b:c", "x:99999", "-\n", "a..b", "a" * 70, "x/a b",
+    "x/..;y", "x?a=1", "x//y", "https://x/$(id)"])
 def test_a_wrong_address_is_refused(host: str) -> None:
     with pytest.raises(connect.Problem):
         connect.server_address(host, None, False)

@@ -6,6 +6,7 @@ The HOME of most tests has a space, a percent sign, quotes and a dollar in its n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -32,7 +33,7 @@ from http_client import http_call
 from ocp_command import Stream
 from project import REPO, clean_env, free_port, load_script, run_compiled
 from server import FAKE_CLAUDE, running_server
-from tls_files import CERT, KEY
+from tls_files import CERT, KEY, write_tls_files
 from waiting import eventually
 
 Json = Any
@@ -1044,9 +1045,11 @@ def test_the_health_check_of_the_image_tells_up_from_down(tmp_path: Path) -> Non
     check = re.search(r"^HEALTHCHECK .*CMD (\[.*\])$", dockerfile(), re.M)
     assert check
     command = [sys.executable, *json.loads(check[1])[1:]]
-    with running_server(tmp_path) as server:
-        env = clean_env(CLAUDE_PROXY_PORT=str(server.port))
-        assert subprocess.run(command, env=env, capture_output=True, timeout=120).returncode == 0
+    for number, settings in enumerate(({}, write_tls_files(tmp_path))):
+        with running_server(tmp_path / str(number), env=settings) as server:
+            env = clean_env(CLAUDE_PROXY_PORT=str(server.port))
+            asked = subprocess.run(command, env=env, capture_output=True, timeout=120)
+            assert asked.returncode == 0, asked
     assert subprocess.run(command, env=env, capture_output=True, timeout=120).returncode == 1
 
 
@@ -1062,10 +1065,48 @@ def test_the_image_has_what_it_runs_and_runs_it_as_nobody_special() -> None:
     assert {"ocp_server.py", "models.json"} <= set(copied)
 
 
-def test_the_compose_file_publishes_to_this_machine_only_and_wants_a_key() -> None:
+@pytest.mark.parametrize(("settings", "mode"), [
+    ({"PROXY_API_KEY": "a-long-text"}, "shared"),
+    ({"CLAUDE_AUTH_MODE": "multi"}, "multi"),
+    ({"CLAUDE_AUTH_MODE": "none"}, "none"),
+    ({}, ""),
+])
+def test_the_container_serves_in_each_mode_and_says_which_key_it_needs(
+    tmp_path: Path, settings: dict[str, str], mode: str
+) -> None:
+    image = re.search(r"^ENV (.*)$", dockerfile(), re.M)
+    assert image
+    env = dict(word.split("=", 1) for word in image[1].split())
+    text = (REPO / "compose.yaml").read_text().partition("    ports:")[0]
+    for name, value in re.findall(r"^      ([A-Z_]+): (.*)$", text, re.M):
+        # What compose does with ${NAME:-default}.
+        env[name] = re.sub(
+            r"\$\{(\w+):-(.*?)\}", lambda found: settings.get(found[1]) or found[2],
+            value.strip('"'))
+    env = {**settings, **env, "OCP_HOME": str(tmp_path), "HOME": str(tmp_path),
+           "CLAUDE_AUTH_MODE": settings.get("CLAUDE_AUTH_MODE") or env["CLAUDE_AUTH_MODE"]}
+
+    done = subprocess.run(
+        [sys.executable, str(REPO / "ocp_server.py"), "--check", "--demo"], env=clean_env(**env),
+        capture_output=True, text=True, timeout=120)
+
+    if mode:
+        assert f"listens on 0.0.0.0 port 3456, access mode {mode}" in done.stdout, done
+        assert "is not a setting" not in done.stdout
+    else:
+        assert done.returncode == 2 and "PROXY_API_KEY" in done.stderr
+
+
+def test_the_container_has_the_time_that_the_longest_drain_takes() -> None:
+    found = re.search(r"stop_grace_period: (\d+)s", (REPO / "compose.yaml").read_text())
+    server = load_script("ocp_server.py")
+    (row,) = (row for row in dataclasses.fields(server.Config) if row.name == "drain_ms")
+    assert found and int(found[1]) > row.metadata["maximum"] / 1000 + 20
+
+
+def test_the_compose_file_publishes_to_this_machine_only() -> None:
     text = (REPO / "compose.yaml").read_text()
     assert re.search(r'- "\$\{OCP_PUBLISH:-127\.0\.0\.1\}:\$\{OCP_PORT:-3456\}:3456"', text)
-    assert "PROXY_API_KEY: ${PROXY_API_KEY:?" in text
     volumes = set(re.findall(r"^      - (\w+):/", text, re.M))
     assert volumes == set(re.findall(r"^  (\w+):$", text.partition("\nvolumes:")[2], re.M))
     assert set(re.findall(r"^      - \w+:(/\w+)$", text, re.M)) == set(

@@ -51,6 +51,7 @@ READING: tuple[tuple[str, str, Json, Callable[..., str]], ...] = (
     ("models", "GET /v1/models", samples.MODELS, ocp.show_models),
     ("settings", "GET /settings", samples.SETTINGS, ocp.show_settings),
     ("logs", "GET /logs", samples.LOGS, ocp.show_logs),
+    ("errors", "GET /api/errors", samples.ERRORS, ocp.show_errors),
     ("sessions", "GET /sessions", samples.SESSIONS, ocp.show_sessions),
     ("keys", "GET /api/keys", samples.KEYS, ocp.show_keys),
     ("keys list", "GET /api/keys", samples.KEYS, ocp.show_keys),
@@ -180,6 +181,13 @@ def test_unknown_plan_is_said_to_be_unknown() -> None:
     assert "claude reports the limits of a plan with its answers" in shown
 
 
+@pytest.mark.parametrize(("later_s", "words"), [(60, ""), (7200, "  as of 2h ago")])
+def test_an_old_plan_is_shown_with_its_age(later_s: int, words: str) -> None:
+    style = PLAIN._replace(now_s=samples.NOW_S + later_s)
+
+    assert ocp.show_plan(samples.PLAN, style).splitlines()[0] == f"Plan Usage Limits{words}"
+
+
 def test_health_of_a_server_that_is_not_well_is_a_failure(tmp_path: Path) -> None:
     ill = {**HEALTH, "status": "degraded", "fix": "log in again"}
     with stub_server({"GET /health": (200, ill)}) as server:
@@ -230,6 +238,53 @@ def test_logs_since_leave_out_what_is_older(tmp_path: Path) -> None:
         found = run(tmp_path, server.url, "logs", "--since", "1h", "--json").stdout
     assert "e7200" not in plain and "e1800" in plain and "e60" in plain
     assert json.loads(found) == {"entries": entries[1:], "level": "all", "count": 2}
+
+
+def test_logs_of_a_key_and_of_a_request_are_asked_for(tmp_path: Path) -> None:
+    with stub_server({"GET /logs": (200, samples.LOGS)}) as server:
+        run(tmp_path, server.url, "logs", "--key", "mum's pad", "--request", "req_1", "warn")
+        assert server.requests[-1].path == "/logs?n=20&level=warn&key=mum%27s+pad&request=req_1"
+
+
+@pytest.mark.parametrize("words, query", [
+    ([], "limit=20"), (["phone"], "limit=20&key=phone"),
+    (["-n", "5", "--since", "2h"], "limit=5&since=2h"), (["req_ab12"], "limit=20&request=req_ab12"),
+    (["req phone"], "limit=20&key=req+phone"),
+])
+def test_errors_are_asked_for_by_key_by_request_and_by_time(
+    tmp_path: Path, words: list[str], query: str,
+) -> None:
+    with stub_server({"GET /api/errors": (200, samples.ERRORS)}) as server:
+        assert run(tmp_path, server.url, "errors", *words).code == 0
+        assert server.requests[-1].path == f"/api/errors?{query}"
+
+
+def test_one_request_is_shown_in_full_with_what_to_do(tmp_path: Path) -> None:
+    answer = {"errors": [samples.ERROR], "refusals": [], "byKind": []}
+    with stub_server({"GET /api/errors": (200, answer)}) as server:
+        found = run(tmp_path, server.url, "errors", samples.ERROR["id"])
+    for name in ("id", "key", "peer", "path", "model", "status", "kind", "message", "action",
+                 "userAgent"):
+        assert str(samples.ERROR[name]) in found.stdout
+    assert f"ocp logs --request {samples.ERROR['id']}" in found.stdout
+
+
+def test_a_request_that_did_not_fail_is_told_as_such(tmp_path: Path) -> None:
+    answer = {"errors": [], "refusals": [], "byKind": []}
+    with stub_server({"GET /api/errors": (200, answer)}) as server:
+        found = run(tmp_path, server.url, "errors", "req_1")
+        none = run(tmp_path, server.url, "errors")
+    assert (found.code, none.code, none.stdout) == (1, 0, "no failed requests\n")
+    assert "No failure of req_1 is known" in found.stderr
+
+
+@pytest.mark.parametrize("status", [429, 502, 529])
+def test_a_failed_question_names_the_command_that_tells_more(tmp_path: Path, status: int) -> None:
+    answer = {"error": {"message": "Not now."}}
+    with stub_server({"POST /v1/chat/completions": (status, answer)}) as server:
+        found = run(tmp_path, server.url, "ask", "hi")
+    assert found.code == 1
+    assert "Not now." in found.stderr and found.stderr.endswith("More: `ocp errors`\n")
 
 
 def test_following_prints_every_event_once(tmp_path: Path) -> None:
@@ -426,9 +481,12 @@ def test_an_old_secret_with_grace_is_shown(tmp_path: Path) -> None:
 
 
 def test_revoking_nothing_is_a_failure(tmp_path: Path) -> None:
-    with stub_server({"DELETE /api/keys/nobody": (200, {"revoked": False})}) as server:
-        found = run(tmp_path, server.url, "keys", "revoke", "nobody", "--yes")
+    answers = {"DELETE /api/keys/labtop": (200, {"revoked": False}),
+               "GET /api/keys": (200, samples.KEYS)}
+    with stub_server(answers) as server:
+        found = run(tmp_path, server.url, "keys", "revoke", "labtop", "--yes")
     assert found.code == 1 and "No active key" in found.stderr
+    assert "Did you mean laptop?" in found.stderr
 
 
 LOSING: dict[str, tuple[int, Json]] = {
@@ -926,6 +984,8 @@ def test_version_names_all_three(tmp_path: Path) -> None:
     assert json.loads(found.stdout) == {
         "installed": installed, "served": "0.1.0", "claude": "2.1.329"}
     assert "no server answers" in run(tmp_path, DEAD_URL, "version").stdout
+    with stub_server({"GET /health": (200, "<html>")}) as server:
+        assert "another program answers" in run(tmp_path, server.url, "version").stdout
 
 
 def completed(tmp_path: Path, url: str, *words: str) -> set[str]:
@@ -950,7 +1010,9 @@ def test_commands_actions_options_and_choices_are_completed(tmp_path: Path) -> N
     assert completed(tmp_path, DEAD_URL, "completion", "z") == {"zsh"}
     assert completed(tmp_path, DEAD_URL, "logs", "e") == {"error"}
     assert completed(tmp_path, DEAD_URL, "help", "keys", "re") == {"rename", "revoke"}
-    assert completed(tmp_path, DEAD_URL, "nonsense", "") == {"--help", "--url", "--debug"}
+    assert completed(tmp_path, DEAD_URL, "nonsense", "") == completed(tmp_path, DEAD_URL, "--") == {
+        "--help", "--url", "--debug", "--json", "--version"}
+    assert completed(tmp_path, DEAD_URL, "status", "--url", "") == set()
     assert completed(tmp_path, DEAD_URL) >= {command.name for command in ocp.COMMANDS}
 
 
@@ -1222,6 +1284,7 @@ SHOWN: dict[str, Callable[[], str]] = {
     "settings timeout": lambda: str(
         ocp.show_setting("timeout", samples.SETTINGS["timeout"], PLAIN)),
     "dashboard": lambda: str(ocp.show_dashboard(samples.DASHBOARD, PLAIN)),
+    f"errors {samples.REFUSAL['id']}": lambda: str(ocp.show_error(samples.REFUSAL, PLAIN)),
     "lan": lambda: str(ocp.show_lan(samples.LAN, PLAIN)),
     "doctor": doctor_sample,
     "help": lambda: str(ocp.commands_text()),

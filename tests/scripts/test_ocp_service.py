@@ -410,6 +410,29 @@ def test_what_the_server_says_is_judged(
     assert not kind or answer["next_action"]["kind"] == kind
 
 
+@pytest.mark.parametrize("kinds, level, said", [
+    ([], "PASS", "no request failed"),
+    ([("replaced_api_key", 401)], "INFO", "2 replaced_api_key"),
+    ([("quota_exceeded", 429), ("model_not_found", 404)], "INFO", "`ocp errors --since 1h`"),
+    ([("replaced_api_key", 401), ("overloaded", 529)], "WARN", "2 overloaded"),
+    ([("upstream_login_required", 401)], "WARN", "2 upstream_login_required"),
+])
+def test_what_failed_lately_is_counted_and_clients_are_no_fault_of_the_server(
+    healthy: Manager, kinds: list[tuple[str, int]], level: str, said: str
+) -> None:
+    by_kind = [{"kind": kind, "status": status, "count": 2, "action": f"Mend {kind}."}
+               for kind, status in kinds]
+    healthy.server.answers["GET /api/errors"] = (200, {"byKind": by_kind})
+
+    answer = examined(healthy)
+
+    assert answer["levels"]["recent_failures"] == level
+    assert said in answer["messages"]["recent_failures"]
+    if level == "WARN":
+        kind = kinds[-1][0]
+        assert f"{kind}: Mend {kind}." in answer["next_action"]["human_required"]
+
+
 @pytest.mark.parametrize("node, claude, level, said", [
     ("v20.20.2", "2.1.197", "WARN", "claude 2.1.197 is old: under Node 20.20.2"),
     ("v18.19.0", "2.1.197", "WARN", "npm installs no newer one"),

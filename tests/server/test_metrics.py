@@ -302,7 +302,7 @@ def test_refusals_are_counted(tmp_path: Path) -> None:
 
         assert statuses == [429] * 3
         assert value(found, "ocp_requests_total", outcome="rate_limit_exceeded") == 2
-        assert value(found, "ocp_requests_total", outcome="insufficient_quota") == 1
+        assert value(found, "ocp_requests_total", outcome="quota_exceeded") == 1
         assert value(found, "ocp_queue_refusals_total") == 2
         assert [value(found, name) for name in ("ocp_running", "ocp_queued")] == [1, 0]
 

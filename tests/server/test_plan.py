@@ -5,9 +5,10 @@ The lines in data/plan.json are those of two versions of claude, word for word.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,34 @@ def test_a_spare_that_was_asked_serves_the_next_conversation_as_it_was(spared: S
     assert query["settings"]["env"]["CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"] == "1"
     assert [message["content"] for message in query["messages"]] == [
         [{"type": "text", "text": "hi"}]]
+
+
+def test_the_plan_is_remembered_over_a_restart_with_the_time_of_its_report(tmp_path: Path) -> None:
+    with running_server(tmp_path, {"usage": later(REPLY)}) as server:
+        eventually(lambda: has_spare(server))
+        before = plan_of(server)
+    # Without a spare nobody can be asked.
+    with running_server(tmp_path, env={**NO_IDLE, "OCP_WARM_TOTAL": "0"}) as server:
+        after = plan_of(server)
+
+    assert after["fetchedAt"] == before["fetchedAt"] is not None
+    assert after["plan"]["subscription"] == "max"
+    for report in (before, after):
+        report["plan"] = {**report["plan"]["weeklyLimits"], "now": report["plan"]["currentSession"]}
+    for name, window in before["plan"].items():
+        for number in ("utilization", "resetsAt", "observedAt"):
+            assert after["plan"][name][number] == window[number] is not None
+
+
+@pytest.mark.parametrize("state", ["", "{}", "[1]", '{"windows": {"five_hour": ["x"]}}', "nul"])
+def test_a_stored_plan_that_is_none_is_ignored(tmp_path: Path, state: str) -> None:
+    with running_server(tmp_path):
+        pass
+    with closing(sqlite3.connect(tmp_path / "ocp" / "ocp.db")) as database, database:
+        database.execute("INSERT OR REPLACE INTO plan VALUES (1, ?)", (state,))
+    with running_server(tmp_path) as server:
+        assert server.call("GET", "/usage").json()["plan"]["currentSession"]["utilization"] is None
+        assert server.log_entries("stored_plan_ignored")
 
 
 def test_when_there_is_nobody_to_ask_the_next_look_may_ask(tmp_path: Path) -> None:

@@ -577,6 +577,15 @@ def test_files_may_be_named_from_the_home_folder(tmp_path: Path) -> None:
         assert Secure(server, trusting(home)).health()["tls"] is True
 
 
+def test_health_tells_the_fingerprint_of_a_certificate_that_nobody_vouches_for(
+    secure: Secure, tmp_path: Path
+) -> None:
+    command = load_script("ocp")
+    wanted = command.certificate_of(ssl.PEM_cert_to_DER_cert(CERT)).fingerprint
+    assert secure.health()["tlsFingerprint"] == wanted
+    assert ocp.certificate_pin("") is None is ocp.certificate_pin(str(tmp_path))
+
+
 def test_certificate_and_key_may_be_one_file(tmp_path: Path) -> None:
     both = tmp_path / "cert.pem"
     both.write_text(KEY + CERT)

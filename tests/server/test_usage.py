@@ -378,7 +378,7 @@ def test_refusals_for_a_quota_are_no_rows_but_are_counted(own: Server) -> None:
 
     assert [reply.status for reply in replies] == [200, 429, 429, 429]
     assert len(usage(own, "all=true", ADMIN_KEY)["recent"]) == 1
-    assert 'outcome="insufficient_quota"} 3' in as_admin(own, "GET", "/metrics").text
+    assert 'outcome="quota_exceeded"} 3' in as_admin(own, "GET", "/metrics").text
 
 
 # ---------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from project import TRANSCRIPTS, load_script
+from project import REPO, TRANSCRIPTS, load_script
 
 ocp = load_script("ocp_server.py")
 
@@ -142,6 +142,55 @@ def test_an_error_frame_is_one_event_and_no_end_of_a_good_stream(name: str) -> N
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_the_text_of_a_failure_is_its_message(name: str) -> None:
     assert str(raised(name)) == raised(name).message == "Do this."
+
+
+# -- one name, and what to do -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_each_kind_of_failure_says_what_the_operator_can_do(name: str) -> None:
+    kind = raised(name).kind
+
+    assert ocp.action_for(kind).endswith(".")
+    assert kind in ocp.ACTIONS or issubclass(KINDS[name], ocp.BadRequest)
+
+
+def test_no_action_is_for_a_failure_that_does_not_exist() -> None:
+    codes = {raised(name).kind for name in KINDS}
+    codes |= set(re.findall(r'code="(\w+)"', (REPO / "ocp_server.py").read_text("utf-8")))
+
+    assert set(ocp.ACTIONS) <= codes
+
+
+def test_a_quota_of_a_key_and_a_limit_of_the_plan_have_names_of_their_own() -> None:
+    assert raised("QuotaExceeded").kind == "quota_exceeded"
+    assert raised("PlanLimit").kind == raised("ExtraUsageStopped").kind == "insufficient_quota"
+
+
+def test_a_failure_without_a_code_has_the_name_of_its_type() -> None:
+    assert raised("BadRequest").kind == INVALID
+    assert raised("BadRequest", code="odd").kind == "odd"
+
+
+def test_an_action_names_the_key_as_a_shell_takes_it() -> None:
+    assert "`ocp keys rotate phone`" in ocp.action_for("replaced_api_key", "phone")
+    quoted = ocp.action_for("replaced_api_key", "mum's pad")
+    assert "`ocp keys rotate 'mum'\"'\"'s pad'`" in quoted
+    assert "OCP_ADMIN_KEY" in ocp.action_for("admin_key_required", "phone")
+
+
+@pytest.mark.parametrize("secret", [
+    "hunter2", "correct horse battery", "sk-ant-api03-abcdefghijkl", "sk-1234567890abcdef",
+    "ocp_short", "ocp_" + "x" * 500, "\x1b[2Jabcdefgh", "\u202eabcdefghijkl",
+    "K\u00fcche-Geheimnis",
+])
+def test_a_preview_shows_too_little_of_a_key_to_be_of_use(secret: str) -> None:
+    preview = ocp.key_preview(secret)
+
+    assert len(preview) <= 60 and preview.isprintable()
+    shown = preview.replace("...", "")
+    assert secret not in preview
+    assert secret.startswith("ocp_") or len(shown) <= 8 or shown.startswith(("(", "sk-", "\\"))
 
 
 # -- headers ------------------------------------------------------------------

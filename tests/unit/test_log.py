@@ -257,6 +257,195 @@ def test_what_the_operator_changed_is_kept_at_every_level(tmp_path: Path) -> Non
     assert notebook.names() == ["key_revoked"]
 
 
+# -- after a restart ----------------------------------------------------------
+
+
+def restarted(notebook: Notebook, folder: Path) -> Notebook:
+    """A log that goes on in the files of another one."""
+    notebook.log.close()
+    again = Notebook(folder)
+    again.log.event("info", "before_the_file")
+    again.log.to_file(str(again.path))
+    return again
+
+
+def test_after_a_restart_the_end_of_the_files_is_in_memory(
+    notebook: Notebook, tmp_path: Path
+) -> None:
+    notebook.log.event("info", "a")
+    notebook.log.audit("b", key="phone")
+    notebook.log.event("warn", "c")
+
+    again = restarted(notebook, tmp_path)
+    again.log.event("info", "d")
+    followed, following = again.log.since(0)
+    again.log.close()
+
+    names = ["a", "b", "c", "before_the_file", "d"]
+    assert again.names() == [entry["event"] for entry in followed] == names
+    assert following == len(names)
+    assert again.names(10, "audit") == ["b"]
+
+
+def test_only_as_much_is_read_back_as_memory_keeps(notebook: Notebook, tmp_path: Path) -> None:
+    for number in range(1_000):
+        notebook.log.event("info", f"event_{number}")
+    for number in range(250):
+        notebook.log.audit(f"change_{number}")
+
+    again = restarted(notebook, tmp_path)
+    again.log.close()
+
+    names = again.names(2_000)
+    assert len(again.names(1_000, "audit")) == 200
+    assert len(names) == 801 and names[-2:] == ["change_249", "before_the_file"]
+
+
+def test_a_file_that_was_put_aside_is_read_too(notebook: Notebook, tmp_path: Path) -> None:
+    notebook.log.event("info", "old")
+    notebook.log.close()
+    notebook.path.rename(notebook.path.with_name("ocp.log.1"))
+
+    again = restarted(notebook, tmp_path)
+    again.log.close()
+
+    assert again.names() == ["old", "before_the_file"]
+
+
+@pytest.mark.parametrize("garbage", [
+    b"\xff\xfe", b"{", b"[]", b"null", b'"text"', b'{"ts": 1, "level": "info", "event": "x"}',
+    b'{"ts": "2026", "level": [], "event": "x"}', b'{"level": "info"}', b"[" * 5_000,
+    b"\0" * 600_000,
+], ids=lambda data: repr(data[:12]))
+def test_lines_that_are_no_events_are_skipped(
+    notebook: Notebook, tmp_path: Path, garbage: bytes
+) -> None:
+    notebook.log.event("info", "good")
+    with notebook.path.open("r+b") as file:
+        file.seek(0)
+        content = file.read()
+        file.seek(0)
+        file.write(garbage + b"\n" + content)
+
+    again = restarted(notebook, tmp_path)
+    again.log.close()
+
+    assert again.names() == ["good", "before_the_file"]
+
+
+def test_a_file_that_cannot_be_read_stops_no_start(notebook: Notebook, tmp_path: Path) -> None:
+    notebook.path.with_name("ocp.log.1").mkdir()
+
+    again = restarted(notebook, tmp_path)
+    again.log.close()
+
+    assert again.names() == ["before_the_file"]
+
+
+# -- refusals that are kept ---------------------------------------------------
+
+
+class Book:
+    """What is kept of refusals."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.kept = ocp.RefusedRequests(self.clock)
+
+    def add(self, peer: str = "10.0.0.7", kind: str = "invalid_api_key", **fields: Any) -> None:
+        fields = {"message": "No.", **fields}
+        self.kept.add(ocp.Refused(peer, 401, kind, **fields))
+
+
+def test_refusals_are_summed_by_peer_key_preview_and_kind() -> None:
+    book = Book()
+    for _ in range(3):
+        book.add(preview="ocp_a...b", request_id="req_1")
+        book.clock.advance(1)
+    book.add(preview="ocp_c...d")
+    book.add(kind="not_found")
+    book.add(key="phone")
+    book.add("10.0.0.8", preview="ocp_a...b")
+
+    groups = book.kept.groups()
+
+    assert sorted(group.count for group in groups) == [1, 1, 1, 1, 3]
+    (often,) = [group for group in groups if group.count == 3]
+    assert often.last_s - often.at_s == 2
+    assert often.count_since(often.last_s) == 1 and often.count_since(0) == 3
+
+
+def test_strangers_displace_only_strangers_and_one_of_them_only_its_own() -> None:
+    book = Book()
+    book.add("10.0.0.1", key="phone")
+    book.add("10.0.0.2", preview="ocp_a...b")
+    for number in range(5_000):
+        book.add("10.0.0.3", preview=f"key {number}")
+
+    groups = book.kept.groups()
+
+    assert len(groups) == 1 + 1 + 20 + 1
+    assert {group.newest.peer for group in groups} == {"10.0.0.1", "10.0.0.2", "10.0.0.3"}
+    assert max(group.count for group in groups) == 5_000 - 20
+    for number in range(1_000):
+        book.add(f"peer {number}")
+    groups = book.kept.groups()
+    assert len(groups) == 100 + 1 and "phone" in {group.newest.key for group in groups}
+
+
+def test_what_a_client_wrote_is_kept_short_and_without_secrets() -> None:
+    book = Book()
+    book.add(message=f"a\x1b[2J {TOKEN} " + "x" * 9_000, path="/p" * 900, user_agent="u\n" * 900)
+
+    (group,) = book.kept.groups()
+
+    assert "AbCdEf" not in group.newest.message and group.newest.message.isprintable()
+    assert len(group.newest.message) <= 510
+    assert len(group.newest.path) == 100 and len(group.newest.user_agent) <= 120
+
+
+REFUSED_LINE = {
+    "ts": "2026-11-20T14:00:00.000Z", "level": "info", "event": "request_refused",
+    "peer": "10.0.0.7", "status": 401, "kind": "invalid_api_key", "message": "No.",
+    "caller": "public", "request_id": "req_1", "preview": "ocp_a...b",
+}
+
+
+@pytest.mark.parametrize(("fields", "key"), [
+    ({}, ""), ({"key": "phone"}, "phone"), ({"caller": "tablet"}, "tablet"),
+])
+def test_a_start_takes_refusals_from_the_log(
+    tmp_path: Path, fields: dict[str, Any], key: str
+) -> None:
+    notebook = Notebook(tmp_path)
+    notebook.path.parent.mkdir()
+    notebook.path.write_text(json.dumps({**REFUSED_LINE, **fields}) + "\n")
+    notebook.log.to_file(str(notebook.path))
+    notebook.log.close()
+
+    (group,) = ocp.Refusals(notebook.log).kept.groups()
+
+    assert ocp.iso_time(group.at_s) == REFUSED_LINE["ts"]
+    assert (group.newest.key, group.newest.preview) == (key, "ocp_a...b")
+    assert group.with_id("req_1") == group.newest and group.with_id("req_2") is None
+
+
+@pytest.mark.parametrize("fields", [
+    {"event": "answer_finished"}, {"status": "401"}, {"kind": None}, {"kind": ""}, {"peer": 7},
+    {"ts": "yesterday"}, {"message": ["No."]},
+], ids=str)
+def test_a_line_that_tells_no_refusal_is_passed_over(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    notebook = Notebook(tmp_path)
+    notebook.path.parent.mkdir()
+    notebook.path.write_text(json.dumps({**REFUSED_LINE, **fields}) + "\n")
+    notebook.log.to_file(str(notebook.path))
+    notebook.log.close()
+
+    assert ocp.Refusals(notebook.log).kept.groups() == []
+
+
 # -- refusals -----------------------------------------------------------------
 
 
