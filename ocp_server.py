@@ -2657,7 +2657,7 @@ class Models:
         window.
         """
         spelling = self._read(name)
-        model = self._lookup(canonical_name(spelling.name))
+        model = self._lookup(spelling.name)
         if model is None:
             raise UnknownModel(f"{self._missing(name)} {_ALIAS_ADVICE}", param="model")
         if spelling.effort:
@@ -2687,7 +2687,7 @@ class Models:
     def _named(self, name: str) -> Model | None:
         """Return the model of this name without the effort and the window that the name asks
         for."""
-        return self._lookup(canonical_name(self._read(name).name))
+        return self._lookup(self._read(name).name)
 
     def _read(self, name: str) -> Spelling:
         """Take a name apart. An alias of the operator is replaced by its target; an effort that
@@ -2712,12 +2712,14 @@ class Models:
     def _take_apart(self, text: str) -> Spelling:
         """Take a name apart. What looks like an effort is a part of the name if a model has it."""
         whole, is_long = _LONG_CONTEXT.subn("", text)
-        if canonical_name(whole) in self._ids:
+        if whole in self._ids or canonical_name(whole) in self._ids:
             return Spelling(whole, "", bool(is_long))
         return _spelling(text)
 
     def _lookup(self, name: str) -> Model | None:
-        """Return the model of a canonical name."""
+        """Return the model of a name."""
+        if name not in self._ids:
+            name = canonical_name(name)
         model_id = self._ids.get(name)
         if model_id is not None:
             return self._by_id[model_id]
@@ -4968,8 +4970,9 @@ class Reservation:
 class PeriodUsage:
     """The usage of a key in a period."""
 
-    def __init__(self, begins_s: float, requests: int, tokens: int) -> None:
+    def __init__(self, begins_s: float, ends_s: float, requests: int, tokens: int) -> None:
         self.begins_s = begins_s
+        self.ends_s = ends_s
         self.requests = requests
         self.tokens = tokens
 
@@ -5063,14 +5066,15 @@ class Ledger:
 
     def _period_usage(self, key_id: int, period: str, now_s: float) -> PeriodUsage:
         """Return the usage of the key in the current period. The caller holds the lock."""
-        begins_s = period_bounds(period, now_s)[0]
         used = self._used.get((key_id, period))
-        if used is None or used.begins_s != begins_s:
+        if used is None or not used.begins_s <= now_s < used.ends_s:
+            begins_s, ends_s = period_bounds(period, now_s)
             row = self._store.rows(
                 f"SELECT TOTAL(counted), TOTAL({_TOKENS}) FROM usage "
                 "WHERE key_id = ? AND at_s >= ?", key_id, begins_s,
             )[0]
-            used = self._used[key_id, period] = PeriodUsage(begins_s, int(row[0]), int(row[1]))
+            used = PeriodUsage(begins_s, ends_s, int(row[0]), int(row[1]))
+            self._used[key_id, period] = used
         return used
 
     def release(self, reservation: Reservation) -> None:
@@ -7035,9 +7039,10 @@ class Attachment(NamedTuple):
 class Attachments:
     """Turns the images and files of one request into blocks, and enforces their limits."""
 
-    def __init__(self, limits: Limits, adjust: Callable[[str], None]) -> None:
+    def __init__(self, limits: Limits, adjusted: collections.Counter[str]) -> None:
+        """Repairs are counted in `adjusted`."""
         self._limits = limits
-        self._adjust = adjust
+        self._adjusted = adjusted
         #: Every block and the path of its field, by the block's id(). The reference to the block
         #: keeps that id valid.
         self._paths: dict[int, tuple[Block, str]] = {}
@@ -7114,7 +7119,7 @@ class Attachments:
         if media_type.startswith("text/") and not marked:
             with contextlib.suppress(UnicodeError):
                 text = content.decode("cp1252")
-                self._adjust("text_encoding_guessed")
+                self._adjusted["text_encoding_guessed"] += 1
                 return text
         return None
 
@@ -7135,7 +7140,7 @@ class Attachments:
             self._check_newest(messages[-1], sizes[-1], param)
         dropped = surplus_attachments(sizes, self._limits)
         for _ in dropped:
-            self._adjust("images_dropped")
+            self._adjusted["images_dropped"] += 1
         return _without(messages, dropped) if dropped else messages
 
     def _check_newest(self, message: Message, sizes: list[int | None], param: str) -> None:
@@ -7237,13 +7242,13 @@ class ParseContext:
         )
         max_images = min(parsing.limits.max_images, _max_attachments(self.model))
         limits = parsing.limits._replace(max_images=max_images)
-        self.attachments = Attachments(limits, self.adjust)
+        #: The repairs by their names in docs/api.md, and how often each was made.
+        self.adjusted: collections.Counter[str] = collections.Counter()
+        self.attachments = Attachments(limits, self.adjusted)
         #: The paths of fields that have no effect, in the order of the request.
         self.ignored: list[str] = []
         #: The tools that the API runs itself, once ToolReader has read them.
         self.server_tools: tuple[Json, ...] = ()
-        #: The repairs by their names in docs/api.md, and how often each was made.
-        self.adjusted: collections.Counter[str] = collections.Counter()
 
     def ignore(self, *paths: str) -> None:
         self.ignored += paths
@@ -7320,8 +7325,15 @@ class ContentReader:
 
     A place is where content stands: in a message of the role "system", "user" or "assistant", or
     in the result of a "tool". Subclasses read the formats of one API: they add types to the table
-    of readers, and decide in `_part` what may stand in which place.
+    of readers, and decide in `part` what may stand in which place.
     """
+
+    #: The name of the method that reads a part, by the type of the part. No bound methods: in a
+    #: cycle of references the body of a request would outlive it.
+    readers: ClassVar[Mapping[str, str]] = MappingProxyType({
+        "text": "_text", "image": "_image", "document": "_document", "tool_use": "_tool_use",
+        "tool_result": "_tool_result",
+    })
 
     #: Types of parts that have content for the model, or are known to have none.
     readable: ClassVar[tuple[str, ...]] = ()
@@ -7332,11 +7344,6 @@ class ContentReader:
 
     def __init__(self, context: ParseContext) -> None:
         self._context = context
-        #: The method that reads a part, by the type of the part.
-        self._readers: dict[str, Callable[[Fields], list[Block]]] = {
-            "text": self._text, "image": self._image, "document": self._document,
-            "tool_use": self._tool_use, "tool_result": self._tool_result,
-        }
 
     def blocks(self, entry: Fields, place: str, name: str = "content") -> list[Block]:
         """Return the blocks of a field with content.
@@ -7375,10 +7382,11 @@ class ContentReader:
             raise part.invalid("type", self.named_types)
         if kind in self.omitted:
             return []
-        if kind not in self._readers:
+        if kind not in self.readers:
             self._context.ignore(part.path)
             return []
-        return self._readers[kind](part)
+        blocks: list[Block] = getattr(self, self.readers[kind])(part)
+        return blocks
 
     def _text(self, part: Fields) -> list[Block]:
         text = part.text("text")
@@ -7458,15 +7466,14 @@ class OpenAIContent(ContentReader):
         "tool_result": ("user",),
     }
 
-    def __init__(self, context: ParseContext) -> None:
-        super().__init__(context)
-        self._readers.update({
-            **dict.fromkeys(_TEXT_PARTS, self._text),
-            **dict.fromkeys(_IMAGE_URL_PARTS, self._image_url),
-            **dict.fromkeys(_FILE_PARTS, self._file),
-            **dict.fromkeys(_AUDIO_PARTS, self._audio),
-            "refusal": self._refusal,
-        })
+    readers = MappingProxyType({
+        **ContentReader.readers,
+        **dict.fromkeys(_TEXT_PARTS, "_text"),
+        **dict.fromkeys(_IMAGE_URL_PARTS, "_image_url"),
+        **dict.fromkeys(_FILE_PARTS, "_file"),
+        **dict.fromkeys(_AUDIO_PARTS, "_audio"),
+        "refusal": "_refusal",
+    })
 
     def _entries(self, entry: Fields, place: str, name: str) -> Iterator[Fields | str]:
         content, path = entry.object[name], entry.path_of(name)
@@ -7568,12 +7575,10 @@ class MessagesContent(ContentReader):
         "tool": ("the result of a tool", ("tool_use", "tool_result")),
     }
 
-    def __init__(self, context: ParseContext) -> None:
-        super().__init__(context)
-        self._readers.update({
-            "search_result": self._search_result, "tool_reference": self._tool_reference,
-            "compaction": self._compaction,
-        })
+    readers = MappingProxyType({
+        **ContentReader.readers, "search_result": "_search_result",
+        "tool_reference": "_tool_reference", "compaction": "_compaction",
+    })
 
     def _entries(self, entry: Fields, place: str, name: str) -> Iterator[Fields | str]:
         if not isinstance(entry.object[name], list):
@@ -7590,7 +7595,7 @@ class MessagesContent(ContentReader):
             return True
         if kind in _PART_FIELDS:
             return is_content_part(value)
-        return kind in (*self.omitted, *self._readers) or kind.endswith("_tool_result")
+        return kind in (*self.omitted, *self.readers) or kind.endswith("_tool_result")
 
     def part(self, part: Fields, place: str) -> list[Block]:
         kind = part.text("type") or ""
@@ -17230,10 +17235,16 @@ Match = tuple[Route, dict[str, str]]
 
 
 class Router:
-    """The routes with their compiled patterns."""
+    """The routes: those without arguments by their paths, the others with compiled patterns."""
 
     def __init__(self, routes: tuple[Route, ...]) -> None:
-        self._routes = [(_pattern(route.path), route) for route in routes]
+        self._fixed: dict[str, list[Match]] = {}
+        self._patterns: list[tuple[re.Pattern[str], Route]] = []
+        for route in routes:
+            if "{" in route.path:
+                self._patterns.append((_pattern(route.path), route))
+            else:
+                self._fixed.setdefault(route.path, []).append((route, {}))
 
     def matches(self, path: str) -> list[Match]:
         """Return the routes of a path, for all methods. Routes without arguments win: the path
@@ -17241,15 +17252,18 @@ class Router:
         path = re.sub("/+", "/", path).rstrip("/") or "/"
         while path.startswith("/v1/v1/"):
             path = path[len("/v1"):]
+        fixed = [*self._fixed.get(path, ()), *self._fixed.get("/v1" + path, ())]
+        if fixed:
+            return fixed
         matches = []
-        for pattern, route in self._routes:
+        for pattern, route in self._patterns:
             match = pattern.fullmatch(path) or pattern.fullmatch("/v1" + path)
             if match:
                 arguments = {
                     name: _percent_decode(value) for name, value in match.groupdict().items()
                 }
                 matches.append((route, arguments))
-        return [match for match in matches if not match[1]] or matches
+        return matches
 
     def choose(self, method: str, path: str, matches: list[Match]) -> Match:
         """Return the match for this method. Raises NotFound, MethodNotAllowed."""

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import base64
+import gc
 import random
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -646,3 +648,20 @@ def test_bytes_count_as_numbers_do() -> None:
     assert ocp.surplus_attachments([[5], [100, 20]], bounds(9, 120)) == {0}
 
 
+class Body(dict[str, Any]):
+    """A body of which can be seen whether it is still there."""
+
+
+@EVERY_WIRE
+@EVERY_PLACE
+def test_a_body_is_gone_as_soon_as_its_request_is(wire: Wire, place: str) -> None:
+    parts = [wire.image(encoded(PNG), "image/png"), wire.file(encoded(PDF), "application/pdf")]
+    body = Body(PLACES[place](wire)(*parts), model="claude-sonnet-4-6")
+    seen, dialect = weakref.ref(body), DIALECTS.get(wire.name, ocp.CHAT)
+    gc.disable()
+    try:
+        dialect.parse(body, parsing(LIMITS))
+        del body
+        assert seen() is None
+    finally:
+        gc.enable()
