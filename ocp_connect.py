@@ -3341,11 +3341,11 @@ def show_summary(plan: Plan) -> list[str]:
     rows = (
         ("to change", [edit.tool for edit in plan.edits]),
         ("up to date", [tool for tool, _ in plan.settled]),
-        ("kept as it is", [tool for tool, _, _ in plan.kept]),
-        ("by hand", [each.tool for each in plan.manual]),
+        ("left alone", [tool for tool, _, _ in plan.kept]),
+        ("for you to change", [each.tool for each in plan.manual]),
     )
-    return [f"  {word}: {', '.join(dict.fromkeys(map(tool_title, names)))}"
-            for word, names in rows if names]
+    return [f"{counted(len(names), 'file')} {word}: "
+            + ", ".join(dict.fromkeys(map(tool_title, names))) for word, names in rows if names]
 
 
 def show_plan(plan: Plan, machine: Machine, key: str, all_lines: bool) -> str:
