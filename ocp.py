@@ -4363,7 +4363,8 @@ def git_tree(env: Env) -> str:
         top = git(env, tree, "rev-parse", "--show-toplevel")
         reason = f"it is part of {top}"
     except Problem as problem:
-        top, reason = "", str(problem)
+        has_git = os.path.exists(os.path.join(tree, ".git"))
+        top, reason = "", str(problem) if has_git else "there is no .git in it"
     if not top or os.path.realpath(top) != tree:
         raise Problem(
             Exit.FAILED, f"{tree} is not a git checkout of OCP ({reason}), so no release can be "
