@@ -3941,9 +3941,10 @@ class Store:
                 raise
 
     def write_later(self, statement: str, *values: object) -> None:
-        """Write with the next transaction. The write is dropped if the queue is full."""
+        """Write with the next transaction. The write is dropped while the database cannot be
+        written, when the queue is for what must not be lost."""
         with self._lock:
-            if len(self._queue) < _MAX_QUEUED_WRITES:
+            if self.failure is None:
                 self._queue.append((statement, values))
 
     def write_queued(self) -> None:

@@ -182,6 +182,28 @@ def test_a_database_may_live_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_may_be_lost_comes_with_the_next_write_or_not_at_all(store_path: Path) -> None:
+    store, statement = ocp.Store(str(store_path)), "INSERT INTO settings VALUES (?, '1')"
+    other = sqlite3.connect(str(store_path), isolation_level=None)
+
+    def written() -> list[str]:
+        return [name for name, _ in other.execute("SELECT * FROM settings ORDER BY name")]
+
+    store.write_later(statement, "a")
+    assert written() == []
+    store.write_or_queue(statement, "b")
+    assert written() == ["a", "b"]
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(sqlite3.Error):
+        store.write_or_queue(statement, "c")
+    store.write_later(statement, "d")
+    other.execute("COMMIT")
+    store.write_queued()
+    assert written() == ["a", "b", "c"]
+    other.close()
+    store.close()
+
+
 # -- sessions -----------------------------------------------------------------
 
 TTL_S = 3_600.0
